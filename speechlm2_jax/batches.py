@@ -1,0 +1,243 @@
+"""The contract between data and models: what a batch holds, and how rows are laid out.
+
+Letters: `G` groups, `C` clips of a group, `S` samples, `R` rows of a group, `T` LLM steps. A group
+is what one NeMo rank would get; its rows refer only to its own clips, so on the device the gather
+of audio frames into text never crosses the batch axes. Everything here is NumPy on the host.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import numpy as np
+
+FrameCount = Callable[[int], int]
+"""Samples of a clip -> LLM-width frames that perception makes of it."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LossSum:
+    """An unreduced mean: merged over micro-batches and devices, divided once."""
+
+    total: Any
+    """Float32 scalar: the sum over scored elements."""
+    count: Any
+    """Float32 scalar: how many elements were scored."""
+
+    def merge(self, other: "LossSum") -> "LossSum":
+        """Adds another share of the same quantity."""
+        return LossSum(total=self.total + other.total, count=self.count + other.count)
+
+    def mean(self) -> Any:
+        """Divides; an empty sum is 0, never NaN."""
+        return self.total / jax.numpy.maximum(self.count, 1.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepLosses:
+    """What a network gives the training step for one batch."""
+
+    loss: LossSum
+    """What is minimised."""
+    metrics: dict[str, LossSum]
+    """Named means to report, `acc` for instance."""
+    buffers: dict[str, Any]
+    """New values of buffers by variable path (batch-norm statistics); empty in evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostBatch:
+    """A batch as the loader gives it: arrays for the device, and facts for the host."""
+
+    arrays: Any
+    """The pytree of NumPy arrays that goes to the device (`SalmBatch`)."""
+    ids: tuple[str, ...]
+    """Ids of the conversations inside, in order of their rows; for reports."""
+    bucket: str
+    """Name of the static shape; one compiled program each."""
+    references: tuple[Any, ...] = ()
+    """Per conversation, what host-side validation metrics need (prompts and reference texts)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class SalmBatch:
+    """One global batch for SALM. Array fields are NumPy on the host, JAX on the device."""
+
+    audio: Any
+    """Float32 [G, C, S]: 16 kHz (the model's rate) mono samples, zeros after each length."""
+    audio_lengths: Any
+    """Int32 [G, C] samples; 0 marks an empty clip slot."""
+    audio_extent: Any
+    """Int32 [G] samples of the group's longest clip: NeMo's padded length (`nemo_exact`)."""
+    clip_ids: Any
+    """Int32 [G, C]: the clip's position in the global batch; random draws depend on it."""
+    tokens: Any
+    """Int32 [G, R, T]: text ids; 0 in audio slots and padding."""
+    audio_index: Any
+    """Int32 [G, R, T]: clip * frames(S) + frame within the group; -1 where the step is text."""
+    is_key: Any
+    """Bool [G, R, T]: steps that others may attend to (neither padding nor an interior pad id)."""
+    segments: Any
+    """Int32 [G, R, T]: conversation of a packed row, from 1; 0 is padding."""
+    positions: Any
+    """Int32 [G, R, T]: step within the conversation, from 0."""
+    targets: Any
+    """Int32 [G, R, T]: the next token; 0 where there is no loss."""
+    loss_mask: Any
+    """Bool [G, R, T]: steps whose prediction is scored."""
+    row_ids: Any
+    """Int32 [G, R]: the row's position in the global batch; random draws depend on it."""
+
+    def map(self, fn: Callable[[Any], Any]) -> "SalmBatch":
+        """Applies `fn` to every array."""
+        return SalmBatch(**{f.name: fn(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SalmExample:
+    """One conversation, ready for the model: ids with placeholders, and the audio behind them."""
+
+    id: str
+    tokens: np.ndarray
+    """Int32 [L]: the whole conversation; each audio turn is one placeholder id."""
+    loss_mask: np.ndarray
+    """Bool [L]: tokens that the model learns to say."""
+    audio: tuple[np.ndarray, ...] = ()
+    """Float32 [S_i] at the model's rate, one per placeholder, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """The static shape of one bucket, per group."""
+
+    rows: int
+    tokens: int
+    """LLM steps T of a row: a conversation of L expanded tokens needs L - 1 to train on."""
+    clips: int
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One conversation after every placeholder became its audio's frames; arrays are [L]."""
+
+    tokens: np.ndarray
+    clip: np.ndarray
+    """Index among the conversation's own clips; -1 for text."""
+    frame: np.ndarray
+    loss_mask: np.ndarray
+    is_key: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def layout_row(
+    tokens: np.ndarray,
+    loss_mask: np.ndarray | None,
+    clip_frames: Sequence[int],
+    *,
+    placeholder_id: int,
+    pad_id: int,
+) -> Row:
+    """Expands each placeholder of one conversation to as many steps as its clip has frames.
+
+    Leading padding is dropped; interior tokens that equal the pad id are neither attended to nor
+    scored, as in NeMo's SALM.prepare_inputs. Raises ValueError if the numbers of placeholders and
+    clips differ.
+    """
+    tokens = np.asarray(tokens, np.int64)
+    mask = np.zeros(len(tokens), bool) if loss_mask is None else np.asarray(loss_mask, bool)
+    real = np.flatnonzero(tokens != pad_id)
+    start = real[0] if len(real) else len(tokens)
+    tokens, mask = tokens[start:], mask[start:]
+    is_audio = tokens == placeholder_id
+    if is_audio.sum() != len(clip_frames):
+        raise ValueError(
+            f"the conversation has {is_audio.sum()} audio placeholders (id {placeholder_id}) "
+            f"but {len(clip_frames)} audio clips; give exactly one clip per placeholder"
+        )
+    repeats = np.ones(len(tokens), np.int64)
+    repeats[is_audio] = clip_frames
+    clip = np.where(is_audio, np.cumsum(is_audio) - 1, -1)
+    starts = np.cumsum(repeats) - repeats
+    frame = np.arange(repeats.sum()) - np.repeat(starts, repeats)
+    text = np.where(is_audio, 0, tokens)
+    is_key = is_audio | (tokens != pad_id)
+    scored = mask & ~is_audio & (tokens != pad_id)
+    return Row(
+        tokens=np.repeat(text, repeats).astype(np.int32),
+        clip=np.repeat(clip, repeats).astype(np.int32),
+        frame=frame.astype(np.int32),
+        loss_mask=np.repeat(scored, repeats),
+        is_key=np.repeat(is_key, repeats),
+    )
+
+
+def assemble_salm_batch(
+    groups: Sequence[Sequence[SalmExample]],
+    shape: BatchShape,
+    *,
+    frame_count: FrameCount,
+    placeholder_id: int,
+    pad_id: int,
+    shift: bool = True,
+) -> SalmBatch:
+    """Lays out groups of conversations in one static shape, rows padded on the right.
+
+    With `shift` (training) step t predicts token t + 1 and the last token is only a target; without
+    it (answering) every token is an input and nothing is scored. Fewer conversations or clips than
+    the shape holds leave masked rows. Raises ValueError if a conversation does not fit.
+    """
+    G, R, T, C, S = len(groups), shape.rows, shape.tokens, shape.clips, shape.samples
+    capacity = frame_count(S)
+    ints = {n: np.zeros((G, R, T), np.int32) for n in ("tokens", "segments", "positions", "targets")}
+    bools = {n: np.zeros((G, R, T), bool) for n in ("is_key", "loss_mask")}
+    audio_index = np.full((G, R, T), -1, np.int32)
+    audio = np.zeros((G, C, S), np.float32)
+    audio_lengths = np.zeros((G, C), np.int32)
+    for g, examples in enumerate(groups):
+        if len(examples) > R:
+            raise ValueError(f"{len(examples)} conversations do not fit {R} rows")
+        next_clip = 0
+        for r, example in enumerate(examples):
+            row = layout_row(
+                example.tokens,
+                example.loss_mask,
+                [frame_count(len(a)) for a in example.audio],
+                placeholder_id=placeholder_id,
+                pad_id=pad_id,
+            )
+            n = max(len(row) - shift, 0)
+            if n > T or next_clip + len(example.audio) > C:
+                raise ValueError(f"conversation {example.id!r} ({n} steps) does not fit {shape}")
+            ints["tokens"][g, r, :n] = row.tokens[:n]
+            ints["segments"][g, r, :n] = 1
+            ints["positions"][g, r, :n] = np.arange(n)
+            bools["is_key"][g, r, :n] = row.is_key[:n]
+            is_audio = row.clip[:n] >= 0
+            index = (row.clip[:n] + next_clip) * capacity + row.frame[:n]
+            audio_index[g, r, :n] = np.where(is_audio, index, -1)
+            if shift:
+                bools["loss_mask"][g, r, :n] = row.loss_mask[1:]
+                ints["targets"][g, r, :n] = np.where(row.loss_mask[1:], row.tokens[1:], 0)
+            for clip in example.audio:
+                if len(clip) > S:
+                    raise ValueError(f"a clip of {len(clip)} samples does not fit {S}")
+                audio[g, next_clip, : len(clip)] = clip
+                audio_lengths[g, next_clip] = len(clip)
+                next_clip += 1
+    return SalmBatch(
+        audio=audio,
+        audio_lengths=audio_lengths,
+        audio_extent=audio_lengths.max(axis=1, initial=0),
+        clip_ids=np.arange(G * C, dtype=np.int32).reshape(G, C),
+        audio_index=audio_index,
+        row_ids=np.arange(G * R, dtype=np.int32).reshape(G, R),
+        **ints,
+        **bools,
+    )

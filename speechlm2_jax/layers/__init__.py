@@ -1,0 +1,1 @@
+"""Maths with no speech in it."""

@@ -1,0 +1,48 @@
+"""Dense and embedding layers with the checkpoint's own weight layout ([out, in])."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from speechlm2_jax.layers.module import Initializer, param
+
+default_init: Initializer = jax.nn.initializers.variance_scaling(
+    1.0 / 3.0, "fan_in", "uniform", in_axis=1, out_axis=0
+)
+"""U(-1/sqrt(in), 1/sqrt(in)) over a [out, in] kernel: torch's default for Linear and 1x1 conv."""
+zeros: Initializer = jax.nn.initializers.zeros
+ones: Initializer = jax.nn.initializers.ones
+
+
+class Linear(nnx.Module):
+    """y = x Wᵀ + b. `axes` names (output, input); parameters are cast to the dtype of `x`."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        axes: tuple[str | None, str | None],
+        rngs: nnx.Rngs,
+        bias: bool = True,
+        init: Initializer = default_init,
+    ):
+        self.weight = param(rngs, (d_out, d_in), axes, init)
+        self.bias = param(rngs, (d_out,), (axes[0],), zeros) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        y = x @ self.weight[...].astype(x.dtype).T
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of `count` vectors of width `width`."""
+
+    def __init__(self, count: int, width: int, *, rngs: nnx.Rngs, init: Initializer | None = None):
+        self.weight = param(
+            rngs, (count, width), ("vocab", "embed"), init or jax.nn.initializers.normal(0.02)
+        )
+
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
+        return jnp.take(self.weight[...], ids, axis=0)

@@ -1,0 +1,130 @@
+"""Modules as values: named variables with logical axes, stacked layers, and the way back and forth.
+
+A network is an `nnx.Module` whose variables are `Param` (what training may change) or `Buffer`
+(what is carried: batch-norm statistics, filterbanks). `unbind` turns it into a hashable
+definition and a flat dict `{"llm.layers.attention.query.weight": array}`; `bind` is the inverse.
+Everything outside the modules (optimizer, sharding, conversion, checkpoints) speaks in that dict.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+
+Variables = dict[str, Any]
+"""Dotted path -> array. A plain dict, so every JAX transformation and library takes it."""
+Axes = tuple[str | None, ...]
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+M = TypeVar("M", bound=nnx.Module)
+LAYERS = "layers"
+
+
+class Buffer(nnx.Variable):
+    """An array that belongs to a module's state but never receives a gradient."""
+
+
+@dataclass(frozen=True)
+class VariableInfo:
+    """What is known of a variable without its values."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: Axes
+    is_buffer: bool
+
+    @property
+    def is_stacked(self) -> bool:
+        """True if the leading axis numbers the layers of a stack."""
+        return bool(self.axes) and self.axes[0] == LAYERS
+
+
+def param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, init: Initializer, dtype: Any = jnp.float32
+) -> nnx.Param:
+    """Makes a trainable variable. `axes` names the meaning of each dimension (see sharding.py)."""
+    if len(axes) != len(shape):
+        raise ValueError(f"axes {axes} must name each dimension of shape {shape}")
+    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
+
+
+def buffer(value: Any, axes: Axes) -> Buffer:
+    """Makes a carried variable with the given initial value."""
+    return Buffer(value, axes=axes)
+
+
+def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
+    """Makes `count` modules as one whose every variable has a leading layer axis."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def build(layer_rngs: nnx.Rngs) -> M:
+        return make(layer_rngs)
+
+    layers = build(rngs)
+    for _, variable in nnx.to_flat_state(nnx.state(layers)):
+        variable.set_metadata(axes=(LAYERS, *variable.get_metadata()["axes"]))
+    return layers
+
+
+def scan_layers(
+    layers: M,
+    body: Callable[[M, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    *,
+    remat: bool = True,
+) -> tuple[Any, Any]:
+    """Runs a stack: `carry, y = body(layer, carry, x)` for each layer; the ys come back stacked.
+
+    `xs` is a pytree with a leading layer axis (caches, layer indices) or None. `remat` keeps only
+    the carries for the backward pass and computes the rest again.
+    """
+    definition, state = nnx.split(layers)
+
+    def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
+        layer_state, x = inputs
+        return body(nnx.merge(definition, layer_state, copy=True), carry, x)
+
+    if remat:
+        step = jax.checkpoint(step, prevent_cse=False)
+    return jax.lax.scan(step, carry, (state, xs))
+
+
+def unbind(module: nnx.Module) -> tuple[Any, Variables]:
+    """Splits a module into a hashable definition and its variables by dotted path."""
+    definition, state = nnx.split(module)
+    flat = {".".join(map(str, p)): v.get_value() for p, v in nnx.to_flat_state(state)}
+    return definition, flat
+
+
+def bind(definition: Any, variables: Mapping[str, Any]) -> Any:
+    """The inverse of `unbind`: a module over these variables (arrays or tracers)."""
+    nested = unflatten_dict({tuple(_key(k) for k in p.split(".")): v for p, v in variables.items()})
+    return nnx.merge(definition, nnx.State(nested), copy=True)
+
+
+def describe(module: nnx.Module) -> dict[str, VariableInfo]:
+    """Lists every variable of a (possibly abstract) module by dotted path."""
+    infos = {}
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        value = variable.get_value()
+        infos[".".join(map(str, path))] = VariableInfo(
+            shape=tuple(value.shape),
+            dtype=value.dtype,
+            axes=tuple(variable.get_metadata()["axes"]),
+            is_buffer=isinstance(variable, Buffer),
+        )
+    return infos
+
+
+def abstract(make: Callable[[], M]) -> M:
+    """Builds a module whose variables are shapes and dtypes only: no memory, no device."""
+    return nnx.eval_shape(make)
+
+
+def _key(part: str) -> str | int:
+    return int(part) if part.isdigit() else part

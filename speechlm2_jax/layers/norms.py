@@ -1,0 +1,42 @@
+"""Normalisation over the last axis, computed in fp32 whatever the dtype of the input."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from speechlm2_jax.layers.linear import ones, zeros
+from speechlm2_jax.layers.module import param
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016)."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
+        self.eps = eps
+        self.weight = param(rngs, (width,), ("norm",), ones)
+        self.bias = param(rngs, (width,), ("norm",), zeros)
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.eps)
+        return (y * _f32(self.weight) + _f32(self.bias)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019; Hugging Face LlamaRMSNorm)."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, eps: float):
+        self.eps = eps
+        self.weight = param(rngs, (width,), ("norm",), ones)
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (y * _f32(self.weight)).astype(x.dtype)
+
+
+def _f32(variable: nnx.Param) -> Array:
+    return variable[...].astype(jnp.float32)
