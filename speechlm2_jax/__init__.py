@@ -1,0 +1,29 @@
+"""Speech language models on TPU and GPU, in JAX.
+
+The faces below resolve on first use: importing the package loads no framework beyond Python's own
+and touches no device, so the model half runs where only the JAX stack is installed.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_FACES = {
+    "models": ("speechlm2_jax.models", None),
+    "data": ("speechlm2_jax.data", None),
+    "modules": ("speechlm2_jax.modules", None),
+    "Trainer": ("speechlm2_jax.training.trainer", "Trainer"),
+    "ModelParallelStrategy": ("speechlm2_jax.training.trainer", "ModelParallelStrategy"),
+    "exp_manager": ("speechlm2_jax.training.trainer", "exp_manager"),
+}
+
+__all__ = ["Trainer", "ModelParallelStrategy", "data", "exp_manager", "models", "modules"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FACES:
+        raise AttributeError(f"module 'speechlm2_jax' has no attribute {name!r}")
+    module_name, attribute = _FACES[name]
+    module = importlib.import_module(module_name)
+    return module if attribute is None else getattr(module, attribute)
