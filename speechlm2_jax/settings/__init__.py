@@ -1,0 +1,34 @@
+"""Strict YAML and command-line overrides <-> frozen dataclasses. Knows no model.
+
+`load` reads a file, applies `key=value` overrides and resolves `${...}`; `build` turns the plain
+result into a dataclass and refuses what it does not know; `to_plain` is its inverse.
+"""
+
+from speechlm2_jax.settings.build import build, defaults, ignored_report, to_plain
+from speechlm2_jax.settings.command_line import parse_cli
+from speechlm2_jax.settings.errors import SettingsError
+from speechlm2_jax.settings.read import (
+    MISSING,
+    find,
+    load,
+    override,
+    parse_yaml,
+    require_complete,
+    resolve,
+)
+
+__all__ = [
+    "MISSING",
+    "SettingsError",
+    "build",
+    "defaults",
+    "find",
+    "ignored_report",
+    "load",
+    "override",
+    "parse_cli",
+    "parse_yaml",
+    "require_complete",
+    "resolve",
+    "to_plain",
+]

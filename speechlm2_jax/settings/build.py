@@ -1,0 +1,232 @@
+"""Plain values <-> frozen dataclasses, strictly: every key and type is checked, nothing is guessed.
+
+A dataclass says how it treats foreign keys with class variables, all optional:
+
+    IGNORED: ClassVar[Mapping[str, str]]       key -> why it means nothing here; reported once
+    REFUSED: ClassVar[Mapping[str, Refusal]]   key -> message; or (message, harmless value, ...)
+    ALIASES: ClassVar[Mapping[str, str]]       old key -> field
+    TARGETS: ClassVar[tuple[str, ...]]         last components that `_target_` or `target` may name
+
+A refused key is accepted while it asks for nothing: null, false, 0, empty, or a harmless value.
+A field called `target` receives the last component of `_target_`.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast
+
+from speechlm2_jax.settings.errors import SettingsError, join, kind, unknown
+from speechlm2_jax.settings.read import MISSING, Plain
+
+Refusal = str | tuple[Any, ...]
+C = TypeVar("C")
+_NONE = dataclasses.MISSING
+_TARGET_KEYS = ("_target_", "target")
+_SEQUENCES = (tuple, list, Sequence)
+_MAPPINGS = (dict, Mapping)
+_ignored: ContextVar[dict[str, str] | None] = ContextVar("_ignored", default=None)
+
+
+@contextmanager
+def ignored_report() -> Iterator[dict[str, str]]:
+    """Collects, while open, the ignored keys that `build` meets: dotted path -> reason."""
+    report: dict[str, str] = {}
+    token = _ignored.set(report)
+    try:
+        yield report
+    finally:
+        _ignored.reset(token)
+
+
+def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
+    """Makes a dataclass of plain values; `where` is their dotted path, for messages.
+
+    Raises SettingsError for a key that `cls` does not have, a value of another type, a missing
+    field, or whatever ValueError the class itself raises.
+    """
+    if not isinstance(cast(Any, values), Mapping):
+        raise SettingsError(f"{where}: expected a mapping of keys, got {kind(values)}")
+    fields = {f.name: f for f in dataclasses.fields(cast(Any, cls)) if f.init}
+    hints = typing.get_type_hints(cls)
+    arguments: Plain = {}
+    for key, value in values.items():
+        path = join(where, key)
+        name = _field_of(cls, fields, key, value, path)
+        if name is None:
+            continue
+        if name in arguments:
+            raise SettingsError(f"{path}: sets {name!r} a second time; keep one of the two names")
+        if key in _TARGET_KEYS and name == "target" and _table(cls, "TARGETS"):
+            value = str(value).rpartition(".")[2]
+        arguments[name] = _convert(hints[name], value, path)
+    for name, field in fields.items():
+        has_default = field.default is not _NONE or field.default_factory is not _NONE
+        if name not in arguments and not has_default:
+            raise SettingsError(f"{join(where, name)}: required ({_describe(hints[name])})")
+    try:
+        return cls(**arguments)
+    except SettingsError:
+        raise
+    except ValueError as error:
+        raise SettingsError(f"{where}: {error}" if where else str(error)) from error
+
+
+def to_plain(value: Any) -> Any:
+    """The inverse of `build`: dataclasses become dicts and tuples lists, ready for YAML."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value) if f.init]
+        return {name: to_plain(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {str(k): to_plain(v) for k, v in cast(Mapping[Any, Any], value).items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_plain(v) for v in cast(Iterable[Any], value)]
+    return str(value) if isinstance(value, Path) else value
+
+
+def defaults(cls: type[Any]) -> Plain:
+    """The fields of a dataclass as plain values, `???` where one must be given."""
+    result: Plain = {}
+    for field in dataclasses.fields(cls):
+        if field.default is not _NONE:
+            result[field.name] = to_plain(field.default)
+        elif field.default_factory is not _NONE:
+            result[field.name] = to_plain(field.default_factory())
+        else:
+            result[field.name] = MISSING
+    return result
+
+
+def _table(cls: type[Any], name: str) -> Any:
+    return getattr(cls, name, {})
+
+
+def _field_of(
+    cls: type[Any], fields: Mapping[str, Any], key: str, value: Any, path: str
+) -> str | None:
+    """The field that a key sets, or None if the key is knowingly without effect."""
+    targets = _table(cls, "TARGETS")
+    if key in _TARGET_KEYS and targets:
+        if not isinstance(value, str) or value.rpartition(".")[2] not in targets:
+            raise SettingsError(f"{path}: unsupported {kind(value)}; use {' or '.join(targets)}")
+        return "target" if "target" in fields else None
+    key = _table(cls, "ALIASES").get(key, key)
+    if key in fields:
+        return key
+    refused, ignored = _table(cls, "REFUSED"), _table(cls, "IGNORED")
+    if key in refused:
+        message, *harmless = refused[key] if isinstance(refused[key], tuple) else (refused[key],)
+        if value and value not in harmless:
+            raise SettingsError(f"{path}: {message}, got {kind(value)}")
+        return None
+    if key in ignored:
+        report = _ignored.get()
+        if report is not None:
+            report[path] = ignored[key]
+        return None
+    valid = {*fields, *_table(cls, "ALIASES"), *refused, *ignored}
+    raise SettingsError(unknown(path, str(key), valid))
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """A plain value as the annotated type. Raises SettingsError naming both."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or hint is object:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(hint, options, value, path)
+    if origin is Literal:
+        for option in options:
+            if option == value and type(option) is type(value):
+                return option
+    elif dataclasses.is_dataclass(hint):
+        return value if isinstance(value, cast(Any, hint)) else build(cast(Any, hint), value, path)
+    elif (origin or hint) in _SEQUENCES and isinstance(value, list | tuple):
+        return _convert_sequence(hint, options, cast(Sequence[Any], value), path)
+    elif (origin or hint) in _MAPPINGS and isinstance(value, Mapping):
+        item = options[1] if options else Any
+        pairs = cast(Mapping[str, Any], value).items()
+        return {str(k): _convert(item, v, join(path, k)) for k, v in pairs}
+    else:
+        converted = _scalar_as(hint, value)
+        if converted is not _NONE:
+            return converted
+    raise SettingsError(f"{path}: expected {_describe(hint)}, got {kind(value)}")
+
+
+def _convert_union(hint: Any, options: tuple[Any, ...], value: Any, path: str) -> Any:
+    exact = next((o for o in options if isinstance(o, type) and type(value) is o), None)
+    if exact is not None:
+        return value
+    containers = [o for o in options if _takes_keys(o) == isinstance(value, Mapping)]
+    if len(containers) == 1:  # its own message says more than one about the union
+        try:
+            return _convert(containers[0], value, path)
+        except SettingsError as error:
+            if isinstance(value, Mapping) or not str(error).startswith(f"{path}: expected"):
+                raise
+    for option in containers:
+        try:
+            return _convert(option, value, path)
+        except SettingsError:
+            continue
+    raise SettingsError(f"{path}: expected {_describe(hint)}, got {kind(value)}")
+
+
+def _takes_keys(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) or (typing.get_origin(hint) or hint) in _MAPPINGS
+
+
+def _convert_sequence(
+    hint: Any, options: tuple[Any, ...], values: Sequence[Any], path: str
+) -> list[Any] | tuple[Any, ...]:
+    is_tuple = (typing.get_origin(hint) or hint) is not list
+    if (typing.get_origin(hint) or hint) is tuple and options and options[-1] is not Ellipsis:
+        if len(values) != len(options):
+            raise SettingsError(f"{path}: expected {len(options)} values, got {len(values)}")
+        kinds: Sequence[Any] = options
+    else:
+        kinds = [options[0] if options else Any] * len(values)
+    items = [
+        _convert(k, v, join(path, i)) for i, (k, v) in enumerate(zip(kinds, values, strict=True))
+    ]
+    return tuple(items) if is_tuple else items
+
+
+def _scalar_as(hint: Any, value: Any) -> Any:
+    """The value as a scalar type, or _NONE. Text that is a number is taken for a float only."""
+    if hint is type(None):
+        return None if value is None else _NONE
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            return _NONE
+    if hint is int and isinstance(value, float) and value.is_integer():  # max_steps: 1e5
+        return int(value)
+    if hint is int and isinstance(value, bool):
+        return _NONE
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    return value if isinstance(hint, type) and isinstance(value, hint) else _NONE
+
+
+def _describe(hint: Any) -> str:
+    """A type in words: `int or null`, `one of 'a', 'b'`."""
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_describe(o) for o in options)
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(o) for o in options)
+    if hint is type(None):
+        return "null"
+    origin = typing.get_origin(hint) or hint
+    if origin in _SEQUENCES:
+        return "a list"
+    if origin in _MAPPINGS or dataclasses.is_dataclass(hint):
+        return "a mapping"
+    return getattr(hint, "__name__", str(hint))

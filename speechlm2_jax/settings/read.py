@@ -1,0 +1,270 @@
+"""Reads YAML as plain data: overrides, `${...}`, `???`; all of it bounded and without objects.
+
+YAML is data here: no tag makes an object, no `_target_` is imported, and work is bounded, so a
+hostile file costs no more than a large one. Interpolation follows OmegaConf's references
+(`${a.b}`, `${.sibling}`, `${oc.env:NAME,default}`); it is written here because OmegaConf expands
+them without a bound.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from speechlm2_jax.settings.errors import SettingsError, join, kind, unknown
+
+Plain = dict[str, Any]
+"""Nested dicts, lists, text, numbers, booleans and None."""
+
+MISSING = "???"
+MAX_FILE_BYTES = 1 << 20
+MAX_NODES = 50_000
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+_INNERMOST = re.compile(r"\$\{([^${}]*)\}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without dates, base-60 numbers and merge keys, and with `3e-4` as a number."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Refuses merge keys (they expand without a bound) and keys given twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == _MERGE_TAG or key.value == "<<":
+                raise SettingsError("merge keys (<<) are not read; write the keys, or use ${...}")
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                line = key.start_mark.line + 1
+                raise SettingsError(f"line {line}: {key.value!r} is given twice; keep one")
+            seen.add(str(key.value))
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF",
+     list("yYnNtTfFoO")),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)|[-+]?0x[0-9a-fA-F_]+", list("-+0123456789")),
+    ("float", r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))"
+              r"(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+     list("-+0123456789.")),
+):  # fmt: skip
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first
+    )
+
+
+def load(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    search: Sequence[Path] = (),
+    complete: bool = True,
+) -> Plain:
+    """Reads a YAML by path or name, applies overrides, and resolves `${...}`.
+
+    A name is looked up in `search` (by default configs/ and configs/recipes/ of the working folder
+    and of the project). With `complete`, a value still `???` is an error. Raises SettingsError.
+    """
+    path = find(config, search)
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise SettingsError(f"{path}: larger than {MAX_FILE_BYTES} bytes; not a settings file")
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (SettingsError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path}: must hold a mapping of keys, holds {kind(values)}")
+    values = override(cast(Plain, values), overrides)
+    if complete:
+        require_complete(values)
+    return resolve(values)
+
+
+def find(config: str | Path, search: Sequence[Path] = ()) -> Path:
+    """The file that a name or path means. Raises SettingsError listing the names there are."""
+    if Path(config).is_file():
+        return Path(config)
+    roots = (Path("configs"), Path(__file__).resolve().parents[1] / "configs")
+    folders = [f for root in search or roots for f in (root, root / "recipes")]
+    for folder in folders:
+        for name in (f"{config}.yaml", f"{config}.yml", str(config)):
+            if (folder / name).is_file():
+                return folder / name
+    names = sorted({p.stem for f in folders for p in (*f.glob("*.yaml"), *f.glob("*.yml"))})
+    listing = ", ".join(names) or "none found"
+    raise SettingsError(f"no settings file {str(config)!r}; give a path, or one of: {listing}")
+
+
+def parse_yaml(text: str) -> Any:
+    """Reads YAML as plain data. Raises SettingsError on anything else, or if it is too large."""
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506  _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        raise SettingsError("invalid YAML: " + " ".join(str(error).split())) from None
+    except RecursionError:
+        raise SettingsError("nested too deeply") from None
+    return _Copy(value, references=False).run()
+
+
+def override(values: Mapping[str, Any], overrides: Sequence[str]) -> Plain:
+    """Applies `key=value` (the key must exist), `+key=value`, `++key=value` and `~key`."""
+    result = cast(Plain, _Copy(values, references=False).run())
+    for text in overrides:
+        match = re.fullmatch(r"(~|\+{0,2})([^=+~\s][^=]*)(?:=(.*))?", text, re.DOTALL)
+        if match is None or (match[1] != "~" and match[3] is None):
+            raise SettingsError(f"{text!r}: expected key=value, +key=value or ~key")
+        parts = re.sub(r"\[(\d+)\]", r".\1", match[2]).split(".")
+        if match[1] == "~":
+            parent = _descend(result, parts, create=False)
+            del parent[_existing(parent, parts)]
+        else:
+            _assign(result, parts, _scalar(match[3]), create=bool(match[1]))
+    return result
+
+
+def require_complete(values: Any) -> None:
+    """Raises SettingsError listing every dotted path whose value is still `???`."""
+    missing = [path for path, value in _leaves(values) if value == MISSING]
+    if missing:
+        raise SettingsError(f"fill in {', '.join(missing)}; for instance {missing[0]}=VALUE")
+
+
+def resolve(values: Mapping[str, Any]) -> Plain:
+    """Replaces every `${...}`. Raises SettingsError for a loop, or a path that is not there."""
+    return cast(Plain, _Copy(values, references=True).run())
+
+
+class _Copy:
+    """Copies plain data, bounded in size, following references if asked."""
+
+    def __init__(self, root: Any, *, references: bool) -> None:
+        self.root, self.references, self.left = root, references, MAX_NODES
+
+    def run(self) -> Any:
+        try:
+            return self._copy(self.root, "", ())
+        except RecursionError:
+            raise SettingsError("the settings refer to themselves, or nest too deeply") from None
+
+    def _copy(self, node: Any, path: str, active: tuple[str, ...]) -> Any:
+        self._spend(1)
+        if isinstance(node, Mapping):
+            items = cast(Mapping[Any, Any], node).items()
+            return {_text_key(k, path): self._copy(v, join(path, k), active) for k, v in items}
+        if isinstance(node, list | tuple):
+            values = enumerate(cast(Sequence[Any], node))
+            return [self._copy(v, join(path, i), active) for i, v in values]
+        if self.references and isinstance(node, str) and "${" in node:
+            return self._expand(node, path, active)
+        if isinstance(node, str | int | float | bool | None):
+            return node
+        raise SettingsError(f"{path}: {kind(node)} is not plain data")
+
+    def _expand(self, text: str, path: str, active: tuple[str, ...]) -> Any:
+        while match := _INNERMOST.search(text):
+            value = self._lookup(match[1].strip(), path, active)
+            if match[0] == text:
+                return value
+            if isinstance(value, Mapping | list):
+                raise SettingsError(f"{path}: {match[0]} is not a single value; it cannot be text")
+            text = text[: match.start()] + str(value) + text[match.end() :]
+            self._spend(1 + len(text) // 64)
+        return text
+
+    def _lookup(self, reference: str, path: str, active: tuple[str, ...]) -> Any:
+        resolver, colon, argument = reference.partition(":")
+        if colon:
+            name, comma, default = argument.partition(",")
+            if resolver != "oc.env":
+                raise SettingsError(f"{path}: no resolver {resolver!r}; only oc.env is known")
+            if not comma and name not in os.environ:
+                raise SettingsError(f"{path}: environment variable {name} is not set")
+            return os.environ.get(name, default)
+        dots = len(reference) - len(reference.lstrip("."))
+        base = path.split(".")[:-dots] if dots else []
+        target = ".".join([*base, re.sub(r"\[(\w+)\]", r".\1", reference[dots:])])
+        if target in active:
+            raise SettingsError(f"{path}: ${{{reference}}} refers to itself; give it a value")
+        node = self.root
+        for part in target.split("."):
+            try:
+                node = node[int(part)] if isinstance(node, list | tuple) else node[part]
+            except (KeyError, IndexError, TypeError, ValueError):
+                raise SettingsError(f"{path}: ${{{reference}}}: there is no {target!r}") from None
+        return self._copy(node, target, (*active, target))
+
+    def _spend(self, amount: int) -> None:
+        self.left -= amount
+        if self.left < 0:
+            raise SettingsError(f"expands to more than {MAX_NODES} values; not a settings file")
+
+
+def _scalar(text: str) -> Any:
+    """The value of an override: YAML for a [list], {mapping} or "quoted"; else one scalar."""
+    if text[:1] in tuple("[{'\""):
+        return parse_yaml(text)
+    if not text:
+        return ""
+    loader = _Loader("")
+    tag = cast(str, loader.resolve(yaml.ScalarNode, text, (True, False)))
+    return loader.construct_object(yaml.ScalarNode(tag, text))
+
+
+def _descend(values: Any, parts: Sequence[str], *, create: bool) -> Any:
+    """The container that holds the last part of a path."""
+    node = values
+    for depth, part in enumerate(parts[:-1], start=1):
+        if create and isinstance(node, dict) and cast(Plain, node).get(part) is None:
+            node[part] = {}
+        node = node[_existing(node, parts[:depth])]
+    if not isinstance(node, dict | list):
+        above = ".".join(parts[:-1])
+        raise SettingsError(f"{'.'.join(parts)}: {above} is {kind(node)}, which has no keys")
+    return cast(Any, node)
+
+
+def _assign(values: Plain, parts: Sequence[str], value: Any, *, create: bool) -> None:
+    parent = _descend(values, parts, create=create)
+    if isinstance(parent, dict) and create:
+        key: Any = parts[-1]
+        old: Any = cast(Plain, parent).get(key)
+    else:
+        key = _existing(parent, parts)
+        old = parent[key]
+    if isinstance(old, dict) and isinstance(value, dict):
+        value = {**cast(Plain, old), **cast(Plain, value)}
+    parent[key] = value
+
+
+def _existing(node: Any, parts: Sequence[str]) -> Any:
+    """The last part as a key or index of `node`, which must have it."""
+    path, part = ".".join(parts), parts[-1]
+    if isinstance(node, list):
+        length = len(cast(list[Any], node))
+        if not part.isdigit() or int(part) >= length:
+            raise SettingsError(f"{path}: expected an index below {length}, got {part!r}")
+        return int(part)
+    if not isinstance(node, dict) or part not in node:
+        keys = list(cast(Plain, node)) if isinstance(node, dict) else []
+        raise SettingsError(f"{unknown(path, part, keys)} (+{path}= adds a key)")
+    return part
+
+
+def _leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        items = list(cast(Mapping[str, Any], node).items())
+    elif isinstance(node, list):
+        items = [(str(i), v) for i, v in enumerate(cast(list[Any], node))]
+    else:
+        return [(path, node)]
+    return [leaf for key, value in items for leaf in _leaves(value, join(path, key))]
+
+
+def _text_key(key: Any, path: str) -> str:
+    if not isinstance(key, str):
+        raise SettingsError(f"{join(path, key)}: keys are text; write the key in quotes")
+    return key
