@@ -1,0 +1,14 @@
+"""What a user holds: a network with its tokenizer, settings and weights."""
+
+import importlib
+from typing import Any
+
+_MODELS = {"SALM": "speechlm2_jax.models.salm"}
+
+__all__ = ["SALM"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODELS:
+        raise AttributeError(f"module 'speechlm2_jax.models' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODELS[name]), name)

@@ -1,0 +1,46 @@
+"""The `model:` block of a SALM, with NeMo's keys."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+DEFAULT_AUDIO_LOCATOR_TAG = "<|audioplaceholder|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SalmModelConfig:
+    """NeMo's `model:` block for SALM; where a block has a reader of its own it stays a mapping."""
+
+    pretrained_llm: str
+    """Directory or hub name of the Hugging Face LLM: architecture, tokenizer and weights."""
+    pretrained_asr: str | None = None
+    """`.nemo` file (or hub name) whose preprocessor and encoder start the perception module."""
+    pretrained_weights: bool = True
+    """False: the named parts give architecture only, and every weight starts at random."""
+    tokenizer_path: str | None = None
+    """Where the tokenizer is, if not with `pretrained_llm`."""
+    freeze_params: tuple[str, ...] = ()
+    prevent_freeze_params: tuple[str, ...] = ()
+    prompt_format: str
+    audio_locator_tag: str = DEFAULT_AUDIO_LOCATOR_TAG
+    perception: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] | None = None
+    optimizer: Mapping[str, Any] | None = None
+    lr_scheduler: Mapping[str, Any] | None = None
+    nemo_exact: bool = False
+    """Reproduce NeMo where its result depends on its own padding (docs/parity.md)."""
+    seed: int = 0
+    """Of the random start of what has no pretrained weights."""
+
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        "model_type": "a marker that Hugging Face tools read",
+        "architectures": "a marker that Hugging Face tools read",
+        "torch_dtype": "trainer.precision decides the dtype",
+    }
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "trust_remote_code": "code from a checkpoint is never run",
+        "encoder_chunk_size_seconds": "cutting long audio for the encoder is not supported yet",
+        "use_nemo_automodel": "NeMo Automodel is a torch library",
+        "pretrained_s2s_model": "start from another speech model with SALM.from_pretrained",
+        "pretrained_perception_from_s2s": "start from another speech model with SALM.from_pretrained",
+    }

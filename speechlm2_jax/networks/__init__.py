@@ -1,0 +1,1 @@
+"""Whole models as pure maths: prepare -> forward -> losses."""

@@ -1,0 +1,61 @@
+"""Cross-entropy over a vocabulary whose logits never exist for the whole batch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from speechlm2_jax.batches import LossSum
+
+LogitsOf = Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]]
+CHUNK_TOKENS = 1024
+"""Scored positions per chunk and device share: logits of [1024, V] in fp32 at a time."""
+
+
+def chunked_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+    logits_of: LogitsOf,
+    *,
+    rows_per_chunk: int,
+) -> tuple[LossSum, LossSum]:
+    """Sums -log p(target) and counts right guesses where `loss_mask` is True.
+
+    Scored positions of each row move to its front, and the head runs over chunks of steps, each
+    computed only if some row still has a target there and computed again in the backward pass.
+    `rows_per_chunk` is how many rows share a device, which sets the steps of a chunk. Returns
+    (loss, accuracy) as sums with the same count. fp32 whatever the dtype of the logits.
+    """
+    batch, steps = loss_mask.shape
+    chunk = min(steps, max(1, CHUNK_TOKENS // rows_per_chunk))
+    padded = -(-steps // chunk) * chunk
+    order = jnp.argsort(~loss_mask, axis=1, stable=True)
+    order = jnp.pad(order, ((0, 0), (0, padded - steps)))
+    scored = jnp.sum(loss_mask, axis=1)
+    width = jnp.max(scored)
+
+    def sums(start: Array) -> tuple[Array, Array]:
+        index = jax.lax.dynamic_slice_in_dim(order, start, chunk, axis=1)
+        h = jnp.take_along_axis(hidden, index[..., None], axis=1)
+        y = jnp.take_along_axis(targets, index, axis=1)
+        mask = (start + jnp.arange(chunk))[None, :] < scored[:, None]
+        logits = logits_of(h).astype(jnp.float32)
+        picked = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
+        loss = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
+        right = mask & (jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == y)
+        return jnp.sum(loss), jnp.sum(right, dtype=jnp.float32)
+
+    def nothing(start: Array) -> tuple[Array, Array]:
+        return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+
+    def step(carry: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
+        loss, right = jax.lax.cond(start < width, sums, nothing, start)
+        return (carry[0] + loss, carry[1] + right), None
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+    body = jax.checkpoint(step, prevent_cse=False)
+    (loss, right), _ = jax.lax.scan(body, start, jnp.arange(0, padded, chunk))
+    count = jnp.sum(loss_mask, dtype=jnp.float32)
+    return LossSum(total=loss, count=count), LossSum(total=right, count=count)
