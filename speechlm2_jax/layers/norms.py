@@ -22,7 +22,7 @@ class LayerNorm(nnx.Module):
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         y = centred * jax.lax.rsqrt(variance + self.eps)
-        return (y * _f32(self.weight) + _f32(self.bias)).astype(x.dtype)
+        return (y * _f32(self.weight, x) + _f32(self.bias, x)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -35,8 +35,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (y * _f32(self.weight)).astype(x.dtype)
+        return (y * _f32(self.weight, x)).astype(x.dtype)
 
 
-def _f32(variable: nnx.Param) -> Array:
-    return variable[...].astype(jnp.float32)
+def _f32(variable: nnx.Param, like: Array) -> Array:
+    return jnp.broadcast_to(variable[...].astype(jnp.float32), like.shape)
