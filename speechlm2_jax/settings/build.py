@@ -14,7 +14,7 @@ A field called `target` receives the last component of `_target_`.
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -33,7 +33,7 @@ _ignored: ContextVar[dict[str, str] | None] = ContextVar("_ignored", default=Non
 
 
 @contextmanager
-def ignored_report() -> Iterator[dict[str, str]]:
+def ignored_report() -> Generator[dict[str, str]]:
     """Collects, while open, the ignored keys that `build` meets: dotted path -> reason."""
     report: dict[str, str] = {}
     token = _ignored.set(report)
@@ -43,18 +43,18 @@ def ignored_report() -> Iterator[dict[str, str]]:
         _ignored.reset(token)
 
 
-def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
-    """Makes a dataclass of plain values; `where` is their dotted path, for messages.
+def build(cls: type[C], values: Any, where: str = "") -> C:
+    """Makes a dataclass of a mapping of plain values; `where` is its dotted path, for messages.
 
     Raises SettingsError for a key that `cls` does not have, a value of another type, a missing
     field, or whatever ValueError the class itself raises.
     """
-    if not isinstance(cast(Any, values), Mapping):
+    if not isinstance(values, Mapping):
         raise SettingsError(f"{where}: expected a mapping of keys, got {kind(values)}")
     fields = {f.name: f for f in dataclasses.fields(cast(Any, cls)) if f.init}
     hints = typing.get_type_hints(cls)
     arguments: Plain = {}
-    for key, value in values.items():
+    for key, value in cast(Plain, values).items():
         path = join(where, key)
         name = _field_of(cls, fields, key, value, path)
         if name is None:
@@ -121,7 +121,7 @@ def _field_of(
     if key in refused:
         message, *harmless = refused[key] if isinstance(refused[key], tuple) else (refused[key],)
         if value and value not in harmless:
-            raise SettingsError(f"{path}: {message}, got {kind(value)}")
+            raise SettingsError(f"{path}: {message} (got {value!r})")
         return None
     if key in ignored:
         report = _ignored.get()
@@ -159,17 +159,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def _convert_union(hint: Any, options: tuple[Any, ...], value: Any, path: str) -> Any:
-    exact = next((o for o in options if isinstance(o, type) and type(value) is o), None)
-    if exact is not None:
+    if any(o is Any or type(value) is o for o in options):
         return value
-    containers = [o for o in options if _takes_keys(o) == isinstance(value, Mapping)]
-    if len(containers) == 1:  # its own message says more than one about the union
-        try:
-            return _convert(containers[0], value, path)
-        except SettingsError as error:
-            if isinstance(value, Mapping) or not str(error).startswith(f"{path}: expected"):
-                raise
-    for option in containers:
+    form = dict if isinstance(value, Mapping) else list if isinstance(value, list | tuple) else None
+    fitting = [o for o in options if _form(o) is form]
+    if form is not None and len(fitting) == 1:  # a message from inside says more than one of types
+        return _convert(fitting[0], value, path)
+    for option in fitting:
         try:
             return _convert(option, value, path)
         except SettingsError:
@@ -177,8 +173,11 @@ def _convert_union(hint: Any, options: tuple[Any, ...], value: Any, path: str) -
     raise SettingsError(f"{path}: expected {_describe(hint)}, got {kind(value)}")
 
 
-def _takes_keys(hint: Any) -> bool:
-    return dataclasses.is_dataclass(hint) or (typing.get_origin(hint) or hint) in _MAPPINGS
+def _form(hint: Any) -> type | None:
+    origin = typing.get_origin(hint) or hint
+    if dataclasses.is_dataclass(hint) or origin in _MAPPINGS:
+        return dict
+    return list if origin in _SEQUENCES else None
 
 
 def _convert_sequence(

@@ -6,6 +6,7 @@ hostile file costs no more than a large one. Interpolation follows OmegaConf's r
 them without a bound.
 """
 
+import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -95,8 +96,12 @@ def find(config: str | Path, search: Sequence[Path] = ()) -> Path:
             if (folder / name).is_file():
                 return folder / name
     names = sorted({p.stem for f in folders for p in (*f.glob("*.yaml"), *f.glob("*.yml"))})
-    listing = ", ".join(names) or "none found"
-    raise SettingsError(f"no settings file {str(config)!r}; give a path, or one of: {listing}")
+    near = difflib.get_close_matches(str(config), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    listing = ", ".join(names) or "(none here)"
+    raise SettingsError(
+        f"no settings file {str(config)!r}; {hint}give a path, or one of: {listing}"
+    )
 
 
 def parse_yaml(text: str) -> Any:

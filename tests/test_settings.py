@@ -1,0 +1,403 @@
+"""Settings: what is accepted, and the exact line that a user reads when something is not."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+
+from speechlm2_jax import settings
+from speechlm2_jax.settings import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    TARGETS: ClassVar[tuple[str, ...]] = ("ConformerEncoder",)
+    ALIASES: ClassVar[Mapping[str, str]] = {"layers": "n_layers"}
+    IGNORED: ClassVar[Mapping[str, str]] = {"foreach": "torch only"}
+    REFUSED: ClassVar[Mapping[str, Any]] = {
+        "use_rnn": "recurrent adapters are not built; remove it",
+        "reduction": ("reduction is not built; set 1", 1),
+    }
+    n_layers: int = 2
+    dropout: float = 0.0
+    context: tuple[int, ...] = (-1, -1)
+    norm: Literal["batch_norm", "layer_norm"] = "batch_norm"
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_layers < 1:
+            raise ValueError(f"n_layers={self.n_layers} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    TARGETS: ClassVar[tuple[str, ...]] = ("AdamW", "Adam")
+    lr: float
+    target: str = "AdamW"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    adapter: Adapter = field(default_factory=Adapter)
+    optimizer: Optimizer | None = None
+    bins: tuple[float, ...] | None = None
+    pair: tuple[int, int] = (1, 2)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    stop: int | tuple[int, ...] | None = None
+    name: str = "model"
+    verbose: bool = False
+    normalizer: str | bool = "english"
+    folder: Path | None = None
+
+
+def message(call: Any, *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(SettingsError) as error:
+        call(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ------------------------------------------------------------------ reading
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3e-4", 3e-4),
+        ("1e-6", 1e-6),
+        ("1E5", 1e5),
+        ("-2.5e+3", -2500.0),
+        (".5", 0.5),
+        ("1.", 1.0),
+        (".inf", float("inf")),
+        ("10", 10),
+        ("1_000", 1000),
+        ("-1", -1),
+        ("010", "010"),
+        ("e5", "e5"),
+        ("1e", "1e"),
+        ("01:02:03:04", "01:02:03:04"),
+        ("10:30", "10:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("True", True),
+        ("off", False),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("'3e-4'", "3e-4"),
+        ("[-1, 1e-3]", [-1, 1e-3]),
+    ],
+)
+def test_yaml_scalars_read_as_the_values_people_mean(text, value):
+    read = settings.parse_yaml(f"key: {text}")["key"]
+    assert (read, type(read)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "key: !!python/object/apply:os.system ['echo']",
+        "key: !!python/name:os.system",
+        "key: !!binary aGVsbG8=",
+        "key: !!set {a}",
+        "key: !!timestamp 2024-01-01",
+        "key: [1",
+        "<<: {a: 1}",
+        "!!merge x: {a: 1}",
+        "1: a",
+        "a: 1\na: 2",
+        "a: &x [*x]",
+    ],
+)
+def test_yaml_that_is_not_plain_data_is_refused(text):
+    message(settings.parse_yaml, text)
+
+
+def test_an_alias_bomb_is_refused_without_expanding():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    for i in range(1, 30):
+        lines.append(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]")
+    assert "expands to more than" in message(settings.parse_yaml, "\n".join(lines))
+
+
+def test_an_interpolation_bomb_is_refused_without_expanding():
+    values = {"a0": "x" * 100} | {f"a{i}": f"${{a{i - 1}}}" * 10 for i in range(1, 40)}
+    assert "expands to more than" in message(settings.resolve, values)
+
+
+def test_deep_nesting_is_refused():
+    assert message(settings.parse_yaml, "[" * 5000 + "]" * 5000) == "nested too deeply"
+
+
+def test_a_file_of_a_hundred_thousand_targets_is_refused(tmp_path):
+    path = tmp_path / "big.yaml"
+    path.write_text("\n".join(f"k{i}: {{_target_: os.system}}" for i in range(50_000)))
+    assert "not a settings file" in message(settings.load, path)
+
+
+def test_interpolation_follows_paths_siblings_and_environment(monkeypatch):
+    monkeypatch.setenv("SLM_TEST_ROOT", "/corpus")
+    values = {
+        "trainer": {"max_steps": 10, "bins": [1, 2]},
+        "model": {
+            "steps": "${trainer.max_steps}",
+            "text": "at ${trainer.max_steps}/${.tag}",
+            "tag": "t",
+            "inner": {"up": "${..tag}", "bins": "${trainer.bins}", "first": "${trainer.bins[0]}"},
+        },
+        "path": "${oc.env:SLM_TEST_ROOT}/a",
+        "other": "${oc.env:SLM_TEST_UNSET,fallback}",
+        "which": "trainer",
+        "nested": "${${which}.max_steps}",
+        "pattern": "^llm\\..+$",
+    }
+    resolved = settings.resolve(values)
+    assert resolved["model"] == {
+        "steps": 10,
+        "text": "at 10/t",
+        "tag": "t",
+        "inner": {"up": "t", "bins": [1, 2], "first": 1},
+    }
+    assert resolved["path"] == "/corpus/a"
+    assert resolved["other"] == "fallback"
+    assert resolved["nested"] == 10
+    assert resolved["pattern"] == "^llm\\..+$"
+
+
+def test_interpolation_that_leads_nowhere_names_both_paths():
+    assert message(settings.resolve, {"a": {"b": "${c.d}"}}) == "a.b: ${c.d}: there is no 'c.d'"
+    loop = message(settings.resolve, {"a": "${b}", "b": "${a}"})
+    assert "refers to itself" in loop
+    assert "only oc.env" in message(settings.resolve, {"a": "${eval:1+1}"})
+    assert "is not set" in message(settings.resolve, {"a": "${oc.env:SLM_TEST_UNSET}"})
+    assert "single value" in message(settings.resolve, {"a": "x${b}", "b": [1]})
+
+
+# ------------------------------------------------------------------ overrides
+
+
+def test_overrides_set_add_and_delete():
+    values = {"a": {"b": 1, "list": [{"c": "???"}]}, "gone": 1, "empty": None}
+    result = settings.override(
+        values,
+        [
+            "a.b=3e-4",
+            "a.list.0.c=x.json",
+            "+a.new.deep=[1, 2.5, null]",
+            "++a.b=2e-4",
+            "~gone",
+            "+empty.key=",
+            "+text=Transcribe: this #1",
+            "+lora={r: 8}",
+            "+lora={alpha: 16}",
+        ],
+    )
+    assert result == {
+        "a": {"b": 2e-4, "list": [{"c": "x.json"}], "new": {"deep": [1, 2.5, None]}},
+        "empty": {"key": ""},
+        "text": "Transcribe: this #1",
+        "lora": {"r": 8, "alpha": 16},
+    }
+    assert values["a"]["b"] == 1, "the given mapping is not changed"
+
+
+def test_an_override_of_an_unknown_key_names_the_nearest():
+    values = {"trainer": {"max_steps": 1}, "list": [1]}
+    assert message(settings.override, values, ["trainer.max_stepz=2"]) == (
+        "trainer.max_stepz: unknown key; did you mean 'max_steps'? (+trainer.max_stepz= adds a key)"
+    )
+    assert message(settings.override, values, ["trainr.max_steps=2"]) == (
+        "trainr: unknown key; did you mean 'trainer'? (+trainr= adds a key)"
+    )
+    assert message(settings.override, values, ["list.3=2"]) == (
+        "list.3: expected an index below 1, got '3'"
+    )
+    assert message(settings.override, values, ["trainer.max_steps.x=2"]) == (
+        "trainer.max_steps.x: trainer.max_steps is 1 (int), which has no keys"
+    )
+    assert "unknown key" in message(settings.override, values, ["~trainer.nothing"])
+    assert "expected key=value" in message(settings.override, values, ["trainer.max_steps"])
+
+
+def test_missing_values_are_listed_with_their_paths(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("a: ???\nb:\n  - c: ???\n  - 1\nd: ${a}\n")
+    assert message(settings.load, path) == "fill in a, b.0.c; for instance a=VALUE"
+    filled = settings.load(path, ["a=1", "b.0.c=2"])
+    assert filled == {"a": 1, "b": [{"c": 2}, 1], "d": 1}
+    assert settings.load(path, complete=False)["d"] == "???"
+
+
+def test_a_name_is_found_in_configs_and_recipes(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "salm.yaml").write_text("a: 1")
+    (tmp_path / "recipes" / "canary.yaml").write_text("a: 2")
+    assert settings.load("salm", search=(tmp_path,)) == {"a": 1}
+    assert settings.load("salm.yaml", search=(tmp_path,)) == {"a": 1}
+    assert settings.load("canary", search=(tmp_path,)) == {"a": 2}
+    assert message(settings.load, "slam", search=(tmp_path,)) == (
+        "no settings file 'slam'; did you mean 'salm'? give a path, or one of: canary, salm"
+    )
+
+
+def test_a_file_that_is_not_a_mapping_is_refused(tmp_path):
+    path = tmp_path / "list.yaml"
+    path.write_text("[1]")
+    assert message(settings.load, path) == f"{path}: must hold a mapping of keys, holds a list"
+
+
+# ------------------------------------------------------------------ the command line
+
+
+@pytest.mark.parametrize(
+    ("argv", "config", "overrides"),
+    [
+        (["--config", "salm", "a.b=1", "+c=2", "~d"], "salm", ["a.b=1", "+c=2", "~d"]),
+        (["a=1", "--config=salm", "b=2"], "salm", ["a=1", "b=2"]),
+        (["--config-name", "salm", "a=-1"], "salm", ["a=-1"]),
+        (["-cn", "salm"], "salm", []),
+    ],
+)
+def test_command_lines_in_our_words_and_hydras(argv, config, overrides):
+    assert settings.parse_cli(argv) == (config, overrides)
+
+
+def test_config_path_and_name_join(tmp_path):
+    (tmp_path / "mine.yaml").write_text("a: 1")
+    expected = (str(tmp_path / "mine.yaml"), ["a=2"])
+    argv = ["--config-path", str(tmp_path), "--config-name", "mine", "a=2"]
+    assert settings.parse_cli(argv) == expected
+    assert settings.parse_cli([f"-cp={tmp_path}", "-cn=mine.yaml", "a=2"]) == expected
+
+
+def test_command_line_mistakes_are_one_line():
+    assert "name the settings" in message(settings.parse_cli, [])
+    assert "name the settings with --config" in message(settings.parse_cli, ["salm"])
+    assert "unrecognized arguments: --cfg" in message(settings.parse_cli, ["--cfg", "job"])
+    assert "--config-path needs" in message(settings.parse_cli, ["-cp", "x"])
+    assert settings.parse_cli([], default="salm") == ("salm", [])
+
+
+def test_help_shows_every_way_to_say_it(capsys):
+    with pytest.raises(SystemExit) as end:
+        settings.parse_cli(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("--config ", "--config-name", "-cp", "key=value"))
+
+
+# ------------------------------------------------------------------ dataclasses
+
+
+def test_values_become_nested_dataclasses_and_back():
+    values = {
+        "adapter": {"_target_": "nemo.x.ConformerEncoder", "layers": 4, "context": [70, 1]},
+        "optimizer": {"_target_": "torch.optim.Adam", "lr": "3e-4"},
+        "bins": [1, 2.5],
+        "pair": [3, 4],
+        "extra": {"anything": [1]},
+        "stop": [1, 2],
+        "normalizer": False,
+        "folder": "a/b",
+    }
+    model = settings.build(Model, values)
+    assert model == Model(
+        adapter=Adapter(n_layers=4, context=(70, 1)),
+        optimizer=Optimizer(target="Adam", lr=3e-4),
+        bins=(1.0, 2.5),
+        pair=(3, 4),
+        extra={"anything": [1]},
+        stop=(1, 2),
+        normalizer=False,
+        folder=Path("a/b"),
+    )
+    assert type(model.bins[0]) is float
+    plain = settings.to_plain(model)
+    assert plain["adapter"]["context"] == [70, 1]
+    assert plain["folder"] == "a/b"
+    assert settings.build(Model, plain) == model
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {"adapter": {"n_layer": 3}},
+            "model.adapter.n_layer: unknown key; did you mean 'n_layers'?",
+        ),
+        ({"zzz": 3}, "model.zzz: unknown key; valid keys: adapter, bins, extra, folder, name, "
+                     "normalizer, optimizer, pair, stop, verbose"),
+        ({"adapter": {"n_layers": "two"}}, "model.adapter.n_layers: expected int, got 'two' (str)"),
+        ({"adapter": {"n_layers": True}}, "model.adapter.n_layers: expected int, got True (bool)"),
+        ({"adapter": {"n_layers": 2.5}}, "model.adapter.n_layers: expected int, got 2.5 (float)"),
+        ({"adapter": {"n_layers": "8"}}, "model.adapter.n_layers: expected int, got '8' (str)"),
+        ({"adapter": {"n_layers": None}}, "model.adapter.n_layers: expected int, got null"),
+        ({"adapter": {"n_layers": 0}}, "model.adapter: n_layers=0 must be at least 1"),
+        ({"adapter": {"dropout": "x"}}, "model.adapter.dropout: expected float, got 'x' (str)"),
+        ({"adapter": {"dropout": True}}, "model.adapter.dropout: expected float, got True (bool)"),
+        ({"adapter": {"width": "x"}}, "model.adapter.width: expected int or null, got 'x' (str)"),
+        ({"adapter": {"context": [1, "x"]}},
+         "model.adapter.context.1: expected int, got 'x' (str)"),
+        ({"adapter": {"context": 1}}, "model.adapter.context: expected a list, got 1 (int)"),
+        ({"adapter": {"context": "12"}}, "model.adapter.context: expected a list, got '12' (str)"),
+        (
+            {"adapter": {"norm": "group"}},
+            "model.adapter.norm: expected one of 'batch_norm', 'layer_norm', got 'group' (str)",
+        ),
+        ({"adapter": 1}, "model.adapter: expected a mapping of keys, got 1 (int)"),
+        ({"adapter": {"layers": 1, "n_layers": 2}},
+         "model.adapter.n_layers: sets 'n_layers' a second time; keep one of the two names"),
+        ({"optimizer": {}}, "model.optimizer.lr: required (float)"),
+        ({"optimizer": 3}, "model.optimizer: expected a mapping or null, got 3 (int)"),
+        ({"optimizer": {"lr": [1]}}, "model.optimizer.lr: expected float, got a list"),
+        (
+            {"optimizer": {"lr": 1, "_target_": "os.system"}},
+            "model.optimizer._target_: unsupported 'os.system' (str); use AdamW or Adam",
+        ),
+        ({"bins": [1, "x"]}, "model.bins.1: expected float, got 'x' (str)"),
+        ({"pair": [1]}, "model.pair: expected 2 values, got 1"),
+        ({"verbose": 1}, "model.verbose: expected bool, got 1 (int)"),
+        ({"name": 1}, "model.name: expected str, got 1 (int)"),
+        ({"name": {}}, "model.name: expected str, got a mapping"),
+        ({"_target_": "x"}, "model._target_: unknown key; valid keys: adapter, bins, extra, "
+                            "folder, name, normalizer, optimizer, pair, stop, verbose"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_its_path(values, expected):
+    assert message(settings.build, Model, values, "model") == expected
+
+
+def test_whole_floats_serve_as_integers_and_integers_as_floats():
+    adapter = settings.build(Adapter, {"n_layers": 1e1, "dropout": 1})
+    assert (adapter.n_layers, type(adapter.n_layers)) == (10, int)
+    assert (adapter.dropout, type(adapter.dropout)) == (1.0, float)
+
+
+def test_ignored_keys_are_reported_once_with_their_reason():
+    with settings.ignored_report() as report:
+        settings.build(Model, {"adapter": {"foreach": True}}, "model")
+        settings.build(Model, {"adapter": {"foreach": True}}, "model")
+    assert report == {"model.adapter.foreach": "torch only"}
+    settings.build(Model, {"adapter": {"foreach": True}}, "model")
+    assert len(report) == 1
+
+
+@pytest.mark.parametrize("value", [None, False, 0, "", []])
+def test_a_refused_key_that_asks_for_nothing_is_accepted(value):
+    assert settings.build(Adapter, {"use_rnn": value}) == Adapter()
+    assert settings.build(Adapter, {"reduction": 1}) == Adapter()
+
+
+def test_a_refused_key_says_why():
+    assert message(settings.build, Adapter, {"use_rnn": True}, "model.adapter") == (
+        "model.adapter.use_rnn: recurrent adapters are not built; remove it (got True)"
+    )
+    assert message(settings.build, Adapter, {"reduction": 2}, "a") == (
+        "a.reduction: reduction is not built; set 1 (got 2)"
+    )
+
+
+def test_defaults_show_required_fields_as_missing():
+    assert settings.defaults(Optimizer) == {"lr": "???", "target": "AdamW"}
