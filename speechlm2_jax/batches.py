@@ -193,51 +193,69 @@ def assemble_salm_batch(
     it (answering) every token is an input and nothing is scored. Fewer conversations or clips than
     the shape holds leave masked rows. Raises ValueError if a conversation does not fit.
     """
-    G, R, T, C, S = len(groups), shape.rows, shape.tokens, shape.clips, shape.samples
-    capacity = frame_count(S)
-    ints = {n: np.zeros((G, R, T), np.int32) for n in ("tokens", "segments", "positions", "targets")}
-    bools = {n: np.zeros((G, R, T), bool) for n in ("is_key", "loss_mask")}
-    audio_index = np.full((G, R, T), -1, np.int32)
-    audio = np.zeros((G, C, S), np.float32)
-    audio_lengths = np.zeros((G, C), np.int32)
-    for g, examples in enumerate(groups):
-        if len(examples) > R:
-            raise ValueError(f"{len(examples)} conversations do not fit {R} rows")
-        next_clip = 0
-        for r, example in enumerate(examples):
-            row = layout_row(
-                example.tokens,
-                example.loss_mask,
-                [frame_count(len(a)) for a in example.audio],
-                placeholder_id=placeholder_id,
-                pad_id=pad_id,
-            )
-            n = max(len(row) - shift, 0)
-            if n > T or next_clip + len(example.audio) > C:
-                raise ValueError(f"conversation {example.id!r} ({n} steps) does not fit {shape}")
-            ints["tokens"][g, r, :n] = row.tokens[:n]
-            ints["segments"][g, r, :n] = 1
-            ints["positions"][g, r, :n] = np.arange(n)
-            bools["is_key"][g, r, :n] = row.is_key[:n]
-            is_audio = row.clip[:n] >= 0
-            index = (row.clip[:n] + next_clip) * capacity + row.frame[:n]
-            audio_index[g, r, :n] = np.where(is_audio, index, -1)
-            if shift:
-                bools["loss_mask"][g, r, :n] = row.loss_mask[1:]
-                ints["targets"][g, r, :n] = np.where(row.loss_mask[1:], row.tokens[1:], 0)
-            for clip in example.audio:
-                if len(clip) > S:
-                    raise ValueError(f"a clip of {len(clip)} samples does not fit {S}")
-                audio[g, next_clip, : len(clip)] = clip
-                audio_lengths[g, next_clip] = len(clip)
-                next_clip += 1
+
+    def layout(example: SalmExample) -> Row:
+        return layout_row(
+            example.tokens,
+            example.loss_mask,
+            [frame_count(len(clip)) for clip in example.audio],
+            placeholder_id=placeholder_id,
+            pad_id=pad_id,
+        )
+
+    capacity = frame_count(shape.samples)
+    filled = [_fill_group(group, shape, layout, capacity, shift) for group in groups]
+    stacked = {name: np.stack([g[name] for g in filled]) for name in filled[0]}
+    G, R, C = len(groups), shape.rows, shape.clips
     return SalmBatch(
-        audio=audio,
-        audio_lengths=audio_lengths,
-        audio_extent=audio_lengths.max(axis=1, initial=0),
+        audio_extent=stacked["audio_lengths"].max(axis=1, initial=0),
         clip_ids=np.arange(G * C, dtype=np.int32).reshape(G, C),
-        audio_index=audio_index,
         row_ids=np.arange(G * R, dtype=np.int32).reshape(G, R),
-        **ints,
-        **bools,
+        **stacked,
     )
+
+
+def _fill_group(
+    examples: Sequence[SalmExample],
+    shape: BatchShape,
+    layout: Callable[[SalmExample], Row],
+    capacity: int,
+    shift: bool,
+) -> dict[str, np.ndarray]:
+    """Writes one group's rows and clips into arrays of the bucket's shape."""
+    clips = [(example.id, clip) for example in examples for clip in example.audio]
+    if len(examples) > shape.rows or len(clips) > shape.clips:
+        raise ValueError(f"{len(examples)} conversations with {len(clips)} clips exceed {shape}")
+    arrays = _empty_group(shape)
+    for c, (name, clip) in enumerate(clips):
+        if len(clip) > shape.samples:
+            raise ValueError(f"{name!r}: a clip of {len(clip)} samples exceeds {shape}")
+        arrays["audio"][c, : len(clip)] = clip
+        arrays["audio_lengths"][c] = len(clip)
+    first_clip = 0
+    for r, example in enumerate(examples):
+        row = layout(example)
+        n = max(len(row) - shift, 0)
+        if n > shape.tokens:
+            raise ValueError(f"{example.id!r}: {n} steps exceed {shape}")
+        slot = (first_clip + row.clip) * capacity + row.frame
+        arrays["tokens"][r, :n] = row.tokens[:n]
+        arrays["audio_index"][r, :n] = np.where(row.clip >= 0, slot, -1)[:n]
+        arrays["is_key"][r, :n] = row.is_key[:n]
+        arrays["segments"][r, :n] = 1
+        arrays["positions"][r, :n] = np.arange(n)
+        if shift:
+            arrays["loss_mask"][r, :n] = row.loss_mask[1:]
+            arrays["targets"][r, :n] = np.where(row.loss_mask, row.tokens, 0)[1:]
+        first_clip += len(example.audio)
+    return arrays
+
+
+def _empty_group(shape: BatchShape) -> dict[str, np.ndarray]:
+    rows = (shape.rows, shape.tokens)
+    arrays = {n: np.zeros(rows, np.int32) for n in ("tokens", "segments", "positions", "targets")}
+    arrays |= {n: np.zeros(rows, bool) for n in ("is_key", "loss_mask")}
+    arrays["audio_index"] = np.full(rows, -1, np.int32)
+    arrays["audio"] = np.zeros((shape.clips, shape.samples), np.float32)
+    arrays["audio_lengths"] = np.zeros(shape.clips, np.int32)
+    return arrays

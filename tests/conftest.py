@@ -11,3 +11,9 @@ if "xla_force_host_platform_device_count" not in flags:
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from hypothesis import settings  # noqa: E402
+
+# compilation makes first examples slow; the same examples on every machine
+settings.register_profile("project", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("project")

@@ -1,0 +1,60 @@
+"""The chunked cross-entropy is the plain one, in value and gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from speechlm2_jax.networks import losses
+from speechlm2_jax.networks.losses import chunked_cross_entropy
+
+FP32_RTOL = 1e-5
+
+
+def _case(seed: int, batch: int, steps: int, width: int = 8, vocab: int = 13):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(batch, steps, width)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(vocab, width)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, vocab, (batch, steps)), jnp.int32)
+    mask = jnp.asarray(rng.random((batch, steps)) < 0.4)
+    return hidden, head, targets, mask
+
+
+def _plain(hidden, head, targets, mask):
+    logprobs = jax.nn.log_softmax(hidden @ head.T)
+    picked = jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0]
+    return -(picked * mask).sum()
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, 7, 1000])
+def test_chunks_change_neither_loss_nor_gradient_nor_accuracy(monkeypatch, chunk_tokens):
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", chunk_tokens)
+    hidden, head, targets, mask = _case(0, 3, 11)
+
+    def chunked(hidden, head):
+        loss, accuracy = chunked_cross_entropy(
+            hidden, targets, mask, lambda h: h @ head.T, rows_per_chunk=1
+        )
+        return loss.total, (loss.count, accuracy.total)
+
+    (total, (count, right)), grads = jax.value_and_grad(chunked, (0, 1), has_aux=True)(hidden, head)
+    expected, expected_grads = jax.value_and_grad(_plain, (0, 1))(hidden, head, targets, mask)
+    np.testing.assert_allclose(total, expected, rtol=FP32_RTOL)
+    for got, want in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(got, want, rtol=FP32_RTOL, atol=1e-6)
+    assert count == mask.sum()
+    assert right == (mask & (jnp.argmax(hidden @ head.T, -1) == targets)).sum()
+
+
+def test_no_target_gives_zero_loss_and_finite_zero_gradient():
+    hidden, head, targets, mask = _case(1, 2, 5)
+
+    def mean_loss(hidden):
+        loss, _ = chunked_cross_entropy(
+            hidden, targets, jnp.zeros_like(mask), lambda h: h @ head.T, rows_per_chunk=1
+        )
+        return loss.mean()
+
+    value, grad = jax.value_and_grad(mean_loss)(hidden)
+    assert value == 0.0
+    assert not np.asarray(grad).any()
