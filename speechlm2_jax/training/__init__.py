@@ -1,0 +1,1 @@
+"""Steps over batches: schedules, optimizer, the jitted step, and the loop that a user starts."""
