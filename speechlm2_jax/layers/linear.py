@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from speechlm2_jax.layers.module import Initializer, param
+from speechlm2_jax.sharding import constrain
 
 default_init: Initializer = jax.nn.initializers.variance_scaling(
     1.0 / 3.0, "fan_in", "uniform", in_axis=1, out_axis=0
@@ -47,4 +48,5 @@ class Embedding(nnx.Module):
         )
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
-        return jnp.take(self.weight[...], ids, axis=0)
+        # A gather from a table that is sharded both ways makes XLA rematerialise the result.
+        return jnp.take(constrain(self.weight[...], None, None), ids, axis=0)

@@ -1,0 +1,71 @@
+"""Choosing the next token, as Hugging Face's GenerationConfig means it."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Greedy unless `do_sample`; then temperature, top-k and top-p, applied in this order.
+
+    Raises ValueError for values outside their range.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    """Keep this many of the likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest likeliest tokens whose probabilities reach this sum."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0.0:
+            raise ValueError(f"temperature={self.temperature} must be positive; or do_sample=False")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must not be negative; 0 keeps every token")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]; 1 keeps every token")
+
+
+def choose(
+    logits: Float[Array, "B V"], config: SamplingConfig, keys: Key[Array, " B"] | None = None
+) -> Int[Array, " B"]:
+    """Chooses one token per row; each row draws from its own key, whatever its neighbours.
+
+    Raises ValueError if sampling is asked for without keys.
+    """
+    logits = logits.astype(jnp.float32)
+    if not config.do_sample:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if keys is None:
+        raise ValueError("do_sample=True needs random keys, one per row")
+    kept = warp(logits, config)
+    return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+
+def warp(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:
+    """Divides by the temperature and puts tokens that may not be drawn to -inf."""
+    logits = logits / config.temperature
+    if config.top_k:
+        logits = keep_top_k(logits, config.top_k)
+    return keep_top_p(logits, config.top_p) if config.top_p < 1.0 else logits
+
+
+def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
+    """Keeps the k largest of each row, and all that equal the k-th."""
+    least = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
+    return jnp.where(logits < least, -jnp.inf, logits)
+
+
+def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+    """Drops the least likely tokens whose probabilities sum to at most 1 - p; keeps at least one."""
+    order = jnp.argsort(logits, axis=-1)
+    ascending = jnp.take_along_axis(logits, order, axis=-1)
+    dropped = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1.0 - p
+    dropped = dropped.at[:, -1].set(False)
+    # The rank of a token in the sorted row is the inverse of the sorting permutation.
+    rank = jnp.argsort(order, axis=-1)
+    return jnp.where(jnp.take_along_axis(dropped, rank, axis=-1), -jnp.inf, logits)

@@ -1,0 +1,70 @@
+"""Scaled dot-product attention: one function, whatever computes it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+NOT_A_KEY = -1
+"""Key segment that no query has."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Visible:
+    """Which keys a query may attend to: same segment, and no later slot.
+
+    Kept as structure rather than as a dense mask, so that a kernel can skip whole blocks. Queries
+    take consecutive slots from `offset`; keys take the slots from 0.
+    """
+
+    query_segments: Any
+    """Int32 [B, T]."""
+    key_segments: Any
+    """Int32 [B, S]; `NOT_A_KEY` hides a key from everyone."""
+    offset: Any = 0
+    """Int32 scalar: the slot of the first query; 0 without a cache."""
+
+    def dense(self) -> Bool[Array, "B T S"]:
+        """Writes the mask out; True where query t may attend to key s."""
+        queries: Int[Array, "B T"] = self.query_segments
+        keys: Int[Array, "B S"] = self.key_segments
+        slots = self.offset + jnp.arange(queries.shape[1])
+        causal = jnp.arange(keys.shape[1])[None, :] <= slots[:, None]  # [T, S]
+        return causal[None, :, :] & (queries[:, :, None] == keys[:, None, :])
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    visible: Visible,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Attends with N query heads in K groups that share a key and value head; softmax in fp32.
+
+    A query that sees no key gives a finite value, which nothing may use. This is the place where a
+    fused kernel is chosen, by the platform of the mesh's devices and never by the default backend.
+    """
+    return _attend_dense(q, k, v, visible.dense(), scale)
+
+
+def _attend_dense(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    groups = q.reshape(B, T, K, N // K, H)
+    logits = jnp.einsum("btkgh,bskh->bkgts", groups, k, preferred_element_type=jnp.float32)
+    # The least finite value, not -inf: a row without keys must not become NaN.
+    blocked = jnp.finfo(jnp.float32).min
+    logits = jnp.where(mask[:, None, None, :, :], logits * scale, blocked)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)

@@ -1,0 +1,87 @@
+"""Keys and values of past steps, in arrays of a fixed capacity."""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from speechlm2_jax.sharding import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """What attention remembers of one conversation per row.
+
+    A step takes the next slot in every row, so slots are in order of time; rows that are shorter
+    than others have slots that are no keys. One call announces its steps, each layer writes and
+    reads, then the cache advances.
+    """
+
+    keys: Any
+    """[L, B, S, K, H]."""
+    values: Any
+    """[L, B, S, K, H]."""
+    is_key: Any
+    """Bool [B, S]: slots that hold a step which others may attend to."""
+    used: Any
+    """Int32 scalar: slots taken so far; the same in every row."""
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int, int, int], dtype: Any) -> "KVCache":
+        """Makes a cache of shape [L, B, S, K, H] that holds nothing."""
+        memory = constrain(jnp.zeros(shape, dtype), None, "batch", None, "act_heads", None)
+        return cls(
+            keys=memory,
+            values=memory,
+            is_key=jnp.zeros(shape[1:3], bool),
+            used=jnp.zeros((), jnp.int32),
+        )
+
+    def announce(self, is_key: Bool[Array, "B T"]) -> "KVCache":
+        """Marks which of the next T slots will hold keys.
+
+        Raises ValueError if the cache could never hold T steps. Slots already used are known only
+        at run time: the caller counts them.
+        """
+        if is_key.shape[1] > self.is_key.shape[1]:
+            raise ValueError(
+                f"{is_key.shape[1]} steps do not fit a cache of {self.is_key.shape[1]}; "
+                "make it with a larger capacity"
+            )
+        return replace(
+            self, is_key=jax.lax.dynamic_update_slice(self.is_key, is_key, (0, self.used))
+        )
+
+    def write(
+        self, layer: Int[Array, ""], keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"]
+    ) -> "KVCache":
+        """Puts a layer's keys and values into the next T slots."""
+        at = (layer, 0, self.used, 0, 0)
+        return replace(
+            self,
+            keys=jax.lax.dynamic_update_slice(self.keys, keys[None], at),
+            values=jax.lax.dynamic_update_slice(self.values, values[None], at),
+        )
+
+    def read(
+        self, layer: Int[Array, ""]
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Gives all slots of a layer."""
+        return (
+            jax.lax.dynamic_index_in_dim(self.keys, layer, keepdims=False),
+            jax.lax.dynamic_index_in_dim(self.values, layer, keepdims=False),
+        )
+
+    def advance(self, steps: int) -> "KVCache":
+        """Counts `steps` slots as used."""
+        return replace(self, used=self.used + steps)
+
+
+class Extended(NamedTuple):
+    """What a network gives for further steps of cached conversations."""
+
+    hidden: Float[Array, "B T D"]
+    cache: KVCache

@@ -1,0 +1,125 @@
+"""Low-rank adapters (Hu et al. 2021) with PEFT's meaning and key names."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from speechlm2_jax.layers.dropout import dropout
+from speechlm2_jax.layers.linear import Linear, default_init, zeros
+from speechlm2_jax.layers.module import Initializer, Variables, param
+
+TARGET_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "q_proj": "query",
+        "k_proj": "key",
+        "v_proj": "value",
+        "o_proj": "output",
+        "gate_proj": "gate",
+        "up_proj": "up",
+        "down_proj": "down",
+    }
+)
+"""PEFT's name of a linear layer -> the attribute that holds it here."""
+DEFAULT_TARGETS = ("q_proj", "v_proj")
+"""What PEFT adapts in the supported families when `target_modules` is not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """PEFT's LoraConfig keys that mean something here, with PEFT's defaults.
+
+    Raises ValueError for a value that PEFT has but this project does not support.
+    """
+
+    task_type: str = "CAUSAL_LM"
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] | None = None
+    bias: str = "none"
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
+
+    def __post_init__(self) -> None:
+        if self.target_modules is not None:
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if self.task_type != "CAUSAL_LM":
+            raise ValueError(f"lora.task_type={self.task_type!r}: only CAUSAL_LM is supported")
+        if self.bias != "none":
+            raise ValueError(f"lora.bias={self.bias!r}: only 'none' is supported")
+        if self.r < 1:
+            raise ValueError(f"lora.r={self.r} must be at least 1")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora.lora_dropout={self.lora_dropout} must be in [0, 1)")
+        unknown = sorted(set(self.target_modules or ()) - set(TARGET_NAMES))
+        if unknown:
+            raise ValueError(
+                f"lora.target_modules names {unknown}; choose among {list(TARGET_NAMES)}"
+            )
+
+    @property
+    def targets(self) -> frozenset[str]:
+        """Our attribute names of the adapted layers."""
+        names = DEFAULT_TARGETS if self.target_modules is None else self.target_modules
+        return frozenset(TARGET_NAMES[name] for name in names)
+
+    @property
+    def scale(self) -> float:
+        """What the low-rank product is multiplied with."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class LoraLinear(Linear):
+    """y = x Wᵀ + b + scale * dropout(x) Aᵀ Bᵀ; without `lora`, a plain Linear."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        axes: tuple[str | None, str | None],
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        init: Initializer = default_init,
+        lora: LoraConfig | None = None,
+    ):
+        super().__init__(d_in, d_out, axes=axes, rngs=rngs, bias=bias, init=init)
+        self.lora = lora
+        if lora is None:
+            self.lora_a = self.lora_b = None
+            return
+        # kaiming_uniform(a=sqrt(5)) is U(-1/sqrt(in), 1/sqrt(in)): `default_init`.
+        self.lora_a = param(rngs, (lora.r, d_in), ("rank", axes[1]), default_init)
+        self.lora_b = param(rngs, (d_out, lora.r), (axes[0], "rank"), zeros)
+
+    def __call__(
+        self, x: Float[Array, "B T d_in"], keys: Key[Array, " B"] | None = None
+    ) -> Float[Array, "B T d_out"]:
+        """Applies the layer; with `keys`, one per example, the adapter's dropout is on."""
+        y = super().__call__(x)
+        if self.lora is None or self.lora_a is None or self.lora_b is None:
+            return y
+        low = dropout(x, self.lora.lora_dropout, keys) @ self.lora_a[...].astype(x.dtype).T
+        return y + low @ self.lora_b[...].astype(x.dtype).T * self.lora.scale
+
+
+def merge_lora(variables: Variables, config: LoraConfig) -> Variables:
+    """Folds every adapter into its weight, W + scale * B A, and drops it.
+
+    The result binds to the same network built without LoRA. The sum is made in fp32.
+    """
+    merged = {p: v for p, v in variables.items() if not p.endswith((".lora_a", ".lora_b"))}
+    for path, a in variables.items():
+        if not path.endswith(".lora_a"):
+            continue
+        target = path.removesuffix("lora_a") + "weight"
+        b, weight = variables[path.removesuffix("a") + "b"], variables[target]
+        product = jnp.asarray(b, jnp.float32) @ jnp.asarray(a, jnp.float32)  # [..., out, in]
+        total = jnp.asarray(weight, jnp.float32) + product * config.scale
+        merged[target] = total.astype(weight.dtype)
+    return merged

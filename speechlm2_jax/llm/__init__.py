@@ -1,0 +1,1 @@
+"""One decoder, driven by its config, for every supported family."""

@@ -1,0 +1,193 @@
+"""The decoder: embeddings in, hidden states and logits out, with or without a cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from speechlm2_jax.layers.attention import NOT_A_KEY, Visible
+from speechlm2_jax.layers.cache import Extended, KVCache
+from speechlm2_jax.layers.dropout import fold_keys
+from speechlm2_jax.layers.feed_forward import GatedFeedForward
+from speechlm2_jax.layers.linear import Embedding, Linear
+from speechlm2_jax.layers.lora import LoraConfig
+from speechlm2_jax.layers.module import scan_layers, stack
+from speechlm2_jax.layers.norms import RMSNorm
+from speechlm2_jax.layers.rope import rotation
+from speechlm2_jax.llm.attention import Attention, Place
+from speechlm2_jax.llm.config import DecoderConfig
+from speechlm2_jax.sharding import constrain
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None
+    ):
+        self.attention_norm = RMSNorm(config.width, rngs=rngs, eps=config.norm_eps)
+        self.attention = Attention(config, rngs=rngs, lora=lora)
+        self.mlp_norm = RMSNorm(config.width, rngs=rngs, eps=config.norm_eps)
+        self.mlp = GatedFeedForward(
+            config.width,
+            config.mlp_width,
+            rngs=rngs,
+            activation=config.activation,
+            bias=config.mlp_bias,
+            init=jax.nn.initializers.normal(config.init_std),
+            lora=lora,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        place: Place,
+        *,
+        keys: Key[Array, " B"] | None = None,
+        cache: KVCache | None = None,
+        layer: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Runs one layer; returns the cache with this layer's keys and values, if there is one."""
+        attended, cache = self.attention(
+            self.attention_norm(x), place, keys=fold_keys(keys, 0), cache=cache, layer=layer
+        )
+        x = x + attended
+        x = x + self.mlp(self.mlp_norm(x), fold_keys(keys, 1))
+        return constrain(x, "batch", "time", "act_embed"), cache
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model (Llama, Qwen2, Qwen3), as its config says."""
+
+    def __init__(
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None
+    ):
+        init = jax.nn.initializers.normal(config.init_std)
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.width, rngs=rngs, init=init)
+        self.layers = stack(
+            lambda layer_rngs: Block(config, rngs=layer_rngs, lora=lora), config.layers, rngs
+        )
+        self.norm = RMSNorm(config.width, rngs=rngs, eps=config.norm_eps)
+        self.head = None if config.tied else _head(config, rngs)
+
+    def embed(self, ids: Int[Array, "B *rows T"]) -> Float[Array, "B *rows T D"]:
+        """Looks tokens up, in the dtype of the table."""
+        between = (None,) * (ids.ndim - 2)
+        return constrain(self.embedding(ids), "batch", *between, "time", "act_embed")
+
+    def __call__(
+        self,
+        embeds: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        is_key: Bool[Array, "B T"],
+        keys: Key[Array, " B"] | None = None,
+        remat: bool = True,
+    ) -> Float[Array, "B T D"]:
+        """Computes the hidden states after the final norm, in the dtype of `embeds`.
+
+        Step i sees step j when j <= i, both are of one segment and `is_key[j]`. What steps without
+        a visible key give is finite and means nothing. With `keys`, one per row, the LoRA dropout
+        is on; `remat` computes each layer again in the backward pass instead of keeping it.
+        """
+        place = self._place(positions, segments, jnp.where(is_key, segments, NOT_A_KEY))
+        x, _, _ = self._run(embeds, place, keys=keys, remat=remat)
+        return self.norm(x)
+
+    def layer_outputs(
+        self,
+        embeds: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        is_key: Bool[Array, "B T"],
+    ) -> Float[Array, "L B T D"]:
+        """Computes the residual stream after each layer, before the final norm."""
+        place = self._place(positions, segments, jnp.where(is_key, segments, NOT_A_KEY))
+        return self._run(embeds, place, emit=lambda x: x)[2]
+
+    def new_cache(self, batch: int, capacity: int, dtype: Any) -> KVCache:
+        """Makes an empty cache of `capacity` steps for `batch` rows."""
+        c = self.config
+        return KVCache.empty((c.layers, batch, capacity, c.kv_heads, c.head_width), dtype)
+
+    def extend(
+        self,
+        embeds: Float[Array, "B T D"],
+        cache: KVCache,
+        *,
+        positions: Int[Array, "B T"],
+        is_key: Bool[Array, "B T"],
+    ) -> Extended:
+        """Runs T further steps of the conversations in `cache`, each row one conversation.
+
+        The cache must have T free slots. Equal, step by step, to `__call__` on the whole.
+        """
+        cache = cache.announce(is_key)
+        queries = jnp.zeros(is_key.shape, jnp.int32)
+        key_segments = jnp.where(cache.is_key, 0, NOT_A_KEY)
+        place = self._place(positions, queries, key_segments, cache.used)
+        x, written, _ = self._run(embeds, place, cache=cache)
+        return Extended(self.norm(x), written.advance(is_key.shape[1]))
+
+    @property
+    def head_weight(self) -> Float[Array, "V D"]:
+        """The output layer's weight, for losses that make logits in chunks."""
+        return (self.embedding if self.head is None else self.head).weight[...]
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Scores every token in fp32, whatever the dtype of `hidden`."""
+        weight = self.head_weight.astype(hidden.dtype)
+        scores = jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
+        return constrain(scores, "batch", "time", "act_vocab")
+
+    def _place(
+        self,
+        positions: Int[Array, "B T"],
+        query_segments: Int[Array, "B T"],
+        key_segments: Int[Array, "B S"],
+        offset: Int[Array, ""] | int = 0,
+    ) -> Place:
+        return Place(
+            rotation=rotation(self.config.rope, positions, self.config.head_width),
+            visible=Visible(
+                query_segments=query_segments, key_segments=key_segments, offset=offset
+            ),
+        )
+
+    def _run(
+        self,
+        embeds: Float[Array, "B T D"],
+        place: Place,
+        *,
+        keys: Key[Array, " B"] | None = None,
+        cache: KVCache | None = None,
+        remat: bool = False,
+        emit: Callable[[Array], Any] = lambda x: None,
+    ) -> tuple[Array, Any, Any]:
+        # The cache is carried, not scanned over: each layer then writes its slot in place.
+        def body(block: Block, carry: Any, layer: Array) -> tuple[Any, Any]:
+            x, cache = carry
+            x, cache = block(x, place, keys=fold_keys(keys, layer), cache=cache, layer=layer)
+            return (x, cache), emit(x)
+
+        x = constrain(embeds, "batch", "time", "act_embed")
+        layers = jnp.arange(self.config.layers)
+        (x, cache), emitted = scan_layers(self.layers, body, (x, cache), layers, remat=remat)
+        return x, cache, emitted
+
+
+def _head(config: DecoderConfig, rngs: nnx.Rngs) -> Linear:
+    return Linear(
+        config.width,
+        config.vocab_size,
+        axes=("vocab", "embed"),
+        rngs=rngs,
+        bias=False,
+        init=jax.nn.initializers.normal(config.init_std),
+    )
