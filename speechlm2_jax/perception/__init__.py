@@ -1,0 +1,1 @@
+"""Waveform -> LLM-width frames: mel front end, FastConformer, modality adapter, projection."""

@@ -1,0 +1,66 @@
+"""Batch normalisation that counts only the frames it is told to, and returns its new statistics."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from speechlm2_jax.layers.linear import ones, zeros
+from speechlm2_jax.layers.module import buffer, param
+
+EPS = 1e-5
+MOMENTUM = 0.1
+Statistics = dict[str, Array]
+"""New values of buffers by dotted path below the module that returns them."""
+
+
+class BatchNorm(nnx.Module):
+    """Normalises each channel by its mean and variance (Ioffe and Szegedy 2015), in fp32.
+
+    In evaluation these are the running ones. In training they are those of the counted frames of
+    the global batch; the running ones move towards them by `MOMENTUM` (the variance unbiased).
+    """
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.weight = param(rngs, (width,), ("norm",), ones)
+        self.bias = param(rngs, (width,), ("norm",), zeros)
+        self.running_mean = buffer(jnp.zeros(width), ("norm",))
+        self.running_var = buffer(jnp.ones(width), ("norm",))
+        self.batches_tracked = buffer(jnp.zeros((), jnp.int32), ())
+
+    def __call__(
+        self, x: Float[Array, "B T D"], counted: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Statistics]:
+        """Normalises `x`; with `counted`, in training mode over those frames.
+
+        Gives the new statistics too: none in evaluation, the old values if no frame is counted.
+        """
+        x32 = x.astype(jnp.float32)
+        mean, variance = self.running_mean[...], self.running_var[...]
+        statistics: Statistics = {}
+        if counted is not None:
+            mean, variance, statistics = self._measure(x32, counted)
+        scale = self.weight[...].astype(jnp.float32) * jax.lax.rsqrt(variance + EPS)
+        y = (x32 - mean[None, None]) * scale[None, None]
+        return (y + self.bias[...].astype(jnp.float32)[None, None]).astype(x.dtype), statistics
+
+    def _measure(
+        self, x: Float[Array, "B T D"], counted: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, " D"], Float[Array, " D"], Statistics]:
+        count = jnp.sum(counted, dtype=jnp.float32)
+        mask = counted[..., None]
+        mean = jnp.sum(jnp.where(mask, x, 0.0), axis=(0, 1)) / jnp.maximum(count, 1.0)
+        squares = jnp.where(mask, jnp.square(x - mean[None, None]), 0.0)
+        total = jnp.sum(squares, axis=(0, 1))
+        unbiased = total / jnp.maximum(count - 1.0, 1.0)
+        rate = jnp.where(count > 0, MOMENTUM, 0.0)
+
+        def moved(old: Array, new: Array) -> Array:
+            return old + rate * (jax.lax.stop_gradient(new) - old)
+
+        statistics = {
+            "running_mean": moved(self.running_mean[...], mean),
+            "running_var": moved(self.running_var[...], unbiased),
+            "batches_tracked": self.batches_tracked[...] + (count > 0).astype(jnp.int32),
+        }
+        return mean, total / jnp.maximum(count, 1.0), statistics

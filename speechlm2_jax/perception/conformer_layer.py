@@ -1,0 +1,140 @@
+"""One Conformer layer (Gulati et al. 2020): attention and convolution between two half steps."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from speechlm2_jax.layers.dropout import dropout, fold_keys
+from speechlm2_jax.layers.linear import Linear, zeros
+from speechlm2_jax.layers.module import param
+from speechlm2_jax.layers.norms import LayerNorm
+from speechlm2_jax.perception.batch_norm import BatchNorm, Statistics
+from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
+from speechlm2_jax.perception.frames import is_within
+from speechlm2_jax.perception.initializers import uniform
+from speechlm2_jax.perception.relative_attention import RelativeAttention, View
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LayerInputs:
+    """What every layer of a pass shares."""
+
+    view: View
+    counted: Bool[Array, "B T"] | None = None
+    """Frames that batch norm counts in training; None in evaluation."""
+    tied_biases: tuple[Float[Array, "N H"], Float[Array, "N H"]] | None = None
+
+
+class FeedForward(nnx.Module):
+    """Linear, SiLU, dropout, Linear."""
+
+    def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
+        width, hidden = config.d_model, config.d_model * config.ff_expansion_factor
+        self.rate = config.dropout
+        self.hidden = Linear(width, hidden, axes=("mlp", "embed"), rngs=rngs, bias=config.use_bias)
+        self.output = Linear(hidden, width, axes=("embed", "mlp"), rngs=rngs, bias=config.use_bias)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], keys: Key[Array, " B"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Transforms each frame on its own; `keys` switch dropout on."""
+        return self.output(dropout(jax.nn.silu(self.hidden(x)), self.rate, keys))
+
+
+class DepthwiseConv(nnx.Module):
+    """Convolution over time, one kernel per channel; weight [D, k].
+
+    A sum of k shifted products: XLA's grouped convolution is several times slower on CPU.
+    """
+
+    def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
+        self.context = config.conv_context
+        size = config.conv_kernel_size
+        self.weight = param(rngs, (config.d_model, size), ("embed", "conv"), uniform(size))
+        self.bias = param(rngs, (config.d_model,), ("norm",), zeros) if config.use_bias else None
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Convolves with zeros beyond both ends; as many frames come out."""
+        weight = self.weight[...].astype(x.dtype)
+        steps = x.shape[1]
+        padded = jnp.pad(x, ((0, 0), self.context, (0, 0)))
+        y = padded[:, :steps] * weight[None, None, :, 0]
+        for tap in range(1, weight.shape[1]):
+            y = y + padded[:, tap : tap + steps] * weight[None, None, :, tap]
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None, None]
+
+
+class Convolution(nnx.Module):
+    """Pointwise to twice the width, gate, depthwise over time, norm, SiLU, pointwise."""
+
+    def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
+        width, bias = config.d_model, config.use_bias
+        self.pointwise_in = Linear(width, 2 * width, axes=("mlp", "embed"), rngs=rngs, bias=bias)
+        self.depthwise = DepthwiseConv(config, rngs=rngs)
+        self.norm = NORMS[config.conv_norm_type](width, rngs=rngs)
+        self.pointwise_out = Linear(width, width, axes=("embed", "mlp"), rngs=rngs, bias=bias)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], inputs: LayerInputs
+    ) -> tuple[Float[Array, "B T D"], Statistics]:
+        """Convolves; silence replaces padding, so real frames never see it."""
+        value, gate = jnp.split(self.pointwise_in(x), 2, axis=-1)
+        is_real = is_within(inputs.view.lengths, x.shape[1])[..., None]
+        x = jnp.where(is_real, value * jax.nn.sigmoid(gate), jnp.zeros((), x.dtype))
+        x = self.depthwise(x)
+        statistics: Statistics = {}
+        if isinstance(self.norm, BatchNorm):
+            x, statistics = self.norm(x, inputs.counted)
+        else:
+            x = self.norm(x)
+        return self.pointwise_out(jax.nn.silu(x)), statistics
+
+
+NORMS = {"batch_norm": BatchNorm, "layer_norm": LayerNorm}
+
+
+class ConformerLayer(nnx.Module):
+    """Residual sum of the four blocks, each behind its own layer norm, and a norm at the end."""
+
+    def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
+        self.rate = config.dropout
+        self.feed_forward_in_norm = LayerNorm(config.d_model, rngs=rngs)
+        self.feed_forward_in = FeedForward(config, rngs=rngs)
+        self.attention_norm = LayerNorm(config.d_model, rngs=rngs)
+        self.attention = RelativeAttention(config, rngs=rngs)
+        self.conv_norm = LayerNorm(config.d_model, rngs=rngs)
+        self.conv = Convolution(config, rngs=rngs)
+        self.feed_forward_out_norm = LayerNorm(config.d_model, rngs=rngs)
+        self.feed_forward_out = FeedForward(config, rngs=rngs)
+        self.output_norm = LayerNorm(config.d_model, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        inputs: LayerInputs,
+        keys: Key[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Statistics]:
+        """Gives the new frames, and new batch-norm statistics by path; `keys` switch dropout on."""
+        places = [fold_keys(keys, place) for place in range(7)]
+
+        def added(x: Array, update: Array, place: int) -> Array:
+            return x + dropout(update, self.rate, places[place])
+
+        update = self.feed_forward_in(self.feed_forward_in_norm(x), places[0])
+        x = added(x, 0.5 * update, 1)
+        update = self.attention(
+            self.attention_norm(x),
+            inputs.view,
+            tied_biases=inputs.tied_biases,
+            keys=places[2],
+        )
+        x = added(x, update, 3)
+        update, statistics = self.conv(self.conv_norm(x), inputs)
+        x = added(x, update, 4)
+        update = self.feed_forward_out(self.feed_forward_out_norm(x), places[5])
+        x = added(x, 0.5 * update, 6)
+        return self.output_norm(x), {f"conv.norm.{k}": v for k, v in statistics.items()}

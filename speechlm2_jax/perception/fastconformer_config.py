@@ -1,0 +1,173 @@
+"""Settings of a FastConformer, under NeMo's key names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+Context = tuple[int, int]
+_ONLY_WITH_REDUCTION = "only read by mid-network reduction, which is refused"
+_ONLY_WITH_STOCHASTIC_DEPTH = "only read by stochastic depth, which is refused"
+_TORCH_KERNELS = "chooses among torch's attention kernels; the result is the same"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastConformerConfig:
+    """NeMo's ConformerEncoder block, key by key, with NeMo's defaults (Rekesh et al. 2023)."""
+
+    TARGETS: ClassVar[tuple[str, ...]] = ("ConformerEncoder",)
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        "subsampling_conv_chunking_factor": "works around a torch limit on indices; same result",
+        "reduction_position": _ONLY_WITH_REDUCTION,
+        "reduction_factor": _ONLY_WITH_REDUCTION,
+        "stochastic_depth_mode": _ONLY_WITH_STOCHASTIC_DEPTH,
+        "stochastic_depth_start_layer": _ONLY_WITH_STOCHASTIC_DEPTH,
+        "global_tokens_spacing": "only read with global_tokens, which are refused",
+        "use_pytorch_sdpa": _TORCH_KERNELS,
+        "use_pytorch_sdpa_backends": _TORCH_KERNELS,
+        "sync_max_audio_length": "sizes torch's table of positions; here it follows the input",
+    }
+    REFUSED: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "reduction": ("there is no reduction between layers; set it to null", None),
+        "att_chunk_context_size": ("only plain chunked_limited is done; set it to null", None),
+        "conv_context_style": ("only regular convolution context is done", "regular"),
+        "stochastic_depth_drop_prob": ("no stochastic depth; set it to 0", 0, 0.0),
+        "global_tokens": ("there is no local attention with global tokens; set it to 0", 0),
+        "global_attn_separate": ("there are no global tokens; set it to false", False),
+    }
+
+    feat_in: int
+    n_layers: int
+    d_model: int
+    feat_out: int = -1
+    causal_downsampling: bool = False
+    subsampling: str = "striding"
+    subsampling_factor: int = 4
+    subsampling_conv_channels: int = -1
+    ff_expansion_factor: int = 4
+    self_attention_model: str = "rel_pos"
+    n_heads: int = 4
+    att_context_size: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
+    """Frames seen to the left and right, -1 for all; or several such pairs (see `contexts`)."""
+    att_context_probs: tuple[float, ...] | None = None
+    att_context_style: str = "regular"
+    xscaling: bool = True
+    untie_biases: bool = True
+    pos_emb_max_len: int = 5000
+    """Kept for the round trip of settings: positions are computed to the length of the input."""
+    conv_kernel_size: int = 31
+    conv_norm_type: str = "batch_norm"
+    conv_context_size: str | tuple[int, ...] | None = None
+    use_bias: bool = True
+    dropout: float = 0.1
+    dropout_pre_encoder: float = 0.1
+    dropout_emb: float = 0.1
+    dropout_att: float = 0.0
+
+    def __post_init__(self) -> None:
+        choices = {
+            "subsampling": ("dw_striding", "striding"),
+            "self_attention_model": ("rel_pos",),
+            "att_context_style": ("regular", "chunked_limited"),
+            "conv_norm_type": ("batch_norm", "layer_norm"),
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(
+                    f"{key}={getattr(self, key)!r} is not supported; use {' or '.join(allowed)}"
+                )
+        factor = self.subsampling_factor
+        if factor < 1 or factor & (factor - 1):
+            raise ValueError(f"subsampling_factor={factor} must be a power of two")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model}")
+        if self.d_model % 2:
+            raise ValueError(f"d_model={self.d_model} must be even (sine and cosine positions)")
+        if self.conv_kernel_size % 2 == 0:
+            raise ValueError(f"conv_kernel_size={self.conv_kernel_size} must be odd")
+        for key in ("dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att"):
+            if not 0.0 <= getattr(self, key) < 1.0:
+                raise ValueError(f"{key}={getattr(self, key)} must be in [0, 1)")
+        _check_contexts(self)
+        if sum(self.conv_context) + 1 != self.conv_kernel_size:
+            raise ValueError(
+                f"conv_context_size={self.conv_context_size} must be null, causal or two numbers "
+                f"whose sum is conv_kernel_size - 1 = {self.conv_kernel_size - 1}"
+            )
+
+    @property
+    def contexts(self) -> tuple[Context, ...]:
+        """(left, right) attention contexts. The first serves evaluation; training draws one."""
+        sizes = self.att_context_size or (-1, -1)
+        pairs = sizes if isinstance(sizes[0], tuple) else (sizes,)
+        return tuple((int(pair[0]), int(pair[1])) for pair in pairs)  # type: ignore[index]
+
+    @property
+    def context_probabilities(self) -> tuple[float, ...]:
+        """How often training draws each of `contexts`."""
+        count = len(self.contexts)
+        return self.att_context_probs or (1.0 / count,) * count
+
+    @property
+    def conv_context(self) -> Context:
+        """Frames that the depthwise convolution sees to the left and right of each."""
+        reach = self.conv_kernel_size - 1
+        named = {None: (reach // 2, reach // 2), "regular": (reach // 2, reach // 2)}
+        named["causal"] = (reach, 0)
+        size = self.conv_context_size
+        if isinstance(size, tuple):
+            return (size[0], size[1]) if len(size) == 2 else (-1, -1)
+        return named.get(size, (-1, -1))
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the subsampling convolutions."""
+        channels = self.subsampling_conv_channels
+        return self.d_model if channels == -1 else channels
+
+    @property
+    def stages(self) -> int:
+        """How many times subsampling halves the frames."""
+        return self.subsampling_factor.bit_length() - 1
+
+    @property
+    def stage_padding(self) -> Context:
+        """Zeros before and after time (and frequency) in each halving convolution of 3 taps."""
+        return (2, 1) if self.causal_downsampling else (1, 1)
+
+    @property
+    def width(self) -> int:
+        """Width of the output frames."""
+        return self.feat_out if self.feat_out > 0 else self.d_model
+
+    def frame_count(self, frames: int) -> int:
+        """Counts the output frames that `frames` input frames make. None makes none."""
+        return self.subsampled(frames) if frames > 0 else 0
+
+    def subsampled(self, size: Any) -> Any:
+        """Size of an axis (time or frequency) after all halvings: an int, or an array of them."""
+        for _ in range(self.stages):
+            size = (size + sum(self.stage_padding) - 3) // 2 + 1
+        return size
+
+
+def _check_contexts(config: FastConformerConfig) -> None:
+    sizes = config.att_context_size
+    if sizes:
+        pairs = sizes if isinstance(sizes[0], tuple) else (sizes,)
+        if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
+            raise ValueError(f"att_context_size={sizes} must be [left, right] or a list of such")
+    for left, right in config.contexts:
+        if min(left, right) < -1:
+            raise ValueError(f"att_context_size={sizes} must hold frames, or -1 for all")
+        if config.att_context_style == "chunked_limited":
+            if right < 0 and len(config.contexts) == 1:
+                raise ValueError(
+                    f"att_context_size={sizes}: chunked_limited needs a bounded right context"
+                )
+            if left > 0 and right >= 0 and left % (right + 1):
+                raise ValueError(
+                    f"att_context_size={sizes}: left must be a multiple of right + 1 (the chunk)"
+                )
+    probabilities = config.context_probabilities
+    if len(probabilities) != len(config.contexts) or abs(sum(probabilities) - 1.0) > 1e-6:
+        raise ValueError("att_context_probs must have one number per att_context_size and sum to 1")

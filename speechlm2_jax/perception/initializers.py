@@ -1,0 +1,16 @@
+"""How fresh convolution weights are drawn."""
+
+import jax
+import jax.numpy as jnp
+
+from speechlm2_jax.layers.module import Initializer
+
+
+def uniform(inputs: int) -> Initializer:
+    """U(-1/sqrt(n), 1/sqrt(n)) for a kernel that sums n inputs: torch's default."""
+    bound = inputs**-0.5
+
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return draw

@@ -1,0 +1,277 @@
+"""Log-mel front end: waveform -> normalised log-mel frames, in fp32 whatever the compute dtype.
+
+The definition is that of NeMo's AudioToMelSpectrogramPreprocessor, so that its encoders see the
+features they were trained on: zero-padded centred STFT, Slaney filters, ln(mel + 2^-24), and
+normalisation over the real frames of each clip.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from speechlm2_jax.layers.module import buffer
+from speechlm2_jax.perception.frames import Frames, is_within
+from speechlm2_jax.perception.mel_filterbank import WINDOWS, analysis_window, mel_filterbank
+
+STD_FLOOR = 1e-5
+"""Added to the standard deviation itself, so a constant bin normalises to 0."""
+NORMALISATIONS = ("per_feature", "all_features", "NA", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogMelConfig:
+    """NeMo's preprocessor block, key by key; sizes in seconds, samples or Hz as NeMo has them."""
+
+    TARGETS: ClassVar[tuple[str, ...]] = ("AudioToMelSpectrogramPreprocessor",)
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        "use_torchaudio": "deprecated in NeMo, where it has no effect",
+        "stft_exact_pad": "deprecated in NeMo, where it has no effect",
+        "stft_conv": "deprecated in NeMo, where it has no effect",
+        "nb_max_freq": "only read by narrow-band augmentation, which is not done here",
+    }
+    REFUSED: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "frame_splicing": ("frames are not spliced; set frame_splicing to 1", 1),
+        "nb_augmentation_prob": ("no narrow-band augmentation; set it to 0", 0, 0.0),
+        "rng": ("random draws come from the run's seed; set rng to null", None),
+    }
+
+    sample_rate: int = 16000
+    window_size: float | None = 0.02
+    window_stride: float | None = 0.01
+    n_window_size: int | None = None
+    n_window_stride: int | None = None
+    window: str = "hann"
+    normalize: str | None = "per_feature"
+    n_fft: int | None = None
+    preemph: float | None = 0.97
+    features: int = 64
+    lowfreq: float = 0.0
+    highfreq: float | None = None
+    log: bool = True
+    log_zero_guard_type: str = "add"
+    log_zero_guard_value: float | str = 2.0**-24
+    dither: float = 1e-5
+    pad_to: int = 16
+    exact_pad: bool = False
+    pad_value: float = 0.0
+    mag_power: float = 2.0
+    mel_norm: str | None = "slaney"
+
+    def __post_init__(self) -> None:
+        for seconds, samples in (
+            ("window_size", "n_window_size"),
+            ("window_stride", "n_window_stride"),
+        ):
+            given = [bool(getattr(self, name)) for name in (seconds, samples)]
+            if sum(given) != 1:
+                raise ValueError(f"give exactly one of {seconds} (s) and {samples} (samples)")
+        choices = {
+            "window": WINDOWS,
+            "normalize": NORMALISATIONS,
+            "log_zero_guard_type": ("add", "clamp"),
+            "mel_norm": ("slaney", None),
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                names = ", ".join("null" if a is None else a for a in allowed)
+                raise ValueError(
+                    f"{key}={getattr(self, key)!r} is not supported; use one of {names}"
+                )
+        if isinstance(self.log_zero_guard_value, str) and self.log_zero_guard_value not in _GUARDS:
+            raise ValueError(
+                f"log_zero_guard_value={self.log_zero_guard_value!r} must be a number, tiny or eps"
+            )
+        if self.window_samples > self.fft_size:
+            raise ValueError(f"n_fft={self.fft_size} is below the window ({self.window_samples})")
+        if self.exact_pad and self.hop_samples % 2:
+            raise ValueError(f"exact_pad needs an even hop, not {self.hop_samples} samples")
+
+    @property
+    def window_samples(self) -> int:
+        """Length of the analysis window."""
+        return self.n_window_size or int((self.window_size or 0.0) * self.sample_rate)
+
+    @property
+    def hop_samples(self) -> int:
+        """Samples from one frame to the next."""
+        return self.n_window_stride or int((self.window_stride or 0.0) * self.sample_rate)
+
+    @property
+    def fft_size(self) -> int:
+        """Length of the Fourier transform: by default the next power of two."""
+        return self.n_fft or 2 ** math.ceil(math.log2(self.window_samples))
+
+    @property
+    def guard(self) -> float:
+        """The number that keeps the logarithm away from zero."""
+        value = self.log_zero_guard_value
+        return _GUARDS[value] if isinstance(value, str) else value
+
+    @property
+    def side_padding(self) -> int:
+        """Zeros before and after the waveform."""
+        return (self.fft_size - self.hop_samples) // 2 if self.exact_pad else self.fft_size // 2
+
+    def frame_count(self, samples: int) -> int:
+        """Counts the real frames of a clip; the STFT's last frame is never one of them."""
+        frames = (samples + 2 * self.side_padding - self.fft_size) // self.hop_samples
+        return max(frames, 0) if samples > 0 else 0
+
+    def frame_extent(self, samples: int) -> int:
+        """Counts the frames that a batch padded to `samples` has in NeMo (pad_to included)."""
+        frames = 1 + (samples + 2 * self.side_padding - self.fft_size) // self.hop_samples
+        multiple = self.pad_to or 1
+        return -(-frames // multiple) * multiple
+
+
+_GUARDS = {"tiny": 2.0**-126, "eps": 2.0**-23}
+
+
+class LogMel(nnx.Module):
+    """Waveform [B, S] -> log-mel frames [B, T, M] with T = config.frame_extent(S).
+
+    The filterbank and the window are buffers: a checkpoint's own tables replace the computed ones.
+    """
+
+    def __init__(self, config: LogMelConfig):
+        self.config = config
+        filters = mel_filterbank(
+            sample_rate_hz=config.sample_rate,
+            n_fft=config.fft_size,
+            bins=config.features,
+            low_hz=config.lowfreq,
+            high_hz=config.highfreq or config.sample_rate / 2,
+            area_normalised=config.mel_norm == "slaney",
+        )
+        self.filterbank = buffer(jnp.asarray(filters), ("feature", "feature"))
+        window = analysis_window(config.window, config.window_samples)
+        self.window = buffer(jnp.asarray(window), ("feature",))
+
+    def __call__(
+        self,
+        audio: Float[Array, "B S"],
+        lengths: Int[Array, " B"],
+        *,
+        keys: Key[Array, " B"] | None = None,
+    ) -> Frames:
+        """Computes the features of clips of `lengths` samples; with `keys`, dithers them first."""
+        config = self.config
+        wave = audio.astype(jnp.float32)
+        if config.exact_pad:
+            wave = jnp.pad(wave, ((0, 0), (config.side_padding,) * 2))
+        wave = _dither(wave, config.dither, keys)
+        if config.preemph is not None:
+            wave = _preemphasise(wave, lengths, config.preemph)
+        mel = jnp.einsum(
+            "btk,mk->btm",
+            self._spectrum(wave),
+            self.filterbank[...].astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        frame_lengths = self.frame_lengths(lengths)
+        features = _normalise(self._log(mel), frame_lengths, config.normalize)
+        return Frames(
+            frames=self._pad(features, frame_lengths, audio.shape[1]), lengths=frame_lengths
+        )
+
+    def frame_lengths(self, lengths: Int[Array, " B"]) -> Int[Array, " B"]:
+        """`config.frame_count` for an array of lengths in samples."""
+        config = self.config
+        overhang = 2 * config.side_padding - config.fft_size
+        frames = jnp.maximum((lengths + overhang) // config.hop_samples, 0)
+        return jnp.where(lengths > 0, frames, 0)
+
+    def frame_extents(self, extents: Int[Array, " B"]) -> Int[Array, " B"]:
+        """`config.frame_extent` for an array of padded lengths in samples."""
+        config = self.config
+        frames = 1 + (extents + 2 * config.side_padding - config.fft_size) // config.hop_samples
+        multiple = config.pad_to or 1
+        return -(-frames // multiple) * multiple
+
+    def _spectrum(self, wave: Float[Array, "B S"]) -> Float[Array, "B T K"]:
+        config = self.config
+        size, hop, n_fft = config.window_samples, config.hop_samples, config.fft_size
+        if not config.exact_pad:
+            wave = jnp.pad(wave, ((0, 0), (n_fft // 2, n_fft // 2)))
+        count = 1 + (wave.shape[1] - n_fft) // hop
+        # the window sits in the middle of the transform; its place there only turns the phase
+        wave = wave[:, (n_fft - size) // 2 :]
+        frames = (
+            _overlapping(wave, size, hop, count) * self.window[...].astype(jnp.float32)[None, None]
+        )
+        spectrum = jnp.fft.rfft(frames, n=n_fft)
+        power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+        return power if config.mag_power == 2.0 else jnp.power(power, config.mag_power / 2.0)
+
+    def _log(self, mel: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+        config = self.config
+        if not config.log:
+            return mel
+        if config.log_zero_guard_type == "clamp":
+            return jnp.log(jnp.maximum(mel, config.guard))
+        return jnp.log(mel + config.guard)
+
+    def _pad(
+        self, features: Float[Array, "B T M"], lengths: Int[Array, " B"], samples: int
+    ) -> Float[Array, "B T2 M"]:
+        """Overwrites frames that are not real, and pads time to a multiple of pad_to."""
+        is_real = is_within(lengths, features.shape[1])[..., None]
+        features = jnp.where(is_real, features, self.config.pad_value)
+        missing = self.config.frame_extent(samples) - features.shape[1]
+        padding = ((0, 0), (0, missing), (0, 0))
+        return jnp.pad(features, padding, constant_values=self.config.pad_value)
+
+
+def _dither(
+    wave: Float[Array, "B S"], amount: float, keys: Key[Array, " B"] | None
+) -> Float[Array, "B S"]:
+    """Adds white noise whose draw belongs to the example, so padding does not change it."""
+    if keys is None or amount <= 0.0:
+        return wave
+    noise = jax.vmap(lambda key: jax.random.normal(key, wave.shape[1:]))(keys)
+    return wave + amount * noise
+
+
+def _preemphasise(
+    wave: Float[Array, "B S"], lengths: Int[Array, " B"], coefficient: float
+) -> Float[Array, "B S"]:
+    """y[t] = x[t] - a x[t-1], then silence from each length on."""
+    previous = jnp.pad(wave[:, :-1], ((0, 0), (1, 0)))
+    is_real = is_within(lengths, wave.shape[1])
+    return jnp.where(is_real, wave - coefficient * previous, 0.0)
+
+
+def _overlapping(
+    wave: Float[Array, "B S"], size: int, hop: int, count: int
+) -> Float[Array, "B T size"]:
+    """Cuts `count` windows, `hop` apart, out of whole hops: copies of runs, no gather."""
+    per_window = -(-size // hop)
+    total = (count - 1 + per_window) * hop
+    wave = jnp.pad(wave, ((0, 0), (0, max(total - wave.shape[1], 0))))[:, :total]
+    hops = wave.reshape(wave.shape[0], -1, hop)
+    parts = [hops[:, i : i + count] for i in range(per_window)]
+    return jnp.concatenate(parts, axis=-1)[..., :size]
+
+
+def _normalise(
+    features: Float[Array, "B T M"], lengths: Int[Array, " B"], kind: str | None
+) -> Float[Array, "B T M"]:
+    """Takes off the mean and divides by the unbiased deviation, both over real frames.
+
+    A single frame (per_feature) has no deviation: it becomes zeros, and no frame gives no NaN.
+    """
+    if kind not in ("per_feature", "all_features"):
+        return features
+    axes, values_per_frame = ((1,), 1) if kind == "per_feature" else ((1, 2), features.shape[2])
+    is_real = is_within(lengths, features.shape[1])[..., None]
+    count = (lengths * values_per_frame).astype(jnp.float32)[:, None, None]
+    total = jnp.sum(jnp.where(is_real, features, 0.0), axis=axes, keepdims=True)
+    centred = features - total / jnp.maximum(count, 1.0)
+    squares = jnp.sum(jnp.where(is_real, jnp.square(centred), 0.0), axis=axes, keepdims=True)
+    return centred / (jnp.sqrt(squares / jnp.maximum(count - 1.0, 1.0)) + STD_FLOOR)
