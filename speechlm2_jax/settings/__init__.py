@@ -5,7 +5,7 @@ result into a dataclass and refuses what it does not know; `to_plain` is its inv
 """
 
 from speechlm2_jax.settings.build import build, defaults, ignored_report, to_plain
-from speechlm2_jax.settings.command_line import parse_cli
+from speechlm2_jax.settings.command_line import parse_cli, parse_overrides
 from speechlm2_jax.settings.errors import SettingsError
 from speechlm2_jax.settings.read import (
     MISSING,
@@ -27,6 +27,7 @@ __all__ = [
     "load",
     "override",
     "parse_cli",
+    "parse_overrides",
     "parse_yaml",
     "require_complete",
     "resolve",

@@ -30,6 +30,33 @@ def parse_cli(
     parser.add_argument("--config", metavar="NAME_OR_PATH", help="a name in configs/, or a file")
     parser.add_argument("--config-path", "-cp", metavar="FOLDER", help="with --config-name")
     parser.add_argument("--config-name", "-cn", metavar="NAME", help="a file of --config-path")
+    words, overrides = _parse(parser, argv, "name the settings with --config")
+    config = words.config or words.config_name or default
+    if words.config_path and not words.config:
+        if not words.config_name:
+            raise SettingsError("--config-path needs --config-name, the file in that folder")
+        config = str(find(words.config_name, (Path(words.config_path),)))
+    if not config:
+        raise SettingsError(f"name the settings: {program} --config NAME_OR_PATH [key=value ...]")
+    return config, overrides
+
+
+def parse_overrides(
+    argv: Sequence[str], *, program: str, description: str, keys: Sequence[str] = ()
+) -> list[str]:
+    """The `key=value` words of a command without a settings file; --help lists `keys`."""
+    parser = _Parser(
+        prog=program,
+        description=description,
+        epilog=f"keys: {', '.join(keys)}" if keys else None,
+        allow_abbrev=False,
+    )
+    return _parse(parser, argv, f"see {program} --help")[1]
+
+
+def _parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str], hint: str
+) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -39,13 +66,5 @@ def parse_cli(
     words = parser.parse_intermixed_args(list(argv))
     for word in words.overrides:
         if "=" not in word and not word.startswith("~"):
-            raise SettingsError(f"{word!r}: expected key=value; name the settings with --config")
-    config = words.config or words.config_name or default
-    if words.config_path and not words.config:
-        if not words.config_name:
-            raise SettingsError("--config-path needs --config-name, the file in that folder")
-        folder = Path(words.config_path)
-        config = str(find(words.config_name, (folder,)))
-    if not config:
-        raise SettingsError(f"name the settings: {program} --config NAME_OR_PATH [key=value ...]")
-    return config, list(words.overrides)
+            raise SettingsError(f"{word!r}: expected key=value; {hint}")
+    return words, list(words.overrides)

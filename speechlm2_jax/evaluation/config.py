@@ -1,0 +1,53 @@
+"""The words of evaluate.py's command line: those of NeMo's salm_eval."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+_ONE_CHIP = "evaluation runs on one chip; start one process per share of the inputs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What to answer, with what, and where to write it."""
+
+    pretrained_name: str
+    """Run directory, saved model, NeMo or Hugging Face directory, or hub name."""
+    inputs: str
+    """NeMo manifest, Lhotse cuts, SHAR directory, audio file, or folder of audio files."""
+    batch_size: int = 64
+    max_new_tokens: int = 128
+    output_manifest: str | None = "generations.jsonl"
+    verbose: bool = True
+    """Print each reference and answer, and word errors batch by batch."""
+    use_normalizer: str | bool | None = "english"
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    extra_eos_tokens: tuple[str, ...] | None = None
+    """Tokens that end an answer besides the model's own."""
+    system_prompt: str | None = None
+    user_prompt: str | None = None
+    """The request; the audio follows it, unless it holds the audio locator tag itself."""
+    enable_thinking: bool | None = None
+    """For LLMs whose prompt format knows it (Qwen3); None leaves the format's default."""
+
+    REFUSED: ClassVar[Mapping[str, Any]] = {
+        "use_asr_decoder": "SALMWithAsrDecoder is not supported; remove it",
+        "use_nemo_automodel": "NeMo Automodel is a torch library; remove it",
+        "report_mtp_acceptance": "multi-token prediction heads are not supported; remove it",
+        "tp_size": (_ONE_CHIP, 1),
+        "ep_size": (_ONE_CHIP, 1),
+        "pp_size": (_ONE_CHIP, 1),
+        "cp_size": (_ONE_CHIP, 1),
+    }
+
+    def __post_init__(self) -> None:
+        """Checks ranges. Raises ValueError."""
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        known = ("english", "basic", "none", "None", True, False, None)
+        if self.use_normalizer not in known:
+            raise ValueError(
+                f"use_normalizer={self.use_normalizer!r} is unknown; use english, basic or none"
+            )

@@ -1,0 +1,64 @@
+"""How an evaluation was made: weights, versions, device, settings, date."""
+
+import datetime
+import hashlib
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from speechlm2_jax import settings
+from speechlm2_jax.evaluation.config import EvalConfig
+
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "jiwer", "whisper-normalizer")
+_WEIGHTS = (".safetensors", ".json", ".ckpt", ".nemo", ".bin", ".model", ".yaml")
+
+
+def provenance(config: EvalConfig, device: jax.Device, totals: dict[str, Any]) -> dict[str, Any]:
+    """Everything needed to make the same rows again, as plain values."""
+    import speechlm2_jax
+
+    versions = {"python": platform.python_version(), "speechlm2_jax": speechlm2_jax.__version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "model": {"name": config.pretrained_name, "sha256": fingerprint(config.pretrained_name)},
+        "inputs": config.inputs,
+        "device": {"platform": device.platform, "kind": device.device_kind},
+        "dtype": config.dtype,
+        "settings": settings.to_plain(config),
+        "versions": versions,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "totals": totals,
+    }
+
+
+def fingerprint(name: str) -> str | None:
+    """SHA-256 over a model's files, names and contents, in order; None if it is not local.
+
+    Equal folders give equal fingerprints wherever they lie.
+    """
+    root = Path(name).expanduser()
+    if root.is_file():
+        files = [root]
+    elif root.is_dir():
+        files = sorted(p for p in root.rglob("*") if _is_weight(p, root))
+    else:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(str(path.relative_to(root) if root.is_dir() else path.name).encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _is_weight(path: Path, root: Path) -> bool:
+    # an Orbax checkpoint's arrays have no suffix: they are known by the folder of a run
+    inside = "checkpoints" in path.relative_to(root).parts
+    return path.is_file() and (inside or path.suffix in _WEIGHTS)

@@ -1,0 +1,143 @@
+"""evaluate.py as typed: one line and exit 2 for bad input, rows and a table otherwise."""
+
+import json
+
+import jax
+import pytest
+from fake_model import FakeModel
+
+import evaluate
+from speechlm2_jax import models
+from speechlm2_jax.evaluation.devices import choose_device
+from speechlm2_jax.evaluation.provenance import fingerprint
+from speechlm2_jax.settings import SettingsError
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Stands in for SALM.from_pretrained, and takes the default device back."""
+    model = FakeModel()
+
+    class Fake:
+        @staticmethod
+        def from_pretrained(name, *, dtype):
+            if name == "nothing":
+                raise OSError("no such\nmodel")
+            assert dtype == "float32"
+            return model
+
+    monkeypatch.setitem(vars(models), "SALM", Fake)
+    yield model
+    jax.config.update("jax_default_device", None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "pretrained_name: required (str)"),
+        (["pretrained_name=m"], "inputs: required (str)"),
+        (["pretrained_name=m", "inputs=x", "batchsize=3"],
+         "batchsize: unknown key; did you mean 'batch_size'?"),
+        (["pretrained_name=m", "inputs=x", "batch_size=many"],
+         "batch_size: expected int, got 'many' (str)"),
+        (["pretrained_name=m", "inputs=x", "batch_size=0"], "batch_size=0 must be at least 1"),
+        (["pretrained_name=m", "inputs=x", "dtype=float16"],
+         "dtype: expected one of 'float32', 'bfloat16', got 'float16' (str)"),
+        (["pretrained_name=m", "inputs=x", "use_normalizer=german"],
+         "use_normalizer='german' is unknown; use english, basic or none"),
+        (["pretrained_name=m", "inputs=x", "tp_size=2"],
+         "tp_size: evaluation runs on one chip; start one process per share of the inputs (got 2)"),
+        (["pretrained_name=m", "inputs=/no/such.json"],
+         "inputs: no such file or folder: '/no/such.json'"),
+        (["what"], "'what': expected key=value; see evaluate.py --help"),
+        (["--batch-size", "3"], "unrecognized arguments: --batch-size; see evaluate.py --help"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(argv, expected, capsys):
+    assert evaluate.main(argv) == 2
+    assert capsys.readouterr().err == f"evaluate.py: {expected}\n"
+
+
+def test_help_lists_the_keys(capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert all(key in text for key in ("pretrained_name", "use_normalizer", "extra_eos_tokens"))
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(fake, wav, capsys):
+    argv = ["pretrained_name=nothing", f"inputs={wav('a.wav', 1)}", "dtype=float32"]
+    assert evaluate.main(argv) == 2
+    assert capsys.readouterr().err == "evaluate.py: pretrained_name: no such model\n"
+
+
+def test_a_device_that_is_not_there_is_refused_not_replaced(capsys):
+    for name in ("tpu", "cuda:3"):
+        with pytest.raises(SettingsError, match=f"device: no {name} in sight .JAX sees cpu"):
+            choose_device(name)
+    with pytest.raises(SettingsError, match="'quantum' is unknown"):
+        choose_device("quantum")
+
+
+def test_devices_by_name():
+    try:
+        assert choose_device("cpu").platform == "cpu"
+        assert choose_device("cpu:3") == jax.devices()[3]
+        assert choose_device("auto") == jax.devices()[0]
+    finally:
+        jax.config.update("jax_default_device", None)
+
+
+def test_a_run_writes_rows_in_input_order_and_provenance(fake, wav, tmp_path, capsys):
+    manifest = tmp_path / "test.json"
+    rows = [(1, "one"), (3, "three"), (2, "too")]
+    for seconds, _ in rows:
+        wav(f"{seconds}.wav", seconds)
+    manifest.write_text(
+        "".join(
+            json.dumps({"audio_filepath": f"{s}.wav", "duration": s, "text": t}) + "\n"
+            for s, t in rows
+        )
+    )
+    output = tmp_path / "out.jsonl"
+    argv = [
+        f"pretrained_name={manifest}",
+        f"inputs={manifest}",
+        f"output_manifest={output}",
+        "batch_size=2",
+        "dtype=float32",
+        "verbose=false",
+        "use_normalizer=none",
+        "extra_eos_tokens=[<extra>]",
+        "device=cpu",
+    ]
+    assert evaluate.main(argv) == 0
+    *answers, last = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(a["id"], a["text"], a["pred_text"]) for a in answers] == [
+        ("1", "one", "one"),
+        ("3", "three", "three"),
+        ("2", "too", "two"),
+    ]
+    record = last["provenance"]
+    assert record["model"] == {"name": str(manifest), "sha256": fingerprint(str(manifest))}
+    assert record["settings"]["extra_eos_tokens"] == ["<extra>"]
+    assert record["device"]["platform"] == "cpu"
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["totals"]["substitutions"] == 1
+    assert record["totals"]["wer"] == pytest.approx(1 / 3)
+    table = capsys.readouterr().out
+    assert "33.33% over 3 words" in table
+    assert "RTFx without warm-up" in table
+
+
+def test_fingerprints_follow_contents_not_places(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+        (tmp_path / name / "notes.txt").write_text(name)
+    first = fingerprint(str(tmp_path / "a"))
+    assert first == fingerprint(str(tmp_path / "b"))
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"others")
+    assert first != fingerprint(str(tmp_path / "b"))
+    assert fingerprint("nvidia/on-the-hub") is None

@@ -1,0 +1,98 @@
+"""Inputs: every form gives the same utterances, in its own order."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from speechlm2_jax.evaluation.inputs import read_inputs
+from speechlm2_jax.settings import SettingsError
+
+RATE_HZ = 16_000
+
+
+def _write(path, rows, opener=open):
+    with opener(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["test.json", "test.jsonl", "test.jsonl.gz"])
+def test_a_nemo_manifest_gives_its_rows_in_order(tmp_path, wav, name):
+    wav("audio/b.wav", 1.0)
+    wav("audio/a.wav", 2.0)
+    rows = [
+        {"audio_filepath": "audio/b.wav", "duration": 1.0, "text": "one"},
+        {"audio_filepath": "audio/a.wav", "duration": 1.0, "text": "x", "_skipme": True},
+        {"audio_filepath": "audio/a.wav", "duration": 0.5, "offset": 1.25, "text": "two"},
+        {"audio_filepath": "audio/a.wav", "id": "mine"},
+    ]
+    path = _write(tmp_path / name, rows, gzip.open if name.endswith("gz") else open)
+    found = read_inputs(path)
+    assert [u.id for u in found] == ["b", "a-000125-000050", "mine"]
+    assert [u.text for u in found] == ["one", "two", None]
+    assert [u.duration_s for u in found] == [1.0, 0.5, 2.0]
+    assert [len(u.read(RATE_HZ)) for u in found] == [16_000, 8_000, 32_000]
+    whole = found[2].read(RATE_HZ)
+    np.testing.assert_array_equal(found[1].read(RATE_HZ), whole[20_000:28_000])
+
+
+def test_audio_files_are_read_at_the_models_rate(tmp_path, wav):
+    path = wav("a.flac", 1.0, rate_hz=8_000)
+    (utterance,) = read_inputs(str(path))
+    assert (utterance.id, utterance.text, utterance.duration_s) == ("a.flac", None, 1.0)
+    assert utterance.read(RATE_HZ).shape == (16_000,)
+
+
+def test_a_folder_gives_its_audio_files_by_name(tmp_path, wav):
+    wav("set/b/c.wav", 0.1)
+    wav("set/a.wav", 0.1)
+    (tmp_path / "set" / "notes.txt").write_text("not audio")
+    assert [u.id for u in read_inputs(str(tmp_path / "set"))] == ["a.wav", "b/c.wav"]
+
+
+def test_lhotse_cuts_and_shar_are_read(tmp_path, wav):
+    lhotse = pytest.importorskip("lhotse")
+    cuts = []
+    for name, seconds in (("b", 1.0), ("a", 2.0)):
+        cut = lhotse.Recording.from_file(wav(f"{name}.wav", seconds)).to_cut()
+        cut.supervisions = [
+            lhotse.SupervisionSegment(
+                id=name, recording_id=name, start=0, duration=seconds, text=f"text {name}"
+            )
+        ]
+        cuts.append(cut)
+    cutset = lhotse.CutSet.from_cuts(cuts)
+    cutset.to_file(tmp_path / "cuts.jsonl.gz")
+    (tmp_path / "shar").mkdir()
+    cutset.to_shar(tmp_path / "shar", fields={"recording": "wav"}, shard_size=2)
+    for inputs in (tmp_path / "cuts.jsonl.gz", tmp_path / "shar"):
+        found = read_inputs(str(inputs))
+        assert [u.text for u in found] == ["text b", "text a"]
+        assert [u.duration_s for u in found] == [1.0, 2.0]
+        assert [len(u.read(RATE_HZ)) for u in found] == [16_000, 32_000]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no such file or folder"),
+        ("", "is empty"),
+        ("hello", "is neither a manifest nor Lhotse cuts, nor audio"),
+        ("[1]", "not a JSON object"),
+        ('{"text": "x"}', "line 1 has no audio_filepath"),
+        ('{"audio_filepath": "a.wav", "duration": "long"}', "line 1: could not convert"),
+    ],
+)
+def test_inputs_that_cannot_be_used_say_why(tmp_path, content, expected):
+    path = tmp_path / "test.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SettingsError, match=expected):
+        read_inputs(str(path))
+
+
+def test_a_folder_without_audio_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="nothing to answer"):
+        read_inputs(str(tmp_path))

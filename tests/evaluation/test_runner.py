@@ -1,0 +1,165 @@
+"""The runner: order, batches, ends of answers, bad audio, speed."""
+
+import json
+
+import numpy as np
+import pytest
+from fake_model import PAD, FakeModel
+
+from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.evaluation.config import EvalConfig
+from speechlm2_jax.evaluation.inputs import Utterance
+from speechlm2_jax.evaluation.report import Speed, table, write_rows
+from speechlm2_jax.evaluation.runner import evaluate, make_prompt
+from speechlm2_jax.settings import SettingsError
+
+NUMBERS = ["zero", "one", "two", "three", "four", "five"]
+
+
+def _config(**changes):
+    return EvalConfig(**{"pretrained_name": "m", "inputs": "i", "batch_size": 2, **changes})
+
+
+def _utterance(name, seconds, text="", error=None):
+    def read(rate_hz):
+        if error is not None:
+            raise AudioError(f"{name}: {error}", cause=error)
+        return np.zeros(int(seconds * rate_hz), np.float32)
+
+    return Utterance(id=name, duration_s=float(seconds), text=text, read=read)
+
+
+def test_answers_come_back_in_input_order():
+    seconds = [1, 5, 2, 4, 3]
+    utterances = [_utterance(f"u{s}", s, NUMBERS[s]) for s in seconds]
+    model = FakeModel()
+    result = evaluate(model, utterances, _config(extra_eos_tokens=("<extra>",)))
+    assert [a.id for a in result.answers] == [f"u{s}" for s in seconds]
+    assert [a.pred_text for a in result.answers] == [NUMBERS[s] for s in seconds]
+    assert result.word_errors().wer == 0
+    longest_first = [call["audio_lens"].tolist() for call in model.calls]
+    assert longest_first == [[80_000, 64_000], [48_000, 32_000], [16_000, 16_000]]
+
+
+def test_an_answer_ends_at_the_first_end_token():
+    (answer,) = evaluate(FakeModel(), [_utterance("u", 1)], _config()).answers
+    assert answer.pred_text == "one <extra>", "ended by </s>"
+    config = _config(extra_eos_tokens=("<extra>",))
+    (answer,) = evaluate(FakeModel(), [_utterance("u", 1)], config).answers
+    assert answer.pred_text == "one"
+
+
+def test_generation_is_asked_for_as_configured():
+    model = FakeModel()
+    config = _config(max_new_tokens=7, extra_eos_tokens=("<extra>",), enable_thinking=False)
+    evaluate(model, [_utterance("u", 1)], config)
+    (call,) = model.calls
+    asked = call["generation_config"]
+    assert (asked.max_new_tokens, asked.eos_token_id, asked.pad_token_id) == (7, [1, 2], PAD)
+    assert call["enable_thinking"] is False
+    assert call["audios"].shape == (1, 16_000)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, [("user", "<|audio|>")]),
+        ({"user_prompt": "Transcribe:"}, [("user", "Transcribe: <|audio|>")]),
+        ({"user_prompt": "<|audio|> what?"}, [("user", "<|audio|> what?")]),
+        ({"system_prompt": "Be brief."}, [("system", "Be brief."), ("user", "<|audio|>")]),
+    ],
+)
+def test_the_prompt_is_nemos(asked, expected):
+    prompt = make_prompt(FakeModel(), _config(**asked))
+    assert [(turn["role"], turn["content"]) for turn in prompt] == expected
+
+
+def test_an_extra_end_token_that_is_not_there_is_refused():
+    with pytest.raises(SettingsError, match="extra_eos_tokens needs the token '<end>'"):
+        evaluate(FakeModel(), [_utterance("u", 1)], _config(extra_eos_tokens=("<end>",)))
+
+
+def test_bad_audio_is_skipped_counted_and_reported():
+    lines: list[str] = []
+    utterances = [
+        _utterance("good", 1, "one"),
+        _utterance("bad", 2, "two", error="truncated"),
+        _utterance("worse", 0, "zero", error="missing"),
+    ]
+    result = evaluate(
+        FakeModel(), utterances, _config(batch_size=1, extra_eos_tokens=("<extra>",)), lines.append
+    )
+    rows = result.rows()
+    assert [row["id"] for row in rows] == ["good", "bad", "worse"]
+    assert rows[1]["error"] == "bad: truncated"
+    assert rows[1]["pred_text"] == ""
+    totals = result.totals()
+    assert totals["failed"] == {"missing": 1, "truncated": 1}
+    assert (totals["scored"], totals["wer"]) == (1, 0.0)
+    assert "skipped bad: bad: truncated" in lines
+    assert "failed: 1 missing, 1 truncated" in table(totals)
+
+
+def test_every_row_failing_still_gives_a_report():
+    result = evaluate(FakeModel(), [_utterance("bad", 1, "a", error="empty")], _config())
+    assert result.totals()["rtfx"] is None
+    assert "n/a" in table(result.totals())
+
+
+def test_without_references_transcripts_are_printed_and_nothing_is_scored():
+    lines: list[str] = []
+    utterance = _utterance("u.wav", 1, None)
+    result = evaluate(FakeModel(), [utterance], _config(verbose=False), lines.append)
+    assert lines == ["u.wav: one <extra>"]
+    assert result.rows()[0]["text"] is None
+    assert "WER" not in table(result.totals())
+
+
+def test_verbose_prints_reference_answer_and_batch_errors():
+    lines: list[str] = []
+    evaluate(FakeModel(), [_utterance("u", 1, "Two!")], _config(), lines.append)
+    assert lines[0] == "u\n  reference: Two!\n  answer:    one <extra>"
+    assert lines[1].startswith("batch of 1: WER 100.00% (insertions 0, deletions 0, subst")
+
+
+def test_texts_are_normalised_for_scoring_and_kept_raw_beside():
+    config = _config(extra_eos_tokens=("<extra>",))
+    result = evaluate(FakeModel(), [_utterance("u", 1, "Colour!")], config)
+    assert result.rows() == [
+        {
+            "id": "u",
+            "duration": 1.0,
+            "text": "color",
+            "pred_text": "one",
+            "text_raw": "Colour!",
+            "pred_text_raw": "one",
+        }
+    ]
+
+
+def test_warm_up_is_the_batches_that_compiled_something():
+    utterances = [_utterance(f"u{i}", 5 - i) for i in range(5)]
+    model = FakeModel()
+    import fake_model
+
+    fake_model._answers.clear_cache()
+    speed = evaluate(model, utterances, _config(verbose=False)).speed
+    assert speed.audio_s == pytest.approx(15)
+    assert speed.warm_audio_s == pytest.approx(15 - 9), "only the first batch compiled"
+    assert speed.warm_generate_s < speed.generate_s
+    assert speed.rtfx_warm > speed.rtfx
+
+
+def test_speed_is_a_ratio_of_sums():
+    speed = Speed().add(10.0, 5.0, compiled=True).add(30.0, 1.0, compiled=False)
+    assert speed.rtfx == pytest.approx(40 / 6)
+    assert speed.rtfx_warm == pytest.approx(30)
+    assert Speed().rtfx is None
+
+
+def test_rows_are_followed_by_where_they_come_from(tmp_path):
+    path = tmp_path / "deep" / "out.jsonl"
+    write_rows(path, [{"id": "é"}, {"id": "b"}], {"dtype": "float32"})
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert lines == [{"id": "é"}, {"id": "b"}, {"provenance": {"dtype": "float32"}}]
+    assert [p.name for p in path.parent.iterdir()] == ["out.jsonl"]

@@ -1,0 +1,52 @@
+"""Word errors: counts of a corpus, and the normalisation before them."""
+
+import pytest
+
+from speechlm2_jax.evaluation.wer import text_normalizer, word_errors
+
+
+def test_counts_are_summed_over_the_corpus():
+    errors = word_errors(
+        ["a b c d", "one two", "same text here"], ["a x c", "one one two", "same text here"]
+    )
+    assert (errors.insertions, errors.deletions, errors.substitutions) == (1, 1, 1)
+    assert errors.reference_words == 9
+    assert errors.wer == pytest.approx(3 / 9), "errors over words of the corpus, not a mean of WERs"
+    assert errors.rate(errors.insertions) == pytest.approx(1 / 9)
+
+
+def test_empty_references_count_what_was_said_there_as_inserted():
+    errors = word_errors(["", "a b", "  "], ["x y", "", ""])
+    assert (errors.insertions, errors.deletions, errors.empty_references) == (2, 2, 2)
+    assert errors.wer == pytest.approx(4 / 2)
+
+
+def test_no_reference_words_at_all_give_no_rate_rather_than_nan():
+    assert word_errors([""], ["x"]).wer is None
+    assert word_errors([], []).wer is None
+
+
+def test_references_and_hypotheses_must_pair():
+    with pytest.raises(ValueError, match="2 references but 1"):
+        word_errors(["a", "b"], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("english", "mister smith is 25"),
+        (True, "mister smith is 25"),
+        ("basic", "mr smith s twenty five "),
+        ("none", "Mr. Smith's twenty-five!"),
+        ("None", "Mr. Smith's twenty-five!"),
+        (False, "Mr. Smith's twenty-five!"),
+        (None, "Mr. Smith's twenty-five!"),
+    ],
+)
+def test_normalizers_by_name(name, expected):
+    assert text_normalizer(name)("Mr. Smith's twenty-five!") == expected
+
+
+def test_an_unknown_normalizer_is_refused_by_name():
+    with pytest.raises(ValueError, match="'german' is unknown; use english, basic or none"):
+        text_normalizer("german")
