@@ -42,5 +42,5 @@ class SalmModelConfig:
         "encoder_chunk_size_seconds": "cutting long audio for the encoder is not supported yet",
         "use_nemo_automodel": "NeMo Automodel is a torch library",
         "pretrained_s2s_model": "start from another speech model with SALM.from_pretrained",
-        "pretrained_perception_from_s2s": "start from another speech model with SALM.from_pretrained",
+        "pretrained_perception_from_s2s": "start from another model with SALM.from_pretrained",
     }

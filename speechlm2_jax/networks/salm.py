@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from speechlm2_jax.batches import SalmBatch, StepLosses
+from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.decoder import Decoder
 from speechlm2_jax.networks.interleave import interleave
@@ -31,14 +32,15 @@ class SalmConfig:
 
     llm: DecoderConfig
     perception: PerceptionConfig
+    lora: LoraConfig | None = None
     compute_dtype: str = "float32"
     """Dtype of activations; norms, softmax, mel and losses stay in fp32."""
 
     def __post_init__(self) -> None:
         if self.perception.output_width != self.llm.width:
             raise ValueError(
-                f"perception gives frames of width {self.perception.output_width} but the LLM takes "
-                f"{self.llm.width}; set model.perception.output_dim to {self.llm.width}"
+                f"perception gives frames of width {self.perception.output_width} but the LLM "
+                f"takes {self.llm.width}; set model.perception.output_dim to {self.llm.width}"
             )
 
 
@@ -64,7 +66,7 @@ class Salm(nnx.Module):
     def __init__(self, config: SalmConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.perception = AudioPerception(config.perception, rngs=rngs)
-        self.llm = Decoder(config.llm, rngs=rngs)
+        self.llm = Decoder(config.llm, rngs=rngs, lora=config.lora)
 
     @property
     def dtype(self) -> jnp.dtype:

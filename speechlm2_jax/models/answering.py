@@ -1,0 +1,163 @@
+"""From prompts to answers: fixed shapes, one jitted program per shape."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from speechlm2_jax.batches import SalmBatch, assemble_salm_batch
+from speechlm2_jax.generation.salm import DecodingConfig, decode
+from speechlm2_jax.generation.sampling import SamplingConfig
+from speechlm2_jax.layers.module import Variables, bind
+from speechlm2_jax.models.prompting import PromptContext, prompt_examples
+from speechlm2_jax.models.shapes import answer_shape
+from speechlm2_jax.networks import salm as salm_network
+from speechlm2_jax.networks.salm import Salm, SalmModes
+
+if TYPE_CHECKING:
+    from speechlm2_jax.models.salm import SALM
+
+DEFAULT_NEW_TOKENS = 20
+"""transformers' own default."""
+SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+"""What transformers samples with where nothing is said."""
+OPTIONS = (
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "eos_token_id",
+    "pad_token_id",
+    "num_beams",
+    "repetition_penalty",
+)
+
+
+def generate(
+    model: "SALM",
+    definition: Any,
+    asked: tuple[Any, Any, Any],
+    generation_config: Any,
+    overrides: Mapping[str, Any],
+    *,
+    dialog_options: Mapping[str, Any],
+) -> np.ndarray:
+    """Answers (prompts, audios, audio_lens); see SALM.generate."""
+    context = PromptContext(
+        tokenizer=model.tokenizer,
+        prompt_format=model.prompt_format,
+        sampling_rate_hz=model.sampling_rate,
+        placeholder_id=model.audio_locator_tag_id,
+        pad_id=model.text_pad_id,
+    )
+    examples, ids = prompt_examples(*asked, context, **dialog_options)
+    decoding = decoding_config(model, generation_config, overrides)
+    batch = assemble_salm_batch(
+        [examples],
+        answer_shape(examples, model.frame_count),
+        frame_count=model.frame_count,
+        placeholder_id=context.placeholder_id,
+        pad_id=context.pad_id,
+        shift=False,
+    )
+    key = jax.random.key(overrides.get("seed", 0)) if decoding.sampling.do_sample else None
+    new = answer(definition, model.variables, jax.tree.map(jnp.asarray, batch), decoding, key)
+    answers = _trim(np.asarray(new)[: len(examples)], decoding.stop_ids)
+    return answers if batch.audio.shape[1] else np.concatenate([ids, answers], axis=1)
+
+
+@partial(jax.jit, static_argnames=("definition", "decoding"))
+def answer(
+    definition: Any,
+    variables: Variables,
+    batch: SalmBatch,
+    decoding: DecodingConfig,
+    key: Key[Array, ""] | None,
+) -> Int[Array, "B T"]:
+    """Encodes audio, interleaves, and decodes; rows are padded after they stop."""
+    network: Salm = bind(definition, variables)
+    inputs = salm_network.prepare(network, batch, SalmModes())
+    rows = inputs.embeds.shape[:2]
+    return decode(
+        network.llm,
+        inputs.embeds,
+        lengths=jnp.sum(batch.segments > 0, axis=-1, dtype=jnp.int32).reshape(-1),
+        is_key=batch.is_key.reshape(rows),
+        config=decoding,
+        keys=salm_network.example_keys(key, batch.row_ids),
+    )
+
+
+@partial(jax.jit, static_argnames=("definition",))
+def perceive(
+    definition: Any,
+    variables: Variables,
+    audio: Float[Array, "B S"],
+    lengths: Int[Array, " B"],
+) -> tuple[Float[Array, "B T D"], Int[Array, " B"]]:
+    """Runs perception alone, in evaluation mode."""
+    network: Salm = bind(definition, variables)
+    output = network.perception(audio, lengths, modes=SalmModes().perception, dtype=network.dtype)
+    return output.frames, output.lengths
+
+
+@partial(jax.jit, static_argnames=("definition",))
+def text_logits(
+    definition: Any,
+    variables: Variables,
+    embeds: Float[Array, "B T D"],
+    mask: Bool[Array, "B T"],
+) -> Float[Array, "B T V"]:
+    """Runs the LLM alone over embeddings; positions are 0..T-1 for every row."""
+    network: Salm = bind(definition, variables)
+    positions = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32), mask.shape)
+    hidden = network.llm(
+        embeds.astype(network.dtype),
+        positions=positions,
+        segments=jnp.ones(mask.shape, jnp.int32),
+        is_key=mask,
+    )
+    return network.llm.logits(hidden)
+
+
+def decoding_config(model: "SALM", config: Any, overrides: Mapping[str, Any]) -> DecodingConfig:
+    """Reads a GenerationConfig and keywords, the latter winning.
+
+    What neither says is greedy decoding that stops at the tokenizer's end-of-sequence token.
+    Raises ValueError for a keyword or a strategy that is not supported.
+    """
+    unknown = set(overrides) - {*OPTIONS, "seed"}
+    if unknown:
+        raise ValueError(
+            f"generate does not know {sorted(unknown)}; it takes {', '.join((*OPTIONS, 'seed'))}"
+        )
+    asked = {name: getattr(config, name, None) for name in OPTIONS} | dict(overrides)
+    for name in ("num_beams", "repetition_penalty"):
+        if asked[name] not in (None, 1, 1.0):
+            raise ValueError(f"generate: {name}={asked[name]} is not supported; leave it at 1")
+    stop = asked["eos_token_id"] if asked["eos_token_id"] is not None else model.text_eos_id
+    stops = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
+    sampling = SamplingConfig()
+    if asked["do_sample"]:
+        given = {k: asked[k] for k in SAMPLING_DEFAULTS if asked[k] is not None}
+        sampling = SamplingConfig(do_sample=True, **(SAMPLING_DEFAULTS | given))
+    pad_id = asked["pad_token_id"]
+    return DecodingConfig(
+        max_new_tokens=int(asked["max_new_tokens"] or DEFAULT_NEW_TOKENS),
+        stop_ids=tuple(int(s) for s in stops),
+        pad_id=model.text_pad_id if pad_id is None else int(pad_id),
+        sampling=sampling,
+    )
+
+
+def _trim(answers: np.ndarray, stop_ids: tuple[int, ...]) -> np.ndarray:
+    """Drops the columns after the last row stopped."""
+    stopped = np.isin(answers, stop_ids)
+    width = answers.shape[1]
+    lengths = np.where(stopped.any(axis=1), stopped.argmax(axis=1) + 1, width)
+    return answers[:, : lengths.max(initial=0)]

@@ -1,0 +1,106 @@
+"""Whole models in and out: run directories, saved, NeMo and Hugging Face directories, `.ckpt`."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speechlm2_jax import checkpointing
+from speechlm2_jax.conversion import mapping
+from speechlm2_jax.conversion import salm as salm_tables
+from speechlm2_jax.conversion.readers import open_weights, write_safetensors
+from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters
+from speechlm2_jax.layers.module import VariableInfo, Variables
+from speechlm2_jax.models.building import Blueprint
+from speechlm2_jax.models.parts import LLM_BACKBONE, Location, read_json
+from speechlm2_jax.settings import SettingsError
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+RUN_DEFINITION = "model"
+"""Folder of a run directory that holds all of the model but its weights."""
+MARKERS = {
+    "model_type": "nemo_speechlm",
+    "architectures": ["NeMoSpeechLMForConditionalGeneration"],
+}
+"""What transformers and vLLM look for in config.json, as NeMo writes it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model that was found: its configuration, and how to read its weights."""
+
+    cfg: dict[str, Any]
+    near: tuple[Path, ...]
+    read: Callable[[Blueprint, Mapping[str, VariableInfo]], Variables]
+
+
+def open_model(name: str) -> ModelSource:
+    """Finds what `name` means, reading no weights. Raises SettingsError with what is missing."""
+    path = Location().find(name, key="pretrained_name")
+    if path.is_dir() and (path / "checkpoints").is_dir():
+        definition = path / RUN_DEFINITION
+        return ModelSource(
+            cfg=_saved_cfg(definition),
+            near=(definition,),
+            read=lambda blueprint, infos: checkpointing.load_weights(path),
+        )
+    if path.suffix == ".ckpt":
+        cfg = read_hyper_parameters(path).get("cfg")
+        if not isinstance(cfg, dict):
+            raise SettingsError(f"{path}: its hyper_parameters hold no cfg, so it is no SALM")
+        folder = path.parent
+        return ModelSource(
+            cfg={**cfg, "pretrained_weights": False}, near=(folder,), read=_reader(path)
+        )
+    if not path.is_dir():
+        raise SettingsError(
+            f"{path}: expected a run directory, a saved or NeMo model directory, or a .ckpt file"
+        )
+    return ModelSource(cfg=_saved_cfg(path), near=(path, path.parent), read=_reader(path))
+
+
+def save_definition(directory: Path, blueprint: Blueprint) -> None:
+    """Writes config.json, the tokenizer and llm_backbone/config.json."""
+    backbone = directory / LLM_BACKBONE
+    backbone.mkdir(parents=True, exist_ok=True)
+    _write_json(directory / CONFIG, {**blueprint.cfg, **MARKERS})
+    _write_json(backbone / CONFIG, blueprint.llm_config)
+    blueprint.tokenizer.save(directory)
+
+
+def save_model(directory: Path, blueprint: Blueprint, variables: Variables) -> None:
+    """Writes the definition and model.safetensors under NeMo's names."""
+    save_definition(directory, blueprint)
+    host = {path: np.asarray(value) for path, value in variables.items()}
+    tensors = mapping.export(host, salm_tables.salm_table(blueprint.network))
+    write_safetensors(directory / WEIGHTS, tensors, salm_tables.tied_aliases(blueprint.network))
+
+
+def _saved_cfg(directory: Path) -> dict[str, Any]:
+    """NeMo's config.json, pointed at the tokenizer and LLM config saved beside it."""
+    cfg = read_json(directory / CONFIG, key="pretrained_name")
+    if "pretrained_llm" not in cfg or "perception" not in cfg:
+        raise SettingsError(
+            f"{directory / CONFIG} describes no SALM (it lacks pretrained_llm or perception); "
+            "a plain LLM goes to model.pretrained_llm of a training configuration"
+        )
+    cfg["pretrained_weights"] = False
+    if (directory / "tokenizer_config.json").is_file():
+        cfg["tokenizer_path"] = str(directory)
+    if (directory / LLM_BACKBONE / CONFIG).is_file():
+        cfg["pretrained_llm"] = str(directory / LLM_BACKBONE)
+    return cfg
+
+
+def _reader(path: Path) -> Callable[[Blueprint, Mapping[str, VariableInfo]], Variables]:
+    def read(blueprint: Blueprint, infos: Mapping[str, VariableInfo]) -> Variables:
+        return mapping.load(open_weights(path), salm_tables.salm_table(blueprint.network), infos)
+
+    return read
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

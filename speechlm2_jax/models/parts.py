@@ -1,0 +1,69 @@
+"""Where pretrained parts are: files and directories on this machine, or repositories on the hub."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speechlm2_jax.settings import SettingsError
+
+LLM_BACKBONE = "llm_backbone"
+"""Folder of a saved model that holds its LLM's config.json, as NeMo 3 writes it."""
+LLM_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Location:
+    """Looks names up: beside the working directory first, then in `near`, then on the hub."""
+
+    near: tuple[Path, ...] = ()
+
+    def local(self, name: str) -> Path | None:
+        """The existing path that `name` means, or None."""
+        path = Path(name).expanduser()
+        candidates = [path] if path.is_absolute() else [path, *(n / path for n in self.near)]
+        return next((c for c in candidates if c.exists()), None)
+
+    def find(self, name: str, *, key: str, patterns: tuple[str, ...] = LLM_FILES) -> Path:
+        """The path that `name` means, fetched from the hub if it is nowhere here.
+
+        Raises SettingsError naming `key` if it can be had neither way.
+        """
+        found = self.local(name)
+        if found is not None:
+            return found
+        looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+        if looks_local or name.endswith((".nemo", ".ckpt", ".bin", ".safetensors")):
+            raise SettingsError(f"{key}: no such file or directory: {name!r}")
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        except Exception as error:  # the hub client raises many kinds; all mean "not to be had"
+            raise SettingsError(
+                f"{key}: {name!r} is no local path, and fetching it from the hub failed "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}); give a local path"
+            ) from error
+
+    def find_nemo(self, name: str, *, key: str) -> Path:
+        """The `.nemo` file that `name` means: a path, or the one file of a hub repository."""
+        path = self.find(name, key=key, patterns=("*.nemo",))
+        if path.is_file():
+            return path
+        archives = sorted(path.glob("*.nemo"))
+        if len(archives) != 1:
+            raise SettingsError(f"{key}: {name!r} holds {len(archives)} .nemo files, expected one")
+        return archives[0]
+
+
+def read_json(path: Path, *, key: str) -> dict[str, Any]:
+    """Reads a JSON object. Raises SettingsError naming `key` if there is none."""
+    if not path.is_file():
+        raise SettingsError(f"{key}: {path} is missing")
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise SettingsError(f"{key}: {path} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise SettingsError(f"{key}: {path} must hold a JSON object")
+    return value

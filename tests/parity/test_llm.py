@@ -1,0 +1,246 @@
+"""The decoder against transformers: hidden states, logits, loss, gradients, greedy answers."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from speechlm2_jax.generation.salm import DecodingConfig, decode
+from speechlm2_jax.layers.attention import Visible
+from speechlm2_jax.layers.module import Variables, abstract, bind, unbind
+from speechlm2_jax.layers.rope import Llama3Scaling, RopeConfig
+from speechlm2_jax.llm.config import DecoderConfig
+from speechlm2_jax.llm.decoder import Decoder
+
+DATA = Path(__file__).parents[1] / "data" / "llm"
+FAMILIES = ("llama", "llama3", "qwen2", "qwen3")
+ATOL = 1e-4  # activations of a whole model in fp32; see the goldens' README
+LOSS_RTOL = 1e-5
+GRADIENT_RTOL = 1e-4
+NEW_TOKENS = 16
+PATHS = {
+    "model.embed_tokens": "embedding",
+    "lm_head": "head",
+    "model.norm": "norm",
+    "model.layers.{}.input_layernorm": "layers.attention_norm",
+    "model.layers.{}.post_attention_layernorm": "layers.mlp_norm",
+    "model.layers.{}.self_attn.q_norm": "layers.attention.query_norm",
+    "model.layers.{}.self_attn.k_norm": "layers.attention.key_norm",
+    **{
+        f"model.layers.{{}}.self_attn.{theirs}_proj": f"layers.attention.{ours}"
+        for theirs, ours in {"q": "query", "k": "key", "v": "value", "o": "output"}.items()
+    },
+    **{f"model.layers.{{}}.mlp.{n}_proj": f"layers.mlp.{n}" for n in ("gate", "up", "down")},
+}
+
+
+def our_path(name: str) -> tuple[str, int | None]:
+    """Name in the checkpoint -> variable path and layer."""
+    module, kind = name.rsplit(".", 1)
+    layer = re.search(r"\.(\d+)\.", module)
+    pattern = re.sub(r"\.\d+\.", ".{}.", module)
+    return f"{PATHS[pattern]}.{kind}", int(layer[1]) if layer else None
+
+
+def read_config(family: str) -> DecoderConfig:
+    c = json.loads((DATA / family / "config.json").read_text())
+    rope = c["rope_parameters"]
+    scaling = None
+    if rope["rope_type"] == "llama3":
+        scaling = Llama3Scaling(
+            factor=rope["factor"],
+            low_freq_factor=rope["low_freq_factor"],
+            high_freq_factor=rope["high_freq_factor"],
+            original_positions=rope["original_max_position_embeddings"],
+        )
+    return DecoderConfig(
+        vocab_size=c["vocab_size"],
+        width=c["hidden_size"],
+        layers=c["num_hidden_layers"],
+        heads=c["num_attention_heads"],
+        kv_heads=c["num_key_value_heads"],
+        head_width=c.get("head_dim", c["hidden_size"] // c["num_attention_heads"]),
+        mlp_width=c["intermediate_size"],
+        norm_eps=c["rms_norm_eps"],
+        rope=RopeConfig(theta=rope["rope_theta"], scaling=scaling),
+        qk_norm=family == "qwen3",
+        attention_bias=family == "qwen2",
+        tied=c["tie_word_embeddings"],
+    )
+
+
+@cache
+def load(family: str) -> tuple[Any, Variables]:
+    config = read_config(family)
+    source = load_file(DATA / family / "model.safetensors")
+    variables: dict[str, Any] = {}
+    for name, value in source.items():
+        path, layer = our_path(name)
+        variables.setdefault(path, {})[layer] = value
+    stacked = {
+        path: jnp.asarray(v[None] if None in v else np.stack([v[i] for i in sorted(v)]))
+        for path, v in variables.items()
+    }
+    definition, shapes = unbind(abstract(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    assert {p: v.shape for p, v in stacked.items()} == {p: v.shape for p, v in shapes.items()}
+    return definition, stacked
+
+
+@cache
+def goldens(family: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    return (
+        load_file(DATA / family / "golden.safetensors"),
+        json.loads((DATA / family / "golden.json").read_text()),
+    )
+
+
+def to_right_padding(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Moves the padding of every row from its left to its right."""
+    shifts = mask.argmax(axis=1)
+    return np.stack([np.roll(row, -s, axis=0) for row, s in zip(x, shifts, strict=True)])
+
+
+def placed(ids: np.ndarray, mask: np.ndarray) -> dict[str, jax.Array]:
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    return {
+        "positions": jnp.asarray(positions, jnp.int32),
+        "segments": jnp.ones(ids.shape, jnp.int32),
+        "is_key": jnp.asarray(mask, bool),
+    }
+
+
+def hidden_states(family: str, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What transformers calls hidden_states ([L + 1, B, T, D], the last one normed), and logits."""
+    decoder: Decoder = bind(*load(family))
+    embeds = decoder.embed(jnp.asarray(ids))
+    layers = decoder.layer_outputs(embeds, **placed(ids, mask))
+    last = decoder(embeds, **placed(ids, mask))
+    states = jnp.concatenate([embeds[None], layers[:-1], last[None]])
+    return np.asarray(states), np.asarray(decoder.logits(last))
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_logits_equal_the_original(family: str, padding: str) -> None:
+    golden, _ = goldens(family)
+    ids, mask = golden["input_ids"], golden["attention_mask"].astype(bool)
+    expected = np.stack([golden[f"forward/hidden_{i}"] for i in range(3)])
+    turn = (lambda x: to_right_padding(x, mask)) if padding == "right" else (lambda x: x)
+    states, logits = hidden_states(family, turn(ids), turn(mask))
+    for ours, theirs in zip(states, expected, strict=True):
+        np.testing.assert_allclose(ours[turn(mask)], turn(theirs)[turn(mask)], atol=ATOL, rtol=0)
+    theirs = np.zeros_like(logits)
+    theirs[:, -10:] = golden["forward/logits_last10"]
+    scored = mask & (np.arange(ids.shape[1]) >= ids.shape[1] - 10)
+    np.testing.assert_allclose(
+        logits[turn(scored)], turn(theirs)[turn(scored)], atol=ATOL, rtol=0
+    )
+
+
+def attend_like_the_original(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, visible: Visible, scale: float
+) -> jax.Array:
+    """Adds the mask instead of selecting: differs only in gradients of rows that see no key."""
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    mask = jnp.where(visible.dense(), 0.0, jnp.finfo(jnp.float32).min)[:, None]
+    weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k) * scale + mask, axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_equal_the_original(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # These goldens score a row's first token from the padding before it, a step without keys.
+    monkeypatch.setattr("speechlm2_jax.llm.attention.attend", attend_like_the_original)
+    golden, facts = goldens(family)
+    ids, mask = golden["input_ids"], golden["attention_mask"].astype(bool)
+    definition, variables = load(family)
+
+    def loss(variables: Variables) -> jax.Array:
+        decoder: Decoder = bind(definition, variables)
+        hidden = decoder(decoder.embed(jnp.asarray(ids)), **placed(ids, mask))
+        scores = jax.nn.log_softmax(decoder.logits(hidden)[:, :-1])
+        picked = jnp.take_along_axis(scores, jnp.asarray(ids)[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.sum(picked * mask[:, 1:]) / mask[:, 1:].sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(variables)
+    np.testing.assert_allclose(value, facts["loss"], rtol=LOSS_RTOL)
+    padding = json.loads((DATA / family / "config.json").read_text())["pad_token_id"]
+    if padding is not None:  # torch gives the padding row of an embedding no gradient
+        gradients["embedding.weight"] = gradients["embedding.weight"].at[padding].set(0.0)
+    for name, expected in facts["grad_norms"].items():
+        path, layer = our_path(name)
+        gradient = gradients[path] if layer is None else gradients[path][layer]
+        np.testing.assert_allclose(
+            np.linalg.norm(gradient), expected, rtol=GRADIENT_RTOL, err_msg=name
+        )
+
+
+def answer(family: str, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    config = json.loads((DATA / family / "config.json").read_text())
+    _, facts = goldens(family)
+    definition, variables = load(family)
+    decoding = DecodingConfig(
+        max_new_tokens=NEW_TOKENS, stop_ids=(config["eos_token_id"],), pad_id=facts["pad_id_used"]
+    )
+
+    @jax.jit
+    def run(variables: Variables) -> jax.Array:
+        decoder: Decoder = bind(definition, variables)
+        return decode(
+            decoder,
+            decoder.embed(jnp.asarray(ids)),
+            lengths=jnp.asarray(mask.shape[1] - mask[:, ::-1].argmax(axis=1), jnp.int32),
+            is_key=jnp.asarray(mask),
+            config=decoding,
+        )
+
+    return np.asarray(run(variables))
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_equal_the_original(family: str, padding: str) -> None:
+    golden, _ = goldens(family)
+    ids, mask = golden["input_ids"], golden["attention_mask"].astype(bool)
+    if padding == "right":
+        ids, mask = to_right_padding(ids, mask), to_right_padding(mask, mask)
+    answers = answer(family, ids, mask)
+    np.testing.assert_array_equal(answers, golden["generate/sequences"][:, ids.shape[1] :])
+    np.testing.assert_array_equal(answers, golden["generate_inputs_embeds/new_tokens"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_of_each_cached_step_equal_the_original(family: str) -> None:
+    golden, _ = goldens(family)
+    ids, mask = golden["generate/sequences"], golden["attention_mask"].astype(bool)
+    prompt = mask.shape[1]
+    decoder: Decoder = bind(*load(family))
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    np.testing.assert_array_equal(positions, golden["generate/position_ids_prefill"])
+    step = decoder.extend(
+        decoder.embed(jnp.asarray(ids[:, :prompt])),
+        decoder.new_cache(2, prompt + 3, jnp.float32),
+        positions=jnp.asarray(positions, jnp.int32),
+        is_key=jnp.asarray(mask),
+    )
+    for i in range(4):
+        scores = decoder.logits(step.hidden[:, -1:])[:, 0]
+        expected = golden["generate/step_logits_first4"][:, i]
+        np.testing.assert_allclose(scores, expected, atol=ATOL, rtol=0)
+        if i < 3:
+            step = decoder.extend(
+                decoder.embed(jnp.asarray(ids[:, prompt + i : prompt + i + 1])),
+                step.cache,
+                positions=jnp.asarray(positions[:, -1:] + 1 + i, jnp.int32),
+                is_key=jnp.ones((2, 1), bool),
+            )
