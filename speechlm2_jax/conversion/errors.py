@@ -1,0 +1,25 @@
+"""The two ways in which a foreign file is turned down."""
+
+import difflib
+from collections.abc import Iterable
+
+SHOWN = 5
+
+
+class ConversionError(ValueError):
+    """The weights or the config do not fit; the message names the tensors or keys."""
+
+
+class UnsafeFileError(ConversionError):
+    """The file asks for something that weights never need; nothing of it was carried out."""
+
+
+def listed(names: Iterable[str], nearest_in: Iterable[str] = ()) -> str:
+    """Names the first few, each with its nearest candidate, and says how many more there are."""
+    names, candidates = sorted(names), list(nearest_in)
+    shown: list[str] = []
+    for name in names[:SHOWN]:
+        close = difflib.get_close_matches(name, candidates, n=1)
+        shown.append(f"{name} (nearest: {close[0]})" if close else name)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(shown) + more

@@ -1,0 +1,92 @@
+# pyright: basic
+"""Opens whatever holds weights: files, directories, shards. torch is not needed for any."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from speechlm2_jax.conversion.errors import ConversionError, listed
+from speechlm2_jax.conversion.readers.json_text import read_json
+from speechlm2_jax.conversion.readers.nemo import NemoArchive, read_nemo
+from speechlm2_jax.conversion.readers.safetensors_files import read_safetensors, write_safetensors
+from speechlm2_jax.conversion.readers.source import (
+    Index,
+    LazySource,
+    TensorInfo,
+    TensorSource,
+    memory_source,
+)
+from speechlm2_jax.conversion.readers.torch_files import read_torch_file
+
+__all__ = [
+    "Index",
+    "LazySource",
+    "NemoArchive",
+    "TensorInfo",
+    "TensorSource",
+    "memory_source",
+    "open_weights",
+    "read_json",
+    "read_nemo",
+    "write_safetensors",
+]
+
+INDEX_SUFFIX = ".index.json"
+DIRECTORY_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+FILE_READERS: dict[str, Callable[[Path], LazySource]] = {
+    ".safetensors": read_safetensors,
+    ".bin": read_torch_file,
+    ".ckpt": read_torch_file,
+    ".pt": read_torch_file,
+    ".pth": read_torch_file,
+    ".nemo": lambda path: read_nemo(path).weights,
+}
+
+
+def open_weights(path: Path | str) -> LazySource:
+    """Opens a weights file, a shard index, or a directory that has one, to be read lazily.
+
+    Raises ConversionError if there is none, UnsafeFileError for a hostile file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in DIRECTORY_FILES if (path / name).is_file()]
+        if not found:
+            raise ConversionError(f"{path} has no weights: none of {', '.join(DIRECTORY_FILES)}")
+        path = found[0]
+    if not path.is_file():
+        raise ConversionError(f"{path} does not exist")
+    if path.name.endswith(INDEX_SUFFIX):
+        return _open_shards(path)
+    if path.suffix not in FILE_READERS:
+        raise ConversionError(f"{path} is none of {', '.join(FILE_READERS)}")
+    return FILE_READERS[path.suffix](path)
+
+
+def _open_shards(index: Path) -> LazySource:
+    """Joins the shards that an index names. Every tensor is where the index says, and no other."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise ConversionError(f"{index}: has no weight_map of tensor names to file names")
+    shards: dict[str, LazySource] = {}
+    for name in sorted(set(places.values())):
+        suffix = Path(name).suffix
+        if Path(name).name != name or suffix not in (".safetensors", ".bin"):
+            raise ConversionError(f"{index}: {name!r} is not a weights file beside the index")
+        shards[name] = FILE_READERS[suffix](index.parent / name)
+    stored = {(tensor, name) for name, shard in shards.items() for tensor in shard.infos}
+    wrong = {tensor for tensor, _ in stored ^ set(places.items())}
+    if wrong:
+        raise ConversionError(
+            f"{index}: the shards hold other tensors than it says: {listed(wrong)}"
+        )
+    aliases = {k: v for shard in shards.values() for k, v in shard.aliases.items()}
+    return LazySource(
+        {tensor: shards[name].infos[tensor] for tensor, name in places.items()},
+        lambda tensor, part: shards[places[tensor]].read(tensor, part),
+        {k: v for k, v in aliases.items() if k not in places},
+    )

@@ -1,0 +1,66 @@
+"""What every reader gives: named tensors that are read when asked for, whole or by slices."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+Index = tuple[slice, ...]
+"""One slice per dimension."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes that the values take."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """Named tensors of one checkpoint."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor that is stored, by its foreign name."""
+        ...
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Further names -> the stored name; from the metadata of safetensors files."""
+        ...
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """Reads one tensor, or the part that `index` names."""
+        ...
+
+
+@dataclass(frozen=True)
+class LazySource:
+    """Tensors whose values one function fetches."""
+
+    infos: Mapping[str, TensorInfo]
+    fetch: Callable[[str, Index | None], np.ndarray]
+    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """Reads one tensor, or the part that `index` names."""
+        return self.fetch(name, index)
+
+
+def memory_source(
+    tensors: Mapping[str, np.ndarray], aliases: Mapping[str, str] | None = None
+) -> LazySource:
+    """Makes a source of arrays that are in memory already."""
+
+    def fetch(name: str, index: Index | None) -> np.ndarray:
+        return tensors[name] if index is None else tensors[name][index]
+
+    infos = {name: TensorInfo(x.shape, x.dtype) for name, x in tensors.items()}
+    return LazySource(infos, fetch, dict(aliases or {}))
