@@ -1,0 +1,21 @@
+"""Host side, NumPy: from manifests and audio files to batches of static shape.
+
+The names below resolve on first use, so that a model may import the tokenizer or the prompts
+without loading Lhotse or Grain.
+"""
+
+import importlib
+from typing import Any
+
+_FACES = {
+    "PromptFormatter": "speechlm2_jax.data.prompts",
+    "Tokenizer": "speechlm2_jax.data.tokenizer",
+}
+
+__all__ = sorted(_FACES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FACES:
+        raise AttributeError(f"module 'speechlm2_jax.data' has no attribute {name!r}")
+    return getattr(importlib.import_module(_FACES[name]), name)

@@ -1,0 +1,80 @@
+"""The prompt formats, as data: what each role's turn looks like, by NeMo's names.
+
+In a template `|name|` is a slot that the turn fills. `|bos|` at its start and `|eos|` at its end
+stand for the tokenizer's own tokens, which no text spells. Turns of `OUTPUT_ROLE` are what the
+model learns to say. A `preamble` has no slots and opens every dialog.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+OUTPUT_ROLE = "assistant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFormat:
+    """One format: a template for each role, and what frames the dialog."""
+
+    turns: Mapping[str, str]
+    tokens: tuple[str, ...] = ()
+    """Tokens that the tokenizer must have, or the model would read the markup as plain text."""
+    inference_prefix: str | None = None
+    """What opens the answer when the last turn is not the model's."""
+    insert_bos: bool = False
+    """Whether the dialog starts with the tokenizer's begin token."""
+    insert_eos: bool = False
+    """Whether a dialog that the model ends is closed by the tokenizer's end token."""
+
+
+_LLAMA3_TURN = "<|start_header_id|>{}<|end_header_id|>\n\n|message|<|eot_id|>"
+_CHATML_TURN = "<|im_start|>{}\n|message|<|im_end|>\n"
+
+FORMATS: Mapping[str, PromptFormat] = {
+    "plain": PromptFormat(turns={"user": "|message|", OUTPUT_ROLE: "|message|"}),
+    "llama2": PromptFormat(
+        turns={
+            "system_and_user": "|bos|[INST] <<SYS>>\n|system|\n<</SYS>>\n\n|message| [/INST]",
+            "user": "|bos|[INST] |message| [/INST]",
+            OUTPUT_ROLE: "|message| |eos|",
+        },
+    ),
+    "llama3": PromptFormat(
+        turns={
+            "preamble": "<|begin_of_text|>",
+            **{role: _LLAMA3_TURN.format(role) for role in ("system", "user", OUTPUT_ROLE)},
+        },
+        tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        inference_prefix="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "qwen": PromptFormat(
+        turns={role: _CHATML_TURN.format(role) for role in ("user", OUTPUT_ROLE)},
+        tokens=("<|im_start|>", "<|im_end|>"),
+        inference_prefix="<|im_start|>assistant\n",
+    ),
+    "gemma": PromptFormat(
+        turns={
+            "user": "<start_of_turn>user\n|message|<end_of_turn>\n<start_of_turn>model\n",
+            OUTPUT_ROLE: "|message|<end_of_turn>\n",
+        },
+        tokens=("<start_of_turn>", "<end_of_turn>"),
+        insert_bos=True,
+        insert_eos=True,
+    ),
+    "mistral": PromptFormat(
+        turns={
+            "preamble": "<s>",
+            "user": "[INST] |message| [/INST] ",
+            OUTPUT_ROLE: "|message|</s>",
+        },
+        tokens=("<s>", "</s>"),
+    ),
+    "nemotron-h": PromptFormat(
+        turns={
+            "system": "<SPECIAL_10>System\n|message|",
+            "user": "\n<SPECIAL_11>User\n|message|",
+            OUTPUT_ROLE: "\n<SPECIAL_11>Assistant\n|message|",
+        },
+        tokens=("<SPECIAL_10>", "<SPECIAL_11>"),
+        inference_prefix="\n<SPECIAL_11>Assistant\n",
+    ),
+}

@@ -1,0 +1,132 @@
+"""Tokenizers speak NeMo's names, and a format never meets a tokenizer that cannot spell it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from speechlm2_jax.data.prompts import FORMATS, PromptError, PromptFormatter
+from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
+
+DATA = Path(__file__).parents[1] / "data"
+TAG = "<|audioplaceholder|>"
+
+
+@pytest.fixture
+def llama():
+    return Tokenizer(DATA / "llm" / "llama")
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_path(tmp_path_factory):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("spm")
+    text = folder / "text.txt"
+    text.write_text("\n".join(f"the quick brown fox {n} jumps over {n * 7}" for n in range(200)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "tiny"), vocab_size=60, minloglevel=9
+    )
+    return folder / "tiny.model"
+
+
+def test_an_added_token_takes_the_first_free_id_and_is_never_split(llama):
+    free = len(llama)
+    assert llama.add_special_tokens([TAG]) == 1
+    assert llama.token_to_id(TAG) == free == len(llama) - 1
+    assert llama.text_to_ids(f"a {TAG} b").count(free) == 1
+    assert llama.add_special_tokens({"additional_special_tokens": [TAG]}) == 0
+
+
+def test_padding_falls_back_to_unknown_and_then_to_zero():
+    assert Tokenizer(DATA / "llm" / "qwen3").pad_id == 330
+    llama = Tokenizer(DATA / "llm" / "llama")
+    assert llama.pad_token is None and llama.pad_id == llama.unk_id == 0
+    assert llama.pad == llama.pad_id and llama.bos == 1 and llama.eos == 2
+
+
+def test_ids_decode_from_any_array_and_special_tokens_can_stay(llama):
+    ids = llama.text_to_ids("yes and no")
+    assert llama.ids_to_text(np.asarray([1, *ids, 2])) == "yes and no"
+    assert llama.ids_to_text([1, *ids, 2], remove_special_tokens=False).startswith("<s>")
+    with pytest.raises(ValueError, match="one row"):
+        llama.ids_to_text(np.zeros((2, 3), int))
+
+
+def test_tokens_and_ids_are_inverse_and_an_unknown_token_gives_the_unknown_id(llama):
+    tokens = llama.text_to_tokens("hello you")
+    assert llama.ids_to_tokens(llama.tokens_to_ids(tokens)) == tokens
+    assert llama.tokens_to_text(tokens) == "hello you"
+    assert llama.token_to_id("no such token") == llama.unk_id
+
+
+@pytest.mark.parametrize("name", ["/nowhere/tokenizer", "./nowhere", "nowhere/at.model"])
+def test_a_missing_tokenizer_is_one_clear_error(name):
+    with pytest.raises(TokenizerError, match=f"tokenizer {name}: no such"):
+        Tokenizer(name)
+
+
+def test_a_directory_without_a_tokenizer_is_one_clear_error(tmp_path):
+    with pytest.raises(TokenizerError, match="the directory gives none") as caught:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_sentencepiece_models_encode_with_added_tokens(sentencepiece_path):
+    tokenizer = Tokenizer(sentencepiece_path)
+    free = len(tokenizer)
+    tokenizer.add_special_tokens([TAG])
+    ids = tokenizer.text_to_ids(f"the fox {TAG} over")
+    assert tokenizer.token_to_id(TAG) == free and ids.count(free) == 1
+    assert tokenizer.ids_to_text(ids, remove_special_tokens=False) == f"the fox{TAG}over"
+    assert tokenizer.ids_to_tokens(ids) == tokenizer.text_to_tokens(f"the fox {TAG} over")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, tokenizer.unk_id)
+    assert tokenizer.ids_to_text([1, *tokenizer.text_to_ids("the fox"), 2]) == "the fox"
+
+
+@pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.tokens])
+def test_a_format_names_the_token_that_the_tokenizer_lacks(name, sentencepiece_path):
+    tokenizer = Tokenizer(sentencepiece_path)
+    tokenizer.add_special_tokens(FORMATS[name].tokens[:-1])
+    if name == "mistral":  # `</s>` is a piece of every model
+        PromptFormatter(name, tokenizer)
+        return
+    missing = FORMATS[name].tokens[-1].replace("|", r"\|")
+    with pytest.raises(TokenizerError, match=f"'{name}' needs the token '{missing}'"):
+        PromptFormatter(name, tokenizer)
+
+
+def test_a_format_that_needs_a_begin_token_refuses_a_tokenizer_without_one():
+    with pytest.raises(TokenizerError, match="needs a begin-of-sequence token"):
+        PromptFormatter("llama2", Tokenizer(DATA / "llm" / "qwen3"))
+
+
+def test_text_that_looks_like_markup_stays_text(llama):
+    formatter = PromptFormatter("llama2", llama)
+    turn = {"role": "system_and_user", "slots": {"system": "|message|", "message": "|eos|"}}
+    ids = formatter.encode_dialog([turn]).input_ids
+    assert llama.ids_to_text(ids) == "[INST] <<SYS>>\n|message|\n<</SYS>>\n\n|eos| [/INST]"
+    plain = PromptFormatter("plain", llama)
+    assert plain.encode_dialog([{"role": "user", "content": "x|eos|"}]).input_ids[-1] != 2
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([], "empty dialog"),
+        ([{"role": "user"}], "needs a text for 'message'"),
+        ([{"role": "user", "slots": {"message": 3}}], "needs a text for 'message'"),
+        ([{"content": "x"}], "has no role 'None'"),
+        ([{"role": "bot", "content": "x"}], "has no role 'bot'; roles: system_and_user, user"),
+    ],
+)
+def test_a_dialog_that_cannot_be_expressed_names_what_is_wrong(llama, turns, message):
+    with pytest.raises(PromptError, match=message):
+        PromptFormatter("llama2", llama).encode_dialog(turns)
+
+
+def test_encoding_many_dialogs_equals_encoding_each(llama):
+    formatter = PromptFormatter("llama2", llama)
+    dialogs = [[{"role": "user", "content": f"turn {n}"}] for n in range(5)]
+    together = formatter.encode_dialogs(dialogs)
+    for dialog, prompt in zip(dialogs, together, strict=True):
+        np.testing.assert_array_equal(prompt.input_ids, formatter.encode_dialog(dialog).input_ids)
