@@ -46,6 +46,7 @@ class Model:
     pair: tuple[int, int] = (1, 2)
     extra: Mapping[str, Any] = field(default_factory=dict)
     stop: int | tuple[int, ...] | None = None
+    contexts: tuple[int, ...] | tuple[tuple[int, ...], ...] = ()
     name: str = "model"
     verbose: bool = False
     normalizer: str | bool = "english"
@@ -299,6 +300,7 @@ def test_values_become_nested_dataclasses_and_back():
         "pair": [3, 4],
         "extra": {"anything": [1]},
         "stop": [1, 2],
+        "contexts": [[1], [2, 3]],
         "normalizer": False,
         "folder": "a/b",
     }
@@ -310,6 +312,7 @@ def test_values_become_nested_dataclasses_and_back():
         pair=(3, 4),
         extra={"anything": [1]},
         stop=(1, 2),
+        contexts=((1,), (2, 3)),
         normalizer=False,
         folder=Path("a/b"),
     )
@@ -327,8 +330,8 @@ def test_values_become_nested_dataclasses_and_back():
             {"adapter": {"n_layer": 3}},
             "model.adapter.n_layer: unknown key; did you mean 'n_layers'?",
         ),
-        ({"zzz": 3}, "model.zzz: unknown key; valid keys: adapter, bins, extra, folder, name, "
-                     "normalizer, optimizer, pair, stop, verbose"),
+        ({"zzz": 3}, "model.zzz: unknown key; valid keys: adapter, bins, contexts, extra, folder, "
+                     "name, normalizer, optimizer, pair, stop, verbose"),
         ({"adapter": {"n_layers": "two"}}, "model.adapter.n_layers: expected int, got 'two' (str)"),
         ({"adapter": {"n_layers": True}}, "model.adapter.n_layers: expected int, got True (bool)"),
         ({"adapter": {"n_layers": 2.5}}, "model.adapter.n_layers: expected int, got 2.5 (float)"),
@@ -357,12 +360,13 @@ def test_values_become_nested_dataclasses_and_back():
             "model.optimizer._target_: unsupported 'os.system' (str); use AdamW or Adam",
         ),
         ({"bins": [1, "x"]}, "model.bins.1: expected float, got 'x' (str)"),
+        ({"contexts": [[1], ["x"]]}, "model.contexts.0: expected int, got a list"),
         ({"pair": [1]}, "model.pair: expected 2 values, got 1"),
         ({"verbose": 1}, "model.verbose: expected bool, got 1 (int)"),
         ({"name": 1}, "model.name: expected str, got 1 (int)"),
         ({"name": {}}, "model.name: expected str, got a mapping"),
-        ({"_target_": "x"}, "model._target_: unknown key; valid keys: adapter, bins, extra, "
-                            "folder, name, normalizer, optimizer, pair, stop, verbose"),
+        ({"_target_": "x"}, "model._target_: unknown key; valid keys: adapter, bins, contexts, "
+                            "extra, folder, name, normalizer, optimizer, pair, stop, verbose"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_with_its_path(values, expected):

@@ -163,13 +163,14 @@ def _convert_union(hint: Any, options: tuple[Any, ...], value: Any, path: str) -
         return value
     form = dict if isinstance(value, Mapping) else list if isinstance(value, list | tuple) else None
     fitting = [o for o in options if _form(o) is form]
-    if form is not None and len(fitting) == 1:  # a message from inside says more than one of types
-        return _convert(fitting[0], value, path)
+    inner: SettingsError | None = None
     for option in fitting:
         try:
             return _convert(option, value, path)
-        except SettingsError:
-            continue
+        except SettingsError as error:
+            inner = inner or error
+    if inner is not None and form is not None:  # what is wrong inside says more than the types do
+        raise inner
     raise SettingsError(f"{path}: expected {_describe(hint)}, got {kind(value)}")
 
 
