@@ -117,9 +117,8 @@ class FastConformer(nnx.Module):
         chosen = jnp.zeros(lengths.shape, jnp.int32)
         if keys is not None and len(config.contexts) > 1:
             cumulative = jnp.cumsum(jnp.asarray(config.context_probabilities))[:-1]
-            draws = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, _CONTEXT_PLACE)))(
-                keys
-            )
+            context_keys = jax.vmap(lambda k: jax.random.fold_in(k, _CONTEXT_PLACE))(keys)
+            draws = jax.vmap(jax.random.uniform)(context_keys)
             chosen = jnp.sum(draws[:, None] >= cumulative[None], axis=1)
         left, right = jnp.take(contexts, chosen, axis=0).T
         positions = self._drop_positions(relative_positions(steps, config.d_model), steps, keys)

@@ -1,0 +1,211 @@
+"""Audio perception: waveforms -> frames of the LLM's width.
+
+Log-mel front end, SpecAugment, FastConformer encoder, modality adapter, projection; the frames
+that a clip makes are a pure function of its samples (`PerceptionConfig.frame_count`), so that the
+host lays out sequences before the device has seen any audio.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key
+
+from speechlm2_jax.layers.dropout import fold_keys
+from speechlm2_jax.layers.linear import Linear
+from speechlm2_jax.perception.batch_norm import Statistics
+from speechlm2_jax.perception.fastconformer import FastConformer
+from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
+from speechlm2_jax.perception.frames import Frames, is_within
+from speechlm2_jax.perception.log_mel import LogMel, LogMelConfig
+from speechlm2_jax.perception.modality_adapter import (
+    AdapterConfig,
+    IdentityConfig,
+    make_adapter,
+)
+from speechlm2_jax.perception.spec_augment import SpecAugmentConfig, spec_augment
+from speechlm2_jax.sharding import constrain
+
+_DITHER_PLACE, _SPEC_AUGMENT_PLACE, _ENCODER_PLACE, _ADAPTER_PLACE = range(4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceptionConfig:
+    """NeMo's `perception:` block, completed with the preprocessor and encoder of an ASR model."""
+
+    TARGETS: ClassVar[tuple[str, ...]] = ("AudioPerceptionModule",)
+
+    preprocessor: LogMelConfig
+    encoder: FastConformerConfig
+    modality_adapter: AdapterConfig
+    output_dim: int
+    """Width of the LLM."""
+    spec_augment: SpecAugmentConfig | None = None
+
+    def __post_init__(self) -> None:
+        adapter = self.modality_adapter
+        if self.encoder.feat_in != self.preprocessor.features:
+            raise ValueError(
+                f"encoder.feat_in={self.encoder.feat_in} must be preprocessor.features="
+                f"{self.preprocessor.features}"
+            )
+        is_identity = isinstance(adapter, IdentityConfig)
+        key = "d_model" if is_identity else "feat_in"
+        given = getattr(adapter, key)
+        if self.is_projected and given != self.encoder.width:
+            raise ValueError(
+                f"modality_adapter.{key}={given} must be the encoder's width {self.encoder.width}"
+            )
+        if not is_identity and adapter.width != adapter.d_model:
+            raise ValueError(
+                f"modality_adapter.feat_out={adapter.feat_out} does not fit the projection from "
+                f"d_model={adapter.d_model}; set feat_out to -1"
+            )
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether a projection follows the adapter."""
+        adapter = self.modality_adapter
+        return not isinstance(adapter, IdentityConfig) or adapter.is_projected
+
+    @property
+    def adapter_width(self) -> int:
+        """Width of the adapter's frames."""
+        adapter = self.modality_adapter
+        return self.encoder.width if isinstance(adapter, IdentityConfig) else adapter.width
+
+    @property
+    def output_width(self) -> int:
+        """Width of the output frames."""
+        return self.output_dim if self.is_projected else self.adapter_width
+
+    @property
+    def frame_samples(self) -> int:
+        """Samples that one output frame stands for."""
+        adapter = self.modality_adapter
+        factor = 1 if isinstance(adapter, IdentityConfig) else adapter.subsampling_factor
+        return self.preprocessor.hop_samples * self.encoder.subsampling_factor * factor
+
+    @property
+    def token_equivalent_duration(self) -> float:
+        """Seconds of audio that one output frame stands for."""
+        return self.frame_samples / self.preprocessor.sample_rate
+
+    def frame_count(self, samples: int) -> int:
+        """Counts the output frames of a clip of `samples` samples."""
+        frames = self.encoder.frame_count(self.preprocessor.frame_count(samples))
+        adapter = self.modality_adapter
+        return frames if isinstance(adapter, IdentityConfig) else adapter.frame_count(frames)
+
+    def frame_capacity(self, samples: int) -> int:
+        """Frames of the output array for an audio array of `samples`: those of a full clip."""
+        return self.frame_count(samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceptionModes:
+    """Which parts are in training mode. A part whose parameters are all frozen stays out of it."""
+
+    log_mel: bool = False
+    """Dither. NeMo's models never train their front end."""
+    spec_augment: bool = False
+    encoder: bool = False
+    adapter: bool = False
+    nemo_exact: bool = False
+    """Batch norm counts every frame that NeMo's padded batch would have, not only real ones."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PerceptionOutput:
+    """Frames of the LLM's width [B, F, D] with F = config.frame_capacity(S), and their number."""
+
+    frames: Float[Array, "B F D"]
+    lengths: Int[Array, " B"]
+    statistics: Statistics
+    """New batch-norm statistics by variable path below perception; empty in evaluation."""
+
+
+class AudioPerception(nnx.Module):
+    """Encodes clips into LLM-width frames; clips share nothing but batch-norm statistics."""
+
+    def __init__(self, config: PerceptionConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.log_mel = LogMel(config.preprocessor)
+        self.encoder = FastConformer(config.encoder, rngs=rngs)
+        self.adapter = make_adapter(config.modality_adapter, rngs=rngs)
+        self.projection = (
+            Linear(config.adapter_width, config.output_dim, axes=(None, "embed"), rngs=rngs)
+            if config.is_projected
+            else None
+        )
+
+    def __call__(
+        self,
+        audio: Float[Array, "B S"],
+        lengths: Int[Array, " B"],
+        *,
+        modes: PerceptionModes = PerceptionModes(),
+        keys: Key[Array, " B"] | None = None,
+        extents: Int[Array, " B"] | None = None,
+        dtype: DTypeLike = jnp.float32,
+    ) -> PerceptionOutput:
+        """Encodes clips of `lengths` samples; one of length 0 is an empty slot.
+
+        `keys`, one per clip, feed the random parts that `modes` puts in training. `extents`, in
+        samples, is the padded length of each clip's batch in NeMo (`modes.nemo_exact` needs it).
+        Activations after the mel features have `dtype`.
+        """
+        audio = jnp.where(is_within(lengths, audio.shape[1]), audio, 0.0)
+        features = self._features(audio, lengths, modes, keys)
+        frame_extents = None
+        if modes.nemo_exact:
+            if extents is None:
+                raise ValueError("nemo_exact needs `extents`: the longest clip of each group")
+            frame_extents = jnp.where(lengths > 0, self.log_mel.frame_extents(extents), 0)
+        encoded = self.encoder(
+            features.frames.astype(dtype),
+            features.lengths,
+            train=modes.encoder,
+            keys=fold_keys(keys, _ENCODER_PLACE) if modes.encoder else None,
+            extents=frame_extents,
+        )
+        adapted = self.adapter(
+            encoded.frames,
+            encoded.lengths,
+            train=modes.adapter,
+            keys=fold_keys(keys, _ADAPTER_PLACE) if modes.adapter else None,
+            extents=encoded.extents,
+        )
+        # cut last: up to here the frames beyond a clip are those that NeMo's batch norm counts
+        frames = adapted.frames[:, : self.config.frame_capacity(audio.shape[1])]
+        if self.projection is not None:
+            frames = self.projection(frames)
+        return PerceptionOutput(
+            frames=constrain(frames, "batch", "time", "act_embed"),
+            lengths=adapted.lengths,
+            statistics={
+                f"{part}.{path}": value
+                for part, output in (("encoder", encoded), ("adapter", adapted))
+                for path, value in output.statistics.items()
+            },
+        )
+
+    def _features(
+        self,
+        audio: Float[Array, "B S"],
+        lengths: Int[Array, " B"],
+        modes: PerceptionModes,
+        keys: Key[Array, " B"] | None,
+    ) -> Frames:
+        """Log-mel frames, dithered and masked as the modes say."""
+        dither_keys = fold_keys(keys, _DITHER_PLACE) if modes.log_mel else None
+        features = self.log_mel(audio, lengths, keys=dither_keys)
+        mask_keys = fold_keys(keys, _SPEC_AUGMENT_PLACE)
+        if not modes.spec_augment or self.config.spec_augment is None or mask_keys is None:
+            return features
+        hidden = spec_augment(features, self.config.spec_augment, mask_keys)
+        return Frames(frames=hidden, lengths=features.lengths)

@@ -1,0 +1,83 @@
+"""SpecAugment (Park et al. 2019): hides random stretches of time and frequency from the encoder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from speechlm2_jax.perception.frames import Frames
+
+_ONLY_WITH_CUTOUT = "only read by rectangular cut-out, which is refused"
+_NEMO_KERNELS = "chooses among NeMo's implementations"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecAugmentConfig:
+    """NeMo's SpectrogramAugmentation block, key by key."""
+
+    TARGETS: ClassVar[tuple[str, ...]] = ("SpectrogramAugmentation",)
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        "rect_time": _ONLY_WITH_CUTOUT,
+        "rect_freq": _ONLY_WITH_CUTOUT,
+        "use_vectorized_spec_augment": _NEMO_KERNELS,
+        "use_numba_spec_augment": _NEMO_KERNELS,
+    }
+    REFUSED: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "rect_masks": ("no rectangular cut-out; set it to 0", 0),
+        "rng": ("random draws come from the run's seed; set rng to null", None),
+    }
+
+    freq_masks: int = 0
+    time_masks: int = 0
+    freq_width: int = 10
+    """Widest frequency mask, in mel bins (exclusive)."""
+    time_width: int | float = 10
+    """Widest time mask: frames if an integer, a share of the clip if a fraction (exclusive)."""
+    mask_value: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("freq_masks", "time_masks", "freq_width", "time_width"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}={getattr(self, key)} must not be negative")
+        if isinstance(self.time_width, float) and self.time_width > 1.0:
+            raise ValueError(f"time_width={self.time_width} is a share of the clip: at most 1.0")
+
+
+def spec_augment(
+    features: Frames, config: SpecAugmentConfig, keys: Key[Array, " B"]
+) -> Float[Array, "B T M"]:
+    """Masks the real frames of each clip; its draws depend only on its key and its length."""
+    steps, bins = features.frames.shape[1:]
+
+    def hidden(key: Array, length: Array) -> Bool[Array, "T M"]:
+        time_key, freq_key = jax.random.split(key)
+        widest = config.time_width
+        if isinstance(widest, float):
+            widest = widest * length.astype(jnp.float32)
+        in_time = _stretches(time_key, config.time_masks, widest, length, steps)
+        size = jnp.asarray(bins, jnp.int32)
+        in_frequency = _stretches(freq_key, config.freq_masks, config.freq_width, size, bins)
+        return in_time[:, None] | in_frequency[None, :]
+
+    is_hidden = jax.vmap(hidden)(keys, features.lengths)
+    return jnp.where(is_hidden, config.mask_value, features.frames)
+
+
+def _stretches(
+    key: Key[Array, ""],
+    count: int,
+    widest: int | float | Float[Array, ""],
+    length: Int[Array, ""],
+    size: int,
+) -> Bool[Array, " size"]:
+    """True inside `count` random stretches of an axis of `length` real positions."""
+    width_key, start_key = jax.random.split(key)
+    widths = jnp.floor(jax.random.uniform(width_key, (count,)) * widest)
+    room = jnp.maximum(length.astype(jnp.float32) - widths, 0.0)
+    starts = jnp.floor(jax.random.uniform(start_key, (count,)) * room)
+    position = jnp.arange(size, dtype=jnp.float32)[None, :]
+    inside = (position >= starts[:, None]) & (position < (starts + widths)[:, None])
+    return jnp.any(inside, axis=0)
