@@ -2,7 +2,7 @@
 
 import json
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,16 @@ def placed(ids: np.ndarray, mask: np.ndarray) -> dict[str, jax.Array]:
     }
 
 
-def hidden_states(family: str, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+@partial(jax.jit, static_argnames="definition")
+def run(
+    definition: Any, variables: Variables, ids: jax.Array, place: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """What transformers calls hidden_states ([L + 1, B, T, D], the last one normed), and logits."""
-    decoder: Decoder = bind(*load(family))
-    embeds = decoder.embed(jnp.asarray(ids))
-    layers = decoder.layer_outputs(embeds, **placed(ids, mask))
-    last = decoder(embeds, **placed(ids, mask))
-    states = jnp.concatenate([embeds[None], layers[:-1], last[None]])
-    return np.asarray(states), np.asarray(decoder.logits(last))
+    decoder: Decoder = bind(definition, variables)
+    embeds = decoder.embed(ids)
+    layers = decoder.layer_outputs(embeds, **place)
+    last = decoder(embeds, **place)
+    return jnp.concatenate([embeds[None], layers[:-1], last[None]]), decoder.logits(last)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -134,15 +136,14 @@ def test_hidden_states_and_logits_equal_the_original(family: str, padding: str) 
     ids, mask = golden["input_ids"], golden["attention_mask"].astype(bool)
     expected = np.stack([golden[f"forward/hidden_{i}"] for i in range(3)])
     turn = (lambda x: to_right_padding(x, mask)) if padding == "right" else (lambda x: x)
-    states, logits = hidden_states(family, turn(ids), turn(mask))
+    place = placed(turn(ids), turn(mask))
+    states, logits = map(np.asarray, run(*load(family), turn(ids), place))
     for ours, theirs in zip(states, expected, strict=True):
         np.testing.assert_allclose(ours[turn(mask)], turn(theirs)[turn(mask)], atol=ATOL, rtol=0)
     theirs = np.zeros_like(logits)
     theirs[:, -10:] = golden["forward/logits_last10"]
     scored = mask & (np.arange(ids.shape[1]) >= ids.shape[1] - 10)
-    np.testing.assert_allclose(
-        logits[turn(scored)], turn(theirs)[turn(scored)], atol=ATOL, rtol=0
-    )
+    np.testing.assert_allclose(logits[turn(scored)], turn(theirs)[turn(scored)], atol=ATOL, rtol=0)
 
 
 def attend_like_the_original(
@@ -185,38 +186,40 @@ def test_loss_and_gradients_equal_the_original(
         )
 
 
-def answer(family: str, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    config = json.loads((DATA / family / "config.json").read_text())
-    _, facts = goldens(family)
-    definition, variables = load(family)
-    decoding = DecodingConfig(
-        max_new_tokens=NEW_TOKENS, stop_ids=(config["eos_token_id"],), pad_id=facts["pad_id_used"]
+@partial(jax.jit, static_argnames=("definition", "config"))
+def answer(
+    definition: Any, variables: Variables, ids: jax.Array, mask: jax.Array, config: DecodingConfig
+) -> jax.Array:
+    decoder: Decoder = bind(definition, variables)
+    lengths = ids.shape[1] - jnp.argmax(mask[:, ::-1], axis=1)
+    return decode(
+        decoder,
+        decoder.embed(ids),
+        lengths=lengths.astype(jnp.int32),
+        is_key=mask,
+        config=config,
     )
-
-    @jax.jit
-    def run(variables: Variables) -> jax.Array:
-        decoder: Decoder = bind(definition, variables)
-        return decode(
-            decoder,
-            decoder.embed(jnp.asarray(ids)),
-            lengths=jnp.asarray(mask.shape[1] - mask[:, ::-1].argmax(axis=1), jnp.int32),
-            is_key=jnp.asarray(mask),
-            config=decoding,
-        )
-
-    return np.asarray(run(variables))
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_equal_the_original(family: str, padding: str) -> None:
-    golden, _ = goldens(family)
+    golden, facts = goldens(family)
     ids, mask = golden["input_ids"], golden["attention_mask"].astype(bool)
     if padding == "right":
         ids, mask = to_right_padding(ids, mask), to_right_padding(mask, mask)
-    answers = answer(family, ids, mask)
-    np.testing.assert_array_equal(answers, golden["generate/sequences"][:, ids.shape[1] :])
-    np.testing.assert_array_equal(answers, golden["generate_inputs_embeds/new_tokens"])
+    stop = json.loads((DATA / family / "config.json").read_text())["eos_token_id"]
+    decoding = DecodingConfig(
+        max_new_tokens=NEW_TOKENS, stop_ids=(stop,), pad_id=facts["pad_id_used"]
+    )
+    answers = np.asarray(answer(*load(family), ids, mask, decoding))
+    for theirs in (
+        golden["generate/sequences"][:, ids.shape[1] :],
+        golden["generate_inputs_embeds/new_tokens"],
+    ):
+        steps = theirs.shape[1]  # the original stops when all rows have
+        np.testing.assert_array_equal(answers[:, :steps], theirs)
+        np.testing.assert_array_equal(answers[:, steps:], decoding.pad_id)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -224,10 +227,15 @@ def test_scores_of_each_cached_step_equal_the_original(family: str) -> None:
     golden, _ = goldens(family)
     ids, mask = golden["generate/sequences"], golden["attention_mask"].astype(bool)
     prompt = mask.shape[1]
-    decoder: Decoder = bind(*load(family))
+    definition, variables = load(family)
+    decoder: Decoder = bind(definition, variables)
+    extend = jax.jit(
+        lambda variables, *args, **place: bind(definition, variables).extend(*args, **place)
+    )
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     np.testing.assert_array_equal(positions, golden["generate/position_ids_prefill"])
-    step = decoder.extend(
+    step = extend(
+        variables,
         decoder.embed(jnp.asarray(ids[:, :prompt])),
         decoder.new_cache(2, prompt + 3, jnp.float32),
         positions=jnp.asarray(positions, jnp.int32),
@@ -238,7 +246,8 @@ def test_scores_of_each_cached_step_equal_the_original(family: str) -> None:
         expected = golden["generate/step_logits_first4"][:, i]
         np.testing.assert_allclose(scores, expected, atol=ATOL, rtol=0)
         if i < 3:
-            step = decoder.extend(
+            step = extend(
+                variables,
                 decoder.embed(jnp.asarray(ids[:, prompt + i : prompt + i + 1])),
                 step.cache,
                 positions=jnp.asarray(positions[:, -1:] + 1 + i, jnp.int32),
