@@ -162,7 +162,7 @@ def _convert_union(hint: Any, options: tuple[Any, ...], value: Any, path: str) -
     if any(o is Any or type(value) is o for o in options):
         return value
     form = dict if isinstance(value, Mapping) else list if isinstance(value, list | tuple) else None
-    fitting = [o for o in options if _form(o) is form]
+    fitting = _by_target([o for o in options if _form(o) is form], value, path)
     inner: SettingsError | None = None
     for option in fitting:
         try:
@@ -172,6 +172,23 @@ def _convert_union(hint: Any, options: tuple[Any, ...], value: Any, path: str) -
     if inner is not None and form is not None:  # what is wrong inside says more than the types do
         raise inner
     raise SettingsError(f"{path}: expected {_describe(hint)}, got {kind(value)}")
+
+
+def _by_target(options: list[Any], value: Any, path: str) -> list[Any]:
+    """Of several dataclasses, the one whose TARGETS name the `_target_` that is given."""
+    targets = {name: option for option in options for name in _table(option, "TARGETS")}
+    if len(options) < 2 or not targets or not isinstance(value, Mapping):
+        return options
+    values = cast(Plain, value)
+    key = next((k for k in _TARGET_KEYS if isinstance(values.get(k), str)), None)
+    if key is None:
+        return options
+    name = values[key].rpartition(".")[2]
+    if name not in targets:
+        raise SettingsError(
+            f"{join(path, key)}: unsupported {kind(values[key])}; use {' or '.join(targets)}"
+        )
+    return [targets[name]]
 
 
 def _form(hint: Any) -> type | None:
