@@ -39,6 +39,17 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Identity:
+    TARGETS: ClassVar[tuple[str, ...]] = ("IdentityConnector",)
+    d_model: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perception:
+    adapter: Adapter | Identity
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     adapter: Adapter = field(default_factory=Adapter)
     optimizer: Optimizer | None = None
@@ -371,6 +382,24 @@ def test_values_become_nested_dataclasses_and_back():
 )  # fmt: skip
 def test_a_mistake_is_one_line_with_its_path(values, expected):
     assert message(settings.build, Model, values, "model") == expected
+
+
+def test_a_target_chooses_among_dataclasses_and_its_mistakes_are_its_own():
+    def adapter(**values):
+        return {"adapter": values}
+
+    built = settings.build(Perception, adapter(_target_="x.IdentityConnector", d_model=4))
+    assert built.adapter == Identity(d_model=4)
+    assert message(
+        settings.build, Perception, adapter(_target_="x.IdentityConnector", d_modl=4), "p"
+    ) == ("p.adapter.d_modl: unknown key; did you mean 'd_model'?")
+    assert message(
+        settings.build, Perception, adapter(_target_="x.ConformerEncoder", d_model=4), "p"
+    ).startswith("p.adapter.d_model: unknown key; valid keys: context, dropout")
+    assert message(settings.build, Perception, adapter(_target_="x.Qformer"), "p") == (
+        "p.adapter._target_: unsupported 'x.Qformer' (str); "
+        "use ConformerEncoder or IdentityConnector"
+    )
 
 
 def test_whole_floats_serve_as_integers_and_integers_as_floats():
