@@ -176,7 +176,8 @@ def _convert_union(hint: Any, options: tuple[Any, ...], value: Any, path: str) -
 
 def _by_target(options: list[Any], value: Any, path: str) -> list[Any]:
     """Of several dataclasses, the one whose TARGETS name the `_target_` that is given."""
-    targets = {name: option for option in options for name in _table(option, "TARGETS")}
+    classes = [option for option in options if dataclasses.is_dataclass(option)]
+    targets = {name: c for c in classes for name in _table(cast(type[Any], c), "TARGETS")}
     if len(options) < 2 or not targets or not isinstance(value, Mapping):
         return options
     values = cast(Plain, value)
