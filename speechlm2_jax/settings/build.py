@@ -192,20 +192,6 @@ def _by_target(options: list[Any], value: Any, path: str) -> list[Any]:
     return [targets[name]]
 
 
-def _of_target(options: list[Any], value: Any, path: str) -> list[Any]:
-    """The options that take the value's `_target_`, if it has one: others would only confuse."""
-    key = next((k for k in _TARGET_KEYS if isinstance(value, Mapping) and k in value), None)
-    tables = [_table(o, "TARGETS") for o in options]
-    if key is None or not all(tables):
-        return options
-    target = str(value[key]).rpartition(".")[2]
-    chosen = [o for o, targets in zip(options, tables, strict=True) if target in targets]
-    if not chosen:
-        names = " or ".join(name for targets in tables for name in targets)
-        raise SettingsError(f"{join(path, key)}: unsupported {kind(value[key])}; use {names}")
-    return chosen
-
-
 def _form(hint: Any) -> type | None:
     origin = typing.get_origin(hint) or hint
     if dataclasses.is_dataclass(hint) or origin in _MAPPINGS:
