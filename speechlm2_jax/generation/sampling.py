@@ -61,7 +61,7 @@ def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
 
 
 def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
-    """Drops the least likely tokens whose probabilities sum to at most 1 - p; keeps at least one."""
+    """Drops the least likely tokens that sum to at most 1 - p; keeps at least one."""
     order = jnp.argsort(logits, axis=-1)
     ascending = jnp.take_along_axis(logits, order, axis=-1)
     dropped = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1.0 - p

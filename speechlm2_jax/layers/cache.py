@@ -56,7 +56,10 @@ class KVCache:
         )
 
     def write(
-        self, layer: Int[Array, ""], keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"]
+        self,
+        layer: Int[Array, ""] | int,
+        keys: Float[Array, "B T K H"],
+        values: Float[Array, "B T K H"],
     ) -> "KVCache":
         """Puts a layer's keys and values into the next T slots."""
         at = (layer, 0, self.used, 0, 0)
@@ -67,7 +70,7 @@ class KVCache:
         )
 
     def read(
-        self, layer: Int[Array, ""]
+        self, layer: Int[Array, ""] | int
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Gives all slots of a layer."""
         return (

@@ -35,9 +35,7 @@ class GatedFeedForward(nnx.Module):
     ):
         def linear(name: str, d_in: int, d_out: int, axes: tuple[str, str]) -> LoraLinear:
             adapter = lora if lora is not None and name in lora.targets else None
-            return LoraLinear(
-                d_in, d_out, axes=axes, rngs=rngs, bias=bias, init=init, lora=adapter
-            )
+            return LoraLinear(d_in, d_out, axes=axes, rngs=rngs, bias=bias, init=init, lora=adapter)
 
         self.activation = activation
         self.gate = linear("gate", width, hidden_width, ("mlp", "embed"))

@@ -27,9 +27,7 @@ class Place:
 class Attention(nnx.Module):
     """Query, key, value and output projections around `attend`."""
 
-    def __init__(
-        self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None
-    ):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None):
         init = jax.nn.initializers.normal(config.init_std)
         queries = config.heads * config.head_width
         pairs = config.kv_heads * config.head_width
@@ -38,9 +36,7 @@ class Attention(nnx.Module):
             name: str, d_in: int, d_out: int, axes: tuple[str, str], bias: bool
         ) -> LoraLinear:
             adapter = lora if lora is not None and name in lora.targets else None
-            return LoraLinear(
-                d_in, d_out, axes=axes, rngs=rngs, bias=bias, init=init, lora=adapter
-            )
+            return LoraLinear(d_in, d_out, axes=axes, rngs=rngs, bias=bias, init=init, lora=adapter)
 
         D, bias = config.width, config.attention_bias
         self.head_width = config.head_width
@@ -64,7 +60,7 @@ class Attention(nnx.Module):
         *,
         keys: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
-        layer: Int[Array, ""] | None = None,
+        layer: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Attends within `x`, or, with a cache, to all that the cache then holds of this layer."""
         q = self._heads(self.query(x, fold_keys(keys, 0)))

@@ -25,9 +25,7 @@ from speechlm2_jax.sharding import constrain
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(
-        self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None
-    ):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None):
         self.attention_norm = RMSNorm(config.width, rngs=rngs, eps=config.norm_eps)
         self.attention = Attention(config, rngs=rngs, lora=lora)
         self.mlp_norm = RMSNorm(config.width, rngs=rngs, eps=config.norm_eps)
@@ -48,7 +46,7 @@ class Block(nnx.Module):
         *,
         keys: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
-        layer: Int[Array, ""] | None = None,
+        layer: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Runs one layer; returns the cache with this layer's keys and values, if there is one."""
         attended, cache = self.attention(
@@ -62,9 +60,7 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder-only language model (Llama, Qwen2, Qwen3), as its config says."""
 
-    def __init__(
-        self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None
-    ):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None):
         init = jax.nn.initializers.normal(config.init_std)
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.width, rngs=rngs, init=init)
