@@ -39,6 +39,11 @@ class NemoArchive:
         return bytes(self.members[name])
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads the settings of a .nemo file and no weights."""
+    return read_nemo(path).config
+
+
 def read_nemo(path: Path, inflation: Inflation | None = None) -> NemoArchive:
     """Opens a .nemo file; weights are read when asked for.
 

@@ -41,6 +41,18 @@ def read_torch_file(path: Path) -> LazySource:
     return torch_source(map_file(path), str(path))
 
 
+def read_hyper_parameters(path: Path) -> dict[str, Any]:
+    """The hyper_parameters that Lightning keeps in a .ckpt; {} if there are none.
+
+    Raises ConversionError if they are not plain data.
+    """
+    root = read_torch_object(map_file(path), str(path))
+    found = root.get("hyper_parameters", {}) if isinstance(root, dict) else {}
+    if not isinstance(found, dict):
+        raise ConversionError(f"{path}: its hyper_parameters are {_kind(found)}, not plain data")
+    return found
+
+
 def torch_source(content: memoryview, where: str) -> LazySource:
     """The tensors of torch.save's bytes; of a Lightning checkpoint, those of its state_dict."""
     tensors = state_dict(read_torch_object(content, where), where)

@@ -1,0 +1,72 @@
+"""Hugging Face's names of a decoder LLM (Llama, Qwen2, Qwen3), plain or wrapped by PEFT's LoRA."""
+
+from speechlm2_jax.conversion.mapping import LAYER, Ignored, Rule, Table
+from speechlm2_jax.layers.lora import TARGET_NAMES, LoraConfig
+from speechlm2_jax.llm.config import DecoderConfig
+
+PEFT_PREFIX = "base_model.model."
+BLOCKS = {
+    **dict.fromkeys(("query", "key", "value", "output"), ("attention", "self_attn")),
+    **dict.fromkeys(("gate", "up", "down"), ("mlp", "mlp")),
+}
+"""Our linear layer -> the block it is in, ours and Hugging Face's."""
+NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+HEAD_NORMS = {"query_norm": "q_norm", "key_norm": "k_norm"}
+IGNORED = (
+    Ignored(
+        r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+        "rotary frequencies that old versions stored; computed from the config",
+    ),
+)
+
+
+def layers_table(config: DecoderConfig, lora: LoraConfig | None = None) -> Table:
+    """Everything between the embedding and the head, below `model.`."""
+    adapted: frozenset[str] = lora.targets if lora else frozenset()
+    rules = [Rule(source="model.norm.weight", target="norm.weight")]
+    for ours, theirs in NORMS.items():
+        rules.append(_layer(f"{theirs}.weight", f"{ours}.weight"))
+    if config.qk_norm:
+        for ours, theirs in HEAD_NORMS.items():
+            rules.append(_layer(f"self_attn.{theirs}.weight", f"attention.{ours}.weight"))
+    for foreign, name in TARGET_NAMES.items():
+        block, foreign_block = BLOCKS[name]
+        rules += _linear(
+            f"{foreign_block}.{foreign}",
+            f"{block}.{name}",
+            bias=_has_bias(config, name),
+            lora=name in adapted,
+        )
+    return Table(tuple(rules), IGNORED)
+
+
+def decoder_table(config: DecoderConfig) -> Table:
+    """A whole Hugging Face directory without LoRA."""
+    tied = ("lm_head.weight",) if config.tied else ()
+    rules = [
+        Rule(source="model.embed_tokens.weight", target="embedding.weight", aliases=tied),
+    ]
+    if not config.tied:
+        rules.append(Rule(source="lm_head.weight", target="head.weight"))
+    return Table(tuple(rules)) + layers_table(config)
+
+
+def _has_bias(config: DecoderConfig, name: str) -> bool:
+    if BLOCKS[name][0] == "mlp":
+        return config.mlp_bias
+    return config.output_bias if name == "output" else config.attention_bias
+
+
+def _layer(source: str, target: str) -> Rule:
+    return Rule(source=f"model.layers.{LAYER}.{source}", target=f"layers.{target}")
+
+
+def _linear(source: str, target: str, *, bias: bool, lora: bool) -> list[Rule]:
+    base = f"{source}.base_layer" if lora else source
+    rules = [_layer(f"{base}.weight", f"{target}.weight")]
+    if bias:
+        rules.append(_layer(f"{base}.bias", f"{target}.bias"))
+    if lora:
+        rules.append(_layer(f"{source}.lora_A.default.weight", f"{target}.lora_a"))
+        rules.append(_layer(f"{source}.lora_B.default.weight", f"{target}.lora_b"))
+    return rules

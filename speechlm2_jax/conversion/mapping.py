@@ -1,0 +1,320 @@
+"""The mapping engine: one declarative table per architecture, total both ways and invertible.
+
+A table is a list of rules `foreign name -> (our path, transform)`. `{layer}` in a foreign name
+stands for the layers of a stacked variable. Nothing is matched by luck: a foreign tensor that no
+rule takes, a variable that no rule fills, two rules for one, or a wrong shape is an error.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from speechlm2_jax.conversion.errors import ConversionError, listed
+from speechlm2_jax.conversion.readers.source import Index, TensorInfo, TensorSource
+from speechlm2_jax.conversion.transforms import IDENTITY, Transform
+from speechlm2_jax.layers.module import VariableInfo, Variables
+from speechlm2_jax.parameter_paths import NamedSlice
+
+LAYER = "{layer}"
+COMPARED_BYTES = 1 << 26
+ReadPart = Callable[[Index], np.ndarray]
+Place = Callable[[str, tuple[int, ...], np.dtype[Any], ReadPart], Any]
+"""(path, shape, dtype, read a part by its slices) -> the array where it shall be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One foreign tensor (or, with `{layer}`, one per layer) and our variable."""
+
+    source: str
+    """The name that is written."""
+    target: str
+    transform: Transform = IDENTITY
+    aliases: tuple[str, ...] = ()
+    """Further names that the original gives the same tensor (tied weights)."""
+    also: tuple[str, ...] = ()
+    """Names under which other versions store it; accepted, never written."""
+    parameter: str | None = None
+    """The name that freeze patterns see, if it is an alias and not `source`."""
+
+    @property
+    def is_stacked(self) -> bool:
+        """True if the variable's leading axis numbers foreign tensors."""
+        return LAYER in self.source
+
+    def accepted(self, layer: int | None) -> tuple[str, ...]:
+        """Every name that may hold the tensor."""
+        names = (self.source, *self.aliases, *self.also)
+        return names if layer is None else tuple(n.replace(LAYER, str(layer)) for n in names)
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Foreign tensors that are left out, and why. `pattern` must match the whole name."""
+
+    pattern: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """How one architecture's checkpoints name and shape what we have."""
+
+    rules: tuple[Rule, ...]
+    ignored: tuple[Ignored, ...] = ()
+
+    def __add__(self, other: "Table") -> "Table":
+        return Table(self.rules + other.rules, self.ignored + other.ignored)
+
+    def prefixed(self, *, source: str = "", target: str = "") -> "Table":
+        """The same table for a module that sits deeper on either side."""
+
+        def deeper(rule: Rule) -> Rule:
+            return replace(
+                rule,
+                source=source + rule.source,
+                target=target + rule.target,
+                aliases=tuple(source + name for name in rule.aliases),
+                also=tuple(source + name for name in rule.also),
+                parameter=None if rule.parameter is None else source + rule.parameter,
+            )
+
+        return Table(
+            tuple(deeper(rule) for rule in self.rules),
+            tuple(Ignored(re.escape(source) + i.pattern, i.reason) for i in self.ignored),
+        )
+
+
+def load(
+    source: TensorSource,
+    table: Table,
+    infos: Mapping[str, VariableInfo],
+    place: Place | None = None,
+) -> Variables:
+    """Fills every variable of `infos` from the source, keeping the source's dtypes.
+
+    Names and shapes are checked before any value is read. `place` decides where arrays go; by
+    default they are NumPy arrays on the host. Raises ConversionError naming the tensors when the
+    two sides do not fit exactly.
+    """
+    placer = place or _on_host
+    variables: Variables = {}
+    for fill in _plan(source, table, infos):
+        variables[fill.rule.target] = placer(
+            fill.rule.target, fill.shape, fill.info.dtype, fill.read
+        )
+    return variables
+
+
+def export(variables: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
+    """Writes variables back under their foreign names: the inverse of `load`.
+
+    Aliases are left out (see `aliases`). Raises ConversionError if variables and table differ.
+    """
+    targets = {rule.target for rule in table.rules}
+    if targets != set(variables):
+        raise ConversionError(
+            f"the variables do not fit the table: {listed(targets ^ set(variables))}"
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for rule in table.rules:
+        value = np.asarray(variables[rule.target])
+        for layer in _layers(rule, value.shape):
+            part = value if layer is None else value[layer]
+            tensors[_named(rule.source, layer)] = rule.transform.store(part)
+    return tensors
+
+
+def aliases(table: Table) -> dict[str, str]:
+    """Further name -> written name, as safetensors files of tied weights keep it."""
+    return {name: rule.source for rule in table.rules for name in rule.aliases}
+
+
+def names(table: Table, infos: Mapping[str, VariableInfo]) -> list[NamedSlice]:
+    """Gives every foreign name of every slice of every variable, aliases and buffers included."""
+    slices: list[NamedSlice] = []
+    for rule in _rules_by_target(table, infos).values():
+        info = infos[rule.target]
+        own = rule.parameter or rule.source
+        for layer in _layers(rule, info.shape):
+            for name in (rule.source, *rule.aliases):
+                slices.append(
+                    NamedSlice(
+                        name=_named(name, layer),
+                        path=rule.target,
+                        layer=layer,
+                        is_buffer=info.is_buffer,
+                        is_alias=name != own,
+                    )
+                )
+    return slices
+
+
+@dataclass(frozen=True)
+class _Fill:
+    """One variable, and the stored tensors that make it up."""
+
+    rule: Rule
+    shape: tuple[int, ...]
+    stored: tuple[str, ...]
+    info: TensorInfo
+    """Shape and dtype of one of its slices, on our side."""
+    source: TensorSource
+
+    def read(self, index: Index) -> np.ndarray:
+        if not self.rule.is_stacked:
+            return self._slice(self.stored[0], index)
+        chosen = self.stored[index[0]]
+        parts = np.empty((len(chosen), *_extent(index[1:], self.shape[1:])), self.info.dtype)
+        for row, name in enumerate(chosen):
+            parts[row] = self._slice(name, index[1:])
+        return parts
+
+    def _slice(self, name: str, index: Index) -> np.ndarray:
+        try:
+            return self.rule.transform.load(
+                self.source.read(name, self.rule.transform.index(index))
+            )
+        except ConversionError:
+            raise
+        except ValueError as error:
+            raise ConversionError(f"{name}: {error}") from error
+
+
+def _on_host(path: str, shape: tuple[int, ...], dtype: np.dtype[Any], read: ReadPart) -> np.ndarray:
+    return read(tuple(slice(0, n) for n in shape))
+
+
+def _plan(source: TensorSource, table: Table, infos: Mapping[str, VariableInfo]) -> Iterator[_Fill]:
+    """Pairs every variable with the tensors that fill it; all names are checked first."""
+    rules = _rules_by_target(table, infos)
+    taken: dict[str, str] = {}
+    found: dict[str, tuple[str, ...]] = {}
+    unfilled: list[str] = []
+    for rule in rules.values():
+        stored: list[str] = []
+        for layer in _layers(rule, infos[rule.target].shape):
+            present = [n for n in rule.accepted(layer) if _stored(source, n) is not None]
+            for name in present:
+                if taken.setdefault(name, rule.target) != rule.target:
+                    raise ConversionError(f"{name} would fill both {taken[name]} and {rule.target}")
+            if present:
+                stored.append(_agreed(source, present))
+            else:
+                unfilled.append(_named(rule.source, layer))
+        found[rule.target] = tuple(stored)
+    _check_total(source, table, taken, unfilled)
+    fills = [_fill(source, rule, infos[rule.target], found[rule.target]) for rule in rules.values()]
+    return iter(fills)
+
+
+def _check_total(
+    source: TensorSource, table: Table, taken: Mapping[str, str], unfilled: list[str]
+) -> None:
+    given = set(source.infos) | set(source.aliases)
+    skipped = re.compile("|".join(f"(?:{i.pattern})" for i in table.ignored) or r"(?!)")
+    left = {name for name in given - set(taken) if not skipped.fullmatch(name)}
+    if unfilled:
+        raise ConversionError(
+            f"the checkpoint lacks {listed(unfilled, left or given)}; "
+            f"it has {len(given)} tensors, {len(left)} of them unused"
+        )
+    if left:
+        expected = [rule.source for rule in table.rules]
+        raise ConversionError(
+            f"the checkpoint has tensors that the model has no place for: {listed(left, expected)}"
+        )
+
+
+def _fill(
+    source: TensorSource, rule: Rule, variable: VariableInfo, stored: tuple[str, ...]
+) -> _Fill:
+    """Checks shapes and dtypes of one variable's tensors."""
+    wanted = variable.shape[1:] if rule.is_stacked else variable.shape
+    slices: list[TensorInfo] = []
+    for name in stored:
+        try:
+            slices.append(rule.transform.info(source.infos[name]))
+        except ValueError as error:
+            raise ConversionError(f"{name}: {error}, for {rule.target}") from error
+        if slices[-1].shape != wanted:
+            raise ConversionError(
+                f"{name} has shape {source.infos[name].shape}, which does not fit {rule.target} "
+                f"of shape {wanted}{' per layer' if rule.is_stacked else ''}"
+            )
+        if slices[-1].dtype != slices[0].dtype:
+            raise ConversionError(
+                f"{name} is {slices[-1].dtype} but {stored[0]} is {slices[0].dtype}; "
+                "the layers of one stack must have one dtype"
+            )
+    if _is_integer(slices[0].dtype) != _is_integer(np.dtype(variable.dtype)):
+        raise ConversionError(
+            f"{stored[0]} is {slices[0].dtype}, which does not fit {rule.target}: {variable.dtype}"
+        )
+    return _Fill(rule, variable.shape, stored, slices[0], source)
+
+
+def _rules_by_target(table: Table, infos: Mapping[str, VariableInfo]) -> dict[str, Rule]:
+    """Indexes the rules. Raises ConversionError unless each variable has exactly one."""
+    rules: dict[str, Rule] = {}
+    for rule in table.rules:
+        if rule.target in rules:
+            raise ConversionError(f"two rules fill {rule.target}")
+        rules[rule.target] = rule
+    for given, expected, what in (
+        (infos, rules, "no rule of the table fills"),
+        (rules, infos, "the table fills, but the model lacks,"),
+    ):
+        if set(given) - set(expected):
+            raise ConversionError(f"{what} {listed(set(given) - set(expected), expected)}")
+    for rule in rules.values():
+        if rule.is_stacked and not infos[rule.target].is_stacked:
+            raise ConversionError(f"{rule.source} numbers layers but {rule.target} is not stacked")
+    return rules
+
+
+def _layers(rule: Rule, shape: tuple[int, ...]) -> tuple[int | None, ...]:
+    return tuple(range(shape[0])) if rule.is_stacked else (None,)
+
+
+def _named(pattern: str, layer: int | None) -> str:
+    return pattern if layer is None else pattern.replace(LAYER, str(layer))
+
+
+def _stored(source: TensorSource, name: str) -> str | None:
+    return name if name in source.infos else source.aliases.get(name)
+
+
+def _agreed(source: TensorSource, present: list[str]) -> str:
+    """The stored name behind names of one tensor. Raises ConversionError if their values differ."""
+    stored = [_stored(source, name) or name for name in present]
+    for other in stored[1:]:
+        if other != stored[0] and not _identical(source, stored[0], other):
+            raise ConversionError(f"{stored[0]} and {other} are one tensor here, but they differ")
+    return stored[0]
+
+
+def _identical(source: TensorSource, a: str, b: str) -> bool:
+    """Compares bit for bit, a block of rows at a time."""
+    info = source.infos[a]
+    if info != source.infos[b]:
+        return False
+    rows = info.shape[0] if info.shape else 1
+    step = max(1, rows * COMPARED_BYTES // max(1, info.size_bytes))
+    for start in range(0, rows, step):
+        part = (slice(start, start + step), *(slice(0, n) for n in info.shape[1:]))
+        index = part[: len(info.shape)]
+        if source.read(a, index).tobytes() != source.read(b, index).tobytes():
+            return False
+    return True
+
+
+def _extent(index: Index, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True))
+
+
+def _is_integer(dtype: np.dtype[Any]) -> bool:
+    return np.issubdtype(dtype, np.integer) or dtype == np.bool_
