@@ -28,8 +28,6 @@ class EvalConfig:
     system_prompt: str | None = None
     user_prompt: str | None = None
     """The request; the audio follows it, unless it holds the audio locator tag itself."""
-    enable_thinking: bool | None = None
-    """For LLMs whose prompt format knows it (Qwen3); None leaves the format's default."""
 
     REFUSED: ClassVar[Mapping[str, Any]] = {
         "use_asr_decoder": "SALMWithAsrDecoder is not supported; remove it",

@@ -177,7 +177,6 @@ def _generate(
     audios = np.zeros((len(rows), lengths.max()), np.float32)
     for padded, row in zip(audios, rows, strict=True):
         padded[: len(row)] = row
-    options = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
     answers = model.generate(
         prompts=[prompt] * len(rows),
         audios=audios,
@@ -188,7 +187,6 @@ def _generate(
             eos_token_id=stop_ids or None,
             pad_token_id=model.text_pad_id,
         ),
-        **options,
     )
     return [np.asarray(row) for row in answers]
 

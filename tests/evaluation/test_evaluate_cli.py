@@ -4,13 +4,13 @@ import json
 
 import jax
 import pytest
-from fake_model import FakeModel
 
 import evaluate
 from speechlm2_jax import models
 from speechlm2_jax.evaluation.devices import choose_device
 from speechlm2_jax.evaluation.provenance import fingerprint
 from speechlm2_jax.settings import SettingsError
+from tests.evaluation.fake_model import FakeModel
 
 
 @pytest.fixture

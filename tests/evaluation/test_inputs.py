@@ -26,7 +26,7 @@ def test_a_nemo_manifest_gives_its_rows_in_order(tmp_path, wav, name):
         {"audio_filepath": "audio/b.wav", "duration": 1.0, "text": "one"},
         {"audio_filepath": "audio/a.wav", "duration": 1.0, "text": "x", "_skipme": True},
         {"audio_filepath": "audio/a.wav", "duration": 0.5, "offset": 1.25, "text": "two"},
-        {"audio_filepath": "audio/a.wav", "id": "mine"},
+        {"audio_filepath": "audio/a.wav", "duration": 2.0, "id": "mine"},
     ]
     path = _write(tmp_path / name, rows, gzip.open if name.endswith("gz") else open)
     found = read_inputs(path)
@@ -77,12 +77,12 @@ def test_lhotse_cuts_and_shar_are_read(tmp_path, wav):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (None, "no such file or folder"),
-        ("", "is empty"),
-        ("hello", "is neither a manifest nor Lhotse cuts, nor audio"),
-        ("[1]", "not a JSON object"),
-        ('{"text": "x"}', "line 1 has no audio_filepath"),
-        ('{"audio_filepath": "a.wav", "duration": "long"}', "line 1: could not convert"),
+        (None, "inputs: no such file or folder"),
+        ("", "inputs: .*the manifest is empty"),
+        ("hello", "inputs: .*not lines of JSON"),
+        ("[1]", "inputs: .*not a JSON object"),
+        ('{"audio_filepath": "a.wav"}', "line 1: audio_filepath and duration are required"),
+        ('{"audio_filepath": "a.wav", "duration": "long"}', "line 1: duration must be seconds"),
     ],
 )
 def test_inputs_that_cannot_be_used_say_why(tmp_path, content, expected):
@@ -96,3 +96,11 @@ def test_inputs_that_cannot_be_used_say_why(tmp_path, content, expected):
 def test_a_folder_without_audio_is_refused(tmp_path):
     with pytest.raises(SettingsError, match="nothing to answer"):
         read_inputs(str(tmp_path))
+
+
+def test_a_conversation_with_two_recordings_is_refused(tmp_path, wav):
+    wav("a.wav", 1.0)
+    turn = {"type": "audio", "from": "User", "value": "a.wav", "duration": 1.0}
+    path = _write(tmp_path / "talk.jsonl", [{"id": "two", "conversations": [turn, turn]}])
+    with pytest.raises(SettingsError, match="inputs: 'two' has 2 recordings"):
+        read_inputs(path)

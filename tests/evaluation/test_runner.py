@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from fake_model import PAD, FakeModel
 
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.config import EvalConfig
@@ -12,6 +11,7 @@ from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.report import Speed, table, write_rows
 from speechlm2_jax.evaluation.runner import evaluate, make_prompt
 from speechlm2_jax.settings import SettingsError
+from tests.evaluation.fake_model import PAD, FakeModel
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 
@@ -51,12 +51,11 @@ def test_an_answer_ends_at_the_first_end_token():
 
 def test_generation_is_asked_for_as_configured():
     model = FakeModel()
-    config = _config(max_new_tokens=7, extra_eos_tokens=("<extra>",), enable_thinking=False)
+    config = _config(max_new_tokens=7, extra_eos_tokens=("<extra>",))
     evaluate(model, [_utterance("u", 1)], config)
     (call,) = model.calls
     asked = call["generation_config"]
     assert (asked.max_new_tokens, asked.eos_token_id, asked.pad_token_id) == (7, [1, 2], PAD)
-    assert call["enable_thinking"] is False
     assert call["audios"].shape == (1, 16_000)
 
 
@@ -140,7 +139,7 @@ def test_texts_are_normalised_for_scoring_and_kept_raw_beside():
 def test_warm_up_is_the_batches_that_compiled_something():
     utterances = [_utterance(f"u{i}", 5 - i) for i in range(5)]
     model = FakeModel()
-    import fake_model
+    from tests.evaluation import fake_model
 
     fake_model._answers.clear_cache()
     speed = evaluate(model, utterances, _config(verbose=False)).speed

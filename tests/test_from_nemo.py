@@ -1,0 +1,170 @@
+"""Migration: every key that NeMo's users bring is told apart, accepted, and on the page."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from speechlm2_jax import settings
+from speechlm2_jax.training.optimizer import read_optimizer
+from speechlm2_jax.training.schedules import make_schedule
+from speechlm2_jax.training.strategies import read_strategy
+
+ROOT = Path(__file__).parents[1]
+FACTS = ROOT / "tests" / "data" / "from_nemo"
+ENCODER = {
+    "_target_": "nemo.collections.asr.modules.ConformerEncoder",
+    "feat_in": 128,
+    "n_layers": 32,
+    "d_model": 1024,
+    "subsampling": "dw_striding",
+    "subsampling_factor": 8,
+    "n_heads": 8,
+    "conv_kernel_size": 9,
+}
+"""What the `.nemo` file of `pretrained_asr` would bring."""
+
+
+@pytest.fixture(scope="module")
+def page() -> ModuleType:
+    """docs/make_from_nemo.py as a module."""
+    spec = importlib.util.spec_from_file_location("page", ROOT / "docs" / "make_from_nemo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _lines(*names: str) -> list[str]:
+    lines = [line for name in names for line in (FACTS / f"{name}.txt").read_text().splitlines()]
+    return [line for line in lines if line]
+
+
+def _config(*names: str) -> dict[str, Any]:
+    """A NeMo configuration from its dotted keys, through the overrides that users type."""
+    return settings.resolve(settings.override({}, [f"+{line}" for line in _lines(*names)]))
+
+
+CONFIGS = [("salm",), ("salm", "salm_bucketing"), ("configs_page",)]
+
+
+def _reader(page: ModuleType, path: str) -> tuple[Any, str]:
+    """The section of the page that holds a dotted key, and the key's own name."""
+    block, _, key = path.rpartition(".")
+    for section in page.sections():
+        for place in section.paths:
+            pattern = re.escape(place).replace(r"\*", r"[^.]+")
+            if re.fullmatch(pattern, block) and (
+                key in page._TARGETS or key in [k.name for k in page.keys(section)]
+            ):
+                return section, key
+    raise AssertionError(f"no section of docs/from_nemo.md lists {path}")
+
+
+def _leaves(node: Any, path: str = "") -> list[str]:
+    items: list[tuple[Any, Any]] = []
+    if isinstance(node, dict):
+        items = list(node.items())
+    elif isinstance(node, list) and node and isinstance(node[0], dict):
+        items = list(enumerate(node))
+    if not items:
+        return [path]
+    return [leaf for k, v in items for leaf in _leaves(v, f"{path}.{k}" if path else str(k))]
+
+
+FREE = (r".*\.wandb_logger_kwargs\..+", r".*\.tags\..+")
+"""Blocks whose keys are the user's own or another program's."""
+
+
+@pytest.mark.parametrize("names", CONFIGS, ids="+".join)
+def test_the_page_lists_every_key_of_nemos_configurations(page, names):
+    for path in _leaves(_config(*names)):
+        parts = path.split(".")
+        for depth in range(1, len(parts) + 1):
+            prefix = ".".join(parts[:depth])
+            is_item = parts[depth - 1].isdigit() or parts[depth - 2 : depth - 1] == ["datasets"]
+            if not is_item and not any(re.fullmatch(free, prefix) for free in FREE):
+                _reader(page, prefix)
+
+
+def test_the_page_says_what_the_code_does(page):
+    assert page.PAGE.read_text(encoding="utf-8") == page.render(), (
+        "run: PYTHONPATH=. python docs/make_from_nemo.py"
+    )
+
+
+@pytest.mark.parametrize("names", CONFIGS, ids="+".join)
+def test_nemos_configurations_are_accepted_block_by_block(page, names):
+    values = _config(*names)
+    perception = values["model"]["perception"]
+    perception["preprocessor"] = {"features": 128, **perception.get("preprocessor", {})}
+    perception["encoder"] = ENCODER | perception.get("encoder", {})
+    perception["output_dim"] = 2048
+    with settings.ignored_report() as ignored:
+        blocks = {
+            section.path: cls
+            for section in page.sections()
+            for name, cls in section.classes.items()
+            if not name and "*" not in section.path and "modality_adapter" not in section.path
+        }
+        for path, cls in blocks.items():
+            block = _at(values, path)
+            if block is not None:
+                settings.build(cls, block, path)
+        _build_data(page, values)
+        if "optimizer" in values["model"]:
+            optimizer = read_optimizer(values["model"]["optimizer"])
+            make_schedule(values["model"]["lr_scheduler"], optimizer.lr)
+        read_strategy(values["trainer"]["strategy"])
+    assert "trainer.enable_checkpointing" in ignored
+    assert all(reason for reason in ignored.values())
+
+
+def _build_data(page: ModuleType, values: dict[str, Any]) -> None:
+    loader = next(s for s in page.sections() if s.path.startswith("data.train_ds,")).classes[""]
+    settings.build(loader, values["data"]["train_ds"], "data.train_ds")
+    common = {k: v for k, v in values["data"]["validation_ds"].items() if k != "datasets"}
+    for name, own in values["data"]["validation_ds"]["datasets"].items():
+        settings.build(loader, common | own, f"data.validation_ds.datasets.{name}")
+
+
+def _at(values: dict[str, Any], path: str) -> Any:
+    node: Any = values
+    for part in path.split("."):
+        node = node.get(part) if part and node else None
+    return node
+
+
+def test_scientific_notation_reaches_the_optimizer_as_a_number():
+    optimizer = read_optimizer(_config("salm")["model"]["optimizer"])
+    assert optimizer.lr == 3e-4
+    assert optimizer.betas == (0.9, 0.98)
+
+
+def test_the_documented_names_of_mesh_sizes_mean_the_same():
+    strategy = read_strategy(_config("configs_page")["trainer"]["strategy"])
+    assert strategy.mesh_sizes(8) == {"data": 1, "fsdp": 1, "tensor": 8}
+
+
+@pytest.mark.parametrize("key", ["vggnet", "stacking_norm"])
+def test_unsupported_options_are_refused_by_name(page, key):
+    encoder = next(s for s in page.sections() if "perception.encoder" in s.path).classes[""]
+    with pytest.raises(settings.SettingsError, match=f"subsampling='{key}' is not supported"):
+        settings.build(encoder, ENCODER | {"subsampling": key}, "model.perception.encoder")
+
+
+def test_sixteen_bit_floats_are_refused_by_name(page):
+    trainer = next(s for s in page.sections() if s.path == "trainer").classes[""]
+    with pytest.raises(settings.SettingsError, match="16-true .*use bf16-true"):
+        settings.build(trainer, {"precision": "16-true"}, "trainer")
+
+
+def test_every_reason_on_the_page_is_given(page):
+    for section in page.sections():
+        for key in page.keys(section):
+            assert key.status in ("honoured", "ignored", "refused")
+            assert key.note.strip(), f"{section.path}.{key.name} says nothing"
