@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
+TIME_AXES = ("tensor", "context")  # share the steps of a row: sequence and context parallelism
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     # activations
     ("batch", BATCH_AXES),  # groups, clips, rows
@@ -50,6 +51,11 @@ class Sharding:
     def data_parallel_size(self) -> int:
         """How many groups of a global batch are computed at once."""
         return math.prod(self.mesh.shape[a] for a in BATCH_AXES)
+
+    @property
+    def length_multiple(self) -> int:
+        """What the time steps of a row must be a multiple of; the host pads up to it."""
+        return math.prod(self.mesh.shape[a] for a in TIME_AXES)
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
         """Translates logical axes; with `shape`, a dimension that does not divide stays whole.

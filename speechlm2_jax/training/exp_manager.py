@@ -1,0 +1,171 @@
+"""The `exp_manager:` block: where a run lives, what it keeps, whether it goes on."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from speechlm2_jax.checkpointing import CHECKPOINTS, Retention, step_folders
+from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.training.trainer_config import parse_duration_s
+
+DEFAULT_EXP_DIR = "runs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointParams:
+    """NeMo's `checkpoint_callback_params`. The latest checkpoint is always kept."""
+
+    monitor: str | None = "val_loss"
+    mode: Literal["min", "max"] = "min"
+    save_top_k: int = 3
+    """How many of the best are kept as well; 0: none, -1: every checkpoint."""
+    every_n_train_steps: int | None = None
+    """Also save every so many optimizer steps."""
+    every_n_epochs: int | None = 1
+    """Save after the validations of every n-th epoch; 0 or null: after none."""
+
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        "filename": "a checkpoint is a folder named by its step",
+        "prefix": "a checkpoint is a folder named by its step",
+        "postfix": "a checkpoint is a folder named by its step",
+        "auto_insert_metric_name": "a checkpoint is a folder named by its step",
+        "verbose": "every save is a line in train.log",
+        "save_last": "the latest checkpoint is always kept",
+        "async_save": "checkpoints are always written in the background",
+        "save_on_train_epoch_end": "validation comes first, so that its metric is saved too",
+        "save_best_model": "from_pretrained takes the best of a run directory",
+        "save_nemo_on_train_end": "no .nemo file is written; save_pretrained exports a model",
+        "model_parallel_size": "checkpoints hold whole arrays, whatever the mesh",
+        "save_last_n_optim_states": "every checkpoint can be resumed",
+    }
+    REFUSED: ClassVar[Mapping[str, Any]] = {
+        "dirpath": "checkpoints lie in the run directory; set exp_manager.explicit_log_dir",
+        "filepath": "checkpoints lie in the run directory; set exp_manager.explicit_log_dir",
+        "always_save_nemo": "no .nemo file is written; save_pretrained exports a model",
+        "save_weights_only": "a checkpoint without its optimizer could not be resumed",
+        "train_time_interval": "set every_n_train_steps",
+    }
+
+    def __post_init__(self) -> None:
+        if self.save_top_k < -1 or (self.every_n_train_steps or 0) < 0:
+            raise ValueError("save_top_k must be at least -1, every_n_train_steps at least 0")
+
+    def retention(self) -> Retention:
+        """Which checkpoints stay."""
+        if self.monitor is None:
+            return Retention(top_k=min(self.save_top_k, 0))
+        return Retention(monitor=self.monitor, mode=self.mode, top_k=self.save_top_k)
+
+    def saves_at_step(self, step: int) -> bool:
+        """True if a checkpoint is due whatever else happens at `step`."""
+        return bool(self.every_n_train_steps) and step % (self.every_n_train_steps or 1) == 0
+
+    def saves_after_validation(self, epoch: int) -> bool:
+        """True if a validation in `epoch` (from 0) is followed by a checkpoint."""
+        return bool(self.every_n_epochs) and (epoch + 1) % (self.every_n_epochs or 1) == 0
+
+
+_OTHER_LOGGERS = "writes to a service that is not supported; use tensorboard or wandb"
+_FAULTS = "NVIDIA's resiliency tools are not supported; resume_if_exists restarts a run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpManagerConfig:
+    """NeMo's `exp_manager` block."""
+
+    explicit_log_dir: str | None = None
+    """The run directory itself; otherwise exp_dir/name/version."""
+    exp_dir: str | None = None
+    name: str | None = None
+    version: str | None = None
+    use_datetime_version: bool = True
+    resume_if_exists: bool = False
+    resume_ignore_no_checkpoint: bool = False
+    """With resume_if_exists: start anew if there is no checkpoint, instead of an error."""
+    resume_from_checkpoint: str | None = None
+    """A run, or one of its steps, to go on from where this run has no checkpoint of its own."""
+    create_checkpoint_callback: bool = True
+    """False: nothing is saved."""
+    checkpoint_callback_params: CheckpointParams = CheckpointParams()
+    create_tensorboard_logger: bool = True
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: Mapping[str, Any] | None = None
+    """Arguments of wandb.init."""
+    max_time_per_run: str | Mapping[str, int] | None = None
+    """After this wall time, DD:HH:MM:SS, the process saves and stops."""
+
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        "summary_writer_kwargs": "the writer of tensorboard has no options here",
+        "log_step_timing": "the log line always has the timing",
+        "log_delta_step_timing": "the log line always has the timing",
+        "step_timing_kwargs": "the log line always has the timing",
+        "log_tflops_per_sec_per_gpu": "the log line always has the model FLOP/s utilisation",
+        "create_preemption_callback": "SIGTERM always saves and stops",
+        "disable_validation_on_resume": "a resumed run validates when it would have",
+        "seconds_to_sleep": "nothing waits for other processes' files",
+        "files_to_copy": "config.yaml, command.txt and environment.txt say what ran",
+        "resume_past_end": "a finished run goes on when trainer.max_steps is raised",
+        "mlflow_logger_kwargs": _OTHER_LOGGERS,
+        "dllogger_logger_kwargs": _OTHER_LOGGERS,
+        "clearml_logger_kwargs": _OTHER_LOGGERS,
+        "neptune_logger_kwargs": _OTHER_LOGGERS,
+        "early_stopping_callback_params": "there is no early stopping",
+        "ipl_epoch_stopper_callback_params": "there is no early stopping",
+        "straggler_detection_params": _FAULTS,
+        "fault_tolerance": _FAULTS,
+    }
+    REFUSED: ClassVar[Mapping[str, Any]] = {
+        "create_mlflow_logger": _OTHER_LOGGERS,
+        "create_dllogger_logger": _OTHER_LOGGERS,
+        "create_clearml_logger": _OTHER_LOGGERS,
+        "create_neptune_logger": _OTHER_LOGGERS,
+        "create_early_stopping_callback": "there is no early stopping; the best is kept",
+        "create_ipl_epoch_stopper_callback": "there is no early stopping; the best is kept",
+        "create_straggler_detection_callback": _FAULTS,
+        "create_fault_tolerance_callback": _FAULTS,
+        "ema": "an average of the weights is not kept",
+    }
+
+    def __post_init__(self) -> None:
+        self.time_limit_s  # noqa: B018  checks max_time_per_run
+
+    @property
+    def time_limit_s(self) -> float | None:
+        """Seconds after which this process saves and stops."""
+        return None if self.max_time_per_run is None else parse_duration_s(self.max_time_per_run)
+
+    def run_dir(self) -> Path:
+        """The run directory; a new one each time if it is named by date."""
+        if self.explicit_log_dir:
+            return Path(self.explicit_log_dir)
+        folder = Path(self.exp_dir or DEFAULT_EXP_DIR) / (self.name or "default")
+        if self.version:
+            return folder / self.version
+        if self.resume_if_exists:
+            return folder
+        if self.use_datetime_version:
+            return folder / time.strftime("%Y-%m-%d_%H-%M-%S")
+        return folder / f"version_{len(list(folder.glob('version_*')))}"
+
+    def check_resume(self, run_dir: Path) -> None:
+        """Raises SettingsError if what lies in the run directory is not what the keys expect."""
+        has_steps = bool(step_folders(run_dir / CHECKPOINTS))
+        if has_steps and not self.resume_if_exists:
+            raise SettingsError(
+                f"{run_dir} holds checkpoints of a run; set exp_manager.resume_if_exists=true to "
+                "go on with it, or choose another exp_manager.explicit_log_dir"
+            )
+        may_start = self.resume_ignore_no_checkpoint or self.resume_from_checkpoint
+        if self.resume_if_exists and not has_steps and not may_start:
+            raise SettingsError(
+                f"{run_dir} holds no checkpoint to resume; set "
+                "exp_manager.resume_ignore_no_checkpoint=true to start anew"
+            )
+        other = self.resume_from_checkpoint
+        if other and not step_folders(Path(other)):
+            raise SettingsError(
+                f"exp_manager.resume_from_checkpoint={other}: no checkpoint of a run is there; to "
+                "start from a model's weights, use from_pretrained or model.pretrained_llm"
+            )

@@ -1,0 +1,358 @@
+"""The loop over steps, on the host: fetch, dispatch, and once in a while log, validate, save.
+
+Steps are dispatched ahead of the device; a step's report is read when it is old enough to be
+finished, or when a log line needs it.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import jax
+
+from speechlm2_jax.batches import HostBatch
+from speechlm2_jax.checkpointing import Checkpointer
+from speechlm2_jax.settings import SettingsError, to_plain
+from speechlm2_jax.training.cadence import Cadence
+from speechlm2_jax.training.exp_manager import CheckpointParams
+from speechlm2_jax.training.meter import Meter
+from speechlm2_jax.training.metrics_log import MetricsLog, Row, format_step, format_validation
+from speechlm2_jax.training.programs import Programs
+from speechlm2_jax.training.protocol import BatchIterator, DataSource, TrainableModel, Variables
+from speechlm2_jax.training.schedules import Schedule
+from speechlm2_jax.training.state import TrainState
+from speechlm2_jax.training.step import MicroSums, StepReport
+from speechlm2_jax.training.stopping import StopRequest
+from speechlm2_jax.training.validation import Interrupted, Validator
+
+log = logging.getLogger(__name__)
+
+STEPS_IN_FLIGHT = 2
+"""Steps dispatched ahead of the host's reading; enough to hide the host, little to lose."""
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+class NonFiniteRun(SystemExit):
+    """Twenty steps in a row were not finite; uncaught, the process ends with exit code 1."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: counters on the host, saved as JSON in every checkpoint."""
+
+    groups: int
+    """Groups of a global batch, fixed when the run began."""
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    batches: int = 0
+    """Micro-batches taken."""
+    window: int = 0
+    """Micro-batches of the last step."""
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    validated_at: int = 0
+    """The step of the last validation."""
+    data: Any = None
+    """The training iterator's state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """How a call of `fit` ended."""
+
+    step: int
+    is_finished: bool
+    """True if the run reached its end; False if it was stopped and can go on."""
+    reason: str
+    metrics: dict[str, float]
+    """Of the last validation in this process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the loop works with; built by the trainer."""
+
+    model: TrainableModel
+    datamodule: DataSource
+    batches: BatchIterator
+    programs: Programs
+    schedule: Schedule
+    cadence: Cadence
+    validator: Validator | None
+    """None: no validation."""
+    checkpointer: Checkpointer | None
+    """None: nothing is saved."""
+    checkpoint_params: CheckpointParams
+    metrics_log: MetricsLog
+    meter: Meter
+    stop: StopRequest
+    log_every_n_steps: int
+    sanity_batches: int
+
+
+@dataclass
+class _Pending:
+    step: int
+    learning_rate: float
+    ids: tuple[str, ...]
+    report: StepReport
+
+
+@dataclass
+class FitLoop:
+    """One run of `fit`, from a state to its end or to a request to stop."""
+
+    parts: Parts
+    state: TrainState
+    frozen: Variables
+    progress: Progress
+    _pending: deque[_Pending] = field(default_factory=deque)
+    _last: _Pending | None = None
+    _metrics: dict[str, float] = field(default_factory=dict)
+    _is_hopeless: bool = False
+
+    def run(self) -> FitResult:
+        """Trains. Raises NonFiniteRun after too many skipped steps, having saved."""
+        first_step = self.progress.step
+        reason = self._before_training()
+        while reason is None:
+            reason = self._train_one_step()
+        self._drain()
+        self.publish()
+        self._save(final=True)
+        if self.progress.step > first_step:
+            self._report_times()
+        if self._is_hopeless:
+            log.error("%s", reason)
+            raise NonFiniteRun(1)
+        log.info("%s", reason)
+        return FitResult(
+            step=self.progress.step,
+            is_finished=self._is_finished,
+            reason=reason,
+            metrics=self._metrics,
+        )
+
+    @property
+    def _is_finished(self) -> bool:
+        return self.parts.cadence.is_finished(self.progress.step, self.progress.batches)
+
+    def publish(self) -> None:
+        """Lets the model hold the current arrays (until the next step donates them)."""
+        state = self.state
+        self.parts.model.variables = {**self.frozen, **state.trainable, **state.buffers}
+
+    # ------------------------------------------------------------ steps
+
+    def _before_training(self) -> str | None:
+        """Looks at validation before a new run; makes up for what a stop left undone."""
+        progress = self.progress
+        if progress.step == 0 and not self._is_finished:
+            return self._validate(sanity=True) if self.parts.sanity_batches else None
+        if self._is_finished:
+            if (reason := self._validate_finally()) is not None:
+                return reason
+            return (
+                f"this run is finished: {progress.step} steps are done; to extend it, raise "
+                "trainer.max_steps (and model.lr_scheduler.max_steps, if the rate should follow)"
+            )
+        before = progress.batches - progress.window
+        is_due = self.parts.cadence.validates_after(before, progress.batches)
+        if is_due and progress.validated_at != progress.step:
+            return self._validate_and_save()
+        return None
+
+    def _train_one_step(self) -> str | None:
+        """Takes one optimizer step and does what falls due after it. Returns why to end."""
+        parts, progress = self.parts, self.progress
+        window = self._next_window()
+        if not window:
+            return self._validate_finally() or f"the training data ended at step {progress.step}"
+        self._dispatch(window)
+        is_last = self._is_finished
+        if is_last or progress.step % parts.log_every_n_steps == 0:
+            self._log_step()
+        if self._is_hopeless:
+            return (
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped; stopped at step "
+                f"{progress.step}. Look at the conversations above, or lower model.optimizer.lr"
+            )
+        if (reason := parts.stop.reason) is not None:
+            return self._stopped(reason)
+        if is_last:
+            return self._validate_finally() or f"finished {progress.step} steps"
+        if parts.cadence.validates_after(progress.batches - len(window), progress.batches):
+            return self._validate_and_save()
+        if parts.checkpoint_params.saves_at_step(progress.step):
+            self._save()
+        return None
+
+    def _stopped(self, reason: str) -> str:
+        return f"stopped at step {self.progress.step}: {reason}; the same command resumes the run"
+
+    def _next_window(self) -> list[HostBatch]:
+        """The micro-batches of the next step; empty where the data ends."""
+        window: list[HostBatch] = []
+        with self.parts.meter.measure("data_wait"):
+            while len(window) < self.parts.cadence.window(self.progress.batches):
+                batch = next(self.parts.batches, None)
+                if batch is None:
+                    break
+                window.append(batch)
+        return window
+
+    def _dispatch(self, window: list[HostBatch]) -> None:
+        """Starts one optimizer step, and reads the report of an older one."""
+        parts, progress = self.parts, self.progress
+        lr = parts.schedule(progress.step)
+        for batch in window:
+            tokens, slots = parts.model.count_tokens(batch)
+            parts.meter.add_batch(tokens=tokens, slots=slots, flops=parts.model.flops(batch))
+        if parts.cadence.accumulate == 1:
+            self.state, report = parts.programs.train(self.state, self.frozen, window[0], lr)
+        else:
+            sums: MicroSums | None = None
+            for index, batch in enumerate(window):
+                sums = parts.programs.accumulate(sums, self.state, self.frozen, batch, index)
+            assert sums is not None
+            self.state, report = parts.programs.finish(self.state, sums, lr)
+        parts.meter.add_step()
+        progress.step += 1
+        progress.batches += len(window)
+        progress.window = len(window)
+        ids = tuple(i for batch in window for i in batch.ids)
+        self._pending.append(_Pending(progress.step, lr, ids, report))
+        while len(self._pending) > STEPS_IN_FLIGHT:
+            self._read_oldest()
+
+    # ------------------------------------------------------------ reports
+
+    def _drain(self) -> None:
+        while self._pending:
+            self._read_oldest()
+
+    def _read_oldest(self) -> None:
+        """Reads one report; counts and names what was skipped."""
+        done = self._pending.popleft()
+        done.report = jax.device_get(done.report)
+        self._last, progress, report = done, self.progress, done.report
+        if report.applied:
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        self._is_hopeless |= progress.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
+        reason = "no token is scored" if report.count == 0 else "not finite"
+        log.warning(
+            "step %d skipped (%s: loss %s, gradient norm %s); conversations: %s",
+            *(done.step, reason, report.loss, report.grad_norm, ", ".join(done.ids)),
+        )
+
+    def _log_step(self) -> None:
+        """Writes the row and the line of the newest step; waits for it."""
+        self._drain()
+        assert self._last is not None
+        report, parts = self._last.report, self.parts
+        row: Row = {
+            "step": self._last.step,
+            "loss": float(report.loss),
+            "learning_rate": self._last.learning_rate,
+            "grad_norm": float(report.grad_norm),
+            **{name: float(value) for name, value in report.metrics.items()},
+            **asdict(parts.meter.rates()),
+            "skipped": self.progress.skipped,
+            "dropped": sum(parts.datamodule.dropped.values()),
+        }
+        parts.metrics_log.write(row)
+        log.info(format_step(row, parts.cadence.max_steps))
+
+    def _report_times(self) -> None:
+        spent = self.parts.meter.totals()
+        total = sum(spent.values())
+        row = {f"time_{kind}_s": seconds for kind, seconds in spent.items()}
+        self.parts.metrics_log.write({"step": self.progress.step, "time_total_s": total, **row})
+        shares = ", ".join(f"{kind.replace('_', ' ')} {s:.1f}" for kind, s in spent.items())
+        log.info("time %.1f s: %s", total, shares)
+        for cause, count in self.parts.datamodule.dropped.items():
+            log.info("left out %d conversations: %s", count, cause)
+
+    # ------------------------------------------------------------ validation and saving
+
+    def _validate_finally(self) -> str | None:
+        """The last validation, unless it was just done. Returns why to end if interrupted."""
+        is_done = self.progress.validated_at == self.progress.step
+        return None if is_done else self._validate()
+
+    def _validate_and_save(self) -> str | None:
+        """A validation on the way, and what follows it. Returns why to end if interrupted."""
+        if (reason := self._validate()) is not None:
+            return reason
+        parts, step = self.parts, self.progress.step
+        epoch = parts.cadence.epoch(self.progress.batches - 1)
+        params = parts.checkpoint_params
+        if params.saves_after_validation(epoch) or params.saves_at_step(step):
+            self._save()
+        return None
+
+    def _validate(self, *, sanity: bool = False) -> str | None:
+        """Validates with the current weights. Returns why to end if it was interrupted."""
+        parts = self.parts
+        if parts.validator is None:
+            return None
+        self._drain()
+        self.publish()
+        try:
+            with parts.meter.measure("validation"):
+                sets = parts.datamodule.validation_batches()
+                metrics = parts.validator.run(sets, parts.sanity_batches if sanity else None)
+        except Interrupted:
+            return self._stopped(parts.stop.reason or "validation was interrupted")
+        self._check_monitor(metrics)
+        if sanity:
+            log.info("validation works; training begins")
+            return None
+        self._metrics = metrics
+        self.progress.validated_at = self.progress.step
+        row: Row = {"step": self.progress.step, **metrics}
+        parts.metrics_log.write(row)
+        log.info(format_validation(row))
+        return None
+
+    def _check_monitor(self, metrics: Mapping[str, float]) -> None:
+        """Raises SettingsError if the best checkpoint is to be chosen by a metric not there."""
+        params = self.parts.checkpoint_params
+        wanted = params.monitor if self.parts.checkpointer and params.save_top_k > 0 else None
+        if wanted is not None and metrics and wanted not in metrics:
+            raise SettingsError(
+                f"exp_manager.checkpoint_callback_params.monitor={wanted} is no validation metric; "
+                f"choose one of {', '.join(metrics)}"
+            )
+
+    def _save(self, *, final: bool = False) -> None:
+        """Starts a checkpoint of the current step, unless it has one; the final one is awaited."""
+        parts, progress, state = self.parts, self.progress, self.state
+        if parts.checkpointer is None:
+            return
+        with parts.meter.measure("saving"):
+            self._drain()
+            if self._metrics and progress.validated_at == progress.step:
+                parts.checkpointer.rank(progress.step, self._metrics)
+            if progress.step != parts.checkpointer.latest_step:
+                progress.data = parts.batches.get_state()
+                counters = {"step": state.step, "skipped": state.skipped}
+                arrays = {
+                    "params": state.trainable,
+                    "buffers": state.buffers,
+                    "opt": {"state": state.opt_state, **counters},
+                }
+                parts.checkpointer.save(
+                    progress.step,
+                    arrays,
+                    progress=asdict(progress),
+                    settings=to_plain(parts.model.settings),
+                )
+                log.info("saving checkpoint of step %d", progress.step)
+            if final:
+                parts.checkpointer.wait()

@@ -1,0 +1,114 @@
+"""Where the time goes: wall time by kind, and throughput between two log lines."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import jax
+
+COMPUTE = "compute"
+KINDS = ("data_wait", "compiling", "validation", "saving")
+"""Kinds of time that are measured; all other wall time is compute."""
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    ("H200", 989e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L4", 121e12),
+    ("TPU v6", 918e12),
+    ("TPU7x", 2307e12),
+    ("TPU v5p", 459e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+)
+"""Dense bf16 FLOP/s of one device, by a part of its kind's name; the first that fits."""
+
+
+def peak_flops(kind: str) -> float | None:
+    """Dense bf16 FLOP/s of a device kind, None where it is not known (CPUs)."""
+    return next((peak for part, peak in PEAK_FLOPS if part in kind), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Throughput since the last log line, as fields of its row."""
+
+    tokens_per_s_per_device: float
+    mfu: float | None
+    data_wait_share: float
+    padding: float
+    step_time_s: float
+
+
+@dataclass
+class _Window:
+    """What was done since the last log line."""
+
+    steps: int = 0
+    tokens: int = 0
+    slots: int = 0
+    flops: float = 0.0
+    times: dict[str, float] = field(default_factory=dict)
+
+
+class Meter:
+    """Adds up time by kind, tokens and FLOPs. One per process and run."""
+
+    def __init__(
+        self, devices: Sequence[jax.Device], clock: Callable[[], float] = time.perf_counter
+    ):
+        self._clock, self._devices = clock, len(devices)
+        self._peak = peak_flops(devices[0].device_kind)
+        self._kind: str = COMPUTE
+        self._since = self._clock()
+        self._spent: dict[str, float] = {kind: 0.0 for kind in (COMPUTE, *KINDS)}
+        self._window = _Window(times=dict(self._spent))
+
+    @contextmanager
+    def measure(self, kind: str) -> Iterator[None]:
+        """Counts the time inside as one of `KINDS`; nested, the inner kind has it."""
+        outer = self._switch(kind)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def add_batch(self, *, tokens: int, slots: int, flops: float) -> None:
+        """Counts one micro-batch: steps that hold data, all steps, model FLOPs."""
+        self._window.tokens += tokens
+        self._window.slots += slots
+        self._window.flops += flops
+
+    def add_step(self) -> None:
+        """Counts one optimizer step."""
+        self._window.steps += 1
+
+    def rates(self) -> Rates:
+        """Throughput since the last call; time of compiling, validating and saving left out."""
+        self._switch(self._kind)
+        window, now = self._window, dict(self._spent)
+        waited = now["data_wait"] - window.times["data_wait"]
+        train_s = max(now[COMPUTE] - window.times[COMPUTE] + waited, 1e-9)
+        self._window = _Window(times=now)
+        per_device = train_s * self._devices
+        return Rates(
+            tokens_per_s_per_device=window.tokens / per_device,
+            mfu=None if self._peak is None else window.flops / per_device / self._peak,
+            data_wait_share=waited / train_s,
+            padding=1 - window.tokens / window.slots if window.slots else 0.0,
+            step_time_s=train_s / max(window.steps, 1),
+        )
+
+    def totals(self) -> dict[str, float]:
+        """Seconds since the start, by kind."""
+        self._switch(self._kind)
+        return dict(self._spent)
+
+    def _switch(self, kind: str) -> str:
+        """Charges the time since the last switch, then counts as `kind`. Returns the old kind."""
+        now = self._clock()
+        self._spent[self._kind] += now - self._since
+        before, self._kind, self._since = self._kind, kind, now
+        return before

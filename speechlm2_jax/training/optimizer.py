@@ -1,0 +1,126 @@
+"""AdamW with torch's meaning, clipping by the global norm, and stacks of which layers are frozen.
+
+The learning rate is an argument of each update, so the schedule lives on the host. Only trainable
+parameters come in, so frozen ones have no state, no decay and no share in the norm.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.training.protocol import Variables
+from speechlm2_jax.training.registry import select
+
+CLIP_EPSILON = 1e-6
+"""torch.nn.utils.clip_grad_norm_ scales by max_norm / (norm + 1e-6)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWConfig:
+    """torch.optim.AdamW: decoupled weight decay on every trainable parameter."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        "foreach": "a choice among torch's loops; one compiled program does the update here",
+        "fused": "a choice among torch's loops; one compiled program does the update here",
+        "capturable": "for CUDA graphs of torch; the update is compiled here",
+        "differentiable": "for differentiating through torch's update",
+    }
+    REFUSED: ClassVar[Mapping[str, Any]] = {
+        "amsgrad": "the AMSGrad variant is not supported; use plain AdamW",
+        "maximize": "losses are minimised here",
+    }
+
+    def __post_init__(self) -> None:
+        if self.lr < 0 or self.eps < 0 or self.weight_decay < 0:
+            raise ValueError("lr, eps and weight_decay must not be negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
+
+    def transform(self) -> optax.GradientTransformation:
+        """The update before the learning rate: Adam's direction plus the decay."""
+        return optax.chain(
+            optax.scale_by_adam(*self.betas, self.eps),
+            optax.add_decayed_weights(self.weight_decay),
+        )
+
+
+OPTIMIZERS: Mapping[str, type[AdamWConfig]] = {"AdamW": AdamWConfig}
+
+
+def read_optimizer(values: Mapping[str, Any] | None) -> AdamWConfig:
+    """Reads NeMo's `optimizer` block. Raises SettingsError for an unknown optimizer or key."""
+    if not values:
+        raise SettingsError("model.optimizer: required for training, torch.optim.AdamW for one")
+    return select(OPTIMIZERS, values, "model.optimizer")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What one update gives."""
+
+    params: Variables
+    opt_state: Any
+    grad_norm: jax.Array
+    """Float32 scalar, over trained slices only, before clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """A transformation with clipping and layer masks; pure, closed over by the training step."""
+
+    transform: optax.GradientTransformation
+    clip_norm: float = 0.0
+    """Largest global gradient norm; 0 leaves gradients as they are."""
+    masks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """For partly frozen stacks, by path: bool [L], True where the layer is trained."""
+
+    def init(self, params: Variables) -> Any:
+        """The state before the first update, fp32, shaped like the parameters."""
+        return self.transform.init(params)
+
+    def update(self, grads: Variables, opt_state: Any, params: Variables, lr: Any) -> Update:
+        """Clips, updates and decays. Frozen slices of a stack stay bit for bit what they are."""
+        grads = self._keep_trained(grads)
+        norm = optax.tree.norm(grads)
+        if self.clip_norm > 0:
+            scale = jnp.minimum(1.0, self.clip_norm / (norm + CLIP_EPSILON))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        directions, opt_state = self.transform.update(grads, opt_state, params)
+        steps = self._keep_trained(jax.tree.map(lambda d: -lr * d, directions))
+        return Update(
+            params=jax.tree.map(jnp.add, params, steps), opt_state=opt_state, grad_norm=norm
+        )
+
+    def _keep_trained(self, tree: Variables) -> Variables:
+        def keep(path: str, value: jax.Array) -> jax.Array:
+            if path not in self.masks:
+                return value
+            mask = np.asarray(self.masks[path]).reshape(-1, *[1] * (value.ndim - 1))
+            return jnp.where(mask, value, 0)
+
+        return {path: keep(path, value) for path, value in tree.items()}
+
+    def shardings(self, params: Variables, placements: Mapping[str, Any], whole: Any) -> Any:
+        """Where each leaf of the state lies: moments with their parameter, counters everywhere.
+
+        `jax.jit(init)` alone would leave the moments whole on every device.
+        """
+        return optax.tree.map_params(
+            self.transform,
+            lambda _, placement: placement,
+            jax.eval_shape(self.init, params),
+            dict(placements),
+            transform_non_params=lambda _: whole,
+        )

@@ -1,0 +1,116 @@
+"""What training asks of a model and of data; any object with these attributes can be trained."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from speechlm2_jax.batches import FrameCount, HostBatch, LossSum, StepLosses
+
+Variables = dict[str, Any]
+"""Dotted path -> array: every parameter and buffer of a network."""
+HostMetric = Callable[[HostBatch], LossSum]
+"""A validation metric computed on the host, by generating answers for instance."""
+
+
+class VariableInfo(Protocol):
+    """What is known of a variable without its values (`layers.module.VariableInfo`)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape; a leading layer axis where the layers are stacked."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype in which a checkpoint holds it."""
+        ...
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """The logical axis of each dimension."""
+        ...
+
+    @property
+    def is_buffer(self) -> bool:
+        """True for what is carried and never receives a gradient."""
+        ...
+
+
+class TrainableModel(Protocol):
+    """A model that `Trainer.fit` can train."""
+
+    infos: Mapping[str, VariableInfo]
+    """Every variable by path."""
+    variables: Variables
+    """Current arrays, on host or device. `fit` keeps them up to date for validation metrics and
+    leaves the trained ones here."""
+    trainable: Mapping[str, bool | np.ndarray]
+    """Per parameter path: trained or not; for a partly frozen stack a bool [L] over its layers."""
+    compute_dtype: Any
+    """Dtype of activations; `fit` sets it from `trainer.precision` before it calls `losses`."""
+    nemo_exact: bool
+    """Take means of batch means, as NeMo does, in accumulation and validation."""
+    optimizer: Mapping[str, Any] | None
+    """NeMo's `optimizer` block."""
+    lr_scheduler: Mapping[str, Any] | None
+    """NeMo's `lr_scheduler` block; None keeps the rate constant."""
+    settings: Mapping[str, Any]
+    """The model's own settings as plain values: saved with checkpoints and in config.yaml."""
+    validation_metrics: Mapping[str, HostMetric]
+    """Further validation metrics by name (`wer` is reported as `val_wer`); may be empty."""
+    frame_count: FrameCount
+
+    def losses(
+        self, variables: Variables, batch: Any, *, key: jax.Array | None, train: bool
+    ) -> StepLosses:
+        """Computes sums for one batch: pure and traceable, variables in the dtypes as stored.
+
+        `key` is one random key for the batch, None where nothing may be random. Its gradient is
+        taken of `loss.total`; buffers are returned, never written.
+        """
+        ...
+
+    def flops(self, batch: HostBatch) -> float:
+        """Counts the model FLOPs of training on one batch, as MFU counts them."""
+        ...
+
+    def count_tokens(self, batch: HostBatch) -> tuple[int, int]:
+        """Counts (steps that hold data, all steps) of a batch's rows: throughput and padding."""
+        ...
+
+
+class BatchIterator(Protocol):
+    """Training batches in order, able to say where it is."""
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        """Itself."""
+        ...
+
+    def __next__(self) -> HostBatch:
+        """The next batch. Raises StopIteration where the data ends."""
+        ...
+
+    def get_state(self) -> Any:
+        """Plain JSON values: the state as of the batch last returned."""
+        ...
+
+
+class DataSource(Protocol):
+    """Training and validation data (`data.DataModule`)."""
+
+    dropped: Mapping[str, int]
+    """Conversations left out so far, by cause."""
+
+    def setup(self, *, frame_count: FrameCount, groups: int, pad_to_multiple: int) -> None:
+        """Prepares for global batches of so many groups; lengths are multiples of the last."""
+        ...
+
+    def train_batches(self, state: Any | None) -> BatchIterator:
+        """Starts the training stream, or goes on from a state that an iterator gave."""
+        ...
+
+    def validation_batches(self) -> Mapping[str, Iterable[HostBatch]]:
+        """Starts one pass over each named validation set."""
+        ...

@@ -1,0 +1,151 @@
+"""The training state: what a step takes and gives back, and where each array lies."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.sharding import Sharding
+from speechlm2_jax.training.optimizer import Optimizer
+from speechlm2_jax.training.protocol import TrainableModel, VariableInfo, Variables
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """All that changes while training. Donated to each step, so never keep an old one."""
+
+    trainable: Variables
+    """Parameters that are trained, fp32."""
+    buffers: Variables
+    """Carried arrays: batch-norm statistics, filterbanks."""
+    opt_state: Any
+    step: Any
+    """Int32 scalar: optimizer steps done, skipped ones included."""
+    skipped: Any
+    """Int32 scalar: steps that were not applied, as loss or gradient was not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """Which variables are trained, frozen or carried; masks of partly frozen stacks."""
+
+    trainable: tuple[str, ...]
+    frozen: tuple[str, ...]
+    buffers: tuple[str, ...]
+    masks: Mapping[str, np.ndarray]
+
+    @staticmethod
+    def of(model: TrainableModel) -> "Partition":
+        """Sorts a model's variables."""
+        trainable, frozen, buffers, masks = [], [], [], {}
+        for path, info in model.infos.items():
+            if info.is_buffer:
+                buffers.append(path)
+                continue
+            mask = np.asarray(model.trainable[path])
+            (trainable if mask.any() else frozen).append(path)
+            if mask.any() and not mask.all():
+                if mask.shape != info.shape[:1]:
+                    raise ValueError(f"{path}: mask {mask.shape} over {info.shape[:1]} layers")
+                masks[path] = mask
+        return Partition(
+            trainable=tuple(trainable), frozen=tuple(frozen), buffers=tuple(buffers), masks=masks
+        )
+
+    def require_trainable(self) -> None:
+        """Raises SettingsError if nothing is left to train."""
+        if not self.trainable:
+            raise SettingsError(
+                "model.freeze_params freezes every parameter; free some in prevent_freeze_params"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Shapes, dtypes and placements of a state and of the frozen parameters: no arrays."""
+
+    state: TrainState
+    """Leaves are `jax.ShapeDtypeStruct` with a sharding."""
+    frozen: Variables
+
+    @property
+    def state_shardings(self) -> TrainState:
+        """The placement of every leaf of the state."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state)
+
+
+def plan_layout(
+    infos: Mapping[str, VariableInfo],
+    partition: Partition,
+    optimizer: Optimizer,
+    sharding: Sharding,
+    frozen_dtype: Any,
+) -> Layout:
+    """Decides dtypes and placements: trained parameters and moments fp32, frozen ones as told."""
+
+    def describe(path: str, dtype: Any) -> jax.ShapeDtypeStruct:
+        info = infos[path]
+        placement = sharding.named(info.axes, info.shape)
+        return jax.ShapeDtypeStruct(info.shape, dtype, sharding=placement)
+
+    def frozen_as(dtype: Any) -> Any:
+        return frozen_dtype if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+    trainable = {path: describe(path, jnp.float32) for path in partition.trainable}
+    opt_shardings = optimizer.shardings(
+        trainable, {p: s.sharding for p, s in trainable.items()}, sharding.replicated
+    )
+    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated)
+    return Layout(
+        state=TrainState(
+            trainable=trainable,
+            buffers={path: describe(path, infos[path].dtype) for path in partition.buffers},
+            opt_state=jax.tree.map(
+                lambda leaf, placement: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=placement
+                ),
+                jax.eval_shape(optimizer.init, trainable),
+                opt_shardings,
+            ),
+            step=counter,
+            skipped=counter,
+        ),
+        frozen={path: describe(path, frozen_as(infos[path].dtype)) for path in partition.frozen},
+    )
+
+
+def put(values: Variables, layout: Mapping[str, jax.ShapeDtypeStruct], *, copy: bool) -> Variables:
+    """Places named arrays as the layout says, cast to its dtypes.
+
+    With `copy` the result shares no memory with `values`, so it may be donated. Raises ValueError
+    for a wrong shape.
+    """
+    placed = {}
+    for path, leaf in layout.items():
+        value = values[path]
+        if tuple(value.shape) != tuple(leaf.shape):
+            raise ValueError(f"{path}: has shape {tuple(value.shape)}, expected {leaf.shape}")
+        if value.dtype != leaf.dtype:
+            value = value.astype(leaf.dtype)
+        placed[path] = jax.device_put(value, leaf.sharding, may_alias=False if copy else None)
+    return placed
+
+
+def first_state(variables: Variables, layout: Layout, optimizer: Optimizer) -> TrainState:
+    """Makes the state before the first step; its arrays are its own, the moments born sharded."""
+    trainable = put(variables, layout.state.trainable, copy=True)
+    shardings = layout.state_shardings
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
+    zero = np.zeros((), np.int32)
+    return TrainState(
+        trainable=trainable,
+        buffers=put(variables, layout.state.buffers, copy=True),
+        opt_state=opt_state,
+        step=jax.device_put(zero, shardings.step),
+        skipped=jax.device_put(zero, shardings.skipped, may_alias=False),
+    )

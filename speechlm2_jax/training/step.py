@@ -1,0 +1,161 @@
+"""One training step and one validation step, as pure functions.
+
+Gradients are taken of unnormalised sums, added over micro-batches, and divided once by the summed
+count, so batches of unequal size weigh what they hold. `nemo_exact` averages batch means instead.
+A step whose loss or gradient is not finite leaves everything but the counters as it was.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from speechlm2_jax.batches import LossSum, StepLosses
+from speechlm2_jax.sharding import Sharding, use
+from speechlm2_jax.training.optimizer import Optimizer
+from speechlm2_jax.training.protocol import Variables
+from speechlm2_jax.training.state import TrainState
+
+Losses = Callable[..., StepLosses]
+"""`TrainableModel.losses`: (variables, batch, *, key, train) -> StepLosses."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class MicroSums:
+    """What micro-batches add up to: gradients and losses as sums, buffers as last computed."""
+
+    grads: Variables
+    loss: LossSum
+    metrics: dict[str, LossSum]
+    buffers: Variables
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What the host may read of a step, later: replicated scalars."""
+
+    loss: Any
+    grad_norm: Any
+    """Before clipping."""
+    count: Any
+    """Scored elements; 0 says that there was nothing to learn from."""
+    applied: Any
+    """Bool: False if the step was skipped."""
+    metrics: dict[str, Any]
+    """Named means over the whole step's batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFunctions:
+    """The pure functions of training, closed over static things only."""
+
+    losses: Losses
+    optimizer: Optimizer
+    sharding: Sharding
+    seed: int
+    accumulate: int = 1
+    """Micro-batches of a full step."""
+    nemo_exact: bool = False
+
+    def train(
+        self, state: TrainState, frozen: Variables, batch: Any, lr: Any
+    ) -> tuple[TrainState, StepReport]:
+        """One step on one batch: forward, backward, clip, update."""
+        return self.finish(state, self.micro(state, state.buffers, frozen, batch, 0), lr)
+
+    def start(self, shapes: MicroSums, buffers: Variables) -> MicroSums:
+        """Sums before the first micro-batch: zeros, and the buffers as they are."""
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return replace(zeros, buffers=jax.tree.map(jnp.copy, buffers))
+
+    def add(
+        self,
+        sums: MicroSums,
+        state: TrainState,
+        frozen: Variables,
+        batch: Any,
+        index: Any,
+    ) -> MicroSums:
+        """Adds micro-batch `index` of the step; buffers go on from the one before."""
+        more = self.micro(state, sums.buffers, frozen, batch, index)
+        total = jax.tree.map(
+            jnp.add, (sums.grads, sums.loss, sums.metrics), (more.grads, more.loss, more.metrics)
+        )
+        return MicroSums(grads=total[0], loss=total[1], metrics=total[2], buffers=more.buffers)
+
+    def finish(self, state: TrainState, sums: MicroSums, lr: Any) -> tuple[TrainState, StepReport]:
+        """Divides once, updates, and keeps the old values if anything is not finite."""
+        count = sums.loss.count
+        divisor = float(self.accumulate) if self.nemo_exact else jnp.maximum(count, 1.0)
+        grads = jax.tree.map(lambda g: g / divisor, sums.grads)
+        update = self.optimizer.update(grads, state.opt_state, state.trainable, lr)
+        applied = jnp.isfinite(sums.loss.total) & jnp.isfinite(update.grad_norm) & (count > 0)
+
+        def choose(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
+
+        new_state = TrainState(
+            trainable=choose(update.params, state.trainable),
+            buffers=choose(sums.buffers, state.buffers),
+            opt_state=choose(update.opt_state, state.opt_state),
+            step=state.step + 1,
+            skipped=state.skipped + jnp.where(applied, 0, 1),
+        )
+        report = StepReport(
+            loss=sums.loss.mean(),
+            grad_norm=update.grad_norm,
+            count=count,
+            applied=applied,
+            metrics={name: value.mean() for name, value in sums.metrics.items()},
+        )
+        return new_state, report
+
+    def evaluate(
+        self, trainable: Variables, buffers: Variables, frozen: Variables, batch: Any
+    ) -> dict[str, LossSum]:
+        """Sums of one validation batch: `loss` and each metric. Nothing is random."""
+        with use(self.sharding):
+            variables = {**frozen, **buffers, **trainable}
+            losses = self.losses(variables, batch, key=None, train=False)
+        return {"loss": losses.loss, **losses.metrics}
+
+    def micro(
+        self, state: TrainState, buffers: Variables, frozen: Variables, batch: Any, index: Any
+    ) -> MicroSums:
+        """Gradients and sums of micro-batch `index` of a step."""
+        # one key per micro-batch; the network folds in each example's place in the global batch
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step * self.accumulate + index)
+
+        def objective(trainable: Variables) -> tuple[Any, StepLosses]:
+            variables = {**frozen, **buffers, **trainable}
+            losses = self.losses(variables, batch, key=key, train=True)
+            if self.nemo_exact:
+                losses = replace(losses, loss=as_batch_mean(losses.loss))
+            return losses.loss.total, losses
+
+        with use(self.sharding):
+            (_, losses), grads = jax.value_and_grad(objective, has_aux=True)(state.trainable)
+        return MicroSums(
+            grads=grads,
+            loss=losses.loss,
+            metrics=losses.metrics,
+            buffers=merge_buffers(buffers, losses.buffers),
+        )
+
+
+def as_batch_mean(loss: LossSum) -> LossSum:
+    """A batch's mean as one element, so that sums over batches become means of means."""
+    is_scored = loss.count > 0
+    mean = jnp.where(is_scored, loss.total / jnp.where(is_scored, loss.count, 1), 0.0)
+    return LossSum(total=mean, count=is_scored.astype(jnp.float32))
+
+
+def merge_buffers(old: Variables, new: Variables) -> Variables:
+    """The buffers with new values in place. Raises KeyError for a path that is no buffer."""
+    if unknown := set(new) - set(old):
+        raise KeyError(f"losses returned values for {sorted(unknown)}, which are no buffers")
+    return {**old, **{path: value.astype(old[path].dtype) for path, value in new.items()}}

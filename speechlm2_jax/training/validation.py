@@ -1,0 +1,122 @@
+"""Validation: every named set, on the device and by host metrics, and the mean over sets."""
+
+import itertools
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from speechlm2_jax.batches import HostBatch, LossSum
+from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.training.protocol import HostMetric
+
+log = logging.getLogger(__name__)
+
+IN_FLIGHT = 4
+"""Validation batches computed ahead of the host."""
+Evaluate = Callable[[HostBatch], Mapping[str, LossSum]]
+
+
+class Interrupted(Exception):
+    """A request to stop came while validating."""
+
+
+@dataclass
+class Mean:
+    """A mean in the making, in double precision: of elements, or of batches."""
+
+    of_batches: bool
+    total: float = 0.0
+    count: float = 0.0
+
+    def add(self, share: LossSum) -> None:
+        """Adds one batch's sum; a batch in which nothing is scored has no share."""
+        total, count = float(share.total), float(share.count)
+        if count == 0:
+            return
+        self.total += total / count if self.of_batches else total
+        self.count += 1.0 if self.of_batches else count
+
+    def value(self) -> float | None:
+        """The mean, None if nothing was scored."""
+        return self.total / self.count if self.count else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validator:
+    """How to validate; `run` does it once."""
+
+    evaluate: Evaluate
+    """A batch -> sums on the device, `loss` among them."""
+    host_metrics: Mapping[str, HostMetric]
+    nemo_exact: bool
+    """Means of batch means, as NeMo takes them, instead of means over elements."""
+    limit: int | float | None = None
+    """Batches of each set, or the part of it."""
+    should_stop: Callable[[], bool] = field(default=lambda: False)
+
+    def run(
+        self,
+        sets: Mapping[str, Iterable[HostBatch]],
+        limit: int | None = None,
+    ) -> dict[str, float]:
+        """Validates: `val_<metric>_<set>` and `val_<metric>`, its mean over the sets.
+
+        `limit` (batches of each set) stands in for the validator's own. Raises Interrupted if
+        asked to stop.
+        """
+        results: dict[str, float] = {}
+        by_metric: dict[str, list[float]] = {}
+        for name, batches in sets.items():
+            taken = take(batches, self.limit if limit is None else limit, name)
+            values = self._run_set(taken)
+            if not values:
+                log.warning("validation set %s has nothing to score; it is left out", name)
+            for metric, value in values.items():
+                results[f"val_{metric}_{name}"] = value
+                by_metric.setdefault(metric, []).append(value)
+        means = {f"val_{m}": math.fsum(values) / len(values) for m, values in by_metric.items()}
+        return {**means, **results}
+
+    def _run_set(self, batches: Iterable[HostBatch]) -> dict[str, float]:
+        means: dict[str, Mean] = {}
+        pending: deque[Mapping[str, LossSum]] = deque()
+
+        def collect(sums: Mapping[str, LossSum]) -> None:
+            for metric, share in jax.device_get(dict(sums)).items():
+                means.setdefault(metric, Mean(of_batches=self.nemo_exact)).add(share)
+
+        for batch in batches:
+            if self.should_stop():
+                raise Interrupted
+            pending.append(self.evaluate(batch))
+            for metric, compute in self.host_metrics.items():
+                means.setdefault(metric, Mean(of_batches=self.nemo_exact)).add(compute(batch))
+            if len(pending) > IN_FLIGHT:
+                collect(pending.popleft())
+        for sums in pending:
+            collect(sums)
+        values = {metric: mean.value() for metric, mean in means.items()}
+        return {metric: value for metric, value in values.items() if value is not None}
+
+
+def take(batches: Iterable[HostBatch], limit: int | float | None, name: str) -> Iterable[Any]:
+    """The first `limit` batches; a float is a part of the set, which must then have a length.
+
+    Raises SettingsError if it has none.
+    """
+    if limit is None or (isinstance(limit, float) and limit == 1.0) or limit == -1:
+        return batches
+    if isinstance(limit, float):
+        length = getattr(batches, "__len__", None)
+        if length is None:
+            raise SettingsError(
+                f"trainer.limit_val_batches={limit} is a part of validation set {name}, whose "
+                "length is not known; give an integer of batches"
+            )
+        limit = int(length() * limit)
+    return itertools.islice(batches, limit)

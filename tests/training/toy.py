@@ -1,0 +1,247 @@
+"""A tiny language model and its data: enough of each thing that training must handle.
+
+Frozen embedding, stacked residual layers, a running mean, dropout keyed by row, two buckets.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from speechlm2_jax.batches import HostBatch, LossSum, StepLosses
+from speechlm2_jax.layers.module import VariableInfo
+from speechlm2_jax.training.trainer import Trainer, exp_manager
+
+VOCAB, WIDTH, LAYERS = 16, 8, 4
+MOMENTUM = 0.1
+
+
+def infos():
+    f32, i32 = np.dtype(np.float32), np.dtype(np.int32)
+    table = {
+        "embedding.weight": ((VOCAB, WIDTH), f32, ("vocab", "embed"), False),
+        "layers.weight": ((LAYERS, WIDTH, WIDTH), f32, ("layers", "mlp", "embed"), False),
+        "layers.bias": ((LAYERS, WIDTH), f32, ("layers", "mlp"), False),
+        "head.weight": ((VOCAB, WIDTH), f32, ("vocab", "embed"), False),
+        "norm.running_mean": ((WIDTH,), f32, ("norm",), True),
+        "norm.batches_tracked": ((), i32, (), True),
+    }
+    return {
+        path: VariableInfo(shape=s, dtype=d, axes=a, is_buffer=b)
+        for path, (s, d, a, b) in table.items()
+    }
+
+
+def variables(seed=0):
+    rng = np.random.default_rng(seed)
+    values = {p: rng.normal(0, 0.3, i.shape).astype(i.dtype) for p, i in infos().items()}
+    return {
+        **values,
+        "norm.running_mean": np.zeros(WIDTH, np.float32),
+        "norm.batches_tracked": np.zeros((), np.int32),
+    }
+
+
+@dataclass
+class ToyModel:
+    dropout: float = 0.0
+    trainable: dict = field(
+        default_factory=lambda: {
+            "embedding.weight": False,
+            "layers.weight": True,
+            "layers.bias": True,
+            "head.weight": True,
+        }
+    )
+    optimizer: dict = field(
+        default_factory=lambda: {
+            "_target_": "torch.optim.AdamW",
+            "lr": 1e-2,
+            "betas": [0.9, 0.98],
+            "weight_decay": 1e-2,
+            "foreach": True,
+        }
+    )
+    lr_scheduler: dict | None = None
+    nemo_exact: bool = False
+    compute_dtype: object = jnp.float32
+    settings: dict = field(default_factory=lambda: {"width": WIDTH, "kind": "toy"})
+    validation_metrics: dict = field(default_factory=dict)
+    infos: dict = field(default_factory=infos)
+    variables: dict = field(default_factory=variables)
+
+    def frame_count(self, samples: int) -> int:
+        return samples
+
+    def losses(self, variables, batch, *, key, train):
+        x = jnp.take(variables["embedding.weight"], batch["tokens"], axis=0)
+        x = x.astype(self.compute_dtype)  # [G, R, T, D]
+        mask = batch["mask"]
+        for layer in range(LAYERS):
+            w = variables["layers.weight"][layer].astype(x.dtype)
+            b = variables["layers.bias"][layer].astype(x.dtype)
+            x = x + jnp.tanh(x @ w.T + b[None, None, None, :])
+        buffers = {}
+        mean = variables["norm.running_mean"]
+        if train:
+            where = mask[..., None].astype(jnp.float32)
+            total = jnp.sum(jax.lax.stop_gradient(x).astype(jnp.float32) * where, (0, 1, 2))
+            now = total / jnp.maximum(jnp.sum(where), 1)
+            buffers = {
+                "norm.running_mean": (1 - MOMENTUM) * mean + MOMENTUM * now,
+                "norm.batches_tracked": variables["norm.batches_tracked"] + 1,
+            }
+        x = x - mean.astype(x.dtype)[None, None, None, :]
+        if self.dropout and key is not None:
+            x = self._drop(x, batch["row_ids"], key)
+        logits = (x @ variables["head.weight"].astype(x.dtype).T).astype(jnp.float32)
+        gold = jnp.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+        loss = (jax.nn.logsumexp(logits, -1) - gold) * batch["poison"]
+        hit = jnp.argmax(logits, -1) == batch["targets"]
+        count = jnp.sum(mask).astype(jnp.float32)
+        return StepLosses(
+            loss=LossSum(total=jnp.sum(jnp.where(mask, loss, 0)), count=count),
+            metrics={"acc": LossSum(total=jnp.sum(hit & mask).astype(jnp.float32), count=count)},
+            buffers=buffers,
+        )
+
+    def _drop(self, x, row_ids, key):
+        def one(row, i):
+            kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - self.dropout, row.shape)
+            return jnp.where(kept, row / (1 - self.dropout), 0)
+
+        return jax.vmap(jax.vmap(one))(x, row_ids)
+
+    def flops(self, batch):
+        return 6.0 * batch.arrays["tokens"].size * LAYERS * WIDTH * WIDTH
+
+    def count_tokens(self, batch):
+        mask = batch.arrays["mask"]
+        return int(mask.sum()), int(mask.size)
+
+
+def make_batch(index, *, groups=8, rows=2, lengths=(5, 7), poison=1.0, seed=0, empty=False):
+    """Batch `index`: random tokens, random lengths, targets that can be learnt (token + 1)."""
+    rng = np.random.default_rng((seed, index))
+    T = lengths[index % len(lengths)]
+    tokens = rng.integers(0, VOCAB, (groups, rows, T)).astype(np.int32)
+    valid = rng.integers(1, T + 1, (groups, rows))
+    mask = np.arange(T)[None, None] < valid[..., None]
+    arrays = {
+        "tokens": tokens,
+        "targets": (tokens + 1) % VOCAB,
+        "mask": mask & (not empty),
+        "row_ids": np.arange(groups * rows, dtype=np.int32).reshape(groups, rows),
+        "poison": np.full((groups, rows, T), poison, np.float32),
+    }
+    return HostBatch(arrays=arrays, ids=(f"b{index}-first", f"b{index}-second"), bucket=f"T{T}")
+
+
+class ToyIterator:
+    def __init__(self, data, index):
+        self.data, self.index = data, index
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.data.length is not None and self.index >= self.data.length:
+            raise StopIteration
+        batch = self.data.batch(self.index)
+        self.index += 1
+        return batch
+
+    def get_state(self):
+        return {"next": self.index}
+
+
+@dataclass
+class ToyData:
+    """Endless batches; `bad` maps batch indices to what the loss is multiplied with."""
+
+    rows: int = 2
+    lengths: tuple = (5, 7)
+    bad: dict = field(default_factory=dict)
+    length: int | None = None
+    dropped: dict = field(default_factory=dict)
+    on_batch: object = None
+    validation: dict = field(default_factory=lambda: {"clean": 2, "noisy": 3})
+    settings: dict = field(default_factory=lambda: {"train_ds": {"batch_size": 2}})
+    groups: int = 0
+
+    def setup(self, *, frame_count, groups, pad_to_multiple):
+        self.groups, self.pad_to_multiple = groups, pad_to_multiple
+
+    def batch(self, index):
+        if self.on_batch is not None:
+            self.on_batch(index)
+        poison = self.bad.get(index, 1.0)
+        return make_batch(
+            index, groups=self.groups, rows=self.rows, lengths=self.lengths, poison=poison
+        )
+
+    def train_batches(self, state):
+        return ToyIterator(self, 0 if state is None else state["next"])
+
+    def validation_batches(self):
+        return {
+            name: [
+                make_batch(i, groups=self.groups, rows=self.rows, lengths=self.lengths, seed=99)
+                for i in range(count)
+            ]
+            for name, count in self.validation.items()
+        }
+
+
+def make_trainer(run_dir=None, *, experiment=None, **options):
+    options = {
+        "max_steps": 6,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "limit_train_batches": 3,
+        "gradient_clip_val": 1.0,
+        "devices": 1,
+        "compilation_cache_dir": os.environ.get("TOY_CACHE"),
+        **options,
+    }
+    trainer = Trainer(**options)
+    if run_dir is not None:
+        exp_manager(
+            trainer,
+            {
+                "explicit_log_dir": str(run_dir),
+                "resume_if_exists": True,
+                "resume_ignore_no_checkpoint": True,
+                "create_tensorboard_logger": False,
+                "checkpoint_callback_params": {"monitor": "val_loss", "save_top_k": 1},
+                **(experiment or {}),
+            },
+        )
+    return trainer
+
+
+def rows_of(run_dir):
+    """Rows of metrics.jsonl: (training rows by step, validation rows by step)."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    training = {row["step"]: row for row in rows if "loss" in row}
+    return training, {row["step"]: row for row in rows if "val_loss" in row}
+
+
+if __name__ == "__main__":  # a process of its own, for signals: toy.py RUN_DIR JSON
+    arguments = json.loads(sys.argv[2])
+    data = ToyData(bad={int(k): float(v) for k, v in arguments.pop("bad", {}).items()})
+    if (signal_at := arguments.pop("signal_at", None)) is not None:
+
+        import signal
+
+        def send(index):
+            if index == signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        data.on_batch = send
+    trainer = make_trainer(__import__("pathlib").Path(sys.argv[1]), **arguments)
+    trainer.fit(ToyModel(dropout=0.2), data)
