@@ -38,7 +38,7 @@ class LoraConfig:
 
     task_type: str = "CAUSAL_LM"
     r: int = 8
-    lora_alpha: float = 8
+    lora_alpha: int | float = 8
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] | None = None
     bias: str = "none"
@@ -46,8 +46,6 @@ class LoraConfig:
     """Scale by alpha / sqrt(r) instead of alpha / r."""
 
     def __post_init__(self) -> None:
-        if self.target_modules is not None:
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if self.task_type != "CAUSAL_LM":
             raise ValueError(f"lora.task_type={self.task_type!r}: only CAUSAL_LM is supported")
         if self.bias != "none":
@@ -113,13 +111,13 @@ def merge_lora(variables: Variables, config: LoraConfig) -> Variables:
 
     The result binds to the same network built without LoRA. The sum is made in fp32.
     """
-    merged = {p: v for p, v in variables.items() if not p.endswith((".lora_a", ".lora_b"))}
+    merged = {p: v for p, v in variables.items() if not p.endswith(("lora_a", "lora_b"))}
     for path, a in variables.items():
-        if not path.endswith(".lora_a"):
+        if not path.endswith("lora_a"):
             continue
-        target = path.removesuffix("lora_a") + "weight"
-        b, weight = variables[path.removesuffix("a") + "b"], variables[target]
+        layer = path.removesuffix("lora_a")
+        b, weight = variables[layer + "lora_b"], variables[layer + "weight"]
         product = jnp.asarray(b, jnp.float32) @ jnp.asarray(a, jnp.float32)  # [..., out, in]
         total = jnp.asarray(weight, jnp.float32) + product * config.scale
-        merged[target] = total.astype(weight.dtype)
+        merged[layer + "weight"] = total.astype(weight.dtype)
     return merged

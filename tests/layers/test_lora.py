@@ -1,0 +1,100 @@
+"""LoRA with PEFT's meaning."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from speechlm2_jax.layers.lora import TARGET_NAMES, LoraConfig, LoraLinear, merge_lora
+from speechlm2_jax.layers.module import bind, describe, unbind
+
+ATOL = 1e-5  # one layer in fp32
+D_IN, D_OUT, RANK = 6, 4, 3
+
+
+def layer(config: LoraConfig | None) -> LoraLinear:
+    return LoraLinear(D_IN, D_OUT, axes=("heads", "embed"), rngs=nnx.Rngs(0), lora=config)
+
+
+def inputs(batch: int = 2) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (batch, 5, D_IN))
+
+
+def with_adapter(config: LoraConfig) -> LoraLinear:
+    definition, variables = unbind(layer(config))
+    variables["lora_b"] = jax.random.normal(jax.random.key(2), (D_OUT, RANK))
+    return bind(definition, variables)
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 16 / RANK), (True, 16 / RANK**0.5)])
+def test_output_is_base_plus_scaled_low_rank_product(rslora: bool, scale: float) -> None:
+    adapted = with_adapter(LoraConfig(r=RANK, lora_alpha=16, use_rslora=rslora))
+    x = np.asarray(inputs())
+    a, b = np.asarray(adapted.lora_a[...]), np.asarray(adapted.lora_b[...])
+    expected = x @ np.asarray(adapted.weight[...]).T + scale * (x @ a.T @ b.T)
+    np.testing.assert_allclose(adapted(inputs()), expected, atol=ATOL)
+
+
+def test_a_new_adapter_changes_nothing_and_starts_as_in_peft() -> None:
+    adapted = layer(LoraConfig(r=RANK))
+    np.testing.assert_array_equal(adapted(inputs()), layer(None)(inputs()))
+    assert not np.asarray(adapted.lora_b[...]).any()
+    a = np.asarray(LoraLinear(D_IN, D_OUT, axes=("heads", "embed"), rngs=nnx.Rngs(1),
+                              lora=LoraConfig(r=2000)).lora_a[...])  # fmt: skip
+    bound = D_IN**-0.5
+    assert abs(a).max() <= bound
+    np.testing.assert_allclose(a.std(), bound / 3**0.5, rtol=0.02)
+
+
+def test_adapters_have_axes() -> None:
+    infos = describe(layer(LoraConfig(r=RANK)))
+    assert infos["lora_a"].axes == ("rank", "embed")
+    assert infos["lora_b"].axes == ("heads", "rank")
+
+
+def test_merged_weights_give_the_same_output_without_an_adapter() -> None:
+    config = LoraConfig(r=RANK, lora_alpha=16)
+    adapted = with_adapter(config)
+    merged = merge_lora(unbind(adapted)[1], config)
+    plain: LoraLinear = bind(unbind(layer(None))[0], merged)
+    np.testing.assert_allclose(plain(inputs()), adapted(inputs()), atol=ATOL)
+
+
+def test_dropout_acts_on_the_adapter_only_and_by_row() -> None:
+    adapted = with_adapter(LoraConfig(r=RANK, lora_dropout=0.5))
+    keys = jax.random.split(jax.random.key(3), 3)
+    x = inputs(3)
+    dropped = adapted(x, keys)
+    assert not np.allclose(dropped, adapted(x))
+    np.testing.assert_allclose(adapted(x[1:2], keys[1:2]), dropped[1:2], atol=ATOL)
+    definition, variables = unbind(adapted)
+    base: LoraLinear = bind(definition, variables | {"lora_b": jnp.zeros((D_OUT, RANK))})
+    np.testing.assert_array_equal(base(x, keys), base(x))
+
+
+def test_dropout_keeps_the_mean() -> None:
+    adapted = with_adapter(LoraConfig(r=RANK, lora_dropout=0.3))
+    x = jnp.broadcast_to(inputs(1), (4000, 5, D_IN))
+    mean = jnp.mean(adapted(x, jax.random.split(jax.random.key(4), 4000)), axis=0)
+    np.testing.assert_allclose(mean, adapted(x[:1])[0], atol=0.15)
+
+
+def test_default_targets_are_query_and_value() -> None:
+    assert LoraConfig().targets == {"query", "value"}
+    assert LoraConfig(target_modules=tuple(TARGET_NAMES)).targets == set(TARGET_NAMES.values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
+        ({"bias": "all"}, "'all'"),
+        ({"r": 0}, "r=0"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+        ({"target_modules": ("q_proj", "embed_tokens")}, "embed_tokens"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(wrong: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        LoraConfig(**wrong)
