@@ -1,7 +1,7 @@
 """How fresh convolution weights are drawn."""
 
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from speechlm2_jax.layers.module import Initializer
 
@@ -10,7 +10,7 @@ def uniform(inputs: int) -> Initializer:
     """U(-1/sqrt(n), 1/sqrt(n)) for a kernel that sums n inputs: torch's default."""
     bound = inputs**-0.5
 
-    def draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return draw
