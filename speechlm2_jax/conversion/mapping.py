@@ -123,7 +123,7 @@ def export(variables: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
     for rule in table.rules:
         value = np.asarray(variables[rule.target])
         for layer in _layers(rule, value.shape):
-            part = value if layer is None else value[layer]
+            part = value if layer is None else np.asarray(value[layer])
             tensors[_named(rule.source, layer)] = rule.transform.store(part)
     return tensors
 
@@ -223,9 +223,8 @@ def _check_total(
             f"it has {len(given)} tensors, {len(left)} of them unused"
         )
     if left:
-        expected = [rule.source for rule in table.rules]
         raise ConversionError(
-            f"the checkpoint has tensors that the model has no place for: {listed(left, expected)}"
+            f"the checkpoint has tensors that the model has no place for: {listed(left, taken)}"
         )
 
 

@@ -5,7 +5,7 @@ reads only what its devices hold.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from speechlm2_jax.conversion.readers.source import Index, TensorInfo
 Shape = tuple[int, ...]
 
 
+@runtime_checkable
 class Transform(Protocol):
     """A bijection between a foreign tensor and ours."""
 

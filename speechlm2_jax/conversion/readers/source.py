@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,7 @@ class TensorInfo:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """Named tensors of one checkpoint."""
 
@@ -60,7 +61,7 @@ def memory_source(
     """Makes a source of arrays that are in memory already."""
 
     def fetch(name: str, index: Index | None) -> np.ndarray:
-        return tensors[name] if index is None else tensors[name][index]
+        return tensors[name] if index is None else np.asarray(tensors[name][index])
 
     infos = {name: TensorInfo(x.shape, x.dtype) for name, x in tensors.items()}
     return LazySource(infos, fetch, dict(aliases or {}))
