@@ -1,0 +1,173 @@
+"""Laws of answering: equal to the plain forward pass, whatever the padding and the neighbours."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from speechlm2_jax.generation.salm import DecodingConfig, decode
+from speechlm2_jax.generation.sampling import SamplingConfig
+from speechlm2_jax.layers.cache import Extended, KVCache
+from speechlm2_jax.layers.module import Variables, bind, unbind
+from speechlm2_jax.llm.config import DecoderConfig
+from speechlm2_jax.llm.decoder import Decoder
+
+CONFIG = DecoderConfig(
+    vocab_size=31,
+    width=16,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_width=8,
+    mlp_width=24,
+    init_std=0.4,
+)
+DEFINITION, VARIABLES = unbind(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+PAD = 0
+GREEDY = DecodingConfig(max_new_tokens=6, stop_ids=(), pad_id=PAD)
+PROMPTS = [[3, 7, 11, 5, 2], [9, 4], [8, 8, 1, 30]]
+
+
+@partial(jax.jit, static_argnames="config")
+def answer(
+    variables: Variables,
+    embeds: jax.Array,
+    lengths: jax.Array,
+    is_key: jax.Array,
+    config: DecodingConfig,
+    keys: jax.Array | None = None,
+) -> jax.Array:
+    decoder: Decoder = bind(DEFINITION, variables)
+    return decode(decoder, embeds, lengths=lengths, is_key=is_key, config=config, keys=keys)
+
+
+def laid_out(prompts: list[list[int]], steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Embeddings with garbage behind each prompt, lengths, and keys."""
+    ids = np.full((len(prompts), steps), 13)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    lengths = np.asarray([len(p) for p in prompts], np.int32)
+    decoder: Decoder = bind(DEFINITION, VARIABLES)
+    is_key = np.arange(steps)[None] < lengths[:, None]
+    return decoder.embed(jnp.asarray(ids)), jnp.asarray(lengths), jnp.asarray(is_key)
+
+
+@jax.jit
+def scores_of_last(ids: jax.Array, is_key: jax.Array, length: jax.Array) -> jax.Array:
+    decoder: Decoder = bind(DEFINITION, VARIABLES)
+    hidden = decoder(
+        decoder.embed(ids[None]),
+        positions=jnp.maximum(jnp.cumsum(is_key, dtype=jnp.int32) - 1, 0)[None],
+        segments=jnp.ones((1, len(ids)), jnp.int32),
+        is_key=is_key[None],
+    )
+    return decoder.logits(hidden)[0, length - 1]
+
+
+def by_full_passes(prompt: list[int], holes: tuple[int, ...] = ()) -> list[int]:
+    """Greedy answer by running the whole sequence anew for every token."""
+    capacity, ids = 12, list(prompt)
+    for _ in range(GREEDY.max_new_tokens):
+        row = jnp.asarray(ids + [13] * (capacity - len(ids)))
+        is_key = (np.arange(capacity) < len(ids)) & ~np.isin(np.arange(capacity), holes)
+        ids.append(int(jnp.argmax(scores_of_last(row, jnp.asarray(is_key), len(ids)))))
+    return ids[len(prompt) :]
+
+
+def test_answers_equal_full_passes_whatever_the_padding_and_the_neighbours() -> None:
+    together = answer(VARIABLES, *laid_out(PROMPTS, 6), GREEDY)
+    for row, prompt in enumerate(PROMPTS):
+        alone = answer(VARIABLES, *laid_out([prompt], 5), GREEDY)[0]
+        assert together[row].tolist() == alone.tolist() == by_full_passes(prompt)
+
+
+def test_steps_that_are_no_keys_are_skipped_by_attention_and_positions() -> None:
+    embeds, lengths, is_key = laid_out([PROMPTS[0]], 6)
+    ids = answer(VARIABLES, embeds, lengths, is_key.at[0, 2].set(False), GREEDY)[0]
+    assert ids.tolist() == by_full_passes(PROMPTS[0], holes=(2,))
+    assert ids.tolist() != by_full_passes(PROMPTS[0])
+
+
+def test_a_row_ends_with_its_stop_token_and_is_filled_with_padding() -> None:
+    free = answer(VARIABLES, *laid_out(PROMPTS, 6), GREEDY)
+    stops = (int(free[0, 2]), int(free[1, 0]))
+    config = DecodingConfig(max_new_tokens=6, stop_ids=stops, pad_id=PAD)
+    stopped = answer(VARIABLES, *laid_out(PROMPTS, 6), config)
+    for expected, row in zip(free.tolist(), stopped.tolist(), strict=True):
+        end = next((i for i, token in enumerate(expected) if token in stops), 5)
+        assert row == expected[: end + 1] + [PAD] * (5 - end)
+
+
+def test_one_program_serves_all_prompts_of_a_shape() -> None:
+    count = answer._cache_size
+    answer(VARIABLES, *laid_out(PROMPTS[:2], 6), GREEDY)
+    before = count()
+    answer(VARIABLES, *laid_out(PROMPTS[1:], 6), GREEDY)
+    assert count() == before
+
+
+def test_an_empty_row_gives_padding_only() -> None:
+    assert not np.asarray(answer(VARIABLES, *laid_out([PROMPTS[0], []], 6), GREEDY))[1].any()
+
+
+def test_a_sampled_answer_depends_on_its_own_row_and_key_only() -> None:
+    sampling = SamplingConfig(do_sample=True, temperature=1.5, top_k=20, top_p=0.95)
+    config = DecodingConfig(max_new_tokens=6, stop_ids=(), pad_id=PAD, sampling=sampling)
+    keys = jax.random.split(jax.random.key(3), 4)
+    prompts = [*PROMPTS, PROMPTS[0]]
+    together = answer(VARIABLES, *laid_out(prompts, 6), config, keys).tolist()
+    alone = answer(VARIABLES, *laid_out(prompts[1:2], 5), config, keys[1:2]).tolist()
+    assert alone == together[1:2]
+    assert together[0] != together[3]
+
+
+class CountingDecoder:
+    """Says token `length of its input so far` and notes every call."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        return jnp.zeros((*ids.shape, 1))
+
+    def new_cache(self, batch: int, capacity: int, dtype: Any) -> KVCache:
+        return KVCache.empty((1, batch, capacity, 1, 2), dtype)
+
+    def extend(
+        self, embeds: jax.Array, cache: KVCache, *, positions: jax.Array, is_key: jax.Array
+    ) -> Extended:
+        jax.debug.callback(self.calls.append, positions)
+        cache = cache.announce(is_key).advance(embeds.shape[1])
+        return Extended(positions[..., None].astype(jnp.float32), cache)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        return jax.nn.one_hot(hidden[..., 0].astype(jnp.int32) + 1, 20)
+
+
+def test_the_loop_stops_when_all_rows_have_ended_and_positions_go_on_from_each_length() -> None:
+    decoder = CountingDecoder()
+    config = DecodingConfig(max_new_tokens=10, stop_ids=(5,), pad_id=0)
+    ids = decode(
+        decoder,
+        jnp.zeros((2, 4, 1)),
+        lengths=jnp.asarray([4, 2]),
+        is_key=jnp.ones((2, 4), bool),
+        config=config,
+    )
+    jax.effects_barrier()
+    assert ids.tolist() == [[4, 5] + [0] * 8, [2, 3, 4, 5] + [0] * 6]
+    assert [np.asarray(p).tolist() for p in decoder.calls] == [
+        [[0, 1, 2, 3], [0, 1, 0, 0]],
+        [[4], [2]],
+        [[5], [3]],
+        [[6], [4]],
+    ]
+
+
+def test_no_new_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        DecodingConfig(max_new_tokens=0, stop_ids=(), pad_id=0)
