@@ -1,5 +1,6 @@
 """Migration: every key that NeMo's users bring is told apart, accepted, and on the page."""
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from speechlm2_jax import settings
+from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.training.optimizer import read_optimizer
 from speechlm2_jax.training.schedules import make_schedule
 from speechlm2_jax.training.strategies import read_strategy
@@ -168,3 +170,19 @@ def test_every_reason_on_the_page_is_given(page):
         for key in page.keys(section):
             assert key.status in ("honoured", "ignored", "refused")
             assert key.note.strip(), f"{section.path}.{key.name} says nothing"
+
+
+READ_BY_PHASE = r"(warmup|constant|hold)_(steps|ratio)"
+"""Schedules read them as f"{phase}_steps"."""
+ONE_VALUE = {"pos_emb_max_len": "written back on export", "sharding_strategy": "one choice"}
+
+
+def test_every_setting_is_read_somewhere(page):
+    source = "\n".join(p.read_text() for p in (ROOT / "speechlm2_jax").rglob("*.py"))
+    source += (ROOT / "evaluate.py").read_text()
+    for cls in [c for s in page.sections() for c in s.classes.values()] + [EvalConfig]:
+        for item in dataclasses.fields(cls):
+            if re.fullmatch(READ_BY_PHASE, item.name) or item.name in ONE_VALUE:
+                continue
+            read = rf"\.{item.name}\b|\"{item.name}\""
+            assert re.search(read, source), f"{cls.__name__}.{item.name} is never read"
