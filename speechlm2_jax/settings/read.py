@@ -23,6 +23,7 @@ Plain = dict[str, Any]
 MISSING = "???"
 MAX_FILE_BYTES = 1 << 20
 MAX_NODES = 50_000
+TOO_LARGE = f"holds or expands to more than {MAX_NODES} values; not a settings file"
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _INNERMOST = re.compile(r"\$\{([^${}]*)\}")
 
@@ -31,6 +32,14 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 without dates, base-60 numbers and merge keys, and with `3e-4` as a number."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}
+    nodes_left = MAX_NODES
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Stops reading a file that is no settings file."""
+        self.nodes_left -= 1
+        if self.nodes_left < 0:
+            raise SettingsError(TOO_LARGE)
+        return super().compose_node(parent, index)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Refuses merge keys (they expand without a bound) and keys given twice."""
@@ -205,7 +214,7 @@ class _Copy:
     def _spend(self, amount: int) -> None:
         self.left -= amount
         if self.left < 0:
-            raise SettingsError(f"expands to more than {MAX_NODES} values; not a settings file")
+            raise SettingsError(TOO_LARGE)
 
 
 def _scalar(text: str) -> Any:
