@@ -17,6 +17,7 @@ from speechlm2_jax.perception.frames import Frames, is_within
 from speechlm2_jax.perception.initializers import uniform
 
 Image = Float[Array, "B T F C"]
+Halved = Float[Array, "B T2 F2 C2"]
 KERNEL = 3
 STRIDE = 2
 
@@ -44,13 +45,12 @@ class HalvingConv(nnx.Module):
         )
         self.bias = param(rngs, (channels_out,), ("conv",), zeros)
 
-    def __call__(self, x: Image) -> Image:
+    def __call__(self, x: Image) -> Halved:
         """Convolves an image whose last axis is the channels."""
         weight = self.weight[...].astype(x.dtype)
         taps = _taps(x, self.padding)
         if self.depthwise:
-            terms = (tap * weight[None, None, None, :, 0, i, j] for (i, j), tap in taps.items())
-            y = sum(terms)
+            y = sum(tap * weight[None, None, None, :, 0, i, j] for (i, j), tap in taps.items())
         elif x.shape[-1] == 1:
             columns = jnp.concatenate(list(taps.values()), axis=-1)
             y = columns @ weight.reshape(weight.shape[0], -1).T
@@ -59,17 +59,17 @@ class HalvingConv(nnx.Module):
         return y + self.bias[...].astype(x.dtype)[None, None, None]
 
 
-def _taps(x: Image, padding: tuple[int, int]) -> dict[tuple[int, int], Image]:
+def _taps(x: Image, padding: tuple[int, int]) -> dict[tuple[int, int], Halved]:
     """What each tap of a 3x3, stride-2 kernel sees: nine images of the output's size."""
     sizes = [(n + sum(padding) - KERNEL) // STRIDE + 1 for n in x.shape[1:3]]
     # one more phase than outputs: tap 2 reads the even phase one step ahead
-    extra = [
+    after = [
         STRIDE * (out + 1) - n - padding[0] for out, n in zip(sizes, x.shape[1:3], strict=True)
     ]
-    x = jnp.pad(x, ((0, 0), *((padding[0], e) for e in extra), (0, 0)))
+    x = jnp.pad(x, ((0, 0), *((padding[0], extra) for extra in after), (0, 0)))
     phases = x.reshape(x.shape[0], sizes[0] + 1, STRIDE, sizes[1] + 1, STRIDE, x.shape[-1])
 
-    def tap(i: int, j: int) -> Image:
+    def tap(i: int, j: int) -> Halved:
         (a, p), (b, q) = divmod(i, STRIDE), divmod(j, STRIDE)
         return phases[:, a : a + sizes[0], p, b : b + sizes[1], q]
 
@@ -82,7 +82,7 @@ class FullStage(nnx.Module):
     def __init__(self, channels: int, padding: tuple[int, int], *, rngs: nnx.Rngs):
         self.conv = HalvingConv(channels, channels, padding=padding, depthwise=False, rngs=rngs)
 
-    def __call__(self, x: Image) -> Image:
+    def __call__(self, x: Image) -> Halved:
         """Halves time and frequency."""
         return self.conv(x)
 
@@ -94,7 +94,7 @@ class SeparableStage(nnx.Module):
         self.depthwise = HalvingConv(channels, channels, padding=padding, depthwise=True, rngs=rngs)
         self.pointwise = Linear(channels, channels, axes=("conv", "conv"), rngs=rngs)
 
-    def __call__(self, x: Image) -> Image:
+    def __call__(self, x: Image) -> Halved:
         """Halves time and frequency."""
         return self.pointwise(self.depthwise(x))
 
