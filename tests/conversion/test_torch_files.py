@@ -84,11 +84,13 @@ def test_parts_of_tensors_are_read(tmp_path):
         np.testing.assert_array_equal(bits(part), bits(tensors[name][1:3, 0:2]), err_msg=name)
 
 
-def test_tensors_of_one_storage_are_read_from_it_once_stored(tmp_path):
+def test_tensors_of_one_storage_are_read_from_it_and_equal_ones_are_aliases(tmp_path):
     path, base = tmp_path / "model.bin", torch.randn(1000, 100)
-    torch.save({"a": base, "b": base, "c": base.T, "d": base[500:]}, path)
+    torch.save({"b": base, "a": base, "c": base.T, "d": base[500:]}, path)
     assert path.stat().st_size < 1.1 * base.numel() * 4
     source = open_weights(path)
+    assert set(source.infos) == {"a", "c", "d"}
+    assert source.aliases == {"b": "a"}
     np.testing.assert_array_equal(source.read("a"), base.numpy())
     np.testing.assert_array_equal(source.read("b"), base.numpy())
     np.testing.assert_array_equal(source.read("c"), base.numpy().T)
@@ -98,7 +100,7 @@ def test_tensors_of_one_storage_are_read_from_it_once_stored(tmp_path):
 def test_goldens_equal_torch_load():
     reference = torch.load(DATA / "qwen3_lora.ckpt", weights_only=True)["state_dict"]
     source = open_weights(DATA / "qwen3_lora.ckpt")
-    assert set(source.infos) == set(reference)
+    assert set(source.infos) | set(source.aliases) == set(reference)
     for name, tensor in reference.items():
         np.testing.assert_array_equal(bits(source.read(name)), bits(tensor), err_msg=name)
 

@@ -104,6 +104,11 @@ class StoredTensor:
         """Shape and dtype."""
         return TensorInfo(self.shape, self.dtype)
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for two views of the same elements of one storage, which are one tensor."""
+        return (self.storage.key, self.dtype, self.offset, self.shape, self.strides)
+
     def read(self, index: Index | None = None) -> np.ndarray:
         """Copies the tensor, or the part that `index` names, out of the file in C order."""
         size = self.dtype.itemsize

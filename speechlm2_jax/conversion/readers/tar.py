@@ -35,7 +35,7 @@ class Inflation(NamedTuple):
     """How much a compressed archive may hold: `ratio` times its size, and `floor` in any case."""
 
     ratio: int = 50
-    floor: int = 1 << 28
+    floor: int = 1 << 26
 
 
 def read_tar(content: memoryview, inflation: Inflation | None = None) -> dict[str, memoryview]:

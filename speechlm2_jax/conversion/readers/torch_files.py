@@ -54,13 +54,23 @@ def read_hyper_parameters(path: Path) -> dict[str, Any]:
 
 
 def torch_source(content: memoryview, where: str) -> LazySource:
-    """The tensors of torch.save's bytes; of a Lightning checkpoint, those of its state_dict."""
+    """The tensors of torch.save's bytes; of a Lightning checkpoint, those of its state_dict.
+
+    Names of one and the same stored tensor (tied weights) are one name and its aliases.
+    """
     tensors = state_dict(read_torch_object(content, where), where)
+    first: dict[Any, str] = {}
+    aliases: dict[str, str] = {}
+    for name in sorted(tensors):
+        known = first.setdefault(tensors[name].identity, name)
+        if known != name:
+            aliases[name] = known
 
     def fetch(name: str, index: Index | None) -> Any:
         return tensors[name].read(index)
 
-    return LazySource({name: tensor.info for name, tensor in tensors.items()}, fetch)
+    infos = {name: x.info for name, x in tensors.items() if name not in aliases}
+    return LazySource(infos, fetch, aliases)
 
 
 def read_torch_object(content: memoryview, where: str) -> Any:

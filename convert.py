@@ -1,0 +1,61 @@
+"""Turns any checkpoint into a safetensors directory, or lists what is in it.
+
+python convert.py SOURCE TARGET_DIR
+python convert.py SOURCE --inspect
+
+SOURCE: a run directory, a saved or NeMo model directory, a Hugging Face directory, or a file
+(.nemo, .ckpt, .bin, .pt, .safetensors, a shard index). A speech model becomes a directory that this
+project and NeMo load; anything else keeps its tensor names. Nothing in SOURCE is ever executed.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from speechlm2_jax.conversion.errors import ConversionError
+from speechlm2_jax.conversion.listing import lines, table
+from speechlm2_jax.conversion.readers import open_weights
+from speechlm2_jax.conversion.repacking import WEIGHTS, check_target, is_speech_model, repack
+from speechlm2_jax.settings import SettingsError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Converts or lists; 2 after one line on what is wrong with the input, if anything is."""
+    parser = argparse.ArgumentParser(
+        prog="convert.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("target", type=Path, metavar="TARGET_DIR", nargs="?")
+    parser.add_argument("--inspect", action="store_true", help="list the tensors, write nothing")
+    arguments = parser.parse_args(argv)
+    if (arguments.target is None) != arguments.inspect:
+        parser.error("give either TARGET_DIR or --inspect")
+    try:
+        if arguments.inspect:
+            print(table(open_weights(arguments.source)))
+        else:
+            convert(arguments.source, arguments.target)
+    except (ConversionError, SettingsError, OSError) as error:
+        print("convert.py:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def convert(source: Path, target: Path) -> None:
+    """Writes `source` to `target` and says what to look at."""
+    check_target(target)
+    if is_speech_model(source):
+        from speechlm2_jax.models import SALM
+
+        SALM.from_pretrained(source).save_pretrained(target)
+    else:
+        repack(source, target)
+    written = open_weights(target / WEIGHTS)
+    print(f"{target / WEIGHTS}: {len(written.infos)} tensors")
+    for line in filter(lambda line: line.is_suspect, lines(written)):
+        print(f"look at {line.name}: {line.note}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
