@@ -138,13 +138,7 @@ def sections() -> list[Section]:
             classes=table("training.strategies:STRATEGIES"),
             note="Or a name: auto, ddp, ddp_find_unused_parameters_true, fsdp.",
         ),
-        Section(
-            path="data",
-            also=(
-                Key(name="train_ds", status="honoured", note="What to train on."),
-                Key(name="validation_ds", status="honoured", note="What to validate on."),
-            ),
-        ),
+        Section(path="data", classes=one("data.datamodule:DataConfig")),
         Section(
             path="data.train_ds, data.validation_ds, data.validation_ds.datasets.*",
             classes=one("data.config:DataLoaderConfig"),

@@ -58,7 +58,7 @@ class _Compilations:
             cls._is_listening = True
 
     @classmethod
-    def _heard(cls, event: str, duration_s: float, **details: Any) -> None:
+    def _heard(cls, event: str, duration_secs: float, **kwargs: Any) -> None:
         cls.count += event == "/jax/core/compile/backend_compile_duration"
 
 
