@@ -44,18 +44,15 @@ def generate(
     asked: tuple[Any, Any, Any],
     generation_config: Any,
     overrides: Mapping[str, Any],
-    *,
-    dialog_options: Mapping[str, Any],
 ) -> np.ndarray:
     """Answers (prompts, audios, audio_lens); see SALM.generate."""
     context = PromptContext(
-        tokenizer=model.tokenizer,
-        prompt_format=model.prompt_format,
-        sampling_rate_hz=model.sampling_rate,
+        formatter=model.prompt_formatter,
+        sample_rate_hz=model.sampling_rate,
         placeholder_id=model.audio_locator_tag_id,
         pad_id=model.text_pad_id,
     )
-    examples, ids = prompt_examples(*asked, context, **dialog_options)
+    examples, ids = prompt_examples(*asked, context)
     decoding = decoding_config(model, generation_config, overrides)
     batch = assemble_salm_batch(
         [examples],

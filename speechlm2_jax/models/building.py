@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from speechlm2_jax.conversion import hf_config, mapping
 from speechlm2_jax.conversion import salm as salm_tables
-from speechlm2_jax.conversion.readers import nemo, open_weights
-from speechlm2_jax.data.prompts import check_tokenizer
+from speechlm2_jax.conversion.readers import open_weights, read_nemo
+from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import VariableInfo, Variables, unbind
@@ -35,6 +36,7 @@ class Blueprint:
     llm_config: Mapping[str, Any]
     """The LLM's config.json, as it was read."""
     tokenizer: Tokenizer
+    formatter: PromptFormatter
     placeholder_id: int
     pad_id: int
     network: SalmConfig
@@ -75,8 +77,9 @@ def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...] = ()) -> Bluep
         cfg={**cfg, "perception": perception},
         llm_config=llm_config,
         tokenizer=tokenizer,
+        formatter=PromptFormatter(config.prompt_format, tokenizer),
         placeholder_id=placeholder_id,
-        pad_id=tokenizer.pad_or_unk_id,
+        pad_id=tokenizer.pad_id,
         network=network,
         llm_directory=llm_directory,
         asr_file=asr_file,
@@ -86,6 +89,12 @@ def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...] = ()) -> Bluep
 def parameter_names(blueprint: Blueprint, infos: Mapping[str, VariableInfo]) -> list[NamedSlice]:
     """NeMo's name for every slice of every variable, for freeze patterns."""
     return mapping.names(salm_tables.salm_table(blueprint.network), infos)
+
+
+def state_dict(blueprint: Blueprint, variables: Variables) -> dict[str, np.ndarray]:
+    """Values by variable path -> the same under NeMo's names, aliases left out."""
+    host = {path: np.asarray(value) for path, value in variables.items()}
+    return mapping.export(host, salm_tables.salm_table(blueprint.network))
 
 
 def start(blueprint: Blueprint, infos: Mapping[str, VariableInfo]) -> Variables:
@@ -117,8 +126,7 @@ def _tokenizer(
         directory = location.find(config.tokenizer_path, key="model.tokenizer_path")
     tokenizer = Tokenizer(directory)
     tokenizer.add_special_tokens([config.audio_locator_tag])
-    check_tokenizer(config.prompt_format, tokenizer)
-    return tokenizer, tokenizer.token_to_id(config.audio_locator_tag)
+    return tokenizer, tokenizer.require(config.audio_locator_tag, "model.audio_locator_tag")
 
 
 def _needs_asr(config: SalmModelConfig) -> bool:
@@ -128,7 +136,7 @@ def _needs_asr(config: SalmModelConfig) -> bool:
 def _perception_block(config: SalmModelConfig, asr_file: Path | None) -> dict[str, Any]:
     """The perception block; where the user's says nothing, the ASR model's own blocks hold."""
     block = dict(config.perception)
-    asr = {} if asr_file is None else nemo.read_config(asr_file)
+    asr = {} if asr_file is None else read_nemo(asr_file).config
     for name in ASR_BLOCKS:
         own = {k: v for k, v in (block.get(name) or {}).items() if v is not None}
         if name in asr:

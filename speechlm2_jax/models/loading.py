@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from speechlm2_jax import checkpointing
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion import salm as salm_tables
 from speechlm2_jax.conversion.readers import open_weights, write_safetensors
 from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters
 from speechlm2_jax.layers.module import VariableInfo, Variables
-from speechlm2_jax.models.building import Blueprint
+from speechlm2_jax.models.building import Blueprint, state_dict
 from speechlm2_jax.models.parts import LLM_BACKBONE, Location, read_json
 from speechlm2_jax.settings import SettingsError
 
@@ -45,7 +43,7 @@ def open_model(name: str) -> ModelSource:
         return ModelSource(
             cfg=_saved_cfg(definition),
             near=(definition,),
-            read=lambda blueprint, infos: checkpointing.load_weights(path),
+            read=lambda blueprint, infos: dict(checkpointing.load_weights(path).variables),
         )
     if path.suffix == ".ckpt":
         cfg = read_hyper_parameters(path).get("cfg")
@@ -74,8 +72,7 @@ def save_definition(directory: Path, blueprint: Blueprint) -> None:
 def save_model(directory: Path, blueprint: Blueprint, variables: Variables) -> None:
     """Writes the definition and model.safetensors under NeMo's names."""
     save_definition(directory, blueprint)
-    host = {path: np.asarray(value) for path, value in variables.items()}
-    tensors = mapping.export(host, salm_tables.salm_table(blueprint.network))
+    tensors = state_dict(blueprint, variables)
     write_safetensors(directory / WEIGHTS, tensors, salm_tables.tied_aliases(blueprint.network))
 
 

@@ -8,45 +8,36 @@ import numpy as np
 
 from speechlm2_jax.batches import SalmExample
 from speechlm2_jax.data.audio import read_audio
-from speechlm2_jax.data.prompts import encode_dialog
-from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.data.prompts import PromptFormatter
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptContext:
     """What turns prompts into ids and audio into samples."""
 
-    tokenizer: Tokenizer
-    prompt_format: str
-    sampling_rate_hz: int
+    formatter: PromptFormatter
+    sample_rate_hz: int
     placeholder_id: int
     pad_id: int
 
 
 def prompt_examples(
-    prompts: Any, audios: Any, audio_lens: Any, context: PromptContext, **dialog_options: Any
-) -> tuple[list[SalmExample], np.ndarray | None]:
+    prompts: Any, audios: Any, audio_lens: Any, context: PromptContext
+) -> tuple[list[SalmExample], np.ndarray]:
     """Makes one conversation per prompt; audio goes to the placeholders in order.
 
     `prompts`: a list of dialogs (lists of turns, each with `role`, and `content` or `slots`, and
     optionally `audio`: paths or arrays at the model's rate), or int ids [B, T] padded anywhere on
     the left. `audios` [B', S] with `audio_lens` [B'], one per placeholder over the whole batch.
-    Returns the conversations and, for id arrays and text, the left-padded ids [B, T]. Raises
-    ValueError where placeholders and audio do not match in number.
+    Returns the conversations and their left-padded ids [B, T]. Raises ValueError where
+    placeholders and audio do not match in number.
     """
     if _is_dialogs(prompts):
         inside = [clip for dialog in prompts for turn in dialog for clip in _clips(turn, context)]
         if inside and audios is not None:
             raise ValueError("give audio inside the prompts or as audios/audio_lens, not both")
         turns = [[{k: v for k, v in t.items() if k != "audio"} for t in d] for d in prompts]
-        ids = [
-            np.asarray(
-                encode_dialog(
-                    d, format=context.prompt_format, tokenizer=context.tokenizer, **dialog_options
-                ).input_ids
-            )
-            for d in turns
-        ]
+        ids = [np.asarray(p.input_ids) for p in context.formatter.encode_dialogs(turns)]
         clips = inside if audios is None else split_audio(audios, audio_lens)
     else:
         array = np.asarray(prompts)
@@ -99,7 +90,7 @@ def _clips(turn: dict[str, Any], context: PromptContext) -> list[np.ndarray]:
     return [
         np.asarray(item, np.float32)
         if hasattr(item, "__array__")
-        else read_audio(item, sampling_rate_hz=context.sampling_rate_hz)
+        else read_audio(item, sample_rate_hz=context.sample_rate_hz)
         for item in items
     ]
 

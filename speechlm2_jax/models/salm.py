@@ -11,6 +11,7 @@ from flax import nnx
 
 from speechlm2_jax import parameter_paths
 from speechlm2_jax.batches import HostBatch, LossSum, SalmBatch, StepLosses
+from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, bind, describe, unbind
 from speechlm2_jax.models import answering, building, loading
 from speechlm2_jax.models.building import Blueprint
@@ -40,7 +41,7 @@ class SALM:
     ):
         self._blueprint: Blueprint = building.read_blueprint(cfg, near)
         self._definition, self.infos = self._build()
-        self._names = building.parameter_names(self._blueprint, self.infos)
+        self.parameter_names = building.parameter_names(self._blueprint, self.infos)
         self._selection = self._select()
         self.variables: Variables = (
             building.start(self._blueprint, self.infos) if variables is None else variables
@@ -69,6 +70,11 @@ class SALM:
     def save_definition(self, directory: str | Path) -> None:
         """Writes all but the weights: config, LLM architecture and tokenizer."""
         loading.save_definition(Path(directory), self._blueprint)
+
+    def state_dict(self, variables: Variables | None = None) -> dict[str, np.ndarray]:
+        """The weights, or other values of the same paths and shapes, under NeMo's names."""
+        values = self.variables if variables is None else variables
+        return building.state_dict(self._blueprint, values)
 
     # What NeMo's users know -----------------------------------------------------------------
 
@@ -160,7 +166,6 @@ class SALM:
         audios: Any = None,
         audio_lens: Any = None,
         generation_config: Any = None,
-        enable_thinking: bool | None = None,
         **generation_kwargs: Any,
     ) -> np.ndarray:
         """Answers prompts: int32 ids [B, T], rows padded with `text_pad_id` after they stop.
@@ -172,20 +177,18 @@ class SALM:
         `generation_config`: a transformers GenerationConfig; keywords (max_new_tokens, do_sample,
         temperature, top_k, top_p, eos_token_id, seed) override it.
         """
-        options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         return answering.generate(
             self,
             self._definition,
             (prompts, audios, audio_lens),
             generation_config,
             generation_kwargs,
-            dialog_options=options,
         )
 
     @property
-    def prompt_format(self) -> str:
-        """Name of the chat format that dialogs are written in."""
-        return self._blueprint.config.prompt_format
+    def prompt_formatter(self) -> PromptFormatter:
+        """Writes dialogs in the model's chat format."""
+        return self._blueprint.formatter
 
     # What the trainer needs -----------------------------------------------------------------
 
@@ -271,7 +274,7 @@ class SALM:
             # PEFT freezes the whole base LLM, its embedding included, and trains the adapters
             freeze += [r"^llm\..+$", r"^embed_tokens\..+$"]
             prevent += [r"^.+\.lora_.+$"]
-        return parameter_paths.select(self._names, freeze, prevent)
+        return parameter_paths.select(self.parameter_names, freeze, prevent)
 
     def _training_modes(self) -> SalmModes:
         def any_trained(prefix: str) -> bool:

@@ -4,19 +4,33 @@ import functools
 import json
 import os
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
 from speechlm2_jax.batches import BatchShape, SalmBatch, SalmExample, assemble_salm_batch
+from speechlm2_jax.conversion import mapping
+from speechlm2_jax.conversion.readers import memory_source
+from speechlm2_jax.conversion.salm import salm_table, tied_aliases
 from speechlm2_jax.models import SALM
+from speechlm2_jax.sharding import Sharding, make_sharding
+from speechlm2_jax.training.optimizer import Optimizer, read_optimizer
+from speechlm2_jax.training.state import Partition, first_state, plan_layout, put
+from speechlm2_jax.training.step import StepFunctions
 
 DATA = Path(__file__).parents[1] / "data" / "salm"
 RUNS = ("llama_adapter", "qwen3_lora", "llama_full", "qwen3_tied_full")
 BATCH_OF = {"llama_full": "llama_adapter", "qwen3_tied_full": "qwen3_lora"}
 IGNORED_TARGET = -100
+ACTIVATION_ATOL = 1e-4
+"""goldens README: activations of a whole model in fp32."""
+LOSS_RTOL = 1e-5
+GRADIENT_ATOL = 1e-4
+STEPS = 5
 
 
 @contextmanager
@@ -55,12 +69,21 @@ def make_model(run: str, **changes) -> SALM:
     with working_in(DATA):
         model = SALM(cfg)
     if run in BATCH_OF:
-        given = under(run, "init")
-        model.variables |= {p: jnp.asarray(v) for p, v in model.from_nemo_names(given).items()}
+        model.variables |= load_part(model, under(run, "init"))
     else:
         saved = SALM.from_pretrained(DATA / f"{run}_hf")
         model.variables = saved.variables
     return model
+
+
+def load_part(model: SALM, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Reads the variables that a few of NeMo's tensors fill."""
+    # the recorder stored counters, which are scalars, as arrays of one
+    given = {n: v.reshape(()) if n.endswith("batches_tracked") else v for n, v in given.items()}
+    table = salm_table(model._blueprint.network)
+    rules = tuple(r for r in table.rules if r.source.replace("{layer}", "0") in given)
+    infos = {r.target: model.infos[r.target] for r in rules}
+    return mapping.load(memory_source(given), mapping.Table(rules), infos)
 
 
 def golden_examples(run: str) -> list[SalmExample]:
@@ -112,3 +135,79 @@ def left_padded(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     for i, n in enumerate(lengths):
         out[i, rows.shape[1] - n :] = rows[i, :n]
     return out
+
+
+@dataclass(frozen=True)
+class Training:
+    """A few steps of the recorded recipe."""
+
+    losses: list[float]
+    gradient_norms: list[float]
+    gradients: dict[str, np.ndarray]
+    """Of the first step, of the mean loss, before clipping."""
+    buffers: dict[str, np.ndarray]
+    """After the first step."""
+    final: dict[str, np.ndarray]
+
+
+def five_steps(
+    model: SALM, batch: SalmBatch, sharding: Sharding | None = None, steps: int = STEPS
+) -> Training:
+    """Trains through the trainer's own step: clip at 1, AdamW, constant rate."""
+    config = read_optimizer(model.optimizer)
+    sharding = sharding or make_sharding(devices=jax.devices()[:1])
+    partition = Partition.of(model)
+    optimizer = Optimizer(transform=config.transform(), clip_norm=1.0, masks=partition.masks)
+    functions = StepFunctions(
+        losses=model.losses, optimizer=optimizer, sharding=sharding, seed=0, nemo_exact=True
+    )
+    layout = plan_layout(model.infos, partition, optimizer, sharding, jnp.float32)
+    values = {p: np.asarray(v) for p, v in model.variables.items()}
+    state = first_state(values, layout, optimizer)
+    frozen = put(values, layout.frozen, copy=True)
+
+    @jax.jit
+    def step(state, frozen, batch):
+        sums = functions.micro(state, state.buffers, frozen, batch, 0)
+        return functions.finish(state, sums, config.lr), sums
+
+    placed = sharding.put_batch(batch)
+    reports, first = [], None
+    for _ in range(steps):
+        (state, report), sums = step(state, frozen, placed)
+        first = first or jax.device_get(sums)
+        reports.append(report)
+    return Training(
+        losses=[float(r.loss) for r in reports],
+        gradient_norms=[float(r.grad_norm) for r in reports],
+        gradients=first.grads,
+        buffers=first.buffers,
+        final=jax.device_get({**frozen, **state.buffers, **state.trainable}),
+    )
+
+
+def named_values(model: SALM, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Values by variable path -> by NeMo's name; zeros where there is none."""
+    zeros = {p: np.zeros(i.shape, np.float32) for p, i in model.infos.items()}
+    named = model.state_dict(zeros | values)
+    aliases = tied_aliases(model._blueprint.network)
+    return named | {alias: named[name] for alias, name in aliases.items()}
+
+
+def assert_first_step_equals_nemo(model: SALM, run: str, training: Training) -> None:
+    """Loss, every gradient and the batch-norm statistics of the first step."""
+    np.testing.assert_allclose(training.losses[0], facts(run)["train_losses"][0], rtol=LOSS_RTOL)
+    named = named_values(model, training.gradients)
+    for name, norm in facts(run)["grad_norms"].items():
+        np.testing.assert_allclose(
+            np.linalg.norm(named[name]), norm, rtol=1e-3, atol=GRADIENT_ATOL, err_msg=name
+        )
+    # the gradients were recorded after clipping to norm 1, the norms before
+    clip = max(1.0, facts(run)["grad_norm_before_clip"][0])
+    for name, golden in under(run, "grad").items():
+        np.testing.assert_allclose(
+            named[name], golden * clip, rtol=1e-3, atol=GRADIENT_ATOL, err_msg=name
+        )
+    statistics = named_values(model, training.buffers)
+    for name, golden in under(run, "buffers_after_step0").items():
+        np.testing.assert_allclose(statistics[name], golden, atol=ACTIVATION_ATOL, err_msg=name)
