@@ -8,7 +8,11 @@ import importlib
 from typing import Any
 
 _FACES = {
+    "AudioError": "speechlm2_jax.data.audio",
+    "Conversation": "speechlm2_jax.data.conversations",
+    "DataModule": "speechlm2_jax.data.datamodule",
     "PromptFormatter": "speechlm2_jax.data.prompts",
+    "SALMDataset": "speechlm2_jax.data.salm_dataset",
     "Tokenizer": "speechlm2_jax.data.tokenizer",
 }
 

@@ -73,7 +73,8 @@ def read_audio(
                 f"{source}: {available / rate_hz:.3f} s of audio, declared {duration_s} s",
                 cause="longer_than_declared",
             )
-        file.seek(start)
+        if start:
+            file.seek(start)
         wave = file.read(available if expected is None else expected, dtype="float32")
     promised = available if expected is None else expected - tolerance
     if len(wave) < promised:

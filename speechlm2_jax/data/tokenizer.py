@@ -7,10 +7,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from speechlm2_jax.settings import SettingsError
+
 SPECIAL_NAMES = ("bos", "eos", "pad", "unk")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(SettingsError):
     """A tokenizer that cannot be loaded, or lacks a token that is needed."""
 
 

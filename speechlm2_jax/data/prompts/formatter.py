@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 
 from speechlm2_jax.data.prompts.formats import FORMATS, OUTPUT_ROLE
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
+from speechlm2_jax.settings import SettingsError
 
 _SLOT = re.compile(r"(?<!<)\|(\w+)\|(?!>)")  # <|im_start|> is a token, not a slot
 
@@ -18,7 +19,7 @@ Turn = Mapping[str, Any]
 """`role` with either `content`, for roles of one slot, or `slots`: {name: text}."""
 
 
-class PromptError(ValueError):
+class PromptError(SettingsError):
     """A dialog that the format cannot express, or a format that the tokenizer cannot spell."""
 
 
@@ -188,3 +189,13 @@ class PromptFormatter:
 
 def _takes_system(turns: Mapping[str, str]) -> bool:
     return "system" in turns or "system_and_user" in turns
+
+
+def encode_dialog(turns: Sequence[Turn], *, format: str, tokenizer: Tokenizer) -> Prompt:
+    """Encodes one dialog; PromptFormatter is quicker for many."""
+    return PromptFormatter(format, tokenizer).encode_dialog(turns)
+
+
+def check_tokenizer(format: str, tokenizer: Tokenizer) -> None:
+    """Raises PromptError or TokenizerError unless the tokenizer can spell the format."""
+    PromptFormatter(format, tokenizer)

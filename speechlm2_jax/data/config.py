@@ -1,0 +1,234 @@
+"""Settings of data: NeMo's keys, with the meaning they have here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+Paths = str | tuple[str, ...]
+_LATER = "this data format is not read; convert it to a NeMo manifest, Lhotse cuts or SHAR"
+
+READ_TYPES = (
+    "lhotse_as_conversation",
+    "lhotse",
+    "lhotse_shar",
+    "nemo",
+    "multimodal_conversation",
+    "group",
+)
+UNREAD_TYPES = (
+    "nemo_tarred",
+    "share_gpt",
+    "share_gpt_webdataset",
+    "txt",
+    "txt_jsonl",
+    "txt_pair",
+    "nemo_sft_jsonl",
+    "parquet",
+    "sqa_as_conversation",
+    "s2s_as_conversation",
+    "s2s_duplex_overlap_as_s2s_duplex",
+    "s2s_duplex_reverse_role",
+    "lhotse_magpietts_data_as_continuation",
+    "nemo_tarred_to_duplex",
+    "multi_speaker_simulator",
+)
+"""NeMo's other types, refused by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """One entry of `input_cfg`: a manifest, or a group of entries."""
+
+    type: str = "lhotse_as_conversation"
+    cuts_path: Paths | None = None
+    manifest_filepath: Paths | None = None
+    shar_path: str | None = None
+    input_cfg: "tuple[InputConfig, ...] | None" = None
+    """The entries of a group."""
+    weight: float | None = None
+    """Share of this entry among its neighbours; given to all of them or to none."""
+    tags: Mapping[str, Any] = field(default_factory=dict)
+    """Fields for every conversation of the entry, before the manifest's own; `context` opens the
+    user's turn and `system_prompt` the dialog."""
+    audio_locator_tag: str | None = None
+    token_equivalent_duration: float | None = None
+    text_field: str | None = None
+
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        "lang_field": "the language of a transcript plays no part in the prompt",
+        "shuffle": "order is the data set's: set train_ds.shuffle",
+        "shard_seed": "order is drawn from train_ds.seed",
+        "max_open_streams": "every manifest is read once, at start-up",
+        "force_finite": "validation is finite and training is not",
+        "metadata_only": "manifests are read without their audio",
+        "slice_length": "order is shuffled over whole manifests",
+    }
+    REFUSED: ClassVar[Mapping[str, Any]] = {
+        "tarred_audio_filepaths": _LATER,
+        "extra_fields": "write the fields into the manifest",
+        "paths": _LATER,
+        "data_dir": _LATER,
+        "skip_missing_manifest_entries": "only tarred data has such entries",
+    }
+
+    def __post_init__(self) -> None:
+        if self.type in UNREAD_TYPES:
+            raise ValueError(f"type {self.type!r}: {_LATER}")
+        if self.type not in READ_TYPES:
+            raise ValueError(f"unknown type {self.type!r}; one of {', '.join(READ_TYPES)}")
+        sources = [self.cuts_path, self.manifest_filepath, self.shar_path, self.input_cfg]
+        if sum(bool(s) for s in sources) != 1:
+            raise ValueError(
+                "give exactly one of cuts_path, manifest_filepath, shar_path (or, for a group, "
+                "input_cfg)"
+            )
+        if (self.type == "group") != (self.input_cfg is not None):
+            raise ValueError("input_cfg inside input_cfg goes with type: group")
+        if self.weight is not None and self.weight <= 0:
+            raise ValueError(f"weight must be positive, got {self.weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataLoaderConfig:
+    """One stream of batches: `train_ds`, or one set of `validation_ds.datasets`."""
+
+    # what to read
+    input_cfg: str | tuple[InputConfig, ...] | None = None
+    """Entries, or the path of a YAML file with them."""
+    cuts_path: Paths | None = None
+    manifest_filepath: Paths | None = None
+    shar_path: str | None = None
+    audio_locator_tag: str | None = None
+    text_field: str = "text"
+    reweight_temperature: float | tuple[float, ...] | None = None
+    """Exponent of the weights, one for all levels of groups or one for each."""
+    # how it is told
+    sample_rate: int = 16000
+    prompt_format: str | None = None
+    token_equivalent_duration: float | None = None
+    channel_selector: int | Literal["average"] | None = None
+    # in which order
+    seed: int | str = 0
+    shuffle: bool = False
+    # how much at once
+    batch_size: int | None = None
+    batch_tokens: int | None = None
+    quadratic_factor: float | None = None
+    """A length counts as length + length**2 / quadratic_factor against `batch_tokens`."""
+    use_multimodal_sampling: bool = False
+    measure_total_length: bool = True
+    use_bucketing: bool = False
+    bucket_duration_bins: tuple[Any, ...] | None = None
+    """Upper ends of the buckets, in tokens; a last bucket takes what is longer."""
+    bucket_batch_size: tuple[int, ...] | None = None
+    num_buckets: int = 30
+    drop_last: bool = False
+    # what to leave out
+    min_duration: float | None = None
+    max_duration: float | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    min_tpt: float = -1.0
+    """Least answer tokens per prompt token."""
+    max_tpt: float = float("inf")
+    # by how many threads
+    num_workers: int = 1
+    """Threads that read audio ahead."""
+
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        "shard_seed": "order is drawn from `seed` alone, the same on every host",
+        "shuffle_buffer_size": "order is shuffled over the whole of the data",
+        "bucket_buffer_size": "buckets are filled from the whole of the data",
+        "num_cuts_for_bins_estimate": "bins are measured over the whole of the data",
+        "concurrent_bucketing": "plans are made ahead of time",
+        "max_open_streams": "every manifest is read once, at start-up",
+        "pin_memory": "there is no such memory to choose in JAX",
+        "cuda_expandable_segments": "memory belongs to XLA",
+        "force_finite": "validation is finite and training is not",
+        "force_map_dataset": "there is one kind of data set",
+        "force_iterable_dataset": "there is one kind of data set",
+        "metadata_only": "manifests are read without their audio",
+        "slice_length": "order is shuffled over whole manifests",
+        "lang_field": "the language of a transcript plays no part in the prompt",
+        "use_lhotse": "Lhotse always reads",
+        "pretokenize": "prompts are always tokenised before lengths are measured",
+        "bucketing_2d_strict_mode": "it tells 2-D buckets apart, and buckets here have one length",
+        "min_tps": "NeMo applies it to plain cuts only, never to conversations; use min_tpt",
+        "max_tps": "NeMo applies it to plain cuts only, never to conversations; use max_tpt",
+        "max_cer": "NeMo applies it to plain cuts only, never to conversations",
+        "min_context_speaker_similarity": "NeMo applies it to plain cuts only",
+        "keep": "NeMo applies it to plain cuts only",
+        "keep_excessive_supervisions": "it goes with truncation, which is refused",
+        "persistent_workers": "workers are threads",
+        "prefetch_factor": "reading ahead follows num_workers",
+        "noise_snr": "it goes with noise_path, which is refused",
+        "noise_mix_prob": "it goes with noise_path, which is refused",
+        "db_norm": "it goes with concatenate_samples, which is refused",
+        "truncate_offset_type": "it goes with truncate_duration, which is refused",
+        "pad_direction": "it goes with pad_min_duration, which is refused",
+        "skip_missing_manifest_entries": "only tarred data has such entries",
+        "tarred_random_access": "only tarred data has such entries",
+    }
+    REFUSED: ClassVar[Mapping[str, Any]] = {
+        "batch_duration": "conversations are measured in tokens; set batch_tokens and "
+        "use_multimodal_sampling",
+        "quadratic_duration": "conversations are measured in tokens; set quadratic_factor",
+        "tarred_audio_filepaths": _LATER,
+        "multi_config": "give one data set, its parts as input_cfg with weights",
+        "sampler_fusion": ("give one data set, its parts as input_cfg", "round_robin"),
+        "sampler_weights": "give one data set, its parts as input_cfg with weights",
+        "cut_text_into_windows_tokens": "cut long texts in the manifest",
+        "noise_path": "augmentation of conversations is not supported",
+        "perturb_speed": "augmentation of conversations is not supported",
+        "rir_enabled": "augmentation of conversations is not supported",
+        "lowpass_enabled": "augmentation of conversations is not supported",
+        "compression_enabled": "augmentation of conversations is not supported",
+        "clipping_enabled": "augmentation of conversations is not supported",
+        "concatenate_samples": "write the longer conversations into the manifest",
+        "truncate_duration": "cut the recordings in the manifest (offset, duration)",
+        "cut_into_windows_duration": "cut the recordings in the manifest (offset, duration)",
+        "pad_min_duration": "padding is the bucket's",
+    }
+
+    def __post_init__(self) -> None:
+        if self.sample_rate < 1:
+            raise ValueError(f"sample_rate must be positive, got {self.sample_rate}")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
+        self._check_batch()
+        self._check_bins()
+
+    def _check_batch(self) -> None:
+        for name in ("batch_size", "batch_tokens", "quadratic_factor"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.batch_tokens is not None and not self.use_multimodal_sampling:
+            raise ValueError(
+                "batch_tokens counts tokens of conversations: set "
+                "use_multimodal_sampling: true with it"
+            )
+        by_bucket = self.bucket_batch_size is not None and self.bucket_duration_bins is not None
+        if self.batch_size is None and self.batch_tokens is None and not by_bucket:
+            raise ValueError(
+                "how large is a batch? set batch_size, or batch_tokens with "
+                "use_multimodal_sampling, or bucket_batch_size with bucket_duration_bins"
+            )
+
+    def _check_bins(self) -> None:
+        bins, sizes = self.bucket_duration_bins, self.bucket_batch_size
+        if self.num_buckets < 1:
+            raise ValueError(f"num_buckets must be at least 1, got {self.num_buckets}")
+        if bins is not None and not self.use_multimodal_sampling:
+            raise ValueError(
+                "bucket_duration_bins are token counts of conversations: set "
+                "use_multimodal_sampling: true with them"
+            )
+        if bins is not None and any(isinstance(b, list | tuple) for b in bins):
+            raise ValueError("bucket_duration_bins must be one length each: 2-D is not supported")
+        if bins is not None and (not bins or list(bins) != sorted(set(bins)) or bins[0] <= 0):
+            raise ValueError(f"bucket_duration_bins must be positive and rise, got {list(bins)}")
+        if sizes is not None and (bins is None or len(sizes) != len(bins)):
+            raise ValueError("bucket_batch_size needs one entry per entry of bucket_duration_bins")
+        if sizes is not None and min(sizes) < 1:
+            raise ValueError(f"bucket_batch_size must be positive, got {list(sizes)}")

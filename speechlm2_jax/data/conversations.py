@@ -1,0 +1,157 @@
+"""What every reader gives: conversations of text and audio turns, before any tokenizer."""
+
+import functools
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from speechlm2_jax.data.audio import AudioError, check_samples, read_audio, resample
+from speechlm2_jax.data.prompts import Prompt
+
+DEFAULT_LOCATOR_TAG = "<|audioplaceholder|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioClip:
+    """Where the samples of one audio turn are; nothing is read until `load`."""
+
+    id: str
+    path: str
+    duration_s: float
+    """As declared. Plans rest on it, so that they never depend on what a disk answers today."""
+    offset_s: float = 0.0
+    channel: int | None = None
+    """None: the mean of all channels."""
+    is_segment: bool = True
+    """Whether the file may go on after `duration_s`."""
+    byte_range: tuple[int, int] | None = None
+    """First byte and size of the recording inside `path`, a tar; None: the whole file."""
+    cut: Any = None
+    """A Lhotse cut that only Lhotse can load (mixed, augmented or in memory)."""
+
+    def samples(self, sample_rate_hz: int) -> int:
+        """The length to plan with: never less than what `load` gives."""
+        return math.floor(round(self.duration_s * sample_rate_hz, 6) + 0.5)
+
+    def load(self, sample_rate_hz: int) -> Float[np.ndarray, " S"]:
+        """Reads the clip at the rate asked for. Raises AudioError for one that cannot be used."""
+        wave = self._load_cut(sample_rate_hz) if self.cut else self._read(sample_rate_hz)
+        # resampling rounds, and manifests round durations: a plan must hold all the same
+        return wave[: self.samples(sample_rate_hz)]
+
+    def _read(self, sample_rate_hz: int) -> np.ndarray:
+        return read_audio(
+            self.path if self.byte_range is None else self._member(*self.byte_range),
+            sample_rate_hz=sample_rate_hz,
+            offset_s=self.offset_s,
+            duration_s=self.duration_s,
+            channel=self.channel,
+            is_segment=self.is_segment,
+        )
+
+    def _member(self, start: int, size: int) -> io.BytesIO:
+        if not Path(self.path).is_file():
+            raise AudioError(f"{self.path}: no such file", cause="missing")
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            return io.BytesIO(file.read(size))
+
+    def _load_cut(self, sample_rate_hz: int) -> np.ndarray:
+        try:
+            wave = np.asarray(self.cut.load_audio(), np.float32)
+        except Exception as error:  # Lhotse raises many kinds, all of which mean: no audio
+            raise AudioError(f"cut {self.id}: {error}", cause="unreadable") from error
+        mono = check_samples(wave.mean(axis=0), f"cut {self.id}")
+        return resample(mono, self.cut.sampling_rate, sample_rate_hz)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTurn:
+    """Something written."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioTurn:
+    """Something said; in the dialog it stands as its locator tag."""
+
+    role: str
+    clip: AudioClip
+    locator_tag: str = DEFAULT_LOCATOR_TAG
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """Turns in order, by anyone."""
+
+    id: str
+    turns: tuple[TextTurn | AudioTurn, ...]
+    token_equivalent_duration_s: float | None = None
+    """Seconds of audio that count as one token where lengths are measured."""
+    fields: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Everything else that its manifest says."""
+    prompt: Prompt | None = field(default=None, repr=False)
+    """Its token ids, once a prompt format was applied."""
+
+    @property
+    def clips(self) -> tuple[AudioClip, ...]:
+        """The audio behind the placeholders, in order."""
+        return tuple(turn.clip for turn in self.turns if isinstance(turn, AudioTurn))
+
+    @property
+    def audio_duration_s(self) -> float:
+        """Seconds of all audio turns, as declared."""
+        return sum(clip.duration_s for clip in self.clips)
+
+    @property
+    def answer(self) -> str | None:
+        """What the model should say in the end, or None if nobody wrote it."""
+        last = self.turns[-1]
+        return last.text if isinstance(last, TextTurn) and last.role == "assistant" else None
+
+    def messages(self) -> list[tuple[str, str]]:
+        """(role, text) of each turn, with the locator tag for audio."""
+        return [(t.role, t.text if isinstance(t, TextTurn) else t.locator_tag) for t in self.turns]
+
+    @functools.cached_property
+    def lengths(self) -> "Lengths":
+        """Its lengths as NeMo measures them; needs a prompt. Raises ValueError without one."""
+        if self.prompt is None:
+            raise ValueError(
+                f"conversation {self.id!r} has no token ids yet; apply a prompt format"
+            )
+        if self.clips and not self.token_equivalent_duration_s:
+            raise ValueError("set token_equivalent_duration: the seconds of audio per token")
+        extra = [self._extra_tokens(turn) for turn in self.turns]
+        answer = self.prompt.answer_ids
+        return Lengths(
+            input_tokens=len(self.prompt.context_ids) + sum(extra[:-1]),
+            output_tokens=0 if answer is None else len(answer) + extra[-1],
+            total_tokens=len(self.prompt.input_ids) + sum(extra),
+        )
+
+    def _extra_tokens(self, turn: TextTurn | AudioTurn) -> int:
+        """Tokens beyond the placeholder that a turn's audio takes."""
+        if isinstance(turn, TextTurn):
+            return 0
+        assert self.token_equivalent_duration_s is not None
+        return math.ceil(turn.clip.duration_s / self.token_equivalent_duration_s) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """A conversation's lengths, audio counted by `token_equivalent_duration`."""
+
+    input_tokens: int
+    """All before the last turn."""
+    output_tokens: int
+    """The last turn."""
+    total_tokens: int

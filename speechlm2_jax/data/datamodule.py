@@ -1,0 +1,200 @@
+"""The data of a run: train, validation and test sets as streams of batches of static shape."""
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from speechlm2_jax.batches import FrameCount, HostBatch
+from speechlm2_jax.data.bucketing import Plan
+from speechlm2_jax.data.config import DataLoaderConfig
+from speechlm2_jax.data.preparing import DataSet, Prepared, prepare
+from speechlm2_jax.data.salm_dataset import SALMDataset
+from speechlm2_jax.data.sources import read_sources
+from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.settings import SettingsError, build, require_complete
+
+if TYPE_CHECKING:  # Grain is loaded with the first stream
+    from speechlm2_jax.data.loader import BatchStream, Dropped
+
+TOKENS_MULTIPLE = 8
+"""LLM steps of every shape are a multiple of it: what vector units like."""
+TRAIN = "train_ds"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The `data` block: each key holds a DataLoaderConfig, or several under `datasets`."""
+
+    train_ds: Mapping[str, Any] | None = None
+    validation_ds: Mapping[str, Any] | None = None
+    test_ds: Mapping[str, Any] | None = None
+
+    REFUSED: ClassVar[Mapping[str, Any]] = {
+        "predict_ds": "use evaluate.py to answer recordings",
+    }
+
+
+class DataModule:
+    """Training, validation and test data.
+
+    Args:
+        cfg: the `data` block with NeMo's keys, as a plain mapping.
+        tokenizer: the model's, with its audio locator tag added.
+        dataset: what turns conversations into examples; made of the tokenizer if absent.
+
+    Raises SettingsError for a bad key or value, and for a manifest that is missing or cannot be
+    read: everything but the audio is read here.
+    """
+
+    def __init__(
+        self, cfg: Mapping[str, Any], tokenizer: Tokenizer, dataset: SALMDataset | None = None
+    ) -> None:
+        require_complete({"data": cfg})
+        config = build(DataConfig, cfg, "data")
+        self.tokenizer = tokenizer
+        self.dataset = SALMDataset(tokenizer) if dataset is None else dataset
+        self._sets: dict[str, DataSet] = {}
+        if config.train_ds is not None:
+            self._sets[TRAIN] = _read(config.train_ds, "data.train_ds", is_train=True)
+        self._sets |= _read_named(config.validation_ds, "validation_ds")
+        self._sets |= _read_named(config.test_ds, "test_ds")
+        self._groups: int | None = None
+        self._prepared: dict[str, Prepared] = {}
+        self._dropped: dict[str, Dropped] = {}
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """Conversations left out so far, by cause.
+
+        Those that settings leave out count once; those whose audio cannot be used count in every
+        epoch of training that meets them, and once in validation.
+        """
+        total: dict[str, int] = {}
+        filtered = [prepared.filtered for prepared in self._prepared.values()]
+        for counts in [*filtered, *(dropped.counts for dropped in self._dropped.values())]:
+            for cause, count in counts.items():
+                total[cause] = total.get(cause, 0) + count
+        return total
+
+    def setup(
+        self, *, frame_count: FrameCount, groups: int = 1, pad_to_multiple: int = TOKENS_MULTIPLE
+    ) -> None:
+        """Tokenises and measures everything and plans the shapes, which are logged as a table.
+
+        Args:
+            frame_count: samples of a clip -> LLM steps that perception makes of it.
+            groups: the data-parallel size of this run.
+            pad_to_multiple: what the mesh needs LLM steps to be a multiple of.
+
+        Raises SettingsError if nothing is left to train or validate on.
+        """
+        self._frame_count = functools.lru_cache(maxsize=1 << 16)(frame_count)
+        self._groups = groups
+        multiple = math.lcm(TOKENS_MULTIPLE, pad_to_multiple)
+        self._prepared = {
+            name: prepare(data_set, self.dataset, self._frame_count, groups, multiple)
+            for name, data_set in self._sets.items()
+        }
+
+    def train_batches(self, state: Mapping[str, Any] | None = None) -> "BatchStream":
+        """Training batches without end, from the start or from a state.
+
+        The stream has `get_state()` and `set_state(state)`. A state keeps the groups of the run
+        that it comes from. Raises SettingsError, a ValueError, if they cannot be shared out among
+        this run's devices, listing the data-parallel sizes that can.
+        """
+        if TRAIN not in self._sets:
+            raise SettingsError("data.train_ds: required for training")
+        groups = self._this_run()
+        had = groups if state is None else int(state["groups"])
+        if had % groups:
+            fitting = ", ".join(str(n) for n in range(1, had + 1) if had % n == 0)
+            raise SettingsError(
+                f"this run's global batches have {had} groups, which {groups} data-parallel "
+                f"devices cannot share; resume with a data-parallel size of {fitting}"
+            )
+        stream = self._stream(TRAIN, had)
+        if state is not None:
+            stream.set_state(dict(state))
+        return stream
+
+    def validation_batches(self) -> dict[str, Iterable[HostBatch]]:
+        """One pass over each validation set, by name; the last batch is padded with empty rows."""
+        return self._passes("validation_ds")
+
+    def test_batches(self) -> dict[str, Iterable[HostBatch]]:
+        """One pass over each test set, by name."""
+        return self._passes("test_ds")
+
+    def plan(self, name: str = TRAIN) -> Plan:
+        """The planned shapes of `train_ds`, `validation_ds.NAME` or `test_ds.NAME`."""
+        self._this_run()
+        return self._prepared[name].sampler.plan
+
+    def _this_run(self) -> int:
+        if self._groups is None:
+            raise RuntimeError("call DataModule.setup(frame_count=...) first")
+        return self._groups
+
+    def _passes(self, block: str) -> dict[str, Iterable[HostBatch]]:
+        self._this_run()
+        names = [name for name in self._sets if name.startswith(f"{block}.")]
+        return {name.removeprefix(f"{block}."): _Passes(self, name) for name in names}
+
+    def _stream(self, name: str, groups: int) -> "BatchStream":
+        from speechlm2_jax.data.loader import BatchStream, Dropped, Loading, PlannedBatches
+
+        prepared, is_train = self._prepared[name], self._sets[name].is_train
+        if is_train:
+            self._dropped[name] = Dropped()
+        dropped = self._dropped.setdefault(name, Dropped(count_each_once=True))
+        sampler = replace(prepared.sampler, groups=groups)
+        loading = Loading(
+            dataset=self.dataset,
+            conversations=prepared.conversations,
+            sampler=sampler,
+            frame_count=self._frame_count,
+            placeholder_id=prepared.placeholder_id,
+            sample_rate_hz=prepared.config.sample_rate,
+            with_references=not is_train,
+        )
+        plans = PlannedBatches(sampler, epochs=None if is_train else 1)
+        return BatchStream(plans, loading, dropped, prepared.config.num_workers)
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """A finite set: every iteration is a pass from the start."""
+
+    module: DataModule
+    name: str
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        return self.module._stream(self.name, self.module._this_run())
+
+
+def _read(values: Mapping[str, Any], where: str, *, is_train: bool) -> DataSet:
+    config = build(DataLoaderConfig, values, where)
+    sources = tuple(read_sources(config, where))
+    return DataSet(where=where, config=config, sources=sources, is_train=is_train)
+
+
+def _read_named(values: Mapping[str, Any] | None, block: str) -> dict[str, DataSet]:
+    """The sets under `datasets`, which inherit the keys beside it; or one of all, `default`."""
+    if values is None:
+        return {}
+    where = f"data.{block}"
+    if "datasets" not in values:
+        return {f"{block}.default": _read(values, where, is_train=False)}
+    sets, common = values["datasets"], {k: v for k, v in values.items() if k != "datasets"}
+    if not isinstance(sets, Mapping) or not sets:
+        raise SettingsError(f"{where}.datasets: expected a mapping of names to data sets")
+    read = {}
+    for name, own in sets.items():
+        path = f"{where}.datasets.{name}"
+        if not isinstance(own, Mapping):
+            raise SettingsError(f"{path}: expected a mapping of keys")
+        read[f"{block}.{name}"] = _read({**common, **own}, path, is_train=False)
+    return read

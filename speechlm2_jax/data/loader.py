@@ -1,0 +1,216 @@
+"""Reads the audio of planned batches ahead of time, in threads, in an order that never changes."""
+
+import functools
+import logging
+import zlib
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import grain
+import numpy as np
+
+from speechlm2_jax.batches import FrameCount, HostBatch, SalmExample, assemble_salm_batch
+from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.salm_dataset import SALMDataset
+from speechlm2_jax.data.sampler import BatchPlan, Sampler
+from speechlm2_jax.settings import SettingsError
+
+LINES_PER_CAUSE = 10
+"""Dropped conversations that are named in the log; further ones are only counted."""
+
+_EMPTY_ROW = SalmExample(id="", tokens=np.zeros(0, np.int32), loss_mask=np.zeros(0, bool))
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A conversation that could not be used when its turn came."""
+
+    cause: str
+    id: str
+    message: str
+
+
+@dataclass
+class Dropped:
+    """Conversations left out, counted by cause; the first of each cause are logged by id."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    count_each_once: bool = False
+    """Whether a conversation met again, in a later pass, is the same one."""
+    _seen: set[str] = field(default_factory=set)
+
+    def add(self, failure: Failure) -> None:
+        """Counts one."""
+        if self.count_each_once and failure.id in self._seen:
+            return
+        if self.count_each_once:
+            self._seen.add(failure.id)
+        count = self.counts[failure.cause] = self.counts.get(failure.cause, 0) + 1
+        if count <= LINES_PER_CAUSE:
+            _log.warning("dropped %s: %s (%s)", failure.id, failure.cause, failure.message)
+        if count == LINES_PER_CAUSE:
+            _log.warning("further conversations dropped as %r are only counted", failure.cause)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """All that turns a planned batch into arrays."""
+
+    dataset: SALMDataset
+    conversations: Sequence[Conversation]
+    sampler: Sampler
+    frame_count: FrameCount
+    placeholder_id: int
+    sample_rate_hz: int
+    with_references: bool = False
+
+    @functools.cached_property
+    def fingerprint(self) -> int:
+        """A number that changes with the data and the shapes it is planned into."""
+        ids = "\0".join(c.id for c in self.conversations)
+        return zlib.crc32((ids + str(self.sampler.plan.buckets)).encode())
+
+    def load(self, planned: BatchPlan) -> tuple[HostBatch, list[Failure]]:
+        """Reads a batch. A conversation that fails leaves its row masked, so shapes stay."""
+        bucket = self.sampler.plan.buckets[planned.bucket]
+        failures: list[Failure] = []
+        groups = [[self._example(i, failures) for i in group] for group in planned.groups]
+        arrays = assemble_salm_batch(
+            groups,
+            bucket.shape,
+            frame_count=self.frame_count,
+            placeholder_id=self.placeholder_id,
+            pad_id=self.dataset.pad_id,
+        )
+        usable = [
+            (self.conversations[i], example)
+            for indices, examples in zip(planned.groups, groups, strict=True)
+            for i, example in zip(indices, examples, strict=True)
+            if example is not _EMPTY_ROW
+        ]
+        batch = HostBatch(
+            arrays=arrays,
+            ids=tuple(conversation.id for conversation, _ in usable),
+            bucket=bucket.name,
+            references=tuple(self.dataset.reference(*pair) for pair in usable)
+            if self.with_references
+            else (),
+        )
+        return batch, failures
+
+    def _example(self, index: int, failures: list[Failure]) -> SalmExample:
+        conversation = self.conversations[index]
+        try:
+            return self.dataset.example(conversation, self.sample_rate_hz)
+        except AudioError as error:
+            failures.append(Failure(cause=error.cause, id=conversation.id, message=str(error)))
+            return _EMPTY_ROW
+
+
+class PlannedBatches(grain.DatasetIterator):
+    """Walks through the plans of epoch after epoch; its state is where it is."""
+
+    def __init__(self, sampler: Sampler, epochs: int | None = None) -> None:
+        super().__init__()
+        self._sampler, self._epochs = sampler, epochs
+        self._epoch = self._position = 0
+        self._plans: tuple[int, list[BatchPlan]] = (-1, [])
+
+    def __next__(self) -> BatchPlan:
+        while self._epochs is None or self._epoch < self._epochs:
+            if self._plans[0] != self._epoch:
+                self._plans = (self._epoch, self._sampler.epoch(self._epoch))
+            plans = self._plans[1]
+            if self._position < len(plans):
+                self._position += 1
+                return plans[self._position - 1]
+            if not plans:
+                raise SettingsError("an epoch has no batches: fewer conversations than a batch")
+            self._epoch, self._position = self._epoch + 1, 0
+        raise StopIteration
+
+    def get_state(self) -> dict[str, Any]:
+        """The epoch, and the batches of it that were given."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+
+
+class BatchStream(grain.DatasetIterator):
+    """Batches in order, read ahead by threads.
+
+    Its state is small, plain JSON, the same on every host, and holds as of the batch last returned,
+    however far the threads have read: epoch, position, groups, a fingerprint of the data, and the
+    conversations dropped.
+    """
+
+    def __init__(
+        self, plans: PlannedBatches, loading: Loading, dropped: Dropped, threads: int
+    ) -> None:
+        super().__init__(plans)
+        self._loading, self._dropped = loading, dropped
+        self._threads = max(threads, 1)
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="audio")
+        self._ahead: deque[tuple[dict[str, Any], Future]] = deque()
+        self._state = plans.get_state()
+
+    def __next__(self) -> HostBatch:
+        while len(self._ahead) < 2 * self._threads:
+            planned = next(self._parent, None)
+            if planned is None:
+                break
+            future = self._pool.submit(self._loading.load, planned)
+            self._ahead.append((self._parent.get_state(), future))
+        if not self._ahead:
+            raise StopIteration
+        state, future = self._ahead.popleft()
+        batch, failures = future.result()
+        self._state = state
+        for failure in failures:
+            self._dropped.add(failure)
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Plain JSON values, as of the batch last returned."""
+        return {
+            **self._state,
+            "groups": self._loading.sampler.groups,
+            "data": self._loading.fingerprint,
+            "dropped": dict(self._dropped.counts),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on after the batch that the state was taken at.
+
+        Raises SettingsError for a state of batches with another number of groups.
+        """
+        groups = self._loading.sampler.groups
+        if state["groups"] != groups:
+            raise SettingsError(f"a data state of {state['groups']} groups, here {groups}")
+        if state["data"] != self._loading.fingerprint:
+            _log.warning(
+                "the data or its batch settings changed since this state was saved: going on at "
+                "the same place of another order"
+            )
+        self._forget_ahead()
+        self._parent.set_state(state)
+        self._state = self._parent.get_state()
+        self._dropped.counts = dict(state["dropped"])
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._forget_ahead()
+        self._pool.shutdown(wait=False)
+        super().close()
+
+    def _forget_ahead(self) -> None:
+        for _, future in self._ahead:
+            future.cancel()
+        self._ahead.clear()

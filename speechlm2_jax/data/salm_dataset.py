@@ -1,0 +1,140 @@
+"""Conversations as SALM learns from them: token ids, what is scored, and the audio."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from speechlm2_jax.batches import SalmExample
+from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.prompts import PromptError, PromptFormatter
+from speechlm2_jax.data.tokenizer import Tokenizer
+
+_DIALOGS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class SalmReference:
+    """What a validation metric that answers needs of one conversation."""
+
+    id: str
+    prompt: SalmExample
+    """The conversation up to its last turn, with the audio of that part."""
+    text: str
+    """What the answer should be."""
+
+
+class SALMDataset:
+    """Turns conversations into examples.
+
+    Args:
+        tokenizer: with the audio locator tag among its tokens.
+        sample_rate: of the samples that `dataset[conversations]` gives; a DataModule uses its own.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, sample_rate: int = 16000) -> None:
+        self.tokenizer = tokenizer
+        self.sample_rate = sample_rate
+        self.pad_id = tokenizer.pad_id
+
+    def encode(
+        self, conversations: Sequence[Conversation], prompt_format: str
+    ) -> list[Conversation]:
+        """Gives each conversation its token ids.
+
+        Raises PromptError, naming the conversation, for one that the format cannot express.
+        """
+        formatter = PromptFormatter(prompt_format, self.tokenizer)
+        encoded: list[Conversation] = []
+        for start in range(0, len(conversations), _DIALOGS_AT_ONCE):
+            encoded += _encode(conversations[start : start + _DIALOGS_AT_ONCE], formatter)
+        return encoded
+
+    def example(self, conversation: Conversation, sample_rate_hz: int) -> SalmExample:
+        """Reads the audio of a conversation; raises AudioError if any of it cannot be used."""
+        if conversation.prompt is None:
+            raise ValueError(
+                f"conversation {conversation.id!r} has no token ids: call encode first"
+            )
+        ids, mask = conversation.prompt.input_ids, conversation.prompt.mask
+        return SalmExample(
+            id=conversation.id,
+            tokens=ids,
+            loss_mask=np.zeros(len(ids), bool) if mask is None else mask,
+            audio=tuple(clip.load(sample_rate_hz) for clip in conversation.clips),
+        )
+
+    def reference(self, conversation: Conversation, example: SalmExample) -> SalmReference:
+        """Splits an example of a conversation that has an answer into question and answer."""
+        assert conversation.prompt is not None
+        asked = conversation.prompt.context_ids
+        answered = len(conversation.clips) - _clips_before_answer(conversation)
+        return SalmReference(
+            id=conversation.id,
+            prompt=SalmExample(
+                id=conversation.id,
+                tokens=asked,
+                loss_mask=np.zeros(len(asked), bool),
+                audio=example.audio[: len(example.audio) - answered],
+            ),
+            text=conversation.answer or "",
+        )
+
+    def __getitem__(self, conversations: Iterable[Conversation]) -> dict[str, Any] | None:
+        """Collates a batch as NeMo's SALMDataset does, in NumPy.
+
+        Gives `audios` float32 [B', S], `audio_lens` int32 [B'], and left-padded `input_ids`
+        int32 [B, T] and `loss_mask` bool [B, T]. Conversations whose audio cannot be used are
+        left out of it and of `conversations`; None if that leaves nothing.
+        """
+        usable = list(self._usable(conversations))
+        if not usable:
+            return None
+        examples = [example for _, example in usable]
+        clips = [clip for example in examples for clip in example.audio]
+        audios = np.zeros((len(clips), max(map(len, clips), default=0)), np.float32)
+        for row, clip in zip(audios, clips, strict=True):
+            row[: len(clip)] = clip
+        return {
+            "audios": audios,
+            "audio_lens": np.asarray([len(clip) for clip in clips], np.int32),
+            "input_ids": _left_pad([e.tokens for e in examples], self.pad_id, np.int32),
+            "loss_mask": _left_pad([e.loss_mask for e in examples], 0, bool),
+            "conversations": [conversation for conversation, _ in usable],
+        }
+
+    def _usable(
+        self, conversations: Iterable[Conversation]
+    ) -> Iterator[tuple[Conversation, SalmExample]]:
+        for conversation in conversations:
+            try:
+                yield conversation, self.example(conversation, self.sample_rate)
+            except AudioError:
+                continue
+
+
+def _encode(chunk: Sequence[Conversation], formatter: PromptFormatter) -> list[Conversation]:
+    try:
+        prompts = formatter.encode_dialogs([formatter.dialog(c.messages()) for c in chunk])
+    except PromptError as error:
+        if len(chunk) == 1:
+            raise PromptError(f"conversation {chunk[0].id!r}: {error}") from error
+        return [encoded for one in chunk for encoded in _encode([one], formatter)]
+    return [replace(c, prompt=p) for c, p in zip(chunk, prompts, strict=True)]
+
+
+def _clips_before_answer(conversation: Conversation) -> int:
+    """Audio turns before the run of turns that ends the conversation."""
+    last, turns = conversation.turns[-1].role, list(conversation.turns)
+    while turns and turns[-1].role == last:
+        turns.pop()
+    return len(replace(conversation, turns=tuple(turns)).clips)
+
+
+def _left_pad(rows: Sequence[np.ndarray], value: int, dtype: Any) -> np.ndarray:
+    padded = np.full((len(rows), max(map(len, rows), default=0)), value, dtype)
+    for target, row in zip(padded, rows, strict=True):
+        target[len(target) - len(row) :] = row
+    return padded

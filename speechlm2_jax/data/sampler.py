@@ -1,0 +1,182 @@
+"""Which conversations make which batch: a pure function of the seed and the epoch.
+
+Every host plans the same, from manifests alone, so that no host waits for another and a run goes
+on after a stop with the batch that was next.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Int
+
+from speechlm2_jax.batches import BatchShape
+from speechlm2_jax.data.bucketing import Measures, Plan
+
+_ORDER, _MIXTURE, _BATCHES = range(3)
+"""What a random stream is for; with the seed and the epoch they name it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """One global batch: its bucket, and the conversations of each group."""
+
+    bucket: int
+    groups: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Plans epochs of global batches of so many groups.
+
+    In an epoch every conversation comes once. If sources have shares, an epoch is as long, but
+    each source gives its share of it and goes on where it was in the next epoch.
+    """
+
+    plan: Plan
+    measures: Measures
+    sizes: tuple[int, ...]
+    """Conversations of each source; their indices follow one another."""
+    shares: tuple[float, ...] | None = None
+    groups: int = 1
+    seed: int = 0
+    shuffle: bool = False
+    drop_last: bool = False
+
+    def epoch(self, epoch: int) -> list[BatchPlan]:
+        """The batches of one epoch, in order."""
+        order = self._order(epoch)
+        order = order[self.plan.bucket_of[order] >= 0]
+        if not self.shuffle:
+            return list(self._in_order(order))
+        batches = list(self._by_bucket(order))
+        shuffled = self._random(_BATCHES, epoch).permutation(len(batches))
+        return [batches[i] for i in shuffled]
+
+    def _random(self, purpose: int, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, purpose, *key])
+
+    def _order(self, epoch: int) -> Int[np.ndarray, " n"]:
+        if self.shares is None:
+            total = sum(self.sizes)
+            return (
+                self._random(_ORDER, epoch).permutation(total) if self.shuffle else np.arange(total)
+            )
+        counts = _apportion(self.shares, sum(self.sizes))
+        starts = np.cumsum([0, *self.sizes])
+        parts = [
+            starts[s] + self._stretch(s, epoch * n, n)
+            for s, n in enumerate(counts)
+            if self.sizes[s]
+        ]
+        turns = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
+        turns = self._random(_MIXTURE, epoch).permutation(turns)
+        streams = [iter(p) for p in parts]
+        return np.asarray([next(streams[s]) for s in turns], np.int64)
+
+    def _stretch(self, source: int, start: int, count: int) -> Int[np.ndarray, " n"]:
+        """The next `count` conversations of a source that is gone through again and again."""
+        size = self.sizes[source]
+        passes = range(start // size, -(-(start + count) // size))
+        rounds = [
+            self._random(_ORDER, source, p).permutation(size) if self.shuffle else np.arange(size)
+            for p in passes
+        ]
+        begin = start % size
+        return np.concatenate([*rounds, np.zeros(0, np.int64)])[begin : begin + count]
+
+    def _by_bucket(self, order: np.ndarray) -> Iterator[BatchPlan]:
+        """Fills batches bucket by bucket; what is left of one moves up into the next."""
+        bucket_of, left = self.plan.bucket_of[order], []
+        last = int(bucket_of.max(initial=-1))
+        for bucket in range(last + 1):
+            batch = _Filling(self, bucket)
+            for index in [*left, *order[bucket_of == bucket].tolist()]:
+                if not batch.add(index):
+                    yield batch.planned()
+                    batch = _Filling(self, bucket)
+                    batch.add(index)
+            left = batch.indices
+            if batch.is_full or (bucket == last and left and not self.drop_last):
+                yield batch.planned()
+                left = []
+
+    def _in_order(self, order: np.ndarray) -> Iterator[BatchPlan]:
+        """Fills batches in the order given, each in the smallest bucket that holds all of it."""
+        batch = _Filling(self)
+        for index in order.tolist():
+            if not batch.add(index):
+                yield batch.planned()
+                batch = _Filling(self)
+                batch.add(index)
+        if batch.indices and (batch.is_full or not self.drop_last):
+            yield batch.planned()
+
+
+@dataclass
+class _Filling:
+    """A batch being filled, group after group, within the rows and clips of its bucket."""
+
+    sampler: Sampler
+    bucket: int = 0
+    indices: list[int] = field(default_factory=list)
+    groups: list[list[int]] = field(default_factory=list)
+    clips: int = 0
+
+    def add(self, index: int) -> bool:
+        """Takes a conversation if it fits; the bucket grows if it must."""
+        bucket = max(self.bucket, int(self.sampler.plan.bucket_of[index]))
+        if bucket != self.bucket:
+            grown = _Filling(self.sampler, bucket)
+            if not all(grown._place(i) for i in [*self.indices, index]):
+                return False
+            self.__dict__.update(grown.__dict__)
+            return True
+        return self._place(index)
+
+    @property
+    def shape(self) -> BatchShape:
+        return self.sampler.plan.buckets[self.bucket].shape
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.indices) == self.shape.rows * self.sampler.groups
+
+    def planned(self) -> BatchPlan:
+        """The batch; a short one is shared evenly, so that no group has all the padding."""
+        groups = self.groups
+        if not self.is_full:
+            even = [g.tolist() for g in np.array_split(self.indices, self.sampler.groups)]
+            if all(self._clips_of(group) <= self.shape.clips for group in even):
+                groups = even
+        groups = [*groups, *[[]] * (self.sampler.groups - len(groups))]
+        return BatchPlan(bucket=self.bucket, groups=tuple(tuple(map(int, g)) for g in groups))
+
+    def _place(self, index: int) -> bool:
+        clips = int(self.sampler.measures.clips[index])
+        opens = (
+            not self.groups
+            or len(self.groups[-1]) == self.shape.rows
+            or self.clips + clips > self.shape.clips
+        )
+        if opens:
+            if len(self.groups) == self.sampler.groups:
+                return False
+            self.groups.append([])
+            self.clips = 0
+        self.groups[-1].append(index)
+        self.indices.append(index)
+        self.clips += clips
+        return True
+
+    def _clips_of(self, group: Sequence[int]) -> int:
+        return int(self.sampler.measures.clips[list(group)].sum())
+
+
+def _apportion(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in proportion to shares, adding to `total`, each at least 1."""
+    exact = np.asarray(shares) * total
+    counts = np.maximum(np.floor(exact).astype(int), 1)
+    for index in np.argsort(counts - exact, kind="stable")[: max(total - int(counts.sum()), 0)]:
+        counts[index] += 1
+    return counts.tolist()
