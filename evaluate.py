@@ -12,11 +12,13 @@ from speechlm2_jax import settings
 from speechlm2_jax.evaluation.config import EvalConfig
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs an evaluation; 2 after one line on what is wrong with the input, if anything is."""
+def main(argv: Sequence[str], *, compiled: str | None = None) -> int:
+    """Runs an evaluation; 2 after one line on what is wrong with the input, if anything is.
+
+    `compiled` is where compiled programs are kept between runs; auto is the user's cache.
+    """
     try:
-        config = parse(argv)
-        run(config)
+        run(parse(argv), compiled)
     except settings.SettingsError as error:
         print("evaluate.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -33,7 +35,7 @@ def parse(argv: Sequence[str]) -> EvalConfig:
     return settings.build(EvalConfig, values)
 
 
-def run(config: EvalConfig) -> None:
+def run(config: EvalConfig, compiled: str | None) -> None:
     """Reads the inputs, answers them, writes the rows, prints the table."""
     from speechlm2_jax.evaluation.inputs import read_inputs
 
@@ -48,7 +50,9 @@ def run(config: EvalConfig) -> None:
     from speechlm2_jax.evaluation.report import table, write_rows
     from speechlm2_jax.evaluation.runner import evaluate
     from speechlm2_jax.models import SALM
+    from speechlm2_jax.training.programs import keep_compiled_programs
 
+    keep_compiled_programs(compiled)
     device = choose_device(config.device)
     try:
         model = SALM.from_pretrained(config.pretrained_name, dtype=config.dtype).eval()
@@ -66,4 +70,4 @@ def run(config: EvalConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], compiled="auto"))
