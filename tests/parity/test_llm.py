@@ -1,7 +1,6 @@
 """The decoder against transformers: hidden states, logits, loss, gradients, greedy answers."""
 
 import json
-import re
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,14 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from speechlm2_jax.conversion import mapping
+from speechlm2_jax.conversion.decoder import decoder_table
+from speechlm2_jax.conversion.hf_config import decoder_config
+from speechlm2_jax.conversion.mapping import Table
+from speechlm2_jax.conversion.readers import open_weights
 from speechlm2_jax.generation.salm import DecodingConfig, decode
 from speechlm2_jax.layers.attention import Visible
-from speechlm2_jax.layers.module import Variables, abstract, bind, unbind
-from speechlm2_jax.layers.rope import Llama3Scaling, RopeConfig
-from speechlm2_jax.llm.config import DecoderConfig
+from speechlm2_jax.layers.module import Variables, abstract, bind, describe, unbind
 from speechlm2_jax.llm.decoder import Decoder
 
 DATA = Path(__file__).parents[1] / "data" / "llm"
@@ -26,79 +28,26 @@ ATOL = 1e-4  # activations of a whole model in fp32; see the goldens' README
 LOSS_RTOL = 1e-5
 GRADIENT_RTOL = 1e-4
 NEW_TOKENS = 16
-PATHS = {
-    "model.embed_tokens": "embedding",
-    "lm_head": "head",
-    "model.norm": "norm",
-    "model.layers.{}.input_layernorm": "layers.attention_norm",
-    "model.layers.{}.post_attention_layernorm": "layers.mlp_norm",
-    "model.layers.{}.self_attn.q_norm": "layers.attention.query_norm",
-    "model.layers.{}.self_attn.k_norm": "layers.attention.key_norm",
-    **{
-        f"model.layers.{{}}.self_attn.{theirs}_proj": f"layers.attention.{ours}"
-        for theirs, ours in {"q": "query", "k": "key", "v": "value", "o": "output"}.items()
-    },
-    **{f"model.layers.{{}}.mlp.{n}_proj": f"layers.mlp.{n}" for n in ("gate", "up", "down")},
-}
-
-
-def our_path(name: str) -> tuple[str, int | None]:
-    """Name in the checkpoint -> variable path and layer."""
-    module, kind = name.rsplit(".", 1)
-    layer = re.search(r"\.(\d+)\.", module)
-    pattern = re.sub(r"\.\d+\.", ".{}.", module)
-    return f"{PATHS[pattern]}.{kind}", int(layer[1]) if layer else None
-
-
-def read_config(family: str) -> DecoderConfig:
-    c = json.loads((DATA / family / "config.json").read_text())
-    rope = c["rope_parameters"]
-    scaling = None
-    if rope["rope_type"] == "llama3":
-        scaling = Llama3Scaling(
-            factor=rope["factor"],
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-            original_positions=rope["original_max_position_embeddings"],
-        )
-    return DecoderConfig(
-        vocab_size=c["vocab_size"],
-        width=c["hidden_size"],
-        layers=c["num_hidden_layers"],
-        heads=c["num_attention_heads"],
-        kv_heads=c["num_key_value_heads"],
-        head_width=c.get("head_dim", c["hidden_size"] // c["num_attention_heads"]),
-        mlp_width=c["intermediate_size"],
-        norm_eps=c["rms_norm_eps"],
-        rope=RopeConfig(theta=rope["rope_theta"], scaling=scaling),
-        qk_norm=family == "qwen3",
-        attention_bias=family == "qwen2",
-        tied=c["tie_word_embeddings"],
-    )
 
 
 @cache
-def load(family: str) -> tuple[Any, Variables]:
-    config = read_config(family)
-    source = load_file(DATA / family / "model.safetensors")
-    variables: dict[str, Any] = {}
-    for name, value in source.items():
-        path, layer = our_path(name)
-        variables.setdefault(path, {})[layer] = value
-    stacked = {
-        path: jnp.asarray(v[None] if None in v else np.stack([v[i] for i in sorted(v)]))
-        for path, v in variables.items()
-    }
-    definition, shapes = unbind(abstract(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    assert {p: v.shape for p, v in stacked.items()} == {p: v.shape for p, v in shapes.items()}
-    return definition, stacked
+def load(family: str) -> tuple[Any, Variables, Table]:
+    config = decoder_config(read_json(family, "config.json"))
+    network = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    table = decoder_table(config)
+    variables = mapping.load(open_weights(DATA / family), table, describe(network))
+    return unbind(network)[0], jax.tree.map(jnp.asarray, variables), table
+
+
+def read_json(family: str, name: str) -> dict[str, Any]:
+    return json.loads((DATA / family / name).read_text())
 
 
 @cache
 def goldens(family: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return (
         load_file(DATA / family / "golden.safetensors"),
-        json.loads((DATA / family / "golden.json").read_text()),
+        read_json(family, "golden.json"),
     )
 
 
@@ -137,7 +86,7 @@ def test_hidden_states_and_logits_equal_the_original(family: str, padding: str) 
     expected = np.stack([golden[f"forward/hidden_{i}"] for i in range(3)])
     turn = (lambda x: to_right_padding(x, mask)) if padding == "right" else (lambda x: x)
     place = placed(turn(ids), turn(mask))
-    states, logits = map(np.asarray, run(*load(family), turn(ids), place))
+    states, logits = map(np.asarray, run(*load(family)[:2], turn(ids), place))
     for ours, theirs in zip(states, expected, strict=True):
         np.testing.assert_allclose(ours[turn(mask)], turn(theirs)[turn(mask)], atol=ATOL, rtol=0)
     theirs = np.zeros_like(logits)
@@ -164,7 +113,7 @@ def test_loss_and_gradients_equal_the_original(
     monkeypatch.setattr("speechlm2_jax.llm.attention.attend", attend_like_the_original)
     golden, facts = goldens(family)
     ids, mask = golden["input_ids"], golden["attention_mask"].astype(bool)
-    definition, variables = load(family)
+    definition, variables, table = load(family)
 
     def loss(variables: Variables) -> jax.Array:
         decoder: Decoder = bind(definition, variables)
@@ -175,15 +124,13 @@ def test_loss_and_gradients_equal_the_original(
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(variables)
     np.testing.assert_allclose(value, facts["loss"], rtol=LOSS_RTOL)
-    padding = json.loads((DATA / family / "config.json").read_text())["pad_token_id"]
+    padding = read_json(family, "config.json")["pad_token_id"]
     if padding is not None:  # torch gives the padding row of an embedding no gradient
         gradients["embedding.weight"] = gradients["embedding.weight"].at[padding].set(0.0)
+    norms = {name: np.linalg.norm(g) for name, g in mapping.export(gradients, table).items()}
+    assert set(norms) == set(facts["grad_norms"])
     for name, expected in facts["grad_norms"].items():
-        path, layer = our_path(name)
-        gradient = gradients[path] if layer is None else gradients[path][layer]
-        np.testing.assert_allclose(
-            np.linalg.norm(gradient), expected, rtol=GRADIENT_RTOL, err_msg=name
-        )
+        np.testing.assert_allclose(norms[name], expected, rtol=GRADIENT_RTOL, err_msg=name)
 
 
 @partial(jax.jit, static_argnames=("definition", "config"))
@@ -208,11 +155,11 @@ def test_greedy_answers_equal_the_original(family: str, padding: str) -> None:
     ids, mask = golden["input_ids"], golden["attention_mask"].astype(bool)
     if padding == "right":
         ids, mask = to_right_padding(ids, mask), to_right_padding(mask, mask)
-    stop = json.loads((DATA / family / "config.json").read_text())["eos_token_id"]
+    stop = read_json(family, "config.json")["eos_token_id"]
     decoding = DecodingConfig(
         max_new_tokens=NEW_TOKENS, stop_ids=(stop,), pad_id=facts["pad_id_used"]
     )
-    answers = np.asarray(answer(*load(family), ids, mask, decoding))
+    answers = np.asarray(answer(*load(family)[:2], ids, mask, decoding))
     for theirs in (
         golden["generate/sequences"][:, ids.shape[1] :],
         golden["generate_inputs_embeds/new_tokens"],
@@ -227,7 +174,7 @@ def test_scores_of_each_cached_step_equal_the_original(family: str) -> None:
     golden, _ = goldens(family)
     ids, mask = golden["generate/sequences"], golden["attention_mask"].astype(bool)
     prompt = mask.shape[1]
-    definition, variables = load(family)
+    definition, variables, _ = load(family)
     decoder: Decoder = bind(definition, variables)
     extend = jax.jit(
         lambda variables, *args, **place: bind(definition, variables).extend(*args, **place)
