@@ -8,8 +8,9 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -40,7 +41,7 @@ class AudioError(ValueError):
 
 
 def read_audio(
-    source: str | Path | BinaryIO,
+    source: str | Path | BufferedIOBase,
     *,
     sample_rate_hz: int | None = None,
     offset_s: float = 0.0,
@@ -149,14 +150,15 @@ def _mono(wave: np.ndarray, channel: int | None, source: object) -> np.ndarray:
 
 
 @contextmanager
-def _opened(source: str | Path | BinaryIO) -> Iterator:
+def _opened(source: str | Path | BufferedIOBase) -> Iterator:
     """A soundfile, with its errors told as AudioError."""
     import soundfile
 
     if isinstance(source, str | Path) and not Path(source).is_file():
         raise AudioError(f"{source}: no such file", cause="missing")
+    anything: Any = source  # soundfile's own annotation leaves out open files
     try:
-        with soundfile.SoundFile(source) as file:
+        with soundfile.SoundFile(anything) as file:
             yield file
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a headerless format
         raise AudioError(f"{source}: {error}", cause="unreadable") from error

@@ -17,6 +17,17 @@ from speechlm2_jax.data.prompts import Prompt
 DEFAULT_LOCATOR_TAG = "<|audioplaceholder|>"
 
 
+class _Member(io.BytesIO):
+    """Bytes that errors can name."""
+
+    def __init__(self, data: bytes, *, name: str) -> None:
+        super().__init__(data)
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+
 @dataclass(frozen=True, kw_only=True)
 class AudioClip:
     """Where the samples of one audio turn are; nothing is read until `load`."""
@@ -60,7 +71,7 @@ class AudioClip:
             raise AudioError(f"{self.path}: no such file", cause="missing")
         with open(self.path, "rb") as file:
             file.seek(start)
-            return io.BytesIO(file.read(size))
+            return _Member(file.read(size), name=f"{self.id} in {self.path}")
 
     def _load_cut(self, sample_rate_hz: int) -> np.ndarray:
         try:
