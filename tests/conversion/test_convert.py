@@ -118,3 +118,11 @@ def test_the_script_runs_as_a_command():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "encoder.layers.1.norm_out.weight" in result.stdout
     assert subprocess.run([*command[:2], "x", "--inspect"], cwd=ROOT).returncode == 2
+
+
+def test_the_snippet_of_the_documentation_runs(monkeypatch):
+    monkeypatch.chdir(SALM)
+    page = (ROOT / "docs/conversion.md").read_text()
+    scope: dict = {}
+    exec(page.split("```python")[1].split("```")[0], scope)
+    assert_same_bits(scope["tensors"], tensors(scope["source"]))

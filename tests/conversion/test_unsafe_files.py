@@ -1,10 +1,13 @@
 """Hostile files are refused by name, and nothing in them runs."""
 
+import contextlib
 import gzip
 import io
 import json
 import os
 import pickle
+import random
+import resource
 import struct
 import tarfile
 import time
@@ -16,6 +19,7 @@ import pytest
 from speechlm2_jax.conversion.errors import ConversionError, UnsafeFileError
 from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.conversion.readers.tar import Inflation, read_tar
+from speechlm2_jax.conversion.readers.torch_files import torch_source
 from speechlm2_jax.conversion.readers.yaml_text import read_yaml
 
 DATA = Path(__file__).parents[1] / "data"
@@ -143,6 +147,15 @@ def test_operations_beyond_data_are_refused(tmp_path, body):
     path.write_bytes(torch_zip(b"\x80\x02" + body))
     with pytest.raises(UnsafeFileError):
         open_weights(path)
+
+
+def test_claimed_lengths_ask_for_no_memory(tmp_path):
+    path = tmp_path / "model.bin"
+    for size in (2**62, 2**34):
+        path.write_bytes(b"\x80\x04\x8e" + struct.pack("<Q", size) + b"x" * 100)
+        with pytest.raises(ConversionError):
+            open_weights(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1 << 24  # KiB
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, 2000, 20000, 150_000])
@@ -294,3 +307,26 @@ def test_shard_index_cannot_leave_its_directory(tmp_path, shard):
     path.write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(ConversionError, match="beside the index"):
         open_weights(tmp_path)
+
+
+MUTATED = {
+    "asr.nemo": lambda content: read_tar(memoryview(content)),
+    "qwen3_lora.ckpt": lambda content: _read_all(torch_source(memoryview(content), "x")),
+}
+
+
+def _read_all(source) -> None:
+    for name in source.infos:
+        source.read(name)
+
+
+@pytest.mark.parametrize("name", MUTATED)
+def test_random_damage_is_never_worse_than_refused(name):
+    content = (DATA / "salm" / name).read_bytes()
+    for seed in range(60):
+        draw = random.Random(seed)
+        damaged = bytearray(content)
+        for _ in range(draw.randint(1, 4)):
+            damaged[draw.randrange(4000)] = draw.randrange(256)
+        with contextlib.suppress(ConversionError):
+            MUTATED[name](bytes(damaged))

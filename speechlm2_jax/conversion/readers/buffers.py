@@ -33,6 +33,13 @@ class BufferFile(io.RawIOBase):
         """Always."""
         return True
 
+    def read(self, size: int | None = -1) -> bytes:
+        """Reads at most `size` bytes; a size beyond the end asks for no memory."""
+        end = None if size is None or size < 0 else self._position + size
+        part = bytes(self._content[self._position : end])
+        self._position += len(part)
+        return part
+
     def readinto(self, buffer: Any) -> int:
         """Fills `buffer` with the next bytes; the number of bytes at hand."""
         part = self._content[self._position : self._position + len(buffer)]

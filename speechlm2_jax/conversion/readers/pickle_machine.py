@@ -16,8 +16,6 @@ from typing import Any, cast
 
 from speechlm2_jax.conversion.errors import ConversionError, UnsafeFileError
 
-Stream = io.BufferedIOBase
-
 
 class Opaque:
     """An object that was in the pickle and was not built: its class, arguments, state, items."""
@@ -61,7 +59,7 @@ class Names:
         if module.split(".")[0] in self.opaque_roots and name[:1].isupper() and name.isidentifier():
             return OpaqueType(full)
         raise UnsafeFileError(
-            f"the pickle asks for {full}, which weights never need; nothing was executed. "
+            f"the pickle asks for {full[:200]}, which weights never need; nothing was executed. "
             "Save the tensors alone (a state_dict, or safetensors)"
         )
 
@@ -75,7 +73,7 @@ SIMPLE_KEYS = (str, int, float, bool, bytes, type(None), Opaque)
 
 
 def read_pickle(
-    stream: Stream, names: Names, persistent: Callable[[Any], Any] | None = None
+    stream: io.IOBase, names: Names, persistent: Callable[[Any], Any] | None = None
 ) -> Any:
     """Reads one pickle and leaves `stream` after it.
 

@@ -11,13 +11,13 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from io import BufferedReader, BytesIO
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.conversion.errors import ConversionError, UnsafeFileError, listed
 from speechlm2_jax.conversion.readers.buffers import BufferFile, map_file
-from speechlm2_jax.conversion.readers.pickle_machine import Stream, read_pickle
+from speechlm2_jax.conversion.readers.pickle_machine import read_pickle
 from speechlm2_jax.conversion.readers.source import Index, LazySource
 from speechlm2_jax.conversion.readers.stored_tensor import (
     TORCH_NAMES,
@@ -201,7 +201,7 @@ def _storage(
 
 
 def _read_legacy(content: memoryview) -> Any:
-    stream = BufferedReader(BufferFile(content))
+    stream = BufferFile(content)
     places: dict[str, int] = {}
     storages: dict[str, Storage] = {}
 
@@ -226,7 +226,7 @@ def _read_legacy(content: memoryview) -> Any:
 
 
 def _locate(
-    key: Any, stream: Stream, storages: Mapping[str, Storage], places: dict[str, int]
+    key: Any, stream: BufferFile, storages: Mapping[str, Storage], places: dict[str, int]
 ) -> None:
     """Notes where the bytes of a legacy storage begin, and skips them."""
     head = stream.read(8)
