@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.conversion.readers.buffers import map_file
-from speechlm2_jax.conversion.readers.torch_files import read_torch_object
+from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters, read_torch_object
 
 torch = pytest.importorskip("torch")
 DATA = Path(__file__).parents[1] / "data/salm"
@@ -122,6 +123,7 @@ def test_what_lightning_keeps_beside_the_weights_does_not_disturb(tmp_path):
             }
         },
         "hyper_parameters": argparse.Namespace(lr=1e-3, names={"a", "b"}, data=b"\x00\xff"),
+        "settings": OmegaConf.create({"a": {"b": [1, "${c}", None]}, "c": 3}),
     }
     for protocol in (2, 4):
         torch.save(checkpoint, path, pickle_protocol=protocol)
@@ -129,9 +131,18 @@ def test_what_lightning_keeps_beside_the_weights_does_not_disturb(tmp_path):
         np.testing.assert_array_equal(source.read("weight"), weight.numpy())
         root = read_torch_object(map_file(path), "last.ckpt")
         assert root["hyper_parameters"].name == "argparse.Namespace"
+        assert root["settings"].name == "omegaconf.dictconfig.DictConfig"
         state = root["callbacks"]["ModelCheckpoint"]
         assert state["dirpath"].name == "pathlib.PurePosixPath"
         assert state["dirpath"].args[0] == "/"
+
+
+def test_hyper_parameters_are_plain_data_or_refused(tmp_path):
+    assert read_hyper_parameters(DATA / "qwen3_lora.ckpt")["cfg"]["lora"]["r"] == 4
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {}, "hyper_parameters": argparse.Namespace(lr=1e-3)}, path)
+    with pytest.raises(ConversionError, match=r"argparse\.Namespace, not plain data"):
+        read_hyper_parameters(path)
 
 
 def test_entries_that_are_no_tensors_are_named(tmp_path):

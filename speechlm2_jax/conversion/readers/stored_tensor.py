@@ -180,9 +180,12 @@ def _ordered_dict(*arguments: Any) -> OrderedDict[Any, Any]:
     return OrderedDict()
 
 
-PLAIN_BUILTINS = "bool bytearray bytes complex dict float frozenset int list range set slice str"
+PLAIN_BUILTINS = (
+    "bool bytearray bytes complex dict float frozenset int list object range set slice str tuple "
+    "long unicode xrange"  # as protocol 2 spells int, str and range
+)
 OPAQUE_NAMES = (
-    *(f"{m}.{n}" for m in ("builtins", "__builtin__") for n in (*PLAIN_BUILTINS.split(), "tuple")),
+    *(f"{m}.{n}" for m in ("builtins", "__builtin__") for n in PLAIN_BUILTINS.split()),
     "_codecs.encode",
     "argparse.Namespace",
     "collections.Counter",
