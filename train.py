@@ -2,17 +2,17 @@
 
 import sys
 
-from speechlm2_jax import experiment
 from speechlm2_jax.settings import parse_cli
 
 
-def main() -> int:
+def main(argv: list[str]) -> None:
     """Parses arguments, builds, runs. Bad input is one clear line and exit code 2."""
-    with experiment.clear_errors():
-        config, overrides = parse_cli(sys.argv[1:])
-        run = experiment.build(config, overrides)
-        return run.fit()
+    from speechlm2_jax import experiment
+
+    with experiment.clear_errors("train.py"):
+        config, overrides = parse_cli(argv)
+        experiment.build(config, overrides).fit()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])

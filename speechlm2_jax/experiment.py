@@ -1,39 +1,41 @@
 """Composition root: the only module that knows every room."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from speechlm2_jax.batches import HostBatch, LossSum
 from speechlm2_jax.conversion.errors import ConversionError
-from speechlm2_jax.data import DataModule, SALMDataset
-from speechlm2_jax.evaluation.wer import count_errors
-from speechlm2_jax.models import SALM
-from speechlm2_jax.settings import SettingsError, ignored_report, load
-from speechlm2_jax.training.trainer import Trainer, exp_manager
+from speechlm2_jax.data.datamodule import DataModule
+from speechlm2_jax.data.prompts import PromptError
+from speechlm2_jax.data.salm_dataset import SALMDataset
+from speechlm2_jax.data.tokenizer import TokenizerError
+from speechlm2_jax.evaluation.wer import text_normalizer, word_errors
+from speechlm2_jax.models.salm import SALM
+from speechlm2_jax.parameter_paths import PatternError
+from speechlm2_jax.settings import SettingsError, find, ignored_report, load, require_complete
+from speechlm2_jax.training.trainer import FitResult, Trainer, exp_manager
 
-MODELS: Mapping[str, type[SALM]] = {"salm": SALM}
-"""What `model_class` may name; a YAML without it is a SALM's."""
-DATASETS = {"salm": SALMDataset}
 BLOCKS = ("model", "trainer", "data", "exp_manager")
-USER_ERRORS = (SettingsError, ConversionError)
+REQUIRED = ("model", "data")
+USER_ERRORS = (SettingsError, ConversionError, TokenizerError, PromptError, PatternError)
+"""What a user can mend; everything else is a fault of ours and keeps its traceback."""
+VALIDATION_ANSWER_TOKENS = 128
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
+def clear_errors(program: str) -> Generator[None]:
     """Turns what a user can mend into one line on stderr and exit code 2."""
     try:
         yield
     except USER_ERRORS as error:
-        sys.exit(_exit_line(str(error)))
-
-
-def _exit_line(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return 2
+        print(f"{program}:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,38 +45,70 @@ class Experiment:
     model: SALM
     datamodule: DataModule
     trainer: Trainer
+    settings: Mapping[str, Any]
 
-    def fit(self) -> int:
-        """Trains; returns the process's exit code."""
-        return self.trainer.fit(self.model, self.datamodule) or 0
+    def fit(self) -> FitResult:
+        """Trains, scoring answers at every validation."""
+        metrics = {"wer": word_error_rate(self.model)}
+        return self.trainer.fit(
+            self.model, self.datamodule, validation_metrics=metrics, settings=self.settings
+        )
 
 
 def build(config: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Builds everything that a YAML describes. Raises SettingsError before any compilation."""
     settings = load(config, overrides)
-    unknown = set(settings) - set(BLOCKS)
-    if unknown:
-        raise SettingsError(f"unknown block(s) {sorted(unknown)}; a YAML has {', '.join(BLOCKS)}")
+    check_blocks(settings)
     with ignored_report() as ignored:
         trainer = Trainer(**settings.get("trainer", {}))
-        model = SALM(settings["model"])
+        # names of parts are relative to the working folder or to the YAML's own
+        model = SALM(settings["model"], near=(find(config).resolve().parent,))
         datamodule = DataModule(
-            settings["data"],
-            tokenizer=model.tokenizer,
-            dataset=SALMDataset(tokenizer=model.tokenizer),
+            settings["data"], tokenizer=model.tokenizer, dataset=SALMDataset(model.tokenizer)
         )
+        trainer.check(model)
         exp_manager(trainer, settings.get("exp_manager"))
+        _ = model.variables  # missing or unfit weights are found before anything is compiled
     for path, reason in ignored.items():
-        print(f"ignored: {path} ({reason})", file=sys.stderr)
+        print(f"ignored: {path}: {reason}", file=sys.stderr)
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
-    return Experiment(model=model, datamodule=datamodule, trainer=trainer)
+    return Experiment(model=model, datamodule=datamodule, trainer=trainer, settings=settings)
 
 
-def word_error_rate(model: SALM, max_new_tokens: int = 128) -> Callable[[HostBatch], LossSum]:
-    """A validation metric: answers each conversation and counts word errors."""
+def check_blocks(settings: Mapping[str, Any]) -> None:
+    """Raises SettingsError for a block that is unknown, missing or incomplete."""
+    unknown = sorted(set(settings) - set(BLOCKS))
+    if unknown:
+        raise SettingsError(f"{unknown[0]}: unknown block; a run has {', '.join(BLOCKS)}")
+    for name in REQUIRED:
+        if name not in settings:
+            raise SettingsError(f"{name}: this block is required")
+    require_complete(settings)
+
+
+def word_error_rate(model: SALM) -> Callable[[HostBatch], LossSum]:
+    """Makes a validation metric that answers each conversation and counts word errors.
+
+    Texts are lower-cased and lose their punctuation, in any language. The count is that of reference words.
+    """
+    normalize = text_normalizer("basic")
 
     def metric(batch: HostBatch) -> LossSum:
-        raise AssertionError
+        asked = [reference for reference in batch.references if reference is not None]
+        if not asked:
+            return LossSum(total=0.0, count=0.0)
+        ids = model.answer([r.prompt for r in asked], VALIDATION_ANSWER_TOKENS)
+        errors = word_errors(
+            [normalize(r.text) for r in asked],
+            [normalize(text_before_end(model, row)) for row in ids],
+        )
+        return LossSum(total=float(errors.errors), count=float(errors.reference_words))
 
     return metric
+
+
+def text_before_end(model: SALM, ids: np.ndarray) -> str:
+    """The text of an answer up to its end-of-sequence token."""
+    ends = np.flatnonzero(ids == model.text_eos_id)
+    return model.tokenizer.ids_to_text(ids[: ends[0]] if len(ends) else ids)

@@ -1,6 +1,6 @@
 """From prompts to answers: fixed shapes, one jitted program per shape."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from speechlm2_jax.batches import SalmBatch, assemble_salm_batch
+from speechlm2_jax.batches import SalmBatch, SalmExample, assemble_salm_batch
 from speechlm2_jax.generation.salm import DecodingConfig, decode
 from speechlm2_jax.generation.sampling import SamplingConfig
 from speechlm2_jax.layers.module import Variables, bind
@@ -54,18 +54,30 @@ def generate(
     )
     examples, ids = prompt_examples(*asked, context)
     decoding = decoding_config(model, generation_config, overrides)
+    answers = answer_examples(model, definition, examples, decoding, overrides.get("seed", 0))
+    has_audio = any(example.audio for example in examples)
+    return answers if has_audio else np.concatenate([ids, answers], axis=1)
+
+
+def answer_examples(
+    model: "SALM",
+    definition: Any,
+    examples: Sequence[SalmExample],
+    decoding: DecodingConfig,
+    seed: int = 0,
+) -> np.ndarray:
+    """Answers prompts that are laid out already: int32 ids [B, T], T that of the longest answer."""
     batch = assemble_salm_batch(
         [examples],
         answer_shape(examples, model.frame_count),
         frame_count=model.frame_count,
-        placeholder_id=context.placeholder_id,
-        pad_id=context.pad_id,
+        placeholder_id=model.audio_locator_tag_id,
+        pad_id=model.text_pad_id,
         shift=False,
     )
-    key = jax.random.key(overrides.get("seed", 0)) if decoding.sampling.do_sample else None
+    key = jax.random.key(seed) if decoding.sampling.do_sample else None
     new = answer(definition, model.variables, jax.tree.map(jnp.asarray, batch), decoding, key)
-    answers = _trim(np.asarray(new)[: len(examples)], decoding.stop_ids)
-    return answers if batch.audio.shape[1] else np.concatenate([ids, answers], axis=1)
+    return _trim(np.asarray(new)[: len(examples)], decoding.stop_ids)
 
 
 @partial(jax.jit, static_argnames=("definition", "decoding"))

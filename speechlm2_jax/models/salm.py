@@ -1,6 +1,6 @@
 """SALM as a user holds it: network, tokenizer, settings and weights in one object."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from speechlm2_jax import parameter_paths
-from speechlm2_jax.batches import HostBatch, LossSum, SalmBatch, StepLosses
+from speechlm2_jax.batches import HostBatch, LossSum, SalmBatch, SalmExample, StepLosses
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, bind, describe, unbind
 from speechlm2_jax.models import answering, building, loading
@@ -43,10 +43,19 @@ class SALM:
         self._definition, self.infos = self._build()
         self.parameter_names = building.parameter_names(self._blueprint, self.infos)
         self._selection = self._select()
-        self.variables: Variables = (
-            building.start(self._blueprint, self.infos) if variables is None else variables
-        )
+        self._variables = variables
         self.validation_metrics: Mapping[str, Callable[[HostBatch], LossSum]] = {}
+
+    @property
+    def variables(self) -> Variables:
+        """Weights and buffers by path: loaded, or started at random, when first asked for."""
+        if self._variables is None:
+            self._variables = building.start(self._blueprint, self.infos)
+        return self._variables
+
+    @variables.setter
+    def variables(self, values: Variables) -> None:
+        self._variables = values
 
     @classmethod
     def from_pretrained(
@@ -59,7 +68,7 @@ class SALM:
         computation. Raises SettingsError with what is missing.
         """
         source = loading.open_model(str(pretrained_model_name_or_path))
-        model = cls(source.cfg, variables={}, near=source.near)
+        model = cls(source.cfg, near=source.near)
         model.variables = source.read(model._blueprint, model.infos)
         return model.astype(dtype)
 
@@ -184,6 +193,11 @@ class SALM:
             generation_config,
             generation_kwargs,
         )
+
+    def answer(self, prompts: Sequence[SalmExample], max_new_tokens: int) -> np.ndarray:
+        """Answers laid-out prompts greedily: int32 ids [B, T], padded after each row's end."""
+        decoding = answering.decoding_config(self, None, {"max_new_tokens": max_new_tokens})
+        return answering.answer_examples(self, self._definition, prompts, decoding)
 
     @property
     def prompt_formatter(self) -> PromptFormatter:

@@ -98,7 +98,7 @@ def find(config: str | Path, search: Sequence[Path] = ()) -> Path:
     """The file that a name or path means. Raises SettingsError listing the names there are."""
     if Path(config).is_file():
         return Path(config)
-    roots = (Path("configs"), Path(__file__).resolve().parents[1] / "configs")
+    roots = (Path("configs"), Path(__file__).resolve().parents[2] / "configs")
     folders = [f for root in search or roots for f in (root, root / "recipes")]
     for folder in folders:
         for name in (f"{config}.yaml", f"{config}.yml", str(config)):

@@ -90,9 +90,7 @@ def golden_examples(run: str) -> list[SalmExample]:
     run = BATCH_OF.get(run, run)
     batch = under(run, "batch")
     placeholder, pad = facts(run)["audio_locator_tag_id"], facts(run)["text_pad_id"]
-    clips = iter(
-        [a[:n] for a, n in zip(batch["audios"], batch["audio_lens"], strict=True)]
-    )
+    clips = iter([a[:n] for a, n in zip(batch["audios"], batch["audio_lens"], strict=True)])
     examples = []
     for i, (ids, mask) in enumerate(zip(batch["input_ids"], batch["loss_mask"], strict=True)):
         start = int(np.argmax(ids != pad))
