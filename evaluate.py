@@ -49,6 +49,7 @@ def run(config: EvalConfig, compiled: str | None) -> None:
     from speechlm2_jax.evaluation.provenance import provenance
     from speechlm2_jax.evaluation.report import table, write_rows
     from speechlm2_jax.evaluation.runner import evaluate
+    from speechlm2_jax.experiment import USER_ERRORS
     from speechlm2_jax.models import SALM
     from speechlm2_jax.training.programs import keep_compiled_programs
 
@@ -58,7 +59,7 @@ def run(config: EvalConfig, compiled: str | None) -> None:
         model = SALM.from_pretrained(config.pretrained_name, dtype=config.dtype).eval()
     except settings.SettingsError:
         raise
-    except (ValueError, OSError) as error:
+    except (*USER_ERRORS, OSError) as error:
         raise settings.SettingsError(f"pretrained_name: {error}") from error
     result = evaluate(model, utterances, config)
     totals = result.totals()

@@ -262,6 +262,12 @@ def test_a_name_is_found_in_configs_and_recipes(tmp_path):
     )
 
 
+def test_the_projects_own_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    configs = Path(__file__).parents[1] / "configs"
+    assert settings.find("digits") == configs / "recipes" / "digits.yaml"
+
+
 def test_a_file_that_is_not_a_mapping_is_refused(tmp_path):
     path = tmp_path / "list.yaml"
     path.write_text("[1]")
