@@ -90,11 +90,13 @@ class Checkpointer:
         quiet_orbax()
         self.folder, self.retention = Path(folder).absolute(), retention
         self._metrics = read_ranking(self.folder).metrics
+        if jax.process_index() == 0:
+            # not Orbax's own cleaning: it runs in the background and takes the frozen save with it
+            for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Keeper(self), cleanup_tmp_directories=True
-            ),
+            options=ocp.CheckpointManagerOptions(preservation_policy=_Keeper(self)),
         )
         self._frozen_writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
 

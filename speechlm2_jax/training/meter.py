@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import jax
-
 COMPUTE = "compute"
 KINDS = ("data_wait", "compiling", "validation", "saving")
 """Kinds of time that are measured; all other wall time is compute."""
@@ -56,11 +54,10 @@ class _Window:
 class Meter:
     """Adds up time by kind, tokens and FLOPs. One per process and run."""
 
-    def __init__(
-        self, devices: Sequence[jax.Device], clock: Callable[[], float] = time.perf_counter
-    ):
-        self._clock, self._devices = clock, len(devices)
-        self._peak = peak_flops(devices[0].device_kind)
+    def __init__(self, device_kinds: Sequence[str], clock: Callable[[], float] = time.perf_counter):
+        """`device_kinds` names the kind of each device that shares the work."""
+        self._clock, self._devices = clock, len(device_kinds)
+        self._peak = peak_flops(device_kinds[0])
         self._kind: str = COMPUTE
         self._since = self._clock()
         self._spent: dict[str, float] = {kind: 0.0 for kind in (COMPUTE, *KINDS)}

@@ -160,7 +160,7 @@ def keep_compiled_programs(folder: str | None) -> None:
 
     Does nothing for None, or where JAX_COMPILATION_CACHE_DIR already says where.
     """
-    if folder is None or jax.config.read("jax_compilation_cache_dir"):
+    if folder is None or getattr(jax.config, "jax_compilation_cache_dir", None):
         return
     if folder == "auto":
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

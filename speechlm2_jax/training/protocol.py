@@ -1,7 +1,8 @@
 """What training asks of a model and of data; any object with these attributes can be trained."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ HostMetric = Callable[[HostBatch], LossSum]
 """A validation metric computed on the host, by generating answers for instance."""
 
 
+@runtime_checkable
 class VariableInfo(Protocol):
     """What is known of a variable without its values (`layers.module.VariableInfo`)."""
 
@@ -38,6 +40,7 @@ class VariableInfo(Protocol):
         ...
 
 
+@runtime_checkable
 class TrainableModel(Protocol):
     """A model that `Trainer.fit` can train."""
 
@@ -76,11 +79,16 @@ class TrainableModel(Protocol):
         """Counts the model FLOPs of training on one batch, as MFU counts them."""
         ...
 
+    def save_definition(self, directory: Path) -> None:
+        """Writes all that a run directory needs to load the model again, but the weights."""
+        ...
+
     def count_tokens(self, batch: HostBatch) -> tuple[int, int]:
         """Counts (steps that hold data, all steps) of a batch's rows: throughput and padding."""
         ...
 
 
+@runtime_checkable
 class BatchIterator(Protocol):
     """Training batches in order, able to say where it is."""
 
@@ -97,6 +105,7 @@ class BatchIterator(Protocol):
         ...
 
 
+@runtime_checkable
 class DataSource(Protocol):
     """Training and validation data (`data.DataModule`)."""
 

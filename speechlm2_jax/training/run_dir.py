@@ -21,6 +21,8 @@ CONFIG = "config.yaml"
 COMMAND = "command.txt"
 ENVIRONMENT = "environment.txt"
 LOG = "train.log"
+MODEL = "model"
+"""All of the model but its weights."""
 METRICS = "metrics.jsonl"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lhotse", "grain")
 _VARIABLES = ("JAX_", "XLA_", "CUDA_", "TPU_", "LIBTPU_")

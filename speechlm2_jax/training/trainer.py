@@ -88,6 +88,13 @@ class Trainer:
         run_directory.create(self.run_dir)
         return self.run_dir
 
+    def check(self, model: TrainableModel) -> None:
+        """Reads what `fit` will read of settings. Raises SettingsError for what does not fit."""
+        self.config.choose_devices()
+        adamw = read_optimizer(model.optimizer)
+        make_schedule(model.lr_scheduler, adamw.lr)
+        Partition.of(model).require_trainable()
+
     def fit(
         self,
         model: TrainableModel,
@@ -115,6 +122,7 @@ class Trainer:
             loop = self._start_loop(model, datamodule, setup, stop, validation_metrics, stack)
             if self.run_dir is not None and jax.process_index() == 0:
                 run_directory.describe(self.run_dir, settings or self._settings(model, datamodule))
+                model.save_definition(self.run_dir / run_directory.MODEL)
             try:
                 return loop.run()
             finally:
@@ -135,7 +143,7 @@ class Trainer:
             _prepare_data(model, datamodule, groups, setup.sharding)
             state = first_state(model.variables, setup.layout, setup.optimizer)
             frozen = put(model.variables, setup.layout.frozen, copy=False)
-            programs = self._programs(model, setup, Meter(setup.devices))
+            programs = self._programs(model, setup, setup.meter())
             metrics = _host_metrics(model, validation_metrics)
             validator = self._validator(model, programs, lambda: (state, frozen), metrics)
             results = validator.run(datamodule.validation_batches())
@@ -178,7 +186,7 @@ class Trainer:
     ) -> FitLoop:
         """Restores or begins, prepares the data, and puts the parts together."""
         config = self.config
-        cadence, meter = config.cadence(), Meter(setup.devices)
+        cadence, meter = config.cadence(), setup.meter()
         schedule = make_schedule(model.lr_scheduler, setup.adamw.lr)
         programs = self._programs(model, setup, meter)
         restored = self._restore(setup.layout)
@@ -352,6 +360,10 @@ class _Setup:
     adamw: AdamWConfig
     optimizer: Optimizer
     layout: Layout
+
+    def meter(self) -> Meter:
+        """Starts counting time for these devices."""
+        return Meter([device.device_kind for device in self.devices])
 
 
 @dataclass(frozen=True, kw_only=True)

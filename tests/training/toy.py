@@ -6,6 +6,7 @@ Frozen embedding, stacked residual layers, a running mean, dropout keyed by row,
 import json
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import jax
@@ -14,7 +15,13 @@ import numpy as np
 
 from speechlm2_jax.batches import HostBatch, LossSum, StepLosses
 from speechlm2_jax.layers.module import VariableInfo
+from speechlm2_jax.sharding import make_sharding
+from speechlm2_jax.training.optimizer import Optimizer, read_optimizer
+from speechlm2_jax.training.programs import Programs
+from speechlm2_jax.training.state import Partition, first_state, plan_layout, put
+from speechlm2_jax.training.step import StepFunctions
 from speechlm2_jax.training.trainer import Trainer, exp_manager
+from speechlm2_jax.training.trainer_config import TrainerConfig
 
 VOCAB, WIDTH, LAYERS = 16, 8, 4
 MOMENTUM = 0.1
@@ -81,10 +88,12 @@ class ToyModel:
         x = jnp.take(variables["embedding.weight"], batch["tokens"], axis=0)
         x = x.astype(self.compute_dtype)  # [G, R, T, D]
         mask = batch["mask"]
-        for layer in range(LAYERS):
-            w = variables["layers.weight"][layer].astype(x.dtype)
-            b = variables["layers.bias"][layer].astype(x.dtype)
-            x = x + jnp.tanh(x @ w.T + b[None, None, None, :])
+
+        def layer(x, weights):
+            w, b = (value.astype(x.dtype) for value in weights)
+            return x + jnp.tanh(x @ w.T + b[None, None, None, :]), None
+
+        x, _ = jax.lax.scan(layer, x, (variables["layers.weight"], variables["layers.bias"]))
         buffers = {}
         mean = variables["norm.running_mean"]
         if train:
@@ -95,7 +104,8 @@ class ToyModel:
                 "norm.running_mean": (1 - MOMENTUM) * mean + MOMENTUM * now,
                 "norm.batches_tracked": variables["norm.batches_tracked"] + 1,
             }
-        x = x - mean.astype(x.dtype)[None, None, None, :]
+        else:  # as batch norm: only evaluation reads what training has gathered
+            x = x - mean.astype(x.dtype)[None, None, None, :]
         if self.dropout and key is not None:
             x = self._drop(x, batch["row_ids"], key)
         logits = (x @ variables["head.weight"].astype(x.dtype).T).astype(jnp.float32)
@@ -110,14 +120,19 @@ class ToyModel:
         )
 
     def _drop(self, x, row_ids, key):
-        def one(row, i):
-            kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - self.dropout, row.shape)
-            return jnp.where(kept, row / (1 - self.dropout), 0)
-
-        return jax.vmap(jax.vmap(one))(x, row_ids)
+        """Hashes the key with row and place: cheaper to compile than jax.random per row."""
+        a, b = jax.random.key_data(key)
+        place = jnp.arange(x[0, 0].size, dtype=jnp.uint32).reshape(1, 1, *x.shape[2:])
+        bits = (place + a) * np.uint32(2654435761) + row_ids[..., None, None].astype(jnp.uint32)
+        bits = (bits ^ (bits >> 15) ^ b) * np.uint32(2246822519)
+        kept = (bits >> 16) % 256 >= int(256 * self.dropout)
+        return jnp.where(kept, x / (1 - self.dropout), 0)
 
     def flops(self, batch):
         return 6.0 * batch.arrays["tokens"].size * LAYERS * WIDTH * WIDTH
+
+    def save_definition(self, directory):
+        directory.mkdir(exist_ok=True)
 
     def count_tokens(self, batch):
         mask = batch.arrays["mask"]
@@ -139,6 +154,31 @@ def make_batch(index, *, groups=8, rows=2, lengths=(5, 7), poison=1.0, seed=0, e
         "poison": np.full((groups, rows, T), poison, np.float32),
     }
     return HostBatch(arrays=arrays, ids=(f"b{index}-first", f"b{index}-second"), bucket=f"T{T}")
+
+
+def make_programs(model, sharding, *, accumulate=1, clip=1.0, precision="32-true"):
+    """The compiled side of training alone: (programs, first state, frozen parameters)."""
+    config = TrainerConfig(precision=precision)
+    partition = Partition.of(model)
+    transform = read_optimizer(model.optimizer).transform()
+    optimizer = Optimizer(transform=transform, clip_norm=clip, masks=partition.masks)
+    model.compute_dtype = config.compute_dtype
+    layout = plan_layout(model.infos, partition, optimizer, sharding, config.compute_dtype)
+    functions = StepFunctions(
+        losses=model.losses,
+        optimizer=optimizer,
+        sharding=sharding,
+        seed=1,
+        accumulate=accumulate,
+        nemo_exact=model.nemo_exact,
+    )
+    programs = Programs(functions, layout, precision=config.matmul_precision, compiling=nullcontext)
+    state = first_state(model.variables, layout, optimizer)
+    return programs, state, put(model.variables, layout.frozen, copy=False)
+
+
+def one_device():
+    return make_sharding(devices=jax.devices()[:1])
 
 
 class ToyIterator:
@@ -235,7 +275,6 @@ if __name__ == "__main__":  # a process of its own, for signals: toy.py RUN_DIR 
     arguments = json.loads(sys.argv[2])
     data = ToyData(bad={int(k): float(v) for k, v in arguments.pop("bad", {}).items()})
     if (signal_at := arguments.pop("signal_at", None)) is not None:
-
         import signal
 
         def send(index):
