@@ -2,14 +2,17 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
-from speechlm2_jax import settings
+from speechlm2_jax import experiment, settings
 from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.training.optimizer import read_optimizer
 from speechlm2_jax.training.schedules import make_schedule
@@ -124,6 +127,35 @@ def test_nemos_configurations_are_accepted_block_by_block(page, names):
         read_strategy(values["trainer"]["strategy"])
     assert "trainer.enable_checkpointing" in ignored
     assert all(reason for reason in ignored.values())
+
+
+def test_a_whole_run_is_built_from_nemos_configuration(tmp_path):
+    """As train.py does; only what names other people's disks and GPUs is changed."""
+    data = ROOT / "tests" / "data"
+    manifest = tmp_path / "a.jsonl"
+    row = {"audio_filepath": str(data / "salm/audio/a0.wav"), "duration": 0.45625, "text": "yes"}
+    manifest.write_text(json.dumps(row))
+    lines = [line for line in _lines("salm", "salm_bucketing") if not line.startswith("model.lora")]
+    config = tmp_path / "salm.yaml"
+    config.write_text(yaml.safe_dump(settings.override({}, [f"+{line}" for line in lines])))
+    run = experiment.build(
+        config,
+        [
+            f"data.train_ds.input_cfg.0.cuts_path={manifest}",
+            f"data.validation_ds.datasets.val_set_0.input_cfg.0.cuts_path={manifest}",
+            f"model.pretrained_llm={data / 'llm' / 'llama'}",
+            f"model.pretrained_asr={data / 'salm' / 'asr.nemo'}",
+            "model.perception.modality_adapter.feat_in=16",
+            "model.perception.modality_adapter.d_model=16",
+            "trainer.accelerator=auto",
+            "trainer.devices=2",
+            f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
+        ],
+    )
+    assert run.model.prompt_formatter is not None
+    assert run.model.audio_locator_tag == "<|audioplaceholder|>"
+    trained = {path.split(".")[1] for path, on in run.model.trainable.items() if np.any(on)}
+    assert trained == {"adapter", "projection"}, "NeMo's freeze_params leave these two"
 
 
 def _build_data(page: ModuleType, values: dict[str, Any]) -> None:
