@@ -22,6 +22,8 @@ from speechlm2_jax.settings import SettingsError, find, ignored_report, load, re
 from speechlm2_jax.training.trainer import FitResult, Trainer, exp_manager
 
 BLOCKS = ("model", "trainer", "data", "exp_manager")
+IGNORED = {"name": "exp_manager.name names the run"}
+"""Keys beside the blocks, as NeMo's configs page has them, and why they mean nothing here."""
 REQUIRED = ("model", "data")
 USER_ERRORS = (SettingsError, ConversionError, TokenizerError, PromptError, PatternError)
 """What a user can mend; everything else is a fault of ours and keeps its traceback."""
@@ -69,7 +71,8 @@ def build(config: str | Path, overrides: Sequence[str] = ()) -> Experiment:
         trainer.check(model)
         exp_manager(trainer, settings.get("exp_manager"))
         _ = model.variables  # missing or unfit weights are found before anything is compiled
-    for path, reason in ignored.items():
+    beside = {key: reason for key, reason in IGNORED.items() if key in settings}
+    for path, reason in {**beside, **ignored}.items():
         print(f"ignored: {path}: {reason}", file=sys.stderr)
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -78,7 +81,7 @@ def build(config: str | Path, overrides: Sequence[str] = ()) -> Experiment:
 
 def check_blocks(settings: Mapping[str, Any]) -> None:
     """Raises SettingsError for a block that is unknown, missing or incomplete."""
-    unknown = sorted(set(settings) - set(BLOCKS))
+    unknown = sorted(set(settings) - set(BLOCKS) - set(IGNORED))
     if unknown:
         raise SettingsError(f"{unknown[0]}: unknown block; a run has {', '.join(BLOCKS)}")
     for name in REQUIRED:

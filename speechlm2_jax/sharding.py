@@ -5,7 +5,7 @@ table says which mesh axes hold it. A new model adds no sharding code.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -137,6 +137,18 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if sharding is None:
         return x
     return jax.lax.with_sharding_constraint(x, sharding.named(axes, x.shape))
+
+
+def on_shards(fn: Callable[[jax.Array], jax.Array], x: jax.Array, *axes: str | None) -> jax.Array:
+    """Runs `fn` on each device's own part of `x`, for what XLA would gather first (an FFT).
+
+    `fn` must keep the rank and work along dimensions whose axis is None. Outside `use` it is `fn`.
+    """
+    sharding = _current.get()
+    if sharding is None:
+        return fn(x)
+    spec = sharding.spec(axes, x.shape)
+    return jax.shard_map(fn, mesh=sharding.mesh, in_specs=(spec,), out_specs=spec)(x)
 
 
 def place(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from speechlm2_jax.layers.module import buffer
 from speechlm2_jax.perception.frames import Frames, is_within
 from speechlm2_jax.perception.mel_filterbank import WINDOWS, analysis_window, mel_filterbank
+from speechlm2_jax.sharding import on_shards
 
 STD_FLOOR = 1e-5
 """Added to the standard deviation itself, so a constant bin normalises to 0."""
@@ -205,7 +206,8 @@ class LogMel(nnx.Module):
         frames = (
             _overlapping(wave, size, hop, count) * self.window[...].astype(jnp.float32)[None, None]
         )
-        spectrum = jnp.fft.rfft(frames, n=n_fft)
+        # on shards: XLA's partitioner would gather all frames on every device for an FFT
+        spectrum = on_shards(lambda x: jnp.fft.rfft(x, n=n_fft), frames, "batch", None, None)
         power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
         return power if config.mag_power == 2.0 else jnp.power(power, config.mag_power / 2.0)
 
