@@ -1,5 +1,6 @@
 """Laws of answering: equal to the plain forward pass, whatever the padding and the neighbours."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -108,6 +109,16 @@ def test_one_program_serves_all_prompts_of_a_shape() -> None:
     before = count()
     answer(VARIABLES, *laid_out(PROMPTS[1:], 6), GREEDY)
     assert count() == before
+
+
+def test_the_loop_updates_the_cache_in_place() -> None:
+    prompts = laid_out(PROMPTS, 6)
+    text = answer.lower(VARIABLES, *prompts, GREEDY).compile().as_text()
+    loops = text[: text.index("ENTRY")]
+    capacity = 6 + GREEDY.max_new_tokens - 1
+    cache = rf"f32\[{CONFIG.layers},{len(PROMPTS)},{capacity},1,{CONFIG.head_width}\]\S*"
+    assert re.search(rf"{cache} dynamic-update-slice\(", loops)
+    assert not re.search(rf"{cache} copy\(", loops)
 
 
 def test_an_empty_row_gives_padding_only() -> None:
