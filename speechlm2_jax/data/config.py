@@ -99,38 +99,59 @@ class DataLoaderConfig:
     manifest_filepath: Paths | None = None
     shar_path: str | None = None
     audio_locator_tag: str | None = None
+    """The token that stands for a recording, for entries that do not say."""
     text_field: str = "text"
+    """Key of a NeMo manifest's line that holds the answer."""
     reweight_temperature: float | tuple[float, ...] | None = None
     """Exponent of the weights, one for all levels of groups or one for each."""
     # how it is told
     sample_rate: int = 16000
+    """Everything is resampled to it."""
     prompt_format: str | None = None
+    """Required: llama2, llama3, qwen, plain, gemma, mistral or nemotron-h."""
     token_equivalent_duration: float | None = None
+    """Seconds of audio that count as one token where lengths are measured."""
     channel_selector: int | Literal["average"] | None = None
+    """Which channel of several; average (or null) is their mean."""
     # in which order
     seed: int | str = 0
+    """Of the order; `trng` and `randomized` are taken for 0, as hosts must agree."""
     shuffle: bool = False
+    """Anew in each epoch; else in the order of the manifests."""
     # how much at once
     batch_size: int | None = None
+    """Conversations per group; with `batch_tokens`, at most so many."""
     batch_tokens: int | None = None
+    """Tokens per group: as many rows as fit, by the longest of the bucket."""
     quadratic_factor: float | None = None
     """A length counts as length + length**2 / quadratic_factor against `batch_tokens`."""
     use_multimodal_sampling: bool = False
+    """Lengths always count tokens; the keys that are token counts ask for it, as in NeMo."""
     measure_total_length: bool = True
+    """Whether the last turn belongs to the length."""
     use_bucketing: bool = False
+    """Buckets of `num_buckets`; without it a few are chosen that leave little padding."""
     bucket_duration_bins: tuple[Any, ...] | None = None
     """Upper ends of the buckets, in tokens; a last bucket takes what is longer."""
     bucket_batch_size: tuple[int, ...] | None = None
+    """Conversations of each of `bucket_duration_bins`; what is longer than all is left out."""
     num_buckets: int = 30
+    """Each is a shape, so a program to compile."""
     drop_last: bool = False
+    """Leaves out the batch of an epoch that is not full."""
     # what to leave out
     min_duration: float | None = None
+    """Seconds of all audio of a conversation; one without audio passes."""
     max_duration: float | None = None
+    """Seconds of all audio of a conversation."""
     min_tokens: int | None = None
+    """Length of a conversation, audio counted by `token_equivalent_duration`."""
     max_tokens: int | None = None
+    """Length of a conversation."""
     min_tpt: float = -1.0
     """Least answer tokens per prompt token."""
     max_tpt: float = float("inf")
+    """Most answer tokens per prompt token."""
     # by how many threads
     num_workers: int = 1
     """Threads that read audio ahead."""

@@ -112,7 +112,7 @@ class Conversation:
     prompt: Prompt | None = field(default=None, repr=False)
     """Its token ids, once a prompt format was applied."""
 
-    @property
+    @functools.cached_property
     def clips(self) -> tuple[AudioClip, ...]:
         """The audio behind the placeholders, in order."""
         return tuple(turn.clip for turn in self.turns if isinstance(turn, AudioTurn))

@@ -21,6 +21,8 @@ from speechlm2_jax.settings import SettingsError
 
 LINES_PER_CAUSE = 10
 """Dropped conversations that are named in the log; further ones are only counted."""
+EMPTY_BATCHES = 20
+"""So many batches in a row without one usable recording: the disk is gone, or the paths wrong."""
 
 _EMPTY_ROW = SalmExample(id="", tokens=np.zeros(0, np.int32), loss_mask=np.zeros(0, bool))
 _log = logging.getLogger(__name__)
@@ -160,6 +162,7 @@ class BatchStream(grain.DatasetIterator):
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="audio")
         self._ahead: deque[tuple[dict[str, Any], Future]] = deque()
         self._state = plans.get_state()
+        self._empty_batches = 0
 
     def __next__(self) -> HostBatch:
         while len(self._ahead) < 2 * self._threads:
@@ -175,6 +178,12 @@ class BatchStream(grain.DatasetIterator):
         self._state = state
         for failure in failures:
             self._dropped.add(failure)
+        self._empty_batches = 0 if batch.ids else self._empty_batches + 1
+        if self._empty_batches >= EMPTY_BATCHES:
+            raise SettingsError(
+                f"{EMPTY_BATCHES} batches in a row without a usable recording; the last one: "
+                f"{failures[-1].message}"
+            )
         return batch
 
     def get_state(self) -> dict[str, Any]:

@@ -64,8 +64,10 @@ class Tokenizer:
         return self._backend.encode([text])[0]
 
     def texts_to_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encodes many texts at once, which is much faster than one by one."""
-        return self._backend.encode(texts) if texts else []
+        """Encodes many texts at once, equal ones only once: much faster than one by one."""
+        distinct = list(dict.fromkeys(texts))
+        ids = dict(zip(distinct, self._backend.encode(distinct), strict=True)) if distinct else {}
+        return [list(ids[text]) for text in texts]
 
     def ids_to_text(self, ids: Any, remove_special_tokens: bool = True) -> str:
         """Decodes `[T]` ids: a list, or any array (NumPy, JAX, torch)."""
@@ -191,6 +193,11 @@ class _HuggingFace:
             raise TokenizerError(f"tokenizer {name}: {where} gives none ({first_line})") from error
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is not None and backend.truncation is None and backend.padding is None:
+            # transformers' own call spends most of its time on what is not asked for here
+            encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in encoded]
         return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
     def tokens(self, text: str) -> list[str]:

@@ -187,6 +187,13 @@ def test_bad_audio_does_not_change_its_neighbours(damaged, make_module, tmp_path
     np.testing.assert_array_equal(other.audio[0, :2], one.audio[0, :2])
 
 
+def test_a_disk_that_is_gone_stops_the_stream(make_module, tmp_path):
+    rows = [{"audio_filepath": f"{n}.wav", "duration": 1.0, "text": "x"} for n in range(4)]
+    stream = make_module(write_manifest(tmp_path / "m.jsonl", rows)).train_batches()
+    with pytest.raises(SettingsError, match="20 batches in a row without a usable recording"):
+        list(stream)
+
+
 def test_settings_that_leave_conversations_out_are_counted_by_cause(corpus, make_module):
     rows = read_rows(corpus / "manifest.jsonl")
     module = make_module(corpus / "manifest.jsonl", max_duration=1.0, min_duration=0.3)
