@@ -77,7 +77,8 @@ class AudioClip:
         try:
             wave = np.asarray(self.cut.load_audio(), np.float32)
         except Exception as error:  # Lhotse raises many kinds, all of which mean: no audio
-            raise AudioError(f"cut {self.id}: {error}", cause="unreadable") from error
+            reason = " ".join(str(error).split())[:200]
+            raise AudioError(f"cut {self.id}: {reason}", cause="unreadable") from error
         mono = check_samples(wave.mean(axis=0), f"cut {self.id}")
         return resample(mono, self.cut.sampling_rate, sample_rate_hz)
 

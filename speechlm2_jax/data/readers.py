@@ -82,14 +82,10 @@ def read_shar(folder: str | Path, reading: Reading) -> Iterator[Conversation]:
 
 
 def read_cuts(path: str | Path) -> Iterator[Any]:
-    """The Lhotse cuts of a manifest or a SHAR folder, with absolute audio paths.
+    """The Lhotse cuts of a manifest, with absolute audio paths.
 
     Raises SettingsError for a missing file and for lines that are no cuts.
     """
-    if Path(path).is_dir():
-        for cut, tar, members in _shar_cuts(Path(path)):
-            yield _with_bytes(cut, tar, members)
-        return
     from lhotse import CutSet
 
     path = local_file(path)
@@ -102,11 +98,6 @@ def read_cuts(path: str | Path) -> Iterator[Any]:
         raise
     except Exception as error:  # Lhotse raises whatever a wrong line makes it raise
         raise SettingsError(f"{path}: not Lhotse cuts ({error})") from error
-
-
-def read_cut_audio(cut: Any, *, sample_rate_hz: int) -> np.ndarray:
-    """Reads a Lhotse cut as mono samples `[S]`. Raises AudioError for one that cannot be used."""
-    return _clip_of_cut(cut, Reading()).load(sample_rate_hz)
 
 
 def local_file(path: str | Path) -> Path:
@@ -346,19 +337,6 @@ def _tar_members(tar: Path) -> dict[str, tuple[int, int]]:
             }
     except (tarfile.TarError, OSError) as error:
         raise SettingsError(f"{tar}: not a tar archive ({error})") from error
-
-
-def _with_bytes(cut: Any, tar: Path, members: Mapping[str, tuple[int, int]]) -> Any:
-    """A SHAR cut that Lhotse can load by itself: its recording held in memory."""
-    from lhotse import AudioSource
-
-    start, size = members[cut.id]
-    with open(tar, "rb") as file:
-        file.seek(start)
-        data = file.read(size)
-    channels = cut.recording.sources[0].channels
-    cut.recording.sources = [AudioSource(type="memory", channels=channels, source=data)]
-    return cut
 
 
 def _rest_of_file_s(path: str, offset_s: float) -> float:

@@ -1,14 +1,7 @@
 """Prompt formats: from the turns of a dialog to token ids and back to who speaks where."""
 
 from speechlm2_jax.data.prompts.formats import FORMATS, OUTPUT_ROLE, PromptFormat
-from speechlm2_jax.data.prompts.formatter import (
-    Prompt,
-    PromptError,
-    PromptFormatter,
-    Turn,
-    check_tokenizer,
-    encode_dialog,
-)
+from speechlm2_jax.data.prompts.formatter import Prompt, PromptError, PromptFormatter, Turn
 
 __all__ = [
     "FORMATS",
@@ -18,6 +11,4 @@ __all__ = [
     "PromptFormat",
     "PromptFormatter",
     "Turn",
-    "check_tokenizer",
-    "encode_dialog",
 ]

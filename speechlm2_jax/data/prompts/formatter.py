@@ -189,13 +189,3 @@ class PromptFormatter:
 
 def _takes_system(turns: Mapping[str, str]) -> bool:
     return "system" in turns or "system_and_user" in turns
-
-
-def encode_dialog(turns: Sequence[Turn], *, format: str, tokenizer: Tokenizer) -> Prompt:
-    """Encodes one dialog; PromptFormatter is quicker for many."""
-    return PromptFormatter(format, tokenizer).encode_dialog(turns)
-
-
-def check_tokenizer(format: str, tokenizer: Tokenizer) -> None:
-    """Raises PromptError or TokenizerError unless the tokenizer can spell the format."""
-    PromptFormatter(format, tokenizer)
