@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,13 +34,10 @@ class Programs:
         self,
         functions: StepFunctions,
         layout: Layout,
-        *,
-        precision: Callable[[], AbstractContextManager[Any]],
-        compiling: Callable[[], AbstractContextManager[Any]],
+        compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
-        """`precision` is entered while tracing, `compiling` while compiling (for timing)."""
-        self._functions, self._layout = functions, layout
-        self._precision, self._compiling = precision, compiling
+        """`compiling` is entered around each compilation, to measure it."""
+        self._functions, self._layout, self._compiling = functions, layout, compiling
         self._whole = functions.sharding.replicated
         self._compiled: dict[Any, Any] = {}
         state = layout.state_shardings
@@ -79,8 +76,7 @@ class Programs:
         """Adds micro-batch `index`; `sums` (None at the first) is donated, the state is not."""
         arrays = self.put(batch)
         if self._sums is None:
-            with self._precision():
-                self._sums = _SumPrograms.make(self._functions, self._layout, state, frozen, arrays)
+            self._sums = _SumPrograms.make(self._functions, self._layout, state, frozen, arrays)
         if sums is None:
             sums = self._program("start", "", (), self._sums.start, (state.buffers,))(state.buffers)
         arguments = (sums, state, frozen, arrays, self._scalar(np.int32(index)))
@@ -112,7 +108,7 @@ class Programs:
         shapes = tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in jax.tree.leaves(batch))
         if (kind, shapes) not in self._compiled:
             name = f"{kind} program" + (f" of bucket {bucket}" if bucket else "")
-            with self._compiling(), self._precision(), announce(name):
+            with self._compiling(), announce(name):
                 self._compiled[kind, shapes] = function.lower(*arguments).compile()
         return self._compiled[kind, shapes]
 

@@ -90,7 +90,8 @@ class Trainer:
 
     def check(self, model: TrainableModel) -> None:
         """Reads what `fit` will read of settings. Raises SettingsError for what does not fit."""
-        self.config.choose_devices()
+        build_mesh(self.strategy, self.config.choose_devices())
+        self.config.cadence()
         adamw = read_optimizer(model.optimizer)
         make_schedule(model.lr_scheduler, adamw.lr)
         Partition.of(model).require_trainable()
@@ -116,6 +117,7 @@ class Trainer:
                 run_directory.create(self.run_dir)
             stack.enter_context(run_directory.logging_to(self.run_dir))
             stack.enter_context(stop.listening())
+            stack.enter_context(self.config.matmul_precision())
             setup = self._set_up(model)
             keep_compiled_programs(self.config.compilation_cache_dir)
             frozen_as_given = {path: model.variables[path] for path in setup.partition.frozen}
@@ -137,7 +139,7 @@ class Trainer:
         validation_metrics: Mapping[str, HostMetric] | None = None,
     ) -> dict[str, float]:
         """Validates the model as it is: `val_<metric>` and `val_<metric>_<set>`."""
-        with run_directory.logging_to(None):
+        with run_directory.logging_to(None), self.config.matmul_precision():
             setup = self._set_up(model, trains=False)
             groups = setup.sharding.data_parallel_size
             _prepare_data(model, datamodule, groups, setup.sharding)
@@ -293,7 +295,6 @@ class Trainer:
         return Programs(
             functions,
             setup.layout,
-            precision=self.config.matmul_precision,
             compiling=lambda: meter.measure("compiling"),
         )
 

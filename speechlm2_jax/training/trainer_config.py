@@ -144,7 +144,7 @@ class TrainerConfig:
         return COMPUTE_DTYPES[str(self.precision)]
 
     def matmul_precision(self) -> AbstractContextManager[Any]:
-        """The context for tracing: full fp32 products where fp32 was asked for."""
+        """The context to compute in: full fp32 products where fp32 was asked for."""
         is_fp32 = self.compute_dtype == jnp.float32
         return jax.default_matmul_precision("highest") if is_fp32 else nullcontext()
 

@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -25,7 +27,7 @@ def finished(tmp_path_factory):
     """One run of six steps, whose files many tests read."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     model = ToyModel(dropout=0.2, lr_scheduler=SCHEDULE)
-    data = ToyData(dropped={"unreadable": 2})
+    data = ToyData(lengths=(5, 7), dropped={"unreadable": 2})
     result = make_trainer(run_dir, max_steps=6).fit(model, data)
     return run_dir, model, result
 
@@ -198,6 +200,22 @@ def test_a_monitor_that_is_no_metric_is_refused_before_training(tmp_path):
     assert not rows_of(tmp_path)[0]
 
 
+@pytest.mark.parametrize(("precision", "products"), [("32-true", "highest"), ("bf16", None)])
+def test_fp32_products_are_full_and_only_while_training(precision, products):
+    seen = []
+
+    class Watched(ToyModel):
+        def losses(self, variables, batch, *, key, train):
+            seen.append((jax.config.jax_default_matmul_precision, self.compute_dtype))
+            return super().losses(variables, batch, key=key, train=train)
+
+    trainer = make_trainer(max_steps=1, precision=precision, limit_val_batches=0)
+    trainer.fit(Watched(), ToyData())
+    dtype = jnp.float32 if precision == "32-true" else jnp.bfloat16
+    assert set(seen) == {(products, dtype)}
+    assert jax.config.jax_default_matmul_precision is None
+
+
 def test_without_a_run_directory_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = make_trainer(max_steps=2).fit(ToyModel(dropout=0.2), ToyData())
@@ -206,7 +224,7 @@ def test_without_a_run_directory_nothing_is_written(tmp_path, monkeypatch):
 
 def test_validate_gives_the_metrics_of_the_model_as_it_is(finished):
     _, model, result = finished
-    metrics = make_trainer().validate(model, ToyData())
+    metrics = make_trainer().validate(model, ToyData(lengths=(5, 7)))
     assert metrics == pytest.approx(result.metrics)
 
 

@@ -153,7 +153,7 @@ def test_another_mesh_goes_on_with_the_same_global_batches(tmp_path):
 
 
 def test_a_mesh_that_cannot_share_the_groups_is_refused_with_those_that_can(tmp_path):
-    fit(tmp_path, max_steps=1, devices=4)
+    fit(tmp_path, max_steps=1, devices=4, limit_val_batches=0)
     with pytest.raises(SettingsError, match="data-parallel size of 1, 2, 4"):
         fit(tmp_path, max_steps=2, devices=8)
 

@@ -6,7 +6,6 @@ Frozen embedding, stacked residual layers, a running mean, dropout keyed by row,
 import json
 import os
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import jax
@@ -172,7 +171,7 @@ def make_programs(model, sharding, *, accumulate=1, clip=1.0, precision="32-true
         accumulate=accumulate,
         nemo_exact=model.nemo_exact,
     )
-    programs = Programs(functions, layout, precision=config.matmul_precision, compiling=nullcontext)
+    programs = Programs(functions, layout)
     state = first_state(model.variables, layout, optimizer)
     return programs, state, put(model.variables, layout.frozen, copy=False)
 
@@ -204,7 +203,7 @@ class ToyData:
     """Endless batches; `bad` maps batch indices to what the loss is multiplied with."""
 
     rows: int = 2
-    lengths: tuple = (5, 7)
+    lengths: tuple = (5,)
     bad: dict = field(default_factory=dict)
     length: int | None = None
     dropped: dict = field(default_factory=dict)
