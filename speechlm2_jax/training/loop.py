@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from speechlm2_jax.batches import HostBatch
+from speechlm2_jax.batches import HostBatch, LossSum
 from speechlm2_jax.checkpointing import Checkpointer
 from speechlm2_jax.settings import SettingsError, to_plain
 from speechlm2_jax.training.cadence import Cadence
@@ -306,7 +306,8 @@ class FitLoop:
         try:
             with parts.meter.measure("validation"):
                 sets = parts.datamodule.validation_batches()
-                metrics = parts.validator.run(sets, parts.sanity_batches if sanity else None)
+                limit = parts.sanity_batches if sanity else None
+                metrics = parts.validator.run(sets, self._evaluate, limit)
         except Interrupted:
             return self._stopped(parts.stop.reason or "validation was interrupted")
         self._check_monitor(metrics)
@@ -319,6 +320,9 @@ class FitLoop:
         parts.metrics_log.write(row)
         log.info(format_validation(row))
         return None
+
+    def _evaluate(self, batch: HostBatch) -> Mapping[str, LossSum]:
+        return self.parts.programs.evaluate(self.state, self.frozen, batch)
 
     def _check_monitor(self, metrics: Mapping[str, float]) -> None:
         """Raises SettingsError if the best checkpoint is to be chosen by a metric not there."""

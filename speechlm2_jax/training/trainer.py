@@ -1,52 +1,31 @@
 """What a user starts training with: `Trainer`, `exp_manager`, `trainer.fit(model, datamodule)`."""
 
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 
-from speechlm2_jax import checkpointing
-from speechlm2_jax.checkpointing import CHECKPOINTS, Checkpointer, Restored
+from speechlm2_jax.checkpointing import CHECKPOINTS, Checkpointer
 from speechlm2_jax.settings import build, to_plain
-from speechlm2_jax.sharding import Sharding
 from speechlm2_jax.training import run_dir as run_directory
 from speechlm2_jax.training.exp_manager import ExpManagerConfig
-from speechlm2_jax.training.loop import (
-    MAX_SKIPPED_IN_A_ROW,
-    FitLoop,
-    FitResult,
-    NonFiniteRun,
-    Parts,
-    Progress,
-)
-from speechlm2_jax.training.meter import Meter
-from speechlm2_jax.training.metrics_log import MetricsLog, drop_rows_after, format_validation
-from speechlm2_jax.training.optimizer import AdamWConfig, Optimizer, read_optimizer
-from speechlm2_jax.training.programs import Programs, keep_compiled_programs
+from speechlm2_jax.training.loop import FitLoop, FitResult, NonFiniteRun, Parts
+from speechlm2_jax.training.metrics_log import MetricsLog, format_validation
+from speechlm2_jax.training.optimizer import read_optimizer
+from speechlm2_jax.training.programs import keep_compiled_programs
 from speechlm2_jax.training.protocol import DataSource, HostMetric, TrainableModel, Variables
 from speechlm2_jax.training.schedules import make_schedule
-from speechlm2_jax.training.state import (
-    Layout,
-    Partition,
-    TrainState,
-    first_state,
-    plan_layout,
-    put,
-)
-from speechlm2_jax.training.step import StepFunctions
+from speechlm2_jax.training.start import Setup, begin, go_on, restore
+from speechlm2_jax.training.state import Partition
 from speechlm2_jax.training.stopping import StopRequest
 from speechlm2_jax.training.strategies import (
     DDPStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     build_mesh,
-    check_groups,
     read_strategy,
 )
 from speechlm2_jax.training.trainer_config import TrainerConfig
@@ -118,7 +97,7 @@ class Trainer:
             stack.enter_context(run_directory.logging_to(self.run_dir))
             stack.enter_context(stop.listening())
             stack.enter_context(self.config.matmul_precision())
-            setup = self._set_up(model)
+            setup = Setup.of(model, self.config, self.strategy)
             keep_compiled_programs(self.config.compilation_cache_dir)
             frozen_as_given = {path: model.variables[path] for path in setup.partition.frozen}
             loop = self._start_loop(model, datamodule, setup, stop, validation_metrics, stack)
@@ -140,84 +119,56 @@ class Trainer:
     ) -> dict[str, float]:
         """Validates the model as it is: `val_<metric>` and `val_<metric>_<set>`."""
         with run_directory.logging_to(None), self.config.matmul_precision():
-            setup = self._set_up(model, trains=False)
-            groups = setup.sharding.data_parallel_size
-            _prepare_data(model, datamodule, groups, setup.sharding)
-            state = first_state(model.variables, setup.layout, setup.optimizer)
-            frozen = put(model.variables, setup.layout.frozen, copy=False)
-            programs = self._programs(model, setup, setup.meter())
-            metrics = _host_metrics(model, validation_metrics)
-            validator = self._validator(model, programs, lambda: (state, frozen), metrics)
-            results = validator.run(datamodule.validation_batches())
+            setup = Setup.of(model, self.config, self.strategy, trains=False)
+            setup.prepare_data(model, datamodule, setup.sharding.data_parallel_size)
+            start = begin(model, setup)
+            programs = setup.programs(model, setup.meter())
+            results = self._validator(model, validation_metrics).run(
+                datamodule.validation_batches(),
+                lambda batch: programs.evaluate(start.state, start.frozen, batch),
+            )
             log.info(format_validation({"step": 0, **results}))
             return results
-
-    def _set_up(self, model: TrainableModel, *, trains: bool = True) -> "_Setup":
-        """Decides devices, mesh, optimizer and layout; tells the model its compute dtype."""
-        devices = self.config.choose_devices()
-        sharding = build_mesh(self.strategy, devices)
-        partition = Partition.of(model)
-        adamw = AdamWConfig()
-        if trains:
-            partition.require_trainable()
-            adamw = read_optimizer(model.optimizer)
-        optimizer = Optimizer(
-            transform=adamw.transform() if trains else optax.identity(),
-            clip_norm=self.config.gradient_clip_val or 0.0,
-            masks=partition.masks,
-        )
-        model.compute_dtype = self.config.compute_dtype
-        layout = plan_layout(model.infos, partition, optimizer, sharding, self.config.compute_dtype)
-        return _Setup(
-            devices=tuple(devices),
-            sharding=sharding,
-            partition=partition,
-            adamw=adamw,
-            optimizer=optimizer,
-            layout=layout,
-        )
 
     def _start_loop(
         self,
         model: TrainableModel,
         datamodule: DataSource,
-        setup: "_Setup",
+        setup: Setup,
         stop: StopRequest,
         validation_metrics: Mapping[str, HostMetric] | None,
         stack: ExitStack,
     ) -> FitLoop:
         """Restores or begins, prepares the data, and puts the parts together."""
-        config = self.config
+        config, experiment = self.config, self.experiment
         cadence, meter = config.cadence(), setup.meter()
         schedule = make_schedule(model.lr_scheduler, setup.adamw.lr)
-        programs = self._programs(model, setup, meter)
-        restored = self._restore(setup.layout)
-        groups = setup.sharding.data_parallel_size if restored is None else _groups(restored)
-        check_groups(groups, setup.sharding)
-        _prepare_data(model, datamodule, groups, setup.sharding)
-        start = _begin(model, setup) if restored is None else _go_on(restored)
-        self._describe_start(setup, start.progress)
-        checkpointer = self._open_checkpointer(start.frozen, stack)
+        own = self._checkpoints if experiment.resume_if_exists else None
+        other = experiment.resume_from_checkpoint
+        restored = restore(setup.layout, own, Path(other) if other else None, self.run_dir)
+        groups = (
+            setup.sharding.data_parallel_size
+            if restored is None
+            else int(restored.progress["groups"])
+        )
+        setup.prepare_data(model, datamodule, groups)
+        start = begin(model, setup) if restored is None else go_on(restored)
+        log.info(setup.describe(groups))
         metrics = self._open_metrics(model, datamodule)
         stack.callback(metrics.close)
-
-        def arrays() -> tuple[TrainState, Variables]:
-            return loop.state, loop.frozen
-
-        host_metrics = _host_metrics(model, validation_metrics)
-        validator = self._validator(model, programs, arrays, host_metrics, stop)
         has_validation = config.limit_val_batches is None or config.limit_val_batches > 0
-        loop = FitLoop(
+        validator = self._validator(model, validation_metrics, stop)
+        return FitLoop(
             parts=Parts(
                 model=model,
                 datamodule=datamodule,
                 batches=datamodule.train_batches(start.progress.data),
-                programs=programs,
+                programs=setup.programs(model, meter),
                 schedule=schedule,
                 cadence=cadence,
                 validator=validator if has_validation else None,
-                checkpointer=checkpointer,
-                checkpoint_params=self.experiment.checkpoint_callback_params,
+                checkpointer=self._open_checkpointer(start.frozen, stack),
+                checkpoint_params=experiment.checkpoint_callback_params,
                 metrics_log=metrics,
                 meter=meter,
                 stop=stop,
@@ -228,32 +179,6 @@ class Trainer:
             frozen=start.frozen,
             progress=start.progress,
         )
-        return loop
-
-    def _restore(self, layout: Layout) -> Restored | None:
-        """Reads where to go on (`checkpointing.restore` has the order), and tidies up after it."""
-        other, state = self.experiment.resume_from_checkpoint, layout.state
-        own = self._checkpoints if self.experiment.resume_if_exists else None
-        counters = {"step": state.step, "skipped": state.skipped}
-        restored = checkpointing.restore(
-            own,
-            Path(other) if other else None,
-            {
-                "params": state.trainable,
-                "buffers": state.buffers,
-                "opt": {"state": state.opt_state, **counters},
-            },
-            layout.frozen,
-        )
-        is_own = restored is not None and own is not None and restored.step.parent == own.absolute()
-        if restored is not None:
-            log.info("going on from %s", restored.step)
-        if self.run_dir is not None and jax.process_index() == 0:
-            step = int(restored.step.name) if restored is not None and is_own else -1
-            if own is not None and is_own:
-                checkpointing.set_aside_newer(own, step)
-            drop_rows_after(self.run_dir / run_directory.METRICS, step)
-        return restored
 
     @property
     def _checkpoints(self) -> Path | None:
@@ -283,32 +208,14 @@ class Trainer:
             settings=self._settings(model, datamodule),
         )
 
-    def _programs(self, model: TrainableModel, setup: "_Setup", meter: Meter) -> Programs:
-        functions = StepFunctions(
-            losses=model.losses,
-            optimizer=setup.optimizer,
-            sharding=setup.sharding,
-            seed=self.config.seed,
-            accumulate=self.config.accumulate_grad_batches,
-            nemo_exact=model.nemo_exact,
-        )
-        return Programs(
-            functions,
-            setup.layout,
-            compiling=lambda: meter.measure("compiling"),
-        )
-
     def _validator(
         self,
         model: TrainableModel,
-        programs: Programs,
-        arrays: Callable[[], tuple[TrainState, Variables]],
-        host_metrics: Mapping[str, HostMetric],
+        metrics: Mapping[str, HostMetric] | None,
         stop: StopRequest | None = None,
     ) -> Validator:
         return Validator(
-            evaluate=lambda batch: programs.evaluate(*arrays(), batch),
-            host_metrics=host_metrics,
+            host_metrics=model.validation_metrics if metrics is None else metrics,
             nemo_exact=model.nemo_exact,
             limit=self.config.limit_val_batches,
             should_stop=lambda: stop is not None and stop.reason is not None,
@@ -327,21 +234,6 @@ class Trainer:
             "exp_manager": to_plain(self._experiment_options),
         }
 
-    def _describe_start(self, setup: "_Setup", progress: Progress) -> None:
-        count = {
-            kind: sum(math.prod(leaf.shape) for leaf in tree.values())
-            for kind, tree in (
-                ("trained", setup.layout.state.trainable),
-                ("frozen", setup.layout.frozen),
-            )
-        }
-        sizes = ", ".join(f"{a} {n}" for a, n in setup.sharding.mesh.shape.items() if n > 1)
-        log.info(
-            "parameters: %s trained, %s frozen; devices: %d x %s%s; groups of a global batch: %d",
-            *(f"{count['trained']:,}", f"{count['frozen']:,}", len(setup.devices)),
-            *(setup.devices[0].device_kind, f" ({sizes})" if sizes else "", progress.groups),
-        )
-
 
 def exp_manager(trainer: Trainer, cfg: Mapping[str, Any] | None = None) -> Path | None:
     """Gives a trainer its run directory, checkpoints and loggers from an `exp_manager` block.
@@ -349,72 +241,6 @@ def exp_manager(trainer: Trainer, cfg: Mapping[str, Any] | None = None) -> Path 
     Returns the run directory, None without a block. Raises SettingsError for what does not fit.
     """
     return None if cfg is None else trainer.use_experiment(cfg)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Setup:
-    """What is decided before any array is placed."""
-
-    devices: tuple[jax.Device, ...]
-    sharding: Sharding
-    partition: Partition
-    adamw: AdamWConfig
-    optimizer: Optimizer
-    layout: Layout
-
-    def meter(self) -> Meter:
-        """Starts counting time for these devices."""
-        return Meter([device.device_kind for device in self.devices])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Start:
-    """Where training begins or goes on."""
-
-    state: TrainState
-    frozen: Variables
-    progress: Progress
-
-
-def _begin(model: TrainableModel, setup: _Setup) -> _Start:
-    return _Start(
-        state=first_state(model.variables, setup.layout, setup.optimizer),
-        frozen=put(model.variables, setup.layout.frozen, copy=False),
-        progress=Progress(groups=setup.sharding.data_parallel_size),
-    )
-
-
-def _groups(restored: Restored) -> int:
-    return int(restored.progress["groups"])
-
-
-def _go_on(restored: Restored) -> _Start:
-    progress = Progress(**restored.progress)
-    if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        progress.skipped_in_a_row = 0  # it stopped over these; it may try once more
-    arrays = restored.arrays
-    state = TrainState(
-        trainable=arrays["params"],
-        buffers=arrays["buffers"],
-        opt_state=arrays["opt"]["state"],
-        step=arrays["opt"]["step"],
-        skipped=arrays["opt"]["skipped"],
-    )
-    return _Start(state=state, frozen=restored.frozen, progress=progress)
-
-
-def _prepare_data(
-    model: TrainableModel, datamodule: DataSource, groups: int, sharding: Sharding
-) -> None:
-    datamodule.setup(
-        frame_count=model.frame_count, groups=groups, pad_to_multiple=sharding.length_multiple
-    )
-
-
-def _host_metrics(
-    model: TrainableModel, given: Mapping[str, HostMetric] | None
-) -> Mapping[str, HostMetric]:
-    return model.validation_metrics if given is None else given
 
 
 def _shortest(*limits_s: float | None) -> float | None:

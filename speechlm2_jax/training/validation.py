@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 IN_FLIGHT = 4
 """Validation batches computed ahead of the host."""
 Evaluate = Callable[[HostBatch], Mapping[str, LossSum]]
+"""A batch -> sums, `loss` among them."""
 
 
 class Interrupted(Exception):
@@ -50,8 +51,6 @@ class Mean:
 class Validator:
     """How to validate; `run` does it once."""
 
-    evaluate: Evaluate
-    """A batch -> sums on the device, `loss` among them."""
     host_metrics: Mapping[str, HostMetric]
     nemo_exact: bool
     """Means of batch means, as NeMo takes them, instead of means over elements."""
@@ -62,18 +61,19 @@ class Validator:
     def run(
         self,
         sets: Mapping[str, Iterable[HostBatch]],
+        evaluate: Evaluate,
         limit: int | None = None,
     ) -> dict[str, float]:
         """Validates: `val_<metric>_<set>` and `val_<metric>`, its mean over the sets.
 
-        `limit` (batches of each set) stands in for the validator's own. Raises Interrupted if
-        asked to stop.
+        `evaluate` gives a batch's sums on the device. `limit` (batches of each set) stands in for
+        the validator's own. Raises Interrupted if asked to stop.
         """
         results: dict[str, float] = {}
         by_metric: dict[str, list[float]] = {}
         for name, batches in sets.items():
             taken = take(batches, self.limit if limit is None else limit, name)
-            values = self._run_set(taken)
+            values = self._run_set(taken, evaluate)
             if not values:
                 log.warning("validation set %s has nothing to score; it is left out", name)
             for metric, value in values.items():
@@ -82,7 +82,7 @@ class Validator:
         means = {f"val_{m}": math.fsum(values) / len(values) for m, values in by_metric.items()}
         return {**means, **results}
 
-    def _run_set(self, batches: Iterable[HostBatch]) -> dict[str, float]:
+    def _run_set(self, batches: Iterable[HostBatch], evaluate: Evaluate) -> dict[str, float]:
         means: dict[str, Mean] = {}
         pending: deque[Mapping[str, LossSum]] = deque()
 
@@ -93,7 +93,7 @@ class Validator:
         for batch in batches:
             if self.should_stop():
                 raise Interrupted
-            pending.append(self.evaluate(batch))
+            pending.append(evaluate(batch))
             for metric, compute in self.host_metrics.items():
                 means.setdefault(metric, Mean(of_batches=self.nemo_exact)).add(compute(batch))
             if len(pending) > IN_FLIGHT:

@@ -1,6 +1,7 @@
 """Whole runs: what they write, keep, skip and say."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def test_run_directory_holds_what_was_asked_and_where(finished):
     assert set(config) == {"model", "trainer", "data", "exp_manager"}
     assert config["model"]["kind"] == "toy" and config["trainer"]["max_steps"] == 6
     assert "jax " in (run_dir / "environment.txt").read_text()
-    assert "pytest" in (run_dir / "command.txt").read_text()
+    assert sys.executable in (run_dir / "command.txt").read_text()
 
 
 def test_rows_hold_the_learning_rate_used_and_the_norm_before_clipping(finished):

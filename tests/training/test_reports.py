@@ -16,25 +16,25 @@ SUMS = [LossSum(total=np.float32(t), count=np.float32(c)) for t, c in ((6, 2), (
 SETS = {"a": [make_batch(0), make_batch(1)], "b": [make_batch(2)]}
 
 
-def make_validator(**options):
+def evaluate(batch):
     by_id = {"b0-first": SUMS[0], "b1-first": SUMS[1], "b2-first": SUMS[2]}
+    return {"loss": by_id[batch.ids[0]]}
 
-    def evaluate(batch):
-        return {"loss": by_id[batch.ids[0]]}
 
-    return Validator(**{"evaluate": evaluate, "host_metrics": {}, "nemo_exact": False, **options})
+def validate(sets, **options):
+    return Validator(**{"host_metrics": {}, "nemo_exact": False, **options}).run(sets, evaluate)
 
 
 def test_a_set_is_the_mean_over_elements():
-    assert make_validator().run({"a": SETS["a"]}) == {"val_loss": 7 / 3, "val_loss_a": 7 / 3}
+    assert validate({"a": SETS["a"]}) == {"val_loss": 7 / 3, "val_loss_a": 7 / 3}
 
 
 def test_nemo_exact_takes_the_mean_of_batch_means():
-    assert make_validator(nemo_exact=True).run({"a": SETS["a"]})["val_loss"] == (3 + 1) / 2
+    assert validate({"a": SETS["a"]}, nemo_exact=True)["val_loss"] == (3 + 1) / 2
 
 
 def test_a_set_with_nothing_to_score_is_left_out():
-    assert "val_loss_b" not in make_validator().run(SETS)
+    assert "val_loss_b" not in validate(SETS)
 
 
 def test_limits_are_batches_or_a_part_of_a_set():
@@ -47,7 +47,7 @@ def test_limits_are_batches_or_a_part_of_a_set():
 
 def test_validation_can_be_interrupted():
     with pytest.raises(Interrupted):
-        make_validator(should_stop=lambda: True).run(SETS)
+        validate(SETS, should_stop=lambda: True)
 
 
 def test_time_by_kind_adds_up_and_rates_leave_out_what_is_not_training():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,18 @@ def test_rows_after_the_checkpoint_are_taken_back(tmp_path, uninterrupted):
         file.write('{"step": 4, "loss": 9.9}\n{"step": 5, "lo')
     fit(tmp_path)
     assert compared(tmp_path) == compared(uninterrupted)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_newest_checkpoint_costs_steps_not_the_run(uninterrupted, tmp_path, capsys):
+    every = {"checkpoint_callback_params": {"save_top_k": -1}}
+    fit(tmp_path, max_steps=6, experiment=every)
+    shutil.rmtree(tmp_path / "checkpoints" / "6" / "params")
+    fit(tmp_path)
+    output = capsys.readouterr().out
+    assert "cannot read checkpoint" in output and "going on from" in output
+    assert (tmp_path / "checkpoints" / "unreadable_6").is_dir()
+    assert_same_run(uninterrupted, tmp_path)
 
 
 def test_another_mesh_goes_on_with_the_same_global_batches(tmp_path):

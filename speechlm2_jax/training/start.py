@@ -1,0 +1,178 @@
+"""Before the first step: what is decided, and where a run begins or goes on."""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import optax
+
+from speechlm2_jax import checkpointing
+from speechlm2_jax.checkpointing import Restored
+from speechlm2_jax.sharding import Sharding
+from speechlm2_jax.training.loop import MAX_SKIPPED_IN_A_ROW, Progress
+from speechlm2_jax.training.meter import Meter
+from speechlm2_jax.training.metrics_log import drop_rows_after
+from speechlm2_jax.training.optimizer import AdamWConfig, Optimizer, read_optimizer
+from speechlm2_jax.training.programs import Programs
+from speechlm2_jax.training.protocol import DataSource, TrainableModel, Variables
+from speechlm2_jax.training.run_dir import METRICS
+from speechlm2_jax.training.state import (
+    Layout,
+    Partition,
+    TrainState,
+    first_state,
+    plan_layout,
+    put,
+)
+from speechlm2_jax.training.step import StepFunctions
+from speechlm2_jax.training.strategies import Strategy, build_mesh, check_groups
+from speechlm2_jax.training.trainer_config import TrainerConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is decided before any array is placed."""
+
+    config: TrainerConfig
+    devices: tuple[jax.Device, ...]
+    sharding: Sharding
+    partition: Partition
+    adamw: AdamWConfig
+    optimizer: Optimizer
+    layout: Layout
+
+    @staticmethod
+    def of(
+        model: TrainableModel, config: TrainerConfig, strategy: Strategy, *, trains: bool = True
+    ) -> "Setup":
+        """Decides devices, mesh, optimizer and layout; tells the model its compute dtype.
+
+        Without `trains` the model needs no optimizer. Raises SettingsError for what does not fit.
+        """
+        devices = config.choose_devices()
+        sharding = build_mesh(strategy, devices)
+        partition, adamw = Partition.of(model), AdamWConfig()
+        if trains:
+            partition.require_trainable()
+            adamw = read_optimizer(model.optimizer)
+        optimizer = Optimizer(
+            transform=adamw.transform() if trains else optax.identity(),
+            clip_norm=config.gradient_clip_val or 0.0,
+            masks=partition.masks,
+        )
+        model.compute_dtype = config.compute_dtype
+        layout = plan_layout(model.infos, partition, optimizer, sharding, config.compute_dtype)
+        return Setup(
+            config=config,
+            devices=tuple(devices),
+            sharding=sharding,
+            partition=partition,
+            adamw=adamw,
+            optimizer=optimizer,
+            layout=layout,
+        )
+
+    def meter(self) -> Meter:
+        """Starts counting time for these devices."""
+        return Meter([device.device_kind for device in self.devices])
+
+    def programs(self, model: TrainableModel, meter: Meter) -> Programs:
+        """The compiled side of training; nothing is compiled yet."""
+        functions = StepFunctions(
+            losses=model.losses,
+            optimizer=self.optimizer,
+            sharding=self.sharding,
+            seed=self.config.seed,
+            accumulate=self.config.accumulate_grad_batches,
+            nemo_exact=model.nemo_exact,
+        )
+        return Programs(functions, self.layout, compiling=lambda: meter.measure("compiling"))
+
+    def prepare_data(self, model: TrainableModel, datamodule: DataSource, groups: int) -> None:
+        """Lets the data plan its shapes. Raises SettingsError if the mesh cannot share `groups`."""
+        check_groups(groups, self.sharding)
+        datamodule.setup(
+            frame_count=model.frame_count,
+            groups=groups,
+            pad_to_multiple=self.sharding.length_multiple,
+        )
+
+    def describe(self, groups: int) -> str:
+        """One line: sizes of the model and the mesh."""
+        state, frozen = self.layout.state, self.layout.frozen
+        trained_count = sum(math.prod(leaf.shape) for leaf in state.trainable.values())
+        frozen_count = sum(math.prod(leaf.shape) for leaf in frozen.values())
+        sizes = ", ".join(f"{a} {n}" for a, n in self.sharding.mesh.shape.items() if n > 1)
+        kind = self.devices[0].device_kind
+        return (
+            f"parameters: {trained_count:,} trained, {frozen_count:,} frozen; devices: "
+            f"{len(self.devices)} x {kind}{f' ({sizes})' if sizes else ''}; groups of a global "
+            f"batch: {groups}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where training begins or goes on."""
+
+    state: TrainState
+    frozen: Variables
+    progress: Progress
+
+
+def begin(model: TrainableModel, setup: Setup) -> Start:
+    """Starts from the variables that the model has."""
+    return Start(
+        state=first_state(model.variables, setup.layout, setup.optimizer),
+        frozen=put(model.variables, setup.layout.frozen, copy=False),
+        progress=Progress(groups=setup.sharding.data_parallel_size),
+    )
+
+
+def go_on(restored: Restored) -> Start:
+    """Starts from a checkpoint."""
+    progress = Progress(**restored.progress)
+    if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        progress.skipped_in_a_row = 0  # it stopped over these; it may try once more
+    arrays = restored.arrays
+    state = TrainState(
+        trainable=arrays["params"],
+        buffers=arrays["buffers"],
+        opt_state=arrays["opt"]["state"],
+        step=arrays["opt"]["step"],
+        skipped=arrays["opt"]["skipped"],
+    )
+    return Start(state=state, frozen=restored.frozen, progress=progress)
+
+
+def restore(
+    layout: Layout, own: Path | None, other: Path | None, run_dir: Path | None
+) -> Restored | None:
+    """Reads where to go on (`checkpointing.restore` has the order), and tidies up after it.
+
+    What the run directory holds beyond that step is put away: unreadable checkpoints under another
+    name, rows of metrics for good, as they will be written again.
+    """
+    state = layout.state
+    counters = {"step": state.step, "skipped": state.skipped}
+    template = {
+        "params": state.trainable,
+        "buffers": state.buffers,
+        "opt": {"state": state.opt_state, **counters},
+    }
+    restored = checkpointing.restore(own, other, template, layout.frozen)
+    if restored is not None:
+        log.info("going on from %s", restored.step)
+    if run_dir is None or jax.process_index() != 0:
+        return restored
+    if restored is not None and own is not None and restored.step.parent == own.absolute():
+        step = int(restored.step.name)
+        checkpointing.set_aside_newer(own, step)
+        drop_rows_after(run_dir / METRICS, step)
+    else:
+        drop_rows_after(run_dir / METRICS, -1)
+    return restored
