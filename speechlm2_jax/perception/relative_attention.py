@@ -180,6 +180,8 @@ def _skew(scores: Float[Array, "B N Q P"], steps: int) -> Float[Array, "B N Q T"
     In the flattened block that is offset Q - 1 + i (P - 1) + j: one slice, then shorter rows.
     """
     batch, heads, rows, columns = scores.shape
+    if rows == 1:
+        return scores
     flat = scores.reshape(batch, heads, rows * columns)
     flat = flat[..., rows - 1 : rows - 1 + rows * (columns - 1)]
     return flat.reshape(batch, heads, rows, columns - 1)[..., :steps]

@@ -28,6 +28,7 @@ from speechlm2_jax.perception.perception import (
 )
 from speechlm2_jax.perception.relative_attention import View, relative_positions, visibility
 from speechlm2_jax.settings import build
+from tests.perception.small_perception import quick_jit
 
 DATA = Path(__file__).parents[1] / "data"
 FP32_ATOL = 1e-5  # one layer; also holds for these small encoders as a whole
@@ -111,7 +112,7 @@ def test_encoder_equals_nemo_layer_by_layer(name):
     definition, variables, given, config, features, lengths = encoder_case(name)
     expected = outputs_of(given)
 
-    @jax.jit
+    @quick_jit
     def run(variables):
         network = bind(definition, variables)
         return network.subsampling(features, lengths), network(
@@ -182,7 +183,7 @@ def test_a_training_pass_equals_nemo_with_its_padding_counted():
 
     infos = describe(abstract(lambda: FastConformer(config, rngs=nnx.Rngs(0))))
     parameters = {k: v for k, v in variables.items() if not infos[k].is_buffer}
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    step = quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (value, output), (gradients, input_gradient) = step(parameters, features)
     assert_close(output.frames.swapaxes(1, 2), trained["encoded"])
     assert_close(value, trained["loss"][0], LOSS_ATOL)
@@ -225,7 +226,7 @@ def test_perception_equals_nemo(adapter):
     given = below(tensors("perception/perc_identity_proj"), "in/")
     audio = jnp.asarray(given["input_signal"])
     lengths = jnp.asarray(given["input_signal_length"], jnp.int32)
-    output = jax.jit(lambda v: bind(definition, v)(audio, lengths))(variables)
+    output = quick_jit(lambda v: bind(definition, v)(audio, lengths))(variables)
     expected = tensors(f"perception/perc_{adapter}")
     np.testing.assert_array_equal(output.lengths, expected["out/encoded_len"])
     capacity = config.frame_capacity(audio.shape[1])
@@ -248,7 +249,7 @@ def test_adapter_statistics_equal_nemos_step_whatever_the_bucket():
     lengths = jnp.asarray([*given["batch/audio_lens"], 0], jnp.int32)
     definition, extents = unbind(module)[0], jnp.full(clips + 1, samples)
     modes = PerceptionModes(adapter=True, nemo_exact=True)
-    run = jax.jit(lambda v: bind(definition, v)(audio, lengths, modes=modes, extents=extents))
+    run = quick_jit(lambda v: bind(definition, v)(audio, lengths, modes=modes, extents=extents))
     output = run(variables)
     after = mapping.export({**variables, **output.statistics}, table)
     expected = below(given, "buffers_after_step0/perception.")

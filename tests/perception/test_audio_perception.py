@@ -1,0 +1,239 @@
+"""Laws of the whole perception module: frames from waveforms, whatever the batch."""
+
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speechlm2_jax.layers.module import bind
+from speechlm2_jax.perception.modality_adapter import IdentityConfig
+from speechlm2_jax.perception.perception import PerceptionConfig, PerceptionModes
+from speechlm2_jax.settings import SettingsError, build
+from tests.perception.small_perception import (
+    ALL_DROPOUT,
+    RANDOM_EVERYWHERE,
+    adapter_config,
+    assert_all_close,
+    assert_close,
+    assert_finite,
+    encoder_config,
+    example_keys,
+    noise,
+    padded,
+    perception,
+    perception_config,
+    quick_jit,
+    run,
+    split,
+)
+
+ALL_TRAINING = PerceptionModes(log_mel=True, spec_augment=True, encoder=True, adapter=True)
+CONFIGS = {
+    "identity": perception_config(adapter=IdentityConfig()),
+    "projected": perception_config(adapter=IdentityConfig(d_model=16), pad_to=16),
+    "halving adapter": perception_config(adapter=adapter_config(subsampling_factor=2)),
+    "causal": perception_config(
+        encoder=encoder_config(causal_downsampling=True, subsampling_factor=8),
+        adapter=adapter_config(causal_downsampling=True, subsampling_factor=2),
+        exact_pad=True,
+    ),
+}
+BATCH = 8
+MOST_SAMPLES = 30_000
+
+
+@cache
+def model_lengths(name):
+    """Compiles lengths in samples -> the model's lengths in frames (the rest is dead code)."""
+    definition, variables, _ = perception(CONFIGS[name])
+    silence = jnp.zeros((BATCH, MOST_SAMPLES))
+    return quick_jit(lambda lengths: bind(definition, variables)(silence, lengths).lengths)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(CONFIGS)),
+    st.lists(st.integers(0, MOST_SAMPLES), min_size=BATCH, max_size=BATCH),
+)
+def test_frame_count_is_the_models_own_length(name, samples):
+    config = CONFIGS[name]
+    lengths = model_lengths(name)(jnp.asarray(samples, jnp.int32))
+    assert lengths.tolist() == [config.frame_count(n) for n in samples]
+    longest = max(samples)
+    assert config.frame_capacity(longest) >= max(config.frame_count(n) for n in samples)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_the_output_has_the_promised_extent_and_width(name):
+    config = CONFIGS[name]
+    definition, variables, _ = perception(config)
+    audio, lengths = padded([noise(5000), noise(0)], 6400)
+    frames = jax.eval_shape(lambda v: bind(definition, v)(audio, lengths).frames, variables)
+    assert frames.shape == (2, config.frame_capacity(6400), config.output_width)
+    duration = config.frame_samples / 16000
+    assert config.token_equivalent_duration == pytest.approx(duration)
+    subsampling = {"halving adapter": 8, "causal": 16}.get(name, 4)
+    assert config.frame_samples == 160 * subsampling
+
+
+def scored(config, modes):
+    """Compiles a batch -> (loss, output) and gradients; the loss covers real frames only.
+
+    The gradients are those of adapter and projection: test_fastconformer has the encoder's.
+    """
+    definition, variables, parameters = perception(config)
+    parameters = [p for p in parameters if not p.startswith("encoder.")]
+
+    def value(chosen, audio, lengths, keys):
+        network = bind(definition, {**variables, **chosen})
+        output = network(audio, lengths, modes=modes, keys=keys)
+        real = jnp.arange(output.frames.shape[1])[None] < output.lengths[:, None]
+        squares = jnp.where(real[..., None], jnp.square(output.frames - 1.0), 0.0)
+        return jnp.sum(squares) / jnp.maximum(jnp.sum(output.lengths), 1), output
+
+    step = quick_jit(jax.value_and_grad(value, has_aux=True))
+
+    return lambda audio, lengths, keys=None: step(
+        split(variables, parameters), audio, lengths, keys
+    )
+
+
+def test_bucket_order_and_empty_slots_change_no_loss_no_frame_and_no_gradient():
+    """Everything trains and draws: statistics see real frames only, and draws have own keys."""
+    call = scored(perception_config(**RANDOM_EVERYWHERE), ALL_TRAINING)
+    clips = [noise(n, seed=n) for n in (3300, 6400)]
+    (loss, a), gradients = call(*padded(clips, 6400), example_keys(0, 1))
+    (other, b), others = call(*padded([*clips[::-1], noise(0)], 9000), example_keys(1, 0, 2))
+    assert_close(other, loss)
+    assert_all_close(others, gradients)
+    assert_all_close(b.statistics, a.statistics)
+    assert b.lengths.tolist() == [*a.lengths.tolist()[::-1], 0]
+    for row, length in enumerate(a.lengths):
+        assert_close(b.frames[1 - row, :length], a.frames[row, :length])
+    assert_finite((b, others))
+
+
+def test_randomness_needs_both_a_key_and_training_mode():
+    # layer norm: training mode alone changes nothing
+    part = {"conv_norm_type": "layer_norm", "n_layers": 1, **ALL_DROPOUT}
+    parts = {"encoder": encoder_config(**part), "adapter": adapter_config(**part)}
+    config = perception_config(**{**RANDOM_EVERYWHERE, **parts})
+    definition, variables, _ = perception(config)
+    batch = padded([noise(3200)], 3200)
+    plain = run(definition, variables, *batch, modes=ALL_TRAINING).frames
+    keyed = run(definition, variables, *batch, keys=example_keys(0)).frames
+    assert_close(keyed, plain)
+    for name in ("log_mel", "spec_augment", "encoder", "adapter"):
+        modes = PerceptionModes(**{name: True})
+        moved = run(definition, variables, *batch, modes=modes, keys=example_keys(0)).frames
+        assert np.abs(moved - plain).max() > 1e-3, name
+
+
+def test_statistics_come_from_the_parts_in_training_under_their_own_paths():
+    config = perception_config()
+    definition, variables, _ = perception(config)
+    batch = padded([noise(3200)], 3200)
+    for modes, prefixes in (
+        (PerceptionModes(), set()),
+        (PerceptionModes(adapter=True), {"adapter"}),
+        (PerceptionModes(adapter=True, encoder=True), {"adapter", "encoder"}),
+    ):
+        statistics = run(definition, variables, *batch, modes=modes).statistics
+        assert {path.split(".")[0] for path in statistics} == prefixes
+        for path, value in statistics.items():
+            assert value.shape == variables[path].shape
+            assert value.dtype == variables[path].dtype
+
+
+def test_nemo_exact_counts_the_groups_padding_and_not_the_buckets():
+    definition, variables, _ = perception(perception_config())
+    clips = [noise(n, seed=n) for n in (3300, 6400)]
+    training = PerceptionModes(encoder=True, adapter=True)
+
+    def passed(rows, size, extents=None):
+        modes = replace(training, nemo_exact=extents is not None)
+        return run(definition, variables, *padded(rows, size), modes=modes, extents=extents)
+
+    group = passed(clips, 6400, jnp.asarray([6400, 6400]))
+    bucket = passed([*clips, noise(0)], 9000, jnp.asarray([6400, 6400, 6400]))
+    assert_all_close(bucket.statistics, group.statistics)
+    for row, length in enumerate(group.lengths):
+        assert_close(bucket.frames[row, :length], group.frames[row, :length])
+    real = passed(clips, 6400)
+    path = "adapter.layers.conv.norm.running_mean"
+    assert np.abs(real.statistics[path] - group.statistics[path]).max() > 1e-5
+
+
+def test_nemo_exact_without_extents_says_what_is_missing():
+    definition, variables, _ = perception(perception_config())
+    with pytest.raises(ValueError, match="extents"):
+        run(
+            definition,
+            variables,
+            *padded([noise(3200)], 3200),
+            modes=PerceptionModes(nemo_exact=True),
+        )
+
+
+def test_a_batch_of_empty_slots_keeps_the_statistics_and_is_finite():
+    config = perception_config()
+    (loss, output), gradients = scored(config, PerceptionModes(encoder=True, adapter=True))(
+        jnp.zeros((2, 3200)), jnp.asarray([0, 160], jnp.int32)
+    )
+    assert_finite((loss, output, gradients))
+    assert output.lengths.tolist() == [0, 1]
+
+
+def test_frames_have_the_compute_dtype():
+    definition, variables, _ = perception(perception_config())
+    audio, lengths = padded([noise(3200)], 3200)
+    half = lambda v: bind(definition, v)(audio, lengths, dtype=jnp.bfloat16).frames  # noqa: E731
+    assert jax.eval_shape(half, variables).dtype == jnp.bfloat16
+
+
+BLOCKS = {
+    "preprocessor": {"features": 12},
+    "encoder": {"feat_in": 12, "n_layers": 1, "d_model": 16},
+    "modality_adapter": {
+        "_target_": "nemo.collections.asr.modules.ConformerEncoder",
+        "feat_in": 16,
+        "n_layers": 1,
+        "d_model": 16,
+    },
+    "output_dim": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("block", "changes", "message"),
+    [
+        ("encoder", {"feat_in": 80}, "encoder.feat_in=80"),
+        ("modality_adapter", {"feat_in": 32}, "modality_adapter.feat_in=32"),
+        ("modality_adapter", {"feat_out": 24}, "modality_adapter.feat_out=24"),
+        ("modality_adapter", {"_target_": "a.b.QformerConnector"}, "QformerConnector"),
+        ("modality_adapter", {"_target_": "os.system"}, "os.system"),
+        ("encoder", {"_target_": "a.b.SqueezeformerEncoder"}, "SqueezeformerEncoder"),
+        ("modality_adapter", {"n_layerz": 2}, "n_layers"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused_by_name(block, changes, message):
+    with pytest.raises(SettingsError, match=message):
+        build(PerceptionConfig, {**BLOCKS, block: {**BLOCKS[block], **changes}}, "model.perception")
+
+
+def test_an_identity_connector_is_projected_if_its_width_is_given():
+    def made(**block):
+        target = "nemo.collections.speechlm2.modules.perception.IdentityConnector"
+        adapter = {"_target_": target, **block}
+        return build(PerceptionConfig, {**BLOCKS, "modality_adapter": adapter})
+
+    assert made(d_model=16).output_width == 8
+    assert made().output_width == 16
+    assert made(d_model=16, output_dim=8).output_width == 16
+    with pytest.raises(SettingsError, match="modality_adapter.d_model=4"):
+        made(d_model=4)

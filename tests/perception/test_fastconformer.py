@@ -1,0 +1,297 @@
+"""Laws of the encoder: what may and what may not change a frame."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from speechlm2_jax.layers.module import abstract, bind, describe
+from speechlm2_jax.perception import relative_attention
+from speechlm2_jax.perception.fastconformer import FastConformer
+from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
+from speechlm2_jax.settings import SettingsError, build, ignored_report
+from speechlm2_jax.sharding import RULES, make_sharding, place, use
+from tests.perception.small_perception import (
+    ALL_DROPOUT,
+    assert_all_close,
+    assert_close,
+    assert_finite,
+    encoder,
+    encoder_config,
+    example_keys,
+    noise,
+    padded,
+    quick_jit,
+    run,
+    split,
+)
+
+BF16_ATOL = 0.15  # of frames of unit size, after two layers
+NEMO_KEYS = {
+    "feat_in": 80,
+    "n_layers": 2,
+    "d_model": 16,
+    "feat_out": -1,
+    "causal_downsampling": False,
+    "subsampling": "striding",
+    "subsampling_factor": 4,
+    "subsampling_conv_chunking_factor": 1,
+    "subsampling_conv_channels": -1,
+    "reduction": None,
+    "reduction_position": None,
+    "reduction_factor": 1,
+    "ff_expansion_factor": 4,
+    "self_attention_model": "rel_pos",
+    "n_heads": 4,
+    "att_context_size": None,
+    "att_context_probs": None,
+    "att_chunk_context_size": None,
+    "att_context_style": "regular",
+    "xscaling": True,
+    "untie_biases": True,
+    "pos_emb_max_len": 5000,
+    "conv_kernel_size": 31,
+    "conv_norm_type": "batch_norm",
+    "conv_context_size": None,
+    "conv_context_style": "regular",
+    "use_bias": True,
+    "dropout": 0.1,
+    "dropout_pre_encoder": 0.1,
+    "dropout_emb": 0.1,
+    "dropout_att": 0.0,
+    "stochastic_depth_drop_prob": 0.0,
+    "stochastic_depth_mode": "linear",
+    "stochastic_depth_start_layer": 1,
+    "global_tokens": 0,
+    "global_tokens_spacing": 1,
+    "global_attn_separate": False,
+    "use_pytorch_sdpa": False,
+    "use_pytorch_sdpa_backends": None,
+    "sync_max_audio_length": True,
+}
+
+
+def test_nemos_own_defaults_are_ours():
+    with ignored_report() as report:
+        config = build(FastConformerConfig, NEMO_KEYS)
+    assert config == FastConformerConfig(feat_in=80, n_layers=2, d_model=16)
+    assert set(report) == set(FastConformerConfig.IGNORED)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"subsampling_factor": 3},
+        {"n_heads": 3},
+        {"conv_kernel_size": 4},
+        {"dropout": 1.5},
+        {"conv_context_size": [1, 1]},
+        {"conv_context_size": "sideways"},
+        {"att_context_size": [3]},
+        {"att_context_size": [-2, 0]},
+        {"att_context_probs": [0.9], "att_context_size": [[6, 1], [6, 0]]},
+        {"att_context_size": [5, 1], "att_context_style": "chunked_limited"},
+        {"att_context_size": [4, -1], "att_context_style": "chunked_limited"},
+        {"reduction": "striding"},
+        {"feat_inn": 80},
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(changes):
+    with pytest.raises(SettingsError, match=next(iter(changes))):
+        build(FastConformerConfig, {**NEMO_KEYS, **changes})
+
+
+def summed(definition, variables, parameters, weights, **fixed):
+    """Compiles (features, lengths) -> value, gradients and output of a sum over real frames."""
+
+    def value(chosen, features, lengths):
+        output = bind(definition, {**variables, **chosen})(features, lengths, **fixed)
+        steps = output.frames.shape[1]
+        real = jnp.arange(steps)[None] < output.lengths[:, None]
+        scored = jnp.where(real[..., None], output.frames * weights[:, :steps], 0.0)
+        return jnp.sum(scored), output
+
+    step = quick_jit(jax.value_and_grad(value, has_aux=True))
+    return lambda *batch: step(split(variables, parameters), *batch)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_padding_and_neighbours_change_no_frame_and_no_gradient(train):
+    """In training too: batch norm counts real frames only. Empty and one-frame rows stay finite."""
+    config = encoder_config(att_context_size=(3, 2))
+    weights = jnp.asarray(noise(2, 40, config.d_model, seed=5))
+    rows = [noise(n, config.feat_in, seed=n) for n in (21, 33)]
+    (tight, a), expected = summed(*encoder(config), weights, train=train)(*padded(rows, 33))
+    none = jnp.zeros((1, 40, config.d_model))
+    with_empty = summed(*encoder(config), jnp.concatenate([weights, none]), train=train)
+    batch = padded([*rows, noise(0, config.feat_in)], 60)
+    (loose, b), gradients = with_empty(*batch)
+    assert_close(tight, loose)
+    assert_all_close(a.statistics, b.statistics)
+    assert_all_close(gradients, expected)
+    assert b.lengths.tolist() == [6, 9, 0]
+    for row, length in enumerate(a.lengths):
+        assert_close(b.frames[row, :length], a.frames[row, :length])
+    with_single = with_empty(batch[0], jnp.asarray([21, 0, 1], jnp.int32))
+    assert_finite(with_single)
+    assert with_single[0][1].lengths.tolist() == [6, 0, 1]
+
+
+def test_counting_frames_of_padding_changes_statistics_as_told_and_not_with_the_bucket():
+    definition, variables, _ = encoder(encoder_config())
+    rows = [noise(n, 12, seed=n) for n in (21, 33)]
+    extents = jnp.asarray([33, 33])
+    real = run(definition, variables, *padded(rows, 33), train=True).statistics
+    tight = run(definition, variables, *padded(rows, 33), train=True, extents=extents).statistics
+    loose = run(definition, variables, *padded(rows, 60), train=True, extents=extents).statistics
+    assert_all_close(tight, loose)
+    name = "layers.conv.norm.running_var"
+    assert np.abs(real[name] - tight[name]).max() > 1e-4
+    assert run(definition, variables, *padded(rows, 33)).statistics == {}
+
+
+def test_a_batch_of_one_output_frame_is_finite_and_so_are_its_gradients():
+    config = encoder_config(causal_downsampling=True)
+    step = summed(*encoder(config), jnp.ones((3, 1, config.d_model)), train=True)
+    lengths = jnp.asarray([0, 1, 1], jnp.int32)
+    (value, output), gradients = step(jnp.ones((3, 1, 12)), lengths)
+    assert_finite((value, output, gradients))
+    assert output.frames.shape[1] == 1
+    assert output.lengths.tolist() == [0, 1, 1]
+
+
+STREAMING = {
+    "causal_downsampling": True,
+    "conv_context_size": "causal",
+    "conv_norm_type": "layer_norm",
+}
+
+
+@pytest.mark.parametrize(
+    ("style", "context", "first_changed"),
+    [("regular", (5, 0), 6), ("chunked_limited", (4, 1), 6), ("chunked_limited", (6, 2), 6)],
+)
+def test_the_future_does_not_leak(style, context, first_changed):
+    config = encoder_config(att_context_style=style, att_context_size=context, **STREAMING)
+    definition, variables, _ = encoder(config)
+    features = noise(1, 48, 12)
+    changed = features.copy()
+    changed[:, 25:] += 1.0  # causal subsampling by 4: input 25 first reaches frame 7
+    lengths = jnp.asarray([48], jnp.int32)
+    before = run(definition, variables, jnp.asarray(features), lengths).frames
+    after = run(definition, variables, jnp.asarray(changed), lengths).frames
+    moved = np.abs(np.asarray(after - before)).max(axis=(0, 2)) > 1e-6
+    chunk = context[1] + 1
+    assert first_changed == 7 // chunk * chunk or style == "regular"
+    assert not moved[: 7 // chunk * chunk].any()
+    assert moved[7:].all()
+
+
+def test_dropout_is_drawn_from_the_key_alone():
+    config = encoder_config(**ALL_DROPOUT)
+    definition, variables, _ = encoder(config)
+    row = noise(21, 12)
+    first = run(
+        definition, variables, *padded([row, row], 21), train=False, keys=example_keys(0, 1)
+    )
+    second = run(
+        definition, variables, *padded([row, row], 60), train=False, keys=example_keys(1, 0)
+    )
+    length = int(first.lengths[0])
+    assert_close(first.frames[0, :length], second.frames[1, :length])
+    assert_close(first.frames[1, :length], second.frames[0, :length])
+    assert np.abs(first.frames[0] - first.frames[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("place", ["dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att"])
+def test_every_dropout_acts_with_keys(place):
+    config = encoder_config(n_layers=1, **{place: 0.5})
+    definition, variables, _ = encoder(config)
+    batch = padded([noise(21, 12)], 24)
+    still = run(definition, variables, *batch)
+    dropped = run(definition, variables, *batch, keys=example_keys(0))
+    assert np.abs(dropped.frames - still.frames).max() > 1e-3
+    assert_finite(dropped.frames)
+
+
+def test_training_draws_one_of_several_contexts_and_evaluation_takes_the_first():
+    contexts = ((6, 2), (6, 0))
+    style = {"att_context_style": "chunked_limited", **STREAMING}
+    several = encoder_config(att_context_size=contexts, att_context_probs=(0.5, 0.5), **style)
+    single = [
+        run(*encoder(encoder_config(att_context_size=c, **style))[:2], *padded([noise(40, 12)], 40))
+        for c in contexts
+    ]
+    definition, variables, _ = encoder(several)
+    batch = padded([noise(40, 12)] * 8, 40)
+    assert_close(run(definition, variables, *batch).frames[3:4], single[0].frames)
+    drawn = run(definition, variables, *batch, keys=example_keys(*range(8))).frames
+    matches = np.array([[np.allclose(f, s.frames[0], atol=1e-5) for s in single] for f in drawn])
+    assert (matches.sum(axis=1) == 1).all()
+    assert matches.any(axis=0).all()
+
+
+def test_blocks_of_queries_give_the_frames_and_gradients_of_one_block(monkeypatch):
+    config = encoder_config(
+        n_layers=1, att_context_size=(6, 2), att_context_style="chunked_limited", dropout_att=0.2
+    )
+    batch = padded([noise(n, 12, seed=n) for n in (50, 31)], 50)
+    weights = jnp.asarray(noise(2, 13, config.d_model, seed=9))
+    keys = example_keys(0, 1)
+    (_, whole), expected = summed(*encoder(config), weights, keys=keys)(*batch)
+    monkeypatch.setattr(relative_attention, "BLOCK", 4)
+    (_, blocks), gradients = summed(*encoder(config), weights, keys=keys)(*batch)
+    assert_close(blocks.frames, whole.frames)
+    assert_all_close(gradients, expected)
+
+
+def test_the_last_layer_is_the_output_and_is_asked_for():
+    definition, variables, _ = encoder(encoder_config())
+    batch = padded([noise(21, 12)], 24)
+    output = run(definition, variables, *batch, return_layers=True)
+    assert output.layers.shape == (2, *output.frames.shape)
+    assert_close(output.layers[-1], output.frames, 0.0)
+    assert run(definition, variables, *batch).layers is None
+
+
+def test_activations_keep_the_dtype_they_come_with():
+    definition, variables, _ = encoder(encoder_config())
+    features, lengths = padded([noise(40, 12)], 40)
+    exact = run(definition, variables, features, lengths, train=True)
+    half = run(definition, variables, features.astype(jnp.bfloat16), lengths, train=True)
+    assert half.frames.dtype == jnp.bfloat16
+    assert all(s.dtype != jnp.bfloat16 for s in half.statistics.values())
+    assert_close(half.frames.astype(jnp.float32), exact.frames, BF16_ATOL)
+
+
+def test_every_variable_names_an_axis_for_each_dimension():
+    for changes in ({}, {"untie_biases": False, "subsampling": "striding", "feat_out": 8}):
+        config = encoder_config(**changes)
+        infos = describe(abstract(lambda c=config: FastConformer(c, rngs=nnx.Rngs(0))))
+        for info in infos.values():
+            assert len(info.axes) == len(info.shape)
+            assert {a for a in info.axes if a is not None} <= {name for name, _ in RULES}
+
+
+def test_frames_and_gradients_are_the_same_on_a_mesh():
+    config = encoder_config(n_layers=1)
+    definition, variables, parameters = encoder(config)
+    infos = describe(abstract(lambda: FastConformer(config, rngs=nnx.Rngs(0))))
+    features, lengths = padded([noise(20 + n, 12, seed=n) for n in range(4)], 24)
+    sharding = make_sharding(data=2, fsdp=2, tensor=2)
+
+    def value(chosen, features, lengths, on):
+        with use(on):
+            output = bind(definition, {**variables, **chosen})(features, lengths, train=True)
+            return jnp.mean(jnp.square(output.frames[:, :5] - 0.5)), output
+
+    step = quick_jit(jax.value_and_grad(value, has_aux=True), static_argnums=3)
+    chosen = split(variables, parameters)
+    (_, alone), expected = step(chosen, features, lengths, None)
+    placed = place(chosen, {k: infos[k].axes for k in chosen}, sharding)
+    batch = sharding.put_batch((np.asarray(features), np.asarray(lengths)))
+    (_, spread), gradients = step(placed, *batch, sharding)
+    assert_close(spread.frames, alone.frames)
+    assert_all_close(spread.statistics, alone.statistics)
+    assert_all_close(gradients, expected)
