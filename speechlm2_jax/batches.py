@@ -165,7 +165,7 @@ def layout_row(
     repeats[is_audio] = clip_frames
     clip = np.where(is_audio, np.cumsum(is_audio) - 1, -1)
     starts = np.cumsum(repeats) - repeats
-    frame = np.arange(repeats.sum()) - np.repeat(starts, repeats)
+    frame = np.arange(int(repeats.sum()), dtype=np.int64) - np.repeat(starts, repeats)
     text = np.where(is_audio, 0, tokens)
     is_key = is_audio | (tokens != pad_id)
     scored = mask & ~is_audio & (tokens != pad_id)
@@ -253,7 +253,8 @@ def _fill_group(
 
 def _empty_group(shape: BatchShape) -> dict[str, np.ndarray]:
     rows = (shape.rows, shape.tokens)
-    arrays = {n: np.zeros(rows, np.int32) for n in ("tokens", "segments", "positions", "targets")}
+    ints = ("tokens", "segments", "positions", "targets")
+    arrays: dict[str, np.ndarray] = {n: np.zeros(rows, np.int32) for n in ints}
     arrays |= {n: np.zeros(rows, bool) for n in ("is_key", "loss_mask")}
     arrays["audio_index"] = np.full(rows, -1, np.int32)
     arrays["audio"] = np.zeros((shape.clips, shape.samples), np.float32)

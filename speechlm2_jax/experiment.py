@@ -93,7 +93,8 @@ def check_blocks(settings: Mapping[str, Any]) -> None:
 def word_error_rate(model: SALM) -> Callable[[HostBatch], LossSum]:
     """Makes a validation metric that answers each conversation and counts word errors.
 
-    Texts are lower-cased and lose their punctuation, in any language. The count is that of reference words.
+    Texts are lower-cased and lose their punctuation, in any language. The count is that of
+    reference words.
     """
     normalize = text_normalizer("basic")
 

@@ -1,3 +1,6 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+# pyright: reportUnknownLambdaType=false, reportInvalidTypeForm=false
 """Mesh, logical-axis rules and placement: the only file that names mesh axes.
 
 Parameters and activations name what each dimension means (`"embed"`, `"heads"`, `"batch"`); one
@@ -5,7 +8,7 @@ table says which mesh axes hold it. A new model adds no sharding code.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -122,7 +125,7 @@ _current: ContextVar[Sharding | None] = ContextVar("sharding", default=None)
 
 
 @contextmanager
-def use(sharding: Sharding | None) -> Iterator[None]:
+def use(sharding: Sharding | None) -> Generator[None]:
     """Makes `constrain` act with this value. Enter it inside the jitted function, at its top."""
     token = _current.set(sharding)
     try:

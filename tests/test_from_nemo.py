@@ -206,7 +206,7 @@ def test_every_reason_on_the_page_is_given(page):
 
 READ_BY_PHASE = r"(warmup|constant|hold)_(steps|ratio)"
 """Schedules read them as f"{phase}_steps"."""
-ONE_VALUE = {"pos_emb_max_len": "written back on export", "sharding_strategy": "one choice"}
+ONE_VALUE = {"sharding_strategy": "one choice"}
 
 
 def test_every_setting_is_read_somewhere(page):

@@ -1,4 +1,4 @@
-"""The library's front door: build, train, stop, resume, load, answer, save, as its users write it."""
+"""The library's front door: build, train, stop, resume, load, answer, save, as users write it."""
 
 import json
 from pathlib import Path

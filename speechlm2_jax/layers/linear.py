@@ -33,6 +33,7 @@ class Linear(nnx.Module):
         self.bias = param(rngs, (d_out,), (axes[0],), zeros) if bias else None
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        """Applies the layer over the last axis, in the dtype of `x`."""
         y = x @ self.weight[...].astype(x.dtype).T
         if self.bias is None:
             return y
@@ -48,5 +49,6 @@ class Embedding(nnx.Module):
         )
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
+        """Looks ids up."""
         # A gather from a table that is sharded both ways makes XLA rematerialise the result.
         return jnp.take(constrain(self.weight[...], None, None), ids, axis=0)

@@ -18,6 +18,7 @@ class LayerNorm(nnx.Module):
         self.bias = param(rngs, (width,), ("norm",), zeros)
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Normalises the last axis."""
         x32 = x.astype(jnp.float32)
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
@@ -33,6 +34,7 @@ class RMSNorm(nnx.Module):
         self.weight = param(rngs, (width,), ("norm",), ones)
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Normalises the last axis."""
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return (y * _f32(self.weight, x)).astype(x.dtype)

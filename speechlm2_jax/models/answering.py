@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 20
 """transformers' own default."""
-SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+SAMPLING_DEFAULTS: Mapping[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 """What transformers samples with where nothing is said."""
 OPTIONS = (
     "max_new_tokens",
@@ -153,8 +153,10 @@ def decoding_config(model: "SALM", config: Any, overrides: Mapping[str, Any]) ->
     stops = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
     sampling = SamplingConfig()
     if asked["do_sample"]:
-        given = {k: asked[k] for k in SAMPLING_DEFAULTS if asked[k] is not None}
-        sampling = SamplingConfig(do_sample=True, **(SAMPLING_DEFAULTS | given))
+        given: dict[str, Any] = {
+            k: v if asked[k] is None else asked[k] for k, v in SAMPLING_DEFAULTS.items()
+        }
+        sampling = SamplingConfig(do_sample=True, **given)
     pad_id = asked["pad_token_id"]
     return DecodingConfig(
         max_new_tokens=int(asked["max_new_tokens"] or DEFAULT_NEW_TOKENS),

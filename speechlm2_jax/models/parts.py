@@ -22,7 +22,7 @@ class Location:
         """The existing path that `name` means, or None."""
         path = Path(name).expanduser()
         candidates = [path] if path.is_absolute() else [path, *(n / path for n in self.near)]
-        return next((c for c in candidates if c.exists()), None)
+        return next((c.absolute() for c in candidates if c.exists()), None)
 
     def find(self, name: str, *, key: str, patterns: tuple[str, ...] = LLM_FILES) -> Path:
         """The path that `name` means, fetched from the hub if it is nowhere here.

@@ -1,3 +1,4 @@
+# pyright: reportUnknownArgumentType=false
 """The one error of settings, and how its messages speak of paths, keys and values."""
 
 import difflib

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 """Reads YAML as plain data: overrides, `${...}`, `???`; all of it bounded and without objects.
 
 YAML is data here: no tag makes an object, no `_target_` is imported, and work is bounded, so a

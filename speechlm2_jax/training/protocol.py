@@ -44,26 +44,64 @@ class VariableInfo(Protocol):
 class TrainableModel(Protocol):
     """A model that `Trainer.fit` can train."""
 
-    infos: Mapping[str, VariableInfo]
-    """Every variable by path."""
-    variables: Variables
-    """Current arrays, on host or device. `fit` keeps them up to date for validation metrics and
-    leaves the trained ones here."""
-    trainable: Mapping[str, bool | np.ndarray]
-    """Per parameter path: trained or not; for a partly frozen stack a bool [L] over its layers."""
-    compute_dtype: Any
-    """Dtype of activations; `fit` sets it from `trainer.precision` before it calls `losses`."""
-    nemo_exact: bool
-    """Take means of batch means, as NeMo does, in accumulation and validation."""
-    optimizer: Mapping[str, Any] | None
-    """NeMo's `optimizer` block."""
-    lr_scheduler: Mapping[str, Any] | None
-    """NeMo's `lr_scheduler` block; None keeps the rate constant."""
-    settings: Mapping[str, Any]
-    """The model's own settings as plain values: saved with checkpoints and in config.yaml."""
-    validation_metrics: Mapping[str, HostMetric]
-    """Further validation metrics by name (`wer` is reported as `val_wer`); may be empty."""
-    frame_count: FrameCount
+    @property
+    def infos(self) -> Mapping[str, VariableInfo]:
+        """Every variable by path."""
+        ...
+
+    @property
+    def variables(self) -> Variables:
+        """Current arrays, on host or device.
+
+        `fit` keeps them up to date for validation metrics and leaves the trained ones here.
+        """
+        ...
+
+    @variables.setter
+    def variables(self, values: Variables) -> None: ...
+
+    @property
+    def trainable(self) -> Mapping[str, bool | np.ndarray]:
+        """Per parameter path: trained or not; for a partly frozen stack a bool [L]."""
+        ...
+
+    @property
+    def compute_dtype(self) -> Any:
+        """Dtype of activations; `fit` sets it from `trainer.precision` before it calls `losses`."""
+        ...
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: Any) -> None: ...
+
+    @property
+    def nemo_exact(self) -> bool:
+        """Take means of batch means, as NeMo does, in accumulation and validation."""
+        ...
+
+    @property
+    def optimizer(self) -> Mapping[str, Any] | None:
+        """NeMo's `optimizer` block."""
+        ...
+
+    @property
+    def lr_scheduler(self) -> Mapping[str, Any] | None:
+        """NeMo's `lr_scheduler` block; None keeps the rate constant."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The model's settings as plain values: saved with checkpoints and in config.yaml."""
+        ...
+
+    @property
+    def validation_metrics(self) -> Mapping[str, HostMetric]:
+        """Further validation metrics by name (`wer` is reported as `val_wer`); may be empty."""
+        ...
+
+    @property
+    def frame_count(self) -> FrameCount:
+        """Samples of a clip -> steps that it takes in a row."""
+        ...
 
     def losses(
         self, variables: Variables, batch: Any, *, key: jax.Array | None, train: bool
@@ -109,8 +147,10 @@ class BatchIterator(Protocol):
 class DataSource(Protocol):
     """Training and validation data (`data.DataModule`)."""
 
-    dropped: Mapping[str, int]
-    """Conversations left out so far, by cause."""
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """Conversations left out so far, by cause."""
+        ...
 
     def setup(self, *, frame_count: FrameCount, groups: int, pad_to_multiple: int) -> None:
         """Prepares for global batches of so many groups; lengths are multiples of the last."""

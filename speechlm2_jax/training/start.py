@@ -55,7 +55,7 @@ class Setup:
         """
         devices = config.choose_devices()
         sharding = build_mesh(strategy, devices)
-        partition, adamw = Partition.of(model), AdamWConfig()
+        partition, adamw = Partition.of(model.infos, model.trainable), AdamWConfig()
         if trains:
             partition.require_trainable()
             adamw = read_optimizer(model.optimizer)

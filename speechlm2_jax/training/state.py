@@ -11,7 +11,7 @@ import numpy as np
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.sharding import Sharding
 from speechlm2_jax.training.optimizer import Optimizer
-from speechlm2_jax.training.protocol import TrainableModel, VariableInfo, Variables
+from speechlm2_jax.training.protocol import VariableInfo, Variables
 
 
 @jax.tree_util.register_dataclass
@@ -40,14 +40,16 @@ class Partition:
     masks: Mapping[str, np.ndarray]
 
     @staticmethod
-    def of(model: TrainableModel) -> "Partition":
-        """Sorts a model's variables."""
+    def of(
+        infos: Mapping[str, VariableInfo], trains: Mapping[str, bool | np.ndarray]
+    ) -> "Partition":
+        """Sorts variables; `trains` says of each parameter what TrainableModel.trainable does."""
         trainable, frozen, buffers, masks = [], [], [], {}
-        for path, info in model.infos.items():
+        for path, info in infos.items():
             if info.is_buffer:
                 buffers.append(path)
                 continue
-            mask = np.asarray(model.trainable[path])
+            mask = np.asarray(trains[path])
             (trainable if mask.any() else frozen).append(path)
             if mask.any() and not mask.all():
                 if mask.shape != info.shape[:1]:

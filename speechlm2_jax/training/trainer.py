@@ -67,13 +67,16 @@ class Trainer:
         run_directory.create(self.run_dir)
         return self.run_dir
 
-    def check(self, model: TrainableModel) -> None:
-        """Reads what `fit` will read of settings. Raises SettingsError for what does not fit."""
+    def check(self, model: Any) -> None:
+        """Reads what `fit` will read of a TrainableModel's settings, before its weights are.
+
+        Raises SettingsError for what does not fit.
+        """
         build_mesh(self.strategy, self.config.choose_devices())
         self.config.cadence()
         adamw = read_optimizer(model.optimizer)
         make_schedule(model.lr_scheduler, adamw.lr)
-        Partition.of(model).require_trainable()
+        Partition.of(model.infos, model.trainable).require_trainable()
 
     def fit(
         self,

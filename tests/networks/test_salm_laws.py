@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -48,13 +49,14 @@ def _shape(*, tokens=72, samples=9600, clips=3, rows=3):
 
 
 def _batch(model, groups, shape):
-    return assemble_salm_batch(
+    batch = assemble_salm_batch(
         groups,
         shape,
         frame_count=model.frame_count,
         placeholder_id=model.audio_locator_tag_id,
         pad_id=model.text_pad_id,
     )
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def _assert_same(got, expected):
@@ -90,13 +92,13 @@ def test_neighbours_change_neither_loss_nor_gradient():
     examples = golden_examples("qwen3_lora")
     names = [p for p, on in model.trainable.items() if np.any(on)]
 
-    def objective(trained, batch):
-        return model.losses(model.variables | trained, batch, key=None, train=True).loss.total
+    def objective(trained, batch, variables):
+        return model.losses(variables | trained, batch, key=None, train=True).loss.total
 
     step = jax.jit(jax.value_and_grad(objective))
     trained, shape = {p: model.variables[p] for p in names}, _shape()
-    total, together = step(trained, _batch(model, [examples], shape))
-    alone = [step(trained, _batch(model, [[e]], shape)) for e in examples]
+    total, together = step(trained, _batch(model, [examples], shape), model.variables)
+    alone = [step(trained, _batch(model, [[e]], shape), model.variables) for e in examples]
     np.testing.assert_allclose(sum(float(t) for t, _ in alone), total, rtol=FP32_ATOL)
     for path in names:
         summed = sum(np.asarray(g[path]) for _, g in alone)
@@ -106,7 +108,7 @@ def test_neighbours_change_neither_loss_nor_gradient():
 def test_a_batch_without_audio_has_a_finite_loss(model, run):
     text_only = [e for e in golden_examples(run) if not e.audio]
     batch = _batch(model, [text_only], _shape(clips=0, samples=0, rows=1))
-    losses = model.losses(model.variables, batch, key=None, train=False)
+    losses = jax.jit(lambda v, b: model.losses(v, b, key=None, train=False))(model.variables, batch)
     assert np.isfinite(losses.loss.total) and losses.loss.count > 0
 
 
@@ -118,11 +120,12 @@ def test_every_random_draw_belongs_to_its_example():
     model.variables = SALM.from_pretrained(DATA / "qwen3_lora_hf").variables
     examples = golden_examples("qwen3_lora")[:1]
     key = jax.random.key(0)
+    losses = jax.jit(lambda v, b: model.losses(v, b, key=key, train=True))
 
     def total(shape, row_offset=0):
         batch = _batch(model, [examples], shape)
         batch = dataclasses.replace(batch, row_ids=batch.row_ids + row_offset)
-        return float(model.losses(model.variables, batch, key=key, train=True).loss.total)
+        return float(losses(model.variables, batch).loss.total)
 
     small, large = _shape(), _shape(tokens=96, rows=4)
     np.testing.assert_allclose(total(small), total(large), rtol=FP32_ATOL)

@@ -154,7 +154,7 @@ def five_steps(
     """Trains through the trainer's own step: clip at 1, AdamW, constant rate."""
     config = read_optimizer(model.optimizer)
     sharding = sharding or make_sharding(devices=jax.devices()[:1])
-    partition = Partition.of(model)
+    partition = Partition.of(model.infos, model.trainable)
     optimizer = Optimizer(transform=config.transform(), clip_norm=1.0, masks=partition.masks)
     functions = StepFunctions(
         losses=model.losses, optimizer=optimizer, sharding=sharding, seed=0, nemo_exact=True

@@ -29,7 +29,6 @@ from tests.parity.salm_golden import (
     under,
 )
 
-
 NOISE_GRADIENT = 5e-6
 CHECKSUM_ATOL = 1e-3
 

@@ -158,7 +158,7 @@ def make_batch(index, *, groups=8, rows=2, lengths=(5, 7), poison=1.0, seed=0, e
 def make_programs(model, sharding, *, accumulate=1, clip=1.0, precision="32-true"):
     """The compiled side of training alone: (programs, first state, frozen parameters)."""
     config = TrainerConfig(precision=precision)
-    partition = Partition.of(model)
+    partition = Partition.of(model.infos, model.trainable)
     transform = read_optimizer(model.optimizer).transform()
     optimizer = Optimizer(transform=transform, clip_norm=clip, masks=partition.masks)
     model.compute_dtype = config.compute_dtype
