@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 Context = tuple[int, int]
 _ONLY_WITH_REDUCTION = "only read by mid-network reduction, which is refused"
 _ONLY_WITH_STOCHASTIC_DEPTH = "only read by stochastic depth, which is refused"
+_TABLE_SIZE = "sizes NeMo's table of positions, which grows by itself; here it follows the input"
 _TORCH_KERNELS = "chooses among torch's attention kernels; the result is the same"
 
 
@@ -24,7 +25,8 @@ class FastConformerConfig:
         "global_tokens_spacing": "only read with global_tokens, which are refused",
         "use_pytorch_sdpa": _TORCH_KERNELS,
         "use_pytorch_sdpa_backends": _TORCH_KERNELS,
-        "sync_max_audio_length": "sizes torch's table of positions; here it follows the input",
+        "pos_emb_max_len": _TABLE_SIZE,
+        "sync_max_audio_length": _TABLE_SIZE,
     }
     REFUSED: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "reduction": ("there is no reduction between layers; set it to null", None),
@@ -52,8 +54,6 @@ class FastConformerConfig:
     att_context_style: str = "regular"
     xscaling: bool = True
     untie_biases: bool = True
-    pos_emb_max_len: int = 5000
-    """Kept for the round trip of settings: positions are computed to the length of the input."""
     conv_kernel_size: int = 31
     conv_norm_type: str = "batch_norm"
     conv_context_size: str | tuple[int, ...] | None = None

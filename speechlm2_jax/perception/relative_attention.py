@@ -18,7 +18,7 @@ from speechlm2_jax.layers.module import param
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.sharding import constrain
 
-BLOCK = 512
+BLOCK = 256
 """Queries scored at once: memory grows with the length of the input, not with its square."""
 _BLOCKED = -1e4
 
