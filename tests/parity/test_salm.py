@@ -31,7 +31,7 @@ from tests.parity.salm_golden import (
 
 NOISE_GRADIENT = 5e-6
 CHECKSUM_ATOL = 5e-3
-"""Five steps at rate 1e-3: as far as AdamW may carry one element whose gradient is rounding noise."""
+"""Five steps at rate 1e-3: how far AdamW may carry an element whose gradient is rounding noise."""
 
 
 @pytest.fixture(scope="module", params=RUNS)
