@@ -21,7 +21,7 @@ class SalmReference:
 
     id: str
     prompt: SalmExample
-    """The conversation up to its last turn, with the audio of that part."""
+    """The conversation up to its last turn, opened for the answer, with the audio of that part."""
     text: str
     """What the answer should be."""
 
@@ -69,7 +69,7 @@ class SALMDataset:
     def reference(self, conversation: Conversation, example: SalmExample) -> SalmReference:
         """Splits an example of a conversation that has an answer into question and answer."""
         assert conversation.prompt is not None
-        asked = conversation.prompt.context_ids
+        asked = conversation.prompt.question_ids
         answered = len(conversation.clips) - _clips_before_answer(conversation)
         return SalmReference(
             id=conversation.id,

@@ -229,7 +229,7 @@ def test_validation_carries_what_answers_are_compared_with(corpus, make_module, 
     assert [r.text for r in references] == texts
     prompt = references[0].prompt
     shown = tokenizer.ids_to_text(prompt.tokens, remove_special_tokens=False)
-    assert shown == f"<|im_start|>user\n{TAG}<|im_end|>\n"
+    assert shown == f"<|im_start|>user\n{TAG}<|im_end|>\n<|im_start|>assistant\n"
     assert len(prompt.audio) == 1 and not prompt.loss_mask.any()
 
 

@@ -130,3 +130,15 @@ def test_encoding_many_dialogs_equals_encoding_each(llama):
     together = formatter.encode_dialogs(dialogs)
     for dialog, prompt in zip(dialogs, together, strict=True):
         np.testing.assert_array_equal(prompt.input_ids, formatter.encode_dialog(dialog).input_ids)
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama2", "plain"])
+def test_a_question_is_what_the_same_dialog_without_its_answer_asks(name):
+    tokenizer = Tokenizer(Path(__file__).parents[2] / "configs" / "parts" / "tiny_llm")
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    formatter = PromptFormatter(name, tokenizer)
+    question = {"role": "user", "slots": {"message": "What?"}}
+    answer = {"role": "assistant", "slots": {"message": "That."}}
+    whole = formatter.encode_dialog([question, answer])
+    asked = formatter.encode_dialog([question])
+    np.testing.assert_array_equal(whole.question_ids, asked.input_ids)

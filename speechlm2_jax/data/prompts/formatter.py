@@ -31,6 +31,8 @@ class Prompt:
     """The whole dialog; to be answered, it ends with what opens the answer."""
     context_ids: Int[np.ndarray, " C"]
     """All before the last turn if that is the model's, else the same as `input_ids`."""
+    question_ids: Int[np.ndarray, " Q"]
+    """What to ask to get the last turn: the context, and what opens an answer."""
     answer_ids: Int[np.ndarray, " A"] | None = None
     """The last turn if it is the model's."""
     mask: Bool[np.ndarray, " L"] | None = None
@@ -67,6 +69,8 @@ class PromptFormatter:
         self._needs_bos = self._format.insert_bos or any(t.startswith("|bos|") for t in templates)
         self._needs_eos = self._format.insert_eos or any(t.endswith("|eos|") for t in templates)
         self._check_tokens()
+        opening = self._format.inference_prefix
+        self._opening = [] if opening is None else tokenizer.text_to_ids(opening)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -177,11 +181,12 @@ class PromptFormatter:
             pieces[-1].append(self.tokenizer.eos_id)
         input_ids = np.concatenate([np.asarray(p, np.int32) for p in pieces])
         if not answers[-1]:
-            return Prompt(input_ids=input_ids, context_ids=input_ids)
+            return Prompt(input_ids=input_ids, context_ids=input_ids, question_ids=input_ids)
         split = len(input_ids) - len(pieces[-1])
         return Prompt(
             input_ids=input_ids,
             context_ids=input_ids[:split],
+            question_ids=np.asarray([*input_ids[:split], *self._opening], np.int32),
             answer_ids=input_ids[split:],
             mask=np.repeat(np.asarray(answers), [len(p) for p in pieces]),
         )
