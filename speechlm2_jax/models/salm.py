@@ -175,6 +175,7 @@ class SALM:
         audios: Any = None,
         audio_lens: Any = None,
         generation_config: Any = None,
+        enable_thinking: bool | None = None,
         **generation_kwargs: Any,
     ) -> np.ndarray:
         """Answers prompts: int32 ids [B, T], rows padded with `text_pad_id` after they stop.
@@ -184,8 +185,14 @@ class SALM:
         `sampling_rate` with `audio_lens` [B'] give one clip per placeholder, in order. With audio
         only new tokens come back; text-only prompts come back before them, as NeMo does.
         `generation_config`: a transformers GenerationConfig; keywords (max_new_tokens, do_sample,
-        temperature, top_k, top_p, eos_token_id, seed) override it.
+        temperature, top_k, top_p, eos_token_id, seed) override it. Raises ValueError for what is
+        not supported, `enable_thinking` among it: no prompt format here has a thinking mode.
         """
+        if enable_thinking is not None:
+            raise ValueError(
+                f"prompt format {self.prompt_formatter.name!r} has no thinking mode; leave "
+                "enable_thinking out"
+            )
         return answering.generate(
             self,
             self._definition,
