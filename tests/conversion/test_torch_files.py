@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from speechlm2_jax.conversion.errors import ConversionError
@@ -14,7 +15,6 @@ from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.conversion.readers.buffers import map_file
 from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters, read_torch_object
 
-torch = pytest.importorskip("torch")
 DATA = Path(__file__).parents[1] / "data/salm"
 
 

@@ -19,7 +19,8 @@ def llama():
 
 @pytest.fixture(scope="module")
 def sentencepiece_path(tmp_path_factory):
-    sentencepiece = pytest.importorskip("sentencepiece")
+    import sentencepiece
+
     folder = tmp_path_factory.mktemp("spm")
     text = folder / "text.txt"
     text.write_text("\n".join(f"the quick brown fox {n} jumps over {n * 7}" for n in range(200)))

@@ -53,7 +53,8 @@ def test_a_folder_gives_its_audio_files_by_name(tmp_path, wav):
 
 
 def test_lhotse_cuts_and_shar_are_read(tmp_path, wav):
-    lhotse = pytest.importorskip("lhotse")
+    import lhotse
+
     cuts = []
     for name, seconds in (("b", 1.0), ("a", 2.0)):
         cut = lhotse.Recording.from_file(wav(f"{name}.wav", seconds)).to_cut()

@@ -1,5 +1,7 @@
 """SALM equals NeMo 3.0.0: inputs, logits, loss, gradients, AdamW steps, accuracy, generations."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,3 +201,19 @@ def test_every_generation_equals_nemo(saved, source):
         np.testing.assert_array_equal(
             model.generate(**asked), facts(saved)["generate"][name], err_msg=name
         )
+
+
+def test_answers_to_dialogs_of_several_turns_equal_nemo():
+    """Recorded by running NeMo 3.0.0 on `llama_adapter_hf`: two and three audio turns."""
+    model = SALM.from_pretrained(DATA / "llama_adapter_hf").eval()
+    batch = under("llama_adapter", "batch")
+    recorded = json.loads((DATA / "llama_adapter_multi_turn.json").read_text())
+    for name, case in recorded.items():
+        clips = case["clips"]
+        answer = model.generate(
+            prompts=[case["dialog"]],
+            audios=batch["audios"][clips],
+            audio_lens=batch["audio_lens"][clips],
+            max_new_tokens=16,
+        )
+        np.testing.assert_array_equal(answer, case["answer"], err_msg=name)

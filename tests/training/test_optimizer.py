@@ -33,7 +33,8 @@ def run(optimizer, params, grads, rates):
 
 @pytest.mark.parametrize("clip", [0.0, 1.0, 4.0])
 def test_five_steps_equal_torch_adamw_with_clipping(clip):
-    torch = pytest.importorskip("torch")
+    import torch
+
     options = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
     theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in PARAMS.items()}
     adamw, their_norms = torch.optim.AdamW(theirs.values(), **options), []
