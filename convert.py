@@ -1,11 +1,13 @@
-"""Turns any checkpoint into a safetensors directory, or lists what is in it.
+"""Turns any checkpoint into a safetensors directory or a .nemo file, or lists what is in it.
 
 python convert.py SOURCE TARGET_DIR
+python convert.py SOURCE TARGET.nemo
 python convert.py SOURCE --inspect
 
 SOURCE: a run directory, a saved or NeMo model directory, a Hugging Face directory, or a file
 (.nemo, .ckpt, .bin, .pt, .safetensors, a shard index). A speech model becomes a directory that this
-project and NeMo load; anything else keeps its tensor names. Nothing in SOURCE is ever executed.
+project and NeMo load; anything else keeps its tensor names. A TARGET.nemo needs a SOURCE with
+model_config.yaml: a .nemo file, or a directory made from one. Nothing in SOURCE is ever executed.
 """
 
 import argparse
@@ -16,7 +18,13 @@ from pathlib import Path
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.listing import lines, table
 from speechlm2_jax.conversion.readers import open_weights
-from speechlm2_jax.conversion.repacking import WEIGHTS, check_target, is_speech_model, repack
+from speechlm2_jax.conversion.repacking import (
+    NEMO_SUFFIX,
+    check_target,
+    is_speech_model,
+    repack,
+    weights_file,
+)
 from speechlm2_jax.settings import SettingsError
 
 
@@ -26,11 +34,11 @@ def main(argv: Sequence[str]) -> int:
         prog="convert.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("source", type=Path, metavar="SOURCE")
-    parser.add_argument("target", type=Path, metavar="TARGET_DIR", nargs="?")
+    parser.add_argument("target", type=Path, metavar="TARGET", nargs="?")
     parser.add_argument("--inspect", action="store_true", help="list the tensors, write nothing")
     arguments = parser.parse_args(argv)
     if (arguments.target is None) != arguments.inspect:
-        parser.error("give either TARGET_DIR or --inspect")
+        parser.error("give either TARGET or --inspect")
     try:
         if arguments.inspect:
             print(table(open_weights(arguments.source)))
@@ -46,13 +54,15 @@ def convert(source: Path, target: Path) -> None:
     """Writes `source` to `target` and says what to look at."""
     check_target(target)
     if is_speech_model(source):
+        if target.suffix == NEMO_SUFFIX:
+            raise ConversionError(f"{target}: NeMo keeps speech LLMs as directories; name one")
         from speechlm2_jax.models import SALM
 
         SALM.from_pretrained(source).save_pretrained(target)
     else:
         repack(source, target)
-    written = open_weights(target / WEIGHTS)
-    print(f"{target / WEIGHTS}: {len(written.infos)} tensors")
+    written = open_weights(weights_file(target))
+    print(f"{weights_file(target)}: {len(written.infos)} tensors")
     for line in filter(lambda line: line.is_suspect, lines(written)):
         print(f"look at {line.name}: {line.note}")
 

@@ -1,5 +1,6 @@
 """convert.py turns checkpoints into directories that load equal, and refuses in one line."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,19 @@ def test_nemo_archive_becomes_a_directory_with_all_its_parts(tmp_path, capsys):
     for name in set(archive.members) - {"model_weights.ckpt"}:
         assert (tmp_path / "asr" / name).read_bytes() == archive.artifact(name)
     assert "96 tensors" in capsys.readouterr().out
+
+
+def test_nemo_archive_comes_back_from_the_directory_and_from_itself(tmp_path, capsys):
+    assert main([str(SALM / "asr.nemo"), str(tmp_path / "asr")]) == 0
+    assert main([str(tmp_path / "asr"), str(tmp_path / "back.nemo")]) == 0
+    assert main([str(SALM / "asr.nemo"), str(tmp_path / "copy.nemo")]) == 0
+    assert (tmp_path / "back.nemo").read_bytes() == (tmp_path / "copy.nemo").read_bytes()
+    assert "back.nemo: 96 tensors" in capsys.readouterr().out
+    original, copy = read_nemo(SALM / "asr.nemo"), read_nemo(tmp_path / "back.nemo")
+    assert copy.config == original.config
+    assert_same_bits(tensors(copy.weights), tensors(original.weights))
+    for name in set(original.members) - {"model_weights.ckpt", "model_config.yaml"}:
+        assert copy.artifact(name) == original.artifact(name)
 
 
 def test_torch_file_becomes_safetensors_with_tied_names(tmp_path):
@@ -100,6 +114,10 @@ def test_table_counts_what_is_suspect():
         (["file.txt", "out"], "none of .safetensors"),
         (["model.nemo", "out"], "damaged"),
         (["model.nemo", "."], "exists"),
+        (["model.nemo", "model.nemo"], "exists"),
+        (["model.nemo", "file.txt"], "ends in .nemo"),
+        ([str(DATA / "llm/llama"), "new.nemo"], "has no model_config.yaml"),
+        ([str(SALM / "qwen3_lora_hf"), "new.nemo"], "name one"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, match):
@@ -121,9 +139,19 @@ def test_the_script_runs_as_a_command():
     assert subprocess.run([*command[:2], "x", "--inspect"], cwd=ROOT).returncode == 2
 
 
-def test_the_snippet_of_the_documentation_runs(monkeypatch):
-    monkeypatch.chdir(SALM)
+def snippet(number: int) -> dict:
+    """Runs one example of the documentation; its variables."""
     page = (ROOT / "docs/conversion.md").read_text()
     scope: dict = {}
-    exec(page.split("```python")[1].split("```")[0], scope)
+    exec(page.split("```python")[number].split("```")[0], scope)
+    return scope
+
+
+def test_the_snippets_of_the_documentation_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(SALM)
+    scope = snippet(1)
     assert_same_bits(scope["tensors"], tensors(scope["source"]))
+    shutil.copy(SALM / "asr.nemo", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    scope = snippet(2)
+    assert_same_bits(tensors(open_weights("copy.nemo")), scope["state"])

@@ -56,21 +56,22 @@ def _check(config: Mapping[str, Any], artifacts: Mapping[str, bytes]) -> None:
     wrong = {n for n in artifacts if Path(n).name != n or n in ("", "..", CONFIG, WEIGHTS)}
     if wrong:
         raise ConversionError(f"not names of files beside {CONFIG}: {listed(wrong)}")
-    missing = set(_references(config)) - set(artifacts)
+    missing = set(references(config)) - set(artifacts)
     if missing:
         raise ConversionError(
             f"the config refers to files that are not given: {listed(missing, artifacts)}"
         )
 
 
-def _references(value: Any) -> Iterator[str]:
+def references(value: Any) -> Iterator[str]:
+    """The names of all files that a config refers to as `nemo:NAME`."""
     if isinstance(value, str) and value.startswith(ARTIFACT_PREFIX):
         yield value.removeprefix(ARTIFACT_PREFIX)
     elif isinstance(value, Mapping):
-        yield from _references(list(cast(Mapping[str, Any], value).values()))
+        yield from references(list(cast(Mapping[str, Any], value).values()))
     elif isinstance(value, list | tuple):
         for part in cast(Sequence[Any], value):
-            yield from _references(part)
+            yield from references(part)
 
 
 def _yaml(config: Mapping[str, Any]) -> bytes:
