@@ -1,0 +1,140 @@
+"""Makes the larger training speech of the encoder, which is too big to commit.
+
+    python tools/corpus/make_pretraining_speech.py OUT --utterances 9000
+
+writes OUT/audio/*.flac (16 bit, 16 kHz, mono), OUT/train.jsonl and OUT/val.jsonl (200 rows), and
+the list of what was said by whom, tools/corpus/pretraining_manifest.jsonl.gz, which is committed so
+that a test can look for sentences and voices of the test in it. Stopped, it goes on where it was.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from synthesis import PRETRAINING_VOICES, RATE_HZ, Condition, Utterance, synthesize
+from texts import digit_text, training_texts, walked_texts
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+SEED = 2
+VALIDATION_ROWS = 200
+SENTENCES, WALKS = 0.45, 0.35  # shares of the utterances; the rest are strings of digits
+
+
+def plan_utterances(count: int, seed: int) -> list[Utterance]:
+    """Returns what to say: texts, voices and conditions drawn evenly, all from the seed."""
+    rng = np.random.default_rng(seed)
+    texts = _plan_texts(count, rng)
+    # every voice about as often as every other, in a random order
+    voices = np.concatenate(
+        [
+            rng.permutation(len(PRETRAINING_VOICES))
+            for _ in range(-(-count // len(PRETRAINING_VOICES)))
+        ]
+    )
+    return [
+        Utterance(
+            text=text,
+            voice=PRETRAINING_VOICES[voice],
+            speed_wpm=int(rng.integers(110, 231)),
+            pitch=int(rng.integers(30, 76)),
+            gain_db=round(float(rng.uniform(-12, 4)), 1),
+            condition=_plan_condition(rng),
+            seed=index,
+        )
+        for index, (text, voice) in enumerate(zip(texts, voices, strict=False))
+    ]
+
+
+def _plan_texts(count: int, rng: np.random.Generator) -> list[str]:
+    texts = [
+        *_cycled(training_texts(), round(count * SENTENCES), rng),
+        *_cycled(walked_texts(), round(count * WALKS), rng),
+    ]
+    texts += [digit_text(rng) for _ in range(count - len(texts))]
+    return [texts[i] for i in rng.permutation(count)]
+
+
+def _cycled(texts: list[str], count: int, rng: np.random.Generator) -> list[str]:
+    """Returns `count` texts, each about equally often."""
+    rounds = [rng.permutation(len(texts)) for _ in range(count // len(texts) + 1)]
+    return [texts[i] for i in np.concatenate(rounds)[:count]]
+
+
+def _plan_condition(rng: np.random.Generator) -> Condition:
+    noise = str(rng.choice(["", "white", "pink", "hum", "babble"], p=[0.5, 0.12, 0.15, 0.08, 0.15]))
+    return Condition(
+        noise=noise,
+        snr_db=round(float(rng.uniform(8, 30))) if noise else 0.0,
+        rt60_s=round(float(rng.uniform(0.15, 0.5)), 2) if rng.random() < 0.35 else 0.0,
+        band=str(rng.choice(["", "telephone", "narrow"], p=[0.7, 0.2, 0.1])),
+    )
+
+
+def claim_folder(out: Path, planned: list[Utterance]) -> None:
+    """Notes the plan in the folder. Raises ValueError if files of another plan lie there."""
+    digest = hashlib.sha256(repr(planned).encode()).hexdigest()
+    note = out / "plan.sha256"
+    if note.exists() and note.read_text() != digest:
+        raise ValueError(f"{out} holds utterances of another plan; delete it or name another")
+    (out / "audio").mkdir(parents=True, exist_ok=True)
+    note.write_text(digest)
+
+
+def write_utterance(job: tuple[Utterance, Path]) -> float:
+    """Writes one FLAC file unless it is there; returns its seconds."""
+    utterance, path = job
+    if not path.exists():
+        unfinished = path.with_suffix(".part")
+        soundfile.write(unfinished, synthesize(utterance), RATE_HZ, "PCM_16", format="FLAC")
+        os.replace(unfinished, path)
+    return soundfile.info(path).duration
+
+
+def _row(utterance: Utterance, path: Path, duration_s: float) -> dict:
+    return {
+        "audio_filepath": f"audio/{path.name}",
+        "duration": round(duration_s, 4),
+        "text": utterance.text,
+        "voice": utterance.voice.name,
+        "speed": utterance.speed_wpm,
+        "pitch": utterance.pitch,
+        "condition": str(utterance.condition),
+    }
+
+
+def write_said(rows: list[dict], path: Path) -> None:
+    """Writes text and voice of every row, gzipped, the same bytes for the same rows."""
+    lines = [json.dumps({"text": row["text"], "voice": row["voice"]}) + "\n" for row in rows]
+    path.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+
+
+def main() -> None:
+    """Makes the folder and the list of what was said."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--utterances", type=int, default=9000)
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    planned = plan_utterances(arguments.utterances, SEED)
+    claim_folder(arguments.out, planned)
+    paths = [arguments.out / "audio" / f"{index:06d}.flac" for index in range(len(planned))]
+    with ProcessPoolExecutor(arguments.processes) as pool:
+        seconds = pool.map(write_utterance, zip(planned, paths, strict=True), chunksize=16)
+        durations = list(tqdm(seconds, total=len(planned), unit="utterance"))
+    rows = [_row(*parts) for parts in zip(planned, paths, durations, strict=True)]
+    for name, part in (("val", rows[:VALIDATION_ROWS]), ("train", rows[VALIDATION_ROWS:])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (arguments.out / f"{name}.jsonl").write_text(text)
+    write_said(rows, HERE / "pretraining_manifest.jsonl.gz")
+    print(f"{arguments.out}: {len(rows)} utterances, {sum(durations) / 3600:.1f} hours")
+
+
+if __name__ == "__main__":
+    main()
