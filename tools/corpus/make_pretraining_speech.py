@@ -74,6 +74,8 @@ def _plan_condition(rng: np.random.Generator) -> Condition:
         snr_db=round(float(rng.uniform(8, 30))) if noise else 0.0,
         rt60_s=round(float(rng.uniform(0.15, 0.5)), 2) if rng.random() < 0.35 else 0.0,
         band=str(rng.choice(["", "telephone", "narrow"], p=[0.7, 0.2, 0.1])),
+        # the bundled corpus is Opus: the encoder should know its sound
+        opus_level=round(float(rng.uniform(0.95, 0.985)), 3) if rng.random() < 0.5 else 0.0,
     )
 
 

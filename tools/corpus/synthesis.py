@@ -1,14 +1,16 @@
 """Speaks a sentence with espeak-ng and puts it into a room, into noise or on the telephone.
 
 Everything follows from the fields of an `Utterance`: the same fields on the same espeak-ng give the
-same samples. Needs the program `espeak-ng` (tried with 1.51), NumPy and SciPy.
+same samples. Needs the program `espeak-ng` (tried with 1.51).
 """
 
+import io
 import subprocess
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
+import soundfile
 from scipy import signal
 
 RATE_HZ = 16_000
@@ -102,12 +104,15 @@ class Condition:
     noise: "" (none), "white", "pink", "hum" or "babble", at `snr_db`.
     rt60_s: time in which the room's sound falls by 60 dB; 0 is no room.
     band: "" (all), "telephone" (300 to 3400 Hz) or "narrow" (below 4 kHz).
+    opus_level: libsndfile's compression level of a pass through Opus (0.98 is about 14 kbit/s);
+        0 is no pass.
     """
 
     noise: str = ""
     snr_db: float = 0.0
     rt60_s: float = 0.0
     band: str = ""
+    opus_level: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuses names that no function here knows."""
@@ -122,6 +127,7 @@ class Condition:
             f"{self.noise}_{self.snr_db:.0f}dB" if self.noise else "",
             f"room_{self.rt60_s:.2f}s" if self.rt60_s else "",
             self.band,
+            f"opus_{self.opus_level:.3f}" if self.opus_level else "",
         ]
         return "+".join(part for part in parts if part) or "clean"
 
@@ -156,7 +162,8 @@ def synthesize(utterance: Utterance) -> np.ndarray:
     if condition.band:
         wave = signal.sosfilt(BANDS[condition.band], wave)
     wave = wave * 10 ** (utterance.gain_db / 20)
-    return (wave * min(1.0, PEAK / np.abs(wave).max())).astype(np.float32)
+    wave = (wave * min(1.0, PEAK / np.abs(wave).max())).astype(np.float32)
+    return through_opus(wave, condition.opus_level) if condition.opus_level else wave
 
 
 def espeak(text: str, spec: str, speed_wpm: int, pitch: int) -> np.ndarray:
@@ -173,6 +180,14 @@ def espeak(text: str, spec: str, speed_wpm: int, pitch: int) -> np.ndarray:
     if done.returncode or not samples.any():
         raise RuntimeError(f"espeak-ng {options} said nothing: {done.stderr.decode().strip()}")
     return signal.resample_poly(samples / 32768.0, 320, 441)  # 22050 * 320 / 441 = 16000
+
+
+def through_opus(wave: np.ndarray, level: float) -> np.ndarray:
+    """Returns 16 kHz samples [S] as they come back from Opus; the level is libsndfile's, 0 to 1."""
+    file = io.BytesIO()
+    soundfile.write(file, wave, RATE_HZ, "OPUS", format="OGG", compression_level=level)
+    file.seek(0)
+    return soundfile.read(file, dtype="float32")[0]
 
 
 def espeak_version() -> str:
@@ -238,7 +253,7 @@ def _babble(samples: int, rng: np.random.Generator) -> np.ndarray:
     return total
 
 
-@lru_cache(maxsize=None)
+@cache
 def _babble_clip(voice: int, sentence: int) -> np.ndarray:
     clip = espeak(BABBLE_SENTENCES[sentence], BABBLE_VOICES[voice].spec, 170, 50)
     return clip / _rms(clip)
