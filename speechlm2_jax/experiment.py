@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from speechlm2_jax.batches import HostBatch, LossSum
+from speechlm2_jax.batches import HostBatch, LossSum, SalmExample
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.data.datamodule import DataModule
 from speechlm2_jax.data.prompts import PromptError
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.tokenizer import TokenizerError
 from speechlm2_jax.evaluation.wer import text_normalizer, word_errors
+from speechlm2_jax.models.ctc import CTCModel
 from speechlm2_jax.models.salm import SALM
 from speechlm2_jax.parameter_paths import PatternError
 from speechlm2_jax.settings import SettingsError, find, ignored_report, load, require_complete
@@ -28,6 +29,11 @@ REQUIRED = ("model", "data")
 USER_ERRORS = (SettingsError, ConversionError, TokenizerError, PromptError, PatternError)
 """What a user can mend; everything else is a fault of ours and keeps its traceback."""
 VALIDATION_ANSWER_TOKENS = 128
+MODELS: Mapping[str, type[SALM] | type[CTCModel]] = {
+    "SALM": SALM,
+    "EncDecCTCModelBPE": CTCModel,
+}
+"""By the class that `model._target_` names; without it a model is a SALM."""
 
 
 @contextmanager
@@ -44,7 +50,7 @@ def clear_errors(program: str) -> Generator[None]:
 class Experiment:
     """A model, its data and a trainer, ready to run."""
 
-    model: SALM
+    model: SALM | CTCModel
     datamodule: DataModule
     trainer: Trainer
     settings: Mapping[str, Any]
@@ -64,7 +70,7 @@ def build(config: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     with ignored_report() as ignored:
         trainer = Trainer(**settings.get("trainer", {}))
         # names of parts are relative to the working folder or to the YAML's own
-        model = SALM(settings["model"], near=(find(config).resolve().parent,))
+        model = make_model(settings["model"], near=(find(config).resolve().parent,))
         datamodule = DataModule(
             settings["data"], tokenizer=model.tokenizer, dataset=SALMDataset(model.tokenizer)
         )
@@ -90,7 +96,16 @@ def check_blocks(settings: Mapping[str, Any]) -> None:
     require_complete(settings)
 
 
-def word_error_rate(model: SALM) -> Callable[[HostBatch], LossSum]:
+def make_model(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> SALM | CTCModel:
+    """Makes the kind of model that a `model:` block describes. Raises SettingsError."""
+    named = str(cfg.get("_target_", "SALM"))
+    kind = MODELS.get(named.rsplit(".", 1)[-1])
+    if kind is None:
+        raise SettingsError(f"model._target_: {named} is not known; use {' or '.join(MODELS)}")
+    return kind(cfg, near=near)
+
+
+def word_error_rate(model: SALM | CTCModel) -> Callable[[HostBatch], LossSum]:
     """Makes a validation metric that answers each conversation and counts word errors.
 
     Texts are lower-cased and lose their punctuation, in any language. The count is that of
@@ -102,14 +117,21 @@ def word_error_rate(model: SALM) -> Callable[[HostBatch], LossSum]:
         asked = [reference for reference in batch.references if reference is not None]
         if not asked:
             return LossSum(total=0.0, count=0.0)
-        ids = model.answer([r.prompt for r in asked], VALIDATION_ANSWER_TOKENS)
         errors = word_errors(
-            [normalize(r.text) for r in asked],
-            [normalize(text_before_end(model, row)) for row in ids],
+            [normalize(reference.text) for reference in asked],
+            [normalize(text) for text in answers(model, [r.prompt for r in asked])],
         )
         return LossSum(total=float(errors.errors), count=float(errors.reference_words))
 
     return metric
+
+
+def answers(model: SALM | CTCModel, prompts: Sequence[SalmExample]) -> list[str]:
+    """What a model says to each prompt; a recogniser hears its first recording only."""
+    if isinstance(model, CTCModel):
+        return model.transcribe([prompt.audio[0] for prompt in prompts])
+    ids = model.answer(prompts, VALIDATION_ANSWER_TOKENS)
+    return [text_before_end(model, row) for row in ids]
 
 
 def text_before_end(model: SALM, ids: np.ndarray) -> str:

@@ -1,22 +1,41 @@
-"""Makes configs/parts/tiny_llm: the architecture and tokenizer of a small random LLM, no weights.
+"""Makes configs/parts/tiny_llm: a small Llama with its tokenizer, trained on text.
 
-    python tools/make_tiny_llm.py
+    python tools/make_tiny_llm.py WORK_FOLDER [key=value ...]
 
-The byte-level BPE is trained on the documentation strings of Python's standard library plus spelt
-numbers, so common English and digit words are single tokens and any text can be written.
+Texts are the corpus's training texts (no test sentence is read) and documentation strings of
+Python's standard library. The byte-level BPE is trained on both, so common words are single tokens
+and any text can be written. The LLM learns to follow short instructions over training sentences:
+repeat, tidy up stuttered or spelt-out words, spell, go on. WORK_FOLDER gets the dialogs and the
+run; stopped, the same command goes on. Keys are those of configs/parts/tiny_llm.yaml.
 """
 
 import ast
 import json
+import random
+import sys
 import sysconfig
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-TARGET = Path(__file__).parents[1] / "configs" / "parts" / "tiny_llm"
+from speechlm2_jax import experiment
+from speechlm2_jax.conversion import mapping
+from speechlm2_jax.conversion.decoder import decoder_table
+from speechlm2_jax.conversion.hf_config import decoder_config
+from speechlm2_jax.conversion.readers import write_safetensors
+from speechlm2_jax.models import SALM
+
+ROOT = Path(__file__).parents[1]
+TARGET = ROOT / "configs" / "parts" / "tiny_llm"
+CORPUS = ROOT / "tools" / "corpus"
 VOCAB_SIZE = 1024
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen".split()
+DIGITS = "zero one two three four five six seven eight nine".split()
+DIALOGS, VALIDATION_DIALOGS = 60_000, 256
+FILLERS = ("-", "-", "-", "uh", "um", "...")
 
 
 def documentation() -> list[str]:
@@ -30,8 +49,14 @@ def documentation() -> list[str]:
     return texts
 
 
-def main() -> None:
-    """Trains the tokenizer and writes the three files."""
+def training_texts() -> list[str]:
+    """Reads the corpus's training sentences and the word sequences made of them."""
+    names = ("train_sentences.txt", "pretraining_sentences.txt")
+    return [line for name in names for line in (CORPUS / name).read_text().splitlines() if line]
+
+
+def make_architecture(texts: Sequence[str]) -> None:
+    """Trains the tokenizer and writes all of the LLM but its weights."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -39,9 +64,11 @@ def main() -> None:
         vocab_size=VOCAB_SIZE - 8,  # room for special tokens that a model adds
         special_tokens=SPECIALS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    numbers = [" ".join([" " + w for w in NUMBERS] + NUMBERS)] * 500
-    tokenizer.train_from_iterator(documentation() + numbers, trainer)
+    digits = [" ".join([" " + w for w in DIGITS] + DIGITS)] * 200
+    spoken = [text for text in texts for _ in range(20)]
+    tokenizer.train_from_iterator([*documentation(), *spoken, *digits], trainer)
     TARGET.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(TARGET / "tokenizer.json"))
     tokenizer_config = {
@@ -69,11 +96,131 @@ def main() -> None:
         "bos_token_id": None,
         "eos_token_id": 2,
         "pad_token_id": 0,
-        "dtype": "float32",
+        "dtype": "bfloat16",
     }
     for name, content in (("tokenizer_config.json", tokenizer_config), ("config.json", config)):
         (TARGET / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
+# Instructions ---------------------------------------------------------------------------------
+
+
+def stuttered(text: str, rng: random.Random) -> str:
+    """Says words again, in letters or in parts, with fillers between them."""
+    words: list[str] = []
+    filled = rng.uniform(0.0, 0.6)
+    for word in text.split():
+        while rng.random() < filled:
+            words.append(rng.choice(FILLERS))
+        draw = rng.random()
+        if draw < 0.15:
+            words += list(word)
+        elif draw < 0.35 and len(word) > 3:
+            cut = rng.randrange(1, len(word))
+            words += [word[:cut], word[cut:]]
+        else:
+            words += [word] * rng.choice((1, 1, 1, 2, 2, 3))
+    return " ".join(words)
+
+
+def repeat(text: str, rng: random.Random) -> tuple[str, str]:
+    """Repeats a sentence."""
+    return f"{rng.choice(('Repeat:', 'Transcribe:', 'Write down:'))} {text}", text
+
+
+def tidy(text: str, rng: random.Random) -> tuple[str, str]:
+    """Writes a stuttered sentence as it was meant."""
+    return f"{rng.choice(('Tidy up:', 'Transcribe:', 'Write down:'))} {stuttered(text, rng)}", text
+
+
+def spell(text: str, rng: random.Random) -> tuple[str, str]:
+    """Spells a word."""
+    word = rng.choice(text.split())
+    return f"Spell: {word}", " ".join(word)
+
+
+def go_on(text: str, rng: random.Random) -> tuple[str, str]:
+    """Finishes a sentence."""
+    words = text.split()
+    cut = rng.randrange(1, max(len(words), 2))
+    return f"Go on: {' '.join(words[:cut])}", " ".join(words[cut:]) or text
+
+
+def say(text: str, rng: random.Random) -> tuple[str, str]:
+    """Says anything."""
+    return rng.choice(("Say something.", "Tell me a sentence.")), text
+
+
+TASKS: tuple[tuple[Callable[[str, random.Random], tuple[str, str]], float], ...] = (
+    (repeat, 0.2),
+    (tidy, 0.55),
+    (spell, 0.05),
+    (go_on, 0.1),
+    (say, 0.1),
+)
+
+
+def dialogs(texts: Sequence[str], count: int, seed: int) -> Iterator[dict]:
+    """Makes dialogs as a NeMo manifest of conversations has them."""
+    rng = random.Random(seed)
+    tasks, weights = zip(*TASKS, strict=True)
+    for i in range(count):
+        text = rng.choice(texts)
+        if rng.random() < 0.15:
+            text = " ".join(rng.choices(DIGITS, k=rng.randint(1, 8)))
+        asked, answer = rng.choices(tasks, weights)[0](text, rng)
+        turns = (("User", asked), ("Assistant", answer))
+        yield {
+            "id": f"dialog_{i}",
+            "conversations": [{"from": w, "type": "text", "value": v} for w, v in turns],
+        }
+
+
+def write_dialogs(folder: Path, texts: Sequence[str]) -> None:
+    """Writes the training and validation manifests."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count, seed in (("train", DIALOGS, 0), ("val", VALIDATION_DIALOGS, 1)):
+        lines = [json.dumps(dialog) + "\n" for dialog in dialogs(texts, count, seed)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+
+
+# Training -------------------------------------------------------------------------------------
+
+
+def export(run: Path) -> None:
+    """Writes the LLM of a run as a Hugging Face directory."""
+    model = SALM.from_pretrained(run)
+    config = decoder_config(json.loads((TARGET / "config.json").read_text()))
+    llm = {
+        path.removeprefix("llm."): np.asarray(value)
+        for path, value in model.variables.items()
+        if path.startswith("llm.")
+    }
+    tensors = mapping.export(llm, decoder_table(config))
+    half = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
+    write_safetensors(TARGET / "model.safetensors", half)
+    print(f"{TARGET}: {sum(value.size for value in half.values()):,} parameters")
+
+
+def main(work: Path, overrides: list[str]) -> None:
+    """Makes what is missing, trains to the end, and writes the weights."""
+    data, run = work / "dialogs", work / "run"
+    if not (data / "val.jsonl").exists():
+        texts = training_texts()
+        make_architecture(texts)
+        write_dialogs(data, texts)
+    settings = [
+        f"data.train_ds.input_cfg.0.manifest_filepath={data / 'train.jsonl'}",
+        f"data.validation_ds.datasets.val.input_cfg.0.manifest_filepath={data / 'val.jsonl'}",
+        f"exp_manager.explicit_log_dir={run}",
+        *overrides,
+    ]
+    result = experiment.build(ROOT / "configs" / "parts" / "tiny_llm.yaml", settings).fit()
+    if result.is_finished:
+        export(run)
+
+
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) < 2:
+        sys.exit("usage: python tools/make_tiny_llm.py WORK_FOLDER [key=value ...]")
+    main(Path(sys.argv[1]).resolve(), sys.argv[2:])

@@ -28,6 +28,7 @@ class _Backend(Protocol):
     def special_token(self, name: str) -> str | None: ...
     def add(self, tokens: Sequence[str], names: Mapping[str, str]) -> int: ...
     def save(self, directory: str | Path) -> None: ...
+    def serialized(self) -> bytes: ...
     def __len__(self) -> int: ...
 
 
@@ -44,9 +45,16 @@ class Tokenizer:
     def __init__(self, name_or_path: str | Path) -> None:
         self.name = str(name_or_path)
         if Path(self.name).suffix == ".model":
-            self._backend: _Backend = _SentencePiece(self.name)
+            self._backend: _Backend = _SentencePiece.from_file(self.name)
         else:
             self._backend = _HuggingFace(self.name)
+
+    @classmethod
+    def from_sentencepiece(cls, model: bytes, name: str = "tokenizer.model") -> "Tokenizer":
+        """Makes one of the content of a SentencePiece model, out of an archive for instance."""
+        tokenizer = cls.__new__(cls)
+        tokenizer.name, tokenizer._backend = name, _SentencePiece(model, name)
+        return tokenizer
 
     def __len__(self) -> int:
         return len(self._backend)
@@ -123,6 +131,10 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Writes the tokenizer, added tokens included, into a directory."""
         self._backend.save(directory)
+
+    def serialized(self) -> bytes:
+        """The SentencePiece model that it was made of. Raises TokenizerError for another kind."""
+        return self._backend.serialized()
 
     @property
     def bos_token(self) -> str | None:
@@ -230,6 +242,9 @@ class _HuggingFace:
     def save(self, directory: str | Path) -> None:
         self._tokenizer.save_pretrained(str(directory))
 
+    def serialized(self) -> bytes:
+        raise TokenizerError("this tokenizer is of transformers; it has no SentencePiece model")
+
     def __len__(self) -> int:
         return len(self._tokenizer)
 
@@ -237,19 +252,25 @@ class _HuggingFace:
 class _SentencePiece:
     """A SentencePiece model, with added special tokens after its own pieces."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, content: bytes, name: str) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        if not Path(path).is_file():
-            raise TokenizerError(f"tokenizer {path}: no such file")
+        if not content:
+            raise TokenizerError(f"tokenizer {name}: the file is empty")
         try:
-            self._model = SentencePieceProcessor(model_file=path)
+            self._model = SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError) as error:
-            raise TokenizerError(f"tokenizer {path}: not a SentencePiece model") from error
-        self._path = path
+            raise TokenizerError(f"tokenizer {name}: not a SentencePiece model") from error
+        self._content = content
         self._added: dict[str, int] = {}
         ids = {n: getattr(self._model, f"{n}_id")() for n in SPECIAL_NAMES}
         self._named = {n: self._model.id_to_piece(i) for n, i in ids.items() if i >= 0}
+
+    @classmethod
+    def from_file(cls, path: str) -> "_SentencePiece":
+        if not Path(path).is_file():
+            raise TokenizerError(f"tokenizer {path}: no such file")
+        return cls(Path(path).read_bytes(), path)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(self._ids(text)) for text in texts]
@@ -311,7 +332,10 @@ class _SentencePiece:
     def save(self, directory: str | Path) -> None:
         target = Path(directory) / "tokenizer.model"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(Path(self._path).read_bytes())
+        target.write_bytes(self._content)
+
+    def serialized(self) -> bytes:
+        return self._content
 
     def __len__(self) -> int:
         return self._model.get_piece_size() + len(self._added)

@@ -1,8 +1,14 @@
 """Dropout whose draws belong to the example, not to its place in a batch."""
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
+
+_WORDS = 2**32
+_GOLDEN = 0x9E3779B1
+"""2**32 over the golden ratio, odd: spreads consecutive numbers over all words."""
 
 
 def dropout(
@@ -15,11 +21,33 @@ def dropout(
     """
     if keys is None or rate == 0.0:
         return x
+    keep = jax.vmap(lambda key: keep_mask(key, salt, x.shape[1:], rate))(keys)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
-    def keep(key: Array) -> Array:
-        return jax.random.bernoulli(jax.random.fold_in(key, salt), 1.0 - rate, x.shape[1:])
 
-    return jnp.where(jax.vmap(keep)(keys), x / (1.0 - rate), jnp.zeros((), x.dtype))
+def keep_mask(
+    key: Key[Array, ""], salt: int | Array, shape: tuple[int, ...], rate: float
+) -> Bool[Array, "*shape"]:
+    """Draws which elements stay: each with probability 1 - rate, by its place from the front.
+
+    Two words of the key's own stream and the element's number go through a finaliser of 32-bit
+    hashes (xor-shift and multiply, twice): a tenth of the work of drawing each element's word from
+    the stream, which took as long as the layers themselves on a CPU.
+    """
+    first, second = jax.random.bits(jax.random.fold_in(key, salt), (2,), jnp.uint32)
+    number = jax.lax.iota(jnp.uint32, math.prod(shape))
+    word = _finalise(number * jnp.uint32(_GOLDEN) + first) ^ second
+    threshold = jnp.uint32(min(round(rate * _WORDS), _WORDS - 1))
+    return (_finalise(word) >= threshold).reshape(shape)
+
+
+def _finalise(word: Array) -> Array:
+    """Mixes 32 bits so that each depends on all."""
+    word = word ^ (word >> 16)
+    word = word * jnp.uint32(0x7FEB352D)
+    word = word ^ (word >> 15)
+    word = word * jnp.uint32(0x846CA68B)
+    return word ^ (word >> 16)
 
 
 def fold_keys(keys: Key[Array, " B"] | None, salt: int | Array) -> Key[Array, " B"] | None:

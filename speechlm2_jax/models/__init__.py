@@ -3,9 +3,9 @@
 import importlib
 from typing import Any
 
-_MODELS = {"SALM": "speechlm2_jax.models.salm"}
+_MODELS = {"SALM": "speechlm2_jax.models.salm", "CTCModel": "speechlm2_jax.models.ctc"}
 
-__all__ = ["SALM"]  # noqa: F822
+__all__ = ["SALM", "CTCModel"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

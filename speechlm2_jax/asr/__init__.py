@@ -1,0 +1,1 @@
+"""Speech recognition over a FastConformer: heads, their losses, greedy decoding."""

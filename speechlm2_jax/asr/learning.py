@@ -1,0 +1,51 @@
+"""What a CTC recogniser learns from: conversations of one recording and its transcript."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from speechlm2_jax.asr.ctc import CtcNetwork, ctc_loss, fold_clips, pack_labels
+from speechlm2_jax.batches import LossSum, SalmBatch, StepLosses
+from speechlm2_jax.perception.perception import PerceptionModes
+
+
+def losses(
+    network: CtcNetwork, batch: SalmBatch, *, train: bool, key: Key[Array, ""] | None = None
+) -> StepLosses:
+    """CTC loss summed over conversations; the labels are the tokens that an LLM would be taught.
+
+    Each conversation has one recording; its text around the transcript plays no part. The mean is
+    over utterances (NeMo's `mean_batch`), `per_token` is the same over labels.
+    """
+    groups, clips, samples = batch.audio.shape
+    dtype = jnp.dtype(network.ctc.compute_dtype)
+    keys = None
+    if key is not None:
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.clip_ids.reshape(-1))
+    output = network(
+        batch.audio.reshape(groups * clips, samples),
+        batch.audio_lengths.reshape(-1),
+        modes=PerceptionModes(log_mel=train, spec_augment=train, encoder=train, adapter=train),
+        keys=keys if train else None,
+        dtype=dtype,
+    )
+    logits = network.logits(output.frames)
+    logits = logits.reshape(groups, clips, *logits.shape[1:])
+    clip = jax.vmap(lambda index: fold_clips(index, logits.shape[2]))(batch.audio_index)
+    has_clip, clip = clip >= 0, jnp.maximum(clip, 0)
+    by_row = jax.vmap(lambda values, index: jnp.take(values, index, axis=0))
+    labels, label_lengths = jax.vmap(pack_labels)(batch.targets, batch.loss_mask)
+    label_lengths = jnp.where(has_clip, label_lengths, 0)
+    rows = groups * batch.targets.shape[1]
+    totals, counts = ctc_loss(
+        by_row(logits, clip).reshape(rows, *logits.shape[2:]),
+        by_row(output.lengths.reshape(groups, clips), clip).reshape(rows),
+        labels.reshape(rows, -1),
+        label_lengths.reshape(rows),
+    )
+    tokens = jnp.sum(label_lengths.reshape(rows) * counts)
+    return StepLosses(
+        loss=LossSum(total=jnp.sum(totals), count=jnp.sum(counts)),
+        metrics={"per_token": LossSum(total=jnp.sum(totals), count=tokens)},
+        buffers=output.statistics,
+    )

@@ -1,0 +1,299 @@
+"""A CTC recogniser as a user holds it: encoder, head and tokenizer; NeMo's EncDecCTCModelBPE."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from speechlm2_jax import checkpointing
+from speechlm2_jax.asr import learning
+from speechlm2_jax.asr.ctc import CtcConfig, CtcNetwork, best_path, collapse
+from speechlm2_jax.batches import HostBatch, LossSum, SalmBatch, StepLosses
+from speechlm2_jax.conversion import mapping
+from speechlm2_jax.conversion.ctc import ctc_table
+from speechlm2_jax.conversion.readers import open_weights, read_nemo
+from speechlm2_jax.conversion.readers.nemo import NemoArchive
+from speechlm2_jax.conversion.writers import write_nemo
+from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, bind, describe, unbind
+from speechlm2_jax.models.config import DEFAULT_AUDIO_LOCATOR_TAG
+from speechlm2_jax.models.parts import Location, read_json
+from speechlm2_jax.models.shapes import SAMPLE_STEP, round_up
+from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
+from speechlm2_jax.perception.log_mel import LogMelConfig
+from speechlm2_jax.perception.spec_augment import SpecAugmentConfig
+from speechlm2_jax.settings import SettingsError, build
+
+TARGET = "nemo.collections.asr.models.EncDecCTCModelBPE"
+TOKENIZER_FILE = "tokenizer.model"
+BLOCKS = ("preprocessor", "encoder", "decoder", "spec_augment", "tokenizer")
+"""What a `.nemo` file's config says that matters here."""
+ROWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class CtcModelConfig:
+    """NeMo's `model:` block of a CTC model over a FastConformer."""
+
+    preprocessor: LogMelConfig
+    encoder: FastConformerConfig
+    tokenizer: Mapping[str, Any]
+    """`dir`: a folder with tokenizer.model (SentencePiece)."""
+    decoder: Mapping[str, Any] | None = None
+    """NeMo's ConvASRDecoder block; its sizes follow the encoder and the tokenizer."""
+    spec_augment: SpecAugmentConfig | None = None
+    optimizer: Mapping[str, Any] | None = None
+    lr_scheduler: Mapping[str, Any] | None = None
+    seed: int = 0
+
+    TARGETS: ClassVar[tuple[str, ...]] = ("EncDecCTCModelBPE",)
+
+
+class CTCModel:
+    """FastConformer and a CTC head: audio in, text out; trained by `Trainer` as any model.
+
+    `cfg` is NeMo's `model:` block as a plain dict. Raises SettingsError for a bad key or a missing
+    tokenizer.
+    """
+
+    def __init__(
+        self,
+        cfg: Mapping[str, Any],
+        *,
+        tokenizer: Tokenizer | None = None,
+        near: tuple[Path, ...] = (),
+    ):
+        self.cfg = dict(cfg)
+        self._config = build(CtcModelConfig, cfg, "model")
+        self.tokenizer = _find_tokenizer(self._config, near) if tokenizer is None else tokenizer
+        self.pieces = len(self.tokenizer)
+        self.tokenizer.add_special_tokens([DEFAULT_AUDIO_LOCATOR_TAG])
+        self._network = CtcConfig(
+            preprocessor=self._config.preprocessor,
+            encoder=self._config.encoder,
+            spec_augment=self._config.spec_augment,
+            vocab_size=self.pieces,
+        )
+        self._definition, self.infos = self._build()
+        self._variables: Variables | None = None
+        self.validation_metrics: Mapping[str, Callable[[HostBatch], LossSum]] = {}
+        self.nemo_exact = False
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "CTCModel":
+        """Loads a `.nemo` file (also the CTC head of a hybrid model) or a run directory.
+
+        Raises SettingsError if there is none, ConversionError for one without a CTC head.
+        """
+        found = Location().find(str(path), key="pretrained_asr")
+        if found.is_dir() and (found / checkpointing.CHECKPOINTS).is_dir():
+            return cls._from_run(found)
+        archive = read_nemo(Location().find_nemo(str(path), key="pretrained_asr"))
+        cfg = {key: archive.config[key] for key in BLOCKS if archive.config.get(key) is not None}
+        model = cls(cfg, tokenizer=Tokenizer.from_sentencepiece(_tokenizer_bytes(archive)))
+        model.variables = mapping.load(open_weights(archive.path), model._table, model.infos)
+        return model
+
+    @classmethod
+    def _from_run(cls, run: Path) -> "CTCModel":
+        definition = run / "model"
+        cfg = read_json(definition / "config.json", key="pretrained_asr")
+        model = cls({**cfg, "tokenizer": {"dir": str(definition)}})
+        model.variables = dict(checkpointing.load_weights(run).variables)
+        return model
+
+    def save_to(self, path: str | Path, *, dtype: Any = np.float32) -> None:
+        """Writes a `.nemo` file that NeMo's ASRModel.restore_from reads; weights in `dtype`."""
+        host = {name: np.asarray(value) for name, value in self.variables.items()}
+        state = {
+            name: value.astype(dtype) if value.dtype == np.float32 else value
+            for name, value in mapping.export(host, self._table).items()
+        }
+        vocabulary = [self.tokenizer.ids_to_tokens([i])[0] for i in range(self.pieces)]
+        artifacts = {
+            TOKENIZER_FILE: self.tokenizer.serialized(),
+            "vocab.txt": "".join(f"{piece}\n" for piece in vocabulary).encode(),
+        }
+        write_nemo(Path(path), self._nemo_config(vocabulary), state, artifacts)
+
+    def transcribe(self, waves: Sequence[np.ndarray]) -> list[str]:
+        """Writes down recordings: each float32 [S] at `sampling_rate`, mono; greedy decoding."""
+        order = sorted(range(len(waves)), key=lambda i: len(waves[i]))
+        texts = [""] * len(waves)
+        for start in range(0, len(order), ROWS_AT_ONCE):
+            chosen = order[start : start + ROWS_AT_ONCE]
+            for i, ids in zip(chosen, self._decode([waves[i] for i in chosen]), strict=True):
+                texts[i] = self.tokenizer.ids_to_text(ids)
+        return texts
+
+    def _decode(self, waves: Sequence[np.ndarray]) -> list[list[int]]:
+        samples = round_up(max(map(len, waves)), SAMPLE_STEP)
+        audio = np.zeros((round_up(len(waves), 1), samples), np.float32)
+        lengths = np.zeros(len(audio), np.int32)
+        for row, wave in enumerate(waves):
+            audio[row, : len(wave)], lengths[row] = wave, len(wave)
+        inputs = jnp.asarray(audio), jnp.asarray(lengths)
+        paths = np.asarray(recognise(self._definition, self.variables, *inputs))
+        return [collapse(path, self.pieces) for path in paths[: len(waves)]]
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples per second that the model hears."""
+        return self._network.preprocessor.sample_rate
+
+    # What the trainer needs -----------------------------------------------------------------
+
+    @property
+    def variables(self) -> Variables:
+        """Weights and buffers by path; started at random when first asked for."""
+        if self._variables is None:
+            self._variables = dict(jax.jit(lambda: unbind(self._make())[1])())
+        return self._variables
+
+    @variables.setter
+    def variables(self, values: Variables) -> None:
+        self._variables = values
+
+    @property
+    def trainable(self) -> Mapping[str, bool | np.ndarray]:
+        """Everything but the buffers."""
+        return {path: not info.is_buffer for path, info in self.infos.items()}
+
+    @property
+    def frame_count(self) -> Callable[[int], int]:
+        """Samples of a clip -> encoder frames."""
+        return self._network.perception.frame_count
+
+    @property
+    def optimizer(self) -> Mapping[str, Any] | None:
+        """The `model.optimizer` block."""
+        return self._config.optimizer
+
+    @property
+    def lr_scheduler(self) -> Mapping[str, Any] | None:
+        """The `model.lr_scheduler` block."""
+        return self._config.lr_scheduler
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the model's configuration."""
+        return self.cfg
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing is left to say."""
+        return ()
+
+    @property
+    def compute_dtype(self) -> Any:
+        """Dtype of activations; the trainer sets it from `trainer.precision`."""
+        return jnp.dtype(self._network.compute_dtype)
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: Any) -> None:
+        self._network = replace(self._network, compute_dtype=jnp.dtype(dtype).name)
+        self._definition, self.infos = self._build()
+
+    def losses(
+        self, variables: Variables, batch: SalmBatch, *, key: jax.Array | None, train: bool
+    ) -> StepLosses:
+        """Sums of the CTC loss; pure and traceable."""
+        network: CtcNetwork = bind(self._definition, variables)
+        return learning.losses(network, batch, train=train, key=key if train else None)
+
+    def flops(self, batch: HostBatch) -> float:
+        """Model FLOPs of one training step: 6 per weight and frame, and attention."""
+        count = np.vectorize(lambda n: self.frame_count(int(n)), otypes=[np.int64])
+        frames = count(batch.arrays.audio_lengths).astype(float)
+        weights = sum(
+            int(np.prod(info.shape))
+            for path, info in self.infos.items()
+            if path.startswith(("encoder.layers.", "head.")) and not info.is_buffer
+        )
+        encoder = self._network.encoder
+        attention = 2.0 * encoder.n_layers * encoder.d_model * float((frames**2).sum())
+        return 6.0 * (weights * float(frames.sum()) + attention)
+
+    def count_tokens(self, batch: HostBatch) -> tuple[int, int]:
+        """Counts (samples of recordings, samples of the shape) in frames' worth."""
+        lengths = batch.arrays.audio_lengths
+        hop = self._network.perception.frame_samples
+        return int(lengths.sum()) // hop, int(batch.arrays.audio.size) // hop
+
+    def save_definition(self, directory: Path) -> None:
+        """Writes config.json and the tokenizer."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(self.cfg, indent=2) + "\n")
+        (directory / TOKENIZER_FILE).write_bytes(self.tokenizer.serialized())
+
+    # ------------------------------------------------------------------------------------------
+
+    @property
+    def _table(self) -> mapping.Table:
+        return ctc_table(self._network.perception)
+
+    def _make(self) -> CtcNetwork:
+        return CtcNetwork(self._network, rngs=nnx.Rngs(self._config.seed))
+
+    def _build(self) -> tuple[Any, dict[str, VariableInfo]]:
+        module = abstract(self._make)
+        return unbind(module)[0], describe(module)
+
+    def _nemo_config(self, vocabulary: list[str]) -> dict[str, Any]:
+        encoder = self._network.encoder
+        return {
+            "target": f"{TARGET.rsplit('.', 1)[0]}.ctc_bpe_models.EncDecCTCModelBPE",
+            "sample_rate": self.sampling_rate,
+            **{key: self.cfg[key] for key in ("preprocessor", "encoder") if key in self.cfg},
+            **({"spec_augment": self.cfg["spec_augment"]} if "spec_augment" in self.cfg else {}),
+            "decoder": {
+                "_target_": "nemo.collections.asr.modules.ConvASRDecoder",
+                "feat_in": encoder.width,
+                "num_classes": self.pieces,
+                "vocabulary": vocabulary,
+            },
+            "tokenizer": {
+                "dir": None,
+                "type": "bpe",
+                "model_path": f"nemo:{TOKENIZER_FILE}",
+                "vocab_path": "nemo:vocab.txt",
+                "spe_tokenizer_vocab": "nemo:vocab.txt",
+            },
+            "decoding": {"strategy": "greedy_batch"},
+        }
+
+
+@partial(jax.jit, static_argnames=("definition",))
+def recognise(
+    definition: Any,
+    variables: Variables,
+    audio: Float[Array, "B S"],
+    lengths: Int[Array, " B"],
+) -> Int[Array, "B T"]:
+    """The likeliest class of every frame, blank beyond the audio."""
+    network: CtcNetwork = bind(definition, variables)
+    output = network(audio, lengths, dtype=jnp.dtype(network.ctc.compute_dtype))
+    return best_path(network.logits(output.frames), output.lengths)
+
+
+def _find_tokenizer(config: CtcModelConfig, near: tuple[Path, ...]) -> Tokenizer:
+    folder = config.tokenizer.get("dir")
+    if not isinstance(folder, str):
+        raise SettingsError("model.tokenizer.dir: name the folder that holds tokenizer.model")
+    found = Location(near=near).find(folder, key="model.tokenizer.dir")
+    return Tokenizer(found / TOKENIZER_FILE)
+
+
+def _tokenizer_bytes(archive: NemoArchive) -> bytes:
+    reference = (archive.config.get("tokenizer") or {}).get("model_path")
+    if not isinstance(reference, str):
+        raise SettingsError(f"{archive.path}: its config names no SentencePiece tokenizer")
+    return archive.artifact(reference)

@@ -1,0 +1,128 @@
+"""A CTC recogniser in a user's hands: NeMo's files in and out, batches of SALM's kind."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from speechlm2_jax.batches import BatchShape, SalmExample, assemble_salm_batch
+from speechlm2_jax.layers.module import bind
+from speechlm2_jax.models import CTCModel
+from speechlm2_jax.settings import SettingsError
+
+ASR = Path(__file__).parents[1] / "data" / "asr"
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return CTCModel.from_pretrained(ASR / "ctc.nemo")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(ASR / "ctc_golden.safetensors")
+
+
+def waves_of(golden):
+    return [wave[:n] for wave, n in zip(golden["audio"], golden["audio_len"].tolist(), strict=True)]
+
+
+def batch_of(model, waves, order, rows=4):
+    """One group of conversations, each a recording and its transcript's ids."""
+    placeholder = model.tokenizer.token_to_id("<|audioplaceholder|>")
+    examples = []
+    for i in order:
+        tokens = np.array([placeholder, 3 + i, 5, 7 + i], np.int32)
+        scored = np.array([False, True, True, True])
+        examples.append(SalmExample(id=str(i), tokens=tokens, loss_mask=scored, audio=(waves[i],)))
+    samples = -(-max(map(len, waves)) // 1280) * 1280
+    return assemble_salm_batch(
+        [examples],
+        BatchShape(rows=rows, tokens=48, clips=rows, samples=samples),
+        frame_count=model.frame_count,
+        placeholder_id=placeholder,
+        pad_id=model.tokenizer.pad_id,
+    )
+
+
+def loss_of(model, batch):
+    batch = jax.tree.map(jnp.asarray, batch)
+    return model.losses(model.variables, batch, key=None, train=False)
+
+
+def test_log_probabilities_equal_nemo(model, golden):
+    network = bind(model._definition, model.variables)
+    lengths = jnp.asarray(golden["audio_len"], jnp.int32)
+    output = network(jnp.asarray(golden["audio"]), lengths)
+    log_probs = jax.nn.log_softmax(network.logits(output.frames), axis=-1)
+    expected = golden["log_probs"]
+    for row, frames in enumerate(output.lengths.tolist()):
+        np.testing.assert_allclose(log_probs[row, :frames], expected[row, :frames], atol=TOLERANCE)
+
+
+def test_a_recording_is_written_down_the_same_beside_any_other(model, golden):
+    waves = waves_of(golden)
+    together = model.transcribe(waves)
+    assert together == [model.transcribe([wave])[0] for wave in waves]
+    assert together == model.transcribe(waves[::-1])[::-1]
+
+
+def test_a_saved_archive_loads_to_the_same_weights_and_tokenizer(model, golden, tmp_path):
+    model.save_to(tmp_path / "again.nemo")
+    again = CTCModel.from_pretrained(tmp_path / "again.nemo")
+    for path, value in model.variables.items():
+        np.testing.assert_array_equal(value, again.variables[path], err_msg=path)
+    assert again.transcribe(waves_of(golden)) == model.transcribe(waves_of(golden))
+
+
+def test_loss_is_the_sum_over_conversations_in_any_order(model, golden):
+    waves = waves_of(golden)
+    alone = [loss_of(model, batch_of(model, waves, [i])) for i in range(len(waves))]
+    for order in ([0, 1], [1, 0]):
+        both = loss_of(model, batch_of(model, waves, order))
+        assert float(both.loss.count) == 2
+        expected = sum(float(one.loss.total) for one in alone)
+        assert float(both.loss.total) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_conversation_without_a_usable_recording_counts_nothing(model, golden):
+    waves = waves_of(golden)
+    batch = batch_of(model, waves, [0])
+    empty = SalmExample(id="", tokens=np.zeros(0, np.int32), loss_mask=np.zeros(0, bool))
+    placeholder = model.tokenizer.token_to_id("<|audioplaceholder|>")
+    tokens = np.array([placeholder, 3, 5, 7], np.int32)
+    row = SalmExample(id="0", tokens=tokens, loss_mask=tokens != placeholder, audio=(waves[0],))
+    with_hole = assemble_salm_batch(
+        [[empty, row]],
+        BatchShape(rows=4, tokens=48, clips=4, samples=batch.audio.shape[-1]),
+        frame_count=model.frame_count,
+        placeholder_id=placeholder,
+        pad_id=model.tokenizer.pad_id,
+    )
+    assert float(loss_of(model, with_hole).loss.total) == pytest.approx(
+        float(loss_of(model, batch).loss.total), rel=1e-6
+    )
+
+
+def test_every_parameter_gets_a_gradient(model, golden):
+    batch = jax.tree.map(jnp.asarray, batch_of(model, waves_of(golden), [0, 1]))
+    trained = {p: v for p, v in model.variables.items() if model.trainable[p]}
+    rest = {p: v for p, v in model.variables.items() if p not in trained}
+
+    def total(values):
+        key = jax.random.key(0)
+        return model.losses({**rest, **values}, batch, key=key, train=True).loss.total
+
+    gradients = jax.grad(total)(jax.tree.map(jnp.asarray, trained))
+    silent = [p for p, g in gradients.items() if not np.any(np.asarray(g))]
+    assert silent == []
+
+
+def test_a_folder_without_tokenizer_is_an_error_that_names_the_key(model):
+    cfg = {**model.cfg, "tokenizer": {"type": "bpe"}}
+    with pytest.raises(SettingsError, match="model.tokenizer.dir"):
+        CTCModel(cfg)
