@@ -43,11 +43,10 @@ TEST_VARIANTS = ("m7", "f2")
 
 @dataclass(frozen=True, kw_only=True)
 class Voice:
-    """An espeak-ng voice: an English accent spoken by one variant, around one pitch (0 to 99)."""
+    """An English accent of espeak-ng spoken by one variant; `spec` is espeak-ng's `-v`."""
 
     name: str
     spec: str
-    pitch: int = 50
 
     @property
     def variant(self) -> str:
@@ -134,7 +133,12 @@ class Condition:
 
 @dataclass(frozen=True, kw_only=True)
 class Utterance:
-    """One sentence to speak: who, how fast (words a minute), how high, how loud, and where."""
+    """One sentence to speak: who, how fast (words a minute), how high, how loud, and where.
+
+    pitch: espeak-ng's, 0 to 99 around the voice's own height at 50.
+    gain_db: over a root mean square of SPEECH_RMS, before clipping is avoided.
+    seed: of the noise, the room and the silence around the speech.
+    """
 
     text: str
     voice: Voice
