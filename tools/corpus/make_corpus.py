@@ -30,11 +30,11 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 CORPUS = HERE.parents[1] / "corpus"
 SEED = 3
-SECOND_READINGS = 675  # training sentences spoken again, by another voice as a rule
+SECOND_READINGS = 275  # training sentences spoken again, by another voice as a rule
 UNSEEN_SHARE = 0.3  # of the test's rows
 OPUS_LEVEL = 0.98  # about 14 kbit/s, the least at which Opus keeps the band above 4 kHz
-SECONDS = (1.55, 5.95)
-SPEED_STEP_WPM, SPEEDS_WPM = 10, (100, 240)
+SECONDS = (1.5, 5.95)
+SPEED_STEP_WPM, SPEEDS_WPM = 10, (80, 240)
 PROCESSES = 2
 
 
