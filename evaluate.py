@@ -1,15 +1,17 @@
 """Answers recordings with a speech model and scores the answers.
 
+python evaluate.py                the newest run below runs/, on the bundled test set
 python evaluate.py pretrained_name=runs/digits inputs=test.jsonl batch_size=16 [key=value ...]
 """
 
 import dataclasses
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from speechlm2_jax import settings
 from speechlm2_jax.evaluation.config import EvalConfig
+from speechlm2_jax.evaluation.plan import Plan, make_plan
 
 
 def main(argv: Sequence[str], *, compiled: str | None = None) -> int:
@@ -25,49 +27,65 @@ def main(argv: Sequence[str], *, compiled: str | None = None) -> int:
     return 0
 
 
-def parse(argv: Sequence[str]) -> EvalConfig:
-    """The command line as a checked configuration."""
+def parse(argv: Sequence[str]) -> Plan:
+    """The command line as a checked configuration, completed by what the newest run says."""
     keys = [field.name for field in dataclasses.fields(EvalConfig)]
     words = settings.parse_overrides(
         argv, program="evaluate.py", description=__doc__ or "", keys=keys
     )
-    values = settings.override({}, [f"+{word.lstrip('+')}" for word in words])
-    return settings.build(EvalConfig, values)
+    return make_plan(settings.override({}, [f"+{word.lstrip('+')}" for word in words]))
 
 
-def run(config: EvalConfig, compiled: str | None) -> None:
-    """Reads the inputs, answers them, writes the rows, prints the table."""
-    from speechlm2_jax.evaluation.inputs import read_inputs
-
+def run(plan: Plan, compiled: str | None) -> None:
+    """Reads the inputs, answers them, writes rows and page, prints the table."""
     # cheap checks come before any weight is read
-    utterances = read_inputs(config.inputs)
-    output = None if config.output_manifest is None else Path(config.output_manifest)
-    if output is not None and output.is_dir():
-        raise settings.SettingsError(f"output_manifest: {output} is a folder; name a file")
+    config = plan.config
+    utterances = plan.utterances()
+    output, page = plan.output("output_manifest"), plan.output("report")
+    print(plan.says(), flush=True)
 
     from speechlm2_jax.evaluation.devices import choose_device
+    from speechlm2_jax.evaluation.encoder_wer import encoder_texts, open_recogniser
+    from speechlm2_jax.evaluation.page import write_page
     from speechlm2_jax.evaluation.provenance import provenance
     from speechlm2_jax.evaluation.report import table, write_rows
     from speechlm2_jax.evaluation.runner import evaluate
-    from speechlm2_jax.experiment import USER_ERRORS
     from speechlm2_jax.models import SALM
     from speechlm2_jax.training.programs import keep_compiled_programs
 
     keep_compiled_programs(compiled)
     device = choose_device(config.device)
-    try:
+    with _clear("pretrained_name"):
         model = SALM.from_pretrained(config.pretrained_name, dtype=config.dtype).eval()
+    result = evaluate(model, utterances, config)
+    if plan.encoder_file is not None:
+        with _clear("encoder_wer"):
+            recogniser = open_recogniser(plan.encoder_file)
+        texts = encoder_texts(recogniser, utterances, config.batch_size)
+        result = result.with_encoder_texts(texts)
+    totals = result.totals()
+    record = provenance(config, device, totals, plan.step)
+    print(table(totals))
+    if output is not None:
+        write_rows(output, result.rows(), record)
+        print(f"answers: {output}")
+    if page is not None:
+        rate_hz = model.sampling_rate
+        write_page(page, result, utterances, record, media_rows=config.report_rows, rate_hz=rate_hz)
+        print(f"report:  {page}  (open it in a browser)")
+
+
+@contextmanager
+def _clear(key: str) -> Iterator[None]:
+    """Turns what a user can mend into a SettingsError that names the key."""
+    from speechlm2_jax.experiment import USER_ERRORS
+
+    try:
+        yield
     except settings.SettingsError:
         raise
     except (*USER_ERRORS, OSError) as error:
-        raise settings.SettingsError(f"pretrained_name: {error}") from error
-    result = evaluate(model, utterances, config)
-    totals = result.totals()
-    if output is not None:
-        write_rows(output, result.rows(), provenance(config, device, totals))
-    print(table(totals))
-    if output is not None:
-        print(f"answers: {output}")
+        raise settings.SettingsError(f"{key}: {error}") from error
 
 
 if __name__ == "__main__":

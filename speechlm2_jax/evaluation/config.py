@@ -28,6 +28,14 @@ class EvalConfig:
     system_prompt: str | None = None
     user_prompt: str | None = None
     """The request; the audio follows it, unless it holds the audio locator tag itself."""
+    swap_audio: bool = False
+    """Give every utterance the audio of another, to show that answers come from listening."""
+    encoder_wer: bool = False
+    """Score the CTC head of the run's pretrained encoder beside the model."""
+    report: str | None = None
+    """Where to write the page to look at and listen to."""
+    report_rows: int = 300
+    """How many utterances of the page, the worst, have audio and a spectrogram."""
 
     REFUSED: ClassVar[Mapping[str, Any]] = {
         "use_asr_decoder": "SALMWithAsrDecoder is not supported; remove it",
@@ -44,6 +52,8 @@ class EvalConfig:
         for name in ("batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.report_rows < 0:
+            raise ValueError(f"report_rows={self.report_rows} must be at least 0")
         known = ("english", "basic", "none", "None", True, False, None)
         if self.use_normalizer not in known:
             raise ValueError(

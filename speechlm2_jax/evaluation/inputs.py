@@ -1,8 +1,9 @@
 """What to answer: manifests, Lhotse cuts, SHAR, or plain audio files, all as utterances."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,12 @@ from speechlm2_jax.data.readers import Reading, read_manifest, read_shar
 from speechlm2_jax.settings import SettingsError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
+VOICE_KEYS = ("voice", "speaker", "speaker_id")
+CONDITION_KEYS = ("condition",)
+UNSEEN_KEY = "unseen_voice"
+"""What a manifest's rows may say beside audio, duration and text."""
+MAX_LISTED_BYTES = 32 << 20
+"""A larger manifest is not read only to list its voices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +32,14 @@ class Utterance:
     """The reference, or None where there is nothing to score."""
     read: Callable[[int], np.ndarray]
     """Rate in Hz -> float32 samples [S]; raises AudioError for a recording that cannot be used."""
+    voice: str | None = None
+    """Who speaks, where the manifest says so."""
+    is_unseen: bool = False
+    """Whether the manifest says that training has not heard this voice."""
+    condition: str | None = None
+    """How it was recorded, where the manifest says so."""
+    audio_of: str | None = None
+    """The utterance whose recording this one was given instead of its own, if any."""
 
 
 def read_inputs(inputs: str) -> list[Utterance]:
@@ -48,6 +63,17 @@ def read_inputs(inputs: str) -> list[Utterance]:
     if not utterances:
         raise SettingsError(f"inputs: nothing to answer in {inputs!r}")
     return utterances
+
+
+def voices_of(manifest: Path) -> set[str]:
+    """The voices that a manifest names; none for a large one, or one that cannot be read."""
+    if not manifest.is_file() or manifest.stat().st_size > MAX_LISTED_BYTES:
+        return set()
+    try:
+        found = {_voice(conversation) for conversation in read_manifest(manifest, Reading())}
+    except SettingsError:
+        return set()
+    return {voice for voice in found if voice is not None}
 
 
 def _is_audio(path: Path) -> bool:
@@ -91,4 +117,16 @@ def _utterance(conversation: Conversation) -> Utterance:
         duration_s=clips[0].duration_s,
         text=conversation.answer,
         read=clips[0].load,
+        voice=_voice(conversation),
+        is_unseen=bool(conversation.fields.get(UNSEEN_KEY)),
+        condition=_first_said(conversation.fields, CONDITION_KEYS),
     )
+
+
+def _voice(conversation: Conversation) -> str | None:
+    return _first_said(conversation.fields, VOICE_KEYS)
+
+
+def _first_said(fields: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+    found = (fields.get(key) for key in keys)
+    return next((str(value) for value in found if value not in (None, "")), None)

@@ -16,8 +16,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "jiwer", "whisper-
 _WEIGHTS = (".safetensors", ".json", ".ckpt", ".nemo", ".bin", ".model", ".yaml")
 
 
-def provenance(config: EvalConfig, device: jax.Device, totals: dict[str, Any]) -> dict[str, Any]:
-    """Everything needed to make the same rows again, as plain values."""
+def provenance(
+    config: EvalConfig, device: jax.Device, totals: dict[str, Any], step: int | None = None
+) -> dict[str, Any]:
+    """Everything needed to make the same rows again, as plain values; `step` is that of a run."""
     import speechlm2_jax
 
     versions = {"python": platform.python_version(), "speechlm2_jax": speechlm2_jax.__version__}
@@ -27,7 +29,11 @@ def provenance(config: EvalConfig, device: jax.Device, totals: dict[str, Any]) -
         except metadata.PackageNotFoundError:
             continue
     return {
-        "model": {"name": config.pretrained_name, "sha256": fingerprint(config.pretrained_name)},
+        "model": {
+            "name": config.pretrained_name,
+            "sha256": fingerprint(config.pretrained_name),
+            **({} if step is None else {"step": step}),
+        },
         "inputs": config.inputs,
         "device": {"platform": device.platform, "kind": device.device_kind},
         "dtype": config.dtype,

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -85,8 +85,9 @@ def evaluate(
             elapsed = time.perf_counter() - start
             audio_s = sum(len(c.samples) for c in clips) / model.sampling_rate
             speed = speed.add(audio_s, elapsed, compiled=_Compilations.count > compiled)
+            rtf = elapsed / audio_s
             batch = {
-                clip.index: _answer(model, utterances[clip.index], clip, row, stop_ids)
+                clip.index: _answer(model, utterances[clip.index], clip, row, stop_ids, rtf)
                 for clip, row in zip(clips, ids, strict=False)  # rows beyond the clips are filling
             }
             answers |= batch
@@ -149,13 +150,19 @@ def _submit(
 
 
 def _failure(utterance: Utterance, error: AudioError) -> Answer:
+    return replace(_unanswered(utterance), error=str(error), cause=error.cause)
+
+
+def _unanswered(utterance: Utterance) -> Answer:
     return Answer(
         id=utterance.id,
         duration_s=utterance.duration_s,
         text=utterance.text,
         pred_text="",
-        error=str(error),
-        cause=error.cause,
+        voice=utterance.voice,
+        is_unseen=utterance.is_unseen,
+        condition=utterance.condition,
+        audio_of=utterance.audio_of,
     )
 
 
@@ -192,15 +199,20 @@ def _generate(
 
 
 def _answer(
-    model: SpeechModel, utterance: Utterance, clip: _Clip, ids: np.ndarray, stop_ids: list[int]
+    model: SpeechModel,
+    utterance: Utterance,
+    clip: _Clip,
+    ids: np.ndarray,
+    stop_ids: list[int],
+    rtf: float,
 ) -> Answer:
     ends = np.flatnonzero(np.isin(ids, stop_ids))
     spoken = ids[: ends[0]] if len(ends) else ids
-    return Answer(
-        id=utterance.id,
+    return replace(
+        _unanswered(utterance),
         duration_s=utterance.duration_s or len(clip.samples) / model.sampling_rate,
-        text=utterance.text,
         pred_text=model.tokenizer.ids_to_text([int(i) for i in spoken]).strip(),
+        rtf=rtf,
     )
 
 

@@ -33,6 +33,17 @@ class WordErrors:
         """A count per reference word; None where there are none, so never NaN nor infinite."""
         return count / self.reference_words if self.reference_words else None
 
+    def plain(self) -> dict[str, float | int | None]:
+        """The counts and their rate by name, for JSON."""
+        return {
+            "wer": self.wer,
+            "insertions": self.insertions,
+            "deletions": self.deletions,
+            "substitutions": self.substitutions,
+            "reference_words": self.reference_words,
+            "utterances": self.utterances,
+        }
+
 
 def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> WordErrors:
     """Counts word edits between paired texts, words split at white space.

@@ -1,16 +1,19 @@
 """evaluate.py as typed: one line and exit 2 for bad input, rows and a table otherwise."""
 
 import json
+from pathlib import Path
 
 import jax
 import pytest
 
 import evaluate
 from speechlm2_jax import models
+from speechlm2_jax.evaluation import runs
 from speechlm2_jax.evaluation.devices import choose_device
 from speechlm2_jax.evaluation.provenance import fingerprint
 from speechlm2_jax.settings import SettingsError
 from tests.evaluation.fake_model import FakeModel
+from tests.evaluation.run_case import make_run, write_manifest
 
 
 @pytest.fixture
@@ -34,8 +37,12 @@ def fake(monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ([], "pretrained_name: required (str)"),
-        (["pretrained_name=m"], "inputs: required (str)"),
+        ([], "no run with a checkpoint below runs/; make one with `python train.py --config salm`, "
+             "or name a model with pretrained_name=PATH"),
+        (["pretrained_name=m", "inputs=x", "report_rows=-1"], "report_rows=-1 must be at least 0"),
+        (["pretrained_name=m", "inputs=x", "encoder_wer=true"],
+         "encoder_wer: needs a run directory whose config.yaml names a pretrained_asr that is on "
+         "this machine; leave it out"),
         (["pretrained_name=m", "inputs=x", "batchsize=3"],
          "batchsize: unknown key; did you mean 'batch_size'?"),
         (["pretrained_name=m", "inputs=x", "batch_size=many"],
@@ -53,7 +60,8 @@ def fake(monkeypatch):
         (["--batch-size", "3"], "unrecognized arguments: --batch-size; see evaluate.py --help"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_exit_code_2(argv, expected, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(argv, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert evaluate.main(argv) == 2
     assert capsys.readouterr().err == f"evaluate.py: {expected}\n"
 
@@ -129,6 +137,83 @@ def test_a_run_writes_rows_in_input_order_and_provenance(fake, wav, tmp_path, ca
     table = capsys.readouterr().out
     assert "33.33% over 3 words" in table
     assert "RTFx without warm-up" in table
+
+
+@pytest.fixture
+def newcomer(fake, wav, tmp_path, monkeypatch):
+    """A working folder with one run and a test set, and nothing typed yet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "REPOSITORY", tmp_path / "project")
+    make_run(tmp_path / "runs" / "salm", best=10)
+    for seconds in (1, 2, 3):
+        wav(f"corpus/{seconds}.wav", seconds)
+    rows = [
+        {"audio_filepath": f"{s}.wav", "duration": s, "text": t, "voice": v}
+        for s, t, v in ((1, "one", "anna"), (2, "two extra", "ben"), (3, "four", "ben"))
+    ]
+    write_manifest(tmp_path / "corpus" / "test.jsonl", rows)
+    return fake
+
+
+def test_without_arguments_the_newest_run_is_evaluated_and_its_page_written(newcomer, capsys):
+    assert evaluate.main(["extra_eos_tokens=[<extra>]"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "run    runs/salm, step 10 (best val_wer)\n"
+        "data   corpus/test.jsonl\n"
+        "asked  'Be exact.' 'Write down:', as trained\n"
+    )
+    assert "50.00% over 4 words" in said
+    assert "ben" in said
+    assert said.endswith(
+        "answers: runs/salm/answers.jsonl\nreport:  runs/salm/report.html  (open it in a browser)\n"
+    )
+    (call,) = newcomer.calls
+    assert call["prompts"][0] == [
+        {"role": "system", "content": "Be exact."},
+        {"role": "user", "content": "Write down: <|audio|>"},
+    ]
+    *rows, last = map(json.loads, Path("runs/salm/answers.jsonl").read_text().splitlines())
+    assert [row["voice"] for row in rows] == ["anna", "ben", "ben"]
+    assert last["provenance"]["model"]["step"] == 10
+    assert Path("runs/salm/report.html").read_text().count("<audio") == 3
+
+
+def test_swapped_audio_is_scored_against_each_rows_own_words(newcomer, capsys):
+    assert evaluate.main(["swap_audio=true", "extra_eos_tokens=[<extra>]"]) == 0
+    *rows, last = map(json.loads, Path("runs/salm/answers_swapped.jsonl").read_text().splitlines())
+    seconds = {"1": "one", "2": "two", "3": "three"}
+    assert [row["id"] for row in rows] == ["1", "2", "3"]
+    assert all(row["audio_of"] != row["id"] for row in rows)
+    assert [row["pred_text"] for row in rows] == [seconds[row["audio_of"]] for row in rows]
+    assert [row["text"] for row in rows] == ["one", "two extra", "four"]
+    assert last["provenance"]["totals"]["wer"] == 1.0
+    said = capsys.readouterr().out
+    assert "audio  SWAPPED" in said
+    assert "WER, audio swapped" in said
+
+
+def test_the_encoder_alone_is_printed_beside(newcomer, monkeypatch, capsys):
+    nemo = Path("configs/parts/encoder.nemo")
+    nemo.parent.mkdir(parents=True)
+    nemo.touch()
+
+    class CTCModel:
+        sampling_rate = 16_000
+
+        @classmethod
+        def from_pretrained(cls, path):
+            assert Path(path) == nemo.absolute()
+            return cls()
+
+        def transcribe(self, waves):
+            return ["one" for _ in waves]
+
+    monkeypatch.setitem(vars(models), "CTCModel", CTCModel)
+    assert evaluate.main(["report_rows=0"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "encoder alone (CTC) 75.00% over 4 words" in said
+    assert "Encoder alone" in Path("runs/salm/report.html").read_text()
 
 
 def test_fingerprints_follow_contents_not_places(tmp_path):

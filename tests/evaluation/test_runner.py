@@ -41,6 +41,21 @@ def test_answers_come_back_in_input_order():
     assert longest_first == [[80_000, 64_000], [48_000, 32_000], [16_000, 16_000]]
 
 
+def test_many_lengths_make_few_static_shapes():
+    from speechlm2_jax.models.shapes import SAMPLE_STEP, round_up
+
+    seconds = np.random.default_rng(0).uniform(0.3, 30, 400)
+    model = FakeModel()
+    evaluate(
+        model,
+        [_utterance(f"u{n}", s) for n, s in enumerate(seconds)],
+        _config(batch_size=8, verbose=False),
+    )
+    shapes = {(len(c["audios"]), round_up(c["audios"].shape[1], SAMPLE_STEP)) for c in model.calls}
+    assert len(model.calls) == 50
+    assert len(shapes) <= 10, "two per doubling of the length, and one number of rows"
+
+
 def test_an_answer_ends_at_the_first_end_token():
     (answer,) = evaluate(FakeModel(), [_utterance("u", 1)], _config()).answers
     assert answer.pred_text == "one <extra>", "ended by </s>"

@@ -1,0 +1,35 @@
+"""Reference and hypothesis side by side, word by word."""
+
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Literal, cast
+
+Operation = Literal["equal", "substitute", "delete", "insert"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignedWord:
+    """One place of an alignment."""
+
+    operation: Operation
+    reference: str = ""
+    """Empty where a word was inserted."""
+    hypothesis: str = ""
+    """Empty where a word was deleted."""
+
+
+def align_words(reference: str, hypothesis: str) -> tuple[AlignedWord, ...]:
+    """Aligns two texts, words split at white space, with the fewest edits."""
+    import jiwer
+
+    output = jiwer.process_words([reference], [hypothesis])
+    (said,), (heard,) = output.references, output.hypotheses
+    return tuple(
+        AlignedWord(operation=cast(Operation, chunk.type), reference=one, hypothesis=other)
+        for chunk in output.alignments[0]
+        for one, other in zip_longest(
+            said[chunk.ref_start_idx : chunk.ref_end_idx],
+            heard[chunk.hyp_start_idx : chunk.hyp_end_idx],
+            fillvalue="",
+        )
+    )

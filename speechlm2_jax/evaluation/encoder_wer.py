@@ -1,0 +1,70 @@
+"""What the pretrained encoder hears by itself: its own CTC head on the same recordings."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from tqdm import tqdm
+
+from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.evaluation.inputs import Utterance
+
+READERS = 4
+
+
+@runtime_checkable
+class Recogniser(Protocol):
+    """What is asked of an encoder with a CTC head; `speechlm2_jax.models.CTCModel` is one."""
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples per second that it hears."""
+        ...
+
+    def transcribe(self, waves: Sequence[np.ndarray]) -> list[str]:
+        """The text of each float32 [S] recording."""
+        ...
+
+
+def open_recogniser(nemo_file: Path) -> Recogniser:
+    """Loads an encoder with its CTC head.
+
+    Raises SettingsError or ConversionError for a file without one.
+    """
+    from speechlm2_jax.models import CTCModel
+
+    return CTCModel.from_pretrained(nemo_file)
+
+
+def encoder_texts(
+    recogniser: Recogniser, utterances: Sequence[Utterance], batch_size: int
+) -> list[str | None]:
+    """What the encoder's head writes down, in input order; None for recordings without samples."""
+    read = partial(_read, rate_hz=recogniser.sampling_rate)
+    texts: list[str | None] = [None] * len(utterances)
+    # neighbours in length share a static shape
+    order = sorted(range(len(utterances)), key=lambda i: -utterances[i].duration_s)
+    with (
+        ThreadPoolExecutor(READERS) as pool,
+        tqdm(total=len(order), unit="utt", desc="encoder alone", disable=None) as progress,
+    ):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            waves = list(pool.map(read, (utterances[i] for i in chosen)))
+            heard = [(i, wave) for i, wave in zip(chosen, waves, strict=True) if wave is not None]
+            found = recogniser.transcribe([wave for _, wave in heard]) if heard else []
+            for (i, _), text in zip(heard, found, strict=True):
+                texts[i] = text
+            progress.update(len(chosen))
+    return texts
+
+
+def _read(utterance: Utterance, rate_hz: int) -> np.ndarray | None:
+    """A recording, or None: the model's own evaluation has told why."""
+    try:
+        return utterance.read(rate_hz)
+    except AudioError:
+        return None

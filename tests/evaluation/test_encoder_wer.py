@@ -1,0 +1,69 @@
+"""The encoder's own CTC head beside the model: which recordings it hears, how it is scored."""
+
+import numpy as np
+
+from speechlm2_jax.evaluation.encoder_wer import encoder_texts, open_recogniser
+from speechlm2_jax.evaluation.report import Answer, Evaluation, Speed, table
+from tests.evaluation.page_case import utterance
+
+
+class Recogniser:
+    """Says how many whole seconds it heard."""
+
+    sampling_rate = 16_000
+
+    def __init__(self):
+        self.batches = []
+
+    def transcribe(self, waves):
+        assert all(wave.dtype == np.float32 for wave in waves)
+        self.batches.append([len(wave) for wave in waves])
+        return [f"{len(wave) // 16_000} seconds" for wave in waves]
+
+
+def test_texts_come_back_in_input_order_and_neighbours_in_length_go_together():
+    recogniser = Recogniser()
+    utterances = [utterance(f"u{s}", float(s)) for s in (1, 4, 2, 3)]
+    texts = encoder_texts(recogniser, utterances, batch_size=2)
+    assert texts == ["1 seconds", "4 seconds", "2 seconds", "3 seconds"]
+    assert recogniser.batches == [[64_000, 48_000], [32_000, 16_000]]
+
+
+def test_a_recording_that_cannot_be_read_has_no_text():
+    texts = encoder_texts(Recogniser(), [utterance("broken", 2.0), utterance("u", 1.0)], 4)
+    assert texts == [None, "1 seconds"]
+    assert encoder_texts(Recogniser(), [utterance("broken", 2.0)], 4) == [None]
+
+
+def test_it_is_scored_on_the_rows_that_the_model_is_scored_on():
+    answers = (
+        Answer(id="a", duration_s=1.0, text="One two", pred_text="one two"),
+        Answer(id="b", duration_s=1.0, text="three", pred_text="", error="bad"),
+        Answer(id="c", duration_s=1.0, text=None, pred_text="four"),
+    )
+    result = Evaluation(answers=answers, speed=Speed(), normalizer="basic")
+    assert result.encoder_errors() is None
+    assert "encoder" not in table(result.totals())
+    beside = result.with_encoder_texts(["one too!", "three", "four"])
+    errors = beside.encoder_errors()
+    assert errors is not None
+    assert (errors.substitutions, errors.reference_words) == (1, 2)
+    assert beside.word_errors() == result.word_errors()
+    assert "encoder alone (CTC) 50.00% over 2 words" in " ".join(table(beside.totals()).split())
+    assert [row.get("encoder_text") for row in beside.rows()] == ["one too!", "three", "four"]
+
+
+def test_the_recogniser_is_the_encoders_own_file_opened_as_a_ctc_model(monkeypatch, tmp_path):
+    from speechlm2_jax import models
+
+    asked = []
+
+    class CTCModel:
+        @staticmethod
+        def from_pretrained(path):
+            asked.append(path)
+            return Recogniser()
+
+    monkeypatch.setitem(vars(models), "CTCModel", CTCModel)
+    assert isinstance(open_recogniser(tmp_path / "encoder.nemo"), Recogniser)
+    assert asked == [tmp_path / "encoder.nemo"]

@@ -1,0 +1,155 @@
+"""What is evaluated when the command line does not say: the newest run, as it was trained."""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from speechlm2_jax.evaluation import runs
+from speechlm2_jax.evaluation.plan import make_plan
+from speechlm2_jax.evaluation.runs import newest_run, read_run
+from speechlm2_jax.settings import SettingsError
+from tests.evaluation.run_case import SETTINGS, make_run, write_manifest
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder, apart from this project's own corpus and configs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "REPOSITORY", tmp_path / "project")
+    return tmp_path
+
+
+def test_the_newest_run_is_the_one_saved_last(here):
+    make_run(Path("runs/b"), saved_at_s=3e9)
+    make_run(Path("runs/deep/a/version_0"), saved_at_s=4e9)
+    make_run(Path("runs/c"), saved_at_s=2e9)
+    assert newest_run().folder == Path("runs/deep/a/version_0")
+
+
+def test_a_run_without_checkpoint_or_of_another_model_is_passed_over(here):
+    make_run(Path("runs/salm"), saved_at_s=1e9)
+    make_run(Path("runs/ctc"), saved_at_s=3e9, settings={"model": {"encoder": {}}})
+    (make_run(Path("runs/started"), steps=()) / "checkpoints").mkdir()
+    assert newest_run().folder == Path("runs/salm")
+
+
+def test_without_a_run_the_error_names_the_command_that_makes_one(here):
+    with pytest.raises(SettingsError, match="below runs/; make one with `python train.py --conf"):
+        make_plan({})
+
+
+def test_without_arguments_answers_and_page_lie_beside_the_run(here):
+    make_run(Path("runs/salm"))
+    write_manifest(Path("corpus/test.jsonl"), [{"text": "a"}])
+    config = make_plan({}).config
+    assert config.pretrained_name == "runs/salm"
+    assert config.inputs == "corpus/test.jsonl"
+    assert config.output_manifest == "runs/salm/answers.jsonl"
+    assert config.report == "runs/salm/report.html"
+    assert not config.verbose
+    swapped = make_plan({"swap_audio": True}).config
+    assert swapped.output_manifest == "runs/salm/answers_swapped.jsonl"
+    assert swapped.report == "runs/salm/report_swapped.html"
+
+
+def test_the_test_set_is_found_here_before_the_projects_own(here):
+    make_run(Path("runs/salm"))
+    with pytest.raises(SettingsError, match="inputs: no corpus/test.jsonl here or in"):
+        make_plan({})
+    own = write_manifest(here / "project" / "corpus" / "test.jsonl", [{"text": "a"}])
+    assert make_plan({}).config.inputs == str(own)
+    write_manifest(Path("corpus/test.jsonl"), [{"text": "a"}])
+    assert make_plan({}).config.inputs == "corpus/test.jsonl"
+
+
+def test_a_run_is_asked_computed_and_compared_as_it_was_trained(here):
+    make_run(Path("runs/salm"))
+    config = make_plan({"pretrained_name": "runs/salm", "inputs": "x.jsonl"}).config
+    assert (config.user_prompt, config.system_prompt) == ("Write down:", "Be exact.")
+    assert (config.dtype, config.use_normalizer) == ("float32", "basic")
+    settings = copy.deepcopy(SETTINGS)
+    settings["trainer"]["precision"] = "bf16-true"
+    make_run(Path("runs/half"), settings=settings)
+    assert make_plan({"pretrained_name": "runs/half", "inputs": "x"}).config.dtype == "bfloat16"
+
+
+def test_words_of_the_command_line_win(here):
+    make_run(Path("runs/salm"))
+    words = {
+        "inputs": "x.jsonl",
+        "user_prompt": "",
+        "use_normalizer": None,
+        "dtype": "bfloat16",
+        "output_manifest": None,
+    }
+    config = make_plan(words).config
+    assert {key: getattr(config, key) for key in words} == words
+
+
+def test_inputs_that_are_named_keep_nemos_outputs(here):
+    make_run(Path("runs/salm"))
+    config = make_plan({"inputs": "x.jsonl"}).config
+    assert (config.output_manifest, config.report) == ("generations.jsonl", None)
+    assert config.verbose
+    assert not config.encoder_wer
+
+
+def test_a_model_that_is_no_run_keeps_nemos_words(here):
+    Path("nemo").mkdir()
+    config = make_plan({"pretrained_name": "nemo", "inputs": "x.jsonl"}).config
+    assert (config.use_normalizer, config.dtype) == ("english", "bfloat16")
+    assert (config.user_prompt, config.output_manifest) == (None, "generations.jsonl")
+
+
+def test_the_step_is_the_best_else_the_last(here):
+    run = read_run(make_run(Path("runs/a"), best=10))
+    assert run is not None
+    assert run.step == (10, "best val_wer")
+    plan = make_plan({"pretrained_name": "runs/a", "inputs": "x.jsonl"})
+    assert plan.step == 10
+    assert plan.says() == (
+        "run    runs/a, step 10 (best val_wer)\n"
+        "data   x.jsonl\n"
+        "asked  'Be exact.' 'Write down:', as trained"
+    )
+    unranked = read_run(make_run(Path("runs/b")))
+    assert unranked is not None
+    assert unranked.step == (20, "the last")
+
+
+def test_the_encoder_is_scored_beside_only_where_its_file_is_found(here):
+    make_run(Path("runs/salm"))
+    write_manifest(Path("corpus/test.jsonl"), [{"text": "a"}])
+    assert make_plan({}).encoder_file is None
+    nemo = here / "project" / "configs" / "parts" / "encoder.nemo"
+    nemo.parent.mkdir(parents=True)
+    nemo.touch()
+    assert make_plan({}).encoder_file == nemo
+    assert make_plan({"swap_audio": True}).encoder_file is None
+    assert make_plan({"encoder_wer": False}).encoder_file is None
+    assert make_plan({"inputs": "x"}).encoder_file is None
+    assert make_plan({"inputs": "x", "encoder_wer": True}).encoder_file == nemo
+
+
+def test_a_voice_is_unseen_if_training_never_names_it(here):
+    make_run(Path("runs/salm"))
+    rows = [{"text": "a", "voice": "anna"}, {"text": "b", "voice": "ben"}, {"text": "c"}]
+    write_manifest(Path("corpus/test.jsonl"), rows)
+    assert [u.is_unseen for u in make_plan({}).utterances()] == [False, False, False]
+    write_manifest(Path("train.jsonl"), [{"text": "d", "voice": "anna"}])
+    assert [u.is_unseen for u in make_plan({}).utterances()] == [False, True, False]
+
+
+def test_a_manifest_may_say_itself_which_voices_are_unseen(here):
+    make_run(Path("runs/salm"))
+    rows = [{"text": "a", "voice": "x", "unseen_voice": True}, {"text": "b", "speaker": "y"}]
+    write_manifest(Path("corpus/test.jsonl"), rows)
+    found = make_plan({}).utterances()
+    assert [(u.voice, u.is_unseen) for u in found] == [("x", True), ("y", False)]
+
+
+def test_an_output_that_is_a_folder_is_refused(here):
+    plan = make_plan({"pretrained_name": "m", "inputs": "x", "report": str(here)})
+    with pytest.raises(SettingsError, match="report: .* is a folder; name a file"):
+        plan.output("report")

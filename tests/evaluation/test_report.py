@@ -1,0 +1,51 @@
+"""Totals and table: by voice, by length, unseen voices, swapped audio."""
+
+from dataclasses import replace
+
+import pytest
+
+from speechlm2_jax.evaluation.report import Answer, Evaluation, Speed, table
+from tests.evaluation.page_case import small_case
+
+
+def test_errors_by_voice_and_length_add_up_to_the_total():
+    totals = small_case()[0].totals()
+    for key in ("by_voice", "by_length"):
+        for count in ("insertions", "deletions", "substitutions", "reference_words"):
+            assert sum(group[count] for group in totals[key].values()) == totals[count]
+    assert list(totals["by_voice"]) == ["anna", "ben", "cleo"]
+    assert list(totals["by_length"]) == ["0 to 1 s", "1 to 2 s", "2 to 3 s", "3 to 4 s"]
+    assert totals["by_voice"]["anna"]["wer"] == pytest.approx(1 / 9)
+
+
+def test_unseen_voices_are_counted_alone_and_named():
+    totals = small_case()[0].totals()
+    assert totals["unseen_voices"] == ["cleo"]
+    assert (totals["unseen"]["reference_words"], totals["unseen"]["deletions"]) == (2, 1)
+    lines = [" ".join(line.split()) for line in table(totals).splitlines()]
+    assert "unseen voices 50.00% over 2 words" in lines
+    assert "cleo, unseen 50.00% over 2 words" in lines
+    assert "anna 11.11% over 9 words" in lines
+
+
+def test_without_voices_nothing_is_said_of_them():
+    answers = (Answer(id="a", duration_s=1.0, text="x", pred_text="x"),)
+    totals = Evaluation(answers=answers, speed=Speed()).totals()
+    assert (totals["by_voice"], totals["unseen"]) == ({}, None)
+    assert "unseen" not in table(totals)
+
+
+def test_swapped_audio_is_named_as_such():
+    result = small_case()[0]
+    swapped = replace(result, answers=tuple(replace(a, audio_of="other") for a in result.answers))
+    assert "WER, audio swapped" in table(swapped.totals())
+    assert {row["audio_of"] for row in swapped.rows()} == {"other"}
+    assert "swapped" not in table(result.totals())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "name"),
+    [(0.0, "0 to 1 s"), (1.0, "1 to 2 s"), (5.99, "4 to 6 s"), (30.0, "over 30 s")],
+)
+def test_length_classes_hold_their_lower_edge(seconds, name):
+    assert Answer(id="a", duration_s=seconds, text=None, pred_text="").length == name

@@ -1,0 +1,58 @@
+"""Audio swapped between rows: nobody keeps their own words, and it is the same every time."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speechlm2_jax.evaluation.swapping import swap_audio
+from speechlm2_jax.settings import SettingsError
+from tests.evaluation.page_case import utterance
+
+
+def _utterances(texts):
+    return [utterance(f"u{n}", 1.0 + n, text, voice=f"v{n}") for n, text in enumerate(texts)]
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=40))
+def test_no_row_hears_its_own_text_and_every_recording_is_heard_once(texts):
+    utterances = _utterances(texts)
+    said = {u.id: u.text for u in utterances}
+    if max(texts.count(t) for t in texts) > len(texts) // 2:
+        with pytest.raises(SettingsError, match="swap_audio: needs"):
+            swap_audio(utterances, str)
+        return
+    swapped = swap_audio(utterances, str)
+    assert [(u.id, u.text) for u in swapped] == list(said.items())
+    assert all(said[u.audio_of] != u.text for u in swapped)
+    assert sorted(u.audio_of for u in swapped) == sorted(said)
+
+
+def test_audio_length_and_voice_are_those_of_the_other_recording():
+    utterances = _utterances("abcd")
+    by_id = {u.id: u for u in utterances}
+    for one in swap_audio(utterances, str):
+        other = by_id[one.audio_of]
+        assert (one.duration_s, one.voice) == (other.duration_s, other.voice)
+        np.testing.assert_array_equal(one.read(8000), other.read(8000))
+
+
+def test_texts_that_are_scored_as_equal_count_as_equal():
+    utterances = _utterances(["One", "one", "two", "Two"])
+    for one in swap_audio(utterances, str.lower):
+        other = next(u for u in utterances if u.id == one.audio_of)
+        assert other.text.lower() != one.text.lower()
+
+
+def test_the_swap_is_the_same_every_time():
+    first = swap_audio(_utterances("abcdefg"), str)
+    assert [u.audio_of for u in swap_audio(_utterances("abcdefg"), str)] == [
+        u.audio_of for u in first
+    ]
+
+
+def test_rows_without_a_reference_are_left_out():
+    swapped = swap_audio(_utterances(["a", None, "b"]), str)
+    assert [(u.id, u.audio_of) for u in swapped] == [("u0", "u2"), ("u2", "u0")]
+    with pytest.raises(SettingsError, match="two or more utterances with references"):
+        swap_audio(_utterances([None, "a"]), str)
