@@ -41,6 +41,11 @@ def train():
 
 
 @pytest.fixture(scope="module")
+def validation():
+    return rows_of("validation")
+
+
+@pytest.fixture(scope="module")
 def test():
     return rows_of("test")
 
@@ -72,8 +77,15 @@ def test_counts_of_rows_sentences_and_words(train, test):
     assert np.mean([count >= 4 for count in words.values()]) > 0.98
 
 
-def test_manifests_hold_the_committed_sentences(train, test):
-    assert {row["text"] for row in train} == set(lines_of("train_sentences"))
+def test_validation_sentences_are_in_no_training_row(train, validation):
+    assert len(validation) >= 60
+    assert not {row["text"] for row in validation} & {row["text"] for row in train}
+    assert {row["voice"] for row in validation} <= {row["voice"] for row in train}
+
+
+def test_manifests_hold_the_committed_sentences(train, validation, test):
+    taught = {row["text"] for row in (*train, *validation)}
+    assert taught == set(lines_of("train_sentences"))
     assert {row["text"] for row in test} == set(lines_of("test_sentences"))
 
 
@@ -144,8 +156,8 @@ def test_every_utterance_lasts_one_and_a_half_to_six_seconds(train, test):
     assert sum(durations) > 3000
 
 
-def test_manifests_list_the_folders_files_once(train, test):
-    listed = [row["audio_filepath"] for row in (*train, *test)]
+def test_manifests_list_the_folders_files_once(train, validation, test):
+    listed = [row["audio_filepath"] for row in (*train, *validation, *test)]
     found = {path.relative_to(CORPUS).as_posix() for path in CORPUS.rglob("*.ogg")}
     assert len(listed) == len(set(listed)) and set(listed) == found
 

@@ -6,6 +6,7 @@ same bytes.
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -36,6 +37,7 @@ OPUS_LEVEL = 0.98  # about 14 kbit/s, the least at which Opus keeps the band abo
 SECONDS = (1.5, 5.95)
 SPEED_STEP_WPM, SPEEDS_WPM = 10, (80, 240)
 PROCESSES = 2
+VALIDATION_ROWS = 80  # taken out of training, their sentences with them
 
 
 def plan_training(rng: np.random.Generator) -> list[Utterance]:
@@ -115,7 +117,7 @@ def write_utterance(job: tuple[Utterance, Path]) -> dict:
 
 
 def write_split(name: str, planned: list[Utterance]) -> list[dict]:
-    """Writes a manifest and its files, numbered in its order; returns the rows."""
+    """Writes the files of one part, numbered in its order; returns their rows."""
     folder = CORPUS / "audio" / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -123,15 +125,33 @@ def write_split(name: str, planned: list[Utterance]) -> list[dict]:
     with ProcessPoolExecutor(PROCESSES) as pool:
         done = pool.map(write_utterance, jobs, chunksize=8)
         rows = list(tqdm(done, total=len(jobs), desc=name, unit="utterance"))
-    (CORPUS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def take_validation(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Parts training rows from those to validate on, evenly among sentences spoken once."""
+    times = Counter(row["text"] for row in rows)
+    once = [row for row in rows if times[row["text"]] == 1]
+    chosen = [once[i] for i in np.linspace(0, len(once) - 1, VALIDATION_ROWS).astype(int)]
+    taken = {row["text"] for row in chosen}
+    return [row for row in rows if row["text"] not in taken], chosen
+
+
+def write_manifest(name: str, rows: list[dict]) -> None:
+    """Writes one JSON object a line."""
+    (CORPUS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"{name}: {len(rows)} utterances, {sum(row['duration'] for row in rows):.0f} s")
 
 
 def main() -> None:
     """Writes corpus/ and prints its size."""
-    for number, (name, plan) in enumerate((("train", plan_training), ("test", plan_test))):
-        rows = write_split(name, plan(np.random.default_rng((SEED, number))))
-        print(f"{name}: {len(rows)} utterances, {sum(row['duration'] for row in rows):.0f} s")
+    spoken = {
+        name: write_split(name, plan(np.random.default_rng((SEED, number))))
+        for number, (name, plan) in enumerate((("train", plan_training), ("test", plan_test)))
+    }
+    train, validation = take_validation(spoken["train"])
+    for name, rows in (("train", train), ("validation", validation), ("test", spoken["test"])):
+        write_manifest(name, rows)
     size = sum(path.stat().st_size for path in CORPUS.rglob("*") if path.is_file())
     print(f"{CORPUS.name}/: {size / 1e6:.2f} MB, {espeak_version()}")
 
