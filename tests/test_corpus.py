@@ -67,11 +67,13 @@ def synthesis():
     return synthesis, texts
 
 
-def test_counts_of_rows_sentences_and_words(train, test):
+def test_counts_of_rows_sentences_and_words(train, validation, test):
     assert len(train) >= 1200 and len(test) >= 240
     assert len({row["text"] for row in train}) >= 750
     assert len({row["text"] for row in test}) >= 230
-    words = Counter(word for row in train for word in set(row["text"].split()))
+    taught = (*train, *validation)
+    words = Counter(word for row in taught for word in set(row["text"].split()))
+    assert {word for row in train for word in row["text"].split()} == set(words)
     assert 500 <= len(words) <= 700
     assert all(words[digit] >= 25 for digit in DIGITS)
     assert np.mean([count >= 4 for count in words.values()]) > 0.98
