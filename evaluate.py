@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from speechlm2_jax import settings
 from speechlm2_jax.evaluation.config import EvalConfig
+from speechlm2_jax.evaluation.encoder_wer import Recogniser, open_recogniser
 from speechlm2_jax.evaluation.plan import Plan, make_plan
 
 
@@ -45,7 +46,7 @@ def run(plan: Plan, compiled: str | None) -> None:
     print(plan.says(), flush=True)
 
     from speechlm2_jax.evaluation.devices import choose_device
-    from speechlm2_jax.evaluation.encoder_wer import encoder_texts, open_recogniser
+    from speechlm2_jax.evaluation.encoder_wer import encoder_texts
     from speechlm2_jax.evaluation.page import write_page
     from speechlm2_jax.evaluation.provenance import provenance
     from speechlm2_jax.evaluation.report import table, write_rows
@@ -57,10 +58,9 @@ def run(plan: Plan, compiled: str | None) -> None:
     device = choose_device(config.device)
     with _clear("pretrained_name"):
         model = SALM.from_pretrained(config.pretrained_name, dtype=config.dtype).eval()
+    recogniser = _recogniser(plan)
     result = evaluate(model, utterances, config)
-    if plan.encoder_file is not None:
-        with _clear("encoder_wer"):
-            recogniser = open_recogniser(plan.encoder_file)
+    if recogniser is not None:
         texts = encoder_texts(recogniser, utterances, config.batch_size)
         result = result.with_encoder_texts(texts)
     totals = result.totals()
@@ -73,6 +73,20 @@ def run(plan: Plan, compiled: str | None) -> None:
         rate_hz = model.sampling_rate
         write_page(page, result, utterances, record, media_rows=config.report_rows, rate_hz=rate_hz)
         print(f"report:  {page}  (open it in a browser)")
+
+
+def _recogniser(plan: Plan) -> Recogniser | None:
+    """The encoder's own CTC head, if it is to be scored; only a head that was asked for must be."""
+    if plan.encoder_file is None:
+        return None
+    try:
+        with _clear("encoder_wer"):
+            return open_recogniser(plan.encoder_file)
+    except settings.SettingsError as error:
+        if "encoder_wer" in plan.given:
+            raise
+        print(f"note   {error}")
+        return None
 
 
 @contextmanager

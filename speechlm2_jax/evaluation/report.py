@@ -186,9 +186,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def table(totals: Mapping[str, Any]) -> str:
-    """The totals for a reader; word errors only where something had a reference."""
+    """The totals for a reader, voices first; word errors only where something had a reference."""
     failed = ", ".join(f"{n} {cause}" for cause, n in totals["failed"].items()) or "none"
-    lines = [("utterances", f"{totals['utterances']} (failed: {failed})")]
+    lines = _voice_lines(totals)
+    lines.append(("utterances", f"{totals['utterances']} (failed: {failed})"))
     lines.append(("audio", f"{totals['audio_s']:.1f} s in {totals['generate_s']:.1f} s"))
     if totals["scored"]:
         lines += _error_lines(totals)
@@ -196,6 +197,14 @@ def table(totals: Mapping[str, Any]) -> str:
     lines.append(("RTFx without warm-up", _number(totals["rtfx_without_warm_up"])))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _voice_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """One line per voice, unseen ones first."""
+    unseen = totals["unseen_voices"]
+    voices = sorted(totals["by_voice"], key=lambda voice: (voice not in unseen, voice))
+    mark = {voice: ", unseen" for voice in unseen}
+    return [(f"{v}{mark.get(v, '')}", _rate(totals["by_voice"][v])) for v in voices]
 
 
 def _error_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -207,13 +216,9 @@ def _error_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append((f"  {name}", f"{totals[name]} ({percent(rate)})"))
     if totals["empty_references"]:
         lines.append(("  empty references", str(totals["empty_references"])))
-    if totals["encoder"] is not None:
-        lines.append(("encoder alone (CTC)", _rate(totals["encoder"])))
-    if totals["unseen"] is not None:
-        lines.append(("unseen voices", _rate(totals["unseen"])))
-    for voice, errors in totals["by_voice"].items():
-        mark = ", unseen" if voice in totals["unseen_voices"] else ""
-        lines.append((f"  {voice}{mark}", _rate(errors)))
+    for name, key in (("WER, unseen voices", "unseen"), ("WER, encoder alone (CTC)", "encoder")):
+        if totals[key] is not None:
+            lines.append((name, _rate(totals[key])))
     return lines
 
 

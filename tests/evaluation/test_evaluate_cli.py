@@ -8,6 +8,7 @@ import pytest
 
 import evaluate
 from speechlm2_jax import models
+from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.evaluation import runs
 from speechlm2_jax.evaluation.devices import choose_device
 from speechlm2_jax.evaluation.provenance import fingerprint
@@ -193,27 +194,46 @@ def test_swapped_audio_is_scored_against_each_rows_own_words(newcomer, capsys):
     assert "WER, audio swapped" in said
 
 
-def test_the_encoder_alone_is_printed_beside(newcomer, monkeypatch, capsys):
+@pytest.fixture
+def encoder(newcomer, monkeypatch):
+    """Stands in for CTCModel; the run's encoder file is there."""
     nemo = Path("configs/parts/encoder.nemo")
     nemo.parent.mkdir(parents=True)
     nemo.touch()
 
     class CTCModel:
         sampling_rate = 16_000
+        has_head = True
 
         @classmethod
         def from_pretrained(cls, path):
             assert Path(path) == nemo.absolute()
+            if not cls.has_head:
+                raise ConversionError("encoder.nemo: no CTC head")
             return cls()
 
         def transcribe(self, waves):
             return ["one" for _ in waves]
 
     monkeypatch.setitem(vars(models), "CTCModel", CTCModel)
+    return CTCModel
+
+
+def test_the_encoder_alone_is_printed_beside(encoder, capsys):
     assert evaluate.main(["report_rows=0"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "encoder alone (CTC) 75.00% over 4 words" in said
     assert "Encoder alone" in Path("runs/salm/report.html").read_text()
+
+
+def test_an_encoder_without_a_head_is_an_error_only_where_its_score_was_asked_for(encoder, capsys):
+    encoder.has_head = False
+    assert evaluate.main(["report=null"]) == 0
+    said = capsys.readouterr().out
+    assert "note   encoder_wer: encoder.nemo: no CTC head\n" in said
+    assert "encoder alone" not in said
+    assert evaluate.main(["encoder_wer=true"]) == 2
+    assert capsys.readouterr().err == "evaluate.py: encoder_wer: encoder.nemo: no CTC head\n"
 
 
 def test_fingerprints_follow_contents_not_places(tmp_path):
