@@ -2,9 +2,10 @@
 
     python tools/corpus/make_pretraining_speech.py OUT --utterances 9000
 
-writes OUT/audio/*.flac (16 bit, 16 kHz, mono), OUT/train.jsonl and OUT/val.jsonl (200 rows), and
-the list of what was said by whom, tools/corpus/pretraining_manifest.jsonl.gz, which is committed so
-that a test can look for sentences and voices of the test in it. Stopped, it goes on where it was.
+writes OUT/audio/*.flac (16 bit, 16 kHz, mono), OUT/train.jsonl and OUT/val.jsonl (200 rows), whose
+rows also say when each phoneme begins (`phonemes`: seconds and espeak-ng's name), and the list of
+what was said by whom, tools/corpus/pretraining_manifest.jsonl.gz, which is committed so that a test
+can look for sentences and voices of the test in it. Stopped, it goes on where it was.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from synthesis import PRETRAINING_VOICES, RATE_HZ, Condition, Utterance, synthesize
+from synthesis import PRETRAINING_VOICES, RATE_HZ, Condition, Utterance, synthesize_timed
 from texts import digit_text, training_texts, walked_texts
 from tqdm import tqdm
 
@@ -89,17 +90,20 @@ def claim_folder(out: Path, planned: list[Utterance]) -> None:
     note.write_text(digest)
 
 
-def write_utterance(job: tuple[Utterance, Path]) -> float:
-    """Writes one FLAC file unless it is there; returns its seconds."""
+def write_utterance(job: tuple[Utterance, Path]) -> tuple[float, list]:
+    """Writes one FLAC file and its times unless they are there; returns seconds and phonemes."""
     utterance, path = job
-    if not path.exists():
+    times = path.with_suffix(".json")
+    if not times.exists():
+        wave, phonemes = synthesize_timed(utterance)
+        soundfile.write(path, wave, RATE_HZ, "PCM_16", format="FLAC")
         unfinished = path.with_suffix(".part")
-        soundfile.write(unfinished, synthesize(utterance), RATE_HZ, "PCM_16", format="FLAC")
-        os.replace(unfinished, path)
-    return soundfile.info(path).duration
+        unfinished.write_text(json.dumps([len(wave) / RATE_HZ, phonemes]))
+        os.replace(unfinished, times)
+    return tuple(json.loads(times.read_text()))
 
 
-def _row(utterance: Utterance, path: Path, duration_s: float) -> dict:
+def _row(utterance: Utterance, path: Path, duration_s: float, phonemes: list) -> dict:
     return {
         "audio_filepath": f"audio/{path.name}",
         "duration": round(duration_s, 4),
@@ -108,6 +112,7 @@ def _row(utterance: Utterance, path: Path, duration_s: float) -> dict:
         "speed": utterance.speed_wpm,
         "pitch": utterance.pitch,
         "condition": str(utterance.condition),
+        "phonemes": phonemes,
     }
 
 
@@ -128,14 +133,15 @@ def main() -> None:
     claim_folder(arguments.out, planned)
     paths = [arguments.out / "audio" / f"{index:06d}.flac" for index in range(len(planned))]
     with ProcessPoolExecutor(arguments.processes) as pool:
-        seconds = pool.map(write_utterance, zip(planned, paths, strict=True), chunksize=16)
-        durations = list(tqdm(seconds, total=len(planned), unit="utterance"))
-    rows = [_row(*parts) for parts in zip(planned, paths, durations, strict=True)]
+        written = pool.map(write_utterance, zip(planned, paths, strict=True), chunksize=16)
+        spoken = list(tqdm(written, total=len(planned), unit="utterance"))
+    rows = [_row(u, path, *said) for u, path, said in zip(planned, paths, spoken, strict=True)]
     for name, part in (("val", rows[:VALIDATION_ROWS]), ("train", rows[VALIDATION_ROWS:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
         (arguments.out / f"{name}.jsonl").write_text(text)
     write_said(rows, HERE / "pretraining_manifest.jsonl.gz")
-    print(f"{arguments.out}: {len(rows)} utterances, {sum(durations) / 3600:.1f} hours")
+    hours = sum(row["duration"] for row in rows) / 3600
+    print(f"{arguments.out}: {len(rows)} utterances, {hours:.1f} hours")
 
 
 if __name__ == "__main__":

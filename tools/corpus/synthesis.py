@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 import soundfile
+from phonemes import speak
 from scipy import signal
 
 RATE_HZ = 16_000
@@ -154,9 +155,26 @@ def synthesize(utterance: Utterance) -> np.ndarray:
 
     Raises RuntimeError if espeak-ng is missing, refuses the voice or says nothing.
     """
-    rng = np.random.default_rng(utterance.seed)
     speech = espeak(utterance.text, utterance.voice.spec, utterance.speed_wpm, utterance.pitch)
-    wave = _trim(speech, *rng.uniform(0.1, 0.2, 2))
+    return _record(speech, utterance)[0]
+
+
+def synthesize_timed(utterance: Utterance) -> tuple[np.ndarray, list[tuple[float, str]]]:
+    """Returns float32 samples [S] at 16 kHz, and (start in seconds, phoneme) in order.
+
+    The samples sound as those of `synthesize`; their phases differ.
+    """
+    voice = utterance.voice.spec
+    speech, rate_hz, phonemes = speak(utterance.text, voice, utterance.speed_wpm, utterance.pitch)
+    assert rate_hz == ESPEAK_RATE_HZ
+    wave, shift_s = _record(signal.resample_poly(speech / 32768.0, 320, 441), utterance)
+    return wave, [(round(start_s + shift_s, 3), name) for start_s, name in phonemes]
+
+
+def _record(speech: np.ndarray, utterance: Utterance) -> tuple[np.ndarray, float]:
+    """Puts speech where the utterance says; also how many seconds later it begins there."""
+    rng = np.random.default_rng(utterance.seed)
+    wave, shift_s = _trim(speech, *rng.uniform(0.1, 0.2, 2))
     wave = wave * (SPEECH_RMS / _rms(wave))
     condition = utterance.condition
     if condition.rt60_s:
@@ -167,7 +185,9 @@ def synthesize(utterance: Utterance) -> np.ndarray:
         wave = signal.sosfilt(BANDS[condition.band], wave)
     wave = wave * 10 ** (utterance.gain_db / 20)
     wave = (wave * min(1.0, PEAK / np.abs(wave).max())).astype(np.float32)
-    return through_opus(wave, condition.opus_level) if condition.opus_level else wave
+    if condition.opus_level:
+        wave = through_opus(wave, condition.opus_level)
+    return wave, shift_s
 
 
 def espeak(text: str, spec: str, speed_wpm: int, pitch: int) -> np.ndarray:
@@ -204,10 +224,10 @@ def _rms(wave: np.ndarray) -> float:
     return float(np.sqrt(np.mean(wave**2)))
 
 
-def _trim(wave: np.ndarray, lead_s: float, tail_s: float) -> np.ndarray:
+def _trim(wave: np.ndarray, lead_s: float, tail_s: float) -> tuple[np.ndarray, float]:
     loud = np.flatnonzero(np.abs(wave) > 0.01 * np.abs(wave).max())
-    speech = wave[loud[0] : loud[-1] + 1]
-    return np.pad(speech, (int(lead_s * RATE_HZ), int(tail_s * RATE_HZ)))
+    speech, lead = wave[loud[0] : loud[-1] + 1], int(lead_s * RATE_HZ)
+    return np.pad(speech, (lead, int(tail_s * RATE_HZ))), (lead - int(loud[0])) / RATE_HZ
 
 
 def _reverberate(wave: np.ndarray, rt60_s: float, rng: np.random.Generator) -> np.ndarray:
