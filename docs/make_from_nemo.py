@@ -158,6 +158,10 @@ def sections() -> list[Section]:
             path="exp_manager.checkpoint_callback_params",
             classes=one("training.exp_manager:CheckpointParams"),
         ),
+        Section(
+            path="exp_manager.summary_writer_kwargs",
+            classes=one("training.exp_manager:SummaryWriterParams"),
+        ),
     ]
 
 

@@ -20,6 +20,8 @@ from speechlm2_jax.models.ctc import CTCModel
 from speechlm2_jax.models.salm import SALM
 from speechlm2_jax.parameter_paths import PatternError
 from speechlm2_jax.settings import SettingsError, find, ignored_report, load, require_complete
+from speechlm2_jax.training.protocol import Sample, Scored
+from speechlm2_jax.training.terminal import phase
 from speechlm2_jax.training.trainer import FitResult, Trainer, exp_manager
 
 BLOCKS = ("model", "trainer", "data", "exp_manager")
@@ -55,6 +57,10 @@ class Experiment:
     trainer: Trainer
     settings: Mapping[str, Any]
 
+    def dry_run(self) -> None:
+        """Says what `fit` would do; needs no weights."""
+        self.trainer.dry_run(self.model, self.datamodule)
+
     def fit(self) -> FitResult:
         """Trains, scoring answers at every validation."""
         metrics = {"wer": word_error_rate(self.model)}
@@ -63,26 +69,51 @@ class Experiment:
         )
 
 
-def build(config: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Builds everything that a YAML describes. Raises SettingsError before any compilation."""
+def build(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    only_describes: bool = False,
+    keeps_compiled: bool = False,
+) -> Experiment:
+    """Builds everything that a YAML describes. Raises SettingsError before any compilation.
+
+    With `only_describes` (a dry run) it makes no run directory and reads no weights. With
+    `keeps_compiled` the program that draws random weights is kept too, as those of `fit` are.
+    """
     settings = load(config, overrides)
     check_blocks(settings)
     with ignored_report() as ignored:
         trainer = Trainer(**settings.get("trainer", {}))
+        if keeps_compiled:
+            trainer.keep_compiled_programs()
         # names of parts are relative to the working folder or to the YAML's own
         model = make_model(settings["model"], near=(find(config).resolve().parent,))
         datamodule = DataModule(
             settings["data"], tokenizer=model.tokenizer, dataset=SALMDataset(model.tokenizer)
         )
         trainer.check(model)
-        exp_manager(trainer, settings.get("exp_manager"))
-        _ = model.variables  # missing or unfit weights are found before anything is compiled
+        if only_describes:
+            trainer.check_experiment(settings.get("exp_manager"))
+        else:
+            exp_manager(trainer, settings.get("exp_manager"))
+            if not trainer.has_checkpoint:
+                with phase("loading weights"):
+                    _ = model.variables  # missing or unfit weights are found before all else
     beside = {key: reason for key, reason in IGNORED.items() if key in settings}
     for path, reason in {**beside, **ignored}.items():
         print(f"ignored: {path}: {reason}", file=sys.stderr)
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
     return Experiment(model=model, datamodule=datamodule, trainer=trainer, settings=settings)
+
+
+def is_finished(config: str | Path, overrides: Sequence[str] = ()) -> bool:
+    """Whether the run that a YAML describes is finished, which is then said; reads no weights."""
+    settings = load(config, overrides)
+    with ignored_report():
+        trainer = Trainer(**settings.get("trainer", {}))
+        return trainer.finished(settings.get("exp_manager")) is not None
 
 
 def check_blocks(settings: Mapping[str, Any]) -> None:
@@ -105,7 +136,7 @@ def make_model(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> SALM | CTCMode
     return kind(cfg, near=near)
 
 
-def word_error_rate(model: SALM | CTCModel) -> Callable[[HostBatch], LossSum]:
+def word_error_rate(model: SALM | CTCModel) -> Callable[[HostBatch], Scored]:
     """Makes a validation metric that answers each conversation and counts word errors.
 
     Texts are lower-cased and lose their punctuation, in any language. The count is that of
@@ -113,15 +144,22 @@ def word_error_rate(model: SALM | CTCModel) -> Callable[[HostBatch], LossSum]:
     """
     normalize = text_normalizer("basic")
 
-    def metric(batch: HostBatch) -> LossSum:
+    def metric(batch: HostBatch) -> Scored:
         asked = [reference for reference in batch.references if reference is not None]
         if not asked:
-            return LossSum(total=0.0, count=0.0)
+            return Scored(share=LossSum(total=0.0, count=0.0))
+        texts = answers(model, [reference.prompt for reference in asked])
         errors = word_errors(
             [normalize(reference.text) for reference in asked],
-            [normalize(text) for text in answers(model, [r.prompt for r in asked])],
+            [normalize(text) for text in texts],
         )
-        return LossSum(total=float(errors.errors), count=float(errors.reference_words))
+        return Scored(
+            share=LossSum(total=float(errors.errors), count=float(errors.reference_words)),
+            samples=tuple(
+                Sample(id=reference.id, reference=reference.text, hypothesis=text)
+                for reference, text in zip(asked, texts, strict=True)
+            ),
+        )
 
     return metric
 

@@ -2,12 +2,12 @@
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from speechlm2_jax.batches import FrameCount, HostBatch
-from speechlm2_jax.data.bucketing import Plan
+from speechlm2_jax.batches import FrameCount, HostBatch, assemble_salm_batch
+from speechlm2_jax.data.bucketing import Bucket, Plan
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.preparing import DataSet, Prepared, prepare
 from speechlm2_jax.data.salm_dataset import SALMDataset
@@ -128,10 +128,34 @@ class DataModule:
         """One pass over each test set, by name."""
         return self._passes("test_ds")
 
+    @property
+    def training_shapes(self) -> dict[str, Callable[[], HostBatch]]:
+        """By the bucket's name, small to large: makes a batch of empty rows of a planned shape."""
+        return {
+            bucket.name: functools.partial(self._empty_batch, bucket)
+            for bucket in self.plan().buckets
+        }
+
+    @property
+    def batches_per_pass(self) -> int:
+        """Global batches of one pass over the training data."""
+        self._this_run()
+        return len(self._prepared[TRAIN].sampler.epoch(0))
+
     def plan(self, name: str = TRAIN) -> Plan:
         """The planned shapes of `train_ds`, `validation_ds.NAME` or `test_ds.NAME`."""
         self._this_run()
         return self._prepared[name].sampler.plan
+
+    def _empty_batch(self, bucket: Bucket) -> HostBatch:
+        arrays = assemble_salm_batch(
+            [[]] * self._this_run(),
+            bucket.shape,
+            frame_count=self._frame_count,
+            placeholder_id=self._prepared[TRAIN].placeholder_id,
+            pad_id=self.dataset.pad_id,
+        )
+        return HostBatch(arrays=arrays, ids=(), bucket=bucket.name)
 
     def _this_run(self) -> int:
         if self._groups is None:

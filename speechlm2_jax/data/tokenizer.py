@@ -1,5 +1,6 @@
 """Text <-> token ids, over Hugging Face tokenizers and SentencePiece models, by NeMo's names."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,10 @@ import numpy as np
 from speechlm2_jax.settings import SettingsError
 
 SPECIAL_NAMES = ("bos", "eos", "pad", "unk")
+GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""transformers' names, old and new, of the class that tokenizer.json alone describes."""
+GENERIC_MODEL_TYPES = (None, "llama", "qwen3")
+"""Of a config.json beside it; for some others transformers prefers a class of its own."""
 
 
 class TokenizerError(SettingsError):
@@ -191,14 +196,16 @@ class _HuggingFace:
     """A tokenizer of transformers. Code in a repository is never run."""
 
     def __init__(self, name: str) -> None:
-        from transformers import AutoTokenizer
-
         looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
         if looks_local and not Path(name).expanduser().is_dir():
             raise TokenizerError(f"tokenizer {name}: no such directory")
         path = Path(name).expanduser()
+        if _is_generic(path):
+            from transformers import PreTrainedTokenizerFast as Reader
+        else:
+            from transformers import AutoTokenizer as Reader
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+            self._tokenizer = Reader.from_pretrained(str(path) if path.is_dir() else name)
         except (OSError, ValueError, KeyError) as error:
             where = "the directory" if path.is_dir() else "no such directory, and the hub"
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else error
@@ -247,6 +254,27 @@ class _HuggingFace:
 
     def __len__(self) -> int:
         return len(self._tokenizer)
+
+
+def _is_generic(directory: Path) -> bool:
+    """Whether AutoTokenizer would take its generic class for a directory, by what lies there.
+
+    Asked beforehand because AutoTokenizer imports torch, where it is installed, to find out: most
+    of the seconds that a training needs to start.
+    """
+    config, model = directory / "tokenizer_config.json", directory / "config.json"
+    if not (directory / "tokenizer.json").is_file() or not config.is_file():
+        return False
+    try:
+        said = json.loads(config.read_text(encoding="utf-8"))
+        kind = json.loads(model.read_text(encoding="utf-8")) if model.is_file() else {}
+        return (
+            said.get("tokenizer_class") in GENERIC_CLASSES
+            and "auto_map" not in said
+            and kind.get("model_type") in GENERIC_MODEL_TYPES
+        )
+    except (ValueError, AttributeError):  # AutoTokenizer says what is wrong with them
+        return False
 
 
 class _SentencePiece:

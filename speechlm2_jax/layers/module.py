@@ -6,6 +6,7 @@ definition and a flat dict `{"llm.layers.attention.query.weight": array}`; `bind
 Everything outside the modules (optimizer, sharding, conversion, checkpoints) speaks in that dict.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ Axes = tuple[str | None, ...]
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 M = TypeVar("M", bound=nnx.Module)
 LAYERS = "layers"
+_LEVEL = "xla_backend_optimization_level"
 
 
 class Buffer(nnx.Variable):
@@ -124,6 +126,15 @@ def describe(module: nnx.Module) -> dict[str, VariableInfo]:
 def abstract(make: Callable[[], M]) -> M:
     """Builds a module whose variables are shapes and dtypes only: no memory, no device."""
     return nnx.eval_shape(make)
+
+
+def draw(make: Callable[[], Variables]) -> Variables:
+    """Computes initial values in one program, compiled quickly as it runs only once."""
+    options = None
+    if jax.default_backend() == "cpu" and _LEVEL not in os.environ.get("XLA_FLAGS", ""):
+        # on a CPU the last passes take most of the time and change no bit of the result
+        options = {_LEVEL: 1}
+    return dict(jax.jit(make, compiler_options=options)())
 
 
 def _key(part: str) -> str | int:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -15,7 +14,7 @@ from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.lora import LoraConfig
-from speechlm2_jax.layers.module import VariableInfo, Variables, unbind
+from speechlm2_jax.layers.module import VariableInfo, Variables, draw, unbind
 from speechlm2_jax.models.config import SalmModelConfig
 from speechlm2_jax.models.parts import Location, read_json
 from speechlm2_jax.networks.salm import Salm, SalmConfig
@@ -115,7 +114,7 @@ def random_variables(network: SalmConfig, seed: int, paths: frozenset[str]) -> V
         variables = unbind(Salm(network, rngs=nnx.Rngs(seed)))[1]
         return {path: value for path, value in variables.items() if path in paths}
 
-    return dict(jax.jit(make)())
+    return draw(make)
 
 
 def _tokenizer(

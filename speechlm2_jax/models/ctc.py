@@ -23,7 +23,15 @@ from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.conversion.readers.nemo import NemoArchive
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
-from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, bind, describe, unbind
+from speechlm2_jax.layers.module import (
+    VariableInfo,
+    Variables,
+    abstract,
+    bind,
+    describe,
+    draw,
+    unbind,
+)
 from speechlm2_jax.models.config import DEFAULT_AUDIO_LOCATOR_TAG
 from speechlm2_jax.models.parts import Location, read_json
 from speechlm2_jax.models.shapes import SAMPLE_STEP, round_up
@@ -155,12 +163,17 @@ class CTCModel:
     def variables(self) -> Variables:
         """Weights and buffers by path; started at random when first asked for."""
         if self._variables is None:
-            self._variables = dict(jax.jit(lambda: unbind(self._make())[1])())
+            self._variables = draw(lambda: unbind(self._make())[1])
         return self._variables
 
     @variables.setter
     def variables(self, values: Variables) -> None:
         self._variables = values
+
+    @property
+    def has_variables(self) -> bool:
+        """Whether they are there already."""
+        return self._variables is not None
 
     @property
     def trainable(self) -> Mapping[str, bool | np.ndarray]:

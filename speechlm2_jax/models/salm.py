@@ -57,6 +57,11 @@ class SALM:
     def variables(self, values: Variables) -> None:
         self._variables = values
 
+    @property
+    def has_variables(self) -> bool:
+        """Whether they are there already."""
+        return self._variables is not None
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, dtype: str = "float32"

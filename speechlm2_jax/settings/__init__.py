@@ -5,7 +5,12 @@ result into a dataclass and refuses what it does not know; `to_plain` is its inv
 """
 
 from speechlm2_jax.settings.build import build, defaults, ignored_report, to_plain
-from speechlm2_jax.settings.command_line import parse_cli, parse_overrides
+from speechlm2_jax.settings.command_line import (
+    TrainCommand,
+    parse_cli,
+    parse_overrides,
+    parse_train,
+)
 from speechlm2_jax.settings.errors import SettingsError
 from speechlm2_jax.settings.read import (
     MISSING,
@@ -20,6 +25,7 @@ from speechlm2_jax.settings.read import (
 __all__ = [
     "MISSING",
     "SettingsError",
+    "TrainCommand",
     "build",
     "defaults",
     "find",
@@ -28,6 +34,7 @@ __all__ = [
     "override",
     "parse_cli",
     "parse_overrides",
+    "parse_train",
     "parse_yaml",
     "require_complete",
     "resolve",

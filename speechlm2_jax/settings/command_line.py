@@ -2,11 +2,15 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from speechlm2_jax.settings.errors import SettingsError
 from speechlm2_jax.settings.read import find
+
+TRAIN_DESCRIPTION = "Trains a speech language model from a YAML file."
+NAME_THE_SETTINGS = "name the settings with --config"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -14,11 +18,35 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message}; see {self.prog} --help")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """What train.py is asked to do."""
+
+    config: str
+    """Name or path of the settings."""
+    overrides: list[str]
+    dry_run: bool
+    """Build and describe everything, train nothing."""
+
+
+def parse_train(argv: Sequence[str]) -> TrainCommand:
+    """Reads the words of train.py: those of `parse_cli`, and --dry-run."""
+    parser = _settings_parser("train.py", TRAIN_DESCRIPTION)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, print modules, shapes and memory, train and write nothing",
+    )
+    words, overrides = _parse(parser, argv, NAME_THE_SETTINGS)
+    config = _settings_of(words, "train.py", None)
+    return TrainCommand(config=config, overrides=overrides, dry_run=words.dry_run)
+
+
 def parse_cli(
     argv: Sequence[str],
     *,
     program: str = "train.py",
-    description: str = "Trains a speech language model from a YAML file.",
+    description: str = TRAIN_DESCRIPTION,
     default: str | None = None,
 ) -> tuple[str, list[str]]:
     """Splits command-line words into (name or path of the settings, overrides).
@@ -26,11 +54,19 @@ def parse_cli(
     Takes --config NAME_OR_PATH, or --config-path with --config-name as NeMo's scripts do. --help
     prints and exits. Raises SettingsError for a flag that is not known or no settings at all.
     """
+    words, overrides = _parse(_settings_parser(program, description), argv, NAME_THE_SETTINGS)
+    return _settings_of(words, program, default), overrides
+
+
+def _settings_parser(program: str, description: str) -> _Parser:
     parser = _Parser(prog=program, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="NAME_OR_PATH", help="a name in configs/, or a file")
     parser.add_argument("--config-path", "-cp", metavar="FOLDER", help="with --config-name")
     parser.add_argument("--config-name", "-cn", metavar="NAME", help="a file of --config-path")
-    words, overrides = _parse(parser, argv, "name the settings with --config")
+    return parser
+
+
+def _settings_of(words: argparse.Namespace, program: str, default: str | None) -> str:
     config = words.config or words.config_name or default
     if words.config_path and not words.config:
         if not words.config_name:
@@ -38,7 +74,7 @@ def parse_cli(
         config = str(find(words.config_name, (Path(words.config_path),)))
     if not config:
         raise SettingsError(f"name the settings: {program} --config NAME_OR_PATH [key=value ...]")
-    return config, overrides
+    return config
 
 
 def parse_overrides(

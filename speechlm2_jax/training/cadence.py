@@ -26,6 +26,19 @@ class Cadence:
     every_n_epochs: int = 1
     """Validate only in every n-th epoch."""
 
+    @property
+    def epoch_steps(self) -> int | None:
+        """Optimizer steps of an epoch; None: one endless epoch."""
+        return None if self.epoch_batches is None else -(-self.epoch_batches // self.accumulate)
+
+    @property
+    def last_step(self) -> int | None:
+        """The step at which the run is finished; None: at none, it is stopped by time."""
+        ends = [] if self.max_steps is None else [self.max_steps]
+        if self.max_epochs is not None and self.epoch_steps is not None:
+            ends.append(self.max_epochs * self.epoch_steps)
+        return min(ends, default=None)
+
     def window(self, batches: int) -> int:
         """How many micro-batches the next step takes after `batches` of them."""
         if self.epoch_batches is None:

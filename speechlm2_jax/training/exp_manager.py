@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from speechlm2_jax.checkpointing import CHECKPOINTS, Retention, step_folders
 from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.training.metrics_log import require_wandb, wandb_arguments
 from speechlm2_jax.training.trainer_config import parse_duration_s
 
 DEFAULT_EXP_DIR = "runs"
@@ -67,6 +68,49 @@ class CheckpointParams:
         return bool(self.every_n_epochs) and (epoch + 1) % (self.every_n_epochs or 1) == 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class SummaryWriterParams:
+    """NeMo's `summary_writer_kwargs`: of tensorboard's writer."""
+
+    sub_dir: str | None = None
+    """A folder below tensorboard/."""
+    max_queue: int = 10
+    """Rows held back before they are written."""
+    flush_secs: int = 30
+    """Seconds after which they are written at the latest."""
+    filename_suffix: str = ""
+    """Of the names of the files."""
+    purge_step: int | None = None
+    """Rows from this step on, of a run before, are hidden."""
+
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        "name": "the writer's folder is tensorboard/ of the run directory",
+        "version": "the writer's folder is tensorboard/ of the run directory",
+        "comment": "names a folder that is not used here",
+        "default_hp_metric": "config.yaml has the settings",
+        "log_graph": "there is no torch module to draw",
+        "write_to_disk": "the writer always writes",
+    }
+    REFUSED: ClassVar[Mapping[str, Any]] = {
+        "log_dir": "rows lie in the run directory; set exp_manager.explicit_log_dir",
+        "save_dir": "rows lie in the run directory; set exp_manager.explicit_log_dir",
+        "prefix": "metrics have one name everywhere",
+    }
+
+    def folder(self, run_dir: Path) -> Path:
+        """Where rows go."""
+        return run_dir / "tensorboard" / (self.sub_dir or "")
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of the writer."""
+        return {
+            "max_queue": self.max_queue,
+            "flush_secs": self.flush_secs,
+            "filename_suffix": self.filename_suffix,
+            "purge_step": self.purge_step,
+        }
+
+
 _OTHER_LOGGERS = "writes to a service that is not supported; use tensorboard or wandb"
 _FAULTS = "NVIDIA's resiliency tools are not supported; resume_if_exists restarts a run"
 
@@ -92,12 +136,12 @@ class ExpManagerConfig:
     create_tensorboard_logger: bool = True
     create_wandb_logger: bool = False
     wandb_logger_kwargs: Mapping[str, Any] | None = None
-    """Arguments of wandb.init."""
+    """Arguments of wandb.init; also Lightning's offline, save_dir and version."""
+    summary_writer_kwargs: SummaryWriterParams | None = None
     max_time_per_run: str | Mapping[str, int] | None = None
     """After this wall time, DD:HH:MM:SS, the process saves and stops."""
 
     IGNORED: ClassVar[Mapping[str, str]] = {
-        "summary_writer_kwargs": "the writer of tensorboard has no options here",
         "log_step_timing": "the log line always has the timing",
         "log_delta_step_timing": "the log line always has the timing",
         "step_timing_kwargs": "the log line always has the timing",
@@ -130,6 +174,7 @@ class ExpManagerConfig:
 
     def __post_init__(self) -> None:
         self.time_limit_s  # noqa: B018  checks max_time_per_run
+        wandb_arguments(self.wandb_logger_kwargs or {})
 
     @property
     def time_limit_s(self) -> float | None:
@@ -148,6 +193,11 @@ class ExpManagerConfig:
         if self.use_datetime_version:
             return folder / time.strftime("%Y-%m-%d_%H-%M-%S")
         return folder / f"version_{len(list(folder.glob('version_*')))}"
+
+    def check_loggers(self) -> None:
+        """Raises SettingsError if a logger that is asked for is not installed."""
+        if self.create_wandb_logger:
+            require_wandb()
 
     def check_resume(self, run_dir: Path) -> None:
         """Raises SettingsError if what lies in the run directory is not what the keys expect."""

@@ -1,103 +1,25 @@
-"""The loop over steps, on the host: fetch, dispatch, and once in a while log, validate, save.
-
-Steps are dispatched ahead of the device; a step's report is read when it is old enough to be
-finished, or when a log line needs it.
-"""
+"""The loop over steps, on the host: fetch, dispatch, and once in a while log, validate, save."""
 
 import logging
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
-
-import jax
 
 from speechlm2_jax.batches import HostBatch, LossSum
-from speechlm2_jax.checkpointing import Checkpointer
 from speechlm2_jax.settings import SettingsError, to_plain
-from speechlm2_jax.training.cadence import Cadence
-from speechlm2_jax.training.exp_manager import CheckpointParams
-from speechlm2_jax.training.meter import Meter
-from speechlm2_jax.training.metrics_log import MetricsLog, Row, format_step, format_validation
-from speechlm2_jax.training.programs import Programs
-from speechlm2_jax.training.protocol import BatchIterator, DataSource, TrainableModel, Variables
-from speechlm2_jax.training.schedules import Schedule
+from speechlm2_jax.training.metrics_log import Row, format_samples, format_validation
+from speechlm2_jax.training.parts import FitResult, Parts, Progress
+from speechlm2_jax.training.protocol import Variables
+from speechlm2_jax.training.reporting import MAX_SKIPPED_IN_A_ROW, Reporter, Taken
 from speechlm2_jax.training.state import TrainState
-from speechlm2_jax.training.step import MicroSums, StepReport
-from speechlm2_jax.training.stopping import StopRequest
-from speechlm2_jax.training.validation import Interrupted, Validator
+from speechlm2_jax.training.step import MicroSums
+from speechlm2_jax.training.terminal import phase
+from speechlm2_jax.training.validation import Interrupted
 
 log = logging.getLogger(__name__)
-
-STEPS_IN_FLIGHT = 2
-"""Steps dispatched ahead of the host's reading; enough to hide the host, little to lose."""
-MAX_SKIPPED_IN_A_ROW = 20
 
 
 class NonFiniteRun(SystemExit):
     """Twenty steps in a row were not finite; uncaught, the process ends with exit code 1."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands: counters on the host, saved as JSON in every checkpoint."""
-
-    groups: int
-    """Groups of a global batch, fixed when the run began."""
-    step: int = 0
-    """Optimizer steps done, skipped ones included."""
-    batches: int = 0
-    """Micro-batches taken."""
-    window: int = 0
-    """Micro-batches of the last step."""
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    validated_at: int = 0
-    """The step of the last validation."""
-    data: Any = None
-    """The training iterator's state."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitResult:
-    """How a call of `fit` ended."""
-
-    step: int
-    is_finished: bool
-    """True if the run reached its end; False if it was stopped and can go on."""
-    reason: str
-    metrics: dict[str, float]
-    """Of the last validation in this process."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What the loop works with; built by the trainer."""
-
-    model: TrainableModel
-    datamodule: DataSource
-    batches: BatchIterator
-    programs: Programs
-    schedule: Schedule
-    cadence: Cadence
-    validator: Validator | None
-    """None: no validation."""
-    checkpointer: Checkpointer | None
-    """None: nothing is saved."""
-    checkpoint_params: CheckpointParams
-    metrics_log: MetricsLog
-    meter: Meter
-    stop: StopRequest
-    log_every_n_steps: int
-    sanity_batches: int
-
-
-@dataclass
-class _Pending:
-    step: int
-    learning_rate: float
-    ids: tuple[str, ...]
-    report: StepReport
 
 
 @dataclass
@@ -108,10 +30,10 @@ class FitLoop:
     state: TrainState
     frozen: Variables
     progress: Progress
-    _pending: deque[_Pending] = field(default_factory=deque)
-    _last: _Pending | None = None
     _metrics: dict[str, float] = field(default_factory=dict)
-    _is_hopeless: bool = False
+
+    def __post_init__(self) -> None:
+        self._reporter = Reporter(self.parts, self.progress)
 
     def run(self) -> FitResult:
         """Trains. Raises NonFiniteRun after too many skipped steps, having saved."""
@@ -119,12 +41,14 @@ class FitLoop:
         reason = self._before_training()
         while reason is None:
             reason = self._train_one_step()
-        self._drain()
+        self._reporter.drain()
+        self.parts.bar.close()
         self.publish()
-        self._save(final=True)
+        if self.progress.step:
+            self._save(final=True)
         if self.progress.step > first_step:
-            self._report_times()
-        if self._is_hopeless:
+            self._reporter.log_times()
+        if self._reporter.is_hopeless:
             log.error("%s", reason)
             raise NonFiniteRun(1)
         log.info("%s", reason)
@@ -148,16 +72,13 @@ class FitLoop:
 
     def _before_training(self) -> str | None:
         """Looks at validation before a new run; makes up for what a stop left undone."""
-        progress = self.progress
+        progress, stop = self.progress, self.parts.stop
+        if stop.is_signalled:
+            return self._stopped(stop.reason or "")
         if progress.step == 0 and not self._is_finished:
             return self._validate(sanity=True) if self.parts.sanity_batches else None
         if self._is_finished:
-            if (reason := self._validate_finally()) is not None:
-                return reason
-            return (
-                f"this run is finished: {progress.step} steps are done; to extend it, raise "
-                "trainer.max_steps (and model.lr_scheduler.max_steps, if the rate should follow)"
-            )
+            return self._validate_finally() or finished_reason(progress.step)
         before = progress.batches - progress.window
         is_due = self.parts.cadence.validates_after(before, progress.batches)
         if is_due and progress.validated_at != progress.step:
@@ -173,8 +94,8 @@ class FitLoop:
         self._dispatch(window)
         is_last = self._is_finished
         if is_last or progress.step % parts.log_every_n_steps == 0:
-            self._log_step()
-        if self._is_hopeless:
+            self._reporter.log_step()
+        if self._reporter.is_hopeless:
             return (
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped; stopped at step "
                 f"{progress.step}. Look at the conversations above, or lower model.optimizer.lr"
@@ -223,60 +144,7 @@ class FitLoop:
         progress.batches += len(window)
         progress.window = len(window)
         ids = tuple(i for batch in window for i in batch.ids)
-        self._pending.append(_Pending(progress.step, lr, ids, report))
-        while len(self._pending) > STEPS_IN_FLIGHT:
-            self._read_oldest()
-
-    # ------------------------------------------------------------ reports
-
-    def _drain(self) -> None:
-        while self._pending:
-            self._read_oldest()
-
-    def _read_oldest(self) -> None:
-        """Reads one report; counts and names what was skipped."""
-        done = self._pending.popleft()
-        done.report = jax.device_get(done.report)
-        self._last, progress, report = done, self.progress, done.report
-        if report.applied:
-            progress.skipped_in_a_row = 0
-            return
-        progress.skipped += 1
-        progress.skipped_in_a_row += 1
-        self._is_hopeless |= progress.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
-        reason = "no token is scored" if report.count == 0 else "not finite"
-        log.warning(
-            "step %d skipped (%s: loss %s, gradient norm %s); conversations: %s",
-            *(done.step, reason, report.loss, report.grad_norm, ", ".join(done.ids)),
-        )
-
-    def _log_step(self) -> None:
-        """Writes the row and the line of the newest step; waits for it."""
-        self._drain()
-        assert self._last is not None
-        report, parts = self._last.report, self.parts
-        row: Row = {
-            "step": self._last.step,
-            "loss": float(report.loss),
-            "learning_rate": self._last.learning_rate,
-            "grad_norm": float(report.grad_norm),
-            **{name: float(value) for name, value in report.metrics.items()},
-            **asdict(parts.meter.rates()),
-            "skipped": self.progress.skipped,
-            "dropped": sum(parts.datamodule.dropped.values()),
-        }
-        parts.metrics_log.write(row)
-        log.info(format_step(row, parts.cadence.max_steps))
-
-    def _report_times(self) -> None:
-        spent = self.parts.meter.totals()
-        total = sum(spent.values())
-        row = {f"time_{kind}_s": seconds for kind, seconds in spent.items()}
-        self.parts.metrics_log.write({"step": self.progress.step, "time_total_s": total, **row})
-        shares = ", ".join(f"{kind.replace('_', ' ')} {s:.1f}" for kind, s in spent.items())
-        log.info("time %.1f s: %s", total, shares)
-        for cause, count in self.parts.datamodule.dropped.items():
-            log.info("left out %d conversations: %s", count, cause)
+        self._reporter.add(Taken(progress.step, lr, ids, report))
 
     # ------------------------------------------------------------ validation and saving
 
@@ -301,24 +169,26 @@ class FitLoop:
         parts = self.parts
         if parts.validator is None:
             return None
-        self._drain()
+        self._reporter.drain()
         self.publish()
         try:
-            with parts.meter.measure("validation"):
+            with parts.meter.measure("validation"), phase("validation"):
                 sets = parts.datamodule.validation_batches()
                 limit = parts.sanity_batches if sanity else None
-                metrics = parts.validator.run(sets, self._evaluate, limit)
+                result = parts.validator.run(sets, self._evaluate, limit)
         except Interrupted:
             return self._stopped(parts.stop.reason or "validation was interrupted")
-        self._check_monitor(metrics)
+        self._check_monitor(result.metrics)
         if sanity:
             log.info("validation works; training begins")
             return None
-        self._metrics = metrics
+        self._metrics = result.metrics
         self.progress.validated_at = self.progress.step
-        row: Row = {"step": self.progress.step, **metrics}
+        row: Row = {"step": self.progress.step, **result.metrics}
         parts.metrics_log.write(row)
-        log.info(format_validation(row))
+        parts.metrics_log.write_samples(self.progress.step, result.samples)
+        for line in (*format_samples(self.progress.step, result.samples), format_validation(row)):
+            log.info("%s", line)
         return None
 
     def _evaluate(self, batch: HostBatch) -> Mapping[str, LossSum]:
@@ -340,7 +210,7 @@ class FitLoop:
         if parts.checkpointer is None:
             return
         with parts.meter.measure("saving"):
-            self._drain()
+            self._reporter.drain()
             if self._metrics and progress.validated_at == progress.step:
                 parts.checkpointer.rank(progress.step, self._metrics)
             if progress.step != parts.checkpointer.latest_step:
@@ -359,4 +229,13 @@ class FitLoop:
                 )
                 log.info("saving checkpoint of step %d", progress.step)
             if final:
-                parts.checkpointer.wait()
+                with phase("writing the last checkpoint"):
+                    parts.checkpointer.wait()
+
+
+def finished_reason(step: int) -> str:
+    """What is said of a run that has nothing left to do."""
+    return (
+        f"this run is finished: {step} steps are done; to extend it, raise "
+        "trainer.max_steps (and model.lr_scheduler.max_steps, if the rate should follow)"
+    )

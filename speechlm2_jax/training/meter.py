@@ -1,13 +1,18 @@
 """Where the time goes: wall time by kind, and throughput between two log lines."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 COMPUTE = "compute"
-KINDS = ("data_wait", "compiling", "validation", "saving")
+KINDS = ("starting", "data_wait", "compiling", "validation", "validation_data_wait", "saving")
 """Kinds of time that are measured; all other wall time is compute."""
+BEFORE_TRAINING = ("starting", "compiling")
+"""Kinds of time that come once, so that they say nothing of what is left."""
+PACE_STEPS = 20
+"""The progress bar shows the speed over so many steps."""
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("H200", 989e12),
     ("H100", 989e12),
@@ -40,6 +45,17 @@ class Rates:
     step_time_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Speed of late, for the progress bar."""
+
+    steps_per_s: float
+    tokens_per_s: float
+    """Of all devices."""
+    left_s: float | None
+    """Until the end, with validations and saving as they were so far; None if not known."""
+
+
 @dataclass
 class _Window:
     """What was done since the last log line."""
@@ -62,6 +78,8 @@ class Meter:
         self._since = self._clock()
         self._spent: dict[str, float] = {kind: 0.0 for kind in (COMPUTE, *KINDS)}
         self._window = _Window(times=dict(self._spent))
+        self._steps = self._tokens = 0
+        self._marks: deque[tuple[float, int, int]] = deque(maxlen=PACE_STEPS + 1)
 
     @contextmanager
     def measure(self, kind: str) -> Iterator[None]:
@@ -74,13 +92,32 @@ class Meter:
 
     def add_batch(self, *, tokens: int, slots: int, flops: float) -> None:
         """Counts one micro-batch: steps that hold data, all steps, model FLOPs."""
+        self._tokens += tokens
         self._window.tokens += tokens
         self._window.slots += slots
         self._window.flops += flops
 
     def add_step(self) -> None:
         """Counts one optimizer step."""
+        self._switch(self._kind)
+        self._steps += 1
         self._window.steps += 1
+        training_s = self._spent[COMPUTE] + self._spent["data_wait"]
+        self._marks.append((training_s, self._steps, self._tokens))
+
+    def pace(self, steps_left: int | None) -> Pace | None:
+        """Speed over the last steps, None before the second; nothing is reset."""
+        if len(self._marks) < 2:
+            return None
+        (start_s, first, tokens), (end_s, last, more) = self._marks[0], self._marks[-1]
+        seconds = max(end_s - start_s, 1e-9)
+        spent = self.totals()
+        repeated_s = sum(s for kind, s in spent.items() if kind not in BEFORE_TRAINING)
+        return Pace(
+            steps_per_s=(last - first) / seconds,
+            tokens_per_s=(more - tokens) / seconds,
+            left_s=None if steps_left is None else steps_left * repeated_s / self._steps,
+        )
 
     def rates(self) -> Rates:
         """Throughput since the last call; time of compiling, validating and saving left out."""

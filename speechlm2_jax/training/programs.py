@@ -1,11 +1,8 @@
 """Compiled programs of a run: one per static shape, compiled on first use and kept."""
 
-import logging
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +17,10 @@ from speechlm2_jax.batches import HostBatch, LossSum
 from speechlm2_jax.training.protocol import Variables
 from speechlm2_jax.training.state import Layout, TrainState
 from speechlm2_jax.training.step import MicroSums, StepFunctions, StepReport
+from speechlm2_jax.training.terminal import phase
 
-log = logging.getLogger(__name__)
-
-SLOW_COMPILE_S = 2.0
-"""A compilation that takes longer is announced, so that the run does not look hung."""
+FORWARD_AND_BACKWARD = ("train", "add")
+"""Kinds of programs of which there is one per bucket."""
 
 
 class Programs:
@@ -35,9 +31,11 @@ class Programs:
         functions: StepFunctions,
         layout: Layout,
         compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        planned: int | None = None,
     ):
-        """`compiling` is entered around each compilation, to measure it."""
+        """`compiling` is entered around each compilation; `planned` shapes are trained on."""
         self._functions, self._layout, self._compiling = functions, layout, compiling
+        self._planned = planned
         self._whole = functions.sharding.replicated
         self._compiled: dict[Any, Any] = {}
         state = layout.state_shardings
@@ -51,7 +49,7 @@ class Programs:
     @property
     def training_programs(self) -> int:
         """How many programs hold a forward and backward pass; at most one per bucket."""
-        return sum(kind in ("train", "add") for kind, *_ in self._compiled)
+        return sum(kind in FORWARD_AND_BACKWARD for kind, *_ in self._compiled)
 
     def put(self, batch: HostBatch) -> Any:
         """Places a batch's arrays on the devices."""
@@ -98,6 +96,28 @@ class Programs:
         program = self._program("validation", batch.bucket, arrays, self._evaluate, arguments)
         return program(*arguments)
 
+    def compile_ahead(self, batch: HostBatch) -> Any:
+        """Compiles the program of a training batch's shape from shapes alone; nothing runs.
+
+        Gives what `jax.jit(...).lower(...).compile()` does, with its `memory_analysis`.
+        """
+        layout, functions = self._layout, self._functions
+        arrays = jax.tree.map(
+            lambda x, placement: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement),
+            *(batch.arrays, functions.sharding.batch(batch.arrays)),
+        )
+        state, frozen = layout.state, layout.frozen
+        if functions.accumulate == 1:
+            rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._whole)
+            kind, function, arguments = "train", self._train, (state, frozen, arrays, rate)
+        else:
+            sums = _SumPrograms.make(functions, layout, state, frozen, arrays)
+            index = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._whole)
+            arguments = (sums.shapes, state, frozen, arrays, index)
+            kind, function = "add", sums.add
+        with phase(self._describe(kind, batch.bucket)):
+            return function.lower(*arguments).compile()
+
     def _scalar(self, value: Any) -> jax.Array:
         return jax.device_put(value, self._whole)
 
@@ -107,10 +127,16 @@ class Programs:
         """The compiled program for a batch's shapes."""
         shapes = tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in jax.tree.leaves(batch))
         if (kind, shapes) not in self._compiled:
-            name = f"{kind} program" + (f" of bucket {bucket}" if bucket else "")
-            with self._compiling(), announce(name):
+            with self._compiling(), phase(self._describe(kind, bucket)):
                 self._compiled[kind, shapes] = function.lower(*arguments).compile()
         return self._compiled[kind, shapes]
+
+    def _describe(self, kind: str, bucket: str) -> str:
+        """What is compiled: the first or the last of how many."""
+        name = f"compiling the {kind} program" + (f" of bucket {bucket}" if bucket else "")
+        if kind not in FORWARD_AND_BACKWARD or self._planned is None:
+            return name
+        return f"{name} ({self.training_programs + 1} of {self._planned})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +145,8 @@ class _SumPrograms:
 
     start: Any
     add: Any
+    shapes: MicroSums
+    """Shapes and placements of the sums."""
 
     @staticmethod
     def make(
@@ -132,23 +160,13 @@ class _SumPrograms:
         return _SumPrograms(
             start=jax.jit(start, out_shardings=where),
             add=jax.jit(functions.add, donate_argnums=0, out_shardings=where),
+            shapes=jax.tree.map(
+                lambda leaf, placement: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=placement
+                ),
+                *(shapes, where),
+            ),
         )
-
-
-@contextmanager
-def announce(name: str) -> Iterator[None]:
-    """Logs a slow compilation: once when it has taken long, once with its time."""
-    begin = time.monotonic()
-    timer = threading.Timer(SLOW_COMPILE_S, lambda: log.info("compiling the %s ...", name))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-    took_s = time.monotonic() - begin
-    if took_s > SLOW_COMPILE_S:
-        log.info("compiled the %s in %.1f s", name, took_s)
 
 
 def keep_compiled_programs(folder: str | None) -> None:

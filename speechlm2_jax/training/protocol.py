@@ -1,6 +1,7 @@
 """What training asks of a model and of data; any object with these attributes can be trained."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,7 +12,29 @@ from speechlm2_jax.batches import FrameCount, HostBatch, LossSum, StepLosses
 
 Variables = dict[str, Any]
 """Dotted path -> array: every parameter and buffer of a network."""
-HostMetric = Callable[[HostBatch], LossSum]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One answer of the model, to look at."""
+
+    id: str
+    reference: str
+    """What the answer should be."""
+    hypothesis: str
+    """What the model said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What a host metric makes of one batch: its share of the mean, and answers to look at."""
+
+    share: LossSum
+    samples: tuple[Sample, ...] = ()
+    """All of them; the validator chooses."""
+
+
+HostMetric = Callable[[HostBatch], LossSum | Scored]
 """A validation metric computed on the host, by generating answers for instance."""
 
 
@@ -53,12 +76,18 @@ class TrainableModel(Protocol):
     def variables(self) -> Variables:
         """Current arrays, on host or device.
 
-        `fit` keeps them up to date for validation metrics and leaves the trained ones here.
+        `fit` keeps them up to date for validation metrics and leaves the trained ones here. They
+        may be read or made when first asked for.
         """
         ...
 
     @variables.setter
     def variables(self, values: Variables) -> None: ...
+
+    @property
+    def has_variables(self) -> bool:
+        """True if `variables` are there already, so that asking for them costs nothing."""
+        ...
 
     @property
     def trainable(self) -> Mapping[str, bool | np.ndarray]:
@@ -154,6 +183,16 @@ class DataSource(Protocol):
 
     def setup(self, *, frame_count: FrameCount, groups: int, pad_to_multiple: int) -> None:
         """Prepares for global batches of so many groups; lengths are multiples of the last."""
+        ...
+
+    @property
+    def training_shapes(self) -> Mapping[str, Callable[[], HostBatch]]:
+        """By the bucket's name, small to large: makes a batch of empty rows of a planned shape."""
+        ...
+
+    @property
+    def batches_per_pass(self) -> int:
+        """Global batches of one pass over the training data."""
         ...
 
     def train_batches(self, state: Any | None) -> BatchIterator:

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from typing import Any
 import jax
 import yaml
 
+from speechlm2_jax.checkpointing import CHECKPOINTS, read_ranking, step_folders
 from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.training import terminal
+from speechlm2_jax.training.terminal import PACKAGE_LOGGER
 
 CONFIG = "config.yaml"
 COMMAND = "command.txt"
@@ -26,7 +29,10 @@ MODEL = "model"
 METRICS = "metrics.jsonl"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lhotse", "grain")
 _VARIABLES = ("JAX_", "XLA_", "CUDA_", "TPU_", "LIBTPU_")
-PACKAGE_LOGGER = "speechlm2_jax"
+_PROGRAM = "train.py"
+_RUNS = "runs"
+"""Folder in which evaluate.py looks for the newest run."""
+_LAST_STEP = "trainer.max_steps"
 
 
 def create(run_dir: Path) -> None:
@@ -61,28 +67,62 @@ def describe(run_dir: Path, settings: Mapping[str, Any]) -> None:
 
 @contextmanager
 def logging_to(run_dir: Path | None) -> Iterator[None]:
-    """Sends the package's log records to the terminal, and to train.log of a run directory."""
-    logger = logging.getLogger(PACKAGE_LOGGER)
-    level = logger.level
-    handlers: list[logging.Handler] = []
-    if jax.process_index() == 0:
-        handlers.append(logging.StreamHandler(sys.stdout))
-        if run_dir is not None:
+    """Sends the package's log records to the terminal, and to train.log of a run directory.
+
+    What the terminal showed before is written to train.log too. Only the first process writes.
+    """
+    is_first = jax.process_index() == 0
+    with ExitStack() as stack:
+        shown = stack.enter_context(terminal.showing(is_shown=is_first))
+        if is_first and run_dir is not None:
             to_file = logging.FileHandler(run_dir / LOG, encoding="utf-8")
+            stack.callback(to_file.close)
             to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-            handlers.append(to_file)
-    for handler in handlers:
-        logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False  # a library that configures the root logger would repeat every line
-    try:
+            for record in shown.take_records():
+                to_file.handle(record)
+            logger = logging.getLogger(PACKAGE_LOGGER)
+            logger.addHandler(to_file)
+            stack.callback(logger.removeHandler, to_file)
         yield
-    finally:
-        logger.setLevel(level)
-        logger.propagate = True
-        for handler in handlers:
-            logger.removeHandler(handler)
-            handler.close()
+
+
+def checkpoints_line(run_dir: Path) -> str:
+    """Which checkpoints there are to use; empty if there are none."""
+    folder = run_dir / CHECKPOINTS
+    steps = [path.name for path in step_folders(folder)]
+    if not steps:
+        return ""
+    ranking = read_ranking(folder)
+    present = {step: values for step, values in ranking.metrics.items() if str(step) in steps}
+    best = ranking.retention.best(present)
+    line = f"checkpoints: step {steps[0]} is the last"
+    if best:
+        monitor = ranking.retention.monitor
+        line += f", step {best[0]} the best ({monitor} {present[best[0]][monitor]:.4f})"
+    return f"{line}; in {folder}"
+
+
+def next_line(run_dir: Path | None, *, step: int, is_finished: bool) -> str:
+    """What to do after a run: the commands to type, where train.py was started by one."""
+    is_command = Path(sys.argv[0]).name == _PROGRAM
+    if not is_finished:
+        return f"next: {_command()}  to go on" if is_command else "next: call fit again to go on"
+    longer = {_LAST_STEP: str(2 * step)}
+    go_on = _command(longer) if is_command else f"fit with {_LAST_STEP}={2 * step}"
+    if run_dir is None:
+        return f"next: {go_on}  to go on"
+    is_newest = run_dir.parent == Path(_RUNS)
+    evaluate = "python evaluate.py" + ("" if is_newest else f" pretrained_name={run_dir}")
+    return f"next: {evaluate}  (report: {run_dir / 'report.html'})  |  {go_on}  to go on"
+
+
+def _command(overrides: Mapping[str, str] | None = None) -> str:
+    """The command line of this process, with other values of some keys."""
+    words = sys.argv[1:]
+    for key, value in (overrides or {}).items():
+        words = [word for word in words if word.lstrip("+").partition("=")[0] != key]
+        words.append(f"{key}={value}")
+    return shlex.join(["python", sys.argv[0], *words])
 
 
 def _append(path: Path, lines: list[str]) -> None:

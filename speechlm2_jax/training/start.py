@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,12 +12,14 @@ import optax
 from speechlm2_jax import checkpointing
 from speechlm2_jax.checkpointing import Restored
 from speechlm2_jax.sharding import Sharding
-from speechlm2_jax.training.loop import MAX_SKIPPED_IN_A_ROW, Progress
+from speechlm2_jax.training.cadence import Cadence
 from speechlm2_jax.training.meter import Meter
 from speechlm2_jax.training.metrics_log import drop_rows_after
 from speechlm2_jax.training.optimizer import AdamWConfig, Optimizer, read_optimizer
+from speechlm2_jax.training.parts import Progress
 from speechlm2_jax.training.programs import Programs
 from speechlm2_jax.training.protocol import DataSource, TrainableModel, Variables
+from speechlm2_jax.training.reporting import MAX_SKIPPED_IN_A_ROW
 from speechlm2_jax.training.run_dir import METRICS
 from speechlm2_jax.training.state import (
     Layout,
@@ -28,6 +31,7 @@ from speechlm2_jax.training.state import (
 )
 from speechlm2_jax.training.step import StepFunctions
 from speechlm2_jax.training.strategies import Strategy, build_mesh, check_groups
+from speechlm2_jax.training.terminal import phase
 from speechlm2_jax.training.trainer_config import TrainerConfig
 
 log = logging.getLogger(__name__)
@@ -64,7 +68,8 @@ class Setup:
             clip_norm=config.gradient_clip_val or 0.0,
             masks=partition.masks,
         )
-        model.compute_dtype = config.compute_dtype
+        if model.compute_dtype != config.compute_dtype:  # setting it builds the network anew
+            model.compute_dtype = config.compute_dtype
         layout = plan_layout(model.infos, partition, optimizer, sharding, config.compute_dtype)
         return Setup(
             config=config,
@@ -80,8 +85,8 @@ class Setup:
         """Starts counting time for these devices."""
         return Meter([device.device_kind for device in self.devices])
 
-    def programs(self, model: TrainableModel, meter: Meter) -> Programs:
-        """The compiled side of training; nothing is compiled yet."""
+    def programs(self, model: TrainableModel, meter: Meter, planned: int | None = None) -> Programs:
+        """The compiled side of training, on so many planned shapes; nothing is compiled yet."""
         functions = StepFunctions(
             losses=model.losses,
             optimizer=self.optimizer,
@@ -90,16 +95,18 @@ class Setup:
             accumulate=self.config.accumulate_grad_batches,
             nemo_exact=model.nemo_exact,
         )
-        return Programs(functions, self.layout, compiling=lambda: meter.measure("compiling"))
+        compiling = partial(meter.measure, "compiling")
+        return Programs(functions, self.layout, compiling=compiling, planned=planned)
 
     def prepare_data(self, model: TrainableModel, datamodule: DataSource, groups: int) -> None:
         """Lets the data plan its shapes. Raises SettingsError if the mesh cannot share `groups`."""
         check_groups(groups, self.sharding)
-        datamodule.setup(
-            frame_count=model.frame_count,
-            groups=groups,
-            pad_to_multiple=self.sharding.length_multiple,
-        )
+        with phase("planning the data"):
+            datamodule.setup(
+                frame_count=model.frame_count,
+                groups=groups,
+                pad_to_multiple=self.sharding.length_multiple,
+            )
 
     def describe(self, groups: int) -> str:
         """One line: sizes of the model and the mesh."""
@@ -126,9 +133,11 @@ class Start:
 
 def begin(model: TrainableModel, setup: Setup) -> Start:
     """Starts from the variables that the model has."""
+    with phase("loading weights"):
+        variables = model.variables
     return Start(
-        state=first_state(model.variables, setup.layout, setup.optimizer),
-        frozen=put(model.variables, setup.layout.frozen, copy=False),
+        state=first_state(variables, setup.layout, setup.optimizer),
+        frozen=put(variables, setup.layout.frozen, copy=False),
         progress=Progress(groups=setup.sharding.data_parallel_size),
     )
 
@@ -136,6 +145,8 @@ def begin(model: TrainableModel, setup: Setup) -> Start:
 def go_on(restored: Restored) -> Start:
     """Starts from a checkpoint."""
     progress = Progress(**restored.progress)
+    if progress.step in checkpointing.read_ranking(restored.step.parent).metrics:
+        progress.validated_at = progress.step  # it was, after the checkpoint was written
     if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         progress.skipped_in_a_row = 0  # it stopped over these; it may try once more
     arrays = restored.arrays
@@ -164,7 +175,8 @@ def restore(
         "buffers": state.buffers,
         "opt": {"state": state.opt_state, **counters},
     }
-    restored = checkpointing.restore(own, other, template, layout.frozen)
+    with phase("reading the checkpoint"):
+        restored = checkpointing.restore(own, other, template, layout.frozen)
     if restored is not None:
         log.info("going on from %s", restored.step)
     if run_dir is None or jax.process_index() != 0:
@@ -176,3 +188,22 @@ def restore(
     else:
         drop_rows_after(run_dir / METRICS, -1)
     return restored
+
+
+def finished(checkpoints: Path, cadence: Cadence, *, validates: bool) -> Progress | None:
+    """Where a run ended, if its newest checkpoint leaves nothing to do; nothing else is read."""
+    steps = checkpointing.step_folders(checkpoints)
+    if not steps:
+        return None
+    try:
+        progress = Progress(**checkpointing.read_json(steps[0], "progress"))
+    except Exception as error:  # a damaged checkpoint: `restore` knows what to do about it
+        log.warning("cannot read %s (%s)", steps[0], error)
+        return None
+    is_validated = (
+        not validates
+        or progress.validated_at == progress.step
+        or progress.step in checkpointing.read_ranking(checkpoints).metrics
+    )
+    is_over = cadence.is_finished(progress.step, progress.batches)
+    return progress if is_over and is_validated else None

@@ -1,11 +1,19 @@
-"""Reasons to stop early: SIGTERM, and the time limit of a process."""
+"""Reasons to stop early: Ctrl-C, SIGTERM, and the time limit of a process."""
 
+import logging
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from speechlm2_jax.training.terminal import leave_at_once
+
+log = logging.getLogger(__name__)
+
+SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class StopRequest:
@@ -14,29 +22,78 @@ class StopRequest:
     def __init__(self, time_limit_s: float | None = None):
         self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
         self._limit_s = time_limit_s
-        self._signalled = False
+        self._signal: signal.Signals | None = None
+        self._interrupts = 0
+
+    @property
+    def is_signalled(self) -> bool:
+        """True once somebody asked to stop."""
+        return self._signal is not None
 
     @property
     def reason(self) -> str | None:
         """Why to stop now, or None."""
-        if self._signalled:
-            return "SIGTERM was received"
+        if self._signal is not None:
+            return f"{SIGNALS[self._signal]} was received"
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return f"the time limit of {self._limit_s:.0f} s is reached"
         return None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes SIGTERM as a request while open. Only the main thread can; others go without."""
+        """Takes Ctrl-C and SIGTERM as requests while open; a second Ctrl-C leaves at once.
+
+        Only the main thread can; others go without.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def handle(number: int, frame: FrameType | None) -> None:
-            self._signalled = True
+            self._signal = self._signal or signal.Signals(number)
 
-        before = signal.signal(signal.SIGTERM, handle)
+        before = {number: signal.signal(number, handle) for number in SIGNALS}
         try:
-            yield
+            with _telling_at_once(self._notice):
+                yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _notice(self, number: int) -> None:
+        """Answers a signal while the main thread may be far from running a handler."""
+        if number not in SIGNALS:
+            return
+        self._signal = self._signal or signal.Signals(number)
+        if number == signal.SIGINT:
+            self._interrupts += 1
+        if self._interrupts > 1:
+            leave_at_once("left at once: what was done since the last checkpoint is lost")
+        name = SIGNALS[signal.Signals(number)]
+        log.info("%s: stopping after this step, then saving; Ctrl-C again leaves at once", name)
+
+
+@contextmanager
+def _telling_at_once(notice: Callable[[int], None]) -> Iterator[None]:
+    """Calls `notice` in a thread when a signal comes.
+
+    Python runs handlers between two lines of the main thread, which a compilation keeps for a
+    minute; the wake-up descriptor is written by the handler in C.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch() -> None:
+        while number := reader.recv(1):
+            notice(number[0])
+
+    watcher = threading.Thread(target=watch, name="signals", daemon=True)
+    watcher.start()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()
+        watcher.join()
+        reader.close()

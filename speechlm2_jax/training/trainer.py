@@ -1,24 +1,26 @@
 """What a user starts training with: `Trainer`, `exp_manager`, `trainer.fit(model, datamodule)`."""
 
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from speechlm2_jax.checkpointing import CHECKPOINTS, Checkpointer
+from speechlm2_jax.checkpointing import CHECKPOINTS, read_ranking, step_folders
 from speechlm2_jax.settings import build, to_plain
 from speechlm2_jax.training import run_dir as run_directory
+from speechlm2_jax.training.describing import describe_run
 from speechlm2_jax.training.exp_manager import ExpManagerConfig
-from speechlm2_jax.training.loop import FitLoop, FitResult, NonFiniteRun, Parts
-from speechlm2_jax.training.metrics_log import MetricsLog, format_validation
+from speechlm2_jax.training.loop import FitLoop, NonFiniteRun, finished_reason
+from speechlm2_jax.training.metrics_log import format_samples, format_validation
+from speechlm2_jax.training.opening import Opening
 from speechlm2_jax.training.optimizer import read_optimizer
+from speechlm2_jax.training.parts import FitResult
 from speechlm2_jax.training.programs import keep_compiled_programs
-from speechlm2_jax.training.protocol import DataSource, HostMetric, TrainableModel, Variables
+from speechlm2_jax.training.protocol import DataSource, HostMetric, TrainableModel
 from speechlm2_jax.training.schedules import make_schedule
-from speechlm2_jax.training.start import Setup, begin, go_on, restore
+from speechlm2_jax.training.start import Setup, begin, finished
 from speechlm2_jax.training.state import Partition
 from speechlm2_jax.training.stopping import StopRequest
 from speechlm2_jax.training.strategies import (
@@ -63,9 +65,24 @@ class Trainer:
         """
         self.experiment = build(ExpManagerConfig, options, "exp_manager")
         self.run_dir, self._experiment_options = self.experiment.run_dir(), options
+        self.experiment.check_loggers()
         self.experiment.check_resume(self.run_dir)
         run_directory.create(self.run_dir)
         return self.run_dir
+
+    def check_experiment(self, options: Mapping[str, Any] | None) -> None:
+        """Reads an `exp_manager` block and writes nothing. Raises SettingsError as its use does."""
+        build(ExpManagerConfig, options or {}, "exp_manager").check_loggers()
+
+    def keep_compiled_programs(self) -> None:
+        """Keeps what is compiled from here on, as `fit` does (`trainer.compilation_cache_dir`)."""
+        keep_compiled_programs(self.config.compilation_cache_dir)
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """True if `fit` will go on from a checkpoint of its own run directory."""
+        own = None if self.run_dir is None else self.run_dir / CHECKPOINTS
+        return own is not None and self.experiment.resume_if_exists and bool(step_folders(own))
 
     def check(self, model: Any) -> None:
         """Reads what `fit` will read of a TrainableModel's settings, before its weights are.
@@ -77,6 +94,32 @@ class Trainer:
         adamw = read_optimizer(model.optimizer)
         make_schedule(model.lr_scheduler, adamw.lr)
         Partition.of(model.infos, model.trainable).require_trainable()
+
+    def finished(self, options: Mapping[str, Any] | None) -> FitResult | None:
+        """Tells that the run of an `exp_manager` block is finished, if it is, and how to extend it.
+
+        Only the newest checkpoint's counters are read; nothing is written but train.log.
+        """
+        experiment = build(ExpManagerConfig, options or {}, "exp_manager")
+        if options is None or not experiment.resume_if_exists:
+            return None
+        folder = experiment.run_dir()
+        progress = finished(
+            folder / CHECKPOINTS, self.config.cadence(), validates=self.config.validates
+        )
+        if progress is None:
+            return None
+        reason = finished_reason(progress.step)
+        with run_directory.logging_to(folder):
+            log.info("%s", reason)
+            self._say_what_next(folder, progress.step, is_finished=True)
+        metrics = read_ranking(folder / CHECKPOINTS).metrics.get(progress.step, {})
+        return FitResult(
+            step=progress.step,
+            is_finished=True,
+            reason=reason,
+            metrics={name: math.nan if v is None else v for name, v in metrics.items()},
+        )
 
     def fit(
         self,
@@ -100,18 +143,49 @@ class Trainer:
             stack.enter_context(run_directory.logging_to(self.run_dir))
             stack.enter_context(stop.listening())
             stack.enter_context(self.config.matmul_precision())
-            setup = Setup.of(model, self.config, self.strategy)
             keep_compiled_programs(self.config.compilation_cache_dir)
-            frozen_as_given = {path: model.variables[path] for path in setup.partition.frozen}
-            loop = self._start_loop(model, datamodule, setup, stop, validation_metrics, stack)
-            if self.run_dir is not None and jax.process_index() == 0:
-                run_directory.describe(self.run_dir, settings or self._settings(model, datamodule))
-                model.save_definition(self.run_dir / run_directory.MODEL)
+            setup = Setup.of(model, self.config, self.strategy)
+            metrics = model.validation_metrics if validation_metrics is None else validation_metrics
+            opening = Opening(
+                config=self.config,
+                experiment=self.experiment,
+                run_dir=self.run_dir,
+                model=model,
+                datamodule=datamodule,
+                setup=setup,
+                settings=settings or self._settings(model, datamodule),
+                host_metrics=metrics,
+                meter=setup.meter(),
+                stop=stop,
+            )
+            with opening.meter.measure("starting"):
+                loaded = model.variables if model.has_variables else {}
+                # frozen arrays stay as they were given, not cast to the compute dtype
+                frozen = {path: loaded[path] for path in setup.partition.frozen if loaded}
+                start = opening.start()
+                log.info(setup.describe(start.progress.groups))
+                parts = opening.parts(start, stack)
+            loop = FitLoop(parts, start.state, start.frozen, start.progress)
             try:
-                return loop.run()
+                result = loop.run()
             finally:
                 loop.publish()
-                model.variables = {**model.variables, **frozen_as_given}
+                model.variables = {**model.variables, **frozen}
+            self._say_what_next(self.run_dir, result.step, is_finished=result.is_finished)
+            return result
+
+    def dry_run(self, model: TrainableModel, datamodule: DataSource) -> None:
+        """Says what `fit` would do: modules, shapes, memory, steps. Trains and writes nothing.
+
+        Needs no weights. Raises SettingsError as `fit` does.
+        """
+        with run_directory.logging_to(None), self.config.matmul_precision():
+            keep_compiled_programs(self.config.compilation_cache_dir)
+            setup = Setup.of(model, self.config, self.strategy)
+            groups = setup.sharding.data_parallel_size
+            setup.prepare_data(model, datamodule, groups)
+            for line in describe_run(model, datamodule, setup, self.config.cadence()):
+                log.info("%s", line)
 
     def validate(
         self,
@@ -126,103 +200,26 @@ class Trainer:
             setup.prepare_data(model, datamodule, setup.sharding.data_parallel_size)
             start = begin(model, setup)
             programs = setup.programs(model, setup.meter())
-            results = self._validator(model, validation_metrics).run(
+            metrics = model.validation_metrics if validation_metrics is None else validation_metrics
+            validator = Validator(
+                host_metrics=metrics,
+                nemo_exact=model.nemo_exact,
+                limit=self.config.limit_val_batches,
+                samples=self.config.num_val_samples,
+            )
+            result = validator.run(
                 datamodule.validation_batches(),
                 lambda batch: programs.evaluate(start.state, start.frozen, batch),
             )
-            log.info(format_validation({"step": 0, **results}))
-            return results
+            for line in format_samples(0, result.samples):
+                log.info("%s", line)
+            log.info(format_validation({"step": 0, **result.metrics}))
+            return result.metrics
 
-    def _start_loop(
-        self,
-        model: TrainableModel,
-        datamodule: DataSource,
-        setup: Setup,
-        stop: StopRequest,
-        validation_metrics: Mapping[str, HostMetric] | None,
-        stack: ExitStack,
-    ) -> FitLoop:
-        """Restores or begins, prepares the data, and puts the parts together."""
-        config, experiment = self.config, self.experiment
-        cadence, meter = config.cadence(), setup.meter()
-        schedule = make_schedule(model.lr_scheduler, setup.adamw.lr)
-        own = self._checkpoints if experiment.resume_if_exists else None
-        other = experiment.resume_from_checkpoint
-        restored = restore(setup.layout, own, Path(other) if other else None, self.run_dir)
-        groups = (
-            setup.sharding.data_parallel_size
-            if restored is None
-            else int(restored.progress["groups"])
-        )
-        setup.prepare_data(model, datamodule, groups)
-        start = begin(model, setup) if restored is None else go_on(restored)
-        log.info(setup.describe(groups))
-        metrics = self._open_metrics(model, datamodule)
-        stack.callback(metrics.close)
-        has_validation = config.limit_val_batches is None or config.limit_val_batches > 0
-        validator = self._validator(model, validation_metrics, stop)
-        return FitLoop(
-            parts=Parts(
-                model=model,
-                datamodule=datamodule,
-                batches=datamodule.train_batches(start.progress.data),
-                programs=setup.programs(model, meter),
-                schedule=schedule,
-                cadence=cadence,
-                validator=validator if has_validation else None,
-                checkpointer=self._open_checkpointer(start.frozen, stack),
-                checkpoint_params=experiment.checkpoint_callback_params,
-                metrics_log=metrics,
-                meter=meter,
-                stop=stop,
-                log_every_n_steps=config.log_every_n_steps,
-                sanity_batches=config.num_sanity_val_steps,
-            ),
-            state=start.state,
-            frozen=start.frozen,
-            progress=start.progress,
-        )
-
-    @property
-    def _checkpoints(self) -> Path | None:
-        """Where checkpoints lie, None if nothing is saved."""
-        is_kept = self.run_dir is not None and self.experiment.create_checkpoint_callback
-        return self.run_dir / CHECKPOINTS if self.run_dir is not None and is_kept else None
-
-    def _open_checkpointer(self, frozen: Variables, stack: ExitStack) -> Checkpointer | None:
-        if self._checkpoints is None:
-            return None
-        retention = self.experiment.checkpoint_callback_params.retention()
-        checkpointer = Checkpointer(self._checkpoints, retention)
-        stack.callback(checkpointer.close)
-        checkpointer.save_frozen(frozen)
-        return checkpointer
-
-    def _open_metrics(self, model: TrainableModel, datamodule: DataSource) -> MetricsLog:
-        if self.run_dir is None or jax.process_index() != 0:
-            return MetricsLog(None)
-        experiment, folder = self.experiment, self.run_dir
-        return MetricsLog(
-            folder / run_directory.METRICS,
-            tensorboard=folder / "tensorboard" if experiment.create_tensorboard_logger else None,
-            wandb={"dir": str(folder), **(experiment.wandb_logger_kwargs or {})}
-            if experiment.create_wandb_logger
-            else None,
-            settings=self._settings(model, datamodule),
-        )
-
-    def _validator(
-        self,
-        model: TrainableModel,
-        metrics: Mapping[str, HostMetric] | None,
-        stop: StopRequest | None = None,
-    ) -> Validator:
-        return Validator(
-            host_metrics=model.validation_metrics if metrics is None else metrics,
-            nemo_exact=model.nemo_exact,
-            limit=self.config.limit_val_batches,
-            should_stop=lambda: stop is not None and stop.reason is not None,
-        )
+    def _say_what_next(self, run_dir: Path | None, step: int, *, is_finished: bool) -> None:
+        if run_dir is not None and (line := run_directory.checkpoints_line(run_dir)):
+            log.info("%s", line)
+        log.info(run_directory.next_line(run_dir, step=step, is_finished=is_finished))
 
     def _settings(self, model: TrainableModel, datamodule: DataSource) -> dict[str, Any]:
         """The settings of a run as config.yaml has them, from its parts."""

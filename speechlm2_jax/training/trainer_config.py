@@ -58,7 +58,11 @@ class TrainerConfig:
     """null: `val_check_interval` counts across epochs."""
     num_sanity_val_steps: int = 2
     """Batches of each validation set before the first step of a new run; -1: all."""
+    num_val_samples: int = 3
+    """Answers of each validation set that are shown, where a metric gives any."""
     log_every_n_steps: int = 50
+    enable_progress_bar: bool = True
+    """On a terminal; lines of the log are written either way."""
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | None = None
     """Largest global gradient norm; null or 0: no clipping."""
@@ -74,7 +78,6 @@ class TrainerConfig:
         "enable_checkpointing": "exp_manager.create_checkpoint_callback decides",
         "use_distributed_sampler": "every host runs the one sampler",
         "replace_sampler_ddp": "every host runs the one sampler",
-        "enable_progress_bar": "a line per log_every_n_steps is the progress",
         "enable_model_summary": "the parameter counts are printed at the start",
         "benchmark": "XLA chooses its kernels when it compiles",
         "deterministic": "a compiled program gives the same result each time on the same devices",
@@ -111,6 +114,8 @@ class TrainerConfig:
             raise ValueError(f"accelerator={self.accelerator!r}; choose one of {list(PLATFORMS)}")
         if self.accumulate_grad_batches < 1 or self.log_every_n_steps < 1:
             raise ValueError("accumulate_grad_batches and log_every_n_steps must be at least 1")
+        if self.num_val_samples < 0:
+            raise ValueError(f"num_val_samples={self.num_val_samples} must not be negative")
         if (self.gradient_clip_val or 0) < 0:
             raise ValueError(f"gradient_clip_val={self.gradient_clip_val} must not be negative")
         if self.check_val_every_n_epoch is not None and self.check_val_every_n_epoch < 1:
@@ -132,6 +137,11 @@ class TrainerConfig:
         if limit < 1:
             raise ValueError("limit_train_batches must be at least 1; Trainer.validate validates")
         return limit
+
+    @property
+    def validates(self) -> bool:
+        """False if `limit_val_batches` leaves nothing of the validation sets."""
+        return self.limit_val_batches is None or self.limit_val_batches > 0
 
     @property
     def time_limit_s(self) -> float | None:

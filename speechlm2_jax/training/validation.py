@@ -1,10 +1,13 @@
 """Validation: every named set, on the device and by host metrics, and the mean over sets."""
 
+import heapq
 import itertools
 import logging
 import math
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +15,7 @@ import jax
 
 from speechlm2_jax.batches import HostBatch, LossSum
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.training.protocol import HostMetric
+from speechlm2_jax.training.protocol import HostMetric, Sample, Scored
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,16 @@ class Mean:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What one validation found."""
+
+    metrics: dict[str, float]
+    """`val_<metric>_<set>` and `val_<metric>`, its mean over the sets."""
+    samples: dict[str, list[Sample]]
+    """Per set, a few answers to look at: the same conversations each time."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Validator:
     """How to validate; `run` does it once."""
 
@@ -56,52 +69,80 @@ class Validator:
     """Means of batch means, as NeMo takes them, instead of means over elements."""
     limit: int | float | None = None
     """Batches of each set, or the part of it."""
+    samples: int = 0
+    """Answers of each set to look at."""
     should_stop: Callable[[], bool] = field(default=lambda: False)
+    waiting: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Entered around each wait for a batch, to measure it."""
 
     def run(
         self,
         sets: Mapping[str, Iterable[HostBatch]],
         evaluate: Evaluate,
         limit: int | None = None,
-    ) -> dict[str, float]:
-        """Validates: `val_<metric>_<set>` and `val_<metric>`, its mean over the sets.
+    ) -> Validation:
+        """Validates every set.
 
         `evaluate` gives a batch's sums on the device. `limit` (batches of each set) stands in for
         the validator's own. Raises Interrupted if asked to stop.
         """
         results: dict[str, float] = {}
+        samples: dict[str, list[Sample]] = {}
         by_metric: dict[str, list[float]] = {}
         for name, batches in sets.items():
             taken = take(batches, self.limit if limit is None else limit, name)
-            values = self._run_set(taken, evaluate)
+            values, answers = self._run_set(taken, evaluate)
+            if chosen := choose_samples(answers, self.samples):
+                samples[name] = chosen
             if not values:
                 log.warning("validation set %s has nothing to score; it is left out", name)
             for metric, value in values.items():
                 results[f"val_{metric}_{name}"] = value
                 by_metric.setdefault(metric, []).append(value)
         means = {f"val_{m}": math.fsum(values) / len(values) for m, values in by_metric.items()}
-        return {**means, **results}
+        return Validation(metrics={**means, **results}, samples=samples)
 
-    def _run_set(self, batches: Iterable[HostBatch], evaluate: Evaluate) -> dict[str, float]:
+    def _run_set(
+        self, batches: Iterable[HostBatch], evaluate: Evaluate
+    ) -> tuple[dict[str, float], list[Sample]]:
+        """The metrics that have a value, and every answer that host metrics gave."""
         means: dict[str, Mean] = {}
+        answers: list[Sample] = []
         pending: deque[Mapping[str, LossSum]] = deque()
 
         def collect(sums: Mapping[str, LossSum]) -> None:
             for metric, share in jax.device_get(dict(sums)).items():
                 means.setdefault(metric, Mean(of_batches=self.nemo_exact)).add(share)
 
-        for batch in batches:
+        for batch in self._waited(batches):
             if self.should_stop():
                 raise Interrupted
             pending.append(evaluate(batch))
             for metric, compute in self.host_metrics.items():
-                means.setdefault(metric, Mean(of_batches=self.nemo_exact)).add(compute(batch))
+                found = compute(batch)
+                scored = found if isinstance(found, Scored) else Scored(share=found)
+                means.setdefault(metric, Mean(of_batches=self.nemo_exact)).add(scored.share)
+                answers += scored.samples
             if len(pending) > IN_FLIGHT:
                 collect(pending.popleft())
         for sums in pending:
             collect(sums)
         values = {metric: mean.value() for metric, mean in means.items()}
-        return {metric: value for metric, value in values.items() if value is not None}
+        return {metric: value for metric, value in values.items() if value is not None}, answers
+
+    def _waited(self, batches: Iterable[HostBatch]) -> Iterator[HostBatch]:
+        iterator = iter(batches)
+        while True:
+            with self.waiting():
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+
+
+def choose_samples(answers: Sequence[Sample], count: int) -> list[Sample]:
+    """A few answers, chosen by a hash of their ids: of all lengths, and always the same."""
+    return heapq.nsmallest(count, answers, key=lambda s: (zlib.crc32(s.id.encode()), s.id))
 
 
 def take(batches: Iterable[HostBatch], limit: int | float | None, name: str) -> Iterable[Any]:

@@ -13,6 +13,7 @@ from speechlm2_jax.batches import LossSum
 from speechlm2_jax.checkpointing import load_weights
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.loop import MAX_SKIPPED_IN_A_ROW, NonFiniteRun
+from speechlm2_jax.training.meter import COMPUTE, KINDS
 from tests.training.toy import ToyData, ToyModel, make_batch, make_trainer, rows_of, variables
 
 SCHEDULE = {
@@ -79,7 +80,7 @@ def test_validation_rows_hold_each_set_and_the_mean_over_sets(finished):
 def test_last_row_says_where_the_time_went(finished):
     run_dir, _, _ = finished
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    kinds = ("compute", "data_wait", "compiling", "validation", "saving")
+    kinds = (COMPUTE, *KINDS)
     assert sum(last[f"time_{kind}_s"] for kind in kinds) == pytest.approx(last["time_total_s"])
 
 

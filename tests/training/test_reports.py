@@ -10,7 +10,7 @@ from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.meter import Meter, peak_flops
 from speechlm2_jax.training.metrics_log import MetricsLog, drop_rows_after
 from speechlm2_jax.training.validation import Interrupted, Validator, take
-from tests.training.toy import make_batch
+from tests.training.toy import make_batch, make_trainer
 
 SUMS = [LossSum(total=np.float32(t), count=np.float32(c)) for t, c in ((6, 2), (1, 1), (0, 0))]
 SETS = {"a": [make_batch(0), make_batch(1)], "b": [make_batch(2)]}
@@ -22,7 +22,8 @@ def evaluate(batch):
 
 
 def validate(sets, **options):
-    return Validator(**{"host_metrics": {}, "nemo_exact": False, **options}).run(sets, evaluate)
+    validator = Validator(**{"host_metrics": {}, "nemo_exact": False, **options})
+    return validator.run(sets, evaluate).metrics
 
 
 def test_a_set_is_the_mean_over_elements():
@@ -72,7 +73,8 @@ def test_time_by_kind_adds_up_and_rates_leave_out_what_is_not_training():
     assert rates.data_wait_share == pytest.approx(0.25) and rates.padding == pytest.approx(0.25)
     assert rates.step_time_s == pytest.approx(4.0)
     expected = {"compute": 3.0, "data_wait": 1.0, "compiling": 50.0, "validation": 5.0}
-    assert meter.totals() == {**expected, "saving": 100.0}
+    unused = {"starting": 0.0, "validation_data_wait": 0.0}
+    assert meter.totals() == {**expected, **unused, "saving": 100.0}
 
 
 def test_peaks_are_known_by_kind_and_unknown_for_cpus():
@@ -97,7 +99,8 @@ def test_rows_are_json_and_resumable(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_wandb_that_is_not_installed_names_the_fix(monkeypatch):
+def test_wandb_that_is_not_installed_names_the_fix(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(SettingsError, match=r"pip install 'speechlm2_jax\[wandb\]'"):
-        MetricsLog(None, wandb={})
+        make_trainer(tmp_path / "run", experiment={"create_wandb_logger": True})
+    assert not (tmp_path / "run").exists()  # it is said before anything is made

@@ -14,6 +14,7 @@ import pytest
 
 from speechlm2_jax.checkpointing import load_weights, read_json, step_folders
 from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.training.stopping import SIGNALS
 from tests.training.toy import ToyData, ToyModel, make_trainer, rows_of
 
 TOY = Path(__file__).parent / "toy.py"
@@ -82,20 +83,44 @@ def run_process(run_dir, **arguments):
     )
 
 
-def test_sigterm_saves_exits_with_zero_and_resumes_exactly(uninterrupted, tmp_path):
+@pytest.mark.parametrize(("sent", "name"), [("SIGTERM", "SIGTERM"), ("SIGINT", "Ctrl-C")])
+def test_a_signal_saves_exits_with_zero_and_resumes_exactly(uninterrupted, tmp_path, sent, name):
     signal_at = 3  # a validation is due there, and left for the process that goes on
-    done = run_process(tmp_path, max_steps=7, signal_at=signal_at - 1)
+    done = run_process(tmp_path, max_steps=7, signal_at=signal_at - 1, signals=[sent])
     assert done.returncode == 0, done.stderr
-    assert f"stopped at step {signal_at}: SIGTERM was received" in done.stdout
+    assert f"{name}: stopping after this step, then saving; Ctrl-C again leaves" in done.stdout
+    assert f"stopped at step {signal_at}: {name} was received" in done.stdout
     assert [int(p.name) for p in step_folders(tmp_path)] == [signal_at]
     assert fit(tmp_path).is_finished
     assert_same_run(uninterrupted, tmp_path)
 
 
-def test_sigterm_handler_is_given_back(tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
+def test_a_second_ctrl_c_leaves_at_once_and_costs_what_was_not_saved(uninterrupted, tmp_path):
+    signals = ["SIGINT", "SIGINT"]
+    done = run_process(tmp_path, max_steps=7, signal_at=5, signals=signals)
+    assert done.returncode == 130
+    assert "left at once" in done.stderr
+    assert [int(p.name) for p in step_folders(tmp_path)] == [3]
+    assert fit(tmp_path).is_finished
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_signal_handlers_are_given_back(tmp_path):
+    before = [signal.getsignal(number) for number in SIGNALS]
     fit(tmp_path, max_steps=1)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_signal_before_the_first_step_stops_without_a_checkpoint(tmp_path):
+    class Signalling(ToyData):
+        def setup(self, **options):
+            super().setup(**options)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = fit(tmp_path, data=Signalling())
+    assert result.step == 0 and "Ctrl-C was received" in result.reason
+    assert not step_folders(tmp_path)
 
 
 def test_skipped_steps_are_remembered(tmp_path):

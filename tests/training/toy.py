@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,7 @@ class ToyModel:
     validation_metrics: dict = field(default_factory=dict)
     infos: dict = field(default_factory=infos)
     variables: dict = field(default_factory=variables)
+    has_variables: bool = True
 
     def frame_count(self, samples: int) -> int:
         return samples
@@ -223,6 +225,18 @@ class ToyData:
             index, groups=self.groups, rows=self.rows, lengths=self.lengths, poison=poison
         )
 
+    @property
+    def training_shapes(self):
+        shapes = {"groups": self.groups, "rows": self.rows, "empty": True}
+        return {
+            f"T{length}": partial(make_batch, 0, lengths=(length,), **shapes)
+            for length in sorted(self.lengths)
+        }
+
+    @property
+    def batches_per_pass(self):
+        return 10
+
     def train_batches(self, state):
         return ToyIterator(self, 0 if state is None else state["next"])
 
@@ -275,10 +289,17 @@ if __name__ == "__main__":  # a process of its own, for signals: toy.py RUN_DIR 
     data = ToyData(bad={int(k): float(v) for k, v in arguments.pop("bad", {}).items()})
     if (signal_at := arguments.pop("signal_at", None)) is not None:
         import signal
+        import time
+
+        numbers = arguments.pop("signals", ["SIGTERM"])
 
         def send(index):
             if index == signal_at:
-                os.kill(os.getpid(), signal.SIGTERM)
+                for number in numbers:
+                    os.kill(os.getpid(), signal.Signals[number])
+                    time.sleep(0.2)
+                while len(numbers) > 1:  # busy, as in a compilation: nothing is asked any more
+                    time.sleep(1)
 
         data.on_batch = send
     trainer = make_trainer(__import__("pathlib").Path(sys.argv[1]), **arguments)

@@ -1,0 +1,159 @@
+"""What a person at the terminal sees: lines, phases with their seconds, and a progress bar.
+
+It imports neither JAX nor NumPy, so that the first line can come before they are imported.
+"""
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+PACKAGE_LOGGER = "speechlm2_jax"
+FIRST_NOTE_S = 2.0
+"""A phase that takes longer is named, so that the program does not look hung."""
+NEXT_NOTES_S = 30.0
+"""Between the notes of a phase that goes on and on."""
+RECORDS_KEPT = 200
+"""What is said before a run directory is there, and then written to its log."""
+INTERRUPTED = 130
+"""Exit code of what Ctrl-C ended, by the shell's rule: 128 + SIGINT."""
+
+log = logging.getLogger(__name__)
+
+
+class Terminal(logging.Handler):
+    """Writes log records to standard output, above a progress bar where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._records: deque[logging.LogRecord] | None = deque(maxlen=RECORDS_KEPT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one record and remembers it for the log of the run."""
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except Exception:  # as logging's own handlers: a closed pipe must not end a training
+            self.handleError(record)
+        if self._records is not None:
+            self._records.append(record)
+
+    def take_records(self) -> list[logging.LogRecord]:
+        """What was written so far, once: from now on nothing is remembered."""
+        records, self._records = list(self._records or ()), None
+        return records
+
+
+@contextmanager
+def showing(*, is_shown: bool = True) -> Generator[Terminal]:
+    """Shows the package's log records while open; inside another `showing` that one goes on.
+
+    `is_shown` is False on all processes of a run but the first.
+    """
+    logger = logging.getLogger(PACKAGE_LOGGER)
+    outer = next((h for h in logger.handlers if isinstance(h, Terminal)), None)
+    terminal = Terminal() if outer is None else outer
+    before = logger.level, logger.propagate, terminal.level
+    terminal.setLevel(logging.NOTSET if is_shown else logging.CRITICAL + 1)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a library that configures the root logger would repeat every line
+    if outer is None:
+        logger.addHandler(terminal)
+    try:
+        yield terminal
+    finally:
+        if outer is None:
+            logger.removeHandler(terminal)
+        logger.level, logger.propagate = before[:2]
+        terminal.setLevel(before[2])
+
+
+@contextmanager
+def phase(name: str) -> Generator[None]:
+    """Says what takes long: after two seconds, every half minute, and how long it took."""
+    begin, is_done = time.monotonic(), threading.Event()
+
+    def remind() -> None:
+        if is_done.wait(FIRST_NOTE_S):
+            return
+        log.info("%s ...", name)
+        while not is_done.wait(NEXT_NOTES_S):
+            log.info("%s ... %.0f s", name, time.monotonic() - begin)
+
+    reminder = threading.Thread(target=remind, name="phase", daemon=True)
+    reminder.start()
+    try:
+        yield
+    finally:
+        is_done.set()
+        reminder.join()
+    took_s = time.monotonic() - begin
+    if took_s > FIRST_NOTE_S:
+        log.info("%s took %.1f s", name, took_s)
+
+
+def say(text: str) -> None:
+    """Says one line at once."""
+    log.info("%s", text)
+
+
+@contextmanager
+def one_line_errors(program: str, kinds: Sequence[type[Exception]]) -> Generator[None]:
+    """Turns errors that a user can mend, and Ctrl-C, into one line on stderr and an exit code."""
+    try:
+        yield
+    except tuple(kinds) as error:
+        print(f"{program}:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; nothing was changed", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+class ProgressBar:
+    """Steps done, loss, learning rate and speed, drawn over and over on the last line.
+
+    Drawn on a terminal alone: a file or a pipe gets the log lines only.
+    """
+
+    def __init__(self, *, total: int | None, done: int, is_wanted: bool):
+        """`total` steps, None where the end is not known; `done` of them before now."""
+        self._bar: tqdm | None = None
+        if is_wanted and sys.stdout.isatty():
+            form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}" if total else "step {n_fmt}"
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                file=sys.stdout,
+                bar_format=form + "  {postfix}",
+                dynamic_ncols=True,
+                leave=False,
+            )
+
+    @property
+    def is_drawn(self) -> bool:
+        """False where drawing would do nothing, so that nothing need be worked out for it."""
+        return self._bar is not None
+
+    def draw(self, step: int, text: str) -> None:
+        """Moves to `step`, with what is known of it."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Takes the line away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def leave_at_once(message: str) -> None:
+    """Ends the process now, from any thread: no clean-up, nothing awaited."""
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
+    os._exit(INTERRUPTED)
