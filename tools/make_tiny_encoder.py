@@ -1,4 +1,4 @@
-"""Makes configs/parts/tiny_encoder.nemo: a small FastConformer, trained with CTC.
+"""Makes configs/parts/tiny_encoder.nemo: a small FastConformer, trained on phonemes, then with CTC.
 
     python tools/make_tiny_encoder.py WORK_FOLDER [key=value ...]
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import ml_dtypes
 import sentencepiece
+from phonetic_pretraining import pretrain
 
 from speechlm2_jax import experiment
 from speechlm2_jax.models.ctc import CTCModel
@@ -22,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "configs" / "parts" / "tiny_encoder.nemo"
 CORPUS = ROOT / "tools" / "corpus"
 PIECES = 256
-UTTERANCES = 9000
+UTTERANCES = 12_000
+PHONETIC_STEPS = 4500
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -45,6 +47,8 @@ def make_tokenizer(folder: Path) -> None:
 
 def make_speech(folder: Path) -> None:
     """Speaks the training texts, unless that was done before."""
+    if (folder / "train.jsonl").exists():
+        return
     script = CORPUS / "make_pretraining_speech.py"
     command = [sys.executable, str(script), str(folder), "--utterances", str(UTTERANCES)]
     subprocess.run(command, check=True)
@@ -62,8 +66,12 @@ def main(work: Path, overrides: list[str]) -> None:
         f"exp_manager.explicit_log_dir={run}",
         *overrides,
     ]
-    result = experiment.build(ROOT / "configs" / "parts" / "tiny_encoder.yaml", settings).fit()
-    if result.is_finished:
+    built = experiment.build(ROOT / "configs" / "parts" / "tiny_encoder.yaml", settings)
+    if not (run / "checkpoints").exists():
+        built.model.variables = pretrain(
+            built.model, speech / "train.jsonl", PHONETIC_STEPS, work / "phonetic.npz"
+        )
+    if built.fit().is_finished:
         CTCModel.from_pretrained(run).save_to(TARGET, dtype=ml_dtypes.bfloat16)
         print(f"{TARGET}: {TARGET.stat().st_size / 1e6:.1f} MB")
 

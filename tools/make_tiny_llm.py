@@ -34,7 +34,7 @@ CORPUS = ROOT / "tools" / "corpus"
 VOCAB_SIZE = 1024
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 DIGITS = "zero one two three four five six seven eight nine".split()
-DIALOGS, VALIDATION_DIALOGS = 60_000, 256
+DIALOGS, VALIDATION_DIALOGS = 150_000, 256
 FILLERS = ("-", "-", "-", "uh", "um", "...")
 
 
@@ -152,11 +152,11 @@ def say(text: str, rng: random.Random) -> tuple[str, str]:
 
 
 TASKS: tuple[tuple[Callable[[str, random.Random], tuple[str, str]], float], ...] = (
-    (repeat, 0.2),
-    (tidy, 0.55),
-    (spell, 0.05),
-    (go_on, 0.1),
-    (say, 0.1),
+    (repeat, 0.3),
+    (tidy, 0.5),
+    (spell, 0.06),
+    (go_on, 0.07),
+    (say, 0.07),
 )
 
 
@@ -164,16 +164,24 @@ def dialogs(texts: Sequence[str], count: int, seed: int) -> Iterator[dict]:
     """Makes dialogs as a NeMo manifest of conversations has them."""
     rng = random.Random(seed)
     tasks, weights = zip(*TASKS, strict=True)
+    words = sorted({word for text in texts for word in text.split()})
     for i in range(count):
-        text = rng.choice(texts)
-        if rng.random() < 0.15:
-            text = " ".join(rng.choices(DIGITS, k=rng.randint(1, 8)))
-        asked, answer = rng.choices(tasks, weights)[0](text, rng)
+        asked, answer = rng.choices(tasks, weights)[0](_choose(texts, words, rng), rng)
         turns = (("User", asked), ("Assistant", answer))
         yield {
             "id": f"dialog_{i}",
             "conversations": [{"from": w, "type": "text", "value": v} for w, v in turns],
         }
+
+
+def _choose(texts: Sequence[str], words: Sequence[str], rng: random.Random) -> str:
+    """A sentence, a string of digits, or words in no order, which only a copy can repeat."""
+    draw = rng.random()
+    if draw < 0.1:
+        return " ".join(rng.choices(DIGITS, k=rng.randint(1, 8)))
+    if draw < 0.5:
+        return " ".join(rng.choices(words, k=rng.randint(2, 11)))
+    return rng.choice(texts)
 
 
 def write_dialogs(folder: Path, texts: Sequence[str]) -> None:

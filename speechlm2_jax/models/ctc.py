@@ -153,6 +153,16 @@ class CTCModel:
         return [collapse(path, self.pieces) for path in paths[: len(waves)]]
 
     @property
+    def architecture(self) -> CtcConfig:
+        """Shapes of the network."""
+        return self._network
+
+    @property
+    def frame_samples(self) -> int:
+        """Samples behind one frame of the encoder."""
+        return self._network.perception.frame_samples
+
+    @property
     def sampling_rate(self) -> int:
         """Samples per second that the model hears."""
         return self._network.preprocessor.sample_rate
@@ -238,7 +248,7 @@ class CTCModel:
     def count_tokens(self, batch: HostBatch) -> tuple[int, int]:
         """Counts (samples of recordings, samples of the shape) in frames' worth."""
         lengths = batch.arrays.audio_lengths
-        hop = self._network.perception.frame_samples
+        hop = self.frame_samples
         return int(lengths.sum()) // hop, int(batch.arrays.audio.size) // hop
 
     def save_definition(self, directory: Path) -> None:

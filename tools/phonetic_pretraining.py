@@ -1,0 +1,195 @@
+"""First steps of a speech encoder: which phoneme sounds when, as the synthesizer itself tells.
+
+CTC alone needs thousands of steps of small batches before it hears anything. The phonemes of every
+20 ms are four times as many answers as there are frames, each right next to its sound; the CTC loss
+beside them learns to spell on the way. The same network goes on with CTC alone afterwards.
+"""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import soundfile
+from flax import nnx
+from tqdm import tqdm
+
+from speechlm2_jax.asr.ctc import CtcConfig, CtcNetwork, ctc_loss
+from speechlm2_jax.layers.linear import Linear
+from speechlm2_jax.layers.module import Variables, bind, unbind
+from speechlm2_jax.models.ctc import CTCModel
+from speechlm2_jax.perception.perception import PerceptionModes
+
+RATE_HZ = 16_000
+PARTS = 4
+"""Phonemes are told apart in so many parts of a frame of 80 ms."""
+EDGES_S = (1.3, 1.7, 2.1, 2.5, 3.0, 3.8, 6.5)
+"""Utterances are padded to the next of these."""
+LABELS = 40
+CTC_WEIGHT = 0.3
+ROWS, AHEAD = 16, 4
+PEAK_RATE, LAST_RATE, WARMUP_STEPS = 2e-3, 3e-4, 150
+SAVE_EVERY = 500
+
+
+class PhoneticNetwork(CtcNetwork):
+    """A CTC network with a second head, for phonemes."""
+
+    def __init__(self, config: CtcConfig, phonemes: int, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        width = config.encoder.width
+        self.phonemes = Linear(width, PARTS * phonemes, axes=(None, "embed"), rngs=rngs)
+
+    def phoneme_logits(self, frames: jax.Array) -> jax.Array:
+        """Scores [B, T, PARTS, phonemes] of frames [B, T, D]."""
+        scores = self.phonemes(frames)
+        return scores.reshape(*frames.shape[:2], PARTS, -1)
+
+
+@dataclass(frozen=True)
+class Speech:
+    """A manifest in memory. `starts_s` and `phonemes` are lists over utterances."""
+
+    waves: list[np.ndarray]
+    labels: list[list[int]]
+    starts_s: list[np.ndarray]
+    phonemes: list[np.ndarray]
+    names: list[str]
+
+    @staticmethod
+    def read(manifest: Path, model: CTCModel) -> "Speech":
+        """Reads audio, labels and phonemes; the last phoneme class is silence at either end."""
+        rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+        with ThreadPoolExecutor(2) as pool:
+            paths = [manifest.parent / row["audio_filepath"] for row in rows]
+            waves = list(pool.map(lambda p: soundfile.read(p, dtype="int16")[0], paths))
+        names = sorted({name for row in rows for _, name in row["phonemes"]})
+        number = {name: i for i, name in enumerate(names)}
+        return Speech(
+            waves=waves,
+            labels=model.tokenizer.texts_to_ids([row["text"] for row in rows]),
+            starts_s=[np.array([start for start, _ in row["phonemes"]]) for row in rows],
+            phonemes=[np.array([number[n] for _, n in row["phonemes"]]) for row in rows],
+            names=names,
+        )
+
+    def batches(self, seed: int) -> Iterator[np.ndarray]:
+        """Indices of the rows of each batch, all of one length's edge, without end."""
+        rng = np.random.default_rng(seed)
+        seconds = np.array([len(wave) for wave in self.waves]) / RATE_HZ
+        edge = np.searchsorted(EDGES_S, seconds)
+        while True:
+            batches = []
+            for e in range(len(EDGES_S)):
+                rows = rng.permutation(np.flatnonzero(edge == e))
+                batches += [rows[i : i + ROWS] for i in range(0, len(rows) - ROWS + 1, ROWS)]
+            for i in rng.permutation(len(batches)):
+                yield batches[i]
+
+    def arrays(self, rows: np.ndarray, model: CTCModel) -> dict[str, np.ndarray]:
+        """Pads a batch: audio, its lengths, phonemes of each part of a frame, and labels."""
+        longest = max(len(self.waves[i]) for i in rows) / RATE_HZ
+        samples = int(EDGES_S[np.searchsorted(EDGES_S, longest)] * RATE_HZ)
+        frames = model.frame_count(samples)
+        hop_s = model.frame_samples / RATE_HZ
+        # a frame of the encoder is centred on its first sample
+        middles_s = ((np.arange(frames * PARTS) + 0.5) / PARTS - 0.5) * hop_s
+        audio = np.zeros((len(rows), samples), np.float32)
+        phonemes = np.full((len(rows), frames * PARTS), len(self.names))
+        labels = np.zeros((len(rows), LABELS), np.int32)
+        for row, i in enumerate(rows):
+            audio[row, : len(self.waves[i])] = self.waves[i] / 32768.0
+            place = np.searchsorted(self.starts_s[i], middles_s, side="right") - 1
+            phonemes[row] = np.where(place >= 0, self.phonemes[i][place], len(self.names))
+            labels[row, : len(self.labels[i])] = self.labels[i]
+        return {
+            "audio": audio,
+            "audio_lengths": np.array([len(self.waves[i]) for i in rows], np.int32),
+            "phonemes": phonemes.reshape(len(rows), frames, PARTS).astype(np.int32),
+            "labels": labels,
+            "label_lengths": np.array([len(self.labels[i]) for i in rows], np.int32),
+        }
+
+
+def losses(
+    network: PhoneticNetwork, batch: dict[str, jax.Array], keys: jax.Array
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+    """Cross-entropy per part of a frame plus CTC per label; (metrics, batch-norm statistics)."""
+    modes = PerceptionModes(log_mel=True, spec_augment=True, encoder=True, adapter=True)
+    output = network(batch["audio"], batch["audio_lengths"], modes=modes, keys=keys)
+    log_probs = jax.nn.log_softmax(network.phoneme_logits(output.frames))
+    wanted = batch["phonemes"][..., None]
+    is_frame = jnp.arange(log_probs.shape[1])[None] < output.lengths[:, None]
+    picked = jnp.take_along_axis(log_probs, wanted, axis=-1)[..., 0].mean(axis=-1)
+    phonetic = -jnp.sum(picked * is_frame) / jnp.sum(is_frame)
+    right = (jnp.argmax(log_probs, axis=-1) == batch["phonemes"]).mean(axis=-1)
+    totals, _ = ctc_loss(
+        network.logits(output.frames), output.lengths, batch["labels"], batch["label_lengths"]
+    )
+    spelling = jnp.sum(totals) / jnp.sum(batch["label_lengths"])
+    accuracy = jnp.sum(right * is_frame) / jnp.sum(is_frame)
+    metrics = {"phonemes": phonetic, "accuracy": accuracy, "ctc": spelling}
+    return phonetic + CTC_WEIGHT * spelling, (metrics, output.statistics)
+
+
+def pretrain(model: CTCModel, manifest: Path, steps: int, state_file: Path) -> Variables:
+    """Trains for `steps` steps, going on from `state_file` if it is there; the CTC network's part.
+
+    The state is saved every 500 steps.
+    """
+    speech = Speech.read(manifest, model)
+    network = PhoneticNetwork(model.architecture, len(speech.names) + 1, rngs=nnx.Rngs(0))
+    definition, variables = unbind(network)
+    trained = {p: v for p, v in variables.items() if model.trainable.get(p, True)}
+    buffers = {p: v for p, v in variables.items() if p not in trained}
+    schedule = optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, WARMUP_STEPS, steps, LAST_RATE)
+    adamw = optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=1e-3)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
+    state: Any = (trained, optimizer.init(trained), buffers)
+    done = 0
+    if state_file.exists():
+        saved = np.load(state_file)
+        done, leaves = int(saved["done"]), [saved[f"leaf{i}"] for i in range(len(saved) - 1)]
+        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: Any, batch: dict[str, jax.Array], number: jax.Array) -> tuple[Any, Any]:
+        trained, moments, buffers = state
+        rows = batch["audio"].shape[0]
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), number), rows)
+
+        def total(trained: Variables) -> tuple[jax.Array, Any]:
+            return losses(bind(definition, {**trained, **buffers}), batch, keys)
+
+        gradients, (metrics, statistics) = jax.grad(total, has_aux=True)(trained)
+        updates, moments = optimizer.update(gradients, moments, trained)
+        return (optax.apply_updates(trained, updates), moments, {**buffers, **statistics}), metrics
+
+    batches = speech.batches(seed=0)
+    for _ in range(done):
+        next(batches)
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(speech.arrays, next(batches), model) for _ in range(AHEAD)]
+        for number in (bar := tqdm(range(done, steps), initial=done, total=steps, unit="step")):
+            ahead.append(pool.submit(speech.arrays, next(batches), model))
+            state, metrics = step(state, ahead.pop(0).result(), number)
+            if number % 20 == 0:
+                bar.set_postfix({name: f"{float(value):.2f}" for name, value in metrics.items()})
+            if (number + 1) % SAVE_EVERY == 0 or number + 1 == steps:
+                _save(state_file, state, number + 1)
+    return {p: v for p, v in {**state[0], **state[2]}.items() if p in model.infos}
+
+
+def _save(path: Path, state: Any, done: int) -> None:
+    """Writes the state whole or not at all."""
+    leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    unfinished = path.with_suffix(".part.npz")
+    np.savez(unfinished, done=done, **leaves)
+    unfinished.replace(path)
