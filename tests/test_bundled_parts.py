@@ -1,0 +1,50 @@
+"""The bundled parts and the configuration that starts from them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from speechlm2_jax import experiment
+from speechlm2_jax.evaluation.wer import word_errors
+from speechlm2_jax.models import CTCModel
+
+ROOT = Path(__file__).parents[1]
+PARTS, CORPUS = ROOT / "configs" / "parts", ROOT / "corpus"
+MEGABYTE = 1e6
+ENCODER_WER = 0.5
+"""Of the encoder's own CTC head, over every tenth row of the test set."""
+
+
+def test_parts_are_at_most_fifteen_megabytes():
+    size = sum(path.stat().st_size for path in PARTS.rglob("*") if path.is_file())
+    assert size <= 15 * MEGABYTE
+
+
+def test_the_encoder_hears():
+    rows = [json.loads(line) for line in (CORPUS / "test.jsonl").read_text().splitlines()][::10]
+    waves = [soundfile.read(CORPUS / r["audio_filepath"], dtype="float32")[0] for r in rows]
+    texts = CTCModel.from_pretrained(PARTS / "tiny_encoder.nemo").transcribe(waves)
+    assert word_errors([row["text"] for row in rows], texts).wer < ENCODER_WER
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    run = tmp_path_factory.mktemp("salm") / "run"
+    return experiment.build(ROOT / "configs" / "salm.yaml", [f"exp_manager.explicit_log_dir={run}"])
+
+
+def test_salm_trains_adapter_projection_and_lora_alone(built):
+    trainable = built.model.trainable
+    trained = {path for path, is_trained in trainable.items() if is_trained is True}
+    for path in trained:
+        assert path.startswith(("perception.adapter.", "perception.projection.")) or "lora" in path
+    assert any(path.startswith("perception.adapter.") for path in trained)
+    assert any("lora" in path for path in trained)
+
+
+def test_salm_neither_trains_nor_validates_on_the_test_set(built):
+    text = json.dumps(built.settings["data"])
+    assert "corpus/train.jsonl" in text and "corpus/validation.jsonl" in text
+    assert "test.jsonl" not in text
