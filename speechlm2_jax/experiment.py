@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from speechlm2_jax.batches import HostBatch, LossSum, SalmExample
+from speechlm2_jax.batches import HostBatch, SalmExample
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.data.datamodule import DataModule
 from speechlm2_jax.data.prompts import PromptError
@@ -147,14 +147,15 @@ def word_error_rate(model: SALM | CTCModel) -> Callable[[HostBatch], Scored]:
     def metric(batch: HostBatch) -> Scored:
         asked = [reference for reference in batch.references if reference is not None]
         if not asked:
-            return Scored(share=LossSum(total=0.0, count=0.0))
+            return Scored(total=0.0, count=0.0)
         texts = answers(model, [reference.prompt for reference in asked])
         errors = word_errors(
             [normalize(reference.text) for reference in asked],
             [normalize(text) for text in texts],
         )
         return Scored(
-            share=LossSum(total=float(errors.errors), count=float(errors.reference_words)),
+            total=float(errors.errors),
+            count=float(errors.reference_words),
             samples=tuple(
                 Sample(id=reference.id, reference=reference.text, hypothesis=text)
                 for reference, text in zip(asked, texts, strict=True)

@@ -26,16 +26,18 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
+class Scored(LossSum):
     """What a host metric makes of one batch: its share of the mean, and answers to look at."""
 
-    share: LossSum
     samples: tuple[Sample, ...] = ()
     """All of them; the validator chooses."""
 
 
-HostMetric = Callable[[HostBatch], LossSum | Scored]
-"""A validation metric computed on the host, by generating answers for instance."""
+HostMetric = Callable[[HostBatch], LossSum]
+"""A validation metric computed on the host, by generating answers for instance.
+
+One that gives a `Scored` shows answers too.
+"""
 
 
 @runtime_checkable

@@ -75,7 +75,8 @@ class Reporter:
             "skipped": self.progress.skipped,
             "dropped": sum(parts.datamodule.dropped.values()),
         }
-        parts.metrics_log.write(row)
+        with parts.meter.measure("saving"):
+            parts.metrics_log.write(row)
         log.info(format_step(row, parts.cadence.last_step))
 
     def log_times(self) -> None:

@@ -119,10 +119,9 @@ class Validator:
                 raise Interrupted
             pending.append(evaluate(batch))
             for metric, compute in self.host_metrics.items():
-                found = compute(batch)
-                scored = found if isinstance(found, Scored) else Scored(share=found)
-                means.setdefault(metric, Mean(of_batches=self.nemo_exact)).add(scored.share)
-                answers += scored.samples
+                share = compute(batch)
+                means.setdefault(metric, Mean(of_batches=self.nemo_exact)).add(share)
+                answers += share.samples if isinstance(share, Scored) else ()
             if len(pending) > IN_FLIGHT:
                 collect(pending.popleft())
         for sums in pending:

@@ -23,9 +23,8 @@ def config(tmp_path):
 
 
 def test_a_dry_run_describes_a_model_without_its_weights_and_writes_nothing(
-    config, tmp_path, capsys, monkeypatch
+    config, tmp_path, capsys
 ):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     train.main(["--config", str(config), "--dry-run"])
     out = capsys.readouterr().out
     model = experiment.build(config, only_describes=True).model

@@ -6,7 +6,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from speechlm2_jax.batches import LossSum
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.exp_manager import SummaryWriterParams
 from speechlm2_jax.training.metrics_log import MetricsLog, wandb_arguments
@@ -41,7 +40,7 @@ def wandb(monkeypatch):
 
 def answering(batch):
     samples = tuple(Sample(id=i, reference="one|two", hypothesis="one too") for i in batch.ids)
-    return Scored(share=LossSum(total=1.0, count=4.0), samples=samples)
+    return Scored(total=1.0, count=4.0, samples=samples)
 
 
 def fit(run_dir, max_steps=3, experiment=None, **options):

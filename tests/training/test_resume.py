@@ -97,7 +97,8 @@ def test_a_signal_saves_exits_with_zero_and_resumes_exactly(uninterrupted, tmp_p
 
 def test_a_second_ctrl_c_leaves_at_once_and_costs_what_was_not_saved(uninterrupted, tmp_path):
     signals = ["SIGINT", "SIGINT"]
-    done = run_process(tmp_path, max_steps=7, signal_at=5, signals=signals)
+    saved = str(tmp_path / "checkpoints" / "3")
+    done = run_process(tmp_path, max_steps=7, signal_at=5, signals=signals, after=saved)
     assert done.returncode == 130
     assert "left at once" in done.stderr
     assert [int(p.name) for p in step_folders(tmp_path)] == [3]

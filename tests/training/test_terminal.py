@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 
 import pytest
 
@@ -24,13 +25,6 @@ class Screen(io.StringIO):
     def lines(self):
         """What is left to read: of what was drawn over, the last."""
         return [line.rpartition("\r")[2].rstrip() for line in self.getvalue().split("\n")]
-
-
-@pytest.fixture
-def screen(monkeypatch):
-    value = Screen()
-    monkeypatch.setattr(sys, "stdout", value)
-    return value
 
 
 def test_the_first_line_waits_for_neither_jax_nor_numpy():
@@ -62,8 +56,8 @@ def test_a_short_phase_and_a_failed_one_say_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_log_lines_and_the_bar_do_not_fight(screen):
-    with showing():
+def test_log_lines_and_the_bar_do_not_fight():
+    with redirect_stdout(Screen()) as screen, showing():
         bar = ProgressBar(total=3, done=1, is_wanted=True)
         assert bar.is_drawn
         bar.draw(2, "loss 1.5")
@@ -77,19 +71,19 @@ def test_log_lines_and_the_bar_do_not_fight(screen):
 
 
 @pytest.mark.parametrize("is_wanted", [True, False])
-def test_no_bar_in_a_file_or_where_it_is_not_wanted(is_wanted, monkeypatch):
-    out = io.StringIO() if is_wanted else Screen()
-    monkeypatch.setattr(sys, "stdout", out)
-    bar = ProgressBar(total=3, done=0, is_wanted=is_wanted)
-    bar.draw(1, "loss")
-    bar.close()
+def test_no_bar_in_a_file_or_where_it_is_not_wanted(is_wanted):
+    with redirect_stdout(io.StringIO() if is_wanted else Screen()) as out:
+        bar = ProgressBar(total=3, done=0, is_wanted=is_wanted)
+        bar.draw(1, "loss")
+        bar.close()
     assert not bar.is_drawn and out.getvalue() == ""
 
 
 @pytest.mark.parametrize("is_wanted", [True, False])
-def test_a_run_draws_loss_rate_speed_and_what_is_left(screen, is_wanted):
+def test_a_run_draws_loss_rate_speed_and_what_is_left(is_wanted):
     trainer = make_trainer(max_steps=4, enable_progress_bar=is_wanted, log_every_n_steps=2)
-    trainer.fit(ToyModel(dropout=0.2), ToyData())
+    with redirect_stdout(Screen()) as screen:
+        trainer.fit(ToyModel(dropout=0.2), ToyData())
     drawn = [part for part in screen.getvalue().split("\r") if "steps/s" in part]
     assert bool(drawn) == is_wanted
     if is_wanted:

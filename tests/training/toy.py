@@ -292,9 +292,12 @@ if __name__ == "__main__":  # a process of its own, for signals: toy.py RUN_DIR 
         import time
 
         numbers = arguments.pop("signals", ["SIGTERM"])
+        saved = arguments.pop("after", None)
 
         def send(index):
             if index == signal_at:
+                while saved is not None and not os.path.isdir(saved):  # in the background
+                    time.sleep(0.1)
                 for number in numbers:
                     os.kill(os.getpid(), signal.Signals[number])
                     time.sleep(0.2)
