@@ -128,7 +128,6 @@ class DataModule:
         """One pass over each test set, by name."""
         return self._passes("test_ds")
 
-    @property
     def training_shapes(self) -> dict[str, Callable[[], HostBatch]]:
         """By the bucket's name, small to large: makes a batch of empty rows of a planned shape."""
         return {
@@ -136,7 +135,6 @@ class DataModule:
             for bucket in self.plan().buckets
         }
 
-    @property
     def batches_per_pass(self) -> int:
         """Global batches of one pass over the training data."""
         self._this_run()

@@ -10,7 +10,7 @@ import numpy as np
 
 from speechlm2_jax.batches import HostBatch
 from speechlm2_jax.training.cadence import Cadence
-from speechlm2_jax.training.protocol import DataSource, TrainableModel, VariableInfo
+from speechlm2_jax.training.protocol import DataSource, ModelOutline, VariableInfo
 from speechlm2_jax.training.start import Setup
 
 LORA = ("lora_a", "lora_b")
@@ -53,13 +53,13 @@ def module_sizes(
 
 
 def describe_run(
-    model: TrainableModel, datamodule: DataSource, setup: Setup, cadence: Cadence
+    model: ModelOutline, datamodule: DataSource, setup: Setup, cadence: Cadence
 ) -> Iterator[str]:
     """Blocks of lines; the last one compiles the largest training program, which takes a while."""
     yield modules_table(module_sizes(model.infos, model.trainable))
     yield setup.describe(setup.sharding.data_parallel_size)
     yield _steps(datamodule, cadence)
-    name, make = max(datamodule.training_shapes.items(), key=lambda item: _bytes(item[1]()))
+    name, make = max(datamodule.training_shapes().items(), key=lambda item: _bytes(item[1]()))
     batch = make()
     program = setup.programs(model, setup.meter()).compile_ahead(batch)
     yield memory_table(setup, name, batch, program.memory_analysis())
@@ -119,7 +119,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def _steps(datamodule: DataSource, cadence: Cadence) -> str:
-    batches = datamodule.batches_per_pass
+    batches = datamodule.batches_per_pass()
     lines = [f"one pass over the training data: {batches} batches"]
     if cadence.epoch_batches is not None:
         lines.append(

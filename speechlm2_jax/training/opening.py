@@ -65,7 +65,7 @@ class Opening:
             is_wanted=config.enable_progress_bar and jax.process_index() == 0,
         )
         stack.callback(bar.close)
-        planned = len(self.datamodule.training_shapes)
+        planned = len(self.datamodule.training_shapes())
         parts = Parts(
             model=model,
             datamodule=self.datamodule,

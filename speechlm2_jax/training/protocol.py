@@ -66,25 +66,13 @@ class VariableInfo(Protocol):
 
 
 @runtime_checkable
-class TrainableModel(Protocol):
-    """A model that `Trainer.fit` can train."""
+class ModelOutline(Protocol):
+    """All of a model that is known without its weights."""
 
     @property
     def infos(self) -> Mapping[str, VariableInfo]:
         """Every variable by path."""
         ...
-
-    @property
-    def variables(self) -> Variables:
-        """Current arrays, on host or device.
-
-        `fit` keeps them up to date for validation metrics and leaves the trained ones here. They
-        may be read or made when first asked for.
-        """
-        ...
-
-    @variables.setter
-    def variables(self, values: Variables) -> None: ...
 
     @property
     def has_variables(self) -> bool:
@@ -158,6 +146,23 @@ class TrainableModel(Protocol):
 
 
 @runtime_checkable
+class TrainableModel(ModelOutline, Protocol):
+    """A model that `Trainer.fit` can train."""
+
+    @property
+    def variables(self) -> Variables:
+        """Current arrays, on host or device.
+
+        `fit` keeps them up to date for validation metrics and leaves the trained ones here. They
+        may be read or made when first asked for.
+        """
+        ...
+
+    @variables.setter
+    def variables(self, values: Variables) -> None: ...
+
+
+@runtime_checkable
 class BatchIterator(Protocol):
     """Training batches in order, able to say where it is."""
 
@@ -187,12 +192,10 @@ class DataSource(Protocol):
         """Prepares for global batches of so many groups; lengths are multiples of the last."""
         ...
 
-    @property
     def training_shapes(self) -> Mapping[str, Callable[[], HostBatch]]:
         """By the bucket's name, small to large: makes a batch of empty rows of a planned shape."""
         ...
 
-    @property
     def batches_per_pass(self) -> int:
         """Global batches of one pass over the training data."""
         ...

@@ -18,7 +18,12 @@ from speechlm2_jax.training.metrics_log import drop_rows_after
 from speechlm2_jax.training.optimizer import AdamWConfig, Optimizer, read_optimizer
 from speechlm2_jax.training.parts import Progress
 from speechlm2_jax.training.programs import Programs
-from speechlm2_jax.training.protocol import DataSource, TrainableModel, Variables
+from speechlm2_jax.training.protocol import (
+    DataSource,
+    ModelOutline,
+    TrainableModel,
+    Variables,
+)
 from speechlm2_jax.training.reporting import MAX_SKIPPED_IN_A_ROW
 from speechlm2_jax.training.run_dir import METRICS
 from speechlm2_jax.training.state import (
@@ -51,7 +56,7 @@ class Setup:
 
     @staticmethod
     def of(
-        model: TrainableModel, config: TrainerConfig, strategy: Strategy, *, trains: bool = True
+        model: ModelOutline, config: TrainerConfig, strategy: Strategy, *, trains: bool = True
     ) -> "Setup":
         """Decides devices, mesh, optimizer and layout; tells the model its compute dtype.
 
@@ -85,7 +90,7 @@ class Setup:
         """Starts counting time for these devices."""
         return Meter([device.device_kind for device in self.devices])
 
-    def programs(self, model: TrainableModel, meter: Meter, planned: int | None = None) -> Programs:
+    def programs(self, model: ModelOutline, meter: Meter, planned: int | None = None) -> Programs:
         """The compiled side of training, on so many planned shapes; nothing is compiled yet."""
         functions = StepFunctions(
             losses=model.losses,
@@ -98,7 +103,7 @@ class Setup:
         compiling = partial(meter.measure, "compiling")
         return Programs(functions, self.layout, compiling=compiling, planned=planned)
 
-    def prepare_data(self, model: TrainableModel, datamodule: DataSource, groups: int) -> None:
+    def prepare_data(self, model: ModelOutline, datamodule: DataSource, groups: int) -> None:
         """Lets the data plan its shapes. Raises SettingsError if the mesh cannot share `groups`."""
         check_groups(groups, self.sharding)
         with phase("planning the data"):

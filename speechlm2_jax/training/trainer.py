@@ -18,7 +18,12 @@ from speechlm2_jax.training.opening import Opening
 from speechlm2_jax.training.optimizer import read_optimizer
 from speechlm2_jax.training.parts import FitResult
 from speechlm2_jax.training.programs import keep_compiled_programs
-from speechlm2_jax.training.protocol import DataSource, HostMetric, TrainableModel
+from speechlm2_jax.training.protocol import (
+    DataSource,
+    HostMetric,
+    ModelOutline,
+    TrainableModel,
+)
 from speechlm2_jax.training.schedules import make_schedule
 from speechlm2_jax.training.start import Setup, begin, finished
 from speechlm2_jax.training.state import Partition
@@ -174,7 +179,7 @@ class Trainer:
             self._say_what_next(self.run_dir, result.step, is_finished=result.is_finished)
             return result
 
-    def dry_run(self, model: TrainableModel, datamodule: DataSource) -> None:
+    def dry_run(self, model: ModelOutline, datamodule: DataSource) -> None:
         """Says what `fit` would do: modules, shapes, memory, steps. Trains and writes nothing.
 
         Needs no weights. Raises SettingsError as `fit` does.

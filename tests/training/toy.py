@@ -225,7 +225,6 @@ class ToyData:
             index, groups=self.groups, rows=self.rows, lengths=self.lengths, poison=poison
         )
 
-    @property
     def training_shapes(self):
         shapes = {"groups": self.groups, "rows": self.rows, "empty": True}
         return {
@@ -233,7 +232,6 @@ class ToyData:
             for length in sorted(self.lengths)
         }
 
-    @property
     def batches_per_pass(self):
         return 10
 
