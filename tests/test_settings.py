@@ -257,3 +257,12 @@ def test_help_shows_every_way_to_say_it(capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("--config ", "--config-name", "-cp", "key=value"))
+
+
+def test_train_takes_a_dry_run_beside_the_same_words():
+    command = settings.parse_train(["a=1", "--config", "salm", "--dry-run"])
+    assert command == settings.TrainCommand(config="salm", overrides=["a=1"], dry_run=True)
+    assert not settings.parse_train(["-cn", "salm"]).dry_run
+    assert "unrecognized arguments: --dry-run" in message(
+        settings.parse_cli, ["--config", "salm", "--dry-run"]
+    )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from speechlm2_jax.data.prompts import FORMATS, PromptError, PromptFormatter
-from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
+from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError, _is_generic
 
 DATA = Path(__file__).parents[1] / "data"
 TAG = "<|audioplaceholder|>"
@@ -70,6 +70,41 @@ def test_a_directory_without_a_tokenizer_is_one_clear_error(tmp_path):
     with pytest.raises(TokenizerError, match="the directory gives none") as caught:
         Tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["llm/llama", "llm/llama3", "llm/qwen3", "prompts/tok_bpe"])
+def test_the_quick_way_to_a_generic_tokenizer_gives_what_auto_tokenizer_does(name):
+    from transformers import AutoTokenizer
+
+    assert _is_generic(DATA / name)
+    auto = AutoTokenizer.from_pretrained(str(DATA / name))
+    quick = Tokenizer(DATA / name)
+    assert type(quick._backend._tokenizer) is type(auto)
+    assert quick._backend._tokenizer.get_vocab() == auto.get_vocab()
+    text = "I don't know,  said the <|im_end|> fox </s> twice.\n"
+    assert quick.text_to_ids(text) == auto(text, add_special_tokens=False)["input_ids"]
+    assert quick._backend._tokenizer.special_tokens_map == auto.special_tokens_map
+    assert quick._backend._tokenizer.chat_template == auto.chat_template
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tokenizer_class", "is_generic"),
+    [
+        ("llama", "PreTrainedTokenizerFast", True),
+        ("llama", "LlamaTokenizer", False),
+        ("qwen2", "PreTrainedTokenizerFast", False),
+    ],
+)
+def test_only_a_class_that_is_sure_is_taken_the_quick_way(
+    tmp_path, model_type, tokenizer_class, is_generic
+):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert not _is_generic(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"tokenizer_class": "{tokenizer_class}"}}')
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    assert _is_generic(tmp_path) == is_generic
+    (tmp_path / "config.json").write_text("no JSON")
+    assert not _is_generic(tmp_path)
 
 
 def test_sentencepiece_models_encode_with_added_tokens(sentencepiece_path):

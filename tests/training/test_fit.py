@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ import yaml
 from speechlm2_jax.batches import LossSum
 from speechlm2_jax.checkpointing import load_weights
 from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.training import start
 from speechlm2_jax.training.loop import MAX_SKIPPED_IN_A_ROW, NonFiniteRun
-from speechlm2_jax.training.meter import COMPUTE, KINDS
+from speechlm2_jax.training.meter import COMPUTE, KINDS, Meter
 from tests.training.toy import ToyData, ToyModel, make_batch, make_trainer, rows_of, variables
 
 SCHEDULE = {
@@ -82,6 +84,33 @@ def test_last_row_says_where_the_time_went(finished):
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     kinds = (COMPUTE, *KINDS)
     assert sum(last[f"time_{kind}_s"] for kind in kinds) == pytest.approx(last["time_total_s"])
+
+
+def test_waiting_for_data_is_all_counted_and_counted_as_nothing_else(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(start, "Meter", partial(Meter, clock=lambda: now[0]))
+
+    class Slow(ToyData):  # only its batches take time
+        def batch(self, index):
+            now[0] += 2.0
+            return super().batch(index)
+
+        def validation_batches(self):
+            def slow(batches):
+                for batch in batches:
+                    now[0] += 3.0
+                    yield batch
+
+            return {name: slow(batches) for name, batches in super().validation_batches().items()}
+
+    options = {"max_steps": 4, "accumulate_grad_batches": 2, "limit_train_batches": 4}
+    make_trainer(tmp_path, **options).fit(ToyModel(dropout=0.2), Slow())
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["data_wait_share"] for row in rows if "loss" in row] == [1.0] * 4
+    spent = {key: value for key, value in rows[-1].items() if key.startswith("time_") and value}
+    validations, batches = 2, 2 + 3
+    waited = {"time_data_wait_s": 16.0, "time_validation_data_wait_s": 3.0 * validations * batches}
+    assert spent == {**waited, "time_total_s": sum(waited.values())}
 
 
 def test_log_has_one_line_per_step_with_the_named_quantities(finished):
