@@ -131,7 +131,7 @@ class ProgressBar:
                 total=total,
                 initial=done,
                 file=sys.stdout,
-                bar_format=form + "  {postfix}",
+                bar_format=form + "  {desc}",
                 dynamic_ncols=True,
                 leave=False,
             )
@@ -144,7 +144,7 @@ class ProgressBar:
     def draw(self, step: int, text: str) -> None:
         """Moves to `step`, with what is known of it."""
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_description_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from speechlm2_jax.training.protocol import (
     HostMetric,
     ModelOutline,
     TrainableModel,
+    Variables,
 )
 from speechlm2_jax.training.schedules import make_schedule
 from speechlm2_jax.training.start import Setup, begin, finished
@@ -164,9 +165,7 @@ class Trainer:
                 stop=stop,
             )
             with opening.meter.measure("starting"):
-                loaded = model.variables if model.has_variables else {}
-                # frozen arrays stay as they were given, not cast to the compute dtype
-                frozen = {path: loaded[path] for path in setup.partition.frozen if loaded}
+                frozen = _frozen_as_given(model, setup)
                 start = opening.start()
                 log.info(setup.describe(start.progress.groups))
                 parts = opening.parts(start, stack)
@@ -246,6 +245,13 @@ def exp_manager(trainer: Trainer, cfg: Mapping[str, Any] | None = None) -> Path 
     Returns the run directory, None without a block. Raises SettingsError for what does not fit.
     """
     return None if cfg is None else trainer.use_experiment(cfg)
+
+
+def _frozen_as_given(model: TrainableModel, setup: Setup) -> Variables:
+    """The frozen arrays that a model has, before they are cast; none if it has no arrays yet."""
+    if not model.has_variables:
+        return {}
+    return {path: model.variables[path] for path in setup.partition.frozen}
 
 
 def _shortest(*limits_s: float | None) -> float | None:
