@@ -5,11 +5,14 @@ import json
 import re
 import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+
+from tools import make_tiny_llm
 
 ROOT = Path(__file__).parents[1]
 CORPUS, TOOLS = ROOT / "corpus", ROOT / "tools" / "corpus"
@@ -113,6 +116,14 @@ def test_no_test_sentence_shares_five_words_in_a_row_with_any_training_text(
     shared = {row["text"] for row in test if runs_of([row["text"]]) & seen}
     assert not shared
     assert not {row["text"] for row in test} & set(said)
+
+
+def test_the_language_model_read_nothing_of_the_test(test):
+    texts = make_tiny_llm.training_texts()
+    dialogs = make_tiny_llm.dialogs(texts, make_tiny_llm.DIALOGS, make_tiny_llm.TRAIN_SEED)
+    turns = [turn["value"] for d in islice(dialogs, 20_000) for turn in d["conversations"]]
+    seen = runs_of([*texts, *turns])
+    assert not [row["text"] for row in test if runs_of([row["text"]]) & seen]
 
 
 def test_no_two_test_sentences_share_five_words_in_a_row(test):

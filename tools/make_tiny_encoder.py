@@ -1,6 +1,6 @@
 """Makes configs/parts/tiny_encoder.nemo: a small FastConformer, trained on phonemes, then with CTC.
 
-    python tools/make_tiny_encoder.py WORK_FOLDER [key=value ...]
+    python -m tools.make_tiny_encoder WORK_FOLDER [key=value ...]
 
 WORK_FOLDER gets the tokenizer, the speech (tools/corpus/make_pretraining_speech.py, made first if
 it is not there) and the run; stopped, the same command goes on. Keys are those of
@@ -14,17 +14,18 @@ from pathlib import Path
 
 import ml_dtypes
 import sentencepiece
-from phonetic_pretraining import pretrain
 
 from speechlm2_jax import experiment
 from speechlm2_jax.models.ctc import CTCModel
+from tools.phonetic_pretraining import pretrain
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "configs" / "parts" / "tiny_encoder.nemo"
 CORPUS = ROOT / "tools" / "corpus"
 PIECES = 256
-UTTERANCES = 12_000
-PHONETIC_STEPS = 4500
+UTTERANCES = 16_000
+PHONETIC_STEPS, CTC_STEPS = 7500, 2500
+CTC_RATE = 4e-4  # where the rate of the phonetic steps ends
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -64,6 +65,8 @@ def main(work: Path, overrides: list[str]) -> None:
         f"data.train_ds.input_cfg.0.manifest_filepath={speech / 'train.jsonl'}",
         f"data.validation_ds.datasets.val.input_cfg.0.manifest_filepath={speech / 'val.jsonl'}",
         f"exp_manager.explicit_log_dir={run}",
+        f"trainer.max_steps={CTC_STEPS}",
+        f"model.optimizer.lr={CTC_RATE}",
         *overrides,
     ]
     built = experiment.build(ROOT / "configs" / "parts" / "tiny_encoder.yaml", settings)
@@ -78,5 +81,5 @@ def main(work: Path, overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        sys.exit("usage: python tools/make_tiny_encoder.py WORK_FOLDER [key=value ...]")
+        sys.exit("usage: python -m tools.make_tiny_encoder WORK_FOLDER [key=value ...]")
     main(Path(sys.argv[1]).resolve(), sys.argv[2:])

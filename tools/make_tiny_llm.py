@@ -1,6 +1,6 @@
 """Makes configs/parts/tiny_llm: a small Llama with its tokenizer, trained on text.
 
-    python tools/make_tiny_llm.py WORK_FOLDER [key=value ...]
+    python -m tools.make_tiny_llm WORK_FOLDER [key=value ...]
 
 Texts are the corpus's training texts (no test sentence is read) and documentation strings of
 Python's standard library. The byte-level BPE is trained on both, so common words are single tokens
@@ -34,7 +34,8 @@ CORPUS = ROOT / "tools" / "corpus"
 VOCAB_SIZE = 1024
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 DIGITS = "zero one two three four five six seven eight nine".split()
-DIALOGS, VALIDATION_DIALOGS = 150_000, 256
+DIALOGS, VALIDATION_DIALOGS = 250_000, 256
+TRAIN_SEED, VALIDATION_SEED = 0, 1
 FILLERS = ("-", "-", "-", "uh", "um", "...")
 
 
@@ -187,7 +188,8 @@ def _choose(texts: Sequence[str], words: Sequence[str], rng: random.Random) -> s
 def write_dialogs(folder: Path, texts: Sequence[str]) -> None:
     """Writes the training and validation manifests."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, count, seed in (("train", DIALOGS, 0), ("val", VALIDATION_DIALOGS, 1)):
+    parts = (("train", DIALOGS, TRAIN_SEED), ("val", VALIDATION_DIALOGS, VALIDATION_SEED))
+    for name, count, seed in parts:
         lines = [json.dumps(dialog) + "\n" for dialog in dialogs(texts, count, seed)]
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
@@ -230,5 +232,5 @@ def main(work: Path, overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        sys.exit("usage: python tools/make_tiny_llm.py WORK_FOLDER [key=value ...]")
+        sys.exit("usage: python -m tools.make_tiny_llm WORK_FOLDER [key=value ...]")
     main(Path(sys.argv[1]).resolve(), sys.argv[2:])

@@ -64,7 +64,7 @@ def _plan(
         Utterance(
             text=text,
             voice=voices[i],
-            speed_wpm=int(rng.integers(130, 211)),
+            speed_wpm=int(rng.integers(115, 181)),
             pitch=int(rng.integers(35, 66)),
             gain_db=round(float(rng.uniform(-8, 3)), 1),
             condition=_plan_condition(rng),

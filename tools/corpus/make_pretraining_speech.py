@@ -1,6 +1,6 @@
 """Makes the larger training speech of the encoder, which is too big to commit.
 
-    python tools/corpus/make_pretraining_speech.py OUT --utterances 9000
+    python tools/corpus/make_pretraining_speech.py OUT --utterances 16000
 
 writes OUT/audio/*.flac (16 bit, 16 kHz, mono), OUT/train.jsonl and OUT/val.jsonl (200 rows), whose
 rows also say when each phoneme begins (`phonemes`: seconds and espeak-ng's name), and the list of
@@ -43,7 +43,7 @@ def plan_utterances(count: int, seed: int) -> list[Utterance]:
         Utterance(
             text=text,
             voice=PRETRAINING_VOICES[voice],
-            speed_wpm=int(rng.integers(110, 231)),
+            speed_wpm=int(rng.integers(100, 196)),
             pitch=int(rng.integers(30, 76)),
             gain_db=round(float(rng.uniform(-12, 4)), 1),
             condition=_plan_condition(rng),
@@ -126,7 +126,7 @@ def main() -> None:
     """Makes the folder and the list of what was said."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--utterances", type=int, default=9000)
+    parser.add_argument("--utterances", type=int, default=16_000)
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     planned = plan_utterances(arguments.utterances, SEED)
