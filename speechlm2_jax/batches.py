@@ -6,7 +6,7 @@ of audio frames into text never crosses the batch axes. Everything here is NumPy
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -95,6 +95,27 @@ class SalmBatch:
     def map(self, fn: Callable[[Any], Any]) -> "SalmBatch":
         """Applies `fn` to every array."""
         return SalmBatch(**{f.name: fn(getattr(self, f.name)) for f in fields(self)})
+
+    @property
+    def steps(self) -> int:
+        """LLM steps T of a row."""
+        return self.tokens.shape[2]
+
+    def in_time_order(self, order: np.ndarray) -> "SalmBatch":
+        """The same rows with their steps, [T], in another order (`Sharding.time_order`)."""
+        return replace(self, **{name: getattr(self, name)[..., order] for name in _BY_STEP})
+
+
+_BY_STEP = (
+    "tokens",
+    "audio_index",
+    "is_key",
+    "segments",
+    "positions",
+    "targets",
+    "loss_mask",
+)
+"""Fields whose last axis is the steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

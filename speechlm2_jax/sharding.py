@@ -20,11 +20,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
-TIME_AXES = ("tensor", "context")  # share the steps of a row: sequence and context parallelism
-RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
+RULES: Rules = (
     # activations
-    ("batch", BATCH_AXES),  # groups, clips, rows
-    ("time", ()),
+    ("batch", BATCH_AXES),  # groups, rows
+    ("clips", (*BATCH_AXES, "context")),  # the encoder shares its clips where the LLM shares steps
+    ("frames", ()),  # steps of the encoder, whose convolutions look at their neighbours
+    ("steps", ("context",)),  # steps of the LLM inside a block
+    ("time", ("context",)),  # steps of the LLM between blocks
     ("act_embed", ()),
     ("act_heads", ("tensor",)),
     ("act_mlp", ("tensor",)),
@@ -41,6 +44,8 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("rank", ()),  # LoRA rank
     ("feature", ()),  # mel bins and other signal-processing tables
 )
+SEQUENCE_PARALLEL = {"time": ("context", "tensor")}
+"""Between blocks a tensor-parallel group shares the steps (Korthikanti et al. 2022)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Sharding:
     """A mesh and its rules, travelling together; static for every step built with it."""
 
     mesh: Mesh
-    rules: tuple[tuple[str, tuple[str, ...]], ...] = RULES
+    rules: Rules = RULES
 
     @property
     def data_parallel_size(self) -> int:
@@ -56,12 +61,38 @@ class Sharding:
         return math.prod(self.mesh.shape[a] for a in BATCH_AXES)
 
     @property
+    def tensor_size(self) -> int:
+        """Over how many devices each layer is spread."""
+        return self.mesh.shape["tensor"]
+
+    @property
+    def context_size(self) -> int:
+        """Over how many devices the steps of a row are spread inside a block."""
+        return self.mesh.shape["context"]
+
+    @property
     def length_multiple(self) -> int:
         """What the time steps of a row must be a multiple of; the host pads up to it."""
-        return math.prod(self.mesh.shape[a] for a in TIME_AXES)
+        halves = 2 * self.context_size if self.context_size > 1 else 1
+        return math.lcm(halves, self._size(dict(self.rules)["time"]))
+
+    def time_order(self, steps: int) -> np.ndarray | None:
+        """Which step of a row lies at each place, int32 [steps]; None if they lie in order.
+
+        Each device of the context axis holds one early and one late part of every row, so that
+        causal attention costs all of them the same (as in Llama 3, arXiv 2407.21783). Raises
+        ValueError unless the steps are a multiple of `length_multiple`.
+        """
+        size = self.context_size
+        if size == 1:
+            return None
+        if steps % self.length_multiple:
+            raise ValueError(f"{steps} steps are no multiple of {self.length_multiple}")
+        parts = np.arange(steps, dtype=np.int32).reshape(2 * size, -1)
+        return np.concatenate([parts[[i, 2 * size - 1 - i]].reshape(-1) for i in range(size)])
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
-        """Translates logical axes; with `shape`, a dimension that does not divide stays whole.
+        """Translates logical axes; with `shape`, a dimension is cut as far as it divides.
 
         Raises KeyError for an axis that the table does not know.
         """
@@ -69,10 +100,13 @@ class Sharding:
         entries: list[tuple[str, ...] | None] = []
         for i, axis in enumerate(axes):
             mesh_axes = () if axis is None else table[axis]
-            size = math.prod(self.mesh.shape[a] for a in mesh_axes)
-            fits = shape is None or shape[i] % size == 0
-            entries.append(mesh_axes if mesh_axes and fits else None)
+            while shape is not None and shape[i] % self._size(mesh_axes):
+                mesh_axes = mesh_axes[:-1]
+            entries.append(mesh_axes or None)
         return PartitionSpec(*entries)
+
+    def _size(self, mesh_axes: Sequence[str]) -> int:
+        return math.prod(self.mesh.shape[a] for a in mesh_axes)
 
     def named(
         self, axes: Sequence[str | None], shape: Sequence[int] | None = None
@@ -90,7 +124,12 @@ class Sharding:
         return jax.tree.map(lambda x: self.named(("batch",) + (None,) * (np.ndim(x) - 1)), tree)
 
     def put_batch(self, tree: Any) -> Any:
-        """Places a host batch of groups; each host hands over only what its devices hold."""
+        """Places a host batch of groups; each host hands over only what its devices hold.
+
+        With context parallelism the steps of its rows are brought into `time_order` first.
+        """
+        if self.context_size > 1:
+            tree = tree.in_time_order(self.time_order(tree.steps))
 
         def put(x: Any, placement: NamedSharding) -> jax.Array:
             return jax.make_array_from_callback(x.shape, placement, lambda index: x[index])
@@ -104,10 +143,12 @@ def make_sharding(
     fsdp: int = 1,
     tensor: int = 1,
     context: int = 1,
+    sequence_parallel: bool = False,
     devices: Sequence[jax.Device] | None = None,
 ) -> Sharding:
     """Builds a mesh of the given sizes over `devices` (all by default).
 
+    With `sequence_parallel` the tensor axis also shares the steps between the LLM's blocks.
     Raises ValueError if the sizes do not multiply to the number of devices.
     """
     devices = list(devices if devices is not None else jax.devices())
@@ -118,7 +159,8 @@ def make_sharding(
             f"but {len(devices)} are in use; change trainer.strategy or trainer.devices"
         )
     mesh = jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
-    return Sharding(mesh)
+    changed = SEQUENCE_PARALLEL if sequence_parallel else {}
+    return Sharding(mesh, tuple((axis, changed.get(axis, where)) for axis, where in RULES))
 
 
 _current: ContextVar[Sharding | None] = ContextVar("sharding", default=None)
@@ -142,16 +184,46 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding.named(axes, x.shape))
 
 
-def on_shards(fn: Callable[[jax.Array], jax.Array], x: jax.Array, *axes: str | None) -> jax.Array:
-    """Runs `fn` on each device's own part of `x`, for what XLA would gather first (an FFT).
+Axes = Sequence[str | None]
 
-    `fn` must keep the rank and work along dimensions whose axis is None. Outside `use` it is `fn`.
+
+def on_shards(
+    fn: Callable[..., Any], arrays: Sequence[Any], axes: Sequence[Axes], out_axes: Axes
+) -> Any:
+    """Runs `fn` on each device's own part of the arrays, for what XLA would gather first.
+
+    That is what its partitioner cannot cut (an FFT, a Pallas kernel) or cuts badly (a ring of
+    attention). `axes` name the dimensions of each array and `out_axes` those of the one result,
+    which is cut as the first array is. Outside `use` it is `fn`.
     """
     sharding = _current.get()
     if sharding is None:
-        return fn(x)
-    spec = sharding.spec(axes, x.shape)
-    return jax.shard_map(fn, mesh=sharding.mesh, in_specs=(spec,), out_specs=spec)(x)
+        return fn(*arrays)
+    specs = tuple(sharding.spec(a, x.shape) for a, x in zip(axes, arrays, strict=True))
+    cuts = dict(zip(axes[0], specs[0], strict=True))
+    out = PartitionSpec(*(cuts.get(axis) if axis is not None else None for axis in out_axes))
+    return jax.shard_map(fn, mesh=sharding.mesh, in_specs=specs, out_specs=out, check_vma=False)(
+        *arrays
+    )
+
+
+def context_size() -> int:
+    """Over how many devices the steps of a row are spread; 1 outside `use`."""
+    sharding = _current.get()
+    return 1 if sharding is None else sharding.context_size
+
+
+def time_order(steps: int) -> np.ndarray | None:
+    """`Sharding.time_order` of the value in use; None outside `use`."""
+    sharding = _current.get()
+    return None if sharding is None else sharding.time_order(steps)
+
+
+def pass_on(tree: Any) -> Any:
+    """Inside `on_shards`: gives arrays to the next device of the context ring, takes the last's."""
+    size = context_size()
+    pairs = [(i, (i + 1) % size) for i in range(size)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, "context", pairs), tree)
 
 
 def place(

@@ -55,8 +55,9 @@ def test():
 
 @pytest.fixture(scope="module")
 def pretraining():
-    packed = (TOOLS / "pretraining_manifest.jsonl.gz").read_bytes()
-    return [json.loads(line) for line in gzip.decompress(packed).decode().splitlines()]
+    packed = [TOOLS / f"pretraining_{texts}.jsonl.gz" for texts in ("mixed", "glued")]
+    text = "".join(gzip.decompress(path.read_bytes()).decode() for path in packed)
+    return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +205,9 @@ def test_walks_follow_from_the_training_sentences_alone(synthesis):
 
 def test_pretraining_manifest_holds_only_known_texts(pretraining):
     known = {*lines_of("train_sentences"), *lines_of("pretraining_sentences")}
+    vocabulary = {word for line in lines_of("train_sentences") for word in line.split()}
     for row in pretraining:
         words = row["text"].split()
-        assert row["text"] in known or (len(words) <= 7 and set(words) <= DIGITS), row["text"]
+        is_digits = len(words) <= 7 and set(words) <= DIGITS
+        is_glued = 4 <= len(words) <= 11 and set(words) <= vocabulary
+        assert row["text"] in known or is_digits or is_glued, row["text"]

@@ -181,7 +181,8 @@ def test_scientific_notation_reaches_the_optimizer_as_a_number():
 
 def test_the_documented_names_of_mesh_sizes_mean_the_same():
     strategy = read_strategy(_config("configs_page")["trainer"]["strategy"])
-    assert strategy.mesh_sizes(8) == {"data": 1, "fsdp": 1, "tensor": 8}
+    sizes = {name: n for name, n in strategy.mesh_sizes(8).items() if n}
+    assert sizes == {"data": 1, "fsdp": 1, "tensor": 8, "context": 1}
 
 
 @pytest.mark.parametrize("key", ["vggnet", "stacking_norm"])
@@ -206,7 +207,7 @@ def test_every_reason_on_the_page_is_given(page):
 
 READ_BY_PHASE = r"(warmup|constant|hold)_(steps|ratio)"
 """Schedules read them as f"{phase}_steps"."""
-ONE_VALUE = {"sharding_strategy": "one choice"}
+ONE_VALUE = {"pp_size": "one choice", "ep_size": "one choice"}
 
 
 def test_every_setting_is_read_somewhere(page):

@@ -1,11 +1,11 @@
-"""Makes configs/parts/tiny_encoder.nemo: a small FastConformer, trained on phonemes, then with CTC.
+"""Makes configs/parts/tiny_encoder.nemo: a small FastConformer, trained on phonemes and with CTC.
 
-    python -m tools.make_tiny_encoder WORK_FOLDER [key=value ...]
+    python -m tools.make_tiny_encoder WORK_FOLDER
 
 WORK_FOLDER gets the tokenizer, the speech (tools/corpus/make_pretraining_speech.py, made first if
-it is not there) and the run; stopped, the same command goes on. Keys are those of
-configs/parts/tiny_encoder.yaml. Neither a test sentence nor a test voice is seen: the texts are
-those of tools/corpus/training_texts, the voices its training voices.
+it is not there) and the training's state; stopped, the same command goes on. The architecture is
+that of configs/parts/tiny_encoder.yaml. Neither a test sentence nor a test voice is seen: texts and
+voices are those of tools/corpus/texts.py and synthesis.PRETRAINING_VOICES.
 """
 
 import subprocess
@@ -15,17 +15,21 @@ from pathlib import Path
 import ml_dtypes
 import sentencepiece
 
-from speechlm2_jax import experiment
+from speechlm2_jax import settings
 from speechlm2_jax.models.ctc import CTCModel
-from tools.phonetic_pretraining import pretrain
+from speechlm2_jax.training.programs import keep_compiled_programs
+from tools.phonetic_pretraining import Round, pretrain
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "configs" / "parts" / "tiny_encoder.nemo"
 CORPUS = ROOT / "tools" / "corpus"
 PIECES = 256
 UTTERANCES = 16_000
-PHONETIC_STEPS, CTC_STEPS = 7500, 2500
-CTC_RATE = 4e-4  # where the rate of the phonetic steps ends
+ROUNDS = (  # texts; steps, first and last rate, weights of the two losses
+    ("mixed", dict(steps=7500, rates=(2e-3, 4e-4), phonetic_weight=1.0, ctc_weight=0.5)),
+    # English alone is learned by heart: then phrases in no order, and less help
+    ("glued", dict(steps=4500, rates=(8e-4, 1e-5), phonetic_weight=0.5, ctc_weight=1.0)),
+)
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -46,40 +50,34 @@ def make_tokenizer(folder: Path) -> None:
     )
 
 
-def make_speech(folder: Path) -> None:
-    """Speaks the training texts, unless that was done before."""
-    if (folder / "train.jsonl").exists():
-        return
-    script = CORPUS / "make_pretraining_speech.py"
-    command = [sys.executable, str(script), str(folder), "--utterances", str(UTTERANCES)]
-    subprocess.run(command, check=True)
+def make_speech(folder: Path, texts: str) -> Path:
+    """Speaks the training texts, unless that was done before; the manifest."""
+    if not (folder / "train.jsonl").exists():
+        script = CORPUS / "make_pretraining_speech.py"
+        options = ["--texts", texts, "--utterances", str(UTTERANCES)]
+        subprocess.run([sys.executable, str(script), str(folder), *options], check=True)
+    return folder / "train.jsonl"
 
 
-def main(work: Path, overrides: list[str]) -> None:
+def main(work: Path) -> None:
     """Makes what is missing, trains to the end, and writes the archive."""
-    tokenizer, speech, run = work / "tokenizer", work / "speech", work / "run"
-    make_tokenizer(tokenizer)
-    make_speech(speech)
-    settings = [
-        f"model.tokenizer.dir={tokenizer}",
-        f"data.train_ds.input_cfg.0.manifest_filepath={speech / 'train.jsonl'}",
-        f"data.validation_ds.datasets.val.input_cfg.0.manifest_filepath={speech / 'val.jsonl'}",
-        f"exp_manager.explicit_log_dir={run}",
-        f"trainer.max_steps={CTC_STEPS}",
-        f"model.optimizer.lr={CTC_RATE}",
-        *overrides,
+    keep_compiled_programs("auto")
+    make_tokenizer(work / "tokenizer")
+    rounds = [
+        Round(manifest=make_speech(work / texts, texts), **options) for texts, options in ROUNDS
     ]
-    built = experiment.build(ROOT / "configs" / "parts" / "tiny_encoder.yaml", settings)
-    if not (run / "checkpoints").exists():
-        built.model.variables = pretrain(
-            built.model, speech / "train.jsonl", PHONETIC_STEPS, work / "phonetic.npz"
-        )
-    if built.fit().is_finished:
-        CTCModel.from_pretrained(run).save_to(TARGET, dtype=ml_dtypes.bfloat16)
-        print(f"{TARGET}: {TARGET.stat().st_size / 1e6:.1f} MB")
+    config = settings.load(
+        ROOT / "configs" / "parts" / "tiny_encoder.yaml",
+        [f"model.tokenizer.dir={work / 'tokenizer'}"],
+        complete=False,
+    )
+    model = CTCModel(config["model"])
+    model.variables = pretrain(model, rounds, work / "state.npz")
+    model.save_to(TARGET, dtype=ml_dtypes.bfloat16)
+    print(f"{TARGET}: {TARGET.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m tools.make_tiny_encoder WORK_FOLDER [key=value ...]")
-    main(Path(sys.argv[1]).resolve(), sys.argv[2:])
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m tools.make_tiny_encoder WORK_FOLDER")
+    main(Path(sys.argv[1]).resolve())

@@ -2,11 +2,11 @@
 
 CTC alone needs thousands of steps of small batches before it hears anything. The phonemes of every
 20 ms are four times as many answers as there are frames, each right next to its sound; the CTC loss
-beside them learns to spell on the way. The same network goes on with CTC alone afterwards.
+beside them learns to spell on the way.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -35,11 +35,21 @@ PHONETIC_LAYERS = 4
 """So many layers of the encoder have the phonemes; the layers above are left to spelling."""
 EDGES_S = (1.55, 1.9, 2.2, 2.6, 3.2, 4.2, 7.0)
 """Utterances are padded to the next of these."""
-CTC_WEIGHT = 0.5
 ROWS, AHEAD = 16, 4
-PEAK_RATE, LAST_RATE, WARMUP_STEPS = 2e-3, 4e-4, 150
+WARMUP_STEPS = 150
 SAVE_EVERY = 500
 TRAINING = PerceptionModes(log_mel=True, spec_augment=True, encoder=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """So many steps over one manifest, the rate falling as a cosine from the first to the last."""
+
+    manifest: Path
+    steps: int
+    rates: tuple[float, float]
+    phonetic_weight: float
+    ctc_weight: float
 
 
 class PhoneticNetwork(CtcNetwork):
@@ -76,16 +86,19 @@ class Speech:
     labels: list[list[int]]
     starts_s: list[np.ndarray]
     phonemes: list[np.ndarray]
-    names: list[str]
+    names: Sequence[str]
 
     @staticmethod
-    def read(manifest: Path, model: CTCModel) -> "Speech":
-        """Reads audio, labels and phonemes; the last phoneme class is silence at either end."""
+    def read(manifest: Path, model: CTCModel, names: Sequence[str] = ()) -> "Speech":
+        """Reads audio, labels and phonemes; the last phoneme class is silence at either end.
+
+        The other classes are `names`, by default those that occur. Raises KeyError for another.
+        """
         rows = [json.loads(line) for line in manifest.read_text().splitlines()]
         with ThreadPoolExecutor(2) as pool:
             paths = [manifest.parent / row["audio_filepath"] for row in rows]
             waves = list(pool.map(lambda p: soundfile.read(p, dtype="int16")[0], paths))
-        names = sorted({name for row in rows for _, name in row["phonemes"]})
+        names = names or sorted({name for row in rows for _, name in row["phonemes"]})
         number = {name: i for i, name in enumerate(names)}
         return Speech(
             waves=waves,
@@ -134,9 +147,12 @@ class Speech:
 
 
 def losses(
-    network: PhoneticNetwork, batch: dict[str, jax.Array], keys: jax.Array
+    network: PhoneticNetwork, batch: dict[str, jax.Array], keys: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
-    """Cross-entropy per part of a frame plus CTC per label; (metrics, batch-norm statistics)."""
+    """Cross-entropy per part of a frame and CTC per label, weighted by `weights` [2].
+
+    Returns the sum and (metrics, new batch-norm statistics).
+    """
     phonetic, logits, encoded = network.hear(batch["audio"], batch["audio_lengths"], keys)
     log_probs = jax.nn.log_softmax(phonetic)
     wanted = batch["phonemes"][..., None]
@@ -149,55 +165,96 @@ def losses(
     accuracy = jnp.sum(right * is_frame) / jnp.sum(is_frame)
     statistics = {f"encoder.{path}": value for path, value in encoded.statistics.items()}
     metrics = {"phonemes": naming, "accuracy": accuracy, "ctc": spelling}
-    return naming + CTC_WEIGHT * spelling, (metrics, statistics)
+    return weights[0] * naming + weights[1] * spelling, (metrics, statistics)
 
 
-def pretrain(model: CTCModel, manifest: Path, steps: int, state_file: Path) -> Variables:
-    """Trains for `steps` steps, going on from `state_file` if it is there; the CTC network's part.
+def pretrain(model: CTCModel, rounds: Sequence[Round], state_file: Path) -> Variables:
+    """Trains one round after the other, going on from `state_file` if it is there.
 
-    The state is saved every 500 steps.
+    Returns the CTC network's part. The state is saved every 500 steps.
     """
-    speech = Speech.read(manifest, model)
-    network = PhoneticNetwork(model.architecture, len(speech.names) + 1, rngs=nnx.Rngs(0))
-    definition, variables = unbind(network)
-    trained = {p: v for p, v in variables.items() if model.trainable.get(p, True)}
-    buffers = {p: v for p, v in variables.items() if p not in trained}
-    schedule = optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, WARMUP_STEPS, steps, LAST_RATE)
-    adamw = optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=1e-3)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
-    state: Any = (trained, optimizer.init(trained), buffers)
-    done = 0
-    if state_file.exists():
-        saved = np.load(state_file)
-        done, leaves = int(saved["done"]), [saved[f"leaf{i}"] for i in range(len(saved) - 1)]
-        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    ends = np.cumsum([r.steps for r in rounds])
+    starts = ends - [r.steps for r in rounds]
+    speech = Speech.read(rounds[0].manifest, model)
+    trainer = _Trainer(model, speech.names, rounds, state_file)
+    for r, start, end in zip(rounds, starts, ends, strict=True):
+        if trainer.done < end:
+            if r is not rounds[0]:
+                speech = Speech.read(r.manifest, model, speech.names)
+            trainer.run(speech, r, int(start), int(end))
+    return trainer.variables
 
-    @partial(jax.jit, donate_argnums=0)
-    def step(state: Any, batch: dict[str, jax.Array], number: jax.Array) -> tuple[Any, Any]:
+
+class _Trainer:
+    """The state of a training, and its step."""
+
+    def __init__(
+        self, model: CTCModel, names: Sequence[str], rounds: Sequence[Round], state_file: Path
+    ):
+        self.model, self.state_file = model, state_file
+        network = PhoneticNetwork(model.architecture, len(names) + 1, rngs=nnx.Rngs(0))
+        self.definition, variables = unbind(network)
+        trained = {p: v for p, v in variables.items() if model.trainable.get(p, True)}
+        buffers = {p: v for p, v in variables.items() if p not in trained}
+        adamw = optax.adamw(_schedule(rounds), b1=0.9, b2=0.98, weight_decay=1e-3)
+        self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
+        self.state: Any = (trained, self.optimizer.init(trained), buffers)
+        self.done = 0
+        if state_file.exists():
+            saved = np.load(state_file)
+            leaves = [saved[f"leaf{i}"] for i in range(len(saved) - 1)]
+            self.state = jax.tree.unflatten(jax.tree.structure(self.state), leaves)
+            self.done = int(saved["done"])
+
+    @property
+    def variables(self) -> Variables:
+        """Parameters and buffers of the CTC network, without the phonemes' head."""
+        values = {**self.state[0], **self.state[2]}
+        return {path: value for path, value in values.items() if path in self.model.infos}
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def step(
+        self, state: Any, batch: dict[str, jax.Array], number: jax.Array, weights: jax.Array
+    ) -> tuple[Any, Any]:
+        """One step of AdamW on the weighted losses."""
         trained, moments, buffers = state
         rows = batch["audio"].shape[0]
         keys = jax.random.split(jax.random.fold_in(jax.random.key(1), number), rows)
 
         def total(trained: Variables) -> tuple[jax.Array, Any]:
-            return losses(bind(definition, {**trained, **buffers}), batch, keys)
+            return losses(bind(self.definition, {**trained, **buffers}), batch, keys, weights)
 
         gradients, (metrics, statistics) = jax.grad(total, has_aux=True)(trained)
-        updates, moments = optimizer.update(gradients, moments, trained)
+        updates, moments = self.optimizer.update(gradients, moments, trained)
         return (optax.apply_updates(trained, updates), moments, {**buffers, **statistics}), metrics
 
-    batches = speech.batches(seed=0)
-    for _ in range(done):
-        next(batches)
-    with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(speech.arrays, next(batches), model) for _ in range(AHEAD)]
-        for number in (bar := tqdm(range(done, steps), initial=done, total=steps, unit="step")):
-            ahead.append(pool.submit(speech.arrays, next(batches), model))
-            state, metrics = step(state, ahead.pop(0).result(), number)
-            if number % 20 == 0:
-                bar.set_postfix({name: f"{float(value):.2f}" for name, value in metrics.items()})
-            if (number + 1) % SAVE_EVERY == 0 or number + 1 == steps:
-                _save(state_file, state, number + 1)
-    return {p: v for p, v in {**state[0], **state[2]}.items() if p in model.infos}
+    def run(self, speech: Speech, r: Round, start: int, end: int) -> None:
+        """Steps `start` to `end` of the whole training; those that are done are left out."""
+        weights = np.array([r.phonetic_weight, r.ctc_weight], np.float32)
+        batches = speech.batches(seed=start)
+        for _ in range(start, self.done):
+            next(batches)
+        with ThreadPoolExecutor(1) as pool:
+            load = partial(speech.arrays, model=self.model)
+            ahead = [pool.submit(load, next(batches)) for _ in range(AHEAD)]
+            for n in (bar := tqdm(range(max(self.done, start), end), initial=self.done, total=end)):
+                ahead.append(pool.submit(load, next(batches)))
+                self.state, metrics = self.step(self.state, ahead.pop(0).result(), n, weights)
+                if n % 20 == 0:
+                    bar.set_postfix({k: f"{float(value):.2f}" for k, value in metrics.items()})
+                if (n + 1) % SAVE_EVERY == 0 or n + 1 == end:
+                    _save(self.state_file, self.state, n + 1)
+        self.done = max(self.done, end)
+
+
+def _schedule(rounds: Sequence[Round]) -> optax.Schedule:
+    """The rounds' rates one after the other, after a warm-up."""
+    parts = [optax.linear_schedule(0.0, rounds[0].rates[0], WARMUP_STEPS)]
+    steps = [WARMUP_STEPS, *(r.steps for r in rounds)]
+    steps[1] -= WARMUP_STEPS
+    for r, count in zip(rounds, steps[1:], strict=True):
+        parts.append(optax.cosine_decay_schedule(r.rates[0], count, r.rates[1] / r.rates[0]))
+    return optax.join_schedules(parts, list(np.cumsum(steps)[:-1]))
 
 
 def _save(path: Path, state: Any, done: int) -> None:

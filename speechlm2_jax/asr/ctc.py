@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from speechlm2_jax.layers.linear import Linear
+from speechlm2_jax.layers.module import RematPolicy
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
 from speechlm2_jax.perception.modality_adapter import IdentityConfig
@@ -32,6 +33,7 @@ class CtcConfig:
     """Pieces of the tokenizer, without the blank."""
     spec_augment: SpecAugmentConfig | None = None
     compute_dtype: str = "float32"
+    remat: RematPolicy = "full"
 
     @property
     def perception(self) -> PerceptionConfig:

@@ -28,6 +28,7 @@ def losses(
         modes=PerceptionModes(log_mel=train, spec_augment=train, encoder=train, adapter=train),
         keys=keys if train else None,
         dtype=dtype,
+        remat=network.ctc.remat,
     )
     logits = network.logits(output.frames)
     logits = logits.reshape(groups, clips, *logits.shape[1:])

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from speechlm2_jax.layers.ring_attention import ring_attention
+from speechlm2_jax.sharding import context_size
+
 NOT_A_KEY = -1
 """Key segment that no query has."""
 
@@ -17,7 +20,7 @@ class Visible:
     """Which keys a query may attend to: same segment, and no later slot.
 
     Kept as structure rather than as a dense mask, so that a kernel can skip whole blocks. Queries
-    take consecutive slots from `offset`; keys take the slots from 0.
+    take consecutive slots from `offset` and keys the slots from 0, unless `slots` says which.
     """
 
     query_segments: Any
@@ -26,13 +29,19 @@ class Visible:
     """Int32 [B, S]; `NOT_A_KEY` hides a key from everyone."""
     offset: Any = 0
     """Int32 scalar: the slot of the first query; 0 without a cache."""
+    slots: Any = None
+    """Int32 [T]: the slots of queries and keys where both lie in another order (a ring)."""
 
     def dense(self) -> Bool[Array, "B T S"]:
         """Writes the mask out; True where query t may attend to key s."""
         queries: Int[Array, "B T"] = self.query_segments
         keys: Int[Array, "B S"] = self.key_segments
-        slots = self.offset + jnp.arange(queries.shape[1])
-        causal = jnp.arange(keys.shape[1])[None, :] <= slots[:, None]  # [T, S]
+        if self.slots is None:
+            query_slots = self.offset + jnp.arange(queries.shape[1])
+            key_slots = jnp.arange(keys.shape[1])
+        else:
+            query_slots = key_slots = jnp.asarray(self.slots)
+        causal = key_slots[None, :] <= query_slots[:, None]  # [T, S]
         return causal[None, :, :] & (queries[:, :, None] == keys[:, None, :])
 
 
@@ -49,6 +58,16 @@ def attend(
     A query that sees no key gives a finite value, which nothing may use. This is the place where a
     fused kernel is chosen, by the platform of the mesh's devices and never by the default backend.
     """
+    if visible.slots is not None and context_size() > 1:
+        return ring_attention(
+            q,
+            k,
+            v,
+            query_segments=visible.query_segments,
+            key_segments=visible.key_segments,
+            slots=jnp.asarray(visible.slots),
+            scale=scale,
+        )
     return _attend_dense(q, k, v, visible.dense(), scale)
 
 

@@ -46,7 +46,10 @@ class GatedFeedForward(nnx.Module):
         self, x: Float[Array, "B T D"], keys: Key[Array, " B"] | None = None
     ) -> Float[Array, "B T D"]:
         """Applies the network; with `keys` the adapters' dropout is on."""
-        gate = constrain(self.gate(x, fold_keys(keys, 0)), "batch", "time", "act_mlp")
-        up = constrain(self.up(x, fold_keys(keys, 1)), "batch", "time", "act_mlp")
+        x = constrain(x, "batch", "steps", "act_embed")
+        gate = constrain(self.gate(x, fold_keys(keys, 0)), "batch", "steps", "act_mlp")
+        up = constrain(self.up(x, fold_keys(keys, 1)), "batch", "steps", "act_mlp")
         hidden = ACTIVATIONS[self.activation](gate) * up
-        return constrain(self.down(hidden, fold_keys(keys, 2)), "batch", "time", "act_embed")
+        # two steps: the sum over tensor-parallel devices first, then each keeps its share
+        out = constrain(self.down(hidden, fold_keys(keys, 2)), "batch", "steps", "act_embed")
+        return constrain(out, "batch", "time", "act_embed")

@@ -51,4 +51,4 @@ class Embedding(nnx.Module):
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
         """Looks ids up."""
         # A gather from a table that is sharded both ways makes XLA rematerialise the result.
-        return jnp.take(constrain(self.weight[...], None, None), ids, axis=0)
+        return jnp.take(constrain(self.weight[...], "vocab", None), ids, axis=0)

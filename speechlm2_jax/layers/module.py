@@ -9,7 +9,7 @@ Everything outside the modules (optimizer, sharding, conversion, checkpoints) sp
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -72,18 +72,31 @@ def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
     return layers
 
 
+RematPolicy = Literal["full", "dots", "none"]
+_SAVED = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remat:
+    """What the backward pass computes again instead of keeping it, per part of a model."""
+
+    llm: RematPolicy = "full"
+    perception: RematPolicy = "full"
+
+
 def scan_layers(
     layers: M,
     body: Callable[[M, Any, Any], tuple[Any, Any]],
     carry: Any,
     xs: Any = None,
     *,
-    remat: bool = True,
+    remat: RematPolicy = "full",
 ) -> tuple[Any, Any]:
     """Runs a stack: `carry, y = body(layer, carry, x)` for each layer; the ys come back stacked.
 
-    `xs` is a pytree with a leading layer axis (caches, layer indices) or None. `remat` keeps only
-    the carries for the backward pass and computes the rest again.
+    `xs` is a pytree with a leading layer axis (caches, layer indices) or None. `remat` says what
+    the backward pass computes again: `full` everything but the carries, `dots` all but products
+    with weights, `none` nothing.
     """
     definition, state = nnx.split(layers)
 
@@ -91,8 +104,8 @@ def scan_layers(
         layer_state, x = inputs
         return body(nnx.merge(definition, layer_state, copy=True), carry, x)
 
-    if remat:
-        step = jax.checkpoint(step, prevent_cse=False)
+    if remat != "none":
+        step = jax.checkpoint(step, prevent_cse=False, policy=_SAVED[remat])
     return jax.lax.scan(step, carry, (state, xs))
 
 

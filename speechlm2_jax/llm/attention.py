@@ -63,6 +63,7 @@ class Attention(nnx.Module):
         layer: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Attends within `x`, or, with a cache, to all that the cache then holds of this layer."""
+        x = constrain(x, "batch", "steps", "act_embed")
         q = self._heads(self.query(x, fold_keys(keys, 0)))
         k = self._heads(self.key(x, fold_keys(keys, 1)))
         v = self._heads(self.value(x, fold_keys(keys, 2)))
@@ -73,10 +74,12 @@ class Attention(nnx.Module):
             cache = cache.write(layer, k, v)
             k, v = cache.read(layer)
         heads = attend(q, k, v, visible=place.visible, scale=self.head_width**-0.5)
-        heads = constrain(heads, "batch", "time", "act_heads", None)
+        heads = constrain(heads, "batch", "steps", "act_heads", None)
         out = self.output(heads.reshape(*x.shape[:2], -1), fold_keys(keys, 3))  # [B, T, D]
+        # two steps: the sum over tensor-parallel devices first, then each keeps its share
+        out = constrain(out, "batch", "steps", "act_embed")
         return constrain(out, "batch", "time", "act_embed"), cache
 
     def _heads(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
         heads = x.reshape(*x.shape[:2], -1, self.head_width)  # [B, T, N, H]
-        return constrain(heads, "batch", "time", "act_heads", None)
+        return constrain(heads, "batch", "steps", "act_heads", None)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -14,12 +15,12 @@ from speechlm2_jax.layers.dropout import fold_keys
 from speechlm2_jax.layers.feed_forward import GatedFeedForward
 from speechlm2_jax.layers.linear import Embedding, Linear
 from speechlm2_jax.layers.lora import LoraConfig
-from speechlm2_jax.layers.module import scan_layers, stack
+from speechlm2_jax.layers.module import RematPolicy, scan_layers, stack
 from speechlm2_jax.layers.norms import RMSNorm
 from speechlm2_jax.layers.rope import rotation
 from speechlm2_jax.llm.attention import Attention, Place
 from speechlm2_jax.llm.config import DecoderConfig
-from speechlm2_jax.sharding import constrain
+from speechlm2_jax.sharding import constrain, time_order
 
 
 class Block(nnx.Module):
@@ -73,7 +74,8 @@ class Decoder(nnx.Module):
     def embed(self, ids: Int[Array, "B *rows T"]) -> Float[Array, "B *rows T D"]:
         """Looks tokens up, in the dtype of the table."""
         between = (None,) * (ids.ndim - 2)
-        return constrain(self.embedding(ids), "batch", *between, "time", "act_embed")
+        embeds = constrain(self.embedding(ids), "batch", *between, "steps", "act_embed")
+        return constrain(embeds, "batch", *between, "time", "act_embed")
 
     def __call__(
         self,
@@ -83,15 +85,21 @@ class Decoder(nnx.Module):
         segments: Int[Array, "B T"],
         is_key: Bool[Array, "B T"],
         keys: Key[Array, " B"] | None = None,
-        remat: bool = True,
+        remat: RematPolicy = "full",
     ) -> Float[Array, "B T D"]:
         """Computes the hidden states after the final norm, in the dtype of `embeds`.
 
         Step i sees step j when j <= i, both are of one segment and `is_key[j]`. What steps without
         a visible key give is finite and means nothing. With `keys`, one per row, the LoRA dropout
-        is on; `remat` computes each layer again in the backward pass instead of keeping it.
+        is on; `remat` says what of a layer the backward pass computes again. On a mesh with a
+        context axis the steps are those of `Sharding.time_order`, as `put_batch` lays them.
         """
-        place = self._place(positions, segments, jnp.where(is_key, segments, NOT_A_KEY))
+        place = self._place(
+            positions,
+            segments,
+            jnp.where(is_key, segments, NOT_A_KEY),
+            slots=time_order(embeds.shape[1]),
+        )
         x, _, _ = self._run(embeds, place, keys=keys, remat=remat)
         return self.norm(x)
 
@@ -140,7 +148,7 @@ class Decoder(nnx.Module):
         """Scores every token in fp32, whatever the dtype of `hidden`."""
         weight = self.head_weight.astype(hidden.dtype)
         scores = jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
-        return constrain(scores, "batch", "time", "act_vocab")
+        return constrain(scores, "batch", "steps", "act_vocab")
 
     def _place(
         self,
@@ -148,11 +156,15 @@ class Decoder(nnx.Module):
         query_segments: Int[Array, "B T"],
         key_segments: Int[Array, "B S"],
         offset: Int[Array, ""] | int = 0,
+        slots: np.ndarray | None = None,
     ) -> Place:
         return Place(
             rotation=rotation(self.config.rope, positions, self.config.head_width),
             visible=Visible(
-                query_segments=query_segments, key_segments=key_segments, offset=offset
+                query_segments=query_segments,
+                key_segments=key_segments,
+                offset=offset,
+                slots=slots,
             ),
         )
 
@@ -163,7 +175,7 @@ class Decoder(nnx.Module):
         *,
         keys: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
-        remat: bool = False,
+        remat: RematPolicy = "none",
         emit: Callable[[Array], Any] = lambda x: None,
     ) -> tuple[Array, Any, Any]:
         # The cache is carried, not scanned over: each layer then writes its slot in place.

@@ -42,9 +42,9 @@ class Blueprint:
     llm_directory: Path
     asr_file: Path | None
 
-    def with_compute_dtype(self, dtype: str) -> "Blueprint":
-        """The same model computing in another dtype."""
-        return replace(self, network=replace(self.network, compute_dtype=dtype))
+    def computing(self, **changes: Any) -> "Blueprint":
+        """The same model with another `compute_dtype` or `remat`."""
+        return replace(self, network=replace(self.network, **changes))
 
 
 def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...] = ()) -> Blueprint:

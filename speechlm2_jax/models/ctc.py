@@ -24,6 +24,7 @@ from speechlm2_jax.conversion.readers.nemo import NemoArchive
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.module import (
+    Remat,
     VariableInfo,
     Variables,
     abstract,
@@ -39,6 +40,7 @@ from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig
 from speechlm2_jax.settings import SettingsError, build
+from speechlm2_jax.sharding import context_size
 
 TARGET = "nemo.collections.asr.models.EncDecCTCModelBPE"
 TOKENIZER_FILE = "tokenizer.model"
@@ -186,6 +188,11 @@ class CTCModel:
         return self._variables is not None
 
     @property
+    def heads(self) -> Mapping[str, int]:
+        """Attention heads of each kind."""
+        return self.architecture.perception.heads
+
+    @property
     def trainable(self) -> Mapping[str, bool | np.ndarray]:
         """Everything but the buffers."""
         return {path: not info.is_buffer for path, info in self.infos.items()}
@@ -225,10 +232,24 @@ class CTCModel:
         self._network = replace(self._network, compute_dtype=jnp.dtype(dtype).name)
         self._definition, self.infos = self._build()
 
+    def use_remat(self, policies: Mapping[str, str]) -> None:
+        """Chooses what the backward pass computes again: perception.
+
+        Raises SettingsError for another part or policy.
+        """
+        remat = build(Remat, policies, "trainer.remat").perception
+        self._network = replace(self._network, remat=remat)
+        self._definition, self.infos = self._build()
+
     def losses(
         self, variables: Variables, batch: SalmBatch, *, key: jax.Array | None, train: bool
     ) -> StepLosses:
         """Sums of the CTC loss; pure and traceable."""
+        if context_size() > 1:
+            raise SettingsError(
+                "trainer.strategy: context parallelism shares the steps of an LLM, and a CTC model "
+                "has none; leave context_parallel_size at 1"
+            )
         network: CtcNetwork = bind(self._definition, variables)
         return learning.losses(network, batch, train=train, key=key if train else None)
 

@@ -9,10 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from speechlm2_jax import parameter_paths
+from speechlm2_jax import parameter_paths, settings
 from speechlm2_jax.batches import HostBatch, LossSum, SalmBatch, SalmExample, StepLosses
 from speechlm2_jax.data.prompts import PromptFormatter
-from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, bind, describe, unbind
+from speechlm2_jax.layers.module import (
+    Remat,
+    VariableInfo,
+    Variables,
+    abstract,
+    bind,
+    describe,
+    unbind,
+)
 from speechlm2_jax.models import answering, building, loading
 from speechlm2_jax.models.building import Blueprint
 from speechlm2_jax.networks import salm as salm_network
@@ -150,7 +158,7 @@ class SALM:
         """Sets the dtype of the computation: "float32" or "bfloat16"."""
         if dtype not in COMPUTE_DTYPES:
             raise SettingsError(f"dtype {dtype!r} is not supported; use float32 or bfloat16")
-        self._blueprint = self._blueprint.with_compute_dtype(dtype)
+        self._blueprint = self._blueprint.computing(compute_dtype=dtype)
         self._definition, self.infos = self._build()
         return self
 
@@ -224,6 +232,16 @@ class SALM:
         return self._blueprint.network.perception.frame_count
 
     @property
+    def heads(self) -> Mapping[str, int]:
+        """Attention heads of each kind."""
+        network = self._blueprint.network
+        return {
+            "query heads of the LLM": network.llm.heads,
+            "key and value heads of the LLM": network.llm.kv_heads,
+            **network.perception.heads,
+        }
+
+    @property
     def trainable(self) -> Mapping[str, bool | np.ndarray]:
         """Per variable path, whether training changes it; a bool array per layer of a stack."""
         return self._selection.trainable
@@ -262,6 +280,15 @@ class SALM:
     def compute_dtype(self, dtype: Any) -> None:
         self.astype(jnp.dtype(dtype).name)
 
+    def use_remat(self, policies: Mapping[str, str]) -> None:
+        """Chooses what the backward pass computes again, by part: llm, perception.
+
+        Raises SettingsError for another part or policy.
+        """
+        remat = settings.build(Remat, policies, "trainer.remat")
+        self._blueprint = self._blueprint.computing(remat=remat)
+        self._definition, self.infos = self._build()
+
     def losses(
         self, variables: Variables, batch: SalmBatch, *, key: jax.Array | None, train: bool
     ) -> StepLosses:
@@ -298,7 +325,7 @@ class SALM:
         freeze, prevent = list(config.freeze_params), list(config.prevent_freeze_params)
         if config.lora is not None:
             # PEFT freezes the whole base LLM, its embedding included, and trains the adapters
-            freeze += [r"^llm\..+$", r"^embed_tokens\..+$"]
+            freeze.append(r"^(llm|embed_tokens)\..+$")
             prevent += [r"^.+\.lora_.+$"]
         return parameter_paths.select(self.parameter_names, freeze, prevent)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.batches import LossSum
+from speechlm2_jax.sharding import constrain, context_size
 
 LogitsOf = Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]]
 CHUNK_TOKENS = 1024
@@ -25,23 +26,33 @@ def chunked_cross_entropy(
 
     Scored positions of each row move to its front, and the head runs over chunks of steps, each
     computed only if some row still has a target there and computed again in the backward pass.
-    `rows_per_chunk` is how many rows share a device, which sets the steps of a chunk. Returns
-    (loss, accuracy) as sums with the same count. fp32 whatever the dtype of the logits.
+    `rows_per_chunk` is how many rows share a device, which sets the steps of a chunk. Where devices
+    share the steps of a row, each does this with its own. Returns (loss, accuracy) as sums with the
+    same count. fp32 whatever the dtype of the logits.
     """
-    batch, steps = loss_mask.shape
+    batch, shares = loss_mask.shape[0], context_size()
+    steps = loss_mask.shape[1] // shares
     chunk = min(steps, max(1, CHUNK_TOKENS // rows_per_chunk))
     padded = -(-steps // chunk) * chunk
-    order = jnp.argsort(~loss_mask, axis=1, stable=True)
-    order = jnp.pad(order, ((0, 0), (0, padded - steps)))
-    scored = jnp.sum(loss_mask, axis=1)
+
+    def share(x: Array) -> Array:
+        """[B, T, ...] -> [B, shares, steps, ...]."""
+        x = x.reshape(batch, shares, steps, *x.shape[2:])
+        return constrain(x, "batch", "steps", *(None,) * (x.ndim - 2))
+
+    hidden, targets, loss_mask = share(hidden), share(targets), share(loss_mask)
+    order = jnp.argsort(~loss_mask, axis=2, stable=True)
+    order = jnp.pad(order, ((0, 0), (0, 0), (0, padded - steps)))
+    scored = jnp.sum(loss_mask, axis=2)
     width = jnp.max(scored)
 
     def sums(start: Array) -> tuple[Array, Array]:
-        index = jax.lax.dynamic_slice_in_dim(order, start, chunk, axis=1)
-        h = jnp.take_along_axis(hidden, index[..., None], axis=1)
-        y = jnp.take_along_axis(targets, index, axis=1)
-        mask = (start + jnp.arange(chunk))[None, :] < scored[:, None]
-        logits = logits_of(h).astype(jnp.float32)
+        index = jax.lax.dynamic_slice_in_dim(order, start, chunk, axis=2)
+        h = jnp.take_along_axis(hidden, index[..., None], axis=2)
+        y = jnp.take_along_axis(targets, index, axis=2)
+        mask = (start + jnp.arange(chunk))[None, None] < scored[..., None]
+        logits = logits_of(h.reshape(batch, -1, h.shape[-1])).astype(jnp.float32)
+        logits = logits.reshape(*y.shape, -1)
         picked = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
         loss = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
         right = mask & (jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == y)

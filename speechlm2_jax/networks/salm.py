@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from speechlm2_jax.batches import SalmBatch, StepLosses
 from speechlm2_jax.layers.lora import LoraConfig
+from speechlm2_jax.layers.module import Remat
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.decoder import Decoder
 from speechlm2_jax.networks.interleave import interleave
@@ -35,6 +36,7 @@ class SalmConfig:
     lora: LoraConfig | None = None
     compute_dtype: str = "float32"
     """Dtype of activations; norms, softmax, mel and losses stay in fp32."""
+    remat: Remat = Remat()
 
     def __post_init__(self) -> None:
         if self.perception.output_width != self.llm.width:
@@ -87,12 +89,13 @@ def encode_audio(
     """Encodes every clip of every group into LLM-width frames; clips share no encoder row."""
     groups, clips, samples = batch.audio.shape
     output = network.perception(
-        constrain(batch.audio.reshape(groups * clips, samples), "batch", None),
+        constrain(batch.audio.reshape(groups * clips, samples), "clips", None),
         batch.audio_lengths.reshape(-1),
         modes=modes.perception,
         keys=example_keys(key, batch.clip_ids),
         extents=jnp.repeat(batch.audio_extent, clips),
         dtype=network.dtype,
+        remat=network.config.remat.perception,
     )
     frames = output.frames.reshape(groups, clips, *output.frames.shape[1:])
     return frames, output.statistics
@@ -129,6 +132,7 @@ def forward(
         segments=batch.segments.reshape(rows),
         is_key=batch.is_key.reshape(rows),
         keys=example_keys(key, batch.row_ids) if modes.llm else None,
+        remat=network.config.remat.llm,
     )
 
 

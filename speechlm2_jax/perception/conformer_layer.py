@@ -16,6 +16,7 @@ from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.frames import is_within
 from speechlm2_jax.perception.initializers import uniform
 from speechlm2_jax.perception.relative_attention import RelativeAttention, View
+from speechlm2_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +55,7 @@ class DepthwiseConv(nnx.Module):
     def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
         self.context = config.conv_context
         size = config.conv_kernel_size
-        self.weight = param(rngs, (config.d_model, size), ("embed", "conv"), uniform(size))
+        self.weight = param(rngs, (config.d_model, size), ("conv", "conv"), uniform(size))
         self.bias = param(rngs, (config.d_model,), ("norm",), zeros) if config.use_bias else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -73,7 +74,9 @@ class Convolution(nnx.Module):
 
     def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
         width, bias = config.d_model, config.use_bias
-        self.pointwise_in = Linear(width, 2 * width, axes=("mlp", "embed"), rngs=rngs, bias=bias)
+        # whole on tensor-parallel devices: a cut through value and gate together would put the two
+        # halves of a channel on different ones
+        self.pointwise_in = Linear(width, 2 * width, axes=(None, "embed"), rngs=rngs, bias=bias)
         self.depthwise = DepthwiseConv(config, rngs=rngs)
         self.norm = NORMS[config.conv_norm_type](width, rngs=rngs)
         self.pointwise_out = Linear(width, width, axes=("embed", "mlp"), rngs=rngs, bias=bias)
@@ -82,7 +85,7 @@ class Convolution(nnx.Module):
         self, x: Float[Array, "B T D"], inputs: LayerInputs
     ) -> tuple[Float[Array, "B T D"], Statistics]:
         """Convolves; silence replaces padding, so real frames never see it."""
-        value, gate = jnp.split(self.pointwise_in(x), 2, axis=-1)
+        value, gate = self._halves(x)
         is_real = is_within(inputs.view.lengths, x.shape[1])[..., None]
         x = jnp.where(is_real, value * jax.nn.sigmoid(gate), jnp.zeros((), x.dtype))
         x = self.depthwise(x)
@@ -92,6 +95,19 @@ class Convolution(nnx.Module):
         else:
             x = self.norm(x)
         return self.pointwise_out(jax.nn.silu(x)), statistics
+
+    def _halves(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        """Value and gate of every channel: one product, its two halves kept apart."""
+        shape = (2, x.shape[-1], x.shape[-1])
+        weight = constrain(self.pointwise_in.weight[...].astype(x.dtype), None, None)
+        weight = constrain(weight.reshape(shape), None, "mlp", None)
+        y = jnp.einsum("btd,ghd->btgh", x, weight)
+        if self.pointwise_in.bias is not None:
+            y = y + self.pointwise_in.bias[...].astype(x.dtype).reshape(1, 1, *shape[:2])
+        y = constrain(y, "clips", "frames", None, "act_mlp")
+        return y[:, :, 0], y[:, :, 1]
 
 
 NORMS = {"batch_norm": BatchNorm, "layer_norm": LayerNorm}

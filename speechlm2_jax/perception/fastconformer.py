@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from speechlm2_jax.layers.dropout import dropout, fold_keys
 from speechlm2_jax.layers.linear import Linear
-from speechlm2_jax.layers.module import scan_layers, stack
+from speechlm2_jax.layers.module import RematPolicy, scan_layers, stack
 from speechlm2_jax.perception.batch_norm import Statistics
 from speechlm2_jax.perception.conformer_layer import ConformerLayer, LayerInputs
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
@@ -67,6 +67,7 @@ class FastConformer(nnx.Module):
         keys: Key[Array, " B"] | None = None,
         extents: Int[Array, " B"] | None = None,
         return_layers: bool = False,
+        remat: RematPolicy = "full",
     ) -> EncoderOutput:
         """Encodes rows of `lengths` real frames; rows of length 0 are empty.
 
@@ -81,7 +82,7 @@ class FastConformer(nnx.Module):
             extents = jnp.where(extents > 0, config.subsampled(extents), 0)
         x = subsampled.frames * (math.sqrt(config.d_model) if config.xscaling else 1.0)
         x = dropout(x, config.dropout_pre_encoder, fold_keys(keys, _INPUT_PLACE))
-        x = constrain(x, "batch", "time", "act_embed")
+        x = constrain(x, "clips", "frames", "act_embed")
         counted = is_within(lengths if extents is None else extents, x.shape[1]) if train else None
         inputs = LayerInputs(
             view=self._view(x.shape[1], lengths, keys),
@@ -92,11 +93,11 @@ class FastConformer(nnx.Module):
 
         def body(layer: ConformerLayer, x: Array, index: Array) -> tuple[Array, tuple]:
             x, statistics = layer(x, inputs, fold_keys(layer_keys, index))
-            x = constrain(x, "batch", "time", "act_embed")
+            x = constrain(x, "clips", "frames", "act_embed")
             return x, (statistics, x if return_layers else None)
 
         indices = jnp.arange(config.n_layers)
-        x, (statistics, layers) = scan_layers(self.layers, body, x, indices)
+        x, (statistics, layers) = scan_layers(self.layers, body, x, indices, remat=remat)
         return EncoderOutput(
             frames=x if self.output is None else self.output(x),
             lengths=lengths,

@@ -131,6 +131,7 @@ class LogMelConfig:
         return -(-frames // multiple) * multiple
 
 
+_FRAMES = ("clips", "frames", None)
 _GUARDS = {"tiny": 2.0**-126, "eps": 2.0**-23}
 
 
@@ -207,7 +208,9 @@ class LogMel(nnx.Module):
             _overlapping(wave, size, hop, count) * self.window[...].astype(jnp.float32)[None, None]
         )
         # on shards: XLA's partitioner would gather all frames on every device for an FFT
-        spectrum = on_shards(lambda x: jnp.fft.rfft(x, n=n_fft), frames, "batch", None, None)
+        spectrum = on_shards(
+            lambda x: jnp.fft.rfft(x, n=n_fft), [frames], [_FRAMES], out_axes=_FRAMES
+        )
         power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
         return power if config.mag_power == 2.0 else jnp.power(power, config.mag_power / 2.0)
 

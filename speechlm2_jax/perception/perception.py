@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from speechlm2_jax.layers.dropout import fold_keys
 from speechlm2_jax.layers.linear import Linear
+from speechlm2_jax.layers.module import RematPolicy
 from speechlm2_jax.perception.batch_norm import Statistics
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
@@ -81,6 +82,14 @@ class PerceptionConfig:
     def output_width(self) -> int:
         """Width of the output frames."""
         return self.output_dim if self.is_projected else self.adapter_width
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """Attention heads of the encoder and of a Conformer adapter."""
+        heads = {"heads of the speech encoder": self.encoder.n_heads}
+        if isinstance(self.modality_adapter, FastConformerConfig):
+            heads["heads of the modality adapter"] = self.modality_adapter.n_heads
+        return heads
 
     @property
     def frame_samples(self) -> int:
@@ -152,12 +161,13 @@ class AudioPerception(nnx.Module):
         keys: Key[Array, " B"] | None = None,
         extents: Int[Array, " B"] | None = None,
         dtype: DTypeLike = jnp.float32,
+        remat: RematPolicy = "full",
     ) -> PerceptionOutput:
         """Encodes clips of `lengths` samples; one of length 0 is an empty slot.
 
         `keys`, one per clip, feed the random parts that `modes` puts in training. `extents`, in
         samples, is the padded length of each clip's batch in NeMo (`modes.nemo_exact` needs it).
-        Activations after the mel features have `dtype`.
+        Activations after the mel features have `dtype`; `remat` is that of the encoder's layers.
         """
         audio = jnp.where(is_within(lengths, audio.shape[1]), audio, 0.0)
         features = self._features(audio, lengths, modes, keys)
@@ -172,6 +182,7 @@ class AudioPerception(nnx.Module):
             train=modes.encoder,
             keys=fold_keys(keys, _ENCODER_PLACE) if modes.encoder else None,
             extents=frame_extents,
+            remat=remat,
         )
         adapted = self.adapter(
             encoded.frames,
@@ -185,7 +196,7 @@ class AudioPerception(nnx.Module):
         if self.projection is not None:
             frames = self.projection(frames)
         return PerceptionOutput(
-            frames=constrain(frames, "batch", "time", "act_embed"),
+            frames=constrain(frames, "clips", "frames", "act_embed"),
             lengths=adapted.lengths,
             statistics={
                 f"{part}.{path}": value

@@ -171,7 +171,7 @@ def _scores(
         preferred_element_type=jnp.float32,
     )
     scores = content + _skew(distance, key.shape[1])
-    return constrain(scores * key.shape[-1] ** -0.5, "batch", "act_heads", None, None)
+    return constrain(scores * key.shape[-1] ** -0.5, "clips", "act_heads", None, None)
 
 
 def _skew(scores: Float[Array, "B N Q P"], steps: int) -> Float[Array, "B N Q T"]:

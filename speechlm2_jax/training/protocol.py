@@ -118,8 +118,17 @@ class ModelOutline(Protocol):
         ...
 
     @property
+    def heads(self) -> Mapping[str, int]:
+        """How many attention heads there are of each kind, which tensor parallelism shares out."""
+        ...
+
+    @property
     def frame_count(self) -> FrameCount:
         """Samples of a clip -> steps that it takes in a row."""
+        ...
+
+    def use_remat(self, policies: Mapping[str, str]) -> None:
+        """Chooses what the backward pass computes again, by part (`trainer.remat`)."""
         ...
 
     def losses(

@@ -35,7 +35,13 @@ from speechlm2_jax.training.state import (
     put,
 )
 from speechlm2_jax.training.step import StepFunctions
-from speechlm2_jax.training.strategies import Strategy, build_mesh, check_groups
+from speechlm2_jax.training.strategies import (
+    Strategy,
+    build_mesh,
+    check_groups,
+    check_heads,
+    remat_policies,
+)
 from speechlm2_jax.training.terminal import phase
 from speechlm2_jax.training.trainer_config import TrainerConfig
 
@@ -64,6 +70,7 @@ class Setup:
         """
         devices = config.choose_devices()
         sharding = build_mesh(strategy, devices)
+        check_heads(model.heads, sharding)
         partition, adamw = Partition.of(model.infos, model.trainable), AdamWConfig()
         if trains:
             partition.require_trainable()
@@ -75,6 +82,7 @@ class Setup:
         )
         if model.compute_dtype != config.compute_dtype:  # setting it builds the network anew
             model.compute_dtype = config.compute_dtype
+        model.use_remat(remat_policies(config.remat, strategy))
         layout = plan_layout(model.infos, partition, optimizer, sharding, config.compute_dtype)
         return Setup(
             config=config,

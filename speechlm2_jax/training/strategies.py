@@ -1,10 +1,12 @@
-"""How devices are used: Lightning's strategy names, mapped to sizes of the mesh.
+"""How devices are used: Lightning's and NeMo's strategy names, mapped to sizes of the mesh.
 
 DDP copies the parameters to every device. FSDP shards them, and their optimizer state, over all.
 ModelParallelStrategy is FSDP2 with tensor parallelism, as NeMo builds it: its data-parallel
-devices also share the parameters, unless `fsdp_size` says how many of them do.
+devices also share the parameters, unless `fsdp_size` says how many of them do (HSDP); sequence and
+context parallelism go with it. NeMo's AutomodelParallelStrategy says the same in other words.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -54,7 +56,7 @@ class DDPStrategy:
 
     IGNORED: ClassVar[Mapping[str, str]] = _TORCH_ONLY
 
-    def mesh_sizes(self, devices: int) -> dict[str, int]:
+    def mesh_sizes(self, devices: int) -> dict[str, Any]:
         """Sizes of the mesh axes over so many devices."""
         return {"data": devices}
 
@@ -63,21 +65,33 @@ class DDPStrategy:
 class FSDPStrategy:
     """Fully sharded data parallelism over all devices (ZeRO 3)."""
 
-    sharding_strategy: Literal["FULL_SHARD"] = "FULL_SHARD"
+    sharding_strategy: Literal["FULL_SHARD", "HYBRID_SHARD", "NO_SHARD"] = "FULL_SHARD"
+    device_mesh: tuple[int, int] | None = None
+    """HYBRID_SHARD: (copies of the parameters, devices that share one copy)."""
 
-    IGNORED: ClassVar[Mapping[str, str]] = _TORCH_ONLY
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        key: reason for key, reason in _TORCH_ONLY.items() if key != "device_mesh"
+    }
     REFUSED: ClassVar[Mapping[str, Any]] = {
         "cpu_offload": "parameters stay on the devices; use more devices",
     }
 
-    def mesh_sizes(self, devices: int) -> dict[str, int]:
-        """Sizes of the mesh axes over so many devices."""
-        return {"fsdp": devices}
+    def mesh_sizes(self, devices: int) -> dict[str, Any]:
+        """Sizes of the mesh axes over so many devices. Raises SettingsError without `device_mesh`.
+
+        Without it, HYBRID_SHARD shares the parameters within each process and copies them between.
+        """
+        if self.sharding_strategy == "NO_SHARD":
+            return {"data": devices}
+        if self.sharding_strategy == "FULL_SHARD":
+            return {"fsdp": devices}
+        copies, shares = self.device_mesh or (jax.process_count(), devices // jax.process_count())
+        return {"data": copies, "fsdp": shares}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParallelStrategy:
-    """Fully sharded data parallelism times tensor parallelism."""
+    """Fully sharded data parallelism times tensor, sequence and context parallelism."""
 
     data_parallel_size: Size = "auto"
     """Groups of a global batch that are computed at once; auto: what the others leave."""
@@ -85,34 +99,124 @@ class ModelParallelStrategy:
     """Devices that share each layer; auto: what data_parallel_size leaves, else 1."""
     fsdp_size: Size = "auto"
     """Of the data-parallel devices, how many share one copy of the parameters; auto: all."""
+    context_parallel_size: int = 1
+    """Devices that share the steps of each row; attention goes around them as a ring."""
+    sequence_parallel: bool = False
+    """Between blocks the tensor-parallel devices also share the steps of each row (Megatron)."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {
         "data_parallel": "data_parallel_size",
         "tensor_parallel": "tensor_parallel_size",
+        "context_parallel": "context_parallel_size",
     }
     IGNORED: ClassVar[Mapping[str, str]] = _TORCH_ONLY
 
-    def mesh_sizes(self, devices: int) -> dict[str, int]:
-        """Sizes of the mesh axes over so many devices. Raises SettingsError if they do not fit."""
-        data, tensor = self.data_parallel_size, self.tensor_parallel_size
+    def mesh_sizes(self, devices: int) -> dict[str, Any]:
+        """What `make_sharding` takes, over so many devices.
+
+        Raises SettingsError if they do not fit.
+        """
+        data, tensor, context = (
+            self.data_parallel_size,
+            self.tensor_parallel_size,
+            self.context_parallel_size,
+        )
+        left = devices // max(context, 1)
         if tensor == "auto":
-            tensor = 1 if data == "auto" else max(1, devices // data)
+            tensor = 1 if data == "auto" else max(1, left // data)
         if data == "auto":
-            data = max(1, devices // tensor)
+            data = max(1, left // tensor)
         fsdp = data if self.fsdp_size == "auto" else self.fsdp_size
-        if min(data, tensor, fsdp) < 1 or data % fsdp:
+        if min(data, tensor, fsdp, context) < 1 or data % fsdp:
             raise SettingsError(
                 f"trainer.strategy: fsdp_size={fsdp} must divide data_parallel_size={data}, "
                 "and every size must be at least 1"
             )
-        return {"data": data // fsdp, "fsdp": fsdp, "tensor": tensor}
+        if data * tensor * context != devices:
+            raise SettingsError(_mismatch(data, tensor, context, devices))
+        if self.sequence_parallel and tensor == 1:
+            raise SettingsError(
+                "trainer.strategy.sequence_parallel: nothing to share with tensor_parallel_size=1; "
+                "give it at least 2, or leave sequence_parallel out"
+            )
+        return {
+            "data": data // fsdp,
+            "fsdp": fsdp,
+            "tensor": tensor,
+            "context": context,
+            "sequence_parallel": self.sequence_parallel,
+        }
 
 
-Strategy = DDPStrategy | FSDPStrategy | ModelParallelStrategy
+def _mismatch(data: int, tensor: int, context: int, devices: int) -> str:
+    left = max(devices // context, 1)
+    fitting = [f"{left // n} x {n}" for n in range(1, left + 1) if left % n == 0]
+    hint = (
+        f"with context_parallel_size={context}, data_parallel_size x tensor_parallel_size may be "
+        + ", ".join(fitting)
+        if devices % context == 0
+        else f"context_parallel_size must divide {devices}"
+    )
+    return (
+        f"trainer.strategy: data_parallel_size={data} x tensor_parallel_size={tensor} x "
+        f"context_parallel_size={context} is {data * tensor * context}, but {devices} devices are "
+        f"in use; {hint}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutomodelParallelStrategy:
+    """The same in the words of NeMo's strategy over nemo_automodel."""
+
+    dp_size: int | None = None
+    """Groups of a global batch that are computed at once; None: what the others leave."""
+    dp_replicate_size: int | None = None
+    """Copies of the parameters among the data-parallel devices; None: one."""
+    tp_size: int = 1
+    """Devices that share each layer."""
+    cp_size: int = 1
+    """Devices that share the steps of each row."""
+    pp_size: Literal[1] = 1
+    """Pipeline parallelism is not there: shard fully, or over more tensor-parallel devices."""
+    ep_size: Literal[1] = 1
+    """Expert parallelism is not there: no supported LLM has experts."""
+    sequence_parallel: bool = False
+    """Between blocks the tensor-parallel devices also share the steps of each row."""
+    activation_checkpointing_llm: bool | None = None
+    """True, False: `trainer.remat.llm` is full, none."""
+    activation_checkpointing_perception: bool | None = None
+    """True, False: `trainer.remat.perception` is full, none."""
+
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        **_TORCH_ONLY,
+        "distributed_config": "about FSDP2's own options; the mesh says what is sharded",
+        "moe_config": "no supported LLM has experts",
+    }
+
+    def mesh_sizes(self, devices: int) -> dict[str, Any]:
+        """What `make_sharding` takes. Raises SettingsError if the sizes do not fit the devices."""
+        data = self.dp_size or max(1, devices // (self.tp_size * self.cp_size))
+        copies = self.dp_replicate_size or 1
+        if data % copies:
+            raise SettingsError(
+                f"trainer.strategy: dp_replicate_size={copies} must divide dp_size={data}"
+            )
+        return ModelParallelStrategy(
+            data_parallel_size=data,
+            tensor_parallel_size=self.tp_size,
+            context_parallel_size=self.cp_size,
+            fsdp_size=data // copies,
+            sequence_parallel=self.sequence_parallel,
+        ).mesh_sizes(devices)
+
+
+_PARTS: tuple[str, ...] = ("llm", "perception")
+Strategy = DDPStrategy | FSDPStrategy | ModelParallelStrategy | AutomodelParallelStrategy
 STRATEGIES: Mapping[str, type[Any]] = {
     "DDPStrategy": DDPStrategy,
     "FSDPStrategy": FSDPStrategy,
     "ModelParallelStrategy": ModelParallelStrategy,
+    "AutomodelParallelStrategy": AutomodelParallelStrategy,
 }
 _BY_NAME: Mapping[str, Strategy] = {
     "auto": DDPStrategy(),
@@ -145,6 +249,31 @@ def build_mesh(strategy: Strategy, devices: Sequence[jax.Device]) -> Sharding:
         raise
     except ValueError as error:
         raise SettingsError(f"trainer.strategy: {error}") from error
+
+
+def remat_policies(chosen: str | Mapping[str, str], strategy: Strategy) -> Mapping[str, str]:
+    """`trainer.remat` by part of the model, where the strategy does not say otherwise."""
+    by_part = dict(chosen) if isinstance(chosen, Mapping) else dict.fromkeys(_PARTS, chosen)
+    if isinstance(strategy, AutomodelParallelStrategy):
+        given = {
+            "llm": strategy.activation_checkpointing_llm,
+            "perception": strategy.activation_checkpointing_perception,
+        }
+        by_part |= {p: "full" if on else "none" for p, on in given.items() if on is not None}
+    return by_part
+
+
+def check_heads(heads: Mapping[str, int], sharding: Sharding) -> None:
+    """Raises SettingsError unless the tensor axis shares out each kind of heads evenly."""
+    size = sharding.tensor_size
+    if any(count % size for count in heads.values()):
+        least = math.gcd(*heads.values())
+        fitting = ", ".join(str(n) for n in range(1, least + 1) if least % n == 0)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in heads.items())
+        raise SettingsError(
+            f"trainer.strategy: tensor_parallel_size={size} cannot share the model's heads evenly "
+            f"({kinds}); sizes that fit: {fitting}"
+        )
 
 
 def check_groups(groups: int, sharding: Sharding) -> None:

@@ -33,7 +33,9 @@ from speechlm2_jax.training.strategies import (
     DDPStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
+    Strategy,
     build_mesh,
+    check_heads,
     read_strategy,
 )
 from speechlm2_jax.training.trainer_config import TrainerConfig
@@ -95,7 +97,7 @@ class Trainer:
 
         Raises SettingsError for what does not fit.
         """
-        build_mesh(self.strategy, self.config.choose_devices())
+        check_heads(model.heads, build_mesh(self.strategy, self.config.choose_devices()))
         self.config.cadence()
         adamw = read_optimizer(model.optimizer)
         make_schedule(model.lr_scheduler, adamw.lr)
@@ -228,7 +230,7 @@ class Trainer:
     def _settings(self, model: TrainableModel, datamodule: DataSource) -> dict[str, Any]:
         """The settings of a run as config.yaml has them, from its parts."""
         trainer = dict(self._options)
-        if isinstance(self.config.strategy, DDPStrategy | FSDPStrategy | ModelParallelStrategy):
+        if isinstance(self.config.strategy, Strategy):
             name = type(self.config.strategy).__name__
             trainer["strategy"] = {"_target_": name, **to_plain(self.config.strategy)}
         return {

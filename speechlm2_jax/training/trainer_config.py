@@ -66,6 +66,9 @@ class TrainerConfig:
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | None = None
     """Largest global gradient norm; null or 0: no clipping."""
+    remat: str | Mapping[str, str] = "full"
+    """What the backward pass computes again: full, dots (all but products with weights) or none;
+    for all parts of the model, or by part (llm, perception)."""
     default_root_dir: str | None = None
     """Where a run goes that exp_manager gives no folder."""
     seed: int = 42

@@ -79,18 +79,19 @@ def test_padding_changes_no_hidden_state(before: int, after: int) -> None:
 
 def test_neither_padding_nor_rematerialisation_changes_a_gradient() -> None:
     def loss(
-        variables: Variables, row: jax.Array, where: dict[str, jax.Array], remat: bool
+        variables: Variables, row: jax.Array, where: dict[str, jax.Array], remat: str
     ) -> jax.Array:
         decoder: Decoder = bind(DEFINITION, variables)
         scores = jax.nn.log_softmax(decoder.logits(decoder(row, **where, remat=remat)))
         return jnp.sum(jnp.where(where["is_key"], scores[..., 3], 0.0)) / STEPS
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=3)
-    alone, alone_row = gradient(VARIABLES, embeds(), place(), False)
-    within, within_row = gradient(VARIABLES, *padded(4, 3), True)
-    for path, expected in alone.items():
-        np.testing.assert_allclose(within[path], expected, atol=GRADIENT_ATOL, err_msg=path)
-    np.testing.assert_allclose(within_row[:, 4 : 4 + STEPS], alone_row, atol=GRADIENT_ATOL)
+    alone, alone_row = gradient(VARIABLES, embeds(), place(), "none")
+    for remat in ("full", "dots"):
+        within, within_row = gradient(VARIABLES, *padded(4, 3), remat)
+        for path, expected in alone.items():
+            np.testing.assert_allclose(within[path], expected, atol=GRADIENT_ATOL, err_msg=path)
+        np.testing.assert_allclose(within_row[:, 4 : 4 + STEPS], alone_row, atol=GRADIENT_ATOL)
 
 
 def test_neighbours_change_no_hidden_state() -> None:

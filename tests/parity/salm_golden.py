@@ -146,6 +146,8 @@ class Training:
     buffers: dict[str, np.ndarray]
     """After the first step."""
     final: dict[str, np.ndarray]
+    program: str
+    """The text of the compiled step."""
 
 
 def five_steps(
@@ -171,8 +173,10 @@ def five_steps(
 
     placed = sharding.put_batch(batch)
     reports, first = [], None
+    program = step.lower(state, frozen, placed).compile()
     for _ in range(steps):
-        (state, report), sums = step(state, frozen, placed)
+        (state, report), sums = program(state, frozen, placed)
+        state = jax.device_put(state, layout.state_shardings)
         first = first or jax.device_get(sums)
         reports.append(report)
     return Training(
@@ -181,6 +185,7 @@ def five_steps(
         gradients=first.grads,
         buffers=first.buffers,
         final=jax.device_get({**frozen, **state.buffers, **state.trainable}),
+        program=program.as_text(),
     )
 
 

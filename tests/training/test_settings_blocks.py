@@ -9,12 +9,15 @@ import pytest
 from speechlm2_jax.settings import SettingsError, build
 from speechlm2_jax.training.exp_manager import CheckpointParams, ExpManagerConfig
 from speechlm2_jax.training.strategies import (
+    AutomodelParallelStrategy,
     DDPStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     build_mesh,
     check_groups,
+    check_heads,
     read_strategy,
+    remat_policies,
 )
 from speechlm2_jax.training.trainer import Trainer
 from speechlm2_jax.training.trainer_config import TrainerConfig, parse_duration_s
@@ -158,11 +161,47 @@ def test_devices_are_chips():
         (ModelParallelStrategy(data_parallel_size=4), (1, 4, 2)),
         (ModelParallelStrategy(data_parallel_size=4, fsdp_size=2), (2, 2, 2)),
         (ModelParallelStrategy(data_parallel_size=8, fsdp_size=1), (8, 1, 1)),
+        (ModelParallelStrategy(context_parallel_size=2), (1, 4, 1, 2)),
+        (ModelParallelStrategy(context_parallel_size=2, tensor_parallel_size=2), (1, 2, 2, 2)),
+        ({"_target_": "AutomodelParallelStrategy", "tp_size": 2, "cp_size": 2}, (1, 2, 2, 2)),
+        ({"_target_": "AutomodelParallelStrategy", "dp_replicate_size": 2}, (2, 4, 1)),
+        ({"_target_": "FSDPStrategy", "sharding_strategy": "NO_SHARD"}, (8, 1, 1)),
+        (
+            {
+                "_target_": "FSDPStrategy",
+                "sharding_strategy": "HYBRID_SHARD",
+                "device_mesh": [2, 4],
+            },
+            (2, 4, 1),
+        ),
     ],
 )
 def test_strategies_arrange_the_devices(strategy, sizes):
     sharding = build_mesh(read_strategy(strategy), jax.devices())
-    assert tuple(sharding.mesh.shape[a] for a in ("data", "fsdp", "tensor")) == sizes
+    assert tuple(sharding.mesh.shape.values()) == (*sizes, 1)[:4]
+
+
+def test_sequence_parallelism_shares_the_steps_between_blocks():
+    strategy = ModelParallelStrategy(
+        tensor_parallel_size=2, context_parallel_size=2, sequence_parallel=True
+    )
+    sharding = build_mesh(strategy, jax.devices())
+    assert sharding.spec(("batch", "time", "act_embed"), (4, 64, 8))[1] == ("context", "tensor")
+    assert sharding.spec(("batch", "steps", "act_mlp"), (4, 64, 8))[1] == "context"
+    assert sharding.length_multiple == 4
+
+
+def test_heads_that_cannot_be_shared_out_are_refused_with_the_sizes_that_fit():
+    sharding = build_mesh(ModelParallelStrategy(tensor_parallel_size=8), jax.devices())
+    check_heads({"query heads": 16, "key heads": 8}, sharding)
+    with pytest.raises(SettingsError, match=r"12 query heads, 4 key heads.*fit: 1, 2, 4$"):
+        check_heads({"query heads": 12, "key heads": 4}, sharding)
+
+
+def test_remat_is_chosen_by_part():
+    automodel = AutomodelParallelStrategy(activation_checkpointing_llm=False)
+    assert remat_policies("full", automodel) == {"llm": "none", "perception": "full"}
+    assert remat_policies({"llm": "dots"}, ModelParallelStrategy()) == {"llm": "dots"}
 
 
 @pytest.mark.parametrize(
@@ -170,11 +209,25 @@ def test_strategies_arrange_the_devices(strategy, sizes):
     [
         ModelParallelStrategy(data_parallel_size=3, tensor_parallel_size=2),
         ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=2, fsdp_size=3),
+        ModelParallelStrategy(context_parallel_size=3),
+        ModelParallelStrategy(sequence_parallel=True),
+        AutomodelParallelStrategy(dp_size=4, dp_replicate_size=3),
     ],
 )
 def test_sizes_that_do_not_fit_the_devices_are_refused(strategy):
     with pytest.raises(SettingsError, match=r"trainer\.strategy"):
         build_mesh(strategy, jax.devices())
+
+
+def test_two_numbers_that_do_not_fit_are_answered_with_those_that_do():
+    strategy = ModelParallelStrategy(data_parallel_size=3, tensor_parallel_size=2)
+    with pytest.raises(SettingsError, match=r"is 6, but 8 devices.*8 x 1, 4 x 2, 2 x 4, 1 x 8"):
+        build_mesh(strategy, jax.devices())
+
+
+def test_no_parallelism_that_is_not_there():
+    with pytest.raises(SettingsError, match="pp_size"):
+        read_strategy({"_target_": "AutomodelParallelStrategy", "pp_size": 2})
 
 
 def test_groups_are_shared_by_any_size_that_divides_them():

@@ -76,11 +76,15 @@ class ToyModel:
     lr_scheduler: dict | None = None
     nemo_exact: bool = False
     compute_dtype: object = jnp.float32
+    heads: dict = field(default_factory=dict)
     settings: dict = field(default_factory=lambda: {"width": WIDTH, "kind": "toy"})
     validation_metrics: dict = field(default_factory=dict)
     infos: dict = field(default_factory=infos)
     variables: dict = field(default_factory=variables)
     has_variables: bool = True
+
+    def use_remat(self, policies):
+        self.policies = policies
 
     def frame_count(self, samples: int) -> int:
         return samples

@@ -1,11 +1,12 @@
 """Makes the larger training speech of the encoder, which is too big to commit.
 
-    python tools/corpus/make_pretraining_speech.py OUT --utterances 16000
+    python tools/corpus/make_pretraining_speech.py OUT --texts mixed --utterances 16000
 
 writes OUT/audio/*.flac (16 bit, 16 kHz, mono), OUT/train.jsonl and OUT/val.jsonl (200 rows), whose
 rows also say when each phoneme begins (`phonemes`: seconds and espeak-ng's name), and the list of
-what was said by whom, tools/corpus/pretraining_manifest.jsonl.gz, which is committed so that a test
-can look for sentences and voices of the test in it. Stopped, it goes on where it was.
+what was said by whom, tools/corpus/pretraining_TEXTS.jsonl.gz, which is committed so that a test
+can look for sentences and voices of the test in it. Stopped, it goes on where it was. `mixed` texts
+are mostly English, `glued` ones mostly phrases in no order.
 """
 
 import argparse
@@ -19,19 +20,22 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from synthesis import PRETRAINING_VOICES, RATE_HZ, Condition, Utterance, synthesize_timed
-from texts import digit_text, training_texts, walked_texts
+from texts import digit_text, glued_text, training_texts, walked_texts
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-SEED = 2
+SEEDS = {"mixed": 2, "glued": 4}
 VALIDATION_ROWS = 200
-SENTENCES, WALKS = 0.45, 0.35  # shares of the utterances; the rest are strings of digits
+SHARES = {  # of sentences, walks and glued phrases; the rest are strings of digits
+    "mixed": (0.45, 0.35, 0.0),
+    "glued": (0.2, 0.15, 0.5),
+}
 
 
-def plan_utterances(count: int, seed: int) -> list[Utterance]:
-    """Returns what to say: texts, voices and conditions drawn evenly, all from the seed."""
-    rng = np.random.default_rng(seed)
-    texts = _plan_texts(count, rng)
+def plan_utterances(count: int, kind: str) -> list[Utterance]:
+    """Returns what to say: texts, voices and conditions drawn evenly, all from the kind's seed."""
+    rng = np.random.default_rng(SEEDS[kind])
+    texts = _plan_texts(count, SHARES[kind], rng)
     # every voice about as often as every other, in a random order
     voices = np.concatenate(
         [
@@ -53,10 +57,15 @@ def plan_utterances(count: int, seed: int) -> list[Utterance]:
     ]
 
 
-def _plan_texts(count: int, rng: np.random.Generator) -> list[str]:
+def _plan_texts(
+    count: int, shares: tuple[float, float, float], rng: np.random.Generator
+) -> list[str]:
+    sentences, walks, glued = (round(count * share) for share in shares)
+    spoken = training_texts()
     texts = [
-        *_cycled(training_texts(), round(count * SENTENCES), rng),
-        *_cycled(walked_texts(), round(count * WALKS), rng),
+        *_cycled(spoken, sentences, rng),
+        *_cycled(walked_texts(), walks, rng),
+        *(glued_text(spoken, rng) for _ in range(glued)),
     ]
     texts += [digit_text(rng) for _ in range(count - len(texts))]
     return [texts[i] for i in rng.permutation(count)]
@@ -127,9 +136,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--utterances", type=int, default=16_000)
+    parser.add_argument("--texts", choices=sorted(SEEDS), default="mixed")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    planned = plan_utterances(arguments.utterances, SEED)
+    planned = plan_utterances(arguments.utterances, arguments.texts)
     claim_folder(arguments.out, planned)
     paths = [arguments.out / "audio" / f"{index:06d}.flac" for index in range(len(planned))]
     with ProcessPoolExecutor(arguments.processes) as pool:
@@ -139,7 +149,7 @@ def main() -> None:
     for name, part in (("val", rows[:VALIDATION_ROWS]), ("train", rows[VALIDATION_ROWS:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
         (arguments.out / f"{name}.jsonl").write_text(text)
-    write_said(rows, HERE / "pretraining_manifest.jsonl.gz")
+    write_said(rows, HERE / f"pretraining_{arguments.texts}.jsonl.gz")
     hours = sum(row["duration"] for row in rows) / 3600
     print(f"{arguments.out}: {len(rows)} utterances, {hours:.1f} hours")
 

@@ -32,6 +32,20 @@ def digit_text(rng: np.random.Generator) -> str:
     return " ".join(rng.choice(DIGITS, count))
 
 
+def glued_text(sentences: list[str], rng: np.random.Generator) -> str:
+    """Returns 4 to 11 words: phrases of one to three words of the sentences, glued together.
+
+    No order of words can be learned by heart from these, so that a recogniser has to listen.
+    """
+    count, words = int(rng.integers(4, 12)), []
+    while len(words) < count:
+        source = sentences[rng.integers(len(sentences))].split()
+        length = min(int(rng.integers(1, 4)), len(source))
+        start = int(rng.integers(len(source) - length + 1))
+        words += source[start : start + length]
+    return " ".join(words[:count])
+
+
 def random_walks(sentences: list[str], count: int, seed: int) -> list[str]:
     """Returns distinct word sequences whose every pair of neighbours occurs in a sentence.
 
