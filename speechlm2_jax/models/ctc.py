@@ -141,7 +141,8 @@ class CTCModel:
         for start in range(0, len(order), ROWS_AT_ONCE):
             chosen = order[start : start + ROWS_AT_ONCE]
             for i, ids in zip(chosen, self._decode([waves[i] for i in chosen]), strict=True):
-                texts[i] = self.tokenizer.ids_to_text(ids)
+                # an unknown piece stays visible, as in NeMo
+                texts[i] = self.tokenizer.ids_to_text(ids, remove_special_tokens=False)
         return texts
 
     def _decode(self, waves: Sequence[np.ndarray]) -> list[list[int]]:

@@ -71,6 +71,12 @@ def test_a_recording_is_written_down_the_same_beside_any_other(model, golden):
     assert together == model.transcribe(waves[::-1])[::-1]
 
 
+def test_an_unknown_piece_stays_visible_as_in_nemo(model, monkeypatch):
+    unknown = model.tokenizer.unk_id
+    monkeypatch.setattr(model, "_decode", lambda waves: [[5, unknown, 7]])
+    assert "⁇" in model.transcribe([np.zeros(16000, np.float32)])[0]
+
+
 def test_a_saved_archive_loads_to_the_same_weights_and_tokenizer(model, golden, tmp_path):
     model.save_to(tmp_path / "again.nemo")
     again = CTCModel.from_pretrained(tmp_path / "again.nemo")
