@@ -90,19 +90,25 @@ def table(place: str) -> dict[str, type[Any]]:
 
 def sections() -> list[Section]:
     """The blocks of a SALM's YAML, in its order."""
+    blocks = (
+        ("model", "What to train."),
+        ("trainer", "How."),
+        ("data", "On what."),
+        ("exp_manager", "Where the run is kept."),
+    )
+    top = tuple(Key(name=name, status="honoured", note=note) for name, note in blocks)
     return [
-        Section(
-            path="",
-            also=tuple(
-                Key(name=name, status="honoured", note=note)
-                for name, note in (
-                    ("model", "What to train."),
-                    ("trainer", "How."),
-                    ("data", "On what."),
-                    ("exp_manager", "Where the run is kept."),
-                )
-            ),
-        ),
+        Section(path="", also=top),
+        *model_sections(),
+        *trainer_sections(),
+        *data_sections(),
+        *experiment_sections(),
+    ]
+
+
+def model_sections() -> list[Section]:
+    """The blocks of `model`."""
+    return [
         Section(path="model", classes=one("models.config:SalmModelConfig")),
         Section(
             path="model.lora",
@@ -132,12 +138,24 @@ def sections() -> list[Section]:
         ),
         Section(path="model.optimizer", classes=table("training.optimizer:OPTIMIZERS")),
         Section(path="model.lr_scheduler", classes=table("training.schedules:SCHEDULES")),
+    ]
+
+
+def trainer_sections() -> list[Section]:
+    """The blocks of `trainer`."""
+    return [
         Section(path="trainer", classes=one("training.trainer_config:TrainerConfig")),
         Section(
             path="trainer.strategy",
             classes=table("training.strategies:STRATEGIES"),
             note="Or a name: auto, ddp, ddp_find_unused_parameters_true, fsdp.",
         ),
+    ]
+
+
+def data_sections() -> list[Section]:
+    """The blocks of `data`."""
+    return [
         Section(path="data", classes=one("data.datamodule:DataConfig")),
         Section(
             path="data.train_ds, data.validation_ds, data.validation_ds.datasets.*",
@@ -153,6 +171,12 @@ def sections() -> list[Section]:
             classes=one("data.config:InputConfig"),
             note="One entry of `input_cfg`.",
         ),
+    ]
+
+
+def experiment_sections() -> list[Section]:
+    """The blocks of `exp_manager`."""
+    return [
         Section(path="exp_manager", classes=one("training.exp_manager:ExpManagerConfig")),
         Section(
             path="exp_manager.checkpoint_callback_params",
