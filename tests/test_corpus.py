@@ -55,7 +55,8 @@ def test():
 
 @pytest.fixture(scope="module")
 def pretraining():
-    packed = [TOOLS / f"pretraining_{texts}.jsonl.gz" for texts in ("mixed", "glued")]
+    packed = sorted(TOOLS.glob("pretraining_*.jsonl.gz"))
+    assert packed
     text = "".join(gzip.decompress(path.read_bytes()).decode() for path in packed)
     return [json.loads(line) for line in text.splitlines()]
 

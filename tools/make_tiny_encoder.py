@@ -24,11 +24,12 @@ ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "configs" / "parts" / "tiny_encoder.nemo"
 CORPUS = ROOT / "tools" / "corpus"
 PIECES = 256
-UTTERANCES = 16_000
-ROUNDS = (  # texts; steps, first and last rate, weights of the two losses
-    ("mixed", dict(steps=7500, rates=(2e-3, 4e-4), phonetic_weight=1.0, ctc_weight=0.5)),
+ROUNDS = (  # texts, utterances; steps, first and last rate, weights of the two losses
+    ("mixed", 16_000, dict(steps=7500, rates=(2e-3, 4e-4), phonetic_weight=1.0, ctc_weight=0.5)),
     # English alone is learned by heart: then phrases in no order, and less help
-    ("glued", dict(steps=4500, rates=(8e-4, 1e-5), phonetic_weight=0.5, ctc_weight=1.0)),
+    ("glued", 16_000, dict(steps=4500, rates=(8e-4, 1e-5), phonetic_weight=0.5, ctc_weight=1.0)),
+    # and at last no sentence at all, so that it hears known sentences no better than new ones
+    ("phrases", 20_000, dict(steps=6000, rates=(6e-4, 1e-5), phonetic_weight=0.5, ctc_weight=1.0)),
 )
 
 
@@ -50,11 +51,11 @@ def make_tokenizer(folder: Path) -> None:
     )
 
 
-def make_speech(folder: Path, texts: str) -> Path:
+def make_speech(folder: Path, texts: str, utterances: int) -> Path:
     """Speaks the training texts, unless that was done before; the manifest."""
     if not (folder / "train.jsonl").exists():
         script = CORPUS / "make_pretraining_speech.py"
-        options = ["--texts", texts, "--utterances", str(UTTERANCES)]
+        options = ["--texts", texts, "--utterances", str(utterances)]
         subprocess.run([sys.executable, str(script), str(folder), *options], check=True)
     return folder / "train.jsonl"
 
@@ -64,7 +65,8 @@ def main(work: Path) -> None:
     keep_compiled_programs("auto")
     make_tokenizer(work / "tokenizer")
     rounds = [
-        Round(manifest=make_speech(work / texts, texts), **options) for texts, options in ROUNDS
+        Round(manifest=make_speech(work / texts, texts, utterances), **options)
+        for texts, utterances, options in ROUNDS
     ]
     config = settings.load(
         ROOT / "configs" / "parts" / "tiny_encoder.yaml",

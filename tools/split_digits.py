@@ -14,6 +14,7 @@ strings' audio.
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -94,6 +95,9 @@ def main(source: Path, out: Path, left_out: str | None) -> None:
     for name, wave in digits.items():
         middle = len(wave) // 2
         index[wave[middle : middle + KEY_SAMPLES].tobytes()].append((name, middle))
+    speakers = sorted({row["speaker"] for row in digit_rows})
+    if left_out is not None and left_out not in speakers:
+        sys.exit(f"--leave-out {left_out}: no such speaker; there are {', '.join(speakers)}")
     gone = [row for row in digit_rows if row["speaker"] == left_out]
     known = [row for row in digit_rows if row["speaker"] != left_out]
     held = [r for r in known if Path(r["audio_filepath"]).stem.split("_")[-1] in HELD_OUT]

@@ -6,7 +6,7 @@ writes OUT/audio/*.flac (16 bit, 16 kHz, mono), OUT/train.jsonl and OUT/val.json
 rows also say when each phoneme begins (`phonemes`: seconds and espeak-ng's name), and the list of
 what was said by whom, tools/corpus/pretraining_TEXTS.jsonl.gz, which is committed so that a test
 can look for sentences and voices of the test in it. Stopped, it goes on where it was. `mixed` texts
-are mostly English, `glued` ones mostly phrases in no order.
+are mostly English, `glued` ones half phrases in no order, `phrases` nothing else but digits.
 """
 
 import argparse
@@ -24,11 +24,13 @@ from texts import digit_text, glued_text, training_texts, walked_texts
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-SEEDS = {"mixed": 2, "glued": 4}
+SEEDS = {"mixed": 2, "glued": 4, "phrases": 6}
+SPEEDS_WPM = {"mixed": (100, 196), "glued": (100, 196), "phrases": (110, 216)}
 VALIDATION_ROWS = 200
 SHARES = {  # of sentences, walks and glued phrases; the rest are strings of digits
     "mixed": (0.45, 0.35, 0.0),
     "glued": (0.2, 0.15, 0.5),
+    "phrases": (0.0, 0.0, 0.9),
 }
 
 
@@ -47,7 +49,7 @@ def plan_utterances(count: int, kind: str) -> list[Utterance]:
         Utterance(
             text=text,
             voice=PRETRAINING_VOICES[voice],
-            speed_wpm=int(rng.integers(100, 196)),
+            speed_wpm=int(rng.integers(*SPEEDS_WPM[kind])),
             pitch=int(rng.integers(30, 76)),
             gain_db=round(float(rng.uniform(-12, 4)), 1),
             condition=_plan_condition(rng),
