@@ -1,28 +1,45 @@
 """Trains a speech language model: python train.py --config NAME_OR_PATH [key=value ...]."""
 
 import sys
+from typing import TYPE_CHECKING
 
+from speechlm2_jax import launch
 from speechlm2_jax.settings import SettingsError, find, parse_train
-from speechlm2_jax.training import terminal
+from speechlm2_jax.training import huge_pages, terminal
+
+if TYPE_CHECKING:
+    from speechlm2_jax.ahead.report import Report
 
 PROGRAM = "train.py"
 
 
 def main(argv: list[str]) -> None:
     """Parses arguments, builds, runs. Bad input is one clear line and exit code 2."""
-    with terminal.one_line_errors(PROGRAM, [SettingsError]), terminal.showing():
+    speaks = launch.is_first()
+    with terminal.one_line_errors(PROGRAM, [SettingsError]), terminal.showing(is_shown=speaks):
         command = parse_train(argv)
         terminal.say(f"speechlm2_jax: reading {find(command.config)} ...")
         with terminal.phase("importing"):
-            from speechlm2_jax import experiment
+            from speechlm2_jax import experiment, processes
 
         words = command.config, command.overrides
-        with experiment.clear_errors(PROGRAM):
+        with processes.failing_at_once(), experiment.clear_errors(PROGRAM):
+            if command.ahead is not None:
+                sys.exit(_compile_ahead(experiment.compile_ahead(*words, command.ahead)))
+            experiment.join(*words)
             if command.dry_run:
                 experiment.build(*words, only_describes=True).dry_run()
             elif not experiment.is_finished(*words):
                 experiment.build(*words, keeps_compiled=True).fit()
 
 
+def _compile_ahead(report: "Report") -> int:
+    """Shows what a program costs, and its figures as one line of JSON. 1 if it does not fit."""
+    print(report.table())
+    print(report.to_json())
+    return 0 if report.fits else 1
+
+
 if __name__ == "__main__":
+    huge_pages.start_again_with_them()
     main(sys.argv[1:])

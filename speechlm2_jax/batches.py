@@ -60,6 +60,8 @@ class HostBatch:
     """Name of the static shape; one compiled program each."""
     references: tuple[Any, ...] = ()
     """Per conversation, what host-side validation metrics need (prompts and reference texts)."""
+    share: float = 1.0
+    """The part of its groups that is here; rows of the others, of other processes, are empty."""
 
 
 @jax.tree_util.register_dataclass
@@ -225,29 +227,59 @@ def assemble_salm_batch(
         )
 
     capacity = frame_count(shape.samples)
-    filled = [_fill_group(group, shape, layout, capacity, shift) for group in groups]
-    stacked = {name: np.stack([g[name] for g in filled]) for name in filled[0]}
     G, R, C = len(groups), shape.rows, shape.clips
+    arrays = _empty_arrays(G, shape)
+    for g, group in enumerate(groups):
+        own = {name: array[g] for name, array in arrays.items()}
+        _fill_group(own, group, shape, layout, capacity, shift)
     return SalmBatch(
-        audio_extent=stacked["audio_lengths"].max(axis=1, initial=0),
+        audio_extent=arrays["audio_lengths"].max(axis=1, initial=0),
         clip_ids=np.arange(G * C, dtype=np.int32).reshape(G, C),
         row_ids=np.arange(G * R, dtype=np.int32).reshape(G, R),
-        **stacked,
+        **arrays,
     )
 
 
+def full_batch(
+    shape: BatchShape, groups: int, *, frame_count: FrameCount, placeholder_id: int
+) -> SalmBatch:
+    """A batch without a padded step: as many clips as fit, the rest of each row is text to score.
+
+    For counting and compiling; its arrays take the memory of one group.
+    """
+    frames = frame_count(shape.samples) if shape.clips else 0
+    clips = min(shape.clips // shape.rows, shape.tokens // max(frames, 1))
+    text = shape.tokens + 1 - clips * frames
+    tokens = np.full(clips + text, placeholder_id + 1)
+    tokens[:clips] = placeholder_id
+    example = SalmExample(
+        id="full",
+        tokens=tokens,
+        loss_mask=tokens != placeholder_id,
+        audio=(np.zeros(shape.samples, np.float32),) * clips,
+    )
+    one = assemble_salm_batch(
+        [[example] * shape.rows],
+        shape,
+        frame_count=frame_count,
+        placeholder_id=placeholder_id,
+        pad_id=placeholder_id + 2,
+    )
+    return one.map(lambda x: np.broadcast_to(x, (groups, *x.shape[1:])))
+
+
 def _fill_group(
+    arrays: dict[str, np.ndarray],
     examples: Sequence[SalmExample],
     shape: BatchShape,
     layout: Callable[[SalmExample], Row],
     capacity: int,
     shift: bool,
-) -> dict[str, np.ndarray]:
-    """Writes one group's rows and clips into arrays of the bucket's shape."""
+) -> None:
+    """Writes one group's rows and clips into its arrays, which are of the bucket's shape."""
     clips = [(example.id, clip) for example in examples for clip in example.audio]
     if len(examples) > shape.rows or len(clips) > shape.clips:
         raise ValueError(f"{len(examples)} conversations with {len(clips)} clips exceed {shape}")
-    arrays = _empty_group(shape)
     for c, (name, clip) in enumerate(clips):
         if len(clip) > shape.samples:
             raise ValueError(f"{name!r}: a clip of {len(clip)} samples exceeds {shape}")
@@ -269,15 +301,15 @@ def _fill_group(
             arrays["loss_mask"][r, :n] = row.loss_mask[1:]
             arrays["targets"][r, :n] = np.where(row.loss_mask, row.tokens, 0)[1:]
         first_clip += len(example.audio)
-    return arrays
 
 
-def _empty_group(shape: BatchShape) -> dict[str, np.ndarray]:
-    rows = (shape.rows, shape.tokens)
+def _empty_arrays(groups: int, shape: BatchShape) -> dict[str, np.ndarray]:
+    rows = (groups, shape.rows, shape.tokens)
     ints = ("tokens", "segments", "positions", "targets")
     arrays: dict[str, np.ndarray] = {n: np.zeros(rows, np.int32) for n in ints}
     arrays |= {n: np.zeros(rows, bool) for n in ("is_key", "loss_mask")}
     arrays["audio_index"] = np.full(rows, -1, np.int32)
-    arrays["audio"] = np.zeros((shape.clips, shape.samples), np.float32)
-    arrays["audio_lengths"] = np.zeros(shape.clips, np.int32)
+    # zeros take no memory until they are written: groups of other processes stay so
+    arrays["audio"] = np.zeros((groups, shape.clips, shape.samples), np.float32)
+    arrays["audio_lengths"] = np.zeros((groups, shape.clips), np.int32)
     return arrays

@@ -105,9 +105,18 @@ class Checkpointer:
         """The newest step saved or being saved, None if there is none."""
         return self._manager.latest_step()
 
-    def save_frozen(self, frozen: Mapping[str, Any]) -> None:
-        """Starts writing the frozen parameters, unless this run has them already."""
-        if frozen and not (self.folder / FROZEN).exists():
+    @property
+    def has_frozen(self) -> bool:
+        """Whether the frozen parameters of this run are written."""
+        return (self.folder / FROZEN).exists()
+
+    def save_frozen(self, frozen: Mapping[str, Any], has_frozen: bool | None = None) -> None:
+        """Starts writing the frozen parameters, unless this run has them already.
+
+        Of several processes one may see what another has just begun: then `has_frozen` is what
+        they agreed on.
+        """
+        if frozen and not (self.has_frozen if has_frozen is None else has_frozen):
             item = ocp.args.PyTreeSave(dict(frozen))
             self._frozen_writer.save(self.folder / FROZEN, args=item)
 

@@ -1,5 +1,6 @@
 """Composition root: the only module that knows every room."""
 
+import math
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,9 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from speechlm2_jax.batches import HostBatch, SalmExample
+from speechlm2_jax import processes
+from speechlm2_jax.ahead.chips import read_topology
+from speechlm2_jax.ahead.programs import answering_report, training_report
+from speechlm2_jax.ahead.report import Report
+from speechlm2_jax.batches import BatchShape, HostBatch, SalmExample
 from speechlm2_jax.conversion.errors import ConversionError
-from speechlm2_jax.data.datamodule import DataModule
+from speechlm2_jax.data.datamodule import TOKENS_MULTIPLE, DataModule
 from speechlm2_jax.data.prompts import PromptError
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.tokenizer import TokenizerError
@@ -19,8 +24,16 @@ from speechlm2_jax.evaluation.wer import text_normalizer, word_errors
 from speechlm2_jax.models.ctc import CTCModel
 from speechlm2_jax.models.salm import SALM
 from speechlm2_jax.parameter_paths import PatternError
-from speechlm2_jax.settings import SettingsError, find, ignored_report, load, require_complete
+from speechlm2_jax.settings import (
+    CompileAhead,
+    SettingsError,
+    find,
+    ignored_report,
+    load,
+    require_complete,
+)
 from speechlm2_jax.training.protocol import Sample, Scored
+from speechlm2_jax.training.start import Setup
 from speechlm2_jax.training.terminal import phase
 from speechlm2_jax.training.trainer import FitResult, Trainer, exp_manager
 
@@ -31,6 +44,8 @@ REQUIRED = ("model", "data")
 USER_ERRORS = (SettingsError, ConversionError, TokenizerError, PromptError, PatternError)
 """What a user can mend; everything else is a fault of ours and keeps its traceback."""
 VALIDATION_ANSWER_TOKENS = 128
+LONGEST_TOKENS, LONGEST_S = 1024, 40.0
+"""What is compiled ahead of time where `train_ds` has no limits."""
 MODELS: Mapping[str, type[SALM] | type[CTCModel]] = {
     "SALM": SALM,
     "EncDecCTCModelBPE": CTCModel,
@@ -98,14 +113,61 @@ def build(
         else:
             exp_manager(trainer, settings.get("exp_manager"))
             if not trainer.has_checkpoint:
-                with phase("loading weights"):
-                    _ = model.variables  # missing or unfit weights are found before all else
+                with phase("looking at the weights"):
+                    model.check_weights()  # missing or unfit ones are found before all else
     beside = {key: reason for key, reason in IGNORED.items() if key in settings}
     for path, reason in {**beside, **ignored}.items():
         print(f"ignored: {path}: {reason}", file=sys.stderr)
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
     return Experiment(model=model, datamodule=datamodule, trainer=trainer, settings=settings)
+
+
+def compile_ahead(config: str | Path, overrides: Sequence[str], asked: CompileAhead) -> Report:
+    """Compiles a run's training step, or its answering, for a TPU topology; prices it.
+
+    Reads neither weights nor data. Raises SettingsError for what does not fit together, and for a
+    step that the compiler cannot fit into a chip.
+    """
+    values = load(config, overrides, complete=False)
+    check_blocks(values, complete=False)
+    require_complete({"model": values["model"]})
+    model = make_model(values["model"], near=(find(config).resolve().parent,))
+    if not isinstance(model, SALM):
+        raise SettingsError("--compile-for: only a SALM is compiled ahead of time")
+    topology = read_topology(asked.topology, asked.libtpu)
+    trainer = Trainer(**values.get("trainer", {}))
+    with trainer.config.matmul_precision():
+        setup = Setup.of(model, trainer.config, trainer.strategy, devices=topology.devices)
+        shape = _largest_shape(values["data"].get("train_ds") or {}, asked, model, setup)
+        if asked.generates:
+            return answering_report(model, setup, topology, shape, asked.new_tokens)
+        return training_report(model, setup, topology, shape)
+
+
+def _largest_shape(
+    train: Mapping[str, Any], asked: CompileAhead, model: SALM, setup: Setup
+) -> BatchShape:
+    """The shape of the longest batches that `train_ds` allows, where nothing else is asked for."""
+    bins = train.get("bucket_duration_bins") or [LONGEST_TOKENS]
+    tokens = asked.tokens or train.get("max_tokens") or bins[-1]
+    sizes = train.get("bucket_batch_size") or [train.get("batch_size")]
+    fitting = int(train.get("batch_tokens") or tokens) // tokens
+    rows = asked.rows or (fitting if train.get("batch_tokens") else sizes[-1]) or 1
+    seconds = asked.seconds or train.get("max_duration") or LONGEST_S
+    multiple = math.lcm(TOKENS_MULTIPLE, setup.sharding.length_multiple)
+    return BatchShape(
+        rows=max(rows, 1),
+        tokens=-(-tokens // multiple) * multiple,
+        clips=max(rows, 1),
+        samples=round(seconds * model.sampling_rate),
+    )
+
+
+def join(config: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Meets the other processes of the run, if it has several. Raises SettingsError."""
+    nodes = load(config, overrides).get("trainer", {}).get("num_nodes", 1)
+    processes.join(nodes if isinstance(nodes, int) else 1)
 
 
 def is_finished(config: str | Path, overrides: Sequence[str] = ()) -> bool:
@@ -116,15 +178,16 @@ def is_finished(config: str | Path, overrides: Sequence[str] = ()) -> bool:
         return trainer.finished(settings.get("exp_manager")) is not None
 
 
-def check_blocks(settings: Mapping[str, Any]) -> None:
-    """Raises SettingsError for a block that is unknown, missing or incomplete."""
+def check_blocks(settings: Mapping[str, Any], *, complete: bool = True) -> None:
+    """Raises SettingsError for a block that is unknown, missing or (`complete`) incomplete."""
     unknown = sorted(set(settings) - set(BLOCKS) - set(IGNORED))
     if unknown:
         raise SettingsError(f"{unknown[0]}: unknown block; a run has {', '.join(BLOCKS)}")
     for name in REQUIRED:
         if name not in settings:
             raise SettingsError(f"{name}: this block is required")
-    require_complete(settings)
+    if complete:
+        require_complete(settings)
 
 
 def make_model(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> SALM | CTCModel:

@@ -54,6 +54,8 @@ class Sharding:
 
     mesh: Mesh
     rules: Rules = RULES
+    shares_steps: bool = True
+    """False: each row is whole and in order, whatever the mesh (answering)."""
 
     @property
     def data_parallel_size(self) -> int:
@@ -68,7 +70,7 @@ class Sharding:
     @property
     def context_size(self) -> int:
         """Over how many devices the steps of a row are spread inside a block."""
-        return self.mesh.shape["context"]
+        return self.mesh.shape["context"] if self.shares_steps else 1
 
     @property
     def length_multiple(self) -> int:
@@ -131,10 +133,13 @@ class Sharding:
         if self.context_size > 1:
             tree = tree.in_time_order(self.time_order(tree.steps))
 
-        def put(x: Any, placement: NamedSharding) -> jax.Array:
-            return jax.make_array_from_callback(x.shape, placement, lambda index: x[index])
+        return jax.tree.map(hand_over, tree, self.batch(tree))
 
-        return jax.tree.map(put, tree, self.batch(tree))
+    def own_groups(self, groups: int) -> tuple[int, ...]:
+        """Those of `groups` groups of a global batch that this process's devices hold."""
+        held = self.named(("batch",)).addressable_devices_indices_map((groups,))
+        cuts = [index[0] for index in held.values() if index is not None]
+        return tuple(sorted({i for cut in cuts for i in range(groups)[cut]}))
 
 
 def make_sharding(
@@ -161,6 +166,31 @@ def make_sharding(
     mesh = jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
     changed = SEQUENCE_PARALLEL if sequence_parallel else {}
     return Sharding(mesh, tuple((axis, changed.get(axis, where)) for axis, where in RULES))
+
+
+def hand_over(value: Any, placement: jax.sharding.Sharding) -> jax.Array:
+    """Places a host array; of several processes each gives what its own devices hold.
+
+    (`jax.device_put` would compare the values of all processes first.)
+    """
+    return jax.make_array_from_callback(
+        np.shape(value), placement, lambda index: np.asarray(value)[index]
+    )
+
+
+def for_answering(mesh: Mesh) -> Sharding:
+    """Rows shared out among the devices and each of them whole, as decoding needs it."""
+    whole = {"steps": (), "time": ()}
+    return Sharding(mesh, tuple((a, whole.get(a, to)) for a, to in RULES), shares_steps=False)
+
+
+def mesh_of(arrays: Mapping[str, Any]) -> Mesh | None:
+    """The mesh that arrays lie on; None if that is one device, or the host."""
+    for array in arrays.values():
+        mesh = getattr(getattr(array, "sharding", None), "mesh", None)
+        if isinstance(mesh, Mesh) and mesh.size > 1:
+            return mesh
+    return None
 
 
 _current: ContextVar[Sharding | None] = ContextVar("sharding", default=None)

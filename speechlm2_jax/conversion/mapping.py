@@ -109,6 +109,12 @@ def load(
     return variables
 
 
+def check(source: TensorSource, table: Table, infos: Mapping[str, VariableInfo]) -> None:
+    """Raises ConversionError as `load` would; reads no value."""
+    for _ in _plan(source, table, infos):
+        pass
+
+
 def export(variables: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
     """Writes variables back under their foreign names: the inverse of `load`.
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -79,7 +79,12 @@ class DataModule:
         return total
 
     def setup(
-        self, *, frame_count: FrameCount, groups: int = 1, pad_to_multiple: int = TOKENS_MULTIPLE
+        self,
+        *,
+        frame_count: FrameCount,
+        groups: int = 1,
+        pad_to_multiple: int = TOKENS_MULTIPLE,
+        own_groups: Sequence[int] | None = None,
     ) -> None:
         """Tokenises and measures everything and plans the shapes, which are logged as a table.
 
@@ -87,11 +92,15 @@ class DataModule:
             frame_count: samples of a clip -> LLM steps that perception makes of it.
             groups: the data-parallel size of this run.
             pad_to_multiple: what the mesh needs LLM steps to be a multiple of.
+            own_groups: the groups of a training batch that are read here (None: all), where
+                several processes share a run. Validation batches are read whole by each, as its
+                metrics are computed on the host.
 
         Raises SettingsError if nothing is left to train or validate on.
         """
         self._frame_count = functools.lru_cache(maxsize=1 << 16)(frame_count)
         self._groups = groups
+        self._own_groups = None if own_groups is None else frozenset(own_groups)
         multiple = math.lcm(TOKENS_MULTIPLE, pad_to_multiple)
         self._prepared = {
             name: prepare(data_set, self.dataset, self._frame_count, groups, multiple)
@@ -181,6 +190,7 @@ class DataModule:
             placeholder_id=prepared.placeholder_id,
             sample_rate_hz=prepared.config.sample_rate,
             with_references=not is_train,
+            own_groups=self._own_groups if is_train else None,
         )
         plans = PlannedBatches(sampler, epochs=None if is_train else 1)
         return BatchStream(plans, loading, dropped, prepared.config.num_workers)

@@ -70,6 +70,8 @@ class Loading:
     placeholder_id: int
     sample_rate_hz: int
     with_references: bool = False
+    own_groups: frozenset[int] | None = None
+    """Groups that are read; None: all. The others' rows stay empty."""
 
     @functools.cached_property
     def fingerprint(self) -> int:
@@ -81,7 +83,11 @@ class Loading:
         """Reads a batch. A conversation that fails leaves its row masked, so shapes stay."""
         bucket = self.sampler.plan.buckets[planned.bucket]
         failures: list[Failure] = []
-        groups = [[self._example(i, failures) for i in group] for group in planned.groups]
+        own = range(len(planned.groups)) if self.own_groups is None else self.own_groups
+        groups = [
+            [self._example(i, failures) if number in own else _EMPTY_ROW for i in group]
+            for number, group in enumerate(planned.groups)
+        ]
         arrays = assemble_salm_batch(
             groups,
             bucket.shape,
@@ -102,6 +108,7 @@ class Loading:
             references=tuple(self.dataset.reference(*pair) for pair in usable)
             if self.with_references
             else (),
+            share=len(own) / len(groups),
         )
         return batch, failures
 

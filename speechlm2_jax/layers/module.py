@@ -141,13 +141,25 @@ def abstract(make: Callable[[], M]) -> M:
     return nnx.eval_shape(make)
 
 
-def draw(make: Callable[[], Variables]) -> Variables:
-    """Computes initial values in one program, compiled quickly as it runs only once."""
+def draw(
+    make: Callable[[], Variables], layout: Mapping[str, jax.ShapeDtypeStruct] | None = None
+) -> Variables:
+    """Computes initial values in one program, compiled quickly as it runs only once.
+
+    With `layout` each is born with the dtype and the sharding of its leaf.
+    """
     options = None
     if jax.default_backend() == "cpu" and _LEVEL not in os.environ.get("XLA_FLAGS", ""):
         # on a CPU the last passes take most of the time and change no bit of the result
         options = {_LEVEL: 1}
-    return dict(jax.jit(make, compiler_options=options)())
+    if layout is None:
+        return dict(jax.jit(make, compiler_options=options)())
+
+    def cast() -> Variables:
+        return {path: value.astype(layout[path].dtype) for path, value in make().items()}
+
+    placements = {path: layout[path].sharding for path in jax.eval_shape(make)}
+    return dict(jax.jit(cast, out_shardings=placements, compiler_options=options)())
 
 
 def _key(part: str) -> str | int:

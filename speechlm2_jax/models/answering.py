@@ -1,6 +1,8 @@
 """From prompts to answers: fixed shapes, one jitted program per shape."""
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from speechlm2_jax.batches import SalmBatch, SalmExample, assemble_salm_batch
+from speechlm2_jax import sharding
+from speechlm2_jax.batches import (
+    BatchShape,
+    SalmBatch,
+    SalmExample,
+    assemble_salm_batch,
+    full_batch,
+)
 from speechlm2_jax.generation.salm import DecodingConfig, decode
 from speechlm2_jax.generation.sampling import SamplingConfig
 from speechlm2_jax.layers.module import Variables, bind
@@ -17,6 +26,7 @@ from speechlm2_jax.models.prompting import PromptContext, prompt_examples
 from speechlm2_jax.models.shapes import answer_shape
 from speechlm2_jax.networks import salm as salm_network
 from speechlm2_jax.networks.salm import Salm, SalmModes
+from speechlm2_jax.sharding import Sharding
 
 if TYPE_CHECKING:
     from speechlm2_jax.models.salm import SALM
@@ -67,39 +77,95 @@ def answer_examples(
     seed: int = 0,
 ) -> np.ndarray:
     """Answers prompts that are laid out already: int32 ids [B, T], T that of the longest answer."""
+    variables = model.variables
+    mesh = sharding.mesh_of(variables)
+    placement = None if mesh is None else sharding.for_answering(mesh)
+    groups = deal(examples, 1 if placement is None else placement.data_parallel_size)
+    shape = answer_shape(groups, model.frame_count)
     batch = assemble_salm_batch(
-        [examples],
-        answer_shape(examples, model.frame_count),
+        groups,
+        shape,
         frame_count=model.frame_count,
         placeholder_id=model.audio_locator_tag_id,
         pad_id=model.text_pad_id,
         shift=False,
     )
+    # what is drawn for an example must not depend on how many devices answer
+    first = np.cumsum([0, *map(len, groups)])[:-1, None]
+    batch = replace(batch, row_ids=(first + np.arange(shape.rows)).astype(np.int32))
     key = jax.random.key(seed) if decoding.sampling.do_sample else None
-    new = answer(definition, model.variables, jax.tree.map(jnp.asarray, batch), decoding, key)
-    return _trim(np.asarray(new)[: len(examples)], decoding.stop_ids)
+    placed = batch if placement is None else placement.put_batch(batch)
+    new = np.asarray(answer(definition, variables, placed, decoding, key, placement=placement))
+    by_group = new.reshape(len(groups), shape.rows, -1)
+    answers = [ids[: len(group)] for ids, group in zip(by_group, groups, strict=True)]
+    return _trim(np.concatenate(answers), decoding.stop_ids)
 
 
-@partial(jax.jit, static_argnames=("definition", "decoding"))
+def deal(examples: Sequence[SalmExample], groups: int) -> list[Sequence[SalmExample]]:
+    """Shares examples out in order, as evenly as can be."""
+    bounds = np.linspace(0, len(examples), groups + 1).round().astype(int)
+    return [examples[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+@partial(jax.jit, static_argnames=("definition", "decoding", "placement"))
 def answer(
     definition: Any,
     variables: Variables,
     batch: SalmBatch,
     decoding: DecodingConfig,
     key: Key[Array, ""] | None,
+    *,
+    placement: Sharding | None = None,
 ) -> Int[Array, "B T"]:
-    """Encodes audio, interleaves, and decodes; rows are padded after they stop."""
+    """Encodes audio, interleaves, and decodes; rows are padded after they stop.
+
+    `placement` says how the devices share the work, if weights lie on several.
+    """
     network: Salm = bind(definition, variables)
-    inputs = salm_network.prepare(network, batch, SalmModes())
-    rows = inputs.embeds.shape[:2]
-    return decode(
-        network.llm,
-        inputs.embeds,
-        lengths=jnp.sum(batch.segments > 0, axis=-1, dtype=jnp.int32).reshape(-1),
-        is_key=batch.is_key.reshape(rows),
-        config=decoding,
-        keys=salm_network.example_keys(key, batch.row_ids),
+    with sharding.use(placement):
+        inputs = salm_network.prepare(network, batch, SalmModes())
+        rows = inputs.embeds.shape[:2]
+        ids = decode(
+            network.llm,
+            inputs.embeds,
+            lengths=jnp.sum(batch.segments > 0, axis=-1, dtype=jnp.int32).reshape(-1),
+            is_key=batch.is_key.reshape(rows),
+            config=decoding,
+            keys=salm_network.example_keys(key, batch.row_ids),
+        )
+        return sharding.constrain(ids, None, None)
+
+
+def compile_ahead(
+    model: "SALM",
+    definition: Any,
+    placement: Sharding,
+    shape: BatchShape,
+    max_new_tokens: int,
+) -> Any:
+    """Compiles answering for devices that need not be here, `shape` being one group's prompts.
+
+    Gives what `jax.jit(...).lower(...).compile()` does; nothing runs.
+    """
+    groups = placement.data_parallel_size
+    batch = full_batch(
+        shape, groups, frame_count=model.frame_count, placeholder_id=model.audio_locator_tag_id
     )
+    arrays = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        *(batch, placement.batch(batch)),
+    )
+    variables = {
+        path: jax.ShapeDtypeStruct(
+            info.shape,
+            model.compute_dtype if jnp.issubdtype(info.dtype, jnp.floating) else info.dtype,
+            sharding=placement.named(info.axes, info.shape),
+        )
+        for path, info in model.infos.items()
+    }
+    decoding = decoding_config(model, None, {"max_new_tokens": max_new_tokens})
+    lowered = answer.lower(definition, variables, arrays, decoding, None, placement=placement)
+    return lowered.compile()
 
 
 @partial(jax.jit, static_argnames=("definition",))

@@ -1,15 +1,17 @@
 """From NeMo's `model:` block to a network: parts found, architecture known, weights started."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 from speechlm2_jax.conversion import hf_config, mapping
 from speechlm2_jax.conversion import salm as salm_tables
+from speechlm2_jax.conversion.placement import onto
 from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.data.tokenizer import Tokenizer
@@ -96,25 +98,45 @@ def state_dict(blueprint: Blueprint, variables: Variables) -> dict[str, np.ndarr
     return mapping.export(host, salm_tables.salm_table(blueprint.network))
 
 
-def start(blueprint: Blueprint, infos: Mapping[str, VariableInfo]) -> Variables:
-    """Loads what has pretrained weights and starts the rest at random."""
+def start(
+    blueprint: Blueprint,
+    infos: Mapping[str, VariableInfo],
+    layout: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+) -> Variables:
+    """Loads what has pretrained weights and starts the rest at random.
+
+    With `layout` each variable is streamed to where its leaf says; else they stay on the host.
+    """
+    place = None if layout is None else onto(layout)
     loaded: Variables = {}
-    if blueprint.config.pretrained_weights:
-        loaded |= _load_llm(blueprint, infos)
-        if blueprint.asr_file is not None:
-            loaded |= _load_asr(blueprint, infos)
+    for source, table, wanted in _pretrained(blueprint, infos):
+        loaded |= mapping.load(source, table, wanted, place)
     missing = frozenset(infos) - frozenset(loaded)
-    return loaded | random_variables(blueprint.network, blueprint.config.seed, missing)
+    return loaded | random_variables(blueprint.network, blueprint.config.seed, missing, layout)
 
 
-def random_variables(network: SalmConfig, seed: int, paths: frozenset[str]) -> Variables:
+def check_weights(blueprint: Blueprint, infos: Mapping[str, VariableInfo]) -> None:
+    """Compares names and shapes of the pretrained weights with the model's, reading no value.
+
+    Raises ConversionError or SettingsError for what is missing or does not fit.
+    """
+    for source, table, wanted in _pretrained(blueprint, infos):
+        mapping.check(source, table, wanted)
+
+
+def random_variables(
+    network: SalmConfig,
+    seed: int,
+    paths: frozenset[str],
+    layout: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+) -> Variables:
     """Draws the named variables from their initial distributions, and only those."""
 
     def make() -> Variables:
         variables = unbind(Salm(network, rngs=nnx.Rngs(seed)))[1]
         return {path: value for path, value in variables.items() if path in paths}
 
-    return draw(make)
+    return draw(make, layout)
 
 
 def _tokenizer(
@@ -149,17 +171,23 @@ def _perception_block(config: SalmModelConfig, asr_file: Path | None) -> dict[st
     return block
 
 
-def _load_llm(blueprint: Blueprint, infos: Mapping[str, VariableInfo]) -> Variables:
-    table = salm_tables.llm_table(blueprint.network)
-    wanted = _under("llm.", infos, but=("lora_a", "lora_b"))
-    return mapping.load(open_weights(blueprint.llm_directory), table, wanted)
-
-
-def _load_asr(blueprint: Blueprint, infos: Mapping[str, VariableInfo]) -> Variables:
-    assert blueprint.asr_file is not None
-    table = salm_tables.asr_table(blueprint.network)
-    wanted = _under("perception.encoder.", infos) | _under("perception.log_mel.", infos)
-    return mapping.load(open_weights(blueprint.asr_file), table, wanted)
+def _pretrained(
+    blueprint: Blueprint, infos: Mapping[str, VariableInfo]
+) -> Iterator[tuple[mapping.TensorSource, mapping.Table, dict[str, VariableInfo]]]:
+    """Where pretrained weights are, how they are named, and what they fill."""
+    if not blueprint.config.pretrained_weights:
+        return
+    yield (
+        open_weights(blueprint.llm_directory),
+        salm_tables.llm_table(blueprint.network),
+        _under("llm.", infos, but=("lora_a", "lora_b")),
+    )
+    if blueprint.asr_file is not None:
+        yield (
+            open_weights(blueprint.asr_file),
+            salm_tables.asr_table(blueprint.network),
+            _under("perception.encoder.", infos) | _under("perception.log_mel.", infos),
+        )
 
 
 def _under(

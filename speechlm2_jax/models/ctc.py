@@ -188,6 +188,14 @@ class CTCModel:
         """Whether they are there already."""
         return self._variables is not None
 
+    def load_onto(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> Variables:
+        """Weights and buffers as they start, each streamed to where its leaf says; not kept."""
+        return draw(lambda: unbind(self._make())[1], layout)
+
+    def check_weights(self) -> None:
+        """Raises ConversionError or SettingsError if `load_onto` could not; reads no value."""
+        return  # a recogniser starts at random
+
     @property
     def heads(self) -> Mapping[str, int]:
         """Attention heads of each kind."""

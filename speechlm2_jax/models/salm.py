@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from speechlm2_jax import parameter_paths, settings
-from speechlm2_jax.batches import HostBatch, LossSum, SalmBatch, SalmExample, StepLosses
+from speechlm2_jax.batches import BatchShape, HostBatch, LossSum, SalmBatch, SalmExample, StepLosses
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.layers.module import (
     Remat,
@@ -28,6 +28,7 @@ from speechlm2_jax.networks.flops import salm_flops
 from speechlm2_jax.networks.salm import Salm, SalmModes
 from speechlm2_jax.perception.perception import PerceptionModes
 from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.sharding import Sharding
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -69,6 +70,14 @@ class SALM:
     def has_variables(self) -> bool:
         """Whether they are there already."""
         return self._variables is not None
+
+    def load_onto(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> Variables:
+        """Weights and buffers as they start, each streamed to where its leaf says; not kept."""
+        return building.start(self._blueprint, self.infos, layout)
+
+    def check_weights(self) -> None:
+        """Raises ConversionError or SettingsError if `load_onto` could not; reads no value."""
+        building.check_weights(self._blueprint, self.infos)
 
     @classmethod
     def from_pretrained(
@@ -219,6 +228,14 @@ class SALM:
         decoding = answering.decoding_config(self, None, {"max_new_tokens": max_new_tokens})
         return answering.answer_examples(self, self._definition, prompts, decoding)
 
+    def compile_answer(self, placement: Sharding, shape: BatchShape, max_new_tokens: int) -> Any:
+        """Compiles `answer` for devices that need not be here; nothing runs.
+
+        `shape` holds the prompts of one group of `placement`. Gives what
+        `jax.jit(...).lower(...).compile()` does.
+        """
+        return answering.compile_ahead(self, self._definition, placement, shape, max_new_tokens)
+
     @property
     def prompt_formatter(self) -> PromptFormatter:
         """Writes dialogs in the model's chat format."""
@@ -299,16 +316,23 @@ class SALM:
 
     def flops(self, batch: HostBatch) -> float:
         """Model FLOPs of one training step on `batch`."""
+        return self._flops(batch, self.trainable)
+
+    def _flops(self, batch: HostBatch, trainable: Mapping[str, bool | np.ndarray]) -> float:
         arrays: SalmBatch = batch.arrays
         count = np.vectorize(lambda n: self.frame_count(int(n)), otypes=[np.int64])
         perception = self._blueprint.network.perception
         return salm_flops(
             self.infos,
-            self.trainable,
+            trainable,
             arrays,
             count(arrays.audio_lengths) if arrays.audio_lengths.size else np.zeros(1),
             subsampling_factor=perception.encoder.subsampling_factor,
         )
+
+    def answer_flops(self, batch: HostBatch) -> float:
+        """Model FLOPs of one forward pass over `batch`, prompts and answers together."""
+        return self._flops(batch, dict.fromkeys(self.infos, False))
 
     def count_tokens(self, batch: HostBatch) -> tuple[int, int]:
         """Counts (steps that hold data, all steps) of a batch's rows."""

@@ -20,13 +20,15 @@ def round_up(n: int, step: int) -> int:
     return size
 
 
-def answer_shape(examples: Sequence[SalmExample], frame_count: FrameCount) -> BatchShape:
-    """The static shape that holds these prompts in one group."""
+def answer_shape(groups: Sequence[Sequence[SalmExample]], frame_count: FrameCount) -> BatchShape:
+    """The static shape that holds the prompts of each of these groups."""
+    examples = [example for group in groups for example in group]
     clips = [clip for example in examples for clip in example.audio]
+    most_clips = max(sum(len(example.audio) for example in group) for group in groups)
     longest = max(len(e.tokens) + sum(frame_count(len(c)) - 1 for c in e.audio) for e in examples)
     return BatchShape(
-        rows=round_up(len(examples), 1),
+        rows=round_up(max(map(len, groups)), 1),
         tokens=round_up(longest, TOKEN_STEP),
-        clips=round_up(len(clips), 1) if clips else 0,
+        clips=round_up(most_clips, 1) if clips else 0,
         samples=round_up(max(map(len, clips), default=0), SAMPLE_STEP) if clips else 0,
     )

@@ -6,6 +6,7 @@ result into a dataclass and refuses what it does not know; `to_plain` is its inv
 
 from speechlm2_jax.settings.build import build, defaults, ignored_report, to_plain
 from speechlm2_jax.settings.command_line import (
+    CompileAhead,
     TrainCommand,
     parse_cli,
     parse_overrides,
@@ -24,6 +25,7 @@ from speechlm2_jax.settings.read import (
 
 __all__ = [
     "MISSING",
+    "CompileAhead",
     "SettingsError",
     "TrainCommand",
     "build",

@@ -27,19 +27,64 @@ class TrainCommand:
     overrides: list[str]
     dry_run: bool
     """Build and describe everything, train nothing."""
+    ahead: "CompileAhead | None" = None
+    """Compile for devices that are not here, train nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileAhead:
+    """What is compiled ahead of time, and for what; None: as the settings say."""
+
+    topology: str
+    libtpu: Path | None
+    generates: bool
+    """The program that answers instead of the training step."""
+    rows: int | None
+    tokens: int | None
+    seconds: float | None
+    new_tokens: int
 
 
 def parse_train(argv: Sequence[str]) -> TrainCommand:
-    """Reads the words of train.py: those of `parse_cli`, and --dry-run."""
+    """Reads the words of train.py: those of `parse_cli`, --dry-run and --compile-for."""
     parser = _settings_parser("train.py", TRAIN_DESCRIPTION)
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="build everything, print modules, shapes and memory, train and write nothing",
     )
+    _add_ahead(parser)
     words, overrides = _parse(parser, argv, NAME_THE_SETTINGS)
     config = _settings_of(words, "train.py", None)
-    return TrainCommand(config=config, overrides=overrides, dry_run=words.dry_run)
+    ahead = None
+    if words.compile_for:
+        ahead = CompileAhead(
+            topology=words.compile_for,
+            libtpu=words.libtpu,
+            generates=words.generate,
+            rows=words.rows,
+            tokens=words.tokens,
+            seconds=words.seconds,
+            new_tokens=words.new_tokens,
+        )
+    return TrainCommand(config=config, overrides=overrides, dry_run=words.dry_run, ahead=ahead)
+
+
+def _add_ahead(parser: argparse.ArgumentParser) -> None:
+    ahead = parser.add_argument_group("compiling for TPUs that are not here")
+    add = ahead.add_argument
+    add("--compile-for", metavar="TOPOLOGY", help="such as v5e:4x4: does a step fit?")
+    add(
+        "--libtpu",
+        type=Path,
+        metavar="DIR",
+        help="filled by python -m speechlm2_jax.ahead.fetch",
+    )
+    add("--generate", action="store_true", help="the program that answers, not the training step")
+    add("--rows", type=int, help="conversations on each data-parallel device")
+    add("--tokens", type=int, help="LLM steps of a row")
+    add("--seconds", type=float, help="longest recording")
+    add("--new-tokens", type=int, default=128, help="longest answer, with --generate")
 
 
 def parse_cli(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from speechlm2_jax import processes
 from speechlm2_jax.checkpointing import CHECKPOINTS, Retention, step_folders
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.metrics_log import require_wandb, wandb_arguments
@@ -182,7 +183,10 @@ class ExpManagerConfig:
         return None if self.max_time_per_run is None else parse_duration_s(self.max_time_per_run)
 
     def run_dir(self) -> Path:
-        """The run directory; a new one each time if it is named by date."""
+        """The run directory; a new one each time if it is named by date. The first process's."""
+        return Path(processes.agree(str(self._run_dir())))
+
+    def _run_dir(self) -> Path:
         if self.explicit_log_dir:
             return Path(self.explicit_log_dir)
         folder = Path(self.exp_dir or DEFAULT_EXP_DIR) / (self.name or "default")

@@ -74,7 +74,7 @@ class FitLoop:
         """Looks at validation before a new run; makes up for what a stop left undone."""
         progress, stop = self.progress, self.parts.stop
         if stop.is_signalled:
-            return self._stopped(stop.reason or "")
+            return self._stopped(stop.ask() or "")
         if progress.step == 0 and not self._is_finished:
             return self._validate(sanity=True) if self.parts.sanity_batches else None
         if self._is_finished:
@@ -100,7 +100,7 @@ class FitLoop:
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped; stopped at step "
                 f"{progress.step}. Look at the conversations above, or lower model.optimizer.lr"
             )
-        if (reason := parts.stop.reason) is not None:
+        if (reason := parts.stop.ask()) is not None:
             return self._stopped(reason)
         if is_last:
             return self._validate_finally() or f"finished {progress.step} steps"
@@ -130,7 +130,9 @@ class FitLoop:
         lr = parts.schedule(progress.step)
         for batch in window:
             tokens, slots = parts.model.count_tokens(batch)
-            parts.meter.add_batch(tokens=tokens, slots=slots, flops=parts.model.flops(batch))
+            # other processes' groups hold about as much
+            tokens, flops = round(tokens / batch.share), parts.model.flops(batch) / batch.share
+            parts.meter.add_batch(tokens=tokens, slots=slots, flops=flops)
         if parts.cadence.accumulate == 1:
             self.state, report = parts.programs.train(self.state, self.frozen, window[0], lr)
         else:
@@ -177,7 +179,7 @@ class FitLoop:
                 limit = parts.sanity_batches if sanity else None
                 result = parts.validator.run(sets, self._evaluate, limit)
         except Interrupted:
-            return self._stopped(parts.stop.reason or "validation was interrupted")
+            return self._stopped(parts.stop.ask() or "validation was interrupted")
         self._check_monitor(result.metrics)
         if sanity:
             log.info("validation works; training begins")

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from speechlm2_jax import processes
 from speechlm2_jax.checkpointing import CHECKPOINTS, Checkpointer
 from speechlm2_jax.training import run_dir as run_directory
 from speechlm2_jax.training.exp_manager import ExpManagerConfig, SummaryWriterParams
@@ -103,7 +104,8 @@ class Opening:
         retention = self.experiment.checkpoint_callback_params.retention()
         checkpointer = Checkpointer(self._checkpoints, retention)
         stack.callback(checkpointer.close)
-        checkpointer.save_frozen(frozen)
+        has_frozen = processes.agree(str(checkpointer.has_frozen)) == str(True)
+        checkpointer.save_frozen(frozen, has_frozen)
         return checkpointer
 
     def _open_metrics(self) -> MetricsLog:
@@ -127,6 +129,6 @@ class Opening:
             nemo_exact=self.model.nemo_exact,
             limit=self.config.limit_val_batches,
             samples=self.config.num_val_samples,
-            should_stop=lambda: self.stop.reason is not None,
+            should_stop=lambda: self.stop.ask() is not None,
             waiting=lambda: self.meter.measure("validation_data_wait"),
         )

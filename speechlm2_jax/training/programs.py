@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from speechlm2_jax.batches import HostBatch, LossSum
+from speechlm2_jax.sharding import hand_over
 from speechlm2_jax.training.protocol import Variables
 from speechlm2_jax.training.state import Layout, TrainState
 from speechlm2_jax.training.step import MicroSums, StepFunctions, StepReport
@@ -119,7 +120,7 @@ class Programs:
             return function.lower(*arguments).compile()
 
     def _scalar(self, value: Any) -> jax.Array:
-        return jax.device_put(value, self._whole)
+        return hand_over(value, self._whole)
 
     def _program(
         self, kind: str, bucket: str, batch: Any, function: Any, arguments: tuple[Any, ...]

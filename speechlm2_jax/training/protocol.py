@@ -1,6 +1,6 @@
 """What training asks of a model and of data; any object with these attributes can be trained."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -170,6 +170,13 @@ class TrainableModel(ModelOutline, Protocol):
     @variables.setter
     def variables(self, values: Variables) -> None: ...
 
+    def load_onto(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> Variables:
+        """Makes the arrays of a model that has none yet, each with its leaf's dtype and sharding.
+
+        They are streamed there: the host never holds all of them.
+        """
+        ...
+
 
 @runtime_checkable
 class BatchIterator(Protocol):
@@ -197,8 +204,18 @@ class DataSource(Protocol):
         """Conversations left out so far, by cause."""
         ...
 
-    def setup(self, *, frame_count: FrameCount, groups: int, pad_to_multiple: int) -> None:
-        """Prepares for global batches of so many groups; lengths are multiples of the last."""
+    def setup(
+        self,
+        *,
+        frame_count: FrameCount,
+        groups: int,
+        pad_to_multiple: int,
+        own_groups: Sequence[int],
+    ) -> None:
+        """Prepares for global batches of so many groups, lengths multiples of `pad_to_multiple`.
+
+        Of training batches only `own_groups` need be read: other processes have the rest.
+        """
         ...
 
     def training_shapes(self) -> Mapping[str, Callable[[], HostBatch]]:

@@ -37,7 +37,7 @@ _LAST_STEP = "trainer.max_steps"
 
 def create(run_dir: Path) -> None:
     """Makes the directory. Raises SettingsError if it cannot be written."""
-    probe = run_dir / ".writable"
+    probe = run_dir / f".writable{jax.process_index()}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe.write_text("yes")

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import jax
 import optax
 
-from speechlm2_jax import checkpointing
+from speechlm2_jax import checkpointing, processes
 from speechlm2_jax.checkpointing import Restored
 from speechlm2_jax.sharding import Sharding
 from speechlm2_jax.training.cadence import Cadence
@@ -62,13 +63,19 @@ class Setup:
 
     @staticmethod
     def of(
-        model: ModelOutline, config: TrainerConfig, strategy: Strategy, *, trains: bool = True
+        model: ModelOutline,
+        config: TrainerConfig,
+        strategy: Strategy,
+        *,
+        trains: bool = True,
+        devices: Sequence[jax.Device] | None = None,
     ) -> "Setup":
         """Decides devices, mesh, optimizer and layout; tells the model its compute dtype.
 
-        Without `trains` the model needs no optimizer. Raises SettingsError for what does not fit.
+        Without `trains` the model needs no optimizer. `devices` stand in for those that the
+        settings name. Raises SettingsError for what does not fit.
         """
-        devices = config.choose_devices()
+        devices = config.choose_devices() if devices is None else devices
         sharding = build_mesh(strategy, devices)
         check_heads(model.heads, sharding)
         partition, adamw = Partition.of(model.infos, model.trainable), AdamWConfig()
@@ -119,6 +126,7 @@ class Setup:
                 frame_count=model.frame_count,
                 groups=groups,
                 pad_to_multiple=self.sharding.length_multiple,
+                own_groups=self.sharding.own_groups(groups),
             )
 
     def describe(self, groups: int) -> str:
@@ -145,12 +153,14 @@ class Start:
 
 
 def begin(model: TrainableModel, setup: Setup) -> Start:
-    """Starts from the variables that the model has."""
+    """Starts from the variables that the model has, or streams them to their devices."""
+    layout = setup.layout
     with phase("loading weights"):
-        variables = model.variables
+        has_them = model.has_variables
+        variables = model.variables if has_them else model.load_onto(layout.variables)
     return Start(
-        state=first_state(variables, setup.layout, setup.optimizer),
-        frozen=put(variables, setup.layout.frozen, copy=False),
+        state=first_state(variables, layout, setup.optimizer),
+        frozen=put(variables, layout.frozen, copy=False),
         progress=Progress(groups=setup.sharding.data_parallel_size),
     )
 
@@ -192,15 +202,20 @@ def restore(
         restored = checkpointing.restore(own, other, template, layout.frozen)
     if restored is not None:
         log.info("going on from %s", restored.step)
-    if run_dir is None or jax.process_index() != 0:
-        return restored
+    processes.wait_for_all("checkpoint chosen")
+    if run_dir is not None and jax.process_index() == 0:
+        _tidy(restored, own, run_dir)
+    processes.wait_for_all("run directory tidied")
+    return restored
+
+
+def _tidy(restored: Restored | None, own: Path | None, run_dir: Path) -> None:
     if restored is not None and own is not None and restored.step.parent == own.absolute():
         step = int(restored.step.name)
         checkpointing.set_aside_newer(own, step)
         drop_rows_after(run_dir / METRICS, step)
     else:
         drop_rows_after(run_dir / METRICS, -1)
-    return restored
 
 
 def finished(checkpoints: Path, cadence: Cadence, *, validates: bool) -> Progress | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.sharding import Sharding
+from speechlm2_jax.sharding import Sharding, hand_over
 from speechlm2_jax.training.optimizer import Optimizer
 from speechlm2_jax.training.protocol import VariableInfo, Variables
 
@@ -76,6 +76,11 @@ class Layout:
     frozen: Variables
 
     @property
+    def variables(self) -> Variables:
+        """The leaf of every parameter and buffer."""
+        return {**self.frozen, **self.state.buffers, **self.state.trainable}
+
+    @property
     def state_shardings(self) -> TrainState:
         """The placement of every leaf of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.state)
@@ -134,8 +139,14 @@ def put(values: Variables, layout: Mapping[str, jax.ShapeDtypeStruct], *, copy: 
             raise ValueError(f"{path}: has shape {tuple(value.shape)}, expected {leaf.shape}")
         if value.dtype != leaf.dtype:
             value = value.astype(leaf.dtype)
-        placed[path] = jax.device_put(value, leaf.sharding, may_alias=False if copy else None)
+        placed[path] = _place(value, leaf.sharding, copy=copy)
     return placed
+
+
+def _place(value: Any, placement: Any, *, copy: bool) -> jax.Array:
+    if placement.is_fully_addressable or isinstance(value, jax.Array):
+        return jax.device_put(value, placement, may_alias=False if copy else None)
+    return hand_over(value, placement)
 
 
 def first_state(variables: Variables, layout: Layout, optimizer: Optimizer) -> TrainState:
@@ -148,6 +159,6 @@ def first_state(variables: Variables, layout: Layout, optimizer: Optimizer) -> T
         trainable=trainable,
         buffers=put(variables, layout.state.buffers, copy=True),
         opt_state=opt_state,
-        step=jax.device_put(zero, shardings.step),
-        skipped=jax.device_put(zero, shardings.skipped, may_alias=False),
+        step=_place(zero, shardings.step, copy=True),
+        skipped=_place(zero, shardings.skipped, copy=True),
     )

@@ -85,7 +85,8 @@ class FSDPStrategy:
             return {"data": devices}
         if self.sharding_strategy == "FULL_SHARD":
             return {"fsdp": devices}
-        copies, shares = self.device_mesh or (jax.process_count(), devices // jax.process_count())
+        processes = jax.process_count()
+        copies, shares = self.device_mesh or (processes, devices // processes)
         return {"data": copies, "fsdp": shares}
 
 

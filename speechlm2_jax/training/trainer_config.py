@@ -195,16 +195,28 @@ class TrainerConfig:
             )
         if self.devices in _AUTO:
             return found
+        if jax.process_count() > 1:
+            self._check_devices_of_all(len(found))
+            return found
         if isinstance(self.devices, tuple):
             if max(self.devices, default=0) >= len(found) or not self.devices:
                 raise SettingsError(f"trainer.devices={list(self.devices)}: have {len(found)}")
             return [found[i] for i in self.devices]
-        count = int(self.devices) if str(self.devices).isdigit() else 0
+        count = _whole_number(self.devices)
         if not 1 <= count <= len(found):
             raise SettingsError(
                 f"trainer.devices={self.devices}: there are {len(found)} devices; -1 takes all"
             )
         return found[:count]
+
+    def _check_devices_of_all(self, found: int) -> None:
+        """Raises SettingsError unless `devices` of each node are all there are."""
+        each = _whole_number(self.devices)
+        if each * self.num_nodes != found:
+            raise SettingsError(
+                f"trainer.devices={self.devices} on trainer.num_nodes={self.num_nodes} is not the "
+                f"{found} devices that {jax.process_count()} processes have; -1 takes all"
+            )
 
     def _devices_of_platform(self) -> list[jax.Device]:
         platform = PLATFORMS[self.accelerator]
@@ -217,6 +229,11 @@ class TrainerConfig:
                 f"trainer.accelerator={self.accelerator} but JAX sees only "
                 f"{jax.default_backend()} devices; install JAX for it, or set accelerator=auto"
             ) from None
+
+
+def _whole_number(value: object) -> int:
+    """The number that a setting names; 0 for anything else."""
+    return int(str(value)) if str(value).isdigit() else 0
 
 
 def parse_duration_s(value: str | Mapping[str, int]) -> float:

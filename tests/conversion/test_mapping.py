@@ -1,5 +1,6 @@
 """Loading is total both ways and its inverse is exact; whatever does not fit is named."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -197,11 +198,23 @@ def test_export_needs_the_variables_of_the_table():
         export(variables, TABLE)
 
 
+def layout_of(sharding, dtypes=None):
+    return {
+        path: jax.ShapeDtypeStruct(
+            info.shape,
+            (dtypes or {}).get(path, info.dtype),
+            sharding=sharding.named(info.axes, info.shape),
+        )
+        for path, info in INFOS.items()
+    }
+
+
 def test_sharded_loading_equals_loading_on_the_host():
     sharding = make_sharding(fsdp=4, tensor=2)
     tensors = foreign(ml_dtypes.bfloat16)
     on_host = load(memory_source(tensors), TABLE, INFOS)
-    placed = load(memory_source(tensors), TABLE, INFOS, onto(sharding, INFOS))
+    layout = layout_of(sharding, {path: value.dtype for path, value in on_host.items()})
+    placed = load(memory_source(tensors), TABLE, INFOS, onto(layout))
     weight = placed["layers.query.weight"]
     assert weight.sharding == sharding.named(INFOS["layers.query.weight"].axes, weight.shape)
     assert weight.addressable_shards[0].data.shape == (2, 4, 1)
@@ -216,9 +229,8 @@ def test_each_device_reads_only_its_part():
         largest[name] = max(largest.get(name, 0), part.size)
         return part
 
-    load(
-        LazySource(source.infos, fetch), TABLE, INFOS, onto(make_sharding(fsdp=4, tensor=2), INFOS)
-    )
+    layout = layout_of(make_sharding(fsdp=4, tensor=2))
+    load(LazySource(source.infos, fetch), TABLE, INFOS, onto(layout))
     assert largest["h.0.q.weight"] == 8 * 4 // 8
     assert largest["embed.weight"] == 16 * 4 // 8
 

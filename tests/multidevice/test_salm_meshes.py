@@ -8,10 +8,11 @@ import pytest
 
 from speechlm2_jax.batches import BatchShape, assemble_salm_batch
 from speechlm2_jax.models import SALM
-from speechlm2_jax.sharding import RULES, make_sharding
+from speechlm2_jax.sharding import RULES, make_sharding, place
 from tests.parity.salm_golden import DATA, five_steps, golden_examples
 
 STEPS = 72
+PROMPT = [{"role": "user", "content": "Say something."}]
 FP32_RTOL = 1e-4
 FP32_ATOL = 1e-5
 MESHES = {
@@ -95,3 +96,20 @@ def test_every_parameter_has_known_logical_axes(model):
         assert {a for a in info.axes if a is not None} <= known, path
         if len(info.shape) - info.is_stacked >= 2:
             assert any(a is not None for a in info.axes), path
+
+
+@pytest.mark.parametrize("mesh", ["data=2 fsdp=2 tensor=2", "context=4 fsdp=2"])
+def test_answers_do_not_depend_on_the_mesh(model, run, mesh):
+    examples = golden_examples(run)[:3]
+    alone = model.answer(examples, 8)
+    sharding = make_sharding(**MESHES[mesh])
+    axes = {path: info.axes for path, info in model.infos.items()}
+    before, model.variables = model.variables, place(model.variables, axes, sharding)
+    try:
+        np.testing.assert_array_equal(model.answer(examples, 8), alone)
+        drawn = model.generate(prompts=[PROMPT] * 3, do_sample=True, seed=3, max_new_tokens=8)
+    finally:
+        model.variables = before
+    np.testing.assert_array_equal(
+        drawn, model.generate(prompts=[PROMPT] * 3, do_sample=True, seed=3, max_new_tokens=8)
+    )

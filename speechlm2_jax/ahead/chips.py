@@ -1,0 +1,131 @@
+"""TPU chips by name, and topologies of them, which libtpu can compile for without any being here.
+
+Figures are those of Google's system pages (cloud.google.com/tpu/docs/v5e and its siblings), dense
+bf16, decimal bytes per second of all links of a chip together.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+
+from speechlm2_jax.settings import SettingsError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """What one device of a topology has."""
+
+    memory_bytes: int
+    flops_per_s: float
+    memory_bytes_per_s: float
+    link_bytes_per_s: float
+
+
+CHIPS: Mapping[str, Chip] = {
+    "v4": Chip(
+        memory_bytes=32 * GIB,
+        flops_per_s=275e12,
+        memory_bytes_per_s=1228e9,
+        link_bytes_per_s=300e9,
+    ),
+    "v5e": Chip(
+        memory_bytes=16 * GIB,
+        flops_per_s=197e12,
+        memory_bytes_per_s=819e9,
+        link_bytes_per_s=200e9,
+    ),
+    "v5p": Chip(
+        memory_bytes=95 * GIB,
+        flops_per_s=459e12,
+        memory_bytes_per_s=2765e9,
+        link_bytes_per_s=600e9,
+    ),
+    "v6e": Chip(
+        memory_bytes=32 * GIB,
+        flops_per_s=918e12,
+        memory_bytes_per_s=1640e9,
+        link_bytes_per_s=448e9,
+    ),
+    # a chip is two devices, each with half of what it has
+    "tpu7x": Chip(
+        memory_bytes=96 * GIB,
+        flops_per_s=1153.5e12,
+        memory_bytes_per_s=3690e9,
+        link_bytes_per_s=600e9,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """So many devices of one kind, with the links between them."""
+
+    name: str
+    chip: Chip
+    devices: tuple[jax.Device, ...]
+
+
+def read_topology(name: str, libtpu: Path | None = None) -> Topology:
+    """Describes a topology by its name, such as v5e:4x4 or v5p:4x4x4.
+
+    `libtpu` is the folder that `fetch` filled. Raises SettingsError for a name that is not known,
+    and for a libtpu that is missing or does not fit this JAX.
+    """
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise SettingsError(
+            f"--compile-for {name}: not a topology; give a chip and the shape of its mesh, such as "
+            f"v5e:4x4 or v5p:4x4x4 (chips: {', '.join(CHIPS)})"
+        )
+    folder = default_folder() if libtpu is None else libtpu
+    if not (folder / "libtpu").is_dir():
+        raise SettingsError(
+            f"--compile-for needs libtpu, which is not in {folder}; fetch it (about 700 MB) with "
+            f"python -m speechlm2_jax.ahead.fetch{'' if libtpu is None else f' --to {libtpu}'}"
+        )
+    sys.path.insert(0, str(folder.resolve()))
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this is no TPU host; do not ask for one
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as error:  # whatever libtpu says of a shape that it does not build
+        reason = " ".join(str(error).split())[:300]
+        raise SettingsError(f"--compile-for {name}: libtpu cannot compile for it ({reason})") from (
+            error
+        )
+    return Topology(name=name, chip=CHIPS[kind], devices=tuple(described.devices))
+
+
+def default_folder() -> Path:
+    """Where libtpu is looked for: a folder of the user's cache, by the version that JAX wants."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache / "speechlm2_jax" / f"libtpu-{jax.__version__}"
+
+
+def wanted_libtpu() -> str:
+    """The requirement on libtpu that this JAX states for its `tpu` extra."""
+    stated = importlib.metadata.requires("jax") or []
+    return next(r.partition(";")[0].strip() for r in stated if r.startswith("libtpu"))
+
+
+def fetch(folder: Path) -> None:
+    """Installs the libtpu that fits this JAX into a folder of its own.
+
+    Not into the environment, where JAX would look for TPUs at every start. Raises SettingsError if
+    it cannot be had.
+    """
+    requirement = wanted_libtpu()
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--upgrade"]
+    done = subprocess.run([*command, "--target", str(folder), requirement])
+    if done.returncode:
+        raise SettingsError(f"pip could not install {requirement} into {folder}; see above")

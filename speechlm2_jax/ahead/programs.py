@@ -1,0 +1,159 @@
+"""The two programs of a run, compiled for a topology and priced."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from speechlm2_jax.ahead.chips import Topology
+from speechlm2_jax.ahead.collectives import collectives
+from speechlm2_jax.ahead.report import Report
+from speechlm2_jax.batches import BatchShape, HostBatch, full_batch
+from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.sharding import Sharding, for_answering
+from speechlm2_jax.training.describing import device_bytes
+from speechlm2_jax.training.protocol import ModelOutline
+from speechlm2_jax.training.start import Setup
+
+
+class AnsweringModel(ModelOutline, Protocol):
+    """A model that answers, too."""
+
+    @property
+    def audio_locator_tag_id(self) -> int:
+        """Token id of the placeholder of a recording."""
+        ...
+
+    def compile_answer(self, placement: Sharding, shape: BatchShape, max_new_tokens: int) -> Any:
+        """Compiles answering prompts of one shape."""
+        ...
+
+    def answer_flops(self, batch: HostBatch) -> float:
+        """Model FLOPs of one forward pass."""
+        ...
+
+
+def training_report(
+    model: AnsweringModel, setup: Setup, topology: Topology, shape: BatchShape
+) -> Report:
+    """Compiles the training step on rows of `shape`, as many on each data-parallel device.
+
+    Raises SettingsError if the compiler finds that it does not fit.
+    """
+    groups = setup.sharding.data_parallel_size
+    batch = _full(model, shape, groups)
+    begin = time.monotonic()
+    compiled = _fitting(lambda: setup.programs(model, setup.meter()).compile_ahead(batch), topology)
+    state, frozen = setup.layout.state, setup.layout.frozen
+    known = {
+        "trained parameters": device_bytes(state.trainable),
+        "frozen parameters and buffers": device_bytes((frozen, state.buffers)),
+        "optimizer state": device_bytes(state.opt_state),
+    }
+    return Report(
+        program="a training step",
+        topology=topology.name,
+        mesh=_describe(setup.sharding),
+        shape=_describe_shape(shape, groups),
+        memory=_memory(known, "gradients, activations and other scratch", compiled),
+        chip=topology.chip,
+        flops=model.flops(_full(model, shape, 1)) * groups / len(topology.devices),
+        read_bytes=0.0,
+        collectives=tuple(collectives(compiled.as_text())),
+        compiled_in_s=time.monotonic() - begin,
+    )
+
+
+def answering_report(
+    model: AnsweringModel,
+    setup: Setup,
+    topology: Topology,
+    shape: BatchShape,
+    new_tokens: int,
+) -> Report:
+    """Compiles answering `shape.rows` prompts on each data-parallel device.
+
+    Raises SettingsError if the compiler finds that it does not fit.
+    """
+    placement = for_answering(setup.sharding.mesh)
+    groups = placement.data_parallel_size
+    begin = time.monotonic()
+    compiled = _fitting(lambda: model.compile_answer(placement, shape, new_tokens), topology)
+    weights = {
+        path: sum_bytes(info.shape, model.compute_dtype, placement.named(info.axes, info.shape))
+        for path, info in model.infos.items()
+    }
+    longer = BatchShape(
+        rows=shape.rows,
+        tokens=shape.tokens + new_tokens,
+        clips=shape.clips,
+        samples=shape.samples,
+    )
+    llm = sum(size for path, size in weights.items() if path.startswith("llm."))
+    return Report(
+        program=f"answering with {new_tokens} tokens",
+        topology=topology.name,
+        mesh=_describe(placement),
+        shape=_describe_shape(shape, groups),
+        memory=_memory({"parameters": sum(weights.values())}, "cache and other scratch", compiled),
+        chip=topology.chip,
+        flops=model.answer_flops(_full(model, longer, 1)) * groups / len(topology.devices),
+        read_bytes=float(llm * new_tokens),
+        collectives=tuple(collectives(compiled.as_text())),
+        compiled_in_s=time.monotonic() - begin,
+    )
+
+
+def sum_bytes(shape: tuple[int, ...], dtype: Any, placement: jax.sharding.Sharding) -> int:
+    """Bytes of an array that one device holds."""
+    return math.prod(placement.shard_shape(shape)) * np.dtype(dtype).itemsize
+
+
+def _memory(known: Mapping[str, int], scratch: str, compiled: Any) -> dict[str, int]:
+    """The compiler's own sums, by category; arrays are padded to its tiles."""
+    stats = compiled.memory_analysis()
+    rest = stats.argument_size_in_bytes - sum(known.values())
+    return {
+        **known,
+        "batch, and padding of arrays": max(rest, 0),
+        "results that take no argument's place": (
+            stats.output_size_in_bytes - stats.alias_size_in_bytes
+        ),
+        scratch: stats.temp_size_in_bytes,
+        "program": stats.generated_code_size_in_bytes,
+    }
+
+
+def _fitting(compile_it: Any, topology: Topology) -> Any:
+    try:
+        return compile_it()
+    except jax.errors.JaxRuntimeError as error:
+        text = " ".join(str(error).split())
+        if "RESOURCE_EXHAUSTED" not in text and "hbm" not in text.lower():
+            raise
+        raise SettingsError(f"{topology.name}: DOES NOT FIT: {text[:400]}") from error
+
+
+def _full(model: AnsweringModel, shape: BatchShape, groups: int) -> HostBatch:
+    arrays = full_batch(
+        shape,
+        groups,
+        frame_count=model.frame_count,
+        placeholder_id=model.audio_locator_tag_id,
+    )
+    return HostBatch(arrays=arrays, ids=(), bucket="")
+
+
+def _describe(sharding: Sharding) -> str:
+    sizes = {axis: n for axis, n in sharding.mesh.shape.items() if n > 1}
+    return " x ".join(f"{axis} {n}" for axis, n in sizes.items()) or "one device"
+
+
+def _describe_shape(shape: BatchShape, groups: int) -> str:
+    return (
+        f"{groups} groups of {shape.rows} rows of {shape.tokens} steps, "
+        f"{shape.clips} clips of {shape.samples} samples"
+    )

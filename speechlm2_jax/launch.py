@@ -1,0 +1,143 @@
+"""Starts several processes of one run on this machine.
+
+    python -m speechlm2_jax.launch -n 2 train.py --config salm
+
+The first process speaks. If one ends badly, its last words are shown and the others are ended too.
+Ctrl-C and SIGTERM let the whole run save and stop; a second Ctrl-C ends it at once. On CPU each
+process has `--cpu-devices` devices. One machine of GPUs or TPUs needs no launcher: a single process
+sees all devices. Every process on its own (SLURM, GKE, Cloud TPU) finds the others by itself.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+"""Where to meet, of how many, and which one a process is."""
+HEARTBEAT = "SPEECHLM2_JAX_HEARTBEAT_S"
+INDICES = (INDEX, "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
+"""What tells a process which one it is, by whatever started it."""
+POLL_S = 0.1
+GRACE_S = 5.0
+"""How long the others have to end by themselves when one has failed."""
+LAST_WORDS = 30
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its run, or its only one; known before JAX starts."""
+    return all(os.environ.get(name, "0") == "0" for name in INDICES)
+
+
+class Processes:
+    """The processes of a run, watched until all have ended."""
+
+    def __init__(self, command: Sequence[str], count: int, environment: dict[str, str]):
+        address = f"127.0.0.1:{_free_port()}"
+        self._said: list[deque[str]] = [deque(maxlen=LAST_WORDS) for _ in range(count)]
+        self._all: list[subprocess.Popen[str]] = []
+        for index in range(count):
+            own = {COORDINATOR: address, COUNT: str(count), INDEX: str(index)}
+            speaks = index == 0
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                env={**environment, **own},
+                stdout=None if speaks else subprocess.DEVNULL,
+                stderr=None if speaks else subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # Ctrl-C comes to the launcher alone
+            )
+            self._all.append(process)
+            if not speaks:
+                threading.Thread(target=self._listen, args=(index,), daemon=True).start()
+        self._interrupts = 0
+
+    def _listen(self, index: int) -> None:
+        stream = self._all[index].stderr
+        assert stream is not None
+        self._said[index].extend(stream)
+
+    def ask_to_stop(self, number: int, _frame: object = None) -> None:
+        """Tells one process, which tells the others; the second Ctrl-C ends all at once."""
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            return self.end()
+        if self._all[0].poll() is None:
+            self._all[0].send_signal(signal.SIGTERM)
+
+    def end(self) -> None:
+        """Kills those that still run."""
+        for process in self._all:
+            if process.poll() is None:
+                process.kill()
+
+    def wait(self) -> int:
+        """Returns the run's exit code: 0, or that of the first process that failed."""
+        while True:
+            codes = [process.poll() for process in self._all]
+            failed = next((i for i, code in enumerate(codes) if code), None)
+            if failed is not None:
+                return self._end_after(failed)
+            if all(code == 0 for code in codes):
+                return 0
+            time.sleep(POLL_S)
+
+    def _end_after(self, failed: int) -> int:
+        code = self._all[failed].returncode
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline and any(p.poll() is None for p in self._all):
+            time.sleep(POLL_S)
+        said_by_first = self._all[0].returncode == code
+        if not said_by_first or code < 0:
+            words = "".join(f"[process {failed}] {line}" for line in self._said[failed])
+            sys.stderr.write(words)
+            print(
+                f"launch: process {failed} of {len(self._all)} {_how(code)}; the others are ended, "
+                "and the same command goes on from the last checkpoint",
+                file=sys.stderr,
+            )
+        self.end()
+        return code if code > 0 else 128 - code
+
+
+def _how(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Reads the command line, starts, and waits."""
+    parser = argparse.ArgumentParser(prog="python -m speechlm2_jax.launch", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("-n", "--processes", type=int, required=True)
+    parser.add_argument("--cpu-devices", type=int, metavar="N", help="devices of each, on CPU")
+    parser.add_argument("--heartbeat", type=int, metavar="SECONDS", help="dead after so long")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="train.py and its words")
+    words = parser.parse_args(argv)
+    if words.processes < 1 or not words.command:
+        parser.error("give the number of processes (-n) and a command: train.py --config NAME")
+    environment = dict(os.environ)
+    if words.cpu_devices:
+        flag = f"--xla_force_host_platform_device_count={words.cpu_devices}"
+        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}".strip()
+    if words.heartbeat:
+        environment[HEARTBEAT] = str(words.heartbeat)
+    processes = Processes(words.command, words.processes, environment)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, processes.ask_to_stop)
+    return processes.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,181 @@
+"""Several processes are one run: the same losses, one writer, one stop, and no orphans."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from speechlm2_jax.checkpointing import load_weights, read_json, step_folders
+from speechlm2_jax.launch import COORDINATOR, COUNT, HEARTBEAT, INDEX
+from tests.training.tiny_salm import write_config
+
+ROOT = Path(__file__).parents[2]
+STEPS = 24
+STOPPED_AT = 8
+COMPARED = ("loss", "grad_norm", "acc", "val_loss", "val_acc", "val_wer")
+HEARTBEAT_S = 10
+
+
+class Run:
+    """train.py on some devices, by any number of processes."""
+
+    def __init__(self, folder, devices):
+        self.folder, self.devices = folder, devices
+        self.config = write_config(
+            folder,
+            trainer={
+                "devices": devices,
+                "max_steps": STEPS,
+                "limit_train_batches": 12,
+                "log_every_n_steps": 1,
+                "precision": "32-true",
+            },
+        )
+
+    def environment(self, devices):
+        flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        return {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / f"compiled{devices}"),
+            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+        }
+
+    def start(self, name, processes=1, *overrides):
+        launcher = ["-m", "speechlm2_jax.launch", "-n", str(processes)] if processes > 1 else []
+        run_dir = f"exp_manager.explicit_log_dir={self.folder / name}"
+        return subprocess.Popen(
+            [
+                *(sys.executable, *launcher, "train.py", "--config", str(self.config)),
+                *(run_dir, *overrides),
+            ],
+            cwd=ROOT,
+            env=self.environment(self.devices // processes),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, process):
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        return out
+
+    def rows(self, name):
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [row for row in rows if "loss" in row or "val_loss" in row]
+
+    def assert_same(self, one, other):
+        """The same order of data, the same numbers but for the order of sums over devices."""
+        first, second = self.rows(one), self.rows(other)
+        assert [row["step"] for row in first] == [row["step"] for row in second]
+        for a, b in zip(first, second, strict=True):
+            assert set(a) == set(b)
+            for name in set(COMPARED) & set(a):
+                np.testing.assert_allclose(a[name], b[name], rtol=2e-5, err_msg=f"{name} {a}")
+        states = [read_json(step_folders(self.folder / n)[0], "progress") for n in (one, other)]
+        assert states[0] == states[1]
+        weights = [load_weights(self.folder / n, "last").variables for n in (one, other)]
+        for path, value in weights[0].items():
+            np.testing.assert_allclose(value, weights[1][path], rtol=1e-3, atol=1e-5, err_msg=path)
+
+
+def wait_for(process, beginning):
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def test_two_processes_are_one_run_that_stops_and_goes_on_together(tmp_path):
+    run = Run(tmp_path, devices=2)
+    out = run.finish(run.start("one"))
+    assert "groups of a global batch: 2" in out
+
+    stopped = run.start("two", 2)
+    wait_for(stopped, f"step {STOPPED_AT}/")
+    stopped.send_signal(signal.SIGTERM)
+    out = run.finish(stopped)
+    assert "a process of the run was told to stop" in out
+    assert STOPPED_AT <= len([r for r in run.rows("two") if "loss" in r]) < STEPS
+
+    out = run.finish(run.start("two", 2))
+    assert out.count("going on from") == 1 and out.count(f"finished {STEPS} steps") == 1
+    assert "2 processes" in (tmp_path / "two" / "environment.txt").read_text()
+    run.assert_same("one", "two")
+
+
+@pytest.mark.slow  # five processes, which compile each for itself
+def test_four_processes_are_one_run(tmp_path):
+    run = Run(tmp_path, devices=4)
+    fsdp = "+trainer.strategy={_target_: FSDPStrategy}"
+    run.finish(run.start("one", 1, fsdp))
+    run.finish(run.start("four", 4, fsdp))
+    run.assert_same("one", "four")
+
+
+def test_a_dead_process_ends_the_run_with_a_message(tmp_path):
+    run = Run(tmp_path, devices=2)
+    process = run.start("two", 2, "trainer.max_steps=100000")
+    wait_for(process, "step 2/")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "process 1 of 2 was killed by SIGKILL; the others are ended" in err
+    for child in children:
+        assert not Path(f"/proc/{child}").exists()
+
+
+@pytest.mark.slow  # waits for the heartbeat limit
+def test_without_the_launcher_a_dead_process_ends_the_others_within_the_limit(tmp_path):
+    run = Run(tmp_path, devices=2)
+    processes = []
+    for index in range(2):
+        own = {COORDINATOR: "127.0.0.1:47123", COUNT: "2", INDEX: str(index)}
+        processes.append(
+            subprocess.Popen(
+                [
+                    *(sys.executable, "train.py", "--config", str(run.config)),
+                    f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
+                    "trainer.max_steps=100000",
+                ],
+                cwd=ROOT,
+                env={**run.environment(1), **own, HEARTBEAT: str(HEARTBEAT_S)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    wait_for(processes[0], "step 2/")
+    begin = time.monotonic()
+    processes[1].kill()
+    out, err = processes[0].communicate(timeout=10 * HEARTBEAT_S)
+    took_s = time.monotonic() - begin
+    print(took_s, processes[0].returncode, out[-500:], err[-3000:])
+    processes[1].communicate()
+    assert processes[0].returncode != 0
+    assert took_s < 3 * HEARTBEAT_S
+    assert "process" in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["trainer.devices=3"], "is not the 2 devices that 2 processes have"),
+        (["+trainer.num_nodes=3"], "start one per node"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused_once(tmp_path, overrides, told):
+    run = Run(tmp_path, devices=2)
+    process = run.start("two", 2, *overrides)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.count(told) == 1
