@@ -82,5 +82,5 @@ class Report:
         return "\n".join(lines)
 
 
-def _size(size: float) -> str:
+def _size(size: int) -> str:
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
