@@ -81,9 +81,9 @@ class Processes:
         """Returns the run's exit code: 0, or that of the first process that failed."""
         while True:
             codes = [process.poll() for process in self._all]
-            failed = next((i for i, code in enumerate(codes) if code), None)
-            if failed is not None:
-                return self._end_after(failed)
+            failed = {index: code for index, code in enumerate(codes) if code}
+            if failed:
+                return self._end_after(min(failed, key=lambda i: _is_reaction(failed[i])))
             if all(code == 0 for code in codes):
                 return 0
             time.sleep(POLL_S)
@@ -104,6 +104,11 @@ class Processes:
             )
         self.end()
         return code if code > 0 else 128 - code
+
+
+def _is_reaction(code: int) -> tuple[bool, bool]:
+    """Sorts first what died of something else: the others fail, or JAX aborts them, in its wake."""
+    return code > 0, code == -signal.SIGABRT
 
 
 def _how(code: int) -> str:
