@@ -243,6 +243,15 @@ def context_size() -> int:
     return 1 if sharding is None else sharding.context_size
 
 
+def platform() -> str:
+    """What computes: the platform of the mesh in use; JAX's default one outside `use`.
+
+    They differ where a program is compiled ahead of time.
+    """
+    sharding = _current.get()
+    return jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
+
+
 def time_order(steps: int) -> np.ndarray | None:
     """`Sharding.time_order` of the value in use; None outside `use`."""
     sharding = _current.get()

@@ -1,7 +1,7 @@
 """TPU chips by name, and topologies of them, which libtpu can compile for without any being here.
 
-Figures are those of Google's system pages (cloud.google.com/tpu/docs/v5e and its siblings), dense
-bf16, decimal bytes per second of all links of a chip together.
+Figures are those of Google's system pages (cloud.google.com/tpu/docs/v5e and its siblings): bytes
+per second are decimal, those of links are of all links of a chip together.
 """
 
 import importlib
@@ -18,52 +18,33 @@ import jax
 from jax.experimental import topologies
 
 from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.training.meter import peak_flops
 
 GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """What one device of a topology has."""
+    """What one device of a topology has, beside its arithmetic (`training.meter.peak_flops`)."""
 
     memory_bytes: int
-    flops_per_s: float
     memory_bytes_per_s: float
     link_bytes_per_s: float
 
 
+def _chip(memory_gib: int, memory_bytes_per_s: float, link_bytes_per_s: float) -> Chip:
+    return Chip(
+        memory_bytes=memory_gib * GIB,
+        memory_bytes_per_s=memory_bytes_per_s,
+        link_bytes_per_s=link_bytes_per_s,
+    )
+
+
 CHIPS: Mapping[str, Chip] = {
-    "v4": Chip(
-        memory_bytes=32 * GIB,
-        flops_per_s=275e12,
-        memory_bytes_per_s=1228e9,
-        link_bytes_per_s=300e9,
-    ),
-    "v5e": Chip(
-        memory_bytes=16 * GIB,
-        flops_per_s=197e12,
-        memory_bytes_per_s=819e9,
-        link_bytes_per_s=200e9,
-    ),
-    "v5p": Chip(
-        memory_bytes=95 * GIB,
-        flops_per_s=459e12,
-        memory_bytes_per_s=2765e9,
-        link_bytes_per_s=600e9,
-    ),
-    "v6e": Chip(
-        memory_bytes=32 * GIB,
-        flops_per_s=918e12,
-        memory_bytes_per_s=1640e9,
-        link_bytes_per_s=448e9,
-    ),
-    # a chip is two devices, each with half of what it has
-    "tpu7x": Chip(
-        memory_bytes=96 * GIB,
-        flops_per_s=1153.5e12,
-        memory_bytes_per_s=3690e9,
-        link_bytes_per_s=600e9,
-    ),
+    "v5e": _chip(16, 819e9, 200e9),
+    "v5p": _chip(95, 2765e9, 600e9),
+    "v6e": _chip(32, 1640e9, 448e9),
+    "tpu7x": _chip(96, 3690e9, 600e9),  # a chip is two devices, each with half of it
 }
 
 
@@ -73,6 +54,8 @@ class Topology:
 
     name: str
     chip: Chip
+    flops_per_s: float
+    """Dense bf16, of one device."""
     devices: tuple[jax.Device, ...]
 
 
@@ -103,7 +86,11 @@ def read_topology(name: str, libtpu: Path | None = None) -> Topology:
         raise SettingsError(f"--compile-for {name}: libtpu cannot compile for it ({reason})") from (
             error
         )
-    return Topology(name=name, chip=CHIPS[kind], devices=tuple(described.devices))
+    devices = tuple(described.devices)
+    peak = peak_flops(devices[0].device_kind)
+    if peak is None:
+        raise SettingsError(f"--compile-for {name}: no peak is known of {devices[0].device_kind}")
+    return Topology(name=name, chip=CHIPS[kind], flops_per_s=peak, devices=devices)
 
 
 def default_folder() -> Path:

@@ -1,12 +1,11 @@
 """The two programs of a run, compiled for a topology and priced."""
 
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 
 from speechlm2_jax.ahead.chips import Topology
 from speechlm2_jax.ahead.collectives import collectives
@@ -25,6 +24,10 @@ class AnsweringModel(ModelOutline, Protocol):
     @property
     def audio_locator_tag_id(self) -> int:
         """Token id of the placeholder of a recording."""
+        ...
+
+    def answer_layout(self, placement: Sharding) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Dtype and place of every variable of a model that only answers."""
         ...
 
     def compile_answer(self, placement: Sharding, shape: BatchShape, max_new_tokens: int) -> Any:
@@ -60,6 +63,7 @@ def training_report(
         shape=_describe_shape(shape, groups),
         memory=_memory(known, "gradients, activations and other scratch", compiled),
         chip=topology.chip,
+        flops_per_s=topology.flops_per_s,
         flops=model.flops(_full(model, shape, 1)) * groups / len(topology.devices),
         read_bytes=0.0,
         collectives=tuple(collectives(compiled.as_text())),
@@ -82,34 +86,22 @@ def answering_report(
     groups = placement.data_parallel_size
     begin = time.monotonic()
     compiled = _fitting(lambda: model.compile_answer(placement, shape, new_tokens), topology)
-    weights = {
-        path: sum_bytes(info.shape, model.compute_dtype, placement.named(info.axes, info.shape))
-        for path, info in model.infos.items()
-    }
-    longer = BatchShape(
-        rows=shape.rows,
-        tokens=shape.tokens + new_tokens,
-        clips=shape.clips,
-        samples=shape.samples,
-    )
-    llm = sum(size for path, size in weights.items() if path.startswith("llm."))
+    weights = model.answer_layout(placement)
+    longer = replace(shape, tokens=shape.tokens + new_tokens)
+    llm = {path: leaf for path, leaf in weights.items() if path.startswith("llm.")}
     return Report(
         program=f"answering with {new_tokens} tokens",
         topology=topology.name,
         mesh=_describe(placement),
         shape=_describe_shape(shape, groups),
-        memory=_memory({"parameters": sum(weights.values())}, "cache and other scratch", compiled),
+        memory=_memory({"parameters": device_bytes(weights)}, "cache and other scratch", compiled),
         chip=topology.chip,
+        flops_per_s=topology.flops_per_s,
         flops=model.answer_flops(_full(model, longer, 1)) * groups / len(topology.devices),
-        read_bytes=float(llm * new_tokens),
+        read_bytes=float(device_bytes(llm) * new_tokens),
         collectives=tuple(collectives(compiled.as_text())),
         compiled_in_s=time.monotonic() - begin,
     )
-
-
-def sum_bytes(shape: tuple[int, ...], dtype: Any, placement: jax.sharding.Sharding) -> int:
-    """Bytes of an array that one device holds."""
-    return math.prod(placement.shard_shape(shape)) * np.dtype(dtype).itemsize
 
 
 def _memory(known: Mapping[str, int], scratch: str, compiled: Any) -> dict[str, int]:
@@ -127,7 +119,7 @@ def _memory(known: Mapping[str, int], scratch: str, compiled: Any) -> dict[str, 
     }
 
 
-def _fitting(compile_it: Any, topology: Topology) -> Any:
+def _fitting(compile_it: Callable[[], Any], topology: Topology) -> Any:
     try:
         return compile_it()
     except jax.errors.JaxRuntimeError as error:

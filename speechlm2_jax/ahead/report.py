@@ -20,6 +20,8 @@ class Report:
     memory: Mapping[str, int]
     """Bytes by category."""
     chip: Chip
+    flops_per_s: float
+    """What the chip can do."""
     flops: float
     """By formula (`networks.flops`): what the model needs, without what is computed again."""
     read_bytes: float
@@ -40,9 +42,7 @@ class Report:
     @property
     def compute_s(self) -> float:
         """Least time for arithmetic, or for reading memory if that takes longer."""
-        return max(
-            self.flops / self.chip.flops_per_s, self.read_bytes / self.chip.memory_bytes_per_s
-        )
+        return max(self.flops / self.flops_per_s, self.read_bytes / self.chip.memory_bytes_per_s)
 
     @property
     def traffic_s(self) -> float:
@@ -71,14 +71,15 @@ class Report:
         lines = [f"{self.program} on {self.topology} ({self.mesh}), {self.shape}; per chip:"]
         rows = [(name, _size(size)) for name, size in self.memory.items()]
         verdict = "fits" if self.fits else "DOES NOT FIT"
-        rows.append(("memory", f"{_size(self.total_bytes)} of {_size(self.chip.memory_bytes)}"))
-        rows.append(("", verdict))
+        share = f"{_size(self.total_bytes)} of {_size(self.chip.memory_bytes)}"
+        rows.append(("memory", f"{share}: {verdict}"))
         rows.append(("model FLOPs", f"{self.flops / 1e12:.2f} T"))
         rows += [(c.kind, f"{c.count} x, {_size(c.bytes_sent)} sent") for c in self.collectives]
         low, high = (1e3 * s for s in self.step_s)
         least = f"{1e3 * self.compute_s:.1f} ms at peak, {1e3 * self.traffic_s:.1f} ms of traffic"
         rows.append(("a run takes at least", f"{least}: {low:.1f} to {high:.1f} ms"))
-        lines += [f"  {name:<38}  {value}" for name, value in rows]
+        width = max(len(name) for name, _ in rows)
+        lines += [f"  {name:<{width}}  {value}" for name, value in rows]
         return "\n".join(lines)
 
 

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.layers.ring_attention import ring_attention
-from speechlm2_jax.sharding import context_size
+from speechlm2_jax.layers.splash_attention import splash_attention
+from speechlm2_jax.sharding import context_size, platform
 
 NOT_A_KEY = -1
 """Key segment that no query has."""
+SPLASH_STEPS = 256
+"""From so many steps on a TPU computes whole rows by its kernel; fewer fill its blocks badly."""
 
 
 @jax.tree_util.register_dataclass
@@ -20,15 +23,16 @@ class Visible:
     """Which keys a query may attend to: same segment, and no later slot.
 
     Kept as structure rather than as a dense mask, so that a kernel can skip whole blocks. Queries
-    take consecutive slots from `offset` and keys the slots from 0, unless `slots` says which.
+    take consecutive slots from `offset` (0 for None, which says that queries and keys are the same
+    steps) and keys the slots from 0, unless `slots` says which.
     """
 
     query_segments: Any
     """Int32 [B, T]."""
     key_segments: Any
     """Int32 [B, S]; `NOT_A_KEY` hides a key from everyone."""
-    offset: Any = 0
-    """Int32 scalar: the slot of the first query; 0 without a cache."""
+    offset: Any = None
+    """Int32 scalar: the slot of the first query; None without a cache."""
     slots: Any = None
     """Int32 [T]: the slots of queries and keys where both lie in another order (a ring)."""
 
@@ -37,7 +41,7 @@ class Visible:
         queries: Int[Array, "B T"] = self.query_segments
         keys: Int[Array, "B S"] = self.key_segments
         if self.slots is None:
-            query_slots = self.offset + jnp.arange(queries.shape[1])
+            query_slots = (0 if self.offset is None else self.offset) + jnp.arange(queries.shape[1])
             key_slots = jnp.arange(keys.shape[1])
         else:
             query_slots = key_slots = jnp.asarray(self.slots)
@@ -66,6 +70,16 @@ def attend(
             query_segments=visible.query_segments,
             key_segments=visible.key_segments,
             slots=jnp.asarray(visible.slots),
+            scale=scale,
+        )
+    is_whole = visible.slots is None and visible.offset is None
+    if is_whole and q.shape[1] >= SPLASH_STEPS and platform() == "tpu":
+        return splash_attention(
+            q,
+            k,
+            v,
+            query_segments=visible.query_segments,
+            key_segments=visible.key_segments,
             scale=scale,
         )
     return _attend_dense(q, k, v, visible.dense(), scale)

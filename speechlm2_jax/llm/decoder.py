@@ -155,7 +155,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         query_segments: Int[Array, "B T"],
         key_segments: Int[Array, "B S"],
-        offset: Int[Array, ""] | int = 0,
+        offset: Int[Array, ""] | None = None,
         slots: np.ndarray | None = None,
     ) -> Place:
         return Place(

@@ -136,6 +136,18 @@ def answer(
         return sharding.constrain(ids, None, None)
 
 
+def layout(model: "SALM", placement: Sharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """Dtype and place of every variable where a model only answers: none needs to be fp32."""
+    return {
+        path: jax.ShapeDtypeStruct(
+            info.shape,
+            model.compute_dtype if jnp.issubdtype(info.dtype, jnp.floating) else info.dtype,
+            sharding=placement.named(info.axes, info.shape),
+        )
+        for path, info in model.infos.items()
+    }
+
+
 def compile_ahead(
     model: "SALM",
     definition: Any,
@@ -155,14 +167,7 @@ def compile_ahead(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         *(batch, placement.batch(batch)),
     )
-    variables = {
-        path: jax.ShapeDtypeStruct(
-            info.shape,
-            model.compute_dtype if jnp.issubdtype(info.dtype, jnp.floating) else info.dtype,
-            sharding=placement.named(info.axes, info.shape),
-        )
-        for path, info in model.infos.items()
-    }
+    variables = layout(model, placement)
     decoding = decoding_config(model, None, {"max_new_tokens": max_new_tokens})
     lowered = answer.lower(definition, variables, arrays, decoding, None, placement=placement)
     return lowered.compile()

@@ -228,6 +228,10 @@ class SALM:
         decoding = answering.decoding_config(self, None, {"max_new_tokens": max_new_tokens})
         return answering.answer_examples(self, self._definition, prompts, decoding)
 
+    def answer_layout(self, placement: Sharding) -> dict[str, jax.ShapeDtypeStruct]:
+        """Dtype and place of every variable of a model that only answers."""
+        return answering.layout(self, placement)
+
     def compile_answer(self, placement: Sharding, shape: BatchShape, max_new_tokens: int) -> Any:
         """Compiles `answer` for devices that need not be here; nothing runs.
 

@@ -19,7 +19,7 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("A100", 312e12),
     ("L4", 121e12),
     ("TPU v6", 918e12),
-    ("TPU7x", 2307e12),
+    ("TPU7x", 1153.5e12),  # half of a chip, which is two devices
     ("TPU v5p", 459e12),
     ("TPU v5 lite", 197e12),
     ("TPU v5e", 197e12),

@@ -18,6 +18,7 @@ REPORT = Report(
     shape="16 groups",
     memory={"trained parameters": 3 * GIB, "scratch": 4 * GIB},
     chip=CHIPS["v5e"],
+    flops_per_s=197e12,
     flops=197e12 / 2,
     read_bytes=0.0,
     collectives=(Collective(kind="all-gather", count=28, bytes_sent=20_000_000_000),),

@@ -1,0 +1,55 @@
+"""What lies where in a run's checkpoints."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+CHECKPOINTS = "checkpoints"
+FROZEN = "frozen"
+ARRAY_ITEMS = ("params", "buffers", "opt")
+
+
+def step_folders(path: Path) -> list[Path]:
+    """The finished checkpoints of a run (its folder or checkpoints/ inside it), newest first.
+
+    `path` may also be one step. Empty if there are none.
+    """
+    path = Path(path).absolute()
+    if path.name.isdigit() and (path / "progress").is_dir():
+        return [path]
+    folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    if not folder.is_dir():
+        return []
+    steps = [p for p in folder.iterdir() if p.name.isdigit() and p.is_dir()]
+    return sorted(steps, key=lambda p: int(p.name), reverse=True)
+
+
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Renames checkpoints after `step`, which could not be read, so that new ones take their place.
+
+    Called on one process only, before a Checkpointer is made.
+    """
+    for newer in step_folders(folder):
+        if int(newer.name) > step:
+            target = folder / f"unreadable_{newer.name}"
+            shutil.rmtree(target, ignore_errors=True)
+            newer.rename(target)
+
+
+def read_json(step: Path, name: str) -> dict[str, Any]:
+    """Reads a JSON item of one checkpoint."""
+    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(step / name)
+
+
+def quiet_orbax() -> None:
+    """Drops Orbax's log records: they describe its own options, and what fails is raised too."""
+    logger = logging.getLogger("absl")
+    if _drop_orbax not in logger.filters:
+        logger.addFilter(_drop_orbax)
+
+
+def _drop_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname or record.levelno >= logging.CRITICAL

@@ -1,0 +1,191 @@
+"""Reading back: onto a mesh to go on, or the weights alone on the host."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from speechlm2_jax.checkpointing.folders import (
+    CHECKPOINTS,
+    FROZEN,
+    quiet_orbax,
+    read_json,
+    step_folders,
+)
+from speechlm2_jax.checkpointing.ranking import read_ranking
+
+log = logging.getLogger(__name__)
+
+Which = Literal["best_else_last", "best", "last"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """A checkpoint read back."""
+
+    step: Path
+    """The folder of the checkpoint, named by its step."""
+    arrays: dict[str, Any]
+    """Per item of the template: the arrays, placed as the template says."""
+    frozen: dict[str, Any]
+    progress: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The weights of a checkpoint alone, on the host."""
+
+    variables: dict[str, np.ndarray]
+    """Every parameter and buffer by path."""
+    settings: dict[str, Any]
+    """The settings of the model that was trained."""
+    step: int
+
+
+class LayoutError(ValueError):
+    """A readable checkpoint that holds other variables than the model has."""
+
+
+def restore(
+    own: Path | None,
+    other: Path | None,
+    template: Mapping[str, Any],
+    frozen_template: Mapping[str, Any],
+) -> Restored | None:
+    """Finds where a run goes on, in this order.
+
+    1. the run's own newest readable checkpoint (folder `own`);
+    2. the newest readable checkpoint of another run, or one step of it (`other`);
+    3. None: the run starts from the variables that its model was built with.
+
+    Templates hold `jax.ShapeDtypeStruct`s with shardings. Raises LayoutError if the checkpoint is
+    of other variables, RuntimeError if checkpoints are there and none can be read.
+    """
+    quiet_orbax()
+    for folder in (own, other):
+        steps = step_folders(folder) if folder is not None else []
+        failures = []
+        for step in steps:
+            try:
+                return _read(step, template, frozen_template)
+            except LayoutError:
+                raise
+            except Exception as error:  # whatever a damaged file makes a reader do
+                reason = f"{step}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                log.warning("cannot read checkpoint %s; trying the one before it", reason)
+                failures.append(reason)
+        if failures:
+            raise RuntimeError(
+                f"no checkpoint of {folder} can be read; move them away to start again:\n  "
+                + "\n  ".join(failures)
+            )
+    return None
+
+
+def load_weights(run: str | Path, which: Which | int = "best_else_last") -> Weights:
+    """Reads the weights of a run on the host: no optimizer, no data state, no device.
+
+    `run` is a run directory, its checkpoints/ or one step; `which` may be a step number. Best is
+    by the metric that the run monitors. Raises FileNotFoundError if there is no such checkpoint.
+    """
+    quiet_orbax()
+    steps = step_folders(Path(run))
+    if not steps:
+        raise FileNotFoundError(f"{run}: no checkpoint here (looked for {CHECKPOINTS}/<step>)")
+    step = _choose(steps, which)
+    variables: dict[str, np.ndarray] = {}
+    for folder in (step.parent / FROZEN, step / "params", step / "buffers"):
+        if folder.is_dir():
+            variables.update(_read_host(folder))
+    return Weights(variables=variables, settings=read_json(step, "settings"), step=int(step.name))
+
+
+def _choose(steps: Sequence[Path], which: Which | int) -> Path:
+    if which == "last":
+        return steps[0]
+    if isinstance(which, int):
+        for step in steps:
+            if int(step.name) == which:
+                return step
+        raise FileNotFoundError(f"step {which} is not kept; there are {_names(steps)}")
+    ranking = read_ranking(steps[0].parent)
+    by_step = {int(step.name): step for step in steps}
+    kept = {step: values for step, values in ranking.metrics.items() if step in by_step}
+    best = ranking.retention.best(kept)
+    if best:
+        return by_step[best[0]]
+    if which == "best":
+        raise FileNotFoundError(
+            f"none of the steps {_names(steps)} has a {ranking.retention.monitor}"
+        )
+    return steps[0]
+
+
+def _names(steps: Iterable[Path]) -> str:
+    return ", ".join(step.name for step in steps)
+
+
+def _read(step: Path, template: Mapping[str, Any], frozen_template: Mapping[str, Any]) -> Restored:
+    """Reads one checkpoint onto the template's placements."""
+    progress = read_json(step, "progress")
+    for name in ("params", "buffers"):
+        _check_paths(step / name, template[name])
+    _check_paths(step.parent / FROZEN, frozen_template)
+    arrays = {name: _read_placed(step / name, template[name]) for name in template}
+    frozen = _read_placed(step.parent / FROZEN, frozen_template)
+    return Restored(step=step, arrays=arrays, frozen=frozen, progress=progress)
+
+
+def _check_paths(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Raises LayoutError naming what a checkpoint has too much, too little, or in another shape."""
+    if wanted and not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing")
+    stored = {path: tuple(meta.shape) for path, meta in _metadata(folder).items()}
+    expected = {path: tuple(leaf.shape) for path, leaf in wanted.items()}
+    if stored == expected:
+        return
+    differences = [
+        *(f"{path} is not in the checkpoint" for path in sorted(expected.keys() - stored.keys())),
+        *(f"{path} is not in the model" for path in sorted(stored.keys() - expected.keys())),
+        *(
+            f"{path} is {stored[path]} in the checkpoint and {expected[path]} in the model"
+            for path in sorted(stored.keys() & expected.keys())
+            if stored[path] != expected[path]
+        ),
+    ]
+    shown = "; ".join(differences[:5]) + ("; ..." if len(differences) > 5 else "")
+    raise LayoutError(
+        f"{folder} was saved by another model or with other freeze_params: {shown}. Use the "
+        "settings of that run, or start a new run in another exp_manager.explicit_log_dir"
+    )
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """Shapes by path; empty if the item had no arrays."""
+    if not folder.is_dir():
+        return {}
+    with ocp.PyTreeCheckpointer() as reader:
+        metadata = reader.metadata(folder)
+    tree = getattr(metadata.item_metadata, "tree", None)
+    if tree is None:
+        raise ValueError(f"{folder}: its metadata cannot be read")
+    return dict(tree)
+
+
+def _read_placed(folder: Path, template: Any) -> Any:
+    if not jax.tree.leaves(template):
+        return template
+    arguments = ocp.checkpoint_utils.construct_restore_args(template)
+    with ocp.PyTreeCheckpointer() as reader:
+        return reader.restore(folder, item=template, restore_args=arguments)
+
+
+def _read_host(folder: Path) -> dict[str, np.ndarray]:
+    arguments = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in _metadata(folder)}
+    with ocp.PyTreeCheckpointer() as reader:
+        return reader.restore(folder, restore_args=arguments)
