@@ -48,6 +48,16 @@ CHIPS: Mapping[str, Chip] = {
 }
 
 
+_NO_HOST = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+"""Tells libtpu that this is no TPU host: it asks for none, warns of nothing and locks nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Topology:
     """So many devices of one kind, with the links between them."""
@@ -78,7 +88,8 @@ def read_topology(name: str, libtpu: Path | None = None) -> Topology:
             f"python -m speechlm2_jax.ahead.fetch{'' if libtpu is None else f' --to {libtpu}'}"
         )
     sys.path.insert(0, str(folder.resolve()))
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this is no TPU host; do not ask for one
+    for variable, value in _NO_HOST.items():
+        os.environ.setdefault(variable, value)
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:  # whatever libtpu says of a shape that it does not build

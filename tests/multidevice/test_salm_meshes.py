@@ -18,6 +18,7 @@ FP32_ATOL = 1e-5
 MESHES = {
     "data=8": dict(data=8),
     "fsdp=8": dict(fsdp=8),
+    "data=2 fsdp=4": dict(data=2, fsdp=4),
     "data=2 fsdp=2 tensor=2": dict(data=2, fsdp=2, tensor=2),
     "fsdp=2 tensor=2 sequence context=2": dict(fsdp=2, tensor=2, context=2, sequence_parallel=True),
     "context=4 fsdp=2": dict(context=4, fsdp=2),

@@ -31,6 +31,20 @@ def rows_together(batches):
     return HostBatch(arrays=arrays, ids=(), bucket="together")
 
 
+@pytest.fixture
+def compilations():
+    """Grows by one for every program that XLA is given."""
+    seen = []
+
+    def note(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
 def micro_batches(count=3):
     return [make_batch(i, groups=2, lengths=(5,), seed=7) for i in range(count)]
 
@@ -167,6 +181,38 @@ def test_bf16_keeps_trained_parameters_and_moments_in_fp32():
     assert frozen["embedding.weight"].dtype == jnp.bfloat16
     assert state.buffers["norm.running_mean"].dtype == jnp.float32
     assert np.isfinite(report.loss)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("accumulate_batches", [1, 2])
+def test_nothing_is_compiled_after_the_first_step(compilations, sizes, accumulate_batches):
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    sharding = make_sharding(**sizes, devices=devices)
+    programs, state, frozen = make_programs(ToyModel(), sharding, accumulate=accumulate_batches)
+    for step in range(3):
+        before = len(compilations)
+        if accumulate_batches == 1:
+            state, _ = programs.train(state, frozen, make_batch(0), LR)
+        else:
+            state, _ = accumulate(programs, state, frozen, [make_batch(0), make_batch(2)])
+        assert (len(compilations) > before) == (step == 0)
+
+
+def test_sums_of_micro_batches_are_added_in_place():
+    programs, state, frozen = make_programs(ToyModel(), make_sharding(fsdp=8), accumulate=2)
+    sums = programs.accumulate(None, state, frozen, make_batch(0), 0)
+    trained = {path: leaf.sharding for path, leaf in state.trainable.items()}
+    assert {path: leaf.sharding for path, leaf in sums.grads.items()} == trained
+    places = [
+        shard.data.unsafe_buffer_pointer()
+        for shard in sums.grads["layers.weight"].addressable_shards
+    ]
+    after = programs.accumulate(sums, state, frozen, make_batch(2), 1)
+    assert sums.grads["layers.weight"].is_deleted()
+    assert [
+        shard.data.unsafe_buffer_pointer()
+        for shard in after.grads["layers.weight"].addressable_shards
+    ] == places
 
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
