@@ -48,6 +48,11 @@ SEQUENCE_PARALLEL = {"time": ("context", "tensor")}
 """Between blocks a tensor-parallel group shares the steps (Korthikanti et al. 2022)."""
 
 
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+"""Weights are gathered whole, beside other work, and not in a ring of products for each of them,
+which takes several times as long to compile and more memory."""
+
+
 @dataclass(frozen=True)
 class Sharding:
     """A mesh and its rules, travelling together; static for every step built with it."""
@@ -77,6 +82,16 @@ class Sharding:
         """What the time steps of a row must be a multiple of; the host pads up to it."""
         halves = 2 * self.context_size if self.context_size > 1 else 1
         return math.lcm(halves, self._size(dict(self.rules)["time"]))
+
+    @property
+    def platform(self) -> str:
+        """What the devices are: cpu, gpu or tpu."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def compiler_options(self) -> dict[str, str] | None:
+        """What XLA is told of a training step beside its own defaults."""
+        return TPU_OPTIONS if self.platform == "tpu" else None
 
     def time_order(self, steps: int) -> np.ndarray | None:
         """Which step of a row lies at each place, int32 [steps]; None if they lie in order.
@@ -249,7 +264,7 @@ def platform() -> str:
     They differ where a program is compiled ahead of time.
     """
     sharding = _current.get()
-    return jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
+    return jax.default_backend() if sharding is None else sharding.platform
 
 
 def time_order(steps: int) -> np.ndarray | None:

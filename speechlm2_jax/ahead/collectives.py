@@ -20,6 +20,8 @@ _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CONSTANT = re.compile(r"%([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
 _LESS = re.compile(r"compare\(([^)]*)\), direction=(LT|LE)")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_MESH_AXIS = re.compile(r"'(\w+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 
 
@@ -100,9 +102,11 @@ def _operations(name: str, lines: list[str]) -> Iterator[tuple[str, int]]:
     """Kind and bytes sent by each chip of the collectives in one computation."""
     # the TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice
     is_scatter = "reduce-scatter" in name
+    # an asynchronous one is written into the fusions it runs beside, too; it counts where it starts
+    starts = any("AsyncCollectiveStart" in line for line in lines)
     for line in lines:
         found = _COLLECTIVE.search(line)
-        if found is None:
+        if found is None or ("chain_id=" in line and not starts):
             continue
         kind = "reduce-scatter" if is_scatter and found[2] == "all-reduce" else found[2]
         sizes = [_bytes(*shape) for shape in _SHAPE.findall(found[1])]
@@ -124,6 +128,10 @@ def _share_sent(kind: str, written: str, group: int) -> float:
 def _group_size(line: str) -> int:
     if (iota := _IOTA_GROUPS.search(line)) is not None:
         return int(iota[1])
+    if (named := _MESH_GROUPS.search(line)) is not None:
+        sizes = {axis: int(size) for axis, size, _ in _MESH_AXIS.findall(named[1])}
+        # an axis may be cut: 'x':(2)4 is a part of size 4
+        return math.prod(int(part or sizes[x]) for x, _, part in _MESH_AXIS.findall(named[2]))
     if (listed := _LISTED_GROUPS.search(line)) is not None:
         return listed[1].count(",") + 1
     return 1

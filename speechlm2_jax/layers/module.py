@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
+from speechlm2_jax.sharding import constrain
+
 Variables = dict[str, Any]
 """Dotted path -> array. A plain dict, so every JAX transformation and library takes it."""
 Axes = tuple[str | None, ...]
@@ -102,11 +104,24 @@ def scan_layers(
 
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
         layer_state, x = inputs
-        return body(nnx.merge(definition, layer_state, copy=True), carry, x)
+        return body(nnx.merge(definition, _as_placed(layer_state), copy=True), carry, x)
 
     if remat != "none":
         step = jax.checkpoint(step, prevent_cse=False, policy=_SAVED[remat])
     return jax.lax.scan(step, carry, (state, xs))
+
+
+def _as_placed(layer_state: Any) -> Any:
+    """One layer's variables, kept where the stack's are; so are their gradients, layer by layer.
+
+    Left to itself XLA may sum whole gradients over all devices and cut them after the loop.
+    """
+
+    def pin(variable: Any) -> Any:
+        value, axes = variable.get_value(), variable.get_metadata()["axes"]
+        return variable.replace(constrain(value, *axes[1:]))
+
+    return jax.tree.map(pin, layer_state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def unbind(module: nnx.Module) -> tuple[Any, Variables]:

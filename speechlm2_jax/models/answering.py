@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from speechlm2_jax import sharding
 from speechlm2_jax.batches import (
@@ -171,38 +171,6 @@ def compile_ahead(
     decoding = decoding_config(model, None, {"max_new_tokens": max_new_tokens})
     lowered = answer.lower(definition, variables, arrays, decoding, None, placement=placement)
     return lowered.compile()
-
-
-@partial(jax.jit, static_argnames=("definition",))
-def perceive(
-    definition: Any,
-    variables: Variables,
-    audio: Float[Array, "B S"],
-    lengths: Int[Array, " B"],
-) -> tuple[Float[Array, "B T D"], Int[Array, " B"]]:
-    """Runs perception alone, in evaluation mode."""
-    network: Salm = bind(definition, variables)
-    output = network.perception(audio, lengths, modes=SalmModes().perception, dtype=network.dtype)
-    return output.frames, output.lengths
-
-
-@partial(jax.jit, static_argnames=("definition",))
-def text_logits(
-    definition: Any,
-    variables: Variables,
-    embeds: Float[Array, "B T D"],
-    mask: Bool[Array, "B T"],
-) -> Float[Array, "B T V"]:
-    """Runs the LLM alone over embeddings; positions are 0..T-1 for every row."""
-    network: Salm = bind(definition, variables)
-    positions = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32), mask.shape)
-    hidden = network.llm(
-        embeds.astype(network.dtype),
-        positions=positions,
-        segments=jnp.ones(mask.shape, jnp.int32),
-        is_key=mask,
-    )
-    return network.llm.logits(hidden)
 
 
 def decoding_config(model: "SALM", config: Any, overrides: Mapping[str, Any]) -> DecodingConfig:

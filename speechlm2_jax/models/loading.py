@@ -8,11 +8,10 @@ from typing import Any
 
 from speechlm2_jax import checkpointing
 from speechlm2_jax.conversion import mapping
-from speechlm2_jax.conversion import salm as salm_tables
 from speechlm2_jax.conversion.readers import open_weights, write_safetensors
 from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters
 from speechlm2_jax.layers.module import VariableInfo, Variables
-from speechlm2_jax.models.building import Blueprint, state_dict
+from speechlm2_jax.models.blueprint import Blueprint, state_dict
 from speechlm2_jax.models.parts import LLM_BACKBONE, Location, read_json
 from speechlm2_jax.settings import SettingsError
 
@@ -73,7 +72,7 @@ def save_model(directory: Path, blueprint: Blueprint, variables: Variables) -> N
     """Writes the definition and model.safetensors under NeMo's names."""
     save_definition(directory, blueprint)
     tensors = state_dict(blueprint, variables)
-    write_safetensors(directory / WEIGHTS, tensors, salm_tables.tied_aliases(blueprint.network))
+    write_safetensors(directory / WEIGHTS, tensors, mapping.aliases(blueprint.table))
 
 
 def _saved_cfg(directory: Path) -> dict[str, Any]:
@@ -94,7 +93,7 @@ def _saved_cfg(directory: Path) -> dict[str, Any]:
 
 def _reader(path: Path) -> Callable[[Blueprint, Mapping[str, VariableInfo]], Variables]:
     def read(blueprint: Blueprint, infos: Mapping[str, VariableInfo]) -> Variables:
-        return mapping.load(open_weights(path), salm_tables.salm_table(blueprint.network), infos)
+        return mapping.load(open_weights(path), blueprint.table, infos)
 
     return read
 

@@ -117,7 +117,7 @@ class Programs:
             arguments = (sums.shapes, state, frozen, arrays, index)
             kind, function = "add", sums.add
         with phase(self._describe(kind, batch.bucket)):
-            return function.lower(*arguments).compile()
+            return self._compile(function.lower(*arguments))
 
     def _scalar(self, value: Any) -> jax.Array:
         return hand_over(value, self._whole)
@@ -129,8 +129,11 @@ class Programs:
         shapes = tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in jax.tree.leaves(batch))
         if (kind, shapes) not in self._compiled:
             with self._compiling(), phase(self._describe(kind, bucket)):
-                self._compiled[kind, shapes] = function.lower(*arguments).compile()
+                self._compiled[kind, shapes] = self._compile(function.lower(*arguments))
         return self._compiled[kind, shapes]
+
+    def _compile(self, lowered: Any) -> Any:
+        return lowered.compile(compiler_options=self._functions.sharding.compiler_options)
 
     def _describe(self, kind: str, bucket: str) -> str:
         """What is compiled: the first or the last of how many."""

@@ -1,0 +1,276 @@
+"""What every model here is to its user: network, tokenizer, settings and weights in one object."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from speechlm2_jax import parameter_paths, settings
+from speechlm2_jax.batches import HostBatch, LossSum, StepLosses
+from speechlm2_jax.layers.module import (
+    Remat,
+    VariableInfo,
+    Variables,
+    abstract,
+    describe,
+    unbind,
+)
+from speechlm2_jax.models import blueprint as blueprints
+from speechlm2_jax.models import loading, running
+from speechlm2_jax.settings import SettingsError
+
+M = TypeVar("M", bound="SpeechModel")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+class SpeechModel(ABC):
+    """A pretrained LLM with a pretrained speech encoder in front of it.
+
+    `cfg` is NeMo's `model:` block as a plain dict. Weights come from the parts that it names unless
+    `pretrained_weights` is false. Raises SettingsError, before anything is compiled, for a bad key,
+    a missing file, a missing token or widths that do not fit.
+    """
+
+    ALWAYS_FROZEN: ClassVar[tuple[str, ...]] = ()
+    """Patterns of names that no setting trains."""
+
+    def __init__(
+        self,
+        cfg: Mapping[str, Any],
+        *,
+        variables: Variables | None = None,
+        near: tuple[Path, ...] = (),
+    ):
+        self._blueprint = self.read_blueprint(cfg, near)
+        self._definition, self.infos = self._build()
+        self.parameter_names = blueprints.parameter_names(self._blueprint, self.infos)
+        self._selection = self._select()
+        self._variables = variables
+        self.validation_metrics: Mapping[str, Callable[[HostBatch], LossSum]] = {}
+
+    @staticmethod
+    @abstractmethod
+    def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Any:
+        """Reads all but the weights."""
+
+    @abstractmethod
+    def losses(
+        self, variables: Variables, batch: Any, *, key: jax.Array | None, train: bool
+    ) -> StepLosses:
+        """Computes sums for one batch; pure and traceable."""
+
+    @abstractmethod
+    def flops(self, batch: HostBatch) -> float:
+        """Counts the model FLOPs of one training step on `batch`."""
+
+    @abstractmethod
+    def count_tokens(self, batch: HostBatch) -> tuple[int, int]:
+        """Counts (steps that hold data, all steps) of a batch's rows."""
+
+    @property
+    def variables(self) -> Variables:
+        """Weights and buffers by path: loaded, or started at random, when first asked for."""
+        if self._variables is None:
+            self._variables = blueprints.start(self._blueprint, self.infos)
+        return self._variables
+
+    @variables.setter
+    def variables(self, values: Variables) -> None:
+        self._variables = values
+
+    @property
+    def has_variables(self) -> bool:
+        """Whether they are there already."""
+        return self._variables is not None
+
+    def load_onto(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> Variables:
+        """Weights and buffers as they start, each streamed to where its leaf says; not kept."""
+        return blueprints.start(self._blueprint, self.infos, layout)
+
+    def check_weights(self) -> None:
+        """Raises ConversionError or SettingsError if `load_onto` could not; reads no value."""
+        blueprints.check_weights(self._blueprint, self.infos)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[M], pretrained_model_name_or_path: str | Path, *, dtype: str = "float32"
+    ) -> M:
+        """Loads a model from wherever it is.
+
+        That may be a run directory (best, else last checkpoint), a saved directory, a NeMo or
+        Hugging Face directory, a Lightning `.ckpt`, or a hub name. `dtype` is that of the
+        computation. Raises SettingsError with what is missing.
+        """
+        source = loading.open_model(str(pretrained_model_name_or_path))
+        model = cls(source.cfg, near=source.near)
+        model.variables = source.read(model._blueprint, model.infos)
+        return model.astype(dtype)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Writes a directory that `from_pretrained` here and in NeMo 3.0.0 reads."""
+        loading.save_model(Path(save_directory), self._blueprint, self.variables)
+
+    def save_definition(self, directory: str | Path) -> None:
+        """Writes all but the weights: config, LLM architecture and tokenizer."""
+        loading.save_definition(Path(directory), self._blueprint)
+
+    def state_dict(self, variables: Variables | None = None) -> dict[str, np.ndarray]:
+        """The weights, or other values of the same paths and shapes, under NeMo's names."""
+        values = self.variables if variables is None else variables
+        return blueprints.state_dict(self._blueprint, values)
+
+    # What NeMo's users know -----------------------------------------------------------------
+
+    @property
+    def cfg(self) -> dict[str, Any]:
+        """The `model:` block with the architecture of every pretrained part filled in."""
+        return dict(self._blueprint.cfg)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The text tokenizer."""
+        return self._blueprint.tokenizer
+
+    @property
+    def text_vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return self._blueprint.network.llm.vocab_size
+
+    @property
+    def text_bos_id(self) -> int | None:
+        """Id of the beginning-of-sequence token, if the tokenizer has one."""
+        return self.tokenizer.bos_id
+
+    @property
+    def text_eos_id(self) -> int | None:
+        """Id of the end-of-sequence token, if the tokenizer has one."""
+        return self.tokenizer.eos_id
+
+    @property
+    def text_pad_id(self) -> int:
+        """Id used as padding: the pad token, else unk, else 0."""
+        return self._blueprint.pad_id
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples per second that the model hears."""
+        return self._blueprint.network.perception.preprocessor.sample_rate
+
+    @property
+    def token_equivalent_duration(self) -> float:
+        """Seconds of audio behind one frame that the LLM sees."""
+        return self._blueprint.network.perception.token_equivalent_duration
+
+    def eval(self: M) -> M:
+        """Returns the model: whether to train is an argument here, not a mode."""
+        return self
+
+    def astype(self: M, dtype: str) -> M:
+        """Sets the dtype of the computation: "float32" or "bfloat16"."""
+        if dtype not in COMPUTE_DTYPES:
+            raise SettingsError(f"dtype {dtype!r} is not supported; use float32 or bfloat16")
+        self._blueprint = self._blueprint.computing(compute_dtype=dtype)
+        self._definition, self.infos = self._build()
+        return self
+
+    def perception(
+        self, input_signal: Any, input_signal_length: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encodes audio [B, S] with lengths [B] in samples into (frames [B, T, D], lengths [B])."""
+        return running.perceive(
+            self._definition,
+            self.variables,
+            jnp.asarray(input_signal, jnp.float32),
+            jnp.asarray(input_signal_length, jnp.int32),
+        )
+
+    # What the trainer needs -----------------------------------------------------------------
+
+    @property
+    def frame_count(self) -> Callable[[int], int]:
+        """Samples of a clip -> frames that the LLM sees."""
+        return self._blueprint.network.perception.frame_count
+
+    @property
+    def heads(self) -> Mapping[str, int]:
+        """Attention heads of each kind."""
+        network = self._blueprint.network
+        return {
+            "query heads of the LLM": network.llm.heads,
+            "key and value heads of the LLM": network.llm.kv_heads,
+            **network.perception.heads,
+        }
+
+    @property
+    def trainable(self) -> Mapping[str, bool | np.ndarray]:
+        """Per variable path, whether training changes it; a bool array per layer of a stack."""
+        return self._selection.trainable
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the freeze patterns leave to say."""
+        return tuple(self._selection.notes)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the model's configuration."""
+        return self.cfg
+
+    @property
+    def optimizer(self) -> Mapping[str, Any] | None:
+        """The `model.optimizer` block."""
+        return self._blueprint.config.optimizer
+
+    @property
+    def lr_scheduler(self) -> Mapping[str, Any] | None:
+        """The `model.lr_scheduler` block."""
+        return self._blueprint.config.lr_scheduler
+
+    @property
+    def nemo_exact(self) -> bool:
+        """Whether results that depend on NeMo's own padding are reproduced."""
+        return self._blueprint.config.nemo_exact
+
+    @property
+    def compute_dtype(self) -> Any:
+        """Dtype of activations; the trainer sets it from `trainer.precision`."""
+        return jnp.dtype(self._blueprint.network.compute_dtype)
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: Any) -> None:
+        self.astype(jnp.dtype(dtype).name)
+
+    def use_remat(self, policies: Mapping[str, str]) -> None:
+        """Chooses what the backward pass computes again, by part: llm, perception.
+
+        Raises SettingsError for another part or policy.
+        """
+        remat = settings.build(Remat, policies, "trainer.remat")
+        self._blueprint = self._blueprint.computing(remat=remat)
+        self._definition, self.infos = self._build()
+
+    def is_trained(self, prefix: str) -> bool:
+        """Whether training changes any parameter below a path."""
+        return any(
+            np.any(self.trainable[path])
+            for path, info in self.infos.items()
+            if path.startswith(prefix) and not info.is_buffer
+        )
+
+    def _build(self) -> tuple[Any, dict[str, VariableInfo]]:
+        module = abstract(lambda: self._blueprint.make(nnx.Rngs(0)))
+        return unbind(module)[0], describe(module)
+
+    def _select(self) -> parameter_paths.Selection:
+        config = self._blueprint.config
+        freeze, prevent = list(config.freeze_params), list(config.prevent_freeze_params)
+        if config.lora is not None:
+            # PEFT freezes the whole base LLM, its embedding included, and trains the adapters
+            freeze.append(r"^(llm|embed_tokens)\..+$")
+            prevent += [r"^.+\.lora_.+$"]
+        return parameter_paths.select(self.parameter_names, freeze, prevent)
