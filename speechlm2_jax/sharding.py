@@ -267,6 +267,12 @@ def platform() -> str:
     return jax.default_backend() if sharding is None else sharding.platform
 
 
+def length_multiple() -> int:
+    """`Sharding.length_multiple` of the value in use; 1 outside `use`."""
+    sharding = _current.get()
+    return 1 if sharding is None else sharding.length_multiple
+
+
 def time_order(steps: int) -> np.ndarray | None:
     """`Sharding.time_order` of the value in use; None outside `use`."""
     sharding = _current.get()

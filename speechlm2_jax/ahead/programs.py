@@ -16,6 +16,7 @@ from speechlm2_jax.sharding import Sharding, for_answering
 from speechlm2_jax.training.describing import device_bytes
 from speechlm2_jax.training.protocol import ModelOutline
 from speechlm2_jax.training.start import Setup
+from speechlm2_jax.training.terminal import phase
 
 
 class AnsweringModel(ModelOutline, Protocol):
@@ -85,7 +86,8 @@ def answering_report(
     placement = for_answering(setup.sharding.mesh)
     groups = placement.data_parallel_size
     begin = time.monotonic()
-    compiled = _fitting(lambda: model.compile_answer(placement, shape, new_tokens), topology)
+    with phase("compiling the answering program"):
+        compiled = _fitting(lambda: model.compile_answer(placement, shape, new_tokens), topology)
     weights = model.answer_layout(placement)
     longer = replace(shape, tokens=shape.tokens + new_tokens)
     llm = {path: leaf for path, leaf in weights.items() if path.startswith("llm.")}

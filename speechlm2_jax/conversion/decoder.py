@@ -14,16 +14,18 @@ NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layern
 HEAD_NORMS = {"query_norm": "q_norm", "key_norm": "k_norm"}
 IGNORED = (
     Ignored(
-        r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+        r"(?:model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
         "rotary frequencies that old versions stored; computed from the config",
     ),
 )
 
 
-def layers_table(config: DecoderConfig, lora: LoraConfig | None = None) -> Table:
-    """Everything between the embedding and the head, below `model.`."""
+def layers_table(
+    config: DecoderConfig, lora: LoraConfig | None = None, root: str = "model."
+) -> Table:
+    """Everything between the embedding and the head, below `root` of the checkpoint."""
     adapted: frozenset[str] = lora.targets if lora else frozenset()
-    rules = [Rule(source="model.norm.weight", target="norm.weight")]
+    rules = [Rule(source="norm.weight", target="norm.weight")]
     for ours, theirs in NORMS.items():
         rules.append(_layer(f"{theirs}.weight", f"{ours}.weight"))
     if config.qk_norm:
@@ -37,7 +39,7 @@ def layers_table(config: DecoderConfig, lora: LoraConfig | None = None) -> Table
             bias=_has_bias(config, name),
             lora=name in adapted,
         )
-    return Table(tuple(rules), IGNORED)
+    return Table(tuple(rules)).prefixed(source=root) + Table((), IGNORED)
 
 
 def decoder_table(config: DecoderConfig) -> Table:
@@ -58,7 +60,7 @@ def _has_bias(config: DecoderConfig, name: str) -> bool:
 
 
 def _layer(source: str, target: str) -> Rule:
-    return Rule(source=f"model.layers.{LAYER}.{source}", target=f"layers.{target}")
+    return Rule(source=f"layers.{LAYER}.{source}", target=f"layers.{target}")
 
 
 def _linear(source: str, target: str, *, bias: bool, lora: bool) -> list[Rule]:

@@ -39,6 +39,13 @@ class VariableInfo:
     dtype: Any
     axes: Axes
     is_buffer: bool
+    keeps_dtype: bool = False
+    """Computed in its own dtype, whatever that of the activations (`keep_fp32`)."""
+
+    def computed_in(self, dtype: Any) -> Any:
+        """The dtype that its value needs where activations have `dtype` and nothing is trained."""
+        is_cast = jnp.issubdtype(self.dtype, jnp.floating) and not self.keeps_dtype
+        return dtype if is_cast else self.dtype
 
     @property
     def is_stacked(self) -> bool:
@@ -58,6 +65,13 @@ def param(
 def buffer(value: Any, axes: Axes) -> Buffer:
     """Makes a carried variable with the given initial value."""
     return Buffer(value, axes=axes)
+
+
+def keep_fp32(module: M) -> M:
+    """Marks the variables of a module that computes in fp32 under any precision (a codec)."""
+    for _, variable in nnx.to_flat_state(nnx.state(module)):
+        variable.set_metadata(keeps_dtype=True)
+    return module
 
 
 def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
@@ -147,6 +161,7 @@ def describe(module: nnx.Module) -> dict[str, VariableInfo]:
             dtype=value.dtype,
             axes=tuple(variable.get_metadata()["axes"]),
             is_buffer=isinstance(variable, Buffer),
+            keeps_dtype=variable.get_metadata().get("keeps_dtype", False),
         )
     return infos
 

@@ -141,7 +141,7 @@ def layout(model: "SALM", placement: Sharding) -> dict[str, jax.ShapeDtypeStruct
     return {
         path: jax.ShapeDtypeStruct(
             info.shape,
-            model.compute_dtype if jnp.issubdtype(info.dtype, jnp.floating) else info.dtype,
+            info.computed_in(model.compute_dtype),
             sharding=placement.named(info.axes, info.shape),
         )
         for path, info in model.infos.items()

@@ -1,5 +1,6 @@
 """Cross-entropy over a vocabulary whose logits never exist for the whole batch."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -9,14 +10,14 @@ from jaxtyping import Array, Bool, Float, Int
 from speechlm2_jax.batches import LossSum
 from speechlm2_jax.sharding import constrain, context_size
 
-LogitsOf = Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]]
+LogitsOf = Callable[[Float[Array, "B T D"]], Float[Array, "B T *K V"]]
 CHUNK_TOKENS = 1024
 """Scored positions per chunk and device share: logits of [1024, V] in fp32 at a time."""
 
 
 def chunked_cross_entropy(
     hidden: Float[Array, "B T D"],
-    targets: Int[Array, "B T"],
+    targets: Int[Array, "B T *K"],
     loss_mask: Bool[Array, "B T"],
     logits_of: LogitsOf,
     *,
@@ -28,7 +29,7 @@ def chunked_cross_entropy(
     computed only if some row still has a target there and computed again in the backward pass.
     `rows_per_chunk` is how many rows share a device, which sets the steps of a chunk. Where devices
     share the steps of a row, each does this with its own. Returns (loss, accuracy) as sums with the
-    same count. fp32 whatever the dtype of the logits.
+    same count; a step with targets of several codebooks counts as so many. fp32 whatever the dtype of the logits.
     """
     batch, shares = loss_mask.shape[0], context_size()
     steps = loss_mask.shape[1] // shares
@@ -40,6 +41,11 @@ def chunked_cross_entropy(
         x = x.reshape(batch, shares, steps, *x.shape[2:])
         return constrain(x, "batch", "steps", *(None,) * (x.ndim - 2))
 
+    def over(x: Array) -> Array:
+        """[B, shares, steps] -> the same with an axis for the codebooks, if there are any."""
+        return x.reshape(*x.shape, *(1,) * len(codebooks))
+
+    codebooks = targets.shape[2:]
     hidden, targets, loss_mask = share(hidden), share(targets), share(loss_mask)
     order = jnp.argsort(~loss_mask, axis=2, stable=True)
     order = jnp.pad(order, ((0, 0), (0, 0), (0, padded - steps)))
@@ -49,8 +55,8 @@ def chunked_cross_entropy(
     def sums(start: Array) -> tuple[Array, Array]:
         index = jax.lax.dynamic_slice_in_dim(order, start, chunk, axis=2)
         h = jnp.take_along_axis(hidden, index[..., None], axis=2)
-        y = jnp.take_along_axis(targets, index, axis=2)
-        mask = (start + jnp.arange(chunk))[None, None] < scored[..., None]
+        y = jnp.take_along_axis(targets, over(index), axis=2)
+        mask = over((start + jnp.arange(chunk))[None, None] < scored[..., None])
         logits = logits_of(h.reshape(batch, -1, h.shape[-1])).astype(jnp.float32)
         logits = logits.reshape(*y.shape, -1)
         picked = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
@@ -68,5 +74,5 @@ def chunked_cross_entropy(
     start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     body = jax.checkpoint(step, prevent_cse=False)
     (loss, right), _ = jax.lax.scan(body, start, jnp.arange(0, padded, chunk))
-    count = jnp.sum(loss_mask, dtype=jnp.float32)
+    count = jnp.sum(loss_mask, dtype=jnp.float32) * math.prod(codebooks)
     return LossSum(total=loss, count=count), LossSum(total=right, count=count)

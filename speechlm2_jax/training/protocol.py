@@ -64,6 +64,10 @@ class VariableInfo(Protocol):
         """True for what is carried and never receives a gradient."""
         ...
 
+    def computed_in(self, dtype: Any) -> Any:
+        """The dtype that its value needs where activations have `dtype` and it is not trained."""
+        ...
+
 
 @runtime_checkable
 class ModelOutline(Protocol):

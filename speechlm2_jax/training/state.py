@@ -100,9 +100,6 @@ def plan_layout(
         placement = sharding.named(info.axes, info.shape)
         return jax.ShapeDtypeStruct(info.shape, dtype, sharding=placement)
 
-    def frozen_as(dtype: Any) -> Any:
-        return frozen_dtype if jnp.issubdtype(dtype, jnp.floating) else dtype
-
     trainable = {path: describe(path, jnp.float32) for path in partition.trainable}
     opt_shardings = optimizer.shardings(
         trainable, {p: s.sharding for p, s in trainable.items()}, sharding.replicated
@@ -122,7 +119,7 @@ def plan_layout(
             step=counter,
             skipped=counter,
         ),
-        frozen={path: describe(path, frozen_as(infos[path].dtype)) for path in partition.frozen},
+        frozen={path: describe(path, infos[path].computed_in(frozen_dtype)) for path in partition.frozen},
     )
 
 

@@ -1,0 +1,66 @@
+"""NeMo's names of a whole duplex model, and of the pretrained parts that start one."""
+
+from speechlm2_jax.conversion import perception
+from speechlm2_jax.conversion.codec import codec_table
+from speechlm2_jax.conversion.decoder import PEFT_PREFIX, decoder_table, layers_table
+from speechlm2_jax.conversion.mapping import LAYER, Rule, Table
+from speechlm2_jax.conversion.speech_decoder import speech_decoder_table
+from speechlm2_jax.networks.duplex import DuplexConfig
+
+CODEC = "audio_codec."
+SPEECH_DECODER = "speech_generation."
+
+
+def duplex_table(config: DuplexConfig) -> Table:
+    """A duplex checkpoint: what NeMo's save_pretrained and Lightning write.
+
+    NeMo takes the embedding and the head out of the LLM; tied, they are one tensor, whose parameter
+    is the head's.
+    """
+    if config.llm.tied:
+        embedding = Rule(
+            source="embed_tokens.weight",
+            target="llm.embedding.weight",
+            aliases=("lm_head.weight",),
+            parameter="lm_head.weight",
+        )
+        ends: tuple[Rule, ...] = (embedding,)
+    else:
+        ends = (
+            Rule(source="embed_tokens.weight", target="llm.embedding.weight"),
+            Rule(source="lm_head.weight", target="llm.head.weight"),
+        )
+    table = Table(
+        (
+            *ends,
+            Rule(source=f"embed_audio_tokens.{LAYER}.weight", target="code_embedding.weight"),
+            Rule(source="audio_head.weight", target="audio_head.weight"),
+            Rule(source="audio_head.bias", target="audio_head.bias"),
+            Rule(source="_control_codes", target="control_codes"),
+        )
+    )
+    wrapped = PEFT_PREFIX if config.lora else ""
+    layers = layers_table(config.llm, config.lora, root="")
+    table += layers.prefixed(source=f"llm.{wrapped}", target="llm.")
+    speech = perception.perception_table(config.perception)
+    table += speech.prefixed(source="perception.", target="perception.")
+    table += codec_table(config.codec).prefixed(source=CODEC, target="codec.")
+    if config.speech_decoder is not None:
+        decoder = speech_decoder_table(config.speech_decoder)
+        table += decoder.prefixed(source=SPEECH_DECODER, target="speech_decoder.")
+    return table
+
+
+def llm_table(config: DuplexConfig) -> Table:
+    """A Hugging Face directory of the plain LLM -> the network's `llm.` without LoRA."""
+    return decoder_table(config.llm).prefixed(target="llm.")
+
+
+def asr_table(config: DuplexConfig) -> Table:
+    """A NeMo ASR model -> the network's front end and encoder."""
+    return perception.asr_table(config.perception).prefixed(target="perception.")
+
+
+def codec_file_table(config: DuplexConfig) -> Table:
+    """A NeMo audio codec -> the network's `codec.`."""
+    return codec_table(config.codec).prefixed(target="codec.")

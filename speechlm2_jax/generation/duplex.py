@@ -1,0 +1,135 @@
+"""Speaking while listening: one frame of the user in, one text token and K codes out, in one loop."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from speechlm2_jax.generation.sampling import SamplingConfig, choose
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeakingConfig:
+    """How to speak; static, so each value is a program of its own."""
+
+    text: SamplingConfig = field(default_factory=SamplingConfig)
+    audio: SamplingConfig = field(default_factory=SamplingConfig)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether random keys are needed."""
+        return self.text.do_sample or self.audio.do_sample
+
+
+class FrameNetwork(Protocol):
+    """A network that runs frame by frame (`networks.duplex.Duplex`)."""
+
+    def new_state(self, batch: int, capacity: int) -> Any:
+        """Makes an empty memory."""
+        ...
+
+    def step(
+        self,
+        state: Any,
+        user: Float[Array, "B 1 D"],
+        text: Int[Array, "B 1"],
+        codes: Int[Array, "B 1 K"],
+    ) -> tuple[Float[Array, "B V"], Float[Array, "B K W"], Any]:
+        """Runs the next frame."""
+        ...
+
+
+class Spoken(NamedTuple):
+    """What the agent says: frame t is chosen when the user's frame t has been heard."""
+
+    text: Int[Array, "B T"]
+    codes: Int[Array, "B T K"]
+
+
+class Said(NamedTuple):
+    """The last frame, and how to go on."""
+
+    state: Any
+    text: Int[Array, " B"]
+    codes: Int[Array, "B K"]
+    frame: Int[Array, ""]
+
+
+def begin(
+    network: FrameNetwork, batch: int, capacity: int, *, pad: int, delay: int, codebooks: int
+) -> Said:
+    """A conversation before its first frame: nothing said, the codes delayed."""
+    return Said(
+        state=network.new_state(batch, capacity),
+        text=jnp.full((batch,), pad, jnp.int32),
+        codes=jnp.full((batch, codebooks), delay, jnp.int32),
+        frame=jnp.zeros((), jnp.int32),
+    )
+
+
+def speak(
+    network: FrameNetwork,
+    said: Said,
+    user: Float[Array, "B 1 D"],
+    config: SpeakingConfig,
+    keys: Key[Array, " B"] | None = None,
+) -> Said:
+    """Hears one frame of the user and chooses the agent's next. Draws belong to (row, frame)."""
+    text_logits, audio_logits, state = network.step(
+        said.state, user, said.text[:, None], said.codes[:, None]
+    )
+    text_keys, audio_keys = _frame_keys(keys, said.frame, audio_logits.shape[1])
+    flat = audio_logits.reshape(-1, audio_logits.shape[-1])  # [B K, W]
+    return Said(
+        state=state,
+        text=choose(text_logits, config.text, text_keys),
+        codes=choose(flat, config.audio, audio_keys).reshape(audio_logits.shape[:2]),
+        frame=said.frame + 1,
+    )
+
+
+def converse(
+    network: FrameNetwork,
+    user: Float[Array, "B T D"],
+    lengths: Int[Array, " B"],
+    said: Said,
+    config: SpeakingConfig,
+    *,
+    pad: int,
+    keys: Key[Array, " B"] | None = None,
+) -> Spoken:
+    """Runs whole conversations of `lengths` frames; what lies beyond a row's is pad and code 0."""
+    frames = user.shape[1]
+    text = jnp.full(user.shape[:2], pad, jnp.int32)
+    codes = jnp.zeros((*user.shape[:2], said.codes.shape[1]), jnp.int32)
+    last = jnp.minimum(jnp.max(lengths, initial=0), frames)
+
+    def is_going_on(carry: tuple[Said, Array, Array]) -> Array:
+        return carry[0].frame < last
+
+    def advance(carry: tuple[Said, Array, Array]) -> tuple[Said, Array, Array]:
+        said, text, codes = carry
+        t = said.frame
+        heard = jax.lax.dynamic_slice_in_dim(user, t, 1, axis=1)
+        said = speak(network, said, heard, config, keys)
+        text = jax.lax.dynamic_update_slice_in_dim(text, said.text[:, None], t, axis=1)
+        codes = jax.lax.dynamic_update_slice_in_dim(codes, said.codes[:, None], t, axis=1)
+        return said, text, codes
+
+    _, text, codes = jax.lax.while_loop(is_going_on, advance, (said, text, codes))
+    is_real = jnp.arange(frames)[None] < lengths[:, None]
+    return Spoken(
+        text=jnp.where(is_real, text, pad), codes=jnp.where(is_real[..., None], codes, 0)
+    )
+
+
+def _frame_keys(
+    keys: Key[Array, " B"] | None, frame: Int[Array, ""], codebooks: int
+) -> tuple[Any, Any]:
+    if keys is None:
+        return None, None
+    of_frame = jax.vmap(lambda key: jax.random.fold_in(key, frame))(keys)
+    parts = jax.vmap(lambda key: jax.random.split(key, codebooks + 1))(of_frame)  # [B, K + 1]
+    return parts[:, 0], parts[:, 1:].reshape(-1)

@@ -1,0 +1,63 @@
+"""DuplexS2S: one LLM hears the user and its own voice, and predicts text and codes by two heads."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from speechlm2_jax.layers.cache import KVCache
+from speechlm2_jax.networks.channels import Channels
+from speechlm2_jax.networks.duplex import Duplex, DuplexHidden, DuplexModes
+
+
+class DuplexS2S(Duplex):
+    """Sum of user frame, text token and K codes -> LLM -> text head, audio head (NeMo SpeechLM2)."""
+
+    def embed(self, channels: Channels) -> Float[Array, "B T D"]:
+        """Sums the user's frame, the text token and the codes before it."""
+        return self._sum(channels.user, channels.text, channels.codes)
+
+    def audio_hidden(
+        self,
+        hidden: Float[Array, "B T D"],
+        channels: Channels,
+        modes: DuplexModes,
+        keys: Key[Array, " B"] | None,
+    ) -> DuplexHidden:
+        """Both heads take the LLM's hidden states."""
+        return DuplexHidden(
+            text=hidden,
+            audio=hidden,
+            code_targets=channels.code_targets,
+            is_scored=channels.is_scored,
+        )
+
+    def audio_logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T K V"]:
+        """Scores every code of every codebook, in fp32."""
+        return self.scored_codes(self.audio_head(hidden).astype(jnp.float32))
+
+    def new_state(self, batch: int, capacity: int) -> KVCache:
+        """Makes the memory of `batch` conversations of up to `capacity` frames."""
+        return self.llm.new_cache(batch, capacity, self.dtype)
+
+    def step(
+        self,
+        state: KVCache,
+        user: Float[Array, "B 1 D"],
+        text: Int[Array, "B 1"],
+        codes: Int[Array, "B 1 K"],
+    ) -> tuple[Float[Array, "B V"], Float[Array, "B K W"], KVCache]:
+        """Runs the next frame: (text logits, audio logits, memory)."""
+        rows = text.shape
+        extended = self.llm.extend(
+            self._sum(user, text, codes),
+            state,
+            positions=jnp.broadcast_to(state.used, rows),
+            is_key=jnp.ones(rows, bool),
+        )
+        hidden = extended.hidden
+        return self.llm.logits(hidden)[:, 0], self.audio_logits(hidden)[:, 0], extended.cache
+
+    def _sum(
+        self, user: Float[Array, "B T D"], text: Int[Array, "B T"], codes: Int[Array, "B T K"]
+    ) -> Float[Array, "B T D"]:
+        said = self.code_embedding(codes, self.llm.embed(text).astype(self.dtype))
+        return said + user.astype(self.dtype) * self.config.user_channel_weight
