@@ -88,6 +88,32 @@ class Squeeze:
 
 
 @dataclass(frozen=True)
+class Permute:
+    """Orders the axes otherwise: a convolution's taps first instead of last."""
+
+    axes: tuple[int, ...]
+    """Which foreign axis each of ours is."""
+
+    def info(self, foreign: TensorInfo) -> TensorInfo:
+        """Orders the shape. Raises ValueError for another number of axes."""
+        if len(foreign.shape) != len(self.axes):
+            raise ValueError(f"shape {foreign.shape} should have {len(self.axes)} axes")
+        return TensorInfo(tuple(foreign.shape[axis] for axis in self.axes), foreign.dtype)
+
+    def index(self, index: Index) -> Index:
+        """Orders the slices back."""
+        return tuple(index[self.axes.index(axis)] for axis in range(len(self.axes)))
+
+    def load(self, foreign: np.ndarray) -> np.ndarray:
+        """Orders the axes."""
+        return np.ascontiguousarray(foreign.transpose(self.axes))
+
+    def store(self, ours: np.ndarray) -> np.ndarray:
+        """Orders the axes back."""
+        return np.ascontiguousarray(ours.transpose(np.argsort(self.axes)))
+
+
+@dataclass(frozen=True)
 class Recount:
     """Another width of integers: torch counts in int64, JAX by default in int32."""
 

@@ -4,7 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 _WORDS = 2**32
 _GOLDEN = 0x9E3779B1
@@ -25,20 +25,50 @@ def dropout(
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
+def drop_weights(
+    weights: Float[Array, "B N Q S"],
+    rate: float,
+    keys: Key[Array, " B"] | None,
+    rows: Int[Array, " Q"],
+) -> Float[Array, "B N Q S"]:
+    """Dropout of attention weights, each query (number `rows` of its example) with its own draws.
+
+    Padding then changes no draw: element (head, key) of a query is number key x N + head.
+    """
+    if keys is None or rate == 0.0:
+        return weights
+    _, heads, _, steps = weights.shape
+    number = jnp.arange(steps)[None, :] * heads + jnp.arange(heads)[:, None]  # [N, S]
+
+    def keep(key: Array, row: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(key, row), 0)
+        return _keep(key, number.astype(jnp.uint32), rate)
+
+    kept = jax.vmap(jax.vmap(keep, (None, 0), 1), (0, None))(keys, rows)  # [B, N, Q, S]
+    return jnp.where(kept, weights / (1.0 - rate), jnp.zeros((), weights.dtype))
+
+
 def keep_mask(
     key: Key[Array, ""], salt: int | Array, shape: tuple[int, ...], rate: float
 ) -> Bool[Array, "*shape"]:
-    """Draws which elements stay: each with probability 1 - rate, by its place from the front.
+    """Draws which elements stay: each with probability 1 - rate, by its place from the front."""
+    number = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    return _keep(jax.random.fold_in(key, salt), number, rate)
+
+
+def _keep(
+    key: Key[Array, ""], number: UInt32[Array, "*shape"], rate: float
+) -> Bool[Array, "*shape"]:
+    """Draws for each number of a key's stream whether it stays.
 
     Two words of the key's own stream and the element's number go through a finaliser of 32-bit
     hashes (xor-shift and multiply, twice): a tenth of the work of drawing each element's word from
     the stream, which took as long as the layers themselves on a CPU.
     """
-    first, second = jax.random.bits(jax.random.fold_in(key, salt), (2,), jnp.uint32)
-    number = jax.lax.iota(jnp.uint32, math.prod(shape))
+    first, second = jax.random.bits(key, (2,), jnp.uint32)
     word = _finalise(number * jnp.uint32(_GOLDEN) + first) ^ second
     threshold = jnp.uint32(min(round(rate * _WORDS), _WORDS - 1))
-    return (_finalise(word) >= threshold).reshape(shape)
+    return _finalise(word) >= threshold
 
 
 def _finalise(word: Array) -> Array:

@@ -12,10 +12,10 @@ from speechlm2_jax.layers.module import param
 class LayerNorm(nnx.Module):
     """(x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016)."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
+    def __init__(self, width: int, *, rngs: nnx.Rngs, eps: float = 1e-5, bias: bool = True):
         self.eps = eps
         self.weight = param(rngs, (width,), ("norm",), ones)
-        self.bias = param(rngs, (width,), ("norm",), zeros)
+        self.bias = param(rngs, (width,), ("norm",), zeros) if bias else None
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Normalises the last axis."""
@@ -23,7 +23,8 @@ class LayerNorm(nnx.Module):
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         y = centred * jax.lax.rsqrt(variance + self.eps)
-        return (y * _f32(self.weight, x) + _f32(self.bias, x)).astype(x.dtype)
+        y = y * _f32(self.weight, x)
+        return (y if self.bias is None else y + _f32(self.bias, x)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from speechlm2_jax.layers.dropout import dropout
+from speechlm2_jax.layers.dropout import drop_weights
 from speechlm2_jax.layers.linear import Linear, zeros
 from speechlm2_jax.layers.module import param
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
@@ -125,7 +125,7 @@ class RelativeAttention(nnx.Module):
             rows = first + jnp.arange(size)
             visible = visibility(self.config.att_context_style, view, rows, steps)
             weights = _weights(scores, visible)
-            weights = _drop_weights(weights, self.config.dropout_att, keys, rows)
+            weights = drop_weights(weights, self.config.dropout_att, keys, rows)
             return jnp.einsum("bnqk,bknh->bqnh", weights.astype(value.dtype), value)
 
         if size == total:
@@ -194,18 +194,3 @@ def _weights(
     mask = visible[:, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, _BLOCKED), axis=-1)
     return jnp.where(mask, weights, 0.0)
-
-
-def _drop_weights(
-    weights: Float[Array, "B N Q T"],
-    rate: float,
-    keys: Key[Array, " B"] | None,
-    rows: Int[Array, " Q"],
-) -> Float[Array, "B N Q T"]:
-    """Dropout of attention weights, drawn per example and query so that padding changes nothing."""
-    if keys is None or rate == 0.0:
-        return weights
-    row_keys = jax.vmap(lambda k: jax.vmap(lambda r: jax.random.fold_in(k, r))(rows))(keys)
-    by_row = weights.transpose(0, 2, 3, 1)  # [B, Q, T, N]
-    flat = dropout(by_row.reshape(-1, *by_row.shape[2:]), rate, row_keys.reshape(-1))
-    return flat.reshape(by_row.shape).transpose(0, 3, 1, 2)

@@ -1,0 +1,1 @@
+"""Autoregressive decoder of audio codes on an LLM's hidden states."""

@@ -1,0 +1,106 @@
+"""The feed-forward of the speech decoder: two convolutions over time around a GELU."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from speechlm2_jax.layers.dropout import dropout
+from speechlm2_jax.layers.module import Initializer, param
+from speechlm2_jax.sharding import constrain
+from speechlm2_jax.speech_decoder.attention import default_init, output_init
+from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Tails:
+    """The last k - 1 inputs of both convolutions; with a leading axis, of all layers."""
+
+    hidden: Any
+    """[B, k - 1, D]."""
+    output: Any
+    """[B, k - 1, F]."""
+
+
+class Convolution(nnx.Module):
+    """Convolution over time without bias; weight [k, out, in], the kernel's taps first.
+
+    A sum of k products of shifted inputs: on a CPU as fast as XLA's convolution over whole rows
+    and several times faster over one step. Taps last, as torch has them, would be picked out of
+    the weight with a stride, at every step.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        size: int,
+        *,
+        axes: tuple[str, str],
+        rngs: nnx.Rngs,
+        init: Initializer,
+    ):
+        self.weight = param(rngs, (size, d_out, d_in), ("conv", *axes), init)
+
+    def __call__(self, x: Float[Array, "B S d_in"]) -> Float[Array, "B T d_out"]:
+        """Convolves; k - 1 steps fewer come out than go in."""
+        weight = self.weight[...].astype(x.dtype)
+        steps = x.shape[1] - weight.shape[0] + 1
+        y = x[:, :steps] @ weight[0].T
+        for tap in range(1, weight.shape[0]):
+            y = y + x[:, tap : tap + steps] @ weight[tap].T
+        return y
+
+
+class ConvFeedForward(nnx.Module):
+    """output(gelu(hidden(x))); padding is zeros at the input and the output of both."""
+
+    def __init__(self, config: SpeechDecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, inner, size = config.d_model, config.d_ffn, config.kernel_size
+        self.hidden = Convolution(
+            width, inner, size, axes=("mlp", "embed"), rngs=rngs, init=default_init
+        )
+        self.output = Convolution(
+            inner, width, size, axes=("embed", "mlp"), rngs=rngs, init=output_init(config)
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        is_real: Bool[Array, "B T"],
+        *,
+        keys: Key[Array, " B"] | None = None,
+        tails: Tails | None = None,
+    ) -> tuple[Float[Array, "B T D"], Tails | None]:
+        """Transforms rows, or, with tails, the next steps of rows; `keys` switch dropout on."""
+        x = _zero(constrain(x, "batch", "steps", "act_embed"), is_real)
+        x, hidden_tail = self._with_context(x, None if tails is None else tails.hidden)
+        inner = constrain(self.hidden(x), "batch", "steps", "act_mlp")
+        # zeros where nothing is real, as gelu(0) = 0
+        inner = jax.nn.gelu(_zero(inner, is_real), approximate=True)
+        inner, output_tail = self._with_context(inner, None if tails is None else tails.output)
+        out = constrain(self.output(inner), "batch", "steps", "act_embed")
+        out = dropout(_zero(out, is_real), self.config.p_dropout, keys)
+        if tails is None:
+            return out, None
+        return out, Tails(hidden=hidden_tail, output=output_tail)
+
+    def _with_context(
+        self, x: Float[Array, "B T D"], tail: Any
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B C D"] | None]:
+        """Puts what a convolution sees beyond `x` around it: zeros, or the steps before."""
+        reach = self.config.kernel_size - 1
+        if tail is not None:
+            x = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+            return x, x[:, x.shape[1] - reach :]
+        around = (reach, 0) if self.config.is_causal else (reach // 2, reach // 2)
+        return jnp.pad(x, ((0, 0), around, (0, 0))), None
+
+
+def _zero(x: Float[Array, "B T D"], is_real: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+    return jnp.where(is_real[..., None], x, jnp.zeros((), x.dtype))

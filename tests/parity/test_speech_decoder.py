@@ -1,0 +1,138 @@
+"""The speech decoder equals NeMo 3.0.0; the tensors are in tests/data/speech_decoder."""
+
+import json
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from speechlm2_jax.conversion import mapping
+from speechlm2_jax.conversion.readers import memory_source
+from speechlm2_jax.conversion.speech_decoder import transformer_table
+from speechlm2_jax.layers.module import abstract, bind, describe, unbind
+from speechlm2_jax.settings import build
+from speechlm2_jax.speech_decoder import attention
+from speechlm2_jax.speech_decoder.attention import Place
+from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
+from speechlm2_jax.speech_decoder.transformer import Transformer
+
+DATA = Path(__file__).parents[1] / "data" / "speech_decoder"
+ATOL = 1e-5  # small models in fp32; the goldens' own caches differ from their whole by 3e-6
+GRADIENT_RTOL = 1e-4
+TRANSFORMERS = json.loads((DATA / "transformer.json").read_text())
+
+
+def below(values: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+
+
+def assert_close(actual: Any, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(np.asarray(actual), expected, atol=ATOL, rtol=0)
+
+
+@cache
+def transformer(name: str):
+    """(definition, variables, golden, inputs) of a transformer golden."""
+    golden = load_file(DATA / f"transformer_{name}.safetensors")
+    config = build(SpeechDecoderConfig, TRANSFORMERS[name]["config"], "speech_decoder")
+    module = abstract(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    source = memory_source(below(golden, "sd/"))
+    variables = mapping.load(source, transformer_table(config), describe(module))
+    inputs = {"mask": jnp.asarray(golden["mask"], bool)}
+    if "cond" in golden:
+        inputs["memory"] = jnp.asarray(golden["cond"])
+        inputs["memory_mask"] = jnp.asarray(golden["cond_mask"], bool)
+    return unbind(module)[0], jax.tree.map(jnp.asarray, variables), golden, inputs
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_each_layer_of_the_transformer_equals_nemo(name):
+    definition, variables, golden, inputs = transformer(name)
+
+    @jax.jit
+    def run(variables, x, inputs):
+        network = bind(definition, variables)
+        whole = {k: v for k, v in inputs.items() if k != "mask"}
+        layers = network.layer_outputs(x, **inputs)
+        # NeMo's `max_layer_idx` stops after a layer and goes on to the final norm
+        stopped = layers if network.norm is None else network.norm(layers)
+        return stopped, network(x, **inputs), network(x, **whole)
+
+    layers, output, unmasked = run(variables, golden["x"], inputs)
+    for i, layer in enumerate(layers):
+        assert_close(layer, golden[f"layer{i}"])
+    assert_close(output, golden["output"])
+    assert_close(unmasked, golden["output_nomask"])
+
+
+@pytest.mark.parametrize("parts", [(1,) * 13, (5, *(1,) * 8), (4, 6, 3)], ids=str)
+@pytest.mark.parametrize("name", [n for n in TRANSFORMERS if n != "noncausal_k3"])
+def test_steps_with_a_state_equal_nemo(name, parts):
+    definition, variables, golden, inputs = transformer(name)
+    network = bind(definition, variables)
+    memory = {k: v for k, v in inputs.items() if k != "mask"}
+    extend = jax.jit(network.extend)
+    state, start, outputs = network.new_state(3, 14, jnp.float32), 0, []
+    for steps in parts:
+        out, state = extend(golden["x"][:, start : start + steps], state, **memory)
+        outputs.append(out)
+        start += steps
+    assert_close(jnp.concatenate(outputs, axis=1), golden["kv_cache_stepwise"])
+
+
+def test_gradients_of_the_transformer_equal_nemo():
+    definition, variables, golden, inputs = transformer("causal_k3_pos_normout")
+    table = transformer_table(bind(definition, variables).config)
+    cotangent = golden["grad/cotangent"]
+
+    @jax.jit
+    @partial(jax.grad, argnums=(0, 1))
+    def gradients(variables, x):
+        return jnp.sum(bind(definition, variables)(x, **inputs) * cotangent)
+
+    ours, of_x = gradients(variables, golden["x"])
+    expected = below(golden, "grad/")
+    for name, x in {**mapping.export(ours, table), "x": of_x, "cotangent": cotangent}.items():
+        theirs = expected.pop(name)
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(x, theirs, atol=GRADIENT_RTOL * scale, rtol=0, err_msg=name)
+    assert not expected
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_attention_weights_of_the_first_layer_equal_nemo(name, monkeypatch):
+    definition, variables, golden, inputs = transformer(name)
+    network = bind(definition, variables)
+    expected, mask = golden["attn_prob_layer0"], golden["mask"].astype(bool)
+    weights = np.zeros_like(expected)
+    steps = len(expected[0, 0])
+
+    def with_unit_values(mix):
+        """Values that are unit vectors make the mixture the weights themselves."""
+
+        def record(q, k, v, *args, **kwargs):
+            for first in range(0, steps, v.shape[-1]):
+                unit = jnp.eye(steps, v.shape[-1], -first)[None, :, None]
+                mixed = mix(q, k, jnp.broadcast_to(unit, v.shape), *args, **kwargs)
+                columns = min(v.shape[-1], steps - first)
+                weights[..., first : first + columns] = mixed.swapaxes(1, 2)[..., :columns]
+            return mix(q, k, v, *args, **kwargs)
+
+        return record
+
+    for function in ("attend", "_mix"):
+        monkeypatch.setattr(attention, function, with_unit_values(getattr(attention, function)))
+    layers, state = nnx.split(network.layers)
+    layer = nnx.merge(layers, jax.tree.map(lambda x: x[0], state))
+    x = network._with_positions(jnp.asarray(golden["x"]), 0)
+    x = jnp.where(mask[..., None], x, 0.0)
+    place = Place(is_real=inputs["mask"], is_key=inputs["mask"])
+    layer.attention(layer.attention_norm(x), place)
+    # what padding looks at has no influence: its outputs are zeros
+    assert_close(weights * mask[:, None, :, None], expected)
