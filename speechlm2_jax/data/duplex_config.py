@@ -17,15 +17,15 @@ class DuplexDataConfig(DataConfig):
     """The `data` block of a duplex model."""
 
     frame_length: float | None = None
-    """Seconds of a frame: a user frame, a text token and an agent frame of codes each."""
+    """Required: seconds of a frame, for which there is a text token and the codec's codes."""
     source_sample_rate: int | None = None
-    """Hertz of the user's audio: the speech encoder's."""
+    """Required: Hertz of the user's audio, the speech encoder's."""
     target_sample_rate: int | None = None
-    """Hertz of the agent's audio: the codec's."""
-    input_roles: tuple[str, ...] = ("user",)
-    """Speakers of supervisions that are the user, spelt exactly so."""
-    output_roles: tuple[str, ...] = ("agent",)
-    """Speakers of supervisions that are the agent, spelt exactly so."""
+    """Required: Hertz of the agent's audio, the codec's."""
+    input_roles: tuple[str, ...] | None = None
+    """Speakers of supervisions that are the user, spelt exactly so; null: `user`."""
+    output_roles: tuple[str, ...] | None = None
+    """Speakers of supervisions that are the agent, spelt exactly so; null: `agent`."""
 
 
 @dataclass(frozen=True, kw_only=True)
