@@ -156,7 +156,7 @@ def trainer_sections() -> list[Section]:
 def data_sections() -> list[Section]:
     """The blocks of `data`."""
     return [
-        Section(path="data", classes=one("data.datamodule:DataConfig")),
+        Section(path="data", classes=one("data.config:DataConfig")),
         Section(
             path="data.train_ds, data.validation_ds, data.validation_ds.datasets.*",
             classes=one("data.config:DataLoaderConfig"),

@@ -36,6 +36,19 @@ UNREAD_TYPES = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The `data` block: each key holds the keys of one stream, or several under `datasets`."""
+
+    train_ds: Mapping[str, Any] | None = None
+    validation_ds: Mapping[str, Any] | None = None
+    test_ds: Mapping[str, Any] | None = None
+
+    REFUSED: ClassVar[Mapping[str, Any]] = {
+        "predict_ds": "use evaluate.py to answer recordings",
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
 class InputConfig:
     """One entry of `input_cfg`: a manifest, or a group of entries."""
 
@@ -89,8 +102,14 @@ class InputConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataLoaderConfig:
-    """One stream of batches: `train_ds`, or one set of `validation_ds.datasets`."""
+class LoaderConfig:
+    """What every stream of batches is told: `train_ds`, or one set of `validation_ds.datasets`.
+
+    Kinds of data add keys of their own, a budget for instance: how much a batch may hold.
+    """
+
+    BUDGET_KEYS: ClassVar[tuple[str, str]]
+    """Keys of the budget of a group, and of the length that counts twice against it."""
 
     # what to read
     input_cfg: str | tuple[InputConfig, ...] | None = None
@@ -98,60 +117,32 @@ class DataLoaderConfig:
     cuts_path: Paths | None = None
     manifest_filepath: Paths | None = None
     shar_path: str | None = None
-    audio_locator_tag: str | None = None
-    """The token that stands for a recording, for entries that do not say."""
-    text_field: str = "text"
-    """Key of a NeMo manifest's line that holds the answer."""
     reweight_temperature: float | tuple[float, ...] | None = None
     """Exponent of the weights, one for all levels of groups or one for each."""
     # how it is told
     sample_rate: int = 16000
     """Everything is resampled to it."""
-    prompt_format: str | None = None
-    """Required: llama2, llama3, qwen, plain, gemma, mistral or nemotron-h."""
-    token_equivalent_duration: float | None = None
-    """Seconds of audio that count as one token where lengths are measured."""
     channel_selector: int | Literal["average"] | None = None
     """Which channel of several; average (or null) is their mean."""
     # in which order
     seed: int | str = 0
     """Of the order; `trng` and `randomized` are taken for 0, as hosts must agree."""
     shuffle: bool = False
-    """Anew in each epoch; else in the order of the manifests."""
+    """Anew in each epoch; else in the order of the manifests. SHAR is always shuffled in training,
+    as in NeMo."""
     # how much at once
     batch_size: int | None = None
-    """Conversations per group; with `batch_tokens`, at most so many."""
-    batch_tokens: int | None = None
-    """Tokens per group: as many rows as fit, by the longest of the bucket."""
-    quadratic_factor: float | None = None
-    """A length counts as length + length**2 / quadratic_factor against `batch_tokens`."""
-    use_multimodal_sampling: bool = False
-    """Lengths always count tokens; the keys that are token counts ask for it, as in NeMo."""
-    measure_total_length: bool = True
-    """Whether the last turn belongs to the length."""
+    """Conversations per group; with a budget, at most so many."""
     use_bucketing: bool = False
     """Buckets of `num_buckets`; without it a few are chosen that leave little padding."""
     bucket_duration_bins: tuple[Any, ...] | None = None
-    """Upper ends of the buckets, in tokens; a last bucket takes what is longer."""
+    """Upper ends of the buckets, in the unit of lengths; a last bucket takes what is longer."""
     bucket_batch_size: tuple[int, ...] | None = None
     """Conversations of each of `bucket_duration_bins`; what is longer than all is left out."""
     num_buckets: int = 30
     """Each is a shape, so a program to compile."""
     drop_last: bool = False
     """Leaves out the batch of an epoch that is not full."""
-    # what to leave out
-    min_duration: float | None = None
-    """Seconds of all audio of a conversation; one without audio passes."""
-    max_duration: float | None = None
-    """Seconds of all audio of a conversation."""
-    min_tokens: int | None = None
-    """Length of a conversation, audio counted by `token_equivalent_duration`."""
-    max_tokens: int | None = None
-    """Length of a conversation."""
-    min_tpt: float = -1.0
-    """Least answer tokens per prompt token."""
-    max_tpt: float = float("inf")
-    """Most answer tokens per prompt token."""
     # by how many threads
     num_workers: int = 1
     """Threads that read audio ahead."""
@@ -170,15 +161,8 @@ class DataLoaderConfig:
         "force_iterable_dataset": "there is one kind of data set",
         "metadata_only": "manifests are read without their audio",
         "slice_length": "order is shuffled over whole manifests",
-        "lang_field": "the language of a transcript plays no part in the prompt",
         "use_lhotse": "Lhotse always reads",
-        "pretokenize": "prompts are always tokenised before lengths are measured",
         "bucketing_2d_strict_mode": "it tells 2-D buckets apart, and buckets here have one length",
-        "min_tps": "NeMo applies it to plain cuts only, never to conversations; use min_tpt",
-        "max_tps": "NeMo applies it to plain cuts only, never to conversations; use max_tpt",
-        "max_cer": "NeMo applies it to plain cuts only, never to conversations",
-        "min_context_speaker_similarity": "NeMo applies it to plain cuts only",
-        "keep": "NeMo applies it to plain cuts only",
         "keep_excessive_supervisions": "it goes with truncation, which is refused",
         "persistent_workers": "workers are threads",
         "prefetch_factor": "reading ahead follows num_workers",
@@ -191,9 +175,6 @@ class DataLoaderConfig:
         "tarred_random_access": "only tarred data has such entries",
     }
     REFUSED: ClassVar[Mapping[str, Any]] = {
-        "batch_duration": "conversations are measured in tokens; set batch_tokens and "
-        "use_multimodal_sampling",
-        "quadratic_duration": "conversations are measured in tokens; set quadratic_factor",
         "tarred_audio_filepaths": _LATER,
         "multi_config": "give one data set, its parts as input_cfg with weights",
         "sampler_fusion": ("give one data set, its parts as input_cfg", "round_robin"),
@@ -211,40 +192,37 @@ class DataLoaderConfig:
         "pad_min_duration": "padding is the bucket's",
     }
 
+    @property
+    def budget(self) -> int | float | None:
+        """How much a group may hold, padding included, in the unit of lengths."""
+        return getattr(self, self.BUDGET_KEYS[0])
+
+    @property
+    def quadratic(self) -> float | None:
+        """A length counts as length + length**2 / quadratic against the budget."""
+        return getattr(self, self.BUDGET_KEYS[1])
+
     def __post_init__(self) -> None:
         if self.sample_rate < 1:
             raise ValueError(f"sample_rate must be positive, got {self.sample_rate}")
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
-        self._check_batch()
-        self._check_bins()
-
-    def _check_batch(self) -> None:
-        for name in ("batch_size", "batch_tokens", "quadratic_factor"):
+        for name in ("batch_size", *self.BUDGET_KEYS):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        if self.batch_tokens is not None and not self.use_multimodal_sampling:
-            raise ValueError(
-                "batch_tokens counts tokens of conversations: set "
-                "use_multimodal_sampling: true with it"
-            )
         by_bucket = self.bucket_batch_size is not None and self.bucket_duration_bins is not None
-        if self.batch_size is None and self.batch_tokens is None and not by_bucket:
+        if self.batch_size is None and self.budget is None and not by_bucket:
             raise ValueError(
-                "how large is a batch? set batch_size, or batch_tokens with "
-                "use_multimodal_sampling, or bucket_batch_size with bucket_duration_bins"
+                f"how large is a batch? set batch_size, or {self.BUDGET_KEYS[0]}, or "
+                "bucket_batch_size with bucket_duration_bins"
             )
+        self._check_bins()
 
     def _check_bins(self) -> None:
         bins, sizes = self.bucket_duration_bins, self.bucket_batch_size
         if self.num_buckets < 1:
             raise ValueError(f"num_buckets must be at least 1, got {self.num_buckets}")
-        if bins is not None and not self.use_multimodal_sampling:
-            raise ValueError(
-                "bucket_duration_bins are token counts of conversations: set "
-                "use_multimodal_sampling: true with them"
-            )
         if bins is not None and any(isinstance(b, list | tuple) for b in bins):
             raise ValueError("bucket_duration_bins must be one length each: 2-D is not supported")
         if bins is not None and (not bins or list(bins) != sorted(set(bins)) or bins[0] <= 0):
@@ -253,3 +231,69 @@ class DataLoaderConfig:
             raise ValueError("bucket_batch_size needs one entry per entry of bucket_duration_bins")
         if sizes is not None and min(sizes) < 1:
             raise ValueError(f"bucket_batch_size must be positive, got {list(sizes)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataLoaderConfig(LoaderConfig):
+    """One stream of a SALM: conversations of text and recordings, measured in tokens."""
+
+    audio_locator_tag: str | None = None
+    """The token that stands for a recording, for entries that do not say."""
+    text_field: str = "text"
+    """Key of a NeMo manifest's line that holds the answer."""
+    prompt_format: str | None = None
+    """Required: llama2, llama3, qwen, plain, gemma, mistral or nemotron-h."""
+    token_equivalent_duration: float | None = None
+    """Seconds of audio that count as one token where lengths are measured."""
+    batch_tokens: int | None = None
+    """Tokens per group: as many rows as fit, by the longest of the bucket."""
+    quadratic_factor: float | None = None
+    """A length counts as length + length**2 / quadratic_factor against `batch_tokens`."""
+    use_multimodal_sampling: bool = False
+    """Lengths always count tokens; the keys that are token counts ask for it, as in NeMo."""
+    measure_total_length: bool = True
+    """Whether the last turn belongs to the length."""
+    # what to leave out
+    min_duration: float | None = None
+    """Seconds of all audio of a conversation; one without audio passes."""
+    max_duration: float | None = None
+    """Seconds of all audio of a conversation."""
+    min_tokens: int | None = None
+    """Length of a conversation, audio counted by `token_equivalent_duration`."""
+    max_tokens: int | None = None
+    """Length of a conversation."""
+    min_tpt: float = -1.0
+    """Least answer tokens per prompt token."""
+    max_tpt: float = float("inf")
+    """Most answer tokens per prompt token."""
+
+    BUDGET_KEYS: ClassVar[tuple[str, str]] = ("batch_tokens", "quadratic_factor")
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        **LoaderConfig.IGNORED,
+        "lang_field": "the language of a transcript plays no part in the prompt",
+        "pretokenize": "prompts are always tokenised before lengths are measured",
+        "min_tps": "NeMo applies it to plain cuts only, never to conversations; use min_tpt",
+        "max_tps": "NeMo applies it to plain cuts only, never to conversations; use max_tpt",
+        "max_cer": "NeMo applies it to plain cuts only, never to conversations",
+        "min_context_speaker_similarity": "NeMo applies it to plain cuts only",
+        "keep": "NeMo applies it to plain cuts only",
+    }
+    REFUSED: ClassVar[Mapping[str, Any]] = {
+        **LoaderConfig.REFUSED,
+        "batch_duration": "conversations are measured in tokens; set batch_tokens and "
+        "use_multimodal_sampling",
+        "quadratic_duration": "conversations are measured in tokens; set quadratic_factor",
+    }
+
+    def __post_init__(self) -> None:
+        asks = {
+            "batch_tokens": self.batch_tokens,
+            "bucket_duration_bins": self.bucket_duration_bins,
+        }
+        super().__post_init__()
+        for name, value in asks.items():
+            if value is not None and not self.use_multimodal_sampling:
+                raise ValueError(
+                    f"{name} counts tokens of conversations: set use_multimodal_sampling: true "
+                    "with it"
+                )

@@ -4,12 +4,11 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from speechlm2_jax.batches import FrameCount, HostBatch, assemble_salm_batch
-from speechlm2_jax.data.bucketing import Bucket, Plan
-from speechlm2_jax.data.config import DataLoaderConfig
-from speechlm2_jax.data.preparing import DataSet, Prepared, prepare
+from speechlm2_jax.batches import FrameCount, HostBatch
+from speechlm2_jax.data.bucketing import Plan, Shape
+from speechlm2_jax.data.preparing import DataKind, DataSet, Prepared, prepare
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.data.tokenizer import Tokenizer
@@ -23,43 +22,32 @@ TOKENS_MULTIPLE = 8
 TRAIN = "train_ds"
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The `data` block: each key holds a DataLoaderConfig, or several under `datasets`."""
-
-    train_ds: Mapping[str, Any] | None = None
-    validation_ds: Mapping[str, Any] | None = None
-    test_ds: Mapping[str, Any] | None = None
-
-    REFUSED: ClassVar[Mapping[str, Any]] = {
-        "predict_ds": "use evaluate.py to answer recordings",
-    }
-
-
 class DataModule:
     """Training, validation and test data.
 
     Args:
         cfg: the `data` block with NeMo's keys, as a plain mapping.
         tokenizer: the model's, with its audio locator tag added.
-        dataset: what turns conversations into examples; made of the tokenizer if absent.
+        dataset: the kind of data: a SALMDataset, made of the tokenizer if absent, or a
+            DuplexS2SDataset.
 
     Raises SettingsError for a bad key or value, and for a manifest that is missing or cannot be
     read: everything but the audio is read here.
     """
 
     def __init__(
-        self, cfg: Mapping[str, Any], tokenizer: Tokenizer, dataset: SALMDataset | None = None
+        self, cfg: Mapping[str, Any], tokenizer: Tokenizer, dataset: DataKind | None = None
     ) -> None:
         require_complete({"data": cfg})
-        config = build(DataConfig, cfg, "data")
         self.tokenizer = tokenizer
-        self.dataset = SALMDataset(tokenizer) if dataset is None else dataset
+        self.dataset: DataKind = SALMDataset(tokenizer) if dataset is None else dataset
+        config = build(self.dataset.data_config, cfg, "data")
+        self.dataset.check(config, "data")
         self._sets: dict[str, DataSet] = {}
         if config.train_ds is not None:
-            self._sets[TRAIN] = _read(config.train_ds, "data.train_ds", is_train=True)
-        self._sets |= _read_named(config.validation_ds, "validation_ds")
-        self._sets |= _read_named(config.test_ds, "test_ds")
+            self._sets[TRAIN] = self._read(config.train_ds, "data.train_ds", is_train=True)
+        self._sets |= self._read_named(config.validation_ds, "validation_ds")
+        self._sets |= self._read_named(config.test_ds, "test_ds")
         self._groups: int | None = None
         self._prepared: dict[str, Prepared] = {}
         self._dropped: dict[str, Dropped] = {}
@@ -98,12 +86,12 @@ class DataModule:
 
         Raises SettingsError if nothing is left to train or validate on.
         """
-        self._frame_count = functools.lru_cache(maxsize=1 << 16)(frame_count)
+        frame_count = functools.lru_cache(maxsize=1 << 16)(frame_count)
         self._groups = groups
         self._own_groups = None if own_groups is None else frozenset(own_groups)
         multiple = math.lcm(TOKENS_MULTIPLE, pad_to_multiple)
         self._prepared = {
-            name: prepare(data_set, self.dataset, self._frame_count, groups, multiple)
+            name: prepare(data_set, self.dataset, frame_count, groups, multiple)
             for name, data_set in self._sets.items()
         }
 
@@ -140,7 +128,7 @@ class DataModule:
     def training_shapes(self) -> dict[str, Callable[[], HostBatch]]:
         """By the bucket's name, small to large: makes a batch of empty rows of a planned shape."""
         return {
-            bucket.name: functools.partial(self._empty_batch, bucket)
+            bucket.name: functools.partial(self._empty_batch, bucket.shape)
             for bucket in self.plan().buckets
         }
 
@@ -154,15 +142,9 @@ class DataModule:
         self._this_run()
         return self._prepared[name].sampler.plan
 
-    def _empty_batch(self, bucket: Bucket) -> HostBatch:
-        arrays = assemble_salm_batch(
-            [[]] * self._this_run(),
-            bucket.shape,
-            frame_count=self._frame_count,
-            placeholder_id=self._prepared[TRAIN].placeholder_id,
-            pad_id=self.dataset.pad_id,
-        )
-        return HostBatch(arrays=arrays, ids=(), bucket=bucket.name)
+    def _empty_batch(self, shape: Shape) -> HostBatch:
+        arrays = self._prepared[TRAIN].contents.assemble([[]] * self._this_run(), shape)
+        return HostBatch(arrays=arrays, ids=(), bucket=shape.name)
 
     def _this_run(self) -> int:
         if self._groups is None:
@@ -183,17 +165,36 @@ class DataModule:
         dropped = self._dropped.setdefault(name, Dropped(count_each_once=True))
         sampler = replace(prepared.sampler, groups=groups)
         loading = Loading(
-            dataset=self.dataset,
-            conversations=prepared.conversations,
+            contents=prepared.contents,
             sampler=sampler,
-            frame_count=self._frame_count,
-            placeholder_id=prepared.placeholder_id,
-            sample_rate_hz=prepared.config.sample_rate,
             with_references=not is_train,
             own_groups=self._own_groups if is_train else None,
         )
         plans = PlannedBatches(sampler, epochs=None if is_train else 1)
         return BatchStream(plans, loading, dropped, prepared.config.num_workers)
+
+    def _read(self, values: Mapping[str, Any], where: str, *, is_train: bool) -> DataSet:
+        config = build(self.dataset.loader_config, values, where)
+        sources = tuple(read_sources(config, where, self.dataset.read))
+        return DataSet(where=where, config=config, sources=sources, is_train=is_train)
+
+    def _read_named(self, values: Mapping[str, Any] | None, block: str) -> dict[str, DataSet]:
+        """The sets under `datasets`, which inherit the keys beside it; or one of all, `default`."""
+        if values is None:
+            return {}
+        where = f"data.{block}"
+        if "datasets" not in values:
+            return {f"{block}.default": self._read(values, where, is_train=False)}
+        sets, common = values["datasets"], {k: v for k, v in values.items() if k != "datasets"}
+        if not isinstance(sets, Mapping) or not sets:
+            raise SettingsError(f"{where}.datasets: expected a mapping of names to data sets")
+        read = {}
+        for name, own in sets.items():
+            path = f"{where}.datasets.{name}"
+            if not isinstance(own, Mapping):
+                raise SettingsError(f"{path}: expected a mapping of keys")
+            read[f"{block}.{name}"] = self._read({**common, **own}, path, is_train=False)
+        return read
 
 
 @dataclass(frozen=True)
@@ -205,28 +206,3 @@ class _Passes:
 
     def __iter__(self) -> Iterator[HostBatch]:
         return self.module._stream(self.name, self.module._this_run())
-
-
-def _read(values: Mapping[str, Any], where: str, *, is_train: bool) -> DataSet:
-    config = build(DataLoaderConfig, values, where)
-    sources = tuple(read_sources(config, where))
-    return DataSet(where=where, config=config, sources=sources, is_train=is_train)
-
-
-def _read_named(values: Mapping[str, Any] | None, block: str) -> dict[str, DataSet]:
-    """The sets under `datasets`, which inherit the keys beside it; or one of all, `default`."""
-    if values is None:
-        return {}
-    where = f"data.{block}"
-    if "datasets" not in values:
-        return {f"{block}.default": _read(values, where, is_train=False)}
-    sets, common = values["datasets"], {k: v for k, v in values.items() if k != "datasets"}
-    if not isinstance(sets, Mapping) or not sets:
-        raise SettingsError(f"{where}.datasets: expected a mapping of names to data sets")
-    read = {}
-    for name, own in sets.items():
-        path = f"{where}.datasets.{name}"
-        if not isinstance(own, Mapping):
-            raise SettingsError(f"{path}: expected a mapping of keys")
-        read[f"{block}.{name}"] = _read({**common, **own}, path, is_train=False)
-    return read

@@ -4,18 +4,15 @@ import functools
 import logging
 import zlib
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import grain
-import numpy as np
 
-from speechlm2_jax.batches import FrameCount, HostBatch, SalmExample, assemble_salm_batch
+from speechlm2_jax.batches import HostBatch
 from speechlm2_jax.data.audio import AudioError
-from speechlm2_jax.data.conversations import Conversation
-from speechlm2_jax.data.salm_dataset import SALMDataset
+from speechlm2_jax.data.preparing import Contents
 from speechlm2_jax.data.sampler import BatchPlan, Sampler
 from speechlm2_jax.settings import SettingsError
 
@@ -24,7 +21,6 @@ LINES_PER_CAUSE = 10
 EMPTY_BATCHES = 20
 """So many batches in a row without one usable recording: the disk is gone, or the paths wrong."""
 
-_EMPTY_ROW = SalmExample(id="", tokens=np.zeros(0, np.int32), loss_mask=np.zeros(0, bool))
 _log = logging.getLogger(__name__)
 
 
@@ -63,12 +59,8 @@ class Dropped:
 class Loading:
     """All that turns a planned batch into arrays."""
 
-    dataset: SALMDataset
-    conversations: Sequence[Conversation]
+    contents: Contents
     sampler: Sampler
-    frame_count: FrameCount
-    placeholder_id: int
-    sample_rate_hz: int
     with_references: bool = False
     own_groups: frozenset[int] | None = None
     """Groups that are read; None: all. The others' rows stay empty."""
@@ -76,7 +68,7 @@ class Loading:
     @functools.cached_property
     def fingerprint(self) -> int:
         """A number that changes with the data and the shapes it is planned into."""
-        ids = "\0".join(c.id for c in self.conversations)
+        ids = "\0".join(c.id for c in self.contents.conversations)
         return zlib.crc32((ids + str(self.sampler.plan.buckets)).encode())
 
     def load(self, planned: BatchPlan) -> tuple[HostBatch, list[Failure]]:
@@ -85,40 +77,33 @@ class Loading:
         failures: list[Failure] = []
         own = range(len(planned.groups)) if self.own_groups is None else self.own_groups
         groups = [
-            [self._example(i, failures) if number in own else _EMPTY_ROW for i in group]
+            [self._example(i, failures) if number in own else None for i in group]
             for number, group in enumerate(planned.groups)
         ]
-        arrays = assemble_salm_batch(
-            groups,
-            bucket.shape,
-            frame_count=self.frame_count,
-            placeholder_id=self.placeholder_id,
-            pad_id=self.dataset.pad_id,
-        )
         usable = [
-            (self.conversations[i], example)
+            (i, example)
             for indices, examples in zip(planned.groups, groups, strict=True)
             for i, example in zip(indices, examples, strict=True)
-            if example is not _EMPTY_ROW
+            if example is not None
         ]
         batch = HostBatch(
-            arrays=arrays,
-            ids=tuple(conversation.id for conversation, _ in usable),
+            arrays=self.contents.assemble(groups, bucket.shape),
+            ids=tuple(self.contents.conversations[i].id for i, _ in usable),
             bucket=bucket.name,
-            references=tuple(self.dataset.reference(*pair) for pair in usable)
+            references=tuple(self.contents.reference(*pair) for pair in usable)
             if self.with_references
             else (),
             share=len(own) / len(groups),
         )
         return batch, failures
 
-    def _example(self, index: int, failures: list[Failure]) -> SalmExample:
-        conversation = self.conversations[index]
+    def _example(self, index: int, failures: list[Failure]) -> Any:
         try:
-            return self.dataset.example(conversation, self.sample_rate_hz)
+            return self.contents.example(index)
         except AudioError as error:
-            failures.append(Failure(cause=error.cause, id=conversation.id, message=str(error)))
-            return _EMPTY_ROW
+            name = self.contents.conversations[index].id
+            failures.append(Failure(cause=error.cause, id=name, message=str(error)))
+            return None
 
 
 class PlannedBatches(grain.DatasetIterator):

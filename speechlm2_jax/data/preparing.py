@@ -1,19 +1,21 @@
-"""From a configured data set to a planned one: read, tokenise, leave out, measure, plan."""
+"""From a configured data set to a planned one: tokenise, leave out, measure, plan.
+
+What differs from one kind of data to another is behind two protocols, `DataKind` and `Contents`.
+"""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from speechlm2_jax.batches import FrameCount
-from speechlm2_jax.data.bucketing import Measures, describe, kept, measure, plan_buckets
-from speechlm2_jax.data.config import DataLoaderConfig
-from speechlm2_jax.data.conversations import AudioTurn, Conversation
-from speechlm2_jax.data.salm_dataset import SALMDataset
+from speechlm2_jax.data.bucketing import Measures, Members, Shape, describe, plan_buckets
+from speechlm2_jax.data.config import DataConfig, InputConfig, LoaderConfig
 from speechlm2_jax.data.sampler import Sampler
 from speechlm2_jax.data.sources import Source
-from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.settings import SettingsError
 
 IDS_IN_LOG = 10
@@ -22,13 +24,89 @@ IDS_IN_LOG = 10
 _log = logging.getLogger(__name__)
 
 
+@runtime_checkable
+class Contents(Protocol):
+    """The conversations of one data set, and how they become arrays."""
+
+    @property
+    def conversations(self) -> Sequence[Any]:
+        """In the order of their manifests; each has an `id`."""
+        ...
+
+    @property
+    def measures(self) -> Measures:
+        """Their lengths."""
+        ...
+
+    def tests(self) -> Mapping[str, Callable[[int], bool]]:
+        """By cause: whether settings let the conversation of an index pass."""
+        ...
+
+    def take(self, index: Int[np.ndarray, " n"]) -> "Contents":
+        """The same of some conversations."""
+        ...
+
+    def shape(self, members: Members) -> Shape:
+        """The shape of a bucket."""
+        ...
+
+    def columns(self, shape: Shape) -> Mapping[str, str]:
+        """What the table of the plan says of a shape, beside its rows and tokens."""
+        ...
+
+    def objection(self, planned: Sequence[int]) -> str | None:
+        """Why a model must not be trained on an epoch of these conversations, if so."""
+        ...
+
+    def example(self, index: int) -> Any:
+        """Reads a conversation's audio. Raises AudioError if any of it cannot be used."""
+        ...
+
+    def assemble(self, groups: Sequence[Sequence[Any]], shape: Any) -> Any:
+        """The arrays of groups of examples; None is an empty row."""
+        ...
+
+    def reference(self, index: int, example: Any) -> Any:
+        """What host-side validation metrics need of a conversation."""
+        ...
+
+
+@runtime_checkable
+class DataKind(Protocol):
+    """A kind of data (`SALMDataset`, `DuplexS2SDataset`)."""
+
+    @property
+    def data_config(self) -> type[DataConfig]:
+        """What reads the `data` block."""
+        ...
+
+    @property
+    def loader_config(self) -> type[LoaderConfig]:
+        """What reads the keys of one stream."""
+        ...
+
+    def check(self, config: Any, where: str) -> None:
+        """Raises SettingsError if the `data` block contradicts the dataset."""
+        ...
+
+    def read(self, entry: InputConfig, config: Any) -> list[Any]:
+        """The conversations of one entry of `input_cfg`. Raises SettingsError."""
+        ...
+
+    def contents(
+        self, conversations: Sequence[Any], config: Any, frame_count: FrameCount, where: str
+    ) -> Contents:
+        """Tokenises and measures. Raises SettingsError for what does not fit together."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
     """One configured stream and the conversations of its manifests."""
 
     where: str
     """Its dotted path in the settings."""
-    config: DataLoaderConfig
+    config: LoaderConfig
     sources: tuple[Source, ...]
     is_train: bool
 
@@ -37,105 +115,88 @@ class DataSet:
 class Prepared:
     """A planned stream."""
 
-    conversations: tuple[Conversation, ...]
+    contents: Contents
     sampler: Sampler
     filtered: Mapping[str, int]
     """Conversations that settings leave out, by cause."""
-    placeholder_id: int
-    config: DataLoaderConfig
+    config: LoaderConfig
+
+    @property
+    def conversations(self) -> Sequence[Any]:
+        """Those that are left."""
+        return self.contents.conversations
 
 
 def prepare(
-    data_set: DataSet, dataset: SALMDataset, frame_count: FrameCount, groups: int, multiple: int
+    data_set: DataSet, dataset: DataKind, frame_count: FrameCount, groups: int, multiple: int
 ) -> Prepared:
     """Plans a data set, and logs the plan as a table.
 
-    Raises SettingsError if the prompt format or the audio tag does not suit the tokenizer, and if
-    nothing is left of the data.
+    Raises SettingsError if its parts do not fit together, if nothing is left of the data, and if a
+    training set is none that a model should learn from.
     """
     config, where = data_set.config, data_set.where
-    if config.prompt_format is None:
-        raise SettingsError(f"{where}.prompt_format: required (llama2, llama3, qwen, plain, ...)")
-    placeholder_id = _placeholder_id(data_set, dataset.tokenizer)
-    encoded = [dataset.encode(s.conversations, config.prompt_format) for s in data_set.sources]
-    everything = [c for part in encoded for c in part]
-    measures = _measure(everything, config, frame_count, where)
-    keep, dropped = kept(everything, measures, config, placeholder_id)
+    everything = [c for source in data_set.sources for c in source.conversations]
+    contents = dataset.contents(everything, config, frame_count, where)
+    keep, dropped = kept(contents)
     filtered = {cause: len(ids) for cause, ids in dropped.items()}
-    conversations = tuple(c for c, is_kept in zip(everything, keep, strict=True) if is_kept)
-    measures = measures.take(np.flatnonzero(keep))
+    contents = contents.take(np.flatnonzero(keep))
+    conversations = contents.conversations
     if not conversations:
         raise SettingsError(f"{where}: no conversation is left, of {filtered or 'none'}")
-    sampler = _sampler(data_set, measures, _sizes(encoded, keep), groups, multiple)
+    sampler = _sampler(data_set, contents, _sizes(data_set, keep), groups, multiple)
     too_long = np.flatnonzero(sampler.plan.bucket_of < 0)
     if len(too_long):
         filtered["longer_than_buckets"] = len(too_long)
         dropped["longer_than_buckets"] = [conversations[i].id for i in too_long.tolist()]
-    if not sampler.plan.buckets or not sampler.epoch(0):
+    planned = [i for b in sampler.epoch(0) for group in b.groups for i in group]
+    if not planned:
         raise SettingsError(f"{where}: no batch can be made of {len(conversations)} conversations")
-    _report(where, describe(sampler.plan, measures, config.sample_rate), dropped)
-    return Prepared(
-        conversations=conversations,
-        sampler=sampler,
-        filtered=filtered,
-        placeholder_id=placeholder_id,
-        config=config,
-    )
+    objection = contents.objection(planned) if data_set.is_train else None
+    if objection is not None:
+        raise SettingsError(f"{where}: {objection}")
+    _report(where, describe(sampler.plan, contents.measures, contents.columns), dropped)
+    return Prepared(contents=contents, sampler=sampler, filtered=filtered, config=config)
 
 
-def _measure(
-    conversations: Sequence[Conversation],
-    config: DataLoaderConfig,
-    frame_count: FrameCount,
-    where: str,
-) -> Measures:
-    try:
-        return measure(
-            conversations,
-            frame_count=frame_count,
-            sample_rate_hz=config.sample_rate,
-            measure_total_length=config.measure_total_length,
-        )
-    except ValueError as error:
-        raise SettingsError(f"{where}: {error}") from error
+def kept(contents: Contents) -> tuple[Bool[np.ndarray, " N"], dict[str, list[str]]]:
+    """Which conversations the settings let pass, and the ids of the others by cause."""
+    keep = np.ones(len(contents.conversations), bool)
+    dropped: dict[str, list[str]] = {}
+    tests = contents.tests()
+    for i, conversation in enumerate(contents.conversations):
+        for cause, passes in tests.items():
+            if not passes(i):
+                keep[i] = False
+                dropped.setdefault(cause, []).append(conversation.id)
+                break
+    return keep, dropped
 
 
 def _sampler(
-    data_set: DataSet, measures: Measures, sizes: tuple[int, ...], groups: int, multiple: int
+    data_set: DataSet, contents: Contents, sizes: tuple[int, ...], groups: int, multiple: int
 ) -> Sampler:
     config = data_set.config
     shares = tuple(s.share for s in data_set.sources if s.share is not None)
+    # NeMo shuffles the shards of SHAR in training, and fills buckets side by side, whatever
+    # `shuffle` says; its duplex configurations do not give it
+    has_shar = any(source.is_shar for source in data_set.sources)
     return Sampler(
-        plan=plan_buckets(measures, config, multiple),
-        measures=measures,
+        plan=plan_buckets(contents.measures, config, contents.shape, multiple),
+        measures=contents.measures,
         sizes=sizes,
         shares=shares if shares and data_set.is_train else None,
         groups=groups,
         seed=_seed(config.seed, data_set.where),
-        shuffle=config.shuffle,
+        shuffle=config.shuffle or (data_set.is_train and has_shar),
+        by_bucket=config.shuffle or (data_set.is_train and (has_shar or config.use_bucketing)),
         drop_last=config.drop_last,
     )
 
 
-def _sizes(parts: Sequence[Sequence[Conversation]], keep: np.ndarray) -> tuple[int, ...]:
-    ends = np.cumsum([len(part) for part in parts])
+def _sizes(data_set: DataSet, keep: np.ndarray) -> tuple[int, ...]:
+    ends = np.cumsum([len(source.conversations) for source in data_set.sources])
     return tuple(int(part.sum()) for part in np.split(keep, ends[:-1]))
-
-
-def _placeholder_id(data_set: DataSet, tokenizer: Tokenizer) -> int:
-    """The id that stands for audio; -1, which no text has, where there is no audio."""
-    tags = {
-        turn.locator_tag
-        for source in data_set.sources
-        for conversation in source.conversations
-        for turn in conversation.turns
-        if isinstance(turn, AudioTurn)
-    }
-    if len(tags) > 1:
-        raise SettingsError(f"{data_set.where}: one audio_locator_tag, not {sorted(tags)}")
-    for tag in tags:
-        return tokenizer.require(tag, f"{data_set.where}: audio_locator_tag")
-    return -1
 
 
 def _seed(seed: int | str, where: str) -> int:

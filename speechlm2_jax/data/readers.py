@@ -58,7 +58,7 @@ def read_manifest(path: str | Path, reading: Reading) -> Iterator[Conversation]:
         yield from _read_nemo(path, reading)
     else:
         for cut in read_cuts(path):
-            yield _from_cut(cut, _clip_of_cut(cut, reading), reading)
+            yield _from_cut(cut, clip_of_cut(cut, reading.channel), reading)
 
 
 def read_shar(folder: str | Path, reading: Reading) -> Iterator[Conversation]:
@@ -66,19 +66,50 @@ def read_shar(folder: str | Path, reading: Reading) -> Iterator[Conversation]:
 
     Only the headers of the tars are read; each clip remembers where its bytes are.
     """
-    for cut, tar, members in _shar_cuts(Path(folder)):
-        byte_range = members.get(cut.id)
-        if byte_range is None:
-            raise SettingsError(f"{tar}: no recording of cut {cut.id!r}")
-        clip = AudioClip(
+    for cut, (recordings,) in shar_cuts(Path(folder), ("recording",)):
+        clip = recordings.clip(cut, channel=_channel(cut, reading.channel))
+        yield _from_cut(cut, clip, reading)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedRecordings:
+    """The recordings of one tar of a SHAR folder."""
+
+    tar: Path
+    members: Mapping[str, tuple[int, int]]
+    """By the id of the cut: first byte and size."""
+
+    def clip(self, cut: Any, *, channel: int | None) -> AudioClip:
+        """The stretch of a cut. Raises SettingsError if the tar has no recording of it."""
+        if cut.id not in self.members:
+            raise SettingsError(f"{self.tar}: no recording of cut {cut.id!r}")
+        return AudioClip(
             id=cut.id,
-            path=str(tar),
+            path=str(self.tar),
             offset_s=float(cut.start),
             duration_s=float(cut.duration),
-            channel=_channel(cut, reading),
-            byte_range=byte_range,
+            channel=channel,
+            byte_range=self.members[cut.id],
         )
-        yield _from_cut(cut, clip, reading)
+
+
+def shar_cuts(
+    folder: Path, fields: tuple[str, ...]
+) -> Iterator[tuple[Any, tuple[PackedRecordings, ...]]]:
+    """Each cut of a SHAR folder, and per field the recordings of its shard.
+
+    Raises SettingsError for a folder that is no SHAR, and for a tar that is missing.
+    """
+    _refuse_url(str(folder), str(folder))
+    manifests = sorted(folder.glob("cuts.*jsonl.gz")) + sorted(folder.glob("cuts.*jsonl"))
+    if not manifests:
+        raise SettingsError(f"{folder}: not a SHAR folder (no cuts.*.jsonl.gz in it)")
+    for manifest in manifests:
+        shard = manifest.name.removeprefix("cuts").partition(".jsonl")[0]
+        tars = [local_file(folder / f"{field}{shard}.tar") for field in fields]
+        packed = tuple(PackedRecordings(tar=tar, members=_tar_members(tar)) for tar in tars)
+        for cut in read_cuts(manifest):
+            yield cut, packed
 
 
 def read_cuts(path: str | Path) -> Iterator[Any]:
@@ -264,7 +295,7 @@ def _from_cut(cut: Any, clip: AudioClip, reading: Reading) -> Conversation:
     return _ask_and_answer(cut.id, clip, text, getattr(cut, "custom", None) or {}, reading)
 
 
-def _clip_of_cut(cut: Any, reading: Reading) -> AudioClip:
+def clip_of_cut(cut: Any, channel: int | None) -> AudioClip:
     """A cut as a stretch of a file where it is one, else as something for Lhotse to load."""
     source = _only_file(cut)
     start_s, duration_s = float(getattr(cut, "start", 0.0)), float(cut.duration)
@@ -275,7 +306,7 @@ def _clip_of_cut(cut: Any, reading: Reading) -> AudioClip:
         path=source,
         offset_s=start_s,
         duration_s=duration_s,
-        channel=_channel(cut, reading),
+        channel=_channel(cut, channel),
         is_segment=start_s > 0 or duration_s < cut.recording.duration,
     )
 
@@ -290,19 +321,25 @@ def _only_file(cut: Any) -> str | None:
     return str(source.source) if source.type == "file" and is_all else None
 
 
-def _channel(cut: Any, reading: Reading) -> int | None:
+def _channel(cut: Any, setting: int | None) -> int | None:
     """Where the channel of a cut is in its file; a cut of many channels takes the setting's."""
     channels = cut.recording.sources[0].channels
     if isinstance(cut.channel, int):
         return channels.index(cut.channel) if len(channels) > 1 else None
-    return reading.channel
+    return setting
+
+
+def _sources(cut: Any) -> Iterator[Any]:
+    """Where Lhotse would read the recordings of a cut from, further ones in its fields included."""
+    fields = (getattr(cut, "custom", None) or {}).values()
+    for recording in (getattr(cut, "recording", None), *fields):
+        yield from getattr(recording, "sources", ())
 
 
 def _resolve_sources(cut: Any, finder: _Finder) -> None:
     """Makes the paths of a cut absolute. Raises SettingsError for what is not a local file."""
     for track in getattr(cut, "tracks", None) or [None]:
-        recording = getattr(cut if track is None else track.cut, "recording", None)
-        for source in recording.sources if recording is not None else ():
+        for source in _sources(cut if track is None else track.cut):
             if source.type == "file":
                 source.source = finder(str(source.source))
             elif source.type in ("url", "command"):
@@ -310,19 +347,6 @@ def _resolve_sources(cut: Any, finder: _Finder) -> None:
                     f"{finder.manifest}: cut {cut.id} reads audio from a {source.type}; copy it "
                     "to a local disk"
                 )
-
-
-def _shar_cuts(folder: Path) -> Iterator[tuple[Any, Path, dict[str, tuple[int, int]]]]:
-    """Each cut of a SHAR folder with its tar and the byte ranges of that tar's recordings."""
-    _refuse_url(str(folder), str(folder))
-    manifests = sorted(folder.glob("cuts.*.jsonl.gz")) + sorted(folder.glob("cuts.*.jsonl"))
-    if not manifests:
-        raise SettingsError(f"{folder}: not a SHAR folder (no cuts.*.jsonl.gz in it)")
-    for manifest in manifests:
-        tar = folder / f"recording.{manifest.name.split('.')[1]}.tar"
-        members = _tar_members(local_file(tar))
-        for cut in read_cuts(manifest):
-            yield cut, tar, members
 
 
 def _tar_members(tar: Path) -> dict[str, tuple[int, int]]:

@@ -2,15 +2,20 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from speechlm2_jax.batches import SalmExample
+from speechlm2_jax.batches import FrameCount, SalmExample
 from speechlm2_jax.data.audio import AudioError
-from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.config import DataConfig, DataLoaderConfig, InputConfig
+from speechlm2_jax.data.conversations import DEFAULT_LOCATOR_TAG, Conversation
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
+from speechlm2_jax.data.readers import Reading, expand_shards, read_manifest, read_shar
+from speechlm2_jax.data.salm_contents import SalmContents, measure, placeholder_id
 from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.settings import SettingsError
 
 _DIALOGS_AT_ONCE = 4096
 
@@ -38,6 +43,64 @@ class SALMDataset:
         self.tokenizer = tokenizer
         self.sample_rate = sample_rate
         self.pad_id = tokenizer.pad_id
+
+    data_config = DataConfig
+    loader_config = DataLoaderConfig
+
+    def check(self, config: DataConfig, where: str) -> None:
+        """Nothing in the `data` block can contradict a tokenizer."""
+
+    @staticmethod
+    def read(entry: InputConfig, config: DataLoaderConfig) -> list[Conversation]:
+        """The conversations of one entry of `input_cfg`. Raises SettingsError."""
+        channel = config.channel_selector
+        reading = Reading(
+            locator_tag=entry.audio_locator_tag or config.audio_locator_tag or DEFAULT_LOCATOR_TAG,
+            token_equivalent_duration_s=entry.token_equivalent_duration
+            or config.token_equivalent_duration,
+            tags=entry.tags,
+            text_field=entry.text_field or config.text_field,
+            channel=channel if isinstance(channel, int) else None,
+        )
+        if entry.shar_path is not None:
+            return list(read_shar(Path(entry.shar_path).expanduser(), reading))
+        paths = expand_shards(entry.cuts_path or entry.manifest_filepath or ())
+        return [c for path in paths for c in read_manifest(path, reading)]
+
+    def contents(
+        self,
+        conversations: Sequence[Conversation],
+        config: DataLoaderConfig,
+        frame_count: FrameCount,
+        where: str,
+    ) -> SalmContents:
+        """Tokenises and measures.
+
+        Raises SettingsError if the prompt format or the audio tag does not suit the tokenizer.
+        """
+        if config.prompt_format is None:
+            raise SettingsError(
+                f"{where}.prompt_format: required (llama2, llama3, qwen, plain, ...)"
+            )
+        placeholder = placeholder_id(conversations, self.tokenizer, where)
+        encoded = self.encode(conversations, config.prompt_format)
+        try:
+            measures = measure(
+                encoded,
+                frame_count=frame_count,
+                sample_rate_hz=config.sample_rate,
+                measure_total_length=config.measure_total_length,
+            )
+        except ValueError as error:
+            raise SettingsError(f"{where}: {error}") from error
+        return SalmContents(
+            dataset=self,
+            config=config,
+            conversations=encoded,
+            measures=measures,
+            frame_count=frame_count,
+            placeholder_id=placeholder,
+        )
 
     def encode(
         self, conversations: Sequence[Conversation], prompt_format: str

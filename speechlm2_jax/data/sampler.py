@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Int
 
-from speechlm2_jax.batches import BatchShape
-from speechlm2_jax.data.bucketing import Measures, Plan
+from speechlm2_jax.data.bucketing import Measures, Plan, Shape
 
 _ORDER, _MIXTURE, _BATCHES = range(3)
 """What a random stream is for; with the seed and the epoch they name it."""
@@ -41,13 +40,15 @@ class Sampler:
     groups: int = 1
     seed: int = 0
     shuffle: bool = False
+    by_bucket: bool = False
+    """Batches of one bucket each, in random order; else in the order of the conversations."""
     drop_last: bool = False
 
     def epoch(self, epoch: int) -> list[BatchPlan]:
         """The batches of one epoch, in order."""
         order = self._order(epoch)
         order = order[self.plan.bucket_of[order] >= 0]
-        if not self.shuffle:
+        if not self.by_bucket:
             return list(self._in_order(order))
         batches = list(self._by_bucket(order))
         shuffled = self._random(_BATCHES, epoch).permutation(len(batches))
@@ -135,7 +136,7 @@ class _Filling:
         return self._place(index)
 
     @property
-    def shape(self) -> BatchShape:
+    def shape(self) -> Shape:
         return self.sampler.plan.buckets[self.bucket].shape
 
     @property

@@ -1,18 +1,12 @@
 """From `input_cfg` to sources: the conversations of each manifest, and its share of the mixture."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from speechlm2_jax.data.config import DataLoaderConfig, InputConfig
-from speechlm2_jax.data.conversations import DEFAULT_LOCATOR_TAG, Conversation
-from speechlm2_jax.data.readers import (
-    Reading,
-    expand_shards,
-    local_file,
-    read_manifest,
-    read_shar,
-)
+from speechlm2_jax.data.config import InputConfig, LoaderConfig
+from speechlm2_jax.data.readers import local_file
 from speechlm2_jax.settings import SettingsError, build, parse_yaml
 
 
@@ -21,7 +15,8 @@ class Source:
     """The conversations of one entry."""
 
     name: str
-    conversations: Sequence[Conversation]
+    conversations: Sequence[Any]
+    is_shar: bool = False
     share: float | None = None
     """Its part of the mixture, all parts adding to 1; None where nothing is weighted, and every
     conversation counts the same."""
@@ -36,22 +31,28 @@ class _Entry:
     share: float
 
 
-def read_sources(config: DataLoaderConfig, where: str = "data") -> list[Source]:
-    """Reads every manifest of a data set. Raises SettingsError, naming the key, for a bad one."""
+def read_sources(
+    config: LoaderConfig, where: str, read: Callable[[InputConfig, Any], list[Any]]
+) -> list[Source]:
+    """Reads every manifest of a data set by `read`, which is given an entry and the settings.
+
+    Raises SettingsError, naming the key, for a bad one.
+    """
     configs = _entries_of(config, where)
     entries = list(_flatten(configs, f"{where}.input_cfg", 1.0, _temperatures(config, configs)))
     is_weighted = any(_has_weight(c) for c in configs)
     return [
         Source(
             name=_name(entry.config),
-            conversations=_read(entry, config),
+            conversations=_read(entry, config, read),
+            is_shar=entry.config.shar_path is not None,
             share=entry.share if is_weighted else None,
         )
         for entry in entries
     ]
 
 
-def _entries_of(config: DataLoaderConfig, where: str) -> tuple[InputConfig, ...]:
+def _entries_of(config: LoaderConfig, where: str) -> tuple[InputConfig, ...]:
     direct = {k: getattr(config, k) for k in ("cuts_path", "manifest_filepath", "shar_path")}
     given = {k: v for k, v in direct.items() if v is not None}
     if (config.input_cfg is not None) + len(given) != 1:
@@ -105,7 +106,7 @@ def _depth(configs: Sequence[InputConfig]) -> int:
     return 1 + max((_depth(c.input_cfg) for c in configs if c.input_cfg), default=0)
 
 
-def _temperatures(config: DataLoaderConfig, configs: Sequence[InputConfig]) -> list[float]:
+def _temperatures(config: LoaderConfig, configs: Sequence[InputConfig]) -> list[float]:
     depth, given = _depth(configs), config.reweight_temperature
     if given is None or isinstance(given, int | float):
         return [1.0 if given is None else float(given)] * depth
@@ -121,21 +122,10 @@ def _name(config: InputConfig) -> str:
     return str(path if isinstance(path, str) else Path(str((path or ("",))[0])))
 
 
-def _read(entry: _Entry, config: DataLoaderConfig) -> list[Conversation]:
-    own = entry.config
-    channel = config.channel_selector
-    reading = Reading(
-        locator_tag=own.audio_locator_tag or config.audio_locator_tag or DEFAULT_LOCATOR_TAG,
-        token_equivalent_duration_s=own.token_equivalent_duration
-        or config.token_equivalent_duration,
-        tags=own.tags,
-        text_field=own.text_field or config.text_field,
-        channel=channel if isinstance(channel, int) else None,
-    )
+def _read(
+    entry: _Entry, config: LoaderConfig, read: Callable[[InputConfig, Any], list[Any]]
+) -> list[Any]:
     try:
-        if own.shar_path is not None:
-            return list(read_shar(Path(own.shar_path).expanduser(), reading))
-        paths = expand_shards(own.cuts_path or own.manifest_filepath or ())
-        return [c for path in paths for c in read_manifest(path, reading)]
+        return read(entry.config, config)
     except SettingsError as error:
         raise SettingsError(f"{entry.where}: {error}") from error

@@ -1,5 +1,6 @@
 """Laws of the plan: every conversation once, in a shape of the plan, the same everywhere."""
 
+import functools
 from collections import Counter
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechlm2_jax.data.bucketing import SURVEY_BUCKETS, Measures, plan_buckets
+from speechlm2_jax.data.bucketing import SURVEY_BUCKETS, Measures
+from speechlm2_jax.data.bucketing import plan_buckets as plan_by
 from speechlm2_jax.data.config import DataLoaderConfig
+from speechlm2_jax.data.salm_contents import salm_shape
 from speechlm2_jax.data.sampler import Sampler
 
 settings.register_profile("plan", deadline=None, max_examples=60)
@@ -43,11 +46,17 @@ configs = st.one_of(
 )
 
 
+plan_buckets = functools.partial(
+    plan_by, shape_of=functools.partial(salm_shape, sample_rate_hz=16000)
+)
+
+
 def sampler_of(measures, config, sizes=None, **more) -> Sampler:
     return Sampler(
         plan=plan_buckets(measures, config),
         measures=measures,
         sizes=sizes or (len(measures),),
+        by_bucket=more.get("shuffle", False),
         **more,
     )
 

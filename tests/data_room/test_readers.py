@@ -18,6 +18,7 @@ from speechlm2_jax.data.readers import (
     read_manifest,
     read_shar,
 )
+from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.settings import SettingsError, build
 
@@ -164,7 +165,9 @@ def test_shards_expand_in_both_spellings():
 
 def sources(*entries, **more):
     values = {"input_cfg": list(entries), "batch_size": 1, **more}
-    return read_sources(build(DataLoaderConfig, values, "data.train_ds"), "data.train_ds")
+    return read_sources(
+        build(DataLoaderConfig, values, "data.train_ds"), "data.train_ds", SALMDataset.read
+    )
 
 
 NEMO = {"manifest_filepath": str(MANIFESTS / "manifest.jsonl")}
@@ -197,7 +200,7 @@ def test_entries_may_be_a_file_of_their_own(tmp_path):
     path = tmp_path / "inputs.yaml"
     path.write_text(f"- type: nemo\n  manifest_filepath: {NEMO['manifest_filepath']}\n")
     values = {"input_cfg": str(path), "batch_size": 1}
-    (source,) = read_sources(build(DataLoaderConfig, values))
+    (source,) = read_sources(build(DataLoaderConfig, values), "data", SALMDataset.read)
     assert len(source.conversations) == 24
 
 

@@ -51,7 +51,7 @@ def dataset_for(name: str) -> SALMDataset:
 def prepared(name: str, groups: int = 1, **changes):
     values = {**GOLDEN["configs"][name]["config"], **changes}
     config = build(DataLoaderConfig, values, "data.train_ds")
-    sources = tuple(read_sources(config, "data.train_ds"))
+    sources = tuple(read_sources(config, "data.train_ds", SALMDataset.read))
     data_set = DataSet(where="data.train_ds", config=config, sources=sources, is_train=False)
     dataset = dataset_for(name)
     return dataset, prepare(data_set, dataset, frames, groups, 8)
@@ -148,7 +148,7 @@ def test_weights_and_temperatures_of_groups_multiply_out():
     _, data = prepared("mux_group_temperature", force_finite=None)
     assert data.sampler.shares is None  # a finite set is gone through once
     config = build(DataLoaderConfig, GOLDEN["configs"]["mux_group_temperature"]["config"])
-    shares = [source.share for source in read_sources(config)]
+    shares = [source.share for source in read_sources(config, "data", SALMDataset.read)]
     np.testing.assert_allclose(shares, [0.75, 0.25])  # 9 and 1 to the power of 0.5
 
 

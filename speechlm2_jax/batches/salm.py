@@ -1,9 +1,4 @@
-"""The contract between data and models: what a batch holds, and how rows are laid out.
-
-Letters: `G` groups, `C` clips of a group, `S` samples, `R` rows of a group, `T` LLM steps. A group
-is what one NeMo rank would get; its rows refer only to its own clips, so on the device the gather
-of audio frames into text never crosses the batch axes. Everything here is NumPy on the host.
-"""
+"""Conversations of text and recordings, laid out in rows of interleaved steps (SALM)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,56 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-FrameCount = Callable[[int], int]
-"""Samples of a clip -> LLM-width frames that perception makes of it."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class LossSum:
-    """An unreduced mean: merged over micro-batches and devices, divided once."""
-
-    total: Any
-    """Float32 scalar: the sum over scored elements."""
-    count: Any
-    """Float32 scalar: how many elements were scored."""
-
-    def merge(self, other: "LossSum") -> "LossSum":
-        """Adds another share of the same quantity."""
-        return LossSum(total=self.total + other.total, count=self.count + other.count)
-
-    def mean(self) -> Any:
-        """Divides; an empty sum is 0, never NaN."""
-        return self.total / jax.numpy.maximum(self.count, 1.0)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class StepLosses:
-    """What a network gives the training step for one batch."""
-
-    loss: LossSum
-    """What is minimised."""
-    metrics: dict[str, LossSum]
-    """Named means to report, `acc` for instance."""
-    buffers: dict[str, Any]
-    """New values of buffers by variable path (batch-norm statistics); empty in evaluation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostBatch:
-    """A batch as the loader gives it: arrays for the device, and facts for the host."""
-
-    arrays: Any
-    """The pytree of NumPy arrays that goes to the device (`SalmBatch`)."""
-    ids: tuple[str, ...]
-    """Ids of the conversations inside, in order of their rows; for reports."""
-    bucket: str
-    """Name of the static shape; one compiled program each."""
-    references: tuple[Any, ...] = ()
-    """Per conversation, what host-side validation metrics need (prompts and reference texts)."""
-    share: float = 1.0
-    """The part of its groups that is here; rows of the others, of other processes, are empty."""
+from speechlm2_jax.batches.shared import FrameCount
 
 
 @jax.tree_util.register_dataclass
@@ -143,6 +89,11 @@ class BatchShape:
     clips: int
     samples: int
 
+    @property
+    def name(self) -> str:
+        """A name that says the whole shape: one compiled program each."""
+        return f"rows{self.rows}_tokens{self.tokens}_clips{self.clips}_samples{self.samples}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -202,7 +153,7 @@ def layout_row(
 
 
 def assemble_salm_batch(
-    groups: Sequence[Sequence[SalmExample]],
+    groups: Sequence[Sequence[SalmExample | None]],
     shape: BatchShape,
     *,
     frame_count: FrameCount,
@@ -213,8 +164,8 @@ def assemble_salm_batch(
     """Lays out groups of conversations in one static shape, rows padded on the right.
 
     With `shift` (training) step t predicts token t + 1 and the last token is only a target; without
-    it (answering) every token is an input and nothing is scored. Fewer conversations or clips than
-    the shape holds leave masked rows. Raises ValueError if a conversation does not fit.
+    it (answering) every token is an input and nothing is scored. None, and fewer conversations or
+    clips than the shape holds, leave masked rows. Raises ValueError if a conversation does not fit.
     """
 
     def layout(example: SalmExample) -> Row:
@@ -270,14 +221,14 @@ def full_batch(
 
 def _fill_group(
     arrays: dict[str, np.ndarray],
-    examples: Sequence[SalmExample],
+    examples: Sequence[SalmExample | None],
     shape: BatchShape,
     layout: Callable[[SalmExample], Row],
     capacity: int,
     shift: bool,
 ) -> None:
     """Writes one group's rows and clips into its arrays, which are of the bucket's shape."""
-    clips = [(example.id, clip) for example in examples for clip in example.audio]
+    clips = [(e.id, clip) for e in examples if e is not None for clip in e.audio]
     if len(examples) > shape.rows or len(clips) > shape.clips:
         raise ValueError(f"{len(examples)} conversations with {len(clips)} clips exceed {shape}")
     for c, (name, clip) in enumerate(clips):
@@ -287,6 +238,8 @@ def _fill_group(
         arrays["audio_lengths"][c] = len(clip)
     first_clip = 0
     for r, example in enumerate(examples):
+        if example is None:
+            continue
         row = layout(example)
         n = max(len(row) - shift, 0)
         if n > shape.tokens:

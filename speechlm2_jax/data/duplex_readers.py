@@ -1,0 +1,110 @@
+"""Lhotse cuts and SHAR as conversations of two voices. Lhotse is imported only where it reads.
+
+A cut is the user's recording; its field `target_audio` is the agent's, alongside in time.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from speechlm2_jax.data.conversations import AudioClip
+from speechlm2_jax.data.duplex_conversations import DuplexConversation, SpokenTurn
+from speechlm2_jax.data.readers import clip_of_cut, read_cuts, shar_cuts
+from speechlm2_jax.settings import SettingsError
+
+TARGET = "target_audio"
+
+
+def read_duplex_cuts(path: str | Path, channel: int | None) -> Iterator[DuplexConversation]:
+    """Reads a manifest of Lhotse cuts.
+
+    Raises SettingsError for a missing file, for lines that are no cuts, and for a cut without
+    `target_audio`, naming it.
+    """
+    for cut in read_cuts(path):
+        try:
+            yield duplex_conversation(cut, channel)
+        except SettingsError as error:
+            raise SettingsError(f"{path}: {error}") from error
+
+
+def read_duplex_shar(folder: str | Path, channel: int | None) -> Iterator[DuplexConversation]:
+    """Reads a Lhotse SHAR folder with the fields `cuts`, `recording` and `target_audio`.
+
+    Only the headers of the tars are read. Raises SettingsError, as `read_duplex_cuts` does.
+    """
+    for cut, (users, agents) in shar_cuts(Path(folder), ("recording", TARGET)):
+        target = _recording_of_agent(cut)
+        yield _conversation(
+            cut,
+            source=users.clip(cut, channel=_one_of(cut.recording, cut.channel, channel)),
+            target=agents.clip(cut, channel=_one_of(target, _chosen(cut), None)),
+        )
+
+
+def duplex_conversation(cut: Any, channel: int | None = None) -> DuplexConversation:
+    """A Lhotse cut that has `target_audio`; raises SettingsError, naming it, for another.
+
+    Args:
+        cut: the user's recording; transformed, mixed and in-memory ones are left to Lhotse to load.
+        channel: the user's, of a recording with several where the cut names none; None: the mean.
+    """
+    from lhotse import MonoCut, MultiCut
+
+    target, chosen = _recording_of_agent(cut), _chosen(cut)
+    is_aligned = not (cut.custom or {}).get(f"{TARGET}_unaligned", False)
+    stretch = {
+        "id": cut.id,
+        "start": float(cut.start) if is_aligned else 0.0,
+        "duration": cut.duration,
+        "recording": target,
+    }
+    agent = (
+        MonoCut(**stretch, channel=target.channel_ids[0] if chosen is None else chosen)
+        if chosen is not None or target.num_channels == 1
+        else MultiCut(**stretch, channel=target.channel_ids)
+    )
+    return _conversation(cut, source=clip_of_cut(cut, channel), target=clip_of_cut(agent, None))
+
+
+def _conversation(cut: Any, *, source: AudioClip, target: AudioClip) -> DuplexConversation:
+    return DuplexConversation(
+        id=cut.id,
+        duration_s=float(cut.duration),
+        sample_rate_hz=int(cut.sampling_rate),
+        source=source,
+        target=target,
+        turns=tuple(
+            SpokenTurn(
+                speaker=supervision.speaker,
+                start_s=float(supervision.start),
+                end_s=float(supervision.end),
+                text=supervision.text or "",
+            )
+            for supervision in cut.supervisions
+        ),
+    )
+
+
+def _recording_of_agent(cut: Any) -> Any:
+    from lhotse import Recording
+
+    target = (getattr(cut, "custom", None) or {}).get(TARGET)
+    if not isinstance(target, Recording):
+        raise SettingsError(
+            f"cut {cut.id!r} has no {TARGET}: a duplex model learns from two recordings, the "
+            f"user's (the cut's own) and the agent's (cut.{TARGET} = a Lhotse Recording)"
+        )
+    return target
+
+
+def _chosen(cut: Any) -> int | None:
+    """The channel of the agent's recording, where the cut names one."""
+    return (getattr(cut, "custom", None) or {}).get(f"{TARGET}_channel_selector")
+
+
+def _one_of(recording: Any, named: Any, setting: int | None) -> int | None:
+    """Where a channel lies in the packed file of a recording; None for the mean of all."""
+    if isinstance(named, int):
+        return recording.channel_ids.index(named) if recording.num_channels > 1 else None
+    return setting
