@@ -15,7 +15,6 @@ from speechlm2_jax.layers.linear import Linear
 from speechlm2_jax.layers.module import RematPolicy
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
-from speechlm2_jax.perception.modality_adapter import IdentityConfig
 from speechlm2_jax.perception.perception import AudioPerception, PerceptionConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig
 
@@ -38,13 +37,7 @@ class CtcConfig:
     @property
     def perception(self) -> PerceptionConfig:
         """The same front end and encoder as a speech LLM has, its frames not projected."""
-        return PerceptionConfig(
-            preprocessor=self.preprocessor,
-            encoder=self.encoder,
-            modality_adapter=IdentityConfig(),
-            output_dim=self.encoder.width,
-            spec_augment=self.spec_augment,
-        )
+        return PerceptionConfig.of_encoder(self.preprocessor, self.encoder, self.spec_augment)
 
 
 class CtcNetwork(AudioPerception):

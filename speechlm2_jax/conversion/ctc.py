@@ -18,10 +18,19 @@ def ctc_table(config: PerceptionConfig, *, head: str = CTC_HEAD) -> Table:
 
     It is read from either place and written to `head`.
     """
-    places = [head, *({CTC_HEAD, HYBRID_HEAD} - {head})]
-    weight, *weight_also = [f"{place}.decoder_layers.0.weight" for place in places]
-    bias, *bias_also = [f"{place}.decoder_layers.0.bias" for place in places]
-    rules = (
+    others = tuple({CTC_HEAD, HYBRID_HEAD} - {head})
+    return asr_encoder_table(config) + Table(head_rules(head, also=others), (TRANSDUCER,))
+
+
+def head_rules(head: str, *, also: tuple[str, ...] = ()) -> tuple[Rule, ...]:
+    """The head alone, written to `head` and read from there or from the places `also`."""
+
+    def names(kind: str) -> list[str]:
+        return [f"{place}.decoder_layers.0.{kind}" for place in (head, *also)]
+
+    weight, *weight_also = names("weight")
+    bias, *bias_also = names("bias")
+    return (
         Rule(
             source=weight,
             target="head.weight",
@@ -30,4 +39,3 @@ def ctc_table(config: PerceptionConfig, *, head: str = CTC_HEAD) -> Table:
         ),
         Rule(source=bias, target="head.bias", also=tuple(bias_also)),
     )
-    return asr_encoder_table(config) + Table(rules, (TRANSDUCER,))

@@ -3,9 +3,13 @@
 import importlib
 from typing import Any
 
-_MODELS = {"SALM": "speechlm2_jax.models.salm", "CTCModel": "speechlm2_jax.models.ctc"}
+_MODELS = {
+    "SALM": "speechlm2_jax.models.salm",
+    "CTCModel": "speechlm2_jax.models.ctc",
+    "ASRModel": "speechlm2_jax.models.recogniser",
+}
 
-__all__ = ["SALM", "CTCModel"]  # noqa: F822
+__all__ = ["SALM", "ASRModel", "CTCModel"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,6 @@ from speechlm2_jax.batches import HostBatch, LossSum, SalmBatch, StepLosses
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.ctc import ctc_table
 from speechlm2_jax.conversion.readers import open_weights, read_nemo
-from speechlm2_jax.conversion.readers.nemo import NemoArchive
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.module import (
@@ -34,8 +33,8 @@ from speechlm2_jax.layers.module import (
     unbind,
 )
 from speechlm2_jax.models.config import DEFAULT_AUDIO_LOCATOR_TAG
-from speechlm2_jax.models.parts import Location, read_json
-from speechlm2_jax.models.shapes import SAMPLE_STEP, round_up
+from speechlm2_jax.models.parts import Location, nemo_tokenizer, read_json
+from speechlm2_jax.models.transcribing import Speller, transcribe
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig
@@ -46,7 +45,6 @@ TARGET = "nemo.collections.asr.models.EncDecCTCModelBPE"
 TOKENIZER_FILE = "tokenizer.model"
 BLOCKS = ("preprocessor", "encoder", "decoder", "spec_augment", "tokenizer")
 """What a `.nemo` file's config says that matters here."""
-ROWS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +106,7 @@ class CTCModel:
             return cls._from_run(found)
         archive = read_nemo(Location().find_nemo(str(path), key="pretrained_asr"))
         cfg = {key: archive.config[key] for key in BLOCKS if archive.config.get(key) is not None}
-        model = cls(cfg, tokenizer=Tokenizer.from_sentencepiece(_tokenizer_bytes(archive)))
+        model = cls(cfg, tokenizer=nemo_tokenizer(archive))
         model.variables = mapping.load(open_weights(archive.path), model._table, model.infos)
         return model
 
@@ -136,24 +134,12 @@ class CTCModel:
 
     def transcribe(self, waves: Sequence[np.ndarray]) -> list[str]:
         """Writes down recordings: each float32 [S] at `sampling_rate`, mono; greedy decoding."""
-        order = sorted(range(len(waves)), key=lambda i: len(waves[i]))
-        texts = [""] * len(waves)
-        for start in range(0, len(order), ROWS_AT_ONCE):
-            chosen = order[start : start + ROWS_AT_ONCE]
-            for i, ids in zip(chosen, self._decode([waves[i] for i in chosen]), strict=True):
-                # an unknown piece stays visible, as in NeMo
-                texts[i] = self.tokenizer.ids_to_text(ids, remove_special_tokens=False)
-        return texts
+        return transcribe(waves, self._decode, Speller(self.tokenizer, self.pieces))
 
-    def _decode(self, waves: Sequence[np.ndarray]) -> list[list[int]]:
-        samples = round_up(max(map(len, waves)), SAMPLE_STEP)
-        audio = np.zeros((round_up(len(waves), 1), samples), np.float32)
-        lengths = np.zeros(len(audio), np.int32)
-        for row, wave in enumerate(waves):
-            audio[row, : len(wave)], lengths[row] = wave, len(wave)
+    def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         inputs = jnp.asarray(audio), jnp.asarray(lengths)
         paths = np.asarray(recognise(self._definition, self.variables, *inputs))
-        return [collapse(path, self.pieces) for path in paths[: len(waves)]]
+        return [collapse(path, self.pieces) for path in paths]
 
     @property
     def architecture(self) -> CtcConfig:
@@ -343,10 +329,3 @@ def _find_tokenizer(config: CtcModelConfig, near: tuple[Path, ...]) -> Tokenizer
         raise SettingsError("model.tokenizer.dir: name the folder that holds tokenizer.model")
     found = Location(near=near).find(folder, key="model.tokenizer.dir")
     return Tokenizer(found / TOKENIZER_FILE)
-
-
-def _tokenizer_bytes(archive: NemoArchive) -> bytes:
-    reference = (archive.config.get("tokenizer") or {}).get("model_path")
-    if not isinstance(reference, str):
-        raise SettingsError(f"{archive.path}: its config names no SentencePiece tokenizer")
-    return archive.artifact(reference)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speechlm2_jax.conversion.readers.nemo import NemoArchive
+from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.settings import SettingsError
 
 LLM_BACKBONE = "llm_backbone"
@@ -67,3 +69,11 @@ def read_json(path: Path, *, key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SettingsError(f"{key}: {path} must hold a JSON object")
     return value
+
+
+def nemo_tokenizer(archive: NemoArchive) -> Tokenizer:
+    """The SentencePiece tokenizer in an archive. Raises SettingsError if it has none."""
+    reference = (archive.config.get("tokenizer") or {}).get("model_path")
+    if not isinstance(reference, str):
+        raise SettingsError(f"{archive.path}: its config names no SentencePiece tokenizer")
+    return Tokenizer.from_sentencepiece(archive.artifact(reference))

@@ -66,6 +66,22 @@ class PerceptionConfig:
                 f"d_model={adapter.d_model}; set feat_out to -1"
             )
 
+    @classmethod
+    def of_encoder(
+        cls,
+        preprocessor: LogMelConfig,
+        encoder: FastConformerConfig,
+        spec_augment: SpecAugmentConfig | None = None,
+    ) -> "PerceptionConfig":
+        """An encoder by itself, as a recogniser has it: no adapter, its frames not projected."""
+        return cls(
+            preprocessor=preprocessor,
+            encoder=encoder,
+            modality_adapter=IdentityConfig(),
+            output_dim=encoder.width,
+            spec_augment=spec_augment,
+        )
+
     @property
     def is_projected(self) -> bool:
         """Whether a projection follows the adapter."""

@@ -73,7 +73,7 @@ def test_a_recording_is_written_down_the_same_beside_any_other(model, golden):
 
 def test_an_unknown_piece_stays_visible_as_in_nemo(model, monkeypatch):
     unknown = model.tokenizer.unk_id
-    monkeypatch.setattr(model, "_decode", lambda waves: [[5, unknown, 7]])
+    monkeypatch.setattr(model, "_decode", lambda audio, lengths: [[5, unknown, 7]])
     assert "⁇" in model.transcribe([np.zeros(16000, np.float32)])[0]
 
 

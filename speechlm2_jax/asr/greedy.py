@@ -1,0 +1,174 @@
+"""Greedy decoding of transducers, all rows at once: the outer loop goes from label to label.
+
+Rows look for their next label independently: an inner loop skips blanks with the joint network
+alone, then one step of the prediction network serves all rows (label looping, arXiv 2406.06220).
+Shapes are static and the host takes no part.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from speechlm2_jax.asr.transducer import TransducerConfig, TransducerNetwork
+from speechlm2_jax.layers.lstm import LstmState
+
+Score = Callable[[Int[Array, " B"]], Float[Array, "B C"]]
+"""Frame of each row -> logits of labels, blank and durations there."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Hypotheses:
+    """Labels in the order of speech; only the first `lengths` of a row are meant."""
+
+    labels: Int[Array, "B U"]
+    frames: Int[Array, "B U"]
+    """Encoder frame at which each label was found."""
+    durations: Int[Array, "B U"]
+    """Frames that the model went on after each label; 0 without durations (RNN-T)."""
+    lengths: Int[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """Where each row looks for its next label, and what it found last."""
+
+    frame: Int[Array, " B"]
+    label: Int[Array, " B"]
+    duration: Int[Array, " B"]
+    is_seeking: Bool[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class _Progress:
+    """What is decoded so far, and the network's state after it."""
+
+    found: Hypotheses
+    frame: Int[Array, " B"]
+    last_frame: Int[Array, " B"]
+    repeats: Int[Array, " B"]
+    """Labels found at `last_frame`."""
+    predicted: Float[Array, "B J"]
+    state: LstmState
+
+
+def decode_greedily(
+    network: TransducerNetwork,
+    frames: Float[Array, "B T D"],
+    lengths: Int[Array, " B"],
+    *,
+    max_symbols: int,
+) -> Hypotheses:
+    """Takes the best label or blank at each step; at most `max_symbols` labels at one frame."""
+    config, joint = network.transducer, network.joint
+    encoded = joint.frames(frames)
+
+    def find(progress: _Progress) -> _Search:
+        def score(frame: Int[Array, " B"]) -> Float[Array, "B C"]:
+            last = jnp.minimum(frame, encoded.shape[1] - 1)
+            here = jnp.take_along_axis(encoded, last[:, None, None], axis=1)[:, 0]
+            return joint.score(here, progress.predicted)
+
+        return _next_label(score, progress.frame, lengths, config)
+
+    def emit(progress: _Progress) -> _Progress:
+        search = find(progress)
+        is_label = (progress.frame < lengths) & (search.label != config.blank)
+        predicted, state = _predict(network, search.label, progress.state)
+        keep = is_label[:, None]
+        is_repeat = search.frame == progress.last_frame
+        repeats = jnp.where(is_repeat, progress.repeats, 0) + 1
+        is_stuck = is_label & (search.duration == 0) & (repeats >= max_symbols)
+        return _Progress(
+            found=_append(progress.found, search, is_label),
+            frame=search.frame + jnp.where(is_label, search.duration, 0) + is_stuck,
+            last_frame=jnp.where(is_label, search.frame, progress.last_frame),
+            repeats=jnp.where(is_label, repeats, progress.repeats),
+            predicted=jnp.where(keep, predicted, progress.predicted),
+            state=jax.tree.map(
+                lambda new, old: jnp.where(keep[None], new, old), state, progress.state
+            ),
+        )
+
+    start = _start(network, frames.shape[0], frames.shape[1] * max_symbols)
+    return jax.lax.while_loop(lambda p: jnp.any(p.frame < lengths), emit, start).found
+
+
+def _start(network: TransducerNetwork, rows: int, size: int) -> _Progress:
+    blanks = jnp.full(rows, network.transducer.blank, jnp.int32)
+    predicted, state = _predict(network, blanks, network.prediction.initial_state(rows))
+    zeros, table = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, size), jnp.int32)
+    return _Progress(
+        found=Hypotheses(labels=table, frames=table, durations=table, lengths=zeros),
+        frame=zeros,
+        last_frame=zeros - 1,
+        repeats=zeros,
+        predicted=predicted,
+        state=state,
+    )
+
+
+def _predict(
+    network: TransducerNetwork, labels: Int[Array, " B"], state: LstmState
+) -> tuple[Float[Array, "B J"], LstmState]:
+    """Takes in labels, and projects for the joint network what is expected after them."""
+    output, state = network.prediction.step(labels, state)
+    return network.joint.labels(output), state
+
+
+def _next_label(
+    score: Score, frame: Int[Array, " B"], lengths: Int[Array, " B"], config: TransducerConfig
+) -> _Search:
+    """Skips blanks until each row has a label or is at its end (where its label is the blank)."""
+
+    def look(search: _Search) -> _Search:
+        label, duration = _best(score(search.frame), config)
+        is_blank = label == config.blank
+        skipped = jnp.where(search.is_seeking & is_blank, duration, 0)
+        return _Search(
+            frame=search.frame + skipped,
+            label=jnp.where(search.is_seeking, label, search.label),
+            duration=jnp.where(search.is_seeking, duration, search.duration),
+            is_seeking=search.is_seeking & is_blank & (search.frame + skipped < lengths),
+        )
+
+    blanks = jnp.full(frame.shape, config.blank, jnp.int32)
+    start = _Search(
+        frame=frame, label=blanks, duration=jnp.zeros_like(frame), is_seeking=frame < lengths
+    )
+    return jax.lax.while_loop(lambda search: jnp.any(search.is_seeking), look, start)
+
+
+def _best(
+    logits: Float[Array, "B C"], config: TransducerConfig
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """The best label or blank, and the frames to go on; a blank always goes on."""
+    classes = config.blank + 1
+    label = jnp.argmax(logits[:, :classes], axis=-1).astype(jnp.int32)
+    is_blank = label == config.blank
+    if not config.durations:
+        return label, is_blank.astype(jnp.int32)
+    best = jnp.argmax(logits[:, classes:], axis=-1)
+    duration = jnp.asarray(config.durations, jnp.int32)[best]
+    return label, jnp.where(is_blank, jnp.maximum(duration, 1), duration)
+
+
+def _append(found: Hypotheses, search: _Search, is_label: Bool[Array, " B"]) -> Hypotheses:
+    """Writes the labels of the rows that have one behind their earlier ones."""
+    rows = jnp.arange(is_label.shape[0])
+    place = jnp.where(is_label, found.lengths, found.labels.shape[1])  # out of range: dropped
+
+    def put(table: Int[Array, "B U"], values: Int[Array, " B"]) -> Int[Array, "B U"]:
+        return table.at[rows, place].set(values, mode="drop")
+
+    return Hypotheses(
+        labels=put(found.labels, search.label),
+        frames=put(found.frames, search.frame),
+        durations=put(found.durations, search.duration),
+        lengths=found.lengths + is_label,
+    )

@@ -1,0 +1,72 @@
+"""Long short-term memory (Hochreiter and Schmidhuber 1997), one step at a time or over a row."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from speechlm2_jax.layers.linear import Linear
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LstmState:
+    """Output and cell of every layer of a stack, after some step."""
+
+    output: Float[Array, "L B D"]
+    cell: Float[Array, "L B D"]
+
+
+class LstmLayer(nnx.Module):
+    """One layer; its gates lie one after the other: input, forget, candidate, output."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.input = Linear(width, 4 * width, axes=(None, "embed"), rngs=rngs)
+        self.recurrent = Linear(width, 4 * width, axes=(None, "embed"), rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B D"], output: Float[Array, "B D"], cell: Float[Array, "B D"]
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
+        """Computes the next output and the next cell."""
+        gates = self.input(x) + self.recurrent(output)
+        admit, keep, candidate, show = jnp.split(gates, 4, axis=-1)
+        cell = jax.nn.sigmoid(keep) * cell + jax.nn.sigmoid(admit) * jnp.tanh(candidate)
+        return jax.nn.sigmoid(show) * jnp.tanh(cell), cell
+
+
+class Lstm(nnx.Module):
+    """A stack of layers of one width."""
+
+    def __init__(self, width: int, n_layers: int, *, rngs: nnx.Rngs):
+        self.width = width
+        self.layers = nnx.List([LstmLayer(width, rngs=rngs) for _ in range(n_layers)])
+
+    def initial_state(self, rows: int) -> LstmState:
+        """Zeros, as before the first step."""
+        zeros = jnp.zeros((len(self.layers), rows, self.width), jnp.float32)
+        return LstmState(output=zeros, cell=zeros)
+
+    def step(
+        self, x: Float[Array, "B D"], state: LstmState
+    ) -> tuple[Float[Array, "B D"], LstmState]:
+        """Computes the output of the last layer, and the state after this step."""
+        outputs, cells = [], []
+        for index, layer in enumerate(self.layers):
+            x, cell = layer(x, state.output[index], state.cell[index])
+            outputs.append(x)
+            cells.append(cell)
+        return x, LstmState(output=jnp.stack(outputs), cell=jnp.stack(cells))
+
+    def __call__(
+        self, xs: Float[Array, "B T D"], state: LstmState
+    ) -> tuple[Float[Array, "B T D"], LstmState]:
+        """Computes the outputs of all steps, and the state after the last."""
+
+        def body(state: LstmState, x: Float[Array, "B D"]) -> tuple[LstmState, Array]:
+            y, state = self.step(x, state)
+            return state, y
+
+        state, ys = jax.lax.scan(body, state, xs.swapaxes(0, 1))
+        return ys.swapaxes(0, 1), state

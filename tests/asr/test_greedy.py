@@ -1,0 +1,103 @@
+"""Greedy decoding of transducers by hand: a plain loop over labels and frames says the same."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from speechlm2_jax.asr.greedy import decode_greedily
+from speechlm2_jax.asr.transducer import TransducerConfig, TransducerNetwork
+from speechlm2_jax.layers.module import abstract, bind, describe, unbind
+from speechlm2_jax.settings import build
+
+BLANK, WIDTH, STEPS = 4, 8, 12
+LENGTHS = (12, 5, 1, 0)
+
+
+@cache
+def make(durations):
+    """A random network, and its step: label, state, frames -> best labels, durations, state."""
+    config = build(
+        TransducerConfig,
+        {
+            "preprocessor": {"features": 16, "window_size": 0.025},
+            "encoder": {"feat_in": 16, "n_layers": 1, "d_model": WIDTH, "n_heads": 2},
+            "decoder": {"vocab_size": BLANK, "prednet": {"pred_hidden": 6, "pred_rnn_layers": 2}},
+            "joint": {
+                "num_classes": BLANK,
+                "num_extra_outputs": len(durations),
+                "jointnet": {
+                    "encoder_hidden": WIDTH,
+                    "pred_hidden": 6,
+                    "joint_hidden": 5,
+                    "activation": "tanh",
+                },
+            },
+            "durations": durations,
+        },
+    )
+    module = abstract(lambda: TransducerNetwork(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(3)
+    variables = {
+        path: jnp.asarray(rng.normal(size=info.shape), jnp.float32)
+        for path, info in describe(module).items()
+    }
+    bias = variables["joint.output.bias"]
+    variables["joint.output.bias"] = bias.at[BLANK].add(4.0)  # or it would never be silent
+    network = bind(unbind(module)[0], variables)
+
+    @jax.jit
+    def step(label, state, frames):
+        output, state = network.prediction.step(label[None], state)
+        logits = network.joint(frames[None], output[:, None])[0, :, 0]
+        return jnp.argmax(logits[:, : BLANK + 1], -1), logits[:, BLANK + 1 :], state
+
+    return network, step
+
+
+def by_hand(network, step, frames, length, max_symbols):
+    """One row, one label or blank at a time."""
+    durations = network.transducer.durations
+    state = network.prediction.initial_state(1)
+    labels, lengths, state = step(jnp.array(BLANK), state, frames)
+    found, frame, here = [], 0, 0
+    while frame < length:
+        label = int(labels[frame])
+        is_blank = label == BLANK
+        skip = durations[int(np.argmax(lengths[frame]))] if durations else int(is_blank)
+        if is_blank:
+            frame, here = frame + max(skip, 1), 0
+            continue
+        found.append((label, frame, skip))
+        labels, lengths, state = step(jnp.array(label), state, frames)
+        here += 1
+        if skip:
+            frame, here = frame + skip, 0
+        elif here == max_symbols:
+            frame, here = frame + 1, 0
+    return found
+
+
+@pytest.mark.parametrize("durations", [(), (0, 1, 2)])
+@pytest.mark.parametrize("max_symbols", [1, 3])
+def test_all_rows_at_once_say_what_each_says_by_itself(durations, max_symbols):
+    network, step = make(durations)
+    frames = jax.random.normal(jax.random.key(0), (len(LENGTHS), STEPS, WIDTH))
+    decode = jax.jit(
+        lambda x: decode_greedily(network, x, jnp.array(LENGTHS), max_symbols=max_symbols)
+    )
+    found = decode(frames)
+    said, blanks = 0, 0
+    for row, length in enumerate(LENGTHS):
+        expected = by_hand(network, step, frames[row], length, max_symbols)
+        count = int(found.lengths[row])
+        columns = (found.labels, found.frames, found.durations)
+        rows = zip(*(np.asarray(c[row, :count]).tolist() for c in columns), strict=True)
+        assert list(rows) == expected
+        said += count
+        blanks += length - len(set(found.frames[row, :count].tolist()))
+    assert said > 1 and blanks > 3, "the case must have both"
+    assert found.labels.shape == (len(LENGTHS), STEPS * max_symbols)

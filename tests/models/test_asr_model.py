@@ -1,0 +1,135 @@
+"""Any NeMo recogniser in a user's hands: texts are NeMo's, whatever is asked together."""
+
+import gc
+import json
+import weakref
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import speechlm2_jax as slm
+from speechlm2_jax.conversion.readers import read_nemo
+from speechlm2_jax.conversion.writers import write_nemo
+from speechlm2_jax.models import recogniser
+from speechlm2_jax.settings import SettingsError
+from tests.conversion.goldens import tensors
+
+ASR = Path(__file__).parents[1] / "data" / "asr"
+HYPOTHESES = json.loads((ASR / "hypotheses.json").read_text())
+CASES = [
+    ("ctc", None, "transcribe"),
+    ("rnnt", None, "transcribe"),
+    ("rnnt_2layer", None, "transcribe"),
+    ("tdt", None, "transcribe"),
+    ("hybrid_streaming", None, "transcribe"),
+    ("hybrid_streaming", "ctc", "transcribe_ctc"),
+]
+
+
+def recordings(name):
+    """Audio [B, S] and lengths; of the CTC model the second and third recording only."""
+    given = load_file(ASR / f"{name}_golden.safetensors")
+    lengths, audio = given["audio_len"], given["audio"]
+    if audio.ndim == 2:
+        return audio, lengths
+    padded = np.zeros((len(lengths), lengths.max()), np.float32)
+    for row, wave in zip(padded, np.split(audio, np.cumsum(lengths)[:-1]), strict=True):
+        row[: len(wave)] = wave
+    return padded, lengths
+
+
+@pytest.fixture(scope="module")
+def model():
+    return slm.models.ASRModel.from_pretrained(ASR / "rnnt.nemo")
+
+
+@pytest.mark.parametrize(("name", "decoder", "key"), CASES)
+def test_transcripts_equal_nemo(name, decoder, key):
+    model = slm.models.ASRModel.from_pretrained(ASR / f"{name}.nemo", decoder=decoder)
+    audio, lengths = recordings(name)
+    assert model.sampling_rate == 16000
+    assert model.transcribe(audio, lengths) == HYPOTHESES[name][key][-len(audio) :]
+
+
+def test_neighbours_order_and_padding_change_no_text(model):
+    audio, lengths = recordings("rnnt")
+    together = model.transcribe(audio, lengths)
+    wider = np.pad(audio, ((0, 0), (0, 3000)), constant_values=0.3)  # beyond the lengths
+    assert model.transcribe(jnp.asarray(wider[::-1]), lengths[::-1]) == together[::-1]
+    assert model.transcribe(audio[:1]) == together[:1]
+
+
+def test_few_shapes_serve_all_batches(model, monkeypatch):
+    shapes = set()
+    decode = model._decode
+
+    def count(audio, lengths):
+        shapes.add(audio.shape)
+        return decode(audio, lengths)
+
+    monkeypatch.setattr(model, "_decode", count)
+    audio, lengths = recordings("rnnt")
+    for cut in (500, 9000, 16000, 20000):
+        model.transcribe(audio[:, :cut], np.minimum(lengths, cut))
+    assert shapes == {(3, 16000), (3, 32000)}
+    assert model.transcribe(np.zeros((0, 0))) == []
+
+
+def test_what_is_shorter_than_a_second_is_centred_in_silence():
+    wave = np.ones(7, np.float32)
+    assert recogniser._centred(wave, 12).tolist() == [0, 0, *wave, 0, 0, 0]
+    assert recogniser._centred(wave, 7) is not None and len(recogniser._centred(wave, 5)) == 7
+
+
+def test_the_weights_go_with_the_model():
+    model = slm.models.ASRModel.from_pretrained(ASR / "ctc.nemo")
+    audio, lengths = recordings("ctc")
+    model.transcribe(audio, lengths)
+    held = [weakref.ref(array) for array in model._variables.values()]
+    del model
+    gc.collect()
+    assert held and all(ref() is None for ref in held)
+
+
+def copy_with(name, path, change):
+    """The archive with a changed config."""
+    archive = read_nemo(ASR / f"{name}.nemo")
+    files = {n: archive.artifact(n) for n in archive.members if not n.startswith("model_")}
+    write_nemo(path, change(archive.config), tensors(archive.weights), files)
+    return path
+
+
+def test_fewer_labels_per_frame_as_asked(tmp_path):
+    asked = {"greedy": {"max_symbols": 1}}
+    audio, lengths = recordings("rnnt")
+    expected = HYPOTHESES["rnnt"]["decoding"]["max1"]["hyps"][1]["text"]
+    model = slm.models.ASRModel.from_pretrained(ASR / "rnnt.nemo", decoding=asked)
+    assert model.transcribe(audio[1:2], lengths[1:2]) == [expected]
+    older = copy_with(
+        "rnnt",
+        tmp_path / "older.nemo",
+        lambda c: {**c, "decoding": {"strategy": "greedy", "greedy": {"max_symbols_per_step": 1}}},
+    )
+    assert slm.models.ASRModel.from_pretrained(older)._max_symbols == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "options", "message"),
+    [
+        ("rnnt", {}, {"decoder": "ctc"}, "EncDecRNNTBPEModel has rnnt"),
+        ("ctc", {"target": "x.EncDecMultiTaskModel"}, {}, "EncDecMultiTaskModel is no recogniser"),
+        ("rnnt", {}, {"decoding": {"strategy": "beam"}}, "strategy='beam'.*greedy_batch"),
+        ("rnnt", {}, {"decoding": {"big_blank_durations": [2]}}, "big_blank_durations"),
+        ("rnnt", {}, {"decoding": {"greedy": {"max_symbols": -1}}}, "max_symbols=-1"),
+        ("ctc", {"tokenizer": {"type": "wpe", "vocab_path": None}}, {}, "no SentencePiece"),
+    ],
+)
+def test_what_is_not_done_is_refused_by_name(name, change, options, message, tmp_path):
+    path = ASR / f"{name}.nemo"
+    if change:
+        path = copy_with(name, tmp_path / "changed.nemo", lambda c: {**c, **change})
+    with pytest.raises(SettingsError, match=message):
+        slm.models.ASRModel.from_pretrained(path, **options)
