@@ -49,20 +49,26 @@ class Selection:
 
 
 def select(
-    slices: Iterable[NamedSlice], freeze: Sequence[str], prevent: Sequence[str]
+    slices: Iterable[NamedSlice],
+    freeze: Sequence[str],
+    prevent: Sequence[str],
+    always: Sequence[str] = (),
 ) -> Selection:
     """Applies `freeze_params` and `prevent_freeze_params` as NeMo does.
 
-    A parameter is trained if no `freeze` pattern matches its name or a `prevent` pattern does.
-    Buffers are in no result. Raises PatternError for a pattern that matches no name at all.
+    A parameter is trained if no `freeze` pattern matches its name or a `prevent` pattern does; what
+    an `always` pattern matches has no gradient and is never trained. Buffers are in no result.
+    Raises PatternError for a pattern that matches no name at all.
     """
     slices = list(slices)
     frozen = _matched("freeze_params", freeze, slices)
     kept = _matched("prevent_freeze_params", prevent, slices)
+    fixed = [re.compile(pattern) for pattern in always]
     rows: dict[str, dict[int, bool]] = {}
     for s in slices:
         if s.is_parameter:
             trained = s.name not in frozen.names or s.name in kept.names
+            trained = trained and not any(pattern.match(s.name) for pattern in fixed)
             rows.setdefault(s.path, {})[s.layer or 0] = trained
     trainable = {path: _mask(row) for path, row in rows.items()}
     return Selection(trainable, (*frozen.notes, *kept.notes))

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -219,6 +219,23 @@ def use(sharding: Sharding | None) -> Generator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+@contextmanager
+def whole_rows() -> Generator[None]:
+    """Makes every row whole and in order: rows are then shared out where steps were.
+
+    For what looks at the neighbours of a step (a convolution over time) in a model that shares
+    steps. Enter it inside `use`; outside it does nothing.
+    """
+    sharding = _current.get()
+    if sharding is None:
+        yield
+        return
+    changed = {"batch": dict(sharding.rules)["clips"], "steps": (), "time": ()}
+    rules = tuple((axis, changed.get(axis, where)) for axis, where in sharding.rules)
+    with use(replace(sharding, rules=rules, shares_steps=False)):
+        yield
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -46,7 +46,9 @@ def duplex_table(config: DuplexConfig) -> Table:
     table += speech.prefixed(source="perception.", target="perception.")
     table += codec_table(config.codec).prefixed(source=CODEC, target="codec.")
     if config.speech_decoder is not None:
-        decoder = speech_decoder_table(config.speech_decoder)
+        decoder = speech_decoder_table(
+            config.speech_decoder, is_projected=config.speech_decoder.d_model != config.llm.width
+        )
         table += decoder.prefixed(source=SPEECH_DECODER, target="speech_decoder.")
     return table
 

@@ -1,7 +1,7 @@
-"""Speaking while listening: one frame of the user in, one text token and K codes out, in one loop."""
+"""Speaking while listening: a frame of the user in, a text token and K codes out, in one loop."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ class SpeakingConfig:
         return self.text.do_sample or self.audio.do_sample
 
 
+@runtime_checkable
 class FrameNetwork(Protocol):
     """A network that runs frame by frame (`networks.duplex.Duplex`)."""
 
@@ -120,9 +121,7 @@ def converse(
 
     _, text, codes = jax.lax.while_loop(is_going_on, advance, (said, text, codes))
     is_real = jnp.arange(frames)[None] < lengths[:, None]
-    return Spoken(
-        text=jnp.where(is_real, text, pad), codes=jnp.where(is_real[..., None], codes, 0)
-    )
+    return Spoken(text=jnp.where(is_real, text, pad), codes=jnp.where(is_real[..., None], codes, 0))
 
 
 def _frame_keys(

@@ -6,10 +6,12 @@ from typing import Any
 _MODELS = {
     "SALM": "speechlm2_jax.models.salm",
     "CTCModel": "speechlm2_jax.models.ctc",
+    "DuplexS2SModel": "speechlm2_jax.models.duplex",
+    "DuplexS2SSpeechDecoderModel": "speechlm2_jax.models.duplex",
     "ASRModel": "speechlm2_jax.models.recogniser",
 }
 
-__all__ = ["SALM", "ASRModel", "CTCModel"]  # noqa: F822
+__all__ = ["SALM", "ASRModel", "CTCModel", "DuplexS2SModel", "DuplexS2SSpeechDecoderModel"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

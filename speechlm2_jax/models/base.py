@@ -53,9 +53,9 @@ class SpeechModel(ABC):
         self._variables = variables
         self.validation_metrics: Mapping[str, Callable[[HostBatch], LossSum]] = {}
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Any:
+    def read_blueprint(cls, cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Any:
         """Reads all but the weights."""
 
     @abstractmethod
@@ -273,4 +273,6 @@ class SpeechModel(ABC):
             # PEFT freezes the whole base LLM, its embedding included, and trains the adapters
             freeze.append(r"^(llm|embed_tokens)\..+$")
             prevent += [r"^.+\.lora_.+$"]
-        return parameter_paths.select(self.parameter_names, freeze, prevent)
+        return parameter_paths.select(
+            self.parameter_names, freeze, prevent, always=self.ALWAYS_FROZEN
+        )

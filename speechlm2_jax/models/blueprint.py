@@ -16,6 +16,7 @@ from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import Remat, VariableInfo, Variables, draw, unbind
 from speechlm2_jax.llm.config import DecoderConfig
+from speechlm2_jax.models.parts import LLM_BACKBONE
 from speechlm2_jax.parameter_paths import NamedSlice
 from speechlm2_jax.perception.perception import PerceptionConfig
 from speechlm2_jax.settings import SettingsError, build
@@ -128,6 +129,10 @@ class Blueprint:
     def pretrained(self, infos: Mapping[str, VariableInfo]) -> Iterator[Pretrained]:
         """Where the pretrained weights are."""
         raise NotImplementedError
+
+    def definitions(self) -> dict[str, Mapping[str, Any]]:
+        """Configs of the parts, by the folder of a saved model that keeps each."""
+        return {LLM_BACKBONE: self.llm_config}
 
     def computing(self: B, **changes: Any) -> B:
         """The same model with another `compute_dtype` or `remat`."""

@@ -12,7 +12,7 @@ from speechlm2_jax.conversion.readers import open_weights, write_safetensors
 from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters
 from speechlm2_jax.layers.module import VariableInfo, Variables
 from speechlm2_jax.models.blueprint import Blueprint, state_dict
-from speechlm2_jax.models.parts import LLM_BACKBONE, Location, read_json
+from speechlm2_jax.models.parts import AUDIO_CODEC, LLM_BACKBONE, Location, read_json
 from speechlm2_jax.settings import SettingsError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -47,7 +47,7 @@ def open_model(name: str) -> ModelSource:
     if path.suffix == ".ckpt":
         cfg = read_hyper_parameters(path).get("cfg")
         if not isinstance(cfg, dict):
-            raise SettingsError(f"{path}: its hyper_parameters hold no cfg, so it is no SALM")
+            raise SettingsError(f"{path}: its hyper_parameters hold no cfg of a speech model")
         folder = path.parent
         return ModelSource(
             cfg={**cfg, "pretrained_weights": False}, near=(folder,), read=_reader(path)
@@ -60,11 +60,11 @@ def open_model(name: str) -> ModelSource:
 
 
 def save_definition(directory: Path, blueprint: Blueprint) -> None:
-    """Writes config.json, the tokenizer and llm_backbone/config.json."""
-    backbone = directory / LLM_BACKBONE
-    backbone.mkdir(parents=True, exist_ok=True)
+    """Writes config.json, the tokenizer, and the config of each part in a folder of its own."""
+    for name, config in blueprint.definitions().items():
+        (directory / name).mkdir(parents=True, exist_ok=True)
+        _write_json(directory / name / CONFIG, config)
     _write_json(directory / CONFIG, {**blueprint.cfg, **MARKERS})
-    _write_json(backbone / CONFIG, blueprint.llm_config)
     blueprint.tokenizer.save(directory)
 
 
@@ -76,18 +76,19 @@ def save_model(directory: Path, blueprint: Blueprint, variables: Variables) -> N
 
 
 def _saved_cfg(directory: Path) -> dict[str, Any]:
-    """NeMo's config.json, pointed at the tokenizer and LLM config saved beside it."""
+    """NeMo's config.json, pointed at the tokenizer and the parts' configs saved beside it."""
     cfg = read_json(directory / CONFIG, key="pretrained_name")
     if "pretrained_llm" not in cfg or "perception" not in cfg:
         raise SettingsError(
-            f"{directory / CONFIG} describes no SALM (it lacks pretrained_llm or perception); "
-            "a plain LLM goes to model.pretrained_llm of a training configuration"
+            f"{directory / CONFIG} describes no speech model (it lacks pretrained_llm or "
+            "perception); a plain LLM goes to model.pretrained_llm of a training configuration"
         )
     cfg["pretrained_weights"] = False
     if (directory / "tokenizer_config.json").is_file():
         cfg["tokenizer_path"] = str(directory)
-    if (directory / LLM_BACKBONE / CONFIG).is_file():
-        cfg["pretrained_llm"] = str(directory / LLM_BACKBONE)
+    for key, folder in (("pretrained_llm", LLM_BACKBONE), ("pretrained_audio_codec", AUDIO_CODEC)):
+        if (directory / folder / CONFIG).is_file():
+            cfg[key] = str(directory / folder)
     return cfg
 
 

@@ -11,6 +11,8 @@ from speechlm2_jax.settings import SettingsError
 
 LLM_BACKBONE = "llm_backbone"
 """Folder of a saved model that holds its LLM's config.json, as NeMo 3 writes it."""
+AUDIO_CODEC = "audio_codec"
+"""Folder of a saved duplex model that holds its codec's config."""
 LLM_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 
 

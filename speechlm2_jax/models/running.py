@@ -33,11 +33,17 @@ def text_logits(
 ) -> Float[Array, "B T V"]:
     """Runs the LLM alone over embeddings; positions are 0..T-1 for every row."""
     network = bind(definition, variables)
-    positions = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32), mask.shape)
-    hidden = network.llm(
+    return network.llm.logits(hidden_states(network, embeds, mask))
+
+
+def hidden_states(
+    network: Any, embeds: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None
+) -> Float[Array, "B T D"]:
+    """Runs a network's LLM over whole rows; without `mask` every step may be seen."""
+    rows = embeds.shape[:2]
+    return network.llm(
         embeds.astype(network.dtype),
-        positions=positions,
-        segments=jnp.ones(mask.shape, jnp.int32),
-        is_key=mask,
+        positions=jnp.broadcast_to(jnp.arange(rows[1], dtype=jnp.int32), rows),
+        segments=jnp.ones(rows, jnp.int32),
+        is_key=jnp.ones(rows, bool) if mask is None else mask,
     )
-    return network.llm.logits(hidden)

@@ -31,8 +31,8 @@ class SALM(SpeechModel):
 
     _blueprint: SalmBlueprint
 
-    @staticmethod
-    def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> SalmBlueprint:
+    @classmethod
+    def read_blueprint(cls, cfg: Mapping[str, Any], near: tuple[Path, ...]) -> SalmBlueprint:
         """Reads configs and tokenizer, no weights."""
         return building.read_blueprint(cfg, near)
 

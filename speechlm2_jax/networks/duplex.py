@@ -7,12 +7,11 @@ agent's audio, and in what predicts it.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -26,8 +25,8 @@ from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.decoder import Decoder
 from speechlm2_jax.networks.channels import (
     Channels,
-    CodeEmbedding,
     Codebooks,
+    CodeEmbedding,
     Lengths,
     TextIds,
     align,
@@ -104,19 +103,11 @@ class DuplexInputs:
     """New batch-norm statistics by variable path."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class DuplexHidden:
+class DuplexHidden(NamedTuple):
     """Hidden states before the two heads."""
 
-    text: Any
-    """[B, T, D]."""
-    audio: Any
-    """[B, T, D'] in order of time if a speech decoder made them, else as `text`."""
-    code_targets: Any
-    """[B, T, K] in the order of `audio`."""
-    is_scored: Any
-    """Bool [B, T] in the order of `audio`."""
+    text: Float[Array, "B T D"]
+    audio: Float[Array, "B T W"]
 
 
 class Duplex(nnx.Module):
@@ -144,14 +135,14 @@ class Duplex(nnx.Module):
         """Sums what the LLM sees of each frame."""
 
     @abstractmethod
-    def audio_hidden(
+    def speak(
         self,
         hidden: Float[Array, "B T D"],
-        channels: Channels,
+        codes: Int[Array, "B T K"] | None,
         modes: DuplexModes,
         keys: Key[Array, " B"] | None,
-    ) -> DuplexHidden:
-        """Goes from the LLM's hidden states to those that the audio head takes."""
+    ) -> Float[Array, "B T W"]:
+        """Goes from the LLM's hidden states, and the codes so far, to what the audio head takes."""
 
     @abstractmethod
     def audio_logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T K V"]:
@@ -267,7 +258,7 @@ def forward(
         keys=keys if modes.llm else None,
         remat=network.config.remat.llm,
     )
-    return network.audio_hidden(hidden, inputs.channels, modes, keys)
+    return DuplexHidden(hidden, network.speak(hidden, inputs.channels.codes, modes, keys))
 
 
 def losses(
@@ -288,8 +279,8 @@ def losses(
     )
     audio, audio_right = chunked_cross_entropy(
         hidden.audio,
-        hidden.code_targets,
-        hidden.is_scored,
+        inputs.channels.code_targets,
+        inputs.channels.is_scored,
         network.audio_logits,
         rows_per_chunk=rows,
     )
@@ -306,12 +297,6 @@ def losses(
         },
         buffers=inputs.statistics,
     )
-
-
-def in_order_of_time(x: Array) -> Array:
-    """The steps of [B, T, ...] as they follow each other, wherever the mesh has put them."""
-    order = time_order(x.shape[1])
-    return x if order is None else x[:, np.argsort(order)]
 
 
 def _as_laid_out(channels: Channels) -> Channels:

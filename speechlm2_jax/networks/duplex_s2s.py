@@ -5,30 +5,25 @@ from jaxtyping import Array, Float, Int, Key
 
 from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.networks.channels import Channels
-from speechlm2_jax.networks.duplex import Duplex, DuplexHidden, DuplexModes
+from speechlm2_jax.networks.duplex import Duplex, DuplexModes
 
 
 class DuplexS2S(Duplex):
-    """Sum of user frame, text token and K codes -> LLM -> text head, audio head (NeMo SpeechLM2)."""
+    """Sum of user frame, text token and K codes -> LLM -> text head and audio head."""
 
     def embed(self, channels: Channels) -> Float[Array, "B T D"]:
         """Sums the user's frame, the text token and the codes before it."""
         return self._sum(channels.user, channels.text, channels.codes)
 
-    def audio_hidden(
+    def speak(
         self,
         hidden: Float[Array, "B T D"],
-        channels: Channels,
+        codes: Int[Array, "B T K"] | None,
         modes: DuplexModes,
         keys: Key[Array, " B"] | None,
-    ) -> DuplexHidden:
+    ) -> Float[Array, "B T D"]:
         """Both heads take the LLM's hidden states."""
-        return DuplexHidden(
-            text=hidden,
-            audio=hidden,
-            code_targets=channels.code_targets,
-            is_scored=channels.is_scored,
-        )
+        return hidden
 
     def audio_logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T K V"]:
         """Scores every code of every codebook, in fp32."""

@@ -29,7 +29,8 @@ def chunked_cross_entropy(
     computed only if some row still has a target there and computed again in the backward pass.
     `rows_per_chunk` is how many rows share a device, which sets the steps of a chunk. Where devices
     share the steps of a row, each does this with its own. Returns (loss, accuracy) as sums with the
-    same count; a step with targets of several codebooks counts as so many. fp32 whatever the dtype of the logits.
+    same count; a step with targets of several codebooks counts as so many. fp32 whatever the dtype
+    of the logits.
     """
     batch, shares = loss_mask.shape[0], context_size()
     steps = loss_mask.shape[1] // shares

@@ -119,7 +119,9 @@ def plan_layout(
             step=counter,
             skipped=counter,
         ),
-        frozen={path: describe(path, infos[path].computed_in(frozen_dtype)) for path in partition.frozen},
+        frozen={
+            path: describe(path, infos[path].computed_in(frozen_dtype)) for path in partition.frozen
+        },
     )
 
 

@@ -3,9 +3,11 @@
 import functools
 import json
 import os
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,9 +153,13 @@ class Training:
 
 
 def five_steps(
-    model: SALM, batch: SalmBatch, sharding: Sharding | None = None, steps: int = STEPS
+    model: Any,
+    batch: Any,
+    sharding: Sharding | None = None,
+    steps: int = STEPS,
+    rates: Sequence[float] | None = None,
 ) -> Training:
-    """Trains through the trainer's own step: clip at 1, AdamW, constant rate."""
+    """Trains through the trainer's own step: clip at 1, AdamW, a constant rate unless given."""
     config = read_optimizer(model.optimizer)
     sharding = sharding or make_sharding(devices=jax.devices()[:1])
     partition = Partition.of(model.infos, model.trainable)
@@ -167,15 +173,17 @@ def five_steps(
     frozen = put(values, layout.frozen, copy=True)
 
     @jax.jit
-    def step(state, frozen, batch):
+    def step(state, frozen, batch, rate):
         sums = functions.micro(state, state.buffers, frozen, batch, 0)
-        return functions.finish(state, sums, config.lr), sums
+        return functions.finish(state, sums, rate), sums
 
     placed = sharding.put_batch(batch)
     reports, first = [], None
-    program = step.lower(state, frozen, placed).compile()
-    for _ in range(steps):
-        (state, report), sums = program(state, frozen, placed)
+    rates = [config.lr] * steps if rates is None else rates
+    whole = [jax.device_put(np.float32(rate), sharding.replicated) for rate in rates]
+    program = step.lower(state, frozen, placed, whole[0]).compile()
+    for rate in whole:
+        (state, report), sums = program(state, frozen, placed, rate)
         state = jax.device_put(state, layout.state_shardings)
         first = first or jax.device_get(sums)
         reports.append(report)

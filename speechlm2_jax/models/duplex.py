@@ -1,0 +1,301 @@
+"""The full-duplex models as a user holds them: they listen and speak at once, frame by frame."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from speechlm2_jax import sharding
+from speechlm2_jax.batches import DuplexBatch, HostBatch, StepLosses
+from speechlm2_jax.generation.duplex import SpeakingConfig, Spoken, begin, converse
+from speechlm2_jax.generation.sampling import SamplingConfig
+from speechlm2_jax.layers.module import Variables, bind
+from speechlm2_jax.models import duplex_building, running
+from speechlm2_jax.models.base import SpeechModel
+from speechlm2_jax.models.duplex_building import DuplexBlueprint
+from speechlm2_jax.models.duplex_config import DuplexModelConfig, DuplexSpeechDecoderModelConfig
+from speechlm2_jax.models.shapes import SAMPLE_STEP, round_up
+from speechlm2_jax.networks import duplex as duplex_network
+from speechlm2_jax.networks.channels import TextIds, without_control
+from speechlm2_jax.networks.duplex import Duplex, DuplexModes
+from speechlm2_jax.networks.flops import duplex_flops
+from speechlm2_jax.perception.perception import PerceptionModes
+from speechlm2_jax.sharding import Sharding
+
+
+class DuplexS2SModel(SpeechModel):
+    """Hears 80 ms of the user, and says a text token and K audio codes, one frame after another.
+
+    `cfg` is NeMo's `model:` block as a plain dict. Weights come from `pretrained_llm`,
+    `pretrained_asr` and `pretrained_audio_codec`; `pretrained_weights: false` starts all but the
+    codec at random. Raises SettingsError, before anything is compiled, for a bad key, a missing
+    file, a tokenizer without bos or eos, or frame rates that do not fit.
+    """
+
+    ALWAYS_FROZEN = (r"^audio_codec\..+$",)
+    CONFIG: ClassVar[type[DuplexModelConfig]] = DuplexModelConfig
+    _blueprint: DuplexBlueprint
+
+    @classmethod
+    def read_blueprint(cls, cfg: Mapping[str, Any], near: tuple[Path, ...]) -> DuplexBlueprint:
+        """Reads configs and tokenizer, no weights."""
+        return duplex_building.read_blueprint(cls.CONFIG, cfg, near)
+
+    # What NeMo's users know -----------------------------------------------------------------
+
+    @property
+    def target_sampling_rate(self) -> int:
+        """Samples per second that the model speaks with."""
+        return self._blueprint.network.codec.sample_rate
+
+    @property
+    def speech_vocab_size(self) -> int:
+        """Codes of each codebook, control codes included."""
+        return self._blueprint.network.books.vocab_size
+
+    @property
+    def speech_bos_id(self) -> int:
+        """The code that starts an utterance."""
+        return self._blueprint.network.books.bos
+
+    @property
+    def speech_eos_id(self) -> int:
+        """The code that ends an utterance."""
+        return self._blueprint.network.books.eos
+
+    @property
+    def speech_delay_id(self) -> int:
+        """The code before the first frame."""
+        return self._blueprint.network.books.delay
+
+    def __call__(self, input_embeds: Any, input_audio_tokens: Any = None) -> dict[str, jax.Array]:
+        """Runs whole conversations of embeddings [B, T, D].
+
+        Gives `text_logits` [B, T, V] and `audio_logits` [B, T, K, W]. `input_audio_tokens`
+        [B, T, K] are the codes one frame late, which a speech decoder takes.
+        """
+        text, audio = _logits(
+            self._definition,
+            self.variables,
+            jnp.asarray(input_embeds),
+            None if input_audio_tokens is None else jnp.asarray(input_audio_tokens, jnp.int32),
+        )
+        return {"text_logits": text, "audio_logits": audio}
+
+    def offline_inference(
+        self,
+        input_signal: Any,
+        input_signal_lens: Any,
+        decode_audio: bool = True,
+        *,
+        text_sampling: SamplingConfig | None = None,
+        audio_sampling: SamplingConfig | None = None,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Answers recordings [B, S] of lengths [B] samples at `sampling_rate`; greedy by default.
+
+        The result has NeMo's keys: `text` (a string per row), `tokens_text` int32 [B, T],
+        `tokens_audio` int32 [B, T, K], `tokens_len` [B] frames and, with `decode_audio`, `audio`
+        [B, A] at `target_sampling_rate` and `audio_len` [B] samples. Beyond a row's length tokens
+        are pad and 0. A row does not depend on its neighbours; on a mesh the devices share the
+        rows.
+        """
+        config = SpeakingConfig(
+            text=text_sampling or SamplingConfig(), audio=audio_sampling or SamplingConfig()
+        )
+        audio, lengths = _as_batch(input_signal, input_signal_lens)
+        mesh = sharding.mesh_of(self.variables)
+        placement = None if mesh is None else sharding.for_answering(mesh)
+        rows = len(audio)
+        groups = 1 if placement is None else placement.data_parallel_size
+        audio, lengths = _padded(audio, lengths, groups)
+        spoken, frames = talk(
+            self._definition,
+            self.variables,
+            audio,
+            lengths,
+            config,
+            jax.random.key(seed) if config.is_random else None,
+            placement=placement,
+        )
+        frames = np.asarray(frames)[:rows]
+        longest = int(frames.max(initial=0))
+        text, codes = (np.asarray(x)[:rows, :longest] for x in spoken)
+        result: dict[str, Any] = {
+            "text": [self._text(ids[:n]) for ids, n in zip(text, frames.tolist(), strict=True)],
+            "tokens_text": text,
+            "tokens_audio": codes,
+            "tokens_len": frames,
+        }
+        if decode_audio:
+            wave, samples = speak_codes(
+                self._definition, self.variables, spoken.codes, _fitted(frames, len(audio)),
+                placement=placement,
+            )  # fmt: skip
+            samples = np.asarray(samples)[:rows]
+            result["audio"] = np.asarray(wave)[:rows, : int(samples.max(initial=0))]
+            result["audio_len"] = samples
+        return result
+
+    def _text(self, ids: np.ndarray) -> str:
+        """The words of a text channel: neither pads nor marks of turns."""
+        text: TextIds = self._blueprint.network.text
+        return self.tokenizer.ids_to_text(ids[~np.isin(ids, (text.pad, text.bos, text.eos))])
+
+    # What the trainer needs -----------------------------------------------------------------
+
+    @property
+    def target_frame_samples(self) -> int:
+        """Samples of the agent's audio in one frame."""
+        return self._blueprint.network.codec.samples_per_frame
+
+    @property
+    def scoring_asr(self) -> str | None:
+        """What transcribes the agent in validation."""
+        return self._blueprint.config.scoring_asr
+
+    @property
+    def frame_count(self) -> Callable[[int], int]:
+        """Samples of the user's audio -> frames."""
+        return self._blueprint.network.perception.frame_count
+
+    def losses(
+        self, variables: Variables, batch: DuplexBatch, *, key: jax.Array | None, train: bool
+    ) -> StepLosses:
+        """Weighted sums of both channels' cross-entropies, and accuracies; pure and traceable."""
+        network: Duplex = bind(self._definition, variables)
+        modes = self._training_modes() if train else DuplexModes()
+        return duplex_network.losses(network, batch, modes, key if train else None)
+
+    def flops(self, batch: HostBatch) -> float:
+        """Model FLOPs of one training step on `batch`; the codec's are not counted."""
+        arrays: DuplexBatch = batch.arrays
+        network = self._blueprint.network
+        count = np.vectorize(lambda n: self.frame_count(int(n)), otypes=[np.int64])
+        return duplex_flops(
+            self.infos,
+            self.trainable,
+            count(arrays.source_lengths),
+            subsampling_factor=network.perception.encoder.subsampling_factor,
+        )
+
+    def count_tokens(self, batch: HostBatch) -> tuple[int, int]:
+        """Counts (frames that hold data, all frames) of a batch's rows."""
+        arrays: DuplexBatch = batch.arrays
+        return int(arrays.token_lengths.sum()), int(arrays.target_tokens.size)
+
+    def _training_modes(self) -> DuplexModes:
+        return DuplexModes(
+            perception=PerceptionModes(
+                encoder=self.is_trained("perception.encoder."),
+                adapter=True,
+                spec_augment=True,
+                nemo_exact=self.nemo_exact,
+            ),
+            llm=self.is_trained("llm."),
+            speech_decoder=True,
+        )
+
+
+class DuplexS2SSpeechDecoderModel(DuplexS2SModel):
+    """The same streams, but an autoregressive decoder on the LLM's hidden states speaks.
+
+    `cfg` has a `speech_decoder` block; else as DuplexS2SModel.
+    """
+
+    ALWAYS_FROZEN = (r"^audio_codec\..+$", r"^(embed_audio_tokens|audio_head)\..+$")
+    CONFIG = DuplexSpeechDecoderModelConfig
+
+
+@partial(jax.jit, static_argnames=("definition", "config", "placement"))
+def talk(
+    definition: Any,
+    variables: Variables,
+    audio: Float[Array, "B S"],
+    lengths: Int[Array, " B"],
+    config: SpeakingConfig,
+    key: Key[Array, ""] | None,
+    *,
+    placement: Sharding | None = None,
+) -> tuple[Spoken, Int[Array, " B"]]:
+    """Hears whole recordings and speaks: (what is said, frames of each row)."""
+    network: Duplex = bind(definition, variables)
+    books, pad = network.config.books, network.config.text.pad
+    with sharding.use(placement):
+        heard = duplex_network.listen(network, audio, lengths)
+        frames = heard.frames
+        keys = None if key is None else _row_keys(key, len(audio))
+        said = begin(
+            network,
+            *frames.shape[:2],
+            pad=pad,
+            delay=books.delay,
+            codebooks=books.count,
+        )
+        spoken = converse(network, frames, heard.lengths, said, config, pad=pad, keys=keys)
+        return spoken, heard.lengths
+
+
+@partial(jax.jit, static_argnames=("definition", "placement"))
+def speak_codes(
+    definition: Any,
+    variables: Variables,
+    codes: Int[Array, "B T K"],
+    lengths: Int[Array, " B"],
+    *,
+    placement: Sharding | None = None,
+) -> tuple[Float[Array, "B A"], Int[Array, " B"]]:
+    """Turns codes into the agent's audio; control codes become silence."""
+    network: Duplex = bind(definition, variables)
+    with sharding.use(placement):
+        spoken = network.codec.decode(without_control(codes, 0, network.config.books), lengths)
+        return spoken.audio, spoken.lengths
+
+
+@partial(jax.jit, static_argnames=("definition",))
+def _logits(
+    definition: Any,
+    variables: Variables,
+    embeds: Float[Array, "B T D"],
+    codes: Int[Array, "B T K"] | None,
+) -> tuple[Float[Array, "B T V"], Float[Array, "B T K W"]]:
+    network: Duplex = bind(definition, variables)
+    hidden = running.hidden_states(network, embeds)
+    audio = network.speak(hidden, codes, DuplexModes(), None)
+    return network.llm.logits(hidden), network.audio_logits(audio)
+
+
+def _row_keys(key: Key[Array, ""], rows: int) -> Key[Array, " B"]:
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+
+
+def _as_batch(signal: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Checks what a user gives. Raises ValueError for shapes that are no batch."""
+    audio, counts = np.asarray(signal, np.float32), np.asarray(lengths, np.int32)
+    if audio.ndim != 2 or counts.shape != audio.shape[:1]:
+        raise ValueError(
+            f"input_signal must be [B, S] and input_signal_lens [B], not {audio.shape} and "
+            f"{counts.shape}"
+        )
+    if counts.size and (counts.min() < 0 or counts.max() > audio.shape[1]):
+        raise ValueError(f"input_signal_lens must lie between 0 and {audio.shape[1]} samples")
+    return audio, counts
+
+
+def _padded(audio: np.ndarray, lengths: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds rows and samples up to few sizes, so that few programs are compiled."""
+    rows = -(-round_up(max(len(audio), 1), 1) // groups) * groups
+    samples = round_up(int(lengths.max(initial=1)), SAMPLE_STEP)
+    whole = np.zeros((rows, samples), np.float32)
+    for row, (wave, n) in enumerate(zip(audio, lengths.tolist(), strict=True)):
+        whole[row, :n] = wave[:n]
+    return whole, _fitted(lengths, rows)
+
+
+def _fitted(lengths: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(np.asarray(lengths, np.int32), (0, rows - len(lengths)))

@@ -1,0 +1,66 @@
+"""The `model:` block of the duplex models, with NeMo's keys."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplexModelConfig:
+    """NeMo's `model:` block for DuplexS2SModel."""
+
+    pretrained_llm: str
+    """Directory or hub name of the Hugging Face LLM: architecture, tokenizer and weights."""
+    pretrained_audio_codec: str
+    """`.nemo` file (or hub name) of the audio codec."""
+    pretrained_asr: str | None = None
+    """`.nemo` file (or hub name) whose preprocessor and encoder start the perception module."""
+    scoring_asr: str | None = None
+    """`.nemo` file (or hub name) of what transcribes the agent in validation; None: not scored."""
+    pretrained_weights: bool = True
+    """False: the named parts give architecture only, and every weight starts at random."""
+    tokenizer_path: str | None = None
+    """Where the tokenizer is, if not with `pretrained_llm`."""
+    freeze_params: tuple[str, ...] = ()
+    prevent_freeze_params: tuple[str, ...] = ()
+    text_loss_weight: float = 1.0
+    audio_loss_weight: float = 1.0
+    duplex_user_channel_weight: float = 1.0
+    """By what the user's frames are multiplied before they join the agent's."""
+    perception: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] | None = None
+    optimizer: Mapping[str, Any] | None = None
+    lr_scheduler: Mapping[str, Any] | None = None
+    init_from_checkpoint: str | None = None
+    """A model of the same architecture whose weights training starts from (NeMo ignores it)."""
+    nemo_exact: bool = False
+    """Reproduce NeMo where its result depends on its own padding (docs/parity.md)."""
+    seed: int = 0
+    """Of the random start of what has no pretrained weights."""
+
+    TARGETS: ClassVar[tuple[str, ...]] = ("DuplexS2SModel",)
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        "model_type": "a marker that Hugging Face tools read",
+        "architectures": "a marker that Hugging Face tools read",
+        "torch_dtype": "trainer.precision decides the dtype",
+    }
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "trust_remote_code": "code from a checkpoint is never run",
+        "pretrained_s2s_model": "start from another model with model.init_from_checkpoint",
+        "speech_decoder": "a model with a speech decoder is model._target_: "
+        "DuplexS2SSpeechDecoderModel",
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplexSpeechDecoderModelConfig(DuplexModelConfig):
+    """NeMo's `model:` block for DuplexS2SSpeechDecoderModel."""
+
+    speech_decoder: SpeechDecoderConfig
+
+    TARGETS: ClassVar[tuple[str, ...]] = ("DuplexS2SSpeechDecoderModel",)
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        key: reason for key, reason in DuplexModelConfig.REFUSED.items() if key != "speech_decoder"
+    }

@@ -1,0 +1,209 @@
+"""The duplex models compute what NeMo 3.0.0 does, seam by seam."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from speechlm2_jax.layers.module import bind
+from speechlm2_jax.networks import duplex
+from speechlm2_jax.networks.duplex import DuplexModes
+from speechlm2_jax.perception.perception import PerceptionModes
+from tests.parity.duplex_golden import (
+    DATA,
+    MODELS,
+    batch_of,
+    examples,
+    facts,
+    golden,
+    pretrained,
+    recorded_batch,
+)
+from tests.parity.salm_golden import five_steps, working_in
+
+ATOL = 1e-4
+EXACT = DuplexModes(perception=PerceptionModes(nemo_exact=True))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def run(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return pretrained(run, nemo_exact=True)
+
+
+def computed(fn, model, name="pair"):
+    """`fn(network, batch)`, compiled, on a recorded batch."""
+    run = jax.jit(lambda variables, batch: fn(bind(model._definition, variables), batch))
+    return run(model.variables, batch_of(model, examples(name)))
+
+
+def prepared(model, name):
+    return computed(lambda network, batch: duplex.prepare(network, batch, EXACT), model, name)
+
+
+@pytest.fixture(scope="module")
+def inputs(model):
+    return prepared(model, "pair")
+
+
+def test_perception_equals_nemo(model, run):
+    b, g = recorded_batch(), golden(run)
+    frames, lengths = model.perception(b["source_audio"], b["source_audio_lens"])
+    np.testing.assert_array_equal(lengths, g["perception/lens"])
+    np.testing.assert_allclose(frames, g["perception/encoded"], atol=ATOL)
+
+
+def test_codes_of_the_agent_equal_nemos(model, run):
+    g = golden(run)
+    codes, lengths = computed(duplex.encode_agent, model)
+    np.testing.assert_array_equal(lengths, g["codec/target_codes_lens"])
+    np.testing.assert_array_equal(np.swapaxes(codes, 1, 2), g["codec/target_codes_BKT"])
+
+
+def test_channels_and_embeddings_equal_nemos(inputs, run):
+    g = golden(run)
+    channels = inputs.channels
+    np.testing.assert_array_equal(channels.text_targets, g["prepare_inputs/text_labels"])
+    np.testing.assert_array_equal(channels.code_targets, g["prepare_inputs/audio_labels"])
+    if "prepare_inputs/input_audio_tokens" in g:
+        np.testing.assert_array_equal(channels.codes, g["prepare_inputs/input_audio_tokens"])
+    np.testing.assert_array_equal(channels.frames, g["prepare_inputs/input_lens"])
+    assert channels.is_scored.all()
+    np.testing.assert_allclose(inputs.embeds, g["prepare_inputs/input_embeds"], atol=ATOL)
+
+
+def test_channels_of_the_other_batch_equal_nemos(model, run):
+    channels, g = prepared(model, "rest").channels, golden(run)
+    np.testing.assert_array_equal(channels.text_targets, g["prepare_inputs_rest/text_labels"])
+    np.testing.assert_array_equal(channels.code_targets, g["prepare_inputs_rest/audio_labels"])
+
+
+def test_logits_equal_nemos_in_evaluation(model, inputs, run):
+    g = golden(run)
+    logits = model(inputs.embeds, inputs.channels.codes)
+    np.testing.assert_allclose(logits["text_logits"], g["forward_eval/text_logits"], atol=ATOL)
+    np.testing.assert_allclose(logits["audio_logits"], g["forward_eval/audio_logits"], atol=5e-4)
+
+
+@pytest.mark.parametrize("name", ["pair", "rest"])
+def test_losses_equal_nemos(model, run, name):
+    batch = batch_of(model, examples(name))
+    key = jax.random.key(0)
+    losses = jax.jit(lambda v, b: model.losses(v, b, key=key, train=True))(model.variables, batch)
+    expected = facts(run)[f"loss_{name}"]
+    assert losses.loss.count == expected["num_frames"]
+    np.testing.assert_allclose(losses.loss.mean(), expected["loss"], rtol=1e-5)
+    for metric in ("text_loss", "audio_loss"):
+        np.testing.assert_allclose(losses.metrics[metric].mean(), expected[metric], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def training(model, run):
+    rates = [step["lr"] for step in facts(run)["steps_adamw_clip1.0_cosine"]]
+    return five_steps(model, batch_of(model, examples()), steps=5, rates=rates)
+
+
+def named(model, values):
+    zeros = {path: np.zeros(info.shape, np.float32) for path, info in model.infos.items()}
+    return model.state_dict(zeros | values)
+
+
+def test_gradients_equal_nemos(model, training, run):
+    g, gradients = golden(run), named(model, training.gradients)
+    norms = {n: norm for n, norm in facts(run)["grad_norms"].items() if norm is not None}
+    assert set(norms) <= set(gradients)
+    for name, norm in norms.items():
+        own = np.linalg.norm(gradients[name])
+        np.testing.assert_allclose(own, norm, rtol=1e-3, atol=1e-4, err_msg=name)
+    for name in [n for n in g if n.startswith("grad/")]:
+        own = gradients[name.removeprefix("grad/")]
+        np.testing.assert_allclose(own, g[name], rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+def test_five_steps_equal_nemos(model, training, run):
+    steps, g = facts(run)["steps_adamw_clip1.0_cosine"], golden(run)
+    np.testing.assert_allclose(training.losses, [s["loss"] for s in steps], rtol=1e-4)
+    norms = [s["grad_norm_preclip"] for s in steps]
+    np.testing.assert_allclose(training.gradient_norms, norms, rtol=1e-3)
+    final = named(model, training.final)
+    for name in [n for n in g if n.startswith("after5/")]:
+        np.testing.assert_allclose(final[name.removeprefix("after5/")], g[name], atol=ATOL)
+
+
+def test_what_is_frozen_is_what_nemo_freezes(model, run):
+    trained = {
+        s.name for s in model.parameter_names if s.is_parameter and np.any(model.trainable[s.path])
+    }
+    unused = {n for n in facts(run)["trainable"] if n.startswith(("embed_audio_tokens", "audio_h"))}
+    if run == "duplex_s2s":
+        unused = set()
+    assert trained == set(facts(run)["trainable"]) - unused
+
+
+def test_offline_inference_speaks_as_nemo_does(model, run):
+    b, g, said = recorded_batch(), golden(run), facts(run)["infer_pair"]
+    result = model.offline_inference(b["source_audio"], b["source_audio_lens"])
+    lengths = result["tokens_len"]
+    np.testing.assert_array_equal(lengths, g["infer_pair/tokens_len"])
+    for row, n in enumerate(lengths):
+        for key in ("tokens_text", "tokens_audio"):
+            np.testing.assert_array_equal(result[key][row, :n], g[f"infer_pair/{key}"][row, :n])
+    assert result["text"] == said["text"]
+    np.testing.assert_array_equal(result["audio_len"], g["infer_pair/audio_len"])
+    np.testing.assert_allclose(result["audio"], g["infer_pair/audio"], atol=ATOL)
+
+
+def test_a_row_alone_says_the_same(model, run):
+    b, g = recorded_batch(), golden(run)
+    for row in range(2):
+        n = int(b["source_audio_lens"][row])
+        alone = model.offline_inference(b["source_audio"][row : row + 1, :n], np.array([n]), False)
+        assert set(alone) == {"text", "tokens_text", "tokens_audio", "tokens_len"}
+        for key in ("tokens_text", "tokens_audio"):
+            np.testing.assert_array_equal(alone[key], g[f"infer_pair/single{row}/{key}"])
+
+
+def test_the_weight_of_the_users_channel(run):
+    g = golden(run)
+    if "user_weight/input_embeds" not in g:
+        return
+    weight = facts(run)["duplex_user_channel_weight"]
+    model = pretrained(run, nemo_exact=True, duplex_user_channel_weight=weight)
+    embeds = prepared(model, "pair").embeds
+    np.testing.assert_allclose(embeds, g["user_weight/input_embeds"], atol=ATOL)
+    b = recorded_batch()
+    result = model.offline_inference(b["source_audio"], b["source_audio_lens"], decode_audio=False)
+    assert result["text"] == facts(run)["user_weight_infer_text"]
+
+
+def test_export_is_the_inverse_of_loading(run):
+    stored = load_file(DATA / run / "hf" / "model.safetensors")
+    exported = pretrained(run).state_dict()
+    ignored = [n for n in stored if "loss_fn" in n or "causal_mask" in n or "pos_enc" in n]
+    assert set(exported) == set(stored) - set(ignored)
+    for name, value in exported.items():
+        np.testing.assert_array_equal(value, stored[name], err_msg=name)
+
+
+def test_a_lightning_checkpoint_loads():
+    with working_in(DATA):
+        model = MODELS["duplex_s2s"].from_pretrained(
+            DATA / "duplex_s2s" / "step2_weights_only.ckpt"
+        )
+    selected = load_file(DATA / "duplex_s2s" / "step2_selected.safetensors")
+    state = model.state_dict()
+    for name, value in selected.items():
+        np.testing.assert_array_equal(state[name], value, err_msg=name)
+
+
+def test_a_saved_model_is_the_same_model(tmp_path, model, run):
+    model.save_pretrained(tmp_path)
+    again = MODELS[run].from_pretrained(tmp_path)
+    for path, value in model.variables.items():
+        np.testing.assert_array_equal(again.variables[path], value, err_msg=path)
+    assert jnp.dtype(again.compute_dtype) == jnp.float32
