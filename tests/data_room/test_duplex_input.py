@@ -90,6 +90,23 @@ def test_a_cut_without_the_agents_recording_is_named(packed, tmp_path):
     assert message.startswith("data.train_ds.input_cfg.0: ")
 
 
+def test_a_channel_that_the_agents_recording_lacks_is_named(tmp_path):
+    one = corpus.cut(tmp_path, "one")
+    wrong = {**one.custom, "target_audio_channel_selector": 1}
+    message = refused(corpus.write_cuts(tmp_path / "c.jsonl", [replace(one, custom=wrong)]))
+    assert "cut 'one': target_audio_channel_selector is 1, and the recording has the ch" in message
+
+
+def test_mixed_cuts_and_addresses_of_the_network_are_refused(tmp_path):
+    one, two = corpus.cut(tmp_path, "one"), corpus.cut(tmp_path, "two")
+    mixed = one.append(two).with_id("both")
+    message = refused(corpus.write_cuts(tmp_path / "mixed.jsonl", [mixed]))
+    assert "cut 'both' is mixed of several" in message
+    one.target_audio.sources[0].type = "url"
+    message = refused(corpus.write_cuts(tmp_path / "far.jsonl", [one]))
+    assert "cut one reads audio from a url" in message
+
+
 def test_shar_without_the_agents_field_is_named(tmp_path):
     source = corpus.write_shar(tmp_path / "shar", [corpus.cut(tmp_path, "one")])
     (tmp_path / "shar" / "target_audio.000000.tar").unlink()
