@@ -95,7 +95,9 @@ def _recording_of_agent(cut: Any) -> Any:
             f"cut {cut.id!r} is mixed of several: write its recording and its {TARGET} to files of "
             "their own"
         )
-    target = (getattr(cut, "custom", None) or {}).get(TARGET)
+    if cut.recording is None:
+        raise SettingsError(f"cut {cut.id!r} has no recording: that is where the user is heard")
+    target = (cut.custom or {}).get(TARGET)
     if not isinstance(target, Recording):
         raise SettingsError(
             f"cut {cut.id!r} has no {TARGET}: a duplex model learns from two recordings, the "

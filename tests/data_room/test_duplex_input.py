@@ -107,6 +107,12 @@ def test_mixed_cuts_and_addresses_of_the_network_are_refused(tmp_path):
     assert "cut one reads audio from a url" in message
 
 
+def test_a_cut_without_the_users_recording_is_named(tmp_path):
+    silent = replace(corpus.cut(tmp_path, "one"), recording=None)
+    message = refused(corpus.write_cuts(tmp_path / "cuts.jsonl", [silent]))
+    assert "cut 'one' has no recording: that is where the user is heard" in message
+
+
 def test_shar_without_the_agents_field_is_named(tmp_path):
     source = corpus.write_shar(tmp_path / "shar", [corpus.cut(tmp_path, "one")])
     (tmp_path / "shar" / "target_audio.000000.tar").unlink()
