@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _TARGETS = ("_target_", "target")
+SALM, DUPLEX = "SALM", "duplex models"
 PAGE = Path(__file__).with_name("from_nemo.md")
 INTRODUCTION = """\
 # Coming from NeMo
@@ -67,6 +68,8 @@ class Section:
     """Dotted path of the block, `*` for any name; further places of it after commas."""
     classes: Mapping[str, type[Any]] = field(default_factory=dict)
     """Name that `_target_` gives -> dataclass; the name is empty where there is one reader."""
+    of: str = ""
+    """The models that have the block, where others have one of the same name."""
     note: str = ""
     also: tuple[Key, ...] = ()
     """Keys that no dataclass holds."""
@@ -153,17 +156,29 @@ def trainer_sections() -> list[Section]:
     ]
 
 
+STREAMS = "data.train_ds, data.validation_ds, data.validation_ds.datasets.*"
+
+
 def data_sections() -> list[Section]:
     """The blocks of `data`."""
+    sets = Key(name="datasets", status="honoured", note="Of `validation_ds`: sets by name.")
+    inherits = "A set inherits what `validation_ds` says, and may say otherwise."
     return [
-        Section(path="data", classes=one("data.config:DataConfig")),
+        Section(path="data", of=SALM, classes=one("data.config:DataConfig")),
+        Section(path="data", of=DUPLEX, classes=one("data.duplex_config:DuplexDataConfig")),
         Section(
-            path="data.train_ds, data.validation_ds, data.validation_ds.datasets.*",
+            path=STREAMS,
+            of=SALM,
             classes=one("data.config:DataLoaderConfig"),
-            note="A set inherits what `validation_ds` says, and may say otherwise.",
-            also=(
-                Key(name="datasets", status="honoured", note="Of `validation_ds`: sets by name."),
-            ),
+            note=inherits,
+            also=(sets,),
+        ),
+        Section(
+            path=STREAMS,
+            of=DUPLEX,
+            classes=one("data.duplex_config:DuplexLoaderConfig"),
+            note=inherits,
+            also=(sets,),
         ),
         Section(
             path="data.train_ds.input_cfg.*, data.validation_ds.input_cfg.*, "
@@ -278,6 +293,7 @@ def render() -> str:
     parts = [INTRODUCTION]
     for section in sections():
         heading = ", ".join(f"`{path}`" for path in section.paths if path) or "Top level"
+        heading += f" ({section.of})" if section.of else ""
         lines = [f"## {heading}", section.note]
         if targets(section):
             lines.append(

@@ -55,12 +55,17 @@ def _config(*names: str) -> dict[str, Any]:
 
 
 CONFIGS = [("salm",), ("salm", "salm_bucketing"), ("configs_page",)]
+DUPLEX = ["s2s_duplex", "s2s_duplex_speech_decoder"]
 
 
-def _reader(page: ModuleType, path: str) -> tuple[Any, str]:
+def _sections(page: ModuleType, of: str) -> list[Any]:
+    return [section for section in page.sections() if section.of in ("", of)]
+
+
+def _reader(page: ModuleType, path: str, of: str) -> tuple[Any, str]:
     """The section of the page that holds a dotted key, and the key's own name."""
     block, _, key = path.rpartition(".")
-    for section in page.sections():
+    for section in _sections(page, of):
         for place in section.paths:
             pattern = re.escape(place).replace(r"\*", r"[^.]+")
             if re.fullmatch(pattern, block) and (
@@ -87,13 +92,22 @@ FREE = (r".*\.wandb_logger_kwargs\..+", r".*\.tags\..+")
 
 @pytest.mark.parametrize("names", CONFIGS, ids="+".join)
 def test_the_page_lists_every_key_of_nemos_configurations(page, names):
-    for path in _leaves(_config(*names)):
+    _assert_listed(page, _leaves(_config(*names)), page.SALM)
+
+
+@pytest.mark.parametrize("name", DUPLEX)
+def test_the_page_lists_every_key_of_nemos_duplex_data(page, name):
+    _assert_listed(page, _leaves(_config(name)["data"], "data"), page.DUPLEX)
+
+
+def _assert_listed(page: ModuleType, paths: list[str], of: str) -> None:
+    for path in paths:
         parts = path.split(".")
         for depth in range(1, len(parts) + 1):
             prefix = ".".join(parts[:depth])
             is_item = parts[depth - 1].isdigit() or parts[depth - 2 : depth - 1] == ["datasets"]
             if not is_item and not any(re.fullmatch(free, prefix) for free in FREE):
-                _reader(page, prefix)
+                _reader(page, prefix, of)
 
 
 def test_the_page_says_what_the_code_does(page):
@@ -112,7 +126,7 @@ def test_nemos_configurations_are_accepted_block_by_block(page, names):
     with settings.ignored_report() as ignored:
         blocks = {
             section.path: cls
-            for section in page.sections()
+            for section in _sections(page, page.SALM)
             for name, cls in section.classes.items()
             if not name and "*" not in section.path and "modality_adapter" not in section.path
         }
@@ -120,7 +134,7 @@ def test_nemos_configurations_are_accepted_block_by_block(page, names):
             block = _at(values, path)
             if block is not None:
                 settings.build(cls, block, path)
-        _build_data(page, values)
+        _build_data(page, values, page.SALM)
         if "optimizer" in values["model"]:
             optimizer = read_optimizer(values["model"]["optimizer"])
             make_schedule(values["model"]["lr_scheduler"], optimizer.lr)
@@ -158,8 +172,20 @@ def test_a_whole_run_is_built_from_nemos_configuration(tmp_path):
     assert trained == {"adapter", "projection"}, "NeMo's freeze_params leave these two"
 
 
-def _build_data(page: ModuleType, values: dict[str, Any]) -> None:
-    loader = next(s for s in page.sections() if s.path.startswith("data.train_ds,")).classes[""]
+@pytest.mark.parametrize("name", DUPLEX)
+def test_the_data_of_nemos_duplex_configurations_is_accepted(page, name):
+    values = _config(name)
+    with settings.ignored_report() as ignored:
+        data = next(s for s in _sections(page, page.DUPLEX) if s.path == "data").classes[""]
+        read = settings.build(data, values["data"], "data")
+        _build_data(page, values, page.DUPLEX)
+    assert read.frame_length == 0.08 and read.output_roles == ("agent", "Assistant")
+    assert {key.rpartition(".")[2] for key in ignored} <= {"shard_seed", "bucket_buffer_size"}
+
+
+def _build_data(page: ModuleType, values: dict[str, Any], of: str) -> None:
+    sections = _sections(page, of)
+    loader = next(s for s in sections if s.path.startswith("data.train_ds,")).classes[""]
     settings.build(loader, values["data"]["train_ds"], "data.train_ds")
     common = {k: v for k, v in values["data"]["validation_ds"].items() if k != "datasets"}
     for name, own in values["data"]["validation_ds"]["datasets"].items():

@@ -47,7 +47,7 @@ class HostBatch:
     """A batch as the loader gives it: arrays for the device, and facts for the host."""
 
     arrays: Any
-    """The pytree of NumPy arrays that goes to the device (`SalmBatch`)."""
+    """The pytree of NumPy arrays that goes to the device (`SalmBatch`, `DuplexBatch`)."""
     ids: tuple[str, ...]
     """Ids of the conversations inside, in order of their rows; for reports."""
     bucket: str

@@ -21,7 +21,7 @@ def read_duplex_cuts(path: str | Path, channel: int | None) -> Iterator[DuplexCo
     Raises SettingsError for a missing file, for lines that are no cuts, and for a cut without
     `target_audio`, naming it.
     """
-    for cut in read_cuts(path):
+    for cut in read_cuts(path, fields=(TARGET,)):
         try:
             yield duplex_conversation(cut, channel)
         except SettingsError as error:
@@ -38,7 +38,7 @@ def read_duplex_shar(folder: str | Path, channel: int | None) -> Iterator[Duplex
         yield _conversation(
             cut,
             source=users.clip(cut, channel=_one_of(cut.recording, cut.channel, channel)),
-            target=agents.clip(cut, channel=_one_of(target, _chosen(cut), None)),
+            target=agents.clip(cut, channel=_one_of(target, _chosen(cut, target), None)),
         )
 
 
@@ -46,13 +46,14 @@ def duplex_conversation(cut: Any, channel: int | None = None) -> DuplexConversat
     """A Lhotse cut that has `target_audio`; raises SettingsError, naming it, for another.
 
     Args:
-        cut: the user's recording; transformed, mixed and in-memory ones are left to Lhotse to load.
+        cut: the user's recording; transformed and in-memory ones are left to Lhotse to load.
         channel: the user's, of a recording with several where the cut names none; None: the mean.
     """
     from lhotse import MonoCut, MultiCut
 
-    target, chosen = _recording_of_agent(cut), _chosen(cut)
-    is_aligned = not (cut.custom or {}).get(f"{TARGET}_unaligned", False)
+    target = _recording_of_agent(cut)
+    chosen = _chosen(cut, target)
+    is_aligned = not cut.custom.get(f"{TARGET}_unaligned", False)
     stretch = {
         "id": cut.id,
         "start": float(cut.start) if is_aligned else 0.0,
@@ -89,7 +90,14 @@ def _conversation(cut: Any, *, source: AudioClip, target: AudioClip) -> DuplexCo
 def _recording_of_agent(cut: Any) -> Any:
     from lhotse import Recording
 
-    target = (getattr(cut, "custom", None) or {}).get(TARGET)
+    if hasattr(cut, "tracks"):
+        raise SettingsError(
+            f"cut {cut.id!r} is mixed of several: write its recording and its {TARGET} to files of "
+            "their own"
+        )
+    if cut.recording is None:
+        raise SettingsError(f"cut {cut.id!r} has no recording: that is where the user is heard")
+    target = (cut.custom or {}).get(TARGET)
     if not isinstance(target, Recording):
         raise SettingsError(
             f"cut {cut.id!r} has no {TARGET}: a duplex model learns from two recordings, the "
@@ -98,9 +106,15 @@ def _recording_of_agent(cut: Any) -> Any:
     return target
 
 
-def _chosen(cut: Any) -> int | None:
+def _chosen(cut: Any, target: Any) -> int | None:
     """The channel of the agent's recording, where the cut names one."""
-    return (getattr(cut, "custom", None) or {}).get(f"{TARGET}_channel_selector")
+    channel = cut.custom.get(f"{TARGET}_channel_selector")
+    if channel is not None and channel not in target.channel_ids:
+        raise SettingsError(
+            f"cut {cut.id!r}: {TARGET}_channel_selector is {channel!r}, and the recording has the "
+            f"channels {list(target.channel_ids)}"
+        )
+    return channel
 
 
 def _one_of(recording: Any, named: Any, setting: int | None) -> int | None:

@@ -112,8 +112,8 @@ def shar_cuts(
             yield cut, packed
 
 
-def read_cuts(path: str | Path) -> Iterator[Any]:
-    """The Lhotse cuts of a manifest, with absolute audio paths.
+def read_cuts(path: str | Path, fields: tuple[str, ...] = ()) -> Iterator[Any]:
+    """The Lhotse cuts of a manifest, with absolute paths of their audio and of some fields' audio.
 
     Raises SettingsError for a missing file and for lines that are no cuts.
     """
@@ -123,7 +123,7 @@ def read_cuts(path: str | Path) -> Iterator[Any]:
     finder = _Finder(path)
     try:
         for cut in CutSet.from_file(path):
-            _resolve_sources(cut, finder)
+            _resolve_sources(cut, fields, finder)
             yield cut
     except SettingsError:
         raise
@@ -329,17 +329,17 @@ def _channel(cut: Any, setting: int | None) -> int | None:
     return setting
 
 
-def _sources(cut: Any) -> Iterator[Any]:
-    """Where Lhotse would read the recordings of a cut from, further ones in its fields included."""
-    fields = (getattr(cut, "custom", None) or {}).values()
-    for recording in (getattr(cut, "recording", None), *fields):
+def _sources(cut: Any, fields: tuple[str, ...]) -> Iterator[Any]:
+    """Where Lhotse would read the recording of a cut from, and those in some fields."""
+    custom = getattr(cut, "custom", None) or {}
+    for recording in (getattr(cut, "recording", None), *map(custom.get, fields)):
         yield from getattr(recording, "sources", ())
 
 
-def _resolve_sources(cut: Any, finder: _Finder) -> None:
+def _resolve_sources(cut: Any, fields: tuple[str, ...], finder: _Finder) -> None:
     """Makes the paths of a cut absolute. Raises SettingsError for what is not a local file."""
     for track in getattr(cut, "tracks", None) or [None]:
-        for source in _sources(cut if track is None else track.cut):
+        for source in _sources(cut if track is None else track.cut, fields):
             if source.type == "file":
                 source.source = finder(str(source.source))
             elif source.type in ("url", "command"):

@@ -349,7 +349,7 @@ def test_a_tag_that_the_tokenizer_lacks_is_named(corpus, tokenizer):
 def test_importing_the_room_loads_neither_lhotse_nor_grain_nor_torch():
     code = (
         "import sys; import speechlm2_jax.data as d; d.Tokenizer; d.PromptFormatter; "
-        "import speechlm2_jax.data.audio; d.DataModule; "
+        "import speechlm2_jax.data.audio; d.DataModule; d.DuplexS2SDataset; "
         "print([m for m in ('lhotse', 'grain', 'torch') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,15 +8,21 @@ import pytest
 import soundfile
 from safetensors.numpy import load_file
 
-from speechlm2_jax.data.duplex_conversations import clean_text
+from speechlm2_jax.data.bucketing import plan_buckets
+from speechlm2_jax.data.conversations import AudioClip
+from speechlm2_jax.data.duplex_config import DuplexLoaderConfig
+from speechlm2_jax.data.duplex_conversations import DuplexConversation, clean_text
 from speechlm2_jax.data.duplex_dataset import DuplexS2SDataset
 from speechlm2_jax.data.duplex_readers import duplex_conversation
+from speechlm2_jax.data.preparing import kept
 from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.settings import build
 
 DATA = Path(__file__).parents[1] / "data" / "duplex"
 FOLDER = DATA / "dataset"
 GOLDEN = json.loads((FOLDER / "dataset.json").read_text())
 BATCHES = GOLDEN["batches"]
+DATALOADER = json.loads((DATA.parent / "manifests" / "dataloader.json").read_text())
 USER_HZ, AGENT_HZ = 16000, 22050
 
 
@@ -122,3 +128,61 @@ def test_timestamps_are_stripped_as_nemo_does(text):
 @pytest.mark.parametrize("text", list(GOLDEN["text_to_ids"]))
 def test_texts_are_tokenised_as_nemo_does(text, tokenizer):
     assert tokenizer.text_to_ids(text) == GOLDEN["text_to_ids"][text]
+
+
+def contents_of(name, tokenizer):
+    """The cuts of NeMo's batches of one configuration, with its settings."""
+    config = build(DuplexLoaderConfig, DATALOADER["configs"][name]["config"])
+    everything = dict(
+        item
+        for golden in ("cuts_batch_duration", name)
+        for batch in DATALOADER["results"][golden]["rank0_world1"]
+        for item in batch
+    )
+    conversations = []
+    for cut, seconds in everything.items():
+        clip = AudioClip(id=cut, path="", duration_s=seconds)
+        conversations.append(
+            DuplexConversation(
+                id=cut,
+                duration_s=seconds,
+                sample_rate_hz=16000,
+                source=clip,
+                target=clip,
+                turns=(),
+            )
+        )
+    return dataset_of(tokenizer).contents(conversations, config, lambda n: n // 1280, name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cuts_batch_duration_bucketing_bins",
+        "cuts_batch_duration_bucketing_bins_quadratic",
+        "cuts_bucket_batch_size",
+    ],
+)
+def test_bins_of_seconds_hold_what_nemo_puts_together_and_no_batch_is_smaller(name, tokenizer):
+    contents = contents_of(name, tokenizer)
+    config, plan = contents.config, plan_buckets(contents.measures, contents.config, contents.shape)
+    bucket_of = dict(zip((c.id for c in contents.conversations), plan.bucket_of, strict=True))
+    for batch in DATALOADER["results"][name]["rank0_world1"]:
+        assert len({bucket_of[cut] for cut, _ in batch}) == 1
+    for index, bucket in enumerate(plan.buckets):
+        counts = bucket.longest
+        if config.quadratic_duration is not None:
+            counts += bucket.longest**2 / config.quadratic_duration
+        if config.batch_duration is not None:
+            assert bucket.shape.rows == max(config.batch_duration // counts, 1)
+        else:
+            assert bucket.shape.rows == config.bucket_batch_size[index]
+
+
+def test_limits_in_seconds_keep_what_nemo_keeps(tokenizer):
+    name = "cuts_max_duration_linspace_bins"
+    contents = contents_of(name, tokenizer)
+    keep, _ = kept(contents)
+    left = {c.id for c, passes in zip(contents.conversations, keep, strict=True) if passes}
+    assert left == {cut for b in DATALOADER["results"][name]["rank0_world1"] for cut, _ in b}
+    assert len(left) < len(contents.conversations)

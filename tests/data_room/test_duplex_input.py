@@ -1,0 +1,205 @@
+"""What is wrong with duplex data or its settings is one line that says how to mend it."""
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from speechlm2_jax import settings
+from speechlm2_jax.data import DataModule, DuplexS2SDataset, Tokenizer
+from speechlm2_jax.data.duplex_conversations import (
+    ChannelIds,
+    FrameGrid,
+    SpokenTurn,
+    text_channel,
+)
+from speechlm2_jax.data.tokenizer import TokenizerError
+from speechlm2_jax.settings import SettingsError
+from tests.data_room import duplex_corpus as corpus
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("input")
+    return corpus.write_cuts(folder / "cuts.jsonl", [corpus.cut(folder, f"c{n}") for n in range(4)])
+
+
+def spoken(folder, *speakers, text="yes", start=0.1):
+    """A manifest of one cut per speaker, who alone says something in it."""
+    cuts = [
+        corpus.cut(folder, f"s{n}", 1.0, [(speaker, start, start + 0.5, text)])
+        for n, speaker in enumerate(speakers)
+    ]
+    return corpus.write_cuts(folder / "cuts.jsonl", cuts)
+
+
+def refused(source, **more) -> str:
+    with pytest.raises(SettingsError) as caught:
+        corpus.module(source, **more)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("speaker", "nearest"), [("Agent", "agent"), ("assistant", "Assistant")])
+def test_a_role_that_is_spelt_otherwise_is_named_with_its_spelling(speaker, nearest, tmp_path):
+    message = refused(spoken(tmp_path, "user", speaker, "agent"))
+    assert message.startswith("data.train_ds: ")
+    assert f"{speaker!r} is in neither data.input_roles ['user', 'User']" in message
+    assert f"did you mean {nearest!r}?" in message and "'user' (1 turns)" in message
+
+
+def test_a_role_of_its_own_is_named_too(tmp_path):
+    message = refused(spoken(tmp_path, "agent", "narrator", None))
+    assert "'narrator' is in neither" in message and "None (1 turns)" in message
+    assert "leave its supervisions out" in message
+
+
+def test_a_model_is_not_trained_where_the_agent_is_mostly_silent(tmp_path):
+    half = spoken(tmp_path, "user", "agent", "agent", "user")
+    assert corpus.module(half).batches_per_pass() == 2
+    (tmp_path / "more").mkdir()
+    message = refused(spoken(tmp_path / "more", "user", "agent", "user"))
+    assert (
+        "in 2 of 3 conversations of an epoch, 's0' for instance, the agent has no text" in message
+    )
+    assert "data.output_roles ('agent', 'Assistant')" in message
+
+
+@pytest.mark.parametrize("more", [{"text": "<|3|>  "}, {"start": 400.0}], ids=["no text", "in ms"])
+def test_text_that_never_reaches_the_channel_counts_as_silence(more, tmp_path):
+    assert "the agent has no text" in refused(spoken(tmp_path, "agent", **more))
+
+
+def test_the_rule_counts_what_an_epoch_plans_not_what_lies_on_the_disk(tmp_path):
+    (tmp_path / "silent").mkdir()
+    silent = spoken(tmp_path / "silent", *["user"] * 9)
+    entries = [{**silent, "weight": 1}, {**spoken(tmp_path, "agent", "agent"), "weight": 3}]
+    corpus.module({"input_cfg": entries})
+    unweighted = [{"cuts_path": entry["cuts_path"]} for entry in entries]
+    assert "in 9 of 11 conversations" in refused({"input_cfg": unweighted})
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cut_without_the_agents_recording_is_named(packed, tmp_path):
+    one, two = corpus.cut(tmp_path, "one"), replace(corpus.cut(tmp_path, "two"), custom=None)
+    write = corpus.write_shar if packed else corpus.write_cuts
+    source = write(tmp_path / ("shar" if packed else "cuts.jsonl"), [one, two])
+    message = refused(source)
+    assert "cut 'two' has no target_audio: a duplex model learns from two recordings" in message
+    assert message.startswith("data.train_ds.input_cfg.0: ")
+
+
+def test_a_channel_that_the_agents_recording_lacks_is_named(tmp_path):
+    one = corpus.cut(tmp_path, "one")
+    wrong = {**one.custom, "target_audio_channel_selector": 1}
+    message = refused(corpus.write_cuts(tmp_path / "c.jsonl", [replace(one, custom=wrong)]))
+    assert "cut 'one': target_audio_channel_selector is 1, and the recording has the ch" in message
+
+
+def test_mixed_cuts_and_addresses_of_the_network_are_refused(tmp_path):
+    one, two = corpus.cut(tmp_path, "one"), corpus.cut(tmp_path, "two")
+    mixed = one.append(two).with_id("both")
+    message = refused(corpus.write_cuts(tmp_path / "mixed.jsonl", [mixed]))
+    assert "cut 'both' is mixed of several" in message
+    one.target_audio.sources[0].type = "url"
+    message = refused(corpus.write_cuts(tmp_path / "far.jsonl", [one]))
+    assert "cut one reads audio from a url" in message
+
+
+def test_a_cut_without_the_users_recording_is_named(tmp_path):
+    silent = replace(corpus.cut(tmp_path, "one"), recording=None)
+    message = refused(corpus.write_cuts(tmp_path / "cuts.jsonl", [silent]))
+    assert "cut 'one' has no recording: that is where the user is heard" in message
+
+
+def test_shar_without_the_agents_field_is_named(tmp_path):
+    source = corpus.write_shar(tmp_path / "shar", [corpus.cut(tmp_path, "one")])
+    (tmp_path / "shar" / "target_audio.000000.tar").unlink()
+    assert "target_audio.000000.tar: no such file" in refused(source)
+
+
+def test_nemo_manifests_are_no_duplex_data(manifest):
+    message = refused({"manifest_filepath": "m.jsonl"})
+    assert "duplex data are Lhotse cuts with target_audio: give cuts_path or shar_path" in message
+    assert "duplex data are" in refused({"input_cfg": [{**manifest, "type": "nemo"}]})
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"batch_tokens": 4000},
+            "batch_tokens: conversations are measured in seconds; set batch_d",
+        ),
+        ({"prompt_format": "qwen"}, "prompt_format: a duplex model has no prompt"),
+        ({"batch_size": None}, "how large is a batch? set batch_size, or batch_duration"),
+        ({"batch_duration": -1}, "batch_duration must be positive"),
+        ({"batch_durations": 1}, "unknown key; did you mean 'batch_duration'"),
+        ({"bucket_duration_bins": [2, 1]}, "must be positive and rise"),
+    ],
+)
+def test_a_bad_setting_is_one_line_with_its_place(more, message, manifest):
+    assert message in refused(manifest, **more)
+
+
+def test_the_frame_of_the_settings_is_the_models(manifest):
+    message = refused(manifest, block={**corpus.BLOCK, "frame_length": 0.04})
+    assert "data.frame_length: 0.04 s makes 128 frames of 5.12 s, but the model's speech" in message
+    assert "about 0.08 s" in message
+
+
+@pytest.mark.parametrize("key", ["frame_length", "source_sample_rate", "target_sample_rate"])
+def test_a_missing_key_of_the_data_block_is_named(key):
+    block = {k: v for k, v in corpus.BLOCK.items() if k != key}
+    with pytest.raises(SettingsError, match=f"data.{key}: required for a duplex model"):
+        DuplexS2SDataset.from_config(block, corpus.TOKENIZER)
+
+
+def test_settings_that_contradict_the_dataset_are_refused(manifest):
+    dataset = DuplexS2SDataset(corpus.TOKENIZER, 0.08, 16000, 22050)
+    cfg = {**corpus.BLOCK, "train_ds": {**manifest, "batch_size": 1}}
+    with pytest.raises(SettingsError, match=r"data.input_roles: \('user', 'User'\), but the data"):
+        DataModule(cfg, corpus.TOKENIZER, dataset)
+    DataModule({"train_ds": {**manifest, "batch_size": 1}}, corpus.TOKENIZER, dataset)
+
+
+def test_a_tokenizer_without_begin_or_end_is_refused():
+    tokenizer = Tokenizer("tests/data/llm/qwen3")
+    assert tokenizer.bos_id is None
+    with pytest.raises(TokenizerError, match="no begin or no end token"):
+        DuplexS2SDataset(tokenizer, 0.08, 16000, 22050)
+
+
+def test_a_turn_that_began_before_its_cut_is_written_from_its_middle_on():
+    grid = FrameGrid(frame_length_s=0.08, sample_rate_hz=16000)
+    turns = [SpokenTurn(speaker="agent", start_s=-0.16, end_s=0.4, text="abcd")]
+    channel = text_channel(
+        turns,
+        8,
+        grid=grid,
+        text_to_ids=lambda text: [ord(c) - 87 for c in text],
+        ids=ChannelIds(bos=1, eos=2, pad=0),
+    )
+    assert channel.tolist() == [11, 12, 13, 0, 0, 2, 0, 0]
+    past = replace(turns[0], start_s=-0.8, end_s=-0.16)
+    ids = ChannelIds(bos=1, eos=2, pad=0)
+    assert not text_channel([past], 4, grid=grid, text_to_ids=lambda t: [9], ids=ids).any()
+
+
+@pytest.mark.parametrize("name", ["s2s_duplex", "s2s_duplex_speech_decoder"])
+def test_the_data_blocks_of_nemo_make_batches_unchanged(name, tmp_path):
+    facts = Path(__file__).parents[1] / "data" / "from_nemo" / f"{name}.txt"
+    lines = [f"+{line}" for line in facts.read_text().splitlines() if line.startswith("data.")]
+    cfg = settings.resolve(settings.override({}, lines))["data"]
+    shar = corpus.write_shar(tmp_path / "shar", corpus.corpus(tmp_path, 5))["shar_path"]
+    cfg["train_ds"]["input_cfg"][0]["shar_path"] = shar
+    cfg["validation_ds"]["datasets"]["val_set_0"]["shar_path"] = shar
+    dataset = DuplexS2SDataset.from_config(cfg, corpus.TOKENIZER)
+    module = DataModule(cfg, corpus.TOKENIZER, dataset)
+    module.setup(frame_count=corpus.frames)
+    (bucket,) = module.plan().buckets
+    assert bucket.shape.rows == (4 if cfg["train_ds"]["batch_size"] else 100 // bucket.longest)
+    batches = islice(module.train_batches(), module.batches_per_pass())
+    assert sum(len(batch.ids) for batch in batches) == 5
+    assert len(list(module.validation_batches()["val_set_0"])) == 5
