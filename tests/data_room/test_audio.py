@@ -16,9 +16,13 @@ from speechlm2_jax.data.audio import (
     read_audio,
     resample,
     resampled_length,
+    sinc_resample,
 )
 
-GOLDEN = Path(__file__).parents[1] / "data" / "audio" / "resample.safetensors"
+AUDIO = Path(__file__).parents[1] / "data" / "audio"
+GOLDEN = AUDIO / "resample.safetensors"
+SINC_GOLDEN = AUDIO / "sinc_resample.safetensors"
+SINC_ATOL = 1e-5
 PCM16_STEP = 1 / 32768
 
 
@@ -42,6 +46,33 @@ def test_resampling_equals_lhotse_bit_for_bit(rate):
 def test_resampling_gives_the_length_that_was_promised(samples, from_hz, to_hz):
     wave = np.ones(samples, np.float32)
     assert len(resample(wave, from_hz, to_hz)) == resampled_length(samples, from_hz, to_hz)
+
+
+@pytest.mark.parametrize(
+    ("from_hz", "to_hz"),
+    [(16000, 22050), (22050, 16000), (24000, 16000), (44100, 22050), (8000, 16000)],
+)
+def test_sinc_resampling_equals_nemo(from_hz, to_hz):
+    golden = load_file(SINC_GOLDEN)
+    out = sinc_resample(golden["x"][0], from_hz, to_hz)
+    np.testing.assert_allclose(out, golden[f"nemo_{from_hz}_{to_hz}"][0], atol=SINC_ATOL, rtol=0)
+
+
+@given(st.integers(1, 3000), st.sampled_from([8000, 11025, 16000, 44100]), st.integers(1, 48000))
+def test_sinc_resampling_keeps_a_constant_and_rounds_the_length_up(samples, from_hz, to_hz):
+    out = sinc_resample(np.ones(samples, np.float32), from_hz, to_hz)
+    assert len(out) == -(-samples * to_hz // from_hz)
+    edge = -(-8 * max(from_hz, to_hz) // from_hz)
+    assert np.abs(out[edge:-edge] - 1.0).max(initial=0.0) < 0.02
+
+
+def test_resampling_to_the_same_rate_or_of_nothing_changes_nothing():
+    for change in (resample, sinc_resample):
+        wave = np.arange(5, dtype=np.float32)
+        np.testing.assert_array_equal(change(wave, 8000, 8000), wave)
+        assert len(change(wave[:0], 8000, 16000)) == 0
+        with pytest.raises(ValueError, match="sample rates must be positive"):
+            change(wave, 0, 8000)
 
 
 def test_a_stretch_of_a_file_is_the_stretch_of_its_samples(tone):

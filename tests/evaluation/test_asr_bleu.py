@@ -1,0 +1,72 @@
+"""Generated speech is scored by what a recogniser hears in it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from speechlm2_jax.data.audio import sinc_resample
+from speechlm2_jax.evaluation.asr_bleu import ASRBLEU, Recogniser
+from speechlm2_jax.models import ASRModel
+
+ASR = Path(__file__).parents[1] / "data" / "asr"
+
+
+class Counter:
+    """Hears how many hundreds of samples there are, as words; remembers what it was given."""
+
+    sampling_rate = 16000
+
+    def __init__(self):
+        self.heard = []
+
+    def transcribe(self, audio, lengths):
+        self.heard += [row[:n] for row, n in zip(audio, lengths, strict=True)]
+        return ["word " * (n // 100) for n in lengths.tolist()]
+
+
+@pytest.fixture
+def speech():
+    return np.random.default_rng(0).normal(scale=0.1, size=(3, 700)).astype(np.float32)
+
+
+def test_speech_is_heard_at_the_recognisers_rate_and_only_up_to_its_length(speech):
+    counter = Counter()
+    texts = ASRBLEU(counter).update("a", ["x"] * 3, speech, [700, 441, 0], sample_rate_hz=22050)
+    assert [len(wave) for wave in counter.heard] == [700 * 16000 // 22050, 320, 0]
+    assert texts == ["word " * 5, "word " * 3, ""]
+    expected = sinc_resample(speech[1, :441], 22050, 16000)[:320]
+    np.testing.assert_array_equal(counter.heard[1], expected)
+
+
+def test_scores_are_those_of_the_texts_heard(speech):
+    counter = Counter()
+    metric, other = ASRBLEU(counter), ASRBLEU(counter)
+    metric.update("a", ["word word word word"], speech[:1], [400], sample_rate_hz=16000)
+    other.update("b", ["word word"], speech[:1], [300], sample_rate_hz=16000)
+    metric.merge(other)
+    scores = metric.compute()
+    assert (scores["asr_bleu_a"], scores["wer_a"], scores["cer_a"]) == (pytest.approx(100), 0, 0)
+    assert scores["wer_b"] == pytest.approx(0.5)
+    assert scores["wer"] == pytest.approx(0.25)
+    sets = [f"{key}{end}" for key in ("asr_bleu", "wer", "cer") for end in ("_a", "_b", "")]
+    assert list(scores) == sets
+    assert ASRBLEU(counter).compute() == {}
+
+
+def test_rows_references_and_lengths_must_pair_up(speech):
+    with pytest.raises(ValueError, match="2 references, 3 rows of audio and 3 lengths of 'a'"):
+        ASRBLEU(Counter()).update("a", ["x", "y"], speech, sample_rate_hz=22050)
+
+
+def test_a_nemo_recogniser_hears_what_nemo_hears():
+    model = ASRModel.from_pretrained(ASR / "ctc.nemo")
+    assert isinstance(model, Recogniser)
+    given = load_file(ASR / "ctc_golden.safetensors")
+    expected = json.loads((ASR / "hypotheses.json").read_text())["ctc"]["transcribe"][1:]
+    metric = ASRBLEU(model)
+    audio, lengths = given["audio"], given["audio_len"]
+    assert metric.update("a", expected, audio, lengths, sample_rate_hz=16000) == expected
+    assert metric.compute()["wer_a"] == 0
