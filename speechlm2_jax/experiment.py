@@ -17,11 +17,14 @@ from speechlm2_jax.ahead.report import Report
 from speechlm2_jax.batches import BatchShape, HostBatch, SalmExample
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.data.datamodule import TOKENS_MULTIPLE, DataModule
+from speechlm2_jax.data.duplex_dataset import DuplexS2SDataset
 from speechlm2_jax.data.prompts import PromptError
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.tokenizer import TokenizerError
+from speechlm2_jax.evaluation import duplex_scoring
 from speechlm2_jax.evaluation.wer import text_normalizer, word_errors
 from speechlm2_jax.models.ctc import CTCModel
+from speechlm2_jax.models.duplex import DuplexS2SModel, DuplexS2SSpeechDecoderModel
 from speechlm2_jax.models.salm import SALM
 from speechlm2_jax.parameter_paths import PatternError
 from speechlm2_jax.settings import (
@@ -44,13 +47,18 @@ REQUIRED = ("model", "data")
 USER_ERRORS = (SettingsError, ConversionError, TokenizerError, PromptError, PatternError)
 """What a user can mend; everything else is a fault of ours and keeps its traceback."""
 VALIDATION_ANSWER_TOKENS = 128
+FRAME_TOLERANCE = 0.01
+"""How far rates that data and model state may be apart, relatively."""
 LONGEST_TOKENS, LONGEST_S = 1024, 40.0
 """What is compiled ahead of time where `train_ds` has no limits."""
-MODELS: Mapping[str, type[SALM] | type[CTCModel]] = {
+Model = SALM | DuplexS2SModel | CTCModel
+MODELS: Mapping[str, type[Model]] = {
     "SALM": SALM,
+    "DuplexS2SModel": DuplexS2SModel,
+    "DuplexS2SSpeechDecoderModel": DuplexS2SSpeechDecoderModel,
     "EncDecCTCModelBPE": CTCModel,
 }
-"""By the class that `model._target_` names; without it a model is a SALM."""
+"""By the class that `model._target_` names; without it the keys of the block tell."""
 
 
 @contextmanager
@@ -67,7 +75,7 @@ def clear_errors(program: str) -> Generator[None]:
 class Experiment:
     """A model, its data and a trainer, ready to run."""
 
-    model: SALM | CTCModel
+    model: Model
     datamodule: DataModule
     trainer: Trainer
     settings: Mapping[str, Any]
@@ -78,9 +86,16 @@ class Experiment:
 
     def fit(self) -> FitResult:
         """Trains, scoring answers at every validation."""
-        metrics = {"wer": word_error_rate(self.model)}
+        model = self.model
+        if isinstance(model, DuplexS2SModel):
+            return self.trainer.fit(
+                *(model, self.datamodule),
+                validation_scoring=lambda: duplex_scores(model),
+                settings=self.settings,
+            )
+        metrics = {"wer": word_error_rate(model)}
         return self.trainer.fit(
-            self.model, self.datamodule, validation_metrics=metrics, settings=self.settings
+            model, self.datamodule, validation_metrics=metrics, settings=self.settings
         )
 
 
@@ -104,9 +119,7 @@ def build(
             trainer.keep_compiled_programs()
         # names of parts are relative to the working folder or to the YAML's own
         model = make_model(settings["model"], near=(find(config).resolve().parent,))
-        datamodule = DataModule(
-            settings["data"], tokenizer=model.tokenizer, dataset=SALMDataset(model.tokenizer)
-        )
+        datamodule = make_data(settings["data"], model)
         trainer.check(model)
         if only_describes:
             trainer.check_experiment(settings.get("exp_manager"))
@@ -190,13 +203,59 @@ def check_blocks(settings: Mapping[str, Any], *, complete: bool = True) -> None:
         require_complete(settings)
 
 
-def make_model(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> SALM | CTCModel:
+def make_model(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Model:
     """Makes the kind of model that a `model:` block describes. Raises SettingsError."""
-    named = str(cfg.get("_target_", "SALM"))
+    implied = "SALM"
+    if "pretrained_audio_codec" in cfg:
+        implied = "DuplexS2SSpeechDecoderModel" if "speech_decoder" in cfg else "DuplexS2SModel"
+    named = str(cfg.get("_target_", implied))
     kind = MODELS.get(named.rsplit(".", 1)[-1])
     if kind is None:
         raise SettingsError(f"model._target_: {named} is not known; use {' or '.join(MODELS)}")
     return kind(cfg, near=near)
+
+
+def make_data(cfg: Mapping[str, Any], model: Model) -> DataModule:
+    """Makes the data of a `data:` block as the model takes it. Raises SettingsError."""
+    if not isinstance(model, DuplexS2SModel):
+        return DataModule(cfg, tokenizer=model.tokenizer, dataset=SALMDataset(model.tokenizer))
+    dataset = DuplexS2SDataset.from_config(cfg, model.tokenizer)
+    for key, given, wanted in (
+        ("source_sample_rate", dataset.source_sample_rate, model.sampling_rate),
+        ("target_sample_rate", dataset.target_sample_rate, model.target_sampling_rate),
+        ("frame_length", dataset.frame_length, model.token_equivalent_duration),
+    ):
+        if abs(given / wanted - 1) > FRAME_TOLERANCE:
+            raise SettingsError(f"data.{key}={given} does not fit the model, which takes {wanted}")
+    return DataModule(cfg, tokenizer=model.tokenizer, dataset=dataset)
+
+
+@contextmanager
+def duplex_scores(model: DuplexS2SModel) -> Generator["ConversationScores"]:
+    """Scores of a duplex model's answers in one validation."""
+    with duplex_scoring.scoring(model, model.scoring_asr) as scorer:
+        yield ConversationScores(scorer)
+
+
+@dataclass(frozen=True)
+class ConversationScores:
+    """What the trainer asks of a scorer (`training.protocol.Scorer`)."""
+
+    scorer: duplex_scoring.DuplexScorer
+
+    def update(self, name: str, batch: HostBatch) -> list[Sample]:
+        """Answers a batch of set `name`."""
+        examples = duplex_scoring.conversations(batch)
+        if not examples:
+            return []
+        return [
+            Sample(id=a.example.id, reference=a.example.target_text, hypothesis=a.text)
+            for a in self.scorer.answer(name, examples)
+        ]
+
+    def compute(self) -> dict[str, float]:
+        """All scores, per set and over sets."""
+        return self.scorer.compute()
 
 
 def word_error_rate(model: SALM | CTCModel) -> Callable[[HostBatch], Scored]:

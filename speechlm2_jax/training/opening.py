@@ -15,7 +15,13 @@ from speechlm2_jax.training.exp_manager import ExpManagerConfig, SummaryWriterPa
 from speechlm2_jax.training.meter import Meter
 from speechlm2_jax.training.metrics_log import MetricsLog, Wandb
 from speechlm2_jax.training.parts import Parts
-from speechlm2_jax.training.protocol import DataSource, HostMetric, TrainableModel, Variables
+from speechlm2_jax.training.protocol import (
+    DataSource,
+    HostMetric,
+    Scoring,
+    TrainableModel,
+    Variables,
+)
 from speechlm2_jax.training.schedules import make_schedule
 from speechlm2_jax.training.start import Setup, Start, begin, go_on, restore
 from speechlm2_jax.training.stopping import StopRequest
@@ -37,6 +43,7 @@ class Opening:
     settings: Mapping[str, Any]
     """Of the whole run."""
     host_metrics: Mapping[str, HostMetric]
+    scoring: Scoring | None
     meter: Meter
     stop: StopRequest
 
@@ -126,6 +133,7 @@ class Opening:
     def _validator(self) -> Validator:
         return Validator(
             host_metrics=self.host_metrics,
+            scoring=self.scoring,
             nemo_exact=self.model.nemo_exact,
             limit=self.config.limit_val_batches,
             samples=self.config.num_val_samples,

@@ -1,6 +1,7 @@
 """What training asks of a model and of data; any object with these attributes can be trained."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -38,6 +39,23 @@ HostMetric = Callable[[HostBatch], LossSum]
 
 One that gives a `Scored` shows answers too.
 """
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Validation scores of whole sets, where sums over batches will not do (BLEU)."""
+
+    def update(self, name: str, batch: HostBatch) -> Sequence[Sample]:
+        """Answers a batch of set `name`; gives its answers to look at."""
+        ...
+
+    def compute(self) -> Mapping[str, float]:
+        """`KEY_SET` for each set, and `KEY` over all."""
+        ...
+
+
+Scoring = Callable[[], AbstractContextManager[Scorer]]
+"""What is entered for one validation, and let go of after it (a scoring model)."""
 
 
 @runtime_checkable

@@ -22,6 +22,7 @@ from speechlm2_jax.training.protocol import (
     DataSource,
     HostMetric,
     ModelOutline,
+    Scoring,
     TrainableModel,
     Variables,
 )
@@ -135,11 +136,13 @@ class Trainer:
         datamodule: DataSource,
         *,
         validation_metrics: Mapping[str, HostMetric] | None = None,
+        validation_scoring: Scoring | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> FitResult:
         """Trains `model` on the data until the end, or until it is told to stop.
 
-        `validation_metrics` stands in for the model's own. `settings` are the whole settings for
+        `validation_metrics` stands in for the model's own; `validation_scoring` adds what is scored
+        over whole sets. `settings` are the whole settings for
         config.yaml; without them they are put together from the parts. Raises SettingsError for
         settings that do not fit, NonFiniteRun (exit code 1) after 20 skipped steps in a row.
         """
@@ -163,6 +166,7 @@ class Trainer:
                 setup=setup,
                 settings=settings or self._settings(model, datamodule),
                 host_metrics=metrics,
+                scoring=validation_scoring,
                 meter=setup.meter(),
                 stop=stop,
             )
@@ -199,6 +203,7 @@ class Trainer:
         datamodule: DataSource,
         *,
         validation_metrics: Mapping[str, HostMetric] | None = None,
+        validation_scoring: Scoring | None = None,
     ) -> dict[str, float]:
         """Validates the model as it is: `val_<metric>` and `val_<metric>_<set>`."""
         with run_directory.logging_to(None), self.config.matmul_precision():
@@ -209,6 +214,7 @@ class Trainer:
             metrics = model.validation_metrics if validation_metrics is None else validation_metrics
             validator = Validator(
                 host_metrics=metrics,
+                scoring=validation_scoring,
                 nemo_exact=model.nemo_exact,
                 limit=self.config.limit_val_batches,
                 samples=self.config.num_val_samples,

@@ -15,7 +15,7 @@ import jax
 
 from speechlm2_jax.batches import HostBatch, LossSum
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.training.protocol import HostMetric, Sample, Scored
+from speechlm2_jax.training.protocol import HostMetric, Sample, Scored, Scorer, Scoring
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class Validator:
     host_metrics: Mapping[str, HostMetric]
     nemo_exact: bool
     """Means of batch means, as NeMo takes them, instead of means over elements."""
+    scoring: Scoring | None = None
     limit: int | float | None = None
     """Batches of each set, or the part of it."""
     samples: int = 0
@@ -89,21 +90,24 @@ class Validator:
         results: dict[str, float] = {}
         samples: dict[str, list[Sample]] = {}
         by_metric: dict[str, list[float]] = {}
-        for name, batches in sets.items():
-            taken = take(batches, self.limit if limit is None else limit, name)
-            values, answers = self._run_set(taken, evaluate)
-            if chosen := choose_samples(answers, self.samples):
-                samples[name] = chosen
-            if not values:
-                log.warning("validation set %s has nothing to score; it is left out", name)
-            for metric, value in values.items():
-                results[f"val_{metric}_{name}"] = value
-                by_metric.setdefault(metric, []).append(value)
+        with nullcontext() if self.scoring is None else self.scoring() as scorer:
+            for name, batches in sets.items():
+                taken = take(batches, self.limit if limit is None else limit, name)
+                values, answers = self._run_set(name, taken, evaluate, scorer)
+                if chosen := choose_samples(answers, self.samples):
+                    samples[name] = chosen
+                if not values:
+                    log.warning("validation set %s has nothing to score; it is left out", name)
+                for metric, value in values.items():
+                    results[f"val_{metric}_{name}"] = value
+                    by_metric.setdefault(metric, []).append(value)
+            if scorer is not None:
+                results |= {f"val_{key}": value for key, value in scorer.compute().items()}
         means = {f"val_{m}": math.fsum(values) / len(values) for m, values in by_metric.items()}
         return Validation(metrics={**means, **results}, samples=samples)
 
     def _run_set(
-        self, batches: Iterable[HostBatch], evaluate: Evaluate
+        self, name: str, batches: Iterable[HostBatch], evaluate: Evaluate, scorer: Scorer | None
     ) -> tuple[dict[str, float], list[Sample]]:
         """The metrics that have a value, and every answer that host metrics gave."""
         means: dict[str, Mean] = {}
@@ -122,6 +126,8 @@ class Validator:
                 share = compute(batch)
                 means.setdefault(metric, Mean(of_batches=self.nemo_exact)).add(share)
                 answers += share.samples if isinstance(share, Scored) else ()
+            if scorer is not None:
+                answers += scorer.update(name, batch)
             if len(pending) > IN_FLIGHT:
                 collect(pending.popleft())
         for sums in pending:
