@@ -76,13 +76,13 @@ class DuplexScorer:
         return {k: v for part in parts if part is not None for k, v in part.compute().items()}
 
     def _add_turns(self, name: str, answer: Answer) -> None:
-        model = self.model
+        ids = self.model.turn_ids
         user, agent = (
             Turns.from_tokens(
                 channel,
-                bos_id=model.text_bos_id,
-                eos_id=model.text_eos_id,
-                frame_s=model.token_equivalent_duration,
+                bos_id=ids.bos,
+                eos_id=ids.eos,
+                frame_s=self.model.token_equivalent_duration,
             )
             for channel in (answer.example.source_tokens, answer.tokens)
         )

@@ -1,5 +1,7 @@
 """Dense and embedding layers with the checkpoint's own weight layout ([out, in])."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +16,16 @@ default_init: Initializer = jax.nn.initializers.variance_scaling(
 """U(-1/sqrt(in), 1/sqrt(in)) over a [out, in] kernel: torch's default for Linear and 1x1 conv."""
 zeros: Initializer = jax.nn.initializers.zeros
 ones: Initializer = jax.nn.initializers.ones
+
+
+def gathered(weight: nnx.Param, dtype: Any) -> Array:
+    """A weight as a product needs it: in the dtype of the activations, all of the model width.
+
+    Cast before it is gathered, so that half the bytes travel in bf16.
+    """
+    value = weight[...].astype(dtype)
+    axes = weight.get_metadata()["axes"][-value.ndim :]
+    return constrain(value, *(None if axis == "embed" else axis for axis in axes))
 
 
 class Linear(nnx.Module):
@@ -34,7 +46,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """Applies the layer over the last axis, in the dtype of `x`."""
-        y = x @ self.weight[...].astype(x.dtype).T
+        y = x @ gathered(self.weight, x.dtype).T
         if self.bias is None:
             return y
         return y + jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)

@@ -13,7 +13,7 @@ from speechlm2_jax.layers.attention import NOT_A_KEY, Visible
 from speechlm2_jax.layers.cache import Extended, KVCache
 from speechlm2_jax.layers.dropout import fold_keys
 from speechlm2_jax.layers.feed_forward import GatedFeedForward
-from speechlm2_jax.layers.linear import Embedding, Linear
+from speechlm2_jax.layers.linear import Embedding, Linear, gathered
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import RematPolicy, scan_layers, stack
 from speechlm2_jax.layers.norms import RMSNorm
@@ -139,14 +139,9 @@ class Decoder(nnx.Module):
         x, written, _ = self._run(embeds, place, cache=cache)
         return Extended(self.norm(x), written.advance(is_key.shape[1]))
 
-    @property
-    def head_weight(self) -> Float[Array, "V D"]:
-        """The output layer's weight, for losses that make logits in chunks."""
-        return (self.embedding if self.head is None else self.head).weight[...]
-
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores every token in fp32, whatever the dtype of `hidden`."""
-        weight = self.head_weight.astype(hidden.dtype)
+        weight = gathered((self.embedding if self.head is None else self.head).weight, hidden.dtype)
         scores = jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
         return constrain(scores, "batch", "steps", "act_vocab")
 

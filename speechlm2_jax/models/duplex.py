@@ -1,9 +1,9 @@
 """The full-duplex models as a user holds them: they listen and speak at once, frame by frame."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from speechlm2_jax import sharding
-from speechlm2_jax.batches import DuplexBatch, HostBatch, StepLosses
+from speechlm2_jax.batches import (
+    DuplexBatch,
+    DuplexExample,
+    DuplexShape,
+    HostBatch,
+    StepLosses,
+    assemble_duplex_batch,
+)
 from speechlm2_jax.generation.duplex import SpeakingConfig, Spoken, begin, converse
 from speechlm2_jax.generation.sampling import SamplingConfig
 from speechlm2_jax.layers.module import Variables, bind
@@ -26,6 +33,17 @@ from speechlm2_jax.networks.duplex import Duplex, DuplexModes
 from speechlm2_jax.networks.flops import duplex_flops
 from speechlm2_jax.perception.perception import PerceptionModes
 from speechlm2_jax.sharding import Sharding
+
+FRAME_STEP = 32
+
+
+class Targets(NamedTuple):
+    """What an agent should say: frame t of these is chosen when the user's frame t was heard."""
+
+    text: Int[Array, "B T"]
+    codes: Int[Array, "B T K"]
+    frames: Int[Array, " B"]
+    """How many of each row are real."""
 
 
 class DuplexS2SModel(SpeechModel):
@@ -72,6 +90,11 @@ class DuplexS2SModel(SpeechModel):
     def speech_delay_id(self) -> int:
         """The code before the first frame."""
         return self._blueprint.network.books.delay
+
+    @property
+    def turn_ids(self) -> TextIds:
+        """Token ids that start, end and fill the text channels."""
+        return self._blueprint.network.text
 
     def __call__(self, input_embeds: Any, input_audio_tokens: Any = None) -> dict[str, jax.Array]:
         """Runs whole conversations of embeddings [B, T, D].
@@ -142,9 +165,21 @@ class DuplexS2SModel(SpeechModel):
             result["audio_len"] = samples
         return result
 
+    def targets(self, examples: Sequence[DuplexExample]) -> Targets:
+        """What `offline_inference` should say in each frame, as training has it."""
+        shape = DuplexShape(
+            rows=round_up(len(examples), 1),
+            tokens=round_up(max(len(e.target_tokens) for e in examples), FRAME_STEP),
+            source_samples=round_up(max(len(e.source_audio) for e in examples), SAMPLE_STEP),
+            target_samples=round_up(max(len(e.target_audio) for e in examples), SAMPLE_STEP),
+        )
+        batch = assemble_duplex_batch([examples], shape, pad_id=self.text_pad_id)
+        found = _targets(self._definition, self.variables, batch)
+        return Targets(*(np.asarray(x)[: len(examples)] for x in found))
+
     def _text(self, ids: np.ndarray) -> str:
         """The words of a text channel: neither pads nor marks of turns."""
-        text: TextIds = self._blueprint.network.text
+        text = self.turn_ids
         return self.tokenizer.ids_to_text(ids[~np.isin(ids, (text.pad, text.bos, text.eos))])
 
     # What the trainer needs -----------------------------------------------------------------
@@ -255,6 +290,12 @@ def speak_codes(
     with sharding.use(placement):
         spoken = network.codec.decode(without_control(codes, 0, network.config.books), lengths)
         return spoken.audio, spoken.lengths
+
+
+@partial(jax.jit, static_argnames=("definition",))
+def _targets(definition: Any, variables: Variables, batch: DuplexBatch) -> Targets:
+    channels = duplex_network.prepare(bind(definition, variables), batch, DuplexModes()).channels
+    return Targets(channels.text_targets, channels.code_targets, channels.frames)
 
 
 @partial(jax.jit, static_argnames=("definition",))
