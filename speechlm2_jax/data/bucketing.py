@@ -148,23 +148,24 @@ def plan_buckets(
 
 def describe(plan: Plan, measures: Measures, columns: Callable[[Shape], Mapping[str, str]]) -> str:
     """The plan as a small table, a line per bucket; `columns` says more of each shape."""
-    lines: list[str] = []
+    rows: list[dict[str, str]] = []
     for i, bucket in enumerate(plan.buckets):
         members = measures.take(np.flatnonzero(plan.bucket_of == i))
         filled = members.steps.sum() / max(len(members) * bucket.shape.tokens, 1)
-        cells = {
-            "bucket": f"{i}",
-            "longest": f"{round(bucket.longest, 2)}",
-            "rows": f"{bucket.shape.rows}",
-            "tokens": f"{bucket.shape.tokens}",
-            **columns(bucket.shape),
-            "conversations": f"{len(members)}",
-            "filled": f"{filled:.1%}",
-        }
-        if not lines:
-            lines.append("  ".join(f"{name:>7}" for name in cells))
-        lines.append("  ".join(f"{text:>{max(len(name), 7)}}" for name, text in cells.items()))
-    return "\n".join(lines)
+        rows.append(
+            {
+                "bucket": f"{i}",
+                "longest": f"{round(bucket.longest, 2)}",
+                "rows": f"{bucket.shape.rows}",
+                "tokens": f"{bucket.shape.tokens}",
+                **columns(bucket.shape),
+                "conversations": f"{len(members)}",
+                "filled": f"{filled:.1%}",
+            }
+        )
+    widths = {name: max(len(row[name]) for row in [*rows, {name: name}]) for name in rows[0]}
+    table = [dict(zip(widths, widths, strict=True)), *rows]
+    return "\n".join("  ".join(row[name].rjust(widths[name]) for name in widths) for row in table)
 
 
 def samples_unit(sample_rate_hz: int) -> int:
