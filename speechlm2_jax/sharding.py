@@ -166,8 +166,7 @@ class Sharding:
         With context parallelism the steps of its rows are brought into `time_order` first.
         """
         if self.context_size > 1:
-            tree = tree.in_time_order(self.time_order(tree.steps))
-
+            tree = tree.laid_out(self.time_order)
         return jax.tree.map(hand_over, tree, self.batch(tree))
 
     def own_groups(self, groups: int) -> tuple[int, ...]:

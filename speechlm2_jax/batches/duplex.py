@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from speechlm2_jax.batches.shared import TimeOrder
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,10 @@ class DuplexBatch:
     def map(self, fn: Callable[[Any], Any]) -> "DuplexBatch":
         """Applies `fn` to every array."""
         return DuplexBatch(**{f.name: fn(getattr(self, f.name)) for f in fields(self)})
+
+    def laid_out(self, time_order: TimeOrder) -> "DuplexBatch":
+        """The batch as it is: its channels are aligned, and then ordered, on the device."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

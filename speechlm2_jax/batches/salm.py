@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from speechlm2_jax.batches.shared import FrameCount
+from speechlm2_jax.batches.shared import FrameCount, TimeOrder
 
 
 @jax.tree_util.register_dataclass
@@ -49,8 +49,11 @@ class SalmBatch:
         """LLM steps T of a row."""
         return self.tokens.shape[2]
 
-    def in_time_order(self, order: np.ndarray) -> "SalmBatch":
-        """The same rows with their steps, [T], in another order (`Sharding.time_order`)."""
+    def laid_out(self, time_order: TimeOrder) -> "SalmBatch":
+        """The same rows with their steps where a mesh wants them (`Sharding.time_order`)."""
+        order = time_order(self.steps)
+        if order is None:
+            return self
         return replace(self, **{name: getattr(self, name)[..., order] for name in _BY_STEP})
 
 

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 FrameCount = Callable[[int], int]
 """Samples of a clip -> LLM-width frames that perception makes of it."""
+TimeOrder = Callable[[int], np.ndarray | None]
+"""Steps of a row -> which of them lies at each place; None if they lie in order."""
 
 
 @jax.tree_util.register_dataclass

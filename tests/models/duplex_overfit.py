@@ -129,9 +129,9 @@ def write_config(folder: Path, cuts: Path, kind: str) -> Path:
         "trainer": {
             "devices": 1,
             "accelerator": "cpu",
-            "max_steps": 500,
-            "limit_train_batches": 250,
-            "val_check_interval": 250,
+            "max_steps": 300,
+            "limit_train_batches": 150,
+            "val_check_interval": 150,
             "limit_val_batches": 1,
             "num_sanity_val_steps": 0,
             "log_every_n_steps": 25,
