@@ -94,6 +94,15 @@ def test_the_weights_go_with_the_model():
     assert held and all(ref() is None for ref in held)
 
 
+def test_opened_again_it_compiles_nothing(model):
+    audio, lengths = recordings("rnnt")
+    texts = model.transcribe(audio, lengths)
+    programs = recogniser._hypotheses._cache_size()
+    again = slm.models.ASRModel.from_pretrained(ASR / "rnnt.nemo")
+    assert again.transcribe(audio, lengths) == texts
+    assert recogniser._hypotheses._cache_size() == programs
+
+
 def copy_with(name, path, change):
     """The archive with a changed config."""
     archive = read_nemo(ASR / f"{name}.nemo")
