@@ -5,9 +5,10 @@ from typing import Any
 
 _MODULES = {
     "AudioPerceptionModule": ("speechlm2_jax.perception.perception", "AudioPerception"),
+    "TransformerARSpeechDecoder": ("speechlm2_jax.speech_decoder.decoder", "SpeechDecoder"),
 }
 
-__all__ = ["AudioPerceptionModule"]  # noqa: F822
+__all__ = ["AudioPerceptionModule", "TransformerARSpeechDecoder"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

@@ -149,5 +149,6 @@ def test_the_public_perception_gives_frames_and_lengths(whole_run):
 
 def test_modules_are_known_by_nemos_names():
     assert slm.modules.AudioPerceptionModule.__name__ == "AudioPerception"
+    assert slm.modules.TransformerARSpeechDecoder.__name__ == "SpeechDecoder"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = slm.nothing

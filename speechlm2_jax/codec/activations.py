@@ -36,7 +36,9 @@ class Activation(nnx.Module):
         if self.alpha is None:
             return PLAIN[self.name](x)
         count, channels = self.alpha.shape[0], x.shape[-1]
-        alpha = jnp.pad(self.alpha[...], (0, channels - count), constant_values=1.0)
+        alpha = jnp.pad(
+            jnp.asarray(self.alpha[...], jnp.float32), (0, channels - count), constant_values=1.0
+        )
         snaked = snake(x, alpha)
         is_snaked = (jnp.arange(channels) < count)[None, None]
         return snaked if count == channels else jnp.where(is_snaked, snaked, PLAIN["lrelu"](x))

@@ -31,8 +31,8 @@ class WeightNorm(nnx.Module):
 
     def __call__(self) -> Float[Array, "N M P"]:
         """Computes the kernel, in fp32."""
-        direction = self.direction[...].astype(jnp.float32)
-        gain = self.gain[...].astype(jnp.float32)[:, None, None]
+        direction = jnp.asarray(self.direction[...], jnp.float32)
+        gain = jnp.asarray(self.gain[...], jnp.float32)[:, None, None]
         return direction * (gain / _lengths(direction))
 
 
@@ -66,7 +66,7 @@ class Convolution(nnx.Module):
 
     def biased(self, x: Steps) -> Steps:
         """Adds the bias."""
-        return x + self.bias[...].astype(jnp.float32)[None, None]
+        return x + jnp.asarray(self.bias[...], jnp.float32)[None, None]
 
 
 class SameRate(Convolution):

@@ -4,14 +4,14 @@ from speechlm2_jax.conversion.mapping import LAYER, Ignored, Rule, Table
 from speechlm2_jax.conversion.transforms import IDENTITY, Permute, Transform
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 
-TAPS_FIRST = Permute((2, 0, 1))
+TAPS_BEFORE_INPUTS = Permute((0, 2, 1))
 LAYERS: dict[str, tuple[str, Transform]] = {
     "norm_self.weight": ("attention_norm.weight", IDENTITY),
     "self_attention.qkv_net.weight": ("attention.inputs.weight", IDENTITY),
     "self_attention.o_net.weight": ("attention.output.weight", IDENTITY),
     "norm_pos_ff.weight": ("feed_forward_norm.weight", IDENTITY),
-    "pos_ff.proj.conv.weight": ("feed_forward.hidden.weight", TAPS_FIRST),
-    "pos_ff.o_net.conv.weight": ("feed_forward.output.weight", TAPS_FIRST),
+    "pos_ff.proj.conv.weight": ("feed_forward.hidden.weight", TAPS_BEFORE_INPUTS),
+    "pos_ff.o_net.conv.weight": ("feed_forward.output.weight", TAPS_BEFORE_INPUTS),
 }
 """NeMo's name in a layer -> ours."""
 CROSS_ATTENTION: dict[str, tuple[str, Transform]] = {

@@ -89,7 +89,7 @@ class Squeeze:
 
 @dataclass(frozen=True)
 class Permute:
-    """Orders the axes otherwise: a convolution's taps first instead of last."""
+    """Orders the axes otherwise: a convolution's taps before its inputs."""
 
     axes: tuple[int, ...]
     """Which foreign axis each of ours is."""

@@ -31,11 +31,14 @@ class KVCache:
 
     @classmethod
     def empty(cls, shape: tuple[int, int, int, int, int], dtype: Any) -> "KVCache":
-        """Makes a cache of shape [L, B, S, K, H] that holds nothing."""
-        memory = constrain(jnp.zeros(shape, dtype), None, "batch", None, "act_heads", None)
+        """Makes a cache of shape [L, B, S, K, H] that holds nothing; it can be donated."""
+
+        def memory() -> Array:
+            return constrain(jnp.zeros(shape, dtype), None, "batch", None, "act_heads", None)
+
         return cls(
-            keys=memory,
-            values=memory,
+            keys=memory(),
+            values=memory(),
             is_key=jnp.zeros(shape[1:3], bool),
             used=jnp.zeros((), jnp.int32),
         )

@@ -40,10 +40,12 @@ FRAME_STEP = 32
 class Targets(NamedTuple):
     """What an agent should say: frame t of these is chosen when the user's frame t was heard."""
 
-    text: Int[Array, "B T"]
-    codes: Int[Array, "B T K"]
-    frames: Int[Array, " B"]
-    """How many of each row are real."""
+    text: Any
+    """Int32 [B, T]."""
+    codes: Any
+    """Int32 [B, T, K]."""
+    frames: Any
+    """Int32 [B]: how many of each row are real."""
 
 
 class DuplexS2SModel(SpeechModel):

@@ -129,7 +129,8 @@ class SpeechDecoder(nnx.Module):
         A gather per table keeps no [B, T, K, W], and its gradient writes each table once. Raises
         ValueError for another number of codebooks.
         """
-        if codes is None or codes.shape[-1] != self.codebooks:
+        tables = self.code_embeddings
+        if tables is None or codes is None or codes.shape[-1] != self.codebooks:
             raise ValueError(f"the speech decoder takes codes [B, T, {self.codebooks}]")
 
         def add(table: Embedding, total: Array, ids: Array) -> tuple[Array, None]:
@@ -137,13 +138,13 @@ class SpeechDecoder(nnx.Module):
 
         start = jnp.zeros((*codes.shape[:2], self.config.d_model), jnp.float32)
         by_codebook = jnp.moveaxis(codes, -1, 0)  # [K, B, T]
-        total, _ = scan_layers(self.code_embeddings, add, start, by_codebook, remat="none")
+        total, _ = scan_layers(tables, add, start, by_codebook, remat="none")
         return constrain(total / self.codebooks, "batch", "steps", "act_embed")
 
     def logits(self, states: Float[Array, "B T W"]) -> Float[Array, "B T K V"]:
         """Scores the codes of every codebook in fp32, whatever the dtype of `states`."""
         states = constrain(states, "batch", "steps", "act_embed")
-        weight = constrain(self.head.weight[...].astype(states.dtype), None, None)
+        weight = constrain(self.head.weight[...].astype(states.dtype), "vocab", None)
         weight = weight.reshape(self.codebooks, -1, weight.shape[1])  # [K, V, W]
         weight = constrain(weight, "vocab", None, None)
         scores = jnp.einsum("btd,kvd->btkv", states, weight, preferred_element_type=jnp.float32)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from speechlm2_jax.layers.dropout import dropout
 from speechlm2_jax.layers.module import Initializer, param
-from speechlm2_jax.sharding import constrain
+from speechlm2_jax.sharding import constrain, platform
 from speechlm2_jax.speech_decoder.attention import default_init, output_init
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 
@@ -27,11 +27,11 @@ class Tails:
 
 
 class Convolution(nnx.Module):
-    """Convolution over time without bias; weight [k, out, in], the kernel's taps first.
+    """Convolution over time without bias; weight [out, k, in], taps before inputs.
 
-    A sum of k products of shifted inputs: on a CPU as fast as XLA's convolution over whole rows
-    and several times faster over one step. Taps last, as torch has them, would be picked out of
-    the weight with a stride, at every step.
+    On a TPU it is XLA's convolution: compiled for a v5e it reads a third of what products read to
+    make one step, and holds two thirds of their memory in training. Elsewhere it is one product
+    of the windows, which takes a CPU a tenth of the time for one step.
     """
 
     def __init__(
@@ -44,16 +44,18 @@ class Convolution(nnx.Module):
         rngs: nnx.Rngs,
         init: Initializer,
     ):
-        self.weight = param(rngs, (size, d_out, d_in), ("conv", *axes), init)
+        self.weight = param(rngs, (d_out, size, d_in), (axes[0], "conv", axes[1]), init)
 
     def __call__(self, x: Float[Array, "B S d_in"]) -> Float[Array, "B T d_out"]:
         """Convolves; k - 1 steps fewer come out than go in."""
         weight = self.weight[...].astype(x.dtype)
-        steps = x.shape[1] - weight.shape[0] + 1
-        y = x[:, :steps] @ weight[0].T
-        for tap in range(1, weight.shape[0]):
-            y = y + x[:, tap : tap + steps] @ weight[tap].T
-        return y
+        if platform() == "tpu":
+            layout = ("NWC", "OWI", "NWC")
+            return jax.lax.conv_general_dilated(x, weight, (1,), "VALID", dimension_numbers=layout)
+        size = weight.shape[1]
+        steps = x.shape[1] - size + 1
+        windows = jnp.concatenate([x[:, tap : tap + steps] for tap in range(size)], axis=-1)
+        return windows @ weight.reshape(weight.shape[0], -1).T
 
 
 class ConvFeedForward(nnx.Module):

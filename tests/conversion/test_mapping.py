@@ -13,7 +13,8 @@ from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.mapping import Ignored, Rule, Table, aliases, export, load, names
 from speechlm2_jax.conversion.placement import onto
 from speechlm2_jax.conversion.readers import LazySource, memory_source
-from speechlm2_jax.conversion.transforms import Recount, Squeeze
+from speechlm2_jax.conversion.readers.source import TensorInfo
+from speechlm2_jax.conversion.transforms import Permute, Recount, Squeeze
 from speechlm2_jax.layers.module import VariableInfo
 from speechlm2_jax.sharding import make_sharding
 from tests.conversion.goldens import assert_same_bits
@@ -249,3 +250,19 @@ def test_part_of_squeezed_is_squeezed_part(x, axes, data):
     )
     np.testing.assert_array_equal(squeeze.load(stored), x)
     np.testing.assert_array_equal(squeeze.load(stored[squeeze.index(index)]), x[index])
+
+
+@given(
+    x=hnp.arrays(np.float32, st.tuples(*[st.integers(1, 4)] * 3)),
+    axes=st.permutations(range(3)),
+    data=st.data(),
+)
+def test_part_of_permuted_is_permuted_part(x, axes, data):
+    permute = Permute(tuple(axes))
+    stored = permute.store(x)
+    assert permute.info(TensorInfo(stored.shape, stored.dtype)).shape == x.shape
+    index = tuple(
+        slice(*sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n))))) for n in x.shape
+    )
+    np.testing.assert_array_equal(permute.load(stored), x)
+    np.testing.assert_array_equal(permute.load(stored[permute.index(index)]), x[index])

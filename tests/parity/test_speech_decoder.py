@@ -14,18 +14,20 @@ from safetensors.numpy import load_file
 
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.readers import memory_source
-from speechlm2_jax.conversion.speech_decoder import transformer_table
+from speechlm2_jax.conversion.speech_decoder import speech_decoder_table, transformer_table
 from speechlm2_jax.layers.module import abstract, bind, describe, unbind
 from speechlm2_jax.settings import build
 from speechlm2_jax.speech_decoder import attention
 from speechlm2_jax.speech_decoder.attention import Place
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
+from speechlm2_jax.speech_decoder.decoder import SpeechDecoder
 from speechlm2_jax.speech_decoder.transformer import Transformer
 
 DATA = Path(__file__).parents[1] / "data" / "speech_decoder"
 ATOL = 1e-5  # small models in fp32; the goldens' own caches differ from their whole by 3e-6
 GRADIENT_RTOL = 1e-4
 TRANSFORMERS = json.loads((DATA / "transformer.json").read_text())
+MODULES = json.loads((DATA / "module.json").read_text())
 
 
 def below(values: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -136,3 +138,73 @@ def test_attention_weights_of_the_first_layer_equal_nemo(name, monkeypatch):
     layer.attention(layer.attention_norm(x), place)
     # what padding looks at has no influence: its outputs are zeros
     assert_close(weights * mask[:, None, :, None], expected)
+
+
+@cache
+def decoder(name: str, **changes: Any):
+    """(definition, variables, golden, hidden, codes) of a speech decoder golden."""
+    golden = load_file(DATA / f"module_{name}.safetensors")
+    block = MODULES[name]
+    config = build(SpeechDecoderConfig, {**block["config"], **changes}, "speech_decoder")
+    module = abstract(
+        lambda: SpeechDecoder(
+            config,
+            input_width=block["dims"]["latent_dim"],
+            codebooks=block["dims"]["num_codebooks"],
+            codes_per_codebook=block["dims"]["tokens_per_codebook"],
+            rngs=nnx.Rngs(0),
+        )
+    )
+    is_projected = block["dims"]["latent_dim"] != config.d_model
+    table = speech_decoder_table(config, is_projected=is_projected)
+    variables = mapping.load(memory_source(below(golden, "sd/")), table, describe(module))
+    hidden = jnp.asarray(golden["hidden_TBH"].swapaxes(0, 1))
+    codes = jnp.asarray(golden["audio_tokens_BTK"], jnp.int32)
+    return unbind(module)[0], jax.tree.map(jnp.asarray, variables), golden, hidden, codes
+
+
+def by_codebook(logits: np.ndarray) -> np.ndarray:
+    """NeMo's [B, T, K x V] as [B, T, K, V]."""
+    return logits.reshape(*logits.shape[:2], 3, -1)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_scores_of_the_speech_decoder_equal_nemo(name):
+    definition, variables, golden, hidden, codes = decoder(name)
+    network = bind(definition, variables)
+    mask = jnp.asarray(golden["mask"], bool)
+    if name == "no_prev_audio":
+        codes = None
+    else:
+        assert_close(network.embed(codes), golden["embedded_audio_tokens"])
+    score = jax.jit(network)
+    assert_close(score(hidden, codes, mask=mask), by_codebook(golden["logits_eval"]))
+    assert_close(score(hidden, codes), by_codebook(golden["logits_eval_mask_none"]))
+
+
+@pytest.mark.parametrize("name", ["input_proj", "same_dim", "cfg"])
+@pytest.mark.parametrize("parts", [(1,) * 11, (5, 3, 3)], ids=str)
+def test_scores_step_by_step_equal_nemo(name, parts):
+    definition, variables, golden, hidden, codes = decoder(name)
+    network = bind(definition, variables)
+    step = jax.jit(network.step)
+    state, start, scores = network.new_state(2, 12, jnp.float32), 0, []
+    for steps in parts:
+        part = slice(start, start + steps)
+        logits, state = step(state, hidden[:, part], codes[:, part])
+        scores.append(logits)
+        start += steps
+    expected = by_codebook(golden["logits_stepwise_cache"])
+    assert_close(jnp.concatenate(scores, axis=1), expected)
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [(1e-9, "logits_train_conditional"), (1.0, "logits_train_unconditional")],
+)
+def test_training_with_guidance_sees_the_hidden_states_or_not_as_in_nemo(rate, expected):
+    definition, variables, golden, hidden, codes = decoder("cfg", cfg_unconditional_prob=rate)
+    keys = jax.random.split(jax.random.key(0), 2)
+    mask = jnp.asarray(golden["mask"], bool)
+    logits = bind(definition, variables)(hidden, codes, mask=mask, train=True, keys=keys)
+    assert_close(logits, by_codebook(golden[expected]))
