@@ -23,7 +23,7 @@ def gathered(weight: nnx.Param, dtype: Any) -> Array:
 
     Cast before it is gathered, so that half the bytes travel in bf16.
     """
-    value = weight[...].astype(dtype)
+    value = jnp.asarray(weight[...], dtype)
     axes = weight.get_metadata()["axes"][-value.ndim :]
     return constrain(value, *(None if axis == "embed" else axis for axis in axes))
 

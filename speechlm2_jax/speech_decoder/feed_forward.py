@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from speechlm2_jax.layers.dropout import dropout
+from speechlm2_jax.layers.linear import gathered
 from speechlm2_jax.layers.module import Initializer, param
 from speechlm2_jax.sharding import constrain, platform
 from speechlm2_jax.speech_decoder.attention import default_init, output_init
@@ -48,14 +49,15 @@ class Convolution(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S d_in"]) -> Float[Array, "B T d_out"]:
         """Convolves; k - 1 steps fewer come out than go in."""
-        weight = self.weight[...].astype(x.dtype)
+        weight = gathered(self.weight, x.dtype)
         if platform() == "tpu":
             layout = ("NWC", "OWI", "NWC")
             return jax.lax.conv_general_dilated(x, weight, (1,), "VALID", dimension_numbers=layout)
         size = weight.shape[1]
         steps = x.shape[1] - size + 1
-        windows = jnp.concatenate([x[:, tap : tap + steps] for tap in range(size)], axis=-1)
-        return windows @ weight.reshape(weight.shape[0], -1).T
+        # taps on an axis of their own: devices may share the inputs
+        windows = jnp.stack([x[:, tap : tap + steps] for tap in range(size)], axis=2)
+        return jnp.einsum("btki,oki->bto", windows, weight)
 
 
 class ConvFeedForward(nnx.Module):
