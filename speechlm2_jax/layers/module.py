@@ -50,7 +50,7 @@ def param(
     """Makes a trainable variable. `axes` names the meaning of each dimension (see sharding.py)."""
     if len(axes) != len(shape):
         raise ValueError(f"axes {axes} must name each dimension of shape {shape}")
-    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
+    return nnx.Param(init(_next_key(rngs), shape, dtype), axes=axes)
 
 
 def buffer(value: Any, axes: Axes) -> Buffer:
@@ -160,6 +160,18 @@ def draw(
 
     placements = {path: layout[path].sharding for path in jax.eval_shape(make)}
     return dict(jax.jit(cast, out_shardings=placements, compiler_options=options)())
+
+
+def _next_key(rngs: nnx.Rngs) -> jax.Array:
+    """The key that `rngs.params()` gives, without its cost while tracing.
+
+    There Flax asks the counter for its sharding, and JAX reads back everything traced so far to
+    say that it has none: 14 s for a network of 300 variables, 0.6 s without.
+    """
+    stream = rngs.params
+    key = jax.random.fold_in(stream.key[...], stream.count[...])
+    stream.count.set_value(stream.count[...] + 1)
+    return key
 
 
 def _key(part: str) -> str | int:

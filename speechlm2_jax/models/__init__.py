@@ -3,9 +3,13 @@
 import importlib
 from typing import Any
 
-_MODELS = {"SALM": "speechlm2_jax.models.salm", "CTCModel": "speechlm2_jax.models.ctc"}
+_MODELS = {
+    "SALM": "speechlm2_jax.models.salm",
+    "CTCModel": "speechlm2_jax.models.ctc",
+    "AudioCodec": "speechlm2_jax.models.codec",
+}
 
-__all__ = ["SALM", "CTCModel"]  # noqa: F822
+__all__ = ["SALM", "AudioCodec", "CTCModel"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

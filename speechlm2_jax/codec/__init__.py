@@ -1,0 +1,1 @@
+"""Neural audio codec: waveforms <-> discrete codes [B, T, K]; frozen, always fp32."""

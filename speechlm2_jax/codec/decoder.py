@@ -1,0 +1,58 @@
+"""Decoder of a codec: frames -> waveforms, the generator of HiFi-GAN (Kong et al. 2020)."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from speechlm2_jax.codec.activations import Activation
+from speechlm2_jax.codec.config import DecoderConfig
+from speechlm2_jax.codec.convolutions import Faster
+from speechlm2_jax.codec.edges import Edges, Steps
+from speechlm2_jax.codec.residual import ResidualLayer, same_rate
+
+BOUNDED = {"tanh": jnp.tanh, "clamp": lambda x: jnp.clip(x, -1.0, 1.0)}
+
+
+class DecoderStage(nnx.Module):
+    """Activation, a convolution to a higher rate and half of the channels, residual layer."""
+
+    def __init__(self, config: DecoderConfig, channels: int, rate: int, *, rngs: nnx.Rngs):
+        self.activation = Activation(config.activation, channels, rngs=rngs)
+        self.up = Faster(
+            channels,
+            channels // 2,
+            rate,
+            is_causal=config.is_causal,
+            is_grouped=config.n_groups_equal_to_out_channels,
+            rngs=rngs,
+        )
+        self.residual = ResidualLayer(config, channels // 2, rngs=rngs)
+
+    def __call__(self, x: Steps, edges: Edges) -> tuple[Float[Array, "B T2 D"], Edges]:
+        """Raises the rate; the edges at the new rate come with the result."""
+        x, edges = self.up(self.activation(x), edges)
+        return self.residual(x, edges), edges
+
+
+class Decoder(nnx.Module):
+    """Frames [B, T, input_dim] -> audio [B, T * samples_per_frame, 1] within [-1, 1]."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        channels = config.base_channels
+        self.input = same_rate(config, config.input_dim, channels, config.in_kernel_size, rngs=rngs)
+        stages = []
+        for rate in config.up_sample_rates:
+            stages.append(DecoderStage(config, channels, rate, rngs=rngs))
+            channels //= 2
+        self.stages = nnx.List(stages)
+        self.activation = Activation(config.activation, channels, rngs=rngs)
+        self.output = same_rate(config, channels, 1, config.out_kernel_size, rngs=rngs)
+
+    def __call__(self, frames: Steps, edges: Edges) -> tuple[Float[Array, "B S 1"], Edges]:
+        """Decodes frames; the edges of the samples come with them."""
+        x = self.input(frames, edges)
+        for stage in self.stages:
+            x, edges = stage(x, edges)
+        x = self.output(self.activation(x), edges)
+        return BOUNDED[self.config.output_activation](x), edges

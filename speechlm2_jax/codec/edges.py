@@ -1,0 +1,89 @@
+"""What convolutions see beyond the ends of a row.
+
+The layers of a codec ask their `Edges` for the steps before and after a row, and to silence what
+is no real step. `RowEdges` serve whole recordings; the edges of a stream (streaming.py) remember
+the steps of earlier calls instead.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Steps = Float[Array, "B T C"]
+
+
+@runtime_checkable
+class Edges(Protocol):
+    """How layers treat the ends of the rows of a batch."""
+
+    def extend(self, x: Steps, before: int, after: int, mode: str) -> Float[Array, "B T2 C"]:
+        """Puts `before` and `after` further steps around the rows."""
+        ...
+
+    def silence(self, x: Steps) -> Steps:
+        """Sets what lies beyond a row to zero."""
+        ...
+
+    def slower(self, rate: int) -> "Edges":
+        """The same rows at a rate that is divided."""
+        ...
+
+    def faster(self, rate: int) -> "Edges":
+        """The same rows at a rate that is multiplied."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class RowEdges:
+    """Edges of rows padded on the right. Steps from a row's length on are zero."""
+
+    lengths: Int[Array, " B"]
+    """Real steps of each row."""
+    ends: Int[Array, " B"]
+    """Where a row is continued by its own steps: at its length, or, as in NeMo, at its batch's."""
+
+    def extend(self, x: Steps, before: int, after: int, mode: str) -> Float[Array, "B T2 C"]:
+        """Continues rows by zeros, by their own steps mirrored, or by their outermost step.
+
+        Where a row is shorter than what is mirrored of it, the mirror shows zeros. Raises
+        ValueError if more is asked for after the row than before it.
+        """
+        if mode == "zeros":
+            return jnp.pad(x, ((0, 0), (before, after), (0, 0)))
+        if after > before:
+            raise ValueError(f"after={after} must not exceed before={before}")
+        left = jnp.repeat(x[:, :1], before, axis=1)
+        if mode == "reflect":
+            left = jnp.pad(x, ((0, 0), (0, before), (0, 0)))[:, before:0:-1]
+        last = jnp.maximum(self.ends - 1, 0)
+
+        def close(row: Float[Array, "T2 C"], last: Int[Array, ""]) -> Float[Array, "T2 C"]:
+            if mode == "reflect":  # the row's last steps but one, from what lies before it on
+                start, count = last + before - after, after
+            else:
+                start, count = last + before, 1
+            seen = jax.lax.dynamic_slice(row, (start, 0), (count, row.shape[1]))
+            seen = jnp.broadcast_to(seen[::-1], (after, row.shape[1]))
+            return jax.lax.dynamic_update_slice(row, seen, (last + before + 1, 0))
+
+        x = jnp.concatenate([left, jnp.pad(x, ((0, 0), (0, after), (0, 0)))], axis=1)
+        return jax.vmap(close)(x, last)
+
+    def silence(self, x: Steps) -> Steps:
+        """Zeros from each row's length on."""
+        is_real = jnp.arange(x.shape[1])[None] < self.lengths[:, None]
+        return jnp.where(is_real[..., None], x, 0.0)
+
+    def slower(self, rate: int) -> "Edges":
+        """The same rows at a rate divided by `rate`."""
+        # not `//`, whose care for signs XLA repeats in every layer
+        divided = [jax.lax.div(x, jnp.full_like(x, rate)) for x in (self.lengths, self.ends)]
+        return RowEdges(lengths=divided[0], ends=divided[1])
+
+    def faster(self, rate: int) -> "Edges":
+        """The same rows at a rate multiplied by `rate`."""
+        return RowEdges(lengths=self.lengths * rate, ends=self.ends * rate)

@@ -1,0 +1,54 @@
+"""Encoder of a codec: waveforms -> frames, a HiFi-GAN generator turned around."""
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from speechlm2_jax.codec.activations import Activation
+from speechlm2_jax.codec.config import EncoderConfig
+from speechlm2_jax.codec.convolutions import Slower
+from speechlm2_jax.codec.edges import Edges, Steps
+from speechlm2_jax.codec.residual import ResidualLayer, same_rate
+
+
+class EncoderStage(nnx.Module):
+    """Residual layer, activation, and a convolution to a lower rate and twice the channels."""
+
+    def __init__(self, config: EncoderConfig, channels: int, rate: int, *, rngs: nnx.Rngs):
+        self.residual = ResidualLayer(config, channels, rngs=rngs)
+        self.activation = Activation(config.activation, channels, rngs=rngs)
+        self.down = Slower(
+            channels,
+            2 * channels,
+            rate,
+            is_causal=config.is_causal,
+            pad_mode=config.pad_mode,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Steps, edges: Edges) -> tuple[Float[Array, "B T2 D"], Edges]:
+        """Lowers the rate; the edges at the new rate come with the result."""
+        return self.down(self.activation(self.residual(x, edges)), edges)
+
+
+class Encoder(nnx.Module):
+    """Audio [B, S, 1] -> frames [B, S / samples_per_frame, encoded_dim]."""
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        channels = config.base_channels
+        self.input = same_rate(config, 1, channels, config.in_kernel_size, rngs=rngs)
+        stages = []
+        for rate in config.down_sample_rates:
+            stages.append(EncoderStage(config, channels, rate, rngs=rngs))
+            channels *= 2
+        self.stages = nnx.List(stages)
+        self.activation = Activation(config.activation, channels, rngs=rngs)
+        self.output = same_rate(
+            config, channels, config.encoded_dim, config.out_kernel_size, rngs=rngs
+        )
+
+    def __call__(self, audio: Steps, edges: Edges) -> tuple[Float[Array, "B T2 D"], Edges]:
+        """Encodes whole frames; their edges come with them."""
+        x = self.input(audio, edges)
+        for stage in self.stages:
+            x, edges = stage(x, edges)
+        return self.output(self.activation(x), edges), edges

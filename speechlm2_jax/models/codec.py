@@ -1,0 +1,250 @@
+"""An audio codec as a user holds it: NeMo's AudioCodecModel."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from speechlm2_jax.codec.codec import Audio, Codec, Codes
+from speechlm2_jax.codec.config import CodecConfig
+from speechlm2_jax.codec.resampling import resample, resampled_length
+from speechlm2_jax.codec.streaming import DecoderStream
+from speechlm2_jax.conversion import mapping
+from speechlm2_jax.conversion.codec import codec_table
+from speechlm2_jax.conversion.readers import read_nemo
+from speechlm2_jax.layers.module import (
+    VariableInfo,
+    Variables,
+    abstract,
+    bind,
+    describe,
+    draw,
+    unbind,
+)
+from speechlm2_jax.models.parts import Location
+from speechlm2_jax.models.shapes import round_up
+from speechlm2_jax.settings import build
+
+BLOCKS = (
+    "sample_rate",
+    "output_sample_rate",
+    "samples_per_frame",
+    "audio_encoder",
+    "audio_decoder",
+    "vector_quantizer",
+    "semantic_codec",
+    "semantic_codec_path",
+)
+"""What a `.nemo` file's config says that matters here; the rest trains the codec."""
+FRAME_STEP = 8
+"""Rows are padded to few different numbers of frames, so that few programs are compiled."""
+
+
+def codec_config(cfg: Mapping[str, Any], where: str = "") -> CodecConfig:
+    """Reads NeMo's `model_config.yaml` of a codec. Raises SettingsError for what is not done."""
+    return build(CodecConfig, {key: cfg[key] for key in BLOCKS if key in cfg}, where)
+
+
+class AudioCodec:
+    """Waveforms to codes and back. `cfg` is NeMo's configuration of the codec as a plain dict.
+
+    Weights are random until loaded; `from_pretrained` does both. Raises SettingsError for a bad
+    or unsupported key.
+    """
+
+    def __init__(self, cfg: Mapping[str, Any], *, seed: int = 0):
+        self.config = codec_config(cfg)
+        self._seed = seed
+        module = abstract(self._make)
+        self._definition: Any = unbind(module)[0]
+        self.infos: dict[str, VariableInfo] = describe(module)
+        self._variables: Variables | None = None
+        self._folded: tuple[Any, Variables] | None = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "AudioCodec":
+        """Loads a `.nemo` file, or the one of a hub repository.
+
+        Raises SettingsError if there is none, ConversionError for one that is no such codec.
+        """
+        archive = read_nemo(Location().find_nemo(str(path), key="pretrained_audio_codec"))
+        model = cls(archive.config)
+        model.variables = mapping.load(archive.weights, codec_table(model.config), model.infos)
+        return model
+
+    @property
+    def variables(self) -> Variables:
+        """Weights and buffers by path; drawn at random when first asked for."""
+        if self._variables is None:
+            self._variables = draw(lambda: unbind(self._make())[1])
+        return self._variables
+
+    @variables.setter
+    def variables(self, values: Variables) -> None:
+        self._variables, self._folded = values, None
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second."""
+        return self.config.sample_rate
+
+    @property
+    def samples_per_frame(self) -> int:
+        """Samples behind one frame of codes."""
+        return self.config.samples_per_frame
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codes per frame, K."""
+        return self.config.num_codebooks
+
+    @property
+    def codebook_size(self) -> int:
+        """Different codes of each codebook."""
+        return self.config.codebook_size
+
+    def encode(
+        self,
+        audio: Any,
+        lengths: Any,
+        sample_rate: int | None = None,
+        *,
+        nemo_exact: bool = False,
+    ) -> Codes:
+        """Computes the codes [B, T, K] of rows [B, S] of `lengths` samples, and their frames.
+
+        `sample_rate` is that of the audio, if it is not the codec's. With `nemo_exact` the rows
+        are treated as one batch of NeMo (docs/parity.md). Raises ValueError if rows and lengths do
+        not fit each other.
+        """
+        audio, lengths = np.asarray(audio, np.float32), np.asarray(lengths, np.int32)
+        _check(audio, lengths, 2)
+        rate = sample_rate or self.sample_rate
+        longest = resampled_length(int(lengths.max(initial=0)), rate, self.sample_rate)
+        frames = self.config.frame_count(longest)
+        size = round_up(frames, FRAME_STEP) * self.samples_per_frame
+        audio = _fitted(audio, -(-size * rate // self.sample_rate))
+        definition, variables = self._compute()
+        options = {"from_hz": rate, "size": size, "nemo_exact": nemo_exact}
+        codes, counts = _encode(definition, variables, audio, lengths, **options)
+        return Codes(codes[:, :frames], counts)
+
+    def decode(self, codes: Any, lengths: Any, *, nemo_exact: bool = False) -> Audio:
+        """Computes the samples [B, T * samples_per_frame] of rows of codes, and their number.
+
+        Raises ValueError if rows and lengths do not fit each other.
+        """
+        codes, lengths = np.asarray(codes, np.int32), np.asarray(lengths, np.int32)
+        _check(codes, lengths, 3)
+        frames = codes.shape[1]
+        definition, variables = self._compute()
+        audio, counts = _decode(
+            definition,
+            variables,
+            _fitted(codes, round_up(frames, FRAME_STEP)),
+            lengths,
+            np.int32(frames),
+            nemo_exact=nemo_exact,
+        )
+        return Audio(audio[:, : frames * self.samples_per_frame], counts)
+
+    def new_stream(self, batch: int = 1) -> DecoderStream:
+        """Makes the state of `batch` streams to decode.
+
+        Raises ValueError for a codec whose decoder looks ahead.
+        """
+        return bind(*self._compute()).new_stream(batch)
+
+    def decode_step(
+        self, stream: DecoderStream, codes: Any
+    ) -> tuple[Float[Array, "B S"], DecoderStream]:
+        """Decodes the next frames [B, T, K] of each stream; the old state is used up."""
+        definition, variables = self._compute()
+        return _decode_step(definition, variables, stream, jnp.asarray(codes, jnp.int32))
+
+    def _make(self) -> Codec:
+        return Codec(self.config, rngs=nnx.Rngs(self._seed))
+
+    def _compute(self) -> tuple[Any, Variables]:
+        """The codec with its kernels computed."""
+        if self._folded is None:
+            definition = unbind(abstract(lambda: _folded(self._make())))[0]
+            self._folded = definition, _fold(self._definition, self.variables)
+        return self._folded
+
+
+@partial(jax.jit, static_argnames=("definition",))
+def _fold(definition: Any, variables: Variables) -> Variables:
+    return unbind(_folded(bind(definition, variables)))[1]
+
+
+@partial(jax.jit, static_argnames=("definition", "from_hz", "size", "nemo_exact"))
+def _encode(
+    definition: Any,
+    variables: Variables,
+    audio: Float[Array, "B S"],
+    lengths: Int[Array, " B"],
+    *,
+    from_hz: int,
+    size: int,
+    nemo_exact: bool,
+) -> Codes:
+    codec: Codec = bind(definition, variables)
+    if from_hz != codec.sample_rate:
+        if not nemo_exact:
+            is_real = jnp.arange(audio.shape[1])[None] < lengths[:, None]
+            audio = jnp.where(is_real, audio, 0.0)
+        audio = resample(audio, from_hz, codec.sample_rate)[:, :size]
+        lengths = resampled_length(lengths, from_hz, codec.sample_rate)
+        audio = jnp.where(jnp.arange(audio.shape[1])[None] < lengths[:, None], audio, 0.0)
+    return codec.encode(audio, lengths, nemo_exact=nemo_exact)
+
+
+@partial(jax.jit, static_argnames=("definition", "nemo_exact"))
+def _decode(
+    definition: Any,
+    variables: Variables,
+    codes: Int[Array, "B T K"],
+    lengths: Int[Array, " B"],
+    extent: Int[Array, ""],
+    *,
+    nemo_exact: bool,
+) -> Audio:
+    codec: Codec = bind(definition, variables)
+    return codec.decode(codes, lengths, nemo_exact=nemo_exact, extent=extent)
+
+
+@partial(jax.jit, static_argnames=("definition",), donate_argnames=("stream",))
+def _decode_step(
+    definition: Any, variables: Variables, stream: DecoderStream, codes: Int[Array, "B T K"]
+) -> tuple[Float[Array, "B S"], DecoderStream]:
+    codec: Codec = bind(definition, variables)
+    return codec.decode_step(stream, codes)
+
+
+def _folded(codec: Codec) -> Codec:
+    codec.fold()
+    return codec
+
+
+def _fitted(rows: np.ndarray, size: int) -> np.ndarray:
+    """Cuts or pads the second axis with zeros."""
+    rows = rows[:, :size]
+    widths = [(0, 0), (0, size - rows.shape[1])] + [(0, 0)] * (rows.ndim - 2)
+    return np.pad(rows, widths)
+
+
+def _check(rows: np.ndarray, lengths: np.ndarray, rank: int) -> None:
+    if rows.ndim != rank or lengths.shape != rows.shape[:1]:
+        raise ValueError(
+            f"expected rows of rank {rank} and a length for each, got {rows.shape} and "
+            f"{lengths.shape}"
+        )
+    if lengths.size and not 0 <= lengths.min() <= lengths.max() <= rows.shape[1]:
+        raise ValueError(f"lengths {lengths.tolist()} must lie within 0 and {rows.shape[1]}")

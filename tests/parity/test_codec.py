@@ -1,0 +1,353 @@
+"""The codec equals NeMo 3.0.0, part by part; the tensors are in tests/data/codec."""
+
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from speechlm2_jax.codec.activations import PLAIN, Activation, snake
+from speechlm2_jax.codec.config import (
+    FiniteScalarQuantizerConfig,
+    GroupFiniteScalarQuantizerConfig,
+)
+from speechlm2_jax.codec.convolutions import Faster, SameRate, Slower
+from speechlm2_jax.codec.decoder import BOUNDED, DecoderStage
+from speechlm2_jax.codec.edges import RowEdges
+from speechlm2_jax.codec.encoder import Encoder, EncoderStage
+from speechlm2_jax.codec.finite_scalar_quantizer import FiniteScalarQuantizer
+from speechlm2_jax.codec.resampling import resample, resampled_length
+from speechlm2_jax.layers.module import abstract, bind, unbind
+from speechlm2_jax.models.codec import AudioCodec
+from tests.perception.small_perception import quick_jit
+
+DATA = Path(__file__).parents[1] / "data" / "codec"
+LAYER_ATOL = 1e-5
+AUDIO_ATOL = 1e-4
+CODECS = ("lfr22_tiny", "nano12_tiny", "causal_tiny")
+OTHER_RATES = {"lfr22_tiny": 16000, "nano12_tiny": 16000, "causal_tiny": 22050}
+FRAMES = {"lfr22_tiny": 9, "nano12_tiny": 6, "causal_tiny": 11}
+"""Of every encoded array, so that one program serves them all."""
+LEVELS = ("8x7x6x6", "9x8x8x7", "8x5x5x5", "8x8x8", "3x2x11x15")
+
+
+@cache
+def tensors(name):
+    return load_file(DATA / f"{name}.safetensors")
+
+
+def assert_close(actual, expected, atol=LAYER_ATOL, size=1.0):
+    """Differences are at most `atol` of the largest value, or of `size`."""
+    size = max(size, np.abs(expected).max(initial=0.0))
+    np.testing.assert_allclose(np.asarray(actual), expected, atol=atol * size, rtol=0)
+
+
+def steps_last(x):
+    return np.asarray(x).swapaxes(1, 2)
+
+
+def steps_first(x):
+    return jnp.asarray(x.swapaxes(1, 2))
+
+
+# -- the quantizer ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_quantizer_equals_nemo(name):
+    given = {k.removeprefix(f"{name}/"): v for k, v in tensors("fsq").items() if name in k}
+    levels = tuple(int(level) for level in name.split("x"))
+    quantizer = FiniteScalarQuantizer(FiniteScalarQuantizerConfig(num_levels=levels))
+    x = steps_first(given["inputs"])
+    table = jnp.asarray(given["table_indices"], jnp.int32)[None, :, None]
+    (values, codes), compressed, table_values = quick_jit(
+        lambda: (quantizer(x), quantizer.compress(x), quantizer.dequantize(table))
+    )()
+    assert_close(steps_last(compressed), given["compressed"])
+    assert_close(steps_last(values), given["codes_nomask"])
+    is_real = np.arange(x.shape[1])[None] < given["len"][:, None]
+    np.testing.assert_array_equal(np.where(is_real, codes[..., 0], 0), given["indices"][0])
+    assert_close(steps_last(np.where(is_real[..., None], values, 0)), given["dequantized"])
+    assert_close(table_values[0], given["table_codes"])
+
+
+def test_grouped_quantizer_equals_nemo():
+    given = {k.removeprefix("group3/"): v for k, v in tensors("fsq").items()}
+    quantizer = FiniteScalarQuantizer(
+        GroupFiniteScalarQuantizerConfig(num_groups=3, num_levels=(8, 7, 6, 6))
+    )
+    values, codes = quick_jit(quantizer)(steps_first(given["inputs"]))
+    is_real = (np.arange(codes.shape[1])[None] < given["len"][:, None])[..., None]
+    expected = given["indices_CBT"].transpose(1, 2, 0)
+    np.testing.assert_array_equal(np.where(is_real, codes, 0), expected)
+    assert_close(steps_last(np.where(is_real, values, 0)), given["dequantized"])
+    decoded = np.where(is_real, quantizer.dequantize(jnp.asarray(expected)), 0)
+    assert_close(steps_last(decoded), given["decoded"])
+
+
+def test_the_gradient_passes_straight_through_as_in_nemo():
+    given = tensors("fsq")
+    quantizer = FiniteScalarQuantizer(FiniteScalarQuantizerConfig(num_levels=(8, 7, 6, 6)))
+    _, pull = jax.vjp(lambda x: quantizer(x).values, steps_first(given["ste/inputs"]))
+    (gradient,) = pull(steps_first(given["ste/cotangent"]))
+    assert_close(steps_last(gradient), given["ste/grad"])
+
+
+# -- single layers ----------------------------------------------------------------------------
+
+
+def test_activations_equal_nemo():
+    given = tensors("layers")
+    x = steps_first(given["x"])
+    functions = {name: PLAIN[name] for name in ("elu", "lrelu")} | {"clamp": BOUNDED["clamp"]}
+    for name, alpha in (("snake", "alpha"), ("half_snake", "snake_act.alpha")):
+        functions[name] = Activation(name, x.shape[-1], rngs=nnx.Rngs(0))
+        functions[name].alpha[...] = jnp.asarray(given[f"{name}/activation.{alpha}"][0, :, 0])
+    for name, output in quick_jit(lambda: {n: f(x) for n, f in functions.items()})().items():
+        assert_close(steps_last(output), given[f"{name}/y"])
+
+
+def test_snake_is_exact_far_from_zero():
+    x = np.linspace(-3000, 3000, 10001, dtype=np.float32).reshape(1, -1, 1)
+    expected = x + np.sin(1.5 * x.astype(np.float64)) ** 2 / 1.5
+    error = np.asarray(snake(jnp.asarray(x), jnp.asarray([1.5]))) - expected
+    # the product with alpha is itself rounded: half a unit in the last place of 4500
+    assert np.abs(error).max() < 3e-4
+    near = np.abs(x) < 10
+    assert np.abs(error[near]).max() < 2e-6
+
+
+LAYERS = {
+    "Conv1dNorm_k7_reflect": lambda r: SameRate(
+        3, 4, 7, is_causal=False, pad_mode="reflect", rngs=r
+    ),
+    "Conv1dNorm_k3_d5_replicate": lambda r: SameRate(
+        3, 4, 3, dilation=5, is_causal=False, pad_mode="replicate", rngs=r
+    ),
+    "Conv1dNorm_down7": lambda r: Slower(3, 4, 7, is_causal=False, pad_mode="reflect", rngs=r),
+    "Conv1dNorm_down4": lambda r: Slower(3, 4, 4, is_causal=False, pad_mode="zeros", rngs=r),
+    "CausalConv1dNorm_k7_d3": lambda r: SameRate(
+        3, 4, 7, dilation=3, is_causal=True, pad_mode="zeros", rngs=r
+    ),
+    "CausalConv1dNorm_down4": lambda r: Slower(3, 4, 4, is_causal=True, pad_mode="zeros", rngs=r),
+    "CausalConv1dNorm_down7": lambda r: Slower(3, 4, 7, is_causal=True, pad_mode="zeros", rngs=r),
+    "ConvTranspose1dNorm_up7": lambda r: Faster(3, 4, 7, is_causal=False, is_grouped=False, rngs=r),
+    "ConvTranspose1dNorm_up4": lambda r: Faster(3, 4, 4, is_causal=False, is_grouped=False, rngs=r),
+    "CausalConvTranspose1dNorm_up7_g1": lambda r: Faster(
+        3, 4, 7, is_causal=True, is_grouped=False, rngs=r
+    ),
+    "CausalConvTranspose1dNorm_up4_gout": lambda r: Faster(
+        6, 3, 4, is_causal=True, is_grouped=True, rngs=r
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_convolution_equals_nemo(name):
+    given = tensors("layers")
+    part = {k.removeprefix(f"conv/{name}/"): v for k, v in given.items() if f"/{name}/" in k}
+    layer = abstract(lambda: LAYERS[name](nnx.Rngs(0)))
+    stored = {"weight.gain": part["g"][:, 0, 0], "weight.direction": part["v"]}
+    layer = bind(unbind(layer)[0], {**stored, "bias": part["bias"]})
+    x = steps_first(given["conv/x"])
+    if name.endswith("gout"):
+        x = jnp.concatenate([x, -0.5 * x], axis=-1)  # as the generator made six channels
+    lengths = jnp.asarray(given["conv/len"], jnp.int32)
+    edges = RowEdges(lengths=lengths, ends=jnp.full(lengths.shape, x.shape[1]))
+    if isinstance(layer, Slower):  # its steps must be whole blocks
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % layer.rate), (0, 0)))
+    y, weight = quick_jit(lambda x, edges: (layer(x, edges), layer.weight()))(x, edges)
+    y, edges = y if isinstance(y, tuple) else (y, edges)
+    assert_close(weight, part["effective"])
+    np.testing.assert_array_equal(edges.lengths, part["out_len"])
+    assert_close(steps_last(y)[..., : part["y"].shape[2]], part["y"])
+
+
+# -- whole codecs -----------------------------------------------------------------------------
+
+
+@cache
+def model(name):
+    return AudioCodec.from_pretrained(DATA / f"{name}.nemo")
+
+
+def codec_of(name):
+    return bind(model(name)._definition, model(name).variables)
+
+
+@contextmanager
+def recorded(*classes):
+    """Collects, while a function is traced, what the modules of these classes return."""
+    seen = {cls: [] for cls in classes}
+
+    def recording(cls, call):
+        def run(self, *args):
+            output = call(self, *args)
+            seen[cls].append(output[0] if isinstance(output, tuple) else output)
+            return output
+
+        return run
+
+    with ExitStack() as patches:
+        for cls in classes:
+            patch = mock.patch.object(cls, "__call__", recording(cls, cls.__call__))
+            patches.enter_context(patch)
+        yield seen
+
+
+@cache
+def programs(name):
+    """(encode, decode) with what their parts gave, each compiled once."""
+    definition = model(name)._definition
+
+    @quick_jit
+    def encode(variables, audio, lengths, extent):
+        with recorded(EncoderStage, Encoder) as seen:
+            output = bind(definition, variables).encode(
+                audio, lengths, nemo_exact=True, extent=extent
+            )
+        return output, seen[EncoderStage], seen[Encoder][0]
+
+    @quick_jit
+    def decode(variables, codes, lengths, extent):
+        with recorded(SameRate, Faster, DecoderStage) as seen:
+            output = bind(definition, variables).decode(
+                codes, lengths, nemo_exact=True, extent=extent
+            )
+        return output, seen[SameRate][0], seen[Faster], seen[DecoderStage]
+
+    return encode, decode
+
+
+def encode(name, audio, lengths, extent):
+    """Runs the one program: rows and samples are padded, loudly, to its shape."""
+    samples = model(name).samples_per_frame * FRAMES[name]
+    rows = len(audio)
+    padded = np.full((3, samples), 9.0, np.float32)
+    padded[:rows, : audio.shape[1]] = audio
+    lengths = np.pad(np.asarray(lengths, np.int32), (0, 3 - rows))
+    extent = np.broadcast_to(np.asarray(extent, np.int32), (rows,))
+    extent = np.pad(extent, (0, 3 - rows))
+    output, stages, frames = programs(name)[0](
+        model(name).variables, jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(extent)
+    )
+    return output.codes[:rows], output.lengths[:rows], stages, frames[:rows]
+
+
+@pytest.mark.parametrize("kind", ["batch", "garbage"])
+@pytest.mark.parametrize("name", CODECS)
+def test_encoding_a_batch_equals_nemo(name, kind):
+    given = tensors(name)
+    audio, lengths = given[f"{kind}/audio"], given["batch/audio_len"]
+    codes, counts, stages, frames = encode(name, audio, lengths, audio.shape[1])
+    expected = given[f"{kind}/tokens"]
+    longest = expected.shape[2]
+    np.testing.assert_array_equal(steps_last(codes)[..., :longest], expected)
+    assert not np.asarray(codes)[:, longest:].any()
+    np.testing.assert_array_equal(counts, given["batch/encoded_len"])
+    assert [model(name).config.frame_count(int(n)) for n in lengths] == counts.tolist()
+    assert_close(steps_last(frames)[..., :longest], given[f"{kind}/encoded"])
+    if kind == "batch":
+        points = {int(k[-1]): v for k, v in given.items() if "enc_down" in k}
+        assert points
+        for stage, value in points.items():
+            assert_close(steps_last(stages[stage])[..., : value.shape[2]], value)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_encoding_alone_equals_nemo(name):
+    """The default: each row as if it were alone, whatever lies beside and behind it."""
+    given = tensors(name)
+    lengths = given["batch/audio_len"]
+    # what the default mode means, in terms of the one program
+    codes, _, _, frames = encode(name, given["batch/audio"], lengths, lengths)
+    alone = [i for i in range(3) if f"single{i}/tokens" in given]
+    assert alone
+    for i in alone:
+        expected = given[f"single{i}/tokens"][0]
+        count = expected.shape[1]
+        np.testing.assert_array_equal(codes[i, :count].T, expected)
+        # the last convolution of these codecs amplifies rounding as much as a batch's frames
+        size = np.abs(given["batch/encoded"]).max()
+        assert_close(frames[i, :count].T, given[f"single{i}/encoded"][0], size=size)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_resampling_equals_nemo(name):
+    given = tensors(name)
+    lengths, rates = given["resample/audio_len"], (OTHER_RATES[name], model(name).sample_rate)
+    audio = np.asarray(quick_jit(lambda x: resample(x, *rates))(given["resample/audio"]))
+    count = resampled_length(int(lengths[0]), *rates)
+    assert model(name).config.frame_count(count) == given["resample/tokens_len"][0]
+    expected = given["resample/padded_audio"]
+    padded = np.zeros_like(expected)
+    padded[:, :count] = audio[:, :count]
+    assert_close(padded, expected)
+    codes, _, _, _ = encode(name, padded, [count], padded.shape[1])
+    expected = given["resample/tokens"]
+    np.testing.assert_array_equal(steps_last(codes)[..., : expected.shape[2]], expected)
+
+
+def decode(name, codes, lengths, extent):
+    padded = np.full((3, 7, codes.shape[2]), 5, np.int32)
+    padded[:, : codes.shape[1]] = codes
+    extent = np.broadcast_to(np.asarray(extent, np.int32), (3,))
+    lengths = jnp.asarray(lengths, jnp.int32)
+    return programs(name)[1](
+        model(name).variables, jnp.asarray(padded), lengths, jnp.asarray(extent)
+    )
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_decoding_a_batch_equals_nemo(name):
+    given = tensors(name)
+    codes, lengths = given["decode/tokens"].swapaxes(1, 2), given["decode/tokens_len"]
+    output, first, ups, stages = decode(name, codes, lengths, codes.shape[1])
+    np.testing.assert_array_equal(output.lengths, given["decode/audio_len"])
+    assert_close(output.audio, given["decode/audio"], AUDIO_ATOL)
+    for point, value in (
+        ("dec_pre_conv", first),
+        ("dec_up0", ups[0]),
+        ("dec_res0", stages[0]),
+        ("dec_res1", stages[1]),
+    ):
+        assert_close(steps_last(value), given[f"decode/{point}"])
+    frames = codec_of(name).quantizer.dequantize(jnp.asarray(codes, jnp.int32))
+    is_real = (np.arange(7)[None] < lengths[:, None])[..., None]
+    assert_close(steps_last(np.where(is_real, frames, 0)), given["decode/dequantized"])
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_encoding_and_decoding_equal_nemo(name):
+    given = tensors(name)
+    codes, counts = given["batch/tokens"].swapaxes(1, 2), given["batch/tokens_len"]
+    output, *_ = decode(name, codes, counts, codes.shape[1])
+    expected = given["batch/recon"]
+    assert_close(output.audio[:, : expected.shape[1]], expected, AUDIO_ATOL)
+    assert not np.asarray(output.audio)[:, expected.shape[1] :].any()
+    np.testing.assert_array_equal(output.lengths, given["batch/recon_len"])
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_decoding_alone_equals_nemo(name):
+    given = tensors(name)
+    codes, lengths = given["decode/tokens"].swapaxes(1, 2), given["decode/tokens_len"]
+    output, *_ = decode(name, codes, lengths, lengths)
+    for i in (1, 2):
+        if f"decode/single{i}" in given:
+            expected = given[f"decode/single{i}"][0]
+            assert_close(output.audio[i, : len(expected)], expected, AUDIO_ATOL)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_effective_kernels_equal_torchs(name):
+    given = tensors(name)
+    codec = codec_of(name)
+    assert_close(codec.encoder.input.weight(), given["weights/enc_pre_conv_effective"])
+    assert_close(codec.decoder.stages[0].up.weight(), given["weights/dec_up0_effective"])
