@@ -80,7 +80,9 @@ class RowEdges:
 
     def slower(self, rate: int) -> "Edges":
         """The same rows at a rate divided by `rate`."""
-        return RowEdges(lengths=self.lengths // rate, ends=self.ends // rate)
+        # not `//`, whose care for signs XLA repeats in every layer
+        divided = [jax.lax.div(x, jnp.full_like(x, rate)) for x in (self.lengths, self.ends)]
+        return RowEdges(lengths=divided[0], ends=divided[1])
 
     def faster(self, rate: int) -> "Edges":
         """The same rows at a rate multiplied by `rate`."""
