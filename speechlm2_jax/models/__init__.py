@@ -6,10 +6,20 @@ from typing import Any
 _MODELS = {
     "SALM": "speechlm2_jax.models.salm",
     "CTCModel": "speechlm2_jax.models.ctc",
+    "DuplexS2SModel": "speechlm2_jax.models.duplex",
+    "DuplexS2SSpeechDecoderModel": "speechlm2_jax.models.duplex",
     "AudioCodec": "speechlm2_jax.models.codec",
+    "ASRModel": "speechlm2_jax.models.recogniser",
 }
 
-__all__ = ["SALM", "AudioCodec", "CTCModel"]  # noqa: F822
+__all__ = [
+    "SALM",
+    "ASRModel",
+    "AudioCodec",
+    "CTCModel",
+    "DuplexS2SModel",
+    "DuplexS2SSpeechDecoderModel",
+]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:
