@@ -1,13 +1,12 @@
 """From NeMo's `model:` block of a duplex model to a network: parts found, architecture known."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
 
-from speechlm2_jax.codec.config import CodecConfig
 from speechlm2_jax.conversion import duplex as duplex_tables
 from speechlm2_jax.conversion import hf_config, mapping
 from speechlm2_jax.conversion.readers import open_weights, read_nemo
@@ -21,6 +20,7 @@ from speechlm2_jax.models.blueprint import (
     perception_config,
     under,
 )
+from speechlm2_jax.models.codec import codec_config
 from speechlm2_jax.models.duplex_config import DuplexModelConfig, DuplexSpeechDecoderModelConfig
 from speechlm2_jax.models.parts import AUDIO_CODEC, Location, read_json
 from speechlm2_jax.networks.channels import TextIds
@@ -40,6 +40,8 @@ class DuplexBlueprint(Blueprint):
     """The codec's own model config, as it was read."""
     codec_file: Path | None
     """Its `.nemo` file; None where only the config was found."""
+    whole_model: Path | None
+    """Where the weights of all parts come from, if not from the parts."""
 
     @property
     def table(self) -> mapping.Table:
@@ -52,7 +54,10 @@ class DuplexBlueprint(Blueprint):
         return kind(self.network, rngs=rngs)
 
     def pretrained(self, infos: Mapping[str, VariableInfo]) -> Iterator[Pretrained]:
-        """The LLM's directory, the ASR model's file and the codec's."""
+        """A whole model's weights, or the LLM's directory, the ASR model's file and the codec's."""
+        if self.whole_model is not None:
+            yield open_weights(self.whole_model), self.table, dict(infos)
+            return
         if self.codec_file is not None:
             # a codec is never trained here: with random weights no code would mean anything
             yield (
@@ -104,7 +109,7 @@ def read_blueprint(
         network = DuplexConfig(
             llm=decoder,
             perception=perception,
-            codec=_codec_config(codec_cfg),
+            codec=codec_config(codec_cfg, "model.pretrained_audio_codec"),
             text=_text_ids(tokenizer),
             speech_decoder=config.speech_decoder if is_speech_decoder else None,
             lora=None if config.lora is None else build(LoraConfig, config.lora, "model.lora"),
@@ -128,7 +133,21 @@ def read_blueprint(
         asr_file=asr_file,
         codec_cfg=codec_cfg,
         codec_file=codec_file,
+        whole_model=_whole_model(config, location),
     )
+
+
+def _whole_model(config: DuplexModelConfig, location: Location) -> Path | None:
+    if config.init_from_checkpoint is None:
+        return None
+    key = "model.init_from_checkpoint"
+    found = location.find(config.init_from_checkpoint, key=key)
+    if (found / "checkpoints").is_dir():
+        raise SettingsError(
+            f"{key}: {found} is a run; write its weights to a directory first "
+            "(DuplexS2SModel.from_pretrained(RUN).save_pretrained(DIR)) and name that"
+        )
+    return found
 
 
 def _codec(config: DuplexModelConfig, location: Location) -> tuple[dict[str, Any], Path | None]:
@@ -139,15 +158,6 @@ def _codec(config: DuplexModelConfig, location: Location) -> tuple[dict[str, Any
         return read_json(found / "config.json", key=key), None
     file = location.find_nemo(config.pretrained_audio_codec, key=key)
     return dict(read_nemo(file).config), file
-
-
-def _codec_config(cfg: Mapping[str, Any]) -> CodecConfig:
-    known = {field.name for field in fields(CodecConfig)} | set(CodecConfig.REFUSED)
-    return build(
-        CodecConfig,
-        {key: value for key, value in cfg.items() if key in known},
-        "model.pretrained_audio_codec",
-    )
 
 
 def _text_ids(tokenizer: Tokenizer) -> TextIds:

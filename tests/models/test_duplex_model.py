@@ -109,3 +109,13 @@ def test_pretrained_parts_start_a_model():
     for path, value in codec.items():
         np.testing.assert_array_equal(model.variables[path], value)
     model.check_weights()
+
+
+def test_a_whole_model_starts_another(tmp_path):
+    saved = pretrained("duplex_s2s")
+    model = configured("duplex_s2s", init_from_checkpoint=str(DATA / "duplex_s2s" / "hf"))
+    for path, value in saved.variables.items():
+        np.testing.assert_array_equal(model.variables[path], value, err_msg=path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(SettingsError, match="is a run; write its weights"):
+        configured("duplex_s2s", init_from_checkpoint=str(tmp_path))

@@ -61,7 +61,9 @@ def test_loading_takes_little_more_memory_than_the_checkpoint(tmp_path):
         assert set(placements) == {4}, "every large weight lies on four devices"
     size, of_weights = sizes[1024] - sizes[64], taken[1024] - taken[64]
     assert size > 200e6
-    assert size < of_weights  # measured at all: the memory of these devices is the host's
+    # measured at all: the memory of these devices is the host's, but for whole rows of the file,
+    # which stay where they are mapped
+    assert size / 2 < of_weights
     assert of_weights < MOST * size
 
 

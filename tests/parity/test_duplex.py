@@ -26,7 +26,11 @@ ATOL = 1e-4
 EXACT = DuplexModes(perception=PerceptionModes(nemo_exact=True))
 
 
-@pytest.fixture(scope="module", params=MODELS)
+SLOW = pytest.param("duplex_s2s_speech_decoder", marks=pytest.mark.slow)
+"""The guided one takes the same paths, and more."""
+
+
+@pytest.fixture(scope="module", params=["duplex_s2s", "duplex_s2s_speech_decoder_cfg", SLOW])
 def run(request):
     return request.param
 
