@@ -1,4 +1,4 @@
-"""Eight CPU devices and strict ranks for every test; nothing is downloaded."""
+"""Eight CPU devices, strict ranks, the longest files first; nothing is downloaded."""
 
 import os
 
@@ -21,3 +21,24 @@ from hypothesis import settings  # noqa: E402
 # compilation makes first examples slow; the same examples on every machine
 settings.register_profile("project", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("project")
+
+LONGEST = (
+    "training/test_resharding.py",
+    "training/test_processes.py",
+    "multidevice/test_duplex_meshes.py",
+    "multidevice/test_salm_meshes.py",
+    "models/test_streaming.py",
+    "models/test_duplex_model.py",
+    "parity/test_duplex.py",
+)
+"""Few tests of many seconds each: last, they would leave one of two workers without work."""
+
+
+def pytest_collection_modifyitems(items):
+    """Brings the longest files to the front, in the order above."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+
+    def place(item):
+        return places.get("/".join(item.path.parts[-2:]), len(places))
+
+    items.sort(key=place)

@@ -23,6 +23,28 @@ MESHES = {
     "fsdp=2 tensor=2 sequence context=2": dict(fsdp=2, tensor=2, context=2, sequence_parallel=True),
     "context=4 fsdp=2": dict(context=4, fsdp=2),
 }
+MORE_MESHES = {
+    "data=4 tensor=2": dict(data=4, tensor=2),
+    "data=4 tensor=2 sequence": dict(data=4, tensor=2, sequence_parallel=True),
+    "fsdp=4 tensor=2": dict(fsdp=4, tensor=2),
+    "fsdp=4 tensor=2 sequence": dict(fsdp=4, tensor=2, sequence_parallel=True),
+    "data=2 fsdp=2 tensor=2 sequence": dict(data=2, fsdp=2, tensor=2, sequence_parallel=True),
+    "context=8": dict(context=8),
+    "data=2 context=4": dict(data=2, context=4),
+    "data=4 context=2": dict(data=4, context=2),
+    "data=2 fsdp=2 context=2": dict(data=2, fsdp=2, context=2),
+    "tensor=2 context=4": dict(tensor=2, context=4),
+    "tensor=2 sequence context=4": dict(tensor=2, context=4, sequence_parallel=True),
+    "data=2 tensor=2 context=2": dict(data=2, tensor=2, context=2),
+    "data=2 tensor=2 sequence context=2": dict(data=2, tensor=2, context=2, sequence_parallel=True),
+    "fsdp=2 tensor=2 context=2": dict(fsdp=2, tensor=2, context=2),
+}
+"""Every other product that eight devices and two key-value heads allow."""
+CASES = [
+    *(("llama_adapter", mesh) for mesh in MESHES),
+    ("qwen3_lora", "data=2 fsdp=2 tensor=2"),
+    ("qwen3_lora", "fsdp=2 tensor=2 sequence context=2"),
+]
 
 
 @pytest.fixture(scope="module", params=["llama_adapter", "qwen3_lora"])
@@ -57,9 +79,19 @@ def one_device(model, run):
     return five_steps(model, _batch(model, run, 1), sharding, steps=2)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(("run", "mesh"), CASES, indirect=["run"])
 def test_eight_devices_equal_one(model, run, one_device, mesh):
-    sharding = make_sharding(**MESHES[mesh])
+    _equals_one_device(model, run, one_device, mesh, MESHES[mesh])
+
+
+@pytest.mark.slow  # twenty meshes, twice
+@pytest.mark.parametrize("mesh", MESHES | MORE_MESHES)
+def test_every_product_equals_one_device(model, run, one_device, mesh):
+    _equals_one_device(model, run, one_device, mesh, (MESHES | MORE_MESHES)[mesh])
+
+
+def _equals_one_device(model, run, one_device, mesh, sizes):
+    sharding = make_sharding(**sizes)
     groups = sharding.data_parallel_size
     batch = _batch(model, run, groups)
     many, one = five_steps(model, batch, sharding, steps=2), one_device
@@ -81,10 +113,10 @@ def test_eight_devices_equal_one(model, run, one_device, mesh):
     if mesh == "data=8":
         # weights are whole on every device, so any all-gather would be one of activations
         assert not re.findall(r"\ball-gather(?:-start)?\(", many.program)
-    if MESHES[mesh].get("sequence_parallel"):
+    if sizes.get("sequence_parallel"):
         # what the scan over layers keeps for the backward pass: each device its share of the steps
         layers, width = model.infos["llm.layers.attention.query.weight"].shape[::2]
-        shares = MESHES[mesh]["tensor"] * MESHES[mesh]["context"]
+        shares = sizes["tensor"] * sizes.get("context", 1)
         rows = batch.tokens.shape[1]
         kept = re.findall(rf"f32\[{layers},{rows},(\d+),{width}\]", many.program)
         assert kept and set(kept) == {str(STEPS // shares)}

@@ -51,7 +51,10 @@ def eight(tmp_path_factory):
     return folder, config
 
 
-@pytest.mark.parametrize(("devices", "strategy"), [(4, (FSDP,)), (4, (TENSOR,)), (1, ())])
+@pytest.mark.parametrize(
+    ("devices", "strategy"),
+    [pytest.param(4, (FSDP,), marks=pytest.mark.slow), (4, (TENSOR,)), (1, ())],
+)
 def test_a_run_of_eight_devices_goes_on_with_fewer(eight, tmp_path, devices, strategy):
     folder, config = eight
     shutil.copytree(folder / "saved", tmp_path / "run")
