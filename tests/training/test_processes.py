@@ -50,10 +50,13 @@ class Run:
     def start(self, name, processes=1, *overrides):
         launcher = ["-m", "speechlm2_jax.launch", "-n", str(processes)] if processes > 1 else []
         run_dir = f"exp_manager.explicit_log_dir={self.folder / name}"
+        # biases whose gradient is but rounding (in front of a batch norm) stay where they are;
+        # with AdamW's own 1e-8 they would walk at full speed, each run on its own way
+        eps = "+model.optimizer.eps=1e-3"
         return subprocess.Popen(
             [
                 *(sys.executable, *launcher, "train.py", "--config", str(self.config)),
-                *(run_dir, *overrides),
+                *(run_dir, eps, *overrides),
             ],
             cwd=ROOT,
             env=self.environment(self.devices // processes),
