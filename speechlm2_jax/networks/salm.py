@@ -105,10 +105,20 @@ def prepare(
     network: Salm, batch: SalmBatch, modes: SalmModes, key: Key[Array, ""] | None = None
 ) -> SalmInputs:
     """Embeds text, encodes audio, and interleaves them. Without `key` nothing is random."""
+    if batch.audio.shape[1] == 0:
+        return join(network, batch, None, {})
+    return join(network, batch, *encode_audio(network, batch, modes, key))
+
+
+def join(
+    network: Salm,
+    batch: SalmBatch,
+    frames: Float[Array, "G C F D"] | None,
+    statistics: dict[str, Array],
+) -> SalmInputs:
+    """Embeds the text of a batch and puts the frames of its clips between; None: there are none."""
     text = network.llm.embed(batch.tokens).astype(network.dtype)
-    statistics: dict[str, Array] = {}
-    if batch.audio.shape[1] > 0:
-        frames, statistics = encode_audio(network, batch, modes, key)
+    if frames is not None:
         text = interleave(text, frames.astype(network.dtype), batch.audio_index)
     embeds = text.reshape(-1, *text.shape[2:])
     return SalmInputs(
@@ -141,8 +151,18 @@ def losses(
 ) -> StepLosses:
     """Next-token cross-entropy over the assistant's turns, and token accuracy (`acc`), as sums."""
     audio_key, text_key = (None, None) if key is None else jax.random.split(key)
-    inputs = prepare(network, batch, modes, audio_key)
-    hidden = forward(network, inputs.embeds, batch, modes, text_key)
+    return score(network, prepare(network, batch, modes, audio_key), batch, modes, text_key)
+
+
+def score(
+    network: Salm,
+    inputs: SalmInputs,
+    batch: SalmBatch,
+    modes: SalmModes,
+    key: Key[Array, ""] | None = None,
+) -> StepLosses:
+    """Runs the LLM over prepared inputs and sums the losses of what is scored."""
+    hidden = forward(network, inputs.embeds, batch, modes, key)
     rows = hidden.shape[:2]
     mask: Bool[Array, "B T"] = batch.loss_mask.reshape(rows)
     loss, accuracy = chunked_cross_entropy(

@@ -192,12 +192,37 @@ class AudioPerception(nnx.Module):
             if extents is None:
                 raise ValueError("nemo_exact needs `extents`: the longest clip of each group")
             frame_extents = jnp.where(lengths > 0, self.log_mel.frame_extents(extents), 0)
+        return self.encode(
+            features,
+            self.config.frame_capacity(audio.shape[1]),
+            modes=modes,
+            keys=keys,
+            extents=frame_extents,
+            dtype=dtype,
+            remat=remat,
+        )
+
+    def encode(
+        self,
+        features: Frames,
+        capacity: int,
+        *,
+        modes: PerceptionModes = PerceptionModes(),
+        keys: Key[Array, " B"] | None = None,
+        extents: Int[Array, " B"] | None = None,
+        dtype: DTypeLike = jnp.float32,
+        remat: RematPolicy = "full",
+    ) -> PerceptionOutput:
+        """Encodes mel features into `capacity` frames per clip; the second half of a call.
+
+        `extents` count mel frames here, already 0 for empty slots.
+        """
         encoded = self.encoder(
             features.frames.astype(dtype),
             features.lengths,
             train=modes.encoder,
             keys=fold_keys(keys, _ENCODER_PLACE) if modes.encoder else None,
-            extents=frame_extents,
+            extents=extents,
             remat=remat,
         )
         adapted = self.adapter(
@@ -208,7 +233,7 @@ class AudioPerception(nnx.Module):
             extents=encoded.extents,
         )
         # cut last: up to here the frames beyond a clip are those that NeMo's batch norm counts
-        frames = adapted.frames[:, : self.config.frame_capacity(audio.shape[1])]
+        frames = adapted.frames[:, :capacity]
         if self.projection is not None:
             frames = self.projection(frames)
         return PerceptionOutput(

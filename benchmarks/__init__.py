@@ -1,0 +1,10 @@
+"""Benchmarks: one command per table, each ending in one line of JSON.
+
+    python -m benchmarks.salm --preset small          training step and generation of a shape
+    python -m benchmarks.parts --preset small         mel features and encoder alone
+    python -m benchmarks.loader                       batches per second of the data room
+    python -m benchmarks.startup                      seconds to the first step and first answer
+    python -m benchmarks.side_by_side OURS --against THEIRS
+
+They run from the repository's root; all but `loader` and `startup` need the JAX stack only.
+"""

@@ -1,0 +1,222 @@
+"""The work that is timed: a training step and an answer of a SALM, on random mel features.
+
+Everything that runs is the project's own: `networks.salm` behind the mel features, the trainer's
+`Programs`, and `generation.salm.decode`. The arithmetic is timed, not the data.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.presets import Preset
+from speechlm2_jax.batches import HostBatch, SalmBatch, StepLosses
+from speechlm2_jax.generation.salm import DecodingConfig, decode
+from speechlm2_jax.layers.module import Variables, abstract, bind, describe, draw, unbind
+from speechlm2_jax.networks import salm
+from speechlm2_jax.networks.flops import salm_flops
+from speechlm2_jax.networks.salm import Salm, SalmConfig, SalmModes
+from speechlm2_jax.perception.frames import Frames
+from speechlm2_jax.perception.perception import PerceptionModes
+from speechlm2_jax.sharding import make_sharding
+from speechlm2_jax.training.optimizer import AdamWConfig, Optimizer
+from speechlm2_jax.training.programs import Programs
+from speechlm2_jax.training.state import Partition, first_state, plan_layout, put
+from speechlm2_jax.training.step import StepFunctions
+
+FRAMES_PER_S = 100
+LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """One batch: rows of `prompt` tokens, the audio, and `answer` tokens."""
+
+    batch: int = 4
+    seconds: float = 8.0
+    prompt: int = 16
+    answer: int = 32
+
+    @property
+    def mel_frames(self) -> int:
+        """Mel frames of a clip."""
+        return int(self.seconds * FRAMES_PER_S)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class MelBatch:
+    """A batch whose clips are mel features already."""
+
+    rows: SalmBatch
+    """Its audio is empty."""
+    mel: Any
+    """Float32 [G, C, T, M]."""
+
+
+def encode(
+    network: Salm, batch: MelBatch, modes: SalmModes
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Encodes the clips, all of full length, as `networks.salm.encode_audio` does."""
+    groups, clips, steps, bins = batch.mel.shape
+    perception = network.perception
+    output = perception.encode(
+        Frames(
+            frames=batch.mel.reshape(groups * clips, steps, bins),
+            lengths=jnp.full(groups * clips, steps, jnp.int32),
+        ),
+        perception.config.encoder.frame_count(steps),
+        modes=modes.perception,
+        dtype=network.dtype,
+        remat=network.config.remat.perception,
+    )
+    frames = output.frames.reshape(groups, clips, *output.frames.shape[1:])
+    return frames, output.statistics
+
+
+def losses(
+    definition: Any, variables: Variables, batch: MelBatch, *, key: jax.Array, train: bool
+) -> StepLosses:
+    """`networks.salm.losses` behind the mel features, encoder and LLM in training mode."""
+    del key
+    network: Salm = bind(definition, variables)
+    modes = SalmModes(perception=PerceptionModes(encoder=train), llm=False)
+    inputs = salm.join(network, batch.rows, *encode(network, batch, modes))
+    return salm.score(network, inputs, batch.rows, modes)
+
+
+@partial(jax.jit, static_argnames=("definition", "config"))
+def answer(
+    definition: Any, variables: Variables, batch: MelBatch, config: DecodingConfig
+) -> jax.Array:
+    """Encodes, prefills and decodes: ids [B, A]."""
+    network: Salm = bind(definition, variables)
+    modes = SalmModes()
+    inputs = salm.join(network, batch.rows, *encode(network, batch, modes))
+    rows = batch.rows.is_key.reshape(inputs.embeds.shape[:2])
+    lengths = jnp.sum(rows, axis=1, dtype=jnp.int32)
+    return decode(network.llm, inputs.embeds, lengths=lengths, is_key=rows, config=config)
+
+
+class Work:
+    """A model of a preset with random weights, and what is timed on it."""
+
+    def __init__(self, preset: Preset, sizes: Sizes, config: SalmConfig, *, seed: int = 0):
+        self.sizes, self.config, self.preset = sizes, config, preset
+        module = abstract(lambda: Salm(config, rngs=nnx.Rngs(0)))
+        self.definition, self.infos = unbind(module)[0], describe(module)
+        self.sharding = make_sharding(devices=jax.devices()[:1])
+        self.trains = {
+            path: not path.startswith("llm.") or ".lora_" in path
+            for path, info in self.infos.items()
+            if not info.is_buffer
+        }
+        self.partition = Partition.of(self.infos, self.trains)
+        self.optimizer = Optimizer(
+            transform=AdamWConfig(lr=LEARNING_RATE).transform(), clip_norm=1.0
+        )
+        self.layout = plan_layout(
+            self.infos, self.partition, self.optimizer, self.sharding, config.compute_dtype
+        )
+        make = lambda: unbind(Salm(config, rngs=nnx.Rngs(seed)))[1]  # noqa: E731
+        self.variables = draw(make, self.layout.variables)
+        self._random = np.random.default_rng(seed)
+
+    def count(self, *, trained_only: bool = False) -> int:
+        """Parameters, buffers not counted."""
+        return sum(
+            int(np.prod(self.infos[path].shape))
+            for path, trained in self.trains.items()
+            if trained or not trained_only
+        )
+
+    @cached_property
+    def programs(self) -> Programs:
+        """The trainer's compiled side."""
+        functions = StepFunctions(
+            losses=partial(losses, self.definition),
+            optimizer=self.optimizer,
+            sharding=self.sharding,
+            seed=0,
+        )
+        return Programs(functions, self.layout)
+
+    def training(self) -> Callable[[], float]:
+        """A call that takes one step and waits for it; it gives the loss."""
+        state = first_state(self.variables, self.layout, self.optimizer)
+        frozen = put(self.variables, self.layout.frozen, copy=False)
+        batch = self.training_batch
+
+        def step() -> float:
+            nonlocal state
+            state, report = self.programs.train(state, frozen, batch, LEARNING_RATE)
+            jax.block_until_ready(state)
+            return float(report.loss)
+
+        return step
+
+    def answering(self) -> Callable[[], np.ndarray]:
+        """A call that answers every row with exactly `sizes.answer` tokens, greedily."""
+        config = DecodingConfig(max_new_tokens=self.sizes.answer, stop_ids=(), pad_id=0)
+        batch = self.programs.put(replace(self.training_batch, arrays=self._batch(0)))
+        return lambda: np.asarray(answer(self.definition, self.variables, batch, config))
+
+    @cached_property
+    def training_batch(self) -> HostBatch:
+        """Rows of prompt, audio and answer, each answer token a target."""
+        return HostBatch(arrays=self._batch(self.sizes.answer), ids=(), bucket="")
+
+    def training_flops(self) -> float:
+        """FLOPs that the maths of a step needs (`networks.flops`)."""
+        return self._flops(self.trains)
+
+    def forward_flops(self) -> float:
+        """FLOPs of one pass over prompts and answers."""
+        return self._flops(dict.fromkeys(self.trains, False))
+
+    def _flops(self, trains: dict[str, bool]) -> float:
+        encoder = self.config.perception.encoder
+        frames = np.full(self.sizes.batch, encoder.frame_count(self.sizes.mel_frames))
+        return salm_flops(
+            self.infos,
+            trains,
+            self._batch(self.sizes.answer).rows,
+            frames,
+            subsampling_factor=encoder.subsampling_factor,
+        )
+
+    def _batch(self, answer: int) -> MelBatch:
+        """Rows of prompt, audio and so many answer tokens, all of one length."""
+        sizes, llm = self.sizes, self.config.llm
+        frames = self.config.perception.encoder.frame_count(sizes.mel_frames)
+        steps = sizes.prompt + frames + answer
+        shape = (1, sizes.batch, steps)
+        start, first_answer = sizes.prompt, sizes.prompt + frames
+        ids = self._random.integers(10, llm.vocab_size, shape).astype(np.int32)
+        place = np.full(shape, -1, np.int32)
+        clip = np.arange(sizes.batch, dtype=np.int32)[None, :, None] * frames
+        place[..., start:first_answer] = clip + np.arange(frames, dtype=np.int32)
+        is_scored = np.zeros(shape, bool)
+        is_scored[..., first_answer - 1 : steps - 1] = answer > 0
+        numbers = np.arange(sizes.batch, dtype=np.int32)[None]
+        rows = SalmBatch(
+            audio=np.zeros((1, sizes.batch, 0), np.float32),
+            audio_lengths=np.zeros((1, sizes.batch), np.int32),
+            audio_extent=np.zeros(1, np.int32),
+            clip_ids=numbers,
+            tokens=np.where(place < 0, ids, 0),
+            audio_index=place,
+            is_key=np.ones(shape, bool),
+            segments=np.ones(shape, np.int32),
+            positions=np.broadcast_to(np.arange(steps, dtype=np.int32), shape).copy(),
+            targets=np.where(is_scored, np.roll(ids, -1, axis=-1), 0),
+            loss_mask=is_scored,
+            row_ids=numbers,
+        )
+        mel_shape = (1, sizes.batch, sizes.mel_frames, self.preset.mel_bins)
+        return MelBatch(rows=rows, mel=self._random.normal(size=mel_shape).astype(np.float32))
