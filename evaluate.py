@@ -52,12 +52,16 @@ def run(plan: Plan, compiled: str | None) -> None:
     from speechlm2_jax.evaluation.report import table, write_rows
     from speechlm2_jax.evaluation.runner import evaluate
     from speechlm2_jax.models import SALM
+    from speechlm2_jax.models.generation_config import read_request
     from speechlm2_jax.training.programs import keep_compiled_programs
 
     keep_compiled_programs(compiled)
     device = choose_device(config.device)
     with _clear("pretrained_name"):
         model = SALM.from_pretrained(config.pretrained_name, dtype=config.dtype).eval()
+    if config.generation:
+        with _clear("generation"):  # ids that this vocabulary lacks
+            read_request(model, config.generation)
     recogniser = _recogniser(plan)
     result = evaluate(model, utterances, config)
     if recogniser is not None:

@@ -234,7 +234,7 @@ class _HuggingFace:
         return None if is_unknown else found
 
     def id_to_token(self, index: int) -> str:
-        return self._tokenizer.convert_ids_to_tokens(index)
+        return self._tokenizer.convert_ids_to_tokens(index) or ""  # rows beyond the tokens
 
     def special_token(self, name: str) -> str | None:
         return getattr(self._tokenizer, f"{name}_token")

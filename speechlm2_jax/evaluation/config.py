@@ -1,9 +1,20 @@
 """The words of evaluate.py's command line: those of NeMo's salm_eval."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+_ONE_ANSWER = "an evaluation takes one whole answer to each recording; leave it out"
+_OWN_KEYS = {
+    "max_new_tokens": "write max_new_tokens without generation.",
+    "max_length": "use max_new_tokens",
+    "eos_token_id": "use extra_eos_tokens",
+    "pad_token_id": "it is the model's; leave it out",
+    "num_return_sequences": _ONE_ANSWER,
+    "return_dict_in_generate": _ONE_ANSWER,
+    "should_stop": _ONE_ANSWER,
+}
+"""Keys of a GenerationConfig that are not taken below `generation`."""
 _ONE_CHIP = "evaluation runs on one chip; start one process per share of the inputs"
 
 
@@ -23,6 +34,8 @@ class EvalConfig:
     use_normalizer: str | bool | None = "english"
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Keys of transformers' GenerationConfig: `num_beams`, `repetition_penalty`, ..."""
     extra_eos_tokens: tuple[str, ...] | None = None
     """Tokens that end an answer besides the model's own."""
     system_prompt: str | None = None
@@ -54,8 +67,23 @@ class EvalConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.report_rows < 0:
             raise ValueError(f"report_rows={self.report_rows} must be at least 0")
+        if self.generation:
+            _check_generation(self.generation)
         known = ("english", "basic", "none", "None", True, False, None)
         if self.use_normalizer not in known:
             raise ValueError(
                 f"use_normalizer={self.use_normalizer!r} is unknown; use english, basic or none"
             )
+
+
+def _check_generation(keys: Mapping[str, Any]) -> None:
+    """Raises ValueError for what `generate` would refuse whatever the model."""
+    from speechlm2_jax.models.generation_config import ANY_VOCABULARY, read_request
+
+    for key, hint in _OWN_KEYS.items():
+        if keys.get(key) is not None:
+            raise ValueError(f"generation.{key}: {hint}")
+    try:
+        read_request(ANY_VOCABULARY, dict(keys))
+    except ValueError as error:
+        raise ValueError(f"generation: {error}") from error

@@ -194,6 +194,7 @@ def _generate(
             eos_token_id=stop_ids or None,
             pad_token_id=model.text_pad_id,
         ),
+        **config.generation,
     )
     return [np.asarray(row) for row in answers]
 

@@ -1,69 +1,73 @@
-"""Answering: prompts as embeddings in, token ids out, in one compiled loop."""
+"""Answering: prompts as embeddings in, token ids out, in one compiled loop.
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+`begin` runs the prompts and chooses the first token, `go_on` chooses further ones up to a number
+that may be traced, and `answers` reads off what there is: answering in one go, streaming and
+stopping early run the same two programs.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from speechlm2_jax.generation.sampling import SamplingConfig, choose
-from speechlm2_jax.layers.cache import Extended, KVCache
+from speechlm2_jax.generation import beams
+from speechlm2_jax.generation.beams import Searching
+from speechlm2_jax.generation.decoding import (
+    BeamConfig,
+    CachedDecoder,
+    DecodingConfig,
+    Prompts,
+    Rows,
+    copied_keys,
+    feed,
+    prefill,
+    processed,
+    step_keys,
+)
+from speechlm2_jax.layers.cache import KVCache
+from speechlm2_jax.sharding import constrain
+
+__all__ = [
+    "Answers",
+    "BeamConfig",
+    "CachedDecoder",
+    "DecodingConfig",
+    "Prompts",
+    "answers",
+    "begin",
+    "decode",
+    "go_on",
+    "pinned",
+]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecodingConfig:
-    """How to answer; static, so each value is a program of its own."""
+class Answering(NamedTuple):
+    """State of the loop that follows one path per row."""
 
-    max_new_tokens: int
-    stop_ids: tuple[int, ...]
-    """A row ends with the first of these, which is part of its answer."""
-    pad_id: int
-    """What fills a row after its end."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-
-
-@runtime_checkable
-class CachedDecoder(Protocol):
-    """A language model that can be run step by step."""
-
-    def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Looks tokens up."""
-        ...
-
-    def new_cache(self, batch: int, capacity: int, dtype: Any) -> KVCache:
-        """Makes an empty memory."""
-        ...
-
-    def extend(
-        self,
-        embeds: Float[Array, "B T D"],
-        cache: KVCache,
-        *,
-        positions: Int[Array, "B T"],
-        is_key: Bool[Array, "B T"],
-    ) -> Extended:
-        """Runs further steps."""
-        ...
-
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores every token."""
-        ...
-
-
-class _Answering(NamedTuple):
-    """State of the loop."""
-
-    step: Array
-    """Int32 scalar: tokens chosen so far, per row."""
-    ids: Int[Array, "B A"]
-    token: Int[Array, " B"]
-    finished: Bool[Array, " B"]
+    step: Int[Array, ""]
+    """Tokens chosen so far, per row."""
+    ids: Int[Array, "R H"]
+    lengths: Int[Array, " R"]
+    finished: Bool[Array, " R"]
     cache: KVCache
+    rows: Rows
+    keys: Key[Array, " R"] | None
+
+
+class Answers(NamedTuple):
+    """What has been said so far, R = prompts x answers to each."""
+
+    ids: Int[Array, "R A"]
+    """Padded after each row's end."""
+    lengths: Int[Array, " R"]
+    scores: Float[Array, " R"] | None
+    """Of beam search: log-probability over length to the power of the length penalty."""
+    ended: Bool[Array, " R"]
+    """Rows of which nothing more will come."""
+
+
+State = Answering | Searching
 
 
 def decode(
@@ -74,55 +78,98 @@ def decode(
     is_key: Bool[Array, "B T"],
     config: DecodingConfig,
     keys: Key[Array, " B"] | None = None,
-) -> Int[Array, "B A"]:
+) -> Int[Array, "R A"]:
     """Answers prompts that are padded on the right; A = `config.max_new_tokens` ids per row.
 
-    `lengths` are the prompts' steps; `is_key` is False beyond them and wherever a prompt has a
-    step that others may not see. Positions count the keys, as in Hugging Face's `generate`. A row
-    that has ended is filled with the pad id, and the loop stops when all have; a row of length 0
-    has ended from the start. With sampling, `keys` holds one random key per row. Pure; one
-    program per shape and config.
+    `lengths`, `is_key` and `keys` are those of `Prompts`. A row that has ended is filled with the
+    pad id, and the loop stops when all have. Pure; one program per shape and config.
     """
-    rows, steps, _ = embeds.shape
-    visible = is_key & (jnp.arange(steps)[None, :] < lengths[:, None])
-    count = jnp.sum(visible, axis=1, dtype=jnp.int32)
-    positions = jnp.where(visible, jnp.cumsum(visible, axis=1, dtype=jnp.int32) - 1, 0)
+    prompts = Prompts(embeds, lengths, is_key, keys=keys)
+    state = go_on(decoder, begin(decoder, prompts, config), config, config.max_new_tokens)
+    return answers(state, config).ids
 
-    def pick(hidden: Float[Array, "B 1 D"], step: Array | int) -> Int[Array, " B"]:
-        drawn = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
-        return choose(decoder.logits(hidden)[:, 0], config.sampling, drawn)
 
-    def record(state: _Answering, token: Int[Array, " B"]) -> _Answering:
-        token = jnp.where(state.finished, config.pad_id, token).astype(jnp.int32)
-        stops = jnp.asarray(config.stop_ids, jnp.int32)
-        return state._replace(
-            step=state.step + 1,
-            ids=jax.lax.dynamic_update_slice(state.ids, token[:, None], (0, state.step)),
-            token=token,
-            finished=state.finished | jnp.isin(token, stops),
-        )
-
-    def unfinished(state: _Answering) -> Array:
-        return (state.step < config.max_new_tokens) & ~jnp.all(state.finished)
-
-    def advance(state: _Answering) -> _Answering:
-        embedded = decoder.embed(state.token[:, None]).astype(embeds.dtype)
-        place = (count + state.step - 1)[:, None]
-        hidden, cache = decoder.extend(
-            embedded, state.cache, positions=place, is_key=~state.finished[:, None]
-        )
-        return record(state._replace(cache=cache), pick(hidden, state.step))
-
-    # The last token is never fed back, so it needs no slot.
-    cache = decoder.new_cache(rows, steps + config.max_new_tokens - 1, embeds.dtype)
-    hidden, cache = decoder.extend(embeds, cache, positions=positions, is_key=visible)
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    start = _Answering(
+def begin(decoder: CachedDecoder, prompts: Prompts, config: DecodingConfig) -> State:
+    """Runs the prompts and chooses the first token of every row."""
+    if config.beams is not None:
+        return beams.begin(decoder, prompts, config, config.beams)
+    prompt = prefill(decoder, prompts, config)
+    finished = jnp.repeat(prompts.lengths == 0, config.copies)
+    start = Answering(
         step=jnp.zeros((), jnp.int32),
-        ids=jnp.full((rows, config.max_new_tokens), config.pad_id, jnp.int32),
-        token=jnp.zeros(rows, jnp.int32),
-        finished=lengths == 0,
-        cache=cache,
+        ids=prompt.ids,
+        lengths=jnp.zeros(len(finished), jnp.int32),
+        finished=finished,
+        cache=prompt.cache,
+        rows=prompt.rows,
+        keys=copied_keys(prompts.keys, config.copies),
     )
-    first = record(start, pick(jnp.take_along_axis(hidden, last, axis=1), 0))
-    return jax.lax.while_loop(unfinished, advance, first).ids
+    return _choose(decoder, start, prompt.hidden, config)
+
+
+def go_on(
+    decoder: CachedDecoder, state: State, config: DecodingConfig, until: Int[Array, ""] | int
+) -> State:
+    """Chooses tokens until there are `until` of them or every row has ended."""
+    if isinstance(state, Searching):
+        assert config.beams is not None
+        return beams.go_on(decoder, state, config, config.beams, until)
+    dtype = state.cache.keys.dtype
+    before = state.ids.shape[1] - config.max_new_tokens
+
+    def is_unfinished(state: Answering) -> Array:
+        return (state.step < until) & ~jnp.all(state.finished)
+
+    def advance(state: Answering) -> Answering:
+        token = jax.lax.dynamic_slice_in_dim(state.ids, before + state.step - 1, 1, axis=1)[:, 0]
+        place = state.rows.place + state.step - 1
+        hidden, cache = feed(decoder, state.cache, token, place, ~state.finished, dtype)
+        return _choose(decoder, state._replace(cache=cache), hidden, config)
+
+    return jax.lax.while_loop(is_unfinished, advance, state)
+
+
+def pinned(state: State) -> State:
+    """The state with every array where it belongs: what one program leaves, the next finds."""
+
+    def by_row(x: Array) -> Array:
+        return constrain(x, *("batch", *(None,) * (x.ndim - 1))[: x.ndim])
+
+    rest = jax.tree.map(by_row, state._replace(cache=None))
+    return rest._replace(cache=state.cache.pinned())
+
+
+def answers(state: State, config: DecodingConfig) -> Answers:
+    """Reads off what has been said; of beam search, the best of what was found and what is open."""
+    if isinstance(state, Searching):
+        assert config.beams is not None
+        return Answers(*beams.best(state, config, config.beams))
+    return Answers(
+        ids=state.ids[:, -config.max_new_tokens :],
+        lengths=state.lengths,
+        scores=None,
+        ended=state.finished,
+    )
+
+
+def _choose(
+    decoder: CachedDecoder,
+    state: Answering,
+    hidden: Float[Array, "R 1 D"],
+    config: DecodingConfig,
+) -> Answering:
+    scores = decoder.logits(hidden)[:, 0]
+    scores = processed(scores, state.ids, state.step, state.rows, config)
+    if config.do_sample:
+        token: Any = jax.vmap(jax.random.categorical)(step_keys(state.keys, state.step), scores)
+    else:
+        token = jnp.argmax(scores, axis=-1)
+    token = jnp.where(state.finished, config.pad_id, token).astype(jnp.int32)
+    slot = state.ids.shape[1] - config.max_new_tokens + state.step
+    stops = jnp.isin(token, jnp.asarray(config.stop_ids, jnp.int32))
+    return state._replace(
+        step=state.step + 1,
+        ids=jax.lax.dynamic_update_slice_in_dim(state.ids, token[:, None], slot, axis=1),
+        lengths=state.lengths + ~state.finished,
+        finished=state.finished | stops | (state.step + 1 >= state.rows.limit),
+    )

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from speechlm2_jax.generation.warpers import keep_top_k, keep_top_p
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -52,20 +54,3 @@ def warp(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B
     if config.top_k:
         logits = keep_top_k(logits, config.top_k)
     return keep_top_p(logits, config.top_p) if config.top_p < 1.0 else logits
-
-
-def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-    """Keeps the k largest of each row, and all that equal the k-th."""
-    least = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
-    return jnp.where(logits < least, -jnp.inf, logits)
-
-
-def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
-    """Drops the least likely tokens that sum to at most 1 - p; keeps at least one."""
-    order = jnp.argsort(logits, axis=-1)
-    ascending = jnp.take_along_axis(logits, order, axis=-1)
-    dropped = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1.0 - p
-    dropped = dropped.at[:, -1].set(False)
-    # The rank of a token in the sorted row is the inverse of the sorting permutation.
-    rank = jnp.argsort(order, axis=-1)
-    return jnp.where(jnp.take_along_axis(dropped, rank, axis=-1), -jnp.inf, logits)

@@ -32,13 +32,9 @@ class KVCache:
     @classmethod
     def empty(cls, shape: tuple[int, int, int, int, int], dtype: Any) -> "KVCache":
         """Makes a cache of shape [L, B, S, K, H] that holds nothing; it can be donated."""
-
-        def memory() -> Array:
-            return constrain(jnp.zeros(shape, dtype), None, "batch", None, "act_heads", None)
-
         return cls(
-            keys=memory(),
-            values=memory(),
+            keys=_placed(jnp.zeros(shape, dtype)),
+            values=_placed(jnp.zeros(shape, dtype)),
             is_key=jnp.zeros(shape[1:3], bool),
             used=jnp.zeros((), jnp.int32),
         )
@@ -84,6 +80,54 @@ class KVCache:
     def advance(self, steps: int) -> "KVCache":
         """Counts `steps` slots as used."""
         return replace(self, used=self.used + steps)
+
+    def pinned(self) -> "KVCache":
+        """The same, each array where it belongs: what one program leaves, the next finds."""
+        return KVCache(
+            keys=_placed(self.keys),
+            values=_placed(self.values),
+            is_key=constrain(self.is_key, "batch", None),
+            used=constrain(self.used),
+        )
+
+    def repeated(self, copies: int, capacity: int) -> "KVCache":
+        """Gives every row `copies` times, one after the other, with room for `capacity` steps."""
+
+        def longer(memory: Array) -> Array:
+            layers, rows, slots, *rest = memory.shape
+            wide = jnp.broadcast_to(memory[:, :, None], (layers, rows, copies, slots, *rest))
+            wide = wide.reshape(layers, rows * copies, slots, *rest)
+            room = [(0, 0), (0, 0), (0, capacity - slots), (0, 0), (0, 0)]
+            return _placed(jnp.pad(wide, room))
+
+        is_key = jnp.repeat(self.is_key, copies, axis=0)
+        return replace(
+            self,
+            keys=longer(self.keys),
+            values=longer(self.values),
+            is_key=jnp.pad(is_key, [(0, 0), (0, capacity - is_key.shape[1])]),
+        )
+
+    def reordered(self, source: Int[Array, "B K"], since: int) -> "KVCache":
+        """Puts the memory of copy `source[b, k]` of conversation b into its copy k.
+
+        The rows are K copies of each of B conversations that have had the first `since` slots in
+        common: these stay where they are.
+        """
+        copies = source.shape[1]
+        index = source[None, :, :, None, None, None]
+
+        def taken(memory: Array) -> Array:
+            recent = memory[:, :, since:]
+            grouped = recent.reshape(len(recent), -1, copies, *recent.shape[2:])
+            moved = jnp.take_along_axis(grouped, index, axis=2).reshape(recent.shape)
+            return jax.lax.dynamic_update_slice_in_dim(memory, _placed(moved), since, axis=2)
+
+        return replace(self, keys=taken(self.keys), values=taken(self.values))
+
+
+def _placed(memory: Float[Array, "L B S K H"]) -> Float[Array, "L B S K H"]:
+    return constrain(memory, None, "batch", None, "act_heads", None)
 
 
 class Extended(NamedTuple):

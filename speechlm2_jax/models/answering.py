@@ -1,8 +1,9 @@
-"""From prompts to answers: fixed shapes, one jitted program per shape."""
+"""From prompts to answers: fixed shapes, two jitted programs per shape."""
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,14 @@ from speechlm2_jax.batches import (
     assemble_salm_batch,
     full_batch,
 )
-from speechlm2_jax.generation.salm import DecodingConfig, decode
-from speechlm2_jax.generation.sampling import SamplingConfig
+from speechlm2_jax.generation import salm as loops
+from speechlm2_jax.generation.decoding import DecodingConfig, Prompts
+from speechlm2_jax.generation.processors import reads_prompt
 from speechlm2_jax.layers.module import Variables, bind
+from speechlm2_jax.models.generation_config import GenerationRequest, read_request
 from speechlm2_jax.models.prompting import PromptContext, prompt_examples
 from speechlm2_jax.models.shapes import answer_shape
+from speechlm2_jax.models.streaming import Piece, Spoken, cut_at, last_of, pieces
 from speechlm2_jax.networks import salm as salm_network
 from speechlm2_jax.networks.salm import Salm, SalmModes
 from speechlm2_jax.sharding import Sharding
@@ -31,21 +35,18 @@ from speechlm2_jax.sharding import Sharding
 if TYPE_CHECKING:
     from speechlm2_jax.models.salm import SALM
 
-DEFAULT_NEW_TOKENS = 20
-"""transformers' own default."""
-SAMPLING_DEFAULTS: Mapping[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
-"""What transformers samples with where nothing is said."""
-OPTIONS = (
-    "max_new_tokens",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "eos_token_id",
-    "pad_token_id",
-    "num_beams",
-    "repetition_penalty",
-)
+STEPS_BETWEEN_CHECKS = 16
+"""Tokens per call of the device where something may stop a running answer."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `generate` gives with `return_dict_in_generate=True`, by transformers' names."""
+
+    sequences: np.ndarray
+    """Int32 [B x answers, T]."""
+    sequences_scores: np.ndarray | None
+    """Float32 [B x answers], of beam search: log-probability over length ^ length_penalty."""
 
 
 def generate(
@@ -54,31 +55,132 @@ def generate(
     asked: tuple[Any, Any, Any],
     generation_config: Any,
     overrides: Mapping[str, Any],
-) -> np.ndarray:
+) -> np.ndarray | Generated:
     """Answers (prompts, audios, audio_lens); see SALM.generate."""
+    request = read_request(model, generation_config, overrides)
+    examples, ids = prompted(model, asked)
+    spoken = last_of(speak(model, definition, examples, request))
+    answers = spoken.trimmed()
+    if not any(example.audio for example in examples):
+        before = np.repeat(ids, request.decoding.answers, axis=0)
+        answers = np.concatenate([before, answers], axis=1)
+    return Generated(answers, spoken.scores) if request.returns_dict else answers
+
+
+def stream(
+    model: "SALM",
+    definition: Any,
+    asked: tuple[Any, Any, Any],
+    generation_config: Any,
+    tokens_at_once: int,
+    overrides: Mapping[str, Any],
+) -> Iterator[Piece]:
+    """Answers piece by piece; see SALM.stream."""
+    request = read_request(model, generation_config, overrides)
+    if request.decoding.beams is not None:
+        raise ValueError("beam search knows its answer at the end only; use generate, or 1 beam")
+    if request.returns_dict:
+        raise ValueError("a stream has no dict to return; leave return_dict_in_generate out")
+    if tokens_at_once < 1:
+        raise ValueError(f"tokens_at_once={tokens_at_once} must be at least 1")
+    examples, _ = prompted(model, asked)
+    reports = speak(model, definition, examples, request, tokens_at_once)
+    return pieces(reports, model.tokenizer)
+
+
+def prompted(model: "SALM", asked: tuple[Any, Any, Any]) -> tuple[list[SalmExample], np.ndarray]:
+    """Lays (prompts, audios, audio_lens) out as conversations, and their ids [B, T]."""
     context = PromptContext(
         formatter=model.prompt_formatter,
         sample_rate_hz=model.sampling_rate,
         placeholder_id=model.audio_locator_tag_id,
         pad_id=model.text_pad_id,
     )
-    examples, ids = prompt_examples(*asked, context)
-    decoding = decoding_config(model, generation_config, overrides)
-    answers = answer_examples(model, definition, examples, decoding, overrides.get("seed", 0))
-    has_audio = any(example.audio for example in examples)
-    return answers if has_audio else np.concatenate([ids, answers], axis=1)
+    return prompt_examples(*asked, context)
 
 
-def answer_examples(
+def speak(
     model: "SALM",
     definition: Any,
     examples: Sequence[SalmExample],
-    decoding: DecodingConfig,
-    seed: int = 0,
-) -> np.ndarray:
-    """Answers prompts that are laid out already: int32 ids [B, T], T that of the longest answer."""
+    request: GenerationRequest,
+    steps_at_once: int | None = None,
+) -> Iterator[Spoken]:
+    """Answers prompts that are laid out already, saying how far it is every so many tokens.
+
+    Without `steps_at_once` that is once, at the end, unless the request can stop it before. The
+    first report, if there are several, comes with the first token.
+    """
+    asked = _lay_out(model, examples, request)
+    can_stop = bool(request.max_time_s or request.should_stop or request.stop_strings)
+    if steps_at_once is None and can_stop:
+        steps_at_once = STEPS_BETWEEN_CHECKS
+    reports = _run(model, definition, asked, request, steps_at_once)
+    if not request.stop_strings:
+        return reports
+    decode = model.tokenizer.ids_to_text
+    return cut_at(reports, request.stop_strings, decode, asked.decoding.pad_id)
+
+
+def _run(
+    model: "SALM",
+    definition: Any,
+    asked: "_LaidOut",
+    request: GenerationRequest,
+    steps_at_once: int | None,
+) -> Iterator[Spoken]:
+    begun_s = time.monotonic()
+    rest = (asked.decoding, asked.placement)
     variables = model.variables
-    mesh = sharding.mesh_of(variables)
+    state = begin(definition, variables, asked.batch, asked.limits, asked.key, *rest)
+    last = int(asked.limits.max())
+    until = last if steps_at_once is None else 1
+    while True:
+        state, answers = go_on(definition, variables, state, np.int32(until), *rest)
+        spoken = asked.in_order(jax.device_get(answers))
+        yield spoken
+        elapsed_s = time.monotonic() - begun_s
+        is_late = request.max_time_s is not None and elapsed_s >= request.max_time_s
+        is_told = request.should_stop is not None and request.should_stop()
+        if spoken.ended.all() or until == last or is_late or is_told:
+            return
+        until = min(until + (steps_at_once or last), last)
+
+
+@dataclass(frozen=True)
+class _LaidOut:
+    """Prompts in the arrays of one static shape."""
+
+    groups: Sequence[Sequence[SalmExample]]
+    batch: Any
+    decoding: DecodingConfig
+    limits: np.ndarray
+    """Int32 [G, R]."""
+    key: Any
+    placement: Sharding | None
+
+    def in_order(self, answers: loops.Answers) -> Spoken:
+        """Leaves out the rows that fill the shape."""
+        groups, rows = self.limits.shape
+        copies = self.decoding.answers
+
+        def chosen(values: Any) -> np.ndarray:
+            by_group = values.reshape(groups, rows * copies, *values.shape[1:])
+            real = zip(by_group, self.groups, strict=True)
+            return np.concatenate([part[: len(group) * copies] for part, group in real])
+
+        return Spoken(
+            ids=chosen(answers.ids),
+            lengths=chosen(answers.lengths),
+            scores=None if answers.scores is None else chosen(answers.scores),
+            ended=chosen(answers.ended),
+        )
+
+
+def _lay_out(
+    model: "SALM", examples: Sequence[SalmExample], request: GenerationRequest
+) -> _LaidOut:
+    mesh = sharding.mesh_of(model.variables)
     placement = None if mesh is None else sharding.for_answering(mesh)
     groups = deal(examples, 1 if placement is None else placement.data_parallel_size)
     shape = answer_shape(groups, model.frame_count)
@@ -93,12 +195,15 @@ def answer_examples(
     # what is drawn for an example must not depend on how many devices answer
     first = np.cumsum([0, *map(len, groups)])[:-1, None]
     batch = replace(batch, row_ids=(first + np.arange(shape.rows)).astype(np.int32))
-    key = jax.random.key(seed) if decoding.sampling.do_sample else None
-    placed = batch if placement is None else placement.put_batch(batch)
-    new = np.asarray(answer(definition, variables, placed, decoding, key, placement=placement))
-    by_group = new.reshape(len(groups), shape.rows, -1)
-    answers = [ids[: len(group)] for ids, group in zip(by_group, groups, strict=True)]
-    return _trim(np.concatenate(answers), decoding.stop_ids)
+    limits = request.limits((batch.segments > 0).sum(axis=-1))
+    return _LaidOut(
+        groups=groups,
+        batch=batch if placement is None else placement.put_batch(batch),
+        decoding=request.fitting(limits),
+        limits=limits,
+        key=jax.random.key(request.seed) if request.decoding.do_sample else None,
+        placement=placement,
+    )
 
 
 def deal(examples: Sequence[SalmExample], groups: int) -> list[Sequence[SalmExample]]:
@@ -107,33 +212,69 @@ def deal(examples: Sequence[SalmExample], groups: int) -> list[Sequence[SalmExam
     return [examples[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-@partial(jax.jit, static_argnames=("definition", "decoding", "placement"))
-def answer(
+@partial(jax.jit, static_argnames=("definition", "placement"))
+def begin(
     definition: Any,
     variables: Variables,
     batch: SalmBatch,
-    decoding: DecodingConfig,
+    limits: Int[Array, "G R"],
     key: Key[Array, ""] | None,
-    *,
+    decoding: DecodingConfig,
     placement: Sharding | None = None,
-) -> Int[Array, "B T"]:
-    """Encodes audio, interleaves, and decodes; rows are padded after they stop.
+) -> Any:
+    """Encodes audio, interleaves, runs the prompts and chooses the first tokens.
 
-    `placement` says how the devices share the work, if weights lie on several.
+    Gives the state of the loop. `placement` says how the devices share the work, if weights lie
+    on several.
     """
     network: Salm = bind(definition, variables)
     with sharding.use(placement):
         inputs = salm_network.prepare(network, batch, SalmModes())
         rows = inputs.embeds.shape[:2]
-        ids = decode(
-            network.llm,
-            inputs.embeds,
+        # as in NeMo: beside audio, processors see the answer alone
+        is_seen = batch.audio.shape[1] == 0 and reads_prompt(decoding.processors)
+        prompts = Prompts(
+            embeds=inputs.embeds,
             lengths=jnp.sum(batch.segments > 0, axis=-1, dtype=jnp.int32).reshape(-1),
             is_key=batch.is_key.reshape(rows),
-            config=decoding,
+            limits=limits.reshape(-1),
+            ids=batch.tokens.reshape(rows) if is_seen else None,
             keys=salm_network.example_keys(key, batch.row_ids),
         )
-        return sharding.constrain(ids, None, None)
+        return loops.pinned(loops.begin(network.llm, prompts, decoding))
+
+
+@partial(jax.jit, static_argnames=("definition", "placement"), donate_argnames="state")
+def go_on(
+    definition: Any,
+    variables: Variables,
+    state: Any,
+    until: Int[Array, ""],
+    decoding: DecodingConfig,
+    placement: Sharding | None = None,
+) -> tuple[Any, loops.Answers]:
+    """Chooses tokens up to number `until`: the state, and the answers on every device."""
+    network: Salm = bind(definition, variables)
+    with sharding.use(placement):
+        state = loops.pinned(loops.go_on(network.llm, state, decoding, until))
+        answers = loops.answers(state, decoding)
+        return state, jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), answers)
+
+
+@partial(jax.jit, static_argnames=("definition", "placement"))
+def answer(
+    definition: Any,
+    variables: Variables,
+    batch: SalmBatch,
+    limits: Int[Array, "G R"],
+    decoding: DecodingConfig,
+    placement: Sharding | None = None,
+) -> Int[Array, "B T"]:
+    """Both as one program, which is compiled ahead of time to be priced."""
+    rest = (decoding, placement)
+    state = begin(definition, variables, batch, limits, None, *rest)
+    until = jnp.int32(decoding.max_new_tokens)
+    return go_on(definition, variables, state, until, *rest)[1].ids
 
 
 def layout(model: "SALM", placement: Sharding) -> dict[str, jax.ShapeDtypeStruct]:
@@ -168,46 +309,7 @@ def compile_ahead(
         *(batch, placement.batch(batch)),
     )
     variables = layout(model, placement)
-    decoding = decoding_config(model, None, {"max_new_tokens": max_new_tokens})
-    lowered = answer.lower(definition, variables, arrays, decoding, None, placement=placement)
+    limits = np.full(arrays.row_ids.shape, max_new_tokens, np.int32)
+    decoding = read_request(model).fitting(limits)
+    lowered = answer.lower(definition, variables, arrays, limits, decoding, placement)
     return lowered.compile()
-
-
-def decoding_config(model: "SALM", config: Any, overrides: Mapping[str, Any]) -> DecodingConfig:
-    """Reads a GenerationConfig and keywords, the latter winning.
-
-    What neither says is greedy decoding that stops at the tokenizer's end-of-sequence token.
-    Raises ValueError for a keyword or a strategy that is not supported.
-    """
-    unknown = set(overrides) - {*OPTIONS, "seed"}
-    if unknown:
-        raise ValueError(
-            f"generate does not know {sorted(unknown)}; it takes {', '.join((*OPTIONS, 'seed'))}"
-        )
-    asked = {name: getattr(config, name, None) for name in OPTIONS} | dict(overrides)
-    for name in ("num_beams", "repetition_penalty"):
-        if asked[name] not in (None, 1, 1.0):
-            raise ValueError(f"generate: {name}={asked[name]} is not supported; leave it at 1")
-    stop = asked["eos_token_id"] if asked["eos_token_id"] is not None else model.text_eos_id
-    stops = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
-    sampling = SamplingConfig()
-    if asked["do_sample"]:
-        given: dict[str, Any] = {
-            k: v if asked[k] is None else asked[k] for k, v in SAMPLING_DEFAULTS.items()
-        }
-        sampling = SamplingConfig(do_sample=True, **given)
-    pad_id = asked["pad_token_id"]
-    return DecodingConfig(
-        max_new_tokens=int(asked["max_new_tokens"] or DEFAULT_NEW_TOKENS),
-        stop_ids=tuple(int(s) for s in stops),
-        pad_id=model.text_pad_id if pad_id is None else int(pad_id),
-        sampling=sampling,
-    )
-
-
-def _trim(answers: np.ndarray, stop_ids: tuple[int, ...]) -> np.ndarray:
-    """Drops the columns after the last row stopped."""
-    stopped = np.isin(answers, stop_ids)
-    width = answers.shape[1]
-    lengths = np.where(stopped.any(axis=1), stopped.argmax(axis=1) + 1, width)
-    return answers[:, : lengths.max(initial=0)]

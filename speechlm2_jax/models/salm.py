@@ -1,6 +1,6 @@
 """SALM as a user holds it: network, tokenizer, settings and weights in one object."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from speechlm2_jax.layers.module import Variables, bind
 from speechlm2_jax.models import answering, building, running
 from speechlm2_jax.models.base import SpeechModel
 from speechlm2_jax.models.building import SalmBlueprint
+from speechlm2_jax.models.generation_config import read_request
+from speechlm2_jax.models.streaming import Piece, last_of
 from speechlm2_jax.networks import salm as salm_network
 from speechlm2_jax.networks.flops import salm_flops
 from speechlm2_jax.networks.salm import Salm, SalmModes
@@ -63,16 +65,19 @@ class SALM(SpeechModel):
         generation_config: Any = None,
         enable_thinking: bool | None = None,
         **generation_kwargs: Any,
-    ) -> np.ndarray:
+    ) -> np.ndarray | answering.Generated:
         """Answers prompts: int32 ids [B, T], rows padded with `text_pad_id` after they stop.
 
         `prompts`: dialogs (lists of turns with `role`, `content` or `slots`, optionally `audio`: a
         list of paths or arrays), or token ids [B, L] padded on the left. `audios` [B', S] float at
         `sampling_rate` with `audio_lens` [B'] give one clip per placeholder, in order. With audio
         only new tokens come back; text-only prompts come back before them, as NeMo does.
-        `generation_config`: a transformers GenerationConfig; keywords (max_new_tokens, do_sample,
-        temperature, top_k, top_p, eos_token_id, seed) override it. Raises ValueError for what is
-        not supported, `enable_thinking` among it: no prompt format here has a thinking mode.
+        `generation_config`: a GenerationConfig of transformers or a dict of its keys; keywords
+        override it, `seed` and `should_stop` (a function; once it gives True, what there is comes
+        back) among them: docs/generation.md has every key. With `num_return_sequences` the answers
+        to a prompt lie side by side, and `return_dict_in_generate` gives a `Generated`. Raises
+        ValueError for what is not supported, `enable_thinking` among it: no prompt format here has
+        a thinking mode.
         """
         if enable_thinking is not None:
             raise ValueError(
@@ -87,10 +92,37 @@ class SALM(SpeechModel):
             generation_kwargs,
         )
 
+    def stream(
+        self,
+        prompts: Any,
+        audios: Any = None,
+        audio_lens: Any = None,
+        generation_config: Any = None,
+        *,
+        tokens_at_once: int = 8,
+        **generation_kwargs: Any,
+    ) -> Iterator[Piece]:
+        """Answers prompts as `generate` does, and yields the text as it comes.
+
+        Takes what `generate` takes, but no beam search. Each `Piece` is new text of one row; of a
+        prompt in text alone only the answer comes. The first comes with the first token, further
+        ones after up to `tokens_at_once` tokens: each time the host waits for the device. To stop,
+        leave the loop. Joined, the ids of a row are those of `generate`, and its texts
+        `tokenizer.ids_to_text` of them. Raises ValueError, at the call, for what is not supported.
+        """
+        return answering.stream(
+            self,
+            self._definition,
+            (prompts, audios, audio_lens),
+            generation_config,
+            tokens_at_once,
+            generation_kwargs,
+        )
+
     def answer(self, prompts: Sequence[SalmExample], max_new_tokens: int) -> np.ndarray:
         """Answers laid-out prompts greedily: int32 ids [B, T], padded after each row's end."""
-        decoding = answering.decoding_config(self, None, {"max_new_tokens": max_new_tokens})
-        return answering.answer_examples(self, self._definition, prompts, decoding)
+        request = read_request(self, {"max_new_tokens": max_new_tokens})
+        return last_of(answering.speak(self, self._definition, prompts, request)).trimmed()
 
     def answer_layout(self, placement: Sharding) -> dict[str, jax.ShapeDtypeStruct]:
         """Dtype and place of every variable of a model that only answers."""

@@ -74,6 +74,20 @@ def test_generation_is_asked_for_as_configured():
     assert call["audios"].shape == (1, 16_000)
 
 
+def test_keys_of_a_generation_config_are_handed_on_and_checked():
+    model = FakeModel()
+    evaluate(model, [_utterance("u", 1)], _config(generation={"num_beams": 4}))
+    assert model.calls[0]["num_beams"] == 4
+    for wrong, says in [
+        ({"num_beans": 4}, "generation: generate does not know 'num_beans'; did you mean num_b"),
+        ({"max_new_tokens": 4}, "generation.max_new_tokens: write max_new_tokens without"),
+        ({"eos_token_id": 4}, "generation.eos_token_id: use extra_eos_tokens"),
+        ({"num_return_sequences": 2}, "generation.num_return_sequences: an evaluation takes one"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            _config(generation=wrong)
+
+
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [

@@ -1,6 +1,7 @@
 """Laws of answering: equal to the plain forward pass, whatever the padding and the neighbours."""
 
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from speechlm2_jax.generation.processors import Keep, Temperature, TopK
 from speechlm2_jax.generation.salm import DecodingConfig, decode
-from speechlm2_jax.generation.sampling import SamplingConfig
+from speechlm2_jax.generation.warpers import keep_top_p
 from speechlm2_jax.layers.cache import Extended, KVCache
 from speechlm2_jax.layers.module import Variables, bind, unbind
 from speechlm2_jax.llm.config import DecoderConfig
@@ -126,8 +128,9 @@ def test_an_empty_row_gives_padding_only() -> None:
 
 
 def test_a_sampled_answer_depends_on_its_own_row_and_key_only() -> None:
-    sampling = SamplingConfig(do_sample=True, temperature=1.5, top_k=20, top_p=0.95)
-    config = DecodingConfig(max_new_tokens=6, stop_ids=(), pad_id=PAD, sampling=sampling)
+    config = replace(
+        GREEDY, do_sample=True, processors=(Temperature(1.5), TopK(20), Keep(keep_top_p, 0.95))
+    )
     keys = jax.random.split(jax.random.key(3), 4)
     prompts = [*PROMPTS, PROMPTS[0]]
     together = answer(VARIABLES, *laid_out(prompts, 6), config, keys).tolist()

@@ -131,18 +131,31 @@ def test_every_parameter_has_known_logical_axes(model):
             assert any(a is not None for a in info.axes), path
 
 
-@pytest.mark.parametrize("mesh", ["data=2 fsdp=2 tensor=2", "context=4 fsdp=2"])
+COMPILED: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, **facts: COMPILED.append(event) if "backend_compile" in event else None
+)
+ASKED = {
+    "data=2 fsdp=2 tensor=2": dict(do_sample=True, seed=3, num_return_sequences=2),
+    "context=4 fsdp=2": dict(num_beams=2, length_penalty=0.5),
+}
+
+
+@pytest.mark.parametrize("mesh", ASKED)
 def test_answers_do_not_depend_on_the_mesh(model, run, mesh):
     examples = golden_examples(run)[:3]
     alone = model.answer(examples, 8)
     sharding = make_sharding(**MESHES[mesh])
     axes = {path: info.axes for path, info in model.infos.items()}
     before, model.variables = model.variables, place(model.variables, axes, sharding)
+    asked = dict(prompts=[PROMPT] * 3, max_new_tokens=8, **ASKED[mesh])
     try:
         np.testing.assert_array_equal(model.answer(examples, 8), alone)
-        drawn = model.generate(prompts=[PROMPT] * 3, do_sample=True, seed=3, max_new_tokens=8)
+        many = model.generate(**asked)
+        COMPILED.clear()
+        again = model.generate(**asked, should_stop=lambda: False)
+        assert not COMPILED, "every call finds its state where the last one left it"
     finally:
         model.variables = before
-    np.testing.assert_array_equal(
-        drawn, model.generate(prompts=[PROMPT] * 3, do_sample=True, seed=3, max_new_tokens=8)
-    )
+    np.testing.assert_array_equal(many, model.generate(**asked))
+    np.testing.assert_array_equal(many, again)

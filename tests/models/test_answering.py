@@ -1,0 +1,173 @@
+"""Laws of `generate` and `stream`: the same tokens however they are asked for, in few programs."""
+
+import importlib.util
+import itertools
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import GenerationConfig
+
+from speechlm2_jax.models import SALM, answering
+from speechlm2_jax.models.generation_config import read_request
+from speechlm2_jax.models.generation_keys import HONOURED, IGNORED, REFUSED
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [[{"role": "user", "content": text}] for text in ("What time is it?", "Yes", "No. Why?")]
+DRAWN = dict(do_sample=True, num_return_sequences=2, max_new_tokens=12, temperature=1.5, seed=5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return SALM.from_pretrained(ROOT / "tests" / "data" / "salm" / "llama_adapter_hf").eval()
+
+
+@pytest.fixture(scope="module")
+def drawn(model):
+    """Two answers to each of three prompts, and their prompts' width."""
+    ids = model.generate(PROMPTS, **DRAWN)
+    return ids[:, -12:]
+
+
+def programs() -> int:
+    return answering.begin._cache_size() + answering.go_on._cache_size()
+
+
+def joined(pieces, rows):
+    """Ids and texts of each row, put together again."""
+    ids, texts = [[] for _ in range(rows)], [""] * rows
+    for piece in pieces:
+        ids[piece.row] += piece.ids.tolist()
+        texts[piece.row] += piece.text
+    return ids, texts
+
+
+@pytest.mark.parametrize("at_once", [1, 5])
+def test_a_stream_says_what_generate_says(model, drawn, at_once):
+    before = programs()
+    pieces = list(model.stream(PROMPTS, **DRAWN, tokens_at_once=at_once))
+    ids, texts = joined(pieces, len(drawn))
+    assert ids == drawn.tolist()
+    assert texts == [model.tokenizer.ids_to_text(row) for row in drawn]
+    assert [piece.row for piece in pieces if piece.is_last] == list(range(len(drawn)))
+    assert all(len(piece.ids) == 1 for piece in pieces[: len(drawn)]), "the first comes at once"
+    assert programs() == before, "generate and stream run the same programs"
+
+
+def test_the_first_of_several_answers_is_the_only_one(model, drawn):
+    single = model.generate(PROMPTS, **{**DRAWN, "num_return_sequences": 1})[:, -12:]
+    np.testing.assert_array_equal(single, drawn[::2])
+    assert all(one.tolist() != other.tolist() for one, other in drawn.reshape(3, 2, 12))
+
+
+def test_leaving_the_loop_or_saying_stop_gives_what_there_is(model, drawn):
+    first = list(itertools.islice(model.stream(PROMPTS, **DRAWN), len(drawn)))
+    assert joined(first, len(drawn))[0] == drawn[:, :1].tolist()
+    asked = iter([False, True])
+    begun = model.generate(PROMPTS, **DRAWN, should_stop=lambda: next(asked))[:, -12:]
+    np.testing.assert_array_equal(begun, drawn)  # the second check finds it done
+    now = threading.Event()
+    threading.Thread(target=now.set).start()
+    now.wait()
+    stopped = model.generate(PROMPTS, **DRAWN, should_stop=now.is_set)
+    np.testing.assert_array_equal(stopped[:, -1:], drawn[:, :1])
+    last = list(model.stream(PROMPTS, **DRAWN, should_stop=now.is_set))[-len(drawn) :]
+    assert all(piece.is_last and not len(piece.ids) for piece in last)
+    late = model.generate(PROMPTS, **DRAWN, max_time=1e-9)
+    np.testing.assert_array_equal(late, stopped)
+
+
+def test_values_make_no_new_programs(model, drawn):
+    keys = dict(
+        repetition_penalty=1.2,
+        top_p=0.9,
+        min_p=0.01,
+        min_new_tokens=3,
+        bad_words_ids=[[7], [8, 9]],
+        suppress_tokens=[4],
+    )
+    model.generate(PROMPTS, **DRAWN, **keys)
+    before = programs()
+    other = dict(
+        repetition_penalty=3.0,
+        top_p=0.5,
+        min_p=0.2,
+        min_new_tokens=7,
+        bad_words_ids=[[11, 12], [5], [3, 4], [9]],
+        suppress_tokens=[4, 5, 6, 7],
+    )
+    drawn = {**DRAWN, "temperature": 0.3, "seed": 8, "max_new_tokens": 9}
+    model.generate(PROMPTS, **drawn, **other)
+    assert programs() == before
+
+
+def test_a_text_ends_an_answer_and_lengths_are_each_rows_own(model):
+    whole = model.generate(PROMPTS, max_new_tokens=12)
+    prompt = whole.shape[1] - 12
+    says = model.tokenizer.ids_to_text
+    text = says(whole[0, prompt:])
+    string = text[len(text) // 2 :][:2]
+    stopped = model.generate(PROMPTS, max_new_tokens=12, stop_strings=string)
+    for row, free in zip(stopped[:, prompt:], whole[:, prompt:].tolist(), strict=True):
+        end = next((n for n in range(1, 13) if string in says(free[:n])), 12)
+        assert row.tolist() == (free[:end] + [model.text_pad_id] * 12)[: len(row)]
+    assert (stopped[0, prompt:] == model.text_pad_id).any() or stopped.shape < whole.shape
+    lengths = [len(row[row != model.text_pad_id]) for row in model.generate(PROMPTS, max_length=40)]
+    assert lengths == [40, 40, 40]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (dict(num_beans=4), "does not know 'num_beans'; did you mean num_beams?"),
+        (dict(guidance_scale=1.5), "guidance_scale=1.5 is not supported: classifier-free"),
+        (dict(streamer=object()), "use model.stream"),
+        (dict(temperature=0.0, do_sample=True), "temperature=0.0 must be positive; or do_sample=F"),
+        (dict(top_p=1.5, do_sample=True), r"top_p=1.5 must be in \(0, 1\]"),
+        (dict(num_return_sequences=2), "greedy decoding has one answer"),
+        (dict(num_return_sequences=3, num_beams=2), "exceeds num_beams=2"),
+        (dict(bad_words_ids=[[3, 400]]), r"bad_words_ids: \[400\] are no ids"),
+        (dict(early_stopping="soon", num_beams=2), "true, false or never"),
+        (dict(min_new_tokens=5, max_new_tokens=4), "exceeds max_new_tokens=4"),
+        (dict(max_length=8), "leaves no room after a prompt of"),
+        (dict(output_logits=True), "scores of each step are not kept"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(model, wrong, says):
+    with pytest.raises(ValueError, match=says):
+        model.generate(PROMPTS, **wrong)
+
+
+def test_a_stream_of_beams_is_refused_at_the_call(model):
+    with pytest.raises(ValueError, match="beam search knows its answer at the end only"):
+        model.stream(PROMPTS, num_beams=2)
+
+
+def test_a_key_without_effect_is_told(model):
+    with pytest.warns(UserWarning, match="temperature=0.7 has no effect without do_sample=True"):
+        read_request(model, {"temperature": 0.7})
+    with pytest.warns(UserWarning, match="length_penalty=2.0 has no effect without num_beams"):
+        read_request(model, {}, {"length_penalty": 2.0})
+
+
+def test_a_config_and_a_dict_are_the_same_request_and_keywords_win(model):
+    keys = dict(num_beams=4, length_penalty=0.5, max_new_tokens=7, repetition_penalty=1.5)
+    one = read_request(model, GenerationConfig(**keys), {"max_new_tokens": 9})
+    assert one == read_request(model, keys | {"max_new_tokens": 9})
+    assert one.max_new_tokens == 9 and one.decoding.beams.count == 4
+
+
+def test_every_key_of_a_generation_config_is_known_and_on_the_page():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        keys = {key for key in vars(GenerationConfig()) if not key.startswith("_")}
+    tables = (HONOURED, IGNORED, REFUSED)
+    assert not keys - {key for table in tables for key in table}
+    assert sum(map(len, tables)) == len({key for table in tables for key in table})
+    spec = importlib.util.spec_from_file_location("page", ROOT / "docs" / "make_generation.py")
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert text == page.render(text), "run: PYTHONPATH=. python docs/make_generation.py"
