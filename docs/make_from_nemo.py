@@ -136,6 +136,24 @@ def model_sections() -> list[Section]:
             note="With `IdentityConnector`.",
         ),
         Section(
+            path="model.perception.modality_adapter",
+            classes=one("perception.modality_adapter:MultiLayerConfig"),
+            note="With `MultiLayerProjectionConnector`.",
+        ),
+        Section(
+            path="model.perception.modality_adapter",
+            classes=one("perception.qformer:QformerConfig"),
+            note="With `QformerConnector`.",
+        ),
+        Section(
+            path="model.perception.modality_adapter.encoder_config",
+            classes=one("perception.qformer:QformerEncoderConfig"),
+        ),
+        Section(
+            path="model.perception.modality_adapter.llm_config",
+            classes=one("perception.qformer:QformerLlmConfig"),
+        ),
+        Section(
             path="model.perception.spec_augment",
             classes=one("perception.spec_augment:SpecAugmentConfig"),
         ),

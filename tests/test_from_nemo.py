@@ -161,12 +161,17 @@ def test_a_whole_run_is_built_from_nemos_configuration(tmp_path):
             f"model.pretrained_asr={data / 'salm' / 'asr.nemo'}",
             "model.perception.modality_adapter.feat_in=16",
             "model.perception.modality_adapter.d_model=16",
+            "+model.encoder_chunk_size_seconds=30",
             "trainer.accelerator=auto",
             "trainer.devices=2",
             f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
         ],
     )
     assert run.model.prompt_formatter is not None
+    rate = run.model.sampling_rate
+    assert run.model.frame_count(61 * rate) == 2 * run.model.frame_count(
+        30 * rate
+    ) + run.model.frame_count(rate)
     assert run.model.audio_locator_tag == "<|audioplaceholder|>"
     trained = {path.split(".")[1] for path, on in run.model.trainable.items() if np.any(on)}
     assert trained == {"adapter", "projection"}, "NeMo's freeze_params leave these two"
@@ -211,7 +216,7 @@ def test_the_documented_names_of_mesh_sizes_mean_the_same():
     assert sizes == {"data": 1, "fsdp": 1, "tensor": 8, "context": 1}
 
 
-@pytest.mark.parametrize("key", ["vggnet", "stacking_norm"])
+@pytest.mark.parametrize("key", ["vggnet", "striding_conv1d"])
 def test_unsupported_options_are_refused_by_name(page, key):
     encoder = next(s for s in page.sections() if "perception.encoder" in s.path).classes[""]
     with pytest.raises(settings.SettingsError, match=f"subsampling='{key}' is not supported"):

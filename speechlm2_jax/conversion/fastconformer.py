@@ -10,7 +10,7 @@ NORMS = {
     "conv_norm": "norm_conv",
     "feed_forward_out_norm": "norm_feed_forward2",
     "output_norm": "norm_out",
-    "conv.norm": "conv.batch_norm",  # NeMo keeps this name for layer norm too
+    "conv.norm": "conv.batch_norm",  # NeMo keeps this name for the other norms too
 }
 LINEARS: dict[str, tuple[str, Transform]] = {
     "feed_forward_in.hidden": ("feed_forward1.linear1", IDENTITY),
@@ -38,16 +38,16 @@ def fastconformer_table(config: FastConformerConfig) -> Table:
     """The whole encoder: subsampling, layers, output projection."""
     rules = [*_subsampling(config), *_layers(config)]
     if config.feat_out > 0 and config.feat_out != config.d_model:
-        rules += _with_bias("out_proj", "output")
+        rules += with_bias("out_proj", "output")
     return Table(tuple(rules))
 
 
 def _layers(config: FastConformerConfig) -> list[Rule]:
     rules: list[Rule] = []
     for ours, theirs in NORMS.items():
-        rules += _with_bias(f"layers.{LAYER}.{theirs}", f"layers.{ours}")
+        rules += with_bias(f"layers.{LAYER}.{theirs}", f"layers.{ours}")
     for ours, (theirs, transform) in LINEARS.items():
-        pair = _with_bias(f"layers.{LAYER}.{theirs}", f"layers.{ours}", transform)
+        pair = with_bias(f"layers.{LAYER}.{theirs}", f"layers.{ours}", transform)
         rules += pair if config.use_bias else pair[:1]
     if config.conv_norm_type == "batch_norm":
         rules += [
@@ -58,13 +58,15 @@ def _layers(config: FastConformerConfig) -> list[Rule]:
             )
             for ours, (theirs, transform) in STATISTICS.items()
         ]
-    rules.append(
-        Rule(
-            source=f"layers.{LAYER}.self_attn.linear_pos.weight",
-            target="layers.attention.position.weight",
-        )
+    return rules + (_positions(config) if config.is_relative else [])
+
+
+def _positions(config: FastConformerConfig) -> list[Rule]:
+    projection = Rule(
+        source=f"layers.{LAYER}.self_attn.linear_pos.weight",
+        target="layers.attention.position.weight",
     )
-    return rules + _position_biases(config)
+    return [projection, *_position_biases(config)]
 
 
 def _position_biases(config: FastConformerConfig) -> list[Rule]:
@@ -86,21 +88,26 @@ def _position_biases(config: FastConformerConfig) -> list[Rule]:
 
 def _subsampling(config: FastConformerConfig) -> list[Rule]:
     """pre_encode.conv.N: the ReLUs between the convolutions take numbers too."""
+    if config.is_stacking:
+        has_norm = config.subsampling == "stacking_norm"
+        norm = with_bias("pre_encode.pre_norm", "subsampling.norm") if has_norm else []
+        return norm + with_bias("pre_encode.proj_out", "subsampling.output")
     if config.stages == 0:
-        return _with_bias("pre_encode", "subsampling.output")
-    rules = _with_bias("pre_encode.conv.0", "subsampling.conv_in")
+        return with_bias("pre_encode", "subsampling.output")
+    rules = with_bias("pre_encode.conv.0", "subsampling.conv_in")
     for stage in range(config.stages - 1):
         ours = f"subsampling.stages.{stage}"
         if config.subsampling == "dw_striding":
-            rules += _with_bias(f"pre_encode.conv.{2 + 3 * stage}", f"{ours}.depthwise")
+            rules += with_bias(f"pre_encode.conv.{2 + 3 * stage}", f"{ours}.depthwise")
             taps = Squeeze((2, 3))
-            rules += _with_bias(f"pre_encode.conv.{3 + 3 * stage}", f"{ours}.pointwise", taps)
+            rules += with_bias(f"pre_encode.conv.{3 + 3 * stage}", f"{ours}.pointwise", taps)
         else:
-            rules += _with_bias(f"pre_encode.conv.{2 + 2 * stage}", f"{ours}.conv")
-    return rules + _with_bias("pre_encode.out", "subsampling.output")
+            rules += with_bias(f"pre_encode.conv.{2 + 2 * stage}", f"{ours}.conv")
+    return rules + with_bias("pre_encode.out", "subsampling.output")
 
 
-def _with_bias(source: str, target: str, transform: Transform = IDENTITY) -> list[Rule]:
+def with_bias(source: str, target: str, transform: Transform = IDENTITY) -> list[Rule]:
+    """Rules of a layer's weight and bias; the transform is the weight's."""
     return [
         Rule(source=f"{source}.weight", target=f"{target}.weight", transform=transform),
         Rule(source=f"{source}.bias", target=f"{target}.bias"),

@@ -1,7 +1,7 @@
 """From NeMo's `model:` block of a SALM to a network: parts found, architecture known."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,10 @@ def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...] = ()) -> SalmB
     block, perception = perception_config(config.perception, asr_file, decoder.width)
     lora = None if config.lora is None else build(LoraConfig, config.lora, "model.lora")
     try:
-        network = SalmConfig(
-            llm=decoder,
-            perception=perception,
-            lora=lora,
-        )
+        if config.encoder_chunk_size_seconds is not None:
+            seconds = config.encoder_chunk_size_seconds
+            perception = replace(perception, encoder_chunk_size_seconds=seconds)
+        network = SalmConfig(llm=decoder, perception=perception, lora=lora)
     except SettingsError:
         raise
     except ValueError as error:

@@ -17,7 +17,7 @@ from speechlm2_jax.models.building import SalmBlueprint
 from speechlm2_jax.models.generation_config import read_request
 from speechlm2_jax.models.streaming import Piece, last_of
 from speechlm2_jax.networks import salm as salm_network
-from speechlm2_jax.networks.flops import salm_flops
+from speechlm2_jax.networks.flops import Heard, salm_flops
 from speechlm2_jax.networks.salm import Salm, SalmModes
 from speechlm2_jax.perception.perception import PerceptionModes
 from speechlm2_jax.sharding import Sharding
@@ -155,15 +155,14 @@ class SALM(SpeechModel):
 
     def _flops(self, batch: HostBatch, trainable: Mapping[str, bool | np.ndarray]) -> float:
         arrays: SalmBatch = batch.arrays
-        count = np.vectorize(lambda n: self.frame_count(int(n)), otypes=[np.int64])
         perception = self._blueprint.network.perception
-        return salm_flops(
-            self.infos,
-            trainable,
-            arrays,
-            count(arrays.audio_lengths) if arrays.audio_lengths.size else np.zeros(1),
+        clips = [int(n) for n in arrays.audio_lengths.reshape(-1)]
+        heard = Heard(
+            encoded=np.array([f for n in clips for f in perception.encoded_counts(n)] or [0]),
+            adapted=np.array([perception.frame_count(n) for n in clips] or [0]),
             subsampling_factor=perception.encoder.subsampling_factor,
         )
+        return salm_flops(self.infos, trainable, arrays, heard)
 
     def answer_flops(self, batch: HostBatch) -> float:
         """Model FLOPs of one forward pass over `batch`, prompts and answers together."""

@@ -24,22 +24,29 @@ class Part:
     """Multiply-adds of scores and mixing, already halved where causal."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Heard:
+    """Real frames of each clip (any shape) behind the encoder and behind the adapter.
+
+    Weights of convolutional subsampling are counted at the encoder's input rate over its factor.
+    """
+
+    encoded: np.ndarray
+    """Per clip, or per part of a clip that the encoder sees by itself."""
+    adapted: np.ndarray
+    subsampling_factor: int
+
+
 def salm_flops(
     infos: Mapping[str, VariableInfo],
     trainable: Mapping[str, bool | np.ndarray],
     batch: SalmBatch,
-    frames_per_clip: np.ndarray,
-    *,
-    subsampling_factor: int,
+    heard: "Heard",
 ) -> float:
-    """FLOPs of one training step on `batch` (host arrays).
-
-    `frames_per_clip` is the encoder's real output frames of each clip, any shape. Weights of
-    convolutional subsampling are counted at the encoder's input rate over its factor.
-    """
+    """FLOPs of one training step on `batch` (host arrays)."""
     lengths = (batch.segments > 0).sum(axis=-1)
     parts = (
-        *_perception(infos, frames_per_clip, subsampling_factor),
+        *_perception(infos, heard),
         *_llm(infos, lengths, float(batch.loss_mask.sum())),
     )
     return _total(infos, trainable, parts)
@@ -60,8 +67,11 @@ def duplex_flops(
     decoder = "speech_decoder.transformer.layers."
     inputs = infos.get(f"{decoder}attention.inputs.weight")
     width = 0.0 if inputs is None else 2.0 * inputs.shape[0] * inputs.shape[1] / 3
+    heard = Heard(
+        encoded=frames_per_row, adapted=frames_per_row, subsampling_factor=subsampling_factor
+    )
     parts = (
-        *_perception(infos, frames_per_row, subsampling_factor),
+        *_perception(infos, heard),
         *_llm(infos, frames_per_row, frames),
         Part(
             prefix="speech_decoder.transformer.",
@@ -74,19 +84,34 @@ def duplex_flops(
     return _total(infos, trainable, parts)
 
 
-def _perception(
-    infos: Mapping[str, VariableInfo], frames_per_clip: np.ndarray, subsampling_factor: int
-) -> tuple[Part, ...]:
-    frames, pairs = float(frames_per_clip.sum()), _pairs(frames_per_clip)
-    encoder, adapter = (
-        _attention_width(infos, f"perception.{part}.layers.") * pairs
-        for part in ("encoder", "adapter")
-    )
+def _perception(infos: Mapping[str, VariableInfo], heard: Heard) -> tuple[Part, ...]:
+    frames = float(heard.encoded.sum())
+    attention = _attention_width(infos, "perception.encoder.layers.") * _pairs(heard.encoded)
     return (
-        Part(prefix="perception.encoder.subsampling.", tokens=frames * subsampling_factor),
-        Part(prefix="perception.encoder.layers.", tokens=frames, attention=encoder),
-        Part(prefix="perception.adapter.", tokens=frames, attention=adapter),
-        Part(prefix="perception.projection.", tokens=frames),
+        Part(prefix="perception.encoder.subsampling.", tokens=frames * heard.subsampling_factor),
+        Part(prefix="perception.encoder.layers.", tokens=frames, attention=attention),
+        *_adapter(infos, heard),
+        Part(prefix="perception.projection.", tokens=float(heard.adapted.sum())),
+    )
+
+
+def _adapter(infos: Mapping[str, VariableInfo], heard: Heard) -> tuple[Part, ...]:
+    """A Conformer or a projection sees its own frames; a Q-Former asks each layer that it reads."""
+    root, adapted = "perception.adapter.", float(heard.adapted.sum())
+    queries = infos.get(f"{root}prompts")
+    width = _attention_width(infos, f"{root}layers.")
+    if queries is None:
+        return (Part(prefix=root, tokens=adapted, attention=width * _pairs(heard.adapted)),)
+    read, prompts = queries.shape[:2]
+    asked, seen = adapted * read, float(heard.encoded.sum()) * read
+    own, cross = f"{root}layers.attention.", f"{root}layers.cross_attention."
+    return (
+        *(Part(prefix=f"{cross}{name}.", tokens=seen) for name in ("key", "value")),
+        Part(prefix=own, tokens=asked, attention=width * asked * prompts),
+        *(Part(prefix=f"{cross}{name}.", tokens=asked) for name in ("query", "output")),
+        Part(prefix=f"{root}layers.hidden.", tokens=asked, attention=width * seen * prompts),
+        Part(prefix=f"{root}layers.output.", tokens=asked),
+        Part(prefix=f"{root}projection.", tokens=adapted),
     )
 
 

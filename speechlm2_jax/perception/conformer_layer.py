@@ -1,6 +1,6 @@
 """One Conformer layer (Gulati et al. 2020): attention and convolution between two half steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,10 @@ from speechlm2_jax.layers.norms import LayerNorm
 from speechlm2_jax.perception.batch_norm import BatchNorm, Statistics
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.frames import is_within
+from speechlm2_jax.perception.group_norm import GroupNorm
 from speechlm2_jax.perception.initializers import uniform
-from speechlm2_jax.perception.relative_attention import RelativeAttention, View
+from speechlm2_jax.perception.self_attention import SelfAttention
+from speechlm2_jax.perception.view import View
 from speechlm2_jax.sharding import constrain
 
 
@@ -25,8 +27,10 @@ class LayerInputs:
     """What every layer of a pass shares."""
 
     view: View
-    counted: Bool[Array, "B T"] | None = None
-    """Frames that batch norm counts in training; None in evaluation."""
+    present: Bool[Array, "B T"]
+    """Frames that a norm over time counts: the real ones, or those that NeMo would count."""
+    train: bool = field(default=False, metadata={"static": True})
+    """Whether batch norm measures them."""
     tied_biases: tuple[Float[Array, "N H"], Float[Array, "N H"]] | None = None
 
 
@@ -60,13 +64,16 @@ class DepthwiseConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Convolves with zeros beyond both ends; as many frames come out."""
-        weight = self.weight[...].astype(x.dtype)
-        steps = x.shape[1]
-        padded = jnp.pad(x, ((0, 0), self.context, (0, 0)))
+        return self.within(jnp.pad(x, ((0, 0), self.context, (0, 0))))
+
+    def within(self, padded: Float[Array, "B T2 D"]) -> Float[Array, "B T D"]:
+        """Convolves where the whole kernel fits: k - 1 frames fewer come out."""
+        weight = self.weight[...].astype(padded.dtype)
+        steps = padded.shape[1] - weight.shape[1] + 1
         y = padded[:, :steps] * weight[None, None, :, 0]
         for tap in range(1, weight.shape[1]):
             y = y + padded[:, tap : tap + steps] * weight[None, None, :, tap]
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None, None]
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None]
 
 
 class Convolution(nnx.Module):
@@ -78,23 +85,34 @@ class Convolution(nnx.Module):
         # halves of a channel on different ones
         self.pointwise_in = Linear(width, 2 * width, axes=(None, "embed"), rngs=rngs, bias=bias)
         self.depthwise = DepthwiseConv(config, rngs=rngs)
-        self.norm = NORMS[config.conv_norm_type](width, rngs=rngs)
+        self.norm = _make_norm(config, rngs)
         self.pointwise_out = Linear(width, width, axes=("embed", "mlp"), rngs=rngs, bias=bias)
 
     def __call__(
         self, x: Float[Array, "B T D"], inputs: LayerInputs
     ) -> tuple[Float[Array, "B T D"], Statistics]:
         """Convolves; silence replaces padding, so real frames never see it."""
-        value, gate = self._halves(x)
-        is_real = is_within(inputs.view.lengths, x.shape[1])[..., None]
-        x = jnp.where(is_real, value * jax.nn.sigmoid(gate), jnp.zeros((), x.dtype))
-        x = self.depthwise(x)
+        x = self.depthwise(self.gated(x, is_within(inputs.view.lengths, x.shape[1])))
         statistics: Statistics = {}
         if isinstance(self.norm, BatchNorm):
-            x, statistics = self.norm(x, inputs.counted)
+            x, statistics = self.norm(x, inputs.present if inputs.train else None)
+        elif isinstance(self.norm, GroupNorm):
+            x = self.norm(x, inputs.present)
         else:
             x = self.norm(x)
         return self.pointwise_out(jax.nn.silu(x)), statistics
+
+    def gated(self, x: Float[Array, "B T D"], is_real: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the depthwise convolution sees; silence where frames are not real."""
+        value, gate = self._halves(x)
+        return jnp.where(is_real[..., None], value * jax.nn.sigmoid(gate), jnp.zeros((), x.dtype))
+
+    def finished(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Goes on behind the depthwise convolution, in evaluation; ValueError for group norm."""
+        if isinstance(self.norm, GroupNorm):
+            raise ValueError("group norm looks at whole clips")
+        x = self.norm(x)[0] if isinstance(self.norm, BatchNorm) else self.norm(x)
+        return self.pointwise_out(jax.nn.silu(x))
 
     def _halves(
         self, x: Float[Array, "B T D"]
@@ -110,7 +128,12 @@ class Convolution(nnx.Module):
         return y[:, :, 0], y[:, :, 1]
 
 
-NORMS = {"batch_norm": BatchNorm, "layer_norm": LayerNorm}
+def _make_norm(config: FastConformerConfig, rngs: nnx.Rngs) -> BatchNorm | GroupNorm | LayerNorm:
+    if config.norm_groups:
+        return GroupNorm(config.d_model, config.norm_groups, rngs=rngs)
+    return {"batch_norm": BatchNorm, "layer_norm": LayerNorm}[config.conv_norm_type](
+        config.d_model, rngs=rngs
+    )
 
 
 class ConformerLayer(nnx.Module):
@@ -121,7 +144,7 @@ class ConformerLayer(nnx.Module):
         self.feed_forward_in_norm = LayerNorm(config.d_model, rngs=rngs)
         self.feed_forward_in = FeedForward(config, rngs=rngs)
         self.attention_norm = LayerNorm(config.d_model, rngs=rngs)
-        self.attention = RelativeAttention(config, rngs=rngs)
+        self.attention = SelfAttention(config, rngs=rngs)
         self.conv_norm = LayerNorm(config.d_model, rngs=rngs)
         self.conv = Convolution(config, rngs=rngs)
         self.feed_forward_out_norm = LayerNorm(config.d_model, rngs=rngs)

@@ -15,13 +15,13 @@ from speechlm2_jax.perception.batch_norm import Statistics
 from speechlm2_jax.perception.conformer_layer import ConformerLayer, LayerInputs
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.frames import is_within
-from speechlm2_jax.perception.relative_attention import (
-    View,
+from speechlm2_jax.perception.self_attention import (
     padded_queries,
     position_bias,
     relative_positions,
 )
-from speechlm2_jax.perception.subsampling import Subsampling
+from speechlm2_jax.perception.subsampling import make_subsampling
+from speechlm2_jax.perception.view import View, sinusoids
 from speechlm2_jax.sharding import constrain
 
 _LAYERS_PLACE, _INPUT_PLACE, _NEAR_PLACE, _FAR_PLACE, _CONTEXT_PLACE = range(5)
@@ -40,6 +40,8 @@ class EncoderOutput:
     """The given extents, in output frames."""
     layers: Float[Array, "L B T W"] | None = None
     """Every layer's output, if asked for."""
+    captured: Float[Array, "B K T D"] | None = None
+    """The outputs of the layers asked for, in the width of the frames."""
 
 
 class FastConformer(nnx.Module):
@@ -47,9 +49,9 @@ class FastConformer(nnx.Module):
 
     def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.subsampling = Subsampling(config, rngs=rngs)
+        self.subsampling = make_subsampling(config, rngs=rngs)
         self.layers = stack(lambda r: ConformerLayer(config, rngs=r), config.n_layers, rngs)
-        tied = not config.untie_biases
+        tied = config.is_relative and not config.untie_biases
         self.position_bias_u = position_bias(config, rngs) if tied else None
         self.position_bias_v = position_bias(config, rngs) if tied else None
         self.output = (
@@ -67,6 +69,7 @@ class FastConformer(nnx.Module):
         keys: Key[Array, " B"] | None = None,
         extents: Int[Array, " B"] | None = None,
         return_layers: bool = False,
+        capture: tuple[int, ...] = (),
         remat: RematPolicy = "full",
     ) -> EncoderOutput:
         """Encodes rows of `lengths` real frames; rows of length 0 are empty.
@@ -74,39 +77,74 @@ class FastConformer(nnx.Module):
         `train` lets batch norm use the statistics of this batch: of its real frames, or, if given,
         of the first `extents` input frames of each row. `keys`, one per row, switch dropout on
         and draw the attention context where there are several; use them in training only.
+        `capture` numbers the layers whose outputs are wanted too.
         """
         config = self.config
-        subsampled = self.subsampling(features, lengths)
-        lengths = jnp.where(lengths > 0, subsampled.lengths, 0)
-        if extents is not None:
-            extents = jnp.where(extents > 0, config.subsampled(extents), 0)
-        x = subsampled.frames * (math.sqrt(config.d_model) if config.xscaling else 1.0)
-        x = dropout(x, config.dropout_pre_encoder, fold_keys(keys, _INPUT_PLACE))
-        x = constrain(x, "clips", "frames", "act_embed")
-        counted = is_within(lengths if extents is None else extents, x.shape[1]) if train else None
+        x, lengths, extents = self._entered(features, lengths, extents, keys)
+        steps = x.shape[1]
         inputs = LayerInputs(
-            view=self._view(x.shape[1], lengths, keys),
-            counted=counted,
-            tied_biases=self._tied_biases(),
+            view=self._view(steps, lengths, keys),
+            present=is_within(lengths if extents is None else extents, steps),
+            train=train,
+            tied_biases=self.tied_biases(),
         )
         layer_keys = fold_keys(keys, _LAYERS_PLACE)
 
-        def body(layer: ConformerLayer, x: Array, index: Array) -> tuple[Array, tuple]:
+        def body(layer: ConformerLayer, carry: tuple, index: Array) -> tuple[tuple, tuple]:
+            x, kept = carry
             x, statistics = layer(x, inputs, fold_keys(layer_keys, index))
             x = constrain(x, "clips", "frames", "act_embed")
-            return x, (statistics, x if return_layers else None)
+            kept = tuple(jnp.where(index == n, x, k) for n, k in zip(capture, kept, strict=True))
+            return (x, kept), (statistics, x if return_layers else None)
 
         indices = jnp.arange(config.n_layers)
-        x, (statistics, layers) = scan_layers(self.layers, body, x, indices, remat=remat)
+        start = (x, (jnp.zeros_like(x),) * len(capture))
+        (x, kept), (statistics, layers) = scan_layers(
+            self.layers, body, start, indices, remat=remat
+        )
         return EncoderOutput(
-            frames=x if self.output is None else self.output(x),
+            frames=self.projected(x),
             lengths=lengths,
             statistics={f"layers.{path}": value for path, value in statistics.items()},
             extents=extents,
             layers=layers,
+            captured=self.projected(jnp.stack(kept, axis=1)) if capture else None,
         )
 
-    def _tied_biases(self) -> tuple[Array, Array] | None:
+    def _entered(
+        self,
+        features: Float[Array, "B T D"],
+        lengths: Int[Array, " B"],
+        extents: Int[Array, " B"] | None,
+        keys: Key[Array, " B"] | None,
+    ) -> tuple[Float[Array, "B T2 D2"], Int[Array, " B"], Int[Array, " B"] | None]:
+        """What the first layer sees, and lengths and extents in its frames."""
+        config = self.config
+        subsampled = self.subsampling(features, lengths, extents)
+        lengths = jnp.where(lengths > 0, subsampled.lengths, 0)
+        if extents is not None:
+            extents = jnp.where(extents > 0, config.subsampled(extents), 0)
+        x = self.placed(subsampled.frames, jnp.arange(subsampled.frames.shape[1])[None])
+        x = dropout(x, config.dropout_pre_encoder, fold_keys(keys, _INPUT_PLACE))
+        return constrain(x, "clips", "frames", "act_embed"), lengths, extents
+
+    def placed(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B1 T"]
+    ) -> Float[Array, "B T D"]:
+        """Scales subsampled frames and, with absolute positions, adds theirs."""
+        config = self.config
+        x = x * (math.sqrt(config.d_model) if config.xscaling else 1.0)
+        if config.is_relative:
+            return x
+        table = sinusoids(positions.astype(jnp.float32), config.d_model)
+        return x + jnp.broadcast_to(table.astype(x.dtype), x.shape)
+
+    def projected(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T W"]:
+        """Turns a layer's output into the width of the frames."""
+        return x if self.output is None else self.output(x)
+
+    def tied_biases(self) -> tuple[Array, Array] | None:
+        """The position biases that all layers share, if they do."""
         if self.position_bias_u is None or self.position_bias_v is None:
             return None
         return self.position_bias_u[...], self.position_bias_v[...]
@@ -122,7 +160,9 @@ class FastConformer(nnx.Module):
             draws = jax.vmap(jax.random.uniform)(context_keys)
             chosen = jnp.sum(draws[:, None] >= cumulative[None], axis=1)
         left, right = jnp.take(contexts, chosen, axis=0).T
-        positions = self._drop_positions(relative_positions(steps, config.d_model), steps, keys)
+        positions = None
+        if config.is_relative:
+            positions = self._drop_positions(relative_positions(steps, config.d_model), steps, keys)
         return View(positions=positions, lengths=lengths, left=left, right=right)
 
     def _drop_positions(

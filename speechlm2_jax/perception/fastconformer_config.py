@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 Context = tuple[int, int]
+CONVOLUTIONS = ("dw_striding", "striding")
+STACKINGS = ("stacking", "stacking_norm")
+GROUP_NORM = "group_norm"
 _ONLY_WITH_REDUCTION = "only read by mid-network reduction, which is refused"
 _ONLY_WITH_STOCHASTIC_DEPTH = "only read by stochastic depth, which is refused"
 _TABLE_SIZE = "sizes NeMo's table of positions, which grows by itself; here it follows the input"
@@ -43,10 +46,12 @@ class FastConformerConfig:
     feat_out: int = -1
     causal_downsampling: bool = False
     subsampling: str = "striding"
+    """dw_striding, striding, stacking or stacking_norm."""
     subsampling_factor: int = 4
     subsampling_conv_channels: int = -1
     ff_expansion_factor: int = 4
     self_attention_model: str = "rel_pos"
+    """rel_pos or abs_pos."""
     n_heads: int = 4
     att_context_size: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
     """Frames seen to the left and right, -1 for all; or several such pairs (see `contexts`)."""
@@ -56,6 +61,7 @@ class FastConformerConfig:
     untie_biases: bool = True
     conv_kernel_size: int = 31
     conv_norm_type: str = "batch_norm"
+    """batch_norm, layer_norm, or group_normN with N groups of channels."""
     conv_context_size: str | tuple[int, ...] | None = None
     use_bias: bool = True
     dropout: float = 0.1
@@ -65,10 +71,9 @@ class FastConformerConfig:
 
     def __post_init__(self) -> None:
         choices = {
-            "subsampling": ("dw_striding", "striding"),
-            "self_attention_model": ("rel_pos",),
+            "subsampling": (*CONVOLUTIONS, *STACKINGS),
+            "self_attention_model": ("rel_pos", "abs_pos"),
             "att_context_style": ("regular", "chunked_limited"),
-            "conv_norm_type": ("batch_norm", "layer_norm"),
         }
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
@@ -76,8 +81,9 @@ class FastConformerConfig:
                     f"{key}={getattr(self, key)!r} is not supported; use {' or '.join(allowed)}"
                 )
         factor = self.subsampling_factor
-        if factor < 1 or factor & (factor - 1):
+        if factor < 1 or (factor & (factor - 1) and not self.is_stacking):
             raise ValueError(f"subsampling_factor={factor} must be a power of two")
+        _check_norm(self)
         if self.d_model % self.n_heads:
             raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model}")
         if self.d_model % 2:
@@ -125,9 +131,25 @@ class FastConformerConfig:
         return self.d_model if channels == -1 else channels
 
     @property
+    def is_stacking(self) -> bool:
+        """Whether subsampling puts neighbouring frames side by side instead of convolving them."""
+        return self.subsampling in STACKINGS and self.subsampling_factor > 1
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether attention scores distances; else positions are added to the subsampled frames."""
+        return self.self_attention_model == "rel_pos"
+
+    @property
+    def norm_groups(self) -> int:
+        """Groups of channels that group norm normalises together; 0 for another norm."""
+        name, _, groups = self.conv_norm_type.rpartition(GROUP_NORM)
+        return int(groups) if not name and groups.isdigit() else 0
+
+    @property
     def stages(self) -> int:
-        """How many times subsampling halves the frames."""
-        return self.subsampling_factor.bit_length() - 1
+        """How many times convolutions halve the frames."""
+        return 0 if self.is_stacking else self.subsampling_factor.bit_length() - 1
 
     @property
     def stage_padding(self) -> Context:
@@ -144,10 +166,27 @@ class FastConformerConfig:
         return self.subsampled(frames) if frames > 0 else 0
 
     def subsampled(self, size: Any) -> Any:
-        """Size of an axis (time or frequency) after all halvings: an int, or an array of them."""
+        """Size of an axis (time or frequency) after subsampling: an int, or an array of them."""
+        if self.is_stacking:
+            return -(-size // self.subsampling_factor)
         for _ in range(self.stages):
-            size = (size + sum(self.stage_padding) - 3) // 2 + 1
+            size = self.halved(size)
         return size
+
+    def halved(self, size: Any) -> Any:
+        """Size of an axis after one convolution of 3 taps and stride 2."""
+        return (size + sum(self.stage_padding) - 3) // 2 + 1
+
+
+def _check_norm(config: FastConformerConfig) -> None:
+    kind, groups = config.conv_norm_type, config.norm_groups
+    if kind not in ("batch_norm", "layer_norm") and not groups:
+        raise ValueError(
+            f"conv_norm_type={kind!r} is not supported; use batch_norm, layer_norm or group_normN "
+            "with N groups of channels"
+        )
+    if groups and config.d_model % groups:
+        raise ValueError(f"conv_norm_type={kind!r}: d_model={config.d_model} has no such groups")
 
 
 def _check_contexts(config: FastConformerConfig) -> None:

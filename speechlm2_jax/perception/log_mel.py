@@ -119,6 +119,11 @@ class LogMelConfig:
         """Zeros before and after the waveform."""
         return (self.fft_size - self.hop_samples) // 2 if self.exact_pad else self.fft_size // 2
 
+    @property
+    def window_start(self) -> int:
+        """Samples from the start of frame 0's window to that of the waveform."""
+        return self.side_padding - (self.fft_size - self.window_samples) // 2
+
     def frame_count(self, samples: int) -> int:
         """Counts the real frames of a clip; the STFT's last frame is never one of them."""
         frames = (samples + 2 * self.side_padding - self.fft_size) // self.hop_samples
@@ -170,14 +175,14 @@ class LogMel(nnx.Module):
         wave = _dither(wave, config.dither, keys)
         if config.preemph is not None:
             wave = _preemphasise(wave, lengths, config.preemph)
-        mel = jnp.einsum(
-            "btk,mk->btm",
-            self._spectrum(wave),
-            self.filterbank[...].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        n_fft = config.fft_size
+        if not config.exact_pad:
+            wave = jnp.pad(wave, ((0, 0), (n_fft // 2, n_fft // 2)))
+        count = 1 + (wave.shape[1] - n_fft) // config.hop_samples
+        # the window sits in the middle of the transform; its place there only turns the phase
+        mel = self.features(wave[:, (n_fft - config.window_samples) // 2 :], count)
         frame_lengths = self.frame_lengths(lengths)
-        features = _normalise(self._log(mel), frame_lengths, config.normalize)
+        features = _normalise(mel, frame_lengths, config.normalize)
         return Frames(
             frames=self._pad(features, frame_lengths, audio.shape[1]), lengths=frame_lengths
         )
@@ -196,14 +201,19 @@ class LogMel(nnx.Module):
         multiple = config.pad_to or 1
         return -(-frames // multiple) * multiple
 
-    def _spectrum(self, wave: Float[Array, "B S"]) -> Float[Array, "B T K"]:
+    def features(self, wave: Float[Array, "B S"], count: int) -> Float[Array, "B T M"]:
+        """Log-mel features of `count` windows, the first at the start of the wave."""
+        mel = jnp.einsum(
+            "btk,mk->btm",
+            self._spectrum(wave, count),
+            self.filterbank[...].astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return self._log(mel)
+
+    def _spectrum(self, wave: Float[Array, "B S"], count: int) -> Float[Array, "B T K"]:
         config = self.config
         size, hop, n_fft = config.window_samples, config.hop_samples, config.fft_size
-        if not config.exact_pad:
-            wave = jnp.pad(wave, ((0, 0), (n_fft // 2, n_fft // 2)))
-        count = 1 + (wave.shape[1] - n_fft) // hop
-        # the window sits in the middle of the transform; its place there only turns the phase
-        wave = wave[:, (n_fft - size) // 2 :]
         frames = (
             _overlapping(wave, size, hop, count) * self.window[...].astype(jnp.float32)[None, None]
         )

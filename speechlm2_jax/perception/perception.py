@@ -6,6 +6,7 @@ host lays out sequences before the device has seen any audio.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -18,15 +19,20 @@ from speechlm2_jax.layers.dropout import fold_keys
 from speechlm2_jax.layers.linear import Linear
 from speechlm2_jax.layers.module import RematPolicy
 from speechlm2_jax.perception.batch_norm import Statistics
+from speechlm2_jax.perception.chunking import Chunking, cut, join, part_keys
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.frames import Frames, is_within
 from speechlm2_jax.perception.log_mel import LogMel, LogMelConfig
 from speechlm2_jax.perception.modality_adapter import (
+    READERS_OF_LAYERS,
     AdapterConfig,
     IdentityConfig,
+    MultiLayerConfig,
+    layers_read,
     make_adapter,
 )
+from speechlm2_jax.perception.qformer import QformerConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig, spec_augment
 from speechlm2_jax.sharding import constrain
 
@@ -45,22 +51,26 @@ class PerceptionConfig:
     output_dim: int
     """Width of the LLM."""
     spec_augment: SpecAugmentConfig | None = None
+    encoder_chunk_size_seconds: float | None = None
+    """Longer clips are encoded in parts of this length, each by itself; null: whole."""
 
     def __post_init__(self) -> None:
         adapter = self.modality_adapter
+        seconds = self.encoder_chunk_size_seconds
+        if seconds is not None and seconds <= 0:
+            raise ValueError(f"encoder_chunk_size_seconds={seconds} must be positive, or null")
         if self.encoder.feat_in != self.preprocessor.features:
             raise ValueError(
                 f"encoder.feat_in={self.encoder.feat_in} must be preprocessor.features="
                 f"{self.preprocessor.features}"
             )
-        is_identity = isinstance(adapter, IdentityConfig)
-        key = "d_model" if is_identity else "feat_in"
-        given = getattr(adapter, key)
-        if self.is_projected and given != self.encoder.width:
+        key, given = _input_width(adapter)
+        if given is not None and given != self.encoder.width:
             raise ValueError(
                 f"modality_adapter.{key}={given} must be the encoder's width {self.encoder.width}"
             )
-        if not is_identity and adapter.width != adapter.d_model:
+        layers_read(adapter, self.encoder.n_layers)
+        if isinstance(adapter, FastConformerConfig) and adapter.width != adapter.d_model:
             raise ValueError(
                 f"modality_adapter.feat_out={adapter.feat_out} does not fit the projection from "
                 f"d_model={adapter.d_model}; set feat_out to -1"
@@ -86,7 +96,12 @@ class PerceptionConfig:
     def is_projected(self) -> bool:
         """Whether a projection follows the adapter."""
         adapter = self.modality_adapter
-        return not isinstance(adapter, IdentityConfig) or adapter.is_projected
+        return isinstance(adapter, FastConformerConfig) or adapter.is_projected
+
+    @property
+    def layers_read(self) -> tuple[int, ...]:
+        """Encoder layers that the adapter sees; none where it sees the encoder's output alone."""
+        return layers_read(self.modality_adapter, self.encoder.n_layers)
 
     @property
     def adapter_width(self) -> int:
@@ -101,18 +116,19 @@ class PerceptionConfig:
 
     @property
     def heads(self) -> dict[str, int]:
-        """Attention heads of the encoder and of a Conformer adapter."""
+        """Attention heads of the encoder and of an adapter that attends."""
         heads = {"heads of the speech encoder": self.encoder.n_heads}
         if isinstance(self.modality_adapter, FastConformerConfig):
             heads["heads of the modality adapter"] = self.modality_adapter.n_heads
+        if isinstance(self.modality_adapter, READERS_OF_LAYERS):
+            heads |= self.modality_adapter.heads
         return heads
 
     @property
     def frame_samples(self) -> int:
-        """Samples that one output frame stands for."""
-        adapter = self.modality_adapter
-        factor = 1 if isinstance(adapter, IdentityConfig) else adapter.subsampling_factor
-        return self.preprocessor.hop_samples * self.encoder.subsampling_factor * factor
+        """Samples that one output frame stands for (with a Q-Former: one encoder frame)."""
+        factor = self.encoder.subsampling_factor * self.modality_adapter.subsampling_factor
+        return self.preprocessor.hop_samples * factor
 
     @property
     def token_equivalent_duration(self) -> float:
@@ -121,13 +137,34 @@ class PerceptionConfig:
 
     def frame_count(self, samples: int) -> int:
         """Counts the output frames of a clip of `samples` samples."""
-        frames = self.encoder.frame_count(self.preprocessor.frame_count(samples))
-        adapter = self.modality_adapter
-        return frames if isinstance(adapter, IdentityConfig) else adapter.frame_count(frames)
+        return sum(self.modality_adapter.frame_count(n) for n in self.encoded_counts(samples))
+
+    def encoded_counts(self, samples: int) -> tuple[int, ...]:
+        """Counts the encoder's frames of each part of a clip that it sees by itself."""
+        chunking = self.chunking
+        parts = (samples,) if chunking is None else chunking.parts(samples)
+        return tuple(self.encoder.frame_count(self.preprocessor.frame_count(n)) for n in parts)
+
+    @property
+    def chunking(self) -> Chunking | None:
+        """How clips are cut for the encoder; None: they are not."""
+        seconds = self.encoder_chunk_size_seconds
+        return None if seconds is None else Chunking.of(seconds, self.preprocessor)
 
     def frame_capacity(self, samples: int) -> int:
         """Frames of the output array for an audio array of `samples`: those of a full clip."""
         return self.frame_count(samples)
+
+
+def _input_width(adapter: AdapterConfig) -> tuple[str, int | None]:
+    """The width of frames that an adapter wants, None for any, and the key that says it."""
+    if isinstance(adapter, QformerConfig):
+        return "encoder_config.d_model", adapter.input_width
+    if isinstance(adapter, MultiLayerConfig):
+        return "input_dim", adapter.input_width
+    if isinstance(adapter, FastConformerConfig):
+        return "feat_in", adapter.feat_in
+    return "d_model", adapter.d_model if adapter.is_projected else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,12 +222,55 @@ class AudioPerception(nnx.Module):
         samples, is the padded length of each clip's batch in NeMo (`modes.nemo_exact` needs it).
         Activations after the mel features have `dtype`; `remat` is that of the encoder's layers.
         """
+        if modes.nemo_exact and extents is None:
+            raise ValueError("nemo_exact needs `extents`: the longest clip of each group")
+        extents = extents if modes.nemo_exact else None
+        run = partial(self._encode, modes=modes, dtype=dtype, remat=remat)
+        chunking = self.config.chunking
+        if chunking is None:
+            return run(audio, lengths, keys=keys, extents=extents)
+        if audio.shape[1] <= chunking.size:  # whole, with the draws of a first part
+            return run(audio, lengths, keys=part_keys(keys, 1), extents=extents)
+        pieces, sizes = cut(audio, lengths, chunking)
+        batch, parts, width = pieces.shape
+        if extents is not None:  # NeMo pads all parts of a batch to the longest
+            longest = jnp.where(extents > chunking.size, jnp.max(sizes), extents)
+            extents = jnp.repeat(longest, parts)
+        output = run(
+            constrain(pieces.reshape(batch * parts, width), "clips", None),
+            sizes.reshape(-1),
+            keys=part_keys(keys, parts),
+            extents=extents,
+        )
+        frames, lengths = join(
+            output.frames.reshape(batch, parts, *output.frames.shape[1:]),
+            output.lengths.reshape(batch, parts),
+            last=chunking.whole_parts(lengths),
+            per_part=self.config.frame_count(chunking.size),
+            capacity=self.config.frame_capacity(audio.shape[1]),
+        )
+        return PerceptionOutput(
+            frames=constrain(frames, "clips", "frames", "act_embed"),
+            lengths=lengths,
+            statistics=output.statistics,
+        )
+
+    def _encode(
+        self,
+        audio: Float[Array, "B S"],
+        lengths: Int[Array, " B"],
+        *,
+        modes: PerceptionModes,
+        keys: Key[Array, " B"] | None,
+        extents: Int[Array, " B"] | None,
+        dtype: DTypeLike,
+        remat: RematPolicy,
+    ) -> PerceptionOutput:
+        """Encodes clips, or parts of them, each as a whole."""
         audio = jnp.where(is_within(lengths, audio.shape[1]), audio, 0.0)
         features = self._features(audio, lengths, modes, keys)
         frame_extents = None
-        if modes.nemo_exact:
-            if extents is None:
-                raise ValueError("nemo_exact needs `extents`: the longest clip of each group")
+        if extents is not None:
             frame_extents = jnp.where(lengths > 0, self.log_mel.frame_extents(extents), 0)
         return self.encode(
             features,
@@ -223,10 +303,11 @@ class AudioPerception(nnx.Module):
             train=modes.encoder,
             keys=fold_keys(keys, _ENCODER_PLACE) if modes.encoder else None,
             extents=extents,
+            capture=self.config.layers_read,
             remat=remat,
         )
         adapted = self.adapter(
-            encoded.frames,
+            self.heard(encoded.frames, encoded.captured),
             encoded.lengths,
             train=modes.adapter,
             keys=fold_keys(keys, _ADAPTER_PLACE) if modes.adapter else None,
@@ -245,6 +326,17 @@ class AudioPerception(nnx.Module):
                 for path, value in output.statistics.items()
             },
         )
+
+    def heard(
+        self, frames: Float[Array, "B T D"], captured: Float[Array, "B K T D"] | None
+    ) -> Float[Array, "B *K T D"]:
+        """What the adapter sees: the encoder's output, or several of its layers [B, K, T, D]."""
+        adapter = self.config.modality_adapter
+        if not isinstance(adapter, READERS_OF_LAYERS) or captured is None:
+            return frames
+        if not adapter.include_final_output:
+            return captured
+        return jnp.concatenate([captured, frames[:, None]], axis=1)
 
     def _features(
         self,

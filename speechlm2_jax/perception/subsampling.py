@@ -1,4 +1,4 @@
-"""Convolutional subsampling in front of a Conformer: each stage halves time and frequency.
+"""Subsampling in front of a Conformer: convolutions halve time and frequency, or stacks of frames.
 
 Convolutions are written as sums over their nine taps on contiguous phases of the image. XLA's own
 strided and grouped convolutions are several times slower on CPU, and no faster than a fused
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from speechlm2_jax.layers.linear import Linear, zeros
 from speechlm2_jax.layers.module import param
+from speechlm2_jax.layers.norms import LayerNorm
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.frames import Frames, is_within
 from speechlm2_jax.perception.initializers import uniform
@@ -45,10 +46,11 @@ class HalvingConv(nnx.Module):
         )
         self.bias = param(rngs, (channels_out,), ("conv",), zeros)
 
-    def __call__(self, x: Image) -> Halved:
-        """Convolves an image whose last axis is the channels."""
+    def __call__(self, x: Image, time_padding: tuple[int, int] | None = None) -> Halved:
+        """Convolves an image whose last axis is the channels; `time_padding` if not the usual."""
         weight = self.weight[...].astype(x.dtype)
-        taps = _taps(x, self.padding)
+        time = self.padding if time_padding is None else time_padding
+        taps = _taps(x, (time, self.padding))
         if self.depthwise:
             y = sum(tap * weight[None, None, None, :, 0, i, j] for (i, j), tap in taps.items())
         elif x.shape[-1] == 1:
@@ -59,14 +61,18 @@ class HalvingConv(nnx.Module):
         return y + self.bias[...].astype(x.dtype)[None, None, None]
 
 
-def _taps(x: Image, padding: tuple[int, int]) -> dict[tuple[int, int], Halved]:
+def _taps(
+    x: Image, padding: tuple[tuple[int, int], tuple[int, int]]
+) -> dict[tuple[int, int], Halved]:
     """What each tap of a 3x3, stride-2 kernel sees: nine images of the output's size."""
-    sizes = [(n + sum(padding) - KERNEL) // STRIDE + 1 for n in x.shape[1:3]]
+    axes = list(zip(x.shape[1:3], padding, strict=True))
+    sizes = [(n + sum(zeros) - KERNEL) // STRIDE + 1 for n, zeros in axes]
     # one more phase than outputs: tap 2 reads the even phase one step ahead
-    after = [
-        STRIDE * (out + 1) - n - padding[0] for out, n in zip(sizes, x.shape[1:3], strict=True)
+    around = [
+        (zeros[0], STRIDE * (out + 1) - n - zeros[0])
+        for out, (n, zeros) in zip(sizes, axes, strict=True)
     ]
-    x = jnp.pad(x, ((0, 0), *((padding[0], extra) for extra in after), (0, 0)))
+    x = jnp.pad(x, ((0, 0), *around, (0, 0)))
     phases = x.reshape(x.shape[0], sizes[0] + 1, STRIDE, sizes[1] + 1, STRIDE, x.shape[-1])
 
     def tap(i: int, j: int) -> Halved:
@@ -82,9 +88,9 @@ class FullStage(nnx.Module):
     def __init__(self, channels: int, padding: tuple[int, int], *, rngs: nnx.Rngs):
         self.conv = HalvingConv(channels, channels, padding=padding, depthwise=False, rngs=rngs)
 
-    def __call__(self, x: Image) -> Halved:
+    def __call__(self, x: Image, time_padding: tuple[int, int] | None = None) -> Halved:
         """Halves time and frequency."""
-        return self.conv(x)
+        return self.conv(x, time_padding)
 
 
 class SeparableStage(nnx.Module):
@@ -94,9 +100,9 @@ class SeparableStage(nnx.Module):
         self.depthwise = HalvingConv(channels, channels, padding=padding, depthwise=True, rngs=rngs)
         self.pointwise = Linear(channels, channels, axes=("conv", "conv"), rngs=rngs)
 
-    def __call__(self, x: Image) -> Halved:
+    def __call__(self, x: Image, time_padding: tuple[int, int] | None = None) -> Halved:
         """Halves time and frequency."""
-        return self.pointwise(self.depthwise(x))
+        return self.pointwise(self.depthwise(x, time_padding))
 
 
 STAGES = {"striding": FullStage, "dw_striding": SeparableStage}
@@ -117,27 +123,77 @@ class Subsampling(nnx.Module):
             if config.stages
             else None
         )
-        stage = STAGES[config.subsampling]
         self.stages = nnx.List(
-            [stage(channels, padding, rngs=rngs) for _ in range(config.stages - 1)]
+            [
+                STAGES[config.subsampling](channels, padding, rngs=rngs)
+                for _ in range(config.stages - 1)
+            ]
         )
         bins = config.subsampled(config.feat_in)
         width = channels * bins if config.stages else config.feat_in
         self.output = Linear(width, config.d_model, axes=("embed", "conv"), rngs=rngs)
 
-    def __call__(self, features: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Frames:
+    def __call__(
+        self,
+        features: Float[Array, "B T D"],
+        lengths: Int[Array, " B"],
+        extents: Int[Array, " B"] | None = None,
+    ) -> Frames:
         """Halves time as often as the factor says; frames and lengths come out."""
+        del extents
         if self.conv_in is None:
             return Frames(frames=self.output(features), lengths=lengths)
         x = _silence(features[..., None], lengths)
         for stage in (self.conv_in, *self.stages):
-            lengths = (lengths + sum(self.config.stage_padding) - KERNEL) // STRIDE + 1
+            lengths = self.config.halved(lengths)
             x = _silence(jax.nn.relu(stage(x)), lengths)
+        return Frames(frames=self.flattened(x), lengths=lengths)
+
+    def flattened(self, x: Image) -> Float[Array, "B T D"]:
+        """Projects what the last stage gives."""
         # the checkpoint's projection numbers its inputs channel by channel
-        x = x.swapaxes(2, 3).reshape(*x.shape[:2], -1)
-        return Frames(frames=self.output(x), lengths=lengths)
+        return self.output(x.swapaxes(2, 3).reshape(*x.shape[:2], -1))
 
 
-def _silence(x: Image, lengths: Int[Array, " B"]) -> Image:
-    is_real = is_within(lengths, x.shape[1])[:, :, None, None]
-    return jnp.where(is_real, x, jnp.zeros((), x.dtype))
+class Stacking(nnx.Module):
+    """Frames [B, T, feat_in] -> [B, T / factor, d_model]: neighbours side by side, projected.
+
+    Frames beyond a length are silence. NeMo leaves them as they are up to the end of its padded
+    batch; `extents` says where that is.
+    """
+
+    def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        has_norm = config.subsampling == "stacking_norm"
+        self.norm = LayerNorm(config.feat_in, rngs=rngs) if has_norm else None
+        width = config.feat_in * config.subsampling_factor
+        self.output = Linear(width, config.d_model, axes=("embed", "conv"), rngs=rngs)
+
+    def __call__(
+        self,
+        features: Float[Array, "B T D"],
+        lengths: Int[Array, " B"],
+        extents: Int[Array, " B"] | None = None,
+    ) -> Frames:
+        """Stacks; a last stack that is not full is filled up with silence and counts."""
+        x = _silence(features, lengths if extents is None else extents)
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % self.config.subsampling_factor), (0, 0)))
+        return Frames(frames=self.stacked(x), lengths=self.config.subsampled(lengths))
+
+    def stacked(self, x: Float[Array, "B T D"]) -> Float[Array, "B T2 D2"]:
+        """Projects whole stacks."""
+        if self.norm is not None:
+            x = self.norm(x)
+        batch, steps, width = x.shape
+        factor = self.config.subsampling_factor
+        return self.output(x.reshape(batch, steps // factor, factor * width))
+
+
+def make_subsampling(config: FastConformerConfig, *, rngs: nnx.Rngs) -> Subsampling | Stacking:
+    """Builds what a config asks for."""
+    return (Stacking if config.is_stacking else Subsampling)(config, rngs=rngs)
+
+
+def _silence(x: Float[Array, "B T *rest"], lengths: Int[Array, " B"]) -> Float[Array, "B T *rest"]:
+    is_real = is_within(lengths, x.shape[1])
+    return jnp.where(jnp.expand_dims(is_real, range(2, x.ndim)), x, jnp.zeros((), x.dtype))

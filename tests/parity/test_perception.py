@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from speechlm2_jax.perception.perception import (
     PerceptionConfig,
     PerceptionModes,
 )
-from speechlm2_jax.perception.relative_attention import View, relative_positions, visibility
+from speechlm2_jax.perception.self_attention import relative_positions
+from speechlm2_jax.perception.view import View, sinusoids, visibility
 from speechlm2_jax.settings import build
 from tests.perception.small_perception import quick_jit
 
@@ -38,7 +40,13 @@ TABLE_ATOL = 1e-6
 
 MEL_CONFIGS = list(json.loads((DATA / "perception/mel.json").read_text())["configs"])
 ENCODERS = sorted(p.stem for p in (DATA / "perception").glob("enc_*.safetensors"))
-ADAPTERS = ("identity_proj", "identity_noproj", "conformer_adapter", "conformer_adapter_ss2")
+ADAPTERS = tuple(
+    name
+    for name, made in json.loads((DATA / "perception/perception.json").read_text())[
+        "adapters"
+    ].items()
+    if "modality_adapter" in made
+)
 
 
 @cache
@@ -111,12 +119,14 @@ def test_log_mel_equals_nemo(name):
 def test_encoder_equals_nemo_layer_by_layer(name):
     definition, variables, given, config, features, lengths = encoder_case(name)
     expected = outputs_of(given)
+    # NeMo's stacks hold what its batch has beyond a row's length
+    extents = jnp.full(lengths.shape, features.shape[1]) if config.is_stacking else None
 
     @quick_jit
     def run(variables):
         network = bind(definition, variables)
-        return network.subsampling(features, lengths), network(
-            features, lengths, return_layers=True
+        return network.subsampling(features, lengths, extents), network(
+            features, lengths, extents=extents, return_layers=True
         )
 
     subsampled, output = run(variables)
@@ -135,13 +145,19 @@ def test_positions_and_masks_equal_nemo(name):
     _, _, given, config, _, _ = encoder_case(name)
     expected = outputs_of(given)
     steps = expected["encoded"].shape[2]
-    assert_close(relative_positions(steps, config.d_model), expected["pos_emb"][0])
+    made = (
+        relative_positions(steps, config.d_model)
+        if config.is_relative
+        else sinusoids(jnp.arange(steps, dtype=jnp.float32), config.d_model)
+    )
+    assert_close(made, expected["pos_emb"][0])
     if "att_mask_True_is_blocked" not in expected:
         return
     lengths = jnp.asarray(expected["encoded_len"], jnp.int32)
     left, right = (jnp.full(lengths.shape, side) for side in config.contexts[0])
     view = View(positions=jnp.zeros((1, 2)), lengths=lengths, left=left, right=right)
-    visible = visibility(config.att_context_style, view, jnp.arange(steps), steps)
+    frames = jnp.arange(steps)[None]
+    visible = visibility(config.att_context_style, view, frames, frames)
     np.testing.assert_array_equal(~visible, expected["att_mask_True_is_blocked"].astype(bool))
 
 
@@ -165,7 +181,8 @@ def test_each_block_of_a_layer_equals_nemo(name):
     normed = {k: jnp.asarray(v) for k, v in parts.items() if k.startswith("norm_")}
     assert_close(layer.feed_forward_in(normed["norm_feed_forward1"]), parts["feed_forward1"])
     assert_close(layer.attention(normed["norm_self_att"], view), parts["self_attn"])
-    convolved, _ = layer.conv(normed["norm_conv"], LayerInputs(view=view))
+    present = jnp.ones(normed["norm_conv"].shape[:2], bool)
+    convolved, _ = layer.conv(normed["norm_conv"], LayerInputs(view=view, present=present))
     assert_close(convolved, parts["conv"])
     assert_close(layer.feed_forward_out(normed["norm_feed_forward2"]), parts["feed_forward2"])
 
@@ -202,21 +219,30 @@ def test_a_training_pass_equals_nemo_with_its_padding_counted():
 @cache
 def perception_case(adapter):
     blocks = facts("perception/perception")
+    made = blocks["adapters"][adapter]
     config = build(
         PerceptionConfig,
         {
             "preprocessor": blocks["preprocessor"],
-            "encoder": blocks["encoder"],
-            "modality_adapter": blocks["adapters"][adapter]["modality_adapter"],
+            "encoder": made["encoder_override"] or blocks["encoder"],
+            "modality_adapter": made["modality_adapter"],
             "output_dim": blocks["output_dim"],
         },
     )
     state = below(tensors("perception/perc_identity_proj"), "state_dict/")
+    if made["encoder_override"]:
+        state = {k: v for k, v in state.items() if not k.startswith("encoder.")}
+    elif config.layers_read:
+        state = {k.replace("encoder.", "encoder_multilayer.encoder."): v for k, v in state.items()}
     state |= below(tensors(f"perception/perc_{adapter}"), "state_dict/")
     if not config.is_projected:
         state = {k: v for k, v in state.items() if not k.startswith("proj.")}
     module = abstract(lambda: AudioPerception(config, rngs=nnx.Rngs(0)))
     variables = load_weights(perception_table(config), describe(module), state)
+    exported = mapping.export(variables, perception_table(config))
+    assert {k: v.shape for k, v in exported.items() if "tracked" not in k} == {
+        k: v.shape for k, v in state.items() if "tracked" not in k
+    }
     return config, unbind(module)[0], variables
 
 
@@ -226,9 +252,17 @@ def test_perception_equals_nemo(adapter):
     given = below(tensors("perception/perc_identity_proj"), "in/")
     audio = jnp.asarray(given["input_signal"])
     lengths = jnp.asarray(given["input_signal_length"], jnp.int32)
-    output = quick_jit(lambda v: bind(definition, v)(audio, lengths))(variables)
+    # NeMo's Q-Former reads the padding of its batch too, and gives its width for its lengths
+    modes = PerceptionModes(nemo_exact=True)
+    extents = jnp.full(lengths.shape, audio.shape[1])
+    output = quick_jit(lambda v: bind(definition, v)(audio, lengths, modes=modes, extents=extents))(
+        variables
+    )
     expected = tensors(f"perception/perc_{adapter}")
-    np.testing.assert_array_equal(output.lengths, expected["out/encoded_len"])
+    if adapter == "qformer":
+        assert output.lengths.tolist() == [config.modality_adapter.prompt_size] * 3
+    else:
+        np.testing.assert_array_equal(output.lengths, expected["out/encoded_len"])
     capacity = config.frame_capacity(audio.shape[1])
     assert output.frames.shape[1] == capacity == max(output.lengths.tolist())
     assert_close(output.frames, expected["out/encoded_BTD"][:, :capacity])
@@ -259,14 +293,12 @@ def test_adapter_statistics_equal_nemos_step_whatever_the_bucket():
 
 
 def test_what_nemo_has_and_this_does_not_is_refused_by_name():
-    with pytest.raises(ValueError, match="subsampling='stacking'"):
-        build(FastConformerConfig, facts("perception/enc_abs_pos_stacking")["config"])
     block = facts("perception/enc_offline_xscale")["config"]
     for key, value in {
         "subsampling": "vggnet",
-        "self_attention_model": "abs_pos",
+        "self_attention_model": "rel_pos_local_attn",
         "att_context_style": "chunked_limited_with_rc",
-        "conv_norm_type": "group_norm4",
+        "conv_norm_type": "instance_norm",
         "reduction": "pooling",
         "stochastic_depth_drop_prob": 0.1,
         "global_tokens": 2,
@@ -274,3 +306,19 @@ def test_what_nemo_has_and_this_does_not_is_refused_by_name():
     }.items():
         with pytest.raises(ValueError, match=key):
             build(FastConformerConfig, {**block, key: value})
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.35])
+def test_long_audio_in_parts_equals_nemo(seconds):
+    whole, definition, variables = perception_case("identity_proj")
+    config = replace(whole, encoder_chunk_size_seconds=seconds)
+    definition = unbind(abstract(lambda: AudioPerception(config, rngs=nnx.Rngs(0))))[0]
+    given = below(tensors("perception/perc_identity_proj"), "in/")
+    audio = jnp.asarray(given["input_signal"])
+    lengths = jnp.asarray(given["input_signal_length"], jnp.int32)
+    output = quick_jit(lambda v: bind(definition, v)(audio, lengths))(variables)
+    assert output.lengths.tolist() == [config.frame_count(int(n)) for n in lengths]
+    for row, expected in tensors(f"perception/perc_chunked_{seconds}").items():
+        frames = output.frames[int(row.removeprefix("row_"))]
+        assert_close(frames[: len(expected)], expected)
+        assert config.frame_count(int(lengths[int(row[4:])])) == len(expected)

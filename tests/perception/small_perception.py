@@ -39,7 +39,14 @@ def adapter_config(**changes):
     return encoder_config(**{"feat_in": 16, "subsampling_factor": 1, "n_layers": 1, **changes})
 
 
-def perception_config(*, encoder=None, adapter=None, spec_augment=None, **preprocessor):
+def perception_config(
+    *,
+    encoder=None,
+    adapter=None,
+    spec_augment=None,
+    encoder_chunk_size_seconds=None,
+    **preprocessor,
+):
     mel = {"features": 12, "window_size": 0.025, "n_fft": 512, "pad_to": 0, **preprocessor}
     return PerceptionConfig(
         preprocessor=LogMelConfig(**mel),
@@ -47,6 +54,7 @@ def perception_config(*, encoder=None, adapter=None, spec_augment=None, **prepro
         modality_adapter=adapter or adapter_config(),
         output_dim=8,
         spec_augment=spec_augment,
+        encoder_chunk_size_seconds=encoder_chunk_size_seconds,
     )
 
 

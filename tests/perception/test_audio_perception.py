@@ -7,13 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechlm2_jax.layers.module import bind
-from speechlm2_jax.perception.modality_adapter import IdentityConfig
-from speechlm2_jax.perception.perception import PerceptionConfig, PerceptionModes
-from speechlm2_jax.settings import SettingsError, build
+from speechlm2_jax.layers.module import abstract, bind, describe
+from speechlm2_jax.perception.modality_adapter import IdentityConfig, MultiLayerConfig
+from speechlm2_jax.perception.perception import (
+    AudioPerception,
+    PerceptionConfig,
+    PerceptionModes,
+)
+from speechlm2_jax.perception.qformer import (
+    QformerConfig,
+    QformerEncoderConfig,
+    QformerLlmConfig,
+)
+from speechlm2_jax.settings import SettingsError, build, override
+from speechlm2_jax.sharding import RULES
 from tests.perception.small_perception import (
     ALL_DROPOUT,
     RANDOM_EVERYWHERE,
@@ -33,7 +44,24 @@ from tests.perception.small_perception import (
 )
 
 ALL_TRAINING = PerceptionModes(log_mel=True, spec_augment=True, encoder=True, adapter=True)
+MULTI_LAYER = MultiLayerConfig(target_layer_ids=(-1, 0), input_dim=16, output_dim=8)
+Q_FORMER = QformerConfig(
+    prompt_size=3,
+    target_layer_ids=(0,),
+    qformer_num_hidden_layers=2,
+    encoder_config=QformerEncoderConfig(d_model=16, encoder_attention_heads=2),
+    llm_config=QformerLlmConfig(hidden_size=8),
+)
 CONFIGS = {
+    "layers": perception_config(adapter=MULTI_LAYER),
+    "queries": perception_config(adapter=Q_FORMER),
+    "parts": perception_config(adapter=IdentityConfig(), encoder_chunk_size_seconds=0.05),
+    "causal parts": perception_config(
+        encoder=encoder_config(causal_downsampling=True, subsampling_factor=8),
+        adapter=adapter_config(subsampling_factor=2),
+        encoder_chunk_size_seconds=0.01,
+        exact_pad=True,
+    ),
     "identity": perception_config(adapter=IdentityConfig()),
     "projected": perception_config(adapter=IdentityConfig(d_model=16), pad_to=16),
     "halving adapter": perception_config(adapter=adapter_config(subsampling_factor=2)),
@@ -77,7 +105,7 @@ def test_the_output_has_the_promised_extent_and_width(name):
     assert frames.shape == (2, config.frame_capacity(6400), config.output_width)
     duration = config.frame_samples / 16000
     assert config.token_equivalent_duration == pytest.approx(duration)
-    subsampling = {"halving adapter": 8, "causal": 16}.get(name, 4)
+    subsampling = {"halving adapter": 8, "causal": 16, "causal parts": 16}.get(name, 4)
     assert config.frame_samples == 160 * subsampling
 
 
@@ -103,9 +131,21 @@ def scored(config, modes):
     )
 
 
-def test_bucket_order_and_empty_slots_change_no_loss_no_frame_and_no_gradient():
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "encoder": encoder_config(n_layers=1, **ALL_DROPOUT),
+            "adapter": Q_FORMER,
+            "encoder_chunk_size_seconds": 0.25,
+        },
+    ],
+    ids=["whole", "parts"],
+)
+def test_bucket_order_and_empty_slots_change_no_loss_no_frame_and_no_gradient(changes):
     """Everything trains and draws: statistics see real frames only, and draws have own keys."""
-    call = scored(perception_config(**RANDOM_EVERYWHERE), ALL_TRAINING)
+    call = scored(perception_config(**RANDOM_EVERYWHERE | changes), ALL_TRAINING)
     clips = [noise(n, seed=n) for n in (3300, 6400)]
     (loss, a), gradients = call(*padded(clips, 6400), example_keys(0, 1))
     (other, b), others = call(*padded([*clips[::-1], noise(0)], 9000), example_keys(1, 0, 2))
@@ -215,7 +255,7 @@ BLOCKS = {
         ("encoder", {"feat_in": 80}, "encoder.feat_in=80"),
         ("modality_adapter", {"feat_in": 32}, "modality_adapter.feat_in=32"),
         ("modality_adapter", {"feat_out": 24}, "modality_adapter.feat_out=24"),
-        ("modality_adapter", {"_target_": "a.b.QformerConnector"}, "QformerConnector"),
+        ("modality_adapter", {"_target_": "a.b.OtherConnector"}, "OtherConnector"),
         ("modality_adapter", {"_target_": "os.system"}, "os.system"),
         ("encoder", {"_target_": "a.b.SqueezeformerEncoder"}, "SqueezeformerEncoder"),
         ("modality_adapter", {"n_layerz": 2}, "n_layers"),
@@ -237,3 +277,49 @@ def test_an_identity_connector_is_projected_if_its_width_is_given():
     assert made(d_model=16, output_dim=8).output_width == 16
     with pytest.raises(SettingsError, match="modality_adapter.d_model=4"):
         made(d_model=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("MultiLayerProjectionConnector", {"input_dim": 4}, "input_dim=4 .* width 16"),
+        ("MultiLayerProjectionConnector", {"target_layer_ids": [1]}, r"\[1\] .* which has 1"),
+        ("MultiLayerProjectionConnector", {"target_layer_ids": [0, -1]}, "names a layer twice"),
+        ("QformerConnector", {"target_layer_ids": []}, r"\[\] must name layers"),
+        ("QformerConnector", {"prompt_size": 0}, "prompt_size"),
+        ("QformerConnector", {"encoder_config.encoder_attention_heads": 3}, "must divide d_model"),
+        ("QformerConnector", {"encoder_config.d_model": 8}, "d_model=8 .* width 16"),
+    ],
+)
+def test_adapters_that_read_layers_are_refused_by_name_where_they_do_not_fit(
+    name, changes, message
+):
+    blocks = {
+        "MultiLayerProjectionConnector": {
+            "target_layer_ids": [0],
+            "input_dim": 16,
+            "output_dim": 8,
+        },
+        "QformerConnector": {
+            "prompt_size": 3,
+            "target_layer_ids": [0],
+            "qformer_num_hidden_layers": 1,
+            "encoder_config": {"d_model": 16, "encoder_attention_heads": 2},
+            "llm_config": {"hidden_size": 8},
+        },
+    }
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    adapter = override({"_target_": f"a.b.{name}", **blocks[name]}, overrides)
+    with pytest.raises(SettingsError, match=message):
+        build(PerceptionConfig, {**BLOCKS, "modality_adapter": adapter}, "model.perception")
+
+
+@pytest.mark.parametrize("adapter", [MULTI_LAYER, Q_FORMER])
+def test_every_variable_of_an_adapter_names_an_axis_for_each_dimension(adapter):
+    config = perception_config(adapter=adapter)
+    infos = describe(abstract(lambda: AudioPerception(config, rngs=nnx.Rngs(0))))
+    own = {path: info for path, info in infos.items() if path.startswith("adapter.")}
+    assert own
+    for info in own.values():
+        assert len(info.axes) == len(info.shape)
+        assert {a for a in info.axes if a is not None} <= {name for name, _ in RULES}

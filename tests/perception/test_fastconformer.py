@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from speechlm2_jax.conversion import mapping
+from speechlm2_jax.conversion.fastconformer import fastconformer_table
 from speechlm2_jax.layers.module import abstract, bind, describe
-from speechlm2_jax.perception import relative_attention
+from speechlm2_jax.perception import self_attention
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.settings import SettingsError, build, ignored_report
 from speechlm2_jax.sharding import RULES, make_sharding, place, use
+from tests.perception.numpy_encoder import encode
 from tests.perception.small_perception import (
     ALL_DROPOUT,
     assert_all_close,
@@ -83,6 +86,8 @@ def test_nemos_own_defaults_are_ours():
     "changes",
     [
         {"subsampling_factor": 3},
+        {"conv_norm_type": "group_norm"},
+        {"conv_norm_type": "group_norm3"},
         {"n_heads": 3},
         {"conv_kernel_size": 4},
         {"dropout": 1.5},
@@ -116,10 +121,17 @@ def summed(definition, variables, parameters, weights, **fixed):
     return lambda *batch: step(split(variables, parameters), *batch)
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_padding_and_neighbours_change_no_frame_and_no_gradient(train):
-    """In training too: batch norm counts real frames only. Empty and one-frame rows stay finite."""
-    config = encoder_config(att_context_size=(3, 2))
+UNCOMMON = {
+    "subsampling": "stacking_norm",
+    "self_attention_model": "abs_pos",
+    "conv_norm_type": "group_norm4",
+}
+
+
+@pytest.mark.parametrize(("train", "changes"), [(False, {}), (True, {}), (True, UNCOMMON)])
+def test_padding_and_neighbours_change_no_frame_and_no_gradient(train, changes):
+    """In training too: norms count real frames only. Empty and one-frame rows stay finite."""
+    config = encoder_config(att_context_size=(3, 2), **changes)
     weights = jnp.asarray(noise(2, 40, config.d_model, seed=5))
     rows = [noise(n, config.feat_in, seed=n) for n in (21, 33)]
     (tight, a), expected = summed(*encoder(config), weights, train=train)(*padded(rows, 33))
@@ -136,6 +148,50 @@ def test_padding_and_neighbours_change_no_frame_and_no_gradient(train):
     with_single = with_empty(batch[0], jnp.asarray([21, 0, 1], jnp.int32))
     assert_finite(with_single)
     assert with_single[0][1].lengths.tolist() == [6, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "subsampling": "stacking_norm",
+            "subsampling_factor": 3,
+            "untie_biases": False,
+            "conv_norm_type": "group_norm4",
+            "att_context_size": (3, 2),
+        },
+        {
+            "subsampling": "striding",
+            "self_attention_model": "abs_pos",
+            "conv_norm_type": "group_norm2",
+            "att_context_style": "chunked_limited",
+            "att_context_size": (4, 1),
+            "causal_downsampling": True,
+            "conv_context_size": "causal",
+            "feat_out": 6,
+        },
+        {
+            "self_attention_model": "abs_pos",
+            "causal_downsampling": True,
+            "conv_context_size": (1, 3),
+            "use_bias": False,
+            "xscaling": False,
+        },
+    ],
+    ids=["stacking_norm tied group_norm", "striding abs_pos chunked", "no biases, look ahead"],
+)
+def test_what_no_golden_covers_equals_a_reference_in_numpy(changes):
+    config = encoder_config(**changes)
+    definition, variables, _ = encoder(config)
+    rows = [noise(n, config.feat_in, seed=n) for n in (21, 34)]
+    output = run(definition, variables, *padded(rows, 40))
+    table = fastconformer_table(config)
+    weights = mapping.export(variables, table)
+    weights |= {alias: weights[name] for alias, name in mapping.aliases(table).items()}
+    for row, features in enumerate(rows):
+        expected = encode(config, weights, features)
+        assert int(output.lengths[row]) == len(expected) == config.frame_count(len(features))
+        assert_close(output.frames[row, : len(expected)], expected)
 
 
 def test_counting_frames_of_padding_changes_statistics_as_told_and_not_with_the_bucket():
@@ -240,7 +296,7 @@ def test_blocks_of_queries_give_the_frames_and_gradients_of_one_block(monkeypatc
     weights = jnp.asarray(noise(2, 13, config.d_model, seed=9))
     keys = example_keys(0, 1)
     (_, whole), expected = summed(*encoder(config), weights, keys=keys)(*batch)
-    monkeypatch.setattr(relative_attention, "BLOCK", 4)
+    monkeypatch.setattr(self_attention, "BLOCK", 4)
     (_, blocks), gradients = summed(*encoder(config), weights, keys=keys)(*batch)
     assert_close(blocks.frames, whole.frames)
     assert_all_close(gradients, expected)
@@ -266,7 +322,8 @@ def test_activations_keep_the_dtype_they_come_with():
 
 
 def test_every_variable_names_an_axis_for_each_dimension():
-    for changes in ({}, {"untie_biases": False, "subsampling": "striding", "feat_out": 8}):
+    several = ({}, {"untie_biases": False, "subsampling": "striding", "feat_out": 8}, UNCOMMON)
+    for changes in several:
         config = encoder_config(**changes)
         infos = describe(abstract(lambda c=config: FastConformer(c, rngs=nnx.Rngs(0))))
         for info in infos.values():

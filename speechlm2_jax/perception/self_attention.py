@@ -1,0 +1,197 @@
+"""Self-attention of Conformers, with relative positions (Transformer-XL, Dai et al. 2019) or none.
+
+score(i, j) = [(q_i + u) . k_j + (q_i + v) . (W p_{i-j})] / sqrt(H), with learnt u and v and a fixed
+sinusoid table p; with absolute positions q_i . k_j / sqrt(H). A frame sees the frames of its
+context; a padded one sees none, and gets zeros.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from speechlm2_jax.layers.dropout import drop_weights
+from speechlm2_jax.layers.linear import Linear, zeros
+from speechlm2_jax.layers.module import param
+from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
+from speechlm2_jax.perception.view import View, distances, visibility
+from speechlm2_jax.sharding import constrain
+
+BLOCK = 256
+"""Queries scored at once: memory grows with the length of the input, not with its square."""
+_BLOCKED = -1e4
+Biases = tuple[Float[Array, "N H"], Float[Array, "N H"]]
+
+
+def padded_queries(steps: int) -> int:
+    """Rounds a number of queries up to whole blocks; short inputs are one block of their own."""
+    return steps if steps <= BLOCK else -(-steps // BLOCK) * BLOCK
+
+
+def relative_positions(steps: int, width: int) -> Float[Array, "P D"]:
+    """Tabulates every distance i - j, farthest left first, as far as the last block of queries."""
+    return distances(padded_queries(steps) - 1, 1 - steps, width)
+
+
+def position_bias(config: FastConformerConfig, rngs: nnx.Rngs) -> nnx.Param:
+    """Makes one of the learnt biases u and v, [heads, head width]."""
+    shape = (config.n_heads, config.d_model // config.n_heads)
+    return param(rngs, shape, ("heads", None), zeros)
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head attention over [B, T, D]."""
+
+    def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
+        width, bias = config.d_model, config.use_bias
+        self.config = config
+        self.query = Linear(width, width, axes=("heads", "embed"), rngs=rngs, bias=bias)
+        self.key = Linear(width, width, axes=("heads", "embed"), rngs=rngs, bias=bias)
+        self.value = Linear(width, width, axes=("heads", "embed"), rngs=rngs, bias=bias)
+        self.position = (
+            Linear(width, width, axes=("heads", "embed"), rngs=rngs, bias=False)
+            if config.is_relative
+            else None
+        )
+        self.output = Linear(width, width, axes=("embed", "heads"), rngs=rngs, bias=bias)
+        own = config.is_relative and config.untie_biases
+        self.position_bias_u = position_bias(config, rngs) if own else None
+        self.position_bias_v = position_bias(config, rngs) if own else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        view: View,
+        *,
+        tied_biases: Biases | None = None,
+        keys: Key[Array, " B"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Mixes frames; `keys` switches dropout of the attention weights on."""
+        key, value = self.heads(self.key(x)), self.heads(self.value(x))
+        queries = self.queries(x, tied_biases)
+        positions = None
+        if self.position is not None and view.positions is not None:
+            positions = self.heads(self.position(view.positions.astype(x.dtype)))
+        mixed = self._attend(queries, key, value, positions, view, keys)
+        return self.output(mixed.reshape(x.shape))
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        return (self.config.d_model // self.config.n_heads) ** -0.5
+
+    def heads(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T N H"]:
+        """Splits the width."""
+        heads = self.config.n_heads
+        return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+    def queries(
+        self, x: Float[Array, "B T D"], tied_biases: Biases | None
+    ) -> tuple[Float[Array, "B T N H"], ...]:
+        """What is compared with keys and, with relative positions, what with distances."""
+        query = self.heads(self.query(x))
+        if self.position is None:
+            return (query,)
+        if self.position_bias_u is not None and self.position_bias_v is not None:
+            biases = (self.position_bias_u[...], self.position_bias_v[...])
+        elif tied_biases is not None:
+            biases = tied_biases
+        else:
+            raise ValueError("tied position biases must be given when the layer has none")
+        return tuple(query + b.astype(x.dtype)[None, None] for b in biases)
+
+    def _attend(
+        self,
+        queries: tuple[Float[Array, "B T N H"], ...],
+        key: Float[Array, "B T N H"],
+        value: Float[Array, "B T N H"],
+        positions: Float[Array, "*B P N H"] | None,
+        view: View,
+        keys: Key[Array, " B"] | None,
+    ) -> Float[Array, "B T N H"]:
+        """Scores the queries block by block, and averages the values with the weights."""
+        steps = key.shape[1]
+        total = padded_queries(steps)
+        size = min(total, BLOCK)
+        extra = ((0, 0), (0, total - steps), (0, 0), (0, 0))
+        queries = tuple(jnp.pad(q, extra) for q in queries)
+        columns = jnp.arange(steps)[None]
+
+        def attend_block(first: Int[Array, ""] | int) -> Float[Array, "B size N H"]:
+            own = [jax.lax.dynamic_slice_in_dim(q, first, size, axis=1) for q in queries]
+            by_distance = None
+            if positions is not None:
+                # distances of this block: first + size - 1 down to first - (T - 1)
+                near = jax.lax.dynamic_slice_in_dim(
+                    positions, total - size - first, size + steps - 1, axis=-3
+                )
+                by_distance = _distance_scores(own[1], near)
+            rows = first + jnp.arange(size)
+            visible = visibility(self.config.att_context_style, view, rows[None], columns)
+            by_content = content_scores(own[0], key)
+            weights = attention_weights(by_content, by_distance, visible, self.scale)
+            weights = drop_weights(weights, self.config.dropout_att, keys, rows)
+            return mix(weights, value)
+
+        if size == total:
+            return attend_block(0)
+        blocks = jax.lax.map(jax.checkpoint(attend_block), jnp.arange(0, total, size))
+        mixed = jnp.moveaxis(blocks, 0, 1).reshape(key.shape[0], total, *key.shape[2:])
+        return mixed[:, :steps]
+
+
+def content_scores(
+    queries: Float[Array, "B Q N H"], key: Float[Array, "B T N H"]
+) -> Float[Array, "B N Q T"]:
+    """Compares queries with keys, in fp32."""
+    return jnp.einsum("bqnh,bknh->bnqk", queries, key, preferred_element_type=jnp.float32)
+
+
+def _distance_scores(
+    queries: Float[Array, "B Q N H"], positions: Float[Array, "*B P N H"]
+) -> Float[Array, "B N Q P"]:
+    return jnp.einsum(
+        "bqnh,pnh->bnqp" if positions.ndim == 3 else "bqnh,bpnh->bnqp",
+        queries,
+        positions,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def attention_weights(
+    by_content: Float[Array, "B N Q T"],
+    by_distance: Float[Array, "B N Q P"] | None,
+    visible: Bool[Array, "B Q T"],
+    scale: float,
+) -> Float[Array, "B N Q T"]:
+    """Softmax of summed, scaled scores over what is visible; zeros in a row that sees nothing.
+
+    Score p of a query by distance belongs to the p-th farthest distance of the whole block.
+    """
+    scores = by_content
+    if by_distance is not None:
+        scores = scores + _skew(by_distance, by_content.shape[-1])
+    scores = constrain(scores * scale, "clips", "act_heads", None, None)
+    mask = visible[:, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, _BLOCKED), axis=-1)
+    return jnp.where(mask, weights, 0.0)
+
+
+def mix(
+    weights: Float[Array, "B N Q T"], value: Float[Array, "B T N H"]
+) -> Float[Array, "B Q N H"]:
+    """Averages the values."""
+    return jnp.einsum("bnqk,bknh->bqnh", weights.astype(value.dtype), value)
+
+
+def _skew(scores: Float[Array, "B N Q P"], steps: int) -> Float[Array, "B N Q T"]:
+    """Turns columns of distances into columns of keys: entry (i, j) is column Q - 1 - i + j.
+
+    In the flattened block that is offset Q - 1 + i (P - 1) + j: one slice, then shorter rows.
+    """
+    batch, heads, rows, columns = scores.shape
+    if rows == 1:
+        return scores
+    flat = scores.reshape(batch, heads, rows * columns)
+    flat = flat[..., rows - 1 : rows - 1 + rows * (columns - 1)]
+    return flat.reshape(batch, heads, rows, columns - 1)[..., :steps]

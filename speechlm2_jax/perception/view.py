@@ -1,0 +1,56 @@
+"""Where the frames of a Conformer stand, and which of them each may attend to."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What each frame of a batch may attend to, and where it stands."""
+
+    positions: Float[Array, "*B P D"] | None
+    """Sinusoids of distances, farthest left first; None if positions were added to the frames."""
+    lengths: Int[Array, " B"]
+    left: Int[Array, " B"]
+    """Frames seen to the left; -1 for all."""
+    right: Int[Array, " B"]
+
+
+def sinusoids(numbers: Float[Array, "*N"], width: int) -> Float[Array, "*N D"]:
+    """Tabulates positions or distances (Vaswani et al. 2017): even columns sine, odd cosine."""
+    rates = np.exp(np.arange(0, width, 2, dtype=np.float32) * np.float32(-np.log(1e4) / width))
+    angles = numbers[..., None] * jnp.broadcast_to(rates, (*numbers.shape, width // 2))
+    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*numbers.shape, width)
+
+
+def distances(first: int, last: int, width: int) -> Float[Array, "P D"]:
+    """Tabulates the distances `first` down to `last` between a query and a key on its left."""
+    return sinusoids(jnp.asarray(np.arange(first, last - 1, -1, dtype=np.float32)), width)
+
+
+def visibility(
+    style: str, view: View, rows: Int[Array, "B1 Q"], columns: Int[Array, "B1 T"]
+) -> Bool[Array, "B Q T"]:
+    """True where the frame at `rows` may attend to that at `columns`: both real, the latter near.
+
+    `regular` counts frames to both sides. `chunked_limited` cuts time into chunks of right + 1:
+    a frame sees its whole chunk and left / (right + 1) chunks before it.
+    """
+    row, column = rows[:, :, None], columns[:, None, :]
+    left, right = view.left[:, None, None], view.right[:, None, None]
+    before = (left < 0) | (row - column <= left)
+    if style == "regular":
+        in_context = before & ((right < 0) | (column - row <= right))
+    else:
+        chunk = jnp.maximum(right, 0) + 1
+        chunks_back = row // chunk - column // chunk
+        chunked = (chunks_back >= 0) & ((left < 0) | (chunks_back <= left // chunk))
+        in_context = jnp.where(right < 0, before, chunked)
+    lengths = view.lengths[:, None, None]
+    is_real = (row < lengths) & (column < lengths) & (column >= 0)
+    return in_context & is_real
