@@ -22,6 +22,9 @@ from speechlm2_jax.layers.module import (
 )
 from speechlm2_jax.models import blueprint as blueprints
 from speechlm2_jax.models import loading, running
+from speechlm2_jax.models.listening import PerceptionStream
+from speechlm2_jax.perception.perception import AudioPerception
+from speechlm2_jax.perception.streaming import StreamPlan, natural_frames
 from speechlm2_jax.settings import SettingsError
 
 M = TypeVar("M", bound="SpeechModel")
@@ -188,6 +191,34 @@ class SpeechModel(ABC):
             jnp.asarray(input_signal, jnp.float32),
             jnp.asarray(input_signal_length, jnp.int32),
         )
+
+    def perception_stream(
+        self,
+        batch: int = 1,
+        *,
+        frames: int | None = None,
+        context: tuple[int, int] | None = None,
+        longest: int | None = None,
+    ) -> PerceptionStream:
+        """Begins `batch` streams of audio in steps of `frames` frames.
+
+        By default a step is the shortest that waits for nothing more. `context` is the encoder's
+        (left, right) attention context, by default the first of its `att_context_size`; `longest`
+        bounds a left context that has no bound, in encoder frames. Raises ValueError, naming the
+        setting, for a perception module that looks at whole clips.
+        """
+        config = self._blueprint.network.perception
+        plan = StreamPlan(
+            config=config,
+            frames=frames or natural_frames(config, context),
+            context=context,
+            longest=longest,
+        )
+        definition, _ = unbind(abstract(lambda: AudioPerception(config, rngs=nnx.Rngs(0))))
+        root = "perception."
+        own = {p[len(root) :]: v for p, v in self.variables.items() if p.startswith(root)}
+        dtype = self._blueprint.network.compute_dtype
+        return PerceptionStream(plan, definition, own, batch, dtype)
 
     # What the trainer needs -----------------------------------------------------------------
 

@@ -62,6 +62,24 @@ def test_perception_equals_nemo(model, run):
     np.testing.assert_allclose(frames, g["perception/encoded"], atol=ATOL)
 
 
+def test_perception_of_a_stream_equals_nemos_of_the_whole(model, run):
+    b, g = recorded_batch(), golden(run)
+    audio, lengths = b["source_audio"], b["source_audio_lens"]
+    stream = model.perception_stream(batch=len(audio))
+    steps = max(stream.plan.steps_for(int(n)) for n in lengths)
+    pieces = []
+    for first in range(0, steps * stream.plan.samples, stream.plan.samples):
+        piece = audio[:, first : first + stream.plan.samples]
+        piece = np.pad(piece, ((0, 0), (0, stream.plan.samples - piece.shape[1])))
+        pieces.append(stream.push(piece, np.clip(lengths - first, 0, stream.plan.samples)))
+    frames, is_real = (np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
+    np.testing.assert_array_equal(is_real.sum(1), g["perception/lens"])
+    for row, count in enumerate(g["perception/lens"]):
+        np.testing.assert_allclose(
+            frames[row, is_real[row]], g["perception/encoded"][row, :count], atol=ATOL
+        )
+
+
 def test_codes_of_the_agent_equal_nemos(model, run):
     g = golden(run)
     codes, lengths = computed(duplex.encode_agent, model)

@@ -18,7 +18,9 @@ from speechlm2_jax.conversion.fastconformer import fastconformer_table
 from speechlm2_jax.conversion.perception import perception_table
 from speechlm2_jax.conversion.readers import memory_source
 from speechlm2_jax.layers.module import abstract, bind, describe, unbind
+from speechlm2_jax.perception import encoder_stream
 from speechlm2_jax.perception.conformer_layer import ConformerLayer, LayerInputs
+from speechlm2_jax.perception.encoder_stream import EncoderPlan
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMel, LogMelConfig
@@ -322,3 +324,43 @@ def test_long_audio_in_parts_equals_nemo(seconds):
         frames = output.frames[int(row.removeprefix("row_"))]
         assert_close(frames[: len(expected)], expected)
         assert config.frame_count(int(lengths[int(row[4:])])) == len(expected)
+
+
+STREAMED = [name for name in ENCODERS if "streaming" in name]
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_streamed_steps_equal_the_whole_pass_and_nemos_own(name):
+    """NeMo pads its first chunk of `streaming_regular` otherwise; its whole pass is what counts."""
+    definition, variables, given, config, features, lengths = encoder_case(name)
+    left, right = config.contexts[0]
+    # NeMo's schedule: one feature, and whole chunks from then on
+    plan = EncoderPlan(config=config, frames=right + 1, lead=7, context=(left, right))
+    assert plan.delay == 0
+
+    @quick_jit
+    def step(variables, memory, features, steps, total):
+        network = bind(definition, variables)
+        return encoder_stream.advance(network, plan, memory, features, steps, total)
+
+    steps = facts(f"perception/{name}")["schedule"]
+    end = len(steps) * plan.input_frames - plan.lead
+    late = jnp.pad(
+        features, ((0, 0), (plan.lead, end - features.shape[1]), (0, 0)), constant_values=2.0
+    )
+    memory = encoder_stream.begin(plan, len(lengths))
+    whole = given["offline/encoded"].swapaxes(1, 2)
+    for number, nemo in enumerate(steps):
+        first = number * plan.input_frames
+        counter = jnp.full(lengths.shape, number)
+        total = jnp.minimum(lengths, first + plan.input_frames - plan.lead)
+        block = late[:, first : first + plan.input_frames]
+        encoded, memory = step(variables, memory, block, counter, total)
+        assert encoded.is_real.sum(1).tolist() == nemo["out_len"]
+        place = number * plan.frames
+        for row, count in enumerate(nemo["out_len"]):
+            frames = encoded.frames[row, :count]
+            assert_close(frames, whole[row, place : place + count])
+            if config.att_context_style == "chunked_limited":
+                nemos = given[f"stream/step_{number}/encoded"].swapaxes(1, 2)
+                assert_close(frames, nemos[row, :count])

@@ -1,0 +1,396 @@
+"""A FastConformer over a stream: steps of one size that together give the frames of one pass.
+
+Each part remembers the last of its input that later outputs need. A part that looks ahead gives its
+outputs as many frames late, so that every step sees all that a whole pass would: step s of `frames`
+frames gives the places `frames` x s - delay and on. Places before the beginning or past the end of
+a stream are silence, as the padding of a whole pass is.
+
+(NeMo's cache_aware_stream_step pads where its cache of features is not yet full, and cuts what
+looks ahead; its first frames then differ from its own whole pass.)
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from speechlm2_jax.layers.module import scan_layers
+from speechlm2_jax.perception.conformer_layer import ConformerLayer
+from speechlm2_jax.perception.fastconformer import FastConformer
+from speechlm2_jax.perception.fastconformer_config import Context, FastConformerConfig
+from speechlm2_jax.perception.self_attention import (
+    Biases,
+    SelfAttention,
+    attention_weights,
+    content_scores,
+    mix,
+)
+from speechlm2_jax.perception.subsampling import (
+    FullStage,
+    HalvingConv,
+    SeparableStage,
+    Stacking,
+    Subsampling,
+)
+from speechlm2_jax.perception.view import View, distances, visibility
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of subsampling in a stream."""
+
+    carry: int
+    """Places of its input that it remembers."""
+    first: int
+    """Place of its first output in step 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderPlan:
+    """Static sizes of a stream through one encoder. Raises ValueError if it cannot be streamed."""
+
+    config: FastConformerConfig
+    frames: int
+    """Output frames of a step."""
+    lead: int
+    """Input places of step 0 that lie before the beginning."""
+    context: Context
+    """(left, right) attention context."""
+    longest: int | None = None
+    """Frames that are remembered where the left context has no bound."""
+
+    def __post_init__(self) -> None:
+        left, right = self.context
+        style = self.config.att_context_style
+        if self.frames < 1 or self.lead < 0:
+            raise ValueError(f"frames={self.frames} and lead={self.lead} must not be negative")
+        if self.config.norm_groups:
+            raise ValueError("group norm looks at whole clips; a stream needs layer_norm")
+        if right < 0:
+            raise ValueError(
+                f"att_context_size={list(self.context)}: a stream needs a bounded right context"
+            )
+        if left < 0 and self.longest is None:
+            raise ValueError(
+                f"att_context_size={list(self.context)}: a stream needs a bounded left context, or "
+                "`longest`, the most frames that it will have"
+            )
+        if style == "chunked_limited" and left > 0 and left % (right + 1):
+            raise ValueError(f"att_context_size={list(self.context)}: left is no number of chunks")
+
+    @property
+    def input_frames(self) -> int:
+        """Input frames of a step."""
+        return self.frames * self.config.subsampling_factor
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of subsampling; none with factor 1."""
+        place, factor = -self.lead, self.config.subsampling_factor
+        if self.config.is_stacking:
+            return (Stage(carry=place % factor, first=place // factor),)
+        stages: list[Stage] = []
+        before = self.config.stage_padding[0]
+        for _ in range(self.config.stages):
+            first = (place + before - 1) // 2
+            stages.append(Stage(carry=place - 2 * first + before, first=first))
+            place = first
+        return tuple(stages)
+
+    @property
+    def first(self) -> int:
+        """Place of the first subsampled frame of step 0."""
+        return self.stages[-1].first if self.stages else -self.lead
+
+    @property
+    def conv_delay(self) -> int:
+        """Frames that the convolution of each layer looks ahead."""
+        return self.config.conv_context[1]
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether every step of every layer holds whole chunks of attention."""
+        chunk = self.context[1] + 1
+        places = (self.frames, self.first, self.conv_delay)
+        return self.config.att_context_style == "chunked_limited" and not any(
+            place % chunk for place in places
+        )
+
+    @property
+    def attention_delay(self) -> int:
+        """Frames that the attention of each layer looks ahead, beyond a step."""
+        return 0 if self.is_aligned else self.context[1]
+
+    @property
+    def cache(self) -> int:
+        """Frames whose keys and values each layer remembers."""
+        left = self.context[0] if self.context[0] >= 0 else (self.longest or 0)
+        chunked = self.config.att_context_style == "chunked_limited"
+        unaligned = self.context[1] if chunked and not self.is_aligned else 0
+        return left + self.attention_delay + unaligned
+
+    @property
+    def layer_delay(self) -> int:
+        """Frames by which each layer is late."""
+        return self.attention_delay + self.conv_delay
+
+    @property
+    def delay(self) -> int:
+        """Frames by which the output is late: step 0 begins with place -delay."""
+        return self.config.n_layers * self.layer_delay - self.first
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class EncoderMemory:
+    """What an encoder remembers of streams; all zeros where one begins."""
+
+    inputs: tuple[Any, ...]
+    """Per stage of subsampling [B, carry, ...]: the last places of its input."""
+    keys: Any
+    """[L, B, C, N, H]: keys of the last frames that later ones may attend to."""
+    values: Any
+    """[L, B, C, N, H]."""
+    attending: Any
+    """[L, B, attention_delay, D]: frames whose attention still waits for later ones."""
+    gated: Any
+    """[L, B, k - 1, D]: what the depthwise convolution has seen last."""
+    convolving: Any
+    """[L, B, conv_delay, D]: frames whose convolution still waits for later ones."""
+
+    STACKED: ClassVar[tuple[str, ...]] = ("keys", "values", "attending", "gated", "convolving")
+    """Fields whose second axis is the streams; in the others it is the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Now:
+    """What all layers of a step share, but where their input lies."""
+
+    rows: Int[Array, "B F"]
+    """Places of the input."""
+    view: View
+    tied_biases: Biases | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Frames of one step."""
+
+    frames: Float[Array, "B F W"]
+    is_real: Bool[Array, "B F"]
+    """False before the beginning and past the end of a stream."""
+    lengths: Int[Array, " B"]
+    """Frames of each stream, if nothing follows."""
+    captured: Float[Array, "B K F W"] | None = None
+
+
+def begin(plan: EncoderPlan, batch: int, dtype: DTypeLike = jnp.float32) -> EncoderMemory:
+    """Makes the memory of `batch` streams that have not begun."""
+    config = plan.config
+    layers, width = config.n_layers, config.d_model
+    head = (config.n_heads, width // config.n_heads)
+    kernel = config.conv_kernel_size
+
+    def zeros(*shape: int) -> Array:
+        return jnp.zeros(shape, dtype)
+
+    return EncoderMemory(
+        inputs=tuple(zeros(batch, *shape) for shape in _carried_shapes(plan)),
+        keys=zeros(layers, batch, plan.cache, *head),
+        values=zeros(layers, batch, plan.cache, *head),
+        attending=zeros(layers, batch, plan.attention_delay, width),
+        gated=zeros(layers, batch, kernel - 1, width),
+        convolving=zeros(layers, batch, plan.conv_delay, width),
+    )
+
+
+def advance(
+    encoder: FastConformer,
+    plan: EncoderPlan,
+    memory: EncoderMemory,
+    features: Float[Array, "B I M"],
+    steps: Int[Array, " B"],
+    total: Int[Array, " B"],
+    *,
+    capture: tuple[int, ...] = (),
+) -> tuple[Encoded, EncoderMemory]:
+    """Encodes the next input frames of each stream.
+
+    `steps` says how many steps each stream has behind it, `total` how many real input frames it has
+    with these; places of the step from there on are silence. `capture` numbers the layers whose
+    outputs are wanted too: only where no layer looks ahead, so that all are at the same place.
+    """
+    if capture and plan.layer_delay:
+        raise ValueError("layers that look ahead cannot be read side by side in a stream")
+    lengths = jnp.where(total > 0, plan.config.subsampled(total), 0)
+    subsampled, inputs = _subsample(encoder, plan, memory.inputs, features, steps, total)
+    rows = (steps * plan.frames + plan.first)[:, None] + jnp.arange(plan.frames)[None]
+    x = encoder.placed(subsampled, rows)
+    view = _view(plan, lengths)
+    tied = encoder.tied_biases()
+
+    def body(layer: ConformerLayer, carry: tuple, kept: tuple) -> tuple[tuple, tuple]:
+        x, rows = carry
+        x, kept = _advance_layer(layer, plan, x, Now(rows=rows, view=view, tied_biases=tied), kept)
+        return (x, rows - plan.layer_delay), (kept, x if capture else None)
+
+    stacked = tuple(getattr(memory, name) for name in EncoderMemory.STACKED)
+    (x, rows), (stacked, outputs) = scan_layers(
+        encoder.layers, body, (x, rows), stacked, remat="none"
+    )
+    memory = EncoderMemory(inputs=inputs, **dict(zip(EncoderMemory.STACKED, stacked, strict=True)))
+    encoded = Encoded(
+        frames=encoder.projected(x),
+        is_real=(rows >= 0) & (rows < lengths[:, None]),
+        lengths=lengths,
+        captured=encoder.projected(jnp.stack([outputs[n] for n in capture], axis=1))
+        if capture
+        else None,
+    )
+    return encoded, memory
+
+
+def _view(plan: EncoderPlan, lengths: Int[Array, " B"]) -> View:
+    """What the frames of a step may attend to among those remembered and new."""
+    left, right = (jnp.full(lengths.shape, side, jnp.int32) for side in plan.context)
+    table = None
+    if plan.config.is_relative:
+        table = distances(
+            plan.cache - plan.attention_delay + plan.frames - 1,
+            1 - plan.frames - plan.attention_delay,
+            plan.config.d_model,
+        )
+    return View(positions=table, lengths=lengths, left=left, right=right)
+
+
+def _advance_layer(
+    layer: ConformerLayer, plan: EncoderPlan, x: Float[Array, "B F D"], now: Now, kept: tuple
+) -> tuple[Float[Array, "B F D"], tuple]:
+    """One Conformer layer; its output is `plan.layer_delay` places behind its input."""
+    keys, values, attending, gated, convolving = kept
+    x = x + 0.5 * layer.feed_forward_in(layer.feed_forward_in_norm(x))
+    waiting, attending = _pass(attending, x)
+    mixed, keys, values = _attend(layer, plan, (waiting, x), now, (keys, values))
+    x = waiting + mixed
+    rows = now.rows - plan.attention_delay
+    is_real = (rows >= 0) & (rows < now.view.lengths[:, None])
+    seen = jnp.concatenate([gated, layer.conv.gated(layer.conv_norm(x), is_real)], axis=1)
+    waiting, convolving = _pass(convolving, x)
+    x = waiting + layer.conv.finished(layer.conv.depthwise.within(seen))
+    x = x + 0.5 * layer.feed_forward_out(layer.feed_forward_out_norm(x))
+    gated = seen[:, plan.frames :]
+    return layer.output_norm(x), (keys, values, attending, gated, convolving)
+
+
+def _pass(
+    waiting: Float[Array, "B W D"], x: Float[Array, "B F D"]
+) -> tuple[Float[Array, "B F D"], Float[Array, "B W D"]]:
+    """Delays frames: as many as come in go out, the rest waits."""
+    queue = jnp.concatenate([waiting, x], axis=1)
+    return queue[:, : x.shape[1]], queue[:, x.shape[1] :]
+
+
+def _attend(
+    layer: ConformerLayer,
+    plan: EncoderPlan,
+    frames: tuple[Float[Array, "B F D"], Float[Array, "B F D"]],
+    now: Now,
+    cache: tuple[Float[Array, "B C N H"], Float[Array, "B C N H"]],
+) -> tuple[Float[Array, "B F D"], Float[Array, "B C N H"], Float[Array, "B C N H"]]:
+    """Lets the frames whose turn it is attend to the remembered and the new ones."""
+    attention, (asking, new) = layer.attention, frames
+    normed = layer.attention_norm(new)
+    queries = attention.queries(
+        layer.attention_norm(asking) if plan.attention_delay else normed, now.tied_biases
+    )
+    key, value = (
+        jnp.concatenate([old, attention.heads(part(normed))], axis=1)
+        for old, part in zip(cache, (attention.key, attention.value), strict=True)
+    )
+    columns = now.rows[:, :1] - plan.cache + jnp.arange(plan.cache + plan.frames)[None]
+    rows = now.rows - plan.attention_delay
+    weights = attention_weights(
+        content_scores(queries[0], key),
+        _distance_scores(attention, queries, now.view.positions),
+        visibility(plan.config.att_context_style, now.view, rows, columns),
+        attention.scale,
+    )
+    mixed = attention.output(mix(weights, value).reshape(asking.shape))
+    return mixed, key[:, plan.frames :], value[:, plan.frames :]
+
+
+def _distance_scores(
+    attention: SelfAttention,
+    queries: tuple[Float[Array, "B F N H"], ...],
+    table: Float[Array, "P D"] | None,
+) -> Float[Array, "B N F P"] | None:
+    """Scores of distances; the projection goes to the side that it costs less on.
+
+    q . (W p) = (Wᵀ q) . p: a step has few queries and all the distances of its cache.
+    """
+    if table is None or attention.position is None:
+        return None
+    query, table = queries[1], table.astype(queries[1].dtype)
+    (_, frames, heads, _), (places, width) = query.shape, table.shape
+    if frames * (width + heads * places) > places * (width + frames):
+        positions = attention.heads(attention.position(table))
+        return jnp.einsum("bfnh,pnh->bnfp", query, positions, preferred_element_type=jnp.float32)
+    weight = attention.position.weight[...].astype(query.dtype).reshape(heads, -1, width)
+    asked = jnp.einsum("bfnh,nhd->bfnd", query, weight)
+    return jnp.einsum("bfnd,pd->bnfp", asked, table, preferred_element_type=jnp.float32)
+
+
+def _subsample(
+    encoder: FastConformer,
+    plan: EncoderPlan,
+    kept: tuple[Float[Array, "B ..."], ...],
+    features: Float[Array, "B I M"],
+    steps: Int[Array, " B"],
+    total: Int[Array, " B"],
+) -> tuple[Float[Array, "B F D"], tuple[Float[Array, "B ..."], ...]]:
+    """Subsampled frames of a step, and what each stage remembers of its input."""
+    part = encoder.subsampling
+    if not plan.stages:
+        return part.output(features), ()
+    x = _silence(features, steps * plan.input_frames - plan.lead, total)
+    if isinstance(part, Stacking):
+        seen = jnp.concatenate([kept[0], x], axis=1)
+        return part.stacked(seen[:, : plan.input_frames]), (seen[:, plan.input_frames :],)
+    remembered, lengths, x = [], total, x[..., None]
+    for stage, memory, conv in zip(plan.stages, kept, _convolutions(part), strict=True):
+        seen = jnp.concatenate([memory, x], axis=1)
+        remembered.append(seen[:, x.shape[1] :])
+        lengths = plan.config.halved(lengths)
+        x = jax.nn.relu(conv(seen, (0, 0)))
+        x = _silence(x, steps * x.shape[1] + stage.first, lengths)
+    return part.flattened(x), tuple(remembered)
+
+
+def _convolutions(part: Subsampling) -> tuple[HalvingConv | FullStage | SeparableStage, ...]:
+    assert part.conv_in is not None
+    return (part.conv_in, *part.stages)
+
+
+def _silence(
+    x: Float[Array, "B T *rest"], first: Int[Array, " B"], lengths: Int[Array, " B"]
+) -> Float[Array, "B T *rest"]:
+    """Zeroes what lies before the beginning or past the end; x begins with place `first`."""
+    place = first[:, None] + jnp.arange(x.shape[1])[None]
+    is_real = (place >= 0) & (place < lengths[:, None])
+    return jnp.where(jnp.expand_dims(is_real, range(2, x.ndim)), x, jnp.zeros((), x.dtype))
+
+
+def _carried_shapes(plan: EncoderPlan) -> list[tuple[int, ...]]:
+    """Per stage of subsampling, the shape of what it remembers of one stream."""
+    config, bins = plan.config, plan.config.feat_in
+    if config.is_stacking:
+        return [(stage.carry, bins) for stage in plan.stages]
+    shapes: list[tuple[int, ...]] = []
+    for number, stage in enumerate(plan.stages):
+        shapes.append((stage.carry, bins, config.conv_channels if number else 1))
+        bins = config.halved(bins)
+    return shapes
