@@ -19,7 +19,7 @@ from speechlm2_jax.batches import HostBatch, SalmBatch, StepLosses
 from speechlm2_jax.generation.salm import DecodingConfig, decode
 from speechlm2_jax.layers.module import Variables, abstract, bind, describe, draw, unbind
 from speechlm2_jax.networks import salm
-from speechlm2_jax.networks.flops import salm_flops
+from speechlm2_jax.networks.flops import Heard, salm_flops
 from speechlm2_jax.networks.salm import Salm, SalmConfig, SalmModes
 from speechlm2_jax.perception.frames import Frames
 from speechlm2_jax.perception.perception import PerceptionModes
@@ -186,8 +186,7 @@ class Work:
             self.infos,
             trains,
             self._batch(self.sizes.answer).rows,
-            frames,
-            subsampling_factor=encoder.subsampling_factor,
+            Heard(encoded=frames, adapted=frames, subsampling_factor=encoder.subsampling_factor),
         )
 
     def _batch(self, answer: int) -> MelBatch:

@@ -76,7 +76,7 @@ def references(value: Any) -> Iterator[str]:
 
 def _yaml(config: Mapping[str, Any]) -> bytes:
     try:
-        return yaml.dump(
+        return yaml.dump(  # pyright: ignore[reportUnknownMemberType]
             dict(config), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, encoding="utf-8"
         )
     except yaml.representer.RepresenterError as error:
