@@ -26,8 +26,9 @@ class WeightNorm(nnx.Module):
 
     def __init__(self, shape: tuple[int, int, int], *, rngs: nnx.Rngs):
         self.direction = param(rngs, shape, ("conv",) * 3, _torch_init)
-        lengths = _lengths(self.direction[...])[:, 0, 0]
-        self.gain = param(rngs, shape[:1], ("conv",), lambda *_: lengths)
+        self.gain = param(
+            rngs, shape[:1], ("conv",), lambda *_: _lengths(self.direction[...])[:, 0, 0]
+        )
 
     def __call__(self) -> Float[Array, "N M P"]:
         """Computes the kernel, in fp32."""

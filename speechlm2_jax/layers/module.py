@@ -8,6 +8,7 @@ Everything outside the modules (optimizer, sharding, conversion, checkpoints) sp
 
 import os
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -25,6 +26,8 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 M = TypeVar("M", bound=nnx.Module)
 LAYERS = "layers"
 _LEVEL = "xla_backend_optimization_level"
+_draws_nothing: ContextVar[bool] = ContextVar("draws_nothing", default=False)
+"""Set by `abstract`, which would trace every draw for its shape alone."""
 
 
 class Buffer(nnx.Variable):
@@ -59,6 +62,8 @@ def param(
     """Makes a trainable variable. `axes` names the meaning of each dimension (see sharding.py)."""
     if len(axes) != len(shape):
         raise ValueError(f"axes {axes} must name each dimension of shape {shape}")
+    if _draws_nothing.get():
+        return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
     return nnx.Param(init(_next_key(rngs), shape, dtype), axes=axes)
 
 
@@ -82,9 +87,12 @@ def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
     def build(layer_rngs: nnx.Rngs) -> M:
         return make(layer_rngs)
 
-    layers = build(rngs)
+    layers = make(rngs) if _draws_nothing.get() else build(rngs)
     for _, variable in nnx.to_flat_state(nnx.state(layers)):
         variable.set_metadata(axes=(LAYERS, *variable.get_metadata()["axes"]))
+        if _draws_nothing.get():
+            value = variable.get_value()
+            variable.set_value(jnp.zeros((count, *value.shape), value.dtype))
     return layers
 
 
@@ -168,7 +176,11 @@ def describe(module: nnx.Module) -> dict[str, VariableInfo]:
 
 def abstract(make: Callable[[], M]) -> M:
     """Builds a module whose variables are shapes and dtypes only: no memory, no device."""
-    return nnx.eval_shape(make)
+    token = _draws_nothing.set(True)
+    try:
+        return nnx.eval_shape(make)
+    finally:
+        _draws_nothing.reset(token)
 
 
 def draw(

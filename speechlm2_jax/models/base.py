@@ -177,6 +177,8 @@ class SpeechModel(ABC):
         """Sets the dtype of the computation: "float32" or "bfloat16"."""
         if dtype not in COMPUTE_DTYPES:
             raise SettingsError(f"dtype {dtype!r} is not supported; use float32 or bfloat16")
+        if dtype == self._blueprint.network.compute_dtype:
+            return self
         self._blueprint = self._blueprint.computing(compute_dtype=dtype)
         self._definition, self.infos = self._build()
         return self

@@ -159,7 +159,7 @@ class AudioCodec:
 
         Raises ValueError for a codec whose decoder looks ahead.
         """
-        return bind(*self._compute()).new_stream(batch)
+        return bind(self._definition, self.variables).new_stream(batch)
 
     def decode_step(
         self, stream: DecoderStream, codes: Any

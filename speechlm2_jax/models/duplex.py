@@ -35,6 +35,8 @@ from speechlm2_jax.perception.perception import PerceptionModes
 from speechlm2_jax.sharding import Sharding
 
 FRAME_STEP = 32
+SILENT_FRAMES = 16
+"""Of so much silence the middle frame sees nothing but silence."""
 
 
 class Targets(NamedTuple):
@@ -159,9 +161,13 @@ class DuplexS2SModel(SpeechModel):
         }
         if decode_audio:
             wave, samples = speak_codes(
-                self._definition, self.variables, spoken.codes, _fitted(frames, len(audio)),
+                self._definition,
+                self.variables,
+                spoken.codes,
+                _fitted(frames, len(audio)),
+                self._silence(codes),
                 placement=placement,
-            )  # fmt: skip
+            )
             samples = np.asarray(samples)[:rows]
             result["audio"] = np.asarray(wave)[:rows, : int(samples.max(initial=0))]
             result["audio_len"] = samples
@@ -178,6 +184,13 @@ class DuplexS2SModel(SpeechModel):
         batch = assemble_duplex_batch([examples], shape, pad_id=self.text_pad_id)
         found = _targets(self._definition, self.variables, batch)
         return Targets(*(np.asarray(x)[: len(examples)] for x in found))
+
+    def _silence(self, codes: np.ndarray) -> np.ndarray:
+        """The codec's codes [K] of silence, if anything of `codes` [B, T, K] needs them."""
+        books = self._blueprint.network.books
+        if not (codes[:, :1] >= books.size).any():
+            return np.zeros(books.count, np.int32)
+        return np.asarray(silent_codes(self._definition, self.variables))
 
     def _text(self, ids: np.ndarray) -> str:
         """The words of a text channel: neither pads nor marks of turns."""
@@ -284,14 +297,25 @@ def speak_codes(
     variables: Variables,
     codes: Int[Array, "B T K"],
     lengths: Int[Array, " B"],
+    silence: Int[Array, " K"],
     *,
     placement: Sharding | None = None,
 ) -> tuple[Float[Array, "B A"], Int[Array, " B"]]:
     """Turns codes into the agent's audio; control codes become silence."""
     network: Duplex = bind(definition, variables)
     with sharding.use(placement):
-        spoken = network.codec.decode(without_control(codes, 0, network.config.books), lengths)
+        codes = without_control(codes, silence, network.config.books)
+        spoken = network.codec.decode(codes, lengths)
         return spoken.audio, spoken.lengths
+
+
+@partial(jax.jit, static_argnames=("definition",))
+def silent_codes(definition: Any, variables: Variables) -> Int[Array, " K"]:
+    """What the codec makes of silence amid silence."""
+    network: Duplex = bind(definition, variables)
+    samples = SILENT_FRAMES * network.config.codec.samples_per_frame
+    silence = jnp.zeros((1, samples), jnp.float32)
+    return network.codec.encode(silence, jnp.array([samples])).codes[0, SILENT_FRAMES // 2]
 
 
 @partial(jax.jit, static_argnames=("definition",))

@@ -131,13 +131,15 @@ def mark_turns(
     return jnp.where((text == ids.eos)[..., None], books.eos, codes)
 
 
-def without_control(codes: Int[Array, "B T K"], silence: int, books: Codebooks) -> Array:
+def without_control(
+    codes: Int[Array, "B T K"], silence: Int[Array, " K"], books: Codebooks
+) -> Int[Array, "B T K"]:
     """Codes that a codec can speak: control codes become those of the row's first frame.
 
-    That is silence, as the model learnt it; where it is a control code itself, `silence` is used
-    (NeMo leaves it, and the codec takes it modulo its codebook).
+    That is silence, as the model learnt it; where it is a control code itself, the codec's own
+    `silence` is used (NeMo leaves it, and the codec takes it modulo its codebook).
     """
-    first = jnp.where(codes[:, :1] >= books.size, silence, codes[:, :1])
+    first = jnp.where(codes[:, :1] >= books.size, silence[None, None], codes[:, :1])
     return jnp.where(codes >= books.size, first, codes)
 
 

@@ -1,11 +1,11 @@
-"""Initial values: one program, whose quick compilation changes no bit of them."""
+"""Modules with and without values; initial values are drawn by one program."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from speechlm2_jax.layers.module import draw, param, stack, unbind
+from speechlm2_jax.layers.module import abstract, describe, draw, param, stack, unbind
 
 
 class Layer(nnx.Module):
@@ -14,6 +14,17 @@ class Layer(nnx.Module):
         self.weight = param(rngs, (48, 33), ("mlp", "embed"), normal)
         self.bias = param(rngs, (48,), ("mlp",), uniform)
         self.kernel = param(rngs, (3, 5, 7), (None, None, None), nnx.initializers.he_uniform())
+
+
+def test_a_module_without_values_is_described_as_one_with_values():
+    def make():
+        return stack(lambda rngs: stack(Layer, 2, rngs), 3, nnx.Rngs(5))
+
+    drawn, undrawn = make(), abstract(make)
+    assert describe(undrawn) == describe(drawn)
+    assert unbind(undrawn)[0] == unbind(drawn)[0]
+    assert describe(undrawn)["weight"].shape == (3, 2, 48, 33)
+    assert all(isinstance(v, jax.ShapeDtypeStruct) for v in unbind(undrawn)[1].values())
 
 
 def test_quick_compilation_changes_no_bit_of_the_values_drawn(monkeypatch):

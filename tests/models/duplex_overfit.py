@@ -221,6 +221,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kind", default="s2s_duplex")
     parser.add_argument("overrides", nargs="*")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     print(json.dumps(overfit(asked.folder, asked.kind, asked.overrides), indent=1))

@@ -1,15 +1,19 @@
 """Laws of the duplex models in their default mode, and what they refuse."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
+from speechlm2_jax.experiment import make_data
 from speechlm2_jax.generation.sampling import SamplingConfig
 from speechlm2_jax.models import SALM, DuplexS2SModel, DuplexS2SSpeechDecoderModel
 from speechlm2_jax.settings import SettingsError
 from tests.parity.duplex_golden import DATA, batch_of, configured, examples, pretrained
+
+FP32_RTOL = 1e-5
 
 
 @pytest.fixture(scope="module", params=["duplex_s2s", "duplex_s2s_speech_decoder"])
@@ -17,29 +21,73 @@ def model(request):
     return pretrained(request.param)
 
 
-@pytest.fixture(scope="module")
-def losses(model):
-    compiled = jax.jit(
-        lambda variables, batch: model.losses(variables, batch, key=None, train=False)
+def with_dropout(run):
+    """The recorded model with dropout in its adapter and its speech decoder."""
+    cfg = pretrained(run).cfg
+    adapter = {**cfg["perception"]["modality_adapter"], "dropout": 0.2}
+    changes = {"perception": {**cfg["perception"], "modality_adapter": adapter}}
+    if "speech_decoder" in cfg:
+        changes["speech_decoder"] = {**cfg["speech_decoder"], "p_dropout": 0.2}
+    return pretrained(run, **changes)
+
+
+def sums_of(model, *, gradients):
+    """Sums of losses, and their gradients, of a batch whose rows have places in a global batch."""
+    names = [path for path, on in model.trainable.items() if np.any(on)]
+    key = jax.random.key(3)
+
+    def objective(trained, variables, batch):
+        losses = model.losses(variables | trained, batch, key=key, train=True)
+        return losses.loss.total, losses
+
+    step = jax.jit(
+        jax.value_and_grad(objective, has_aux=True)
+        if gradients
+        else lambda *given: (objective(*given), {})
     )
-    return lambda batch: compiled(model.variables, batch)
+
+    def of(batch, places):
+        batch = replace(batch, row_ids=np.asarray(places, np.int32))
+        trained = {path: model.variables[path] for path in names}
+        (_, losses), found = jax.device_get(step(trained, model.variables, batch))
+        sums = {"loss": losses.loss, **losses.metrics}
+        return {name: (float(x.total), float(x.count)) for name, x in sums.items()}, found
+
+    return of
 
 
-def test_neighbours_and_padding_change_no_loss(model, losses):
-    conversations = examples("pair")
-    together = losses(batch_of(model, conversations))
-    larger = losses(batch_of(model, conversations, more=1.5))
-    alone = [losses(batch_of(model, [c])) for c in conversations]
-    in_groups = losses(batch_of(model, conversations, groups=2))
-    for part in ("loss", "text_loss", "audio_loss"):
-        total, *others = (
-            float((x.loss if part == "loss" else x.metrics[part]).total)
-            for x in (together, larger, in_groups)
-        )
-        np.testing.assert_allclose(others, total, rtol=1e-5)
-        each = [float((x.loss if part == "loss" else x.metrics[part]).total) for x in alone]
-        np.testing.assert_allclose(sum(each), total, rtol=1e-5)
-    assert float(together.loss.count) == sum(float(x.loss.count) for x in alone)
+def only(batch, group):
+    """The batch without the rows of other groups."""
+
+    def kept(x):
+        own = np.arange(len(x)) == group
+        return np.where(own.reshape(-1, *[1] * (x.ndim - 1)), x, 0).astype(x.dtype)
+
+    return jax.tree.map(kept, batch)
+
+
+@pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("run", ["duplex_s2s", "duplex_s2s_speech_decoder"])
+def test_neighbours_padding_and_groups_change_neither_loss_nor_gradient(run, gradients):
+    """Random layers are on: what they draw belongs to the row's place in the global batch."""
+    model = with_dropout(run)
+    conversations, of = examples("pair"), sums_of(model, gradients=gradients)
+    sums, together = of(batch_of(model, conversations), [[0, 1]])
+    larger = batch_of(model, conversations, groups=2, more=1.5)
+    places = [[0, 8], [1, 9]]
+    regrouped, apart = of(larger, places)
+    alone = [of(only(larger, group), places) for group in range(2)]
+    for name, (total, count) in sums.items():
+        np.testing.assert_allclose(regrouped[name], (total, count), rtol=FP32_RTOL)
+        each = np.asarray([part[name] for part, _ in alone]).sum(0)
+        np.testing.assert_allclose(each, (total, count), rtol=FP32_RTOL)
+    frames = sums["loss"][1]  # the optimizer's gradient is that of the mean
+    for path, expected in together.items():
+        size = max(frames, np.abs(expected).max())
+        for own in (apart[path], sum(gradients[path] for _, gradients in alone)):
+            np.testing.assert_allclose(own / size, expected / size, atol=FP32_RTOL, err_msg=path)
+    moved, _ = of(larger, [[2, 8], [3, 9]])
+    assert abs(moved["loss"][0] - sums["loss"][0]) > 1e-3
 
 
 def test_drawn_speech_depends_on_the_seed_and_on_the_row_alone(model):
@@ -82,6 +130,29 @@ def test_rates_that_do_not_fit_are_refused_with_both_numbers(monkeypatch, tmp_pa
         DuplexS2SModel({**cfg, "pretrained_audio_codec": str(tmp_path)}, near=(DATA,))
 
 
+def test_data_that_do_not_fit_the_model_are_refused_with_both_numbers():
+    model = configured("duplex_s2s")
+    fitting = {"frame_length": 0.08, "source_sample_rate": 16000, "target_sample_rate": 22050}
+    for key, given in (
+        ("source_sample_rate", 8000),
+        ("target_sample_rate", 24000),
+        ("frame_length", 0.04),
+    ):
+        message = rf"data\.{key}={given} does not fit .* takes {fitting[key]}"
+        with pytest.raises(SettingsError, match=message):
+            make_data({**fitting, key: given, "train_ds": {}}, model)
+
+
+def test_a_control_code_in_frame_0_is_the_codecs_silence():
+    model = pretrained("duplex_s2s")
+    books = model._blueprint.network.books
+    said = np.full((2, 3, books.count), books.bos)
+    silent = model._silence(said)
+    assert silent.shape == (books.count,) and (silent < books.size).all() and silent.any()
+    said[:, 0] = 5  # what the model said first is its silence
+    assert not model._silence(said).any()
+
+
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
     llm = DATA / "assets" / "llm"
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
@@ -96,6 +167,11 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 def test_the_other_kinds_keys_are_refused():
     with pytest.raises(SettingsError, match="DuplexS2SSpeechDecoderModel"):
         configured("duplex_s2s", speech_decoder={"n_layers": 1})
+    with pytest.raises(
+        SettingsError, match=r"model\.speech_decoder\.num_layers: .* key is n_layers"
+    ):
+        t5 = {"num_layers": 2, "d_ff": 64, "num_heads": 4, "dropout_rate": 0.1}
+        configured("duplex_s2s_speech_decoder", speech_decoder=t5)
     cfg = json.loads((DATA / "duplex_s2s" / "cfg_input.json").read_text())
     with pytest.raises(SettingsError, match=r"model\.speech_decoder: required"):
         DuplexS2SSpeechDecoderModel(cfg, near=(DATA,))

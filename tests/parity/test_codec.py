@@ -346,6 +346,42 @@ def test_decoding_alone_equals_nemo(name):
 
 
 @pytest.mark.parametrize("name", CODECS)
+def test_a_row_of_any_length_has_codes_and_audio_of_its_own(name):
+    """Also one shorter than a frame, or than what convolutions mirror, where NeMo fails."""
+    size = model(name).samples_per_frame
+    audio = np.random.default_rng(1).normal(0, 0.1, (3, 5 * size)).astype(np.float32)
+    lengths = np.array([1, size + 7, 5 * size])
+    codes, counts, _, _ = encode(name, audio, lengths, lengths)
+    assert counts.tolist() == [1, 2, 5] and not np.asarray(codes)[0, 1:].any()
+    assert np.asarray(codes).max() < model(name).codebook_size
+    back = slice(None, None, -1)
+    others, _, _, _ = encode(name, audio[back], lengths[back], lengths[back])
+    np.testing.assert_array_equal(others[back], codes)
+    wave = np.asarray(decode(name, codes[:, :5], counts, counts)[0].audio)
+    assert np.isfinite(wave).all() and not wave[0, size:].any() and wave[0, :size].any()
+    other = np.asarray(decode(name, others[:, :5], counts[back], counts[back])[0].audio)
+    assert_close(other[back], wave, AUDIO_ATOL)
+
+
+@pytest.mark.parametrize("name", [name for name in CODECS if name != "lfr22_tiny"])
+def test_a_stream_is_what_decoding_offline_gives(name):
+    size, lengths = model(name).samples_per_frame, np.full(3, 7)
+    given = np.random.default_rng(0).integers(0, model(name).codebook_size, (3, 7, 1))
+    codes = (given + np.arange(model(name).num_codebooks)) % model(name).codebook_size
+    whole = decode(name, codes, lengths, lengths)[0].audio
+    step = quick_jit(
+        lambda variables, stream, frame: bind(model(name)._definition, variables).decode_step(
+            stream, frame
+        )
+    )
+    stream = model(name).new_stream(batch=3)
+    for frame in range(7):
+        wave, stream = step(model(name).variables, stream, jnp.asarray(codes[:, frame, None]))
+        assert wave.shape == (3, size)
+        assert_close(wave, np.asarray(whole)[:, frame * size :][:, :size], AUDIO_ATOL)
+
+
+@pytest.mark.parametrize("name", CODECS)
 def test_effective_kernels_equal_torchs(name):
     given = tensors(name)
     codec = codec_of(name)
