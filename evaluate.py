@@ -2,15 +2,21 @@
 
 python evaluate.py                the newest run below runs/, on the bundled test set
 python evaluate.py pretrained_name=runs/digits inputs=test.jsonl batch_size=16 [key=value ...]
+python evaluate.py pretrained_name=runs/s2s_duplex       a duplex model, on its validation sets
 """
 
+import contextlib
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from speechlm2_jax import settings
 from speechlm2_jax.evaluation.config import EvalConfig
+from speechlm2_jax.evaluation.duplex_config import DuplexEvalConfig
+from speechlm2_jax.evaluation.duplex_plan import DuplexPlan, find_model, make_duplex_plan
 from speechlm2_jax.evaluation.encoder_wer import Recogniser, open_recogniser
 from speechlm2_jax.evaluation.plan import Plan, make_plan
 
@@ -21,20 +27,27 @@ def main(argv: Sequence[str], *, compiled: str | None = None) -> int:
     `compiled` is where compiled programs are kept between runs; auto is the user's cache.
     """
     try:
-        run(parse(argv), compiled)
+        plan = parse(argv)
+        if isinstance(plan, DuplexPlan):
+            run_duplex(plan, compiled)
+        else:
+            run(plan, compiled)
     except settings.SettingsError as error:
         print("evaluate.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
 
 
-def parse(argv: Sequence[str]) -> Plan:
+def parse(argv: Sequence[str]) -> Plan | DuplexPlan:
     """The command line as a checked configuration, completed by what the newest run says."""
-    keys = [field.name for field in dataclasses.fields(EvalConfig)]
-    words = settings.parse_overrides(
-        argv, program="evaluate.py", description=__doc__ or "", keys=keys
+    kinds = (EvalConfig, DuplexEvalConfig)
+    keys = dict.fromkeys(field.name for kind in kinds for field in dataclasses.fields(kind))
+    given = settings.parse_overrides(
+        argv, program="evaluate.py", description=__doc__ or "", keys=list(keys)
     )
-    return make_plan(settings.override({}, [f"+{word.lstrip('+')}" for word in words]))
+    words = settings.override({}, [f"+{word.lstrip('+')}" for word in given])
+    found = find_model(words)
+    return make_duplex_plan(words, found) if found.is_duplex else make_plan(words)
 
 
 def run(plan: Plan, compiled: str | None) -> None:
@@ -77,6 +90,50 @@ def run(plan: Plan, compiled: str | None) -> None:
         rate_hz = model.sampling_rate
         write_page(page, result, utterances, record, media_rows=config.report_rows, rate_hz=rate_hz)
         print(f"report:  {page}  (open it in a browser)")
+
+
+def run_duplex(plan: DuplexPlan, compiled: str | None) -> None:
+    """The same for a model that speaks: its speech is written, heard and timed too."""
+    config = plan.config
+    output, page = plan.output("output_manifest"), plan.output("report")
+    print(plan.says(), flush=True)
+
+    from speechlm2_jax.evaluation.devices import choose_device
+    from speechlm2_jax.evaluation.duplex_page import write_duplex_page
+    from speechlm2_jax.evaluation.duplex_report import duplex_table
+    from speechlm2_jax.evaluation.duplex_runner import converse, open_scorer
+    from speechlm2_jax.evaluation.provenance import provenance
+    from speechlm2_jax.evaluation.report import write_rows
+    from speechlm2_jax.experiment import load_duplex
+    from speechlm2_jax.training.programs import keep_compiled_programs
+
+    keep_compiled_programs(compiled)
+    device = choose_device(config.device)
+    with _clear("pretrained_name"):
+        model = load_duplex(config.pretrained_name, dtype=config.dtype)
+    dataset = plan.dataset(model)
+    with contextlib.ExitStack() as stack:
+        folder = None if config.audio_folder is None else Path(config.audio_folder)
+        if folder is None and page is not None:  # the page has its own copy
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        with _clear("scoring_asr"):
+            scorer = open_scorer(model, config, keeps_audio=folder is not None)
+        result = converse(scorer, plan.dialogues, dataset, config, folder)
+        totals = result.totals()
+        record = provenance(config, device, totals, plan.step)
+        print(duplex_table(totals))
+        if output is not None:
+            write_rows(output, result.rows(config.use_normalizer), record)
+            print(f"answers: {output}")
+        if config.audio_folder is not None:
+            print(f"speech:  {config.audio_folder}")
+        if page is not None:
+            write_duplex_page(
+                *(page, result, plan.dialogues, dataset, record),
+                media_rows=config.report_rows,
+                normalizer=config.use_normalizer,
+            )
+            print(f"report:  {page}  (open it in a browser)")
 
 
 def _recogniser(plan: Plan) -> Recogniser | None:

@@ -25,6 +25,7 @@ from speechlm2_jax.evaluation import duplex_scoring
 from speechlm2_jax.evaluation.wer import text_normalizer, word_errors
 from speechlm2_jax.models.ctc import CTCModel
 from speechlm2_jax.models.duplex import DuplexS2SModel, DuplexS2SSpeechDecoderModel
+from speechlm2_jax.models.loading import open_model
 from speechlm2_jax.models.salm import SALM
 from speechlm2_jax.parameter_paths import PatternError
 from speechlm2_jax.settings import (
@@ -205,6 +206,11 @@ def check_blocks(settings: Mapping[str, Any], *, complete: bool = True) -> None:
 
 def make_model(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Model:
     """Makes the kind of model that a `model:` block describes. Raises SettingsError."""
+    return model_kind(cfg)(cfg, near=near)
+
+
+def model_kind(cfg: Mapping[str, Any]) -> type[Model]:
+    """The class that a `model:` block names, or that its keys tell. Raises SettingsError."""
     implied = "SALM"
     if "pretrained_audio_codec" in cfg:
         implied = "DuplexS2SSpeechDecoderModel" if "speech_decoder" in cfg else "DuplexS2SModel"
@@ -212,7 +218,15 @@ def make_model(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Model:
     kind = MODELS.get(named.rsplit(".", 1)[-1])
     if kind is None:
         raise SettingsError(f"model._target_: {named} is not known; use {' or '.join(MODELS)}")
-    return kind(cfg, near=near)
+    return kind
+
+
+def load_duplex(name: str, *, dtype: str) -> DuplexS2SModel:
+    """Loads a duplex model of either kind. Raises SettingsError if it is none."""
+    kind = model_kind(open_model(name).cfg)
+    if not issubclass(kind, DuplexS2SModel):
+        raise SettingsError(f"{name} is no duplex model")
+    return kind.from_pretrained(name, dtype=dtype).eval()
 
 
 def make_data(cfg: Mapping[str, Any], model: Model) -> DataModule:

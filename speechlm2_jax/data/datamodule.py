@@ -179,22 +179,34 @@ class DataModule:
         return DataSet(where=where, config=config, sources=sources, is_train=is_train)
 
     def _read_named(self, values: Mapping[str, Any] | None, block: str) -> dict[str, DataSet]:
-        """The sets under `datasets`, which inherit the keys beside it; or one of all, `default`."""
-        if values is None:
-            return {}
-        where = f"data.{block}"
-        if "datasets" not in values:
-            return {f"{block}.default": self._read(values, where, is_train=False)}
-        sets, common = values["datasets"], {k: v for k, v in values.items() if k != "datasets"}
-        if not isinstance(sets, Mapping) or not sets:
-            raise SettingsError(f"{where}.datasets: expected a mapping of names to data sets")
-        read = {}
-        for name, own in sets.items():
-            path = f"{where}.datasets.{name}"
-            if not isinstance(own, Mapping):
-                raise SettingsError(f"{path}: expected a mapping of keys")
-            read[f"{block}.{name}"] = self._read({**common, **own}, path, is_train=False)
-        return read
+        return {
+            f"{block}.{name}": self._read(own, path, is_train=False)
+            for name, (own, path) in named_sets(values, block).items()
+        }
+
+
+def named_sets(
+    values: Mapping[str, Any] | None, block: str
+) -> dict[str, tuple[Mapping[str, Any], str]]:
+    """The sets of `validation_ds` or `test_ds`: by name, their keys and where these are.
+
+    Those under `datasets` inherit the keys beside it; without it there is one set, `default`.
+    Raises SettingsError for what is no mapping.
+    """
+    if values is None:
+        return {}
+    where = f"data.{block}"
+    if "datasets" not in values:
+        return {"default": (values, where)}
+    sets, common = values["datasets"], {k: v for k, v in values.items() if k != "datasets"}
+    if not isinstance(sets, Mapping) or not sets:
+        raise SettingsError(f"{where}.datasets: expected a mapping of names to data sets")
+    for name, own in sets.items():
+        if not isinstance(own, Mapping):
+            raise SettingsError(f"{where}.datasets.{name}: expected a mapping of keys")
+    return {
+        str(name): ({**common, **own}, f"{where}.datasets.{name}") for name, own in sets.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class DuplexContents:
         Raises SettingsError for a role that is in neither list, and for another frame rate.
         """
         _check_frame_rate(dataset, frame_count)
-        _check_roles(dataset, conversations, where)
+        check_roles(conversations, dataset.input_roles, dataset.output_roles, where)
         steps = [_steps(dataset, c, config.sample_rate) for c in conversations]
         ones = np.ones(len(conversations), np.int64)
         measures = Measures(
@@ -162,10 +162,18 @@ def _check_frame_rate(dataset: "DuplexS2SDataset", frame_count: FrameCount) -> N
         )
 
 
-def _check_roles(
-    dataset: "DuplexS2SDataset", conversations: Sequence[DuplexConversation], where: str
+def check_roles(
+    conversations: Sequence[DuplexConversation],
+    input_roles: Sequence[str],
+    output_roles: Sequence[str],
+    where: str,
+    block: str = "data.",
 ) -> None:
-    known = (*dataset.input_roles, *dataset.output_roles)
+    """Raises SettingsError for a speaker that is neither user nor agent.
+
+    `block` is that of the keys `input_roles` and `output_roles`.
+    """
+    known = (*input_roles, *output_roles)
     found = Counter(turn.speaker for c in conversations for turn in c.turns)
     unknown = [speaker for speaker in found if speaker not in known]
     if not unknown:
@@ -174,8 +182,8 @@ def _check_roles(
     hints = [f"did you mean {_nearest(s, known)!r}?" for s in unknown if _nearest(s, known)]
     raise SettingsError(
         f"{where}: speakers of supervisions are {counts}, but {unknown[0]!r} is in neither "
-        f"data.input_roles {list(dataset.input_roles)} nor data.output_roles "
-        f"{list(dataset.output_roles)}, which are matched letter by letter; "
+        f"{block}input_roles {list(input_roles)} nor {block}output_roles "
+        f"{list(output_roles)}, which are matched letter by letter; "
         + (" ".join(hints) or "list it there, or leave its supervisions out of the manifest")
     )
 

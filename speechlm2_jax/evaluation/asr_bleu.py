@@ -33,7 +33,7 @@ class ASRBLEU:
     def __init__(
         self, recogniser: Recogniser, *, normalizer: str | bool | None = "english"
     ) -> None:
-        self._recogniser = recogniser
+        self._recogniser: Recogniser | None = recogniser
         self._metrics = (
             BLEU(key="asr_bleu", normalizer=normalizer),
             WER(normalizer=normalizer),
@@ -65,6 +65,10 @@ class ASRBLEU:
             metric.update(name, references, heard)
         return heard
 
+    def release(self) -> None:
+        """Lets go of the recogniser; nothing can be added any more."""
+        self._recogniser = None
+
     def merge(self, other: "ASRBLEU") -> None:
         """Adds what another one has collected."""
         for metric, more in zip(self._metrics, other._metrics, strict=True):
@@ -76,6 +80,8 @@ class ASRBLEU:
 
     def _transcribe(self, rows: np.ndarray, counts: np.ndarray, rate_hz: int) -> list[str]:
         """Brings each row to the recogniser's rate, without what lies beyond its length."""
+        if self._recogniser is None:
+            raise RuntimeError("the recogniser has been released")
         to_hz = self._recogniser.sampling_rate
         waves = [
             sinc_resample(row[:count], rate_hz, to_hz)[: count * to_hz // rate_hz]

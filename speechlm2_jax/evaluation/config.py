@@ -15,6 +15,7 @@ _OWN_KEYS = {
     "should_stop": _ONE_ANSWER,
 }
 """Keys of a GenerationConfig that are not taken below `generation`."""
+_NO_VOICE = "only a duplex model speaks; remove it"
 _ONE_CHIP = "evaluation runs on one chip; start one process per share of the inputs"
 
 
@@ -50,7 +51,7 @@ class EvalConfig:
     report_rows: int = 300
     """How many utterances of the page, the worst, have audio and a spectrogram."""
 
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED_TORCH: ClassVar[Mapping[str, Any]] = {
         "use_asr_decoder": "SALMWithAsrDecoder is not supported; remove it",
         "use_nemo_automodel": "NeMo Automodel is a torch library; remove it",
         "report_mtp_acceptance": "multi-token prediction heads are not supported; remove it",
@@ -59,21 +60,19 @@ class EvalConfig:
         "pp_size": (_ONE_CHIP, 1),
         "cp_size": (_ONE_CHIP, 1),
     }
+    """Of newer NeMo; refused whatever the model is."""
+    REFUSED: ClassVar[Mapping[str, Any]] = {
+        **REFUSED_TORCH,
+        **dict.fromkeys(("audio_folder", "scoring_asr", "input_roles", "output_roles"), _NO_VOICE),
+    }
 
     def __post_init__(self) -> None:
         """Checks ranges. Raises ValueError."""
-        for name in ("batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.report_rows < 0:
-            raise ValueError(f"report_rows={self.report_rows} must be at least 0")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if self.generation:
             _check_generation(self.generation)
-        known = ("english", "basic", "none", "None", True, False, None)
-        if self.use_normalizer not in known:
-            raise ValueError(
-                f"use_normalizer={self.use_normalizer!r} is unknown; use english, basic or none"
-            )
+        check_common(self.batch_size, self.report_rows, self.use_normalizer)
 
 
 def _check_generation(keys: Mapping[str, Any]) -> None:
@@ -87,3 +86,16 @@ def _check_generation(keys: Mapping[str, Any]) -> None:
         read_request(ANY_VOCABULARY, dict(keys))
     except ValueError as error:
         raise ValueError(f"generation: {error}") from error
+
+
+def check_common(batch_size: int, report_rows: int, use_normalizer: str | bool | None) -> None:
+    """Checks what every kind of model has. Raises ValueError."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if report_rows < 0:
+        raise ValueError(f"report_rows={report_rows} must be at least 0")
+    known = ("english", "basic", "none", "None", True, False, None)
+    if use_normalizer not in known:
+        raise ValueError(
+            f"use_normalizer={use_normalizer!r} is unknown; use english, basic or none"
+        )

@@ -1,8 +1,8 @@
 """Scores of a duplex model's answers to whole conversations."""
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,13 @@ import numpy as np
 from speechlm2_jax.batches import DuplexExample, HostBatch
 from speechlm2_jax.evaluation.asr_bleu import ASRBLEU
 from speechlm2_jax.evaluation.bleu import BLEU, EmptyTextRate
+from speechlm2_jax.evaluation.token_accuracy import TokenAccuracy, TokenCounts, count_tokens
 from speechlm2_jax.evaluation.turn_taking import Turns, TurnTaking
 from speechlm2_jax.models.duplex import DuplexS2SModel
 from speechlm2_jax.models.recogniser import ASRModel
+
+FIRST_SAID_FRAME = 1
+"""A model says its first token when it has heard the first frame."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,71 +33,151 @@ class Answer:
     """Int32 [T, K]."""
     audio: np.ndarray
     """Float32 [A] at the codec's rate; empty if it was not made."""
+    counts: TokenCounts | None = None
+    """Its right tokens, where they were counted."""
 
 
 @dataclass
 class DuplexScorer:
-    """Answers conversations and scores the answers, per set: text, speech and turns."""
+    """Answers conversations and scores the answers, per set: text, speech, turns and tokens."""
 
     model: DuplexS2SModel
     recogniser: ASRModel | None = None
     keeps_audio: bool = False
     """Make the agent's audio even where nothing listens to it."""
-    text: BLEU = field(default_factory=BLEU)
-    empty: EmptyTextRate = field(default_factory=EmptyTextRate)
-    turns: TurnTaking = field(default_factory=TurnTaking)
+    counts_tokens: bool = False
+    """Compare token by token too, for which the agent's recorded speech is encoded."""
+    normalizer: str | bool | None = "english"
 
     def __post_init__(self) -> None:
-        self.speech = None if self.recogniser is None else ASRBLEU(self.recogniser)
+        self.text = BLEU(normalizer=self.normalizer)
+        self.empty = EmptyTextRate()
+        self.turns = TurnTaking()
+        self.tokens = TokenAccuracy()
+        self.speech = self._speech()
 
     def answer(self, name: str, examples: Sequence[DuplexExample]) -> list[Answer]:
         """Answers conversations of set `name` and adds them to its scores."""
-        lengths = np.array([len(e.source_audio) for e in examples], np.int32)
-        audio = np.zeros((len(examples), int(lengths.max(initial=1))), np.float32)
-        for row, example in zip(audio, examples, strict=True):
+        return self.add(name, examples, self.speak(examples))
+
+    def speak(self, examples: Sequence[DuplexExample], rows: int = 0) -> dict[str, Any]:
+        """Answers conversations, greedily; the batch is filled up to `rows` with empty ones."""
+        rows = max(rows, len(examples))
+        lengths = np.zeros(rows, np.int32)
+        lengths[: len(examples)] = [len(e.source_audio) for e in examples]
+        audio = np.zeros((rows, int(lengths.max(initial=1))), np.float32)
+        for row, example in zip(audio, examples, strict=False):
             row[: len(example.source_audio)] = example.source_audio
-        is_heard = self.speech is not None
-        result = self.model.offline_inference(audio, lengths, is_heard or self.keeps_audio)
+        makes_audio = self.recogniser is not None or self.keeps_audio
+        return self.model.offline_inference(audio, lengths, makes_audio)
+
+    def add(
+        self,
+        name: str,
+        examples: Sequence[DuplexExample],
+        result: Mapping[str, Any],
+        *,
+        has_references: bool = True,
+    ) -> list[Answer]:
+        """Scores what `speak` said in conversations of set `name`.
+
+        Without references nothing but empty answers is counted, and the speech is heard all the
+        same.
+        """
+        count = len(examples)
+        heard = self._listen(name, examples, result, has_references=has_references)
+        answers = [_answer(result, row, examples[row], heard[row]) for row in range(count)]
         references = [example.target_text for example in examples]
-        self.text.update(name, references, result["text"])
-        self.empty.update(name, references, result["text"])
-        heard: Sequence[str | None] = [None] * len(examples)
-        if self.speech is not None:
-            heard = self.speech.update(
-                *(name, references, result["audio"], result["audio_len"]),
-                sample_rate_hz=self.model.target_sampling_rate,
-            )
-        answers = [
-            _answer(result, row, example, heard[row]) for row, example in enumerate(examples)
-        ]
+        texts = [answer.text for answer in answers]
+        self.empty.update(name, references, texts)
+        if not has_references:
+            return answers
+        self.text.update(name, references, texts)
         for answer in answers:
-            self._add_turns(name, answer)
-        return answers
+            self.turns.update(name, *self.turns_of(answer))
+        return self._with_counts(name, answers) if self.counts_tokens else answers
 
     def compute(self) -> dict[str, float]:
         """All scores by name."""
-        parts = (self.text, self.empty, self.turns, self.speech)
+        parts = (self.text, self.speech, self.empty, self.tokens, self.turns)
         return {k: v for part in parts if part is not None for k, v in part.compute().items()}
 
-    def _add_turns(self, name: str, answer: Answer) -> None:
-        ids = self.model.turn_ids
-        user, agent = (
-            Turns.from_tokens(
-                channel,
-                bos_id=ids.bos,
-                eos_id=ids.eos,
-                frame_s=self.model.token_equivalent_duration,
-            )
-            for channel in (answer.example.source_tokens, answer.tokens)
+    def close(self) -> None:
+        """Lets go of the scoring ASR; its scores stay."""
+        self.recogniser = None
+        if self.speech is not None:
+            self.speech.release()
+
+    def turns_of(self, answer: Answer) -> tuple[Turns, Turns]:
+        """When the user and the agent speak."""
+        ids, frame_s = self.model.turn_ids, self.model.token_equivalent_duration
+        marks = {"bos_id": ids.bos, "eos_id": ids.eos, "frame_s": frame_s}
+        return (
+            Turns.from_tokens(answer.example.source_tokens, **marks),
+            Turns.from_tokens(answer.tokens, **marks, first_frame=FIRST_SAID_FRAME),
         )
-        self.turns.update(name, user, agent)
+
+    def _with_counts(self, name: str, answers: Sequence[Answer]) -> list[Answer]:
+        """Counts the right tokens of each answer, and those that were due."""
+        due = self.model.targets([answer.example for answer in answers])
+        counted = []
+        for row, answer in enumerate(answers):
+            frames = int(due.frames[row])
+            counts = count_tokens(
+                *(due.text[row, :frames], due.codes[row, :frames]),
+                *(answer.tokens[:frames], answer.codes[:frames]),
+                pad_id=self.model.text_pad_id,
+                bos=self.model.speech_bos_id,
+                eos=self.model.speech_eos_id,
+            )
+            self.tokens.update(name, counts)
+            counted.append(replace(answer, counts=counts))
+        return counted
+
+    def _speech(self) -> ASRBLEU | None:
+        if self.recogniser is None:
+            return None
+        return ASRBLEU(self.recogniser, normalizer=self.normalizer)
+
+    def _listen(
+        self,
+        name: str,
+        examples: Sequence[DuplexExample],
+        result: Mapping[str, Any],
+        *,
+        has_references: bool,
+    ) -> list[str | None]:
+        """What the scoring ASR hears of each answer."""
+        if self.speech is None:
+            return [None] * len(examples)
+        # without references the scores that come with the hearing are not kept
+        speech = self.speech if has_references else self._speech()
+        assert speech is not None
+        count = len(examples)
+        heard = speech.update(
+            name,
+            [example.target_text for example in examples],
+            result["audio"][:count],
+            result["audio_len"][:count],
+            sample_rate_hz=self.model.target_sampling_rate,
+        )
+        return list(heard)
+
+
+def open_scorer(model: DuplexS2SModel, scoring_asr: str | None, **options: Any) -> DuplexScorer:
+    """A scorer with the ASR model of that name, None: without; to be closed after use.
+
+    `options` are further fields of the scorer.
+    """
+    recogniser = None if scoring_asr is None else ASRModel.from_pretrained(scoring_asr)
+    return DuplexScorer(model=model, recogniser=recogniser, **options)
 
 
 @contextmanager
-def scoring(model: DuplexS2SModel, scoring_asr: Any) -> Generator[DuplexScorer]:
-    """A scorer with the ASR model of that name, which is let go of afterwards; None: without."""
-    recogniser = None if scoring_asr is None else ASRModel.from_pretrained(scoring_asr)
-    yield DuplexScorer(model=model, recogniser=recogniser)
+def scoring(model: DuplexS2SModel, scoring_asr: str | None) -> Generator[DuplexScorer]:
+    """The same, closed afterwards."""
+    with closing(open_scorer(model, scoring_asr)) as scorer:
+        yield scorer
 
 
 def conversations(batch: HostBatch) -> list[DuplexExample]:
@@ -101,7 +185,9 @@ def conversations(batch: HostBatch) -> list[DuplexExample]:
     return [reference for reference in batch.references if reference is not None]
 
 
-def _answer(result: dict[str, Any], row: int, example: DuplexExample, heard: str | None) -> Answer:
+def _answer(
+    result: Mapping[str, Any], row: int, example: DuplexExample, heard: str | None
+) -> Answer:
     frames = int(result["tokens_len"][row])
     samples = int(result["audio_len"][row]) if "audio" in result else 0
     return Answer(

@@ -52,17 +52,22 @@ def read_inputs(inputs: str) -> list[Utterance]:
     path = Path(inputs).expanduser()
     if path.is_dir() and any(path.glob("cuts.*")):
         utterances = _one_turn_each(read_shar(path, Reading()))
-    elif path.is_dir():
-        utterances = [_audio_file(p, path) for p in sorted(path.rglob("*")) if _is_audio(p)]
+    elif (files := recordings(path)) is not None:
+        utterances = files
     elif not path.is_file():
         raise SettingsError(f"inputs: no such file or folder: {inputs!r}")
-    elif _is_audio(path):
-        utterances = [_audio_file(path, path.parent)]
     else:
         utterances = _one_turn_each(read_manifest(path, Reading()))
     if not utterances:
         raise SettingsError(f"inputs: nothing to answer in {inputs!r}")
     return utterances
+
+
+def recordings(path: Path) -> list[Utterance] | None:
+    """The audio files of a folder, by name, or the one that a path names; None for another file."""
+    if path.is_dir():
+        return [_audio_file(p, path) for p in sorted(path.rglob("*")) if _is_audio(p)]
+    return [_audio_file(path, path.parent)] if _is_audio(path) else None
 
 
 def voices_of(manifest: Path) -> set[str]:

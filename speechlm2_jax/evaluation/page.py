@@ -30,7 +30,7 @@ PICTURE_PX = 480
 """Width of the longest recording's spectrogram."""
 UNSEEN = "*unseen*"
 """The voice menu's value for all unseen voices; page.js knows it too."""
-TICK_STEPS_S = (0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
+TICK_STEPS_S = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +68,10 @@ def write_page(
     for row, found in zip(rows, media, strict=False):
         if found is not None:
             row |= _shown(found, longest_s)
-    template, style, script = _files()
-    html = template.render(
+    html = render(
+        "page.html",
+        unit="utterances",
         rows=rows,
-        style=style,
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         embedded=sum(m is not None for m in media),
         not_embedded=len(rows) > media_rows,
         rate_hz=rate_hz,
@@ -85,15 +83,16 @@ def write_page(
     write_whole(path, html)
 
 
-def audio_uri(wave: Float[np.ndarray, " S"], rate_hz: int) -> str:
-    """Samples as a `data:` URI: Ogg Vorbis, which every browser plays.
+def audio_uri(wave: Float[np.ndarray, "S *C"], rate_hz: int) -> str:
+    """Samples, mono [S] or of C channels, as a `data:` URI: Ogg Vorbis, which every browser plays.
 
     Opus would be half the size, but takes ten times as long to encode.
     """
     import soundfile
 
     file = io.BytesIO()
-    with soundfile.SoundFile(file, "w", rate_hz, 1, "VORBIS", format="OGG") as ogg:
+    channels = 1 if wave.ndim == 1 else wave.shape[1]
+    with soundfile.SoundFile(file, "w", rate_hz, channels, "VORBIS", format="OGG") as ogg:
         for start in range(0, len(wave), rate_hz):  # libvorbis keeps a whole write on its stack
             ogg.write(np.clip(wave[start : start + rate_hz], -1, 1))
     return _uri("audio/ogg", file.getvalue())
@@ -103,7 +102,8 @@ def _uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _files() -> tuple[jinja2.Template, str, str]:
+def render(template: str, *styles: str, **values: Any) -> str:
+    """Fills in a template of report_page/, with its script, style and further `styles`."""
     folder = Path(__file__).with_name("report_page")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
@@ -112,8 +112,13 @@ def _files() -> tuple[jinja2.Template, str, str]:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    style, script = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js"))
-    return environment.get_template("page.html"), style, script
+    script = (folder / "page.js").read_text("utf-8")
+    return environment.get_template(template).render(
+        style="".join((folder / name).read_text("utf-8") for name in ("page.css", *styles)),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **values,
+    )
 
 
 # Rows ------------------------------------------------------------------------------------------
@@ -239,38 +244,49 @@ def _shown(media: Media, longest_s: float) -> dict[str, Any]:
     step_s = next(
         (s for s in TICK_STEPS_S if s * width_px / media.duration_s >= 52), TICK_STEPS_S[-1]
     )
-    ticks = np.arange(0, media.duration_s, step_s)
     return {
         "audio": media.audio,
         "spectrogram": media.spectrogram,
         "width_px": width_px,
-        "ticks": [{"percent": 100 * t / media.duration_s, "name": f"{t:g} s"} for t in ticks],
+        "ticks": ticks(media.duration_s, step_s),
     }
+
+
+def ticks(duration_s: float, step_s: float) -> list[dict[str, Any]]:
+    """The marks of a time axis."""
+    times = np.arange(0, duration_s, step_s)
+    return [{"percent": 100 * t / duration_s, "name": f"{t:g} s"} for t in times]
 
 
 # Head ------------------------------------------------------------------------------------------
 
 
 def _head(totals: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    settings = record["settings"]
-    model, device = record["model"]["name"], record["device"]
-    facts = [
-        f"on {settings['inputs']}",
-        f"{totals['utterances']} utterances, {totals['audio_s'] / 60:.1f} min",
+    model = record["model"]["name"]
+    counted = f"{totals['utterances']} utterances, {totals['audio_s'] / 60:.1f} min"
+    return {
+        "title": f"{model}: WER {percent(totals['wer'])}",
+        "model": model,
+        "facts": facts(record, counted),
+        "totals": totals,
+        "figures": _figures(totals),
+        "groups": _groups(totals),
+        "record": record_lines(record),
+    }
+
+
+def facts(record: Mapping[str, Any], counted: str) -> list[str]:
+    """The line below the model's name: step, data, how much of it, date and device."""
+    device, inputs = record["device"], record["settings"].get("inputs")
+    found = [
+        counted if inputs is None else f"on {inputs}",
+        *([] if inputs is None else [counted]),
         str(record["date"]).replace("T", " ").replace("+00:00", " UTC"),
         f"{device['kind']}, {record['dtype']}",
     ]
     if "step" in record["model"]:
-        facts.insert(0, f"step {record['model']['step']}")
-    return {
-        "title": f"{model}: WER {percent(totals['wer'])}",
-        "model": model,
-        "facts": facts,
-        "totals": totals,
-        "figures": _figures(totals),
-        "groups": _groups(totals),
-        "record": _record(record),
-    }
+        found.insert(0, f"step {record['model']['step']}")
+    return found
 
 
 def _figures(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -295,11 +311,17 @@ def _figures(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
     scored, asked = totals["scored"], totals["utterances"]
     note = f"{asked} asked, {failed} could not be read" if failed else f"of {asked}"
     figures.append({"name": "Utterances scored", "value": scored, "unit": "", "note": note})
-    warm = totals["rtfx_without_warm_up"]
-    if (rtfx := warm or totals["rtfx"]) is not None:
-        note = "seconds of audio per second" + ("" if warm else ", compilation included")
-        figures.append({"name": "Speed (RTFx)", "value": f"{rtfx:.1f}", "unit": "×", "note": note})
+    figures += speed_figure(totals)
     return [{"parts": [], **figure} for figure in figures]
+
+
+def speed_figure(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How fast the answers came, if any did."""
+    warm = totals["rtfx_without_warm_up"]
+    if (rtfx := warm or totals["rtfx"]) is None:
+        return []
+    note = "seconds of audio per second" + ("" if warm else ", compilation included")
+    return [{"name": "Speed (RTFx)", "value": f"{rtfx:.1f}", "unit": "×", "note": note}]
 
 
 def _rate(wer: float | None) -> dict[str, str]:
@@ -317,7 +339,7 @@ def _groups(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
     scale = 100 / max([*rates, 0.01])
     return [
         {
-            "title": kind,
+            "title": f"WER by {kind}",
             "kind": kind,
             "bars": [
                 {
@@ -350,7 +372,7 @@ def _menus(result: Evaluation) -> list[dict[str, Any]]:
     return [menu for menu in menus if menu["options"]]
 
 
-def _record(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def record_lines(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The provenance as lines of a table."""
     settings = record["settings"]
     lines = [("model", record["model"]["name"]), ("sha256", record["model"]["sha256"])]

@@ -11,13 +11,17 @@ import jax
 
 from speechlm2_jax import settings
 from speechlm2_jax.evaluation.config import EvalConfig
+from speechlm2_jax.evaluation.duplex_config import DuplexEvalConfig
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "jiwer", "whisper-normalizer")
 _WEIGHTS = (".safetensors", ".json", ".ckpt", ".nemo", ".bin", ".model", ".yaml")
 
 
 def provenance(
-    config: EvalConfig, device: jax.Device, totals: dict[str, Any], step: int | None = None
+    config: EvalConfig | DuplexEvalConfig,
+    device: jax.Device,
+    totals: dict[str, Any],
+    step: int | None = None,
 ) -> dict[str, Any]:
     """Everything needed to make the same rows again, as plain values; `step` is that of a run."""
     import speechlm2_jax

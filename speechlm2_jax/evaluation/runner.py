@@ -6,11 +6,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
 from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.evaluation.compilations import Compilations
 from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.report import Answer, Evaluation, Speed
@@ -45,23 +45,6 @@ class _Clip:
     samples: np.ndarray
 
 
-class _Compilations:
-    """Counts what XLA compiles, to tell warm-up from work. JAX keeps listeners for good: one."""
-
-    count = 0
-    _is_listening = False
-
-    @classmethod
-    def listen(cls) -> None:
-        if not cls._is_listening:
-            jax.monitoring.register_event_duration_secs_listener(cls._heard)
-            cls._is_listening = True
-
-    @classmethod
-    def _heard(cls, event: str, duration_secs: float, **kwargs: Any) -> None:
-        cls.count += event == "/jax/core/compile/backend_compile_duration"
-
-
 def evaluate(
     model: SpeechModel, utterances: Sequence[Utterance], config: EvalConfig, log: Log = tqdm.write
 ) -> Evaluation:
@@ -70,7 +53,7 @@ def evaluate(
     A recording that cannot be read becomes an answer with its error; the others go on. Raises
     SettingsError if an extra end token is not in the vocabulary.
     """
-    _Compilations.listen()
+    Compilations.listen()
     prompt, stop_ids = make_prompt(model, config), end_ids(model, config)
     answers: dict[int, Answer] = {}
     speed = Speed()
@@ -80,11 +63,11 @@ def evaluate(
         for failure in failures.values():
             log(f"skipped {failure.id}: {failure.error}")
         if clips:
-            compiled, start = _Compilations.count, time.perf_counter()
+            compiled, start = Compilations.count, time.perf_counter()
             ids = _generate(model, clips, prompt, stop_ids, config, fill=speed.generate_s > 0)
             elapsed = time.perf_counter() - start
             audio_s = sum(len(c.samples) for c in clips) / model.sampling_rate
-            speed = speed.add(audio_s, elapsed, compiled=_Compilations.count > compiled)
+            speed = speed.add(audio_s, elapsed, compiled=Compilations.count > compiled)
             rtf = elapsed / audio_s
             batch = {
                 clip.index: _answer(model, utterances[clip.index], clip, row, stop_ids, rtf)

@@ -53,7 +53,7 @@ class Run:
     def encoder_file(self) -> Path | None:
         """The `.nemo` file that its encoder came from, if that is on this machine."""
         name = (self.settings.get("model") or {}).get("pretrained_asr")
-        return self._find(str(name)) if name else None
+        return self.find_file(str(name)) if name else None
 
     def training_voices(self) -> frozenset[str]:
         """The voices that its training manifests name; empty if they cannot be read here."""
@@ -63,11 +63,11 @@ class Run:
             for source in _sources(block)
             for key in MANIFEST_KEYS
             for name in _names(source.get(key))
-            if (path := self._find(name)) is not None
+            if (path := self.find_file(name)) is not None
             for voice in voices_of(path)
         )
 
-    def _find(self, name: str) -> Path | None:
+    def find_file(self, name: str) -> Path | None:
         """A part or manifest, looked up as training does: here, then beside the settings files."""
         roots = [root / "configs" for root in (Path(), REPOSITORY)]
         near = (self.folder, *(folder for r in roots for folder in (r, r / "recipes")))

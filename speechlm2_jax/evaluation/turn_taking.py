@@ -38,10 +38,13 @@ class Turns:
         return cls(starts=pairs[:, 0], ends=pairs[:, 1])
 
     @classmethod
-    def from_tokens(cls, tokens: Any, *, bos_id: int, eos_id: int, frame_s: float) -> "Turns":
+    def from_tokens(
+        cls, tokens: Any, *, bos_id: int, eos_id: int, frame_s: float, first_frame: int = 0
+    ) -> "Turns":
         """Reads a text channel [T], one token per frame: a turn goes from bos to eos.
 
-        A turn without eos ends where the next one begins, or with the channel.
+        A turn without eos ends where the next one begins, or with the channel. The first token is
+        that of `first_frame`: 1 for what a model says, which it chooses when a frame was heard.
         """
         channel = np.asarray(tokens)
         starts: list[int] = []
@@ -54,7 +57,8 @@ class Turns:
         if len(ends) < len(starts):
             ends.append(len(channel))
         return cls(
-            starts=np.array(starts, np.float64) * frame_s, ends=np.array(ends, np.float64) * frame_s
+            starts=(np.array(starts, np.float64) + first_frame) * frame_s,
+            ends=(np.array(ends, np.float64) + first_frame) * frame_s,
         )
 
 
@@ -121,6 +125,40 @@ def count_turns(user: Turns, agent: Turns) -> TurnCounts:
         barge_ins=int(interrupts.sum()),
         yielded=int((interrupts & stops).sum()),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnMark:
+    """Something that happened between the two sides, to be shown; seconds."""
+
+    kind: str
+    """response, unanswered, barge_in (the agent gave way), talked_over (it did not)."""
+    start_s: float
+    end_s: float
+    """Of a response, the agent's start (`start_s` is the user's end); of a barge-in, the agent's
+    end (`start_s` is the user's start)."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it took; negative where a response came before the user's end."""
+        return self.end_s - self.start_s
+
+
+def turn_marks(user: Turns, agent: Turns) -> list[TurnMark]:
+    """What `count_turns` counts, one by one, in order of time."""
+    marks = []
+    for end in user.ends:
+        delays = agent.starts - end
+        fits = delays[(delays >= EARLIEST_S - _ROUNDING_S) & (delays <= LATEST_S + _ROUNDING_S)]
+        kind = "response" if len(fits) else "unanswered"
+        until = end + (float(fits.min()) if len(fits) else LATEST_S)
+        marks.append(TurnMark(kind=kind, start_s=float(end), end_s=float(until)))
+    for begin in user.starts:
+        for stop in agent.ends[(agent.starts < begin) & (begin < agent.ends)]:
+            gave_way = stop - begin <= STOP_S + _ROUNDING_S
+            kind = "barge_in" if gave_way else "talked_over"
+            marks.append(TurnMark(kind=kind, start_s=float(begin), end_s=float(stop)))
+    return sorted(marks, key=lambda mark: mark.start_s)
 
 
 class TurnTaking:

@@ -3,7 +3,8 @@
   const byId = (id) => document.getElementById(id);
   const list = byId("rows");
   const rows = [...list.children];
-  const menus = ["voice", "length"].map(byId).filter(Boolean);
+  const menus = [...document.querySelectorAll("select.menu")];
+  const unit = byId("count").dataset.unit;
   const bars = [...document.querySelectorAll(".bar")];
   let current = null;
 
@@ -42,7 +43,7 @@
       bar.setAttribute("aria-pressed", String(menu !== null && menu.value === bar.dataset.value));
     }
     byId("count").value =
-      shown === rows.length ? `${shown} utterances` : `${shown} of ${rows.length} utterances`;
+      shown === rows.length ? `${shown} ${unit}` : `${shown} of ${rows.length} ${unit}`;
     byId("empty").hidden = shown > 0;
   }
 
@@ -73,19 +74,21 @@
 
   // Playing --------------------------------------------------------------------------------
 
-  const audioOf = (row) => row.querySelector("audio");
+  const playersOf = (row) => [...row.querySelectorAll("audio")];
+  const audioOf = (row) => row.querySelector("audio.chosen") ?? row.querySelector("audio");
+  // a row with several players has one axis of time for all of them
+  const spanOf = (row, audio) => Number(row.dataset.span) || audio.duration || 1;
 
   function follow(row) {
     const audio = audioOf(row);
     const head = row.querySelector(".head");
-    head.style.left = `${(100 * audio.currentTime) / (audio.duration || 1)}%`;
+    head.style.left = `${(100 * audio.currentTime) / spanOf(row, audio)}%`;
     if (!audio.paused) requestAnimationFrame(() => follow(row));
   }
 
-  function playFrom(row, fraction) {
-    const audio = audioOf(row);
+  function playFrom(row, time, audio = audioOf(row)) {
     const start = () => {
-      audio.currentTime = fraction * audio.duration;
+      audio.currentTime = Math.min(time(audio), audio.duration);
       audio.play();
     };
     if (audio.readyState > 0) return start();
@@ -100,6 +103,7 @@
       if (other !== event.target) other.pause();
     }
     const row = event.target.closest(".row");
+    for (const player of playersOf(row)) player.classList.toggle("chosen", player === event.target);
     row.classList.add("playing");
     row.classList.remove("paused");
     choose(row);
@@ -107,6 +111,7 @@
   }, true);
   list.addEventListener("pause", (event) => {
     const row = event.target.closest(".row");
+    if (playersOf(row).some((player) => !player.paused)) return; // another took over
     row.classList.remove("playing");
     row.classList.toggle("paused", !event.target.ended);
   }, true);
@@ -117,16 +122,17 @@
     choose(row);
     const picture = event.target.closest(".picture");
     if (picture === null) return;
-    const box = picture.getBoundingClientRect();
-    playFrom(row, (event.clientX - box.left) / box.width);
+    const word = event.target.closest("[data-at]");
+    const box = (picture.querySelector(".track") ?? picture).getBoundingClientRect();
+    const fraction = Math.max(event.clientX - box.left, 0) / box.width;
+    playFrom(row, (audio) => word ? Number(word.dataset.at) : fraction * spanOf(row, audio));
   });
 
   // lengths become visible as rows come near; hundreds of players at once would be too many
   const near = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       if (!entry.isIntersecting) continue;
-      const audio = audioOf(entry.target);
-      if (audio !== null) audio.preload = "metadata";
+      for (const audio of playersOf(entry.target)) audio.preload = "metadata";
       near.unobserve(entry.target);
     }
   }, { rootMargin: "300px" });
@@ -158,7 +164,17 @@
     else audio.pause();
   }
 
+  function change(side) {
+    const player = current?.querySelector(`audio[data-side="${side}"]`);
+    if (!player) return;
+    const now = audioOf(current).currentTime;
+    playFrom(current, () => now, player);
+  }
+
   const keys = {
+    b: () => change("both"),
+    u: () => change("user"),
+    a: () => change("agent"),
     j: () => move(1),
     k: () => move(-1),
     ArrowDown: () => move(1),

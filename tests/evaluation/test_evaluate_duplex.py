@@ -1,0 +1,130 @@
+"""evaluate.py with a real, tiny duplex model from a directory that NeMo 3.0.0 wrote."""
+
+import gc
+import json
+import weakref
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+import evaluate
+from speechlm2_jax.models.recogniser import ASRModel
+from tests.parity.duplex_golden import DATA
+from tests.parity.salm_golden import working_in
+
+FOLDER = DATA / "dataset"
+ROLES = ("input_roles=[user,User]", "output_roles=[agent,Assistant]")
+CUTS = ("multiturn", "bargein")
+
+
+def write_cuts(path: Path, names=CUTS) -> Path:
+    """Recorded conversations, and first of all one whose user cannot be read."""
+    from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+
+    golden = {cut["id"]: cut for cut in json.loads((FOLDER / "dataset.json").read_text())["cuts"]}
+    cuts = []
+    for name in names:
+        cut = golden[name]
+        user, agent = (
+            Recording.from_file(FOLDER / cut[f"{voice}_wav"]) for voice in ("source", "target")
+        )
+        turns = [
+            SupervisionSegment(
+                *(f"{name}-{n}", user.id, turn["start"], turn["duration"]),
+                text=turn["text"],
+                speaker=turn["speaker"],
+            )
+            for n, turn in enumerate(cut["supervisions"])
+            if turn["speaker"] != "other"
+        ]
+        values = {"channel": 0, "supervisions": turns, "custom": {"target_audio": agent}}
+        cuts.append(MonoCut(name, 0.0, cut["duration"], recording=user, **values))
+    lost = path.parent / "lost.wav"
+    soundfile.write(lost, np.zeros(16000), 16000)
+    gone = Recording.from_file(lost)
+    lost.write_bytes(b"")
+    cuts.insert(0, MonoCut("lost", 0.0, 1.0, **{**values, "supervisions": []}, recording=gone))
+    CutSet.from_cuts(cuts).to_file(path)
+    return path
+
+
+@pytest.fixture
+def loaded_asr(monkeypatch):
+    """Weak references to the scoring ASR models that were loaded."""
+    made, load = [], ASRModel.from_pretrained.__func__
+
+    def loading(cls, *args, **options):
+        made.append(weakref.ref(asr := load(cls, *args, **options)))
+        return asr
+
+    monkeypatch.setattr(ASRModel, "from_pretrained", classmethod(loading))
+    return made
+
+
+def test_conversations_are_answered_spoken_heard_and_shown(tmp_path, loaded_asr, capsys):
+    cuts = write_cuts(tmp_path / "talks.jsonl.gz")
+    argv = [
+        f"pretrained_name={DATA / 'duplex_s2s' / 'hf'}",
+        f"inputs={cuts}",
+        f"output_manifest={tmp_path / 'answers.jsonl'}",
+        f"audio_folder={tmp_path / 'speech'}",
+        f"report={tmp_path / 'report.html'}",
+        f"scoring_asr={DATA / 'assets' / 'asr_scoring.nemo'}",
+        *ROLES,
+        "batch_size=4",
+        "dtype=float32",
+        "device=cpu",
+        "verbose=false",
+    ]
+    try:
+        with working_in(DATA):
+            assert evaluate.main(argv) == 0
+    finally:
+        jax.config.update("jax_default_device", None)
+    gc.collect()
+    assert [asr() for asr in loaded_asr] == [None], "the scoring ASR is let go of"
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    *rows, last = [json.loads(line) for line in lines]
+    assert [row["id"] for row in rows] == ["lost", *CUTS]
+    assert "lost.wav" in rows[0]["error"]
+    assert rows[1]["user_text"] == "hi can you help me" and rows[1]["text"] == "yes sure ok"
+    # the end of the second turn falls into its text, which goes on after it
+    starts = [turn["start"] for turn in rows[1]["user_turns"]]
+    assert starts == pytest.approx([0.0, 1.12, 1.6])
+    assert [turn.get("outside", False) for turn in rows[1]["user_turns"]] == [False, False, True]
+    for row in rows[1:]:
+        wave, rate = soundfile.read(row["audio"])
+        assert rate == 22050
+        assert len(wave) / rate == pytest.approx(row["duration"], abs=0.081)
+        assert row["pred_text"] and row["heard"] is not None
+    totals = last["provenance"]["totals"]
+    assert totals["failed"] == {"unreadable": 1}
+    scores = totals["by_set"]["talks"]["scores"]
+    assert scores == totals["scores"]
+    assert {"txt_bleu", "asr_bleu", "wer", "empty_text_rate", "audio_token_acc"} <= set(scores)
+    printed = capsys.readouterr().out
+    assert "text BLEU" in printed and "RTFx" in printed
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:audio/ogg") == 3 * len(CUTS)
+    assert all(f'title="{name}"' in page for name in ("lost", *CUTS))
+
+
+def test_a_speaker_in_neither_role_is_refused_before_any_weight_is_read(tmp_path, capsys):
+    cuts = write_cuts(tmp_path / "talks.jsonl")
+    model = DATA / "duplex_s2s" / "hf"
+    assert evaluate.main([f"pretrained_name={model}", f"inputs={cuts}"]) == 2
+    error = capsys.readouterr().err
+    assert "'User'" in error and "input_roles ['user']" in error and "did you mean" in error
+
+
+@pytest.mark.parametrize(
+    ("word", "why"),
+    [("user_prompt=hi", "by voice alone"), ("max_new_tokens=3", "as long as it listens")],
+)
+def test_words_of_other_models_are_refused(word, why, tmp_path, capsys):
+    argv = [f"pretrained_name={DATA / 'duplex_s2s' / 'hf'}", f"inputs={tmp_path}", word]
+    assert evaluate.main(argv) == 2
+    assert why in capsys.readouterr().err

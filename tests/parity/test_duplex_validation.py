@@ -1,0 +1,37 @@
+"""Validation of the duplex models equals NeMo 3.0.0's: what is said, what is heard, the scores."""
+
+from dataclasses import replace
+
+import pytest
+
+from speechlm2_jax.evaluation import duplex_scoring
+from speechlm2_jax.evaluation.wer import text_normalizer
+from tests.parity.duplex_golden import DATA, MODELS, examples, facts, pretrained
+
+SETS = {"set0": "pair", "set1": "rest"}
+SINGLE = 1e-6  # NeMo rounds its scores to fp32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", MODELS)
+def test_validation_scores_equal_nemos(run):
+    recorded = facts(run)["validation"]
+    normalize = text_normalizer("english")
+    with duplex_scoring.scoring(
+        pretrained(run), str(DATA / "assets" / "asr_scoring.nemo")
+    ) as scorer:
+        for name, batch in SETS.items():
+            conversations = [
+                replace(example, target_text=text)
+                for example, text in zip(
+                    examples(batch), recorded["refs_normalized"][name], strict=True
+                )
+            ]
+            answers = scorer.answer(name, conversations)
+            said = [normalize(answer.text) for answer in answers]
+            heard = [normalize(answer.heard) for answer in answers]
+            assert said == recorded["txt_hyps_normalized"][name]
+            assert heard == recorded["asr_hyps_normalized"][name]
+        scores = scorer.compute()
+    expected = {key.removeprefix("val_"): value for key, value in recorded["metrics"].items()}
+    assert {key: scores[key] for key in expected} == pytest.approx(expected, rel=SINGLE)
