@@ -74,7 +74,6 @@ CASES = {
     "adapter width": ([f"{ADAPTER}.feat_in=99"], ["feat_in=99", "16"]),
     "output width": (["+model.perception.output_dim=99"], ["99", "48"]),
     "vggnet": ([f"{ADAPTER}.subsampling=vggnet"], ["vggnet"]),
-    "stacking_norm": ([f"{ADAPTER}.subsampling=stacking_norm"], ["stacking_norm"]),
     "16-bit float": (["trainer.precision=16-mixed"], ["16-mixed", "bf16"]),
     "unknown optimizer": (["model.optimizer._target_=os.system"], ["os.system"]),
     "unknown schedule": (["+model.lr_scheduler._target_=a.Steps"], ["Steps"]),

@@ -67,7 +67,9 @@ def only(batch, group):
 
 
 @pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("run", ["duplex_s2s", "duplex_s2s_speech_decoder"])
+@pytest.mark.parametrize(
+    "run", [pytest.param("duplex_s2s", marks=pytest.mark.slow), "duplex_s2s_speech_decoder"]
+)
 def test_neighbours_padding_and_groups_change_neither_loss_nor_gradient(run, gradients):
     """Random layers are on: what they draw belongs to the row's place in the global batch."""
     model = with_dropout(run)

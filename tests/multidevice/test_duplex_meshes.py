@@ -16,7 +16,13 @@ MESHES = {
 }
 
 
-@pytest.fixture(scope="module", params=MESHES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        "duplex_s2s",
+        pytest.param("duplex_s2s_speech_decoder_cfg", marks=pytest.mark.slow),
+    ],
+)
 def run(request):
     return request.param
 

@@ -141,7 +141,14 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("mesh", ASKED)
+@pytest.mark.parametrize(
+    ("run", "mesh"),
+    [
+        *(("llama_adapter", mesh) for mesh in ASKED),
+        *(pytest.param("qwen3_lora", mesh, marks=pytest.mark.slow) for mesh in ASKED),
+    ],
+    indirect=["run"],
+)
 def test_answers_do_not_depend_on_the_mesh(model, run, mesh):
     examples = golden_examples(run)[:3]
     alone = model.answer(examples, 8)

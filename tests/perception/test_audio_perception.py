@@ -135,11 +135,14 @@ def scored(config, modes):
     "changes",
     [
         {},
-        {
-            "encoder": encoder_config(n_layers=1, **ALL_DROPOUT),
-            "adapter": Q_FORMER,
-            "encoder_chunk_size_seconds": 0.25,
-        },
+        pytest.param(
+            {
+                "encoder": encoder_config(n_layers=1, **ALL_DROPOUT),
+                "adapter": Q_FORMER,
+                "encoder_chunk_size_seconds": 0.25,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["whole", "parts"],
 )
