@@ -1,4 +1,4 @@
-"""From prompts to answers: fixed shapes, two jitted programs per shape."""
+"""From prompts to answers: fixed shapes, three jitted programs per shape."""
 
 import itertools
 import time
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from speechlm2_jax import sharding
 from speechlm2_jax.batches import (
@@ -132,7 +132,8 @@ def _run(
     begun_s = time.monotonic()
     rest = (asked.decoding, asked.placement)
     variables = model.variables
-    state = begin(definition, variables, asked.batch, asked.limits, asked.key, *rest)
+    embeds = encode(definition, variables, asked.batch, asked.placement)
+    state = begin(definition, variables, embeds, asked.batch, asked.limits, asked.key, *rest)
     last = int(asked.limits.max())
     until = last if steps_at_once is None else 1
     while True:
@@ -213,28 +214,38 @@ def deal(examples: Sequence[SalmExample], groups: int) -> list[Sequence[SalmExam
 
 
 @partial(jax.jit, static_argnames=("definition", "placement"))
+def encode(
+    definition: Any, variables: Variables, batch: SalmBatch, placement: Sharding | None = None
+) -> Float[Array, "B T D"]:
+    """Encodes audio and interleaves: what the LLM sees, however it is to answer.
+
+    A program of its own, so that another way of answering compiles no encoder. `placement` says
+    how the devices share the work, if weights lie on several.
+    """
+    network: Salm = bind(definition, variables)
+    with sharding.use(placement):
+        return salm_network.prepare(network, batch, SalmModes()).embeds
+
+
+@partial(jax.jit, static_argnames=("definition", "placement"))
 def begin(
     definition: Any,
     variables: Variables,
+    embeds: Float[Array, "B T D"],
     batch: SalmBatch,
     limits: Int[Array, "G R"],
     key: Key[Array, ""] | None,
     decoding: DecodingConfig,
     placement: Sharding | None = None,
 ) -> Any:
-    """Encodes audio, interleaves, runs the prompts and chooses the first tokens.
-
-    Gives the state of the loop. `placement` says how the devices share the work, if weights lie
-    on several.
-    """
+    """Runs the prompts and chooses the first tokens: the state of the loop."""
     network: Salm = bind(definition, variables)
     with sharding.use(placement):
-        inputs = salm_network.prepare(network, batch, SalmModes())
-        rows = inputs.embeds.shape[:2]
+        rows = embeds.shape[:2]
         # as in NeMo: beside audio, processors see the answer alone
         is_seen = batch.audio.shape[1] == 0 and reads_prompt(decoding.processors)
         prompts = Prompts(
-            embeds=inputs.embeds,
+            embeds=embeds,
             lengths=jnp.sum(batch.segments > 0, axis=-1, dtype=jnp.int32).reshape(-1),
             is_key=batch.is_key.reshape(rows),
             limits=limits.reshape(-1),
@@ -270,9 +281,10 @@ def answer(
     decoding: DecodingConfig,
     placement: Sharding | None = None,
 ) -> Int[Array, "B T"]:
-    """Both as one program, which is compiled ahead of time to be priced."""
+    """All as one program, which is compiled ahead of time to be priced."""
     rest = (decoding, placement)
-    state = begin(definition, variables, batch, limits, None, *rest)
+    embeds = encode(definition, variables, batch, placement)
+    state = begin(definition, variables, embeds, batch, limits, None, *rest)
     until = jnp.int32(decoding.max_new_tokens)
     return go_on(definition, variables, state, until, *rest)[1].ids
 
