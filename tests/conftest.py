@@ -1,5 +1,6 @@
 """Eight CPU devices, strict ranks, the longest files first; nothing is downloaded."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -8,7 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # they take less than half the time
 FLAGS = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false"
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
@@ -17,6 +18,8 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from hypothesis import settings  # noqa: E402
+
+gc.set_threshold(100_000, 50, 50)  # traces are many small objects, and hardly one is garbage
 
 # compilation makes first examples slow; the same examples on every machine
 settings.register_profile("project", deadline=None, max_examples=40, derandomize=True)

@@ -285,9 +285,12 @@ class Renormalize(Processor):
 
 
 def _among(ids: Any, scores: Scores) -> Bool[Array, "1 V"]:
-    """True at these ids of the vocabulary."""
-    mask = jnp.zeros(scores.shape[-1], bool)
-    return mask.at[jnp.asarray(ids, jnp.int32)].set(True, mode="drop")[None]
+    """True at these ids of the vocabulary.
+
+    By comparison: a scatter into so few Booleans now and then lost its marks on CPUs.
+    """
+    vocabulary = jnp.arange(scores.shape[-1])
+    return jnp.any(vocabulary[None] == jnp.asarray(ids, jnp.int32)[:, None], axis=0)[None]
 
 
 def _only(ids: Any, scores: Scores) -> Float[Array, "1 V"]:

@@ -19,14 +19,21 @@ ROOT = Path(__file__).parents[2]
 STEPS = 24
 STOPPED_AT = 8
 COMPARED = ("loss", "grad_norm", "acc", "val_loss", "val_acc", "val_wer")
+NOT_VALIDATED = "trainer.limit_val_batches=0"  # as in four processes, and half the programs
 HEARTBEAT_S = 10
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Where every run of this file keeps its programs, so that each is compiled once."""
+    return tmp_path_factory.mktemp("compiled")
 
 
 class Run:
     """train.py on some devices, by any number of processes."""
 
-    def __init__(self, folder, devices):
-        self.folder, self.devices = folder, devices
+    def __init__(self, folder, compiled, devices):
+        self.folder, self.compiled, self.devices = folder, compiled, devices
         self.config = write_config(
             folder,
             trainer={
@@ -39,11 +46,14 @@ class Run:
         )
 
     def environment(self, devices):
-        flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        flags = (
+            "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+            "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+        )
         return {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / f"compiled{devices}"),
+            "JAX_COMPILATION_CACHE_DIR": str(self.compiled / str(devices)),
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
         }
 
@@ -97,36 +107,36 @@ def wait_for(process, beginning):
     raise AssertionError(process.stderr.read())
 
 
-def test_two_processes_are_one_run_that_stops_and_goes_on_together(tmp_path):
-    run = Run(tmp_path, devices=2)
-    out = run.finish(run.start("one"))
+def test_two_processes_are_one_run_that_stops_and_goes_on_together(tmp_path, compiled):
+    run = Run(tmp_path, compiled, devices=2)
+    out = run.finish(run.start("one", 1, NOT_VALIDATED))
     assert "groups of a global batch: 2" in out
 
-    stopped = run.start("two", 2)
+    stopped = run.start("two", 2, NOT_VALIDATED)
     wait_for(stopped, f"step {STOPPED_AT}/")
     stopped.send_signal(signal.SIGTERM)
     out = run.finish(stopped)
     assert "a process of the run was told to stop" in out
     assert STOPPED_AT <= len([r for r in run.rows("two") if "loss" in r]) < STEPS
 
-    out = run.finish(run.start("two", 2))
+    out = run.finish(run.start("two", 2, NOT_VALIDATED))
     assert out.count("going on from") == 1 and out.count(f"finished {STEPS} steps") == 1
     assert "2 processes" in (tmp_path / "two" / "environment.txt").read_text()
     run.assert_same("one", "two")
 
 
 @pytest.mark.slow  # five processes, which compile each for itself
-def test_four_processes_are_one_run(tmp_path):
-    run = Run(tmp_path, devices=4)
+def test_four_processes_are_one_run(tmp_path, compiled):
+    run = Run(tmp_path, compiled, devices=4)
     fsdp = "+trainer.strategy={_target_: FSDPStrategy}"
     run.finish(run.start("one", 1, fsdp))
     run.finish(run.start("four", 4, fsdp))
     run.assert_same("one", "four")
 
 
-def test_a_dead_process_ends_the_run_with_a_message(tmp_path):
-    run = Run(tmp_path, devices=2)
-    process = run.start("two", 2, "trainer.max_steps=100000")
+def test_a_dead_process_ends_the_run_with_a_message(tmp_path, compiled):
+    run = Run(tmp_path, compiled, devices=2)
+    process = run.start("two", 2, "trainer.max_steps=100000", NOT_VALIDATED)
     wait_for(process, "step 2/")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
@@ -138,8 +148,8 @@ def test_a_dead_process_ends_the_run_with_a_message(tmp_path):
 
 
 @pytest.mark.slow  # waits for the heartbeat limit
-def test_without_the_launcher_a_dead_process_ends_the_others_within_the_limit(tmp_path):
-    run = Run(tmp_path, devices=2)
+def test_without_the_launcher_a_dead_process_ends_the_others_within_the_limit(tmp_path, compiled):
+    run = Run(tmp_path, compiled, devices=2)
     processes = []
     for index in range(2):
         own = {COORDINATOR: "127.0.0.1:47123", COUNT: "2", INDEX: str(index)}
@@ -176,8 +186,8 @@ def test_without_the_launcher_a_dead_process_ends_the_others_within_the_limit(tm
         (["+trainer.num_nodes=3"], "start one per node"),
     ],
 )
-def test_devices_that_are_not_there_are_refused_once(tmp_path, overrides, told):
-    run = Run(tmp_path, devices=2)
+def test_devices_that_are_not_there_are_refused_once(tmp_path, compiled, overrides, told):
+    run = Run(tmp_path, compiled, devices=2)
     process = run.start("two", 2, *overrides)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
