@@ -78,7 +78,7 @@ def run(plan: Plan, compiled: str | None) -> None:
     recogniser = _recogniser(plan)
     result = evaluate(model, utterances, config)
     if recogniser is not None:
-        texts = encoder_texts(recogniser, utterances, config.batch_size)
+        texts = encoder_texts(recogniser, utterances, config.batch_size, config.max_audio_s)
         result = result.with_encoder_texts(texts)
     totals = result.totals()
     record = provenance(config, device, totals, plan.step)

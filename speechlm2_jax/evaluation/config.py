@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from speechlm2_jax.models.long_audio import DEFAULT_MAX_AUDIO_S
+
 _ONE_ANSWER = "an evaluation takes one whole answer to each recording; leave it out"
 _OWN_KEYS = {
     "max_new_tokens": "write max_new_tokens without generation.",
@@ -13,6 +15,7 @@ _OWN_KEYS = {
     "num_return_sequences": _ONE_ANSWER,
     "return_dict_in_generate": _ONE_ANSWER,
     "should_stop": _ONE_ANSWER,
+    "max_audio_s": "write max_audio_s without generation.",
 }
 """Keys of a GenerationConfig that are not taken below `generation`."""
 _NO_VOICE = "only a duplex model speaks; remove it"
@@ -29,6 +32,8 @@ class EvalConfig:
     """NeMo manifest, Lhotse cuts, SHAR directory, audio file, or folder of audio files."""
     batch_size: int = 64
     max_new_tokens: int = 128
+    max_audio_s: float | None = DEFAULT_MAX_AUDIO_S
+    """A longer recording is answered in overlapping chunks; null: none is."""
     output_manifest: str | None = "generations.jsonl"
     verbose: bool = True
     """Print each reference and answer, and word errors batch by batch."""
@@ -70,6 +75,8 @@ class EvalConfig:
         """Checks ranges. Raises ValueError."""
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.max_audio_s is not None and self.max_audio_s < 1:
+            raise ValueError(f"max_audio_s={self.max_audio_s:g} must be at least 1, or null")
         if self.generation:
             _check_generation(self.generation)
         check_common(self.batch_size, self.report_rows, self.use_normalizer)

@@ -1,5 +1,6 @@
 """What the pretrained encoder hears by itself: its own CTC head on the same recordings."""
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,6 +12,8 @@ from tqdm import tqdm
 
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.inputs import Utterance
+from speechlm2_jax.models.joining import join
+from speechlm2_jax.models.long_audio import cut
 
 READERS = 4
 
@@ -40,9 +43,15 @@ def open_recogniser(nemo_file: Path) -> Recogniser:
 
 
 def encoder_texts(
-    recogniser: Recogniser, utterances: Sequence[Utterance], batch_size: int
+    recogniser: Recogniser,
+    utterances: Sequence[Utterance],
+    batch_size: int,
+    max_s: float | None = None,
 ) -> list[str | None]:
-    """What the encoder's head writes down, in input order; None for recordings without samples."""
+    """What the encoder's head writes down, in input order; None for recordings without samples.
+
+    Recordings of more than `max_s` seconds are heard in chunks, as by the model.
+    """
     read = partial(_read, rate_hz=recogniser.sampling_rate)
     texts: list[str | None] = [None] * len(utterances)
     # neighbours in length share a static shape
@@ -55,11 +64,20 @@ def encoder_texts(
             chosen = order[start : start + batch_size]
             waves = list(pool.map(read, (utterances[i] for i in chosen)))
             heard = [(i, wave) for i, wave in zip(chosen, waves, strict=True) if wave is not None]
-            found = recogniser.transcribe([wave for _, wave in heard]) if heard else []
+            found = _transcribe(recogniser, [wave for _, wave in heard], max_s)
             for (i, _), text in zip(heard, found, strict=True):
                 texts[i] = text
             progress.update(len(chosen))
     return texts
+
+
+def _transcribe(
+    recogniser: Recogniser, waves: Sequence[np.ndarray], max_s: float | None
+) -> list[str]:
+    cuts = [cut(wave, rate_hz=recogniser.sampling_rate, max_s=max_s) for wave in waves]
+    parts = [w[c.start : c.end] for w, chunks in zip(waves, cuts, strict=True) for c in chunks]
+    texts = iter(recogniser.transcribe(parts) if parts else [])
+    return [join(list(itertools.islice(texts, len(chunks))), chunks) for chunks in cuts]
 
 
 def _read(utterance: Utterance, rate_hz: int) -> np.ndarray | None:

@@ -104,7 +104,9 @@ def make_plan(words: Mapping[str, Any]) -> Plan:
 
 def _as_trained(run: Run) -> dict[str, Any]:
     """Asked, computed and compared as training and its validation did."""
+    longest = {} if run.max_audio_s is None else {"max_audio_s": run.max_audio_s}
     return {
+        **longest,
         "user_prompt": run.tag("context"),
         "system_prompt": run.tag("system_prompt"),
         "dtype": run.dtype,

@@ -50,6 +50,13 @@ class Run:
         precision = str((self.settings.get("trainer") or {}).get("precision", ""))
         return "float32" if precision in _FULL_PRECISION else "bfloat16"
 
+    @property
+    def max_audio_s(self) -> float | None:
+        """The longest recording that it was trained on, where its settings say so."""
+        block = (self.settings.get("data") or {}).get("train_ds") or {}
+        longest = block.get("max_duration")
+        return float(longest) if isinstance(longest, int | float) and longest >= 1 else None
+
     def encoder_file(self) -> Path | None:
         """The `.nemo` file that its encoder came from, if that is on this machine."""
         name = (self.settings.get("model") or {}).get("pretrained_asr")

@@ -24,6 +24,7 @@ from speechlm2_jax.generation import salm as loops
 from speechlm2_jax.generation.decoding import DecodingConfig, Prompts
 from speechlm2_jax.generation.processors import reads_prompt
 from speechlm2_jax.layers.module import Variables, bind
+from speechlm2_jax.models import chunked
 from speechlm2_jax.models.generation_config import GenerationRequest, read_request
 from speechlm2_jax.models.prompting import PromptContext, prompt_examples
 from speechlm2_jax.models.shapes import answer_shape
@@ -59,6 +60,10 @@ def generate(
     """Answers (prompts, audios, audio_lens); see SALM.generate."""
     request = read_request(model, generation_config, overrides)
     examples, ids = prompted(model, asked)
+    parts = [chunked.in_parts(e, request.max_audio_s, model.sampling_rate) for e in examples]
+    if any(prompt.chunks for prompt in parts):
+        joined = chunked.answer(parts, request, partial(speak, model, definition), model.tokenizer)
+        return Generated(joined, None) if request.returns_dict else joined
     spoken = last_of(speak(model, definition, examples, request))
     answers = spoken.trimmed()
     if not any(example.audio for example in examples):
@@ -84,6 +89,7 @@ def stream(
     if tokens_at_once < 1:
         raise ValueError(f"tokens_at_once={tokens_at_once} must be at least 1")
     examples, _ = prompted(model, asked)
+    chunked.refuse(examples, request.max_audio_s, model.sampling_rate)
     reports = speak(model, definition, examples, request, tokens_at_once)
     return pieces(reports, model.tokenizer)
 
@@ -105,13 +111,15 @@ def speak(
     examples: Sequence[SalmExample],
     request: GenerationRequest,
     steps_at_once: int | None = None,
+    row_ids: np.ndarray | None = None,
 ) -> Iterator[Spoken]:
     """Answers prompts that are laid out already, saying how far it is every so many tokens.
 
     Without `steps_at_once` that is once, at the end, unless the request can stop it before. The
-    first report, if there are several, comes with the first token.
+    first report, if there are several, comes with the first token. `row_ids` are the numbers by
+    which random draws go; without, the places in `examples`.
     """
-    asked = _lay_out(model, examples, request)
+    asked = _lay_out(model, examples, request, row_ids)
     can_stop = bool(request.max_time_s or request.should_stop or request.stop_strings)
     if steps_at_once is None and can_stop:
         steps_at_once = STEPS_BETWEEN_CHECKS
@@ -179,7 +187,10 @@ class _LaidOut:
 
 
 def _lay_out(
-    model: "SALM", examples: Sequence[SalmExample], request: GenerationRequest
+    model: "SALM",
+    examples: Sequence[SalmExample],
+    request: GenerationRequest,
+    row_ids: np.ndarray | None,
 ) -> _LaidOut:
     mesh = sharding.mesh_of(model.variables)
     placement = None if mesh is None else sharding.for_answering(mesh)
@@ -194,8 +205,11 @@ def _lay_out(
         shift=False,
     )
     # what is drawn for an example must not depend on how many devices answer
-    first = np.cumsum([0, *map(len, groups)])[:-1, None]
-    batch = replace(batch, row_ids=(first + np.arange(shape.rows)).astype(np.int32))
+    numbers = np.arange(len(examples)) if row_ids is None else row_ids
+    by_group = np.zeros(batch.row_ids.shape, np.int32)
+    for row, part in zip(by_group, deal(numbers, len(groups)), strict=True):
+        row[: len(part)] = part
+    batch = replace(batch, row_ids=by_group)
     limits = request.limits((batch.segments > 0).sum(axis=-1))
     return _LaidOut(
         groups=groups,
@@ -207,7 +221,7 @@ def _lay_out(
     )
 
 
-def deal(examples: Sequence[SalmExample], groups: int) -> list[Sequence[SalmExample]]:
+def deal(examples: Sequence[Any] | np.ndarray, groups: int) -> list[Any]:
     """Shares examples out in order, as evenly as can be."""
     bounds = np.linspace(0, len(examples), groups + 1).round().astype(int)
     return [examples[a:b] for a, b in itertools.pairwise(bounds)]

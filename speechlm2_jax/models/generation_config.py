@@ -11,6 +11,7 @@ import numpy as np
 from speechlm2_jax.generation.decoding import BeamConfig, DecodingConfig
 from speechlm2_jax.models.generation_keys import ARGUMENTS, HONOURED, IGNORED, OWN, REFUSED
 from speechlm2_jax.models.generation_processors import check_ids, ids_of, make_processors
+from speechlm2_jax.models.long_audio import DEFAULT_MAX_AUDIO_S
 from speechlm2_jax.models.shapes import round_up
 
 DEFAULT_NEW_TOKENS = 20
@@ -60,6 +61,8 @@ class GenerationRequest:
     stop_strings: tuple[str, ...] = ()
     max_time_s: float | None = None
     should_stop: Callable[[], bool] | None = None
+    max_audio_s: float | None = DEFAULT_MAX_AUDIO_S
+    """Longer recordings are answered in chunks; None: none is."""
 
     def limits(self, prompt_steps: np.ndarray) -> np.ndarray:
         """Tokens that each answer may have. Raises ValueError where a prompt leaves no room."""
@@ -112,6 +115,7 @@ def read_request(
         stop_strings=(strings,) if isinstance(strings, str) else tuple(strings),
         max_time_s=asked.get("max_time"),
         should_stop=asked.get("should_stop"),
+        max_audio_s=float(asked.get("max_audio_s", DEFAULT_MAX_AUDIO_S)) or None,
     )
 
 
@@ -159,6 +163,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (_NOT_NEGATIVE, lambda v: v >= 0 and v == int(v), "must be a whole number, not negative"),
     (_SHARES, lambda v: 0 < v <= 1, "must be in (0, 1]"),
     (_CUTOFFS, lambda v: 0 <= v < 1, "must be in [0, 1)"),
+    (("max_audio_s",), lambda v: v is False or v >= 1, "must be at least 1, or false"),
     (("early_stopping",), lambda v: v in (True, False, "never"), "must be true, false or never"),
 )
 _SAMPLING_ONLY: Mapping[str, tuple[Any, ...]] = {

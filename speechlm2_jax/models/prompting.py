@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,7 @@ def prompt_examples(
             raise ValueError("give audio inside the prompts or as audios/audio_lens, not both")
         turns = [[{k: v for k, v in t.items() if k != "audio"} for t in d] for d in prompts]
         ids = [np.asarray(p.input_ids) for p in context.formatter.encode_dialogs(turns)]
-        clips = inside if audios is None else split_audio(audios, audio_lens)
+        clips = inside if audios is None else _unnamed(audios, audio_lens)
     else:
         array = np.asarray(prompts)
         if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
@@ -46,7 +46,7 @@ def prompt_examples(
                 f"prompts must be dialogs or int ids [B, T]; got {array.dtype} {array.shape}"
             )
         ids = list(array)
-        clips = [] if audios is None else split_audio(audios, audio_lens)
+        clips = [] if audios is None else _unnamed(audios, audio_lens)
     return _assign(ids, clips, context), left_pad(ids, context.pad_id)
 
 
@@ -84,19 +84,30 @@ def _is_dialogs(prompts: Any) -> bool:
     )
 
 
-def _clips(turn: dict[str, Any], context: PromptContext) -> list[np.ndarray]:
+class _Clip(NamedTuple):
+    """A recording, and the file that it came from."""
+
+    samples: np.ndarray
+    name: str | None = None
+
+
+def _clips(turn: dict[str, Any], context: PromptContext) -> list[_Clip]:
     audio = turn.get("audio", ())
     items = [audio] if isinstance(audio, str) or hasattr(audio, "__array__") else list(audio)
     return [
-        np.asarray(item, np.float32)
+        _Clip(np.asarray(item, np.float32))
         if hasattr(item, "__array__")
-        else read_audio(item, sample_rate_hz=context.sample_rate_hz)
+        else _Clip(read_audio(item, sample_rate_hz=context.sample_rate_hz), str(item))
         for item in items
     ]
 
 
+def _unnamed(audios: Any, audio_lens: Any) -> list[_Clip]:
+    return [_Clip(samples) for samples in split_audio(audios, audio_lens)]
+
+
 def _assign(
-    ids: Sequence[np.ndarray], clips: Sequence[np.ndarray], context: PromptContext
+    ids: Sequence[np.ndarray], clips: Sequence[_Clip], context: PromptContext
 ) -> list[SalmExample]:
     needed = [int((row == context.placeholder_id).sum()) for row in ids]
     if sum(needed) != len(clips):
@@ -105,12 +116,14 @@ def _assign(
             "given; write the model's audio_locator_tag once per clip"
         )
     starts = np.cumsum([0, *needed])
-    return [
-        SalmExample(
-            id=f"prompt {i}",
-            tokens=np.asarray(row, np.int32),
-            loss_mask=np.zeros(len(row), bool),
-            audio=tuple(clips[starts[i] : starts[i + 1]]),
-        )
-        for i, row in enumerate(ids)
-    ]
+    return [_example(i, row, clips[starts[i] : starts[i + 1]]) for i, row in enumerate(ids)]
+
+
+def _example(number: int, ids: np.ndarray, clips: Sequence[_Clip]) -> SalmExample:
+    files = ", ".join(clip.name for clip in clips if clip.name is not None)
+    return SalmExample(
+        id=f"prompt {number}" + (f" ({files})" if files else ""),
+        tokens=np.asarray(ids, np.int32),
+        loss_mask=np.zeros(len(ids), bool),
+        audio=tuple(clip.samples for clip in clips),
+    )

@@ -73,11 +73,12 @@ class SALM(SpeechModel):
         `sampling_rate` with `audio_lens` [B'] give one clip per placeholder, in order. With audio
         only new tokens come back; text-only prompts come back before them, as NeMo does.
         `generation_config`: a GenerationConfig of transformers or a dict of its keys; keywords
-        override it, `seed` and `should_stop` (a function; once it gives True, what there is comes
-        back) among them: docs/generation.md has every key. With `num_return_sequences` the answers
-        to a prompt lie side by side, and `return_dict_in_generate` gives a `Generated`. Raises
-        ValueError for what is not supported, `enable_thinking` among it: no prompt format here has
-        a thinking mode.
+        override it, `seed`, `should_stop` (a function; once it gives True, what there is comes
+        back) and `max_audio_s` (a longer recording is answered in overlapping chunks, whose texts
+        are joined) among them: docs/generation.md has every key. With `num_return_sequences` the
+        answers to a prompt lie side by side, and `return_dict_in_generate` gives a `Generated`.
+        Raises ValueError for what is not supported, `enable_thinking` among it: no prompt format
+        here has a thinking mode.
         """
         if enable_thinking is not None:
             raise ValueError(

@@ -29,6 +29,16 @@ def test_texts_come_back_in_input_order_and_neighbours_in_length_go_together():
     assert recogniser.batches == [[64_000, 48_000], [32_000, 16_000]]
 
 
+def test_what_is_too_long_is_heard_in_chunks():
+    recogniser = Recogniser()
+    short, long = encoder_texts(
+        recogniser, [utterance("u", 1.0), utterance("long", 5.0)], batch_size=2, max_s=3.0
+    )
+    ((*chunks, last),) = recogniser.batches
+    assert len(chunks) > 1 and max(chunks) <= 48_000 and sum(chunks) > 80_000 and last == 16_000
+    assert short == "1 seconds" and len(long.split()) < 2 * len(chunks), "the overlaps are joined"
+
+
 def test_a_recording_that_cannot_be_read_has_no_text():
     texts = encoder_texts(Recogniser(), [utterance("broken", 2.0), utterance("u", 1.0)], 4)
     assert texts == [None, "1 seconds"]

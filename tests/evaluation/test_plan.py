@@ -74,6 +74,19 @@ def test_a_run_is_asked_computed_and_compared_as_it_was_trained(here):
     assert make_plan({"pretrained_name": "runs/half", "inputs": "x"}).config.dtype == "bfloat16"
 
 
+def test_the_longest_recording_of_training_is_heard_at_once(here):
+    settings = {
+        **SETTINGS,
+        "data": {"train_ds": {**SETTINGS["data"]["train_ds"], "max_duration": 12}},
+    }
+    make_run(here / "runs" / "a")
+    make_run(here / "runs" / "b", settings=settings)
+    words = {"inputs": "x", "pretrained_name": "runs/b"}
+    assert make_plan(words).config.max_audio_s == 12.0
+    assert make_plan({**words, "max_audio_s": 8}).config.max_audio_s == 8.0
+    assert make_plan({**words, "pretrained_name": "runs/a"}).config.max_audio_s == 40.0
+
+
 def test_words_of_the_command_line_win(here):
     make_run(Path("runs/salm"))
     words = {

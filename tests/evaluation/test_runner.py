@@ -191,3 +191,26 @@ def test_rows_are_followed_by_where_they_come_from(tmp_path):
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert lines == [{"id": "é"}, {"id": "b"}, {"provenance": {"dtype": "float32"}}]
     assert [p.name for p in path.parent.iterdir()] == ["out.jsonl"]
+
+
+def test_a_recording_that_is_too_long_is_answered_in_chunks_and_told():
+    from speechlm2_jax.models.long_audio import cut
+
+    lines: list[str] = []
+    utterances = [_utterance("short", 2), _utterance("long.wav", 7)]
+    model = FakeModel()
+    config = _config(max_audio_s=3.0, extra_eos_tokens=("<extra>",))
+    short, long = evaluate(model, utterances, config, lines.append).answers
+    chunks = cut(np.zeros(7 * 16_000, np.float32), rate_hz=16_000, max_s=3.0)
+    heard = [n for call in model.calls for n in call["audio_lens"].tolist()]
+    assert heard[: len(chunks) + 1] == [*(c.end - c.start for c in chunks), 32_000]
+    assert lines[0] == (
+        f"long.wav: 7.0 s are more than max_audio_s=3; answered in {len(chunks)} overlapping chunks"
+    )
+    said = [NUMBERS[(c.end - c.start) // 16_000] for c in chunks]
+    assert long.pred_text == " ".join(said) and long.duration_s == 7
+    assert short.pred_text == "two"
+    (whole,) = evaluate(FakeModel(), utterances[1:], _config(max_audio_s=None)).answers
+    assert whole.pred_text == "five <extra>", "null: at once"
+    with pytest.raises(ValueError, match="max_audio_s=0.5 must be at least 1, or null"):
+        _config(max_audio_s=0.5)
