@@ -3,11 +3,14 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from speechlm2_jax import experiment
 from speechlm2_jax.checkpointing import load_weights, read_json, step_folders
+from speechlm2_jax.training.programs import keep_compiled_programs
 from tests.training.tiny_salm import write_config
 
 SAVED_AT, MORE = 3, 20
@@ -34,6 +37,15 @@ def losses(run_dir):
     return np.array([row["loss"] for row in rows if "loss" in row])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """A run that goes on finds the programs of its first steps."""
+    keep_compiled_programs(str(tmp_path_factory.mktemp("compiled")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
     """A run of eight devices, saved and then gone on with."""
@@ -53,7 +65,11 @@ def eight(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("devices", "strategy"),
-    [pytest.param(4, (FSDP,), marks=pytest.mark.slow), (4, (TENSOR,)), (1, ())],
+    [
+        pytest.param(4, (FSDP,), marks=pytest.mark.slow),
+        pytest.param(4, (TENSOR,), marks=pytest.mark.slow),
+        (1, ()),
+    ],
 )
 def test_a_run_of_eight_devices_goes_on_with_fewer(eight, tmp_path, devices, strategy):
     folder, config = eight
