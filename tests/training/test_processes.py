@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 24
 STOPPED_AT = 8
 COMPARED = ("loss", "grad_norm", "acc", "val_loss", "val_acc", "val_wer")
-NOT_VALIDATED = "trainer.limit_val_batches=0"  # as in four processes, and half the programs
+NOT_VALIDATED = "+trainer.limit_val_batches=0"  # as in four processes, and half the programs
 HEARTBEAT_S = 10
 
 
