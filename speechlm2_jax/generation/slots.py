@@ -61,17 +61,12 @@ def admit(slots: Slots, begun: Answering, at: Int[Array, " G"]) -> Slots:
     The rows must have been begun with the configuration of the slots, and with prompts of audio or
     without their ids: what processors see is the answer alone.
     """
-    mine = slots._replace(cache=None)
-    theirs = Slots(
-        ids=begun.ids,
-        lengths=begun.lengths,
-        ended=begun.finished,
-        cache=None,
-        rows=begun.rows,
-        keys=begun.keys,
-    )
+    mine = (slots.ids, slots.lengths, slots.ended, slots.rows, slots.keys)
+    theirs = (begun.ids, begun.lengths, begun.finished, begun.rows, begun.keys)
     held = jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), mine, theirs)
-    return held._replace(cache=slots.cache.admit(at, begun.cache))
+    ids, lengths, ended, rows, keys = held
+    cache = slots.cache.admit(at, begun.cache)
+    return Slots(ids=ids, lengths=lengths, ended=ended, cache=cache, rows=rows, keys=keys)
 
 
 def run(

@@ -70,7 +70,7 @@ def in_parts(example: SalmExample, max_s: float | None, rate_hz: int) -> Parts:
             "answered in chunks; ask about each by itself, shorten it, or raise max_audio_s "
             "(false: no limit)"
         )
-    wave = example.audio[0]
+    wave = max(example.audio, key=len)
     chunks = cut(wave, rate_hz=rate_hz, max_s=max_s)
     log.warning(
         "%s: %.1f s of audio are more than max_audio_s=%g; answered in %d overlapping chunks, "

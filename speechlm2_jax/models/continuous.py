@@ -139,9 +139,10 @@ class _New(NamedTuple):
 
     batch: SalmBatch
     embeds: Float[Array, "B T D"]
-    limits: Int[Array, "1 B"]
-    at: Int[Array, " B"]
-    """The slot of each; a row that fills the group has one beyond the last."""
+    limits: Any
+    """Int32 [1, B]."""
+    at: Any
+    """Int32 [B], the slot of each; a row that fills the group has one beyond the last."""
     key: Key[Array, ""] | None
 
 
