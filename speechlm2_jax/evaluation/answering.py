@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,8 +47,69 @@ class Ended:
     audio_s: float
     seconds: float
     """Of the model, reading excluded."""
-    is_compiled: bool
-    """Whether something was compiled meanwhile."""
+    compiled: int
+    """Programs that were compiled meanwhile."""
+
+
+@runtime_checkable
+class StreamingModel(SpeechModel, Protocol):
+    """A model that can answer prompts as slots become free."""
+
+    def generate_each(self, prompts: Iterable[Any], **options: Any) -> Iterator[list[Any]]:
+        """Rounds of (number of the prompt, ids)."""
+        ...
+
+
+def answer_clips(model: SpeechModel, clips: Iterator[Clip], asked: Asked) -> Iterator[Ended]:
+    """Answers clips on slots; in batches where that is asked, or the way of answering needs it."""
+    if isinstance(model, StreamingModel) and _can_stream(asked.config):
+        return in_slots(model, clips, asked)
+    return in_batches(model, clips, asked)
+
+
+def _can_stream(config: EvalConfig) -> bool:
+    from speechlm2_jax.models.continuous import refusal
+    from speechlm2_jax.models.generation_config import ANY_VOCABULARY, read_request
+
+    if not config.continuous_batching:
+        return False
+    return refusal(read_request(ANY_VOCABULARY, dict(config.generation))) is None
+
+
+def in_slots(model: StreamingModel, clips: Iterator[Clip], asked: Asked) -> Iterator[Ended]:
+    """Answers clips on `batch_size` slots."""
+    waiting: dict[int, Clip] = {}
+    reading_s = 0.0
+
+    def dialogs() -> Iterator[list[dict[str, Any]]]:
+        nonlocal reading_s
+        for number in itertools.count():
+            start_s = time.perf_counter()
+            clip = next(clips, None)
+            reading_s += time.perf_counter() - start_s
+            if clip is None:
+                return
+            waiting[number] = clip
+            *before, request = asked.prompt
+            yield [*before, {**request, "audio": [clip.samples]}]
+
+    compiled, start_s = Compilations.count, time.perf_counter()
+    for answered in model.generate_each(
+        dialogs(),
+        slots=asked.config.batch_size,
+        generation_config=generation_config(model, asked),
+        max_audio_s=False,  # what is too long is in chunks already
+        **asked.config.generation,
+    ):
+        seconds = time.perf_counter() - start_s - reading_s
+        rows = [(waiting.pop(number), ids) for number, ids in answered]
+        yield Ended(
+            rows=rows,
+            audio_s=sum(len(clip.samples) for clip, _ in rows) / model.sampling_rate,
+            seconds=seconds,
+            compiled=Compilations.count - compiled,
+        )
+        compiled, start_s, reading_s = Compilations.count, time.perf_counter(), 0.0
 
 
 def in_batches(model: SpeechModel, clips: Iterator[Clip], asked: Asked) -> Iterator[Ended]:
@@ -63,7 +124,7 @@ def in_batches(model: SpeechModel, clips: Iterator[Clip], asked: Asked) -> Itera
             rows=list(zip(batch, ids, strict=False)),  # rows beyond the clips are filling
             audio_s=sum(len(clip.samples) for clip in batch) / model.sampling_rate,
             seconds=time.perf_counter() - start_s,
-            is_compiled=Compilations.count > compiled,
+            compiled=Compilations.count - compiled,
         )
         fill = True
 

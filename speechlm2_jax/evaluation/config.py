@@ -31,6 +31,9 @@ class EvalConfig:
     inputs: str
     """NeMo manifest, Lhotse cuts, SHAR directory, audio file, or folder of audio files."""
     batch_size: int = 64
+    """Recordings that are answered at once."""
+    continuous_batching: bool = True
+    """Let the next recording in where an answer has ended; beams go batch by batch all the same."""
     max_new_tokens: int = 128
     max_audio_s: float | None = DEFAULT_MAX_AUDIO_S
     """A longer recording is answered in overlapping chunks; null: none is."""

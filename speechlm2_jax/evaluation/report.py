@@ -65,10 +65,13 @@ class Speed:
     warm_audio_s: float = 0.0
     """Audio of the batches during which nothing was compiled."""
     warm_generate_s: float = 0.0
+    compiled: int = 0
+    """Programs that were compiled meanwhile, or fetched from those kept on disk."""
 
-    def add(self, audio_s: float, generate_s: float, *, compiled: bool) -> "Speed":
-        """Counts one more batch."""
+    def add(self, audio_s: float, generate_s: float, *, compiled: int) -> "Speed":
+        """Counts one more batch, and the programs that were compiled for it."""
         return Speed(
+            compiled=self.compiled + compiled,
             audio_s=self.audio_s + audio_s,
             generate_s=self.generate_s + generate_s,
             warm_audio_s=self.warm_audio_s + (0.0 if compiled else audio_s),
@@ -152,6 +155,7 @@ class Evaluation:
             "failed": dict(sorted(failed.items())),
             "audio_s": round(self.speed.audio_s, 3),
             "generate_s": round(self.speed.generate_s, 3),
+            "compiled": self.speed.compiled,
             "wer": errors.wer,
             "insertions": errors.insertions,
             "deletions": errors.deletions,
@@ -190,7 +194,8 @@ def table(totals: Mapping[str, Any]) -> str:
     failed = ", ".join(f"{n} {cause}" for cause, n in totals["failed"].items()) or "none"
     lines = _voice_lines(totals)
     lines.append(("utterances", f"{totals['utterances']} (failed: {failed})"))
-    lines.append(("audio", f"{totals['audio_s']:.1f} s in {totals['generate_s']:.1f} s"))
+    seconds = f"{totals['audio_s']:.1f} s in {totals['generate_s']:.1f} s"
+    lines.append(("audio", f"{seconds}, {totals['compiled']} programs compiled"))
     if totals["scored"]:
         lines += _error_lines(totals)
     lines.append(("RTFx", _number(totals["rtfx"])))

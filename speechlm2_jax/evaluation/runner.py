@@ -7,7 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from speechlm2_jax.data.audio import AudioError
-from speechlm2_jax.evaluation.answering import Asked, SpeechModel, in_batches
+from speechlm2_jax.evaluation.answering import Asked, SpeechModel, answer_clips
 from speechlm2_jax.evaluation.compilations import Compilations
 from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.inputs import Utterance
@@ -42,8 +42,8 @@ def evaluate(
         progress.update()
 
     heard = _clips(model, utterances, config, failed, log)
-    for ended in in_batches(model, heard, asked):
-        speed = speed.add(ended.audio_s, ended.seconds, compiled=ended.is_compiled)
+    for ended in answer_clips(model, heard, asked):
+        speed = speed.add(ended.audio_s, ended.seconds, compiled=ended.compiled)
         whole = {}
         for clip, ids in ended.rows:
             said = texts.setdefault(clip.index, {})

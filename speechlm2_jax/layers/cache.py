@@ -1,6 +1,6 @@
 """Keys and values of past steps, in arrays of a fixed capacity."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,11 @@ class KVCache:
     used: Any
     """Int32 scalar: slots taken so far; the same in every row."""
 
+    @property
+    def slot(self) -> Int[Array, ""]:
+        """Where the next step goes."""
+        return self.used
+
     @classmethod
     def empty(cls, shape: tuple[int, int, int, int, int], dtype: Any) -> "KVCache":
         """Makes a cache of shape [L, B, S, K, H] that holds nothing; it can be donated."""
@@ -51,7 +56,7 @@ class KVCache:
                 "make it with a larger capacity"
             )
         return replace(
-            self, is_key=jax.lax.dynamic_update_slice(self.is_key, is_key, (0, self.used))
+            self, is_key=jax.lax.dynamic_update_slice(self.is_key, is_key, (0, self.slot))
         )
 
     def write(
@@ -61,7 +66,7 @@ class KVCache:
         values: Float[Array, "B T K H"],
     ) -> "KVCache":
         """Puts a layer's keys and values into the next T slots."""
-        at = (layer, 0, self.used, 0, 0)
+        at = (layer, 0, self.slot, 0, 0)
         return replace(
             self,
             keys=jax.lax.dynamic_update_slice(self.keys, keys[None], at),
@@ -124,6 +129,60 @@ class KVCache:
             return jax.lax.dynamic_update_slice_in_dim(memory, _placed(moved), since, axis=2)
 
         return replace(self, keys=taken(self.keys), values=taken(self.values))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class RingCache(KVCache):
+    """A cache whose rows began at different times: prompts, then a ring that all rows go round.
+
+    One call of one step takes the next slot of the ring in every row, whatever its age, so that a
+    write is one slice. A row that never takes more steps than the ring has slots overwrites nothing
+    of its own, and what others have left is no key of it. `used` says that every slot may hold a
+    key: one step at a time nothing else lies in the future.
+    """
+
+    turn: Any
+    """Int32 scalar: steps of the ring so far, in its slots from `first`."""
+    first: int = field(metadata={"static": True})
+
+    @property
+    def slot(self) -> Int[Array, ""]:
+        """Where the next step goes."""
+        return self.first + self.turn
+
+    @classmethod
+    def around(cls, cache: KVCache, first: int) -> "RingCache":
+        """Makes an empty one of an empty cache, whose prompts have the slots before `first`."""
+        return cls(
+            keys=cache.keys,
+            values=cache.values,
+            is_key=cache.is_key,
+            used=jnp.full((), cache.is_key.shape[1], jnp.int32),
+            turn=jnp.zeros((), jnp.int32),
+            first=first,
+        )
+
+    def advance(self, steps: int) -> "RingCache":
+        """Goes on to the next slot of the ring."""
+        assert steps == 1
+        return replace(self, turn=(self.turn + 1) % (self.is_key.shape[1] - self.first))
+
+    def admit(self, rows: Int[Array, " G"], prompts: KVCache) -> "RingCache":
+        """Gives rows the first slots of other conversations; rows beyond the last are dropped."""
+        steps = self.first
+
+        def with_new(memory: Array, new: Array) -> Array:
+            return memory.at[:, rows, : new.shape[2]].set(new, mode="drop")
+
+        is_key = prompts.is_key[:, :steps]
+        is_key = jnp.pad(is_key, [(0, 0), (0, self.is_key.shape[1] - is_key.shape[1])])
+        return replace(
+            self,
+            keys=with_new(self.keys, prompts.keys[:, :, :steps]),
+            values=with_new(self.values, prompts.values[:, :, :steps]),
+            is_key=self.is_key.at[rows].set(is_key, mode="drop"),
+        )
 
 
 def _placed(memory: Float[Array, "L B S K H"]) -> Float[Array, "L B S K H"]:

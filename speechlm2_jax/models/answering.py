@@ -94,15 +94,17 @@ def stream(
     return pieces(reports, model.tokenizer)
 
 
-def prompted(model: "SALM", asked: tuple[Any, Any, Any]) -> tuple[list[SalmExample], np.ndarray]:
-    """Lays (prompts, audios, audio_lens) out as conversations, and their ids [B, T]."""
+def prompted(
+    model: "SALM", asked: tuple[Any, Any, Any], first: int = 0
+) -> tuple[list[SalmExample], np.ndarray]:
+    """Lays (prompts, audios, audio_lens) out as conversations, named from `first`; their ids."""
     context = PromptContext(
         formatter=model.prompt_formatter,
         sample_rate_hz=model.sampling_rate,
         placeholder_id=model.audio_locator_tag_id,
         pad_id=model.text_pad_id,
     )
-    return prompt_examples(*asked, context)
+    return prompt_examples(*asked, context, first)
 
 
 def speak(
@@ -207,8 +209,8 @@ def _lay_out(
     # what is drawn for an example must not depend on how many devices answer
     numbers = np.arange(len(examples)) if row_ids is None else row_ids
     by_group = np.zeros(batch.row_ids.shape, np.int32)
-    for row, part in zip(by_group, deal(numbers, len(groups)), strict=True):
-        row[: len(part)] = part
+    for group, part in enumerate(deal(numbers, len(groups))):
+        by_group[group, : len(part)] = part
     batch = replace(batch, row_ids=by_group)
     limits = request.limits((batch.segments > 0).sum(axis=-1))
     return _LaidOut(

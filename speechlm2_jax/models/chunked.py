@@ -70,7 +70,7 @@ def in_parts(example: SalmExample, max_s: float | None, rate_hz: int) -> Parts:
             "answered in chunks; ask about each by itself, shorten it, or raise max_audio_s "
             "(false: no limit)"
         )
-    (wave,) = example.audio
+    wave = max(example.audio, key=len)
     chunks = cut(wave, rate_hz=rate_hz, max_s=max_s)
     log.warning(
         "%s: %.1f s of audio are more than max_audio_s=%g; answered in %d overlapping chunks, "
@@ -79,6 +79,11 @@ def in_parts(example: SalmExample, max_s: float | None, rate_hz: int) -> Parts:
     )
     rows = tuple(replace(example, audio=(wave[c.start : c.end],)) for c in chunks)
     return Parts(rows, tuple(chunks))
+
+
+def row_number(prompt: int, chunk: int) -> int:
+    """The number by which a row's random draws go: the prompt's own for a first chunk."""
+    return (prompt + chunk * CHUNK_STRIDE) % 2**31
 
 
 def refuse(examples: Sequence[SalmExample], max_s: float | None, rate_hz: int) -> None:
@@ -126,7 +131,7 @@ def answer(
         filled = chosen + chosen[-1:] * (at_once - len(chosen))
         if request.max_time_s is not None:
             request = replace(request, max_time_s=max(deadline_s - time.monotonic(), 1e-9))
-        row_ids = np.array([p + n * CHUNK_STRIDE for p, n in filled], np.int32)
+        row_ids = np.array([row_number(p, n) for p, n in filled], np.int32)
         *_, spoken = speak([prompts[p].rows[n] for p, n in filled], request, row_ids=row_ids)
         for row, ids, length in zip(chosen, spoken.ids, spoken.lengths, strict=False):
             answers[row] = ids[:length]

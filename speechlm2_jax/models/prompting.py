@@ -22,15 +22,15 @@ class PromptContext:
 
 
 def prompt_examples(
-    prompts: Any, audios: Any, audio_lens: Any, context: PromptContext
+    prompts: Any, audios: Any, audio_lens: Any, context: PromptContext, first: int = 0
 ) -> tuple[list[SalmExample], np.ndarray]:
     """Makes one conversation per prompt; audio goes to the placeholders in order.
 
     `prompts`: a list of dialogs (lists of turns, each with `role`, and `content` or `slots`, and
     optionally `audio`: paths or arrays at the model's rate), or int ids [B, T] padded anywhere on
     the left. `audios` [B', S] with `audio_lens` [B'], one per placeholder over the whole batch.
-    Returns the conversations and their left-padded ids [B, T]. Raises ValueError where
-    placeholders and audio do not match in number.
+    Returns the conversations, named by their numbers from `first`, and their left-padded ids
+    [B, T]. Raises ValueError where placeholders and audio do not match in number.
     """
     if _is_dialogs(prompts):
         inside = [clip for dialog in prompts for turn in dialog for clip in _clips(turn, context)]
@@ -47,7 +47,7 @@ def prompt_examples(
             )
         ids = list(array)
         clips = [] if audios is None else _unnamed(audios, audio_lens)
-    return _assign(ids, clips, context), left_pad(ids, context.pad_id)
+    return _assign(ids, clips, context, first), left_pad(ids, context.pad_id)
 
 
 def split_audio(audios: Any, audio_lens: Any) -> list[np.ndarray]:
@@ -107,7 +107,7 @@ def _unnamed(audios: Any, audio_lens: Any) -> list[_Clip]:
 
 
 def _assign(
-    ids: Sequence[np.ndarray], clips: Sequence[_Clip], context: PromptContext
+    ids: Sequence[np.ndarray], clips: Sequence[_Clip], context: PromptContext, first: int
 ) -> list[SalmExample]:
     needed = [int((row == context.placeholder_id).sum()) for row in ids]
     if sum(needed) != len(clips):
@@ -116,7 +116,7 @@ def _assign(
             "given; write the model's audio_locator_tag once per clip"
         )
     starts = np.cumsum([0, *needed])
-    return [_example(i, row, clips[starts[i] : starts[i + 1]]) for i, row in enumerate(ids)]
+    return [_example(first + i, row, clips[starts[i] : starts[i + 1]]) for i, row in enumerate(ids)]
 
 
 def _example(number: int, ids: np.ndarray, clips: Sequence[_Clip]) -> SalmExample:

@@ -1,6 +1,6 @@
 """SALM as a user holds it: network, tokenizer, settings and weights in one object."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 from speechlm2_jax.batches import BatchShape, HostBatch, SalmBatch, SalmExample, StepLosses
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.layers.module import Variables, bind
-from speechlm2_jax.models import answering, building, running
+from speechlm2_jax.models import answering, building, continuous, running
 from speechlm2_jax.models.base import SpeechModel
 from speechlm2_jax.models.building import SalmBlueprint
+from speechlm2_jax.models.continuous import Answered
 from speechlm2_jax.models.generation_config import read_request
 from speechlm2_jax.models.streaming import Piece, last_of
 from speechlm2_jax.networks import salm as salm_network
@@ -118,6 +119,25 @@ class SALM(SpeechModel):
             generation_config,
             tokens_at_once,
             generation_kwargs,
+        )
+
+    def generate_each(
+        self,
+        prompts: Iterable[Any],
+        generation_config: Any = None,
+        *,
+        slots: int = 64,
+        **generation_kwargs: Any,
+    ) -> Iterator[list[Answered]]:
+        """Answers a stream of dialogs, `slots` at a time; what ends makes room for the next.
+
+        `prompts`: dialogs as `generate` takes them, with their audio inside, as many as one likes:
+        they are drawn as slots become free. Yields lists of `Answered` (number of the prompt, ids),
+        as they end. Greedy or drawn, the ids are those of `generate` on all prompts. Raises
+        ValueError, at the call, for beams, several answers, stop strings, and time limits.
+        """
+        return continuous.generate_each(
+            *(self, self._definition, prompts, slots), generation_config, generation_kwargs
         )
 
     def answer(self, prompts: Sequence[SalmExample], max_new_tokens: int) -> np.ndarray:

@@ -1,6 +1,8 @@
 """The runner: order, batches, ends of answers, bad audio, speed."""
 
+import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -214,3 +216,35 @@ def test_a_recording_that_is_too_long_is_answered_in_chunks_and_told():
     assert whole.pred_text == "five <extra>", "null: at once"
     with pytest.raises(ValueError, match="max_audio_s=0.5 must be at least 1, or null"):
         _config(max_audio_s=0.5)
+
+
+class StreamingFake(FakeModel):
+    """Answers on two slots, the later of two prompts first."""
+
+    def generate_each(self, prompts, **options):
+        assert options["slots"] == 2
+        numbered = enumerate(prompts)
+        while pair := list(itertools.islice(numbered, 2)):
+            audio = [prompt[-1]["audio"][0] for _, prompt in pair]
+            lengths = np.array([len(wave) for wave in audio])
+            ids = self.generate([p for _, p in pair], audio_lens=lengths, **options)
+            for (number, _), row in list(zip(pair, ids, strict=True))[::-1]:
+                yield [(number, row)]
+
+
+def test_answers_that_come_as_they_end_are_put_in_order_and_timed():
+    seconds = [1, 5, 2, 4, 3]
+    utterances = [_utterance(f"u{s}", s, NUMBERS[s]) for s in seconds]
+    utterances.insert(2, _utterance("bad", 9, "x", error="missing"))
+    config = _config(extra_eos_tokens=("<extra>",), verbose=False)
+    result = evaluate(model := StreamingFake(), utterances, config)
+    assert [a.pred_text for a in result.answers] == ["one", "five", "", "two", "four", "three"]
+    assert all("audios" not in call for call in model.calls), "not in batches"
+    assert result.speed.audio_s == 15 and result.speed.generate_s > 0
+    batches = evaluate(
+        model := StreamingFake(), utterances, replace(config, continuous_batching=False)
+    )
+    assert [a.pred_text for a in batches.answers] == [a.pred_text for a in result.answers]
+    assert all("audios" in call for call in model.calls)
+    evaluate(model := StreamingFake(), utterances, replace(config, generation={"num_beams": 2}))
+    assert all("audios" in call for call in model.calls), "beams go batch by batch"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from speechlm2_jax.layers.cache import KVCache
+from speechlm2_jax.layers.cache import KVCache, RingCache
 
 L, B, S, K, H = 2, 3, 6, 2, 4
 
@@ -32,3 +32,22 @@ def test_more_steps_than_capacity_are_refused() -> None:
     cache = KVCache.empty((L, B, S, K, H), jnp.float32)
     with pytest.raises(ValueError, match="larger capacity"):
         cache.announce(jnp.ones((B, S + 1), bool))
+
+
+def test_a_ring_goes_round_after_the_prompts_and_a_new_row_begins_clean() -> None:
+    first = 2
+    ring = RingCache.around(KVCache.empty((L, B, S, K, H), jnp.float32), first)
+    for step in range(S - first + 1):  # once more than it has slots
+        ring = ring.announce(jnp.ones((B, 1), bool))
+        ring = ring.write(0, *(jnp.full((B, 1, K, H), step + 1.0),) * 2).advance(1)
+    assert ring.read(0)[0][0, :, 0, 0].tolist() == [0, 0, 5, 2, 3, 4]
+    assert np.asarray(ring.is_key)[:, first:].all() and ring.used == S
+    prompts = KVCache.empty((L, 2, 3, K, H), jnp.float32)
+    prompts = prompts.announce(jnp.ones((2, 3), bool)).write(0, *(jnp.full((2, 3, K, H), 9.0),) * 2)
+    ring = ring.admit(jnp.asarray([1, B]), prompts)
+    assert ring.read(0)[0][1, :, 0, 0].tolist() == [9, 9, 5, 2, 3, 4]
+    assert ring.is_key.tolist() == [
+        [False, False, True, True, True, True],
+        [True, True, False, False, False, False],
+        [False, False, True, True, True, True],
+    ]
