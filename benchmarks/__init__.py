@@ -1,6 +1,7 @@
 """Benchmarks: one command per table, each ending in one line of JSON.
 
     python -m benchmarks.salm --preset small          training step and generation of a shape
+    python -m benchmarks.duplex --preset tiny         the same of a full-duplex model
     python -m benchmarks.parts --preset small         mel features and encoder alone
     python -m benchmarks.loader                       batches per second of the data room
     python -m benchmarks.startup                      seconds to the first step and first answer

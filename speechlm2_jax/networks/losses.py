@@ -26,7 +26,8 @@ def chunked_cross_entropy(
     """Sums -log p(target) and counts right guesses where `loss_mask` is True.
 
     Scored positions of each row move to its front, and the head runs over chunks of steps, each
-    computed only if some row still has a target there and computed again in the backward pass.
+    computed only if some row still has a target there and, where there is more than one, computed
+    again in the backward pass.
     `rows_per_chunk` is how many rows share a device, which sets the steps of a chunk. Where devices
     share the steps of a row, each does this with its own. Returns (loss, accuracy) as sums with the
     same count; a step with targets of several codebooks counts as so many. fp32 whatever the dtype
@@ -73,7 +74,8 @@ def chunked_cross_entropy(
         return (carry[0] + loss, carry[1] + right), None
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    body = jax.checkpoint(step, prevent_cse=False)
+    # one chunk alone takes no more memory if it is kept, and a product with the head less
+    body = step if padded == chunk else jax.checkpoint(step, prevent_cse=False)
     (loss, right), _ = jax.lax.scan(body, start, jnp.arange(0, padded, chunk))
     count = jnp.sum(loss_mask, dtype=jnp.float32) * math.prod(codebooks)
     return LossSum(total=loss, count=count), LossSum(total=right, count=count)

@@ -1,0 +1,57 @@
+"""The duplex benchmark: both sides get one model, and the work is what it says."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks import duplex_parts
+from benchmarks.duplex_parts import PRESETS
+from benchmarks.duplex_work import Conversations, DuplexWork
+from speechlm2_jax.models import DuplexS2SModel
+
+MICRO = replace(
+    PRESETS["tiny"],
+    llm=dict(vocab_size=64, width=16, layers=1, heads=2, kv_heads=1, mlp_width=32),
+    encoder_width=16,
+    encoder_layers=1,
+    encoder_heads=2,
+    codec_channels=(2, 32),
+    levels=(3, 3),
+    codebooks=2,
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    duplex_parts.write(folder, MICRO, weights=False)
+    model = DuplexS2SModel(duplex_parts.located(duplex_parts.model_cfg(MICRO), folder))
+    return DuplexWork(model, Conversations(batch=2, seconds=0.8))
+
+
+def test_all_but_the_codec_is_trained(work):
+    codec = sum(
+        int(np.prod(info.shape))
+        for path, info in work.model.infos.items()
+        if path.startswith("codec.") and not info.is_buffer
+    )
+    assert work.count() - work.count(trained_only=True) == codec > 0
+
+
+def test_conversations_have_one_turn_each_and_no_padding(work):
+    arrays, ids = work.batch().arrays, work.model.turn_ids
+    assert arrays.target_tokens.shape == (1, 2, 10)
+    assert (arrays.source_lengths == 12800).all() and (arrays.target_lengths == 17640).all()
+    for tokens in arrays.target_tokens[0]:
+        assert (tokens == ids.bos).sum() == (tokens == ids.eos).sum() == 1
+
+
+@pytest.mark.slow
+def test_training_learns_and_conversations_are_as_long_as_asked(work):
+    step = work.training("none")
+    losses = [step() for _ in range(3)]
+    assert losses[2] < losses[0]
+    result = work.talking(1, decode_audio=True)()
+    assert result["tokens_audio"].shape == (1, 10, 2)
+    assert result["audio"].shape == (1, 17640)
