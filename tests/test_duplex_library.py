@@ -93,6 +93,7 @@ def stopped(folder, copy):
     return copy
 
 
+@pytest.mark.slow  # two runs; a SALM's is among the fast ones
 def test_a_duplex_run_goes_on_bit_for_bit_from_a_checkpoint(cfg, whole_run, tmp_path):
     folder, model = whole_run
     copy = stopped(folder, tmp_path / "run")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from speechlm2_jax.conversion.readers import write_safetensors
 
@@ -51,6 +52,7 @@ def write_llm(folder, width):
     return sum(2 * int(np.prod(shape)) for shape in shapes.values())
 
 
+@pytest.mark.slow  # large checkpoints, read in processes of their own
 def test_loading_takes_little_more_memory_than_the_checkpoint(tmp_path):
     sizes, taken = {}, {}
     for width in (64, 1024):  # the small one tells what the programs take

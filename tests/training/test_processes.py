@@ -13,7 +13,7 @@ import pytest
 
 from speechlm2_jax.checkpointing import load_weights, read_json, step_folders
 from speechlm2_jax.launch import COORDINATOR, COUNT, HEARTBEAT, INDEX
-from tests.training.tiny_salm import write_config
+from tests.training.tiny_salm import SECONDS, write_config
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24
@@ -21,6 +21,7 @@ STOPPED_AT = 8
 COMPARED = ("loss", "grad_norm", "acc", "val_loss", "val_acc", "val_wer")
 NOT_VALIDATED = "+trainer.limit_val_batches=0"  # as in four processes, and half the programs
 HEARTBEAT_S = 10
+ONE_LENGTH = {"short": 0.5, "long": 0.5}  # one program; four processes have two
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +33,11 @@ def compiled(tmp_path_factory):
 class Run:
     """train.py on some devices, by any number of processes."""
 
-    def __init__(self, folder, compiled, devices):
+    def __init__(self, folder, compiled, devices, seconds=ONE_LENGTH):
         self.folder, self.compiled, self.devices = folder, compiled, devices
         self.config = write_config(
             folder,
+            seconds=seconds,
             trainer={
                 "devices": devices,
                 "max_steps": STEPS,
@@ -127,7 +129,7 @@ def test_two_processes_are_one_run_that_stops_and_goes_on_together(tmp_path, com
 
 @pytest.mark.slow  # five processes, which compile each for itself
 def test_four_processes_are_one_run(tmp_path, compiled):
-    run = Run(tmp_path, compiled, devices=4)
+    run = Run(tmp_path, compiled, devices=4, seconds=SECONDS)
     fsdp = "+trainer.strategy={_target_: FSDPStrategy}"
     run.finish(run.start("one", 1, fsdp))
     run.finish(run.start("four", 4, fsdp))

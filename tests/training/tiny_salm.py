@@ -13,12 +13,12 @@ RATE_HZ = 16000
 SECONDS = {"short": 0.5, "long": 1.5}
 
 
-def write_config(folder, *, llm=LLAMA, trainer, exp_manager=None):
+def write_config(folder, *, llm=LLAMA, trainer, exp_manager=None, seconds=SECONDS):
     """Writes recordings, a manifest and a YAML into `folder`; gives the YAML's path."""
     noise = np.random.default_rng(0)
     rows = []
     for index in range(8):
-        length_s = SECONDS["long" if index % 3 == 2 else "short"]
+        length_s = seconds["long" if index % 3 == 2 else "short"]
         name = f"{index}.wav"
         soundfile.write(folder / name, noise.normal(0, 0.1, round(RATE_HZ * length_s)), RATE_HZ)
         rows.append({"audio_filepath": name, "duration": length_s, "text": f"yes {index}"})
