@@ -171,7 +171,7 @@ def variables(codec: AudioCodec, made: dict[str, Weights]) -> Weights:
         elif name == "direction":
             layer = layer.removesuffix(".weight")
             kernel = made[layer]["kernel"] if layer in made else np.zeros(info.shape)
-            is_zero = ~kernel.any(axis=(1, 2), keepdims=True)
+            is_zero = np.logical_not(np.any(kernel, axis=(1, 2), keepdims=True))
             direction = np.where(is_zero, 1.0, kernel).astype(ml_dtypes.bfloat16)
             length = np.sqrt(np.square(direction.astype(np.float64)).sum(axis=(1, 2)))
             values[path] = direction
