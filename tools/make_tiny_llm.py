@@ -79,6 +79,7 @@ def make_architecture(texts: Sequence[str]) -> None:
     tokenizer.save(str(TARGET / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",  # where an agent of a duplex model begins to speak
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
         "clean_up_tokenization_spaces": False,

@@ -1,0 +1,79 @@
+"""The duplex configurations that run out of the box, their codec and their dialogs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from speechlm2_jax import experiment
+from speechlm2_jax.models import AudioCodec
+
+ROOT = Path(__file__).parents[1]
+DIALOGS, CODEC = ROOT / "corpus" / "dialogs", ROOT / "configs" / "parts" / "tiny_codec.nemo"
+KINDS = ("s2s_duplex", "s2s_duplex_speech_decoder")
+SHORT = (
+    "trainer.devices=1",
+    "+trainer.remat=none",
+    "trainer.max_steps=2",
+    "trainer.limit_train_batches=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.limit_val_batches=0",
+    "model.lr_scheduler.warmup_steps=0",
+    "model.scoring_asr=null",
+    "data.train_ds.batch_size=2",
+    "exp_manager.create_checkpoint_callback=false",
+    "exp_manager.create_tensorboard_logger=false",
+)
+LEAST_SNR_DB = 8.0
+"""Of the agent's voice, in dialogs that the codec was not fitted to."""
+
+
+def cuts(split):
+    return [json.loads(line) for line in (DIALOGS / f"{split}.jsonl").read_text().splitlines()]
+
+
+def agent(cut):
+    source = cut["custom"]["target_audio"]["sources"][0]["source"]
+    return soundfile.read(DIALOGS / source, dtype="float32")[0]
+
+
+def said_by(split, speaker):
+    turns = [turn for cut in cuts(split) for turn in cut["supervisions"]]
+    return {turn["text"] for turn in turns if turn["speaker"] == speaker}
+
+
+def test_dialogs_answer_new_sentences_with_known_words():
+    tested = (ROOT / "corpus" / "test.jsonl").read_text().splitlines()
+    heard = said_by("train", "user") | said_by("validation", "user")
+    assert not said_by("train", "user") & said_by("validation", "user")
+    assert not heard & {json.loads(line)["text"] for line in tested}
+    assert said_by("validation", "agent") <= said_by("train", "agent")
+
+
+def test_answers_begin_at_a_frame_after_the_user_has_spoken():
+    for cut in cuts("validation"):
+        user, answer = cut["supervisions"]
+        assert answer["start"] >= user["start"] + user["duration"]
+        assert answer["start"] / 0.08 == pytest.approx(round(answer["start"] / 0.08))
+
+
+def test_the_codec_says_again_what_it_heard_and_silence_is_silent():
+    codec = AudioCodec.from_pretrained(CODEC)
+    wave = agent(cuts("validation")[0])
+    codes, counts = codec.encode(wave[None], [len(wave)])
+    spoken = np.asarray(codec.decode(codes, counts).audio)[0, : len(wave)]
+    error = np.square(wave - spoken).sum()
+    assert 10 * np.log10(np.square(wave).sum() / error) > LEAST_SNR_DB
+    assert np.abs(spoken[: 10 * codec.samples_per_frame]).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.slow)])
+def test_two_steps_of_a_bundled_config_run(kind, tmp_path):
+    overrides = [*SHORT, f"exp_manager.explicit_log_dir={tmp_path / 'run'}"]
+    experiment.build(ROOT / "configs" / f"{kind}.yaml", overrides).fit()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 2 and np.isfinite(losses).all()
