@@ -18,6 +18,7 @@ from speechlm2_jax.generation.decoding import (
     step_keys,
 )
 from speechlm2_jax.layers.cache import KVCache
+from speechlm2_jax.layers.module import read_in_place
 
 NOWHERE = -1e9
 """The score of a place that holds no answer, as in transformers."""
@@ -102,7 +103,8 @@ def go_on(
         hidden, cache = feed(decoder, state.cache, token.reshape(-1), place, is_key, dtype)
         return _spread(decoder, state._replace(cache=cache), hidden, config, search)
 
-    return jax.lax.while_loop(is_unfinished, advance, state)
+    with read_in_place(decoder):
+        return jax.lax.while_loop(is_unfinished, advance, state)
 
 
 def best(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from speechlm2_jax.generation.sampling import SamplingConfig, choose
+from speechlm2_jax.layers.module import read_in_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,8 @@ def converse(
         codes = jax.lax.dynamic_update_slice_in_dim(codes, said.codes[:, None], t, axis=1)
         return said, text, codes
 
-    _, text, codes = jax.lax.while_loop(is_going_on, advance, (said, text, codes))
+    with read_in_place(network):
+        _, text, codes = jax.lax.while_loop(is_going_on, advance, (said, text, codes))
     is_real = jnp.arange(frames)[None] < lengths[:, None]
     return Spoken(text=jnp.where(is_real, text, pad), codes=jnp.where(is_real[..., None], codes, 0))
 

@@ -26,6 +26,7 @@ from speechlm2_jax.generation.decoding import (
     step_keys,
 )
 from speechlm2_jax.layers.cache import KVCache
+from speechlm2_jax.layers.module import read_in_place
 from speechlm2_jax.sharding import constrain
 
 __all__ = [
@@ -126,7 +127,8 @@ def go_on(
         hidden, cache = feed(decoder, state.cache, token, place, ~state.finished, dtype)
         return _choose(decoder, state._replace(cache=cache), hidden, config)
 
-    return jax.lax.while_loop(is_unfinished, advance, state)
+    with read_in_place(decoder):
+        return jax.lax.while_loop(is_unfinished, advance, state)
 
 
 def pinned(state: State) -> State:

@@ -20,6 +20,7 @@ from speechlm2_jax.generation.decoding import (
 )
 from speechlm2_jax.generation.salm import Answering
 from speechlm2_jax.layers.cache import RingCache
+from speechlm2_jax.layers.module import read_in_place
 
 
 class Slots(NamedTuple):
@@ -87,7 +88,8 @@ def run(
         scores = decoder.logits(hidden)[:, 0]
         return _choose(slots._replace(cache=cache), scores, config)
 
-    return jax.lax.while_loop(is_unfinished, advance, slots)
+    with read_in_place(decoder):
+        return jax.lax.while_loop(is_unfinished, advance, slots)
 
 
 def _choose(slots: Slots, scores: Float[Array, "R V"], config: DecodingConfig) -> Slots:

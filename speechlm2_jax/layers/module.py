@@ -7,7 +7,8 @@ Everything outside the modules (optimizer, sharding, conversion, checkpoints) sp
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from speechlm2_jax.sharding import constrain
+from speechlm2_jax.sharding import constrain, platform
 
 Variables = dict[str, Any]
 """Dotted path -> array. A plain dict, so every JAX transformation and library takes it."""
@@ -28,6 +29,10 @@ LAYERS = "layers"
 _LEVEL = "xla_backend_optimization_level"
 _draws_nothing: ContextVar[bool] = ContextVar("draws_nothing", default=False)
 """Set by `abstract`, which would trace every draw for its shape alone."""
+MOST_APART_BYTES = 6 * 2**30
+"""Stacks that a loop on a CPU may hold a second time: 1.1 B parameters in fp32, or 3 B in bf16."""
+_apart: ContextVar[Mapping[int, tuple[Any, ...]] | None] = ContextVar("apart", default=None)
+"""Set by `read_in_place`: the layers of a stack by its id."""
 
 
 class Buffer(nnx.Variable):
@@ -122,6 +127,9 @@ def scan_layers(
     the backward pass computes again: `full` everything but the carries, `dots` all but products
     with weights, `none` nothing.
     """
+    apart = (_apart.get() or {}).get(id(layers))
+    if apart is not None:
+        return _run_apart(apart, body, carry, xs)
     definition, state = nnx.split(layers)
 
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
@@ -131,6 +139,56 @@ def scan_layers(
     if remat != "none":
         step = jax.checkpoint(step, prevent_cse=False, policy=_SAVED[remat])
     return jax.lax.scan(step, carry, (state, xs))
+
+
+@contextmanager
+def read_in_place(network: Any) -> Iterator[None]:
+    """Around a loop that runs a network's stacks again and again: their layers are read in place.
+
+    XLA on CPUs copies the weights of every layer out of its stack whenever a scan comes to it: as
+    much memory traffic as the whole of a step of one token. Here each layer gets arrays of its
+    own before the loop, and the loop has a body per layer. That costs the stacks' size in memory,
+    so not where they are larger than MOST_APART_BYTES, nor on other platforms, which read slices.
+    """
+    stacks = list(_stacks(network)) if platform() == "cpu" else []
+    sizes = [x.size * x.dtype.itemsize for s in stacks for x in jax.tree.leaves(nnx.state(s))]
+    if sum(sizes) > MOST_APART_BYTES:
+        stacks = []
+    apart = {id(stack): _taken_apart(stack) for stack in stacks}
+    token = _apart.set({**(_apart.get() or {}), **apart})
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
+def _stacks(module: Any) -> Iterator[nnx.Module]:
+    """The stacks in a network; what is no module has none."""
+    if not isinstance(module, nnx.Module):
+        return
+    variables = [variable for _, variable in nnx.to_flat_state(nnx.state(module))]
+    if variables and all(v.get_metadata()["axes"][:1] == (LAYERS,) for v in variables):
+        yield module
+        return
+    for value in vars(module).values():
+        yield from _stacks(value)
+
+
+def _taken_apart(layers: M) -> tuple[M, ...]:
+    definition, state = nnx.split(layers)
+    count = len(jax.tree.leaves(state)[0])
+    states = [jax.tree.map(lambda x, n=n: x[n], state) for n in range(count)]
+    return tuple(nnx.merge(definition, _as_placed(own), copy=True) for own in states)
+
+
+def _run_apart(
+    layers: tuple[M, ...], body: Callable[[M, Any, Any], tuple[Any, Any]], carry: Any, xs: Any
+) -> tuple[Any, Any]:
+    ys = []
+    for number, layer in enumerate(layers):
+        carry, y = body(layer, carry, jax.tree.map(lambda x, n=number: x[n], xs))
+        ys.append(y)
+    return carry, jax.tree.map(lambda *each: jnp.stack(each), *ys)
 
 
 def _as_placed(layer_state: Any) -> Any:

@@ -1,0 +1,85 @@
+"""A loop over a stack reads its layers where they lie, and computes the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from speechlm2_jax.layers import module
+from speechlm2_jax.layers.module import param, read_in_place, scan_layers, stack
+
+LAYERS, WIDTH, TURNS = 3, 4, 5
+
+
+class Layer(nnx.Module):
+    """x @ weight."""
+
+    def __init__(self, rngs):
+        init = jax.nn.initializers.normal()
+        self.weight = param(rngs, (WIDTH, WIDTH), (None, None), init)
+
+
+class Tower(nnx.Module):
+    """A stack under another module."""
+
+    def __init__(self, rngs):
+        self.inner = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        for variable in (self.inner.kernel, self.inner.bias):
+            variable.set_metadata(axes=(None,) * variable.ndim)
+        self.layers = stack(Layer, LAYERS, rngs)
+
+    def __call__(self, x):
+        def body(layer, x, scale):
+            return jnp.tanh(x + scale * (x @ layer.weight[...])), x.sum()
+
+        return scan_layers(self.layers, body, x, jnp.arange(1.0, LAYERS + 1), remat="none")
+
+
+def looped(tower, x, *, in_place):
+    def turn(_, carry):
+        x, total = carry
+        x, sums = tower(x)
+        return x, total + sums
+
+    def run():
+        return jax.lax.fori_loop(0, TURNS, turn, (x, jnp.zeros(LAYERS)))
+
+    if not in_place:
+        return run()
+    with read_in_place(tower):
+        return run()
+
+
+@pytest.fixture
+def tower():
+    return Tower(nnx.Rngs(0))
+
+
+def program(tower, *, in_place):
+    definition, state = nnx.split(tower)
+    call = jax.jit(lambda s, x: looped(nnx.merge(definition, s), x, in_place=in_place))
+    return call, state
+
+
+def test_the_same_numbers_without_a_scan_inside_the_loop(tower):
+    x = jnp.ones((2, WIDTH))
+    results = []
+    for in_place, loops in ((False, 2), (True, 1)):
+        call, state = program(tower, in_place=in_place)
+        assert str(jax.make_jaxpr(call)(state, x)).count("scan[") == loops
+        results.append(call(state, x))
+    for expected, actual in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_a_stack_that_is_too_large_to_hold_twice_stays_one(tower, monkeypatch):
+    monkeypatch.setattr(module, "MOST_APART_BYTES", LAYERS * WIDTH * WIDTH * 4 - 1)
+    call, state = program(tower, in_place=True)
+    assert str(jax.make_jaxpr(call)(state, jnp.ones((2, WIDTH)))).count("scan[") == 2
+
+
+def test_outside_the_loop_nothing_is_taken_apart(tower):
+    with read_in_place(tower):
+        pass
+    assert str(jax.make_jaxpr(lambda x: tower(x))(jnp.ones((2, WIDTH)))).count("scan[") == 1
