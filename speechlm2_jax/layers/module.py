@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ _draws_nothing: ContextVar[bool] = ContextVar("draws_nothing", default=False)
 """Set by `abstract`, which would trace every draw for its shape alone."""
 MOST_APART_BYTES = 6 * 2**30
 """Stacks that a loop on a CPU may hold a second time: 1.1 B parameters in fp32, or 3 B in bf16."""
-_apart: ContextVar[Mapping[int, tuple[Any, ...]] | None] = ContextVar("apart", default=None)
+_apart: ContextVar[Mapping[int, "_Apart"] | None] = ContextVar("apart", default=None)
 """Set by `read_in_place`: the layers of a stack by its id."""
 
 
@@ -129,7 +129,7 @@ def scan_layers(
     """
     apart = (_apart.get() or {}).get(id(layers))
     if apart is not None:
-        return _run_apart(apart, body, carry, xs)
+        return apart.run(body, carry, xs)
     definition, state = nnx.split(layers)
 
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
@@ -154,7 +154,7 @@ def read_in_place(network: Any) -> Iterator[None]:
     sizes = [x.size * x.dtype.itemsize for s in stacks for x in jax.tree.leaves(nnx.state(s))]
     if sum(sizes) > MOST_APART_BYTES:
         stacks = []
-    apart = {id(stack): _taken_apart(stack) for stack in stacks}
+    apart = {id(stack): _Apart.of(stack) for stack in stacks}
     token = _apart.set({**(_apart.get() or {}), **apart})
     try:
         yield
@@ -174,21 +174,28 @@ def _stacks(module: Any) -> Iterator[nnx.Module]:
         yield from _stacks(value)
 
 
-def _taken_apart(layers: M) -> tuple[M, ...]:
-    definition, state = nnx.split(layers)
-    count = len(jax.tree.leaves(state)[0])
-    states = [jax.tree.map(lambda x, n=n: x[n], state) for n in range(count)]
-    return tuple(nnx.merge(definition, _as_placed(own), copy=True) for own in states)
+class _Apart(NamedTuple):
+    """A stack whose layers have arrays of their own."""
 
+    definition: Any
+    states: tuple[Any, ...]
 
-def _run_apart(
-    layers: tuple[M, ...], body: Callable[[M, Any, Any], tuple[Any, Any]], carry: Any, xs: Any
-) -> tuple[Any, Any]:
-    ys = []
-    for number, layer in enumerate(layers):
-        carry, y = body(layer, carry, jax.tree.map(lambda x, n=number: x[n], xs))
-        ys.append(y)
-    return carry, jax.tree.map(lambda *each: jnp.stack(each), *ys)
+    @classmethod
+    def of(cls, layers: nnx.Module) -> "_Apart":
+        definition, state = nnx.split(layers)
+        count = len(jax.tree.leaves(state)[0])
+        states = [_as_placed(jax.tree.map(lambda x, n=n: x[n], state)) for n in range(count)]
+        return cls(definition, tuple(states))
+
+    def run(
+        self, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any
+    ) -> tuple[Any, Any]:
+        ys = []
+        for number, state in enumerate(self.states):
+            layer = nnx.merge(self.definition, state, copy=True)
+            carry, y = body(layer, carry, jax.tree.map(lambda x, n=number: x[n], xs))
+            ys.append(y)
+        return carry, jax.tree.map(lambda *each: jnp.stack(each), *ys)
 
 
 def _as_placed(layer_state: Any) -> Any:
