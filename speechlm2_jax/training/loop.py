@@ -91,7 +91,9 @@ class FitLoop:
         window = self._next_window()
         if not window:
             return self._validate_finally() or f"the training data ended at step {progress.step}"
+        parts.profiler.before(progress.step + 1)
         self._dispatch(window)
+        parts.profiler.after(progress.step, self.state)
         is_last = self._is_finished
         if is_last or progress.step % parts.log_every_n_steps == 0:
             self._reporter.log_step()

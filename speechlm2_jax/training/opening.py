@@ -15,6 +15,7 @@ from speechlm2_jax.training.exp_manager import ExpManagerConfig, SummaryWriterPa
 from speechlm2_jax.training.meter import Meter
 from speechlm2_jax.training.metrics_log import MetricsLog, Wandb
 from speechlm2_jax.training.parts import Parts
+from speechlm2_jax.training.profiling import FOLDER, StepProfiler
 from speechlm2_jax.training.protocol import (
     DataSource,
     HostMetric,
@@ -73,6 +74,8 @@ class Opening:
             is_wanted=config.enable_progress_bar and jax.process_index() == 0,
         )
         stack.callback(bar.close)
+        traces = (self.run_dir or Path()) / FOLDER
+        profiler = stack.enter_context(StepProfiler(config.profile_steps, traces).closing())
         planned = len(self.datamodule.training_shapes())
         parts = Parts(
             model=model,
@@ -88,6 +91,7 @@ class Opening:
             meter=self.meter,
             stop=self.stop,
             bar=bar,
+            profiler=profiler,
             log_every_n_steps=config.log_every_n_steps,
             sanity_batches=config.num_sanity_val_steps,
         )

@@ -9,6 +9,7 @@ from speechlm2_jax.training.cadence import Cadence
 from speechlm2_jax.training.exp_manager import CheckpointParams
 from speechlm2_jax.training.meter import Meter
 from speechlm2_jax.training.metrics_log import MetricsLog
+from speechlm2_jax.training.profiling import StepProfiler
 from speechlm2_jax.training.programs import Programs
 from speechlm2_jax.training.protocol import BatchIterator, DataSource, TrainableModel
 from speechlm2_jax.training.schedules import Schedule
@@ -68,5 +69,6 @@ class Parts:
     meter: Meter
     stop: StopRequest
     bar: ProgressBar
+    profiler: StepProfiler
     log_every_n_steps: int
     sanity_batches: int

@@ -76,6 +76,9 @@ class TrainerConfig:
     compilation_cache_dir: str | None = "auto"
     """Where compiled programs are kept between runs; null: nowhere."""
 
+    profile_steps: tuple[int, int] | None = None
+    """First and last optimizer step of a trace, written to `profile/` in the run's folder."""
+
     IGNORED: ClassVar[Mapping[str, str]] = {
         "logger": "exp_manager chooses the loggers",
         "enable_checkpointing": "exp_manager.create_checkpoint_callback decides",
@@ -97,7 +100,7 @@ class TrainerConfig:
     REFUSED: ClassVar[Mapping[str, Any]] = {
         "callbacks": "Lightning callbacks cannot run here",
         "plugins": "Lightning plugins cannot run here",
-        "profiler": "Lightning profilers cannot run here; use jax.profiler",
+        "profiler": "Lightning profilers cannot run here; set profile_steps=[10,12]",
         "fast_dev_run": "set max_steps and limit_val_batches instead",
         "overfit_batches": "set limit_train_batches, and data with few examples, instead",
         "gradient_clip_algorithm": ("only the global norm is clipped", "norm"),
@@ -117,6 +120,14 @@ class TrainerConfig:
             raise ValueError(f"accelerator={self.accelerator!r}; choose one of {list(PLATFORMS)}")
         if self.accumulate_grad_batches < 1 or self.log_every_n_steps < 1:
             raise ValueError("accumulate_grad_batches and log_every_n_steps must be at least 1")
+        if (
+            self.profile_steps is not None
+            and not 1 <= self.profile_steps[0] <= self.profile_steps[1]
+        ):
+            raise ValueError(
+                f"profile_steps={list(self.profile_steps)}: give the first and the last step, "
+                "counted from 1"
+            )
         if self.num_val_samples < 0:
             raise ValueError(f"num_val_samples={self.num_val_samples} must not be negative")
         if (self.gradient_clip_val or 0) < 0:

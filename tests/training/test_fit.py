@@ -16,6 +16,7 @@ from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training import start
 from speechlm2_jax.training.loop import MAX_SKIPPED_IN_A_ROW, NonFiniteRun
 from speechlm2_jax.training.meter import COMPUTE, KINDS, Meter
+from speechlm2_jax.training.trainer_config import TrainerConfig
 from tests.training.toy import ToyData, ToyModel, make_batch, make_trainer, rows_of, variables
 
 SCHEDULE = {
@@ -274,3 +275,20 @@ def test_a_run_directory_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(SettingsError, match="cannot be written"):
         make_trainer(tmp_path / "file" / "run")
+
+
+def test_a_trace_of_some_steps_is_written_and_told(tmp_path, capsys):
+    make_trainer(tmp_path / "run", max_steps=4, profile_steps=(2, 3)).fit(ToyModel(), ToyData())
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert "trace of steps 2 to 3" in capsys.readouterr().out
+
+
+def test_a_trace_ends_with_the_run(tmp_path):
+    make_trainer(tmp_path / "run", max_steps=2, profile_steps=(2, 9)).fit(ToyModel(), ToyData())
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("steps", [(0, 3), (5, 4)])
+def test_steps_of_a_trace_that_cannot_be_are_refused(steps):
+    with pytest.raises(ValueError, match="first and the last step"):
+        TrainerConfig(max_steps=1, profile_steps=steps)
