@@ -100,7 +100,7 @@ class TrainerConfig:
     REFUSED: ClassVar[Mapping[str, Any]] = {
         "callbacks": "Lightning callbacks cannot run here",
         "plugins": "Lightning plugins cannot run here",
-        "profiler": "Lightning profilers cannot run here; set profile_steps=[10,12]",
+        "profiler": "Lightning profilers cannot run here; give +trainer.profile_steps=[10,12]",
         "fast_dev_run": "set max_steps and limit_val_batches instead",
         "overfit_batches": "set limit_train_batches, and data with few examples, instead",
         "gradient_clip_algorithm": ("only the global norm is clipped", "norm"),
