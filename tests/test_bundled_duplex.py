@@ -69,7 +69,8 @@ def test_the_codec_says_again_what_it_heard_and_silence_is_silent():
     assert np.abs(spoken[: 10 * codec.samples_per_frame]).max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.slow)])
+@pytest.mark.slow  # half a minute of compilation each
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_steps_of_a_bundled_config_run(kind, tmp_path):
     overrides = [*SHORT, f"exp_manager.explicit_log_dir={tmp_path / 'run'}"]
     experiment.build(ROOT / "configs" / f"{kind}.yaml", overrides).fit()

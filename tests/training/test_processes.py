@@ -109,11 +109,20 @@ def wait_for(process, beginning):
     raise AssertionError(process.stderr.read())
 
 
-def test_two_processes_are_one_run_that_stops_and_goes_on_together(tmp_path, compiled):
+def test_two_processes_are_one_run(tmp_path, compiled):
     run = Run(tmp_path, compiled, devices=2)
     out = run.finish(run.start("one", 1, NOT_VALIDATED))
     assert "groups of a global batch: 2" in out
+    out = run.finish(run.start("two", 2, NOT_VALIDATED))
+    assert out.count(f"finished {STEPS} steps") == 1
+    assert "2 processes" in (tmp_path / "two" / "environment.txt").read_text()
+    run.assert_same("one", "two")
 
+
+@pytest.mark.slow  # five processes
+def test_two_processes_stop_and_go_on_together(tmp_path, compiled):
+    run = Run(tmp_path, compiled, devices=2)
+    run.finish(run.start("one", 1, NOT_VALIDATED))
     stopped = run.start("two", 2, NOT_VALIDATED)
     wait_for(stopped, f"step {STOPPED_AT}/")
     stopped.send_signal(signal.SIGTERM)
@@ -123,7 +132,6 @@ def test_two_processes_are_one_run_that_stops_and_goes_on_together(tmp_path, com
 
     out = run.finish(run.start("two", 2, NOT_VALIDATED))
     assert out.count("going on from") == 1 and out.count(f"finished {STEPS} steps") == 1
-    assert "2 processes" in (tmp_path / "two" / "environment.txt").read_text()
     run.assert_same("one", "two")
 
 

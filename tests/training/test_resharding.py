@@ -56,7 +56,7 @@ def eight(tmp_path_factory):
         "log_every_n_steps": 1,
         "limit_val_batches": 0,
     }
-    config = write_config(folder, trainer=trainer)
+    config = write_config(folder, trainer=trainer, seconds={"short": 0.5, "long": 0.5})
     fit(config, folder / "run", 8, SAVED_AT, FSDP)
     shutil.copytree(folder / "run", folder / "saved")
     fit(config, folder / "run", 8, SAVED_AT + MORE, FSDP)
