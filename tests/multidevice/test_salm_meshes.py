@@ -12,7 +12,7 @@ from speechlm2_jax.models import SALM
 from speechlm2_jax.sharding import RULES, make_sharding, place
 from tests.parity.salm_golden import DATA, five_steps, golden_examples
 
-STEPS = 72
+STEPS = 80  # a multiple of what a context axis of eight needs
 PROMPT = [{"role": "user", "content": "Say something."}]
 FP32_RTOL = 1e-4
 FP32_ATOL = 1e-5
