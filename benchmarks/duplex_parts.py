@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks import timing
 from speechlm2_jax.conversion import mapping
-from speechlm2_jax.conversion.codec import codec_table
+from speechlm2_jax.conversion.codec import ASKED_BY_NEMO, codec_table
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.layers.module import VariableInfo, Variables
 from speechlm2_jax.models import AudioCodec, DuplexS2SModel
@@ -26,7 +26,6 @@ from speechlm2_jax.training.programs import keep_compiled_programs
 CONFIG, WEIGHTS = "model.json", "model"
 ASR = "nemo.collections.asr.modules"
 CODEC = "nemo.collections.tts.modules.audio_codec_modules"
-LOSSES = "nemo.collections.tts.losses.audio_codec_loss"
 SPECIALS = ("<pad>", "<s>", "</s>")
 
 
@@ -206,20 +205,11 @@ def _write_llm(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def _write_codec(path: Path, preset: DuplexPreset) -> None:
-    """A codec with random weights; what NeMo wants to know of its training is there, and unused."""
+    """A codec with random weights, which NeMo opens too."""
     cfg = codec_cfg(preset)
     codec = AudioCodec(cfg)
     host = _random(codec.infos, preset.levels)
-    trained_by = {
-        "target": "nemo.collections.tts.models.audio_codec.AudioCodecModel",
-        "discriminator": None,
-        "generator_loss": {"_target_": f"{LOSSES}.GeneratorSquaredLoss"},
-        "discriminator_loss": {"_target_": f"{LOSSES}.DiscriminatorSquaredLoss"},
-        "loss_resolutions": [[512, 128, 512]],
-        "mel_loss_dims": [40],
-        "commit_loss_scale": 0.0,
-    }
-    write_nemo(path, {**cfg, **trained_by}, mapping.export(host, codec_table(codec.config)), {})
+    write_nemo(path, {**cfg, **ASKED_BY_NEMO}, mapping.export(host, codec_table(codec.config)), {})
 
 
 def _random(infos: Mapping[str, VariableInfo], levels: tuple[int, ...]) -> Variables:

@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 
 from speechlm2_jax.conversion import mapping
-from speechlm2_jax.conversion.codec import codec_table
+from speechlm2_jax.conversion.codec import ASKED_BY_NEMO, codec_table
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.models import AudioCodec
 
@@ -38,7 +38,6 @@ LIFT, CODE_LIFT = 2.0, 16.0
 TERMS = 3
 """Of numbers in bf16 that together are as exact as one in fp32."""
 MODULES = "nemo.collections.tts.modules.audio_codec_modules"
-LOSSES = "nemo.collections.tts.losses.audio_codec_loss"
 PLAIN = {
     "activation": "lrelu",
     "in_kernel_size": 1,
@@ -72,13 +71,7 @@ CONFIG: dict[str, Any] = {
         "num_groups": CODEBOOKS,
         "num_levels_per_group": list(LEVELS),
     },
-    # what NeMo asks of a codec that could be trained on
-    "discriminator": None,
-    "generator_loss": {"_target_": f"{LOSSES}.GeneratorSquaredLoss"},
-    "discriminator_loss": {"_target_": f"{LOSSES}.DiscriminatorSquaredLoss"},
-    "loss_resolutions": [[512, 128, 512]],
-    "mel_loss_dims": [40],
-    "commit_loss_scale": 0.0,
+    **ASKED_BY_NEMO,
 }
 Weights = dict[str, np.ndarray]
 

@@ -10,15 +10,14 @@ forward, backward, clipping at 1.0 and AdamW; Lightning's own bookkeeping is lef
 import argparse
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from measuring import measure
 
 FRAME_S, USER_HZ, AGENT_HZ = 0.08, 16000, 22050
 
@@ -126,21 +125,6 @@ def talking(
     """A call that answers so many of the conversations."""
     audio, lengths = batch["source_audio"][:rows], batch["source_audio_lens"][:rows]
     return lambda: model.offline_inference(audio.clone(), lengths.clone(), decode_audio)
-
-
-def measure(name: str, short: str, call: Callable[[], Any], repeats: int) -> dict[str, object]:
-    """[median, fastest, slowest] seconds and the median of the processor's."""
-    call()
-    seconds, processor = [], []
-    for _ in range(repeats):
-        started, used = time.perf_counter(), time.process_time()
-        call()
-        seconds.append(time.perf_counter() - started)
-        processor.append(time.process_time() - used)
-    return {
-        f"{name}_s": [statistics.median(seconds), min(seconds), max(seconds)],
-        f"{short}_processor_s": statistics.median(processor),
-    }
 
 
 def _arguments() -> argparse.Namespace:

@@ -10,13 +10,12 @@ backward, clipping at 1.0 and AdamW; Lightning's own bookkeeping is left out.
 import argparse
 import json
 import os
-import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import measure
 
 FRAMES_PER_S, HOP = 100, 160
 TAG = "<|audioplaceholder|>"
@@ -52,6 +51,21 @@ PRESETS = {
         },
         "rank": 16,
     },
+}
+ENCODER = {
+    "_target_": "nemo.collections.asr.modules.ConformerEncoder",
+    "feat_out": -1,
+    "subsampling": "dw_striding",
+    "subsampling_factor": 8,
+    "subsampling_conv_channels": 256,
+    "ff_expansion_factor": 4,
+    "self_attention_model": "rel_pos",
+    "conv_kernel_size": 9,
+    "conv_norm_type": "batch_norm",
+    "dropout": 0.0,
+    "dropout_pre_encoder": 0.0,
+    "dropout_emb": 0.0,
+    "dropout_att": 0.0,
 }
 
 
@@ -146,23 +160,7 @@ def config(folder: str, preset: dict[str, Any]) -> dict[str, Any]:
                 "pad_to": 0,
                 "dither": 0.0,
             },
-            "encoder": {
-                "_target_": "nemo.collections.asr.modules.ConformerEncoder",
-                "feat_in": preset["mel"],
-                "feat_out": -1,
-                **preset["encoder"],
-                "subsampling": "dw_striding",
-                "subsampling_factor": 8,
-                "subsampling_conv_channels": 256,
-                "ff_expansion_factor": 4,
-                "self_attention_model": "rel_pos",
-                "conv_kernel_size": 9,
-                "conv_norm_type": "batch_norm",
-                "dropout": 0.0,
-                "dropout_pre_encoder": 0.0,
-                "dropout_emb": 0.0,
-                "dropout_att": 0.0,
-            },
+            "encoder": {**ENCODER, "feat_in": preset["mel"], **preset["encoder"]},
             "modality_adapter": {
                 "_target_": "nemo.collections.speechlm2.modules.perception.IdentityConnector",
                 "d_model": width,
@@ -234,21 +232,6 @@ def answering(model, batch, prompt: int, answer: int):
         min_new_tokens=answer,
         do_sample=False,
     )
-
-
-def measure(name: str, short: str, call, repeats: int) -> dict[str, object]:
-    """[median, fastest, slowest] seconds and the median of the processor's."""
-    call()
-    seconds, processor = [], []
-    for _ in range(repeats):
-        started, used = time.perf_counter(), time.process_time()
-        call()
-        seconds.append(time.perf_counter() - started)
-        processor.append(time.process_time() - used)
-    return {
-        f"{name}_s": [statistics.median(seconds), min(seconds), max(seconds)],
-        f"{short}_processor_s": statistics.median(processor),
-    }
 
 
 def _arguments() -> argparse.Namespace:

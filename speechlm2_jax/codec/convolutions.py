@@ -6,6 +6,8 @@ same sum, and on a CPU faster than XLA's strided and dilated forms. XLA's groupe
 a hundred times as long as the same sum of two products.
 """
 
+from abc import abstractmethod
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -51,9 +53,9 @@ class Convolution(nnx.Module):
         self.weight: WeightNorm | Folded = WeightNorm(shape, rngs=rngs)
         self.bias = param(rngs, (channels,), ("conv",), zeros)
 
+    @abstractmethod
     def arranged(self, weight: Float[Array, "N M P"]) -> Array:
         """The kernel as the convolution takes it."""
-        raise NotImplementedError
 
     def kernel(self) -> Array:
         """The arranged kernel."""

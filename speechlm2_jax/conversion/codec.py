@@ -22,6 +22,18 @@ IGNORED = (
         "what the codec was taught to agree with in training",
     ),
 )
+_LOSSES = "nemo.collections.tts.losses.audio_codec_loss"
+ASKED_BY_NEMO = {
+    "target": "nemo.collections.tts.models.audio_codec.AudioCodecModel",
+    "discriminator": None,
+    "generator_loss": {"_target_": f"{_LOSSES}.GeneratorSquaredLoss"},
+    "discriminator_loss": {"_target_": f"{_LOSSES}.DiscriminatorSquaredLoss"},
+    "loss_resolutions": [[512, 128, 512]],
+    "mel_loss_dims": [40],
+    "commit_loss_scale": 0.0,
+}
+"""What NeMo's AudioCodecModel wants in a config beside the architecture: how it would be trained.
+A codec made here gets these to be opened there; nothing here reads them."""
 
 
 def codec_table(config: CodecConfig) -> Table:

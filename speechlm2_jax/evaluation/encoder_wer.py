@@ -64,7 +64,7 @@ def encoder_texts(
             chosen = order[start : start + batch_size]
             waves = list(pool.map(read, (utterances[i] for i in chosen)))
             heard = [(i, wave) for i, wave in zip(chosen, waves, strict=True) if wave is not None]
-            found = _transcribe(recogniser, [wave for _, wave in heard], max_s)
+            found = _transcribe(recogniser, [wave for _, wave in heard], max_s, batch_size)
             for (i, _), text in zip(heard, found, strict=True):
                 texts[i] = text
             progress.update(len(chosen))
@@ -72,11 +72,13 @@ def encoder_texts(
 
 
 def _transcribe(
-    recogniser: Recogniser, waves: Sequence[np.ndarray], max_s: float | None
+    recogniser: Recogniser, waves: Sequence[np.ndarray], max_s: float | None, batch_size: int
 ) -> list[str]:
+    """The text of each recording, `batch_size` chunks at a time."""
     cuts = [cut(wave, rate_hz=recogniser.sampling_rate, max_s=max_s) for wave in waves]
     parts = [w[c.start : c.end] for w, chunks in zip(waves, cuts, strict=True) for c in chunks]
-    texts = iter(recogniser.transcribe(parts) if parts else [])
+    starts = range(0, len(parts), batch_size)
+    texts = (text for s in starts for text in recogniser.transcribe(parts[s : s + batch_size]))
     return [join(list(itertools.islice(texts, len(chunks))), chunks) for chunks in cuts]
 
 

@@ -1,6 +1,6 @@
 """Recordings on their way to the model: read ahead, longest first, cut where they are too long."""
 
-import itertools
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,20 +38,25 @@ def clips(
 ) -> Iterator[list[Clip] | tuple[int, AudioError]]:
     """The clips of each utterance, longest first, or what is wrong with it.
 
-    `ahead` recordings are read while others are answered; one of more than `max_s` seconds gives
-    several clips, in order.
+    `ahead` recordings are read while others are answered, fewer where they are longer than `max_s`
+    seconds: as many as `ahead` of that length, by the durations that are declared. One of more than
+    `max_s` seconds gives several clips, in order.
     """
-    order = iter(sorted(range(len(utterances)), key=lambda i: -utterances[i].duration_s))
+    waiting = deque(sorted(range(len(utterances)), key=lambda i: -utterances[i].duration_s))
+    reading: deque[tuple[int, Future[np.ndarray]]] = deque()
+    most_s = math.inf if max_s is None else ahead * max_s
+    held_s = 0.0
     with ThreadPoolExecutor(READERS) as pool:
-
-        def begun(count: int) -> Iterator[tuple[int, Future[np.ndarray]]]:
-            for i in itertools.islice(order, count):
-                yield i, pool.submit(utterances[i].read, rate_hz)
-
-        reading = deque(begun(ahead))
-        while reading:
+        while waiting or reading:
+            while waiting and len(reading) < ahead:
+                next_s = utterances[waiting[0]].duration_s
+                if reading and held_s + next_s > most_s:
+                    break
+                held_s += next_s
+                reading.append((waiting[0], pool.submit(utterances[waiting[0]].read, rate_hz)))
+                waiting.popleft()
             index, future = reading.popleft()
-            reading.extend(begun(1))
+            held_s -= utterances[index].duration_s
             try:
                 wave = future.result()
             except AudioError as error:

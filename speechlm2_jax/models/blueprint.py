@@ -1,5 +1,6 @@
 """Everything about a model but its weights, and how the weights start."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,7 +102,7 @@ class NetworkConfig(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blueprint:
+class Blueprint(ABC):
     """Everything about a model but its weights."""
 
     config: Any
@@ -118,17 +119,17 @@ class Blueprint:
     asr_file: Path | None
 
     @property
+    @abstractmethod
     def table(self) -> mapping.Table:
         """NeMo's names of the whole model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make(self, rngs: nnx.Rngs) -> nnx.Module:
         """Makes the network."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pretrained(self, infos: Mapping[str, VariableInfo]) -> Iterator[Pretrained]:
         """Where the pretrained weights are."""
-        raise NotImplementedError
 
     def definitions(self) -> dict[str, Mapping[str, Any]]:
         """Configs of the parts, by the folder of a saved model that keeps each."""
