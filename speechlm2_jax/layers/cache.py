@@ -21,9 +21,9 @@ class KVCache:
     """
 
     keys: Any
-    """[L, B, S, K, H]."""
+    """[L, B, K, S, H]: of each head one matrix, as the products of attention read it."""
     values: Any
-    """[L, B, S, K, H]."""
+    """[L, B, K, S, H]."""
     is_key: Any
     """Bool [B, S]: slots that hold a step which others may attend to."""
     used: Any
@@ -36,11 +36,13 @@ class KVCache:
 
     @classmethod
     def empty(cls, shape: tuple[int, int, int, int, int], dtype: Any) -> "KVCache":
-        """Makes a cache of shape [L, B, S, K, H] that holds nothing; it can be donated."""
+        """Makes a cache of L, B, S, K, H that holds nothing; it can be donated."""
+        layers, rows, slots, heads, width = shape
+        inside = (layers, rows, heads, slots, width)
         return cls(
-            keys=_placed(jnp.zeros(shape, dtype)),
-            values=_placed(jnp.zeros(shape, dtype)),
-            is_key=jnp.zeros(shape[1:3], bool),
+            keys=_placed(jnp.zeros(inside, dtype)),
+            values=_placed(jnp.zeros(inside, dtype)),
+            is_key=jnp.zeros((rows, slots), bool),
             used=jnp.zeros((), jnp.int32),
         )
 
@@ -66,21 +68,22 @@ class KVCache:
         values: Float[Array, "B T K H"],
     ) -> "KVCache":
         """Puts a layer's keys and values into the next T slots."""
-        at = (layer, 0, self.slot, 0, 0)
-        return replace(
-            self,
-            keys=jax.lax.dynamic_update_slice(self.keys, keys[None], at),
-            values=jax.lax.dynamic_update_slice(self.values, values[None], at),
-        )
+        at = (layer, 0, 0, self.slot, 0)
+
+        def with_new(memory: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice(memory, new.swapaxes(1, 2)[None], at)
+
+        return replace(self, keys=with_new(self.keys, keys), values=with_new(self.values, values))
 
     def read(
         self, layer: Int[Array, ""] | int
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Gives all slots of a layer."""
-        return (
-            jax.lax.dynamic_index_in_dim(self.keys, layer, keepdims=False),
-            jax.lax.dynamic_index_in_dim(self.values, layer, keepdims=False),
+        keys, values = (
+            jax.lax.dynamic_index_in_dim(memory, layer, keepdims=False).swapaxes(1, 2)
+            for memory in (self.keys, self.values)
         )
+        return keys, values
 
     def advance(self, steps: int) -> "KVCache":
         """Counts `steps` slots as used."""
@@ -99,10 +102,10 @@ class KVCache:
         """Gives every row `copies` times, one after the other, with room for `capacity` steps."""
 
         def longer(memory: Array) -> Array:
-            layers, rows, slots, *rest = memory.shape
-            wide = jnp.broadcast_to(memory[:, :, None], (layers, rows, copies, slots, *rest))
-            wide = wide.reshape(layers, rows * copies, slots, *rest)
-            room = [(0, 0), (0, 0), (0, capacity - slots), (0, 0), (0, 0)]
+            layers, rows, heads, slots, width = memory.shape
+            wide = jnp.broadcast_to(memory[:, :, None], (layers, rows, copies, heads, slots, width))
+            wide = wide.reshape(layers, rows * copies, heads, slots, width)
+            room = [(0, 0), (0, 0), (0, 0), (0, capacity - slots), (0, 0)]
             return _placed(jnp.pad(wide, room))
 
         is_key = jnp.repeat(self.is_key, copies, axis=0)
@@ -123,10 +126,10 @@ class KVCache:
         index = source[None, :, :, None, None, None]
 
         def taken(memory: Array) -> Array:
-            recent = memory[:, :, since:]
+            recent = memory[:, :, :, since:]
             grouped = recent.reshape(len(recent), -1, copies, *recent.shape[2:])
             moved = jnp.take_along_axis(grouped, index, axis=2).reshape(recent.shape)
-            return jax.lax.dynamic_update_slice_in_dim(memory, _placed(moved), since, axis=2)
+            return jax.lax.dynamic_update_slice_in_dim(memory, _placed(moved), since, axis=3)
 
         return replace(self, keys=taken(self.keys), values=taken(self.values))
 
@@ -173,20 +176,21 @@ class RingCache(KVCache):
         steps = self.first
 
         def with_new(memory: Array, new: Array) -> Array:
-            return memory.at[:, rows, : new.shape[2]].set(new, mode="drop")
+            new = new[:, :, :, :steps]
+            return memory.at[:, rows, :, : new.shape[3]].set(new, mode="drop")
 
         is_key = prompts.is_key[:, :steps]
         is_key = jnp.pad(is_key, [(0, 0), (0, self.is_key.shape[1] - is_key.shape[1])])
         return replace(
             self,
-            keys=with_new(self.keys, prompts.keys[:, :, :steps]),
-            values=with_new(self.values, prompts.values[:, :, :steps]),
+            keys=with_new(self.keys, prompts.keys),
+            values=with_new(self.values, prompts.values),
             is_key=self.is_key.at[rows].set(is_key, mode="drop"),
         )
 
 
-def _placed(memory: Float[Array, "L B S K H"]) -> Float[Array, "L B S K H"]:
-    return constrain(memory, None, "batch", None, "act_heads", None)
+def _placed(memory: Float[Array, "L B K S H"]) -> Float[Array, "L B K S H"]:
+    return constrain(memory, None, "batch", "act_heads", None, None)
 
 
 class Extended(NamedTuple):

@@ -13,7 +13,7 @@ from speechlm2_jax.layers.attention import NOT_A_KEY, Visible
 from speechlm2_jax.layers.cache import Extended, KVCache
 from speechlm2_jax.layers.dropout import fold_keys
 from speechlm2_jax.layers.feed_forward import GatedFeedForward
-from speechlm2_jax.layers.linear import Embedding, Linear, gathered
+from speechlm2_jax.layers.linear import Embedding, Linear, gathered, product
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import RematPolicy, scan_layers, stack
 from speechlm2_jax.layers.norms import RMSNorm
@@ -142,7 +142,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores every token in fp32, whatever the dtype of `hidden`."""
         weight = gathered((self.embedding if self.head is None else self.head).weight, hidden.dtype)
-        scores = jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
+        scores = product(hidden, weight, preferred_element_type=jnp.float32)
         return constrain(scores, "batch", "steps", "act_vocab")
 
     def _place(

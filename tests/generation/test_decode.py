@@ -118,7 +118,7 @@ def test_the_loop_updates_the_cache_in_place() -> None:
     text = answer.lower(VARIABLES, *prompts, GREEDY).compile().as_text()
     loops = text[: text.index("ENTRY")]
     capacity = 6 + GREEDY.max_new_tokens - 1
-    cache = rf"f32\[{CONFIG.layers},{len(PROMPTS)},{capacity},1,{CONFIG.head_width}\]\S*"
+    cache = rf"f32\[{CONFIG.layers},{len(PROMPTS)},1,{capacity},{CONFIG.head_width}\]\S*"
     assert re.search(rf"{cache} dynamic-update-slice\(", loops)
     assert not re.search(rf"{cache} copy\(", loops)
 
