@@ -6,7 +6,7 @@ the steps of earlier calls instead.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,23 @@ from jaxtyping import Array, Float, Int
 Steps = Float[Array, "B T C"]
 
 
+class Extended(NamedTuple):
+    """Rows with further steps around them."""
+
+    steps: Float[Array, "B T2 C"]
+    zeros: tuple[int, int] = (0, 0)
+    """Steps of zeros before and after that are not written: convolutions take them as read."""
+
+    def written(self) -> Float[Array, "B T3 C"]:
+        """All steps."""
+        return jnp.pad(self.steps, ((0, 0), self.zeros, (0, 0)))
+
+
 @runtime_checkable
 class Edges(Protocol):
     """How layers treat the ends of the rows of a batch."""
 
-    def extend(self, x: Steps, before: int, after: int, mode: str) -> Float[Array, "B T2 C"]:
+    def extend(self, x: Steps, before: int, after: int, mode: str) -> Extended:
         """Puts `before` and `after` further steps around the rows."""
         ...
 
@@ -46,14 +58,14 @@ class RowEdges:
     ends: Int[Array, " B"]
     """Where a row is continued by its own steps: at its length, or, as in NeMo, at its batch's."""
 
-    def extend(self, x: Steps, before: int, after: int, mode: str) -> Float[Array, "B T2 C"]:
+    def extend(self, x: Steps, before: int, after: int, mode: str) -> Extended:
         """Continues rows by zeros, by their own steps mirrored, or by their outermost step.
 
         Where a row is shorter than what is mirrored of it, the mirror shows zeros. Raises
         ValueError if more is asked for after the row than before it.
         """
         if mode == "zeros":
-            return jnp.pad(x, ((0, 0), (before, after), (0, 0)))
+            return Extended(x, (before, after))
         if after > before:
             raise ValueError(f"after={after} must not exceed before={before}")
         left = jnp.repeat(x[:, :1], before, axis=1)
@@ -71,7 +83,7 @@ class RowEdges:
             return jax.lax.dynamic_update_slice(row, seen, (last + before + 1, 0))
 
         x = jnp.concatenate([left, jnp.pad(x, ((0, 0), (0, after), (0, 0)))], axis=1)
-        return jax.vmap(close)(x, last)
+        return Extended(jax.vmap(close)(x, last))
 
     def silence(self, x: Steps) -> Steps:
         """Zeros from each row's length on."""

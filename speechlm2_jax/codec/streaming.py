@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from speechlm2_jax.codec.decoder import Decoder
-from speechlm2_jax.codec.edges import Steps
+from speechlm2_jax.codec.edges import Extended, Steps
 
 
 @jax.tree_util.register_dataclass
@@ -30,14 +30,14 @@ class StreamEdges:
         self.kept: list[Array] = []
         """The steps to remember; zeros are taken for seen if nothing was given."""
 
-    def extend(self, x: Steps, before: int, after: int, mode: str) -> Float[Array, "B T2 C"]:
+    def extend(self, x: Steps, before: int, after: int, mode: str) -> Extended:
         """Puts the steps seen last before x, and remembers its own last."""
         if after:
             raise ValueError("a layer that looks ahead cannot decode a stream")
         shape = (x.shape[0], before, x.shape[2])
         x = jnp.concatenate([jnp.zeros(shape) if self._seen is None else next(self._seen), x], 1)
         self.kept.append(x[:, x.shape[1] - before :])
-        return x
+        return Extended(x)
 
     def silence(self, x: Steps) -> Steps:
         """Leaves x as it is."""
