@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.batches import LossSum
-from speechlm2_jax.sharding import constrain, context_size
+from speechlm2_jax.sharding import constrain, context_size, platform
 
 LogitsOf = Callable[[Float[Array, "B T D"]], Float[Array, "B T *K V"]]
 CHUNK_TOKENS = 1024
 """Scored positions per chunk and device share: logits of [1024, V] in fp32 at a time."""
+PARTS = 4
+"""On a CPU what fits one chunk comes in so many: those without a target cost nothing."""
 
 
 def chunked_cross_entropy(
@@ -26,8 +28,8 @@ def chunked_cross_entropy(
     """Sums -log p(target) and counts right guesses where `loss_mask` is True.
 
     Scored positions of each row move to its front, and the head runs over chunks of steps, each
-    computed only if some row still has a target there and, where there is more than one, computed
-    again in the backward pass.
+    computed only if some row still has a target there and, where not all would fit one chunk,
+    computed again in the backward pass.
     `rows_per_chunk` is how many rows share a device, which sets the steps of a chunk. Where devices
     share the steps of a row, each does this with its own. Returns (loss, accuracy) as sums with the
     same count; a step with targets of several codebooks counts as so many. fp32 whatever the dtype
@@ -36,6 +38,9 @@ def chunked_cross_entropy(
     batch, shares = loss_mask.shape[0], context_size()
     steps = loss_mask.shape[1] // shares
     chunk = min(steps, max(1, CHUNK_TOKENS // rows_per_chunk))
+    is_kept = chunk == steps  # takes no more memory than a chunk, and a product with the head less
+    if is_kept and platform() == "cpu":
+        chunk = -(-steps // PARTS)
     padded = -(-steps // chunk) * chunk
 
     def share(x: Array) -> Array:
@@ -73,9 +78,14 @@ def chunked_cross_entropy(
         loss, right = jax.lax.cond(start < width, sums, nothing, start)
         return (carry[0] + loss, carry[1] + right), None
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    # one chunk alone takes no more memory if it is kept, and a product with the head less
-    body = step if padded == chunk else jax.checkpoint(step, prevent_cse=False)
-    (loss, right), _ = jax.lax.scan(body, start, jnp.arange(0, padded, chunk))
+    result = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+    starts = range(0, padded, chunk)
+    if is_kept:
+        for start in starts:
+            result, _ = step(result, jnp.asarray(start))
+    else:
+        body = jax.checkpoint(step, prevent_cse=False)
+        result, _ = jax.lax.scan(body, result, jnp.asarray(starts))
+    loss, right = result
     count = jnp.sum(loss_mask, dtype=jnp.float32) * math.prod(codebooks)
     return LossSum(total=loss, count=count), LossSum(total=right, count=count)
