@@ -247,7 +247,7 @@ def make_data(cfg: Mapping[str, Any], model: Model) -> DataModule:
 @contextmanager
 def duplex_scores(model: DuplexS2SModel) -> Generator["ConversationScores"]:
     """Scores of a duplex model's answers in one validation."""
-    with duplex_scoring.scoring(model, model.scoring_asr) as scorer:
+    with duplex_scoring.scoring(model, model.find_scoring_asr()) as scorer:
         yield ConversationScores(scorer)
 
 

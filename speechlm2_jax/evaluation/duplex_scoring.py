@@ -3,6 +3,7 @@
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,8 +165,10 @@ class DuplexScorer:
         return list(heard)
 
 
-def open_scorer(model: DuplexS2SModel, scoring_asr: str | None, **options: Any) -> DuplexScorer:
-    """A scorer with the ASR model of that name, None: without; to be closed after use.
+def open_scorer(
+    model: DuplexS2SModel, scoring_asr: str | Path | None, **options: Any
+) -> DuplexScorer:
+    """A scorer with the ASR model of that name or file, None: without; to be closed after use.
 
     `options` are further fields of the scorer.
     """
@@ -174,7 +177,7 @@ def open_scorer(model: DuplexS2SModel, scoring_asr: str | None, **options: Any) 
 
 
 @contextmanager
-def scoring(model: DuplexS2SModel, scoring_asr: str | None) -> Generator[DuplexScorer]:
+def scoring(model: DuplexS2SModel, scoring_asr: str | Path | None) -> Generator[DuplexScorer]:
     """The same, closed afterwards."""
     with closing(open_scorer(model, scoring_asr)) as scorer:
         yield scorer

@@ -204,10 +204,14 @@ class DuplexS2SModel(SpeechModel):
         """Samples of the agent's audio in one frame."""
         return self._blueprint.network.codec.samples_per_frame
 
-    @property
-    def scoring_asr(self) -> str | None:
-        """What transcribes the agent in validation."""
-        return self._blueprint.config.scoring_asr
+    def find_scoring_asr(self) -> Path | None:
+        """The file of what transcribes the agent in validation; see DuplexBlueprint."""
+        return self._blueprint.find_scoring_asr()
+
+    def check_weights(self) -> None:
+        """As for every model; what the first validation needs is looked up too."""
+        super().check_weights()
+        self.find_scoring_asr()
 
     @property
     def frame_count(self) -> Callable[[int], int]:

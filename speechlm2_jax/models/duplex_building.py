@@ -42,6 +42,24 @@ class DuplexBlueprint(Blueprint):
     """Its `.nemo` file; None where only the config was found."""
     whole_model: Path | None
     """Where the weights of all parts come from, if not from the parts."""
+    near: tuple[Path, ...]
+    """Where names are looked up beside the working directory."""
+
+    def find_scoring_asr(self) -> Path | None:
+        """The `.nemo` file of the scoring ASR, fetched if need be; None without one.
+
+        Raises SettingsError if it cannot be had.
+        """
+        name = self.config.scoring_asr
+        if not name:
+            return None
+        location = Location(near=self.near)
+        if "/" not in name and not name.endswith(".nemo") and location.local(name) is None:
+            name = f"nvidia/{name}"  # NeMo's bare names are NVIDIA's, on the hub too
+        try:
+            return location.find_nemo(name, key="model.scoring_asr")
+        except SettingsError as error:
+            raise SettingsError(f"{error}, or null: then nobody writes down speech") from error
 
     @property
     def table(self) -> mapping.Table:
@@ -134,6 +152,7 @@ def read_blueprint(
         codec_cfg=codec_cfg,
         codec_file=codec_file,
         whole_model=_whole_model(config, location),
+        near=near,
     )
 
 

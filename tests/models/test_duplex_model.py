@@ -189,6 +189,26 @@ def test_pretrained_parts_start_a_model():
     model.check_weights()
 
 
+def test_the_scoring_asr_is_found_before_training(tmp_path, monkeypatch):
+    recogniser = "assets/asr_scoring.nemo"
+    assert (DATA / recogniser).is_file()
+    assert configured("duplex_s2s", scoring_asr=recogniser).find_scoring_asr() == DATA / recogniser
+    assert configured("duplex_s2s", scoring_asr=None).find_scoring_asr() is None
+    with pytest.raises(SettingsError, match=r"model\.scoring_asr: .*'gone\.nemo', or null"):
+        configured("duplex_s2s", scoring_asr="gone.nemo").check_weights()
+    asked = []
+    (tmp_path / "model.nemo").touch()
+
+    def fetch(name, **_):
+        asked.append(name)
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    bare = configured("duplex_s2s", scoring_asr="stt_en_fastconformer_transducer_large")
+    assert bare.find_scoring_asr() == tmp_path / "model.nemo"
+    assert asked == ["nvidia/stt_en_fastconformer_transducer_large"]
+
+
 def test_a_whole_model_starts_another(tmp_path):
     saved = pretrained("duplex_s2s")
     model = configured("duplex_s2s", init_from_checkpoint=str(DATA / "duplex_s2s" / "hf"))
