@@ -11,6 +11,7 @@ import numpy as np
 from speechlm2_jax.batches import DuplexExample, HostBatch
 from speechlm2_jax.evaluation.asr_bleu import ASRBLEU
 from speechlm2_jax.evaluation.bleu import BLEU, EmptyTextRate
+from speechlm2_jax.evaluation.silence import without_long_silence
 from speechlm2_jax.evaluation.token_accuracy import TokenAccuracy, TokenCounts, count_tokens
 from speechlm2_jax.evaluation.turn_taking import Turns, TurnTaking
 from speechlm2_jax.models.duplex import DuplexS2SModel
@@ -154,13 +155,21 @@ class DuplexScorer:
         # without references the scores that come with the hearing are not kept
         speech = self.speech if has_references else self._speech()
         assert speech is not None
-        count = len(examples)
+        rate_hz = self.model.target_sampling_rate
+        lengths = np.asarray(result["audio_len"])[: len(examples)]
+        rows = zip(np.asarray(result["audio"]), lengths, strict=False)
+        spoken = [row[:length] for row, length in rows]
+        if not self.model.nemo_exact:
+            spoken = [without_long_silence(wave, rate_hz) for wave in spoken]
+        audio = np.zeros((len(spoken), max(map(len, spoken), default=0)), np.float32)
+        for row, wave in zip(audio, spoken, strict=True):
+            row[: len(wave)] = wave
         heard = speech.update(
             name,
             [example.target_text for example in examples],
-            result["audio"][:count],
-            result["audio_len"][:count],
-            sample_rate_hz=self.model.target_sampling_rate,
+            audio,
+            [len(wave) for wave in spoken],
+            sample_rate_hz=rate_hz,
         )
         return list(heard)
 
