@@ -308,7 +308,8 @@ def speak_codes(
     """Turns codes into the agent's audio; control codes become silence."""
     network: Duplex = bind(definition, variables)
     with sharding.use(placement):
-        codes = without_control(codes, silence, network.config.books)
+        config = network.config
+        codes = without_control(codes, silence, config.books, nemo_exact=config.nemo_exact)
         spoken = network.codec.decode(codes, lengths)
         return spoken.audio, spoken.lengths
 

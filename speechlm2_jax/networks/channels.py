@@ -132,14 +132,20 @@ def mark_turns(
 
 
 def without_control(
-    codes: Int[Array, "B T K"], silence: Int[Array, " K"], books: Codebooks
+    codes: Int[Array, "B T K"],
+    silence: Int[Array, " K"],
+    books: Codebooks,
+    *,
+    nemo_exact: bool = False,
 ) -> Int[Array, "B T K"]:
     """Codes that a codec can speak: control codes become those of the row's first frame.
 
     That is silence, as the model learnt it; where it is a control code itself, the codec's own
-    `silence` is used (NeMo leaves it, and the codec takes it modulo its codebook).
+    `silence` is used. With `nemo_exact` it stays, and the codec takes it modulo its codebook.
     """
-    first = jnp.where(codes[:, :1] >= books.size, silence[None, None], codes[:, :1])
+    first = codes[:, :1]
+    if not nemo_exact:
+        first = jnp.where(first >= books.size, silence[None, None], first)
     return jnp.where(codes >= books.size, first, codes)
 
 

@@ -17,3 +17,6 @@ def test_control_codes_become_the_rows_first_codes_or_silence():
     spoken = without_control(jnp.array(codes), jnp.array([7, 8]), BOOKS)
     np.testing.assert_array_equal(spoken[0], [[3, 4], [3, 4], [5, 6], [3, 7]])
     np.testing.assert_array_equal(spoken[1], [[7, 4], [1, 4], [7, 4], [9, 9]])
+    exact = without_control(jnp.array(codes), jnp.array([7, 8]), BOOKS, nemo_exact=True)
+    np.testing.assert_array_equal(exact[0], spoken[0])
+    np.testing.assert_array_equal(exact[1], [[bos, 4], [1, 4], [bos, 4], [9, 9]])
