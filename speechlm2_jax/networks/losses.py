@@ -37,10 +37,7 @@ def chunked_cross_entropy(
     """
     batch, shares = loss_mask.shape[0], context_size()
     steps = loss_mask.shape[1] // shares
-    chunk = min(steps, max(1, CHUNK_TOKENS // rows_per_chunk))
-    is_kept = chunk == steps  # takes no more memory than a chunk, and a product with the head less
-    if is_kept and platform() == "cpu":
-        chunk = -(-steps // PARTS)
+    chunk, is_kept = _chunk_steps(steps, rows_per_chunk)
     padded = -(-steps // chunk) * chunk
 
     def share(x: Array) -> Array:
@@ -65,11 +62,7 @@ def chunked_cross_entropy(
         y = jnp.take_along_axis(targets, over(index), axis=2)
         mask = over((start + jnp.arange(chunk))[None, None] < scored[..., None])
         logits = logits_of(h.reshape(batch, -1, h.shape[-1])).astype(jnp.float32)
-        logits = logits.reshape(*y.shape, -1)
-        picked = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
-        loss = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
-        right = mask & (jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == y)
-        return jnp.sum(loss), jnp.sum(right, dtype=jnp.float32)
+        return _scores(logits.reshape(*y.shape, -1), y, mask)
 
     def nothing(start: Array) -> tuple[Array, Array]:
         return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
@@ -89,3 +82,23 @@ def chunked_cross_entropy(
     loss, right = result
     count = jnp.sum(loss_mask, dtype=jnp.float32) * math.prod(codebooks)
     return LossSum(total=loss, count=count), LossSum(total=right, count=count)
+
+
+def _chunk_steps(steps: int, rows: int) -> tuple[int, bool]:
+    """Steps of a chunk, and whether all logits are kept for the backward pass.
+
+    They are where one chunk would hold them: no more memory, and a product with the head less.
+    """
+    chunk = min(steps, max(1, CHUNK_TOKENS // rows))
+    is_kept = chunk == steps
+    return (-(-steps // PARTS) if is_kept and platform() == "cpu" else chunk), is_kept
+
+
+def _scores(
+    logits: Float[Array, "*steps V"], targets: Int[Array, "*steps"], mask: Bool[Array, "..."]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Cross-entropy and right guesses, summed where the mask is True."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    loss = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
+    right = mask & (jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == targets)
+    return jnp.sum(loss), jnp.sum(right, dtype=jnp.float32)
