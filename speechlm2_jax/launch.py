@@ -72,10 +72,12 @@ class Processes:
             self._all[0].send_signal(signal.SIGTERM)
 
     def end(self) -> None:
-        """Kills those that still run."""
+        """Kills those that still run, and waits until they are gone."""
         for process in self._all:
             if process.poll() is None:
                 process.kill()
+        for process in self._all:
+            process.wait()
 
     def wait(self) -> int:
         """Returns the run's exit code: 0, or that of the first process that failed."""

@@ -26,13 +26,17 @@ settings.register_profile("project", deadline=None, max_examples=40, derandomize
 settings.load_profile("project")
 
 LONGEST = (
-    "training/test_resharding.py",
     "training/test_processes.py",
-    "multidevice/test_duplex_meshes.py",
+    "parity/test_duplex.py",
+    "speech_decoder/test_decoder.py",
+    "perception/test_fastconformer.py",
+    "parity/test_salm.py",
+    "test_duplex_library.py",
     "multidevice/test_salm_meshes.py",
+    "speech_decoder/test_decoder_mesh.py",
+    "perception/test_audio_perception.py",
     "models/test_streaming.py",
     "models/test_duplex_model.py",
-    "parity/test_duplex.py",
 )
 """Few tests of many seconds each: last, they would leave one of two workers without work."""
 

@@ -1,15 +1,14 @@
 """Full duplex as its users write it: build, train, stop, go on, load, listen and speak, save."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import speechlm2_jax as slm
-from speechlm2_jax.checkpointing import step_folders
 from tests.data_room import duplex_corpus as corpus
+from tests.training.stopping import as_after
 
 DUPLEX = Path(__file__).parent / "data" / "duplex"
 STEPS, SAVED_AT = 3, 1
@@ -81,22 +80,10 @@ def whole_run(cfg, tmp_path_factory):
     return folder, fit(cfg, folder)
 
 
-def stopped(folder, copy):
-    """The run as it was after the step SAVED_AT."""
-    shutil.copytree(folder, copy)
-    for step in step_folders(copy):
-        if int(step.name) > SAVED_AT:
-            shutil.rmtree(step)
-    metrics = copy / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True)
-    metrics.write_text("".join(x for x in lines if json.loads(x).get("step", 0) <= SAVED_AT))
-    return copy
-
-
 @pytest.mark.slow  # two runs; a SALM's is among the fast ones
 def test_a_duplex_run_goes_on_bit_for_bit_from_a_checkpoint(cfg, whole_run, tmp_path):
     folder, model = whole_run
-    copy = stopped(folder, tmp_path / "run")
+    copy = as_after(folder, tmp_path / "run", SAVED_AT)
     assert [row["step"] for row in rows(copy)] == [1]
     resumed = fit(cfg, copy)
     assert rows(copy) == rows(folder)

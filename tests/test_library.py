@@ -8,6 +8,7 @@ import pytest
 import soundfile
 
 import speechlm2_jax as slm
+from tests.training.stopping import as_after
 
 DATA = Path(__file__).parent / "data"
 TAG = "<|audioplaceholder|>"
@@ -81,7 +82,7 @@ def _fit(cfg, folder, max_steps):
             "explicit_log_dir": str(folder),
             "resume_if_exists": True,
             "resume_ignore_no_checkpoint": True,
-            "checkpoint_callback_params": {"save_top_k": 0},
+            "checkpoint_callback_params": {"save_top_k": -1, "every_n_train_steps": STOP_AT},
         },
     )
     trainer.fit(model, datamodule)
@@ -103,9 +104,10 @@ def whole_run(cfg, tmp_path_factory):
 
 def test_a_stopped_run_resumes_bit_for_bit(cfg, whole_run, tmp_path):
     folder, model, _ = whole_run
-    _fit(cfg, tmp_path, STOP_AT)
-    resumed, _ = _fit(cfg, tmp_path, STEPS)
-    assert _rows(tmp_path) == _rows(folder)
+    copy = as_after(folder, tmp_path / "run", STOP_AT)
+    assert [row["step"] for row in _rows(copy)] == list(range(1, STOP_AT + 1))
+    resumed, _ = _fit(cfg, copy, STEPS)
+    assert _rows(copy) == _rows(folder)
     assert len(_rows(folder)) == STEPS
     for path, value in model.variables.items():
         np.testing.assert_array_equal(

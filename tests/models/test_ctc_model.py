@@ -49,18 +49,24 @@ def batch_of(model, waves, order, rows=4):
     )
 
 
-def loss_of(model, batch):
-    batch = jax.tree.map(jnp.asarray, batch)
-    return model.losses(model.variables, batch, key=None, train=False)
+@pytest.fixture(scope="module")
+def loss_of(model):
+    """Sums of losses of a batch, compiled."""
+    run = jax.jit(lambda variables, batch: model.losses(variables, batch, key=None, train=False))
+    return lambda batch: run(model.variables, jax.tree.map(jnp.asarray, batch))
 
 
 def test_log_probabilities_equal_nemo(model, golden):
-    network = bind(model._definition, model.variables)
+    @jax.jit
+    def scores(variables, audio, lengths):
+        network = bind(model._definition, variables)
+        output = network(audio, lengths)
+        return jax.nn.log_softmax(network.logits(output.frames), axis=-1), output.lengths
+
     lengths = jnp.asarray(golden["audio_len"], jnp.int32)
-    output = network(jnp.asarray(golden["audio"]), lengths)
-    log_probs = jax.nn.log_softmax(network.logits(output.frames), axis=-1)
+    log_probs, counts = scores(model.variables, jnp.asarray(golden["audio"]), lengths)
     expected = golden["log_probs"]
-    for row, frames in enumerate(output.lengths.tolist()):
+    for row, frames in enumerate(counts.tolist()):
         np.testing.assert_allclose(log_probs[row, :frames], expected[row, :frames], atol=TOLERANCE)
 
 
@@ -85,17 +91,17 @@ def test_a_saved_archive_loads_to_the_same_weights_and_tokenizer(model, golden, 
     assert again.transcribe(waves_of(golden)) == model.transcribe(waves_of(golden))
 
 
-def test_loss_is_the_sum_over_conversations_in_any_order(model, golden):
+def test_loss_is_the_sum_over_conversations_in_any_order(model, golden, loss_of):
     waves = waves_of(golden)
-    alone = [loss_of(model, batch_of(model, waves, [i])) for i in range(len(waves))]
+    alone = [loss_of(batch_of(model, waves, [i])) for i in range(len(waves))]
     for order in ([0, 1], [1, 0]):
-        both = loss_of(model, batch_of(model, waves, order))
+        both = loss_of(batch_of(model, waves, order))
         assert float(both.loss.count) == 2
         expected = sum(float(one.loss.total) for one in alone)
         assert float(both.loss.total) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_conversation_without_a_usable_recording_counts_nothing(model, golden):
+def test_a_conversation_without_a_usable_recording_counts_nothing(model, golden, loss_of):
     waves = waves_of(golden)
     batch = batch_of(model, waves, [0])
     empty = SalmExample(id="", tokens=np.zeros(0, np.int32), loss_mask=np.zeros(0, bool))
@@ -109,8 +115,8 @@ def test_a_conversation_without_a_usable_recording_counts_nothing(model, golden)
         placeholder_id=placeholder,
         pad_id=model.tokenizer.pad_id,
     )
-    assert float(loss_of(model, with_hole).loss.total) == pytest.approx(
-        float(loss_of(model, batch).loss.total), rel=1e-6
+    assert float(loss_of(with_hole).loss.total) == pytest.approx(
+        float(loss_of(batch).loss.total), rel=1e-6
     )
 
 
@@ -123,7 +129,7 @@ def test_every_parameter_gets_a_gradient(model, golden):
         key = jax.random.key(0)
         return model.losses({**rest, **values}, batch, key=key, train=True).loss.total
 
-    gradients = jax.grad(total)(jax.tree.map(jnp.asarray, trained))
+    gradients = jax.jit(jax.grad(total))(jax.tree.map(jnp.asarray, trained))
     silent = [p for p, g in gradients.items() if not np.any(np.asarray(g))]
     assert silent == []
 

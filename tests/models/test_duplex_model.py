@@ -16,7 +16,11 @@ from tests.parity.duplex_golden import DATA, batch_of, configured, examples, pre
 FP32_RTOL = 1e-5
 
 
-@pytest.fixture(scope="module", params=["duplex_s2s", "duplex_s2s_speech_decoder"])
+SLOW = pytest.param("duplex_s2s", marks=pytest.mark.slow)
+"""The other kind is this and a decoder."""
+
+
+@pytest.fixture(scope="module", params=[SLOW, "duplex_s2s_speech_decoder"])
 def model(request):
     return pretrained(request.param)
 
@@ -67,9 +71,7 @@ def only(batch, group):
 
 
 @pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "run", [pytest.param("duplex_s2s", marks=pytest.mark.slow), "duplex_s2s_speech_decoder"]
-)
+@pytest.mark.parametrize("run", [SLOW, "duplex_s2s_speech_decoder"])
 def test_neighbours_padding_and_groups_change_neither_loss_nor_gradient(run, gradients):
     """Random layers are on: what they draw belongs to the row's place in the global batch."""
     model = with_dropout(run)

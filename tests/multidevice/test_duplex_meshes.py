@@ -38,6 +38,7 @@ def trained(model, sharding):
     return five_steps(model, batch, sharding, steps=2, rates=[1e-3, 1e-3])
 
 
+@pytest.mark.slow  # a minute; the parts of a duplex model are among the fast ones
 def test_a_mesh_equals_one_device(model, run):
     one = trained(model, make_sharding(devices=jax.devices()[:1]))
     many = trained(model, make_sharding(**MESHES[run]))

@@ -16,7 +16,7 @@ STEPS = 80  # a multiple of what a context axis of eight needs
 PROMPT = [{"role": "user", "content": "Say something."}]
 FP32_RTOL = 1e-4
 FP32_ATOL = 1e-5
-MESHES = {
+MESHES = {  # the first two among the slow ones
     "data=8": dict(data=8),
     "fsdp=8": dict(fsdp=8),
     "data=2 fsdp=2 tensor=2": dict(data=2, fsdp=2, tensor=2),
@@ -42,7 +42,7 @@ MORE_MESHES = {
 }
 """Every other product that eight devices and two key-value heads allow."""
 CASES = [
-    *(("llama_adapter", mesh) for mesh in MESHES),
+    *(("llama_adapter", mesh) for mesh in list(MESHES)[2:]),
     ("qwen3_lora", "fsdp=2 tensor=2 sequence context=2"),
 ]
 

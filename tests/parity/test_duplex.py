@@ -1,5 +1,7 @@
 """The duplex models compute what NeMo 3.0.0 does, seam by seam."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,19 +42,40 @@ def model(run):
     return pretrained(run, nemo_exact=True)
 
 
-def computed(fn, model, name="pair"):
-    """`fn(network, batch)`, compiled, on a recorded batch."""
-    run = jax.jit(lambda variables, batch: fn(bind(model._definition, variables), batch))
+class Seams(NamedTuple):
+    """What a model makes of a recorded batch, in one program."""
+
+    codes: Any
+    inputs: Any
+    losses: Any
+
+
+def seams(model, name):
+    @jax.jit
+    def run(variables, batch):
+        network = bind(model._definition, variables)
+        return Seams(
+            codes=duplex.encode_agent(network, batch),
+            inputs=duplex.prepare(network, batch, EXACT),
+            losses=model.losses(variables, batch, key=jax.random.key(0), train=True),
+        )
+
     return run(model.variables, batch_of(model, examples(name)))
 
 
-def prepared(model, name):
-    return computed(lambda network, batch: duplex.prepare(network, batch, EXACT), model, name)
+@pytest.fixture(scope="module")
+def pair(model):
+    return seams(model, "pair")
 
 
 @pytest.fixture(scope="module")
-def inputs(model):
-    return prepared(model, "pair")
+def rest(model):
+    return seams(model, "rest")
+
+
+@pytest.fixture(scope="module")
+def inputs(pair):
+    return pair.inputs
 
 
 def test_perception_equals_nemo(model, run):
@@ -80,9 +103,9 @@ def test_perception_of_a_stream_equals_nemos_of_the_whole(model, run):
         )
 
 
-def test_codes_of_the_agent_equal_nemos(model, run):
+def test_codes_of_the_agent_equal_nemos(pair, run):
     g = golden(run)
-    codes, lengths = computed(duplex.encode_agent, model)
+    codes, lengths = pair.codes
     np.testing.assert_array_equal(lengths, g["codec/target_codes_lens"])
     np.testing.assert_array_equal(np.swapaxes(codes, 1, 2), g["codec/target_codes_BKT"])
 
@@ -99,8 +122,8 @@ def test_channels_and_embeddings_equal_nemos(inputs, run):
     np.testing.assert_allclose(inputs.embeds, g["prepare_inputs/input_embeds"], atol=ATOL)
 
 
-def test_channels_of_the_other_batch_equal_nemos(model, run):
-    channels, g = prepared(model, "rest").channels, golden(run)
+def test_channels_of_the_other_batch_equal_nemos(rest, run):
+    channels, g = rest.inputs.channels, golden(run)
     np.testing.assert_array_equal(channels.text_targets, g["prepare_inputs_rest/text_labels"])
     np.testing.assert_array_equal(channels.code_targets, g["prepare_inputs_rest/audio_labels"])
 
@@ -113,10 +136,8 @@ def test_logits_equal_nemos_in_evaluation(model, inputs, run):
 
 
 @pytest.mark.parametrize("name", ["pair", "rest"])
-def test_losses_equal_nemos(model, run, name):
-    batch = batch_of(model, examples(name))
-    key = jax.random.key(0)
-    losses = jax.jit(lambda v, b: model.losses(v, b, key=key, train=True))(model.variables, batch)
+def test_losses_equal_nemos(run, name, request):
+    losses = request.getfixturevalue(name).losses
     expected = facts(run)[f"loss_{name}"]
     assert losses.loss.count == expected["num_frames"]
     np.testing.assert_allclose(losses.loss.mean(), expected["loss"], rtol=1e-5)
@@ -196,7 +217,10 @@ def test_the_weight_of_the_users_channel(run):
         return
     weight = facts(run)["duplex_user_channel_weight"]
     model = pretrained(run, nemo_exact=True, duplex_user_channel_weight=weight)
-    embeds = prepared(model, "pair").embeds
+    batch = batch_of(model, examples())
+    embeds = jax.jit(lambda v, b: duplex.prepare(bind(model._definition, v), b, EXACT).embeds)(
+        model.variables, batch
+    )
     np.testing.assert_allclose(embeds, g["user_weight/input_embeds"], atol=ATOL)
     b = recorded_batch()
     result = model.offline_inference(b["source_audio"], b["source_audio_lens"], decode_audio=False)

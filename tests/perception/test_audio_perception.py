@@ -161,6 +161,7 @@ def test_bucket_order_and_empty_slots_change_no_loss_no_frame_and_no_gradient(ch
     assert_finite((b, others))
 
 
+@pytest.mark.slow  # six programs; each part draws in tests of its own
 def test_randomness_needs_both_a_key_and_training_mode():
     # layer norm: training mode alone changes nothing
     part = {"conv_norm_type": "layer_norm", "n_layers": 1, **ALL_DROPOUT}

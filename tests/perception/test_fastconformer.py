@@ -129,7 +129,10 @@ UNCOMMON = {
 }
 
 
-@pytest.mark.parametrize(("train", "changes"), [(False, {}), (True, {}), (True, UNCOMMON)])
+@pytest.mark.parametrize(
+    ("train", "changes"),
+    [(False, {}), (True, {}), pytest.param(True, UNCOMMON, marks=pytest.mark.slow)],
+)
 def test_padding_and_neighbours_change_no_frame_and_no_gradient(train, changes):
     """In training too: norms count real frames only. Empty and one-frame rows stay finite."""
     config = encoder_config(att_context_size=(3, 2), **changes)

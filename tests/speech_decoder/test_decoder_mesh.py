@@ -84,7 +84,9 @@ def placed(sharding: Sharding, definition: Any, variables: Variables) -> tuple[A
     return place(variables, axes, sharding), (*batch, keys), order
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("data=8", marks=pytest.mark.slow), *list(MESHES)[1:]]
+)
 def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh: str, capfd) -> None:
     definition, variables = weights(DROPPING)
     sharding = make_sharding(**MESHES[mesh])
@@ -106,7 +108,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh: str, capfd) -> None:
         assert not re.findall(r"\ball-gather(?:-start)?\(", program.as_text())
 
 
-@pytest.mark.parametrize("convolves_as", ["cpu", "tpu"])
+@pytest.mark.parametrize("convolves_as", [pytest.param("cpu", marks=pytest.mark.slow), "tpu"])
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])
 def test_scores_do_not_depend_on_the_mesh(mesh: str, convolves_as: str, monkeypatch) -> None:
     monkeypatch.setattr(feed_forward, "platform", lambda: convolves_as)

@@ -63,11 +63,12 @@ def eight(tmp_path_factory):
     return folder, config
 
 
+@pytest.mark.slow  # a minute each; training/test_resume.py does it with a toy
 @pytest.mark.parametrize(
     ("devices", "strategy"),
     [
-        pytest.param(4, (FSDP,), marks=pytest.mark.slow),
-        pytest.param(4, (TENSOR,), marks=pytest.mark.slow),
+        (4, (FSDP,)),
+        (4, (TENSOR,)),
         (1, ()),
     ],
 )
