@@ -72,7 +72,6 @@ CASES = {
     "missing token": (["model.prompt_format=qwen"], ["<|im_start|>"]),
     "unknown prompt format": (["model.prompt_format=klingon"], ["klingon", "llama2"]),
     "adapter width": ([f"{ADAPTER}.feat_in=99"], ["feat_in=99", "16"]),
-    "output width": (["+model.perception.output_dim=99"], ["99", "48"]),
     "vggnet": ([f"{ADAPTER}.subsampling=vggnet"], ["vggnet"]),
     "16-bit float": (["trainer.precision=16-mixed"], ["16-mixed", "bf16"]),
     "unknown optimizer": (["model.optimizer._target_=os.system"], ["os.system"]),

@@ -242,7 +242,7 @@ class DataLoaderConfig(LoaderConfig):
     text_field: str = "text"
     """Key of a NeMo manifest's line that holds the answer."""
     prompt_format: str | None = None
-    """Required: llama2, llama3, qwen, plain, gemma, mistral or nemotron-h."""
+    """Required: a name of NeMo's formats, llama2, qwen or gemma for example (docs/data.md)."""
     token_equivalent_duration: float | None = None
     """Seconds of audio that count as one token where lengths are measured."""
     batch_tokens: int | None = None

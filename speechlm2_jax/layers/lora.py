@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -27,20 +28,53 @@ TARGET_NAMES: Mapping[str, str] = MappingProxyType(
 """PEFT's name of a linear layer -> the attribute that holds it here."""
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 """What PEFT adapts in the supported families when `target_modules` is not given."""
+ALL = "all-linear"
+"""PEFT's word for every linear layer of the decoder but the head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """PEFT's LoraConfig keys that mean something here, with PEFT's defaults.
 
-    Raises ValueError for a value that PEFT has but this project does not support.
+    A saved adapter_config.json is read, too: what it says of its own making is ignored, and a
+    method beyond plain LoRA refused. Raises ValueError for a value that PEFT has but this project
+    does not support.
     """
+
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        key: "says how PEFT saved or loaded an adapter; nothing of what it computes"
+        for key in (
+            *("peft_type", "peft_version", "inference_mode", "base_model_name_or_path"),
+            *("revision", "auto_mapping", "runtime_config", "ensure_weight_tying"),
+        )
+    }
+    REFUSED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "init_lora_weights": ("only PEFT's own start is done; set it to true", True),
+        "fan_in_fan_out": ("no model here stores weights turned round; set it to false",),
+        "use_dora": ("only plain LoRA is done; set it to false",),
+        "use_qalora": ("only plain LoRA is done; set it to false",),
+        "modules_to_save": ("unfreeze modules with model.prevent_freeze_params; set it to null",),
+        "exclude_modules": ("name what is adapted in target_modules; set it to null",),
+        "layers_to_transform": ("every layer is adapted; set it to null",),
+        "layers_pattern": ("every layer is adapted; set it to null",),
+        "layer_replication": ("layers are not replicated; set it to null",),
+        "rank_pattern": ("one rank serves all layers; set it to {}",),
+        "alpha_pattern": ("one lora_alpha serves all layers; set it to {}",),
+        "megatron_config": ("there is no Megatron here; set it to null",),
+        "loftq_config": ("weights are not quantised; set it to {}",),
+        "eva_config": ("only PEFT's own start is done; set it to null",),
+        "corda_config": ("only PEFT's own start is done; set it to null",),
+        "trainable_token_indices": ("tokens are not trained alone; set it to null",),
+        "target_parameters": ("only linear layers are adapted; set it to null",),
+        "lora_bias": ("an adapter has no bias; set it to false",),
+    }
 
     task_type: str = "CAUSAL_LM"
     r: int = 8
     lora_alpha: int | float = 8
     lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] | None = None
+    target_modules: tuple[str, ...] | str | None = None
+    """Linear layers by name, alone or behind a path (`self_attn.q_proj`); or `all-linear`."""
     bias: str = "none"
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
@@ -54,22 +88,33 @@ class LoraConfig:
             raise ValueError(f"lora.r={self.r} must be at least 1")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora.lora_dropout={self.lora_dropout} must be in [0, 1)")
-        unknown = sorted(set(self.target_modules or ()) - set(TARGET_NAMES))
+        unknown = sorted(name for name in self._names if _last(name) not in TARGET_NAMES)
         if unknown:
             raise ValueError(
-                f"lora.target_modules names {unknown}; choose among {list(TARGET_NAMES)}"
+                f"lora.target_modules names {unknown}; choose among {list(TARGET_NAMES)}, or "
+                f"write {ALL!r}"
             )
 
     @property
     def targets(self) -> frozenset[str]:
         """Our attribute names of the adapted layers."""
-        names = DEFAULT_TARGETS if self.target_modules is None else self.target_modules
-        return frozenset(TARGET_NAMES[name] for name in names)
+        return frozenset(TARGET_NAMES[_last(name)] for name in self._names)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        given = self.target_modules
+        if isinstance(given, str):
+            return tuple(TARGET_NAMES) if given == ALL else (given,)
+        return DEFAULT_TARGETS if given is None else given
 
     @property
     def scale(self) -> float:
         """What the low-rank product is multiplied with."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 class LoraLinear(Linear):

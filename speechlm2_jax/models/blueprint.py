@@ -218,7 +218,11 @@ def perception_config(
                 f"model.perception.{name}: required, because no pretrained_asr gives it; set "
                 "model.pretrained_asr to a .nemo file or write the block"
             )
-    merged.setdefault("output_dim", llm_width)
+    # NeMo: whatever the YAML says, the last layer of perception is as wide as the LLM
+    merged["output_dim"] = llm_width
+    adapter = merged.get("modality_adapter")
+    if isinstance(adapter, Mapping) and adapter.get("output_dim") is not None:
+        merged["modality_adapter"] = {**adapter, "output_dim": llm_width}
     return merged, build(PerceptionConfig, merged, "model.perception")
 
 

@@ -64,11 +64,7 @@ class DuplexConfig:
     remat: Remat = Remat()
 
     def __post_init__(self) -> None:
-        if self.perception.output_width != self.llm.width:
-            raise ValueError(
-                f"perception gives frames of width {self.perception.output_width} but the LLM "
-                f"takes {self.llm.width}; set model.perception.output_dim to {self.llm.width}"
-            )
+        self.perception.check_width(self.llm.width)
         heard, spoken = self.perception.token_equivalent_duration, 1 / self.codec.frame_rate_hz
         if abs(heard / spoken - 1) > RATE_TOLERANCE:
             raise ValueError(

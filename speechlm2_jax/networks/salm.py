@@ -39,11 +39,7 @@ class SalmConfig:
     remat: Remat = Remat()
 
     def __post_init__(self) -> None:
-        if self.perception.output_width != self.llm.width:
-            raise ValueError(
-                f"perception gives frames of width {self.perception.output_width} but the LLM "
-                f"takes {self.llm.width}; set model.perception.output_dim to {self.llm.width}"
-            )
+        self.perception.check_width(self.llm.width)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,8 +45,8 @@ class FastConformerConfig:
     d_model: int
     feat_out: int = -1
     causal_downsampling: bool = False
-    subsampling: str = "striding"
-    """dw_striding, striding, stacking or stacking_norm."""
+    subsampling: str | None = "striding"
+    """dw_striding, striding, stacking or stacking_norm; null, with factor 1, is a linear layer."""
     subsampling_factor: int = 4
     subsampling_conv_channels: int = -1
     ff_expansion_factor: int = 4
@@ -70,24 +70,17 @@ class FastConformerConfig:
     dropout_att: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_sizes(self)
         choices = {
-            "subsampling": (*CONVOLUTIONS, *STACKINGS),
+            "subsampling": (*CONVOLUTIONS, *STACKINGS, None),
             "self_attention_model": ("rel_pos", "abs_pos"),
             "att_context_style": ("regular", "chunked_limited"),
         }
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
-                raise ValueError(
-                    f"{key}={getattr(self, key)!r} is not supported; use {' or '.join(allowed)}"
-                )
-        factor = self.subsampling_factor
-        if factor < 1 or (factor & (factor - 1) and not self.is_stacking):
-            raise ValueError(f"subsampling_factor={factor} must be a power of two")
+                usable = " or ".join(map(str, allowed))
+                raise ValueError(f"{key}={getattr(self, key)!r} is not supported; use {usable}")
         _check_norm(self)
-        if self.d_model % self.n_heads:
-            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model}")
-        if self.d_model % 2:
-            raise ValueError(f"d_model={self.d_model} must be even (sine and cosine positions)")
         if self.conv_kernel_size % 2 == 0:
             raise ValueError(f"conv_kernel_size={self.conv_kernel_size} must be odd")
         for key in ("dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att"):
@@ -176,6 +169,25 @@ class FastConformerConfig:
     def halved(self, size: Any) -> Any:
         """Size of an axis after one convolution of 3 taps and stride 2."""
         return (size + sum(self.stage_padding) - 3) // 2 + 1
+
+
+def _check_sizes(config: FastConformerConfig) -> None:
+    """Sizes that fit each other."""
+    for key in ("feat_in", "n_layers", "d_model", "n_heads", "ff_expansion_factor"):
+        if getattr(config, key) < 1:
+            raise ValueError(f"{key}={getattr(config, key)} must be at least 1")
+    factor = config.subsampling_factor
+    if config.subsampling is None and factor != 1:
+        raise ValueError(
+            f"subsampling: null subsamples nothing, but subsampling_factor={factor}; set the "
+            "factor to 1, or name a kind"
+        )
+    if factor < 1 or (factor & (factor - 1) and not config.is_stacking):
+        raise ValueError(f"subsampling_factor={factor} must be a power of two")
+    if config.d_model % config.n_heads:
+        raise ValueError(f"n_heads={config.n_heads} must divide d_model={config.d_model}")
+    if config.d_model % 2:
+        raise ValueError(f"d_model={config.d_model} must be even (sine and cosine positions)")
 
 
 def _check_norm(config: FastConformerConfig) -> None:

@@ -43,13 +43,15 @@ class MultiLayerConfig:
     subsampling_factor: ClassVar[int] = 1
     is_projected: ClassVar[bool] = False
     heads: ClassVar[Mapping[str, int]] = {}
+    WIDTH_KEY: ClassVar[str] = "output_dim"
+    """What decides the width of the output frames."""
 
     target_layer_ids: tuple[int, ...]
     """Encoder layers whose outputs are taken; negative ones count from the last."""
     input_dim: int
     """Width of the encoder's frames."""
     output_dim: int
-    """Width of the LLM."""
+    """Width of the LLM, which sets this, whatever is written here (as in NeMo)."""
     include_final_output: bool = True
     """Whether the encoder's output is taken, too."""
 

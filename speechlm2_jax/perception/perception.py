@@ -49,7 +49,7 @@ class PerceptionConfig:
     encoder: FastConformerConfig
     modality_adapter: AdapterConfig
     output_dim: int
-    """Width of the LLM."""
+    """Width of the LLM; where there is one, it sets this, whatever is written here (as in NeMo)."""
     spec_augment: SpecAugmentConfig | None = None
     encoder_chunk_size_seconds: float | None = None
     """Longer clips are encoded in parts of this length, each by itself; null: whole."""
@@ -113,6 +113,21 @@ class PerceptionConfig:
     def output_width(self) -> int:
         """Width of the output frames."""
         return self.output_dim if self.is_projected else self.adapter_width
+
+    def check_width(self, llm_width: int) -> None:
+        """Raises ValueError, naming the key that decides, unless frames are of the LLM's width."""
+        if self.output_width == llm_width:
+            return
+        key = "output_dim"
+        if isinstance(self.modality_adapter, IdentityConfig):
+            key = "modality_adapter.d_model (which adds a projection)"
+        elif isinstance(self.modality_adapter, READERS_OF_LAYERS):
+            key = f"modality_adapter.{self.modality_adapter.WIDTH_KEY}"
+        value = self.encoder.width if "d_model" in key else llm_width
+        raise ValueError(
+            f"perception gives frames of width {self.output_width} but the LLM takes {llm_width}; "
+            f"set model.perception.{key} to {value}"
+        )
 
     @property
     def heads(self) -> dict[str, int]:

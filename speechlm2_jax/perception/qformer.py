@@ -51,6 +51,8 @@ class QformerConfig:
     """NeMo's QformerConnector block, key by key."""
 
     TARGETS: ClassVar[tuple[str, ...]] = ("QformerConnector",)
+    WIDTH_KEY: ClassVar[str] = "llm_config.hidden_size"
+    """What decides the width of the output frames."""
     subsampling_factor: ClassVar[int] = 1
     is_projected: ClassVar[bool] = False
 

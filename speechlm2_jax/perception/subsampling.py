@@ -125,7 +125,7 @@ class Subsampling(nnx.Module):
         )
         self.stages = nnx.List(
             [
-                STAGES[config.subsampling](channels, padding, rngs=rngs)
+                STAGES[str(config.subsampling)](channels, padding, rngs=rngs)
                 for _ in range(config.stages - 1)
             ]
         )

@@ -8,6 +8,7 @@ from flax import nnx
 
 from speechlm2_jax.layers.lora import TARGET_NAMES, LoraConfig, LoraLinear, merge_lora
 from speechlm2_jax.layers.module import bind, describe, unbind
+from speechlm2_jax.settings import SettingsError, build
 
 ATOL = 1e-5  # one layer in fp32
 D_IN, D_OUT, RANK = 6, 4, 3
@@ -98,3 +99,40 @@ def test_default_targets_are_query_and_value() -> None:
 def test_what_is_not_supported_is_refused_by_name(wrong: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         LoraConfig(**wrong)
+
+
+SAVED_BY_PEFT = {
+    "alpha_pattern": {},
+    "auto_mapping": None,
+    "base_model_name_or_path": "Qwen/Qwen3-1.7B",
+    "bias": "none",
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "r": 4,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": ["q_proj", "self_attn.o_proj"],
+    "task_type": "CAUSAL_LM",
+    "use_dora": False,
+    "use_rslora": False,
+}
+
+
+def test_a_saved_adapter_config_of_peft_is_read() -> None:
+    config = build(LoraConfig, SAVED_BY_PEFT, "model.lora")
+    assert (config.r, config.scale) == (4, 8.0)
+    assert config.targets == {"query", "output"}
+    everything = build(LoraConfig, {"target_modules": "all-linear"}, "model.lora")
+    assert everything.targets == set(TARGET_NAMES.values())
+    assert build(LoraConfig, {"target_modules": "v_proj"}, "model.lora").targets == {"value"}
+    with pytest.raises(SettingsError, match=r"model\.lora\.use_dora: only plain LoRA"):
+        build(LoraConfig, {**SAVED_BY_PEFT, "use_dora": True}, "model.lora")

@@ -1,12 +1,13 @@
 """Prompt formats give NeMo's ids, masks and splits, for both kinds of tokenizer."""
 
 import json
+import random
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from speechlm2_jax.data.prompts import FORMATS, PromptError, PromptFormatter
+from speechlm2_jax.data.prompts import FORMATS, PromptError, PromptFormatter, thinking
 from speechlm2_jax.data.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[1] / "data" / "prompts"
@@ -45,14 +46,17 @@ def assert_equal(prompt, golden):
 
 @pytest.mark.parametrize("tokenizer_name", TOKENIZERS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_dialog_encodes_as_in_nemo_or_is_refused_as_there(tokenizer_name, name):
+def test_every_dialog_encodes_as_in_nemo_or_is_refused_as_there(tokenizer_name, name, monkeypatch):
     formatter = PromptFormatter(name, tokenizer(tokenizer_name))
     for dialog, golden in GOLDEN["results"][tokenizer_name][name].items():
+        turns = GOLDEN["dialogs"][dialog.partition("@")[0]]
+        draw = random.Random(golden.get("random_seed"))
+        monkeypatch.setattr(thinking, "draw_of", lambda _, draw=draw: draw)
         if "error" in golden:
-            with pytest.raises(PromptError, match="has no role"):
-                formatter.encode_dialog(GOLDEN["dialogs"][dialog])
+            with pytest.raises(PromptError, match="has no role|needs a user or a system turn"):
+                formatter.encode_dialog(turns)
         else:
-            assert_equal(formatter.encode_dialog(GOLDEN["dialogs"][dialog]), golden)
+            assert_equal(formatter.encode_dialog(turns, **golden.get("kwargs", {})), golden)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -68,6 +72,35 @@ def test_a_system_turn_where_the_format_has_one_encodes_as_in_nemo():
         formatter = PromptFormatter(name, tokenizer("tok_spm"))
         golden = GOLDEN["examples"][name]["conversation_with_system_turn"]
         assert_equal(formatter.encode_dialog(formatter.dialog(WITH_SYSTEM)), golden)
+
+
+def test_what_a_format_of_thoughts_asks_opens_as_its_answer_does():
+    dialog = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    spelled = tokenizer("tok_bpe")
+    for name, empty in (
+        ("qwen3", "<think>\n\n</think>\n\n"),
+        ("nemotron-nano-v3", "<think></think>"),
+    ):
+        formatter = PromptFormatter(name, spelled)
+        prompt = formatter.encode_dialog(dialog)
+        again = formatter.encode_dialog(dialog)
+        assert prompt.input_ids.tolist() == again.input_ids.tolist()  # drawn from the text
+        opening = spelled.text_to_ids(f"<|im_start|>assistant\n{empty}")
+        assert prompt.question_ids.tolist() == [*prompt.context_ids, *opening]
+        thoughtful = [dialog[0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nSo."}]
+        opening = spelled.text_to_ids(
+            "<|im_start|>assistant\n" + ("" if name == "qwen3" else "<think>\n")
+        )
+        prompt = formatter.encode_dialog(thoughtful)
+        assert prompt.question_ids.tolist() == [*prompt.context_ids, *opening]
+
+
+def test_broken_thoughts_are_refused():
+    formatter = PromptFormatter("qwen3", tokenizer("tok_bpe"))
+    for answer in ("So.</think>", "Well <think>hm</think> so.", "<think>hm"):
+        dialog = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}]
+        with pytest.raises(PromptError, match="'qwen3': an answer with a thought must be <think>"):
+            formatter.encode_dialog(dialog)
 
 
 def test_llama2_puts_the_system_text_into_the_first_user_turn_once():

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechlm2_jax.layers.module import abstract, bind, describe
+from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.modality_adapter import IdentityConfig, MultiLayerConfig
 from speechlm2_jax.perception.perception import (
     AudioPerception,
@@ -316,6 +317,32 @@ def test_adapters_that_read_layers_are_refused_by_name_where_they_do_not_fit(
     adapter = override({"_target_": f"a.b.{name}", **blocks[name]}, overrides)
     with pytest.raises(SettingsError, match=message):
         build(PerceptionConfig, {**BLOCKS, "modality_adapter": adapter}, "model.perception")
+
+
+def test_a_width_that_is_not_the_llms_is_refused_with_the_key_that_decides():
+    for adapter, key in (
+        (None, r"model\.perception\.output_dim to 5"),
+        (IdentityConfig(), r"modality_adapter\.d_model \(which adds a projection\) to 16"),
+        (MULTI_LAYER, r"modality_adapter\.output_dim to 5"),
+        (Q_FORMER, r"modality_adapter\.llm_config\.hidden_size to 5"),
+    ):
+        config = perception_config(**({} if adapter is None else {"adapter": adapter}))
+        config.check_width(config.output_width)
+        with pytest.raises(ValueError, match=key):
+            config.check_width(5)
+
+
+def test_an_encoder_that_subsamples_nothing_may_say_so_with_null():
+    plain = encoder_config(subsampling_factor=1)
+    null = encoder_config(subsampling_factor=1, subsampling=None)
+    shapes = [
+        {
+            p: i.shape
+            for p, i in describe(abstract(lambda c=c: FastConformer(c, rngs=nnx.Rngs(0)))).items()
+        }
+        for c in (plain, null)
+    ]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("adapter", [MULTI_LAYER, Q_FORMER])

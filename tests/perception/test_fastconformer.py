@@ -86,6 +86,10 @@ def test_nemos_own_defaults_are_ours():
     "changes",
     [
         {"subsampling_factor": 3},
+        {"subsampling": None},
+        {"n_layers": 0},
+        {"d_model": 0},
+        {"n_heads": 0},
         {"conv_norm_type": "group_norm"},
         {"conv_norm_type": "group_norm3"},
         {"n_heads": 3},

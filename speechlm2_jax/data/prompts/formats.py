@@ -8,6 +8,8 @@ model learns to say. A `preamble` has no slots and opens every dialog.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from speechlm2_jax.data.prompts.thinking import NanoThinking, Qwen3Thinking, Thinking
+
 OUTPUT_ROLE = "assistant"
 
 
@@ -24,6 +26,8 @@ class PromptFormat:
     """Whether the dialog starts with the tokenizer's begin token."""
     insert_eos: bool = False
     """Whether a dialog that the model ends is closed by the tokenizer's end token."""
+    thinking: Thinking | None = None
+    """How answers may open with a thought; of such a dialog only the last answer is learnt."""
 
 
 _LLAMA3_TURN = "<|start_header_id|>{}<|end_header_id|>\n\n|message|<|eot_id|>"
@@ -50,6 +54,18 @@ FORMATS: Mapping[str, PromptFormat] = {
         turns={role: _CHATML_TURN.format(role) for role in ("user", OUTPUT_ROLE)},
         tokens=("<|im_start|>", "<|im_end|>"),
         inference_prefix="<|im_start|>assistant\n",
+    ),
+    "qwen3": PromptFormat(
+        turns={role: _CHATML_TURN.format(role) for role in ("system", "user", OUTPUT_ROLE)},
+        tokens=("<|im_start|>", "<|im_end|>"),
+        inference_prefix="<|im_start|>assistant\n",
+        thinking=Qwen3Thinking(),
+    ),
+    "nemotron-nano-v3": PromptFormat(
+        turns={role: _CHATML_TURN.format(role) for role in ("system", "user", OUTPUT_ROLE)},
+        tokens=("<|im_start|>", "<|im_end|>"),
+        inference_prefix="<|im_start|>assistant\n",
+        thinking=NanoThinking(),
     ),
     "gemma": PromptFormat(
         turns={

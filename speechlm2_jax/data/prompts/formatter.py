@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from speechlm2_jax.data.prompts.formats import FORMATS, OUTPUT_ROLE
+from speechlm2_jax.data.prompts.thinking import Message, ThoughtError
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.settings import SettingsError
 
@@ -69,25 +70,35 @@ class PromptFormatter:
         self._needs_bos = self._format.insert_bos or any(t.startswith("|bos|") for t in templates)
         self._needs_eos = self._format.insert_eos or any(t.endswith("|eos|") for t in templates)
         self._check_tokens()
-        opening = self._format.inference_prefix
-        self._opening = [] if opening is None else tokenizer.text_to_ids(opening)
+        self._openings = {
+            enabled: tokenizer.text_to_ids(opening) if (opening := self._opening(enabled)) else []
+            for enabled in (True, False)
+        }
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The roles that a turn may have."""
         return tuple(self._format.turns)
 
-    def encode_dialog(self, turns: Sequence[Turn]) -> Prompt:
+    @property
+    def can_think(self) -> bool:
+        """Whether an answer may open with a thought, so that `enable_thinking` means something."""
+        return self._format.thinking is not None
+
+    def encode_dialog(self, turns: Sequence[Turn], *, enable_thinking: bool = True) -> Prompt:
         """Encodes one dialog; a dialog that the model does not end is made ready to be answered.
 
         Every turn is tokenised on its own, so a tokenizer that marks the start of a text marks
-        each turn's. Raises PromptError for an empty dialog, an unknown role or a missing slot.
+        each turn's. With `enable_thinking` off, a format of thoughts opens the answer behind an
+        empty one. Raises PromptError for an empty dialog, an unknown role or a missing slot.
         """
-        return self.encode_dialogs([turns])[0]
+        return self.encode_dialogs([turns], enable_thinking=enable_thinking)[0]
 
-    def encode_dialogs(self, dialogs: Sequence[Sequence[Turn]]) -> list[Prompt]:
+    def encode_dialogs(
+        self, dialogs: Sequence[Sequence[Turn]], *, enable_thinking: bool = True
+    ) -> list[Prompt]:
         """Encodes many dialogs with one call of the tokenizer."""
-        rendered = [list(self._segments(turns)) for turns in dialogs]
+        rendered = [list(self._segments(turns, enable_thinking)) for turns in dialogs]
         ids = iter(self.tokenizer.texts_to_ids([s.text for dialog in rendered for s in dialog]))
         return [self._assemble(dialog, [next(ids) for _ in dialog]) for dialog in rendered]
 
@@ -128,19 +139,46 @@ class PromptFormatter:
                     f"tokenizer {self.tokenizer.name} lacks"
                 )
 
-    def _segments(self, turns: Sequence[Turn]) -> Iterator[_Segment]:
+    def _opening(self, enable_thinking: bool) -> str | None:
+        """What opens an answer."""
+        prefix, thinking = self._format.inference_prefix, self._format.thinking
+        return prefix if not prefix or not thinking else prefix + thinking.opening(enable_thinking)
+
+    def _with_thoughts(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        """The turns as a format of thoughts writes them."""
+        thinking = self._format.thinking
+        if thinking is None:
+            return turns
+        for turn in turns:
+            self._render(turn)  # roles and slots are checked first
+        messages = [
+            Message(str(t["role"]), t["content"] if "content" in t else t["slots"]["message"])
+            for t in turns
+        ]
+        try:
+            return [
+                {"role": role, "slots": {"message": text}}
+                for role, text in thinking.rewrite(messages)
+            ]
+        except ThoughtError as error:
+            raise PromptError(f"prompt format {self.name!r}: {error}") from error
+
+    def _segments(self, turns: Sequence[Turn], enable_thinking: bool) -> Iterator[_Segment]:
         if not turns:
             raise PromptError("an empty dialog cannot be encoded")
+        turns = self._with_thoughts(turns)
         preamble = self._format.turns.get("preamble")
         if preamble is not None and turns[0].get("role") != "preamble":
             yield _Segment(preamble)
         for index, turn in enumerate(turns):
             if turn.get("role") == "preamble" and index:
                 raise PromptError("a preamble may only open the dialog")
-            yield self._render(turn)
-        is_inference = turns[-1]["role"] != OUTPUT_ROLE
-        if is_inference and self._format.inference_prefix is not None:
-            yield _Segment(self._format.inference_prefix)
+            segment = self._render(turn)
+            is_last = index == len(turns) - 1
+            yield replace(segment, is_answer=segment.is_answer and (is_last or not self.can_think))
+        opening = self._opening(enable_thinking)
+        if turns[-1]["role"] != OUTPUT_ROLE and opening is not None:
+            yield _Segment(opening)
 
     def _render(self, turn: Turn) -> _Segment:
         role = str(turn.get("role"))
@@ -183,10 +221,12 @@ class PromptFormatter:
         if not answers[-1]:
             return Prompt(input_ids=input_ids, context_ids=input_ids, question_ids=input_ids)
         split = len(input_ids) - len(pieces[-1])
+        thinking = self._format.thinking
+        may_think = thinking is None or thinking.is_thoughtful(dialog[-1].text)
         return Prompt(
             input_ids=input_ids,
             context_ids=input_ids[:split],
-            question_ids=np.asarray([*input_ids[:split], *self._opening], np.int32),
+            question_ids=np.asarray([*input_ids[:split], *self._openings[may_think]], np.int32),
             answer_ids=input_ids[split:],
             mask=np.repeat(np.asarray(answers), [len(p) for p in pieces]),
         )
