@@ -233,7 +233,7 @@ def make_data(cfg: Mapping[str, Any], model: Model) -> DataModule:
     """Makes the data of a `data:` block as the model takes it. Raises SettingsError."""
     if not isinstance(model, DuplexS2SModel):
         return DataModule(cfg, tokenizer=model.tokenizer, dataset=SALMDataset(model.tokenizer))
-    dataset = DuplexS2SDataset.from_config(cfg, model.tokenizer)
+    dataset = DuplexS2SDataset.from_config(cfg, model.tokenizer, model.max_frames)
     for key, given, wanted in (
         ("source_sample_rate", dataset.source_sample_rate, model.sampling_rate),
         ("target_sample_rate", dataset.target_sample_rate, model.target_sampling_rate),

@@ -33,6 +33,7 @@ CAUSES = {
     "truncated": "the file ends before its declared duration",
     "longer_than_declared": "the file is longer than its declared duration",
     "no_such_channel": "the file has no such channel",
+    "longer_than_model": "it lasts more frames than the model has positions",
 }
 
 

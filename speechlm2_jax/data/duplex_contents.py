@@ -69,8 +69,10 @@ class DuplexContents:
     def tests(self) -> dict[str, Callable[[int], bool]]:
         """By cause: whether settings let the conversation of an index pass."""
         seconds = self.measures.length.tolist()
+        frames, most = self.measures.steps.tolist(), self.dataset.max_frames
         least_s, most_s = self.config.min_duration or 0.0, self.config.max_duration or math.inf
         return {
+            "longer_than_model": lambda i: most is None or frames[i] <= most,
             "shorter_than_frame": lambda i: seconds[i] >= self.dataset.frame_length,
             "min_duration": lambda i: seconds[i] >= least_s,
             "max_duration": lambda i: seconds[i] <= most_s,

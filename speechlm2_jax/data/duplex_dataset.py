@@ -1,5 +1,6 @@
 """Conversations of two voices as a duplex model learns from them: frame by frame."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from speechlm2_jax.batches import DuplexExample, FrameCount
-from speechlm2_jax.data.audio import resample
+from speechlm2_jax.data.audio import AudioError, resample
 from speechlm2_jax.data.config import InputConfig
 from speechlm2_jax.data.conversations import AudioClip
 from speechlm2_jax.data.duplex_config import DuplexDataConfig, DuplexLoaderConfig
@@ -42,6 +43,8 @@ class DuplexS2SDataset:
         target_sample_rate: Hertz of the agent's audio, the codec's.
         input_roles: speakers that are the user, spelt exactly so; `user` if absent.
         output_roles: speakers that are the agent, spelt exactly so; `agent` if absent.
+        max_frames: frames of the longest conversation that the model can learn from or answer
+            (`model.max_frames`); None for any.
 
     Raises TokenizerError if the tokenizer has no begin or end token.
     """
@@ -57,6 +60,7 @@ class DuplexS2SDataset:
         target_sample_rate: int,
         input_roles: Iterable[str] | None = None,
         output_roles: Iterable[str] | None = None,
+        max_frames: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.frame_length = float(frame_length)
@@ -64,6 +68,7 @@ class DuplexS2SDataset:
         self.target_sample_rate = target_sample_rate
         self.input_roles = ("user",) if input_roles is None else tuple(input_roles)
         self.output_roles = ("agent",) if output_roles is None else tuple(output_roles)
+        self.max_frames = max_frames
         self.pad_id = tokenizer.pad_id
         if tokenizer.bos_id is None or tokenizer.eos_id is None:
             raise TokenizerError(
@@ -73,14 +78,16 @@ class DuplexS2SDataset:
         self._ids = ChannelIds(bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=self.pad_id)
 
     @classmethod
-    def from_config(cls, data: Mapping[str, Any], tokenizer: Tokenizer) -> "DuplexS2SDataset":
+    def from_config(
+        cls, data: Mapping[str, Any], tokenizer: Tokenizer, max_frames: int | None = None
+    ) -> "DuplexS2SDataset":
         """Makes one of the keys of a `data` block. Raises SettingsError for a missing one."""
         config = build(DuplexDataConfig, data, "data")
         values = {name: getattr(config, name) for name in _OWN_KEYS}
         for name, value in values.items():
             if value is None and not name.endswith("_roles"):
                 raise SettingsError(f"data.{name}: required for a duplex model")
-        return cls(tokenizer, **values)
+        return cls(tokenizer, **values, max_frames=max_frames)
 
     def check(self, config: DuplexDataConfig, where: str) -> None:
         """Raises SettingsError if the `data` block says other than the dataset was made with."""
@@ -123,22 +130,36 @@ class DuplexS2SDataset:
         """Reads the audio of a conversation and writes its text channels.
 
         The user's audio goes by way of `sample_rate_hz`, by which frames are counted as well; None
-        keeps the recording's. Raises AudioError if any of the audio cannot be used.
+        keeps the recording's. Raises AudioError if any of the audio cannot be used, or lasts more
+        than `max_frames`.
         """
         rate_hz = conversation.sample_rate_hz if sample_rate_hz is None else sample_rate_hz
         grid = FrameGrid(frame_length_s=self.frame_length, sample_rate_hz=rate_hz)
         frames = grid.frame(conversation.duration_s)
         heard = conversation.by(frozenset(self.input_roles))
         said = conversation.by(frozenset(self.output_roles))
+        source_audio = _audio(conversation.source, rate_hz, self.source_sample_rate)
+        self.check_length(conversation.id, source_audio, frames)
         return DuplexExample(
             id=conversation.id,
-            source_audio=_audio(conversation.source, rate_hz, self.source_sample_rate),
+            source_audio=source_audio,
             target_audio=_audio(conversation.target, None, self.target_sample_rate),
             target_tokens=self._channel(said, frames, grid),
             source_tokens=self._channel(heard, frames, grid),
             target_text=" ".join(turn.text for turn in said),
             source_text=" ".join(turn.text for turn in heard),
         )
+
+    def check_length(self, name: str, audio: Float[np.ndarray, " S"], frames: int = 0) -> None:
+        """Raises AudioError if a user's audio, or its text, lasts more than `max_frames`."""
+        lasts = math.ceil(round(len(audio) / self.source_sample_rate / self.frame_length, 6))
+        if self.max_frames is not None and max(frames, lasts) > self.max_frames:
+            raise AudioError(
+                f"{name}: {max(frames, lasts)} frames, but the model's speech decoder has "
+                f"{self.max_frames} learnt positions "
+                "(model.speech_decoder.max_length_causal_mask); cut the recording",
+                cause="longer_than_model",
+            )
 
     def __getitem__(self, cuts: Iterable[Any]) -> dict[str, Any]:
         """Collates Lhotse cuts, or conversations, as NeMo's DuplexS2SDataset does, in NumPy.

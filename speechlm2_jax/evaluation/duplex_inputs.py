@@ -51,9 +51,11 @@ class Dialogue:
         if isinstance(self.heard, DuplexConversation):
             return dataset.example(self.heard, self.sample_rate_hz)
         none = np.zeros(0, np.int32)
+        audio = self.heard.read(dataset.source_sample_rate)
+        dataset.check_length(self.id, audio)
         return DuplexExample(
             id=self.id,
-            source_audio=self.heard.read(dataset.source_sample_rate),
+            source_audio=audio,
             target_audio=np.zeros(0, np.float32),
             target_tokens=none,
             source_tokens=none,

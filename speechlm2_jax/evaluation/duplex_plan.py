@@ -87,6 +87,7 @@ class DuplexPlan:
             target_sample_rate=model.target_sampling_rate,
             input_roles=self.config.input_roles,
             output_roles=self.config.output_roles,
+            max_frames=model.max_frames,
         )
 
     def says(self) -> str:

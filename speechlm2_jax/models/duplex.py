@@ -100,6 +100,14 @@ class DuplexS2SModel(SpeechModel):
         """Token ids that start, end and fill the text channels."""
         return self._blueprint.network.text
 
+    @property
+    def max_frames(self) -> int | None:
+        """Frames of the longest conversation, as a speech decoder has positions; None for any."""
+        decoder = self._blueprint.network.speech_decoder
+        if decoder is None or not decoder.use_learnable_pos_emb:
+            return None
+        return decoder.max_length_causal_mask
+
     def __call__(self, input_embeds: Any, input_audio_tokens: Any = None) -> dict[str, jax.Array]:
         """Runs whole conversations of embeddings [B, T, D].
 
@@ -130,12 +138,13 @@ class DuplexS2SModel(SpeechModel):
         `tokens_audio` int32 [B, T, K], `tokens_len` [B] frames and, with `decode_audio`, `audio`
         [B, A] at `target_sampling_rate` and `audio_len` [B] samples. Beyond a row's length tokens
         are pad and 0. A row does not depend on its neighbours; on a mesh the devices share the
-        rows.
+        rows. Raises ValueError for what is no batch, and for a row of more than `max_frames`.
         """
         config = SpeakingConfig(
             text=text_sampling or SamplingConfig(), audio=audio_sampling or SamplingConfig()
         )
         audio, lengths = _as_batch(input_signal, input_signal_lens)
+        self._check_frames(lengths)
         mesh = sharding.mesh_of(self.variables)
         placement = None if mesh is None else sharding.for_answering(mesh)
         rows = len(audio)
@@ -166,12 +175,24 @@ class DuplexS2SModel(SpeechModel):
                 spoken.codes,
                 _fitted(frames, len(audio)),
                 self._silence(codes),
+                longest,
                 placement=placement,
             )
             samples = np.asarray(samples)[:rows]
             result["audio"] = np.asarray(wave)[:rows, : int(samples.max(initial=0))]
             result["audio_len"] = samples
         return result
+
+    def _check_frames(self, lengths: np.ndarray) -> None:
+        most = self.max_frames
+        for row, samples in enumerate(lengths.tolist()):
+            frames = self.frame_count(samples)
+            if most is not None and frames > most:
+                raise ValueError(
+                    f"row {row} lasts {frames} frames ({samples / self.sampling_rate:.2f} s), but "
+                    f"the speech decoder has {most} learnt positions "
+                    "(model.speech_decoder.max_length_causal_mask); cut the recording"
+                )
 
     def targets(self, examples: Sequence[DuplexExample]) -> Targets:
         """What `offline_inference` should say in each frame, as training has it."""
@@ -302,15 +323,20 @@ def speak_codes(
     codes: Int[Array, "B T K"],
     lengths: Int[Array, " B"],
     silence: Int[Array, " K"],
+    longest: Int[Array, ""] | int,
     *,
     placement: Sharding | None = None,
 ) -> tuple[Float[Array, "B A"], Int[Array, " B"]]:
-    """Turns codes into the agent's audio; control codes become silence."""
+    """Turns codes into the agent's audio; control codes become silence.
+
+    NeMo's codec sees the `longest` row of its batch at the end of each.
+    """
     network: Duplex = bind(definition, variables)
     with sharding.use(placement):
         config = network.config
         codes = without_control(codes, silence, config.books, nemo_exact=config.nemo_exact)
-        spoken = network.codec.decode(codes, lengths)
+        extent = jnp.asarray(longest) if config.nemo_exact else None
+        spoken = network.codec.decode(codes, lengths, nemo_exact=config.nemo_exact, extent=extent)
         return spoken.audio, spoken.lengths
 
 

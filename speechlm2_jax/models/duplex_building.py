@@ -1,5 +1,6 @@
 """From NeMo's `model:` block of a duplex model to a network: parts found, architecture known."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from speechlm2_jax.networks.duplex import Duplex, DuplexConfig
 from speechlm2_jax.networks.duplex_s2s import DuplexS2S
 from speechlm2_jax.networks.duplex_s2s_speech_decoder import DuplexS2SSpeechDecoder
 from speechlm2_jax.settings import SettingsError, build
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +126,11 @@ def read_blueprint(
         asr_file = location.find_nemo(config.pretrained_asr, key="model.pretrained_asr")
     block, perception = perception_config(config.perception, asr_file, decoder.width)
     is_speech_decoder = isinstance(config, DuplexSpeechDecoderModelConfig)
+    if is_speech_decoder and not config.speech_decoder.is_causal:
+        raise SettingsError(
+            "model.speech_decoder.is_causal: a decoder that speaks frame by frame cannot look "
+            "ahead; set it to true"
+        )
     try:
         network = DuplexConfig(
             llm=decoder,
@@ -180,11 +188,20 @@ def _codec(config: DuplexModelConfig, location: Location) -> tuple[dict[str, Any
 
 
 def _text_ids(tokenizer: Tokenizer) -> TextIds:
-    return TextIds(
+    ids = TextIds(
         pad=tokenizer.pad_id,
         bos=_turn_id(tokenizer.bos_id, "bos", "start"),
         eos=_turn_id(tokenizer.eos_id, "eos", "end"),
     )
+    if ids.pad in (ids.bos, ids.eos):
+        # as in NeMo, of which there may be checkpoints; a new model would learn little from it
+        _log.warning(
+            "model.pretrained_llm: its tokenizer pads with token %d, which also marks where turns "
+            "start or end: every silent frame is such a mark. Name another pad_token in "
+            "tokenizer_config.json",
+            ids.pad,
+        )
+    return ids
 
 
 def _turn_id(found: int | None, name: str, does: str) -> int:

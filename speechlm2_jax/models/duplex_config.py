@@ -48,6 +48,7 @@ class DuplexModelConfig:
     }
     REFUSED: ClassVar[Mapping[str, str]] = {
         "trust_remote_code": "code from a checkpoint is never run",
+        "pretrained_perception_from_s2s": "start from a model with model.init_from_checkpoint",
         "pretrained_s2s_model": "start from another model with model.init_from_checkpoint",
         "speech_decoder": "a model with a speech decoder is model._target_: "
         "DuplexS2SSpeechDecoderModel",

@@ -23,6 +23,8 @@ from speechlm2_jax.speech_decoder.attention import (
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 from speechlm2_jax.speech_decoder.feed_forward import ConvFeedForward, Tails
 
+PADDING = 64
+"""Steps that a batch may have beyond the last position: what is real is counted before."""
 _INPUT_PLACE, _LAYERS_PLACE, _OUTPUT_PLACE = range(3)
 
 
@@ -117,7 +119,7 @@ class Transformer(nnx.Module):
 
         What is padding comes out as zeros and has no influence. `keys`, one per row, switch
         dropout on; `remat` says what of a layer the backward pass computes again. Raises
-        ValueError for more steps than there are positions.
+        ValueError for more steps than there are positions, padding of a batch aside.
         """
         place = _place(x, mask, memory, memory_mask)
         x, _, _ = self._run(x, place, keys=keys, remat=remat)
@@ -138,7 +140,8 @@ class Transformer(nnx.Module):
     def new_state(self, batch: int, capacity: int, dtype: Any) -> TransformerState:
         """Makes what `extend` carries: room for `capacity` steps of `batch` rows.
 
-        Raises ValueError if the layers look ahead, or have fewer positions than that.
+        Raises ValueError if the layers look ahead, or have fewer positions than that, padding of a
+        batch aside.
         """
         c = self.config
         if not c.is_causal:
@@ -224,12 +227,13 @@ class Transformer(nnx.Module):
         steps = x.shape[1]
         self._check_length(steps)
         table = constrain(self.positions[...].astype(x.dtype), None, None)
-        rows = jax.lax.dynamic_slice_in_dim(table, offset, steps)
+        # steps beyond the table are padding of a batch: what they get reaches no real one
+        rows = jnp.take(table, offset + jnp.arange(steps), axis=0, mode="clip")
         return x + jnp.broadcast_to(rows, x.shape)
 
     def _check_length(self, steps: int) -> None:
         limit = self.config.max_length_causal_mask
-        if self.positions is not None and steps > limit:
+        if self.positions is not None and steps > limit + PADDING:
             raise ValueError(
                 f"{steps} steps exceed the {limit} learnt positions of the speech decoder; "
                 "make rows shorter (model.speech_decoder.max_length_causal_mask is the limit)"

@@ -73,7 +73,9 @@ def corpus(folder, n=13):
     return [cut(folder, f"c{i:02d}", round(float(s), 3)) for i, s in enumerate(lengths)]
 
 
-def module(source, groups=1, own_groups=None, validation=(), block=BLOCK, **settings):
+def module(
+    source, groups=1, own_groups=None, validation=(), block=BLOCK, max_frames=None, **settings
+):
     """A data module that is ready to give batches."""
     train = {**source, "sample_rate": 22050, "seed": 3, **settings}
     if not {"batch_size", "batch_duration"} & set(settings):
@@ -82,7 +84,7 @@ def module(source, groups=1, own_groups=None, validation=(), block=BLOCK, **sett
     if validation:
         sets = {name: source for name in validation}
         cfg["validation_ds"] = {"sample_rate": 22050, "batch_size": 2, "datasets": sets}
-    made = DataModule(cfg, TOKENIZER, DuplexS2SDataset.from_config(cfg, TOKENIZER))
+    made = DataModule(cfg, TOKENIZER, DuplexS2SDataset.from_config(cfg, TOKENIZER, max_frames))
     made.setup(frame_count=frames, groups=groups, own_groups=own_groups)
     return made
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.duplex_readers import duplex_conversation
 from speechlm2_jax.settings import SettingsError
 from tests.data_room import duplex_corpus as corpus
@@ -250,3 +251,17 @@ def test_cuts_that_only_lhotse_can_load_are_left_to_it(tmp_path):
     row = pass_of(corpus.module(corpus.write_cuts(tmp_path / "c.jsonl", [faster])))["one"]
     expected = faster.resample(22050).resample(16000).load_audio()[0]
     assert np.abs(row["source_audio"] - expected).max() < 1e-5
+
+
+def test_what_lasts_longer_than_the_model_can_hear_is_left_out_and_counted(cuts, manifest):
+    lasts = {
+        name: len(row["target_tokens"]) for name, row in pass_of(corpus.module(manifest)).items()
+    }
+    most = sorted(lasts.values())[len(lasts) // 2]
+    module = corpus.module(manifest, max_frames=most)
+    assert set(pass_of(module)) == {name for name, frames in lasts.items() if frames <= most}
+    assert module.dropped["longer_than_model"] == sum(n > most for n in lasts.values())
+    longest = next(cut for cut in cuts if lasts[cut.id] == max(lasts.values()))
+    with pytest.raises(AudioError, match=f"{longest.id}: .* has {most} learnt positions") as raised:
+        module.dataset.example(duplex_conversation(longest), 22050)
+    assert raised.value.cause == "longer_than_model"

@@ -10,6 +10,7 @@ import pytest
 from speechlm2_jax.experiment import make_data
 from speechlm2_jax.generation.sampling import SamplingConfig
 from speechlm2_jax.models import SALM, DuplexS2SModel, DuplexS2SSpeechDecoderModel
+from speechlm2_jax.models.codec import AudioCodec
 from speechlm2_jax.settings import SettingsError
 from tests.parity.duplex_golden import DATA, batch_of, configured, examples, pretrained
 
@@ -219,3 +220,66 @@ def test_a_whole_model_starts_another(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(SettingsError, match="is a run; write its weights"):
         configured("duplex_s2s", init_from_checkpoint=str(tmp_path))
+
+
+def test_a_row_uses_every_position_of_the_speech_decoder_and_no_more():
+    model = pretrained("duplex_s2s_speech_decoder")
+    cfg, audio = model.cfg["speech_decoder"], examples()[0].source_audio
+    frames = model.frame_count(len(audio))
+    table = "speech_decoder.transformer.positions"
+    limited = DuplexS2SSpeechDecoderModel(
+        {
+            **model.cfg,
+            "pretrained_weights": False,
+            "speech_decoder": {**cfg, "max_length_causal_mask": frames},
+        },
+        near=(DATA,),
+        variables={**model.variables, table: model.variables[table][:frames]},
+    )
+    assert limited.max_frames == frames
+    said = [
+        m.offline_inference(audio[None], np.array([len(audio)]), decode_audio=False)
+        for m in (model, limited)
+    ]
+    np.testing.assert_array_equal(said[0]["tokens_audio"], said[1]["tokens_audio"])
+    longer = np.pad(audio, (0, 2 * 1280))
+    with pytest.raises(
+        ValueError, match=rf"row 0 lasts \d+ frames .* has {frames} learnt positions"
+    ):
+        limited.offline_inference(longer[None], np.array([len(longer)]))
+
+
+def test_a_decoder_that_looks_ahead_is_refused():
+    cfg = json.loads((DATA / "duplex_s2s_speech_decoder" / "cfg_input.json").read_text())
+    decoder = {**cfg["speech_decoder"], "is_causal": False}
+    with pytest.raises(SettingsError, match=r"model\.speech_decoder\.is_causal: .* set it to true"):
+        DuplexS2SSpeechDecoderModel({**cfg, "speech_decoder": decoder}, near=(DATA,))
+
+
+def test_the_edges_of_nemos_batch_reach_the_agents_audio(tmp_path):
+    """A codec that looks ahead mirrors the end of the longest row, with nemo_exact."""
+    codec_cfg = json.loads(json.dumps(pretrained("duplex_s2s")._blueprint.codec_cfg))
+    codec_cfg["audio_decoder"] |= {
+        "_target_": "a.HiFiGANDecoder",
+        "pad_mode": "reflect",
+        "n_groups_equal_to_out_channels": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(codec_cfg))
+    cfg = json.loads((DATA / "duplex_s2s" / "cfg_input.json").read_text())
+    changes = {"pretrained_audio_codec": str(tmp_path), "pretrained_weights": False}
+    model = DuplexS2SModel({**cfg, **changes, "nemo_exact": True}, near=(DATA,))
+    prefix = "codec."
+    codec = AudioCodec(codec_cfg)
+    codec.variables = {
+        path.removeprefix(prefix): value
+        for path, value in model.variables.items()
+        if path.startswith(prefix)
+    }
+    audio = np.random.default_rng(0).normal(scale=0.1, size=(2, 16000)).astype(np.float32)
+    result = model.offline_inference(audio, np.array([16000, 9000]))
+    codes, lengths = result["tokens_audio"], result["tokens_len"]
+    exact = np.asarray(codec.decode(codes, lengths, nemo_exact=True).audio)
+    end = result["audio_len"][1]
+    np.testing.assert_allclose(result["audio"][1, :end], exact[1, :end], atol=1e-6)
+    usual = np.asarray(codec.decode(codes, lengths).audio)
+    assert np.abs(usual[1, :end] - exact[1, :end]).max() > 1e-4

@@ -11,7 +11,7 @@ from flax import nnx
 
 from speechlm2_jax.layers.module import Variables, bind, describe
 from speechlm2_jax.speech_decoder import attention, feed_forward
-from speechlm2_jax.speech_decoder.transformer import TransformerState
+from speechlm2_jax.speech_decoder.transformer import PADDING, TransformerState
 from tests.speech_decoder.small_decoder import (
     CODEBOOKS,
     CODES,
@@ -224,12 +224,22 @@ def test_no_dtype_is_promoted_silently(dropping) -> None:
 def test_more_steps_than_positions_are_refused_with_the_key_to_set(plain) -> None:
     network = bind(*plain)
     limit = CONFIG.max_length_causal_mask
+    beyond = limit + PADDING + 1
     with pytest.raises(ValueError, match="max_length_causal_mask"):
-        network(*inputs(1, limit + 1))
-    with pytest.raises(ValueError, match="17 steps exceed the 16 learnt positions"):
-        network.new_state(1, limit + 1, jnp.float32)
+        network(*inputs(1, beyond))
+    with pytest.raises(ValueError, match=f"{beyond} steps exceed the 16 learnt positions"):
+        network.new_state(1, beyond, jnp.float32)
     unbounded = make(replace(CONFIG, use_learnable_pos_emb=False))
-    assert unbounded.new_state(1, limit + 1, jnp.float32).cache.is_key.shape == (1, limit + 1)
+    assert unbounded.new_state(1, beyond, jnp.float32).cache.is_key.shape == (1, beyond)
+
+
+def test_padding_beyond_the_last_position_changes_no_score(plain) -> None:
+    limit = CONFIG.max_length_causal_mask
+    hidden, codes = inputs(2, limit)
+    whole = scores(*plain, hidden, codes)
+    more, more_codes, mask = padded(hidden, codes, 5)
+    within = scores(*plain, more, more_codes, mask=mask)
+    np.testing.assert_allclose(within[:, :limit], whole, atol=ATOL)
 
 
 def test_a_decoder_that_looks_ahead_makes_no_steps() -> None:
