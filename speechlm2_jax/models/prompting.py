@@ -37,7 +37,7 @@ def prompt_examples(
     left-padded ids [B, T]. Raises ValueError, naming the prompt by its number, for what is no
     prompt, for audio or ids that cannot be used, and where placeholders and audio do not match.
     """
-    if _are_dialogs(prompts):
+    if _are_dialogs(prompts, first):
         names = _names(prompts, first)
         clips = [
             [
@@ -75,7 +75,7 @@ def _names(prompts: Any, first: int) -> list[str]:
     return [f"prompt {first + i}" for i in range(len(prompts))]
 
 
-def _are_dialogs(prompts: Any) -> bool:
+def _are_dialogs(prompts: Any, first: int) -> bool:
     """Whether prompts are dialogs, else they should be ids. Raises ValueError for other texts."""
     if isinstance(prompts, str | bytes | Mapping):
         raise ValueError(f"{_FORM}; got {type(prompts).__name__}")
@@ -88,7 +88,7 @@ def _are_dialogs(prompts: Any) -> bool:
     lists = [prompt for prompt in prompts if isinstance(prompt, Sequence)]
     if not any(isinstance(turn, Mapping) for dialog in lists for turn in dialog):
         return False
-    for number, dialog in enumerate(prompts):
+    for number, dialog in enumerate(prompts, first):
         is_list = isinstance(dialog, Sequence) and len(dialog) > 0
         if not is_list or not all(isinstance(turn, Mapping) for turn in dialog):
             raise ValueError(
