@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from speechlm2_jax import settings
-from speechlm2_jax.evaluation.config import EvalConfig
+from speechlm2_jax.evaluation.config import EvalConfig, check_generation
 from speechlm2_jax.evaluation.duplex_config import DuplexEvalConfig
 from speechlm2_jax.evaluation.duplex_plan import DuplexPlan, find_model, make_duplex_plan
 from speechlm2_jax.evaluation.encoder_wer import Recogniser, open_recogniser
@@ -65,16 +65,14 @@ def run(plan: Plan, compiled: str | None) -> None:
     from speechlm2_jax.evaluation.report import table, write_rows
     from speechlm2_jax.evaluation.runner import evaluate
     from speechlm2_jax.models import SALM
-    from speechlm2_jax.models.generation_config import read_request
     from speechlm2_jax.training.programs import keep_compiled_programs
 
     keep_compiled_programs(compiled)
     device = choose_device(config.device)
     with _clear("pretrained_name"):
         model = SALM.from_pretrained(config.pretrained_name, dtype=config.dtype).eval()
-    if config.generation:
-        with _clear("generation"):  # ids that this vocabulary lacks
-            read_request(model, config.generation)
+    if config.generation:  # ids that this vocabulary lacks
+        check_generation(config.generation, config.max_new_tokens, model)
     recogniser = _recogniser(plan)
     result = evaluate(model, utterances, config)
     if recogniser is not None:

@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from speechlm2_jax.models.long_audio import DEFAULT_MAX_AUDIO_S
+from speechlm2_jax.settings import SettingsError
+
+if TYPE_CHECKING:
+    from speechlm2_jax.models.generation_config import Vocabulary
 
 _ONE_ANSWER = "an evaluation takes one whole answer to each recording; leave it out"
 _OWN_KEYS = {
@@ -81,21 +85,24 @@ class EvalConfig:
         if self.max_audio_s is not None and self.max_audio_s < 1:
             raise ValueError(f"max_audio_s={self.max_audio_s:g} must be at least 1, or null")
         if self.generation:
-            _check_generation(self.generation)
+            check_generation(self.generation, self.max_new_tokens)
         check_common(self.batch_size, self.report_rows, self.use_normalizer)
 
 
-def _check_generation(keys: Mapping[str, Any]) -> None:
-    """Raises ValueError for what `generate` would refuse whatever the model."""
+def check_generation(
+    keys: Mapping[str, Any], max_new_tokens: int, model: "Vocabulary | None" = None
+) -> None:
+    """Raises SettingsError for what `generate` would refuse, of a model or, without, of any."""
     from speechlm2_jax.models.generation_config import ANY_VOCABULARY, read_request
 
     for key, hint in _OWN_KEYS.items():
         if keys.get(key) is not None:
-            raise ValueError(f"generation.{key}: {hint}")
+            raise SettingsError(f"generation.{key}: {hint}")
     try:
-        read_request(ANY_VOCABULARY, dict(keys))
+        read_request(model or ANY_VOCABULARY, {**keys, "max_new_tokens": max_new_tokens})
     except ValueError as error:
-        raise ValueError(f"generation: {error}") from error
+        joint = "." if str(error).startswith(tuple(keys)) else ": "
+        raise SettingsError(f"generation{joint}{error}") from error
 
 
 def check_common(batch_size: int, report_rows: int, use_normalizer: str | bool | None) -> None:

@@ -15,10 +15,11 @@ from speechlm2_jax.data.duplex_conversations import DuplexConversation
 from speechlm2_jax.data.duplex_dataset import DuplexS2SDataset
 from speechlm2_jax.data.duplex_readers import read_duplex_cuts, read_duplex_shar
 from speechlm2_jax.data.sources import read_sources
-from speechlm2_jax.evaluation.inputs import Utterance, recordings
+from speechlm2_jax.evaluation.inputs import AUDIO_HINT, Utterance, left_out, missing, recordings
 from speechlm2_jax.settings import SettingsError, build
 
 _SUFFIXES = (".gz", ".jsonl", ".json")
+_MANIFESTS = (*_SUFFIXES, ".yaml", ".yml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,8 @@ def read_dialogues(inputs: Sequence[str], sample_rate_hz: int | None) -> list[Di
         names.add(name)
         heard = _heard(path)
         if not heard:
-            raise SettingsError(f"inputs: nothing to answer in {value!r}")
+            why = left_out(path)
+            raise SettingsError(f"inputs: nothing to answer in {value!r}" + (why and f": {why}"))
         rate = sample_rate_hz
         found += [Dialogue(set_name=name, heard=one, sample_rate_hz=rate) for one in heard]
     return found
@@ -119,7 +121,9 @@ def _heard(path: Path) -> Sequence[DuplexConversation | Utterance]:
         if (files := recordings(path)) is not None:
             return files
         if not path.is_file():
-            raise SettingsError(f"no such file or folder: {str(path)!r}")
+            raise SettingsError(missing(str(path)))
+        if path.suffix not in _MANIFESTS:
+            raise SettingsError(f"{path} is neither audio nor Lhotse cuts: {AUDIO_HINT}")
         return list(read_duplex_cuts(path, None))
     except SettingsError as error:
         raise SettingsError(f"inputs: {error}") from error

@@ -14,6 +14,7 @@ from speechlm2_jax.evaluation.duplex_inputs import (
     read_dialogues,
     sets_of_run,
 )
+from speechlm2_jax.evaluation.inputs import left_out
 from speechlm2_jax.evaluation.runs import Run, newest_run, read_run
 from speechlm2_jax.models.duplex import DuplexS2SModel
 from speechlm2_jax.models.loading import open_model
@@ -102,8 +103,14 @@ class DuplexPlan:
             counts[dialogue.set_name] = counts.get(dialogue.set_name, 0) + 1
         sets = ", ".join(f"{name} ({count} conversations)" for name, count in counts.items())
         heard = config.scoring_asr or "nobody: the agent's speech is not written down (scoring_asr)"
-        lines = (model, ("data", sets), ("heard", f"by {heard}"))
+        lines = [model, ("data", sets), ("heard", f"by {heard}")]
+        missed = [left_out(Path(value).expanduser()) for value in _listed(config.inputs)]
+        lines += [("note", note) for note in missed if note]
         return "\n".join(f"{name:<6} {value}" for name, value in lines)
+
+
+def _listed(inputs: str | Sequence[str] | None) -> Sequence[str]:
+    return (inputs,) if isinstance(inputs, str) else inputs or ()
 
 
 def make_duplex_plan(words: Mapping[str, Any], found: ModelFound) -> DuplexPlan:
@@ -123,12 +130,11 @@ def make_duplex_plan(words: Mapping[str, Any], found: ModelFound) -> DuplexPlan:
         if words.get("inputs") is None:
             defaults |= _beside(found.run)
     config = settings.build(DuplexEvalConfig, {**defaults, **words})
-    inputs = (config.inputs,) if isinstance(config.inputs, str) else config.inputs
-    if inputs is None:
+    if config.inputs is None:
         dialogues = sets_of_run(data)
     else:
         rate_hz = (data.get("validation_ds") or {}).get("sample_rate")
-        dialogues = read_dialogues(inputs, rate_hz)
+        dialogues = read_dialogues(_listed(config.inputs), rate_hz)
     check_speakers(dialogues, config.input_roles, config.output_roles)
     return DuplexPlan(config=config, run=found.run, dialogues=dialogues)
 

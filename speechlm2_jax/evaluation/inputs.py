@@ -1,5 +1,6 @@
 """What to answer: manifests, Lhotse cuts, SHAR, or plain audio files, all as utterances."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,12 @@ UNSEEN_KEY = "unseen_voice"
 """What a manifest's rows may say beside audio, duration and text."""
 MAX_LISTED_BYTES = 32 << 20
 """A larger manifest is not read only to list its voices."""
+AUDIO_HINT = (
+    f"audio is read from {' '.join(AUDIO_SUFFIXES)}; convert others, as with `ffmpeg -i IN OUT.wav`"
+)
+"""What to tell about a file of another kind."""
+_ROW = '{"audio_filepath": "a.wav", "duration": 2.4, "text": "yes"}'
+_MANIFEST = f"a manifest has one object per line, {_ROW}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +54,41 @@ def read_inputs(inputs: str) -> list[Utterance]:
 
     A folder with SHAR shards is SHAR, another folder its audio files by name; any other file is a
     NeMo manifest or Lhotse cuts, whichever its first line is. Raises SettingsError if there is
-    nothing there or a line cannot be read.
+    nothing there, the file is of another kind or a line cannot be read.
     """
     path = Path(inputs).expanduser()
-    if path.is_dir() and any(path.glob("cuts.*")):
+    if _is_shar(path):
         utterances = _one_turn_each(read_shar(path, Reading()))
     elif (files := recordings(path)) is not None:
         utterances = files
     elif not path.is_file():
-        raise SettingsError(f"inputs: no such file or folder: {inputs!r}")
+        raise SettingsError(f"inputs: {missing(inputs)}")
     else:
+        _refuse_other_kinds(path)
         utterances = _one_turn_each(read_manifest(path, Reading()))
     if not utterances:
-        raise SettingsError(f"inputs: nothing to answer in {inputs!r}")
+        why = left_out(path)
+        raise SettingsError(f"inputs: nothing to answer in {inputs!r}" + (why and f": {why}"))
     return utterances
+
+
+def left_out(path: Path) -> str:
+    """How many files of a folder of audio files are none that are read; empty if none are."""
+    if not path.is_dir() or _is_shar(path):
+        return ""
+    others = [p for p in path.rglob("*") if p.is_file() and not _is_audio(p)]
+    counts = Counter(p.suffix.lower() or p.name for p in others if not p.name.startswith("."))
+    if not counts:
+        return ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(5))
+    return f"files left out: {counts.total()} ({kinds}); {AUDIO_HINT}"
+
+
+def missing(inputs: str) -> str:
+    """Says that there is nothing of this name."""
+    is_pattern = any(sign in inputs for sign in "*?[")
+    hint = "; patterns are not expanded: name the folder" if is_pattern else ""
+    return f"no such file or folder: {inputs!r}{hint}"
 
 
 def recordings(path: Path) -> list[Utterance] | None:
@@ -79,6 +107,27 @@ def voices_of(manifest: Path) -> set[str]:
     except SettingsError:
         return set()
     return {voice for voice in found if voice is not None}
+
+
+def _is_shar(path: Path) -> bool:
+    return path.is_dir() and any(path.glob("cuts.*"))
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """Raises SettingsError for a file that is neither audio that is read nor lines of JSON."""
+    if path.suffix == ".gz":
+        return
+    with path.open("rb") as file:
+        head = file.read(4096).lstrip()
+    if head.startswith(b"["):
+        raise SettingsError(f"inputs: {path} is a JSON list, and not a JSON object: {_MANIFEST}")
+    if not head or head.startswith(b"{"):
+        return
+    if path.suffix in (".json", ".jsonl"):
+        raise SettingsError(f"inputs: {path}: not lines of JSON: {_MANIFEST}")
+    raise SettingsError(
+        f"inputs: {path} is neither audio nor a manifest: {AUDIO_HINT}; {_MANIFEST}"
+    )
 
 
 def _is_audio(path: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from speechlm2_jax import settings
 from speechlm2_jax.evaluation.config import EvalConfig
-from speechlm2_jax.evaluation.inputs import Utterance, read_inputs
+from speechlm2_jax.evaluation.inputs import Utterance, left_out, read_inputs
 from speechlm2_jax.evaluation.runs import Run, bundled_test_set, newest_run, read_run
 from speechlm2_jax.evaluation.swapping import swap_audio
 from speechlm2_jax.evaluation.wer import text_normalizer
@@ -68,6 +68,8 @@ class Plan:
             ("data", config.inputs),
             ("asked", (asked or "nothing beside the audio") + ", as trained" * as_trained),
         ]
+        if missed := left_out(Path(config.inputs).expanduser()):
+            lines.append(("note", missed))
         if config.swap_audio:
             lines.append(("audio", "SWAPPED: every utterance hears the recording of another"))
         return "\n".join(f"{name:<6} {value}" for name, value in lines)

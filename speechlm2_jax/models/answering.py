@@ -1,6 +1,7 @@
 """From prompts to answers: fixed shapes, three jitted programs per shape."""
 
 import itertools
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 STEPS_BETWEEN_CHECKS = 16
 """Tokens per call of the device where something may stop a running answer."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,14 +100,26 @@ def stream(
 def prompted(
     model: "SALM", asked: tuple[Any, Any, Any], first: int = 0
 ) -> tuple[list[SalmExample], np.ndarray]:
-    """Lays (prompts, audios, audio_lens) out as conversations, named from `first`; their ids."""
+    """Lays (prompts, audios, audio_lens) out as conversations, named from `first`; their ids.
+
+    Logs a warning for a recording that is too short for one frame.
+    """
     context = PromptContext(
         formatter=model.prompt_formatter,
         sample_rate_hz=model.sampling_rate,
         placeholder_id=model.audio_locator_tag_id,
         pad_id=model.text_pad_id,
+        vocab_size=model.text_vocab_size,
     )
-    return prompt_examples(*asked, context, first)
+    examples, ids = prompt_examples(*asked, context, first)
+    for example in examples:
+        for samples in (len(a) for a in example.audio if not model.frame_count(len(a))):
+            log.warning(
+                "%s: a recording of %d samples is shorter than one frame; answered as if it were "
+                "not there",
+                *(example.id, samples),
+            )
+    return examples, ids
 
 
 def speak(

@@ -92,14 +92,21 @@ def _whole(
     request: GenerationRequest,
     count: int,
 ) -> Iterator[list[Answered]]:
-    """Takes prompts apart into rows and puts their answers together."""
+    """Takes prompts apart into rows and puts their answers together.
+
+    A prompt that cannot be used raises its error after the answers to those before it.
+    """
     open_parts: dict[int, chunked.Parts] = {}
     said: dict[int, dict[int, np.ndarray]] = {}
+    wrong: list[ValueError] = []
 
     def rows() -> Iterator[Row]:
         for number, dialog in enumerate(prompts):
-            (example,), _ = answering.prompted(model, ([dialog], None, None), first=number)
-            parts = chunked.in_parts(example, request.max_audio_s, model.sampling_rate)
+            try:
+                parts = _parts(model, dialog, number, request)
+            except ValueError as error:
+                wrong.append(error)
+                return
             open_parts[number] = parts
             yield from (Row(number, n, row) for n, row in enumerate(parts.rows))
 
@@ -116,6 +123,26 @@ def _whole(
                 whole.append(Answered(row.prompt, np.asarray(joined, np.int32)))
         if whole:
             yield whole
+    if wrong:
+        raise wrong[0]
+
+
+def _parts(model: "SALM", dialog: Any, number: int, request: GenerationRequest) -> chunked.Parts:
+    """The rows of a dialog. Raises ValueError where it cannot be used, naming its number."""
+    name = f"prompt {number}"
+    try:
+        (example,), _ = answering.prompted(model, ([dialog], None, None), first=number)
+    except ValueError as error:
+        if str(error).startswith(name):
+            raise
+        raise ValueError(f"{name}: {error}") from error
+    if not example.audio and reads_prompt(request.decoding.processors):
+        raise ValueError(
+            f"{name} is of text alone, whose ids repetition_penalty, "
+            "no_repeat_ngram_size, bad_words_ids and sequence_bias look at: not on slots; use "
+            "generate"
+        )
+    return chunked.in_parts(example, request.max_audio_s, model.sampling_rate)
 
 
 def answer_rows(
@@ -173,14 +200,7 @@ class _Table:
         return len(group) <= self._count - len(self.busy)
 
     def admit(self, group: Sequence[Row]) -> None:
-        """Runs new prompts in free slots. Raises ValueError where their ids had to be looked at."""
-        silent = [row.prompt for row in group if not row.example.audio]
-        if silent and reads_prompt(self._decoding.processors):
-            raise ValueError(
-                f"prompt {silent[0]} is of text alone, whose ids repetition_penalty, "
-                "no_repeat_ngram_size, bad_words_ids and sequence_bias look at: not on slots; use "
-                "generate"
-            )
+        """Runs new prompts in free slots."""
         shape = self._shape(group)
         programs = (self._definition, self._model.variables)
         if shape.tokens > self._steps:

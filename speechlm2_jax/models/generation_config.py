@@ -10,7 +10,8 @@ import numpy as np
 
 from speechlm2_jax.generation.decoding import BeamConfig, DecodingConfig
 from speechlm2_jax.models.generation_keys import ARGUMENTS, HONOURED, IGNORED, OWN, REFUSED
-from speechlm2_jax.models.generation_processors import check_ids, ids_of, make_processors
+from speechlm2_jax.models.generation_processors import make_processors
+from speechlm2_jax.models.generation_values import check_values, ids_of
 from speechlm2_jax.models.long_audio import DEFAULT_MAX_AUDIO_S
 from speechlm2_jax.models.shapes import round_up
 
@@ -87,11 +88,12 @@ def read_request(
     """Reads a GenerationConfig (or a mapping of its keys) and keywords, the latter winning.
 
     What neither says is greedy decoding that stops at the tokenizer's end-of-sequence token.
-    Raises ValueError for a key that is unknown or not supported and for a value out of range;
-    warns of a key that has no effect beside the others.
+    Raises ValueError for a key that is unknown or not supported and for a value of the wrong
+    kind or out of range; warns of a key that has no effect beside the others.
     """
     asked = _merged(config, overrides or {})
-    _check(asked, model.text_vocab_size)
+    check_values(asked, model.text_vocab_size, (model.text_eos_id, model.text_pad_id))
+    _check_together(asked)
     _warn_of_no_effect(asked)
     stops = ids_of(asked.get("eos_token_id", model.text_eos_id))
     pad_id = asked.get("pad_token_id", model.text_pad_id)
@@ -108,15 +110,20 @@ def read_request(
     strings = asked.get("stop_strings", ())
     return GenerationRequest(
         decoding=decoding,
-        max_new_tokens=asked.get("max_new_tokens"),
-        max_length=asked.get("max_length"),
+        max_new_tokens=_plain(int, asked.get("max_new_tokens")),
+        max_length=_plain(int, asked.get("max_length")),
         seed=int(asked.get("seed", 0)),
         returns_dict=bool(asked.get("return_dict_in_generate", False)),
         stop_strings=(strings,) if isinstance(strings, str) else tuple(strings),
-        max_time_s=asked.get("max_time"),
+        max_time_s=_plain(float, asked.get("max_time")),
         should_stop=asked.get("should_stop"),
         max_audio_s=float(asked.get("max_audio_s", DEFAULT_MAX_AUDIO_S)) or None,
     )
+
+
+def _plain(kind: Callable[[Any], Any], value: Any) -> Any:
+    """A number of Python's, whatever array it came as; None stays."""
+    return None if value is None else kind(value)
 
 
 def _merged(config: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,26 +153,6 @@ def _merged(config: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in merged.items() if k in HONOURED or k in OWN}
 
 
-_POSITIVE = ("temperature", "repetition_penalty", "max_time")
-_COUNTS = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
-_NOT_NEGATIVE = ("min_new_tokens", "min_length", "top_k", "no_repeat_ngram_size")
-_SHARES = ("top_p", "typical_p", "top_h")  # above 0, at most 1
-_CUTOFFS = ("min_p", "epsilon_cutoff", "eta_cutoff")  # from 0, below 1
-_TOKENS = (
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-)
-_RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (_POSITIVE, lambda v: v > 0, "must be positive"),
-    (_COUNTS, lambda v: v >= 1 and v == int(v), "must be a whole number from 1"),
-    (_NOT_NEGATIVE, lambda v: v >= 0 and v == int(v), "must be a whole number, not negative"),
-    (_SHARES, lambda v: 0 < v <= 1, "must be in (0, 1]"),
-    (_CUTOFFS, lambda v: 0 <= v < 1, "must be in [0, 1)"),
-    (("max_audio_s",), lambda v: v is False or v >= 1, "must be at least 1, or false"),
-    (("early_stopping",), lambda v: v in (True, False, "never"), "must be true, false or never"),
-)
 _SAMPLING_ONLY: Mapping[str, tuple[Any, ...]] = {
     "temperature": (1.0,),
     "top_k": (0, 50),
@@ -180,15 +167,8 @@ _SAMPLING_ONLY: Mapping[str, tuple[Any, ...]] = {
 _BEAMS_ONLY: Mapping[str, tuple[Any, ...]] = {"length_penalty": (1.0,), "early_stopping": (False,)}
 
 
-def _check(asked: Mapping[str, Any], vocabulary: int) -> None:
-    """Raises ValueError for values out of range, or that cannot be had together."""
-    for keys, is_fine, says in _RANGES:
-        for key in keys:
-            if key in asked and not is_fine(asked[key]):
-                hint = "; or do_sample=False" if key == "temperature" else ""
-                raise ValueError(f"{key}={asked[key]!r} {says}{hint}")
-    for key in _TOKENS:
-        check_ids(key, ids_of(asked.get(key)), vocabulary)
+def _check_together(asked: Mapping[str, Any]) -> None:
+    """Raises ValueError for values that cannot be had together."""
     beams, answers = asked.get("num_beams", 1), asked.get("num_return_sequences", 1)
     if answers > 1 and beams == 1 and not asked.get("do_sample"):
         raise ValueError(

@@ -7,6 +7,7 @@ import numpy as np
 
 from speechlm2_jax.generation import processors as p
 from speechlm2_jax.generation import warpers
+from speechlm2_jax.models.generation_values import bias_pairs, ids_of
 from speechlm2_jax.models.shapes import round_up
 
 SAMPLING_DEFAULTS: Mapping[str, Any] = {"top_k": 50}
@@ -22,10 +23,10 @@ def make_processors(
 ) -> tuple[p.Processor, ...]:
     """Makes what stands between the model's scores and the choice of a token.
 
-    Raises ValueError for ids that are none of the vocabulary's.
+    `asked` has passed `check_values`.
     """
     makers: dict[str, tuple[Any, Callable[[Any], p.Processor]]] = {
-        **_repetitions(stops, vocabulary),
+        **_repetitions(stops),
         **_lengths(stops, vocabulary),
         **_suppressions(vocabulary, begin=int("forced_bos_token_id" in asked)),
     }
@@ -43,16 +44,14 @@ def make_processors(
     )
 
 
-def _repetitions(stops: Sequence[int], vocabulary: int) -> Makers:
+def _repetitions(stops: Sequence[int]) -> Makers:
     def bad_words(words: Any) -> p.Processor:
-        bad = {tuple(word): -np.inf for word in words if list(word) not in [[s] for s in stops]}
-        return _sequence_bias("bad_words_ids", bad, vocabulary)
+        ids = [tuple(ids_of(word)) for word in words]
+        bad = {word: -np.inf for word in ids if word not in [(s,) for s in stops]}
+        return _sequence_bias(bad)
 
     def sequence_bias(bias: Any) -> p.Processor:
-        pairs = bias.items() if isinstance(bias, Mapping) else bias
-        return _sequence_bias(
-            "sequence_bias", {tuple(ids): float(v) for ids, v in pairs}, vocabulary
-        )
+        return _sequence_bias({tuple(ids_of(ids)): float(v) for ids, v in bias_pairs(bias)})
 
     return {
         "sequence_bias": (None, sequence_bias),
@@ -105,14 +104,8 @@ def _warpers(least: int) -> Makers:
     }
 
 
-def _sequence_bias(
-    key: str, biases: Mapping[tuple[int, ...], float], vocabulary: int
-) -> p.SequenceBias:
+def _sequence_bias(biases: Mapping[tuple[int, ...], float]) -> p.SequenceBias:
     """One array of all sequences, filled up so that lists of about a length share a program."""
-    for ids in biases:
-        if not ids:
-            raise ValueError(f"{key} holds an empty sequence; give at least one id in each")
-        check_ids(key, ids, vocabulary)
     count = round_up(len(biases), LIST_STEP)
     longest = max(map(len, biases), default=1) - 1
     width = round_up(longest, 1) if longest else 0
@@ -122,18 +115,6 @@ def _sequence_bias(
         prefixes[i, width - len(ids) + 1 :] = ids[:-1]
         last[i], bias[i] = ids[-1], value
     return p.SequenceBias(prefixes, last, bias)
-
-
-def ids_of(value: Any) -> list[int]:
-    """One id or several, in whatever form."""
-    return [] if value is None else [int(i) for i in np.asarray(value).reshape(-1)]
-
-
-def check_ids(key: str, ids: Sequence[int], vocabulary: int) -> None:
-    """Raises ValueError for ids that are none of the vocabulary's."""
-    wrong = [i for i in ids if not 0 <= i < vocabulary]
-    if wrong:
-        raise ValueError(f"{key}: {wrong} are no ids of this vocabulary of {vocabulary} tokens")
 
 
 def _filled(ids: list[int], vocabulary: int) -> np.ndarray:
@@ -146,4 +127,4 @@ def _filled(ids: list[int], vocabulary: int) -> np.ndarray:
 def _asks_nothing(value: Any, neutral: Any) -> bool:
     if isinstance(value, Sequence | Mapping | np.ndarray):
         return len(value) == 0
-    return neutral is not None and value == neutral
+    return neutral is not None and bool(value == neutral)

@@ -1,14 +1,17 @@
 """What callers of `generate` may pass, turned into conversations for the network."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from speechlm2_jax.batches import SalmExample
-from speechlm2_jax.data.audio import read_audio
-from speechlm2_jax.data.prompts import PromptFormatter
+from speechlm2_jax.data.audio import check_samples
+from speechlm2_jax.data.prompts import PromptError, PromptFormatter
+from speechlm2_jax.models.clips import Clip, clips_of, split_audio
+
+_FORM = 'prompts must be dialogs, [[{"role": "user", "content": "..."}], ...], or int ids [B, T]'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,7 @@ class PromptContext:
     sample_rate_hz: int
     placeholder_id: int
     pad_id: int
+    vocab_size: int
 
 
 def prompt_examples(
@@ -27,42 +31,35 @@ def prompt_examples(
     """Makes one conversation per prompt; audio goes to the placeholders in order.
 
     `prompts`: a list of dialogs (lists of turns, each with `role`, and `content` or `slots`, and
-    optionally `audio`: paths or arrays at the model's rate), or int ids [B, T] padded anywhere on
-    the left. `audios` [B', S] with `audio_lens` [B'], one per placeholder over the whole batch.
-    Returns the conversations, named by their numbers from `first`, and their left-padded ids
-    [B, T]. Raises ValueError where placeholders and audio do not match in number.
+    optionally `audio`: paths, or float arrays [S] at the model's rate), or int ids [B, T] padded
+    anywhere on the left. `audios` [B', S] with `audio_lens` [B'], one per placeholder over the
+    whole batch. Returns the conversations, named by their numbers from `first`, and their
+    left-padded ids [B, T]. Raises ValueError, naming the prompt by its number, for what is no
+    prompt, for audio or ids that cannot be used, and where placeholders and audio do not match.
     """
-    if _is_dialogs(prompts):
-        inside = [clip for dialog in prompts for turn in dialog for clip in _clips(turn, context)]
-        if inside and audios is not None:
+    if _are_dialogs(prompts, first):
+        names = _names(prompts, first)
+        clips = [
+            [
+                c
+                for turn in dialog
+                for c in clips_of(turn.get("audio"), name, context.sample_rate_hz)
+            ]
+            for dialog, name in zip(prompts, names, strict=True)
+        ]
+        if any(clips) and audios is not None:
             raise ValueError("give audio inside the prompts or as audios/audio_lens, not both")
-        turns = [[{k: v for k, v in t.items() if k != "audio"} for t in d] for d in prompts]
-        ids = [np.asarray(p.input_ids) for p in context.formatter.encode_dialogs(turns)]
-        clips = inside if audios is None else _unnamed(audios, audio_lens)
+        ids = [_encode(d, name, context) for d, name in zip(prompts, names, strict=True)]
     else:
-        array = np.asarray(prompts)
-        if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(
-                f"prompts must be dialogs or int ids [B, T]; got {array.dtype} {array.shape}"
-            )
-        ids = list(array)
-        clips = [] if audios is None else _unnamed(audios, audio_lens)
-    return _assign(ids, clips, context, first), left_pad(ids, context.pad_id)
-
-
-def split_audio(audios: Any, audio_lens: Any) -> list[np.ndarray]:
-    """Cuts a padded batch [B, S] into its clips. Raises ValueError for a length out of range."""
-    array = np.asarray(audios, np.float32)
-    if array.ndim != 2:
-        raise ValueError(f"audios must be float [B, S]; got shape {array.shape}")
-    lengths = (
-        np.full(len(array), array.shape[1]) if audio_lens is None else np.asarray(audio_lens, int)
-    )
-    if lengths.shape != (len(array),) or (lengths < 1).any() or (lengths > array.shape[1]).any():
-        raise ValueError(
-            f"audio_lens must be {len(array)} lengths from 1 to {array.shape[1]} samples"
-        )
-    return [row[:n] for row, n in zip(array, lengths, strict=True)]
+        ids = _id_rows(prompts, context, first)
+        names, clips = _names(ids, first), [[] for _ in ids]
+    needed = [int((row == context.placeholder_id).sum()) for row in ids]
+    if audios is not None:
+        clips = _dealt(split_audio(audios, audio_lens), names, needed)
+    for name, wanted, own in zip(names, needed, clips, strict=True):
+        _check_number(f"{name} has", wanted, len(own))
+    rows = zip(names, ids, clips, strict=True)
+    return [_example(*row) for row in rows], left_pad(ids, context.pad_id)
 
 
 def left_pad(rows: Sequence[np.ndarray], pad_id: int) -> np.ndarray:
@@ -74,55 +71,86 @@ def left_pad(rows: Sequence[np.ndarray], pad_id: int) -> np.ndarray:
     return out
 
 
-def _is_dialogs(prompts: Any) -> bool:
-    return (
-        isinstance(prompts, Sequence)
-        and len(prompts) > 0
-        and isinstance(prompts[0], Sequence)
-        and len(prompts[0]) > 0
-        and isinstance(prompts[0][0], dict)
-    )
+def _names(prompts: Any, first: int) -> list[str]:
+    return [f"prompt {first + i}" for i in range(len(prompts))]
 
 
-class _Clip(NamedTuple):
-    """A recording, and the file that it came from."""
+def _are_dialogs(prompts: Any, first: int) -> bool:
+    """Whether prompts are dialogs, else they should be ids. Raises ValueError for other texts."""
+    if isinstance(prompts, str | bytes | Mapping):
+        raise ValueError(f"{_FORM}; got {type(prompts).__name__}")
+    if not isinstance(prompts, Sequence):
+        return False
+    if any(isinstance(prompt, Mapping) for prompt in prompts):
+        raise ValueError(f"{_FORM}; this is one dialog: wrap it in a list")
+    if any(isinstance(prompt, str | bytes) for prompt in prompts):
+        raise ValueError(f"{_FORM}; got a list of texts: make a turn of each")
+    lists = [prompt for prompt in prompts if isinstance(prompt, Sequence)]
+    if not any(isinstance(turn, Mapping) for dialog in lists for turn in dialog):
+        return False
+    for number, dialog in enumerate(prompts, first):
+        is_list = isinstance(dialog, Sequence) and len(dialog) > 0
+        if not is_list or not all(isinstance(turn, Mapping) for turn in dialog):
+            raise ValueError(
+                f"prompt {number} must be a dialog: a list of turns, of which there is one at least"
+            )
+    return True
 
-    samples: np.ndarray
-    name: str | None = None
+
+def _encode(dialog: Sequence[Any], name: str, context: PromptContext) -> np.ndarray:
+    turns = [{key: value for key, value in turn.items() if key != "audio"} for turn in dialog]
+    try:
+        return np.asarray(context.formatter.encode_dialog(turns).input_ids)
+    except PromptError as error:
+        raise PromptError(f"{name}: {error}") from error
 
 
-def _clips(turn: dict[str, Any], context: PromptContext) -> list[_Clip]:
-    audio = turn.get("audio", ())
-    items = [audio] if isinstance(audio, str) or hasattr(audio, "__array__") else list(audio)
+def _id_rows(prompts: Any, context: PromptContext, first: int) -> list[np.ndarray]:
+    """The rows of ids [B, T]. Raises ValueError for another array, and for unknown ids."""
+    try:
+        array = np.asarray(prompts)
+    except ValueError as error:  # rows of several lengths
+        raise ValueError(
+            f"prompts of ids must be one array [B, T]; pad the rows on the left with the id "
+            f"{context.pad_id}"
+        ) from error
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{_FORM}; got {array.dtype} {array.shape}")
+    special = (context.placeholder_id, context.pad_id)
+    is_known = ((array >= 0) & (array < context.vocab_size)) | np.isin(array, special)
+    for row, fine, name in zip(array, is_known, _names(array, first), strict=True):
+        if not fine.all():
+            raise ValueError(
+                f"{name}: {row[~fine][:5].tolist()} are no ids; give ids from 0 to "
+                f"{context.vocab_size - 1}, and {context.placeholder_id} where audio is heard"
+            )
+    return list(array)
+
+
+def _dealt(
+    audio: Sequence[np.ndarray], names: Sequence[str], needed: Sequence[int]
+) -> list[list[Clip]]:
+    """Shares recordings out among the prompts, in order, as many as each has placeholders."""
+    _check_number("the prompts have", sum(needed), len(audio))
+    rows = iter(audio)
     return [
-        _Clip(np.asarray(item, np.float32))
-        if hasattr(item, "__array__")
-        else _Clip(read_audio(item, sample_rate_hz=context.sample_rate_hz), str(item))
-        for item in items
+        [Clip(check_samples(next(rows), name)) for _ in range(wanted)]
+        for name, wanted in zip(names, needed, strict=True)
     ]
 
 
-def _unnamed(audios: Any, audio_lens: Any) -> list[_Clip]:
-    return [_Clip(samples) for samples in split_audio(audios, audio_lens)]
-
-
-def _assign(
-    ids: Sequence[np.ndarray], clips: Sequence[_Clip], context: PromptContext, first: int
-) -> list[SalmExample]:
-    needed = [int((row == context.placeholder_id).sum()) for row in ids]
-    if sum(needed) != len(clips):
+def _check_number(has: str, needed: int, given: int) -> None:
+    if needed != given:
         raise ValueError(
-            f"the prompts have {sum(needed)} audio placeholders but {len(clips)} audio clips were "
-            "given; write the model's audio_locator_tag once per clip"
+            f"{has} {needed} audio placeholders but {given} audio clips were given; write the "
+            "model's audio_locator_tag once per clip"
         )
-    starts = np.cumsum([0, *needed])
-    return [_example(first + i, row, clips[starts[i] : starts[i + 1]]) for i, row in enumerate(ids)]
 
 
-def _example(number: int, ids: np.ndarray, clips: Sequence[_Clip]) -> SalmExample:
+def _example(name: str, ids: np.ndarray, clips: Sequence[Clip]) -> SalmExample:
     files = ", ".join(clip.name for clip in clips if clip.name is not None)
     return SalmExample(
-        id=f"prompt {number}" + (f" ({files})" if files else ""),
+        id=name + (f" ({files})" if files else ""),
         tokens=np.asarray(ids, np.int32),
         loss_mask=np.zeros(len(ids), bool),
         audio=tuple(clip.samples for clip in clips),

@@ -19,9 +19,10 @@ from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.ctc import ctc_table
 from speechlm2_jax.conversion.readers import NemoArchive, read_nemo
 from speechlm2_jax.conversion.transducer import transducer_table
+from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.layers.module import abstract, bind, describe, unbind
+from speechlm2_jax.models.clips import split_audio
 from speechlm2_jax.models.parts import Location, nemo_tokenizer
-from speechlm2_jax.models.prompting import split_audio
 from speechlm2_jax.models.transcribing import Speller, transcribe
 from speechlm2_jax.settings import SettingsError, build
 
@@ -111,10 +112,11 @@ class ASRModel:
         """Writes down recordings, float [B, S] at `sampling_rate` of `lengths` [B] samples.
 
         Without lengths the rows are full. The order, padding and neighbours of the rows change no
-        text. Raises ValueError for a length beyond S.
+        text. Raises ValueError for a length beyond S, and for NaN or infinite samples.
         """
         shortest = int(SHORTEST_S * self.sampling_rate)
-        waves = [_centred(wave, shortest) for wave in split_audio(audio, lengths)]
+        rows = enumerate(split_audio(audio, lengths))
+        waves = [_centred(check_samples(wave, f"recording {n}"), shortest) for n, wave in rows]
         return transcribe(waves, self._decode, self._spell)
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:

@@ -134,7 +134,8 @@ class SALM(SpeechModel):
         `prompts`: dialogs as `generate` takes them, with their audio inside, as many as one likes:
         they are drawn as slots become free. Yields lists of `Answered` (number of the prompt, ids),
         as they end. Greedy or drawn, the ids are those of `generate` on all prompts. Raises
-        ValueError, at the call, for beams, several answers, stop strings, and time limits.
+        ValueError, at the call, for beams, several answers, stop strings, and time limits; and for
+        a prompt that cannot be used, with its number, once those before it are answered.
         """
         return continuous.generate_each(
             *(self, self._definition, prompts, slots), generation_config, generation_kwargs

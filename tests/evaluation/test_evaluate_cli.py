@@ -57,6 +57,12 @@ def fake(monkeypatch):
          "tp_size: evaluation runs on one chip; start one process per share of the inputs (got 2)"),
         (["pretrained_name=m", "inputs=/no/such.json"],
          "inputs: no such file or folder: '/no/such.json'"),
+        (["pretrained_name=m", "inputs=x", "generation.top_p=abc"],
+         "generation.top_p='abc' must be a number in (0, 1]"),
+        (["pretrained_name=m", "inputs=x", "generation.bad_words_ids=[350]"],
+         "generation.bad_words_ids=[350] must be a list of lists of token ids, as [[3], [4, 5]]"),
+        (["pretrained_name=m", "inputs=x", "generation.min_new_tokens=200"],
+         "generation.min_new_tokens=200 exceeds max_new_tokens=128"),
         (["what"], "'what': expected key=value; see evaluate.py --help"),
         (["--batch-size", "3"], "unrecognized arguments: --batch-size; see evaluate.py --help"),
     ],
@@ -79,6 +85,18 @@ def test_a_model_that_cannot_be_loaded_is_one_line(fake, wav, capsys):
     argv = ["pretrained_name=nothing", f"inputs={wav('a.wav', 1)}", "dtype=float32"]
     assert evaluate.main(argv) == 2
     assert capsys.readouterr().err == "evaluate.py: pretrained_name: no such model\n"
+
+
+def test_ids_that_the_model_lacks_are_one_line(wav, capsys):
+    model = Path(__file__).parents[1] / "data" / "salm" / "llama_adapter_hf"
+    argv = [f"pretrained_name={model}", f"inputs={wav('a.wav', 1)}", "output_manifest=null"]
+    try:
+        assert evaluate.main([*argv, "generation.forced_eos_token_id=99999"]) == 2
+    finally:
+        jax.config.update("jax_default_device", None)
+    line = capsys.readouterr().err
+    assert line.startswith("evaluate.py: generation.forced_eos_token_id: [99999] are no ids")
+    assert line.count("\n") == 1
 
 
 def test_a_device_that_is_not_there_is_refused_not_replaced(capsys):

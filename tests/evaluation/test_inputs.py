@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from speechlm2_jax.evaluation.inputs import read_inputs
+from speechlm2_jax.evaluation.duplex_inputs import read_dialogues
+from speechlm2_jax.evaluation.inputs import left_out, read_inputs
 from speechlm2_jax.settings import SettingsError
 
 RATE_HZ = 16_000
@@ -92,6 +93,62 @@ def test_inputs_that_cannot_be_used_say_why(tmp_path, content, expected):
         path.write_text(content)
     with pytest.raises(SettingsError, match=expected):
         read_inputs(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("video.m4a", b"\0\0\0 ftypM4A \xff\xfe", "ffmpeg -i IN OUT.wav"),
+        (
+            "list.txt",
+            b"a.wav\nb.wav\n",
+            "is neither audio nor a manifest: audio is read from .wav ",
+        ),
+        ("table.csv", b"path,text\n", 'a manifest has one object per line, {"audio_filepath": '),
+        ("list.json", b'[\n{"audio_filepath": "a.wav"}]', "is a JSON list, .* one object per line"),
+        ("rows.jsonl", b"a.wav\n", "not lines of JSON: a manifest has one object per line"),
+    ],
+)
+def test_a_file_of_another_kind_says_what_is_read(tmp_path, name, content, says):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(SettingsError, match=says) as raised:
+        read_inputs(str(path))
+    assert "codec" not in str(raised.value)
+
+
+def test_a_manifest_may_have_any_name(tmp_path, wav):
+    wav("a.wav", 1.0)
+    path = _write(tmp_path / "list.txt", [{"audio_filepath": "a.wav", "duration": 1.0}])
+    assert [u.id for u in read_inputs(path)] == ["a"]
+
+
+def test_files_that_a_folder_leaves_out_are_counted(tmp_path, wav):
+    wav("a.wav", 0.1)
+    assert left_out(tmp_path) == ""
+    for name in ("b.m4a", "sub/c.M4A", "notes.txt", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert left_out(tmp_path).startswith("files left out: 3 (2 .m4a, 1 .txt); audio is read fr")
+    with pytest.raises(SettingsError, match="nothing to answer in .*: files left out: 1 .1 .m4a"):
+        read_inputs(str(tmp_path / "sub"))
+
+
+def test_a_pattern_is_told_from_a_missing_file(tmp_path):
+    with pytest.raises(SettingsError, match="patterns are not expanded: name the folder"):
+        read_inputs(str(tmp_path / "*.wav"))
+
+
+def test_a_duplex_models_inputs_say_so_too(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "b.m4a").touch()
+    for name, says in [
+        ("set", "nothing to answer in .*: files left out: 1 .1 .m4a"),
+        ("set/b.m4a", "neither audio nor Lhotse cuts: .*ffmpeg -i IN OUT.wav"),
+        ("*.wav", "patterns are not expanded"),
+    ]:
+        with pytest.raises(SettingsError, match=says):
+            read_dialogues([str(tmp_path / name)], None)
 
 
 def test_a_folder_without_audio_is_refused(tmp_path):

@@ -126,6 +126,10 @@ def test_the_step_is_the_best_else_the_last(here):
         "data   x.jsonl\n"
         "asked  'Be exact.' 'Write down:', as trained"
     )
+    (here / "set").mkdir()
+    (here / "set" / "b.m4a").touch()
+    noted = make_plan({"pretrained_name": "runs/a", "inputs": "set"}).says()
+    assert "\nnote   files left out: 1 (1 .m4a); audio is read from .wav" in noted
     unranked = read_run(make_run(Path("runs/b")))
     assert unranked is not None
     assert unranked.step == (20, "the last")

@@ -124,8 +124,8 @@ def test_a_text_ends_an_answer_and_lengths_are_each_rows_own(model):
         (dict(num_beans=4), "does not know 'num_beans'; did you mean num_beams?"),
         (dict(guidance_scale=1.5), "guidance_scale=1.5 is not supported: classifier-free"),
         (dict(streamer=object()), "use model.stream"),
-        (dict(temperature=0.0, do_sample=True), "temperature=0.0 must be positive; or do_sample=F"),
-        (dict(top_p=1.5, do_sample=True), r"top_p=1.5 must be in \(0, 1\]"),
+        (dict(temperature=0.0, do_sample=True), "temperature=0.0 must be a positive number; or"),
+        (dict(top_p=1.5, do_sample=True), r"top_p=1.5 must be a number in \(0, 1\]"),
         (dict(num_return_sequences=2), "greedy decoding has one answer"),
         (dict(num_return_sequences=3, num_beams=2), "exceeds num_beams=2"),
         (dict(bad_words_ids=[[3, 400]]), r"bad_words_ids: \[400\] are no ids"),
@@ -138,6 +138,66 @@ def test_a_text_ends_an_answer_and_lengths_are_each_rows_own(model):
 def test_what_is_not_supported_is_refused_by_name(model, wrong, says):
     with pytest.raises(ValueError, match=says):
         model.generate(PROMPTS, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (dict(top_p="0.9"), r"top_p='0.9' must be a number in \(0, 1\]"),
+        (dict(min_p=np.nan), r"min_p=nan must be a number in \[0, 1\)"),
+        (dict(temperature=[1.0]), r"temperature=\[1.0\] must be a positive number"),
+        (dict(num_beams="x"), "num_beams='x' must be a whole number from 1"),
+        (dict(num_beams=True), "num_beams=True must be a whole number from 1"),
+        (dict(max_new_tokens=2**40), r"must be a whole number from 1, below 2\^31"),
+        (dict(top_k=[5]), r"top_k=\[5\] must be a whole number, not negative"),
+        (dict(seed="x"), "seed='x' must be a whole number of 64 bits"),
+        (dict(max_time="1 s"), "max_time='1 s' must be a positive number"),
+        (dict(max_audio_s=True), "max_audio_s=True must be at least 1, or false: give seconds"),
+        (dict(do_sample="no"), "do_sample='no' must be true or false"),
+        (dict(should_stop=3), "should_stop=3 must be a function"),
+        (dict(length_penalty="x", num_beams=2), "length_penalty='x' must be a number"),
+        (dict(bad_words_ids=[350]), r"bad_words_ids=\[350\] must be a list of lists of token ids"),
+        (dict(bad_words_ids=[[3], []]), "must be a list of lists of token ids"),
+        (dict(sequence_bias=3), "sequence_bias=3 must be pairs of token ids and a number"),
+        (dict(sequence_bias=[[[3], 1.0], 3]), "must be pairs"),
+        (dict(sequence_bias=[[3], 1]), r"sequence_bias=\[\[3\], 1\] must be pairs"),
+        (dict(sequence_bias={(3, 400): 1.0}), r"sequence_bias: \[400\] are no ids"),
+        (dict(stop_strings=3), "stop_strings=3 must be a text, or a list of them"),
+        (dict(stop_strings=""), "an empty one would end every answer"),
+        (dict(stop_strings=["a", ""]), "an empty one would end every answer"),
+        (dict(exponential_decay_length_penalty=3), r"must be \[start, factor\]"),
+        (
+            dict(forced_eos_token_id=99999),
+            r"forced_eos_token_id: \[99999\] are no ids; .* 0 to 367",
+        ),
+        (dict(forced_bos_token_id=[3, 4]), r"forced_bos_token_id=\[3, 4\] must be one token id"),
+        (dict(suppress_tokens="a"), "suppress_tokens='a' must be one token id, or a list"),
+        (dict(eos_token_id=-1), r"eos_token_id: \[-1\] are no ids"),
+        (dict(pad_token_id=-1), r"pad_token_id: \[-1\] are no ids"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_name(model, wrong, says):
+    with pytest.raises(ValueError, match=says):
+        read_request(model, wrong)
+
+
+def test_numbers_and_ids_of_every_kind_are_taken(model):
+    keys = dict(
+        do_sample=np.bool_(True),
+        top_p=np.float32(0.5),
+        top_k=np.int64(5),
+        max_new_tokens=np.int64(5),
+        max_time=np.float32(2.0),
+        eos_token_id=np.array([3, 4]),
+        bad_words_ids=np.array([[5, 6]]),
+        sequence_bias={(7,): -np.inf},
+        suppress_tokens=[],
+        stop_strings=(),
+        max_audio_s=False,
+    )
+    request = read_request(model, keys)
+    assert request.decoding.stop_ids == (3, 4) and request.max_audio_s is None
+    assert (request.max_new_tokens, request.max_time_s) == (5, 2.0)
 
 
 def test_a_stream_of_beams_is_refused_at_the_call(model):

@@ -119,3 +119,15 @@ def test_processors_that_look_at_a_prompt_of_text_are_refused(model):
     text = [{"role": "user", "content": "What time is it?"}]
     with pytest.raises(ValueError, match="prompt 0 is of text alone, whose ids repetition_penalty"):
         next(model.generate_each([text], repetition_penalty=1.5))
+
+
+def test_a_prompt_that_cannot_be_used_is_named_after_the_answers_before_it(model, prompts):
+    asked = dict(max_new_tokens=4)
+    expected = by_number(model.generate_each(prompts[:6], slots=4, **asked))
+    nan = [{**prompts[0][0], "audio": [np.full(4000, np.nan, np.float32)]}]
+    missing = [{**prompts[0][0], "audio": ["nowhere.wav"]}]
+    for bad in (nan, missing, prompts[0][0], [], [{"role": "nobody", "content": ""}]):
+        rounds = []
+        with pytest.raises(ValueError, match="^prompt 6"):
+            rounds.extend(model.generate_each([*prompts[:6], bad, prompts[6]], slots=4, **asked))
+        assert by_number(rounds) == expected
