@@ -20,6 +20,7 @@ _OWN_KEYS = {
     "return_dict_in_generate": _ONE_ANSWER,
     "should_stop": _ONE_ANSWER,
     "max_audio_s": "write max_audio_s without generation.",
+    "enable_thinking": "a question opens as its own answer does; leave it out",
 }
 """Keys of a GenerationConfig that are not taken below `generation`."""
 _NO_VOICE = "only a duplex model speaks; remove it"

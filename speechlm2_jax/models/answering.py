@@ -62,7 +62,7 @@ def generate(
 ) -> np.ndarray | Generated:
     """Answers (prompts, audios, audio_lens); see SALM.generate."""
     request = read_request(model, generation_config, overrides)
-    examples, ids = prompted(model, asked)
+    examples, ids = prompted(model, asked, request.enable_thinking)
     parts = [chunked.in_parts(e, request.max_audio_s, model.sampling_rate) for e in examples]
     if any(prompt.chunks for prompt in parts):
         joined = chunked.answer(parts, request, partial(speak, model, definition), model.tokenizer)
@@ -91,25 +91,32 @@ def stream(
         raise ValueError("a stream has no dict to return; leave return_dict_in_generate out")
     if tokens_at_once < 1:
         raise ValueError(f"tokens_at_once={tokens_at_once} must be at least 1")
-    examples, _ = prompted(model, asked)
+    examples, _ = prompted(model, asked, request.enable_thinking)
     chunked.refuse(examples, request.max_audio_s, model.sampling_rate)
     reports = speak(model, definition, examples, request, tokens_at_once)
     return pieces(reports, model.tokenizer)
 
 
 def prompted(
-    model: "SALM", asked: tuple[Any, Any, Any], first: int = 0
+    model: "SALM", asked: tuple[Any, Any, Any], enable_thinking: bool | None, first: int = 0
 ) -> tuple[list[SalmExample], np.ndarray]:
     """Lays (prompts, audios, audio_lens) out as conversations, named from `first`; their ids.
 
-    Logs a warning for a recording that is too short for one frame.
+    Logs a warning for a recording that is too short for one frame. Raises ValueError where
+    thinking is spoken of and the prompt format knows no thoughts.
     """
+    if enable_thinking is not None and not model.prompt_formatter.can_think:
+        raise ValueError(
+            f"prompt format {model.prompt_formatter.name!r} has no thinking mode; leave "
+            "enable_thinking out"
+        )
     context = PromptContext(
         formatter=model.prompt_formatter,
         sample_rate_hz=model.sampling_rate,
         placeholder_id=model.audio_locator_tag_id,
         pad_id=model.text_pad_id,
         vocab_size=model.text_vocab_size,
+        enable_thinking=enable_thinking is not False,
     )
     examples, ids = prompt_examples(*asked, context, first)
     for example in examples:

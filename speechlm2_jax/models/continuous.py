@@ -131,7 +131,9 @@ def _parts(model: "SALM", dialog: Any, number: int, request: GenerationRequest) 
     """The rows of a dialog. Raises ValueError where it cannot be used, naming its number."""
     name = f"prompt {number}"
     try:
-        (example,), _ = answering.prompted(model, ([dialog], None, None), first=number)
+        (example,), _ = answering.prompted(
+            model, ([dialog], None, None), request.enable_thinking, first=number
+        )
     except ValueError as error:
         if str(error).startswith(name):
             raise

@@ -64,6 +64,8 @@ class GenerationRequest:
     should_stop: Callable[[], bool] | None = None
     max_audio_s: float | None = DEFAULT_MAX_AUDIO_S
     """Longer recordings are answered in chunks; None: none is."""
+    enable_thinking: bool | None = None
+    """Whether an answer may open with a thought; None: as the prompt format has it."""
 
     def limits(self, prompt_steps: np.ndarray) -> np.ndarray:
         """Tokens that each answer may have. Raises ValueError where a prompt leaves no room."""
@@ -118,6 +120,7 @@ def read_request(
         max_time_s=_plain(float, asked.get("max_time")),
         should_stop=asked.get("should_stop"),
         max_audio_s=float(asked.get("max_audio_s", DEFAULT_MAX_AUDIO_S)) or None,
+        enable_thinking=asked.get("enable_thinking"),
     )
 
 

@@ -103,6 +103,7 @@ REFUSED: Mapping[str, Refused] = {
 
 OWN: Mapping[str, str] = {
     "seed": "of what is drawn, 0 by default; a row's draws are its own, whatever its neighbours",
+    "enable_thinking": "false opens the answer behind an empty thought (qwen3, nemotron-nano-v3)",
     "max_audio_s": "seconds heard at once, 40 by default; what is longer is answered in chunks; "
     "false: no limit",
     "should_stop": "a function asked now and then; once true, what there is comes back",

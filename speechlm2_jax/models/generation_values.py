@@ -144,6 +144,7 @@ _FLAGS = (
     "renormalize_logits",
     "remove_invalid_values",
     "output_scores",
+    "enable_thinking",
 )
 _ONE_ID = ("forced_bos_token_id", "pad_token_id")
 _IDS = ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")

@@ -23,6 +23,7 @@ class PromptContext:
     placeholder_id: int
     pad_id: int
     vocab_size: int
+    enable_thinking: bool = True
 
 
 def prompt_examples(
@@ -100,7 +101,9 @@ def _are_dialogs(prompts: Any, first: int) -> bool:
 def _encode(dialog: Sequence[Any], name: str, context: PromptContext) -> np.ndarray:
     turns = [{key: value for key, value in turn.items() if key != "audio"} for turn in dialog]
     try:
-        return np.asarray(context.formatter.encode_dialog(turns).input_ids)
+        thinking = context.enable_thinking
+        prompt = context.formatter.encode_dialog(turns, enable_thinking=thinking)
+        return np.asarray(prompt.input_ids)
     except PromptError as error:
         raise PromptError(f"{name}: {error}") from error
 

@@ -78,20 +78,16 @@ class SALM(SpeechModel):
         back) and `max_audio_s` (a longer recording is answered in overlapping chunks, whose texts
         are joined) among them: docs/generation.md has every key. With `num_return_sequences` the
         answers to a prompt lie side by side, and `return_dict_in_generate` gives a `Generated`.
-        Raises ValueError for what is not supported, `enable_thinking` among it: no prompt format
-        here has a thinking mode.
+        `enable_thinking=False` opens the answer behind an empty thought, for prompt formats that
+        have thoughts. Raises ValueError for what is not supported.
         """
-        if enable_thinking is not None:
-            raise ValueError(
-                f"prompt format {self.prompt_formatter.name!r} has no thinking mode; leave "
-                "enable_thinking out"
-            )
+        thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         return answering.generate(
             self,
             self._definition,
             (prompts, audios, audio_lens),
             generation_config,
-            generation_kwargs,
+            {**generation_kwargs, **thinking},
         )
 
     def stream(

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from transformers import GenerationConfig
 
+from speechlm2_jax.data.prompts import PromptFormatter
+from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.models import SALM, answering
 from speechlm2_jax.models.generation_config import read_request
 from speechlm2_jax.models.generation_keys import HONOURED, IGNORED, REFUSED
@@ -231,3 +233,30 @@ def test_every_key_of_a_generation_config_is_known_and_on_the_page():
     spec.loader.exec_module(page)
     text = page.PAGE.read_text(encoding="utf-8")
     assert text == page.render(text), "run: PYTHONPATH=. python docs/make_generation.py"
+
+
+def test_a_thought_is_opened_or_already_over_as_asked(model):
+    thoughtful = PromptFormatter(
+        "qwen3", Tokenizer(ROOT / "tests" / "data" / "prompts" / "tok_bpe")
+    )
+    told = {
+        enabled: thoughtful.encode_dialog(PROMPTS[0], enable_thinking=enabled).input_ids.tolist()
+        for enabled in (True, False)
+    }
+
+    class Thoughtful:
+        """The model's numbers with a format that has thoughts."""
+
+        prompt_formatter = thoughtful
+        sampling_rate, audio_locator_tag_id, text_pad_id = 16000, 335, 332
+        text_vocab_size = 365
+
+    for asked, enabled in ((None, True), (True, True), (False, False)):
+        _, ids = answering.prompted(Thoughtful(), (PROMPTS[:1], None, None), asked)
+        assert ids.tolist() == [told[enabled]]
+    assert told[True] != told[False]
+    for ask in (model.generate, lambda *a, **k: list(model.stream(*a, **k))):
+        with pytest.raises(ValueError, match="'llama2' has no thinking mode"):
+            ask(PROMPTS, enable_thinking=False)
+    with pytest.raises(ValueError, match="enable_thinking='no' must be true or false"):
+        model.generate(PROMPTS, generation_config={"enable_thinking": "no"})
