@@ -21,7 +21,6 @@ from speechlm2_jax.conversion.readers import NemoArchive, read_nemo
 from speechlm2_jax.conversion.transducer import transducer_table
 from speechlm2_jax.layers.module import abstract, bind, describe, unbind
 from speechlm2_jax.models.parts import Location, nemo_tokenizer
-from speechlm2_jax.models.prompting import split_audio
 from speechlm2_jax.models.transcribing import Speller, transcribe
 from speechlm2_jax.settings import SettingsError, build
 
@@ -110,12 +109,14 @@ class ASRModel:
     def transcribe(self, audio: Any, lengths: Any = None) -> list[str]:
         """Writes down recordings, float [B, S] at `sampling_rate` of `lengths` [B] samples.
 
-        Without lengths the rows are full. The order, padding and neighbours of the rows change no
-        text. Raises ValueError for a length beyond S.
+        Without lengths the rows are full; nothing is heard in a row of length 0. The order, padding
+        and neighbours of the rows change no text. Raises ValueError for a length beyond S.
         """
         shortest = int(SHORTEST_S * self.sampling_rate)
-        waves = [_centred(wave, shortest) for wave in split_audio(audio, lengths)]
-        return transcribe(waves, self._decode, self._spell)
+        rows = _rows(audio, lengths)
+        waves = [_centred(row, shortest) for row in rows if len(row)]
+        texts = iter(transcribe(waves, self._decode, self._spell))
+        return [next(texts) if len(row) else "" for row in rows]
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         inputs = self._definition, self._variables, jnp.asarray(audio), jnp.asarray(lengths)
@@ -193,6 +194,18 @@ def _architecture(
             f"{archive.path}: its tokenizer has {pieces} pieces, its decoder {network.blank}"
         )
     return network
+
+
+def _rows(audio: Any, lengths: Any) -> list[np.ndarray]:
+    """Cuts a padded batch [B, S] into recordings. Raises ValueError for a length out of range."""
+    batch = np.asarray(audio, np.float32)
+    if batch.ndim != 2:
+        raise ValueError(f"audio must be float [B, S]; got shape {batch.shape}")
+    rows, samples = batch.shape
+    counts = np.full(rows, samples) if lengths is None else np.asarray(lengths, int)
+    if counts.shape != (rows,) or (counts < 0).any() or (counts > samples).any():
+        raise ValueError(f"lengths must be {rows} numbers from 0 to {samples} samples")
+    return [row[:count] for row, count in zip(batch, counts, strict=True)]
 
 
 def _centred(wave: np.ndarray, shortest: int) -> np.ndarray:

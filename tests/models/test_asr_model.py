@@ -62,6 +62,17 @@ def test_neighbours_order_and_padding_change_no_text(model):
     assert model.transcribe(audio[:1]) == together[:1]
 
 
+def test_nothing_is_heard_in_an_empty_row(model):
+    audio, lengths = recordings("rnnt")
+    alone = model.transcribe(audio[1:2], lengths[1:2])
+    assert alone != [""]
+    assert model.transcribe(audio[[0, 1, 2]], [0, lengths[1], 0]) == ["", *alone, ""]
+    assert model.transcribe(np.zeros((2, 0))) == ["", ""]
+    for wrong in ([-1], [audio.shape[1] + 1], [1, 1]):
+        with pytest.raises(ValueError, match="lengths must be 1 numbers from 0 to"):
+            model.transcribe(audio[:1], wrong)
+
+
 def test_few_shapes_serve_all_batches(model, monkeypatch):
     shapes = set()
     decode = model._decode
