@@ -20,13 +20,17 @@ from speechlm2_jax.conversion.ctc import ctc_table
 from speechlm2_jax.conversion.readers import NemoArchive, read_nemo
 from speechlm2_jax.conversion.transducer import transducer_table
 from speechlm2_jax.layers.module import abstract, bind, describe, unbind
-from speechlm2_jax.models.parts import Location, nemo_tokenizer
-from speechlm2_jax.models.transcribing import Speller, transcribe
+from speechlm2_jax.models.parts import Location
+from speechlm2_jax.models.spelling import class_name, nemo_speller
+from speechlm2_jax.models.transcribing import transcribe
 from speechlm2_jax.settings import SettingsError, build
 
 DECODERS = {
+    "EncDecCTCModel": ("ctc",),
     "EncDecCTCModelBPE": ("ctc",),
+    "EncDecRNNTModel": ("rnnt",),
     "EncDecRNNTBPEModel": ("rnnt",),
+    "EncDecHybridRNNTCTCModel": ("rnnt", "ctc"),
     "EncDecHybridRNNTCTCBPEModel": ("rnnt", "ctc"),
 }
 """NeMo's class -> the decoders that it has, its own choice first; TDT counts as RNN-T."""
@@ -68,10 +72,9 @@ class ASRModel:
 
     def __init__(self, archive: NemoArchive, *, decoder: str, decoding: DecodingConfig) -> None:
         self.decoder = decoder
-        self.tokenizer = nemo_tokenizer(archive)
         self._max_symbols = decoding.max_symbols or MAX_SYMBOLS
-        self._spell = Speller(self.tokenizer, len(self.tokenizer))
-        architecture = _architecture(archive, decoder, decoding, len(self.tokenizer))
+        self._spell = nemo_speller(archive, decoder)
+        architecture = _architecture(archive, decoder, decoding, len(self._spell))
         self._preprocessor = architecture.preprocessor
         if isinstance(architecture, TransducerConfig):
             module = abstract(lambda: TransducerNetwork(architecture, rngs=nnx.Rngs(0)))
@@ -121,7 +124,7 @@ class ASRModel:
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         inputs = self._definition, self._variables, jnp.asarray(audio), jnp.asarray(lengths)
         if self.decoder == "ctc":
-            blank = len(self.tokenizer)
+            blank = len(self._spell)
             return [collapse(path, blank) for path in np.asarray(_ctc_paths(*inputs))]
         found = _hypotheses(*inputs, max_symbols=self._max_symbols)
         rows = zip(np.asarray(found.labels), np.asarray(found.lengths), strict=True)
@@ -157,7 +160,7 @@ def _hypotheses(
 
 def _decoder(archive: NemoArchive, asked: str | None) -> str:
     """Which decoder of the archive's model to use."""
-    name = str(archive.config.get("target")).rpartition(".")[2]
+    name = class_name(archive)
     if name not in DECODERS:
         raise SettingsError(
             f"{archive.path}: {name} is no recogniser that is done; it can be {', '.join(DECODERS)}"
@@ -191,7 +194,7 @@ def _architecture(
     network = build(TransducerConfig, {**blocks, **more}, "model")
     if network.blank != pieces:
         raise SettingsError(
-            f"{archive.path}: its tokenizer has {pieces} pieces, its decoder {network.blank}"
+            f"{archive.path}: it can spell {pieces} labels, its decoder has {network.blank}"
         )
     return network
 
