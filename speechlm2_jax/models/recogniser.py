@@ -76,12 +76,7 @@ class ASRModel:
         self._spell = nemo_speller(archive, decoder)
         architecture = _architecture(archive, decoder, decoding, len(self._spell))
         self._preprocessor = architecture.preprocessor
-        if isinstance(architecture, TransducerConfig):
-            module = abstract(lambda: TransducerNetwork(architecture, rngs=nnx.Rngs(0)))
-            table = transducer_table(architecture)
-        else:
-            module = abstract(lambda: CtcNetwork(architecture, rngs=nnx.Rngs(0)))
-            table = ctc_table(architecture.perception)
+        module, table = _network(architecture)
         loaded = mapping.load(archive.weights, table, describe(module))
         self._definition = unbind(module)[0]
         self._variables = {path: jnp.asarray(_fp32(value)) for path, value in loaded.items()}
@@ -103,6 +98,16 @@ class ASRModel:
         archive = read_nemo(Location().find_nemo(str(path), key="pretrained_asr"))
         chosen = _decoder(archive, decoder)
         return cls(archive, decoder=chosen, decoding=_decoding(archive, chosen, decoding or {}))
+
+    @staticmethod
+    def check(path: str | Path) -> None:
+        """Raises what `from_pretrained` would raise for a `.nemo` file; reads no weight's value."""
+        archive = read_nemo(Path(path))
+        decoder = _decoder(archive, None)
+        decoding = _decoding(archive, decoder, {})
+        labels = len(nemo_speller(archive, decoder))
+        module, table = _network(_architecture(archive, decoder, decoding, labels))
+        mapping.check(archive.weights, table, describe(module))
 
     @property
     def sampling_rate(self) -> int:
@@ -186,10 +191,13 @@ def _architecture(
 ) -> CtcConfig | TransducerConfig:
     """The network; a hybrid model's has either the CTC head alone or everything."""
     config = archive.config
-    blocks = {key: config[key] for key in ("preprocessor", "encoder")}
+    keys = ("preprocessor", "encoder") + (() if decoder == "ctc" else ("decoder", "joint"))
+    missing = [key for key in keys if not config.get(key)]
+    if missing:
+        raise SettingsError(f"{archive.path}: its config has no {missing[0]}")
+    blocks = {key: config[key] for key in keys}
     if decoder == "ctc":
         return build(CtcConfig, {**blocks, "vocab_size": pieces}, "model")
-    blocks |= {key: config[key] for key in ("decoder", "joint")}
     more = {"durations": decoding.durations or (), "has_ctc_head": "aux_ctc" in config}
     network = build(TransducerConfig, {**blocks, **more}, "model")
     if network.blank != pieces:
@@ -197,6 +205,15 @@ def _architecture(
             f"{archive.path}: it can spell {pieces} labels, its decoder has {network.blank}"
         )
     return network
+
+
+def _network(architecture: CtcConfig | TransducerConfig) -> tuple[nnx.Module, mapping.Table]:
+    """The network without weights, and NeMo's names of them."""
+    if isinstance(architecture, TransducerConfig):
+        made = abstract(lambda: TransducerNetwork(architecture, rngs=nnx.Rngs(0)))
+        return made, transducer_table(architecture)
+    made = abstract(lambda: CtcNetwork(architecture, rngs=nnx.Rngs(0)))
+    return made, ctc_table(architecture.perception)
 
 
 def _rows(audio: Any, lengths: Any) -> list[np.ndarray]:
