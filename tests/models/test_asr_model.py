@@ -14,7 +14,7 @@ import speechlm2_jax as slm
 from speechlm2_jax.conversion.readers import read_nemo
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.models import recogniser
-from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.settings import SettingsError, ignored_report
 from tests.conversion.goldens import tensors
 
 ASR = Path(__file__).parents[1] / "data" / "asr"
@@ -216,6 +216,29 @@ def test_fewer_labels_per_frame_as_asked(tmp_path):
         lambda c: {**c, "decoding": {"strategy": "greedy", "greedy": {"max_symbols_per_step": 1}}},
     )
     assert slm.models.ASRModel.from_pretrained(older)._max_symbols == 1
+
+
+def test_what_only_training_reads_is_accepted_and_reported(tmp_path):
+    def change(config):
+        config = json.loads(json.dumps(config))
+        config["preprocessor"]["nb_augmentation_prob"] = 0.2
+        config["encoder"]["stochastic_depth_drop_prob"] = 0.1
+        if "joint" in config:
+            config["joint"]["jointnet"]["dropout"] = None
+        return config
+
+    audio, lengths = recordings("rnnt")
+    path = copy_with("rnnt", tmp_path / "trained.nemo", change)
+    with ignored_report() as report:
+        texts = slm.models.ASRModel.from_pretrained(path).transcribe(audio, lengths)
+    assert texts == HYPOTHESES["rnnt"]["transcribe"]
+    keys = ("model.encoder.stochastic_depth_drop_prob", "model.preprocessor.nb_augmentation_prob")
+    assert all("only read in training" in report[key] for key in keys)
+    with ignored_report() as report:
+        slm.models.ASRModel.from_pretrained(ASR / "rnnt.nemo")
+    assert not report.keys() & set(keys)  # there they are 0
+    trainable = slm.models.CTCModel.from_pretrained(copy_with("ctc", tmp_path / "c.nemo", change))
+    assert trainable.has_variables
 
 
 @pytest.mark.parametrize(
