@@ -73,6 +73,7 @@ class ASRModel:
     def __init__(self, archive: NemoArchive, *, decoder: str, decoding: DecodingConfig) -> None:
         self.decoder = decoder
         self._max_symbols = decoding.max_symbols or MAX_SYMBOLS
+        self._jumps_when_full = decoding.strategy == "greedy" and decoding.max_symbols is not None
         self._spell = nemo_speller(archive, decoder)
         architecture = _architecture(archive, decoder, decoding, len(self._spell))
         self._preprocessor = architecture.preprocessor
@@ -131,7 +132,8 @@ class ASRModel:
         if self.decoder == "ctc":
             blank = len(self._spell)
             return [collapse(path, blank) for path in np.asarray(_ctc_paths(*inputs))]
-        found = _hypotheses(*inputs, max_symbols=self._max_symbols)
+        limits = {"max_symbols": self._max_symbols, "jumps_when_full": self._jumps_when_full}
+        found = _hypotheses(*inputs, **limits)
         rows = zip(np.asarray(found.labels), np.asarray(found.lengths), strict=True)
         return [labels[:count].tolist() for labels, count in rows]
 
@@ -149,18 +151,25 @@ def _ctc_paths(
         return best_path(network.logits(output.frames), output.lengths)
 
 
-@partial(jax.jit, static_argnames=("definition", "max_symbols"))
+@partial(jax.jit, static_argnames=("definition", "max_symbols", "jumps_when_full"))
 def _hypotheses(
     definition: Any,
     variables: Any,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],
     max_symbols: int,
+    jumps_when_full: bool,
 ) -> Hypotheses:
     with jax.default_matmul_precision("highest"):
         network: TransducerNetwork = bind(definition, variables)
         output = network(audio, lengths)
-        return decode_greedily(network, output.frames, output.lengths, max_symbols=max_symbols)
+        return decode_greedily(
+            network,
+            output.frames,
+            output.lengths,
+            max_symbols=max_symbols,
+            jumps_when_full=jumps_when_full,
+        )
 
 
 def _decoder(archive: NemoArchive, asked: str | None) -> str:

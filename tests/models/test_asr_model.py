@@ -265,3 +265,16 @@ def test_what_is_not_done_is_refused_by_name(name, change, options, message, tmp
         path = copy_with(name, tmp_path / "changed.nemo", lambda c: {**c, **change})
     with pytest.raises(SettingsError, match=message):
         slm.models.ASRModel.from_pretrained(path, **options)
+
+
+def test_the_strategy_greedy_is_that_of_nemo_for_tdt():
+    runs, (audio, lengths) = HYPOTHESES["tdt"]["decoding"], recordings("tdt")
+    long = lengths >= 16000  # or silence would be put around it
+    found = {}
+    for strategy, run in (("greedy", "greedy_single_max1"), ("greedy_batch", "max1")):
+        asked = {"strategy": strategy, "greedy": {"max_symbols": 1}}
+        model = slm.models.ASRModel.from_pretrained(ASR / "tdt.nemo", decoding=asked)
+        found[strategy] = model.transcribe(audio[long], lengths[long])
+        texts = [hypothesis["text"] for hypothesis in runs[run]["hyps"]]
+        assert found[strategy] == [t for t, is_long in zip(texts, long, strict=True) if is_long]
+    assert found["greedy"] != found["greedy_batch"]
