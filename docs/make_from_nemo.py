@@ -40,8 +40,8 @@ from the names given below.
 Every key is one of three:
 
 - **honoured**: it means what it means in NeMo (a few are this project's own).
-- **ignored**: it speaks of torch, Lightning or NeMo's machinery and changes nothing here; it is
-  reported once, with the reason.
+- **ignored**: it speaks of torch, Lightning or NeMo's machinery and changes nothing here, or asks
+  training for something that it goes on without; it is reported once, with the reason.
 - **refused**: it asks for something that is not done here. It is accepted while it asks for nothing
   (null, false, 0, empty, or the value shown); otherwise it is an error that says what to do.
 
@@ -249,7 +249,8 @@ def _keys_of(cls: type[Any]) -> Iterator[Key]:
         )
     for old, new in getattr(cls, "ALIASES", {}).items():
         yield Key(name=old, status="honoured", note=f"Another name of `{new}`.")
-    for name, reason in getattr(cls, "IGNORED", {}).items():
+    for name, given in getattr(cls, "IGNORED", {}).items():
+        reason = given[0] if isinstance(given, tuple) else given
         yield Key(name=name, status="ignored", note=f"{_sentence(reason)}.")
     for name, refusal in getattr(cls, "REFUSED", {}).items():
         message, *harmless = refusal if isinstance(refusal, tuple) else (refusal,)

@@ -15,7 +15,10 @@ from speechlm2_jax.settings import SettingsError
 class Adapter:
     TARGETS: ClassVar[tuple[str, ...]] = ("ConformerEncoder",)
     ALIASES: ClassVar[Mapping[str, str]] = {"layers": "n_layers"}
-    IGNORED: ClassVar[Mapping[str, str]] = {"foreach": "torch only"}
+    IGNORED: ClassVar[Mapping[str, Any]] = {
+        "foreach": "torch only",
+        "zoneout_prob": ("training goes on without it", 0),
+    }
     REFUSED: ClassVar[Mapping[str, Any]] = {
         "use_rnn": "recurrent adapters are not built; remove it",
         "reduction": ("reduction is not built; set 1", 1),
@@ -183,6 +186,15 @@ def test_ignored_keys_are_reported_once_with_their_reason():
     assert report == {"model.adapter.foreach": "torch only"}
     settings.build(Model, {"adapter": {"foreach": True}}, "model")
     assert len(report) == 1
+
+
+def test_an_ignored_key_that_asks_for_nothing_is_not_reported():
+    with settings.ignored_report() as report:
+        for value in (0, 0.0, None):
+            settings.build(Adapter, {"zoneout_prob": value})
+        assert not report
+        settings.build(Adapter, {"zoneout_prob": 0.1}, "adapter")
+    assert report == {"adapter.zoneout_prob": "training goes on without it"}
 
 
 @pytest.mark.parametrize("value", [None, False, 0, "", []])

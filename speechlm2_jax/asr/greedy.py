@@ -17,6 +17,8 @@ from speechlm2_jax.layers.lstm import LstmState
 
 Score = Callable[[Int[Array, " B"]], Float[Array, "B C"]]
 """Frame of each row -> logits of labels, blank and durations there."""
+IsLast = Callable[[Int[Array, " B"]], Bool[Array, " B"]]
+"""Frame of each row -> whether the step there is one that leaves out a frame more."""
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +58,10 @@ class _Progress:
     predicted: Float[Array, "B J"]
     state: LstmState
 
+    def step_at(self, frame: Int[Array, " B"]) -> Int[Array, " B"]:
+        """Which step at `frame` the next one is, from 1."""
+        return jnp.where(frame == self.last_frame, self.repeats, 0) + 1
+
 
 def decode_greedily(
     network: TransducerNetwork,
@@ -63,9 +69,15 @@ def decode_greedily(
     lengths: Int[Array, " B"],
     *,
     max_symbols: int,
+    jumps_when_full: bool = False,
 ) -> Hypotheses:
-    """Takes the best label or blank at each step; at most `max_symbols` labels at one frame."""
+    """Takes the best label or blank at each step; at most `max_symbols` labels at one frame.
+
+    `jumps_when_full`: a TDT model leaves out one frame more after step number `max_symbols` at a
+    frame, be it a label or a blank, also where it goes on by itself; so NeMo's strategy `greedy`.
+    """
     config, joint = network.transducer, network.joint
+    jumps = jumps_when_full and bool(config.durations)
     encoded = joint.frames(frames)
 
     def find(progress: _Progress) -> _Search:
@@ -74,16 +86,19 @@ def decode_greedily(
             here = jnp.take_along_axis(encoded, last[:, None, None], axis=1)[:, 0]
             return joint.score(here, progress.predicted)
 
-        return _next_label(score, progress.frame, lengths, config)
+        def is_last(frame: Int[Array, " B"]) -> Bool[Array, " B"]:
+            return jumps & (progress.step_at(frame) >= max_symbols)
+
+        return _next_label(score, is_last, progress.frame, lengths, config)
 
     def emit(progress: _Progress) -> _Progress:
         search = find(progress)
         is_label = (progress.frame < lengths) & (search.label != config.blank)
         predicted, state = _predict(network, search.label, progress.state)
         keep = is_label[:, None]
-        is_repeat = search.frame == progress.last_frame
-        repeats = jnp.where(is_repeat, progress.repeats, 0) + 1
-        is_stuck = is_label & (search.duration == 0) & (repeats >= max_symbols)
+        repeats = progress.step_at(search.frame)
+        is_full = is_label & (repeats >= max_symbols)
+        is_stuck = is_full if jumps else is_full & (search.duration == 0)
         return _Progress(
             found=_append(progress.found, search, is_label),
             frame=search.frame + jnp.where(is_label, search.duration, 0) + is_stuck,
@@ -122,14 +137,20 @@ def _predict(
 
 
 def _next_label(
-    score: Score, frame: Int[Array, " B"], lengths: Int[Array, " B"], config: TransducerConfig
+    score: Score,
+    is_last: IsLast,
+    frame: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    config: TransducerConfig,
 ) -> _Search:
     """Skips blanks until each row has a label or is at its end (where its label is the blank)."""
 
     def look(search: _Search) -> _Search:
         label, duration = _best(score(search.frame), config)
         is_blank = label == config.blank
-        skipped = jnp.where(search.is_seeking & is_blank, duration, 0)
+        # a blank always goes on
+        jump = jnp.maximum(duration, 1) + (is_last(search.frame) & (duration > 0))
+        skipped = jnp.where(search.is_seeking & is_blank, jump, 0)
         return _Search(
             frame=search.frame + skipped,
             label=jnp.where(search.is_seeking, label, search.label),
@@ -147,15 +168,13 @@ def _next_label(
 def _best(
     logits: Float[Array, "B C"], config: TransducerConfig
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-    """The best label or blank, and the frames to go on; a blank always goes on."""
+    """The best label or blank, and the frames to go on after it."""
     classes = config.blank + 1
     label = jnp.argmax(logits[:, :classes], axis=-1).astype(jnp.int32)
-    is_blank = label == config.blank
     if not config.durations:
-        return label, is_blank.astype(jnp.int32)
+        return label, (label == config.blank).astype(jnp.int32)
     best = jnp.argmax(logits[:, classes:], axis=-1)
-    duration = jnp.asarray(config.durations, jnp.int32)[best]
-    return label, jnp.where(is_blank, jnp.maximum(duration, 1), duration)
+    return label, jnp.asarray(config.durations, jnp.int32)[best]
 
 
 def _append(found: Hypotheses, search: _Search, is_label: Bool[Array, " B"]) -> Hypotheses:

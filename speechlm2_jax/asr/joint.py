@@ -27,7 +27,7 @@ class JointnetConfig:
     pred_hidden: int
     joint_hidden: int
     activation: str
-    dropout: float = 0.0
+    dropout: float | None = 0.0
     """Never applied here, but a layer of its own in NeMo, so that it shifts a number in a name."""
 
     def __post_init__(self) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 Paths = str | tuple[str, ...]
+SharPath = str | tuple[str | tuple[str, float], ...] | Mapping[str, Paths]
+"""A folder; folders, all or none with a weight; or the files of each field, `cuts` among them."""
 _LATER = "this data format is not read; convert it to a NeMo manifest, Lhotse cuts or SHAR"
 
 READ_TYPES = (
@@ -55,7 +57,9 @@ class InputConfig:
     type: str = "lhotse_as_conversation"
     cuts_path: Paths | None = None
     manifest_filepath: Paths | None = None
-    shar_path: str | None = None
+    shar_path: SharPath | None = None
+    """A folder; folders, or [folder, weight] pairs; or the files of each field, as Lhotse has it:
+    `cuts`, `recording` and, of duplex data, `target_audio`."""
     input_cfg: "tuple[InputConfig, ...] | None" = None
     """The entries of a group."""
     weight: float | None = None
@@ -99,6 +103,22 @@ class InputConfig:
             raise ValueError("input_cfg inside input_cfg goes with type: group")
         if self.weight is not None and self.weight <= 0:
             raise ValueError(f"weight must be positive, got {self.weight}")
+        self._check_shar()
+
+    def _check_shar(self) -> None:
+        if isinstance(self.shar_path, Mapping) and not self.shar_path.get("cuts"):
+            raise ValueError("shar_path: the files of `cuts` are missing among its fields")
+        weights = [weight for _, weight in self.weighted_shar]
+        if weights and len(weights) != len(self.shar_path or ()):
+            raise ValueError("shar_path: give a weight to every folder or to none")
+        if weights and min(weights) <= 0:
+            raise ValueError(f"shar_path: weights must be positive, got {weights}")
+
+    @property
+    def weighted_shar(self) -> tuple[tuple[str, float], ...]:
+        """The folders of `shar_path` that have a weight, and it."""
+        folders = self.shar_path if isinstance(self.shar_path, tuple) else ()
+        return tuple(one for one in folders if not isinstance(one, str))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +136,7 @@ class LoaderConfig:
     """Entries, or the path of a YAML file with them."""
     cuts_path: Paths | None = None
     manifest_filepath: Paths | None = None
-    shar_path: str | None = None
+    shar_path: SharPath | None = None
     reweight_temperature: float | tuple[float, ...] | None = None
     """Exponent of the weights, one for all levels of groups or one for each."""
     # how it is told

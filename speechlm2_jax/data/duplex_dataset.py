@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,7 +105,7 @@ class DuplexS2SDataset:
             )
         channel = config.channel_selector if isinstance(config.channel_selector, int) else None
         if entry.shar_path is not None:
-            return list(read_duplex_shar(Path(entry.shar_path).expanduser(), channel))
+            return list(read_duplex_shar(entry.shar_path, channel))
         paths = expand_shards(entry.cuts_path or ())
         return [c for path in paths for c in read_duplex_cuts(path, channel)]
 

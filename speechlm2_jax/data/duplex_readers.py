@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from speechlm2_jax.data.config import SharPath
 from speechlm2_jax.data.conversations import AudioClip
 from speechlm2_jax.data.duplex_conversations import DuplexConversation, SpokenTurn
-from speechlm2_jax.data.readers import clip_of_cut, read_cuts, shar_cuts
+from speechlm2_jax.data.readers import clip_of_cut, read_cuts
+from speechlm2_jax.data.shar import RECORDING, shar_cuts
 from speechlm2_jax.settings import SettingsError
 
 TARGET = "target_audio"
@@ -28,17 +30,22 @@ def read_duplex_cuts(path: str | Path, channel: int | None) -> Iterator[DuplexCo
             raise SettingsError(f"{path}: {error}") from error
 
 
-def read_duplex_shar(folder: str | Path, channel: int | None) -> Iterator[DuplexConversation]:
-    """Reads a Lhotse SHAR folder with the fields `cuts`, `recording` and `target_audio`.
+def read_duplex_shar(shar: SharPath | Path, channel: int | None) -> Iterator[DuplexConversation]:
+    """Reads Lhotse SHAR: one folder or several, or the files of each field.
 
-    Only the headers of the tars are read. Raises SettingsError, as `read_duplex_cuts` does.
+    The fields are `cuts`, `recording` and `target_audio`; a recording that is not packed is read
+    where its manifest says. Raises SettingsError, as `read_duplex_cuts` does.
     """
-    for cut, (users, agents) in shar_cuts(Path(folder), ("recording", TARGET)):
+    for cut, (users, agents) in shar_cuts(shar, (RECORDING, TARGET)):
         target = _recording_of_agent(cut)
+        users_channel = _one_of(cut.recording, cut.channel, channel)
+        agents_channel = _one_of(target, _chosen(cut, target), None)
+        user = users.clip(cut, cut.recording, channel=users_channel)
+        agent = agents.clip(cut, target, channel=agents_channel)
         yield _conversation(
             cut,
-            source=users.clip(cut, channel=_one_of(cut.recording, cut.channel, channel)),
-            target=agents.clip(cut, channel=_one_of(target, _chosen(cut, target), None)),
+            source=user or clip_of_cut(cut, channel),
+            target=agent or _clip_of_agent(cut, target),
         )
 
 
@@ -49,9 +56,15 @@ def duplex_conversation(cut: Any, channel: int | None = None) -> DuplexConversat
         cut: the user's recording; transformed and in-memory ones are left to Lhotse to load.
         channel: the user's, of a recording with several where the cut names none; None: the mean.
     """
+    target = _recording_of_agent(cut)
+    source = clip_of_cut(cut, channel)
+    return _conversation(cut, source=source, target=_clip_of_agent(cut, target))
+
+
+def _clip_of_agent(cut: Any, target: Any) -> AudioClip:
+    """The stretch of the agent's recording that lies alongside a cut."""
     from lhotse import MonoCut, MultiCut
 
-    target = _recording_of_agent(cut)
     chosen = _chosen(cut, target)
     is_aligned = not cut.custom.get(f"{TARGET}_unaligned", False)
     stretch = {
@@ -65,7 +78,7 @@ def duplex_conversation(cut: Any, channel: int | None = None) -> DuplexConversat
         if chosen is not None or target.num_channels == 1
         else MultiCut(**stretch, channel=target.channel_ids)
     )
-    return _conversation(cut, source=clip_of_cut(cut, channel), target=clip_of_cut(agent, None))
+    return clip_of_cut(agent, None)
 
 
 def _conversation(cut: Any, *, source: AudioClip, target: AudioClip) -> DuplexConversation:

@@ -1,4 +1,4 @@
-"""Manifests, Lhotse cuts and SHAR as conversations. Lhotse is imported only where it reads.
+"""Manifests and Lhotse cuts as conversations. Lhotse is imported only where it reads.
 
 All that later plans rest on (ids, texts, durations) comes from the manifests; no audio file is
 opened here, but for a conversation's clip that declares no duration.
@@ -7,7 +7,6 @@ opened here, but for a conversation's clip that declares no duration.
 import gzip
 import json
 import re
-import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,58 +57,7 @@ def read_manifest(path: str | Path, reading: Reading) -> Iterator[Conversation]:
         yield from _read_nemo(path, reading)
     else:
         for cut in read_cuts(path):
-            yield _from_cut(cut, clip_of_cut(cut, reading.channel), reading)
-
-
-def read_shar(folder: str | Path, reading: Reading) -> Iterator[Conversation]:
-    """Reads a Lhotse SHAR folder: `cuts.*.jsonl.gz` beside `recording.*.tar`.
-
-    Only the headers of the tars are read; each clip remembers where its bytes are.
-    """
-    for cut, (recordings,) in shar_cuts(Path(folder), ("recording",)):
-        clip = recordings.clip(cut, channel=_channel(cut, reading.channel))
-        yield _from_cut(cut, clip, reading)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackedRecordings:
-    """The recordings of one tar of a SHAR folder."""
-
-    tar: Path
-    members: Mapping[str, tuple[int, int]]
-    """By the id of the cut: first byte and size."""
-
-    def clip(self, cut: Any, *, channel: int | None) -> AudioClip:
-        """The stretch of a cut. Raises SettingsError if the tar has no recording of it."""
-        if cut.id not in self.members:
-            raise SettingsError(f"{self.tar}: no recording of cut {cut.id!r}")
-        return AudioClip(
-            id=cut.id,
-            path=str(self.tar),
-            offset_s=float(cut.start),
-            duration_s=float(cut.duration),
-            channel=channel,
-            byte_range=self.members[cut.id],
-        )
-
-
-def shar_cuts(
-    folder: Path, fields: tuple[str, ...]
-) -> Iterator[tuple[Any, tuple[PackedRecordings, ...]]]:
-    """Each cut of a SHAR folder, and per field the recordings of its shard.
-
-    Raises SettingsError for a folder that is no SHAR, and for a tar that is missing.
-    """
-    _refuse_url(str(folder), str(folder))
-    manifests = sorted(folder.glob("cuts.*jsonl.gz")) + sorted(folder.glob("cuts.*jsonl"))
-    if not manifests:
-        raise SettingsError(f"{folder}: not a SHAR folder (no cuts.*.jsonl.gz in it)")
-    for manifest in manifests:
-        shard = manifest.name.removeprefix("cuts").partition(".jsonl")[0]
-        tars = [local_file(folder / f"{field}{shard}.tar") for field in fields]
-        packed = tuple(PackedRecordings(tar=tar, members=_tar_members(tar)) for tar in tars)
-        for cut in read_cuts(manifest):
-            yield cut, packed
+            yield conversation_of_cut(cut, clip_of_cut(cut, reading.channel), reading)
 
 
 def read_cuts(path: str | Path, fields: tuple[str, ...] = ()) -> Iterator[Any]:
@@ -133,7 +81,7 @@ def read_cuts(path: str | Path, fields: tuple[str, ...] = ()) -> Iterator[Any]:
 
 def local_file(path: str | Path) -> Path:
     """The path of a file that exists on this machine. Raises SettingsError if it does not."""
-    _refuse_url(str(path), str(path))
+    refuse_url(str(path), str(path))
     found = Path(path).expanduser()
     if not found.is_file():
         raise SettingsError(f"{path}: no such file")
@@ -155,7 +103,8 @@ def expand_shards(paths: str | tuple[str, ...]) -> list[str]:
     return done
 
 
-def _refuse_url(path: str, where: str) -> None:
+def refuse_url(path: str, where: str) -> None:
+    """Raises SettingsError, naming `where`, for a path that is an address or a command."""
     if _URL.match(path):
         raise SettingsError(f"{where}: {path} is not on this machine; copy it to a local disk")
 
@@ -171,7 +120,7 @@ class _Finder:
         self._folder: Path | None = None
 
     def __call__(self, path: str) -> str:
-        _refuse_url(path, str(self.manifest))
+        refuse_url(path, str(self.manifest))
         if Path(path).is_absolute():
             return path
         if self._folder is None:
@@ -290,7 +239,8 @@ def _ask_and_answer(
     )
 
 
-def _from_cut(cut: Any, clip: AudioClip, reading: Reading) -> Conversation:
+def conversation_of_cut(cut: Any, clip: AudioClip, reading: Reading) -> Conversation:
+    """A cut as a conversation: its recording, and the text of its first supervision as answer."""
     text = cut.supervisions[0].text if cut.supervisions else None
     return _ask_and_answer(cut.id, clip, text, getattr(cut, "custom", None) or {}, reading)
 
@@ -306,7 +256,7 @@ def clip_of_cut(cut: Any, channel: int | None) -> AudioClip:
         path=source,
         offset_s=start_s,
         duration_s=duration_s,
-        channel=_channel(cut, channel),
+        channel=channel_of_cut(cut, channel),
         is_segment=start_s > 0 or duration_s < cut.recording.duration,
     )
 
@@ -321,7 +271,7 @@ def _only_file(cut: Any) -> str | None:
     return str(source.source) if source.type == "file" and is_all else None
 
 
-def _channel(cut: Any, setting: int | None) -> int | None:
+def channel_of_cut(cut: Any, setting: int | None) -> int | None:
     """Where the channel of a cut is in its file; a cut of many channels takes the setting's."""
     channels = cut.recording.sources[0].channels
     if isinstance(cut.channel, int):
@@ -347,20 +297,6 @@ def _resolve_sources(cut: Any, fields: tuple[str, ...], finder: _Finder) -> None
                     f"{finder.manifest}: cut {cut.id} reads audio from a {source.type}; copy it "
                     "to a local disk"
                 )
-
-
-def _tar_members(tar: Path) -> dict[str, tuple[int, int]]:
-    """Where each recording of a tar is: its name without suffix -> (first byte, size)."""
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            return {
-                name: (member.offset_data, member.size)
-                for member in archive
-                for name, _, suffix in [member.name.rpartition(".")]
-                if member.isfile() and suffix not in ("json", "nodata", "nometa")
-            }
-    except (tarfile.TarError, OSError) as error:
-        raise SettingsError(f"{tar}: not a tar archive ({error})") from error
 
 
 def _rest_of_file_s(path: str, offset_s: float) -> float:

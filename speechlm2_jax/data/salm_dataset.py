@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,9 @@ from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.config import DataConfig, DataLoaderConfig, InputConfig
 from speechlm2_jax.data.conversations import DEFAULT_LOCATOR_TAG, Conversation
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
-from speechlm2_jax.data.readers import Reading, expand_shards, read_manifest, read_shar
+from speechlm2_jax.data.readers import Reading, expand_shards, read_manifest
 from speechlm2_jax.data.salm_contents import SalmContents, measure, placeholder_id
+from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.settings import SettingsError
 
@@ -63,7 +63,7 @@ class SALMDataset:
             channel=channel if isinstance(channel, int) else None,
         )
         if entry.shar_path is not None:
-            return list(read_shar(Path(entry.shar_path).expanduser(), reading))
+            return list(read_shar(entry.shar_path, reading))
         paths = expand_shards(entry.cuts_path or entry.manifest_filepath or ())
         return [c for path in paths for c in read_manifest(path, reading)]
 

@@ -1,6 +1,6 @@
 """From `input_cfg` to sources: the conversations of each manifest, and its share of the mixture."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def _entries_of(config: LoaderConfig, where: str) -> tuple[InputConfig, ...]:
             f"{where}: give exactly one of input_cfg, cuts_path, manifest_filepath, shar_path"
         )
     if given:
-        return (InputConfig(**given),)
+        return (build(InputConfig, given, where),)
     entries = config.input_cfg
     if isinstance(entries, str):
         listed = parse_yaml(local_file(entries).read_text(encoding="utf-8"))
@@ -84,11 +84,25 @@ def _flatten(
     for i, (config, weight) in enumerate(zip(configs, weights, strict=True)):
         part = share * weight / sum(weights)
         if config.input_cfg is None:
-            entries.append(_Entry(config=config, where=f"{where}.{i}", share=part))
+            entries += _parts(_Entry(config=config, where=f"{where}.{i}", share=part))
         else:
             inside = [_inherit(child, config) for child in config.input_cfg]
             entries += _flatten(inside, f"{where}.{i}.input_cfg", part, temperatures[1:])
     return entries
+
+
+def _parts(entry: _Entry) -> list[_Entry]:
+    """An entry, or one for each SHAR folder with a weight; temperatures do not touch these."""
+    folders = entry.config.weighted_shar
+    total = sum(weight for _, weight in folders)
+    return [
+        replace(
+            entry,
+            config=replace(entry.config, shar_path=folder),
+            share=entry.share * weight / total,
+        )
+        for folder, weight in folders
+    ] or [entry]
 
 
 def _inherit(child: InputConfig, group: InputConfig) -> InputConfig:
@@ -99,7 +113,8 @@ def _inherit(child: InputConfig, group: InputConfig) -> InputConfig:
 
 
 def _has_weight(config: InputConfig) -> bool:
-    return config.weight is not None or any(_has_weight(c) for c in config.input_cfg or ())
+    given = config.weight is not None or bool(config.weighted_shar)
+    return given or any(_has_weight(c) for c in config.input_cfg or ())
 
 
 def _depth(configs: Sequence[InputConfig]) -> int:
@@ -119,6 +134,7 @@ def _temperatures(config: LoaderConfig, configs: Sequence[InputConfig]) -> list[
 
 def _name(config: InputConfig) -> str:
     path = config.cuts_path or config.manifest_filepath or config.shar_path
+    path = path["cuts"] if isinstance(path, Mapping) else path
     return str(path if isinstance(path, str) else Path(str((path or ("",))[0])))
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from speechlm2_jax.data.audio import read_audio
 from speechlm2_jax.data.conversations import Conversation
-from speechlm2_jax.data.readers import Reading, read_manifest, read_shar
+from speechlm2_jax.data.readers import Reading, read_manifest
+from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.settings import SettingsError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")

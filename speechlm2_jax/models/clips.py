@@ -30,8 +30,11 @@ def clips_of(audio: Any, prompt: str, rate_hz: int) -> list[Clip]:
     return [_clip(item, name, rate_hz) for item, name in zip(items, names, strict=True)]
 
 
-def split_audio(audios: Any, audio_lens: Any) -> list[np.ndarray]:
-    """Cuts a padded batch [B, S] into its clips. Raises ValueError for a length out of range."""
+def split_audio(audios: Any, audio_lens: Any, least: int = 1) -> list[np.ndarray]:
+    """Cuts a padded batch [B, S] into its clips.
+
+    Raises ValueError for a length below `least` or beyond S, and for what is no float batch.
+    """
     try:
         array = np.asarray(audios)
     except ValueError as error:  # rows of several lengths
@@ -44,9 +47,13 @@ def split_audio(audios: Any, audio_lens: Any) -> list[np.ndarray]:
     lengths = (
         np.full(len(array), array.shape[1]) if audio_lens is None else np.asarray(audio_lens, int)
     )
-    if lengths.shape != (len(array),) or (lengths < 1).any() or (lengths > array.shape[1]).any():
+    if (
+        lengths.shape != (len(array),)
+        or (lengths < least).any()
+        or (lengths > array.shape[1]).any()
+    ):
         raise ValueError(
-            f"audio_lens must be {len(array)} lengths from 1 to {array.shape[1]} samples"
+            f"audio_lens must be {len(array)} lengths from {least} to {array.shape[1]} samples"
         )
     return [row[:n] for row, n in zip(array, lengths, strict=True)]
 

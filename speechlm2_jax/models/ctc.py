@@ -34,7 +34,8 @@ from speechlm2_jax.layers.module import (
 )
 from speechlm2_jax.models.config import DEFAULT_AUDIO_LOCATOR_TAG
 from speechlm2_jax.models.parts import Location, nemo_tokenizer, read_json
-from speechlm2_jax.models.transcribing import Speller, transcribe
+from speechlm2_jax.models.spelling import Speller
+from speechlm2_jax.models.transcribing import transcribe
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig
@@ -134,7 +135,8 @@ class CTCModel:
 
     def transcribe(self, waves: Sequence[np.ndarray]) -> list[str]:
         """Writes down recordings: each float32 [S] at `sampling_rate`, mono; greedy decoding."""
-        return transcribe(waves, self._decode, Speller(self.tokenizer, self.pieces))
+        spell = Speller.of_tokenizer(self.tokenizer, self.pieces)
+        return transcribe(waves, self._decode, spell)
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         inputs = jnp.asarray(audio), jnp.asarray(lengths)

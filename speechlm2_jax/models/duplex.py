@@ -230,9 +230,9 @@ class DuplexS2SModel(SpeechModel):
         return self._blueprint.find_scoring_asr()
 
     def check_weights(self) -> None:
-        """As for every model; what the first validation needs is looked up too."""
+        """As for every model; the recogniser that the first validation needs is looked at too."""
         super().check_weights()
-        self.find_scoring_asr()
+        self._blueprint.check_scoring_asr()
 
     @property
     def frame_count(self) -> Callable[[int], int]:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from speechlm2_jax.conversion import duplex as duplex_tables
 from speechlm2_jax.conversion import hf_config, mapping
+from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.lora import LoraConfig
@@ -24,6 +25,7 @@ from speechlm2_jax.models.blueprint import (
 from speechlm2_jax.models.codec import codec_config
 from speechlm2_jax.models.duplex_config import DuplexModelConfig, DuplexSpeechDecoderModelConfig
 from speechlm2_jax.models.parts import AUDIO_CODEC, Location, read_json
+from speechlm2_jax.models.recogniser import ASRModel
 from speechlm2_jax.networks.channels import TextIds
 from speechlm2_jax.networks.duplex import Duplex, DuplexConfig
 from speechlm2_jax.networks.duplex_s2s import DuplexS2S
@@ -63,6 +65,19 @@ class DuplexBlueprint(Blueprint):
             return location.find_nemo(name, key="model.scoring_asr")
         except SettingsError as error:
             raise SettingsError(f"{error}, or null: then nobody writes down speech") from error
+
+    def check_scoring_asr(self) -> None:
+        """Raises SettingsError if the scoring ASR cannot be had, or cannot be used."""
+        path = self.find_scoring_asr()
+        if path is None:
+            return
+        try:
+            ASRModel.check(path)
+        except (SettingsError, ConversionError) as error:
+            raise SettingsError(
+                f"model.scoring_asr: {error}; name another recogniser, or null: then nobody writes "
+                "down speech"
+            ) from error
 
     @property
     def table(self) -> mapping.Table:

@@ -77,5 +77,8 @@ def nemo_tokenizer(archive: NemoArchive) -> Tokenizer:
     """The SentencePiece tokenizer in an archive. Raises SettingsError if it has none."""
     reference = (archive.config.get("tokenizer") or {}).get("model_path")
     if not isinstance(reference, str):
-        raise SettingsError(f"{archive.path}: its config names no SentencePiece tokenizer")
+        raise SettingsError(
+            f"{archive.path}: its config names no SentencePiece tokenizer; to write down speech "
+            "with characters or word pieces, open it by slm.models.ASRModel"
+        )
     return Tokenizer.from_sentencepiece(archive.artifact(reference))

@@ -22,13 +22,17 @@ from speechlm2_jax.conversion.transducer import transducer_table
 from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.layers.module import abstract, bind, describe, unbind
 from speechlm2_jax.models.clips import split_audio
-from speechlm2_jax.models.parts import Location, nemo_tokenizer
-from speechlm2_jax.models.transcribing import Speller, transcribe
+from speechlm2_jax.models.parts import Location
+from speechlm2_jax.models.spelling import class_name, nemo_speller
+from speechlm2_jax.models.transcribing import transcribe
 from speechlm2_jax.settings import SettingsError, build
 
 DECODERS = {
+    "EncDecCTCModel": ("ctc",),
     "EncDecCTCModelBPE": ("ctc",),
+    "EncDecRNNTModel": ("rnnt",),
     "EncDecRNNTBPEModel": ("rnnt",),
+    "EncDecHybridRNNTCTCModel": ("rnnt", "ctc"),
     "EncDecHybridRNNTCTCBPEModel": ("rnnt", "ctc"),
 }
 """NeMo's class -> the decoders that it has, its own choice first; TDT counts as RNN-T."""
@@ -70,17 +74,12 @@ class ASRModel:
 
     def __init__(self, archive: NemoArchive, *, decoder: str, decoding: DecodingConfig) -> None:
         self.decoder = decoder
-        self.tokenizer = nemo_tokenizer(archive)
         self._max_symbols = decoding.max_symbols or MAX_SYMBOLS
-        self._spell = Speller(self.tokenizer, len(self.tokenizer))
-        architecture = _architecture(archive, decoder, decoding, len(self.tokenizer))
+        self._jumps_when_full = decoding.strategy == "greedy" and decoding.max_symbols is not None
+        self._spell = nemo_speller(archive, decoder)
+        architecture = _architecture(archive, decoder, decoding, len(self._spell))
         self._preprocessor = architecture.preprocessor
-        if isinstance(architecture, TransducerConfig):
-            module = abstract(lambda: TransducerNetwork(architecture, rngs=nnx.Rngs(0)))
-            table = transducer_table(architecture)
-        else:
-            module = abstract(lambda: CtcNetwork(architecture, rngs=nnx.Rngs(0)))
-            table = ctc_table(architecture.perception)
+        module, table = _network(architecture)
         loaded = mapping.load(archive.weights, table, describe(module))
         self._definition = unbind(module)[0]
         self._variables = {path: jnp.asarray(_fp32(value)) for path, value in loaded.items()}
@@ -103,6 +102,16 @@ class ASRModel:
         chosen = _decoder(archive, decoder)
         return cls(archive, decoder=chosen, decoding=_decoding(archive, chosen, decoding or {}))
 
+    @staticmethod
+    def check(path: str | Path) -> None:
+        """Raises what `from_pretrained` would raise for a `.nemo` file; reads no weight's value."""
+        archive = read_nemo(Path(path))
+        decoder = _decoder(archive, None)
+        decoding = _decoding(archive, decoder, {})
+        labels = len(nemo_speller(archive, decoder))
+        module, table = _network(_architecture(archive, decoder, decoding, labels))
+        mapping.check(archive.weights, table, describe(module))
+
     @property
     def sampling_rate(self) -> int:
         """Samples per second that the model hears."""
@@ -111,20 +120,24 @@ class ASRModel:
     def transcribe(self, audio: Any, lengths: Any = None) -> list[str]:
         """Writes down recordings, float [B, S] at `sampling_rate` of `lengths` [B] samples.
 
-        Without lengths the rows are full. The order, padding and neighbours of the rows change no
-        text. Raises ValueError for a length beyond S, and for NaN or infinite samples.
+        Without lengths the rows are full; nothing is heard in a row of length 0. The order, padding
+        and neighbours of the rows change no text. Raises ValueError for a length beyond S, and for
+        NaN or infinite samples.
         """
         shortest = int(SHORTEST_S * self.sampling_rate)
-        rows = enumerate(split_audio(audio, lengths))
-        waves = [_centred(check_samples(wave, f"recording {n}"), shortest) for n, wave in rows]
-        return transcribe(waves, self._decode, self._spell)
+        rows = split_audio(audio, lengths, least=0)
+        heard = [check_samples(row, f"recording {n}") for n, row in enumerate(rows) if len(row)]
+        waves = [_centred(wave, shortest) for wave in heard]
+        texts = iter(transcribe(waves, self._decode, self._spell))
+        return [next(texts) if len(row) else "" for row in rows]
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         inputs = self._definition, self._variables, jnp.asarray(audio), jnp.asarray(lengths)
         if self.decoder == "ctc":
-            blank = len(self.tokenizer)
+            blank = len(self._spell)
             return [collapse(path, blank) for path in np.asarray(_ctc_paths(*inputs))]
-        found = _hypotheses(*inputs, max_symbols=self._max_symbols)
+        limits = {"max_symbols": self._max_symbols, "jumps_when_full": self._jumps_when_full}
+        found = _hypotheses(*inputs, **limits)
         rows = zip(np.asarray(found.labels), np.asarray(found.lengths), strict=True)
         return [labels[:count].tolist() for labels, count in rows]
 
@@ -142,23 +155,30 @@ def _ctc_paths(
         return best_path(network.logits(output.frames), output.lengths)
 
 
-@partial(jax.jit, static_argnames=("definition", "max_symbols"))
+@partial(jax.jit, static_argnames=("definition", "max_symbols", "jumps_when_full"))
 def _hypotheses(
     definition: Any,
     variables: Any,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],
     max_symbols: int,
+    jumps_when_full: bool,
 ) -> Hypotheses:
     with jax.default_matmul_precision("highest"):
         network: TransducerNetwork = bind(definition, variables)
         output = network(audio, lengths)
-        return decode_greedily(network, output.frames, output.lengths, max_symbols=max_symbols)
+        return decode_greedily(
+            network,
+            output.frames,
+            output.lengths,
+            max_symbols=max_symbols,
+            jumps_when_full=jumps_when_full,
+        )
 
 
 def _decoder(archive: NemoArchive, asked: str | None) -> str:
     """Which decoder of the archive's model to use."""
-    name = str(archive.config.get("target")).rpartition(".")[2]
+    name = class_name(archive)
     if name not in DECODERS:
         raise SettingsError(
             f"{archive.path}: {name} is no recogniser that is done; it can be {', '.join(DECODERS)}"
@@ -184,17 +204,29 @@ def _architecture(
 ) -> CtcConfig | TransducerConfig:
     """The network; a hybrid model's has either the CTC head alone or everything."""
     config = archive.config
-    blocks = {key: config[key] for key in ("preprocessor", "encoder")}
+    keys = ("preprocessor", "encoder") + (() if decoder == "ctc" else ("decoder", "joint"))
+    missing = [key for key in keys if not config.get(key)]
+    if missing:
+        raise SettingsError(f"{archive.path}: its config has no {missing[0]}")
+    blocks = {key: config[key] for key in keys}
     if decoder == "ctc":
         return build(CtcConfig, {**blocks, "vocab_size": pieces}, "model")
-    blocks |= {key: config[key] for key in ("decoder", "joint")}
     more = {"durations": decoding.durations or (), "has_ctc_head": "aux_ctc" in config}
     network = build(TransducerConfig, {**blocks, **more}, "model")
     if network.blank != pieces:
         raise SettingsError(
-            f"{archive.path}: its tokenizer has {pieces} pieces, its decoder {network.blank}"
+            f"{archive.path}: it can spell {pieces} labels, its decoder has {network.blank}"
         )
     return network
+
+
+def _network(architecture: CtcConfig | TransducerConfig) -> tuple[nnx.Module, mapping.Table]:
+    """The network without weights, and NeMo's names of them."""
+    if isinstance(architecture, TransducerConfig):
+        made = abstract(lambda: TransducerNetwork(architecture, rngs=nnx.Rngs(0)))
+        return made, transducer_table(architecture)
+    made = abstract(lambda: CtcNetwork(architecture, rngs=nnx.Rngs(0)))
+    return made, ctc_table(architecture.perception)
 
 
 def _centred(wave: np.ndarray, shortest: int) -> np.ndarray:

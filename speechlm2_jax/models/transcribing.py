@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from speechlm2_jax.asr.text import attach_punctuation, punctuation_marks
-from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.models.shapes import SAMPLE_STEP, round_up
 
 ROWS_AT_ONCE = 16
@@ -29,19 +27,6 @@ def transcribe(
         for i, row in zip(chosen, labels, strict=False):  # rows beyond them are filling
             texts[i] = spell(row)
     return texts
-
-
-class Speller:
-    """Labels -> text, as NeMo spells it."""
-
-    def __init__(self, tokenizer: Tokenizer, pieces: int) -> None:
-        self._tokenizer = tokenizer
-        self._marks = punctuation_marks(tokenizer.ids_to_tokens(range(pieces)))
-
-    def __call__(self, labels: list[int]) -> str:
-        """Joins pieces; an unknown one stays visible."""
-        text = self._tokenizer.ids_to_text(labels, remove_special_tokens=False)
-        return attach_punctuation(text, self._marks)
 
 
 def _padded(waves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ CONVOLUTIONS = ("dw_striding", "striding")
 STACKINGS = ("stacking", "stacking_norm")
 GROUP_NORM = "group_norm"
 _ONLY_WITH_REDUCTION = "only read by mid-network reduction, which is refused"
-_ONLY_WITH_STOCHASTIC_DEPTH = "only read by stochastic depth, which is refused"
+_ONLY_WITH_STOCHASTIC_DEPTH = "only read by stochastic depth, which is not done here"
 _TABLE_SIZE = "sizes NeMo's table of positions, which grows by itself; here it follows the input"
 _TORCH_KERNELS = "chooses among torch's attention kernels; the result is the same"
 
@@ -19,10 +19,14 @@ class FastConformerConfig:
     """NeMo's ConformerEncoder block, key by key, with NeMo's defaults (Rekesh et al. 2023)."""
 
     TARGETS: ClassVar[tuple[str, ...]] = ("ConformerEncoder",)
-    IGNORED: ClassVar[Mapping[str, str]] = {
+    IGNORED: ClassVar[Mapping[str, str | tuple[object, ...]]] = {
         "subsampling_conv_chunking_factor": "works around a torch limit on indices; same result",
         "reduction_position": _ONLY_WITH_REDUCTION,
         "reduction_factor": _ONLY_WITH_REDUCTION,
+        "stochastic_depth_drop_prob": (
+            "only read in training, which here goes on without stochastic depth",
+            0,
+        ),
         "stochastic_depth_mode": _ONLY_WITH_STOCHASTIC_DEPTH,
         "stochastic_depth_start_layer": _ONLY_WITH_STOCHASTIC_DEPTH,
         "global_tokens_spacing": "only read with global_tokens, which are refused",
@@ -35,7 +39,6 @@ class FastConformerConfig:
         "reduction": ("there is no reduction between layers; set it to null", None),
         "att_chunk_context_size": ("only plain chunked_limited is done; set it to null", None),
         "conv_context_style": ("only regular convolution context is done", "regular"),
-        "stochastic_depth_drop_prob": ("no stochastic depth; set it to 0", 0, 0.0),
         "global_tokens": ("there is no local attention with global tokens; set it to 0", 0),
         "global_attn_separate": ("there are no global tokens; set it to false", False),
     }

@@ -30,15 +30,18 @@ class LogMelConfig:
     """NeMo's preprocessor block, key by key; sizes in seconds, samples or Hz as NeMo has them."""
 
     TARGETS: ClassVar[tuple[str, ...]] = ("AudioToMelSpectrogramPreprocessor",)
-    IGNORED: ClassVar[Mapping[str, str]] = {
+    IGNORED: ClassVar[Mapping[str, str | tuple[object, ...]]] = {
         "use_torchaudio": "deprecated in NeMo, where it has no effect",
         "stft_exact_pad": "deprecated in NeMo, where it has no effect",
         "stft_conv": "deprecated in NeMo, where it has no effect",
+        "nb_augmentation_prob": (
+            "only read in training, which here goes on without narrow-band augmentation",
+            0,
+        ),
         "nb_max_freq": "only read by narrow-band augmentation, which is not done here",
     }
     REFUSED: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "frame_splicing": ("frames are not spliced; set frame_splicing to 1", 1),
-        "nb_augmentation_prob": ("no narrow-band augmentation; set it to 0", 0, 0.0),
         "rng": ("random draws come from the run's seed; set rng to null", None),
     }
 

@@ -2,12 +2,13 @@
 
 A dataclass says how it treats foreign keys with class variables, all optional:
 
-    IGNORED: ClassVar[Mapping[str, str]]       key -> why it means nothing here; reported once
+    IGNORED: ClassVar[Mapping[str, Refusal]]   key -> why it means nothing here; reported once
     REFUSED: ClassVar[Mapping[str, Refusal]]   key -> message; or (message, harmless value, ...)
     ALIASES: ClassVar[Mapping[str, str]]       old key -> field
     TARGETS: ClassVar[tuple[str, ...]]         last components that `_target_` or `target` may name
 
-A refused key is accepted while it asks for nothing: null, false, 0, empty, or a harmless value.
+A refused key is accepted while it asks for nothing: null, false, 0, empty, or a harmless value; an
+ignored one with harmless values is not reported then.
 A field called `target` receives the last component of `_target_`.
 """
 
@@ -119,17 +120,23 @@ def _field_of(
         return key
     refused, ignored = _table(cls, "REFUSED"), _table(cls, "IGNORED")
     if key in refused:
-        message, *harmless = refused[key] if isinstance(refused[key], tuple) else (refused[key],)
+        message, harmless = _refusal(refused[key])
         if value and value not in harmless:
             raise SettingsError(f"{path}: {message} (got {value!r})")
         return None
     if key in ignored:
+        message, harmless = _refusal(ignored[key])
         report = _ignored.get()
-        if report is not None:
-            report[path] = ignored[key]
+        if report is not None and not (harmless and (not value or value in harmless)):
+            report[path] = message
         return None
     valid = {*fields, *_table(cls, "ALIASES"), *refused, *ignored}
     raise SettingsError(unknown(path, str(key), valid))
+
+
+def _refusal(given: Refusal) -> tuple[str, tuple[Any, ...]]:
+    """The message of an entry, and the values that ask for nothing."""
+    return (given[0], given[1:]) if isinstance(given, tuple) else (given, ())
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

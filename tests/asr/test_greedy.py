@@ -58,8 +58,8 @@ def make(durations):
     return network, step
 
 
-def by_hand(network, step, frames, length, max_symbols):
-    """One row, one label or blank at a time."""
+def by_hand(network, step, frames, length, max_symbols, jumps=False):
+    """One row, one label or blank at a time; with `jumps` as NeMo's `greedy` does TDT."""
     durations = network.transducer.durations
     state = network.prediction.initial_state(1)
     labels, lengths, state = step(jnp.array(BLANK), state, frames)
@@ -69,16 +69,40 @@ def by_hand(network, step, frames, length, max_symbols):
         is_blank = label == BLANK
         skip = durations[int(np.argmax(lengths[frame]))] if durations else int(is_blank)
         if is_blank:
-            frame, here = frame + max(skip, 1), 0
+            is_last = jumps and skip > 0 and here + 1 == max_symbols
+            frame, here = frame + max(skip, 1) + is_last, 0
             continue
         found.append((label, frame, skip))
         labels, lengths, state = step(jnp.array(label), state, frames)
         here += 1
         if skip:
-            frame, here = frame + skip, 0
+            frame, here = frame + skip + (jumps and here == max_symbols), 0
         elif here == max_symbols:
             frame, here = frame + 1, 0
     return found
+
+
+def hypotheses(network, frames, lengths, **limits):
+    """By row: (label, frame, duration) of each label found."""
+    decode = jax.jit(lambda x: decode_greedily(network, x, jnp.array(lengths), **limits))
+    found = decode(frames)
+    columns = [np.asarray(c) for c in (found.labels, found.frames, found.durations)]
+    counts = found.lengths.tolist()
+    return [
+        list(zip(*(c[row, :n].tolist() for c in columns), strict=True))
+        for row, n in enumerate(counts)
+    ]
+
+
+@pytest.mark.parametrize("max_symbols", [1, 2])
+def test_a_full_frame_costs_a_tdt_model_one_more_where_nemo_counts_so(max_symbols):
+    network, step = make((0, 1, 2))
+    frames = jax.random.normal(jax.random.key(1), (32, STEPS, WIDTH))
+    limits = {"max_symbols": max_symbols, "jumps_when_full": True}
+    found = hypotheses(network, frames, [STEPS] * 32, **limits)
+    assert found == [by_hand(network, step, row, STEPS, max_symbols, True) for row in frames]
+    plain = hypotheses(network, frames, [STEPS] * 32, max_symbols=max_symbols)
+    assert any(found) and (found != plain or max_symbols > 1), "the case must show it"
 
 
 @pytest.mark.parametrize("durations", [(), (0, 1, 2)])

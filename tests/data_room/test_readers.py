@@ -16,9 +16,9 @@ from speechlm2_jax.data.readers import (
     expand_shards,
     read_cuts,
     read_manifest,
-    read_shar,
 )
 from speechlm2_jax.data.salm_dataset import SALMDataset
+from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.settings import SettingsError, build
 

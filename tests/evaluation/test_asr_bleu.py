@@ -70,3 +70,5 @@ def test_a_nemo_recogniser_hears_what_nemo_hears():
     audio, lengths = given["audio"], given["audio_len"]
     assert metric.update("a", expected, audio, lengths, sample_rate_hz=16000) == expected
     assert metric.compute()["wer_a"] == 0
+    silent = metric.update("b", ["", expected[1]], audio, [0, lengths[1]], sample_rate_hz=16000)
+    assert silent == ["", expected[1]]

@@ -14,7 +14,7 @@ import speechlm2_jax as slm
 from speechlm2_jax.conversion.readers import read_nemo
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.models import recogniser
-from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.settings import SettingsError, ignored_report
 from tests.conversion.goldens import tensors
 
 ASR = Path(__file__).parents[1] / "data" / "asr"
@@ -62,6 +62,17 @@ def test_neighbours_order_and_padding_change_no_text(model):
     assert model.transcribe(audio[:1]) == together[:1]
 
 
+def test_nothing_is_heard_in_an_empty_row(model):
+    audio, lengths = recordings("rnnt")
+    alone = model.transcribe(audio[1:2], lengths[1:2])
+    assert alone != [""]
+    assert model.transcribe(audio[[0, 1, 2]], [0, lengths[1], 0]) == ["", *alone, ""]
+    assert model.transcribe(np.zeros((2, 0))) == ["", ""]
+    for wrong in ([-1], [audio.shape[1] + 1], [1, 1]):
+        with pytest.raises(ValueError, match="audio_lens must be 1 lengths from 0 to"):
+            model.transcribe(audio[:1], wrong)
+
+
 def test_few_shapes_serve_all_batches(model, monkeypatch):
     shapes = set()
     decode = model._decode
@@ -103,12 +114,94 @@ def test_opened_again_it_compiles_nothing(model):
     assert recogniser._hypotheses._cache_size() == programs
 
 
-def copy_with(name, path, change):
-    """The archive with a changed config."""
+def copy_with(name, path, change, more=None):
+    """The archive with a changed config, and more files."""
     archive = read_nemo(ASR / f"{name}.nemo")
     files = {n: archive.artifact(n) for n in archive.members if not n.startswith("model_")}
-    write_nemo(path, change(archive.config), tensors(archive.weights), files)
+    write_nemo(path, change(archive.config), tensors(archive.weights), {**files, **(more or {})})
     return path
+
+
+class Numbers:
+    """Spells each label as its number."""
+
+    def __len__(self):
+        return 40
+
+    def __call__(self, labels):
+        return " ".join(map(str, labels))
+
+
+def numbers_heard(name, decoder, audio, lengths):
+    """The labels that an archive's own model hears in each row."""
+    model = slm.models.ASRModel.from_pretrained(ASR / f"{name}.nemo", decoder=decoder)
+    model._spell = Numbers()
+    return [[int(n) for n in text.split()] for text in model.transcribe(audio, lengths)]
+
+
+CHARACTERS = [*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKL", " ", "."]
+OTHERS = ["x"] * 40
+
+
+def without_tokenizer(target, **changes):
+    """Makes a character model's config of one with a tokenizer."""
+
+    def change(config):
+        kept = {k: v for k, v in config.items() if k not in ("tokenizer", "labels")}
+        return {**kept, "target": f"nemo.collections.asr.models.{target}", **changes}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "decoder", "target", "places"),
+    [
+        ("ctc", None, "EncDecCTCModel", ("decoder",)),
+        ("rnnt", None, "EncDecRNNTModel", ("labels",)),
+        ("tdt", None, "EncDecRNNTModel", ("joint",)),
+        ("hybrid_streaming", None, "EncDecHybridRNNTCTCModel", ("joint",)),
+        ("hybrid_streaming", "ctc", "EncDecHybridRNNTCTCModel", ("aux_ctc", "decoder")),
+    ],
+)
+def test_characters_are_written_one_after_another(name, decoder, target, places, tmp_path):
+    def change(config):
+        given = json.loads(json.dumps(without_tokenizer(target)(config)))
+        if places == ("labels",):
+            given["joint"].pop("vocabulary")
+            return {**given, "labels": CHARACTERS}
+        block = given
+        for place in places:
+            block = block[place]
+        block["vocabulary"] = CHARACTERS
+        return {**given, "labels": OTHERS}
+
+    audio, lengths = recordings(name)
+    path = copy_with(name, tmp_path / "characters.nemo", change)
+    texts = slm.models.ASRModel.from_pretrained(path, decoder=decoder).transcribe(audio, lengths)
+    heard = numbers_heard(name, decoder, audio, lengths)
+    expected = ["".join(CHARACTERS[i] for i in labels).replace(" .", ".") for labels in heard]
+    assert texts == expected and any(expected)
+
+
+def test_word_pieces_are_joined_as_bert_joins_them(tmp_path):
+    from transformers import BertTokenizer
+
+    pieces = ["[UNK]", *(f"##{c}" for c in "abcdefghijklmnopqrs"), *"abcdefghijklmnopqrs", "."]
+    words = "".join(f"{piece}\n" for piece in pieces)
+    (tmp_path / "vocab.txt").write_text(words)
+    tokenizer = {"type": "wpe", "dir": "x", "vocab_path": "nemo:1_vocab.txt"}
+    path = copy_with(
+        "tdt",
+        tmp_path / "words.nemo",
+        lambda c: {**c, "tokenizer": tokenizer},
+        {"1_vocab.txt": words.encode()},
+    )
+    audio, lengths = recordings("tdt")
+    texts = slm.models.ASRModel.from_pretrained(path).transcribe(audio, lengths)
+    bert = BertTokenizer(str(tmp_path / "vocab.txt"))
+    heard = [[pieces[i] for i in row] for row in numbers_heard("tdt", None, audio, lengths)]
+    assert texts == [bert.convert_tokens_to_string(row) for row in heard]
+    assert any("##" in piece for row in heard for piece in row)
 
 
 def test_fewer_labels_per_frame_as_asked(tmp_path):
@@ -125,6 +218,29 @@ def test_fewer_labels_per_frame_as_asked(tmp_path):
     assert slm.models.ASRModel.from_pretrained(older)._max_symbols == 1
 
 
+def test_what_only_training_reads_is_accepted_and_reported(tmp_path):
+    def change(config):
+        config = json.loads(json.dumps(config))
+        config["preprocessor"]["nb_augmentation_prob"] = 0.2
+        config["encoder"]["stochastic_depth_drop_prob"] = 0.1
+        if "joint" in config:
+            config["joint"]["jointnet"]["dropout"] = None
+        return config
+
+    audio, lengths = recordings("rnnt")
+    path = copy_with("rnnt", tmp_path / "trained.nemo", change)
+    with ignored_report() as report:
+        texts = slm.models.ASRModel.from_pretrained(path).transcribe(audio, lengths)
+    assert texts == HYPOTHESES["rnnt"]["transcribe"]
+    keys = ("model.encoder.stochastic_depth_drop_prob", "model.preprocessor.nb_augmentation_prob")
+    assert all("only read in training" in report[key] for key in keys)
+    with ignored_report() as report:
+        slm.models.ASRModel.from_pretrained(ASR / "rnnt.nemo")
+    assert not report.keys() & set(keys)  # there they are 0
+    trainable = slm.models.CTCModel.from_pretrained(copy_with("ctc", tmp_path / "c.nemo", change))
+    assert trainable.has_variables
+
+
 @pytest.mark.parametrize(
     ("name", "change", "options", "message"),
     [
@@ -133,7 +249,14 @@ def test_fewer_labels_per_frame_as_asked(tmp_path):
         ("rnnt", {}, {"decoding": {"strategy": "beam"}}, "strategy='beam'.*greedy_batch"),
         ("rnnt", {}, {"decoding": {"big_blank_durations": [2]}}, "big_blank_durations"),
         ("rnnt", {}, {"decoding": {"greedy": {"max_symbols": -1}}}, "max_symbols=-1"),
-        ("ctc", {"tokenizer": {"type": "wpe", "vocab_path": None}}, {}, "no SentencePiece"),
+        ("ctc", {"tokenizer": {"type": "agg", "langs": {}}}, {}, "no SentencePiece"),
+        ("ctc", {"tokenizer": {"type": "wpe", "vocab_path": None}}, {}, "no file of word pieces"),
+        (
+            "rnnt",
+            {"target": "EncDecRNNTModel", "labels": None, "joint": None},
+            {},
+            "lists no labels",
+        ),
     ],
 )
 def test_what_is_not_done_is_refused_by_name(name, change, options, message, tmp_path):
@@ -142,3 +265,16 @@ def test_what_is_not_done_is_refused_by_name(name, change, options, message, tmp
         path = copy_with(name, tmp_path / "changed.nemo", lambda c: {**c, **change})
     with pytest.raises(SettingsError, match=message):
         slm.models.ASRModel.from_pretrained(path, **options)
+
+
+def test_the_strategy_greedy_is_that_of_nemo_for_tdt():
+    runs, (audio, lengths) = HYPOTHESES["tdt"]["decoding"], recordings("tdt")
+    long = lengths >= 16000  # or silence would be put around it
+    found = {}
+    for strategy, run in (("greedy", "greedy_single_max1"), ("greedy_batch", "max1")):
+        asked = {"strategy": strategy, "greedy": {"max_symbols": 1}}
+        model = slm.models.ASRModel.from_pretrained(ASR / "tdt.nemo", decoding=asked)
+        found[strategy] = model.transcribe(audio[long], lengths[long])
+        texts = [hypothesis["text"] for hypothesis in runs[run]["hyps"]]
+        assert found[strategy] == [t for t, is_long in zip(texts, long, strict=True) if is_long]
+    assert found["greedy"] != found["greedy_batch"]

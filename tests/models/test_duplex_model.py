@@ -7,11 +7,14 @@ import jax
 import numpy as np
 import pytest
 
+from speechlm2_jax.conversion.readers import read_nemo
+from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.experiment import make_data
 from speechlm2_jax.generation.sampling import SamplingConfig
 from speechlm2_jax.models import SALM, DuplexS2SModel, DuplexS2SSpeechDecoderModel
 from speechlm2_jax.models.codec import AudioCodec
 from speechlm2_jax.settings import SettingsError
+from tests.conversion.goldens import tensors
 from tests.parity.duplex_golden import DATA, batch_of, configured, examples, pretrained
 
 FP32_RTOL = 1e-5
@@ -210,6 +213,35 @@ def test_the_scoring_asr_is_found_before_training(tmp_path, monkeypatch):
     bare = configured("duplex_s2s", scoring_asr="stt_en_fastconformer_transducer_large")
     assert bare.find_scoring_asr() == tmp_path / "model.nemo"
     assert asked == ["nvidia/stt_en_fastconformer_transducer_large"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("codec", {}, "AudioCodecModel is no recogniser"),
+        ("asr_scoring", {"decoding": {"strategy": "beam"}}, "strategy='beam' is not done"),
+        ("asr_scoring", {"target": "x.EncDecMultiTaskModel"}, "EncDecMultiTaskModel is no"),
+        ("asr_scoring", {"tokenizer": {"type": "agg"}}, "no SentencePiece tokenizer"),
+        ("asr_scoring", {"encoder": None}, "its config has no encoder"),
+        ("asr_scoring", {"target": "x.EncDecCTCModelBPE"}, "decoder.decoder_layers"),
+    ],
+)
+def test_an_unusable_scoring_asr_is_found_before_training(name, change, message, tmp_path):
+    archive = read_nemo(DATA / "assets" / f"{name}.nemo")
+    files = {n: archive.artifact(n) for n in archive.members if not n.startswith("model_")}
+    path = tmp_path / "unusable.nemo"
+    write_nemo(path, {**archive.config, **change}, tensors(archive.weights), files)
+    with pytest.raises(SettingsError, match=message) as caught:
+        configured("duplex_s2s", scoring_asr=str(path)).check_weights()
+    assert str(caught.value).startswith("model.scoring_asr: ")
+    assert "or null" in str(caught.value)
+
+
+def test_a_scoring_asr_is_looked_at_without_its_weights(monkeypatch):
+    monkeypatch.setattr("speechlm2_jax.conversion.mapping.load", None)
+    configured("duplex_s2s", scoring_asr="assets/asr_scoring.nemo").check_weights()
+    with pytest.raises(SettingsError, match=r"model\.scoring_asr: .*tokenizer\.json"):
+        configured("duplex_s2s", scoring_asr="assets/llm/tokenizer.json").check_weights()
 
 
 def test_a_whole_model_starts_another(tmp_path):

@@ -302,7 +302,6 @@ def test_what_nemo_has_and_this_does_not_is_refused_by_name():
         "att_context_style": "chunked_limited_with_rc",
         "conv_norm_type": "instance_norm",
         "reduction": "pooling",
-        "stochastic_depth_drop_prob": 0.1,
         "global_tokens": 2,
         "conv_context_style": "dcc",
     }.items():

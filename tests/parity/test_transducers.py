@@ -115,19 +115,22 @@ def test_joint_equals_nemo(name):
 
 
 @cache
-def decode(name, max_symbols):
+def decode(name, **limits):
     definition, variables, _ = model(name)
     frames, lengths = encoded(name)
-    run = jax.jit(
-        lambda v: decode_greedily(bind(definition, v), frames, lengths, max_symbols=max_symbols)
-    )
+    run = jax.jit(lambda v: decode_greedily(bind(definition, v), frames, lengths, **limits))
     return run(variables)
 
 
 @pytest.mark.parametrize(("name", "setting"), SETTINGS)
 def test_labels_frames_and_durations_equal_nemo(name, setting):
     golden_run = HYPOTHESES[name]["decoding"][setting]
-    found = decode(name, golden_run["cfg"].get("greedy.max_symbols", 10))
+    cfg = golden_run["cfg"]
+    found = decode(
+        name,
+        max_symbols=cfg.get("greedy.max_symbols", 10),
+        jumps_when_full=cfg.get("strategy") == "greedy",
+    )
     for row, expected in enumerate(golden_run["hyps"]):
         count = int(found.lengths[row])
         assert found.labels[row, :count].tolist() == expected["y_sequence"]

@@ -79,7 +79,7 @@ def test_nemos_own_defaults_are_ours():
     with ignored_report() as report:
         config = build(FastConformerConfig, NEMO_KEYS)
     assert config == FastConformerConfig(feat_in=80, n_layers=2, d_model=16)
-    assert set(report) == set(FastConformerConfig.IGNORED)
+    assert set(report) == set(FastConformerConfig.IGNORED) - {"stochastic_depth_drop_prob"}
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,6 @@ def test_nemos_own_defaults_are_ours():
         ("window", "kaiser"),
         ("normalize", "fixed_mean"),
         ("frame_splicing", 3),
-        ("nb_augmentation_prob", 0.5),
         ("log_zero_guard_type", "max"),
         ("log_zero_guard_value", "small"),
         ("mel_norm", "htk"),

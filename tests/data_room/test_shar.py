@@ -1,0 +1,142 @@
+"""SHAR is read in every way that NeMo lets it be named, packed whole or in part."""
+
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from speechlm2_jax.data.config import DataLoaderConfig
+from speechlm2_jax.data.duplex_readers import read_duplex_cuts, read_duplex_shar
+from speechlm2_jax.data.readers import Reading, read_manifest
+from speechlm2_jax.data.salm_dataset import SALMDataset
+from speechlm2_jax.data.shar import read_shar
+from speechlm2_jax.data.sources import read_sources
+from speechlm2_jax.settings import SettingsError, build
+from tests.data_room import duplex_corpus as corpus
+
+RATE = 16000
+SHAR = Path(__file__).parents[1] / "data" / "manifests" / "shar"
+FIELDS = {
+    "cuts": f"{SHAR}/cuts.{{000000..000001}}.jsonl.gz",
+    "recording": [f"{SHAR}/recording.00000{n}.tar" for n in range(2)],
+}
+
+
+def sources(shar_path, **more):
+    values = {"shar_path": shar_path, "batch_size": 1, **more}
+    config = build(DataLoaderConfig, values, "data.train_ds")
+    return read_sources(config, "data.train_ds", SALMDataset.read)
+
+
+def heard(conversations):
+    return {c.id: np.concatenate([clip.load(RATE) for clip in c.clips]) for c in conversations}
+
+
+def assert_same(found, expected):
+    assert list(found) == list(expected)
+    for name, wave in expected.items():
+        np.testing.assert_array_equal(found[name], wave)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """The two shards, each a folder of its own."""
+    folders = [tmp_path_factory.mktemp("half") for _ in range(2)]
+    for number, folder in enumerate(folders):
+        for file in SHAR.glob(f"*.00000{number}.*"):
+            shutil.copy(file, folder / file.name)
+    return [str(folder) for folder in folders]
+
+
+@pytest.mark.parametrize("way", ["fields", "folders", "weighted"])
+def test_every_way_of_naming_gives_the_same_conversations(way, halves):
+    weighted = [[folder, 3 - n] for n, folder in enumerate(halves)]
+    named = {"fields": FIELDS, "folders": halves, "weighted": weighted}[way]
+    expected = heard(read_shar(SHAR, Reading()))
+    found = sources(named)
+    assert all(source.is_shar for source in found)
+    assert_same(heard(c for source in found for c in source.conversations), expected)
+    entries = [{"shar_path": named, "type": "lhotse_shar"}]
+    inside = sources(None, input_cfg=entries)
+    assert [s.share for s in inside] == [s.share for s in found]
+    if way == "weighted":
+        np.testing.assert_allclose([s.share for s in found], [0.6, 0.4])
+    else:
+        assert [s.share for s in found] == [None]
+
+
+def test_weights_of_folders_share_their_entrys_part_whatever_the_temperature(halves):
+    entries = [
+        {"shar_path": [[halves[0], 1], [halves[1], 4.5]], "weight": 1},
+        {"shar_path": halves, "weight": 4},
+    ]
+    found = sources(None, input_cfg=entries, reweight_temperature=0.5)
+    np.testing.assert_allclose([s.share for s in found], [1 / 3 / 5.5, 4.5 / 3 / 5.5, 2 / 3])
+
+
+@pytest.mark.parametrize(
+    ("shar_path", "message"),
+    [
+        ({"recording": "a.tar"}, "`cuts` are missing"),
+        ([["a", 1], "b"], "a weight to every folder or to none"),
+        ([["a", 0]], "weights must be positive"),
+        ([["a", 1, 2]], "shar_path"),
+        (3, "shar_path"),
+        ({**FIELDS, "recording": "gone.tar"}, "2 files of cuts and 1 of recording"),
+        ({**FIELDS, "recording": ["x.tar", "y.tar"]}, "x.tar: no such file"),
+        ({"cuts": FIELDS["cuts"]}, "lists no recording; the recording of cut 'u09'"),
+        ({"cuts": "pipe:cat cuts.jsonl"}, "pipe:cat cuts.jsonl is not on this machine"),
+    ],
+)
+def test_what_names_no_shar_is_one_line_with_its_reason(shar_path, message):
+    with pytest.raises(SettingsError, match="data.train_ds") as caught:
+        sources(shar_path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_recordings_that_are_not_packed_are_read_where_they_lie(tmp_path):
+    from lhotse import CutSet
+
+    cuts = corpus.corpus(tmp_path, 3)
+    (tmp_path / "shar").mkdir()
+    CutSet.from_cuts(cuts).to_shar(tmp_path / "shar", {}, warn_unused_fields=False)
+    manifest = corpus.write_cuts(tmp_path / "cuts.jsonl", cuts)["cuts_path"]
+    expected = heard(read_manifest(manifest, Reading()))
+    assert_same(heard(read_shar(tmp_path / "shar", Reading())), expected)
+
+
+def voices(conversations):
+    return {
+        c.id: np.concatenate([c.source.load(RATE), c.target.load(22050)]) for c in conversations
+    }
+
+
+@pytest.mark.parametrize("way", ["folder", "fields", "folders"])
+def test_an_agent_that_is_not_packed_is_read_from_its_recording(way, tmp_path):
+    from lhotse import CutSet
+
+    cuts = corpus.corpus(tmp_path, 4)
+    manifest = corpus.write_cuts(tmp_path / "cuts.jsonl", cuts)["cuts_path"]
+    folder = tmp_path / "shar"
+    folder.mkdir()
+    packed = CutSet.from_cuts(cuts)
+    packed.to_shar(folder, {"recording": "wav"}, shard_size=2, warn_unused_fields=False)
+    assert not list(folder.glob("target_audio*"))
+    fields = {
+        "cuts": tuple(f"{folder}/cuts.00000{n}.jsonl.gz" for n in range(2)),
+        "recording": f"{folder}/recording._OP_000000..000001_CL_.tar",
+    }
+    named = {"folder": str(folder), "fields": fields, "folders": (str(folder),)}[way]
+    assert_same(voices(read_duplex_shar(named, None)), voices(read_duplex_cuts(manifest, None)))
+
+
+def test_duplex_shar_of_several_folders_and_of_fields_makes_batches(tmp_path):
+    whole = corpus.write_shar(tmp_path / "one", corpus.corpus(tmp_path, 4))["shar_path"]
+    names = ("cuts", "recording", "target_audio")
+    files = {n: str(next(Path(whole).glob(f"{n}.*"))) for n in names}
+    for named in (files, [whole], [[whole, 2.0]]):
+        module = corpus.module({"input_cfg": [{"type": "lhotse_shar", "shar_path": named}]})
+        batches = islice(module.train_batches(), module.batches_per_pass())
+        assert len([i for batch in batches for i in batch.ids]) == 4
