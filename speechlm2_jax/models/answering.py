@@ -62,7 +62,7 @@ def generate(
 ) -> np.ndarray | Generated:
     """Answers (prompts, audios, audio_lens); see SALM.generate."""
     request = read_request(model, generation_config, overrides)
-    examples, ids = prompted(model, asked, request.enable_thinking)
+    examples, ids = prompted(model, asked, enable_thinking=request.enable_thinking)
     parts = [chunked.in_parts(e, request.max_audio_s, model.sampling_rate) for e in examples]
     if any(prompt.chunks for prompt in parts):
         joined = chunked.answer(parts, request, partial(speak, model, definition), model.tokenizer)
@@ -91,14 +91,18 @@ def stream(
         raise ValueError("a stream has no dict to return; leave return_dict_in_generate out")
     if tokens_at_once < 1:
         raise ValueError(f"tokens_at_once={tokens_at_once} must be at least 1")
-    examples, _ = prompted(model, asked, request.enable_thinking)
+    examples, _ = prompted(model, asked, enable_thinking=request.enable_thinking)
     chunked.refuse(examples, request.max_audio_s, model.sampling_rate)
     reports = speak(model, definition, examples, request, tokens_at_once)
     return pieces(reports, model.tokenizer)
 
 
 def prompted(
-    model: "SALM", asked: tuple[Any, Any, Any], enable_thinking: bool | None, first: int = 0
+    model: "SALM",
+    asked: tuple[Any, Any, Any],
+    first: int = 0,
+    *,
+    enable_thinking: bool | None = None,
 ) -> tuple[list[SalmExample], np.ndarray]:
     """Lays (prompts, audios, audio_lens) out as conversations, named from `first`; their ids.
 

@@ -132,7 +132,7 @@ def _parts(model: "SALM", dialog: Any, number: int, request: GenerationRequest) 
     name = f"prompt {number}"
     try:
         (example,), _ = answering.prompted(
-            model, ([dialog], None, None), request.enable_thinking, first=number
+            model, ([dialog], None, None), number, enable_thinking=request.enable_thinking
         )
     except ValueError as error:
         if str(error).startswith(name):

@@ -118,7 +118,10 @@ def damaged(kind: str, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("cause", [c for c in CAUSES if c != "no_such_channel"])
+NOT_OF_THE_FILE = {"no_such_channel", "longer_than_model"}
+
+
+@pytest.mark.parametrize("cause", sorted(set(CAUSES) - NOT_OF_THE_FILE))
 def test_a_damaged_file_tells_its_cause(cause, tmp_path):
     declared = 0.5 if cause == "longer_than_declared" else 1.0
     with pytest.raises(AudioError, match="bad.wav") as caught:

@@ -252,7 +252,7 @@ def test_a_thought_is_opened_or_already_over_as_asked(model):
         text_vocab_size = 365
 
     for asked, enabled in ((None, True), (True, True), (False, False)):
-        _, ids = answering.prompted(Thoughtful(), (PROMPTS[:1], None, None), asked)
+        _, ids = answering.prompted(Thoughtful(), (PROMPTS[:1], None, None), enable_thinking=asked)
         assert ids.tolist() == [told[enabled]]
     assert told[True] != told[False]
     for ask in (model.generate, lambda *a, **k: list(model.stream(*a, **k))):
