@@ -43,7 +43,7 @@ def split_audio(audios: Any, audio_lens: Any, least: int = 1) -> list[np.ndarray
         ) from error
     if array.ndim != 2:
         raise ValueError(f"audios must be float [B, S]; got shape {array.shape}")
-    array = _as_float(array, "audios")
+    array = as_float(array, "audios")
     lengths = (
         np.full(len(array), array.shape[1]) if audio_lens is None else np.asarray(audio_lens, int)
     )
@@ -89,10 +89,10 @@ def _clip(item: Any, name: str, rate_hz: int) -> Clip:
             f"{name}: audio must be paths or 1-D float arrays [S]; got {array.dtype} "
             f"{array.shape}: mix channels first, as samples.mean(axis=1)"
         )
-    return Clip(check_samples(_as_float(array, name), name))
+    return Clip(check_samples(as_float(array, name), name))
 
 
-def _as_float(array: np.ndarray, name: str) -> Float[np.ndarray, "..."]:
+def as_float(array: np.ndarray, name: str) -> Float[np.ndarray, "..."]:
     """Samples as float32. Raises ValueError for integers, whose scale nobody has told."""
     if jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(

@@ -26,6 +26,7 @@ from speechlm2_jax.models import duplex_building, running
 from speechlm2_jax.models.base import SpeechModel
 from speechlm2_jax.models.duplex_building import DuplexBlueprint
 from speechlm2_jax.models.duplex_config import DuplexModelConfig, DuplexSpeechDecoderModelConfig
+from speechlm2_jax.models.recordings import as_batch, fitted, padded
 from speechlm2_jax.models.shapes import SAMPLE_STEP, round_up
 from speechlm2_jax.networks import duplex as duplex_network
 from speechlm2_jax.networks.channels import TextIds, without_control
@@ -143,13 +144,13 @@ class DuplexS2SModel(SpeechModel):
         config = SpeakingConfig(
             text=text_sampling or SamplingConfig(), audio=audio_sampling or SamplingConfig()
         )
-        audio, lengths = _as_batch(input_signal, input_signal_lens)
+        audio, lengths = as_batch(input_signal, input_signal_lens)
         self._check_frames(lengths)
         mesh = sharding.mesh_of(self.variables)
         placement = None if mesh is None else sharding.for_answering(mesh)
         rows = len(audio)
         groups = 1 if placement is None else placement.data_parallel_size
-        audio, lengths = _padded(audio, lengths, groups)
+        audio, lengths = padded(audio, lengths, groups)
         spoken, frames = talk(
             self._definition,
             self.variables,
@@ -169,19 +170,25 @@ class DuplexS2SModel(SpeechModel):
             "tokens_len": frames,
         }
         if decode_audio:
-            wave, samples = speak_codes(
-                self._definition,
-                self.variables,
-                spoken.codes,
-                _fitted(frames, len(audio)),
-                self._silence(codes),
-                longest,
-                placement=placement,
-            )
-            samples = np.asarray(samples)[:rows]
-            result["audio"] = np.asarray(wave)[:rows, : int(samples.max(initial=0))]
-            result["audio_len"] = samples
+            result["audio"], result["audio_len"] = self._audio(spoken.codes, frames, placement)
         return result
+
+    def _audio(
+        self, codes: jax.Array, frames: np.ndarray, placement: Sharding | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The agent's audio, and its samples, of the first rows of codes: those `frames` has."""
+        rows, longest = len(frames), int(frames.max(initial=0))
+        wave, samples = speak_codes(
+            self._definition,
+            self.variables,
+            codes,
+            fitted(frames, len(codes)),
+            self._silence(np.asarray(codes)[:rows]),
+            longest,
+            placement=placement,
+        )
+        samples = np.asarray(samples)[:rows]
+        return np.asarray(wave)[:rows, : int(samples.max(initial=0))], samples
 
     def _check_frames(self, lengths: np.ndarray) -> None:
         most = self.max_frames
@@ -370,30 +377,3 @@ def _logits(
 
 def _row_keys(key: Key[Array, ""], rows: int) -> Key[Array, " B"]:
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
-
-
-def _as_batch(signal: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Checks what a user gives. Raises ValueError for shapes that are no batch."""
-    audio, counts = np.asarray(signal, np.float32), np.asarray(lengths, np.int32)
-    if audio.ndim != 2 or counts.shape != audio.shape[:1]:
-        raise ValueError(
-            f"input_signal must be [B, S] and input_signal_lens [B], not {audio.shape} and "
-            f"{counts.shape}"
-        )
-    if counts.size and (counts.min() < 0 or counts.max() > audio.shape[1]):
-        raise ValueError(f"input_signal_lens must lie between 0 and {audio.shape[1]} samples")
-    return audio, counts
-
-
-def _padded(audio: np.ndarray, lengths: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds rows and samples up to few sizes, so that few programs are compiled."""
-    rows = -(-round_up(max(len(audio), 1), 1) // groups) * groups
-    samples = round_up(int(lengths.max(initial=1)), SAMPLE_STEP)
-    whole = np.zeros((rows, samples), np.float32)
-    for row, (wave, n) in enumerate(zip(audio, lengths.tolist(), strict=True)):
-        whole[row, :n] = wave[:n]
-    return whole, _fitted(lengths, rows)
-
-
-def _fitted(lengths: np.ndarray, rows: int) -> np.ndarray:
-    return np.pad(np.asarray(lengths, np.int32), (0, rows - len(lengths)))

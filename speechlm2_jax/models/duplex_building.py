@@ -31,6 +31,7 @@ from speechlm2_jax.networks.duplex import Duplex, DuplexConfig
 from speechlm2_jax.networks.duplex_s2s import DuplexS2S
 from speechlm2_jax.networks.duplex_s2s_speech_decoder import DuplexS2SSpeechDecoder
 from speechlm2_jax.settings import SettingsError, build
+from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 
 _log = logging.getLogger(__name__)
 
@@ -140,19 +141,13 @@ def read_blueprint(
     ):
         asr_file = location.find_nemo(config.pretrained_asr, key="model.pretrained_asr")
     block, perception = perception_config(config.perception, asr_file, decoder.width)
-    is_speech_decoder = isinstance(config, DuplexSpeechDecoderModelConfig)
-    if is_speech_decoder and not config.speech_decoder.is_causal:
-        raise SettingsError(
-            "model.speech_decoder.is_causal: a decoder that speaks frame by frame cannot look "
-            "ahead; set it to true"
-        )
     try:
         network = DuplexConfig(
             llm=decoder,
             perception=perception,
             codec=codec_config(codec_cfg, "model.pretrained_audio_codec"),
             text=_text_ids(tokenizer),
-            speech_decoder=config.speech_decoder if is_speech_decoder else None,
+            speech_decoder=_speech_decoder(config),
             lora=None if config.lora is None else build(LoraConfig, config.lora, "model.lora"),
             text_loss_weight=config.text_loss_weight,
             audio_loss_weight=config.audio_loss_weight,
@@ -177,6 +172,17 @@ def read_blueprint(
         whole_model=_whole_model(config, location),
         near=near,
     )
+
+
+def _speech_decoder(config: DuplexModelConfig) -> SpeechDecoderConfig | None:
+    if not isinstance(config, DuplexSpeechDecoderModelConfig):
+        return None
+    if not config.speech_decoder.is_causal:
+        raise SettingsError(
+            "model.speech_decoder.is_causal: a decoder that speaks frame by frame cannot look "
+            "ahead; set it to true"
+        )
+    return config.speech_decoder
 
 
 def _whole_model(config: DuplexModelConfig, location: Location) -> Path | None:

@@ -127,6 +127,10 @@ def test_what_is_no_batch_is_refused(model):
         model.offline_inference(np.zeros(100), np.array([100]))
     with pytest.raises(ValueError, match="between 0 and 100"):
         model.offline_inference(np.zeros((1, 100)), np.array([101]))
+    with pytest.raises(ValueError, match="input_signal: audio is int16"):
+        model.offline_inference(np.zeros((1, 100), np.int16), np.array([100]))
+    with pytest.raises(ValueError, match="input_signal, row 1"):
+        model.offline_inference(np.array([[0.0] * 100, [np.nan] * 100]), np.array([100, 100]))
 
 
 def test_rates_that_do_not_fit_are_refused_with_both_numbers(monkeypatch, tmp_path):
