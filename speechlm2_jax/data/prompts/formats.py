@@ -8,9 +8,12 @@ model learns to say. A `preamble` has no slots and opens every dialog.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from speechlm2_jax.data.prompts.thinking import NanoThinking, Qwen3Thinking, Thinking
-
-OUTPUT_ROLE = "assistant"
+from speechlm2_jax.data.prompts.thinking import (
+    OUTPUT_ROLE,
+    NanoThinking,
+    Qwen3Thinking,
+    Thinking,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
-ANSWERS = "assistant"
+OUTPUT_ROLE = "assistant"
+"""Whose turns the model learns to say."""
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
@@ -65,13 +66,13 @@ class Qwen3Thinking(Thinking):
         """Leaves old thoughts out, writes the last one in Qwen3's way and marks one turn."""
         turns = [
             Message(role, text.split(_CLOSE)[1].strip())
-            if role == ANSWERS and _CLOSE in text
+            if role == OUTPUT_ROLE and _CLOSE in text
             else Message(role, text)
             for role, text in messages[:-1]
         ] + [messages[-1]]
-        if turns[-1].role == ANSWERS:
+        if turns[-1].role == OUTPUT_ROLE:
             thought, answer = _parts(turns[-1].text)
-            turns[-1] = Message(ANSWERS, f"<think>\n{thought}\n</think>\n\n{answer}")
+            turns[-1] = Message(OUTPUT_ROLE, f"<think>\n{thought}\n</think>\n\n{answer}")
             draw = draw_of(messages)
             if not thought:
                 _say("/no_think", turns, draw)
@@ -94,7 +95,7 @@ class NanoThinking(Thinking):
             turns.insert(0, Message("system", ""))
         asked = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=0)
         for index, (role, text) in enumerate(turns):
-            if role != ANSWERS:
+            if role != OUTPUT_ROLE:
                 continue
             if index < asked:
                 text = self._without_thought(text)
@@ -123,7 +124,7 @@ def _parts(answer: str) -> tuple[str, str]:
 
 def _say(word: str, turns: list[Message], draw: random.Random) -> None:
     """Puts a word in front of or behind one of the turns that are not the model's."""
-    places = [index for index, turn in enumerate(turns) if turn.role != ANSWERS]
+    places = [index for index, turn in enumerate(turns) if turn.role != OUTPUT_ROLE]
     if not places:
         raise ThoughtError(f"a dialog needs a user or a system turn in which {word} is said")
     index = draw.choice(places)
