@@ -12,6 +12,10 @@ BLOCKS = {
 """Our linear layer -> the block it is in, ours and Hugging Face's."""
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 HEAD_NORMS = {"query_norm": "q_norm", "key_norm": "k_norm"}
+TIED_COPIES_DIFFER = (
+    "the LLM's config.json says tie_word_embeddings: true; write false to use both, or delete from "
+    "the file the one that is not meant"
+)
 IGNORED = (
     Ignored(
         r"(?:model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
@@ -46,7 +50,12 @@ def decoder_table(config: DecoderConfig) -> Table:
     """A whole Hugging Face directory without LoRA."""
     tied = ("lm_head.weight",) if config.tied else ()
     rules = [
-        Rule(source="model.embed_tokens.weight", target="embedding.weight", aliases=tied),
+        Rule(
+            source="model.embed_tokens.weight",
+            target="embedding.weight",
+            aliases=tied,
+            where_copies_differ=TIED_COPIES_DIFFER,
+        ),
     ]
     if not config.tied:
         rules.append(Rule(source="lm_head.weight", target="head.weight"))

@@ -2,7 +2,12 @@
 
 from speechlm2_jax.conversion import perception
 from speechlm2_jax.conversion.codec import codec_table
-from speechlm2_jax.conversion.decoder import PEFT_PREFIX, decoder_table, layers_table
+from speechlm2_jax.conversion.decoder import (
+    PEFT_PREFIX,
+    TIED_COPIES_DIFFER,
+    decoder_table,
+    layers_table,
+)
 from speechlm2_jax.conversion.mapping import LAYER, Rule, Table
 from speechlm2_jax.conversion.speech_decoder import speech_decoder_table
 from speechlm2_jax.networks.duplex import DuplexConfig
@@ -23,6 +28,8 @@ def duplex_table(config: DuplexConfig) -> Table:
             target="llm.embedding.weight",
             aliases=("lm_head.weight",),
             parameter="lm_head.weight",
+            also=(f"llm.{wrapped}embed_tokens.weight",),
+            where_copies_differ=TIED_COPIES_DIFFER,
         )
         ends: tuple[Rule, ...] = (embedding,)
     else:

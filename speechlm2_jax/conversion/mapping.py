@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from speechlm2_jax.conversion.duplicates import agreed
 from speechlm2_jax.conversion.errors import ConversionError, listed
 from speechlm2_jax.conversion.readers.source import Index, TensorInfo, TensorSource
 from speechlm2_jax.conversion.transforms import IDENTITY, Transform
@@ -19,7 +20,6 @@ from speechlm2_jax.layers.module import VariableInfo, Variables
 from speechlm2_jax.parameter_paths import NamedSlice
 
 LAYER = "{layer}"
-COMPARED_BYTES = 1 << 26
 ReadPart = Callable[[Index], np.ndarray]
 Place = Callable[[str, tuple[int, ...], np.dtype[Any], ReadPart], Any]
 """(path, shape, dtype, read a part by its slices) -> the array where it shall be."""
@@ -39,6 +39,8 @@ class Rule:
     """Names under which other versions store it; accepted, never written."""
     parameter: str | None = None
     """The name that freeze patterns see, if it is an alias and not `source`."""
+    where_copies_differ: str = ""
+    """What to do about a file that stores several of the names with different values."""
 
     @property
     def is_stacked(self) -> bool:
@@ -208,7 +210,8 @@ def _plan(source: TensorSource, table: Table, infos: Mapping[str, VariableInfo])
                 if taken.setdefault(name, rule.target) != rule.target:
                     raise ConversionError(f"{name} would fill both {taken[name]} and {rule.target}")
             if present:
-                stored.append(_agreed(source, present))
+                copies = [_stored(source, name) or name for name in present]
+                stored.append(agreed(source, copies, rule.where_copies_differ))
             else:
                 unfilled.append(_named(rule.source, layer))
         found[rule.target] = tuple(stored)
@@ -291,30 +294,6 @@ def _named(pattern: str, layer: int | None) -> str:
 
 def _stored(source: TensorSource, name: str) -> str | None:
     return name if name in source.infos else source.aliases.get(name)
-
-
-def _agreed(source: TensorSource, present: list[str]) -> str:
-    """The stored name behind names of one tensor. Raises ConversionError if their values differ."""
-    stored = [_stored(source, name) or name for name in present]
-    for other in stored[1:]:
-        if other != stored[0] and not _identical(source, stored[0], other):
-            raise ConversionError(f"{stored[0]} and {other} are one tensor here, but they differ")
-    return stored[0]
-
-
-def _identical(source: TensorSource, a: str, b: str) -> bool:
-    """Compares bit for bit, a block of rows at a time."""
-    info = source.infos[a]
-    if info != source.infos[b]:
-        return False
-    rows = info.shape[0] if info.shape else 1
-    step = max(1, rows * COMPARED_BYTES // max(1, info.size_bytes))
-    for start in range(0, rows, step):
-        part = (slice(start, start + step), *(slice(0, n) for n in info.shape[1:]))
-        index = part[: len(info.shape)]
-        if source.read(a, index).tobytes() != source.read(b, index).tobytes():
-            return False
-    return True
 
 
 def _extent(index: Index, shape: tuple[int, ...]) -> tuple[int, ...]:

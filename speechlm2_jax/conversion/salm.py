@@ -1,7 +1,12 @@
 """NeMo's names of a whole SALM, and of the pretrained parts that start one."""
 
 from speechlm2_jax.conversion import perception
-from speechlm2_jax.conversion.decoder import PEFT_PREFIX, decoder_table, layers_table
+from speechlm2_jax.conversion.decoder import (
+    PEFT_PREFIX,
+    TIED_COPIES_DIFFER,
+    decoder_table,
+    layers_table,
+)
 from speechlm2_jax.conversion.mapping import Rule, Table, aliases
 from speechlm2_jax.networks.salm import SalmConfig
 
@@ -21,6 +26,7 @@ def salm_table(config: SalmConfig) -> Table:
             aliases=(head,),
             also=(inside, "lm_head.weight"),
             parameter=head,
+            where_copies_differ=TIED_COPIES_DIFFER,
         )
         ends = Table((embedding,))
     else:

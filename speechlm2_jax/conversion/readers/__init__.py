@@ -79,14 +79,17 @@ def _open_shards(index: Path) -> LazySource:
             raise ConversionError(f"{index}: {name!r} is not a weights file beside the index")
         shards[name] = FILE_READERS[suffix](index.parent / name)
     stored = {(tensor, name) for name, shard in shards.items() for tensor in shard.infos}
-    wrong = {tensor for tensor, _ in stored ^ set(places.items())}
+    # a tied tensor may be listed under each of its names and stored once
+    further = {(alias, name) for name, shard in shards.items() for alias in shard.aliases}
+    listing = set(places.items())
+    wrong = {tensor for tensor, _ in (stored - listing) | (listing - stored - further)}
     if wrong:
         raise ConversionError(
             f"{index}: the shards hold other tensors than it says: {listed(wrong)}"
         )
     aliases = {k: v for shard in shards.values() for k, v in shard.aliases.items()}
     return LazySource(
-        {tensor: shards[name].infos[tensor] for tensor, name in places.items()},
+        {tensor: shards[name].infos[tensor] for tensor, name in stored},
         lambda tensor, part: shards[places[tensor]].read(tensor, part),
-        {k: v for k, v in aliases.items() if k not in places},
+        {k: v for k, v in aliases.items() if (k, places.get(k)) not in stored},
     )

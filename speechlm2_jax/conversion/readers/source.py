@@ -51,8 +51,12 @@ class LazySource:
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """Reads one tensor, or the part that `index` names."""
-        return self.fetch(name, index)
+        """Reads one tensor, or the part that `index` names; slices end where the tensor ends."""
+        if index is None:
+            return self.fetch(name, None)
+        shape = self.infos[name].shape
+        inside = (slice(*part.indices(n)) for part, n in zip(index, shape, strict=True))
+        return self.fetch(name, tuple(inside))
 
 
 def memory_source(
