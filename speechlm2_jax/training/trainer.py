@@ -3,13 +3,14 @@
 import logging
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.checkpointing import CHECKPOINTS, read_ranking, step_folders
 from speechlm2_jax.settings import build, to_plain
 from speechlm2_jax.training import run_dir as run_directory
+from speechlm2_jax.training import run_lock
 from speechlm2_jax.training.describing import describe_run
 from speechlm2_jax.training.exp_manager import ExpManagerConfig
 from speechlm2_jax.training.loop import FitLoop, NonFiniteRun, finished_reason
@@ -26,6 +27,7 @@ from speechlm2_jax.training.protocol import (
     TrainableModel,
     Variables,
 )
+from speechlm2_jax.training.run_lock import RunLock
 from speechlm2_jax.training.schedules import make_schedule
 from speechlm2_jax.training.start import Setup, begin, finished
 from speechlm2_jax.training.state import Partition
@@ -66,17 +68,23 @@ class Trainer:
         self.run_dir = Path(self.config.default_root_dir) if self.config.default_root_dir else None
         self._options = options
         self._experiment_options: Mapping[str, Any] = {}
+        self._lock: RunLock | None = None
+        """Of the run directory, from `use_experiment` to the end of `fit`."""
 
     def use_experiment(self, options: Mapping[str, Any]) -> Path:
         """Takes an `exp_manager` block; makes and returns the run directory.
 
-        Raises SettingsError if it cannot be written or holds what the block does not expect.
+        Raises SettingsError if it cannot be written, holds what the block does not expect, or if
+        another process trains there.
         """
         self.experiment = build(ExpManagerConfig, options, "exp_manager")
         self.run_dir, self._experiment_options = self.experiment.run_dir(), options
         self.experiment.check_loggers()
         self.experiment.check_resume(self.run_dir)
         run_directory.create(self.run_dir)
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = run_lock.acquire(self.run_dir)
         return self.run_dir
 
     def check_experiment(self, options: Mapping[str, Any] | None) -> None:
@@ -151,6 +159,7 @@ class Trainer:
             if self.run_dir is not None:
                 self.experiment.check_resume(self.run_dir)
                 run_directory.create(self.run_dir)
+                stack.enter_context(self._locked(self.run_dir))
             stack.enter_context(run_directory.logging_to(self.run_dir))
             stack.enter_context(stop.listening())
             stack.enter_context(self.config.matmul_precision())
@@ -227,6 +236,12 @@ class Trainer:
                 log.info("%s", line)
             log.info(format_validation({"step": 0, **result.metrics}))
             return result.metrics
+
+    def _locked(self, run_dir: Path) -> AbstractContextManager[None]:
+        """The run directory's lock, held until the end of `fit`."""
+        if self._lock is None or not self._lock.is_held:
+            self._lock = run_lock.acquire(run_dir)
+        return self._lock.training()
 
     def _say_what_next(self, run_dir: Path | None, step: int, *, is_finished: bool) -> None:
         if run_dir is not None and (line := run_directory.checkpoints_line(run_dir)):
