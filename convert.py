@@ -25,6 +25,7 @@ from speechlm2_jax.conversion.repacking import (
     repack,
     weights_file,
 )
+from speechlm2_jax.parameter_paths import PatternError
 from speechlm2_jax.settings import SettingsError
 
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
             print(table(open_weights(arguments.source)))
         else:
             convert(arguments.source, arguments.target)
-    except (ConversionError, SettingsError, OSError) as error:
+    except (ConversionError, SettingsError, PatternError, OSError) as error:
         print("convert.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0

@@ -3,20 +3,36 @@
 Patterns are matched (`re.match`) against foreign names, one per slice of a stacked variable, so
 that `^llm.model.layers.[0-3]` freezes four layers of one stack. `conversion` gives the
 names; this module knows none.
+
+Patterns may come from a downloaded config.json, so their search has limits: `re` decides what a
+pattern is, and `regex`, which can stop in the middle of a search, does the matching.
 """
 
 import difflib
+import math
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import regex
 
 SHOWN = 5
+SEARCH_S = 5.0
+"""Processor time that all patterns of a model may take together; NeMo's own take milliseconds."""
+MAX_DIGITS = 9
+MAX_SHOWN = 200
+"""Characters of a pattern that an error shows."""
+MAX_SIZE = 100_000
+"""Characters of a pattern with its counted repeats written out: what `regex` holds in memory."""
+_COUNTED = re.compile(r"\{(\d*)(?:,(\d*))?\}")
+_LITERAL_BRACE = re.compile(r"((?<!\\)(?:\\\\)*)\{(?!\d*,?\d*\})")
+"""A brace that `re` takes as it is, and `regex` for the start of an approximate match."""
 
 
 class PatternError(ValueError):
-    """A pattern that selects nothing, or is no regular expression."""
+    """A pattern that selects nothing, takes too long, or is no regular expression."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +74,13 @@ def select(
 
     A parameter is trained if no `freeze` pattern matches its name or a `prevent` pattern does; what
     an `always` pattern matches has no gradient and is never trained. Buffers are in no result.
-    Raises PatternError for a pattern that matches no name at all.
+    Raises PatternError for a pattern that matches no name at all, and for one whose search takes
+    longer than `SEARCH_S`, which all patterns share.
     """
     slices = list(slices)
-    frozen = _matched("freeze_params", freeze, slices)
-    kept = _matched("prevent_freeze_params", prevent, slices)
+    deadline = time.process_time() + SEARCH_S
+    frozen = _matched("freeze_params", freeze, slices, deadline)
+    kept = _matched("prevent_freeze_params", prevent, slices, deadline)
     fixed = [re.compile(pattern) for pattern in always]
     rows: dict[str, dict[int, bool]] = {}
     for s in slices:
@@ -80,15 +98,20 @@ class _Matches:
     notes: tuple[str, ...]
 
 
-def _matched(key: str, patterns: Sequence[str], slices: Sequence[NamedSlice]) -> _Matches:
+def _matched(
+    key: str, patterns: Sequence[str], slices: Sequence[NamedSlice], deadline: float
+) -> _Matches:
     names: set[str] = set()
     notes: list[str] = []
     for pattern in dict.fromkeys(patterns):
+        expression = _compiled(key, pattern)
         try:
-            expression = re.compile(pattern)
-        except re.error as error:
-            raise PatternError(f"{key}: {pattern!r} is no regular expression: {error}") from error
-        hits = [s for s in slices if expression.match(s.name)]
+            hits = [s for s in slices if _matches(expression, s.name, deadline)]
+        except TimeoutError as error:
+            raise PatternError(
+                f"{key}: {_shown(pattern)} takes more than {SEARCH_S:g} s to match; write it "
+                "without a repeat inside a repeat"
+            ) from error
         if not hits:
             raise PatternError(_no_match(key, pattern, [s.name for s in slices]))
         names.update(s.name for s in hits)
@@ -98,10 +121,37 @@ def _matched(key: str, patterns: Sequence[str], slices: Sequence[NamedSlice]) ->
     return _Matches(frozenset(names), tuple(notes))
 
 
+def _compiled(key: str, pattern: str) -> "regex.Pattern[str]":
+    """The pattern as `regex` takes it, after `re` accepted it: both then mean the same."""
+    counts = [int(n[:MAX_DIGITS] or 1) or 1 for pair in _COUNTED.findall(pattern) for n in pair]
+    if math.prod(counts) * len(pattern) > MAX_SIZE:
+        raise PatternError(
+            f"{key}: {_shown(pattern)} is too long, with its repeats written out; list layers by "
+            "a set of digits"
+        )
+    try:
+        re.compile(pattern)
+        return regex.compile(_LITERAL_BRACE.sub(r"\1\\{", pattern), regex.V0)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise PatternError(f"{key}: {_shown(pattern)} is no regular expression: {error}") from error
+
+
+def _matches(expression: "regex.Pattern[str]", name: str, deadline: float) -> bool:
+    """`re.match`, until `deadline` of the process's clock. Raises TimeoutError beyond it."""
+    left = deadline - time.process_time()
+    if left <= 0:
+        raise TimeoutError
+    return expression.match(name, timeout=left) is not None
+
+
+def _shown(pattern: str) -> str:
+    return repr(pattern if len(pattern) <= MAX_SHOWN else f"{pattern[:MAX_SHOWN]}...")
+
+
 def _no_match(key: str, pattern: str, names: Sequence[str]) -> str:
-    plain = re.sub(r"\\d[+*]?|[\\^$+*?()\[\]|]", "", pattern)
+    plain = re.sub(r"\\d[+*]?|[\\^$+*?()\[\]|]", "", pattern[:MAX_SHOWN])
     near = difflib.get_close_matches(plain, names, n=SHOWN, cutoff=0.3) or list(names[:SHOWN])
-    return f"{key}: {pattern!r} matches no parameter; the nearest names are {', '.join(near)}"
+    return f"{key}: {_shown(pattern)} matches no parameter; the nearest names are {', '.join(near)}"
 
 
 def _mask(row: Mapping[int, bool]) -> bool | np.ndarray:

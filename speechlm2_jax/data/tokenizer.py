@@ -205,11 +205,11 @@ class _HuggingFace:
         else:
             from transformers import AutoTokenizer as Reader
         try:
-            self._tokenizer = Reader.from_pretrained(str(path) if path.is_dir() else name)
-        except (OSError, ValueError, KeyError) as error:
-            where = "the directory" if path.is_dir() else "no such directory, and the hub"
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else error
-            raise TokenizerError(f"tokenizer {name}: {where} gives none ({first_line})") from error
+            self._tokenizer = Reader.from_pretrained(
+                str(path) if path.is_dir() else name, trust_remote_code=False
+            )
+        except Exception as error:  # tokenizers raises bare Exceptions for files it cannot read
+            raise TokenizerError(_unreadable(name, path, error)) from error
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -254,6 +254,32 @@ class _HuggingFace:
 
     def __len__(self) -> int:
         return len(self._tokenizer)
+
+
+def _unreadable(name: str, path: Path, error: Exception) -> str:
+    """One line on a tokenizer that transformers could not read, and what to do."""
+    if (code := _own_code(path)) is not None:
+        return (
+            f"tokenizer {name}: needs Python code of its own ({code}), which is never run; if "
+            "tokenizer.json describes all of it, remove auto_map from tokenizer_config.json and "
+            "set its tokenizer_class to PreTrainedTokenizerFast, or name another tokenizer"
+        )
+    where = "the directory" if path.is_dir() else "no such directory, and the hub"
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else error
+    return f"tokenizer {name}: {where} gives none ({first_line})"
+
+
+def _own_code(directory: Path) -> str | None:
+    """The Python class that a tokenizer_config.json asks for; None if it asks for none."""
+    try:
+        said = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        named = said.get("auto_map")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    if isinstance(named, Mapping):
+        named = named.get("AutoTokenizer")
+    classes = named if isinstance(named, list) else [named]
+    return next((str(one) for one in classes if one), None)
 
 
 def _is_generic(directory: Path) -> bool:
