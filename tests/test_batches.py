@@ -22,55 +22,58 @@ MOST_ROWS, MOST_CLIPS = 4, 3
 @pytest.mark.parametrize("name", [n for n in PLACEHOLDERS if not n.startswith("too_")])
 def test_rows_equal_nemo_placeholder_cases(name):
     case = PLACEHOLDERS[name]
-    ids = np.array(case["input_ids"])
-    embeds = np.array(case["embeds"], np.float32)
-    frames = [np.array(r, np.float32) for r in case["replacements"]]
     targets = case["target_ids"]
-    next_clip = 0
+    clips = iter(case["replacements"])
     for row, expected in enumerate(case["out_embeds"]):
-        n_clips = int((ids[row] == case["placeholder_id"]).sum())
-        mine = frames[next_clip : next_clip + n_clips]
-        next_clip += n_clips
-        mask = None if targets is None else np.array(targets[row]) != IGNORED_TARGET
+        ids, embeds = np.array(case["input_ids"][row]), np.array(case["embeds"][row], np.float32)
+        real = np.flatnonzero(ids != case["padding_id"])  # NeMo drops the padding on the left
+        first = real[0] if len(real) else len(ids)
+        ids, embeds = ids[first:], embeds[first:]
+        frames = [np.array(next(clips), np.float32) for i in ids if i == case["placeholder_id"]]
+        mask = np.zeros(len(ids), bool)
+        if targets is not None:
+            mask = np.array(targets[row])[first:] != IGNORED_TARGET
         laid = layout_row(
-            ids[row],
-            mask,
-            [len(f) for f in mine],
-            placeholder_id=case["placeholder_id"],
-            pad_id=case["padding_id"],
+            ids, mask, [len(f) for f in frames], placeholder_id=case["placeholder_id"]
         )
         start = len(expected) - len(laid)
-        # one embedding row per id: look the row's own embeddings up by a running text index
-        text_rows = [e for i, e in zip(ids[row], embeds[row], strict=True)]
-        real = np.flatnonzero(ids[row] != case["padding_id"])
-        text_rows = text_rows[real[0] :] if len(real) else []
-        expanded = []
-        clip = 0
-        for i, e in zip(ids[row][len(ids[row]) - len(text_rows) :], text_rows, strict=True):
-            if i == case["placeholder_id"]:
-                expanded += [mine[clip][f] for f in range(len(mine[clip]))]
-                clip += 1
-            else:
-                expanded.append(e)
+        text = iter(embeds[ids != case["placeholder_id"]])
         got = [
-            mine[c][f] if c >= 0 else expanded[t]
-            for t, (c, f) in enumerate(zip(laid.clip, laid.frame, strict=True))
+            frames[c][f] if c >= 0 else next(text)
+            for c, f in zip(laid.clip, laid.frame, strict=True)
         ]
-        if len(laid):
+        if got:
             np.testing.assert_array_equal(np.stack(got), np.array(expected, np.float32)[start:])
+        batch = _one_row(ids, mask, frames, case).without_id(case["padding_id"])
         np.testing.assert_array_equal(
-            laid.is_key, np.array(case["out_attention_mask"][row], bool)[start:]
+            batch.is_key[0, 0], np.array(case["out_attention_mask"][row], bool)[start:]
         )
         if targets is not None:
             want = np.array(case["out_target_ids"][row])[start:]
-            np.testing.assert_array_equal(laid.loss_mask, want != IGNORED_TARGET)
-            np.testing.assert_array_equal(laid.tokens[laid.loss_mask], want[laid.loss_mask])
+            shifted = _one_row(ids, mask, frames, case, shift=True).without_id(case["padding_id"])
+            is_scored = shifted.loss_mask[0, 0]
+            np.testing.assert_array_equal(is_scored, want[1:] != IGNORED_TARGET)
+            np.testing.assert_array_equal(shifted.targets[0, 0][is_scored], want[1:][is_scored])
+
+
+def _one_row(ids, mask, frames, case, *, shift=False):
+    """A batch of exactly one conversation, whose clips have as many samples as frames."""
+    audio = tuple(np.zeros(len(f), np.float32) for f in frames)
+    steps = len(ids) - len(audio) + sum(map(len, audio))
+    longest = max(map(len, audio), default=0)
+    return assemble_salm_batch(
+        [[SalmExample(id="x", tokens=ids, loss_mask=mask, audio=audio)]],
+        BatchShape(rows=1, tokens=max(steps - shift, 0), clips=len(audio), samples=longest),
+        frame_count=lambda samples: samples,
+        placeholder_id=case["placeholder_id"],
+        shift=shift,
+    )
 
 
 @pytest.mark.parametrize("clips", [[], [3, 2]])
 def test_a_wrong_number_of_clips_is_refused(clips):
     with pytest.raises(ValueError, match="exactly one clip per placeholder"):
-        layout_row(np.array([4, 9, 5]), None, clips, placeholder_id=9, pad_id=0)
+        layout_row(np.array([4, 9, 5]), None, clips, placeholder_id=9)
 
 
 @given(
@@ -99,7 +102,6 @@ def test_interleaving_keeps_every_frame_once_and_in_order(rows, random):
         BatchShape(rows=MOST_ROWS, tokens=28, clips=n_clips, samples=capacity),
         frame_count=lambda samples: samples,
         placeholder_id=9,
-        pad_id=0,
         shift=False,
     )
     frames = jnp.arange(n_clips * capacity, dtype=jnp.float32).reshape(1, n_clips, capacity, 1)
@@ -126,5 +128,4 @@ def test_a_conversation_that_does_not_fit_is_refused():
             BatchShape(rows=1, tokens=6, clips=1, samples=1),
             frame_count=lambda s: s,
             placeholder_id=99,
-            pad_id=0,
         )

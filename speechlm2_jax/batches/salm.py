@@ -28,7 +28,7 @@ class SalmBatch:
     audio_index: Any
     """Int32 [G, R, T]: clip * frames(S) + frame within the group; -1 where the step is text."""
     is_key: Any
-    """Bool [G, R, T]: steps that others may attend to (neither padding nor an interior pad id)."""
+    """Bool [G, R, T]: tokens that others may attend to; False in padding alone."""
     segments: Any
     """Int32 [G, R, T]: conversation of a packed row, from 1; 0 is padding."""
     positions: Any
@@ -43,6 +43,18 @@ class SalmBatch:
     def map(self, fn: Callable[[Any], Any]) -> "SalmBatch":
         """Applies `fn` to every array."""
         return SalmBatch(**{f.name: fn(getattr(self, f.name)) for f in fields(self)})
+
+    def without_id(self, token_id: int) -> "SalmBatch":
+        """The same rows, in which text tokens of one id are neither attended to nor scored.
+
+        NeMo treats the pad id so wherever it occurs, even as the end of a turn (`nemo_exact`).
+        """
+        is_audio = self.audio_index >= 0
+        return replace(
+            self,
+            is_key=self.is_key & (is_audio | (self.tokens != token_id)),
+            loss_mask=self.loss_mask & (self.targets != token_id),
+        )
 
     @property
     def steps(self) -> int:
@@ -107,7 +119,6 @@ class Row:
     """Index among the conversation's own clips; -1 for text."""
     frame: np.ndarray
     loss_mask: np.ndarray
-    is_key: np.ndarray
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -119,19 +130,14 @@ def layout_row(
     clip_frames: Sequence[int],
     *,
     placeholder_id: int,
-    pad_id: int,
 ) -> Row:
-    """Expands each placeholder of one conversation to as many steps as its clip has frames.
+    """Expands each placeholder of one conversation to as many tokens as its clip has frames.
 
-    Leading padding is dropped; interior tokens that equal the pad id are neither attended to nor
-    scored, as in NeMo's SALM.prepare_inputs. Raises ValueError if the numbers of placeholders and
-    clips differ.
+    No token is padding, whatever its id: the pad token may also end turns. Raises ValueError if the
+    numbers of placeholders and clips differ.
     """
     tokens = np.asarray(tokens, np.int64)
     mask = np.zeros(len(tokens), bool) if loss_mask is None else np.asarray(loss_mask, bool)
-    real = np.flatnonzero(tokens != pad_id)
-    start = real[0] if len(real) else len(tokens)
-    tokens, mask = tokens[start:], mask[start:]
     is_audio = tokens == placeholder_id
     if is_audio.sum() != len(clip_frames):
         raise ValueError(
@@ -144,14 +150,11 @@ def layout_row(
     starts = np.cumsum(repeats) - repeats
     frame = np.arange(int(repeats.sum()), dtype=np.int64) - np.repeat(starts, repeats)
     text = np.where(is_audio, 0, tokens)
-    is_key = is_audio | (tokens != pad_id)
-    scored = mask & ~is_audio & (tokens != pad_id)
     return Row(
         tokens=np.repeat(text, repeats).astype(np.int32),
         clip=np.repeat(clip, repeats).astype(np.int32),
         frame=frame.astype(np.int32),
-        loss_mask=np.repeat(scored, repeats),
-        is_key=np.repeat(is_key, repeats),
+        loss_mask=np.repeat(mask & ~is_audio, repeats),
     )
 
 
@@ -161,7 +164,6 @@ def assemble_salm_batch(
     *,
     frame_count: FrameCount,
     placeholder_id: int,
-    pad_id: int,
     shift: bool = True,
 ) -> SalmBatch:
     """Lays out groups of conversations in one static shape, rows padded on the right.
@@ -177,7 +179,6 @@ def assemble_salm_batch(
             example.loss_mask,
             [frame_count(len(clip)) for clip in example.audio],
             placeholder_id=placeholder_id,
-            pad_id=pad_id,
         )
 
     capacity = frame_count(shape.samples)
@@ -217,7 +218,6 @@ def full_batch(
         shape,
         frame_count=frame_count,
         placeholder_id=placeholder_id,
-        pad_id=placeholder_id + 2,
     )
     return one.map(lambda x: np.broadcast_to(x, (groups, *x.shape[1:])))
 
@@ -250,7 +250,7 @@ def _fill_group(
         slot = (first_clip + row.clip) * capacity + row.frame
         arrays["tokens"][r, :n] = row.tokens[:n]
         arrays["audio_index"][r, :n] = np.where(row.clip >= 0, slot, -1)[:n]
-        arrays["is_key"][r, :n] = row.is_key[:n]
+        arrays["is_key"][r, :n] = True
         arrays["segments"][r, :n] = 1
         arrays["positions"][r, :n] = np.arange(n)
         if shift:

@@ -87,7 +87,6 @@ class SalmContents:
             shape,
             frame_count=self.frame_count,
             placeholder_id=self.placeholder_id,
-            pad_id=self.dataset.pad_id,
         )
 
     def reference(self, index: int, example: SalmExample) -> "SalmReference":

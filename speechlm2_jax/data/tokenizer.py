@@ -1,8 +1,10 @@
 """Text <-> token ids, over Hugging Face tokenizers and SentencePiece models, by NeMo's names."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +17,9 @@ GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """transformers' names, old and new, of the class that tokenizer.json alone describes."""
 GENERIC_MODEL_TYPES = (None, "llama", "qwen3")
 """Of a config.json beside it; for some others transformers prefers a class of its own."""
+
+
+log = logging.getLogger(__name__)
 
 
 class TokenizerError(SettingsError):
@@ -178,11 +183,12 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """Id that pads: the padding token's, else the unknown token's, else 0."""
+        """Id that pads: the padding token's, else the unknown token's, else 0 after a warning."""
         for name in ("pad", "unk"):
             found = self._special_id(name)
             if found is not None:
                 return found
+        _warn_of_no_pad(self.name)
         return 0
 
     bos, eos, pad, unk = bos_id, eos_id, pad_id, unk_id
@@ -190,6 +196,16 @@ class Tokenizer:
     def _special_id(self, name: str) -> int | None:
         token = self._backend.special_token(name)
         return None if token is None else self._backend.token_to_id(token)
+
+
+@cache
+def _warn_of_no_pad(name: str) -> None:
+    """Warns once per tokenizer."""
+    log.warning(
+        "tokenizer %s: it has neither a pad token nor an unk token, so the token of id 0 pads; set "
+        "pad_token in its tokenizer_config.json if that token occurs in texts",
+        name,
+    )
 
 
 class _HuggingFace:

@@ -119,6 +119,7 @@ def prompted(
         sample_rate_hz=model.sampling_rate,
         placeholder_id=model.audio_locator_tag_id,
         pad_id=model.text_pad_id,
+        bos_id=model.text_bos_id,
         vocab_size=model.text_vocab_size,
         enable_thinking=enable_thinking is not False,
     )
@@ -229,9 +230,10 @@ def _lay_out(
         shape,
         frame_count=model.frame_count,
         placeholder_id=model.audio_locator_tag_id,
-        pad_id=model.text_pad_id,
         shift=False,
     )
+    if model.nemo_exact:
+        batch = batch.without_id(model.text_pad_id)
     # what is drawn for an example must not depend on how many devices answer
     numbers = np.arange(len(examples)) if row_ids is None else row_ids
     by_group = np.zeros(batch.row_ids.shape, np.int32)

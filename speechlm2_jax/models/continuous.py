@@ -242,9 +242,10 @@ class _Table:
             shape,
             frame_count=self._model.frame_count,
             placeholder_id=self._model.audio_locator_tag_id,
-            pad_id=self._model.text_pad_id,
             shift=False,
         )
+        if self._model.nemo_exact:
+            batch = batch.without_id(self._model.text_pad_id)
         numbers = [chunked.row_number(row.prompt, row.chunk) for row in group]
         row_ids = np.zeros((1, self._size), np.int32)
         row_ids[0, : len(group)] = numbers

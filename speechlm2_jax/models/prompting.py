@@ -22,6 +22,7 @@ class PromptContext:
     sample_rate_hz: int
     placeholder_id: int
     pad_id: int
+    bos_id: int | None
     vocab_size: int
     enable_thinking: bool = True
 
@@ -51,15 +52,17 @@ def prompt_examples(
         if any(clips) and audios is not None:
             raise ValueError("give audio inside the prompts or as audios/audio_lens, not both")
         ids = [_encode(d, name, context) for d, name in zip(prompts, names, strict=True)]
+        tokens = ids
     else:
         ids = _id_rows(prompts, context, first)
+        tokens = _unpadded(ids, context)
         names, clips = _names(ids, first), [[] for _ in ids]
     needed = [int((row == context.placeholder_id).sum()) for row in ids]
     if audios is not None:
         clips = _dealt(split_audio(audios, audio_lens), names, needed)
     for name, wanted, own in zip(names, needed, clips, strict=True):
         _check_number(f"{name} has", wanted, len(own))
-    rows = zip(names, ids, clips, strict=True)
+    rows = zip(names, tokens, clips, strict=True)
     return [_example(*row) for row in rows], left_pad(ids, context.pad_id)
 
 
@@ -128,6 +131,17 @@ def _id_rows(prompts: Any, context: PromptContext, first: int) -> list[np.ndarra
                 f"{context.vocab_size - 1}, and {context.placeholder_id} where audio is heard"
             )
     return list(array)
+
+
+def _unpadded(rows: Sequence[np.ndarray], context: PromptContext) -> list[np.ndarray]:
+    """The rows without the padding on their left.
+
+    Where the pad token also opens prompts, one of it is kept if every row starts with one.
+    """
+    is_text = [np.append(row != context.pad_id, True) for row in rows]
+    counts = [int(np.argmax(row)) for row in is_text]
+    opens = context.pad_id == context.bos_id and min(counts, default=0) > 0
+    return [row[max(count - opens, 0) :] for row, count in zip(rows, counts, strict=True)]
 
 
 def _dealt(

@@ -163,6 +163,8 @@ class SALM(SpeechModel):
         self, variables: Variables, batch: SalmBatch, *, key: jax.Array | None, train: bool
     ) -> StepLosses:
         """Sums of next-token cross-entropy and accuracy; pure and traceable."""
+        if self.nemo_exact:
+            batch = batch.without_id(self.text_pad_id)
         network: Salm = bind(self._definition, variables)
         modes = self._training_modes() if train else SalmModes()
         return salm_network.losses(network, batch, modes, key if train else None)

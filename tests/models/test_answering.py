@@ -249,6 +249,7 @@ def test_a_thought_is_opened_or_already_over_as_asked(model):
 
         prompt_formatter = thoughtful
         sampling_rate, audio_locator_tag_id, text_pad_id = 16000, 335, 332
+        text_bos_id = None
         text_vocab_size = 365
 
     for asked, enabled in ((None, True), (True, True), (False, False)):

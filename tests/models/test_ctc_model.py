@@ -45,7 +45,6 @@ def batch_of(model, waves, order, rows=4):
         BatchShape(rows=rows, tokens=48, clips=rows, samples=samples),
         frame_count=model.frame_count,
         placeholder_id=placeholder,
-        pad_id=model.tokenizer.pad_id,
     )
 
 
@@ -113,7 +112,6 @@ def test_a_conversation_without_a_usable_recording_counts_nothing(model, golden,
         BatchShape(rows=4, tokens=48, clips=4, samples=batch.audio.shape[-1]),
         frame_count=model.frame_count,
         placeholder_id=placeholder,
-        pad_id=model.tokenizer.pad_id,
     )
     assert float(loss_of(with_hole).loss.total) == pytest.approx(
         float(loss_of(batch).loss.total), rel=1e-6

@@ -74,7 +74,6 @@ def _batch(model, run, groups):
         BatchShape(rows=rows, tokens=STEPS, clips=clips, samples=samples),
         frame_count=model.frame_count,
         placeholder_id=model.audio_locator_tag_id,
-        pad_id=model.text_pad_id,
     )
 
 

@@ -54,7 +54,6 @@ def _batch(model, groups, shape):
         shape,
         frame_count=model.frame_count,
         placeholder_id=model.audio_locator_tag_id,
-        pad_id=model.text_pad_id,
     )
     return jax.tree.map(jnp.asarray, batch)
 

@@ -125,7 +125,6 @@ def golden_batch(
         ),
         frame_count=model.frame_count,
         placeholder_id=model.audio_locator_tag_id,
-        pad_id=model.text_pad_id,
     )
 
 
