@@ -27,3 +27,7 @@ def __getattr__(name: str) -> Any:
     module_name, attribute = _FACES[name]
     module = importlib.import_module(module_name)
     return module if attribute is None else getattr(module, attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

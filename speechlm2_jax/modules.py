@@ -16,3 +16,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'speechlm2_jax.modules' has no attribute {name!r}")
     module_name, attribute = _MODULES[name]
     return getattr(importlib.import_module(module_name), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

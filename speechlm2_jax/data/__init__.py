@@ -24,3 +24,7 @@ def __getattr__(name: str) -> Any:
     if name not in _FACES:
         raise AttributeError(f"module 'speechlm2_jax.data' has no attribute {name!r}")
     return getattr(importlib.import_module(_FACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

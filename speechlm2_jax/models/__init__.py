@@ -26,3 +26,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODELS:
         raise AttributeError(f"module 'speechlm2_jax.models' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODELS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

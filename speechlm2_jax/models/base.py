@@ -169,6 +169,11 @@ class SpeechModel(ABC):
         """Seconds of audio behind one frame that the LLM sees."""
         return self._blueprint.network.perception.token_equivalent_duration
 
+    @property
+    def device(self) -> jax.Device:
+        """The device that the model runs on, the first of several. Inputs may come from any."""
+        return running.device_of(self._variables)
+
     def eval(self: M) -> M:
         """Returns the model: whether to train is an argument here, not a mode."""
         return self

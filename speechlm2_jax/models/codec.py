@@ -27,6 +27,7 @@ from speechlm2_jax.layers.module import (
     draw,
     unbind,
 )
+from speechlm2_jax.models import running
 from speechlm2_jax.models.parts import Location
 from speechlm2_jax.models.shapes import round_up
 from speechlm2_jax.settings import build
@@ -88,6 +89,11 @@ class AudioCodec:
     @variables.setter
     def variables(self, values: Variables) -> None:
         self._variables, self._folded = values, None
+
+    @property
+    def device(self) -> jax.Device:
+        """The device that the model runs on, the first of several. Inputs may come from any."""
+        return running.device_of(self._variables)
 
     @property
     def sample_rate(self) -> int:

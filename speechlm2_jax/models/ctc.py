@@ -32,6 +32,7 @@ from speechlm2_jax.layers.module import (
     draw,
     unbind,
 )
+from speechlm2_jax.models import running
 from speechlm2_jax.models.config import DEFAULT_AUDIO_LOCATOR_TAG
 from speechlm2_jax.models.parts import Location, nemo_tokenizer, read_json
 from speechlm2_jax.models.spelling import Speller
@@ -152,6 +153,11 @@ class CTCModel:
     def frame_samples(self) -> int:
         """Samples behind one frame of the encoder."""
         return self._network.perception.frame_samples
+
+    @property
+    def device(self) -> jax.Device:
+        """The device that the model runs on, the first of several. Inputs may come from any."""
+        return running.device_of(self._variables)
 
     @property
     def sampling_rate(self) -> int:

@@ -21,6 +21,7 @@ from speechlm2_jax.conversion.readers import NemoArchive, read_nemo
 from speechlm2_jax.conversion.transducer import transducer_table
 from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.layers.module import abstract, bind, describe, unbind
+from speechlm2_jax.models import running
 from speechlm2_jax.models.clips import split_audio
 from speechlm2_jax.models.parts import Location
 from speechlm2_jax.models.spelling import class_name, nemo_speller
@@ -111,6 +112,11 @@ class ASRModel:
         labels = len(nemo_speller(archive, decoder))
         module, table = _network(_architecture(archive, decoder, decoding, labels))
         mapping.check(archive.weights, table, describe(module))
+
+    @property
+    def device(self) -> jax.Device:
+        """The device that the model runs on, the first of several. Inputs may come from any."""
+        return running.device_of(self._variables)
 
     @property
     def sampling_rate(self) -> int:

@@ -1,4 +1,4 @@
-"""Parts of a model run alone, compiled."""
+"""Parts of a model run alone, compiled, and where a model runs."""
 
 from functools import partial
 from typing import Any
@@ -9,6 +9,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.layers.module import Variables, bind
 from speechlm2_jax.perception.perception import PerceptionModes
+
+
+def device_of(variables: Variables | None) -> jax.Device:
+    """The device that holds the weights, the first of several; where they will go if on none."""
+    for value in (variables or {}).values():
+        if isinstance(value, jax.Array):
+            return min(value.devices(), key=lambda device: device.id)
+    return jnp.zeros(()).devices().pop()
 
 
 @partial(jax.jit, static_argnames=("definition",))

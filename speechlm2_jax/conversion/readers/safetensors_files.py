@@ -63,12 +63,18 @@ def _info(part: Any, path: Path, name: str) -> TensorInfo:
 def write_safetensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes one file; it appears whole or not at all. `metadata` holds aliases and the format."""
+    """Writes one file; it appears whole or not at all. `metadata` holds aliases and the format.
+
+    Its permissions are those of any new file in that folder (safetensors alone gives 0600).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     contiguous = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in tensors.items()}
     try:
+        unfinished.touch()
+        permissions = unfinished.stat().st_mode & 0o777
         save_file(contiguous, unfinished, metadata=dict(metadata) if metadata else None)
+        unfinished.chmod(permissions)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
