@@ -13,23 +13,25 @@ from speechlm2_jax.generation.warpers import keep_top_k, keep_top_p
 class SamplingConfig:
     """Greedy unless `do_sample`; then temperature, top-k and top-p, applied in this order.
 
-    Raises ValueError for values outside their range.
+    Raises ValueError for values outside their range, which only sampling reads.
     """
 
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
-    """Keep this many of the likeliest tokens; 0 keeps all."""
+    """Keep this many of the likeliest tokens; 0 or -1 keeps all."""
     top_p: float = 1.0
     """Keep the fewest likeliest tokens whose probabilities reach this sum."""
 
     def __post_init__(self) -> None:
+        if not self.do_sample:
+            return
         if not self.temperature > 0.0:
             raise ValueError(f"temperature={self.temperature} must be positive; or do_sample=False")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must not be negative; 0 keeps every token")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p={self.top_p} must be in (0, 1]; 1 keeps every token")
+        if self.top_k < -1:
+            raise ValueError(f"top_k={self.top_k} must not be negative; 0 or -1 keeps every token")
+        if not 0.0 <= self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} must be in [0, 1]; 1 keeps every token")
 
 
 def choose(
@@ -51,6 +53,6 @@ def choose(
 def warp(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:
     """Divides by the temperature and puts tokens that may not be drawn to -inf."""
     logits = logits / config.temperature
-    if config.top_k:
+    if config.top_k > 0:
         logits = keep_top_k(logits, config.top_k)
     return keep_top_p(logits, config.top_p) if config.top_p < 1.0 else logits

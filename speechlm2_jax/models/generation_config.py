@@ -157,16 +157,16 @@ def _merged(config: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _SAMPLING_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "temperature": (1.0,),
-    "top_k": (0, 50),
-    "top_p": (1.0,),
+    "temperature": (1.0, 0.0),
+    "top_k": (0, -1, 1, 50),
+    "top_p": (1.0, 0.0),
     "min_p": (0.0,),
     "top_h": (),
     "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
 }
-"""Keys without effect in greedy decoding, and the values that would have none anyway."""
+"""Keys without effect in greedy decoding, and the values that ask for it, or for nothing."""
 _BEAMS_ONLY: Mapping[str, tuple[Any, ...]] = {"length_penalty": (1.0,), "early_stopping": (False,)}
 
 

@@ -36,6 +36,7 @@ def make_processors(
         # of several paths some must be able to go on, whatever ends
         makers |= _warpers(max(2, len(stops) + 1) if asked.get("num_beams", 1) > 1 else 1)
         asked = {**SAMPLING_DEFAULTS, **asked}
+        asked["top_k"] = max(int(asked["top_k"]), 0)  # -1 keeps every token, too
     makers["renormalize_logits"] = (False, lambda v: p.Renormalize())
     return tuple(
         make(asked[key])

@@ -8,16 +8,24 @@ from typing import Any
 import numpy as np
 
 INT32_END = 2**31
+SAMPLING_KEYS = (
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff"),
+)
+"""Keys that are read with `do_sample=True` only."""
 
 
 def check_values(asked: Mapping[str, Any], vocabulary: int, own_ids: Sequence[int | None]) -> None:
     """Raises ValueError for a value of the wrong kind or range, naming its key.
 
-    `own_ids` are the model's end and padding, which need not be in its embedding table.
+    What only sampling reads may be any number without `do_sample`: temperature=0 asks for greedy
+    decoding. `own_ids` are the model's end and padding, which need not be in its embedding table.
     """
+    unread = () if asked.get("do_sample") else SAMPLING_KEYS
     for keys, is_fine, says in _VALUES:
         for key in keys:
-            if key in asked and not is_fine(asked[key]):
+            is_right = _is_number if key in unread else is_fine
+            if key in asked and not is_right(asked[key]):
                 raise ValueError(f"{key}={_short(asked[key])} {says}{_HINTS.get(key, '')}")
     for key in _TOKENS:
         check_ids(key, [i for i in ids_of(asked.get(key)) if i not in own_ids], vocabulary)
@@ -62,6 +70,10 @@ def _number(value: Any) -> float:
     array = _array(value)
     is_number = array.ndim == 0 and array.dtype.kind in "iuf" and np.isfinite(array)
     return float(array) if is_number else math.nan
+
+
+def _is_number(value: Any) -> bool:
+    return not math.isnan(_number(value))
 
 
 def _is_whole(value: Any, least: int, end: int = INT32_END) -> bool:
@@ -135,8 +147,8 @@ def _is_stopping(value: Any) -> bool:
 
 _POSITIVE = ("temperature", "repetition_penalty", "max_time")
 _COUNTS = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
-_NOT_NEGATIVE = ("min_new_tokens", "min_length", "top_k", "no_repeat_ngram_size")
-_SHARES = ("top_p", "typical_p", "top_h")  # above 0, at most 1
+_NOT_NEGATIVE = ("min_new_tokens", "min_length", "no_repeat_ngram_size")
+_SHARES = ("typical_p", "top_h")  # above 0, at most 1
 _CUTOFFS = ("min_p", "epsilon_cutoff", "eta_cutoff")  # from 0, below 1
 _FLAGS = (
     "do_sample",
@@ -157,6 +169,8 @@ _VALUES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (_POSITIVE, lambda v: _number(v) > 0, "must be a positive number"),
     (_COUNTS, lambda v: _is_whole(v, 1), "must be a whole number from 1, below 2^31"),
     (_NOT_NEGATIVE, lambda v: _is_whole(v, 0), "must be a whole number, not negative"),
+    (("top_k",), lambda v: _is_whole(v, -1), "must be a whole number; 0 or -1 keeps every token"),
+    (("top_p",), lambda v: 0 <= _number(v) <= 1, "must be a number in [0, 1]"),
     (("seed",), lambda v: _is_whole(v, -(2**63), 2**63), "must be a whole number of 64 bits"),
     (_SHARES, lambda v: 0 < _number(v) <= 1, "must be a number in (0, 1]"),
     (_CUTOFFS, lambda v: 0 <= _number(v) < 1, "must be a number in [0, 1)"),

@@ -59,7 +59,7 @@ def test_sampling_without_keys_is_refused() -> None:
         choose(jnp.zeros((1, 3)), SamplingConfig(do_sample=True))
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}])
+@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"top_k": -2}, {"top_p": -0.1}])
 def test_values_out_of_range_are_refused_by_name(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SamplingConfig(do_sample=True, **wrong)

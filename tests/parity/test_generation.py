@@ -17,6 +17,7 @@ from speechlm2_jax.models.generation_config import read_request
 from tests.parity.test_llm import DATA, goldens, load, to_right_padding
 
 RECORDED = json.loads((DATA / "generation.json").read_text())
+SHORT = json.loads((DATA / "generation_short.json").read_text())
 FILLING = 1
 SCORE_ATOL = 1e-4  # a sum of log-probabilities of a whole model in fp32
 
@@ -44,11 +45,21 @@ def answers(
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_answers_and_scores_equal_the_original(family: str) -> None:
+    cases = {name: case for name, case in RECORDED.items() if name.startswith(f"{family}/")}
+    programs = answers._cache_size()
+    compare(family, cases)
+    # length penalties are numbers: greedy, processed, and one program per kind of early stopping
+    assert answers._cache_size() - programs <= 4
+
+
+def test_one_new_token_equals_the_original() -> None:
+    compare("llama", SHORT)
+
+
+def compare(family: str, cases: dict[str, Any]) -> None:
     golden, _ = goldens(family)
     mask = golden["attention_mask"].astype(bool)
     ids, mask = (to_right_padding(x, mask) for x in (golden["input_ids"], mask))
-    cases = {name: case for name, case in RECORDED.items() if name.startswith(f"{family}/")}
-    programs = answers._cache_size()
     for name, case in cases.items():
         request = read_request(Words(), case["keys"])
         config = request.fitting(request.limits(mask.sum(axis=1)))
@@ -58,5 +69,3 @@ def test_answers_and_scores_equal_the_original(family: str) -> None:
         np.testing.assert_array_equal(ours.ids[:, width:], FILLING, err_msg=name)
         if case["scores"] is not None:
             np.testing.assert_allclose(ours.scores, case["scores"], atol=SCORE_ATOL, err_msg=name)
-    # length penalties are numbers: greedy, processed, and one program per kind of early stopping
-    assert answers._cache_size() - programs <= 4
