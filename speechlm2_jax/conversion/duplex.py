@@ -22,6 +22,7 @@ def duplex_table(config: DuplexConfig) -> Table:
     NeMo takes the embedding and the head out of the LLM; tied, they are one tensor, whose parameter
     is the head's.
     """
+    wrapped = PEFT_PREFIX if config.lora else ""
     if config.llm.tied:
         embedding = Rule(
             source="embed_tokens.weight",
@@ -46,7 +47,6 @@ def duplex_table(config: DuplexConfig) -> Table:
             Rule(source="_control_codes", target="control_codes"),
         )
     )
-    wrapped = PEFT_PREFIX if config.lora else ""
     layers = layers_table(config.llm, config.lora, root="")
     table += layers.prefixed(source=f"llm.{wrapped}", target="llm.")
     speech = perception.perception_table(config.perception)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from speechlm2_jax.conversion import quantised
 from speechlm2_jax.conversion.duplicates import agreed
 from speechlm2_jax.conversion.errors import ConversionError, listed
 from speechlm2_jax.conversion.readers.source import Index, TensorInfo, TensorSource
@@ -226,6 +227,9 @@ def _check_total(
     given = set(source.infos) | set(source.aliases)
     skipped = re.compile("|".join(f"(?:{i.pattern})" for i in table.ignored) or r"(?!)")
     left = {name for name in given - set(taken) if not skipped.fullmatch(name)}
+    has_adapters = any(".lora_" in rule.source for rule in table.rules)
+    if what := quantised.problem(left, has_adapters=has_adapters):
+        raise ConversionError(what)
     if unfilled:
         raise ConversionError(
             f"the checkpoint lacks {listed(unfilled, left or given)}; "

@@ -1,13 +1,13 @@
 """Where pretrained parts are: files and directories on this machine, or repositories on the hub."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speechlm2_jax.conversion.readers import check_file, folder_problem
 from speechlm2_jax.conversion.readers.nemo import NemoArchive
 from speechlm2_jax.data.tokenizer import Tokenizer
-from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.settings import SettingsError, parse_json
 
 LLM_BACKBONE = "llm_backbone"
 """Folder of a saved model that holds its LLM's config.json, as NeMo 3 writes it."""
@@ -63,11 +63,13 @@ class Location:
 def read_json(path: Path, *, key: str) -> dict[str, Any]:
     """Reads a JSON object. Raises SettingsError naming `key` if there is none."""
     if not path.is_file():
-        raise SettingsError(f"{key}: {path} is missing")
+        what = folder_problem(path.parent) if path.parent.is_dir() else ""
+        raise SettingsError(f"{key}: {path} is missing" + (f": {what}" if what else ""))
+    check_file(path)
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise SettingsError(f"{key}: {path} is not JSON ({error})") from error
+        value = parse_json(path.read_bytes())
+    except SettingsError as error:
+        raise SettingsError(f"{key}: {path} is {error}") from error
     if not isinstance(value, dict):
         raise SettingsError(f"{key}: {path} must hold a JSON object")
     return value

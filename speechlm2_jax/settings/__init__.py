@@ -13,6 +13,7 @@ from speechlm2_jax.settings.command_line import (
     parse_train,
 )
 from speechlm2_jax.settings.errors import SettingsError
+from speechlm2_jax.settings.plain_json import parse_json
 from speechlm2_jax.settings.read import (
     MISSING,
     find,
@@ -35,6 +36,7 @@ __all__ = [
     "load",
     "override",
     "parse_cli",
+    "parse_json",
     "parse_overrides",
     "parse_train",
     "parse_yaml",

@@ -25,6 +25,8 @@ MISSING = "???"
 MAX_FILE_BYTES = 1 << 20
 MAX_NODES = 50_000
 TOO_LARGE = f"holds or expands to more than {MAX_NODES} values; not a settings file"
+_UNREADABLE = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
+"""What PyYAML raises for an integer of 10,000 digits, or a value that its tag does not fit."""
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _INNERMOST = re.compile(r"\$\{([^${}]*)\}")
 
@@ -122,6 +124,10 @@ def parse_yaml(text: str) -> Any:
         raise SettingsError("invalid YAML: " + " ".join(str(error).split())) from None
     except RecursionError:
         raise SettingsError("nested too deeply") from None
+    except SettingsError:
+        raise
+    except _UNREADABLE as error:
+        raise SettingsError(f"invalid YAML: a value cannot be read: {error}") from None
     return _Copy(value, references=False).run()
 
 
@@ -226,7 +232,10 @@ def _scalar(text: str) -> Any:
         return ""
     loader = _Loader("")
     tag = cast(str, loader.resolve(yaml.ScalarNode, text, (True, False)))
-    return loader.construct_object(yaml.ScalarNode(tag, text))
+    try:
+        return loader.construct_object(yaml.ScalarNode(tag, text))
+    except _UNREADABLE as error:
+        raise SettingsError(f"{text[:40]}...: cannot be read: {error}") from None
 
 
 def _descend(values: Any, parts: Sequence[str], *, create: bool) -> Any:

@@ -1,6 +1,7 @@
 """A tied LLM whose file stores embedding and head: loads where both are equal, else is named."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -19,11 +20,13 @@ from speechlm2_jax.conversion.salm import salm_table
 from speechlm2_jax.conversion.writers.torch_files import write_torch_file
 from speechlm2_jax.layers.module import abstract, describe
 from speechlm2_jax.llm.decoder import Decoder
-from speechlm2_jax.models import SALM
+from speechlm2_jax.models import SALM, DuplexS2SModel, duplex_building
+from speechlm2_jax.models.duplex_config import DuplexModelConfig
 from speechlm2_jax.sharding import make_sharding
 from tests.conversion.goldens import assert_same_bits, salm_config, salm_infos, tensors
 
 QWEN3 = Path(__file__).parents[1] / "data/llm/qwen3"
+DUPLEX = Path(__file__).parents[1] / "data/duplex"
 SALM_SAVED = Path(__file__).parents[1] / "data/salm/qwen3_lora_hf"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CONFIG = decoder_config(json.loads((QWEN3 / "config.json").read_text()))
@@ -124,6 +127,7 @@ def test_every_place_of_a_nemo_checkpoint_may_hold_a_copy():
         mapping.load(memory_source({**weights, **copies}), salm_table(config), salm_infos(config))
 
 
+@pytest.mark.slow
 def test_a_saved_salm_that_stores_both_loads(tmp_path):
     model = SALM.from_pretrained(str(SALM_SAVED))
     model.save_pretrained(tmp_path / "saved")
@@ -134,4 +138,44 @@ def test_a_saved_salm_that_stores_both_loads(tmp_path):
     write_safetensors(file, both)
     assert_same_bits(
         dict(SALM.from_pretrained(str(tmp_path / "saved")).variables), dict(model.variables)
+    )
+
+
+def tied_duplex_llm(folder: Path) -> dict[str, np.ndarray]:
+    """Writes the duplex models' LLM as a tied one that stores both copies; gives its tensors."""
+    shutil.copytree(DUPLEX / "assets/llm", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    weights = tensors(open_weights(folder))
+    weights[HEAD] = weights[EMBEDDING].copy()
+    write_safetensors(folder / "model.safetensors", weights)
+    return weights
+
+
+def test_every_place_of_a_tied_duplex_checkpoint_is_known(tmp_path):
+    tied_duplex_llm(tmp_path / "llm")
+    cfg = json.loads((DUPLEX / "duplex_s2s/cfg_input.json").read_text())
+    cfg["pretrained_llm"] = str(tmp_path / "llm")
+    table = duplex_building.read_blueprint(DuplexModelConfig, cfg, (DUPLEX,)).table
+    (rule,) = [rule for rule in table.rules if rule.target == "llm.embedding.weight"]
+    places = ("embed_tokens.weight", "lm_head.weight", "llm.embed_tokens.weight")
+    assert rule.accepted(None) == places
+    assert "tie_word_embeddings" in rule.where_copies_differ
+
+
+@pytest.mark.slow
+def test_a_tied_duplex_model_may_store_every_copy(tmp_path):
+    weights = tied_duplex_llm(tmp_path / "llm")
+    cfg = json.loads((DUPLEX / "duplex_s2s/cfg_input.json").read_text())
+    model = DuplexS2SModel({**cfg, "pretrained_llm": str(tmp_path / "llm")}, near=(DUPLEX,))
+    model.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved/model.safetensors"
+    copies = {
+        name: weights[EMBEDDING].copy() for name in ("lm_head.weight", "llm.embed_tokens.weight")
+    }
+    write_safetensors(file, tensors(open_weights(file)) | copies)
+    again = DuplexS2SModel.from_pretrained(str(tmp_path / "saved"))
+    assert_same_bits(
+        {path: np.asarray(x) for path, x in again.variables.items()},
+        {path: np.asarray(x) for path, x in model.variables.items()},
     )

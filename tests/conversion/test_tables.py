@@ -171,7 +171,7 @@ def test_embedding_and_head_are_read_from_either_place(name):
 def test_a_checkpoint_of_another_wrapper_is_refused_by_name():
     config = salm_config("qwen3_lora", lora=False)
     with pytest.raises(
-        ConversionError, match=r"lacks llm\.model\.layers.*nearest: llm\.base_model"
+        ConversionError, match=r"adapters .LoRA. that are not merged .llm\.base_model"
     ):
         mapping.load(
             open_weights(SALM / "qwen3_lora_hf"),

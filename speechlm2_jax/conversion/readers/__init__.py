@@ -6,6 +6,7 @@ from pathlib import Path
 
 from speechlm2_jax.conversion.errors import ConversionError, listed
 from speechlm2_jax.conversion.readers.json_text import read_json
+from speechlm2_jax.conversion.readers.kinds import check_file, folder_problem, suffix_problem
 from speechlm2_jax.conversion.readers.nemo import NemoArchive, read_nemo
 from speechlm2_jax.conversion.readers.safetensors_files import read_safetensors, write_safetensors
 from speechlm2_jax.conversion.readers.source import (
@@ -23,6 +24,8 @@ __all__ = [
     "NemoArchive",
     "TensorInfo",
     "TensorSource",
+    "check_file",
+    "folder_problem",
     "memory_source",
     "open_weights",
     "read_json",
@@ -37,6 +40,7 @@ DIRECTORY_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+ADAPTER = "adapter_config.json"
 FILE_READERS: dict[str, Callable[[Path], LazySource]] = {
     ".safetensors": read_safetensors,
     ".bin": read_torch_file,
@@ -56,14 +60,29 @@ def open_weights(path: Path | str) -> LazySource:
     if path.is_dir():
         found = [path / name for name in DIRECTORY_FILES if (path / name).is_file()]
         if not found:
-            raise ConversionError(f"{path} has no weights: none of {', '.join(DIRECTORY_FILES)}")
+            raise ConversionError(
+                folder_problem(path)
+                or f"{path} has no weights: none of {', '.join(DIRECTORY_FILES)}"
+            )
+        if (path / ADAPTER).is_file():
+            raise ConversionError(
+                f"{path} has an adapter (PEFT) beside its weights, so that one changes the other; "
+                f"merge it first (PEFT: model.merge_and_unload()), or delete {ADAPTER}"
+            )
         path = found[0]
     if not path.is_file():
         raise ConversionError(f"{path} does not exist")
     if path.name.endswith(INDEX_SUFFIX):
         return _open_shards(path)
+    return _open_file(path)
+
+
+def _open_file(path: Path) -> LazySource:
     if path.suffix not in FILE_READERS:
-        raise ConversionError(f"{path} is none of {', '.join(FILE_READERS)}")
+        raise ConversionError(
+            suffix_problem(path) or f"{path} is none of {', '.join(FILE_READERS)}"
+        )
+    check_file(path)
     return FILE_READERS[path.suffix](path)
 
 
@@ -77,7 +96,7 @@ def _open_shards(index: Path) -> LazySource:
         suffix = Path(name).suffix
         if Path(name).name != name or suffix not in (".safetensors", ".bin"):
             raise ConversionError(f"{index}: {name!r} is not a weights file beside the index")
-        shards[name] = FILE_READERS[suffix](index.parent / name)
+        shards[name] = _open_file(index.parent / name)
     stored = {(tensor, name) for name, shard in shards.items() for tensor in shard.infos}
     # a tied tensor may be listed under each of its names and stored once
     further = {(alias, name) for name, shard in shards.items() for alias in shard.aliases}

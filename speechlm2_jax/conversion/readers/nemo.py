@@ -7,6 +7,7 @@ from typing import Any
 
 from speechlm2_jax.conversion.errors import ConversionError, UnsafeFileError, listed
 from speechlm2_jax.conversion.readers.buffers import map_file
+from speechlm2_jax.conversion.readers.kinds import check_file
 from speechlm2_jax.conversion.readers.source import LazySource
 from speechlm2_jax.conversion.readers.tar import Inflation, read_tar
 from speechlm2_jax.conversion.readers.torch_files import torch_source
@@ -49,6 +50,7 @@ def read_nemo(path: Path, inflation: Inflation | None = None) -> NemoArchive:
 
     Raises UnsafeFileError for hostile archives, pickles or YAML, ConversionError for damaged ones.
     """
+    check_file(path)
     try:
         members = read_tar(map_file(path), inflation)
     except ConversionError as error:

@@ -17,6 +17,7 @@ from typing import Any
 
 from speechlm2_jax.conversion.errors import ConversionError, UnsafeFileError, listed
 from speechlm2_jax.conversion.readers.buffers import BufferFile, map_file
+from speechlm2_jax.conversion.readers.kinds import check_file
 from speechlm2_jax.conversion.readers.pickle_machine import read_pickle
 from speechlm2_jax.conversion.readers.source import Index, LazySource
 from speechlm2_jax.conversion.readers.stored_tensor import (
@@ -38,6 +39,7 @@ def read_torch_file(path: Path) -> LazySource:
 
     Raises UnsafeFileError if it asks for more than tensors, ConversionError if it is damaged.
     """
+    check_file(path)
     return torch_source(map_file(path), str(path))
 
 
@@ -46,6 +48,7 @@ def read_hyper_parameters(path: Path) -> dict[str, Any]:
 
     Raises ConversionError if they are not plain data.
     """
+    check_file(path)
     root = read_torch_object(map_file(path), str(path))
     found = root.get("hyper_parameters", {}) if isinstance(root, dict) else {}
     if not isinstance(found, dict):
@@ -78,6 +81,8 @@ def read_torch_object(content: memoryview, where: str) -> Any:
     try:
         if bytes(content[:4]) == ZIP_MAGIC:
             return _read_zip(content)
+        if bytes(content[8:9]) == b"{":
+            raise ConversionError("this is a safetensors file; name it .safetensors")
         return _read_legacy(content)
     except ConversionError as error:
         raise type(error)(f"{where}: {error}") from error

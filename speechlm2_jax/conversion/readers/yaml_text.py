@@ -9,6 +9,8 @@ from speechlm2_jax.conversion.errors import ConversionError, UnsafeFileError
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000
+UNREADABLE = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
+"""What PyYAML raises for an integer of 10,000 digits, or a value that its tag does not fit."""
 
 
 def read_yaml(text: bytes, where: str) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def read_yaml(text: bytes, where: str) -> dict[str, Any]:
         value = yaml.load(text, Loader=yaml.SafeLoader)
     except yaml.constructor.ConstructorError as error:
         raise UnsafeFileError(f"{where}: {error.problem}; only plain values are read") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, *UNREADABLE) as error:
         if isinstance(error, ConversionError):
             raise
         raise ConversionError(f"{where}: not readable as YAML: {error}") from error
