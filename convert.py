@@ -57,9 +57,13 @@ def convert(source: Path, target: Path) -> None:
     if is_speech_model(source):
         if target.suffix == NEMO_SUFFIX:
             raise ConversionError(f"{target}: NeMo keeps speech LLMs as directories; name one")
+        from speechlm2_jax.checkpointing import DamagedError
         from speechlm2_jax.models import SALM
 
-        SALM.from_pretrained(source).save_pretrained(target)
+        try:
+            SALM.from_pretrained(source).save_pretrained(target)
+        except DamagedError as error:
+            raise ConversionError(str(error)) from error
     else:
         repack(source, target)
     written = open_weights(weights_file(target))

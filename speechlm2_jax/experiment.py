@@ -15,6 +15,7 @@ from speechlm2_jax.ahead.chips import read_topology
 from speechlm2_jax.ahead.programs import answering_report, training_report
 from speechlm2_jax.ahead.report import Report
 from speechlm2_jax.batches import BatchShape, HostBatch, SalmExample
+from speechlm2_jax.checkpointing import DamagedError, LayoutError
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.data.datamodule import TOKENS_MULTIPLE, DataModule
 from speechlm2_jax.data.duplex_dataset import DuplexS2SDataset
@@ -45,7 +46,15 @@ BLOCKS = ("model", "trainer", "data", "exp_manager")
 IGNORED = {"name": "exp_manager.name names the run"}
 """Keys beside the blocks, as NeMo's configs page has them, and why they mean nothing here."""
 REQUIRED = ("model", "data")
-USER_ERRORS = (SettingsError, ConversionError, TokenizerError, PromptError, PatternError)
+USER_ERRORS = (
+    SettingsError,
+    ConversionError,
+    TokenizerError,
+    PromptError,
+    PatternError,
+    DamagedError,
+    LayoutError,
+)
 """What a user can mend; everything else is a fault of ours and keeps its traceback."""
 VALIDATION_ANSWER_TOKENS = 128
 FRAME_TOLERANCE = 0.01

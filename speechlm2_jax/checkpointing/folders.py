@@ -7,9 +7,16 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from speechlm2_jax.checkpointing.checksums import verify
+
 CHECKPOINTS = "checkpoints"
 FROZEN = "frozen"
 ARRAY_ITEMS = ("params", "buffers", "opt")
+CONTENTS = "contents"
+"""Note in the checksums of the frozen store: what its arrays hold. Steps repeat it as `frozen`."""
+UNKNOWN = "unknown"
+RANKED = "ranked"
+"""Note of a step: there is a ranking beside it."""
 
 
 def step_folders(path: Path) -> list[Path]:
@@ -39,8 +46,20 @@ def set_aside_newer(folder: Path, step: int) -> None:
             newer.rename(target)
 
 
+def set_aside_frozen(folder: Path) -> None:
+    """Renames the frozen store, which was rebuilt, so that it is written anew.
+
+    Called on one process only, before a Checkpointer is made.
+    """
+    target = folder / f"unreadable_{FROZEN}"
+    shutil.rmtree(target, ignore_errors=True)
+    if (folder / FROZEN).exists():
+        (folder / FROZEN).rename(target)
+
+
 def read_json(step: Path, name: str) -> dict[str, Any]:
-    """Reads a JSON item of one checkpoint."""
+    """Reads a JSON item of one checkpoint. Raises DamagedError if it has changed."""
+    verify(step, below=f"{name}/")
     return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(step / name)
 
 

@@ -6,11 +6,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import xxhash
+
+from speechlm2_jax.checkpointing.checksums import DamagedError, read_checksums
+from speechlm2_jax.checkpointing.folders import RANKED, step_folders
 
 log = logging.getLogger(__name__)
 
 RANKING = "ranking.json"
+CHECKSUM = "xxh3_128"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +27,8 @@ class Retention:
     mode: Literal["min", "max"] = "min"
     top_k: int = 1
     """How many of the best stay; -1 keeps every checkpoint."""
+    latest: int = 2
+    """How many of the latest stay: one more than the last, for the case that it is damaged."""
 
     def score(self, value: float | None) -> float | None:
         """A number that is larger for better values; None for none or a NaN."""
@@ -41,33 +49,52 @@ class Ranking:
 
     retention: Retention = Retention()
     metrics: dict[int, dict[str, float | None]] = field(default_factory=dict)
+    is_damaged: bool = False
+    """Whether it could not be used, so that nothing is known of the steps that are there."""
 
 
 def read_ranking(folder: Path) -> Ranking:
     """Reads the ranking of a checkpoints folder; empty if it is not there or damaged."""
     try:
         stored = json.loads((folder / RANKING).read_text())
+        if stored.get(CHECKSUM, checksum := _checksum(stored)) != checksum:
+            raise ValueError("it has changed since it was written")
         return Ranking(
             retention=Retention(monitor=stored["monitor"], mode=stored["mode"]),
             metrics={int(step): values for step, values in stored["metrics"].items()},
         )
     except FileNotFoundError:
-        return Ranking()
+        if not _is_missed(folder):
+            return Ranking()
+        log.warning("%s is missing; no checkpoint counts as best", folder / RANKING)
+        return Ranking(is_damaged=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("cannot read %s (%s); no checkpoint counts as best", folder / RANKING, error)
-        return Ranking()
+        return Ranking(is_damaged=True)
 
 
 def write_ranking(folder: Path, ranking: Ranking) -> None:
     """Replaces the ranking of a checkpoints folder, in one step."""
-    text = json.dumps(
-        {
-            "monitor": ranking.retention.monitor,
-            "mode": ranking.retention.mode,
-            "metrics": ranking.metrics,
-        },
-        indent=1,
-    )
+    stored = {
+        "monitor": ranking.retention.monitor,
+        "mode": ranking.retention.mode,
+        "metrics": {str(step): values for step, values in ranking.metrics.items()},
+    }
     draft = folder / f"{RANKING}.draft"
-    draft.write_text(text)
+    draft.write_text(json.dumps({**stored, CHECKSUM: _checksum(stored)}, indent=1))
     draft.replace(folder / RANKING)
+
+
+def _is_missed(folder: Path) -> bool:
+    """Whether the newest checkpoint tells that there was a ranking."""
+    try:
+        checksums = read_checksums(step_folders(folder)[0])
+    except (IndexError, DamagedError):
+        return False
+    return checksums is not None and RANKED in checksums.notes
+
+
+def _checksum(stored: Mapping[str, Any]) -> str:
+    """Of all values but the checksum itself, however they are spaced."""
+    values = {name: value for name, value in stored.items() if name != CHECKSUM}
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())

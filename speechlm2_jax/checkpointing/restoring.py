@@ -1,7 +1,8 @@
 """Reading back: onto a mesh to go on, or the weights alone on the host."""
 
+import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,18 +11,28 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from speechlm2_jax.checkpointing.checksums import (
+    DamagedError,
+    verify,
+    verify_together,
+    warn_of_an_older_version,
+)
 from speechlm2_jax.checkpointing.folders import (
     CHECKPOINTS,
-    FROZEN,
     quiet_orbax,
     read_json,
     step_folders,
 )
+from speechlm2_jax.checkpointing.frozen import FrozenStore, FrozenStoreError
 from speechlm2_jax.checkpointing.ranking import read_ranking
 
 log = logging.getLogger(__name__)
 
 Which = Literal["best_else_last", "best", "last"]
+RebuildOnHost = Callable[[Mapping[str, Any], frozenset[str]], Iterable[Mapping[str, np.ndarray]]]
+"""From a model's settings and the paths that a step holds: all other parameters, in each form that
+a run may have stored them in."""
+_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +45,8 @@ class Restored:
     """Per item of the template: the arrays, placed as the template says."""
     frozen: dict[str, Any]
     progress: dict[str, Any]
+    has_rebuilt_frozen: bool = False
+    """Whether the frozen parameters come from their pretrained source; their store is damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,56 +69,93 @@ def restore(
     other: Path | None,
     template: Mapping[str, Any],
     frozen_template: Mapping[str, Any],
+    rebuild_frozen: Callable[[], Iterable[Mapping[str, Any]]] | None = None,
 ) -> Restored | None:
     """Finds where a run goes on, in this order.
 
-    1. the run's own newest readable checkpoint (folder `own`);
-    2. the newest readable checkpoint of another run, or one step of it (`other`);
+    1. the run's own newest undamaged checkpoint (folder `own`);
+    2. the newest undamaged checkpoint of another run, or one step of it (`other`);
     3. None: the run starts from the variables that its model was built with.
 
-    Templates hold `jax.ShapeDtypeStruct`s with shardings. Raises LayoutError if the checkpoint is
-    of other variables, RuntimeError if checkpoints are there and none can be read.
+    Templates hold `jax.ShapeDtypeStruct`s with shardings. `rebuild_frozen` makes the frozen
+    parameters anew, placed as their template says, where their store is damaged. Every process must
+    call this. Raises LayoutError if the checkpoint is of other variables, DamagedError if
+    checkpoints are there and none can be used.
     """
     quiet_orbax()
     for folder in (own, other):
         steps = step_folders(folder) if folder is not None else []
-        failures = []
         for step in steps:
             try:
-                return _read(step, template, frozen_template)
-            except LayoutError:
+                return _read(step, template, frozen_template, rebuild_frozen)
+            except (LayoutError, FrozenStoreError):
                 raise
             except Exception as error:  # whatever a damaged file makes a reader do
-                reason = f"{step}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                log.warning("cannot read checkpoint %s; trying the one before it", reason)
-                failures.append(reason)
-        if failures:
-            raise RuntimeError(
-                f"no checkpoint of {folder} can be read; move them away to start again:\n  "
-                + "\n  ".join(failures)
-            )
+                log.warning("%s", _reason(step, error))
+        if steps:
+            raise _none_left(folder)
     return None
 
 
-def load_weights(run: str | Path, which: Which | int = "best_else_last") -> Weights:
+def load_weights(
+    run: str | Path,
+    which: Which | int = "best_else_last",
+    rebuild_frozen: RebuildOnHost | None = None,
+) -> Weights:
     """Reads the weights of a run on the host: no optimizer, no data state, no device.
 
     `run` is a run directory, its checkpoints/ or one step; `which` may be a step number. Best is
-    by the metric that the run monitors. Raises FileNotFoundError if there is no such checkpoint.
+    by the metric that the run monitors. A damaged step is named in the log and the next best (or
+    last) one is read; nothing is changed in the run directory. `rebuild_frozen` makes the frozen
+    parameters anew where their store is damaged. Raises FileNotFoundError if there is no such
+    checkpoint, DamagedError if what was asked for is damaged.
     """
     quiet_orbax()
     steps = step_folders(Path(run))
     if not steps:
         raise FileNotFoundError(f"{run}: no checkpoint here (looked for {CHECKPOINTS}/<step>)")
-    step = _choose(steps, which)
-    variables: dict[str, np.ndarray] = {}
-    for folder in (step.parent / FROZEN, step / "params", step / "buffers"):
-        if folder.is_dir():
-            variables.update(_read_host(folder))
-    return Weights(variables=variables, settings=read_json(step, "settings"), step=int(step.name))
+    while steps:
+        step = choose(steps, which)
+        try:
+            return _read_weights(step, rebuild_frozen)
+        except FrozenStoreError:
+            raise
+        except Exception as error:  # whatever a damaged file makes a reader do
+            if isinstance(which, int) or len(steps) == 1:
+                raise DamagedError(_reason(step, error, "it cannot be used")) from error
+            log.warning("%s", _reason(step, error))
+            steps.remove(step)
+    raise _none_left(Path(run))
 
 
-def _choose(steps: Sequence[Path], which: Which | int) -> Path:
+def intact_step(run: Path, which: Which | int = "best_else_last") -> Path | None:
+    """The step that `load_weights` would read; None if all are damaged. Logs nothing."""
+    steps = step_folders(run)
+    while steps:
+        step = choose(steps, which)
+        try:
+            verify(step)
+            return step
+        except DamagedError:
+            steps.remove(step)
+    return None
+
+
+def _reason(step: Path, error: Exception, end: str = "trying the one before it") -> str:
+    kind = "" if isinstance(error, DamagedError) else f"{type(error).__name__}: "
+    text = " ".join(str(error).split())[:_LONGEST_REASON]
+    return f"cannot read checkpoint {step}: {kind}{text}; {end}"
+
+
+def _none_left(folder: Path | None) -> DamagedError:
+    return DamagedError(
+        f"no checkpoint of {folder} can be read (the lines above say why); move them away to start "
+        "again"
+    )
+
+
+def choose(steps: Sequence[Path], which: Which | int) -> Path:
+    """The step that `which` names. Raises FileNotFoundError if it is not among them."""
     if which == "last":
         return steps[0]
     if isinstance(which, int):
@@ -130,15 +180,57 @@ def _names(steps: Iterable[Path]) -> str:
     return ", ".join(step.name for step in steps)
 
 
-def _read(step: Path, template: Mapping[str, Any], frozen_template: Mapping[str, Any]) -> Restored:
+def _read(
+    step: Path,
+    template: Mapping[str, Any],
+    frozen_template: Mapping[str, Any],
+    rebuild_frozen: Callable[[], Iterable[Mapping[str, Any]]] | None,
+) -> Restored:
     """Reads one checkpoint onto the template's placements."""
+    checksums = verify_together(step)
+    if checksums is None:
+        warn_of_an_older_version(step)
     progress = read_json(step, "progress")
     for name in ("params", "buffers"):
         _check_paths(step / name, template[name])
-    _check_paths(step.parent / FROZEN, frozen_template)
+    store = FrozenStore.beside(step, checksums)
+    if frozen_template or store.is_expected:
+        frozen, is_rebuilt = store.read(
+            verify_together, lambda folder: _read_frozen(folder, frozen_template), rebuild_frozen
+        )
+    else:
+        frozen, is_rebuilt = {}, False
     arrays = {name: _read_placed(step / name, template[name]) for name in template}
-    frozen = _read_placed(step.parent / FROZEN, frozen_template)
-    return Restored(step=step, arrays=arrays, frozen=frozen, progress=progress)
+    return Restored(
+        step=step,
+        arrays=arrays,
+        frozen=dict(frozen),
+        progress=progress,
+        has_rebuilt_frozen=is_rebuilt,
+    )
+
+
+def _read_frozen(folder: Path, template: Mapping[str, Any]) -> Mapping[str, Any]:
+    _check_paths(folder, template)
+    return _read_placed(folder, template)
+
+
+def _read_weights(step: Path, rebuild_frozen: RebuildOnHost | None) -> Weights:
+    checksums = verify(step)
+    if checksums is None:
+        warn_of_an_older_version(step)
+    settings = read_json(step, "settings")
+    variables: dict[str, np.ndarray] = {}
+    for folder in (step / "params", step / "buffers"):
+        if folder.is_dir():
+            variables.update(_read_host(folder))
+    store = FrozenStore.beside(step, checksums)
+    if store.is_expected:
+        rebuild = None
+        if rebuild_frozen is not None:
+            rebuild = functools.partial(rebuild_frozen, settings, frozenset(variables))
+        variables.update(store.read(verify, _read_host, rebuild)[0])
+    return Weights(variables=variables, settings=settings, step=int(step.name))
 
 
 def _check_paths(folder: Path, wanted: Mapping[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """Writing: in the background, keeping the best and the latest."""
 
+import functools
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,23 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from speechlm2_jax.checkpointing.folders import ARRAY_ITEMS, FROZEN, quiet_orbax
+from speechlm2_jax.checkpointing.checksums import (
+    CHECKSUMS,
+    MARK,
+    read_checksums,
+    write_checksums,
+)
+from speechlm2_jax.checkpointing.committing import with_checksums
+from speechlm2_jax.checkpointing.contents import are_local, contents_of
+from speechlm2_jax.checkpointing.folders import (
+    ARRAY_ITEMS,
+    CONTENTS,
+    FROZEN,
+    RANKED,
+    UNKNOWN,
+    quiet_orbax,
+    step_folders,
+)
 from speechlm2_jax.checkpointing.ranking import Ranking, Retention, read_ranking, write_ranking
 
 
@@ -20,16 +37,26 @@ class Checkpointer:
     def __init__(self, folder: Path, retention: Retention):
         quiet_orbax()
         self.folder, self.retention = Path(folder).absolute(), retention
-        self._metrics = read_ranking(self.folder).metrics
+        ranking = read_ranking(self.folder)
+        self._metrics = ranking.metrics
+        self._unranked = _steps(self.folder) if ranking.is_damaged else frozenset()
         if jax.process_index() == 0:
             # not Orbax's own cleaning: it runs in the background and takes the frozen save with it
             for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(preservation_policy=_Keeper(self)),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_Keeper(self),
+                temporary_path_class=with_checksums(self._notes),
+                lightweight_initialize=True,  # reads no metadata, which may be damaged
+            ),
         )
-        self._frozen_writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._frozen_contents: Callable[[], str] = lambda: UNKNOWN
+        self._frozen_writer = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(),
+            temporary_path_class=with_checksums(lambda: {CONTENTS: self._frozen_contents()}),
+        )
 
     @property
     def latest_step(self) -> int | None:
@@ -47,9 +74,30 @@ class Checkpointer:
         Of several processes one may see what another has just begun: then `has_frozen` is what
         they agreed on.
         """
-        if frozen and not (self.has_frozen if has_frozen is None else has_frozen):
-            item = ocp.args.PyTreeSave(dict(frozen))
-            self._frozen_writer.save(self.folder / FROZEN, args=item)
+        if not frozen:
+            return
+        if self.has_frozen if has_frozen is None else has_frozen:
+            self._look_at_frozen(frozen)
+            return
+        known = None if are_local(frozen) else contents_of(frozen)
+        self._frozen_contents = functools.cache(lambda: known or contents_of(frozen))
+        item = ocp.args.PyTreeSave(dict(frozen))
+        self._frozen_writer.save(self.folder / FROZEN, args=item, custom_metadata=MARK)
+
+    def _look_at_frozen(self, frozen: Mapping[str, Any]) -> None:
+        """Takes over what the written ones say of themselves; an older version's say nothing."""
+        folder = self.folder / FROZEN
+        if jax.process_index() == 0 and not (folder / CHECKSUMS).exists():
+            contents = contents_of(frozen) if are_local(frozen) else UNKNOWN
+            write_checksums(folder, {CONTENTS: contents})
+        written = read_checksums(folder) if jax.process_index() == 0 else None
+        contents = UNKNOWN if written is None else written.notes[CONTENTS]
+        self._frozen_contents = lambda: contents
+
+    def _notes(self) -> Mapping[str, str]:
+        """What a step tells of the files that it goes with."""
+        notes = {FROZEN: self._frozen_contents()} if self.has_frozen else {}
+        return notes | ({RANKED: "yes"} if self._metrics else {})
 
     def save(
         self,
@@ -73,7 +121,9 @@ class Checkpointer:
                 items[name] = ocp.args.PyTreeSave(arrays[name])
         try:
             self._frozen_writer.wait_until_finished()  # a step without them could not be used
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            self._manager.save(
+                step, args=ocp.args.Composite(**items), force=True, custom_metadata=MARK
+            )
         except Exception as error:
             raise RuntimeError(f"cannot save step {step} in {self.folder}: {error}") from error
 
@@ -91,7 +141,9 @@ class Checkpointer:
             return [True] * len(steps)
         present = {step: self._metrics[step] for step in steps if step in self._metrics}
         best = self.retention.best(present)[: self.retention.top_k]
-        return [step in best or step == steps[-1] for step in steps]
+        latest = steps[-self.retention.latest :]
+        kept = {*best, *latest, *self._unranked}
+        return [step in kept for step in steps]
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises RuntimeError if a save failed."""
@@ -106,6 +158,10 @@ class Checkpointer:
         self.wait()
         self._frozen_writer.close()
         self._manager.close()
+
+
+def _steps(folder: Path) -> frozenset[int]:
+    return frozenset(int(step.name) for step in step_folders(folder))
 
 
 @dataclass(frozen=True)

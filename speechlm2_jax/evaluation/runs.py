@@ -1,5 +1,6 @@
 """Run directories as evaluation sees them: the newest one, and what it says about its training."""
 
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 from speechlm2_jax import checkpointing
 from speechlm2_jax.data.readers import expand_shards
 from speechlm2_jax.evaluation.inputs import voices_of
-from speechlm2_jax.models.parts import Location
+from speechlm2_jax.models.parts import Location, config_folders
 from speechlm2_jax.settings import SettingsError, load
 
 RUNS = Path("runs")
@@ -29,14 +30,16 @@ class Run:
     settings: Mapping[str, Any]
     """Its config.yaml; empty if it has none."""
 
-    @property
+    @functools.cached_property
     def step(self) -> tuple[int, str]:
         """The step whose weights answer, and why that one."""
-        steps = [int(folder.name) for folder in checkpointing.step_folders(self.folder)]
+        chosen = checkpointing.intact_step(self.folder)
+        if chosen is None:  # opening the model says why
+            return int(checkpointing.step_folders(self.folder)[0].name), "damaged"
         ranking = checkpointing.read_ranking(self.folder / checkpointing.CHECKPOINTS)
-        kept = {step: ranking.metrics[step] for step in steps if step in ranking.metrics}
-        best = ranking.retention.best(kept)
-        return (best[0], f"best {ranking.retention.monitor}") if best else (steps[0], "the last")
+        step, metric = int(chosen.name), ranking.retention.monitor
+        is_best = ranking.retention.score((ranking.metrics.get(step) or {}).get(metric)) is not None
+        return step, f"best {metric}" if is_best else "the last"
 
     def tag(self, name: str) -> str | None:
         """The tag (context, system_prompt) that its training data was asked with, the first."""
@@ -76,9 +79,7 @@ class Run:
 
     def find_file(self, name: str) -> Path | None:
         """A part or manifest, looked up as training does: here, then beside the settings files."""
-        roots = [root / "configs" for root in (Path(), REPOSITORY)]
-        near = (self.folder, *(folder for r in roots for folder in (r, r / "recipes")))
-        return Location(near=near).local(name)
+        return Location(near=(self.folder, *config_folders())).local(name)
 
 
 def read_run(path: str | Path) -> Run | None:

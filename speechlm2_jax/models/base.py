@@ -111,7 +111,11 @@ class SpeechModel(ABC):
         """
         source = loading.open_model(str(pretrained_model_name_or_path))
         model = cls(source.cfg, near=source.near)
-        model.variables = source.read(model._blueprint, model.infos)
+
+        def again(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Variables:
+            return blueprints.start(cls.read_blueprint(cfg, near), model.infos)
+
+        model.variables = source.read(model._blueprint, model.infos, again)
         return model.astype(dtype)
 
     def save_pretrained(self, save_directory: str | Path) -> None:

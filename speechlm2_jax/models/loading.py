@@ -1,10 +1,13 @@
 """Whole models in and out: run directories, saved, NeMo and Hugging Face directories, `.ckpt`."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 
 from speechlm2_jax import checkpointing
 from speechlm2_jax.conversion import mapping
@@ -12,12 +15,20 @@ from speechlm2_jax.conversion.readers import open_weights, write_safetensors
 from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters
 from speechlm2_jax.layers.module import VariableInfo, Variables
 from speechlm2_jax.models.blueprint import Blueprint, state_dict
-from speechlm2_jax.models.parts import AUDIO_CODEC, LLM_BACKBONE, Location, read_json
+from speechlm2_jax.models.parts import (
+    AUDIO_CODEC,
+    LLM_BACKBONE,
+    Location,
+    config_folders,
+    read_json,
+)
 from speechlm2_jax.settings import SettingsError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 RUN_DEFINITION = "model"
 """Folder of a run directory that holds all of the model but its weights."""
+FROZEN_DTYPES = (jnp.bfloat16, jnp.float32)
+"""In which a run keeps frozen parameters."""
 MARKERS = {
     "model_type": "nemo_speechlm",
     "architectures": ["NeMoSpeechLMForConditionalGeneration"],
@@ -31,7 +42,12 @@ class ModelSource:
 
     cfg: dict[str, Any]
     near: tuple[Path, ...]
-    read: Callable[[Blueprint, Mapping[str, VariableInfo]], Variables]
+    read: Callable[[Blueprint, Mapping[str, VariableInfo], "Again"], Variables]
+
+
+Again = Callable[[Mapping[str, Any], tuple[Path, ...]], Variables]
+"""Makes the variables that a new run with these settings would start from, its parts found in the
+working folder or in those named."""
 
 
 def open_model(name: str) -> ModelSource:
@@ -42,7 +58,7 @@ def open_model(name: str) -> ModelSource:
         return ModelSource(
             cfg=_saved_cfg(definition),
             near=(definition,),
-            read=lambda blueprint, infos: dict(checkpointing.load_weights(path).variables),
+            read=lambda _, infos, again: _read_run(path, infos, again),
         )
     if path.suffix == ".ckpt":
         cfg = read_hyper_parameters(path).get("cfg")
@@ -92,8 +108,23 @@ def _saved_cfg(directory: Path) -> dict[str, Any]:
     return cfg
 
 
-def _reader(path: Path) -> Callable[[Blueprint, Mapping[str, VariableInfo]], Variables]:
-    def read(blueprint: Blueprint, infos: Mapping[str, VariableInfo]) -> Variables:
+def _read_run(run: Path, infos: Mapping[str, VariableInfo], again: Again) -> Variables:
+    """The weights of a run; frozen ones from their pretrained source if their store is damaged."""
+
+    def rebuild(settings: Mapping[str, Any], known: frozenset[str]) -> Iterator[Variables]:
+        variables = again(settings, (run, *config_folders()))
+        for dtype in FROZEN_DTYPES:
+            yield {
+                path: np.asarray(value, infos[path].computed_in(dtype))
+                for path, value in variables.items()
+                if path not in known
+            }
+
+    return dict(checkpointing.load_weights(run, rebuild_frozen=rebuild).variables)
+
+
+def _reader(path: Path) -> Callable[[Blueprint, Mapping[str, VariableInfo], Again], Variables]:
+    def read(blueprint: Blueprint, infos: Mapping[str, VariableInfo], again: Again) -> Variables:
         return mapping.load(open_weights(path), blueprint.table, infos)
 
     return read

@@ -60,6 +60,12 @@ class Location:
         return archives[0]
 
 
+def config_folders() -> tuple[Path, ...]:
+    """Where settings files lie, and beside them the parts that they name: here, in the clone."""
+    roots = (Path("configs"), Path(__file__).resolve().parents[2] / "configs")
+    return tuple(folder for root in roots for folder in (root, root / "recipes"))
+
+
 def read_json(path: Path, *, key: str) -> dict[str, Any]:
     """Reads a JSON object. Raises SettingsError naming `key` if there is none."""
     if not path.is_file():

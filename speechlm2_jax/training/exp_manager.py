@@ -17,12 +17,14 @@ DEFAULT_EXP_DIR = "runs"
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointParams:
-    """NeMo's `checkpoint_callback_params`. The latest checkpoint is always kept."""
+    """NeMo's `checkpoint_callback_params`. The latest checkpoints are always kept."""
 
     monitor: str | None = "val_loss"
     mode: Literal["min", "max"] = "min"
     save_top_k: int = 3
     """How many of the best are kept as well; 0: none, -1: every checkpoint."""
+    keep_latest: int = 2
+    """How many of the latest are kept: with 2, one is left where the last is damaged."""
     every_n_train_steps: int | None = None
     """Also save every so many optimizer steps."""
     every_n_epochs: int | None = 1
@@ -34,7 +36,7 @@ class CheckpointParams:
         "postfix": "a checkpoint is a folder named by its step",
         "auto_insert_metric_name": "a checkpoint is a folder named by its step",
         "verbose": "every save is a line in train.log",
-        "save_last": "the latest checkpoint is always kept",
+        "save_last": "the latest checkpoints are always kept (keep_latest)",
         "async_save": "checkpoints are always written in the background",
         "save_on_train_epoch_end": "validation comes first, so that its metric is saved too",
         "save_best_model": "from_pretrained takes the best of a run directory",
@@ -53,12 +55,19 @@ class CheckpointParams:
     def __post_init__(self) -> None:
         if self.save_top_k < -1 or (self.every_n_train_steps or 0) < 0:
             raise ValueError("save_top_k must be at least -1, every_n_train_steps at least 0")
+        if self.keep_latest < 1:
+            raise ValueError("keep_latest must be at least 1")
 
     def retention(self) -> Retention:
         """Which checkpoints stay."""
         if self.monitor is None:
-            return Retention(top_k=min(self.save_top_k, 0))
-        return Retention(monitor=self.monitor, mode=self.mode, top_k=self.save_top_k)
+            return Retention(top_k=min(self.save_top_k, 0), latest=self.keep_latest)
+        return Retention(
+            monitor=self.monitor,
+            mode=self.mode,
+            top_k=self.save_top_k,
+            latest=self.keep_latest,
+        )
 
     def saves_at_step(self, step: int) -> bool:
         """True if a checkpoint is due whatever else happens at `step`."""

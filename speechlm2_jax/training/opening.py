@@ -53,7 +53,8 @@ class Opening:
         own = self._checkpoints if self.experiment.resume_if_exists else None
         other = self.experiment.resume_from_checkpoint
         setup, model = self.setup, self.model
-        restored = restore(setup.layout, own, Path(other) if other else None, self.run_dir)
+        elsewhere = Path(other) if other else None
+        restored = restore(model, setup.layout, own, elsewhere, self.run_dir)
         if restored is None:
             setup.prepare_data(model, self.datamodule, setup.sharding.data_parallel_size)
             return begin(model, setup)

@@ -184,12 +184,17 @@ def go_on(restored: Restored) -> Start:
 
 
 def restore(
-    layout: Layout, own: Path | None, other: Path | None, run_dir: Path | None
+    model: TrainableModel,
+    layout: Layout,
+    own: Path | None,
+    other: Path | None,
+    run_dir: Path | None,
 ) -> Restored | None:
     """Reads where to go on (`checkpointing.restore` has the order), and tidies up after it.
 
     What the run directory holds beyond that step is put away: unreadable checkpoints under another
-    name, rows of metrics for good, as they will be written again.
+    name, rows of metrics for good, as they will be written again. A damaged store of frozen
+    parameters is put away too where `model` has them from their source.
     """
     state = layout.state
     counters = {"step": state.step, "skipped": state.skipped}
@@ -199,7 +204,9 @@ def restore(
         "opt": {"state": state.opt_state, **counters},
     }
     with phase("reading the checkpoint"):
-        restored = checkpointing.restore(own, other, template, layout.frozen)
+        restored = checkpointing.restore(
+            own, other, template, layout.frozen, lambda: [_frozen_again(model, layout)]
+        )
     if restored is not None:
         log.info("going on from %s", restored.step)
     processes.wait_for_all("checkpoint chosen")
@@ -209,10 +216,18 @@ def restore(
     return restored
 
 
+def _frozen_again(model: TrainableModel, layout: Layout) -> Variables:
+    """Frozen parameters as a new run would have them."""
+    variables = model.variables if model.has_variables else model.load_onto(layout.variables)
+    return put(variables, layout.frozen, copy=False)
+
+
 def _tidy(restored: Restored | None, own: Path | None, run_dir: Path) -> None:
     if restored is not None and own is not None and restored.step.parent == own.absolute():
         step = int(restored.step.name)
         checkpointing.set_aside_newer(own, step)
+        if restored.has_rebuilt_frozen:
+            checkpointing.set_aside_frozen(own)
         drop_rows_after(run_dir / METRICS, step)
     else:
         drop_rows_after(run_dir / METRICS, -1)
@@ -225,8 +240,7 @@ def finished(checkpoints: Path, cadence: Cadence, *, validates: bool) -> Progres
         return None
     try:
         progress = Progress(**checkpointing.read_json(steps[0], "progress"))
-    except Exception as error:  # a damaged checkpoint: `restore` knows what to do about it
-        log.warning("cannot read %s (%s)", steps[0], error)
+    except Exception:  # a damaged checkpoint: `restore` says so, and takes the one before it
         return None
     is_validated = (
         not validates

@@ -1,0 +1,42 @@
+"""What arrays hold, whatever files they lie in: does a rebuilt store equal the lost one?"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import xxhash
+from jax.experimental import multihost_utils
+
+
+def are_local(arrays: Mapping[str, Any]) -> bool:
+    """Whether this process has every value, so that it can tell the contents by itself."""
+    return all(
+        not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+        for x in arrays.values()
+    )
+
+
+def contents_of(arrays: Mapping[str, Any]) -> str:
+    """The xxh3_128 of names, dtypes, shapes and values, in hex; equal on any mesh.
+
+    Every process must call it, unless the arrays `are_local`.
+    """
+    checksum = xxhash.xxh3_128()
+    for path in sorted(arrays):
+        array = arrays[path]
+        checksum.update(f"{path} {np.dtype(array.dtype).name} {tuple(array.shape)}\n".encode())
+        for part in _parts(array):
+            checksum.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    return checksum.hexdigest()
+
+
+def _parts(array: Any) -> Iterator[np.ndarray]:
+    """The values in order, on the host; an array spread over processes one layer at a time."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        yield np.asarray(array)
+    elif array.is_fully_replicated:
+        yield np.asarray(array.addressable_data(0))
+    else:
+        for part in array if array.ndim > 2 else [array]:
+            yield np.asarray(multihost_utils.process_allgather(part, tiled=True))
