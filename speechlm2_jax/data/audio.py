@@ -1,22 +1,40 @@
 """Waveforms on the host: reading files, resampling, and the checks that a recording must pass.
 
-Everything is float32 mono `[S]`, and needs soundfile and SciPy only, so that answering from files
-works without Lhotse.
+Everything is float32 mono `[S]`, and needs soundfile, PyAV and SciPy only, so that answering from
+files works without Lhotse.
 """
 
 import functools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from speechlm2_jax.data.audio_errors import CAUSES, AudioError
+from speechlm2_jax.data.audio_files import AudioFile, open_audio
+
+__all__ = [
+    "CAUSES",
+    "AudioError",
+    "AudioLength",
+    "audio_length",
+    "check_samples",
+    "read_audio",
+    "resample",
+    "resampled_length",
+    "sinc_resample",
+]
+
 DURATION_TOLERANCE_S = 0.1
 """How far a file may be from its declared duration: manifests round to one or two digits."""
+LOSSY_TOLERANCE_S = 0.5
+"""The same for lossy formats, as in Lhotse: some tools count the encoder's delay, some do not."""
+LOSSY_TOLERANCE_SHARE = 0.4
+"""And at most this share of the declared duration: half of a file is not the file."""
 _KAISER_BETA = 5.0
 _FILTER_CROSSINGS = 10
 """Zero crossings of the sinc on each side of the resampling filter, and its window: SciPy's."""
@@ -24,25 +42,6 @@ _FILTER_CROSSINGS = 10
 _SINC_CROSSINGS = 6
 _ROLLOFF = 0.99
 """torchaudio's defaults: zero crossings on each side, and the share of the band that is kept."""
-
-CAUSES = {
-    "missing": "the file does not exist",
-    "unreadable": "the file cannot be decoded",
-    "empty": "there are no samples",
-    "not_finite": "a sample is NaN or infinite",
-    "truncated": "the file ends before its declared duration",
-    "longer_than_declared": "the file is longer than its declared duration",
-    "no_such_channel": "the file has no such channel",
-    "longer_than_model": "it lasts more frames than the model has positions",
-}
-
-
-class AudioError(ValueError):
-    """A recording that cannot be used; `cause` is a key of CAUSES, for counting."""
-
-    def __init__(self, message: str, *, cause: str) -> None:
-        super().__init__(message)
-        self.cause = cause
 
 
 def read_audio(
@@ -57,42 +56,98 @@ def read_audio(
     """Reads a recording, or a stretch of it, as mono samples at `sample_rate_hz`.
 
     Args:
-        source: a file that libsndfile can read, or one opened in binary mode.
+        source: a file that libsndfile or FFmpeg can read, or one opened in binary mode.
         sample_rate_hz: resample to this rate; None keeps the file's.
         offset_s: where to start, in seconds.
         duration_s: how much to read; None reads to the end.
         channel: which channel, from 0; None is the mean of all.
         is_segment: whether more than `duration_s` may follow. If not, `duration_s` describes the
-            whole file, and a file longer by more than DURATION_TOLERANCE_S is refused.
+            whole file, and a file longer by more than the tolerance is refused.
 
     Raises:
         AudioError: for a recording that cannot be used, with its cause.
     """
-    with _opened(source) as file:
-        rate_hz = file.samplerate
-        expected = _samples(duration_s, rate_hz)
-        start = min(_samples(offset_s, rate_hz) or 0, file.frames)
-        available = file.frames - start
-        tolerance = _samples(DURATION_TOLERANCE_S, rate_hz) or 0
-        if not is_segment and expected is not None and available > expected + tolerance:
-            raise AudioError(
-                f"{source}: {available / rate_hz:.3f} s of audio, declared {duration_s} s",
-                cause="longer_than_declared",
-            )
-        if start:
-            file.seek(start)
-        wave = file.read(available if expected is None else expected, dtype="float32")
-    promised = available if expected is None else expected - tolerance
-    if len(wave) < promised:
+    end_s = offset_s + duration_s if duration_s is not None and is_segment else None
+    with open_audio(source, end_s=end_s) as file:
+        rate_hz, stretch = file.rate_hz, _stretch(file, offset_s, duration_s)
+        more = 0 if is_segment or stretch.expected is None else stretch.tolerance + 1
+        count = None if stretch.expected is None else stretch.expected + more
+        wave = _mono(file.blocks(stretch.start, count), channel, source)
+    if more and len(wave) == count:
+        raise AudioError(
+            f"{source}: {len(wave) / rate_hz:.3f} s of audio or more, declared {duration_s} s",
+            cause="longer_than_declared",
+        )
+    if len(wave) < stretch.promised:
         raise AudioError(
             f"{source}: {len(wave) / rate_hz:.3f} s of audio from {offset_s} s on, declared "
-            f"{(available if expected is None else expected) / rate_hz:.3f} s",
+            f"{stretch.declared / rate_hz:.3f} s",
             cause="truncated" if len(wave) else "empty",
         )
-    wave = check_samples(_mono(wave, channel, source), source)
+    wave = check_samples(_fitted(wave, stretch), source)
     if sample_rate_hz is None or sample_rate_hz == rate_hz:
         return wave
     return check_samples(resample(wave, rate_hz, sample_rate_hz), source)
+
+
+class AudioLength(NamedTuple):
+    """How long a recording is."""
+
+    samples: int
+    """Per channel, at the file's own rate."""
+    sample_rate_hz: int
+
+    @property
+    def duration_s(self) -> float:
+        """The same in seconds."""
+        return self.samples / self.sample_rate_hz
+
+
+def audio_length(source: str | Path | BufferedIOBase) -> AudioLength:
+    """How many samples `read_audio` would read of a whole recording, and their rate.
+
+    By the header where the last sample that it promises is there; else counted. Raises AudioError
+    for a file that is missing or cannot be read.
+    """
+    with open_audio(source) as file:
+        return AudioLength(file.length(), file.rate_hz)
+
+
+class _Stretch(NamedTuple):
+    """Which samples of a file to read."""
+
+    start: int
+    expected: int | None
+    """None: all to the end."""
+    declared: int
+    promised: int
+    """Fewer are an error."""
+    tolerance: int
+    is_padded: bool
+
+
+def _stretch(file: AudioFile, offset_s: float, duration_s: float | None) -> _Stretch:
+    start, expected = _samples(offset_s, file.rate_hz) or 0, _samples(duration_s, file.rate_hz)
+    tolerance_s = DURATION_TOLERANCE_S
+    if file.is_lossy and duration_s is not None:
+        share_s = LOSSY_TOLERANCE_SHARE * duration_s
+        tolerance_s = max(tolerance_s, min(LOSSY_TOLERANCE_S, share_s))
+    tolerance = _samples(tolerance_s, file.rate_hz) or 0
+    if expected is not None:
+        is_padded = file.is_lossy
+        return _Stretch(start, expected, expected, expected - tolerance, tolerance, is_padded)
+    available = 0 if file.is_lossy else max((file.frames or 0) - start, 0)
+    return _Stretch(start, None, available, available, tolerance, is_padded=False)
+
+
+def _fitted(wave: np.ndarray, stretch: _Stretch) -> np.ndarray:
+    """As many samples as are expected; a lossy file's are mirrored at its end, as in Lhotse."""
+    if stretch.expected is None:
+        return wave
+    missing = stretch.expected - len(wave)
+    if missing <= 0 or not stretch.is_padded or not len(wave):
+        return wave[: stretch.expected]
+    return np.pad(wave, (0, missing), mode="reflect" if len(wave) > 1 else "edge")
 
 
 def check_samples(wave: np.ndarray, source: object = "audio") -> Float[np.ndarray, " S"]:
@@ -179,28 +234,19 @@ def _samples(seconds: float | None, rate_hz: int) -> int | None:
     return None if seconds is None else math.floor(round(seconds * rate_hz, 6) + 0.5)
 
 
-def _mono(wave: np.ndarray, channel: int | None, source: object) -> np.ndarray:
-    if wave.ndim == 1:
-        wave = wave[:, None]
+def _mono(
+    blocks: Iterable[np.ndarray], channel: int | None, source: object
+) -> Float[np.ndarray, " S"]:
+    """Joins blocks [n, C]: one channel, or the mean of all."""
+    waves = [_one_channel(block, channel, source) for block in blocks]
+    return waves[0] if len(waves) == 1 else np.concatenate([np.zeros(0, np.float32), *waves])
+
+
+def _one_channel(block: np.ndarray, channel: int | None, source: object) -> np.ndarray:
     if channel is None:
-        return wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1)
-    if channel >= wave.shape[1]:
+        return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
+    if channel >= block.shape[1]:
         raise AudioError(
-            f"{source}: channel {channel} asked of {wave.shape[1]}", cause="no_such_channel"
+            f"{source}: channel {channel} asked of {block.shape[1]}", cause="no_such_channel"
         )
-    return np.ascontiguousarray(wave[:, channel])
-
-
-@contextmanager
-def _opened(source: str | Path | BufferedIOBase) -> Iterator:
-    """A soundfile, with its errors told as AudioError."""
-    import soundfile
-
-    if isinstance(source, str | Path) and not Path(source).is_file():
-        raise AudioError(f"{source}: no such file", cause="missing")
-    anything: Any = source  # soundfile's own annotation leaves out open files
-    try:
-        with soundfile.SoundFile(anything) as file:
-            yield file
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a headerless format
-        raise AudioError(f"{source}: {error}", cause="unreadable") from error
+    return np.ascontiguousarray(block[:, channel])

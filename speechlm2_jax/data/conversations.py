@@ -5,13 +5,13 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from speechlm2_jax.data.audio import AudioError, check_samples, read_audio, resample
+from speechlm2_jax.data.audio_files import open_binary
 from speechlm2_jax.data.prompts import Prompt
 
 DEFAULT_LOCATOR_TAG = "<|audioplaceholder|>"
@@ -67,9 +67,7 @@ class AudioClip:
         )
 
     def _member(self, start: int, size: int) -> io.BytesIO:
-        if not Path(self.path).is_file():
-            raise AudioError(f"{self.path}: no such file", cause="missing")
-        with open(self.path, "rb") as file:
+        with open_binary(self.path) as file:
             file.seek(start)
             return _Member(file.read(size), name=f"{self.id} in {self.path}")
 

@@ -6,6 +6,7 @@ opened here, but for a conversation's clip that declares no duration.
 
 import gzip
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from speechlm2_jax.data.audio import AudioError, audio_length
 from speechlm2_jax.data.conversations import (
     DEFAULT_LOCATOR_TAG,
     AudioClip,
@@ -125,7 +127,7 @@ class _Finder:
             return path
         if self._folder is None:
             beside = self.manifest.parent
-            here = not (beside / path).exists() and Path(path).exists()
+            here = not os.path.exists(beside / path) and os.path.exists(path)
             self._folder = Path.cwd() if here else beside.absolute()
         return str(self._folder / path)
 
@@ -300,12 +302,10 @@ def _resolve_sources(cut: Any, fields: tuple[str, ...], finder: _Finder) -> None
 
 
 def _rest_of_file_s(path: str, offset_s: float) -> float:
-    """Seconds after an offset, by the header; 0 for a bad file, which loading will report."""
-    import soundfile
-
+    """Seconds of audio after an offset; 0 for a bad file, which loading will report."""
     try:
-        return max(soundfile.info(path).duration - offset_s, 0.0)
-    except (soundfile.SoundFileError, TypeError):
+        return max(audio_length(path).duration_s - offset_s, 0.0)
+    except AudioError:
         return 0.0
 
 

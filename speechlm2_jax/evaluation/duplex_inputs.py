@@ -1,5 +1,6 @@
 """What a duplex model listens to: conversations of Lhotse cuts or SHAR, or plain recordings."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,11 +117,11 @@ def check_speakers(
 
 def _heard(path: Path) -> Sequence[DuplexConversation | Utterance]:
     try:
-        if path.is_dir() and any(path.glob("cuts.*")):
+        if os.path.isdir(path) and any(path.glob("cuts.*")):
             return list(read_duplex_shar(path, None))
         if (files := recordings(path)) is not None:
             return files
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise SettingsError(missing(str(path)))
         if path.suffix not in _MANIFESTS:
             raise SettingsError(f"{path} is neither audio nor Lhotse cuts: {AUDIO_HINT}")

@@ -1,5 +1,6 @@
 """What to answer: manifests, Lhotse cuts, SHAR, or plain audio files, all as utterances."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -8,13 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from speechlm2_jax.data.audio import read_audio
+from speechlm2_jax.data.audio import AudioError, audio_length, read_audio
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.readers import Reading, read_manifest
 from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.settings import SettingsError
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
+AUDIO_SUFFIXES = (
+    *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".webm", ".mp4", ".wma", ".amr"),
+    *(".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".sph", ".nist", ".wv"),
+    *(".ape", ".oga", ".mp2", ".mka", ".mkv", ".mov", ".3gp", ".3g2", ".m4b", ".avi", ".flv"),
+    *(".ac3", ".tta", ".asf"),
+)
 VOICE_KEYS = ("voice", "speaker", "speaker_id")
 CONDITION_KEYS = ("condition",)
 UNSEEN_KEY = "unseen_voice"
@@ -22,7 +28,8 @@ UNSEEN_KEY = "unseen_voice"
 MAX_LISTED_BYTES = 32 << 20
 """A larger manifest is not read only to list its voices."""
 AUDIO_HINT = (
-    f"audio is read from {' '.join(AUDIO_SUFFIXES)}; convert others, as with `ffmpeg -i IN OUT.wav`"
+    f"audio is read from {' '.join(AUDIO_SUFFIXES[:9])} and others (docs/data.md); convert what is "
+    "not, as with `ffmpeg -i IN OUT.wav`"
 )
 """What to tell about a file of another kind."""
 _ROW = '{"audio_filepath": "a.wav", "duration": 2.4, "text": "yes"}'
@@ -62,7 +69,7 @@ def read_inputs(inputs: str) -> list[Utterance]:
         utterances = _one_turn_each(read_shar(path, Reading()))
     elif (files := recordings(path)) is not None:
         utterances = files
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         raise SettingsError(f"inputs: {missing(inputs)}")
     else:
         _refuse_other_kinds(path)
@@ -75,7 +82,7 @@ def read_inputs(inputs: str) -> list[Utterance]:
 
 def left_out(path: Path) -> str:
     """How many files of a folder of audio files are none that are read; empty if none are."""
-    if not path.is_dir() or _is_shar(path):
+    if not os.path.isdir(path) or _is_shar(path):
         return ""
     others = [p for p in path.rglob("*") if p.is_file() and not _is_audio(p)]
     counts = Counter(p.suffix.lower() or p.name for p in others if not p.name.startswith("."))
@@ -94,7 +101,7 @@ def missing(inputs: str) -> str:
 
 def recordings(path: Path) -> list[Utterance] | None:
     """The audio files of a folder, by name, or the one that a path names; None for another file."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return [_audio_file(p, path) for p in sorted(path.rglob("*")) if _is_audio(p)]
     return [_audio_file(path, path.parent)] if _is_audio(path) else None
 
@@ -111,7 +118,7 @@ def voices_of(manifest: Path) -> set[str]:
 
 
 def _is_shar(path: Path) -> bool:
-    return path.is_dir() and any(path.glob("cuts.*"))
+    return os.path.isdir(path) and any(path.glob("cuts.*"))
 
 
 def _refuse_other_kinds(path: Path) -> None:
@@ -132,7 +139,7 @@ def _refuse_other_kinds(path: Path) -> None:
 
 
 def _is_audio(path: Path) -> bool:
-    return path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
+    return path.suffix.lower() in AUDIO_SUFFIXES and os.path.isfile(path)
 
 
 def _audio_file(path: Path, root: Path) -> Utterance:
@@ -140,17 +147,15 @@ def _audio_file(path: Path, root: Path) -> Utterance:
         return read_audio(path, sample_rate_hz=rate_hz)
 
     return Utterance(
-        id=str(path.relative_to(root)), duration_s=_header_duration_s(path), text=None, read=read
+        id=str(path.relative_to(root)), duration_s=_duration_s(path), text=None, read=read
     )
 
 
-def _header_duration_s(path: Path) -> float:
-    """Seconds by the file's header; 0 for a file without a good one, which reading will report."""
-    import soundfile
-
+def _duration_s(path: Path) -> float:
+    """Seconds of audio; 0 for a file that cannot be read, which reading will report."""
     try:
-        return float(soundfile.info(str(path)).duration)
-    except soundfile.SoundFileError:
+        return audio_length(path).duration_s
+    except AudioError:
         return 0.0
 
 

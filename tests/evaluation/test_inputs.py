@@ -98,7 +98,7 @@ def test_inputs_that_cannot_be_used_say_why(tmp_path, content, expected):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("video.m4a", b"\0\0\0 ftypM4A \xff\xfe", "ffmpeg -i IN OUT.wav"),
+        ("song.mid", b"MThd\0\0\0\x06 \xff\xfe", "ffmpeg -i IN OUT.wav"),
         (
             "list.txt",
             b"a.wav\nb.wav\n",
@@ -126,11 +126,11 @@ def test_a_manifest_may_have_any_name(tmp_path, wav):
 def test_files_that_a_folder_leaves_out_are_counted(tmp_path, wav):
     wav("a.wav", 0.1)
     assert left_out(tmp_path) == ""
-    for name in ("b.m4a", "sub/c.M4A", "notes.txt", ".hidden"):
+    for name in ("b.mid", "sub/c.MID", "notes.txt", ".hidden"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert left_out(tmp_path).startswith("files left out: 3 (2 .m4a, 1 .txt); audio is read fr")
-    with pytest.raises(SettingsError, match="nothing to answer in .*: files left out: 1 .1 .m4a"):
+    assert left_out(tmp_path).startswith("files left out: 3 (2 .mid, 1 .txt); audio is read fr")
+    with pytest.raises(SettingsError, match="nothing to answer in .*: files left out: 1 .1 .mid"):
         read_inputs(str(tmp_path / "sub"))
 
 
@@ -141,10 +141,10 @@ def test_a_pattern_is_told_from_a_missing_file(tmp_path):
 
 def test_a_duplex_models_inputs_say_so_too(tmp_path):
     (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "b.m4a").touch()
+    (tmp_path / "set" / "b.mid").touch()
     for name, says in [
-        ("set", "nothing to answer in .*: files left out: 1 .1 .m4a"),
-        ("set/b.m4a", "neither audio nor Lhotse cuts: .*ffmpeg -i IN OUT.wav"),
+        ("set", "nothing to answer in .*: files left out: 1 .1 .mid"),
+        ("set/b.mid", "neither audio nor Lhotse cuts: .*ffmpeg -i IN OUT.wav"),
         ("*.wav", "patterns are not expanded"),
     ]:
         with pytest.raises(SettingsError, match=says):

@@ -1,0 +1,20 @@
+"""What makes a recording unusable."""
+
+CAUSES = {
+    "missing": "the file does not exist",
+    "unreadable": "the file cannot be decoded",
+    "empty": "there are no samples",
+    "not_finite": "a sample is NaN or infinite",
+    "truncated": "the file ends before its declared duration",
+    "longer_than_declared": "the file is longer than its declared duration",
+    "no_such_channel": "the file has no such channel",
+    "longer_than_model": "it lasts more frames than the model has positions",
+}
+
+
+class AudioError(ValueError):
+    """A recording that cannot be used; `cause` is a key of CAUSES, for counting."""
+
+    def __init__(self, message: str, *, cause: str) -> None:
+        super().__init__(message)
+        self.cause = cause

@@ -1,0 +1,236 @@
+"""Opens audio files: libsndfile where it reads a file to its end, FFmpeg for all others.
+
+libsndfile guesses the length of an MP3, stops at the first of several files joined into one, and
+takes a length that was never written for none: such files go to FFmpeg, or get their length.
+"""
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from io import BufferedIOBase, BytesIO
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from speechlm2_jax.data.audio_errors import AudioError
+from speechlm2_jax.data.ffmpeg import FfmpegFile
+
+RATES_HZ = (1_000, 768_000)
+"""Lowest and highest sample rate: of others headers are wrong, and resampling would need filters or
+arrays of absurd sizes."""
+_BLOCK_VALUES = 1 << 22
+_SAMPLES_PER_BYTE = 8192
+"""A FLAC of digital silence holds so many, and nothing holds more."""
+_LOSSY = ("VORBIS", "OPUS", "GSM610", "NMS_ADPCM", "G721", "G723")
+_NEXT_LINK = {"OGG": b"OggS\x00\x02", "FLAC": b"fLaC"}
+"""What opens each of several recordings that were joined into one file."""
+_UNLIMITED = b"\xff" * 4
+_HEAD_BYTES = 1 << 16
+
+
+@runtime_checkable
+class AudioFile(Protocol):
+    """An open recording."""
+
+    rate_hz: int
+    is_lossy: bool
+    """Whether its length may differ by the delay of an encoder, from one tool to the next."""
+
+    @property
+    def frames(self) -> int | None:
+        """Samples per channel by a header that can be believed; None: what decodes counts."""
+
+    def blocks(self, start: int, count: int | None) -> Iterator[np.ndarray]:
+        """Yields samples [n, C] from `start` on, `count` of them or up to the end of the file."""
+        ...
+
+    def length(self) -> int:
+        """Samples per channel that can be read."""
+        ...
+
+    def close(self) -> None:
+        """Frees memory and closes what was opened for it."""
+        ...
+
+
+@contextmanager
+def open_audio(
+    source: str | Path | BufferedIOBase, *, end_s: float | None = None
+) -> Iterator[AudioFile]:
+    """Opens a recording for reading up to `end_s`, or to its end.
+
+    Raises AudioError for a file that is missing or cannot be read.
+    """
+    name = str(source)
+    with ExitStack() as stack:
+        if isinstance(source, str | Path):
+            raw = stack.enter_context(open_binary(source))
+        else:
+            raw = source = source if source.seekable() else BytesIO(source.read())
+        file = _choose(source, raw, name, end_s)
+        stack.callback(file.close)
+        least, most = RATES_HZ
+        if not least <= file.rate_hz <= most:
+            raise AudioError(
+                f"{name}: the header says {file.rate_hz} Hz; rates from {least} to {most} Hz are "
+                "read",
+                cause="unreadable",
+            )
+        yield file
+
+
+def open_binary(path: str | Path) -> BufferedIOBase:
+    """Opens a file for reading. Raises AudioError for one that is missing or cannot be opened."""
+    if not os.path.isfile(path):  # False, too, for a name that no file system could hold
+        raise AudioError(f"{path}: no such file", cause="missing")
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise AudioError(f"{path}: {error.strerror}", cause="unreadable") from error
+
+
+def _choose(
+    source: str | Path | BufferedIOBase, raw: BufferedIOBase, name: str, end_s: float | None
+) -> AudioFile:
+    import soundfile
+
+    raw.seek(0)
+    head, size = raw.read(_HEAD_BYTES), raw.seek(0, os.SEEK_END)
+    raw.seek(0)
+    if _is_mpeg(head):
+        return FfmpegFile(raw, name)
+    is_empty = False
+    try:
+        file = _Soundfile(source, name)
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a headerless format
+        reason = getattr(error, "error_string", str(error))
+    else:
+        if file.is_exact(raw, size, end_s):
+            return file
+        reason, is_empty = "the length is not known", not file.frames
+        file.close()
+    if (whole := _with_length(head, raw)) is not None:
+        return _Soundfile(whole, name)
+    try:
+        if is_empty and head.startswith((b"RIFF", b"RF64", b".snd")):
+            raise AudioError(f"{name}: no samples", cause="empty")
+        return FfmpegFile(raw, name)
+    except AudioError as error:
+        if is_empty:
+            raise AudioError(f"{name}: no samples", cause="empty") from error
+        raise AudioError(f"{error} (libsndfile: {reason})", cause="unreadable") from error
+
+
+class _Soundfile:
+    """A file that libsndfile reads."""
+
+    def __init__(self, source: str | Path | BufferedIOBase, name: str) -> None:
+        import soundfile
+
+        anything: Any = source  # soundfile's own annotation leaves out open files
+        self._file, self._name = soundfile.SoundFile(anything), name
+        self._error = soundfile.SoundFileError
+        self.rate_hz = self._file.samplerate
+        self.is_lossy = self._file.subtype.startswith(_LOSSY)
+
+    @property
+    def frames(self) -> int | None:
+        """Samples per channel by the header."""
+        return self._file.frames
+
+    def close(self) -> None:
+        """Closes the file, but not one that was given open."""
+        self._file.close()
+
+    def is_exact(self, raw: BufferedIOBase, size: int, end_s: float | None) -> bool:
+        """Whether it can be read here up to `end_s`: not where the length is but a guess.
+
+        `raw` is the file of `size` bytes.
+        """
+        frames = self._file.frames
+        if self._file.subtype.startswith("MPEG") or not 0 < frames <= size * _SAMPLES_PER_BYTE:
+            return False
+        link = _NEXT_LINK.get(self._file.format)
+        if link is None or (end_s is not None and end_s * self.rate_hz < frames):
+            return True
+        return not _is_joined(raw, link)
+
+    def blocks(self, start: int, count: int | None) -> Iterator[np.ndarray]:
+        """Yields samples [n, C] from `start` on, `count` of them or up to the end of the file."""
+        size = max(_BLOCK_VALUES // self._file.channels, 1)
+        left = self._file.frames - start if count is None else count
+        try:
+            if start:
+                self._file.seek(min(start, self._file.frames))
+            while left > 0:
+                block = self._file.read(min(size, left), dtype="float32", always_2d=True)
+                if len(block):
+                    yield block
+                if len(block) < min(size, left):
+                    return
+                left -= len(block)
+        except self._error as error:
+            raise AudioError(f"{self._name}: {error}", cause="unreadable") from error
+
+    def length(self) -> int:
+        """Samples per channel by the header; reading tells where a file ends before."""
+        return self._file.frames
+
+
+def _is_mpeg(head: bytes) -> bool:
+    """Whether a file opens with an ID3 tag or an MPEG audio frame of layer I, II or III."""
+    is_frame = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06
+    return head.startswith(b"ID3") or bool(is_frame)
+
+
+def _is_joined(raw: BufferedIOBase, link: bytes) -> bool:
+    """Whether a further recording begins inside a file."""
+    try:
+        with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            return view.find(link, view.find(link) + 1) >= 0
+    except (OSError, ValueError):  # no file of the operating system
+        place = raw.tell()
+        raw.seek(0)
+        found = raw.read().count(link) > 1
+        raw.seek(place)
+        return found
+
+
+def _with_length(head: bytes, raw: BufferedIOBase) -> BytesIO | None:
+    """A WAV, RF64 or AU whose writer left its length open, with one; None for another file.
+
+    Recorders that are cut off, and programs that write to a pipe, leave 0.
+    """
+    is_au = head.startswith(b".snd")
+    place = 8 if is_au else _wav_length_place(head)
+    if place is None or head[place : place + 4] not in (bytes(4), _UNLIMITED):
+        return None
+    raw.seek(0)
+    data = bytearray(raw.read())
+    first = int.from_bytes(head[4:8], "big") if is_au else place + 4
+    if len(data) <= first or (not is_au and _is_chunks(data, first)):
+        return None
+    data[place : place + 4] = _UNLIMITED
+    if head.startswith(b"RF64"):
+        data[:4], data[12:16] = b"RIFF", b"JUNK"
+    return BytesIO(data)
+
+
+def _wav_length_place(head: bytes) -> int | None:
+    """Where a WAV says how long its samples are."""
+    if not head.startswith((b"RIFF", b"RF64")) or head[8:12] != b"WAVE":
+        return None
+    place = 12
+    while place + 8 <= len(head) and head[place : place + 4] != b"data":
+        place += 8 + (struct.unpack_from("<I", head, place + 4)[0] + 1 & ~1)
+    return place + 4 if place + 8 <= len(head) else None
+
+
+def _is_chunks(data: bytes | bytearray, place: int) -> bool:
+    """Whether well-formed chunks, and no samples, follow to the end of a WAV."""
+    while place + 8 <= len(data) and data[place : place + 4].isalnum():
+        place += 8 + (struct.unpack_from("<I", data, place + 4)[0] + 1 & ~1)
+    return place >= len(data)
