@@ -1,0 +1,1 @@
+"""Hashes of the project's compiled programs: proof that a change of the code changed no maths."""
