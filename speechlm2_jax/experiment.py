@@ -198,7 +198,7 @@ def is_finished(config: str | Path, overrides: Sequence[str] = ()) -> bool:
     settings = load(config, overrides)
     with ignored_report():
         trainer = Trainer(**settings.get("trainer", {}))
-        return trainer.finished(settings.get("exp_manager")) is not None
+        return trainer.finished(settings.get("exp_manager"), settings) is not None
 
 
 def check_blocks(settings: Mapping[str, Any], *, complete: bool = True) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grain
+import xxhash
 
 from speechlm2_jax.batches import HostBatch
 from speechlm2_jax.data.audio import AudioError
@@ -71,6 +72,14 @@ class Loading:
         ids = "\0".join(c.id for c in self.contents.conversations)
         return zlib.crc32((ids + str(self.sampler.plan.buckets)).encode())
 
+    @functools.cached_property
+    def contents_fingerprint(self) -> str:
+        """A number, in hexadecimal, that changes with the texts and lengths behind the ids."""
+        digest = xxhash.xxh3_64()
+        for conversation in self.contents.conversations:
+            digest.update(repr(_contents(conversation)).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
     def load(self, planned: BatchPlan) -> tuple[HostBatch, list[Failure]]:
         """Reads a batch. A conversation that fails leaves its row masked, so shapes stay."""
         bucket = self.sampler.plan.buckets[planned.bucket]
@@ -104,6 +113,15 @@ class Loading:
             name = self.contents.conversations[index].id
             failures.append(Failure(cause=error.cause, id=name, message=str(error)))
             return None
+
+
+def _contents(conversation: Any) -> list[Any]:
+    """What a conversation says, and how long its recordings are; not where they are."""
+    found: list[Any] = [getattr(conversation, "duration_s", None)]
+    for turn in conversation.turns:
+        clip = getattr(turn, "clip", None)
+        found.append(turn if clip is None else (turn.role, clip.offset_s, clip.duration_s))
+    return found
 
 
 class PlannedBatches(grain.DatasetIterator):
@@ -184,6 +202,7 @@ class BatchStream(grain.DatasetIterator):
             **self._state,
             "groups": self._loading.sampler.groups,
             "data": self._loading.fingerprint,
+            "contents": self._loading.contents_fingerprint,
             "dropped": dict(self._dropped.counts),
         }
 
@@ -199,6 +218,11 @@ class BatchStream(grain.DatasetIterator):
             _log.warning(
                 "the data or its batch settings changed since this state was saved: going on at "
                 "the same place of another order"
+            )
+        elif state.get("contents", own := self._loading.contents_fingerprint) != own:
+            _log.warning(
+                "the data changed since this state was saved: the ids are the same, texts or "
+                "durations are others; going on at the same place"
             )
         self._forget_ahead()
         self._parent.set_state(state)

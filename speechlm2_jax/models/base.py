@@ -39,6 +39,8 @@ class SpeechModel(ABC):
     a missing file, a missing token or widths that do not fit.
     """
 
+    CONFIG: ClassVar[type[Any]]
+    """What reads the `model:` block."""
     ALWAYS_FROZEN: ClassVar[tuple[str, ...]] = ()
     """Patterns of names that no setting trains."""
 
@@ -262,6 +264,13 @@ class SpeechModel(ABC):
     def settings(self) -> dict[str, Any]:
         """What a checkpoint keeps of the model's configuration."""
         return self.cfg
+
+    def normalized_settings(
+        self, settings: Mapping[str, Any], definitions: Mapping[str, Mapping[str, Any]] | None
+    ) -> dict[str, Any]:
+        """A `model:` block of this class with all defaults; see `training.protocol`."""
+        own = self._blueprint.definitions() if definitions is None else definitions
+        return blueprints.normalized(self.CONFIG, settings, own)
 
     @property
     def optimizer(self) -> Mapping[str, Any] | None:

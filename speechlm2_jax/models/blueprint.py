@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from speechlm2_jax.conversion import mapping
+from speechlm2_jax.conversion import hf_config, mapping
 from speechlm2_jax.conversion.placement import onto
 from speechlm2_jax.conversion.readers import read_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.models.parts import LLM_BACKBONE
 from speechlm2_jax.parameter_paths import NamedSlice
 from speechlm2_jax.perception.perception import PerceptionConfig
-from speechlm2_jax.settings import SettingsError, build
+from speechlm2_jax.settings import SettingsError, build, to_plain
 
 B = TypeVar("B", bound="Blueprint")
 ASR_BLOCKS = ("preprocessor", "encoder")
@@ -224,6 +224,25 @@ def perception_config(
     if isinstance(adapter, Mapping) and adapter.get("output_dim") is not None:
         merged["modality_adapter"] = {**adapter, "output_dim": llm_width}
     return merged, build(PerceptionConfig, merged, "model.perception")
+
+
+def normalized(
+    kind: type[Any],
+    settings: Mapping[str, Any],
+    definitions: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """A `model:` block with all defaults, without keys that mean nothing here.
+
+    The architecture of the LLM, by its config.json among `definitions`, is under `llm`. Raises
+    ValueError for a block of another kind of model.
+    """
+    block: dict[str, Any] = to_plain(build(kind, settings, "model"))
+    for key, part in (("perception", PerceptionConfig), ("lora", LoraConfig)):
+        if settings.get(key) is not None:
+            block[key] = to_plain(build(part, settings[key], f"model.{key}"))
+    if LLM_BACKBONE in definitions:
+        block["llm"] = to_plain(hf_config.decoder_config(definitions[LLM_BACKBONE]))
+    return block
 
 
 def needs_asr(pretrained_weights: bool, perception: Mapping[str, Any]) -> bool:

@@ -40,7 +40,7 @@ from speechlm2_jax.models.transcribing import transcribe
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig
-from speechlm2_jax.settings import SettingsError, build
+from speechlm2_jax.settings import SettingsError, build, to_plain
 from speechlm2_jax.sharding import context_size
 
 TARGET = "nemo.collections.asr.models.EncDecCTCModelBPE"
@@ -219,6 +219,12 @@ class CTCModel:
     def settings(self) -> dict[str, Any]:
         """What a checkpoint keeps of the model's configuration."""
         return self.cfg
+
+    def normalized_settings(
+        self, settings: Mapping[str, Any], definitions: Mapping[str, Mapping[str, Any]] | None
+    ) -> dict[str, Any]:
+        """A `model:` block of this class with all defaults; see `training.protocol`."""
+        return to_plain(build(CtcModelConfig, settings, "model"))
 
     @property
     def notes(self) -> tuple[str, ...]:

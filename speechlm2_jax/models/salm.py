@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from speechlm2_jax.layers.module import Variables, bind
 from speechlm2_jax.models import answering, building, continuous, running
 from speechlm2_jax.models.base import SpeechModel
 from speechlm2_jax.models.building import SalmBlueprint
+from speechlm2_jax.models.config import SalmModelConfig
 from speechlm2_jax.models.continuous import Answered
 from speechlm2_jax.models.generation_config import read_request
 from speechlm2_jax.models.streaming import Piece, last_of
@@ -32,6 +33,7 @@ class SALM(SpeechModel):
     compiled, for a bad key, a missing file, a missing token or widths that do not fit.
     """
 
+    CONFIG: ClassVar[type[SalmModelConfig]] = SalmModelConfig
     _blueprint: SalmBlueprint
 
     @classmethod

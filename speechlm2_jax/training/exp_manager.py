@@ -140,6 +140,8 @@ class ExpManagerConfig:
     """With resume_if_exists: start anew if there is no checkpoint, instead of an error."""
     resume_from_checkpoint: str | None = None
     """A run, or one of its steps, to go on from where this run has no checkpoint of its own."""
+    resume_allow_changes: bool = False
+    """Resume with settings that give the weights another meaning, too (docs/training.md)."""
     create_checkpoint_callback: bool = True
     """False: nothing is saved."""
     checkpoint_callback_params: CheckpointParams = CheckpointParams()

@@ -23,6 +23,7 @@ from speechlm2_jax.training.protocol import (
     TrainableModel,
     Variables,
 )
+from speechlm2_jax.training.resuming import check_resumed
 from speechlm2_jax.training.schedules import make_schedule
 from speechlm2_jax.training.start import Setup, Start, begin, go_on, restore
 from speechlm2_jax.training.stopping import StopRequest
@@ -53,8 +54,10 @@ class Opening:
         own = self._checkpoints if self.experiment.resume_if_exists else None
         other = self.experiment.resume_from_checkpoint
         setup, model = self.setup, self.model
-        elsewhere = Path(other) if other else None
-        restored = restore(model, setup.layout, own, elsewhere, self.run_dir)
+        sources = (own, Path(other) if other else None)
+        allows = self.experiment.resume_allow_changes
+        check_resumed(sources, model, self.settings, allows_changes=allows)
+        restored = restore(model, setup.layout, *sources, self.run_dir)
         if restored is None:
             setup.prepare_data(model, self.datamodule, setup.sharding.data_parallel_size)
             return begin(model, setup)

@@ -177,6 +177,22 @@ class ModelOutline(Protocol):
 
 
 @runtime_checkable
+class NormalizesSettings(Protocol):
+    """A model that can say which of its settings are the same; not every model need."""
+
+    def normalized_settings(
+        self, settings: Mapping[str, Any], definitions: Mapping[str, Mapping[str, Any]] | None
+    ) -> Mapping[str, Any]:
+        """Settings of this kind of model with all defaults, and without keys that mean nothing.
+
+        `definitions` are the config.json of its pretrained parts by the folder in which
+        `save_definition` writes them; None: this model's own. Raises ValueError for settings of
+        another kind of model.
+        """
+        ...
+
+
+@runtime_checkable
 class TrainableModel(ModelOutline, Protocol):
     """A model that `Trainer.fit` can train."""
 

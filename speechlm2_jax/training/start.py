@@ -11,7 +11,8 @@ import jax
 import optax
 
 from speechlm2_jax import checkpointing, processes
-from speechlm2_jax.checkpointing import Restored
+from speechlm2_jax.checkpointing import LayoutError, Restored
+from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.sharding import Sharding
 from speechlm2_jax.training.cadence import Cadence
 from speechlm2_jax.training.meter import Meter
@@ -194,7 +195,8 @@ def restore(
 
     What the run directory holds beyond that step is put away: unreadable checkpoints under another
     name, rows of metrics for good, as they will be written again. A damaged store of frozen
-    parameters is put away too where `model` has them from their source.
+    parameters is put away too where `model` has them from their source. Raises SettingsError if the
+    checkpoint holds other variables than the model.
     """
     state = layout.state
     counters = {"step": state.step, "skipped": state.skipped}
@@ -204,9 +206,12 @@ def restore(
         "opt": {"state": state.opt_state, **counters},
     }
     with phase("reading the checkpoint"):
-        restored = checkpointing.restore(
-            own, other, template, layout.frozen, lambda: [_frozen_again(model, layout)]
-        )
+        try:
+            restored = checkpointing.restore(
+                own, other, template, layout.frozen, lambda: [_frozen_again(model, layout)]
+            )
+        except LayoutError as error:
+            raise SettingsError(str(error)) from error
     if restored is not None:
         log.info("going on from %s", restored.step)
     processes.wait_for_all("checkpoint chosen")

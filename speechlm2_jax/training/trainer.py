@@ -27,6 +27,7 @@ from speechlm2_jax.training.protocol import (
     TrainableModel,
     Variables,
 )
+from speechlm2_jax.training.resuming import is_other_model
 from speechlm2_jax.training.run_lock import RunLock
 from speechlm2_jax.training.schedules import make_schedule
 from speechlm2_jax.training.start import Setup, begin, finished
@@ -112,15 +113,20 @@ class Trainer:
         make_schedule(model.lr_scheduler, adamw.lr)
         Partition.of(model.infos, model.trainable).require_trainable()
 
-    def finished(self, options: Mapping[str, Any] | None) -> FitResult | None:
+    def finished(
+        self, options: Mapping[str, Any] | None, settings: Mapping[str, Any] | None = None
+    ) -> FitResult | None:
         """Tells that the run of an `exp_manager` block is finished, if it is, and how to extend it.
 
-        Only the newest checkpoint's counters are read; nothing is written but train.log.
+        Only the newest checkpoint's counters are read; nothing is written but train.log. With the
+        whole `settings`, a run of another model is none that is finished.
         """
         experiment = build(ExpManagerConfig, options or {}, "exp_manager")
         if options is None or not experiment.resume_if_exists:
             return None
         folder = experiment.run_dir()
+        if settings is not None and is_other_model(folder, settings):
+            return None
         progress = finished(
             folder / CHECKPOINTS, self.config.cadence(), validates=self.config.validates
         )

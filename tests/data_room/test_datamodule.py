@@ -176,6 +176,24 @@ def test_counts_go_on_after_a_resume_and_are_logged_a_few_times(damaged, make_mo
     assert resumed.dropped == {cause: 13 for cause in CAUSES}
 
 
+def test_edited_texts_behind_the_same_ids_are_told_on_resume(corpus, make_module, tmp_path, caplog):
+    rows = [
+        {**row, "audio_filepath": str(corpus / row["audio_filepath"])}
+        for row in read_rows(corpus / "manifest.jsonl")
+    ]
+    state = make_module(write_manifest(tmp_path / "m.jsonl", rows)).train_batches().get_state()
+    older = {key: value for key, value in state.items() if key != "contents"}
+    same = make_module(write_manifest(tmp_path / "m.jsonl", rows))
+    same.train_batches(state)
+    assert "changed" not in caplog.text
+    rows[3] = {**rows[3], "text": rows[3]["text"] + "?"}
+    edited = make_module(write_manifest(tmp_path / "m.jsonl", rows))
+    edited.train_batches(older)  # of a version that kept no such number
+    assert "changed" not in caplog.text
+    edited.train_batches(state)
+    assert "the ids are the same, texts or durations are others" in caplog.text
+
+
 def test_bad_audio_does_not_change_its_neighbours(damaged, make_module, tmp_path):
     good = [r for r in read_rows(damaged) if r["text"] in "07"]
     alone = make_module(write_manifest(tmp_path / "good.jsonl", good), batch_size=8, shuffle=False)
