@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from speechlm2_jax import processes
+from speechlm2_jax import models, processes
 from speechlm2_jax.ahead.chips import read_topology
 from speechlm2_jax.ahead.programs import answering_report, training_report
 from speechlm2_jax.ahead.report import Report
@@ -24,9 +24,10 @@ from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.tokenizer import TokenizerError
 from speechlm2_jax.evaluation import duplex_scoring
 from speechlm2_jax.evaluation.wer import text_normalizer, word_errors
+from speechlm2_jax.models import registry
 from speechlm2_jax.models.ctc import CTCModel
-from speechlm2_jax.models.duplex import DuplexS2SModel, DuplexS2SSpeechDecoderModel
-from speechlm2_jax.models.loading import open_model
+from speechlm2_jax.models.duplex import DuplexS2SModel
+from speechlm2_jax.models.parts import Location
 from speechlm2_jax.models.salm import SALM
 from speechlm2_jax.parameter_paths import PatternError
 from speechlm2_jax.settings import (
@@ -62,13 +63,6 @@ FRAME_TOLERANCE = 0.01
 LONGEST_TOKENS, LONGEST_S = 1024, 40.0
 """What is compiled ahead of time where `train_ds` has no limits."""
 Model = SALM | DuplexS2SModel | CTCModel
-MODELS: Mapping[str, type[Model]] = {
-    "SALM": SALM,
-    "DuplexS2SModel": DuplexS2SModel,
-    "DuplexS2SSpeechDecoderModel": DuplexS2SSpeechDecoderModel,
-    "EncDecCTCModelBPE": CTCModel,
-}
-"""By the class that `model._target_` names; without it the keys of the block tell."""
 
 
 @contextmanager
@@ -220,21 +214,17 @@ def make_model(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Model:
 
 def model_kind(cfg: Mapping[str, Any]) -> type[Model]:
     """The class that a `model:` block names, or that its keys tell. Raises SettingsError."""
-    implied = "SALM"
-    if "pretrained_audio_codec" in cfg:
-        implied = "DuplexS2SSpeechDecoderModel" if "speech_decoder" in cfg else "DuplexS2SModel"
-    named = str(cfg.get("_target_", implied))
-    kind = MODELS.get(named.rsplit(".", 1)[-1])
-    if kind is None:
-        raise SettingsError(f"model._target_: {named} is not known; use {' or '.join(MODELS)}")
-    return kind
+    return getattr(models, registry.trained_class(cfg))
 
 
 def load_duplex(name: str, *, dtype: str) -> DuplexS2SModel:
     """Loads a duplex model of either kind. Raises SettingsError if it is none."""
-    kind = model_kind(open_model(name).cfg)
-    if not issubclass(kind, DuplexS2SModel):
-        raise SettingsError(f"{name} is no duplex model")
+    path = Location().find(name, key="pretrained_name")
+    found = registry.identify(path)
+    if found is None or found not in registry.DUPLEX_MODELS:
+        what = "no duplex model" if found is None else found.what
+        raise SettingsError(f"{name} is {what}; a duplex model was expected")
+    kind: type[DuplexS2SModel] = getattr(models, found.classes[0])
     return kind.from_pretrained(name, dtype=dtype).eval()
 
 

@@ -16,13 +16,11 @@ from speechlm2_jax.evaluation.duplex_inputs import (
 )
 from speechlm2_jax.evaluation.inputs import left_out
 from speechlm2_jax.evaluation.runs import Run, newest_run, read_run
+from speechlm2_jax.models import registry
 from speechlm2_jax.models.duplex import DuplexS2SModel
 from speechlm2_jax.models.loading import open_model
 from speechlm2_jax.models.parts import Location
 from speechlm2_jax.settings import SettingsError
-
-CODEC_KEY = "pretrained_audio_codec"
-"""Only duplex models have it in their `model:` block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +36,23 @@ class ModelFound:
     @property
     def is_duplex(self) -> bool:
         """Whether it speaks."""
-        return CODEC_KEY in self.cfg
+        return registry.of_config(self.cfg) in registry.DUPLEX_MODELS
 
 
 def find_model(words: Mapping[str, Any]) -> ModelFound:
     """The model of a command line: the newest run, or what `pretrained_name` says.
 
-    Raises SettingsError where no run is left to take.
+    Raises SettingsError where no run is left to take, and for a model that is not evaluated.
     """
     run = read_run(str(words["pretrained_name"])) if "pretrained_name" in words else newest_run()
+    name = str(words["pretrained_name"]) if run is None else str(run.folder)
+    path = Location().local(name)
+    kind = None if path is None else registry.identify(path)
+    if kind is not None and not set(kind.classes) & set(registry.SPEECH_MODELS):
+        raise SettingsError(f"pretrained_name: {kind.sentence(name)}")
     if run is not None and run.settings:
         return ModelFound(run=run, cfg=run.settings.get("model") or {})
-    name = str(words["pretrained_name"]) if run is None else str(run.folder)
-    if Location().local(name) is None:
+    if path is None:
         return ModelFound(run=run, cfg={})
     try:
         source = open_model(name)

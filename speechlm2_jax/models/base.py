@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -21,8 +22,9 @@ from speechlm2_jax.layers.module import (
     unbind,
 )
 from speechlm2_jax.models import blueprint as blueprints
-from speechlm2_jax.models import loading, running
+from speechlm2_jax.models import loading, registry, running
 from speechlm2_jax.models.listening import PerceptionStream
+from speechlm2_jax.models.parts import Location
 from speechlm2_jax.perception.perception import AudioPerception
 from speechlm2_jax.perception.streaming import StreamPlan, natural_frames
 from speechlm2_jax.settings import SettingsError
@@ -109,10 +111,13 @@ class SpeechModel(ABC):
 
         That may be a run directory (best, else last checkpoint), a saved directory, a NeMo or
         Hugging Face directory, a Lightning `.ckpt`, or a hub name. `dtype` is that of the
-        computation. Raises SettingsError with what is missing.
+        computation. Raises SettingsError with what is missing, or with the class that opens it.
         """
-        source = loading.open_model(str(pretrained_model_name_or_path))
+        path = Location().find(str(pretrained_model_name_or_path), key="pretrained_name")
+        registry.require(cls, path)
+        source = loading.open_model(str(path))
         model = cls(source.cfg, near=source.near)
+        model._blueprint = replace(model._blueprint, named=source.named)
 
         def again(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Variables:
             return blueprints.start(cls.read_blueprint(cfg, near), model.infos)

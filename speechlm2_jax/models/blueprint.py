@@ -117,6 +117,8 @@ class Blueprint(ABC):
     """The architecture (`NetworkConfig`)."""
     llm_directory: Path
     asr_file: Path | None
+    named: Mapping[str, Any] | None = None
+    """`cfg` as the directory says it that the model was loaded from, None if from none."""
 
     @property
     @abstractmethod

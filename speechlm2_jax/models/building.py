@@ -14,6 +14,7 @@ from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import VariableInfo
+from speechlm2_jax.models import registry
 from speechlm2_jax.models.blueprint import (
     Blueprint,
     Pretrained,
@@ -67,6 +68,7 @@ def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...] = ()) -> SalmB
     config = build(SalmModelConfig, cfg, "model")
     location = Location(near=near)
     llm_directory = location.find(config.pretrained_llm, key="model.pretrained_llm")
+    registry.require_part(llm_directory, "model.pretrained_llm", name="")
     llm_config = read_json(llm_directory / "config.json", key="model.pretrained_llm")
     decoder = hf_config.decoder_config(llm_config)
     tokenizer, placeholder_id = _tokenizer(config, location, llm_directory)
@@ -75,6 +77,7 @@ def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...] = ()) -> SalmB
         config.pretrained_weights, config.perception
     ):
         asr_file = location.find_nemo(config.pretrained_asr, key="model.pretrained_asr")
+        registry.require_part(asr_file, "model.pretrained_asr", name="ASRModel")
     block, perception = perception_config(config.perception, asr_file, decoder.width)
     lora = None if config.lora is None else build(LoraConfig, config.lora, "model.lora")
     try:

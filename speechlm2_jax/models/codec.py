@@ -28,7 +28,7 @@ from speechlm2_jax.layers.module import (
     unbind,
 )
 from speechlm2_jax.models import running
-from speechlm2_jax.models.parts import Location
+from speechlm2_jax.models.registry import find_nemo
 from speechlm2_jax.models.shapes import round_up
 from speechlm2_jax.settings import build
 
@@ -72,9 +72,10 @@ class AudioCodec:
     def from_pretrained(cls, path: str | Path) -> "AudioCodec":
         """Loads a `.nemo` file, or the one of a hub repository.
 
-        Raises SettingsError if there is none, ConversionError for one that is no such codec.
+        Raises SettingsError if there is none, and for a model of another class; ConversionError for
+        weights that do not fit.
         """
-        archive = read_nemo(Location().find_nemo(str(path), key="pretrained_audio_codec"))
+        archive = read_nemo(find_nemo(cls, path, key="pretrained_audio_codec"))
         model = cls(archive.config)
         model.variables = mapping.load(archive.weights, codec_table(model.config), model.infos)
         return model

@@ -32,7 +32,7 @@ from speechlm2_jax.layers.module import (
     draw,
     unbind,
 )
-from speechlm2_jax.models import running
+from speechlm2_jax.models import registry, running
 from speechlm2_jax.models.config import DEFAULT_AUDIO_LOCATOR_TAG
 from speechlm2_jax.models.parts import Location, nemo_tokenizer, read_json
 from speechlm2_jax.models.spelling import Speller
@@ -105,8 +105,9 @@ class CTCModel:
         """
         found = Location().find(str(path), key="pretrained_asr")
         if found.is_dir() and (found / checkpointing.CHECKPOINTS).is_dir():
+            registry.require(cls, found)
             return cls._from_run(found)
-        archive = read_nemo(Location().find_nemo(str(path), key="pretrained_asr"))
+        archive = read_nemo(registry.find_nemo(cls, path, key="pretrained_asr"))
         cfg = {key: archive.config[key] for key in BLOCKS if archive.config.get(key) is not None}
         model = cls(cfg, tokenizer=nemo_tokenizer(archive))
         model.variables = mapping.load(open_weights(archive.path), model._table, model.infos)

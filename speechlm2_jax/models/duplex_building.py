@@ -15,6 +15,7 @@ from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import VariableInfo
+from speechlm2_jax.models import registry
 from speechlm2_jax.models.blueprint import (
     Blueprint,
     Pretrained,
@@ -128,6 +129,7 @@ def read_blueprint(
     config = build(kind, cfg, "model")
     location = Location(near=near)
     llm_directory = location.find(config.pretrained_llm, key="model.pretrained_llm")
+    registry.require_part(llm_directory, "model.pretrained_llm", name="")
     llm_config = read_json(llm_directory / "config.json", key="model.pretrained_llm")
     decoder = hf_config.decoder_config(llm_config)
     directory = llm_directory
@@ -140,6 +142,7 @@ def read_blueprint(
         config.pretrained_weights, config.perception
     ):
         asr_file = location.find_nemo(config.pretrained_asr, key="model.pretrained_asr")
+        registry.require_part(asr_file, "model.pretrained_asr", name="ASRModel")
     block, perception = perception_config(config.perception, asr_file, decoder.width)
     try:
         network = DuplexConfig(
@@ -205,6 +208,7 @@ def _codec(config: DuplexModelConfig, location: Location) -> tuple[dict[str, Any
     if found is not None and (found / "config.json").is_file():
         return read_json(found / "config.json", key=key), None
     file = location.find_nemo(config.pretrained_audio_codec, key=key)
+    registry.require_part(file, key, name="AudioCodec")
     return dict(read_nemo(file).config), file
 
 

@@ -22,11 +22,10 @@ from speechlm2_jax.models.parts import (
     config_folders,
     read_json,
 )
+from speechlm2_jax.models.registry import CONFIG, RUN_DEFINITION
 from speechlm2_jax.settings import SettingsError
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-RUN_DEFINITION = "model"
-"""Folder of a run directory that holds all of the model but its weights."""
+WEIGHTS = "model.safetensors"
 FROZEN_DTYPES = (jnp.bfloat16, jnp.float32)
 """In which a run keeps frozen parameters."""
 MARKERS = {
@@ -36,11 +35,18 @@ MARKERS = {
 """What transformers and vLLM look for in config.json, as NeMo writes it."""
 
 
+POINTED = ("pretrained_llm", "pretrained_audio_codec", "pretrained_weights", "tokenizer_path")
+"""Keys that loading changes: components are read from beside the weights."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
     """A model that was found: its configuration, and how to read its weights."""
 
     cfg: dict[str, Any]
+    """Its `model:` block, pointed at what lies beside it."""
+    named: dict[str, Any]
+    """The same as it was saved: what the components were made from, wherever that was."""
     near: tuple[Path, ...]
     read: Callable[[Blueprint, Mapping[str, VariableInfo], "Again"], Variables]
 
@@ -55,8 +61,10 @@ def open_model(name: str) -> ModelSource:
     path = Location().find(name, key="pretrained_name")
     if path.is_dir() and (path / "checkpoints").is_dir():
         definition = path / RUN_DEFINITION
+        named = _saved_cfg(definition)
         return ModelSource(
-            cfg=_saved_cfg(definition),
+            cfg=_pointed(named, definition),
+            named=named,
             near=(definition,),
             read=lambda _, infos, again: _read_run(path, infos, again),
         )
@@ -65,22 +73,33 @@ def open_model(name: str) -> ModelSource:
         if not isinstance(cfg, dict):
             raise SettingsError(f"{path}: its hyper_parameters hold no cfg of a speech model")
         folder = path.parent
-        return ModelSource(
-            cfg={**cfg, "pretrained_weights": False}, near=(folder,), read=_reader(path)
-        )
+        pointed = _pointed(cfg, None)
+        return ModelSource(cfg=pointed, named=cfg, near=(folder,), read=_reader(path))
     if not path.is_dir():
         raise SettingsError(
             f"{path}: expected a run directory, a saved or NeMo model directory, or a .ckpt file"
         )
-    return ModelSource(cfg=_saved_cfg(path), near=(path, path.parent), read=_reader(path))
+    named = _saved_cfg(path)
+    return ModelSource(
+        cfg=_pointed(named, path), named=named, near=(path, path.parent), read=_reader(path)
+    )
 
 
 def save_definition(directory: Path, blueprint: Blueprint) -> None:
-    """Writes config.json, the tokenizer, and the config of each part in a folder of its own."""
+    """Writes config.json, the tokenizer, and the config of each part in a folder of its own.
+
+    config.json names what the components were made from as the user did. A path in it need not
+    exist where the directory is read: what the directory holds comes first.
+    """
     for name, config in blueprint.definitions().items():
         (directory / name).mkdir(parents=True, exist_ok=True)
         _write_json(directory / name / CONFIG, config)
-    _write_json(directory / CONFIG, {**blueprint.cfg, **MARKERS})
+    cfg = dict(blueprint.cfg)
+    if blueprint.named is not None:
+        cfg = {k: v for k, v in cfg.items() if k not in POINTED}
+        cfg |= {k: v for k, v in blueprint.named.items() if k in POINTED}
+    cfg.pop("init_from_checkpoint", None)  # the weights are here; NeMo would look for it
+    _write_json(directory / CONFIG, {**cfg, **MARKERS})
     blueprint.tokenizer.save(directory)
 
 
@@ -92,14 +111,22 @@ def save_model(directory: Path, blueprint: Blueprint, variables: Variables) -> N
 
 
 def _saved_cfg(directory: Path) -> dict[str, Any]:
-    """NeMo's config.json, pointed at the tokenizer and the parts' configs saved beside it."""
+    """NeMo's config.json of a speech model."""
     cfg = read_json(directory / CONFIG, key="pretrained_name")
     if "pretrained_llm" not in cfg or "perception" not in cfg:
         raise SettingsError(
             f"{directory / CONFIG} describes no speech model (it lacks pretrained_llm or "
             "perception); a plain LLM goes to model.pretrained_llm of a training configuration"
         )
-    cfg["pretrained_weights"] = False
+    return cfg
+
+
+def _pointed(named: Mapping[str, Any], directory: Path | None) -> dict[str, Any]:
+    """The configuration pointed at the tokenizer and the parts' configs in `directory`, if any."""
+    cfg = {**named, "pretrained_weights": False}
+    cfg.pop("init_from_checkpoint", None)
+    if directory is None:
+        return cfg
     if (directory / "tokenizer_config.json").is_file():
         cfg["tokenizer_path"] = str(directory)
     for key, folder in (("pretrained_llm", LLM_BACKBONE), ("pretrained_audio_codec", AUDIO_CODEC)):

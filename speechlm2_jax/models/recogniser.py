@@ -23,7 +23,7 @@ from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.layers.module import abstract, bind, describe, unbind
 from speechlm2_jax.models import running
 from speechlm2_jax.models.clips import split_audio
-from speechlm2_jax.models.parts import Location
+from speechlm2_jax.models.registry import find_nemo
 from speechlm2_jax.models.spelling import class_name, nemo_speller
 from speechlm2_jax.models.transcribing import transcribe
 from speechlm2_jax.settings import SettingsError, build
@@ -99,7 +99,7 @@ class ASRModel:
         `decoding`: keys that override the archive's decoding block. Raises SettingsError for a
         model or a decoding that is not done, ConversionError for weights that do not fit.
         """
-        archive = read_nemo(Location().find_nemo(str(path), key="pretrained_asr"))
+        archive = read_nemo(find_nemo(cls, path, key="pretrained_asr"))
         chosen = _decoder(archive, decoder)
         return cls(archive, decoder=chosen, decoding=_decoding(archive, chosen, decoding or {}))
 
