@@ -15,7 +15,7 @@ import numpy as np
 from speechlm2_jax.conversion import quantised
 from speechlm2_jax.conversion.duplicates import agreed
 from speechlm2_jax.conversion.errors import ConversionError, listed
-from speechlm2_jax.conversion.readers.source import Index, TensorInfo, TensorSource
+from speechlm2_jax.conversion.readers.source import Index, TensorInfo, TensorSource, extent
 from speechlm2_jax.conversion.transforms import IDENTITY, Transform
 from speechlm2_jax.layers.module import VariableInfo, Variables
 from speechlm2_jax.parameter_paths import NamedSlice
@@ -177,7 +177,7 @@ class _Fill:
         if not self.rule.is_stacked:
             return self._slice(self.stored[0], index)
         chosen = self.stored[index[0]]
-        parts = np.empty((len(chosen), *_extent(index[1:], self.shape[1:])), self.info.dtype)
+        parts = np.empty((len(chosen), *extent(index[1:], self.shape[1:])), self.info.dtype)
         for row, name in enumerate(chosen):
             parts[row] = self._slice(name, index[1:])
         return parts
@@ -298,10 +298,6 @@ def _named(pattern: str, layer: int | None) -> str:
 
 def _stored(source: TensorSource, name: str) -> str | None:
     return name if name in source.infos else source.aliases.get(name)
-
-
-def _extent(index: Index, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True))
 
 
 def _is_integer(dtype: np.dtype[Any]) -> bool:

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speechlm2_jax.conversion.readers import check_file, folder_problem
+from speechlm2_jax.conversion import readers
+from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.readers.nemo import NemoArchive
 from speechlm2_jax.data.tokenizer import Tokenizer
-from speechlm2_jax.settings import SettingsError, parse_json
+from speechlm2_jax.settings import SettingsError
 
 LLM_BACKBONE = "llm_backbone"
 """Folder of a saved model that holds its LLM's config.json, as NeMo 3 writes it."""
@@ -69,16 +70,12 @@ def config_folders() -> tuple[Path, ...]:
 def read_json(path: Path, *, key: str) -> dict[str, Any]:
     """Reads a JSON object. Raises SettingsError naming `key` if there is none."""
     if not path.is_file():
-        what = folder_problem(path.parent) if path.parent.is_dir() else ""
+        what = readers.folder_problem(path.parent) if path.parent.is_dir() else ""
         raise SettingsError(f"{key}: {path} is missing" + (f": {what}" if what else ""))
-    check_file(path)
     try:
-        value = parse_json(path.read_bytes())
-    except SettingsError as error:
-        raise SettingsError(f"{key}: {path} is {error}") from error
-    if not isinstance(value, dict):
-        raise SettingsError(f"{key}: {path} must hold a JSON object")
-    return value
+        return readers.read_json(path)
+    except ConversionError as error:
+        raise SettingsError(f"{key}: {error}") from error
 
 
 def nemo_tokenizer(archive: NemoArchive) -> Tokenizer:

@@ -18,8 +18,10 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_BYTES:
             raise UnsafeFileError(f"{path}: {path.stat().st_size} bytes of JSON are too many")
         value = parse_json(path.read_bytes())
-    except (OSError, SettingsError) as error:
+    except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error}") from error
+    except SettingsError as error:
+        raise ConversionError(f"{path} is {error}") from error
     if not isinstance(value, dict):
-        raise ConversionError(f"{path}: an object is expected")
+        raise ConversionError(f"{path} must hold a JSON object")
     return value

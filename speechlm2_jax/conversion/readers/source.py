@@ -1,5 +1,6 @@
 """What every reader gives: named tensors that are read when asked for, whole or by slices."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -8,6 +9,13 @@ import numpy as np
 
 Index = tuple[slice, ...]
 """One slice per dimension."""
+MAX_RANK = 16
+MAX_TENSOR_BYTES = 1 << 48
+
+
+def extent(index: Index, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the part that `index` names."""
+    return tuple(len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True))
 
 
 @dataclass(frozen=True)
@@ -21,6 +29,12 @@ class TensorInfo:
     def size_bytes(self) -> int:
         """The bytes that the values take."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def is_plausible(self) -> bool:
+        """False for shapes that no array can have, such as (0, 2**62)."""
+        count = math.prod(n for n in self.shape if n)
+        return len(self.shape) <= MAX_RANK and count * self.dtype.itemsize <= MAX_TENSOR_BYTES
 
 
 @runtime_checkable

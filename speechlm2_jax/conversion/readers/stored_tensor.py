@@ -16,9 +16,8 @@ import numpy as np
 
 from speechlm2_jax.conversion.errors import ConversionError, UnsafeFileError
 from speechlm2_jax.conversion.readers.pickle_machine import Builder, Names, OpaqueType
-from speechlm2_jax.conversion.readers.source import Index, TensorInfo
+from speechlm2_jax.conversion.readers.source import MAX_RANK, Index, TensorInfo
 
-MAX_RANK = 16
 MAX_EXPANDED_BYTES = 1 << 30
 """A view may repeat its storage's elements (stride 0) up to this size."""
 
@@ -29,6 +28,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "float8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "float8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
     "int64": np.dtype(np.int64),
     "int32": np.dtype(np.int32),
     "int16": np.dtype(np.int16),
@@ -140,6 +142,8 @@ def _rebuild(
         raise UnsafeFileError(
             f"a tensor of shape {shape} is much larger than its storage of {storage.elements}"
         )
+    if not TensorInfo(tuple(shape), dtype).is_plausible:
+        raise UnsafeFileError(f"the pickle builds a tensor of shape {shape}, which no tensor has")
     return StoredTensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
 
