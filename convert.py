@@ -27,6 +27,7 @@ from speechlm2_jax.conversion.repacking import (
 )
 from speechlm2_jax.parameter_paths import PatternError
 from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.training import terminal
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,4 +74,5 @@ def convert(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
+    terminal.outlive_readers()
     sys.exit(main(sys.argv[1:]))

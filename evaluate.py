@@ -19,6 +19,7 @@ from speechlm2_jax.evaluation.duplex_config import DuplexEvalConfig
 from speechlm2_jax.evaluation.duplex_plan import DuplexPlan, find_model, make_duplex_plan
 from speechlm2_jax.evaluation.encoder_wer import Recogniser, open_recogniser
 from speechlm2_jax.evaluation.plan import Plan, make_plan
+from speechlm2_jax.training import terminal
 
 
 def main(argv: Sequence[str], *, compiled: str | None = None) -> int:
@@ -162,4 +163,5 @@ def _clear(key: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    terminal.outlive_readers()
     sys.exit(main(sys.argv[1:], compiled="auto"))

@@ -42,4 +42,5 @@ def _compile_ahead(report: "Report") -> int:
 
 if __name__ == "__main__":
     huge_pages.start_again_with_them()
+    terminal.outlive_readers()
     main(sys.argv[1:])

@@ -1,6 +1,7 @@
 """Composition root: the only module that knows every room."""
 
 import math
+import os
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from speechlm2_jax.settings import (
     load,
     require_complete,
 )
+from speechlm2_jax.training.disk_errors import DiskError
 from speechlm2_jax.training.protocol import Sample, Scored
 from speechlm2_jax.training.start import Setup
 from speechlm2_jax.training.terminal import phase
@@ -67,12 +69,20 @@ Model = SALM | DuplexS2SModel | CTCModel
 
 @contextmanager
 def clear_errors(program: str) -> Generator[None]:
-    """Turns what a user can mend into one line on stderr and exit code 2."""
+    """Turns what a user can mend into one line on stderr and exit code 2.
+
+    A disk that refuses to be written takes a few lines, and ends the process with 1.
+    """
     try:
         yield
     except USER_ERRORS as error:
         print(f"{program}:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except DiskError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # else the writers that were cut off fill the terminal
 
 
 @dataclass(frozen=True, kw_only=True)

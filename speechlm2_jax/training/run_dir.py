@@ -18,6 +18,7 @@ import yaml
 from speechlm2_jax.checkpointing import CHECKPOINTS, read_ranking, step_folders
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training import terminal
+from speechlm2_jax.training.disk_errors import RunLog
 from speechlm2_jax.training.terminal import PACKAGE_LOGGER
 
 CONFIG = "config.yaml"
@@ -75,7 +76,7 @@ def logging_to(run_dir: Path | None) -> Iterator[None]:
     with ExitStack() as stack:
         shown = stack.enter_context(terminal.showing(is_shown=is_first))
         if is_first and run_dir is not None:
-            to_file = logging.FileHandler(run_dir / LOG, encoding="utf-8")
+            to_file = RunLog(run_dir / LOG, encoding="utf-8")
             stack.callback(to_file.close)
             to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
             for record in shown.take_records():

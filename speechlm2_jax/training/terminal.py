@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -39,6 +40,8 @@ class Terminal(logging.Handler):
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
+        except BrokenPipeError:  # nobody reads any more: the log file goes on
+            pass
         except Exception:  # as logging's own handlers: a closed pipe must not end a training
             self.handleError(record)
         if self._records is not None:
@@ -48,6 +51,41 @@ class Terminal(logging.Handler):
         """What was written so far, once: from now on nothing is remembered."""
         records, self._records = list(self._records or ()), None
         return records
+
+
+class _Output:
+    """A standard stream that goes on in silence once nobody reads it (`train.py | head -1`)."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes, as long as somebody reads."""
+        with self._unless_closed():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes, as long as somebody reads."""
+        with self._unless_closed():
+            self._stream.flush()
+
+    @contextmanager
+    def _unless_closed(self) -> Generator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # what comes later, from any library, goes nowhere
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_readers() -> None:
+    """Lets this process go on when its standard output or error is closed by their reader."""
+    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
 
 
 @contextmanager

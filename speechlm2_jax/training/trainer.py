@@ -12,6 +12,7 @@ from speechlm2_jax.settings import build, to_plain
 from speechlm2_jax.training import run_dir as run_directory
 from speechlm2_jax.training import run_lock
 from speechlm2_jax.training.describing import describe_run
+from speechlm2_jax.training.disk_errors import disk_errors
 from speechlm2_jax.training.exp_manager import ExpManagerConfig
 from speechlm2_jax.training.loop import FitLoop, NonFiniteRun, finished_reason
 from speechlm2_jax.training.metrics_log import format_samples, format_validation
@@ -158,7 +159,8 @@ class Trainer:
         `validation_metrics` stands in for the model's own; `validation_scoring` adds what is scored
         over whole sets. `settings` are the whole settings for
         config.yaml; without them they are put together from the parts. Raises SettingsError for
-        settings that do not fit, NonFiniteRun (exit code 1) after 20 skipped steps in a row.
+        settings that do not fit, NonFiniteRun (exit code 1) after 20 skipped steps in a row,
+        DiskError where the run directory cannot be written any more.
         """
         stop = StopRequest(_shortest(self.config.time_limit_s, self.experiment.time_limit_s))
         with ExitStack() as stack:
@@ -166,6 +168,7 @@ class Trainer:
                 self.experiment.check_resume(self.run_dir)
                 run_directory.create(self.run_dir)
                 stack.enter_context(self._locked(self.run_dir))
+            stack.enter_context(disk_errors(self.run_dir))
             stack.enter_context(run_directory.logging_to(self.run_dir))
             stack.enter_context(stop.listening())
             stack.enter_context(self.config.matmul_precision())
