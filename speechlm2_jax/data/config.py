@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 Paths = str | tuple[str, ...]
+ManifestPaths = str | tuple[str | tuple[str, ...] | tuple[str, float], ...]
+"""A path; paths; or NeMo's `[[a], [b]]`, of which all or none may have a weight: `[a, 2]`."""
 SharPath = str | tuple[str | tuple[str, float], ...] | Mapping[str, Paths]
 """A folder; folders, all or none with a weight; or the files of each field, `cuts` among them."""
 _LATER = "this data format is not read; convert it to a NeMo manifest, Lhotse cuts or SHAR"
@@ -56,25 +58,27 @@ class InputConfig:
 
     type: str = "lhotse_as_conversation"
     cuts_path: Paths | None = None
-    manifest_filepath: Paths | None = None
+    manifest_filepath: ManifestPaths | None = None
+    """A path; several, `[a, b]` or NeMo's `[[a], [b]]`; or with weights, `[[a, 2], [b, 1]]`."""
     shar_path: SharPath | None = None
     """A folder; folders, or [folder, weight] pairs; or the files of each field, as Lhotse has it:
     `cuts`, `recording` and, of duplex data, `target_audio`."""
-    input_cfg: "tuple[InputConfig, ...] | None" = None
-    """The entries of a group."""
+    input_cfg: "str | tuple[InputConfig, ...] | None" = None
+    """The entries of a group, or the path of a YAML file with them."""
     weight: float | None = None
     """Share of this entry among its neighbours; given to all of them or to none."""
     tags: Mapping[str, Any] = field(default_factory=dict)
     """Fields for every conversation of the entry, before the manifest's own; `context` opens the
-    user's turn and `system_prompt` the dialog."""
+    user's turn and `system_prompt` the dialog. Those of a group are fields alone, as in NeMo."""
     audio_locator_tag: str | None = None
     token_equivalent_duration: float | None = None
     text_field: str | None = None
+    shard_seed: int | str | None = None
+    """Of the order of SHAR's shards, where it is not the data set's."""
 
     IGNORED: ClassVar[Mapping[str, str]] = {
         "lang_field": "the language of a transcript plays no part in the prompt",
         "shuffle": "order is the data set's: set train_ds.shuffle",
-        "shard_seed": "order is drawn from train_ds.seed",
         "max_open_streams": "every manifest is read once, at start-up",
         "force_finite": "validation is finite and training is not",
         "metadata_only": "manifests are read without their audio",
@@ -103,22 +107,36 @@ class InputConfig:
             raise ValueError("input_cfg inside input_cfg goes with type: group")
         if self.weight is not None and self.weight <= 0:
             raise ValueError(f"weight must be positive, got {self.weight}")
-        self._check_shar()
+        self._check_paths()
 
-    def _check_shar(self) -> None:
+    def _check_paths(self) -> None:
         if isinstance(self.shar_path, Mapping) and not self.shar_path.get("cuts"):
             raise ValueError("shar_path: the files of `cuts` are missing among its fields")
-        weights = [weight for _, weight in self.weighted_shar]
-        if weights and len(weights) != len(self.shar_path or ()):
-            raise ValueError("shar_path: give a weight to every folder or to none")
-        if weights and min(weights) <= 0:
-            raise ValueError(f"shar_path: weights must be positive, got {weights}")
+        key = "manifest_filepath" if self.shar_path is None else "shar_path"
+        weights = [weight for _, weight in self.weighted]
+        if weights and len(weights) != len(getattr(self, key) or ()):
+            raise ValueError(f"{key}: give a weight to every path or to none")
+        if weights and not min(weights) > 0:
+            raise ValueError(f"{key}: weights must be positive, got {weights}")
 
     @property
-    def weighted_shar(self) -> tuple[tuple[str, float], ...]:
-        """The folders of `shar_path` that have a weight, and it."""
-        folders = self.shar_path if isinstance(self.shar_path, tuple) else ()
-        return tuple(one for one in folders if not isinstance(one, str))
+    def weighted(self) -> tuple[tuple[str, float], ...]:
+        """The paths that have a weight of their own (`[[path, weight], ...]`), and it."""
+        paths = self.manifest_filepath if self.shar_path is None else self.shar_path
+        pairs = paths if isinstance(paths, tuple) else ()
+        return tuple(
+            (str(one[0]), float(one[1]))
+            for one in pairs
+            if isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], int | float)
+        )
+
+    @property
+    def manifests(self) -> tuple[str, ...]:
+        """The paths of `cuts_path` or `manifest_filepath`, one after another."""
+        paths = self.cuts_path or self.manifest_filepath or ()
+        listed = (paths,) if isinstance(paths, str) else paths
+        nested = [(one,) if isinstance(one, str) else one for one in listed]
+        return tuple(str(path) for one in nested for path in one if isinstance(path, str))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +153,7 @@ class LoaderConfig:
     input_cfg: str | tuple[InputConfig, ...] | None = None
     """Entries, or the path of a YAML file with them."""
     cuts_path: Paths | None = None
-    manifest_filepath: Paths | None = None
+    manifest_filepath: ManifestPaths | None = None
     shar_path: SharPath | None = None
     reweight_temperature: float | tuple[float, ...] | None = None
     """Exponent of the weights, one for all levels of groups or one for each."""

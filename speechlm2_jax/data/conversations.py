@@ -108,6 +108,10 @@ class Conversation:
     """Seconds of audio that count as one token where lengths are measured."""
     fields: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Everything else that its manifest says."""
+    where: str = ""
+    """The manifest and the line that it was read from, for messages."""
+    shard: int = 0
+    """The shard of its source that it was read from, counted from 0."""
     prompt: Prompt | None = field(default=None, repr=False)
     """Its token ids, once a prompt format was applied."""
 

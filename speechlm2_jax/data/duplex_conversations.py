@@ -36,6 +36,10 @@ class DuplexConversation:
     """The agent."""
     turns: tuple[SpokenTurn, ...]
     """By either, in the order of their manifest: where two overlap, the later one is heard."""
+    where: str = ""
+    """The manifest and the line that it was read from, for messages."""
+    shard: int = 0
+    """The shard of its source that it was read from, counted from 0."""
 
     def by(self, roles: frozenset[str]) -> list[SpokenTurn]:
         """The turns of some speakers, in order, their texts cleaned."""

@@ -25,7 +25,7 @@ from speechlm2_jax.data.duplex_readers import (
     read_duplex_cuts,
     read_duplex_shar,
 )
-from speechlm2_jax.data.readers import expand_shards
+from speechlm2_jax.data.paths import expand_shards
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.settings import SettingsError, build
 
@@ -106,7 +106,7 @@ class DuplexS2SDataset:
         channel = config.channel_selector if isinstance(config.channel_selector, int) else None
         if entry.shar_path is not None:
             return list(read_duplex_shar(entry.shar_path, channel))
-        paths = expand_shards(entry.cuts_path or ())
+        paths = expand_shards(entry.manifests)
         return [c for path in paths for c in read_duplex_cuts(path, channel)]
 
     def contents(

@@ -4,14 +4,16 @@ A cut is the user's recording; its field `target_audio` is the agent's, alongsid
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.data.config import SharPath
 from speechlm2_jax.data.conversations import AudioClip
+from speechlm2_jax.data.cuts import clip_of_cut, read_cuts
 from speechlm2_jax.data.duplex_conversations import DuplexConversation, SpokenTurn
-from speechlm2_jax.data.readers import clip_of_cut, read_cuts
-from speechlm2_jax.data.shar import RECORDING, shar_cuts
+from speechlm2_jax.data.rows import located, moment, seconds, text
+from speechlm2_jax.data.shar import RECORDING, SharCut, shar_cuts
 from speechlm2_jax.settings import SettingsError
 
 TARGET = "target_audio"
@@ -23,11 +25,10 @@ def read_duplex_cuts(path: str | Path, channel: int | None) -> Iterator[DuplexCo
     Raises SettingsError for a missing file, for lines that are no cuts, and for a cut without
     `target_audio`, naming it.
     """
-    for cut in read_cuts(path, fields=(TARGET,)):
-        try:
-            yield duplex_conversation(cut, channel)
-        except SettingsError as error:
-            raise SettingsError(f"{path}: {error}") from error
+    for where, cut in read_cuts(path, fields=(TARGET,)):
+        with located(where):
+            conversation = replace(duplex_conversation(cut, channel), where=where)
+        yield conversation
 
 
 def read_duplex_shar(shar: SharPath | Path, channel: int | None) -> Iterator[DuplexConversation]:
@@ -36,17 +37,25 @@ def read_duplex_shar(shar: SharPath | Path, channel: int | None) -> Iterator[Dup
     The fields are `cuts`, `recording` and `target_audio`; a recording that is not packed is read
     where its manifest says. Raises SettingsError, as `read_duplex_cuts` does.
     """
-    for cut, (users, agents) in shar_cuts(shar, (RECORDING, TARGET)):
-        target = _recording_of_agent(cut)
-        users_channel = _one_of(cut.recording, cut.channel, channel)
-        agents_channel = _one_of(target, _chosen(cut, target), None)
-        user = users.clip(cut, cut.recording, channel=users_channel)
-        agent = agents.clip(cut, target, channel=agents_channel)
-        yield _conversation(
-            cut,
-            source=user or clip_of_cut(cut, channel),
-            target=agent or _clip_of_agent(cut, target),
-        )
+    for one in shar_cuts(shar, (RECORDING, TARGET)):
+        with located(one.where):
+            conversation = _packed_conversation(one, channel)
+        yield conversation
+
+
+def _packed_conversation(one: SharCut, channel: int | None) -> DuplexConversation:
+    cut, (users, agents) = one.cut, one.packed
+    target = _recording_of_agent(cut)
+    users_channel = _one_of(cut.recording, cut.channel, channel)
+    agents_channel = _one_of(target, _chosen(cut, target), None)
+    user = users.clip(cut, cut.recording, channel=users_channel, number=one.number)
+    agent = agents.clip(cut, target, channel=agents_channel, number=one.number)
+    conversation = _conversation(
+        cut,
+        source=user or clip_of_cut(cut, channel),
+        target=agent or _clip_of_agent(cut, target),
+    )
+    return replace(conversation, where=one.where, shard=one.shard)
 
 
 def duplex_conversation(cut: Any, channel: int | None = None) -> DuplexConversation:
@@ -84,16 +93,16 @@ def _clip_of_agent(cut: Any, target: Any) -> AudioClip:
 def _conversation(cut: Any, *, source: AudioClip, target: AudioClip) -> DuplexConversation:
     return DuplexConversation(
         id=cut.id,
-        duration_s=float(cut.duration),
+        duration_s=seconds(cut.duration, "duration"),
         sample_rate_hz=int(cut.sampling_rate),
         source=source,
         target=target,
         turns=tuple(
             SpokenTurn(
-                speaker=supervision.speaker,
-                start_s=float(supervision.start),
-                end_s=float(supervision.end),
-                text=supervision.text or "",
+                speaker=None if supervision.speaker is None else str(supervision.speaker),
+                start_s=moment(supervision.start, "start"),
+                end_s=moment(supervision.end, "end"),
+                text=text(supervision.text or "", "text"),
             )
             for supervision in cut.supervisions
         ),

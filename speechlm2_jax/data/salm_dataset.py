@@ -10,8 +10,10 @@ from speechlm2_jax.batches import FrameCount, SalmExample
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.config import DataConfig, DataLoaderConfig, InputConfig
 from speechlm2_jax.data.conversations import DEFAULT_LOCATOR_TAG, Conversation
+from speechlm2_jax.data.paths import expand_shards
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
-from speechlm2_jax.data.readers import Reading, expand_shards, read_manifest
+from speechlm2_jax.data.readers import read_manifest
+from speechlm2_jax.data.reading import Reading
 from speechlm2_jax.data.salm_contents import SalmContents, measure, placeholder_id
 from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.data.tokenizer import Tokenizer
@@ -64,7 +66,7 @@ class SALMDataset:
         )
         if entry.shar_path is not None:
             return list(read_shar(entry.shar_path, reading))
-        paths = expand_shards(entry.cuts_path or entry.manifest_filepath or ())
+        paths = expand_shards(entry.manifests)
         return [c for path in paths for c in read_manifest(path, reading)]
 
     def contents(

@@ -1,27 +1,31 @@
-"""Lhotse SHAR: manifests of cuts, and their recordings packed into tars beside them or elsewhere.
+"""Lhotse SHAR: manifests of cuts, and their fields beside them or elsewhere.
 
-Only the headers of the tars are read; each clip remembers where its bytes are. A recording that is
-not packed is read where its manifest says.
+Recordings are packed into tars, of which only the headers are read: each clip remembers where its
+bytes are. A recording that is not packed is read where its manifest says. Any other field is a
+file of JSON lines, one for each cut, whose values belong to the cuts.
 """
 
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.data.config import SharPath
 from speechlm2_jax.data.conversations import AudioClip, Conversation
-from speechlm2_jax.data.readers import (
-    Reading,
+from speechlm2_jax.data.cuts import (
     channel_of_cut,
     clip_of_cut,
     conversation_of_cut,
-    expand_shards,
-    local_file,
     read_cuts,
-    refuse_url,
+    stretch_of_cut,
 )
+from speechlm2_jax.data.json_lines import json_lines
+from speechlm2_jax.data.paths import expand_shards, local_file, local_folder
+from speechlm2_jax.data.reading import Reading
+from speechlm2_jax.data.rows import located
 from speechlm2_jax.settings import SettingsError
 
 CUTS, RECORDING = "cuts", "recording"
@@ -37,54 +41,114 @@ class PackedRecordings:
     absence: str
     """What to say of a recording that should be packed, and is not."""
     tar: str = ""
-    members: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """By the id of the cut: first byte and size."""
+    members: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    """By the id of the cut, in order where several share it: first byte and size."""
 
-    def clip(self, cut: Any, recording: Any, *, channel: int | None) -> AudioClip | None:
+    def clip(
+        self, cut: Any, recording: Any, *, channel: int | None, number: int = 0
+    ) -> AudioClip | None:
         """The stretch of a cut; None if its recording is not packed, but a file of its own.
 
-        Raises SettingsError if the recording is a mere placeholder, and nothing takes its place.
+        `number` counts the cuts of the shard that have the same id, from 0. Raises SettingsError if
+        the recording is a mere placeholder, and nothing takes its place.
         """
-        if cut.id in self.members:
+        packed = self.members.get(cut.id, ())
+        if number < len(packed):
+            start_s, duration_s = stretch_of_cut(cut)
             return AudioClip(
                 id=cut.id,
                 path=self.tar,
-                offset_s=float(cut.start),
-                duration_s=float(cut.duration),
+                offset_s=start_s,
+                duration_s=duration_s,
                 channel=channel,
-                byte_range=self.members[cut.id],
+                byte_range=packed[number],
             )
         if recording is None or any(s.type == _PLACEHOLDER for s in recording.sources):
             raise SettingsError(f"{self.absence}; the recording of cut {cut.id!r} is to be in it")
         return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharCut:
+    """A cut, and what is packed for it."""
+
+    cut: Any
+    where: str
+    """The words that name its line."""
+    shard: int
+    """Number of its shard, from 0."""
+    packed: tuple[PackedRecordings, ...]
+    """Of its shard, one for each field that was asked for."""
+    number: int
+    """How many cuts of the shard before it have the same id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    """A manifest of cuts, what is packed for each field, and the files of the other fields."""
+
+    cuts: Path
+    packed: tuple[PackedRecordings, ...]
+    values: Mapping[str, Path]
+
+
 def read_shar(shar: SharPath | Path, reading: Reading) -> Iterator[Conversation]:
     """Reads SHAR: one folder or several, or the files of each field (`cuts`, `recording`)."""
-    for cut, (recordings,) in shar_cuts(shar, (RECORDING,)):
-        has_own = getattr(cut, "recording", None) is not None
-        channel = channel_of_cut(cut, reading.channel) if has_own else reading.channel
-        clip = recordings.clip(cut, getattr(cut, "recording", None), channel=channel)
-        yield conversation_of_cut(cut, clip or clip_of_cut(cut, reading.channel), reading)
+    for one in shar_cuts(shar, (RECORDING,)):
+        with located(one.where):
+            cut, recording = one.cut, getattr(one.cut, "recording", None)
+            channel = reading.channel if recording is None else channel_of_cut(cut, reading.channel)
+            clip = one.packed[0].clip(cut, recording, channel=channel, number=one.number)
+            clip = clip or clip_of_cut(cut, reading.channel)
+            conversation = conversation_of_cut(cut, clip, reading, where=one.where, shard=one.shard)
+        yield conversation
 
 
-def shar_cuts(
-    shar: SharPath | Path, fields: tuple[str, ...]
-) -> Iterator[tuple[Any, tuple[PackedRecordings, ...]]]:
-    """Each cut of SHAR, and per field the recordings that are packed for its shard.
+def shar_cuts(shar: SharPath | Path, fields: tuple[str, ...]) -> Iterator[SharCut]:
+    """Each cut of SHAR with its values, and per field the recordings that are packed for it.
 
-    Raises SettingsError for a folder that is no SHAR, and for a listed file that is missing.
+    Raises SettingsError for a folder that is no SHAR, for a listed file that is missing, and for a
+    file of a field that does not go with its cuts.
     """
-    for manifest, packed in _shards(shar, fields):
-        for cut in read_cuts(manifest, fields=fields):
-            yield cut, packed
+    for number, shard in enumerate(_shards(shar, fields)):
+        seen: Counter[str] = Counter()
+        for where, cut in _with_values(shard, fields):
+            yield SharCut(
+                cut=cut, where=where, shard=number, packed=shard.packed, number=seen[cut.id]
+            )
+            seen[cut.id] += 1
 
 
-Shard = tuple[Path, tuple[PackedRecordings, ...]]
-"""A manifest of cuts, and what is packed for each field."""
+def _with_values(shard: _Shard, fields: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """The cuts of a shard, each with the values of its fields, line by line."""
+    cuts = read_cuts(shard.cuts, fields=fields)
+    columns = {name: json_lines(path) for name, path in shard.values.items()}
+    for both in zip_longest(cuts, *columns.values()):
+        located_cut: Any = both[0]
+        for name, line in zip(columns, both[1:], strict=True):
+            if located_cut is None or line is None:
+                raise SettingsError(
+                    f"{shard.values[name]}: has {'fewer' if line is None else 'more'} lines than "
+                    f"{shard.cuts} has cuts; each line is the {name} of one cut, in the same order"
+                )
+            _set_value(located_cut[1], name, line)
+        yield located_cut
 
 
-def _shards(shar: SharPath | Path, fields: tuple[str, ...]) -> Iterator[Shard]:
+def _set_value(cut: Any, name: str, line: tuple[str, Mapping[str, Any]]) -> None:
+    """Gives a cut the value of a line, as Lhotse does; a line with no more than an id has none."""
+    where, row = line
+    if row.get("cut_id") != cut.id:
+        raise SettingsError(
+            f"{where}: cut_id is {row.get('cut_id')!r}, but the cut of this line is {cut.id!r}; "
+            "each line is of one cut, in the same order"
+        )
+    if name in row:
+        with located(where):
+            setattr(cut, name, row[name])
+
+
+def _shards(shar: SharPath | Path, fields: tuple[str, ...]) -> Iterator[_Shard]:
     if isinstance(shar, Mapping):
         yield from _listed(shar, fields)
     elif isinstance(shar, tuple):
@@ -94,27 +158,50 @@ def _shards(shar: SharPath | Path, fields: tuple[str, ...]) -> Iterator[Shard]:
         yield from _folder(shar, fields)
 
 
-def _folder(path: str | Path, fields: tuple[str, ...]) -> Iterator[Shard]:
+def _folder(path: str | Path, fields: tuple[str, ...]) -> Iterator[_Shard]:
     """The shards of a folder: `cuts.000000.jsonl.gz` beside `recording.000000.tar`."""
-    refuse_url(str(path), str(path))
-    folder = Path(path).expanduser()
+    folder = local_folder(path)
     manifests = sorted(folder.glob("cuts.*jsonl.gz")) + sorted(folder.glob("cuts.*jsonl"))
     if not manifests:
         raise SettingsError(f"{folder}: not a SHAR folder (no cuts.*.jsonl.gz in it)")
+    columns = {p.name.partition(".")[0] for p in folder.iterdir() if _is_lines(p.name)}
+    columns -= {CUTS, *fields}
     for manifest in manifests:
         shard = manifest.name.removeprefix(CUTS).partition(".jsonl")[0]
         tars = [folder / f"{name}{shard}.tar" for name in fields]
-        yield manifest, tuple(_packed(tar) if tar.is_file() else _missing(tar) for tar in tars)
+        yield _Shard(
+            cuts=manifest,
+            packed=tuple(_packed(tar) if tar.is_file() else _missing(tar) for tar in tars),
+            values={name: _column(folder, name, shard) for name in sorted(columns)},
+        )
 
 
-def _listed(shar: Mapping[str, Any], fields: tuple[str, ...]) -> Iterator[Shard]:
+def _is_lines(name: str) -> bool:
+    return name.removesuffix(".gz").endswith(".jsonl") and not name.startswith(".")
+
+
+def _column(folder: Path, name: str, shard: str) -> Path:
+    """The file of a field in a shard, which must be there if other shards have it."""
+    paths = [folder / f"{name}{shard}.jsonl{end}" for end in (".gz", "")]
+    found = next((path for path in paths if path.is_file()), None)
+    if found is None:
+        raise SettingsError(f"{paths[0]}: no such file, and other shards have the field {name}")
+    return found
+
+
+def _listed(shar: Mapping[str, Any], fields: tuple[str, ...]) -> Iterator[_Shard]:
     """The shards of fields that are listed file by file."""
-    files = {name: expand_shards(shar[name]) for name in (CUTS, *fields) if name in shar}
-    for name, paths in files.items():
-        if len(paths) != len(files[CUTS]):
+    files = {name: expand_shards(paths) for name, paths in shar.items()}
+    columns = [
+        name
+        for name in files
+        if name not in (CUTS, *fields) and all(_is_lines(Path(p).name) for p in files[name])
+    ]
+    for name in (CUTS, *(f for f in fields if f in files), *columns):
+        if len(files[name]) != len(files[CUTS]):
             raise SettingsError(
-                f"shar_path: {len(files[CUTS])} files of {CUTS} and {len(paths)} of {name}; list "
-                "one of each per shard"
+                f"shar_path: {len(files[CUTS])} files of {CUTS} and {len(files[name])} of {name}; "
+                "list one of each per shard"
             )
     for number, manifest in enumerate(files[CUTS]):
         packed = (
@@ -123,7 +210,11 @@ def _listed(shar: Mapping[str, Any], fields: tuple[str, ...]) -> Iterator[Shard]
             else PackedRecordings(absence=f"shar_path: lists no {name}")
             for name in fields
         )
-        yield local_file(manifest), tuple(packed)
+        yield _Shard(
+            cuts=local_file(manifest),
+            packed=tuple(packed),
+            values={name: local_file(files[name][number]) for name in columns},
+        )
 
 
 def _missing(tar: Path) -> PackedRecordings:
@@ -132,14 +223,13 @@ def _missing(tar: Path) -> PackedRecordings:
 
 def _packed(tar: Path) -> PackedRecordings:
     """Where each recording of a tar is, by its name without suffix."""
+    members: dict[str, list[tuple[int, int]]] = {}
     try:
         with tarfile.open(tar, "r:") as archive:
-            members = {
-                name: (member.offset_data, member.size)
-                for member in archive
-                for name, _, suffix in [member.name.rpartition(".")]
-                if member.isfile() and suffix not in _NO_AUDIO
-            }
-    except (tarfile.TarError, OSError) as error:
+            for member in archive:
+                name, _, suffix = member.name.rpartition(".")
+                if member.isfile() and suffix not in _NO_AUDIO:
+                    members.setdefault(name, []).append((member.offset_data, member.size))
+    except (tarfile.TarError, OSError, ValueError) as error:
         raise SettingsError(f"{tar}: not a tar archive ({error})") from error
     return PackedRecordings(absence=f"{tar}: not in this tar", tar=str(tar), members=members)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.data.config import InputConfig, LoaderConfig
-from speechlm2_jax.data.readers import local_file
-from speechlm2_jax.settings import SettingsError, build, parse_yaml
+from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.paths import is_file, local_file
+from speechlm2_jax.settings import SettingsError, build, parse_yaml, read_text, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class _Entry:
     config: InputConfig
     where: str
     share: float
+    group_tags: Mapping[str, Any]
+    """Of the groups around it: fields of its conversations that, as in NeMo, are never turns."""
 
 
 def read_sources(
@@ -39,7 +42,7 @@ def read_sources(
     Raises SettingsError, naming the key, for a bad one.
     """
     configs = _entries_of(config, where)
-    entries = list(_flatten(configs, f"{where}.input_cfg", 1.0, _temperatures(config, configs)))
+    entries = list(_flatten(configs, f"{where}.input_cfg", 1.0, _temperatures(config, configs), {}))
     is_weighted = any(_has_weight(c) for c in configs)
     return [
         Source(
@@ -61,19 +64,54 @@ def _entries_of(config: LoaderConfig, where: str) -> tuple[InputConfig, ...]:
         )
     if given:
         return (build(InputConfig, given, where),)
-    entries = config.input_cfg
-    if isinstance(entries, str):
-        listed = parse_yaml(local_file(entries).read_text(encoding="utf-8"))
-        if not isinstance(listed, list):
-            raise SettingsError(f"{entries}: expected a list of entries")
-        entries = tuple(build(InputConfig, e, f"{entries}.{i}") for i, e in enumerate(listed))
+    entries = _listed(config.input_cfg or (), Path.cwd(), ())
     if not entries:
         raise SettingsError(f"{where}.input_cfg: the list is empty")
     return entries
 
 
+def _listed(
+    entries: str | tuple[InputConfig, ...], folder: Path, around: tuple[Path, ...]
+) -> tuple[InputConfig, ...]:
+    """The entries of a list, those of a group's file too.
+
+    A relative path is looked up here, as in NeMo, then in the folder of the file that names it.
+    """
+    if isinstance(entries, str):
+        beside = folder / entries
+        path = beside if not is_file(entries) and is_file(beside) else local_file(entries)
+        if path.resolve() in around:
+            raise SettingsError(f"{path}: input_cfg names itself; remove the entry")
+        listed = _entries_of_file(path)
+        return _listed(listed, path.parent, (*around, path.resolve()))
+    return tuple(
+        entry
+        if entry.input_cfg is None
+        else replace(entry, input_cfg=_listed(entry.input_cfg, folder, around))
+        for entry in entries
+    )
+
+
+def _entries_of_file(path: Path) -> tuple[InputConfig, ...]:
+    """The entries that a YAML file lists, its `${...}` resolved. Raises SettingsError."""
+    text = read_text(path)
+    try:
+        listed = resolve(parse_yaml(text))
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from error
+    if isinstance(listed, dict) and list(listed) == ["input_cfg"]:
+        listed = listed["input_cfg"]
+    if not isinstance(listed, list) or not listed:
+        raise SettingsError(f"{path}: expected a list of entries, as input_cfg is")
+    return tuple(build(InputConfig, e, f"{path}.{i}") for i, e in enumerate(listed))
+
+
 def _flatten(
-    configs: Sequence[InputConfig], where: str, share: float, temperatures: Sequence[float]
+    configs: Sequence[InputConfig],
+    where: str,
+    share: float,
+    temperatures: Sequence[float],
+    tags: Mapping[str, Any],
 ) -> list[_Entry]:
     """The entries below a level; its weights, raised to a temperature, share what it got."""
     given = [c.weight for c in configs if c.weight is not None]
@@ -84,41 +122,51 @@ def _flatten(
     for i, (config, weight) in enumerate(zip(configs, weights, strict=True)):
         part = share * weight / sum(weights)
         if config.input_cfg is None:
-            entries += _parts(_Entry(config=config, where=f"{where}.{i}", share=part))
+            place = f"{where}.{i}"
+            entries += _parts(_Entry(config=config, where=place, share=part, group_tags=tags))
         else:
+            assert not isinstance(config.input_cfg, str), "files were read before"
             inside = [_inherit(child, config) for child in config.input_cfg]
-            entries += _flatten(inside, f"{where}.{i}.input_cfg", part, temperatures[1:])
+            outer_first = {**config.tags, **tags}
+            entries += _flatten(
+                inside, f"{where}.{i}.input_cfg", part, temperatures[1:], outer_first
+            )
     return entries
 
 
 def _parts(entry: _Entry) -> list[_Entry]:
-    """An entry, or one for each SHAR folder with a weight; temperatures do not touch these."""
-    folders = entry.config.weighted_shar
-    total = sum(weight for _, weight in folders)
+    """An entry, or one for each path with a weight of its own, which temperatures do not touch."""
+    config = entry.config
+    key = "shar_path" if config.shar_path is not None else "manifest_filepath"
+    total = sum(weight for _, weight in config.weighted)
     return [
         replace(
             entry,
-            config=replace(entry.config, shar_path=folder),
+            config=replace(config, **{key: path}),
             share=entry.share * weight / total,
         )
-        for folder, weight in folders
+        for path, weight in config.weighted
     ] or [entry]
 
 
 def _inherit(child: InputConfig, group: InputConfig) -> InputConfig:
     """A group's settings hold for its entries; the nearer one wins."""
-    names = ("audio_locator_tag", "token_equivalent_duration", "text_field")
+    names = ("audio_locator_tag", "token_equivalent_duration", "text_field", "shard_seed")
     missing = {n: getattr(group, n) for n in names if getattr(child, n) is None}
-    return replace(child, tags={**group.tags, **child.tags}, **missing)
+    return replace(child, **missing)
 
 
 def _has_weight(config: InputConfig) -> bool:
-    given = config.weight is not None or bool(config.weighted_shar)
-    return given or any(_has_weight(c) for c in config.input_cfg or ())
+    given = config.weight is not None or bool(config.weighted)
+    return given or any(_has_weight(c) for c in _inside(config))
 
 
 def _depth(configs: Sequence[InputConfig]) -> int:
-    return 1 + max((_depth(c.input_cfg) for c in configs if c.input_cfg), default=0)
+    return 1 + max((_depth(_inside(c)) for c in configs if c.input_cfg), default=0)
+
+
+def _inside(config: InputConfig) -> tuple[InputConfig, ...]:
+    return config.input_cfg if isinstance(config.input_cfg, tuple) else ()
 
 
 def _temperatures(config: LoaderConfig, configs: Sequence[InputConfig]) -> list[float]:
@@ -135,13 +183,24 @@ def _temperatures(config: LoaderConfig, configs: Sequence[InputConfig]) -> list[
 def _name(config: InputConfig) -> str:
     path = config.cuts_path or config.manifest_filepath or config.shar_path
     path = path["cuts"] if isinstance(path, Mapping) else path
-    return str(path if isinstance(path, str) else Path(str((path or ("",))[0])))
+    return str(path if isinstance(path, str) else (path or ("",))[0])
 
 
 def _read(
     entry: _Entry, config: LoaderConfig, read: Callable[[InputConfig, Any], list[Any]]
 ) -> list[Any]:
     try:
-        return read(entry.config, config)
+        conversations = read(entry.config, config)
     except SettingsError as error:
         raise SettingsError(f"{entry.where}: {error}") from error
+    return (
+        [_tagged(one, entry.group_tags) for one in conversations]
+        if entry.group_tags
+        else conversations
+    )
+
+
+def _tagged(conversation: Any, tags: Mapping[str, Any]) -> Any:
+    if not isinstance(conversation, Conversation):  # two voices have no fields
+        return conversation
+    return replace(conversation, fields={**conversation.fields, **tags})

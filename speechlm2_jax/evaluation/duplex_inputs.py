@@ -15,6 +15,7 @@ from speechlm2_jax.data.duplex_contents import check_roles
 from speechlm2_jax.data.duplex_conversations import DuplexConversation
 from speechlm2_jax.data.duplex_dataset import DuplexS2SDataset
 from speechlm2_jax.data.duplex_readers import read_duplex_cuts, read_duplex_shar
+from speechlm2_jax.data.paths import plain_path
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.evaluation.inputs import AUDIO_HINT, Utterance, left_out, missing, recordings
 from speechlm2_jax.settings import SettingsError, build
@@ -95,7 +96,9 @@ def read_dialogues(inputs: Sequence[str], sample_rate_hz: int | None) -> list[Di
     found: list[Dialogue] = []
     names: set[str] = set()
     for value in inputs:
-        path = Path(value).expanduser()
+        path = Path(plain_path(value))
+        if not os.path.exists(path):
+            raise SettingsError(f"inputs: {missing(value)}")
         name = _unused(_stem(path), names)
         names.add(name)
         heard = _heard(path)
@@ -121,8 +124,6 @@ def _heard(path: Path) -> Sequence[DuplexConversation | Utterance]:
             return list(read_duplex_shar(path, None))
         if (files := recordings(path)) is not None:
             return files
-        if not os.path.isfile(path):
-            raise SettingsError(missing(str(path)))
         if path.suffix not in _MANIFESTS:
             raise SettingsError(f"{path} is neither audio nor Lhotse cuts: {AUDIO_HINT}")
         return list(read_duplex_cuts(path, None))

@@ -1,6 +1,7 @@
 """What to answer: manifests, Lhotse cuts, SHAR, or plain audio files, all as utterances."""
 
 import os
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import numpy as np
 
 from speechlm2_jax.data.audio import AudioError, audio_length, read_audio
 from speechlm2_jax.data.conversations import Conversation
-from speechlm2_jax.data.readers import Reading, read_manifest
+from speechlm2_jax.data.paths import plain_path
+from speechlm2_jax.data.readers import read_manifest
+from speechlm2_jax.data.reading import Reading
 from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.settings import SettingsError
 
@@ -64,13 +67,13 @@ def read_inputs(inputs: str) -> list[Utterance]:
     NeMo manifest or Lhotse cuts, whichever its first line is. Raises SettingsError if there is
     nothing there, the file is of another kind or a line cannot be read.
     """
-    path = Path(inputs).expanduser()
+    path = Path(plain_path(inputs))
+    if not os.path.exists(path):
+        raise SettingsError(f"inputs: {missing(inputs)}")
     if _is_shar(path):
         utterances = _one_turn_each(read_shar(path, Reading()))
     elif (files := recordings(path)) is not None:
         utterances = files
-    elif not os.path.isfile(path):
-        raise SettingsError(f"inputs: {missing(inputs)}")
     else:
         _refuse_other_kinds(path)
         utterances = _one_turn_each(read_manifest(path, Reading()))
@@ -126,10 +129,10 @@ def _refuse_other_kinds(path: Path) -> None:
     if path.suffix == ".gz":
         return
     with path.open("rb") as file:
-        head = file.read(4096).lstrip()
+        head = file.read(4096).removeprefix(BOM_UTF8).lstrip()
     if head.startswith(b"["):
         raise SettingsError(f"inputs: {path} is a JSON list, and not a JSON object: {_MANIFEST}")
-    if not head or head.startswith(b"{"):
+    if not head or head.startswith((b"{", BOM_UTF16_LE, BOM_UTF16_BE)):
         return
     if path.suffix in (".json", ".jsonl"):
         raise SettingsError(f"inputs: {path}: not lines of JSON: {_MANIFEST}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from speechlm2_jax import checkpointing
-from speechlm2_jax.data.readers import expand_shards
+from speechlm2_jax.data.paths import expand_shards
 from speechlm2_jax.evaluation.inputs import voices_of
 from speechlm2_jax.models.parts import Location, config_folders
 from speechlm2_jax.settings import SettingsError, load

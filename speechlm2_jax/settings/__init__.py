@@ -23,6 +23,7 @@ from speechlm2_jax.settings.read import (
     require_complete,
     resolve,
 )
+from speechlm2_jax.settings.text import decode_text, read_text
 
 __all__ = [
     "MISSING",
@@ -30,6 +31,7 @@ __all__ = [
     "SettingsError",
     "TrainCommand",
     "build",
+    "decode_text",
     "defaults",
     "find",
     "ignored_report",
@@ -40,6 +42,7 @@ __all__ = [
     "parse_overrides",
     "parse_train",
     "parse_yaml",
+    "read_text",
     "require_complete",
     "resolve",
     "to_plain",

@@ -17,6 +17,7 @@ from typing import Any, cast
 import yaml
 
 from speechlm2_jax.settings.errors import SettingsError, join, kind, unknown
+from speechlm2_jax.settings.text import read_text
 
 Plain = dict[str, Any]
 """Nested dicts, lists, text, numbers, booleans and None."""
@@ -85,9 +86,10 @@ def load(
     path = find(config, search)
     if path.stat().st_size > MAX_FILE_BYTES:
         raise SettingsError(f"{path}: larger than {MAX_FILE_BYTES} bytes; not a settings file")
+    text = read_text(path)
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except (SettingsError, UnicodeDecodeError) as error:
+        values = parse_yaml(text)
+    except SettingsError as error:
         raise SettingsError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"{path}: must hold a mapping of keys, holds {kind(values)}")
@@ -154,9 +156,12 @@ def require_complete(values: Any) -> None:
         raise SettingsError(f"fill in {', '.join(missing)}; for instance {missing[0]}=VALUE")
 
 
-def resolve(values: Mapping[str, Any]) -> Plain:
-    """Replaces every `${...}`. Raises SettingsError for a loop, or a path that is not there."""
-    return cast(Plain, _Copy(values, references=True).run())
+def resolve(values: Any) -> Any:
+    """Replaces every `${...}` of a mapping or list.
+
+    Raises SettingsError for a loop, or a path that is not there.
+    """
+    return _Copy(values, references=True).run()
 
 
 class _Copy:

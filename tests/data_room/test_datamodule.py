@@ -123,7 +123,8 @@ def damaged(tmp_path):
     rows, wave = [], np.full(8000, 0.1, np.float32)
     for n in range(8):
         soundfile.write(tmp_path / f"c{n}.wav", wave, 16000, subtype="FLOAT")
-        rows.append({"audio_filepath": f"c{n}.wav", "duration": DURATION_S, "text": f"{n}"})
+        row = {"audio_filepath": f"c{n}.wav", "duration": DURATION_S, "text": f"{n}"}
+        rows.append({**row, "sampling_rate": 16000})  # so that no header is asked
     (tmp_path / "c1.wav").unlink()
     (tmp_path / "c2.wav").write_bytes(b"noise" * 99)
     soundfile.write(tmp_path / "c3.wav", wave[:0], 16000)

@@ -11,12 +11,10 @@ import soundfile
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.conversations import AudioTurn, TextTurn
-from speechlm2_jax.data.readers import (
-    Reading,
-    expand_shards,
-    read_cuts,
-    read_manifest,
-)
+from speechlm2_jax.data.cuts import read_cuts
+from speechlm2_jax.data.paths import expand_shards
+from speechlm2_jax.data.readers import read_manifest
+from speechlm2_jax.data.reading import Reading
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.data.sources import read_sources
@@ -56,7 +54,7 @@ def test_shar_tells_the_same_as_the_files_it_was_made_from():
 
 def test_clips_load_as_lhotse_loads_them():
     path = MANIFESTS / "cuts_with_stereo.jsonl.gz"
-    for cut, one in zip(read_cuts(path), read_manifest(path, Reading()), strict=True):
+    for (_, cut), one in zip(read_cuts(path), read_manifest(path, Reading()), strict=True):
         expected = cut.resample(RATE).load_audio().mean(axis=0)
         np.testing.assert_array_equal(one.clips[0].load(RATE), expected)
 
@@ -64,7 +62,7 @@ def test_clips_load_as_lhotse_loads_them():
 def test_cuts_that_only_lhotse_can_load_are_left_to_it(tmp_path):
     from lhotse import CutSet
 
-    first, second = list(read_cuts(MANIFESTS / "cuts.jsonl.gz"))[:2]
+    first, second = [cut for _, cut in read_cuts(MANIFESTS / "cuts.jsonl.gz")][:2]
     broken = first.append(second).with_id("broken")
     broken.tracks[0].cut.recording.sources[0].source = "/nowhere.flac"
     path = tmp_path / "cuts.jsonl.gz"
@@ -123,14 +121,18 @@ GOOD = {"audio_filepath": "a.wav", "duration": 1.0, "text": "x"}
     ("lines", "message"),
     [
         ("", "the manifest is empty"),
-        ("{\n", "not lines of JSON"),
+        ("{\n", "line 1: not JSON"),
         ("[1]\n", "not a JSON object"),
-        (json.dumps(GOOD) + "\n" + json.dumps({"audio_filepath": "b.wav"}), "line 2: audio_f"),
+        (
+            json.dumps(GOOD) + "\n" + json.dumps({"audio_file": "b.wav"}),
+            "line 2: audio_filepath is",
+        ),
+        (json.dumps({"audio_filepath": "b.wav", "sampling_rate": 8000}), "line 1: duration is"),
         (json.dumps({**GOOD, "duration": "1 s"}), "line 1: duration must be seconds"),
         (json.dumps({**GOOD, "offset": -1}), "line 1: offset must be seconds"),
         (json.dumps({**GOOD, "audio_filepath": "https://x/a.wav"}), "not on this machine"),
         (json.dumps({"conversations": [{"from": "User"}]}), "line 1: not a conversation"),
-        (json.dumps({"conversations": []}), "line 1: not a conversation"),
+        (json.dumps({"conversations": []}), "line 1: conversations must be a list"),
         (json.dumps({"id": "x", "type": "MonoCut"}), "not Lhotse cuts"),
     ],
 )
@@ -190,8 +192,9 @@ def test_groups_pass_their_settings_down_and_weights_multiply():
     }
     first, second, third = sources(group, {**NEMO, "weight": 1})
     np.testing.assert_allclose([s.share for s in (first, second, third)], [0.375, 0.375, 0.25])
-    assert first.conversations[1].turns[0] == TextTurn(role="user", text="outer")
+    assert isinstance(first.conversations[1].turns[0], AudioTurn)  # a group's context is no turn
     assert second.conversations[1].turns[0] == TextTurn(role="user", text="inner")
+    assert second.conversations[1].fields["context"] == "outer"
     tags = [t.locator_tag for t in second.conversations[0].turns if isinstance(t, AudioTurn)]
     assert tags == ["<a>"] and second.conversations[0].fields["lang"] == "en"
 

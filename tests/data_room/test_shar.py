@@ -9,7 +9,8 @@ import pytest
 
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.duplex_readers import read_duplex_cuts, read_duplex_shar
-from speechlm2_jax.data.readers import Reading, read_manifest
+from speechlm2_jax.data.readers import read_manifest
+from speechlm2_jax.data.reading import Reading
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.data.sources import read_sources
@@ -80,7 +81,7 @@ def test_weights_of_folders_share_their_entrys_part_whatever_the_temperature(hal
     ("shar_path", "message"),
     [
         ({"recording": "a.tar"}, "`cuts` are missing"),
-        ([["a", 1], "b"], "a weight to every folder or to none"),
+        ([["a", 1], "b"], "a weight to every path or to none"),
         ([["a", 0]], "weights must be positive"),
         ([["a", 1, 2]], "shar_path"),
         (3, "shar_path"),

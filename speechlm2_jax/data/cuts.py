@@ -1,0 +1,132 @@
+"""Lhotse cuts as conversations. Lhotse is imported only where it reads."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from speechlm2_jax.data.conversations import AudioClip, Conversation
+from speechlm2_jax.data.json_lines import json_lines
+from speechlm2_jax.data.paths import Finder, local_file
+from speechlm2_jax.data.reading import Reading, ask_and_answer
+from speechlm2_jax.data.rows import located, mapping, seconds
+from speechlm2_jax.settings import SettingsError
+
+_YAML = (".yaml", ".yml")
+
+
+def read_cuts(path: str | Path, fields: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """The Lhotse cuts of a manifest, each with the words that name its place.
+
+    Paths of their audio, and of some fields' audio, are absolute. Raises SettingsError for a
+    missing or damaged file, and for lines that are no cuts.
+    """
+    path = local_file(path)
+    finder = Finder(path)
+    for where, cut in _whole(path) if _is_whole(path) else _lines(path):
+        with located(where):
+            _resolve_sources(cut, fields, finder)
+        yield where, cut
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a manifest is one list, which Lhotse reads, and not an object per line."""
+    if path.suffix in _YAML:
+        return True
+    with open(path, "rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def _whole(path: Path) -> Iterator[tuple[str, Any]]:
+    from lhotse import CutSet
+
+    with located(f"{path}: not Lhotse cuts"):
+        try:
+            cuts = list(CutSet.from_file(path))
+        except Exception as error:  # Lhotse raises whatever a wrong file makes it raise
+            raise SettingsError(" ".join(str(error).split())[:200]) from error
+    for number, cut in enumerate(cuts, start=1):
+        yield f"{path} cut {number}", cut
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    from lhotse.cut import Cut
+    from lhotse.serialization import deserialize_item
+
+    for where, row in json_lines(path):
+        with located(f"{where}: not Lhotse cuts"):
+            mapping(row.get("custom"), "custom")
+            cut = deserialize_item(row)
+            if not isinstance(cut, Cut):
+                raise SettingsError(f"a {type(cut).__name__}")
+        yield where, cut
+
+
+def conversation_of_cut(
+    cut: Any, clip: AudioClip, reading: Reading, *, where: str, shard: int = 0
+) -> Conversation:
+    """A cut as a conversation: its recording, and the text of its first supervision as answer."""
+    answer = cut.supervisions[0].text if cut.supervisions else None
+    custom = getattr(cut, "custom", None) or {}
+    made = ask_and_answer(str(cut.id), clip, answer, custom, reading, where=where)
+    return replace(made, shard=shard)
+
+
+def clip_of_cut(cut: Any, channel: int | None) -> AudioClip:
+    """A cut as a stretch of a file where it is one, else as something for Lhotse to load."""
+    source = _only_file(cut)
+    start_s, duration_s = stretch_of_cut(cut)
+    if source is None:
+        return AudioClip(id=cut.id, path="", duration_s=duration_s, cut=cut)
+    return AudioClip(
+        id=cut.id,
+        path=source,
+        offset_s=start_s,
+        duration_s=duration_s,
+        channel=channel_of_cut(cut, channel),
+        is_segment=start_s > 0 or duration_s < cut.recording.duration,
+    )
+
+
+def stretch_of_cut(cut: Any) -> tuple[float, float]:
+    """Start and duration of a cut. Raises SettingsError for what cannot be seconds."""
+    return seconds(getattr(cut, "start", 0.0), "start"), seconds(cut.duration, "duration")
+
+
+def channel_of_cut(cut: Any, setting: int | None) -> int | None:
+    """Where the channel of a cut is in its file; a cut of many channels takes the setting's."""
+    channels = cut.recording.sources[0].channels
+    if isinstance(cut.channel, int):
+        return channels.index(cut.channel) if len(channels) > 1 else None
+    return setting
+
+
+def _only_file(cut: Any) -> str | None:
+    """The file of a cut whose recording is one plain file, untransformed; else None."""
+    recording = getattr(cut, "recording", None)
+    if recording is None or recording.transforms or len(recording.sources) != 1:
+        return None
+    source = recording.sources[0]
+    is_all = cut.channel == source.channels or isinstance(cut.channel, int)
+    return str(source.source) if source.type == "file" and is_all else None
+
+
+def _sources(cut: Any, fields: tuple[str, ...]) -> Iterator[Any]:
+    """Where Lhotse would read the recording of a cut from, and those in some fields."""
+    custom = getattr(cut, "custom", None) or {}
+    for recording in (getattr(cut, "recording", None), *map(custom.get, fields)):
+        yield from getattr(recording, "sources", ())
+
+
+def _resolve_sources(cut: Any, fields: tuple[str, ...], finder: Finder) -> None:
+    """Makes the paths of a cut absolute. Raises SettingsError for what is not a local file."""
+    for track in getattr(cut, "tracks", None) or [None]:
+        for source in _sources(cut if track is None else track.cut, fields):
+            if source.type == "url" and str(source.source).lower().startswith("file:"):
+                source.type = "file"
+            if source.type == "file":
+                source.source = finder(str(source.source))
+            elif source.type in ("url", "command"):
+                raise SettingsError(
+                    f"cut {cut.id} reads audio from a {source.type}; copy it to a local disk"
+                )

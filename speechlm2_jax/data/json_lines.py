@@ -1,0 +1,84 @@
+"""Files of one JSON object per line, plain or compressed, read so that each fault has its line."""
+
+import gzip
+import re
+import zlib
+from collections.abc import Iterator
+from io import IOBase
+from pathlib import Path
+from typing import Any
+
+from speechlm2_jax.settings import SettingsError, decode_text, parse_json
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_NAMED = 40
+"""Letters of a faulty text that an error shows."""
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object of a file, with the words that name its line (counted from 1, blank ones too).
+
+    A byte order mark is taken for one; a file is decompressed if its content is gzip's, whatever
+    its name. Raises SettingsError, naming the line, for one that is no object in JSON or whose
+    text holds half of a surrogate pair; and naming the file, for one that is damaged.
+    """
+    for number, line in _numbered(path):
+        where = f"{path} line {number}"
+        try:
+            text = decode_text(line) if number == 1 else line.decode("utf-8")
+            row = parse_json(text.strip())
+            if not isinstance(row, dict):
+                raise SettingsError("not a JSON object; each line holds one")
+            _check_surrogates(text, row)
+        except UnicodeDecodeError as error:
+            raise SettingsError(f"{where}: not UTF-8 text ({error.reason})") from None
+        except SettingsError as error:
+            said = str(error).replace(": line 1 column", ": column")  # the file's line is named
+            raise SettingsError(f"{where}: {said}") from None
+        yield where, row
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank. Raises SettingsError for a damaged file."""
+    number = 0
+    try:
+        with _opened(path) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except (OSError, EOFError, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{path}: damaged after line {number} ({reason})") from error
+
+
+def _opened(path: Path) -> IOBase:
+    with open(path, "rb") as file:
+        is_gzip = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+    return gzip.open(path, "rb") if is_gzip else open(path, "rb")
+
+
+def _check_surrogates(text: str, row: Any) -> None:
+    r"""Raises SettingsError for half of a pair, as `"\ud83d"` alone: no tokenizer encodes it."""
+    if not _SURROGATE.search(text):
+        return
+    for value in _texts(row):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            around = ascii(value[max(error.start - _NAMED, 0) : error.end])
+            raise SettingsError(
+                f"{around} ends in half of a surrogate pair, which is no letter; remove it"
+            ) from None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    todo = [value]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict):
+            todo += [*one, *one.values()]
+        elif isinstance(one, list):
+            todo += one

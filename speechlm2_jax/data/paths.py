@@ -1,0 +1,117 @@
+"""Paths of manifests and recordings: files of this machine, however they are spelt."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import unquote
+
+from speechlm2_jax.settings import SettingsError
+
+MAX_SHARDS = 1_000_000
+"""Paths that one pattern of shards may stand for."""
+_FILE_ADDRESS = re.compile(r"file:(?://(?P<host>[^/]*))?(?P<path>/.*)", re.IGNORECASE | re.DOTALL)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
+_SHARDS = re.compile(r"(?:_OP_|[{(\[<])(\d+)\.\.(\d+)(?:_CL_|[})\]>])")
+_LISTED = 3
+
+
+def plain_path(path: str) -> str:
+    """A path of this machine; the address `file:///a%20b` and `~` are spelt out.
+
+    Raises SettingsError for an address of another machine and for a command.
+    """
+    match = _FILE_ADDRESS.fullmatch(path)
+    if match and match["host"] in (None, "", "localhost"):
+        decoded = unquote(match["path"])
+        # written without encoding, as by putting file:// before a path, `%` means itself
+        return match["path"] if is_file(match["path"]) and not is_file(decoded) else decoded
+    if _URL.match(path):
+        raise SettingsError(f"{path} is not on this machine; copy it to a local disk")
+    return os.path.expanduser(path) if path.startswith("~") else path
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there; also asks, with the answer no, for a name that no file can have."""
+    return os.path.isfile(path)
+
+
+def local_file(path: str | Path) -> Path:
+    """The path of a file that exists on this machine. Raises SettingsError if it does not."""
+    found = Path(plain_path(str(path)))
+    if is_file(found):
+        return found
+    if os.path.isdir(found):
+        inside = sorted(p.name for p in found.glob("*.json*"))
+        hint = f"for instance {found / inside[0]}" if inside else "none is in it"
+        shar = any(name.startswith("cuts.") for name in inside)
+        hint = "it is SHAR: set shar_path" if shar else f"name a manifest, {hint}"
+        raise SettingsError(f"{path}: is a folder; {hint}")
+    raise SettingsError(f"{_short(str(path))}: no such file")
+
+
+def local_folder(path: str | Path) -> Path:
+    """The path of a folder that exists on this machine. Raises SettingsError if it does not."""
+    found = Path(plain_path(str(path)))
+    if os.path.isdir(found):
+        return found
+    is_other = is_file(found)
+    raise SettingsError(f"{_short(str(path))}: " + ("is a file" if is_other else "no such folder"))
+
+
+def expand_shards(paths: str | Iterable[str]) -> list[str]:
+    """Expands `{0..3}` and NeMo's `_OP_0..3_CL_` in paths.
+
+    Raises SettingsError for a pattern that counts down or stands for more than MAX_SHARDS paths.
+    """
+    todo, done = [paths] if isinstance(paths, str) else list(paths), []
+    for path in todo:
+        _check_pattern(path)
+    while todo:
+        path = todo.pop()
+        match = _SHARDS.search(path)
+        if match is None:
+            done.append(path)
+            continue
+        low, high = int(match[1]), int(match[2])
+        numbers = [str(n).zfill(len(match[1])) for n in range(low, high + 1)]
+        todo += [path[: match.start()] + n + path[match.end() :] for n in numbers]
+    return done[::-1]
+
+
+def _check_pattern(path: str) -> None:
+    count = 1
+    for low, high in _SHARDS.findall(path):
+        if len(low + high) > 2 * len(str(MAX_SHARDS)) or int(high) - int(low) >= MAX_SHARDS:
+            raise SettingsError(f"{_short(path)}: {low}..{high} are too many shards")
+        if int(high) < int(low):
+            raise SettingsError(f"{path}: {low}..{high} counts down; write {high}..{low}")
+        count *= int(high) - int(low) + 1
+    if count > MAX_SHARDS:
+        raise SettingsError(f"{_short(path)}: stands for {count} files, at most {MAX_SHARDS}")
+
+
+class Finder:
+    """Audio paths of one manifest: relative ones lie beside it or, failing that, here.
+
+    The first relative path decides for the whole manifest, so a disk is asked once.
+    """
+
+    def __init__(self, manifest: Path) -> None:
+        self._manifest = manifest
+        self._folder: Path | None = None
+
+    def __call__(self, path: str) -> str:
+        """The absolute path. Raises SettingsError for what is not on this machine."""
+        path = plain_path(path)
+        if Path(path).is_absolute():
+            return path
+        if self._folder is None:
+            beside = self._manifest.parent
+            here = not os.path.exists(beside / path) and os.path.exists(path)
+            self._folder = Path.cwd() if here else beside.absolute()
+        return str(self._folder / path)
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= 255 else f"{path[:60]}... ({len(path)} letters)"

@@ -1,0 +1,61 @@
+"""How the rows of one manifest become conversations, whatever its format."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from speechlm2_jax.data.conversations import (
+    DEFAULT_LOCATOR_TAG,
+    AudioClip,
+    AudioTurn,
+    Conversation,
+    TextTurn,
+)
+from speechlm2_jax.data.rows import text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How the lines of one manifest become conversations."""
+
+    locator_tag: str = DEFAULT_LOCATOR_TAG
+    token_equivalent_duration_s: float | None = None
+    tags: Mapping[str, Any] | None = None
+    """Fields that go before the manifest's own."""
+    text_field: str = "text"
+    channel: int | None = None
+    """Channel of recordings with several, where the manifest does not choose; None: the mean."""
+
+    def all_fields(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a conversation whose row has some of its own."""
+        return {**own, **(self.tags or {})}
+
+
+def ask_and_answer(
+    name: str,
+    clip: AudioClip,
+    answer: Any,
+    own: Mapping[str, Any],
+    reading: Reading,
+    *,
+    where: str,
+) -> Conversation:
+    """A recording as a conversation: context if any, the audio, and its text as the answer.
+
+    Raises SettingsError if context, system prompt or answer are no text.
+    """
+    said = reading.all_fields(own)
+    turns: list[TextTurn | AudioTurn] = []
+    for key, role in (("system_prompt", "system"), ("context", "user")):
+        if said.get(key) is not None:
+            turns.append(TextTurn(role=role, text=text(said[key], key)))
+    turns.append(AudioTurn(role="user", clip=clip, locator_tag=reading.locator_tag))
+    if answer is not None:
+        turns.append(TextTurn(role="assistant", text=text(answer, reading.text_field)))
+    return Conversation(
+        id=name,
+        turns=tuple(turns),
+        token_equivalent_duration_s=reading.token_equivalent_duration_s,
+        fields=said,
+        where=where,
+    )

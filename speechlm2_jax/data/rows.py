@@ -1,0 +1,115 @@
+"""Values of a manifest's rows: what each may be, and what to say of one that it may not be."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from speechlm2_jax.settings import SettingsError
+
+MAX_SECONDS = 1e7
+"""115 days: what claims to be longer is not a recording."""
+_SHOWN = 60
+"""Letters of a wrong value that an error shows."""
+_WRONG = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+_NEAR_MISSES = {
+    "audio_filepath": (
+        *("audio_filename", "audio_file", "audio_path", "audio", "audiofile", "audio_file_path"),
+        *("wav_filepath", "wav_filename", "wav_path", "wav_file", "wav", "sound", "recording_path"),
+        *("file_path", "filepath", "file_name", "filename", "file", "path", "source"),
+    ),
+    "duration": ("dur", "length", "seconds", "duration_s", "duration_sec", "duration_seconds"),
+    "text": (
+        *("transcript", "transcription", "transcripts", "sentence", "normalized_text"),
+        *("text_normalized", "raw_text", "label", "target", "answer", "output"),
+    ),
+    "conversations": ("conversation", "messages", "dialog", "dialogue", "turns"),
+}
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Raises SettingsError, naming `where`, for whatever a wrong value makes the block raise."""
+    try:
+        yield
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error}") from error
+    except _WRONG as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise SettingsError(f"{where}: cannot be read ({said[:200]})") from error
+
+
+def seconds(value: Any, key: str) -> float:
+    """A time or duration. Raises SettingsError for anything else, infinite and absurd ones too."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SettingsError(f"{key} must be seconds, got {shown(value)}")
+    if not 0 <= value < MAX_SECONDS:  # NaN is not either
+        raise SettingsError(
+            f"{key} must be seconds, from 0 to less than {MAX_SECONDS:.0e}, got {shown(value)}"
+        )
+    return float(value)
+
+
+def moment(value: Any, key: str) -> float:
+    """A time that may lie before the start. Raises SettingsError for what is none."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not abs(value) < MAX_SECONDS
+    ):
+        raise SettingsError(f"{key} must be seconds, got {shown(value)}")
+    return float(value)
+
+
+def text(value: Any, key: str) -> str:
+    """Text; a number is taken as it is written. Raises SettingsError for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SettingsError(f"{key} must be text, got {shown(value)}")
+    return str(value)
+
+
+def mapping(value: Any, key: str) -> Mapping[str, Any]:
+    """A JSON object; null is an empty one. Raises SettingsError for anything else."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise SettingsError(f"{key} must be an object of fields, got {shown(value)}")
+    return value
+
+
+def near_miss(row: Mapping[str, Any], wanted: str) -> str | None:
+    """A key of a row that was probably meant to be `wanted`."""
+    spelt = {key.casefold().replace("-", "_").replace(" ", "_"): key for key in row}
+    for name in (wanted, *_NEAR_MISSES[wanted]):
+        if name in spelt:
+            return spelt[name]
+    close = difflib.get_close_matches(wanted, list(spelt), n=1, cutoff=0.75)
+    return spelt[close[0]] if close else None
+
+
+def missing_key(row: Mapping[str, Any], wanted: str) -> str:
+    """Says that a row lacks a key, and which of its keys was probably meant to be it."""
+    near = near_miss(row, wanted)
+    if near is not None:
+        return f"{wanted} is missing; rename {near!r} to {wanted!r}"
+    return f"{wanted} is missing; the keys are {shown(', '.join(map(str, row)))}"
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: short."""
+    if value is None:
+        return "null"
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_SHOWN:
+        return "an integer of more than 60 digits"
+    said = ascii(value)
+    return said if len(said) <= _SHOWN else f"{said[:_SHOWN]}..."
