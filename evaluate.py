@@ -18,6 +18,7 @@ from speechlm2_jax.evaluation.config import EvalConfig, check_generation
 from speechlm2_jax.evaluation.duplex_config import DuplexEvalConfig
 from speechlm2_jax.evaluation.duplex_plan import DuplexPlan, find_model, make_duplex_plan
 from speechlm2_jax.evaluation.encoder_wer import Recogniser, open_recogniser
+from speechlm2_jax.evaluation.interruption import interruptible, notes, report_interruption
 from speechlm2_jax.evaluation.plan import Plan, make_plan
 from speechlm2_jax.training import terminal
 
@@ -25,17 +26,22 @@ from speechlm2_jax.training import terminal
 def main(argv: Sequence[str], *, compiled: str | None = None) -> int:
     """Runs an evaluation; 2 after one line on what is wrong with the input, if anything is.
 
+    Ctrl-C and SIGTERM end it with one line, too; what is answered by then is kept.
     `compiled` is where compiled programs are kept between runs; auto is the user's cache.
     """
     try:
-        plan = parse(argv)
-        if isinstance(plan, DuplexPlan):
-            run_duplex(plan, compiled)
-        else:
-            run(plan, compiled)
+        with interruptible():
+            plan = parse(argv)
+            if isinstance(plan, DuplexPlan):
+                run_duplex(plan, compiled)
+            else:
+                run(plan, compiled)
     except settings.SettingsError as error:
-        print("evaluate.py:", " ".join(str(error).split()), file=sys.stderr)
+        line = "; ".join(filter(None, [str(error), notes(error)]))
+        print("evaluate.py:", " ".join(line.split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        return report_interruption("evaluate.py", error)
     return 0
 
 
@@ -63,28 +69,33 @@ def run(plan: Plan, compiled: str | None) -> None:
     from speechlm2_jax.evaluation.encoder_wer import encoder_texts
     from speechlm2_jax.evaluation.page import write_page
     from speechlm2_jax.evaluation.provenance import provenance
-    from speechlm2_jax.evaluation.report import table, write_rows
-    from speechlm2_jax.evaluation.runner import evaluate
+    from speechlm2_jax.evaluation.report import table
+    from speechlm2_jax.evaluation.resuming import open_journal, start_fingerprint
+    from speechlm2_jax.evaluation.runner import evaluate, input_keys
     from speechlm2_jax.models import SALM
     from speechlm2_jax.training.programs import keep_compiled_programs
 
     keep_compiled_programs(compiled)
     device = choose_device(config.device)
+    weights = start_fingerprint(config.pretrained_name)
     with _clear("pretrained_name"):
         model = SALM.from_pretrained(config.pretrained_name, dtype=config.dtype).eval()
     if config.generation:  # ids that this vocabulary lacks
         check_generation(config.generation, config.max_new_tokens, model)
     recogniser = _recogniser(plan)
-    result = evaluate(model, utterances, config)
-    if recogniser is not None:
-        texts = encoder_texts(recogniser, utterances, config.batch_size, config.max_audio_s)
-        result = result.with_encoder_texts(texts)
-    totals = result.totals()
-    record = provenance(config, device, totals, plan.step)
-    print(table(totals))
-    if output is not None:
-        write_rows(output, result.rows(), record)
-        print(f"answers: {output}")
+    keys, sha256 = input_keys(utterances), weights.result()
+    with open_journal(output, config, sha256, device, keys) as journal:
+        result = evaluate(model, utterances, config, journal=journal)
+        if recogniser is not None:
+            texts = encoder_texts(recogniser, utterances, config.batch_size, config.max_audio_s)
+            result = result.with_encoder_texts(texts)
+        totals = result.totals()
+        record = provenance(config, device, totals, sha256=sha256, step=plan.step)
+        if journal is not None:
+            journal.finish(result.rows(), record)
+        print(table(totals))
+        if output is not None:
+            print(f"answers: {output}")
     if page is not None:
         rate_hz = model.sampling_rate
         write_page(page, result, utterances, record, media_rows=config.report_rows, rate_hz=rate_hz)
@@ -100,14 +111,15 @@ def run_duplex(plan: DuplexPlan, compiled: str | None) -> None:
     from speechlm2_jax.evaluation.devices import choose_device
     from speechlm2_jax.evaluation.duplex_page import write_duplex_page
     from speechlm2_jax.evaluation.duplex_report import duplex_table
-    from speechlm2_jax.evaluation.duplex_runner import converse, open_scorer
+    from speechlm2_jax.evaluation.duplex_runner import converse, input_keys, open_scorer
     from speechlm2_jax.evaluation.provenance import provenance
-    from speechlm2_jax.evaluation.report import write_rows
+    from speechlm2_jax.evaluation.resuming import open_journal, start_fingerprint
     from speechlm2_jax.experiment import load_duplex
     from speechlm2_jax.training.programs import keep_compiled_programs
 
     keep_compiled_programs(compiled)
     device = choose_device(config.device)
+    weights = start_fingerprint(config.pretrained_name)
     with _clear("pretrained_name"):
         model = load_duplex(config.pretrained_name, dtype=config.dtype)
     dataset = plan.dataset(model)
@@ -117,12 +129,15 @@ def run_duplex(plan: DuplexPlan, compiled: str | None) -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         with _clear("scoring_asr"):
             scorer = open_scorer(model, config, keeps_audio=folder is not None)
-        result = converse(scorer, plan.dialogues, dataset, config, folder)
+        keys, sha256 = input_keys(plan.dialogues), weights.result()
+        journal = stack.enter_context(open_journal(output, config, sha256, device, keys))
+        result = converse(scorer, plan.dialogues, dataset, config, folder, journal=journal)
         totals = result.totals()
-        record = provenance(config, device, totals, plan.step)
+        record = provenance(config, device, totals, sha256=sha256, step=plan.step)
+        if journal is not None:
+            journal.finish(result.rows(config.use_normalizer), record)
         print(duplex_table(totals))
         if output is not None:
-            write_rows(output, result.rows(config.use_normalizer), record)
             print(f"answers: {output}")
         if config.audio_folder is not None:
             print(f"speech:  {config.audio_folder}")

@@ -79,20 +79,25 @@ def _can_stream(config: EvalConfig) -> bool:
 def in_slots(model: StreamingModel, clips: Iterator[Clip], asked: Asked) -> Iterator[Ended]:
     """Answers clips on `batch_size` slots."""
     waiting: dict[int, Clip] = {}
-    reading_s = 0.0
+    reading_s, latest = 0.0, 0
 
     def dialogs() -> Iterator[list[dict[str, Any]]]:
-        nonlocal reading_s
+        nonlocal reading_s, latest
         for number in itertools.count():
             start_s = time.perf_counter()
             clip = next(clips, None)
             reading_s += time.perf_counter() - start_s
             if clip is None:
                 return
-            waiting[number] = clip
+            waiting[number], latest = clip, clip.draw
             *before, request = asked.prompt
             yield [*before, {**request, "audio": [clip.samples]}]
 
+    def draws() -> Iterator[int]:
+        while True:
+            yield latest  # of the dialog that was just taken
+
+    drawn = {"draw_numbers": draws()} if asked.config.generation.get("do_sample") else {}
     compiled, start_s = Compilations.count, time.perf_counter()
     for answered in model.generate_each(
         dialogs(),
@@ -100,6 +105,7 @@ def in_slots(model: StreamingModel, clips: Iterator[Clip], asked: Asked) -> Iter
         generation_config=generation_config(model, asked),
         max_audio_s=False,  # what is too long is in chunks already
         **asked.config.generation,
+        **drawn,
     ):
         seconds = time.perf_counter() - start_s - reading_s
         rows = [(waiting.pop(number), ids) for number, ids in answered]
@@ -116,10 +122,9 @@ def in_batches(model: SpeechModel, clips: Iterator[Clip], asked: Asked) -> Itera
     """Answers `batch_size` clips at a time; a short batch after others repeats its last clip."""
     size, fill = asked.config.batch_size, False
     while batch := list(itertools.islice(clips, size)):
-        rows = [clip.samples for clip in batch]
-        rows += rows[-1:] * (size - len(rows) if fill else 0)
+        filled = batch + batch[-1:] * (size - len(batch) if fill else 0)
         compiled, start_s = Compilations.count, time.perf_counter()
-        ids = _generate(model, rows, asked)
+        ids = _generate(model, filled, asked)
         yield Ended(
             rows=list(zip(batch, ids, strict=False)),  # rows beyond the clips are filling
             audio_s=sum(len(clip.samples) for clip in batch) / model.sampling_rate,
@@ -141,7 +146,10 @@ def generation_config(model: SpeechModel, asked: Asked) -> Any:
     )
 
 
-def _generate(model: SpeechModel, rows: Sequence[np.ndarray], asked: Asked) -> list[np.ndarray]:
+def _generate(model: SpeechModel, clips: Sequence[Clip], asked: Asked) -> list[np.ndarray]:
+    rows = [clip.samples for clip in clips]
+    is_drawn = asked.config.generation.get("do_sample")
+    drawn = {"draw_numbers": [clip.draw for clip in clips]} if is_drawn else {}
     lengths = np.array([len(row) for row in rows], np.int32)
     audios = np.zeros((len(rows), lengths.max()), np.float32)
     for padded, row in zip(audios, rows, strict=True):
@@ -153,5 +161,6 @@ def _generate(model: SpeechModel, rows: Sequence[np.ndarray], asked: Asked) -> l
         generation_config=generation_config(model, asked),
         max_audio_s=False,  # what is too long is in chunks already
         **asked.config.generation,
+        **drawn,
     )
     return [np.asarray(row) for row in answers]

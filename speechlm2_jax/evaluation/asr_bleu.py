@@ -61,9 +61,13 @@ class ASRBLEU:
                 f"lengths of {name!r}; give one of each per utterance"
             )
         heard = self._transcribe(rows, counts, sample_rate_hz)
+        self.update_texts(name, references, heard)
+        return heard
+
+    def update_texts(self, name: str, references: Sequence[str], heard: Sequence[str]) -> None:
+        """Adds what was transcribed before, by an earlier process for instance."""
         for metric in self._metrics:
             metric.update(name, references, heard)
-        return heard
 
     def release(self) -> None:
         """Lets go of the recogniser; nothing can be added any more."""

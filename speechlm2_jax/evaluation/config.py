@@ -1,7 +1,8 @@
 """The words of evaluate.py's command line: those of NeMo's salm_eval."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from speechlm2_jax.models.long_audio import DEFAULT_MAX_AUDIO_S
@@ -117,3 +118,20 @@ def check_common(batch_size: int, report_rows: int, use_normalizer: str | bool |
         raise ValueError(
             f"use_normalizer={use_normalizer!r} is unknown; use english, basic or none"
         )
+
+
+def output_file(key: str, name: str | None, inputs: Sequence[str]) -> Path | None:
+    """The file that a key names, if any.
+
+    Raises SettingsError for a folder, for what is no regular file, and for one of the inputs.
+    """
+    if name is None:
+        return None
+    path = Path(name)
+    if path.is_dir():
+        raise SettingsError(f"{key}: {name} is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise SettingsError(f"{key}: {name} is no regular file; name a file, or null for none")
+    if path.is_file() and any(path.samefile(p) for p in map(Path, inputs) if p.is_file()):
+        raise SettingsError(f"{key}: {name} is an input itself; name another file")
+    return path

@@ -7,6 +7,7 @@ from typing import Any
 
 from speechlm2_jax import settings
 from speechlm2_jax.data.duplex_dataset import DuplexS2SDataset
+from speechlm2_jax.evaluation.config import output_file
 from speechlm2_jax.evaluation.duplex_config import DuplexEvalConfig
 from speechlm2_jax.evaluation.duplex_inputs import (
     Dialogue,
@@ -75,11 +76,8 @@ class DuplexPlan:
         return None if self.run is None else self.run.step[0]
 
     def output(self, key: str) -> Path | None:
-        """The file that a key names, if any. Raises SettingsError if that is a folder."""
-        name = getattr(self.config, key)
-        if name is not None and Path(name).is_dir():
-            raise SettingsError(f"{key}: {name} is a folder; name a file")
-        return None if name is None else Path(name)
+        """The file that a key names, if any. Raises SettingsError if none can be written there."""
+        return output_file(key, getattr(self.config, key), _listed(self.config.inputs))
 
     def dataset(self, model: DuplexS2SModel) -> DuplexS2SDataset:
         """What makes examples of the dialogues."""

@@ -2,10 +2,11 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -18,11 +19,19 @@ from speechlm2_jax.evaluation.compilations import Compilations
 from speechlm2_jax.evaluation.duplex_config import DuplexEvalConfig
 from speechlm2_jax.evaluation.duplex_inputs import Dialogue
 from speechlm2_jax.evaluation.duplex_report import DialogueAnswer, DuplexEvaluation
-from speechlm2_jax.evaluation.duplex_scoring import FIRST_SAID_FRAME, Answer, DuplexScorer
+from speechlm2_jax.evaluation.duplex_scoring import (
+    FIRST_SAID_FRAME,
+    Answer,
+    DuplexScorer,
+    EarlierAnswer,
+)
+from speechlm2_jax.evaluation.journal import Journal, row_keys
+from speechlm2_jax.evaluation.progress import Progress
 from speechlm2_jax.evaluation.report import Speed
 from speechlm2_jax.evaluation.spoken_turns import SaidTurn, said_turns
-from speechlm2_jax.evaluation.turn_taking import turn_marks
+from speechlm2_jax.evaluation.turn_taking import Turns, turn_marks
 from speechlm2_jax.models.duplex import DuplexS2SModel
+from speechlm2_jax.settings import build, to_plain
 
 READERS = 4
 Log = Callable[[str], None]
@@ -59,39 +68,103 @@ def converse(
     config: DuplexEvalConfig,
     audio_folder: Path | None,
     log: Log = tqdm.write,
+    journal: Journal | None = None,
 ) -> DuplexEvaluation:
     """Answers the conversations, set by set, longest first; the answers come in input order.
 
     The agent's speech is written to files below `audio_folder`, if that is given. A conversation
-    whose audio cannot be read becomes an answer with its error. The scorer's ASR is let go of.
+    whose audio cannot be read becomes an answer with its error. With a `journal` each answer is
+    written as it ends, and what that has already is not answered again. The scorer's ASR is let go
+    of.
     """
     Compilations.listen()
     files = _files(dialogues, audio_folder)
-    answers: dict[int, DialogueAnswer] = {}
-    speed = Speed()
+    answers, speed = _resumed(journal, scorer, files)
     with (
         contextlib.closing(scorer),
-        tqdm(total=len(dialogues), unit="conv", disable=None) as progress,
+        Progress(len(dialogues), len(answers)) as progress,
     ):
-        for batch in _batches(dialogues, dataset, config.batch_size):
+        for batch in _batches(dialogues, dataset, config.batch_size, frozenset(answers)):
+            rows: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
             for index, error in batch.failures.items():
                 answers[index] = _failure(dialogues[index], error)
+                rows[index] = (answers[index].row(config.use_normalizer), {})
                 log(f"skipped {dialogues[index].id}: {error}")
             if batch.examples:
-                rows = config.batch_size if speed.generate_s else 0  # no new shape is compiled
-                said, speed = _said(scorer, dialogues, batch.examples, rows, speed)
+                filled = config.batch_size if speed.generate_s else 0  # no new shape is compiled
+                said, speed = _said(scorer, dialogues, batch.examples, filled, speed)
                 for index, (answer, rtf) in said.items():
                     _write(files.get(index), answer.audio, scorer.model.target_sampling_rate)
                     answers[index] = _answer(
                         scorer, dialogues[index], answer, files.get(index), rtf
                     )
+                    rows[index] = (
+                        answers[index].row(config.use_normalizer),
+                        _progress(scorer, answers[index], answer, speed),
+                    )
                     if config.verbose or not dialogues[index].has_reference:
                         log(answers[index].says())
-            progress.update(len(batch.examples) + len(batch.failures))
+            if journal is not None:
+                journal.append(rows)
+            progress.update(len(rows))
         scores = scorer.compute()
     return DuplexEvaluation(
         answers=tuple(answers[i] for i in range(len(dialogues))), scores=scores, speed=speed
     )
+
+
+def input_keys(dialogues: Sequence[Dialogue]) -> list[str]:
+    """What tells the conversations of a journal apart."""
+    return row_keys([(d.set_name, d.id, d.duration_s, d.has_reference) for d in dialogues])
+
+
+def _progress(
+    scorer: DuplexScorer, whole: DialogueAnswer, answer: Answer, speed: Speed
+) -> dict[str, Any]:
+    """What a row of the output manifest does not say of an answer."""
+    user, agent = scorer.turns_of(answer)
+    return {
+        "answer": to_plain(whole),
+        "user": user.segments(),
+        "agent": agent.segments(),
+        "speed": to_plain(speed),
+    }
+
+
+def _resumed(
+    journal: Journal | None, scorer: DuplexScorer, files: Mapping[int, Path]
+) -> tuple[dict[int, DialogueAnswer], Speed]:
+    """The answers that a journal has, added to the scorer.
+
+    What could not be read before, and what is without its file of speech, is answered again.
+    """
+    answers: dict[int, DialogueAnswer] = {}
+    speed = Speed()
+    if journal is None:
+        return answers, speed
+    journal.forget(
+        [
+            index
+            for index, kept in journal.kept.items()
+            if "error" in kept.row or (index in files and not files[index].is_file())
+        ]
+    )
+    for index, kept in journal.kept.items():
+        answer = build(DialogueAnswer, kept.progress["answer"])
+        speed = max(speed, build(Speed, kept.progress["speed"]), key=lambda s: s.generate_s)
+        answers[index] = answer
+        scorer.add_earlier(
+            answer.set_name,
+            EarlierAnswer(
+                reference=answer.text,
+                text=answer.pred_text,
+                heard=answer.heard,
+                user=Turns.from_segments(map(tuple, kept.progress["user"])),
+                agent=Turns.from_segments(map(tuple, kept.progress["agent"])),
+                counts=answer.counts,
+            ),
+        )
+    return answers, speed
 
 
 def _said(
@@ -116,11 +189,19 @@ def _said(
 
 
 def _batches(
-    dialogues: Sequence[Dialogue], dataset: DuplexS2SDataset, size: int
+    dialogues: Sequence[Dialogue],
+    dataset: DuplexS2SDataset,
+    size: int,
+    answered: Container[int],
 ) -> Iterator[_Batch]:
-    """Batches of one set each, longest first, the next one read while this one is answered."""
+    """Batches of one set each, longest first, the next one read while this one is answered.
+
+    Those of `answered` are left out.
+    """
     sets: dict[str, list[int]] = {}
     for index, dialogue in enumerate(dialogues):
+        if index in answered:
+            continue
         sets.setdefault(dialogue.set_name, []).append(index)
     chunks: list[list[int]] = []
     for places in sets.values():

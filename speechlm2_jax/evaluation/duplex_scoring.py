@@ -39,6 +39,19 @@ class Answer:
     """Its right tokens, where they were counted."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EarlierAnswer:
+    """What scores depend on of a conversation."""
+
+    reference: str | None
+    """What the agent should say; None where that is not known."""
+    text: str
+    heard: str | None
+    user: Turns
+    agent: Turns
+    counts: TokenCounts | None
+
+
 @dataclass
 class DuplexScorer:
     """Answers conversations and scores the answers, per set: text, speech, turns and tokens."""
@@ -98,6 +111,19 @@ class DuplexScorer:
         for answer in answers:
             self.turns.update(name, *self.turns_of(answer))
         return self._with_counts(name, answers) if self.counts_tokens else answers
+
+    def add_earlier(self, name: str, earlier: "EarlierAnswer") -> None:
+        """Adds the scores of a conversation of set `name` that an earlier process answered."""
+        reference = earlier.reference or ""
+        self.empty.update(name, [reference], [earlier.text])
+        if earlier.reference is None:
+            return
+        self.text.update(name, [reference], [earlier.text])
+        if self.speech is not None and earlier.heard is not None:
+            self.speech.update_texts(name, [reference], [earlier.heard])
+        self.turns.update(name, earlier.user, earlier.agent)
+        if earlier.counts is not None:
+            self.tokens.update(name, earlier.counts)
 
     def compute(self) -> dict[str, float]:
         """All scores by name."""

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from tqdm import tqdm
 
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.inputs import Utterance
+from speechlm2_jax.evaluation.progress import Progress
 from speechlm2_jax.models.joining import join
 from speechlm2_jax.models.long_audio import cut
 
@@ -58,7 +58,7 @@ def encoder_texts(
     order = sorted(range(len(utterances)), key=lambda i: -utterances[i].duration_s)
     with (
         ThreadPoolExecutor(READERS) as pool,
-        tqdm(total=len(order), unit="utt", desc="encoder alone", disable=None) as progress,
+        Progress(len(order), what="encoder alone:") as progress,
     ):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]

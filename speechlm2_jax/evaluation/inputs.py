@@ -58,6 +58,8 @@ class Utterance:
     """How it was recorded, where the manifest says so."""
     audio_of: str | None = None
     """The utterance whose recording this one was given instead of its own, if any."""
+    source: str = ""
+    """Where its samples are, to tell utterances of one id apart."""
 
 
 def read_inputs(inputs: str) -> list[Utterance]:
@@ -150,7 +152,11 @@ def _audio_file(path: Path, root: Path) -> Utterance:
         return read_audio(path, sample_rate_hz=rate_hz)
 
     return Utterance(
-        id=str(path.relative_to(root)), duration_s=_duration_s(path), text=None, read=read
+        id=str(path.relative_to(root)),
+        duration_s=_duration_s(path),
+        text=None,
+        read=read,
+        source=str(path),
     )
 
 
@@ -183,6 +189,7 @@ def _utterance(conversation: Conversation) -> Utterance:
         voice=_voice(conversation),
         is_unseen=bool(conversation.fields.get(UNSEEN_KEY)),
         condition=_first_said(conversation.fields, CONDITION_KEYS),
+        source=f"{clips[0].path}@{clips[0].offset_s}",
     )
 
 

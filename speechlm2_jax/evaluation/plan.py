@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from speechlm2_jax import settings
-from speechlm2_jax.evaluation.config import EvalConfig
+from speechlm2_jax.evaluation.config import EvalConfig, output_file
 from speechlm2_jax.evaluation.inputs import Utterance, left_out, read_inputs
 from speechlm2_jax.evaluation.runs import Run, bundled_test_set, newest_run, read_run
 from speechlm2_jax.evaluation.swapping import swap_audio
@@ -48,11 +48,8 @@ class Plan:
         return utterances
 
     def output(self, key: str) -> Path | None:
-        """The file that a key names, if any. Raises SettingsError if that is a folder."""
-        name = getattr(self.config, key)
-        if name is not None and Path(name).is_dir():
-            raise SettingsError(f"{key}: {name} is a folder; name a file")
-        return None if name is None else Path(name)
+        """The file that a key names, if any. Raises SettingsError if none can be written there."""
+        return output_file(key, getattr(self.config, key), [self.config.inputs])
 
     def says(self) -> str:
         """What is about to be evaluated, for a reader."""

@@ -21,9 +21,14 @@ def provenance(
     config: EvalConfig | DuplexEvalConfig,
     device: jax.Device,
     totals: dict[str, Any],
+    *,
+    sha256: str | None,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Everything needed to make the same rows again, as plain values; `step` is that of a run."""
+    """Everything needed to make the same rows again, as plain values.
+
+    `sha256` is the model's `fingerprint`, `step` that of a run.
+    """
     import speechlm2_jax
 
     versions = {"python": platform.python_version(), "speechlm2_jax": speechlm2_jax.__version__}
@@ -35,7 +40,7 @@ def provenance(
     return {
         "model": {
             "name": config.pretrained_name,
-            "sha256": fingerprint(config.pretrained_name),
+            "sha256": sha256,
             **({} if step is None else {"step": step}),
         },
         "inputs": config.inputs,

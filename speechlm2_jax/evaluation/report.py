@@ -46,6 +46,20 @@ class Answer:
         high = [edge for edge in LENGTH_EDGES_S if edge > low]
         return f"{low} to {high[0]} s" if high else f"over {low} s"
 
+    def row(self, normalizer: str | bool | None) -> dict[str, Any]:
+        """NeMo's four keys, the texts before normalisation, and what else there is to say."""
+        normalize = text_normalizer(normalizer)
+        row = {
+            "id": self.id,
+            "duration": self.duration_s,
+            "text": None if self.text is None else normalize(self.text),
+            "pred_text": normalize(self.pred_text),
+            "text_raw": self.text,
+            "pred_text_raw": self.pred_text,
+        }
+        named = {n: getattr(self, n) for n in ("voice", "audio_of", "encoder_text", "error")}
+        return row | {name: value for name, value in named.items() if value is not None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
@@ -103,23 +117,8 @@ class Evaluation:
         return replace(self, answers=tuple(replace(a, encoder_text=t) for a, t in pairs))
 
     def rows(self) -> list[dict[str, Any]]:
-        """NeMo's four keys, the texts before normalisation, and what else there is to say."""
-        normalize = text_normalizer(self.normalizer)
-        rows: list[dict[str, Any]] = []
-        for answer in self.answers:
-            row = {
-                "id": answer.id,
-                "duration": answer.duration_s,
-                "text": None if answer.text is None else normalize(answer.text),
-                "pred_text": normalize(answer.pred_text),
-                "text_raw": answer.text,
-                "pred_text_raw": answer.pred_text,
-            }
-            for name in ("voice", "audio_of", "encoder_text", "error"):
-                if getattr(answer, name) is not None:
-                    row[name] = getattr(answer, name)
-            rows.append(row)
-        return rows
+        """A row per utterance, in input order."""
+        return [answer.row(self.normalizer) for answer in self.answers]
 
     def scored(self) -> list[Scored]:
         """The answers that have a reference and no error."""
@@ -185,7 +184,7 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file in one go: what is there is never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     partial.replace(path)
 
 

@@ -1,7 +1,8 @@
 """Answers every utterance in batches of a fixed size, and scores the answers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -11,57 +12,94 @@ from speechlm2_jax.evaluation.answering import Asked, SpeechModel, answer_clips
 from speechlm2_jax.evaluation.compilations import Compilations
 from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.inputs import Utterance
+from speechlm2_jax.evaluation.journal import Journal, row_keys
+from speechlm2_jax.evaluation.progress import Progress
 from speechlm2_jax.evaluation.reading import Clip, clips
 from speechlm2_jax.evaluation.report import Answer, Evaluation, Speed
 from speechlm2_jax.evaluation.wer import text_normalizer, word_errors
 from speechlm2_jax.models.joining import join
-from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.settings import SettingsError, build, to_plain
 
 Log = Callable[[str], None]
 
 
 def evaluate(
-    model: SpeechModel, utterances: Sequence[Utterance], config: EvalConfig, log: Log = tqdm.write
+    model: SpeechModel,
+    utterances: Sequence[Utterance],
+    config: EvalConfig,
+    log: Log = tqdm.write,
+    journal: Journal | None = None,
 ) -> Evaluation:
     """Answers the utterances, longest first, and returns the answers in input order.
 
     A recording that is longer than `config.max_audio_s` is answered in chunks, which is logged; one
-    that cannot be read becomes an answer with its error, and the others go on. Raises SettingsError
-    if an extra end token is not in the vocabulary.
+    that cannot be read becomes an answer with its error, and the others go on. With a `journal`
+    each answer is written as it ends, and what that has already is not answered again. Raises
+    SettingsError if an extra end token is not in the vocabulary.
     """
     Compilations.listen()
     asked = Asked(make_prompt(model, config), end_ids(model, config), config)
-    answers: dict[int, Answer] = {}
+    answers, speed = ({}, Speed()) if journal is None else _resumed(journal, utterances)
     texts: dict[int, dict[int, str]] = {}
-    speed = Speed()
-    progress = tqdm(total=len(utterances), unit="utt", disable=None)
+
+    def ended(whole: Mapping[int, Answer]) -> None:
+        answers.update(whole)
+        if journal is not None:
+            kept = to_plain(speed)
+            journal.append(
+                {i: (a.row(config.use_normalizer), _progress(a, kept)) for i, a in whole.items()}
+            )
+        progress.update(len(whole))
 
     def failed(index: int, error: AudioError) -> None:
-        answers[index] = _failure(utterances[index], error)
         log(f"skipped {utterances[index].id}: {error}")
-        progress.update()
+        ended({index: _failure(utterances[index], error)})
 
-    heard = _clips(model, utterances, config, failed, log)
-    for ended in answer_clips(model, heard, asked):
-        speed = speed.add(ended.audio_s, ended.seconds, compiled=ended.compiled)
-        whole = {}
-        for clip, ids in ended.rows:
-            said = texts.setdefault(clip.index, {})
-            said[clip.number] = _text(model, ids, asked.stop_ids)
-            if len(said) == len(clip.chunks):
-                text = join([said[n] for n in range(len(said))], clip.chunks)
-                duration_s = clip.recording_samples / model.sampling_rate
-                rtf = ended.seconds / ended.audio_s
-                whole[clip.index] = _answer(utterances[clip.index], text, duration_s, rtf)
-        answers |= whole
-        _show(list(whole.values()), ended.audio_s / ended.seconds, config, log)
-        progress.update(len(whole))
-    progress.close()
+    with Progress(len(utterances), len(answers)) as progress:
+        heard = _clips(model, utterances, config, failed, log, frozenset(answers))
+        for round in answer_clips(model, heard, asked):
+            speed = speed.add(round.audio_s, round.seconds, compiled=round.compiled)
+            whole = {}
+            for clip, ids in round.rows:
+                said = texts.setdefault(clip.index, {})
+                said[clip.number] = _text(model, ids, asked.stop_ids)
+                if len(said) == len(clip.chunks):
+                    text = join([said[n] for n in range(len(said))], clip.chunks)
+                    duration_s = clip.recording_samples / model.sampling_rate
+                    rtf = round.seconds / round.audio_s
+                    whole[clip.index] = _answer(utterances[clip.index], text, duration_s, rtf)
+            _show(list(whole.values()), round.audio_s / round.seconds, config, log)
+            ended(whole)
     return Evaluation(
         answers=tuple(answers[i] for i in range(len(utterances))),
         speed=speed,
         normalizer=config.use_normalizer,
     )
+
+
+def input_keys(utterances: Sequence[Utterance]) -> list[str]:
+    """What tells the utterances of a journal apart."""
+    return row_keys([(u.id, u.source, u.duration_s, u.text, u.audio_of) for u in utterances])
+
+
+def _progress(answer: Answer, speed: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row of the output manifest does not say of an answer."""
+    return {"rtf": answer.rtf, "speed": speed}
+
+
+def _resumed(journal: Journal, utterances: Sequence[Utterance]) -> tuple[dict[int, Answer], Speed]:
+    """The answers that a journal has; what could not be read before is tried again."""
+    journal.forget([index for index, kept in journal.kept.items() if "error" in kept.row])
+    answers, speed = {}, Speed()
+    for index, kept in journal.kept.items():
+        speed = max(speed, build(Speed, kept.progress["speed"]), key=lambda s: s.generate_s)
+        answers[index] = replace(
+            _unanswered(utterances[index]),
+            duration_s=kept.row["duration"],
+            pred_text=kept.row["pred_text_raw"],
+            rtf=kept.progress["rtf"],
+        )
+    return answers, speed
 
 
 def _clips(
@@ -70,6 +108,7 @@ def _clips(
     config: EvalConfig,
     failed: Callable[[int, AudioError], None],
     log: Log,
+    answered: Container[int],
 ) -> Iterator[Clip]:
     """Clips one after the other; failures are told, and recordings that are cut."""
     for found in clips(
@@ -77,6 +116,7 @@ def _clips(
         ahead=config.batch_size,
         rate_hz=model.sampling_rate,
         max_s=config.max_audio_s,
+        answered=answered,
     ):
         if isinstance(found, tuple):
             failed(*found)

@@ -37,6 +37,10 @@ class Turns:
             raise ValueError("a turn must not end before it starts")
         return cls(starts=pairs[:, 0], ends=pairs[:, 1])
 
+    def segments(self) -> list[tuple[float, float]]:
+        """(start, end) pairs: the inverse of `from_segments`."""
+        return list(zip(self.starts.tolist(), self.ends.tolist(), strict=True))
+
     @classmethod
     def from_tokens(
         cls, tokens: Any, *, bos_id: int, eos_id: int, frame_s: float, first_frame: int = 0

@@ -59,15 +59,21 @@ def generate(
     asked: tuple[Any, Any, Any],
     generation_config: Any,
     overrides: Mapping[str, Any],
+    draw_numbers: Sequence[int] | None = None,
 ) -> np.ndarray | Generated:
     """Answers (prompts, audios, audio_lens); see SALM.generate."""
     request = read_request(model, generation_config, overrides)
     examples, ids = prompted(model, asked, enable_thinking=request.enable_thinking)
+    numbers = range(len(examples)) if draw_numbers is None else draw_numbers
+    if len(numbers) != len(examples):
+        raise ValueError(f"{len(numbers)} draw_numbers for {len(examples)} prompts; give one each")
     parts = [chunked.in_parts(e, request.max_audio_s, model.sampling_rate) for e in examples]
     if any(prompt.chunks for prompt in parts):
-        joined = chunked.answer(parts, request, partial(speak, model, definition), model.tokenizer)
+        speak_of = partial(speak, model, definition)
+        joined = chunked.answer(parts, numbers, request, speak_of, model.tokenizer)
         return Generated(joined, None) if request.returns_dict else joined
-    spoken = last_of(speak(model, definition, examples, request))
+    row_ids = np.asarray(numbers, np.int32)
+    spoken = last_of(speak(model, definition, examples, request, row_ids=row_ids))
     answers = spoken.trimmed()
     if not any(example.audio for example in examples):
         before = np.repeat(ids, request.decoding.answers, axis=0)

@@ -113,10 +113,15 @@ def check(request: GenerationRequest) -> None:
 
 
 def answer(
-    prompts: Sequence[Parts], request: GenerationRequest, speak: Speak, coder: TextCoder
+    prompts: Sequence[Parts],
+    numbers: Sequence[int],
+    request: GenerationRequest,
+    speak: Speak,
+    coder: TextCoder,
 ) -> np.ndarray:
     """Answers prompts of which some are in chunks: ids [B, T], padded on the right.
 
+    `numbers` are those by which the prompts' random draws go.
     Rows of like length go together, CHUNKS_AT_ONCE of them; a last batch is filled up, so that
     batches share their static shapes. Time limits are those of the whole.
     """
@@ -131,7 +136,7 @@ def answer(
         filled = chosen + chosen[-1:] * (at_once - len(chosen))
         if request.max_time_s is not None:
             request = replace(request, max_time_s=max(deadline_s - time.monotonic(), 1e-9))
-        row_ids = np.array([row_number(p, n) for p, n in filled], np.int32)
+        row_ids = np.array([row_number(numbers[p], n) for p, n in filled], np.int32)
         *_, spoken = speak([prompts[p].rows[n] for p, n in filled], request, row_ids=row_ids)
         for row, ids, length in zip(chosen, spoken.ids, spoken.lengths, strict=False):
             answers[row] = ids[:length]

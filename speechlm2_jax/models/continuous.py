@@ -49,6 +49,8 @@ class Row(NamedTuple):
     prompt: int
     chunk: int
     example: SalmExample
+    draw: int
+    """The number by which random draws go."""
 
 
 def refusal(request: GenerationRequest) -> str | None:
@@ -72,6 +74,7 @@ def generate_each(
     count: int,
     generation_config: Any,
     overrides: Mapping[str, Any],
+    draw_numbers: Iterable[int] | None = None,
 ) -> Iterator[list[Answered]]:
     """Answers dialogs as they come; see SALM.generate_each."""
     request = read_request(model, generation_config, overrides)
@@ -82,17 +85,18 @@ def generate_each(
         raise ValueError(f"slots={count} must be at least 1")
     if sharding.mesh_of(model.variables) is not None:
         raise ValueError("the weights lie on a mesh, and slots are of one device; use generate")
-    return _whole(model, definition, prompts, request, count)
+    numbers = itertools.count() if draw_numbers is None else draw_numbers
+    return _whole(model, definition, zip(prompts, numbers, strict=False), request, count)
 
 
 def _whole(
     model: "SALM",
     definition: Any,
-    prompts: Iterable[Any],
+    prompts: Iterable[tuple[Any, int]],
     request: GenerationRequest,
     count: int,
 ) -> Iterator[list[Answered]]:
-    """Takes prompts apart into rows and puts their answers together.
+    """Takes prompts, with the numbers of their draws, apart into rows and joins their answers.
 
     A prompt that cannot be used raises its error after the answers to those before it.
     """
@@ -101,14 +105,15 @@ def _whole(
     wrong: list[ValueError] = []
 
     def rows() -> Iterator[Row]:
-        for number, dialog in enumerate(prompts):
+        for number, (dialog, draw) in enumerate(prompts):
             try:
                 parts = _parts(model, dialog, number, request)
             except ValueError as error:
                 wrong.append(error)
                 return
             open_parts[number] = parts
-            yield from (Row(number, n, row) for n, row in enumerate(parts.rows))
+            for n, row in enumerate(parts.rows):
+                yield Row(number, n, row, chunked.row_number(draw, n))
 
     for ended in answer_rows(model, definition, rows(), request, count):
         whole = []
@@ -246,9 +251,8 @@ class _Table:
         )
         if self._model.nemo_exact:
             batch = batch.without_id(self._model.text_pad_id)
-        numbers = [chunked.row_number(row.prompt, row.chunk) for row in group]
         row_ids = np.zeros((1, self._size), np.int32)
-        row_ids[0, : len(group)] = numbers
+        row_ids[0, : len(group)] = [row.draw for row in group]
         return replace(batch, row_ids=row_ids)
 
 

@@ -67,6 +67,8 @@ class SALM(SpeechModel):
         audio_lens: Any = None,
         generation_config: Any = None,
         enable_thinking: bool | None = None,
+        *,
+        draw_numbers: Sequence[int] | None = None,
         **generation_kwargs: Any,
     ) -> np.ndarray | answering.Generated:
         """Answers prompts: int32 ids [B, T], rows padded with `text_pad_id` after they stop.
@@ -81,7 +83,8 @@ class SALM(SpeechModel):
         are joined) among them: docs/generation.md has every key. With `num_return_sequences` the
         answers to a prompt lie side by side, and `return_dict_in_generate` gives a `Generated`.
         `enable_thinking=False` opens the answer behind an empty thought, for prompt formats that
-        have thoughts. Raises ValueError for what is not supported.
+        have thoughts. `draw_numbers`, one per prompt and 0, 1, ... by default, are the numbers by
+        which random draws go. Raises ValueError for what is not supported.
         """
         thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         return answering.generate(
@@ -90,6 +93,7 @@ class SALM(SpeechModel):
             (prompts, audios, audio_lens),
             generation_config,
             {**generation_kwargs, **thinking},
+            draw_numbers,
         )
 
     def stream(
@@ -125,18 +129,23 @@ class SALM(SpeechModel):
         generation_config: Any = None,
         *,
         slots: int = 64,
+        draw_numbers: Iterable[int] | None = None,
         **generation_kwargs: Any,
     ) -> Iterator[list[Answered]]:
         """Answers a stream of dialogs, `slots` at a time; what ends makes room for the next.
 
         `prompts`: dialogs as `generate` takes them, with their audio inside, as many as one likes:
         they are drawn as slots become free. Yields lists of `Answered` (number of the prompt, ids),
-        as they end. Greedy or drawn, the ids are those of `generate` on all prompts. Raises
+        as they end. Greedy or drawn (by `draw_numbers`, one per prompt, 0, 1, ... by default), the
+        ids are those of `generate` on all prompts. Raises
         ValueError, at the call, for beams, several answers, stop strings, and time limits; and for
         a prompt that cannot be used, with its number, once those before it are answered.
         """
         return continuous.generate_each(
-            *(self, self._definition, prompts, slots), generation_config, generation_kwargs
+            *(self, self._definition, prompts, slots),
+            generation_config,
+            generation_kwargs,
+            draw_numbers,
         )
 
     def answer(self, prompts: Sequence[SalmExample], max_new_tokens: int) -> np.ndarray:

@@ -58,7 +58,7 @@ def fake(monkeypatch):
         (["pretrained_name=m", "inputs=/no/such.json"],
          "inputs: no such file or folder: '/no/such.json'"),
         (["pretrained_name=m", "inputs=x", "generation.top_p=abc"],
-         "generation.top_p='abc' must be a number in (0, 1]"),
+         "generation.top_p='abc' must be a number in [0, 1]"),
         (["pretrained_name=m", "inputs=x", "generation.bad_words_ids=[350]"],
          "generation.bad_words_ids=[350] must be a list of lists of token ids, as [[3], [4, 5]]"),
         (["pretrained_name=m", "inputs=x", "generation.min_new_tokens=200"],

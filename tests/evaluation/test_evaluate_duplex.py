@@ -11,6 +11,7 @@ import pytest
 import soundfile
 
 import evaluate
+from speechlm2_jax.evaluation.duplex_scoring import DuplexScorer
 from speechlm2_jax.models.recogniser import ASRModel
 from tests.parity.duplex_golden import DATA
 from tests.parity.salm_golden import working_in
@@ -110,6 +111,50 @@ def test_conversations_are_answered_spoken_heard_and_shown(tmp_path, loaded_asr,
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:audio/ogg") == 3 * len(CUTS)
     assert all(f'title="{name}"' in page for name in ("lost", *CUTS))
+
+
+@pytest.mark.slow
+def test_an_interrupted_evaluation_is_resumed_with_the_same_scores(tmp_path, monkeypatch, capsys):
+    cuts = write_cuts(tmp_path / "talks.jsonl")
+    speak, spoken = DuplexScorer.speak, []
+
+    def interrupted(self, examples, rows=0):
+        if len(spoken) == 1:
+            spoken.append(None)
+            raise KeyboardInterrupt
+        spoken.append(examples[0].id)
+        return speak(self, examples, rows)
+
+    def run(name):
+        argv = [
+            f"pretrained_name={DATA / 'duplex_s2s' / 'hf'}",
+            f"inputs={cuts}",
+            f"output_manifest={tmp_path / name}.jsonl",
+            f"audio_folder={tmp_path / 'speech'}",
+            f"report={tmp_path / name}.html",
+            f"scoring_asr={DATA / 'assets' / 'asr_scoring.nemo'}",
+            *(*ROLES, "batch_size=1", "dtype=float32", "device=cpu", "verbose=false"),
+        ]
+        try:
+            with working_in(DATA):
+                return evaluate.main(argv)
+        finally:
+            jax.config.update("jax_default_device", None)
+
+    assert run("whole") == 0
+    monkeypatch.setattr(DuplexScorer, "speak", interrupted)
+    assert run("resumed") == 130
+    assert "1 of 3 answers are in" in capsys.readouterr().err
+    assert run("resumed") == 0
+    assert sorted(filter(None, spoken)) == sorted(CUTS), "none twice"
+    found = [
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("whole", "resumed")
+    ]
+    assert found[0][:-1] == found[1][:-1]
+    totals = [rows[-1]["provenance"]["totals"] for rows in found]
+    assert totals[0]["scores"] == totals[1]["scores"] and len(totals[0]["scores"]) > 8
+    assert (tmp_path / "resumed.html").read_text().count("data:audio/ogg") == 3 * len(CUTS)
 
 
 def test_a_speaker_in_neither_role_is_refused_before_any_weight_is_read(tmp_path, capsys):
