@@ -16,7 +16,7 @@ from speechlm2_jax.ahead.chips import read_topology
 from speechlm2_jax.ahead.programs import answering_report, training_report
 from speechlm2_jax.ahead.report import Report
 from speechlm2_jax.batches import BatchShape, HostBatch, SalmExample
-from speechlm2_jax.checkpointing import DamagedError, LayoutError
+from speechlm2_jax.checkpointing import DamagedError, LayoutError, step_folders
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.data.datamodule import TOKENS_MULTIPLE, DataModule
 from speechlm2_jax.data.duplex_dataset import DuplexS2SDataset
@@ -127,6 +127,7 @@ def build(
     """
     settings = load(config, overrides)
     check_blocks(settings)
+    check_start(settings)
     with ignored_report() as ignored:
         trainer = Trainer(**settings.get("trainer", {}))
         if keeps_compiled:
@@ -200,9 +201,23 @@ def join(config: str | Path, overrides: Sequence[str] = ()) -> None:
 def is_finished(config: str | Path, overrides: Sequence[str] = ()) -> bool:
     """Whether the run that a YAML describes is finished, which is then said; reads no weights."""
     settings = load(config, overrides)
+    check_start(settings)
     with ignored_report():
         trainer = Trainer(**settings.get("trainer", {}))
         return trainer.finished(settings.get("exp_manager"), settings) is not None
+
+
+def check_start(settings: Mapping[str, Any]) -> None:
+    """Raises SettingsError for a run that would start from its own weights: it would resume."""
+    name = (settings.get("model") or {}).get("init_from_checkpoint")
+    folder = (settings.get("exp_manager") or {}).get("explicit_log_dir")
+    if not name or not folder or Path(name).resolve() != Path(folder).resolve():
+        return
+    if step_folders(Path(folder)):
+        raise SettingsError(
+            f"model.init_from_checkpoint: {name} is the run directory of this very run, which "
+            "would resume; name another exp_manager.explicit_log_dir for the new run"
+        )
 
 
 def check_blocks(settings: Mapping[str, Any], *, complete: bool = True) -> None:

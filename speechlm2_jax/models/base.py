@@ -22,7 +22,7 @@ from speechlm2_jax.layers.module import (
     unbind,
 )
 from speechlm2_jax.models import blueprint as blueprints
-from speechlm2_jax.models import loading, registry, running
+from speechlm2_jax.models import initial_weights, loading, registry, running
 from speechlm2_jax.models.listening import PerceptionStream
 from speechlm2_jax.models.parts import Location
 from speechlm2_jax.perception.perception import AudioPerception
@@ -262,8 +262,10 @@ class SpeechModel(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the freeze patterns leave to say."""
-        return tuple(self._selection.notes)
+        """What the freeze patterns leave to say, and where the weights start from."""
+        name = self._blueprint.config.init_from_checkpoint
+        start = () if name is None else (f"the weights start from {name} ({initial_weights.KEY})",)
+        return (*self._selection.notes, *start)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import Remat, VariableInfo, Variables, draw, unbind
 from speechlm2_jax.llm.config import DecoderConfig
+from speechlm2_jax.models import initial_weights
 from speechlm2_jax.models.parts import LLM_BACKBONE
 from speechlm2_jax.parameter_paths import NamedSlice
 from speechlm2_jax.perception.perception import PerceptionConfig
@@ -64,6 +65,11 @@ class ModelConfig(Protocol):
     @property
     def nemo_exact(self) -> bool:
         """Whether NeMo's padding is reproduced."""
+        ...
+
+    @property
+    def init_from_checkpoint(self) -> str | None:
+        """A model of the user's own whose weights come before all others."""
         ...
 
     @property
@@ -117,6 +123,8 @@ class Blueprint(ABC):
     """The architecture (`NetworkConfig`)."""
     llm_directory: Path
     asr_file: Path | None
+    near: tuple[Path, ...] = ()
+    """Where names are looked up beside the working directory."""
     named: Mapping[str, Any] | None = None
     """`cfg` as the directory says it that the model was loaded from, None if from none."""
 
@@ -160,12 +168,33 @@ def start(
 ) -> Variables:
     """Loads what has pretrained weights and starts the rest at random.
 
-    With `layout` each variable is streamed to where its leaf says; else they stay on the host.
+    What `init_from_checkpoint` has comes before both. With `layout` each variable is streamed to
+    where its leaf says; else they stay on the host.
     """
     place = None if layout is None else onto(layout)
-    loaded: Variables = {}
+    name = blueprint.config.init_from_checkpoint
+    if name is None:
+        return _start(blueprint, infos, layout, {})
+    path = initial_weights.find(name, blueprint.near)
+    first = initial_weights.match(path, blueprint.table, infos)
+    first.log()
+    given = first.load(infos, place)
+    variables = _start(blueprint, infos, layout, given)
+    return variables | first.overlay(variables, given)
+
+
+def _start(
+    blueprint: Blueprint,
+    infos: Mapping[str, VariableInfo],
+    layout: Mapping[str, jax.ShapeDtypeStruct] | None,
+    given: Variables,
+) -> Variables:
+    """What is `given`, then what the pretrained components have, then random values."""
+    place = None if layout is None else onto(layout)
+    loaded = dict(given)
     for source, table, wanted in blueprint.pretrained(infos):
-        loaded |= mapping.load(source, table, wanted, place)
+        if wanted.keys() - given.keys():
+            loaded = mapping.load(source, table, wanted, place) | loaded
     missing = frozenset(infos) - frozenset(loaded)
     return loaded | random_variables(blueprint, missing, layout)
 
@@ -177,6 +206,9 @@ def check_weights(blueprint: Blueprint, infos: Mapping[str, VariableInfo]) -> No
     """
     for source, table, wanted in blueprint.pretrained(infos):
         mapping.check(source, table, wanted)
+    name = blueprint.config.init_from_checkpoint
+    if name is not None:
+        initial_weights.check(initial_weights.find(name, blueprint.near), blueprint.table, infos)
 
 
 def random_variables(

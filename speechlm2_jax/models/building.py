@@ -100,6 +100,7 @@ def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...] = ()) -> SalmB
         network=network,
         llm_directory=llm_directory,
         asr_file=asr_file,
+        near=near,
     )
 
 

@@ -27,6 +27,8 @@ class SalmModelConfig:
     lora: Mapping[str, Any] | None = None
     optimizer: Mapping[str, Any] | None = None
     lr_scheduler: Mapping[str, Any] | None = None
+    init_from_checkpoint: str | None = None
+    """A run, saved directory, weights file or hub name whose weights training starts from."""
     encoder_chunk_size_seconds: float | None = None
     """Longer clips are encoded in parts of this length, each by itself; null: whole."""
     nemo_exact: bool = False
@@ -42,6 +44,6 @@ class SalmModelConfig:
     REFUSED: ClassVar[Mapping[str, str]] = {
         "trust_remote_code": "code from a checkpoint is never run",
         "use_nemo_automodel": "NeMo Automodel is a torch library",
-        "pretrained_s2s_model": "start from another speech model with SALM.from_pretrained",
-        "pretrained_perception_from_s2s": "start from another model with SALM.from_pretrained",
+        "pretrained_s2s_model": "start from another model with model.init_from_checkpoint",
+        "pretrained_perception_from_s2s": "start from a model with model.init_from_checkpoint",
     }

@@ -47,10 +47,6 @@ class DuplexBlueprint(Blueprint):
     """The codec's own model config, as it was read."""
     codec_file: Path | None
     """Its `.nemo` file; None where only the config was found."""
-    whole_model: Path | None
-    """Where the weights of all parts come from, if not from the parts."""
-    near: tuple[Path, ...]
-    """Where names are looked up beside the working directory."""
 
     def find_scoring_asr(self) -> Path | None:
         """The `.nemo` file of the scoring ASR, fetched if need be; None without one.
@@ -92,10 +88,7 @@ class DuplexBlueprint(Blueprint):
         return kind(self.network, rngs=rngs)
 
     def pretrained(self, infos: Mapping[str, VariableInfo]) -> Iterator[Pretrained]:
-        """A whole model's weights, or the LLM's directory, the ASR model's file and the codec's."""
-        if self.whole_model is not None:
-            yield open_weights(self.whole_model), self.table, dict(infos)
-            return
+        """The LLM's directory, the ASR model's file and the codec's."""
         if self.codec_file is not None:
             # a codec is never trained here: with random weights no code would mean anything
             yield (
@@ -172,7 +165,6 @@ def read_blueprint(
         asr_file=asr_file,
         codec_cfg=codec_cfg,
         codec_file=codec_file,
-        whole_model=_whole_model(config, location),
         near=near,
     )
 
@@ -186,19 +178,6 @@ def _speech_decoder(config: DuplexModelConfig) -> SpeechDecoderConfig | None:
             "ahead; set it to true"
         )
     return config.speech_decoder
-
-
-def _whole_model(config: DuplexModelConfig, location: Location) -> Path | None:
-    if config.init_from_checkpoint is None:
-        return None
-    key = "model.init_from_checkpoint"
-    found = location.find(config.init_from_checkpoint, key=key)
-    if (found / "checkpoints").is_dir():
-        raise SettingsError(
-            f"{key}: {found} is a run; write its weights to a directory first "
-            "(DuplexS2SModel.from_pretrained(RUN).save_pretrained(DIR)) and name that"
-        )
-    return found
 
 
 def _codec(config: DuplexModelConfig, location: Location) -> tuple[dict[str, Any], Path | None]:

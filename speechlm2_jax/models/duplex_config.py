@@ -34,7 +34,8 @@ class DuplexModelConfig:
     optimizer: Mapping[str, Any] | None = None
     lr_scheduler: Mapping[str, Any] | None = None
     init_from_checkpoint: str | None = None
-    """A model of the same architecture whose weights training starts from (NeMo ignores it)."""
+    """A run, saved directory, weights file or hub name whose weights training starts from; NeMo
+    ignores it."""
     nemo_exact: bool = False
     """Reproduce NeMo where its result depends on its own padding (docs/parity.md)."""
     seed: int = 0

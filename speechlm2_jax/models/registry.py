@@ -36,6 +36,8 @@ class Kind:
     """Names in `slm.models` of the classes that open it, the usual one first."""
     advice: str = ""
     """What to do with it where none of the classes opens it as it is."""
+    is_llm: bool = False
+    """Whether it is an LLM without a speech encoder."""
 
     def sentence(self, path: str | Path) -> str:
         """One line: what `path` is and what to do with it."""
@@ -113,7 +115,8 @@ def _of_hugging_face(cfg: Mapping[str, Any]) -> Kind | None:
     named = str(classes[0]) if isinstance(classes, list) and classes else "ForCausalLM"
     if named.endswith(("ForCausalLM", "Model")):
         advice = "name it in model.pretrained_llm of a training configuration"
-        return Kind(what=f"a Hugging Face LLM ({family}) without a speech encoder", advice=advice)
+        what = f"a Hugging Face LLM ({family}) without a speech encoder"
+        return Kind(what=what, advice=advice, is_llm=True)
     return Kind(
         what=f"a Hugging Face model of class {named}",
         advice="no class here opens it; give a NeMo model, or a directory of save_pretrained",

@@ -254,8 +254,9 @@ def test_a_whole_model_starts_another(tmp_path):
     for path, value in saved.variables.items():
         np.testing.assert_array_equal(model.variables[path], value, err_msg=path)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(SettingsError, match="is a run; write its weights"):
-        configured("duplex_s2s", init_from_checkpoint=str(tmp_path))
+    empty = configured("duplex_s2s", init_from_checkpoint=str(tmp_path))
+    with pytest.raises(SettingsError, match="is a run without a checkpoint"):
+        empty.check_weights()
 
 
 def test_a_row_uses_every_position_of_the_speech_decoder_and_no_more():
