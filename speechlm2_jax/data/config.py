@@ -9,6 +9,35 @@ ManifestPaths = str | tuple[str | tuple[str, ...] | tuple[str, float], ...]
 """A path; paths; or NeMo's `[[a], [b]]`, of which all or none may have a weight: `[a, 2]`."""
 SharPath = str | tuple[str | tuple[str, float], ...] | Mapping[str, Paths]
 """A folder; folders, all or none with a weight; or the files of each field, `cuts` among them."""
+_SWITCHES = {
+    "concatenate_samples": (
+        "concatenate_gap_seconds",
+        "concatenate_duration_factor",
+        "concatenate_merge_supervisions",
+        "db_norm",
+    ),
+    "truncate_duration": ("truncate_offset_type", "keep_excessive_supervisions"),
+    "cut_into_windows_duration": ("cut_into_windows_hop",),
+    "pad_min_duration": ("pad_direction",),
+    "noise_path": ("noise_snr", "noise_mix_prob"),
+    "rir_enabled": ("rir_path", "rir_prob"),
+    "lowpass_enabled": ("lowpass_frequencies_interval", "lowpass_prob"),
+    "compression_enabled": (
+        "compression_prob",
+        "compression_level_interval",
+        "compression_codecs",
+        "compression_codec_weights",
+        "compression_enable_for_custom_fields",
+    ),
+    "clipping_enabled": (
+        "clipping_gain_db",
+        "clipping_normalize",
+        "clipping_oversampling",
+        "clipping_prob_hard",
+        "clipping_prob",
+    ),
+}
+"""NeMo's keys that switch on what is refused, and those that say no more than how it is done."""
 _LATER = "this data format is not read; convert it to a NeMo manifest, Lhotse cuts or SHAR"
 
 READ_TYPES = (
@@ -181,6 +210,8 @@ class LoaderConfig:
     """Each is a shape, so a program to compile."""
     drop_last: bool = False
     """Leaves out the batch of an epoch that is not full."""
+    keep_outliers: bool = False
+    """Keeps, with a warning, what is far longer than all else of the set (docs/data.md)."""
     # by how many threads
     num_workers: int = 1
     """Threads that read audio ahead."""
@@ -201,14 +232,13 @@ class LoaderConfig:
         "slice_length": "order is shuffled over whole manifests",
         "use_lhotse": "Lhotse always reads",
         "bucketing_2d_strict_mode": "it tells 2-D buckets apart, and buckets here have one length",
-        "keep_excessive_supervisions": "it goes with truncation, which is refused",
+        **{
+            key: f"it goes with {switch}, which is refused"
+            for switch, keys in _SWITCHES.items()
+            for key in keys
+        },
         "persistent_workers": "workers are threads",
         "prefetch_factor": "reading ahead follows num_workers",
-        "noise_snr": "it goes with noise_path, which is refused",
-        "noise_mix_prob": "it goes with noise_path, which is refused",
-        "db_norm": "it goes with concatenate_samples, which is refused",
-        "truncate_offset_type": "it goes with truncate_duration, which is refused",
-        "pad_direction": "it goes with pad_min_duration, which is refused",
         "skip_missing_manifest_entries": "only tarred data has such entries",
         "tarred_random_access": "only tarred data has such entries",
     }

@@ -1,6 +1,7 @@
 """The conversations of one data set of a duplex model: their lengths, shapes and arrays."""
 
 import difflib
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +26,15 @@ from speechlm2_jax.settings import SettingsError
 if TYPE_CHECKING:
     from speechlm2_jax.data.duplex_dataset import DuplexS2SDataset
 
+MOST_LOST = 0.1
+"""At most this part of all turns is left out for its speakers."""
 MOST_SILENT = 0.5
 """A model is not trained where the agent says nothing in a larger part of the conversations."""
 FRAMES_OFF = 2
 """By so many frames the edges of a recording may change what a speech encoder makes of it."""
 _PROBE_FRAMES = 128
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,10 @@ class DuplexContents:
             "min_duration": lambda i: seconds[i] >= least_s,
             "max_duration": lambda i: seconds[i] <= most_s,
         }
+
+    def lengths(self) -> dict[str, np.ndarray]:
+        """Seconds of each conversation."""
+        return {"seconds": self.measures.length}
 
     def take(self, index: Int[np.ndarray, " n"]) -> "DuplexContents":
         """The same of some conversations."""
@@ -171,23 +180,31 @@ def check_roles(
     where: str,
     block: str = "data.",
 ) -> None:
-    """Raises SettingsError for a speaker that is neither user nor agent.
+    """Warns of turns whose speaker is neither user nor agent: they are left out, as in NeMo.
 
-    `block` is that of the keys `input_roles` and `output_roles`.
+    `block` is that of the keys `input_roles` and `output_roles`. Raises SettingsError where such
+    turns are more than MOST_LOST of all, and where one of both lists matches nobody.
     """
     known = (*input_roles, *output_roles)
     found = Counter(turn.speaker for c in conversations for turn in c.turns)
-    unknown = [speaker for speaker in found if speaker not in known]
+    unknown = {speaker: n for speaker, n in found.most_common() if speaker not in known}
     if not unknown:
         return
+    lost, total = sum(unknown.values()), found.total()
     counts = ", ".join(f"{speaker!r} ({n} turns)" for speaker, n in found.most_common())
-    hints = [f"did you mean {_nearest(s, known)!r}?" for s in unknown if _nearest(s, known)]
-    raise SettingsError(
-        f"{where}: speakers of supervisions are {counts}, but {unknown[0]!r} is in neither "
-        f"{block}input_roles {list(input_roles)} nor {block}output_roles "
-        f"{list(output_roles)}, which are matched letter by letter; "
-        + (" ".join(hints) or "list it there, or leave its supervisions out of the manifest")
+    near = [f"did you mean {_nearest(s, known)!r}?" for s in unknown if _nearest(s, known)]
+    said = (
+        f"{where}: speakers of supervisions are {counts}, of which "
+        f"{', '.join(map(repr, unknown))} is in neither {block}input_roles {list(input_roles)} nor "
+        f"{block}output_roles {list(output_roles)}, which are matched letter by letter"
+        + "".join(f"; {hint}" for hint in near)
     )
+    for key, roles in (("input_roles", input_roles), ("output_roles", output_roles)):
+        if not any(role in found for role in roles):
+            raise SettingsError(f"{said}; {block}{key} matches nobody: list the speakers there")
+    if lost > MOST_LOST * total:
+        raise SettingsError(f"{said}; list them there, or remove their supervisions")
+    _log.warning("%s; these turns are left out", said)
 
 
 def _nearest(speaker: str | None, known: Sequence[str]) -> str | None:

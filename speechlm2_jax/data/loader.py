@@ -31,6 +31,8 @@ class Failure:
 
     cause: str
     id: str
+    index: int
+    """Of its row in the data set: ids may repeat."""
     message: str
 
 
@@ -41,14 +43,14 @@ class Dropped:
     counts: dict[str, int] = field(default_factory=dict)
     count_each_once: bool = False
     """Whether a conversation met again, in a later pass, is the same one."""
-    _seen: set[str] = field(default_factory=set)
+    _seen: set[int] = field(default_factory=set)
 
     def add(self, failure: Failure) -> None:
         """Counts one."""
-        if self.count_each_once and failure.id in self._seen:
+        if self.count_each_once and failure.index in self._seen:
             return
         if self.count_each_once:
-            self._seen.add(failure.id)
+            self._seen.add(failure.index)
         count = self.counts[failure.cause] = self.counts.get(failure.cause, 0) + 1
         if count <= LINES_PER_CAUSE:
             _log.warning("dropped %s: %s (%s)", failure.id, failure.cause, failure.message)
@@ -111,7 +113,8 @@ class Loading:
             return self.contents.example(index)
         except AudioError as error:
             name = self.contents.conversations[index].id
-            failures.append(Failure(cause=error.cause, id=name, message=str(error)))
+            failed = Failure(cause=error.cause, id=name, index=index, message=str(error))
+            failures.append(failed)
             return None
 
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Real
 
 from speechlm2_jax.batches import FrameCount
 from speechlm2_jax.data.bucketing import Measures, Members, Shape, describe, plan_buckets
 from speechlm2_jax.data.config import DataConfig, InputConfig, LoaderConfig
+from speechlm2_jax.data.outliers import find_outliers
 from speechlm2_jax.data.sampler import Sampler
 from speechlm2_jax.data.sources import Source
 from speechlm2_jax.settings import SettingsError
@@ -21,6 +22,8 @@ from speechlm2_jax.settings import SettingsError
 IDS_IN_LOG = 10
 """Conversations that are named in the log, of those that settings leave out for one cause."""
 
+_FAR = "_far_too_many"
+"""The end of a cause: seconds or tokens far beyond all else of the set."""
 _log = logging.getLogger(__name__)
 
 
@@ -40,6 +43,10 @@ class Contents(Protocol):
 
     def tests(self) -> Mapping[str, Callable[[int], bool]]:
         """By cause: whether settings let the conversation of an index pass."""
+        ...
+
+    def lengths(self) -> Mapping[str, Real[np.ndarray, " N"]]:
+        """By unit, `seconds` or `tokens`: how long each conversation is, 0 without any."""
         ...
 
     def take(self, index: Int[np.ndarray, " n"]) -> "Contents":
@@ -139,12 +146,15 @@ def prepare(
     everything = [c for source in data_set.sources for c in source.conversations]
     contents = dataset.contents(everything, config, frame_count, where)
     keep, dropped = kept(contents)
+    dropped |= _outliers(data_set, contents, keep)
     filtered = {cause: len(ids) for cause, ids in dropped.items()}
     contents = contents.take(np.flatnonzero(keep))
     conversations = contents.conversations
     if not conversations:
         raise SettingsError(f"{where}: no conversation is left, of {filtered or 'none'}")
-    sampler = _sampler(data_set, contents, _sizes(data_set, keep), groups, multiple)
+    sizes = _sizes(data_set, keep)
+    _say_shares(data_set, sizes)
+    sampler = _sampler(data_set, contents, sizes, groups, multiple)
     too_long = np.flatnonzero(sampler.plan.bucket_of < 0)
     if len(too_long):
         filtered["longer_than_buckets"] = len(too_long)
@@ -173,6 +183,27 @@ def kept(contents: Contents) -> tuple[Bool[np.ndarray, " N"], dict[str, list[str
     return keep, dropped
 
 
+def _outliers(
+    data_set: DataSet, contents: Contents, keep: Bool[np.ndarray, " N"]
+) -> dict[str, list[str]]:
+    """Takes what is far longer than all else out of `keep`; the names of such rows by cause.
+
+    With `keep_outliers` they are kept, and only warned of.
+    """
+    found = find_outliers(contents.lengths(), keep, contents.conversations)
+    if data_set.config.keep_outliers:
+        for rows in found.values():
+            _log.warning(
+                "%s: far longer than all else, and kept by keep_outliers: every shape must hold %s",
+                data_set.where,
+                _listed(list(rows.values())),
+            )
+        return {}
+    for rows in found.values():
+        keep[list(rows)] = False
+    return {f"{unit}{_FAR}": list(rows.values()) for unit, rows in found.items()}
+
+
 def _sampler(
     data_set: DataSet, contents: Contents, sizes: tuple[int, ...], groups: int, multiple: int
 ) -> Sampler:
@@ -191,6 +222,21 @@ def _sampler(
         shuffle=config.shuffle or (data_set.is_train and has_shar),
         by_bucket=config.shuffle or (data_set.is_train and (has_shar or config.use_bucketing)),
         drop_last=config.drop_last,
+    )
+
+
+def _say_shares(data_set: DataSet, sizes: Sequence[int]) -> None:
+    """Tells of sources without weights what share of an epoch each has."""
+    if not data_set.is_train or len(sizes) < 2 or data_set.sources[0].share is not None:
+        return
+    named = zip((source.name for source in data_set.sources), sizes, strict=True)
+    shares = [f"{name} {size / sum(sizes):.1%}" for name, size in named]
+    _log.warning(
+        "%s.input_cfg: %d sources without weights have the shares of their conversations: %s; "
+        "NeMo gives them equal shares: for these set `weight: 1` on each entry",
+        data_set.where,
+        len(sizes),
+        _listed(shares),
     )
 
 
@@ -214,5 +260,9 @@ def _seed(seed: int | str, where: str) -> int:
 def _report(where: str, table: str, dropped: Mapping[str, Sequence[str]]) -> None:
     _log.info("%s: the shapes of its batches, per group\n%s", where, table)
     for cause, ids in dropped.items():
-        named = ", ".join(ids[:IDS_IN_LOG]) + (", ..." if len(ids) > IDS_IN_LOG else "")
-        _log.warning("%s: %d left out by %s: %s", where, len(ids), cause, named)
+        hint = "; keep_outliers: true keeps them" if cause.endswith(_FAR) else ""
+        _log.warning("%s: %d left out by %s: %s%s", where, len(ids), cause, _listed(ids), hint)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:IDS_IN_LOG]) + (", ..." if len(names) > IDS_IN_LOG else "")

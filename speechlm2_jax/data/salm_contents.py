@@ -57,6 +57,14 @@ class SalmContents:
             "tokens_per_token": lambda i: _ratio_is_within(has[i], config.min_tpt, config.max_tpt),
         }
 
+    def lengths(self) -> dict[str, np.ndarray]:
+        """Seconds of each conversation's longest recording, and tokens of its text."""
+        tokens = [0 if c.prompt is None else len(c.prompt.input_ids) for c in self.conversations]
+        return {
+            "seconds": self.measures.samples / self.config.sample_rate,
+            "tokens": np.asarray(tokens, np.int64),
+        }
+
     def take(self, index: Int[np.ndarray, " n"]) -> "SalmContents":
         """The same of some conversations."""
         chosen = tuple(self.conversations[i] for i in index.tolist())

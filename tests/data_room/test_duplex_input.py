@@ -51,8 +51,8 @@ def test_a_role_that_is_spelt_otherwise_is_named_with_its_spelling(speaker, near
 
 def test_a_role_of_its_own_is_named_too(tmp_path):
     message = refused(spoken(tmp_path, "agent", "narrator", None))
-    assert "'narrator' is in neither" in message and "None (1 turns)" in message
-    assert "leave its supervisions out" in message
+    assert "'narrator', None is in neither" in message and "None (1 turns)" in message
+    assert "data.input_roles matches nobody" in message
 
 
 def test_a_model_is_not_trained_where_the_agent_is_mostly_silent(tmp_path):
