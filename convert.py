@@ -25,6 +25,7 @@ from speechlm2_jax.conversion.repacking import (
     repack,
     weights_file,
 )
+from speechlm2_jax.models.parts import nearest_path
 from speechlm2_jax.parameter_paths import PatternError
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training import terminal
@@ -42,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
     if (arguments.target is None) != arguments.inspect:
         parser.error("give either TARGET or --inspect")
     try:
+        if not arguments.source.exists() and (near := nearest_path(str(arguments.source))):
+            raise ConversionError(f"{arguments.source} does not exist; did you mean {near!r}?")
         if arguments.inspect:
             print(table(open_weights(arguments.source)))
         else:

@@ -13,7 +13,7 @@ _FACES = {
     "models": ("speechlm2_jax.models", None),
     "data": ("speechlm2_jax.data", None),
     "modules": ("speechlm2_jax.modules", None),
-    "Trainer": ("speechlm2_jax.training.trainer", "Trainer"),
+    "Trainer": ("speechlm2_jax.user_trainer", "Trainer"),
     "ModelParallelStrategy": ("speechlm2_jax.training.trainer", "ModelParallelStrategy"),
     "exp_manager": ("speechlm2_jax.training.trainer", "exp_manager"),
 }

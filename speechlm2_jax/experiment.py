@@ -40,7 +40,7 @@ from speechlm2_jax.settings import (
     require_complete,
 )
 from speechlm2_jax.training.disk_errors import DiskError
-from speechlm2_jax.training.protocol import Sample, Scored
+from speechlm2_jax.training.protocol import HostMetric, Sample, Scored, Scoring
 from speechlm2_jax.training.start import Setup
 from speechlm2_jax.training.terminal import phase
 from speechlm2_jax.training.trainer import FitResult, Trainer, exp_manager
@@ -100,17 +100,22 @@ class Experiment:
 
     def fit(self) -> FitResult:
         """Trains, scoring answers at every validation."""
-        model = self.model
-        if isinstance(model, DuplexS2SModel):
-            return self.trainer.fit(
-                *(model, self.datamodule),
-                validation_scoring=lambda: duplex_scores(model),
-                settings=self.settings,
-            )
-        metrics = {"wer": word_error_rate(model)}
+        metrics, scoring = validation_scores(self.model)
         return self.trainer.fit(
-            model, self.datamodule, validation_metrics=metrics, settings=self.settings
+            *(self.model, self.datamodule),
+            validation_metrics=metrics,
+            validation_scoring=scoring,
+            settings=self.settings,
         )
+
+
+def validation_scores(model: object) -> tuple[dict[str, HostMetric], Scoring | None]:
+    """How validation scores the answers of a model: none where it is no model of this package."""
+    if isinstance(model, DuplexS2SModel):
+        return {}, lambda: duplex_scores(model)
+    if isinstance(model, SALM | CTCModel):
+        return {"wer": word_error_rate(model)}, None
+    return {}, None
 
 
 def build(

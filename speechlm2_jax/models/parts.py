@@ -1,5 +1,6 @@
 """Where pretrained parts are: files and directories on this machine, or repositories on the hub."""
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,27 @@ LLM_BACKBONE = "llm_backbone"
 AUDIO_CODEC = "audio_codec"
 """Folder of a saved duplex model that holds its codec's config."""
 LLM_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+
+
+def nearest_path(name: str) -> str | None:
+    """An existing path that differs from `name` in one misspelt part; None if there is none."""
+    path, parts = Path(name).expanduser(), Path(name).parts
+    found = Path(path.anchor) if path.is_absolute() else Path()
+    for place, part in enumerate(path.parts[1:] if path.is_absolute() else parts):
+        if not (found / part).exists():
+            near = difflib.get_close_matches(part, _names_in(found), n=1)
+            rest = path.parts[1 + place + path.is_absolute() :]
+            fixed = found.joinpath(near[0], *rest) if near else None
+            return str(fixed) if fixed is not None and fixed.exists() else None
+        found = found / part
+    return None
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +61,9 @@ class Location:
             return found
         looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
         if looks_local or name.endswith((".nemo", ".ckpt", ".bin", ".safetensors")):
-            raise SettingsError(f"{key}: no such file or directory: {name!r}")
+            near = nearest_path(name)
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise SettingsError(f"{key}: no such file or directory: {name!r}{hint}")
         from huggingface_hub import snapshot_download
 
         try:
@@ -47,7 +71,12 @@ class Location:
         except Exception as error:  # the hub client raises many kinds; all mean "not to be had"
             raise SettingsError(
                 f"{key}: {name!r} is no local path, and fetching it from the hub failed "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); give a local path"
+                f"({type(error).__name__}: {str(error).splitlines()[0]}); "
+                + (
+                    f"did you mean {near!r}?"
+                    if (near := nearest_path(name))
+                    else "give a local path"
+                )
             ) from error
 
     def find_nemo(self, name: str, *, key: str) -> Path:

@@ -1,0 +1,63 @@
+"""`slm.Trainer`: the training loop, with the answers of the models here scored as train.py does.
+
+Training knows no model. This module is beside the composition root, which does: importing it loads
+the loop alone.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from speechlm2_jax.training import trainer
+from speechlm2_jax.training.parts import FitResult
+from speechlm2_jax.training.protocol import DataSource, HostMetric, Scoring, TrainableModel
+
+
+class Trainer(trainer.Trainer):
+    """Trains and validates models. Keywords are Lightning's (docs/training.md lists them)."""
+
+    def fit(
+        self,
+        model: TrainableModel,
+        datamodule: DataSource,
+        *,
+        validation_metrics: Mapping[str, HostMetric] | None = None,
+        validation_scoring: Scoring | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> FitResult:
+        """Trains as `training.trainer.Trainer.fit`; without metrics, answers are scored.
+
+        A SALM or CTC model then has `val_wer` and sample answers at each validation, a duplex model
+        its BLEU scores. `validation_metrics={}` scores nothing but the losses.
+        """
+        if validation_metrics is None and validation_scoring is None:
+            validation_metrics, validation_scoring = _scores(model)
+        return super().fit(
+            *(model, datamodule),
+            validation_metrics=validation_metrics,
+            validation_scoring=validation_scoring,
+            settings=settings,
+        )
+
+    def validate(
+        self,
+        model: TrainableModel,
+        datamodule: DataSource,
+        *,
+        validation_metrics: Mapping[str, HostMetric] | None = None,
+        validation_scoring: Scoring | None = None,
+    ) -> dict[str, float]:
+        """Validates as `training.trainer.Trainer.validate`, with the scores of `fit`."""
+        if validation_metrics is None and validation_scoring is None:
+            validation_metrics, validation_scoring = _scores(model)
+        return super().validate(
+            *(model, datamodule),
+            validation_metrics=validation_metrics,
+            validation_scoring=validation_scoring,
+        )
+
+
+def _scores(model: TrainableModel) -> tuple[Mapping[str, HostMetric] | None, Scoring | None]:
+    from speechlm2_jax.experiment import validation_scores
+
+    metrics, scoring = validation_scores(model)
+    return {**metrics, **model.validation_metrics}, scoring

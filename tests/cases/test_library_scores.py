@@ -1,0 +1,38 @@
+"""`slm.Trainer` scores answers at validation as train.py does."""
+
+import pytest
+import yaml
+
+import speechlm2_jax as slm
+from speechlm2_jax import experiment
+from speechlm2_jax.training.protocol import Sample, Scored
+from tests.training.tiny_salm import write_config
+from tests.training.toy import ToyData, ToyModel
+
+
+@pytest.mark.slow  # compiles generation
+def test_fit_scores_words_and_shows_answers(tmp_path, capsys):
+    trainer = {"max_steps": 1, "num_val_samples": 1, "precision": "32-true"}
+    values = yaml.safe_load(write_config(tmp_path, trainer=trainer).read_text())
+    model = slm.models.SALM(values["model"])
+    data = slm.data.DataModule(values["data"], tokenizer=model.tokenizer)
+    result = slm.Trainer(**values["trainer"]).fit(model, data)
+    assert result.metrics["val_wer_same"] == result.metrics["val_wer"] > 0
+    assert "hypothesis:" in capsys.readouterr().out
+    losses = slm.Trainer(**values["trainer"]).validate(model, data, validation_metrics={})
+    assert "val_loss" in losses and "val_wer" not in losses
+
+
+def test_scores_of_a_model_are_those_that_train_takes(monkeypatch, capsys):
+    sample = Sample(id="a", reference="yes", hypothesis="no")
+    score = lambda batch: Scored(total=1.0, count=2.0, samples=(sample,))  # noqa: E731
+    monkeypatch.setattr(experiment, "validation_scores", lambda model: ({"wer": score}, None))
+    trainer = slm.Trainer(
+        max_steps=1, num_sanity_val_steps=0, devices=1, compilation_cache_dir=None
+    )
+    assert trainer.fit(ToyModel(), ToyData()).metrics["val_wer"] == 0.5
+    assert "hypothesis: no" in capsys.readouterr().out
+
+
+def test_another_kind_of_model_has_its_own_metrics_alone():
+    assert experiment.validation_scores(ToyModel()) == ({}, None)

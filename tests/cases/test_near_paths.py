@@ -1,0 +1,19 @@
+"""Paths that are nearly right get the right one."""
+
+import pytest
+
+import speechlm2_jax as slm
+from speechlm2_jax.models.parts import nearest_path
+from speechlm2_jax.settings import SettingsError
+
+
+def test_a_misspelt_part_of_a_path_is_named(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "salm" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert nearest_path("runs/slam") == "runs/salm"
+    assert nearest_path("run/salm/checkpoints") == "runs/salm/checkpoints"
+    assert nearest_path(f"{tmp_path}/runs/slam") == f"{tmp_path}/runs/salm"
+    assert nearest_path("runs/whisper") is None and nearest_path("runs/salm") is None
+    for name in ("runs/slam", "./runs/slam"):
+        with pytest.raises(SettingsError, match="did you mean 'runs/salm'"):
+            slm.models.SALM.from_pretrained(name)
