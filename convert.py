@@ -10,6 +10,11 @@ project and NeMo load; anything else keeps its tensor names. A TARGET.nemo needs
 model_config.yaml: a .nemo file, or a directory made from one. Nothing in SOURCE is ever executed.
 """
 
+from speechlm2_jax.usage import answer_help
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    answer_help(__file__)
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -5,6 +5,14 @@ python evaluate.py pretrained_name=runs/digits inputs=test.jsonl batch_size=16 [
 python evaluate.py pretrained_name=runs/s2s_duplex       a duplex model, on its validation sets
 """
 
+from speechlm2_jax.usage import answer_help
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    answer_help(
+        __file__,
+        keys_of=[f"speechlm2_jax/evaluation/{name}config.py" for name in ("", "duplex_")],
+    )
+
 import contextlib
 import dataclasses
 import sys

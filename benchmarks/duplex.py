@@ -10,6 +10,11 @@ are not there yet (benchmarks/duplex_parts.py); benchmarks/peers/nemo_duplex.py 
 Needs the JAX stack only.
 """
 
+from speechlm2_jax.usage import answer_help
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    answer_help(__file__)
+
 import argparse
 import json
 from pathlib import Path

@@ -7,6 +7,11 @@ one word per token, the codec's `.nemo`, and in `model/` the weights with which 
 `--no-weights` leaves these out: then each side draws its own. NeMo 3.0.0 reads all of it.
 """
 
+from speechlm2_jax.usage import answer_help
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    answer_help(__file__)
+
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -7,6 +7,11 @@ Takes what train.py takes. A training step that is slower than a batch here neve
 Needs lhotse and what else the data room needs.
 """
 
+from speechlm2_jax.usage import answer_help
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    answer_help(__file__)
+
 import argparse
 import itertools
 from typing import Any

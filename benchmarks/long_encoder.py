@@ -9,6 +9,11 @@ in blocks of 256. `plain` scores all queries at once; both run on a shorter clip
 One line of JSON goes to the standard output, progress to the standard error.
 """
 
+from speechlm2_jax.usage import answer_help
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    answer_help(__file__)
+
 import argparse
 import json
 import resource

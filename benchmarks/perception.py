@@ -6,6 +6,11 @@ Random weights and noise. `mel` is waveforms to features, `encoder` features to 
 the encoder's forward and backward pass, with no layer computed again. Needs the JAX stack only.
 """
 
+from speechlm2_jax.usage import answer_help
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    answer_help(__file__)
+
 import argparse
 from collections.abc import Callable
 from typing import Any

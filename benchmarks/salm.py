@@ -7,6 +7,11 @@ Encoder, projection and the LoRA adapters on query and value are trained, the LL
 clipping at 1.0. Answers are greedy and exactly `--answer` tokens long. Needs the JAX stack only.
 """
 
+from speechlm2_jax.usage import answer_help
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    answer_help(__file__)
+
 import argparse
 from typing import Any
 

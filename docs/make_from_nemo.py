@@ -4,6 +4,15 @@ They are the only place where it is written what becomes of a key. From the proj
 `PYTHONPATH=. python docs/make_from_nemo.py`.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from speechlm2_jax.usage import answer_help
+
+    answer_help(__file__)
+
 import ast
 import dataclasses
 import functools
@@ -12,7 +21,6 @@ import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 _TARGETS = ("_target_", "target")

@@ -3,8 +3,16 @@
 From the project's folder: `PYTHONPATH=. python docs/make_generation.py`.
 """
 
-from collections.abc import Iterator
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from speechlm2_jax.usage import answer_help
+
+    answer_help(__file__)
+
+from collections.abc import Iterator
 
 from speechlm2_jax.models.generation_keys import ARGUMENTS, HONOURED, IGNORED, OWN, REFUSED
 

@@ -8,6 +8,11 @@ that of configs/parts/tiny_encoder.yaml. Neither a test sentence nor a test voic
 voices are those of tools/corpus/texts.py and synthesis.PRETRAINING_VOICES.
 """
 
+from speechlm2_jax.usage import answer_help
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    answer_help(__file__)
+
 import subprocess
 import sys
 from pathlib import Path

@@ -11,6 +11,11 @@ gets the dialogs and the run; stopped, the same command goes on. Keys are those 
 configs/parts/tiny_llm.yaml.
 """
 
+from speechlm2_jax.usage import answer_help
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    answer_help(__file__)
+
 import ast
 import json
 import random

@@ -12,6 +12,11 @@ held_out_strings.jsonl, overfit_64.jsonl, left_out_digits.jsonl, left_out_string
 strings' audio.
 """
 
+from speechlm2_jax.usage import answer_help
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    answer_help(__file__)
+
 import argparse
 import json
 import sys

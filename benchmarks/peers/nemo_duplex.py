@@ -7,12 +7,19 @@ weights, same batches and the same keys as benchmarks/duplex.py, whose parts it 
 forward, backward, clipping at 1.0 and AdamW; Lightning's own bookkeeping is left out.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from speechlm2_jax.usage import answer_help
+
+    answer_help(__file__)
+
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -7,11 +7,19 @@ features are given, as in benchmarks/salm.py, so no mel is computed. A step is `
 backward, clipping at 1.0 and AdamW; Lightning's own bookkeeping is left out.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from speechlm2_jax.usage import answer_help
+
+    answer_help(__file__)
+
 import argparse
 import json
 import os
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch

@@ -1,5 +1,10 @@
 """Fetches the libtpu that fits: python -m speechlm2_jax.ahead.fetch [--to FOLDER]."""
 
+from speechlm2_jax.usage import answer_help
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    answer_help(__file__)
+
 import argparse
 import sys
 from pathlib import Path

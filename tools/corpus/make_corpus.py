@@ -4,13 +4,21 @@ Needs espeak-ng; takes a few minutes. All choices follow from SEED, so the same 
 same bytes.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from speechlm2_jax.usage import answer_help
+
+    answer_help(__file__)
+
 import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import soundfile

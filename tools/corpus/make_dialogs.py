@@ -9,9 +9,17 @@ them. No sentence and no recording is in both, and none of the test set is in ei
 espeak-ng (tried with 1.51) and lhotse; the same programs give the same bytes.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from speechlm2_jax.usage import answer_help
+
+    answer_help(__file__)
+
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -9,13 +9,21 @@ can look for sentences and voices of the test in it. Stopped, it goes on where i
 are mostly English, `glued` ones half phrases in no order, `phrases` nothing else but digits.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from speechlm2_jax.usage import answer_help
+
+    answer_help(__file__)
+
 import argparse
 import gzip
 import hashlib
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import soundfile

@@ -4,8 +4,16 @@
 read here; the sentences of the test are looked at by make_corpus.py and by a test alone.
 """
 
-from collections import defaultdict
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from speechlm2_jax.usage import answer_help
+
+    answer_help(__file__)
+
+from collections import defaultdict
 
 import numpy as np
 

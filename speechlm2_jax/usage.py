@@ -1,0 +1,66 @@
+"""`--help` before the slow imports of a program: its docstring, and the options in its source."""
+
+import ast
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+HELP = ("-h", "--help")
+_ADDERS = ("add_argument", "add")
+
+
+def answer_help(path: str, *, keys_of: Sequence[str] = ()) -> None:
+    """Where --help is asked for, prints the usage of the program in file `path` and exits with 0.
+
+    `keys_of` are files beside the program whose dataclasses name its `key=value` options. Called
+    above the program's imports: nothing of it runs, and nothing slow is imported.
+    """
+    if not set(HELP) & set(sys.argv[1:]):
+        return
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    lines = [f"usage: {_command(Path(path))} [-h] [OPTION ...]", "", ast.get_docstring(tree) or ""]
+    if options := list(_options(tree)):
+        lines += ["", "options:", *options]
+    if keys := dict.fromkeys(k for file in keys_of for k in _keys(Path(path).parent / file)):
+        lines += ["", f"keys: {', '.join(keys)}"]
+    with suppress(BrokenPipeError):
+        print("\n".join(lines), flush=True)
+        sys.exit(0)
+    os._exit(0)  # nobody reads: no words about it either
+
+
+def _command(path: Path) -> str:
+    """What is typed to start the program."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is None:
+        return f"python {sys.argv[0] or path.name}"
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def _keys(path: Path) -> Iterator[str]:
+    """The fields of the dataclasses in a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef):
+            for part in node.body:
+                is_field = isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+                if is_field and "ClassVar" not in ast.unparse(part.annotation):
+                    yield part.target.id
+
+
+def _options(tree: ast.Module) -> Iterator[str]:
+    """A line for each option that an argparse parser is given."""
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and node.args):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        name = node.func.id if isinstance(node.func, ast.Name) else name
+        words = [a.value for a in node.args if isinstance(a, ast.Constant)]
+        if name in _ADDERS and words and all(isinstance(word, str) for word in words):
+            keywords = {k.arg: k.value for k in node.keywords}
+            text = keywords.get("help")
+            told = text.value if isinstance(text, ast.Constant) else ""
+            default = keywords.get("default")
+            told = f"{told} (default: {ast.unparse(default)})" if default is not None else told
+            yield f"  {', '.join(map(str, words)):<28} {told}".rstrip()
