@@ -123,6 +123,7 @@ def prompted(
     context = PromptContext(
         formatter=model.prompt_formatter,
         sample_rate_hz=model.sampling_rate,
+        placeholder=model.audio_locator_tag,
         placeholder_id=model.audio_locator_tag_id,
         pad_id=model.text_pad_id,
         bos_id=model.text_bos_id,

@@ -1,7 +1,7 @@
 """A CTC recogniser as a user holds it: encoder, head and tokenizer; NeMo's EncDecCTCModelBPE."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,13 @@ from speechlm2_jax.models import registry, running
 from speechlm2_jax.models.config import DEFAULT_AUDIO_LOCATOR_TAG
 from speechlm2_jax.models.parts import Location, nemo_tokenizer, read_json
 from speechlm2_jax.models.spelling import Speller
-from speechlm2_jax.models.transcribing import transcribe
+from speechlm2_jax.models.transcribing import (
+    ROWS_AT_ONCE,
+    Transcript,
+    check_options,
+    recordings_of,
+    transcribe,
+)
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig
@@ -135,10 +141,20 @@ class CTCModel:
         }
         write_nemo(Path(path), self._nemo_config(vocabulary), state, artifacts)
 
-    def transcribe(self, waves: Sequence[np.ndarray]) -> list[str]:
-        """Writes down recordings: each float32 [S] at `sampling_rate`, mono; greedy decoding."""
+    def transcribe(
+        self,
+        audio: Any,
+        lengths: Any = None,
+        *,
+        batch_size: int = ROWS_AT_ONCE,
+        channel_selector: int | str | None = None,
+        **options: Any,
+    ) -> list[Transcript]:
+        """Transcribes recordings greedily; arguments and result as of `ASRModel.transcribe`."""
+        check_options(options)
+        waves = recordings_of(audio, lengths, self.sampling_rate, channel_selector)
         spell = Speller.of_tokenizer(self.tokenizer, self.pieces)
-        return transcribe(waves, self._decode, spell)
+        return transcribe(waves, self._decode, spell, batch_size)
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         inputs = jnp.asarray(audio), jnp.asarray(lengths)

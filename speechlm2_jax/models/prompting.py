@@ -10,6 +10,8 @@ from speechlm2_jax.batches import SalmExample
 from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
 from speechlm2_jax.models.clips import Clip, clips_of, split_audio
+from speechlm2_jax.models.config import DEFAULT_AUDIO_LOCATOR_TAG
+from speechlm2_jax.models.content_parts import with_plain_content
 
 _FORM = 'prompts must be dialogs, [[{"role": "user", "content": "..."}], ...], or int ids [B, T]'
 
@@ -25,6 +27,8 @@ class PromptContext:
     bos_id: int | None
     vocab_size: int
     enable_thinking: bool = True
+    placeholder: str = DEFAULT_AUDIO_LOCATOR_TAG
+    """The text of `placeholder_id`."""
 
 
 def prompt_examples(
@@ -33,14 +37,19 @@ def prompt_examples(
     """Makes one conversation per prompt; audio goes to the placeholders in order.
 
     `prompts`: a list of dialogs (lists of turns, each with `role`, and `content` or `slots`, and
-    optionally `audio`: paths, or float arrays [S] at the model's rate), or int ids [B, T] padded
-    anywhere on the left. `audios` [B', S] with `audio_lens` [B'], one per placeholder over the
-    whole batch. Returns the conversations, named by their numbers from `first`, and their
-    left-padded ids [B, T]. Raises ValueError, naming the prompt by its number, for what is no
-    prompt, for audio or ids that cannot be used, and where placeholders and audio do not match.
+    optionally `audio`: recordings as `clips_of` takes them), or int ids [B, T] padded anywhere on
+    the left. `content` is text, or a list of parts as in transformers' chats (`content_parts`).
+    `audios` [B', S] with `audio_lens` [B'], one per placeholder over the whole batch. Returns the
+    conversations, named by their numbers from `first`, and their left-padded ids [B, T]. Raises
+    ValueError, naming the prompt by its number, for what is no prompt, for audio or ids that cannot
+    be used, and where placeholders and audio do not match.
     """
     if _are_dialogs(prompts, first):
         names = _names(prompts, first)
+        prompts = [
+            [with_plain_content(turn, name, context.placeholder) for turn in dialog]
+            for dialog, name in zip(prompts, names, strict=True)
+        ]
         clips = [
             [
                 c

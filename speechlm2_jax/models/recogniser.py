@@ -19,13 +19,17 @@ from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.ctc import ctc_table
 from speechlm2_jax.conversion.readers import NemoArchive, read_nemo
 from speechlm2_jax.conversion.transducer import transducer_table
-from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.layers.module import abstract, bind, describe, unbind
 from speechlm2_jax.models import running
-from speechlm2_jax.models.clips import split_audio
 from speechlm2_jax.models.registry import find_nemo
 from speechlm2_jax.models.spelling import class_name, nemo_speller
-from speechlm2_jax.models.transcribing import transcribe
+from speechlm2_jax.models.transcribing import (
+    ROWS_AT_ONCE,
+    Transcript,
+    check_options,
+    recordings_of,
+    transcribe,
+)
 from speechlm2_jax.settings import SettingsError, build
 
 DECODERS = {
@@ -123,19 +127,29 @@ class ASRModel:
         """Samples per second that the model hears."""
         return self._preprocessor.sample_rate
 
-    def transcribe(self, audio: Any, lengths: Any = None) -> list[str]:
-        """Writes down recordings, float [B, S] at `sampling_rate` of `lengths` [B] samples.
+    def transcribe(
+        self,
+        audio: Any,
+        lengths: Any = None,
+        *,
+        batch_size: int = ROWS_AT_ONCE,
+        channel_selector: int | str | None = None,
+        **options: Any,
+    ) -> list[Transcript]:
+        """Transcribes recordings, in input order; each text is a str that also has `text`.
 
-        Without lengths the rows are full; nothing is heard in a row of length 0. The order, padding
-        and neighbours of the rows change no text. Raises ValueError for a length beyond S, and for
-        NaN or infinite samples.
+        `audio`: a path, an array [S] at `sampling_rate`, `(rate, array)` or a dict of datasets, a
+        list of these, or a batch float [B, S] with `lengths` [B] (without, the rows are full; a row
+        of length 0 gives ""). `channel_selector` chooses a channel of files with several, "average"
+        mixes them. The order, padding and neighbours of recordings change no text; `options` are
+        NeMo's arguments without effect on it (verbose, num_workers, use_lhotse). Raises AudioError
+        for a recording that cannot be used, ValueError for what is none and for a length beyond S.
         """
+        check_options(options)
         shortest = int(SHORTEST_S * self.sampling_rate)
-        rows = split_audio(audio, lengths, least=0)
-        heard = [check_samples(row, f"recording {n}") for n, row in enumerate(rows) if len(row)]
-        waves = [_centred(wave, shortest) for wave in heard]
-        texts = iter(transcribe(waves, self._decode, self._spell))
-        return [next(texts) if len(row) else "" for row in rows]
+        waves = recordings_of(audio, lengths, self.sampling_rate, channel_selector)
+        padded = [_centred(wave, shortest) if len(wave) else wave for wave in waves]
+        return transcribe(padded, self._decode, self._spell, batch_size)
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         inputs = self._definition, self._variables, jnp.asarray(audio), jnp.asarray(lengths)

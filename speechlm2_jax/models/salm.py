@@ -18,6 +18,7 @@ from speechlm2_jax.models.config import SalmModelConfig
 from speechlm2_jax.models.continuous import Answered
 from speechlm2_jax.models.generation_config import read_request
 from speechlm2_jax.models.streaming import Piece, last_of
+from speechlm2_jax.models.transcribing import Transcript, transcribe_by_prompt
 from speechlm2_jax.networks import salm as salm_network
 from speechlm2_jax.networks.flops import Heard, salm_flops
 from speechlm2_jax.networks.salm import Salm, SalmModes
@@ -74,7 +75,8 @@ class SALM(SpeechModel):
         """Answers prompts: int32 ids [B, T], rows padded with `text_pad_id` after they stop.
 
         `prompts`: dialogs (lists of turns with `role`, `content` or `slots`, optionally `audio`: a
-        list of paths or arrays), or token ids [B, L] padded on the left. `audios` [B', S] float at
+        list of paths, arrays, `(rate, array)` or dicts of datasets; `content` may be a list of text
+        and audio parts), or token ids [B, L] padded on the left. `audios` [B', S] float at
         `sampling_rate` with `audio_lens` [B'] give one clip per placeholder, in order. With audio
         only new tokens come back; text-only prompts come back before them, as NeMo does.
         `generation_config`: a GenerationConfig of transformers or a dict of its keys; keywords
@@ -147,6 +149,26 @@ class SALM(SpeechModel):
             generation_kwargs,
             draw_numbers,
         )
+
+    def transcribe(
+        self,
+        audio: Any,
+        *,
+        prompt: str = "Transcribe the following:",
+        batch_size: int = 4,
+        max_new_tokens: int = 128,
+        **generation_kwargs: Any,
+    ) -> list[Transcript]:
+        """Transcribes recordings by asking for it; each text is a str that also has `text`.
+
+        `audio`: a path, an array [S] at `sampling_rate`, `(rate, array)` or a dict of datasets, or
+        a list of these, which are read `batch_size` at a time. `prompt` is the user's turn; ask as
+        the model was trained. The recording follows it, or stands where it has the
+        `audio_locator_tag`. Other keywords are those of `generate`. Raises AudioError for a
+        recording that cannot be used, ValueError for what is none.
+        """
+        generation = {**generation_kwargs, "max_new_tokens": max_new_tokens}
+        return transcribe_by_prompt(self, audio, prompt, batch_size, generation)
 
     def answer(self, prompts: Sequence[SalmExample], max_new_tokens: int) -> np.ndarray:
         """Answers laid-out prompts greedily: int32 ids [B, T], padded after each row's end."""
