@@ -8,6 +8,7 @@ import numpy as np
 from speechlm2_jax.data.audio import sinc_resample
 from speechlm2_jax.evaluation.bleu import BLEU
 from speechlm2_jax.evaluation.error_rates import CER, WER
+from speechlm2_jax.evaluation.text_metric import AnyNormalizer
 
 
 @runtime_checkable
@@ -31,13 +32,17 @@ class ASRBLEU:
     """
 
     def __init__(
-        self, recogniser: Recogniser, *, normalizer: str | bool | None = "english"
+        self,
+        recogniser: Recogniser,
+        normalize: bool = True,
+        normalizer: AnyNormalizer = "english",
+        verbose: bool = False,
     ) -> None:
         self._recogniser: Recogniser | None = recogniser
         self._metrics = (
-            BLEU(key="asr_bleu", normalizer=normalizer),
-            WER(normalizer=normalizer),
-            CER(normalizer=normalizer),
+            BLEU(normalize, normalizer, verbose, key="asr_bleu"),
+            WER(normalize, normalizer),
+            CER(normalize, normalizer),
         )
 
     def update(

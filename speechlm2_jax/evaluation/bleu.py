@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from speechlm2_jax.evaluation.text_metric import TextMetric
+from speechlm2_jax.evaluation.text_metric import AnyNormalizer, TextMetric
 
 
 def corpus_bleu(references: Sequence[str], hypotheses: Sequence[str]) -> float:
@@ -20,12 +20,21 @@ def empty_share(references: Sequence[str], hypotheses: Sequence[str]) -> float:
 class BLEU(TextMetric):
     """`txt_bleu_SET` and `txt_bleu`: BLEU of texts, 0 to 100."""
 
-    def __init__(self, *, key: str = "txt_bleu", normalizer: str | bool | None = "english") -> None:
-        super().__init__(key, corpus_bleu, normalizer=normalizer)
+    def __init__(
+        self,
+        normalize: bool = True,
+        normalizer: AnyNormalizer = "english",
+        verbose: bool = False,
+        *,
+        key: str = "txt_bleu",
+    ) -> None:
+        super().__init__(
+            key, corpus_bleu, normalize=normalize, normalizer=normalizer, verbose=verbose
+        )
 
 
 class EmptyTextRate(TextMetric):
     """`empty_text_rate_SET` and `empty_text_rate`: the share of answers that are empty."""
 
-    def __init__(self, *, key: str = "empty_text_rate") -> None:
-        super().__init__(key, empty_share, normalizer=None)
+    def __init__(self, verbose: bool = False, *, key: str = "empty_text_rate") -> None:
+        super().__init__(key, empty_share, normalize=False, verbose=verbose)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from speechlm2_jax.evaluation.text_metric import TextMetric
+from speechlm2_jax.evaluation.text_metric import AnyNormalizer, TextMetric
 from speechlm2_jax.evaluation.wer import word_errors
 
 
@@ -29,12 +29,30 @@ def character_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -
 class WER(TextMetric):
     """`wer_SET` and `wer`: word error rate, 0 where all words are right."""
 
-    def __init__(self, *, key: str = "wer", normalizer: str | bool | None = "english") -> None:
-        super().__init__(key, word_error_rate, normalizer=normalizer)
+    def __init__(
+        self,
+        normalize: bool = True,
+        normalizer: AnyNormalizer = "english",
+        verbose: bool = False,
+        *,
+        key: str = "wer",
+    ) -> None:
+        super().__init__(
+            key, word_error_rate, normalize=normalize, normalizer=normalizer, verbose=verbose
+        )
 
 
 class CER(TextMetric):
     """`cer_SET` and `cer`: character error rate, 0 where all characters are right."""
 
-    def __init__(self, *, key: str = "cer", normalizer: str | bool | None = "english") -> None:
-        super().__init__(key, character_error_rate, normalizer=normalizer)
+    def __init__(
+        self,
+        normalize: bool = True,
+        normalizer: AnyNormalizer = "english",
+        verbose: bool = False,
+        *,
+        key: str = "cer",
+    ) -> None:
+        super().__init__(
+            key, character_error_rate, normalize=normalize, normalizer=normalizer, verbose=verbose
+        )

@@ -1,8 +1,14 @@
 """Scores of paired texts per data set, and their plain mean over the sets, as NeMo reports them."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
-from speechlm2_jax.evaluation.wer import text_normalizer
+from speechlm2_jax.evaluation.wer import Normalizer, text_normalizer
+
+log = logging.getLogger(__name__)
+M = TypeVar("M", bound="TextMetric")
+AnyNormalizer = str | bool | Normalizer | None
 
 Score = Callable[[Sequence[str], Sequence[str]], float]
 """References and hypotheses of one data set -> its score."""
@@ -11,15 +17,28 @@ Score = Callable[[Sequence[str], Sequence[str]], float]
 class TextMetric:
     """Collects normalised texts by data set and scores each set as one corpus.
 
-    `normalizer` names one of `text_normalizer`; both sides pass it.
+    Args:
+        key: of the scores.
+        score: of one data set.
+        normalize: false scores the texts as they are.
+        normalizer: a name that `text_normalizer` knows, or a function; both sides pass it.
+        verbose: log every pair with a score of its own.
     """
 
     def __init__(
-        self, key: str, score: Score, *, normalizer: str | bool | None = "english"
+        self,
+        key: str,
+        score: Score,
+        *,
+        normalize: bool = True,
+        normalizer: AnyNormalizer = "english",
+        verbose: bool = False,
     ) -> None:
-        self.key = key
+        self.key, self.verbose = key, verbose
         self._score = score
-        self._normalize = text_normalizer(normalizer)
+        if not normalize:
+            normalizer = "none"
+        self._normalize = normalizer if callable(normalizer) else text_normalizer(normalizer)
         self._pairs: dict[str, list[tuple[str, str]]] = {}
 
     def update(self, name: str, references: Sequence[str], hypotheses: Sequence[str]) -> None:
@@ -32,6 +51,17 @@ class TextMetric:
         texts = zip(references, hypotheses, strict=True)
         pairs = [(self._normalize(reference), self._normalize(text)) for reference, text in texts]
         self._pairs.setdefault(name, []).extend(pairs)
+        if self.verbose:
+            for (reference, text), (first, second) in zip(
+                zip(references, hypotheses, strict=True), pairs, strict=True
+            ):
+                score = self._score([first], [second])
+                log.info("reference: %s\nanswer:    %s [%s %.2f]", reference, text, self.key, score)
+
+    def reset(self: M) -> M:
+        """Drops what was added; gives itself, as NeMo's do."""
+        self._pairs.clear()
+        return self
 
     def merge(self, other: "TextMetric") -> None:
         """Adds what another one of the same kind has collected, on another process for instance."""

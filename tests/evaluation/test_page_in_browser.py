@@ -88,6 +88,20 @@ def test_filters_by_voice_length_and_words_combine(page):
     assert len(page.run(SHOWN)) == 7
 
 
+def test_box_and_list_agree_after_escape(page):
+    page.press("/")
+    for letter in "morning":
+        page.press(letter)
+    assert 0 < len(page.run(SHOWN)) < 7
+    for kind in ("rawKeyDown", "keyUp"):
+        keys = {"key": "Escape", "code": "Escape", "windowsVirtualKeyCode": 27}
+        page.call("Input.dispatchKeyEvent", type=kind, **keys)
+    page.until("document.getElementById('search').value === ''")
+    page.until("document.getElementById('count').value === '7 utterances'")
+    assert len(page.run(SHOWN)) == 7
+    assert page.run("document.activeElement.id") != "search"
+
+
 def test_unseen_voices_and_bars_filter_too(page):
     _choose(page, "voice", "*unseen*")
     assert page.run(SHOWN) == ["short"]

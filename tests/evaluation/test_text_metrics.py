@@ -1,5 +1,6 @@
 """Scores per data set: what was added, in whatever parts, is scored once."""
 
+import logging
 import math
 
 import pytest
@@ -56,3 +57,22 @@ def test_answers_of_white_space_are_empty():
 def test_texts_must_pair_up():
     with pytest.raises(ValueError, match="2 references but 1 hypotheses of 'a'"):
         BLEU().update("a", ["x", "y"], ["x"])
+
+
+def test_arguments_are_nemos(caplog):
+    with caplog.at_level(logging.INFO):
+        bleu = BLEU(normalize=False, normalizer=None, verbose=True).reset()
+        bleu.update("set", ["one two three four"], ["one two three four"])
+        WER(verbose=True).update("set", ["Yes, sir!"], ["yes no"])
+        BLEU(verbose=False).update("set", ["a"], ["b"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "reference: one two three four\nanswer:    one two three four [txt_bleu 100.00]",
+        "reference: Yes, sir!\nanswer:    yes no [wer 0.50]",
+    ]
+    assert bleu.compute()["txt_bleu"] == pytest.approx(100)
+    assert bleu.reset().compute() == {}
+    upper = WER(normalizer=str.upper)
+    upper.update("set", ["ONE"], ["one"])
+    raw = WER(normalize=False)
+    raw.update("set", ["ONE"], ["one"])
+    assert (upper.compute()["wer"], raw.compute()["wer"]) == (0.0, 1.0)

@@ -59,7 +59,8 @@
   }
 
   for (const menu of menus) menu.addEventListener("change", filter);
-  byId("search").addEventListener("input", filter);
+  // Escape and the box's own cross empty it, which some browsers tell by "search" alone
+  for (const kind of ["input", "search", "change"]) byId("search").addEventListener(kind, filter);
   byId("wrong").addEventListener("change", filter);
   byId("sort").addEventListener("change", sort);
   byId("reset").addEventListener("click", showAll);
@@ -182,9 +183,16 @@
     " ": toggle,
     "/": () => byId("search").focus(),
   };
+  function leave(control) {
+    if (control === byId("search")) {
+      control.value = ""; // as browsers do it, after this event
+      filter();
+    }
+    control.blur();
+  }
   document.addEventListener("keydown", (event) => {
     const typing = event.target.closest("input, select, textarea, button, summary, audio");
-    if (event.key === "Escape" && typing !== null) typing.blur();
+    if (event.key === "Escape" && typing !== null) leave(typing);
     if (typing !== null || event.ctrlKey || event.metaKey || event.altKey) return;
     const act = keys[event.key];
     if (act === undefined) return;
