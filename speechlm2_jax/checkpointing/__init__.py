@@ -14,7 +14,7 @@ written before that rename, and compared before anything of a step is used. Orba
 arrays are placed by the reader's template, on whatever mesh it names.
 """
 
-from speechlm2_jax.checkpointing.checksums import DamagedError
+from speechlm2_jax.checkpointing.checksums import DamagedError, verify_listed, write_checksums
 from speechlm2_jax.checkpointing.folders import (
     CHECKPOINTS,
     read_json,
@@ -54,4 +54,6 @@ __all__ = [
     "set_aside_frozen",
     "set_aside_newer",
     "step_folders",
+    "verify_listed",
+    "write_checksums",
 ]

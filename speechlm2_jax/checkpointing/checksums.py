@@ -106,6 +106,15 @@ def verify(folder: Path, below: str = "") -> Checksums | None:
     return checksums
 
 
+def verify_listed(folder: Path, remedy: str) -> None:
+    """`verify` for a folder beside the checkpoints if it has checksums; errors end in `remedy`."""
+    if (folder / CHECKSUMS).exists():
+        try:
+            verify(folder)
+        except DamagedError as error:
+            raise DamagedError(f"{error}; {remedy}") from error
+
+
 def verify_together(folder: Path) -> Checksums | None:
     """`verify` by all processes of a run, each reading its share; all raise if one finds damage.
 

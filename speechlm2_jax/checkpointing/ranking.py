@@ -1,7 +1,6 @@
 """Which checkpoints are best, by the validation metrics noted beside them."""
 
 import json
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,10 +12,9 @@ import xxhash
 from speechlm2_jax.checkpointing.checksums import DamagedError, read_checksums
 from speechlm2_jax.checkpointing.folders import RANKED, step_folders
 
-log = logging.getLogger(__name__)
-
 RANKING = "ranking.json"
 CHECKSUM = "xxh3_128"
+_CONSEQUENCE = "no checkpoint counts as best"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +47,15 @@ class Ranking:
 
     retention: Retention = Retention()
     metrics: dict[int, dict[str, float | None]] = field(default_factory=dict)
-    is_damaged: bool = False
-    """Whether it could not be used, so that nothing is known of the steps that are there."""
+    problem: str = ""
+    """Why it could not be used, so that nothing is known of the steps that are there."""
 
 
 def read_ranking(folder: Path) -> Ranking:
-    """Reads the ranking of a checkpoints folder; empty if it is not there or damaged."""
+    """Reads the ranking of a checkpoints folder; empty if it is not there or damaged.
+
+    Logs nothing.
+    """
     try:
         stored = json.loads((folder / RANKING).read_text())
         if stored.get(CHECKSUM, checksum := _checksum(stored)) != checksum:
@@ -66,11 +67,9 @@ def read_ranking(folder: Path) -> Ranking:
     except FileNotFoundError:
         if not _is_missed(folder):
             return Ranking()
-        log.warning("%s is missing; no checkpoint counts as best", folder / RANKING)
-        return Ranking(is_damaged=True)
+        return Ranking(problem=f"{folder / RANKING} is missing; {_CONSEQUENCE}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("cannot read %s (%s); no checkpoint counts as best", folder / RANKING, error)
-        return Ranking(is_damaged=True)
+        return Ranking(problem=f"cannot read {folder / RANKING} ({error}); {_CONSEQUENCE}")
 
 
 def write_ranking(folder: Path, ranking: Ranking) -> None:

@@ -24,7 +24,7 @@ from speechlm2_jax.checkpointing.folders import (
     step_folders,
 )
 from speechlm2_jax.checkpointing.frozen import FrozenStore, FrozenStoreError
-from speechlm2_jax.checkpointing.ranking import read_ranking
+from speechlm2_jax.checkpointing.ranking import Ranking, read_ranking
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +114,8 @@ def load_weights(
     steps = step_folders(Path(run))
     if not steps:
         raise FileNotFoundError(f"{run}: no checkpoint here (looked for {CHECKPOINTS}/<step>)")
+    if which in ("best", "best_else_last") and (problem := _ranking(steps).problem):
+        log.warning("%s", problem)
     while steps:
         step = choose(steps, which)
         try:
@@ -163,7 +165,7 @@ def choose(steps: Sequence[Path], which: Which | int) -> Path:
             if int(step.name) == which:
                 return step
         raise FileNotFoundError(f"step {which} is not kept; there are {_names(steps)}")
-    ranking = read_ranking(steps[0].parent)
+    ranking = _ranking(steps)
     by_step = {int(step.name): step for step in steps}
     kept = {step: values for step, values in ranking.metrics.items() if step in by_step}
     best = ranking.retention.best(kept)
@@ -174,6 +176,10 @@ def choose(steps: Sequence[Path], which: Which | int) -> Path:
             f"none of the steps {_names(steps)} has a {ranking.retention.monitor}"
         )
     return steps[0]
+
+
+def _ranking(steps: Sequence[Path]) -> Ranking:
+    return read_ranking(steps[0].parent)
 
 
 def _names(steps: Iterable[Path]) -> str:

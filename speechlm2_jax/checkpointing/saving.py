@@ -1,6 +1,7 @@
 """Writing: in the background, keeping the best and the latest."""
 
 import functools
+import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,8 @@ from speechlm2_jax.checkpointing.folders import (
 )
 from speechlm2_jax.checkpointing.ranking import Ranking, Retention, read_ranking, write_ranking
 
+log = logging.getLogger(__name__)
+
 
 class Checkpointer:
     """Writes the checkpoints of one run, in the background."""
@@ -39,7 +42,10 @@ class Checkpointer:
         self.folder, self.retention = Path(folder).absolute(), retention
         ranking = read_ranking(self.folder)
         self._metrics = ranking.metrics
-        self._unranked = _steps(self.folder) if ranking.is_damaged else frozenset()
+        self._unranked: frozenset[int] = frozenset()
+        if ranking.problem:
+            log.warning("%s, and those that are there stay", ranking.problem)
+            self._unranked = frozenset(int(step.name) for step in step_folders(self.folder))
         if jax.process_index() == 0:
             # not Orbax's own cleaning: it runs in the background and takes the frozen save with it
             for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
@@ -158,10 +164,6 @@ class Checkpointer:
         self.wait()
         self._frozen_writer.close()
         self._manager.close()
-
-
-def _steps(folder: Path) -> frozenset[int]:
-    return frozenset(int(step.name) for step in step_folders(folder))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from speechlm2_jax.layers.module import (
 )
 from speechlm2_jax.models import registry, running
 from speechlm2_jax.models.config import DEFAULT_AUDIO_LOCATOR_TAG
+from speechlm2_jax.models.loading import run_definition
 from speechlm2_jax.models.parts import Location, nemo_tokenizer, read_json
 from speechlm2_jax.models.spelling import Speller
 from speechlm2_jax.models.transcribing import (
@@ -121,7 +122,7 @@ class CTCModel:
 
     @classmethod
     def _from_run(cls, run: Path) -> "CTCModel":
-        definition = run / "model"
+        definition = run_definition(run)
         cfg = read_json(definition / "config.json", key="pretrained_asr")
         model = cls({**cfg, "tokenizer": {"dir": str(definition)}})
         model.variables = dict(checkpointing.load_weights(run).variables)

@@ -60,7 +60,7 @@ def open_model(name: str) -> ModelSource:
     """Finds what `name` means, reading no weights. Raises SettingsError with what is missing."""
     path = Location().find(name, key="pretrained_name")
     if path.is_dir() and (path / "checkpoints").is_dir():
-        definition = path / RUN_DEFINITION
+        definition = run_definition(path)
         named = _saved_cfg(definition)
         return ModelSource(
             cfg=_pointed(named, definition),
@@ -83,6 +83,20 @@ def open_model(name: str) -> ModelSource:
     return ModelSource(
         cfg=_pointed(named, path), named=named, near=(path, path.parent), read=_reader(path)
     )
+
+
+def run_definition(run: Path) -> Path:
+    """The folder of a run that holds all of its model but the weights.
+
+    Raises DamagedError if a file in it is not the one that the run wrote.
+    """
+    definition = run / RUN_DEFINITION
+    checkpointing.verify_listed(
+        definition,
+        "resume the run to have it written again, or delete checksums.xxh3 there if the change is "
+        "yours",
+    )
+    return definition
 
 
 def save_definition(directory: Path, blueprint: Blueprint) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from speechlm2_jax import processes
-from speechlm2_jax.checkpointing import CHECKPOINTS, Checkpointer
+from speechlm2_jax.checkpointing import CHECKPOINTS, Checkpointer, write_checksums
 from speechlm2_jax.training import run_dir as run_directory
 from speechlm2_jax.training.exp_manager import ExpManagerConfig, SummaryWriterParams
 from speechlm2_jax.training.meter import Meter
@@ -105,7 +105,9 @@ class Opening:
     def _describe(self) -> None:
         if self.run_dir is not None and jax.process_index() == 0:
             run_directory.describe(self.run_dir, self.settings)
-            self.model.save_definition(self.run_dir / run_directory.MODEL)
+            definition = self.run_dir / run_directory.MODEL
+            self.model.save_definition(definition)
+            write_checksums(definition, {})
 
     @property
     def _checkpoints(self) -> Path | None:

@@ -20,7 +20,9 @@ from speechlm2_jax.checkpointing import (
     read_ranking,
     restore,
     step_folders,
+    write_checksums,
 )
+from speechlm2_jax.models.loading import run_definition
 from tests.test_checkpointing import (
     FROZEN,
     arrays,
@@ -256,10 +258,23 @@ def test_a_damaged_ranking_is_told_and_costs_no_step(folder, caplog, how):
         ranking.write_text(ranking.read_text().replace("0.3", "0.1"))
     else:
         ranking.unlink()
-    assert read_ranking(folder).is_damaged and str(ranking) in caplog.text
+    assert read_ranking(folder).problem and not caplog.messages
     assert load_weights(folder).step == 2
+    assert len(caplog.messages) == 1 and str(ranking) in caplog.text
     save_all(folder, {3: 3, 4: 4, 5: 5}, retention=Retention(top_k=1))
     assert [step.name for step in step_folders(folder)] == ["5", "4", "2", "1"]
+
+
+def test_the_definition_of_a_run_is_compared_too(tmp_path):
+    definition = tmp_path / "model"
+    definition.mkdir()
+    (definition / "config.json").write_text('{"rope_theta": 1}')
+    assert run_definition(tmp_path) == definition  # of an older version
+    write_checksums(definition, {})
+    assert run_definition(tmp_path) == definition
+    (definition / "config.json").write_text('{"rope_theta": 9}')
+    with pytest.raises(DamagedError, match=r"model/config.json has changed .* resume the run"):
+        run_definition(tmp_path)
 
 
 def test_how_many_of_the_latest_stay(tmp_path):

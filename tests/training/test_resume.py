@@ -161,6 +161,21 @@ def test_a_damaged_newest_checkpoint_costs_steps_not_the_run(uninterrupted, tmp_
     assert_same_run(uninterrupted, tmp_path)
 
 
+@pytest.mark.parametrize("part", ["6", "frozen"])
+def test_a_flipped_bit_changes_nothing_but_the_names(uninterrupted, tmp_path, capsys, part):
+    fit(tmp_path, max_steps=6)
+    checkpoints = tmp_path / "checkpoints"
+    file = max((checkpoints / part).rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    fit(tmp_path)
+    output = capsys.readouterr().out
+    assert output.count(f"{file} has changed since it was written") == 1
+    assert (checkpoints / f"unreadable_{part}").is_dir() and (checkpoints / part).is_dir()
+    assert_same_run(uninterrupted, tmp_path)
+
+
 def test_another_mesh_goes_on_with_the_same_global_batches(tmp_path):
     strategies = {
         "data": {"devices": 8},
