@@ -136,6 +136,31 @@ def test_two_processes_stop_and_go_on_together(tmp_path, compiled):
     run.assert_same("one", "two")
 
 
+@pytest.mark.slow  # four processes
+def test_two_processes_agree_on_what_is_damaged(tmp_path, compiled):
+    run = Run(tmp_path, compiled, devices=2)
+    words = (
+        "+trainer.strategy={_target_: FSDPStrategy}",
+        "+exp_manager.checkpoint_callback_params={every_n_train_steps: 3, monitor: null}",
+    )
+    run.finish(run.start("two", 2, NOT_VALIDATED, *words, f"trainer.max_steps={FEW}"))
+    checkpoints = tmp_path / "two" / "checkpoints"
+    damaged = []
+    for part in (str(FEW), "frozen"):
+        file = max((checkpoints / part).rglob("*"), key=lambda path: path.stat().st_size)
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        damaged.append(file)
+    out = run.finish(run.start("two", 2, NOT_VALIDATED, *words, f"trainer.max_steps={FEW + 3}"))
+    for file in damaged:
+        assert out.count(f"{file} has changed since it was written") == 1
+    assert f"going on from {checkpoints / '3'}" in out and f"finished {FEW + 3} steps" in out
+    assert (checkpoints / f"unreadable_{FEW}").is_dir()
+    assert (checkpoints / "unreadable_frozen").is_dir()
+    assert load_weights(tmp_path / "two", "last").step == FEW + 3
+
+
 @pytest.mark.slow  # five processes, which compile each for itself
 def test_four_processes_are_one_run(tmp_path, compiled):
     run = Run(tmp_path, compiled, devices=4, seconds=SECONDS)
