@@ -1,4 +1,4 @@
-"""Damages the run of a tiny SALM many times, and counts what is silently wrong.
+"""Damages the run of a tiny model many times, and counts what is silently wrong.
 
 python -m tests.cases.damaged_runs --flips 200     single-bit flips, read by all three readers
 python -m tests.cases.damaged_runs --kills 40      SIGKILLs, half of them aimed at saves
@@ -7,6 +7,7 @@ python -m tests.cases.damaged_runs --kills 40      SIGKILLs, half of them aimed 
 import argparse
 import collections
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -33,6 +34,7 @@ from tests.cases.test_damaged_checkpoints import chosen_flips, flip, kind
 from tests.training.tiny_salm import write_config
 
 ROOT = Path(__file__).parents[2]
+TOY = ROOT / "tests" / "training" / "toy.py"
 SAVED, RESUMED = 4, 6
 """Steps of the run that is damaged, and to which it is resumed."""
 EVERY = 20
@@ -190,35 +192,44 @@ def older_answers(run, kept, readers):
     return found
 
 
-def kills(count, seed, folder, steps=1000):
+def kills(count, seed, folder, steps=2000):
     """Kills a training again and again; returns the steps whose losses are not bit-equal."""
-    chance, run = random.Random(seed), TinyRun(folder)
-    words = [
-        *("train.py", "--config", str(run.config), f"trainer.max_steps={steps}"),
-        *("trainer.val_check_interval=1000000", "trainer.limit_train_batches=1000000"),
-        "exp_manager.checkpoint_callback_params.every_n_train_steps=5",
-    ]
-    reference = folder / "reference"
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    run.run.rename(reference)
+    chance, run = random.Random(seed), folder / "run"
+    checkpoints = {"every_n_train_steps": 10, "monitor": None}
+    options = {
+        "max_steps": steps,
+        "limit_train_batches": steps,
+        "limit_val_batches": 0,
+        "enable_progress_bar": False,
+        "experiment": {"checkpoint_callback_params": checkpoints},
+    }
+    words = [sys.executable, str(TOY), str(run), json.dumps(options)]
+    settings = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "TOY_CACHE": str(folder / "compiled"),
+    }
+    start_one = functools.partial(
+        subprocess.Popen, words, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    assert start_one().wait() == 0
+    reference = run.rename(folder / "reference")
     stages = collections.Counter()
     for number in range(count):
-        process = subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        process = start_one()
         aims = number % 2 == 0
-        wait_for(run.run, process, at_save=aims)
+        wait_for(run, process, at_save=aims)
         time.sleep(chance.uniform(0, 0.03 if aims else 0.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        left = [path.name for path in run.run.glob("checkpoints/*orbax-checkpoint-tmp*")]
+        left = [path.name for path in run.glob("checkpoints/*orbax-checkpoint-tmp*")]
         whole = any("-whole" in name for name in left)
         stage = "while checksums were written" if whole else "while saving" if left else "elsewhere"
         stages[f"{'aimed at a save' if aims else 'at random'}: {stage}"] += 1
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout[-500:], done.stderr[-500:])
+    assert start_one().wait() == 0
     print_counts(f"{count} kills", stages)
-    one, other = losses(reference), losses(run.run)
+    one, other = losses(reference), losses(run)
     print(f"{len(one)} steps, {len(other)} after the kills")
     return [step for step in one | other if one.get(step) != other.get(step)]
 

@@ -12,4 +12,4 @@ def test_flipped_bits_are_never_silently_wrong(tmp_path):
 
 @pytest.mark.slow
 def test_killed_runs_end_with_the_same_losses(tmp_path):
-    assert damaged_runs.kills(4, 0, tmp_path, steps=400) == []
+    assert damaged_runs.kills(4, 0, tmp_path, steps=300) == []
