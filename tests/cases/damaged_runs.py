@@ -1,6 +1,6 @@
 """Damages the run of a tiny model many times, and counts what is silently wrong.
 
-python -m tests.cases.damaged_runs --flips 200     single-bit flips, read by all three readers
+python -m tests.cases.damaged_runs --flips 200     single-bit flips, read by every reader
 python -m tests.cases.damaged_runs --kills 40      SIGKILLs, half of them aimed at saves
 """
 
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -37,9 +38,10 @@ ROOT = Path(__file__).parents[2]
 TOY = ROOT / "tests" / "training" / "toy.py"
 SAVED, RESUMED = 4, 6
 """Steps of the run that is damaged, and to which it is resumed."""
-EVERY = 20
+EVERY = 50
 """One flip of so many is trained on to the end, too: the step before must give the same losses."""
 PATIENCE_S = 180
+FROM_PRETRAINED = SALM.from_pretrained
 
 
 class TinyRun:
@@ -88,13 +90,14 @@ class TinyRun:
         weights = load_weights(self.run, "last").variables
         return found, {path: value.tobytes() for path, value in weights.items()}
 
-    def load(self):
-        """The weights of `from_pretrained`."""
-        variables = SALM.from_pretrained(self.run).variables
-        return {path: np.asarray(value).tobytes() for path, value in variables.items()}
-
     def evaluate(self):
-        """The answer that evaluate.py writes, and the step that it says gave it."""
+        """The answer that evaluate.py writes, the step that it names, the weights it loaded."""
+        loaded = []
+
+        def load(*arguments, **options):
+            loaded.append(FROM_PRETRAINED(*arguments, **options))
+            return loaded[-1]
+
         output = self.folder / "answers.jsonl"
         output.unlink(missing_ok=True)
         words = [
@@ -104,11 +107,15 @@ class TinyRun:
             "max_new_tokens=8",
             "user_prompt=Say:",
         ]
-        with contextlib.redirect_stdout(io.StringIO()):
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            mock.patch.object(SALM, "from_pretrained", load),
+        ):
             code = evaluate.main(words, compiled=str(self.folder / "compiled"))
         assert code == 0
         row, record = map(json.loads, output.read_text().splitlines())
-        return row["pred_text_raw"], record["provenance"]["model"]["step"]
+        weights = [np.asarray(value).tobytes() for value in loaded[0].variables.values()]
+        return row["pred_text_raw"], record["provenance"]["model"]["step"], weights
 
 
 class Lines(logging.Handler):
@@ -147,14 +154,14 @@ def flips(count, seed, folder):
     shutil.copytree(run.run, kept)
     readers = {
         "resume": run.restore,
-        "from_pretrained": run.load,
-        "evaluate.py": run.evaluate,
+        "from_pretrained in evaluate.py": run.evaluate,
         "resume to the end": run.resume,
     }
     expected = {name: read() for name, read in readers.items()}
     older = older_answers(run, kept, readers)
     outcomes, silent, kinds, heard = collections.Counter(), [], collections.Counter(), Lines()
     for number, (file, bit) in enumerate(chosen_flips(kept / "checkpoints", count, seed)):
+        print(f"\r{number} of {count}, {len(silent)} silently wrong", end="", flush=True)
         name = file.relative_to(kept)
         kinds[f"{name.parts[1] if 'frozen' in name.parts else 'step'}: {kind(file)}"] += 1
         for reader, read in readers.items():
@@ -176,6 +183,7 @@ def flips(count, seed, folder):
             if len(heard.lines) > 1:
                 outcome += f", {len(heard.lines)} lines"
             outcomes[f"{reader}: {outcome}"] += 1
+    print()
     print_counts(f"{count} flips, by kind of file", kinds)
     print_counts("outcomes", outcomes)
     return silent
