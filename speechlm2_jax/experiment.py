@@ -18,32 +18,38 @@ from speechlm2_jax.ahead.report import Report
 from speechlm2_jax.batches import BatchShape, HostBatch, SalmExample
 from speechlm2_jax.checkpointing import DamagedError, LayoutError, step_folders
 from speechlm2_jax.conversion.errors import ConversionError
-from speechlm2_jax.data.datamodule import TOKENS_MULTIPLE, DataModule
+from speechlm2_jax.data.datamodule import TOKENS_MULTIPLE, DataModule, named_sets
 from speechlm2_jax.data.duplex_dataset import DuplexS2SDataset
 from speechlm2_jax.data.prompts import PromptError
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.tokenizer import TokenizerError
 from speechlm2_jax.evaluation import duplex_scoring
 from speechlm2_jax.evaluation.wer import text_normalizer, word_errors
+from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.models import registry
 from speechlm2_jax.models.ctc import CTCModel
 from speechlm2_jax.models.duplex import DuplexS2SModel
 from speechlm2_jax.models.parts import Location
 from speechlm2_jax.models.salm import SALM
 from speechlm2_jax.parameter_paths import PatternError
+from speechlm2_jax.perception.perception import PerceptionConfig
 from speechlm2_jax.settings import (
     CompileAhead,
     SettingsError,
     find,
     ignored_report,
+    key_problems,
     load,
+    raise_all,
     require_complete,
 )
 from speechlm2_jax.training.disk_errors import DiskError
+from speechlm2_jax.training.exp_manager import ExpManagerConfig
 from speechlm2_jax.training.protocol import HostMetric, Sample, Scored, Scoring
 from speechlm2_jax.training.start import Setup
 from speechlm2_jax.training.terminal import phase
 from speechlm2_jax.training.trainer import FitResult, Trainer, exp_manager
+from speechlm2_jax.training.trainer_config import TrainerConfig
 
 BLOCKS = ("model", "trainer", "data", "exp_manager")
 IGNORED = {"name": "exp_manager.name names the run"}
@@ -132,6 +138,7 @@ def build(
     """
     settings = load(config, overrides)
     check_blocks(settings)
+    check_keys(settings)
     check_start(settings)
     with ignored_report() as ignored:
         trainer = Trainer(**settings.get("trainer", {}))
@@ -235,6 +242,27 @@ def check_blocks(settings: Mapping[str, Any], *, complete: bool = True) -> None:
             raise SettingsError(f"{name}: this block is required")
     if complete:
         require_complete(settings)
+
+
+def check_keys(settings: Mapping[str, Any]) -> None:
+    """Raises one SettingsError that names every unknown or refused key of all blocks."""
+    model, data = settings["model"], settings["data"]
+    kind = model_kind(model)
+    dataset = DuplexS2SDataset if issubclass(kind, DuplexS2SModel) else SALMDataset
+    blocks: list[tuple[type[Any], Any, str]] = [
+        (kind.CONFIG, model, "model"),
+        (TrainerConfig, settings.get("trainer"), "trainer"),
+        (dataset.data_config, data, "data"),
+        (dataset.loader_config, data.get("train_ds"), "data.train_ds"),
+        (ExpManagerConfig, settings.get("exp_manager"), "exp_manager"),
+    ]
+    if not issubclass(kind, CTCModel):
+        blocks.insert(1, (PerceptionConfig, model.get("perception"), "model.perception"))
+        blocks.insert(2, (LoraConfig, model.get("lora"), "model.lora"))
+    for name in ("validation_ds", "test_ds"):
+        sets = named_sets(data.get(name), name).values()
+        blocks += [(dataset.loader_config, own, where) for own, where in sets]
+    raise_all([problem for block in blocks for problem in key_problems(*block)])
 
 
 def make_model(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Model:

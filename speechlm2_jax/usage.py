@@ -44,8 +44,9 @@ def _keys(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ClassDef):
             for part in node.body:
-                is_field = isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
-                if is_field and "ClassVar" not in ast.unparse(part.annotation):
+                if not (isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)):
+                    continue
+                if "ClassVar" not in ast.unparse(part.annotation):
                     yield part.target.id
 
 

@@ -81,6 +81,8 @@ class CTCModel:
     tokenizer.
     """
 
+    CONFIG: ClassVar[type[CtcModelConfig]] = CtcModelConfig
+
     def __init__(
         self,
         cfg: Mapping[str, Any],

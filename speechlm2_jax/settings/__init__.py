@@ -13,6 +13,7 @@ from speechlm2_jax.settings.command_line import (
     parse_train,
 )
 from speechlm2_jax.settings.errors import SettingsError
+from speechlm2_jax.settings.keys import key_problems, raise_all
 from speechlm2_jax.settings.plain_json import parse_json
 from speechlm2_jax.settings.read import (
     MISSING,
@@ -35,6 +36,7 @@ __all__ = [
     "defaults",
     "find",
     "ignored_report",
+    "key_problems",
     "load",
     "override",
     "parse_cli",
@@ -43,6 +45,7 @@ __all__ = [
     "parse_train",
     "parse_yaml",
     "read_text",
+    "raise_all",
     "require_complete",
     "resolve",
     "to_plain",

@@ -57,7 +57,7 @@ def build(cls: type[C], values: Any, where: str = "") -> C:
     arguments: Plain = {}
     for key, value in cast(Plain, values).items():
         path = join(where, key)
-        name = _field_of(cls, fields, key, value, path)
+        name = field_of(cls, fields, key, value, path)
         if name is None:
             continue
         if name in arguments:
@@ -106,7 +106,7 @@ def _table(cls: type[Any], name: str) -> Any:
     return getattr(cls, name, {})
 
 
-def _field_of(
+def field_of(
     cls: type[Any], fields: Mapping[str, Any], key: str, value: Any, path: str
 ) -> str | None:
     """The field that a key sets, or None if the key is knowingly without effect."""
@@ -169,7 +169,7 @@ def _convert_union(hint: Any, options: tuple[Any, ...], value: Any, path: str) -
     if any(o is Any or type(value) is o for o in options):
         return value
     form = dict if isinstance(value, Mapping) else list if isinstance(value, list | tuple) else None
-    fitting = _by_target([o for o in options if _form(o) is form], value, path)
+    fitting = by_target([o for o in options if _form(o) is form], value, path)
     inner: SettingsError | None = None
     for option in fitting:
         try:
@@ -181,7 +181,7 @@ def _convert_union(hint: Any, options: tuple[Any, ...], value: Any, path: str) -
     raise SettingsError(f"{path}: expected {_describe(hint)}, got {kind(value)}")
 
 
-def _by_target(options: list[Any], value: Any, path: str) -> list[Any]:
+def by_target(options: list[Any], value: Any, path: str) -> list[Any]:
     """Of several dataclasses, the one whose TARGETS name the `_target_` that is given."""
     classes = [option for option in options if dataclasses.is_dataclass(option)]
     targets = {name: c for c in classes for name in _table(cast(type[Any], c), "TARGETS")}
@@ -197,6 +197,17 @@ def _by_target(options: list[Any], value: Any, path: str) -> list[Any]:
             f"{join(path, key)}: unsupported {kind(values[key])}; use {' or '.join(targets)}"
         )
     return [targets[name]]
+
+
+def is_union(hint: Any) -> bool:
+    """Whether a type is one of several."""
+    return typing.get_origin(hint) in (Union, types.UnionType)
+
+
+def has_keys(hint: Any, value: Any) -> bool:
+    """Whether a value could be of a type that is a dataclass, or a list."""
+    form = dict if isinstance(value, Mapping) else list if isinstance(value, list | tuple) else None
+    return form is not None and _form(hint) is form
 
 
 def _form(hint: Any) -> type | None:

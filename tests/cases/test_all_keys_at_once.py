@@ -1,0 +1,47 @@
+"""All keys of a settings file that cannot be used are in one error."""
+
+import pytest
+import yaml
+
+from speechlm2_jax import experiment
+from speechlm2_jax.settings import SettingsError
+from tests.training.tiny_salm import write_config
+
+SLIPS = {
+    "model.perception.encoder.n_hedas": 4,
+    "model.lora.use_dora": True,
+    "model.promt_format": "qwen",
+    "trainer.fast_dev_run": True,
+    "data.train_ds.bach_size": 4,
+    "data.train_ds.input_cfg.0.manifest_filpath": "a",
+    "exp_manager.checkpoint_callback_params.dirpath": "x",
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("keys"), trainer={"max_steps": 1})
+
+
+def refusal(config, slips):
+    words = [f"+{key}={yaml.safe_dump(value).split(chr(10))[0]}" for key, value in slips.items()]
+    with pytest.raises(SettingsError) as raised:
+        experiment.build(config, words, only_describes=True)
+    return str(raised.value)
+
+
+def test_all_are_listed_at_once(config):
+    message = refusal(config, SLIPS)
+    assert message.startswith(f"{len(SLIPS)} keys cannot be used: ")
+    for key in SLIPS:
+        assert f"{key}: " in message
+
+
+@pytest.mark.parametrize("key", SLIPS)
+def test_one_key_has_the_message_of_its_own(config, key):
+    message = refusal(config, {key: SLIPS[key]})
+    assert message.startswith(f"{key}: ") and "cannot be used" not in message
+
+
+def test_a_good_file_has_none(config):
+    experiment.check_keys(yaml.safe_load(config.read_text()))
