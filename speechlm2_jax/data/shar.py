@@ -61,6 +61,7 @@ class PackedRecordings:
                 offset_s=start_s,
                 duration_s=duration_s,
                 channel=channel,
+                is_segment=recording is None or start_s > 0 or duration_s < recording.duration,
                 byte_range=packed[number],
             )
         if recording is None or any(s.type == _PLACEHOLDER for s in recording.sources):

@@ -102,7 +102,7 @@ def transcribe_by_prompt(
             raise ValueError(f"transcribe: {key} is not supported; use generate")
     tag = model.audio_locator_tag
     content = prompt if tag in prompt else f"{prompt} {tag}".strip()
-    left_out = (model.text_eos_id, model.text_pad_id)
+    left_out = [i for i in (model.text_eos_id, model.text_pad_id) if i is not None]
     items, texts = items_of(audio), []
     for start in range(0, len(items), batch_size):
         clips = [
@@ -113,7 +113,7 @@ def transcribe_by_prompt(
             [{"role": "user", "content": content, "audio": [c.samples for c in own]}]
             for own in clips
         ]
-        for ids in model.generate(asked, **generation):
+        for ids in np.asarray(model.generate(asked, **generation)):
             spoken = ids[~np.isin(ids, left_out)]
             texts.append(Transcript(model.tokenizer.ids_to_text(spoken).strip()))
     return texts
@@ -127,10 +127,11 @@ def _is_batch(audio: Any) -> bool:
 
 
 def _channel(selector: int | str | None) -> int | None:
-    is_number = isinstance(selector, int) and not isinstance(selector, bool) and selector >= 0
-    if not is_number and selector not in (None, "average"):
+    if isinstance(selector, int) and not isinstance(selector, bool) and selector >= 0:
+        return selector
+    if selector not in (None, "average"):
         raise ValueError(f"channel_selector={selector!r} must be a channel from 0, or average")
-    return int(selector) if is_number else None
+    return None
 
 
 def _padded(waves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

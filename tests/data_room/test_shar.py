@@ -1,5 +1,6 @@
 """SHAR is read in every way that NeMo lets it be named, packed whole or in part."""
 
+import gzip
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -141,3 +142,23 @@ def test_duplex_shar_of_several_folders_and_of_fields_makes_batches(tmp_path):
         module = corpus.module({"input_cfg": [{"type": "lhotse_shar", "shar_path": named}]})
         batches = islice(module.train_batches(), module.batches_per_pass())
         assert len([i for batch in batches for i in batch.ids]) == 4
+
+
+def test_a_packed_recording_longer_than_its_cut_says_is_not_cut_in_silence(tmp_path):
+    import lhotse
+    import soundfile
+
+    from speechlm2_jax.data.audio import AudioError
+
+    soundfile.write(tmp_path / "a.wav", np.full(32_000, 0.1, np.float32), 16_000)
+    cut = lhotse.Recording.from_file(tmp_path / "a.wav", recording_id="a").to_cut()
+    (tmp_path / "shar").mkdir()
+    lhotse.CutSet.from_cuts([cut]).to_shar(tmp_path / "shar", fields={"recording": "wav"})
+    manifest = tmp_path / "shar" / "cuts.000000.jsonl.gz"
+    text = gzip.decompress(manifest.read_bytes()).decode()
+    text = text.replace('"duration": 2.0', '"duration": 1.0').replace("32000", "16000")
+    manifest.write_bytes(gzip.compress(text.encode()))
+    (conversation,) = read_shar(tmp_path / "shar", Reading())
+    with pytest.raises(AudioError, match="declared 1.0 s") as caught:
+        conversation.clips[0].load(16_000)
+    assert caught.value.cause == "longer_than_declared"
