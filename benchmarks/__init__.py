@@ -2,9 +2,10 @@
 
     python -m benchmarks.salm --preset small          training step and generation of a shape
     python -m benchmarks.duplex --preset tiny         the same of a full-duplex model
-    python -m benchmarks.parts --preset small         mel features and encoder alone
+    python -m benchmarks.perception --preset small    mel features and encoder alone
     python -m benchmarks.loader                       batches per second of the data room
     python -m benchmarks.startup                      seconds to the first step and first answer
+    benchmarks/device.sh                              an accelerator within 9 minutes
     python -m benchmarks.side_by_side OURS --against THEIRS
 
 They run from the repository's root; all but `loader` and `startup` need the JAX stack only.

@@ -52,6 +52,16 @@ class DuplexPreset:
 
 
 PRESETS = {
+    "micro": DuplexPreset(  # for tests
+        llm=dict(vocab_size=64, width=16, layers=1, heads=2, kv_heads=1, mlp_width=32),
+        encoder_width=16,
+        encoder_layers=1,
+        encoder_heads=2,
+        adapter_layers=1,
+        codec_channels=(2, 32),
+        levels=(3, 3),
+        codebooks=2,
+    ),
     "tiny": DuplexPreset(
         llm=dict(vocab_size=4000, width=256, layers=4, heads=4, kv_heads=2, mlp_width=768),
         encoder_width=128,
@@ -86,7 +96,7 @@ def write(folder: Path, preset: DuplexPreset, *, weights: bool = True) -> None:
     """Writes all parts; `model.json`, whose presence says that they are whole, comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_llm(folder / "llm", preset.llm)
-    _write_codec(folder / "codec.nemo", preset)
+    write_codec(folder / "codec.nemo", preset)
     cfg = model_cfg(preset)
     if weights:
         DuplexS2SModel(located(cfg, folder)).save_pretrained(folder / WEIGHTS)
@@ -209,7 +219,7 @@ def _write_llm(folder: Path, sizes: dict[str, int]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
-def _write_codec(path: Path, preset: DuplexPreset) -> None:
+def write_codec(path: Path, preset: DuplexPreset) -> None:
     """A codec with random weights, which NeMo opens too."""
     cfg = codec_cfg(preset)
     codec = AudioCodec(cfg)

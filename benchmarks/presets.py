@@ -61,6 +61,24 @@ class Preset:
 
 
 PRESETS = {
+    "micro": Preset(  # for tests
+        mel_bins=8,
+        encoder_width=16,
+        encoder_layers=1,
+        encoder_heads=2,
+        llm=DecoderConfig(
+            vocab_size=64,
+            width=16,
+            layers=1,
+            heads=4,
+            kv_heads=2,
+            head_width=8,
+            mlp_width=32,
+            qk_norm=True,
+            tied=True,
+        ),
+        lora_rank=2,
+    ),
     "tiny": Preset(
         mel_bins=80,
         encoder_width=128,

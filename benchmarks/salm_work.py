@@ -16,7 +16,7 @@ from flax import nnx
 
 from benchmarks.presets import Preset
 from speechlm2_jax.batches import HostBatch, SalmBatch, StepLosses
-from speechlm2_jax.generation.salm import DecodingConfig, decode
+from speechlm2_jax.generation.salm import DecodingConfig, Prompts, answers, begin, go_on
 from speechlm2_jax.layers.module import Variables, abstract, bind, describe, draw, unbind
 from speechlm2_jax.networks import salm
 from speechlm2_jax.networks.flops import Heard, salm_flops
@@ -91,28 +91,45 @@ def losses(
 
 
 @partial(jax.jit, static_argnames=("definition", "config"))
-def answer(
-    definition: Any, variables: Variables, batch: MelBatch, config: DecodingConfig
-) -> jax.Array:
-    """Encodes, prefills and decodes: ids [B, A]."""
+def prefill(definition: Any, variables: Variables, batch: MelBatch, config: DecodingConfig) -> Any:
+    """Encodes the audio, runs the prompts and chooses the first token: a state of the loop."""
     network: Salm = bind(definition, variables)
     modes = SalmModes()
     inputs = salm.join(network, batch.rows, *encode(network, batch, modes))
     rows = batch.rows.is_key.reshape(inputs.embeds.shape[:2])
     lengths = jnp.sum(rows, axis=1, dtype=jnp.int32)
-    return decode(network.llm, inputs.embeds, lengths=lengths, is_key=rows, config=config)
+    return begin(network.llm, Prompts(inputs.embeds, lengths, rows), config)
+
+
+@partial(jax.jit, static_argnames=("definition", "config"), donate_argnames=("state",))
+def decode(
+    definition: Any, variables: Variables, state: Any, config: DecodingConfig
+) -> tuple[jax.Array, Any]:
+    """Decodes the other tokens: ids [B, A], and the state, in the memory of the one given."""
+    network: Salm = bind(definition, variables)
+    state = go_on(network.llm, state, config, config.max_new_tokens)
+    return answers(state, config).ids, state
 
 
 class Work:
     """A model of a preset with random weights, and what is timed on it."""
 
-    def __init__(self, preset: Preset, sizes: Sizes, config: SalmConfig, *, seed: int = 0):
+    def __init__(
+        self,
+        preset: Preset,
+        sizes: Sizes,
+        config: SalmConfig,
+        *,
+        seed: int = 0,
+        inference_only: bool = False,
+    ):
+        """With `inference_only` nothing is trained: weights have the dtype of the computation."""
         self.sizes, self.config, self.preset = sizes, config, preset
         module = abstract(lambda: Salm(config, rngs=nnx.Rngs(0)))
         self.definition, self.infos = unbind(module)[0], describe(module)
         self.sharding = make_sharding(devices=jax.devices()[:1])
         self.trains = {
-            path: not path.startswith("llm.") or ".lora_" in path
+            path: not inference_only and (not path.startswith("llm.") or ".lora_" in path)
             for path, info in self.infos.items()
             if not info.is_buffer
         }
@@ -123,9 +140,24 @@ class Work:
         self.layout = plan_layout(
             self.infos, self.partition, self.optimizer, self.sharding, config.compute_dtype
         )
-        make = lambda: unbind(Salm(config, rngs=nnx.Rngs(seed)))[1]  # noqa: E731
-        self.variables = draw(make, self.layout.variables)
-        self._random = np.random.default_rng(seed)
+        self._seed, self._random = seed, np.random.default_rng(seed)
+
+    @cached_property
+    def variables(self) -> Variables:
+        """The weights, drawn on the device when first asked for."""
+        make = lambda: unbind(Salm(self.config, rngs=nnx.Rngs(self._seed)))[1]  # noqa: E731
+        return draw(make, self.layout.variables)
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights take on the device; nothing is drawn to tell."""
+        return _bytes(self.layout.variables)
+
+    @property
+    def training_bytes(self) -> int:
+        """What weights, gradients and optimizer state take on the device while training."""
+        gradients = 4 * self.count(trained_only=True)
+        return _bytes(self.layout.state) + _bytes(self.layout.frozen) + gradients
 
     def count(self, *, trained_only: bool = False) -> int:
         """Parameters, buffers not counted."""
@@ -162,9 +194,19 @@ class Work:
 
     def answering(self) -> Callable[[], np.ndarray]:
         """A call that answers every row with exactly `sizes.answer` tokens, greedily."""
+        prefilling, decoding = self._prefilling()
+        return lambda: np.asarray(decoding(prefilling())[0])
+
+    def prefilling(self) -> Callable[[], Any]:
+        """A call that encodes, runs the prompts, chooses each row's first token, and waits."""
+        prefilling, _ = self._prefilling()
+        return lambda: jax.block_until_ready(prefilling())
+
+    def _prefilling(self) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
         config = DecodingConfig(max_new_tokens=self.sizes.answer, stop_ids=(), pad_id=0)
         batch = self.programs.put(replace(self.training_batch, arrays=self._batch(0)))
-        return lambda: np.asarray(answer(self.definition, self.variables, batch, config))
+        given = (self.definition, self.variables)
+        return lambda: prefill(*given, batch, config), lambda state: decode(*given, state, config)
 
     @cached_property
     def training_batch(self) -> HostBatch:
@@ -219,3 +261,7 @@ class Work:
         )
         mel_shape = (1, sizes.batch, sizes.mel_frames, self.preset.mel_bins)
         return MelBatch(rows=rows, mel=self._random.normal(size=mel_shape).astype(np.float32))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

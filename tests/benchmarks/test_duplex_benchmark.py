@@ -1,7 +1,5 @@
 """The duplex benchmark: both sides get one model, and the work is what it says."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -10,16 +8,7 @@ from benchmarks.duplex_parts import PRESETS
 from benchmarks.duplex_work import Conversations, DuplexWork
 from speechlm2_jax.models import DuplexS2SModel
 
-MICRO = replace(
-    PRESETS["tiny"],
-    llm=dict(vocab_size=64, width=16, layers=1, heads=2, kv_heads=1, mlp_width=32),
-    encoder_width=16,
-    encoder_layers=1,
-    encoder_heads=2,
-    codec_channels=(2, 32),
-    levels=(3, 3),
-    codebooks=2,
-)
+MICRO = PRESETS["micro"]
 
 
 @pytest.fixture(scope="module")
