@@ -195,8 +195,11 @@ class LoaderConfig:
     seed: int | str = 0
     """Of the order; `trng` and `randomized` are taken for 0, as hosts must agree."""
     shuffle: bool = False
-    """Anew in each epoch; else in the order of the manifests. SHAR is always shuffled in training,
-    as in NeMo."""
+    """Anew in each epoch; else in the order of the manifests. As in NeMo, the shards of SHAR come
+    in another order in each pass of training all the same, and their cuts in order."""
+    shard_seed: int | str = "trng"
+    """Of the order of SHAR's shards; an integer gives NeMo's, `trng` and `randomized` are taken for
+    `seed`, as hosts must agree."""
     # how much at once
     batch_size: int | None = None
     """Conversations per group; with a budget, at most so many."""
@@ -217,7 +220,6 @@ class LoaderConfig:
     """Threads that read audio ahead."""
 
     IGNORED: ClassVar[Mapping[str, str]] = {
-        "shard_seed": "order is drawn from `seed` alone, the same on every host",
         "shuffle_buffer_size": "order is shuffled over the whole of the data",
         "bucket_buffer_size": "buckets are filled from the whole of the data",
         "num_cuts_for_bins_estimate": "bins are measured over the whole of the data",

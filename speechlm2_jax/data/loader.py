@@ -72,7 +72,9 @@ class Loading:
     def fingerprint(self) -> int:
         """A number that changes with the data and the shapes it is planned into."""
         ids = "\0".join(c.id for c in self.contents.conversations)
-        return zlib.crc32((ids + str(self.sampler.plan.buckets)).encode())
+        sampler = self.sampler
+        order = f"endless, shards by {sampler.shard_seeds}" if sampler.endless else ""
+        return zlib.crc32((ids + str(sampler.plan.buckets) + order).encode("utf-8", "replace"))
 
     @functools.cached_property
     def contents_fingerprint(self) -> str:
@@ -134,28 +136,32 @@ class PlannedBatches(grain.DatasetIterator):
         super().__init__()
         self._sampler, self._epochs = sampler, epochs
         self._epoch = self._position = 0
-        self._plans: tuple[int, list[BatchPlan]] = (-1, [])
+        self._left: list[int] = []
+        self._plans: tuple[int, list[BatchPlan], list[int]] = (-1, [], [])
 
     def __next__(self) -> BatchPlan:
         while self._epochs is None or self._epoch < self._epochs:
             if self._plans[0] != self._epoch:
-                self._plans = (self._epoch, self._sampler.epoch(self._epoch))
+                self._plans = (self._epoch, *self._sampler.epoch_after(self._epoch, self._left))
             plans = self._plans[1]
             if self._position < len(plans):
                 self._position += 1
                 return plans[self._position - 1]
-            if not plans:
+            if not plans and len(self._plans[2]) <= len(self._left):
                 raise SettingsError("an epoch has no batches: fewer conversations than a batch")
-            self._epoch, self._position = self._epoch + 1, 0
+            self._epoch, self._position, self._left = self._epoch + 1, 0, self._plans[2]
         raise StopIteration
 
     def get_state(self) -> dict[str, Any]:
-        """The epoch, and the batches of it that were given."""
-        return {"epoch": self._epoch, "position": self._position}
+        """The epoch, the batches of it that were given, and what the one before left to it."""
+        left = {"left": list(self._left)} if self._left else {}
+        return {"epoch": self._epoch, "position": self._position, **left}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on from there."""
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._left = [int(index) for index in state.get("left", ())]
+        self._plans = (-1, [], [])
 
 
 class BatchStream(grain.DatasetIterator):

@@ -207,22 +207,32 @@ def _outliers(
 def _sampler(
     data_set: DataSet, contents: Contents, sizes: tuple[int, ...], groups: int, multiple: int
 ) -> Sampler:
-    config = data_set.config
-    shares = tuple(s.share for s in data_set.sources if s.share is not None)
-    # NeMo shuffles the shards of SHAR in training, and fills buckets side by side, whatever
-    # `shuffle` says; its duplex configurations do not give it
-    has_shar = any(source.is_shar for source in data_set.sources)
+    config, sources = data_set.config, data_set.sources
+    shares = tuple(s.share for s in sources if s.share is not None)
+    seed = _seed(config.seed, data_set.where)
+    is_train = data_set.is_train
     return Sampler(
         plan=plan_buckets(contents.measures, config, contents.shape, multiple),
         measures=contents.measures,
         sizes=sizes,
-        shares=shares if shares and data_set.is_train else None,
+        shares=shares if shares and is_train else None,
         groups=groups,
-        seed=_seed(config.seed, data_set.where),
-        shuffle=config.shuffle or (data_set.is_train and has_shar),
-        by_bucket=config.shuffle or (data_set.is_train and (has_shar or config.use_bucketing)),
+        seed=seed,
+        shuffle=config.shuffle,
+        # NeMo fills buckets side by side whatever `shuffle` says
+        by_bucket=config.shuffle or (is_train and config.use_bucketing),
         drop_last=config.drop_last,
+        endless=is_train and (len(sources) > 1 or any(s.is_endless for s in sources)),
+        shards=_shards(contents.conversations, sizes) if is_train else (),
+        shard_seeds=tuple(seed if s.shard_seed is None else s.shard_seed for s in sources),
     )
+
+
+def _shards(conversations: Sequence[Any], sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Of each source, the conversations of each of its shards, in order."""
+    numbers = np.asarray([one.shard for one in conversations], np.int64)
+    parts = np.split(numbers, np.cumsum(sizes)[:-1])
+    return tuple(tuple(np.unique(p, return_counts=True)[1].tolist()) for p in parts)
 
 
 def _say_shares(data_set: DataSet, sizes: Sequence[int]) -> None:

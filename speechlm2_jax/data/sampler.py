@@ -4,6 +4,7 @@ Every host plans the same, from manifests alone, so that no host waits for anoth
 on after a stop with the batch that was next.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -43,28 +44,52 @@ class Sampler:
     by_bucket: bool = False
     """Batches of one bucket each, in random order; else in the order of the conversations."""
     drop_last: bool = False
+    endless: bool = False
+    """Whether batches in order are filled across the end of an epoch, as those of NeMo's streams:
+    SHAR, conversations, and mixtures, whose sources it also interleaves."""
+    shards: tuple[tuple[int, ...], ...] = ()
+    """Of each source, the conversations of its shards, whose order is drawn anew for each pass."""
+    shard_seeds: tuple[int, ...] = ()
+    """Of each source; with an integer `shard_seed` the order of its shards is NeMo's."""
 
     def epoch(self, epoch: int) -> list[BatchPlan]:
-        """The batches of one epoch, in order."""
-        order = self._order(epoch)
-        order = order[self.plan.bucket_of[order] >= 0]
+        """The batches of one epoch alone, in order."""
+        order = self._planned_order(epoch)
         if not self.by_bucket:
-            return list(self._in_order(order))
+            batches, left = self._in_order(order)
+            return [*batches, *self._rest(left)]
         batches = list(self._by_bucket(order))
         shuffled = self._random(_BATCHES, epoch).permutation(len(batches))
         return [batches[i] for i in shuffled]
+
+    def epoch_after(self, epoch: int, left: Sequence[int]) -> tuple[list[BatchPlan], list[int]]:
+        """The batches of an epoch, and the conversations that it leaves to the next one.
+
+        `left` are those that the epoch before it left. Only endless batches in order leave any.
+        """
+        if self.by_bucket or not self.endless:
+            return self.epoch(epoch), []
+        batches, rest = self._in_order(np.asarray([*left, *self._planned_order(epoch)], np.int64))
+        if rest.is_full:
+            return [*batches, rest.planned()], []
+        return batches, rest.indices
+
+    def _planned_order(self, epoch: int) -> Int[np.ndarray, " n"]:
+        order = self._order(epoch)
+        return order[self.plan.bucket_of[order] >= 0]
 
     def _random(self, purpose: int, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, purpose, *key])
 
     def _order(self, epoch: int) -> Int[np.ndarray, " n"]:
-        if self.shares is None:
-            total = sum(self.sizes)
-            return (
-                self._random(_ORDER, epoch).permutation(total) if self.shuffle else np.arange(total)
-            )
-        counts = _apportion(self.shares, sum(self.sizes))
-        starts = np.cumsum([0, *self.sizes])
+        total, starts = sum(self.sizes), np.cumsum([0, *self.sizes])
+        is_mixed = self.endless and len(self.sizes) > 1
+        if self.shares is None and self.shuffle:
+            return self._random(_ORDER, epoch).permutation(total)
+        if self.shares is None and not is_mixed:
+            passes = [start + self._pass(s, epoch) for s, start in enumerate(starts[:-1])]
+            return np.concatenate([*passes, np.zeros(0, np.int64)])
+        counts = self.sizes if self.shares is None else _apportion(self.shares, total)
         parts = [
             starts[s] + self._stretch(s, epoch * n, n)
             for s, n in enumerate(counts)
@@ -80,11 +105,26 @@ class Sampler:
         size = self.sizes[source]
         passes = range(start // size, -(-(start + count) // size))
         rounds = [
-            self._random(_ORDER, source, p).permutation(size) if self.shuffle else np.arange(size)
+            self._random(_ORDER, source, p).permutation(size)
+            if self.shuffle
+            else self._pass(source, p)
             for p in passes
         ]
         begin = start % size
         return np.concatenate([*rounds, np.zeros(0, np.int64)])[begin : begin + count]
+
+    def _pass(self, source: int, number: int) -> Int[np.ndarray, " n"]:
+        """A source in the order of its manifest; shards come in an order drawn for each pass.
+
+        Drawn as Lhotse draws it, so that an integer `shard_seed` gives NeMo's order.
+        """
+        whole = np.arange(self.sizes[source])
+        shards = self.shards[source] if self.shards else ()
+        if len(shards) < 2:
+            return whole
+        order = list(np.split(whole, np.cumsum(shards)[:-1]))
+        random.Random(self.shard_seeds[source] + number).shuffle(order)  # noqa: S311
+        return np.concatenate(order)
 
     def _by_bucket(self, order: np.ndarray) -> Iterator[BatchPlan]:
         """Fills batches bucket by bucket; what is left of one moves up into the next."""
@@ -102,16 +142,22 @@ class Sampler:
                 yield batch.planned()
                 left = []
 
-    def _in_order(self, order: np.ndarray) -> Iterator[BatchPlan]:
-        """Fills batches in the order given, each in the smallest bucket that holds all of it."""
-        batch = _Filling(self)
+    def _in_order(self, order: np.ndarray) -> "tuple[list[BatchPlan], _Filling]":
+        """Fills batches in the order given, each in the smallest bucket that holds all of it.
+
+        The last one, which may not be full, is given as it is.
+        """
+        batches, batch = [], _Filling(self)
         for index in order.tolist():
             if not batch.add(index):
-                yield batch.planned()
+                batches.append(batch.planned())
                 batch = _Filling(self)
                 batch.add(index)
-        if batch.indices and (batch.is_full or not self.drop_last):
-            yield batch.planned()
+        return batches, batch
+
+    def _rest(self, batch: "_Filling") -> list[BatchPlan]:
+        is_wanted = batch.indices and (batch.is_full or not self.drop_last)
+        return [batch.planned()] if is_wanted else []
 
 
 @dataclass

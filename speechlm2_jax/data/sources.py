@@ -18,6 +18,10 @@ class Source:
     name: str
     conversations: Sequence[Any]
     is_shar: bool = False
+    is_endless: bool = False
+    """Whether NeMo repeats it without end in training, batches running over from pass to pass."""
+    shard_seed: int | None = None
+    """Of the order of its shards; None: the data set's `seed`."""
     share: float | None = None
     """Its part of the mixture, all parts adding to 1; None where nothing is weighted, and every
     conversation counts the same."""
@@ -49,6 +53,8 @@ def read_sources(
             name=_name(entry.config),
             conversations=_read(entry, config, read),
             is_shar=entry.config.shar_path is not None,
+            is_endless=_is_endless(entry.config),
+            shard_seed=_shard_seed(entry.config, config),
             share=entry.share if is_weighted else None,
         )
         for entry in entries
@@ -178,6 +184,17 @@ def _temperatures(config: LoaderConfig, configs: Sequence[InputConfig]) -> list[
             f"reweight_temperature: {len(given)} values for {depth} levels of input_cfg"
         )
     return list(given)
+
+
+def _is_endless(config: InputConfig) -> bool:
+    is_stream = config.shar_path is not None or config.type == "multimodal_conversation"
+    return is_stream or isinstance(config.manifest_filepath, tuple)
+
+
+def _shard_seed(entry: InputConfig, config: LoaderConfig) -> int | None:
+    """The nearer integer; words ask for an order that differs from run to run."""
+    given = config.shard_seed if entry.shard_seed is None else entry.shard_seed
+    return given if isinstance(given, int) else None
 
 
 def _name(config: InputConfig) -> str:

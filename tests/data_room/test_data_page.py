@@ -15,5 +15,5 @@ def test_the_examples_of_the_data_page_run(tmp_path, monkeypatch, capsys):
         exec(block, names)
     assert names["state"]["position"] == 1
     assert set(names["batch"].ids) | set(next(names["again"]).ids) == {f"clip{n}" for n in range(4)}
-    assert names["dialog_batch"].arrays.token_lengths.tolist() == [[25, 25, 25, 0, 0]]
+    assert names["dialog_batch"].arrays.token_lengths.tolist() == [[25, 25, 25, 25, 25]]
     assert "rows2_" in capsys.readouterr().out

@@ -324,7 +324,7 @@ def test_the_blocks_of_nemos_own_yaml_are_accepted_and_what_is_ignored_is_told(c
     }
     with ignored_report() as ignored:
         module = DataModule(cfg, tokenizer)
-    assert {"data.train_ds.shard_seed", "data.train_ds.bucket_buffer_size"} <= set(ignored)
+    assert "data.train_ds.bucket_buffer_size" in ignored
     module.setup(frame_count=frames)
     assert [b.shape.rows for b in module.plan().buckets] == [
         4000 // b.longest for b in module.plan().buckets

@@ -141,7 +141,7 @@ def test_duplex_shar_of_several_folders_and_of_fields_makes_batches(tmp_path):
     for named in (files, [whole], [[whole, 2.0]]):
         module = corpus.module({"input_cfg": [{"type": "lhotse_shar", "shar_path": named}]})
         batches = islice(module.train_batches(), module.batches_per_pass())
-        assert len([i for batch in batches for i in batch.ids]) == 4
+        assert len({i for batch in batches for i in batch.ids}) == 4
 
 
 def test_a_packed_recording_longer_than_its_cut_says_is_not_cut_in_silence(tmp_path):
