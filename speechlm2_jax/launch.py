@@ -3,6 +3,7 @@
     python -m speechlm2_jax.launch -n 2 train.py --config salm
 
 The first process speaks. If one ends badly, its last words are shown and the others are ended too.
+If one stalls, JAX aborts the others after the heartbeat limit, and the stalled one is named.
 Ctrl-C and SIGTERM let the whole run save and stop; a second Ctrl-C ends it at once. On CPU each
 process has `--cpu-devices` devices. One machine of GPUs or TPUs needs no launcher: a single process
 sees all devices. Every process on its own (SLURM, GKE, Cloud TPU) finds the others by itself.
@@ -14,14 +15,21 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 """Where to meet, of how many, and which one a process is."""
 HEARTBEAT = "SPEECHLM2_JAX_HEARTBEAT_S"
+BEATS = "SPEECHLM2_JAX_BEATS"
+"""The launcher's folder of one file per process, touched every `BEAT_S` while that process runs."""
+BEAT_S = 0.5
+SILENT_S = 5.0
+"""A process that has not beaten for so long has stalled."""
 INDICES = (INDEX, "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
 """What tells a process which one it is, by whatever started it."""
 POLL_S = 0.1
@@ -35,15 +43,34 @@ def is_first() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in INDICES)
 
 
+def keep_beating() -> None:
+    """Starts a thread that tells the launcher that this process runs; nothing without one."""
+    folder = os.environ.get(BEATS)
+    if folder is None:
+        return
+    file = Path(folder) / os.environ[INDEX]
+
+    def beat() -> None:
+        while file.parent.is_dir():
+            file.touch()
+            time.sleep(BEAT_S)
+
+    file.touch()
+    threading.Thread(target=beat, daemon=True).start()
+
+
 class Processes:
     """The processes of a run, watched until all have ended."""
 
     def __init__(self, command: Sequence[str], count: int, environment: dict[str, str]):
         address = f"127.0.0.1:{_free_port()}"
+        self._beats = tempfile.TemporaryDirectory(prefix="launch_")
         self._said: list[deque[str]] = [deque(maxlen=LAST_WORDS) for _ in range(count)]
         self._all: list[subprocess.Popen[str]] = []
+        self._listeners: list[threading.Thread] = []
         for index in range(count):
             own = {COORDINATOR: address, COUNT: str(count), INDEX: str(index)}
+            own[BEATS] = self._beats.name
             speaks = index == 0
             process = subprocess.Popen(
                 [sys.executable, *command],
@@ -55,13 +82,15 @@ class Processes:
             )
             self._all.append(process)
             if not speaks:
-                threading.Thread(target=self._listen, args=(index,), daemon=True).start()
+                self._listeners.append(threading.Thread(target=self._listen, args=(index,)))
+                self._listeners[-1].start()
         self._interrupts = 0
 
     def _listen(self, index: int) -> None:
         stream = self._all[index].stderr
         assert stream is not None
-        self._said[index].extend(stream)
+        with stream:
+            self._said[index].extend(stream)
 
     def ask_to_stop(self, number: int, _frame: object = None) -> None:
         """Tells one process, which tells the others; the second Ctrl-C ends all at once."""
@@ -78,6 +107,9 @@ class Processes:
                 process.kill()
         for process in self._all:
             process.wait()
+        for listener in self._listeners:
+            listener.join()
+        self._beats.cleanup()
 
     def wait(self) -> int:
         """Returns the run's exit code: 0, or that of the first process that failed."""
@@ -87,11 +119,13 @@ class Processes:
             if failed:
                 return self._end_after(min(failed, key=lambda i: _is_reaction(failed[i])))
             if all(code == 0 for code in codes):
+                self.end()
                 return 0
             time.sleep(POLL_S)
 
     def _end_after(self, failed: int) -> int:
         code = self._all[failed].returncode
+        stalled = self._stalled()
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline and any(p.poll() is None for p in self._all):
             time.sleep(POLL_S)
@@ -99,13 +133,30 @@ class Processes:
         if not said_by_first or code < 0:
             words = "".join(f"[process {failed}] {line}" for line in self._said[failed])
             sys.stderr.write(words)
+            cause = f"process {failed} of {len(self._all)} {_how(code)}"
+            if stalled is not None:
+                index, silent_s = stalled
+                cause = (
+                    f"process {index} of {len(self._all)} (pid {self._all[index].pid}) stalled: no "
+                    f"sign of life for {silent_s:.0f} s, so process {failed} {_how(code)}"
+                )
             print(
-                f"launch: process {failed} of {len(self._all)} {_how(code)}; the others are ended, "
-                "and the same command goes on from the last checkpoint",
+                f"launch: {cause}; the others are ended, and the same command resumes from the "
+                "last checkpoint",
                 file=sys.stderr,
             )
         self.end()
         return code if code > 0 else 128 - code
+
+    def _stalled(self) -> tuple[int, float] | None:
+        """Of the processes that have not ended, the longest silent one and its seconds, if any."""
+        now, silent = time.time(), []
+        for index, process in enumerate(self._all):
+            file = Path(self._beats.name) / str(index)
+            if process.poll() is None and file.exists():
+                silent.append((now - file.stat().st_mtime, index))
+        silent_s, index = max(silent, default=(0.0, 0))
+        return (index, silent_s) if silent_s > SILENT_S else None
 
 
 def _is_reaction(code: int) -> tuple[bool, bool]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from speechlm2_jax.launch import COORDINATOR, COUNT, HEARTBEAT, INDEX
+from speechlm2_jax.launch import COORDINATOR, COUNT, HEARTBEAT, INDEX, keep_beating
 from speechlm2_jax.settings import SettingsError
 
 HEARTBEAT_S = 100
@@ -33,6 +33,7 @@ def join(nodes: int = 1) -> None:
     """
     if jax.distributed.is_initialized() or not (nodes > 1 or _has_company()):
         return
+    keep_beating()
     given = COORDINATOR in os.environ
     try:
         jax.distributed.initialize(
