@@ -17,7 +17,7 @@ from speechlm2_jax.ahead.programs import answering_report, training_report
 from speechlm2_jax.ahead.report import Report
 from speechlm2_jax.batches import BatchShape, HostBatch, SalmExample
 from speechlm2_jax.checkpointing import DamagedError, LayoutError, step_folders
-from speechlm2_jax.conversion.errors import ConversionError
+from speechlm2_jax.conversion.errors import ConversionError, MissingWeightsError
 from speechlm2_jax.data.datamodule import TOKENS_MULTIPLE, DataModule, named_sets
 from speechlm2_jax.data.duplex_dataset import DuplexS2SDataset
 from speechlm2_jax.data.prompts import PromptError
@@ -133,13 +133,15 @@ def build(
 ) -> Experiment:
     """Builds everything that a YAML describes. Raises SettingsError before any compilation.
 
-    With `only_describes` (a dry run) it makes no run directory and reads no weights. With
-    `keeps_compiled` the program that draws random weights is kept too, as those of `fit` are.
+    With `only_describes` (a dry run) it makes no run directory and loads no weights; those that are
+    there are checked. With `keeps_compiled` the program that draws random weights is kept too, as
+    those of `fit` are.
     """
     settings = load(config, overrides)
     check_blocks(settings)
     check_keys(settings)
     check_start(settings)
+    missing: list[str] = []
     with ignored_report() as ignored:
         trainer = Trainer(**settings.get("trainer", {}))
         if keeps_compiled:
@@ -150,6 +152,7 @@ def build(
         trainer.check(model)
         if only_describes:
             trainer.check_experiment(settings.get("exp_manager"))
+            missing = missing_weights(model)
         else:
             exp_manager(trainer, settings.get("exp_manager"))
             if not trainer.has_checkpoint:
@@ -158,9 +161,21 @@ def build(
     beside = {key: reason for key, reason in IGNORED.items() if key in settings}
     for path, reason in {**beside, **ignored}.items():
         print(f"ignored: {path}: {reason}", file=sys.stderr)
-    for note in model.notes:
+    for note in (*model.notes, *missing):
         print(f"note: {note}", file=sys.stderr)
     return Experiment(model=model, datamodule=datamodule, trainer=trainer, settings=settings)
+
+
+def missing_weights(model: Model) -> list[str]:
+    """Checks the pretrained weights that are there; a note on those that are not.
+
+    Raises ConversionError or SettingsError for weights that do not fit.
+    """
+    try:
+        model.check_weights()
+    except MissingWeightsError as error:
+        return [f"{error}; a training would stop here"]
+    return []
 
 
 def compile_ahead(config: str | Path, overrides: Sequence[str], asked: CompileAhead) -> Report:

@@ -16,10 +16,15 @@ TIED_COPIES_DIFFER = (
     "the LLM's config.json says tie_word_embeddings: true; write false to use both, or delete from "
     "the file the one that is not meant"
 )
+NO_HEAD = (
+    "a model that was saved without its head (AutoModel) cannot answer: save it as "
+    "AutoModelForCausalLM, or write tie_word_embeddings: true where the embedding is its head"
+)
 IGNORED = (
     Ignored(
-        r"(?:model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-        "rotary frequencies that old versions stored; computed from the config",
+        r"(?:model\.)?(?:layers\.\d+\.self_attn\.)?rotary_emb\."
+        r"(?:inv_freq|original_inv_freq|cos_cached|sin_cached)",
+        "rotary frequencies that some versions stored; computed here, as in transformers",
     ),
 )
 
@@ -47,7 +52,7 @@ def layers_table(
 
 
 def decoder_table(config: DecoderConfig) -> Table:
-    """A whole Hugging Face directory without LoRA."""
+    """A whole Hugging Face directory without LoRA, saved with the head's class or without it."""
     tied = ("lm_head.weight",) if config.tied else ()
     rules = [
         Rule(
@@ -58,8 +63,9 @@ def decoder_table(config: DecoderConfig) -> Table:
         ),
     ]
     if not config.tied:
-        rules.append(Rule(source="lm_head.weight", target="head.weight"))
-    return Table(tuple(rules)) + layers_table(config)
+        head = Rule(source="lm_head.weight", target="head.weight", where_missing=NO_HEAD)
+        rules.append(head)
+    return (Table(tuple(rules)) + layers_table(config)).also_without("model.")
 
 
 def _has_bias(config: DecoderConfig, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The two ways in which a foreign file is turned down."""
+"""The ways in which a foreign file is turned down."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,6 +8,10 @@ SHOWN = 5
 
 class ConversionError(ValueError):
     """The weights or the config do not fit; the message names the tensors or keys."""
+
+
+class MissingWeightsError(ConversionError):
+    """A folder that may be right, but has no weights yet."""
 
 
 class UnsafeFileError(ConversionError):

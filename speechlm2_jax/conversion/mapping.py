@@ -6,7 +6,7 @@ rule takes, a variable that no rule fills, two rules for one, or a wrong shape i
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from speechlm2_jax.conversion.duplicates import agreed
 from speechlm2_jax.conversion.errors import ConversionError, listed
 from speechlm2_jax.conversion.readers.source import Index, TensorInfo, TensorSource, extent
 from speechlm2_jax.conversion.transforms import IDENTITY, Transform
+from speechlm2_jax.conversion.wrappers import unwrapped
 from speechlm2_jax.layers.module import VariableInfo, Variables
 from speechlm2_jax.parameter_paths import NamedSlice
 
@@ -42,6 +43,8 @@ class Rule:
     """The name that freeze patterns see, if it is an alias and not `source`."""
     where_copies_differ: str = ""
     """What to do about a file that stores several of the names with different values."""
+    where_missing: str = ""
+    """What to do about a file that stores none of the names."""
 
     @property
     def is_stacked(self) -> bool:
@@ -90,6 +93,16 @@ class Table:
             tuple(Ignored(re.escape(source) + i.pattern, i.reason) for i in self.ignored),
         )
 
+    def also_without(self, prefix: str) -> "Table":
+        """The same table for files that leave `prefix` out, as those of a module inside do."""
+
+        def shorter(rule: Rule) -> Rule:
+            names = (rule.source, *rule.aliases, *rule.also)
+            bare = tuple(n.removeprefix(prefix) for n in names if n.startswith(prefix))
+            return replace(rule, also=(*rule.also, *bare))
+
+        return Table(tuple(shorter(rule) for rule in self.rules), self.ignored)
+
 
 def load(
     source: TensorSource,
@@ -113,9 +126,8 @@ def load(
 
 
 def check(source: TensorSource, table: Table, infos: Mapping[str, VariableInfo]) -> None:
-    """Raises ConversionError as `load` would; reads no value."""
-    for _ in _plan(source, table, infos):
-        pass
+    """Raises ConversionError as `load` would; of the values it reads only copies of one tensor."""
+    _plan(source, table, infos)
 
 
 def export(variables: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
@@ -197,12 +209,20 @@ def _on_host(path: str, shape: tuple[int, ...], dtype: np.dtype[Any], read: Read
     return read(tuple(slice(0, n) for n in shape))
 
 
-def _plan(source: TensorSource, table: Table, infos: Mapping[str, VariableInfo]) -> Iterator[_Fill]:
+def _plan(source: TensorSource, table: Table, infos: Mapping[str, VariableInfo]) -> list[_Fill]:
     """Pairs every variable with the tensors that fill it; all names are checked first."""
+    try:
+        return _pairs(source, table, infos)
+    except ConversionError as error:
+        raise type(error)(f"{source.where}: {error}" if source.where else str(error)) from error
+
+
+def _pairs(source: TensorSource, table: Table, infos: Mapping[str, VariableInfo]) -> list[_Fill]:
     rules = _rules_by_target(table, infos)
+    source = unwrapped(source, _accepted(rules.values(), infos))
     taken: dict[str, str] = {}
     found: dict[str, tuple[str, ...]] = {}
-    unfilled: list[str] = []
+    unfilled: dict[str, str] = {}
     for rule in rules.values():
         stored: list[str] = []
         for layer in _layers(rule, infos[rule.target].shape):
@@ -214,15 +234,14 @@ def _plan(source: TensorSource, table: Table, infos: Mapping[str, VariableInfo])
                 copies = [_stored(source, name) or name for name in present]
                 stored.append(agreed(source, copies, rule.where_copies_differ))
             else:
-                unfilled.append(_named(rule.source, layer))
+                unfilled[_named(rule.source, layer)] = rule.where_missing
         found[rule.target] = tuple(stored)
     _check_total(source, table, taken, unfilled)
-    fills = [_fill(source, rule, infos[rule.target], found[rule.target]) for rule in rules.values()]
-    return iter(fills)
+    return [_fill(source, rule, infos[rule.target], found[rule.target]) for rule in rules.values()]
 
 
 def _check_total(
-    source: TensorSource, table: Table, taken: Mapping[str, str], unfilled: list[str]
+    source: TensorSource, table: Table, taken: Mapping[str, str], unfilled: Mapping[str, str]
 ) -> None:
     given = set(source.infos) | set(source.aliases)
     skipped = re.compile("|".join(f"(?:{i.pattern})" for i in table.ignored) or r"(?!)")
@@ -231,9 +250,11 @@ def _check_total(
     if what := quantised.problem(left, has_adapters=has_adapters):
         raise ConversionError(what)
     if unfilled:
+        hints = sorted({hint for hint in unfilled.values() if hint})
         raise ConversionError(
             f"the checkpoint lacks {listed(unfilled, left or given)}; "
             f"it has {len(given)} tensors, {len(left)} of them unused"
+            + "".join(f"; {hint}" for hint in hints)
         )
     if left:
         raise ConversionError(
@@ -286,6 +307,13 @@ def _rules_by_target(table: Table, infos: Mapping[str, VariableInfo]) -> dict[st
         if rule.is_stacked and not infos[rule.target].is_stacked:
             raise ConversionError(f"{rule.source} numbers layers but {rule.target} is not stacked")
     return rules
+
+
+def _accepted(rules: Iterable[Rule], infos: Mapping[str, VariableInfo]) -> Iterator[str]:
+    """Every foreign name that some rule takes."""
+    for rule in rules:
+        for layer in _layers(rule, infos[rule.target].shape):
+            yield from rule.accepted(layer)
 
 
 def _layers(rule: Rule, shape: tuple[int, ...]) -> tuple[int | None, ...]:

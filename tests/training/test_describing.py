@@ -26,7 +26,8 @@ def test_a_dry_run_describes_a_model_without_its_weights_and_writes_nothing(
     config, tmp_path, capsys
 ):
     train.main(["--config", str(config), "--dry-run"])
-    out = capsys.readouterr().out
+    out, said = capsys.readouterr()
+    assert "note: " in said and "has no weights" in said
     model = experiment.build(config, only_describes=True).model
     parameters = {path: i for path, i in model.infos.items() if not i.is_buffer}
     counts = [

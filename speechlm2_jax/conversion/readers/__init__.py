@@ -2,9 +2,10 @@
 """Opens whatever holds weights: files, directories, shards. torch is not needed for any."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from speechlm2_jax.conversion.errors import ConversionError, listed
+from speechlm2_jax.conversion.errors import ConversionError, MissingWeightsError, listed
 from speechlm2_jax.conversion.readers.json_text import read_json
 from speechlm2_jax.conversion.readers.kinds import check_file, folder_problem, suffix_problem
 from speechlm2_jax.conversion.readers.nemo import NemoArchive, read_nemo
@@ -54,16 +55,21 @@ FILE_READERS: dict[str, Callable[[Path], LazySource]] = {
 def open_weights(path: Path | str) -> LazySource:
     """Opens a weights file, a shard index, or a directory that has one, to be read lazily.
 
-    Raises ConversionError if there is none, UnsafeFileError for a hostile file.
+    Raises MissingWeightsError for a directory without any, ConversionError for what cannot be
+    read, UnsafeFileError for a hostile file.
     """
     path = Path(path)
+    return replace(_open(path), where=str(path))
+
+
+def _open(path: Path) -> LazySource:
     if path.is_dir():
         found = [path / name for name in DIRECTORY_FILES if (path / name).is_file()]
         if not found:
-            raise ConversionError(
-                folder_problem(path)
-                or f"{path} has no weights: none of {', '.join(DIRECTORY_FILES)}"
-            )
+            if problem := folder_problem(path):
+                raise ConversionError(problem)
+            expected = ", ".join(DIRECTORY_FILES)
+            raise MissingWeightsError(f"{path} has no weights: none of {expected}")
         if (path / ADAPTER).is_file():
             raise ConversionError(
                 f"{path} has an adapter (PEFT) beside its weights, so that one changes the other; "

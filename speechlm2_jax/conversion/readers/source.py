@@ -51,6 +51,11 @@ class TensorSource(Protocol):
         """Further names -> the stored name; from the metadata of safetensors files."""
         ...
 
+    @property
+    def where(self) -> str:
+        """The file or directory; "" for arrays in memory."""
+        ...
+
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """Reads one tensor, or the part that `index` names."""
         ...
@@ -63,6 +68,7 @@ class LazySource:
     infos: Mapping[str, TensorInfo]
     fetch: Callable[[str, Index | None], np.ndarray]
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    where: str = ""
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """Reads one tensor, or the part that `index` names; slices end where the tensor ends."""
