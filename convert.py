@@ -2,12 +2,14 @@
 
 python convert.py SOURCE TARGET_DIR
 python convert.py SOURCE TARGET.nemo
+python convert.py SOURCE TARGET --dtype bfloat16
 python convert.py SOURCE --inspect
 
 SOURCE: a run directory, a saved or NeMo model directory, a Hugging Face directory, or a file
 (.nemo, .ckpt, .bin, .pt, .safetensors, a shard index). A speech model becomes a directory that this
-project and NeMo load; anything else keeps its tensor names. A TARGET.nemo needs a SOURCE with
-model_config.yaml: a .nemo file, or a directory made from one. Nothing in SOURCE is ever executed.
+project and NeMo load, and the run of a CTC model a .nemo file; anything else keeps its tensor
+names. A TARGET.nemo needs a SOURCE with model_config.yaml: a .nemo file, or a directory made from
+one. Nothing in SOURCE is ever executed.
 """
 
 from speechlm2_jax.usage import answer_help
@@ -20,13 +22,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from speechlm2_jax.conversion.casting import DTYPES
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.listing import lines, table
 from speechlm2_jax.conversion.readers import open_weights
 from speechlm2_jax.conversion.repacking import (
     NEMO_SUFFIX,
     check_target,
-    is_speech_model,
     repack,
     weights_file,
 )
@@ -43,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("target", type=Path, metavar="TARGET", nargs="?")
+    parser.add_argument("--dtype", choices=DTYPES, help="of every floating tensor (default: kept)")
     parser.add_argument("--inspect", action="store_true", help="list the tensors, write nothing")
     arguments = parser.parse_args(argv)
     if (arguments.target is None) != arguments.inspect:
@@ -53,28 +56,35 @@ def main(argv: Sequence[str]) -> int:
         if arguments.inspect:
             print(table(open_weights(arguments.source)))
         else:
-            convert(arguments.source, arguments.target)
+            convert(arguments.source, arguments.target, arguments.dtype)
     except (ConversionError, SettingsError, PatternError, OSError) as error:
         print("convert.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
 
 
-def convert(source: Path, target: Path) -> None:
-    """Writes `source` to `target` and says what to look at."""
-    check_target(target)
-    if is_speech_model(source):
-        if target.suffix == NEMO_SUFFIX:
-            raise ConversionError(f"{target}: NeMo keeps speech LLMs as directories; name one")
-        from speechlm2_jax.checkpointing import DamagedError
-        from speechlm2_jax.models import SALM
+def convert(source: Path, target: Path, dtype: str | None = None) -> None:
+    """Writes `source` to `target`, if asked in `dtype`, and says what to look at."""
+    from speechlm2_jax import models
+    from speechlm2_jax.checkpointing import DamagedError
+    from speechlm2_jax.models import registry
 
-        try:
-            SALM.from_pretrained(source).save_pretrained(target)
-        except DamagedError as error:
-            raise ConversionError(str(error)) from error
-    else:
-        repack(source, target)
+    check_target(target)
+    kind = registry.identify(source) if source.exists() else None
+    name = kind.classes[0] if kind is not None and kind.classes else ""
+    try:
+        if name in registry.SPEECH_MODELS:
+            if target.suffix == NEMO_SUFFIX:
+                raise ConversionError(f"{target}: NeMo keeps speech LLMs as directories; name one")
+            getattr(models, name).from_pretrained(source).save_pretrained(target, dtype=dtype)
+        elif name and registry.is_run(source):
+            if target.suffix != NEMO_SUFFIX:
+                raise ConversionError(f"{target}: a CTC model is a .nemo file; name one")
+            models.CTCModel.from_pretrained(source).save_to(target, dtype=dtype)
+        else:
+            repack(source, target, dtype)
+    except DamagedError as error:
+        raise ConversionError(str(error)) from error
     written = open_weights(weights_file(target))
     print(f"{weights_file(target)}: {len(written.infos)} tensors")
     for line in filter(lambda line: line.is_suspect, lines(written)):

@@ -2,18 +2,17 @@
 
 from pathlib import Path
 
+from speechlm2_jax.conversion.casting import cast
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.readers import (
     NemoArchive,
     TensorSource,
     open_weights,
-    read_json,
     read_nemo,
     write_safetensors,
 )
 from speechlm2_jax.conversion.readers.nemo import CONFIG as NEMO_CONFIG
 from speechlm2_jax.conversion.readers.nemo import WEIGHTS as NEMO_WEIGHTS
-from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters
 from speechlm2_jax.conversion.readers.yaml_text import read_yaml
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.conversion.writers.nemo import references
@@ -21,26 +20,9 @@ from speechlm2_jax.conversion.writers.nemo import references
 WEIGHTS = "model.safetensors"
 NEMO_SUFFIX = ".nemo"
 CONFIG = "config.json"
-SPEECH_MODEL_KEYS = frozenset(("pretrained_llm", "perception"))
 COPIED = (CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 """What stands beside the weights of a Hugging Face directory and is kept."""
 MAX_COPIED_BYTES = 1 << 28
-
-
-def is_speech_model(source: Path) -> bool:
-    """True for what `models` loads whole: a run, a saved or NeMo directory, a Lightning .ckpt.
-
-    Anything else is converted tensor by tensor.
-    """
-    if source.is_dir():
-        if (source / "checkpoints").is_dir():
-            return True
-        config = source / CONFIG
-        return config.is_file() and read_json(config).keys() >= SPEECH_MODEL_KEYS
-    if source.suffix != ".ckpt" or not source.is_file():
-        return False
-    cfg = read_hyper_parameters(source).get("cfg")
-    return isinstance(cfg, dict) and cfg.keys() >= SPEECH_MODEL_KEYS
 
 
 def weights_file(target: Path) -> Path:
@@ -57,28 +39,28 @@ def check_target(target: Path) -> None:
         raise ConversionError(f"{target} is a file; name a directory, or a file that ends in .nemo")
 
 
-def repack(source: Path, target: Path) -> None:
+def repack(source: Path, target: Path, dtype: str | None = None) -> None:
     """Writes the tensors of `source` to `target`, and the plain files that stand beside them.
 
     A `target` that ends in .nemo becomes an archive that NeMo restores; then `source` must hold
-    model_config.yaml. Names, shapes, dtypes and values stay. Raises ConversionError as the readers
-    do, and if `target` has weights already.
+    model_config.yaml. Names and shapes stay, and without `dtype` dtypes and values too. Raises
+    ConversionError as the readers and `casting.cast` do, and if `target` has weights already.
     """
     check_target(target)
     if target.suffix == NEMO_SUFFIX:
-        _write_nemo(source, target)
+        _write_nemo(source, target, dtype)
     elif source.suffix == NEMO_SUFFIX:
         archive = read_nemo(source)
-        _write(archive.weights, target)
+        _write(archive.weights, target, dtype)
         _write_members(archive, target)
     else:
-        _write(open_weights(source), target)
+        _write(open_weights(source), target, dtype)
         for name in COPIED if source.is_dir() else ():
             if (source / name).is_file():
                 (target / name).write_bytes(_small_file(source / name))
 
 
-def _write_nemo(source: Path, target: Path) -> None:
+def _write_nemo(source: Path, target: Path, dtype: str | None) -> None:
     """The way back from what `_write_members` leaves, the user's changes to it included."""
     if source.suffix == NEMO_SUFFIX:
         archive = read_nemo(source)
@@ -95,7 +77,7 @@ def _write_nemo(source: Path, target: Path) -> None:
         raise ConversionError(
             f"{source} has no {NEMO_CONFIG}, which a .nemo file needs; name a directory instead"
         )
-    tensors = {name: weights.read(name) for name in sorted(weights.infos)}
+    tensors = cast({name: weights.read(name) for name in sorted(weights.infos)}, dtype)
     tied = {alias: tensors[name] for alias, name in weights.aliases.items() if name in tensors}
     write_nemo(target, config, tensors | tied, files)
 
@@ -106,8 +88,8 @@ def _small_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _write(source: TensorSource, target: Path) -> None:
-    tensors = {name: source.read(name) for name in source.infos}
+def _write(source: TensorSource, target: Path, dtype: str | None) -> None:
+    tensors = cast({name: source.read(name) for name in source.infos}, dtype)
     write_safetensors(target / WEIGHTS, tensors, {"format": "pt", **source.aliases})
 
 

@@ -125,9 +125,13 @@ class SpeechModel(ABC):
         model.variables = source.read(model._blueprint, model.infos, again)
         return model.astype(dtype)
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Writes a directory that `from_pretrained` here and in NeMo 3.0.0 reads."""
-        loading.save_model(Path(save_directory), self._blueprint, self.variables)
+    def save_pretrained(self, save_directory: str | Path, *, dtype: str | None = None) -> None:
+        """Writes a directory that `from_pretrained` here and in NeMo 3.0.0 reads.
+
+        `dtype` ("float32", "bfloat16" or "float16") is that of every floating tensor in the file;
+        None keeps each as it is. Raises ConversionError for values that it cannot hold.
+        """
+        loading.save_model(Path(save_directory), self._blueprint, self.variables, dtype)
 
     def save_definition(self, directory: str | Path) -> None:
         """Writes all but the weights: config, LLM architecture and tokenizer."""

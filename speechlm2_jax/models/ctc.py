@@ -18,6 +18,7 @@ from speechlm2_jax.asr import learning
 from speechlm2_jax.asr.ctc import CtcConfig, CtcNetwork, best_path, collapse
 from speechlm2_jax.batches import HostBatch, LossSum, SalmBatch, StepLosses
 from speechlm2_jax.conversion import mapping
+from speechlm2_jax.conversion.casting import cast
 from speechlm2_jax.conversion.ctc import ctc_table
 from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.conversion.writers import write_nemo
@@ -131,12 +132,13 @@ class CTCModel:
         return model
 
     def save_to(self, path: str | Path, *, dtype: Any = np.float32) -> None:
-        """Writes a `.nemo` file that NeMo's ASRModel.restore_from reads; weights in `dtype`."""
+        """Writes a `.nemo` file that NeMo's ASRModel.restore_from reads; weights in `dtype`.
+
+        None keeps the dtype of each. Raises ConversionError for values that `dtype` cannot hold.
+        """
         host = {name: np.asarray(value) for name, value in self.variables.items()}
-        state = {
-            name: value.astype(dtype) if value.dtype == np.float32 else value
-            for name, value in mapping.export(host, self._table).items()
-        }
+        name = None if dtype is None else np.dtype(dtype).name
+        state = cast(mapping.export(host, self._table), name)
         vocabulary = [self.tokenizer.ids_to_tokens([i])[0] for i in range(self.pieces)]
         artifacts = {
             TOKENIZER_FILE: self.tokenizer.serialized(),

@@ -11,6 +11,7 @@ import numpy as np
 
 from speechlm2_jax import checkpointing
 from speechlm2_jax.conversion import mapping
+from speechlm2_jax.conversion.casting import cast
 from speechlm2_jax.conversion.readers import open_weights, write_safetensors
 from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters
 from speechlm2_jax.layers.module import VariableInfo, Variables
@@ -117,10 +118,12 @@ def save_definition(directory: Path, blueprint: Blueprint) -> None:
     blueprint.tokenizer.save(directory)
 
 
-def save_model(directory: Path, blueprint: Blueprint, variables: Variables) -> None:
-    """Writes the definition and model.safetensors under NeMo's names."""
+def save_model(
+    directory: Path, blueprint: Blueprint, variables: Variables, dtype: str | None = None
+) -> None:
+    """Writes the definition and model.safetensors under NeMo's names, if asked in `dtype`."""
+    tensors = cast(state_dict(blueprint, variables), dtype)
     save_definition(directory, blueprint)
-    tensors = state_dict(blueprint, variables)
     write_safetensors(directory / WEIGHTS, tensors, mapping.aliases(blueprint.table))
 
 

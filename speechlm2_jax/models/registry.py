@@ -130,7 +130,7 @@ def identify(path: Path) -> Kind | None:
     """
     if path.is_file():
         return _of_file(path)
-    if (path / CHECKPOINTS).is_dir():
+    if is_run(path):
         return _of_json(path / RUN_DEFINITION / CONFIG)
     if (path / CONFIG).is_file():
         return _of_json(path / CONFIG)
@@ -138,6 +138,11 @@ def identify(path: Path) -> Kind | None:
         return _of_unpacked(path)
     archives = sorted(path.glob("*.nemo"))
     return _of_file(archives[0]) if len(archives) == 1 else None
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run directory."""
+    return (path / CHECKPOINTS).is_dir()
 
 
 def _of_file(path: Path) -> Kind | None:

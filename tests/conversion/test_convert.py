@@ -12,7 +12,7 @@ import pytest
 from convert import main
 from speechlm2_jax.conversion.listing import remark, table
 from speechlm2_jax.conversion.readers import memory_source, open_weights, read_nemo
-from speechlm2_jax.conversion.repacking import is_speech_model
+from speechlm2_jax.models.registry import SPEECH_MODELS, identify
 from tests.conversion.goldens import DATA, SALM, assert_same_bits, tensors
 
 ROOT = DATA.parents[1]
@@ -61,10 +61,12 @@ def test_hugging_face_directory_keeps_its_config_and_tokenizer(tmp_path):
 
 
 def test_speech_models_are_told_from_plain_weights():
-    assert is_speech_model(SALM / "qwen3_lora_hf")
-    assert is_speech_model(SALM / "qwen3_lora.ckpt")
-    assert not is_speech_model(SALM / "asr.nemo")
-    assert not is_speech_model(DATA / "llm/llama")
+    for name in ("qwen3_lora_hf", "qwen3_lora.ckpt"):
+        kind = identify(SALM / name)
+        assert kind is not None and kind.classes[0] in SPEECH_MODELS
+    for path in (SALM / "asr.nemo", DATA / "llm/llama"):
+        kind = identify(path)
+        assert kind is not None and not set(kind.classes) & set(SPEECH_MODELS)
 
 
 def test_lightning_checkpoint_becomes_nemos_directory(tmp_path, monkeypatch):
