@@ -42,6 +42,7 @@ def make_run(
     for number, step in enumerate(steps):
         path = folder / "checkpoints" / str(step)
         path.mkdir(parents=True)
+        (path / "_CHECKPOINT_METADATA").write_text("{}")  # as an older version left it
         time_s = saved_at_s - len(steps) + 1 + number
         os.utime(path, (time_s, time_s))
     if best is not None:

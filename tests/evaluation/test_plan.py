@@ -17,6 +17,8 @@ def here(tmp_path, monkeypatch):
     """An empty working folder, apart from this project's own corpus and configs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "REPOSITORY", tmp_path / "project")
+    folders = (Path("configs"), tmp_path / "project" / "configs")
+    monkeypatch.setattr(runs, "config_folders", lambda: folders)
     return tmp_path
 
 
@@ -127,9 +129,9 @@ def test_the_step_is_the_best_else_the_last(here):
         "asked  'Be exact.' 'Write down:', as trained"
     )
     (here / "set").mkdir()
-    (here / "set" / "b.m4a").touch()
+    (here / "set" / "b.txt").touch()
     noted = make_plan({"pretrained_name": "runs/a", "inputs": "set"}).says()
-    assert "\nnote   files left out: 1 (1 .m4a); audio is read from .wav" in noted
+    assert "\nnote   files left out: 1 (1 .txt); audio is read from .wav" in noted
     unranked = read_run(make_run(Path("runs/b")))
     assert unranked is not None
     assert unranked.step == (20, "the last")
