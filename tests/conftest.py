@@ -5,12 +5,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# tests compile far more than they compute: without LLVM's optimisations and XLA's fusion emitters
-# they take less than half the time
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_enable_concurrency_optimized_scheduler=false"
-)
+from tests import quick_compilation  # noqa: E402
+
+FLAGS = f"--xla_force_host_platform_device_count=8 {quick_compilation.FLAGS}"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 import jax  # noqa: E402

@@ -9,6 +9,11 @@ reason. The results are in `--output`, by default `$OUT/device_results.json` or
 `./device_results.json`, written after every part; the log of all parts is beside it.
 """
 
+from speechlm2_jax.usage import answer_help
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    answer_help(__file__)
+
 import argparse
 import contextlib
 import json
@@ -29,7 +34,7 @@ from benchmarks.device.rows import Row, table
 
 MACHINE_S, EXIT_S = 60.0, 10.0
 """Seconds that the first look at the device, and the end of a finished process, may take."""
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
 """Of `--tiny`, whose times mean nothing."""
 MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
 """One part at a time has the device, so it may take nearly all of its memory."""

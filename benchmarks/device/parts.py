@@ -3,6 +3,11 @@
 Prints a line of JSON per row (benchmarks/device/rows.py); the rest goes to standard error.
 """
 
+from speechlm2_jax.usage import answer_help
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    answer_help(__file__)
+
 import json
 import tempfile
 import time

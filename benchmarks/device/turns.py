@@ -6,6 +6,11 @@ compile, run side by side. The peer is `benchmarks/peers/torch_peer.py`, run by 
 that PEER_PYTHON names, or by the one that runs this.
 """
 
+from speechlm2_jax.usage import answer_help
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    answer_help(__file__)
+
 import contextlib
 import json
 import os

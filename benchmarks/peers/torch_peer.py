@@ -13,10 +13,18 @@ Weights and optimizer state have `--dtype`. The head scores the positions of tar
 so that two programs can take turns: benchmarks/device/turns.py. Needs torch and transformers >= 5.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from speechlm2_jax.usage import answer_help
+
+    answer_help(__file__)
+
 import argparse
 import json
 import os
-import sys
 import time
 
 import torch

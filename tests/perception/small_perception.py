@@ -13,6 +13,7 @@ from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMel, LogMelConfig
 from speechlm2_jax.perception.perception import AudioPerception, PerceptionConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig
+from tests.quick_compilation import QUICK
 
 FP32_ATOL = 1e-5
 NO_DROPOUT = dict.fromkeys(("dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att"), 0.0)
@@ -116,8 +117,6 @@ def noise(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-# tiny programs: compiling costs seconds, running nothing
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from speechlm2_jax.checkpointing import load_weights, read_json, step_folders
 from speechlm2_jax.launch import COORDINATOR, COUNT, HEARTBEAT, INDEX
+from tests.quick_compilation import FLAGS
 from tests.training.tiny_salm import SECONDS, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -48,15 +49,11 @@ class Run:
         )
 
     def environment(self, devices):
-        flags = (
-            "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-            "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-        )
         return {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(self.compiled / str(devices)),
-            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}",
         }
 
     def start(self, name, processes=1, *overrides):
