@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from speechlm2_jax import console
 from speechlm2_jax.conversion.casting import DTYPES
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.listing import lines, table
@@ -32,10 +33,9 @@ from speechlm2_jax.conversion.repacking import (
     repack,
     weights_file,
 )
-from speechlm2_jax.models.parts import nearest_path
 from speechlm2_jax.parameter_paths import PatternError
+from speechlm2_jax.pretrained.locate import nearest_path
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.training import terminal
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,7 +67,7 @@ def convert(source: Path, target: Path, dtype: str | None = None) -> None:
     """Writes `source` to `target`, if asked in `dtype`, and says what to look at."""
     from speechlm2_jax import models
     from speechlm2_jax.checkpointing import DamagedError
-    from speechlm2_jax.models import registry
+    from speechlm2_jax.pretrained import registry
 
     check_target(target)
     kind = registry.identify(source) if source.exists() else None
@@ -92,5 +92,5 @@ def convert(source: Path, target: Path, dtype: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    terminal.outlive_readers()
+    console.outlive_readers()
     sys.exit(main(sys.argv[1:]))

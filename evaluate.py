@@ -10,7 +10,7 @@ from speechlm2_jax.usage import answer_help
 if __name__ == "__main__":  # before the imports below, which are slow
     answer_help(
         __file__,
-        keys_of=[f"speechlm2_jax/evaluation/{name}config.py" for name in ("", "duplex_")],
+        keys_of=[f"speechlm2_jax/evaluation/{name}config.py" for name in ("", "duplex/")],
     )
 
 import contextlib
@@ -21,14 +21,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from speechlm2_jax import settings
+from speechlm2_jax import console, settings
 from speechlm2_jax.evaluation.config import EvalConfig, check_generation
-from speechlm2_jax.evaluation.duplex_config import DuplexEvalConfig
-from speechlm2_jax.evaluation.duplex_plan import DuplexPlan, find_model, make_duplex_plan
+from speechlm2_jax.evaluation.duplex.config import DuplexEvalConfig
+from speechlm2_jax.evaluation.duplex.plan import DuplexPlan, find_model, make_duplex_plan
 from speechlm2_jax.evaluation.encoder_wer import Recogniser, open_recogniser
 from speechlm2_jax.evaluation.interruption import interruptible, notes, report_interruption
 from speechlm2_jax.evaluation.plan import Plan, make_plan
-from speechlm2_jax.training import terminal
 
 
 def main(argv: Sequence[str], *, compiled: str | None = None) -> int:
@@ -75,11 +74,11 @@ def run(plan: Plan, compiled: str | None) -> None:
 
     from speechlm2_jax.evaluation.devices import choose_device
     from speechlm2_jax.evaluation.encoder_wer import encoder_texts
-    from speechlm2_jax.evaluation.page import write_page
+    from speechlm2_jax.evaluation.html_report.page import write_page
     from speechlm2_jax.evaluation.provenance import provenance
-    from speechlm2_jax.evaluation.report import table
+    from speechlm2_jax.evaluation.results import table
     from speechlm2_jax.evaluation.resuming import open_journal, start_fingerprint
-    from speechlm2_jax.evaluation.runner import evaluate, input_keys
+    from speechlm2_jax.evaluation.run import evaluate, input_keys
     from speechlm2_jax.models import SALM
     from speechlm2_jax.training.programs import keep_compiled_programs
 
@@ -117,9 +116,9 @@ def run_duplex(plan: DuplexPlan, compiled: str | None) -> None:
     print(plan.says(), flush=True)
 
     from speechlm2_jax.evaluation.devices import choose_device
-    from speechlm2_jax.evaluation.duplex_page import write_duplex_page
-    from speechlm2_jax.evaluation.duplex_report import duplex_table
-    from speechlm2_jax.evaluation.duplex_runner import converse, input_keys, open_scorer
+    from speechlm2_jax.evaluation.duplex.results import duplex_table
+    from speechlm2_jax.evaluation.duplex.run import converse, input_keys, open_scorer
+    from speechlm2_jax.evaluation.html_report.duplex_page import write_duplex_page
     from speechlm2_jax.evaluation.provenance import provenance
     from speechlm2_jax.evaluation.resuming import open_journal, start_fingerprint
     from speechlm2_jax.experiment import load_duplex
@@ -186,5 +185,5 @@ def _clear(key: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    terminal.outlive_readers()
+    console.outlive_readers()
     sys.exit(main(sys.argv[1:], compiled="auto"))

@@ -3,12 +3,12 @@
 import sys
 from typing import TYPE_CHECKING
 
-from speechlm2_jax import launch
+from speechlm2_jax import console, launch
 from speechlm2_jax.settings import SettingsError, find, parse_train
-from speechlm2_jax.training import huge_pages, terminal
+from speechlm2_jax.training.run import huge_pages
 
 if TYPE_CHECKING:
-    from speechlm2_jax.ahead.report import Report
+    from speechlm2_jax.aot.report import Report
 
 PROGRAM = "train.py"
 
@@ -16,10 +16,10 @@ PROGRAM = "train.py"
 def main(argv: list[str]) -> None:
     """Parses arguments, builds, runs. Bad input is one clear line and exit code 2."""
     speaks = launch.is_first()
-    with terminal.one_line_errors(PROGRAM, [SettingsError]), terminal.showing(is_shown=speaks):
+    with console.one_line_errors(PROGRAM, [SettingsError]), console.showing(is_shown=speaks):
         command = parse_train(argv)
-        terminal.say(f"speechlm2_jax: reading {find(command.config)} ...")
-        with terminal.phase("importing"):
+        console.say(f"speechlm2_jax: reading {find(command.config)} ...")
+        with console.phase("importing"):
             from speechlm2_jax import experiment, processes
 
         words = command.config, command.overrides
@@ -42,5 +42,5 @@ def _compile_ahead(report: "Report") -> int:
 
 if __name__ == "__main__":
     huge_pages.start_again_with_them()
-    terminal.outlive_readers()
+    console.outlive_readers()
     main(sys.argv[1:])

@@ -25,8 +25,8 @@ import jax
 from benchmarks import duplex_parts, timing
 from benchmarks.duplex_work import Conversations, DuplexWork
 from speechlm2_jax.models import DuplexS2SModel
-from speechlm2_jax.training import huge_pages
 from speechlm2_jax.training.programs import keep_compiled_programs
+from speechlm2_jax.training.run import huge_pages
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from benchmarks.presets import PRESETS, Preset
 from speechlm2_jax.layers.module import Variables, abstract, bind, draw, unbind
 from speechlm2_jax.perception.frames import Frames
 from speechlm2_jax.perception.perception import AudioPerception
-from speechlm2_jax.training import huge_pages
 from speechlm2_jax.training.programs import keep_compiled_programs
+from speechlm2_jax.training.run import huge_pages
 
 
 class PerceptionWork:

@@ -20,8 +20,8 @@ import jax
 from benchmarks import timing
 from benchmarks.presets import PRESETS
 from benchmarks.salm_work import Sizes, Work
-from speechlm2_jax.training import huge_pages
-from speechlm2_jax.training.meter import peak_flops
+from speechlm2_jax.training.run import huge_pages
+from speechlm2_jax.training.run.throughput import peak_flops
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before the imports below, which are slow
 
 from collections.abc import Iterator
 
-from speechlm2_jax.models.generation_keys import ARGUMENTS, HONOURED, IGNORED, OWN, REFUSED
+from speechlm2_jax.inference.request.keys import ARGUMENTS, HONOURED, IGNORED, OWN, REFUSED
 
 PAGE = Path(__file__).with_name("generation.md")
 BEGIN, END = "<!-- table -->\n", "<!-- end of the table -->\n"

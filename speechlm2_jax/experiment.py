@@ -12,27 +12,28 @@ from typing import Any
 import numpy as np
 
 from speechlm2_jax import models, processes
-from speechlm2_jax.ahead.chips import read_topology
-from speechlm2_jax.ahead.programs import answering_report, training_report
-from speechlm2_jax.ahead.report import Report
+from speechlm2_jax.aot.chips import read_topology
+from speechlm2_jax.aot.programs import answering_report, training_report
+from speechlm2_jax.aot.report import Report
 from speechlm2_jax.batches import BatchShape, HostBatch, SalmExample
 from speechlm2_jax.checkpointing import DamagedError, LayoutError, step_folders
+from speechlm2_jax.console import phase
 from speechlm2_jax.conversion.errors import ConversionError, MissingWeightsError
 from speechlm2_jax.data.datamodule import TOKENS_MULTIPLE, DataModule, named_sets
-from speechlm2_jax.data.duplex_dataset import DuplexS2SDataset
+from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
 from speechlm2_jax.data.prompts import PromptError
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.tokenizer import TokenizerError
-from speechlm2_jax.evaluation import duplex_scoring
-from speechlm2_jax.evaluation.wer import text_normalizer, word_errors
+from speechlm2_jax.evaluation.duplex import scoring
+from speechlm2_jax.evaluation.metrics.wer import text_normalizer, word_errors
 from speechlm2_jax.layers.lora import LoraConfig
-from speechlm2_jax.models import registry
 from speechlm2_jax.models.ctc import CTCModel
 from speechlm2_jax.models.duplex import DuplexS2SModel
-from speechlm2_jax.models.parts import Location
 from speechlm2_jax.models.salm import SALM
 from speechlm2_jax.parameter_paths import PatternError
 from speechlm2_jax.perception.perception import PerceptionConfig
+from speechlm2_jax.pretrained import registry
+from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.settings import (
     CompileAhead,
     SettingsError,
@@ -43,11 +44,10 @@ from speechlm2_jax.settings import (
     raise_all,
     require_complete,
 )
-from speechlm2_jax.training.disk_errors import DiskError
 from speechlm2_jax.training.exp_manager import ExpManagerConfig
 from speechlm2_jax.training.protocol import HostMetric, Sample, Scored, Scoring
-from speechlm2_jax.training.start import Setup
-from speechlm2_jax.training.terminal import phase
+from speechlm2_jax.training.run.disk_errors import DiskError
+from speechlm2_jax.training.run.preparation import Setup
 from speechlm2_jax.training.trainer import FitResult, Trainer, exp_manager
 from speechlm2_jax.training.trainer_config import TrainerConfig
 
@@ -319,7 +319,7 @@ def make_data(cfg: Mapping[str, Any], model: Model) -> DataModule:
 @contextmanager
 def duplex_scores(model: DuplexS2SModel) -> Generator["ConversationScores"]:
     """Scores of a duplex model's answers in one validation."""
-    with duplex_scoring.scoring(model, model.find_scoring_asr()) as scorer:
+    with scoring.scoring(model, model.find_scoring_asr()) as scorer:
         yield ConversationScores(scorer)
 
 
@@ -327,11 +327,11 @@ def duplex_scores(model: DuplexS2SModel) -> Generator["ConversationScores"]:
 class ConversationScores:
     """What the trainer asks of a scorer (`training.protocol.Scorer`)."""
 
-    scorer: duplex_scoring.DuplexScorer
+    scorer: scoring.DuplexScorer
 
     def update(self, name: str, batch: HostBatch) -> list[Sample]:
         """Answers a batch of set `name`."""
-        examples = duplex_scoring.conversations(batch)
+        examples = scoring.conversations(batch)
         if not examples:
             return []
         return [
@@ -376,7 +376,7 @@ def word_error_rate(model: SALM | CTCModel) -> Callable[[HostBatch], Scored]:
 def answers(model: SALM | CTCModel, prompts: Sequence[SalmExample]) -> list[str]:
     """What a model says to each prompt; a recogniser hears its first recording only."""
     if isinstance(model, CTCModel):
-        return model.transcribe([prompt.audio[0] for prompt in prompts])
+        return [*model.transcribe([prompt.audio[0] for prompt in prompts])]
     ids = model.answer(prompts, VALIDATION_ANSWER_TOKENS)
     return [text_before_end(model, row) for row in ids]
 

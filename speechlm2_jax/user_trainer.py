@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from speechlm2_jax.training import trainer
-from speechlm2_jax.training.parts import FitResult
 from speechlm2_jax.training.protocol import DataSource, HostMetric, Scoring, TrainableModel
+from speechlm2_jax.training.run.run_state import FitResult
 
 
 class Trainer(trainer.Trainer):

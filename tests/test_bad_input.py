@@ -86,7 +86,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_line_names_what_to_change(config, case, monkeypatch, capsys):
     monkeypatch.setattr(
-        "speechlm2_jax.models.blueprint.random_variables", lambda *_: pytest.fail("compiled")
+        "speechlm2_jax.pretrained.blueprint.random_variables", lambda *_: pytest.fail("compiled")
     )
     overrides, expected = CASES[case]
     with pytest.raises(SystemExit) as stopped, experiment.clear_errors("train.py"):

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from speechlm2_jax import experiment
-from speechlm2_jax.evaluation.wer import word_errors
+from speechlm2_jax.evaluation.metrics.wer import word_errors
 from speechlm2_jax.models import CTCModel
 
 ROOT = Path(__file__).parents[1]

@@ -27,7 +27,7 @@ from benchmarks.device.rows import Row, Rows, called
 from benchmarks.device.salm import compute_dtype, device_gib, generation, training
 from benchmarks.duplex_work import Conversations, DuplexWork
 from speechlm2_jax.models import AudioCodec, DuplexS2SModel
-from speechlm2_jax.training.meter import peak_flops
+from speechlm2_jax.training.run.throughput import peak_flops
 
 DUPLEX_GIB, CODEC_GIB_PER_ROW = 14.0, 0.6
 """Weights in fp32 and in bf16 of a model of 1.35 billion parameters, the codec and the rest."""

@@ -11,7 +11,7 @@ from benchmarks import timing
 from benchmarks.device.plan import GIB, Plan, Training, generation_gib, training_gib
 from benchmarks.device.rows import Row, Rows, called
 from benchmarks.salm_work import Work
-from speechlm2_jax.training.meter import peak_flops
+from speechlm2_jax.training.run.throughput import peak_flops
 
 
 def device_gib() -> float | None:

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from speechlm2_jax.codec.edges import Steps
+from speechlm2_jax.codec.boundary import Steps
 from speechlm2_jax.layers.linear import ones
 from speechlm2_jax.layers.module import param
 

@@ -13,10 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from speechlm2_jax.codec import streaming
+from speechlm2_jax.codec.boundary import RowEdges
 from speechlm2_jax.codec.config import CodecConfig
 from speechlm2_jax.codec.convolutions import Convolution
 from speechlm2_jax.codec.decoder import Decoder
-from speechlm2_jax.codec.edges import RowEdges
 from speechlm2_jax.codec.encoder import Encoder
 from speechlm2_jax.codec.finite_scalar_quantizer import FiniteScalarQuantizer
 from speechlm2_jax.sharding import constrain

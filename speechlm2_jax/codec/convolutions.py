@@ -14,7 +14,7 @@ from flax import nnx
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
-from speechlm2_jax.codec.edges import Edges, Extended, Steps
+from speechlm2_jax.codec.boundary import Edges, Extended, Steps
 from speechlm2_jax.layers.linear import zeros
 from speechlm2_jax.layers.module import Initializer, buffer, param
 from speechlm2_jax.sharding import platform

@@ -5,9 +5,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from speechlm2_jax.codec.activations import Activation
+from speechlm2_jax.codec.boundary import Edges, Steps
 from speechlm2_jax.codec.config import DecoderConfig
 from speechlm2_jax.codec.convolutions import Faster
-from speechlm2_jax.codec.edges import Edges, Steps
 from speechlm2_jax.codec.residual import ResidualLayer, same_rate
 
 BOUNDED = {"tanh": jnp.tanh, "clamp": lambda x: jnp.clip(x, -1.0, 1.0)}

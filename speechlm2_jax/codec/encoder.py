@@ -4,9 +4,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from speechlm2_jax.codec.activations import Activation
+from speechlm2_jax.codec.boundary import Edges, Steps
 from speechlm2_jax.codec.config import EncoderConfig
 from speechlm2_jax.codec.convolutions import Slower
-from speechlm2_jax.codec.edges import Edges, Steps
 from speechlm2_jax.codec.residual import ResidualLayer, same_rate
 
 

@@ -3,9 +3,9 @@
 from flax import nnx
 
 from speechlm2_jax.codec.activations import Activation
+from speechlm2_jax.codec.boundary import Edges, Steps
 from speechlm2_jax.codec.config import HiFiGANConfig
 from speechlm2_jax.codec.convolutions import SameRate
-from speechlm2_jax.codec.edges import Edges, Steps
 
 
 def same_rate(

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from speechlm2_jax.codec.boundary import Extended, Steps
 from speechlm2_jax.codec.decoder import Decoder
-from speechlm2_jax.codec.edges import Extended, Steps
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,7 @@ _FACES = {
     "AudioError": "speechlm2_jax.data.audio",
     "Conversation": "speechlm2_jax.data.conversations",
     "DataModule": "speechlm2_jax.data.datamodule",
-    "DuplexS2SDataset": "speechlm2_jax.data.duplex_dataset",
+    "DuplexS2SDataset": "speechlm2_jax.data.duplex.dataset",
     "PromptFormatter": "speechlm2_jax.data.prompts",
     "SALMDataset": "speechlm2_jax.data.salm_dataset",
     "Tokenizer": "speechlm2_jax.data.tokenizer",

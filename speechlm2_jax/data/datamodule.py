@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from speechlm2_jax.batches import FrameCount, HostBatch
 from speechlm2_jax.data.bucketing import Plan, Shape
-from speechlm2_jax.data.preparing import DataKind, DataSet, Prepared, prepare
+from speechlm2_jax.data.prepare import DataKind, DataSet, Prepared, prepare
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.data.tokenizer import Tokenizer

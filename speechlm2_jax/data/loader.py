@@ -13,7 +13,7 @@ import xxhash
 
 from speechlm2_jax.batches import HostBatch
 from speechlm2_jax.data.audio import AudioError
-from speechlm2_jax.data.preparing import Contents
+from speechlm2_jax.data.prepare import Contents
 from speechlm2_jax.data.sampler import BatchPlan, Sampler
 from speechlm2_jax.settings import SettingsError
 

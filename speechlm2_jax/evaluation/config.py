@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from speechlm2_jax.models.long_audio import DEFAULT_MAX_AUDIO_S
+from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
 from speechlm2_jax.settings import SettingsError
 
 if TYPE_CHECKING:
-    from speechlm2_jax.models.generation_config import Vocabulary
+    from speechlm2_jax.inference.request.generation_request import Vocabulary
 
 _ONE_ANSWER = "an evaluation takes one whole answer to each recording; leave it out"
 _OWN_KEYS = {
@@ -95,7 +95,7 @@ def check_generation(
     keys: Mapping[str, Any], max_new_tokens: int, model: "Vocabulary | None" = None
 ) -> None:
     """Raises SettingsError for what `generate` would refuse, of a model or, without, of any."""
-    from speechlm2_jax.models.generation_config import ANY_VOCABULARY, read_request
+    from speechlm2_jax.inference.request.generation_request import ANY_VOCABULARY, read_request
 
     for key, hint in _OWN_KEYS.items():
         if keys.get(key) is not None:

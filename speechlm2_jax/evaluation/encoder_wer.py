@@ -12,8 +12,8 @@ import numpy as np
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.progress import Progress
-from speechlm2_jax.models.joining import join
-from speechlm2_jax.models.long_audio import cut
+from speechlm2_jax.inference.long_form.chunks import cut
+from speechlm2_jax.inference.long_form.join_texts import join
 
 READERS = 4
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from speechlm2_jax.evaluation.report import write_rows
+from speechlm2_jax.evaluation.results import write_rows
 from speechlm2_jax.settings import SettingsError
 
 HEADER, PROGRESS = "evaluation", "progress"

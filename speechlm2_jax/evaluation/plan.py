@@ -8,9 +8,9 @@ from typing import Any
 from speechlm2_jax import settings
 from speechlm2_jax.evaluation.config import EvalConfig, output_file
 from speechlm2_jax.evaluation.inputs import Utterance, left_out, read_inputs
-from speechlm2_jax.evaluation.runs import Run, bundled_test_set, newest_run, read_run
-from speechlm2_jax.evaluation.swapping import swap_audio
-from speechlm2_jax.evaluation.wer import text_normalizer
+from speechlm2_jax.evaluation.metrics.wer import text_normalizer
+from speechlm2_jax.evaluation.run_directories import Run, bundled_test_set, newest_run, read_run
+from speechlm2_jax.evaluation.swap_audio import swap_audio
 from speechlm2_jax.settings import SettingsError
 
 

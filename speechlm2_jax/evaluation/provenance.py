@@ -11,7 +11,7 @@ import jax
 
 from speechlm2_jax import settings
 from speechlm2_jax.evaluation.config import EvalConfig
-from speechlm2_jax.evaluation.duplex_config import DuplexEvalConfig
+from speechlm2_jax.evaluation.duplex.config import DuplexEvalConfig
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "jiwer", "whisper-normalizer")
 _WEIGHTS = (".safetensors", ".json", ".ckpt", ".nemo", ".bin", ".model", ".yaml")

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from speechlm2_jax.evaluation.config import EvalConfig
-from speechlm2_jax.evaluation.duplex_config import DuplexEvalConfig
+from speechlm2_jax.evaluation.duplex.config import DuplexEvalConfig
 from speechlm2_jax.evaluation.journal import Journal
 from speechlm2_jax.evaluation.provenance import fingerprint
 from speechlm2_jax.settings import to_plain

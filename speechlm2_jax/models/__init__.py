@@ -9,7 +9,7 @@ _MODELS = {
     "DuplexS2SModel": "speechlm2_jax.models.duplex",
     "DuplexS2SSpeechDecoderModel": "speechlm2_jax.models.duplex",
     "AudioCodec": "speechlm2_jax.models.codec",
-    "ASRModel": "speechlm2_jax.models.recogniser",
+    "ASRModel": "speechlm2_jax.models.asr",
 }
 
 __all__ = [

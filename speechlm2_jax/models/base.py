@@ -13,6 +13,8 @@ from flax import nnx
 
 from speechlm2_jax import parameter_paths, settings
 from speechlm2_jax.batches import HostBatch, LossSum, StepLosses
+from speechlm2_jax.inference import stages
+from speechlm2_jax.inference.perception_stream import PerceptionStream
 from speechlm2_jax.layers.module import (
     Remat,
     VariableInfo,
@@ -21,12 +23,11 @@ from speechlm2_jax.layers.module import (
     describe,
     unbind,
 )
-from speechlm2_jax.models import blueprint as blueprints
-from speechlm2_jax.models import initial_weights, loading, registry, running
-from speechlm2_jax.models.listening import PerceptionStream
-from speechlm2_jax.models.parts import Location
 from speechlm2_jax.perception.perception import AudioPerception
 from speechlm2_jax.perception.streaming import StreamPlan, natural_frames
+from speechlm2_jax.pretrained import blueprint as blueprints
+from speechlm2_jax.pretrained import initial_weights, registry, save_load
+from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.settings import SettingsError
 
 M = TypeVar("M", bound="SpeechModel")
@@ -115,7 +116,7 @@ class SpeechModel(ABC):
         """
         path = Location().find(str(pretrained_model_name_or_path), key="pretrained_name")
         registry.require(cls, path)
-        source = loading.open_model(str(path))
+        source = save_load.open_model(str(path))
         model = cls(source.cfg, near=source.near)
         model._blueprint = replace(model._blueprint, named=source.named)
 
@@ -131,11 +132,11 @@ class SpeechModel(ABC):
         `dtype` ("float32", "bfloat16" or "float16") is that of every floating tensor in the file;
         None keeps each as it is. Raises ConversionError for values that it cannot hold.
         """
-        loading.save_model(Path(save_directory), self._blueprint, self.variables, dtype)
+        save_load.save_model(Path(save_directory), self._blueprint, self.variables, dtype)
 
     def save_definition(self, directory: str | Path) -> None:
         """Writes all but the weights: config, LLM architecture and tokenizer."""
-        loading.save_definition(Path(directory), self._blueprint)
+        save_load.save_definition(Path(directory), self._blueprint)
 
     def state_dict(self, variables: Variables | None = None) -> dict[str, np.ndarray]:
         """The weights, or other values of the same paths and shapes, under NeMo's names."""
@@ -187,7 +188,7 @@ class SpeechModel(ABC):
     @property
     def device(self) -> jax.Device:
         """The device that the model runs on, the first of several. Inputs may come from any."""
-        return running.device_of(self._variables)
+        return stages.device_of(self._variables)
 
     def eval(self: M) -> M:
         """Returns the model: whether to train is an argument here, not a mode."""
@@ -207,7 +208,7 @@ class SpeechModel(ABC):
         self, input_signal: Any, input_signal_length: Any
     ) -> tuple[jax.Array, jax.Array]:
         """Encodes audio [B, S] with lengths [B] in samples into (frames [B, T, D], lengths [B])."""
-        return running.perceive(
+        return stages.perceive(
             self._definition,
             self.variables,
             jnp.asarray(input_signal, jnp.float32),

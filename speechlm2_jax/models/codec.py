@@ -12,12 +12,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from speechlm2_jax.codec.codec import Audio, Codec, Codes
-from speechlm2_jax.codec.config import CodecConfig
 from speechlm2_jax.codec.resampling import resample, resampled_length
 from speechlm2_jax.codec.streaming import DecoderStream
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.codec import codec_table
 from speechlm2_jax.conversion.readers import read_nemo
+from speechlm2_jax.inference import stages
+from speechlm2_jax.inference.padding import round_up
 from speechlm2_jax.layers.module import (
     VariableInfo,
     Variables,
@@ -27,29 +28,11 @@ from speechlm2_jax.layers.module import (
     draw,
     unbind,
 )
-from speechlm2_jax.models import running
-from speechlm2_jax.models.registry import find_nemo
-from speechlm2_jax.models.shapes import round_up
-from speechlm2_jax.settings import build
+from speechlm2_jax.pretrained.codec_config import codec_config
+from speechlm2_jax.pretrained.registry import find_nemo
 
-BLOCKS = (
-    "sample_rate",
-    "output_sample_rate",
-    "samples_per_frame",
-    "audio_encoder",
-    "audio_decoder",
-    "vector_quantizer",
-    "semantic_codec",
-    "semantic_codec_path",
-)
-"""What a `.nemo` file's config says that matters here; the rest trains the codec."""
 FRAME_STEP = 8
 """Rows are padded to few different numbers of frames, so that few programs are compiled."""
-
-
-def codec_config(cfg: Mapping[str, Any], where: str = "") -> CodecConfig:
-    """Reads NeMo's `model_config.yaml` of a codec. Raises SettingsError for what is not done."""
-    return build(CodecConfig, {key: cfg[key] for key in BLOCKS if key in cfg}, where)
 
 
 class AudioCodec:
@@ -94,7 +77,7 @@ class AudioCodec:
     @property
     def device(self) -> jax.Device:
         """The device that the model runs on, the first of several. Inputs may come from any."""
-        return running.device_of(self._variables)
+        return stages.device_of(self._variables)
 
     @property
     def sample_rate(self) -> int:

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from speechlm2_jax import checkpointing
-from speechlm2_jax.asr import learning
+from speechlm2_jax.asr import ctc_losses
 from speechlm2_jax.asr.ctc import CtcConfig, CtcNetwork, best_path, collapse
 from speechlm2_jax.batches import HostBatch, LossSum, SalmBatch, StepLosses
 from speechlm2_jax.conversion import mapping
@@ -23,6 +23,15 @@ from speechlm2_jax.conversion.ctc import ctc_table
 from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.inference import stages
+from speechlm2_jax.inference.asr_labels import Speller
+from speechlm2_jax.inference.transcribe import (
+    ROWS_AT_ONCE,
+    Transcript,
+    check_options,
+    recordings_of,
+    transcribe,
+)
 from speechlm2_jax.layers.module import (
     Remat,
     VariableInfo,
@@ -33,21 +42,13 @@ from speechlm2_jax.layers.module import (
     draw,
     unbind,
 )
-from speechlm2_jax.models import registry, running
-from speechlm2_jax.models.config import DEFAULT_AUDIO_LOCATOR_TAG
-from speechlm2_jax.models.loading import run_definition
-from speechlm2_jax.models.parts import Location, nemo_tokenizer, read_json
-from speechlm2_jax.models.spelling import Speller
-from speechlm2_jax.models.transcribing import (
-    ROWS_AT_ONCE,
-    Transcript,
-    check_options,
-    recordings_of,
-    transcribe,
-)
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig
+from speechlm2_jax.pretrained import registry
+from speechlm2_jax.pretrained.locate import Location, nemo_tokenizer, read_json
+from speechlm2_jax.pretrained.salm_config import DEFAULT_AUDIO_LOCATOR_TAG
+from speechlm2_jax.pretrained.save_load import run_definition
 from speechlm2_jax.settings import SettingsError, build, to_plain
 from speechlm2_jax.sharding import context_size
 
@@ -179,7 +180,7 @@ class CTCModel:
     @property
     def device(self) -> jax.Device:
         """The device that the model runs on, the first of several. Inputs may come from any."""
-        return running.device_of(self._variables)
+        return stages.device_of(self._variables)
 
     @property
     def sampling_rate(self) -> int:
@@ -282,7 +283,7 @@ class CTCModel:
                 "has none; leave context_parallel_size at 1"
             )
         network: CtcNetwork = bind(self._definition, variables)
-        return learning.losses(network, batch, train=train, key=key if train else None)
+        return ctc_losses.losses(network, batch, train=train, key=key if train else None)
 
     def flops(self, batch: HostBatch) -> float:
         """Model FLOPs of one training step: 6 per weight and frame, and attention."""

@@ -19,20 +19,24 @@ from speechlm2_jax.batches import (
     StepLosses,
     assemble_duplex_batch,
 )
+from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.generation.duplex import SpeakingConfig, Spoken, begin, converse
 from speechlm2_jax.generation.sampling import SamplingConfig
+from speechlm2_jax.inference import stages
+from speechlm2_jax.inference.batching import as_batch, fitted, padded
+from speechlm2_jax.inference.padding import SAMPLE_STEP, round_up
 from speechlm2_jax.layers.module import Variables, bind
-from speechlm2_jax.models import duplex_building, running
+from speechlm2_jax.models.asr import ASRModel
 from speechlm2_jax.models.base import SpeechModel
-from speechlm2_jax.models.duplex_building import DuplexBlueprint
-from speechlm2_jax.models.duplex_config import DuplexModelConfig, DuplexSpeechDecoderModelConfig
-from speechlm2_jax.models.recordings import as_batch, fitted, padded
-from speechlm2_jax.models.shapes import SAMPLE_STEP, round_up
 from speechlm2_jax.networks import duplex as duplex_network
 from speechlm2_jax.networks.channels import TextIds, without_control
 from speechlm2_jax.networks.duplex import Duplex, DuplexModes
 from speechlm2_jax.networks.flops import duplex_flops
 from speechlm2_jax.perception.perception import PerceptionModes
+from speechlm2_jax.pretrained import duplex
+from speechlm2_jax.pretrained.duplex import DuplexBlueprint
+from speechlm2_jax.pretrained.duplex_config import DuplexModelConfig, DuplexSpeechDecoderModelConfig
+from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.sharding import Sharding
 
 FRAME_STEP = 32
@@ -67,7 +71,7 @@ class DuplexS2SModel(SpeechModel):
     @classmethod
     def read_blueprint(cls, cfg: Mapping[str, Any], near: tuple[Path, ...]) -> DuplexBlueprint:
         """Reads configs and tokenizer, no weights."""
-        return duplex_building.read_blueprint(cls.CONFIG, cfg, near)
+        return duplex.read_blueprint(cls.CONFIG, cfg, near)
 
     # What NeMo's users know -----------------------------------------------------------------
 
@@ -239,7 +243,16 @@ class DuplexS2SModel(SpeechModel):
     def check_weights(self) -> None:
         """As for every model; the recogniser that the first validation needs is looked at too."""
         super().check_weights()
-        self._blueprint.check_scoring_asr()
+        path = self.find_scoring_asr()
+        if path is None:
+            return
+        try:
+            ASRModel.check(path)
+        except (SettingsError, ConversionError) as error:
+            raise SettingsError(
+                f"model.scoring_asr: {error}; name another ASR model, or null for no scores of "
+                "the agent's speech"
+            ) from error
 
     @property
     def frame_count(self) -> Callable[[int], int]:
@@ -370,7 +383,7 @@ def _logits(
     codes: Int[Array, "B T K"] | None,
 ) -> tuple[Float[Array, "B T V"], Float[Array, "B T K W"]]:
     network: Duplex = bind(definition, variables)
-    hidden = running.hidden_states(network, embeds)
+    hidden = stages.hidden_states(network, embeds)
     audio = network.speak(hidden, codes, DuplexModes(), None)
     return network.llm.logits(hidden), network.audio_logits(audio)
 

@@ -10,19 +10,20 @@ import numpy as np
 
 from speechlm2_jax.batches import BatchShape, HostBatch, SalmBatch, SalmExample, StepLosses
 from speechlm2_jax.data.prompts import PromptFormatter
+from speechlm2_jax.inference import continuous_batching, generate, stages
+from speechlm2_jax.inference.continuous_batching import Answered
+from speechlm2_jax.inference.request.generation_request import read_request
+from speechlm2_jax.inference.text_stream import Piece, last_of
+from speechlm2_jax.inference.transcribe import Transcript, transcribe_by_prompt
 from speechlm2_jax.layers.module import Variables, bind
-from speechlm2_jax.models import answering, building, continuous, running
 from speechlm2_jax.models.base import SpeechModel
-from speechlm2_jax.models.building import SalmBlueprint
-from speechlm2_jax.models.config import SalmModelConfig
-from speechlm2_jax.models.continuous import Answered
-from speechlm2_jax.models.generation_config import read_request
-from speechlm2_jax.models.streaming import Piece, last_of
-from speechlm2_jax.models.transcribing import Transcript, transcribe_by_prompt
 from speechlm2_jax.networks import salm as salm_network
 from speechlm2_jax.networks.flops import Heard, salm_flops
 from speechlm2_jax.networks.salm import Salm, SalmModes
 from speechlm2_jax.perception.perception import PerceptionModes
+from speechlm2_jax.pretrained import salm
+from speechlm2_jax.pretrained.salm import SalmBlueprint
+from speechlm2_jax.pretrained.salm_config import SalmModelConfig
 from speechlm2_jax.sharding import Sharding
 
 
@@ -40,7 +41,7 @@ class SALM(SpeechModel):
     @classmethod
     def read_blueprint(cls, cfg: Mapping[str, Any], near: tuple[Path, ...]) -> SalmBlueprint:
         """Reads configs and tokenizer, no weights."""
-        return building.read_blueprint(cfg, near)
+        return salm.read_blueprint(cfg, near)
 
     @property
     def audio_locator_tag(self) -> str:
@@ -56,7 +57,7 @@ class SALM(SpeechModel):
         """Runs the LLM over embeddings [B, T, D] with a bool mask [B, T]: {"logits": [B, T, V]}."""
         embeds = jnp.asarray(input_embeds)
         mask = jnp.ones(embeds.shape[:2], bool) if attention_mask is None else attention_mask
-        logits = running.text_logits(
+        logits = stages.text_logits(
             self._definition, self.variables, embeds, jnp.asarray(mask, bool)
         )
         return {"logits": logits}
@@ -71,7 +72,7 @@ class SALM(SpeechModel):
         *,
         draw_numbers: Sequence[int] | None = None,
         **generation_kwargs: Any,
-    ) -> np.ndarray | answering.Generated:
+    ) -> np.ndarray | generate.Generated:
         """Answers prompts: int32 ids [B, T], rows padded with `text_pad_id` after they stop.
 
         `prompts`: dialogs (lists of turns with `role`, `content` or `slots`, optionally `audio`: a
@@ -89,7 +90,7 @@ class SALM(SpeechModel):
         which random draws go. Raises ValueError for what is not supported.
         """
         thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        return answering.generate(
+        return generate.generate(
             self,
             self._definition,
             (prompts, audios, audio_lens),
@@ -116,7 +117,7 @@ class SALM(SpeechModel):
         leave the loop. Joined, the ids of a row are those of `generate`, and its texts
         `tokenizer.ids_to_text` of them. Raises ValueError, at the call, for what is not supported.
         """
-        return answering.stream(
+        return generate.stream(
             self,
             self._definition,
             (prompts, audios, audio_lens),
@@ -143,7 +144,7 @@ class SALM(SpeechModel):
         ValueError, at the call, for beams, several answers, stop strings, and time limits; and for
         a prompt that cannot be used, with its number, once those before it are answered.
         """
-        return continuous.generate_each(
+        return continuous_batching.generate_each(
             *(self, self._definition, prompts, slots),
             generation_config,
             generation_kwargs,
@@ -173,11 +174,11 @@ class SALM(SpeechModel):
     def answer(self, prompts: Sequence[SalmExample], max_new_tokens: int) -> np.ndarray:
         """Answers laid-out prompts greedily: int32 ids [B, T], padded after each row's end."""
         request = read_request(self, {"max_new_tokens": max_new_tokens})
-        return last_of(answering.speak(self, self._definition, prompts, request)).trimmed()
+        return last_of(generate.speak(self, self._definition, prompts, request)).trimmed()
 
     def answer_layout(self, placement: Sharding) -> dict[str, jax.ShapeDtypeStruct]:
         """Dtype and place of every variable of a model that only answers."""
-        return answering.layout(self, placement)
+        return generate.layout(self, placement)
 
     def compile_answer(self, placement: Sharding, shape: BatchShape, max_new_tokens: int) -> Any:
         """Compiles `answer` for devices that need not be here; nothing runs.
@@ -185,7 +186,7 @@ class SALM(SpeechModel):
         `shape` holds the prompts of one group of `placement`. Gives what
         `jax.jit(...).lower(...).compile()` does.
         """
-        return answering.compile_ahead(self, self._definition, placement, shape, max_new_tokens)
+        return generate.compile_ahead(self, self._definition, placement, shape, max_new_tokens)
 
     @property
     def prompt_formatter(self) -> PromptFormatter:

@@ -13,11 +13,11 @@ from speechlm2_jax.layers.module import param
 from speechlm2_jax.layers.norms import LayerNorm
 from speechlm2_jax.perception.batch_norm import BatchNorm, Statistics
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
+from speechlm2_jax.perception.frame_mask import View
 from speechlm2_jax.perception.frames import is_within
 from speechlm2_jax.perception.group_norm import GroupNorm
 from speechlm2_jax.perception.initializers import uniform
 from speechlm2_jax.perception.self_attention import SelfAttention
-from speechlm2_jax.perception.view import View
 from speechlm2_jax.sharding import constrain
 
 

@@ -21,6 +21,7 @@ from speechlm2_jax.layers.module import scan_layers
 from speechlm2_jax.perception.conformer_layer import ConformerLayer
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import Context, FastConformerConfig
+from speechlm2_jax.perception.frame_mask import View, distances, visibility
 from speechlm2_jax.perception.self_attention import (
     Biases,
     SelfAttention,
@@ -35,7 +36,6 @@ from speechlm2_jax.perception.subsampling import (
     Stacking,
     Subsampling,
 )
-from speechlm2_jax.perception.view import View, distances, visibility
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from speechlm2_jax.layers.module import RematPolicy, scan_layers, stack
 from speechlm2_jax.perception.batch_norm import Statistics
 from speechlm2_jax.perception.conformer_layer import ConformerLayer, LayerInputs
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
+from speechlm2_jax.perception.frame_mask import View, sinusoids
 from speechlm2_jax.perception.frames import is_within
 from speechlm2_jax.perception.self_attention import (
     padded_queries,
@@ -21,7 +22,6 @@ from speechlm2_jax.perception.self_attention import (
     relative_positions,
 )
 from speechlm2_jax.perception.subsampling import make_subsampling
-from speechlm2_jax.perception.view import View, sinusoids
 from speechlm2_jax.sharding import constrain
 
 _LAYERS_PLACE, _INPUT_PLACE, _NEAR_PLACE, _FAR_PLACE, _CONTEXT_PLACE = range(5)

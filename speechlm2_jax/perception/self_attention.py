@@ -14,7 +14,7 @@ from speechlm2_jax.layers.dropout import drop_weights
 from speechlm2_jax.layers.linear import Linear, zeros
 from speechlm2_jax.layers.module import param
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
-from speechlm2_jax.perception.view import View, distances, visibility
+from speechlm2_jax.perception.frame_mask import View, distances, visibility
 from speechlm2_jax.sharding import constrain
 
 BLOCK = 256

@@ -78,7 +78,7 @@ def _add_ahead(parser: argparse.ArgumentParser) -> None:
         "--libtpu",
         type=Path,
         metavar="DIR",
-        help="filled by python -m speechlm2_jax.ahead.fetch",
+        help="filled by python -m speechlm2_jax.aot.fetch",
     )
     add("--generate", action="store_true", help="the program that answers, not the training step")
     add("--rows", type=int, help="conversations on each data-parallel device")

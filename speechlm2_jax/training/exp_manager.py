@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from speechlm2_jax import processes
 from speechlm2_jax.checkpointing import CHECKPOINTS, Retention, step_folders
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.training.metrics_log import require_wandb, wandb_arguments
+from speechlm2_jax.training.run.metrics_log import require_wandb, wandb_arguments
 from speechlm2_jax.training.trainer_config import parse_duration_s
 
 DEFAULT_EXP_DIR = "runs"

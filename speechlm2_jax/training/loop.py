@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from speechlm2_jax.batches import HostBatch, LossSum
+from speechlm2_jax.console import phase
 from speechlm2_jax.settings import SettingsError, to_plain
-from speechlm2_jax.training.metrics_log import Row, format_samples, format_validation
-from speechlm2_jax.training.parts import FitResult, Parts, Progress
 from speechlm2_jax.training.protocol import Variables
-from speechlm2_jax.training.reporting import MAX_SKIPPED_IN_A_ROW, Reporter, Taken
+from speechlm2_jax.training.run.metrics_log import Row, format_samples, format_validation
+from speechlm2_jax.training.run.run_state import FitResult, Parts, Progress
+from speechlm2_jax.training.run.step_reports import MAX_SKIPPED_IN_A_ROW, Reporter, Taken
 from speechlm2_jax.training.state import TrainState
 from speechlm2_jax.training.step import MicroSums
-from speechlm2_jax.training.terminal import phase
 from speechlm2_jax.training.validation import Interrupted
 
 log = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from speechlm2_jax.batches import HostBatch, LossSum
+from speechlm2_jax.console import phase
 from speechlm2_jax.sharding import hand_over
 from speechlm2_jax.training.protocol import Variables
 from speechlm2_jax.training.state import Layout, TrainState
 from speechlm2_jax.training.step import MicroSums, StepFunctions, StepReport
-from speechlm2_jax.training.terminal import phase
 
 FORWARD_AND_BACKWARD = ("train", "add")
 """Kinds of programs of which there is one per bucket."""

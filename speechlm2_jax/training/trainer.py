@@ -9,16 +9,9 @@ from typing import Any
 
 from speechlm2_jax.checkpointing import CHECKPOINTS, read_ranking, step_folders
 from speechlm2_jax.settings import build, to_plain
-from speechlm2_jax.training import run_dir as run_directory
-from speechlm2_jax.training import run_lock
-from speechlm2_jax.training.describing import describe_run
-from speechlm2_jax.training.disk_errors import disk_errors
 from speechlm2_jax.training.exp_manager import ExpManagerConfig
 from speechlm2_jax.training.loop import FitLoop, NonFiniteRun, finished_reason
-from speechlm2_jax.training.metrics_log import format_samples, format_validation
-from speechlm2_jax.training.opening import Opening
 from speechlm2_jax.training.optimizer import read_optimizer
-from speechlm2_jax.training.parts import FitResult
 from speechlm2_jax.training.programs import keep_compiled_programs
 from speechlm2_jax.training.protocol import (
     DataSource,
@@ -28,12 +21,19 @@ from speechlm2_jax.training.protocol import (
     TrainableModel,
     Variables,
 )
-from speechlm2_jax.training.resuming import is_other_model
-from speechlm2_jax.training.run_lock import RunLock
+from speechlm2_jax.training.run import directory as run_directory
+from speechlm2_jax.training.run import run_lock
+from speechlm2_jax.training.run.changed_settings import is_other_model
+from speechlm2_jax.training.run.disk_errors import disk_errors
+from speechlm2_jax.training.run.metrics_log import format_samples, format_validation
+from speechlm2_jax.training.run.opening import Opening
+from speechlm2_jax.training.run.preparation import Setup, begin, finished
+from speechlm2_jax.training.run.run_lock import RunLock
+from speechlm2_jax.training.run.run_state import FitResult
+from speechlm2_jax.training.run.stopping import StopRequest
+from speechlm2_jax.training.run.summary import describe_run
 from speechlm2_jax.training.schedules import make_schedule
-from speechlm2_jax.training.start import Setup, begin, finished
 from speechlm2_jax.training.state import Partition
-from speechlm2_jax.training.stopping import StopRequest
 from speechlm2_jax.training.strategies import (
     DDPStrategy,
     FSDPStrategy,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.training.cadence import Cadence, resolve_validation_interval
+from speechlm2_jax.training.intervals import Cadence, resolve_validation_interval
 
 COMPUTE_DTYPES: Mapping[str, Any] = {
     "32": jnp.float32,

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from speechlm2_jax.ahead.collectives import Collective, collectives
+from speechlm2_jax.aot.collectives import Collective, collectives
 
 DEVICES, ROUNDS, WIDTH = 8, 5, 32
 SIZE = DEVICES * WIDTH * 4

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from speechlm2_jax.ahead.chips import CHIPS, read_topology
-from speechlm2_jax.ahead.collectives import Collective
-from speechlm2_jax.ahead.report import Report
+from speechlm2_jax.aot.chips import CHIPS, read_topology
+from speechlm2_jax.aot.collectives import Collective
+from speechlm2_jax.aot.report import Report
 from speechlm2_jax.settings import SettingsError
 
 GIB = 2**30
@@ -56,5 +56,5 @@ def test_a_topology_that_is_none_is_refused_with_those_that_are(name):
 
 
 def test_without_libtpu_the_command_that_fetches_it_is_named(tmp_path):
-    with pytest.raises(SettingsError, match="python -m speechlm2_jax.ahead.fetch --to"):
+    with pytest.raises(SettingsError, match="python -m speechlm2_jax.aot.fetch --to"):
         read_topology("v5e:4x4", tmp_path)

@@ -1,6 +1,6 @@
 """Real programs compiled for TPUs that are not here; runs where libtpu can be had.
 
-It needs the folder that `python -m speechlm2_jax.ahead.fetch` fills, or LIBTPU_DIR.
+It needs the folder that `python -m speechlm2_jax.aot.fetch` fills, or LIBTPU_DIR.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from speechlm2_jax.ahead.chips import default_folder
+from speechlm2_jax.aot.chips import default_folder
 
 ROOT = Path(__file__).parents[2]
 LIBTPU = Path(os.environ.get("LIBTPU_DIR", default_folder()))
@@ -19,8 +19,8 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from speechlm2_jax.ahead.chips import read_topology
-from speechlm2_jax.ahead.collectives import collectives
+from speechlm2_jax.aot.chips import read_topology
+from speechlm2_jax.aot.collectives import collectives
 from speechlm2_jax.layers.attention import Visible, attend
 from speechlm2_jax.sharding import make_sharding, use
 
@@ -55,7 +55,7 @@ print("kinds", *sorted(c.kind for c in collectives(text)))
 
 needs_libtpu = pytest.mark.skipif(
     not (LIBTPU / "libtpu").is_dir(),
-    reason=f"no libtpu in {LIBTPU}; python -m speechlm2_jax.ahead.fetch gets it (700 MB)",
+    reason=f"no libtpu in {LIBTPU}; python -m speechlm2_jax.aot.fetch gets it (700 MB)",
 )
 
 

@@ -1,6 +1,6 @@
 """Spelling: punctuation sticks to the word before it, as NeMo writes it."""
 
-from speechlm2_jax.asr.text import attach_punctuation, punctuation_marks
+from speechlm2_jax.asr.punctuation import attach_punctuation, punctuation_marks
 
 
 def test_marks_are_those_of_pieces_that_continue_a_word():

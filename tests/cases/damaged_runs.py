@@ -29,8 +29,8 @@ import evaluate
 from speechlm2_jax import experiment
 from speechlm2_jax.checkpointing import CHECKPOINTS, load_weights
 from speechlm2_jax.models import SALM
-from speechlm2_jax.training import start
-from speechlm2_jax.training.start import Setup
+from speechlm2_jax.training.run import preparation
+from speechlm2_jax.training.run.preparation import Setup
 from tests.cases.test_damaged_checkpoints import chosen_flips, flip, kind
 from tests.training.tiny_salm import write_config
 
@@ -80,7 +80,7 @@ class TinyRun:
             trainer = found.trainer
             self.started = found.model, Setup.of(found.model, trainer.config, trainer.strategy)
         model, setup = self.started
-        restored = start.restore(model, setup.layout, self.run / CHECKPOINTS, None, self.run)
+        restored = preparation.restore(model, setup.layout, self.run / CHECKPOINTS, None, self.run)
         arrays = jax.tree.leaves((restored.arrays, restored.frozen))
         return restored.progress, [np.asarray(array).tobytes() for array in arrays]
 

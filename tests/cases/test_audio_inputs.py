@@ -10,8 +10,8 @@ import soundfile
 
 import speechlm2_jax as slm
 from speechlm2_jax.data.audio import AudioError, read_audio, resample
-from speechlm2_jax.models import answering
-from speechlm2_jax.models.clips import clips_of
+from speechlm2_jax.inference import generate
+from speechlm2_jax.inference.audio_inputs import clips_of
 from tests.cases.audio_case import RATE_HZ, encode, speechlike
 
 DATA = Path(__file__).parents[1] / "data"
@@ -121,7 +121,7 @@ def test_parts_are_the_turn_that_they_mean(model, parts):
         {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
         {"role": "user", "content": ["Again."]},
     ]
-    (same, expected), _ = answering.prompted(model, ([given, asked], None, None))
+    (same, expected), _ = generate.prompted(model, ([given, asked], None, None))
     np.testing.assert_array_equal(same.tokens, expected.tokens)
     np.testing.assert_array_equal(same.audio[0], WAVE)
 

@@ -22,7 +22,7 @@ from speechlm2_jax.checkpointing import (
     step_folders,
     write_checksums,
 )
-from speechlm2_jax.models.loading import run_definition
+from speechlm2_jax.pretrained.save_load import run_definition
 from tests.test_checkpointing import (
     FROZEN,
     arrays,

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import speechlm2_jax
-from speechlm2_jax.models.running import device_of
+from speechlm2_jax.inference.stages import device_of
 
 FACES = ("speechlm2_jax", "speechlm2_jax.models", "speechlm2_jax.data", "speechlm2_jax.modules")
 

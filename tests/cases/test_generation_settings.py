@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from speechlm2_jax.generation.sampling import SamplingConfig
+from speechlm2_jax.inference.request.generation_request import ANY_VOCABULARY, read_request
 from speechlm2_jax.models import SALM
-from speechlm2_jax.models.generation_config import ANY_VOCABULARY, read_request
 
 DATA = Path(__file__).parents[1] / "data"
 PROMPTS = [[{"role": "user", "content": text}] for text in ("What time is it?", "Yes")]

@@ -13,7 +13,7 @@ import torch
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.readers import open_weights, read_json, write_safetensors
 from speechlm2_jax.conversion.readers.yaml_text import read_yaml
-from speechlm2_jax.models.parts import read_json as read_part
+from speechlm2_jax.pretrained.locate import read_json as read_part
 from speechlm2_jax.settings import SettingsError, load, override, parse_json
 
 FLOAT8 = (

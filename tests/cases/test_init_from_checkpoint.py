@@ -99,7 +99,7 @@ def test_names_are_looked_up_beside_the_yaml_and_null_is_nothing(saved, trained)
 
 
 def test_weights_are_streamed_to_where_they_belong(saved, trained):
-    from speechlm2_jax.training.start import Setup
+    from speechlm2_jax.training.run.preparation import Setup
     from speechlm2_jax.training.strategies import ModelParallelStrategy
     from speechlm2_jax.training.trainer_config import TrainerConfig
 

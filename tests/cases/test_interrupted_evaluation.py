@@ -17,15 +17,15 @@ import evaluate as program
 from speechlm2_jax import models
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.config import EvalConfig
-from speechlm2_jax.evaluation.duplex_report import DialogueAnswer
+from speechlm2_jax.evaluation.duplex.results import DialogueAnswer
+from speechlm2_jax.evaluation.duplex.turns import SaidTurn, Word
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.interruption import interruptible, report_interruption
 from speechlm2_jax.evaluation.journal import Journal, row_keys
+from speechlm2_jax.evaluation.metrics.token_accuracy import TokenCounts
+from speechlm2_jax.evaluation.metrics.turn_taking import TurnMark, Turns
 from speechlm2_jax.evaluation.progress import Progress
-from speechlm2_jax.evaluation.runner import evaluate, input_keys
-from speechlm2_jax.evaluation.spoken_turns import SaidTurn, Word
-from speechlm2_jax.evaluation.token_accuracy import TokenCounts
-from speechlm2_jax.evaluation.turn_taking import TurnMark, Turns
+from speechlm2_jax.evaluation.run import evaluate, input_keys
 from speechlm2_jax.settings import SettingsError, build, to_plain
 from tests.evaluation.fake_model import FakeModel
 

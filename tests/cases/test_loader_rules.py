@@ -11,9 +11,9 @@ import soundfile
 from speechlm2_jax.data import DataModule, SALMDataset, Tokenizer
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.conversations import AudioClip
-from speechlm2_jax.data.duplex_config import DuplexLoaderConfig
-from speechlm2_jax.data.duplex_contents import check_roles
-from speechlm2_jax.data.duplex_conversations import DuplexConversation, SpokenTurn
+from speechlm2_jax.data.duplex.config import DuplexLoaderConfig
+from speechlm2_jax.data.duplex.contents import check_roles
+from speechlm2_jax.data.duplex.conversations import DuplexConversation, SpokenTurn
 from speechlm2_jax.data.outliers import far_out
 from speechlm2_jax.settings import SettingsError, build
 

@@ -3,7 +3,7 @@
 import pytest
 
 import speechlm2_jax as slm
-from speechlm2_jax.models.parts import nearest_path
+from speechlm2_jax.pretrained.locate import nearest_path
 from speechlm2_jax.settings import SettingsError
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from speechlm2_jax.batches import BatchShape, SalmExample, assemble_salm_batch
 from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.inference.prompts import PromptContext, prompt_examples
 from speechlm2_jax.models import SALM
-from speechlm2_jax.models.prompting import PromptContext, prompt_examples
 
 DATA = Path(__file__).parents[1] / "data"
 RECORDED = json.loads((DATA / "llm" / "pad_is_end.json").read_text())

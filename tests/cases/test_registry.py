@@ -10,8 +10,8 @@ import pytest
 import speechlm2_jax as slm
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.repacking import repack
-from speechlm2_jax.evaluation.duplex_plan import find_model
-from speechlm2_jax.models import registry
+from speechlm2_jax.evaluation.duplex.plan import find_model
+from speechlm2_jax.pretrained import registry
 from speechlm2_jax.settings import SettingsError
 
 DATA = Path(__file__).resolve().parents[1] / "data"

@@ -7,7 +7,12 @@ import yaml
 
 import speechlm2_jax as slm
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.training.resuming import Change, changes_of, check_resumed, is_other_model
+from speechlm2_jax.training.run.changed_settings import (
+    Change,
+    changes_of,
+    check_resumed,
+    is_other_model,
+)
 from tests.training.tiny_salm import write_config
 from tests.training.toy import ToyData, ToyModel, make_trainer, rows_of
 

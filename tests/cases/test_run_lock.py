@@ -12,8 +12,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.training import run_lock
-from speechlm2_jax.training.run_lock import LOCK, Owner, acquire
+from speechlm2_jax.training.run import run_lock
+from speechlm2_jax.training.run.run_lock import LOCK, Owner, acquire
 from tests.training.toy import ToyData, ToyModel, make_trainer
 
 

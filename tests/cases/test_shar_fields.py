@@ -8,7 +8,7 @@ import pytest
 import soundfile
 from lhotse import CutSet, Recording, SupervisionSegment
 
-from speechlm2_jax.data.duplex_readers import read_duplex_shar
+from speechlm2_jax.data.duplex.readers import read_duplex_shar
 from speechlm2_jax.data.reading import Reading
 from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.settings import SettingsError

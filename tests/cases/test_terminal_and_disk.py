@@ -9,10 +9,9 @@ import sys
 
 import pytest
 
-from speechlm2_jax import experiment
-from speechlm2_jax.training import terminal
-from speechlm2_jax.training.disk_errors import DiskError, RunLog, disk_errors, disk_problem
-from speechlm2_jax.training.metrics_log import MetricsLog
+from speechlm2_jax import console, experiment
+from speechlm2_jax.training.run.disk_errors import DiskError, RunLog, disk_errors, disk_problem
+from speechlm2_jax.training.run.metrics_log import MetricsLog
 from tests.training.toy import ToyData, ToyModel, make_trainer
 
 
@@ -78,7 +77,7 @@ def test_other_errors_of_a_run_stay_what_they_are(tmp_path):
 def test_a_program_ends_with_one_and_no_traceback(tmp_path):
     code = (
         "from speechlm2_jax import experiment\n"
-        "from speechlm2_jax.training.disk_errors import disk_errors\n"
+        "from speechlm2_jax.training.run.disk_errors import disk_errors\n"
         "from pathlib import Path\n"
         f"with experiment.clear_errors('train.py'), disk_errors(Path({str(tmp_path)!r})):\n"
         "    raise OSError(28, 'No space left on device')\n"
@@ -105,13 +104,13 @@ def test_an_output_that_nobody_reads_is_no_error(monkeypatch):
     with os.fdopen(writer, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         monkeypatch.setattr(sys, "stderr", io.StringIO())
-        terminal.outlive_readers()
+        console.outlive_readers()
         print("read", flush=True)
         assert os.read(reader, 10) == b"read\n"
         os.close(reader)
         print("not read", flush=True)
-        with terminal.showing():
-            terminal.say("nor this")
+        with console.showing():
+            console.say("nor this")
         print("and the file below goes nowhere, too", file=stream, flush=True)
         assert sys.stderr.getvalue() == ""
 
@@ -119,4 +118,4 @@ def test_an_output_that_nobody_reads_is_no_error(monkeypatch):
 @pytest.mark.parametrize("name", ["train", "evaluate", "convert"])
 def test_every_program_outlives_its_readers(name):
     source = (experiment.Path(__file__).parents[2] / f"{name}.py").read_text()
-    assert "    terminal.outlive_readers()\n" in source.partition('if __name__ == "__main__":')[2]
+    assert "    console.outlive_readers()\n" in source.partition('if __name__ == "__main__":')[2]

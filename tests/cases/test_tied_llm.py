@@ -14,14 +14,15 @@ from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.decoder import decoder_table
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.hf_config import decoder_config
-from speechlm2_jax.conversion.placement import onto
 from speechlm2_jax.conversion.readers import memory_source, open_weights, write_safetensors
 from speechlm2_jax.conversion.salm import salm_table
+from speechlm2_jax.conversion.stream_to_mesh import onto
 from speechlm2_jax.conversion.writers.torch_files import write_torch_file
 from speechlm2_jax.layers.module import abstract, describe
 from speechlm2_jax.llm.decoder import Decoder
-from speechlm2_jax.models import SALM, DuplexS2SModel, duplex_building
-from speechlm2_jax.models.duplex_config import DuplexModelConfig
+from speechlm2_jax.models import SALM, DuplexS2SModel
+from speechlm2_jax.pretrained import duplex
+from speechlm2_jax.pretrained.duplex_config import DuplexModelConfig
 from speechlm2_jax.sharding import make_sharding
 from tests.conversion.goldens import assert_same_bits, salm_config, salm_infos, tensors
 
@@ -156,7 +157,7 @@ def test_every_place_of_a_tied_duplex_checkpoint_is_known(tmp_path):
     tied_duplex_llm(tmp_path / "llm")
     cfg = json.loads((DUPLEX / "duplex_s2s/cfg_input.json").read_text())
     cfg["pretrained_llm"] = str(tmp_path / "llm")
-    table = duplex_building.read_blueprint(DuplexModelConfig, cfg, (DUPLEX,)).table
+    table = duplex.read_blueprint(DuplexModelConfig, cfg, (DUPLEX,)).table
     (rule,) = [rule for rule in table.rules if rule.target == "llm.embedding.weight"]
     places = ("embed_tokens.weight", "lm_head.weight", "llm.embed_tokens.weight")
     assert rule.accepted(None) == places

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from speechlm2_jax.codec import convolutions
-from speechlm2_jax.codec.edges import Extended
+from speechlm2_jax.codec.boundary import Extended
 
 
 def summed(x, kernel, dilation):

@@ -12,7 +12,7 @@ import pytest
 from convert import main
 from speechlm2_jax.conversion.listing import remark, table
 from speechlm2_jax.conversion.readers import memory_source, open_weights, read_nemo
-from speechlm2_jax.models.registry import SPEECH_MODELS, identify
+from speechlm2_jax.pretrained.registry import SPEECH_MODELS, identify
 from tests.conversion.goldens import DATA, SALM, assert_same_bits, tensors
 
 ROOT = DATA.parents[1]

@@ -11,9 +11,9 @@ from hypothesis.extra import numpy as hnp
 
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.mapping import Ignored, Rule, Table, aliases, export, load, names
-from speechlm2_jax.conversion.placement import onto
 from speechlm2_jax.conversion.readers import LazySource, memory_source
 from speechlm2_jax.conversion.readers.source import TensorInfo
+from speechlm2_jax.conversion.stream_to_mesh import onto
 from speechlm2_jax.conversion.transforms import Permute, Recount, Squeeze
 from speechlm2_jax.layers.module import VariableInfo
 from speechlm2_jax.sharding import make_sharding

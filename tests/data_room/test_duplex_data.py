@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from speechlm2_jax.data.audio import AudioError
-from speechlm2_jax.data.duplex_readers import duplex_conversation
+from speechlm2_jax.data.duplex.readers import duplex_conversation
 from speechlm2_jax.settings import SettingsError
 from tests.data_room import duplex_corpus as corpus
 

@@ -8,7 +8,7 @@ import pytest
 
 from speechlm2_jax import settings
 from speechlm2_jax.data import DataModule, DuplexS2SDataset, Tokenizer
-from speechlm2_jax.data.duplex_conversations import (
+from speechlm2_jax.data.duplex.conversations import (
     ChannelIds,
     FrameGrid,
     SpokenTurn,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from speechlm2_jax.data.config import DataLoaderConfig
-from speechlm2_jax.data.duplex_readers import read_duplex_cuts, read_duplex_shar
+from speechlm2_jax.data.duplex.readers import read_duplex_cuts, read_duplex_shar
 from speechlm2_jax.data.readers import read_manifest
 from speechlm2_jax.data.reading import Reading
 from speechlm2_jax.data.salm_dataset import SALMDataset

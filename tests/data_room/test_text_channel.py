@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speechlm2_jax.data.text_channel import channel_texts, timed_texts
+from speechlm2_jax.data.duplex.text_channel import channel_texts, timed_texts
 from speechlm2_jax.data.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parents[1] / "data" / "text_channel"

@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from speechlm2_jax.data.duplex_dataset import DuplexS2SDataset
+from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
 from speechlm2_jax.data.tokenizer import Tokenizer
-from speechlm2_jax.evaluation.duplex_inputs import Dialogue
-from speechlm2_jax.evaluation.duplex_page import write_duplex_page
-from speechlm2_jax.evaluation.duplex_report import DialogueAnswer, DuplexEvaluation
-from speechlm2_jax.evaluation.report import Speed
-from speechlm2_jax.evaluation.spoken_turns import SaidTurn, Word
-from speechlm2_jax.evaluation.token_accuracy import TokenCounts
-from speechlm2_jax.evaluation.turn_taking import Turns, turn_marks
+from speechlm2_jax.evaluation.duplex.inputs import Dialogue
+from speechlm2_jax.evaluation.duplex.results import DialogueAnswer, DuplexEvaluation
+from speechlm2_jax.evaluation.duplex.turns import SaidTurn, Word
+from speechlm2_jax.evaluation.html_report.duplex_page import write_duplex_page
+from speechlm2_jax.evaluation.metrics.token_accuracy import TokenCounts
+from speechlm2_jax.evaluation.metrics.turn_taking import Turns, turn_marks
+from speechlm2_jax.evaluation.results import Speed
 from tests.evaluation.page_case import HOSTILE, RECORD, tone, utterance
 
 USER_HZ, AGENT_HZ = 16_000, 22_050

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.evaluation.html_report.page import write_page
 from speechlm2_jax.evaluation.inputs import Utterance
-from speechlm2_jax.evaluation.page import write_page
-from speechlm2_jax.evaluation.report import Answer, Evaluation, Speed
+from speechlm2_jax.evaluation.results import Answer, Evaluation, Speed
 
 RATE_HZ = 16_000
 HOSTILE = '<script>window.hacked=1</script> <img src=x onerror="window.hacked=1"> & "so"'

@@ -2,8 +2,8 @@
 
 import pytest
 
-from speechlm2_jax.evaluation.alignment import align_words
-from speechlm2_jax.evaluation.wer import word_errors
+from speechlm2_jax.evaluation.metrics.alignment import align_words
+from speechlm2_jax.evaluation.metrics.wer import word_errors
 
 
 @pytest.mark.parametrize(

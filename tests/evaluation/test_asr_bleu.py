@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from speechlm2_jax.data.audio import sinc_resample
-from speechlm2_jax.evaluation.asr_bleu import ASRBLEU, Recogniser
+from speechlm2_jax.evaluation.metrics.asr_bleu import ASRBLEU, Recogniser
 from speechlm2_jax.models import ASRModel
 
 ASR = Path(__file__).parents[1] / "data" / "asr"

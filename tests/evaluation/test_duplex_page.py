@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from speechlm2_jax.evaluation.duplex_report import duplex_table
-from speechlm2_jax.evaluation.waveform import waveform_path
+from speechlm2_jax.evaluation.duplex.results import duplex_table
+from speechlm2_jax.evaluation.html_report.waveform import waveform_path
 from tests.evaluation.browser import Browser, find_browser
 from tests.evaluation.duplex_page_case import small_answers, write_small_duplex_page
 from tests.evaluation.page_case import HOSTILE

@@ -3,7 +3,7 @@
 import numpy as np
 
 from speechlm2_jax.evaluation.encoder_wer import encoder_texts, open_recogniser
-from speechlm2_jax.evaluation.report import Answer, Evaluation, Speed, table
+from speechlm2_jax.evaluation.results import Answer, Evaluation, Speed, table
 from tests.evaluation.page_case import utterance
 
 

@@ -9,7 +9,7 @@ import pytest
 import evaluate
 from speechlm2_jax import models
 from speechlm2_jax.conversion.errors import ConversionError
-from speechlm2_jax.evaluation import runs
+from speechlm2_jax.evaluation import run_directories
 from speechlm2_jax.evaluation.devices import choose_device
 from speechlm2_jax.evaluation.provenance import fingerprint
 from speechlm2_jax.settings import SettingsError
@@ -162,7 +162,7 @@ def test_a_run_writes_rows_in_input_order_and_provenance(fake, wav, tmp_path, ca
 def newcomer(fake, wav, tmp_path, monkeypatch):
     """A working folder with one run and a test set, and nothing typed yet."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "REPOSITORY", tmp_path / "project")
+    monkeypatch.setattr(run_directories, "REPOSITORY", tmp_path / "project")
     make_run(tmp_path / "runs" / "salm", best=10)
     for seconds in (1, 2, 3):
         wav(f"corpus/{seconds}.wav", seconds)

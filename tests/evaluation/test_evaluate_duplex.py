@@ -11,8 +11,8 @@ import pytest
 import soundfile
 
 import evaluate
-from speechlm2_jax.evaluation.duplex_scoring import DuplexScorer
-from speechlm2_jax.models.recogniser import ASRModel
+from speechlm2_jax.evaluation.duplex.scoring import DuplexScorer
+from speechlm2_jax.models.asr import ASRModel
 from tests.parity.duplex_golden import DATA
 from tests.parity.salm_golden import working_in
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from speechlm2_jax.evaluation.duplex_inputs import read_dialogues
+from speechlm2_jax.evaluation.duplex.inputs import read_dialogues
 from speechlm2_jax.evaluation.inputs import left_out, read_inputs
 from speechlm2_jax.settings import SettingsError
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechlm2_jax.evaluation.page import audio_uri, write_page
-from speechlm2_jax.evaluation.report import Answer, Evaluation, Speed
+from speechlm2_jax.evaluation.html_report.page import audio_uri, write_page
+from speechlm2_jax.evaluation.results import Answer, Evaluation, Speed
 from tests.evaluation.page_case import (
     HOSTILE,
     RATE_HZ,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from speechlm2_jax.evaluation import runs
+from speechlm2_jax.evaluation import run_directories
 from speechlm2_jax.evaluation.plan import make_plan
-from speechlm2_jax.evaluation.runs import newest_run, read_run
+from speechlm2_jax.evaluation.run_directories import newest_run, read_run
 from speechlm2_jax.settings import SettingsError
 from tests.evaluation.run_case import SETTINGS, make_run, write_manifest
 
@@ -16,9 +16,9 @@ from tests.evaluation.run_case import SETTINGS, make_run, write_manifest
 def here(tmp_path, monkeypatch):
     """An empty working folder, apart from this project's own corpus and configs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "REPOSITORY", tmp_path / "project")
+    monkeypatch.setattr(run_directories, "REPOSITORY", tmp_path / "project")
     folders = (Path("configs"), tmp_path / "project" / "configs")
-    monkeypatch.setattr(runs, "config_folders", lambda: folders)
+    monkeypatch.setattr(run_directories, "config_folders", lambda: folders)
     return tmp_path
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.inputs import Utterance
-from speechlm2_jax.evaluation.reading import clips
+from speechlm2_jax.evaluation.read_audio import clips
 
 RATE_HZ, AHEAD, MAX_S = 100, 4, 2.0
 

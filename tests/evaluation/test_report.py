@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from speechlm2_jax.evaluation.report import Answer, Evaluation, Speed, table
+from speechlm2_jax.evaluation.results import Answer, Evaluation, Speed, table
 from tests.evaluation.page_case import small_case
 
 

@@ -10,8 +10,8 @@ import pytest
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.inputs import Utterance
-from speechlm2_jax.evaluation.report import Speed, table, write_rows
-from speechlm2_jax.evaluation.runner import evaluate, make_prompt
+from speechlm2_jax.evaluation.results import Speed, table, write_rows
+from speechlm2_jax.evaluation.run import evaluate, make_prompt
 from speechlm2_jax.settings import SettingsError
 from tests.evaluation.fake_model import PAD, FakeModel
 
@@ -44,7 +44,7 @@ def test_answers_come_back_in_input_order():
 
 
 def test_many_lengths_make_few_static_shapes():
-    from speechlm2_jax.models.shapes import SAMPLE_STEP, round_up
+    from speechlm2_jax.inference.padding import SAMPLE_STEP, round_up
 
     seconds = np.random.default_rng(0).uniform(0.3, 30, 400)
     model = FakeModel()
@@ -196,7 +196,7 @@ def test_rows_are_followed_by_where_they_come_from(tmp_path):
 
 
 def test_a_recording_that_is_too_long_is_answered_in_chunks_and_told():
-    from speechlm2_jax.models.long_audio import cut
+    from speechlm2_jax.inference.long_form.chunks import cut
 
     lines: list[str] = []
     utterances = [_utterance("short", 2), _utterance("long.wav", 7)]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from speechlm2_jax.evaluation.silence import KEPT_S, without_long_silence
+from speechlm2_jax.evaluation.duplex.silence import KEPT_S, without_long_silence
 
 RATE_HZ = 1000
 

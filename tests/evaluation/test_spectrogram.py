@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 
-from speechlm2_jax.evaluation.spectrogram import (
+from speechlm2_jax.evaluation.html_report.spectrogram import (
     COLOURS,
     MAX_PIXELS,
     MEL_BINS,

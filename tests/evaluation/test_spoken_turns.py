@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from speechlm2_jax.evaluation.spoken_turns import said_turns
-from speechlm2_jax.evaluation.token_accuracy import TokenAccuracy, count_tokens
-from speechlm2_jax.evaluation.turn_taking import Turns, count_turns, turn_marks
+from speechlm2_jax.evaluation.duplex.turns import said_turns
+from speechlm2_jax.evaluation.metrics.token_accuracy import TokenAccuracy, count_tokens
+from speechlm2_jax.evaluation.metrics.turn_taking import Turns, count_turns, turn_marks
 
 PAD, BOS, EOS = 0, 1, 2
 PIECES = {3: " good", 4: " morn", 5: "ing"}

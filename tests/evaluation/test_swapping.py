@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speechlm2_jax.evaluation.swapping import swap_audio
+from speechlm2_jax.evaluation.swap_audio import swap_audio
 from speechlm2_jax.settings import SettingsError
 from tests.evaluation.page_case import utterance
 

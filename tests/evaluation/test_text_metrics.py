@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from speechlm2_jax.evaluation.bleu import BLEU, EmptyTextRate
-from speechlm2_jax.evaluation.error_rates import CER, WER
+from speechlm2_jax.evaluation.metrics.bleu import BLEU, EmptyTextRate
+from speechlm2_jax.evaluation.metrics.error_rates import CER, WER
 
 REFERENCES = ["the cat sat on the mat", "a dog ran home", "yes it is so"]
 HYPOTHESES = ["the cat sat on a mat", "a dog ran", "yes it is so"]

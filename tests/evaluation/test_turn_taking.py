@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from speechlm2_jax.evaluation.turn_taking import (
+from speechlm2_jax.evaluation.metrics.turn_taking import (
     FirstTurnAccuracy,
     TurnCounts,
     Turns,

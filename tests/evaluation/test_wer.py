@@ -2,7 +2,7 @@
 
 import pytest
 
-from speechlm2_jax.evaluation.wer import text_normalizer, word_errors
+from speechlm2_jax.evaluation.metrics.wer import text_normalizer, word_errors
 
 
 def test_counts_are_summed_over_the_corpus():

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from speechlm2_jax.generation.processors import History, process
-from speechlm2_jax.models.generation_config import read_request
+from speechlm2_jax.inference.request.generation_request import read_request
 
 DATA = Path(__file__).parents[1] / "data" / "llm"
 ATOL = 1e-5

@@ -12,9 +12,10 @@ from transformers import GenerationConfig
 
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.data.tokenizer import Tokenizer
-from speechlm2_jax.models import SALM, answering
-from speechlm2_jax.models.generation_config import read_request
-from speechlm2_jax.models.generation_keys import HONOURED, IGNORED, REFUSED
+from speechlm2_jax.inference import generate
+from speechlm2_jax.inference.request.generation_request import read_request
+from speechlm2_jax.inference.request.keys import HONOURED, IGNORED, REFUSED
+from speechlm2_jax.models import SALM
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [[{"role": "user", "content": text}] for text in ("What time is it?", "Yes", "No. Why?")]
@@ -34,7 +35,7 @@ def drawn(model):
 
 
 def programs() -> int:
-    return answering.begin._cache_size() + answering.go_on._cache_size()
+    return generate.begin._cache_size() + generate.go_on._cache_size()
 
 
 def joined(pieces, rows):
@@ -253,7 +254,7 @@ def test_a_thought_is_opened_or_already_over_as_asked(model):
         text_vocab_size = 365
 
     for asked, enabled in ((None, True), (True, True), (False, False)):
-        _, ids = answering.prompted(Thoughtful(), (PROMPTS[:1], None, None), enable_thinking=asked)
+        _, ids = generate.prompted(Thoughtful(), (PROMPTS[:1], None, None), enable_thinking=asked)
         assert ids.tolist() == [told[enabled]]
     assert told[True] != told[False]
     for ask in (model.generate, lambda *a, **k: list(model.stream(*a, **k))):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from speechlm2_jax.inference.long_form.chunks import cut
+from speechlm2_jax.inference.long_form.join_texts import join
 from speechlm2_jax.models import SALM
-from speechlm2_jax.models.joining import join
-from speechlm2_jax.models.long_audio import cut
 
 DATA = Path(__file__).parents[1] / "data"
 MAX_S = 1.0

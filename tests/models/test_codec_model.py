@@ -8,7 +8,7 @@ import pytest
 
 from speechlm2_jax.conversion.readers import read_nemo
 from speechlm2_jax.models import AudioCodec
-from speechlm2_jax.models.codec import codec_config
+from speechlm2_jax.pretrained.codec_config import codec_config
 from speechlm2_jax.settings import SettingsError
 
 DATA = Path(__file__).parents[1] / "data" / "codec"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechlm2_jax.models import SALM, continuous
+from speechlm2_jax.inference import continuous_batching
+from speechlm2_jax.models import SALM
 
 DATA = Path(__file__).parents[1] / "data"
 TAG_TEXTS = ["Repeat after me: {}", "What is {}?", "{}"]
@@ -58,7 +59,7 @@ def trimmed(model, ids, stops):
 
 
 def programs():
-    parts = (continuous._empty, continuous._admit, continuous._run)
+    parts = (continuous_batching._empty, continuous_batching._admit, continuous_batching._run)
     return [part._cache_size() for part in parts]
 
 

@@ -10,9 +10,9 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speechlm2_jax.evaluation.wer import word_errors
-from speechlm2_jax.models.joining import join, seam
-from speechlm2_jax.models.long_audio import Chunk, cut
+from speechlm2_jax.evaluation.metrics.wer import word_errors
+from speechlm2_jax.inference.long_form.chunks import Chunk, cut
+from speechlm2_jax.inference.long_form.join_texts import join, seam
 
 ROOT = Path(__file__).parents[2]
 RATE_HZ = 1000

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechlm2_jax.models import SALM, answering
-from speechlm2_jax.models.clips import split_audio
+from speechlm2_jax.inference import generate
+from speechlm2_jax.inference.audio_inputs import split_audio
+from speechlm2_jax.models import SALM
 
 DATA = Path(__file__).parents[1] / "data"
 FILE = DATA / "salm" / "audio" / "a0.wav"
@@ -27,7 +28,7 @@ def asked(model):
         text = f"Say: {model.audio_locator_tag * tags}"
         good = {"role": "user", "content": f"Say: {model.audio_locator_tag}", "audio": [WAVE]}
         turn = {"role": "user", "content": text, "audio": audio}
-        return answering.prompted(model, ([[good], [turn]], None, None), first)[0]
+        return generate.prompted(model, ([[good], [turn]], None, None), first)[0]
 
     return lay_out
 
@@ -120,7 +121,7 @@ def test_rows_of_audios_are_checked_too(model):
     with pytest.raises(ValueError, match="^prompt 1: NaN or infinite samples"):
         model.generate([tag, tag], np.stack([WAVE, _with(np.nan)[0]]))
     padded = np.stack([WAVE, np.where(np.arange(len(WAVE)) < 5000, WAVE, np.nan)])
-    answering.prompted(model, ([tag, tag], padded, [len(WAVE), 5000]))  # nobody hears padding
+    generate.prompted(model, ([tag, tag], padded, [len(WAVE), 5000]))  # nobody hears padding
     with pytest.raises(ValueError, match="audios: audio is int16"):
         split_audio(np.zeros((1, 9), np.int16), None)
     with pytest.raises(ValueError, match="pad the rows to one length and give audio_lens"):

@@ -92,7 +92,7 @@ def own_bytes():
 def measure(folder):
     """Peak of the memory that placing a frozen LLM takes; on how many devices its weights lie."""
     from speechlm2_jax.models import SALM
-    from speechlm2_jax.training.start import Setup, begin
+    from speechlm2_jax.training.run.preparation import Setup, begin
     from speechlm2_jax.training.strategies import FSDPStrategy
     from speechlm2_jax.training.trainer_config import TrainerConfig
 

@@ -13,13 +13,13 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from speechlm2_jax.codec.activations import PLAIN, Activation, snake
+from speechlm2_jax.codec.boundary import RowEdges
 from speechlm2_jax.codec.config import (
     FiniteScalarQuantizerConfig,
     GroupFiniteScalarQuantizerConfig,
 )
 from speechlm2_jax.codec.convolutions import Faster, SameRate, Slower
 from speechlm2_jax.codec.decoder import BOUNDED, DecoderStage
-from speechlm2_jax.codec.edges import RowEdges
 from speechlm2_jax.codec.encoder import Encoder, EncoderStage
 from speechlm2_jax.codec.finite_scalar_quantizer import FiniteScalarQuantizer
 from speechlm2_jax.codec.resampling import resample, resampled_length

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.conversations import AudioClip, AudioTurn, Conversation, TextTurn
-from speechlm2_jax.data.preparing import DataSet, prepare
+from speechlm2_jax.data.prepare import DataSet, prepare
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.data.tokenizer import Tokenizer

@@ -10,11 +10,11 @@ from safetensors.numpy import load_file
 
 from speechlm2_jax.data.bucketing import plan_buckets
 from speechlm2_jax.data.conversations import AudioClip
-from speechlm2_jax.data.duplex_config import DuplexLoaderConfig
-from speechlm2_jax.data.duplex_conversations import DuplexConversation, clean_text
-from speechlm2_jax.data.duplex_dataset import DuplexS2SDataset
-from speechlm2_jax.data.duplex_readers import duplex_conversation
-from speechlm2_jax.data.preparing import kept
+from speechlm2_jax.data.duplex.config import DuplexLoaderConfig
+from speechlm2_jax.data.duplex.conversations import DuplexConversation, clean_text
+from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
+from speechlm2_jax.data.duplex.readers import duplex_conversation
+from speechlm2_jax.data.prepare import kept
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.settings import build
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from speechlm2_jax.evaluation import duplex_scoring
-from speechlm2_jax.evaluation.wer import text_normalizer
+from speechlm2_jax.evaluation.duplex import scoring
+from speechlm2_jax.evaluation.metrics.wer import text_normalizer
 from tests.parity.duplex_golden import DATA, MODELS, examples, facts, pretrained
 
 SETS = {"set0": "pair", "set1": "rest"}
@@ -17,9 +17,7 @@ SINGLE = 1e-6  # NeMo rounds its scores to fp32
 def test_validation_scores_equal_nemos(run):
     recorded = facts(run)["validation"]
     normalize = text_normalizer("english")
-    with duplex_scoring.scoring(
-        pretrained(run), str(DATA / "assets" / "asr_scoring.nemo")
-    ) as scorer:
+    with scoring.scoring(pretrained(run), str(DATA / "assets" / "asr_scoring.nemo")) as scorer:
         for name, batch in SETS.items():
             conversations = [
                 replace(example, target_text=text)

@@ -11,9 +11,9 @@ import pytest
 
 from speechlm2_jax.generation import salm as loops
 from speechlm2_jax.generation.decoding import DecodingConfig, Prompts
+from speechlm2_jax.inference.request.generation_request import read_request
 from speechlm2_jax.layers.module import Variables, bind
 from speechlm2_jax.llm.decoder import Decoder
-from speechlm2_jax.models.generation_config import read_request
 from tests.parity.test_llm import DATA, goldens, load, to_right_padding
 
 RECORDED = json.loads((DATA / "generation.json").read_text())

@@ -23,6 +23,7 @@ from speechlm2_jax.perception.conformer_layer import ConformerLayer, LayerInputs
 from speechlm2_jax.perception.encoder_stream import EncoderPlan
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
+from speechlm2_jax.perception.frame_mask import View, sinusoids, visibility
 from speechlm2_jax.perception.log_mel import LogMel, LogMelConfig
 from speechlm2_jax.perception.perception import (
     AudioPerception,
@@ -30,7 +31,6 @@ from speechlm2_jax.perception.perception import (
     PerceptionModes,
 )
 from speechlm2_jax.perception.self_attention import relative_positions
-from speechlm2_jax.perception.view import View, sinusoids, visibility
 from speechlm2_jax.settings import build
 from tests.perception.small_perception import quick_jit
 

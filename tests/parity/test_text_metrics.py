@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from speechlm2_jax.evaluation.bleu import BLEU
-from speechlm2_jax.evaluation.error_rates import CER, WER
-from speechlm2_jax.evaluation.wer import text_normalizer
+from speechlm2_jax.evaluation.metrics.bleu import BLEU
+from speechlm2_jax.evaluation.metrics.error_rates import CER, WER
+from speechlm2_jax.evaluation.metrics.wer import text_normalizer
 
 GOLDEN = json.loads(
     (Path(__file__).parents[1] / "data" / "evaluation" / "text_metrics.json").read_text()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from speechlm2_jax.training.cadence import resolve_validation_interval
+from speechlm2_jax.training.intervals import resolve_validation_interval
 from speechlm2_jax.training.trainer_config import TrainerConfig
 
 

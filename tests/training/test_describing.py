@@ -7,7 +7,7 @@ import pytest
 
 import train
 from speechlm2_jax import experiment
-from speechlm2_jax.training.describing import ModuleSize, module_sizes
+from speechlm2_jax.training.run.summary import ModuleSize, module_sizes
 from tests.training.tiny_salm import LLAMA, write_config
 from tests.training.toy import LAYERS, VOCAB, WIDTH, ToyData, ToyModel, make_trainer
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from speechlm2_jax.training.cadence import Cadence
-from speechlm2_jax.training.run_dir import checkpoints_line, next_line
+from speechlm2_jax.training.intervals import Cadence
+from speechlm2_jax.training.run.directory import checkpoints_line, next_line
 from tests.training.toy import ToyData, ToyModel, make_trainer, rows_of
 
 EXPERIMENT = {

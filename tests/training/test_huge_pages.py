@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from speechlm2_jax.training import huge_pages
+from speechlm2_jax.training.run import huge_pages
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """

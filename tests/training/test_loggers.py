@@ -8,8 +8,8 @@ import pytest
 
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.exp_manager import SummaryWriterParams
-from speechlm2_jax.training.metrics_log import MetricsLog, wandb_arguments
 from speechlm2_jax.training.protocol import Sample, Scored
+from speechlm2_jax.training.run.metrics_log import MetricsLog, wandb_arguments
 from speechlm2_jax.training.validation import choose_samples
 from tests.training.toy import ToyData, ToyModel, make_trainer
 

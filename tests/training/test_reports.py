@@ -7,8 +7,8 @@ import pytest
 
 from speechlm2_jax.batches import LossSum
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.training.meter import Meter, peak_flops
-from speechlm2_jax.training.metrics_log import MetricsLog, drop_rows_after
+from speechlm2_jax.training.run.metrics_log import MetricsLog, drop_rows_after
+from speechlm2_jax.training.run.throughput import Meter, peak_flops
 from speechlm2_jax.training.validation import Interrupted, Validator, take
 from tests.training.toy import make_batch, make_trainer
 

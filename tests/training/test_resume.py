@@ -14,7 +14,7 @@ import pytest
 
 from speechlm2_jax.checkpointing import load_weights, read_json, step_folders
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.training.stopping import SIGNALS
+from speechlm2_jax.training.run.stopping import SIGNALS
 from tests.training.toy import ToyData, ToyModel, make_trainer, rows_of
 
 TOY = Path(__file__).parent / "toy.py"

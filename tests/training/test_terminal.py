@@ -8,11 +8,11 @@ from contextlib import redirect_stdout
 
 import pytest
 
+from speechlm2_jax import console
+from speechlm2_jax.console import ProgressBar, one_line_errors, phase, say, showing
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.training import terminal
-from speechlm2_jax.training.meter import Meter, Pace
-from speechlm2_jax.training.metrics_log import format_progress
-from speechlm2_jax.training.terminal import ProgressBar, one_line_errors, phase, say, showing
+from speechlm2_jax.training.run.metrics_log import format_progress
+from speechlm2_jax.training.run.throughput import Meter, Pace
 from tests.training.toy import ToyData, ToyModel, make_trainer
 
 
@@ -37,8 +37,8 @@ def test_the_first_line_waits_for_neither_jax_nor_numpy():
 
 
 def test_a_long_phase_says_when_it_began_that_it_goes_on_and_how_long_it_took(monkeypatch, capsys):
-    monkeypatch.setattr(terminal, "FIRST_NOTE_S", 0.02)
-    monkeypatch.setattr(terminal, "NEXT_NOTES_S", 0.05)
+    monkeypatch.setattr(console, "FIRST_NOTE_S", 0.02)
+    monkeypatch.setattr(console, "NEXT_NOTES_S", 0.05)
     with showing(), phase("loading weights"):
         time.sleep(0.2)
     lines = capsys.readouterr().out.splitlines()
@@ -130,5 +130,5 @@ def test_the_pace_is_of_late_and_the_rest_counts_validation():
 def test_ctrl_c_before_training_is_one_line(capsys):
     with pytest.raises(SystemExit) as stopped, one_line_errors("train.py", [SettingsError]):
         raise KeyboardInterrupt
-    assert stopped.value.code == terminal.INTERRUPTED
+    assert stopped.value.code == console.INTERRUPTED
     assert capsys.readouterr().err == "train.py: interrupted; nothing was changed\n"

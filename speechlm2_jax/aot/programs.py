@@ -1,0 +1,153 @@
+"""The two programs of a run, compiled for a topology and priced."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import jax
+
+from speechlm2_jax.aot.chips import Topology
+from speechlm2_jax.aot.collectives import collectives
+from speechlm2_jax.aot.report import Report
+from speechlm2_jax.batches import BatchShape, HostBatch, full_batch
+from speechlm2_jax.console import phase
+from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.sharding import Sharding, for_answering
+from speechlm2_jax.training.protocol import ModelOutline
+from speechlm2_jax.training.run.preparation import Setup
+from speechlm2_jax.training.run.summary import device_bytes
+
+
+class AnsweringModel(ModelOutline, Protocol):
+    """A model that answers, too."""
+
+    @property
+    def audio_locator_tag_id(self) -> int:
+        """Token id of the placeholder of a recording."""
+        ...
+
+    def answer_layout(self, placement: Sharding) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Dtype and place of every variable of a model that only answers."""
+        ...
+
+    def compile_answer(self, placement: Sharding, shape: BatchShape, max_new_tokens: int) -> Any:
+        """Compiles answering prompts of one shape."""
+        ...
+
+    def answer_flops(self, batch: HostBatch) -> float:
+        """Model FLOPs of one forward pass."""
+        ...
+
+
+def training_report(
+    model: AnsweringModel, setup: Setup, topology: Topology, shape: BatchShape
+) -> Report:
+    """Compiles the training step on rows of `shape`, as many on each data-parallel device.
+
+    Raises SettingsError if the compiler finds that it does not fit.
+    """
+    groups = setup.sharding.data_parallel_size
+    batch = _full(model, shape, groups)
+    begin = time.monotonic()
+    compiled = _fitting(lambda: setup.programs(model, setup.meter()).compile_ahead(batch), topology)
+    state, frozen = setup.layout.state, setup.layout.frozen
+    known = {
+        "trained parameters": device_bytes(state.trainable),
+        "frozen parameters and buffers": device_bytes((frozen, state.buffers)),
+        "optimizer state": device_bytes(state.opt_state),
+    }
+    return Report(
+        program="a training step",
+        topology=topology.name,
+        mesh=_describe(setup.sharding),
+        shape=_describe_shape(shape, groups),
+        memory=_memory(known, "gradients, activations and other scratch", compiled),
+        chip=topology.chip,
+        flops_per_s=topology.flops_per_s,
+        flops=model.flops(_full(model, shape, 1)) * groups / len(topology.devices),
+        read_bytes=0.0,
+        collectives=tuple(collectives(compiled.as_text())),
+        compiled_in_s=time.monotonic() - begin,
+    )
+
+
+def answering_report(
+    model: AnsweringModel,
+    setup: Setup,
+    topology: Topology,
+    shape: BatchShape,
+    new_tokens: int,
+) -> Report:
+    """Compiles answering `shape.rows` prompts on each data-parallel device.
+
+    Raises SettingsError if the compiler finds that it does not fit.
+    """
+    placement = for_answering(setup.sharding.mesh)
+    groups = placement.data_parallel_size
+    begin = time.monotonic()
+    with phase("compiling the answering program"):
+        compiled = _fitting(lambda: model.compile_answer(placement, shape, new_tokens), topology)
+    weights = model.answer_layout(placement)
+    longer = replace(shape, tokens=shape.tokens + new_tokens)
+    llm = {path: leaf for path, leaf in weights.items() if path.startswith("llm.")}
+    return Report(
+        program=f"answering with {new_tokens} tokens",
+        topology=topology.name,
+        mesh=_describe(placement),
+        shape=_describe_shape(shape, groups),
+        memory=_memory({"parameters": device_bytes(weights)}, "cache and other scratch", compiled),
+        chip=topology.chip,
+        flops_per_s=topology.flops_per_s,
+        flops=model.answer_flops(_full(model, longer, 1)) * groups / len(topology.devices),
+        read_bytes=float(device_bytes(llm) * new_tokens),
+        collectives=tuple(collectives(compiled.as_text())),
+        compiled_in_s=time.monotonic() - begin,
+    )
+
+
+def _memory(known: Mapping[str, int], scratch: str, compiled: Any) -> dict[str, int]:
+    """The compiler's own sums, by category; arrays are padded to its tiles."""
+    stats = compiled.memory_analysis()
+    rest = stats.argument_size_in_bytes - sum(known.values())
+    return {
+        **known,
+        "batch, and padding of arrays": max(rest, 0),
+        "results that take no argument's place": (
+            stats.output_size_in_bytes - stats.alias_size_in_bytes
+        ),
+        scratch: stats.temp_size_in_bytes,
+        "program": stats.generated_code_size_in_bytes,
+    }
+
+
+def _fitting(compile_it: Callable[[], Any], topology: Topology) -> Any:
+    try:
+        return compile_it()
+    except jax.errors.JaxRuntimeError as error:
+        text = " ".join(str(error).split())
+        if "RESOURCE_EXHAUSTED" not in text and "hbm" not in text.lower():
+            raise
+        raise SettingsError(f"{topology.name}: DOES NOT FIT: {text[:400]}") from error
+
+
+def _full(model: AnsweringModel, shape: BatchShape, groups: int) -> HostBatch:
+    arrays = full_batch(
+        shape,
+        groups,
+        frame_count=model.frame_count,
+        placeholder_id=model.audio_locator_tag_id,
+    )
+    return HostBatch(arrays=arrays, ids=(), bucket="")
+
+
+def _describe(sharding: Sharding) -> str:
+    sizes = {axis: n for axis, n in sharding.mesh.shape.items() if n > 1}
+    return " x ".join(f"{axis} {n}" for axis, n in sizes.items()) or "one device"
+
+
+def _describe_shape(shape: BatchShape, groups: int) -> str:
+    return (
+        f"{groups} groups of {shape.rows} rows of {shape.tokens} steps, "
+        f"{shape.clips} clips of {shape.samples} samples"
+    )

@@ -1,0 +1,214 @@
+"""The conversations of one data set of a duplex model: their lengths, shapes and arrays."""
+
+import difflib
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int
+
+from speechlm2_jax.batches import (
+    DuplexBatch,
+    DuplexExample,
+    DuplexShape,
+    FrameCount,
+    assemble_duplex_batch,
+)
+from speechlm2_jax.data.bucketing import Measures, Members
+from speechlm2_jax.data.duplex.config import DuplexLoaderConfig
+from speechlm2_jax.data.duplex.conversations import DuplexConversation, FrameGrid
+from speechlm2_jax.settings import SettingsError
+
+if TYPE_CHECKING:
+    from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
+
+MOST_LOST = 0.1
+"""At most this part of all turns is left out for its speakers."""
+MOST_SILENT = 0.5
+"""A model is not trained where the agent says nothing in a larger part of the conversations."""
+FRAMES_OFF = 2
+"""By so many frames the edges of a recording may change what a speech encoder makes of it."""
+_PROBE_FRAMES = 128
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplexContents:
+    """Conversations of two voices (`preparing.Contents`)."""
+
+    dataset: "DuplexS2SDataset"
+    config: DuplexLoaderConfig
+    conversations: Sequence[DuplexConversation]
+    measures: Measures
+
+    @classmethod
+    def of(
+        cls,
+        dataset: "DuplexS2SDataset",
+        conversations: Sequence[DuplexConversation],
+        config: DuplexLoaderConfig,
+        frame_count: FrameCount,
+        where: str,
+    ) -> "DuplexContents":
+        """Measures conversations, after checks of their roles and of the model's frame rate.
+
+        Raises SettingsError for a role that is in neither list, and for another frame rate.
+        """
+        _check_frame_rate(dataset, frame_count)
+        check_roles(conversations, dataset.input_roles, dataset.output_roles, where)
+        steps = [_steps(dataset, c, config.sample_rate) for c in conversations]
+        ones = np.ones(len(conversations), np.int64)
+        measures = Measures(
+            length=np.asarray([c.duration_s for c in conversations], np.float64).reshape(-1),
+            steps=np.asarray(steps, np.int64).reshape(-1),
+            clips=ones,
+            samples=0 * ones,
+        )
+        return cls(dataset=dataset, config=config, conversations=conversations, measures=measures)
+
+    def tests(self) -> dict[str, Callable[[int], bool]]:
+        """By cause: whether settings let the conversation of an index pass."""
+        seconds = self.measures.length.tolist()
+        frames, most = self.measures.steps.tolist(), self.dataset.max_frames
+        least_s, most_s = self.config.min_duration or 0.0, self.config.max_duration or math.inf
+        return {
+            "longer_than_model": lambda i: most is None or frames[i] <= most,
+            "shorter_than_frame": lambda i: seconds[i] >= self.dataset.frame_length,
+            "min_duration": lambda i: seconds[i] >= least_s,
+            "max_duration": lambda i: seconds[i] <= most_s,
+        }
+
+    def lengths(self) -> dict[str, np.ndarray]:
+        """Seconds of each conversation."""
+        return {"seconds": self.measures.length}
+
+    def take(self, index: Int[np.ndarray, " n"]) -> "DuplexContents":
+        """The same of some conversations."""
+        chosen = tuple(self.conversations[i] for i in index.tolist())
+        return replace(self, conversations=chosen, measures=self.measures.take(index))
+
+    def shape(self, members: Members) -> DuplexShape:
+        """The shape of a bucket: its frames, and the samples that they last."""
+        dataset = self.dataset
+        return DuplexShape(
+            rows=members.rows,
+            tokens=members.tokens,
+            source_samples=_samples(dataset, members.tokens, dataset.source_sample_rate),
+            target_samples=_samples(dataset, members.tokens, dataset.target_sample_rate),
+        )
+
+    def columns(self, shape: DuplexShape) -> dict[str, str]:
+        """Seconds of a row."""
+        return {"seconds": f"{shape.tokens * self.dataset.frame_length:.2f}"}
+
+    def objection(self, planned: Sequence[int]) -> str | None:
+        """A reason where the agent is silent in more than MOST_SILENT of an epoch."""
+        silent = [i for i in planned if not self._agent_speaks(self.conversations[i])]
+        if len(silent) <= MOST_SILENT * len(planned):
+            return None
+        roles = ", ".join(repr(role) for role in self.dataset.output_roles)
+        return (
+            f"in {len(silent)} of {len(planned)} conversations of an epoch, "
+            f"{self.conversations[silent[0]].id!r} for instance, the agent has no text: a model "
+            f"would learn to be silent. Supervisions whose speaker is one of data.output_roles "
+            f"({roles}) need a text, and a start in seconds that is before the end of their cut"
+        )
+
+    def example(self, index: int) -> DuplexExample:
+        """Reads a conversation's audio. Raises AudioError if any of it cannot be used."""
+        return self.dataset.example(self.conversations[index], self.config.sample_rate)
+
+    def assemble(
+        self, groups: Sequence[Sequence[DuplexExample | None]], shape: DuplexShape
+    ) -> DuplexBatch:
+        """The arrays of groups of examples; None is an empty row."""
+        return assemble_duplex_batch(groups, shape, pad_id=self.dataset.pad_id)
+
+    def reference(self, index: int, example: DuplexExample) -> DuplexExample:
+        """The example itself: its audio is what to answer, its texts what to compare with."""
+        return example
+
+    def _agent_speaks(self, conversation: DuplexConversation) -> bool:
+        grid = _grid(self.dataset, self.config.sample_rate)
+        frames = grid.frame(conversation.duration_s)
+        turns = conversation.by(frozenset(self.dataset.output_roles))
+        return any(turn.text and grid.frame(turn.start_s) < frames for turn in turns)
+
+
+def _grid(dataset: "DuplexS2SDataset", sample_rate_hz: int) -> FrameGrid:
+    return FrameGrid(frame_length_s=dataset.frame_length, sample_rate_hz=sample_rate_hz)
+
+
+def _samples(dataset: "DuplexS2SDataset", frames: int, sample_rate_hz: int) -> int:
+    """Samples that frames last, up to a whole one."""
+    return math.ceil(round(frames * dataset.frame_length * sample_rate_hz, 6))
+
+
+def _steps(
+    dataset: "DuplexS2SDataset", conversation: DuplexConversation, sample_rate_hz: int
+) -> int:
+    """Frames that hold a conversation: its text, and all of its audio."""
+    lasting = [
+        conversation.source.samples(rate_hz) / (dataset.frame_length * rate_hz)
+        for rate_hz in (dataset.source_sample_rate, dataset.target_sample_rate)
+    ]
+    frames = _grid(dataset, sample_rate_hz).frame(conversation.duration_s)
+    return max(frames, *(math.ceil(round(n, 6)) for n in lasting))
+
+
+def _check_frame_rate(dataset: "DuplexS2SDataset", frame_count: FrameCount) -> None:
+    samples = _samples(dataset, _PROBE_FRAMES, dataset.source_sample_rate)
+    made = frame_count(samples)
+    if abs(made - _PROBE_FRAMES) > FRAMES_OFF:
+        seconds = samples / dataset.source_sample_rate
+        raise SettingsError(
+            f"data.frame_length: {dataset.frame_length} s makes {_PROBE_FRAMES} frames of "
+            f"{seconds:.2f} s, but the model's speech encoder {made}; set it to the encoder's "
+            f"frame, about {seconds / max(made, 1):.3g} s"
+        )
+
+
+def check_roles(
+    conversations: Sequence[DuplexConversation],
+    input_roles: Sequence[str],
+    output_roles: Sequence[str],
+    where: str,
+    block: str = "data.",
+) -> None:
+    """Warns of turns whose speaker is neither user nor agent: they are left out, as in NeMo.
+
+    `block` is that of the keys `input_roles` and `output_roles`. Raises SettingsError where such
+    turns are more than MOST_LOST of all, and where one of both lists matches nobody.
+    """
+    known = (*input_roles, *output_roles)
+    found = Counter(turn.speaker for c in conversations for turn in c.turns)
+    unknown = {speaker: n for speaker, n in found.most_common() if speaker not in known}
+    if not unknown:
+        return
+    lost, total = sum(unknown.values()), found.total()
+    counts = ", ".join(f"{speaker!r} ({n} turns)" for speaker, n in found.most_common())
+    near = [f"did you mean {_nearest(s, known)!r}?" for s in unknown if _nearest(s, known)]
+    said = (
+        f"{where}: speakers of supervisions are {counts}, of which "
+        f"{', '.join(map(repr, unknown))} is in neither {block}input_roles {list(input_roles)} nor "
+        f"{block}output_roles {list(output_roles)}, which are matched letter by letter"
+        + "".join(f"; {hint}" for hint in near)
+    )
+    for key, roles in (("input_roles", input_roles), ("output_roles", output_roles)):
+        if not any(role in found for role in roles):
+            raise SettingsError(f"{said}; {block}{key} matches nobody: list the speakers there")
+    if lost > MOST_LOST * total:
+        raise SettingsError(f"{said}; list them there, or remove their supervisions")
+    _log.warning("%s; these turns are left out", said)
+
+
+def _nearest(speaker: str | None, known: Sequence[str]) -> str | None:
+    """A role that is spelt alike, without regard to case."""
+    spelt: Mapping[str, str] = {role.casefold(): role for role in known}
+    near = difflib.get_close_matches((speaker or "").casefold(), list(spelt), n=1)
+    return spelt[near[0]] if near else None

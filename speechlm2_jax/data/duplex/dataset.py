@@ -1,0 +1,214 @@
+"""Conversations of two voices as a duplex model learns from them: frame by frame."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from speechlm2_jax.batches import DuplexExample, FrameCount
+from speechlm2_jax.data.audio import AudioError, resample
+from speechlm2_jax.data.config import InputConfig
+from speechlm2_jax.data.conversations import AudioClip
+from speechlm2_jax.data.duplex.config import DuplexDataConfig, DuplexLoaderConfig
+from speechlm2_jax.data.duplex.contents import DuplexContents
+from speechlm2_jax.data.duplex.conversations import (
+    ChannelIds,
+    DuplexConversation,
+    FrameGrid,
+    SpokenTurn,
+    text_channel,
+)
+from speechlm2_jax.data.duplex.readers import (
+    duplex_conversation,
+    read_duplex_cuts,
+    read_duplex_shar,
+)
+from speechlm2_jax.data.paths import expand_shards
+from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
+from speechlm2_jax.settings import SettingsError, build
+
+_OTHER_KINDS = ("nemo", "multimodal_conversation")
+
+
+class DuplexS2SDataset:
+    """Turns conversations of two voices into examples.
+
+    Args:
+        tokenizer: with begin and end tokens.
+        frame_length: seconds of a frame.
+        source_sample_rate: Hertz of the user's audio, the speech encoder's.
+        target_sample_rate: Hertz of the agent's audio, the codec's.
+        input_roles: speakers that are the user, spelt exactly so; `user` if absent.
+        output_roles: speakers that are the agent, spelt exactly so; `agent` if absent.
+        max_frames: frames of the longest conversation that the model can learn from or answer
+            (`model.max_frames`); None for any.
+
+    Raises TokenizerError if the tokenizer has no begin or end token.
+    """
+
+    data_config = DuplexDataConfig
+    loader_config = DuplexLoaderConfig
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        frame_length: float,
+        source_sample_rate: int,
+        target_sample_rate: int,
+        input_roles: Iterable[str] | None = None,
+        output_roles: Iterable[str] | None = None,
+        max_frames: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.frame_length = float(frame_length)
+        self.source_sample_rate = source_sample_rate
+        self.target_sample_rate = target_sample_rate
+        self.input_roles = ("user",) if input_roles is None else tuple(input_roles)
+        self.output_roles = ("agent",) if output_roles is None else tuple(output_roles)
+        self.max_frames = max_frames
+        self.pad_id = tokenizer.pad_id
+        if tokenizer.bos_id is None or tokenizer.eos_id is None:
+            raise TokenizerError(
+                f"tokenizer {tokenizer.name} has no begin or no end token, which open and close a "
+                "turn; add them: tokenizer.add_special_tokens({'bos_token': ..., 'eos_token': ...})"
+            )
+        self._ids = ChannelIds(bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=self.pad_id)
+
+    @classmethod
+    def from_config(
+        cls, data: Mapping[str, Any], tokenizer: Tokenizer, max_frames: int | None = None
+    ) -> "DuplexS2SDataset":
+        """Makes one of the keys of a `data` block. Raises SettingsError for a missing one."""
+        config = build(DuplexDataConfig, data, "data")
+        values = {name: getattr(config, name) for name in _OWN_KEYS}
+        for name, value in values.items():
+            if value is None and not name.endswith("_roles"):
+                raise SettingsError(f"data.{name}: required for a duplex model")
+        return cls(tokenizer, **values, max_frames=max_frames)
+
+    def check(self, config: DuplexDataConfig, where: str) -> None:
+        """Raises SettingsError if the `data` block says other than the dataset was made with."""
+        for name in _OWN_KEYS:
+            said, own = getattr(config, name), getattr(self, name)
+            if said not in (None, own):
+                raise SettingsError(f"{where}.{name}: {said}, but the dataset was made with {own}")
+
+    @staticmethod
+    def read(entry: InputConfig, config: DuplexLoaderConfig) -> list[DuplexConversation]:
+        """The conversations of one entry of `input_cfg`. Raises SettingsError."""
+        if entry.manifest_filepath is not None or entry.type in _OTHER_KINDS:
+            raise SettingsError(
+                "duplex data are Lhotse cuts with target_audio: give cuts_path or shar_path "
+                "(type: lhotse or lhotse_shar)"
+            )
+        channel = config.channel_selector if isinstance(config.channel_selector, int) else None
+        if entry.shar_path is not None:
+            return list(read_duplex_shar(entry.shar_path, channel))
+        paths = expand_shards(entry.manifests)
+        return [c for path in paths for c in read_duplex_cuts(path, channel)]
+
+    def contents(
+        self,
+        conversations: Sequence[DuplexConversation],
+        config: DuplexLoaderConfig,
+        frame_count: FrameCount,
+        where: str,
+    ) -> DuplexContents:
+        """Measures.
+
+        Raises SettingsError for speakers that are in neither role, and for a model that makes
+        another number of frames of the user's audio than `frame_length` does.
+        """
+        return DuplexContents.of(self, conversations, config, frame_count, where)
+
+    def example(
+        self, conversation: DuplexConversation, sample_rate_hz: int | None = None
+    ) -> DuplexExample:
+        """Reads the audio of a conversation and writes its text channels.
+
+        The user's audio goes by way of `sample_rate_hz`, by which frames are counted as well; None
+        keeps the recording's. Raises AudioError if any of the audio cannot be used, or lasts more
+        than `max_frames`.
+        """
+        rate_hz = conversation.sample_rate_hz if sample_rate_hz is None else sample_rate_hz
+        grid = FrameGrid(frame_length_s=self.frame_length, sample_rate_hz=rate_hz)
+        frames = grid.frame(conversation.duration_s)
+        heard = conversation.by(frozenset(self.input_roles))
+        said = conversation.by(frozenset(self.output_roles))
+        source_audio = _audio(conversation.source, rate_hz, self.source_sample_rate)
+        self.check_length(conversation.id, source_audio, frames)
+        return DuplexExample(
+            id=conversation.id,
+            source_audio=source_audio,
+            target_audio=_audio(conversation.target, None, self.target_sample_rate),
+            target_tokens=self._channel(said, frames, grid),
+            source_tokens=self._channel(heard, frames, grid),
+            target_text=" ".join(turn.text for turn in said),
+            source_text=" ".join(turn.text for turn in heard),
+        )
+
+    def check_length(self, name: str, audio: Float[np.ndarray, " S"], frames: int = 0) -> None:
+        """Raises AudioError if a user's audio, or its text, lasts more than `max_frames`."""
+        lasts = math.ceil(round(len(audio) / self.source_sample_rate / self.frame_length, 6))
+        if self.max_frames is not None and max(frames, lasts) > self.max_frames:
+            raise AudioError(
+                f"{name}: {max(frames, lasts)} frames, but the model's speech decoder has "
+                f"{self.max_frames} learnt positions "
+                "(model.speech_decoder.max_length_causal_mask); cut the recording",
+                cause="longer_than_model",
+            )
+
+    def __getitem__(self, cuts: Iterable[Any]) -> dict[str, Any]:
+        """Collates Lhotse cuts, or conversations, as NeMo's DuplexS2SDataset does, in NumPy.
+
+        Gives `source_audio` and `target_audio` float32 [B, S] with their `..._lens` int32 [B],
+        `source_tokens` and `target_tokens` int32 [B, T] with their `..._token_lens`, and
+        `target_texts`. Frames are counted by each cut's own sampling rate. Speakers in neither role
+        are left out. Raises AudioError if a recording cannot be used.
+        """
+        conversations = [
+            cut if isinstance(cut, DuplexConversation) else duplex_conversation(cut) for cut in cuts
+        ]
+        examples = [self.example(conversation) for conversation in conversations]
+        batch: dict[str, Any] = {}
+        for voice in ("source", "target"):
+            audio = [getattr(example, f"{voice}_audio") for example in examples]
+            batch[f"{voice}_audio"], batch[f"{voice}_audio_lens"] = _padded(audio, 0)
+            tokens = [getattr(example, f"{voice}_tokens") for example in examples]
+            batch[f"{voice}_tokens"], batch[f"{voice}_token_lens"] = _padded(tokens, self.pad_id)
+        return {**batch, "target_texts": [example.target_text for example in examples]}
+
+    def _channel(
+        self, turns: Sequence[SpokenTurn], frames: int, grid: FrameGrid
+    ) -> Int[np.ndarray, " T"]:
+        text_to_ids = self.tokenizer.text_to_ids
+        return text_channel(turns, frames, grid=grid, text_to_ids=text_to_ids, ids=self._ids)
+
+
+_OWN_KEYS = (
+    "frame_length",
+    "source_sample_rate",
+    "target_sample_rate",
+    "input_roles",
+    "output_roles",
+)
+
+
+def _audio(clip: AudioClip, by_way_of_hz: int | None, to_hz: int) -> Float[np.ndarray, " S"]:
+    """Samples of a clip, exactly as many as its declared duration has."""
+    wave = clip.load(to_hz if by_way_of_hz is None else by_way_of_hz)
+    if by_way_of_hz is not None:
+        wave = resample(wave, by_way_of_hz, to_hz)
+    samples = clip.samples(to_hz)
+    return np.pad(wave[:samples], (0, max(samples - len(wave), 0)))
+
+
+def _padded(rows: Sequence[np.ndarray], value: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of one type in an array, and their lengths."""
+    lengths = np.asarray([len(row) for row in rows], np.int32)
+    padded = np.full((len(rows), lengths.max(initial=0)), value, rows[0].dtype)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return padded, lengths

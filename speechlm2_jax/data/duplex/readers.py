@@ -1,0 +1,146 @@
+"""Lhotse cuts and SHAR as conversations of two voices. Lhotse is imported only where it reads.
+
+A cut is the user's recording; its field `target_audio` is the agent's, alongside in time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from speechlm2_jax.data.config import SharPath
+from speechlm2_jax.data.conversations import AudioClip
+from speechlm2_jax.data.cuts import clip_of_cut, read_cuts
+from speechlm2_jax.data.duplex.conversations import DuplexConversation, SpokenTurn
+from speechlm2_jax.data.rows import located, moment, seconds, text
+from speechlm2_jax.data.shar import RECORDING, SharCut, shar_cuts
+from speechlm2_jax.settings import SettingsError
+
+TARGET = "target_audio"
+
+
+def read_duplex_cuts(path: str | Path, channel: int | None) -> Iterator[DuplexConversation]:
+    """Reads a manifest of Lhotse cuts.
+
+    Raises SettingsError for a missing file, for lines that are no cuts, and for a cut without
+    `target_audio`, naming it.
+    """
+    for where, cut in read_cuts(path, fields=(TARGET,)):
+        with located(where):
+            conversation = replace(duplex_conversation(cut, channel), where=where)
+        yield conversation
+
+
+def read_duplex_shar(shar: SharPath | Path, channel: int | None) -> Iterator[DuplexConversation]:
+    """Reads Lhotse SHAR: one folder or several, or the files of each field.
+
+    The fields are `cuts`, `recording` and `target_audio`; a recording that is not packed is read
+    where its manifest says. Raises SettingsError, as `read_duplex_cuts` does.
+    """
+    for one in shar_cuts(shar, (RECORDING, TARGET)):
+        with located(one.where):
+            conversation = _packed_conversation(one, channel)
+        yield conversation
+
+
+def _packed_conversation(one: SharCut, channel: int | None) -> DuplexConversation:
+    cut, (users, agents) = one.cut, one.packed
+    target = _recording_of_agent(cut)
+    users_channel = _one_of(cut.recording, cut.channel, channel)
+    agents_channel = _one_of(target, _chosen(cut, target), None)
+    user = users.clip(cut, cut.recording, channel=users_channel, number=one.number)
+    agent = agents.clip(cut, target, channel=agents_channel, number=one.number)
+    conversation = _conversation(
+        cut,
+        source=user or clip_of_cut(cut, channel),
+        target=agent or _clip_of_agent(cut, target),
+    )
+    return replace(conversation, where=one.where, shard=one.shard)
+
+
+def duplex_conversation(cut: Any, channel: int | None = None) -> DuplexConversation:
+    """A Lhotse cut that has `target_audio`; raises SettingsError, naming it, for another.
+
+    Args:
+        cut: the user's recording; transformed and in-memory ones are left to Lhotse to load.
+        channel: the user's, of a recording with several where the cut names none; None: the mean.
+    """
+    target = _recording_of_agent(cut)
+    source = clip_of_cut(cut, channel)
+    return _conversation(cut, source=source, target=_clip_of_agent(cut, target))
+
+
+def _clip_of_agent(cut: Any, target: Any) -> AudioClip:
+    """The stretch of the agent's recording that lies alongside a cut."""
+    from lhotse import MonoCut, MultiCut
+
+    chosen = _chosen(cut, target)
+    is_aligned = not cut.custom.get(f"{TARGET}_unaligned", False)
+    stretch = {
+        "id": cut.id,
+        "start": float(cut.start) if is_aligned else 0.0,
+        "duration": cut.duration,
+        "recording": target,
+    }
+    agent = (
+        MonoCut(**stretch, channel=target.channel_ids[0] if chosen is None else chosen)
+        if chosen is not None or target.num_channels == 1
+        else MultiCut(**stretch, channel=target.channel_ids)
+    )
+    return clip_of_cut(agent, None)
+
+
+def _conversation(cut: Any, *, source: AudioClip, target: AudioClip) -> DuplexConversation:
+    return DuplexConversation(
+        id=cut.id,
+        duration_s=seconds(cut.duration, "duration"),
+        sample_rate_hz=int(cut.sampling_rate),
+        source=source,
+        target=target,
+        turns=tuple(
+            SpokenTurn(
+                speaker=None if supervision.speaker is None else str(supervision.speaker),
+                start_s=moment(supervision.start, "start"),
+                end_s=moment(supervision.end, "end"),
+                text=text(supervision.text or "", "text"),
+            )
+            for supervision in cut.supervisions
+        ),
+    )
+
+
+def _recording_of_agent(cut: Any) -> Any:
+    from lhotse import Recording
+
+    if hasattr(cut, "tracks"):
+        raise SettingsError(
+            f"cut {cut.id!r} is mixed of several: write its recording and its {TARGET} to files of "
+            "their own"
+        )
+    if cut.recording is None:
+        raise SettingsError(f"cut {cut.id!r} has no recording: that is where the user is heard")
+    target = (cut.custom or {}).get(TARGET)
+    if not isinstance(target, Recording):
+        raise SettingsError(
+            f"cut {cut.id!r} has no {TARGET}: a duplex model learns from two recordings, the "
+            f"user's (the cut's own) and the agent's (cut.{TARGET} = a Lhotse Recording)"
+        )
+    return target
+
+
+def _chosen(cut: Any, target: Any) -> int | None:
+    """The channel of the agent's recording, where the cut names one."""
+    channel = cut.custom.get(f"{TARGET}_channel_selector")
+    if channel is not None and channel not in target.channel_ids:
+        raise SettingsError(
+            f"cut {cut.id!r}: {TARGET}_channel_selector is {channel!r}, and the recording has the "
+            f"channels {list(target.channel_ids)}"
+        )
+    return channel
+
+
+def _one_of(recording: Any, named: Any, setting: int | None) -> int | None:
+    """Where a channel lies in the packed file of a recording; None for the mean of all."""
+    if isinstance(named, int):
+        return recording.channel_ids.index(named) if recording.num_channels > 1 else None
+    return setting

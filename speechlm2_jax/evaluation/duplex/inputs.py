@@ -1,0 +1,146 @@
+"""What a duplex model listens to: conversations of Lhotse cuts or SHAR, or plain recordings."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speechlm2_jax.batches import DuplexExample
+from speechlm2_jax.data.datamodule import named_sets
+from speechlm2_jax.data.duplex.config import DuplexDataConfig, DuplexLoaderConfig
+from speechlm2_jax.data.duplex.contents import check_roles
+from speechlm2_jax.data.duplex.conversations import DuplexConversation
+from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
+from speechlm2_jax.data.duplex.readers import read_duplex_cuts, read_duplex_shar
+from speechlm2_jax.data.paths import plain_path
+from speechlm2_jax.data.sources import read_sources
+from speechlm2_jax.evaluation.inputs import AUDIO_HINT, Utterance, left_out, missing, recordings
+from speechlm2_jax.settings import SettingsError, build
+
+_SUFFIXES = (".gz", ".jsonl", ".json")
+_MANIFESTS = (*_SUFFIXES, ".yaml", ".yml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialogue:
+    """A conversation to take part in; its audio is read when its turn comes."""
+
+    set_name: str
+    heard: DuplexConversation | Utterance
+    """Both sides of a recorded conversation, or a recording of a user alone."""
+    sample_rate_hz: int | None = None
+    """By way of which rate the user's audio goes, if not the recording's own."""
+
+    @property
+    def id(self) -> str:
+        """Its name within the set."""
+        return self.heard.id
+
+    @property
+    def duration_s(self) -> float:
+        """As declared; 0 where nothing declares it."""
+        return self.heard.duration_s
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether it is known what the agent should say."""
+        return isinstance(self.heard, DuplexConversation)
+
+    def example(self, dataset: DuplexS2SDataset) -> DuplexExample:
+        """Reads the audio. Raises AudioError if it cannot be used."""
+        if isinstance(self.heard, DuplexConversation):
+            return dataset.example(self.heard, self.sample_rate_hz)
+        none = np.zeros(0, np.int32)
+        audio = self.heard.read(dataset.source_sample_rate)
+        dataset.check_length(self.id, audio)
+        return DuplexExample(
+            id=self.id,
+            source_audio=audio,
+            target_audio=np.zeros(0, np.float32),
+            target_tokens=none,
+            source_tokens=none,
+        )
+
+
+def sets_of_run(data: Mapping[str, Any]) -> list[Dialogue]:
+    """The validation sets of a run's `data` block.
+
+    Raises SettingsError if there are none, or for one that cannot be read.
+    """
+    config = build(DuplexDataConfig, data, "data")
+    found = []
+    for name, (values, where) in named_sets(config.validation_ds, "validation_ds").items():
+        loader = build(DuplexLoaderConfig, values, where)
+        for source in read_sources(loader, where, DuplexS2SDataset.read):
+            found += [
+                Dialogue(set_name=name, heard=c, sample_rate_hz=loader.sample_rate)
+                for c in source.conversations
+            ]
+    if not found:
+        raise SettingsError(
+            "inputs: the run has no validation sets; name Lhotse cuts, a SHAR directory or audio "
+            "files, inputs=PATH"
+        )
+    return found
+
+
+def read_dialogues(inputs: Sequence[str], sample_rate_hz: int | None) -> list[Dialogue]:
+    """Lists the conversations behind paths, a set for each.
+
+    A folder with SHAR shards is SHAR, another folder its audio files; any other file is Lhotse
+    cuts. Raises SettingsError if there is nothing, or for what cannot be read.
+    """
+    found: list[Dialogue] = []
+    names: set[str] = set()
+    for value in inputs:
+        path = Path(plain_path(value))
+        if not os.path.exists(path):
+            raise SettingsError(f"inputs: {missing(value)}")
+        name = _unused(_stem(path), names)
+        names.add(name)
+        heard = _heard(path)
+        if not heard:
+            why = left_out(path)
+            raise SettingsError(f"inputs: nothing to answer in {value!r}" + (why and f": {why}"))
+        rate = sample_rate_hz
+        found += [Dialogue(set_name=name, heard=one, sample_rate_hz=rate) for one in heard]
+    return found
+
+
+def check_speakers(
+    dialogues: Sequence[Dialogue], input_roles: Sequence[str], output_roles: Sequence[str]
+) -> None:
+    """Raises SettingsError for a speaker who is neither user nor agent."""
+    spoken = [d.heard for d in dialogues if isinstance(d.heard, DuplexConversation)]
+    check_roles(spoken, input_roles, output_roles, "inputs", block="")
+
+
+def _heard(path: Path) -> Sequence[DuplexConversation | Utterance]:
+    try:
+        if os.path.isdir(path) and any(path.glob("cuts.*")):
+            return list(read_duplex_shar(path, None))
+        if (files := recordings(path)) is not None:
+            return files
+        if path.suffix not in _MANIFESTS:
+            raise SettingsError(f"{path} is neither audio nor Lhotse cuts: {AUDIO_HINT}")
+        return list(read_duplex_cuts(path, None))
+    except SettingsError as error:
+        raise SettingsError(f"inputs: {error}") from error
+
+
+def _stem(path: Path) -> str:
+    name = path.resolve().name
+    for suffix in _SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name if path.is_dir() or name != path.name else path.stem
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    number = 2
+    free = name
+    while free in taken:
+        free, number = f"{name}_{number}", number + 1
+    return free

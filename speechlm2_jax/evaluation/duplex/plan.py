@@ -1,0 +1,156 @@
+"""Which model a command line means, and what to evaluate where it does not say: a duplex one's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speechlm2_jax import settings
+from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
+from speechlm2_jax.evaluation.config import output_file
+from speechlm2_jax.evaluation.duplex.config import DuplexEvalConfig
+from speechlm2_jax.evaluation.duplex.inputs import (
+    Dialogue,
+    check_speakers,
+    read_dialogues,
+    sets_of_run,
+)
+from speechlm2_jax.evaluation.inputs import left_out
+from speechlm2_jax.evaluation.run_directories import Run, newest_run, read_run
+from speechlm2_jax.models.duplex import DuplexS2SModel
+from speechlm2_jax.pretrained import registry
+from speechlm2_jax.pretrained.locate import Location
+from speechlm2_jax.pretrained.save_load import open_model
+from speechlm2_jax.settings import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFound:
+    """What can be known of a model without its weights."""
+
+    run: Run | None
+    cfg: Mapping[str, Any]
+    """Its `model:` block; empty for one that is not on this machine."""
+    near: tuple[Path, ...] = ()
+    """Where its parts are looked for."""
+
+    @property
+    def is_duplex(self) -> bool:
+        """Whether it speaks."""
+        return registry.of_config(self.cfg) in registry.DUPLEX_MODELS
+
+
+def find_model(words: Mapping[str, Any]) -> ModelFound:
+    """The model of a command line: the newest run, or what `pretrained_name` says.
+
+    Raises SettingsError where no run is left to take, and for a model that is not evaluated.
+    """
+    run = read_run(str(words["pretrained_name"])) if "pretrained_name" in words else newest_run()
+    name = str(words["pretrained_name"]) if run is None else str(run.folder)
+    path = Location().local(name)
+    kind = None if path is None else registry.identify(path)
+    if kind is not None and not set(kind.classes) & set(registry.SPEECH_MODELS):
+        raise SettingsError(f"pretrained_name: {kind.sentence(name)}")
+    if run is not None and run.settings:
+        return ModelFound(run=run, cfg=run.settings.get("model") or {})
+    if path is None:
+        return ModelFound(run=run, cfg={})
+    try:
+        source = open_model(name)
+    except SettingsError:  # told again, with its key, where the model is loaded
+        return ModelFound(run=run, cfg={})
+    return ModelFound(run=run, cfg=source.cfg, near=source.near)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplexPlan:
+    """A complete configuration, and where its parts come from."""
+
+    config: DuplexEvalConfig
+    run: Run | None
+    dialogues: Sequence[Dialogue]
+
+    @property
+    def step(self) -> int | None:
+        """The training step whose weights answer, if a run is evaluated."""
+        return None if self.run is None else self.run.step[0]
+
+    def output(self, key: str) -> Path | None:
+        """The file that a key names, if any. Raises SettingsError if none can be written there."""
+        return output_file(key, getattr(self.config, key), _listed(self.config.inputs))
+
+    def dataset(self, model: DuplexS2SModel) -> DuplexS2SDataset:
+        """What makes examples of the dialogues."""
+        return DuplexS2SDataset(
+            model.tokenizer,
+            frame_length=model.token_equivalent_duration,
+            source_sample_rate=model.sampling_rate,
+            target_sample_rate=model.target_sampling_rate,
+            input_roles=self.config.input_roles,
+            output_roles=self.config.output_roles,
+            max_frames=model.max_frames,
+        )
+
+    def says(self) -> str:
+        """What is about to be evaluated, for a reader."""
+        config, run = self.config, self.run
+        model = ("model", config.pretrained_name)
+        if run is not None:
+            step, why = run.step
+            model = ("run", f"{run.folder}, step {step} ({why})")
+        counts: dict[str, int] = {}
+        for dialogue in self.dialogues:
+            counts[dialogue.set_name] = counts.get(dialogue.set_name, 0) + 1
+        sets = ", ".join(f"{name} ({count} conversations)" for name, count in counts.items())
+        heard = config.scoring_asr or "nobody: the agent's speech is not written down (scoring_asr)"
+        lines = [model, ("data", sets), ("heard", f"by {heard}")]
+        missed = [left_out(Path(value).expanduser()) for value in _listed(config.inputs)]
+        lines += [("note", note) for note in missed if note]
+        return "\n".join(f"{name:<6} {value}" for name, value in lines)
+
+
+def _listed(inputs: str | Sequence[str] | None) -> Sequence[str]:
+    return (inputs,) if isinstance(inputs, str) else inputs or ()
+
+
+def make_duplex_plan(words: Mapping[str, Any], found: ModelFound) -> DuplexPlan:
+    """Checks the keys of a command line, fills in the others, and lists the conversations.
+
+    Raises SettingsError for a key or value that cannot be used, for inputs that cannot be read, and
+    for a speaker who is neither user nor agent.
+    """
+    settings.build(DuplexEvalConfig, {"pretrained_name": "", **words})
+    defaults: dict[str, Any] = {"scoring_asr": _scoring_asr(found)}
+    data: Mapping[str, Any] = {}
+    if found.run is not None:
+        data = found.run.settings.get("data") or {}
+        defaults |= {"pretrained_name": str(found.run.folder), "dtype": found.run.dtype}
+        roles = {key: data.get(key) for key in ("input_roles", "output_roles")}
+        defaults |= {key: value for key, value in roles.items() if value is not None}
+        if words.get("inputs") is None:
+            defaults |= _beside(found.run)
+    config = settings.build(DuplexEvalConfig, {**defaults, **words})
+    if config.inputs is None:
+        dialogues = sets_of_run(data)
+    else:
+        rate_hz = (data.get("validation_ds") or {}).get("sample_rate")
+        dialogues = read_dialogues(_listed(config.inputs), rate_hz)
+    check_speakers(dialogues, config.input_roles, config.output_roles)
+    return DuplexPlan(config=config, run=found.run, dialogues=dialogues)
+
+
+def _beside(run: Run) -> dict[str, Any]:
+    """Everything into the run directory, and a quiet terminal."""
+    names = {"output_manifest": "answers.jsonl", "audio_folder": "answers", "report": "report.html"}
+    return {**{key: str(run.folder / name) for key, name in names.items()}, "verbose": False}
+
+
+def _scoring_asr(found: ModelFound) -> str | None:
+    """What wrote the agent's speech down in training, if it is on this machine."""
+    name = found.cfg.get("scoring_asr")
+    if not name:
+        return None
+    if found.run is not None and (file := found.run.find_file(str(name))) is not None:
+        return str(file)
+    near = Location(near=found.near).local(str(name))
+    return None if near is None else str(near)

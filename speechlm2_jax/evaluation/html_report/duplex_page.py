@@ -1,0 +1,350 @@
+"""The report of a duplex model: each conversation's two voices on one axis of time, to listen to.
+
+One HTML file, made with the script and style of page.py; assets/duplex.html shows the rows.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speechlm2_jax.data.audio import AudioError, read_audio, sinc_resample
+from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
+from speechlm2_jax.evaluation.duplex.inputs import Dialogue
+from speechlm2_jax.evaluation.duplex.results import SCORES, DialogueAnswer, DuplexEvaluation, said
+from speechlm2_jax.evaluation.duplex.turns import SaidTurn
+from speechlm2_jax.evaluation.html_report.page import (
+    TICK_STEPS_S,
+    audio_uri,
+    facts,
+    record_lines,
+    render,
+    speed_figure,
+    ticks,
+)
+from speechlm2_jax.evaluation.html_report.waveform import HEIGHT, columns, waveform_path
+from speechlm2_jax.evaluation.metrics.alignment import align_words
+from speechlm2_jax.evaluation.metrics.turn_taking import TurnMark
+from speechlm2_jax.evaluation.metrics.wer import WordErrors, text_normalizer
+from speechlm2_jax.evaluation.results import write_whole
+
+WORKERS = 2
+PX_PER_S = 72
+"""The narrowest that a second is drawn; longer conversations scroll."""
+LETTER_PX = 7.2
+"""About how wide a letter of a mark is."""
+LEAST_BOX_S = 0.2
+LEAST_TICK_PX = 56
+MARKS: Mapping[str, tuple[str, str]] = {
+    "response": ("{:.2f} s", "good"),
+    "unanswered": ("no answer", "bad"),
+    "barge_in": ("barge-in: stops after {:.2f} s", "good"),
+    "talked_over": ("barge-in: talks on for {:.2f} s", "bad"),
+}
+"""What a mark says, and how it is meant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sound:
+    """The two voices of a conversation: their outlines, and what is embedded of them."""
+
+    duration_s: float
+    columns: int
+    paths: Mapping[str, str]
+    players: Sequence[tuple[str, str]]
+    """(name, `data:` URI)."""
+
+
+def write_duplex_page(
+    path: Path,
+    result: DuplexEvaluation,
+    dialogues: Sequence[Dialogue],
+    dataset: DuplexS2SDataset,
+    record: Mapping[str, Any],
+    *,
+    media_rows: int,
+    normalizer: str | bool | None,
+) -> None:
+    """Writes the page, worst conversation first.
+
+    Args:
+        path: the HTML file.
+        result: the answers, in the order of `dialogues`.
+        dialogues: what was heard; the recordings of the worst are read again.
+        dataset: by whose rates they are read.
+        record: the provenance of the evaluation.
+        media_rows: how many conversations get waveforms and audio.
+        normalizer: of the words that are compared.
+    """
+    rows = [_row(i, answer, normalizer) for i, answer in enumerate(result.answers)]
+    rows.sort(key=lambda row: (-row["badness"], -row["errors"], row["index"]))
+    chosen = [row["index"] for row in rows[:media_rows]]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        sounds = pool.map(lambda i: _sound(result.answers[i], dialogues[i], dataset), chosen)
+        for row, sound in zip(rows, sounds, strict=False):
+            if sound is not None:
+                row["stage"] = _stage(result.answers[row["index"]], sound)
+    totals = result.totals()
+    model = record["model"]["name"]
+    html = render(
+        "duplex.html",
+        "duplex.css",
+        unit="conversations",
+        title=f"{model}: {_main_score(totals)}",
+        model=model,
+        facts=facts(record, _counted(totals)),
+        figures=_figures(totals),
+        sets=_sets(totals),
+        menus=_menus(result),
+        rows=rows,
+        embedded=sum(bool(row["stage"]) for row in rows),
+        not_embedded=len(rows) > media_rows,
+        wave_height=HEIGHT,
+        record=record_lines(record),
+    )
+    write_whole(path, html)
+
+
+# Rows ------------------------------------------------------------------------------------------
+
+
+def _row(index: int, answer: DialogueAnswer, normalizer: str | bool | None) -> dict[str, Any]:
+    errors = answer.word_errors(normalizer) if answer.error is None else None
+    normalize = text_normalizer(normalizer)
+    texts = (answer.id, answer.set_name, answer.user_text, answer.text, answer.pred_text)
+    words: Any = ()
+    if errors is not None:
+        words = align_words(normalize(answer.text or ""), normalize(answer.pred_text))
+    unanswered = sum(mark.kind == "unanswered" for mark in answer.marks)
+    return {
+        "index": index,
+        "id": answer.id,
+        "set": answer.set_name,
+        "length": answer.length,
+        "duration_s": answer.duration_s,
+        "badness": _badness(errors),
+        "errors": 0 if errors is None else errors.errors + unanswered,
+        "wer": "–" if errors is None or errors.wer is None else f"{errors.wer:.0%}",
+        "grade": _grade(errors),
+        "words": words,
+        "plain": answer.pred_text if errors is None and answer.error is None else None,
+        "heard": answer.heard,
+        "problem": f"not answered: {answer.error}" if answer.error else "",
+        "tags": _tags(answer),
+        "search": " ".join([text for text in (*texts, answer.heard) if text]).lower(),
+        "stage": None,
+    }
+
+
+def _badness(errors: WordErrors | None) -> float:
+    if errors is None:
+        return -1.0
+    if errors.wer is None:
+        return math.inf if errors.errors else 0.0
+    return errors.wer
+
+
+def _grade(errors: WordErrors | None) -> str:
+    if errors is None:
+        return ""
+    return "right" if not errors.errors else "bad" if _badness(errors) >= 0.5 else "some"
+
+
+def _tags(answer: DialogueAnswer) -> list[str]:
+    tags = [answer.set_name, f"{answer.duration_s:.2f} s"]
+    delays = [mark.seconds for mark in answer.marks if mark.kind == "response"]
+    if delays:
+        tags.append(f"latency {', '.join(f'{delay:.2f}' for delay in delays)} s")
+    if answer.counts is not None:
+        shares = answer.counts.scores()
+        names = (("txt_token_acc", "text tokens"), ("audio_token_acc", "codes"))
+        tags += [f"{name} {shares[key]:.0%}" for key, name in names if key in shares]
+    if answer.rtf is not None:
+        tags.append(f"RTF {answer.rtf:.3f}")
+    return tags
+
+
+# The two voices --------------------------------------------------------------------------------
+
+
+def _sound(answer: DialogueAnswer, dialogue: Dialogue, dataset: DuplexS2SDataset) -> _Sound | None:
+    """Reads and encodes both voices; None where there is nothing to hear."""
+    rate_hz = dataset.target_sample_rate
+    if answer.error is not None or answer.audio is None:
+        return None
+    try:
+        heard = dialogue.example(dataset).source_audio
+        agent = read_audio(answer.audio, sample_rate_hz=rate_hz)
+    except AudioError:
+        return None
+    user = sinc_resample(heard, dataset.source_sample_rate, rate_hz)
+    both = np.zeros((max(len(user), len(agent), 1), 2), np.float32)
+    both[: len(user), 0], both[: len(agent), 1] = user, agent
+    duration_s = len(both) / rate_hz
+    width = columns(duration_s)
+    voices = {"user": both[:, 0], "agent": both[:, 1]}
+    return _Sound(
+        duration_s=duration_s,
+        columns=width,
+        paths={
+            name: waveform_path(wave, width, float(np.abs(wave).max()))
+            for name, wave in voices.items()
+        },
+        players=[
+            ("both", audio_uri(both, rate_hz)),
+            *((name, audio_uri(wave, rate_hz)) for name, wave in voices.items()),
+        ],
+    )
+
+
+def _stage(answer: DialogueAnswer, sound: _Sound) -> dict[str, Any]:
+    """Both voices, their words and the marks between them, placed in percent of the time axis."""
+    width_px = PX_PER_S * sound.duration_s
+    step_s = next((s for s in TICK_STEPS_S if s * PX_PER_S >= LEAST_TICK_PX), TICK_STEPS_S[-1])
+    lanes = {"user": answer.user_turns, "agent": answer.agent_turns}
+    if any(turn.words for turn in answer.reference_turns):
+        lanes["should"] = answer.reference_turns
+    return {
+        "duration_s": sound.duration_s,
+        "width_px": round(width_px),
+        "columns": sound.columns,
+        "paths": sound.paths,
+        "players": sound.players,
+        "lanes": {name: _lane(turns, sound.duration_s) for name, turns in lanes.items()},
+        "marks": [_mark(mark, sound.duration_s) for mark in answer.marks],
+        "ticks": ticks(sound.duration_s, step_s),
+    }
+
+
+def _lane(turns: Sequence[SaidTurn], duration_s: float) -> dict[str, Any]:
+    """Turns as boxes over the time that they last; the columns of a grid lie between all edges."""
+    spans = [(t.start_s, max(min(t.end_s, duration_s), t.start_s + LEAST_BOX_S)) for t in turns]
+    edges = sorted({0.0, duration_s, *(edge for span in spans for edge in span)})
+    place = {edge: line for line, edge in enumerate(edges, 1)}
+    widths = [later - earlier for earlier, later in pairwise(edges)]
+    return {
+        "columns": " ".join(f"minmax(0,{width:.3f}fr)" for width in widths),
+        "boxes": [
+            {
+                "start": place[start_s],
+                "end": place[end_s],
+                "is_marked": turn.is_marked,
+                "title": f"{turn.start_s:.2f} to {turn.end_s:.2f} s",
+                "words": [{"text": w.text, "at": f"{w.start_s:.2f}"} for w in turn.words],
+            }
+            for turn, (start_s, end_s) in zip(turns, spans, strict=True)
+        ],
+    }
+
+
+def _mark(mark: TurnMark, duration_s: float) -> dict[str, Any]:
+    text, grade = MARKS[mark.kind]
+    start_s, end_s = sorted((mark.start_s, mark.end_s))
+    return {
+        "kind": mark.kind,
+        "grade": grade,
+        "text": text.format(mark.seconds),
+        "left": _percent(start_s, duration_s),
+        "width": _percent(min(end_s, duration_s) - start_s, duration_s),
+        # a label near the end of the axis goes to the left of its mark
+        "is_late": (duration_s - start_s) * PX_PER_S < (len(text) + 2) * LETTER_PX,
+    }
+
+
+def _percent(seconds: float, duration_s: float) -> str:
+    return f"{100 * max(seconds, 0.0) / duration_s:.2f}"
+
+
+# Head ------------------------------------------------------------------------------------------
+
+
+def _main_score(totals: Mapping[str, Any]) -> str:
+    scores = totals["scores"]
+    keys = ("asr_bleu", "txt_bleu", "empty_text_rate")
+    return next((f"{SCORES[k][0]} {said(k, scores)}" for k in keys if k in scores), "no answers")
+
+
+def _counted(totals: Mapping[str, Any]) -> str:
+    failed = sum(totals["failed"].values())
+    unread = f", {failed} could not be read" if failed else ""
+    return f"{totals['conversations']} conversations, {totals['audio_s'] / 60:.1f} min{unread}"
+
+
+def _figures(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The numbers at the top of the page."""
+    scores = totals["scores"]
+    found = [
+        _figure(scores, "txt_bleu", "Text BLEU", "of the agent's text channel"),
+        _figure(scores, "asr_bleu", "ASR-BLEU", _together(scores, WER="wer", CER="cer")),
+        _figure(
+            scores,
+            "turn_taking_f1",
+            "Turn-taking F1",
+            _together(scores, precision="turn_taking_precision", recall="turn_taking_recall"),
+        ),
+        _figure(scores, "turn_taking_latency_median_s", "Latency, median", "user's end to answer"),
+        _figure(scores, "barge_in_success", "Barge-ins", "given way to within 1.5 s"),
+        _figure(scores, "txt_token_acc", "Text tokens right", "speaking freely, where one was due"),
+        _figure(
+            scores,
+            "audio_token_acc",
+            "Codes right",
+            f"{said('audio_token_acc_of_silence', scores)} of a silent agent",
+        ),
+        _figure(scores, "empty_text_rate", "Empty answers", "without a character"),
+    ]
+    figures = [figure for figure in found if figure is not None]
+    figures += speed_figure(totals)
+    return [{"parts": [], **figure} for figure in figures]
+
+
+def _figure(
+    scores: Mapping[str, float | None], key: str, name: str, note: str
+) -> dict[str, Any] | None:
+    if key not in scores:
+        return None
+    value, _, unit = said(key, scores).partition(" ")
+    if value.endswith("%"):
+        value, unit = value[:-1], "%"
+    return {"name": name, "value": value, "unit": unit, "note": note}
+
+
+def _together(scores: Mapping[str, float | None], **keys: str) -> str:
+    return ", ".join(f"{name} {said(key, scores)}" for name, key in keys.items() if key in scores)
+
+
+def _sets(totals: Mapping[str, Any]) -> dict[str, Any] | None:
+    """All scores, a column per set and one for their mean where there are several."""
+    by_set = totals["by_set"]
+    keys = list(totals["scores"])
+    columns = {name: found["scores"] for name, found in by_set.items()}
+    if len(columns) > 1:
+        columns["mean of sets"] = totals["scores"]
+    if not keys:
+        return None
+    return {
+        "names": list(columns),
+        "lines": [
+            (SCORES[key][0], [said(key, scores) for scores in columns.values()]) for key in keys
+        ],
+    }
+
+
+def _menus(result: DuplexEvaluation) -> list[dict[str, Any]]:
+    """Filters for what the answers tell apart."""
+    in_order = sorted(result.answers, key=lambda a: a.duration_s)
+    lengths = list(dict.fromkeys(a.length for a in in_order))
+    menus = [
+        {"kind": "set", "label": "Set", "all": "All sets", "names": result.set_names},
+        {"kind": "length", "label": "Length", "all": "All lengths", "names": lengths},
+    ]
+    return [
+        {**menu, "options": [(name, name) for name in menu["names"]]}
+        for menu in menus
+        if len(menu["names"]) > 1
+    ]

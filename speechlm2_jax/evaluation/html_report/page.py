@@ -1,0 +1,381 @@
+"""The report to look at and listen to: one HTML file without anything outside of it.
+
+The worst utterances carry their audio and a spectrogram as `data:` URIs. The page's text, style
+and script are files in assets/; Jinja escapes every value that goes into them.
+"""
+
+import base64
+import hashlib
+import io
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from jaxtyping import Float
+
+from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.evaluation.html_report.spectrogram import MEL_BINS, RANGE_DB, spectrogram_png
+from speechlm2_jax.evaluation.inputs import Utterance
+from speechlm2_jax.evaluation.metrics.alignment import align_words
+from speechlm2_jax.evaluation.metrics.wer import WordErrors, text_normalizer, word_errors
+from speechlm2_jax.evaluation.results import Evaluation, Scored, percent, write_whole
+
+WORKERS = 4
+PICTURE_PX = 480
+"""Width of the longest recording's spectrogram."""
+UNSEEN = "*unseen*"
+"""The voice menu's value for all unseen voices; page.js knows it too."""
+TICK_STEPS_S = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Media:
+    """What of a recording is embedded."""
+
+    audio: str
+    spectrogram: str
+    """Both as `data:` URIs."""
+    duration_s: float
+
+
+def write_page(
+    path: Path,
+    result: Evaluation,
+    utterances: Sequence[Utterance],
+    record: Mapping[str, Any],
+    *,
+    media_rows: int,
+    rate_hz: int,
+) -> None:
+    """Writes the page, worst utterance first.
+
+    Args:
+        path: the HTML file.
+        result: the answers, in the order of `utterances`.
+        utterances: what was heard; the recordings of the worst are read again.
+        record: the provenance of the evaluation.
+        media_rows: how many utterances get audio and a spectrogram.
+        rate_hz: the rate that the model hears, and that is embedded.
+    """
+    rows = _rows(result)
+    media = _media([utterances[r["index"]] for r in rows[:media_rows]], rate_hz)
+    longest_s = max((m.duration_s for m in media if m is not None), default=1.0)
+    for row, found in zip(rows, media, strict=False):
+        if found is not None:
+            row |= _shown(found, longest_s)
+    html = render(
+        "page.html",
+        unit="utterances",
+        rows=rows,
+        embedded=sum(m is not None for m in media),
+        not_embedded=len(rows) > media_rows,
+        rate_hz=rate_hz,
+        mel_bins=MEL_BINS,
+        range_db=RANGE_DB,
+        **_head(result.totals(), record),
+        menus=_menus(result),
+    )
+    write_whole(path, html)
+
+
+def audio_uri(wave: Float[np.ndarray, "S *C"], rate_hz: int) -> str:
+    """Samples, mono [S] or of C channels, as a `data:` URI: Ogg Vorbis, which every browser plays.
+
+    Opus would be half the size, but takes ten times as long to encode.
+    """
+    import soundfile
+
+    file = io.BytesIO()
+    channels = 1 if wave.ndim == 1 else wave.shape[1]
+    with soundfile.SoundFile(file, "w", rate_hz, channels, "VORBIS", format="OGG") as ogg:
+        for start in range(0, len(wave), rate_hz):  # libvorbis keeps a whole write on its stack
+            ogg.write(np.clip(wave[start : start + rate_hz], -1, 1))
+    return _uri("audio/ogg", file.getvalue())
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def render(template: str, *styles: str, **values: Any) -> str:
+    """Fills in a template of assets/, with its script, style and further `styles`."""
+    folder = Path(__file__).with_name("assets")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    script = (folder / "page.js").read_text("utf-8")
+    return environment.get_template(template).render(
+        style="".join((folder / name).read_text("utf-8") for name in ("page.css", *styles)),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **values,
+    )
+
+
+# Rows ------------------------------------------------------------------------------------------
+
+
+def _rows(result: Evaluation) -> list[dict[str, Any]]:
+    """Every answer as the template shows it: scored ones worst first, then the others."""
+    scored = {id(s.answer): s for s in result.scored()}
+    rows = [
+        _row(index, result, scored.get(id(answer))) for index, answer in enumerate(result.answers)
+    ]
+    return sorted(rows, key=lambda row: (-row["badness"], -row["errors"], row["index"]))
+
+
+def _row(index: int, result: Evaluation, scored: Scored | None) -> dict[str, Any]:
+    answer = result.answers[index]
+    row: dict[str, Any] = {
+        "index": index,
+        "id": answer.id,
+        "badness": -1.0,
+        "errors": 0,
+        "wer": "–",
+        "grade": "",
+        "counts": "",
+        "words": (),
+        "plain": None if answer.error else answer.pred_text,
+        "problem": f"not answered: {answer.error}" if answer.error else "",
+        "encoder_text": None,
+        "raw": None,
+        "duration_s": answer.duration_s,
+        "length": answer.length,
+        "voice": answer.voice or "",
+        "is_unseen": answer.is_unseen,
+        "tags": _tags(result, index),
+        "audio": "",
+    }
+    if scored is not None:
+        row |= _scored(scored, text_normalizer(result.normalizer)(answer.encoder_text or ""))
+    texts = (
+        answer.text,
+        answer.pred_text,
+        answer.id,
+        answer.voice,
+        answer.condition,
+        answer.audio_of,
+    )
+    row["search"] = " ".join(text for text in texts if text).lower()
+    return row
+
+
+def _tags(result: Evaluation, index: int) -> list[str]:
+    answer = result.answers[index]
+    tags = [f"{answer.duration_s:.2f} s"]
+    if answer.voice:
+        tags.append(answer.voice)
+    if answer.condition:
+        tags.append(answer.condition)
+    if answer.rtf is not None:
+        tags.append(f"RTF {answer.rtf:.3f}")
+    if answer.audio_of is not None:
+        tags.append(f"heard {answer.audio_of}")
+    return tags
+
+
+def _scored(scored: Scored, encoder_text: str) -> dict[str, Any]:
+    """What there is to show of an answer with a reference."""
+    errors = word_errors([scored.text], [scored.pred_text])
+    answer = scored.answer
+    row: dict[str, Any] = {
+        "errors": errors.errors,
+        "badness": _badness(errors),
+        "wer": "n/a" if errors.wer is None else f"{errors.wer:.0%}",
+        "grade": "right" if not errors.errors else "bad" if _badness(errors) >= 0.5 else "some",
+        "counts": _counts(errors),
+        "words": align_words(scored.text, scored.pred_text),
+    }
+    given, said = answer.text or "", answer.pred_text
+    if (given.split(), said.split()) != (scored.text.split(), scored.pred_text.split()):
+        row["raw"] = (given, said)
+    if answer.encoder_text is not None:
+        row["encoder_text"] = encoder_text
+        row["encoder_wer"] = percent(word_errors([scored.text], [encoder_text]).wer)
+    return row
+
+
+def _badness(errors: WordErrors) -> float:
+    """The WER; words without any reference are as bad as can be."""
+    if errors.wer is None:
+        return math.inf if errors.errors else 0.0
+    return errors.wer
+
+
+def _counts(errors: WordErrors) -> str:
+    named = (
+        (errors.substitutions, "S"),
+        (errors.deletions, "D"),
+        (errors.insertions, "I"),
+    )
+    return " ".join(f"{count} {name}" for count, name in named if count) or "right"
+
+
+def _media(utterances: Sequence[Utterance], rate_hz: int) -> list[Media | None]:
+    """Reads and encodes recordings; None for one that cannot be read."""
+
+    def encode(utterance: Utterance) -> Media | None:
+        try:
+            wave = utterance.read(rate_hz)
+        except AudioError:
+            return None
+        return Media(
+            audio=audio_uri(wave, rate_hz),
+            spectrogram=_uri("image/png", spectrogram_png(wave, rate_hz)),
+            duration_s=len(wave) / rate_hz,
+        )
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(encode, utterances))
+
+
+def _shown(media: Media, longest_s: float) -> dict[str, Any]:
+    """Embedded media at the page's one scale of time."""
+    width_px = max(PICTURE_PX * media.duration_s / longest_s, 64)
+    step_s = next(
+        (s for s in TICK_STEPS_S if s * width_px / media.duration_s >= 52), TICK_STEPS_S[-1]
+    )
+    return {
+        "audio": media.audio,
+        "spectrogram": media.spectrogram,
+        "width_px": width_px,
+        "ticks": ticks(media.duration_s, step_s),
+    }
+
+
+def ticks(duration_s: float, step_s: float) -> list[dict[str, Any]]:
+    """The marks of a time axis."""
+    times = np.arange(0, duration_s, step_s)
+    return [{"percent": 100 * t / duration_s, "name": f"{t:g} s"} for t in times]
+
+
+# Head ------------------------------------------------------------------------------------------
+
+
+def _head(totals: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    model = record["model"]["name"]
+    counted = f"{totals['utterances']} utterances, {totals['audio_s'] / 60:.1f} min"
+    return {
+        "title": f"{model}: WER {percent(totals['wer'])}",
+        "model": model,
+        "facts": facts(record, counted),
+        "totals": totals,
+        "figures": _figures(totals),
+        "groups": _groups(totals),
+        "record": record_lines(record),
+    }
+
+
+def facts(record: Mapping[str, Any], counted: str) -> list[str]:
+    """The line below the model's name: step, data, how much of it, date and device."""
+    device, inputs = record["device"], record["settings"].get("inputs")
+    found = [
+        counted if inputs is None else f"on {inputs}",
+        *([] if inputs is None else [counted]),
+        str(record["date"]).replace("T", " ").replace("+00:00", " UTC"),
+        f"{device['kind']}, {record['dtype']}",
+    ]
+    if "step" in record["model"]:
+        found.insert(0, f"step {record['model']['step']}")
+    return found
+
+
+def _figures(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The numbers at the top of the page."""
+    kinds = ("substitute", "delete", "insert")
+    counts = [totals[name] for name in ("substitutions", "deletions", "insertions")]
+    parts = [{"kind": k, "count": c} for k, c in zip(kinds, counts, strict=True) if c]
+    note = (
+        "{} substituted, {} deleted, {} inserted".format(*counts)
+        + f" in {totals['reference_words']} words"
+    )
+    name = "WER, audio swapped" if totals["audio_is_swapped"] else "Word error rate"
+    figures = [{"name": name, **_rate(totals["wer"]), "parts": parts, "note": note}]
+    if totals["unseen"] is not None:
+        names = totals["unseen_voices"]
+        note = ", ".join(names) if len(names) <= 3 else f"{len(names)} voices"
+        figures.append({"name": "Unseen voices", **_rate(totals["unseen"]["wer"]), "note": note})
+    if totals["encoder"] is not None:
+        note = "its own CTC head, same audio"
+        figures.append({"name": "Encoder alone", **_rate(totals["encoder"]["wer"]), "note": note})
+    failed = sum(totals["failed"].values())
+    scored, asked = totals["scored"], totals["utterances"]
+    note = f"{asked} asked, {failed} could not be read" if failed else f"of {asked}"
+    figures.append({"name": "Utterances scored", "value": scored, "unit": "", "note": note})
+    figures += speed_figure(totals)
+    return [{"parts": [], **figure} for figure in figures]
+
+
+def speed_figure(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How fast the answers came, if any did."""
+    warm = totals["rtfx_without_warm_up"]
+    if (rtfx := warm or totals["rtfx"]) is None:
+        return []
+    note = "seconds of audio per second" + ("" if warm else ", compilation included")
+    return [{"name": "Speed (RTFx)", "value": f"{rtfx:.1f}", "unit": "×", "note": note}]
+
+
+def _rate(wer: float | None) -> dict[str, str]:
+    return {
+        "value": "n/a" if wer is None else f"{100 * wer:.2f}",
+        "unit": "" if wer is None else "%",
+    }
+
+
+def _groups(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """WER by voice (worst first) and by length, as bars of one scale."""
+    voices = sorted(totals["by_voice"].items(), key=lambda v: -(v[1]["wer"] or 0.0))
+    found = (("voice", voices), ("length", list(totals["by_length"].items())))
+    rates = [errors["wer"] or 0.0 for _, groups in found for _, errors in groups]
+    scale = 100 / max([*rates, 0.01])
+    return [
+        {
+            "title": f"WER by {kind}",
+            "kind": kind,
+            "bars": [
+                {
+                    "name": name,
+                    "rate": percent(errors["wer"]),
+                    "width": scale * (errors["wer"] or 0.0),
+                    "utterances": errors["utterances"],
+                    "is_unseen": kind == "voice" and name in totals["unseen_voices"],
+                }
+                for name, errors in groups
+            ],
+        }
+        for kind, groups in found
+        if groups
+    ]
+
+
+def _menus(result: Evaluation) -> list[dict[str, Any]]:
+    """Filters for what the answers tell apart."""
+    voices = sorted({a.voice for a in result.answers if a.voice})
+    in_order = sorted(result.answers, key=lambda a: a.duration_s)
+    lengths = list(dict.fromkeys(a.length for a in in_order))
+    unseen = [(UNSEEN, "Unseen voices")] if any(a.is_unseen for a in result.answers) else []
+    by_voice = {"kind": "voice", "label": "Voice", "all": "All voices"}
+    by_length = {"kind": "length", "label": "Length", "all": "All lengths"}
+    menus = [
+        {**by_voice, "options": [*unseen, *((v, v) for v in voices)]},
+        {**by_length, "options": [(name, name) for name in lengths]},
+    ]
+    return [menu for menu in menus if menu["options"]]
+
+
+def record_lines(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The provenance as lines of a table."""
+    settings = record["settings"]
+    lines = [("model", record["model"]["name"]), ("sha256", record["model"]["sha256"])]
+    lines += [(key, value) for key, value in settings.items() if key != "pretrained_name"]
+    lines += [("versions", ", ".join(f"{k} {v}" for k, v in record["versions"].items()))]
+    return [(name, str(value)) for name, value in lines if value not in (None, "")]

@@ -1,0 +1,1 @@
+"""Scores of texts, tokens and turns."""

@@ -1,0 +1,58 @@
+"""Word and character error rates of answers, per data set."""
+
+import math
+from collections.abc import Sequence
+
+from speechlm2_jax.evaluation.metrics.text_metric import AnyNormalizer, TextMetric
+from speechlm2_jax.evaluation.metrics.wer import word_errors
+
+
+def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """Word edits per reference word; infinite where there are no reference words, as in NeMo."""
+    rate = word_errors(references, hypotheses).wer
+    return math.inf if rate is None else rate
+
+
+def character_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """Character edits per reference character, spaces counted; infinite where there are none."""
+    import jiwer
+
+    characters = sum(map(len, references))
+    if not characters:
+        return math.inf
+    # jiwer's own transform would strip outer spaces
+    split = jiwer.Compose([jiwer.ReduceToListOfListOfChars()])
+    found = jiwer.process_characters(list(references), list(hypotheses), split, split)
+    return (found.insertions + found.deletions + found.substitutions) / characters
+
+
+class WER(TextMetric):
+    """`wer_SET` and `wer`: word error rate, 0 where all words are right."""
+
+    def __init__(
+        self,
+        normalize: bool = True,
+        normalizer: AnyNormalizer = "english",
+        verbose: bool = False,
+        *,
+        key: str = "wer",
+    ) -> None:
+        super().__init__(
+            key, word_error_rate, normalize=normalize, normalizer=normalizer, verbose=verbose
+        )
+
+
+class CER(TextMetric):
+    """`cer_SET` and `cer`: character error rate, 0 where all characters are right."""
+
+    def __init__(
+        self,
+        normalize: bool = True,
+        normalizer: AnyNormalizer = "english",
+        verbose: bool = False,
+        *,
+        key: str = "cer",
+    ) -> None:
+        super().__init__(
+            key, character_error_rate, normalize=normalize, normalizer=normalizer, verbose=verbose
+        )

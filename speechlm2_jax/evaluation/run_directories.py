@@ -1,0 +1,145 @@
+"""Run directories as evaluation sees them: the newest one, and what it says about its training."""
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speechlm2_jax import checkpointing
+from speechlm2_jax.data.paths import expand_shards
+from speechlm2_jax.evaluation.inputs import voices_of
+from speechlm2_jax.pretrained.locate import Location, config_folders
+from speechlm2_jax.settings import SettingsError, load
+
+RUNS = Path("runs")
+CONFIG = "config.yaml"
+REPOSITORY = Path(__file__).resolve().parents[2]
+"""The clone that this package lies in, if it lies in one."""
+TRAIN = "python train.py --config salm"
+MANIFEST_KEYS = ("manifest_filepath", "cuts_path")
+_FULL_PRECISION = ("32", "32-true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run directory with at least one finished checkpoint."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    """Its config.yaml; empty if it has none."""
+
+    @functools.cached_property
+    def step(self) -> tuple[int, str]:
+        """The step whose weights answer, and why that one."""
+        chosen = checkpointing.intact_step(self.folder)
+        if chosen is None:  # opening the model says why
+            return int(checkpointing.step_folders(self.folder)[0].name), "damaged"
+        ranking = checkpointing.read_ranking(self.folder / checkpointing.CHECKPOINTS)
+        step, metric = int(chosen.name), ranking.retention.monitor
+        is_best = ranking.retention.score((ranking.metrics.get(step) or {}).get(metric)) is not None
+        return step, f"best {metric}" if is_best else "the last"
+
+    def tag(self, name: str) -> str | None:
+        """The tag (context, system_prompt) that its training data was asked with, the first."""
+        block = (self.settings.get("data") or {}).get("train_ds") or {}
+        found = ((source.get("tags") or {}).get(name) for source in _sources(block))
+        return next((str(value) for value in found if value is not None), None)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that it was trained to compute in."""
+        precision = str((self.settings.get("trainer") or {}).get("precision", ""))
+        return "float32" if precision in _FULL_PRECISION else "bfloat16"
+
+    @property
+    def max_audio_s(self) -> float | None:
+        """The longest recording that it was trained on, where its settings say so."""
+        block = (self.settings.get("data") or {}).get("train_ds") or {}
+        longest = block.get("max_duration")
+        return float(longest) if isinstance(longest, int | float) and longest >= 1 else None
+
+    def encoder_file(self) -> Path | None:
+        """The `.nemo` file that its encoder came from, if that is on this machine."""
+        name = (self.settings.get("model") or {}).get("pretrained_asr")
+        return self.find_file(str(name)) if name else None
+
+    def training_voices(self) -> frozenset[str]:
+        """The voices that its training manifests name; empty if they cannot be read here."""
+        block = (self.settings.get("data") or {}).get("train_ds") or {}
+        return frozenset(
+            voice
+            for source in _sources(block)
+            for key in MANIFEST_KEYS
+            for name in _names(source.get(key))
+            if (path := self.find_file(name)) is not None
+            for voice in voices_of(path)
+        )
+
+    def find_file(self, name: str) -> Path | None:
+        """A part or manifest, looked up as training does: here, then beside the settings files."""
+        return Location(near=(self.folder, *config_folders())).local(name)
+
+
+def read_run(path: str | Path) -> Run | None:
+    """The run in a folder, or None if that is no run directory with a checkpoint."""
+    folder = Path(path).expanduser()
+    inside = folder / checkpointing.CHECKPOINTS
+    if not inside.is_dir() or not checkpointing.step_folders(folder):
+        return None
+    config = folder / CONFIG
+    return Run(folder=folder, settings=load(config, complete=False) if config.is_file() else {})
+
+
+def newest_run(root: Path = RUNS) -> Run:
+    """The speech LLM below `root` whose last checkpoint is the newest.
+
+    Raises SettingsError, naming the command that makes a run, if there is none.
+    """
+    for folder in sorted(_run_folders(root), key=_last_saved_s, reverse=True):
+        run = read_run(folder)
+        if run is not None and "pretrained_llm" in (run.settings.get("model") or {}):
+            return run
+    raise SettingsError(
+        f"no run with a checkpoint below {root}/; make one with `{TRAIN}`, or name a model with "
+        "pretrained_name=PATH"
+    )
+
+
+def bundled_test_set() -> Path:
+    """corpus/test.jsonl of the working folder, else of the project.
+
+    Raises SettingsError if neither is there.
+    """
+    name = Path("corpus") / "test.jsonl"
+    for path in (name, REPOSITORY / name):
+        if path.is_file():
+            return path
+    raise SettingsError(f"inputs: no {name} here or in {REPOSITORY}; name a test set, inputs=PATH")
+
+
+def _run_folders(root: Path) -> Iterator[Path]:
+    """Folders that hold checkpoints/; nothing is looked for inside of one."""
+    for folder, inside, _ in os.walk(root):
+        if checkpointing.CHECKPOINTS in inside:
+            inside.clear()
+            yield Path(folder)
+
+
+def _last_saved_s(run: Path) -> float:
+    return max((s.stat().st_mtime for s in checkpointing.step_folders(run)), default=0.0)
+
+
+def _sources(block: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Every source of a data block, groups entered."""
+    for source in block.get("input_cfg") or ():
+        if isinstance(source, Mapping):
+            yield source
+            yield from _sources(source)
+
+
+def _names(value: Any) -> list[str]:
+    """The paths of a manifest key: one, or a list of them, shards spelled out."""
+    names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return expand_shards(tuple(name for name in names if isinstance(name, str)))

@@ -1,0 +1,1 @@
+"""From a prompt or a recording to text: generation, streams, long audio."""

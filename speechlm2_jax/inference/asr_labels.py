@@ -1,0 +1,91 @@
+"""Labels of a recogniser -> text: SentencePiece or word pieces, or plain characters."""
+
+from collections.abc import Callable, Sequence
+
+from speechlm2_jax.asr.punctuation import attach_punctuation, punctuation_marks
+from speechlm2_jax.conversion.readers.nemo import NemoArchive
+from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.pretrained.locate import nemo_tokenizer
+from speechlm2_jax.settings import SettingsError
+
+CHARACTER_MODELS = ("EncDecCTCModel", "EncDecRNNTModel", "EncDecHybridRNNTCTCModel")
+"""NeMo's classes without a tokenizer: their config lists the labels, mostly characters."""
+CONTINUATION = "##"
+"""Begins a word piece that goes on with the word before it."""
+
+
+class Speller:
+    """Labels -> text, as NeMo spells it."""
+
+    def __init__(self, pieces: Sequence[str], join: Callable[[list[int]], str]) -> None:
+        self._pieces, self._join = len(pieces), join
+        self._marks = punctuation_marks(pieces)
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: Tokenizer, pieces: int) -> "Speller":
+        """Joins the first `pieces` of a tokenizer; an unknown one stays visible."""
+        return cls(
+            tokenizer.ids_to_tokens(range(pieces)),
+            lambda labels: tokenizer.ids_to_text(labels, remove_special_tokens=False),
+        )
+
+    @classmethod
+    def of_characters(cls, labels: Sequence[str]) -> "Speller":
+        """Writes one label after another; the space is a label too."""
+        return cls(labels, lambda found: "".join(labels[i] for i in found))
+
+    @classmethod
+    def of_word_pieces(cls, pieces: Sequence[str]) -> "Speller":
+        """Puts a space before each piece that does not go on with a word (BERT's vocabularies)."""
+
+        def join(found: list[int]) -> str:
+            text = " ".join(pieces[i] for i in found)
+            return text.replace(f" {CONTINUATION}", "").strip()
+
+        return cls(pieces, join)
+
+    def __len__(self) -> int:
+        """How many labels there are; the next number is the blank."""
+        return self._pieces
+
+    def __call__(self, labels: list[int]) -> str:
+        """Spells labels, none of them the blank."""
+        return attach_punctuation(self._join(labels), self._marks)
+
+
+def nemo_speller(archive: NemoArchive, decoder: str) -> Speller:
+    """How the labels of a recogniser's decoder ("rnnt" or "ctc") are spelt.
+
+    Raises SettingsError for an archive without labels, or with a tokenizer of another kind.
+    """
+    if class_name(archive) in CHARACTER_MODELS:
+        return Speller.of_characters(_labels(archive, decoder))
+    tokenizer = archive.config.get("tokenizer") or {}
+    if str(tokenizer.get("type")).lower() == "wpe":
+        return Speller.of_word_pieces(_word_pieces(archive, tokenizer.get("vocab_path")))
+    found = nemo_tokenizer(archive)
+    return Speller.of_tokenizer(found, len(found))
+
+
+def class_name(archive: NemoArchive) -> str:
+    """NeMo's class of an archive's model, without its module."""
+    return str(archive.config.get("target")).rpartition(".")[2]
+
+
+def _labels(archive: NemoArchive, decoder: str) -> list[str]:
+    """The labels that a character model's config lists, those of the decoder first."""
+    config = archive.config
+    heads = (config.get("aux_ctc") or {}).get("decoder"), config.get("decoder")
+    blocks = heads if decoder == "ctc" else (config.get("joint"),)
+    listed = [(block or {}).get("vocabulary") for block in blocks] + [config.get("labels")]
+    found = next((labels for labels in listed if labels), None)
+    if not isinstance(found, list):
+        raise SettingsError(f"{archive.path}: its config lists no labels (decoder.vocabulary)")
+    return [str(label) for label in found]
+
+
+def _word_pieces(archive: NemoArchive, reference: object) -> list[str]:
+    if not isinstance(reference, str):
+        raise SettingsError(f"{archive.path}: its config names no file of word pieces (vocab_path)")
+    lines = archive.artifact(reference).decode("utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]

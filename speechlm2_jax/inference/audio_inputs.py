@@ -1,0 +1,188 @@
+"""Recordings as callers hand them over: paths and arrays, checked before anything hears them."""
+
+from collections.abc import Iterable, Mapping
+from io import BufferedIOBase, BytesIO
+from numbers import Real
+from os import PathLike
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from speechlm2_jax.data.audio import AudioError, check_samples, read_audio, resample
+from speechlm2_jax.data.audio_files import RATES_HZ
+from speechlm2_jax.inference.content_parts import local_recording
+
+_FORMS = "audio must be paths or 1-D float arrays [S]"
+_WITH_RATE = '(rate, array) or {"array": ..., "sampling_rate": ...}'
+
+
+class Clip(NamedTuple):
+    """A recording, and the file that it came from."""
+
+    samples: np.ndarray
+    name: str | None = None
+
+
+def clips_of(audio: Any, prompt: str, rate_hz: int, channel: int | None = None) -> list[Clip]:
+    """The recordings of a turn's `audio`: one recording, a list of them, or None.
+
+    A recording is a path, an open file, an array [S] of floats at `rate_hz`, `(rate, array)` as
+    Gradio gives it, or `{"array", "sampling_rate"}` or `{"path", "bytes"}` as datasets gives it.
+    Arrays with a rate of their own may hold integers and channels, [S, C] or [C, S], and are
+    resampled. `channel` chooses one of a file with several; None mixes them. `prompt` names the
+    prompt in errors. Raises AudioError for a recording that cannot be used and ValueError for what
+    is no recording.
+    """
+    items = items_of(audio)
+    names = [prompt if len(items) == 1 else f"{prompt}, clip {i}" for i in range(len(items))]
+    return [_clip(item, name, rate_hz, channel) for item, name in zip(items, names, strict=True)]
+
+
+def split_audio(audios: Any, audio_lens: Any, least: int = 1) -> list[np.ndarray]:
+    """Cuts a padded batch [B, S] into its clips.
+
+    Raises ValueError for a length below `least` or beyond S, and for what is no float batch.
+    """
+    try:
+        array = np.asarray(audios)
+    except ValueError as error:  # rows of several lengths
+        raise ValueError(
+            "audios must be one float array [B, S]; pad the rows to one length and give audio_lens"
+        ) from error
+    if array.ndim != 2:
+        raise ValueError(f"audios must be float [B, S]; got shape {array.shape}")
+    array = as_float(array, "audios")
+    lengths = (
+        np.full(len(array), array.shape[1]) if audio_lens is None else np.asarray(audio_lens, int)
+    )
+    if (
+        lengths.shape != (len(array),)
+        or (lengths < least).any()
+        or (lengths > array.shape[1]).any()
+    ):
+        raise ValueError(
+            f"audio_lens must be {len(array)} lengths from {least} to {array.shape[1]} samples"
+        )
+    return [row[:n] for row, n in zip(array, lengths, strict=True)]
+
+
+def items_of(audio: Any) -> list[Any]:
+    """The recordings of a list, or the one that `audio` is."""
+    if audio is None:
+        return []
+    is_one = isinstance(audio, Mapping | bytes) or not isinstance(audio, Iterable)
+    is_one = is_one or _is_path(audio) or is_array(audio) or _is_rate_and_array(audio)
+    return [audio] if is_one else list(audio)
+
+
+def _is_path(item: Any) -> bool:
+    return isinstance(item, str | PathLike | BufferedIOBase)
+
+
+def is_array(item: Any) -> bool:
+    """Whether NumPy takes a value as an array."""
+    return hasattr(item, "__array__")
+
+
+def _is_rate_and_array(item: Any) -> bool:
+    is_pair = isinstance(item, tuple | list) and len(item) == 2
+    return is_pair and _is_rate(item[0]) and is_array(item[1])
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _clip(item: Any, name: str, rate_hz: int, channel: int | None) -> Clip:
+    if isinstance(item, str):
+        item = local_recording(item, name)
+    if isinstance(item, Mapping):
+        return _clip_of_dict(item, name, rate_hz, channel)
+    if _is_rate_and_array(item):
+        return Clip(_own_rate(np.asarray(item[1]), item[0], name, rate_hz, channel))
+    if isinstance(item, bytes):
+        return _read(BytesIO(item), name, None, rate_hz, channel)
+    if _is_path(item):
+        return _read(item, name, str(item), rate_hz, channel)
+    if not is_array(item):
+        raise ValueError(f"{name}: {_FORMS}; got {type(item).__name__}; or {_WITH_RATE}")
+    array = np.asarray(item)
+    if array.ndim != 1:
+        raise ValueError(
+            f"{name}: {_FORMS}; got {array.dtype} {array.shape}: mix channels first, as "
+            f"samples.mean(axis=1), or give {_WITH_RATE}"
+        )
+    return Clip(check_samples(as_float(array, name), name))
+
+
+def _read(source: Any, name: str, file: str | None, rate_hz: int, channel: int | None) -> Clip:
+    try:
+        return Clip(read_audio(source, sample_rate_hz=rate_hz, channel=channel), file)
+    except AudioError as error:
+        reason = str(error) if file is not None else str(error).replace(f"{source}: ", "")
+        raise AudioError(f"{name}: {reason}", cause=error.cause) from error
+
+
+def _clip_of_dict(item: Mapping[str, Any], name: str, rate_hz: int, channel: int | None) -> Clip:
+    """A recording as datasets gives it: decoded, or encoded as bytes or in a file."""
+    if item.get("array") is not None and item.get("sampling_rate") is not None:
+        array = np.asarray(item["array"])
+        return Clip(_own_rate(array, item["sampling_rate"], name, rate_hz, channel))
+    path = item.get("path")
+    if isinstance(item.get("bytes"), bytes):
+        file = None if path is None else str(path)
+        clip = _read(BytesIO(item["bytes"]), name, None, rate_hz, channel)
+        return clip._replace(name=file)
+    if path is not None and item.get("array") is None:
+        return _clip(path, name, rate_hz, channel)
+    raise ValueError(
+        f"{name}: {_FORMS}; got dict of {sorted(map(str, item))}, which must have array and "
+        "sampling_rate, or bytes, or path"
+    )
+
+
+def _own_rate(
+    array: np.ndarray, own_hz: Any, name: str, rate_hz: int, channel: int | None
+) -> Float[np.ndarray, " S"]:
+    """Samples [S], [S, C] or [C, S] of some rate, mixed and resampled."""
+    least, most = RATES_HZ
+    if not _is_rate(own_hz) or not least <= own_hz <= most or own_hz != int(own_hz):
+        raise ValueError(
+            f"{name}: the sample rate must be from {least} to {most} Hz, got {own_hz!r}"
+        )
+    if array.ndim not in (1, 2):
+        raise ValueError(f"{name}: audio must be [S], [S, C] or [C, S]; got shape {array.shape}")
+    samples = _scaled(array, name)
+    if samples.ndim == 2:
+        samples = samples if samples.shape[0] > samples.shape[1] else samples.T  # [S, C]
+        if channel is not None and channel >= samples.shape[1]:
+            raise AudioError(
+                f"{name}: channel {channel} asked of {samples.shape[1]}", cause="no_such_channel"
+            )
+        samples = samples.mean(axis=1) if channel is None else samples[:, channel]
+    return check_samples(resample(check_samples(samples, name), int(own_hz), rate_hz), name)
+
+
+def _scaled(array: np.ndarray, name: str) -> Float[np.ndarray, "..."]:
+    """Samples as float32; integers fill the range of their dtype, as in WAV files."""
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        return as_float(array, name)
+    middle = 128.0 if array.dtype == np.uint8 else 0.0
+    if np.issubdtype(array.dtype, np.unsignedinteger) and not middle:
+        raise ValueError(f"{name}: audio is {array.dtype}; give int16, int32 or floats")
+    return ((array - middle) / 2.0 ** (8 * array.dtype.itemsize - 1)).astype(np.float32)
+
+
+def as_float(array: np.ndarray, name: str) -> Float[np.ndarray, "..."]:
+    """Samples as float32. Raises ValueError for integers, whose scale nobody has told."""
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(
+            f"{name}: audio is {array.dtype}, and must be floats from -1 to 1, as soundfile.read "
+            "and librosa.load give them; divide int16 samples by 32768"
+        )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name}: audio must be float samples; got {array.dtype}")
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        return np.asarray(array, np.float32)

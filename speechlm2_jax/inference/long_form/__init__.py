@@ -1,0 +1,1 @@
+"""Recordings longer than a model takes at once: cut, transcribed, joined."""

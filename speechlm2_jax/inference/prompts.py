@@ -1,0 +1,183 @@
+"""What callers of `generate` may pass, turned into conversations for the network."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from speechlm2_jax.batches import SalmExample
+from speechlm2_jax.data.audio import check_samples
+from speechlm2_jax.data.prompts import PromptError, PromptFormatter
+from speechlm2_jax.inference.audio_inputs import Clip, clips_of, split_audio
+from speechlm2_jax.inference.content_parts import with_plain_content
+from speechlm2_jax.pretrained.salm_config import DEFAULT_AUDIO_LOCATOR_TAG
+
+_FORM = 'prompts must be dialogs, [[{"role": "user", "content": "..."}], ...], or int ids [B, T]'
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptContext:
+    """What turns prompts into ids and audio into samples."""
+
+    formatter: PromptFormatter
+    sample_rate_hz: int
+    placeholder_id: int
+    pad_id: int
+    bos_id: int | None
+    vocab_size: int
+    enable_thinking: bool = True
+    placeholder: str = DEFAULT_AUDIO_LOCATOR_TAG
+    """The text of `placeholder_id`."""
+
+
+def prompt_examples(
+    prompts: Any, audios: Any, audio_lens: Any, context: PromptContext, first: int = 0
+) -> tuple[list[SalmExample], np.ndarray]:
+    """Makes one conversation per prompt; audio goes to the placeholders in order.
+
+    `prompts`: a list of dialogs (lists of turns, each with `role`, and `content` or `slots`, and
+    optionally `audio`: recordings as `clips_of` takes them), or int ids [B, T] padded anywhere on
+    the left. `content` is text, or a list of parts as in transformers' chats (`content_parts`).
+    `audios` [B', S] with `audio_lens` [B'], one per placeholder over the whole batch. Returns the
+    conversations, named by their numbers from `first`, and their left-padded ids [B, T]. Raises
+    ValueError, naming the prompt by its number, for what is no prompt, for audio or ids that cannot
+    be used, and where placeholders and audio do not match.
+    """
+    if _are_dialogs(prompts, first):
+        names = _names(prompts, first)
+        prompts = [
+            [with_plain_content(turn, name, context.placeholder) for turn in dialog]
+            for dialog, name in zip(prompts, names, strict=True)
+        ]
+        clips = [
+            [
+                c
+                for turn in dialog
+                for c in clips_of(turn.get("audio"), name, context.sample_rate_hz)
+            ]
+            for dialog, name in zip(prompts, names, strict=True)
+        ]
+        if any(clips) and audios is not None:
+            raise ValueError("give audio inside the prompts or as audios/audio_lens, not both")
+        ids = [_encode(d, name, context) for d, name in zip(prompts, names, strict=True)]
+        tokens = ids
+    else:
+        ids = _id_rows(prompts, context, first)
+        tokens = _unpadded(ids, context)
+        names, clips = _names(ids, first), [[] for _ in ids]
+    needed = [int((row == context.placeholder_id).sum()) for row in ids]
+    if audios is not None:
+        clips = _dealt(split_audio(audios, audio_lens), names, needed)
+    for name, wanted, own in zip(names, needed, clips, strict=True):
+        _check_number(f"{name} has", wanted, len(own))
+    rows = zip(names, tokens, clips, strict=True)
+    return [_example(*row) for row in rows], left_pad(ids, context.pad_id)
+
+
+def left_pad(rows: Sequence[np.ndarray], pad_id: int) -> np.ndarray:
+    """Stacks id rows of unequal length, padded on the left as NeMo's collation does."""
+    width = max(map(len, rows), default=0)
+    out = np.full((len(rows), width), pad_id, np.int32)
+    for i, row in enumerate(rows):
+        out[i, width - len(row) :] = row
+    return out
+
+
+def _names(prompts: Any, first: int) -> list[str]:
+    return [f"prompt {first + i}" for i in range(len(prompts))]
+
+
+def _are_dialogs(prompts: Any, first: int) -> bool:
+    """Whether prompts are dialogs, else they should be ids. Raises ValueError for other texts."""
+    if isinstance(prompts, str | bytes | Mapping):
+        raise ValueError(f"{_FORM}; got {type(prompts).__name__}")
+    if not isinstance(prompts, Sequence):
+        return False
+    if any(isinstance(prompt, Mapping) for prompt in prompts):
+        raise ValueError(f"{_FORM}; this is one dialog: wrap it in a list")
+    if any(isinstance(prompt, str | bytes) for prompt in prompts):
+        raise ValueError(f"{_FORM}; got a list of texts: make a turn of each")
+    lists = [prompt for prompt in prompts if isinstance(prompt, Sequence)]
+    if not any(isinstance(turn, Mapping) for dialog in lists for turn in dialog):
+        return False
+    for number, dialog in enumerate(prompts, first):
+        is_list = isinstance(dialog, Sequence) and len(dialog) > 0
+        if not is_list or not all(isinstance(turn, Mapping) for turn in dialog):
+            raise ValueError(
+                f"prompt {number} must be a dialog: a list of turns, of which there is one at least"
+            )
+    return True
+
+
+def _encode(dialog: Sequence[Any], name: str, context: PromptContext) -> np.ndarray:
+    turns = [{key: value for key, value in turn.items() if key != "audio"} for turn in dialog]
+    try:
+        thinking = context.enable_thinking
+        prompt = context.formatter.encode_dialog(turns, enable_thinking=thinking)
+        return np.asarray(prompt.input_ids)
+    except PromptError as error:
+        raise PromptError(f"{name}: {error}") from error
+
+
+def _id_rows(prompts: Any, context: PromptContext, first: int) -> list[np.ndarray]:
+    """The rows of ids [B, T]. Raises ValueError for another array, and for unknown ids."""
+    try:
+        array = np.asarray(prompts)
+    except ValueError as error:  # rows of several lengths
+        raise ValueError(
+            f"prompts of ids must be one array [B, T]; pad the rows on the left with the id "
+            f"{context.pad_id}"
+        ) from error
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{_FORM}; got {array.dtype} {array.shape}")
+    special = (context.placeholder_id, context.pad_id)
+    is_known = ((array >= 0) & (array < context.vocab_size)) | np.isin(array, special)
+    for row, fine, name in zip(array, is_known, _names(array, first), strict=True):
+        if not fine.all():
+            raise ValueError(
+                f"{name}: {row[~fine][:5].tolist()} are no ids; give ids from 0 to "
+                f"{context.vocab_size - 1}, and {context.placeholder_id} where audio is heard"
+            )
+    return list(array)
+
+
+def _unpadded(rows: Sequence[np.ndarray], context: PromptContext) -> list[np.ndarray]:
+    """The rows without the padding on their left.
+
+    Where the pad token also opens prompts, one of it is kept if every row starts with one.
+    """
+    is_text = [np.append(row != context.pad_id, True) for row in rows]
+    counts = [int(np.argmax(row)) for row in is_text]
+    opens = context.pad_id == context.bos_id and min(counts, default=0) > 0
+    return [row[max(count - opens, 0) :] for row, count in zip(rows, counts, strict=True)]
+
+
+def _dealt(
+    audio: Sequence[np.ndarray], names: Sequence[str], needed: Sequence[int]
+) -> list[list[Clip]]:
+    """Shares recordings out among the prompts, in order, as many as each has placeholders."""
+    _check_number("the prompts have", sum(needed), len(audio))
+    rows = iter(audio)
+    return [
+        [Clip(check_samples(next(rows), name)) for _ in range(wanted)]
+        for name, wanted in zip(names, needed, strict=True)
+    ]
+
+
+def _check_number(has: str, needed: int, given: int) -> None:
+    if needed != given:
+        raise ValueError(
+            f"{has} {needed} audio placeholders but {given} audio clips were given; write the "
+            "model's audio_locator_tag once per clip"
+        )
+
+
+def _example(name: str, ids: np.ndarray, clips: Sequence[Clip]) -> SalmExample:
+    files = ", ".join(clip.name for clip in clips if clip.name is not None)
+    return SalmExample(
+        id=name + (f" ({files})" if files else ""),
+        tokens=np.asarray(ids, np.int32),
+        loss_mask=np.zeros(len(ids), bool),
+        audio=tuple(clip.samples for clip in clips),
+    )

@@ -1,0 +1,1 @@
+"""What a GenerationConfig asks for: keys, values, processors, one request."""

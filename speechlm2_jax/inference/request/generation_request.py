@@ -1,0 +1,210 @@
+"""From transformers' GenerationConfig, or the same keys, to how answers are made here."""
+
+import difflib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from speechlm2_jax.generation.decoding import BeamConfig, DecodingConfig
+from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
+from speechlm2_jax.inference.padding import round_up
+from speechlm2_jax.inference.request.keys import ARGUMENTS, HONOURED, IGNORED, OWN, REFUSED
+from speechlm2_jax.inference.request.processors import make_processors
+from speechlm2_jax.inference.request.values import check_values, ids_of
+
+DEFAULT_NEW_TOKENS = 20
+"""transformers' own default."""
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+    """What a request needs to know of a model."""
+
+    @property
+    def text_eos_id(self) -> int | None:
+        """What ends an answer where nothing is said."""
+        ...
+
+    @property
+    def text_pad_id(self) -> int:
+        """What fills rows where nothing is said."""
+        ...
+
+    @property
+    def text_vocab_size(self) -> int:
+        """How many tokens there are."""
+        ...
+
+
+class _AnyVocabulary:
+    text_eos_id = 0
+    text_pad_id = 0
+    text_vocab_size = 2**31 - 1
+
+
+ANY_VOCABULARY: Vocabulary = _AnyVocabulary()
+"""Stands for a model that is not there yet, where a request is checked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """How answers are to be made, checked."""
+
+    decoding: DecodingConfig
+    max_new_tokens: int | None
+    max_length: int | None
+    """With the prompt's steps; where `max_new_tokens` is not given."""
+    seed: int = 0
+    returns_dict: bool = False
+    stop_strings: tuple[str, ...] = ()
+    max_time_s: float | None = None
+    should_stop: Callable[[], bool] | None = None
+    max_audio_s: float | None = DEFAULT_MAX_AUDIO_S
+    """Longer recordings are answered in chunks; None: none is."""
+    enable_thinking: bool | None = None
+    """Whether an answer may open with a thought; None: as the prompt format has it."""
+
+    def limits(self, prompt_steps: np.ndarray) -> np.ndarray:
+        """Tokens that each answer may have. Raises ValueError where a prompt leaves no room."""
+        if self.max_new_tokens is not None or self.max_length is None:
+            limit = self.max_new_tokens or DEFAULT_NEW_TOKENS
+            return np.full(prompt_steps.shape, limit, np.int32)
+        if (prompt_steps >= self.max_length).any():
+            raise ValueError(
+                f"max_length={self.max_length} leaves no room after a prompt of "
+                f"{prompt_steps.max()} steps; use max_new_tokens"
+            )
+        return (self.max_length - prompt_steps).astype(np.int32)
+
+    def fitting(self, limits: np.ndarray) -> DecodingConfig:
+        """The decoding with room for answers of these lengths, in few sizes."""
+        return replace(self.decoding, max_new_tokens=round_up(int(limits.max()), 1))
+
+
+def read_request(
+    model: Vocabulary, config: Any = None, overrides: Mapping[str, Any] | None = None
+) -> GenerationRequest:
+    """Reads a GenerationConfig (or a mapping of its keys) and keywords, the latter winning.
+
+    What neither says is greedy decoding that stops at the tokenizer's end-of-sequence token.
+    Raises ValueError for a key that is unknown or not supported and for a value of the wrong
+    kind or out of range; warns of a key that has no effect beside the others.
+    """
+    asked = _merged(config, overrides or {})
+    check_values(asked, model.text_vocab_size, (model.text_eos_id, model.text_pad_id))
+    _check_together(asked)
+    _warn_of_no_effect(asked)
+    stops = ids_of(asked.get("eos_token_id", model.text_eos_id))
+    pad_id = asked.get("pad_token_id", model.text_pad_id)
+    beams = int(asked.get("num_beams", 1))
+    decoding = DecodingConfig(
+        max_new_tokens=1,
+        stop_ids=tuple(stops),
+        pad_id=int(pad_id),
+        processors=make_processors(asked, stops, model.text_vocab_size),
+        do_sample=bool(asked.get("do_sample", False)),
+        answers=int(asked.get("num_return_sequences", 1)),
+        beams=None if beams == 1 else _beams(asked, beams),
+    )
+    strings = asked.get("stop_strings", ())
+    return GenerationRequest(
+        decoding=decoding,
+        max_new_tokens=_plain(int, asked.get("max_new_tokens")),
+        max_length=_plain(int, asked.get("max_length")),
+        seed=int(asked.get("seed", 0)),
+        returns_dict=bool(asked.get("return_dict_in_generate", False)),
+        stop_strings=(strings,) if isinstance(strings, str) else tuple(strings),
+        max_time_s=_plain(float, asked.get("max_time")),
+        should_stop=asked.get("should_stop"),
+        max_audio_s=float(asked.get("max_audio_s", DEFAULT_MAX_AUDIO_S)) or None,
+        enable_thinking=asked.get("enable_thinking"),
+    )
+
+
+def _plain(kind: Callable[[Any], Any], value: Any) -> Any:
+    """A number of Python's, whatever array it came as; None stays."""
+    return None if value is None else kind(value)
+
+
+def _merged(config: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked for, None meaning nothing. Raises ValueError for what is not supported."""
+    if config is None:
+        given: dict[str, Any] = {}
+    elif isinstance(config, Mapping):
+        given = dict(config)
+    elif hasattr(config, "to_dict"):
+        given = {k: v for k, v in vars(config).items() if not k.startswith("_")}
+    else:
+        raise ValueError(
+            f"generation_config must be a transformers GenerationConfig or a dict of its keys, "
+            f"not {type(config).__name__}"
+        )
+    merged = {k: v for k, v in (given | dict(overrides)).items() if v is not None}
+    for key, value in merged.items():
+        if key in REFUSED and value is not False and value not in REFUSED[key].harmless:
+            raise ValueError(f"generate: {key}={value!r} is not supported: {REFUSED[key].reason}")
+        if key in ARGUMENTS:
+            raise ValueError(f"generate: {key} is not supported: {ARGUMENTS[key]}")
+        known = (*HONOURED, *IGNORED, *REFUSED, *OWN)
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; docs/generation.md lists every key"
+            raise ValueError(f"generate does not know {key!r}{hint}")
+    return {k: v for k, v in merged.items() if k in HONOURED or k in OWN}
+
+
+_SAMPLING_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "temperature": (1.0, 0.0),
+    "top_k": (0, -1, 1, 50),
+    "top_p": (1.0, 0.0),
+    "min_p": (0.0,),
+    "top_h": (),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+}
+"""Keys without effect in greedy decoding, and the values that ask for it, or for nothing."""
+_BEAMS_ONLY: Mapping[str, tuple[Any, ...]] = {"length_penalty": (1.0,), "early_stopping": (False,)}
+
+
+def _check_together(asked: Mapping[str, Any]) -> None:
+    """Raises ValueError for values that cannot be had together."""
+    beams, answers = asked.get("num_beams", 1), asked.get("num_return_sequences", 1)
+    if answers > 1 and beams == 1 and not asked.get("do_sample"):
+        raise ValueError(
+            f"num_return_sequences={answers} needs do_sample=True or num_beams: greedy decoding "
+            "has one answer"
+        )
+    if 1 < beams < answers:
+        raise ValueError(f"num_return_sequences={answers} exceeds num_beams={beams}")
+    if beams > 1 and asked.get("stop_strings"):
+        raise ValueError("stop_strings are not supported with beam search; leave num_beams out")
+    if beams == 1 and asked.get("output_scores"):
+        raise ValueError("output_scores: scores of each step are not kept; leave it out")
+    longest = asked.get("max_new_tokens")
+    if longest is not None and asked.get("min_new_tokens", 0) > longest:
+        raise ValueError(
+            f"min_new_tokens={asked['min_new_tokens']} exceeds max_new_tokens={longest}"
+        )
+
+
+def _warn_of_no_effect(asked: Mapping[str, Any]) -> None:
+    idle = {"do_sample=True": {} if asked.get("do_sample") else _SAMPLING_ONLY}
+    idle["num_beams above 1"] = {} if asked.get("num_beams", 1) > 1 else _BEAMS_ONLY
+    for needed, keys in idle.items():
+        for key, neutral in keys.items():
+            if key in asked and asked[key] not in neutral:
+                warnings.warn(
+                    f"generate: {key}={asked[key]!r} has no effect without {needed}", stacklevel=4
+                )
+
+
+def _beams(asked: Mapping[str, Any], count: int) -> BeamConfig:
+    return BeamConfig(
+        count=count,
+        length_penalty=float(asked.get("length_penalty", 1.0)),
+        early_stopping=asked.get("early_stopping", False),
+    )

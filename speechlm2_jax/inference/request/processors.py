@@ -1,0 +1,131 @@
+"""The processors that a GenerationConfig asks for, in transformers' order."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from speechlm2_jax.generation import processors as p
+from speechlm2_jax.generation import warpers
+from speechlm2_jax.inference.padding import round_up
+from speechlm2_jax.inference.request.values import bias_pairs, ids_of
+
+SAMPLING_DEFAULTS: Mapping[str, Any] = {"top_k": 50}
+"""What transformers samples with where nothing is said and the neutral value is another."""
+LIST_STEP = 8
+"""Lists of tokens are filled up to two sizes per doubling of this: few programs serve all."""
+Makers = Mapping[str, tuple[Any, Callable[[Any], p.Processor]]]
+"""Key -> (the value that asks for nothing, what makes a processor of another)."""
+
+
+def make_processors(
+    asked: Mapping[str, Any], stops: Sequence[int], vocabulary: int
+) -> tuple[p.Processor, ...]:
+    """Makes what stands between the model's scores and the choice of a token.
+
+    `asked` has passed `check_values`.
+    """
+    makers: dict[str, tuple[Any, Callable[[Any], p.Processor]]] = {
+        **_repetitions(stops),
+        **_lengths(stops, vocabulary),
+        **_suppressions(vocabulary, begin=int("forced_bos_token_id" in asked)),
+    }
+    if "min_new_tokens" in asked:  # it takes the place of min_length, as in transformers
+        del makers["min_length"]
+    if asked.get("do_sample"):
+        # of several paths some must be able to go on, whatever ends
+        makers |= _warpers(max(2, len(stops) + 1) if asked.get("num_beams", 1) > 1 else 1)
+        asked = {**SAMPLING_DEFAULTS, **asked}
+        asked["top_k"] = max(int(asked["top_k"]), 0)  # -1 keeps every token, too
+    makers["renormalize_logits"] = (False, lambda v: p.Renormalize())
+    return tuple(
+        make(asked[key])
+        for key, (neutral, make) in makers.items()
+        if key in asked and not _asks_nothing(asked[key], neutral)
+    )
+
+
+def _repetitions(stops: Sequence[int]) -> Makers:
+    def bad_words(words: Any) -> p.Processor:
+        ids = [tuple(ids_of(word)) for word in words]
+        bad = {word: -np.inf for word in ids if word not in [(s,) for s in stops]}
+        return _sequence_bias(bad)
+
+    def sequence_bias(bias: Any) -> p.Processor:
+        return _sequence_bias({tuple(ids_of(ids)): float(v) for ids, v in bias_pairs(bias)})
+
+    return {
+        "sequence_bias": (None, sequence_bias),
+        "repetition_penalty": (1.0, lambda v: p.RepetitionPenalty(float(v))),
+        "no_repeat_ngram_size": (0, lambda v: p.NoRepeatNgrams(int(v))),
+        "bad_words_ids": (None, bad_words),
+    }
+
+
+def _lengths(stops: Sequence[int], vocabulary: int) -> Makers:
+    ends = np.asarray(stops, np.int32)
+    return {
+        "min_length": (0, lambda v: p.MinLength(int(v), ends)),
+        "min_new_tokens": (0, lambda v: p.MinNewTokens(int(v), ends)),
+        "forced_bos_token_id": (None, lambda v: p.ForcedFirst(int(v))),
+        "forced_eos_token_id": (None, lambda v: p.ForcedEnd(_filled(ids_of(v), vocabulary))),
+        "remove_invalid_values": (False, lambda v: p.FiniteScores()),
+        "exponential_decay_length_penalty": (
+            None,
+            lambda v: p.DecayingLength(int(v[0]), float(v[1]), ends),
+        ),
+    }
+
+
+def _suppressions(vocabulary: int, begin: int) -> Makers:
+    return {
+        "suppress_tokens": (None, lambda v: p.Suppress(_filled(ids_of(v), vocabulary))),
+        "begin_suppress_tokens": (
+            None,
+            lambda v: p.SuppressAt(_filled(ids_of(v), vocabulary), begin),
+        ),
+    }
+
+
+def _warpers(least: int) -> Makers:
+    """What cuts the distribution before a token is drawn, leaving `least` tokens."""
+
+    def keep(rule: Callable[..., Any], least: int = least) -> Callable[[Any], p.Processor]:
+        return lambda v: p.Keep(rule, float(v), least)
+
+    return {
+        "temperature": (1.0, lambda v: p.Temperature(float(v))),
+        "top_h": (None, keep(warpers.keep_top_h, 1)),
+        "top_k": (0, lambda v: p.TopK(max(int(v), least))),
+        "top_p": (1.0, keep(warpers.keep_top_p)),
+        "min_p": (0.0, keep(warpers.keep_min_p)),
+        "typical_p": (1.0, keep(warpers.keep_typical)),
+        "epsilon_cutoff": (0.0, keep(warpers.keep_epsilon)),
+        "eta_cutoff": (0.0, keep(warpers.keep_eta)),
+    }
+
+
+def _sequence_bias(biases: Mapping[tuple[int, ...], float]) -> p.SequenceBias:
+    """One array of all sequences, filled up so that lists of about a length share a program."""
+    count = round_up(len(biases), LIST_STEP)
+    longest = max(map(len, biases), default=1) - 1
+    width = round_up(longest, 1) if longest else 0
+    prefixes = np.full((count, width), p.WILDCARD, np.int32)
+    last, bias = np.zeros(count, np.int32), np.zeros(count, np.float32)
+    for i, (ids, value) in enumerate(biases.items()):
+        prefixes[i, width - len(ids) + 1 :] = ids[:-1]
+        last[i], bias[i] = ids[-1], value
+    return p.SequenceBias(prefixes, last, bias)
+
+
+def _filled(ids: list[int], vocabulary: int) -> np.ndarray:
+    """Ids with more behind them that no token has."""
+    out = np.full(round_up(len(ids), LIST_STEP), vocabulary, np.int32)
+    out[: len(ids)] = ids
+    return out
+
+
+def _asks_nothing(value: Any, neutral: Any) -> bool:
+    if isinstance(value, Sequence | Mapping | np.ndarray):
+        return len(value) == 0
+    return neutral is not None and bool(value == neutral)

@@ -1,0 +1,143 @@
+"""Recordings in, texts out: what every ASR model does around its network."""
+
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from speechlm2_jax.data.audio import check_samples
+from speechlm2_jax.inference.audio_inputs import as_float, clips_of, is_array, items_of, split_audio
+from speechlm2_jax.inference.padding import SAMPLE_STEP, round_up
+
+if TYPE_CHECKING:
+    from speechlm2_jax.models.salm import SALM
+
+ROWS_AT_ONCE = 16
+Decode = Callable[[np.ndarray, np.ndarray], list[list[int]]]
+"""Audio float32 [B, S] and lengths int32 [B] -> the labels of each row."""
+_WITHOUT_EFFECT = ("use_lhotse", "num_workers", "verbose")
+"""Arguments of NeMo's `transcribe` that change no text."""
+_REFUSED = ("return_hypotheses", "timestamps", "augmentor", "override_config")
+"""Those that ask for something, unless they are left at None or False."""
+
+
+class Transcript(str):
+    """A text; `text` is the same, by the name that it has in NeMo's hypotheses."""
+
+    __slots__ = ()
+
+    @property
+    def text(self) -> str:
+        """The text itself."""
+        return str(self)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Takes NeMo's further arguments of `transcribe`.
+
+    Raises ValueError for one that asks for what is not supported, TypeError for an unknown one.
+    """
+    for name, value in options.items():
+        if name in _REFUSED and value not in (None, False):
+            raise ValueError(f"transcribe: {name}={value!r} is not supported; leave it out")
+        if name not in (*_WITHOUT_EFFECT, *_REFUSED):
+            raise TypeError(f"transcribe: unknown argument {name!r}")
+
+
+def recordings_of(
+    audio: Any, lengths: Any, rate_hz: int, channel_selector: int | str | None = None
+) -> list[np.ndarray]:
+    """Recordings float32 [S] at `rate_hz`, of all that `transcribe` takes.
+
+    `audio`: one recording or a list of them, in every form of `clips.clips_of`, or a batch [B, S]
+    with `lengths` [B]. In batches and lists of arrays a recording may have no samples. Raises
+    AudioError for a recording that cannot be used, ValueError for what is none.
+    """
+    channel = _channel(channel_selector)
+    if lengths is not None or _is_batch(audio):
+        rows = split_audio(audio, lengths, least=0)
+    elif isinstance(audio, list | tuple) and all(is_array(a) and np.ndim(a) == 1 for a in audio):
+        rows = [as_float(np.asarray(row), f"recording {n}") for n, row in enumerate(audio)]
+    else:
+        return [
+            clip.samples
+            for number, item in enumerate(items_of(audio))
+            for clip in clips_of(item, f"recording {number}", rate_hz, channel)
+        ]
+    return [check_samples(row, f"recording {n}") if len(row) else row for n, row in enumerate(rows)]
+
+
+def transcribe(
+    waves: Sequence[np.ndarray],
+    decode: Decode,
+    spell: Callable[[list[int]], str],
+    batch_size: int = ROWS_AT_ONCE,
+) -> list[Transcript]:
+    """Transcribes recordings float32 [S], in input order; one without samples is "".
+
+    Recordings of similar length share a batch of at most `batch_size` rows. Rows and seconds are
+    rounded up to 1.0x or 1.5x a power of two, so that few programs are compiled.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    order = sorted((i for i in range(len(waves)) if len(waves[i])), key=lambda i: len(waves[i]))
+    texts = [Transcript()] * len(waves)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        labels = decode(*_padded([waves[i] for i in chosen]))
+        for i, row in zip(chosen, labels, strict=False):  # rows beyond them are padding
+            texts[i] = Transcript(spell(row))
+    return texts
+
+
+def transcribe_by_prompt(
+    model: "SALM", audio: Any, prompt: str, batch_size: int, generation: Mapping[str, Any]
+) -> list[Transcript]:
+    """Transcribes by asking an LLM; see SALM.transcribe."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    for key in ("num_return_sequences", "return_dict_in_generate"):
+        if generation.get(key) not in (None, False, 1):
+            raise ValueError(f"transcribe: {key} is not supported; use generate")
+    tag = model.audio_locator_tag
+    content = prompt if tag in prompt else f"{prompt} {tag}".strip()
+    left_out = [i for i in (model.text_eos_id, model.text_pad_id) if i is not None]
+    items, texts = items_of(audio), []
+    for start in range(0, len(items), batch_size):
+        clips = [
+            clips_of(item, f"recording {number}", model.sampling_rate)
+            for number, item in enumerate(items[start : start + batch_size], start=start)
+        ]
+        asked = [
+            [{"role": "user", "content": content, "audio": [c.samples for c in own]}]
+            for own in clips
+        ]
+        for ids in np.asarray(model.generate(asked, **generation)):
+            spoken = ids[~np.isin(ids, left_out)]
+            texts.append(Transcript(model.tokenizer.ids_to_text(spoken).strip()))
+    return texts
+
+
+def _is_batch(audio: Any) -> bool:
+    if is_array(audio):
+        return np.ndim(audio) != 1
+    first = audio[0] if isinstance(audio, list) and audio else None
+    return isinstance(first, list) and all(isinstance(value, Real) for value in first[:2])
+
+
+def _channel(selector: int | str | None) -> int | None:
+    if isinstance(selector, int) and not isinstance(selector, bool) and selector >= 0:
+        return selector
+    if selector not in (None, "average"):
+        raise ValueError(f"channel_selector={selector!r} must be a channel from 0, or average")
+    return None
+
+
+def _padded(waves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    samples = round_up(max(map(len, waves)), SAMPLE_STEP)
+    audio = np.zeros((round_up(len(waves), 1), samples), np.float32)
+    lengths = np.zeros(len(audio), np.int32)
+    for row, wave in enumerate(waves):
+        audio[row, : len(wave)], lengths[row] = wave, len(wave)
+    return audio, lengths

@@ -1,0 +1,203 @@
+"""From NeMo's `model:` block of a duplex model to a network: parts found, architecture known."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from speechlm2_jax.conversion import duplex as duplex_tables
+from speechlm2_jax.conversion import hf_config, mapping
+from speechlm2_jax.conversion.readers import open_weights, read_nemo
+from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.layers.lora import LoraConfig
+from speechlm2_jax.layers.module import VariableInfo
+from speechlm2_jax.networks.channels import TextIds
+from speechlm2_jax.networks.duplex import Duplex, DuplexConfig
+from speechlm2_jax.networks.duplex_s2s import DuplexS2S
+from speechlm2_jax.networks.duplex_s2s_speech_decoder import DuplexS2SSpeechDecoder
+from speechlm2_jax.pretrained import registry
+from speechlm2_jax.pretrained.blueprint import (
+    Blueprint,
+    Pretrained,
+    needs_asr,
+    perception_config,
+    under,
+)
+from speechlm2_jax.pretrained.codec_config import codec_config
+from speechlm2_jax.pretrained.duplex_config import DuplexModelConfig, DuplexSpeechDecoderModelConfig
+from speechlm2_jax.pretrained.locate import AUDIO_CODEC, Location, read_json
+from speechlm2_jax.settings import SettingsError, build
+from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplexBlueprint(Blueprint):
+    """Everything about a duplex model but its weights."""
+
+    config: DuplexModelConfig
+    network: DuplexConfig
+    codec_cfg: Mapping[str, Any]
+    """The codec's own model config, as it was read."""
+    codec_file: Path | None
+    """Its `.nemo` file; None where only the config was found."""
+
+    def find_scoring_asr(self) -> Path | None:
+        """The `.nemo` file of the scoring ASR, fetched if need be; None without one.
+
+        Raises SettingsError if it cannot be had.
+        """
+        name = self.config.scoring_asr
+        if not name:
+            return None
+        location = Location(near=self.near)
+        if "/" not in name and not name.endswith(".nemo") and location.local(name) is None:
+            name = f"nvidia/{name}"  # NeMo's bare names are NVIDIA's, on the hub too
+        try:
+            return location.find_nemo(name, key="model.scoring_asr")
+        except SettingsError as error:
+            raise SettingsError(f"{error}, or null: then nobody writes down speech") from error
+
+    @property
+    def table(self) -> mapping.Table:
+        """NeMo's names of the whole model."""
+        return duplex_tables.duplex_table(self.network)
+
+    def make(self, rngs: nnx.Rngs) -> Duplex:
+        """Makes the network."""
+        kind = DuplexS2S if self.network.speech_decoder is None else DuplexS2SSpeechDecoder
+        return kind(self.network, rngs=rngs)
+
+    def pretrained(self, infos: Mapping[str, VariableInfo]) -> Iterator[Pretrained]:
+        """The LLM's directory, the ASR model's file and the codec's."""
+        if self.codec_file is not None:
+            # a codec is never trained here: with random weights no code would mean anything
+            yield (
+                open_weights(self.codec_file),
+                duplex_tables.codec_file_table(self.network),
+                under("codec.", infos),
+            )
+        if not self.config.pretrained_weights:
+            return
+        yield (
+            open_weights(self.llm_directory),
+            duplex_tables.llm_table(self.network),
+            under("llm.", infos, but=("lora_a", "lora_b")),
+        )
+        if self.asr_file is not None:
+            yield (
+                open_weights(self.asr_file),
+                duplex_tables.asr_table(self.network),
+                under("perception.encoder.", infos) | under("perception.log_mel.", infos),
+            )
+
+    def definitions(self) -> dict[str, Mapping[str, Any]]:
+        """Configs of the parts, by the folder of a saved model that keeps each."""
+        return {**super().definitions(), AUDIO_CODEC: self.codec_cfg}
+
+
+def read_blueprint(
+    kind: type[DuplexModelConfig], cfg: Mapping[str, Any], near: tuple[Path, ...] = ()
+) -> DuplexBlueprint:
+    """Reads configs and tokenizer, no weights. Raises SettingsError with the key to change."""
+    config = build(kind, cfg, "model")
+    location = Location(near=near)
+    llm_directory = location.find(config.pretrained_llm, key="model.pretrained_llm")
+    registry.require_part(llm_directory, "model.pretrained_llm", name="")
+    llm_config = read_json(llm_directory / "config.json", key="model.pretrained_llm")
+    decoder = hf_config.decoder_config(llm_config)
+    directory = llm_directory
+    if config.tokenizer_path is not None:
+        directory = location.find(config.tokenizer_path, key="model.tokenizer_path")
+    tokenizer = Tokenizer(directory)
+    codec_cfg, codec_file = _codec(config, location)
+    asr_file = None
+    if config.pretrained_asr is not None and needs_asr(
+        config.pretrained_weights, config.perception
+    ):
+        asr_file = location.find_nemo(config.pretrained_asr, key="model.pretrained_asr")
+        registry.require_part(asr_file, "model.pretrained_asr", name="ASRModel")
+    block, perception = perception_config(config.perception, asr_file, decoder.width)
+    try:
+        network = DuplexConfig(
+            llm=decoder,
+            perception=perception,
+            codec=codec_config(codec_cfg, "model.pretrained_audio_codec"),
+            text=_text_ids(tokenizer),
+            speech_decoder=_speech_decoder(config),
+            lora=None if config.lora is None else build(LoraConfig, config.lora, "model.lora"),
+            text_loss_weight=config.text_loss_weight,
+            audio_loss_weight=config.audio_loss_weight,
+            user_channel_weight=config.duplex_user_channel_weight,
+            nemo_exact=config.nemo_exact,
+        )
+    except SettingsError:
+        raise
+    except ValueError as error:
+        raise SettingsError(f"model: {error}") from error
+    return DuplexBlueprint(
+        config=config,
+        cfg={**cfg, "perception": block},
+        llm_config=llm_config,
+        tokenizer=tokenizer,
+        pad_id=tokenizer.pad_id,
+        network=network,
+        llm_directory=llm_directory,
+        asr_file=asr_file,
+        codec_cfg=codec_cfg,
+        codec_file=codec_file,
+        near=near,
+    )
+
+
+def _speech_decoder(config: DuplexModelConfig) -> SpeechDecoderConfig | None:
+    if not isinstance(config, DuplexSpeechDecoderModelConfig):
+        return None
+    if not config.speech_decoder.is_causal:
+        raise SettingsError(
+            "model.speech_decoder.is_causal: a decoder that speaks frame by frame cannot look "
+            "ahead; set it to true"
+        )
+    return config.speech_decoder
+
+
+def _codec(config: DuplexModelConfig, location: Location) -> tuple[dict[str, Any], Path | None]:
+    """The codec's config, from a saved model's folder or from its `.nemo` file."""
+    key = "model.pretrained_audio_codec"
+    found = location.local(config.pretrained_audio_codec)
+    if found is not None and (found / "config.json").is_file():
+        return read_json(found / "config.json", key=key), None
+    file = location.find_nemo(config.pretrained_audio_codec, key=key)
+    registry.require_part(file, key, name="AudioCodec")
+    return dict(read_nemo(file).config), file
+
+
+def _text_ids(tokenizer: Tokenizer) -> TextIds:
+    ids = TextIds(
+        pad=tokenizer.pad_id,
+        bos=_turn_id(tokenizer.bos_id, "bos", "start"),
+        eos=_turn_id(tokenizer.eos_id, "eos", "end"),
+    )
+    if ids.pad in (ids.bos, ids.eos):
+        # as in NeMo, of which there may be checkpoints; a new model would learn little from it
+        _log.warning(
+            "model.pretrained_llm: its tokenizer pads with token %d, which also marks where turns "
+            "start or end: every silent frame is such a mark. Name another pad_token in "
+            "tokenizer_config.json",
+            ids.pad,
+        )
+    return ids
+
+
+def _turn_id(found: int | None, name: str, does: str) -> int:
+    if found is None:
+        raise SettingsError(
+            f"model.pretrained_llm: its tokenizer has no {name} token, which marks where the "
+            f"agent's turns {does}; add {name}_token to tokenizer_config.json, or name another "
+            "tokenizer in model.tokenizer_path"
+        )
+    return found

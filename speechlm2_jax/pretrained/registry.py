@@ -1,0 +1,226 @@
+"""Which class opens what: a run, a saved directory, a `.nemo` or `.ckpt` file, a `model:` block.
+
+Every program and every `from_pretrained` asks here, so that all give the same answer. Nothing is
+imported by a name that a file gives: names select from the tables below.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from speechlm2_jax.checkpointing import CHECKPOINTS
+from speechlm2_jax.conversion.errors import ConversionError
+from speechlm2_jax.conversion.readers import read_json, read_nemo
+from speechlm2_jax.conversion.readers.nemo import CONFIG as NEMO_CONFIG
+from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters
+from speechlm2_jax.conversion.readers.yaml_text import MAX_BYTES, read_yaml
+from speechlm2_jax.pretrained.locate import Location
+from speechlm2_jax.settings import SettingsError
+
+CONFIG = "config.json"
+RUN_DEFINITION = "model"
+"""Folder of a run directory that holds all of the model but its weights."""
+SPEECH_MODELS = ("SALM", "DuplexS2SModel", "DuplexS2SSpeechDecoderModel")
+"""Classes with an LLM in them, whose `save_pretrained` writes a directory."""
+TRAINABLE = (*SPEECH_MODELS, "CTCModel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What a checkpoint is, and what opens it."""
+
+    what: str
+    """A few words, with their article."""
+    classes: tuple[str, ...] = ()
+    """Names in `slm.models` of the classes that open it, the usual one first."""
+    advice: str = ""
+    """What to do with it where none of the classes opens it as it is."""
+    is_llm: bool = False
+    """Whether it is an LLM without a speech encoder."""
+
+    def sentence(self, path: str | Path) -> str:
+        """One line: what `path` is and what to do with it."""
+        opened = " or ".join(f"slm.models.{name}.from_pretrained" for name in self.classes)
+        return f"{path} is {self.what}; " + (f"open it with {opened}" if opened else self.advice)
+
+
+SALM = Kind(what="a SALM", classes=("SALM",))
+DUPLEX = Kind(what="a full-duplex model", classes=("DuplexS2SModel",))
+DUPLEX_WITH_DECODER = Kind(
+    what="a full-duplex model with a speech decoder", classes=("DuplexS2SSpeechDecoderModel",)
+)
+DUPLEX_MODELS = (DUPLEX, DUPLEX_WITH_DECODER)
+CODEC = Kind(what="an audio codec", classes=("AudioCodec",))
+_ASR_ALONE = ("ASRModel",)
+_ASR_OR_CTC = ("ASRModel", "CTCModel")
+CTC_RUN = Kind(what="a training run of a CTC model", classes=("CTCModel",))
+WEIGHTS_ALONE = Kind(
+    what="a file of weights without a configuration",
+    advice="name the directory that holds it, with its config.json",
+)
+_BY_TARGET: Mapping[str, Kind] = {
+    "SALM": SALM,
+    "DuplexS2SModel": DUPLEX,
+    "DuplexS2SSpeechDecoderModel": DUPLEX_WITH_DECODER,
+    "AudioCodecModel": CODEC,
+    **{
+        name: Kind(what=f"an ASR model ({name})", classes=classes)
+        for name, classes in (
+            ("EncDecCTCModel", _ASR_ALONE),
+            ("EncDecCTCModelBPE", _ASR_OR_CTC),
+            ("EncDecRNNTModel", _ASR_ALONE),
+            ("EncDecRNNTBPEModel", _ASR_ALONE),
+            ("EncDecHybridRNNTCTCModel", _ASR_ALONE),
+            ("EncDecHybridRNNTCTCBPEModel", _ASR_OR_CTC),
+        )
+    },
+}
+"""By the last component of the class that NeMo's `target` or `_target_` names."""
+
+
+def of_target(name: str) -> Kind:
+    """The kind of what NeMo's class `name` (dotted or not) saves."""
+    last = name.rpartition(".")[2]
+    other = Kind(
+        what=f"a NeMo model of class {last}",
+        advice="no class here opens it whole; if it has a FastConformer encoder, name it in "
+        "model.pretrained_asr of a training configuration",
+    )
+    return _BY_TARGET.get(last, other)
+
+
+def of_config(cfg: Mapping[str, Any]) -> Kind | None:
+    """The kind of a model by its configuration: a `model:` block or config.json; None if unknown.
+
+    `_target_` decides; without one, the keys that only one kind has.
+    """
+    target = cfg.get("_target_", cfg.get("target"))
+    if isinstance(target, str):
+        return of_target(target)
+    if "pretrained_audio_codec" in cfg:
+        return DUPLEX_WITH_DECODER if "speech_decoder" in cfg else DUPLEX
+    if "pretrained_llm" in cfg:
+        return SALM if "perception" in cfg else None
+    if "tokenizer" in cfg and {"preprocessor", "encoder"} <= cfg.keys():
+        return CTC_RUN
+    return _of_hugging_face(cfg)
+
+
+def _of_hugging_face(cfg: Mapping[str, Any]) -> Kind | None:
+    """The kind of what a config.json of transformers describes; None if it is none."""
+    family, classes = cfg.get("model_type"), cfg.get("architectures")
+    if not isinstance(family, str) or family.startswith("nemo_speechlm"):
+        return None
+    named = str(classes[0]) if isinstance(classes, list) and classes else "ForCausalLM"
+    if named.endswith(("ForCausalLM", "Model")):
+        advice = "name it in model.pretrained_llm of a training configuration"
+        what = f"a Hugging Face LLM ({family}) without a speech encoder"
+        return Kind(what=what, advice=advice, is_llm=True)
+    return Kind(
+        what=f"a Hugging Face model of class {named}",
+        advice="no class here opens it; give a NeMo model, or a directory of save_pretrained",
+    )
+
+
+def identify(path: Path) -> Kind | None:
+    """The kind of a file or directory on this machine; None if nothing tells. Reads no weights.
+
+    Raises ConversionError for a damaged or hostile file.
+    """
+    if path.is_file():
+        return _of_file(path)
+    if is_run(path):
+        return _of_json(path / RUN_DEFINITION / CONFIG)
+    if (path / CONFIG).is_file():
+        return _of_json(path / CONFIG)
+    if (path / NEMO_CONFIG).is_file():
+        return _of_unpacked(path)
+    archives = sorted(path.glob("*.nemo"))
+    return _of_file(archives[0]) if len(archives) == 1 else None
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run directory."""
+    return (path / CHECKPOINTS).is_dir()
+
+
+def _of_file(path: Path) -> Kind | None:
+    if path.suffix == ".nemo":
+        return of_config(read_nemo(path).config)
+    if path.suffix == ".ckpt":
+        cfg = read_hyper_parameters(path).get("cfg")
+        return of_config(cfg) if isinstance(cfg, dict) else WEIGHTS_ALONE
+    is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth")
+    return WEIGHTS_ALONE if is_weights else None
+
+
+def _of_json(path: Path) -> Kind | None:
+    try:
+        return of_config(read_json(path))
+    except ConversionError:  # missing or damaged: who reads it for its content says so
+        return None
+
+
+def _of_unpacked(directory: Path) -> Kind | None:
+    """A directory that convert.py made of a .nemo file."""
+    file = directory / NEMO_CONFIG
+    with file.open("rb") as opened:
+        kind = of_config(read_yaml(opened.read(MAX_BYTES + 1), str(file)))
+    if kind is None:
+        return None
+    opener = " or ".join(f"slm.models.{name}" for name in kind.classes) or "NeMo"
+    advice = f"pack it with python convert.py {directory} NAME.nemo, which {opener} opens"
+    return replace(kind, what=f"{kind.what}, unpacked", classes=(), advice=advice)
+
+
+def require(kind_of_model: type[Any], path: Path) -> None:
+    """Raises SettingsError, naming the class that opens `path`, if `kind_of_model` does not."""
+    known = {name for kind in (*_BY_TARGET.values(), CTC_RUN) for name in kind.classes}
+    asking = next(base.__name__ for base in kind_of_model.__mro__ if base.__name__ in known)
+    kind = identify(path)
+    if kind is not None and asking not in kind.classes:
+        raise SettingsError(f"{kind.sentence(path)} ({asking} was asked for)")
+
+
+def find_nemo(kind_of_model: type[Any], name: str | Path, *, key: str) -> Path:
+    """The `.nemo` file that `name` means, for a class that opens only those.
+
+    Raises SettingsError naming `key` if there is none, or naming the class that opens it.
+    """
+    location = Location()
+    found = location.local(str(name))
+    if found is not None:
+        require(kind_of_model, found)
+    file = location.find_nemo(str(name), key=key)
+    require(kind_of_model, file)
+    return file
+
+
+def require_part(path: Path, key: str, *, name: str) -> None:
+    """Raises SettingsError if `path`, given as the component `key`, is a model of another kind.
+
+    `name` is the class that opens such a component; "" for an LLM, which none opens.
+    """
+    kind = identify(path)
+    if kind is None or not kind.classes or name in kind.classes:
+        return
+    if set(kind.classes) & set(SPEECH_MODELS):
+        advice = "to start from its weights, name it in model.init_from_checkpoint"
+    else:
+        advice = f"name {'a Hugging Face LLM' if not name else f'what slm.models.{name} opens'}"
+    raise SettingsError(f"{key}: {path} is {kind.what}; {advice}")
+
+
+def trained_class(block: Mapping[str, Any]) -> str:
+    """The name in `slm.models` of what a `model:` block trains; SALM where nothing tells.
+
+    Raises SettingsError for a `_target_` that is not trained here.
+    """
+    kind = of_config(block) or SALM
+    found = [name for name in TRAINABLE if name in kind.classes]
+    if not found:
+        targets = " or ".join((*SPEECH_MODELS, "EncDecCTCModelBPE"))
+        named = block.get("_target_", block.get("target", kind.what))
+        raise SettingsError(f"model._target_: {named} is not trained here; use {targets}")
+    return found[0]

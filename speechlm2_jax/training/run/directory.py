@@ -1,0 +1,147 @@
+"""The run directory: what was asked (config, command), on what (environment), and what was said."""
+
+import logging
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from speechlm2_jax import console
+from speechlm2_jax.checkpointing import CHECKPOINTS, read_ranking, step_folders
+from speechlm2_jax.console import PACKAGE_LOGGER
+from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.training.run.disk_errors import RunLog
+
+CONFIG = "config.yaml"
+COMMAND = "command.txt"
+ENVIRONMENT = "environment.txt"
+LOG = "train.log"
+MODEL = "model"
+"""All of the model but its weights."""
+METRICS = "metrics.jsonl"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lhotse", "grain")
+_VARIABLES = ("JAX_", "XLA_", "CUDA_", "TPU_", "LIBTPU_")
+_PROGRAM = "train.py"
+_RUNS = "runs"
+"""Folder in which evaluate.py looks for the newest run."""
+_LAST_STEP = "trainer.max_steps"
+
+
+def create(run_dir: Path) -> None:
+    """Makes the directory. Raises SettingsError if it cannot be written."""
+    probe = run_dir / f".writable{jax.process_index()}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("yes")
+        probe.unlink()
+    except OSError as error:
+        raise SettingsError(
+            f"the run directory {run_dir} cannot be written ({error.strerror}); "
+            "choose another exp_manager.explicit_log_dir"
+        ) from error
+
+
+def describe(run_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Writes config.yaml, and adds this start to command.txt and environment.txt.
+
+    A config.yaml with other contents is kept under a number.
+    """
+    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    config = run_dir / CONFIG
+    if config.exists() and config.read_text(encoding="utf-8") != text:
+        number = len(list(run_dir.glob("config.*.yaml")))
+        config.rename(run_dir / f"config.{number}.yaml")
+    config.write_text(text, encoding="utf-8")
+    stamp = time.strftime("# %Y-%m-%d %H:%M:%S %z")
+    _append(run_dir / COMMAND, [stamp, shlex.join([sys.executable, *sys.argv])])
+    _append(run_dir / ENVIRONMENT, [stamp, *_environment()])
+
+
+@contextmanager
+def logging_to(run_dir: Path | None) -> Iterator[None]:
+    """Sends the package's log records to the terminal, and to train.log of a run directory.
+
+    What the terminal showed before is written to train.log too. Only the first process writes.
+    """
+    is_first = jax.process_index() == 0
+    with ExitStack() as stack:
+        shown = stack.enter_context(console.showing(is_shown=is_first))
+        if is_first and run_dir is not None:
+            to_file = RunLog(run_dir / LOG, encoding="utf-8")
+            stack.callback(to_file.close)
+            to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+            for record in shown.take_records():
+                to_file.handle(record)
+            logger = logging.getLogger(PACKAGE_LOGGER)
+            logger.addHandler(to_file)
+            stack.callback(logger.removeHandler, to_file)
+        yield
+
+
+def checkpoints_line(run_dir: Path) -> str:
+    """Which checkpoints there are to use; empty if there are none."""
+    folder = run_dir / CHECKPOINTS
+    steps = [path.name for path in step_folders(folder)]
+    if not steps:
+        return ""
+    ranking = read_ranking(folder)
+    present = {step: values for step, values in ranking.metrics.items() if str(step) in steps}
+    best = ranking.retention.best(present)
+    line = f"checkpoints: step {steps[0]} is the last"
+    if best:
+        monitor = ranking.retention.monitor
+        line += f", step {best[0]} the best ({monitor} {present[best[0]][monitor]:.4f})"
+    return f"{line}; in {folder}"
+
+
+def next_line(run_dir: Path | None, *, step: int, is_finished: bool) -> str:
+    """What to do after a run: the commands to type, where train.py was started by one."""
+    is_command = Path(sys.argv[0]).name == _PROGRAM
+    if not is_finished:
+        return f"next: {_command()}  to go on" if is_command else "next: call fit again to go on"
+    longer = {_LAST_STEP: str(2 * step)}
+    go_on = _command(longer) if is_command else f"fit with {_LAST_STEP}={2 * step}"
+    if run_dir is None:
+        return f"next: {go_on}  to go on"
+    is_newest = run_dir.parent == Path(_RUNS)
+    evaluate = "python evaluate.py" + ("" if is_newest else f" pretrained_name={run_dir}")
+    return f"next: {evaluate}  (report: {run_dir / 'report.html'})  |  {go_on}  to go on"
+
+
+def _command(overrides: Mapping[str, str] | None = None) -> str:
+    """The command line of this process, with other values of some keys."""
+    words = sys.argv[1:]
+    for key, value in (overrides or {}).items():
+        words = [word for word in words if word.lstrip("+").partition("=")[0] != key]
+        words.append(f"{key}={value}")
+    return shlex.join(["python", sys.argv[0], *words])
+
+
+def _append(path: Path, lines: list[str]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def _environment() -> list[str]:
+    devices = jax.devices()
+    lines = [
+        f"python {platform.python_version()} on {platform.platform()}",
+        f"devices {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
+        f"{jax.process_count()} processes",
+    ]
+    for package in _PACKAGES:
+        try:
+            lines.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            lines.append(f"{package} not installed")
+    variables = sorted(k for k in os.environ if k.startswith(_VARIABLES))
+    return [*lines, *(f"{name}={os.environ[name]}" for name in variables)]

@@ -1,0 +1,256 @@
+"""Before the first step: what is decided, and where a run begins or goes on."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import optax
+
+from speechlm2_jax import checkpointing, processes
+from speechlm2_jax.checkpointing import LayoutError, Restored
+from speechlm2_jax.console import phase
+from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.sharding import Sharding
+from speechlm2_jax.training.intervals import Cadence
+from speechlm2_jax.training.optimizer import AdamWConfig, Optimizer, read_optimizer
+from speechlm2_jax.training.programs import Programs
+from speechlm2_jax.training.protocol import (
+    DataSource,
+    ModelOutline,
+    TrainableModel,
+    Variables,
+)
+from speechlm2_jax.training.run.directory import METRICS
+from speechlm2_jax.training.run.metrics_log import drop_rows_after
+from speechlm2_jax.training.run.run_state import Progress
+from speechlm2_jax.training.run.step_reports import MAX_SKIPPED_IN_A_ROW
+from speechlm2_jax.training.run.throughput import Meter
+from speechlm2_jax.training.state import (
+    Layout,
+    Partition,
+    TrainState,
+    first_state,
+    plan_layout,
+    put,
+)
+from speechlm2_jax.training.step import StepFunctions
+from speechlm2_jax.training.strategies import (
+    Strategy,
+    build_mesh,
+    check_groups,
+    check_heads,
+    remat_policies,
+)
+from speechlm2_jax.training.trainer_config import TrainerConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is decided before any array is placed."""
+
+    config: TrainerConfig
+    devices: tuple[jax.Device, ...]
+    sharding: Sharding
+    partition: Partition
+    adamw: AdamWConfig
+    optimizer: Optimizer
+    layout: Layout
+
+    @staticmethod
+    def of(
+        model: ModelOutline,
+        config: TrainerConfig,
+        strategy: Strategy,
+        *,
+        trains: bool = True,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> "Setup":
+        """Decides devices, mesh, optimizer and layout; tells the model its compute dtype.
+
+        Without `trains` the model needs no optimizer. `devices` stand in for those that the
+        settings name. Raises SettingsError for what does not fit.
+        """
+        devices = config.choose_devices() if devices is None else devices
+        sharding = build_mesh(strategy, devices)
+        check_heads(model.heads, sharding)
+        partition, adamw = Partition.of(model.infos, model.trainable), AdamWConfig()
+        if trains:
+            partition.require_trainable()
+            adamw = read_optimizer(model.optimizer)
+        optimizer = Optimizer(
+            transform=adamw.transform() if trains else optax.identity(),
+            clip_norm=config.gradient_clip_val or 0.0,
+            masks=partition.masks,
+        )
+        if model.compute_dtype != config.compute_dtype:  # setting it builds the network anew
+            model.compute_dtype = config.compute_dtype
+        model.use_remat(remat_policies(config.remat, strategy))
+        layout = plan_layout(model.infos, partition, optimizer, sharding, config.compute_dtype)
+        return Setup(
+            config=config,
+            devices=tuple(devices),
+            sharding=sharding,
+            partition=partition,
+            adamw=adamw,
+            optimizer=optimizer,
+            layout=layout,
+        )
+
+    def meter(self) -> Meter:
+        """Starts counting time for these devices."""
+        return Meter([device.device_kind for device in self.devices])
+
+    def programs(self, model: ModelOutline, meter: Meter, planned: int | None = None) -> Programs:
+        """The compiled side of training, on so many planned shapes; nothing is compiled yet."""
+        functions = StepFunctions(
+            losses=model.losses,
+            optimizer=self.optimizer,
+            sharding=self.sharding,
+            seed=self.config.seed,
+            accumulate=self.config.accumulate_grad_batches,
+            nemo_exact=model.nemo_exact,
+        )
+        compiling = partial(meter.measure, "compiling")
+        return Programs(functions, self.layout, compiling=compiling, planned=planned)
+
+    def prepare_data(self, model: ModelOutline, datamodule: DataSource, groups: int) -> None:
+        """Lets the data plan its shapes. Raises SettingsError if the mesh cannot share `groups`."""
+        check_groups(groups, self.sharding)
+        with phase("planning the data"):
+            datamodule.setup(
+                frame_count=model.frame_count,
+                groups=groups,
+                pad_to_multiple=self.sharding.length_multiple,
+                own_groups=self.sharding.own_groups(groups),
+            )
+
+    def describe(self, groups: int) -> str:
+        """One line: sizes of the model and the mesh."""
+        state, frozen = self.layout.state, self.layout.frozen
+        trained_count = sum(math.prod(leaf.shape) for leaf in state.trainable.values())
+        frozen_count = sum(math.prod(leaf.shape) for leaf in frozen.values())
+        sizes = ", ".join(f"{a} {n}" for a, n in self.sharding.mesh.shape.items() if n > 1)
+        kind = self.devices[0].device_kind
+        return (
+            f"parameters: {trained_count:,} trained, {frozen_count:,} frozen; devices: "
+            f"{len(self.devices)} x {kind}{f' ({sizes})' if sizes else ''}; groups of a global "
+            f"batch: {groups}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where training begins or goes on."""
+
+    state: TrainState
+    frozen: Variables
+    progress: Progress
+
+
+def begin(model: TrainableModel, setup: Setup) -> Start:
+    """Starts from the variables that the model has, or streams them to their devices."""
+    layout = setup.layout
+    with phase("loading weights"):
+        has_them = model.has_variables
+        variables = model.variables if has_them else model.load_onto(layout.variables)
+    return Start(
+        state=first_state(variables, layout, setup.optimizer),
+        frozen=put(variables, layout.frozen, copy=False),
+        progress=Progress(groups=setup.sharding.data_parallel_size),
+    )
+
+
+def go_on(restored: Restored) -> Start:
+    """Starts from a checkpoint."""
+    progress = Progress(**restored.progress)
+    if progress.step in checkpointing.read_ranking(restored.step.parent).metrics:
+        progress.validated_at = progress.step  # it was, after the checkpoint was written
+    if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        progress.skipped_in_a_row = 0  # it stopped over these; it may try once more
+    arrays = restored.arrays
+    state = TrainState(
+        trainable=arrays["params"],
+        buffers=arrays["buffers"],
+        opt_state=arrays["opt"]["state"],
+        step=arrays["opt"]["step"],
+        skipped=arrays["opt"]["skipped"],
+    )
+    return Start(state=state, frozen=restored.frozen, progress=progress)
+
+
+def restore(
+    model: TrainableModel,
+    layout: Layout,
+    own: Path | None,
+    other: Path | None,
+    run_dir: Path | None,
+) -> Restored | None:
+    """Reads where to go on (`checkpointing.restore` has the order), and tidies up after it.
+
+    What the run directory holds beyond that step is put away: unreadable checkpoints under another
+    name, rows of metrics for good, as they will be written again. A damaged store of frozen
+    parameters is put away too where `model` has them from their source. Raises SettingsError if the
+    checkpoint holds other variables than the model.
+    """
+    state = layout.state
+    counters = {"step": state.step, "skipped": state.skipped}
+    template = {
+        "params": state.trainable,
+        "buffers": state.buffers,
+        "opt": {"state": state.opt_state, **counters},
+    }
+    with phase("reading the checkpoint"):
+        try:
+            restored = checkpointing.restore(
+                own, other, template, layout.frozen, lambda: [_frozen_again(model, layout)]
+            )
+        except LayoutError as error:
+            raise SettingsError(str(error)) from error
+    if restored is not None:
+        log.info("going on from %s", restored.step)
+    processes.wait_for_all("checkpoint chosen")
+    if run_dir is not None and jax.process_index() == 0:
+        _tidy(restored, own, run_dir)
+    processes.wait_for_all("run directory tidied")
+    return restored
+
+
+def _frozen_again(model: TrainableModel, layout: Layout) -> Variables:
+    """Frozen parameters as a new run would have them."""
+    variables = model.variables if model.has_variables else model.load_onto(layout.variables)
+    return put(variables, layout.frozen, copy=False)
+
+
+def _tidy(restored: Restored | None, own: Path | None, run_dir: Path) -> None:
+    if restored is not None and own is not None and restored.step.parent == own.absolute():
+        step = int(restored.step.name)
+        checkpointing.set_aside_newer(own, step)
+        if restored.has_rebuilt_frozen:
+            checkpointing.set_aside_frozen(own)
+        drop_rows_after(run_dir / METRICS, step)
+    else:
+        drop_rows_after(run_dir / METRICS, -1)
+
+
+def finished(checkpoints: Path, cadence: Cadence, *, validates: bool) -> Progress | None:
+    """Where a run ended, if its newest checkpoint leaves nothing to do; nothing else is read."""
+    steps = checkpointing.step_folders(checkpoints)
+    if not steps:
+        return None
+    try:
+        progress = Progress(**checkpointing.read_json(steps[0], "progress"))
+    except Exception:  # a damaged checkpoint: `restore` says so, and takes the one before it
+        return None
+    is_validated = (
+        not validates
+        or progress.validated_at == progress.step
+        or progress.step in checkpointing.read_ranking(checkpoints).metrics
+    )
+    is_over = cadence.is_finished(progress.step, progress.batches)
+    return progress if is_over and is_validated else None

@@ -1,0 +1,298 @@
+"""One training per run directory: a lock file names the process that trains there.
+
+The lock appears with its contents in one step (a hard link), its owner renews its time stamp while
+the run lasts, and it goes with the run. A killed run leaves it; the next start takes it over.
+"""
+
+import atexit
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+
+from speechlm2_jax import processes
+from speechlm2_jax.console import leave_at_once
+from speechlm2_jax.settings import SettingsError
+
+log = logging.getLogger(__name__)
+
+LOCK = "run.lock"
+HEARTBEAT_S = 10.0
+"""Between two renewals of the time stamp."""
+SILENT_S = 120.0
+"""A lock of another machine that was not renewed for so long is stale."""
+UNREADABLE_S = 1.0
+"""How long a lock whose contents cannot be read may still be in the writing."""
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """The process that a lock names."""
+
+    token: str
+    """Of this lock alone."""
+    host: str
+    machine: str
+    """Start of the operating system, and the namespace in which `pid` counts."""
+    pid: int
+    process_start: str
+    """When the process started, as the operating system tells it; empty where it does not."""
+    since: str
+    """When the training began, local time."""
+
+    @staticmethod
+    def this_process() -> "Owner":
+        """Names this process."""
+        return Owner(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=os.getpid(),
+            process_start=_process_start(os.getpid()) or "",
+            since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        )
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+    def why_stale(self, silent_s: float) -> str | None:
+        """Why the owner no longer trains, None if it may; `silent_s`: age of the time stamp."""
+        if self.host == socket.gethostname() and self.machine == _machine():
+            start = _process_start(self.pid)
+            is_same = not start or not self.process_start or start == self.process_start
+            return None if start is not None and is_same else "is gone"
+        return f"has been silent for {silent_s:.0f} s" if silent_s > SILENT_S else None
+
+
+class RunLock:
+    """The lock of a run directory, held by the first process for all processes of the run."""
+
+    def __init__(self, path: Path | None, token: str = ""):
+        """`path` is None on the processes that hold nothing themselves."""
+        self.path, self._token, self._pid = path, token, os.getpid()
+        self._is_training, self._is_over = False, threading.Event()
+        if path is not None:
+            atexit.register(self.release)
+            threading.Thread(target=self._beat, name="run lock", daemon=True).start()
+
+    @property
+    def is_held(self) -> bool:
+        """False after its release."""
+        return not self._is_over.is_set()
+
+    @contextmanager
+    def training(self) -> Generator[None]:
+        """Held for one call of `fit`, and released after it.
+
+        Raises SettingsError if another thread of this process trains there.
+        """
+        if self._is_training:
+            raise SettingsError(f"{self.path and self.path.parent}: this process trains there")
+        self._is_training = True
+        try:
+            yield
+        finally:
+            self._is_training = False
+            self.release()
+
+    def release(self) -> None:
+        """Removes the lock, if it is this process's."""
+        if self._is_over.is_set() or os.getpid() != self._pid:
+            return
+        self._is_over.set()
+        atexit.unregister(self.release)
+        if self.path is not None:
+            with _here:
+                _held.pop(self.path, None)
+            with contextlib.suppress(OSError):
+                if _token_of(self.path) == self._token:
+                    self.path.unlink()
+
+    def _beat(self) -> None:
+        """Renews the time stamp; ends the process if another one has taken the lock over."""
+        assert self.path is not None
+        while not self._is_over.wait(HEARTBEAT_S):
+            try:
+                token = _token_of(self.path)
+                if token == self._token:
+                    os.utime(self.path)
+            except OSError:  # the disk does not answer, or the folder was moved
+                continue
+            if token != self._token and not self._is_over.is_set():
+                leave_at_once(
+                    f"{self.path.parent}: another process has taken over this run directory after "
+                    f"{SILENT_S:.0f} s of silence; this one ends and saves nothing"
+                )
+
+
+_held: dict[Path, RunLock] = {}
+"""Locks of this process."""
+_here = threading.RLock()
+
+
+def acquire(run_dir: Path) -> RunLock:
+    """Takes the lock of an existing run directory; every process of the run calls it.
+
+    Raises SettingsError, on all of them, if another process trains there.
+    """
+    lock, problem = RunLock(None), ""
+    if jax.process_index() == 0:
+        try:
+            lock = _acquire(run_dir.resolve() / LOCK)
+        except SettingsError as error:
+            problem = str(error)
+    if problem := processes.agree(problem):
+        raise SettingsError(problem)
+    return lock
+
+
+def _acquire(path: Path) -> RunLock:
+    with _here:
+        lock = _held.get(path)
+        if lock is None or not lock.is_held:
+            lock = _held[path] = RunLock(path, _take(path))
+        return lock
+
+
+def _take(path: Path) -> str:
+    """Makes the lock file, in the place of a stale one too. Returns its token."""
+    owner = Owner.this_process()
+    draft = path.with_name(f".{path.name}.{owner.token}")
+    try:
+        draft.write_text(json.dumps(asdict(owner)), encoding="utf-8")
+        deadline = time.monotonic() + UNREADABLE_S
+        while not _created(draft, path):
+            found = _read(path)
+            if found is None:  # released in this moment
+                continue
+            other, changed_s = found
+            if other is None and time.monotonic() < deadline:
+                time.sleep(UNREADABLE_S / 10)
+                continue
+            # both stamps are the file system's, whose clock may differ from this machine's
+            os.utime(draft)
+            silent_s = draft.stat().st_mtime - changed_s
+            if other is None:
+                reason = f"has been silent for {silent_s:.0f} s" if silent_s > SILENT_S else None
+            else:
+                reason = other.why_stale(silent_s)
+            if reason is None:
+                raise SettingsError(_in_use(path, other))
+            if _replaced(draft, path, other):
+                name = "an unknown process" if other is None else str(other)
+                log.warning("taking over %s: %s (%s)", path.parent, name, reason)
+                break
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be written ({error.strerror})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+    return owner.token
+
+
+def _in_use(path: Path, owner: Owner | None) -> str:
+    folder = path.parent
+    who = "a process that does not say its name" if owner is None else str(owner)
+    return (
+        f"the run directory {folder} is in use by another training: {who}. Wait for its end, stop "
+        "it, or choose another exp_manager.explicit_log_dir"
+    )
+
+
+def _created(draft: Path, path: Path) -> bool:
+    """Gives the draft its final name, unless that is taken."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(draft.read_text(encoding="utf-8"))
+        except FileExistsError:
+            return False
+    return True
+
+
+def _replaced(draft: Path, path: Path, stale: Owner | None) -> bool:
+    """Puts the draft in the place of a stale lock, unless another process was quicker.
+
+    A lock named by the stale one's token makes sure that one process at a time tries.
+    """
+    token = None if stale is None else stale.token
+    guard = path.with_name(f"{path.name}.{token or 'unreadable'}"[:200])
+    _take(guard)
+    try:
+        found = _read(path)
+        if found is None or (None if found[0] is None else found[0].token) != token:
+            return False
+        draft.replace(path)
+        return True
+    finally:
+        guard.unlink()
+
+
+def _read(path: Path) -> tuple[Owner | None, float] | None:
+    """The owner (None if it cannot be read) and the time stamp; None if there is no lock."""
+    try:
+        changed_s = path.stat().st_mtime
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    try:
+        owner = Owner(**json.loads(text))
+        owner = owner if isinstance(owner.pid, int) and isinstance(owner.token, str) else None
+    except (ValueError, TypeError):
+        owner = None
+    return owner, changed_s
+
+
+def _token_of(path: Path) -> str | None:
+    found = _read(path)
+    if found is None:
+        raise FileNotFoundError(path)
+    return None if found[0] is None else found[0].token
+
+
+def _machine() -> str:
+    """What tells this machine, since its last start, from others of the same name."""
+    parts = []
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process of this machine started; None if it has ended, empty if that is not told."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return None
+    except OSError:  # another user's
+        pass
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]
+    except (OSError, IndexError):
+        pass
+    with contextlib.suppress(OSError):
+        words = ["ps", "-o", "lstart=", "-p", str(pid)]
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    return ""

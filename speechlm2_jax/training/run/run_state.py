@@ -1,0 +1,74 @@
+"""What the loop works with, where it stands, and how it ended."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from speechlm2_jax.checkpointing import Checkpointer
+from speechlm2_jax.console import ProgressBar
+from speechlm2_jax.training.exp_manager import CheckpointParams
+from speechlm2_jax.training.intervals import Cadence
+from speechlm2_jax.training.programs import Programs
+from speechlm2_jax.training.protocol import BatchIterator, DataSource, TrainableModel
+from speechlm2_jax.training.run.metrics_log import MetricsLog
+from speechlm2_jax.training.run.profiling import StepProfiler
+from speechlm2_jax.training.run.stopping import StopRequest
+from speechlm2_jax.training.run.throughput import Meter
+from speechlm2_jax.training.schedules import Schedule
+from speechlm2_jax.training.validation import Validator
+
+
+@dataclass
+class Progress:
+    """Where a run stands: counters on the host, saved as JSON in every checkpoint."""
+
+    groups: int
+    """Groups of a global batch, fixed when the run began."""
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    batches: int = 0
+    """Micro-batches taken."""
+    window: int = 0
+    """Micro-batches of the last step."""
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    validated_at: int = 0
+    """The step of the last validation."""
+    data: Any = None
+    """The training iterator's state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """How a call of `fit` ended."""
+
+    step: int
+    is_finished: bool
+    """True if the run reached its end; False if it was stopped and can go on."""
+    reason: str
+    metrics: Mapping[str, float]
+    """Of the last validation in this process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the loop works with; built by the trainer."""
+
+    model: TrainableModel
+    datamodule: DataSource
+    batches: BatchIterator
+    programs: Programs
+    schedule: Schedule
+    cadence: Cadence
+    validator: Validator | None
+    """None: no validation."""
+    checkpointer: Checkpointer | None
+    """None: nothing is saved."""
+    checkpoint_params: CheckpointParams
+    metrics_log: MetricsLog
+    meter: Meter
+    stop: StopRequest
+    bar: ProgressBar
+    profiler: StepProfiler
+    log_every_n_steps: int
+    sanity_batches: int

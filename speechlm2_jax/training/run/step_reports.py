@@ -1,0 +1,127 @@
+"""What steps report: read when it is old enough to be there, counted, logged, drawn.
+
+Steps are dispatched ahead of the device; a step's report is read when it is old enough to be
+finished, or when a log line needs it. The progress bar shows what was read anyway.
+"""
+
+import logging
+from collections import deque
+from dataclasses import asdict, dataclass, field
+
+import jax
+
+from speechlm2_jax.training.run.metrics_log import Row, format_progress, format_step
+from speechlm2_jax.training.run.run_state import Parts, Progress
+from speechlm2_jax.training.step import StepReport
+
+log = logging.getLogger(__name__)
+
+STEPS_IN_FLIGHT = 2
+"""Steps dispatched ahead of the host's reading; enough to hide the host, little to lose."""
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+@dataclass
+class Taken:
+    """A step that was dispatched."""
+
+    step: int
+    learning_rate: float
+    ids: tuple[str, ...]
+    report: StepReport
+    """On the device until it is read."""
+
+
+@dataclass
+class Reporter:
+    """Reads the reports of one run's steps."""
+
+    parts: Parts
+    progress: Progress
+    is_hopeless: bool = False
+    """True after too many skipped steps in a row."""
+    _pending: deque[Taken] = field(default_factory=deque)
+    _last: Taken | None = None
+
+    def add(self, taken: Taken) -> None:
+        """Takes a step that was just dispatched, and reads an older one.
+
+        The first step of a process is read at once: the next one may wait for a compilation.
+        """
+        self._pending.append(taken)
+        is_first = self._last is None
+        while len(self._pending) > (0 if is_first else STEPS_IN_FLIGHT):
+            self._read_oldest()
+        if is_first and taken.step % self.parts.log_every_n_steps:
+            self._tell_first(taken)
+
+    def drain(self) -> None:
+        """Reads all that is left; waits for the newest step."""
+        while self._pending:
+            self._read_oldest()
+
+    def log_step(self) -> None:
+        """Writes the row and the line of the newest step; waits for it."""
+        self.drain()
+        assert self._last is not None
+        report, parts = self._last.report, self.parts
+        row: Row = {
+            "step": self._last.step,
+            "loss": float(report.loss),
+            "learning_rate": self._last.learning_rate,
+            "grad_norm": float(report.grad_norm),
+            **{name: float(value) for name, value in report.metrics.items()},
+            **asdict(parts.meter.rates()),
+            "skipped": self.progress.skipped,
+            "dropped": sum(parts.datamodule.dropped.values()),
+        }
+        with parts.meter.measure("saving"):
+            parts.metrics_log.write(row)
+        log.info(format_step(row, parts.cadence.last_step))
+
+    def log_times(self) -> None:
+        """Writes where the time of this process went, and what data was left out."""
+        spent = self.parts.meter.totals()
+        total = sum(spent.values())
+        row = {f"time_{kind}_s": seconds for kind, seconds in spent.items()}
+        self.parts.metrics_log.write({"step": self.progress.step, "time_total_s": total, **row})
+        shares = ", ".join(f"{kind.replace('_', ' ')} {s:.1f}" for kind, s in spent.items())
+        log.info("time %.1f s: %s", total, shares)
+        for cause, count in self.parts.datamodule.dropped.items():
+            log.info("left out %d conversations: %s", count, cause)
+
+    def _read_oldest(self) -> None:
+        """Reads one report; counts and names what was skipped."""
+        done = self._pending.popleft()
+        done.report = jax.device_get(done.report)
+        self._last = done
+        self._draw(done)
+        progress, report = self.progress, done.report
+        if report.applied:
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        self.is_hopeless |= progress.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
+        reason = "no token is scored" if report.count == 0 else "not finite"
+        log.warning(
+            "step %d skipped (%s: loss %s, gradient norm %s); conversations: %s",
+            *(done.step, reason, report.loss, report.grad_norm, ", ".join(done.ids)),
+        )
+
+    def _tell_first(self, taken: Taken) -> None:
+        every = self.parts.log_every_n_steps
+        total = self.parts.cadence.last_step
+        log.info(
+            "step %d%s  loss %.4f  lr %.3e  the first of this start; from here a line every %d",
+            *(taken.step, "" if total is None else f"/{total}"),
+            *(float(taken.report.loss), taken.learning_rate, every),
+        )
+
+    def _draw(self, done: Taken) -> None:
+        bar, meter, last_step = self.parts.bar, self.parts.meter, self.parts.cadence.last_step
+        if not bar.is_drawn:
+            return
+        left = None if last_step is None else last_step - done.step
+        text = format_progress(float(done.report.loss), done.learning_rate, meter.pace(left))
+        bar.draw(done.step, text)
