@@ -25,9 +25,9 @@ from speechlm2_jax import console, settings
 from speechlm2_jax.evaluation.config import EvalConfig, check_generation
 from speechlm2_jax.evaluation.duplex.config import DuplexEvalConfig
 from speechlm2_jax.evaluation.duplex.plan import DuplexPlan, find_model, make_duplex_plan
-from speechlm2_jax.evaluation.encoder_wer import Recogniser, open_recogniser
+from speechlm2_jax.evaluation.encoder_wer import EncoderTranscriber, open_recogniser
 from speechlm2_jax.evaluation.interruption import interruptible, notes, report_interruption
-from speechlm2_jax.evaluation.plan import Plan, make_plan
+from speechlm2_jax.evaluation.plan import EvaluationPlan, make_plan
 
 
 def main(argv: Sequence[str], *, compiled: str | None = None) -> int:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str], *, compiled: str | None = None) -> int:
     return 0
 
 
-def parse(argv: Sequence[str]) -> Plan | DuplexPlan:
+def parse(argv: Sequence[str]) -> EvaluationPlan | DuplexPlan:
     """The command line as a checked configuration, completed by what the newest run says."""
     kinds = (EvalConfig, DuplexEvalConfig)
     keys = dict.fromkeys(field.name for kind in kinds for field in dataclasses.fields(kind))
@@ -64,7 +64,7 @@ def parse(argv: Sequence[str]) -> Plan | DuplexPlan:
     return make_duplex_plan(words, found) if found.is_duplex else make_plan(words)
 
 
-def run(plan: Plan, compiled: str | None) -> None:
+def run(plan: EvaluationPlan, compiled: str | None) -> None:
     """Reads the inputs, answers them, writes rows and page, prints the table."""
     # cheap checks come before any weight is read
     config = plan.config
@@ -157,7 +157,7 @@ def run_duplex(plan: DuplexPlan, compiled: str | None) -> None:
             print(f"report:  {page}  (open it in a browser)")
 
 
-def _recogniser(plan: Plan) -> Recogniser | None:
+def _recogniser(plan: EvaluationPlan) -> EncoderTranscriber | None:
     """The encoder's own CTC head, if it is to be scored; only a head that was asked for must be."""
     if plan.encoder_file is None:
         return None

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from speechlm2_jax.layers.module import Variables, abstract, bind, draw, unbind
+from speechlm2_jax.layers.module import Variables, abstract, draw, merge, split
 from speechlm2_jax.perception import self_attention
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
@@ -63,13 +63,13 @@ def encode(
     config: FastConformerConfig, variables: Variables, seconds: float
 ) -> tuple[np.ndarray, float, float]:
     """Encodes noise of that length: (frames, seconds to compile, seconds to run)."""
-    definition, _ = unbind(abstract(lambda: FastConformer(config, rngs=nnx.Rngs(0))))
+    graphdef, _ = split(abstract(lambda: FastConformer(config, rngs=nnx.Rngs(0))))
     steps = round(seconds * FRAMES_PER_SECOND)
     noise = np.random.default_rng(0).normal(size=(1, steps, config.feat_in))
     features, lengths = jnp.asarray(noise, jnp.float32), jnp.asarray([steps], jnp.int32)
 
     def run(variables: Variables, features: Any, lengths: Any) -> Any:
-        return bind(definition, variables)(features, lengths).frames
+        return merge(graphdef, variables)(features, lengths).frames
 
     began = time.perf_counter()
     compiled = jax.jit(run).lower(variables, features, lengths).compile()
@@ -98,7 +98,7 @@ def main() -> int:
     options = parser.parse_args()
     config = FastConformerConfig(**{**vars(CANARY), "n_layers": options.layers})
     say(f"drawing weights: {config.n_layers} layers of width {config.d_model}")
-    variables = draw(lambda: unbind(FastConformer(config, rngs=nnx.Rngs(0)))[1])
+    variables = draw(lambda: split(FastConformer(config, rngs=nnx.Rngs(0)))[1])
     parameters = sum(x.size for x in variables.values())
     say(f"{parameters / 1e6:.0f} M values; encoding {options.minutes:g} minutes, blocked")
     frames, compiling, running = encode(config, variables, 60 * options.minutes)

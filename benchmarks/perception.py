@@ -22,7 +22,7 @@ from flax import nnx
 
 from benchmarks import timing
 from benchmarks.presets import PRESETS, Preset
-from speechlm2_jax.layers.module import Variables, abstract, bind, draw, unbind
+from speechlm2_jax.layers.module import Variables, abstract, draw, merge, split
 from speechlm2_jax.perception.frames import Frames
 from speechlm2_jax.perception.perception import AudioPerception
 from speechlm2_jax.training.programs import keep_compiled_programs
@@ -35,8 +35,8 @@ class PerceptionWork:
     def __init__(self, preset: Preset, batch: int, seconds: float, dtype: str):
         self.config, self.dtype = preset.perception, jnp.dtype(dtype)
         make = lambda: AudioPerception(self.config, rngs=nnx.Rngs(0))  # noqa: E731
-        self.definition = unbind(abstract(make))[0]
-        self.variables = draw(lambda: unbind(make())[1])
+        self.graphdef = split(abstract(make))[0]
+        self.variables = draw(lambda: split(make())[1])
         samples = round(seconds * self.config.preprocessor.sample_rate)
         random = np.random.default_rng(0)
         self.audio = jnp.asarray(random.uniform(-0.3, 0.3, (batch, samples)), jnp.float32)
@@ -56,10 +56,10 @@ class PerceptionWork:
         }
 
     def _mel(self, variables: Variables, audio: Any, lengths: Any) -> Frames:
-        return bind(self.definition, variables).log_mel(audio, lengths)
+        return merge(self.graphdef, variables).log_mel(audio, lengths)
 
     def _encode(self, variables: Variables, mel: Frames) -> Any:
-        encoder = bind(self.definition, variables).encoder
+        encoder = merge(self.graphdef, variables).encoder
         return encoder(mel.frames.astype(self.dtype), mel.lengths).frames
 
     def _energy(self, variables: Variables, mel: Frames) -> jax.Array:

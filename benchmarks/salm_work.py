@@ -16,10 +16,11 @@ from flax import nnx
 
 from benchmarks.presets import Preset
 from speechlm2_jax.batches import HostBatch, SalmBatch, StepLosses
-from speechlm2_jax.generation.salm import DecodingConfig, Prompts, answers, begin, go_on
-from speechlm2_jax.layers.module import Variables, abstract, bind, describe, draw, unbind
+from speechlm2_jax.generation import salm as generation
+from speechlm2_jax.generation.salm import DecodingConfig, Prompts
+from speechlm2_jax.layers.module import Variables, abstract, describe, draw, merge, split
 from speechlm2_jax.networks import salm
-from speechlm2_jax.networks.flops import Heard, salm_flops
+from speechlm2_jax.networks.flops import EncodedAudio, salm_flops
 from speechlm2_jax.networks.salm import Salm, SalmConfig, SalmModes
 from speechlm2_jax.perception.frames import Frames
 from speechlm2_jax.perception.perception import PerceptionModes
@@ -80,35 +81,35 @@ def encode(
 
 
 def losses(
-    definition: Any, variables: Variables, batch: MelBatch, *, key: jax.Array, train: bool
+    graphdef: Any, variables: Variables, batch: MelBatch, *, key: jax.Array, train: bool
 ) -> StepLosses:
     """`networks.salm.losses` behind the mel features, encoder and LLM in training mode."""
     del key
-    network: Salm = bind(definition, variables)
+    network: Salm = merge(graphdef, variables)
     modes = SalmModes(perception=PerceptionModes(encoder=train), llm=False)
     inputs = salm.join(network, batch.rows, *encode(network, batch, modes))
     return salm.score(network, inputs, batch.rows, modes)
 
 
-@partial(jax.jit, static_argnames=("definition", "config"))
-def prefill(definition: Any, variables: Variables, batch: MelBatch, config: DecodingConfig) -> Any:
+@partial(jax.jit, static_argnames=("graphdef", "config"))
+def prefill(graphdef: Any, variables: Variables, batch: MelBatch, config: DecodingConfig) -> Any:
     """Encodes the audio, runs the prompts and chooses the first token: a state of the loop."""
-    network: Salm = bind(definition, variables)
+    network: Salm = merge(graphdef, variables)
     modes = SalmModes()
     inputs = salm.join(network, batch.rows, *encode(network, batch, modes))
-    rows = batch.rows.is_key.reshape(inputs.embeds.shape[:2])
+    rows = batch.rows.attention_mask.reshape(inputs.embeds.shape[:2])
     lengths = jnp.sum(rows, axis=1, dtype=jnp.int32)
-    return begin(network.llm, Prompts(inputs.embeds, lengths, rows), config)
+    return generation.prefill(network.llm, Prompts(inputs.embeds, lengths, rows), config)
 
 
-@partial(jax.jit, static_argnames=("definition", "config"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("graphdef", "config"), donate_argnames=("state",))
 def decode(
-    definition: Any, variables: Variables, state: Any, config: DecodingConfig
+    graphdef: Any, variables: Variables, state: Any, config: DecodingConfig
 ) -> tuple[jax.Array, Any]:
     """Decodes the other tokens: ids [B, A], and the state, in the memory of the one given."""
-    network: Salm = bind(definition, variables)
-    state = go_on(network.llm, state, config, config.max_new_tokens)
-    return answers(state, config).ids, state
+    network: Salm = merge(graphdef, variables)
+    state = generation.decode(network.llm, state, config, config.max_new_tokens)
+    return generation.read_outputs(state, config).ids, state
 
 
 class Work:
@@ -126,7 +127,7 @@ class Work:
         """With `inference_only` nothing is trained: weights have the dtype of the computation."""
         self.sizes, self.config, self.preset = sizes, config, preset
         module = abstract(lambda: Salm(config, rngs=nnx.Rngs(0)))
-        self.definition, self.infos = unbind(module)[0], describe(module)
+        self.graphdef, self.infos = split(module)[0], describe(module)
         self.sharding = make_sharding(devices=jax.devices()[:1])
         self.trains = {
             path: not inference_only and (not path.startswith("llm.") or ".lora_" in path)
@@ -145,7 +146,7 @@ class Work:
     @cached_property
     def variables(self) -> Variables:
         """The weights, drawn on the device when first asked for."""
-        make = lambda: unbind(Salm(self.config, rngs=nnx.Rngs(self._seed)))[1]  # noqa: E731
+        make = lambda: split(Salm(self.config, rngs=nnx.Rngs(self._seed)))[1]  # noqa: E731
         return draw(make, self.layout.variables)
 
     @property
@@ -171,7 +172,7 @@ class Work:
     def programs(self) -> Programs:
         """The trainer's compiled side."""
         functions = StepFunctions(
-            losses=partial(losses, self.definition),
+            losses=partial(losses, self.graphdef),
             optimizer=self.optimizer,
             sharding=self.sharding,
             seed=0,
@@ -205,7 +206,7 @@ class Work:
     def _prefilling(self) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
         config = DecodingConfig(max_new_tokens=self.sizes.answer, stop_ids=(), pad_id=0)
         batch = self.programs.put(replace(self.training_batch, arrays=self._batch(0)))
-        given = (self.definition, self.variables)
+        given = (self.graphdef, self.variables)
         return lambda: prefill(*given, batch, config), lambda state: decode(*given, state, config)
 
     @cached_property
@@ -228,7 +229,9 @@ class Work:
             self.infos,
             trains,
             self._batch(self.sizes.answer).rows,
-            Heard(encoded=frames, adapted=frames, subsampling_factor=encoder.subsampling_factor),
+            EncodedAudio(
+                encoded=frames, adapted=frames, subsampling_factor=encoder.subsampling_factor
+            ),
         )
 
     def _batch(self, answer: int) -> MelBatch:
@@ -252,7 +255,7 @@ class Work:
             clip_ids=numbers,
             tokens=np.where(place < 0, ids, 0),
             audio_index=place,
-            is_key=np.ones(shape, bool),
+            attention_mask=np.ones(shape, bool),
             segments=np.ones(shape, np.int32),
             positions=np.broadcast_to(np.arange(steps, dtype=np.int32), shape).copy(),
             targets=np.where(is_scored, np.roll(ids, -1, axis=-1), 0),

@@ -167,7 +167,7 @@ class Sharding:
         """
         if self.context_size > 1:
             tree = tree.laid_out(self.time_order)
-        return jax.tree.map(hand_over, tree, self.batch(tree))
+        return jax.tree.map(put_global, tree, self.batch(tree))
 
     def own_groups(self, groups: int) -> tuple[int, ...]:
         """Those of `groups` groups of a global batch that this process's devices hold."""
@@ -202,7 +202,7 @@ def make_sharding(
     return Sharding(mesh, tuple((axis, changed.get(axis, where)) for axis, where in RULES))
 
 
-def hand_over(value: Any, placement: jax.sharding.Sharding) -> jax.Array:
+def put_global(value: Any, placement: jax.sharding.Sharding) -> jax.Array:
     """Places a host array; of several processes each gives what its own devices hold.
 
     (`jax.device_put` would compare the values of all processes first.)
@@ -212,7 +212,7 @@ def hand_over(value: Any, placement: jax.sharding.Sharding) -> jax.Array:
     )
 
 
-def for_answering(mesh: Mesh) -> Sharding:
+def for_inference(mesh: Mesh) -> Sharding:
     """Rows shared out among the devices and each of them whole, as decoding needs it."""
     whole = {"steps": (), "time": ()}
     return Sharding(mesh, tuple((a, whole.get(a, to)) for a, to in RULES), shares_steps=False)
@@ -241,7 +241,7 @@ def use(sharding: Sharding | None) -> Generator[None]:
 
 
 @contextmanager
-def whole_rows() -> Generator[None]:
+def unsharded_time() -> Generator[None]:
     """Makes every row whole and in order: rows are then shared out where steps were.
 
     For what looks at the neighbours of a step (a convolution over time) in a model that shares
@@ -315,7 +315,7 @@ def time_order(steps: int) -> np.ndarray | None:
     return None if sharding is None else sharding.time_order(steps)
 
 
-def pass_on(tree: Any) -> Any:
+def ring_permute(tree: Any) -> Any:
     """Inside `on_shards`: gives arrays to the next device of the context ring, takes the last's."""
     size = context_size()
     pairs = [(i, (i + 1) % size) for i in range(size)]

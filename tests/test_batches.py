@@ -46,7 +46,7 @@ def test_rows_equal_nemo_placeholder_cases(name):
             np.testing.assert_array_equal(np.stack(got), np.array(expected, np.float32)[start:])
         batch = _one_row(ids, mask, frames, case).without_id(case["padding_id"])
         np.testing.assert_array_equal(
-            batch.is_key[0, 0], np.array(case["out_attention_mask"][row], bool)[start:]
+            batch.attention_mask[0, 0], np.array(case["out_attention_mask"][row], bool)[start:]
         )
         if targets is not None:
             want = np.array(case["out_target_ids"][row])[start:]

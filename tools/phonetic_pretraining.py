@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from speechlm2_jax.asr.ctc import CtcConfig, CtcNetwork, ctc_loss
 from speechlm2_jax.layers.linear import Linear
-from speechlm2_jax.layers.module import Variables, bind, unbind
+from speechlm2_jax.layers.module import Variables, merge, split
 from speechlm2_jax.models.ctc import CTCModel
 from speechlm2_jax.perception.fastconformer import EncoderOutput
 from speechlm2_jax.perception.perception import PerceptionModes
@@ -193,7 +193,7 @@ class _Trainer:
     ):
         self.model, self.state_file = model, state_file
         network = PhoneticNetwork(model.architecture, len(names) + 1, rngs=nnx.Rngs(0))
-        self.definition, variables = unbind(network)
+        self.graphdef, variables = split(network)
         trained = {p: v for p, v in variables.items() if model.trainable.get(p, True)}
         buffers = {p: v for p, v in variables.items() if p not in trained}
         adamw = optax.adamw(_schedule(rounds), b1=0.9, b2=0.98, weight_decay=1e-3)
@@ -222,7 +222,7 @@ class _Trainer:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(1), number), rows)
 
         def total(trained: Variables) -> tuple[jax.Array, Any]:
-            return losses(bind(self.definition, {**trained, **buffers}), batch, keys, weights)
+            return losses(merge(self.graphdef, {**trained, **buffers}), batch, keys, weights)
 
         gradients, (metrics, statistics) = jax.grad(total, has_aux=True)(trained)
         updates, moments = self.optimizer.update(gradients, moments, trained)

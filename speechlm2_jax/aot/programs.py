@@ -13,7 +13,7 @@ from speechlm2_jax.aot.report import Report
 from speechlm2_jax.batches import BatchShape, HostBatch, full_batch
 from speechlm2_jax.console import phase
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.sharding import Sharding, for_answering
+from speechlm2_jax.sharding import Sharding, for_inference
 from speechlm2_jax.training.protocol import ModelOutline
 from speechlm2_jax.training.run.preparation import Setup
 from speechlm2_jax.training.run.summary import device_bytes
@@ -83,7 +83,7 @@ def answering_report(
 
     Raises SettingsError if the compiler finds that it does not fit.
     """
-    placement = for_answering(setup.sharding.mesh)
+    placement = for_inference(setup.sharding.mesh)
     groups = placement.data_parallel_size
     begin = time.monotonic()
     with phase("compiling the answering program"):

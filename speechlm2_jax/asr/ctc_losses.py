@@ -19,14 +19,14 @@ def losses(
     """
     groups, clips, samples = batch.audio.shape
     dtype = jnp.dtype(network.ctc.compute_dtype)
-    keys = None
+    rngs = None
     if key is not None:
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.clip_ids.reshape(-1))
+        rngs = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.clip_ids.reshape(-1))
     output = network(
         batch.audio.reshape(groups * clips, samples),
         batch.audio_lengths.reshape(-1),
         modes=PerceptionModes(log_mel=train, spec_augment=train, encoder=train, adapter=train),
-        keys=keys if train else None,
+        rngs=rngs if train else None,
         dtype=dtype,
         remat=network.ctc.remat,
     )

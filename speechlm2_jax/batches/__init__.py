@@ -14,12 +14,12 @@ from speechlm2_jax.batches.duplex import (
 )
 from speechlm2_jax.batches.salm import (
     BatchShape,
-    Row,
     SalmBatch,
     SalmExample,
+    SequenceLayout,
     assemble_salm_batch,
     full_batch,
-    layout_row,
+    layout_sequence,
 )
 from speechlm2_jax.batches.shared import FrameCount, HostBatch, LossSum, StepLosses
 
@@ -31,7 +31,7 @@ __all__ = [
     "FrameCount",
     "HostBatch",
     "LossSum",
-    "Row",
+    "SequenceLayout",
     "SalmBatch",
     "SalmExample",
     "StepLosses",
@@ -39,5 +39,5 @@ __all__ = [
     "assemble_salm_batch",
     "full_batch",
     "full_duplex_batch",
-    "layout_row",
+    "layout_sequence",
 ]

@@ -27,7 +27,7 @@ class SalmBatch:
     """Int32 [G, R, T]: text ids; 0 in audio slots and padding."""
     audio_index: Any
     """Int32 [G, R, T]: clip * frames(S) + frame within the group; -1 where the step is text."""
-    is_key: Any
+    attention_mask: Any
     """Bool [G, R, T]: tokens that others may attend to; False in padding alone."""
     segments: Any
     """Int32 [G, R, T]: conversation of a packed row, from 1; 0 is padding."""
@@ -52,7 +52,7 @@ class SalmBatch:
         is_audio = self.audio_index >= 0
         return replace(
             self,
-            is_key=self.is_key & (is_audio | (self.tokens != token_id)),
+            attention_mask=self.attention_mask & (is_audio | (self.tokens != token_id)),
             loss_mask=self.loss_mask & (self.targets != token_id),
         )
 
@@ -72,7 +72,7 @@ class SalmBatch:
 _BY_STEP = (
     "tokens",
     "audio_index",
-    "is_key",
+    "attention_mask",
     "segments",
     "positions",
     "targets",
@@ -111,7 +111,7 @@ class BatchShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class SequenceLayout:
     """One conversation after every placeholder became its audio's frames; arrays are [L]."""
 
     tokens: np.ndarray
@@ -124,13 +124,13 @@ class Row:
         return len(self.tokens)
 
 
-def layout_row(
+def layout_sequence(
     tokens: np.ndarray,
     loss_mask: np.ndarray | None,
     clip_frames: Sequence[int],
     *,
     placeholder_id: int,
-) -> Row:
+) -> SequenceLayout:
     """Expands each placeholder of one conversation to as many tokens as its clip has frames.
 
     No token is padding, whatever its id: the pad token may also end turns. Raises ValueError if the
@@ -150,7 +150,7 @@ def layout_row(
     starts = np.cumsum(repeats) - repeats
     frame = np.arange(int(repeats.sum()), dtype=np.int64) - np.repeat(starts, repeats)
     text = np.where(is_audio, 0, tokens)
-    return Row(
+    return SequenceLayout(
         tokens=np.repeat(text, repeats).astype(np.int32),
         clip=np.repeat(clip, repeats).astype(np.int32),
         frame=frame.astype(np.int32),
@@ -173,8 +173,8 @@ def assemble_salm_batch(
     clips than the shape holds, leave masked rows. Raises ValueError if a conversation does not fit.
     """
 
-    def layout(example: SalmExample) -> Row:
-        return layout_row(
+    def layout(example: SalmExample) -> SequenceLayout:
+        return layout_sequence(
             example.tokens,
             example.loss_mask,
             [frame_count(len(clip)) for clip in example.audio],
@@ -226,7 +226,7 @@ def _fill_group(
     arrays: dict[str, np.ndarray],
     examples: Sequence[SalmExample | None],
     shape: BatchShape,
-    layout: Callable[[SalmExample], Row],
+    layout: Callable[[SalmExample], SequenceLayout],
     capacity: int,
     shift: bool,
 ) -> None:
@@ -250,7 +250,7 @@ def _fill_group(
         slot = (first_clip + row.clip) * capacity + row.frame
         arrays["tokens"][r, :n] = row.tokens[:n]
         arrays["audio_index"][r, :n] = np.where(row.clip >= 0, slot, -1)[:n]
-        arrays["is_key"][r, :n] = True
+        arrays["attention_mask"][r, :n] = True
         arrays["segments"][r, :n] = 1
         arrays["positions"][r, :n] = np.arange(n)
         if shift:
@@ -263,7 +263,7 @@ def _empty_arrays(groups: int, shape: BatchShape) -> dict[str, np.ndarray]:
     rows = (groups, shape.rows, shape.tokens)
     ints = ("tokens", "segments", "positions", "targets")
     arrays: dict[str, np.ndarray] = {n: np.zeros(rows, np.int32) for n in ints}
-    arrays |= {n: np.zeros(rows, bool) for n in ("is_key", "loss_mask")}
+    arrays |= {n: np.zeros(rows, bool) for n in ("attention_mask", "loss_mask")}
     arrays["audio_index"] = np.full(rows, -1, np.int32)
     # zeros take no memory until they are written: groups of other processes stay so
     arrays["audio"] = np.zeros((groups, shape.clips, shape.samples), np.float32)

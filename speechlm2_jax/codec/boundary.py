@@ -1,8 +1,8 @@
 """What convolutions see beyond the ends of a row.
 
-The layers of a codec ask their `Edges` for the steps before and after a row, and to silence what
-is no real step. `RowEdges` serve whole recordings; the edges of a stream (streaming.py) remember
-the steps of earlier calls instead.
+The layers of a codec ask their `Boundary` for the samples before and after a sequence, and to zero
+what is padding. `SequenceBoundary` serves whole recordings; the boundary of a stream (streaming.py)
+remembers the samples of earlier calls instead.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 Steps = Float[Array, "B T C"]
 
 
-class Extended(NamedTuple):
+class PaddedSequence(NamedTuple):
     """Rows with further steps around them."""
 
     steps: Float[Array, "B T2 C"]
@@ -28,10 +28,10 @@ class Extended(NamedTuple):
 
 
 @runtime_checkable
-class Edges(Protocol):
+class Boundary(Protocol):
     """How layers treat the ends of the rows of a batch."""
 
-    def extend(self, x: Steps, before: int, after: int, mode: str) -> Extended:
+    def extend(self, x: Steps, before: int, after: int, mode: str) -> PaddedSequence:
         """Puts `before` and `after` further steps around the rows."""
         ...
 
@@ -39,18 +39,18 @@ class Edges(Protocol):
         """Sets what lies beyond a row to zero."""
         ...
 
-    def slower(self, rate: int) -> "Edges":
+    def slower(self, rate: int) -> "Boundary":
         """The same rows at a rate that is divided."""
         ...
 
-    def faster(self, rate: int) -> "Edges":
+    def faster(self, rate: int) -> "Boundary":
         """The same rows at a rate that is multiplied."""
         ...
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class RowEdges:
+class SequenceBoundary:
     """Edges of rows padded on the right. Steps from a row's length on are zero."""
 
     lengths: Int[Array, " B"]
@@ -58,14 +58,14 @@ class RowEdges:
     ends: Int[Array, " B"]
     """Where a row is continued by its own steps: at its length, or, as in NeMo, at its batch's."""
 
-    def extend(self, x: Steps, before: int, after: int, mode: str) -> Extended:
+    def extend(self, x: Steps, before: int, after: int, mode: str) -> PaddedSequence:
         """Continues rows by zeros, by their own steps mirrored, or by their outermost step.
 
         Where a row is shorter than what is mirrored of it, the mirror shows zeros. Raises
         ValueError if more is asked for after the row than before it.
         """
         if mode == "zeros":
-            return Extended(x, (before, after))
+            return PaddedSequence(x, (before, after))
         if after > before:
             raise ValueError(f"after={after} must not exceed before={before}")
         left = jnp.repeat(x[:, :1], before, axis=1)
@@ -83,19 +83,19 @@ class RowEdges:
             return jax.lax.dynamic_update_slice(row, seen, (last + before + 1, 0))
 
         x = jnp.concatenate([left, jnp.pad(x, ((0, 0), (0, after), (0, 0)))], axis=1)
-        return Extended(jax.vmap(close)(x, last))
+        return PaddedSequence(jax.vmap(close)(x, last))
 
     def silence(self, x: Steps) -> Steps:
         """Zeros from each row's length on."""
         is_real = jnp.arange(x.shape[1])[None] < self.lengths[:, None]
         return jnp.where(is_real[..., None], x, 0.0)
 
-    def slower(self, rate: int) -> "Edges":
+    def slower(self, rate: int) -> "Boundary":
         """The same rows at a rate divided by `rate`."""
         # not `//`, whose care for signs XLA repeats in every layer
         divided = [jax.lax.div(x, jnp.full_like(x, rate)) for x in (self.lengths, self.ends)]
-        return RowEdges(lengths=divided[0], ends=divided[1])
+        return SequenceBoundary(lengths=divided[0], ends=divided[1])
 
-    def faster(self, rate: int) -> "Edges":
+    def faster(self, rate: int) -> "Boundary":
         """The same rows at a rate multiplied by `rate`."""
-        return RowEdges(lengths=self.lengths * rate, ends=self.ends * rate)
+        return SequenceBoundary(lengths=self.lengths * rate, ends=self.ends * rate)

@@ -13,16 +13,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from speechlm2_jax.codec import streaming
-from speechlm2_jax.codec.boundary import RowEdges
+from speechlm2_jax.codec.boundary import SequenceBoundary
 from speechlm2_jax.codec.config import CodecConfig
-from speechlm2_jax.codec.convolutions import Convolution
-from speechlm2_jax.codec.decoder import Decoder
-from speechlm2_jax.codec.encoder import Encoder
+from speechlm2_jax.codec.convolutions import CodecConvolution
+from speechlm2_jax.codec.decoder import HiFiGANDecoder
+from speechlm2_jax.codec.encoder import HiFiGANEncoder
 from speechlm2_jax.codec.finite_scalar_quantizer import FiniteScalarQuantizer
 from speechlm2_jax.sharding import constrain
 
 
-class Encoded(NamedTuple):
+class CodecFrames(NamedTuple):
     """Frames before quantization, and how many of each row are real; zeros beyond."""
 
     frames: Float[Array, "B T D"]
@@ -48,9 +48,9 @@ class Codec(nnx.Module):
 
     def __init__(self, config: CodecConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.encoder = Encoder(config.audio_encoder, rngs=rngs)
+        self.encoder = HiFiGANEncoder(config.audio_encoder, rngs=rngs)
         self.quantizer = FiniteScalarQuantizer(config.vector_quantizer)
-        self.decoder = Decoder(config.audio_decoder, rngs=rngs)
+        self.decoder = HiFiGANDecoder(config.audio_decoder, rngs=rngs)
 
     @property
     def sample_rate(self) -> int:
@@ -88,7 +88,7 @@ class Codec(nnx.Module):
         *,
         nemo_exact: bool = False,
         extent: Int[Array, "*rows"] | None = None,
-    ) -> Encoded:
+    ) -> CodecFrames:
         """Encodes rows of `lengths` samples into frames; a row of length 0 has none.
 
         With `nemo_exact`, `extent` is the longest row of NeMo's batch in samples (one number, or
@@ -106,9 +106,9 @@ class Codec(nnx.Module):
         audio = jnp.where(jnp.arange(audio.shape[1])[None] < heard[:, None], audio, 0.0)
         audio = jnp.pad(audio, ((0, 0), (0, -audio.shape[1] % size)))
         audio = constrain(audio.astype(jnp.float32), "clips", None)
-        edges = RowEdges(lengths=padded, ends=ends)
+        edges = SequenceBoundary(lengths=padded, ends=ends)
         frames, _ = self.encoder(audio[..., None], edges)
-        return Encoded(frames, padded // size)
+        return CodecFrames(frames, padded // size)
 
     def encode(
         self,
@@ -141,7 +141,7 @@ class Codec(nnx.Module):
         ends = lengths
         if nemo_exact:
             ends = jnp.broadcast_to(codes.shape[1] if extent is None else extent, lengths.shape)
-        edges = RowEdges(lengths=lengths, ends=ends)
+        edges = SequenceBoundary(lengths=lengths, ends=ends)
         frames = edges.silence(self.quantizer.dequantize(codes))
         audio, _ = self.decoder(constrain(frames, "clips", None, None), edges)
         return Audio(constrain(audio[..., 0], "clips", None), lengths * self.samples_per_frame)
@@ -162,7 +162,7 @@ class Codec(nnx.Module):
         Gains and directions are gone afterwards, so fold a copy (`bind` makes one).
         """
         for _, module in list(nnx.iter_modules(self)):
-            if isinstance(module, Convolution):
+            if isinstance(module, CodecConvolution):
                 module.fold()
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
-from speechlm2_jax.codec.boundary import Edges, Extended, Steps
+from speechlm2_jax.codec.boundary import Boundary, PaddedSequence, Steps
 from speechlm2_jax.layers.linear import zeros
 from speechlm2_jax.layers.module import Initializer, buffer, param
 from speechlm2_jax.sharding import platform
@@ -50,7 +50,7 @@ class Folded(nnx.Module):
         self.kernel = buffer(kernel, ("conv",) * kernel.ndim)
 
 
-class Convolution(nnx.Module):
+class CodecConvolution(nnx.Module):
     """A kernel and a bias; what they do is said below."""
 
     def __init__(self, shape: tuple[int, int, int], channels: int, *, rngs: nnx.Rngs):
@@ -76,7 +76,7 @@ class Convolution(nnx.Module):
         return x + jnp.asarray(self.bias[...], jnp.float32)[None, None]
 
 
-class SameRate(Convolution):
+class SameRate(CodecConvolution):
     """Any kernel and dilation; as many steps come out as go in."""
 
     def __init__(
@@ -100,13 +100,13 @@ class SameRate(Convolution):
         """[taps, in, out]."""
         return weight.transpose(2, 1, 0)
 
-    def __call__(self, x: Steps, edges: Edges) -> Float[Array, "B T D"]:
+    def __call__(self, x: Steps, edges: Boundary) -> Float[Array, "B T D"]:
         """Convolves."""
         extended = edges.extend(x, self.before, self.after, self.pad_mode)
         return edges.silence(self.biased(_convolved(extended, self.kernel(), self.dilation)))
 
 
-class Slower(Convolution):
+class Slower(CodecConvolution):
     """Makes one step of `rate`; the steps must be whole blocks of that size."""
 
     def __init__(
@@ -128,15 +128,15 @@ class Slower(Convolution):
         """[block, step of the block and input channel, out]."""
         return weight.transpose(2, 1, 0).reshape(2, -1, weight.shape[0])
 
-    def __call__(self, x: Steps, edges: Edges) -> tuple[Float[Array, "B T2 D"], Edges]:
+    def __call__(self, x: Steps, edges: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
         """Convolves; the edges at the new rate come with the result."""
         x = edges.extend(x, self.before, self.rate - self.before, self.pad_mode).written()
         blocks = x.reshape(x.shape[0], -1, self.rate * x.shape[2])
         edges = edges.slower(self.rate)
-        return edges.silence(self.biased(_convolved(Extended(blocks), self.kernel()))), edges
+        return edges.silence(self.biased(_convolved(PaddedSequence(blocks), self.kernel()))), edges
 
 
-class Faster(Convolution):
+class Faster(CodecConvolution):
     """Makes `rate` steps of one (a transposed convolution); beyond the ends there are zeros."""
 
     def __init__(
@@ -167,7 +167,7 @@ class Faster(Convolution):
             return grouped.transpose(2, 1, 3, 0)
         return halves.transpose(2, 0, 3, 1).reshape(2, count, -1)
 
-    def __call__(self, x: Steps, edges: Edges) -> tuple[Float[Array, "B T2 D"], Edges]:
+    def __call__(self, x: Steps, edges: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
         """Convolves; the edges at the new rate come with the result."""
         batch, steps, _ = x.shape
         extended = edges.extend(x, 1, 1 if self.cut else 0, "zeros")
@@ -193,7 +193,7 @@ class Faster(Convolution):
 
 
 def _convolved(
-    x: Extended, kernel: Float[Array, "P C D"], dilation: int = 1
+    x: PaddedSequence, kernel: Float[Array, "P C D"], dilation: int = 1
 ) -> Float[Array, "B T2 D"]:
     block = _block(*kernel.shape[1:]) if platform() == "cpu" else 1
     if block > 1:
@@ -217,7 +217,7 @@ def _block(channels_in: int, channels_out: int) -> int:
 
 
 def _in_blocks(
-    x: Extended, kernel: Float[Array, "P C D"], dilation: int, block: int
+    x: PaddedSequence, kernel: Float[Array, "P C D"], dilation: int, block: int
 ) -> Float[Array, "B T2 D"]:
     """The same sum over blocks of steps, whose steps take the place of further channels.
 
@@ -244,7 +244,7 @@ def _in_blocks(
     rows = jnp.pad(x.steps, ((0, 0), (0, max(0, read * size - given)), (0, 0)))[:, : read * size]
     rows = rows.reshape(batch, -1, block, dilation, channels_in).transpose(0, 3, 1, 2, 4)
     rows = rows.reshape(batch * dilation, read, block * channels_in)
-    y = _convolved(Extended(rows, (before, after) if is_around else (0, 0)), joint)
+    y = _convolved(PaddedSequence(rows, (before, after) if is_around else (0, 0)), joint)
     y = y.reshape(batch, dilation, blocks, block, channels_out).transpose(0, 2, 3, 1, 4)
     return y.reshape(batch, -1, channels_out)[:, :steps]
 

@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from speechlm2_jax.codec.activations import Activation
-from speechlm2_jax.codec.boundary import Edges, Steps
+from speechlm2_jax.codec.boundary import Boundary, Steps
 from speechlm2_jax.codec.config import DecoderConfig
 from speechlm2_jax.codec.convolutions import Faster
 from speechlm2_jax.codec.residual import ResidualLayer, same_rate
@@ -28,13 +28,13 @@ class DecoderStage(nnx.Module):
         )
         self.residual = ResidualLayer(config, channels // 2, rngs=rngs)
 
-    def __call__(self, x: Steps, edges: Edges) -> tuple[Float[Array, "B T2 D"], Edges]:
+    def __call__(self, x: Steps, edges: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
         """Raises the rate; the edges at the new rate come with the result."""
         x, edges = self.up(self.activation(x), edges)
         return self.residual(x, edges), edges
 
 
-class Decoder(nnx.Module):
+class HiFiGANDecoder(nnx.Module):
     """Frames [B, T, input_dim] -> audio [B, T * samples_per_frame, 1] within [-1, 1]."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
@@ -49,7 +49,7 @@ class Decoder(nnx.Module):
         self.activation = Activation(config.activation, channels, rngs=rngs)
         self.output = same_rate(config, channels, 1, config.out_kernel_size, rngs=rngs)
 
-    def __call__(self, frames: Steps, edges: Edges) -> tuple[Float[Array, "B S 1"], Edges]:
+    def __call__(self, frames: Steps, edges: Boundary) -> tuple[Float[Array, "B S 1"], Boundary]:
         """Decodes frames; the edges of the samples come with them."""
         x = self.input(frames, edges)
         for stage in self.stages:

@@ -4,7 +4,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from speechlm2_jax.codec.activations import Activation
-from speechlm2_jax.codec.boundary import Edges, Steps
+from speechlm2_jax.codec.boundary import Boundary, Steps
 from speechlm2_jax.codec.config import EncoderConfig
 from speechlm2_jax.codec.convolutions import Slower
 from speechlm2_jax.codec.residual import ResidualLayer, same_rate
@@ -25,12 +25,12 @@ class EncoderStage(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: Steps, edges: Edges) -> tuple[Float[Array, "B T2 D"], Edges]:
+    def __call__(self, x: Steps, edges: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
         """Lowers the rate; the edges at the new rate come with the result."""
         return self.down(self.activation(self.residual(x, edges)), edges)
 
 
-class Encoder(nnx.Module):
+class HiFiGANEncoder(nnx.Module):
     """Audio [B, S, 1] -> frames [B, S / samples_per_frame, encoded_dim]."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
@@ -46,7 +46,7 @@ class Encoder(nnx.Module):
             config, channels, config.encoded_dim, config.out_kernel_size, rngs=rngs
         )
 
-    def __call__(self, audio: Steps, edges: Edges) -> tuple[Float[Array, "B T2 D"], Edges]:
+    def __call__(self, audio: Steps, edges: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
         """Encodes whole frames; their edges come with them."""
         x = self.input(audio, edges)
         for stage in self.stages:

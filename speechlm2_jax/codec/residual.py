@@ -3,7 +3,7 @@
 from flax import nnx
 
 from speechlm2_jax.codec.activations import Activation
-from speechlm2_jax.codec.boundary import Edges, Steps
+from speechlm2_jax.codec.boundary import Boundary, Steps
 from speechlm2_jax.codec.config import HiFiGANConfig
 from speechlm2_jax.codec.convolutions import SameRate
 
@@ -40,7 +40,7 @@ class ResidualBlock(nnx.Module):
         self.second_activation = Activation(config.activation, channels, rngs=rngs)
         self.second = same_rate(config, channels, channels, taps, rngs=rngs)
 
-    def __call__(self, x: Steps, edges: Edges) -> Steps:
+    def __call__(self, x: Steps, edges: Boundary) -> Steps:
         """Adds what the two convolutions make of x."""
         y = self.first(self.first_activation(x), edges)
         return x + self.second(self.second_activation(y), edges)
@@ -62,7 +62,7 @@ class ResidualLayer(nnx.Module):
             ]
         )
 
-    def __call__(self, x: Steps, edges: Edges) -> Steps:
+    def __call__(self, x: Steps, edges: Boundary) -> Steps:
         """Runs every chain on x."""
         outputs = []
         for chain in self.chains:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from speechlm2_jax.codec.boundary import Extended, Steps
-from speechlm2_jax.codec.decoder import Decoder
+from speechlm2_jax.codec.boundary import PaddedSequence, Steps
+from speechlm2_jax.codec.decoder import HiFiGANDecoder
 
 
 @jax.tree_util.register_dataclass
@@ -30,14 +30,14 @@ class StreamEdges:
         self.kept: list[Array] = []
         """The steps to remember; zeros are taken for seen if nothing was given."""
 
-    def extend(self, x: Steps, before: int, after: int, mode: str) -> Extended:
+    def extend(self, x: Steps, before: int, after: int, mode: str) -> PaddedSequence:
         """Puts the steps seen last before x, and remembers its own last."""
         if after:
             raise ValueError("a layer that looks ahead cannot decode a stream")
         shape = (x.shape[0], before, x.shape[2])
         x = jnp.concatenate([jnp.zeros(shape) if self._seen is None else next(self._seen), x], 1)
         self.kept.append(x[:, x.shape[1] - before :])
-        return Extended(x)
+        return PaddedSequence(x)
 
     def silence(self, x: Steps) -> Steps:
         """Leaves x as it is."""
@@ -52,7 +52,7 @@ class StreamEdges:
         return self
 
 
-def start(decoder: Decoder, batch: int) -> DecoderStream:
+def start(decoder: HiFiGANDecoder, batch: int) -> DecoderStream:
     """Makes the state of `batch` streams that have not begun.
 
     Raises ValueError for a decoder that looks ahead.
@@ -72,7 +72,7 @@ def start(decoder: Decoder, batch: int) -> DecoderStream:
 
 
 def advance(
-    decoder: Decoder, stream: DecoderStream, frames: Steps
+    decoder: HiFiGANDecoder, stream: DecoderStream, frames: Steps
 ) -> tuple[Float[Array, "B S"], DecoderStream]:
     """Decodes the next frames of each stream."""
     edges = StreamEdges(iter(stream.seen))

@@ -109,7 +109,7 @@ ShapeOf = Callable[[Members], Shape]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class BucketPlan:
     """The buckets of a data set, from short to long, and where each conversation belongs."""
 
     buckets: tuple[Bucket, ...]
@@ -119,7 +119,7 @@ class Plan:
 
 def plan_buckets(
     measures: Measures, config: LoaderConfig, shape_of: ShapeOf, pad_to_multiple: int = 8
-) -> Plan:
+) -> BucketPlan:
     """Plans the buckets of a data set, their shapes made by `shape_of`.
 
     Rows are `bucket_batch_size`, or `batch_size`, or what the budget leaves: never below
@@ -140,13 +140,15 @@ def plan_buckets(
         members = Members(own=own, up_to=up_to, rows=rows, multiple=pad_to_multiple)
         buckets.append(Bucket(longest=longest, shape=shape_of(members)))
     renumbered = {old: new for new, old in enumerate(present)} | {-1: -1}
-    return Plan(
+    return BucketPlan(
         buckets=tuple(buckets),
         bucket_of=np.asarray([renumbered[b] for b in bucket_of.tolist()], np.int64),
     )
 
 
-def describe(plan: Plan, measures: Measures, columns: Callable[[Shape], Mapping[str, str]]) -> str:
+def describe(
+    plan: BucketPlan, measures: Measures, columns: Callable[[Shape], Mapping[str, str]]
+) -> str:
     """The plan as a small table, a line per bucket; `columns` says more of each shape."""
     rows: list[dict[str, str]] = []
     for i, bucket in enumerate(plan.buckets):

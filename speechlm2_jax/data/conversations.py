@@ -17,7 +17,7 @@ from speechlm2_jax.data.prompts import Prompt
 DEFAULT_LOCATOR_TAG = "<|audioplaceholder|>"
 
 
-class _Member(io.BytesIO):
+class _ArchiveMember(io.BytesIO):
     """Bytes that errors can name."""
 
     def __init__(self, data: bytes, *, name: str) -> None:
@@ -69,7 +69,7 @@ class AudioClip:
     def _member(self, start: int, size: int) -> io.BytesIO:
         with open_binary(self.path) as file:
             file.seek(start)
-            return _Member(file.read(size), name=f"{self.id} in {self.path}")
+            return _ArchiveMember(file.read(size), name=f"{self.id} in {self.path}")
 
     def _load_cut(self, sample_rate_hz: int) -> np.ndarray:
         try:
@@ -136,7 +136,7 @@ class Conversation:
         return [(t.role, t.text if isinstance(t, TextTurn) else t.locator_tag) for t in self.turns]
 
     @functools.cached_property
-    def lengths(self) -> "Lengths":
+    def lengths(self) -> "ConversationLengths":
         """Its lengths as NeMo measures them; needs a prompt. Raises ValueError without one."""
         if self.prompt is None:
             raise ValueError(
@@ -146,7 +146,7 @@ class Conversation:
             raise ValueError("set token_equivalent_duration: the seconds of audio per token")
         extra = [self._extra_tokens(turn) for turn in self.turns]
         answer = self.prompt.answer_ids
-        return Lengths(
+        return ConversationLengths(
             input_tokens=len(self.prompt.context_ids) + sum(extra[:-1]),
             output_tokens=0 if answer is None else len(answer) + extra[-1],
             total_tokens=len(self.prompt.input_ids) + sum(extra),
@@ -161,7 +161,7 @@ class Conversation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lengths:
+class ConversationLengths:
     """A conversation's lengths, audio counted by `token_equivalent_duration`."""
 
     input_tokens: int

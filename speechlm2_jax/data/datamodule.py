@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from speechlm2_jax.batches import FrameCount, HostBatch
-from speechlm2_jax.data.bucketing import Plan, Shape
+from speechlm2_jax.data.bucketing import BucketPlan, Shape
 from speechlm2_jax.data.prepare import DataKind, DataSet, Prepared, prepare
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.sources import read_sources
@@ -137,7 +137,7 @@ class DataModule:
         self._this_run()
         return len(self._prepared[TRAIN].sampler.epoch(0))
 
-    def plan(self, name: str = TRAIN) -> Plan:
+    def plan(self, name: str = TRAIN) -> BucketPlan:
         """The planned shapes of `train_ds`, `validation_ds.NAME` or `test_ds.NAME`."""
         self._this_run()
         return self._prepared[name].sampler.plan

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Int
 
-from speechlm2_jax.data.bucketing import Measures, Plan, Shape
+from speechlm2_jax.data.bucketing import BucketPlan, Measures, Shape
 
 _ORDER, _MIXTURE, _BATCHES = range(3)
 """What a random stream is for; with the seed and the epoch they name it."""
@@ -33,7 +33,7 @@ class Sampler:
     each source gives its share of it and goes on where it was in the next epoch.
     """
 
-    plan: Plan
+    plan: BucketPlan
     measures: Measures
     sizes: tuple[int, ...]
     """Conversations of each source; their indices follow one another."""

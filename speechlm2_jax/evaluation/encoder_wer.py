@@ -19,7 +19,7 @@ READERS = 4
 
 
 @runtime_checkable
-class Recogniser(Protocol):
+class EncoderTranscriber(Protocol):
     """What is asked of an encoder with a CTC head; `speechlm2_jax.models.CTCModel` is one."""
 
     @property
@@ -32,7 +32,7 @@ class Recogniser(Protocol):
         ...
 
 
-def open_recogniser(nemo_file: Path) -> Recogniser:
+def open_recogniser(nemo_file: Path) -> EncoderTranscriber:
     """Loads an encoder with its CTC head.
 
     Raises SettingsError or ConversionError for a file without one.
@@ -43,7 +43,7 @@ def open_recogniser(nemo_file: Path) -> Recogniser:
 
 
 def encoder_texts(
-    recogniser: Recogniser,
+    recogniser: EncoderTranscriber,
     utterances: Sequence[Utterance],
     batch_size: int,
     max_s: float | None = None,
@@ -72,7 +72,10 @@ def encoder_texts(
 
 
 def _transcribe(
-    recogniser: Recogniser, waves: Sequence[np.ndarray], max_s: float | None, batch_size: int
+    recogniser: EncoderTranscriber,
+    waves: Sequence[np.ndarray],
+    max_s: float | None,
+    batch_size: int,
 ) -> list[str]:
     """The text of each recording, `batch_size` chunks at a time."""
     cuts = [cut(wave, rate_hz=recogniser.sampling_rate, max_s=max_s) for wave in waves]

@@ -10,11 +10,11 @@ import numpy as np
 
 from speechlm2_jax.evaluation.compilations import Compilations
 from speechlm2_jax.evaluation.config import EvalConfig
-from speechlm2_jax.evaluation.read_audio import Clip
+from speechlm2_jax.evaluation.read_audio import EvaluationClip
 
 
 @runtime_checkable
-class SpeechModel(Protocol):
+class GeneratingModel(Protocol):
     """What the runner asks of a model; `speechlm2_jax.models.SALM` is one."""
 
     tokenizer: Any
@@ -42,7 +42,7 @@ class Asked:
 class Ended:
     """Clips whose answers became known together."""
 
-    rows: list[tuple[Clip, np.ndarray]]
+    rows: list[tuple[EvaluationClip, np.ndarray]]
     """With the ids of each answer."""
     audio_s: float
     seconds: float
@@ -52,7 +52,7 @@ class Ended:
 
 
 @runtime_checkable
-class StreamingModel(SpeechModel, Protocol):
+class StreamingModel(GeneratingModel, Protocol):
     """A model that can answer prompts as slots become free."""
 
     def generate_each(self, prompts: Iterable[Any], **options: Any) -> Iterator[list[Any]]:
@@ -60,7 +60,9 @@ class StreamingModel(SpeechModel, Protocol):
         ...
 
 
-def answer_clips(model: SpeechModel, clips: Iterator[Clip], asked: Asked) -> Iterator[Ended]:
+def generate_clips(
+    model: GeneratingModel, clips: Iterator[EvaluationClip], asked: Asked
+) -> Iterator[Ended]:
     """Answers clips on slots; in batches where that is asked, or the way of answering needs it."""
     if isinstance(model, StreamingModel) and _can_stream(asked.config):
         return in_slots(model, clips, asked)
@@ -68,17 +70,19 @@ def answer_clips(model: SpeechModel, clips: Iterator[Clip], asked: Asked) -> Ite
 
 
 def _can_stream(config: EvalConfig) -> bool:
-    from speechlm2_jax.inference.continuous_batching import refusal
+    from speechlm2_jax.inference.continuous_batching import why_unsupported
     from speechlm2_jax.inference.request.generation_request import ANY_VOCABULARY, read_request
 
     if not config.continuous_batching:
         return False
-    return refusal(read_request(ANY_VOCABULARY, dict(config.generation))) is None
+    return why_unsupported(read_request(ANY_VOCABULARY, dict(config.generation))) is None
 
 
-def in_slots(model: StreamingModel, clips: Iterator[Clip], asked: Asked) -> Iterator[Ended]:
+def in_slots(
+    model: StreamingModel, clips: Iterator[EvaluationClip], asked: Asked
+) -> Iterator[Ended]:
     """Answers clips on `batch_size` slots."""
-    waiting: dict[int, Clip] = {}
+    waiting: dict[int, EvaluationClip] = {}
     reading_s, latest = 0.0, 0
 
     def dialogs() -> Iterator[list[dict[str, Any]]]:
@@ -118,7 +122,9 @@ def in_slots(model: StreamingModel, clips: Iterator[Clip], asked: Asked) -> Iter
         compiled, start_s, reading_s = Compilations.count, time.perf_counter(), 0.0
 
 
-def in_batches(model: SpeechModel, clips: Iterator[Clip], asked: Asked) -> Iterator[Ended]:
+def in_batches(
+    model: GeneratingModel, clips: Iterator[EvaluationClip], asked: Asked
+) -> Iterator[Ended]:
     """Answers `batch_size` clips at a time; a short batch after others repeats its last clip."""
     size, fill = asked.config.batch_size, False
     while batch := list(itertools.islice(clips, size)):
@@ -134,7 +140,7 @@ def in_batches(model: SpeechModel, clips: Iterator[Clip], asked: Asked) -> Itera
         fill = True
 
 
-def generation_config(model: SpeechModel, asked: Asked) -> Any:
+def generation_config(model: GeneratingModel, asked: Asked) -> Any:
     """The GenerationConfig of an evaluation, but for the keys of `generation`."""
     from transformers import GenerationConfig
 
@@ -146,7 +152,9 @@ def generation_config(model: SpeechModel, asked: Asked) -> Any:
     )
 
 
-def _generate(model: SpeechModel, clips: Sequence[Clip], asked: Asked) -> list[np.ndarray]:
+def _generate(
+    model: GeneratingModel, clips: Sequence[EvaluationClip], asked: Asked
+) -> list[np.ndarray]:
     rows = [clip.samples for clip in clips]
     is_drawn = asked.config.generation.get("do_sample")
     drawn = {"draw_numbers": [clip.draw for clip in clips]} if is_drawn else {}

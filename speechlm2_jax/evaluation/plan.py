@@ -15,7 +15,7 @@ from speechlm2_jax.settings import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class EvaluationPlan:
     """A complete configuration, and where its parts come from."""
 
     config: EvalConfig
@@ -72,7 +72,7 @@ class Plan:
         return "\n".join(f"{name:<6} {value}" for name, value in lines)
 
 
-def make_plan(words: Mapping[str, Any]) -> Plan:
+def make_plan(words: Mapping[str, Any]) -> EvaluationPlan:
     """Checks the keys of a command line and fills in the others.
 
     Raises SettingsError for a key or value that cannot be used, no run, or no test set.
@@ -93,7 +93,7 @@ def make_plan(words: Mapping[str, Any]) -> Plan:
             "encoder_wer: needs a run directory whose config.yaml names a pretrained_asr that is "
             "on this machine; leave it out"
         )
-    return Plan(
+    return EvaluationPlan(
         config=config,
         run=run,
         encoder_file=encoder_file if config.encoder_wer else None,

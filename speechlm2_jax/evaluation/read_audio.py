@@ -17,7 +17,7 @@ READERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip:
+class EvaluationClip:
     """What the model hears at once: a recording, or one chunk of it."""
 
     index: int
@@ -43,7 +43,7 @@ def clips(
     rate_hz: int,
     max_s: float | None,
     answered: Container[int] = (),
-) -> Iterator[list[Clip] | tuple[int, AudioError]]:
+) -> Iterator[list[EvaluationClip] | tuple[int, AudioError]]:
     """The clips of each utterance, longest first, or what is wrong with it.
 
     `ahead` recordings are read while others are answered, fewer where they are longer than `max_s`
@@ -78,10 +78,12 @@ def clips(
         pool.shutdown(wait=False, cancel_futures=True)  # nobody waits after Ctrl-C
 
 
-def _cut(index: int, wave: np.ndarray, place: int, rate_hz: int, max_s: float | None) -> list[Clip]:
+def _cut(
+    index: int, wave: np.ndarray, place: int, rate_hz: int, max_s: float | None
+) -> list[EvaluationClip]:
     chunks = tuple(cut(wave, rate_hz=rate_hz, max_s=max_s))
     return [
-        Clip(
+        EvaluationClip(
             index=index,
             samples=wave[c.start : c.end],
             number=n,

@@ -14,7 +14,7 @@ LENGTH_EDGES_S = (0, 1, 2, 3, 4, 6, 8, 12, 20, 30)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Response:
     """What became of one utterance."""
 
     id: str
@@ -62,10 +62,10 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
+class ScoredResponse:
     """An answer that has a reference, both normalised."""
 
-    answer: Answer
+    answer: Response
     text: str
     pred_text: str
 
@@ -107,7 +107,7 @@ class Speed:
 class Evaluation:
     """The answers in input order, and how fast they came."""
 
-    answers: tuple[Answer, ...]
+    answers: tuple[Response, ...]
     speed: Speed
     normalizer: str | bool | None = "english"
 
@@ -120,11 +120,11 @@ class Evaluation:
         """A row per utterance, in input order."""
         return [answer.row(self.normalizer) for answer in self.answers]
 
-    def scored(self) -> list[Scored]:
+    def scored(self) -> list[ScoredResponse]:
         """The answers that have a reference and no error."""
         normalize = text_normalizer(self.normalizer)
         return [
-            Scored(answer=a, text=normalize(a.text), pred_text=normalize(a.pred_text))
+            ScoredResponse(answer=a, text=normalize(a.text), pred_text=normalize(a.pred_text))
             for a in self.answers
             if a.text is not None and a.error is None
         ]
@@ -226,20 +226,22 @@ def _error_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _errors(scored: Sequence[Scored]) -> WordErrors:
+def _errors(scored: Sequence[ScoredResponse]) -> WordErrors:
     return word_errors([s.text for s in scored], [s.pred_text for s in scored])
 
 
-def _by(scored: Sequence[Scored], name: Callable[[Scored], str | None]) -> dict[str, WordErrors]:
+def _by(
+    scored: Sequence[ScoredResponse], name: Callable[[ScoredResponse], str | None]
+) -> dict[str, WordErrors]:
     """Word errors by a name of each answer; answers without one are in none."""
-    groups: dict[str, list[Scored]] = {}
+    groups: dict[str, list[ScoredResponse]] = {}
     for one in scored:
         if (key := name(one)) is not None:
             groups.setdefault(key, []).append(one)
     return {key: _errors(group) for key, group in groups.items()}
 
 
-def _by_length(scored: Sequence[Scored]) -> dict[str, dict[str, Any]]:
+def _by_length(scored: Sequence[ScoredResponse]) -> dict[str, dict[str, Any]]:
     in_order = sorted(scored, key=lambda s: s.answer.duration_s)
     return {name: e.plain() for name, e in _by(in_order, lambda s: s.answer.length).items()}
 

@@ -10,13 +10,13 @@ from tqdm import tqdm
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.compilations import Compilations
 from speechlm2_jax.evaluation.config import EvalConfig
-from speechlm2_jax.evaluation.generate import Asked, SpeechModel, answer_clips
+from speechlm2_jax.evaluation.generate import Asked, GeneratingModel, generate_clips
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.journal import Journal, row_keys
 from speechlm2_jax.evaluation.metrics.wer import text_normalizer, word_errors
 from speechlm2_jax.evaluation.progress import Progress
-from speechlm2_jax.evaluation.read_audio import Clip, clips
-from speechlm2_jax.evaluation.results import Answer, Evaluation, Speed
+from speechlm2_jax.evaluation.read_audio import EvaluationClip, clips
+from speechlm2_jax.evaluation.results import Evaluation, Response, Speed
 from speechlm2_jax.inference.long_form.join_texts import join
 from speechlm2_jax.settings import SettingsError, build, to_plain
 
@@ -24,7 +24,7 @@ Log = Callable[[str], None]
 
 
 def evaluate(
-    model: SpeechModel,
+    model: GeneratingModel,
     utterances: Sequence[Utterance],
     config: EvalConfig,
     log: Log = tqdm.write,
@@ -42,7 +42,7 @@ def evaluate(
     answers, speed = ({}, Speed()) if journal is None else _resumed(journal, utterances)
     texts: dict[int, dict[int, str]] = {}
 
-    def ended(whole: Mapping[int, Answer]) -> None:
+    def ended(whole: Mapping[int, Response]) -> None:
         answers.update(whole)
         if journal is not None:
             kept = to_plain(speed)
@@ -57,7 +57,7 @@ def evaluate(
 
     with Progress(len(utterances), len(answers)) as progress:
         heard = _clips(model, utterances, config, failed, log, frozenset(answers))
-        for round in answer_clips(model, heard, asked):
+        for round in generate_clips(model, heard, asked):
             speed = speed.add(round.audio_s, round.seconds, compiled=round.compiled)
             whole = {}
             for clip, ids in round.rows:
@@ -82,12 +82,14 @@ def input_keys(utterances: Sequence[Utterance]) -> list[str]:
     return row_keys([(u.id, u.source, u.duration_s, u.text, u.audio_of) for u in utterances])
 
 
-def _progress(answer: Answer, speed: Mapping[str, Any]) -> dict[str, Any]:
+def _progress(answer: Response, speed: Mapping[str, Any]) -> dict[str, Any]:
     """What a row of the output manifest does not say of an answer."""
     return {"rtf": answer.rtf, "speed": speed}
 
 
-def _resumed(journal: Journal, utterances: Sequence[Utterance]) -> tuple[dict[int, Answer], Speed]:
+def _resumed(
+    journal: Journal, utterances: Sequence[Utterance]
+) -> tuple[dict[int, Response], Speed]:
     """The answers that a journal has; what could not be read before is tried again."""
     journal.forget([index for index, kept in journal.kept.items() if "error" in kept.row])
     answers, speed = {}, Speed()
@@ -103,13 +105,13 @@ def _resumed(journal: Journal, utterances: Sequence[Utterance]) -> tuple[dict[in
 
 
 def _clips(
-    model: SpeechModel,
+    model: GeneratingModel,
     utterances: Sequence[Utterance],
     config: EvalConfig,
     failed: Callable[[int, AudioError], None],
     log: Log,
     answered: Container[int],
-) -> Iterator[Clip]:
+) -> Iterator[EvaluationClip]:
     """Clips one after the other; failures are told, and recordings that are cut."""
     for found in clips(
         utterances,
@@ -130,7 +132,7 @@ def _clips(
         yield from found
 
 
-def make_prompt(model: SpeechModel, config: EvalConfig) -> list[dict[str, str]]:
+def make_prompt(model: GeneratingModel, config: EvalConfig) -> list[dict[str, str]]:
     """The dialog asked of every utterance: system turn if any, then the request and the audio."""
     request = config.user_prompt or ""
     if model.audio_locator_tag not in request:
@@ -140,7 +142,7 @@ def make_prompt(model: SpeechModel, config: EvalConfig) -> list[dict[str, str]]:
     return [*turns, {"role": "user", "content": request}]
 
 
-def end_ids(model: SpeechModel, config: EvalConfig) -> list[int]:
+def end_ids(model: GeneratingModel, config: EvalConfig) -> list[int]:
     """Ids that end an answer. Raises SettingsError for an extra token that it lacks."""
     ids = [] if model.text_eos_id is None else [int(model.text_eos_id)]
     for token in config.extra_eos_tokens or ():
@@ -151,12 +153,12 @@ def end_ids(model: SpeechModel, config: EvalConfig) -> list[int]:
     return ids
 
 
-def _failure(utterance: Utterance, error: AudioError) -> Answer:
+def _failure(utterance: Utterance, error: AudioError) -> Response:
     return replace(_unanswered(utterance), error=str(error), cause=error.cause)
 
 
-def _unanswered(utterance: Utterance) -> Answer:
-    return Answer(
+def _unanswered(utterance: Utterance) -> Response:
+    return Response(
         id=utterance.id,
         duration_s=utterance.duration_s,
         text=utterance.text,
@@ -168,14 +170,14 @@ def _unanswered(utterance: Utterance) -> Answer:
     )
 
 
-def _text(model: SpeechModel, ids: np.ndarray, stop_ids: Sequence[int]) -> str:
+def _text(model: GeneratingModel, ids: np.ndarray, stop_ids: Sequence[int]) -> str:
     """What was said before the first end token."""
     ends = np.flatnonzero(np.isin(ids, stop_ids))
     spoken = ids[: ends[0]] if len(ends) else ids
     return model.tokenizer.ids_to_text([int(i) for i in spoken]).strip()
 
 
-def _answer(utterance: Utterance, text: str, duration_s: float, rtf: float) -> Answer:
+def _answer(utterance: Utterance, text: str, duration_s: float, rtf: float) -> Response:
     return replace(
         _unanswered(utterance),
         duration_s=utterance.duration_s or duration_s,
@@ -184,7 +186,7 @@ def _answer(utterance: Utterance, text: str, duration_s: float, rtf: float) -> A
     )
 
 
-def _show(answers: Sequence[Answer], rtfx: float, config: EvalConfig, log: Log) -> None:
+def _show(answers: Sequence[Response], rtfx: float, config: EvalConfig, log: Log) -> None:
     """Prints transcripts where there is nothing to score, else (verbose) both texts and errors."""
     normalize = text_normalizer(config.use_normalizer)
     scored = [a for a in answers if a.text is not None]

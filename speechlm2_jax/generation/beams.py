@@ -12,10 +12,10 @@ from speechlm2_jax.generation.decoding import (
     DecodingConfig,
     Prompts,
     Rows,
-    feed,
-    prefill,
-    processed,
-    step_keys,
+    process_scores,
+    run_prompts,
+    run_token,
+    step_rngs,
 )
 from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.layers.module import read_in_place
@@ -24,7 +24,7 @@ NOWHERE = -1e9
 """The score of a place that holds no answer, as in transformers."""
 
 
-class Found(NamedTuple):
+class FinishedBeams(NamedTuple):
     """The best finished answers of each row so far, the best first."""
 
     ids: Int[Array, "B K A"]
@@ -33,19 +33,19 @@ class Found(NamedTuple):
     scores: Float[Array, "B K"]
 
 
-class Searching(NamedTuple):
+class BeamSearchState(NamedTuple):
     """State of the loop that follows K paths per row."""
 
     step: Int[Array, ""]
     ids: Int[Array, "B K H"]
     scores: Float[Array, "B K"]
     """Log-probabilities of the open paths, the likeliest first."""
-    found: Found
+    found: FinishedBeams
     finished: Bool[Array, " B"]
     cache: KVCache
     """Of B * K rows."""
     rows: Rows
-    keys: Key[Array, " B"] | None
+    rngs: Key[Array, " B"] | None
 
 
 class _Candidates(NamedTuple):
@@ -58,18 +58,18 @@ class _Candidates(NamedTuple):
     is_end: Bool[Array, "B C"]
 
 
-def begin(
+def prefill(
     decoder: CachedDecoder, prompts: Prompts, config: DecodingConfig, search: BeamConfig
-) -> Searching:
+) -> BeamSearchState:
     """Runs the prompts and spreads the first tokens over the paths."""
-    prompt = prefill(decoder, prompts, config)
+    prompt = run_prompts(decoder, prompts, config)
     batch, width = len(prompts.lengths), search.count
     only_first = jnp.asarray([0.0] + [NOWHERE] * (width - 1), jnp.float32)[None]
-    start = Searching(
+    start = BeamSearchState(
         step=jnp.zeros((), jnp.int32),
         ids=prompt.ids.reshape(batch, width, -1),
         scores=jnp.broadcast_to(only_first, (batch, width)),
-        found=Found(
+        found=FinishedBeams(
             ids=jnp.full((batch, width, config.max_new_tokens), config.pad_id, jnp.int32),
             lengths=jnp.zeros((batch, width), jnp.int32),
             scores=jnp.full((batch, width), NOWHERE, jnp.float32),
@@ -77,30 +77,32 @@ def begin(
         finished=prompts.lengths == 0,
         cache=prompt.cache,
         rows=prompt.rows,
-        keys=prompts.keys,
+        rngs=prompts.rngs,
     )
     return _spread(decoder, start, prompt.hidden, config, search)
 
 
-def go_on(
+def decode(
     decoder: CachedDecoder,
-    state: Searching,
+    state: BeamSearchState,
     config: DecodingConfig,
     search: BeamConfig,
     until: Int[Array, ""] | int,
-) -> Searching:
+) -> BeamSearchState:
     """Follows the paths until they have `until` tokens or no row can do better."""
     dtype = state.cache.keys.dtype
     before = state.ids.shape[2] - config.max_new_tokens
 
-    def is_unfinished(state: Searching) -> Array:
+    def is_unfinished(state: BeamSearchState) -> Array:
         return (state.step < until) & ~jnp.all(state.finished)
 
-    def advance(state: Searching) -> Searching:
+    def advance(state: BeamSearchState) -> BeamSearchState:
         token = jax.lax.dynamic_slice_in_dim(state.ids, before + state.step - 1, 1, axis=2)
-        is_key = jnp.repeat(~state.finished, search.count)
+        attention_mask = jnp.repeat(~state.finished, search.count)
         place = state.rows.place + state.step - 1
-        hidden, cache = feed(decoder, state.cache, token.reshape(-1), place, is_key, dtype)
+        hidden, cache = run_token(
+            decoder, state.cache, token.reshape(-1), place, attention_mask, dtype
+        )
         return _spread(decoder, state._replace(cache=cache), hidden, config, search)
 
     with read_in_place(decoder):
@@ -108,7 +110,7 @@ def go_on(
 
 
 def best(
-    state: Searching, config: DecodingConfig, search: BeamConfig
+    state: BeamSearchState, config: DecodingConfig, search: BeamConfig
 ) -> tuple[Int[Array, "R A"], Int[Array, " R"], Float[Array, " R"], Bool[Array, " R"]]:
     """The best answers of each row: those found and, where the search is not over, the open paths.
 
@@ -116,7 +118,7 @@ def best(
     """
     step = state.step
     length = jnp.where(state.finished[:, None], 0, step)
-    open_paths = Found(
+    open_paths = FinishedBeams(
         ids=state.ids[:, :, -config.max_new_tokens :],
         lengths=jnp.broadcast_to(length, state.scores.shape),
         scores=jnp.where(state.finished[:, None], NOWHERE, _by_length(state.scores, step, search)),
@@ -132,11 +134,11 @@ def best(
 
 def _spread(
     decoder: CachedDecoder,
-    state: Searching,
+    state: BeamSearchState,
     hidden: Float[Array, "R 1 D"],
     config: DecodingConfig,
     search: BeamConfig,
-) -> Searching:
+) -> BeamSearchState:
     """Chooses the next token of every path: some end, the likeliest others go on."""
     candidates = _candidates(decoder, state, hidden, config, search)
     found = _collected(state, candidates, config, search)
@@ -153,7 +155,7 @@ def _spread(
     over |= jnp.all(candidates.is_end, axis=1)
     if search.early_stopping is True:
         over |= jnp.all(found.lengths > 0, axis=1)
-    recent = state.cache.is_key.shape[1] - config.max_new_tokens + 1
+    recent = state.cache.key_mask.shape[1] - config.max_new_tokens + 1
     return state._replace(
         step=step,
         ids=jnp.take_along_axis(candidates.ids, chosen[:, :, None], axis=1),
@@ -166,7 +168,7 @@ def _spread(
 
 def _candidates(
     decoder: CachedDecoder,
-    state: Searching,
+    state: BeamSearchState,
     hidden: Float[Array, "R 1 D"],
     config: DecodingConfig,
     search: BeamConfig,
@@ -174,7 +176,7 @@ def _candidates(
     batch, width, _ = state.ids.shape
     flat_ids = state.ids.reshape(batch * width, -1)
     scores = jax.nn.log_softmax(decoder.logits(hidden)[:, 0].astype(jnp.float32), axis=-1)
-    scores = processed(scores, flat_ids, state.step, state.rows, config)
+    scores = process_scores(scores, flat_ids, state.step, state.rows, config)
     vocabulary = scores.shape[-1]
     scores = (scores.reshape(batch, width, vocabulary) + state.scores[:, :, None]).reshape(
         batch, -1
@@ -184,19 +186,19 @@ def _candidates(
     top, index = _top(scores, count, state, config)
     token = (index % vocabulary).astype(jnp.int32)
     ids = jnp.take_along_axis(state.ids, (index // vocabulary)[:, :, None], axis=1)
-    slot = state.ids.shape[2] - config.max_new_tokens + state.step
+    position = state.ids.shape[2] - config.max_new_tokens + state.step
     stops = jnp.isin(token, jnp.asarray(config.stop_ids, jnp.int32))
     is_last = state.step + 1 >= state.rows.limit[::width]
     return _Candidates(
         scores=top,
         source=index // vocabulary,
-        ids=jax.lax.dynamic_update_slice_in_dim(ids, token[:, :, None], slot, axis=2),
+        ids=jax.lax.dynamic_update_slice_in_dim(ids, token[:, :, None], position, axis=2),
         is_end=stops | is_last[:, None],
     )
 
 
 def _top(
-    scores: Float[Array, "B N"], count: int, state: Searching, config: DecodingConfig
+    scores: Float[Array, "B N"], count: int, state: BeamSearchState, config: DecodingConfig
 ) -> tuple[Float[Array, "B C"], Int[Array, "B C"]]:
     """The likeliest, or as many drawn without replacement; the likeliest first."""
     if not config.do_sample:
@@ -204,7 +206,7 @@ def _top(
         return values, index
     # the largest of scores with Gumbel noise are a draw without replacement (Kool et al. 2019)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:]))(
-        step_keys(state.keys, state.step)
+        step_rngs(state.rngs, state.step)
     )
     _, drawn = jax.lax.top_k(scores + noise, count)
     values, order = jax.lax.top_k(jnp.take_along_axis(scores, drawn, axis=1), count)
@@ -212,13 +214,13 @@ def _top(
 
 
 def _collected(
-    state: Searching, candidates: _Candidates, config: DecodingConfig, search: BeamConfig
-) -> Found:
+    state: BeamSearchState, candidates: _Candidates, config: DecodingConfig, search: BeamConfig
+) -> FinishedBeams:
     """Adds the ends among a row's K likeliest continuations to its finished answers."""
     is_new = candidates.is_end & (jnp.arange(candidates.is_end.shape[1]) < search.count)[None]
     is_new &= ~state.finished[:, None]
     length = state.step + 1
-    ends = Found(
+    ends = FinishedBeams(
         ids=candidates.ids[:, :, -config.max_new_tokens :],
         lengths=jnp.where(is_new, length, 0),
         scores=jnp.where(is_new, _by_length(candidates.scores, length, search), NOWHERE),
@@ -226,11 +228,11 @@ def _collected(
     return _best_of(state.found, ends)
 
 
-def _best_of(one: Found, other: Found) -> Found:
+def _best_of(one: FinishedBeams, other: FinishedBeams) -> FinishedBeams:
     """The K best of both, K being the places of the first."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), one, other)
     scores, index = jax.lax.top_k(both.scores, one.scores.shape[1])
-    return Found(
+    return FinishedBeams(
         ids=jnp.take_along_axis(both.ids, index[:, :, None], axis=1),
         lengths=jnp.take_along_axis(both.lengths, index, axis=1),
         scores=scores,

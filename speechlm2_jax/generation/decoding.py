@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from speechlm2_jax.generation.processors import History, Processor, process
-from speechlm2_jax.layers.cache import Extended, KVCache
+from speechlm2_jax.layers.cache import CachedOutput, KVCache
 
 STATIC = {"static": True}
 COPIES_SALT = 2**31 - 1
@@ -78,8 +78,8 @@ class CachedDecoder(Protocol):
         cache: KVCache,
         *,
         positions: Int[Array, "B T"],
-        is_key: Bool[Array, "B T"],
-    ) -> Extended:
+        attention_mask: Bool[Array, "B T"],
+    ) -> CachedOutput:
         """Runs further steps."""
         ...
 
@@ -94,13 +94,13 @@ class Prompts(NamedTuple):
     embeds: Float[Array, "B T D"]
     lengths: Int[Array, " B"]
     """Steps of each; a row of length 0 has ended from the start."""
-    is_key: Bool[Array, "B T"]
+    attention_mask: Bool[Array, "B T"]
     """False beyond the lengths and wherever a prompt has a step that others may not see."""
     limits: Int[Array, " B"] | None = None
     """Tokens that each answer may have; as many as there is room for without."""
     ids: Int[Array, "B T"] | None = None
     """Their tokens, where processors are to see them."""
-    keys: Key[Array, " B"] | None = None
+    rngs: Key[Array, " B"] | None = None
     """One random key per row, for what is drawn."""
 
 
@@ -125,18 +125,18 @@ class Prefilled(NamedTuple):
     rows: Rows
 
 
-def prefill(decoder: CachedDecoder, prompts: Prompts, config: DecodingConfig) -> Prefilled:
+def run_prompts(decoder: CachedDecoder, prompts: Prompts, config: DecodingConfig) -> Prefilled:
     """Runs the prompts once, whatever the number of copies."""
     embeds, lengths = prompts.embeds, prompts.lengths
     batch, steps, _ = embeds.shape
-    visible = prompts.is_key & (jnp.arange(steps)[None, :] < lengths[:, None])
+    visible = prompts.attention_mask & (jnp.arange(steps)[None, :] < lengths[:, None])
     count = jnp.sum(visible, axis=1, dtype=jnp.int32)
     positions = jnp.where(visible, jnp.cumsum(visible, axis=1, dtype=jnp.int32) - 1, 0)
     # The last token is never fed back, so it needs no slot.
     capacity = steps + config.max_new_tokens - 1
     own = capacity if config.copies == 1 else steps
     cache = decoder.new_cache(batch, own, embeds.dtype)
-    hidden, cache = decoder.extend(embeds, cache, positions=positions, is_key=visible)
+    hidden, cache = decoder.extend(embeds, cache, positions=positions, attention_mask=visible)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(hidden, last, axis=1)
     known = _right_aligned(prompts.ids, lengths)
@@ -156,20 +156,22 @@ def prefill(decoder: CachedDecoder, prompts: Prompts, config: DecodingConfig) ->
     return Prefilled(hidden=hidden, cache=cache, ids=ids, rows=rows)
 
 
-def feed(
+def run_token(
     decoder: CachedDecoder,
     cache: KVCache,
     token: Int[Array, " R"],
     place: Int[Array, " R"],
-    is_key: Bool[Array, " R"],
+    attention_mask: Bool[Array, " R"],
     dtype: Any,
-) -> Extended:
+) -> CachedOutput:
     """Runs one token of every row."""
     embedded = decoder.embed(token[:, None]).astype(dtype)
-    return decoder.extend(embedded, cache, positions=place[:, None], is_key=is_key[:, None])
+    return decoder.extend(
+        embedded, cache, positions=place[:, None], attention_mask=attention_mask[:, None]
+    )
 
 
-def processed(
+def process_scores(
     scores: Float[Array, "R V"],
     ids: Int[Array, "R H"],
     step: Int[Array, ""],
@@ -180,7 +182,7 @@ def processed(
     history = History(
         ids=ids,
         first=rows.first,
-        slot=ids.shape[1] - config.max_new_tokens + step,
+        position=ids.shape[1] - config.max_new_tokens + step,
         step=step,
         prompt_steps=rows.steps,
         limit=rows.limit,
@@ -188,24 +190,24 @@ def processed(
     return process(scores, history, config.processors)
 
 
-def step_keys(keys: Key[Array, " R"] | None, step: Int[Array, ""]) -> Key[Array, " R"]:
+def step_rngs(rngs: Key[Array, " R"] | None, step: Int[Array, ""]) -> Key[Array, " R"]:
     """A row's keys of one step. Raises ValueError if there are none."""
-    if keys is None:
+    if rngs is None:
         raise ValueError("do_sample=True needs random keys, one per row")
-    return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+    return jax.vmap(lambda key: jax.random.fold_in(key, step))(rngs)
 
 
-def copied_keys(keys: Key[Array, " B"] | None, copies: int) -> Key[Array, " R"] | None:
+def copied_rngs(rngs: Key[Array, " B"] | None, copies: int) -> Key[Array, " R"] | None:
     """Keys of several answers to each prompt; the first one's is that of an only answer."""
-    if keys is None or copies == 1:
-        return keys
+    if rngs is None or copies == 1:
+        return rngs
 
     def of_row(key: Key[Array, ""]) -> Key[Array, " N"]:
         salted = jax.random.fold_in(key, COPIES_SALT)
         others = jax.vmap(lambda n: jax.random.fold_in(salted, n))(jnp.arange(1, copies))
         return jnp.concatenate([key[None], others])
 
-    return jax.vmap(of_row)(keys).reshape(-1)
+    return jax.vmap(of_row)(rngs).reshape(-1)
 
 
 def _limits(

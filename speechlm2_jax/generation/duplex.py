@@ -12,7 +12,7 @@ from speechlm2_jax.layers.module import read_in_place
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeakingConfig:
+class DuplexSamplingConfig:
     """How to speak; static, so each value is a program of its own."""
 
     text: SamplingConfig = field(default_factory=SamplingConfig)
@@ -43,14 +43,14 @@ class FrameNetwork(Protocol):
         ...
 
 
-class Spoken(NamedTuple):
+class DuplexOutput(NamedTuple):
     """What the agent says: frame t is chosen when the user's frame t has been heard."""
 
     text: Int[Array, "B T"]
     codes: Int[Array, "B T K"]
 
 
-class Said(NamedTuple):
+class DuplexState(NamedTuple):
     """The last frame, and how to go on."""
 
     state: Any
@@ -59,11 +59,11 @@ class Said(NamedTuple):
     frame: Int[Array, ""]
 
 
-def begin(
+def initial_state(
     network: FrameNetwork, batch: int, capacity: int, *, pad: int, delay: int, codebooks: int
-) -> Said:
+) -> DuplexState:
     """A conversation before its first frame: nothing said, the codes delayed."""
-    return Said(
+    return DuplexState(
         state=network.new_state(batch, capacity),
         text=jnp.full((batch,), pad, jnp.int32),
         codes=jnp.full((batch, codebooks), delay, jnp.int32),
@@ -71,51 +71,51 @@ def begin(
     )
 
 
-def speak(
+def next_frame(
     network: FrameNetwork,
-    said: Said,
+    said: DuplexState,
     user: Float[Array, "B 1 D"],
-    config: SpeakingConfig,
-    keys: Key[Array, " B"] | None = None,
-) -> Said:
+    config: DuplexSamplingConfig,
+    rngs: Key[Array, " B"] | None = None,
+) -> DuplexState:
     """Hears one frame of the user and chooses the agent's next. Draws belong to (row, frame)."""
     text_logits, audio_logits, state = network.step(
         said.state, user, said.text[:, None], said.codes[:, None]
     )
-    text_keys, audio_keys = _frame_keys(keys, said.frame, audio_logits.shape[1])
+    text_rngs, audio_rngs = _frame_rngs(rngs, said.frame, audio_logits.shape[1])
     flat = audio_logits.reshape(-1, audio_logits.shape[-1])  # [B K, W]
-    return Said(
+    return DuplexState(
         state=state,
-        text=choose(text_logits, config.text, text_keys),
-        codes=choose(flat, config.audio, audio_keys).reshape(audio_logits.shape[:2]),
+        text=choose(text_logits, config.text, text_rngs),
+        codes=choose(flat, config.audio, audio_rngs).reshape(audio_logits.shape[:2]),
         frame=said.frame + 1,
     )
 
 
-def converse(
+def run_duplex(
     network: FrameNetwork,
     user: Float[Array, "B T D"],
     lengths: Int[Array, " B"],
-    said: Said,
-    config: SpeakingConfig,
+    said: DuplexState,
+    config: DuplexSamplingConfig,
     *,
     pad: int,
-    keys: Key[Array, " B"] | None = None,
-) -> Spoken:
+    rngs: Key[Array, " B"] | None = None,
+) -> DuplexOutput:
     """Runs whole conversations of `lengths` frames; what lies beyond a row's is pad and code 0."""
     frames = user.shape[1]
     text = jnp.full(user.shape[:2], pad, jnp.int32)
     codes = jnp.zeros((*user.shape[:2], said.codes.shape[1]), jnp.int32)
     last = jnp.minimum(jnp.max(lengths, initial=0), frames)
 
-    def is_going_on(carry: tuple[Said, Array, Array]) -> Array:
+    def is_going_on(carry: tuple[DuplexState, Array, Array]) -> Array:
         return carry[0].frame < last
 
-    def advance(carry: tuple[Said, Array, Array]) -> tuple[Said, Array, Array]:
+    def advance(carry: tuple[DuplexState, Array, Array]) -> tuple[DuplexState, Array, Array]:
         said, text, codes = carry
         t = said.frame
         heard = jax.lax.dynamic_slice_in_dim(user, t, 1, axis=1)
-        said = speak(network, said, heard, config, keys)
+        said = next_frame(network, said, heard, config, rngs)
         text = jax.lax.dynamic_update_slice_in_dim(text, said.text[:, None], t, axis=1)
         codes = jax.lax.dynamic_update_slice_in_dim(codes, said.codes[:, None], t, axis=1)
         return said, text, codes
@@ -123,14 +123,16 @@ def converse(
     with read_in_place(network):
         _, text, codes = jax.lax.while_loop(is_going_on, advance, (said, text, codes))
     is_real = jnp.arange(frames)[None] < lengths[:, None]
-    return Spoken(text=jnp.where(is_real, text, pad), codes=jnp.where(is_real[..., None], codes, 0))
+    return DuplexOutput(
+        text=jnp.where(is_real, text, pad), codes=jnp.where(is_real[..., None], codes, 0)
+    )
 
 
-def _frame_keys(
-    keys: Key[Array, " B"] | None, frame: Int[Array, ""], codebooks: int
+def _frame_rngs(
+    rngs: Key[Array, " B"] | None, frame: Int[Array, ""], codebooks: int
 ) -> tuple[Any, Any]:
-    if keys is None:
+    if rngs is None:
         return None, None
-    of_frame = jax.vmap(lambda key: jax.random.fold_in(key, frame))(keys)
+    of_frame = jax.vmap(lambda key: jax.random.fold_in(key, frame))(rngs)
     parts = jax.vmap(lambda key: jax.random.split(key, codebooks + 1))(of_frame)  # [B, K + 1]
     return parts[:, 0], parts[:, 1:].reshape(-1)

@@ -29,7 +29,7 @@ class History(NamedTuple):
     """The prompt, on the right of its slots, if processors may see it; then the answer."""
     first: Int[Array, " B"]
     """The first slot that holds a token of the row."""
-    slot: Int[Array, ""]
+    position: Int[Array, ""]
     """Where the next token goes."""
     step: Int[Array, ""]
     """Tokens of the answer so far."""
@@ -40,15 +40,15 @@ class History(NamedTuple):
 
     def seen(self, vocabulary: int) -> Bool[Array, "B V"]:
         """Which tokens a row holds already."""
-        slots = jnp.arange(self.ids.shape[1])
-        is_held = (slots[None] >= self.first[:, None]) & (slots < self.slot)[None]
+        positions = jnp.arange(self.ids.shape[1])
+        is_held = (positions[None] >= self.first[:, None]) & (positions < self.position)[None]
         return mark(self.ids, is_held, vocabulary)
 
     def ending(self, length: int) -> Int[Array, "B L"]:
         """The last tokens of each row; -1 before its first."""
-        slots = self.slot - length + jnp.arange(length)
-        ids = jnp.take(self.ids, jnp.maximum(slots, 0), axis=1)
-        return jnp.where(slots[None] >= self.first[:, None], ids, -1)
+        positions = self.position - length + jnp.arange(length)
+        ids = jnp.take(self.ids, jnp.maximum(positions, 0), axis=1)
+        return jnp.where(positions[None] >= self.first[:, None], ids, -1)
 
 
 class Processor(ABC):
@@ -142,7 +142,7 @@ class NoRepeatNgrams(Processor):
             return scores
         start = jnp.arange(windows)
         is_repeated = start[None] >= history.first[:, None]
-        is_repeated &= (start + self.n - 1 < history.slot)[None]
+        is_repeated &= (start + self.n - 1 < history.position)[None]
         ending = history.ending(self.n - 1)
         for i in range(self.n - 1):
             is_repeated &= history.ids[:, i : i + windows] == ending[:, i : i + 1]

@@ -35,7 +35,7 @@ class SamplingConfig:
 
 
 def choose(
-    logits: Float[Array, "B V"], config: SamplingConfig, keys: Key[Array, " B"] | None = None
+    logits: Float[Array, "B V"], config: SamplingConfig, rngs: Key[Array, " B"] | None = None
 ) -> Int[Array, " B"]:
     """Chooses one token per row; each row draws from its own key, whatever its neighbours.
 
@@ -44,10 +44,10 @@ def choose(
     logits = logits.astype(jnp.float32)
     if not config.do_sample:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if keys is None:
+    if rngs is None:
         raise ValueError("do_sample=True needs random keys, one per row")
     kept = warp(logits, config)
-    return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(rngs, kept).astype(jnp.int32)
 
 
 def warp(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:

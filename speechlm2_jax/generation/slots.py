@@ -15,10 +15,10 @@ from speechlm2_jax.generation.decoding import (
     CachedDecoder,
     DecodingConfig,
     Rows,
-    feed,
-    processed,
+    process_scores,
+    run_token,
 )
-from speechlm2_jax.generation.salm import Answering
+from speechlm2_jax.generation.salm import DecodingState
 from speechlm2_jax.layers.cache import RingCache
 from speechlm2_jax.layers.module import read_in_place
 
@@ -32,7 +32,7 @@ class Slots(NamedTuple):
     ended: Bool[Array, " R"]
     cache: RingCache
     rows: Rows
-    keys: Key[Array, " R"] | None
+    rngs: Key[Array, " R"] | None
 
 
 def empty(
@@ -52,22 +52,22 @@ def empty(
         ended=jnp.ones(count, bool),
         cache=RingCache.around(decoder.new_cache(count, prompt_steps + ring, dtype), prompt_steps),
         rows=Rows(place=none, steps=none, first=none, limit=none),
-        keys=jax.random.split(jax.random.key(0), count) if config.do_sample else None,
+        rngs=jax.random.split(jax.random.key(0), count) if config.do_sample else None,
     )
 
 
-def admit(slots: Slots, begun: Answering, at: Int[Array, " G"]) -> Slots:
+def admit(slots: Slots, begun: DecodingState, at: Int[Array, " G"]) -> Slots:
     """Puts rows that have their first token into the slots `at`; those beyond the last go nowhere.
 
     The rows must have been begun with the configuration of the slots, and with prompts of audio or
     without their ids: what processors see is the answer alone.
     """
-    mine = (slots.ids, slots.lengths, slots.ended, slots.rows, slots.keys)
-    theirs = (begun.ids, begun.lengths, begun.finished, begun.rows, begun.keys)
+    mine = (slots.ids, slots.lengths, slots.ended, slots.rows, slots.rngs)
+    theirs = (begun.ids, begun.lengths, begun.finished, begun.rows, begun.rngs)
     held = jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), mine, theirs)
-    ids, lengths, ended, rows, keys = held
+    ids, lengths, ended, rows, rngs = held
     cache = slots.cache.admit(at, begun.cache)
-    return Slots(ids=ids, lengths=lengths, ended=ended, cache=cache, rows=rows, keys=keys)
+    return Slots(ids=ids, lengths=lengths, ended=ended, cache=cache, rows=rows, rngs=rngs)
 
 
 def run(
@@ -83,7 +83,7 @@ def run(
         latest = jnp.maximum(slots.lengths - 1, 0)
         token = jnp.take_along_axis(slots.ids, latest[:, None], axis=1)[:, 0]
         place = slots.rows.place + latest
-        hidden, cache = feed(decoder, slots.cache, token, place, ~slots.ended, dtype)
+        hidden, cache = run_token(decoder, slots.cache, token, place, ~slots.ended, dtype)
         assert isinstance(cache, RingCache)
         scores = decoder.logits(hidden)[:, 0]
         return _choose(slots._replace(cache=cache), scores, config)
@@ -99,12 +99,12 @@ def _choose(slots: Slots, scores: Float[Array, "R V"], config: DecodingConfig) -
         scores: Array, ids: Array, step: Array, rows: Rows, key: Key[Array, ""] | None
     ) -> Array:
         own = jax.tree.map(lambda x: x[None], rows)
-        changed = processed(scores[None], ids[None], step, own, config)[0]
+        changed = process_scores(scores[None], ids[None], step, own, config)[0]
         if key is None:
             return jnp.argmax(changed, axis=-1)
         return jax.random.categorical(jax.random.fold_in(key, step), changed)
 
-    token = jax.vmap(of_row)(scores, slots.ids, slots.lengths, slots.rows, slots.keys)
+    token = jax.vmap(of_row)(scores, slots.ids, slots.lengths, slots.rows, slots.rngs)
     token = token.astype(jnp.int32)
     is_next = jnp.arange(slots.ids.shape[1])[None] == slots.lengths[:, None]
     is_next &= ~slots.ended[:, None]

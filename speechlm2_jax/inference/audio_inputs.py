@@ -18,14 +18,14 @@ _FORMS = "audio must be paths or 1-D float arrays [S]"
 _WITH_RATE = '(rate, array) or {"array": ..., "sampling_rate": ...}'
 
 
-class Clip(NamedTuple):
+class AudioInput(NamedTuple):
     """A recording, and the file that it came from."""
 
     samples: np.ndarray
     name: str | None = None
 
 
-def clips_of(audio: Any, prompt: str, rate_hz: int, channel: int | None = None) -> list[Clip]:
+def clips_of(audio: Any, prompt: str, rate_hz: int, channel: int | None = None) -> list[AudioInput]:
     """The recordings of a turn's `audio`: one recording, a list of them, or None.
 
     A recording is a path, an open file, an array [S] of floats at `rate_hz`, `(rate, array)` as
@@ -95,13 +95,13 @@ def _is_rate(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _clip(item: Any, name: str, rate_hz: int, channel: int | None) -> Clip:
+def _clip(item: Any, name: str, rate_hz: int, channel: int | None) -> AudioInput:
     if isinstance(item, str):
         item = local_recording(item, name)
     if isinstance(item, Mapping):
         return _clip_of_dict(item, name, rate_hz, channel)
     if _is_rate_and_array(item):
-        return Clip(_own_rate(np.asarray(item[1]), item[0], name, rate_hz, channel))
+        return AudioInput(_own_rate(np.asarray(item[1]), item[0], name, rate_hz, channel))
     if isinstance(item, bytes):
         return _read(BytesIO(item), name, None, rate_hz, channel)
     if _is_path(item):
@@ -114,22 +114,26 @@ def _clip(item: Any, name: str, rate_hz: int, channel: int | None) -> Clip:
             f"{name}: {_FORMS}; got {array.dtype} {array.shape}: mix channels first, as "
             f"samples.mean(axis=1), or give {_WITH_RATE}"
         )
-    return Clip(check_samples(as_float(array, name), name))
+    return AudioInput(check_samples(as_float(array, name), name))
 
 
-def _read(source: Any, name: str, file: str | None, rate_hz: int, channel: int | None) -> Clip:
+def _read(
+    source: Any, name: str, file: str | None, rate_hz: int, channel: int | None
+) -> AudioInput:
     try:
-        return Clip(read_audio(source, sample_rate_hz=rate_hz, channel=channel), file)
+        return AudioInput(read_audio(source, sample_rate_hz=rate_hz, channel=channel), file)
     except AudioError as error:
         reason = str(error) if file is not None else str(error).replace(f"{source}: ", "")
         raise AudioError(f"{name}: {reason}", cause=error.cause) from error
 
 
-def _clip_of_dict(item: Mapping[str, Any], name: str, rate_hz: int, channel: int | None) -> Clip:
+def _clip_of_dict(
+    item: Mapping[str, Any], name: str, rate_hz: int, channel: int | None
+) -> AudioInput:
     """A recording as datasets gives it: decoded, or encoded as bytes or in a file."""
     if item.get("array") is not None and item.get("sampling_rate") is not None:
         array = np.asarray(item["array"])
-        return Clip(_own_rate(array, item["sampling_rate"], name, rate_hz, channel))
+        return AudioInput(_own_rate(array, item["sampling_rate"], name, rate_hz, channel))
     path = item.get("path")
     if isinstance(item.get("bytes"), bytes):
         file = None if path is None else str(path)

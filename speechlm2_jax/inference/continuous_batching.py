@@ -24,7 +24,7 @@ from speechlm2_jax.inference import generate
 from speechlm2_jax.inference.long_form import chunked
 from speechlm2_jax.inference.padding import answer_shape, round_up
 from speechlm2_jax.inference.request.generation_request import GenerationRequest, read_request
-from speechlm2_jax.layers.module import Variables, bind
+from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.networks.salm import Salm
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ GROUPS = 4
 little room waits for them."""
 
 
-class Answered(NamedTuple):
+class FinishedPrompt(NamedTuple):
     """A prompt and what was said."""
 
     number: int
@@ -44,7 +44,7 @@ class Answered(NamedTuple):
     """Int32, up to the end of the answer."""
 
 
-class Row(NamedTuple):
+class SlotEntry(NamedTuple):
     """What takes one slot: a prompt, or one chunk of it."""
 
     prompt: int
@@ -54,7 +54,7 @@ class Row(NamedTuple):
     """The number by which random draws go."""
 
 
-def refusal(request: GenerationRequest) -> str | None:
+def why_unsupported(request: GenerationRequest) -> str | None:
     """Why a request cannot be answered on slots, if it cannot."""
     reasons = {
         "num_beams: beam search": request.decoding.beams is not None,
@@ -70,16 +70,16 @@ def refusal(request: GenerationRequest) -> str | None:
 
 def generate_each(
     model: "SALM",
-    definition: Any,
+    graphdef: Any,
     prompts: Iterable[Any],
     count: int,
     generation_config: Any,
     overrides: Mapping[str, Any],
     draw_numbers: Iterable[int] | None = None,
-) -> Iterator[list[Answered]]:
+) -> Iterator[list[FinishedPrompt]]:
     """Answers dialogs as they come; see SALM.generate_each."""
     request = read_request(model, generation_config, overrides)
-    why = refusal(request)
+    why = why_unsupported(request)
     if why is not None:
         raise ValueError(f"{why}: not on slots, where rows come and go; use generate")
     if count < 1:
@@ -87,25 +87,25 @@ def generate_each(
     if sharding.mesh_of(model.variables) is not None:
         raise ValueError("the weights lie on a mesh, and slots are of one device; use generate")
     numbers = itertools.count() if draw_numbers is None else draw_numbers
-    return _whole(model, definition, zip(prompts, numbers, strict=False), request, count)
+    return _whole(model, graphdef, zip(prompts, numbers, strict=False), request, count)
 
 
 def _whole(
     model: "SALM",
-    definition: Any,
+    graphdef: Any,
     prompts: Iterable[tuple[Any, int]],
     request: GenerationRequest,
     count: int,
-) -> Iterator[list[Answered]]:
+) -> Iterator[list[FinishedPrompt]]:
     """Takes prompts, with the numbers of their draws, apart into rows and joins their answers.
 
     A prompt that cannot be used raises its error after the answers to those before it.
     """
-    open_parts: dict[int, chunked.Parts] = {}
+    open_parts: dict[int, chunked.ChunkedPrompt] = {}
     said: dict[int, dict[int, np.ndarray]] = {}
     wrong: list[ValueError] = []
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[SlotEntry]:
         for number, (dialog, draw) in enumerate(prompts):
             try:
                 parts = _parts(model, dialog, number, request)
@@ -114,9 +114,9 @@ def _whole(
                 return
             open_parts[number] = parts
             for n, row in enumerate(parts.rows):
-                yield Row(number, n, row, chunked.row_number(draw, n))
+                yield SlotEntry(number, n, row, chunked.row_number(draw, n))
 
-    for ended in answer_rows(model, definition, rows(), request, count):
+    for ended in run_slots(model, graphdef, rows(), request, count):
         whole = []
         for row, ids in ended:
             own = said.setdefault(row.prompt, {})
@@ -126,18 +126,20 @@ def _whole(
                 parts = open_parts.pop(row.prompt)
                 answers = [own[n] for n in range(len(own))]
                 joined = parts.join(answers, model.tokenizer, request.decoding.stop_ids)
-                whole.append(Answered(row.prompt, np.asarray(joined, np.int32)))
+                whole.append(FinishedPrompt(row.prompt, np.asarray(joined, np.int32)))
         if whole:
             yield whole
     if wrong:
         raise wrong[0]
 
 
-def _parts(model: "SALM", dialog: Any, number: int, request: GenerationRequest) -> chunked.Parts:
+def _parts(
+    model: "SALM", dialog: Any, number: int, request: GenerationRequest
+) -> chunked.ChunkedPrompt:
     """The rows of a dialog. Raises ValueError where it cannot be used, naming its number."""
     name = f"prompt {number}"
     try:
-        (example,), _ = generate.prompted(
+        (example,), _ = generate.prepare_prompts(
             model, ([dialog], None, None), number, enable_thinking=request.enable_thinking
         )
     except ValueError as error:
@@ -153,11 +155,11 @@ def _parts(model: "SALM", dialog: Any, number: int, request: GenerationRequest) 
     return chunked.in_parts(example, request.max_audio_s, model.sampling_rate)
 
 
-def answer_rows(
-    model: "SALM", definition: Any, rows: Iterator[Row], request: GenerationRequest, count: int
-) -> Iterator[list[tuple[Row, np.ndarray]]]:
+def run_slots(
+    model: "SALM", graphdef: Any, rows: Iterator[SlotEntry], request: GenerationRequest, count: int
+) -> Iterator[list[tuple[SlotEntry, np.ndarray]]]:
     """Answers rows on `count` slots; yields those that have ended, time and again."""
-    table = _Table(model, definition, request, count)
+    table = _Table(model, graphdef, request, count)
     size = -(-count // GROUPS)
     groups = iter(lambda: list(itertools.islice(rows, size)), [])
     group = next(groups, None)
@@ -185,10 +187,10 @@ class _Table:
     """The slots on the device, and who sits where."""
 
     def __init__(
-        self, model: "SALM", definition: Any, request: GenerationRequest, count: int
+        self, model: "SALM", graphdef: Any, request: GenerationRequest, count: int
     ) -> None:
-        self.busy: dict[int, Row] = {}
-        self._model, self._definition, self._count = model, definition, count
+        self.busy: dict[int, SlotEntry] = {}
+        self._model, self._graphdef, self._count = model, graphdef, count
         self._size = -(-count // GROUPS)
         self._limit = int(request.limits(np.zeros(1, np.int32))[0])
         self._decoding = request.fitting(np.array([self._limit]))
@@ -197,20 +199,20 @@ class _Table:
         self._steps = 0
         """Of the longest prompt that the slots hold."""
 
-    def fits(self, group: Sequence[Row]) -> bool:
+    def fits(self, group: Sequence[SlotEntry]) -> bool:
         """Whether the slots have room for such long prompts."""
         return self._shape(group).tokens <= self._steps
 
-    def takes(self, group: Sequence[Row]) -> bool:
+    def takes(self, group: Sequence[SlotEntry]) -> bool:
         """Whether there are free slots for a group; for longer prompts all are made anew."""
         if not self.fits(group):
             return not self.busy
         return len(group) <= self._count - len(self.busy)
 
-    def admit(self, group: Sequence[Row]) -> None:
+    def admit(self, group: Sequence[SlotEntry]) -> None:
         """Runs new prompts in free slots."""
         shape = self._shape(group)
-        programs = (self._definition, self._model.variables)
+        programs = (self._graphdef, self._model.variables)
         if shape.tokens > self._steps:
             self._steps = shape.tokens
             self._slots = _empty(*programs, self._decoding, self._count, self._steps)
@@ -228,21 +230,21 @@ class _Table:
         )
         self._slots = _admit(*programs, self._slots, new, self._decoding)
 
-    def run(self, enough: int) -> list[tuple[Row, np.ndarray]]:
+    def run(self, enough: int) -> list[tuple[SlotEntry, np.ndarray]]:
         """Goes on until so many slots have ended; gives the answers that are complete."""
-        programs = (self._definition, self._model.variables)
+        programs = (self._graphdef, self._model.variables)
         self._slots, said = _run(*programs, self._slots, np.int32(enough), self._decoding)
         ids, lengths, ended = jax.device_get(said)
         slots = [slot for slot in self.busy if ended[slot]]
         return [(self.busy.pop(slot), ids[slot, : lengths[slot]]) for slot in slots]
 
-    def _shape(self, group: Sequence[Row]) -> BatchShape:
+    def _shape(self, group: Sequence[SlotEntry]) -> BatchShape:
         """The static shape of a group, that of a full one."""
         shape = answer_shape([[row.example for row in group]], self._model.frame_count)
         each = max(len(row.example.audio) for row in group)
         return replace(shape, rows=self._size, clips=round_up(each, 1) * self._size if each else 0)
 
-    def _laid_out(self, group: Sequence[Row], shape: BatchShape) -> SalmBatch:
+    def _laid_out(self, group: Sequence[SlotEntry], shape: BatchShape) -> SalmBatch:
         batch = assemble_salm_batch(
             [[row.example for row in group]],
             shape,
@@ -257,17 +259,17 @@ class _Table:
         return replace(batch, row_ids=row_ids)
 
 
-@partial(jax.jit, static_argnames=("definition", "count", "steps"))
+@partial(jax.jit, static_argnames=("graphdef", "count", "steps"))
 def _empty(
-    definition: Any, variables: Variables, decoding: DecodingConfig, count: int, steps: int
+    graphdef: Any, variables: Variables, decoding: DecodingConfig, count: int, steps: int
 ) -> Slots:
-    network: Salm = bind(definition, variables)
+    network: Salm = merge(graphdef, variables)
     return loop.empty(network.llm, count, steps, decoding, network.dtype)
 
 
-@partial(jax.jit, static_argnames=("definition",), donate_argnames="slots")
+@partial(jax.jit, static_argnames=("graphdef",), donate_argnames="slots")
 def _admit(
-    definition: Any,
+    graphdef: Any,
     variables: Variables,
     slots: Slots | None,
     new: _New,
@@ -276,12 +278,12 @@ def _admit(
     """Runs prompts, chooses their first tokens, and puts them into their slots."""
     assert slots is not None
     asked = (new.embeds, new.batch, new.limits, new.key)
-    return loop.admit(slots, generate.begin(definition, variables, *asked, decoding), new.at)
+    return loop.admit(slots, generate.prefill(graphdef, variables, *asked, decoding), new.at)
 
 
-@partial(jax.jit, static_argnames=("definition",), donate_argnames="slots")
+@partial(jax.jit, static_argnames=("graphdef",), donate_argnames="slots")
 def _run(
-    definition: Any,
+    graphdef: Any,
     variables: Variables,
     slots: Slots | None,
     enough: Int[Array, ""],
@@ -289,6 +291,6 @@ def _run(
 ) -> tuple[Slots, tuple[Array, Array, Array]]:
     """Chooses tokens until `enough` slots have ended: the state, and what the host reads of it."""
     assert slots is not None
-    network: Salm = bind(definition, variables)
+    network: Salm = merge(graphdef, variables)
     slots = loop.run(network.llm, slots, decoding, enough)
     return slots, (slots.ids, slots.lengths, slots.ended)

@@ -28,8 +28,8 @@ from speechlm2_jax.inference.long_form import chunked
 from speechlm2_jax.inference.padding import answer_shape
 from speechlm2_jax.inference.prompts import PromptContext, prompt_examples
 from speechlm2_jax.inference.request.generation_request import GenerationRequest, read_request
-from speechlm2_jax.inference.text_stream import Piece, Spoken, cut_at, last_of, pieces
-from speechlm2_jax.layers.module import Variables, bind
+from speechlm2_jax.inference.text_stream import PartialOutput, Piece, cut_at, last_of, pieces
+from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.networks import salm as salm_network
 from speechlm2_jax.networks.salm import Salm, SalmModes
 from speechlm2_jax.sharding import Sharding
@@ -55,7 +55,7 @@ class Generated:
 
 def generate(
     model: "SALM",
-    definition: Any,
+    graphdef: Any,
     asked: tuple[Any, Any, Any],
     generation_config: Any,
     overrides: Mapping[str, Any],
@@ -63,17 +63,17 @@ def generate(
 ) -> np.ndarray | Generated:
     """Answers (prompts, audios, audio_lens); see SALM.generate."""
     request = read_request(model, generation_config, overrides)
-    examples, ids = prompted(model, asked, enable_thinking=request.enable_thinking)
+    examples, ids = prepare_prompts(model, asked, enable_thinking=request.enable_thinking)
     numbers = range(len(examples)) if draw_numbers is None else draw_numbers
     if len(numbers) != len(examples):
         raise ValueError(f"{len(numbers)} draw_numbers for {len(examples)} prompts; give one each")
     parts = [chunked.in_parts(e, request.max_audio_s, model.sampling_rate) for e in examples]
     if any(prompt.chunks for prompt in parts):
-        speak_of = partial(speak, model, definition)
-        joined = chunked.answer(parts, numbers, request, speak_of, model.tokenizer)
+        speak_of = partial(run_generation, model, graphdef)
+        joined = chunked.generate_chunked(parts, numbers, request, speak_of, model.tokenizer)
         return Generated(joined, None) if request.returns_dict else joined
     row_ids = np.asarray(numbers, np.int32)
-    spoken = last_of(speak(model, definition, examples, request, row_ids=row_ids))
+    spoken = last_of(run_generation(model, graphdef, examples, request, row_ids=row_ids))
     answers = spoken.trimmed()
     if not any(example.audio for example in examples):
         before = np.repeat(ids, request.decoding.answers, axis=0)
@@ -83,7 +83,7 @@ def generate(
 
 def stream(
     model: "SALM",
-    definition: Any,
+    graphdef: Any,
     asked: tuple[Any, Any, Any],
     generation_config: Any,
     tokens_at_once: int,
@@ -97,13 +97,13 @@ def stream(
         raise ValueError("a stream has no dict to return; leave return_dict_in_generate out")
     if tokens_at_once < 1:
         raise ValueError(f"tokens_at_once={tokens_at_once} must be at least 1")
-    examples, _ = prompted(model, asked, enable_thinking=request.enable_thinking)
+    examples, _ = prepare_prompts(model, asked, enable_thinking=request.enable_thinking)
     chunked.refuse(examples, request.max_audio_s, model.sampling_rate)
-    reports = speak(model, definition, examples, request, tokens_at_once)
+    reports = run_generation(model, graphdef, examples, request, tokens_at_once)
     return pieces(reports, model.tokenizer)
 
 
-def prompted(
+def prepare_prompts(
     model: "SALM",
     asked: tuple[Any, Any, Any],
     first: int = 0,
@@ -141,14 +141,14 @@ def prompted(
     return examples, ids
 
 
-def speak(
+def run_generation(
     model: "SALM",
-    definition: Any,
+    graphdef: Any,
     examples: Sequence[SalmExample],
     request: GenerationRequest,
     steps_at_once: int | None = None,
     row_ids: np.ndarray | None = None,
-) -> Iterator[Spoken]:
+) -> Iterator[PartialOutput]:
     """Answers prompts that are laid out already, saying how far it is every so many tokens.
 
     Without `steps_at_once` that is once, at the end, unless the request can stop it before. The
@@ -159,7 +159,7 @@ def speak(
     can_stop = bool(request.max_time_s or request.should_stop or request.stop_strings)
     if steps_at_once is None and can_stop:
         steps_at_once = STEPS_BETWEEN_CHECKS
-    reports = _run(model, definition, asked, request, steps_at_once)
+    reports = _run(model, graphdef, asked, request, steps_at_once)
     if not request.stop_strings:
         return reports
     decode = model.tokenizer.ids_to_text
@@ -168,20 +168,20 @@ def speak(
 
 def _run(
     model: "SALM",
-    definition: Any,
+    graphdef: Any,
     asked: "_LaidOut",
     request: GenerationRequest,
     steps_at_once: int | None,
-) -> Iterator[Spoken]:
+) -> Iterator[PartialOutput]:
     begun_s = time.monotonic()
     rest = (asked.decoding, asked.placement)
     variables = model.variables
-    embeds = encode(definition, variables, asked.batch, asked.placement)
-    state = begin(definition, variables, embeds, asked.batch, asked.limits, asked.key, *rest)
+    embeds = encode(graphdef, variables, asked.batch, asked.placement)
+    state = prefill(graphdef, variables, embeds, asked.batch, asked.limits, asked.key, *rest)
     last = int(asked.limits.max())
     until = last if steps_at_once is None else 1
     while True:
-        state, answers = go_on(definition, variables, state, np.int32(until), *rest)
+        state, answers = decode(graphdef, variables, state, np.int32(until), *rest)
         spoken = asked.in_order(jax.device_get(answers))
         yield spoken
         elapsed_s = time.monotonic() - begun_s
@@ -204,7 +204,7 @@ class _LaidOut:
     key: Any
     placement: Sharding | None
 
-    def in_order(self, answers: loops.Answers) -> Spoken:
+    def in_order(self, answers: loops.GenerationOutput) -> PartialOutput:
         """Leaves out the rows that fill the shape."""
         groups, rows = self.limits.shape
         copies = self.decoding.answers
@@ -214,7 +214,7 @@ class _LaidOut:
             real = zip(by_group, self.groups, strict=True)
             return np.concatenate([part[: len(group) * copies] for part, group in real])
 
-        return Spoken(
+        return PartialOutput(
             ids=chosen(answers.ids),
             lengths=chosen(answers.lengths),
             scores=None if answers.scores is None else chosen(answers.scores),
@@ -229,8 +229,8 @@ def _lay_out(
     row_ids: np.ndarray | None,
 ) -> _LaidOut:
     mesh = sharding.mesh_of(model.variables)
-    placement = None if mesh is None else sharding.for_answering(mesh)
-    groups = deal(examples, 1 if placement is None else placement.data_parallel_size)
+    placement = None if mesh is None else sharding.for_inference(mesh)
+    groups = split_evenly(examples, 1 if placement is None else placement.data_parallel_size)
     shape = answer_shape(groups, model.frame_count)
     batch = assemble_salm_batch(
         groups,
@@ -244,7 +244,7 @@ def _lay_out(
     # what is drawn for an example must not depend on how many devices answer
     numbers = np.arange(len(examples)) if row_ids is None else row_ids
     by_group = np.zeros(batch.row_ids.shape, np.int32)
-    for group, part in enumerate(deal(numbers, len(groups))):
+    for group, part in enumerate(split_evenly(numbers, len(groups))):
         by_group[group, : len(part)] = part
     batch = replace(batch, row_ids=by_group)
     limits = request.limits((batch.segments > 0).sum(axis=-1))
@@ -258,29 +258,29 @@ def _lay_out(
     )
 
 
-def deal(examples: Sequence[Any] | np.ndarray, groups: int) -> list[Any]:
+def split_evenly(examples: Sequence[Any] | np.ndarray, groups: int) -> list[Any]:
     """Shares examples out in order, as evenly as can be."""
     bounds = np.linspace(0, len(examples), groups + 1).round().astype(int)
     return [examples[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-@partial(jax.jit, static_argnames=("definition", "placement"))
+@partial(jax.jit, static_argnames=("graphdef", "placement"))
 def encode(
-    definition: Any, variables: Variables, batch: SalmBatch, placement: Sharding | None = None
+    graphdef: Any, variables: Variables, batch: SalmBatch, placement: Sharding | None = None
 ) -> Float[Array, "B T D"]:
     """Encodes audio and interleaves: what the LLM sees, however it is to answer.
 
     A program of its own, so that another way of answering compiles no encoder. `placement` says
     how the devices share the work, if weights lie on several.
     """
-    network: Salm = bind(definition, variables)
+    network: Salm = merge(graphdef, variables)
     with sharding.use(placement):
         return salm_network.prepare(network, batch, SalmModes()).embeds
 
 
-@partial(jax.jit, static_argnames=("definition", "placement"))
-def begin(
-    definition: Any,
+@partial(jax.jit, static_argnames=("graphdef", "placement"))
+def prefill(
+    graphdef: Any,
     variables: Variables,
     embeds: Float[Array, "B T D"],
     batch: SalmBatch,
@@ -290,7 +290,7 @@ def begin(
     placement: Sharding | None = None,
 ) -> Any:
     """Runs the prompts and chooses the first tokens: the state of the loop."""
-    network: Salm = bind(definition, variables)
+    network: Salm = merge(graphdef, variables)
     with sharding.use(placement):
         rows = embeds.shape[:2]
         # as in NeMo: beside audio, processors see the answer alone
@@ -298,34 +298,34 @@ def begin(
         prompts = Prompts(
             embeds=embeds,
             lengths=jnp.sum(batch.segments > 0, axis=-1, dtype=jnp.int32).reshape(-1),
-            is_key=batch.is_key.reshape(rows),
+            attention_mask=batch.attention_mask.reshape(rows),
             limits=limits.reshape(-1),
             ids=batch.tokens.reshape(rows) if is_seen else None,
-            keys=salm_network.example_keys(key, batch.row_ids),
+            rngs=salm_network.example_rngs(key, batch.row_ids),
         )
-        return loops.pinned(loops.begin(network.llm, prompts, decoding))
+        return loops.pinned(loops.prefill(network.llm, prompts, decoding))
 
 
-@partial(jax.jit, static_argnames=("definition", "placement"), donate_argnames="state")
-def go_on(
-    definition: Any,
+@partial(jax.jit, static_argnames=("graphdef", "placement"), donate_argnames="state")
+def decode(
+    graphdef: Any,
     variables: Variables,
     state: Any,
     until: Int[Array, ""],
     decoding: DecodingConfig,
     placement: Sharding | None = None,
-) -> tuple[Any, loops.Answers]:
+) -> tuple[Any, loops.GenerationOutput]:
     """Chooses tokens up to number `until`: the state, and the answers on every device."""
-    network: Salm = bind(definition, variables)
+    network: Salm = merge(graphdef, variables)
     with sharding.use(placement):
-        state = loops.pinned(loops.go_on(network.llm, state, decoding, until))
-        answers = loops.answers(state, decoding)
+        state = loops.pinned(loops.decode(network.llm, state, decoding, until))
+        answers = loops.read_outputs(state, decoding)
         return state, jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), answers)
 
 
-@partial(jax.jit, static_argnames=("definition", "placement"))
-def answer(
-    definition: Any,
+@partial(jax.jit, static_argnames=("graphdef", "placement"))
+def generate_batch(
+    graphdef: Any,
     variables: Variables,
     batch: SalmBatch,
     limits: Int[Array, "G R"],
@@ -334,10 +334,10 @@ def answer(
 ) -> Int[Array, "B T"]:
     """All as one program, which is compiled ahead of time to be priced."""
     rest = (decoding, placement)
-    embeds = encode(definition, variables, batch, placement)
-    state = begin(definition, variables, embeds, batch, limits, None, *rest)
+    embeds = encode(graphdef, variables, batch, placement)
+    state = prefill(graphdef, variables, embeds, batch, limits, None, *rest)
     until = jnp.int32(decoding.max_new_tokens)
-    return go_on(definition, variables, state, until, *rest)[1].ids
+    return decode(graphdef, variables, state, until, *rest)[1].ids
 
 
 def layout(model: "SALM", placement: Sharding) -> dict[str, jax.ShapeDtypeStruct]:
@@ -354,7 +354,7 @@ def layout(model: "SALM", placement: Sharding) -> dict[str, jax.ShapeDtypeStruct
 
 def compile_ahead(
     model: "SALM",
-    definition: Any,
+    graphdef: Any,
     placement: Sharding,
     shape: BatchShape,
     max_new_tokens: int,
@@ -374,5 +374,5 @@ def compile_ahead(
     variables = layout(model, placement)
     limits = np.full(arrays.row_ids.shape, max_new_tokens, np.int32)
     decoding = read_request(model).fitting(limits)
-    lowered = answer.lower(definition, variables, arrays, limits, decoding, placement)
+    lowered = generate_batch.lower(graphdef, variables, arrays, limits, decoding, placement)
     return lowered.compile()

@@ -25,12 +25,12 @@ class PerceptionStream:
     """
 
     def __init__(
-        self, plan: StreamPlan, definition: Any, variables: Variables, batch: int, dtype: DTypeLike
+        self, plan: StreamPlan, graphdef: Any, variables: Variables, batch: int, dtype: DTypeLike
     ):
         self.plan = plan
         self.state: StreamState = start_stream(plan, batch, dtype)
         self._variables = variables
-        self._step = make_step(definition, plan)
+        self._step = make_step(graphdef, plan)
 
     def push(self, audio: Any, new: Any = None) -> tuple[Float[Array, "B F W"], Bool[Array, "B F"]]:
         """Hears `plan.samples` samples of each stream: (frames, which of them are real).

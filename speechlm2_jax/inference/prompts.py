@@ -9,7 +9,7 @@ import numpy as np
 from speechlm2_jax.batches import SalmExample
 from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
-from speechlm2_jax.inference.audio_inputs import Clip, clips_of, split_audio
+from speechlm2_jax.inference.audio_inputs import AudioInput, clips_of, split_audio
 from speechlm2_jax.inference.content_parts import with_plain_content
 from speechlm2_jax.pretrained.salm_config import DEFAULT_AUDIO_LOCATOR_TAG
 
@@ -155,12 +155,12 @@ def _unpadded(rows: Sequence[np.ndarray], context: PromptContext) -> list[np.nda
 
 def _dealt(
     audio: Sequence[np.ndarray], names: Sequence[str], needed: Sequence[int]
-) -> list[list[Clip]]:
+) -> list[list[AudioInput]]:
     """Shares recordings out among the prompts, in order, as many as each has placeholders."""
     _check_number("the prompts have", sum(needed), len(audio))
     rows = iter(audio)
     return [
-        [Clip(check_samples(next(rows), name)) for _ in range(wanted)]
+        [AudioInput(check_samples(next(rows), name)) for _ in range(wanted)]
         for name, wanted in zip(names, needed, strict=True)
     ]
 
@@ -173,7 +173,7 @@ def _check_number(has: str, needed: int, given: int) -> None:
         )
 
 
-def _example(name: str, ids: np.ndarray, clips: Sequence[Clip]) -> SalmExample:
+def _example(name: str, ids: np.ndarray, clips: Sequence[AudioInput]) -> SalmExample:
     files = ", ".join(clip.name for clip in clips if clip.name is not None)
     return SalmExample(
         id=name + (f" ({files})" if files else ""),

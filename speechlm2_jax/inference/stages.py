@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from speechlm2_jax.layers.module import Variables, bind
+from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.perception.perception import PerceptionModes
 
 
@@ -19,28 +19,28 @@ def device_of(variables: Variables | None) -> jax.Device:
     return jnp.zeros(()).devices().pop()
 
 
-@partial(jax.jit, static_argnames=("definition",))
+@partial(jax.jit, static_argnames=("graphdef",))
 def perceive(
-    definition: Any,
+    graphdef: Any,
     variables: Variables,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],
 ) -> tuple[Float[Array, "B T D"], Int[Array, " B"]]:
     """Runs perception alone, in evaluation mode."""
-    network = bind(definition, variables)
+    network = merge(graphdef, variables)
     output = network.perception(audio, lengths, modes=PerceptionModes(), dtype=network.dtype)
     return output.frames, output.lengths
 
 
-@partial(jax.jit, static_argnames=("definition",))
+@partial(jax.jit, static_argnames=("graphdef",))
 def text_logits(
-    definition: Any,
+    graphdef: Any,
     variables: Variables,
     embeds: Float[Array, "B T D"],
     mask: Bool[Array, "B T"],
 ) -> Float[Array, "B T V"]:
     """Runs the LLM alone over embeddings; positions are 0..T-1 for every row."""
-    network = bind(definition, variables)
+    network = merge(graphdef, variables)
     return network.llm.logits(hidden_states(network, embeds, mask))
 
 
@@ -53,5 +53,5 @@ def hidden_states(
         embeds.astype(network.dtype),
         positions=jnp.broadcast_to(jnp.arange(rows[1], dtype=jnp.int32), rows),
         segments=jnp.ones(rows, jnp.int32),
-        is_key=jnp.ones(rows, bool) if mask is None else mask,
+        attention_mask=jnp.ones(rows, bool) if mask is None else mask,
     )

@@ -16,7 +16,7 @@ UNDECIDED = "\ufffd"
 
 
 @dataclass(frozen=True)
-class Spoken:
+class PartialOutput:
     """Answers as far as they are known, in the order of the prompts, those to one side by side."""
 
     ids: np.ndarray
@@ -43,7 +43,7 @@ class Piece(NamedTuple):
     is_last: bool
 
 
-def last_of(reports: Iterator[Spoken]) -> Spoken:
+def last_of(reports: Iterator[PartialOutput]) -> PartialOutput:
     """The last report; there always is one."""
     *_, last = reports
     return last
@@ -62,7 +62,7 @@ class TextTokenizer(Protocol):
         ...
 
 
-def pieces(reports: Iterator[Spoken], tokenizer: TextTokenizer) -> Iterator[Piece]:
+def pieces(reports: Iterator[PartialOutput], tokenizer: TextTokenizer) -> Iterator[Piece]:
     """What is new in each report, row by row. Only text that will not change is given."""
     sent: dict[int, tuple[int, str]] = {}
     closed: set[int] = set()
@@ -90,8 +90,8 @@ def pieces(reports: Iterator[Spoken], tokenizer: TextTokenizer) -> Iterator[Piec
 
 
 def cut_at(
-    reports: Iterator[Spoken], strings: Sequence[str], decode: Decode, pad_id: int
-) -> Iterator[Spoken]:
+    reports: Iterator[PartialOutput], strings: Sequence[str], decode: Decode, pad_id: int
+) -> Iterator[PartialOutput]:
     """Ends each row with the first token that completes one of `strings` in its text."""
     ends: dict[int, int] = {}
     for spoken in reports:

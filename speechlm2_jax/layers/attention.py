@@ -19,12 +19,12 @@ SPLASH_STEPS = 256
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Visible:
+class AttentionMask:
     """Which keys a query may attend to: same segment, and no later slot.
 
     Kept as structure rather than as a dense mask, so that a kernel can skip whole blocks. Queries
     take consecutive slots from `offset` (0 for None, which says that queries and keys are the same
-    steps) and keys the slots from 0, unless `slots` says which.
+    steps) and keys the slots from 0, unless `ring_order` says which.
     """
 
     query_segments: Any
@@ -33,19 +33,19 @@ class Visible:
     """Int32 [B, S]; `NOT_A_KEY` hides a key from everyone."""
     offset: Any = None
     """Int32 scalar: the slot of the first query; None without a cache."""
-    slots: Any = None
+    ring_order: Any = None
     """Int32 [T]: the slots of queries and keys where both lie in another order (a ring)."""
 
     def dense(self) -> Bool[Array, "B T S"]:
         """Writes the mask out; True where query t may attend to key s."""
         queries: Int[Array, "B T"] = self.query_segments
         keys: Int[Array, "B S"] = self.key_segments
-        if self.slots is None:
-            query_slots = (0 if self.offset is None else self.offset) + jnp.arange(queries.shape[1])
-            key_slots = jnp.arange(keys.shape[1])
+        if self.ring_order is None:
+            query_order = (0 if self.offset is None else self.offset) + jnp.arange(queries.shape[1])
+            key_order = jnp.arange(keys.shape[1])
         else:
-            query_slots = key_slots = jnp.asarray(self.slots)
-        causal = key_slots[None, :] <= query_slots[:, None]  # [T, S]
+            query_order = key_order = jnp.asarray(self.ring_order)
+        causal = key_order[None, :] <= query_order[:, None]  # [T, S]
         return causal[None, :, :] & (queries[:, :, None] == keys[:, None, :])
 
 
@@ -54,7 +54,7 @@ def attend(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     *,
-    visible: Visible,
+    mask: AttentionMask,
     scale: float,
 ) -> Float[Array, "B T N H"]:
     """Attends with N query heads in K groups that share a key and value head; softmax in fp32.
@@ -62,27 +62,27 @@ def attend(
     A query that sees no key gives a finite value, which nothing may use. This is the place where a
     fused kernel is chosen, by the platform of the mesh's devices and never by the default backend.
     """
-    if visible.slots is not None and context_size() > 1:
+    if mask.ring_order is not None and context_size() > 1:
         return ring_attention(
             q,
             k,
             v,
-            query_segments=visible.query_segments,
-            key_segments=visible.key_segments,
-            slots=jnp.asarray(visible.slots),
+            query_segments=mask.query_segments,
+            key_segments=mask.key_segments,
+            ring_order=jnp.asarray(mask.ring_order),
             scale=scale,
         )
-    is_whole = visible.slots is None and visible.offset is None
+    is_whole = mask.ring_order is None and mask.offset is None
     if is_whole and q.shape[1] >= SPLASH_STEPS and platform() == "tpu":
         return splash_attention(
             q,
             k,
             v,
-            query_segments=visible.query_segments,
-            key_segments=visible.key_segments,
+            query_segments=mask.query_segments,
+            key_segments=mask.key_segments,
             scale=scale,
         )
-    return _attend_dense(q, k, v, visible.dense(), scale)
+    return _attend_dense(q, k, v, mask.dense(), scale)
 
 
 def _attend_dense(

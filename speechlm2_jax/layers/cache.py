@@ -24,41 +24,42 @@ class KVCache:
     """[L, B, K, S, H]: of each head one matrix, as the products of attention read it."""
     values: Any
     """[L, B, K, S, H]."""
-    is_key: Any
+    key_mask: Any
     """Bool [B, S]: slots that hold a step which others may attend to."""
     used: Any
     """Int32 scalar: slots taken so far; the same in every row."""
 
     @property
-    def slot(self) -> Int[Array, ""]:
+    def next_position(self) -> Int[Array, ""]:
         """Where the next step goes."""
         return self.used
 
     @classmethod
     def empty(cls, shape: tuple[int, int, int, int, int], dtype: Any) -> "KVCache":
         """Makes a cache of L, B, S, K, H that holds nothing; it can be donated."""
-        layers, rows, slots, heads, width = shape
-        inside = (layers, rows, heads, slots, width)
+        layers, rows, capacity, heads, width = shape
+        inside = (layers, rows, heads, capacity, width)
         return cls(
             keys=_placed(jnp.zeros(inside, dtype)),
             values=_placed(jnp.zeros(inside, dtype)),
-            is_key=jnp.zeros((rows, slots), bool),
+            key_mask=jnp.zeros((rows, capacity), bool),
             used=jnp.zeros((), jnp.int32),
         )
 
-    def announce(self, is_key: Bool[Array, "B T"]) -> "KVCache":
+    def announce(self, key_mask: Bool[Array, "B T"]) -> "KVCache":
         """Marks which of the next T slots will hold keys.
 
         Raises ValueError if the cache could never hold T steps. Slots already used are known only
         at run time: the caller counts them.
         """
-        if is_key.shape[1] > self.is_key.shape[1]:
+        if key_mask.shape[1] > self.key_mask.shape[1]:
             raise ValueError(
-                f"{is_key.shape[1]} steps do not fit a cache of {self.is_key.shape[1]}; "
+                f"{key_mask.shape[1]} steps do not fit a cache of {self.key_mask.shape[1]}; "
                 "make it with a larger capacity"
             )
         return replace(
-            self, is_key=jax.lax.dynamic_update_slice(self.is_key, is_key, (0, self.slot))
+            self,
+            key_mask=jax.lax.dynamic_update_slice(self.key_mask, key_mask, (0, self.next_position)),
         )
 
     def write(
@@ -68,7 +69,7 @@ class KVCache:
         values: Float[Array, "B T K H"],
     ) -> "KVCache":
         """Puts a layer's keys and values into the next T slots."""
-        at = (layer, 0, 0, self.slot, 0)
+        at = (layer, 0, 0, self.next_position, 0)
 
         def with_new(memory: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_slice(memory, new.swapaxes(1, 2)[None], at)
@@ -94,7 +95,7 @@ class KVCache:
         return KVCache(
             keys=_placed(self.keys),
             values=_placed(self.values),
-            is_key=constrain(self.is_key, "batch", None),
+            key_mask=constrain(self.key_mask, "batch", None),
             used=constrain(self.used),
         )
 
@@ -102,18 +103,20 @@ class KVCache:
         """Gives every row `copies` times, one after the other, with room for `capacity` steps."""
 
         def longer(memory: Array) -> Array:
-            layers, rows, heads, slots, width = memory.shape
-            wide = jnp.broadcast_to(memory[:, :, None], (layers, rows, copies, heads, slots, width))
-            wide = wide.reshape(layers, rows * copies, heads, slots, width)
-            room = [(0, 0), (0, 0), (0, 0), (0, capacity - slots), (0, 0)]
+            layers, rows, heads, capacity, width = memory.shape
+            wide = jnp.broadcast_to(
+                memory[:, :, None], (layers, rows, copies, heads, capacity, width)
+            )
+            wide = wide.reshape(layers, rows * copies, heads, capacity, width)
+            room = [(0, 0), (0, 0), (0, 0), (0, capacity - capacity), (0, 0)]
             return _placed(jnp.pad(wide, room))
 
-        is_key = jnp.repeat(self.is_key, copies, axis=0)
+        key_mask = jnp.repeat(self.key_mask, copies, axis=0)
         return replace(
             self,
             keys=longer(self.keys),
             values=longer(self.values),
-            is_key=jnp.pad(is_key, [(0, 0), (0, capacity - is_key.shape[1])]),
+            key_mask=jnp.pad(key_mask, [(0, 0), (0, capacity - key_mask.shape[1])]),
         )
 
     def reordered(self, source: Int[Array, "B K"], since: int) -> "KVCache":
@@ -122,7 +125,7 @@ class KVCache:
         The rows are K copies of each of B conversations that have had the first `since` slots in
         common: these stay where they are.
         """
-        if since == self.is_key.shape[1]:  # one new token, which is never fed back
+        if since == self.key_mask.shape[1]:  # one new token, which is never fed back
             return self
         copies = source.shape[1]
         index = source[None, :, :, None, None, None]
@@ -152,7 +155,7 @@ class RingCache(KVCache):
     first: int = field(metadata={"static": True})
 
     @property
-    def slot(self) -> Int[Array, ""]:
+    def next_position(self) -> Int[Array, ""]:
         """Where the next step goes."""
         return self.first + self.turn
 
@@ -162,8 +165,8 @@ class RingCache(KVCache):
         return cls(
             keys=cache.keys,
             values=cache.values,
-            is_key=cache.is_key,
-            used=jnp.full((), cache.is_key.shape[1], jnp.int32),
+            key_mask=cache.key_mask,
+            used=jnp.full((), cache.key_mask.shape[1], jnp.int32),
             turn=jnp.zeros((), jnp.int32),
             first=first,
         )
@@ -171,7 +174,7 @@ class RingCache(KVCache):
     def advance(self, steps: int) -> "RingCache":
         """Goes on to the next slot of the ring."""
         assert steps == 1
-        return replace(self, turn=(self.turn + 1) % (self.is_key.shape[1] - self.first))
+        return replace(self, turn=(self.turn + 1) % (self.key_mask.shape[1] - self.first))
 
     def admit(self, rows: Int[Array, " G"], prompts: KVCache) -> "RingCache":
         """Gives rows the first slots of other conversations; rows beyond the last are dropped."""
@@ -181,13 +184,13 @@ class RingCache(KVCache):
             new = new[:, :, :, :steps]
             return memory.at[:, rows, :, : new.shape[3]].set(new, mode="drop")
 
-        is_key = prompts.is_key[:, :steps]
-        is_key = jnp.pad(is_key, [(0, 0), (0, self.is_key.shape[1] - is_key.shape[1])])
+        key_mask = prompts.key_mask[:, :steps]
+        key_mask = jnp.pad(key_mask, [(0, 0), (0, self.key_mask.shape[1] - key_mask.shape[1])])
         return replace(
             self,
             keys=with_new(self.keys, prompts.keys),
             values=with_new(self.values, prompts.values),
-            is_key=self.is_key.at[rows].set(is_key, mode="drop"),
+            key_mask=self.key_mask.at[rows].set(key_mask, mode="drop"),
         )
 
 
@@ -195,7 +198,7 @@ def _placed(memory: Float[Array, "L B K S H"]) -> Float[Array, "L B K S H"]:
     return constrain(memory, None, "batch", "act_heads", None, None)
 
 
-class Extended(NamedTuple):
+class CachedOutput(NamedTuple):
     """What a network gives for further steps of cached conversations."""
 
     hidden: Float[Array, "B T D"]

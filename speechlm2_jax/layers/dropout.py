@@ -12,30 +12,30 @@ _GOLDEN = 0x9E3779B1
 
 
 def dropout(
-    x: Float[Array, "B *rest"], rate: float, keys: Key[Array, " B"] | None, salt: int | Array = 0
+    x: Float[Array, "B *rest"], rate: float, rngs: Key[Array, " B"] | None, salt: int | Array = 0
 ) -> Float[Array, "B *rest"]:
     """Zeroes a share `rate` of `x` and scales the rest by 1/(1-rate).
 
     One key per example, so neighbours and padding to the right change no example's mask. `salt`
     tells apart the places that share a key. Without keys, or with rate 0, `x` comes back as it is.
     """
-    if keys is None or rate == 0.0:
+    if rngs is None or rate == 0.0:
         return x
-    keep = jax.vmap(lambda key: keep_mask(key, salt, x.shape[1:], rate))(keys)
+    keep = jax.vmap(lambda key: keep_mask(key, salt, x.shape[1:], rate))(rngs)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
 def drop_weights(
     weights: Float[Array, "B N Q S"],
     rate: float,
-    keys: Key[Array, " B"] | None,
+    rngs: Key[Array, " B"] | None,
     rows: Int[Array, " Q"],
 ) -> Float[Array, "B N Q S"]:
     """Dropout of attention weights, each query (number `rows` of its example) with its own draws.
 
     Padding then changes no draw: element (head, key) of a query is number key x N + head.
     """
-    if keys is None or rate == 0.0:
+    if rngs is None or rate == 0.0:
         return weights
     _, heads, _, steps = weights.shape
     number = jnp.arange(steps)[None, :] * heads + jnp.arange(heads)[:, None]  # [N, S]
@@ -44,7 +44,7 @@ def drop_weights(
         key = jax.random.fold_in(jax.random.fold_in(key, row), 0)
         return _keep(key, number.astype(jnp.uint32), rate)
 
-    kept = jax.vmap(jax.vmap(keep, (None, 0), 1), (0, None))(keys, rows)  # [B, N, Q, S]
+    kept = jax.vmap(jax.vmap(keep, (None, 0), 1), (0, None))(rngs, rows)  # [B, N, Q, S]
     return jnp.where(kept, weights / (1.0 - rate), jnp.zeros((), weights.dtype))
 
 
@@ -80,6 +80,6 @@ def _finalise(word: Array) -> Array:
     return word ^ (word >> 16)
 
 
-def fold_keys(keys: Key[Array, " B"] | None, salt: int | Array) -> Key[Array, " B"] | None:
+def fold_rngs(rngs: Key[Array, " B"] | None, salt: int | Array) -> Key[Array, " B"] | None:
     """Derives one key per example for a sub-module; None stays None."""
-    return None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, salt))(keys)
+    return None if rngs is None else jax.vmap(lambda k: jax.random.fold_in(k, salt))(rngs)

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from speechlm2_jax.layers.dropout import fold_keys
+from speechlm2_jax.layers.dropout import fold_rngs
 from speechlm2_jax.layers.linear import default_init
 from speechlm2_jax.layers.lora import LoraConfig, LoraLinear
 from speechlm2_jax.layers.module import Initializer
@@ -43,13 +43,13 @@ class GatedFeedForward(nnx.Module):
         self.down = linear("down", hidden_width, width, ("embed", "mlp"))
 
     def __call__(
-        self, x: Float[Array, "B T D"], keys: Key[Array, " B"] | None = None
+        self, x: Float[Array, "B T D"], rngs: Key[Array, " B"] | None = None
     ) -> Float[Array, "B T D"]:
-        """Applies the network; with `keys` the adapters' dropout is on."""
+        """Applies the network; with `rngs` the adapters' dropout is on."""
         x = constrain(x, "batch", "steps", "act_embed")
-        gate = constrain(self.gate(x, fold_keys(keys, 0)), "batch", "steps", "act_mlp")
-        up = constrain(self.up(x, fold_keys(keys, 1)), "batch", "steps", "act_mlp")
+        gate = constrain(self.gate(x, fold_rngs(rngs, 0)), "batch", "steps", "act_mlp")
+        up = constrain(self.up(x, fold_rngs(rngs, 1)), "batch", "steps", "act_mlp")
         hidden = ACTIVATIONS[self.activation](gate) * up
         # two steps: the sum over tensor-parallel devices first, then each keeps its share
-        out = constrain(self.down(hidden, fold_keys(keys, 2)), "batch", "steps", "act_embed")
+        out = constrain(self.down(hidden, fold_rngs(rngs, 2)), "batch", "steps", "act_embed")
         return constrain(out, "batch", "time", "act_embed")

@@ -141,13 +141,13 @@ class LoraLinear(Linear):
         self.lora_b = param(rngs, (d_out, lora.r), (axes[0], "rank"), zeros)
 
     def __call__(
-        self, x: Float[Array, "B T d_in"], keys: Key[Array, " B"] | None = None
+        self, x: Float[Array, "B T d_in"], rngs: Key[Array, " B"] | None = None
     ) -> Float[Array, "B T d_out"]:
-        """Applies the layer; with `keys`, one per example, the adapter's dropout is on."""
+        """Applies the layer; with `rngs`, one per example, the adapter's dropout is on."""
         y = super().__call__(x)
         if self.lora is None or self.lora_a is None or self.lora_b is None:
             return y
-        low = dropout(x, self.lora.lora_dropout, keys) @ self.lora_a[...].astype(x.dtype).T
+        low = dropout(x, self.lora.lora_dropout, rngs) @ self.lora_a[...].astype(x.dtype).T
         return y + low @ self.lora_b[...].astype(x.dtype).T * self.lora.scale
 
 

@@ -1,8 +1,8 @@
 """Modules as values: named variables with logical axes, stacked layers, and the way back and forth.
 
 A network is an `nnx.Module` whose variables are `Param` (what training may change) or `Buffer`
-(what is carried: batch-norm statistics, filterbanks). `unbind` turns it into a hashable
-definition and a flat dict `{"llm.layers.attention.query.weight": array}`; `bind` is the inverse.
+(what is carried: batch-norm statistics, filterbanks). `split` turns it into a hashable
+definition and a flat dict `{"llm.layers.attention.query.weight": array}`; `merge` is the inverse.
 Everything outside the modules (optimizer, sharding, conversion, checkpoints) speaks in that dict.
 """
 
@@ -130,11 +130,11 @@ def scan_layers(
     apart = (_apart.get() or {}).get(id(layers))
     if apart is not None:
         return apart.run(body, carry, xs)
-    definition, state = nnx.split(layers)
+    graphdef, state = nnx.split(layers)
 
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
         layer_state, x = inputs
-        return body(nnx.merge(definition, _as_placed(layer_state), copy=True), carry, x)
+        return body(nnx.merge(graphdef, _as_placed(layer_state), copy=True), carry, x)
 
     if remat != "none":
         step = jax.checkpoint(step, prevent_cse=False, policy=_SAVED[remat])
@@ -177,22 +177,22 @@ def _stacks(module: Any) -> Iterator[nnx.Module]:
 class _Apart(NamedTuple):
     """A stack whose layers have arrays of their own."""
 
-    definition: Any
+    graphdef: Any
     states: tuple[Any, ...]
 
     @classmethod
     def of(cls, layers: nnx.Module) -> "_Apart":
-        definition, state = nnx.split(layers)
+        graphdef, state = nnx.split(layers)
         count = len(jax.tree.leaves(state)[0])
         states = [_as_placed(jax.tree.map(lambda x, n=n: x[n], state)) for n in range(count)]
-        return cls(definition, tuple(states))
+        return cls(graphdef, tuple(states))
 
     def run(
         self, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any
     ) -> tuple[Any, Any]:
         ys = []
         for number, state in enumerate(self.states):
-            layer = nnx.merge(self.definition, state, copy=True)
+            layer = nnx.merge(self.graphdef, state, copy=True)
             carry, y = body(layer, carry, jax.tree.map(lambda x, n=number: x[n], xs))
             ys.append(y)
         return carry, jax.tree.map(lambda *each: jnp.stack(each), *ys)
@@ -211,17 +211,17 @@ def _as_placed(layer_state: Any) -> Any:
     return jax.tree.map(pin, layer_state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def unbind(module: nnx.Module) -> tuple[Any, Variables]:
+def split(module: nnx.Module) -> tuple[Any, Variables]:
     """Splits a module into a hashable definition and its variables by dotted path."""
-    definition, state = nnx.split(module)
+    graphdef, state = nnx.split(module)
     flat = {".".join(map(str, p)): v.get_value() for p, v in nnx.to_flat_state(state)}
-    return definition, flat
+    return graphdef, flat
 
 
-def bind(definition: Any, variables: Mapping[str, Any]) -> Any:
-    """The inverse of `unbind`: a module over these variables (arrays or tracers)."""
+def merge(graphdef: Any, variables: Mapping[str, Any]) -> Any:
+    """The inverse of `split`: a module over these variables (arrays or tracers)."""
     nested = unflatten_dict({tuple(_key(k) for k in p.split(".")): v for p, v in variables.items()})
-    return nnx.merge(definition, nnx.State(nested), copy=True)
+    return nnx.merge(graphdef, nnx.State(nested), copy=True)
 
 
 def describe(module: nnx.Module) -> dict[str, VariableInfo]:

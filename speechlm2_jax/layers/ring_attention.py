@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from speechlm2_jax.sharding import context_size, on_shards, pass_on
+from speechlm2_jax.sharding import context_size, on_shards, ring_permute
 
 _HEADS = ("batch", "steps", "act_heads", None)
 _STEPS = ("batch", "steps")
@@ -28,7 +28,7 @@ class Keys:
     k: Any
     v: Any
     segments: Any
-    slots: Any
+    ring_order: Any
 
 
 @jax.tree_util.register_dataclass
@@ -51,16 +51,19 @@ def ring_attention(
     *,
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B T"],
-    slots: Int[Array, " T"],
+    ring_order: Int[Array, " T"],
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """Attends to keys of the same segment and no later slot; `slots` is the order of the steps.
+    """Attends to keys of the same segment and no later position.
 
-    Runs inside `sharding.use` with a context axis that divides the steps evenly.
+    `ring_order` is the position of each query and key. Runs inside `sharding.use` with a context
+    axis that divides the sequence evenly.
     """
     turns = context_size()
 
-    def local(q: Any, k: Any, v: Any, query_segments: Any, key_segments: Any, slots: Any) -> Any:
+    def local(
+        q: Any, k: Any, v: Any, query_segments: Any, key_segments: Any, ring_order: Any
+    ) -> Any:
         B, T, N, H = q.shape
         K = k.shape[2]
         queries = q.reshape(B, T, K, N // K, H)
@@ -71,21 +74,21 @@ def ring_attention(
         )
 
         def see(state: Partial, keys: Keys) -> Partial:
-            return _see_halves(state, queries, query_segments, slots, keys, scale)
+            return _see_halves(state, queries, query_segments, ring_order, keys, scale)
 
         def turn(carry: tuple[Partial, Keys], _: None) -> tuple[tuple[Partial, Keys], None]:
             state, keys = carry
-            keys = pass_on(keys)
+            keys = ring_permute(keys)
             return (see(state, keys), keys), None
 
-        keys = Keys(k=k, v=v, segments=key_segments, slots=slots)
+        keys = Keys(k=k, v=v, segments=key_segments, ring_order=ring_order)
         (state, _), _ = jax.lax.scan(turn, (see(state, keys), keys), None, length=turns - 1)
         mixed = state.weighted / jnp.maximum(state.total, 1e-30)[..., None]
         return jnp.einsum("bkgth->btkgh", mixed).reshape(B, T, N, H).astype(v.dtype)
 
     return on_shards(
         local,
-        [q, k, v, query_segments, key_segments, slots],
+        [q, k, v, query_segments, key_segments, ring_order],
         [_HEADS, _HEADS, _HEADS, _STEPS, _STEPS, ("steps",)],
         out_axes=_HEADS,
     )
@@ -95,16 +98,16 @@ def _see_halves(
     state: Partial,
     queries: Float[Array, "B T K G H"],
     query_segments: Int[Array, "B T"],
-    slots: Int[Array, " T"],
+    ring_order: Int[Array, " T"],
     keys: Keys,
     scale: float,
 ) -> Partial:
     """Lets each half of the queries see each half of the keys that is not all in its future."""
-    half = slots.shape[0] // 2
+    half = ring_order.shape[0] // 2
 
     @jax.checkpoint
     def see(part: Partial, q: Any, segments: Any, own: Any, keys: Keys) -> Partial:
-        visible = (own[:, None] >= keys.slots[None])[None] & (
+        visible = (own[:, None] >= keys.ring_order[None])[None] & (
             segments[:, :, None] == keys.segments[:, None, :]
         )
         return _see(part, q, keys, visible, scale)
@@ -112,15 +115,15 @@ def _see_halves(
     parts = []
     for rows in (slice(0, half), slice(half, None)):
         part = jax.tree.map(lambda x, rows=rows: x[:, :, :, rows], state)
-        q, segments, own = queries[:, rows], query_segments[:, rows], slots[rows]
+        q, segments, own = queries[:, rows], query_segments[:, rows], ring_order[rows]
         for columns in (slice(0, half), slice(half, None)):
             seen = Keys(
                 k=keys.k[:, columns],
                 v=keys.v[:, columns],
                 segments=keys.segments[:, columns],
-                slots=keys.slots[columns],
+                ring_order=keys.ring_order[columns],
             )
-            is_needed = own[-1] >= seen.slots[0]  # slots rise within a half
+            is_needed = own[-1] >= seen.ring_order[0]  # slots rise within a half
             part = jax.lax.cond(is_needed, see, lambda part, *_: part, part, q, segments, own, seen)
         parts.append(part)
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=3), *parts)

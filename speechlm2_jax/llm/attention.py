@@ -6,9 +6,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from speechlm2_jax.layers.attention import Visible, attend
+from speechlm2_jax.layers.attention import AttentionMask, attend
 from speechlm2_jax.layers.cache import KVCache
-from speechlm2_jax.layers.dropout import fold_keys
+from speechlm2_jax.layers.dropout import fold_rngs
 from speechlm2_jax.layers.lora import LoraConfig, LoraLinear
 from speechlm2_jax.layers.norms import RMSNorm
 from speechlm2_jax.layers.rope import Rotation, rotate
@@ -17,11 +17,11 @@ from speechlm2_jax.sharding import constrain
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class AttentionInputs:
     """Where the steps of one call stand; the same for all layers."""
 
     rotation: Rotation
-    visible: Visible
+    mask: AttentionMask
 
 
 class Attention(nnx.Module):
@@ -56,26 +56,26 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        place: Place,
+        place: AttentionInputs,
         *,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
         layer: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Attends within `x`, or, with a cache, to all that the cache then holds of this layer."""
         x = constrain(x, "batch", "steps", "act_embed")
-        q = self._heads(self.query(x, fold_keys(keys, 0)))
-        k = self._heads(self.key(x, fold_keys(keys, 1)))
-        v = self._heads(self.value(x, fold_keys(keys, 2)))
+        q = self._heads(self.query(x, fold_rngs(rngs, 0)))
+        k = self._heads(self.key(x, fold_rngs(rngs, 1)))
+        v = self._heads(self.value(x, fold_rngs(rngs, 2)))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, place.rotation), rotate(k, place.rotation)
         if cache is not None:
             cache = cache.write(layer, k, v)
             k, v = cache.read(layer)
-        heads = attend(q, k, v, visible=place.visible, scale=self.head_width**-0.5)
+        heads = attend(q, k, v, mask=place.mask, scale=self.head_width**-0.5)
         heads = constrain(heads, "batch", "steps", "act_heads", None)
-        out = self.output(heads.reshape(*x.shape[:2], -1), fold_keys(keys, 3))  # [B, T, D]
+        out = self.output(heads.reshape(*x.shape[:2], -1), fold_rngs(rngs, 3))  # [B, T, D]
         # two steps: the sum over tensor-parallel devices first, then each keeps its share
         out = constrain(out, "batch", "steps", "act_embed")
         return constrain(out, "batch", "time", "act_embed"), cache

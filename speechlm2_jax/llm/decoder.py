@@ -9,16 +9,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from speechlm2_jax.layers.attention import NOT_A_KEY, Visible
-from speechlm2_jax.layers.cache import Extended, KVCache
-from speechlm2_jax.layers.dropout import fold_keys
+from speechlm2_jax.layers.attention import NOT_A_KEY, AttentionMask
+from speechlm2_jax.layers.cache import CachedOutput, KVCache
+from speechlm2_jax.layers.dropout import fold_rngs
 from speechlm2_jax.layers.feed_forward import GatedFeedForward
 from speechlm2_jax.layers.linear import Embedding, Linear, gathered, product
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import RematPolicy, scan_layers, stack
 from speechlm2_jax.layers.norms import RMSNorm
 from speechlm2_jax.layers.rope import rotation
-from speechlm2_jax.llm.attention import Attention, Place
+from speechlm2_jax.llm.attention import Attention, AttentionInputs
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.sharding import constrain, time_order
 
@@ -43,18 +43,18 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        place: Place,
+        place: AttentionInputs,
         *,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
         layer: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Runs one layer; returns the cache with this layer's keys and values, if there is one."""
         attended, cache = self.attention(
-            self.attention_norm(x), place, keys=fold_keys(keys, 0), cache=cache, layer=layer
+            self.attention_norm(x), place, rngs=fold_rngs(rngs, 0), cache=cache, layer=layer
         )
         x = x + attended
-        x = x + self.mlp(self.mlp_norm(x), fold_keys(keys, 1))
+        x = x + self.mlp(self.mlp_norm(x), fold_rngs(rngs, 1))
         return constrain(x, "batch", "time", "act_embed"), cache
 
 
@@ -83,24 +83,25 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
-        is_key: Bool[Array, "B T"],
-        keys: Key[Array, " B"] | None = None,
+        attention_mask: Bool[Array, "B T"],
+        rngs: Key[Array, " B"] | None = None,
         remat: RematPolicy = "full",
     ) -> Float[Array, "B T D"]:
         """Computes the hidden states after the final norm, in the dtype of `embeds`.
 
-        Step i sees step j when j <= i, both are of one segment and `is_key[j]`. What steps without
-        a visible key give is finite and means nothing. With `keys`, one per row, the LoRA dropout
-        is on; `remat` says what of a layer the backward pass computes again. On a mesh with a
-        context axis the steps are those of `Sharding.time_order`, as `put_batch` lays them.
+        Position i attends to position j if j <= i, both are of one segment and
+        `attention_mask[j]`. A position that may attend to none gives finite values without
+        meaning. With `rngs`, one per sequence, LoRA dropout is on. `remat` says what of a layer
+        the backward pass recomputes. On a mesh with a context axis the positions are in
+        `Sharding.time_order`, as `put_batch` lays them out.
         """
         place = self._place(
             positions,
             segments,
-            jnp.where(is_key, segments, NOT_A_KEY),
-            slots=time_order(embeds.shape[1]),
+            jnp.where(attention_mask, segments, NOT_A_KEY),
+            ring_order=time_order(embeds.shape[1]),
         )
-        x, _, _ = self._run(embeds, place, keys=keys, remat=remat)
+        x, _, _ = self._run(embeds, place, rngs=rngs, remat=remat)
         return self.norm(x)
 
     def layer_outputs(
@@ -109,10 +110,10 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
-        is_key: Bool[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
     ) -> Float[Array, "L B T D"]:
         """Computes the residual stream after each layer, before the final norm."""
-        place = self._place(positions, segments, jnp.where(is_key, segments, NOT_A_KEY))
+        place = self._place(positions, segments, jnp.where(attention_mask, segments, NOT_A_KEY))
         return self._run(embeds, place, emit=lambda x: x)[2]
 
     def new_cache(self, batch: int, capacity: int, dtype: Any) -> KVCache:
@@ -126,18 +127,18 @@ class Decoder(nnx.Module):
         cache: KVCache,
         *,
         positions: Int[Array, "B T"],
-        is_key: Bool[Array, "B T"],
-    ) -> Extended:
+        attention_mask: Bool[Array, "B T"],
+    ) -> CachedOutput:
         """Runs T further steps of the conversations in `cache`, each row one conversation.
 
         The cache must have T free slots. Equal, step by step, to `__call__` on the whole.
         """
-        cache = cache.announce(is_key)
-        queries = jnp.zeros(is_key.shape, jnp.int32)
-        key_segments = jnp.where(cache.is_key, 0, NOT_A_KEY)
+        cache = cache.announce(attention_mask)
+        queries = jnp.zeros(attention_mask.shape, jnp.int32)
+        key_segments = jnp.where(cache.key_mask, 0, NOT_A_KEY)
         place = self._place(positions, queries, key_segments, cache.used)
         x, written, _ = self._run(embeds, place, cache=cache)
-        return Extended(self.norm(x), written.advance(is_key.shape[1]))
+        return CachedOutput(self.norm(x), written.advance(attention_mask.shape[1]))
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores every token in fp32, whatever the dtype of `hidden`."""
@@ -151,24 +152,24 @@ class Decoder(nnx.Module):
         query_segments: Int[Array, "B T"],
         key_segments: Int[Array, "B S"],
         offset: Int[Array, ""] | None = None,
-        slots: np.ndarray | None = None,
-    ) -> Place:
-        return Place(
+        ring_order: np.ndarray | None = None,
+    ) -> AttentionInputs:
+        return AttentionInputs(
             rotation=rotation(self.config.rope, positions, self.config.head_width),
-            visible=Visible(
+            mask=AttentionMask(
                 query_segments=query_segments,
                 key_segments=key_segments,
                 offset=offset,
-                slots=slots,
+                ring_order=ring_order,
             ),
         )
 
     def _run(
         self,
         embeds: Float[Array, "B T D"],
-        place: Place,
+        place: AttentionInputs,
         *,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
         remat: RematPolicy = "none",
         emit: Callable[[Array], Any] = lambda x: None,
@@ -176,7 +177,7 @@ class Decoder(nnx.Module):
         # The cache is carried, not scanned over: each layer then writes its slot in place.
         def body(block: Block, carry: Any, layer: Array) -> tuple[Any, Any]:
             x, cache = carry
-            x, cache = block(x, place, keys=fold_keys(keys, layer), cache=cache, layer=layer)
+            x, cache = block(x, place, rngs=fold_rngs(rngs, layer), cache=cache, layer=layer)
             return (x, cache), emit(x)
 
         x = constrain(embeds, "batch", "time", "act_embed")

@@ -28,7 +28,7 @@ from speechlm2_jax.inference.transcribe import (
     recordings_of,
     transcribe,
 )
-from speechlm2_jax.layers.module import abstract, bind, describe, unbind
+from speechlm2_jax.layers.module import abstract, describe, merge, split
 from speechlm2_jax.pretrained.registry import find_nemo
 from speechlm2_jax.settings import SettingsError, build
 
@@ -48,7 +48,7 @@ SHORTEST_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodingConfig:
+class TransducerDecodingConfig:
     """NeMo's `decoding` block, as far as it changes a greedy transcript."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
@@ -77,7 +77,9 @@ class ASRModel:
     `decoder` is "rnnt" (RNN-T or TDT) or "ctc". Nothing but the object holds its weights.
     """
 
-    def __init__(self, archive: NemoArchive, *, decoder: str, decoding: DecodingConfig) -> None:
+    def __init__(
+        self, archive: NemoArchive, *, decoder: str, decoding: TransducerDecodingConfig
+    ) -> None:
         self.decoder = decoder
         self._max_symbols = decoding.max_symbols or MAX_SYMBOLS
         self._jumps_when_full = decoding.strategy == "greedy" and decoding.max_symbols is not None
@@ -86,7 +88,7 @@ class ASRModel:
         self._preprocessor = architecture.preprocessor
         module, table = _network(architecture)
         loaded = mapping.load(archive.weights, table, describe(module))
-        self._definition = unbind(module)[0]
+        self._graphdef = split(module)[0]
         self._variables = {path: jnp.asarray(_fp32(value)) for path, value in loaded.items()}
 
     @classmethod
@@ -152,7 +154,7 @@ class ASRModel:
         return transcribe(padded, self._decode, self._spell, batch_size)
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
-        inputs = self._definition, self._variables, jnp.asarray(audio), jnp.asarray(lengths)
+        inputs = self._graphdef, self._variables, jnp.asarray(audio), jnp.asarray(lengths)
         if self.decoder == "ctc":
             blank = len(self._spell)
             return [collapse(path, blank) for path in np.asarray(_ctc_paths(*inputs))]
@@ -165,19 +167,19 @@ class ASRModel:
 # fp32 products on every machine: scores must not depend on where they were computed
 
 
-@partial(jax.jit, static_argnames=("definition",))
+@partial(jax.jit, static_argnames=("graphdef",))
 def _ctc_paths(
-    definition: Any, variables: Any, audio: Float[Array, "B S"], lengths: Int[Array, " B"]
+    graphdef: Any, variables: Any, audio: Float[Array, "B S"], lengths: Int[Array, " B"]
 ) -> Int[Array, "B T"]:
     with jax.default_matmul_precision("highest"):
-        network = bind(definition, variables)
+        network = merge(graphdef, variables)
         output = network(audio, lengths)
         return best_path(network.logits(output.frames), output.lengths)
 
 
-@partial(jax.jit, static_argnames=("definition", "max_symbols", "jumps_when_full"))
+@partial(jax.jit, static_argnames=("graphdef", "max_symbols", "jumps_when_full"))
 def _hypotheses(
-    definition: Any,
+    graphdef: Any,
     variables: Any,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],
@@ -185,7 +187,7 @@ def _hypotheses(
     jumps_when_full: bool,
 ) -> Hypotheses:
     with jax.default_matmul_precision("highest"):
-        network: TransducerNetwork = bind(definition, variables)
+        network: TransducerNetwork = merge(graphdef, variables)
         output = network(audio, lengths)
         return decode_greedily(
             network,
@@ -208,7 +210,9 @@ def _decoder(archive: NemoArchive, asked: str | None) -> str:
     return asked or DECODERS[name][0]
 
 
-def _decoding(archive: NemoArchive, decoder: str, overrides: Mapping[str, Any]) -> DecodingConfig:
+def _decoding(
+    archive: NemoArchive, decoder: str, overrides: Mapping[str, Any]
+) -> TransducerDecodingConfig:
     """The decoding block of the chosen decoder, without what a greedy transcript does not need."""
     is_auxiliary = decoder == "ctc" and "aux_ctc" in archive.config
     place = archive.config["aux_ctc"] if is_auxiliary else archive.config
@@ -216,11 +220,11 @@ def _decoding(archive: NemoArchive, decoder: str, overrides: Mapping[str, Any]) 
     greedy = given.get("greedy") or {}
     known = {key: given[key] for key in _DECODING_KEYS if key in given}
     known["max_symbols"] = greedy.get("max_symbols") or greedy.get("max_symbols_per_step")
-    return build(DecodingConfig, known, "decoding")
+    return build(TransducerDecodingConfig, known, "decoding")
 
 
 def _architecture(
-    archive: NemoArchive, decoder: str, decoding: DecodingConfig, pieces: int
+    archive: NemoArchive, decoder: str, decoding: TransducerDecodingConfig, pieces: int
 ) -> CtcConfig | TransducerConfig:
     """The network; a hybrid model's has either the CTC head alone or everything."""
     config = archive.config

@@ -21,7 +21,7 @@ from speechlm2_jax.layers.module import (
     Variables,
     abstract,
     describe,
-    unbind,
+    split,
 )
 from speechlm2_jax.perception.perception import AudioPerception
 from speechlm2_jax.perception.streaming import StreamPlan, natural_frames
@@ -55,7 +55,7 @@ class SpeechModel(ABC):
         near: tuple[Path, ...] = (),
     ):
         self._blueprint = self.read_blueprint(cfg, near)
-        self._definition, self.infos = self._build()
+        self._graphdef, self.infos = self._build()
         self.parameter_names = blueprints.parameter_names(self._blueprint, self.infos)
         self._selection = self._select()
         self._variables = variables
@@ -201,7 +201,7 @@ class SpeechModel(ABC):
         if dtype == self._blueprint.network.compute_dtype:
             return self
         self._blueprint = self._blueprint.computing(compute_dtype=dtype)
-        self._definition, self.infos = self._build()
+        self._graphdef, self.infos = self._build()
         return self
 
     def perception(
@@ -209,7 +209,7 @@ class SpeechModel(ABC):
     ) -> tuple[jax.Array, jax.Array]:
         """Encodes audio [B, S] with lengths [B] in samples into (frames [B, T, D], lengths [B])."""
         return stages.perceive(
-            self._definition,
+            self._graphdef,
             self.variables,
             jnp.asarray(input_signal, jnp.float32),
             jnp.asarray(input_signal_length, jnp.int32),
@@ -237,11 +237,11 @@ class SpeechModel(ABC):
             context=context,
             longest=longest,
         )
-        definition, _ = unbind(abstract(lambda: AudioPerception(config, rngs=nnx.Rngs(0))))
+        graphdef, _ = split(abstract(lambda: AudioPerception(config, rngs=nnx.Rngs(0))))
         root = "perception."
         own = {p[len(root) :]: v for p, v in self.variables.items() if p.startswith(root)}
         dtype = self._blueprint.network.compute_dtype
-        return PerceptionStream(plan, definition, own, batch, dtype)
+        return PerceptionStream(plan, graphdef, own, batch, dtype)
 
     # What the trainer needs -----------------------------------------------------------------
 
@@ -315,7 +315,7 @@ class SpeechModel(ABC):
         """
         remat = settings.build(Remat, policies, "trainer.remat")
         self._blueprint = self._blueprint.computing(remat=remat)
-        self._definition, self.infos = self._build()
+        self._graphdef, self.infos = self._build()
 
     def is_trained(self, prefix: str) -> bool:
         """Whether training changes any parameter below a path."""
@@ -327,7 +327,7 @@ class SpeechModel(ABC):
 
     def _build(self) -> tuple[Any, dict[str, VariableInfo]]:
         module = abstract(lambda: self._blueprint.make(nnx.Rngs(0)))
-        return unbind(module)[0], describe(module)
+        return split(module)[0], describe(module)
 
     def _select(self) -> parameter_paths.Selection:
         config = self._blueprint.config

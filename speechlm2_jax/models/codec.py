@@ -23,10 +23,10 @@ from speechlm2_jax.layers.module import (
     VariableInfo,
     Variables,
     abstract,
-    bind,
     describe,
     draw,
-    unbind,
+    merge,
+    split,
 )
 from speechlm2_jax.pretrained.codec_config import codec_config
 from speechlm2_jax.pretrained.registry import find_nemo
@@ -46,7 +46,7 @@ class AudioCodec:
         self.config = codec_config(cfg)
         self._seed = seed
         module = abstract(self._make)
-        self._definition: Any = unbind(module)[0]
+        self._graphdef: Any = split(module)[0]
         self.infos: dict[str, VariableInfo] = describe(module)
         self._variables: Variables | None = None
         self._folded: tuple[Any, Variables] | None = None
@@ -67,7 +67,7 @@ class AudioCodec:
     def variables(self) -> Variables:
         """Weights and buffers by path; drawn at random when first asked for."""
         if self._variables is None:
-            self._variables = draw(lambda: unbind(self._make())[1])
+            self._variables = draw(lambda: split(self._make())[1])
         return self._variables
 
     @variables.setter
@@ -120,9 +120,9 @@ class AudioCodec:
         frames = self.config.frame_count(longest)
         size = round_up(frames, FRAME_STEP) * self.samples_per_frame
         audio = _fitted(audio, -(-size * rate // self.sample_rate))
-        definition, variables = self._compute()
+        graphdef, variables = self._compute()
         options = {"from_hz": rate, "size": size, "nemo_exact": nemo_exact}
-        codes, counts = _encode(definition, variables, audio, lengths, **options)
+        codes, counts = _encode(graphdef, variables, audio, lengths, **options)
         return Codes(codes[:, :frames], counts)
 
     def decode(self, codes: Any, lengths: Any, *, nemo_exact: bool = False) -> Audio:
@@ -133,9 +133,9 @@ class AudioCodec:
         codes, lengths = np.asarray(codes, np.int32), np.asarray(lengths, np.int32)
         _check(codes, lengths, 3)
         frames = codes.shape[1]
-        definition, variables = self._compute()
+        graphdef, variables = self._compute()
         audio, counts = _decode(
-            definition,
+            graphdef,
             variables,
             _fitted(codes, round_up(frames, FRAME_STEP)),
             lengths,
@@ -149,14 +149,14 @@ class AudioCodec:
 
         Raises ValueError for a codec whose decoder looks ahead.
         """
-        return bind(self._definition, self.variables).new_stream(batch)
+        return merge(self._graphdef, self.variables).new_stream(batch)
 
     def decode_step(
         self, stream: DecoderStream, codes: Any
     ) -> tuple[Float[Array, "B S"], DecoderStream]:
         """Decodes the next frames [B, T, K] of each stream; the old state is used up."""
-        definition, variables = self._compute()
-        return _decode_step(definition, variables, stream, jnp.asarray(codes, jnp.int32))
+        graphdef, variables = self._compute()
+        return _decode_step(graphdef, variables, stream, jnp.asarray(codes, jnp.int32))
 
     def _make(self) -> Codec:
         return Codec(self.config, rngs=nnx.Rngs(self._seed))
@@ -164,19 +164,19 @@ class AudioCodec:
     def _compute(self) -> tuple[Any, Variables]:
         """The codec with its kernels computed."""
         if self._folded is None:
-            definition = unbind(abstract(lambda: _folded(self._make())))[0]
-            self._folded = definition, _fold(self._definition, self.variables)
+            graphdef = split(abstract(lambda: _folded(self._make())))[0]
+            self._folded = graphdef, _fold(self._graphdef, self.variables)
         return self._folded
 
 
-@partial(jax.jit, static_argnames=("definition",))
-def _fold(definition: Any, variables: Variables) -> Variables:
-    return unbind(_folded(bind(definition, variables)))[1]
+@partial(jax.jit, static_argnames=("graphdef",))
+def _fold(graphdef: Any, variables: Variables) -> Variables:
+    return split(_folded(merge(graphdef, variables)))[1]
 
 
-@partial(jax.jit, static_argnames=("definition", "from_hz", "size", "nemo_exact"))
+@partial(jax.jit, static_argnames=("graphdef", "from_hz", "size", "nemo_exact"))
 def _encode(
-    definition: Any,
+    graphdef: Any,
     variables: Variables,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],
@@ -185,7 +185,7 @@ def _encode(
     size: int,
     nemo_exact: bool,
 ) -> Codes:
-    codec: Codec = bind(definition, variables)
+    codec: Codec = merge(graphdef, variables)
     if from_hz != codec.sample_rate:
         if not nemo_exact:
             is_real = jnp.arange(audio.shape[1])[None] < lengths[:, None]
@@ -196,9 +196,9 @@ def _encode(
     return codec.encode(audio, lengths, nemo_exact=nemo_exact)
 
 
-@partial(jax.jit, static_argnames=("definition", "nemo_exact"))
+@partial(jax.jit, static_argnames=("graphdef", "nemo_exact"))
 def _decode(
-    definition: Any,
+    graphdef: Any,
     variables: Variables,
     codes: Int[Array, "B T K"],
     lengths: Int[Array, " B"],
@@ -206,15 +206,15 @@ def _decode(
     *,
     nemo_exact: bool,
 ) -> Audio:
-    codec: Codec = bind(definition, variables)
+    codec: Codec = merge(graphdef, variables)
     return codec.decode(codes, lengths, nemo_exact=nemo_exact, extent=extent)
 
 
-@partial(jax.jit, static_argnames=("definition",), donate_argnames=("stream",))
+@partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("stream",))
 def _decode_step(
-    definition: Any, variables: Variables, stream: DecoderStream, codes: Int[Array, "B T K"]
+    graphdef: Any, variables: Variables, stream: DecoderStream, codes: Int[Array, "B T K"]
 ) -> tuple[Float[Array, "B S"], DecoderStream]:
-    codec: Codec = bind(definition, variables)
+    codec: Codec = merge(graphdef, variables)
     return codec.decode_step(stream, codes)
 
 

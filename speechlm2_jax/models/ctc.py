@@ -37,10 +37,10 @@ from speechlm2_jax.layers.module import (
     VariableInfo,
     Variables,
     abstract,
-    bind,
     describe,
     draw,
-    unbind,
+    merge,
+    split,
 )
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
@@ -103,7 +103,7 @@ class CTCModel:
             spec_augment=self._config.spec_augment,
             vocab_size=self.pieces,
         )
-        self._definition, self.infos = self._build()
+        self._graphdef, self.infos = self._build()
         self._variables: Variables | None = None
         self.validation_metrics: Mapping[str, Callable[[HostBatch], LossSum]] = {}
         self.nemo_exact = False
@@ -126,9 +126,9 @@ class CTCModel:
 
     @classmethod
     def _from_run(cls, run: Path) -> "CTCModel":
-        definition = run_definition(run)
-        cfg = read_json(definition / "config.json", key="pretrained_asr")
-        model = cls({**cfg, "tokenizer": {"dir": str(definition)}})
+        graphdef = run_definition(run)
+        cfg = read_json(graphdef / "config.json", key="pretrained_asr")
+        model = cls({**cfg, "tokenizer": {"dir": str(graphdef)}})
         model.variables = dict(checkpointing.load_weights(run).variables)
         return model
 
@@ -164,7 +164,7 @@ class CTCModel:
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         inputs = jnp.asarray(audio), jnp.asarray(lengths)
-        paths = np.asarray(recognise(self._definition, self.variables, *inputs))
+        paths = np.asarray(recognise(self._graphdef, self.variables, *inputs))
         return [collapse(path, self.pieces) for path in paths]
 
     @property
@@ -193,7 +193,7 @@ class CTCModel:
     def variables(self) -> Variables:
         """Weights and buffers by path; started at random when first asked for."""
         if self._variables is None:
-            self._variables = draw(lambda: unbind(self._make())[1])
+            self._variables = draw(lambda: split(self._make())[1])
         return self._variables
 
     @variables.setter
@@ -207,7 +207,7 @@ class CTCModel:
 
     def load_onto(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> Variables:
         """Weights and buffers as they start, each streamed to where its leaf says; not kept."""
-        return draw(lambda: unbind(self._make())[1], layout)
+        return draw(lambda: split(self._make())[1], layout)
 
     def check_weights(self) -> None:
         """Raises ConversionError or SettingsError if `load_onto` could not; reads no value."""
@@ -262,7 +262,7 @@ class CTCModel:
     @compute_dtype.setter
     def compute_dtype(self, dtype: Any) -> None:
         self._network = replace(self._network, compute_dtype=jnp.dtype(dtype).name)
-        self._definition, self.infos = self._build()
+        self._graphdef, self.infos = self._build()
 
     def use_remat(self, policies: Mapping[str, str]) -> None:
         """Chooses what the backward pass computes again: perception.
@@ -271,7 +271,7 @@ class CTCModel:
         """
         remat = build(Remat, policies, "trainer.remat").perception
         self._network = replace(self._network, remat=remat)
-        self._definition, self.infos = self._build()
+        self._graphdef, self.infos = self._build()
 
     def losses(
         self, variables: Variables, batch: SalmBatch, *, key: jax.Array | None, train: bool
@@ -282,7 +282,7 @@ class CTCModel:
                 "trainer.strategy: context parallelism shares the steps of an LLM, and a CTC model "
                 "has none; leave context_parallel_size at 1"
             )
-        network: CtcNetwork = bind(self._definition, variables)
+        network: CtcNetwork = merge(self._graphdef, variables)
         return ctc_losses.losses(network, batch, train=train, key=key if train else None)
 
     def flops(self, batch: HostBatch) -> float:
@@ -321,7 +321,7 @@ class CTCModel:
 
     def _build(self) -> tuple[Any, dict[str, VariableInfo]]:
         module = abstract(self._make)
-        return unbind(module)[0], describe(module)
+        return split(module)[0], describe(module)
 
     def _nemo_config(self, vocabulary: list[str]) -> dict[str, Any]:
         encoder = self._network.encoder
@@ -347,15 +347,15 @@ class CTCModel:
         }
 
 
-@partial(jax.jit, static_argnames=("definition",))
+@partial(jax.jit, static_argnames=("graphdef",))
 def recognise(
-    definition: Any,
+    graphdef: Any,
     variables: Variables,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],
 ) -> Int[Array, "B T"]:
     """The likeliest class of every frame, blank beyond the audio."""
-    network: CtcNetwork = bind(definition, variables)
+    network: CtcNetwork = merge(graphdef, variables)
     output = network(audio, lengths, dtype=jnp.dtype(network.ctc.compute_dtype))
     return best_path(network.logits(output.frames), output.lengths)
 

@@ -20,12 +20,17 @@ from speechlm2_jax.batches import (
     assemble_duplex_batch,
 )
 from speechlm2_jax.conversion.errors import ConversionError
-from speechlm2_jax.generation.duplex import SpeakingConfig, Spoken, begin, converse
+from speechlm2_jax.generation.duplex import (
+    DuplexOutput,
+    DuplexSamplingConfig,
+    initial_state,
+    run_duplex,
+)
 from speechlm2_jax.generation.sampling import SamplingConfig
 from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.batching import as_batch, fitted, padded
 from speechlm2_jax.inference.padding import SAMPLE_STEP, round_up
-from speechlm2_jax.layers.module import Variables, bind
+from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.models.asr import ASRModel
 from speechlm2_jax.models.base import SpeechModel
 from speechlm2_jax.networks import duplex as duplex_network
@@ -120,7 +125,7 @@ class DuplexS2SModel(SpeechModel):
         [B, T, K] are the codes one frame late, which a speech decoder takes.
         """
         text, audio = _logits(
-            self._definition,
+            self._graphdef,
             self.variables,
             jnp.asarray(input_embeds),
             None if input_audio_tokens is None else jnp.asarray(input_audio_tokens, jnp.int32),
@@ -145,18 +150,18 @@ class DuplexS2SModel(SpeechModel):
         are pad and 0. A row does not depend on its neighbours; on a mesh the devices share the
         rows. Raises ValueError for what is no batch, and for a row of more than `max_frames`.
         """
-        config = SpeakingConfig(
+        config = DuplexSamplingConfig(
             text=text_sampling or SamplingConfig(), audio=audio_sampling or SamplingConfig()
         )
         audio, lengths = as_batch(input_signal, input_signal_lens)
         self._check_frames(lengths)
         mesh = sharding.mesh_of(self.variables)
-        placement = None if mesh is None else sharding.for_answering(mesh)
+        placement = None if mesh is None else sharding.for_inference(mesh)
         rows = len(audio)
         groups = 1 if placement is None else placement.data_parallel_size
         audio, lengths = padded(audio, lengths, groups)
-        spoken, frames = talk(
-            self._definition,
+        spoken, frames = run_offline(
+            self._graphdef,
             self.variables,
             audio,
             lengths,
@@ -182,8 +187,8 @@ class DuplexS2SModel(SpeechModel):
     ) -> tuple[np.ndarray, np.ndarray]:
         """The agent's audio, and its samples, of the first rows of codes: those `frames` has."""
         rows, longest = len(frames), int(frames.max(initial=0))
-        wave, samples = speak_codes(
-            self._definition,
+        wave, samples = decode_codes(
+            self._graphdef,
             self.variables,
             codes,
             fitted(frames, len(codes)),
@@ -214,7 +219,7 @@ class DuplexS2SModel(SpeechModel):
             target_samples=round_up(max(len(e.target_audio) for e in examples), SAMPLE_STEP),
         )
         batch = assemble_duplex_batch([examples], shape, pad_id=self.text_pad_id)
-        found = _targets(self._definition, self.variables, batch)
+        found = _targets(self._graphdef, self.variables, batch)
         return Targets(*(np.asarray(x)[: len(examples)] for x in found))
 
     def _silence(self, codes: np.ndarray) -> np.ndarray:
@@ -222,7 +227,7 @@ class DuplexS2SModel(SpeechModel):
         books = self._blueprint.network.books
         if not (codes[:, :1] >= books.size).any():
             return np.zeros(books.count, np.int32)
-        return np.asarray(silent_codes(self._definition, self.variables))
+        return np.asarray(silent_codes(self._graphdef, self.variables))
 
     def _text(self, ids: np.ndarray) -> str:
         """The words of a text channel: neither pads nor marks of turns."""
@@ -263,7 +268,7 @@ class DuplexS2SModel(SpeechModel):
         self, variables: Variables, batch: DuplexBatch, *, key: jax.Array | None, train: bool
     ) -> StepLosses:
         """Weighted sums of both channels' cross-entropies, and accuracies; pure and traceable."""
-        network: Duplex = bind(self._definition, variables)
+        network: Duplex = merge(self._graphdef, variables)
         modes = self._training_modes() if train else DuplexModes()
         return duplex_network.losses(network, batch, modes, key if train else None)
 
@@ -307,38 +312,38 @@ class DuplexS2SSpeechDecoderModel(DuplexS2SModel):
     CONFIG = DuplexSpeechDecoderModelConfig
 
 
-@partial(jax.jit, static_argnames=("definition", "config", "placement"))
-def talk(
-    definition: Any,
+@partial(jax.jit, static_argnames=("graphdef", "config", "placement"))
+def run_offline(
+    graphdef: Any,
     variables: Variables,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],
-    config: SpeakingConfig,
+    config: DuplexSamplingConfig,
     key: Key[Array, ""] | None,
     *,
     placement: Sharding | None = None,
-) -> tuple[Spoken, Int[Array, " B"]]:
+) -> tuple[DuplexOutput, Int[Array, " B"]]:
     """Hears whole recordings and speaks: (what is said, frames of each row)."""
-    network: Duplex = bind(definition, variables)
+    network: Duplex = merge(graphdef, variables)
     books, pad = network.config.books, network.config.text.pad
     with sharding.use(placement):
-        heard = duplex_network.listen(network, audio, lengths)
+        heard = duplex_network.encode_user(network, audio, lengths)
         frames = heard.frames
-        keys = None if key is None else _row_keys(key, len(audio))
-        said = begin(
+        rngs = None if key is None else _row_rngs(key, len(audio))
+        said = initial_state(
             network,
             *frames.shape[:2],
             pad=pad,
             delay=books.delay,
             codebooks=books.count,
         )
-        spoken = converse(network, frames, heard.lengths, said, config, pad=pad, keys=keys)
+        spoken = run_duplex(network, frames, heard.lengths, said, config, pad=pad, rngs=rngs)
         return spoken, heard.lengths
 
 
-@partial(jax.jit, static_argnames=("definition", "placement"))
-def speak_codes(
-    definition: Any,
+@partial(jax.jit, static_argnames=("graphdef", "placement"))
+def decode_codes(
+    graphdef: Any,
     variables: Variables,
     codes: Int[Array, "B T K"],
     lengths: Int[Array, " B"],
@@ -351,7 +356,7 @@ def speak_codes(
 
     NeMo's codec sees the `longest` row of its batch at the end of each.
     """
-    network: Duplex = bind(definition, variables)
+    network: Duplex = merge(graphdef, variables)
     with sharding.use(placement):
         config = network.config
         codes = without_control(codes, silence, config.books, nemo_exact=config.nemo_exact)
@@ -360,33 +365,33 @@ def speak_codes(
         return spoken.audio, spoken.lengths
 
 
-@partial(jax.jit, static_argnames=("definition",))
-def silent_codes(definition: Any, variables: Variables) -> Int[Array, " K"]:
+@partial(jax.jit, static_argnames=("graphdef",))
+def silent_codes(graphdef: Any, variables: Variables) -> Int[Array, " K"]:
     """What the codec makes of silence amid silence."""
-    network: Duplex = bind(definition, variables)
+    network: Duplex = merge(graphdef, variables)
     samples = SILENT_FRAMES * network.config.codec.samples_per_frame
     silence = jnp.zeros((1, samples), jnp.float32)
     return network.codec.encode(silence, jnp.array([samples])).codes[0, SILENT_FRAMES // 2]
 
 
-@partial(jax.jit, static_argnames=("definition",))
-def _targets(definition: Any, variables: Variables, batch: DuplexBatch) -> Targets:
-    channels = duplex_network.prepare(bind(definition, variables), batch, DuplexModes()).channels
+@partial(jax.jit, static_argnames=("graphdef",))
+def _targets(graphdef: Any, variables: Variables, batch: DuplexBatch) -> Targets:
+    channels = duplex_network.prepare(merge(graphdef, variables), batch, DuplexModes()).channels
     return Targets(channels.text_targets, channels.code_targets, channels.frames)
 
 
-@partial(jax.jit, static_argnames=("definition",))
+@partial(jax.jit, static_argnames=("graphdef",))
 def _logits(
-    definition: Any,
+    graphdef: Any,
     variables: Variables,
     embeds: Float[Array, "B T D"],
     codes: Int[Array, "B T K"] | None,
 ) -> tuple[Float[Array, "B T V"], Float[Array, "B T K W"]]:
-    network: Duplex = bind(definition, variables)
+    network: Duplex = merge(graphdef, variables)
     hidden = stages.hidden_states(network, embeds)
     audio = network.speak(hidden, codes, DuplexModes(), None)
     return network.llm.logits(hidden), network.audio_logits(audio)
 
 
-def _row_keys(key: Key[Array, ""], rows: int) -> Key[Array, " B"]:
+def _row_rngs(key: Key[Array, ""], rows: int) -> Key[Array, " B"]:
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))

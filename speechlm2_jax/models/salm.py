@@ -11,14 +11,14 @@ import numpy as np
 from speechlm2_jax.batches import BatchShape, HostBatch, SalmBatch, SalmExample, StepLosses
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.inference import continuous_batching, generate, stages
-from speechlm2_jax.inference.continuous_batching import Answered
+from speechlm2_jax.inference.continuous_batching import FinishedPrompt
 from speechlm2_jax.inference.request.generation_request import read_request
 from speechlm2_jax.inference.text_stream import Piece, last_of
 from speechlm2_jax.inference.transcribe import Transcript, transcribe_by_prompt
-from speechlm2_jax.layers.module import Variables, bind
+from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.models.base import SpeechModel
 from speechlm2_jax.networks import salm as salm_network
-from speechlm2_jax.networks.flops import Heard, salm_flops
+from speechlm2_jax.networks.flops import EncodedAudio, salm_flops
 from speechlm2_jax.networks.salm import Salm, SalmModes
 from speechlm2_jax.perception.perception import PerceptionModes
 from speechlm2_jax.pretrained import salm
@@ -57,9 +57,7 @@ class SALM(SpeechModel):
         """Runs the LLM over embeddings [B, T, D] with a bool mask [B, T]: {"logits": [B, T, V]}."""
         embeds = jnp.asarray(input_embeds)
         mask = jnp.ones(embeds.shape[:2], bool) if attention_mask is None else attention_mask
-        logits = stages.text_logits(
-            self._definition, self.variables, embeds, jnp.asarray(mask, bool)
-        )
+        logits = stages.text_logits(self._graphdef, self.variables, embeds, jnp.asarray(mask, bool))
         return {"logits": logits}
 
     def generate(
@@ -92,7 +90,7 @@ class SALM(SpeechModel):
         thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         return generate.generate(
             self,
-            self._definition,
+            self._graphdef,
             (prompts, audios, audio_lens),
             generation_config,
             {**generation_kwargs, **thinking},
@@ -119,7 +117,7 @@ class SALM(SpeechModel):
         """
         return generate.stream(
             self,
-            self._definition,
+            self._graphdef,
             (prompts, audios, audio_lens),
             generation_config,
             tokens_at_once,
@@ -134,18 +132,18 @@ class SALM(SpeechModel):
         slots: int = 64,
         draw_numbers: Iterable[int] | None = None,
         **generation_kwargs: Any,
-    ) -> Iterator[list[Answered]]:
+    ) -> Iterator[list[FinishedPrompt]]:
         """Answers a stream of dialogs, `slots` at a time; what ends makes room for the next.
 
         `prompts`: dialogs as `generate` takes them, with their audio inside, as many as one likes:
-        they are drawn as slots become free. Yields lists of `Answered` (number of the prompt, ids),
-        as they end. Greedy or drawn (by `draw_numbers`, one per prompt, 0, 1, ... by default), the
-        ids are those of `generate` on all prompts. Raises
+        they are drawn as slots become free. Yields lists of `FinishedPrompt` (number of the prompt,
+        ids), as they end. Greedy or drawn (by `draw_numbers`, one per prompt, 0, 1, ... by
+        default), the ids are those of `generate` on all prompts. Raises
         ValueError, at the call, for beams, several answers, stop strings, and time limits; and for
         a prompt that cannot be used, with its number, once those before it are answered.
         """
         return continuous_batching.generate_each(
-            *(self, self._definition, prompts, slots),
+            *(self, self._graphdef, prompts, slots),
             generation_config,
             generation_kwargs,
             draw_numbers,
@@ -174,7 +172,7 @@ class SALM(SpeechModel):
     def answer(self, prompts: Sequence[SalmExample], max_new_tokens: int) -> np.ndarray:
         """Answers laid-out prompts greedily: int32 ids [B, T], padded after each row's end."""
         request = read_request(self, {"max_new_tokens": max_new_tokens})
-        return last_of(generate.speak(self, self._definition, prompts, request)).trimmed()
+        return last_of(generate.run_generation(self, self._graphdef, prompts, request)).trimmed()
 
     def answer_layout(self, placement: Sharding) -> dict[str, jax.ShapeDtypeStruct]:
         """Dtype and place of every variable of a model that only answers."""
@@ -186,7 +184,7 @@ class SALM(SpeechModel):
         `shape` holds the prompts of one group of `placement`. Gives what
         `jax.jit(...).lower(...).compile()` does.
         """
-        return generate.compile_ahead(self, self._definition, placement, shape, max_new_tokens)
+        return generate.compile_ahead(self, self._graphdef, placement, shape, max_new_tokens)
 
     @property
     def prompt_formatter(self) -> PromptFormatter:
@@ -199,7 +197,7 @@ class SALM(SpeechModel):
         """Sums of next-token cross-entropy and accuracy; pure and traceable."""
         if self.nemo_exact:
             batch = batch.without_id(self.text_pad_id)
-        network: Salm = bind(self._definition, variables)
+        network: Salm = merge(self._graphdef, variables)
         modes = self._training_modes() if train else SalmModes()
         return salm_network.losses(network, batch, modes, key if train else None)
 
@@ -211,7 +209,7 @@ class SALM(SpeechModel):
         arrays: SalmBatch = batch.arrays
         perception = self._blueprint.network.perception
         clips = [int(n) for n in arrays.audio_lengths.reshape(-1)]
-        heard = Heard(
+        heard = EncodedAudio(
             encoded=np.array([f for n in clips for f in perception.encoded_counts(n)] or [0]),
             adapted=np.array([perception.frame_count(n) for n in clips] or [0]),
             subsampling_factor=perception.encoder.subsampling_factor,

@@ -75,7 +75,7 @@ class Channels:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Lengths:
+class ChannelLengths:
     """How many frames the streams of each row have; [B]."""
 
     user: Any
@@ -89,7 +89,7 @@ def align(
     user: Float[Array, "B F D"],
     text: Int[Array, "B N"],
     codes: Int[Array, "B C K"],
-    lengths: Lengths,
+    lengths: ChannelLengths,
     ids: TextIds,
     books: Codebooks,
     *,

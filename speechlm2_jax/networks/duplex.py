@@ -24,15 +24,15 @@ from speechlm2_jax.layers.module import Remat, buffer, keep_fp32
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.decoder import Decoder
 from speechlm2_jax.networks.channels import (
+    ChannelLengths,
     Channels,
     Codebooks,
     CodeEmbedding,
-    Lengths,
     TextIds,
     align,
 )
 from speechlm2_jax.networks.losses import chunked_cross_entropy
-from speechlm2_jax.networks.salm import example_keys
+from speechlm2_jax.networks.salm import example_rngs
 from speechlm2_jax.perception.perception import (
     AudioPerception,
     PerceptionConfig,
@@ -136,7 +136,7 @@ class Duplex(nnx.Module):
         hidden: Float[Array, "B T D"],
         codes: Int[Array, "B T K"] | None,
         modes: DuplexModes,
-        keys: Key[Array, " B"] | None,
+        rngs: Key[Array, " B"] | None,
     ) -> Float[Array, "B T W"]:
         """Goes from the LLM's hidden states, and the codes so far, to what the audio head takes."""
 
@@ -164,12 +164,12 @@ class Duplex(nnx.Module):
         return logits.reshape(*logits.shape[:2], books.count, books.vocab_size)
 
 
-def listen(
+def encode_user(
     network: Duplex,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],
     modes: DuplexModes = DuplexModes(),
-    keys: Key[Array, " B"] | None = None,
+    rngs: Key[Array, " B"] | None = None,
     extents: Int[Array, " B"] | None = None,
 ) -> Any:
     """Encodes the user's audio into LLM-width frames (a `PerceptionOutput`)."""
@@ -177,7 +177,7 @@ def listen(
         constrain(audio, "clips", None),
         lengths,
         modes=modes.perception,
-        keys=keys,
+        rngs=rngs,
         extents=extents,
         dtype=network.dtype,
         remat=network.config.remat.perception,
@@ -204,18 +204,18 @@ def prepare(
     config = network.config
     rows = batch.source_audio.shape[1]
     extents = jnp.repeat(batch.source_extent, rows)
-    keys = example_keys(key, batch.row_ids)
-    output = listen(
+    rngs = example_rngs(key, batch.row_ids)
+    output = encode_user(
         network,
         _flat(batch.source_audio),
         batch.source_lengths.reshape(-1),
         modes,
-        keys,
+        rngs,
         extents,
     )
     codes, code_lengths = encode_agent(network, batch)
     groups = jnp.repeat(jnp.arange(batch.source_audio.shape[0]), rows)
-    lengths = Lengths(
+    lengths = ChannelLengths(
         user=output.lengths,
         agent=code_lengths,
         longest_user=_longest(output.lengths, groups),
@@ -240,7 +240,7 @@ def forward(
     network: Duplex,
     inputs: DuplexInputs,
     modes: DuplexModes,
-    keys: Key[Array, " B"] | None = None,
+    rngs: Key[Array, " B"] | None = None,
 ) -> DuplexHidden:
     """Runs the LLM over whole conversations, and what follows it up to the heads."""
     rows = inputs.embeds.shape[:2]
@@ -250,11 +250,11 @@ def forward(
         inputs.embeds,
         positions=jnp.broadcast_to(positions.astype(jnp.int32), rows),
         segments=jnp.ones(rows, jnp.int32),
-        is_key=jnp.ones(rows, bool),
-        keys=keys if modes.llm else None,
+        attention_mask=jnp.ones(rows, bool),
+        rngs=rngs if modes.llm else None,
         remat=network.config.remat.llm,
     )
-    return DuplexHidden(hidden, network.speak(hidden, inputs.channels.codes, modes, keys))
+    return DuplexHidden(hidden, network.speak(hidden, inputs.channels.codes, modes, rngs))
 
 
 def losses(
@@ -264,7 +264,7 @@ def losses(
     config = network.config
     user_key, agent_key = (None, None) if key is None else jax.random.split(key)
     inputs = prepare(network, batch, modes, user_key)
-    hidden = forward(network, inputs, modes, example_keys(agent_key, batch.row_ids))
+    hidden = forward(network, inputs, modes, example_rngs(agent_key, batch.row_ids))
     rows = batch.source_audio.shape[1]
     text, text_right = chunked_cross_entropy(
         hidden.text,

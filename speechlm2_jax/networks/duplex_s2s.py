@@ -20,7 +20,7 @@ class DuplexS2S(Duplex):
         hidden: Float[Array, "B T D"],
         codes: Int[Array, "B T K"] | None,
         modes: DuplexModes,
-        keys: Key[Array, " B"] | None,
+        rngs: Key[Array, " B"] | None,
     ) -> Float[Array, "B T D"]:
         """Both heads take the LLM's hidden states."""
         return hidden
@@ -46,7 +46,7 @@ class DuplexS2S(Duplex):
             self._sum(user, text, codes),
             state,
             positions=jnp.broadcast_to(state.used, rows),
-            is_key=jnp.ones(rows, bool),
+            attention_mask=jnp.ones(rows, bool),
         )
         hidden = extended.hidden
         return self.llm.logits(hidden)[:, 0], self.audio_logits(hidden)[:, 0], extended.cache

@@ -49,14 +49,14 @@ class DuplexS2SSpeechDecoder(Duplex):
         hidden: Float[Array, "B T D"],
         codes: Int[Array, "B T K"] | None,
         modes: DuplexModes,
-        keys: Key[Array, " B"] | None,
+        rngs: Key[Array, " B"] | None,
     ) -> Float[Array, "B T W"]:
         """Runs the speech decoder over the LLM's hidden states and the codes before each frame."""
         return self.speech_decoder.decode(
             hidden,
             codes,
             train=modes.speech_decoder,
-            keys=keys if modes.speech_decoder else None,
+            rngs=rngs if modes.speech_decoder else None,
             remat=self.config.remat.llm,
         )
 
@@ -84,7 +84,7 @@ class DuplexS2SSpeechDecoder(Duplex):
             self._sum(user, text),
             state.llm,
             positions=jnp.broadcast_to(state.llm.used, rows),
-            is_key=jnp.ones(rows, bool),
+            attention_mask=jnp.ones(rows, bool),
         )
         spoken = self.speech_decoder.step(state.decoder, extended.hidden, codes)
         after = State(llm=extended.cache, decoder=spoken.state)

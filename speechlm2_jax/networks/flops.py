@@ -25,7 +25,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heard:
+class EncodedAudio:
     """Real frames of each clip (any shape) behind the encoder and behind the adapter.
 
     Weights of convolutional subsampling are counted at the encoder's input rate over its factor.
@@ -41,7 +41,7 @@ def salm_flops(
     infos: Mapping[str, VariableInfo],
     trainable: Mapping[str, bool | np.ndarray],
     batch: SalmBatch,
-    heard: "Heard",
+    heard: "EncodedAudio",
 ) -> float:
     """FLOPs of one training step on `batch` (host arrays)."""
     lengths = (batch.segments > 0).sum(axis=-1)
@@ -67,7 +67,7 @@ def duplex_flops(
     decoder = "speech_decoder.transformer.layers."
     inputs = infos.get(f"{decoder}attention.inputs.weight")
     width = 0.0 if inputs is None else 2.0 * inputs.shape[0] * inputs.shape[1] / 3
-    heard = Heard(
+    heard = EncodedAudio(
         encoded=frames_per_row, adapted=frames_per_row, subsampling_factor=subsampling_factor
     )
     parts = (
@@ -84,7 +84,7 @@ def duplex_flops(
     return _total(infos, trainable, parts)
 
 
-def _perception(infos: Mapping[str, VariableInfo], heard: Heard) -> tuple[Part, ...]:
+def _perception(infos: Mapping[str, VariableInfo], heard: EncodedAudio) -> tuple[Part, ...]:
     frames = float(heard.encoded.sum())
     attention = _attention_width(infos, "perception.encoder.layers.") * _pairs(heard.encoded)
     return (
@@ -95,7 +95,7 @@ def _perception(infos: Mapping[str, VariableInfo], heard: Heard) -> tuple[Part, 
     )
 
 
-def _adapter(infos: Mapping[str, VariableInfo], heard: Heard) -> tuple[Part, ...]:
+def _adapter(infos: Mapping[str, VariableInfo], heard: EncodedAudio) -> tuple[Part, ...]:
     """A Conformer or a projection sees its own frames; a Q-Former asks each layer that it reads."""
     root, adapted = "perception.adapter.", float(heard.adapted.sum())
     queries = infos.get(f"{root}prompts")

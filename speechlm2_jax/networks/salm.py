@@ -72,7 +72,7 @@ class Salm(nnx.Module):
         return jnp.dtype(self.config.compute_dtype)
 
 
-def example_keys(key: Key[Array, ""] | None, ids: Int[Array, "G N"]) -> Key[Array, " B"] | None:
+def example_rngs(key: Key[Array, ""] | None, ids: Int[Array, "G N"]) -> Key[Array, " B"] | None:
     """One key per example from its position in the global batch, whatever its neighbours."""
     if key is None:
         return None
@@ -88,7 +88,7 @@ def encode_audio(
         constrain(batch.audio.reshape(groups * clips, samples), "clips", None),
         batch.audio_lengths.reshape(-1),
         modes=modes.perception,
-        keys=example_keys(key, batch.clip_ids),
+        rngs=example_rngs(key, batch.clip_ids),
         extents=jnp.repeat(batch.audio_extent, clips),
         dtype=network.dtype,
         remat=network.config.remat.perception,
@@ -136,8 +136,8 @@ def forward(
         embeds,
         positions=batch.positions.reshape(rows),
         segments=batch.segments.reshape(rows),
-        is_key=batch.is_key.reshape(rows),
-        keys=example_keys(key, batch.row_ids) if modes.llm else None,
+        attention_mask=batch.attention_mask.reshape(rows),
+        rngs=example_rngs(key, batch.row_ids) if modes.llm else None,
         remat=network.config.remat.llm,
     )
 

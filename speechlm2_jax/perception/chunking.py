@@ -90,11 +90,11 @@ def join(
     return joined, jnp.sum(lengths, axis=1)
 
 
-def part_keys(keys: Key[Array, " B"] | None, parts: int) -> Key[Array, " BK"] | None:
+def chunk_rngs(rngs: Key[Array, " B"] | None, parts: int) -> Key[Array, " BK"] | None:
     """One key per part, from the clip's own and the part's number."""
-    if keys is None:
+    if rngs is None:
         return None
     numbers = jnp.arange(parts)
-    return jax.vmap(lambda k: jax.vmap(lambda n: jax.random.fold_in(k, n))(numbers))(keys).reshape(
+    return jax.vmap(lambda k: jax.vmap(lambda n: jax.random.fold_in(k, n))(numbers))(rngs).reshape(
         -1
     )

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
-from speechlm2_jax.layers.dropout import dropout, fold_keys
+from speechlm2_jax.layers.dropout import dropout, fold_rngs
 from speechlm2_jax.layers.linear import Linear, zeros
 from speechlm2_jax.layers.module import param
 from speechlm2_jax.layers.norms import LayerNorm
 from speechlm2_jax.perception.batch_norm import BatchNorm, Statistics
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
-from speechlm2_jax.perception.frame_mask import View
+from speechlm2_jax.perception.frame_mask import FrameMask
 from speechlm2_jax.perception.frames import is_within
 from speechlm2_jax.perception.group_norm import GroupNorm
 from speechlm2_jax.perception.initializers import uniform
-from speechlm2_jax.perception.self_attention import SelfAttention
+from speechlm2_jax.perception.self_attention import RelPosSelfAttention
 from speechlm2_jax.sharding import constrain
 
 
@@ -26,7 +26,7 @@ from speechlm2_jax.sharding import constrain
 class LayerInputs:
     """What every layer of a pass shares."""
 
-    view: View
+    view: FrameMask
     present: Bool[Array, "B T"]
     """Frames that a norm over time counts: the real ones, or those that NeMo would count."""
     train: bool = field(default=False, metadata={"static": True})
@@ -44,10 +44,10 @@ class FeedForward(nnx.Module):
         self.output = Linear(hidden, width, axes=("embed", "mlp"), rngs=rngs, bias=config.use_bias)
 
     def __call__(
-        self, x: Float[Array, "B T D"], keys: Key[Array, " B"] | None = None
+        self, x: Float[Array, "B T D"], rngs: Key[Array, " B"] | None = None
     ) -> Float[Array, "B T D"]:
-        """Transforms each frame on its own; `keys` switch dropout on."""
-        return self.output(dropout(jax.nn.silu(self.hidden(x)), self.rate, keys))
+        """Transforms each frame on its own; `rngs` switch dropout on."""
+        return self.output(dropout(jax.nn.silu(self.hidden(x)), self.rate, rngs))
 
 
 class DepthwiseConv(nnx.Module):
@@ -76,7 +76,7 @@ class DepthwiseConv(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None]
 
 
-class Convolution(nnx.Module):
+class ConvolutionModule(nnx.Module):
     """Pointwise to twice the width, gate, depthwise over time, norm, SiLU, pointwise."""
 
     def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
@@ -144,9 +144,9 @@ class ConformerLayer(nnx.Module):
         self.feed_forward_in_norm = LayerNorm(config.d_model, rngs=rngs)
         self.feed_forward_in = FeedForward(config, rngs=rngs)
         self.attention_norm = LayerNorm(config.d_model, rngs=rngs)
-        self.attention = SelfAttention(config, rngs=rngs)
+        self.attention = RelPosSelfAttention(config, rngs=rngs)
         self.conv_norm = LayerNorm(config.d_model, rngs=rngs)
-        self.conv = Convolution(config, rngs=rngs)
+        self.conv = ConvolutionModule(config, rngs=rngs)
         self.feed_forward_out_norm = LayerNorm(config.d_model, rngs=rngs)
         self.feed_forward_out = FeedForward(config, rngs=rngs)
         self.output_norm = LayerNorm(config.d_model, rngs=rngs)
@@ -155,10 +155,10 @@ class ConformerLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         inputs: LayerInputs,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Statistics]:
-        """Gives the new frames, and new batch-norm statistics by path; `keys` switch dropout on."""
-        places = [fold_keys(keys, place) for place in range(7)]
+        """Gives the new frames, and new batch-norm statistics by path; `rngs` switch dropout on."""
+        places = [fold_rngs(rngs, place) for place in range(7)]
 
         def added(x: Array, update: Array, place: int) -> Array:
             return x + dropout(update, self.rate, places[place])
@@ -169,7 +169,7 @@ class ConformerLayer(nnx.Module):
             self.attention_norm(x),
             inputs.view,
             tied_biases=inputs.tied_biases,
-            keys=places[2],
+            rngs=places[2],
         )
         x = added(x, update, 3)
         update, statistics = self.conv(self.conv_norm(x), inputs)

@@ -21,10 +21,10 @@ from speechlm2_jax.layers.module import scan_layers
 from speechlm2_jax.perception.conformer_layer import ConformerLayer
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import Context, FastConformerConfig
-from speechlm2_jax.perception.frame_mask import View, distances, visibility
+from speechlm2_jax.perception.frame_mask import FrameMask, distances, visibility
 from speechlm2_jax.perception.self_attention import (
     Biases,
-    SelfAttention,
+    RelPosSelfAttention,
     attention_weights,
     content_scores,
     mix,
@@ -171,13 +171,13 @@ class Now:
 
     rows: Int[Array, "B F"]
     """Places of the input."""
-    view: View
+    view: FrameMask
     tied_biases: Biases | None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
+class StreamFrames:
     """Frames of one step."""
 
     frames: Float[Array, "B F W"]
@@ -217,7 +217,7 @@ def advance(
     total: Int[Array, " B"],
     *,
     capture: tuple[int, ...] = (),
-) -> tuple[Encoded, EncoderMemory]:
+) -> tuple[StreamFrames, EncoderMemory]:
     """Encodes the next input frames of each stream.
 
     `steps` says how many steps each stream has behind it, `total` how many real input frames it has
@@ -243,7 +243,7 @@ def advance(
         encoder.layers, body, (x, rows), stacked, remat="none"
     )
     memory = EncoderMemory(inputs=inputs, **dict(zip(EncoderMemory.STACKED, stacked, strict=True)))
-    encoded = Encoded(
+    encoded = StreamFrames(
         frames=encoder.projected(x),
         is_real=(rows >= 0) & (rows < lengths[:, None]),
         lengths=lengths,
@@ -254,7 +254,7 @@ def advance(
     return encoded, memory
 
 
-def _view(plan: EncoderPlan, lengths: Int[Array, " B"]) -> View:
+def _view(plan: EncoderPlan, lengths: Int[Array, " B"]) -> FrameMask:
     """What the frames of a step may attend to among those remembered and new."""
     left, right = (jnp.full(lengths.shape, side, jnp.int32) for side in plan.context)
     table = None
@@ -264,7 +264,7 @@ def _view(plan: EncoderPlan, lengths: Int[Array, " B"]) -> View:
             1 - plan.frames - plan.attention_delay,
             plan.config.d_model,
         )
-    return View(positions=table, lengths=lengths, left=left, right=right)
+    return FrameMask(positions=table, lengths=lengths, left=left, right=right)
 
 
 def _advance_layer(
@@ -324,7 +324,7 @@ def _attend(
 
 
 def _distance_scores(
-    attention: SelfAttention,
+    attention: RelPosSelfAttention,
     queries: tuple[Float[Array, "B F N H"], ...],
     table: Float[Array, "P D"] | None,
 ) -> Float[Array, "B N F P"] | None:

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from speechlm2_jax.layers.dropout import dropout, fold_keys
+from speechlm2_jax.layers.dropout import dropout, fold_rngs
 from speechlm2_jax.layers.linear import Linear
 from speechlm2_jax.layers.module import RematPolicy, scan_layers, stack
 from speechlm2_jax.perception.batch_norm import Statistics
 from speechlm2_jax.perception.conformer_layer import ConformerLayer, LayerInputs
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
-from speechlm2_jax.perception.frame_mask import View, sinusoids
+from speechlm2_jax.perception.frame_mask import FrameMask, sinusoids
 from speechlm2_jax.perception.frames import is_within
 from speechlm2_jax.perception.self_attention import (
     padded_queries,
@@ -66,7 +66,7 @@ class FastConformer(nnx.Module):
         lengths: Int[Array, " B"],
         *,
         train: bool = False,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         extents: Int[Array, " B"] | None = None,
         return_layers: bool = False,
         capture: tuple[int, ...] = (),
@@ -75,24 +75,24 @@ class FastConformer(nnx.Module):
         """Encodes rows of `lengths` real frames; rows of length 0 are empty.
 
         `train` lets batch norm use the statistics of this batch: of its real frames, or, if given,
-        of the first `extents` input frames of each row. `keys`, one per row, switch dropout on
+        of the first `extents` input frames of each row. `rngs`, one per row, switch dropout on
         and draw the attention context where there are several; use them in training only.
         `capture` numbers the layers whose outputs are wanted too.
         """
         config = self.config
-        x, lengths, extents = self._entered(features, lengths, extents, keys)
+        x, lengths, extents = self._entered(features, lengths, extents, rngs)
         steps = x.shape[1]
         inputs = LayerInputs(
-            view=self._view(steps, lengths, keys),
+            view=self._view(steps, lengths, rngs),
             present=is_within(lengths if extents is None else extents, steps),
             train=train,
             tied_biases=self.tied_biases(),
         )
-        layer_keys = fold_keys(keys, _LAYERS_PLACE)
+        layer_rngs = fold_rngs(rngs, _LAYERS_PLACE)
 
         def body(layer: ConformerLayer, carry: tuple, index: Array) -> tuple[tuple, tuple]:
             x, kept = carry
-            x, statistics = layer(x, inputs, fold_keys(layer_keys, index))
+            x, statistics = layer(x, inputs, fold_rngs(layer_rngs, index))
             x = constrain(x, "clips", "frames", "act_embed")
             kept = tuple(jnp.where(index == n, x, k) for n, k in zip(capture, kept, strict=True))
             return (x, kept), (statistics, x if return_layers else None)
@@ -116,7 +116,7 @@ class FastConformer(nnx.Module):
         features: Float[Array, "B T D"],
         lengths: Int[Array, " B"],
         extents: Int[Array, " B"] | None,
-        keys: Key[Array, " B"] | None,
+        rngs: Key[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T2 D2"], Int[Array, " B"], Int[Array, " B"] | None]:
         """What the first layer sees, and lengths and extents in its frames."""
         config = self.config
@@ -125,7 +125,7 @@ class FastConformer(nnx.Module):
         if extents is not None:
             extents = jnp.where(extents > 0, config.subsampled(extents), 0)
         x = self.placed(subsampled.frames, jnp.arange(subsampled.frames.shape[1])[None])
-        x = dropout(x, config.dropout_pre_encoder, fold_keys(keys, _INPUT_PLACE))
+        x = dropout(x, config.dropout_pre_encoder, fold_rngs(rngs, _INPUT_PLACE))
         return constrain(x, "clips", "frames", "act_embed"), lengths, extents
 
     def placed(
@@ -149,31 +149,33 @@ class FastConformer(nnx.Module):
             return None
         return self.position_bias_u[...], self.position_bias_v[...]
 
-    def _view(self, steps: int, lengths: Int[Array, " B"], keys: Key[Array, " B"] | None) -> View:
+    def _view(
+        self, steps: int, lengths: Int[Array, " B"], rngs: Key[Array, " B"] | None
+    ) -> FrameMask:
         """What the frames may see: the first context, or with keys one drawn per row."""
         config = self.config
         contexts = jnp.asarray(config.contexts)
         chosen = jnp.zeros(lengths.shape, jnp.int32)
-        if keys is not None and len(config.contexts) > 1:
+        if rngs is not None and len(config.contexts) > 1:
             cumulative = jnp.cumsum(jnp.asarray(config.context_probabilities))[:-1]
-            context_keys = jax.vmap(lambda k: jax.random.fold_in(k, _CONTEXT_PLACE))(keys)
+            context_keys = jax.vmap(lambda k: jax.random.fold_in(k, _CONTEXT_PLACE))(rngs)
             draws = jax.vmap(jax.random.uniform)(context_keys)
             chosen = jnp.sum(draws[:, None] >= cumulative[None], axis=1)
         left, right = jnp.take(contexts, chosen, axis=0).T
         positions = None
         if config.is_relative:
-            positions = self._drop_positions(relative_positions(steps, config.d_model), steps, keys)
-        return View(positions=positions, lengths=lengths, left=left, right=right)
+            positions = self._drop_positions(relative_positions(steps, config.d_model), steps, rngs)
+        return FrameMask(positions=positions, lengths=lengths, left=left, right=right)
 
     def _drop_positions(
-        self, table: Float[Array, "P D"], steps: int, keys: Key[Array, " B"] | None
+        self, table: Float[Array, "P D"], steps: int, rngs: Key[Array, " B"] | None
     ) -> Float[Array, "*B P D"]:
         """Dropout of the table, drawn by distance from 0 outwards, whatever the length."""
         rate = self.config.dropout_emb
-        if keys is None or rate == 0.0:
+        if rngs is None or rate == 0.0:
             return table
         split = padded_queries(steps)
-        table = jnp.broadcast_to(table[None], (keys.shape[0], *table.shape))
-        near = dropout(table[:, split - 1 :: -1], rate, fold_keys(keys, _NEAR_PLACE))
-        far = dropout(table[:, split:], rate, fold_keys(keys, _FAR_PLACE))
+        table = jnp.broadcast_to(table[None], (rngs.shape[0], *table.shape))
+        near = dropout(table[:, split - 1 :: -1], rate, fold_rngs(rngs, _NEAR_PLACE))
+        far = dropout(table[:, split:], rate, fold_rngs(rngs, _FAR_PLACE))
         return jnp.concatenate([near[:, ::-1], far], axis=1)

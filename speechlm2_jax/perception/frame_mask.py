@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class View:
+class FrameMask:
     """What each frame of a batch may attend to, and where it stands."""
 
     positions: Float[Array, "*B P D"] | None
@@ -34,7 +34,7 @@ def distances(first: int, last: int, width: int) -> Float[Array, "P D"]:
 
 
 def visibility(
-    style: str, view: View, rows: Int[Array, "B1 Q"], columns: Int[Array, "B1 T"]
+    style: str, view: FrameMask, rows: Int[Array, "B1 Q"], columns: Int[Array, "B1 T"]
 ) -> Bool[Array, "B Q T"]:
     """True where the frame at `rows` may attend to that at `columns`: both real, the latter near.
 

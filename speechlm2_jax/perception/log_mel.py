@@ -168,14 +168,14 @@ class LogMel(nnx.Module):
         audio: Float[Array, "B S"],
         lengths: Int[Array, " B"],
         *,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
     ) -> Frames:
-        """Computes the features of clips of `lengths` samples; with `keys`, dithers them first."""
+        """Computes the features of clips of `lengths` samples; with `rngs`, dithers them first."""
         config = self.config
         wave = audio.astype(jnp.float32)
         if config.exact_pad:
             wave = jnp.pad(wave, ((0, 0), (config.side_padding,) * 2))
-        wave = _dither(wave, config.dither, keys)
+        wave = _dither(wave, config.dither, rngs)
         if config.preemph is not None:
             wave = _preemphasise(wave, lengths, config.preemph)
         n_fft = config.fft_size
@@ -247,12 +247,12 @@ class LogMel(nnx.Module):
 
 
 def _dither(
-    wave: Float[Array, "B S"], amount: float, keys: Key[Array, " B"] | None
+    wave: Float[Array, "B S"], amount: float, rngs: Key[Array, " B"] | None
 ) -> Float[Array, "B S"]:
     """Adds white noise whose draw belongs to the example, so padding does not change it."""
-    if keys is None or amount <= 0.0:
+    if rngs is None or amount <= 0.0:
         return wave
-    noise = jax.vmap(lambda key: jax.random.normal(key, wave.shape[1:]))(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, wave.shape[1:]))(rngs)
     return wave + amount * noise
 
 

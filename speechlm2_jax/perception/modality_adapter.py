@@ -112,11 +112,11 @@ class IdentityAdapter(nnx.Module):
         lengths: Int[Array, " B"],
         *,
         train: bool = False,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         extents: Int[Array, " B"] | None = None,
     ) -> EncoderOutput:
         """Takes what every adapter takes; nothing here trains or draws."""
-        del train, keys
+        del train, rngs
         return EncoderOutput(frames=features, lengths=lengths, statistics={}, extents=extents)
 
 
@@ -134,11 +134,11 @@ class MultiLayerAdapter(nnx.Module):
         lengths: Int[Array, " B"],
         *,
         train: bool = False,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         extents: Int[Array, " B"] | None = None,
     ) -> EncoderOutput:
         """Projects each frame on its own; nothing here draws."""
-        del train, keys
+        del train, rngs
         batch, layers, steps, width = features.shape
         joined = features.swapaxes(1, 2).reshape(batch, steps, layers * width)
         return EncoderOutput(

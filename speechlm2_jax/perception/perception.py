@@ -15,11 +15,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from speechlm2_jax.layers.dropout import fold_keys
+from speechlm2_jax.layers.dropout import fold_rngs
 from speechlm2_jax.layers.linear import Linear
 from speechlm2_jax.layers.module import RematPolicy
 from speechlm2_jax.perception.batch_norm import Statistics
-from speechlm2_jax.perception.chunking import Chunking, cut, join, part_keys
+from speechlm2_jax.perception.chunking import Chunking, chunk_rngs, cut, join
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.frames import Frames, is_within
@@ -226,14 +226,14 @@ class AudioPerception(nnx.Module):
         lengths: Int[Array, " B"],
         *,
         modes: PerceptionModes = PerceptionModes(),
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         extents: Int[Array, " B"] | None = None,
         dtype: DTypeLike = jnp.float32,
         remat: RematPolicy = "full",
     ) -> PerceptionOutput:
         """Encodes clips of `lengths` samples; one of length 0 is an empty slot.
 
-        `keys`, one per clip, feed the random parts that `modes` puts in training. `extents`, in
+        `rngs`, one per clip, feed the random parts that `modes` puts in training. `extents`, in
         samples, is the padded length of each clip's batch in NeMo (`modes.nemo_exact` needs it).
         Activations after the mel features have `dtype`; `remat` is that of the encoder's layers.
         """
@@ -243,9 +243,9 @@ class AudioPerception(nnx.Module):
         run = partial(self._encode, modes=modes, dtype=dtype, remat=remat)
         chunking = self.config.chunking
         if chunking is None:
-            return run(audio, lengths, keys=keys, extents=extents)
+            return run(audio, lengths, rngs=rngs, extents=extents)
         if audio.shape[1] <= chunking.size:  # whole, with the draws of a first part
-            return run(audio, lengths, keys=part_keys(keys, 1), extents=extents)
+            return run(audio, lengths, rngs=chunk_rngs(rngs, 1), extents=extents)
         pieces, sizes = cut(audio, lengths, chunking)
         batch, parts, width = pieces.shape
         if extents is not None:  # NeMo pads all parts of a batch to the longest
@@ -254,7 +254,7 @@ class AudioPerception(nnx.Module):
         output = run(
             constrain(pieces.reshape(batch * parts, width), "clips", None),
             sizes.reshape(-1),
-            keys=part_keys(keys, parts),
+            rngs=chunk_rngs(rngs, parts),
             extents=extents,
         )
         frames, lengths = join(
@@ -276,14 +276,14 @@ class AudioPerception(nnx.Module):
         lengths: Int[Array, " B"],
         *,
         modes: PerceptionModes,
-        keys: Key[Array, " B"] | None,
+        rngs: Key[Array, " B"] | None,
         extents: Int[Array, " B"] | None,
         dtype: DTypeLike,
         remat: RematPolicy,
     ) -> PerceptionOutput:
         """Encodes clips, or parts of them, each as a whole."""
         audio = jnp.where(is_within(lengths, audio.shape[1]), audio, 0.0)
-        features = self._features(audio, lengths, modes, keys)
+        features = self._features(audio, lengths, modes, rngs)
         frame_extents = None
         if extents is not None:
             frame_extents = jnp.where(lengths > 0, self.log_mel.frame_extents(extents), 0)
@@ -291,7 +291,7 @@ class AudioPerception(nnx.Module):
             features,
             self.config.frame_capacity(audio.shape[1]),
             modes=modes,
-            keys=keys,
+            rngs=rngs,
             extents=frame_extents,
             dtype=dtype,
             remat=remat,
@@ -303,7 +303,7 @@ class AudioPerception(nnx.Module):
         capacity: int,
         *,
         modes: PerceptionModes = PerceptionModes(),
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         extents: Int[Array, " B"] | None = None,
         dtype: DTypeLike = jnp.float32,
         remat: RematPolicy = "full",
@@ -316,7 +316,7 @@ class AudioPerception(nnx.Module):
             features.frames.astype(dtype),
             features.lengths,
             train=modes.encoder,
-            keys=fold_keys(keys, _ENCODER_PLACE) if modes.encoder else None,
+            rngs=fold_rngs(rngs, _ENCODER_PLACE) if modes.encoder else None,
             extents=extents,
             capture=self.config.layers_read,
             remat=remat,
@@ -325,7 +325,7 @@ class AudioPerception(nnx.Module):
             self.heard(encoded.frames, encoded.captured),
             encoded.lengths,
             train=modes.adapter,
-            keys=fold_keys(keys, _ADAPTER_PLACE) if modes.adapter else None,
+            rngs=fold_rngs(rngs, _ADAPTER_PLACE) if modes.adapter else None,
             extents=encoded.extents,
         )
         # cut last: up to here the frames beyond a clip are those that NeMo's batch norm counts
@@ -358,12 +358,12 @@ class AudioPerception(nnx.Module):
         audio: Float[Array, "B S"],
         lengths: Int[Array, " B"],
         modes: PerceptionModes,
-        keys: Key[Array, " B"] | None,
+        rngs: Key[Array, " B"] | None,
     ) -> Frames:
         """Log-mel frames, dithered and masked as the modes say."""
-        dither_keys = fold_keys(keys, _DITHER_PLACE) if modes.log_mel else None
-        features = self.log_mel(audio, lengths, keys=dither_keys)
-        mask_keys = fold_keys(keys, _SPEC_AUGMENT_PLACE)
+        dither_rngs = fold_rngs(rngs, _DITHER_PLACE) if modes.log_mel else None
+        features = self.log_mel(audio, lengths, rngs=dither_rngs)
+        mask_keys = fold_rngs(rngs, _SPEC_AUGMENT_PLACE)
         if not modes.spec_augment or self.config.spec_augment is None or mask_keys is None:
             return features
         hidden = spec_augment(features, self.config.spec_augment, mask_keys)

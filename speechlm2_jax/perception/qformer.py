@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from speechlm2_jax.layers.dropout import dropout, fold_keys
+from speechlm2_jax.layers.dropout import dropout, fold_rngs
 from speechlm2_jax.layers.linear import Linear, zeros
 from speechlm2_jax.layers.module import param, scan_layers, stack
 from speechlm2_jax.layers.norms import LayerNorm
@@ -117,7 +117,7 @@ class _Attention(nnx.Module):
         x: Float[Array, "B K P D"],
         frames: Float[Array, "B K T D"],
         visible: Bool[Array, "B T"] | None,
-        keys: Key[Array, " B"] | None,
+        rngs: Key[Array, " B"] | None,
     ) -> Float[Array, "B K P D"]:
         heads = lambda y: y.reshape(*y.shape[:-1], self.n_heads, -1)  # noqa: E731
         query, key, value = heads(self.query(x)), heads(self.key(frames)), heads(self.value(frames))
@@ -128,11 +128,11 @@ class _Attention(nnx.Module):
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=1)
-        weights = dropout(weights, BERT_DROPOUT, fold_keys(keys, 0)).astype(x.dtype)
+        weights = dropout(weights, BERT_DROPOUT, fold_rngs(rngs, 0)).astype(x.dtype)
         if mask is not None:  # a clip without frames reads nothing
             weights = jnp.where(mask, weights, jnp.zeros((), x.dtype))
         mixed = jnp.einsum("ctknp,cktnh->ckpnh", weights, value).reshape(x.shape)
-        return self.norm(x + dropout(self.output(mixed), BERT_DROPOUT, fold_keys(keys, 1)))
+        return self.norm(x + dropout(self.output(mixed), BERT_DROPOUT, fold_rngs(rngs, 1)))
 
 
 class _Layer(nnx.Module):
@@ -151,12 +151,12 @@ class _Layer(nnx.Module):
         x: Float[Array, "B K P D"],
         frames: Float[Array, "B K T D"],
         visible: Bool[Array, "B T"],
-        keys: Key[Array, " B"] | None,
+        rngs: Key[Array, " B"] | None,
     ) -> Float[Array, "B K P D"]:
-        x = self.attention(x, x, None, fold_keys(keys, 0))
-        x = self.cross_attention(x, frames, visible, fold_keys(keys, 1))
+        x = self.attention(x, x, None, fold_rngs(rngs, 0))
+        x = self.cross_attention(x, frames, visible, fold_rngs(rngs, 1))
         update = self.output(jax.nn.gelu(self.hidden(x), approximate=False))
-        return self.norm(x + dropout(update, BERT_DROPOUT, fold_keys(keys, 2)))
+        return self.norm(x + dropout(update, BERT_DROPOUT, fold_rngs(rngs, 2)))
 
 
 class QformerAdapter(nnx.Module):
@@ -180,10 +180,10 @@ class QformerAdapter(nnx.Module):
         lengths: Int[Array, " B"],
         *,
         train: bool = False,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         extents: Int[Array, " B"] | None = None,
     ) -> EncoderOutput:
-        """Reads the real frames, or the first `extents` of each clip; `keys` switch dropout on.
+        """Reads the real frames, or the first `extents` of each clip; `rngs` switch dropout on.
 
         NeMo reads all frames of its padded batch.
         """
@@ -194,7 +194,7 @@ class QformerAdapter(nnx.Module):
         x = jnp.broadcast_to(prompts[None], (features.shape[0], *prompts.shape))
 
         def body(layer: _Layer, x: Array, index: Array) -> tuple[Array, None]:
-            return layer(x, features, visible, fold_keys(keys, index)), None
+            return layer(x, features, visible, fold_rngs(rngs, index)), None
 
         x, _ = scan_layers(self.layers, body, x, jnp.arange(config.qformer_num_hidden_layers))
         weights = jax.nn.softmax(self.layer_weights[...].astype(jnp.float32), axis=-1)

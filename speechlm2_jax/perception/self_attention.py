@@ -14,7 +14,7 @@ from speechlm2_jax.layers.dropout import drop_weights
 from speechlm2_jax.layers.linear import Linear, zeros
 from speechlm2_jax.layers.module import param
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
-from speechlm2_jax.perception.frame_mask import View, distances, visibility
+from speechlm2_jax.perception.frame_mask import FrameMask, distances, visibility
 from speechlm2_jax.sharding import constrain
 
 BLOCK = 256
@@ -39,7 +39,7 @@ def position_bias(config: FastConformerConfig, rngs: nnx.Rngs) -> nnx.Param:
     return param(rngs, shape, ("heads", None), zeros)
 
 
-class SelfAttention(nnx.Module):
+class RelPosSelfAttention(nnx.Module):
     """Multi-head attention over [B, T, D]."""
 
     def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
@@ -61,18 +61,18 @@ class SelfAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        view: View,
+        view: FrameMask,
         *,
         tied_biases: Biases | None = None,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Mixes frames; `keys` switches dropout of the attention weights on."""
+        """Mixes frames; `rngs` switches dropout of the attention weights on."""
         key, value = self.heads(self.key(x)), self.heads(self.value(x))
         queries = self.queries(x, tied_biases)
         positions = None
         if self.position is not None and view.positions is not None:
             positions = self.heads(self.position(view.positions.astype(x.dtype)))
-        mixed = self._attend(queries, key, value, positions, view, keys)
+        mixed = self._attend(queries, key, value, positions, view, rngs)
         return self.output(mixed.reshape(x.shape))
 
     @property
@@ -106,8 +106,8 @@ class SelfAttention(nnx.Module):
         key: Float[Array, "B T N H"],
         value: Float[Array, "B T N H"],
         positions: Float[Array, "*B P N H"] | None,
-        view: View,
-        keys: Key[Array, " B"] | None,
+        view: FrameMask,
+        rngs: Key[Array, " B"] | None,
     ) -> Float[Array, "B T N H"]:
         """Scores the queries block by block, and averages the values with the weights."""
         steps = key.shape[1]
@@ -130,7 +130,7 @@ class SelfAttention(nnx.Module):
             visible = visibility(self.config.att_context_style, view, rows[None], columns)
             by_content = content_scores(own[0], key)
             weights = attention_weights(by_content, by_distance, visible, self.scale)
-            weights = drop_weights(weights, self.config.dropout_att, keys, rows)
+            weights = drop_weights(weights, self.config.dropout_att, rngs, rows)
             return mix(weights, value)
 
         if size == total:

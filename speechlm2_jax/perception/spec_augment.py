@@ -47,7 +47,7 @@ class SpecAugmentConfig:
 
 
 def spec_augment(
-    features: Frames, config: SpecAugmentConfig, keys: Key[Array, " B"]
+    features: Frames, config: SpecAugmentConfig, rngs: Key[Array, " B"]
 ) -> Float[Array, "B T M"]:
     """Masks the real frames of each clip; its draws depend only on its key and its length."""
     steps, bins = features.frames.shape[1:]
@@ -62,7 +62,7 @@ def spec_augment(
         in_frequency = _stretches(freq_key, config.freq_masks, config.freq_width, size, bins)
         return in_time[:, None] | in_frequency[None, :]
 
-    is_hidden = jax.vmap(hidden)(keys, features.lengths)
+    is_hidden = jax.vmap(hidden)(rngs, features.lengths)
     return jnp.where(is_hidden, config.mask_value, features.frames)
 
 

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from speechlm2_jax.layers.module import Variables, bind
+from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.perception import encoder_stream, mel_stream
-from speechlm2_jax.perception.encoder_stream import Encoded, EncoderMemory, EncoderPlan
+from speechlm2_jax.perception.encoder_stream import EncoderMemory, EncoderPlan, StreamFrames
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import Context, FastConformerConfig
 from speechlm2_jax.perception.mel_stream import MelPlan
@@ -148,7 +148,7 @@ class StreamState:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Heard:
+class StreamOutput:
     """Output frames of one step."""
 
     frames: Float[Array, "B F W"]
@@ -193,7 +193,7 @@ def advance(
     stream: StreamState,
     audio: Float[Array, "B S"],
     new: Int[Array, " B"] | None = None,
-) -> tuple[Heard, StreamState]:
+) -> tuple[StreamOutput, StreamState]:
     """Hears the next `plan.samples` samples of each stream.
 
     `new` says how many of them are real, from the first; fewer than all end the stream, and further
@@ -223,20 +223,20 @@ def advance(
     if perception.projection is not None:
         frames = perception.projection(frames)
     stream = StreamState(steps=steps + 1, total=total, wave=wave, encoder=encoder, adapter=adapter)
-    return Heard(frames=frames, is_real=encoded.is_real), stream
+    return StreamOutput(frames=frames, is_real=encoded.is_real), stream
 
 
-def _adapted(perception: AudioPerception, encoded: Encoded) -> Encoded:
+def _adapted(perception: AudioPerception, encoded: StreamFrames) -> StreamFrames:
     """What an adapter that looks at each frame by itself makes of them."""
     heard = perception.heard(encoded.frames, encoded.captured)
     frames = perception.adapter(heard, encoded.lengths).frames
     return replace(encoded, frames=frames, captured=None)
 
 
-Step = Callable[..., tuple[Heard, StreamState]]
+Step = Callable[..., tuple[StreamOutput, StreamState]]
 
 
-def make_step(definition: Any, plan: StreamPlan) -> Step:
+def make_step(graphdef: Any, plan: StreamPlan) -> Step:
     """Compiles `step(variables, stream, audio, new=None)` of a perception module, state donated."""
 
     def step(
@@ -244,7 +244,7 @@ def make_step(definition: Any, plan: StreamPlan) -> Step:
         stream: StreamState,
         audio: Float[Array, "B S"],
         new: Int[Array, " B"] | None = None,
-    ) -> tuple[Heard, StreamState]:
-        return advance(bind(definition, variables), plan, stream, audio, new)
+    ) -> tuple[StreamOutput, StreamState]:
+        return advance(merge(graphdef, variables), plan, stream, audio, new)
 
     return jax.jit(step, donate_argnums=1)

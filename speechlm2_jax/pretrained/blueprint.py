@@ -15,7 +15,7 @@ from speechlm2_jax.conversion.readers import read_nemo
 from speechlm2_jax.conversion.stream_to_mesh import onto
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.lora import LoraConfig
-from speechlm2_jax.layers.module import Remat, VariableInfo, Variables, draw, unbind
+from speechlm2_jax.layers.module import Remat, VariableInfo, Variables, draw, split
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.parameter_paths import NamedSlice
 from speechlm2_jax.perception.perception import PerceptionConfig
@@ -219,7 +219,7 @@ def random_variables(
     """Draws the named variables from their initial distributions, and only those."""
 
     def make() -> Variables:
-        variables = unbind(blueprint.make(nnx.Rngs(blueprint.config.seed)))[1]
+        variables = split(blueprint.make(nnx.Rngs(blueprint.config.seed)))[1]
         return {path: value for path, value in variables.items() if path in paths}
 
     return draw(make, layout)

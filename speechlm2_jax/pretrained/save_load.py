@@ -61,12 +61,12 @@ def open_model(name: str) -> ModelSource:
     """Finds what `name` means, reading no weights. Raises SettingsError with what is missing."""
     path = Location().find(name, key="pretrained_name")
     if path.is_dir() and (path / "checkpoints").is_dir():
-        definition = run_definition(path)
-        named = _saved_cfg(definition)
+        graphdef = run_definition(path)
+        named = _saved_cfg(graphdef)
         return ModelSource(
-            cfg=_pointed(named, definition),
+            cfg=_pointed(named, graphdef),
             named=named,
-            near=(definition,),
+            near=(graphdef,),
             read=lambda _, infos, again: _read_run(path, infos, again),
         )
     if path.suffix == ".ckpt":
@@ -91,13 +91,13 @@ def run_definition(run: Path) -> Path:
 
     Raises DamagedError if a file in it is not the one that the run wrote.
     """
-    definition = run / RUN_DEFINITION
+    graphdef = run / RUN_DEFINITION
     checkpointing.verify_listed(
-        definition,
+        graphdef,
         "resume the run to have it written again, or delete checksums.xxh3 there if the change is "
         "yours",
     )
-    return definition
+    return graphdef
 
 
 def save_definition(directory: Path, blueprint: Blueprint) -> None:

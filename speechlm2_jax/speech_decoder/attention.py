@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from speechlm2_jax.layers.attention import NOT_A_KEY, Visible, attend
+from speechlm2_jax.layers.attention import NOT_A_KEY, AttentionMask, attend
 from speechlm2_jax.layers.cache import KVCache
-from speechlm2_jax.layers.dropout import drop_weights, dropout, fold_keys
+from speechlm2_jax.layers.dropout import drop_weights, dropout, fold_rngs
 from speechlm2_jax.layers.linear import Linear
 from speechlm2_jax.layers.module import Initializer
 from speechlm2_jax.sharding import constrain
@@ -28,12 +28,12 @@ def output_init(config: SpeechDecoderConfig) -> Initializer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class SpeechAttentionInputs:
     """What the steps of one call see; the same for all layers."""
 
     is_real: Bool[Array, "B T"]
     """The steps of this call that are no padding; the others come out as zeros."""
-    is_key: Bool[Array, "B S"]
+    attention_mask: Bool[Array, "B S"]
     """`is_real`, or with a cache which of its slots others may attend to."""
     offset: Any = None
     """Int32 scalar: the cache's slot of the first step; None without a cache."""
@@ -43,7 +43,7 @@ class Place:
     """Bool [B, S']: the steps of the memory that are no padding."""
 
 
-class SelfAttention(nnx.Module):
+class JointSelfAttention(nnx.Module):
     """Attention among the steps of a row; NeMo's joint weight [3, heads, head width] by D."""
 
     def __init__(self, config: SpeechDecoderConfig, *, rngs: nnx.Rngs):
@@ -62,9 +62,9 @@ class SelfAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        place: Place,
+        place: SpeechAttentionInputs,
         *,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
         layer: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
@@ -73,19 +73,19 @@ class SelfAttention(nnx.Module):
         if cache is not None:
             cache = cache.write(layer, k, v)
             k, v = cache.read(layer)
-        if self.config.is_causal and (keys is None or self.config.p_dropout == 0.0):
-            mixed = attend(q, k, v, visible=_visible(place), scale=q.shape[-1] ** -0.5)
+        if self.config.is_causal and (rngs is None or self.config.p_dropout == 0.0):
+            mixed = attend(q, k, v, mask=_visible(place), scale=q.shape[-1] ** -0.5)
         else:
             mixed = _mix(
                 q,
                 k,
                 v,
-                place.is_key,
+                place.attention_mask,
                 is_causal=self.config.is_causal,
                 rate=self.config.p_dropout,
-                keys=fold_keys(keys, _WEIGHTS_PLACE),
+                rngs=fold_rngs(rngs, _WEIGHTS_PLACE),
             )
-        return _out(self.output, mixed, self.config.p_dropout, keys), cache
+        return _out(self.output, mixed, self.config.p_dropout, rngs), cache
 
 
 class CrossAttention(nnx.Module):
@@ -117,7 +117,7 @@ class CrossAttention(nnx.Module):
         x: Float[Array, "B T D"],
         memory: Float[Array, "B S M"],
         is_memory: Bool[Array, "B S"],
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Reads the memory; where it is all padding, zeros come out."""
         heads = self.config.cross_heads
@@ -131,9 +131,9 @@ class CrossAttention(nnx.Module):
             is_memory,
             is_causal=False,
             rate=self.config.p_dropout,
-            keys=fold_keys(keys, _WEIGHTS_PLACE),
+            rngs=fold_rngs(rngs, _WEIGHTS_PLACE),
         )
-        return _out(self.output, mixed, self.config.p_dropout, keys)
+        return _out(self.output, mixed, self.config.p_dropout, rngs)
 
 
 def _joint(d_in: int, width: int, parts: int, rngs: nnx.Rngs) -> Linear:
@@ -160,10 +160,10 @@ def _split(
     return tuple(constrain(part, "batch", "steps", "act_heads", None) for part in y)
 
 
-def _visible(place: Place) -> Visible:
-    return Visible(
+def _visible(place: SpeechAttentionInputs) -> AttentionMask:
+    return AttentionMask(
         query_segments=jnp.zeros(place.is_real.shape, jnp.int32),
-        key_segments=jnp.where(place.is_key, 0, NOT_A_KEY),
+        key_segments=jnp.where(place.attention_mask, 0, NOT_A_KEY),
         offset=place.offset,
     )
 
@@ -172,11 +172,11 @@ def _mix(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
     v: Float[Array, "B S N H"],
-    is_key: Bool[Array, "B S"],
+    attention_mask: Bool[Array, "B S"],
     *,
     is_causal: bool,
     rate: float,
-    keys: Key[Array, " B"] | None,
+    rngs: Key[Array, " B"] | None,
 ) -> Float[Array, "B T N H"]:
     """Attends block by block of queries, with dropout of the weights; softmax in fp32.
 
@@ -191,12 +191,12 @@ def _mix(
         part = jax.lax.dynamic_slice_in_dim(padded, first, size, axis=1)
         rows = first + jnp.arange(size)
         scores = jnp.einsum("btnh,bsnh->bnts", part, k, preferred_element_type=jnp.float32)
-        mask = is_key[:, None, None, :]
+        mask = attention_mask[:, None, None, :]
         if is_causal:
             mask = mask & (jnp.arange(k.shape[1])[None, :] <= rows[:, None])[None, None]
         blocked = jnp.finfo(jnp.float32).min
         weights = jax.nn.softmax(jnp.where(mask, scores * q.shape[-1] ** -0.5, blocked), axis=-1)
-        weights = drop_weights(jnp.where(mask, weights, 0.0), rate, keys, rows)
+        weights = drop_weights(jnp.where(mask, weights, 0.0), rate, rngs, rows)
         return jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v)
 
     if size == total:
@@ -206,9 +206,9 @@ def _mix(
 
 
 def _out(
-    linear: Linear, mixed: Float[Array, "B T N H"], rate: float, keys: Key[Array, " B"] | None
+    linear: Linear, mixed: Float[Array, "B T N H"], rate: float, rngs: Key[Array, " B"] | None
 ) -> Float[Array, "B T D"]:
     mixed = constrain(mixed, "batch", "steps", "act_heads", None)
     out = linear(mixed.reshape(*mixed.shape[:2], -1))  # [B, T, D]
     out = constrain(out, "batch", "steps", "act_embed")
-    return dropout(out, rate, fold_keys(keys, _OUTPUT_PLACE))
+    return dropout(out, rate, fold_rngs(rngs, _OUTPUT_PLACE))

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from speechlm2_jax.layers.dropout import fold_keys
+from speechlm2_jax.layers.dropout import fold_rngs
 from speechlm2_jax.layers.linear import Embedding, Linear
 from speechlm2_jax.layers.module import RematPolicy, scan_layers, stack
-from speechlm2_jax.sharding import constrain, time_order, whole_rows
+from speechlm2_jax.sharding import constrain, time_order, unsharded_time
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 from speechlm2_jax.speech_decoder.transformer import Transformer, TransformerState
 
@@ -73,11 +73,11 @@ class SpeechDecoder(nnx.Module):
         *,
         mask: Bool[Array, "B T"] | None = None,
         train: bool = False,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         remat: RematPolicy = "full",
     ) -> Float[Array, "B T K V"]:
         """Scores the codes of every step in fp32: `logits` of `decode`, which explains the rest."""
-        states = self.decode(hidden, codes, mask=mask, train=train, keys=keys, remat=remat)
+        states = self.decode(hidden, codes, mask=mask, train=train, rngs=rngs, remat=remat)
         return self.logits(states)
 
     def decode(
@@ -87,7 +87,7 @@ class SpeechDecoder(nnx.Module):
         *,
         mask: Bool[Array, "B T"] | None = None,
         train: bool = False,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         remat: RematPolicy = "full",
     ) -> Float[Array, "B T W"]:
         """Computes the states that the head scores, in the dtype of `hidden`.
@@ -95,14 +95,14 @@ class SpeechDecoder(nnx.Module):
         `codes` are those of the previous frame at each step (the delay code first); unread, and
         may be None, if the config does not condition on them. `mask` is True where a step is no
         padding. Evaluation mixes the states with and without `hidden` if the config is guided: the
-        head is linear, so that scores mix alike. Training does not; there `keys`, one per row,
+        head is linear, so that scores mix alike. Training does not; there `rngs`, one per row,
         switch on dropout and the rows without `hidden`.
 
         On a mesh with a context axis the steps are those of `Sharding.time_order`. They are
         brought in order and rows shared out instead, as convolutions look at their neighbours.
         """
         order = time_order(hidden.shape[1])
-        with whole_rows():
+        with unsharded_time():
             if order is not None:
                 back = order.argsort()
                 hidden = _ordered(hidden, back)
@@ -110,13 +110,13 @@ class SpeechDecoder(nnx.Module):
                 mask = None if mask is None else _ordered(mask, back)
             x = self._conditioning(hidden)
             if train:
-                x = self._without_some(x, keys)
+                x = self._without_some(x, rngs)
             is_mixed = self.config.is_guided and not train
             x, mask = self._input(x, codes, mask, is_mixed=is_mixed)
             x = self.transformer(
                 x,
                 mask=mask,
-                keys=fold_keys(keys, _TRANSFORMER_PLACE) if train else None,
+                rngs=fold_rngs(rngs, _TRANSFORMER_PLACE) if train else None,
                 remat=remat,
             )
             x = self._mixed(x) if is_mixed else x
@@ -184,10 +184,10 @@ class SpeechDecoder(nnx.Module):
         return hidden if self.projection is None else self.projection(hidden)
 
     def _without_some(
-        self, x: Float[Array, "B T W"], keys: Key[Array, " B"] | None
+        self, x: Float[Array, "B T W"], rngs: Key[Array, " B"] | None
     ) -> Float[Array, "B T W"]:
         """Training rows that see no hidden states, drawn each by its own key."""
-        rate, row_keys = self.config.cfg_unconditional_prob, fold_keys(keys, _GUIDANCE_PLACE)
+        rate, row_keys = self.config.cfg_unconditional_prob, fold_rngs(rngs, _GUIDANCE_PLACE)
         if not rate or row_keys is None:
             return x
         is_without = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(row_keys)

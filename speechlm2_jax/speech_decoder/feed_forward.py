@@ -27,7 +27,7 @@ class Tails:
     """[B, k - 1, F]."""
 
 
-class Convolution(nnx.Module):
+class CausalConvolution(nnx.Module):
     """Convolution over time without bias; weight [out, k, in], taps before inputs.
 
     On a TPU it is XLA's convolution: compiled for a v5e it reads a third of what products read to
@@ -66,10 +66,10 @@ class ConvFeedForward(nnx.Module):
     def __init__(self, config: SpeechDecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         width, inner, size = config.d_model, config.d_ffn, config.kernel_size
-        self.hidden = Convolution(
+        self.hidden = CausalConvolution(
             width, inner, size, axes=("mlp", "embed"), rngs=rngs, init=default_init
         )
-        self.output = Convolution(
+        self.output = CausalConvolution(
             inner, width, size, axes=("embed", "mlp"), rngs=rngs, init=output_init(config)
         )
 
@@ -78,10 +78,10 @@ class ConvFeedForward(nnx.Module):
         x: Float[Array, "B T D"],
         is_real: Bool[Array, "B T"],
         *,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         tails: Tails | None = None,
     ) -> tuple[Float[Array, "B T D"], Tails | None]:
-        """Transforms rows, or, with tails, the next steps of rows; `keys` switch dropout on."""
+        """Transforms rows, or, with tails, the next steps of rows; `rngs` switch dropout on."""
         x = _zero(constrain(x, "batch", "steps", "act_embed"), is_real)
         x, hidden_tail = self._with_context(x, None if tails is None else tails.hidden)
         inner = constrain(self.hidden(x), "batch", "steps", "act_mlp")
@@ -89,7 +89,7 @@ class ConvFeedForward(nnx.Module):
         inner = jax.nn.gelu(_zero(inner, is_real), approximate=True)
         inner, output_tail = self._with_context(inner, None if tails is None else tails.output)
         out = constrain(self.output(inner), "batch", "steps", "act_embed")
-        out = dropout(_zero(out, is_real), self.config.p_dropout, keys)
+        out = dropout(_zero(out, is_real), self.config.p_dropout, rngs)
         if tails is None:
             return out, None
         return out, Tails(hidden=hidden_tail, output=output_tail)

@@ -10,14 +10,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from speechlm2_jax.layers.cache import KVCache
-from speechlm2_jax.layers.dropout import dropout, fold_keys
+from speechlm2_jax.layers.dropout import dropout, fold_rngs
 from speechlm2_jax.layers.module import RematPolicy, param, scan_layers, stack
 from speechlm2_jax.layers.norms import LayerNorm
 from speechlm2_jax.sharding import constrain
 from speechlm2_jax.speech_decoder.attention import (
     CrossAttention,
-    Place,
-    SelfAttention,
+    JointSelfAttention,
+    SpeechAttentionInputs,
     default_init,
 )
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
@@ -38,7 +38,7 @@ class TransformerState:
     """[L, B, k - 1, ...]."""
 
 
-class Extended(NamedTuple):
+class TransformerOutput(NamedTuple):
     """What the transformer gives for further steps, and what it then remembers."""
 
     hidden: Float[Array, "B T D"]
@@ -54,7 +54,7 @@ class Layer(nnx.Module):
 
         has_memory = config.has_xattn
         self.attention_norm = norm(config.d_model)
-        self.attention = SelfAttention(config, rngs=rngs)
+        self.attention = JointSelfAttention(config, rngs=rngs)
         self.cross_norm = norm(config.d_model) if has_memory else None
         self.cross_attention = CrossAttention(config, rngs=rngs) if has_memory else None
         is_normed = has_memory and config.apply_norm_to_cond
@@ -65,25 +65,25 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        place: Place,
+        place: SpeechAttentionInputs,
         *,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
         tails: Tails | None = None,
         layer: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None, Tails | None]:
         """Runs one layer; what is padding comes out as zeros."""
         added, cache = self.attention(
-            self.attention_norm(x), place, keys=fold_keys(keys, 0), cache=cache, layer=layer
+            self.attention_norm(x), place, rngs=fold_rngs(rngs, 0), cache=cache, layer=layer
         )
         x = x + added
         if place.memory is not None and self.cross_attention and self.cross_norm:
             memory = place.memory if self.memory_norm is None else self.memory_norm(place.memory)
             x = x + self.cross_attention(
-                self.cross_norm(x), memory, place.is_memory, fold_keys(keys, 1)
+                self.cross_norm(x), memory, place.is_memory, fold_rngs(rngs, 1)
             )
         added, tails = self.feed_forward(
-            self.feed_forward_norm(x), place.is_real, keys=fold_keys(keys, 2), tails=tails
+            self.feed_forward_norm(x), place.is_real, rngs=fold_rngs(rngs, 2), tails=tails
         )
         x = jnp.where(place.is_real[..., None], x + added, jnp.zeros((), x.dtype))
         return constrain(x, "batch", "time", "act_embed"), cache, tails
@@ -112,18 +112,18 @@ class Transformer(nnx.Module):
         mask: Bool[Array, "B T"] | None = None,
         memory: Float[Array, "B S M"] | None = None,
         memory_mask: Bool[Array, "B S"] | None = None,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         remat: RematPolicy = "full",
     ) -> Float[Array, "B T D"]:
         """Transforms rows, in the dtype of `x`; the masks are True where a step is no padding.
 
-        What is padding comes out as zeros and has no influence. `keys`, one per row, switch
+        What is padding comes out as zeros and has no influence. `rngs`, one per row, switch
         dropout on; `remat` says what of a layer the backward pass computes again. Raises
         ValueError for more steps than there are positions, padding of a batch aside.
         """
         place = _place(x, mask, memory, memory_mask)
-        x, _, _ = self._run(x, place, keys=keys, remat=remat)
-        return self._finish(x, keys)
+        x, _, _ = self._run(x, place, rngs=rngs, remat=remat)
+        return self._finish(x, rngs)
 
     def layer_outputs(
         self,
@@ -166,7 +166,7 @@ class Transformer(nnx.Module):
         mask: Bool[Array, "B T"] | None = None,
         memory: Float[Array, "B S M"] | None = None,
         memory_mask: Bool[Array, "B S"] | None = None,
-    ) -> Extended:
+    ) -> TransformerOutput:
         """Runs T further steps of every row: equal, step by step, to `__call__` on the whole.
 
         The state must have T free slots, which the caller counts. The memory is projected anew.
@@ -176,24 +176,24 @@ class Transformer(nnx.Module):
         place = _place(x, is_real, memory, memory_mask, cache)
         x, cache, (_, tails) = self._run(x, place, cache=cache, tails=state.tails)
         state = TransformerState(cache=cache.advance(x.shape[1]), tails=tails)
-        return Extended(self._finish(x, None), state)
+        return TransformerOutput(self._finish(x, None), state)
 
     def _run(
         self,
         x: Float[Array, "B T D"],
-        place: Place,
+        place: SpeechAttentionInputs,
         *,
-        keys: Key[Array, " B"] | None = None,
+        rngs: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
         tails: Tails | None = None,
         remat: RematPolicy = "none",
         emit: Callable[[Array], Any] = lambda x: None,
     ) -> tuple[Array, Any, Any]:
         x = self._with_positions(x, 0 if place.offset is None else place.offset)
-        x = dropout(x, self.config.p_dropout, fold_keys(keys, _INPUT_PLACE))
+        x = dropout(x, self.config.p_dropout, fold_rngs(rngs, _INPUT_PLACE))
         # a selection, not a product: not even a NaN in the padding passes
         x = jnp.where(place.is_real[..., None], x, jnp.zeros((), x.dtype))
-        layer_keys = fold_keys(keys, _LAYERS_PLACE)
+        layer_rngs = fold_rngs(rngs, _LAYERS_PLACE)
 
         # The cache is carried, not scanned over: each layer then writes its slot in place.
         def body(layer: Layer, carry: Any, inputs: Any) -> tuple[Any, Any]:
@@ -201,7 +201,7 @@ class Transformer(nnx.Module):
             x, cache, tails = layer(
                 x,
                 place,
-                keys=fold_keys(layer_keys, index),
+                rngs=fold_rngs(layer_rngs, index),
                 cache=cache,
                 tails=tails,
                 layer=index,
@@ -214,10 +214,10 @@ class Transformer(nnx.Module):
         return x, cache, emitted
 
     def _finish(
-        self, x: Float[Array, "B T D"], keys: Key[Array, " B"] | None
+        self, x: Float[Array, "B T D"], rngs: Key[Array, " B"] | None
     ) -> Float[Array, "B T D"]:
         x = x if self.norm is None else self.norm(x)
-        return dropout(x, self.config.p_dropout_out, fold_keys(keys, _OUTPUT_PLACE))
+        return dropout(x, self.config.p_dropout_out, fold_rngs(rngs, _OUTPUT_PLACE))
 
     def _with_positions(
         self, x: Float[Array, "B T D"], offset: Int[Array, ""] | int
@@ -246,13 +246,13 @@ def _place(
     memory: Float[Array, "B S M"] | None,
     memory_mask: Bool[Array, "B S"] | None,
     cache: KVCache | None = None,
-) -> Place:
+) -> SpeechAttentionInputs:
     is_real = jnp.ones(x.shape[:2], bool) if mask is None else mask
     if memory is not None and memory_mask is None:
         memory_mask = jnp.ones(memory.shape[:2], bool)
-    return Place(
+    return SpeechAttentionInputs(
         is_real=is_real,
-        is_key=is_real if cache is None else cache.is_key,
+        attention_mask=is_real if cache is None else cache.key_mask,
         offset=None if cache is None else cache.used,
         memory=memory,
         is_memory=memory_mask,

@@ -11,7 +11,7 @@ from speechlm2_jax.settings import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cadence:
+class Intervals:
     """The rhythm of a run; every answer depends on the counts alone, so a resumed run keeps it."""
 
     max_steps: int | None

@@ -9,7 +9,7 @@ from speechlm2_jax.console import phase
 from speechlm2_jax.settings import SettingsError, to_plain
 from speechlm2_jax.training.protocol import Variables
 from speechlm2_jax.training.run.metrics_log import Row, format_samples, format_validation
-from speechlm2_jax.training.run.run_state import FitResult, Parts, Progress
+from speechlm2_jax.training.run.run_state import FitResult, Progress, RunContext
 from speechlm2_jax.training.run.step_reports import MAX_SKIPPED_IN_A_ROW, Reporter, Taken
 from speechlm2_jax.training.state import TrainState
 from speechlm2_jax.training.step import MicroSums
@@ -26,7 +26,7 @@ class NonFiniteRun(SystemExit):
 class FitLoop:
     """One run of `fit`, from a state to its end or to a request to stop."""
 
-    parts: Parts
+    parts: RunContext
     state: TrainState
     frozen: Variables
     progress: Progress
@@ -131,10 +131,10 @@ class FitLoop:
         parts, progress = self.parts, self.progress
         lr = parts.schedule(progress.step)
         for batch in window:
-            tokens, slots = parts.model.count_tokens(batch)
+            tokens, padded = parts.model.count_tokens(batch)
             # other processes' groups hold about as much
             tokens, flops = round(tokens / batch.share), parts.model.flops(batch) / batch.share
-            parts.meter.add_batch(tokens=tokens, slots=slots, flops=flops)
+            parts.meter.add_batch(tokens=tokens, padded=padded, flops=flops)
         if parts.cadence.accumulate == 1:
             self.state, report = parts.programs.train(self.state, self.frozen, window[0], lr)
         else:

@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from speechlm2_jax.batches import HostBatch, LossSum
 from speechlm2_jax.console import phase
-from speechlm2_jax.sharding import hand_over
+from speechlm2_jax.sharding import put_global
 from speechlm2_jax.training.protocol import Variables
 from speechlm2_jax.training.state import Layout, TrainState
 from speechlm2_jax.training.step import MicroSums, StepFunctions, StepReport
@@ -120,7 +120,7 @@ class Programs:
             return self._compile(function.lower(*arguments))
 
     def _scalar(self, value: Any) -> jax.Array:
-        return hand_over(value, self._whole)
+        return put_global(value, self._whole)
 
     def _program(
         self, kind: str, bucket: str, batch: Any, function: Any, arguments: tuple[Any, ...]

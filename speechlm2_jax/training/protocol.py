@@ -59,7 +59,7 @@ Scoring = Callable[[], AbstractContextManager[Scorer]]
 
 
 @runtime_checkable
-class VariableInfo(Protocol):
+class VariableSpec(Protocol):
     """What is known of a variable without its values (`layers.module.VariableInfo`)."""
 
     @property
@@ -92,7 +92,7 @@ class ModelOutline(Protocol):
     """All of a model that is known without its weights."""
 
     @property
-    def infos(self) -> Mapping[str, VariableInfo]:
+    def infos(self) -> Mapping[str, VariableSpec]:
         """Every variable by path."""
         ...
 

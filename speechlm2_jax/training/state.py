@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.sharding import Sharding, hand_over
+from speechlm2_jax.sharding import Sharding, put_global
 from speechlm2_jax.training.optimizer import Optimizer
-from speechlm2_jax.training.protocol import VariableInfo, Variables
+from speechlm2_jax.training.protocol import Variables, VariableSpec
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +41,7 @@ class Partition:
 
     @staticmethod
     def of(
-        infos: Mapping[str, VariableInfo], trains: Mapping[str, bool | np.ndarray]
+        infos: Mapping[str, VariableSpec], trains: Mapping[str, bool | np.ndarray]
     ) -> "Partition":
         """Sorts variables; `trains` says of each parameter what TrainableModel.trainable does."""
         trainable, frozen, buffers, masks = [], [], [], {}
@@ -87,7 +87,7 @@ class Layout:
 
 
 def plan_layout(
-    infos: Mapping[str, VariableInfo],
+    infos: Mapping[str, VariableSpec],
     partition: Partition,
     optimizer: Optimizer,
     sharding: Sharding,
@@ -145,7 +145,7 @@ def put(values: Variables, layout: Mapping[str, jax.ShapeDtypeStruct], *, copy: 
 def _place(value: Any, placement: Any, *, copy: bool) -> jax.Array:
     if placement.is_fully_addressable or isinstance(value, jax.Array):
         return jax.device_put(value, placement, may_alias=False if copy else None)
-    return hand_over(value, placement)
+    return put_global(value, placement)
 
 
 def first_state(variables: Variables, layout: Layout, optimizer: Optimizer) -> TrainState:

@@ -27,7 +27,7 @@ from speechlm2_jax.training.run.changed_settings import is_other_model
 from speechlm2_jax.training.run.disk_errors import disk_errors
 from speechlm2_jax.training.run.metrics_log import format_samples, format_validation
 from speechlm2_jax.training.run.opening import Opening
-from speechlm2_jax.training.run.preparation import Setup, begin, finished
+from speechlm2_jax.training.run.preparation import Setup, finished, initialize
 from speechlm2_jax.training.run.run_lock import RunLock
 from speechlm2_jax.training.run.run_state import FitResult
 from speechlm2_jax.training.run.stopping import StopRequest
@@ -227,7 +227,7 @@ class Trainer:
         with run_directory.logging_to(None), self.config.matmul_precision():
             setup = Setup.of(model, self.config, self.strategy, trains=False)
             setup.prepare_data(model, datamodule, setup.sharding.data_parallel_size)
-            start = begin(model, setup)
+            start = initialize(model, setup)
             programs = setup.programs(model, setup.meter())
             metrics = model.validation_metrics if validation_metrics is None else validation_metrics
             validator = Validator(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.training.intervals import Cadence, resolve_validation_interval
+from speechlm2_jax.training.intervals import Intervals, resolve_validation_interval
 
 COMPUTE_DTYPES: Mapping[str, Any] = {
     "32": jnp.float32,
@@ -172,7 +172,7 @@ class TrainerConfig:
         is_fp32 = self.compute_dtype == jnp.float32
         return jax.default_matmul_precision("highest") if is_fp32 else nullcontext()
 
-    def cadence(self) -> Cadence:
+    def cadence(self) -> Intervals:
         """When steps, validations and the end come. Raises SettingsError if there is no end."""
         max_steps = None if self.max_steps < 0 else self.max_steps
         max_epochs = None if (self.max_epochs or -1) < 0 else self.max_epochs
@@ -184,7 +184,7 @@ class TrainerConfig:
                 "an epoch; training data is endless"
             )
         across_epochs = self.check_val_every_n_epoch is None
-        return Cadence(
+        return Intervals(
             max_steps=max_steps,
             max_epochs=max_epochs,
             accumulate=self.accumulate_grad_batches,

@@ -10,7 +10,7 @@ from flax import nnx
 
 from speechlm2_jax.asr.greedy import decode_greedily
 from speechlm2_jax.asr.transducer import TransducerConfig, TransducerNetwork
-from speechlm2_jax.layers.module import abstract, bind, describe, unbind
+from speechlm2_jax.layers.module import abstract, describe, merge, split
 from speechlm2_jax.settings import build
 
 BLANK, WIDTH, STEPS = 4, 8, 12
@@ -47,7 +47,7 @@ def make(durations):
     }
     bias = variables["joint.output.bias"]
     variables["joint.output.bias"] = bias.at[BLANK].add(4.0)  # or it would never be silent
-    network = bind(unbind(module)[0], variables)
+    network = merge(split(module)[0], variables)
 
     @jax.jit
     def step(label, state, frames):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from speechlm2_jax.codec import convolutions
-from speechlm2_jax.codec.boundary import Extended
+from speechlm2_jax.codec.boundary import PaddedSequence
 
 
 def summed(x, kernel, dilation):
@@ -27,7 +27,9 @@ def test_steps_taken_together_give_the_same_sum(channels, taps, dilation, given)
     zeros = {"written": (0, 0), "before": (reach, 0), "both": (half, reach - half)}[given]
     whole = np.pad(x, ((0, 0), zeros, (0, 0)))
     result = convolutions._convolved(
-        Extended(jnp.asarray(x, jnp.float32), zeros), jnp.asarray(kernel, jnp.float32), dilation
+        PaddedSequence(jnp.asarray(x, jnp.float32), zeros),
+        jnp.asarray(kernel, jnp.float32),
+        dilation,
     )
     np.testing.assert_allclose(result, summed(whole, kernel, dilation), atol=1e-4)
 
@@ -37,7 +39,7 @@ def test_a_change_of_rate_may_see_a_step_more_than_it_is_given():
     x, kernel = random.normal(size=(2, 16, 2)), random.normal(size=(2, 2, 6))
     assert convolutions._block(2, 6) > 1
     result = convolutions._convolved(
-        Extended(jnp.asarray(x, jnp.float32), (1, 1)), jnp.asarray(kernel, jnp.float32)
+        PaddedSequence(jnp.asarray(x, jnp.float32), (1, 1)), jnp.asarray(kernel, jnp.float32)
     )
     assert result.shape == (2, 17, 6)
     whole = np.pad(x, ((0, 0), (1, 1), (0, 0)))

@@ -16,7 +16,7 @@ from speechlm2_jax.conversion.ctc import CTC_HEAD, HYBRID_HEAD, ctc_table
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.readers import memory_source, read_nemo
 from speechlm2_jax.conversion.writers import write_nemo
-from speechlm2_jax.layers.module import abstract, bind, describe, unbind
+from speechlm2_jax.layers.module import abstract, describe, merge, split
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
 from speechlm2_jax.settings import build
@@ -100,11 +100,11 @@ def test_log_probabilities_equal_those_of_nemo_before_and_after_writing(tmp_path
     copy = tmp_path / "copy.nemo"
     write_nemo(copy, archive.config, mapping.export(variables, table), files)
     again = mapping.load(read_nemo(copy).weights, table, infos(config))
-    definition = unbind(abstract(lambda: CtcNetwork(config, rngs=nnx.Rngs(0))))[0]
+    graphdef = split(abstract(lambda: CtcNetwork(config, rngs=nnx.Rngs(0))))[0]
 
     @jax.jit
     def log_probs(variables):
-        network = bind(definition, variables)
+        network = merge(graphdef, variables)
         output = network(jnp.asarray(golden["audio"]), jnp.asarray(golden["audio_len"], jnp.int32))
         return jax.nn.log_softmax(network.logits(output.frames), axis=-1), output.lengths
 

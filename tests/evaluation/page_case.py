@@ -8,7 +8,7 @@ import numpy as np
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.html_report.page import write_page
 from speechlm2_jax.evaluation.inputs import Utterance
-from speechlm2_jax.evaluation.results import Answer, Evaluation, Speed
+from speechlm2_jax.evaluation.results import Evaluation, Response, Speed
 
 RATE_HZ = 16_000
 HOSTILE = '<script>window.hacked=1</script> <img src=x onerror="window.hacked=1"> & "so"'
@@ -49,13 +49,13 @@ def utterance(name: str, seconds: float, text: str | None = None, **fields: Any)
 def small_case() -> tuple[Evaluation, list[Utterance]]:
     """ROWS, one recording that cannot be read and one without a reference."""
     answers = [
-        Answer(id=i, voice=v, duration_s=s, text=t, pred_text=p, is_unseen=v == "cleo", rtf=0.05)
+        Response(id=i, voice=v, duration_s=s, text=t, pred_text=p, is_unseen=v == "cleo", rtf=0.05)
         for i, v, s, t, p in ROWS
     ]
     answers.append(
-        Answer(id="broken", duration_s=2.0, text="x", pred_text="", error="broken.ogg: truncated")
+        Response(id="broken", duration_s=2.0, text="x", pred_text="", error="broken.ogg: truncated")
     )
-    answers.append(Answer(id="unscored", duration_s=1.0, text=None, pred_text="who knows"))
+    answers.append(Response(id="unscored", duration_s=1.0, text=None, pred_text="who knows"))
     result = Evaluation(
         answers=tuple(answers), speed=Speed(audio_s=12.3, generate_s=2.0), normalizer="none"
     )

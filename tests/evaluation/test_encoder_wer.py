@@ -3,7 +3,7 @@
 import numpy as np
 
 from speechlm2_jax.evaluation.encoder_wer import encoder_texts, open_recogniser
-from speechlm2_jax.evaluation.results import Answer, Evaluation, Speed, table
+from speechlm2_jax.evaluation.results import Evaluation, Response, Speed, table
 from tests.evaluation.page_case import utterance
 
 
@@ -48,9 +48,9 @@ def test_a_recording_that_cannot_be_read_has_no_text():
 
 def test_it_is_scored_on_the_rows_that_the_model_is_scored_on():
     answers = (
-        Answer(id="a", duration_s=1.0, text="One two", pred_text="one two"),
-        Answer(id="b", duration_s=1.0, text="three", pred_text="", error="bad"),
-        Answer(id="c", duration_s=1.0, text=None, pred_text="four"),
+        Response(id="a", duration_s=1.0, text="One two", pred_text="one two"),
+        Response(id="b", duration_s=1.0, text="three", pred_text="", error="bad"),
+        Response(id="c", duration_s=1.0, text=None, pred_text="four"),
     )
     result = Evaluation(answers=answers, speed=Speed(), normalizer="basic")
     assert result.encoder_errors() is None

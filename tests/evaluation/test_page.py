@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from speechlm2_jax.evaluation.html_report.page import audio_uri, write_page
-from speechlm2_jax.evaluation.results import Answer, Evaluation, Speed
+from speechlm2_jax.evaluation.results import Evaluation, Response, Speed
 from tests.evaluation.page_case import (
     HOSTILE,
     RATE_HZ,
@@ -138,7 +138,7 @@ def test_swapped_audio_is_told(tmp_path):
 
 
 def test_a_page_without_any_reference_is_still_a_page(tmp_path):
-    answers = (Answer(id="a.wav", duration_s=1.0, text=None, pred_text="hello"),)
+    answers = (Response(id="a.wav", duration_s=1.0, text=None, pred_text="hello"),)
     write_page(
         tmp_path / "report.html",
         Evaluation(answers=answers, speed=Speed()),
@@ -157,7 +157,7 @@ def test_a_page_without_any_reference_is_still_a_page(tmp_path):
 def test_a_page_of_two_thousand_rows_takes_seconds(tmp_path):
     texts = [f"some words of sentence {n} here" for n in range(2000)]
     answers = tuple(
-        Answer(id=f"u{n}", duration_s=4.0, text=t, pred_text=t[n % 9 :], voice=f"v{n % 12}")
+        Response(id=f"u{n}", duration_s=4.0, text=t, pred_text=t[n % 9 :], voice=f"v{n % 12}")
         for n, t in enumerate(texts)
     )
     begin = time.process_time()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from speechlm2_jax.evaluation.results import Answer, Evaluation, Speed, table
+from speechlm2_jax.evaluation.results import Evaluation, Response, Speed, table
 from tests.evaluation.page_case import small_case
 
 
@@ -32,7 +32,7 @@ def test_unseen_voices_are_counted_alone_and_named():
 
 
 def test_without_voices_nothing_is_said_of_them():
-    answers = (Answer(id="a", duration_s=1.0, text="x", pred_text="x"),)
+    answers = (Response(id="a", duration_s=1.0, text="x", pred_text="x"),)
     totals = Evaluation(answers=answers, speed=Speed()).totals()
     assert (totals["by_voice"], totals["unseen"]) == ({}, None)
     assert "unseen" not in table(totals)
@@ -51,4 +51,4 @@ def test_swapped_audio_is_named_as_such():
     [(0.0, "0 to 1 s"), (1.0, "1 to 2 s"), (5.99, "4 to 6 s"), (30.0, "over 30 s")],
 )
 def test_length_classes_hold_their_lower_edge(seconds, name):
-    assert Answer(id="a", duration_s=seconds, text=None, pred_text="").length == name
+    assert Response(id="a", duration_s=seconds, text=None, pred_text="").length == name

@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 
 from speechlm2_jax.generation.processors import Keep, Temperature, TopK
-from speechlm2_jax.generation.salm import DecodingConfig, decode
+from speechlm2_jax.generation.salm import DecodingConfig, generate_tokens
 from speechlm2_jax.generation.warpers import keep_top_p
-from speechlm2_jax.layers.cache import Extended, KVCache
-from speechlm2_jax.layers.module import Variables, bind, unbind
+from speechlm2_jax.layers.cache import CachedOutput, KVCache
+from speechlm2_jax.layers.module import Variables, merge, split
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.decoder import Decoder
 
@@ -29,7 +29,7 @@ CONFIG = DecoderConfig(
     mlp_width=24,
     init_std=0.4,
 )
-DEFINITION, VARIABLES = unbind(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+DEFINITION, VARIABLES = split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
 PAD = 0
 GREEDY = DecodingConfig(max_new_tokens=6, stop_ids=(), pad_id=PAD)
 PROMPTS = [[3, 7, 11, 5, 2], [9, 4], [8, 8, 1, 30]]
@@ -40,12 +40,14 @@ def answer(
     variables: Variables,
     embeds: jax.Array,
     lengths: jax.Array,
-    is_key: jax.Array,
+    attention_mask: jax.Array,
     config: DecodingConfig,
-    keys: jax.Array | None = None,
+    rngs: jax.Array | None = None,
 ) -> jax.Array:
-    decoder: Decoder = bind(DEFINITION, variables)
-    return decode(decoder, embeds, lengths=lengths, is_key=is_key, config=config, keys=keys)
+    decoder: Decoder = merge(DEFINITION, variables)
+    return generate_tokens(
+        decoder, embeds, lengths=lengths, attention_mask=attention_mask, config=config, rngs=rngs
+    )
 
 
 def laid_out(prompts: list[list[int]], steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -54,19 +56,19 @@ def laid_out(prompts: list[list[int]], steps: int) -> tuple[jax.Array, jax.Array
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
     lengths = np.asarray([len(p) for p in prompts], np.int32)
-    decoder: Decoder = bind(DEFINITION, VARIABLES)
-    is_key = np.arange(steps)[None] < lengths[:, None]
-    return decoder.embed(jnp.asarray(ids)), jnp.asarray(lengths), jnp.asarray(is_key)
+    decoder: Decoder = merge(DEFINITION, VARIABLES)
+    attention_mask = np.arange(steps)[None] < lengths[:, None]
+    return decoder.embed(jnp.asarray(ids)), jnp.asarray(lengths), jnp.asarray(attention_mask)
 
 
 @jax.jit
-def scores_of_last(ids: jax.Array, is_key: jax.Array, length: jax.Array) -> jax.Array:
-    decoder: Decoder = bind(DEFINITION, VARIABLES)
+def scores_of_last(ids: jax.Array, attention_mask: jax.Array, length: jax.Array) -> jax.Array:
+    decoder: Decoder = merge(DEFINITION, VARIABLES)
     hidden = decoder(
         decoder.embed(ids[None]),
-        positions=jnp.maximum(jnp.cumsum(is_key, dtype=jnp.int32) - 1, 0)[None],
+        positions=jnp.maximum(jnp.cumsum(attention_mask, dtype=jnp.int32) - 1, 0)[None],
         segments=jnp.ones((1, len(ids)), jnp.int32),
-        is_key=is_key[None],
+        attention_mask=attention_mask[None],
     )
     return decoder.logits(hidden)[0, length - 1]
 
@@ -76,8 +78,8 @@ def by_full_passes(prompt: list[int], holes: tuple[int, ...] = ()) -> list[int]:
     capacity, ids = 12, list(prompt)
     for _ in range(GREEDY.max_new_tokens):
         row = jnp.asarray(ids + [13] * (capacity - len(ids)))
-        is_key = (np.arange(capacity) < len(ids)) & ~np.isin(np.arange(capacity), holes)
-        ids.append(int(jnp.argmax(scores_of_last(row, jnp.asarray(is_key), len(ids)))))
+        attention_mask = (np.arange(capacity) < len(ids)) & ~np.isin(np.arange(capacity), holes)
+        ids.append(int(jnp.argmax(scores_of_last(row, jnp.asarray(attention_mask), len(ids)))))
     return ids[len(prompt) :]
 
 
@@ -89,8 +91,8 @@ def test_answers_equal_full_passes_whatever_the_padding_and_the_neighbours() -> 
 
 
 def test_steps_that_are_no_keys_are_skipped_by_attention_and_positions() -> None:
-    embeds, lengths, is_key = laid_out([PROMPTS[0]], 6)
-    ids = answer(VARIABLES, embeds, lengths, is_key.at[0, 2].set(False), GREEDY)[0]
+    embeds, lengths, attention_mask = laid_out([PROMPTS[0]], 6)
+    ids = answer(VARIABLES, embeds, lengths, attention_mask.at[0, 2].set(False), GREEDY)[0]
     assert ids.tolist() == by_full_passes(PROMPTS[0], holes=(2,))
     assert ids.tolist() != by_full_passes(PROMPTS[0])
 
@@ -131,10 +133,10 @@ def test_a_sampled_answer_depends_on_its_own_row_and_key_only() -> None:
     config = replace(
         GREEDY, do_sample=True, processors=(Temperature(1.5), TopK(20), Keep(keep_top_p, 0.95))
     )
-    keys = jax.random.split(jax.random.key(3), 4)
+    rngs = jax.random.split(jax.random.key(3), 4)
     prompts = [*PROMPTS, PROMPTS[0]]
-    together = answer(VARIABLES, *laid_out(prompts, 6), config, keys).tolist()
-    alone = answer(VARIABLES, *laid_out(prompts[1:2], 5), config, keys[1:2]).tolist()
+    together = answer(VARIABLES, *laid_out(prompts, 6), config, rngs).tolist()
+    alone = answer(VARIABLES, *laid_out(prompts[1:2], 5), config, rngs[1:2]).tolist()
     assert alone == together[1:2]
     assert together[0] != together[3]
 
@@ -152,11 +154,11 @@ class CountingDecoder:
         return KVCache.empty((1, batch, capacity, 1, 2), dtype)
 
     def extend(
-        self, embeds: jax.Array, cache: KVCache, *, positions: jax.Array, is_key: jax.Array
-    ) -> Extended:
+        self, embeds: jax.Array, cache: KVCache, *, positions: jax.Array, attention_mask: jax.Array
+    ) -> CachedOutput:
         jax.debug.callback(self.calls.append, positions)
-        cache = cache.announce(is_key).advance(embeds.shape[1])
-        return Extended(positions[..., None].astype(jnp.float32), cache)
+        cache = cache.announce(attention_mask).advance(embeds.shape[1])
+        return CachedOutput(positions[..., None].astype(jnp.float32), cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         return jax.nn.one_hot(hidden[..., 0].astype(jnp.int32) + 1, 20)
@@ -165,11 +167,11 @@ class CountingDecoder:
 def test_the_loop_stops_when_all_rows_have_ended_and_positions_go_on_from_each_length() -> None:
     decoder = CountingDecoder()
     config = DecodingConfig(max_new_tokens=10, stop_ids=(5,), pad_id=0)
-    ids = decode(
+    ids = generate_tokens(
         decoder,
         jnp.zeros((2, 4, 1)),
         lengths=jnp.asarray([4, 2]),
-        is_key=jnp.ones((2, 4), bool),
+        attention_mask=jnp.ones((2, 4), bool),
         config=config,
     )
     jax.effects_barrier()

@@ -31,14 +31,14 @@ class Words:
     text_vocab_size = GOLDEN["logits"].shape[1]
 
 
-def processed(keys: dict[str, Any], step: int, logits: np.ndarray) -> np.ndarray:
+def processed(rngs: dict[str, Any], step: int, logits: np.ndarray) -> np.ndarray:
     """Scores of token `step`, with rubbish in the slots that are not taken yet."""
-    request = read_request(Words(), {"eos_token_id": FACTS["eos"], **keys})
+    request = read_request(Words(), {"eos_token_id": FACTS["eos"], **rngs})
     rows = len(GOLDEN["ids"])
     history = History(
         ids=jnp.asarray(np.where(np.arange(PROMPT + NEW) < PROMPT + step, GOLDEN["ids"], 7)),
         first=jnp.zeros(rows, jnp.int32),
-        slot=jnp.int32(PROMPT + step),
+        position=jnp.int32(PROMPT + step),
         step=jnp.int32(step),
         prompt_steps=jnp.full(rows, PROMPT, jnp.int32),
         limit=jnp.full(rows, NEW, jnp.int32),
@@ -61,7 +61,7 @@ def test_invalid_scores_are_replaced_as_in_the_original() -> None:
 
 
 def test_the_first_token_can_be_forced_and_suppression_then_begins_at_the_second() -> None:
-    keys = {"forced_bos_token_id": 4, "begin_suppress_tokens": [9]}
-    first, second = (processed(keys, step, GOLDEN["logits"]) for step in (0, 1))
+    rngs = {"forced_bos_token_id": 4, "begin_suppress_tokens": [9]}
+    first, second = (processed(rngs, step, GOLDEN["logits"]) for step in (0, 1))
     np.testing.assert_array_equal(np.isfinite(first), np.broadcast_to(np.arange(24) == 4, (4, 24)))
     np.testing.assert_array_equal(np.isneginf(second), np.broadcast_to(np.arange(24) == 9, (4, 24)))

@@ -37,10 +37,10 @@ def test_greedy_takes_the_first_of_the_likeliest() -> None:
 def test_a_draw_depends_on_its_own_row_and_key_only() -> None:
     draw = jax.jit(partial(choose, config=SETTINGS["all"]))
     logits = jax.random.normal(jax.random.key(0), (6, 50))
-    keys = jax.random.split(jax.random.key(1), 6)
-    together = draw(logits, keys=keys)
+    rngs = jax.random.split(jax.random.key(1), 6)
+    together = draw(logits, rngs=rngs)
     for row in range(6):
-        alone = draw(logits[row : row + 1], keys=keys[row : row + 1])
+        alone = draw(logits[row : row + 1], rngs=rngs[row : row + 1])
         assert alone[0] == together[row]
 
 

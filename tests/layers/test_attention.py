@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from speechlm2_jax.layers.attention import NOT_A_KEY, Visible, attend
+from speechlm2_jax.layers.attention import NOT_A_KEY, AttentionMask, attend
 
 ATOL = 1e-5  # one layer in fp32
 B, T, S, N, K, H = 2, 5, 7, 4, 2, 6
@@ -18,9 +18,9 @@ def inputs(dtype: str = "float32") -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(rng.standard_normal(s), dtype) for s in shapes)
 
 
-def some_visible() -> Visible:
+def some_visible() -> AttentionMask:
     """Queries take slots 2..6; row 1 hides two keys and puts its queries in another segment."""
-    return Visible(
+    return AttentionMask(
         query_segments=jnp.asarray([[1] * 5, [2] * 5]),
         key_segments=jnp.asarray([[1] * 7, [1, 1, 2, NOT_A_KEY, 2, NOT_A_KEY, 2]]),
         offset=2,
@@ -49,21 +49,21 @@ def by_hand(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np
 
 def test_attention_is_a_softmax_over_visible_keys_of_the_group() -> None:
     q, k, v = inputs()
-    visible = some_visible()
-    expected = by_hand(*map(np.asarray, (q, k, v, visible.dense())))
-    out = attend(q, k, v, visible=visible, scale=SCALE)
+    mask = some_visible()
+    expected = by_hand(*map(np.asarray, (q, k, v, mask.dense())))
+    out = attend(q, k, v, mask=mask, scale=SCALE)
     np.testing.assert_allclose(out, expected, atol=ATOL)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_without_keys_are_finite_with_finite_gradients(dtype: str) -> None:
-    nothing = Visible(
+    nothing = AttentionMask(
         query_segments=jnp.ones((B, T), jnp.int32),
         key_segments=jnp.full((B, S), NOT_A_KEY),
     )
 
     def total(*qkv: jax.Array) -> jax.Array:
-        out = attend(*qkv, visible=nothing, scale=SCALE)
+        out = attend(*qkv, mask=nothing, scale=SCALE)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     value, gradients = jax.value_and_grad(total, argnums=(0, 1, 2))(*inputs(dtype))
@@ -75,7 +75,7 @@ def test_hidden_keys_have_no_influence_and_no_gradient() -> None:
     q, k, v = inputs()
 
     def total(k: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.sum(attend(q, k, v, visible=some_visible(), scale=SCALE) ** 2)
+        return jnp.sum(attend(q, k, v, mask=some_visible(), scale=SCALE) ** 2)
 
     hidden = (1, np.asarray([0, 1, 3, 5]))
     moved = (x.at[hidden].add(100.0) for x in (k, v))

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from speechlm2_jax.layers.lora import TARGET_NAMES, LoraConfig, LoraLinear, merge_lora
-from speechlm2_jax.layers.module import bind, describe, unbind
+from speechlm2_jax.layers.module import describe, merge, split
 from speechlm2_jax.settings import SettingsError, build
 
 ATOL = 1e-5  # one layer in fp32
@@ -23,9 +23,9 @@ def inputs(batch: int = 2) -> jax.Array:
 
 
 def with_adapter(config: LoraConfig) -> LoraLinear:
-    definition, variables = unbind(layer(config))
+    graphdef, variables = split(layer(config))
     variables["lora_b"] = jax.random.normal(jax.random.key(2), (D_OUT, RANK))
-    return bind(definition, variables)
+    return merge(graphdef, variables)
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 16 / RANK), (True, 16 / RANK**0.5)])
@@ -57,21 +57,21 @@ def test_adapters_have_axes() -> None:
 def test_merged_weights_give_the_same_output_without_an_adapter() -> None:
     config = LoraConfig(r=RANK, lora_alpha=16)
     adapted = with_adapter(config)
-    merged = merge_lora(unbind(adapted)[1], config)
-    plain: LoraLinear = bind(unbind(layer(None))[0], merged)
+    merged = merge_lora(split(adapted)[1], config)
+    plain: LoraLinear = merge(split(layer(None))[0], merged)
     np.testing.assert_allclose(plain(inputs()), adapted(inputs()), atol=ATOL)
 
 
 def test_dropout_acts_on_the_adapter_only_and_by_row() -> None:
     adapted = with_adapter(LoraConfig(r=RANK, lora_dropout=0.5))
-    keys = jax.random.split(jax.random.key(3), 3)
+    rngs = jax.random.split(jax.random.key(3), 3)
     x = inputs(3)
-    dropped = adapted(x, keys)
+    dropped = adapted(x, rngs)
     assert not np.allclose(dropped, adapted(x))
-    np.testing.assert_allclose(adapted(x[1:2], keys[1:2]), dropped[1:2], atol=ATOL)
-    definition, variables = unbind(adapted)
-    base: LoraLinear = bind(definition, variables | {"lora_b": jnp.zeros((D_OUT, RANK))})
-    np.testing.assert_array_equal(base(x, keys), base(x))
+    np.testing.assert_allclose(adapted(x[1:2], rngs[1:2]), dropped[1:2], atol=ATOL)
+    graphdef, variables = split(adapted)
+    base: LoraLinear = merge(graphdef, variables | {"lora_b": jnp.zeros((D_OUT, RANK))})
+    np.testing.assert_array_equal(base(x, rngs), base(x))
 
 
 def test_dropout_keeps_the_mean() -> None:

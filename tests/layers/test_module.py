@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from speechlm2_jax.layers.module import abstract, describe, draw, param, stack, unbind
+from speechlm2_jax.layers.module import abstract, describe, draw, param, split, stack
 
 
 class Layer(nnx.Module):
@@ -22,16 +22,16 @@ def test_a_module_without_values_is_described_as_one_with_values():
 
     drawn, undrawn = make(), abstract(make)
     assert describe(undrawn) == describe(drawn)
-    assert unbind(undrawn)[0] == unbind(drawn)[0]
+    assert split(undrawn)[0] == split(drawn)[0]
     assert describe(undrawn)["weight"].shape == (3, 2, 48, 33)
-    assert all(isinstance(v, jax.ShapeDtypeStruct) for v in unbind(undrawn)[1].values())
+    assert all(isinstance(v, jax.ShapeDtypeStruct) for v in split(undrawn)[1].values())
 
 
 def test_quick_compilation_changes_no_bit_of_the_values_drawn(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")  # tests compile with no optimisation at all
 
     def make():
-        return unbind(stack(Layer, 3, nnx.Rngs(5)))[1]
+        return split(stack(Layer, 3, nnx.Rngs(5)))[1]
 
     drawn = draw(make)
     usual = jax.jit(make, compiler_options={"xla_backend_optimization_level": 3})()

@@ -57,8 +57,8 @@ def tower():
 
 
 def program(tower, *, in_place):
-    definition, state = nnx.split(tower)
-    call = jax.jit(lambda s, x: looped(nnx.merge(definition, s), x, in_place=in_place))
+    graphdef, state = nnx.split(tower)
+    call = jax.jit(lambda s, x: looped(nnx.merge(graphdef, s), x, in_place=in_place))
     return call, state
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from speechlm2_jax.layers.attention import NOT_A_KEY, Visible, attend
+from speechlm2_jax.layers.attention import NOT_A_KEY, AttentionMask, attend
 from speechlm2_jax.sharding import constrain, make_sharding, use
 
 B, T, N, K, H = 4, 48, 4, 2, 8
@@ -23,13 +23,13 @@ def rows():
     return arrays, segments, keys.astype(np.int32)
 
 
-def outcome(rows, sharding, slots):
+def outcome(rows, sharding, ring_order):
     (q, k, v, weights), segments, keys = rows
 
     def value(q, k, v, weights, segments, keys):
-        visible = Visible(query_segments=segments, key_segments=keys, slots=slots)
-        seen = visible.dense().any(axis=2)
-        out = attend(q, k, v, visible=visible, scale=SCALE)
+        mask = AttentionMask(query_segments=segments, key_segments=keys, ring_order=ring_order)
+        seen = mask.dense().any(axis=2)
+        out = attend(q, k, v, mask=mask, scale=SCALE)
         out = jnp.where(seen[..., None, None], out, 0.0)
         return jnp.sum(out * weights), out
 

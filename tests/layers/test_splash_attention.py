@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from speechlm2_jax.layers import attention
-from speechlm2_jax.layers.attention import NOT_A_KEY, Visible, attend
+from speechlm2_jax.layers.attention import NOT_A_KEY, AttentionMask, attend
 from speechlm2_jax.layers.splash_attention import splash_attention
 from speechlm2_jax.sharding import make_sharding, use
 
@@ -26,7 +26,7 @@ def rows(width: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
 def outcome(how, arrays, segments, keys):
     def value(q, k, v, weights):
         out = how(q, k, v, jnp.asarray(segments), jnp.asarray(keys))
-        seen = Visible(query_segments=segments, key_segments=keys).dense().any(axis=2)
+        seen = AttentionMask(query_segments=segments, key_segments=keys).dense().any(axis=2)
         out = jnp.where(seen[..., None, None], out, 0.0)
         return jnp.sum(out * weights), out
 
@@ -34,8 +34,8 @@ def outcome(how, arrays, segments, keys):
 
 
 def written_out(q, k, v, segments, keys):
-    visible = Visible(query_segments=segments, key_segments=keys)
-    return attend(q, k, v, visible=visible, scale=q.shape[-1] ** -0.5)
+    mask = AttentionMask(query_segments=segments, key_segments=keys)
+    return attend(q, k, v, mask=mask, scale=q.shape[-1] ** -0.5)
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,9 @@ def test_it_is_chosen_for_whole_rows_on_a_tpu(monkeypatch, platform, steps, offs
     monkeypatch.setattr(attention, "platform", lambda: platform)
     monkeypatch.setattr(attention, "splash_attention", lambda q, *_, **__: used.append(1) or q)
     arrays, segments, keys = rows(8)
-    visible = Visible(
+    mask = AttentionMask(
         query_segments=segments[:, :steps], key_segments=keys[:, :steps], offset=offset
     )
     q, k, v = (jnp.asarray(x[:, :steps]) for x in arrays[:3])
-    attend(q, k, v, visible=visible, scale=1.0)
+    attend(q, k, v, mask=mask, scale=1.0)
     assert bool(used) == is_kernel

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from speechlm2_jax.layers.lora import TARGET_NAMES, LoraConfig, merge_lora
-from speechlm2_jax.layers.module import Variables, bind, describe, unbind
+from speechlm2_jax.layers.module import Variables, describe, merge, split
 from speechlm2_jax.layers.rope import LinearScaling, RopeConfig
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.decoder import Decoder
@@ -32,8 +32,8 @@ CONFIG = DecoderConfig(
     rope=RopeConfig(theta=1000.0, scaling=LinearScaling(factor=2.0)),
 )
 LORA = LoraConfig(r=3, lora_alpha=6, target_modules=tuple(TARGET_NAMES))
-DEFINITION, VARIABLES = unbind(Decoder(CONFIG, rngs=nnx.Rngs(0)))
-ADAPTED_DEFINITION, FRESH = unbind(Decoder(CONFIG, rngs=nnx.Rngs(0), lora=LORA))
+DEFINITION, VARIABLES = split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+ADAPTED_DEFINITION, FRESH = split(Decoder(CONFIG, rngs=nnx.Rngs(0), lora=LORA))
 ADAPTED = {
     path: jax.random.normal(jax.random.key(i), v.shape) * 0.3 if path.endswith("lora_b") else v
     for i, (path, v) in enumerate(FRESH.items())
@@ -42,8 +42,8 @@ STEPS = 7
 
 
 @partial(jax.jit, static_argnames="definition")
-def hidden(definition: Any, variables: Variables, embeds: jax.Array, **place: Any) -> jax.Array:
-    return bind(definition, variables)(embeds, **place)
+def hidden(graphdef: Any, variables: Variables, embeds: jax.Array, **place: Any) -> jax.Array:
+    return merge(graphdef, variables)(embeds, **place)
 
 
 def embeds(rows: int = 1, steps: int = STEPS, seed: int = 0) -> jax.Array:
@@ -54,7 +54,7 @@ def place(rows: int = 1, steps: int = STEPS) -> dict[str, jax.Array]:
     return {
         "positions": jnp.broadcast_to(jnp.arange(steps, dtype=jnp.int32), (rows, steps)),
         "segments": jnp.ones((rows, steps), jnp.int32),
-        "is_key": jnp.ones((rows, steps), bool),
+        "attention_mask": jnp.ones((rows, steps), bool),
     }
 
 
@@ -62,11 +62,11 @@ def padded(before: int, after: int) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One row of STEPS real steps between garbage; positions count from the row's start."""
     total = before + STEPS + after
     inside = jnp.arange(total)[None, :] - before
-    is_key = (inside >= 0) & (inside < STEPS)
-    row = jnp.where(is_key[..., None], 0.0, 50.0 * embeds(1, total, seed=9))
+    attention_mask = (inside >= 0) & (inside < STEPS)
+    row = jnp.where(attention_mask[..., None], 0.0, 50.0 * embeds(1, total, seed=9))
     row = row.at[:, before : before + STEPS].set(embeds())
-    where = {"positions": jnp.arange(total)[None], "segments": is_key.astype(jnp.int32)}
-    return row, where | {"is_key": is_key}
+    where = {"positions": jnp.arange(total)[None], "segments": attention_mask.astype(jnp.int32)}
+    return row, where | {"attention_mask": attention_mask}
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 3), (4, 0)])
@@ -81,9 +81,9 @@ def test_neither_padding_nor_rematerialisation_changes_a_gradient() -> None:
     def loss(
         variables: Variables, row: jax.Array, where: dict[str, jax.Array], remat: str
     ) -> jax.Array:
-        decoder: Decoder = bind(DEFINITION, variables)
+        decoder: Decoder = merge(DEFINITION, variables)
         scores = jax.nn.log_softmax(decoder.logits(decoder(row, **where, remat=remat)))
-        return jnp.sum(jnp.where(where["is_key"], scores[..., 3], 0.0)) / STEPS
+        return jnp.sum(jnp.where(where["attention_mask"], scores[..., 3], 0.0)) / STEPS
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=3)
     alone, alone_row = gradient(VARIABLES, embeds(), place(), "none")
@@ -103,10 +103,10 @@ def test_neighbours_change_no_hidden_state() -> None:
 
 
 def test_later_steps_and_steps_that_are_no_keys_have_no_influence() -> None:
-    is_key = jnp.asarray([[True, True, False, True, True, True, True]])
-    before = hidden(DEFINITION, VARIABLES, embeds(), **place() | {"is_key": is_key})
+    attention_mask = jnp.asarray([[True, True, False, True, True, True, True]])
+    before = hidden(DEFINITION, VARIABLES, embeds(), **place() | {"attention_mask": attention_mask})
     changed = embeds().at[0, 2].add(9.0).at[0, 5].add(9.0)
-    after = hidden(DEFINITION, VARIABLES, changed, **place() | {"is_key": is_key})
+    after = hidden(DEFINITION, VARIABLES, changed, **place() | {"attention_mask": attention_mask})
     kept = np.asarray([0, 1, 3, 4])
     np.testing.assert_allclose(after[:, kept], before[:, kept], atol=ATOL)
     assert not np.allclose(after[:, 5:], before[:, 5:], atol=0.1)
@@ -119,7 +119,7 @@ def test_packed_conversations_equal_each_alone() -> None:
         embeds(),
         positions=jnp.asarray([[0, 1, 2, 0, 1, 2, 3]]),
         segments=jnp.asarray([[1, 1, 1, 2, 2, 2, 2]]),
-        is_key=jnp.ones((1, STEPS), bool),
+        attention_mask=jnp.ones((1, STEPS), bool),
     )
     for part in (slice(0, 3), slice(3, 7)):
         row = embeds()[:, part]
@@ -129,9 +129,9 @@ def test_packed_conversations_equal_each_alone() -> None:
 
 @pytest.mark.parametrize("parts", [(4, 1, 1, 1), (2, 3, 2)])
 def test_cached_steps_equal_the_whole(parts: tuple[int, ...]) -> None:
-    where = place(2) | {"is_key": place(2)["is_key"].at[0, 1].set(False)}
+    where = place(2) | {"attention_mask": place(2)["attention_mask"].at[0, 1].set(False)}
     whole = hidden(DEFINITION, VARIABLES, embeds(2), **where)
-    decoder: Decoder = bind(DEFINITION, VARIABLES)
+    decoder: Decoder = merge(DEFINITION, VARIABLES)
     cache, start, outputs = decoder.new_cache(2, STEPS + 2, jnp.float32), 0, []
     extend = jax.jit(decoder.extend)
     for steps in parts:
@@ -140,7 +140,7 @@ def test_cached_steps_equal_the_whole(parts: tuple[int, ...]) -> None:
             embeds(2)[:, part],
             cache,
             positions=where["positions"][:, part],
-            is_key=where["is_key"][:, part],
+            attention_mask=where["attention_mask"][:, part],
         )
         outputs.append(out)
         start += steps
@@ -165,25 +165,25 @@ def test_merged_adapters_equal_adapters() -> None:
 
 def test_lora_dropout_of_a_row_depends_on_its_key_only() -> None:
     lora = replace(LORA, lora_dropout=0.4, target_modules=("v_proj",))
-    definition, variables = unbind(Decoder(CONFIG, rngs=nnx.Rngs(0), lora=lora))
+    graphdef, variables = split(Decoder(CONFIG, rngs=nnx.Rngs(0), lora=lora))
     variables = {path: ADAPTED[path] for path in variables}
-    keys = jax.random.split(jax.random.key(5), 2)
+    rngs = jax.random.split(jax.random.key(5), 2)
     row, where = padded(0, 3)
     rows = jnp.concatenate([row + 1.0, row])
     where = {name: jnp.concatenate([x, x]) for name, x in where.items()}
-    among_others = hidden(definition, variables, rows, **where, keys=keys)[1:, :STEPS]
-    alone = hidden(definition, variables, embeds(), **place(), keys=keys[1:])
+    among_others = hidden(graphdef, variables, rows, **where, rngs=rngs)[1:, :STEPS]
+    alone = hidden(graphdef, variables, embeds(), **place(), rngs=rngs[1:])
     np.testing.assert_allclose(among_others, alone, atol=ATOL)
-    off = hidden(definition, variables, embeds(), **place())
+    off = hidden(graphdef, variables, embeds(), **place())
     assert not np.allclose(alone, off, atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_without_any_key_are_finite_with_finite_gradients(dtype: str) -> None:
-    nothing = place(2) | {"is_key": jnp.zeros((2, STEPS), bool)}
+    nothing = place(2) | {"attention_mask": jnp.zeros((2, STEPS), bool)}
 
     def total(variables: Variables) -> jax.Array:
-        decoder: Decoder = bind(DEFINITION, variables)
+        decoder: Decoder = merge(DEFINITION, variables)
         logits = decoder.logits(decoder(embeds(2).astype(dtype), **nothing))
         return jnp.mean(jnp.square(logits))
 
@@ -194,8 +194,8 @@ def test_rows_without_any_key_are_finite_with_finite_gradients(dtype: str) -> No
 
 def test_no_dtype_is_promoted_silently() -> None:
     def forward(row: jax.Array) -> tuple[jax.Array, jax.Array]:
-        decoder: Decoder = bind(ADAPTED_DEFINITION, ADAPTED)
-        out = decoder(row, **place(), keys=jax.random.split(jax.random.key(0), 1))
+        decoder: Decoder = merge(ADAPTED_DEFINITION, ADAPTED)
+        out = decoder(row, **place(), rngs=jax.random.split(jax.random.key(0), 1))
         return out, decoder.logits(out)
 
     with jax.numpy_dtype_promotion("strict"):

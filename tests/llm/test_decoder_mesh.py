@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from speechlm2_jax.generation.salm import DecodingConfig, decode
+from speechlm2_jax.generation.salm import DecodingConfig, generate_tokens
 from speechlm2_jax.layers.lora import LoraConfig
-from speechlm2_jax.layers.module import Variables, bind, describe, unbind
+from speechlm2_jax.layers.module import Variables, describe, merge, split
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.decoder import Decoder
 from speechlm2_jax.sharding import Sharding, make_sharding, place, use
@@ -27,7 +27,7 @@ CONFIG = DecoderConfig(
     init_std=0.3,
 )
 MODULE = Decoder(CONFIG, rngs=nnx.Rngs(0), lora=LoraConfig(r=2))
-DEFINITION, VARIABLES = unbind(MODULE)
+DEFINITION, VARIABLES = split(MODULE)
 MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 IDS = jax.random.randint(jax.random.key(0), (8, 6), 1, CONFIG.vocab_size)
 
@@ -37,12 +37,12 @@ def loss_and_gradients(
     variables: Variables, ids: jax.Array, sharding: Sharding | None
 ) -> tuple[jax.Array, Variables]:
     def loss(variables: Variables) -> jax.Array:
-        decoder: Decoder = bind(DEFINITION, variables)
+        decoder: Decoder = merge(DEFINITION, variables)
         hidden = decoder(
             decoder.embed(ids),
             positions=jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), ids.shape),
             segments=jnp.ones_like(ids),
-            is_key=jnp.ones(ids.shape, bool),
+            attention_mask=jnp.ones(ids.shape, bool),
         )
         scores = jax.nn.log_softmax(decoder.logits(hidden)[:, :-1])
         return -jnp.mean(jnp.take_along_axis(scores, ids[:, 1:, None], axis=-1))
@@ -54,12 +54,12 @@ def loss_and_gradients(
 @partial(jax.jit, static_argnames="sharding")
 def answer(variables: Variables, ids: jax.Array, sharding: Sharding | None) -> jax.Array:
     with use(sharding):
-        decoder: Decoder = bind(DEFINITION, variables)
-        return decode(
+        decoder: Decoder = merge(DEFINITION, variables)
+        return generate_tokens(
             decoder,
             decoder.embed(ids),
             lengths=jnp.full(ids.shape[0], 6),
-            is_key=jnp.ones(ids.shape, bool),
+            attention_mask=jnp.ones(ids.shape, bool),
             config=DecodingConfig(max_new_tokens=4, stop_ids=(), pad_id=0),
         )
 

@@ -35,7 +35,7 @@ def drawn(model):
 
 
 def programs() -> int:
-    return generate.begin._cache_size() + generate.go_on._cache_size()
+    return generate.prefill._cache_size() + generate.decode._cache_size()
 
 
 def joined(pieces, rows):
@@ -254,7 +254,9 @@ def test_a_thought_is_opened_or_already_over_as_asked(model):
         text_vocab_size = 365
 
     for asked, enabled in ((None, True), (True, True), (False, False)):
-        _, ids = generate.prompted(Thoughtful(), (PROMPTS[:1], None, None), enable_thinking=asked)
+        _, ids = generate.prepare_prompts(
+            Thoughtful(), (PROMPTS[:1], None, None), enable_thinking=asked
+        )
         assert ids.tolist() == [told[enabled]]
     assert told[True] != told[False]
     for ask in (model.generate, lambda *a, **k: list(model.stream(*a, **k))):

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from speechlm2_jax.batches import BatchShape, SalmExample, assemble_salm_batch
-from speechlm2_jax.layers.module import bind
+from speechlm2_jax.layers.module import merge
 from speechlm2_jax.models import CTCModel
 from speechlm2_jax.settings import SettingsError
 
@@ -58,7 +58,7 @@ def loss_of(model):
 def test_log_probabilities_equal_nemo(model, golden):
     @jax.jit
     def scores(variables, audio, lengths):
-        network = bind(model._definition, variables)
+        network = merge(model._graphdef, variables)
         output = network(audio, lengths)
         return jax.nn.log_softmax(network.logits(output.frames), axis=-1), output.lengths
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from speechlm2_jax.evaluation.metrics.wer import word_errors
 from speechlm2_jax.inference.long_form.chunks import Chunk, cut
-from speechlm2_jax.inference.long_form.join_texts import join, seam
+from speechlm2_jax.inference.long_form.join_texts import find_overlap, join
 
 ROOT = Path(__file__).parents[2]
 RATE_HZ = 1000
@@ -122,16 +122,16 @@ def test_joined_chunks_are_the_text_however_long_its_words(count, longest_s, see
 def test_a_seam_looks_past_case_and_marks_and_wrong_words():
     first = "We went home. Then we slept, untl".split()
     second = "ome then we sleept until noon".split()
-    keep, skip = seam(first, second, (5.0, 5.0))
+    keep, skip = find_overlap(first, second, (5.0, 5.0))
     assert first[:keep] + second[skip:] == "We went home. Then we sleept until noon".split()
-    assert seam(first, [], (0.0, 0.0)) == (len(first), 0)
-    assert seam([], second, (0.0, 0.0)) == (0, 0)
+    assert find_overlap(first, [], (0.0, 0.0)) == (len(first), 0)
+    assert find_overlap([], second, (0.0, 0.0)) == (0, 0)
 
 
 def test_where_nothing_agrees_no_word_is_said_twice():
-    keep, skip = seam(["a", "b", "c", "d"], ["e", "f", "g", "h"], (2.0, 2.0))
+    keep, skip = find_overlap(["a", "b", "c", "d"], ["e", "f", "g", "h"], (2.0, 2.0))
     assert (keep, skip) == (3, 1), "half of the overlap each"
-    assert seam(["a", "b"], ["c"], (0.0, 0.0)) == (2, 0), "a silent overlap holds no words"
+    assert find_overlap(["a", "b"], ["c"], (0.0, 0.0)) == (2, 0), "a silent overlap holds no words"
 
 
 def test_a_lone_text_stays_as_it_is():

@@ -28,7 +28,7 @@ def asked(model):
         text = f"Say: {model.audio_locator_tag * tags}"
         good = {"role": "user", "content": f"Say: {model.audio_locator_tag}", "audio": [WAVE]}
         turn = {"role": "user", "content": text, "audio": audio}
-        return generate.prompted(model, ([[good], [turn]], None, None), first)[0]
+        return generate.prepare_prompts(model, ([[good], [turn]], None, None), first)[0]
 
     return lay_out
 
@@ -121,7 +121,7 @@ def test_rows_of_audios_are_checked_too(model):
     with pytest.raises(ValueError, match="^prompt 1: NaN or infinite samples"):
         model.generate([tag, tag], np.stack([WAVE, _with(np.nan)[0]]))
     padded = np.stack([WAVE, np.where(np.arange(len(WAVE)) < 5000, WAVE, np.nan)])
-    generate.prompted(model, ([tag, tag], padded, [len(WAVE), 5000]))  # nobody hears padding
+    generate.prepare_prompts(model, ([tag, tag], padded, [len(WAVE), 5000]))  # nobody hears padding
     with pytest.raises(ValueError, match="audios: audio is int16"):
         split_audio(np.zeros((1, 9), np.int16), None)
     with pytest.raises(ValueError, match="pad the rows to one length and give audio_lens"):

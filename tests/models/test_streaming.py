@@ -92,7 +92,7 @@ def own_bytes():
 def measure(folder):
     """Peak of the memory that placing a frozen LLM takes; on how many devices its weights lie."""
     from speechlm2_jax.models import SALM
-    from speechlm2_jax.training.run.preparation import Setup, begin
+    from speechlm2_jax.training.run.preparation import Setup, initialize
     from speechlm2_jax.training.strategies import FSDPStrategy
     from speechlm2_jax.training.trainer_config import TrainerConfig
 
@@ -109,7 +109,7 @@ def measure(folder):
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    start = begin(model, setup)
+    start = initialize(model, setup)
     is_done.set()
     watcher.join()
     large = [x for path, x in start.frozen.items() if path.startswith("llm.") and x.ndim > 2]

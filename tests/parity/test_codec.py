@@ -13,17 +13,17 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from speechlm2_jax.codec.activations import PLAIN, Activation, snake
-from speechlm2_jax.codec.boundary import RowEdges
+from speechlm2_jax.codec.boundary import SequenceBoundary
 from speechlm2_jax.codec.config import (
     FiniteScalarQuantizerConfig,
     GroupFiniteScalarQuantizerConfig,
 )
 from speechlm2_jax.codec.convolutions import Faster, SameRate, Slower
 from speechlm2_jax.codec.decoder import BOUNDED, DecoderStage
-from speechlm2_jax.codec.encoder import Encoder, EncoderStage
+from speechlm2_jax.codec.encoder import EncoderStage, HiFiGANEncoder
 from speechlm2_jax.codec.finite_scalar_quantizer import FiniteScalarQuantizer
 from speechlm2_jax.codec.resampling import resample, resampled_length
-from speechlm2_jax.layers.module import abstract, bind, unbind
+from speechlm2_jax.layers.module import abstract, merge, split
 from speechlm2_jax.models.codec import AudioCodec
 from tests.perception.small_perception import quick_jit
 
@@ -154,12 +154,12 @@ def test_convolution_equals_nemo(name):
     part = {k.removeprefix(f"conv/{name}/"): v for k, v in given.items() if f"/{name}/" in k}
     layer = abstract(lambda: LAYERS[name](nnx.Rngs(0)))
     stored = {"weight.gain": part["g"][:, 0, 0], "weight.direction": part["v"]}
-    layer = bind(unbind(layer)[0], {**stored, "bias": part["bias"]})
+    layer = merge(split(layer)[0], {**stored, "bias": part["bias"]})
     x = steps_first(given["conv/x"])
     if name.endswith("gout"):
         x = jnp.concatenate([x, -0.5 * x], axis=-1)  # as the generator made six channels
     lengths = jnp.asarray(given["conv/len"], jnp.int32)
-    edges = RowEdges(lengths=lengths, ends=jnp.full(lengths.shape, x.shape[1]))
+    edges = SequenceBoundary(lengths=lengths, ends=jnp.full(lengths.shape, x.shape[1]))
     if isinstance(layer, Slower):  # its steps must be whole blocks
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % layer.rate), (0, 0)))
     y, weight = quick_jit(lambda x, edges: (layer(x, edges), layer.weight()))(x, edges)
@@ -178,7 +178,7 @@ def model(name):
 
 
 def codec_of(name):
-    return bind(model(name)._definition, model(name).variables)
+    return merge(model(name)._graphdef, model(name).variables)
 
 
 @contextmanager
@@ -204,20 +204,20 @@ def recorded(*classes):
 @cache
 def programs(name):
     """(encode, decode) with what their parts gave, each compiled once."""
-    definition = model(name)._definition
+    graphdef = model(name)._graphdef
 
     @quick_jit
     def encode(variables, audio, lengths, extent):
-        with recorded(EncoderStage, Encoder) as seen:
-            output = bind(definition, variables).encode(
+        with recorded(EncoderStage, HiFiGANEncoder) as seen:
+            output = merge(graphdef, variables).encode(
                 audio, lengths, nemo_exact=True, extent=extent
             )
-        return output, seen[EncoderStage], seen[Encoder][0]
+        return output, seen[EncoderStage], seen[HiFiGANEncoder][0]
 
     @quick_jit
     def decode(variables, codes, lengths, extent):
         with recorded(SameRate, Faster, DecoderStage) as seen:
-            output = bind(definition, variables).decode(
+            output = merge(graphdef, variables).decode(
                 codes, lengths, nemo_exact=True, extent=extent
             )
         return output, seen[SameRate][0], seen[Faster], seen[DecoderStage]
@@ -370,7 +370,7 @@ def test_a_stream_is_what_decoding_offline_gives(name):
     codes = (given + np.arange(model(name).num_codebooks)) % model(name).codebook_size
     whole = decode(name, codes, lengths, lengths)[0].audio
     step = quick_jit(
-        lambda variables, stream, frame: bind(model(name)._definition, variables).decode_step(
+        lambda variables, stream, frame: merge(model(name)._graphdef, variables).decode_step(
             stream, frame
         )
     )

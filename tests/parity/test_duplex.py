@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from speechlm2_jax.layers.module import bind
+from speechlm2_jax.layers.module import merge
 from speechlm2_jax.networks import duplex
 from speechlm2_jax.networks.duplex import DuplexModes
 from speechlm2_jax.perception.perception import PerceptionModes
@@ -53,7 +53,7 @@ class Seams(NamedTuple):
 def seams(model, name):
     @jax.jit
     def run(variables, batch):
-        network = bind(model._definition, variables)
+        network = merge(model._graphdef, variables)
         return Seams(
             codes=duplex.encode_agent(network, batch),
             inputs=duplex.prepare(network, batch, EXACT),
@@ -218,7 +218,7 @@ def test_the_weight_of_the_users_channel(run):
     weight = facts(run)["duplex_user_channel_weight"]
     model = pretrained(run, nemo_exact=True, duplex_user_channel_weight=weight)
     batch = batch_of(model, examples())
-    embeds = jax.jit(lambda v, b: duplex.prepare(bind(model._definition, v), b, EXACT).embeds)(
+    embeds = jax.jit(lambda v, b: duplex.prepare(merge(model._graphdef, v), b, EXACT).embeds)(
         model.variables, batch
     )
     np.testing.assert_allclose(embeds, g["user_weight/input_embeds"], atol=ATOL)

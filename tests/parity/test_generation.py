@@ -12,7 +12,7 @@ import pytest
 from speechlm2_jax.generation import salm as loops
 from speechlm2_jax.generation.decoding import DecodingConfig, Prompts
 from speechlm2_jax.inference.request.generation_request import read_request
-from speechlm2_jax.layers.module import Variables, bind
+from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.llm.decoder import Decoder
 from tests.parity.test_llm import DATA, goldens, load, to_right_padding
 
@@ -30,17 +30,17 @@ class Words:
 
 @partial(jax.jit, static_argnames="definition")
 def answers(
-    definition: Any,
+    graphdef: Any,
     variables: Variables,
     ids: jax.Array,
     mask: jax.Array,
     config: DecodingConfig,
-) -> loops.Answers:
-    decoder: Decoder = bind(definition, variables)
+) -> loops.GenerationOutput:
+    decoder: Decoder = merge(graphdef, variables)
     lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
     prompts = Prompts(decoder.embed(ids), lengths, mask, ids=ids)
-    state = loops.begin(decoder, prompts, config)
-    return loops.answers(loops.go_on(decoder, state, config, config.max_new_tokens), config)
+    state = loops.prefill(decoder, prompts, config)
+    return loops.read_outputs(loops.decode(decoder, state, config, config.max_new_tokens), config)
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])

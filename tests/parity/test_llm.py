@@ -17,9 +17,9 @@ from speechlm2_jax.conversion.decoder import decoder_table
 from speechlm2_jax.conversion.hf_config import decoder_config
 from speechlm2_jax.conversion.mapping import Table
 from speechlm2_jax.conversion.readers import open_weights
-from speechlm2_jax.generation.salm import DecodingConfig, decode
-from speechlm2_jax.layers.attention import Visible
-from speechlm2_jax.layers.module import Variables, abstract, bind, describe, unbind
+from speechlm2_jax.generation.salm import DecodingConfig, generate_tokens
+from speechlm2_jax.layers.attention import AttentionMask
+from speechlm2_jax.layers.module import Variables, abstract, describe, merge, split
 from speechlm2_jax.llm.decoder import Decoder
 
 DATA = Path(__file__).parents[1] / "data" / "llm"
@@ -36,7 +36,7 @@ def load(family: str) -> tuple[Any, Variables, Table]:
     network = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     table = decoder_table(config)
     variables = mapping.load(open_weights(DATA / family), table, describe(network))
-    return unbind(network)[0], jax.tree.map(jnp.asarray, variables), table
+    return split(network)[0], jax.tree.map(jnp.asarray, variables), table
 
 
 def read_json(family: str, name: str) -> dict[str, Any]:
@@ -62,16 +62,16 @@ def placed(ids: np.ndarray, mask: np.ndarray) -> dict[str, jax.Array]:
     return {
         "positions": jnp.asarray(positions, jnp.int32),
         "segments": jnp.ones(ids.shape, jnp.int32),
-        "is_key": jnp.asarray(mask, bool),
+        "attention_mask": jnp.asarray(mask, bool),
     }
 
 
 @partial(jax.jit, static_argnames="definition")
 def run(
-    definition: Any, variables: Variables, ids: jax.Array, place: dict[str, jax.Array]
+    graphdef: Any, variables: Variables, ids: jax.Array, place: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """What transformers calls hidden_states ([L + 1, B, T, D], the last one normed), and logits."""
-    decoder: Decoder = bind(definition, variables)
+    decoder: Decoder = merge(graphdef, variables)
     embeds = decoder.embed(ids)
     layers = decoder.layer_outputs(embeds, **place)
     last = decoder(embeds, **place)
@@ -96,7 +96,7 @@ def test_hidden_states_and_logits_equal_the_original(family: str, padding: str) 
 
 
 def attend_like_the_original(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, visible: Visible, scale: float
+    q: jax.Array, k: jax.Array, v: jax.Array, *, visible: AttentionMask, scale: float
 ) -> jax.Array:
     """Adds the mask instead of selecting: differs only in gradients of rows that see no key."""
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
@@ -113,10 +113,10 @@ def test_loss_and_gradients_equal_the_original(
     monkeypatch.setattr("speechlm2_jax.llm.attention.attend", attend_like_the_original)
     golden, facts = goldens(family)
     ids, mask = golden["input_ids"], golden["attention_mask"].astype(bool)
-    definition, variables, table = load(family)
+    graphdef, variables, table = load(family)
 
     def loss(variables: Variables) -> jax.Array:
-        decoder: Decoder = bind(definition, variables)
+        decoder: Decoder = merge(graphdef, variables)
         hidden = decoder(decoder.embed(jnp.asarray(ids)), **placed(ids, mask))
         scores = jax.nn.log_softmax(decoder.logits(hidden)[:, :-1])
         picked = jnp.take_along_axis(scores, jnp.asarray(ids)[:, 1:, None], axis=-1)[..., 0]
@@ -133,17 +133,17 @@ def test_loss_and_gradients_equal_the_original(
         np.testing.assert_allclose(norms[name], expected, rtol=GRADIENT_RTOL, err_msg=name)
 
 
-@partial(jax.jit, static_argnames=("definition", "config"))
+@partial(jax.jit, static_argnames=("graphdef", "config"))
 def answer(
-    definition: Any, variables: Variables, ids: jax.Array, mask: jax.Array, config: DecodingConfig
+    graphdef: Any, variables: Variables, ids: jax.Array, mask: jax.Array, config: DecodingConfig
 ) -> jax.Array:
-    decoder: Decoder = bind(definition, variables)
+    decoder: Decoder = merge(graphdef, variables)
     lengths = ids.shape[1] - jnp.argmax(mask[:, ::-1], axis=1)
-    return decode(
+    return generate_tokens(
         decoder,
         decoder.embed(ids),
         lengths=lengths.astype(jnp.int32),
-        is_key=mask,
+        attention_mask=mask,
         config=config,
     )
 
@@ -174,10 +174,10 @@ def test_scores_of_each_cached_step_equal_the_original(family: str) -> None:
     golden, _ = goldens(family)
     ids, mask = golden["generate/sequences"], golden["attention_mask"].astype(bool)
     prompt = mask.shape[1]
-    definition, variables, _ = load(family)
-    decoder: Decoder = bind(definition, variables)
+    graphdef, variables, _ = load(family)
+    decoder: Decoder = merge(graphdef, variables)
     extend = jax.jit(
-        lambda variables, *args, **place: bind(definition, variables).extend(*args, **place)
+        lambda variables, *args, **place: merge(graphdef, variables).extend(*args, **place)
     )
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     np.testing.assert_array_equal(positions, golden["generate/position_ids_prefill"])
@@ -186,7 +186,7 @@ def test_scores_of_each_cached_step_equal_the_original(family: str) -> None:
         decoder.embed(jnp.asarray(ids[:, :prompt])),
         decoder.new_cache(2, prompt + 3, jnp.float32),
         positions=jnp.asarray(positions, jnp.int32),
-        is_key=jnp.asarray(mask),
+        attention_mask=jnp.asarray(mask),
     )
     for i in range(4):
         scores = decoder.logits(step.hidden[:, -1:])[:, 0]
@@ -198,5 +198,5 @@ def test_scores_of_each_cached_step_equal_the_original(family: str) -> None:
                 decoder.embed(jnp.asarray(ids[:, prompt + i : prompt + i + 1])),
                 step.cache,
                 positions=jnp.asarray(positions[:, -1:] + 1 + i, jnp.int32),
-                is_key=jnp.ones((2, 1), bool),
+                attention_mask=jnp.ones((2, 1), bool),
             )

@@ -17,13 +17,13 @@ from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.fastconformer import fastconformer_table
 from speechlm2_jax.conversion.perception import perception_table
 from speechlm2_jax.conversion.readers import memory_source
-from speechlm2_jax.layers.module import abstract, bind, describe, unbind
+from speechlm2_jax.layers.module import abstract, describe, merge, split
 from speechlm2_jax.perception import encoder_stream
 from speechlm2_jax.perception.conformer_layer import ConformerLayer, LayerInputs
 from speechlm2_jax.perception.encoder_stream import EncoderPlan
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
-from speechlm2_jax.perception.frame_mask import View, sinusoids, visibility
+from speechlm2_jax.perception.frame_mask import FrameMask, sinusoids, visibility
 from speechlm2_jax.perception.log_mel import LogMel, LogMelConfig
 from speechlm2_jax.perception.perception import (
     AudioPerception,
@@ -91,7 +91,7 @@ def encoder_case(name):
     variables = load_weights(fastconformer_table(config), describe(module), weights)
     features = jnp.asarray(given["in/audio_signal"].swapaxes(1, 2))
     lengths = jnp.asarray(given["in/length"], jnp.int32)
-    return unbind(module)[0], variables, given, config, features, lengths
+    return split(module)[0], variables, given, config, features, lengths
 
 
 def outputs_of(given):
@@ -119,14 +119,14 @@ def test_log_mel_equals_nemo(name):
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoder_equals_nemo_layer_by_layer(name):
-    definition, variables, given, config, features, lengths = encoder_case(name)
+    graphdef, variables, given, config, features, lengths = encoder_case(name)
     expected = outputs_of(given)
     # NeMo's stacks hold what its batch has beyond a row's length
     extents = jnp.full(lengths.shape, features.shape[1]) if config.is_stacking else None
 
     @quick_jit
     def run(variables):
-        network = bind(definition, variables)
+        network = merge(graphdef, variables)
         return network.subsampling(features, lengths, extents), network(
             features, lengths, extents=extents, return_layers=True
         )
@@ -157,7 +157,7 @@ def test_positions_and_masks_equal_nemo(name):
         return
     lengths = jnp.asarray(expected["encoded_len"], jnp.int32)
     left, right = (jnp.full(lengths.shape, side) for side in config.contexts[0])
-    view = View(positions=jnp.zeros((1, 2)), lengths=lengths, left=left, right=right)
+    view = FrameMask(positions=jnp.zeros((1, 2)), lengths=lengths, left=left, right=right)
     frames = jnp.arange(steps)[None]
     visible = visibility(config.att_context_style, view, frames, frames)
     np.testing.assert_array_equal(~visible, expected["att_mask_True_is_blocked"].astype(bool))
@@ -168,13 +168,13 @@ def test_each_block_of_a_layer_equals_nemo(name):
     _, variables, given, config, _, _ = encoder_case(name)
     expected = outputs_of(given)
     parts = below(expected, "layer_0/")
-    definition = unbind(abstract(lambda: ConformerLayer(config, rngs=nnx.Rngs(0))))[0]
+    graphdef = split(abstract(lambda: ConformerLayer(config, rngs=nnx.Rngs(0))))[0]
     first = {k: v[0] for k, v in below(variables, "layers.").items()}
-    layer = bind(definition, first)
+    layer = merge(graphdef, first)
     lengths = jnp.asarray(expected["encoded_len"], jnp.int32)
     unlimited = jnp.full(lengths.shape, -1)
     steps = parts["norm_conv"].shape[1]
-    view = View(
+    view = FrameMask(
         positions=relative_positions(steps, config.d_model),
         lengths=lengths,
         left=unlimited,
@@ -190,13 +190,13 @@ def test_each_block_of_a_layer_equals_nemo(name):
 
 
 def test_a_training_pass_equals_nemo_with_its_padding_counted():
-    definition, variables, given, config, features, lengths = encoder_case("enc_ss1_adapter")
+    graphdef, variables, given, config, features, lengths = encoder_case("enc_ss1_adapter")
     trained = below(given, "train/")
     weights = jnp.asarray(trained["R"].swapaxes(1, 2))
     extents = jnp.full(lengths.shape, features.shape[1])
 
     def loss(parameters, features):
-        network = bind(definition, {**variables, **parameters})
+        network = merge(graphdef, {**variables, **parameters})
         output = network(features, lengths, train=True, extents=extents)
         return jnp.mean(output.frames * weights), output
 
@@ -245,19 +245,19 @@ def perception_case(adapter):
     assert {k: v.shape for k, v in exported.items() if "tracked" not in k} == {
         k: v.shape for k, v in state.items() if "tracked" not in k
     }
-    return config, unbind(module)[0], variables
+    return config, split(module)[0], variables
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_perception_equals_nemo(adapter):
-    config, definition, variables = perception_case(adapter)
+    config, graphdef, variables = perception_case(adapter)
     given = below(tensors("perception/perc_identity_proj"), "in/")
     audio = jnp.asarray(given["input_signal"])
     lengths = jnp.asarray(given["input_signal_length"], jnp.int32)
     # NeMo's Q-Former reads the padding of its batch too, and gives its width for its lengths
     modes = PerceptionModes(nemo_exact=True)
     extents = jnp.full(lengths.shape, audio.shape[1])
-    output = quick_jit(lambda v: bind(definition, v)(audio, lengths, modes=modes, extents=extents))(
+    output = quick_jit(lambda v: merge(graphdef, v)(audio, lengths, modes=modes, extents=extents))(
         variables
     )
     expected = tensors(f"perception/perc_{adapter}")
@@ -283,9 +283,9 @@ def test_adapter_statistics_equal_nemos_step_whatever_the_bucket():
     clips, samples = given["batch/audios"].shape
     audio = jnp.pad(given["batch/audios"], ((0, 1), (0, 3200)))
     lengths = jnp.asarray([*given["batch/audio_lens"], 0], jnp.int32)
-    definition, extents = unbind(module)[0], jnp.full(clips + 1, samples)
+    graphdef, extents = split(module)[0], jnp.full(clips + 1, samples)
     modes = PerceptionModes(adapter=True, nemo_exact=True)
-    run = quick_jit(lambda v: bind(definition, v)(audio, lengths, modes=modes, extents=extents))
+    run = quick_jit(lambda v: merge(graphdef, v)(audio, lengths, modes=modes, extents=extents))
     output = run(variables)
     after = mapping.export({**variables, **output.statistics}, table)
     expected = below(given, "buffers_after_step0/perception.")
@@ -311,13 +311,13 @@ def test_what_nemo_has_and_this_does_not_is_refused_by_name():
 
 @pytest.mark.parametrize("seconds", [0.2, 0.35])
 def test_long_audio_in_parts_equals_nemo(seconds):
-    whole, definition, variables = perception_case("identity_proj")
+    whole, graphdef, variables = perception_case("identity_proj")
     config = replace(whole, encoder_chunk_size_seconds=seconds)
-    definition = unbind(abstract(lambda: AudioPerception(config, rngs=nnx.Rngs(0))))[0]
+    graphdef = split(abstract(lambda: AudioPerception(config, rngs=nnx.Rngs(0))))[0]
     given = below(tensors("perception/perc_identity_proj"), "in/")
     audio = jnp.asarray(given["input_signal"])
     lengths = jnp.asarray(given["input_signal_length"], jnp.int32)
-    output = quick_jit(lambda v: bind(definition, v)(audio, lengths))(variables)
+    output = quick_jit(lambda v: merge(graphdef, v)(audio, lengths))(variables)
     assert output.lengths.tolist() == [config.frame_count(int(n)) for n in lengths]
     for row, expected in tensors(f"perception/perc_chunked_{seconds}").items():
         frames = output.frames[int(row.removeprefix("row_"))]
@@ -331,7 +331,7 @@ STREAMED = [name for name in ENCODERS if "streaming" in name]
 @pytest.mark.parametrize("name", STREAMED)
 def test_streamed_steps_equal_the_whole_pass_and_nemos_own(name):
     """NeMo pads its first chunk of `streaming_regular` otherwise; its whole pass is what counts."""
-    definition, variables, given, config, features, lengths = encoder_case(name)
+    graphdef, variables, given, config, features, lengths = encoder_case(name)
     left, right = config.contexts[0]
     # NeMo's schedule: one feature, and whole chunks from then on
     plan = EncoderPlan(config=config, frames=right + 1, lead=7, context=(left, right))
@@ -339,7 +339,7 @@ def test_streamed_steps_equal_the_whole_pass_and_nemos_own(name):
 
     @quick_jit
     def step(variables, memory, features, steps, total):
-        network = bind(definition, variables)
+        network = merge(graphdef, variables)
         return encoder_stream.advance(network, plan, memory, features, steps, total)
 
     steps = facts(f"perception/{name}")["schedule"]

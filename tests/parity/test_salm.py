@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from transformers import GenerationConfig
 
-from speechlm2_jax.layers.module import bind
+from speechlm2_jax.layers.module import merge
 from speechlm2_jax.models import SALM
 from speechlm2_jax.networks import salm as network_maths
 from speechlm2_jax.networks.salm import SalmModes
@@ -58,7 +58,7 @@ def _lengths(batch):
 def test_inputs_and_logits_equal_nemo(model, run, batch):
     @jax.jit
     def forward(variables, batch):
-        network = bind(model._definition, variables)
+        network = merge(model._graphdef, variables)
         inputs = network_maths.prepare(network, batch, SalmModes())
         hidden = network_maths.forward(network, inputs.embeds, batch, SalmModes())
         return inputs.embeds, network.llm.logits(hidden)

@@ -15,10 +15,10 @@ from safetensors.numpy import load_file
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.readers import memory_source
 from speechlm2_jax.conversion.speech_decoder import speech_decoder_table, transformer_table
-from speechlm2_jax.layers.module import abstract, bind, describe, unbind
+from speechlm2_jax.layers.module import abstract, describe, merge, split
 from speechlm2_jax.settings import build
 from speechlm2_jax.speech_decoder import attention
-from speechlm2_jax.speech_decoder.attention import Place
+from speechlm2_jax.speech_decoder.attention import SpeechAttentionInputs
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 from speechlm2_jax.speech_decoder.decoder import SpeechDecoder
 from speechlm2_jax.speech_decoder.transformer import Transformer
@@ -50,16 +50,16 @@ def transformer(name: str):
     if "cond" in golden:
         inputs["memory"] = jnp.asarray(golden["cond"])
         inputs["memory_mask"] = jnp.asarray(golden["cond_mask"], bool)
-    return unbind(module)[0], jax.tree.map(jnp.asarray, variables), golden, inputs
+    return split(module)[0], jax.tree.map(jnp.asarray, variables), golden, inputs
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_each_layer_of_the_transformer_equals_nemo(name):
-    definition, variables, golden, inputs = transformer(name)
+    graphdef, variables, golden, inputs = transformer(name)
 
     @jax.jit
     def run(variables, x, inputs):
-        network = bind(definition, variables)
+        network = merge(graphdef, variables)
         whole = {k: v for k, v in inputs.items() if k != "mask"}
         layers = network.layer_outputs(x, **inputs)
         # NeMo's `max_layer_idx` stops after a layer and goes on to the final norm
@@ -76,8 +76,8 @@ def test_each_layer_of_the_transformer_equals_nemo(name):
 @pytest.mark.parametrize("parts", [(1,) * 13, (5, *(1,) * 8), (4, 6, 3)], ids=str)
 @pytest.mark.parametrize("name", [n for n in TRANSFORMERS if n != "noncausal_k3"])
 def test_steps_with_a_state_equal_nemo(name, parts):
-    definition, variables, golden, inputs = transformer(name)
-    network = bind(definition, variables)
+    graphdef, variables, golden, inputs = transformer(name)
+    network = merge(graphdef, variables)
     memory = {k: v for k, v in inputs.items() if k != "mask"}
     extend = jax.jit(network.extend)
     state, start, outputs = network.new_state(3, 14, jnp.float32), 0, []
@@ -89,14 +89,14 @@ def test_steps_with_a_state_equal_nemo(name, parts):
 
 
 def test_gradients_of_the_transformer_equal_nemo():
-    definition, variables, golden, inputs = transformer("causal_k3_pos_normout")
-    table = transformer_table(bind(definition, variables).config)
+    graphdef, variables, golden, inputs = transformer("causal_k3_pos_normout")
+    table = transformer_table(merge(graphdef, variables).config)
     cotangent = golden["grad/cotangent"]
 
     @jax.jit
     @partial(jax.grad, argnums=(0, 1))
     def gradients(variables, x):
-        return jnp.sum(bind(definition, variables)(x, **inputs) * cotangent)
+        return jnp.sum(merge(graphdef, variables)(x, **inputs) * cotangent)
 
     ours, of_x = gradients(variables, golden["x"])
     expected = below(golden, "grad/")
@@ -109,8 +109,8 @@ def test_gradients_of_the_transformer_equal_nemo():
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_attention_weights_of_the_first_layer_equal_nemo(name, monkeypatch):
-    definition, variables, golden, inputs = transformer(name)
-    network = bind(definition, variables)
+    graphdef, variables, golden, inputs = transformer(name)
+    network = merge(graphdef, variables)
     expected, mask = golden["attn_prob_layer0"], golden["mask"].astype(bool)
     weights = np.zeros_like(expected)
     steps = len(expected[0, 0])
@@ -134,7 +134,7 @@ def test_attention_weights_of_the_first_layer_equal_nemo(name, monkeypatch):
     layer = nnx.merge(layers, jax.tree.map(lambda x: x[0], state))
     x = network._with_positions(jnp.asarray(golden["x"]), 0)
     x = jnp.where(mask[..., None], x, 0.0)
-    place = Place(is_real=inputs["mask"], is_key=inputs["mask"])
+    place = SpeechAttentionInputs(is_real=inputs["mask"], attention_mask=inputs["mask"])
     layer.attention(layer.attention_norm(x), place)
     # what padding looks at has no influence: its outputs are zeros
     assert_close(weights * mask[:, None, :, None], expected)
@@ -160,7 +160,7 @@ def decoder(name: str, **changes: Any):
     variables = mapping.load(memory_source(below(golden, "sd/")), table, describe(module))
     hidden = jnp.asarray(golden["hidden_TBH"].swapaxes(0, 1))
     codes = jnp.asarray(golden["audio_tokens_BTK"], jnp.int32)
-    return unbind(module)[0], jax.tree.map(jnp.asarray, variables), golden, hidden, codes
+    return split(module)[0], jax.tree.map(jnp.asarray, variables), golden, hidden, codes
 
 
 def by_codebook(logits: np.ndarray) -> np.ndarray:
@@ -170,8 +170,8 @@ def by_codebook(logits: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_scores_of_the_speech_decoder_equal_nemo(name):
-    definition, variables, golden, hidden, codes = decoder(name)
-    network = bind(definition, variables)
+    graphdef, variables, golden, hidden, codes = decoder(name)
+    network = merge(graphdef, variables)
     mask = jnp.asarray(golden["mask"], bool)
     if name == "no_prev_audio":
         codes = None
@@ -185,8 +185,8 @@ def test_scores_of_the_speech_decoder_equal_nemo(name):
 @pytest.mark.parametrize("name", ["input_proj", "same_dim", "cfg"])
 @pytest.mark.parametrize("parts", [(1,) * 11, (5, 3, 3)], ids=str)
 def test_scores_step_by_step_equal_nemo(name, parts):
-    definition, variables, golden, hidden, codes = decoder(name)
-    network = bind(definition, variables)
+    graphdef, variables, golden, hidden, codes = decoder(name)
+    network = merge(graphdef, variables)
     step = jax.jit(network.step)
     state, start, scores = network.new_state(2, 12, jnp.float32), 0, []
     for steps in parts:
@@ -203,8 +203,8 @@ def test_scores_step_by_step_equal_nemo(name, parts):
     [(1e-9, "logits_train_conditional"), (1.0, "logits_train_unconditional")],
 )
 def test_training_with_guidance_sees_the_hidden_states_or_not_as_in_nemo(rate, expected):
-    definition, variables, golden, hidden, codes = decoder("cfg", cfg_unconditional_prob=rate)
-    keys = jax.random.split(jax.random.key(0), 2)
+    graphdef, variables, golden, hidden, codes = decoder("cfg", cfg_unconditional_prob=rate)
+    rngs = jax.random.split(jax.random.key(0), 2)
     mask = jnp.asarray(golden["mask"], bool)
-    logits = bind(definition, variables)(hidden, codes, mask=mask, train=True, keys=keys)
+    logits = merge(graphdef, variables)(hidden, codes, mask=mask, train=True, rngs=rngs)
     assert_close(logits, by_codebook(golden[expected]))

@@ -17,7 +17,7 @@ from speechlm2_jax.asr.transducer import TransducerConfig, TransducerNetwork
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.readers import read_nemo
 from speechlm2_jax.conversion.transducer import transducer_table
-from speechlm2_jax.layers.module import abstract, bind, describe, unbind
+from speechlm2_jax.layers.module import abstract, describe, merge, split
 from speechlm2_jax.settings import build
 
 ASR = Path(__file__).parents[1] / "data" / "asr"
@@ -48,7 +48,7 @@ def model(name):
     module = abstract(lambda: TransducerNetwork(config, rngs=nnx.Rngs(0)))
     variables = mapping.load(archive.weights, transducer_table(config), describe(module))
     arrays = {path: jnp.asarray(value) for path, value in variables.items()}
-    return unbind(module)[0], arrays, config
+    return split(module)[0], arrays, config
 
 
 @cache
@@ -59,15 +59,13 @@ def golden(name):
 @cache
 def encoded(name):
     """Frames and their numbers, of the golden audio padded to its longest row."""
-    given, (definition, variables, _) = golden(name), model(name)
+    given, (graphdef, variables, _) = golden(name), model(name)
     lengths = given["audio_len"]
     audio = np.zeros((len(lengths), lengths.max()), np.float32)
     rows = np.split(given["audio"], np.cumsum(lengths)[:-1])
     for row, samples in zip(audio, rows, strict=True):
         row[: len(samples)] = samples
-    run = jax.jit(
-        lambda v: bind(definition, v)(jnp.asarray(audio), jnp.asarray(lengths, jnp.int32))
-    )
+    run = jax.jit(lambda v: merge(graphdef, v)(jnp.asarray(audio), jnp.asarray(lengths, jnp.int32)))
     output = run(variables)
     return output.frames, output.lengths
 
@@ -88,8 +86,8 @@ def test_encodings_equal_nemo_also_of_a_causal_chunk_limited_encoder(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prediction_network_equals_nemo_taught_and_step_by_step(name):
-    definition, variables, config = model(name)
-    given, network = golden(name), bind(definition, variables)
+    graphdef, variables, config = model(name)
+    given, network = golden(name), merge(graphdef, variables)
     labels = jnp.asarray(given["pred/labels"], jnp.int32)
     outputs, state = network.prediction(labels)
     assert_close(outputs.swapaxes(1, 2), given["pred/out_BDU1"], LAYER_ATOL)
@@ -105,8 +103,8 @@ def test_prediction_network_equals_nemo_taught_and_step_by_step(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_joint_equals_nemo(name):
-    definition, variables, _ = model(name)
-    given, network = golden(name), bind(definition, variables)
+    graphdef, variables, _ = model(name)
+    given, network = golden(name), merge(graphdef, variables)
     expected = given["joint/log_probs_BTUV"]
     outputs, _ = network.prediction(jnp.asarray(given["pred/labels"], jnp.int32))
     frames = jnp.asarray(given["encoded_BDT"].swapaxes(1, 2)[: len(expected), : expected.shape[1]])
@@ -116,9 +114,9 @@ def test_joint_equals_nemo(name):
 
 @cache
 def decode(name, **limits):
-    definition, variables, _ = model(name)
+    graphdef, variables, _ = model(name)
     frames, lengths = encoded(name)
-    run = jax.jit(lambda v: decode_greedily(bind(definition, v), frames, lengths, **limits))
+    run = jax.jit(lambda v: decode_greedily(merge(graphdef, v), frames, lengths, **limits))
     return run(variables)
 
 
@@ -140,9 +138,9 @@ def test_labels_frames_and_durations_equal_nemo(name, setting):
 
 
 def test_the_ctc_head_of_a_hybrid_model_equals_nemo():
-    definition, variables, _ = model("hybrid_streaming")
+    graphdef, variables, _ = model("hybrid_streaming")
     given, (frames, lengths) = golden("hybrid_streaming"), encoded("hybrid_streaming")
-    logits = bind(definition, variables).logits(frames)
+    logits = merge(graphdef, variables).logits(frames)
     paths = np.asarray(best_path(logits, lengths))
     hypotheses = HYPOTHESES["hybrid_streaming"]["decoding"]["ctc_greedy"]["hyps"]
     for row, (count, expected) in enumerate(zip(lengths.tolist(), hypotheses, strict=True)):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from speechlm2_jax.layers.module import abstract, bind, describe, unbind
+from speechlm2_jax.layers.module import abstract, describe, merge, split
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMel, LogMelConfig
@@ -75,11 +75,11 @@ def encoder(config):
 
 @cache
 def perception(config):
-    definition, variables, parameters = _random(
+    graphdef, variables, parameters = _random(
         abstract(lambda: AudioPerception(config, rngs=nnx.Rngs(0)))
     )
-    tables = unbind(LogMel(config.preprocessor))[1]
-    return definition, variables | {f"log_mel.{k}": v for k, v in tables.items()}, parameters
+    tables = split(LogMel(config.preprocessor))[1]
+    return graphdef, variables | {f"log_mel.{k}": v for k, v in tables.items()}, parameters
 
 
 def _random(module):
@@ -94,10 +94,10 @@ def _random(module):
         value = 1.0 + np.abs(value) if one else value
         variables[path] = jnp.asarray(value, info.dtype)
     parameters = tuple(path for path, info in infos.items() if not info.is_buffer)
-    return unbind(module)[0], variables, parameters
+    return split(module)[0], variables, parameters
 
 
-def split(variables, parameters):
+def select(variables, parameters):
     return {k: variables[k] for k in parameters}
 
 
@@ -120,8 +120,8 @@ def noise(*shape, seed=0):
 quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
-def run(definition, variables, *args, **kwargs):
-    return quick_jit(lambda v: bind(definition, v)(*args, **kwargs))(variables)
+def run(graphdef, variables, *args, **kwargs):
+    return quick_jit(lambda v: merge(graphdef, v)(*args, **kwargs))(variables)
 
 
 def assert_close(actual, expected, atol=FP32_ATOL):

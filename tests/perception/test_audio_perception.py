@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechlm2_jax.layers.module import abstract, bind, describe
+from speechlm2_jax.layers.module import abstract, describe, merge
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.modality_adapter import IdentityConfig, MultiLayerConfig
 from speechlm2_jax.perception.perception import (
@@ -41,7 +41,7 @@ from tests.perception.small_perception import (
     perception_config,
     quick_jit,
     run,
-    split,
+    select,
 )
 
 ALL_TRAINING = PerceptionModes(log_mel=True, spec_augment=True, encoder=True, adapter=True)
@@ -79,9 +79,9 @@ MOST_SAMPLES = 30_000
 @cache
 def model_lengths(name):
     """Compiles lengths in samples -> the model's lengths in frames (the rest is dead code)."""
-    definition, variables, _ = perception(CONFIGS[name])
+    graphdef, variables, _ = perception(CONFIGS[name])
     silence = jnp.zeros((BATCH, MOST_SAMPLES))
-    return quick_jit(lambda lengths: bind(definition, variables)(silence, lengths).lengths)
+    return quick_jit(lambda lengths: merge(graphdef, variables)(silence, lengths).lengths)
 
 
 @settings(max_examples=60, deadline=None)
@@ -100,9 +100,9 @@ def test_frame_count_is_the_models_own_length(name, samples):
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_the_output_has_the_promised_extent_and_width(name):
     config = CONFIGS[name]
-    definition, variables, _ = perception(config)
+    graphdef, variables, _ = perception(config)
     audio, lengths = padded([noise(5000), noise(0)], 6400)
-    frames = jax.eval_shape(lambda v: bind(definition, v)(audio, lengths).frames, variables)
+    frames = jax.eval_shape(lambda v: merge(graphdef, v)(audio, lengths).frames, variables)
     assert frames.shape == (2, config.frame_capacity(6400), config.output_width)
     duration = config.frame_samples / 16000
     assert config.token_equivalent_duration == pytest.approx(duration)
@@ -115,20 +115,20 @@ def scored(config, modes):
 
     The gradients are those of adapter and projection: test_fastconformer has the encoder's.
     """
-    definition, variables, parameters = perception(config)
+    graphdef, variables, parameters = perception(config)
     parameters = [p for p in parameters if not p.startswith("encoder.")]
 
-    def value(chosen, audio, lengths, keys):
-        network = bind(definition, {**variables, **chosen})
-        output = network(audio, lengths, modes=modes, keys=keys)
+    def value(chosen, audio, lengths, rngs):
+        network = merge(graphdef, {**variables, **chosen})
+        output = network(audio, lengths, modes=modes, rngs=rngs)
         real = jnp.arange(output.frames.shape[1])[None] < output.lengths[:, None]
         squares = jnp.where(real[..., None], jnp.square(output.frames - 1.0), 0.0)
         return jnp.sum(squares) / jnp.maximum(jnp.sum(output.lengths), 1), output
 
     step = quick_jit(jax.value_and_grad(value, has_aux=True))
 
-    return lambda audio, lengths, keys=None: step(
-        split(variables, parameters), audio, lengths, keys
+    return lambda audio, lengths, rngs=None: step(
+        select(variables, parameters), audio, lengths, rngs
     )
 
 
@@ -168,27 +168,27 @@ def test_randomness_needs_both_a_key_and_training_mode():
     part = {"conv_norm_type": "layer_norm", "n_layers": 1, **ALL_DROPOUT}
     parts = {"encoder": encoder_config(**part), "adapter": adapter_config(**part)}
     config = perception_config(**{**RANDOM_EVERYWHERE, **parts})
-    definition, variables, _ = perception(config)
+    graphdef, variables, _ = perception(config)
     batch = padded([noise(3200)], 3200)
-    plain = run(definition, variables, *batch, modes=ALL_TRAINING).frames
-    keyed = run(definition, variables, *batch, keys=example_keys(0)).frames
+    plain = run(graphdef, variables, *batch, modes=ALL_TRAINING).frames
+    keyed = run(graphdef, variables, *batch, rngs=example_keys(0)).frames
     assert_close(keyed, plain)
     for name in ("log_mel", "spec_augment", "encoder", "adapter"):
         modes = PerceptionModes(**{name: True})
-        moved = run(definition, variables, *batch, modes=modes, keys=example_keys(0)).frames
+        moved = run(graphdef, variables, *batch, modes=modes, rngs=example_keys(0)).frames
         assert np.abs(moved - plain).max() > 1e-3, name
 
 
 def test_statistics_come_from_the_parts_in_training_under_their_own_paths():
     config = perception_config()
-    definition, variables, _ = perception(config)
+    graphdef, variables, _ = perception(config)
     batch = padded([noise(3200)], 3200)
     for modes, prefixes in (
         (PerceptionModes(), set()),
         (PerceptionModes(adapter=True), {"adapter"}),
         (PerceptionModes(adapter=True, encoder=True), {"adapter", "encoder"}),
     ):
-        statistics = run(definition, variables, *batch, modes=modes).statistics
+        statistics = run(graphdef, variables, *batch, modes=modes).statistics
         assert {path.split(".")[0] for path in statistics} == prefixes
         for path, value in statistics.items():
             assert value.shape == variables[path].shape
@@ -196,13 +196,13 @@ def test_statistics_come_from_the_parts_in_training_under_their_own_paths():
 
 
 def test_nemo_exact_counts_the_groups_padding_and_not_the_buckets():
-    definition, variables, _ = perception(perception_config())
+    graphdef, variables, _ = perception(perception_config())
     clips = [noise(n, seed=n) for n in (3300, 6400)]
     training = PerceptionModes(encoder=True, adapter=True)
 
     def passed(rows, size, extents=None):
         modes = replace(training, nemo_exact=extents is not None)
-        return run(definition, variables, *padded(rows, size), modes=modes, extents=extents)
+        return run(graphdef, variables, *padded(rows, size), modes=modes, extents=extents)
 
     group = passed(clips, 6400, jnp.asarray([6400, 6400]))
     bucket = passed([*clips, noise(0)], 9000, jnp.asarray([6400, 6400, 6400]))
@@ -215,10 +215,10 @@ def test_nemo_exact_counts_the_groups_padding_and_not_the_buckets():
 
 
 def test_nemo_exact_without_extents_says_what_is_missing():
-    definition, variables, _ = perception(perception_config())
+    graphdef, variables, _ = perception(perception_config())
     with pytest.raises(ValueError, match="extents"):
         run(
-            definition,
+            graphdef,
             variables,
             *padded([noise(3200)], 3200),
             modes=PerceptionModes(nemo_exact=True),
@@ -235,9 +235,9 @@ def test_a_batch_of_empty_slots_keeps_the_statistics_and_is_finite():
 
 
 def test_frames_have_the_compute_dtype():
-    definition, variables, _ = perception(perception_config())
+    graphdef, variables, _ = perception(perception_config())
     audio, lengths = padded([noise(3200)], 3200)
-    half = lambda v: bind(definition, v)(audio, lengths, dtype=jnp.bfloat16).frames  # noqa: E731
+    half = lambda v: merge(graphdef, v)(audio, lengths, dtype=jnp.bfloat16).frames  # noqa: E731
     assert jax.eval_shape(half, variables).dtype == jnp.bfloat16
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.fastconformer import fastconformer_table
-from speechlm2_jax.layers.module import abstract, bind, describe
+from speechlm2_jax.layers.module import abstract, describe, merge
 from speechlm2_jax.perception import self_attention
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
@@ -27,7 +27,7 @@ from tests.perception.small_perception import (
     padded,
     quick_jit,
     run,
-    split,
+    select,
 )
 
 BF16_ATOL = 0.15  # of frames of unit size, after two layers
@@ -111,18 +111,18 @@ def test_settings_that_cannot_be_are_refused_by_name(changes):
         build(FastConformerConfig, {**NEMO_KEYS, **changes})
 
 
-def summed(definition, variables, parameters, weights, **fixed):
+def summed(graphdef, variables, parameters, weights, **fixed):
     """Compiles (features, lengths) -> value, gradients and output of a sum over real frames."""
 
     def value(chosen, features, lengths):
-        output = bind(definition, {**variables, **chosen})(features, lengths, **fixed)
+        output = merge(graphdef, {**variables, **chosen})(features, lengths, **fixed)
         steps = output.frames.shape[1]
         real = jnp.arange(steps)[None] < output.lengths[:, None]
         scored = jnp.where(real[..., None], output.frames * weights[:, :steps], 0.0)
         return jnp.sum(scored), output
 
     step = quick_jit(jax.value_and_grad(value, has_aux=True))
-    return lambda *batch: step(split(variables, parameters), *batch)
+    return lambda *batch: step(select(variables, parameters), *batch)
 
 
 DEPTHWISE = "layers.conv.depthwise"
@@ -195,9 +195,9 @@ def test_padding_and_neighbours_change_no_frame_and_no_gradient(train, changes):
 )
 def test_what_no_golden_covers_equals_a_reference_in_numpy(changes):
     config = encoder_config(**changes)
-    definition, variables, _ = encoder(config)
+    graphdef, variables, _ = encoder(config)
     rows = [noise(n, config.feat_in, seed=n) for n in (21, 34)]
-    output = run(definition, variables, *padded(rows, 40))
+    output = run(graphdef, variables, *padded(rows, 40))
     table = fastconformer_table(config)
     weights = mapping.export(variables, table)
     weights |= {alias: weights[name] for alias, name in mapping.aliases(table).items()}
@@ -208,16 +208,16 @@ def test_what_no_golden_covers_equals_a_reference_in_numpy(changes):
 
 
 def test_counting_frames_of_padding_changes_statistics_as_told_and_not_with_the_bucket():
-    definition, variables, _ = encoder(encoder_config())
+    graphdef, variables, _ = encoder(encoder_config())
     rows = [noise(n, 12, seed=n) for n in (21, 33)]
     extents = jnp.asarray([33, 33])
-    real = run(definition, variables, *padded(rows, 33), train=True).statistics
-    tight = run(definition, variables, *padded(rows, 33), train=True, extents=extents).statistics
-    loose = run(definition, variables, *padded(rows, 60), train=True, extents=extents).statistics
+    real = run(graphdef, variables, *padded(rows, 33), train=True).statistics
+    tight = run(graphdef, variables, *padded(rows, 33), train=True, extents=extents).statistics
+    loose = run(graphdef, variables, *padded(rows, 60), train=True, extents=extents).statistics
     assert_all_close(tight, loose)
     name = "layers.conv.norm.running_var"
     assert np.abs(real[name] - tight[name]).max() > 1e-4
-    assert run(definition, variables, *padded(rows, 33)).statistics == {}
+    assert run(graphdef, variables, *padded(rows, 33)).statistics == {}
 
 
 def test_a_batch_of_one_output_frame_is_finite_and_so_are_its_gradients():
@@ -243,13 +243,13 @@ STREAMING = {
 )
 def test_the_future_does_not_leak(style, context, first_changed):
     config = encoder_config(att_context_style=style, att_context_size=context, **STREAMING)
-    definition, variables, _ = encoder(config)
+    graphdef, variables, _ = encoder(config)
     features = noise(1, 48, 12)
     changed = features.copy()
     changed[:, 25:] += 1.0  # causal subsampling by 4: input 25 first reaches frame 7
     lengths = jnp.asarray([48], jnp.int32)
-    before = run(definition, variables, jnp.asarray(features), lengths).frames
-    after = run(definition, variables, jnp.asarray(changed), lengths).frames
+    before = run(graphdef, variables, jnp.asarray(features), lengths).frames
+    after = run(graphdef, variables, jnp.asarray(changed), lengths).frames
     moved = np.abs(np.asarray(after - before)).max(axis=(0, 2)) > 1e-6
     chunk = context[1] + 1
     assert first_changed == 7 // chunk * chunk or style == "regular"
@@ -259,14 +259,10 @@ def test_the_future_does_not_leak(style, context, first_changed):
 
 def test_dropout_is_drawn_from_the_key_alone():
     config = encoder_config(**ALL_DROPOUT)
-    definition, variables, _ = encoder(config)
+    graphdef, variables, _ = encoder(config)
     row = noise(21, 12)
-    first = run(
-        definition, variables, *padded([row, row], 21), train=False, keys=example_keys(0, 1)
-    )
-    second = run(
-        definition, variables, *padded([row, row], 60), train=False, keys=example_keys(1, 0)
-    )
+    first = run(graphdef, variables, *padded([row, row], 21), train=False, rngs=example_keys(0, 1))
+    second = run(graphdef, variables, *padded([row, row], 60), train=False, rngs=example_keys(1, 0))
     length = int(first.lengths[0])
     assert_close(first.frames[0, :length], second.frames[1, :length])
     assert_close(first.frames[1, :length], second.frames[0, :length])
@@ -276,10 +272,10 @@ def test_dropout_is_drawn_from_the_key_alone():
 @pytest.mark.parametrize("place", ["dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att"])
 def test_every_dropout_acts_with_keys(place):
     config = encoder_config(n_layers=1, **{place: 0.5})
-    definition, variables, _ = encoder(config)
+    graphdef, variables, _ = encoder(config)
     batch = padded([noise(21, 12)], 24)
-    still = run(definition, variables, *batch)
-    dropped = run(definition, variables, *batch, keys=example_keys(0))
+    still = run(graphdef, variables, *batch)
+    dropped = run(graphdef, variables, *batch, rngs=example_keys(0))
     assert np.abs(dropped.frames - still.frames).max() > 1e-3
     assert_finite(dropped.frames)
 
@@ -292,10 +288,10 @@ def test_training_draws_one_of_several_contexts_and_evaluation_takes_the_first()
         run(*encoder(encoder_config(att_context_size=c, **style))[:2], *padded([noise(40, 12)], 40))
         for c in contexts
     ]
-    definition, variables, _ = encoder(several)
+    graphdef, variables, _ = encoder(several)
     batch = padded([noise(40, 12)] * 8, 40)
-    assert_close(run(definition, variables, *batch).frames[3:4], single[0].frames)
-    drawn = run(definition, variables, *batch, keys=example_keys(*range(8))).frames
+    assert_close(run(graphdef, variables, *batch).frames[3:4], single[0].frames)
+    drawn = run(graphdef, variables, *batch, rngs=example_keys(*range(8))).frames
     matches = np.array([[np.allclose(f, s.frames[0], atol=1e-5) for s in single] for f in drawn])
     assert (matches.sum(axis=1) == 1).all()
     assert matches.any(axis=0).all()
@@ -307,28 +303,28 @@ def test_blocks_of_queries_give_the_frames_and_gradients_of_one_block(monkeypatc
     )
     batch = padded([noise(n, 12, seed=n) for n in (50, 31)], 50)
     weights = jnp.asarray(noise(2, 13, config.d_model, seed=9))
-    keys = example_keys(0, 1)
-    (_, whole), expected = summed(*encoder(config), weights, keys=keys)(*batch)
+    rngs = example_keys(0, 1)
+    (_, whole), expected = summed(*encoder(config), weights, rngs=rngs)(*batch)
     monkeypatch.setattr(self_attention, "BLOCK", 4)
-    (_, blocks), gradients = summed(*encoder(config), weights, keys=keys)(*batch)
+    (_, blocks), gradients = summed(*encoder(config), weights, rngs=rngs)(*batch)
     assert_close(blocks.frames, whole.frames)
     assert_all_close(gradients, expected)
 
 
 def test_the_last_layer_is_the_output_and_is_asked_for():
-    definition, variables, _ = encoder(encoder_config())
+    graphdef, variables, _ = encoder(encoder_config())
     batch = padded([noise(21, 12)], 24)
-    output = run(definition, variables, *batch, return_layers=True)
+    output = run(graphdef, variables, *batch, return_layers=True)
     assert output.layers.shape == (2, *output.frames.shape)
     assert_close(output.layers[-1], output.frames, 0.0)
-    assert run(definition, variables, *batch).layers is None
+    assert run(graphdef, variables, *batch).layers is None
 
 
 def test_activations_keep_the_dtype_they_come_with():
-    definition, variables, _ = encoder(encoder_config())
+    graphdef, variables, _ = encoder(encoder_config())
     features, lengths = padded([noise(40, 12)], 40)
-    exact = run(definition, variables, features, lengths, train=True)
-    half = run(definition, variables, features.astype(jnp.bfloat16), lengths, train=True)
+    exact = run(graphdef, variables, features, lengths, train=True)
+    half = run(graphdef, variables, features.astype(jnp.bfloat16), lengths, train=True)
     assert half.frames.dtype == jnp.bfloat16
     assert all(s.dtype != jnp.bfloat16 for s in half.statistics.values())
     assert_close(half.frames.astype(jnp.float32), exact.frames, BF16_ATOL)
@@ -346,18 +342,18 @@ def test_every_variable_names_an_axis_for_each_dimension():
 
 def test_frames_and_gradients_are_the_same_on_a_mesh():
     config = encoder_config(n_layers=1)
-    definition, variables, parameters = encoder(config)
+    graphdef, variables, parameters = encoder(config)
     infos = describe(abstract(lambda: FastConformer(config, rngs=nnx.Rngs(0))))
     features, lengths = padded([noise(20 + n, 12, seed=n) for n in range(4)], 24)
     sharding = make_sharding(data=2, fsdp=2, tensor=2)
 
     def value(chosen, features, lengths, on):
         with use(on):
-            output = bind(definition, {**variables, **chosen})(features, lengths, train=True)
+            output = merge(graphdef, {**variables, **chosen})(features, lengths, train=True)
             return jnp.mean(jnp.square(output.frames[:, :5] - 0.5)), output
 
     step = quick_jit(jax.value_and_grad(value, has_aux=True), static_argnums=3)
-    chosen = split(variables, parameters)
+    chosen = select(variables, parameters)
     (_, alone), expected = step(chosen, features, lengths, None)
     placed = place(chosen, {k: infos[k].axes for k in chosen}, sharding)
     batch = sharding.put_batch((np.asarray(features), np.asarray(lengths)))

@@ -53,7 +53,7 @@ TARGET = "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor"
 def front_end(config):
     """The compiled module: (audio, lengths, keys) -> frames."""
     module = LogMel(config)
-    return quick_jit(lambda audio, lengths, keys=None: module(audio, lengths, keys=keys))
+    return quick_jit(lambda audio, lengths, rngs=None: module(audio, lengths, rngs=rngs))
 
 
 def test_nemos_own_defaults_are_ours():

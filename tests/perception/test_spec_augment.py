@@ -25,11 +25,11 @@ NEMO_KEYS = {
 }
 
 
-def hidden(config, lengths, steps, keys):
+def hidden(config, lengths, steps, rngs):
     """True where the augmentation put its mask value on frames of ones."""
     frames = jnp.ones((len(lengths), steps, BINS))
     features = Frames(frames=frames, lengths=jnp.asarray(lengths, jnp.int32))
-    return np.asarray(quick_jit(lambda f, k: spec_augment(f, config, k))(features, keys)) != 1.0
+    return np.asarray(quick_jit(lambda f, k: spec_augment(f, config, k))(features, rngs)) != 1.0
 
 
 def runs(line):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from speechlm2_jax.layers.module import bind
+from speechlm2_jax.layers.module import merge
 from speechlm2_jax.perception.modality_adapter import IdentityConfig, MultiLayerConfig
 from speechlm2_jax.perception.streaming import (
     StreamPlan,
@@ -102,12 +102,12 @@ def streamed(plan, step, variables, stream, steps):
 @pytest.mark.parametrize("name", CASES)
 def test_a_stream_equals_one_pass_and_a_row_begins_anew(name):
     plan = CASES[name]
-    definition, variables, _ = perception(plan.config)
+    graphdef, variables, _ = perception(plan.config)
     context = plan.context or plan.config.encoder.att_context_size
     encoder = replace(plan.config.encoder, att_context_size=context)
     whole = replace(plan.config, encoder=encoder)
     expected = run(perception(whole)[0], variables, *padded(clips(), max(SAMPLES)))
-    step = make_step(definition, plan)
+    step = make_step(graphdef, plan)
     steps = max(plan.steps_for(n) for n in SAMPLES)
     begun = start_stream(plan, len(SAMPLES))
     frames, is_real, stream = streamed(plan, step, variables, begun, steps)
@@ -143,11 +143,11 @@ def test_a_natural_step_holds_whole_chunks_and_is_not_late():
 
 def test_a_step_has_the_compute_dtype():
     plan = CASES["chunks"]
-    definition, variables, _ = perception(plan.config)
+    graphdef, variables, _ = perception(plan.config)
     stream = start_stream(plan, 1, jnp.bfloat16)
 
     def step(variables, stream, audio):
-        heard, stream = advance(bind(definition, variables), plan, stream, audio)
+        heard, stream = advance(merge(graphdef, variables), plan, stream, audio)
         return heard.frames, stream
 
     frames, after = jax.eval_shape(step, variables, stream, jnp.zeros((1, plan.samples)))

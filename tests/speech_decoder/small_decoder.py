@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from speechlm2_jax.layers.module import Variables, bind, unbind
+from speechlm2_jax.layers.module import Variables, merge, split
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 from speechlm2_jax.speech_decoder.decoder import SpeechDecoder
 
@@ -39,9 +39,9 @@ def make(config: SpeechDecoderConfig) -> SpeechDecoder:
 
 def weights(config: SpeechDecoderConfig) -> tuple[Any, Variables]:
     """Fresh weights made ten times larger, so that every part shows in the scores."""
-    definition, variables = unbind(make(config))
+    graphdef, variables = split(make(config))
     is_small = {path: "norm" not in path and "code" not in path for path in variables}
-    return definition, {p: 10.0 * v if is_small[p] else v for p, v in variables.items()}
+    return graphdef, {p: 10.0 * v if is_small[p] else v for p, v in variables.items()}
 
 
 def inputs(rows: int = 2, steps: int = STEPS, seed: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -55,11 +55,11 @@ def row_keys(rows: int = 2, seed: int = 5) -> jax.Array:
     return jax.random.split(jax.random.key(seed), rows)
 
 
-@partial(jax.jit, static_argnames=("definition", "train", "remat"))
+@partial(jax.jit, static_argnames=("graphdef", "train", "remat"))
 def scores(
-    definition: Any, variables: Variables, hidden: jax.Array, codes: jax.Array, **how: Any
+    graphdef: Any, variables: Variables, hidden: jax.Array, codes: jax.Array, **how: Any
 ) -> jax.Array:
-    return bind(definition, variables)(hidden, codes, **how)
+    return merge(graphdef, variables)(hidden, codes, **how)
 
 
 def padded(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from speechlm2_jax.layers.module import Variables, bind, describe
+from speechlm2_jax.layers.module import Variables, describe, merge
 from speechlm2_jax.speech_decoder import attention, feed_forward
 from speechlm2_jax.speech_decoder.transformer import PADDING, TransformerState
 from tests.speech_decoder.small_decoder import (
@@ -58,10 +58,10 @@ def test_padding_and_neighbours_change_no_score(guided) -> None:
 
 @pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_neither_padding_nor_rematerialisation_changes_a_gradient(dropping, remat) -> None:
-    definition, variables = dropping
+    graphdef, variables = dropping
 
     def loss(variables: Variables, hidden: jax.Array, codes: jax.Array, mask: Any, remat: Any):
-        network = bind(definition, variables)
+        network = merge(graphdef, variables)
         how = {"train": True, "keys": row_keys(), "remat": remat}
         chances = jax.nn.log_softmax(network(hidden, codes, mask=mask, **how))
         return jnp.sum(chances[:, :STEPS, :, 3])
@@ -90,11 +90,11 @@ def test_later_steps_have_no_influence(guided) -> None:
     ids=str,
 )
 def test_steps_equal_the_whole(taps: int, parts: tuple[int, ...]) -> None:
-    definition, variables = weights(replace(GUIDED, kernel_size=taps))
+    graphdef, variables = weights(replace(GUIDED, kernel_size=taps))
     hidden, codes = inputs()
     mask = jnp.ones((2, STEPS), bool).at[0, 2].set(False).at[1, 5:].set(False)
-    whole = scores(definition, variables, hidden, codes, mask=mask)
-    network = bind(definition, variables)
+    whole = scores(graphdef, variables, hidden, codes, mask=mask)
+    network = merge(graphdef, variables)
     step = jax.jit(network.step)
     state, start, parts_of = network.new_state(2, STEPS, jnp.float32), 0, []
     for steps in parts:
@@ -110,8 +110,8 @@ def test_steps_equal_the_whole(taps: int, parts: tuple[int, ...]) -> None:
 def test_guidance_mixes_scores_with_and_without_hidden_states(guided) -> None:
     hidden, codes = inputs()
     with_hidden = scores(*guided, hidden, codes, train=True)
-    definition, variables = weights(replace(GUIDED, cfg_unconditional_prob=1.0))
-    without = scores(definition, variables, hidden, codes, train=True, keys=row_keys())
+    graphdef, variables = weights(replace(GUIDED, cfg_unconditional_prob=1.0))
+    without = scores(graphdef, variables, hidden, codes, train=True, rngs=row_keys())
     expected = (1 - GUIDED.cfg_scale) * without + GUIDED.cfg_scale * with_hidden
     np.testing.assert_allclose(scores(*guided, hidden, codes), expected, atol=ATOL)
     assert np.abs(without - with_hidden).max() > SHOWS
@@ -119,54 +119,54 @@ def test_guidance_mixes_scores_with_and_without_hidden_states(guided) -> None:
 
 def test_a_row_trains_without_hidden_states_by_its_own_key(guided) -> None:
     hidden, codes = (jnp.tile(x[:1], (64, 1, 1)) for x in inputs())
-    keys = row_keys(64)
-    drawn = scores(*guided, hidden, codes, train=True, keys=keys)
+    rngs = row_keys(64)
+    drawn = scores(*guided, hidden, codes, train=True, rngs=rngs)
     with_hidden = scores(*guided, hidden[:1], codes[:1], train=True)
     is_without = np.abs(drawn - with_hidden).max(axis=(1, 2, 3)) > SHOWS
     assert 20 <= is_without.sum() <= 44  # 64 draws of one half: four standard deviations are 16
-    backwards = scores(*guided, hidden, codes, train=True, keys=keys[::-1])
+    backwards = scores(*guided, hidden, codes, train=True, rngs=rngs[::-1])
     np.testing.assert_allclose(backwards[::-1], drawn, atol=ATOL)
 
 
 def test_draws_depend_on_the_key_of_the_row_only(dropping) -> None:
-    keys = row_keys()
+    rngs = row_keys()
     hidden, codes = inputs()
-    drawn = scores(*dropping, hidden, codes, train=True, keys=keys)
-    alone = scores(*dropping, hidden[1:], codes[1:], train=True, keys=keys[1:])
+    drawn = scores(*dropping, hidden, codes, train=True, rngs=rngs)
+    alone = scores(*dropping, hidden[1:], codes[1:], train=True, rngs=rngs[1:])
     np.testing.assert_allclose(alone, drawn[1:], atol=ATOL)
     more, more_codes, mask = padded(hidden, codes, 4)
-    longer = scores(*dropping, more, more_codes, mask=mask, train=True, keys=keys)
+    longer = scores(*dropping, more, more_codes, mask=mask, train=True, rngs=rngs)
     np.testing.assert_allclose(longer[:, :STEPS], drawn, atol=ATOL)
-    others = scores(*dropping, hidden, codes, train=True, keys=row_keys(seed=6))
+    others = scores(*dropping, hidden, codes, train=True, rngs=row_keys(seed=6))
     assert np.abs(others - drawn).max() > SHOWS
     evaluated = scores(*dropping, hidden, codes)
-    np.testing.assert_array_equal(scores(*dropping, hidden, codes, keys=keys), evaluated)
+    np.testing.assert_array_equal(scores(*dropping, hidden, codes, rngs=rngs), evaluated)
 
 
 @pytest.mark.parametrize("rate_of", ["p_dropout", "p_dropout_out"])
 def test_each_rate_drops_something(rate_of: str) -> None:
-    definition, variables = weights(replace(CONFIG, **{rate_of: 0.4}))
+    graphdef, variables = weights(replace(CONFIG, **{rate_of: 0.4}))
     hidden, codes = inputs()
-    off = scores(definition, variables, hidden, codes, train=True)
-    drawn = scores(definition, variables, hidden, codes, train=True, keys=row_keys())
+    off = scores(graphdef, variables, hidden, codes, train=True)
+    drawn = scores(graphdef, variables, hidden, codes, train=True, rngs=row_keys())
     assert np.abs(drawn - off).max() > SHOWS
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_in_blocks_equals_attention_at_once(causal: bool, monkeypatch) -> None:
     config = replace(DROPPING, is_causal=causal)
-    definition, variables = weights(config)
+    graphdef, variables = weights(config)
     hidden, codes, mask = padded(*inputs(), 2)
     how = {"mask": mask, "train": True, "keys": row_keys()}
-    at_once = bind(definition, variables)(hidden, codes, **how)
+    at_once = merge(graphdef, variables)(hidden, codes, **how)
     monkeypatch.setattr(attention, "BLOCK", 4)
-    in_blocks = bind(definition, variables)(hidden, codes, **how)
+    in_blocks = merge(graphdef, variables)(hidden, codes, **how)
     np.testing.assert_allclose(in_blocks, at_once, atol=ATOL)
 
 
 @pytest.mark.parametrize("taps", [1, 3])
 def test_the_convolution_of_a_tpu_equals_the_product_elsewhere(taps: int, monkeypatch) -> None:
-    conv = feed_forward.Convolution(
+    conv = feed_forward.CausalConvolution(
         5, 4, taps, axes=("mlp", "embed"), rngs=nnx.Rngs(0), init=jax.nn.initializers.normal(1.0)
     )
     x = jax.random.normal(jax.random.key(0), (2, 6, 5))
@@ -177,17 +177,17 @@ def test_the_convolution_of_a_tpu_equals_the_product_elsewhere(taps: int, monkey
 
 
 def test_attention_with_and_without_a_kernel_agree(plain) -> None:
-    definition, variables = weights(replace(CONFIG, p_dropout=1e-9))
+    graphdef, variables = weights(replace(CONFIG, p_dropout=1e-9))
     hidden, codes, mask = padded(*inputs(), 2)
-    dense = scores(definition, variables, hidden, codes, mask=mask, train=True, keys=row_keys())
+    dense = scores(graphdef, variables, hidden, codes, mask=mask, train=True, rngs=row_keys())
     np.testing.assert_allclose(scores(*plain, hidden, codes, mask=mask), dense, atol=ATOL)
 
 
 def test_detached_hidden_states_get_no_gradient_but_the_projection_does() -> None:
-    definition, variables = weights(replace(CONFIG, detach_input=True))
+    graphdef, variables = weights(replace(CONFIG, detach_input=True))
 
     def total(variables: Variables, hidden: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(bind(definition, variables)(hidden, inputs()[1], train=True)))
+        return jnp.sum(jnp.square(merge(graphdef, variables)(hidden, inputs()[1], train=True)))
 
     of_weights, of_hidden = jax.jit(jax.grad(total, argnums=(0, 1)))(variables, inputs()[0])
     assert not np.asarray(of_hidden).any()
@@ -196,23 +196,23 @@ def test_detached_hidden_states_get_no_gradient_but_the_projection_does() -> Non
 
 def test_without_codes_only_the_hidden_states_speak() -> None:
     config = replace(CONFIG, cond_on_prev_audio_tokens=False)
-    definition, variables = weights(config)
+    graphdef, variables = weights(config)
     assert not any(path.startswith("code_embeddings") for path in variables)
     hidden, codes = inputs()
-    told = scores(definition, variables, hidden, codes)
-    np.testing.assert_array_equal(told, bind(definition, variables)(hidden, None))
+    told = scores(graphdef, variables, hidden, codes)
+    np.testing.assert_array_equal(told, merge(graphdef, variables)(hidden, None))
     with pytest.raises(ValueError, match=r"takes codes \[B, T, 4\]"):
         make(CONFIG)(hidden, None)
 
 
 def test_no_dtype_is_promoted_silently(dropping) -> None:
-    network = bind(*dropping)
+    network = merge(*dropping)
     hidden, codes = inputs()
 
     def forward(hidden: jax.Array) -> tuple[jax.Array, ...]:
         state = network.new_state(2, STEPS, hidden.dtype)
         logits, state = network.step(state, hidden[:, :1], codes[:, :1])
-        trained = network.decode(hidden, codes, train=True, keys=row_keys())
+        trained = network.decode(hidden, codes, train=True, rngs=row_keys())
         return trained, network.logits(trained), logits, state.cache.keys, state.tails.hidden
 
     with jax.numpy_dtype_promotion("strict"):
@@ -222,7 +222,7 @@ def test_no_dtype_is_promoted_silently(dropping) -> None:
 
 
 def test_more_steps_than_positions_are_refused_with_the_key_to_set(plain) -> None:
-    network = bind(*plain)
+    network = merge(*plain)
     limit = CONFIG.max_length_causal_mask
     beyond = limit + PADDING + 1
     with pytest.raises(ValueError, match="max_length_causal_mask"):
@@ -230,7 +230,7 @@ def test_more_steps_than_positions_are_refused_with_the_key_to_set(plain) -> Non
     with pytest.raises(ValueError, match=f"{beyond} steps exceed the 16 learnt positions"):
         network.new_state(1, beyond, jnp.float32)
     unbounded = make(replace(CONFIG, use_learnable_pos_emb=False))
-    assert unbounded.new_state(1, beyond, jnp.float32).cache.is_key.shape == (1, beyond)
+    assert unbounded.new_state(1, beyond, jnp.float32).cache.attention_mask.shape == (1, beyond)
 
 
 def test_padding_beyond_the_last_position_changes_no_score(plain) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from speechlm2_jax.layers.module import Variables, bind, describe
+from speechlm2_jax.layers.module import Variables, describe, merge
 from speechlm2_jax.sharding import RULES, Sharding, make_sharding, place, use
 from speechlm2_jax.speech_decoder import feed_forward
 from tests.speech_decoder.small_decoder import CODES, DROPPING, GUIDED, inputs, row_keys, weights
@@ -26,16 +26,16 @@ HIDDEN, TOKENS = inputs(ROWS, STEPS)
 MASK = jnp.arange(STEPS)[None] < jnp.asarray([8, 5, 8, 8, 3, 8, 8, 1])[:, None]
 
 
-@partial(jax.jit, static_argnames=("definition", "sharding"))
+@partial(jax.jit, static_argnames=("graphdef", "sharding"))
 def learn(
-    definition: Any, variables: Variables, batch: tuple[Any, ...], sharding: Sharding | None
+    graphdef: Any, variables: Variables, batch: tuple[Any, ...], sharding: Sharding | None
 ) -> tuple[jax.Array, tuple[Variables, jax.Array]]:
     """The loss of training with dropout and without some hidden states, and its gradients."""
-    hidden, codes, mask, keys = batch
+    hidden, codes, mask, rngs = batch
 
     def loss(variables: Variables, hidden: jax.Array) -> jax.Array:
-        network = bind(definition, variables)
-        logits = network(hidden, codes, mask=mask, train=True, keys=keys)
+        network = merge(graphdef, variables)
+        logits = network(hidden, codes, mask=mask, train=True, rngs=rngs)
         chances = jnp.take_along_axis(jax.nn.log_softmax(logits), codes[..., None], axis=-1)
         return -jnp.mean(jnp.where(mask[..., None, None], chances, 0.0))
 
@@ -43,23 +43,23 @@ def learn(
         return jax.value_and_grad(loss, argnums=(0, 1))(variables, hidden)
 
 
-@partial(jax.jit, static_argnames=("definition", "sharding"))
+@partial(jax.jit, static_argnames=("graphdef", "sharding"))
 def score(
-    definition: Any, variables: Variables, batch: tuple[Any, ...], sharding: Sharding | None
+    graphdef: Any, variables: Variables, batch: tuple[Any, ...], sharding: Sharding | None
 ) -> jax.Array:
     hidden, codes, mask, _ = batch
     with use(sharding):
-        return bind(definition, variables)(hidden, codes, mask=mask)
+        return merge(graphdef, variables)(hidden, codes, mask=mask)
 
 
-@partial(jax.jit, static_argnames=("definition", "sharding"))
+@partial(jax.jit, static_argnames=("graphdef", "sharding"))
 def follow(
-    definition: Any, variables: Variables, batch: tuple[Any, ...], sharding: Sharding | None
+    graphdef: Any, variables: Variables, batch: tuple[Any, ...], sharding: Sharding | None
 ) -> jax.Array:
     """The codes that the decoder takes after its own, one after the other."""
     hidden, codes, _, _ = batch
     with use(sharding):
-        network = bind(definition, variables)
+        network = merge(graphdef, variables)
 
         def one(carry: Any, hidden: jax.Array) -> Any:
             state, codes = carry
@@ -71,29 +71,29 @@ def follow(
         return jax.lax.scan(one, start, hidden.swapaxes(0, 1))[1]
 
 
-def placed(sharding: Sharding, definition: Any, variables: Variables) -> tuple[Any, Any, Any]:
+def placed(sharding: Sharding, graphdef: Any, variables: Variables) -> tuple[Any, Any, Any]:
     """Weights and batch where the mesh wants them, and what brings the steps into its order."""
-    axes = {path: info.axes for path, info in describe(bind(definition, variables)).items()}
+    axes = {path: info.axes for path, info in describe(merge(graphdef, variables)).items()}
     order = sharding.time_order(STEPS)
     order = np.arange(STEPS) if order is None else order
     batch = [
         jax.device_put(x[:, order], sharding.named(("batch", "steps", *(None,) * (x.ndim - 2))))
         for x in (HIDDEN, TOKENS, MASK)
     ]
-    keys = jax.device_put(row_keys(ROWS), sharding.named(("batch",)))
-    return place(variables, axes, sharding), (*batch, keys), order
+    rngs = jax.device_put(row_keys(ROWS), sharding.named(("batch",)))
+    return place(variables, axes, sharding), (*batch, rngs), order
 
 
 @pytest.mark.parametrize(
     "mesh", [pytest.param("data=8", marks=pytest.mark.slow), *list(MESHES)[1:]]
 )
 def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh: str, capfd) -> None:
-    definition, variables = weights(DROPPING)
+    graphdef, variables = weights(DROPPING)
     sharding = make_sharding(**MESHES[mesh])
     whole = (HIDDEN, TOKENS, MASK, row_keys(ROWS))
-    expected, (of_weights, of_hidden) = learn(definition, variables, whole, None)
-    there, batch, order = placed(sharding, definition, variables)
-    program = learn.lower(definition, there, batch, sharding).compile()
+    expected, (of_weights, of_hidden) = learn(graphdef, variables, whole, None)
+    there, batch, order = placed(sharding, graphdef, variables)
+    program = learn.lower(graphdef, there, batch, sharding).compile()
     loss, (gradients, of_inputs) = program(there, batch)
     np.testing.assert_allclose(loss, expected, rtol=ATOL)
     np.testing.assert_allclose(of_inputs, of_hidden[:, order], atol=ATOL)
@@ -113,25 +113,25 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh: str, capfd) -> None:
 def test_scores_do_not_depend_on_the_mesh(mesh: str, convolves_as: str, monkeypatch) -> None:
     monkeypatch.setattr(feed_forward, "platform", lambda: convolves_as)
     score.clear_cache()
-    definition, variables = weights(GUIDED)
+    graphdef, variables = weights(GUIDED)
     sharding = make_sharding(**MESHES[mesh])
-    expected = score(definition, variables, (HIDDEN, TOKENS, MASK, None), None)
-    there, batch, order = placed(sharding, definition, variables)
-    scores = score(definition, there, (*batch[:3], None), sharding)
+    expected = score(graphdef, variables, (HIDDEN, TOKENS, MASK, None), None)
+    there, batch, order = placed(sharding, graphdef, variables)
+    scores = score(graphdef, there, (*batch[:3], None), sharding)
     np.testing.assert_allclose(scores, expected[:, order], atol=ATOL)
 
 
 def test_codes_taken_step_by_step_do_not_depend_on_the_mesh() -> None:
-    definition, variables = weights(GUIDED)
+    graphdef, variables = weights(GUIDED)
     sharding = make_sharding(data=2, fsdp=2, tensor=2)
-    expected = follow(definition, variables, (HIDDEN, TOKENS, None, None), None)
-    there, batch, _ = placed(sharding, definition, variables)
-    taken = follow(definition, there, (*batch[:2], None, None), sharding)
+    expected = follow(graphdef, variables, (HIDDEN, TOKENS, None, None), None)
+    there, batch, _ = placed(sharding, graphdef, variables)
+    taken = follow(graphdef, there, (*batch[:2], None, None), sharding)
     np.testing.assert_array_equal(taken, expected)
     assert len(np.unique(expected)) > CODES / 2
 
 
 def test_every_axis_of_every_variable_is_known() -> None:
     known = {name for name, _ in RULES}
-    for path, info in describe(bind(*weights(GUIDED))).items():
+    for path, info in describe(merge(*weights(GUIDED))).items():
         assert {axis for axis in info.axes if axis is not None} <= known, path

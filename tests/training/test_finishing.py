@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from speechlm2_jax.training.intervals import Cadence
+from speechlm2_jax.training.intervals import Intervals
 from speechlm2_jax.training.run.directory import checkpoints_line, next_line
 from tests.training.toy import ToyData, ToyModel, make_trainer, rows_of
 
@@ -98,7 +98,7 @@ def test_without_train_py_the_next_step_is_a_call(monkeypatch):
     [(7, None, 1, 7), (None, 2, 2, 4), (3, 2, 2, 3), (None, None, 1, None)],
 )
 def test_the_last_step_is_where_the_counting_finishes(max_steps, max_epochs, accumulate, last):
-    cadence = Cadence(
+    cadence = Intervals(
         max_steps=max_steps,
         max_epochs=max_epochs,
         accumulate=accumulate,

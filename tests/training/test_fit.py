@@ -15,7 +15,7 @@ from speechlm2_jax.checkpointing import load_weights
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.loop import MAX_SKIPPED_IN_A_ROW, NonFiniteRun
 from speechlm2_jax.training.run import preparation
-from speechlm2_jax.training.run.throughput import COMPUTE, KINDS, Meter
+from speechlm2_jax.training.run.throughput import COMPUTE, KINDS, Throughput
 from speechlm2_jax.training.trainer_config import TrainerConfig
 from tests.training.toy import ToyData, ToyModel, make_batch, make_trainer, rows_of, variables
 
@@ -89,7 +89,7 @@ def test_last_row_says_where_the_time_went(finished):
 
 def test_waiting_for_data_is_all_counted_and_counted_as_nothing_else(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(preparation, "Meter", partial(Meter, clock=lambda: now[0]))
+    monkeypatch.setattr(preparation, "Throughput", partial(Throughput, clock=lambda: now[0]))
 
     class Slow(ToyData):  # only its batches take time
         def batch(self, index):

@@ -8,7 +8,7 @@ import pytest
 from speechlm2_jax.batches import LossSum
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.run.metrics_log import MetricsLog, drop_rows_after
-from speechlm2_jax.training.run.throughput import Meter, peak_flops
+from speechlm2_jax.training.run.throughput import Throughput, peak_flops
 from speechlm2_jax.training.validation import Interrupted, Validator, take
 from tests.training.toy import make_batch, make_trainer
 
@@ -53,7 +53,7 @@ def test_validation_can_be_interrupted():
 
 def test_time_by_kind_adds_up_and_rates_leave_out_what_is_not_training():
     now = [0.0]
-    meter = Meter(2 * ["NVIDIA H100 80GB HBM3"], clock=lambda: now[0])
+    meter = Throughput(2 * ["NVIDIA H100 80GB HBM3"], clock=lambda: now[0])
 
     def spend(kind, seconds):
         with meter.measure(kind):
@@ -65,7 +65,7 @@ def test_time_by_kind_adds_up_and_rates_leave_out_what_is_not_training():
         now[0] += 5.0
         spend("compiling", 50.0)
     now[0] += 3.0
-    meter.add_batch(tokens=60, slots=80, flops=2 * 4 * 989e12 / 10)
+    meter.add_batch(tokens=60, padded=80, flops=2 * 4 * 989e12 / 10)
     meter.add_step()
     rates = meter.rates()
     assert rates.tokens_per_s_per_device == pytest.approx(60 / 4 / 2)

@@ -12,7 +12,7 @@ from speechlm2_jax import console
 from speechlm2_jax.console import ProgressBar, one_line_errors, phase, say, showing
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.run.metrics_log import format_progress
-from speechlm2_jax.training.run.throughput import Meter, Pace
+from speechlm2_jax.training.run.throughput import Pace, Throughput
 from tests.training.toy import ToyData, ToyModel, make_trainer
 
 
@@ -113,12 +113,12 @@ def test_what_was_said_before_the_run_directory_is_in_its_log(tmp_path, capsys):
 
 def test_the_pace_is_of_late_and_the_rest_counts_validation():
     now = [0.0]
-    meter = Meter(["cpu"], clock=lambda: now[0])
+    meter = Throughput(["cpu"], clock=lambda: now[0])
     with meter.measure("starting"):
         now[0] += 100.0
     for seconds in (5.0, *[1.0] * 30):
         now[0] += seconds
-        meter.add_batch(tokens=7, slots=9, flops=1.0)
+        meter.add_batch(tokens=7, padded=9, flops=1.0)
         meter.add_step()
         with meter.measure("validation"):
             now[0] += 2.0

@@ -21,7 +21,7 @@ from speechlm2_jax.evaluation.duplex.inputs import Dialogue
 from speechlm2_jax.evaluation.duplex.results import DialogueAnswer, DuplexEvaluation
 from speechlm2_jax.evaluation.duplex.scoring import (
     FIRST_SAID_FRAME,
-    Answer,
+    DuplexResponse,
     DuplexScorer,
     EarlierAnswer,
 )
@@ -119,7 +119,7 @@ def input_keys(dialogues: Sequence[Dialogue]) -> list[str]:
 
 
 def _progress(
-    scorer: DuplexScorer, whole: DialogueAnswer, answer: Answer, speed: Speed
+    scorer: DuplexScorer, whole: DialogueAnswer, answer: DuplexResponse, speed: Speed
 ) -> dict[str, Any]:
     """What a row of the output manifest does not say of an answer."""
     user, agent = scorer.turns_of(answer)
@@ -173,7 +173,7 @@ def _said(
     examples: Mapping[int, DuplexExample],
     rows: int,
     speed: Speed,
-) -> tuple[dict[int, tuple[Answer, float]], Speed]:
+) -> tuple[dict[int, tuple[DuplexResponse, float]], Speed]:
     """What is said in each conversation and how many seconds of work one of audio took."""
     first, model = dialogues[next(iter(examples))], scorer.model
     compiled, start = Compilations.count, time.perf_counter()
@@ -227,7 +227,7 @@ def _batches(
 
 
 def _answer(
-    scorer: DuplexScorer, dialogue: Dialogue, answer: Answer, file: Path | None, rtf: float
+    scorer: DuplexScorer, dialogue: Dialogue, answer: DuplexResponse, file: Path | None, rtf: float
 ) -> DialogueAnswer:
     model, example = scorer.model, answer.example
     user, agent = scorer.turns_of(answer)

@@ -22,7 +22,7 @@ FIRST_SAID_FRAME = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class DuplexResponse:
     """What the model said in one conversation."""
 
     example: DuplexExample
@@ -71,7 +71,7 @@ class DuplexScorer:
         self.tokens = TokenAccuracy()
         self.speech = self._speech()
 
-    def answer(self, name: str, examples: Sequence[DuplexExample]) -> list[Answer]:
+    def answer(self, name: str, examples: Sequence[DuplexExample]) -> list[DuplexResponse]:
         """Answers conversations of set `name` and adds them to its scores."""
         return self.add(name, examples, self.speak(examples))
 
@@ -93,7 +93,7 @@ class DuplexScorer:
         result: Mapping[str, Any],
         *,
         has_references: bool = True,
-    ) -> list[Answer]:
+    ) -> list[DuplexResponse]:
         """Scores what `speak` said in conversations of set `name`.
 
         Without references nothing but empty answers is counted, and the speech is heard all the
@@ -136,7 +136,7 @@ class DuplexScorer:
         if self.speech is not None:
             self.speech.release()
 
-    def turns_of(self, answer: Answer) -> tuple[Turns, Turns]:
+    def turns_of(self, answer: DuplexResponse) -> tuple[Turns, Turns]:
         """When the user and the agent speak."""
         ids, frame_s = self.model.turn_ids, self.model.token_equivalent_duration
         marks = {"bos_id": ids.bos, "eos_id": ids.eos, "frame_s": frame_s}
@@ -145,7 +145,7 @@ class DuplexScorer:
             Turns.from_tokens(answer.tokens, **marks, first_frame=FIRST_SAID_FRAME),
         )
 
-    def _with_counts(self, name: str, answers: Sequence[Answer]) -> list[Answer]:
+    def _with_counts(self, name: str, answers: Sequence[DuplexResponse]) -> list[DuplexResponse]:
         """Counts the right tokens of each answer, and those that were due."""
         due = self.model.targets([answer.example for answer in answers])
         counted = []
@@ -225,10 +225,10 @@ def conversations(batch: HostBatch) -> list[DuplexExample]:
 
 def _answer(
     result: Mapping[str, Any], row: int, example: DuplexExample, heard: str | None
-) -> Answer:
+) -> DuplexResponse:
     frames = int(result["tokens_len"][row])
     samples = int(result["audio_len"][row]) if "audio" in result else 0
-    return Answer(
+    return DuplexResponse(
         example=example,
         text=result["text"][row],
         heard=heard,

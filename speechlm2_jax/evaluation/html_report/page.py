@@ -23,7 +23,7 @@ from speechlm2_jax.evaluation.html_report.spectrogram import MEL_BINS, RANGE_DB,
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.metrics.alignment import align_words
 from speechlm2_jax.evaluation.metrics.wer import WordErrors, text_normalizer, word_errors
-from speechlm2_jax.evaluation.results import Evaluation, Scored, percent, write_whole
+from speechlm2_jax.evaluation.results import Evaluation, ScoredResponse, percent, write_whole
 
 WORKERS = 4
 PICTURE_PX = 480
@@ -133,7 +133,7 @@ def _rows(result: Evaluation) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-row["badness"], -row["errors"], row["index"]))
 
 
-def _row(index: int, result: Evaluation, scored: Scored | None) -> dict[str, Any]:
+def _row(index: int, result: Evaluation, scored: ScoredResponse | None) -> dict[str, Any]:
     answer = result.answers[index]
     row: dict[str, Any] = {
         "index": index,
@@ -183,7 +183,7 @@ def _tags(result: Evaluation, index: int) -> list[str]:
     return tags
 
 
-def _scored(scored: Scored, encoder_text: str) -> dict[str, Any]:
+def _scored(scored: ScoredResponse, encoder_text: str) -> dict[str, Any]:
     """What there is to show of an answer with a reference."""
     errors = word_errors([scored.text], [scored.pred_text])
     answer = scored.answer

@@ -12,7 +12,7 @@ from speechlm2_jax.evaluation.metrics.text_metric import AnyNormalizer
 
 
 @runtime_checkable
-class Recogniser(Protocol):
+class Transcriber(Protocol):
     """What writes speech down; `speechlm2_jax.models.ASRModel` is one."""
 
     @property
@@ -33,12 +33,12 @@ class ASRBLEU:
 
     def __init__(
         self,
-        recogniser: Recogniser,
+        recogniser: Transcriber,
         normalize: bool = True,
         normalizer: AnyNormalizer = "english",
         verbose: bool = False,
     ) -> None:
-        self._recogniser: Recogniser | None = recogniser
+        self._recogniser: Transcriber | None = recogniser
         self._metrics = (
             BLEU(normalize, normalizer, verbose, key="asr_bleu"),
             WER(normalize, normalizer),

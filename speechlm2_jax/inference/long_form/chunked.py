@@ -12,7 +12,7 @@ from speechlm2_jax.batches import SalmExample
 from speechlm2_jax.inference.long_form.chunks import Chunk, cut
 from speechlm2_jax.inference.long_form.join_texts import join
 from speechlm2_jax.inference.request.generation_request import GenerationRequest
-from speechlm2_jax.inference.text_stream import Spoken
+from speechlm2_jax.inference.text_stream import PartialOutput
 
 CHUNKS_AT_ONCE = 8
 """Rows of a batch: what memory holds, however long the recordings are."""
@@ -33,13 +33,13 @@ class TextCoder(Protocol):
         ...
 
 
-Speak = Callable[..., Iterator[Spoken]]
+Speak = Callable[..., Iterator[PartialOutput]]
 """Examples, request and `row_ids` -> how far their answers are."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Parts:
+class ChunkedPrompt:
     """One prompt as the rows that answer it: one, or one per chunk of its recording."""
 
     rows: tuple[SalmExample, ...]
@@ -55,14 +55,14 @@ class Parts:
         return [*coder.text_to_ids(join(texts, self.chunks)), *(i for i in ends if i in stops)]
 
 
-def in_parts(example: SalmExample, max_s: float | None, rate_hz: int) -> Parts:
+def in_parts(example: SalmExample, max_s: float | None, rate_hz: int) -> ChunkedPrompt:
     """Cuts the recording of a prompt where it exceeds `max_s` seconds, and logs that.
 
     Raises ValueError for a prompt with several recordings of which one is too long.
     """
     too_long = [len(a) / rate_hz for a in example.audio if max_s and len(a) > int(max_s * rate_hz)]
     if not too_long:
-        return Parts((example,))
+        return ChunkedPrompt((example,))
     if len(example.audio) > 1:
         raise ValueError(
             f"{example.id}: one of its {len(example.audio)} recordings has {too_long[0]:.1f} s, "
@@ -78,7 +78,7 @@ def in_parts(example: SalmExample, max_s: float | None, rate_hz: int) -> Parts:
         *(example.id, too_long[0], max_s, len(chunks)),
     )
     rows = tuple(replace(example, audio=(wave[c.start : c.end],)) for c in chunks)
-    return Parts(rows, tuple(chunks))
+    return ChunkedPrompt(rows, tuple(chunks))
 
 
 def row_number(prompt: int, chunk: int) -> int:
@@ -112,8 +112,8 @@ def check(request: GenerationRequest) -> None:
         )
 
 
-def answer(
-    prompts: Sequence[Parts],
+def generate_chunked(
+    prompts: Sequence[ChunkedPrompt],
     numbers: Sequence[int],
     request: GenerationRequest,
     speak: Speak,

@@ -25,7 +25,7 @@ MORE_WORDS = 8
 _MARKS = re.compile(r"[^\w']+")
 
 
-class Seam(NamedTuple):
+class Overlap(NamedTuple):
     """Where two texts change over: words kept of the first, words left out of the second."""
 
     keep: int
@@ -45,13 +45,15 @@ def join(texts: Sequence[str], chunks: Sequence[Chunk]) -> str:
     for text, chunk in zip(texts, chunks, strict=True):
         own = text.split()
         tail = words[max(len(words) - len(last), 0) :]
-        keep, skip = seam(tail, own, (share * len(last), chunk.before * len(own)))
+        keep, skip = find_overlap(tail, own, (share * len(last), chunk.before * len(own)))
         words = words[: len(words) - len(tail) + keep] + own[skip:]
         last, share = own, chunk.after
     return " ".join(words)
 
 
-def seam(first: Sequence[str], second: Sequence[str], expected: tuple[float, float]) -> Seam:
+def find_overlap(
+    first: Sequence[str], second: Sequence[str], expected: tuple[float, float]
+) -> Overlap:
     """Finds where two texts change over.
 
     `expected` says how many words of the end of the first and of the beginning of the second lie
@@ -67,8 +69,8 @@ def seam(first: Sequence[str], second: Sequence[str], expected: tuple[float, flo
     elif path:
         step = path[(len(path) - 1) // 2]
     else:
-        return Seam(len(first), 0)
-    return Seam(before + step.first, step.second)
+        return Overlap(len(first), 0)
+    return Overlap(before + step.first, step.second)
 
 
 class _Step(NamedTuple):

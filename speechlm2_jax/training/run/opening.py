@@ -22,11 +22,11 @@ from speechlm2_jax.training.protocol import (
 from speechlm2_jax.training.run import directory as run_directory
 from speechlm2_jax.training.run.changed_settings import check_resumed
 from speechlm2_jax.training.run.metrics_log import MetricsLog, Wandb
-from speechlm2_jax.training.run.preparation import Setup, Start, begin, go_on, restore
+from speechlm2_jax.training.run.preparation import Setup, Start, initialize, restore, resume
 from speechlm2_jax.training.run.profiling import FOLDER, StepProfiler
-from speechlm2_jax.training.run.run_state import Parts
+from speechlm2_jax.training.run.run_state import RunContext
 from speechlm2_jax.training.run.stopping import StopRequest
-from speechlm2_jax.training.run.throughput import Meter
+from speechlm2_jax.training.run.throughput import Throughput
 from speechlm2_jax.training.schedules import make_schedule
 from speechlm2_jax.training.trainer_config import TrainerConfig
 from speechlm2_jax.training.validation import Validator
@@ -46,7 +46,7 @@ class Opening:
     """Of the whole run."""
     host_metrics: Mapping[str, HostMetric]
     scoring: Scoring | None
-    meter: Meter
+    meter: Throughput
     stop: StopRequest
 
     def start(self) -> Start:
@@ -60,11 +60,11 @@ class Opening:
         restored = restore(model, setup.layout, *sources, self.run_dir)
         if restored is None:
             setup.prepare_data(model, self.datamodule, setup.sharding.data_parallel_size)
-            return begin(model, setup)
+            return initialize(model, setup)
         setup.prepare_data(model, self.datamodule, int(restored.progress["groups"]))
-        return go_on(restored)
+        return resume(restored)
 
-    def parts(self, start: Start, stack: ExitStack) -> Parts:
+    def parts(self, start: Start, stack: ExitStack) -> RunContext:
         """Opens what the loop works with, and describes the run in its directory.
 
         `stack` closes what is opened.
@@ -81,7 +81,7 @@ class Opening:
         traces = (self.run_dir or Path()) / FOLDER
         profiler = stack.enter_context(StepProfiler(config.profile_steps, traces).closing())
         planned = len(self.datamodule.training_shapes())
-        parts = Parts(
+        parts = RunContext(
             model=model,
             datamodule=self.datamodule,
             batches=self.datamodule.train_batches(start.progress.data),
@@ -105,9 +105,9 @@ class Opening:
     def _describe(self) -> None:
         if self.run_dir is not None and jax.process_index() == 0:
             run_directory.describe(self.run_dir, self.settings)
-            definition = self.run_dir / run_directory.MODEL
-            self.model.save_definition(definition)
-            write_checksums(definition, {})
+            graphdef = self.run_dir / run_directory.MODEL
+            self.model.save_definition(graphdef)
+            write_checksums(graphdef, {})
 
     @property
     def _checkpoints(self) -> Path | None:

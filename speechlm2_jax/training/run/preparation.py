@@ -15,7 +15,7 @@ from speechlm2_jax.checkpointing import LayoutError, Restored
 from speechlm2_jax.console import phase
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.sharding import Sharding
-from speechlm2_jax.training.intervals import Cadence
+from speechlm2_jax.training.intervals import Intervals
 from speechlm2_jax.training.optimizer import AdamWConfig, Optimizer, read_optimizer
 from speechlm2_jax.training.programs import Programs
 from speechlm2_jax.training.protocol import (
@@ -28,7 +28,7 @@ from speechlm2_jax.training.run.directory import METRICS
 from speechlm2_jax.training.run.metrics_log import drop_rows_after
 from speechlm2_jax.training.run.run_state import Progress
 from speechlm2_jax.training.run.step_reports import MAX_SKIPPED_IN_A_ROW
-from speechlm2_jax.training.run.throughput import Meter
+from speechlm2_jax.training.run.throughput import Throughput
 from speechlm2_jax.training.state import (
     Layout,
     Partition,
@@ -102,11 +102,13 @@ class Setup:
             layout=layout,
         )
 
-    def meter(self) -> Meter:
+    def meter(self) -> Throughput:
         """Starts counting time for these devices."""
-        return Meter([device.device_kind for device in self.devices])
+        return Throughput([device.device_kind for device in self.devices])
 
-    def programs(self, model: ModelOutline, meter: Meter, planned: int | None = None) -> Programs:
+    def programs(
+        self, model: ModelOutline, meter: Throughput, planned: int | None = None
+    ) -> Programs:
         """The compiled side of training, on so many planned shapes; nothing is compiled yet."""
         functions = StepFunctions(
             losses=model.losses,
@@ -153,7 +155,7 @@ class Start:
     progress: Progress
 
 
-def begin(model: TrainableModel, setup: Setup) -> Start:
+def initialize(model: TrainableModel, setup: Setup) -> Start:
     """Starts from the variables that the model has, or streams them to their devices."""
     layout = setup.layout
     with phase("loading weights"):
@@ -166,7 +168,7 @@ def begin(model: TrainableModel, setup: Setup) -> Start:
     )
 
 
-def go_on(restored: Restored) -> Start:
+def resume(restored: Restored) -> Start:
     """Starts from a checkpoint."""
     progress = Progress(**restored.progress)
     if progress.step in checkpointing.read_ranking(restored.step.parent).metrics:
@@ -238,7 +240,7 @@ def _tidy(restored: Restored | None, own: Path | None, run_dir: Path) -> None:
         drop_rows_after(run_dir / METRICS, -1)
 
 
-def finished(checkpoints: Path, cadence: Cadence, *, validates: bool) -> Progress | None:
+def finished(checkpoints: Path, cadence: Intervals, *, validates: bool) -> Progress | None:
     """Where a run ended, if its newest checkpoint leaves nothing to do; nothing else is read."""
     steps = checkpointing.step_folders(checkpoints)
     if not steps:

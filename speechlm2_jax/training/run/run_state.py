@@ -7,13 +7,13 @@ from typing import Any
 from speechlm2_jax.checkpointing import Checkpointer
 from speechlm2_jax.console import ProgressBar
 from speechlm2_jax.training.exp_manager import CheckpointParams
-from speechlm2_jax.training.intervals import Cadence
+from speechlm2_jax.training.intervals import Intervals
 from speechlm2_jax.training.programs import Programs
 from speechlm2_jax.training.protocol import BatchIterator, DataSource, TrainableModel
 from speechlm2_jax.training.run.metrics_log import MetricsLog
 from speechlm2_jax.training.run.profiling import StepProfiler
 from speechlm2_jax.training.run.stopping import StopRequest
-from speechlm2_jax.training.run.throughput import Meter
+from speechlm2_jax.training.run.throughput import Throughput
 from speechlm2_jax.training.schedules import Schedule
 from speechlm2_jax.training.validation import Validator
 
@@ -51,7 +51,7 @@ class FitResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class RunContext:
     """What the loop works with; built by the trainer."""
 
     model: TrainableModel
@@ -59,14 +59,14 @@ class Parts:
     batches: BatchIterator
     programs: Programs
     schedule: Schedule
-    cadence: Cadence
+    cadence: Intervals
     validator: Validator | None
     """None: no validation."""
     checkpointer: Checkpointer | None
     """None: nothing is saved."""
     checkpoint_params: CheckpointParams
     metrics_log: MetricsLog
-    meter: Meter
+    meter: Throughput
     stop: StopRequest
     bar: ProgressBar
     profiler: StepProfiler

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 import jax
 
 from speechlm2_jax.training.run.metrics_log import Row, format_progress, format_step
-from speechlm2_jax.training.run.run_state import Parts, Progress
+from speechlm2_jax.training.run.run_state import Progress, RunContext
 from speechlm2_jax.training.step import StepReport
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Taken:
 class Reporter:
     """Reads the reports of one run's steps."""
 
-    parts: Parts
+    parts: RunContext
     progress: Progress
     is_hopeless: bool = False
     """True after too many skipped steps in a row."""

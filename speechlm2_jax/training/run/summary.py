@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from speechlm2_jax.batches import HostBatch
-from speechlm2_jax.training.intervals import Cadence
-from speechlm2_jax.training.protocol import DataSource, ModelOutline, VariableInfo
+from speechlm2_jax.training.intervals import Intervals
+from speechlm2_jax.training.protocol import DataSource, ModelOutline, VariableSpec
 from speechlm2_jax.training.run.preparation import Setup
 
 LORA = ("lora_a", "lora_b")
@@ -34,7 +34,7 @@ class ModuleSize:
 
 
 def module_sizes(
-    infos: Mapping[str, VariableInfo], trainable: Mapping[str, bool | np.ndarray]
+    infos: Mapping[str, VariableSpec], trainable: Mapping[str, bool | np.ndarray]
 ) -> list[ModuleSize]:
     """Counts the parameters of every module, in the model's order; buffers are not counted.
 
@@ -53,7 +53,7 @@ def module_sizes(
 
 
 def describe_run(
-    model: ModelOutline, datamodule: DataSource, setup: Setup, cadence: Cadence
+    model: ModelOutline, datamodule: DataSource, setup: Setup, cadence: Intervals
 ) -> Iterator[str]:
     """Blocks of lines; the last one compiles the largest training program, which takes a while."""
     yield modules_table(module_sizes(model.infos, model.trainable))
@@ -118,7 +118,7 @@ def device_bytes(tree: Any) -> int:
     )
 
 
-def _steps(datamodule: DataSource, cadence: Cadence) -> str:
+def _steps(datamodule: DataSource, cadence: Intervals) -> str:
     batches = datamodule.batches_per_pass()
     lines = [f"one pass over the training data: {batches} batches"]
     if cadence.epoch_batches is not None:

@@ -62,12 +62,12 @@ class _Window:
 
     steps: int = 0
     tokens: int = 0
-    slots: int = 0
+    padded: int = 0
     flops: float = 0.0
     times: dict[str, float] = field(default_factory=dict)
 
 
-class Meter:
+class Throughput:
     """Adds up time by kind, tokens and FLOPs. One per process and run."""
 
     def __init__(self, device_kinds: Sequence[str], clock: Callable[[], float] = time.perf_counter):
@@ -90,11 +90,11 @@ class Meter:
         finally:
             self._switch(outer)
 
-    def add_batch(self, *, tokens: int, slots: int, flops: float) -> None:
+    def add_batch(self, *, tokens: int, padded: int, flops: float) -> None:
         """Counts one micro-batch: steps that hold data, all steps, model FLOPs."""
         self._tokens += tokens
         self._window.tokens += tokens
-        self._window.slots += slots
+        self._window.padded += padded
         self._window.flops += flops
 
     def add_step(self) -> None:
@@ -131,7 +131,7 @@ class Meter:
             tokens_per_s_per_device=window.tokens / per_device,
             mfu=None if self._peak is None else window.flops / per_device / self._peak,
             data_wait_share=waited / train_s,
-            padding=1 - window.tokens / window.slots if window.slots else 0.0,
+            padding=1 - window.tokens / window.padded if window.padded else 0.0,
             step_time_s=train_s / max(window.steps, 1),
         )
 
