@@ -72,6 +72,7 @@ def run(plan: EvaluationPlan, compiled: str | None) -> None:
     output, page = plan.output("output_manifest"), plan.output("report")
     print(plan.says(), flush=True)
 
+    from speechlm2_jax.compilation_cache import keep_compiled_programs
     from speechlm2_jax.evaluation.devices import choose_device
     from speechlm2_jax.evaluation.encoder_wer import encoder_texts
     from speechlm2_jax.evaluation.html_report.page import write_page
@@ -80,7 +81,6 @@ def run(plan: EvaluationPlan, compiled: str | None) -> None:
     from speechlm2_jax.evaluation.resuming import open_journal, start_fingerprint
     from speechlm2_jax.evaluation.run import evaluate, input_keys
     from speechlm2_jax.models import SALM
-    from speechlm2_jax.training.programs import keep_compiled_programs
 
     keep_compiled_programs(compiled)
     device = choose_device(config.device)
@@ -115,6 +115,7 @@ def run_duplex(plan: DuplexPlan, compiled: str | None) -> None:
     output, page = plan.output("output_manifest"), plan.output("report")
     print(plan.says(), flush=True)
 
+    from speechlm2_jax.compilation_cache import keep_compiled_programs
     from speechlm2_jax.evaluation.devices import choose_device
     from speechlm2_jax.evaluation.duplex.results import duplex_table
     from speechlm2_jax.evaluation.duplex.run import converse, input_keys, open_scorer
@@ -122,7 +123,6 @@ def run_duplex(plan: DuplexPlan, compiled: str | None) -> None:
     from speechlm2_jax.evaluation.provenance import provenance
     from speechlm2_jax.evaluation.resuming import open_journal, start_fingerprint
     from speechlm2_jax.experiment import load_duplex
-    from speechlm2_jax.training.programs import keep_compiled_programs
 
     keep_compiled_programs(compiled)
     device = choose_device(config.device)

@@ -24,8 +24,8 @@ import jax
 
 from benchmarks import duplex_parts, timing
 from benchmarks.duplex_work import Conversations, DuplexWork
+from speechlm2_jax.compilation_cache import keep_compiled_programs
 from speechlm2_jax.models import DuplexS2SModel
-from speechlm2_jax.training.programs import keep_compiled_programs
 from speechlm2_jax.training.run import huge_pages
 
 

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks import timing
+from speechlm2_jax.compilation_cache import keep_compiled_programs
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.codec import ASKED_BY_NEMO, codec_table
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.layers.module import VariableInfo, Variables
 from speechlm2_jax.models import AudioCodec, DuplexS2SModel
-from speechlm2_jax.training.programs import keep_compiled_programs
 
 CONFIG, WEIGHTS = "model.json", "model"
 ASR = "nemo.collections.asr.modules"

@@ -30,7 +30,7 @@ import numpy as np
 
 from speechlm2_jax.experiment import make_model
 from speechlm2_jax.settings import find, load
-from speechlm2_jax.training.programs import keep_compiled_programs
+from speechlm2_jax.compilation_cache import keep_compiled_programs
 
 keep_compiled_programs("auto")
 config = sys.argv[1]

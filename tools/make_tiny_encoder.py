@@ -21,8 +21,8 @@ import ml_dtypes
 import sentencepiece
 
 from speechlm2_jax import settings
+from speechlm2_jax.compilation_cache import keep_compiled_programs
 from speechlm2_jax.models.ctc import CTCModel
-from speechlm2_jax.training.programs import keep_compiled_programs
 from tools.phonetic_pretraining import Round, pretrain
 
 ROOT = Path(__file__).parents[1]

@@ -1,17 +1,14 @@
 """Compiled programs of a run: one per static shape, compiled on first use and kept."""
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from speechlm2_jax.batches import HostBatch, LossSum
 from speechlm2_jax.console import phase
@@ -171,18 +168,3 @@ class _SumPrograms:
                 *(shapes, where),
             ),
         )
-
-
-def keep_compiled_programs(folder: str | None) -> None:
-    """Keeps compiled programs between processes, in `folder` or (auto) the user's cache.
-
-    Does nothing for None, or where JAX_COMPILATION_CACHE_DIR already says where.
-    """
-    if folder is None or getattr(jax.config, "jax_compilation_cache_dir", None):
-        return
-    if folder == "auto":
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        folder = str(cache / "speechlm2_jax" / "compiled")
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()  # programs compiled before this ran without a cache

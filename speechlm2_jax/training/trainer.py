@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.checkpointing import CHECKPOINTS, read_ranking, step_folders
+from speechlm2_jax.compilation_cache import keep_compiled_programs
 from speechlm2_jax.settings import build, to_plain
 from speechlm2_jax.training.exp_manager import ExpManagerConfig
 from speechlm2_jax.training.loop import FitLoop, NonFiniteRun, finished_reason
 from speechlm2_jax.training.optimizer import read_optimizer
-from speechlm2_jax.training.programs import keep_compiled_programs
 from speechlm2_jax.training.protocol import (
     DataSource,
     HostMetric,

@@ -10,7 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from speechlm2_jax import experiment
 from speechlm2_jax.checkpointing import load_weights, read_json, step_folders
-from speechlm2_jax.training.programs import keep_compiled_programs
+from speechlm2_jax.compilation_cache import keep_compiled_programs
 from tests.training.tiny_salm import write_config
 
 SAVED_AT, MORE = 3, 20
