@@ -32,7 +32,7 @@ LONGEST = (
     "multidevice/test_salm_meshes.py",
     "speech_decoder/test_decoder_mesh.py",
     "perception/test_audio_perception.py",
-    "models/test_streaming.py",
+    "pretrained/test_streamed_loading.py",
     "models/test_duplex_model.py",
 )
 """Few tests of many seconds each: last, they would leave one of two workers without work."""

@@ -1,4 +1,4 @@
-"""Laws of slots: the answers of `generate`, whoever comes and goes, in few programs."""
+"""Invariants of continuous batching: tokens equal `generate`, few compiled programs."""
 
 from pathlib import Path
 

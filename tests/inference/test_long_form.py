@@ -1,4 +1,4 @@
-"""Laws of long recordings: chunks cover them, and what a recogniser hears twice is said once."""
+"""Invariants of long recordings: chunks cover them; text of an overlap appears once."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Laws of `generate` and `stream`: the same tokens however they are asked for, in few programs."""
+"""Invariants of `generate` and `stream`: same tokens for any batching, few compiled programs."""
 
 import importlib.util
 import itertools

@@ -1,4 +1,4 @@
-"""Weights go from files to devices part by part: the host never holds a second model."""
+"""Weights stream from files to devices component by component: the host holds no second copy."""
 
 import json
 import os

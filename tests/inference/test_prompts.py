@@ -1,4 +1,4 @@
-"""What `generate` is given: every wrong prompt is one line with its number, none is answered."""
+"""Invalid prompts raise a one-line ValueError with their number; nothing is generated."""
 
 from pathlib import Path
 

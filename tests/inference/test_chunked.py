@@ -1,4 +1,4 @@
-"""`generate` on recordings that are too long: chunks answered as recordings by themselves."""
+"""`generate` on recordings longer than max_audio_s: each chunk is decoded as its own recording."""
 
 import logging
 from pathlib import Path
