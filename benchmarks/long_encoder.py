@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from speechlm2_jax.layers.module import Variables, abstract, draw, merge, split
+from speechlm2_jax.layers.initialize import draw
+from speechlm2_jax.layers.module import Variables, abstract, merge, split
 from speechlm2_jax.perception import self_attention
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig

@@ -23,7 +23,8 @@ from flax import nnx
 from benchmarks import timing
 from benchmarks.presets import PRESETS, Preset
 from speechlm2_jax.compilation_cache import keep_compiled_programs
-from speechlm2_jax.layers.module import Variables, abstract, draw, merge, split
+from speechlm2_jax.layers.initialize import draw
+from speechlm2_jax.layers.module import Variables, abstract, merge, split
 from speechlm2_jax.perception.frames import Frames
 from speechlm2_jax.perception.perception import AudioPerception
 from speechlm2_jax.training.run import huge_pages

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from speechlm2_jax.layers.lora import LoraConfig
-from speechlm2_jax.layers.module import Remat, RematPolicy
+from speechlm2_jax.layers.stack import Remat, RematPolicy
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.networks.salm import SalmConfig
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig

@@ -18,7 +18,8 @@ from benchmarks.presets import Preset
 from speechlm2_jax.batches import HostBatch, SalmBatch, StepLosses
 from speechlm2_jax.generation import salm as generation
 from speechlm2_jax.generation.salm import DecodingConfig, Prompts
-from speechlm2_jax.layers.module import Variables, abstract, describe, draw, merge, split
+from speechlm2_jax.layers.initialize import draw
+from speechlm2_jax.layers.module import Variables, abstract, describe, merge, split
 from speechlm2_jax.networks import salm
 from speechlm2_jax.networks.flops import EncodedAudio, salm_flops
 from speechlm2_jax.networks.salm import Salm, SalmConfig, SalmModes

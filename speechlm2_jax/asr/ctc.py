@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from speechlm2_jax.layers.linear import Linear
-from speechlm2_jax.layers.module import RematPolicy
+from speechlm2_jax.layers.stack import RematPolicy
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
 from speechlm2_jax.perception.perception import AudioPerception, PerceptionConfig

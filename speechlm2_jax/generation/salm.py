@@ -26,7 +26,7 @@ from speechlm2_jax.generation.decoding import (
     step_rngs,
 )
 from speechlm2_jax.layers.cache import KVCache
-from speechlm2_jax.layers.module import read_in_place
+from speechlm2_jax.layers.cpu import read_in_place
 from speechlm2_jax.sharding import constrain
 
 __all__ = [

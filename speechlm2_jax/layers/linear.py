@@ -8,11 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from speechlm2_jax.layers.cpu import is_slow_matmul, weight_first_matmul
 from speechlm2_jax.layers.module import Initializer, param
-from speechlm2_jax.sharding import constrain, platform
-
-FEW_ROWS = 32
-"""Up to so many rows a product on a CPU waits for the weight rather than for its sums."""
+from speechlm2_jax.sharding import constrain
 
 default_init: Initializer = jax.nn.initializers.variance_scaling(
     1.0 / 3.0, "fan_in", "uniform", in_axis=1, out_axis=0
@@ -23,29 +21,22 @@ ones: Initializer = jax.nn.initializers.ones
 
 
 def gathered(weight: nnx.Param, dtype: Any) -> Array:
-    """A weight as a product needs it: in the dtype of the activations, all of the model width.
+    """Returns a weight ready for a matmul: in `dtype`, and not sharded along the model width.
 
-    Cast before it is gathered, so that half the bytes travel in bf16.
+    It is cast before it is all-gathered: in bf16 half as many bytes travel.
     """
     value = jnp.asarray(weight[...], dtype)
     axes = weight.get_metadata()["axes"][-value.ndim :]
     return constrain(value, *(None if axis == "embed" else axis for axis in axes))
 
 
-def product(
+def matmul(
     x: Float[Array, "*batch d_in"], weight: Float[Array, "d_out d_in"], **options: Any
 ) -> Float[Array, "*batch d_out"]:
-    """Computes x Wᵀ; `options` are those of einsum.
-
-    On a CPU, for a few rows, as (W xᵀ)ᵀ: XLA's product reads a weight on its left at about the
-    speed of memory and one on its right at half of it (docs/performance.md).
-    """
-    rows = math.prod(x.shape[:-1])
-    if platform() != "cpu" or not 1 < rows <= FEW_ROWS:
-        return jnp.einsum("...d,od->...o", x, weight, **options)
-    columns = jnp.einsum("od,rd->or", weight, x.reshape(rows, -1), **options)
-    # without the barrier XLA turns the product round again
-    return jax.lax.optimization_barrier(columns).T.reshape(*x.shape[:-1], -1)
+    """Computes x Wᵀ; `options` are those of einsum."""
+    if is_slow_matmul(math.prod(x.shape[:-1])):
+        return weight_first_matmul(x, weight, **options)
+    return jnp.einsum("...d,od->...o", x, weight, **options)
 
 
 class Linear(nnx.Module):
@@ -66,7 +57,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """Applies the layer over the last axis, in the dtype of `x`."""
-        y = product(x, gathered(self.weight, x.dtype))
+        y = matmul(x, gathered(self.weight, x.dtype))
         if self.bias is None:
             return y
         return y + jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)

@@ -13,11 +13,11 @@ from speechlm2_jax.layers.attention import NOT_A_KEY, AttentionMask
 from speechlm2_jax.layers.cache import CachedOutput, KVCache
 from speechlm2_jax.layers.dropout import fold_rngs
 from speechlm2_jax.layers.feed_forward import GatedFeedForward
-from speechlm2_jax.layers.linear import Embedding, Linear, gathered, product
+from speechlm2_jax.layers.linear import Embedding, Linear, gathered, matmul
 from speechlm2_jax.layers.lora import LoraConfig
-from speechlm2_jax.layers.module import RematPolicy, scan_layers, stack
 from speechlm2_jax.layers.norms import RMSNorm
 from speechlm2_jax.layers.rope import rotation
+from speechlm2_jax.layers.stack import RematPolicy, scan_layers, stack
 from speechlm2_jax.llm.attention import Attention, AttentionInputs
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.sharding import constrain, time_order
@@ -143,7 +143,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores every token in fp32, whatever the dtype of `hidden`."""
         weight = gathered((self.embedding if self.head is None else self.head).weight, hidden.dtype)
-        scores = product(hidden, weight, preferred_element_type=jnp.float32)
+        scores = matmul(hidden, weight, preferred_element_type=jnp.float32)
         return constrain(scores, "batch", "steps", "act_vocab")
 
     def _place(

@@ -15,14 +15,8 @@ from speechlm2_jax import parameter_paths, settings
 from speechlm2_jax.batches import HostBatch, LossSum, StepLosses
 from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.perception_stream import PerceptionStream
-from speechlm2_jax.layers.module import (
-    Remat,
-    VariableInfo,
-    Variables,
-    abstract,
-    describe,
-    split,
-)
+from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, split
+from speechlm2_jax.layers.stack import Remat
 from speechlm2_jax.perception.perception import AudioPerception
 from speechlm2_jax.perception.streaming import StreamPlan, natural_frames
 from speechlm2_jax.pretrained import blueprint as blueprints

@@ -19,15 +19,8 @@ from speechlm2_jax.conversion.codec import codec_table
 from speechlm2_jax.conversion.readers import read_nemo
 from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.padding import round_up
-from speechlm2_jax.layers.module import (
-    VariableInfo,
-    Variables,
-    abstract,
-    describe,
-    draw,
-    merge,
-    split,
-)
+from speechlm2_jax.layers.initialize import draw
+from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, merge, split
 from speechlm2_jax.pretrained.codec_config import codec_config
 from speechlm2_jax.pretrained.registry import find_nemo
 

@@ -32,16 +32,9 @@ from speechlm2_jax.inference.transcribe import (
     recordings_of,
     transcribe,
 )
-from speechlm2_jax.layers.module import (
-    Remat,
-    VariableInfo,
-    Variables,
-    abstract,
-    describe,
-    draw,
-    merge,
-    split,
-)
+from speechlm2_jax.layers.initialize import draw
+from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, merge, split
+from speechlm2_jax.layers.stack import Remat
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig

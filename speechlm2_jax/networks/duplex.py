@@ -20,7 +20,8 @@ from speechlm2_jax.codec.codec import Codec
 from speechlm2_jax.codec.config import CodecConfig
 from speechlm2_jax.layers.linear import Linear
 from speechlm2_jax.layers.lora import LoraConfig
-from speechlm2_jax.layers.module import Remat, buffer, keep_fp32
+from speechlm2_jax.layers.module import buffer, keep_fp32
+from speechlm2_jax.layers.stack import Remat
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.decoder import Decoder
 from speechlm2_jax.networks.channels import (

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.batches import LossSum
-from speechlm2_jax.sharding import constrain, context_size, platform
+from speechlm2_jax.layers.cpu import loss_chunk
+from speechlm2_jax.sharding import constrain, context_size
 
 LogitsOf = Callable[[Float[Array, "B T D"]], Float[Array, "B T *K V"]]
 CHUNK_TOKENS = 1024
 """Scored positions per chunk and device share: logits of [1024, V] in fp32 at a time."""
-PARTS = 4
-"""On a CPU what fits one chunk comes in so many: those without a target cost nothing."""
 
 
 def chunked_cross_entropy(
@@ -91,7 +90,7 @@ def _chunk_steps(steps: int, rows: int) -> tuple[int, bool]:
     """
     chunk = min(steps, max(1, CHUNK_TOKENS // rows))
     is_kept = chunk == steps
-    return (-(-steps // PARTS) if is_kept and platform() == "cpu" else chunk), is_kept
+    return (loss_chunk(steps) if is_kept else chunk), is_kept
 
 
 def _scores(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from speechlm2_jax.batches import SalmBatch, StepLosses
 from speechlm2_jax.layers.lora import LoraConfig
-from speechlm2_jax.layers.module import Remat
+from speechlm2_jax.layers.stack import Remat
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.decoder import Decoder
 from speechlm2_jax.networks.interleave import interleave

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from speechlm2_jax.layers.module import scan_layers
+from speechlm2_jax.layers.stack import scan_layers
 from speechlm2_jax.perception.conformer_layer import ConformerLayer
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import Context, FastConformerConfig

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from speechlm2_jax.layers.dropout import dropout, fold_rngs
 from speechlm2_jax.layers.linear import Linear
-from speechlm2_jax.layers.module import RematPolicy, scan_layers, stack
+from speechlm2_jax.layers.stack import RematPolicy, scan_layers, stack
 from speechlm2_jax.perception.batch_norm import Statistics
 from speechlm2_jax.perception.conformer_layer import ConformerLayer, LayerInputs
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from speechlm2_jax.layers.dropout import fold_rngs
 from speechlm2_jax.layers.linear import Linear
-from speechlm2_jax.layers.module import RematPolicy
+from speechlm2_jax.layers.stack import RematPolicy
 from speechlm2_jax.perception.batch_norm import Statistics
 from speechlm2_jax.perception.chunking import Chunking, chunk_rngs, cut, join
 from speechlm2_jax.perception.fastconformer import FastConformer

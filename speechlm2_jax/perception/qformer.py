@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from speechlm2_jax.layers.dropout import dropout, fold_rngs
 from speechlm2_jax.layers.linear import Linear, zeros
-from speechlm2_jax.layers.module import param, scan_layers, stack
+from speechlm2_jax.layers.module import param
 from speechlm2_jax.layers.norms import LayerNorm
+from speechlm2_jax.layers.stack import scan_layers, stack
 from speechlm2_jax.perception.fastconformer import EncoderOutput
 from speechlm2_jax.perception.frames import is_within
 from speechlm2_jax.sharding import constrain

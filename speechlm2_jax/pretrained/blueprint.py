@@ -14,8 +14,10 @@ from speechlm2_jax.conversion import hf_config, mapping
 from speechlm2_jax.conversion.readers import read_nemo
 from speechlm2_jax.conversion.stream_to_mesh import onto
 from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.layers.initialize import draw
 from speechlm2_jax.layers.lora import LoraConfig
-from speechlm2_jax.layers.module import Remat, VariableInfo, Variables, draw, split
+from speechlm2_jax.layers.module import VariableInfo, Variables, split
+from speechlm2_jax.layers.stack import Remat
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.parameter_paths import NamedSlice
 from speechlm2_jax.perception.perception import PerceptionConfig

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from speechlm2_jax.layers.dropout import fold_rngs
 from speechlm2_jax.layers.linear import Embedding, Linear
-from speechlm2_jax.layers.module import RematPolicy, scan_layers, stack
+from speechlm2_jax.layers.stack import RematPolicy, scan_layers, stack
 from speechlm2_jax.sharding import constrain, time_order, unsharded_time
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 from speechlm2_jax.speech_decoder.transformer import Transformer, TransformerState

@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.layers.dropout import dropout, fold_rngs
-from speechlm2_jax.layers.module import RematPolicy, param, scan_layers, stack
+from speechlm2_jax.layers.module import param
 from speechlm2_jax.layers.norms import LayerNorm
+from speechlm2_jax.layers.stack import RematPolicy, scan_layers, stack
 from speechlm2_jax.sharding import constrain
 from speechlm2_jax.speech_decoder.attention import (
     CrossAttention,

@@ -20,7 +20,7 @@ def test_each_layer_reads_what_it_wrote_in_order_of_time() -> None:
             cache = cache.write(layer, steps[layer, 0][:, part], steps[layer, 1][:, part])
         cache = cache.advance(part.stop - part.start)
     assert cache.used == 5
-    np.testing.assert_array_equal(cache.attention_mask, np.pad(attention_mask, ((0, 0), (0, 1))))
+    np.testing.assert_array_equal(cache.key_mask, np.pad(attention_mask, ((0, 0), (0, 1))))
     for layer in range(L):
         keys, values = cache.read(layer)
         np.testing.assert_array_equal(keys[:, :5], steps[layer, 0])

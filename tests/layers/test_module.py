@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from speechlm2_jax.layers.module import abstract, describe, draw, param, split, stack
+from speechlm2_jax.layers.initialize import draw
+from speechlm2_jax.layers.module import abstract, describe, param, split
+from speechlm2_jax.layers.stack import stack
 
 
 class Layer(nnx.Module):

@@ -230,7 +230,7 @@ def test_more_steps_than_positions_are_refused_with_the_key_to_set(plain) -> Non
     with pytest.raises(ValueError, match=f"{beyond} steps exceed the 16 learnt positions"):
         network.new_state(1, beyond, jnp.float32)
     unbounded = make(replace(CONFIG, use_learnable_pos_emb=False))
-    assert unbounded.new_state(1, beyond, jnp.float32).cache.attention_mask.shape == (1, beyond)
+    assert unbounded.new_state(1, beyond, jnp.float32).cache.key_mask.shape == (1, beyond)
 
 
 def test_padding_beyond_the_last_position_changes_no_score(plain) -> None:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from speechlm2_jax.layers import module
-from speechlm2_jax.layers.module import param, read_in_place, scan_layers, stack
+from speechlm2_jax.layers import cpu
+from speechlm2_jax.layers.cpu import read_in_place
+from speechlm2_jax.layers.module import param
+from speechlm2_jax.layers.stack import scan_layers, stack
 
 LAYERS, WIDTH, TURNS = 3, 4, 5
 
@@ -74,7 +76,7 @@ def test_the_same_numbers_without_a_scan_inside_the_loop(tower):
 
 
 def test_a_stack_that_is_too_large_to_hold_twice_stays_one(tower, monkeypatch):
-    monkeypatch.setattr(module, "MOST_APART_BYTES", LAYERS * WIDTH * WIDTH * 4 - 1)
+    monkeypatch.setattr(cpu, "MAX_UNSTACKED_BYTES", LAYERS * WIDTH * WIDTH * 4 - 1)
     call, state = program(tower, in_place=True)
     assert str(jax.make_jaxpr(call)(state, jnp.ones((2, WIDTH)))).count("scan[") == 2
 

@@ -1,0 +1,69 @@
+"""Repeated layers: stored stacked along a leading axis, run by `lax.scan` and `jax.checkpoint`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from speechlm2_jax.layers.cpu import unstacked_layers
+from speechlm2_jax.layers.module import LAYERS, constrain_layer, is_abstract
+
+M = TypeVar("M", bound=nnx.Module)
+RematPolicy = Literal["full", "dots", "none"]
+_SAVED = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
+    """Makes `count` equal modules as one, whose variables have a leading layer axis."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def build(layer_rngs: nnx.Rngs) -> M:
+        return make(layer_rngs)
+
+    layers = make(rngs) if is_abstract() else build(rngs)
+    for _, variable in nnx.to_flat_state(nnx.state(layers)):
+        variable.set_metadata(axes=(LAYERS, *variable.get_metadata()["axes"]))
+        if is_abstract():
+            value = variable.get_value()
+            variable.set_value(jnp.zeros((count, *value.shape), value.dtype))
+    return layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remat:
+    """Rematerialisation policy of each component of a model (see `scan_layers`)."""
+
+    llm: RematPolicy = "full"
+    perception: RematPolicy = "full"
+
+
+def scan_layers(
+    layers: M,
+    body: Callable[[M, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    *,
+    remat: RematPolicy = "full",
+) -> tuple[Any, Any]:
+    """Scans over a stack: `carry, y = body(layer, carry, x)` per layer; returns the ys stacked.
+
+    `xs` is a pytree with a leading layer axis (layer indices, for example) or None. `remat` says
+    what the backward pass recomputes: `full` everything but the carries, `dots` everything but
+    matmuls with weights, `none` nothing. Inside `cpu.read_in_place` the scan is unrolled.
+    """
+    unstacked = unstacked_layers(layers)
+    if unstacked is not None:
+        return unstacked.run(body, carry, xs)
+    graphdef, state = nnx.split(layers)
+
+    def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
+        layer_state, x = inputs
+        return body(nnx.merge(graphdef, constrain_layer(layer_state), copy=True), carry, x)
+
+    if remat != "none":
+        step = jax.checkpoint(step, prevent_cse=False, policy=_SAVED[remat])
+    return jax.lax.scan(step, carry, (state, xs))
