@@ -16,24 +16,21 @@ from speechlm2_jax.aot.chips import read_topology
 from speechlm2_jax.aot.programs import answering_report, training_report
 from speechlm2_jax.aot.report import Report
 from speechlm2_jax.batches import BatchShape, HostBatch, SalmExample
-from speechlm2_jax.checkpointing import DamagedError, LayoutError, step_folders
+from speechlm2_jax.checkpointing import step_folders
 from speechlm2_jax.console import phase
-from speechlm2_jax.conversion.errors import ConversionError, MissingWeightsError
+from speechlm2_jax.conversion.errors import MissingWeightsError
 from speechlm2_jax.data.datamodule import TOKENS_MULTIPLE, DataModule, named_sets
 from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
-from speechlm2_jax.data.prompts import PromptError
 from speechlm2_jax.data.salm_dataset import SALMDataset
-from speechlm2_jax.data.tokenizer import TokenizerError
 from speechlm2_jax.evaluation.duplex import scoring
 from speechlm2_jax.evaluation.metrics.wer import text_normalizer, word_errors
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.models.ctc import CTCModel
 from speechlm2_jax.models.duplex import DuplexS2SModel
 from speechlm2_jax.models.salm import SALM
-from speechlm2_jax.parameter_paths import PatternError
 from speechlm2_jax.perception.perception import PerceptionConfig
 from speechlm2_jax.pretrained import registry
-from speechlm2_jax.pretrained.locate import Location
+from speechlm2_jax.pretrained.errors import USER_ERRORS
 from speechlm2_jax.settings import (
     CompileAhead,
     SettingsError,
@@ -55,16 +52,6 @@ BLOCKS = ("model", "trainer", "data", "exp_manager")
 IGNORED = {"name": "exp_manager.name names the run"}
 """Keys beside the blocks, as NeMo's configs page has them, and why they mean nothing here."""
 REQUIRED = ("model", "data")
-USER_ERRORS = (
-    SettingsError,
-    ConversionError,
-    TokenizerError,
-    PromptError,
-    PatternError,
-    DamagedError,
-    LayoutError,
-)
-"""What a user can mend; everything else is a fault of ours and keeps its traceback."""
 VALIDATION_ANSWER_TOKENS = 128
 FRAME_TOLERANCE = 0.01
 """How far rates that data and model state may be apart, relatively."""
@@ -288,17 +275,6 @@ def make_model(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Model:
 def model_kind(cfg: Mapping[str, Any]) -> type[Model]:
     """The class that a `model:` block names, or that its keys tell. Raises SettingsError."""
     return getattr(models, registry.trained_class(cfg))
-
-
-def load_duplex(name: str, *, dtype: str) -> DuplexS2SModel:
-    """Loads a duplex model of either kind. Raises SettingsError if it is none."""
-    path = Location().find(name, key="pretrained_name")
-    found = registry.identify(path)
-    if found is None or found not in registry.DUPLEX_MODELS:
-        what = "no duplex model" if found is None else found.what
-        raise SettingsError(f"{name} is {what}; a duplex model was expected")
-    kind: type[DuplexS2SModel] = getattr(models, found.classes[0])
-    return kind.from_pretrained(name, dtype=dtype).eval()
 
 
 def make_data(cfg: Mapping[str, Any], model: Model) -> DataModule:

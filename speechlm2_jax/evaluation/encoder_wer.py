@@ -32,7 +32,7 @@ class EncoderTranscriber(Protocol):
         ...
 
 
-def open_recogniser(nemo_file: Path) -> EncoderTranscriber:
+def open_ctc_model(nemo_file: Path) -> EncoderTranscriber:
     """Loads an encoder with its CTC head.
 
     Raises SettingsError or ConversionError for a file without one.

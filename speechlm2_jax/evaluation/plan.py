@@ -51,7 +51,7 @@ class EvaluationPlan:
         """The file that a key names, if any. Raises SettingsError if none can be written there."""
         return output_file(key, getattr(self.config, key), [self.config.inputs])
 
-    def says(self) -> str:
+    def summary(self) -> str:
         """What is about to be evaluated, for a reader."""
         config, run = self.config, self.run
         model = ("model", config.pretrained_name)

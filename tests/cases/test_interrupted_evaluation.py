@@ -19,8 +19,8 @@ from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.duplex.results import DialogueAnswer
 from speechlm2_jax.evaluation.duplex.turns import SaidTurn, Word
+from speechlm2_jax.evaluation.exit_codes import interruptible, report_interruption
 from speechlm2_jax.evaluation.inputs import Utterance
-from speechlm2_jax.evaluation.interruption import interruptible, report_interruption
 from speechlm2_jax.evaluation.journal import Journal, row_keys
 from speechlm2_jax.evaluation.metrics.token_accuracy import TokenCounts
 from speechlm2_jax.evaluation.metrics.turn_taking import TurnMark, Turns

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from speechlm2_jax.evaluation.encoder_wer import encoder_texts, open_recogniser
+from speechlm2_jax.evaluation.encoder_wer import encoder_texts, open_ctc_model
 from speechlm2_jax.evaluation.results import Evaluation, Response, Speed, table
 from tests.evaluation.page_case import utterance
 
@@ -76,5 +76,5 @@ def test_the_recogniser_is_the_encoders_own_file_opened_as_a_ctc_model(monkeypat
             return Recogniser()
 
     monkeypatch.setitem(vars(models), "CTCModel", CTCModel)
-    assert isinstance(open_recogniser(tmp_path / "encoder.nemo"), Recogniser)
+    assert isinstance(open_ctc_model(tmp_path / "encoder.nemo"), Recogniser)
     assert asked == [tmp_path / "encoder.nemo"]

@@ -123,14 +123,14 @@ def test_the_step_is_the_best_else_the_last(here):
     assert run.step == (10, "best val_wer")
     plan = make_plan({"pretrained_name": "runs/a", "inputs": "x.jsonl"})
     assert plan.step == 10
-    assert plan.says() == (
+    assert plan.summary() == (
         "run    runs/a, step 10 (best val_wer)\n"
         "data   x.jsonl\n"
         "asked  'Be exact.' 'Write down:', as trained"
     )
     (here / "set").mkdir()
     (here / "set" / "b.txt").touch()
-    noted = make_plan({"pretrained_name": "runs/a", "inputs": "set"}).says()
+    noted = make_plan({"pretrained_name": "runs/a", "inputs": "set"}).summary()
     assert "\nnote   files left out: 1 (1 .txt); audio is read from .wav" in noted
     unranked = read_run(make_run(Path("runs/b")))
     assert unranked is not None

@@ -91,7 +91,7 @@ class DuplexPlan:
             max_frames=model.max_frames,
         )
 
-    def says(self) -> str:
+    def summary(self) -> str:
         """What is about to be evaluated, for a reader."""
         config, run = self.config, self.run
         model = ("model", config.pretrained_name)

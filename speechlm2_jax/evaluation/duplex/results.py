@@ -74,7 +74,7 @@ class DialogueAnswer:
         normalize = text_normalizer(normalizer)
         return word_errors([normalize(self.text)], [normalize(self.pred_text)])
 
-    def says(self) -> str:
+    def summary(self) -> str:
         """Reference and answer for a reader."""
         if self.text is None:
             return f"{self.id}: {self.pred_text}"

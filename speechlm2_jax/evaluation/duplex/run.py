@@ -61,7 +61,7 @@ def open_scorer(
     )
 
 
-def converse(
+def evaluate_duplex(
     scorer: DuplexScorer,
     dialogues: Sequence[Dialogue],
     dataset: DuplexS2SDataset,
@@ -103,7 +103,7 @@ def converse(
                         _progress(scorer, answers[index], answer, speed),
                     )
                     if config.verbose or not dialogues[index].has_reference:
-                        log(answers[index].says())
+                        log(answers[index].summary())
             if journal is not None:
                 journal.append(rows)
             progress.update(len(rows))

@@ -1,0 +1,70 @@
+"""Evaluation of a SALM: load, generate, score, write the output manifest and the report."""
+
+from speechlm2_jax.evaluation.config import check_generation
+from speechlm2_jax.evaluation.devices import choose_device
+from speechlm2_jax.evaluation.encoder_wer import (
+    EncoderTranscriber,
+    encoder_texts,
+    open_ctc_model,
+)
+from speechlm2_jax.evaluation.plan import EvaluationPlan
+from speechlm2_jax.evaluation.provenance import provenance
+from speechlm2_jax.evaluation.results import table
+from speechlm2_jax.evaluation.resuming import open_journal, start_fingerprint
+from speechlm2_jax.evaluation.run import evaluate, input_keys
+from speechlm2_jax.pretrained.errors import errors_name_key
+from speechlm2_jax.settings import SettingsError
+
+
+def run_salm_evaluation(plan: EvaluationPlan) -> None:
+    """Generates a response to each input, writes output manifest and report, prints the table."""
+    # cheap checks come before the model is loaded
+    config = plan.config
+    utterances = plan.utterances()
+    output, page = plan.output("output_manifest"), plan.output("report")
+    print(plan.summary(), flush=True)
+
+    from speechlm2_jax.evaluation.html_report.page import write_page
+    from speechlm2_jax.models import SALM
+
+    device = choose_device(config.device)
+    fingerprint = start_fingerprint(config.pretrained_name)
+    with errors_name_key("pretrained_name"):
+        model = SALM.from_pretrained(config.pretrained_name, dtype=config.dtype).eval()
+    if config.generation:  # once more, for token ids that this vocabulary lacks
+        check_generation(config.generation, config.max_new_tokens, model)
+    ctc_model = _encoder_ctc_model(plan)
+    keys, sha256 = input_keys(utterances), fingerprint.result()
+    with open_journal(output, config, sha256, device, keys) as journal:
+        result = evaluate(model, utterances, config, journal=journal)
+        if ctc_model is not None:
+            texts = encoder_texts(ctc_model, utterances, config.batch_size, config.max_audio_s)
+            result = result.with_encoder_texts(texts)
+        totals = result.totals()
+        record = provenance(config, device, totals, sha256=sha256, step=plan.step)
+        if journal is not None:
+            journal.finish(result.rows(), record)
+        print(table(totals))
+        if output is not None:
+            print(f"answers: {output}")
+    if page is not None:
+        rate_hz = model.sampling_rate
+        write_page(page, result, utterances, record, media_rows=config.report_rows, rate_hz=rate_hz)
+        print(f"report:  {page}  (open it in a browser)")
+
+
+def _encoder_ctc_model(plan: EvaluationPlan) -> EncoderTranscriber | None:
+    """The encoder with its CTC head if `encoder_wer` is on.
+
+    An encoder without a CTC head is an error only if the command line sets `encoder_wer`.
+    """
+    if plan.encoder_file is None:
+        return None
+    try:
+        with errors_name_key("encoder_wer"):
+            return open_ctc_model(plan.encoder_file)
+    except SettingsError as error:
+        if "encoder_wer" in plan.given:
+            raise
+        print(f"note   {error}")
+        return None
