@@ -12,10 +12,10 @@ names. A TARGET.nemo needs a SOURCE with model_config.yaml: a .nemo file, or a d
 one. Nothing in SOURCE is ever executed.
 """
 
-from speechlm2_jax.usage import answer_help
+from speechlm2_jax.usage import print_help_if_asked
 
 if __name__ == "__main__":  # before the imports below, which are slow
-    answer_help(__file__)
+    print_help_if_asked(__file__)
 
 import argparse
 import sys
@@ -92,5 +92,5 @@ def convert(source: Path, target: Path, dtype: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    console.outlive_readers()
+    console.ignore_closed_pipes()
     sys.exit(main(sys.argv[1:]))

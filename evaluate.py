@@ -5,10 +5,10 @@ python evaluate.py pretrained_name=runs/digits inputs=test.jsonl batch_size=16 [
 python evaluate.py pretrained_name=runs/s2s_duplex       a duplex model, on its validation sets
 """
 
-from speechlm2_jax.usage import answer_help
+from speechlm2_jax.usage import print_help_if_asked
 
 if __name__ == "__main__":  # before the imports below, which are slow
-    answer_help(
+    print_help_if_asked(
         __file__,
         keys_of=[f"speechlm2_jax/evaluation/{name}config.py" for name in ("", "duplex/")],
     )
@@ -45,5 +45,5 @@ def _evaluate(argv: Sequence[str], compiled: str | None) -> None:
 
 
 if __name__ == "__main__":
-    console.outlive_readers()
+    console.ignore_closed_pipes()
     sys.exit(main(sys.argv[1:], compiled="auto"))

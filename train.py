@@ -15,22 +15,22 @@ PROGRAM = "train.py"
 
 def main(argv: list[str]) -> None:
     """Parses arguments, builds, runs. Bad input is one clear line and exit code 2."""
-    speaks = launch.is_first()
+    speaks = launch.is_first_process()
     with console.one_line_errors(PROGRAM, [SettingsError]), console.showing(is_shown=speaks):
         command = parse_train(argv)
-        console.say(f"speechlm2_jax: reading {find(command.config)} ...")
+        console.log_line(f"speechlm2_jax: reading {find(command.config)} ...")
         with console.phase("importing"):
             from speechlm2_jax import experiment, processes
 
         words = command.config, command.overrides
-        with processes.failing_at_once(), experiment.clear_errors(PROGRAM):
+        with processes.exit_on_error(), experiment.clear_errors(PROGRAM):
             if command.ahead is not None:
                 sys.exit(_compile_ahead(experiment.compile_ahead(*words, command.ahead)))
-            experiment.join(*words)
+            experiment.initialize_processes(*words)
             if command.dry_run:
-                experiment.build(*words, only_describes=True).dry_run()
+                experiment.build(*words, dry_run=True).dry_run()
             elif not experiment.is_finished(*words):
-                experiment.build(*words, keeps_compiled=True).fit()
+                experiment.build(*words, keep_compiled=True).fit()
 
 
 def _compile_ahead(report: "Report") -> int:
@@ -41,6 +41,6 @@ def _compile_ahead(report: "Report") -> int:
 
 
 if __name__ == "__main__":
-    huge_pages.start_again_with_them()
-    console.outlive_readers()
+    huge_pages.restart_with_huge_pages()
+    console.ignore_closed_pipes()
     main(sys.argv[1:])

@@ -7,10 +7,10 @@ one word per token, the codec's `.nemo`, and in `model/` the weights with which 
 `--no-weights` leaves these out: then each side draws its own. NeMo 3.0.0 reads all of it.
 """
 
-from speechlm2_jax.usage import answer_help
+from speechlm2_jax.usage import print_help_if_asked
 
 if __name__ == "__main__":  # before the imports below, which are slow
-    answer_help(__file__)
+    print_help_if_asked(__file__)
 
 import json
 from collections.abc import Mapping

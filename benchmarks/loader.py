@@ -7,10 +7,10 @@ Takes what train.py takes. A training step that is slower than a batch here neve
 Needs lhotse and what else the data room needs.
 """
 
-from speechlm2_jax.usage import answer_help
+from speechlm2_jax.usage import print_help_if_asked
 
 if __name__ == "__main__":  # before the imports below, which are slow
-    answer_help(__file__)
+    print_help_if_asked(__file__)
 
 import argparse
 import itertools

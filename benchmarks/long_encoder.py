@@ -9,10 +9,10 @@ in blocks of 256. `plain` scores all queries at once; both run on a shorter clip
 One line of JSON goes to the standard output, progress to the standard error.
 """
 
-from speechlm2_jax.usage import answer_help
+from speechlm2_jax.usage import print_help_if_asked
 
 if __name__ == "__main__":  # before the imports below, which are slow
-    answer_help(__file__)
+    print_help_if_asked(__file__)
 
 import argparse
 import json

@@ -6,10 +6,10 @@ Random weights and noise. `mel` is waveforms to features, `encoder` features to 
 the encoder's forward and backward pass, with no layer computed again. Needs the JAX stack only.
 """
 
-from speechlm2_jax.usage import answer_help
+from speechlm2_jax.usage import print_help_if_asked
 
 if __name__ == "__main__":  # before the imports below, which are slow
-    answer_help(__file__)
+    print_help_if_asked(__file__)
 
 import argparse
 from collections.abc import Callable
@@ -110,5 +110,5 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    huge_pages.start_again_with_them()
+    huge_pages.restart_with_huge_pages()
     main()

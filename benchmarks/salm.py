@@ -7,10 +7,10 @@ Encoder, projection and the LoRA adapters on query and value are trained, the LL
 clipping at 1.0. Answers are greedy and exactly `--answer` tokens long. Needs the JAX stack only.
 """
 
-from speechlm2_jax.usage import answer_help
+from speechlm2_jax.usage import print_help_if_asked
 
 if __name__ == "__main__":  # before the imports below, which are slow
-    answer_help(__file__)
+    print_help_if_asked(__file__)
 
 import argparse
 from typing import Any
@@ -126,5 +126,5 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    huge_pages.start_again_with_them()
+    huge_pages.restart_with_huge_pages()
     main()

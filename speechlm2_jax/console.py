@@ -83,7 +83,7 @@ class _Output:
         return getattr(self._stream, name)
 
 
-def outlive_readers() -> None:
+def ignore_closed_pipes() -> None:
     """Lets this process go on when its standard output or error is closed by their reader."""
     sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
 
@@ -136,7 +136,7 @@ def phase(name: str) -> Generator[None]:
         log.info("%s took %.1f s", name, took_s)
 
 
-def say(text: str) -> None:
+def log_line(text: str) -> None:
     """Says one line at once."""
     log.info("%s", text)
 
@@ -191,7 +191,7 @@ class ProgressBar:
             self._bar.close()
 
 
-def leave_at_once(message: str) -> None:
+def exit_now(message: str) -> None:
     """Ends the process now, from any thread: no clean-up, nothing awaited."""
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
     os._exit(INTERRUPTED)

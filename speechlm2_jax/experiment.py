@@ -13,7 +13,7 @@ import numpy as np
 
 from speechlm2_jax import models, processes
 from speechlm2_jax.aot.chips import read_topology
-from speechlm2_jax.aot.programs import answering_report, training_report
+from speechlm2_jax.aot.programs import generation_report, training_report
 from speechlm2_jax.aot.report import Report
 from speechlm2_jax.batches import BatchShape, HostBatch, SalmExample
 from speechlm2_jax.checkpointing import step_folders
@@ -52,7 +52,7 @@ BLOCKS = ("model", "trainer", "data", "exp_manager")
 IGNORED = {"name": "exp_manager.name names the run"}
 """Keys beside the blocks, as NeMo's configs page has them, and why they mean nothing here."""
 REQUIRED = ("model", "data")
-VALIDATION_ANSWER_TOKENS = 128
+VALIDATION_MAX_NEW_TOKENS = 128
 FRAME_TOLERANCE = 0.01
 """How far rates that data and model state may be apart, relatively."""
 LONGEST_TOKENS, LONGEST_S = 1024, 40.0
@@ -115,13 +115,13 @@ def build(
     config: str | Path,
     overrides: Sequence[str] = (),
     *,
-    only_describes: bool = False,
-    keeps_compiled: bool = False,
+    dry_run: bool = False,
+    keep_compiled: bool = False,
 ) -> Experiment:
     """Builds everything that a YAML describes. Raises SettingsError before any compilation.
 
-    With `only_describes` (a dry run) it makes no run directory and loads no weights; those that are
-    there are checked. With `keeps_compiled` the program that draws random weights is kept too, as
+    With `dry_run` (a dry run) it makes no run directory and loads no weights; those that are
+    there are checked. With `keep_compiled` the program that draws random weights is kept too, as
     those of `fit` are.
     """
     settings = load(config, overrides)
@@ -131,13 +131,13 @@ def build(
     missing: list[str] = []
     with ignored_report() as ignored:
         trainer = Trainer(**settings.get("trainer", {}))
-        if keeps_compiled:
+        if keep_compiled:
             trainer.keep_compiled_programs()
         # names of parts are relative to the working folder or to the YAML's own
         model = make_model(settings["model"], near=(find(config).resolve().parent,))
         datamodule = make_data(settings["data"], model)
         trainer.check(model)
-        if only_describes:
+        if dry_run:
             trainer.check_experiment(settings.get("exp_manager"))
             missing = missing_weights(model)
         else:
@@ -183,7 +183,7 @@ def compile_ahead(config: str | Path, overrides: Sequence[str], asked: CompileAh
         setup = Setup.of(model, trainer.config, trainer.strategy, devices=topology.devices)
         shape = _largest_shape(values["data"].get("train_ds") or {}, asked, model, setup)
         if asked.generates:
-            return answering_report(model, setup, topology, shape, asked.new_tokens)
+            return generation_report(model, setup, topology, shape, asked.new_tokens)
         return training_report(model, setup, topology, shape)
 
 
@@ -206,10 +206,10 @@ def _largest_shape(
     )
 
 
-def join(config: str | Path, overrides: Sequence[str] = ()) -> None:
+def initialize_processes(config: str | Path, overrides: Sequence[str] = ()) -> None:
     """Meets the other processes of the run, if it has several. Raises SettingsError."""
     nodes = load(config, overrides).get("trainer", {}).get("num_nodes", 1)
-    processes.join(nodes if isinstance(nodes, int) else 1)
+    processes.initialize(nodes if isinstance(nodes, int) else 1)
 
 
 def is_finished(config: str | Path, overrides: Sequence[str] = ()) -> bool:
@@ -332,7 +332,7 @@ def word_error_rate(model: SALM | CTCModel) -> Callable[[HostBatch], Scored]:
         asked = [reference for reference in batch.references if reference is not None]
         if not asked:
             return Scored(total=0.0, count=0.0)
-        texts = answers(model, [reference.prompt for reference in asked])
+        texts = hypotheses(model, [reference.prompt for reference in asked])
         errors = word_errors(
             [normalize(reference.text) for reference in asked],
             [normalize(text) for text in texts],
@@ -349,11 +349,11 @@ def word_error_rate(model: SALM | CTCModel) -> Callable[[HostBatch], Scored]:
     return metric
 
 
-def answers(model: SALM | CTCModel, prompts: Sequence[SalmExample]) -> list[str]:
+def hypotheses(model: SALM | CTCModel, prompts: Sequence[SalmExample]) -> list[str]:
     """What a model says to each prompt; a recogniser hears its first recording only."""
     if isinstance(model, CTCModel):
         return [*model.transcribe([prompt.audio[0] for prompt in prompts])]
-    ids = model.answer(prompts, VALIDATION_ANSWER_TOKENS)
+    ids = model.answer(prompts, VALIDATION_MAX_NEW_TOKENS)
     return [text_before_end(model, row) for row in ids]
 
 

@@ -38,12 +38,12 @@ GRACE_S = 5.0
 LAST_WORDS = 30
 
 
-def is_first() -> bool:
+def is_first_process() -> bool:
     """Whether this process is the first of its run, or its only one; known before JAX starts."""
     return all(os.environ.get(name, "0") == "0" for name in INDICES)
 
 
-def keep_beating() -> None:
+def start_heartbeat() -> None:
     """Starts a thread that tells the launcher that this process runs; nothing without one."""
     folder = os.environ.get(BEATS)
     if folder is None:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from speechlm2_jax.launch import COORDINATOR, COUNT, HEARTBEAT, INDEX, keep_beating
+from speechlm2_jax.launch import COORDINATOR, COUNT, HEARTBEAT, INDEX, start_heartbeat
 from speechlm2_jax.settings import SettingsError
 
 HEARTBEAT_S = 100
@@ -24,16 +24,16 @@ _CLUSTER_LISTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 _LONGEST_TEXT = 4096
 
 
-def join(nodes: int = 1) -> None:
+def initialize(nodes: int = 1) -> None:
     """Meets the other processes of the run; called before anything asks for devices.
 
     The launcher's variables say where; SLURM, Open MPI, GKE and Cloud TPU are recognised by JAX
     itself, the last only where `nodes` (trainer.num_nodes) is above 1. Raises SettingsError if they
     do not meet.
     """
-    if jax.distributed.is_initialized() or not (nodes > 1 or _has_company()):
+    if jax.distributed.is_initialized() or not (nodes > 1 or _has_several_processes()):
         return
-    keep_beating()
+    start_heartbeat()
     given = COORDINATOR in os.environ
     try:
         jax.distributed.initialize(
@@ -50,7 +50,7 @@ def join(nodes: int = 1) -> None:
 
 
 @contextmanager
-def failing_at_once() -> Generator[None]:
+def exit_on_error() -> Generator[None]:
     """Ends a process of several at once when it fails.
 
     It would else wait for the others before it goes, while they wait for its part of a step.
@@ -68,7 +68,7 @@ def failing_at_once() -> Generator[None]:
         os._exit(code if isinstance(code, int) else 1)
 
 
-def agree(text: str) -> str:
+def broadcast_text(text: str) -> str:
     """The first process's text, on all of them. Every process must call it. At most 4096 bytes."""
     if jax.process_count() == 1:
         return text
@@ -78,22 +78,22 @@ def agree(text: str) -> str:
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).rstrip(b"\0").decode()
 
 
-def wait_for_all(where: str) -> None:
+def barrier(where: str) -> None:
     """Returns when every process has come here. `where` is the same on all of them."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
-def may_stop(question: int) -> bool:
+def reached_stop_point(calls: int) -> bool:
     """Whether all are to stop now; True in all of them at the same question, and once.
 
     `question` counts how often it was asked; every process asks equally often. JAX watches for
     SIGTERM and lets the processes agree in the background, so asking costs next to nothing.
     """
-    return multihost_utils.reached_preemption_sync_point(question)
+    return multihost_utils.reached_preemption_sync_point(calls)
 
 
-def _has_company() -> bool:
+def _has_several_processes() -> bool:
     environment = os.environ
     sizes = [environment.get(name, "") for name in _CLUSTER_SIZES]
     lists = [environment.get(name, "") for name in _CLUSTER_LISTS]

@@ -11,7 +11,7 @@ HELP = ("-h", "--help")
 _ADDERS = ("add_argument", "add")
 
 
-def answer_help(path: str, *, keys_of: Sequence[str] = ()) -> None:
+def print_help_if_asked(path: str, *, keys_of: Sequence[str] = ()) -> None:
     """Where --help is asked for, prints the usage of the program in file `path` and exits with 0.
 
     `keys_of` are files beside the program whose dataclasses name its `key=value` options. Called

@@ -10,10 +10,10 @@ convolution that changes the rate only those of the frame itself are used; resid
 zero. So any tool for codecs can read, decode and stream it, and nobody has to train it.
 """
 
-from speechlm2_jax.usage import answer_help
+from speechlm2_jax.usage import print_help_if_asked
 
 if __name__ == "__main__":  # before the imports below, which are slow
-    answer_help(__file__)
+    print_help_if_asked(__file__)
 
 import json
 from pathlib import Path

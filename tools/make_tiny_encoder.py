@@ -8,10 +8,10 @@ that of configs/parts/tiny_encoder.yaml. Neither a test sentence nor a test voic
 voices are those of tools/corpus/texts.py and synthesis.PRETRAINING_VOICES.
 """
 
-from speechlm2_jax.usage import answer_help
+from speechlm2_jax.usage import print_help_if_asked
 
 if __name__ == "__main__":  # before the imports below, which are slow
-    answer_help(__file__)
+    print_help_if_asked(__file__)
 
 import subprocess
 import sys

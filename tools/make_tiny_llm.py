@@ -11,10 +11,10 @@ gets the dialogs and the run; stopped, the same command goes on. Keys are those 
 configs/parts/tiny_llm.yaml.
 """
 
-from speechlm2_jax.usage import answer_help
+from speechlm2_jax.usage import print_help_if_asked
 
 if __name__ == "__main__":  # before the imports below, which are slow
-    answer_help(__file__)
+    print_help_if_asked(__file__)
 
 import ast
 import json

@@ -12,10 +12,10 @@ held_out_strings.jsonl, overfit_64.jsonl, left_out_digits.jsonl, left_out_string
 strings' audio.
 """
 
-from speechlm2_jax.usage import answer_help
+from speechlm2_jax.usage import print_help_if_asked
 
 if __name__ == "__main__":  # before the imports below, which are slow
-    answer_help(__file__)
+    print_help_if_asked(__file__)
 
 import argparse
 import json

@@ -9,10 +9,10 @@ reason. The results are in `--output`, by default `$OUT/device_results.json` or
 `./device_results.json`, written after every part; the log of all parts is beside it.
 """
 
-from speechlm2_jax.usage import answer_help
+from speechlm2_jax.usage import print_help_if_asked
 
 if __name__ == "__main__":  # before the imports below, which are slow
-    answer_help(__file__)
+    print_help_if_asked(__file__)
 
 import argparse
 import contextlib

@@ -3,10 +3,10 @@
 Prints a line of JSON per row (benchmarks/device/rows.py); the rest goes to standard error.
 """
 
-from speechlm2_jax.usage import answer_help
+from speechlm2_jax.usage import print_help_if_asked
 
 if __name__ == "__main__":  # before the imports below, which are slow
-    answer_help(__file__)
+    print_help_if_asked(__file__)
 
 import json
 import tempfile

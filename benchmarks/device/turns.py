@@ -6,10 +6,10 @@ compile, run side by side. The peer is `benchmarks/peers/torch_peer.py`, run by 
 that PEER_PYTHON names, or by the one that runs this.
 """
 
-from speechlm2_jax.usage import answer_help
+from speechlm2_jax.usage import print_help_if_asked
 
 if __name__ == "__main__":  # before the imports below, which are slow
-    answer_help(__file__)
+    print_help_if_asked(__file__)
 
 import contextlib
 import json

@@ -18,9 +18,9 @@ from pathlib import Path
 
 if __name__ == "__main__":  # before the imports below, which are slow
     sys.path.append(str(Path(__file__).resolve().parents[2]))
-    from speechlm2_jax.usage import answer_help
+    from speechlm2_jax.usage import print_help_if_asked
 
-    answer_help(__file__)
+    print_help_if_asked(__file__)
 
 import argparse
 import json

@@ -25,7 +25,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """What one device of a topology has, beside its arithmetic (`training.meter.peak_flops`)."""
+    """Memory and links of one device (its FLOP/s: `training.run.throughput.peak_flops`)."""
 
     memory_bytes: int
     memory_bytes_per_s: float

@@ -1,9 +1,9 @@
 """Fetches the libtpu that fits: python -m speechlm2_jax.aot.fetch [--to FOLDER]."""
 
-from speechlm2_jax.usage import answer_help
+from speechlm2_jax.usage import print_help_if_asked
 
 if __name__ == "__main__":  # before the imports below, which are slow
-    answer_help(__file__)
+    print_help_if_asked(__file__)
 
 import argparse
 import sys

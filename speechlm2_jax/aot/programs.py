@@ -19,7 +19,7 @@ from speechlm2_jax.training.run.preparation import Setup
 from speechlm2_jax.training.run.summary import device_bytes
 
 
-class AnsweringModel(ModelOutline, Protocol):
+class GeneratingModel(ModelOutline, Protocol):
     """A model that answers, too."""
 
     @property
@@ -27,21 +27,23 @@ class AnsweringModel(ModelOutline, Protocol):
         """Token id of the placeholder of a recording."""
         ...
 
-    def answer_layout(self, placement: Sharding) -> Mapping[str, jax.ShapeDtypeStruct]:
+    def generation_layout(self, placement: Sharding) -> Mapping[str, jax.ShapeDtypeStruct]:
         """Dtype and place of every variable of a model that only answers."""
         ...
 
-    def compile_answer(self, placement: Sharding, shape: BatchShape, max_new_tokens: int) -> Any:
+    def compile_generation(
+        self, placement: Sharding, shape: BatchShape, max_new_tokens: int
+    ) -> Any:
         """Compiles answering prompts of one shape."""
         ...
 
-    def answer_flops(self, batch: HostBatch) -> float:
+    def generation_flops(self, batch: HostBatch) -> float:
         """Model FLOPs of one forward pass."""
         ...
 
 
 def training_report(
-    model: AnsweringModel, setup: Setup, topology: Topology, shape: BatchShape
+    model: GeneratingModel, setup: Setup, topology: Topology, shape: BatchShape
 ) -> Report:
     """Compiles the training step on rows of `shape`, as many on each data-parallel device.
 
@@ -50,7 +52,9 @@ def training_report(
     groups = setup.sharding.data_parallel_size
     batch = _full(model, shape, groups)
     begin = time.monotonic()
-    compiled = _fitting(lambda: setup.programs(model, setup.meter()).compile_ahead(batch), topology)
+    compiled = _fitting(
+        lambda: setup.programs(model, setup.throughput()).compile_ahead(batch), topology
+    )
     state, frozen = setup.layout.state, setup.layout.frozen
     known = {
         "trained parameters": device_bytes(state.trainable),
@@ -72,8 +76,8 @@ def training_report(
     )
 
 
-def answering_report(
-    model: AnsweringModel,
+def generation_report(
+    model: GeneratingModel,
     setup: Setup,
     topology: Topology,
     shape: BatchShape,
@@ -87,8 +91,10 @@ def answering_report(
     groups = placement.data_parallel_size
     begin = time.monotonic()
     with phase("compiling the answering program"):
-        compiled = _fitting(lambda: model.compile_answer(placement, shape, new_tokens), topology)
-    weights = model.answer_layout(placement)
+        compiled = _fitting(
+            lambda: model.compile_generation(placement, shape, new_tokens), topology
+        )
+    weights = model.generation_layout(placement)
     longer = replace(shape, tokens=shape.tokens + new_tokens)
     llm = {path: leaf for path, leaf in weights.items() if path.startswith("llm.")}
     return Report(
@@ -99,7 +105,7 @@ def answering_report(
         memory=_memory({"parameters": device_bytes(weights)}, "cache and other scratch", compiled),
         chip=topology.chip,
         flops_per_s=topology.flops_per_s,
-        flops=model.answer_flops(_full(model, longer, 1)) * groups / len(topology.devices),
+        flops=model.generation_flops(_full(model, longer, 1)) * groups / len(topology.devices),
         read_bytes=float(device_bytes(llm) * new_tokens),
         collectives=tuple(collectives(compiled.as_text())),
         compiled_in_s=time.monotonic() - begin,
@@ -131,7 +137,7 @@ def _fitting(compile_it: Callable[[], Any], topology: Topology) -> Any:
         raise SettingsError(f"{topology.name}: DOES NOT FIT: {text[:400]}") from error
 
 
-def _full(model: AnsweringModel, shape: BatchShape, groups: int) -> HostBatch:
+def _full(model: GeneratingModel, shape: BatchShape, groups: int) -> HostBatch:
     arrays = full_batch(
         shape,
         groups,

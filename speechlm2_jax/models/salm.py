@@ -174,11 +174,13 @@ class SALM(SpeechModel):
         request = read_request(self, {"max_new_tokens": max_new_tokens})
         return last_of(generate.run_generation(self, self._graphdef, prompts, request)).trimmed()
 
-    def answer_layout(self, placement: Sharding) -> dict[str, jax.ShapeDtypeStruct]:
+    def generation_layout(self, placement: Sharding) -> dict[str, jax.ShapeDtypeStruct]:
         """Dtype and place of every variable of a model that only answers."""
         return generate.layout(self, placement)
 
-    def compile_answer(self, placement: Sharding, shape: BatchShape, max_new_tokens: int) -> Any:
+    def compile_generation(
+        self, placement: Sharding, shape: BatchShape, max_new_tokens: int
+    ) -> Any:
         """Compiles `answer` for devices that need not be here; nothing runs.
 
         `shape` holds the prompts of one group of `placement`. Gives what
@@ -216,7 +218,7 @@ class SALM(SpeechModel):
         )
         return salm_flops(self.infos, trainable, arrays, heard)
 
-    def answer_flops(self, batch: HostBatch) -> float:
+    def generation_flops(self, batch: HostBatch) -> float:
         """Model FLOPs of one forward pass over `batch`, prompts and answers together."""
         return self._flops(batch, dict.fromkeys(self.infos, False))
 

@@ -195,7 +195,7 @@ class ExpManagerConfig:
 
     def run_dir(self) -> Path:
         """The run directory; a new one each time if it is named by date. The first process's."""
-        return Path(processes.agree(str(self._run_dir())))
+        return Path(processes.broadcast_text(str(self._run_dir())))
 
     def _run_dir(self) -> Path:
         if self.explicit_log_dir:

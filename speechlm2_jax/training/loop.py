@@ -26,14 +26,14 @@ class NonFiniteRun(SystemExit):
 class FitLoop:
     """One run of `fit`, from a state to its end or to a request to stop."""
 
-    parts: RunContext
+    context: RunContext
     state: TrainState
     frozen: Variables
     progress: Progress
     _metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._reporter = Reporter(self.parts, self.progress)
+        self._reporter = Reporter(self.context, self.progress)
 
     def run(self) -> FitResult:
         """Trains. Raises NonFiniteRun after too many skipped steps, having saved."""
@@ -42,7 +42,7 @@ class FitLoop:
         while reason is None:
             reason = self._train_one_step()
         self._reporter.drain()
-        self.parts.bar.close()
+        self.context.bar.close()
         self.publish()
         if self.progress.step:
             self._save(final=True)
@@ -61,54 +61,54 @@ class FitLoop:
 
     @property
     def _is_finished(self) -> bool:
-        return self.parts.cadence.is_finished(self.progress.step, self.progress.batches)
+        return self.context.intervals.is_finished(self.progress.step, self.progress.batches)
 
     def publish(self) -> None:
         """Lets the model hold the current arrays (until the next step donates them)."""
         state = self.state
-        self.parts.model.variables = {**self.frozen, **state.trainable, **state.buffers}
+        self.context.model.variables = {**self.frozen, **state.trainable, **state.buffers}
 
     # ------------------------------------------------------------ steps
 
     def _before_training(self) -> str | None:
         """Looks at validation before a new run; makes up for what a stop left undone."""
-        progress, stop = self.progress, self.parts.stop
+        progress, stop = self.progress, self.context.stop
         if stop.is_signalled:
-            return self._stopped(stop.ask() or "")
+            return self._stopped(stop.poll() or "")
         if progress.step == 0 and not self._is_finished:
-            return self._validate(sanity=True) if self.parts.sanity_batches else None
+            return self._validate(sanity=True) if self.context.sanity_batches else None
         if self._is_finished:
             return self._validate_finally() or finished_reason(progress.step)
         before = progress.batches - progress.window
-        is_due = self.parts.cadence.validates_after(before, progress.batches)
+        is_due = self.context.intervals.validates_after(before, progress.batches)
         if is_due and progress.validated_at != progress.step:
             return self._validate_and_save()
         return None
 
     def _train_one_step(self) -> str | None:
         """Takes one optimizer step and does what falls due after it. Returns why to end."""
-        parts, progress = self.parts, self.progress
+        context, progress = self.context, self.progress
         window = self._next_window()
         if not window:
             return self._validate_finally() or f"the training data ended at step {progress.step}"
-        parts.profiler.before(progress.step + 1)
+        context.profiler.before(progress.step + 1)
         self._dispatch(window)
-        parts.profiler.after(progress.step, self.state)
+        context.profiler.after(progress.step, self.state)
         is_last = self._is_finished
-        if is_last or progress.step % parts.log_every_n_steps == 0:
+        if is_last or progress.step % context.log_every_n_steps == 0:
             self._reporter.log_step()
         if self._reporter.is_hopeless:
             return (
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped; stopped at step "
                 f"{progress.step}. Look at the conversations above, or lower model.optimizer.lr"
             )
-        if (reason := parts.stop.ask()) is not None:
+        if (reason := context.stop.poll()) is not None:
             return self._stopped(reason)
         if is_last:
             return self._validate_finally() or f"finished {progress.step} steps"
-        if parts.cadence.validates_after(progress.batches - len(window), progress.batches):
+        if context.intervals.validates_after(progress.batches - len(window), progress.batches):
             return self._validate_and_save()
-        if parts.checkpoint_params.saves_at_step(progress.step):
+        if context.checkpoint_params.saves_at_step(progress.step):
             self._save()
         return None
 
@@ -118,9 +118,9 @@ class FitLoop:
     def _next_window(self) -> list[HostBatch]:
         """The micro-batches of the next step; empty where the data ends."""
         window: list[HostBatch] = []
-        with self.parts.meter.measure("data_wait"):
-            while len(window) < self.parts.cadence.window(self.progress.batches):
-                batch = next(self.parts.batches, None)
+        with self.context.throughput.measure("data_wait"):
+            while len(window) < self.context.intervals.window(self.progress.batches):
+                batch = next(self.context.batches, None)
                 if batch is None:
                     break
                 window.append(batch)
@@ -128,22 +128,22 @@ class FitLoop:
 
     def _dispatch(self, window: list[HostBatch]) -> None:
         """Starts one optimizer step, and reads the report of an older one."""
-        parts, progress = self.parts, self.progress
-        lr = parts.schedule(progress.step)
+        context, progress = self.context, self.progress
+        lr = context.schedule(progress.step)
         for batch in window:
-            tokens, padded = parts.model.count_tokens(batch)
+            tokens, padded = context.model.count_tokens(batch)
             # other processes' groups hold about as much
-            tokens, flops = round(tokens / batch.share), parts.model.flops(batch) / batch.share
-            parts.meter.add_batch(tokens=tokens, padded=padded, flops=flops)
-        if parts.cadence.accumulate == 1:
-            self.state, report = parts.programs.train(self.state, self.frozen, window[0], lr)
+            tokens, flops = round(tokens / batch.share), context.model.flops(batch) / batch.share
+            context.throughput.add_batch(tokens=tokens, padded=padded, flops=flops)
+        if context.intervals.accumulate == 1:
+            self.state, report = context.programs.train(self.state, self.frozen, window[0], lr)
         else:
             sums: MicroSums | None = None
             for index, batch in enumerate(window):
-                sums = parts.programs.accumulate(sums, self.state, self.frozen, batch, index)
+                sums = context.programs.accumulate(sums, self.state, self.frozen, batch, index)
             assert sums is not None
-            self.state, report = parts.programs.finish(self.state, sums, lr)
-        parts.meter.add_step()
+            self.state, report = context.programs.finish(self.state, sums, lr)
+        context.throughput.add_step()
         progress.step += 1
         progress.batches += len(window)
         progress.window = len(window)
@@ -161,27 +161,27 @@ class FitLoop:
         """A validation on the way, and what follows it. Returns why to end if interrupted."""
         if (reason := self._validate()) is not None:
             return reason
-        parts, step = self.parts, self.progress.step
-        epoch = parts.cadence.epoch(self.progress.batches - 1)
-        params = parts.checkpoint_params
+        context, step = self.context, self.progress.step
+        epoch = context.intervals.epoch(self.progress.batches - 1)
+        params = context.checkpoint_params
         if params.saves_after_validation(epoch) or params.saves_at_step(step):
             self._save()
         return None
 
     def _validate(self, *, sanity: bool = False) -> str | None:
         """Validates with the current weights. Returns why to end if it was interrupted."""
-        parts = self.parts
-        if parts.validator is None:
+        context = self.context
+        if context.validator is None:
             return None
         self._reporter.drain()
         self.publish()
         try:
-            with parts.meter.measure("validation"), phase("validation"):
-                sets = parts.datamodule.validation_batches()
-                limit = parts.sanity_batches if sanity else None
-                result = parts.validator.run(sets, self._evaluate, limit)
+            with context.throughput.measure("validation"), phase("validation"):
+                sets = context.datamodule.validation_batches()
+                limit = context.sanity_batches if sanity else None
+                result = context.validator.run(sets, self._evaluate, limit)
         except Interrupted:
-            return self._stopped(parts.stop.ask() or "validation was interrupted")
+            return self._stopped(context.stop.poll() or "validation was interrupted")
         self._check_monitor(result.metrics)
         if sanity:
             log.info("validation works; training begins")
@@ -189,19 +189,19 @@ class FitLoop:
         self._metrics = result.metrics
         self.progress.validated_at = self.progress.step
         row: Row = {"step": self.progress.step, **result.metrics}
-        parts.metrics_log.write(row)
-        parts.metrics_log.write_samples(self.progress.step, result.samples)
+        context.metrics_log.write(row)
+        context.metrics_log.write_samples(self.progress.step, result.samples)
         for line in (*format_samples(self.progress.step, result.samples), format_validation(row)):
             log.info("%s", line)
         return None
 
     def _evaluate(self, batch: HostBatch) -> Mapping[str, LossSum]:
-        return self.parts.programs.evaluate(self.state, self.frozen, batch)
+        return self.context.programs.evaluate(self.state, self.frozen, batch)
 
     def _check_monitor(self, metrics: Mapping[str, float]) -> None:
         """Raises SettingsError if the best checkpoint is to be chosen by a metric not there."""
-        params = self.parts.checkpoint_params
-        wanted = params.monitor if self.parts.checkpointer and params.save_top_k > 0 else None
+        params = self.context.checkpoint_params
+        wanted = params.monitor if self.context.checkpointer and params.save_top_k > 0 else None
         if wanted is not None and metrics and wanted not in metrics:
             raise SettingsError(
                 f"exp_manager.checkpoint_callback_params.monitor={wanted} is no validation metric; "
@@ -210,31 +210,31 @@ class FitLoop:
 
     def _save(self, *, final: bool = False) -> None:
         """Starts a checkpoint of the current step, unless it has one; the final one is awaited."""
-        parts, progress, state = self.parts, self.progress, self.state
-        if parts.checkpointer is None:
+        context, progress, state = self.context, self.progress, self.state
+        if context.checkpointer is None:
             return
-        with parts.meter.measure("saving"):
+        with context.throughput.measure("saving"):
             self._reporter.drain()
             if self._metrics and progress.validated_at == progress.step:
-                parts.checkpointer.rank(progress.step, self._metrics)
-            if progress.step != parts.checkpointer.latest_step:
-                progress.data = parts.batches.get_state()
+                context.checkpointer.rank(progress.step, self._metrics)
+            if progress.step != context.checkpointer.latest_step:
+                progress.data = context.batches.get_state()
                 counters = {"step": state.step, "skipped": state.skipped}
                 arrays = {
                     "params": state.trainable,
                     "buffers": state.buffers,
                     "opt": {"state": state.opt_state, **counters},
                 }
-                parts.checkpointer.save(
+                context.checkpointer.save(
                     progress.step,
                     arrays,
                     progress=asdict(progress),
-                    settings=to_plain(parts.model.settings),
+                    settings=to_plain(context.model.settings),
                 )
                 log.info("saving checkpoint of step %d", progress.step)
             if final:
                 with phase("writing the last checkpoint"):
-                    parts.checkpointer.wait()
+                    context.checkpointer.wait()
 
 
 def finished_reason(step: int) -> str:

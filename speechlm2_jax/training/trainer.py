@@ -109,7 +109,7 @@ class Trainer:
         Raises SettingsError for what does not fit.
         """
         check_heads(model.heads, build_mesh(self.strategy, self.config.choose_devices()))
-        self.config.cadence()
+        self.config.intervals()
         adamw = read_optimizer(model.optimizer)
         make_schedule(model.lr_scheduler, adamw.lr)
         Partition.of(model.infos, model.trainable).require_trainable()
@@ -129,7 +129,7 @@ class Trainer:
         if settings is not None and is_other_model(folder, settings):
             return None
         progress = finished(
-            folder / CHECKPOINTS, self.config.cadence(), validates=self.config.validates
+            folder / CHECKPOINTS, self.config.intervals(), validates=self.config.validates
         )
         if progress is None:
             return None
@@ -170,7 +170,7 @@ class Trainer:
                 stack.enter_context(self._locked(self.run_dir))
             stack.enter_context(disk_errors(self.run_dir))
             stack.enter_context(run_directory.logging_to(self.run_dir))
-            stack.enter_context(stop.listening())
+            stack.enter_context(stop.catching_signals())
             stack.enter_context(self.config.matmul_precision())
             keep_compiled_programs(self.config.compilation_cache_dir)
             setup = Setup.of(model, self.config, self.strategy)
@@ -185,10 +185,10 @@ class Trainer:
                 settings=settings or self._settings(model, datamodule),
                 host_metrics=metrics,
                 scoring=validation_scoring,
-                meter=setup.meter(),
+                throughput=setup.throughput(),
                 stop=stop,
             )
-            with opening.meter.measure("starting"):
+            with opening.throughput.measure("starting"):
                 frozen = _frozen_as_given(model, setup)
                 start = opening.start()
                 log.info(setup.describe(start.progress.groups))
@@ -212,7 +212,7 @@ class Trainer:
             setup = Setup.of(model, self.config, self.strategy)
             groups = setup.sharding.data_parallel_size
             setup.prepare_data(model, datamodule, groups)
-            for line in describe_run(model, datamodule, setup, self.config.cadence()):
+            for line in describe_run(model, datamodule, setup, self.config.intervals()):
                 log.info("%s", line)
 
     def validate(
@@ -228,7 +228,7 @@ class Trainer:
             setup = Setup.of(model, self.config, self.strategy, trains=False)
             setup.prepare_data(model, datamodule, setup.sharding.data_parallel_size)
             start = initialize(model, setup)
-            programs = setup.programs(model, setup.meter())
+            programs = setup.programs(model, setup.throughput())
             metrics = model.validation_metrics if validation_metrics is None else validation_metrics
             validator = Validator(
                 host_metrics=metrics,

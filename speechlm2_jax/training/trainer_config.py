@@ -172,7 +172,7 @@ class TrainerConfig:
         is_fp32 = self.compute_dtype == jnp.float32
         return jax.default_matmul_precision("highest") if is_fp32 else nullcontext()
 
-    def cadence(self) -> Intervals:
+    def intervals(self) -> Intervals:
         """When steps, validations and the end come. Raises SettingsError if there is no end."""
         max_steps = None if self.max_steps < 0 else self.max_steps
         max_epochs = None if (self.max_epochs or -1) < 0 else self.max_epochs

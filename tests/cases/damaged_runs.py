@@ -70,7 +70,7 @@ class TinyRun:
         """Trains or resumes in this process; losses by step."""
         words = [f"trainer.max_steps={steps}"]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            experiment.build(self.config, words, keeps_compiled=True).fit()
+            experiment.build(self.config, words, keep_compiled=True).fit()
         return losses(self.run)
 
     def restore(self):

@@ -26,7 +26,7 @@ def config(tmp_path_factory):
 def refusal(config, slips):
     words = [f"+{key}={yaml.safe_dump(value).split(chr(10))[0]}" for key, value in slips.items()]
     with pytest.raises(SettingsError) as raised:
-        experiment.build(config, words, only_describes=True)
+        experiment.build(config, words, dry_run=True)
     return str(raised.value)
 
 

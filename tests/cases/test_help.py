@@ -75,7 +75,7 @@ def test_every_program_answers_before_its_imports():
         body = ast.parse(path.read_text()).body
         blocks = ast.If | ast.FunctionDef | ast.ClassDef
         first = next(i for i, node in enumerate(body) if isinstance(node, blocks))
-        is_first = "answer_help" in ast.unparse(body[first])
+        is_first = "print_help_if_asked" in ast.unparse(body[first])
         imports = [n for n in body if isinstance(n, ast.Import | ast.ImportFrom)]
         names = {getattr(n, "module", None) or n.names[0].name for n in imports}
         assert is_first or not {name.partition(".")[0] for name in names} & set(SLOW), path

@@ -143,7 +143,7 @@ def test_who_was_silent_too_long_ends_without_saving(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.01)
     ended = threading.Event()
     words = []
-    monkeypatch.setattr(run_lock, "leave_at_once", lambda text: (words.append(text), ended.set()))
+    monkeypatch.setattr(run_lock, "exit_now", lambda text: (words.append(text), ended.set()))
     lock = acquire(tmp_path)
     other = leave_lock(tmp_path, host="elsewhere")
     assert ended.wait(10)

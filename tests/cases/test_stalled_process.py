@@ -12,8 +12,8 @@ from speechlm2_jax import launch
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
-from speechlm2_jax.launch import INDEX, keep_beating
-keep_beating()
+from speechlm2_jax.launch import INDEX, start_heartbeat
+start_heartbeat()
 folder = Path(sys.argv[1])
 (folder / f"started{os.environ[INDEX]}").touch()
 while not (folder / "abort").exists():
@@ -46,7 +46,7 @@ def test_a_stalled_process_is_named(tmp_path, monkeypatch, capfd):
 
 
 def test_alone_a_process_does_not_beat(tmp_path):
-    code = "from speechlm2_jax import launch; launch.keep_beating()"
+    code = "from speechlm2_jax import launch; launch.start_heartbeat()"
     environment = {key: value for key, value in os.environ.items() if key != launch.BEATS}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)

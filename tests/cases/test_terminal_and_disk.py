@@ -104,13 +104,13 @@ def test_an_output_that_nobody_reads_is_no_error(monkeypatch):
     with os.fdopen(writer, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         monkeypatch.setattr(sys, "stderr", io.StringIO())
-        console.outlive_readers()
+        console.ignore_closed_pipes()
         print("read", flush=True)
         assert os.read(reader, 10) == b"read\n"
         os.close(reader)
         print("not read", flush=True)
         with console.showing():
-            console.say("nor this")
+            console.log_line("nor this")
         print("and the file below goes nowhere, too", file=stream, flush=True)
         assert sys.stderr.getvalue() == ""
 
@@ -118,4 +118,6 @@ def test_an_output_that_nobody_reads_is_no_error(monkeypatch):
 @pytest.mark.parametrize("name", ["train", "evaluate", "convert"])
 def test_every_program_outlives_its_readers(name):
     source = (experiment.Path(__file__).parents[2] / f"{name}.py").read_text()
-    assert "    console.outlive_readers()\n" in source.partition('if __name__ == "__main__":')[2]
+    assert (
+        "    console.ignore_closed_pipes()\n" in source.partition('if __name__ == "__main__":')[2]
+    )

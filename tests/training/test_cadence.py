@@ -7,13 +7,13 @@ from speechlm2_jax.training.trainer_config import TrainerConfig
 
 
 def simulate(batches=60, **options):
-    """Runs a cadence: (windows, micro-batch counts after which it validated, steps)."""
-    cadence = TrainerConfig(**{"max_steps": 1000, **options}).cadence()
+    """Runs a intervals: (windows, micro-batch counts after which it validated, steps)."""
+    intervals = TrainerConfig(**{"max_steps": 1000, **options}).intervals()
     done, steps, windows, validated = 0, 0, [], []
-    while done < batches and not cadence.is_finished(steps, done):
-        window = cadence.window(done)
+    while done < batches and not intervals.is_finished(steps, done):
+        window = intervals.window(done)
         windows.append(window)
-        if cadence.validates_after(done, done + window):
+        if intervals.validates_after(done, done + window):
             validated.append(done + window)
         done, steps = done + window, steps + 1
     return windows, validated, steps

@@ -28,7 +28,7 @@ def test_a_dry_run_describes_a_model_without_its_weights_and_writes_nothing(
     train.main(["--config", str(config), "--dry-run"])
     out, said = capsys.readouterr()
     assert "note: " in said and "has no weights" in said
-    model = experiment.build(config, only_describes=True).model
+    model = experiment.build(config, dry_run=True).model
     parameters = {path: i for path, i in model.infos.items() if not i.is_buffer}
     counts = [
         sum(

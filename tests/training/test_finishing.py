@@ -98,7 +98,7 @@ def test_without_train_py_the_next_step_is_a_call(monkeypatch):
     [(7, None, 1, 7), (None, 2, 2, 4), (3, 2, 2, 3), (None, None, 1, None)],
 )
 def test_the_last_step_is_where_the_counting_finishes(max_steps, max_epochs, accumulate, last):
-    cadence = Intervals(
+    intervals = Intervals(
         max_steps=max_steps,
         max_epochs=max_epochs,
         accumulate=accumulate,
@@ -106,9 +106,9 @@ def test_the_last_step_is_where_the_counting_finishes(max_steps, max_epochs, acc
         validate_every=None,
         across_epochs=False,
     )
-    assert cadence.last_step == last
+    assert intervals.last_step == last
     step = batches = 0
-    while last is not None and not cadence.is_finished(step, batches):
-        batches += cadence.window(batches)
+    while last is not None and not intervals.is_finished(step, batches):
+        batches += intervals.window(batches)
         step += 1
     assert step == (last or 0)

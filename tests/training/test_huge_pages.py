@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, sys
 from pathlib import Path
-from speechlm2_jax.training import huge_pages
+from speechlm2_jax.training.run import huge_pages
 huge_pages.KERNEL, huge_pages.ACCELERATORS = Path(sys.argv[1]), ()
 print(os.getpid(), sys.argv[2:], os.environ.get("GLIBC_TUNABLES"), flush=True)
-huge_pages.start_again_with_them()
+huge_pages.restart_with_huge_pages()
 print("done")
 """
 

@@ -53,28 +53,28 @@ def test_validation_can_be_interrupted():
 
 def test_time_by_kind_adds_up_and_rates_leave_out_what_is_not_training():
     now = [0.0]
-    meter = Throughput(2 * ["NVIDIA H100 80GB HBM3"], clock=lambda: now[0])
+    throughput = Throughput(2 * ["NVIDIA H100 80GB HBM3"], clock=lambda: now[0])
 
     def spend(kind, seconds):
-        with meter.measure(kind):
+        with throughput.measure(kind):
             now[0] += seconds
 
     spend("data_wait", 1.0)
     spend("saving", 100.0)
-    with meter.measure("validation"):
+    with throughput.measure("validation"):
         now[0] += 5.0
         spend("compiling", 50.0)
     now[0] += 3.0
-    meter.add_batch(tokens=60, padded=80, flops=2 * 4 * 989e12 / 10)
-    meter.add_step()
-    rates = meter.rates()
+    throughput.add_batch(tokens=60, padded=80, flops=2 * 4 * 989e12 / 10)
+    throughput.add_step()
+    rates = throughput.rates()
     assert rates.tokens_per_s_per_device == pytest.approx(60 / 4 / 2)
     assert rates.mfu == pytest.approx(0.1)
     assert rates.data_wait_share == pytest.approx(0.25) and rates.padding == pytest.approx(0.25)
     assert rates.step_time_s == pytest.approx(4.0)
     expected = {"compute": 3.0, "data_wait": 1.0, "compiling": 50.0, "validation": 5.0}
     unused = {"starting": 0.0, "validation_data_wait": 0.0}
-    assert meter.totals() == {**expected, **unused, "saving": 100.0}
+    assert throughput.totals() == {**expected, **unused, "saving": 100.0}
 
 
 def test_peaks_are_known_by_kind_and_unknown_for_cpus():

@@ -74,8 +74,12 @@ def test_nemo_trainer_block_is_accepted():
     trainer = Trainer(**NEMO_TRAINER)
     assert trainer.config.max_steps == 100000 and trainer.config.compute_dtype == jnp.bfloat16
     assert trainer.strategy == DDPStrategy()
-    cadence = trainer.config.cadence()
-    assert (cadence.epoch_batches, cadence.validate_every, cadence.max_steps) == (100, 100, 100000)
+    intervals = trainer.config.intervals()
+    assert (intervals.epoch_batches, intervals.validate_every, intervals.max_steps) == (
+        100,
+        100,
+        100000,
+    )
 
 
 def test_nemo_exp_manager_block_is_accepted():
@@ -127,7 +131,7 @@ def test_bad_trainer_keys_are_one_line_that_names_the_fix(options, message):
 )
 def test_a_rhythm_without_meaning_is_refused(options, message):
     with pytest.raises(SettingsError, match=message):
-        Trainer(**options).config.cadence()
+        Trainer(**options).config.intervals()
 
 
 @pytest.mark.parametrize("accelerator", ["gpu", "cuda", "tpu"])

@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 import pytest
 
 from speechlm2_jax import console
-from speechlm2_jax.console import ProgressBar, one_line_errors, phase, say, showing
+from speechlm2_jax.console import ProgressBar, log_line, one_line_errors, phase, showing
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.run.metrics_log import format_progress
 from speechlm2_jax.training.run.throughput import Pace, Throughput
@@ -29,7 +29,7 @@ class Screen(io.StringIO):
 
 def test_the_first_line_waits_for_neither_jax_nor_numpy():
     code = (
-        "import sys; import speechlm2_jax.settings; from speechlm2_jax.training import terminal; "
+        "import sys; import speechlm2_jax.settings; from speechlm2_jax import console; "
         "print([name for name in ('jax', 'numpy', 'torch') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -61,11 +61,11 @@ def test_log_lines_and_the_bar_do_not_fight():
         bar = ProgressBar(total=3, done=1, is_wanted=True)
         assert bar.is_drawn
         bar.draw(2, "loss 1.5")
-        say("saving checkpoint of step 2")
+        log_line("saving checkpoint of step 2")
         bar.draw(3, "loss 1.25")
-        say("finished 3 steps")
+        log_line("finished 3 steps")
         bar.close()
-        say("next")
+        log_line("next")
     assert screen.lines() == ["saving checkpoint of step 2", "finished 3 steps", "next", ""]
     assert "loss 1.5" in screen.getvalue() and "100%" in screen.getvalue()
 
@@ -103,7 +103,7 @@ def test_the_first_loss_is_told_at_once_and_leaves_no_row(tmp_path, capsys):
 
 def test_what_was_said_before_the_run_directory_is_in_its_log(tmp_path, capsys):
     with showing():
-        say("reading the settings")
+        log_line("reading the settings")
         make_trainer(tmp_path, max_steps=1).fit(ToyModel(), ToyData())
     assert capsys.readouterr().out.count("reading the settings") == 1
     log = (tmp_path / "train.log").read_text()
@@ -113,16 +113,16 @@ def test_what_was_said_before_the_run_directory_is_in_its_log(tmp_path, capsys):
 
 def test_the_pace_is_of_late_and_the_rest_counts_validation():
     now = [0.0]
-    meter = Throughput(["cpu"], clock=lambda: now[0])
-    with meter.measure("starting"):
+    throughput = Throughput(["cpu"], clock=lambda: now[0])
+    with throughput.measure("starting"):
         now[0] += 100.0
     for seconds in (5.0, *[1.0] * 30):
         now[0] += seconds
-        meter.add_batch(tokens=7, padded=9, flops=1.0)
-        meter.add_step()
-        with meter.measure("validation"):
+        throughput.add_batch(tokens=7, padded=9, flops=1.0)
+        throughput.add_step()
+        with throughput.measure("validation"):
             now[0] += 2.0
-    pace = meter.pace(10)
+    pace = throughput.pace(10)
     assert pace == Pace(steps_per_s=1.0, tokens_per_s=7.0, left_s=10 * 97 / 31)
     assert format_progress(0.5, 1e-3, pace).endswith("1.00 steps/s  7 tokens/s  0:31 left")
 

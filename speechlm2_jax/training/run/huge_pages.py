@@ -15,7 +15,7 @@ ACCELERATORS = ("nvidiactl", "accel0", "vfio/0", "kfd")
 """Files below /dev where there is a GPU or a TPU, whose arrays do not lie in this memory."""
 
 
-def start_again_with_them() -> None:
+def restart_with_huge_pages() -> None:
     """Replaces this process by itself with large pages, once, where that helps; keeps its id.
 
     Say GLIBC_TUNABLES=glibc.malloc.hugetlb=0 to go without.

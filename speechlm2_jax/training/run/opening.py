@@ -46,7 +46,7 @@ class Opening:
     """Of the whole run."""
     host_metrics: Mapping[str, HostMetric]
     scoring: Scoring | None
-    meter: Throughput
+    throughput: Throughput
     stop: StopRequest
 
     def start(self) -> Start:
@@ -69,11 +69,11 @@ class Opening:
 
         `stack` closes what is opened.
         """
-        config, cadence, model = self.config, self.config.cadence(), self.model
+        config, intervals, model = self.config, self.config.intervals(), self.model
         metrics = self._open_metrics()
         stack.callback(metrics.close)
         bar = ProgressBar(
-            total=cadence.last_step,
+            total=intervals.last_step,
             done=start.progress.step,
             is_wanted=config.enable_progress_bar and jax.process_index() == 0,
         )
@@ -85,14 +85,14 @@ class Opening:
             model=model,
             datamodule=self.datamodule,
             batches=self.datamodule.train_batches(start.progress.data),
-            programs=self.setup.programs(model, self.meter, planned),
+            programs=self.setup.programs(model, self.throughput, planned),
             schedule=make_schedule(model.lr_scheduler, self.setup.adamw.lr),
-            cadence=cadence,
+            intervals=intervals,
             validator=self._validator() if config.validates else None,
             checkpointer=self._open_checkpointer(start.frozen, stack),
             checkpoint_params=self.experiment.checkpoint_callback_params,
             metrics_log=metrics,
-            meter=self.meter,
+            throughput=self.throughput,
             stop=self.stop,
             bar=bar,
             profiler=profiler,
@@ -121,7 +121,7 @@ class Opening:
         retention = self.experiment.checkpoint_callback_params.retention()
         checkpointer = Checkpointer(self._checkpoints, retention)
         stack.callback(checkpointer.close)
-        has_frozen = processes.agree(str(checkpointer.has_frozen)) == str(True)
+        has_frozen = processes.broadcast_text(str(checkpointer.has_frozen)) == str(True)
         checkpointer.save_frozen(frozen, has_frozen)
         return checkpointer
 
@@ -147,6 +147,6 @@ class Opening:
             nemo_exact=self.model.nemo_exact,
             limit=self.config.limit_val_batches,
             samples=self.config.num_val_samples,
-            should_stop=lambda: self.stop.ask() is not None,
-            waiting=lambda: self.meter.measure("validation_data_wait"),
+            should_stop=lambda: self.stop.poll() is not None,
+            waiting=lambda: self.throughput.measure("validation_data_wait"),
         )

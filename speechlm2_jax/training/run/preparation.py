@@ -102,12 +102,12 @@ class Setup:
             layout=layout,
         )
 
-    def meter(self) -> Throughput:
+    def throughput(self) -> Throughput:
         """Starts counting time for these devices."""
         return Throughput([device.device_kind for device in self.devices])
 
     def programs(
-        self, model: ModelOutline, meter: Throughput, planned: int | None = None
+        self, model: ModelOutline, throughput: Throughput, planned: int | None = None
     ) -> Programs:
         """The compiled side of training, on so many planned shapes; nothing is compiled yet."""
         functions = StepFunctions(
@@ -118,7 +118,7 @@ class Setup:
             accumulate=self.config.accumulate_grad_batches,
             nemo_exact=model.nemo_exact,
         )
-        compiling = partial(meter.measure, "compiling")
+        compiling = partial(throughput.measure, "compiling")
         return Programs(functions, self.layout, compiling=compiling, planned=planned)
 
     def prepare_data(self, model: ModelOutline, datamodule: DataSource, groups: int) -> None:
@@ -216,10 +216,10 @@ def restore(
             raise SettingsError(str(error)) from error
     if restored is not None:
         log.info("going on from %s", restored.step)
-    processes.wait_for_all("checkpoint chosen")
+    processes.barrier("checkpoint chosen")
     if run_dir is not None and jax.process_index() == 0:
         _tidy(restored, own, run_dir)
-    processes.wait_for_all("run directory tidied")
+    processes.barrier("run directory tidied")
     return restored
 
 
@@ -240,7 +240,7 @@ def _tidy(restored: Restored | None, own: Path | None, run_dir: Path) -> None:
         drop_rows_after(run_dir / METRICS, -1)
 
 
-def finished(checkpoints: Path, cadence: Intervals, *, validates: bool) -> Progress | None:
+def finished(checkpoints: Path, intervals: Intervals, *, validates: bool) -> Progress | None:
     """Where a run ended, if its newest checkpoint leaves nothing to do; nothing else is read."""
     steps = checkpointing.step_folders(checkpoints)
     if not steps:
@@ -254,5 +254,5 @@ def finished(checkpoints: Path, cadence: Intervals, *, validates: bool) -> Progr
         or progress.validated_at == progress.step
         or progress.step in checkpointing.read_ranking(checkpoints).metrics
     )
-    is_over = cadence.is_finished(progress.step, progress.batches)
+    is_over = intervals.is_finished(progress.step, progress.batches)
     return progress if is_over and is_validated else None

@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 
 from speechlm2_jax import processes
-from speechlm2_jax.console import leave_at_once
+from speechlm2_jax.console import exit_now
 from speechlm2_jax.settings import SettingsError
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class RunLock:
             except OSError:  # the disk does not answer, or the folder was moved
                 continue
             if token != self._token and not self._is_over.is_set():
-                leave_at_once(
+                exit_now(
                     f"{self.path.parent}: another process has taken over this run directory after "
                     f"{SILENT_S:.0f} s of silence; this one ends and saves nothing"
                 )
@@ -154,7 +154,7 @@ def acquire(run_dir: Path) -> RunLock:
             lock = _acquire(run_dir.resolve() / LOCK)
         except SettingsError as error:
             problem = str(error)
-    if problem := processes.agree(problem):
+    if problem := processes.broadcast_text(problem):
         raise SettingsError(problem)
     return lock
 

@@ -59,14 +59,14 @@ class RunContext:
     batches: BatchIterator
     programs: Programs
     schedule: Schedule
-    cadence: Intervals
+    intervals: Intervals
     validator: Validator | None
     """None: no validation."""
     checkpointer: Checkpointer | None
     """None: nothing is saved."""
     checkpoint_params: CheckpointParams
     metrics_log: MetricsLog
-    meter: Throughput
+    throughput: Throughput
     stop: StopRequest
     bar: ProgressBar
     profiler: StepProfiler

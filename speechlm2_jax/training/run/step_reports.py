@@ -36,7 +36,7 @@ class Taken:
 class Reporter:
     """Reads the reports of one run's steps."""
 
-    parts: RunContext
+    context: RunContext
     progress: Progress
     is_hopeless: bool = False
     """True after too many skipped steps in a row."""
@@ -52,7 +52,7 @@ class Reporter:
         is_first = self._last is None
         while len(self._pending) > (0 if is_first else STEPS_IN_FLIGHT):
             self._read_oldest()
-        if is_first and taken.step % self.parts.log_every_n_steps:
+        if is_first and taken.step % self.context.log_every_n_steps:
             self._tell_first(taken)
 
     def drain(self) -> None:
@@ -64,30 +64,30 @@ class Reporter:
         """Writes the row and the line of the newest step; waits for it."""
         self.drain()
         assert self._last is not None
-        report, parts = self._last.report, self.parts
+        report, context = self._last.report, self.context
         row: Row = {
             "step": self._last.step,
             "loss": float(report.loss),
             "learning_rate": self._last.learning_rate,
             "grad_norm": float(report.grad_norm),
             **{name: float(value) for name, value in report.metrics.items()},
-            **asdict(parts.meter.rates()),
+            **asdict(context.throughput.rates()),
             "skipped": self.progress.skipped,
-            "dropped": sum(parts.datamodule.dropped.values()),
+            "dropped": sum(context.datamodule.dropped.values()),
         }
-        with parts.meter.measure("saving"):
-            parts.metrics_log.write(row)
-        log.info(format_step(row, parts.cadence.last_step))
+        with context.throughput.measure("saving"):
+            context.metrics_log.write(row)
+        log.info(format_step(row, context.intervals.last_step))
 
     def log_times(self) -> None:
         """Writes where the time of this process went, and what data was left out."""
-        spent = self.parts.meter.totals()
+        spent = self.context.throughput.totals()
         total = sum(spent.values())
         row = {f"time_{kind}_s": seconds for kind, seconds in spent.items()}
-        self.parts.metrics_log.write({"step": self.progress.step, "time_total_s": total, **row})
+        self.context.metrics_log.write({"step": self.progress.step, "time_total_s": total, **row})
         shares = ", ".join(f"{kind.replace('_', ' ')} {s:.1f}" for kind, s in spent.items())
         log.info("time %.1f s: %s", total, shares)
-        for cause, count in self.parts.datamodule.dropped.items():
+        for cause, count in self.context.datamodule.dropped.items():
             log.info("left out %d conversations: %s", count, cause)
 
     def _read_oldest(self) -> None:
@@ -110,8 +110,8 @@ class Reporter:
         )
 
     def _tell_first(self, taken: Taken) -> None:
-        every = self.parts.log_every_n_steps
-        total = self.parts.cadence.last_step
+        every = self.context.log_every_n_steps
+        total = self.context.intervals.last_step
         log.info(
             "step %d%s  loss %.4f  lr %.3e  the first of this start; from here a line every %d",
             *(taken.step, "" if total is None else f"/{total}"),
@@ -119,9 +119,13 @@ class Reporter:
         )
 
     def _draw(self, done: Taken) -> None:
-        bar, meter, last_step = self.parts.bar, self.parts.meter, self.parts.cadence.last_step
+        bar, throughput, last_step = (
+            self.context.bar,
+            self.context.throughput,
+            self.context.intervals.last_step,
+        )
         if not bar.is_drawn:
             return
         left = None if last_step is None else last_step - done.step
-        text = format_progress(float(done.report.loss), done.learning_rate, meter.pace(left))
+        text = format_progress(float(done.report.loss), done.learning_rate, throughput.pace(left))
         bar.draw(done.step, text)

@@ -13,7 +13,7 @@ from types import FrameType
 import jax
 
 from speechlm2_jax import processes
-from speechlm2_jax.console import leave_at_once
+from speechlm2_jax.console import exit_now
 
 log = logging.getLogger(__name__)
 
@@ -32,25 +32,25 @@ class StopRequest:
         self._limit_s = time_limit_s
         self._signal: signal.Signals | None = None
         self._interrupts = 0
-        self._has_company = jax.process_count() > 1
-        self._questions = 0
-        self._has_told = self._agreed = False
+        self._has_several_processes = jax.process_count() > 1
+        self._calls = 0
+        self._has_notified = self._agreed = False
 
     @property
     def is_signalled(self) -> bool:
         """True once somebody asked this process, the only one, to stop."""
-        return self._signal is not None and not self._has_company
+        return self._signal is not None and not self._has_several_processes
 
-    def ask(self) -> str | None:
+    def poll(self) -> str | None:
         """Why to stop now, or None."""
         reason = self._own_reason()
-        if not self._has_company:
+        if not self._has_several_processes:
             return reason
-        if reason is not None and not self._has_told:
-            self._has_told = True
-            _tell_all()
-        self._questions += 1
-        self._agreed = self._agreed or processes.may_stop(self._questions)
+        if reason is not None and not self._has_notified:
+            self._has_notified = True
+            _notify_other_processes()
+        self._calls += 1
+        self._agreed = self._agreed or processes.reached_stop_point(self._calls)
         return (reason or "a process of the run was told to stop") if self._agreed else None
 
     def _own_reason(self) -> str | None:
@@ -61,7 +61,7 @@ class StopRequest:
         return None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def catching_signals(self) -> Iterator[None]:
         """Takes Ctrl-C and SIGTERM as requests while open; a second Ctrl-C leaves at once.
 
         Only the main thread can; others go without.
@@ -74,16 +74,20 @@ class StopRequest:
             self._signal = self._signal or signal.Signals(number)
 
         # in a run of several, SIGTERM is JAX's: it tells the other processes
-        own = [number for number in SIGNALS if number == signal.SIGINT or not self._has_company]
+        own = [
+            number
+            for number in SIGNALS
+            if number == signal.SIGINT or not self._has_several_processes
+        ]
         before = {number: signal.signal(number, handle) for number in own}
         try:
-            with _telling_at_once(self._notice):
+            with _signals_in_a_thread(self._on_signal):
                 yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _notice(self, number: int) -> None:
+    def _on_signal(self, number: int) -> None:
         """Answers a signal while the main thread may be far from running a handler."""
         if number not in SIGNALS:
             return
@@ -91,18 +95,18 @@ class StopRequest:
         if number == signal.SIGINT:
             self._interrupts += 1
         if self._interrupts > 1:
-            leave_at_once("left at once: what was done since the last checkpoint is lost")
+            exit_now("left at once: what was done since the last checkpoint is lost")
         name = SIGNALS[signal.Signals(number)]
         log.info("%s: stopping after this step, then saving; Ctrl-C again leaves at once", name)
 
 
-def _tell_all() -> None:
+def _notify_other_processes() -> None:
     """Lets the other processes know, which JAX does when it sees SIGTERM."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
-def _telling_at_once(notice: Callable[[int], None]) -> Iterator[None]:
+def _signals_in_a_thread(notice: Callable[[int], None]) -> Iterator[None]:
     """Calls `notice` in a thread when a signal comes.
 
     Python runs handlers between two lines of the main thread, which a compilation keeps for a

@@ -53,15 +53,15 @@ def module_sizes(
 
 
 def describe_run(
-    model: ModelOutline, datamodule: DataSource, setup: Setup, cadence: Intervals
+    model: ModelOutline, datamodule: DataSource, setup: Setup, intervals: Intervals
 ) -> Iterator[str]:
     """Blocks of lines; the last one compiles the largest training program, which takes a while."""
     yield modules_table(module_sizes(model.infos, model.trainable))
     yield setup.describe(setup.sharding.data_parallel_size)
-    yield _steps(datamodule, cadence)
+    yield _steps(datamodule, intervals)
     name, make = max(datamodule.training_shapes().items(), key=lambda item: _bytes(item[1]()))
     batch = make()
-    program = setup.programs(model, setup.meter()).compile_ahead(batch)
+    program = setup.programs(model, setup.throughput()).compile_ahead(batch)
     yield memory_table(setup, name, batch, program.memory_analysis())
 
 
@@ -118,18 +118,18 @@ def device_bytes(tree: Any) -> int:
     )
 
 
-def _steps(datamodule: DataSource, cadence: Intervals) -> str:
+def _steps(datamodule: DataSource, intervals: Intervals) -> str:
     batches = datamodule.batches_per_pass()
     lines = [f"one pass over the training data: {batches} batches"]
-    if cadence.epoch_batches is not None:
+    if intervals.epoch_batches is not None:
         lines.append(
-            f"an epoch (trainer.limit_train_batches): {cadence.epoch_batches} batches, "
-            f"{cadence.epoch_steps} steps"
+            f"an epoch (trainer.limit_train_batches): {intervals.epoch_batches} batches, "
+            f"{intervals.epoch_steps} steps"
         )
     else:
-        lines.append(f"steps of one pass: {-(-batches // cadence.accumulate)}")
-    if (last := cadence.last_step) is not None:
-        passes = last * cadence.accumulate / max(batches, 1)
+        lines.append(f"steps of one pass: {-(-batches // intervals.accumulate)}")
+    if (last := intervals.last_step) is not None:
+        passes = last * intervals.accumulate / max(batches, 1)
         lines.append(f"the run: {last} steps, about {passes:.1f} passes")
     return "\n".join(lines)
 
