@@ -1,0 +1,264 @@
+"""The glossary of CONTRIBUTING.md holds: no retired name, word or phrase is left in code or text.
+
+`STILL_USED` lists those that are not gone yet, with their number of uses, which may only fall. It
+also counts uses in another, right sense (a conversation is spoken; `SALM.answer` is public).
+"""
+
+import re
+from collections import Counter, defaultdict
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("speechlm2_jax", "tests", "tools", "benchmarks", "docs", "corpus")
+MAX_COLUMNS = 120
+LEFT_OUT = (
+    "tests/data/",  # made by the originals
+    "tests/test_words.py",
+    "tools/corpus/",  # sentences of the corpus, and their vocabulary
+    "tools/make_tiny_llm.py",  # likewise
+    "CONTRIBUTING.md",  # the glossary
+    "CHANGELOG.md",  # tells of the past
+)
+
+NAMES = {
+    "is_key": "attention_mask, or key_mask for a mask over the keys alone",
+    "go_on": "decode (a model), resume (a run)",
+    "unbind": "split",
+    "Visible": "AttentionMask",
+    "Opening": "RunContext",
+    "Parts": "a name that says which parts",
+    "Meter": "Throughput",
+    "Cadence": "Intervals",
+    "objection": "validation_error",
+    "hand_over": "put_global",
+    "pass_on": "ring_permute",
+    "whole_rows": "unsharded_time",
+    "deal": "split_evenly",
+    "Spoken": "DuplexOutput",
+    "Recogniser": "ASRModel",
+    "EarlierAnswer": "a name with `response` or `hypothesis`",
+}
+"""Whole identifiers -> what replaced them."""
+
+WORDS = {
+    "heard": "encoder_output, audio, encoded",
+    "hear": "encode, transcribe",
+    "hears": "encodes, transcribes",
+    "hearing": "encoding",
+    "listen": "encode, transcribe",
+    "listens": "encodes, transcribes",
+    "listening": "encoding, audio_inputs",
+    "said": "text, text_tokens, generated, logged",
+    "says": "generates, logs, names; summary()",
+    "speak": "generate, generate audio",
+    "speaks": "generates, generates audio",
+    "talk": "conversation, run_duplex",
+    "talks": "conversations",
+    "recogniser": "ASR model",
+    "recognisers": "ASR models",
+    "recognise": "transcribe",
+    "recognises": "transcribes",
+    "seam": "stage",
+    "seams": "stages",
+    "law": "invariant",
+    "laws": "invariants",
+    "room": "package, module",
+    "rooms": "packages, modules",
+    "objection": "validation_error",
+    "objections": "validation errors",
+    "answer": "generate, generation, inference; response; hypothesis",
+    "answers": "generates; responses, hypotheses",
+    "answered": "generated",
+    "answering": "generation, inference",
+}
+"""Words, also as parts of identifiers -> what replaced them."""
+
+PHRASES = {
+    r"what (a|the) user holds": "the user-facing model classes",
+    r"is not (done|had)": "is not supported",
+    r"(writes?|wrote) (speech )?down": "transcribes",
+    r"written down": "transcribed",
+    r"goes on where": "resumes from",
+    r"turn(s|ed) round": "transposed",
+    r"(shared|shares?) out": "sharded, split",
+    r"cut along": "sharded along",
+    r"la(id|ys?) out": "layout",
+    r"learns? by heart": "overfits",
+    r"that (is|are) not here": "that is not attached, not installed, not found",
+    r"words of (a|the) command": "arguments",
+    r"where (they|it) lies?": "in place",
+    r"first of this start": "first step after (re)start",
+    r"in sight": "available",
+    r"is no \w+ that": "is not a ..., expected",
+}
+"""Regular expressions over text with single spaces -> what replaced them."""
+
+STILL_USED: dict[str, int] = {
+    "is_key": 6,
+    "go_on": 3,
+    "Visible": 3,
+    "Opening": 3,
+    "Parts": 3,
+    "objection": 7,
+    "Spoken": 1,
+    "Recogniser": 7,
+    "EarlierAnswer": 4,
+    "heard": 239,
+    "hear": 7,
+    "hears": 38,
+    "hearing": 3,
+    "listen": 15,
+    "listens": 8,
+    "listening": 10,
+    "said": 282,
+    "says": 267,
+    "speak": 38,
+    "speaks": 43,
+    "talk": 27,
+    "talks": 10,
+    "recogniser": 86,
+    "recognisers": 6,
+    "recognise": 2,
+    "seam": 5,
+    "seams": 7,
+    "law": 1,
+    "laws": 10,
+    "room": 46,
+    "answer": 638,
+    "answers": 446,
+    "answered": 110,
+    "answering": 43,
+    "what (a|the) user holds": 1,
+    "is not (done|had)": 11,
+    "(writes?|wrote) (speech )?down": 14,
+    "written down": 3,
+    "goes on where": 2,
+    "turn(s|ed) round": 2,
+    "(shared|shares?) out": 11,
+    "cut along": 4,
+    "la(id|ys?) out": 5,
+    "learns? by heart": 1,
+    "that (is|are) not here": 4,
+    "words of (a|the) command": 1,
+    "where (they|it) lies?": 2,
+    "first of this start": 2,
+    "in sight": 2,
+    r"is no \w+ that": 3,
+}
+
+RIGHT_HERE = {
+    "room": ("corpus/", "tests/test_corpus.py"),  # a room's reverberation
+    "rooms": ("corpus/", "tests/test_corpus.py"),
+}
+"""Where a word is right in another sense."""
+
+SAME_NAME_ALLOWED = {
+    "Trainer": "slm.Trainer, and the trainer of any TrainableModel below it",
+    "Progress": "of an evaluation and of a run; one of them takes another name",
+}
+
+
+@cache
+def texts() -> dict[str, str]:
+    """Every Python file and page of the project."""
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("*.md")]
+    for folder in FOLDERS:
+        paths += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".md")]
+    named = {path.relative_to(ROOT).as_posix(): path for path in paths}
+    return {name: named[name].read_text(encoding="utf-8") for name in sorted(named)}
+
+
+def judged() -> dict[str, str]:
+    return {name: text for name, text in texts().items() if not name.startswith(LEFT_OUT)}
+
+
+@cache
+def uses() -> dict[str, Counter[str]]:
+    """Retired thing -> how often each file uses it."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    identifier = re.compile(r"[A-Za-z_]+")
+    part = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+    phrases = {pattern: re.compile(pattern) for pattern in PHRASES}
+    for name, text in judged().items():
+        names = Counter(identifier.findall(text))
+        words: Counter[str] = Counter()
+        for known, count in names.items():
+            for word in part.findall(known):
+                words[word.lower()] += count
+        flat = re.sub(r"[\s#]+", " ", text)
+        counts = {key: names[key] for key in NAMES}
+        counts |= {
+            key: words[key] for key in WORDS if not name.startswith(RIGHT_HERE.get(key, "\0"))
+        }
+        counts |= {key: len(compiled.findall(flat)) for key, compiled in phrases.items()}
+        for key, count in counts.items():
+            if count:
+                found[key][name] = count
+    return found
+
+
+def test_no_retired_word_is_left():
+    instead = NAMES | WORDS | PHRASES
+    problems = [
+        f"{key!r}: {sum(files.values())} uses, {STILL_USED.get(key, 0)} allowed; write "
+        f"{instead[key]} ({', '.join(name for name, _ in files.most_common(5))})"
+        for key, files in uses().items()
+        if sum(files.values()) > STILL_USED.get(key, 0)
+    ]
+    assert not problems, "\n".join(problems)
+
+
+def test_still_used_lists_retired_words_alone():
+    assert not STILL_USED.keys() - (NAMES | WORDS | PHRASES).keys()
+
+
+def test_one_class_name_is_one_class():
+    places: dict[str, list[str]] = defaultdict(list)
+    for name, text in texts().items():
+        if name.startswith("speechlm2_jax/"):
+            for found in re.findall(r"^class (\w+)", text, re.MULTILINE):
+                places[found].append(name)
+    twice = {
+        name: files
+        for name, files in places.items()
+        if len(files) > 1 and not name.startswith("_") and name not in SAME_NAME_ALLOWED
+    }
+    assert not twice
+
+
+def prose(text: str) -> list[tuple[int, str]]:
+    """Lines of a page outside tables and code, with their numbers."""
+    lines, in_code = [], False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            in_code = not in_code
+        elif not in_code and not line.lstrip().startswith("|"):
+            lines.append((number, line))
+    return lines
+
+
+WIDE: dict[str, int] = {
+    "CHANGELOG.md": 127,
+    "docs/asr.md": 24,
+    "docs/codec.md": 6,
+    "docs/conversion.md": 25,
+    "docs/data.md": 41,
+    "docs/duplex.md": 19,
+    "docs/evaluation.md": 55,
+    "docs/from_nemo.md": 1,
+    "docs/generation.md": 24,
+    "docs/llm.md": 16,
+    "docs/perception.md": 1,
+    "docs/salm.md": 12,
+    "docs/scaling.md": 29,
+    "docs/training.md": 41,
+}
+"""Lines of pages that are too long still; numbers may only fall."""
+
+
+def test_prose_wraps():
+    for name, text in texts().items():
+        if name.endswith(".md") and not name.startswith("tests/data/salm/"):
+            wide = [n for n, line in prose(text) if len(line) > MAX_COLUMNS]
+            assert len(wide) <= WIDE.get(name, 0), f"{name}: lines {wide[:5]} are too long"
