@@ -100,6 +100,6 @@ def pack_labels(
     return jnp.take_along_axis(targets, order, axis=-1), jnp.sum(scored, axis=-1, dtype=jnp.int32)
 
 
-def fold_clips(index: Int[Array, "R T"], frames_per_clip: int) -> Int[Array, " R"]:
+def clip_indices(index: Int[Array, "R T"], frames_per_clip: int) -> Int[Array, " R"]:
     """The clip of each row, from its steps' places among all frames of the group; -1: none."""
     return (jnp.max(index, axis=-1) + frames_per_clip) // frames_per_clip - 1

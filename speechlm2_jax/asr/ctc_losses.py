@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from speechlm2_jax.asr.ctc import CtcNetwork, ctc_loss, fold_clips, pack_labels
+from speechlm2_jax.asr.ctc import CtcNetwork, clip_indices, ctc_loss, pack_labels
 from speechlm2_jax.batches import LossSum, SalmBatch, StepLosses
 from speechlm2_jax.perception.perception import PerceptionModes
 
@@ -32,19 +32,19 @@ def losses(
     )
     logits = network.logits(output.frames)
     logits = logits.reshape(groups, clips, *logits.shape[1:])
-    clip = jax.vmap(lambda index: fold_clips(index, logits.shape[2]))(batch.audio_index)
+    clip = jax.vmap(lambda index: clip_indices(index, logits.shape[2]))(batch.audio_index)
     has_clip, clip = clip >= 0, jnp.maximum(clip, 0)
-    by_row = jax.vmap(lambda values, index: jnp.take(values, index, axis=0))
+    take_clip = jax.vmap(lambda values, index: jnp.take(values, index, axis=0))
     labels, label_lengths = jax.vmap(pack_labels)(batch.targets, batch.loss_mask)
     label_lengths = jnp.where(has_clip, label_lengths, 0)
-    rows = groups * batch.targets.shape[1]
+    n_sequences = groups * batch.targets.shape[1]
     totals, counts = ctc_loss(
-        by_row(logits, clip).reshape(rows, *logits.shape[2:]),
-        by_row(output.lengths.reshape(groups, clips), clip).reshape(rows),
-        labels.reshape(rows, -1),
-        label_lengths.reshape(rows),
+        take_clip(logits, clip).reshape(n_sequences, *logits.shape[2:]),
+        take_clip(output.lengths.reshape(groups, clips), clip).reshape(n_sequences),
+        labels.reshape(n_sequences, -1),
+        label_lengths.reshape(n_sequences),
     )
-    tokens = jnp.sum(label_lengths.reshape(rows) * counts)
+    tokens = jnp.sum(label_lengths.reshape(n_sequences) * counts)
     return StepLosses(
         loss=LossSum(total=jnp.sum(totals), count=jnp.sum(counts)),
         metrics={"per_token": LossSum(total=jnp.sum(totals), count=tokens)},

@@ -47,10 +47,10 @@ class _Search:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class _Progress:
+class _DecodingState:
     """What is decoded so far, and the network's state after it."""
 
-    found: Hypotheses
+    hypotheses: Hypotheses
     frame: Int[Array, " B"]
     last_frame: Int[Array, " B"]
     repeats: Int[Array, " B"]
@@ -58,7 +58,7 @@ class _Progress:
     predicted: Float[Array, "B J"]
     state: LstmState
 
-    def step_at(self, frame: Int[Array, " B"]) -> Int[Array, " B"]:
+    def symbols_at(self, frame: Int[Array, " B"]) -> Int[Array, " B"]:
         """Which step at `frame` the next one is, from 1."""
         return jnp.where(frame == self.last_frame, self.repeats, 0) + 1
 
@@ -80,46 +80,46 @@ def decode_greedily(
     jumps = jumps_when_full and bool(config.durations)
     encoded = joint.frames(frames)
 
-    def find(progress: _Progress) -> _Search:
+    def find(decoding: _DecodingState) -> _Search:
         def score(frame: Int[Array, " B"]) -> Float[Array, "B C"]:
             last = jnp.minimum(frame, encoded.shape[1] - 1)
             here = jnp.take_along_axis(encoded, last[:, None, None], axis=1)[:, 0]
-            return joint.score(here, progress.predicted)
+            return joint.score(here, decoding.predicted)
 
         def is_last(frame: Int[Array, " B"]) -> Bool[Array, " B"]:
-            return jumps & (progress.step_at(frame) >= max_symbols)
+            return jumps & (decoding.symbols_at(frame) >= max_symbols)
 
-        return _next_label(score, is_last, progress.frame, lengths, config)
+        return _next_label(score, is_last, decoding.frame, lengths, config)
 
-    def emit(progress: _Progress) -> _Progress:
-        search = find(progress)
-        is_label = (progress.frame < lengths) & (search.label != config.blank)
-        predicted, state = _predict(network, search.label, progress.state)
+    def next_symbol(decoding: _DecodingState) -> _DecodingState:
+        search = find(decoding)
+        is_label = (decoding.frame < lengths) & (search.label != config.blank)
+        predicted, state = _predict(network, search.label, decoding.state)
         keep = is_label[:, None]
-        repeats = progress.step_at(search.frame)
+        repeats = decoding.symbols_at(search.frame)
         is_full = is_label & (repeats >= max_symbols)
-        is_stuck = is_full if jumps else is_full & (search.duration == 0)
-        return _Progress(
-            found=_append(progress.found, search, is_label),
-            frame=search.frame + jnp.where(is_label, search.duration, 0) + is_stuck,
-            last_frame=jnp.where(is_label, search.frame, progress.last_frame),
-            repeats=jnp.where(is_label, repeats, progress.repeats),
-            predicted=jnp.where(keep, predicted, progress.predicted),
+        must_advance = is_full if jumps else is_full & (search.duration == 0)
+        return _DecodingState(
+            hypotheses=_append(decoding.hypotheses, search, is_label),
+            frame=search.frame + jnp.where(is_label, search.duration, 0) + must_advance,
+            last_frame=jnp.where(is_label, search.frame, decoding.last_frame),
+            repeats=jnp.where(is_label, repeats, decoding.repeats),
+            predicted=jnp.where(keep, predicted, decoding.predicted),
             state=jax.tree.map(
-                lambda new, old: jnp.where(keep[None], new, old), state, progress.state
+                lambda new, old: jnp.where(keep[None], new, old), state, decoding.state
             ),
         )
 
     start = _start(network, frames.shape[0], frames.shape[1] * max_symbols)
-    return jax.lax.while_loop(lambda p: jnp.any(p.frame < lengths), emit, start).found
+    return jax.lax.while_loop(lambda p: jnp.any(p.frame < lengths), next_symbol, start).hypotheses
 
 
-def _start(network: TransducerNetwork, rows: int, size: int) -> _Progress:
-    blanks = jnp.full(rows, network.transducer.blank, jnp.int32)
-    predicted, state = _predict(network, blanks, network.prediction.initial_state(rows))
-    zeros, table = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, size), jnp.int32)
-    return _Progress(
-        found=Hypotheses(labels=table, frames=table, durations=table, lengths=zeros),
+def _start(network: TransducerNetwork, batch: int, size: int) -> _DecodingState:
+    blanks = jnp.full(batch, network.transducer.blank, jnp.int32)
+    predicted, state = _predict(network, blanks, network.prediction.initial_state(batch))
+    zeros, table = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, size), jnp.int32)
+    return _DecodingState(
+        hypotheses=Hypotheses(labels=table, frames=table, durations=table, lengths=zeros),
         frame=zeros,
         last_frame=zeros - 1,
         repeats=zeros,
@@ -145,7 +145,7 @@ def _next_label(
 ) -> _Search:
     """Skips blanks until each row has a label or is at its end (where its label is the blank)."""
 
-    def look(search: _Search) -> _Search:
+    def skip_blank(search: _Search) -> _Search:
         label, duration = _best(score(search.frame), config)
         is_blank = label == config.blank
         # a blank always goes on
@@ -162,7 +162,7 @@ def _next_label(
     start = _Search(
         frame=frame, label=blanks, duration=jnp.zeros_like(frame), is_seeking=frame < lengths
     )
-    return jax.lax.while_loop(lambda search: jnp.any(search.is_seeking), look, start)
+    return jax.lax.while_loop(lambda search: jnp.any(search.is_seeking), skip_blank, start)
 
 
 def _best(
@@ -177,17 +177,18 @@ def _best(
     return label, jnp.asarray(config.durations, jnp.int32)[best]
 
 
-def _append(found: Hypotheses, search: _Search, is_label: Bool[Array, " B"]) -> Hypotheses:
+def _append(hypotheses: Hypotheses, search: _Search, is_label: Bool[Array, " B"]) -> Hypotheses:
     """Writes the labels of the rows that have one behind their earlier ones."""
-    rows = jnp.arange(is_label.shape[0])
-    place = jnp.where(is_label, found.lengths, found.labels.shape[1])  # out of range: dropped
+    sequence = jnp.arange(is_label.shape[0])
+    out_of_range = hypotheses.labels.shape[1]  # a write there is dropped
+    position = jnp.where(is_label, hypotheses.lengths, out_of_range)
 
-    def put(table: Int[Array, "B U"], values: Int[Array, " B"]) -> Int[Array, "B U"]:
-        return table.at[rows, place].set(values, mode="drop")
+    def write(table: Int[Array, "B U"], values: Int[Array, " B"]) -> Int[Array, "B U"]:
+        return table.at[sequence, position].set(values, mode="drop")
 
     return Hypotheses(
-        labels=put(found.labels, search.label),
-        frames=put(found.frames, search.frame),
-        durations=put(found.durations, search.duration),
-        lengths=found.lengths + is_label,
+        labels=write(hypotheses.labels, search.label),
+        frames=write(hypotheses.frames, search.frame),
+        durations=write(hypotheses.durations, search.duration),
+        lengths=hypotheses.lengths + is_label,
     )

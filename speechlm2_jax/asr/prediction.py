@@ -63,9 +63,9 @@ class PredictionNetwork(nnx.Module):
         self.embedding = Embedding(config.vocab_size + 1, width, rngs=rngs)
         self.lstm = Lstm(width, config.prednet.pred_rnn_layers, rngs=rngs)
 
-    def initial_state(self, rows: int) -> LstmState:
+    def initial_state(self, batch: int) -> LstmState:
         """The state before any step; the first step is that of the blank."""
-        return self.lstm.initial_state(rows)
+        return self.lstm.initial_state(batch)
 
     def step(
         self, labels: Int[Array, " B"], state: LstmState

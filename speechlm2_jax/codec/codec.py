@@ -97,17 +97,17 @@ class Codec(nnx.Module):
         """
         size = self.samples_per_frame
         lengths = jnp.clip(lengths, 0, audio.shape[1])
-        padded = _whole(lengths, size)
-        ends, heard = padded, lengths
+        padded = _round_up(lengths, size)
+        ends, counted_samples = padded, lengths
         if nemo_exact:
-            heard = jnp.max(padded) if extent is None else extent
-            heard = jnp.broadcast_to(heard, lengths.shape)
-            ends = _whole(heard, size)
-        audio = jnp.where(jnp.arange(audio.shape[1])[None] < heard[:, None], audio, 0.0)
+            counted_samples = jnp.max(padded) if extent is None else extent
+            counted_samples = jnp.broadcast_to(counted_samples, lengths.shape)
+            ends = _round_up(counted_samples, size)
+        audio = jnp.where(jnp.arange(audio.shape[1])[None] < counted_samples[:, None], audio, 0.0)
         audio = jnp.pad(audio, ((0, 0), (0, -audio.shape[1] % size)))
         audio = constrain(audio.astype(jnp.float32), "clips", None)
-        edges = SequenceBoundary(lengths=padded, ends=ends)
-        frames, _ = self.encoder(audio[..., None], edges)
+        boundary = SequenceBoundary(lengths=padded, ends=ends)
+        frames, _ = self.encoder(audio[..., None], boundary)
         return CodecFrames(frames, padded // size)
 
     def encode(
@@ -141,9 +141,9 @@ class Codec(nnx.Module):
         ends = lengths
         if nemo_exact:
             ends = jnp.broadcast_to(codes.shape[1] if extent is None else extent, lengths.shape)
-        edges = SequenceBoundary(lengths=lengths, ends=ends)
-        frames = edges.silence(self.quantizer.dequantize(codes))
-        audio, _ = self.decoder(constrain(frames, "clips", None, None), edges)
+        boundary = SequenceBoundary(lengths=lengths, ends=ends)
+        frames = boundary.mask_padding(self.quantizer.dequantize(codes))
+        audio, _ = self.decoder(constrain(frames, "clips", None, None), boundary)
         return Audio(constrain(audio[..., 0], "clips", None), lengths * self.samples_per_frame)
 
     def new_stream(self, batch: int) -> streaming.DecoderStream:
@@ -166,6 +166,6 @@ class Codec(nnx.Module):
                 module.fold()
 
 
-def _whole(samples: Int[Array, "*rows"], size: int) -> Int[Array, "*rows"]:
+def _round_up(samples: Int[Array, "*rows"], size: int) -> Int[Array, "*rows"]:
     """Rounds up to whole frames."""
     return -(-samples // size) * size

@@ -14,12 +14,12 @@ from flax import nnx
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
-from speechlm2_jax.codec.boundary import Boundary, PaddedSequence, Steps
+from speechlm2_jax.codec.boundary import Boundary, PaddedSequence, Signal
 from speechlm2_jax.layers.linear import zeros
 from speechlm2_jax.layers.module import Initializer, buffer, param
 from speechlm2_jax.sharding import platform
 
-FILLED, MOST_FILLED = 16, 96
+FULL_CHANNELS, MAX_CHANNELS = 16, 96
 """Channels at which a processor is busy, and more than which it need not have."""
 
 _torch_init: Initializer = jax.nn.initializers.variance_scaling(
@@ -33,17 +33,17 @@ class WeightNorm(nnx.Module):
     def __init__(self, shape: tuple[int, int, int], *, rngs: nnx.Rngs):
         self.direction = param(rngs, shape, ("conv",) * 3, _torch_init)
         self.gain = param(
-            rngs, shape[:1], ("conv",), lambda *_: _lengths(self.direction[...])[:, 0, 0]
+            rngs, shape[:1], ("conv",), lambda *_: _norms(self.direction[...])[:, 0, 0]
         )
 
     def __call__(self) -> Float[Array, "N M P"]:
         """Computes the kernel, in fp32."""
         direction = jnp.asarray(self.direction[...], jnp.float32)
         gain = jnp.asarray(self.gain[...], jnp.float32)[:, None, None]
-        return direction * (gain / _lengths(direction))
+        return direction * (gain / _norms(direction))
 
 
-class Folded(nnx.Module):
+class FoldedKernel(nnx.Module):
     """A kernel that was computed before, arranged as its convolution takes it."""
 
     def __init__(self, kernel: Array):
@@ -54,29 +54,29 @@ class CodecConvolution(nnx.Module):
     """A kernel and a bias; what they do is said below."""
 
     def __init__(self, shape: tuple[int, int, int], channels: int, *, rngs: nnx.Rngs):
-        self.weight: WeightNorm | Folded = WeightNorm(shape, rngs=rngs)
+        self.weight: WeightNorm | FoldedKernel = WeightNorm(shape, rngs=rngs)
         self.bias = param(rngs, (channels,), ("conv",), zeros)
 
     @abstractmethod
-    def arranged(self, weight: Float[Array, "N M P"]) -> Array:
+    def arrange(self, weight: Float[Array, "N M P"]) -> Array:
         """The kernel as the convolution takes it."""
 
     def kernel(self) -> Array:
         """The arranged kernel."""
-        if isinstance(self.weight, Folded):
+        if isinstance(self.weight, FoldedKernel):
             return self.weight.kernel[...]
-        return self.arranged(self.weight())
+        return self.arrange(self.weight())
 
     def fold(self) -> None:
         """Keeps the arranged kernel in place of gain and direction."""
-        self.weight = Folded(self.kernel())
+        self.weight = FoldedKernel(self.kernel())
 
-    def biased(self, x: Steps) -> Steps:
+    def add_bias(self, x: Signal) -> Signal:
         """Adds the bias."""
         return x + jnp.asarray(self.bias[...], jnp.float32)[None, None]
 
 
-class SameRate(CodecConvolution):
+class SameRateConv(CodecConvolution):
     """Any kernel and dilation; as many steps come out as go in."""
 
     def __init__(
@@ -96,17 +96,19 @@ class SameRate(CodecConvolution):
         self.before, self.after = (reach, 0) if is_causal else (reach // 2, reach // 2)
         self.pad_mode = "zeros" if is_causal else pad_mode
 
-    def arranged(self, weight: Float[Array, "N M P"]) -> Float[Array, "P M N"]:
+    def arrange(self, weight: Float[Array, "N M P"]) -> Float[Array, "P M N"]:
         """[taps, in, out]."""
         return weight.transpose(2, 1, 0)
 
-    def __call__(self, x: Steps, edges: Boundary) -> Float[Array, "B T D"]:
+    def __call__(self, x: Signal, boundary: Boundary) -> Float[Array, "B T D"]:
         """Convolves."""
-        extended = edges.extend(x, self.before, self.after, self.pad_mode)
-        return edges.silence(self.biased(_convolved(extended, self.kernel(), self.dilation)))
+        extended = boundary.pad(x, self.before, self.after, self.pad_mode)
+        return boundary.mask_padding(
+            self.add_bias(_convolve(extended, self.kernel(), self.dilation))
+        )
 
 
-class Slower(CodecConvolution):
+class DownsampleConv(CodecConvolution):
     """Makes one step of `rate`; the steps must be whole blocks of that size."""
 
     def __init__(
@@ -124,19 +126,21 @@ class Slower(CodecConvolution):
         self.before = rate if is_causal else (rate + 1) // 2
         self.pad_mode = "zeros" if is_causal else pad_mode
 
-    def arranged(self, weight: Float[Array, "N M P"]) -> Float[Array, "2 J N"]:
+    def arrange(self, weight: Float[Array, "N M P"]) -> Float[Array, "2 J N"]:
         """[block, step of the block and input channel, out]."""
         return weight.transpose(2, 1, 0).reshape(2, -1, weight.shape[0])
 
-    def __call__(self, x: Steps, edges: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
+    def __call__(self, x: Signal, boundary: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
         """Convolves; the edges at the new rate come with the result."""
-        x = edges.extend(x, self.before, self.rate - self.before, self.pad_mode).written()
+        x = boundary.pad(x, self.before, self.rate - self.before, self.pad_mode).materialize()
         blocks = x.reshape(x.shape[0], -1, self.rate * x.shape[2])
-        edges = edges.slower(self.rate)
-        return edges.silence(self.biased(_convolved(PaddedSequence(blocks), self.kernel()))), edges
+        boundary = boundary.downsampled(self.rate)
+        return boundary.mask_padding(
+            self.add_bias(_convolve(PaddedSequence(blocks), self.kernel()))
+        ), boundary
 
 
-class Faster(CodecConvolution):
+class UpsampleConv(CodecConvolution):
     """Makes `rate` steps of one (a transposed convolution); beyond the ends there are zeros."""
 
     def __init__(
@@ -155,7 +159,7 @@ class Faster(CodecConvolution):
         self.cut = 0 if is_causal else (rate + 1) // 2
         """Steps that are cut off on the left."""
 
-    def arranged(self, weight: Float[Array, "N M P"]) -> Array:
+    def arrange(self, weight: Float[Array, "N M P"]) -> Array:
         """[last or this input step, in, step of the block and output channel].
 
         Grouped: [last or this input step, input of the group, step of the block, out].
@@ -167,19 +171,19 @@ class Faster(CodecConvolution):
             return grouped.transpose(2, 1, 3, 0)
         return halves.transpose(2, 0, 3, 1).reshape(2, count, -1)
 
-    def __call__(self, x: Steps, edges: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
+    def __call__(self, x: Signal, boundary: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
         """Convolves; the edges at the new rate come with the result."""
         batch, steps, _ = x.shape
-        extended = edges.extend(x, 1, 1 if self.cut else 0, "zeros")
+        extended = boundary.pad(x, 1, 1 if self.cut else 0, "zeros")
         if self.is_grouped:
-            y = self._grouped(extended.written())
+            y = self._grouped(extended.materialize())
         else:
-            y = _convolved(extended, self.kernel())
+            y = _convolve(extended, self.kernel())
         y = y.reshape(batch, -1, self.channels)[:, self.cut : self.cut + steps * self.rate]
-        edges = edges.faster(self.rate)
-        return edges.silence(self.biased(y)), edges
+        boundary = boundary.upsampled(self.rate)
+        return boundary.mask_padding(self.add_bias(y)), boundary
 
-    def _grouped(self, x: Steps) -> Float[Array, "B T2 R D"]:
+    def _grouped(self, x: Signal) -> Float[Array, "B T2 R D"]:
         """The sum over a group's inputs, and over this input step and the last."""
         kernel = self.kernel()
         inputs = x.reshape(*x.shape[:2], self.channels, -1)[:, :, None]
@@ -192,14 +196,14 @@ class Faster(CodecConvolution):
         return sum(products[1:], products[0])
 
 
-def _convolved(
+def _convolve(
     x: PaddedSequence, kernel: Float[Array, "P C D"], dilation: int = 1
 ) -> Float[Array, "B T2 D"]:
-    block = _block(*kernel.shape[1:]) if platform() == "cpu" else 1
+    block = _block_size(*kernel.shape[1:]) if platform() == "cpu" else 1
     if block > 1:
-        return _in_blocks(x, kernel, dilation, block)
+        return _convolve_in_blocks(x, kernel, dilation, block)
     return jax.lax.conv_general_dilated(
-        x.steps,
+        x.values,
         kernel,
         window_strides=(1,),
         padding=(x.zeros,),
@@ -209,14 +213,14 @@ def _convolved(
     )
 
 
-def _block(channels_in: int, channels_out: int) -> int:
+def _block_size(channels_in: int, channels_out: int) -> int:
     """Steps that are convolved together: a power of two, 1 where the channels are enough."""
     narrow, wide = sorted((channels_in, channels_out))
-    room = min(FILLED // narrow, MOST_FILLED // wide)
+    room = min(FULL_CHANNELS // narrow, MAX_CHANNELS // wide)
     return 1 << max(room.bit_length() - 1, 0)
 
 
-def _in_blocks(
+def _convolve_in_blocks(
     x: PaddedSequence, kernel: Float[Array, "P C D"], dilation: int, block: int
 ) -> Float[Array, "B T2 D"]:
     """The same sum over blocks of steps, whose steps take the place of further channels.
@@ -225,7 +229,7 @@ def _in_blocks(
     two to ten times as fast as XLA's convolution of few (docs/performance.md).
     """
     taps, channels_in, channels_out = kernel.shape
-    batch, given, _ = x.steps.shape
+    batch, given, _ = x.values.shape
     steps = given + sum(x.zeros) - (taps - 1) * dilation
     is_around = any(x.zeros)
     back = x.zeros[0] // dilation  # taps that look back; without zeros the first looks at its step
@@ -241,13 +245,13 @@ def _in_blocks(
     size = block * dilation
     blocks = -(-steps // size)
     read = blocks if is_around else blocks + after
-    rows = jnp.pad(x.steps, ((0, 0), (0, max(0, read * size - given)), (0, 0)))[:, : read * size]
+    rows = jnp.pad(x.values, ((0, 0), (0, max(0, read * size - given)), (0, 0)))[:, : read * size]
     rows = rows.reshape(batch, -1, block, dilation, channels_in).transpose(0, 3, 1, 2, 4)
     rows = rows.reshape(batch * dilation, read, block * channels_in)
-    y = _convolved(PaddedSequence(rows, (before, after) if is_around else (0, 0)), joint)
+    y = _convolve(PaddedSequence(rows, (before, after) if is_around else (0, 0)), joint)
     y = y.reshape(batch, dilation, blocks, block, channels_out).transpose(0, 2, 3, 1, 4)
     return y.reshape(batch, -1, channels_out)[:, :steps]
 
 
-def _lengths(direction: Float[Array, "N M P"]) -> Float[Array, "N 1 1"]:
+def _norms(direction: Float[Array, "N M P"]) -> Float[Array, "N 1 1"]:
     return jnp.sqrt(jnp.sum(jnp.square(direction), axis=(1, 2), keepdims=True))

@@ -5,10 +5,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from speechlm2_jax.codec.activations import Activation
-from speechlm2_jax.codec.boundary import Boundary, Steps
+from speechlm2_jax.codec.boundary import Boundary, Signal
 from speechlm2_jax.codec.config import DecoderConfig
-from speechlm2_jax.codec.convolutions import Faster
-from speechlm2_jax.codec.residual import ResidualLayer, same_rate
+from speechlm2_jax.codec.convolutions import UpsampleConv
+from speechlm2_jax.codec.residual import ResidualLayer, make_conv
 
 BOUNDED = {"tanh": jnp.tanh, "clamp": lambda x: jnp.clip(x, -1.0, 1.0)}
 
@@ -18,7 +18,7 @@ class DecoderStage(nnx.Module):
 
     def __init__(self, config: DecoderConfig, channels: int, rate: int, *, rngs: nnx.Rngs):
         self.activation = Activation(config.activation, channels, rngs=rngs)
-        self.up = Faster(
+        self.up = UpsampleConv(
             channels,
             channels // 2,
             rate,
@@ -28,10 +28,10 @@ class DecoderStage(nnx.Module):
         )
         self.residual = ResidualLayer(config, channels // 2, rngs=rngs)
 
-    def __call__(self, x: Steps, edges: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
+    def __call__(self, x: Signal, boundary: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
         """Raises the rate; the edges at the new rate come with the result."""
-        x, edges = self.up(self.activation(x), edges)
-        return self.residual(x, edges), edges
+        x, boundary = self.up(self.activation(x), boundary)
+        return self.residual(x, boundary), boundary
 
 
 class HiFiGANDecoder(nnx.Module):
@@ -40,19 +40,21 @@ class HiFiGANDecoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         channels = config.base_channels
-        self.input = same_rate(config, config.input_dim, channels, config.in_kernel_size, rngs=rngs)
+        self.input = make_conv(config, config.input_dim, channels, config.in_kernel_size, rngs=rngs)
         stages = []
         for rate in config.up_sample_rates:
             stages.append(DecoderStage(config, channels, rate, rngs=rngs))
             channels //= 2
         self.stages = nnx.List(stages)
         self.activation = Activation(config.activation, channels, rngs=rngs)
-        self.output = same_rate(config, channels, 1, config.out_kernel_size, rngs=rngs)
+        self.output = make_conv(config, channels, 1, config.out_kernel_size, rngs=rngs)
 
-    def __call__(self, frames: Steps, edges: Boundary) -> tuple[Float[Array, "B S 1"], Boundary]:
+    def __call__(
+        self, frames: Signal, boundary: Boundary
+    ) -> tuple[Float[Array, "B S 1"], Boundary]:
         """Decodes frames; the edges of the samples come with them."""
-        x = self.input(frames, edges)
+        x = self.input(frames, boundary)
         for stage in self.stages:
-            x, edges = stage(x, edges)
-        x = self.output(self.activation(x), edges)
-        return BOUNDED[self.config.output_activation](x), edges
+            x, boundary = stage(x, boundary)
+        x = self.output(self.activation(x), boundary)
+        return BOUNDED[self.config.output_activation](x), boundary

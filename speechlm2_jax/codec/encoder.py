@@ -4,10 +4,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from speechlm2_jax.codec.activations import Activation
-from speechlm2_jax.codec.boundary import Boundary, Steps
+from speechlm2_jax.codec.boundary import Boundary, Signal
 from speechlm2_jax.codec.config import EncoderConfig
-from speechlm2_jax.codec.convolutions import Slower
-from speechlm2_jax.codec.residual import ResidualLayer, same_rate
+from speechlm2_jax.codec.convolutions import DownsampleConv
+from speechlm2_jax.codec.residual import ResidualLayer, make_conv
 
 
 class EncoderStage(nnx.Module):
@@ -16,7 +16,7 @@ class EncoderStage(nnx.Module):
     def __init__(self, config: EncoderConfig, channels: int, rate: int, *, rngs: nnx.Rngs):
         self.residual = ResidualLayer(config, channels, rngs=rngs)
         self.activation = Activation(config.activation, channels, rngs=rngs)
-        self.down = Slower(
+        self.down = DownsampleConv(
             channels,
             2 * channels,
             rate,
@@ -25,9 +25,9 @@ class EncoderStage(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: Steps, edges: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
+    def __call__(self, x: Signal, boundary: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
         """Lowers the rate; the edges at the new rate come with the result."""
-        return self.down(self.activation(self.residual(x, edges)), edges)
+        return self.down(self.activation(self.residual(x, boundary)), boundary)
 
 
 class HiFiGANEncoder(nnx.Module):
@@ -35,20 +35,22 @@ class HiFiGANEncoder(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         channels = config.base_channels
-        self.input = same_rate(config, 1, channels, config.in_kernel_size, rngs=rngs)
+        self.input = make_conv(config, 1, channels, config.in_kernel_size, rngs=rngs)
         stages = []
         for rate in config.down_sample_rates:
             stages.append(EncoderStage(config, channels, rate, rngs=rngs))
             channels *= 2
         self.stages = nnx.List(stages)
         self.activation = Activation(config.activation, channels, rngs=rngs)
-        self.output = same_rate(
+        self.output = make_conv(
             config, channels, config.encoded_dim, config.out_kernel_size, rngs=rngs
         )
 
-    def __call__(self, audio: Steps, edges: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
+    def __call__(
+        self, audio: Signal, boundary: Boundary
+    ) -> tuple[Float[Array, "B T2 D"], Boundary]:
         """Encodes whole frames; their edges come with them."""
-        x = self.input(audio, edges)
+        x = self.input(audio, boundary)
         for stage in self.stages:
-            x, edges = stage(x, edges)
-        return self.output(self.activation(x), edges), edges
+            x, boundary = stage(x, boundary)
+        return self.output(self.activation(x), boundary), boundary

@@ -42,11 +42,11 @@ class FiniteScalarQuantizer(nnx.Module):
         """Rounds; the gradient of the values is that of `compress` (straight through)."""
         compressed = self.compress(x)
         rounded = jnp.round(compressed)
-        halves = self._grid()[2]
+        half_levels = self._grid()[2]
         values = compressed + jax.lax.stop_gradient(rounded - compressed)
         digits = self._grouped(rounded).astype(jnp.int32) + self.levels[...][None, None] // 2
         codes = jnp.sum(digits * self.bases[...][None, None], axis=-1)
-        return Quantized(values / halves, codes)
+        return Quantized(values / half_levels, codes)
 
     def quantize(self, x: Float[Array, "B T C"]) -> Int[Array, "B T K"]:
         """Computes the codes."""

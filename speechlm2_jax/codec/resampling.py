@@ -38,15 +38,15 @@ def resample(audio: Float[Array, "B S"], from_hz: int, to_hz: int) -> Float[Arra
     gcd = math.gcd(from_hz, to_hz)
     filters, reach = _filters(from_hz // gcd, to_hz // gcd)
     step, taps = from_hz // gcd, filters.shape[1]
-    rows, samples = audio.shape
+    batch, samples = audio.shape
     # output block i is made of the taps that begin at input block i
     count, overlapping = samples // step + 1, -(-taps // step)
     length = (count + overlapping) * step
     padded = jnp.pad(audio, ((0, 0), (reach, length - reach - samples)))
-    blocks = padded.reshape(rows, -1, step)
-    seen = jnp.concatenate([blocks[:, i : i + count] for i in range(overlapping)], axis=2)
-    out = jnp.matmul(seen[..., :taps], jnp.asarray(filters).T, precision=Precision.HIGHEST)
-    return out.reshape(rows, -1)[:, : resampled_length(samples, from_hz, to_hz)]
+    blocks = padded.reshape(batch, -1, step)
+    windows = jnp.concatenate([blocks[:, i : i + count] for i in range(overlapping)], axis=2)
+    out = jnp.matmul(windows[..., :taps], jnp.asarray(filters).T, precision=Precision.HIGHEST)
+    return out.reshape(batch, -1)[:, : resampled_length(samples, from_hz, to_hz)]
 
 
 def _filters(step: int, phases: int) -> tuple[np.ndarray, int]:

@@ -3,12 +3,12 @@
 from flax import nnx
 
 from speechlm2_jax.codec.activations import Activation
-from speechlm2_jax.codec.boundary import Boundary, Steps
+from speechlm2_jax.codec.boundary import Boundary, Signal
 from speechlm2_jax.codec.config import HiFiGANConfig
-from speechlm2_jax.codec.convolutions import SameRate
+from speechlm2_jax.codec.convolutions import SameRateConv
 
 
-def same_rate(
+def make_conv(
     config: HiFiGANConfig,
     channels_in: int,
     channels_out: int,
@@ -16,9 +16,9 @@ def same_rate(
     *,
     dilation: int = 1,
     rngs: nnx.Rngs,
-) -> SameRate:
+) -> SameRateConv:
     """Makes a convolution that sees what the config lets it see."""
-    return SameRate(
+    return SameRateConv(
         channels_in,
         channels_out,
         taps,
@@ -36,14 +36,14 @@ class ResidualBlock(nnx.Module):
         self, config: HiFiGANConfig, channels: int, taps: int, dilation: int, *, rngs: nnx.Rngs
     ):
         self.first_activation = Activation(config.activation, channels, rngs=rngs)
-        self.first = same_rate(config, channels, channels, taps, dilation=dilation, rngs=rngs)
+        self.first = make_conv(config, channels, channels, taps, dilation=dilation, rngs=rngs)
         self.second_activation = Activation(config.activation, channels, rngs=rngs)
-        self.second = same_rate(config, channels, channels, taps, rngs=rngs)
+        self.second = make_conv(config, channels, channels, taps, rngs=rngs)
 
-    def __call__(self, x: Steps, edges: Boundary) -> Steps:
+    def __call__(self, x: Signal, boundary: Boundary) -> Signal:
         """Adds what the two convolutions make of x."""
-        y = self.first(self.first_activation(x), edges)
-        return x + self.second(self.second_activation(y), edges)
+        y = self.first(self.first_activation(x), boundary)
+        return x + self.second(self.second_activation(y), boundary)
 
 
 class ResidualLayer(nnx.Module):
@@ -62,12 +62,12 @@ class ResidualLayer(nnx.Module):
             ]
         )
 
-    def __call__(self, x: Steps, edges: Boundary) -> Steps:
+    def __call__(self, x: Signal, boundary: Boundary) -> Signal:
         """Runs every chain on x."""
         outputs = []
         for chain in self.chains:
             y = x
             for block in chain:
-                y = block(y, edges)
+                y = block(y, boundary)
             outputs.append(y)
         return sum(outputs[1:], outputs[0]) / len(outputs)

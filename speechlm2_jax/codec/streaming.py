@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from speechlm2_jax.codec.boundary import PaddedSequence, Steps
+from speechlm2_jax.codec.boundary import PaddedSequence, Signal
 from speechlm2_jax.codec.decoder import HiFiGANDecoder
 
 
@@ -19,35 +19,37 @@ class DecoderStream:
     All zeros where a stream begins: a row is started anew by setting it to zero.
     """
 
-    seen: tuple[Float[Array, "B _ _"], ...]
+    history: tuple[Float[Array, "B _ _"], ...]
 
 
-class StreamEdges:
+class StreamBoundary:
     """Edges of one step of a stream: before it lie the steps seen last, and all steps are real."""
 
-    def __init__(self, seen: Iterator[Array] | None):
-        self._seen = seen
-        self.kept: list[Array] = []
+    def __init__(self, history: Iterator[Array] | None):
+        self._history = history
+        self.next_history: list[Array] = []
         """The steps to remember; zeros are taken for seen if nothing was given."""
 
-    def extend(self, x: Steps, before: int, after: int, mode: str) -> PaddedSequence:
+    def pad(self, x: Signal, before: int, after: int, mode: str) -> PaddedSequence:
         """Puts the steps seen last before x, and remembers its own last."""
         if after:
             raise ValueError("a layer that looks ahead cannot decode a stream")
         shape = (x.shape[0], before, x.shape[2])
-        x = jnp.concatenate([jnp.zeros(shape) if self._seen is None else next(self._seen), x], 1)
-        self.kept.append(x[:, x.shape[1] - before :])
+        x = jnp.concatenate(
+            [jnp.zeros(shape) if self._history is None else next(self._history), x], 1
+        )
+        self.next_history.append(x[:, x.shape[1] - before :])
         return PaddedSequence(x)
 
-    def silence(self, x: Steps) -> Steps:
+    def mask_padding(self, x: Signal) -> Signal:
         """Leaves x as it is."""
         return x
 
-    def slower(self, rate: int) -> "StreamEdges":
+    def downsampled(self, rate: int) -> "StreamBoundary":
         """The same edges."""
         return self
 
-    def faster(self, rate: int) -> "StreamEdges":
+    def upsampled(self, rate: int) -> "StreamBoundary":
         """The same edges."""
         return self
 
@@ -64,17 +66,17 @@ def start(decoder: HiFiGANDecoder, batch: int) -> DecoderStream:
         )
 
     def run() -> tuple[Array, ...]:
-        edges = StreamEdges(None)
-        decoder(jnp.zeros((batch, 1, decoder.config.input_dim)), edges)
-        return tuple(edges.kept)
+        boundary = StreamBoundary(None)
+        decoder(jnp.zeros((batch, 1, decoder.config.input_dim)), boundary)
+        return tuple(boundary.next_history)
 
-    return DecoderStream(seen=tuple(jnp.zeros(s.shape) for s in jax.eval_shape(run)))
+    return DecoderStream(history=tuple(jnp.zeros(s.shape) for s in jax.eval_shape(run)))
 
 
 def advance(
-    decoder: HiFiGANDecoder, stream: DecoderStream, frames: Steps
+    decoder: HiFiGANDecoder, stream: DecoderStream, frames: Signal
 ) -> tuple[Float[Array, "B S"], DecoderStream]:
     """Decodes the next frames of each stream."""
-    edges = StreamEdges(iter(stream.seen))
-    audio, _ = decoder(frames, edges)
-    return audio[..., 0], DecoderStream(seen=tuple(edges.kept))
+    boundary = StreamBoundary(iter(stream.history))
+    audio, _ = decoder(frames, boundary)
+    return audio[..., 0], DecoderStream(history=tuple(boundary.next_history))

@@ -39,12 +39,12 @@ class BatchNorm(nnx.Module):
         mean, variance = self.running_mean[...], self.running_var[...]
         statistics: Statistics = {}
         if counted is not None:
-            mean, variance, statistics = self._measure(x32, counted)
+            mean, variance, statistics = self._batch_statistics(x32, counted)
         scale = self.weight[...].astype(jnp.float32) * jax.lax.rsqrt(variance + EPS)
         y = (x32 - mean[None, None]) * scale[None, None]
         return (y + self.bias[...].astype(jnp.float32)[None, None]).astype(x.dtype), statistics
 
-    def _measure(
+    def _batch_statistics(
         self, x: Float[Array, "B T D"], counted: Bool[Array, "B T"]
     ) -> tuple[Float[Array, " D"], Float[Array, " D"], Statistics]:
         count = jnp.sum(counted, dtype=jnp.float32)
@@ -55,12 +55,12 @@ class BatchNorm(nnx.Module):
         unbiased = total / jnp.maximum(count - 1.0, 1.0)
         rate = jnp.where(count > 0, MOMENTUM, 0.0)
 
-        def moved(old: Array, new: Array) -> Array:
+        def update(old: Array, new: Array) -> Array:
             return old + rate * (jax.lax.stop_gradient(new) - old)
 
         statistics = {
-            "running_mean": moved(self.running_mean[...], mean),
-            "running_var": moved(self.running_var[...], unbiased),
+            "running_mean": update(self.running_mean[...], mean),
+            "running_var": update(self.running_var[...], unbiased),
             "batches_tracked": self.batches_tracked[...] + (count > 0).astype(jnp.int32),
         }
         return mean, total / jnp.maximum(count, 1.0), statistics

@@ -37,64 +37,64 @@ class Chunking:
         size = max(1, round(seconds * log_mel.sample_rate))
         return cls(size=max(size, shortest), shortest=shortest)
 
-    def parts(self, samples: int) -> tuple[int, ...]:
+    def chunks(self, samples: int) -> tuple[int, ...]:
         """Lengths of the parts of a clip; an empty clip is one empty part."""
-        whole = self.whole_parts(samples)
-        return (*(self.size,) * whole, samples - whole * self.size)
+        count = self.whole_chunks(samples)
+        return (*(self.size,) * count, samples - count * self.size)
 
-    def whole_parts(self, samples: Any) -> Any:
+    def whole_chunks(self, samples: Any) -> Any:
         """How many parts come before the last: an int, or an array of them."""
-        whole = (samples - self.shortest) // self.size
-        return whole * (whole > 0)
+        count = (samples - self.shortest) // self.size
+        return count * (count > 0)
 
     def width(self, samples: int) -> int:
         """Samples of the longest part that an audio array of `samples` may hold."""
         return min(samples, self.size + self.shortest - 1)
 
 
-def cut(
+def split_chunks(
     audio: Float[Array, "B S"], lengths: Int[Array, " B"], chunking: Chunking
 ) -> tuple[Float[Array, "B K W"], Int[Array, "B K"]]:
     """Cuts clips into parts [B, K, W] and says how long each is; empty past a clip's end."""
     samples = audio.shape[1]
-    parts, width = len(chunking.parts(samples)), chunking.width(samples)
-    missing = (parts - 1) * chunking.size + width - samples
+    chunks, width = len(chunking.chunks(samples)), chunking.width(samples)
+    missing = (chunks - 1) * chunking.size + width - samples
     padded = jnp.pad(audio, ((0, 0), (0, max(missing, 0))))
-    starts = [k * chunking.size for k in range(parts)]
-    pieces = jnp.stack([padded[:, start : start + width] for start in starts], axis=1)
-    last = chunking.whole_parts(lengths)[:, None]
-    number = jnp.arange(parts)[None]
-    rest = lengths[:, None] - last * chunking.size
-    sizes = jnp.where(number < last, chunking.size, jnp.where(number == last, rest, 0))
-    return pieces, sizes.astype(jnp.int32)
+    starts = [k * chunking.size for k in range(chunks)]
+    chunk_audio = jnp.stack([padded[:, start : start + width] for start in starts], axis=1)
+    last = chunking.whole_chunks(lengths)[:, None]
+    index = jnp.arange(chunks)[None]
+    last_length = lengths[:, None] - last * chunking.size
+    chunk_lengths = jnp.where(index < last, chunking.size, jnp.where(index == last, last_length, 0))
+    return chunk_audio, chunk_lengths.astype(jnp.int32)
 
 
-def join(
+def join_chunks(
     frames: Float[Array, "B K F D"],
     lengths: Int[Array, "B K"],
     *,
     last: Int[Array, " B"],
-    per_part: int,
+    frames_per_chunk: int,
     capacity: int,
 ) -> tuple[Float[Array, "B F2 D"], Int[Array, " B"]]:
     """Puts the frames of the parts of each clip one after the other, in `capacity` places.
 
-    Every part before number `last` has `per_part` frames.
+    Every part before number `last` has `frames_per_chunk` frames.
     """
-    batch, _, most, width = frames.shape
-    place = jnp.arange(capacity)[None]
-    part = jnp.minimum(place // max(per_part, 1), last[:, None])
-    index = part * most + jnp.minimum(place - part * per_part, most - 1)
+    batch, _, max_frames, width = frames.shape
+    position = jnp.arange(capacity)[None]
+    chunk = jnp.minimum(position // max(frames_per_chunk, 1), last[:, None])
+    index = chunk * max_frames + jnp.minimum(position - chunk * frames_per_chunk, max_frames - 1)
     flat = frames.reshape(batch, -1, width)
     joined = jax.vmap(lambda table, i: jnp.take(table, i, axis=0))(flat, index)
     return joined, jnp.sum(lengths, axis=1)
 
 
-def chunk_rngs(rngs: Key[Array, " B"] | None, parts: int) -> Key[Array, " BK"] | None:
+def chunk_rngs(rngs: Key[Array, " B"] | None, chunks: int) -> Key[Array, " BK"] | None:
     """One key per part, from the clip's own and the part's number."""
     if rngs is None:
         return None
-    numbers = jnp.arange(parts)
-    return jax.vmap(lambda k: jax.vmap(lambda n: jax.random.fold_in(k, n))(numbers))(rngs).reshape(
+    indices = jnp.arange(chunks)
+    return jax.vmap(lambda k: jax.vmap(lambda n: jax.random.fold_in(k, n))(indices))(rngs).reshape(
         -1
     )

@@ -26,7 +26,7 @@ from speechlm2_jax.sharding import constrain
 class LayerInputs:
     """What every layer of a pass shares."""
 
-    view: FrameMask
+    frame_mask: FrameMask
     present: Bool[Array, "B T"]
     """Frames that a norm over time counts: the real ones, or those that NeMo would count."""
     train: bool = field(default=False, metadata={"static": True})
@@ -64,15 +64,15 @@ class DepthwiseConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Convolves with zeros beyond both ends; as many frames come out."""
-        return self.within(jnp.pad(x, ((0, 0), self.context, (0, 0))))
+        return self.valid(jnp.pad(x, ((0, 0), self.context, (0, 0))))
 
-    def within(self, padded: Float[Array, "B T2 D"]) -> Float[Array, "B T D"]:
+    def valid(self, padded: Float[Array, "B T2 D"]) -> Float[Array, "B T D"]:
         """Convolves where the whole kernel fits: k - 1 frames fewer come out."""
         weight = self.weight[...].astype(padded.dtype)
-        steps = padded.shape[1] - weight.shape[1] + 1
-        y = padded[:, :steps] * weight[None, None, :, 0]
+        length = padded.shape[1] - weight.shape[1] + 1
+        y = padded[:, :length] * weight[None, None, :, 0]
         for tap in range(1, weight.shape[1]):
-            y = y + padded[:, tap : tap + steps] * weight[None, None, :, tap]
+            y = y + padded[:, tap : tap + length] * weight[None, None, :, tap]
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None]
 
 
@@ -92,7 +92,7 @@ class ConvolutionModule(nnx.Module):
         self, x: Float[Array, "B T D"], inputs: LayerInputs
     ) -> tuple[Float[Array, "B T D"], Statistics]:
         """Convolves; silence replaces padding, so real frames never see it."""
-        x = self.depthwise(self.gated(x, is_within(inputs.view.lengths, x.shape[1])))
+        x = self.depthwise(self.gated(x, is_within(inputs.frame_mask.lengths, x.shape[1])))
         statistics: Statistics = {}
         if isinstance(self.norm, BatchNorm):
             x, statistics = self.norm(x, inputs.present if inputs.train else None)
@@ -107,7 +107,7 @@ class ConvolutionModule(nnx.Module):
         value, gate = self._halves(x)
         return jnp.where(is_real[..., None], value * jax.nn.sigmoid(gate), jnp.zeros((), x.dtype))
 
-    def finished(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def after_conv(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Goes on behind the depthwise convolution, in evaluation; ValueError for group norm."""
         if isinstance(self.norm, GroupNorm):
             raise ValueError("group norm looks at whole clips")
@@ -158,22 +158,22 @@ class ConformerLayer(nnx.Module):
         rngs: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Statistics]:
         """Gives the new frames, and new batch-norm statistics by path; `rngs` switch dropout on."""
-        places = [fold_rngs(rngs, place) for place in range(7)]
+        dropout_rngs = [fold_rngs(rngs, number) for number in range(7)]
 
-        def added(x: Array, update: Array, place: int) -> Array:
-            return x + dropout(update, self.rate, places[place])
+        def add(x: Array, update: Array, number: int) -> Array:
+            return x + dropout(update, self.rate, dropout_rngs[number])
 
-        update = self.feed_forward_in(self.feed_forward_in_norm(x), places[0])
-        x = added(x, 0.5 * update, 1)
+        update = self.feed_forward_in(self.feed_forward_in_norm(x), dropout_rngs[0])
+        x = add(x, 0.5 * update, 1)
         update = self.attention(
             self.attention_norm(x),
-            inputs.view,
+            inputs.frame_mask,
             tied_biases=inputs.tied_biases,
-            rngs=places[2],
+            rngs=dropout_rngs[2],
         )
-        x = added(x, update, 3)
+        x = add(x, update, 3)
         update, statistics = self.conv(self.conv_norm(x), inputs)
-        x = added(x, update, 4)
-        update = self.feed_forward_out(self.feed_forward_out_norm(x), places[5])
-        x = added(x, 0.5 * update, 6)
+        x = add(x, update, 4)
+        update = self.feed_forward_out(self.feed_forward_out_norm(x), dropout_rngs[5])
+        x = add(x, 0.5 * update, 6)
         return self.output_norm(x), {f"conv.norm.{k}": v for k, v in statistics.items()}

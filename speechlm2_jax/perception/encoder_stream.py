@@ -21,7 +21,7 @@ from speechlm2_jax.layers.stack import scan_layers
 from speechlm2_jax.perception.conformer_layer import ConformerLayer
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import Context, FastConformerConfig
-from speechlm2_jax.perception.frame_mask import FrameMask, distances, visibility
+from speechlm2_jax.perception.frame_mask import FrameMask, attention_mask, distances
 from speechlm2_jax.perception.self_attention import (
     Biases,
     RelPosSelfAttention,
@@ -39,7 +39,7 @@ from speechlm2_jax.perception.subsampling import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class SubsamplingStage:
     """One stage of subsampling in a stream."""
 
     carry: int
@@ -87,17 +87,17 @@ class EncoderPlan:
         return self.frames * self.config.subsampling_factor
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[SubsamplingStage, ...]:
         """The stages of subsampling; none with factor 1."""
-        place, factor = -self.lead, self.config.subsampling_factor
+        position, factor = -self.lead, self.config.subsampling_factor
         if self.config.is_stacking:
-            return (Stage(carry=place % factor, first=place // factor),)
-        stages: list[Stage] = []
+            return (SubsamplingStage(carry=position % factor, first=position // factor),)
+        stages: list[SubsamplingStage] = []
         before = self.config.stage_padding[0]
         for _ in range(self.config.stages):
-            first = (place + before - 1) // 2
-            stages.append(Stage(carry=place - 2 * first + before, first=first))
-            place = first
+            first = (position + before - 1) // 2
+            stages.append(SubsamplingStage(carry=position - 2 * first + before, first=first))
+            position = first
         return tuple(stages)
 
     @property
@@ -114,9 +114,9 @@ class EncoderPlan:
     def is_aligned(self) -> bool:
         """Whether every step of every layer holds whole chunks of attention."""
         chunk = self.context[1] + 1
-        places = (self.frames, self.first, self.conv_delay)
+        offsets = (self.frames, self.first, self.conv_delay)
         return self.config.att_context_style == "chunked_limited" and not any(
-            place % chunk for place in places
+            offset % chunk for offset in offsets
         )
 
     @property
@@ -145,7 +145,7 @@ class EncoderPlan:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class EncoderMemory:
+class EncoderStreamState:
     """What an encoder remembers of streams; all zeros where one begins."""
 
     inputs: tuple[Any, ...]
@@ -154,24 +154,30 @@ class EncoderMemory:
     """[L, B, C, N, H]: keys of the last frames that later ones may attend to."""
     values: Any
     """[L, B, C, N, H]."""
-    attending: Any
+    attention_queue: Any
     """[L, B, attention_delay, D]: frames whose attention still waits for later ones."""
     gated: Any
     """[L, B, k - 1, D]: what the depthwise convolution has seen last."""
-    convolving: Any
+    conv_queue: Any
     """[L, B, conv_delay, D]: frames whose convolution still waits for later ones."""
 
-    STACKED: ClassVar[tuple[str, ...]] = ("keys", "values", "attending", "gated", "convolving")
+    STACKED: ClassVar[tuple[str, ...]] = (
+        "keys",
+        "values",
+        "attention_queue",
+        "gated",
+        "conv_queue",
+    )
     """Fields whose second axis is the streams; in the others it is the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Now:
+class StepInputs:
     """What all layers of a step share, but where their input lies."""
 
-    rows: Int[Array, "B F"]
+    positions: Int[Array, "B F"]
     """Places of the input."""
-    view: FrameMask
+    frame_mask: FrameMask
     tied_biases: Biases | None
 
 
@@ -188,7 +194,7 @@ class StreamFrames:
     captured: Float[Array, "B K F W"] | None = None
 
 
-def begin(plan: EncoderPlan, batch: int, dtype: DTypeLike = jnp.float32) -> EncoderMemory:
+def new_state(plan: EncoderPlan, batch: int, dtype: DTypeLike = jnp.float32) -> EncoderStreamState:
     """Makes the memory of `batch` streams that have not begun."""
     config = plan.config
     layers, width = config.n_layers, config.d_model
@@ -198,26 +204,26 @@ def begin(plan: EncoderPlan, batch: int, dtype: DTypeLike = jnp.float32) -> Enco
     def zeros(*shape: int) -> Array:
         return jnp.zeros(shape, dtype)
 
-    return EncoderMemory(
-        inputs=tuple(zeros(batch, *shape) for shape in _carried_shapes(plan)),
+    return EncoderStreamState(
+        inputs=tuple(zeros(batch, *shape) for shape in _carry_shapes(plan)),
         keys=zeros(layers, batch, plan.cache, *head),
         values=zeros(layers, batch, plan.cache, *head),
-        attending=zeros(layers, batch, plan.attention_delay, width),
+        attention_queue=zeros(layers, batch, plan.attention_delay, width),
         gated=zeros(layers, batch, kernel - 1, width),
-        convolving=zeros(layers, batch, plan.conv_delay, width),
+        conv_queue=zeros(layers, batch, plan.conv_delay, width),
     )
 
 
 def advance(
     encoder: FastConformer,
     plan: EncoderPlan,
-    memory: EncoderMemory,
+    state: EncoderStreamState,
     features: Float[Array, "B I M"],
     steps: Int[Array, " B"],
     total: Int[Array, " B"],
     *,
     capture: tuple[int, ...] = (),
-) -> tuple[StreamFrames, EncoderMemory]:
+) -> tuple[StreamFrames, EncoderStreamState]:
     """Encodes the next input frames of each stream.
 
     `steps` says how many steps each stream has behind it, `total` how many real input frames it has
@@ -227,34 +233,42 @@ def advance(
     if capture and plan.layer_delay:
         raise ValueError("layers that look ahead cannot be read side by side in a stream")
     lengths = jnp.where(total > 0, plan.config.subsampled(total), 0)
-    subsampled, inputs = _subsample(encoder, plan, memory.inputs, features, steps, total)
-    rows = (steps * plan.frames + plan.first)[:, None] + jnp.arange(plan.frames)[None]
-    x = encoder.placed(subsampled, rows)
-    view = _view(plan, lengths)
+    subsampled, inputs = _subsample(encoder, plan, state.inputs, features, steps, total)
+    positions = (steps * plan.frames + plan.first)[:, None] + jnp.arange(plan.frames)[None]
+    x = encoder.add_positions(subsampled, positions)
+    frame_mask = _frame_mask(plan, lengths)
     tied = encoder.tied_biases()
 
-    def body(layer: ConformerLayer, carry: tuple, kept: tuple) -> tuple[tuple, tuple]:
-        x, rows = carry
-        x, kept = _advance_layer(layer, plan, x, Now(rows=rows, view=view, tied_biases=tied), kept)
-        return (x, rows - plan.layer_delay), (kept, x if capture else None)
+    def body(layer: ConformerLayer, carry: tuple, layer_state: tuple) -> tuple[tuple, tuple]:
+        x, positions = carry
+        x, layer_state = _advance_layer(
+            layer,
+            plan,
+            x,
+            StepInputs(positions=positions, frame_mask=frame_mask, tied_biases=tied),
+            layer_state,
+        )
+        return (x, positions - plan.layer_delay), (layer_state, x if capture else None)
 
-    stacked = tuple(getattr(memory, name) for name in EncoderMemory.STACKED)
-    (x, rows), (stacked, outputs) = scan_layers(
-        encoder.layers, body, (x, rows), stacked, remat="none"
+    stacked = tuple(getattr(state, name) for name in EncoderStreamState.STACKED)
+    (x, positions), (stacked, outputs) = scan_layers(
+        encoder.layers, body, (x, positions), stacked, remat="none"
     )
-    memory = EncoderMemory(inputs=inputs, **dict(zip(EncoderMemory.STACKED, stacked, strict=True)))
+    state = EncoderStreamState(
+        inputs=inputs, **dict(zip(EncoderStreamState.STACKED, stacked, strict=True))
+    )
     encoded = StreamFrames(
-        frames=encoder.projected(x),
-        is_real=(rows >= 0) & (rows < lengths[:, None]),
+        frames=encoder.project(x),
+        is_real=(positions >= 0) & (positions < lengths[:, None]),
         lengths=lengths,
-        captured=encoder.projected(jnp.stack([outputs[n] for n in capture], axis=1))
+        captured=encoder.project(jnp.stack([outputs[n] for n in capture], axis=1))
         if capture
         else None,
     )
-    return encoded, memory
+    return encoded, state
 
 
-def _view(plan: EncoderPlan, lengths: Int[Array, " B"]) -> FrameMask:
+def _frame_mask(plan: EncoderPlan, lengths: Int[Array, " B"]) -> FrameMask:
     """What the frames of a step may attend to among those remembered and new."""
     left, right = (jnp.full(lengths.shape, side, jnp.int32) for side in plan.context)
     table = None
@@ -268,29 +282,33 @@ def _view(plan: EncoderPlan, lengths: Int[Array, " B"]) -> FrameMask:
 
 
 def _advance_layer(
-    layer: ConformerLayer, plan: EncoderPlan, x: Float[Array, "B F D"], now: Now, kept: tuple
+    layer: ConformerLayer,
+    plan: EncoderPlan,
+    x: Float[Array, "B F D"],
+    inputs: StepInputs,
+    layer_state: tuple,
 ) -> tuple[Float[Array, "B F D"], tuple]:
     """One Conformer layer; its output is `plan.layer_delay` places behind its input."""
-    keys, values, attending, gated, convolving = kept
+    keys, values, attention_queue, gated, conv_queue = layer_state
     x = x + 0.5 * layer.feed_forward_in(layer.feed_forward_in_norm(x))
-    waiting, attending = _pass(attending, x)
-    mixed, keys, values = _attend(layer, plan, (waiting, x), now, (keys, values))
-    x = waiting + mixed
-    rows = now.rows - plan.attention_delay
-    is_real = (rows >= 0) & (rows < now.view.lengths[:, None])
-    seen = jnp.concatenate([gated, layer.conv.gated(layer.conv_norm(x), is_real)], axis=1)
-    waiting, convolving = _pass(convolving, x)
-    x = waiting + layer.conv.finished(layer.conv.depthwise.within(seen))
+    delayed, attention_queue = _delay(attention_queue, x)
+    mixed, keys, values = _attend(layer, plan, (delayed, x), inputs, (keys, values))
+    x = delayed + mixed
+    positions = inputs.positions - plan.attention_delay
+    is_real = (positions >= 0) & (positions < inputs.frame_mask.lengths[:, None])
+    window = jnp.concatenate([gated, layer.conv.gated(layer.conv_norm(x), is_real)], axis=1)
+    delayed, conv_queue = _delay(conv_queue, x)
+    x = delayed + layer.conv.after_conv(layer.conv.depthwise.valid(window))
     x = x + 0.5 * layer.feed_forward_out(layer.feed_forward_out_norm(x))
-    gated = seen[:, plan.frames :]
-    return layer.output_norm(x), (keys, values, attending, gated, convolving)
+    gated = window[:, plan.frames :]
+    return layer.output_norm(x), (keys, values, attention_queue, gated, conv_queue)
 
 
-def _pass(
-    waiting: Float[Array, "B W D"], x: Float[Array, "B F D"]
+def _delay(
+    delayed: Float[Array, "B W D"], x: Float[Array, "B F D"]
 ) -> tuple[Float[Array, "B F D"], Float[Array, "B W D"]]:
     """Delays frames: as many as come in go out, the rest waits."""
-    queue = jnp.concatenate([waiting, x], axis=1)
+    queue = jnp.concatenate([delayed, x], axis=1)
     return queue[:, : x.shape[1]], queue[:, x.shape[1] :]
 
 
@@ -298,28 +316,30 @@ def _attend(
     layer: ConformerLayer,
     plan: EncoderPlan,
     frames: tuple[Float[Array, "B F D"], Float[Array, "B F D"]],
-    now: Now,
+    inputs: StepInputs,
     cache: tuple[Float[Array, "B C N H"], Float[Array, "B C N H"]],
 ) -> tuple[Float[Array, "B F D"], Float[Array, "B C N H"], Float[Array, "B C N H"]]:
     """Lets the frames whose turn it is attend to the remembered and the new ones."""
-    attention, (asking, new) = layer.attention, frames
+    attention, (query_frames, new) = layer.attention, frames
     normed = layer.attention_norm(new)
     queries = attention.queries(
-        layer.attention_norm(asking) if plan.attention_delay else normed, now.tied_biases
+        layer.attention_norm(query_frames) if plan.attention_delay else normed, inputs.tied_biases
     )
     key, value = (
-        jnp.concatenate([old, attention.heads(part(normed))], axis=1)
-        for old, part in zip(cache, (attention.key, attention.value), strict=True)
+        jnp.concatenate([old, attention.heads(projection(normed))], axis=1)
+        for old, projection in zip(cache, (attention.key, attention.value), strict=True)
     )
-    columns = now.rows[:, :1] - plan.cache + jnp.arange(plan.cache + plan.frames)[None]
-    rows = now.rows - plan.attention_delay
+    key_positions = (
+        inputs.positions[:, :1] - plan.cache + jnp.arange(plan.cache + plan.frames)[None]
+    )
+    positions = inputs.positions - plan.attention_delay
     weights = attention_weights(
         content_scores(queries[0], key),
-        _distance_scores(attention, queries, now.view.positions),
-        visibility(plan.config.att_context_style, now.view, rows, columns),
+        _distance_scores(attention, queries, inputs.frame_mask.positions),
+        attention_mask(plan.config.att_context_style, inputs.frame_mask, positions, key_positions),
         attention.scale,
     )
-    mixed = attention.output(mix(weights, value).reshape(asking.shape))
+    mixed = attention.output(mix(weights, value).reshape(query_frames.shape))
     return mixed, key[:, plan.frames :], value[:, plan.frames :]
 
 
@@ -335,56 +355,60 @@ def _distance_scores(
     if table is None or attention.position is None:
         return None
     query, table = queries[1], table.astype(queries[1].dtype)
-    (_, frames, heads, _), (places, width) = query.shape, table.shape
-    if frames * (width + heads * places) > places * (width + frames):
+    (_, frames, heads, _), (n_distances, width) = query.shape, table.shape
+    if frames * (width + heads * n_distances) > n_distances * (width + frames):
         positions = attention.heads(attention.position(table))
         return jnp.einsum("bfnh,pnh->bnfp", query, positions, preferred_element_type=jnp.float32)
     weight = attention.position.weight[...].astype(query.dtype).reshape(heads, -1, width)
-    asked = jnp.einsum("bfnh,nhd->bfnd", query, weight)
-    return jnp.einsum("bfnd,pd->bnfp", asked, table, preferred_element_type=jnp.float32)
+    projected_queries = jnp.einsum("bfnh,nhd->bfnd", query, weight)
+    return jnp.einsum("bfnd,pd->bnfp", projected_queries, table, preferred_element_type=jnp.float32)
 
 
 def _subsample(
     encoder: FastConformer,
     plan: EncoderPlan,
-    kept: tuple[Float[Array, "B ..."], ...],
+    layer_state: tuple[Float[Array, "B ..."], ...],
     features: Float[Array, "B I M"],
     steps: Int[Array, " B"],
     total: Int[Array, " B"],
 ) -> tuple[Float[Array, "B F D"], tuple[Float[Array, "B ..."], ...]]:
     """Subsampled frames of a step, and what each stage remembers of its input."""
-    part = encoder.subsampling
+    subsampling = encoder.subsampling
     if not plan.stages:
-        return part.output(features), ()
-    x = _silence(features, steps * plan.input_frames - plan.lead, total)
-    if isinstance(part, Stacking):
-        seen = jnp.concatenate([kept[0], x], axis=1)
-        return part.stacked(seen[:, : plan.input_frames]), (seen[:, plan.input_frames :],)
-    remembered, lengths, x = [], total, x[..., None]
-    for stage, memory, conv in zip(plan.stages, kept, _convolutions(part), strict=True):
-        seen = jnp.concatenate([memory, x], axis=1)
-        remembered.append(seen[:, x.shape[1] :])
+        return subsampling.output(features), ()
+    x = _zero_padding(features, steps * plan.input_frames - plan.lead, total)
+    if isinstance(subsampling, Stacking):
+        window = jnp.concatenate([layer_state[0], x], axis=1)
+        return subsampling.project_stacks(window[:, : plan.input_frames]), (
+            window[:, plan.input_frames :],
+        )
+    carried, lengths, x = [], total, x[..., None]
+    for stage, state, conv in zip(
+        plan.stages, layer_state, _convolutions(subsampling), strict=True
+    ):
+        window = jnp.concatenate([state, x], axis=1)
+        carried.append(window[:, x.shape[1] :])
         lengths = plan.config.halved(lengths)
-        x = jax.nn.relu(conv(seen, (0, 0)))
-        x = _silence(x, steps * x.shape[1] + stage.first, lengths)
-    return part.flattened(x), tuple(remembered)
+        x = jax.nn.relu(conv(window, (0, 0)))
+        x = _zero_padding(x, steps * x.shape[1] + stage.first, lengths)
+    return subsampling.flatten(x), tuple(carried)
 
 
-def _convolutions(part: Subsampling) -> tuple[HalvingConv | FullStage | SeparableStage, ...]:
-    assert part.conv_in is not None
-    return (part.conv_in, *part.stages)
+def _convolutions(subsampling: Subsampling) -> tuple[HalvingConv | FullStage | SeparableStage, ...]:
+    assert subsampling.conv_in is not None
+    return (subsampling.conv_in, *subsampling.stages)
 
 
-def _silence(
+def _zero_padding(
     x: Float[Array, "B T *rest"], first: Int[Array, " B"], lengths: Int[Array, " B"]
 ) -> Float[Array, "B T *rest"]:
     """Zeroes what lies before the beginning or past the end; x begins with place `first`."""
-    place = first[:, None] + jnp.arange(x.shape[1])[None]
-    is_real = (place >= 0) & (place < lengths[:, None])
+    position = first[:, None] + jnp.arange(x.shape[1])[None]
+    is_real = (position >= 0) & (position < lengths[:, None])
     return jnp.where(jnp.expand_dims(is_real, range(2, x.ndim)), x, jnp.zeros((), x.dtype))
 
 
-def _carried_shapes(plan: EncoderPlan) -> list[tuple[int, ...]]:
+def _carry_shapes(plan: EncoderPlan) -> list[tuple[int, ...]]:
     """Per stage of subsampling, the shape of what it remembers of one stream."""
     config, bins = plan.config, plan.config.feat_in
     if config.is_stacking:

@@ -24,7 +24,7 @@ from speechlm2_jax.perception.self_attention import (
 from speechlm2_jax.perception.subsampling import make_subsampling
 from speechlm2_jax.sharding import constrain
 
-_LAYERS_PLACE, _INPUT_PLACE, _NEAR_PLACE, _FAR_PLACE, _CONTEXT_PLACE = range(5)
+_LAYERS_RNG, _INPUT_RNG, _NEAR_RNG, _FAR_RNG, _CONTEXT_RNG = range(5)
 
 
 @jax.tree_util.register_dataclass
@@ -80,38 +80,40 @@ class FastConformer(nnx.Module):
         `capture` numbers the layers whose outputs are wanted too.
         """
         config = self.config
-        x, lengths, extents = self._entered(features, lengths, extents, rngs)
-        steps = x.shape[1]
+        x, lengths, extents = self._embed(features, lengths, extents, rngs)
+        length = x.shape[1]
         inputs = LayerInputs(
-            view=self._view(steps, lengths, rngs),
-            present=is_within(lengths if extents is None else extents, steps),
+            frame_mask=self._frame_mask(length, lengths, rngs),
+            present=is_within(lengths if extents is None else extents, length),
             train=train,
             tied_biases=self.tied_biases(),
         )
-        layer_rngs = fold_rngs(rngs, _LAYERS_PLACE)
+        layer_rngs = fold_rngs(rngs, _LAYERS_RNG)
 
         def body(layer: ConformerLayer, carry: tuple, index: Array) -> tuple[tuple, tuple]:
-            x, kept = carry
+            x, captured = carry
             x, statistics = layer(x, inputs, fold_rngs(layer_rngs, index))
             x = constrain(x, "clips", "frames", "act_embed")
-            kept = tuple(jnp.where(index == n, x, k) for n, k in zip(capture, kept, strict=True))
-            return (x, kept), (statistics, x if return_layers else None)
+            captured = tuple(
+                jnp.where(index == n, x, k) for n, k in zip(capture, captured, strict=True)
+            )
+            return (x, captured), (statistics, x if return_layers else None)
 
         indices = jnp.arange(config.n_layers)
         start = (x, (jnp.zeros_like(x),) * len(capture))
-        (x, kept), (statistics, layers) = scan_layers(
+        (x, captured), (statistics, layers) = scan_layers(
             self.layers, body, start, indices, remat=remat
         )
         return EncoderOutput(
-            frames=self.projected(x),
+            frames=self.project(x),
             lengths=lengths,
             statistics={f"layers.{path}": value for path, value in statistics.items()},
             extents=extents,
             layers=layers,
-            captured=self.projected(jnp.stack(kept, axis=1)) if capture else None,
+            captured=self.project(jnp.stack(captured, axis=1)) if capture else None,
         )
 
-    def _entered(
+    def _embed(
         self,
         features: Float[Array, "B T D"],
         lengths: Int[Array, " B"],
@@ -124,11 +126,11 @@ class FastConformer(nnx.Module):
         lengths = jnp.where(lengths > 0, subsampled.lengths, 0)
         if extents is not None:
             extents = jnp.where(extents > 0, config.subsampled(extents), 0)
-        x = self.placed(subsampled.frames, jnp.arange(subsampled.frames.shape[1])[None])
-        x = dropout(x, config.dropout_pre_encoder, fold_rngs(rngs, _INPUT_PLACE))
+        x = self.add_positions(subsampled.frames, jnp.arange(subsampled.frames.shape[1])[None])
+        x = dropout(x, config.dropout_pre_encoder, fold_rngs(rngs, _INPUT_RNG))
         return constrain(x, "clips", "frames", "act_embed"), lengths, extents
 
-    def placed(
+    def add_positions(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B1 T"]
     ) -> Float[Array, "B T D"]:
         """Scales subsampled frames and, with absolute positions, adds theirs."""
@@ -139,7 +141,7 @@ class FastConformer(nnx.Module):
         table = sinusoids(positions.astype(jnp.float32), config.d_model)
         return x + jnp.broadcast_to(table.astype(x.dtype), x.shape)
 
-    def projected(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T W"]:
+    def project(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T W"]:
         """Turns a layer's output into the width of the frames."""
         return x if self.output is None else self.output(x)
 
@@ -149,8 +151,8 @@ class FastConformer(nnx.Module):
             return None
         return self.position_bias_u[...], self.position_bias_v[...]
 
-    def _view(
-        self, steps: int, lengths: Int[Array, " B"], rngs: Key[Array, " B"] | None
+    def _frame_mask(
+        self, length: int, lengths: Int[Array, " B"], rngs: Key[Array, " B"] | None
     ) -> FrameMask:
         """What the frames may see: the first context, or with keys one drawn per row."""
         config = self.config
@@ -158,24 +160,26 @@ class FastConformer(nnx.Module):
         chosen = jnp.zeros(lengths.shape, jnp.int32)
         if rngs is not None and len(config.contexts) > 1:
             cumulative = jnp.cumsum(jnp.asarray(config.context_probabilities))[:-1]
-            context_keys = jax.vmap(lambda k: jax.random.fold_in(k, _CONTEXT_PLACE))(rngs)
-            draws = jax.vmap(jax.random.uniform)(context_keys)
+            context_rngs = jax.vmap(lambda k: jax.random.fold_in(k, _CONTEXT_RNG))(rngs)
+            draws = jax.vmap(jax.random.uniform)(context_rngs)
             chosen = jnp.sum(draws[:, None] >= cumulative[None], axis=1)
         left, right = jnp.take(contexts, chosen, axis=0).T
         positions = None
         if config.is_relative:
-            positions = self._drop_positions(relative_positions(steps, config.d_model), steps, rngs)
+            positions = self._drop_positions(
+                relative_positions(length, config.d_model), length, rngs
+            )
         return FrameMask(positions=positions, lengths=lengths, left=left, right=right)
 
     def _drop_positions(
-        self, table: Float[Array, "P D"], steps: int, rngs: Key[Array, " B"] | None
+        self, table: Float[Array, "P D"], length: int, rngs: Key[Array, " B"] | None
     ) -> Float[Array, "*B P D"]:
         """Dropout of the table, drawn by distance from 0 outwards, whatever the length."""
         rate = self.config.dropout_emb
         if rngs is None or rate == 0.0:
             return table
-        split = padded_queries(steps)
+        split = padded_queries(length)
         table = jnp.broadcast_to(table[None], (rngs.shape[0], *table.shape))
-        near = dropout(table[:, split - 1 :: -1], rate, fold_rngs(rngs, _NEAR_PLACE))
-        far = dropout(table[:, split:], rate, fold_rngs(rngs, _FAR_PLACE))
+        near = dropout(table[:, split - 1 :: -1], rate, fold_rngs(rngs, _NEAR_RNG))
+        far = dropout(table[:, split:], rate, fold_rngs(rngs, _FAR_RNG))
         return jnp.concatenate([near[:, ::-1], far], axis=1)

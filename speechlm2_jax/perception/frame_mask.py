@@ -33,24 +33,27 @@ def distances(first: int, last: int, width: int) -> Float[Array, "P D"]:
     return sinusoids(jnp.asarray(np.arange(first, last - 1, -1, dtype=np.float32)), width)
 
 
-def visibility(
-    style: str, view: FrameMask, rows: Int[Array, "B1 Q"], columns: Int[Array, "B1 T"]
+def attention_mask(
+    style: str,
+    frame_mask: FrameMask,
+    query_positions: Int[Array, "B1 Q"],
+    key_positions: Int[Array, "B1 T"],
 ) -> Bool[Array, "B Q T"]:
-    """True where the frame at `rows` may attend to that at `columns`: both real, the latter near.
+    """True where a query frame may attend to a key frame: both real, the key within its context.
 
     `regular` counts frames to both sides. `chunked_limited` cuts time into chunks of right + 1:
     a frame sees its whole chunk and left / (right + 1) chunks before it.
     """
-    row, column = rows[:, :, None], columns[:, None, :]
-    left, right = view.left[:, None, None], view.right[:, None, None]
-    before = (left < 0) | (row - column <= left)
+    query, key = query_positions[:, :, None], key_positions[:, None, :]
+    left, right = frame_mask.left[:, None, None], frame_mask.right[:, None, None]
+    before = (left < 0) | (query - key <= left)
     if style == "regular":
-        in_context = before & ((right < 0) | (column - row <= right))
+        in_context = before & ((right < 0) | (key - query <= right))
     else:
         chunk = jnp.maximum(right, 0) + 1
-        chunks_back = row // chunk - column // chunk
+        chunks_back = query // chunk - key // chunk
         chunked = (chunks_back >= 0) & ((left < 0) | (chunks_back <= left // chunk))
         in_context = jnp.where(right < 0, before, chunked)
-    lengths = view.lengths[:, None, None]
-    is_real = (row < lengths) & (column < lengths) & (column >= 0)
+    lengths = frame_mask.lengths[:, None, None]
+    is_real = (query < lengths) & (key < lengths) & (key >= 0)
     return in_context & is_real

@@ -16,6 +16,6 @@ class Frames:
     lengths: Int[Array, " B"]
 
 
-def is_within(lengths: Int[Array, " B"], steps: int) -> Bool[Array, "B T"]:
+def is_within(lengths: Int[Array, " B"], length: int) -> Bool[Array, "B T"]:
     """True at steps before each row's length."""
-    return jnp.arange(steps)[None, :] < lengths[:, None]
+    return jnp.arange(length)[None, :] < lengths[:, None]

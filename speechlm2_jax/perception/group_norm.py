@@ -26,8 +26,8 @@ class GroupNorm(nnx.Module):
         self, x: Float[Array, "B T D"], counted: Bool[Array, "B T"]
     ) -> Float[Array, "B T D"]:
         """Normalises every frame by the mean and variance of the counted ones."""
-        batch, steps, width = x.shape
-        grouped = x.astype(jnp.float32).reshape(batch, steps, self.groups, width // self.groups)
+        batch, length, width = x.shape
+        grouped = x.astype(jnp.float32).reshape(batch, length, self.groups, width // self.groups)
         mask = counted[:, :, None, None]
         count = jnp.sum(counted, axis=1, dtype=jnp.float32)[:, None, None, None]
         count = jnp.maximum(count * grouped.shape[-1], 1.0)

@@ -34,7 +34,7 @@ class MelPlan:
         return self.config.window_start
 
     @property
-    def cut(self) -> int:
+    def silenced_end(self) -> int:
         """Samples at a clip's end that are silenced: NeMo's exact_pad masks what it has shifted."""
         shifts = self.config.exact_pad and self.config.preemph is not None
         return self.config.side_padding if shifts else 0
@@ -42,7 +42,7 @@ class MelPlan:
     @property
     def lead(self) -> int:
         """Places of step 0 that lie before the beginning: a step holds the last frame's window."""
-        ahead = self.config.window_samples - self.before + self.cut
+        ahead = self.config.window_samples - self.before + self.silenced_end
         return max(0, -(-ahead // self.config.hop_samples) - 1)
 
     @property
@@ -54,7 +54,7 @@ class MelPlan:
 def advance(
     log_mel: LogMel,
     plan: MelPlan,
-    kept: Float[Array, "B C"],
+    previous: Float[Array, "B C"],
     audio: Float[Array, "B S"],
     steps: Int[Array, " B"],
     total: Int[Array, " B"],
@@ -63,13 +63,13 @@ def advance(
 
     Step s gives the frames s x frames - lead and on, also such as are before the beginning.
     """
-    wave = jnp.concatenate([kept, audio.astype(jnp.float32)], axis=1)
-    place = (steps * plan.samples - plan.carry)[:, None] + jnp.arange(wave.shape[1])[None]
-    is_real = place < total[:, None]
+    wave = jnp.concatenate([previous, audio.astype(jnp.float32)], axis=1)
+    position = (steps * plan.samples - plan.carry)[:, None] + jnp.arange(wave.shape[1])[None]
+    is_real = position < total[:, None]
     wave = jnp.where(is_real, wave, 0.0)
     emphasised = wave[:, 1:]
     if plan.config.preemph is not None:
         emphasised = emphasised - plan.config.preemph * wave[:, :-1]
-        is_kept = place[:, 1:] < total[:, None] - plan.cut
+        is_kept = position[:, 1:] < total[:, None] - plan.silenced_end
         emphasised = jnp.where(is_kept, emphasised, 0.0)
     return log_mel.features(emphasised, plan.frames), wave[:, plan.samples :]

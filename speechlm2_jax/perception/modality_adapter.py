@@ -139,8 +139,8 @@ class MultiLayerAdapter(nnx.Module):
     ) -> EncoderOutput:
         """Projects each frame on its own; nothing here draws."""
         del train, rngs
-        batch, layers, steps, width = features.shape
-        joined = features.swapaxes(1, 2).reshape(batch, steps, layers * width)
+        batch, layers, length, width = features.shape
+        joined = features.swapaxes(1, 2).reshape(batch, length, layers * width)
         return EncoderOutput(
             frames=self.projection(joined), lengths=lengths, statistics={}, extents=extents
         )

@@ -19,7 +19,7 @@ from speechlm2_jax.layers.dropout import fold_rngs
 from speechlm2_jax.layers.linear import Linear
 from speechlm2_jax.layers.stack import RematPolicy
 from speechlm2_jax.perception.batch_norm import Statistics
-from speechlm2_jax.perception.chunking import Chunking, chunk_rngs, cut, join
+from speechlm2_jax.perception.chunking import Chunking, chunk_rngs, join_chunks, split_chunks
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.frames import Frames, is_within
@@ -36,7 +36,7 @@ from speechlm2_jax.perception.qformer import QformerConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig, spec_augment
 from speechlm2_jax.sharding import constrain
 
-_DITHER_PLACE, _SPEC_AUGMENT_PLACE, _ENCODER_PLACE, _ADAPTER_PLACE = range(4)
+_DITHER_RNG, _SPEC_AUGMENT_RNG, _ENCODER_RNG, _ADAPTER_RNG = range(4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +157,8 @@ class PerceptionConfig:
     def encoded_counts(self, samples: int) -> tuple[int, ...]:
         """Counts the encoder's frames of each part of a clip that it sees by itself."""
         chunking = self.chunking
-        parts = (samples,) if chunking is None else chunking.parts(samples)
-        return tuple(self.encoder.frame_count(self.preprocessor.frame_count(n)) for n in parts)
+        chunks = (samples,) if chunking is None else chunking.chunks(samples)
+        return tuple(self.encoder.frame_count(self.preprocessor.frame_count(n)) for n in chunks)
 
     @property
     def chunking(self) -> Chunking | None:
@@ -246,22 +246,22 @@ class AudioPerception(nnx.Module):
             return run(audio, lengths, rngs=rngs, extents=extents)
         if audio.shape[1] <= chunking.size:  # whole, with the draws of a first part
             return run(audio, lengths, rngs=chunk_rngs(rngs, 1), extents=extents)
-        pieces, sizes = cut(audio, lengths, chunking)
-        batch, parts, width = pieces.shape
+        chunk_audio, chunk_lengths = split_chunks(audio, lengths, chunking)
+        batch, chunks, width = chunk_audio.shape
         if extents is not None:  # NeMo pads all parts of a batch to the longest
-            longest = jnp.where(extents > chunking.size, jnp.max(sizes), extents)
-            extents = jnp.repeat(longest, parts)
+            longest = jnp.where(extents > chunking.size, jnp.max(chunk_lengths), extents)
+            extents = jnp.repeat(longest, chunks)
         output = run(
-            constrain(pieces.reshape(batch * parts, width), "clips", None),
-            sizes.reshape(-1),
-            rngs=chunk_rngs(rngs, parts),
+            constrain(chunk_audio.reshape(batch * chunks, width), "clips", None),
+            chunk_lengths.reshape(-1),
+            rngs=chunk_rngs(rngs, chunks),
             extents=extents,
         )
-        frames, lengths = join(
-            output.frames.reshape(batch, parts, *output.frames.shape[1:]),
-            output.lengths.reshape(batch, parts),
-            last=chunking.whole_parts(lengths),
-            per_part=self.config.frame_count(chunking.size),
+        frames, lengths = join_chunks(
+            output.frames.reshape(batch, chunks, *output.frames.shape[1:]),
+            output.lengths.reshape(batch, chunks),
+            last=chunking.whole_chunks(lengths),
+            frames_per_chunk=self.config.frame_count(chunking.size),
             capacity=self.config.frame_capacity(audio.shape[1]),
         )
         return PerceptionOutput(
@@ -316,16 +316,16 @@ class AudioPerception(nnx.Module):
             features.frames.astype(dtype),
             features.lengths,
             train=modes.encoder,
-            rngs=fold_rngs(rngs, _ENCODER_PLACE) if modes.encoder else None,
+            rngs=fold_rngs(rngs, _ENCODER_RNG) if modes.encoder else None,
             extents=extents,
             capture=self.config.layers_read,
             remat=remat,
         )
         adapted = self.adapter(
-            self.heard(encoded.frames, encoded.captured),
+            self.adapter_inputs(encoded.frames, encoded.captured),
             encoded.lengths,
             train=modes.adapter,
-            rngs=fold_rngs(rngs, _ADAPTER_PLACE) if modes.adapter else None,
+            rngs=fold_rngs(rngs, _ADAPTER_RNG) if modes.adapter else None,
             extents=encoded.extents,
         )
         # cut last: up to here the frames beyond a clip are those that NeMo's batch norm counts
@@ -336,13 +336,13 @@ class AudioPerception(nnx.Module):
             frames=constrain(frames, "clips", "frames", "act_embed"),
             lengths=adapted.lengths,
             statistics={
-                f"{part}.{path}": value
-                for part, output in (("encoder", encoded), ("adapter", adapted))
+                f"{name}.{path}": value
+                for name, output in (("encoder", encoded), ("adapter", adapted))
                 for path, value in output.statistics.items()
             },
         )
 
-    def heard(
+    def adapter_inputs(
         self, frames: Float[Array, "B T D"], captured: Float[Array, "B K T D"] | None
     ) -> Float[Array, "B *K T D"]:
         """What the adapter sees: the encoder's output, or several of its layers [B, K, T, D]."""
@@ -361,10 +361,10 @@ class AudioPerception(nnx.Module):
         rngs: Key[Array, " B"] | None,
     ) -> Frames:
         """Log-mel frames, dithered and masked as the modes say."""
-        dither_rngs = fold_rngs(rngs, _DITHER_PLACE) if modes.log_mel else None
+        dither_rngs = fold_rngs(rngs, _DITHER_RNG) if modes.log_mel else None
         features = self.log_mel(audio, lengths, rngs=dither_rngs)
-        mask_keys = fold_rngs(rngs, _SPEC_AUGMENT_PLACE)
-        if not modes.spec_augment or self.config.spec_augment is None or mask_keys is None:
+        mask_rngs = fold_rngs(rngs, _SPEC_AUGMENT_RNG)
+        if not modes.spec_augment or self.config.spec_augment is None or mask_rngs is None:
             return features
-        hidden = spec_augment(features, self.config.spec_augment, mask_keys)
-        return Frames(frames=hidden, lengths=features.lengths)
+        masked = spec_augment(features, self.config.spec_augment, mask_rngs)
+        return Frames(frames=masked, lengths=features.lengths)

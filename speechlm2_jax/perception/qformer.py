@@ -117,7 +117,7 @@ class _Attention(nnx.Module):
         self,
         x: Float[Array, "B K P D"],
         frames: Float[Array, "B K T D"],
-        visible: Bool[Array, "B T"] | None,
+        key_mask: Bool[Array, "B T"] | None,
         rngs: Key[Array, " B"] | None,
     ) -> Float[Array, "B K P D"]:
         heads = lambda y: y.reshape(*y.shape[:-1], self.n_heads, -1)  # noqa: E731
@@ -125,7 +125,7 @@ class _Attention(nnx.Module):
         # time first, so that padding changes no draw of dropout
         scores = jnp.einsum("ckpnh,cktnh->ctknp", query, key, preferred_element_type=jnp.float32)
         scores = constrain(scores * key.shape[-1] ** -0.5, "clips", None, None, "act_heads", None)
-        mask = None if visible is None else visible[:, :, None, None, None]
+        mask = None if key_mask is None else key_mask[:, :, None, None, None]
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=1)
@@ -151,11 +151,11 @@ class _Layer(nnx.Module):
         self,
         x: Float[Array, "B K P D"],
         frames: Float[Array, "B K T D"],
-        visible: Bool[Array, "B T"],
+        key_mask: Bool[Array, "B T"],
         rngs: Key[Array, " B"] | None,
     ) -> Float[Array, "B K P D"]:
         x = self.attention(x, x, None, fold_rngs(rngs, 0))
-        x = self.cross_attention(x, frames, visible, fold_rngs(rngs, 1))
+        x = self.cross_attention(x, frames, key_mask, fold_rngs(rngs, 1))
         update = self.output(jax.nn.gelu(self.hidden(x), approximate=False))
         return self.norm(x + dropout(update, BERT_DROPOUT, fold_rngs(rngs, 2)))
 
@@ -190,12 +190,12 @@ class QformerAdapter(nnx.Module):
         """
         del train
         config = self.config
-        visible = is_within(lengths if extents is None else extents, features.shape[2])
+        key_mask = is_within(lengths if extents is None else extents, features.shape[2])
         prompts = self.prompts[...].astype(features.dtype)
         x = jnp.broadcast_to(prompts[None], (features.shape[0], *prompts.shape))
 
         def body(layer: _Layer, x: Array, index: Array) -> tuple[Array, None]:
-            return layer(x, features, visible, fold_rngs(rngs, index)), None
+            return layer(x, features, key_mask, fold_rngs(rngs, index)), None
 
         x, _ = scan_layers(self.layers, body, x, jnp.arange(config.qformer_num_hidden_layers))
         weights = jax.nn.softmax(self.layer_weights[...].astype(jnp.float32), axis=-1)

@@ -14,7 +14,7 @@ from speechlm2_jax.layers.dropout import drop_weights
 from speechlm2_jax.layers.linear import Linear, zeros
 from speechlm2_jax.layers.module import param
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
-from speechlm2_jax.perception.frame_mask import FrameMask, distances, visibility
+from speechlm2_jax.perception.frame_mask import FrameMask, attention_mask, distances
 from speechlm2_jax.sharding import constrain
 
 BLOCK = 256
@@ -23,14 +23,14 @@ _BLOCKED = -1e4
 Biases = tuple[Float[Array, "N H"], Float[Array, "N H"]]
 
 
-def padded_queries(steps: int) -> int:
+def padded_queries(length: int) -> int:
     """Rounds a number of queries up to whole blocks; short inputs are one block of their own."""
-    return steps if steps <= BLOCK else -(-steps // BLOCK) * BLOCK
+    return length if length <= BLOCK else -(-length // BLOCK) * BLOCK
 
 
-def relative_positions(steps: int, width: int) -> Float[Array, "P D"]:
+def relative_positions(length: int, width: int) -> Float[Array, "P D"]:
     """Tabulates every distance i - j, farthest left first, as far as the last block of queries."""
-    return distances(padded_queries(steps) - 1, 1 - steps, width)
+    return distances(padded_queries(length) - 1, 1 - length, width)
 
 
 def position_bias(config: FastConformerConfig, rngs: nnx.Rngs) -> nnx.Param:
@@ -61,7 +61,7 @@ class RelPosSelfAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        view: FrameMask,
+        frame_mask: FrameMask,
         *,
         tied_biases: Biases | None = None,
         rngs: Key[Array, " B"] | None = None,
@@ -70,9 +70,9 @@ class RelPosSelfAttention(nnx.Module):
         key, value = self.heads(self.key(x)), self.heads(self.value(x))
         queries = self.queries(x, tied_biases)
         positions = None
-        if self.position is not None and view.positions is not None:
-            positions = self.heads(self.position(view.positions.astype(x.dtype)))
-        mixed = self._attend(queries, key, value, positions, view, rngs)
+        if self.position is not None and frame_mask.positions is not None:
+            positions = self.heads(self.position(frame_mask.positions.astype(x.dtype)))
+        mixed = self._attend(queries, key, value, positions, frame_mask, rngs)
         return self.output(mixed.reshape(x.shape))
 
     @property
@@ -106,38 +106,40 @@ class RelPosSelfAttention(nnx.Module):
         key: Float[Array, "B T N H"],
         value: Float[Array, "B T N H"],
         positions: Float[Array, "*B P N H"] | None,
-        view: FrameMask,
+        frame_mask: FrameMask,
         rngs: Key[Array, " B"] | None,
     ) -> Float[Array, "B T N H"]:
         """Scores the queries block by block, and averages the values with the weights."""
-        steps = key.shape[1]
-        total = padded_queries(steps)
+        length = key.shape[1]
+        total = padded_queries(length)
         size = min(total, BLOCK)
-        extra = ((0, 0), (0, total - steps), (0, 0), (0, 0))
+        extra = ((0, 0), (0, total - length), (0, 0), (0, 0))
         queries = tuple(jnp.pad(q, extra) for q in queries)
-        columns = jnp.arange(steps)[None]
+        key_positions = jnp.arange(length)[None]
 
-        def attend_block(first: Int[Array, ""] | int) -> Float[Array, "B size N H"]:
-            own = [jax.lax.dynamic_slice_in_dim(q, first, size, axis=1) for q in queries]
+        def attend_block(start: Int[Array, ""] | int) -> Float[Array, "B size N H"]:
+            block_queries = [jax.lax.dynamic_slice_in_dim(q, start, size, axis=1) for q in queries]
             by_distance = None
             if positions is not None:
                 # distances of this block: first + size - 1 down to first - (T - 1)
-                near = jax.lax.dynamic_slice_in_dim(
-                    positions, total - size - first, size + steps - 1, axis=-3
+                block_distances = jax.lax.dynamic_slice_in_dim(
+                    positions, total - size - start, size + length - 1, axis=-3
                 )
-                by_distance = _distance_scores(own[1], near)
-            rows = first + jnp.arange(size)
-            visible = visibility(self.config.att_context_style, view, rows[None], columns)
-            by_content = content_scores(own[0], key)
-            weights = attention_weights(by_content, by_distance, visible, self.scale)
-            weights = drop_weights(weights, self.config.dropout_att, rngs, rows)
+                by_distance = _distance_scores(block_queries[1], block_distances)
+            query_positions = start + jnp.arange(size)
+            mask = attention_mask(
+                self.config.att_context_style, frame_mask, query_positions[None], key_positions
+            )
+            by_content = content_scores(block_queries[0], key)
+            weights = attention_weights(by_content, by_distance, mask, self.scale)
+            weights = drop_weights(weights, self.config.dropout_att, rngs, query_positions)
             return mix(weights, value)
 
         if size == total:
             return attend_block(0)
         blocks = jax.lax.map(jax.checkpoint(attend_block), jnp.arange(0, total, size))
         mixed = jnp.moveaxis(blocks, 0, 1).reshape(key.shape[0], total, *key.shape[2:])
-        return mixed[:, :steps]
+        return mixed[:, :length]
 
 
 def content_scores(
@@ -161,7 +163,7 @@ def _distance_scores(
 def attention_weights(
     by_content: Float[Array, "B N Q T"],
     by_distance: Float[Array, "B N Q P"] | None,
-    visible: Bool[Array, "B Q T"],
+    mask: Bool[Array, "B Q T"],
     scale: float,
 ) -> Float[Array, "B N Q T"]:
     """Softmax of summed, scaled scores over what is visible; zeros in a row that sees nothing.
@@ -172,7 +174,7 @@ def attention_weights(
     if by_distance is not None:
         scores = scores + _skew(by_distance, by_content.shape[-1])
     scores = constrain(scores * scale, "clips", "act_heads", None, None)
-    mask = visible[:, None]
+    mask = mask[:, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, _BLOCKED), axis=-1)
     return jnp.where(mask, weights, 0.0)
 
@@ -184,14 +186,14 @@ def mix(
     return jnp.einsum("bnqk,bknh->bqnh", weights.astype(value.dtype), value)
 
 
-def _skew(scores: Float[Array, "B N Q P"], steps: int) -> Float[Array, "B N Q T"]:
+def _skew(scores: Float[Array, "B N Q P"], length: int) -> Float[Array, "B N Q T"]:
     """Turns columns of distances into columns of keys: entry (i, j) is column Q - 1 - i + j.
 
     In the flattened block that is offset Q - 1 + i (P - 1) + j: one slice, then shorter rows.
     """
-    batch, heads, rows, columns = scores.shape
-    if rows == 1:
+    batch, heads, n_queries, n_distances = scores.shape
+    if n_queries == 1:
         return scores
-    flat = scores.reshape(batch, heads, rows * columns)
-    flat = flat[..., rows - 1 : rows - 1 + rows * (columns - 1)]
-    return flat.reshape(batch, heads, rows, columns - 1)[..., :steps]
+    flat = scores.reshape(batch, heads, n_queries * n_distances)
+    flat = flat[..., n_queries - 1 : n_queries - 1 + n_queries * (n_distances - 1)]
+    return flat.reshape(batch, heads, n_queries, n_distances - 1)[..., :length]

@@ -50,23 +50,23 @@ def spec_augment(
     features: Frames, config: SpecAugmentConfig, rngs: Key[Array, " B"]
 ) -> Float[Array, "B T M"]:
     """Masks the real frames of each clip; its draws depend only on its key and its length."""
-    steps, bins = features.frames.shape[1:]
+    n_frames, bins = features.frames.shape[1:]
 
-    def hidden(key: Array, length: Array) -> Bool[Array, "T M"]:
+    def clip_mask(key: Array, length: Array) -> Bool[Array, "T M"]:
         time_key, freq_key = jax.random.split(key)
         widest = config.time_width
         if isinstance(widest, float):
             widest = widest * length.astype(jnp.float32)
-        in_time = _stretches(time_key, config.time_masks, widest, length, steps)
+        time_mask = _random_spans(time_key, config.time_masks, widest, length, n_frames)
         size = jnp.asarray(bins, jnp.int32)
-        in_frequency = _stretches(freq_key, config.freq_masks, config.freq_width, size, bins)
-        return in_time[:, None] | in_frequency[None, :]
+        freq_mask = _random_spans(freq_key, config.freq_masks, config.freq_width, size, bins)
+        return time_mask[:, None] | freq_mask[None, :]
 
-    is_hidden = jax.vmap(hidden)(rngs, features.lengths)
-    return jnp.where(is_hidden, config.mask_value, features.frames)
+    is_masked = jax.vmap(clip_mask)(rngs, features.lengths)
+    return jnp.where(is_masked, config.mask_value, features.frames)
 
 
-def _stretches(
+def _random_spans(
     key: Key[Array, ""],
     count: int,
     widest: int | float | Float[Array, ""],

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.perception import encoder_stream, mel_stream
-from speechlm2_jax.perception.encoder_stream import EncoderMemory, EncoderPlan, StreamFrames
+from speechlm2_jax.perception.encoder_stream import EncoderPlan, EncoderStreamState, StreamFrames
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import Context, FastConformerConfig
 from speechlm2_jax.perception.mel_stream import MelPlan
@@ -142,8 +142,8 @@ class StreamState:
     """Int32 [B]: real samples so far."""
     wave: Any
     """Float32 [B, C]: the last samples."""
-    encoder: EncoderMemory
-    adapter: EncoderMemory | None
+    encoder: EncoderStreamState
+    adapter: EncoderStreamState | None
 
 
 @jax.tree_util.register_dataclass
@@ -162,29 +162,31 @@ def start_stream(plan: StreamPlan, batch: int, dtype: DTypeLike = jnp.float32) -
         steps=jnp.zeros(batch, jnp.int32),
         total=jnp.zeros(batch, jnp.int32),
         wave=jnp.zeros((batch, plan.mel.carry)),
-        encoder=encoder_stream.begin(plan.encoder, batch, dtype),
-        adapter=None if plan.adapter is None else encoder_stream.begin(plan.adapter, batch, dtype),
+        encoder=encoder_stream.new_state(plan.encoder, batch, dtype),
+        adapter=None
+        if plan.adapter is None
+        else encoder_stream.new_state(plan.adapter, batch, dtype),
     )
 
 
-def restart(stream: StreamState, rows: Bool[Array, " B"]) -> StreamState:
-    """Begins the streams in `rows` anew; the others go on."""
+def restart(stream: StreamState, restarted: Bool[Array, " B"]) -> StreamState:
+    """Begins the streams in `restarted` anew; the others go on."""
 
-    def cleared(x: Array, axis: int) -> Array:
+    def clear(x: Array, axis: int) -> Array:
         shape = [1] * x.ndim
-        shape[axis] = rows.shape[0]
-        return jnp.where(rows.reshape(shape), jnp.zeros((), x.dtype), x)
+        shape[axis] = restarted.shape[0]
+        return jnp.where(restarted.reshape(shape), jnp.zeros((), x.dtype), x)
 
-    def memory(m: EncoderMemory | None) -> EncoderMemory | None:
+    def clear_state(m: EncoderStreamState | None) -> EncoderStreamState | None:
         if m is None:
             return None
-        stacked = {name: cleared(getattr(m, name), 1) for name in EncoderMemory.STACKED}
-        return EncoderMemory(inputs=tuple(cleared(x, 0) for x in m.inputs), **stacked)
+        stacked = {name: clear(getattr(m, name), 1) for name in EncoderStreamState.STACKED}
+        return EncoderStreamState(inputs=tuple(clear(x, 0) for x in m.inputs), **stacked)
 
-    first = {name: cleared(getattr(stream, name), 0) for name in ("steps", "total", "wave")}
-    encoder = memory(stream.encoder)
+    first = {name: clear(getattr(stream, name), 0) for name in ("steps", "total", "wave")}
+    encoder = clear_state(stream.encoder)
     assert encoder is not None
-    return StreamState(encoder=encoder, adapter=memory(stream.adapter), **first)
+    return StreamState(encoder=encoder, adapter=clear_state(stream.adapter), **first)
 
 
 def advance(
@@ -228,8 +230,8 @@ def advance(
 
 def _adapted(perception: AudioPerception, encoded: StreamFrames) -> StreamFrames:
     """What an adapter that looks at each frame by itself makes of them."""
-    heard = perception.heard(encoded.frames, encoded.captured)
-    frames = perception.adapter(heard, encoded.lengths).frames
+    adapter_inputs = perception.adapter_inputs(encoded.frames, encoded.captured)
+    frames = perception.adapter(adapter_inputs, encoded.lengths).frames
     return replace(encoded, frames=frames, captured=None)
 
 

@@ -143,13 +143,13 @@ class Subsampling(nnx.Module):
         del extents
         if self.conv_in is None:
             return Frames(frames=self.output(features), lengths=lengths)
-        x = _silence(features[..., None], lengths)
+        x = _zero_padding(features[..., None], lengths)
         for stage in (self.conv_in, *self.stages):
             lengths = self.config.halved(lengths)
-            x = _silence(jax.nn.relu(stage(x)), lengths)
-        return Frames(frames=self.flattened(x), lengths=lengths)
+            x = _zero_padding(jax.nn.relu(stage(x)), lengths)
+        return Frames(frames=self.flatten(x), lengths=lengths)
 
-    def flattened(self, x: Image) -> Float[Array, "B T D"]:
+    def flatten(self, x: Image) -> Float[Array, "B T D"]:
         """Projects what the last stage gives."""
         # the checkpoint's projection numbers its inputs channel by channel
         return self.output(x.swapaxes(2, 3).reshape(*x.shape[:2], -1))
@@ -176,17 +176,17 @@ class Stacking(nnx.Module):
         extents: Int[Array, " B"] | None = None,
     ) -> Frames:
         """Stacks; a last stack that is not full is filled up with silence and counts."""
-        x = _silence(features, lengths if extents is None else extents)
+        x = _zero_padding(features, lengths if extents is None else extents)
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % self.config.subsampling_factor), (0, 0)))
-        return Frames(frames=self.stacked(x), lengths=self.config.subsampled(lengths))
+        return Frames(frames=self.project_stacks(x), lengths=self.config.subsampled(lengths))
 
-    def stacked(self, x: Float[Array, "B T D"]) -> Float[Array, "B T2 D2"]:
+    def project_stacks(self, x: Float[Array, "B T D"]) -> Float[Array, "B T2 D2"]:
         """Projects whole stacks."""
         if self.norm is not None:
             x = self.norm(x)
-        batch, steps, width = x.shape
+        batch, length, width = x.shape
         factor = self.config.subsampling_factor
-        return self.output(x.reshape(batch, steps // factor, factor * width))
+        return self.output(x.reshape(batch, length // factor, factor * width))
 
 
 def make_subsampling(config: FastConformerConfig, *, rngs: nnx.Rngs) -> Subsampling | Stacking:
@@ -194,6 +194,8 @@ def make_subsampling(config: FastConformerConfig, *, rngs: nnx.Rngs) -> Subsampl
     return (Stacking if config.is_stacking else Subsampling)(config, rngs=rngs)
 
 
-def _silence(x: Float[Array, "B T *rest"], lengths: Int[Array, " B"]) -> Float[Array, "B T *rest"]:
+def _zero_padding(
+    x: Float[Array, "B T *rest"], lengths: Int[Array, " B"]
+) -> Float[Array, "B T *rest"]:
     is_real = is_within(lengths, x.shape[1])
     return jnp.where(jnp.expand_dims(is_real, range(2, x.ndim)), x, jnp.zeros((), x.dtype))

@@ -18,7 +18,7 @@ from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 
 BLOCK = 256
 """Queries scored at once where no kernel serves: memory grows with the length, not its square."""
-_WEIGHTS_PLACE, _OUTPUT_PLACE = range(2)
+_WEIGHTS_RNG, _OUTPUT_RNG = range(2)
 default_init: Initializer = jax.nn.initializers.normal(0.02)
 
 
@@ -39,7 +39,7 @@ class SpeechAttentionInputs:
     """Int32 scalar: the cache's slot of the first step; None without a cache."""
     memory: Any = None
     """Float [B, S', M]: what cross-attention reads; None passes it over."""
-    is_memory: Any = None
+    memory_mask: Any = None
     """Bool [B, S']: the steps of the memory that are no padding."""
 
 
@@ -62,7 +62,7 @@ class JointSelfAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        place: SpeechAttentionInputs,
+        attention_inputs: SpeechAttentionInputs,
         *,
         rngs: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
@@ -74,18 +74,20 @@ class JointSelfAttention(nnx.Module):
             cache = cache.write(layer, k, v)
             k, v = cache.read(layer)
         if self.config.is_causal and (rngs is None or self.config.p_dropout == 0.0):
-            mixed = attend(q, k, v, mask=_visible(place), scale=q.shape[-1] ** -0.5)
+            attended = attend(
+                q, k, v, mask=_attention_mask(attention_inputs), scale=q.shape[-1] ** -0.5
+            )
         else:
-            mixed = _mix(
+            attended = _attend_in_blocks(
                 q,
                 k,
                 v,
-                place.attention_mask,
+                attention_inputs.attention_mask,
                 is_causal=self.config.is_causal,
                 rate=self.config.p_dropout,
-                rngs=fold_rngs(rngs, _WEIGHTS_PLACE),
+                rngs=fold_rngs(rngs, _WEIGHTS_RNG),
             )
-        return _out(self.output, mixed, self.config.p_dropout, rngs), cache
+        return _out(self.output, attended, self.config.p_dropout, rngs), cache
 
 
 class CrossAttention(nnx.Module):
@@ -116,7 +118,7 @@ class CrossAttention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         memory: Float[Array, "B S M"],
-        is_memory: Bool[Array, "B S"],
+        memory_mask: Bool[Array, "B S"],
         rngs: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Reads the memory; where it is all padding, zeros come out."""
@@ -124,23 +126,23 @@ class CrossAttention(nnx.Module):
         q = self.query(constrain(x, "batch", "steps", "act_embed"))
         q = q.reshape(*x.shape[:2], heads, -1)
         k, v = _split(self.memory, memory, 2, heads)
-        mixed = _mix(
+        attended = _attend_in_blocks(
             constrain(q, "batch", "steps", "act_heads", None),
             k,
             v,
-            is_memory,
+            memory_mask,
             is_causal=False,
             rate=self.config.p_dropout,
-            rngs=fold_rngs(rngs, _WEIGHTS_PLACE),
+            rngs=fold_rngs(rngs, _WEIGHTS_RNG),
         )
-        return _out(self.output, mixed, self.config.p_dropout, rngs)
+        return _out(self.output, attended, self.config.p_dropout, rngs)
 
 
-def _joint(d_in: int, width: int, parts: int, rngs: nnx.Rngs) -> Linear:
+def _joint(d_in: int, width: int, count: int, rngs: nnx.Rngs) -> Linear:
     # whole on tensor-parallel devices: a cut through the parts together would not be one by heads
     return Linear(
         d_in,
-        parts * width,
+        count * width,
         axes=(None, "embed"),
         rngs=rngs,
         bias=False,
@@ -149,26 +151,26 @@ def _joint(d_in: int, width: int, parts: int, rngs: nnx.Rngs) -> Linear:
 
 
 def _split(
-    linear: Linear, x: Float[Array, "B T D"], parts: int, heads: int
+    linear: Linear, x: Float[Array, "B T D"], count: int, heads: int
 ) -> tuple[Float[Array, "B T N H"], ...]:
     """Applies a joint projection, each part by itself, so that devices share the heads."""
     x = constrain(x, "batch", "steps", "act_embed")
     weight = constrain(linear.weight[...].astype(x.dtype), None, None)
-    weight = constrain(weight.reshape(parts, -1, weight.shape[1]), None, "heads", None)
+    weight = constrain(weight.reshape(count, -1, weight.shape[1]), None, "heads", None)
     y = jnp.einsum("btd,pfd->pbtf", x, weight)
     y = y.reshape(*y.shape[:3], heads, -1)  # [P, B, T, N, H]
     return tuple(constrain(part, "batch", "steps", "act_heads", None) for part in y)
 
 
-def _visible(place: SpeechAttentionInputs) -> AttentionMask:
+def _attention_mask(attention_inputs: SpeechAttentionInputs) -> AttentionMask:
     return AttentionMask(
-        query_segments=jnp.zeros(place.is_real.shape, jnp.int32),
-        key_segments=jnp.where(place.attention_mask, 0, NOT_A_KEY),
-        offset=place.offset,
+        query_segments=jnp.zeros(attention_inputs.is_real.shape, jnp.int32),
+        key_segments=jnp.where(attention_inputs.attention_mask, 0, NOT_A_KEY),
+        offset=attention_inputs.offset,
     )
 
 
-def _mix(
+def _attend_in_blocks(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
     v: Float[Array, "B S N H"],
@@ -182,33 +184,35 @@ def _mix(
 
     A query that sees no key gives zeros.
     """
-    steps = q.shape[1]
-    size = min(steps, BLOCK)
-    total = -(-steps // size) * size
-    padded = jnp.pad(q, ((0, 0), (0, total - steps), (0, 0), (0, 0)))
+    length = q.shape[1]
+    block_size = min(length, BLOCK)
+    padded_length = -(-length // block_size) * block_size
+    padded = jnp.pad(q, ((0, 0), (0, padded_length - length), (0, 0), (0, 0)))
 
-    def block(first: Int[Array, ""] | int) -> Float[Array, "B size N H"]:
-        part = jax.lax.dynamic_slice_in_dim(padded, first, size, axis=1)
-        rows = first + jnp.arange(size)
-        scores = jnp.einsum("btnh,bsnh->bnts", part, k, preferred_element_type=jnp.float32)
+    def attend_block(start: Int[Array, ""] | int) -> Float[Array, "B size N H"]:
+        block_queries = jax.lax.dynamic_slice_in_dim(padded, start, block_size, axis=1)
+        query_positions = start + jnp.arange(block_size)
+        scores = jnp.einsum("btnh,bsnh->bnts", block_queries, k, preferred_element_type=jnp.float32)
         mask = attention_mask[:, None, None, :]
         if is_causal:
-            mask = mask & (jnp.arange(k.shape[1])[None, :] <= rows[:, None])[None, None]
-        blocked = jnp.finfo(jnp.float32).min
-        weights = jax.nn.softmax(jnp.where(mask, scores * q.shape[-1] ** -0.5, blocked), axis=-1)
-        weights = drop_weights(jnp.where(mask, weights, 0.0), rate, rngs, rows)
+            mask = mask & (jnp.arange(k.shape[1])[None, :] <= query_positions[:, None])[None, None]
+        masked_score = jnp.finfo(jnp.float32).min
+        weights = jax.nn.softmax(
+            jnp.where(mask, scores * q.shape[-1] ** -0.5, masked_score), axis=-1
+        )
+        weights = drop_weights(jnp.where(mask, weights, 0.0), rate, rngs, query_positions)
         return jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v)
 
-    if size == total:
-        return block(0)
-    blocks = jax.lax.map(jax.checkpoint(block), jnp.arange(0, total, size))
-    return jnp.moveaxis(blocks, 0, 1).reshape(q.shape[0], total, *q.shape[2:])[:, :steps]
+    if block_size == padded_length:
+        return attend_block(0)
+    blocks = jax.lax.map(jax.checkpoint(attend_block), jnp.arange(0, padded_length, block_size))
+    return jnp.moveaxis(blocks, 0, 1).reshape(q.shape[0], padded_length, *q.shape[2:])[:, :length]
 
 
 def _out(
-    linear: Linear, mixed: Float[Array, "B T N H"], rate: float, rngs: Key[Array, " B"] | None
+    linear: Linear, attended: Float[Array, "B T N H"], rate: float, rngs: Key[Array, " B"] | None
 ) -> Float[Array, "B T D"]:
-    mixed = constrain(mixed, "batch", "steps", "act_heads", None)
-    out = linear(mixed.reshape(*mixed.shape[:2], -1))  # [B, T, D]
+    attended = constrain(attended, "batch", "steps", "act_heads", None)
+    out = linear(attended.reshape(*attended.shape[:2], -1))  # [B, T, D]
     out = constrain(out, "batch", "steps", "act_embed")
-    return dropout(out, rate, fold_rngs(rngs, _OUTPUT_PLACE))
+    return dropout(out, rate, fold_rngs(rngs, _OUTPUT_RNG))

@@ -20,10 +20,10 @@ from speechlm2_jax.sharding import constrain, time_order, unsharded_time
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 from speechlm2_jax.speech_decoder.transformer import Transformer, TransformerState
 
-_GUIDANCE_PLACE, _TRANSFORMER_PLACE = range(2)
+_GUIDANCE_RNG, _TRANSFORMER_RNG = range(2)
 
 
-class Step(NamedTuple):
+class DecoderStep(NamedTuple):
     """Scores of the next codes, fp32, and what the decoder then remembers."""
 
     logits: Float[Array, "B T K V"]
@@ -104,23 +104,23 @@ class SpeechDecoder(nnx.Module):
         order = time_order(hidden.shape[1])
         with unsharded_time():
             if order is not None:
-                back = order.argsort()
-                hidden = _ordered(hidden, back)
-                codes = None if codes is None else _ordered(codes, back)
-                mask = None if mask is None else _ordered(mask, back)
+                inverse_order = order.argsort()
+                hidden = _reorder(hidden, inverse_order)
+                codes = None if codes is None else _reorder(codes, inverse_order)
+                mask = None if mask is None else _reorder(mask, inverse_order)
             x = self._conditioning(hidden)
             if train:
-                x = self._without_some(x, rngs)
-            is_mixed = self.config.is_guided and not train
-            x, mask = self._input(x, codes, mask, is_mixed=is_mixed)
+                x = self._drop_conditioning(x, rngs)
+            is_guided = self.config.is_guided and not train
+            x, mask = self._input(x, codes, mask, is_guided=is_guided)
             x = self.transformer(
                 x,
                 mask=mask,
-                rngs=fold_rngs(rngs, _TRANSFORMER_PLACE) if train else None,
+                rngs=fold_rngs(rngs, _TRANSFORMER_RNG) if train else None,
                 remat=remat,
             )
-            x = self._mixed(x) if is_mixed else x
-            x = x if order is None else _ordered(x, order)
+            x = self._guide(x) if is_guided else x
+            x = x if order is None else _reorder(x, order)
         return constrain(x, "batch", "time", "act_embed")
 
     def embed(self, codes: Int[Array, "B T K"] | None) -> Float[Array, "B T W"]:
@@ -168,30 +168,30 @@ class SpeechDecoder(nnx.Module):
         codes: Int[Array, "B T K"] | None,
         *,
         mask: Bool[Array, "B T"] | None = None,
-    ) -> Step:
+    ) -> DecoderStep:
         """Scores T further steps (one, or a prefix): equal to evaluation by `__call__` on all.
 
         The state must have T free slots, which the caller counts.
         """
-        is_mixed = self.config.is_guided
-        x, mask = self._input(self._conditioning(hidden), codes, mask, is_mixed=is_mixed)
+        is_guided = self.config.is_guided
+        x, mask = self._input(self._conditioning(hidden), codes, mask, is_guided=is_guided)
         x, state = self.transformer.extend(x, state, mask=mask)
-        return Step(self.logits(self._mixed(x) if is_mixed else x), state)
+        return DecoderStep(self.logits(self._guide(x) if is_guided else x), state)
 
     def _conditioning(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         if self.config.detach_input:
             hidden = jax.lax.stop_gradient(hidden)
         return hidden if self.projection is None else self.projection(hidden)
 
-    def _without_some(
+    def _drop_conditioning(
         self, x: Float[Array, "B T W"], rngs: Key[Array, " B"] | None
     ) -> Float[Array, "B T W"]:
         """Training rows that see no hidden states, drawn each by its own key."""
-        rate, row_keys = self.config.cfg_unconditional_prob, fold_rngs(rngs, _GUIDANCE_PLACE)
-        if not rate or row_keys is None:
+        rate, guidance_rngs = self.config.cfg_unconditional_prob, fold_rngs(rngs, _GUIDANCE_RNG)
+        if not rate or guidance_rngs is None:
             return x
-        is_without = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(row_keys)
-        return jnp.where(is_without[:, None, None], jnp.zeros((), x.dtype), x)
+        is_dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(guidance_rngs)
+        return jnp.where(is_dropped[:, None, None], jnp.zeros((), x.dtype), x)
 
     def _input(
         self,
@@ -199,29 +199,29 @@ class SpeechDecoder(nnx.Module):
         codes: Int[Array, "B T K"] | None,
         mask: Bool[Array, "B T"] | None,
         *,
-        is_mixed: bool,
+        is_guided: bool,
     ) -> tuple[Float[Array, "C T W"], Bool[Array, "C T"] | None]:
-        """Adds the codes; with `is_mixed` row b becomes 2b, and 2b + 1 without hidden states.
+        """Adds the codes; with `is_guided` row b becomes 2b, and 2b + 1 without hidden states.
 
         Pairs side by side stay on the device of their row.
         """
-        is_told = self.config.cond_on_prev_audio_tokens
-        embedded = self.embed(codes).astype(x.dtype) if is_told else None
-        if is_mixed:
+        has_codes = self.config.cond_on_prev_audio_tokens
+        embedded = self.embed(codes).astype(x.dtype) if has_codes else None
+        if is_guided:
             pairs = jnp.stack([x, jnp.zeros_like(x)], axis=1)
             x = pairs if embedded is None else pairs + embedded[:, None]
             x = x.reshape(-1, *x.shape[2:])
             return x, None if mask is None else jnp.repeat(mask, 2, axis=0)
         return (x if embedded is None else x + embedded), mask
 
-    def _mixed(self, x: Float[Array, "C T W"]) -> Float[Array, "B T W"]:
+    def _guide(self, x: Float[Array, "C T W"]) -> Float[Array, "B T W"]:
         """(1 - s) x without + s x with hidden states, of every pair."""
         scale = self.config.cfg_scale
         pairs = x.astype(jnp.float32).reshape(-1, 2, *x.shape[1:])
         return ((1.0 - scale) * pairs[:, 1] + scale * pairs[:, 0]).astype(x.dtype)
 
 
-def _ordered(x: Array, order: Any) -> Array:
+def _reorder(x: Array, order: Any) -> Array:
     """Puts the steps [B, T, ...] of whole rows into another order."""
     x = constrain(x, "batch", *(None,) * (x.ndim - 1))
     return jnp.take(x, order, axis=1)

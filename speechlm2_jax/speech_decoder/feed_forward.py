@@ -18,7 +18,7 @@ from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Tails:
+class ConvState:
     """The last k - 1 inputs of both convolutions; with a leading axis, of all layers."""
 
     hidden: Any
@@ -54,9 +54,9 @@ class CausalConvolution(nnx.Module):
             layout = ("NWC", "OWI", "NWC")
             return jax.lax.conv_general_dilated(x, weight, (1,), "VALID", dimension_numbers=layout)
         size = weight.shape[1]
-        steps = x.shape[1] - size + 1
+        length = x.shape[1] - size + 1
         # taps on an axis of their own: devices may share the inputs
-        windows = jnp.stack([x[:, tap : tap + steps] for tap in range(size)], axis=2)
+        windows = jnp.stack([x[:, tap : tap + length] for tap in range(size)], axis=2)
         return jnp.einsum("btki,oki->bto", windows, weight)
 
 
@@ -79,31 +79,33 @@ class ConvFeedForward(nnx.Module):
         is_real: Bool[Array, "B T"],
         *,
         rngs: Key[Array, " B"] | None = None,
-        tails: Tails | None = None,
-    ) -> tuple[Float[Array, "B T D"], Tails | None]:
+        conv_state: ConvState | None = None,
+    ) -> tuple[Float[Array, "B T D"], ConvState | None]:
         """Transforms rows, or, with tails, the next steps of rows; `rngs` switch dropout on."""
         x = _zero(constrain(x, "batch", "steps", "act_embed"), is_real)
-        x, hidden_tail = self._with_context(x, None if tails is None else tails.hidden)
+        x, hidden_tail = self._with_context(x, None if conv_state is None else conv_state.hidden)
         inner = constrain(self.hidden(x), "batch", "steps", "act_mlp")
         # zeros where nothing is real, as gelu(0) = 0
         inner = jax.nn.gelu(_zero(inner, is_real), approximate=True)
-        inner, output_tail = self._with_context(inner, None if tails is None else tails.output)
+        inner, output_tail = self._with_context(
+            inner, None if conv_state is None else conv_state.output
+        )
         out = constrain(self.output(inner), "batch", "steps", "act_embed")
         out = dropout(_zero(out, is_real), self.config.p_dropout, rngs)
-        if tails is None:
+        if conv_state is None:
             return out, None
-        return out, Tails(hidden=hidden_tail, output=output_tail)
+        return out, ConvState(hidden=hidden_tail, output=output_tail)
 
     def _with_context(
-        self, x: Float[Array, "B T D"], tail: Any
+        self, x: Float[Array, "B T D"], history: Any
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B C D"] | None]:
         """Puts what a convolution sees beyond `x` around it: zeros, or the steps before."""
         reach = self.config.kernel_size - 1
-        if tail is not None:
-            x = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+        if history is not None:
+            x = jnp.concatenate([history.astype(x.dtype), x], axis=1)
             return x, x[:, x.shape[1] - reach :]
-        around = (reach, 0) if self.config.is_causal else (reach // 2, reach // 2)
-        return jnp.pad(x, ((0, 0), around, (0, 0))), None
+        padding = (reach, 0) if self.config.is_causal else (reach // 2, reach // 2)
+        return jnp.pad(x, ((0, 0), padding, (0, 0))), None
 
 
 def _zero(x: Float[Array, "B T D"], is_real: Bool[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -22,11 +22,11 @@ from speechlm2_jax.speech_decoder.attention import (
     default_init,
 )
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
-from speechlm2_jax.speech_decoder.feed_forward import ConvFeedForward, Tails
+from speechlm2_jax.speech_decoder.feed_forward import ConvFeedForward, ConvState
 
 PADDING = 64
 """Steps that a batch may have beyond the last position: what is real is counted before."""
-_INPUT_PLACE, _LAYERS_PLACE, _OUTPUT_PLACE = range(3)
+_INPUT_RNG, _LAYERS_RNG, _OUTPUT_RNG = range(3)
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +35,7 @@ class TransformerState:
     """What the layers remember of the steps before; arrays of fixed sizes."""
 
     cache: KVCache
-    tails: Tails
+    conv_state: ConvState
     """[L, B, k - 1, ...]."""
 
 
@@ -58,36 +58,47 @@ class Layer(nnx.Module):
         self.attention = JointSelfAttention(config, rngs=rngs)
         self.cross_norm = norm(config.d_model) if has_memory else None
         self.cross_attention = CrossAttention(config, rngs=rngs) if has_memory else None
-        is_normed = has_memory and config.apply_norm_to_cond
-        self.memory_norm = norm(config.memory_width) if is_normed else None
+        has_memory_norm = has_memory and config.apply_norm_to_cond
+        self.memory_norm = norm(config.memory_width) if has_memory_norm else None
         self.feed_forward_norm = norm(config.d_model)
         self.feed_forward = ConvFeedForward(config, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        place: SpeechAttentionInputs,
+        attention_inputs: SpeechAttentionInputs,
         *,
         rngs: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
-        tails: Tails | None = None,
+        conv_state: ConvState | None = None,
         layer: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None, Tails | None]:
+    ) -> tuple[Float[Array, "B T D"], KVCache | None, ConvState | None]:
         """Runs one layer; what is padding comes out as zeros."""
-        added, cache = self.attention(
-            self.attention_norm(x), place, rngs=fold_rngs(rngs, 0), cache=cache, layer=layer
+        update, cache = self.attention(
+            self.attention_norm(x),
+            attention_inputs,
+            rngs=fold_rngs(rngs, 0),
+            cache=cache,
+            layer=layer,
         )
-        x = x + added
-        if place.memory is not None and self.cross_attention and self.cross_norm:
-            memory = place.memory if self.memory_norm is None else self.memory_norm(place.memory)
-            x = x + self.cross_attention(
-                self.cross_norm(x), memory, place.is_memory, fold_rngs(rngs, 1)
+        x = x + update
+        if attention_inputs.memory is not None and self.cross_attention and self.cross_norm:
+            memory = (
+                attention_inputs.memory
+                if self.memory_norm is None
+                else self.memory_norm(attention_inputs.memory)
             )
-        added, tails = self.feed_forward(
-            self.feed_forward_norm(x), place.is_real, rngs=fold_rngs(rngs, 2), tails=tails
+            x = x + self.cross_attention(
+                self.cross_norm(x), memory, attention_inputs.memory_mask, fold_rngs(rngs, 1)
+            )
+        update, conv_state = self.feed_forward(
+            self.feed_forward_norm(x),
+            attention_inputs.is_real,
+            rngs=fold_rngs(rngs, 2),
+            conv_state=conv_state,
         )
-        x = jnp.where(place.is_real[..., None], x + added, jnp.zeros((), x.dtype))
-        return constrain(x, "batch", "time", "act_embed"), cache, tails
+        x = jnp.where(attention_inputs.is_real[..., None], x + update, jnp.zeros((), x.dtype))
+        return constrain(x, "batch", "time", "act_embed"), cache, conv_state
 
 
 class Transformer(nnx.Module):
@@ -122,9 +133,9 @@ class Transformer(nnx.Module):
         dropout on; `remat` says what of a layer the backward pass computes again. Raises
         ValueError for more steps than there are positions, padding of a batch aside.
         """
-        place = _place(x, mask, memory, memory_mask)
-        x, _, _ = self._run(x, place, rngs=rngs, remat=remat)
-        return self._finish(x, rngs)
+        attention_inputs = _attention_inputs(x, mask, memory, memory_mask)
+        x, _, _ = self._run(x, attention_inputs, rngs=rngs, remat=remat)
+        return self._finalize(x, rngs)
 
     def layer_outputs(
         self,
@@ -135,8 +146,8 @@ class Transformer(nnx.Module):
         memory_mask: Bool[Array, "B S"] | None = None,
     ) -> Float[Array, "L B T D"]:
         """Computes the residual stream after each layer, before the final norm."""
-        place = _place(x, mask, memory, memory_mask)
-        return self._run(x, place, emit=lambda x: x)[2][0]
+        attention_inputs = _attention_inputs(x, mask, memory, memory_mask)
+        return self._run(x, attention_inputs, emit=lambda x: x)[2][0]
 
     def new_state(self, batch: int, capacity: int, dtype: Any) -> TransformerState:
         """Makes what `extend` carries: room for `capacity` steps of `batch` rows.
@@ -150,13 +161,13 @@ class Transformer(nnx.Module):
         self._check_length(capacity)
         heads = (c.sa_n_heads, c.d_model // c.sa_n_heads)
 
-        def tail(width: int) -> Array:
+        def history(width: int) -> Array:
             zeros = jnp.zeros((c.n_layers, batch, c.kernel_size - 1, width), dtype)
             return constrain(zeros, None, "batch", None, None)
 
         return TransformerState(
             cache=KVCache.empty((c.n_layers, batch, capacity, *heads), dtype),
-            tails=Tails(hidden=tail(c.d_model), output=tail(c.d_ffn)),
+            conv_state=ConvState(hidden=history(c.d_model), output=history(c.d_ffn)),
         )
 
     def extend(
@@ -174,74 +185,78 @@ class Transformer(nnx.Module):
         """
         is_real = jnp.ones(x.shape[:2], bool) if mask is None else mask
         cache = state.cache.announce(is_real)
-        place = _place(x, is_real, memory, memory_mask, cache)
-        x, cache, (_, tails) = self._run(x, place, cache=cache, tails=state.tails)
-        state = TransformerState(cache=cache.advance(x.shape[1]), tails=tails)
-        return TransformerOutput(self._finish(x, None), state)
+        attention_inputs = _attention_inputs(x, is_real, memory, memory_mask, cache)
+        x, cache, (_, conv_state) = self._run(
+            x, attention_inputs, cache=cache, conv_state=state.conv_state
+        )
+        state = TransformerState(cache=cache.advance(x.shape[1]), conv_state=conv_state)
+        return TransformerOutput(self._finalize(x, None), state)
 
     def _run(
         self,
         x: Float[Array, "B T D"],
-        place: SpeechAttentionInputs,
+        attention_inputs: SpeechAttentionInputs,
         *,
         rngs: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
-        tails: Tails | None = None,
+        conv_state: ConvState | None = None,
         remat: RematPolicy = "none",
         emit: Callable[[Array], Any] = lambda x: None,
     ) -> tuple[Array, Any, Any]:
-        x = self._with_positions(x, 0 if place.offset is None else place.offset)
-        x = dropout(x, self.config.p_dropout, fold_rngs(rngs, _INPUT_PLACE))
+        x = self._with_positions(
+            x, 0 if attention_inputs.offset is None else attention_inputs.offset
+        )
+        x = dropout(x, self.config.p_dropout, fold_rngs(rngs, _INPUT_RNG))
         # a selection, not a product: not even a NaN in the padding passes
-        x = jnp.where(place.is_real[..., None], x, jnp.zeros((), x.dtype))
-        layer_rngs = fold_rngs(rngs, _LAYERS_PLACE)
+        x = jnp.where(attention_inputs.is_real[..., None], x, jnp.zeros((), x.dtype))
+        layer_rngs = fold_rngs(rngs, _LAYERS_RNG)
 
         # The cache is carried, not scanned over: each layer then writes its slot in place.
         def body(layer: Layer, carry: Any, inputs: Any) -> tuple[Any, Any]:
-            (x, cache), (index, tails) = carry, inputs
-            x, cache, tails = layer(
+            (x, cache), (index, conv_state) = carry, inputs
+            x, cache, conv_state = layer(
                 x,
-                place,
+                attention_inputs,
                 rngs=fold_rngs(layer_rngs, index),
                 cache=cache,
-                tails=tails,
+                conv_state=conv_state,
                 layer=index,
             )
-            return (x, cache), (emit(x), tails)
+            return (x, cache), (emit(x), conv_state)
 
         x = constrain(x, "batch", "time", "act_embed")
-        xs = (jnp.arange(self.config.n_layers), tails)
+        xs = (jnp.arange(self.config.n_layers), conv_state)
         (x, cache), emitted = scan_layers(self.layers, body, (x, cache), xs, remat=remat)
         return x, cache, emitted
 
-    def _finish(
+    def _finalize(
         self, x: Float[Array, "B T D"], rngs: Key[Array, " B"] | None
     ) -> Float[Array, "B T D"]:
         x = x if self.norm is None else self.norm(x)
-        return dropout(x, self.config.p_dropout_out, fold_rngs(rngs, _OUTPUT_PLACE))
+        return dropout(x, self.config.p_dropout_out, fold_rngs(rngs, _OUTPUT_RNG))
 
     def _with_positions(
         self, x: Float[Array, "B T D"], offset: Int[Array, ""] | int
     ) -> Float[Array, "B T D"]:
         if self.positions is None:
             return x
-        steps = x.shape[1]
-        self._check_length(steps)
+        length = x.shape[1]
+        self._check_length(length)
         table = constrain(self.positions[...].astype(x.dtype), None, None)
         # steps beyond the table are padding of a batch: what they get reaches no real one
-        rows = jnp.take(table, offset + jnp.arange(steps), axis=0, mode="clip")
+        rows = jnp.take(table, offset + jnp.arange(length), axis=0, mode="clip")
         return x + jnp.broadcast_to(rows, x.shape)
 
-    def _check_length(self, steps: int) -> None:
+    def _check_length(self, length: int) -> None:
         limit = self.config.max_length_causal_mask
-        if self.positions is not None and steps > limit + PADDING:
+        if self.positions is not None and length > limit + PADDING:
             raise ValueError(
-                f"{steps} steps exceed the {limit} learnt positions of the speech decoder; "
+                f"{length} steps exceed the {limit} learnt positions of the speech decoder; "
                 "make rows shorter (model.speech_decoder.max_length_causal_mask is the limit)"
             )
 
 
-def _place(
+def _attention_inputs(
     x: Float[Array, "B T D"],
     mask: Bool[Array, "B T"] | None,
     memory: Float[Array, "B S M"] | None,
@@ -256,5 +271,5 @@ def _place(
         attention_mask=is_real if cache is None else cache.key_mask,
         offset=None if cache is None else cache.used,
         memory=memory,
-        is_memory=memory_mask,
+        memory_mask=memory_mask,
     )

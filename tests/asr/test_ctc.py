@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from speechlm2_jax.asr import ctc
-from speechlm2_jax.asr.ctc import collapse, fold_clips, pack_labels
+from speechlm2_jax.asr.ctc import clip_indices, collapse, pack_labels
 
 TOLERANCE = 1e-4
 
@@ -109,4 +109,4 @@ def test_labels_are_the_scored_targets_in_order():
 
 def test_a_row_finds_its_clip_by_the_place_of_its_frames():
     index = jnp.asarray([[-1, 10, 11, -1], [-1, -1, -1, -1], [0, 1, 2, -1]])
-    assert fold_clips(index, 5).tolist() == [2, -1, 0]
+    assert clip_indices(index, 5).tolist() == [2, -1, 0]

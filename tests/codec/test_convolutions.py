@@ -19,14 +19,14 @@ def summed(x, kernel, dilation):
 @pytest.mark.parametrize("taps, dilation", [(2, 1), (3, 1), (7, 3), (11, 5)])
 @pytest.mark.parametrize("given", ["written", "before", "both"])
 def test_steps_taken_together_give_the_same_sum(channels, taps, dilation, given):
-    assert convolutions._block(*channels) > 1
+    assert convolutions._block_size(*channels) > 1
     random = np.random.default_rng(0)
     x, kernel = random.normal(size=(2, 61, channels[0])), random.normal(size=(taps, *channels))
     reach = (taps - 1) * dilation
     half = reach // 2 // dilation * dilation
     zeros = {"written": (0, 0), "before": (reach, 0), "both": (half, reach - half)}[given]
     whole = np.pad(x, ((0, 0), zeros, (0, 0)))
-    result = convolutions._convolved(
+    result = convolutions._convolve(
         PaddedSequence(jnp.asarray(x, jnp.float32), zeros),
         jnp.asarray(kernel, jnp.float32),
         dilation,
@@ -37,8 +37,8 @@ def test_steps_taken_together_give_the_same_sum(channels, taps, dilation, given)
 def test_a_change_of_rate_may_see_a_step_more_than_it_is_given():
     random = np.random.default_rng(1)
     x, kernel = random.normal(size=(2, 16, 2)), random.normal(size=(2, 2, 6))
-    assert convolutions._block(2, 6) > 1
-    result = convolutions._convolved(
+    assert convolutions._block_size(2, 6) > 1
+    result = convolutions._convolve(
         PaddedSequence(jnp.asarray(x, jnp.float32), (1, 1)), jnp.asarray(kernel, jnp.float32)
     )
     assert result.shape == (2, 17, 6)
@@ -47,4 +47,4 @@ def test_a_change_of_rate_may_see_a_step_more_than_it_is_given():
 
 
 def test_enough_channels_are_convolved_as_they_are():
-    assert convolutions._block(16, 16) == convolutions._block(864, 432) == 1
+    assert convolutions._block_size(16, 16) == convolutions._block_size(864, 432) == 1

@@ -18,7 +18,7 @@ from speechlm2_jax.codec.config import (
     FiniteScalarQuantizerConfig,
     GroupFiniteScalarQuantizerConfig,
 )
-from speechlm2_jax.codec.convolutions import Faster, SameRate, Slower
+from speechlm2_jax.codec.convolutions import DownsampleConv, SameRateConv, UpsampleConv
 from speechlm2_jax.codec.decoder import BOUNDED, DecoderStage
 from speechlm2_jax.codec.encoder import EncoderStage, HiFiGANEncoder
 from speechlm2_jax.codec.finite_scalar_quantizer import FiniteScalarQuantizer
@@ -124,25 +124,37 @@ def test_snake_is_exact_far_from_zero():
 
 
 LAYERS = {
-    "Conv1dNorm_k7_reflect": lambda r: SameRate(
+    "Conv1dNorm_k7_reflect": lambda r: SameRateConv(
         3, 4, 7, is_causal=False, pad_mode="reflect", rngs=r
     ),
-    "Conv1dNorm_k3_d5_replicate": lambda r: SameRate(
+    "Conv1dNorm_k3_d5_replicate": lambda r: SameRateConv(
         3, 4, 3, dilation=5, is_causal=False, pad_mode="replicate", rngs=r
     ),
-    "Conv1dNorm_down7": lambda r: Slower(3, 4, 7, is_causal=False, pad_mode="reflect", rngs=r),
-    "Conv1dNorm_down4": lambda r: Slower(3, 4, 4, is_causal=False, pad_mode="zeros", rngs=r),
-    "CausalConv1dNorm_k7_d3": lambda r: SameRate(
+    "Conv1dNorm_down7": lambda r: DownsampleConv(
+        3, 4, 7, is_causal=False, pad_mode="reflect", rngs=r
+    ),
+    "Conv1dNorm_down4": lambda r: DownsampleConv(
+        3, 4, 4, is_causal=False, pad_mode="zeros", rngs=r
+    ),
+    "CausalConv1dNorm_k7_d3": lambda r: SameRateConv(
         3, 4, 7, dilation=3, is_causal=True, pad_mode="zeros", rngs=r
     ),
-    "CausalConv1dNorm_down4": lambda r: Slower(3, 4, 4, is_causal=True, pad_mode="zeros", rngs=r),
-    "CausalConv1dNorm_down7": lambda r: Slower(3, 4, 7, is_causal=True, pad_mode="zeros", rngs=r),
-    "ConvTranspose1dNorm_up7": lambda r: Faster(3, 4, 7, is_causal=False, is_grouped=False, rngs=r),
-    "ConvTranspose1dNorm_up4": lambda r: Faster(3, 4, 4, is_causal=False, is_grouped=False, rngs=r),
-    "CausalConvTranspose1dNorm_up7_g1": lambda r: Faster(
+    "CausalConv1dNorm_down4": lambda r: DownsampleConv(
+        3, 4, 4, is_causal=True, pad_mode="zeros", rngs=r
+    ),
+    "CausalConv1dNorm_down7": lambda r: DownsampleConv(
+        3, 4, 7, is_causal=True, pad_mode="zeros", rngs=r
+    ),
+    "ConvTranspose1dNorm_up7": lambda r: UpsampleConv(
+        3, 4, 7, is_causal=False, is_grouped=False, rngs=r
+    ),
+    "ConvTranspose1dNorm_up4": lambda r: UpsampleConv(
+        3, 4, 4, is_causal=False, is_grouped=False, rngs=r
+    ),
+    "CausalConvTranspose1dNorm_up7_g1": lambda r: UpsampleConv(
         3, 4, 7, is_causal=True, is_grouped=False, rngs=r
     ),
-    "CausalConvTranspose1dNorm_up4_gout": lambda r: Faster(
+    "CausalConvTranspose1dNorm_up4_gout": lambda r: UpsampleConv(
         6, 3, 4, is_causal=True, is_grouped=True, rngs=r
     ),
 }
@@ -159,13 +171,13 @@ def test_convolution_equals_nemo(name):
     if name.endswith("gout"):
         x = jnp.concatenate([x, -0.5 * x], axis=-1)  # as the generator made six channels
     lengths = jnp.asarray(given["conv/len"], jnp.int32)
-    edges = SequenceBoundary(lengths=lengths, ends=jnp.full(lengths.shape, x.shape[1]))
-    if isinstance(layer, Slower):  # its steps must be whole blocks
+    boundary = SequenceBoundary(lengths=lengths, ends=jnp.full(lengths.shape, x.shape[1]))
+    if isinstance(layer, DownsampleConv):  # its steps must be whole blocks
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % layer.rate), (0, 0)))
-    y, weight = quick_jit(lambda x, edges: (layer(x, edges), layer.weight()))(x, edges)
-    y, edges = y if isinstance(y, tuple) else (y, edges)
+    y, weight = quick_jit(lambda x, boundary: (layer(x, boundary), layer.weight()))(x, boundary)
+    y, boundary = y if isinstance(y, tuple) else (y, boundary)
     assert_close(weight, part["effective"])
-    np.testing.assert_array_equal(edges.lengths, part["out_len"])
+    np.testing.assert_array_equal(boundary.lengths, part["out_len"])
     assert_close(steps_last(y)[..., : part["y"].shape[2]], part["y"])
 
 
@@ -216,11 +228,11 @@ def programs(name):
 
     @quick_jit
     def decode(variables, codes, lengths, extent):
-        with recorded(SameRate, Faster, DecoderStage) as seen:
+        with recorded(SameRateConv, UpsampleConv, DecoderStage) as seen:
             output = merge(graphdef, variables).decode(
                 codes, lengths, nemo_exact=True, extent=extent
             )
-        return output, seen[SameRate][0], seen[Faster], seen[DecoderStage]
+        return output, seen[SameRateConv][0], seen[UpsampleConv], seen[DecoderStage]
 
     return encode, decode
 

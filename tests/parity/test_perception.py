@@ -23,7 +23,7 @@ from speechlm2_jax.perception.conformer_layer import ConformerLayer, LayerInputs
 from speechlm2_jax.perception.encoder_stream import EncoderPlan
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
-from speechlm2_jax.perception.frame_mask import FrameMask, sinusoids, visibility
+from speechlm2_jax.perception.frame_mask import FrameMask, attention_mask, sinusoids
 from speechlm2_jax.perception.log_mel import LogMel, LogMelConfig
 from speechlm2_jax.perception.perception import (
     AudioPerception,
@@ -157,10 +157,10 @@ def test_positions_and_masks_equal_nemo(name):
         return
     lengths = jnp.asarray(expected["encoded_len"], jnp.int32)
     left, right = (jnp.full(lengths.shape, side) for side in config.contexts[0])
-    view = FrameMask(positions=jnp.zeros((1, 2)), lengths=lengths, left=left, right=right)
+    frame_mask = FrameMask(positions=jnp.zeros((1, 2)), lengths=lengths, left=left, right=right)
     frames = jnp.arange(steps)[None]
-    visible = visibility(config.att_context_style, view, frames, frames)
-    np.testing.assert_array_equal(~visible, expected["att_mask_True_is_blocked"].astype(bool))
+    mask = attention_mask(config.att_context_style, frame_mask, frames, frames)
+    np.testing.assert_array_equal(~mask, expected["att_mask_True_is_blocked"].astype(bool))
 
 
 @pytest.mark.parametrize("name", ["enc_offline_xscale", "enc_ss1_adapter"])
@@ -174,7 +174,7 @@ def test_each_block_of_a_layer_equals_nemo(name):
     lengths = jnp.asarray(expected["encoded_len"], jnp.int32)
     unlimited = jnp.full(lengths.shape, -1)
     steps = parts["norm_conv"].shape[1]
-    view = FrameMask(
+    frame_mask = FrameMask(
         positions=relative_positions(steps, config.d_model),
         lengths=lengths,
         left=unlimited,
@@ -182,9 +182,11 @@ def test_each_block_of_a_layer_equals_nemo(name):
     )
     normed = {k: jnp.asarray(v) for k, v in parts.items() if k.startswith("norm_")}
     assert_close(layer.feed_forward_in(normed["norm_feed_forward1"]), parts["feed_forward1"])
-    assert_close(layer.attention(normed["norm_self_att"], view), parts["self_attn"])
+    assert_close(layer.attention(normed["norm_self_att"], frame_mask), parts["self_attn"])
     present = jnp.ones(normed["norm_conv"].shape[:2], bool)
-    convolved, _ = layer.conv(normed["norm_conv"], LayerInputs(view=view, present=present))
+    convolved, _ = layer.conv(
+        normed["norm_conv"], LayerInputs(frame_mask=frame_mask, present=present)
+    )
     assert_close(convolved, parts["conv"])
     assert_close(layer.feed_forward_out(normed["norm_feed_forward2"]), parts["feed_forward2"])
 
@@ -347,7 +349,7 @@ def test_streamed_steps_equal_the_whole_pass_and_nemos_own(name):
     late = jnp.pad(
         features, ((0, 0), (plan.lead, end - features.shape[1]), (0, 0)), constant_values=2.0
     )
-    memory = encoder_stream.begin(plan, len(lengths))
+    memory = encoder_stream.new_state(plan, len(lengths))
     whole = given["offline/encoded"].swapaxes(1, 2)
     for number, nemo in enumerate(steps):
         first = number * plan.input_frames

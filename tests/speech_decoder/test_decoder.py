@@ -213,7 +213,7 @@ def test_no_dtype_is_promoted_silently(dropping) -> None:
         state = network.new_state(2, STEPS, hidden.dtype)
         logits, state = network.step(state, hidden[:, :1], codes[:, :1])
         trained = network.decode(hidden, codes, train=True, rngs=row_keys())
-        return trained, network.logits(trained), logits, state.cache.keys, state.tails.hidden
+        return trained, network.logits(trained), logits, state.cache.keys, state.conv_state.hidden
 
     with jax.numpy_dtype_promotion("strict"):
         for dtype in ("float32", "bfloat16"):
