@@ -115,10 +115,12 @@ def _conversations(plan: Plan, folder: Path) -> DuplexWork:
 def _converse(plan: Plan, work: DuplexWork, batch: int, with_audio: bool) -> Row:
     talk = work.talking(batch, decode_audio=with_audio)
     taken, row = called(lambda: jax.block_until_ready(talk()), max(3, plan.repeats // 2))
+    frames = int(talk()["tokens_len"][0])
     return {
         **row,
-        "rate": 1e3 * taken.median_s / work.sizes.frames,
+        "rate": 1e3 * taken.median_s / frames,
         "rate_unit": "ms/frame",
+        "frames": frames,
         "parameters_m": work.count() / 1e6,
     }
 
