@@ -1,6 +1,5 @@
 """Text <-> token ids, over Hugging Face tokenizers and SentencePiece models, by NeMo's names."""
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,20 +9,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.data.tokenizer_file import (
+    EncodingLimits,
+    TokenizerError,
+    check_before_loading,
+    content_problem,
+    is_generic,
+    load_error,
+)
+
+__all__ = ["Tokenizer", "TokenizerError"]
 
 SPECIAL_NAMES = ("bos", "eos", "pad", "unk")
-GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-"""transformers' names, old and new, of the class that tokenizer.json alone describes."""
-GENERIC_MODEL_TYPES = (None, "llama", "qwen3")
-"""Of a config.json beside it; for some others transformers prefers a class of its own."""
-
 
 log = logging.getLogger(__name__)
-
-
-class TokenizerError(SettingsError):
-    """A tokenizer that cannot be loaded, or lacks a token that is needed."""
 
 
 class _Backend(Protocol):
@@ -216,7 +215,9 @@ class _HuggingFace:
         if looks_local and not Path(name).expanduser().is_dir():
             raise TokenizerError(f"tokenizer {name}: no such directory")
         path = Path(name).expanduser()
-        if _is_generic(path):
+        file = f"{name}/tokenizer.json"
+        check_before_loading(path)
+        if is_generic(path):
             from transformers import PreTrainedTokenizerFast as Reader
         else:
             from transformers import AutoTokenizer as Reader
@@ -224,10 +225,23 @@ class _HuggingFace:
             self._tokenizer = Reader.from_pretrained(
                 str(path) if path.is_dir() else name, trust_remote_code=False
             )
-        except Exception as error:  # tokenizers raises bare Exceptions for files it cannot read
-            raise TokenizerError(_unreadable(name, path, error)) from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # tokenizers raises bare Exceptions and Rust panics
+            raise load_error(name, path, error) from error
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        self._limits = EncodingLimits(file=file)
+        if backend is not None:
+            self._limits = EncodingLimits.of_backend(backend, file)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        characters = sum(map(len, texts))
+        ids = self._limits.run(lambda: self._encode(texts), characters)
+        for sequence, text in zip(ids, texts, strict=True):
+            self._limits.check_count(sequence, text)
+        return ids
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is not None and backend.truncation is None and backend.padding is None:
             # transformers' own call spends most of its time on what is not asked for here
@@ -236,7 +250,9 @@ class _HuggingFace:
         return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
     def tokens(self, text: str) -> list[str]:
-        return self._tokenizer.tokenize(text)
+        found = self._limits.run(lambda: self._tokenizer.tokenize(text), len(text))
+        self._limits.check_count(found, text)
+        return found
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
@@ -272,66 +288,19 @@ class _HuggingFace:
         return len(self._tokenizer)
 
 
-def _unreadable(name: str, path: Path, error: Exception) -> str:
-    """One line on a tokenizer that transformers could not read, and what to do."""
-    if (code := _own_code(path)) is not None:
-        return (
-            f"tokenizer {name}: needs Python code of its own ({code}), which is never run; if "
-            "tokenizer.json describes all of it, remove auto_map from tokenizer_config.json and "
-            "set its tokenizer_class to PreTrainedTokenizerFast, or name another tokenizer"
-        )
-    where = "the directory" if path.is_dir() else "no such directory, and the hub"
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else error
-    return f"tokenizer {name}: {where} gives none ({first_line})"
-
-
-def _own_code(directory: Path) -> str | None:
-    """The Python class that a tokenizer_config.json asks for; None if it asks for none."""
-    try:
-        said = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-        named = said.get("auto_map")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
-    if isinstance(named, Mapping):
-        named = named.get("AutoTokenizer")
-    classes = named if isinstance(named, list) else [named]
-    return next((str(one) for one in classes if one), None)
-
-
-def _is_generic(directory: Path) -> bool:
-    """Whether AutoTokenizer would take its generic class for a directory, by what lies there.
-
-    Asked beforehand because AutoTokenizer imports torch, where it is installed, to find out: most
-    of the seconds that a training needs to start.
-    """
-    config, model = directory / "tokenizer_config.json", directory / "config.json"
-    if not (directory / "tokenizer.json").is_file() or not config.is_file():
-        return False
-    try:
-        said = json.loads(config.read_text(encoding="utf-8"))
-        kind = json.loads(model.read_text(encoding="utf-8")) if model.is_file() else {}
-        return (
-            said.get("tokenizer_class") in GENERIC_CLASSES
-            and "auto_map" not in said
-            and kind.get("model_type") in GENERIC_MODEL_TYPES
-        )
-    except (ValueError, AttributeError):  # AutoTokenizer says what is wrong with them
-        return False
-
-
 class _SentencePiece:
     """A SentencePiece model, with added special tokens after its own pieces."""
 
     def __init__(self, content: bytes, name: str) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        if not content:
-            raise TokenizerError(f"tokenizer {name}: the file is empty")
+        if (problem := content_problem(content)) is not None:
+            raise TokenizerError(f"tokenizer {name}: {problem}")
         try:
             self._model = SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError) as error:
             raise TokenizerError(f"tokenizer {name}: not a SentencePiece model") from error
-        self._content = content
+        self._limits, self._content = EncodingLimits(file=name), content
         self._added: dict[str, int] = {}
         ids = {n: getattr(self._model, f"{n}_id")() for n in SPECIAL_NAMES}
         self._named = {n: self._model.id_to_piece(i) for n, i in ids.items() if i >= 0}
@@ -350,7 +319,9 @@ class _SentencePiece:
             if part in self._added:
                 yield self._added[part]
             else:
-                yield from self._model.encode(part)
+                ids = self._model.encode(part)
+                self._limits.check_count(ids, part)
+                yield from ids
 
     def _split(self, text: str) -> list[str]:
         if not self._added:

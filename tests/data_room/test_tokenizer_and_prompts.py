@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from speechlm2_jax.data.prompts import FORMATS, PromptError, PromptFormatter
-from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError, _is_generic
+from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
+from speechlm2_jax.data.tokenizer_file import is_generic
 
 DATA = Path(__file__).parents[1] / "data"
 TAG = "<|audioplaceholder|>"
@@ -76,7 +77,7 @@ def test_a_directory_without_a_tokenizer_is_one_clear_error(tmp_path):
 def test_the_quick_way_to_a_generic_tokenizer_gives_what_auto_tokenizer_does(name):
     from transformers import AutoTokenizer
 
-    assert _is_generic(DATA / name)
+    assert is_generic(DATA / name)
     auto = AutoTokenizer.from_pretrained(str(DATA / name))
     quick = Tokenizer(DATA / name)
     assert type(quick._backend._tokenizer) is type(auto)
@@ -88,7 +89,7 @@ def test_the_quick_way_to_a_generic_tokenizer_gives_what_auto_tokenizer_does(nam
 
 
 @pytest.mark.parametrize(
-    ("model_type", "tokenizer_class", "is_generic"),
+    ("model_type", "tokenizer_class", "expected"),
     [
         ("llama", "PreTrainedTokenizerFast", True),
         ("llama", "LlamaTokenizer", False),
@@ -96,15 +97,15 @@ def test_the_quick_way_to_a_generic_tokenizer_gives_what_auto_tokenizer_does(nam
     ],
 )
 def test_only_a_class_that_is_sure_is_taken_the_quick_way(
-    tmp_path, model_type, tokenizer_class, is_generic
+    tmp_path, model_type, tokenizer_class, expected
 ):
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert not _is_generic(tmp_path)
+    assert not is_generic(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(f'{{"tokenizer_class": "{tokenizer_class}"}}')
     (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
-    assert _is_generic(tmp_path) == is_generic
+    assert is_generic(tmp_path) == expected
     (tmp_path / "config.json").write_text("no JSON")
-    assert not _is_generic(tmp_path)
+    assert not is_generic(tmp_path)
 
 
 def test_sentencepiece_models_encode_with_added_tokens(sentencepiece_path):
