@@ -31,7 +31,7 @@ INTRODUCTION = """\
 
 A NeMo YAML for SALM runs here as it is, after its `???` are filled:
 
-```
+```bash no-test: needs NeMo's configuration
 python train.py --config-path=conf --config-name=salm \\
     data.train_ds.input_cfg.0.cuts_path=train.jsonl.gz \\
     data.validation_ds.datasets.val_set_0.input_cfg.0.cuts_path=dev.jsonl.gz
@@ -120,7 +120,7 @@ def sections() -> list[Section]:
 def model_sections() -> list[Section]:
     """The blocks of `model`."""
     return [
-        Section(path="model", classes=one("models.config:SalmModelConfig")),
+        Section(path="model", classes=one("pretrained.salm_config:SalmModelConfig")),
         Section(
             path="model.lora",
             classes=one("layers.lora:LoraConfig"),
@@ -191,7 +191,7 @@ def data_sections() -> list[Section]:
     inherits = "A set inherits what `validation_ds` says, and may say otherwise."
     return [
         Section(path="data", of=SALM, classes=one("data.config:DataConfig")),
-        Section(path="data", of=DUPLEX, classes=one("data.duplex_config:DuplexDataConfig")),
+        Section(path="data", of=DUPLEX, classes=one("data.duplex.config:DuplexDataConfig")),
         Section(
             path=STREAMS,
             of=SALM,
@@ -202,7 +202,7 @@ def data_sections() -> list[Section]:
         Section(
             path=STREAMS,
             of=DUPLEX,
-            classes=one("data.duplex_config:DuplexLoaderConfig"),
+            classes=one("data.duplex.config:DuplexLoaderConfig"),
             note=inherits,
             also=(sets,),
         ),
