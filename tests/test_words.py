@@ -104,18 +104,18 @@ STILL_USED: dict[str, int] = {
     "Spoken": 1,
     "Recogniser": 7,
     "EarlierAnswer": 4,
-    "heard": 239,
+    "heard": 228,
     "hear": 7,
     "hears": 38,
     "hearing": 3,
     "listen": 15,
     "listens": 8,
-    "listening": 10,
-    "said": 282,
-    "says": 267,
+    "listening": 8,
+    "said": 277,
+    "says": 268,
     "speak": 38,
     "speaks": 43,
-    "talk": 27,
+    "talk": 28,
     "talks": 10,
     "recogniser": 86,
     "recognisers": 6,
@@ -125,10 +125,10 @@ STILL_USED: dict[str, int] = {
     "law": 1,
     "laws": 10,
     "room": 46,
-    "answer": 638,
-    "answers": 446,
+    "answer": 585,
+    "answers": 443,
     "answered": 110,
-    "answering": 43,
+    "answering": 36,
     "what (a|the) user holds": 1,
     "is not (done|had)": 11,
     "(writes?|wrote) (speech )?down": 14,
@@ -155,7 +155,6 @@ RIGHT_HERE = {
 
 SAME_NAME_ALLOWED = {
     "Trainer": "slm.Trainer, and the trainer of any TrainableModel below it",
-    "Progress": "of an evaluation and of a run; one of them takes another name",
 }
 
 
@@ -239,7 +238,7 @@ def prose(text: str) -> list[tuple[int, str]]:
 
 
 WIDE: dict[str, int] = {
-    "CHANGELOG.md": 127,
+    "CHANGELOG.md": 129,
     "docs/asr.md": 24,
     "docs/codec.md": 6,
     "docs/conversion.md": 25,

@@ -19,8 +19,8 @@ from speechlm2_jax.training.run.preparation import Setup
 from speechlm2_jax.training.run.summary import device_bytes
 
 
-class GeneratingModel(ModelOutline, Protocol):
-    """A model that answers, too."""
+class CompilableModel(ModelOutline, Protocol):
+    """A model whose training step and generation can be compiled ahead of time."""
 
     @property
     def audio_locator_tag_id(self) -> int:
@@ -43,7 +43,7 @@ class GeneratingModel(ModelOutline, Protocol):
 
 
 def training_report(
-    model: GeneratingModel, setup: Setup, topology: Topology, shape: BatchShape
+    model: CompilableModel, setup: Setup, topology: Topology, shape: BatchShape
 ) -> Report:
     """Compiles the training step on rows of `shape`, as many on each data-parallel device.
 
@@ -77,7 +77,7 @@ def training_report(
 
 
 def generation_report(
-    model: GeneratingModel,
+    model: CompilableModel,
     setup: Setup,
     topology: Topology,
     shape: BatchShape,
@@ -137,7 +137,7 @@ def _fitting(compile_it: Callable[[], Any], topology: Topology) -> Any:
         raise SettingsError(f"{topology.name}: DOES NOT FIT: {text[:400]}") from error
 
 
-def _full(model: GeneratingModel, shape: BatchShape, groups: int) -> HostBatch:
+def _full(model: CompilableModel, shape: BatchShape, groups: int) -> HostBatch:
     arrays = full_batch(
         shape,
         groups,

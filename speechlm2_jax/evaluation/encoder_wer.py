@@ -11,7 +11,7 @@ import numpy as np
 
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.inputs import Utterance
-from speechlm2_jax.evaluation.progress import Progress
+from speechlm2_jax.evaluation.progress import ProgressDisplay
 from speechlm2_jax.inference.long_form.chunks import cut
 from speechlm2_jax.inference.long_form.join_texts import join
 
@@ -58,7 +58,7 @@ def encoder_texts(
     order = sorted(range(len(utterances)), key=lambda i: -utterances[i].duration_s)
     with (
         ThreadPoolExecutor(READERS) as pool,
-        Progress(len(order), what="encoder alone:") as progress,
+        ProgressDisplay(len(order), what="encoder alone:") as progress,
     ):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]

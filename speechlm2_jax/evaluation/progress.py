@@ -11,7 +11,7 @@ FIRST_LINES_S, LATER_LINES_S, LATER_FROM_S = 5.0, 30.0, 60.0
 """Seconds between two lines in the first minute, and after it."""
 
 
-class Progress:
+class ProgressDisplay:
     """Counts what is answered, for a reader.
 
     Args:
@@ -42,7 +42,7 @@ class Progress:
             tqdm(total=total, initial=done, desc=what, file=self._stream) if is_terminal else None
         )
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressDisplay":
         return self
 
     def __exit__(self, *error: Any) -> None:

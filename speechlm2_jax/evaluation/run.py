@@ -14,7 +14,7 @@ from speechlm2_jax.evaluation.generate import Asked, GeneratingModel, generate_c
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.journal import Journal, row_keys
 from speechlm2_jax.evaluation.metrics.wer import text_normalizer, word_errors
-from speechlm2_jax.evaluation.progress import Progress
+from speechlm2_jax.evaluation.progress import ProgressDisplay
 from speechlm2_jax.evaluation.read_audio import EvaluationClip, clips
 from speechlm2_jax.evaluation.results import Evaluation, Response, Speed
 from speechlm2_jax.inference.long_form.join_texts import join
@@ -55,7 +55,7 @@ def evaluate(
         log(f"skipped {utterances[index].id}: {error}")
         ended({index: _failure(utterances[index], error)})
 
-    with Progress(len(utterances), len(answers)) as progress:
+    with ProgressDisplay(len(utterances), len(answers)) as progress:
         heard = _clips(model, utterances, config, failed, log, frozenset(answers))
         for round in generate_clips(model, heard, asked):
             speed = speed.add(round.audio_s, round.seconds, compiled=round.compiled)

@@ -24,7 +24,7 @@ from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.journal import Journal, row_keys
 from speechlm2_jax.evaluation.metrics.token_accuracy import TokenCounts
 from speechlm2_jax.evaluation.metrics.turn_taking import TurnMark, Turns
-from speechlm2_jax.evaluation.progress import Progress
+from speechlm2_jax.evaluation.progress import ProgressDisplay
 from speechlm2_jax.evaluation.run import evaluate, input_keys
 from speechlm2_jax.settings import SettingsError, build, to_plain
 from tests.evaluation.fake_model import FakeModel
@@ -288,7 +288,7 @@ def test_what_scores_depend_on_survives_a_line_of_json():
 
 def test_a_pipe_gets_lines_and_a_terminal_a_bar():
     now_s, pipe = 0.0, io.StringIO()
-    with Progress(1000, 100, stream=pipe, clock=lambda: now_s) as progress:
+    with ProgressDisplay(1000, 100, stream=pipe, clock=lambda: now_s) as progress:
         for _ in range(90):
             now_s += 1.0
             progress.update(10)
@@ -302,7 +302,7 @@ def test_a_pipe_gets_lines_and_a_terminal_a_bar():
             return True
 
     terminal = Terminal()
-    with Progress(10, stream=terminal) as progress:
+    with ProgressDisplay(10, stream=terminal) as progress:
         progress.update(10)
     assert "\r" in terminal.getvalue() and "10/10" in terminal.getvalue()
     assert sys.stderr is not terminal

@@ -28,7 +28,7 @@ from speechlm2_jax.evaluation.duplex.scoring import (
 from speechlm2_jax.evaluation.duplex.turns import SaidTurn, said_turns
 from speechlm2_jax.evaluation.journal import Journal, row_keys
 from speechlm2_jax.evaluation.metrics.turn_taking import Turns, turn_marks
-from speechlm2_jax.evaluation.progress import Progress
+from speechlm2_jax.evaluation.progress import ProgressDisplay
 from speechlm2_jax.evaluation.results import Speed
 from speechlm2_jax.models.duplex import DuplexS2SModel
 from speechlm2_jax.settings import build, to_plain
@@ -82,7 +82,7 @@ def evaluate_duplex(
     answers, speed = _resumed(journal, scorer, files)
     with (
         contextlib.closing(scorer),
-        Progress(len(dialogues), len(answers)) as progress,
+        ProgressDisplay(len(dialogues), len(answers)) as progress,
     ):
         for batch in _batches(dialogues, dataset, config.batch_size, frozenset(answers)):
             rows: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
