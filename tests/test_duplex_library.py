@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import speechlm2_jax as slm
-from tests.data_room import duplex_corpus as corpus
+from tests.data_pipeline import duplex_corpus as corpus
 from tests.training.stopping import as_after
 
 DUPLEX = Path(__file__).parent / "data" / "duplex"

@@ -55,7 +55,7 @@ class Measures:
 
     length: Real[np.ndarray, " N"]
     """As NeMo measures them: tokens of the whole or of the input, or seconds."""
-    steps: Int[np.ndarray, " N"]
+    positions: Int[np.ndarray, " N"]
     """LLM steps that it needs of a row."""
     clips: Int[np.ndarray, " N"]
     samples: Int[np.ndarray, " N"]
@@ -68,7 +68,7 @@ class Measures:
         """The same of some conversations."""
         return Measures(
             length=self.length[index],
-            steps=self.steps[index],
+            positions=self.positions[index],
             clips=self.clips[index],
             samples=self.samples[index],
         )
@@ -102,7 +102,7 @@ class Members:
     @property
     def tokens(self) -> int:
         """Steps that hold each of them, padded up."""
-        return max(-(-int(self.up_to.steps.max()) // self.multiple), 1) * self.multiple
+        return max(-(-int(self.up_to.positions.max()) // self.multiple), 1) * self.multiple
 
 
 ShapeOf = Callable[[Members], Shape]
@@ -153,7 +153,7 @@ def describe(
     rows: list[dict[str, str]] = []
     for i, bucket in enumerate(plan.buckets):
         members = measures.take(np.flatnonzero(plan.bucket_of == i))
-        filled = members.steps.sum() / max(len(members) * bucket.shape.tokens, 1)
+        filled = members.positions.sum() / max(len(members) * bucket.shape.tokens, 1)
         rows.append(
             {
                 "bucket": f"{i}",
@@ -207,7 +207,7 @@ def _survey_edges(measures: Measures, config: LoaderConfig, multiple: int) -> np
     rows = _rows(measures.length.max().item(), 0, config)
     most = min(SURVEY_BUCKETS, len(ends), max(len(measures) // (2 * rows), 1))
     before = np.concatenate([[0], np.cumsum(count)])
-    actual = (measures.steps + measures.samples / samples_unit(config.sample_rate)).sum()
+    actual = (measures.positions + measures.samples / samples_unit(config.sample_rate)).sum()
     # cost[j]: the least that the j shortest lengths take in the buckets so far
     cost, cuts = before * np.concatenate([[0], needed]), []
     while cost[-1] * SURVEY_FILL > actual and len(cuts) + 1 < most:
@@ -231,10 +231,10 @@ def _survey(
     unit = samples_unit(sample_rate_hz)
     step = math.ceil(measures.length.max(initial=1) / SURVEY_LENGTHS)
     ends, inverse = np.unique(-(-measures.length // step) * step, return_inverse=True)
-    steps, samples = np.zeros(len(ends)), np.zeros(len(ends))
-    np.maximum.at(steps, inverse, measures.steps)
+    positions, samples = np.zeros(len(ends)), np.zeros(len(ends))
+    np.maximum.at(positions, inverse, measures.positions)
     np.maximum.at(samples, inverse, measures.samples)
-    tokens = np.ceil(np.maximum.accumulate(steps) / multiple) * multiple
+    tokens = np.ceil(np.maximum.accumulate(positions) / multiple) * multiple
     audio = np.ceil(np.maximum.accumulate(samples) / unit)
     return ends, np.bincount(inverse, minlength=len(ends)), tokens + audio
 

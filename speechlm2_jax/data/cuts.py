@@ -7,9 +7,9 @@ from typing import Any
 
 from speechlm2_jax.data.conversations import AudioClip, Conversation
 from speechlm2_jax.data.json_lines import json_lines
+from speechlm2_jax.data.manifest_options import ManifestOptions, conversation_of_recording
+from speechlm2_jax.data.manifest_values import located, mapping, seconds
 from speechlm2_jax.data.paths import Finder, local_file
-from speechlm2_jax.data.reading import Reading, ask_and_answer
-from speechlm2_jax.data.rows import located, mapping, seconds
 from speechlm2_jax.settings import SettingsError
 
 _YAML = (".yaml", ".yml")
@@ -63,12 +63,12 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def conversation_of_cut(
-    cut: Any, clip: AudioClip, reading: Reading, *, where: str, shard: int = 0
+    cut: Any, clip: AudioClip, options: ManifestOptions, *, where: str, shard: int = 0
 ) -> Conversation:
     """A cut as a conversation: its recording, and the text of its first supervision as answer."""
     answer = cut.supervisions[0].text if cut.supervisions else None
     custom = getattr(cut, "custom", None) or {}
-    made = ask_and_answer(str(cut.id), clip, answer, custom, reading, where=where)
+    made = conversation_of_recording(str(cut.id), clip, answer, custom, options, where=where)
     return replace(made, shard=shard)
 
 

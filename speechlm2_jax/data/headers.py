@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from speechlm2_jax.data.audio import AudioError, audio_length
-from speechlm2_jax.data.rows import MAX_SECONDS
+from speechlm2_jax.data.manifest_values import MAX_SECONDS
 
 _THREADS = 8
 

@@ -61,7 +61,7 @@ class Contents(Protocol):
         """What the table of the plan says of a shape, beside its rows and tokens."""
         ...
 
-    def objection(self, planned: Sequence[int]) -> str | None:
+    def validation_error(self, planned: Sequence[int]) -> str | None:
         """Why a model must not be trained on an epoch of these conversations, if so."""
         ...
 
@@ -162,9 +162,9 @@ def prepare(
     planned = [i for b in sampler.epoch(0) for group in b.groups for i in group]
     if not planned:
         raise SettingsError(f"{where}: no batch can be made of {len(conversations)} conversations")
-    objection = contents.objection(planned) if data_set.is_train else None
-    if objection is not None:
-        raise SettingsError(f"{where}: {objection}")
+    validation_error = contents.validation_error(planned) if data_set.is_train else None
+    if validation_error is not None:
+        raise SettingsError(f"{where}: {validation_error}")
     _report(where, describe(sampler.plan, contents.measures, contents.columns), dropped)
     return Prepared(contents=contents, sampler=sampler, filtered=filtered, config=config)
 

@@ -13,9 +13,17 @@ from speechlm2_jax.data.conversations import AudioClip, AudioTurn, Conversation,
 from speechlm2_jax.data.cuts import clip_of_cut, conversation_of_cut, read_cuts
 from speechlm2_jax.data.headers import file_durations_s
 from speechlm2_jax.data.json_lines import json_lines
+from speechlm2_jax.data.manifest_options import ManifestOptions, conversation_of_recording
+from speechlm2_jax.data.manifest_values import (
+    located,
+    mapping,
+    missing_key,
+    near_miss,
+    seconds,
+    shown,
+    text,
+)
 from speechlm2_jax.data.paths import Finder, local_file
-from speechlm2_jax.data.reading import Reading, ask_and_answer
-from speechlm2_jax.data.rows import located, mapping, missing_key, near_miss, seconds, shown, text
 from speechlm2_jax.settings import SettingsError
 
 ROWS_AT_ONCE = 512
@@ -23,7 +31,7 @@ ROWS_AT_ONCE = 512
 _CUT_KEYS = ("type", "recording", "supervisions", "features", "tracks", "start")
 
 
-def read_manifest(path: str | Path, reading: Reading) -> Iterator[Conversation]:
+def read_manifest(path: str | Path, options: ManifestOptions) -> Iterator[Conversation]:
     """Reads a manifest whose first line tells what it is.
 
     A line with `audio_filepath` is NeMo's, one with `conversations` holds turns, any other is a
@@ -36,14 +44,14 @@ def read_manifest(path: str | Path, reading: Reading) -> Iterator[Conversation]:
         raise SettingsError(f"{path}: the manifest is empty")
     where, row = first
     if "conversations" in row:
-        yield from _read(path, reading, _Turns)
+        yield from _read(path, options, _Turns)
     elif "audio_filepath" in row:
-        yield from _read(path, reading, _NemoRow)
+        yield from _read(path, options, _NemoRow)
     elif any(key in row for key in _CUT_KEYS):
         for where, cut in read_cuts(path):
             with located(where):
-                clip = clip_of_cut(cut, reading.channel)
-                conversation = conversation_of_cut(cut, clip, reading, where=where)
+                clip = clip_of_cut(cut, options.channel)
+                conversation = conversation_of_cut(cut, clip, options, where=where)
             yield conversation
     else:
         is_dialog = near_miss(row, "audio_filepath") is None and near_miss(row, "conversations")
@@ -76,7 +84,7 @@ class _NemoRow:
         self.own = row
 
     def conversation(
-        self, lengths: Mapping[str, float | None], reading: Reading, where: str
+        self, lengths: Mapping[str, float | None], options: ManifestOptions, where: str
     ) -> Conversation:
         """The recording and its text, once the lengths of the files that were `asked` are known."""
         length_s = lengths[self.path] if self.asked else None
@@ -94,11 +102,11 @@ class _NemoRow:
             path=self.path,
             offset_s=self.offset_s or 0.0,
             duration_s=duration_s,
-            channel=reading.channel,
+            channel=options.channel,
             is_segment=self.offset_s is not None,
         )
-        answer, name = self.own.get(reading.text_field), str(self.own.get("id") or clip.id)
-        return ask_and_answer(name, clip, answer, self.own, reading, where=where)
+        answer, name = self.own.get(options.text_field), str(self.own.get("id") or clip.id)
+        return conversation_of_recording(name, clip, answer, self.own, options, where=where)
 
 
 class _Turns:
@@ -117,13 +125,13 @@ class _Turns:
         self.id = row.get("id")
 
     def conversation(
-        self, lengths: Mapping[str, float | None], reading: Reading, where: str
+        self, lengths: Mapping[str, float | None], options: ManifestOptions, where: str
     ) -> Conversation | None:
         """The turns, after those that tags add; None for a line to be skipped."""
         if self.is_skipped:
             return None
-        turns = [turn.turn(lengths, reading) for turn in self.turns]
-        first, tags = turns[0], reading.tags or {}
+        turns = [turn.turn(lengths, options) for turn in self.turns]
+        first, tags = turns[0], options.tags or {}
         if (
             isinstance(first, AudioTurn)
             and first.role == "user"
@@ -136,8 +144,8 @@ class _Turns:
         return Conversation(
             id=where if self.id is None else str(self.id),
             turns=tuple(turns),
-            token_equivalent_duration_s=reading.token_equivalent_duration_s,
-            fields=reading.all_fields(self.fields),
+            token_equivalent_duration_s=options.token_equivalent_duration_s,
+            fields=options.all_fields(self.fields),
             where=where,
         )
 
@@ -160,7 +168,9 @@ class _Turn:
             self.offset_s = _optional_seconds(turn, "offset") or 0.0
             self.declared_s = _optional_seconds(turn, "duration")
 
-    def turn(self, lengths: Mapping[str, float | None], reading: Reading) -> TextTurn | AudioTurn:
+    def turn(
+        self, lengths: Mapping[str, float | None], options: ManifestOptions
+    ) -> TextTurn | AudioTurn:
         """The turn; of a recording never more than its file has."""
         if self.path is None:
             return TextTurn(role=self.role, text=self.value)
@@ -171,13 +181,13 @@ class _Turn:
             path=self.path,
             offset_s=self.offset_s,
             duration_s=duration_s,
-            channel=reading.channel,
+            channel=options.channel,
         )
-        return AudioTurn(role=self.role, clip=clip, locator_tag=reading.locator_tag)
+        return AudioTurn(role=self.role, clip=clip, locator_tag=options.locator_tag)
 
 
 def _read(
-    path: Path, reading: Reading, kind: type[_NemoRow] | type[_Turns]
+    path: Path, options: ManifestOptions, kind: type[_NemoRow] | type[_Turns]
 ) -> Iterator[Conversation]:
     """The conversations of a manifest of one kind of row, its headers read many at a time."""
     finder, lines = Finder(path), json_lines(path)
@@ -190,7 +200,7 @@ def _read(
         lengths = file_durations_s(name for _, row in rows for name in row.asked)
         for where, row in rows:
             with located(where):
-                conversation = row.conversation(lengths, reading, where)
+                conversation = row.conversation(lengths, options, where)
             if conversation is not None:
                 yield conversation
 

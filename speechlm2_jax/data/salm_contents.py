@@ -31,7 +31,7 @@ CLIP_SPREAD = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class SalmContents:
-    """Conversations that have token ids (`preparing.Contents`)."""
+    """Conversations that have token ids (`prepare.Contents`)."""
 
     dataset: "SALMDataset"
     config: DataLoaderConfig
@@ -79,7 +79,7 @@ class SalmContents:
         seconds = shape.samples / self.config.sample_rate
         return {"clips": f"{shape.clips}", "seconds": f"{seconds:.2f}"}
 
-    def objection(self, planned: Sequence[int]) -> None:
+    def validation_error(self, planned: Sequence[int]) -> None:
         """None: what passed the tests can be trained on."""
 
     def example(self, index: int) -> SalmExample:
@@ -117,7 +117,7 @@ def measure(
     samples = [[clip.samples(sample_rate_hz) for clip in c.clips] for c in conversations]
     frames = {n: frame_count(n) for n in {n for row in samples for n in row}}
     ids = [c.prompt.input_ids if c.prompt else np.zeros(0, np.int32) for c in conversations]
-    steps = [
+    positions = [
         len(i) - len(row) + sum(frames[n] for n in row) - 1
         for i, row in zip(ids, samples, strict=True)
     ]
@@ -127,7 +127,7 @@ def measure(
     ]
     return Measures(
         length=np.asarray(length, np.int64).reshape(-1),
-        steps=np.asarray(steps, np.int64).reshape(-1),
+        positions=np.asarray(positions, np.int64).reshape(-1),
         clips=np.asarray([len(row) for row in samples], np.int64).reshape(-1),
         samples=np.asarray([max(row, default=0) for row in samples], np.int64).reshape(-1),
     )

@@ -10,10 +10,10 @@ from speechlm2_jax.batches import FrameCount, SalmExample
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.config import DataConfig, DataLoaderConfig, InputConfig
 from speechlm2_jax.data.conversations import DEFAULT_LOCATOR_TAG, Conversation
+from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.paths import expand_shards
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
 from speechlm2_jax.data.readers import read_manifest
-from speechlm2_jax.data.reading import Reading
 from speechlm2_jax.data.salm_contents import SalmContents, measure, placeholder_id
 from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.data.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ class SALMDataset:
     def read(entry: InputConfig, config: DataLoaderConfig) -> list[Conversation]:
         """The conversations of one entry of `input_cfg`. Raises SettingsError."""
         channel = config.channel_selector
-        reading = Reading(
+        options = ManifestOptions(
             locator_tag=entry.audio_locator_tag or config.audio_locator_tag or DEFAULT_LOCATOR_TAG,
             token_equivalent_duration_s=entry.token_equivalent_duration
             or config.token_equivalent_duration,
@@ -65,9 +65,9 @@ class SALMDataset:
             channel=channel if isinstance(channel, int) else None,
         )
         if entry.shar_path is not None:
-            return list(read_shar(entry.shar_path, reading))
+            return list(read_shar(entry.shar_path, options))
         paths = expand_shards(entry.manifests)
-        return [c for path in paths for c in read_manifest(path, reading)]
+        return [c for path in paths for c in read_manifest(path, options)]
 
     def contents(
         self,
@@ -134,7 +134,7 @@ class SALMDataset:
     def reference(self, conversation: Conversation, example: SalmExample) -> SalmReference:
         """Splits an example of a conversation that has an answer into question and answer."""
         assert conversation.prompt is not None
-        asked = conversation.prompt.question_ids
+        asked = conversation.prompt.prompt_ids
         answered = len(conversation.clips) - _clips_before_answer(conversation)
         return SalmReference(
             id=conversation.id,

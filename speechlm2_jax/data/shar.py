@@ -23,9 +23,9 @@ from speechlm2_jax.data.cuts import (
     stretch_of_cut,
 )
 from speechlm2_jax.data.json_lines import json_lines
+from speechlm2_jax.data.manifest_options import ManifestOptions
+from speechlm2_jax.data.manifest_values import located
 from speechlm2_jax.data.paths import expand_shards, local_file, local_folder
-from speechlm2_jax.data.reading import Reading
-from speechlm2_jax.data.rows import located
 from speechlm2_jax.settings import SettingsError
 
 CUTS, RECORDING = "cuts", "recording"
@@ -93,15 +93,15 @@ class _Shard:
     values: Mapping[str, Path]
 
 
-def read_shar(shar: SharPath | Path, reading: Reading) -> Iterator[Conversation]:
+def read_shar(shar: SharPath | Path, options: ManifestOptions) -> Iterator[Conversation]:
     """Reads SHAR: one folder or several, or the files of each field (`cuts`, `recording`)."""
     for one in shar_cuts(shar, (RECORDING,)):
         with located(one.where):
             cut, recording = one.cut, getattr(one.cut, "recording", None)
-            channel = reading.channel if recording is None else channel_of_cut(cut, reading.channel)
+            channel = options.channel if recording is None else channel_of_cut(cut, options.channel)
             clip = one.packed[0].clip(cut, recording, channel=channel, number=one.number)
-            clip = clip or clip_of_cut(cut, reading.channel)
-            conversation = conversation_of_cut(cut, clip, reading, where=one.where, shard=one.shard)
+            clip = clip or clip_of_cut(cut, options.channel)
+            conversation = conversation_of_cut(cut, clip, options, where=one.where, shard=one.shard)
         yield conversation
 
 

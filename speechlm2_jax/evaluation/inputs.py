@@ -12,9 +12,9 @@ import numpy as np
 
 from speechlm2_jax.data.audio import AudioError, audio_length, read_audio
 from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.paths import plain_path
 from speechlm2_jax.data.readers import read_manifest
-from speechlm2_jax.data.reading import Reading
 from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.settings import SettingsError
 
@@ -73,12 +73,12 @@ def read_inputs(inputs: str) -> list[Utterance]:
     if not os.path.exists(path):
         raise SettingsError(f"inputs: {missing(inputs)}")
     if _is_shar(path):
-        utterances = _one_turn_each(read_shar(path, Reading()))
+        utterances = _one_turn_each(read_shar(path, ManifestOptions()))
     elif (files := recordings(path)) is not None:
         utterances = files
     else:
         _refuse_other_kinds(path)
-        utterances = _one_turn_each(read_manifest(path, Reading()))
+        utterances = _one_turn_each(read_manifest(path, ManifestOptions()))
     if not utterances:
         why = left_out(path)
         raise SettingsError(f"inputs: nothing to answer in {inputs!r}" + (why and f": {why}"))
@@ -116,7 +116,9 @@ def voices_of(manifest: Path) -> set[str]:
     if not manifest.is_file() or manifest.stat().st_size > MAX_LISTED_BYTES:
         return set()
     try:
-        found = {_voice(conversation) for conversation in read_manifest(manifest, Reading())}
+        found = {
+            _voice(conversation) for conversation in read_manifest(manifest, ManifestOptions())
+        }
     except SettingsError:
         return set()
     return {voice for voice in found if voice is not None}

@@ -11,9 +11,9 @@ from lhotse import CutSet, Recording, SupervisionSegment
 
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.cuts import read_cuts
+from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.paths import expand_shards, local_file
 from speechlm2_jax.data.readers import read_manifest
-from speechlm2_jax.data.reading import Reading
 from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.settings import SettingsError
 
@@ -34,7 +34,7 @@ def write(path, *rows):
 
 
 def read(path):
-    return list(read_manifest(path, Reading()))
+    return list(read_manifest(path, ManifestOptions()))
 
 
 def refusal(call, *args):
@@ -154,7 +154,7 @@ def test_a_damaged_compressed_file_is_named(folder, damage, kind):
     }[damage]()
     path = folder / "cuts.000000.jsonl.gz"
     path.write_bytes(bad)
-    said = refusal(read_shar, folder, Reading()) if kind == "shar" else refusal(read, path)
+    said = refusal(read_shar, folder, ManifestOptions()) if kind == "shar" else refusal(read, path)
     assert f"{path}: damaged after line" in said
 
 
@@ -251,7 +251,7 @@ def test_a_file_address_is_a_path_of_this_machine(folder):
         f"FILE://{other}",
     ]
     path = write(folder / "m.jsonl", *({**ROW, "audio_filepath": one} for one in spelt))
-    found = list(read_manifest(path.as_uri(), Reading()))
+    found = list(read_manifest(path.as_uri(), ManifestOptions()))
     assert {c.clips[0].path for c in found} == {str(other)}
     cut = cut_row(folder)
     cut["recording"]["sources"][0] |= {"type": "url", "source": other.as_uri()}
@@ -267,7 +267,7 @@ def test_a_folder_is_not_a_missing_file(folder):
     assert f"is a folder; name a manifest, for instance {folder}/m.jsonl" in refusal(read, folder)
     CutSet([]).to_file(folder / "cuts.000000.jsonl.gz")
     assert "set shar_path" in refusal(read, folder)
-    assert "is a file" in refusal(read_shar, folder / "m.jsonl", Reading())
+    assert "is a file" in refusal(read_shar, folder / "m.jsonl", ManifestOptions())
     with pytest.raises(SettingsError, match="no such file"):
         local_file(folder / "none")
 

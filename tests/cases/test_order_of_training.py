@@ -9,7 +9,7 @@ import soundfile
 from lhotse import CutSet, Recording, SupervisionSegment
 
 from speechlm2_jax.data import DataModule, SALMDataset, Tokenizer
-from tests.data_room.small_corpus import TAG, write_manifest
+from tests.data_pipeline.small_corpus import TAG, write_manifest
 
 DATA = Path(__file__).parents[1] / "data"
 NEMO = {  # seven cuts in shards of two, batches of three, by shard_seed

@@ -9,7 +9,7 @@ import soundfile
 from lhotse import CutSet, Recording, SupervisionSegment
 
 from speechlm2_jax.data.duplex.readers import read_duplex_shar
-from speechlm2_jax.data.reading import Reading
+from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.settings import SettingsError
 
@@ -64,7 +64,7 @@ def test_fields_are_the_cuts_own_as_lhotse_gives_them(shar, way):
         "folders": (str(shar),),
         "files": files(shar, "context", "score", "meta"),
     }
-    found = list(read_shar(named[way], Reading()))
+    found = list(read_shar(named[way], ManifestOptions()))
     expected = list(CutSet.from_shar(in_dir=shar))
     assert [c.id for c in found] == [c.id for c in expected]
     for conversation, cut in zip(found, expected, strict=True):
@@ -77,13 +77,13 @@ def test_fields_are_the_cuts_own_as_lhotse_gives_them(shar, way):
 
 
 def test_a_listing_of_files_leaves_out_the_fields_that_it_does_not_name(shar):
-    first = next(read_shar(files(shar), Reading()))
+    first = next(read_shar(files(shar), ManifestOptions()))
     assert first.messages()[0][1] != "context c0"
 
 
 def test_a_number_as_context_is_its_text_and_an_object_is_none(shar):
     write_field(shar / "context.000000.jsonl.gz", "context", [("c0", 3), ("c1", {"a": 1})])
-    found = read_shar(shar, Reading())
+    found = read_shar(shar, ManifestOptions())
     assert next(found).messages()[0] == ("user", "3")
     with pytest.raises(SettingsError, match=r"line 2: context must be text, got \{"):
         next(found)
@@ -102,7 +102,7 @@ def test_a_field_that_does_not_go_with_its_cuts_is_named(shar, values, message):
     path = shar / "context.000000.jsonl.gz"
     path.unlink() if values is None else write_field(path, "context", values)
     with pytest.raises(SettingsError, match=message) as caught:
-        list(read_shar(shar, Reading()))
+        list(read_shar(shar, ManifestOptions()))
     assert str(path) in str(caught.value)
 
 
@@ -124,5 +124,5 @@ def test_recordings_of_one_id_are_told_apart_by_their_order(tmp_path):
     folder = tmp_path / "shar"
     folder.mkdir()
     CutSet(cuts_of(tmp_path, ["same", "same", "other"])).to_shar(folder, {"recording": "wav"})
-    found = list(read_shar(folder, Reading()))
+    found = list(read_shar(folder, ManifestOptions()))
     assert [len(c.clips[0].load(RATE)) for c in found] == [1600, 3200, 4800]

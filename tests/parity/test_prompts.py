@@ -86,13 +86,13 @@ def test_what_a_format_of_thoughts_asks_opens_as_its_answer_does():
         again = formatter.encode_dialog(dialog)
         assert prompt.input_ids.tolist() == again.input_ids.tolist()  # drawn from the text
         opening = spelled.text_to_ids(f"<|im_start|>assistant\n{empty}")
-        assert prompt.question_ids.tolist() == [*prompt.context_ids, *opening]
+        assert prompt.prompt_ids.tolist() == [*prompt.context_ids, *opening]
         thoughtful = [dialog[0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nSo."}]
         opening = spelled.text_to_ids(
             "<|im_start|>assistant\n" + ("" if name == "qwen3" else "<think>\n")
         )
         prompt = formatter.encode_dialog(thoughtful)
-        assert prompt.question_ids.tolist() == [*prompt.context_ids, *opening]
+        assert prompt.prompt_ids.tolist() == [*prompt.context_ids, *opening]
 
 
 def test_broken_thoughts_are_refused():

@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexContents:
-    """Conversations of two voices (`preparing.Contents`)."""
+    """Conversations of two voices (`prepare.Contents`)."""
 
     dataset: "DuplexS2SDataset"
     config: DuplexLoaderConfig
@@ -61,11 +61,11 @@ class DuplexContents:
         """
         _check_frame_rate(dataset, frame_count)
         check_roles(conversations, dataset.input_roles, dataset.output_roles, where)
-        steps = [_steps(dataset, c, config.sample_rate) for c in conversations]
+        positions = [_frames_of(dataset, c, config.sample_rate) for c in conversations]
         ones = np.ones(len(conversations), np.int64)
         measures = Measures(
             length=np.asarray([c.duration_s for c in conversations], np.float64).reshape(-1),
-            steps=np.asarray(steps, np.int64).reshape(-1),
+            positions=np.asarray(positions, np.int64).reshape(-1),
             clips=ones,
             samples=0 * ones,
         )
@@ -74,7 +74,7 @@ class DuplexContents:
     def tests(self) -> dict[str, Callable[[int], bool]]:
         """By cause: whether settings let the conversation of an index pass."""
         seconds = self.measures.length.tolist()
-        frames, most = self.measures.steps.tolist(), self.dataset.max_frames
+        frames, most = self.measures.positions.tolist(), self.dataset.max_frames
         least_s, most_s = self.config.min_duration or 0.0, self.config.max_duration or math.inf
         return {
             "longer_than_model": lambda i: most is None or frames[i] <= most,
@@ -106,7 +106,7 @@ class DuplexContents:
         """Seconds of a row."""
         return {"seconds": f"{shape.tokens * self.dataset.frame_length:.2f}"}
 
-    def objection(self, planned: Sequence[int]) -> str | None:
+    def validation_error(self, planned: Sequence[int]) -> str | None:
         """A reason where the agent is silent in more than MOST_SILENT of an epoch."""
         silent = [i for i in planned if not self._agent_speaks(self.conversations[i])]
         if len(silent) <= MOST_SILENT * len(planned):
@@ -149,7 +149,7 @@ def _samples(dataset: "DuplexS2SDataset", frames: int, sample_rate_hz: int) -> i
     return math.ceil(round(frames * dataset.frame_length * sample_rate_hz, 6))
 
 
-def _steps(
+def _frames_of(
     dataset: "DuplexS2SDataset", conversation: DuplexConversation, sample_rate_hz: int
 ) -> int:
     """Frames that hold a conversation: its text, and all of its audio."""

@@ -12,7 +12,7 @@ from speechlm2_jax.data.config import SharPath
 from speechlm2_jax.data.conversations import AudioClip
 from speechlm2_jax.data.cuts import clip_of_cut, read_cuts
 from speechlm2_jax.data.duplex.conversations import DuplexConversation, SpokenTurn
-from speechlm2_jax.data.rows import located, moment, seconds, text
+from speechlm2_jax.data.manifest_values import located, moment, seconds, text
 from speechlm2_jax.data.shar import RECORDING, SharCut, shar_cuts
 from speechlm2_jax.settings import SettingsError
 

@@ -32,7 +32,7 @@ class Prompt:
     """The whole dialog; to be answered, it ends with what opens the answer."""
     context_ids: Int[np.ndarray, " C"]
     """All before the last turn if that is the model's, else the same as `input_ids`."""
-    question_ids: Int[np.ndarray, " Q"]
+    prompt_ids: Int[np.ndarray, " Q"]
     """What to ask to get the last turn: the context, and what opens an answer."""
     answer_ids: Int[np.ndarray, " A"] | None = None
     """The last turn if it is the model's."""
@@ -219,14 +219,14 @@ class PromptFormatter:
             pieces[-1].append(self.tokenizer.eos_id)
         input_ids = np.concatenate([np.asarray(p, np.int32) for p in pieces])
         if not answers[-1]:
-            return Prompt(input_ids=input_ids, context_ids=input_ids, question_ids=input_ids)
+            return Prompt(input_ids=input_ids, context_ids=input_ids, prompt_ids=input_ids)
         split = len(input_ids) - len(pieces[-1])
         thinking = self._format.thinking
         may_think = thinking is None or thinking.is_thoughtful(dialog[-1].text)
         return Prompt(
             input_ids=input_ids,
             context_ids=input_ids[:split],
-            question_ids=np.asarray([*input_ids[:split], *self._openings[may_think]], np.int32),
+            prompt_ids=np.asarray([*input_ids[:split], *self._openings[may_think]], np.int32),
             answer_ids=input_ids[split:],
             mask=np.repeat(np.asarray(answers), [len(p) for p in pieces]),
         )

@@ -16,7 +16,7 @@ from speechlm2_jax.data.duplex.conversations import (
 )
 from speechlm2_jax.data.tokenizer import TokenizerError
 from speechlm2_jax.settings import SettingsError
-from tests.data_room import duplex_corpus as corpus
+from tests.data_pipeline import duplex_corpus as corpus
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from speechlm2_jax.data.conversations import (
     Conversation,
     TextTurn,
 )
-from speechlm2_jax.data.rows import text
+from speechlm2_jax.data.manifest_values import text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class ManifestOptions:
     """How the lines of one manifest become conversations."""
 
     locator_tag: str = DEFAULT_LOCATOR_TAG
@@ -31,12 +31,12 @@ class Reading:
         return {**own, **(self.tags or {})}
 
 
-def ask_and_answer(
+def conversation_of_recording(
     name: str,
     clip: AudioClip,
     answer: Any,
     own: Mapping[str, Any],
-    reading: Reading,
+    options: ManifestOptions,
     *,
     where: str,
 ) -> Conversation:
@@ -44,18 +44,18 @@ def ask_and_answer(
 
     Raises SettingsError if context, system prompt or answer are no text.
     """
-    said = reading.all_fields(own)
+    said = options.all_fields(own)
     turns: list[TextTurn | AudioTurn] = []
     for key, role in (("system_prompt", "system"), ("context", "user")):
         if said.get(key) is not None:
             turns.append(TextTurn(role=role, text=text(said[key], key)))
-    turns.append(AudioTurn(role="user", clip=clip, locator_tag=reading.locator_tag))
+    turns.append(AudioTurn(role="user", clip=clip, locator_tag=options.locator_tag))
     if answer is not None:
-        turns.append(TextTurn(role="assistant", text=text(answer, reading.text_field)))
+        turns.append(TextTurn(role="assistant", text=text(answer, options.text_field)))
     return Conversation(
         id=name,
         turns=tuple(turns),
-        token_equivalent_duration_s=reading.token_equivalent_duration_s,
+        token_equivalent_duration_s=options.token_equivalent_duration_s,
         fields=said,
         where=where,
     )

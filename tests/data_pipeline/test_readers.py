@@ -12,9 +12,9 @@ from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.conversations import AudioTurn, TextTurn
 from speechlm2_jax.data.cuts import read_cuts
+from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.paths import expand_shards
 from speechlm2_jax.data.readers import read_manifest
-from speechlm2_jax.data.reading import Reading
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.data.sources import read_sources
@@ -34,7 +34,7 @@ def told(conversation):
 
 
 def test_a_nemo_manifest_and_lhotse_cuts_of_the_same_data_tell_the_same():
-    reading = Reading(tags={"context": "Say it."})
+    reading = ManifestOptions(tags={"context": "Say it."})
     nemo = {c.id: c for c in read_manifest(MANIFESTS / "manifest.jsonl", reading)}
     cuts = list(read_manifest(MANIFESTS / "cuts.jsonl.gz", reading))
     assert len(cuts) == 23
@@ -44,8 +44,8 @@ def test_a_nemo_manifest_and_lhotse_cuts_of_the_same_data_tell_the_same():
 
 
 def test_shar_tells_the_same_as_the_files_it_was_made_from():
-    files = {c.id: c for c in read_manifest(MANIFESTS / "cuts.jsonl.gz", Reading())}
-    packed = list(read_shar(MANIFESTS / "shar", Reading()))
+    files = {c.id: c for c in read_manifest(MANIFESTS / "cuts.jsonl.gz", ManifestOptions())}
+    packed = list(read_shar(MANIFESTS / "shar", ManifestOptions()))
     assert [c.id for c in packed] == [f"u{n:02d}" for n in range(9, 17)]
     for one in packed:
         original = files[one.id].clips[0].load(RATE)
@@ -54,7 +54,7 @@ def test_shar_tells_the_same_as_the_files_it_was_made_from():
 
 def test_clips_load_as_lhotse_loads_them():
     path = MANIFESTS / "cuts_with_stereo.jsonl.gz"
-    for (_, cut), one in zip(read_cuts(path), read_manifest(path, Reading()), strict=True):
+    for (_, cut), one in zip(read_cuts(path), read_manifest(path, ManifestOptions()), strict=True):
         expected = cut.resample(RATE).load_audio().mean(axis=0)
         np.testing.assert_array_equal(one.clips[0].load(RATE), expected)
 
@@ -67,14 +67,14 @@ def test_cuts_that_only_lhotse_can_load_are_left_to_it(tmp_path):
     broken.tracks[0].cut.recording.sources[0].source = "/nowhere.flac"
     path = tmp_path / "cuts.jsonl.gz"
     CutSet.from_cuts([second.append(second).with_id("mixed"), broken]).to_file(path)
-    mixed, broken = (c.clips[0] for c in read_manifest(path, Reading()))
+    mixed, broken = (c.clips[0] for c in read_manifest(path, ManifestOptions()))
     assert len(mixed.load(8000)) == round(2 * second.duration * 8000)
     with pytest.raises(AudioError, match="cut broken"):
         broken.load(RATE)
 
 
 def test_conversations_keep_their_turns_and_a_context_goes_before_audio_only():
-    reading = Reading(tags={"context": "CTX"})
+    reading = ManifestOptions(tags={"context": "CTX"})
     told_of = {c.id: told(c) for c in read_manifest(MANIFESTS / "conversations.jsonl", reading)}
     assert "conv-4" not in told_of  # marked _skipme
     assert told_of["conv-1"][:2] == [("user", "CTX"), ("user", "u02")]
@@ -90,11 +90,11 @@ def test_tags_go_before_the_fields_of_a_line_and_a_missing_text_leaves_a_questio
         {"audio_filepath": "c.wav", "duration": 1, "_skipme": True},
     ]
     path = write(tmp_path / "m.json", *rows)
-    first, second = read_manifest(path, Reading())
+    first, second = read_manifest(path, ManifestOptions())
     assert told(first) == [("user", "own"), ("user", "a"), ("assistant", "x")]
     assert first.answer == "x" and second.answer is None
     tags = {"context": "tag", "system_prompt": "sys"}
-    first, _ = read_manifest(path, Reading(tags=tags))
+    first, _ = read_manifest(path, ManifestOptions(tags=tags))
     assert told(first)[:2] == [("system", "sys"), ("user", "tag")]
     assert first.clips[0].path == str(tmp_path / "a.wav")
 
@@ -106,7 +106,7 @@ def test_a_turn_without_a_duration_takes_the_rest_of_the_file(tmp_path):
         {"from": "User", "type": "audio", "value": "missing.wav"},
         {"from": "Assistant", "value": "yes"},
     ]
-    (one,) = read_manifest(write(tmp_path / "c.jsonl", {"conversations": turns}), Reading())
+    (one,) = read_manifest(write(tmp_path / "c.jsonl", {"conversations": turns}), ManifestOptions())
     assert [c.duration_s for c in one.clips] == [0.75, 0.0]
     assert len(one.clips[0].load(RATE)) == 12000
     with pytest.raises(AudioError) as caught:
@@ -140,14 +140,14 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path, lines, message):
     path = tmp_path / "m.jsonl"
     path.write_text(lines)
     with pytest.raises(SettingsError, match=message) as caught:
-        list(read_manifest(path, Reading()))
+        list(read_manifest(path, ManifestOptions()))
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["/nowhere/m.jsonl", "s3://bucket/m.jsonl"])
 def test_a_manifest_that_is_not_there_is_named(path):
     with pytest.raises(SettingsError, match=path):
-        list(read_manifest(path, Reading()))
+        list(read_manifest(path, ManifestOptions()))
 
 
 @pytest.mark.parametrize("kind", ["url", "command"])
@@ -156,7 +156,7 @@ def test_cuts_that_reach_out_of_the_machine_are_refused(tmp_path, kind):
         row = json.loads(file.readline())
     row["recording"]["sources"][0] |= {"type": kind, "source": "http://somewhere/a.wav"}
     with pytest.raises(SettingsError, match=f"reads audio from a {kind}"):
-        list(read_manifest(write(tmp_path / "cuts.jsonl", row), Reading()))
+        list(read_manifest(write(tmp_path / "cuts.jsonl", row), ManifestOptions()))
 
 
 def test_shards_expand_in_both_spellings():

@@ -10,13 +10,13 @@ import pytest
 
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.duplex.readers import read_duplex_cuts, read_duplex_shar
+from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.readers import read_manifest
-from speechlm2_jax.data.reading import Reading
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.settings import SettingsError, build
-from tests.data_room import duplex_corpus as corpus
+from tests.data_pipeline import duplex_corpus as corpus
 
 RATE = 16000
 SHAR = Path(__file__).parents[1] / "data" / "manifests" / "shar"
@@ -56,7 +56,7 @@ def halves(tmp_path_factory):
 def test_every_way_of_naming_gives_the_same_conversations(way, halves):
     weighted = [[folder, 3 - n] for n, folder in enumerate(halves)]
     named = {"fields": FIELDS, "folders": halves, "weighted": weighted}[way]
-    expected = heard(read_shar(SHAR, Reading()))
+    expected = heard(read_shar(SHAR, ManifestOptions()))
     found = sources(named)
     assert all(source.is_shar for source in found)
     assert_same(heard(c for source in found for c in source.conversations), expected)
@@ -105,8 +105,8 @@ def test_recordings_that_are_not_packed_are_read_where_they_lie(tmp_path):
     (tmp_path / "shar").mkdir()
     CutSet.from_cuts(cuts).to_shar(tmp_path / "shar", {}, warn_unused_fields=False)
     manifest = corpus.write_cuts(tmp_path / "cuts.jsonl", cuts)["cuts_path"]
-    expected = heard(read_manifest(manifest, Reading()))
-    assert_same(heard(read_shar(tmp_path / "shar", Reading())), expected)
+    expected = heard(read_manifest(manifest, ManifestOptions()))
+    assert_same(heard(read_shar(tmp_path / "shar", ManifestOptions())), expected)
 
 
 def voices(conversations):
@@ -158,7 +158,7 @@ def test_a_packed_recording_longer_than_its_cut_says_is_not_cut_in_silence(tmp_p
     text = gzip.decompress(manifest.read_bytes()).decode()
     text = text.replace('"duration": 2.0', '"duration": 1.0').replace("32000", "16000")
     manifest.write_bytes(gzip.compress(text.encode()))
-    (conversation,) = read_shar(tmp_path / "shar", Reading())
+    (conversation,) = read_shar(tmp_path / "shar", ManifestOptions())
     with pytest.raises(AudioError, match="declared 1.0 s") as caught:
         conversation.clips[0].load(16_000)
     assert caught.value.cause == "longer_than_declared"

@@ -23,7 +23,7 @@ def measures_of(rows) -> Measures:
     text, clips, frames = (np.asarray(column, np.int64) for column in zip(*rows, strict=True))
     frames = np.where(clips > 0, frames, 0)
     length = text + clips * frames
-    return Measures(length=length, steps=length - 1, clips=clips, samples=frames * 1280)
+    return Measures(length=length, positions=length - 1, clips=clips, samples=frames * 1280)
 
 
 # plain values: checked constructors draw random numbers, which strategies may not
@@ -81,7 +81,7 @@ def test_a_bucket_holds_all_that_belongs_to_it_and_to_the_shorter_ones(rows, val
     for i, bucket in enumerate(plan.buckets):
         members = measures.take(np.flatnonzero(plan.bucket_of <= i))
         shape = bucket.shape
-        assert shape.tokens % 8 == 0 and shape.tokens >= members.steps.max()
+        assert shape.tokens % 8 == 0 and shape.tokens >= members.positions.max()
         assert shape.samples >= members.samples.max()
         assert shape.clips >= max(members.clips.max(), 1)
     longest = [bucket.longest for bucket in plan.buckets]
@@ -103,7 +103,7 @@ def test_every_conversation_comes_once_per_epoch_in_a_batch_that_holds_it(
         for group in batch.groups:
             held = measures.take(np.asarray(group, np.int64))
             assert len(group) <= shape.rows and held.clips.sum() <= shape.clips
-            assert held.steps.max(initial=0) <= shape.tokens
+            assert held.positions.max(initial=0) <= shape.tokens
             assert held.samples.max(initial=0) <= shape.samples
 
 
@@ -114,7 +114,7 @@ def test_batches_of_one_clip_each_are_full_but_for_the_last_of_an_epoch(
     measures = measures_of(corpus)
     ones = Measures(
         length=measures.length,
-        steps=measures.steps,
+        positions=measures.positions,
         clips=np.ones_like(measures.clips),
         samples=measures.samples,
     )
@@ -171,7 +171,7 @@ def test_the_survey_bounds_padding_with_few_shapes():
     plan = plan_buckets(measures, DataLoaderConfig(batch_size=8))
     assert 1 < len(plan.buckets) <= SURVEY_BUCKETS
     tokens = np.asarray([b.shape.tokens for b in plan.buckets])[plan.bucket_of]
-    assert measures.steps.sum() / tokens.sum() > 0.8
+    assert measures.positions.sum() / tokens.sum() > 0.8
     one = plan_buckets(measures_of(rows[:12]), DataLoaderConfig(batch_size=8))
     assert len(one.buckets) == 1  # too little data to be worth a second program
 

@@ -178,4 +178,4 @@ def test_a_question_is_what_the_same_dialog_without_its_answer_asks(name):
     answer = {"role": "assistant", "slots": {"message": "That."}}
     whole = formatter.encode_dialog([question, answer])
     asked = formatter.encode_dialog([question])
-    np.testing.assert_array_equal(whole.question_ids, asked.input_ids)
+    np.testing.assert_array_equal(whole.prompt_ids, asked.input_ids)

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from speechlm2_jax.data import DataModule, SALMDataset, Tokenizer
-from tests.data_room.small_corpus import TAG, frames, write_manifest
+from tests.data_pipeline.small_corpus import TAG, frames, write_manifest
 
 DATA = Path(__file__).parents[1] / "data"
 

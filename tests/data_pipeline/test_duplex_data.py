@@ -13,7 +13,7 @@ import soundfile
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.duplex.readers import duplex_conversation
 from speechlm2_jax.settings import SettingsError
-from tests.data_room import duplex_corpus as corpus
+from tests.data_pipeline import duplex_corpus as corpus
 
 
 def assert_same(one, other):

@@ -12,7 +12,7 @@ import soundfile
 
 from speechlm2_jax.data import DataModule
 from speechlm2_jax.settings import SettingsError, ignored_report
-from tests.data_room.small_corpus import TAG, frames, read_rows, write_manifest
+from tests.data_pipeline.small_corpus import TAG, frames, read_rows, write_manifest
 
 DURATION_S = 0.5
 
