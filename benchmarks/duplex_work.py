@@ -94,7 +94,7 @@ class DuplexWork:
             gradient_clip_val=1.0, precision=precision, remat=remat, devices=1, max_steps=1
         )
         setup = Setup.of(model, config, DDPStrategy(), devices=jax.devices()[:1])
-        programs = setup.programs(model, setup.throughput())
+        programs = setup.programs(model)
         state = first_state(model.variables, setup.layout, setup.optimizer)
         frozen = put(model.variables, setup.layout.frozen, copy=False)
 

@@ -52,9 +52,7 @@ def training_report(
     groups = setup.sharding.data_parallel_size
     batch = _full(model, shape, groups)
     begin = time.monotonic()
-    compiled = _fitting(
-        lambda: setup.programs(model, setup.throughput()).compile_ahead(batch), topology
-    )
+    compiled = _fitting(lambda: setup.programs(model).compile_ahead(batch), topology)
     state, frozen = setup.layout.state, setup.layout.frozen
     known = {
         "trained parameters": device_bytes(state.trainable),

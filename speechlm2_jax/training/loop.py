@@ -2,16 +2,14 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from speechlm2_jax.batches import HostBatch, LossSum
 from speechlm2_jax.console import phase
 from speechlm2_jax.settings import SettingsError, to_plain
-from speechlm2_jax.training.protocol import Variables
 from speechlm2_jax.training.run.metrics_log import Row, format_samples, format_validation
-from speechlm2_jax.training.run.run_state import FitResult, Progress, RunContext
+from speechlm2_jax.training.run.run_state import FitResult, RunContext, RunProgress, RunState
 from speechlm2_jax.training.run.step_reports import MAX_SKIPPED_IN_A_ROW, Reporter, Taken
-from speechlm2_jax.training.state import TrainState
 from speechlm2_jax.training.step import MicroSums
 from speechlm2_jax.training.validation import Interrupted
 
@@ -27,52 +25,53 @@ class FitLoop:
     """One run of `fit`, from a state to its end or to a request to stop."""
 
     context: RunContext
-    state: TrainState
-    frozen: Variables
-    progress: Progress
-    _metrics: dict[str, float] = field(default_factory=dict)
+    state: RunState
 
     def __post_init__(self) -> None:
-        self._reporter = Reporter(self.context, self.progress)
+        self._reporter = Reporter(self.context, self._progress)
 
     def run(self) -> FitResult:
         """Trains. Raises NonFiniteRun after too many skipped steps, having saved."""
-        first_step = self.progress.step
+        first_step = self._progress.step
         reason = self._before_training()
         while reason is None:
             reason = self._train_one_step()
         self._reporter.drain()
         self.context.bar.close()
         self.publish()
-        if self.progress.step:
+        if self._progress.step:
             self._save(final=True)
-        if self.progress.step > first_step:
+        if self._progress.step > first_step:
             self._reporter.log_times()
         if self._reporter.is_hopeless:
             log.error("%s", reason)
             raise NonFiniteRun(1)
         log.info("%s", reason)
         return FitResult(
-            step=self.progress.step,
+            step=self._progress.step,
             is_finished=self._is_finished,
             reason=reason,
-            metrics=self._metrics,
+            metrics=self.state.val_metrics,
         )
 
     @property
+    def _progress(self) -> RunProgress:
+        return self.state.progress
+
+    @property
     def _is_finished(self) -> bool:
-        return self.context.intervals.is_finished(self.progress.step, self.progress.batches)
+        return self.context.intervals.is_finished(self._progress.step, self._progress.batches)
 
     def publish(self) -> None:
         """Lets the model hold the current arrays (until the next step donates them)."""
-        state = self.state
-        self.context.model.variables = {**self.frozen, **state.trainable, **state.buffers}
+        arrays = self.state.train_state
+        self.context.model.variables = {**self.state.frozen, **arrays.trainable, **arrays.buffers}
 
     # ------------------------------------------------------------ steps
 
     def _before_training(self) -> str | None:
         """Looks at validation before a new run; makes up for what a stop left undone."""
-        progress, stop = self.progress, self.context.stop
+        progress, stop = self._progress, self.context.stop
         if stop.is_signalled:
             return self._stopped(stop.poll() or "")
         if progress.step == 0 and not self._is_finished:
@@ -87,13 +86,13 @@ class FitLoop:
 
     def _train_one_step(self) -> str | None:
         """Takes one optimizer step and does what falls due after it. Returns why to end."""
-        context, progress = self.context, self.progress
+        context, progress = self.context, self._progress
         window = self._next_window()
         if not window:
             return self._validate_finally() or f"the training data ended at step {progress.step}"
         context.profiler.before(progress.step + 1)
         self._dispatch(window)
-        context.profiler.after(progress.step, self.state)
+        context.profiler.after(progress.step, self.state.train_state)
         is_last = self._is_finished
         if is_last or progress.step % context.log_every_n_steps == 0:
             self._reporter.log_step()
@@ -113,13 +112,13 @@ class FitLoop:
         return None
 
     def _stopped(self, reason: str) -> str:
-        return f"stopped at step {self.progress.step}: {reason}; the same command resumes the run"
+        return f"stopped at step {self._progress.step}: {reason}; the same command resumes the run"
 
     def _next_window(self) -> list[HostBatch]:
         """The micro-batches of the next step; empty where the data ends."""
         window: list[HostBatch] = []
         with self.context.throughput.measure("data_wait"):
-            while len(window) < self.context.intervals.window(self.progress.batches):
+            while len(window) < self.context.intervals.window(self._progress.batches):
                 batch = next(self.context.batches, None)
                 if batch is None:
                     break
@@ -128,7 +127,7 @@ class FitLoop:
 
     def _dispatch(self, window: list[HostBatch]) -> None:
         """Starts one optimizer step, and reads the report of an older one."""
-        context, progress = self.context, self.progress
+        context, state, progress = self.context, self.state, self._progress
         lr = context.schedule(progress.step)
         for batch in window:
             tokens, padded = context.model.count_tokens(batch)
@@ -136,13 +135,17 @@ class FitLoop:
             tokens, flops = round(tokens / batch.share), context.model.flops(batch) / batch.share
             context.throughput.add_batch(tokens=tokens, padded=padded, flops=flops)
         if context.intervals.accumulate == 1:
-            self.state, report = context.programs.train(self.state, self.frozen, window[0], lr)
+            state.train_state, report = context.programs.train(
+                state.train_state, state.frozen, window[0], lr
+            )
         else:
             sums: MicroSums | None = None
             for index, batch in enumerate(window):
-                sums = context.programs.accumulate(sums, self.state, self.frozen, batch, index)
+                sums = context.programs.accumulate(
+                    sums, state.train_state, state.frozen, batch, index
+                )
             assert sums is not None
-            self.state, report = context.programs.finish(self.state, sums, lr)
+            state.train_state, report = context.programs.finish(state.train_state, sums, lr)
         context.throughput.add_step()
         progress.step += 1
         progress.batches += len(window)
@@ -154,15 +157,15 @@ class FitLoop:
 
     def _validate_finally(self) -> str | None:
         """The last validation, unless it was just done. Returns why to end if interrupted."""
-        is_done = self.progress.validated_at == self.progress.step
+        is_done = self._progress.validated_at == self._progress.step
         return None if is_done else self._validate()
 
     def _validate_and_save(self) -> str | None:
         """A validation on the way, and what follows it. Returns why to end if interrupted."""
         if (reason := self._validate()) is not None:
             return reason
-        context, step = self.context, self.progress.step
-        epoch = context.intervals.epoch(self.progress.batches - 1)
+        context, step = self.context, self._progress.step
+        epoch = context.intervals.epoch(self._progress.batches - 1)
         params = context.checkpoint_params
         if params.saves_after_validation(epoch) or params.saves_at_step(step):
             self._save()
@@ -186,17 +189,17 @@ class FitLoop:
         if sanity:
             log.info("validation works; training begins")
             return None
-        self._metrics = result.metrics
-        self.progress.validated_at = self.progress.step
-        row: Row = {"step": self.progress.step, **result.metrics}
+        self.state.val_metrics = result.metrics
+        self._progress.validated_at = self._progress.step
+        row: Row = {"step": self._progress.step, **result.metrics}
         context.metrics_log.write(row)
-        context.metrics_log.write_samples(self.progress.step, result.samples)
-        for line in (*format_samples(self.progress.step, result.samples), format_validation(row)):
+        context.metrics_log.write_samples(self._progress.step, result.samples)
+        for line in (*format_samples(self._progress.step, result.samples), format_validation(row)):
             log.info("%s", line)
         return None
 
     def _evaluate(self, batch: HostBatch) -> Mapping[str, LossSum]:
-        return self.context.programs.evaluate(self.state, self.frozen, batch)
+        return self.context.programs.evaluate(self.state.train_state, self.state.frozen, batch)
 
     def _check_monitor(self, metrics: Mapping[str, float]) -> None:
         """Raises SettingsError if the best checkpoint is to be chosen by a metric not there."""
@@ -210,15 +213,16 @@ class FitLoop:
 
     def _save(self, *, final: bool = False) -> None:
         """Starts a checkpoint of the current step, unless it has one; the final one is awaited."""
-        context, progress, state = self.context, self.progress, self.state
+        context, progress = self.context, self._progress
         if context.checkpointer is None:
             return
         with context.throughput.measure("saving"):
             self._reporter.drain()
-            if self._metrics and progress.validated_at == progress.step:
-                context.checkpointer.rank(progress.step, self._metrics)
+            if self.state.val_metrics and progress.validated_at == progress.step:
+                context.checkpointer.rank(progress.step, self.state.val_metrics)
             if progress.step != context.checkpointer.latest_step:
                 progress.data = context.batches.get_state()
+                state = self.state.train_state
                 counters = {"step": state.step, "skipped": state.skipped}
                 arrays = {
                     "params": state.trainable,

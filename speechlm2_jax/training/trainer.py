@@ -3,12 +3,15 @@
 import logging
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-from speechlm2_jax.checkpointing import CHECKPOINTS, read_ranking, step_folders
+import jax
+
+from speechlm2_jax.checkpointing import CHECKPOINTS, Restored, read_ranking, step_folders
 from speechlm2_jax.compilation_cache import keep_compiled_programs
+from speechlm2_jax.console import ProgressBar
 from speechlm2_jax.settings import build, to_plain
 from speechlm2_jax.training.exp_manager import ExpManagerConfig
 from speechlm2_jax.training.loop import FitLoop, NonFiniteRun, finished_reason
@@ -22,16 +25,22 @@ from speechlm2_jax.training.protocol import (
     Variables,
 )
 from speechlm2_jax.training.run import directory as run_directory
-from speechlm2_jax.training.run import run_lock
-from speechlm2_jax.training.run.changed_settings import is_other_model
+from speechlm2_jax.training.run import profiling, run_lock
+from speechlm2_jax.training.run.changed_settings import check_resumed, is_other_model
 from speechlm2_jax.training.run.disk_errors import disk_errors
 from speechlm2_jax.training.run.metrics_log import format_samples, format_validation
-from speechlm2_jax.training.run.opening import Opening
-from speechlm2_jax.training.run.preparation import Setup, finished, initialize
+from speechlm2_jax.training.run.outputs import (
+    checkpoints_folder,
+    open_checkpointer,
+    open_metrics_log,
+    write_description,
+)
+from speechlm2_jax.training.run.preparation import Setup, finished, initialize, restore, resume
 from speechlm2_jax.training.run.run_lock import RunLock
-from speechlm2_jax.training.run.run_state import FitResult
+from speechlm2_jax.training.run.run_state import FitResult, RunContext, RunState
 from speechlm2_jax.training.run.stopping import StopRequest
 from speechlm2_jax.training.run.summary import describe_run
+from speechlm2_jax.training.run.throughput import Throughput
 from speechlm2_jax.training.schedules import make_schedule
 from speechlm2_jax.training.state import Partition
 from speechlm2_jax.training.strategies import (
@@ -136,7 +145,7 @@ class Trainer:
         reason = finished_reason(progress.step)
         with run_directory.logging_to(folder):
             log.info("%s", reason)
-            self._say_what_next(folder, progress.step, is_finished=True)
+            self._log_next_commands(folder, progress.step, is_finished=True)
         metrics = read_ranking(folder / CHECKPOINTS).metrics.get(progress.step, {})
         return FitResult(
             step=progress.step,
@@ -154,52 +163,50 @@ class Trainer:
         validation_scoring: Scoring | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> FitResult:
-        """Trains `model` on the data until the end, or until it is told to stop.
+        """Trains `model` until the end of the run, or until it is asked to stop.
 
-        `validation_metrics` stands in for the model's own; `validation_scoring` adds what is scored
-        over whole sets. `settings` are the whole settings for
-        config.yaml; without them they are put together from the parts. Raises SettingsError for
-        settings that do not fit, NonFiniteRun (exit code 1) after 20 skipped steps in a row,
-        DiskError where the run directory cannot be written any more.
+        Args:
+            model: anything with the attributes of `training.protocol.TrainableModel`.
+            datamodule: training and validation batches.
+            validation_metrics: replace the model's own validation metrics.
+            validation_scoring: scores of whole validation sets (BLEU), beside the metrics.
+            settings: written to config.yaml; by default the blocks of model, trainer and data.
+
+        Raises SettingsError for settings that do not fit together, NonFiniteRun (exit code 1) after
+        20 skipped steps in a row, DiskError if the run directory can no longer be written.
         """
         stop = StopRequest(_shortest(self.config.time_limit_s, self.experiment.time_limit_s))
         with ExitStack() as stack:
-            if self.run_dir is not None:
-                self.experiment.check_resume(self.run_dir)
-                run_directory.create(self.run_dir)
-                stack.enter_context(self._locked(self.run_dir))
-            stack.enter_context(disk_errors(self.run_dir))
-            stack.enter_context(run_directory.logging_to(self.run_dir))
-            stack.enter_context(stop.catching_signals())
-            stack.enter_context(self.config.matmul_precision())
-            keep_compiled_programs(self.config.compilation_cache_dir)
+            self._enter_run(stack, stop)
+            # mesh: devices, optimizer, and the layout of every array
             setup = Setup.of(model, self.config, self.strategy)
-            metrics = model.validation_metrics if validation_metrics is None else validation_metrics
-            opening = Opening(
-                config=self.config,
-                experiment=self.experiment,
-                run_dir=self.run_dir,
-                model=model,
-                datamodule=datamodule,
-                setup=setup,
-                settings=settings or self._settings(model, datamodule),
-                host_metrics=metrics,
-                scoring=validation_scoring,
-                throughput=setup.throughput(),
-                stop=stop,
-            )
-            with opening.throughput.measure("starting"):
+            settings = settings or self._settings(model, datamodule)
+            with setup.throughput.measure("starting"):
                 frozen = _frozen_as_given(model, setup)
-                start = opening.start()
-                log.info(setup.describe(start.progress.groups))
-                parts = opening.parts(start, stack)
-            loop = FitLoop(parts, start.state, start.frozen, start.progress)
+                # restore: None for a new run. It comes before the data, which is planned for the
+                # number of groups that the run began with.
+                checkpoint = self._restore(model, setup, settings)
+                groups = _groups(checkpoint, setup)
+                # data
+                setup.prepare_data(model, datamodule, groups)
+                # state
+                state = initialize(model, setup) if checkpoint is None else resume(checkpoint)
+                del checkpoint  # its arrays are the state's, which the first step replaces
+                log.info(setup.describe(groups))
+                validator = self._validator(
+                    model, validation_metrics, validation_scoring, stop, setup.throughput
+                )
+                context = self._open_context(
+                    model, datamodule, settings, setup, state, validator, stop, stack
+                )
+            # loop
+            loop = FitLoop(context, state)
             try:
                 result = loop.run()
             finally:
                 loop.publish()
                 model.variables = {**model.variables, **frozen}
-            self._say_what_next(self.run_dir, result.step, is_finished=result.is_finished)
+            self._log_next_commands(self.run_dir, result.step, is_finished=result.is_finished)
             return result
 
     def dry_run(self, model: ModelOutline, datamodule: DataSource) -> None:
@@ -227,24 +234,108 @@ class Trainer:
         with run_directory.logging_to(None), self.config.matmul_precision():
             setup = Setup.of(model, self.config, self.strategy, trains=False)
             setup.prepare_data(model, datamodule, setup.sharding.data_parallel_size)
-            start = initialize(model, setup)
-            programs = setup.programs(model, setup.throughput())
-            metrics = model.validation_metrics if validation_metrics is None else validation_metrics
-            validator = Validator(
-                host_metrics=metrics,
-                scoring=validation_scoring,
-                nemo_exact=model.nemo_exact,
-                limit=self.config.limit_val_batches,
-                samples=self.config.num_val_samples,
-            )
+            state = initialize(model, setup)
+            programs = setup.programs(model)
+            validator = self._validator(model, validation_metrics, validation_scoring)
             result = validator.run(
                 datamodule.validation_batches(),
-                lambda batch: programs.evaluate(start.state, start.frozen, batch),
+                lambda batch: programs.evaluate(state.train_state, state.frozen, batch),
             )
             for line in format_samples(0, result.samples):
                 log.info("%s", line)
             log.info(format_validation({"step": 0, **result.metrics}))
             return result.metrics
+
+    def _enter_run(self, stack: ExitStack, stop: StopRequest) -> None:
+        """Locks the run directory, opens train.log and catches signals until `stack` closes."""
+        if self.run_dir is not None:
+            self.experiment.check_resume(self.run_dir)
+            run_directory.create(self.run_dir)
+            stack.enter_context(self._locked(self.run_dir))
+        stack.enter_context(disk_errors(self.run_dir))
+        stack.enter_context(run_directory.logging_to(self.run_dir))
+        stack.enter_context(stop.catching_signals())
+        stack.enter_context(self.config.matmul_precision())
+        keep_compiled_programs(self.config.compilation_cache_dir)
+
+    def _restore(
+        self, model: TrainableModel, setup: Setup, settings: Mapping[str, Any]
+    ) -> Restored | None:
+        """Reads the checkpoint to resume from; None for a new run."""
+        experiment, own = self.experiment, None
+        if experiment.resume_if_exists:
+            own = checkpoints_folder(experiment, self.run_dir)
+        other = experiment.resume_from_checkpoint
+        sources = (own, Path(other) if other else None)
+        check_resumed(sources, model, settings, allows_changes=experiment.resume_allow_changes)
+        return restore(model, setup.layout, *sources, self.run_dir)
+
+    def _validator(
+        self,
+        model: TrainableModel,
+        metrics: Mapping[str, HostMetric] | None,
+        scoring: Scoring | None,
+        stop: StopRequest | None = None,
+        throughput: Throughput | None = None,
+    ) -> Validator:
+        """`metrics` replace the model's own; `throughput` counts the time of waiting for data."""
+        return Validator(
+            host_metrics=model.validation_metrics if metrics is None else metrics,
+            scoring=scoring,
+            nemo_exact=model.nemo_exact,
+            limit=self.config.limit_val_batches,
+            samples=self.config.num_val_samples,
+            should_stop=lambda: stop is not None and stop.poll() is not None,
+            waiting=lambda: (
+                nullcontext() if throughput is None else throughput.measure("validation_data_wait")
+            ),
+        )
+
+    def _open_context(
+        self,
+        model: TrainableModel,
+        datamodule: DataSource,
+        settings: Mapping[str, Any],
+        setup: Setup,
+        state: RunState,
+        validator: Validator,
+        stop: StopRequest,
+        stack: ExitStack,
+    ) -> RunContext:
+        """Opens what the loop works with, until `stack` closes, and describes the run on disk."""
+        config, experiment, intervals = self.config, self.experiment, self.config.intervals()
+        metrics_log = open_metrics_log(experiment, self.run_dir, settings, stack)
+        bar = ProgressBar(
+            total=intervals.last_step,
+            done=state.progress.step,
+            is_wanted=config.enable_progress_bar and jax.process_index() == 0,
+        )
+        stack.callback(bar.close)
+        traces = (self.run_dir or Path()) / profiling.FOLDER
+        profiler = stack.enter_context(
+            profiling.StepProfiler(config.profile_steps, traces).closing()
+        )
+        planned = len(datamodule.training_shapes())
+        context = RunContext(
+            model=model,
+            datamodule=datamodule,
+            batches=datamodule.train_batches(state.progress.data),
+            programs=setup.programs(model, planned),
+            schedule=make_schedule(model.lr_scheduler, setup.adamw.lr),
+            intervals=intervals,
+            validator=validator if config.validates else None,
+            checkpointer=open_checkpointer(experiment, self.run_dir, state.frozen, stack),
+            checkpoint_params=experiment.checkpoint_callback_params,
+            metrics_log=metrics_log,
+            throughput=setup.throughput,
+            stop=stop,
+            bar=bar,
+            profiler=profiler,
+            log_every_n_steps=config.log_every_n_steps,
+            sanity_batches=config.num_sanity_val_steps,
+        )
+        write_description(self.run_dir, model, settings)
+        return context
 
     def _locked(self, run_dir: Path) -> AbstractContextManager[None]:
         """The run directory's lock, held until the end of `fit`."""
@@ -252,7 +343,7 @@ class Trainer:
             self._lock = run_lock.acquire(run_dir)
         return self._lock.training()
 
-    def _say_what_next(self, run_dir: Path | None, step: int, *, is_finished: bool) -> None:
+    def _log_next_commands(self, run_dir: Path | None, step: int, *, is_finished: bool) -> None:
         if run_dir is not None and (line := run_directory.checkpoints_line(run_dir)):
             log.info("%s", line)
         log.info(run_directory.next_line(run_dir, step=step, is_finished=is_finished))
@@ -284,6 +375,13 @@ def _frozen_as_given(model: TrainableModel, setup: Setup) -> Variables:
     if not model.has_variables:
         return {}
     return {path: model.variables[path] for path in setup.partition.frozen}
+
+
+def _groups(checkpoint: Restored | None, setup: Setup) -> int:
+    """Groups of a global batch: the data-parallel size at the first start of the run."""
+    if checkpoint is None:
+        return setup.sharding.data_parallel_size
+    return int(checkpoint.progress["groups"])
 
 
 def _shortest(*limits_s: float | None) -> float | None:

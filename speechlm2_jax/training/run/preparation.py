@@ -26,7 +26,7 @@ from speechlm2_jax.training.protocol import (
 )
 from speechlm2_jax.training.run.directory import METRICS
 from speechlm2_jax.training.run.metrics_log import drop_rows_after
-from speechlm2_jax.training.run.run_state import Progress
+from speechlm2_jax.training.run.run_state import RunProgress, RunState
 from speechlm2_jax.training.run.step_reports import MAX_SKIPPED_IN_A_ROW
 from speechlm2_jax.training.run.throughput import Throughput
 from speechlm2_jax.training.state import (
@@ -61,6 +61,8 @@ class Setup:
     adamw: AdamWConfig
     optimizer: Optimizer
     layout: Layout
+    throughput: Throughput
+    """Counts time, tokens and FLOPs from here on."""
 
     @staticmethod
     def of(
@@ -100,16 +102,11 @@ class Setup:
             adamw=adamw,
             optimizer=optimizer,
             layout=layout,
+            throughput=Throughput([device.device_kind for device in devices]),
         )
 
-    def throughput(self) -> Throughput:
-        """Starts counting time for these devices."""
-        return Throughput([device.device_kind for device in self.devices])
-
-    def programs(
-        self, model: ModelOutline, throughput: Throughput, planned: int | None = None
-    ) -> Programs:
-        """The compiled side of training, on so many planned shapes; nothing is compiled yet."""
+    def programs(self, model: ModelOutline, planned: int | None = None) -> Programs:
+        """Makes the jitted functions for `planned` batch shapes. Nothing is compiled yet."""
         functions = StepFunctions(
             losses=model.losses,
             optimizer=self.optimizer,
@@ -118,7 +115,7 @@ class Setup:
             accumulate=self.config.accumulate_grad_batches,
             nemo_exact=model.nemo_exact,
         )
-        compiling = partial(throughput.measure, "compiling")
+        compiling = partial(self.throughput.measure, "compiling")
         return Programs(functions, self.layout, compiling=compiling, planned=planned)
 
     def prepare_data(self, model: ModelOutline, datamodule: DataSource, groups: int) -> None:
@@ -146,31 +143,25 @@ class Setup:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """Where training begins or goes on."""
+def initialize(model: TrainableModel, setup: Setup) -> RunState:
+    """Makes the state of a new run from the model's variables.
 
-    state: TrainState
-    frozen: Variables
-    progress: Progress
-
-
-def initialize(model: TrainableModel, setup: Setup) -> Start:
-    """Starts from the variables that the model has, or streams them to their devices."""
+    A model without arrays yet streams them to their devices.
+    """
     layout = setup.layout
     with phase("loading weights"):
         has_them = model.has_variables
         variables = model.variables if has_them else model.load_onto(layout.variables)
-    return Start(
-        state=first_state(variables, layout, setup.optimizer),
+    return RunState(
+        train_state=first_state(variables, layout, setup.optimizer),
         frozen=put(variables, layout.frozen, copy=False),
-        progress=Progress(groups=setup.sharding.data_parallel_size),
+        progress=RunProgress(groups=setup.sharding.data_parallel_size),
     )
 
 
-def resume(restored: Restored) -> Start:
-    """Starts from a checkpoint."""
-    progress = Progress(**restored.progress)
+def resume(restored: Restored) -> RunState:
+    """Makes the state of a resumed run from its checkpoint."""
+    progress = RunProgress(**restored.progress)
     if progress.step in checkpointing.read_ranking(restored.step.parent).metrics:
         progress.validated_at = progress.step  # it was, after the checkpoint was written
     if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -183,7 +174,7 @@ def resume(restored: Restored) -> Start:
         step=arrays["opt"]["step"],
         skipped=arrays["opt"]["skipped"],
     )
-    return Start(state=state, frozen=restored.frozen, progress=progress)
+    return RunState(train_state=state, frozen=restored.frozen, progress=progress)
 
 
 def restore(
@@ -240,13 +231,13 @@ def _tidy(restored: Restored | None, own: Path | None, run_dir: Path) -> None:
         drop_rows_after(run_dir / METRICS, -1)
 
 
-def finished(checkpoints: Path, intervals: Intervals, *, validates: bool) -> Progress | None:
+def finished(checkpoints: Path, intervals: Intervals, *, validates: bool) -> RunProgress | None:
     """Where a run ended, if its newest checkpoint leaves nothing to do; nothing else is read."""
     steps = checkpointing.step_folders(checkpoints)
     if not steps:
         return None
     try:
-        progress = Progress(**checkpointing.read_json(steps[0], "progress"))
+        progress = RunProgress(**checkpointing.read_json(steps[0], "progress"))
     except Exception:  # a damaged checkpoint: `restore` says so, and takes the one before it
         return None
     is_validated = (

@@ -1,7 +1,7 @@
-"""What the loop works with, where it stands, and how it ended."""
+"""What the training loop works with, where it stands, and how it ended."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from speechlm2_jax.checkpointing import Checkpointer
@@ -9,21 +9,22 @@ from speechlm2_jax.console import ProgressBar
 from speechlm2_jax.training.exp_manager import CheckpointParams
 from speechlm2_jax.training.intervals import Intervals
 from speechlm2_jax.training.programs import Programs
-from speechlm2_jax.training.protocol import BatchIterator, DataSource, TrainableModel
+from speechlm2_jax.training.protocol import BatchIterator, DataSource, TrainableModel, Variables
 from speechlm2_jax.training.run.metrics_log import MetricsLog
 from speechlm2_jax.training.run.profiling import StepProfiler
 from speechlm2_jax.training.run.stopping import StopRequest
 from speechlm2_jax.training.run.throughput import Throughput
 from speechlm2_jax.training.schedules import Schedule
+from speechlm2_jax.training.state import TrainState
 from speechlm2_jax.training.validation import Validator
 
 
 @dataclass
-class Progress:
-    """Where a run stands: counters on the host, saved as JSON in every checkpoint."""
+class RunProgress:
+    """Counters on the host, saved as JSON in every checkpoint (item `progress`)."""
 
     groups: int
-    """Groups of a global batch, fixed when the run began."""
+    """Data-parallel groups of a global batch, fixed at the first start of the run."""
     step: int = 0
     """Optimizer steps done, skipped ones included."""
     batches: int = 0
@@ -36,6 +37,19 @@ class Progress:
     """The step of the last validation."""
     data: Any = None
     """The training iterator's state."""
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """Where a run stands; the loop updates it."""
+
+    train_state: TrainState
+    """On the devices. Each step takes the old one (donated) and returns a new one."""
+    frozen: Variables
+    """Parameters that are not trained, on the devices."""
+    progress: RunProgress
+    val_metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last validation in this process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +66,7 @@ class FitResult:
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What the loop works with; built by the trainer."""
+    """What the loop works with; it does not change during a run."""
 
     model: TrainableModel
     datamodule: DataSource

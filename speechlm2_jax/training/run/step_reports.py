@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 import jax
 
 from speechlm2_jax.training.run.metrics_log import Row, format_progress, format_step
-from speechlm2_jax.training.run.run_state import Progress, RunContext
+from speechlm2_jax.training.run.run_state import RunContext, RunProgress
 from speechlm2_jax.training.step import StepReport
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Reporter:
     """Reads the reports of one run's steps."""
 
     context: RunContext
-    progress: Progress
+    progress: RunProgress
     is_hopeless: bool = False
     """True after too many skipped steps in a row."""
     _pending: deque[Taken] = field(default_factory=deque)

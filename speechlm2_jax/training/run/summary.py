@@ -61,7 +61,7 @@ def describe_run(
     yield _steps(datamodule, intervals)
     name, make = max(datamodule.training_shapes().items(), key=lambda item: _bytes(item[1]()))
     batch = make()
-    program = setup.programs(model, setup.throughput()).compile_ahead(batch)
+    program = setup.programs(model).compile_ahead(batch)
     yield memory_table(setup, name, batch, program.memory_analysis())
 
 

@@ -1,0 +1,72 @@
+"""What a run writes to its directory: checkpoints, metrics, the settings and the model's files."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from speechlm2_jax import processes
+from speechlm2_jax.checkpointing import CHECKPOINTS, Checkpointer, write_checksums
+from speechlm2_jax.training.exp_manager import ExpManagerConfig, SummaryWriterParams
+from speechlm2_jax.training.protocol import TrainableModel, Variables
+from speechlm2_jax.training.run import directory as run_directory
+from speechlm2_jax.training.run.metrics_log import MetricsLog, Wandb
+
+
+def checkpoints_folder(experiment: ExpManagerConfig, run_dir: Path | None) -> Path | None:
+    """Where the run's checkpoints are; None if none are written."""
+    is_written = run_dir is not None and experiment.create_checkpoint_callback
+    return run_dir / CHECKPOINTS if run_dir is not None and is_written else None
+
+
+def open_checkpointer(
+    experiment: ExpManagerConfig, run_dir: Path | None, frozen: Variables, stack: ExitStack
+) -> Checkpointer | None:
+    """Opens the checkpointer, which `stack` closes, and starts saving the frozen parameters."""
+    folder = checkpoints_folder(experiment, run_dir)
+    if folder is None:
+        return None
+    checkpointer = Checkpointer(folder, experiment.checkpoint_callback_params.retention())
+    stack.callback(checkpointer.close)
+    has_frozen = processes.broadcast_text(str(checkpointer.has_frozen)) == str(True)
+    checkpointer.save_frozen(frozen, has_frozen)
+    return checkpointer
+
+
+def open_metrics_log(
+    experiment: ExpManagerConfig,
+    run_dir: Path | None,
+    settings: Mapping[str, Any],
+    stack: ExitStack,
+) -> MetricsLog:
+    """Opens metrics.jsonl, TensorBoard and W&B, which `stack` closes.
+
+    Only the first process writes.
+    """
+    if run_dir is None or jax.process_index() != 0:
+        return MetricsLog(None)
+    writer = experiment.summary_writer_kwargs or SummaryWriterParams()
+    arguments = experiment.wandb_logger_kwargs or {}
+    metrics_log = MetricsLog(
+        run_dir / run_directory.METRICS,
+        tensorboard=writer.folder(run_dir) if experiment.create_tensorboard_logger else None,
+        writer_options=writer.options(),
+        wandb=Wandb(run_dir=run_dir, arguments=arguments, settings=settings)
+        if experiment.create_wandb_logger
+        else None,
+    )
+    stack.callback(metrics_log.close)
+    return metrics_log
+
+
+def write_description(
+    run_dir: Path | None, model: TrainableModel, settings: Mapping[str, Any]
+) -> None:
+    """Writes the settings, the environment and all of the model but its weights."""
+    if run_dir is not None and jax.process_index() == 0:
+        run_directory.describe(run_dir, settings)
+        folder = run_dir / run_directory.MODEL
+        model.save_definition(folder)
+        write_checksums(folder, {})
