@@ -39,7 +39,7 @@ __all__ = [
     "prefill",
     "generate_tokens",
     "decode",
-    "pinned",
+    "constrained",
 ]
 
 
@@ -135,14 +135,14 @@ def decode(
         return jax.lax.while_loop(is_unfinished, advance, state)
 
 
-def pinned(state: GenerationState) -> GenerationState:
+def constrained(state: GenerationState) -> GenerationState:
     """The state with every array where it belongs: what one program leaves, the next finds."""
 
     def by_row(x: Array) -> Array:
         return constrain(x, *("batch", *(None,) * (x.ndim - 1))[: x.ndim])
 
     rest = jax.tree.map(by_row, state._replace(cache=None))
-    return rest._replace(cache=state.cache.pinned())
+    return rest._replace(cache=state.cache.constrained())
 
 
 def read_outputs(state: GenerationState, config: DecodingConfig) -> GenerationOutput:

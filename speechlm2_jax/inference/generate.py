@@ -303,7 +303,7 @@ def prefill(
             ids=batch.tokens.reshape(rows) if is_seen else None,
             rngs=salm_network.example_rngs(key, batch.row_ids),
         )
-        return loops.pinned(loops.prefill(network.llm, prompts, decoding))
+        return loops.constrained(loops.prefill(network.llm, prompts, decoding))
 
 
 @partial(jax.jit, static_argnames=("graphdef", "placement"), donate_argnames="state")
@@ -318,7 +318,7 @@ def decode(
     """Chooses tokens up to number `until`: the state, and the answers on every device."""
     network: Salm = merge(graphdef, variables)
     with sharding.use(placement):
-        state = loops.pinned(loops.decode(network.llm, state, decoding, until))
+        state = loops.constrained(loops.decode(network.llm, state, decoding, until))
         answers = loops.read_outputs(state, decoding)
         return state, jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), answers)
 

@@ -1,66 +1,66 @@
-"""Scaled dot-product attention: one function, whatever computes it."""
+"""Scaled dot-product attention: one function that chooses among the implementations."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.layers.ring_attention import ring_attention
 from speechlm2_jax.layers.splash_attention import splash_attention
 from speechlm2_jax.sharding import context_size, platform
 
-NOT_A_KEY = -1
-"""Key segment that no query has."""
-SPLASH_STEPS = 256
-"""From so many steps on a TPU computes whole rows by its kernel; fewer fill its blocks badly."""
+MASKED_KEY = -1
+"""Segment id of a key that no query may attend to."""
+SPLASH_MIN_TOKENS = 256
+"""Shortest sequence for the splash kernel on a TPU: its blocks are 128 to 512 tokens."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class AttentionMask:
-    """Which keys a query may attend to: same segment, and no later slot.
+    """A causal mask within segments: a query attends to keys of its segment, at or before it.
 
-    Kept as structure rather than as a dense mask, so that a kernel can skip whole blocks. Queries
-    take consecutive slots from `offset` (0 for None, which says that queries and keys are the same
-    steps) and keys the slots from 0, unless `ring_order` says which.
+    Segment ids and offsets instead of a dense [T, S] mask let a kernel skip whole blocks. Key s is
+    at position s and query t at position `offset` + t, unless `ring_order` gives the positions.
     """
 
-    query_segments: Any
-    """Int32 [B, T]."""
-    key_segments: Any
-    """Int32 [B, S]; `NOT_A_KEY` hides a key from everyone."""
-    offset: Any = None
-    """Int32 scalar: the slot of the first query; None without a cache."""
-    ring_order: Any = None
-    """Int32 [T]: the slots of queries and keys where both lie in another order (a ring)."""
+    query_segments: Int[Array, "B T"]
+    key_segments: Int[Array, "B S"]
+    """`MASKED_KEY` hides a key from every query."""
+    offset: Int[Array, ""] | int | None = None
+    """Position of the first query; None without a cache: queries and keys are the same tokens."""
+    ring_order: Int[Array, " T"] | np.ndarray | None = None
+    """Position of each query and key, where the tokens are in another order (ring attention)."""
 
     def dense(self) -> Bool[Array, "B T S"]:
-        """Writes the mask out; True where query t may attend to key s."""
-        queries: Int[Array, "B T"] = self.query_segments
-        keys: Int[Array, "B S"] = self.key_segments
+        """Returns the dense mask; True where query t may attend to key s."""
+        queries, keys = self.query_segments, self.key_segments
         if self.ring_order is None:
-            query_order = (0 if self.offset is None else self.offset) + jnp.arange(queries.shape[1])
-            key_order = jnp.arange(keys.shape[1])
+            offset = 0 if self.offset is None else self.offset
+            query_positions = offset + jnp.arange(queries.shape[1])
+            key_positions = jnp.arange(keys.shape[1])
         else:
-            query_order = key_order = jnp.asarray(self.ring_order)
-        causal = key_order[None, :] <= query_order[:, None]  # [T, S]
+            query_positions = key_positions = jnp.asarray(self.ring_order)
+        causal = key_positions[None, :] <= query_positions[:, None]  # [T, S]
         return causal[None, :, :] & (queries[:, :, None] == keys[:, None, :])
 
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "B S N_kv H"],
+    v: Float[Array, "B S N_kv H"],
     *,
     mask: AttentionMask,
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """Attends with N query heads in K groups that share a key and value head; softmax in fp32.
+    """Grouped-query attention: N / N_kv query heads share one key/value head. Softmax in fp32.
 
-    A query that sees no key gives a finite value, which nothing may use. This is the place where a
-    fused kernel is chosen, by the platform of the mesh's devices and never by the default backend.
+    Ring attention on a mesh with a context axis, the splash kernel for long sequences on a TPU,
+    plain XLA otherwise. The platform is that of the mesh's devices, not JAX's default backend: they
+    differ in ahead-of-time compilation. The output of a query without any key is finite, and not
+    to be used.
     """
     if mask.ring_order is not None and context_size() > 1:
         return ring_attention(
@@ -72,8 +72,8 @@ def attend(
             ring_order=jnp.asarray(mask.ring_order),
             scale=scale,
         )
-    is_whole = mask.ring_order is None and mask.offset is None
-    if is_whole and q.shape[1] >= SPLASH_STEPS and platform() == "tpu":
+    is_self_attention = mask.ring_order is None and mask.offset is None
+    if is_self_attention and q.shape[1] >= SPLASH_MIN_TOKENS and platform() == "tpu":
         return splash_attention(
             q,
             k,
@@ -87,19 +87,20 @@ def attend(
 
 def _attend_dense(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "B S N_kv H"],
+    v: Float[Array, "B S N_kv H"],
     mask: Bool[Array, "B T S"],
     scale: float,
 ) -> Float[Array, "B T N H"]:
     B, T, N, H = q.shape
-    K = k.shape[2]
-    groups = q.reshape(B, T, K, N // K, H)
-    logits = jnp.einsum("btkgh,bskh->bkgts", groups, k, preferred_element_type=jnp.float32)
-    # The least finite value, not -inf: a row without keys must not become NaN.
-    blocked = jnp.finfo(jnp.float32).min
-    logits = jnp.where(mask[:, None, None, :, :], logits * scale, blocked)
+    N_kv = k.shape[2]
+    # t query, s key, k key/value head, g query head within its group: N = N_kv * G
+    grouped = q.reshape(B, T, N_kv, N // N_kv, H)
+    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    # The least finite value, not -inf: softmax over a query without any key must not be NaN.
+    masked = jnp.finfo(jnp.float32).min
+    logits = jnp.where(mask[:, None, None, :, :], logits * scale, masked)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    # one matrix per key head, as a cache holds them; einsum would turn each round (twice the time)
-    mixed = jnp.matmul(weights.reshape(B, K, -1, v.shape[1]), v.swapaxes(1, 2))
-    return mixed.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    # matmul per key/value head, in the cache's order; einsum would transpose V (twice the time)
+    mixed = jnp.matmul(weights.reshape(B, N_kv, -1, v.shape[1]), v.swapaxes(1, 2))
+    return mixed.reshape(B, N_kv, N // N_kv, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -1,4 +1,4 @@
-"""Keys and values of past steps, in arrays of a fixed capacity."""
+"""KV cache: keys and values of past tokens, in arrays of a fixed capacity."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -13,49 +13,48 @@ from speechlm2_jax.sharding import constrain
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """What attention remembers of one conversation per row.
+    """Keys and values of a batch of sequences, for all layers.
 
-    A step takes the next slot in every row, so slots are in order of time; rows that are shorter
-    than others have slots that are no keys. One call announces its steps, each layer writes and
-    reads, then the cache advances.
+    New tokens take the next cache positions in every sequence at once, so positions are in order
+    of time; `key_mask` is False at the padding of shorter sequences. Of T new tokens: `reserve`
+    marks them, each layer calls `write` and `read`, `advance` counts them.
     """
 
-    keys: Any
-    """[L, B, K, S, H]: of each head one matrix, as the products of attention read it."""
-    values: Any
-    """[L, B, K, S, H]."""
-    key_mask: Any
-    """Bool [B, S]: slots that hold a step which others may attend to."""
-    used: Any
-    """Int32 scalar: slots taken so far; the same in every row."""
+    keys: Float[Array, "L B N_kv S H"]
+    """One [S, H] matrix per head, as the matmuls of attention read it."""
+    values: Float[Array, "L B N_kv S H"]
+    key_mask: Bool[Array, "B S"]
+    """True at positions that queries may attend to."""
+    used: Int[Array, ""]
+    """Positions taken so far; the same in every sequence."""
 
     @property
     def next_position(self) -> Int[Array, ""]:
-        """Where the next step goes."""
+        """Cache position of the next token."""
         return self.used
 
     @classmethod
     def empty(cls, shape: tuple[int, int, int, int, int], dtype: Any) -> "KVCache":
-        """Makes a cache of L, B, S, K, H that holds nothing; it can be donated."""
-        layers, rows, capacity, heads, width = shape
-        inside = (layers, rows, heads, capacity, width)
+        """Makes an empty cache; `shape` is (L, B, S, N_kv, H)."""
+        layers, batch, capacity, heads, width = shape
+        stored = (layers, batch, heads, capacity, width)
         return cls(
-            keys=_placed(jnp.zeros(inside, dtype)),
-            values=_placed(jnp.zeros(inside, dtype)),
-            key_mask=jnp.zeros((rows, capacity), bool),
+            keys=_constrained(jnp.zeros(stored, dtype)),
+            values=_constrained(jnp.zeros(stored, dtype)),
+            key_mask=jnp.zeros((batch, capacity), bool),
             used=jnp.zeros((), jnp.int32),
         )
 
-    def announce(self, key_mask: Bool[Array, "B T"]) -> "KVCache":
-        """Marks which of the next T slots will hold keys.
+    def reserve(self, key_mask: Bool[Array, "B T"]) -> "KVCache":
+        """Sets the key mask of the next T positions.
 
-        Raises ValueError if the cache could never hold T steps. Slots already used are known only
-        at run time: the caller counts them.
+        Raises ValueError if T exceeds the capacity. How many positions are free is known only at
+        run time: the caller must count them.
         """
         if key_mask.shape[1] > self.key_mask.shape[1]:
             raise ValueError(
-                f"{key_mask.shape[1]} steps do not fit a cache of {self.key_mask.shape[1]}; "
-                "make it with a larger capacity"
+                f"{key_mask.shape[1]} tokens exceed the KV cache's capacity of "
+                f"{self.key_mask.shape[1]}; make it with a larger capacity"
             )
         return replace(
             self,
@@ -65,51 +64,48 @@ class KVCache:
     def write(
         self,
         layer: Int[Array, ""] | int,
-        keys: Float[Array, "B T K H"],
-        values: Float[Array, "B T K H"],
+        keys: Float[Array, "B T N_kv H"],
+        values: Float[Array, "B T N_kv H"],
     ) -> "KVCache":
-        """Puts a layer's keys and values into the next T slots."""
-        at = (layer, 0, 0, self.next_position, 0)
+        """Writes a layer's keys and values at the next T positions."""
+        start = (layer, 0, 0, self.next_position, 0)
 
-        def with_new(memory: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice(memory, new.swapaxes(1, 2)[None], at)
+        def with_new(cached: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice(cached, new.swapaxes(1, 2)[None], start)
 
         return replace(self, keys=with_new(self.keys, keys), values=with_new(self.values, values))
 
     def read(
         self, layer: Int[Array, ""] | int
-    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Gives all slots of a layer."""
+    ) -> tuple[Float[Array, "B S N_kv H"], Float[Array, "B S N_kv H"]]:
+        """Returns the keys and values of a layer at all positions."""
         keys, values = (
-            jax.lax.dynamic_index_in_dim(memory, layer, keepdims=False).swapaxes(1, 2)
-            for memory in (self.keys, self.values)
+            jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False).swapaxes(1, 2)
+            for cached in (self.keys, self.values)
         )
         return keys, values
 
-    def advance(self, steps: int) -> "KVCache":
-        """Counts `steps` slots as used."""
-        return replace(self, used=self.used + steps)
+    def advance(self, tokens: int) -> "KVCache":
+        """Counts `tokens` more positions as used."""
+        return replace(self, used=self.used + tokens)
 
-    def pinned(self) -> "KVCache":
-        """The same, each array where it belongs: what one program leaves, the next finds."""
+    def constrained(self) -> "KVCache":
+        """Constrains the sharding of each array, so that one program's output fits the next."""
         return KVCache(
-            keys=_placed(self.keys),
-            values=_placed(self.values),
+            keys=_constrained(self.keys),
+            values=_constrained(self.values),
             key_mask=constrain(self.key_mask, "batch", None),
             used=constrain(self.used),
         )
 
     def repeated(self, copies: int, capacity: int) -> "KVCache":
-        """Gives every row `copies` times, one after the other, with room for `capacity` steps."""
+        """Repeats each sequence `copies` times in a row, with capacity for `capacity` tokens."""
 
-        def longer(memory: Array) -> Array:
-            layers, rows, heads, capacity, width = memory.shape
-            wide = jnp.broadcast_to(
-                memory[:, :, None], (layers, rows, copies, heads, capacity, width)
-            )
-            wide = wide.reshape(layers, rows * copies, heads, capacity, width)
-            room = [(0, 0), (0, 0), (0, 0), (0, capacity - capacity), (0, 0)]
-            return _placed(jnp.pad(wide, room))
+        def longer(cached: Array) -> Array:
+            layers, batch, heads, used, width = cached.shape
+            wide = jnp.broadcast_to(cached[:, :, None], (layers, batch, copies, heads, used, width))
+            wide = wide.reshape(layers, batch * copies, heads, used, width)
+            return _constrained(jnp.pad(wide, [(0, 0)] * 3 + [(0, capacity - used), (0, 0)]))
 
         key_mask = jnp.repeat(self.key_mask, copies, axis=0)
         return replace(
@@ -119,22 +115,21 @@ class KVCache:
             key_mask=jnp.pad(key_mask, [(0, 0), (0, capacity - key_mask.shape[1])]),
         )
 
-    def reordered(self, source: Int[Array, "B K"], since: int) -> "KVCache":
-        """Puts the memory of copy `source[b, k]` of conversation b into its copy k.
+    def reordered(self, source: Int[Array, "B beams"], since: int) -> "KVCache":
+        """Gives beam k of prompt b what its beam `source[b, k]` holds (beam search).
 
-        The rows are K copies of each of B conversations that have had the first `since` slots in
-        common: these stay where they are.
+        The beams of a prompt share its first `since` positions, which therefore stay in place.
         """
         if since == self.key_mask.shape[1]:  # one new token, which is never fed back
             return self
-        copies = source.shape[1]
+        beams = source.shape[1]
         index = source[None, :, :, None, None, None]
 
-        def taken(memory: Array) -> Array:
-            recent = memory[:, :, :, since:]
-            grouped = recent.reshape(len(recent), -1, copies, *recent.shape[2:])
+        def taken(cached: Array) -> Array:
+            recent = cached[:, :, :, since:]
+            grouped = recent.reshape(len(recent), -1, beams, *recent.shape[2:])
             moved = jnp.take_along_axis(grouped, index, axis=2).reshape(recent.shape)
-            return jax.lax.dynamic_update_slice_in_dim(memory, _placed(moved), since, axis=3)
+            return jax.lax.dynamic_update_slice_in_dim(cached, _constrained(moved), since, axis=3)
 
         return replace(self, keys=taken(self.keys), values=taken(self.values))
 
@@ -142,26 +137,27 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class RingCache(KVCache):
-    """A cache whose rows began at different times: prompts, then a ring that all rows go round.
+    """A cache for continuous batching: its sequences start at different times.
 
-    One call of one step takes the next slot of the ring in every row, whatever its age, so that a
-    write is one slice. A row that never takes more steps than the ring has slots overwrites nothing
-    of its own, and what others have left is no key of it. `used` says that every slot may hold a
-    key: one step at a time nothing else lies in the future.
+    Positions before `first` hold the prompts; the positions after them are a ring buffer for
+    generated tokens. Each decoding step writes the same ring position in every sequence, so a write
+    is one slice. A sequence may generate at most as many tokens as the ring has positions: it then
+    never overwrites its own, and `key_mask` hides those of the sequence before it in the batch.
+    `used` is the full capacity: with one token per step no cached key is in the future.
     """
 
-    turn: Any
-    """Int32 scalar: steps of the ring so far, in its slots from `first`."""
+    turn: Int[Array, ""]
+    """Ring position of the next token, counted from `first`."""
     first: int = field(metadata={"static": True})
 
     @property
     def next_position(self) -> Int[Array, ""]:
-        """Where the next step goes."""
+        """Cache position of the next token."""
         return self.first + self.turn
 
     @classmethod
     def around(cls, cache: KVCache, first: int) -> "RingCache":
-        """Makes an empty one of an empty cache, whose prompts have the slots before `first`."""
+        """Makes an empty ring cache of an empty cache, with `first` positions for the prompts."""
         return cls(
             keys=cache.keys,
             values=cache.values,
@@ -171,35 +167,34 @@ class RingCache(KVCache):
             first=first,
         )
 
-    def advance(self, steps: int) -> "RingCache":
-        """Goes on to the next slot of the ring."""
-        assert steps == 1
+    def advance(self, tokens: int) -> "RingCache":
+        """Moves to the next position of the ring."""
+        assert tokens == 1
         return replace(self, turn=(self.turn + 1) % (self.key_mask.shape[1] - self.first))
 
-    def admit(self, rows: Int[Array, " G"], prompts: KVCache) -> "RingCache":
-        """Gives rows the first slots of other conversations; rows beyond the last are dropped."""
-        steps = self.first
+    def admit(self, slots: Int[Array, " P"], prompts: KVCache) -> "RingCache":
+        """Copies P prompts into these slots of the batch; slots beyond the last are dropped."""
 
-        def with_new(memory: Array, new: Array) -> Array:
-            new = new[:, :, :, :steps]
-            return memory.at[:, rows, :, : new.shape[3]].set(new, mode="drop")
+        def with_new(cached: Array, new: Array) -> Array:
+            new = new[:, :, :, : self.first]
+            return cached.at[:, slots, :, : new.shape[3]].set(new, mode="drop")
 
-        key_mask = prompts.key_mask[:, :steps]
+        key_mask = prompts.key_mask[:, : self.first]
         key_mask = jnp.pad(key_mask, [(0, 0), (0, self.key_mask.shape[1] - key_mask.shape[1])])
         return replace(
             self,
             keys=with_new(self.keys, prompts.keys),
             values=with_new(self.values, prompts.values),
-            key_mask=self.key_mask.at[rows].set(key_mask, mode="drop"),
+            key_mask=self.key_mask.at[slots].set(key_mask, mode="drop"),
         )
 
 
-def _placed(memory: Float[Array, "L B K S H"]) -> Float[Array, "L B K S H"]:
-    return constrain(memory, None, "batch", "act_heads", None, None)
+def _constrained(cached: Float[Array, "L B N_kv S H"]) -> Float[Array, "L B N_kv S H"]:
+    return constrain(cached, None, "batch", "act_heads", None, None)
 
 
 class CachedOutput(NamedTuple):
-    """What a network gives for further steps of cached conversations."""
+    """Hidden states of new tokens, and the cache that holds them."""
 
     hidden: Float[Array, "B T D"]
     cache: KVCache

@@ -50,6 +50,6 @@ class GatedFeedForward(nnx.Module):
         gate = constrain(self.gate(x, fold_rngs(rngs, 0)), "batch", "steps", "act_mlp")
         up = constrain(self.up(x, fold_rngs(rngs, 1)), "batch", "steps", "act_mlp")
         hidden = ACTIVATIONS[self.activation](gate) * up
-        # two steps: the sum over tensor-parallel devices first, then each keeps its share
+        # first sum over the tensor-parallel devices, then shard the result along time
         out = constrain(self.down(hidden, fold_rngs(rngs, 2)), "batch", "steps", "act_embed")
         return constrain(out, "batch", "time", "act_embed")

@@ -73,5 +73,5 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
         """Looks ids up."""
-        # A gather from a table that is sharded both ways makes XLA rematerialise the result.
+        # XLA replicates the result of a gather from a table that is sharded along both axes.
         return jnp.take(constrain(self.weight[...], "vocab", None), ids, axis=0)

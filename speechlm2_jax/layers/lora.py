@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021) with PEFT's meaning and key names."""
+"""LoRA (Hu et al. 2021) with PEFT's semantics and key names."""
 
 import math
 from collections.abc import Mapping
@@ -27,44 +27,47 @@ TARGET_NAMES: Mapping[str, str] = MappingProxyType(
 )
 """PEFT's name of a linear layer -> the attribute that holds it here."""
 DEFAULT_TARGETS = ("q_proj", "v_proj")
-"""What PEFT adapts in the supported families when `target_modules` is not given."""
+"""PEFT's default `target_modules` for the supported families."""
 ALL = "all-linear"
-"""PEFT's word for every linear layer of the decoder but the head."""
+"""PEFT's name for every linear layer of the decoder except the head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """PEFT's LoraConfig keys that mean something here, with PEFT's defaults.
+    """The supported keys of PEFT's LoraConfig, with PEFT's defaults.
 
-    A saved adapter_config.json is read, too: what it says of its own making is ignored, and a
-    method beyond plain LoRA refused. Raises ValueError for a value that PEFT has but this project
-    does not support.
+    A saved adapter_config.json is accepted: keys about how it was saved are ignored (`IGNORED`),
+    keys of methods other than plain LoRA are refused (`REFUSED`). Raises ValueError for values that
+    are not supported.
     """
 
     IGNORED: ClassVar[Mapping[str, str]] = {
-        key: "says how PEFT saved or loaded an adapter; nothing of what it computes"
+        key: "describes how PEFT saved or loaded an adapter, not what it computes"
         for key in (
             *("peft_type", "peft_version", "inference_mode", "base_model_name_or_path"),
             *("revision", "auto_mapping", "runtime_config", "ensure_weight_tying"),
         )
     }
     REFUSED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "init_lora_weights": ("only PEFT's own start is done; set it to true", True),
-        "fan_in_fan_out": ("no model here stores weights turned round; set it to false",),
-        "use_dora": ("only plain LoRA is done; set it to false",),
-        "use_qalora": ("only plain LoRA is done; set it to false",),
+        "init_lora_weights": (
+            "only PEFT's default initialization is supported; set it to true",
+            True,
+        ),
+        "fan_in_fan_out": ("no model here stores weights transposed; set it to false",),
+        "use_dora": ("only plain LoRA is supported; set it to false",),
+        "use_qalora": ("only plain LoRA is supported; set it to false",),
         "modules_to_save": ("unfreeze modules with model.prevent_freeze_params; set it to null",),
-        "exclude_modules": ("name what is adapted in target_modules; set it to null",),
+        "exclude_modules": ("list the adapted layers in target_modules; set it to null",),
         "layers_to_transform": ("every layer is adapted; set it to null",),
         "layers_pattern": ("every layer is adapted; set it to null",),
         "layer_replication": ("layers are not replicated; set it to null",),
         "rank_pattern": ("one rank serves all layers; set it to {}",),
         "alpha_pattern": ("one lora_alpha serves all layers; set it to {}",),
-        "megatron_config": ("there is no Megatron here; set it to null",),
-        "loftq_config": ("weights are not quantised; set it to {}",),
-        "eva_config": ("only PEFT's own start is done; set it to null",),
-        "corda_config": ("only PEFT's own start is done; set it to null",),
-        "trainable_token_indices": ("tokens are not trained alone; set it to null",),
+        "megatron_config": ("Megatron is not supported; set it to null",),
+        "loftq_config": ("quantized weights are not supported; set it to {}",),
+        "eva_config": ("only PEFT's default initialization is supported; set it to null",),
+        "corda_config": ("only PEFT's default initialization is supported; set it to null",),
+        "trainable_token_indices": ("training single tokens is not supported; set it to null",),
         "target_parameters": ("only linear layers are adapted; set it to null",),
         "lora_bias": ("an adapter has no bias; set it to false",),
     }
@@ -74,7 +77,7 @@ class LoraConfig:
     lora_alpha: int | float = 8
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] | str | None = None
-    """Linear layers by name, alone or behind a path (`self_attn.q_proj`); or `all-linear`."""
+    """Names of linear layers (`q_proj` or `self_attn.q_proj`), or `all-linear`."""
     bias: str = "none"
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
@@ -85,19 +88,21 @@ class LoraConfig:
         if self.bias != "none":
             raise ValueError(f"lora.bias={self.bias!r}: only 'none' is supported")
         if self.r < 1:
-            raise ValueError(f"lora.r={self.r} must be at least 1")
+            raise ValueError(f"lora.r: expected at least 1, got {self.r}")
         if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora.lora_dropout={self.lora_dropout} must be in [0, 1)")
+            raise ValueError(
+                f"lora.lora_dropout: expected a value in [0, 1), got {self.lora_dropout}"
+            )
         unknown = sorted(name for name in self._names if _last(name) not in TARGET_NAMES)
         if unknown:
             raise ValueError(
-                f"lora.target_modules names {unknown}; choose among {list(TARGET_NAMES)}, or "
-                f"write {ALL!r}"
+                f"lora.target_modules: unknown layers {unknown}; choose among "
+                f"{list(TARGET_NAMES)}, or set it to {ALL!r}"
             )
 
     @property
     def targets(self) -> frozenset[str]:
-        """Our attribute names of the adapted layers."""
+        """Attribute names of the adapted layers in this project."""
         return frozenset(TARGET_NAMES[_last(name)] for name in self._names)
 
     @property
@@ -109,7 +114,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What the low-rank product is multiplied with."""
+        """Factor of the low-rank update B A."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
@@ -152,9 +157,9 @@ class LoraLinear(Linear):
 
 
 def merge_lora(variables: Variables, config: LoraConfig) -> Variables:
-    """Folds every adapter into its weight, W + scale * B A, and drops it.
+    """Merges every adapter into its weight, W + scale * B A, and removes it.
 
-    The result binds to the same network built without LoRA. The sum is made in fp32.
+    The result fits the same network built without LoRA. The sum is computed in fp32.
     """
     merged = {p: v for p, v in variables.items() if not p.endswith(("lora_a", "lora_b"))}
     for path, a in variables.items():
@@ -162,7 +167,7 @@ def merge_lora(variables: Variables, config: LoraConfig) -> Variables:
             continue
         layer = path.removesuffix("lora_a")
         b, weight = variables[layer + "lora_b"], variables[layer + "weight"]
-        product = jnp.asarray(b, jnp.float32) @ jnp.asarray(a, jnp.float32)  # [..., out, in]
-        total = jnp.asarray(weight, jnp.float32) + product * config.scale
+        update = jnp.asarray(b, jnp.float32) @ jnp.asarray(a, jnp.float32)  # [..., out, in]
+        total = jnp.asarray(weight, jnp.float32) + update * config.scale
         merged[layer + "weight"] = total.astype(weight.dtype)
     return merged

@@ -1,4 +1,4 @@
-"""Long short-term memory (Hochreiter and Schmidhuber 1997), one step at a time or over a row."""
+"""LSTM (Hochreiter and Schmidhuber 1997), one position at a time or over a whole sequence."""
 
 from dataclasses import dataclass
 
@@ -13,14 +13,14 @@ from speechlm2_jax.layers.linear import Linear
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LstmState:
-    """Output and cell of every layer of a stack, after some step."""
+    """Output and cell of every layer after some position."""
 
     output: Float[Array, "L B D"]
     cell: Float[Array, "L B D"]
 
 
 class LstmLayer(nnx.Module):
-    """One layer; its gates lie one after the other: input, forget, candidate, output."""
+    """One layer. Gates in torch's order: input, forget, candidate, output."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.input = Linear(width, 4 * width, axes=(None, "embed"), rngs=rngs)
@@ -31,9 +31,9 @@ class LstmLayer(nnx.Module):
     ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
         """Computes the next output and the next cell."""
         gates = self.input(x) + self.recurrent(output)
-        admit, keep, candidate, show = jnp.split(gates, 4, axis=-1)
-        cell = jax.nn.sigmoid(keep) * cell + jax.nn.sigmoid(admit) * jnp.tanh(candidate)
-        return jax.nn.sigmoid(show) * jnp.tanh(cell), cell
+        input_gate, forget_gate, candidate, output_gate = jnp.split(gates, 4, axis=-1)
+        cell = jax.nn.sigmoid(forget_gate) * cell + jax.nn.sigmoid(input_gate) * jnp.tanh(candidate)
+        return jax.nn.sigmoid(output_gate) * jnp.tanh(cell), cell
 
 
 class Lstm(nnx.Module):
@@ -43,15 +43,15 @@ class Lstm(nnx.Module):
         self.width = width
         self.layers = nnx.List([LstmLayer(width, rngs=rngs) for _ in range(n_layers)])
 
-    def initial_state(self, rows: int) -> LstmState:
-        """Zeros, as before the first step."""
-        zeros = jnp.zeros((len(self.layers), rows, self.width), jnp.float32)
+    def initial_state(self, batch: int) -> LstmState:
+        """Zeros, as before the first position."""
+        zeros = jnp.zeros((len(self.layers), batch, self.width), jnp.float32)
         return LstmState(output=zeros, cell=zeros)
 
     def step(
         self, x: Float[Array, "B D"], state: LstmState
     ) -> tuple[Float[Array, "B D"], LstmState]:
-        """Computes the output of the last layer, and the state after this step."""
+        """Computes the output of the last layer and the state for one position."""
         outputs, cells = [], []
         for index, layer in enumerate(self.layers):
             x, cell = layer(x, state.output[index], state.cell[index])
@@ -62,7 +62,7 @@ class Lstm(nnx.Module):
     def __call__(
         self, xs: Float[Array, "B T D"], state: LstmState
     ) -> tuple[Float[Array, "B T D"], LstmState]:
-        """Computes the outputs of all steps, and the state after the last."""
+        """Computes the outputs of all positions and the state after the last."""
 
         def body(state: LstmState, x: Float[Array, "B D"]) -> tuple[LstmState, Array]:
             y, state = self.step(x, state)

@@ -1,8 +1,9 @@
-"""Causal attention whose steps are spread over devices: keys and values travel around a ring.
+"""Ring attention: causal attention over a sequence that is sharded over devices.
 
-Liu et al. 2023 (arXiv 2310.01889), in the zig-zag order of `Sharding.time_order`: every device
-holds an early and a late half, so each turn of the ring costs all of them the same. A half that
-lies wholly in the future of another is not computed.
+Liu et al. 2023 (arXiv 2310.01889). Each device keeps its queries while keys and values rotate
+around the ring of devices. In the zig-zag order of `Sharding.time_order` every device holds an
+early and a late part of the sequence, so each rotation costs all devices the same. Parts of the
+keys that are in the future of all queries of a part are skipped.
 """
 
 from dataclasses import dataclass
@@ -16,73 +17,76 @@ from speechlm2_jax.sharding import context_size, on_shards, ring_permute
 
 _HEADS = ("batch", "steps", "act_heads", None)
 _STEPS = ("batch", "steps")
-_NOTHING = -1e30
-"""The running maximum before any key was seen; finite, so that differences stay numbers."""
+_NO_SCORE = -1e30
+"""Running maximum before the first key; finite, so that differences are never NaN."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """What travels: keys and values of one device's steps, and what hides them."""
+    """What rotates: keys and values of one device, their segment ids and positions."""
 
-    k: Any
-    v: Any
-    segments: Any
-    ring_order: Any
+    k: Float[Array, "B S N_kv H"]
+    v: Float[Array, "B S N_kv H"]
+    segments: Int[Array, "B S"]
+    ring_order: Int[Array, " S"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Partial:
-    """Attention over the keys seen so far: softmax(x) v = weighted / total (Milakov 2018)."""
+    """Online softmax over the keys so far: output = weighted / total (Milakov 2018), in fp32.
 
-    weighted: Any
-    """Float32 [B, K, G, T, H]."""
-    total: Any
-    """Float32 [B, K, G, T]."""
-    highest: Any
-    """Float32 [B, K, G, T]: the greatest score."""
+    G is the number of query heads per key/value head: N = N_kv * G.
+    """
+
+    weighted: Float[Array, "B N_kv G T H"]
+    """Sum of exp(score - highest) * value."""
+    total: Float[Array, "B N_kv G T"]
+    """Sum of exp(score - highest)."""
+    highest: Float[Array, "B N_kv G T"]
+    """The greatest score so far."""
 
 
 def ring_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B T N_kv H"],
+    v: Float[Array, "B T N_kv H"],
     *,
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B T"],
     ring_order: Int[Array, " T"],
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """Attends to keys of the same segment and no later position.
+    """Attends to keys of the same segment, at or before the query's position.
 
-    `ring_order` is the position of each query and key. Runs inside `sharding.use` with a context
-    axis that divides the sequence evenly.
+    `ring_order` gives the position of each query and key. Needs `sharding.use` with a context axis
+    that divides the sequence evenly.
     """
-    turns = context_size()
+    size = context_size()
 
     def local(
         q: Any, k: Any, v: Any, query_segments: Any, key_segments: Any, ring_order: Any
     ) -> Any:
         B, T, N, H = q.shape
-        K = k.shape[2]
-        queries = q.reshape(B, T, K, N // K, H)
+        N_kv = k.shape[2]
+        queries = q.reshape(B, T, N_kv, N // N_kv, H)
         state = Partial(
-            weighted=jnp.zeros((B, K, N // K, T, H), jnp.float32),
-            total=jnp.zeros((B, K, N // K, T), jnp.float32),
-            highest=jnp.full((B, K, N // K, T), _NOTHING, jnp.float32),
+            weighted=jnp.zeros((B, N_kv, N // N_kv, T, H), jnp.float32),
+            total=jnp.zeros((B, N_kv, N // N_kv, T), jnp.float32),
+            highest=jnp.full((B, N_kv, N // N_kv, T), _NO_SCORE, jnp.float32),
         )
 
-        def see(state: Partial, keys: Keys) -> Partial:
-            return _see_halves(state, queries, query_segments, ring_order, keys, scale)
+        def add(state: Partial, keys: Keys) -> Partial:
+            return _add_halves(state, queries, query_segments, ring_order, keys, scale)
 
-        def turn(carry: tuple[Partial, Keys], _: None) -> tuple[tuple[Partial, Keys], None]:
+        def rotate(carry: tuple[Partial, Keys], _: None) -> tuple[tuple[Partial, Keys], None]:
             state, keys = carry
             keys = ring_permute(keys)
-            return (see(state, keys), keys), None
+            return (add(state, keys), keys), None
 
         keys = Keys(k=k, v=v, segments=key_segments, ring_order=ring_order)
-        (state, _), _ = jax.lax.scan(turn, (see(state, keys), keys), None, length=turns - 1)
+        (state, _), _ = jax.lax.scan(rotate, (add(state, keys), keys), None, length=size - 1)
         mixed = state.weighted / jnp.maximum(state.total, 1e-30)[..., None]
         return jnp.einsum("bkgth->btkgh", mixed).reshape(B, T, N, H).astype(v.dtype)
 
@@ -94,60 +98,64 @@ def ring_attention(
     )
 
 
-def _see_halves(
+def _add_halves(
     state: Partial,
-    queries: Float[Array, "B T K G H"],
+    queries: Float[Array, "B T N_kv G H"],
     query_segments: Int[Array, "B T"],
     ring_order: Int[Array, " T"],
     keys: Keys,
     scale: float,
 ) -> Partial:
-    """Lets each half of the queries see each half of the keys that is not all in its future."""
+    """Adds each half of the keys to each half of the queries, unless all of it is in the future."""
     half = ring_order.shape[0] // 2
 
     @jax.checkpoint
-    def see(part: Partial, q: Any, segments: Any, own: Any, keys: Keys) -> Partial:
-        visible = (own[:, None] >= keys.ring_order[None])[None] & (
+    def add(part: Partial, q: Any, segments: Any, positions: Any, keys: Keys) -> Partial:
+        mask = (positions[:, None] >= keys.ring_order[None])[None] & (
             segments[:, :, None] == keys.segments[:, None, :]
         )
-        return _see(part, q, keys, visible, scale)
+        return _add(part, q, keys, mask, scale)
 
     parts = []
-    for rows in (slice(0, half), slice(half, None)):
-        part = jax.tree.map(lambda x, rows=rows: x[:, :, :, rows], state)
-        q, segments, own = queries[:, rows], query_segments[:, rows], ring_order[rows]
-        for columns in (slice(0, half), slice(half, None)):
-            seen = Keys(
-                k=keys.k[:, columns],
-                v=keys.v[:, columns],
-                segments=keys.segments[:, columns],
-                ring_order=keys.ring_order[columns],
+    for query_half in (slice(0, half), slice(half, None)):
+        part = jax.tree.map(lambda x, half=query_half: x[:, :, :, half], state)
+        q, segments = queries[:, query_half], query_segments[:, query_half]
+        positions = ring_order[query_half]
+        for key_half in (slice(0, half), slice(half, None)):
+            some = Keys(
+                k=keys.k[:, key_half],
+                v=keys.v[:, key_half],
+                segments=keys.segments[:, key_half],
+                ring_order=keys.ring_order[key_half],
             )
-            is_needed = own[-1] >= seen.ring_order[0]  # slots rise within a half
-            part = jax.lax.cond(is_needed, see, lambda part, *_: part, part, q, segments, own, seen)
+            # positions are in order within a half
+            is_needed = positions[-1] >= some.ring_order[0]
+            part = jax.lax.cond(
+                is_needed, add, lambda part, *_: part, part, q, segments, positions, some
+            )
         parts.append(part)
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=3), *parts)
 
 
-def _see(
+def _add(
     part: Partial,
-    q: Float[Array, "B T K G H"],
+    q: Float[Array, "B T N_kv G H"],
     keys: Keys,
-    visible: Bool[Array, "B T S"],
+    mask: Bool[Array, "B T S"],
     scale: float,
 ) -> Partial:
-    """Adds keys to what the queries have seen."""
+    """One update of the online softmax. Letters: t query, s key, k key/value head, g its group."""
     scores = jnp.einsum("btkgh,bskh->bkgts", q, keys.k, preferred_element_type=jnp.float32)
-    mask = visible[:, None, None]
-    scores = jnp.where(mask, scores * scale, _NOTHING)
+    mask = mask[:, None, None]
+    scores = jnp.where(mask, scores * scale, _NO_SCORE)
     highest = jnp.maximum(part.highest, jax.lax.stop_gradient(scores.max(axis=-1)))
-    kept = jnp.exp(part.highest - highest)
+    rescale = jnp.exp(part.highest - highest)
     weights = jnp.where(mask, jnp.exp(scores - highest[..., None]), 0.0)
     added = jnp.einsum(
         "bkgts,bskh->bkgth", weights.astype(q.dtype), keys.v, preferred_element_type=jnp.float32
     )
     return Partial(
-        weighted=part.weighted * kept[..., None] + added,
-        total=part.total * kept + weights.sum(axis=-1),
+        weighted=part.weighted * rescale[..., None] + added,
+        total=part.total * rescale + weights.sum(axis=-1),
         highest=highest,
     )

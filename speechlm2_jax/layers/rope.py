@@ -22,10 +22,10 @@ class LinearScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Only long wavelengths are stretched (Llama 3.1; rope_type "llama3").
+    """Only low frequencies are divided by `factor` (Llama 3.1; rope_type "llama3").
 
-    Wavelengths above `original_positions / low_freq_factor` are divided by `factor`, those below
-    `original_positions / high_freq_factor` stay, those between are interpolated.
+    Low: wavelengths above `original_positions / low_freq_factor`. Frequencies with wavelengths
+    below `original_positions / high_freq_factor` stay; those between are interpolated.
     """
 
     factor: float
@@ -36,8 +36,8 @@ class Llama3Scaling:
     def __post_init__(self) -> None:
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
-                f"high_freq_factor={self.high_freq_factor} must exceed "
-                f"low_freq_factor={self.low_freq_factor} in the rotary scaling"
+                f"rope_scaling: high_freq_factor={self.high_freq_factor} must exceed "
+                f"low_freq_factor={self.low_freq_factor}"
             )
 
     def scale(self, frequencies: np.ndarray) -> np.ndarray:
@@ -50,13 +50,13 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Base of the geometric series of frequencies, and how a checkpoint stretches it."""
+    """Base of the frequencies, and how a checkpoint rescales them for long sequences."""
 
     theta: float = 10000.0
     scaling: LinearScaling | Llama3Scaling | None = None
 
     def frequencies(self, head_width: int) -> np.ndarray:
-        """Gives the `head_width / 2` angles per step, fp32, fastest first."""
+        """Returns the `head_width / 2` angles per position, fp32, fastest first."""
         frequencies = self.theta ** -(np.arange(0, head_width, 2) / head_width)
         if self.scaling is not None:
             frequencies = self.scaling.scale(frequencies)
@@ -64,7 +64,7 @@ class RopeConfig:
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of every step's angles, shared by all heads and layers."""
+    """Cosines and sines of every position's angles, shared by all heads and layers."""
 
     cos: Float[Array, "B T H2"]
     sin: Float[Array, "B T H2"]
@@ -78,8 +78,8 @@ def rotation(config: RopeConfig, positions: Int[Array, "B T"], head_width: int) 
 
 
 def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
-    """Turns the pairs (x[i], x[i + H/2]) of every head by their step's angles."""
+    """Rotates the pairs (x[i], x[i + H/2]) of every head by the angles of their position."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = by.cos[:, :, None, :], by.sin[:, :, None, :]
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -1,7 +1,7 @@
-"""Causal attention as JAX's TPU kernel: no score is ever written to memory.
+"""JAX's splash (flash) attention kernel for TPUs: scores are never written to memory.
 
-The kernel (`jax.experimental.pallas.ops.tpu.splash_attention`) skips blocks in the future of their
-queries. It is told which steps are of one segment; a step that nobody may see is of none.
+The kernel (`jax.experimental.pallas.ops.tpu.splash_attention`) skips blocks of keys that are in the
+future of a block of queries. Segment ids hide keys of other segments, masked keys and padding.
 """
 
 from typing import Any
@@ -16,43 +16,44 @@ from jaxtyping import Array, Float, Int
 from speechlm2_jax.sharding import on_shards
 
 LANES = 128
-"""What the kernel's blocks of steps are multiples of."""
+"""Block lengths are multiples of this."""
 BLOCKS = (512, 256, 128)
-NO_QUERY = -2
-"""Segment of the steps that fill up a block."""
+PADDING_SEGMENT = -2
+"""Segment id of the padding that fills up a block."""
 _HEADS = ("batch", "steps", "act_heads", None)
 _STEPS = ("batch", "steps")
 
 
 def splash_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B T N_kv H"],
+    v: Float[Array, "B T N_kv H"],
     *,
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B T"],
     scale: float,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Attends to keys of the same segment and no later step.
+    """Attends to keys of the same segment, at or before the query's position.
 
-    `interpret` runs it where there is no TPU, slowly. Inside `sharding.use` each device computes
-    its own rows and heads, which the mesh must divide.
+    `interpret` emulates the kernel where there is no TPU, slowly. Inside `sharding.use` each device
+    computes its own sequences and heads; the mesh must divide both.
     """
 
     def local(q: Any, k: Any, v: Any, query_segments: Any, key_segments: Any) -> Any:
-        steps = q.shape[1]
-        kernel = _kernel(steps + -steps % LANES, q.shape[2], interpret)
+        length = q.shape[1]
+        kernel = _kernel(length + -length % LANES, q.shape[2], interpret)
 
-        def row(q: Any, k: Any, v: Any, query_segments: Any, key_segments: Any) -> Any:
-            heads = (jnp.swapaxes(_filled(x, 0), 0, 1) for x in (q * scale, k, v))  # [N, T, H]
+        def sequence(q: Any, k: Any, v: Any, query_segments: Any, key_segments: Any) -> Any:
+            heads = (jnp.swapaxes(_padded(x, 0), 0, 1) for x in (q * scale, k, v))  # [N, T, H]
             segments = kernels.SegmentIds(
-                q=_filled(query_segments, NO_QUERY), kv=_filled(key_segments, NO_QUERY)
+                q=_padded(query_segments, PADDING_SEGMENT),
+                kv=_padded(key_segments, PADDING_SEGMENT),
             )
             mixed = kernel(*heads, segment_ids=segments)
-            return jnp.swapaxes(mixed, 0, 1)[:steps].astype(v.dtype)
+            return jnp.swapaxes(mixed, 0, 1)[:length].astype(v.dtype)
 
-        return jax.vmap(row)(q, k, v, query_segments, key_segments)
+        return jax.vmap(sequence)(q, k, v, query_segments, key_segments)
 
     return on_shards(
         local,
@@ -62,10 +63,10 @@ def splash_attention(
     )
 
 
-def _kernel(steps: int, heads: int, interpret: bool) -> Any:
-    block = next(size for size in BLOCKS if steps % size == 0)
+def _kernel(length: int, heads: int, interpret: bool) -> Any:
+    block = next(size for size in BLOCKS if length % size == 0)
     return kernels.make_splash_mha(
-        mask=masks.MultiHeadMask([masks.CausalMask((steps, steps))] * heads),
+        mask=masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
         block_sizes=kernels.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -80,8 +81,8 @@ def _kernel(steps: int, heads: int, interpret: bool) -> Any:
     )
 
 
-def _filled(x: Any, value: int) -> Any:
-    """Adds steps to the end of [T, ...] up to a multiple of `LANES`."""
+def _padded(x: Any, value: int) -> Any:
+    """Pads [T, ...] at the end up to a multiple of `LANES`."""
     return jnp.pad(
         x, [(0, -x.shape[0] % LANES)] + [(0, 0)] * (np.ndim(x) - 1), constant_values=value
     )

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from speechlm2_jax.layers.attention import NOT_A_KEY, AttentionMask
+from speechlm2_jax.layers.attention import MASKED_KEY, AttentionMask
 from speechlm2_jax.layers.cache import CachedOutput, KVCache
 from speechlm2_jax.layers.dropout import fold_rngs
 from speechlm2_jax.layers.feed_forward import GatedFeedForward
@@ -98,7 +98,7 @@ class Decoder(nnx.Module):
         place = self._place(
             positions,
             segments,
-            jnp.where(attention_mask, segments, NOT_A_KEY),
+            jnp.where(attention_mask, segments, MASKED_KEY),
             ring_order=time_order(embeds.shape[1]),
         )
         x, _, _ = self._run(embeds, place, rngs=rngs, remat=remat)
@@ -113,7 +113,7 @@ class Decoder(nnx.Module):
         attention_mask: Bool[Array, "B T"],
     ) -> Float[Array, "L B T D"]:
         """Computes the residual stream after each layer, before the final norm."""
-        place = self._place(positions, segments, jnp.where(attention_mask, segments, NOT_A_KEY))
+        place = self._place(positions, segments, jnp.where(attention_mask, segments, MASKED_KEY))
         return self._run(embeds, place, emit=lambda x: x)[2]
 
     def new_cache(self, batch: int, capacity: int, dtype: Any) -> KVCache:
@@ -133,9 +133,9 @@ class Decoder(nnx.Module):
 
         The cache must have T free slots. Equal, step by step, to `__call__` on the whole.
         """
-        cache = cache.announce(attention_mask)
+        cache = cache.reserve(attention_mask)
         queries = jnp.zeros(attention_mask.shape, jnp.int32)
-        key_segments = jnp.where(cache.key_mask, 0, NOT_A_KEY)
+        key_segments = jnp.where(cache.key_mask, 0, MASKED_KEY)
         place = self._place(positions, queries, key_segments, cache.used)
         x, written, _ = self._run(embeds, place, cache=cache)
         return CachedOutput(self.norm(x), written.advance(attention_mask.shape[1]))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from speechlm2_jax.layers.attention import NOT_A_KEY, AttentionMask, attend
+from speechlm2_jax.layers.attention import MASKED_KEY, AttentionMask, attend
 from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.layers.dropout import drop_weights, dropout, fold_rngs
 from speechlm2_jax.layers.linear import Linear
@@ -165,7 +165,7 @@ def _split(
 def _attention_mask(attention_inputs: SpeechAttentionInputs) -> AttentionMask:
     return AttentionMask(
         query_segments=jnp.zeros(attention_inputs.is_real.shape, jnp.int32),
-        key_segments=jnp.where(attention_inputs.attention_mask, 0, NOT_A_KEY),
+        key_segments=jnp.where(attention_inputs.attention_mask, 0, MASKED_KEY),
         offset=attention_inputs.offset,
     )
 

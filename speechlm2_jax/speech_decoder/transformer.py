@@ -184,7 +184,7 @@ class Transformer(nnx.Module):
         The state must have T free slots, which the caller counts. The memory is projected anew.
         """
         is_real = jnp.ones(x.shape[:2], bool) if mask is None else mask
-        cache = state.cache.announce(is_real)
+        cache = state.cache.reserve(is_real)
         attention_inputs = _attention_inputs(x, is_real, memory, memory_mask, cache)
         x, cache, (_, conv_state) = self._run(
             x, attention_inputs, cache=cache, conv_state=state.conv_state

@@ -157,7 +157,7 @@ class CountingDecoder:
         self, embeds: jax.Array, cache: KVCache, *, positions: jax.Array, attention_mask: jax.Array
     ) -> CachedOutput:
         jax.debug.callback(self.calls.append, positions)
-        cache = cache.announce(attention_mask).advance(embeds.shape[1])
+        cache = cache.reserve(attention_mask).advance(embeds.shape[1])
         return CachedOutput(positions[..., None].astype(jnp.float32), cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

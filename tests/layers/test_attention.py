@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from speechlm2_jax.layers.attention import NOT_A_KEY, AttentionMask, attend
+from speechlm2_jax.layers.attention import MASKED_KEY, AttentionMask, attend
 
 ATOL = 1e-5  # one layer in fp32
 B, T, S, N, K, H = 2, 5, 7, 4, 2, 6
@@ -22,7 +22,7 @@ def some_visible() -> AttentionMask:
     """Queries take slots 2..6; row 1 hides two keys and puts its queries in another segment."""
     return AttentionMask(
         query_segments=jnp.asarray([[1] * 5, [2] * 5]),
-        key_segments=jnp.asarray([[1] * 7, [1, 1, 2, NOT_A_KEY, 2, NOT_A_KEY, 2]]),
+        key_segments=jnp.asarray([[1] * 7, [1, 1, 2, MASKED_KEY, 2, MASKED_KEY, 2]]),
         offset=2,
     )
 
@@ -59,7 +59,7 @@ def test_attention_is_a_softmax_over_visible_keys_of_the_group() -> None:
 def test_rows_without_keys_are_finite_with_finite_gradients(dtype: str) -> None:
     nothing = AttentionMask(
         query_segments=jnp.ones((B, T), jnp.int32),
-        key_segments=jnp.full((B, S), NOT_A_KEY),
+        key_segments=jnp.full((B, S), MASKED_KEY),
     )
 
     def total(*qkv: jax.Array) -> jax.Array:

@@ -91,8 +91,8 @@ def test_default_targets_are_query_and_value() -> None:
     [
         ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
         ({"bias": "all"}, "'all'"),
-        ({"r": 0}, "r=0"),
-        ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+        ({"r": 0}, "lora.r: expected at least 1, got 0"),
+        ({"lora_dropout": 1.0}, "lora_dropout: .* got 1.0"),
         ({"target_modules": ("q_proj", "embed_tokens")}, "embed_tokens"),
     ],
 )

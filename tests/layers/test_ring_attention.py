@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from speechlm2_jax.layers.attention import NOT_A_KEY, AttentionMask, attend
+from speechlm2_jax.layers.attention import MASKED_KEY, AttentionMask, attend
 from speechlm2_jax.sharding import constrain, make_sharding, use
 
 B, T, N, K, H = 4, 48, 4, 2, 8
@@ -18,8 +18,8 @@ def rows():
     shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H))
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
     segments = np.sort(rng.integers(1, 4, (B, T)), axis=1).astype(np.int32)  # packed rows
-    keys = np.where(rng.random((B, T)) < 0.2, NOT_A_KEY, segments)
-    keys[:, 0] = NOT_A_KEY  # the first query of every row sees nothing
+    keys = np.where(rng.random((B, T)) < 0.2, MASKED_KEY, segments)
+    keys[:, 0] = MASKED_KEY  # the first query of every row sees nothing
     return arrays, segments, keys.astype(np.int32)
 
 

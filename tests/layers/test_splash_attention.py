@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from speechlm2_jax.layers import attention
-from speechlm2_jax.layers.attention import NOT_A_KEY, AttentionMask, attend
+from speechlm2_jax.layers.attention import MASKED_KEY, AttentionMask, attend
 from speechlm2_jax.layers.splash_attention import splash_attention
 from speechlm2_jax.sharding import make_sharding, use
 
@@ -18,15 +18,17 @@ def rows(width: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     shapes = ((B, T, N, width), (B, T, K, width), (B, T, K, width), (B, T, N, width))
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
     segments = np.sort(rng.integers(1, 4, (B, T)), axis=1).astype(np.int32)  # packed rows
-    keys = np.where(rng.random((B, T)) < 0.2, NOT_A_KEY, segments)
-    keys[:, 0] = NOT_A_KEY  # the first query of every row sees nothing
+    keys = np.where(rng.random((B, T)) < 0.2, MASKED_KEY, segments)
+    keys[:, 0] = MASKED_KEY  # the first query of every row sees nothing
     return arrays, segments, keys.astype(np.int32)
 
 
 def outcome(how, arrays, segments, keys):
     def value(q, k, v, weights):
-        out = how(q, k, v, jnp.asarray(segments), jnp.asarray(keys))
-        seen = AttentionMask(query_segments=segments, key_segments=keys).dense().any(axis=2)
+        segment_ids = jnp.asarray(segments), jnp.asarray(keys)
+        out = how(q, k, v, *segment_ids)
+        mask = AttentionMask(query_segments=segment_ids[0], key_segments=segment_ids[1])
+        seen = mask.dense().any(axis=2)
         out = jnp.where(seen[..., None, None], out, 0.0)
         return jnp.sum(out * weights), out
 
@@ -74,7 +76,9 @@ def test_it_is_chosen_for_whole_rows_on_a_tpu(monkeypatch, platform, steps, offs
     monkeypatch.setattr(attention, "splash_attention", lambda q, *_, **__: used.append(1) or q)
     arrays, segments, keys = rows(8)
     mask = AttentionMask(
-        query_segments=segments[:, :steps], key_segments=keys[:, :steps], offset=offset
+        query_segments=jnp.asarray(segments[:, :steps]),
+        key_segments=jnp.asarray(keys[:, :steps]),
+        offset=offset,
     )
     q, k, v = (jnp.asarray(x[:, :steps]) for x in arrays[:3])
     attend(q, k, v, mask=mask, scale=1.0)
