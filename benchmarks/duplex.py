@@ -1,7 +1,7 @@
 """Times a training step and conversations of a full-duplex model of a named shape.
 
     python -m benchmarks.duplex --preset small --batch 2 --seconds 8
-    python -m benchmarks.duplex --preset tinyllama --dtype bfloat16 --only talk --batch 1
+    python -m benchmarks.duplex --preset tinyllama --dtype bfloat16 --only run --batch 1
 
 The weights are random and all but the codec's are trained; AdamW, clipping at 1.0. Conversations
 are `offline_inference`: of all rows with the agent's audio, of one row with it, and of one row
@@ -48,7 +48,7 @@ def main() -> None:
     if arguments.only != "talk":
         rows.append(_train(work, arguments, result))
     if arguments.only != "train":
-        rows += _talk(work, arguments, result)
+        rows += _conversations(work, arguments, result)
     result["peak_host_memory_gib"] = timing.peak_host_memory_gib()
     result["peak_memory_gib"] = timing.peak_device_memory_gib()
     timing.report(rows, result)
@@ -57,7 +57,7 @@ def main() -> None:
 def load(folder: Path, preset: str, dtype: str) -> DuplexS2SModel:
     """Opens a model of these parts, which are made if they are not there."""
     if not (folder / duplex_parts.CONFIG).exists():
-        timing.say(f"writing the parts of {preset} to {folder} ...")
+        timing.log(f"writing the parts of {preset} to {folder} ...")
         duplex_parts.write(folder, duplex_parts.PRESETS[preset], weights=preset != "tinyllama")
     if (folder / duplex_parts.WEIGHTS).exists():
         return DuplexS2SModel.from_pretrained(folder / duplex_parts.WEIGHTS, dtype=dtype)
@@ -68,7 +68,7 @@ def load(folder: Path, preset: str, dtype: str) -> DuplexS2SModel:
 def _train(
     work: DuplexWork, arguments: argparse.Namespace, result: dict[str, Any]
 ) -> dict[str, Any]:
-    timing.say("compiling the training step ...")
+    timing.log("compiling the training step ...")
     step = work.training(arguments.remat)
     first_s, loss = timing.timed(step)
     taken = timing.measure(step, repeats=arguments.repeats)
@@ -83,7 +83,7 @@ def _train(
     return _row("training step", taken, first_s, arguments.batch * work.sizes.frames)
 
 
-def _talk(
+def _conversations(
     work: DuplexWork, arguments: argparse.Namespace, result: dict[str, Any]
 ) -> list[dict[str, Any]]:
     kinds = {"infer": (arguments.batch, True), "infer1": (1, True), "frame": (1, False)}
@@ -91,17 +91,17 @@ def _talk(
         del kinds["infer"]
     rows = []
     for name, (batch, decode_audio) in kinds.items():
-        timing.say(f"compiling conversations: {name} ...")
-        talk = work.talking(batch, decode_audio=decode_audio)
-        first_s, _ = timing.timed(talk)
-        taken = timing.measure(talk, repeats=max(3, arguments.repeats // 2))
+        timing.log(f"compiling conversations: {name} ...")
+        run = work.conversations(batch, decode_audio=decode_audio)
+        first_s, _ = timing.timed(run)
+        taken = timing.measure(run, repeats=max(3, arguments.repeats // 2))
         result |= {
             f"{name}_s": taken.as_list(),
             f"{name}_processor_s": taken.processor_s,
             f"{name}_first_s": first_s,
         }
-        spoken = "with audio" if decode_audio else "codes only"
-        what = f"offline_inference, {batch} x {arguments.seconds:g} s, {spoken}"
+        output = "with audio" if decode_audio else "codes only"
+        what = f"offline_inference, {batch} x {arguments.seconds:g} s, {output}"
         rows.append(_row(what, taken, first_s, work.sizes.frames))
     result["frame_ms"] = 1e3 * result["frame_s"][0] / work.sizes.frames
     return rows

@@ -93,7 +93,7 @@ PRESETS = {
 
 
 def write(folder: Path, preset: DuplexPreset, *, weights: bool = True) -> None:
-    """Writes all parts; `model.json`, whose presence says that they are whole, comes last."""
+    """Writes all components; `model.json` comes last: where it is, they are complete."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_llm(folder / "llm", preset.llm)
     write_codec(folder / "codec.nemo", preset)

@@ -42,7 +42,7 @@ class Conversations:
         return round(self.seconds / FRAME_S)
 
     def examples(self, vocab_size: int, *, bos: int, eos: int, pad: int) -> list[DuplexExample]:
-        """The agent speaks in the middle half, a token in every other frame.
+        """The agent has the middle half, a token in every other frame.
 
         `benchmarks/peers/nemo_duplex.py` draws the same numbers in the same order.
         """
@@ -55,8 +55,8 @@ class Conversations:
             )
             tokens = np.full(self.frames, pad, np.int32)
             start, end = self.frames // 4, 3 * self.frames // 4
-            said = random.integers(3, vocab_size, self.frames).astype(np.int32)
-            tokens[start:end:2] = said[start:end:2]
+            text = random.integers(3, vocab_size, self.frames).astype(np.int32)
+            tokens[start:end:2] = text[start:end:2]
             tokens[start], tokens[end] = bos, eos
             made.append(
                 DuplexExample(
@@ -122,8 +122,8 @@ class DuplexWork:
         """FLOPs that the maths of a step needs, the codec's not counted."""
         return self.model.flops(self.batch())
 
-    def talking(self, rows: int, *, decode_audio: bool) -> Callable[[], dict[str, Any]]:
-        """A call that answers so many of the conversations."""
+    def conversations(self, rows: int, *, decode_audio: bool) -> Callable[[], dict[str, Any]]:
+        """A call that runs offline inference on `rows` of the conversations."""
         audio = np.stack([example.source_audio for example in self.examples[:rows]])
         lengths = np.full(rows, audio.shape[1], np.int32)
         return lambda: self.model.offline_inference(audio, lengths, decode_audio)

@@ -4,7 +4,7 @@
     python -m benchmarks.loader --config run.yaml data.train_ds.num_workers=4
 
 Takes what train.py takes. A training step that is slower than a batch here never waits for data.
-Needs lhotse and what else the data room needs.
+Needs lhotse and what else the data package needs.
 """
 
 from speechlm2_jax.usage import print_help_if_asked
@@ -24,11 +24,11 @@ from speechlm2_jax.settings import find, ignored_report, load
 def main() -> None:
     """Reads batches and prints the table and the line of JSON."""
     arguments = _arguments()
-    timing.say(f"reading {find(arguments.config)} ...")
+    timing.log(f"reading {find(arguments.config)} ...")
     planning_s, (model, data) = timing.timed(lambda: _data(arguments))
     stream = iter(data.train_batches())
     first_s, first = timing.timed(lambda: next(stream))
-    timing.say(f"reading {arguments.batches} batches ...")
+    timing.log(f"reading {arguments.batches} batches ...")
     taken_s, batches = timing.timed(lambda: list(itertools.islice(stream, arguments.batches)))
     rows = sum(len(batch.ids) for batch in batches)
     megabytes = sum(_bytes(batch.arrays) for batch in batches) / 1e6

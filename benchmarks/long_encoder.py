@@ -49,7 +49,7 @@ ATOL = 1e-4
 LIMIT_GIB = 12.0
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Reports progress."""
     print(text, file=sys.stderr, flush=True)
 
@@ -98,13 +98,13 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=CANARY.n_layers)
     options = parser.parse_args()
     config = FastConformerConfig(**{**vars(CANARY), "n_layers": options.layers})
-    say(f"drawing weights: {config.n_layers} layers of width {config.d_model}")
+    log(f"drawing weights: {config.n_layers} layers of width {config.d_model}")
     variables = draw(lambda: split(FastConformer(config, rngs=nnx.Rngs(0)))[1])
     parameters = sum(x.size for x in variables.values())
-    say(f"{parameters / 1e6:.0f} M values; encoding {options.minutes:g} minutes, blocked")
+    log(f"{parameters / 1e6:.0f} M values; encoding {options.minutes:g} minutes, blocked")
     frames, compiling, running = encode(config, variables, 60 * options.minutes)
     peak = peak_gib()
-    say(f"peak {peak:.2f} GiB, {running:.0f} s; comparing on {options.compare_seconds:g} s")
+    log(f"peak {peak:.2f} GiB, {running:.0f} s; comparing on {options.compare_seconds:g} s")
     result = {
         "device": jax.devices()[0].device_kind,
         "layers": config.n_layers,

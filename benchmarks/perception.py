@@ -80,7 +80,7 @@ def main() -> None:
     result: dict[str, Any] = {**vars(arguments), "dtype": dtype, "machine": timing.machine()}
     rows = []
     for name, call in work.calls().items():
-        timing.say(f"{name} ...")
+        timing.log(f"{name} ...")
         first_s, _ = timing.timed(call)
         taken = timing.measure(call, repeats=arguments.repeats)
         result |= {f"{name}_s": taken.as_list(), f"{name}_processor_s": taken.processor_s}

@@ -1,10 +1,10 @@
-"""Times a training step and an answer of a SALM of a named shape, random weights and features.
+"""Times a training step and a generation of a SALM of a named shape, random weights and features.
 
     python -m benchmarks.salm --preset small --batch 4 --seconds 8
     python -m benchmarks.salm --preset canary-qwen-2.5b --dtype bfloat16 --batch 32 --seconds 15
 
 Encoder, projection and the LoRA adapters on query and value are trained, the LLM is frozen; AdamW,
-clipping at 1.0. Answers are greedy and exactly `--answer` tokens long. Needs the JAX stack only.
+clipping at 1.0. Generation is greedy and exactly `--answer` tokens long. Needs the JAX stack only.
 """
 
 from speechlm2_jax.usage import print_help_if_asked
@@ -33,9 +33,9 @@ def main() -> None:
         batch=arguments.batch,
         seconds=arguments.seconds,
         prompt=arguments.prompt,
-        answer=arguments.answer,
+        response=arguments.answer,
     )
-    timing.say(f"making {arguments.preset} with random weights ...")
+    timing.log(f"making {arguments.preset} with random weights ...")
     work = Work(preset, sizes, preset.network(dtype=dtype, remat=arguments.remat))
     result: dict[str, Any] = {
         **vars(arguments),
@@ -48,14 +48,14 @@ def main() -> None:
     if arguments.only != "answer":
         rows.append(_train(work, arguments.repeats, result))
     if arguments.only != "train":
-        rows.append(_answer(work, max(3, arguments.repeats // 2), result))
+        rows.append(_generation(work, max(3, arguments.repeats // 2), result))
     result["peak_host_memory_gib"] = timing.peak_host_memory_gib()
     result["peak_memory_gib"] = timing.peak_device_memory_gib()
     timing.report(rows, result)
 
 
 def _train(work: Work, repeats: int, result: dict[str, Any]) -> dict[str, Any]:
-    timing.say("compiling the training step ...")
+    timing.log("compiling the training step ...")
     step = work.training()
     compile_s, first_loss = timing.timed(step)
     taken = timing.measure(step, repeats=repeats)
@@ -75,9 +75,9 @@ def _train(work: Work, repeats: int, result: dict[str, Any]) -> dict[str, Any]:
     return _row("training step", taken, compile_s, flops, mfu, audio_s)
 
 
-def _answer(work: Work, repeats: int, result: dict[str, Any]) -> dict[str, Any]:
-    timing.say("compiling the answer ...")
-    generate = work.answering()
+def _generation(work: Work, repeats: int, result: dict[str, Any]) -> dict[str, Any]:
+    timing.log("compiling the generation ...")
+    generate = work.generation()
     compile_s, _ = timing.timed(generate)
     taken = timing.measure(generate, repeats=repeats)
     audio_s = work.sizes.batch * work.sizes.seconds
@@ -117,7 +117,12 @@ def _arguments() -> argparse.Namespace:
     add("--batch", type=int, default=4)
     add("--seconds", type=float, default=4.0, help="audio per row")
     add("--prompt", type=int, default=16, help="prompt tokens")
-    add("--answer", type=int, default=32, help="answer tokens; also the number generated")
+    add(
+        "--answer",
+        type=int,
+        default=32,
+        help="response tokens of a training sequence; also the number generated",
+    )
     add("--repeats", type=int, default=5)
     add("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, else bfloat16")
     add("--remat", choices=("none", "dots", "full"), default="none")

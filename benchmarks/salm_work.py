@@ -1,4 +1,4 @@
-"""The work that is timed: a training step and an answer of a SALM, on random mel features.
+"""The work that is timed: a training step and a generation of a SALM, on random mel features.
 
 Everything that runs is the project's own: `networks.salm` behind the mel features, the trainer's
 `Programs`, and `generation.salm.decode`. The arithmetic is timed, not the data.
@@ -37,12 +37,12 @@ LEARNING_RATE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """One batch: rows of `prompt` tokens, the audio, and `answer` tokens."""
+    """One batch: rows of `prompt` tokens, the audio, and `response` tokens."""
 
     batch: int = 4
     seconds: float = 8.0
     prompt: int = 16
-    answer: int = 32
+    response: int = 32
 
     @property
     def mel_frames(self) -> int:
@@ -194,8 +194,8 @@ class Work:
 
         return step
 
-    def answering(self) -> Callable[[], np.ndarray]:
-        """A call that answers every row with exactly `sizes.answer` tokens, greedily."""
+    def generation(self) -> Callable[[], np.ndarray]:
+        """A call that generates exactly `sizes.response` tokens per prompt, greedily."""
         prefilling, decoding = self._prefilling()
         return lambda: np.asarray(decoding(prefilling())[0])
 
@@ -205,22 +205,22 @@ class Work:
         return lambda: jax.block_until_ready(prefilling())
 
     def _prefilling(self) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-        config = DecodingConfig(max_new_tokens=self.sizes.answer, stop_ids=(), pad_id=0)
+        config = DecodingConfig(max_new_tokens=self.sizes.response, stop_ids=(), pad_id=0)
         batch = self.programs.put(replace(self.training_batch, arrays=self._batch(0)))
         given = (self.graphdef, self.variables)
         return lambda: prefill(*given, batch, config), lambda state: decode(*given, state, config)
 
     @cached_property
     def training_batch(self) -> HostBatch:
-        """Rows of prompt, audio and answer, each answer token a target."""
-        return HostBatch(arrays=self._batch(self.sizes.answer), ids=(), bucket="")
+        """Sequences of prompt, audio and response, each response token a target."""
+        return HostBatch(arrays=self._batch(self.sizes.response), ids=(), bucket="")
 
     def training_flops(self) -> float:
         """FLOPs that the maths of a step needs (`networks.flops`)."""
         return self._flops(self.trains)
 
     def forward_flops(self) -> float:
-        """FLOPs of one pass over prompts and answers."""
+        """FLOPs of one pass over prompts and responses."""
         return self._flops(dict.fromkeys(self.trains, False))
 
     def _flops(self, trains: dict[str, bool]) -> float:
@@ -229,25 +229,25 @@ class Work:
         return salm_flops(
             self.infos,
             trains,
-            self._batch(self.sizes.answer).rows,
+            self._batch(self.sizes.response).rows,
             EncodedAudio(
                 encoded=frames, adapted=frames, subsampling_factor=encoder.subsampling_factor
             ),
         )
 
-    def _batch(self, answer: int) -> MelBatch:
-        """Rows of prompt, audio and so many answer tokens, all of one length."""
+    def _batch(self, response: int) -> MelBatch:
+        """Sequences of prompt, audio and `response` tokens, all of one length."""
         sizes, llm = self.sizes, self.config.llm
         frames = self.config.perception.encoder.frame_count(sizes.mel_frames)
-        steps = sizes.prompt + frames + answer
-        shape = (1, sizes.batch, steps)
-        start, first_answer = sizes.prompt, sizes.prompt + frames
+        tokens = sizes.prompt + frames + response
+        shape = (1, sizes.batch, tokens)
+        start, first_response = sizes.prompt, sizes.prompt + frames
         ids = self._random.integers(10, llm.vocab_size, shape).astype(np.int32)
         place = np.full(shape, -1, np.int32)
         clip = np.arange(sizes.batch, dtype=np.int32)[None, :, None] * frames
-        place[..., start:first_answer] = clip + np.arange(frames, dtype=np.int32)
+        place[..., start:first_response] = clip + np.arange(frames, dtype=np.int32)
         is_scored = np.zeros(shape, bool)
-        is_scored[..., first_answer - 1 : steps - 1] = answer > 0
+        is_scored[..., first_response - 1 : tokens - 1] = response > 0
         numbers = np.arange(sizes.batch, dtype=np.int32)[None]
         rows = SalmBatch(
             audio=np.zeros((1, sizes.batch, 0), np.float32),
@@ -258,7 +258,7 @@ class Work:
             audio_index=place,
             attention_mask=np.ones(shape, bool),
             segments=np.ones(shape, np.int32),
-            positions=np.broadcast_to(np.arange(steps, dtype=np.int32), shape).copy(),
+            positions=np.broadcast_to(np.arange(tokens, dtype=np.int32), shape).copy(),
             targets=np.where(is_scored, np.roll(ids, -1, axis=-1), 0),
             loss_mask=is_scored,
             row_ids=numbers,

@@ -4,7 +4,7 @@ r"""Takes turns with two benchmarks, A B A B, and prints the ratio of every time
         --against "python torch_peer.py --preset small --seconds 8" --rounds 4
 
 Each command prints one line of JSON; keys that end in `_s` are seconds (a number, or
-[median, fastest, slowest]) and are compared. A ratio above 1 says that the first is faster; its
+[median, fastest, slowest]) and are compared. A ratio above 1 means that the first is faster; its
 spread is over the rounds. Both run on the same `--cores`, one after the other, never at once.
 """
 
@@ -36,10 +36,10 @@ def main() -> None:
     for number in range(1, arguments.rounds + 1):
         results = {}
         for name, command in commands.items():
-            timing.say(f"round {number} of {arguments.rounds}: {name} (load {_load()})")
+            timing.log(f"round {number} of {arguments.rounds}: {name} (load {_load()})")
             results[name] = run(shlex.split(command))
         rounds.append(results)
-        timing.say(", ".join(f"{k} {v:.2f}x" for k, v in ratios(results).items()))
+        timing.log(", ".join(f"{k} {v:.2f}x" for k, v in ratios(results).items()))
     counts = {key: [rounds[0][name].get(key) for name in commands] for key in COUNTS}
     for key, (ours, theirs) in counts.items():
         print(f"{key}: ours {ours}, theirs {theirs}{'' if ours == theirs else ' (THEY DIFFER)'}")
@@ -54,7 +54,7 @@ def main() -> None:
 def run(command: Sequence[str]) -> Result:
     """Runs a command and reads its last line of JSON.
 
-    Raises SystemExit with what it said if it fails or prints none.
+    Raises SystemExit with its error output if it fails or prints none.
     """
     done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]

@@ -1,11 +1,11 @@
-"""Times fresh processes: the import, the first answer and the first training step.
+"""Times fresh processes: the import, the first response and the first training step.
 
     python -m benchmarks.startup --config salm --rounds 3
 
 Each is a process of its own, started with an empty cache of compiled programs (cold) and then with
-what the first has left there (warm). The answer is to one second of noise on the parts of the
-config, whose weights are what a run would start from; its time is from the start of the process.
-Needs everything that train.py needs.
+what the first has left there (warm). The response is to one second of noise, with the pretrained
+components of the config; its time is from the start of the process. Needs everything that train.py
+needs.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks import timing
 
 DONE = "done"
 IMPORT = f"import speechlm2_jax as slm; slm.models.SALM; print('{DONE}', flush=True)"
-ANSWER = f"""
+RESPONSE = f"""
 import sys
 
 import numpy as np
@@ -49,7 +49,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for what, (command, awaited) in _processes(arguments.config, Path(folder)).items():
-            timing.say(f"{what}: cold, then {arguments.rounds} times warm ...")
+            timing.log(f"{what}: cold, then {arguments.rounds} times warm ...")
             name = what.replace(" ", "_")
             cache = Path(folder) / name
             times = [_seconds(command, awaited, cache) for _ in range(arguments.rounds + 1)]
@@ -68,7 +68,7 @@ def _processes(config: str, folder: Path) -> dict[str, tuple[Sequence[str], str]
     fresh = "++exp_manager.resume_if_exists=false"
     return {
         "import": ([sys.executable, "-c", IMPORT], DONE),
-        "first answer": ([sys.executable, "-c", ANSWER, config], DONE),
+        "first response": ([sys.executable, "-c", RESPONSE, config], DONE),
         "first training step": (
             [sys.executable, str(train), "--config", config, run, fresh],
             "step 1/",
@@ -77,13 +77,13 @@ def _processes(config: str, folder: Path) -> dict[str, tuple[Sequence[str], str]
 
 
 def _seconds(command: Sequence[str], awaited: str, cache: Path) -> float:
-    """Seconds until a process says the awaited line; it is stopped then.
+    """Seconds until a process prints the awaited line; it is stopped then.
 
-    Raises SystemExit with what it said if it ends without.
+    Raises SystemExit with its output if it ends before.
     """
     env = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     start = time.perf_counter()
-    said = []
+    output = []
     with subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -93,8 +93,8 @@ def _seconds(command: Sequence[str], awaited: str, cache: Path) -> float:
                 taken_s = time.perf_counter() - start
                 process.kill()
                 return taken_s
-            said.append(line)
-    raise SystemExit(f"a process ended early:\n{''.join(said)}")
+            output.append(line)
+    raise SystemExit(f"a process ended early:\n{''.join(output)}")
 
 
 def _arguments() -> argparse.Namespace:

@@ -68,7 +68,7 @@ def peak_host_memory_gib() -> float:
 
 
 def peak_device_memory_gib() -> float | None:
-    """The most that the first device has held at once; None where it does not say (CPUs)."""
+    """The most that the first device has held at once; None where that is not known (CPUs)."""
     import jax
 
     statistics_of_it = jax.devices()[0].memory_stats() or {}
@@ -111,7 +111,7 @@ def report(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> None
     print(json.dumps(result), flush=True)
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Says what is being done; standard output holds results only."""
     print(line, file=sys.stderr, flush=True)
 

@@ -82,7 +82,7 @@ Weights = dict[str, np.ndarray]
 
 
 def agent_frames(split: str) -> np.ndarray:
-    """All frames [n, FRAME] in which the agent of the dialogs is heard."""
+    """All frames [n, FRAME] in which the agent of the dialogs has a turn."""
     found = []
     for line in (DIALOGS / f"{split}.jsonl").read_text().splitlines():
         source = json.loads(line)["custom"]["target_audio"]["sources"][0]["source"]
@@ -189,11 +189,11 @@ def main() -> None:
     codec = AudioCodec(CONFIG)
     values = variables(codec, kernels(*fit(agent_frames("train").astype(np.float64))))
     write_nemo(TARGET, CONFIG, mapping.export(values, codec_table(codec.config)), {})
-    heard = agent_frames("validation").reshape(1, -1)
+    recorded = agent_frames("validation").reshape(1, -1)
     codec = AudioCodec.from_pretrained(TARGET)
-    codes, frames = codec.encode(heard, [heard.shape[1]])
-    spoken = np.asarray(codec.decode(codes, frames).audio)
-    snr_db = 10 * np.log10(np.square(heard).sum() / np.square(heard - spoken).sum())
+    codes, frames = codec.encode(recorded, [recorded.shape[1]])
+    decoded = np.asarray(codec.decode(codes, frames).audio)
+    snr_db = 10 * np.log10(np.square(recorded).sum() / np.square(recorded - decoded).sum())
     print(f"{TARGET.name}: {TARGET.stat().st_size / 1e6:.2f} MB, {snr_db:.1f} dB on validation")
 
 

@@ -3,9 +3,9 @@
     python -m tools.make_tiny_encoder WORK_FOLDER
 
 WORK_FOLDER gets the tokenizer, the speech (tools/corpus/make_pretraining_speech.py, made first if
-it is not there) and the training's state; stopped, the same command goes on. The architecture is
-that of configs/parts/tiny_encoder.yaml. Neither a test sentence nor a test voice is seen: texts and
-voices are those of tools/corpus/texts.py and synthesis.PRETRAINING_VOICES.
+it is not there) and the training's state; after a stop the same command resumes. The architecture
+is that of configs/parts/tiny_encoder.yaml. Neither a test sentence nor a test voice is seen: texts
+and voices are those of tools/corpus/texts.py and synthesis.PRETRAINING_VOICES.
 """
 
 from speechlm2_jax.usage import print_help_if_asked
@@ -33,7 +33,7 @@ ROUNDS = (  # texts, utterances; steps, first and last rate, weights of the two 
     ("mixed", 16_000, dict(steps=7500, rates=(2e-3, 4e-4), phonetic_weight=1.0, ctc_weight=0.5)),
     # English alone is learned by heart: then phrases in no order, and less help
     ("glued", 16_000, dict(steps=4500, rates=(8e-4, 1e-5), phonetic_weight=0.5, ctc_weight=1.0)),
-    # and at last no sentence at all, so that it hears known sentences no better than new ones
+    # and at last no sentence at all, so that it transcribes known sentences no better than new ones
     ("phrases", 20_000, dict(steps=6000, rates=(6e-4, 1e-5), phonetic_weight=0.5, ctc_weight=1.0)),
 )
 

@@ -1,8 +1,8 @@
 """First steps of a speech encoder: which phoneme sounds when, as the synthesizer itself tells.
 
-CTC alone needs thousands of steps of small batches before it hears anything. The phonemes of every
-20 ms are four times as many answers as there are frames, each right next to its sound; the CTC loss
-beside them learns to spell on the way.
+CTC alone needs thousands of steps of small batches before it transcribes anything. The phonemes of
+every 20 ms are four times as many targets as there are frames, each right next to its sound; the
+CTC loss beside them learns to spell on the way.
 """
 
 import json
@@ -60,7 +60,7 @@ class PhoneticNetwork(CtcNetwork):
         width = config.encoder.width
         self.phonemes = Linear(width, PARTS * phonemes, axes=(None, "embed"), rngs=rngs)
 
-    def hear(
+    def phonetic_logits(
         self, audio: jax.Array, lengths: jax.Array, keys: jax.Array
     ) -> tuple[jax.Array, jax.Array, EncoderOutput]:
         """Scores of phonemes [B, T, PARTS, phonemes] and pieces [B, T, C] in audio [B, S].
@@ -153,7 +153,9 @@ def losses(
 
     Returns the sum and (metrics, new batch-norm statistics).
     """
-    phonetic, logits, encoded = network.hear(batch["audio"], batch["audio_lengths"], keys)
+    phonetic, logits, encoded = network.phonetic_logits(
+        batch["audio"], batch["audio_lengths"], keys
+    )
     log_probs = jax.nn.log_softmax(phonetic)
     wanted = batch["phonemes"][..., None]
     is_frame = jnp.arange(log_probs.shape[1])[None] < encoded.lengths[:, None]

@@ -55,9 +55,9 @@ def main() -> int:
         run = Run(arguments.tiny, environment(Path(cache), arguments.tiny), log)
         machine = run.machine()
         if machine["machine"]["platform"] == "cpu" and not arguments.tiny:
-            timing.say("no accelerator was found; --tiny measures on a CPU")
+            timing.log("no accelerator was found; --tiny measures on a CPU")
             return 2
-        timing.say(f"{machine['machine']['devices']}, {_versions(machine)}; log: {log_path}")
+        timing.log(f"{machine['machine']['devices']}, {_versions(machine)}; log: {log_path}")
         result: dict[str, Any] = {**machine, "tiny": arguments.tiny, "parts": {}, "rows": []}
         chosen = [p for p in deadlines(PARTS) if p[0].name in (arguments.only or p[0].name)]
         # tiny parts, whose times mean nothing, run two at a time
@@ -116,7 +116,7 @@ class Run:
                 break
             if line.startswith("{"):
                 rows.append(json.loads(line))
-                timing.say(_line(rows[-1]))
+                timing.log(_line(rows[-1]))
         _end(process, EXIT_S if reason is None else 0.0)
         reader.join()
         if reason is None and process.returncode:
@@ -124,7 +124,7 @@ class Run:
         if reason is not None or not rows:
             reason = reason or "the process printed no result"
             row = {"part": name, "what": "-", "status": "failed", "reason": reason}
-            timing.say(_line(row))
+            timing.log(_line(row))
             rows.append(row)
         return rows, time.monotonic() - started
 

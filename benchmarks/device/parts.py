@@ -113,9 +113,9 @@ def _conversations(plan: Plan, folder: Path) -> DuplexWork:
 
 
 def _converse(plan: Plan, work: DuplexWork, batch: int, with_audio: bool) -> Row:
-    talk = work.talking(batch, decode_audio=with_audio)
-    taken, row = called(lambda: jax.block_until_ready(talk()), max(3, plan.repeats // 2))
-    frames = int(talk()["tokens_len"][0])
+    run = work.conversations(batch, decode_audio=with_audio)
+    taken, row = called(lambda: jax.block_until_ready(run()), max(3, plan.repeats // 2))
+    frames = int(run()["tokens_len"][0])
     return {
         **row,
         "rate": 1e3 * taken.median_s / frames,

@@ -74,7 +74,7 @@ class Plan:
 
     def training_sizes(self, seconds: float, batch: int) -> Sizes:
         """One training batch."""
-        return Sizes(batch=batch, seconds=seconds, prompt=self.prompt, answer=self.target)
+        return Sizes(batch=batch, seconds=seconds, prompt=self.prompt, response=self.target)
 
     def generation_sizes(self, batch: int) -> Sizes:
         """One batch of prompts."""
@@ -82,7 +82,7 @@ class Plan:
             batch=batch,
             seconds=self.generation_seconds,
             prompt=self.prompt,
-            answer=self.new_tokens,
+            response=self.new_tokens,
         )
 
 
@@ -155,7 +155,7 @@ def peer_gib(work: Work, itemsize: int) -> float:
 def generation_gib(work: Work, itemsize: int) -> float:
     """Memory that weights, KV cache and the encoder's feature maps of a batch need, about."""
     llm, sizes = work.config.llm, work.sizes
-    positions = sizes.batch * (_frames(work) + sizes.prompt + sizes.answer)
+    positions = sizes.batch * (_frames(work) + sizes.prompt + sizes.response)
     cache = 2 * itemsize * llm.layers * llm.kv_heads * llm.head_width * positions
     return (work.weight_bytes + 2 * cache + _feature_maps(work)) / GIB
 
@@ -164,7 +164,7 @@ def _activations(work: Work, kept: float) -> float:
     llm, encoder, sizes = work.config.llm, work.config.perception.encoder, work.sizes
     frames = _frames(work)
     units = frames * encoder.n_layers * encoder.d_model
-    units += (frames + sizes.prompt + sizes.answer) * llm.layers * llm.width
+    units += (frames + sizes.prompt + sizes.response) * llm.layers * llm.width
     return sizes.batch * units * kept + _feature_maps(work)
 
 

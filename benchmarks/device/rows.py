@@ -32,7 +32,7 @@ class Rows:
         return self._until - time.monotonic()
 
     def fits(self, needed_gib: float) -> bool:
-        """True if the device has so much memory, or does not say how much it has."""
+        """True if the device has so much memory, or does not report how much it has."""
         return self.limit_gib is None or needed_gib <= self.limit_gib
 
     def measure(
@@ -45,7 +45,7 @@ class Rows:
         if needed_s > self.left_s:
             reason = f"needs about {needed_s:.0f} s, {max(self.left_s, 0):.0f} s are left"
             return self.put(what, "skipped", reason=reason)
-        timing.say(f"{self._part}: {what} ...")
+        timing.log(f"{self._part}: {what} ...")
         try:
             numbers = call()
         except Exception as error:

@@ -15,7 +15,7 @@ from speechlm2_jax.training.run.throughput import peak_flops
 
 
 def device_gib() -> float | None:
-    """Memory that this process may take of the first device; None where it does not say."""
+    """Memory that this process may take of the first device; None where that is not known."""
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     return None if limit is None else limit / GIB
 
@@ -95,7 +95,7 @@ def generation(plan: Plan, rows: Rows) -> None:
 
 
 def _generate(plan: Plan, work: Work) -> Row:
-    taken, row = called(work.answering(), max(3, plan.repeats // 2))
+    taken, row = called(work.generation(), max(3, plan.repeats // 2))
     prefilled = timing.measure(work.prefilling(), repeats=3)
     decoding_s = max(taken.median_s - prefilled.median_s, 0.0)
     token_ms = 1e3 * decoding_s / (plan.new_tokens - 1)

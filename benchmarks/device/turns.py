@@ -1,6 +1,6 @@
 """This package and a PyTorch peer take turns on the same training step and generation: A B A B.
 
-Both stay loaded, each in a process of its own that answers commands (`train 3`: three steps), so
+Both stay loaded, each in a process of its own that runs commands (`train 3`: three steps), so
 that nothing is compiled twice and one of them works at a time. Only their first calls, which
 compile, run side by side. The peer is `benchmarks/peers/torch_peer.py`, run by the interpreter
 that PEER_PYTHON names, or by the one that runs this.
@@ -52,7 +52,7 @@ SIDES = {OURS: "", "PyTorch": "", "PyTorch, torch.compile": "-compiled"}
 
 
 class Worker:
-    """A process that answers each line with a line of JSON."""
+    """A process that replies to each line with a line of JSON."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None):
         self._process = subprocess.Popen(
@@ -154,8 +154,8 @@ def peer_is_missing() -> str | None:
     done = subprocess.run([python, "-c", HAS_PEER], capture_output=True, text=True)
     if done.returncode == 0:
         return None
-    said = done.stderr.strip().splitlines()[-1:] or ["it ended without a message"]
-    return f"{said[0]} ({python}; {PEER_PYTHON} names another interpreter)"
+    message = done.stderr.strip().splitlines()[-1:] or ["it ended without a message"]
+    return f"{message[0]} ({python}; {PEER_PYTHON} names another interpreter)"
 
 
 def common_batch(plan: Plan, rows: Rows) -> int | None:
@@ -204,7 +204,7 @@ def take_turns(
     repeats = max(1, plan.repeats // 2)
     rounds: list[dict[str, list[float]]] = []
     for _ in range(plan.rounds):
-        timing.say(f"pytorch: {what}: round {len(rounds) + 1} of {plan.rounds} ...")
+        timing.log(f"pytorch: {what}: round {len(rounds) + 1} of {plan.rounds} ...")
         rounds.append({side: ask(rows, workers, kind, side, repeats)["times_s"] for side in sides})
     for side in sides:
         times = [second for each in rounds for second in each[side]]
@@ -228,7 +228,7 @@ def first_calls(
     rows: Rows, workers: Mapping[str, Worker], kind: str
 ) -> tuple[dict[str, Row], dict[str, str]]:
     """The first call of each side, and why some failed. Raises if this package's own fails."""
-    timing.say(f"pytorch: first calls of {kind} ...")
+    timing.log(f"pytorch: first calls of {kind} ...")
     workers[OURS].send(f"{kind} 0")
     firsts, failures = {}, {}
     for side in list(SIDES)[1:]:
@@ -287,7 +287,7 @@ def serve(plan: Plan, batch: int) -> None:
 
 def _generating(plan: Plan, batch: int) -> Callable[[], Any]:
     work: Work = generation_work(plan, batch)
-    return work.answering()
+    return work.generation()
 
 
 def main() -> None:

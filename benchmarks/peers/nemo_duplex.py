@@ -53,14 +53,14 @@ def main() -> None:
             del kinds["infer"]
         model.eval()
         for name, (rows, decode_audio) in kinds.items():
-            talk = talking(model, batch, rows, decode_audio)
-            result |= measure(name, name, talk, max(3, arguments.repeats // 2))
+            run = conversations(model, batch, rows, decode_audio)
+            result |= measure(name, name, run, max(3, arguments.repeats // 2))
         result["frame_ms"] = 1e3 * result["frame_s"][0] / round(arguments.seconds / FRAME_S)
     print(json.dumps(result), flush=True)
 
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
-    """NeMo's model of these parts, with the weights that lie beside them if there are any."""
+    """NeMo's model of these parts, with the weights beside them if there are any."""
     from nemo.collections.speechlm2.models import DuplexS2SModel
     from safetensors.torch import load_file
 
@@ -95,8 +95,8 @@ def make_batch(model: Any, rows: int, frames: int) -> dict[str, torch.Tensor]:
             found.append(random.uniform(-0.3, 0.3, samples).astype(np.float32))
         tokens = np.full(frames, model.text_pad_id, np.int64)
         start, end = frames // 4, 3 * frames // 4
-        said = random.integers(3, vocab_size, frames)
-        tokens[start:end:2] = said[start:end:2]
+        text = random.integers(3, vocab_size, frames)
+        tokens[start:end:2] = text[start:end:2]
         tokens[start], tokens[end] = model.text_bos_id, model.text_eos_id
         channels.append(tokens)
     batch = {
@@ -126,10 +126,10 @@ def training(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], float]:
     return step
 
 
-def talking(
+def conversations(
     model: Any, batch: dict[str, torch.Tensor], rows: int, decode_audio: bool
 ) -> Callable[[], Any]:
-    """A call that answers so many of the conversations."""
+    """A call that runs offline inference on so many of the conversations."""
     audio, lengths = batch["source_audio"][:rows], batch["source_audio_lens"][:rows]
     return lambda: model.offline_inference(audio.clone(), lengths.clone(), decode_audio)
 

@@ -114,8 +114,8 @@ def main() -> None:
         result |= measure("train_step", "train", step, arguments.repeats)
     if arguments.only != "train":
         model.eval()
-        answer = answering(model, batch, arguments.prompt, arguments.answer)
-        result |= measure("generate", "generate", answer, max(3, arguments.repeats // 2))
+        run = generation(model, batch, arguments.prompt, arguments.answer)
+        result |= measure("generate", "generate", run, max(3, arguments.repeats // 2))
     print(json.dumps(result), flush=True)
 
 
@@ -195,7 +195,7 @@ def write_llm(folder: Path, sizes: dict[str, Any]) -> None:
 
 
 def make_batch(model, preset: dict[str, Any], sizes: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Rows of prompt, one clip and an answer, every answer token a target."""
+    """Sequences of prompt, one clip and a response, every response token a target."""
     frames = int(sizes.seconds * FRAMES_PER_S)
     samples = frames * HOP
     mel = torch.randn(sizes.batch, preset["mel"], frames)
@@ -204,13 +204,13 @@ def make_batch(model, preset: dict[str, Any], sizes: argparse.Namespace) -> dict
     count = preset["llm"]["vocab_size"]
     text = torch.randint(10, count, (sizes.batch, sizes.prompt + 1 + sizes.answer))
     text[:, sizes.prompt] = model.audio_locator_tag_id
-    is_answer = torch.zeros_like(text, dtype=torch.bool)
-    is_answer[:, sizes.prompt + 1 :] = True
+    is_response = torch.zeros_like(text, dtype=torch.bool)
+    is_response[:, sizes.prompt + 1 :] = True
     return {
         "audios": torch.zeros(sizes.batch, samples),
         "audio_lens": torch.full((sizes.batch,), samples),
         "input_ids": text,
-        "loss_mask": is_answer,
+        "loss_mask": is_response,
     }
 
 
@@ -230,14 +230,14 @@ def training(model, batch):
     return step
 
 
-def answering(model, batch, prompt: int, answer: int):
-    """A call that answers every row with exactly `answer` tokens, greedily."""
+def generation(model, batch, prompt: int, new_tokens: int):
+    """A call that generates exactly `new_tokens` tokens per prompt, greedily."""
     return lambda: model.generate(
         prompts=batch["input_ids"][:, : prompt + 1],
         audios=batch["audios"],
         audio_lens=batch["audio_lens"],
-        max_new_tokens=answer,
-        min_new_tokens=answer,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
         do_sample=False,
     )
 

@@ -9,7 +9,7 @@ AdamW; encoder, projection and LoRA are trained. Generation is greedy, `--new-to
 Weights and optimizer state have `--dtype`. The head scores the positions of targets only.
 `--compile` compiles each layer (torch's regional compilation) and generates with a static cache.
 
-`--serve` answers commands instead, one a line (train, train-compiled, generate, generate-compiled),
+`--serve` runs commands instead, one a line (train, train-compiled, generate, generate-compiled),
 so that two programs can take turns: benchmarks/device/turns.py. Needs torch and transformers >= 5.
 """
 
@@ -109,11 +109,11 @@ class PeerSalm(nn.Module):
         prompt, *rest = (table(ids) for ids in token_ids)
         return torch.cat([prompt, frames, *rest], dim=1)
 
-    def loss(self, mel, prompt, answer):
-        """Mean cross entropy of the answer's tokens."""
-        embeds, count = self.embed(mel, prompt, answer), answer.shape[1]
+    def loss(self, mel, prompt, response):
+        """Mean cross entropy of the response's tokens."""
+        embeds, count = self.embed(mel, prompt, response), response.shape[1]
         output = self.llm(inputs_embeds=embeds, logits_to_keep=count + 1, use_cache=False)
-        return F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), answer.flatten())
+        return F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), response.flatten())
 
 
 def encoder_config(mel_bins, width, layers, heads):
@@ -165,7 +165,7 @@ class Work:
         ids = torch.randint(
             10, vocabulary, (rows, arguments.prompt + arguments.answer), **on_device
         )
-        self.prompt, self.answer = ids[:, : arguments.prompt], ids[:, arguments.prompt :]
+        self.prompt, self.response = ids[:, : arguments.prompt], ids[:, arguments.prompt :]
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, foreach=True)
 
@@ -182,7 +182,7 @@ class Work:
     def train(self):
         """Takes one optimizer step and waits for it; gives the loss."""
         self.model.train()
-        loss = self.model.loss(self.mel, self.prompt, self.answer)
+        loss = self.model.loss(self.mel, self.prompt, self.response)
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
@@ -227,13 +227,13 @@ def serve(work):
             call = calls[kind]
             if compiled and kind == "generate":
                 call = lambda: work.generate(static_cache=True)  # noqa: E731
-            answer = {} if name in seen else {"first_call_s": seconds(call)}
+            reply = {} if name in seen else {"first_call_s": seconds(call)}
             seen.add(name)
-            answer["times_s"] = [seconds(call) for _ in range(int(repeats[0]))]
-            answer["peak_memory_gib"] = work.peak_memory_gib()
+            reply["times_s"] = [seconds(call) for _ in range(int(repeats[0]))]
+            reply["peak_memory_gib"] = work.peak_memory_gib()
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), flush=True)
 
 
 def seconds(call):
@@ -287,8 +287,8 @@ def _arguments():
     add("--batch", type=int, default=4)
     add("--seconds", type=float, default=4.0, help="audio per row")
     add("--prompt", type=int, default=16, help="prompt tokens")
-    add("--answer", type=int, default=32, help="target tokens of a training row")
-    add("--new-tokens", type=int, help="generated per row; as many as --answer by default")
+    add("--answer", type=int, default=32, help="target tokens of a training sequence")
+    add("--new-tokens", type=int, help="generated per prompt; as many as --answer by default")
     add("--repeats", type=int, default=5)
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--compile", action="store_true")

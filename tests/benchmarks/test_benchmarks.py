@@ -27,7 +27,7 @@ def small_work():
     preset = replace(
         PRESETS["tiny"], encoder_layers=1, encoder_width=16, encoder_heads=2, llm=llm, mel_bins=8
     )
-    sizes = Sizes(batch=2, seconds=0.4, prompt=3, answer=4)
+    sizes = Sizes(batch=2, seconds=0.4, prompt=3, response=4)
     return Work(preset, sizes, preset.network())
 
 
@@ -38,7 +38,7 @@ def test_presets_have_the_peers_parameters(name, monkeypatch):
     assert (work.count(), work.count(trained_only=True)) == PEER_COUNTS[name]
 
 
-def test_only_answers_are_scored_and_all_of_them(small_work):
+def test_only_responses_are_scored_and_all_of_them(small_work):
     rows = small_work.training_batch.arrays.rows
     frames = 5  # 40 mel frames over 8
     assert rows.tokens.shape == (1, 2, 3 + frames + 4)
@@ -55,8 +55,8 @@ def test_training_step_learns_its_batch(small_work):
     assert losses[2] < losses[0]
 
 
-def test_answers_have_exactly_the_asked_tokens(small_work):
-    ids = small_work.answering()()
+def test_responses_have_exactly_the_asked_tokens(small_work):
+    ids = small_work.generation()()
     assert ids.shape == (2, 4)
     assert ((ids >= 0) & (ids < 64)).all()
 

@@ -41,7 +41,7 @@ def test_training_learns_and_conversations_are_as_long_as_asked(work):
     step = work.training("none")
     losses = [step() for _ in range(3)]
     assert losses[2] < losses[0]
-    result = work.talking(1, decode_audio=True)()
+    result = work.conversations(1, decode_audio=True)()
     # 80 mel frames through three causal strides: 41, 21, 11, as in NeMo
     assert result["tokens_audio"].shape == (1, 11, 2)
     assert result["audio"].shape == (1, 11 * 1764)

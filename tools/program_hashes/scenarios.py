@@ -119,21 +119,21 @@ def _prompts(tag: str) -> dict[str, Any]:
 def greedy(folder: Path, devices: int) -> None:
     """Generation: encode, prefill and decode."""
     del folder
-    model = _answering(devices)
+    model = _generating(devices)
     model.generate(**_prompts(model.audio_locator_tag))
 
 
 def beam_search(folder: Path, devices: int) -> None:
     """Generation with four beams."""
     del folder
-    model = _answering(devices)
+    model = _generating(devices)
     model.generate(**_prompts(model.audio_locator_tag), num_beams=4)
 
 
 def sampling(folder: Path, devices: int) -> None:
     """Generation with random draws and logits processors."""
     del folder
-    model = _answering(devices)
+    model = _generating(devices)
     chosen = {"do_sample": True, "top_k": 5, "temperature": 0.7, "repetition_penalty": 1.1}
     model.generate(**_prompts(model.audio_locator_tag), **chosen)
 
@@ -141,13 +141,13 @@ def sampling(folder: Path, devices: int) -> None:
 def continuous_batching(folder: Path, devices: int) -> None:
     """Prompts that take turns on two slots."""
     del folder, devices
-    model = _answering(1)
+    model = _generating(1)
     turn = {"role": "user", "content": f"Repeat: {model.audio_locator_tag}", "audio": [noise(0.5)]}
     for _ in model.generate_each([[turn]] * 3, slots=2, max_new_tokens=3):
         pass
 
 
-def _answering(devices: int) -> Any:
+def _generating(devices: int) -> Any:
     model = slm.models.SALM.from_pretrained(DATA / "salm" / "qwen3_lora_hf").eval()
     return on_mesh(model, devices)
 
