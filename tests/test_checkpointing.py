@@ -174,11 +174,11 @@ def test_weights_are_read_alone_with_their_settings(tmp_path):
             assert weights.variables[path].dtype == value.dtype
             np.testing.assert_array_equal(weights.variables[path], value)
     assert load_weights(tmp_path, 1).step == 1
-    with pytest.raises(FileNotFoundError, match="step 9 is not kept; there are 2, 1"):
+    with pytest.raises(FileNotFoundError, match="step 9 is not kept; the kept steps are 2, 1"):
         load_weights(tmp_path, 9)
     with pytest.raises(FileNotFoundError, match="none of the steps 2, 1 has a val_loss"):
         load_weights(tmp_path, "best")
-    with pytest.raises(FileNotFoundError, match="no checkpoint here"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint found"):
         load_weights(tmp_path / "elsewhere")
 
 

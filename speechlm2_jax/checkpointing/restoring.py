@@ -1,4 +1,4 @@
-"""Reading back: onto a mesh to go on, or the weights alone on the host."""
+"""Reads checkpoints: onto a mesh to resume, or only the weights, on the host."""
 
 import functools
 import logging
@@ -71,11 +71,11 @@ def restore(
     frozen_template: Mapping[str, Any],
     rebuild_frozen: Callable[[], Iterable[Mapping[str, Any]]] | None = None,
 ) -> Restored | None:
-    """Finds where a run goes on, in this order.
+    """Finds the checkpoint from which a run resumes, in this order.
 
     1. the run's own newest undamaged checkpoint (folder `own`);
     2. the newest undamaged checkpoint of another run, or one step of it (`other`);
-    3. None: the run starts from the variables that its model was built with.
+    3. None: a new run, which starts from the model's variables.
 
     Templates hold `jax.ShapeDtypeStruct`s with shardings. `rebuild_frozen` makes the frozen
     parameters anew, placed as their template says, where their store is damaged. Every process must
@@ -90,7 +90,7 @@ def restore(
                 return _read(step, template, frozen_template, rebuild_frozen)
             except (LayoutError, FrozenStoreError):
                 raise
-            except Exception as error:  # whatever a damaged file makes a reader do
+            except Exception as error:  # a damaged file can raise anything
                 log.warning("%s", _reason(step, error))
         if steps:
             raise _none_left(folder)
@@ -113,7 +113,7 @@ def load_weights(
     quiet_orbax()
     steps = step_folders(Path(run))
     if not steps:
-        raise FileNotFoundError(f"{run}: no checkpoint here (looked for {CHECKPOINTS}/<step>)")
+        raise FileNotFoundError(f"{run}: no checkpoint found (looked for {CHECKPOINTS}/<step>)")
     if which in ("best", "best_else_last") and (problem := _ranking(steps).problem):
         log.warning("%s", problem)
     while steps:
@@ -122,7 +122,7 @@ def load_weights(
             return _read_weights(step, rebuild_frozen)
         except FrozenStoreError:
             raise
-        except Exception as error:  # whatever a damaged file makes a reader do
+        except Exception as error:  # a damaged file can raise anything
             if isinstance(which, int) or len(steps) == 1:
                 raise DamagedError(_reason(step, error, "it cannot be used")) from error
             log.warning("%s", _reason(step, error))
@@ -164,7 +164,7 @@ def choose(steps: Sequence[Path], which: Which | int) -> Path:
         for step in steps:
             if int(step.name) == which:
                 return step
-        raise FileNotFoundError(f"step {which} is not kept; there are {_names(steps)}")
+        raise FileNotFoundError(f"step {which} is not kept; the kept steps are {_names(steps)}")
     ranking = _ranking(steps)
     by_step = {int(step.name): step for step in steps}
     kept = {step: values for step, values in ranking.metrics.items() if step in by_step}

@@ -1,4 +1,4 @@
-"""The `exp_manager:` block: where a run lives, what it keeps, whether it goes on."""
+"""The `exp_manager:` block: the run directory, what is kept in it, and resuming."""
 
 import time
 from collections.abc import Mapping
@@ -137,9 +137,9 @@ class ExpManagerConfig:
     use_datetime_version: bool = True
     resume_if_exists: bool = False
     resume_ignore_no_checkpoint: bool = False
-    """With resume_if_exists: start anew if there is no checkpoint, instead of an error."""
+    """With resume_if_exists: start a new run if there is no checkpoint, instead of an error."""
     resume_from_checkpoint: str | None = None
-    """A run, or one of its steps, to go on from where this run has no checkpoint of its own."""
+    """A run, or one of its steps, to resume from if this run has no checkpoint of its own."""
     resume_allow_changes: bool = False
     """Resume with settings that give the weights another meaning, too (docs/training.md)."""
     create_checkpoint_callback: bool = True
@@ -162,7 +162,7 @@ class ExpManagerConfig:
         "disable_validation_on_resume": "a resumed run validates when it would have",
         "seconds_to_sleep": "nothing waits for other processes' files",
         "files_to_copy": "config.yaml, command.txt and environment.txt say what ran",
-        "resume_past_end": "a finished run goes on when trainer.max_steps is raised",
+        "resume_past_end": "raise trainer.max_steps to extend a finished run",
         "mlflow_logger_kwargs": _OTHER_LOGGERS,
         "dllogger_logger_kwargs": _OTHER_LOGGERS,
         "clearml_logger_kwargs": _OTHER_LOGGERS,
@@ -181,7 +181,7 @@ class ExpManagerConfig:
         "create_ipl_epoch_stopper_callback": "there is no early stopping; the best is kept",
         "create_straggler_detection_callback": _FAULTS,
         "create_fault_tolerance_callback": _FAULTS,
-        "ema": "an average of the weights is not kept",
+        "ema": "an exponential moving average of the weights is not supported",
     }
 
     def __post_init__(self) -> None:
@@ -215,12 +215,12 @@ class ExpManagerConfig:
             require_wandb()
 
     def check_resume(self, run_dir: Path) -> None:
-        """Raises SettingsError if what lies in the run directory is not what the keys expect."""
+        """Raises SettingsError if the run directory does not match the `resume_*` keys."""
         has_steps = bool(step_folders(run_dir / CHECKPOINTS))
         if has_steps and not self.resume_if_exists:
             raise SettingsError(
                 f"{run_dir} holds checkpoints of a run; set exp_manager.resume_if_exists=true to "
-                "go on with it, or choose another exp_manager.explicit_log_dir"
+                "resume it, or choose another exp_manager.explicit_log_dir"
             )
         may_start = self.resume_ignore_no_checkpoint or self.resume_from_checkpoint
         if self.resume_if_exists and not has_steps and not may_start:
@@ -231,6 +231,6 @@ class ExpManagerConfig:
         other = self.resume_from_checkpoint
         if other and not step_folders(Path(other)):
             raise SettingsError(
-                f"exp_manager.resume_from_checkpoint={other}: no checkpoint of a run is there; to "
+                f"exp_manager.resume_from_checkpoint={other}: found no checkpoint of a run; to "
                 "start from a model's weights, use from_pretrained or model.pretrained_llm"
             )

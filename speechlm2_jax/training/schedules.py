@@ -28,7 +28,10 @@ class WarmupPolicy:
     min_lr: float = 0.0
 
     REFUSED: ClassVar[Mapping[str, Any]] = {
-        "last_epoch": ("a run's own checkpoint says where its schedule goes on; leave it -1", -1),
+        "last_epoch": (
+            "a resumed run takes the step of its schedule from its checkpoint; leave it -1",
+            -1,
+        ),
     }
     IGNORED: ClassVar[Mapping[str, str]] = {
         "monitor": "only ReduceLROnPlateau reads it",

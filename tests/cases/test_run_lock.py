@@ -89,7 +89,7 @@ def test_another_machine_has_two_minutes(tmp_path, changes):
 def test_a_lock_that_cannot_be_read_has_two_minutes_too(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "UNREADABLE_S", 0.05)
     (tmp_path / LOCK).write_text("{")
-    with pytest.raises(SettingsError, match="does not say its name"):
+    with pytest.raises(SettingsError, match="an unknown process"):
         acquire(tmp_path)
     os.utime(tmp_path / LOCK, (0, 0))
     acquire(tmp_path).release()
@@ -159,7 +159,7 @@ def test_fit_holds_the_lock_and_releases_it_after_errors_too(tmp_path):
         def setup(self, **options):
             seen.append((tmp_path / LOCK).exists())
             super().setup(**options)
-            with pytest.raises(SettingsError, match="this process trains there"):
+            with pytest.raises(SettingsError, match="this process already trains there"):
                 make_trainer(tmp_path).fit(ToyModel(), ToyData())
             raise SettingsError("data.train_ds: no")
 

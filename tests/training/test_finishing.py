@@ -79,7 +79,7 @@ def test_the_next_commands_are_the_ones_that_were_typed(monkeypatch):
     over = next_line(Path("runs/salm"), step=20, is_finished=True)
     assert over == (
         "next: python evaluate.py  (report: runs/salm/report.html)  |  python train.py --config "
-        """salm 'model.x='"'"'a b'"'"'' trainer.max_steps=40  to go on"""
+        """salm 'model.x='"'"'a b'"'"'' trainer.max_steps=40  to train longer"""
     )
     elsewhere = next_line(Path("mine/salm"), step=20, is_finished=True)
     assert "python evaluate.py pretrained_name=mine/salm  (report: mine/salm/report" in elsewhere
@@ -89,7 +89,7 @@ def test_the_next_commands_are_the_ones_that_were_typed(monkeypatch):
 
 def test_without_train_py_the_next_step_is_a_call(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["notebook"])
-    assert next_line(None, step=5, is_finished=False) == "next: call fit again to go on"
+    assert next_line(None, step=5, is_finished=False) == "next: call fit again to resume"
     assert next_line(None, step=5, is_finished=True).startswith("next: fit with trainer.max_steps")
 
 

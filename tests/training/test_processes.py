@@ -129,7 +129,7 @@ def test_two_processes_stop_and_go_on_together(tmp_path, compiled):
     assert STOPPED_AT <= len([r for r in run.rows("two") if "loss" in r]) < STEPS
 
     out = run.finish(run.start("two", 2, NOT_VALIDATED))
-    assert out.count("going on from") == 1 and out.count(f"finished {STEPS} steps") == 1
+    assert out.count("resuming from") == 1 and out.count(f"finished {STEPS} steps") == 1
     run.assert_same("one", "two")
 
 
@@ -153,7 +153,7 @@ def test_two_processes_agree_on_what_is_damaged(tmp_path, compiled):
     out = run.finish(run.start("two", 2, NOT_VALIDATED, *words, f"trainer.max_steps={FEW + 3}"))
     for file in damaged:
         assert out.count(f"{file} has changed since it was written") == 1
-    assert f"going on from {checkpoints / '3'}" in out and f"finished {FEW + 3} steps" in out
+    assert f"resuming from {checkpoints / '3'}" in out and f"finished {FEW + 3} steps" in out
     assert (checkpoints / f"unreadable_{FEW}").is_dir()
     assert (checkpoints / "unreadable_frozen").is_dir()
     assert load_weights(tmp_path / "two", "last").step == FEW + 3

@@ -156,7 +156,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_not_the_run(uninterrupted, tmp_
     shutil.rmtree(tmp_path / "checkpoints" / "6" / "params")
     fit(tmp_path)
     output = capsys.readouterr().out
-    assert "cannot read checkpoint" in output and "going on from" in output
+    assert "cannot read checkpoint" in output and "resuming from" in output
     assert (tmp_path / "checkpoints" / "unreadable_6").is_dir()
     assert_same_run(uninterrupted, tmp_path)
 

@@ -97,7 +97,7 @@ def test_the_first_loss_is_told_at_once_and_leaves_no_row(tmp_path, capsys):
     trainer = make_trainer(tmp_path, max_steps=3, log_every_n_steps=3)
     trainer.fit(ToyModel(dropout=0.2), ToyData())
     first, *_ = [s for s in capsys.readouterr().out.splitlines() if s.startswith("step ")]
-    assert first.startswith("step 1/3  loss ") and "the first of this start" in first
+    assert first.startswith("step 1/3  loss ") and "first step after (re)start" in first
     assert '"step": 1,' not in (tmp_path / "metrics.jsonl").read_text()
 
 

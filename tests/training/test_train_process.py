@@ -75,7 +75,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, number):
     assert f"next: python train.py --config {train.config}" in out
     stopped_at = len(rows(tmp_path / "parts")[0])
     assert INTERRUPTED_AT <= stopped_at < STEPS
-    assert f"going on from {tmp_path / 'parts' / 'checkpoints' / str(stopped_at)}" in train.run(
+    assert f"resuming from {tmp_path / 'parts' / 'checkpoints' / str(stopped_at)}" in train.run(
         tmp_path / "parts"
     )
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
@@ -89,7 +89,7 @@ def test_a_finished_run_says_so_reads_no_weights_and_computes_nothing(tmp_path):
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     out = train.run(tmp_path / "run", "trainer.max_steps=2", "model.pretrained_llm=/nowhere")
     assert "this run is finished: 2 steps are done" in out
-    assert "next: python evaluate.py" in out and "trainer.max_steps=4  to go on" in out
+    assert "next: python evaluate.py" in out and "trainer.max_steps=4  to train longer" in out
     assert "trainer.max_steps=2" not in out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     assert "compil" not in out

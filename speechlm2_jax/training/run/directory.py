@@ -1,4 +1,4 @@
-"""The run directory: what was asked (config, command), on what (environment), and what was said."""
+"""The run directory: settings, command line, environment, and train.log."""
 
 import logging
 import os
@@ -107,23 +107,25 @@ def next_line(run_dir: Path | None, *, step: int, is_finished: bool) -> str:
     """What to do after a run: the commands to type, where train.py was started by one."""
     is_command = Path(sys.argv[0]).name == _PROGRAM
     if not is_finished:
-        return f"next: {_command()}  to go on" if is_command else "next: call fit again to go on"
+        return f"next: {_command()}  to resume" if is_command else "next: call fit again to resume"
     longer = {_LAST_STEP: str(2 * step)}
-    go_on = _command(longer) if is_command else f"fit with {_LAST_STEP}={2 * step}"
+    longer_run = _command(longer) if is_command else f"fit with {_LAST_STEP}={2 * step}"
     if run_dir is None:
-        return f"next: {go_on}  to go on"
+        return f"next: {longer_run}  to train longer"
     is_newest = run_dir.parent == Path(_RUNS)
     evaluate = "python evaluate.py" + ("" if is_newest else f" pretrained_name={run_dir}")
-    return f"next: {evaluate}  (report: {run_dir / 'report.html'})  |  {go_on}  to go on"
+    return (
+        f"next: {evaluate}  (report: {run_dir / 'report.html'})  |  {longer_run}  to train longer"
+    )
 
 
 def _command(overrides: Mapping[str, str] | None = None) -> str:
     """The command line of this process, with other values of some keys."""
-    words = sys.argv[1:]
+    arguments = sys.argv[1:]
     for key, value in (overrides or {}).items():
-        words = [word for word in words if word.lstrip("+").partition("=")[0] != key]
-        words.append(f"{key}={value}")
-    return shlex.join(["python", sys.argv[0], *words])
+        arguments = [a for a in arguments if a.lstrip("+").partition("=")[0] != key]
+        arguments.append(f"{key}={value}")
+    return shlex.join(["python", sys.argv[0], *arguments])
 
 
 def _append(path: Path, lines: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""A disk that cannot be written any more ends a run in a few lines, not in tracebacks."""
+"""A full or read-only disk ends a run with a short message instead of tracebacks."""
 
 import errno
 import logging
@@ -12,8 +12,8 @@ from speechlm2_jax.checkpointing import CHECKPOINTS, step_folders
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSING = (errno.EROFS, errno.EACCES, errno.EPERM)
-_WORDS = (
-    # what libraries written in C++ make of the same errors, which come as text
+_MESSAGES = (
+    # libraries written in C++ report the same errors as text, without an errno
     ("No space left on device", FULL[0]),
     ("RESOURCE_EXHAUSTED: Error writing", FULL[0]),
     ("quota exceeded", FULL[1]),
@@ -32,18 +32,18 @@ _WHAT = {
 
 
 class DiskError(RuntimeError):
-    """A run that ended because its directory could not be written any more."""
+    """The run directory can no longer be written."""
 
 
 class RunLog(logging.FileHandler):
-    """train.log. A failure to write it is told once and ends nothing."""
+    """train.log. A failed write prints one warning and does not stop the run."""
 
-    _has_told = False
+    _has_warned = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
-        """Tells what failed, the first time."""
-        if not self._has_told:
-            self._has_told = True
+        """Prints the first failure; later ones are silent."""
+        if not self._has_warned:
+            self._has_warned = True
             print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
 
     def close(self) -> None:
@@ -54,7 +54,7 @@ class RunLog(logging.FileHandler):
 
 @contextmanager
 def disk_errors(run_dir: Path | None) -> Generator[None]:
-    """Turns what a disk refuses into a DiskError: what is wrong, what is left, and what to do."""
+    """Turns a failed write into a DiskError that names the cause and the last checkpoint."""
     hook = sys.unraisablehook
     sys.unraisablehook = _without_closed_loops(hook)
     try:
@@ -64,14 +64,14 @@ def disk_errors(run_dir: Path | None) -> Generator[None]:
         if problem is None or run_dir is None:
             raise
         if problem in REFUSING and str(run_dir.absolute()) not in str(error):
-            raise  # of something that is read
-        raise DiskError(_told(run_dir, problem, error)) from error
+            raise  # a file that is read, not written
+        raise DiskError(_message(run_dir, problem, error)) from error
     finally:
         sys.unraisablehook = hook
 
 
 def disk_problem(error: BaseException) -> int | None:
-    """The number of a disk's refusal behind an error, None if there is none."""
+    """The errno of a disk error behind an exception, None if there is none."""
     seen: list[BaseException] = [error]
     for one in seen:
         if isinstance(one, OSError) and one.errno in _WHAT:
@@ -80,10 +80,10 @@ def disk_problem(error: BaseException) -> int | None:
             seen += one.exceptions
         seen += [e for e in (one.__cause__, one.__context__) if e is not None and e not in seen]
     text = "\n".join(str(one) for one in seen)
-    return next((number for words, number in _WORDS if words in text), None)
+    return next((number for message, number in _MESSAGES if message in text), None)
 
 
-def _told(run_dir: Path, problem: int, error: BaseException) -> str:
+def _message(run_dir: Path, problem: int, error: BaseException) -> str:
     steps = step_folders(run_dir / CHECKPOINTS)
     kept = f"step {steps[0].name}" if steps else "none"
     remedy = "free some space" if problem in FULL else "let it be written"
@@ -91,13 +91,13 @@ def _told(run_dir: Path, problem: int, error: BaseException) -> str:
         f"{run_dir} cannot be written: {_WHAT[problem]}\n"
         f"  {' '.join(str(error).split())[:300]}\n"
         f"  the last complete checkpoint: {kept}\n"
-        f"  to go on, {remedy} and give the same command again; fewer checkpoints are kept with "
+        f"  to resume, {remedy} and run the same command again; fewer checkpoints are kept with "
         "exp_manager.checkpoint_callback_params.save_top_k"
     )
 
 
 def _without_closed_loops(hook: Callable[[Any], object]) -> Callable[[Any], None]:
-    """Leaves out what Orbax's writers say after the one that failed has ended their loop."""
+    """Hides the errors that Orbax's other writers raise once the failed one closed their loop."""
 
     def filtered(raised: Any) -> None:
         error = raised.exc_value

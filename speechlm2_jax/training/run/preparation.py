@@ -206,7 +206,7 @@ def restore(
         except LayoutError as error:
             raise SettingsError(str(error)) from error
     if restored is not None:
-        log.info("going on from %s", restored.step)
+        log.info("resuming from %s", restored.step)
     processes.barrier("checkpoint chosen")
     if run_dir is not None and jax.process_index() == 0:
         _tidy(restored, own, run_dir)

@@ -100,7 +100,9 @@ class RunLock:
         Raises SettingsError if another thread of this process trains there.
         """
         if self._is_training:
-            raise SettingsError(f"{self.path and self.path.parent}: this process trains there")
+            raise SettingsError(
+                f"{self.path and self.path.parent}: this process already trains there"
+            )
         self._is_training = True
         try:
             yield
@@ -205,7 +207,7 @@ def _take(path: Path) -> str:
 
 def _in_use(path: Path, owner: Owner | None) -> str:
     folder = path.parent
-    who = "a process that does not say its name" if owner is None else str(owner)
+    who = "an unknown process" if owner is None else str(owner)
     return (
         f"the run directory {folder} is in use by another training: {who}. Wait for its end, stop "
         "it, or choose another exp_manager.explicit_log_dir"
@@ -293,6 +295,6 @@ def _process_start(pid: int) -> str | None:
     except (OSError, IndexError):
         pass
     with contextlib.suppress(OSError):
-        words = ["ps", "-o", "lstart=", "-p", str(pid)]
-        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+        command = ["ps", "-o", "lstart=", "-p", str(pid)]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return ""

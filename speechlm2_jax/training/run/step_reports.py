@@ -113,7 +113,7 @@ class Reporter:
         every = self.context.log_every_n_steps
         total = self.context.intervals.last_step
         log.info(
-            "step %d%s  loss %.4f  lr %.3e  the first of this start; from here a line every %d",
+            "step %d%s  loss %.4f  lr %.3e  first step after (re)start; then a line every %d",
             *(taken.step, "" if total is None else f"/{total}"),
             *(float(taken.report.loss), taken.learning_rate, every),
         )
