@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speechlm2_jax.batches import BatchShape, SalmExample, assemble_salm_batch, layout_row
+from speechlm2_jax.batches import BatchShape, SalmExample, assemble_salm_batch, layout_sequence
 from speechlm2_jax.networks.interleave import interleave
 
 PLACEHOLDERS = json.loads(
@@ -33,7 +33,7 @@ def test_rows_equal_nemo_placeholder_cases(name):
         mask = np.zeros(len(ids), bool)
         if targets is not None:
             mask = np.array(targets[row])[first:] != IGNORED_TARGET
-        laid = layout_row(
+        laid = layout_sequence(
             ids, mask, [len(f) for f in frames], placeholder_id=case["placeholder_id"]
         )
         start = len(expected) - len(laid)
@@ -73,7 +73,7 @@ def _one_row(ids, mask, frames, case, *, shift=False):
 @pytest.mark.parametrize("clips", [[], [3, 2]])
 def test_a_wrong_number_of_clips_is_refused(clips):
     with pytest.raises(ValueError, match="exactly one clip per placeholder"):
-        layout_row(np.array([4, 9, 5]), None, clips, placeholder_id=9)
+        layout_sequence(np.array([4, 9, 5]), None, clips, placeholder_id=9)
 
 
 @given(

@@ -159,7 +159,7 @@ class Codec(nnx.Module):
     def fold(self) -> None:
         """Computes every kernel once for all: then it is not computed anew in each program.
 
-        Gains and directions are gone afterwards, so fold a copy (`bind` makes one).
+        Gains and directions are gone afterwards, so fold a copy (`merge` makes one).
         """
         for _, module in list(nnx.iter_modules(self)):
             if isinstance(module, CodecConvolution):

@@ -2,7 +2,7 @@
 
 ```python
 plan = StreamPlan(config=config, frames=natural_frames(config))
-step = make_step(definition, plan)                  # compiled once; its state is donated
+step = make_step(graphdef, plan)                  # compiled once; its state is donated
 stream = start_stream(plan, batch=1)
 heard, stream = step(variables, stream, audio)      # audio [B, plan.samples]
 heard.frames, heard.is_real                         # [B, frames, W], [B, frames]

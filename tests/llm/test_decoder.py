@@ -41,7 +41,7 @@ ADAPTED = {
 STEPS = 7
 
 
-@partial(jax.jit, static_argnames="definition")
+@partial(jax.jit, static_argnames="graphdef")
 def hidden(graphdef: Any, variables: Variables, embeds: jax.Array, **place: Any) -> jax.Array:
     return merge(graphdef, variables)(embeds, **place)
 

@@ -28,7 +28,7 @@ class Words:
     text_vocab_size = 368
 
 
-@partial(jax.jit, static_argnames="definition")
+@partial(jax.jit, static_argnames="graphdef")
 def answers(
     graphdef: Any,
     variables: Variables,

@@ -66,7 +66,7 @@ def placed(ids: np.ndarray, mask: np.ndarray) -> dict[str, jax.Array]:
     }
 
 
-@partial(jax.jit, static_argnames="definition")
+@partial(jax.jit, static_argnames="graphdef")
 def run(
     graphdef: Any, variables: Variables, ids: jax.Array, place: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:

@@ -81,7 +81,7 @@ def load_weights(table, infos, state):
 
 @cache
 def encoder_case(name):
-    """(definition, variables, tensors, config, features, lengths) of an encoder golden."""
+    """(graphdef, variables, tensors, config, features, lengths) of an encoder golden."""
     given = tensors(f"perception/{name}")
     config = build(FastConformerConfig, facts(f"perception/{name}")["config"])
     weights = below(given, "state_dict/") or below(

@@ -40,7 +40,7 @@ def assert_close(actual: Any, expected: np.ndarray) -> None:
 
 @cache
 def transformer(name: str):
-    """(definition, variables, golden, inputs) of a transformer golden."""
+    """(graphdef, variables, golden, inputs) of a transformer golden."""
     golden = load_file(DATA / f"transformer_{name}.safetensors")
     config = build(SpeechDecoderConfig, TRANSFORMERS[name]["config"], "speech_decoder")
     module = abstract(lambda: Transformer(config, rngs=nnx.Rngs(0)))
@@ -142,7 +142,7 @@ def test_attention_weights_of_the_first_layer_equal_nemo(name, monkeypatch):
 
 @cache
 def decoder(name: str, **changes: Any):
-    """(definition, variables, golden, hidden, codes) of a speech decoder golden."""
+    """(graphdef, variables, golden, hidden, codes) of a speech decoder golden."""
     golden = load_file(DATA / f"module_{name}.safetensors")
     block = MODULES[name]
     config = build(SpeechDecoderConfig, {**block["config"], **changes}, "speech_decoder")

@@ -42,7 +42,7 @@ def config_of(archive):
 
 @cache
 def model(name):
-    """(definition, variables, config) of an archive."""
+    """(graphdef, variables, config) of an archive."""
     archive = read_nemo(ASR / f"{name}.nemo")
     config = config_of(archive)
     module = abstract(lambda: TransducerNetwork(config, rngs=nnx.Rngs(0)))

@@ -69,7 +69,7 @@ RANDOM_EVERYWHERE = {
 
 @cache
 def encoder(config):
-    """(definition, variables, paths of parameters) with all variables away from 0 and 1."""
+    """(graphdef, variables, paths of parameters) with all variables away from 0 and 1."""
     return _random(abstract(lambda: FastConformer(config, rngs=nnx.Rngs(0))))
 
 
