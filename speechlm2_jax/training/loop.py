@@ -1,4 +1,4 @@
-"""The loop over steps, on the host: fetch, dispatch, and once in a while log, validate, save."""
+"""The training loop on the host: fetch a batch, dispatch a step, and log, validate, save."""
 
 import logging
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from speechlm2_jax.console import phase
 from speechlm2_jax.settings import SettingsError, to_plain
 from speechlm2_jax.training.run.metrics_log import Row, format_samples, format_validation
 from speechlm2_jax.training.run.run_state import FitResult, RunContext, RunProgress, RunState
-from speechlm2_jax.training.run.step_reports import MAX_SKIPPED_IN_A_ROW, Reporter, Taken
+from speechlm2_jax.training.run.step_reports import MAX_SKIPPED_IN_A_ROW, DispatchedStep, Reporter
 from speechlm2_jax.training.step import MicroSums
 from speechlm2_jax.training.validation import Interrupted
 
@@ -22,7 +22,7 @@ class NonFiniteRun(SystemExit):
 
 @dataclass
 class FitLoop:
-    """One run of `fit`, from a state to its end or to a request to stop."""
+    """One call of `fit`: trains from a state until the run ends or is asked to stop."""
 
     context: RunContext
     state: RunState
@@ -31,7 +31,7 @@ class FitLoop:
         self._reporter = Reporter(self.context, self._progress)
 
     def run(self) -> FitResult:
-        """Trains. Raises NonFiniteRun after too many skipped steps, having saved."""
+        """Trains. After too many skipped steps in a row it saves and raises NonFiniteRun."""
         first_step = self._progress.step
         reason = self._before_training()
         while reason is None:
@@ -43,7 +43,7 @@ class FitLoop:
             self._save(final=True)
         if self._progress.step > first_step:
             self._reporter.log_times()
-        if self._reporter.is_hopeless:
+        if self._reporter.has_diverged:
             log.error("%s", reason)
             raise NonFiniteRun(1)
         log.info("%s", reason)
@@ -63,14 +63,14 @@ class FitLoop:
         return self.context.intervals.is_finished(self._progress.step, self._progress.batches)
 
     def publish(self) -> None:
-        """Lets the model hold the current arrays (until the next step donates them)."""
+        """Gives the model the current arrays; they are valid until the next step donates them."""
         arrays = self.state.train_state
         self.context.model.variables = {**self.state.frozen, **arrays.trainable, **arrays.buffers}
 
     # ------------------------------------------------------------ steps
 
     def _before_training(self) -> str | None:
-        """Looks at validation before a new run; makes up for what a stop left undone."""
+        """Runs the sanity validation of a new run, or a validation that a stop left out."""
         progress, stop = self._progress, self.context.stop
         if stop.is_signalled:
             return self._stopped(stop.poll() or "")
@@ -85,7 +85,10 @@ class FitLoop:
         return None
 
     def _train_one_step(self) -> str | None:
-        """Takes one optimizer step and does what falls due after it. Returns why to end."""
+        """Takes one optimizer step, then logs, validates and saves if due.
+
+        Returns the reason to end, None to continue.
+        """
         context, progress = self.context, self._progress
         window = self._next_window()
         if not window:
@@ -96,10 +99,10 @@ class FitLoop:
         is_last = self._is_finished
         if is_last or progress.step % context.log_every_n_steps == 0:
             self._reporter.log_step()
-        if self._reporter.is_hopeless:
+        if self._reporter.has_diverged:
             return (
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped; stopped at step "
-                f"{progress.step}. Look at the conversations above, or lower model.optimizer.lr"
+                f"{progress.step}. Check the conversations named above, or lower model.optimizer.lr"
             )
         if (reason := context.stop.poll()) is not None:
             return self._stopped(reason)
@@ -115,7 +118,7 @@ class FitLoop:
         return f"stopped at step {self._progress.step}: {reason}; the same command resumes the run"
 
     def _next_window(self) -> list[HostBatch]:
-        """The micro-batches of the next step; empty where the data ends."""
+        """The micro-batches of the next step; empty at the end of the data."""
         window: list[HostBatch] = []
         with self.context.throughput.measure("data_wait"):
             while len(window) < self.context.intervals.window(self._progress.batches):
@@ -126,12 +129,12 @@ class FitLoop:
         return window
 
     def _dispatch(self, window: list[HostBatch]) -> None:
-        """Starts one optimizer step, and reads the report of an older one."""
+        """Dispatches one optimizer step, and reads the report of an older one."""
         context, state, progress = self.context, self.state, self._progress
         lr = context.schedule(progress.step)
         for batch in window:
             tokens, padded = context.model.count_tokens(batch)
-            # other processes' groups hold about as much
+            # scaled up to all processes, whose groups hold about as many tokens
             tokens, flops = round(tokens / batch.share), context.model.flops(batch) / batch.share
             context.throughput.add_batch(tokens=tokens, padded=padded, flops=flops)
         if context.intervals.accumulate == 1:
@@ -151,17 +154,17 @@ class FitLoop:
         progress.batches += len(window)
         progress.window = len(window)
         ids = tuple(i for batch in window for i in batch.ids)
-        self._reporter.add(Taken(progress.step, lr, ids, report))
+        self._reporter.add(DispatchedStep(progress.step, lr, ids, report))
 
     # ------------------------------------------------------------ validation and saving
 
     def _validate_finally(self) -> str | None:
-        """The last validation, unless it was just done. Returns why to end if interrupted."""
+        """Runs the last validation, unless it was just done. Returns a reason if interrupted."""
         is_done = self._progress.validated_at == self._progress.step
         return None if is_done else self._validate()
 
     def _validate_and_save(self) -> str | None:
-        """A validation on the way, and what follows it. Returns why to end if interrupted."""
+        """Validates and saves if due. Returns a reason to end if interrupted."""
         if (reason := self._validate()) is not None:
             return reason
         context, step = self.context, self._progress.step
@@ -172,7 +175,7 @@ class FitLoop:
         return None
 
     def _validate(self, *, sanity: bool = False) -> str | None:
-        """Validates with the current weights. Returns why to end if it was interrupted."""
+        """Validates with the current weights. Returns a reason to end if interrupted."""
         context = self.context
         if context.validator is None:
             return None
@@ -187,7 +190,7 @@ class FitLoop:
             return self._stopped(context.stop.poll() or "validation was interrupted")
         self._check_monitor(result.metrics)
         if sanity:
-            log.info("validation works; training begins")
+            log.info("sanity validation passed; training starts")
             return None
         self.state.val_metrics = result.metrics
         self._progress.validated_at = self._progress.step
@@ -202,17 +205,17 @@ class FitLoop:
         return self.context.programs.evaluate(self.state.train_state, self.state.frozen, batch)
 
     def _check_monitor(self, metrics: Mapping[str, float]) -> None:
-        """Raises SettingsError if the best checkpoint is to be chosen by a metric not there."""
+        """Raises SettingsError if the monitored metric is not among the validation metrics."""
         params = self.context.checkpoint_params
         wanted = params.monitor if self.context.checkpointer and params.save_top_k > 0 else None
         if wanted is not None and metrics and wanted not in metrics:
             raise SettingsError(
-                f"exp_manager.checkpoint_callback_params.monitor={wanted} is no validation metric; "
-                f"choose one of {', '.join(metrics)}"
+                f"exp_manager.checkpoint_callback_params.monitor: {wanted} is not a validation "
+                f"metric; choose one of {', '.join(metrics)}"
             )
 
     def _save(self, *, final: bool = False) -> None:
-        """Starts a checkpoint of the current step, unless it has one; the final one is awaited."""
+        """Starts saving the current step, unless it is saved; waits for the final one."""
         context, progress = self.context, self._progress
         if context.checkpointer is None:
             return
@@ -242,7 +245,7 @@ class FitLoop:
 
 
 def finished_reason(step: int) -> str:
-    """What is said of a run that has nothing left to do."""
+    """The message of a run that has reached its last step."""
     return (
         f"this run is finished: {step} steps are done; to extend it, raise "
         "trainer.max_steps (and model.lr_scheduler.max_steps, if the rate should follow)"

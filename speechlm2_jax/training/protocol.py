@@ -1,4 +1,4 @@
-"""What training asks of a model and of data; any object with these attributes can be trained."""
+"""Protocols of a model and of data: any object with these attributes can be trained."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,36 +17,36 @@ Variables = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One answer of the model, to look at."""
+    """One hypothesis of the model beside its reference, to be shown."""
 
     id: str
     reference: str
-    """What the answer should be."""
+    """The text that was expected."""
     hypothesis: str
-    """What the model said."""
+    """The text that the model generated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored(LossSum):
-    """What a host metric makes of one batch: its share of the mean, and answers to look at."""
+    """A host metric of one batch: its sum and count, and sample hypotheses to be shown."""
 
     samples: tuple[Sample, ...] = ()
-    """All of them; the validator chooses."""
+    """All of the batch; the validator selects some."""
 
 
 HostMetric = Callable[[HostBatch], LossSum]
-"""A validation metric computed on the host, by generating answers for instance.
+"""A validation metric computed on the host, for instance WER of generated text.
 
-One that gives a `Scored` shows answers too.
+If it returns a `Scored`, its samples are shown.
 """
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Validation scores of whole sets, where sums over batches will not do (BLEU)."""
+    """Validation scores of whole sets, for metrics that are no mean over batches (BLEU)."""
 
     def update(self, name: str, batch: HostBatch) -> Sequence[Sample]:
-        """Answers a batch of set `name`; gives its answers to look at."""
+        """Generates for a batch of set `name`; returns samples to be shown."""
         ...
 
     def compute(self) -> Mapping[str, float]:
@@ -55,12 +55,12 @@ class Scorer(Protocol):
 
 
 Scoring = Callable[[], AbstractContextManager[Scorer]]
-"""What is entered for one validation, and let go of after it (a scoring model)."""
+"""A context manager for one validation; it may load and release a scoring model."""
 
 
 @runtime_checkable
 class VariableSpec(Protocol):
-    """What is known of a variable without its values (`layers.module.VariableInfo`)."""
+    """Shape, dtype and axes of a variable, without its values (`layers.module.VariableInfo`)."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ class VariableSpec(Protocol):
 
     @property
     def dtype(self) -> Any:
-        """The dtype in which a checkpoint holds it."""
+        """The dtype in checkpoints."""
         ...
 
     @property
@@ -79,17 +79,17 @@ class VariableSpec(Protocol):
 
     @property
     def is_buffer(self) -> bool:
-        """True for what is carried and never receives a gradient."""
+        """True for a variable without gradient (batch-norm statistics, filterbanks)."""
         ...
 
     def computed_in(self, dtype: Any) -> Any:
-        """The dtype that its value needs where activations have `dtype` and it is not trained."""
+        """The dtype of a frozen variable when activations have `dtype`."""
         ...
 
 
 @runtime_checkable
 class ModelOutline(Protocol):
-    """All of a model that is known without its weights."""
+    """The part of a model that needs no weights: shapes, settings, loss function."""
 
     @property
     def infos(self) -> Mapping[str, VariableSpec]:
@@ -98,7 +98,7 @@ class ModelOutline(Protocol):
 
     @property
     def has_variables(self) -> bool:
-        """True if `variables` are there already, so that asking for them costs nothing."""
+        """True if `variables` are loaded, so that reading the attribute costs nothing."""
         ...
 
     @property
@@ -141,16 +141,16 @@ class ModelOutline(Protocol):
 
     @property
     def heads(self) -> Mapping[str, int]:
-        """How many attention heads there are of each kind, which tensor parallelism shares out."""
+        """Attention heads of each kind; tensor parallelism shards them, so it must divide each."""
         ...
 
     @property
     def frame_count(self) -> FrameCount:
-        """Samples of a clip -> steps that it takes in a row."""
+        """Audio samples of a clip -> its frames in the LLM's sequence."""
         ...
 
     def use_remat(self, policies: Mapping[str, str]) -> None:
-        """Chooses what the backward pass computes again, by part (`trainer.remat`)."""
+        """Sets the rematerialisation policy of each component (`trainer.remat`)."""
         ...
 
     def losses(
@@ -168,24 +168,24 @@ class ModelOutline(Protocol):
         ...
 
     def save_definition(self, directory: Path) -> None:
-        """Writes all that a run directory needs to load the model again, but the weights."""
+        """Writes all files that loading the model from a run directory needs, but the weights."""
         ...
 
     def count_tokens(self, batch: HostBatch) -> tuple[int, int]:
-        """Counts (steps that hold data, all steps) of a batch's rows: throughput and padding."""
+        """Counts (tokens without padding, all tokens) of a batch, for throughput and padding."""
         ...
 
 
 @runtime_checkable
 class NormalizesSettings(Protocol):
-    """A model that can say which of its settings are the same; not every model need."""
+    """A model that can compare settings (optional)."""
 
     def normalized_settings(
         self, settings: Mapping[str, Any], definitions: Mapping[str, Mapping[str, Any]] | None
     ) -> Mapping[str, Any]:
-        """Settings of this kind of model with all defaults, and without keys that mean nothing.
+        """Settings of this kind of model with all defaults and without ignored keys.
 
-        `definitions` are the config.json of its pretrained parts by the folder in which
+        `definitions` are the config.json of its pretrained components by the folder in which
         `save_definition` writes them; None: this model's own. Raises ValueError for settings of
         another kind of model.
         """
@@ -218,7 +218,7 @@ class TrainableModel(ModelOutline, Protocol):
 
 @runtime_checkable
 class BatchIterator(Protocol):
-    """Training batches in order, able to say where it is."""
+    """Training batches in order, with a state that can be saved."""
 
     def __iter__(self) -> Iterator[HostBatch]:
         """Itself."""
@@ -229,7 +229,7 @@ class BatchIterator(Protocol):
         ...
 
     def get_state(self) -> Any:
-        """Plain JSON values: the state as of the batch last returned."""
+        """The state after the batch last returned, as plain JSON values."""
         ...
 
 
@@ -252,12 +252,13 @@ class DataSource(Protocol):
     ) -> None:
         """Prepares for global batches of so many groups, lengths multiples of `pad_to_multiple`.
 
-        Of training batches only `own_groups` need be read: other processes have the rest.
+        This process only needs to read `own_groups` of training batches; other processes read
+        the rest.
         """
         ...
 
     def training_shapes(self) -> Mapping[str, Callable[[], HostBatch]]:
-        """By the bucket's name, small to large: makes a batch of empty rows of a planned shape."""
+        """Bucket name -> function that makes an all-padding batch of its shape; small to large."""
         ...
 
     def batches_per_pass(self) -> int:
@@ -265,7 +266,7 @@ class DataSource(Protocol):
         ...
 
     def train_batches(self, state: Any | None) -> BatchIterator:
-        """Starts the training stream, or goes on from a state that an iterator gave."""
+        """Starts the training stream, or resumes it from a state of `BatchIterator.get_state`."""
         ...
 
     def validation_batches(self) -> Mapping[str, Iterable[HostBatch]]:

@@ -1,4 +1,4 @@
-"""Validation: every named set, on the device and by host metrics, and the mean over sets."""
+"""Validation of every named set: device losses, host metrics, and means over the sets."""
 
 import heapq
 import itertools
@@ -20,25 +20,25 @@ from speechlm2_jax.training.protocol import HostMetric, Sample, Scored, Scorer, 
 log = logging.getLogger(__name__)
 
 IN_FLIGHT = 4
-"""Validation batches computed ahead of the host."""
+"""Validation batches dispatched before the oldest is read."""
 Evaluate = Callable[[HostBatch], Mapping[str, LossSum]]
 """A batch -> sums, `loss` among them."""
 
 
 class Interrupted(Exception):
-    """A request to stop came while validating."""
+    """The run was asked to stop while validating."""
 
 
 @dataclass
 class Mean:
-    """A mean in the making, in double precision: of elements, or of batches."""
+    """A running mean in double precision, over elements or over batches."""
 
     of_batches: bool
     total: float = 0.0
     count: float = 0.0
 
     def add(self, share: LossSum) -> None:
-        """Adds one batch's sum; a batch in which nothing is scored has no share."""
+        """Adds one batch's sum; a batch without scored elements is ignored."""
         total, count = float(share.total), float(share.count)
         if count == 0:
             return
@@ -52,12 +52,12 @@ class Mean:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """What one validation found."""
+    """The result of one validation."""
 
     metrics: dict[str, float]
     """`val_<metric>_<set>` and `val_<metric>`, its mean over the sets."""
     samples: dict[str, list[Sample]]
-    """Per set, a few answers to look at: the same conversations each time."""
+    """Per set, a few hypotheses to be shown: the same conversations each time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +69,9 @@ class Validator:
     """Means of batch means, as NeMo takes them, instead of means over elements."""
     scoring: Scoring | None = None
     limit: int | float | None = None
-    """Batches of each set, or the part of it."""
+    """Batches of each set (int), or a fraction of the set (float)."""
     samples: int = 0
-    """Answers of each set to look at."""
+    """Hypotheses of each set to be shown."""
     should_stop: Callable[[], bool] = field(default=lambda: False)
     waiting: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Entered around each wait for a batch, to measure it."""
@@ -84,7 +84,7 @@ class Validator:
     ) -> Validation:
         """Validates every set.
 
-        `evaluate` gives a batch's sums on the device. `limit` (batches of each set) stands in for
+        `evaluate` gives a batch's sums on the device. `limit` (batches of each set) replaces
         the validator's own. Raises Interrupted if asked to stop.
         """
         results: dict[str, float] = {}
@@ -93,11 +93,11 @@ class Validator:
         with nullcontext() if self.scoring is None else self.scoring() as scorer:
             for name, batches in sets.items():
                 taken = take(batches, self.limit if limit is None else limit, name)
-                values, answers = self._run_set(name, taken, evaluate, scorer)
-                if chosen := choose_samples(answers, self.samples):
+                values, hypotheses = self._run_set(name, taken, evaluate, scorer)
+                if chosen := choose_samples(hypotheses, self.samples):
                     samples[name] = chosen
                 if not values:
-                    log.warning("validation set %s has nothing to score; it is left out", name)
+                    log.warning("validation set %s has nothing to score and is skipped", name)
                 for metric, value in values.items():
                     results[f"val_{metric}_{name}"] = value
                     by_metric.setdefault(metric, []).append(value)
@@ -109,9 +109,9 @@ class Validator:
     def _run_set(
         self, name: str, batches: Iterable[HostBatch], evaluate: Evaluate, scorer: Scorer | None
     ) -> tuple[dict[str, float], list[Sample]]:
-        """The metrics that have a value, and every answer that host metrics gave."""
+        """The metrics that have a value, and all hypotheses of the host metrics."""
         means: dict[str, Mean] = {}
-        answers: list[Sample] = []
+        hypotheses: list[Sample] = []
         pending: deque[Mapping[str, LossSum]] = deque()
 
         def collect(sums: Mapping[str, LossSum]) -> None:
@@ -125,15 +125,15 @@ class Validator:
             for metric, compute in self.host_metrics.items():
                 share = compute(batch)
                 means.setdefault(metric, Mean(of_batches=self.nemo_exact)).add(share)
-                answers += share.samples if isinstance(share, Scored) else ()
+                hypotheses += share.samples if isinstance(share, Scored) else ()
             if scorer is not None:
-                answers += scorer.update(name, batch)
+                hypotheses += scorer.update(name, batch)
             if len(pending) > IN_FLIGHT:
                 collect(pending.popleft())
         for sums in pending:
             collect(sums)
         values = {metric: mean.value() for metric, mean in means.items()}
-        return {metric: value for metric, value in values.items() if value is not None}, answers
+        return {metric: value for metric, value in values.items() if value is not None}, hypotheses
 
     def _waited(self, batches: Iterable[HostBatch]) -> Iterator[HostBatch]:
         iterator = iter(batches)
@@ -145,9 +145,9 @@ class Validator:
             yield batch
 
 
-def choose_samples(answers: Sequence[Sample], count: int) -> list[Sample]:
-    """A few answers, chosen by a hash of their ids: of all lengths, and always the same."""
-    return heapq.nsmallest(count, answers, key=lambda s: (zlib.crc32(s.id.encode()), s.id))
+def choose_samples(hypotheses: Sequence[Sample], count: int) -> list[Sample]:
+    """A few hypotheses, chosen by a hash of their ids: of all lengths, and always the same."""
+    return heapq.nsmallest(count, hypotheses, key=lambda s: (zlib.crc32(s.id.encode()), s.id))
 
 
 def take(batches: Iterable[HostBatch], limit: int | float | None, name: str) -> Iterable[Any]:
@@ -161,8 +161,8 @@ def take(batches: Iterable[HostBatch], limit: int | float | None, name: str) -> 
         length = getattr(batches, "__len__", None)
         if length is None:
             raise SettingsError(
-                f"trainer.limit_val_batches={limit} is a part of validation set {name}, whose "
-                "length is not known; give an integer of batches"
+                f"trainer.limit_val_batches={limit} is a fraction of validation set {name}, whose "
+                "length is unknown; give a number of batches (an integer)"
             )
         limit = int(length() * limit)
     return itertools.islice(batches, limit)

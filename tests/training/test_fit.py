@@ -217,7 +217,7 @@ def test_host_metrics_join_the_validation_with_current_weights(tmp_path):
 def test_sanity_validation_comes_first_and_leaves_no_row(tmp_path, capsys):
     data = ToyData()
     make_trainer(tmp_path, max_steps=1, num_sanity_val_steps=1).fit(ToyModel(dropout=0.2), data)
-    assert "validation works" in capsys.readouterr().out
+    assert "sanity validation passed" in capsys.readouterr().out
     assert list(rows_of(tmp_path)[1]) == [1]
 
 

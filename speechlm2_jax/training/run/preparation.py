@@ -1,4 +1,4 @@
-"""Before the first step: what is decided, and where a run begins or goes on."""
+"""Before the first step: mesh, optimizer and layout, and the state of a new or resumed run."""
 
 import logging
 import math
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What is decided before any array is placed."""
+    """Devices, mesh, optimizer and array layout of a run. Nothing is on a device yet."""
 
     config: TrainerConfig
     devices: tuple[jax.Device, ...]
@@ -73,10 +73,10 @@ class Setup:
         trains: bool = True,
         devices: Sequence[jax.Device] | None = None,
     ) -> "Setup":
-        """Decides devices, mesh, optimizer and layout; tells the model its compute dtype.
+        """Chooses devices, mesh, optimizer and layout; sets the model's compute dtype and remat.
 
-        Without `trains` the model needs no optimizer. `devices` stand in for those that the
-        settings name. Raises SettingsError for what does not fit.
+        Without `trains` the model needs no optimizer. `devices` replace those of the
+        settings. Raises SettingsError for what does not fit.
         """
         devices = config.choose_devices() if devices is None else devices
         sharding = build_mesh(strategy, devices)
@@ -90,7 +90,7 @@ class Setup:
             clip_norm=config.gradient_clip_val or 0.0,
             masks=partition.masks,
         )
-        if model.compute_dtype != config.compute_dtype:  # setting it builds the network anew
+        if model.compute_dtype != config.compute_dtype:  # setting it rebuilds the network
             model.compute_dtype = config.compute_dtype
         model.use_remat(remat_policies(config.remat, strategy))
         layout = plan_layout(model.infos, partition, optimizer, sharding, config.compute_dtype)
@@ -119,7 +119,7 @@ class Setup:
         return Programs(functions, self.layout, compiling=compiling, planned=planned)
 
     def prepare_data(self, model: ModelOutline, datamodule: DataSource, groups: int) -> None:
-        """Lets the data plan its shapes. Raises SettingsError if the mesh cannot share `groups`."""
+        """Plans the batch shapes. Raises SettingsError if the mesh does not fit `groups`."""
         check_groups(groups, self.sharding)
         with phase("planning the data"):
             datamodule.setup(
@@ -163,9 +163,9 @@ def resume(restored: Restored) -> RunState:
     """Makes the state of a resumed run from its checkpoint."""
     progress = RunProgress(**restored.progress)
     if progress.step in checkpointing.read_ranking(restored.step.parent).metrics:
-        progress.validated_at = progress.step  # it was, after the checkpoint was written
+        progress.validated_at = progress.step  # validated after the checkpoint was written
     if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        progress.skipped_in_a_row = 0  # it stopped over these; it may try once more
+        progress.skipped_in_a_row = 0  # the run stopped because of these; it may try again
     arrays = restored.arrays
     state = TrainState(
         trainable=arrays["params"],
@@ -184,12 +184,12 @@ def restore(
     other: Path | None,
     run_dir: Path | None,
 ) -> Restored | None:
-    """Reads where to go on (`checkpointing.restore` has the order), and tidies up after it.
+    """Reads the checkpoint to resume from (`checkpointing.restore` has the order).
 
-    What the run directory holds beyond that step is put away: unreadable checkpoints under another
-    name, rows of metrics for good, as they will be written again. A damaged store of frozen
-    parameters is put away too where `model` has them from their source. Raises SettingsError if the
-    checkpoint holds other variables than the model.
+    Newer files of the run directory make way: unreadable checkpoints are renamed, and rows of
+    metrics after that step are removed, as the run will write them again. Damaged frozen
+    parameters are renamed too if `model` can load them from their source. Returns None for a new
+    run. Raises SettingsError if the checkpoint has other variables than the model.
     """
     state = layout.state
     counters = {"step": state.step, "skipped": state.skipped}
@@ -201,7 +201,7 @@ def restore(
     with phase("reading the checkpoint"):
         try:
             restored = checkpointing.restore(
-                own, other, template, layout.frozen, lambda: [_frozen_again(model, layout)]
+                own, other, template, layout.frozen, lambda: [_load_frozen(model, layout)]
             )
         except LayoutError as error:
             raise SettingsError(str(error)) from error
@@ -209,18 +209,18 @@ def restore(
         log.info("resuming from %s", restored.step)
     processes.barrier("checkpoint chosen")
     if run_dir is not None and jax.process_index() == 0:
-        _tidy(restored, own, run_dir)
+        _remove_newer(restored, own, run_dir)
     processes.barrier("run directory tidied")
     return restored
 
 
-def _frozen_again(model: TrainableModel, layout: Layout) -> Variables:
-    """Frozen parameters as a new run would have them."""
+def _load_frozen(model: TrainableModel, layout: Layout) -> Variables:
+    """Loads the frozen parameters from the pretrained model, as a new run does."""
     variables = model.variables if model.has_variables else model.load_onto(layout.variables)
     return put(variables, layout.frozen, copy=False)
 
 
-def _tidy(restored: Restored | None, own: Path | None, run_dir: Path) -> None:
+def _remove_newer(restored: Restored | None, own: Path | None, run_dir: Path) -> None:
     if restored is not None and own is not None and restored.step.parent == own.absolute():
         step = int(restored.step.name)
         checkpointing.set_aside_newer(own, step)
@@ -232,13 +232,13 @@ def _tidy(restored: Restored | None, own: Path | None, run_dir: Path) -> None:
 
 
 def finished(checkpoints: Path, intervals: Intervals, *, validates: bool) -> RunProgress | None:
-    """Where a run ended, if its newest checkpoint leaves nothing to do; nothing else is read."""
+    """The progress of a finished run, None if there is more to do. Reads no arrays."""
     steps = checkpointing.step_folders(checkpoints)
     if not steps:
         return None
     try:
         progress = RunProgress(**checkpointing.read_json(steps[0], "progress"))
-    except Exception:  # a damaged checkpoint: `restore` says so, and takes the one before it
+    except Exception:  # a damaged checkpoint: `restore` reports it and reads the one before
         return None
     is_validated = (
         not validates

@@ -1,7 +1,7 @@
-"""What steps report: read when it is old enough to be there, counted, logged, drawn.
+"""Reads the reports of training steps: counts skipped steps, logs, draws the progress bar.
 
-Steps are dispatched ahead of the device; a step's report is read when it is old enough to be
-finished, or when a log line needs it. The progress bar shows what was read anyway.
+The host dispatches steps ahead of the device. It reads the report of a step only when the step is
+likely to be finished, or when a log line needs it, so that the device never waits for the host.
 """
 
 import logging
@@ -17,13 +17,13 @@ from speechlm2_jax.training.step import StepReport
 log = logging.getLogger(__name__)
 
 STEPS_IN_FLIGHT = 2
-"""Steps dispatched ahead of the host's reading; enough to hide the host, little to lose."""
+"""Steps dispatched before the oldest report is read: enough to keep the device busy."""
 MAX_SKIPPED_IN_A_ROW = 20
 
 
 @dataclass
-class Taken:
-    """A step that was dispatched."""
+class DispatchedStep:
+    """A step whose report may not be read yet."""
 
     step: int
     learning_rate: float
@@ -38,30 +38,30 @@ class Reporter:
 
     context: RunContext
     progress: RunProgress
-    is_hopeless: bool = False
+    has_diverged: bool = False
     """True after too many skipped steps in a row."""
-    _pending: deque[Taken] = field(default_factory=deque)
-    _last: Taken | None = None
+    _pending: deque[DispatchedStep] = field(default_factory=deque)
+    _last: DispatchedStep | None = None
 
-    def add(self, taken: Taken) -> None:
-        """Takes a step that was just dispatched, and reads an older one.
+    def add(self, step: DispatchedStep) -> None:
+        """Adds a step that was just dispatched, and reads an older one.
 
-        The first step of a process is read at once: the next one may wait for a compilation.
+        The first step of a process is read at once, as the next one may have to compile.
         """
-        self._pending.append(taken)
+        self._pending.append(step)
         is_first = self._last is None
         while len(self._pending) > (0 if is_first else STEPS_IN_FLIGHT):
             self._read_oldest()
-        if is_first and taken.step % self.context.log_every_n_steps:
-            self._tell_first(taken)
+        if is_first and step.step % self.context.log_every_n_steps:
+            self._log_first(step)
 
     def drain(self) -> None:
-        """Reads all that is left; waits for the newest step."""
+        """Reads all pending reports; waits for the newest step."""
         while self._pending:
             self._read_oldest()
 
     def log_step(self) -> None:
-        """Writes the row and the line of the newest step; waits for it."""
+        """Writes metrics and log line of the newest step; waits for it."""
         self.drain()
         assert self._last is not None
         report, context = self._last.report, self.context
@@ -80,7 +80,7 @@ class Reporter:
         log.info(format_step(row, context.intervals.last_step))
 
     def log_times(self) -> None:
-        """Writes where the time of this process went, and what data was left out."""
+        """Logs the wall time by kind, and dropped conversations by cause."""
         spent = self.context.throughput.totals()
         total = sum(spent.values())
         row = {f"time_{kind}_s": seconds for kind, seconds in spent.items()}
@@ -88,10 +88,10 @@ class Reporter:
         shares = ", ".join(f"{kind.replace('_', ' ')} {s:.1f}" for kind, s in spent.items())
         log.info("time %.1f s: %s", total, shares)
         for cause, count in self.context.datamodule.dropped.items():
-            log.info("left out %d conversations: %s", count, cause)
+            log.info("dropped %d conversations: %s", count, cause)
 
     def _read_oldest(self) -> None:
-        """Reads one report; counts and names what was skipped."""
+        """Reads one report; counts a skipped step and logs its conversations."""
         done = self._pending.popleft()
         done.report = jax.device_get(done.report)
         self._last = done
@@ -102,23 +102,23 @@ class Reporter:
             return
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        self.is_hopeless |= progress.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
-        reason = "no token is scored" if report.count == 0 else "not finite"
+        self.has_diverged |= progress.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
+        reason = "no token to score" if report.count == 0 else "not finite"
         log.warning(
             "step %d skipped (%s: loss %s, gradient norm %s); conversations: %s",
             *(done.step, reason, report.loss, report.grad_norm, ", ".join(done.ids)),
         )
 
-    def _tell_first(self, taken: Taken) -> None:
+    def _log_first(self, step: DispatchedStep) -> None:
         every = self.context.log_every_n_steps
         total = self.context.intervals.last_step
         log.info(
             "step %d%s  loss %.4f  lr %.3e  first step after (re)start; then a line every %d",
-            *(taken.step, "" if total is None else f"/{total}"),
-            *(float(taken.report.loss), taken.learning_rate, every),
+            *(step.step, "" if total is None else f"/{total}"),
+            *(float(step.report.loss), step.learning_rate, every),
         )
 
-    def _draw(self, done: Taken) -> None:
+    def _draw(self, done: DispatchedStep) -> None:
         bar, throughput, last_step = (
             self.context.bar,
             self.context.throughput,
