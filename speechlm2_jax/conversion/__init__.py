@@ -1,4 +1,4 @@
 """Weights in and out: readers, the mapping engine, one table per architecture.
 
-The only room that knows foreign parameter names.
+The only package that knows foreign parameter names.
 """

@@ -1,4 +1,4 @@
-"""NeMo's names of CTC recognisers: EncDecCTCModel(BPE), and the CTC half of hybrid models."""
+"""NeMo's parameter names of CTC models: EncDecCTCModel(BPE), and the CTC half of hybrid models."""
 
 from speechlm2_jax.conversion.mapping import Ignored, Rule, Table
 from speechlm2_jax.conversion.perception import asr_encoder_table

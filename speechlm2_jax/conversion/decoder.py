@@ -13,11 +13,11 @@ BLOCKS = {
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 HEAD_NORMS = {"query_norm": "q_norm", "key_norm": "k_norm"}
 TIED_COPIES_DIFFER = (
-    "the LLM's config.json says tie_word_embeddings: true; write false to use both, or delete from "
+    "the LLM's config.json has tie_word_embeddings: true; write false to use both, or delete from "
     "the file the one that is not meant"
 )
 NO_HEAD = (
-    "a model that was saved without its head (AutoModel) cannot answer: save it as "
+    "a model that was saved without its head (AutoModel) cannot generate: save it as "
     "AutoModelForCausalLM, or write tie_word_embeddings: true where the embedding is its head"
 )
 IGNORED = (

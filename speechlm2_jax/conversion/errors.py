@@ -19,7 +19,7 @@ class UnsafeFileError(ConversionError):
 
 
 def listed(names: Iterable[str], nearest_in: Iterable[str] = ()) -> str:
-    """Names the first few, each with its nearest candidate, and says how many more there are."""
+    """Lists the first few, each with its nearest candidate, and counts the rest."""
     names, candidates = sorted(names), list(nearest_in)
     shown: list[str] = []
     for name in names[:SHOWN]:

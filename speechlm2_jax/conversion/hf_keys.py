@@ -27,7 +27,7 @@ class Key:
     """The values under which it changes nothing; None: all of them."""
 
     def problem(self, value: Any, config: Json) -> str:
-        """What speaks against a value; "" if nothing does. null never does."""
+        """Why a value is not supported; "" if it is. null always is."""
         if value is None or self.neutral is None or self.neutral(value, config):
             return ""
         return self.reason
@@ -145,7 +145,7 @@ NO_EFFECT: Mapping[str, Key] = MappingProxyType(
             "add_bos_token add_eos_token",
         ),
         **_group(
-            "how answers are chosen; generation settings are given when answers are asked for",
+            "sampling defaults; generation settings are arguments of generate",
             "max_length min_length max_new_tokens min_new_tokens do_sample early_stopping "
             "num_beams num_beam_groups diversity_penalty temperature top_k top_p min_p typical_p "
             "epsilon_cutoff eta_cutoff penalty_alpha guidance_scale repetition_penalty "
@@ -195,7 +195,7 @@ NO_EFFECT: Mapping[str, Key] = MappingProxyType(
 BY_VALUE: Mapping[str, Key] = MappingProxyType(
     {
         **_group(
-            "dropout inside the LLM is not supported; write 0.0 (answers do not change)",
+            "dropout inside the LLM is not supported; write 0.0 (outputs do not change)",
             "attention_dropout attention_probs_dropout_prob attn_pdrop attn_dropout hidden_dropout "
             "hidden_dropout_prob resid_pdrop residual_dropout resid_dropout embd_pdrop "
             "embedding_dropout mlp_dropout ffn_dropout dropout dropout_rate layerdrop",

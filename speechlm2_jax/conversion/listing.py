@@ -41,7 +41,7 @@ def lines(source: TensorSource) -> Iterator[Line]:
 
 
 def remark(values: np.ndarray) -> str:
-    """Says if the values are not finite, all zero, or all the same; "" if they are none of it."""
+    """Notes values that are not finite, all zero or all equal; "" if none of these."""
     if values.size == 0:
         return "empty"
     if values.dtype.kind not in "biuc":

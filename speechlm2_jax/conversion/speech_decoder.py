@@ -32,7 +32,7 @@ CAUSAL_MASK = Ignored(
 def speech_decoder_table(config: SpeechDecoderConfig, *, is_projected: bool) -> Table:
     """The whole module, below `speech_generation.`.
 
-    `is_projected` says that the LLM's width is another than the decoder's.
+    `is_projected`: the LLM's width differs from the decoder's.
     """
     linears = {"final_proj": "head"} | ({"input_proj": "projection"} if is_projected else {})
     rules = [

@@ -1,6 +1,6 @@
 """Waveforms on the host: reading files, resampling, and the checks that a recording must pass.
 
-Everything is float32 mono `[S]`, and needs soundfile, PyAV and SciPy only, so that answering from
+Everything is float32 mono `[S]`, and needs soundfile, PyAV and SciPy only, so that inference from
 files works without Lhotse.
 """
 

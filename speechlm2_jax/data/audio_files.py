@@ -220,7 +220,7 @@ def _with_length(head: bytes, raw: BufferedIOBase) -> BytesIO | None:
 
 
 def _wav_length_place(head: bytes) -> int | None:
-    """Where a WAV says how long its samples are."""
+    """Where a WAV header gives the length of its samples."""
     if not head.startswith((b"RIFF", b"RF64")) or head[8:12] != b"WAVE":
         return None
     place = 12

@@ -1,4 +1,4 @@
-"""Plans the few static shapes that a data set is cut into, from its lengths.
+"""Plans the few static shapes that a data set is batched into, from its lengths.
 
 A bucket is a range of lengths with one shape. Lengths are measured as NeMo measures them, in tokens
 or seconds; the shape holds the true lengths of what is in the bucket, padded up.
@@ -17,11 +17,11 @@ from speechlm2_jax.data.config import LoaderConfig
 SURVEY_BUCKETS = 6
 """At most so many buckets where the settings name none."""
 SURVEY_FILL = 0.85
-"""Fewer of them if that much of each row is filled on average."""
+"""Fewer buckets if so much of each sequence is filled on average."""
 SURVEY_LENGTHS = 512
-"""Distinct lengths that the survey tells apart."""
+"""Distinct lengths that are considered; longer data is rounded up."""
 SAMPLES_MULTIPLE_S = 0.08
-"""Clip extents are multiples of it, so that data sets alike share compiled programs."""
+"""Clip lengths are padded to multiples of it, so that similar data sets share programs."""
 
 
 @runtime_checkable
@@ -35,7 +35,7 @@ class Shape(Protocol):
 
     @property
     def tokens(self) -> int:
-        """LLM steps of a row."""
+        """LLM positions of a sequence."""
         ...
 
     @property
@@ -45,7 +45,7 @@ class Shape(Protocol):
 
     @property
     def name(self) -> str:
-        """A name that says the whole shape: one compiled program each."""
+        """A unique name of the shape: one compiled program each."""
         ...
 
 
@@ -56,10 +56,10 @@ class Measures:
     length: Real[np.ndarray, " N"]
     """As NeMo measures them: tokens of the whole or of the input, or seconds."""
     positions: Int[np.ndarray, " N"]
-    """LLM steps that it needs of a row."""
+    """LLM positions that it takes, audio frames included."""
     clips: Int[np.ndarray, " N"]
     samples: Int[np.ndarray, " N"]
-    """Of the longest clip, at the model's rate; 0 without audio, and where steps say it all."""
+    """Of the longest clip, at the model's rate; 0 without audio, and for duplex data."""
 
     def __len__(self) -> int:
         return len(self.length)
@@ -97,11 +97,11 @@ class Members:
     """Its own and those of the shorter buckets, whose leftovers it takes."""
     rows: int
     multiple: int
-    """What LLM steps are padded up to."""
+    """Positions are padded up to a multiple of it."""
 
     @property
     def tokens(self) -> int:
-        """Steps that hold each of them, padded up."""
+        """Positions of the longest, padded up."""
         return max(-(-int(self.up_to.positions.max()) // self.multiple), 1) * self.multiple
 
 
@@ -122,9 +122,10 @@ def plan_buckets(
 ) -> BucketPlan:
     """Plans the buckets of a data set, their shapes made by `shape_of`.
 
-    Rows are `bucket_batch_size`, or `batch_size`, or what the budget leaves: never below
-    floor(budget / longest of the bucket), nor below 1. Steps are padded up to `pad_to_multiple`.
-    A later bucket holds everything an earlier one does, so leftovers can move up.
+    The batch size is `bucket_batch_size`, or `batch_size`, or what fits the budget: never below
+    floor(budget / longest of the bucket), nor below 1. Positions are padded up to
+    `pad_to_multiple`. The shape of a longer bucket holds the conversations of a shorter one, so
+    leftovers can move up.
     """
     edges = _edges(measures, config, pad_to_multiple)
     bucket_of = np.searchsorted(edges, measures.length, side="left")
@@ -149,7 +150,7 @@ def plan_buckets(
 def describe(
     plan: BucketPlan, measures: Measures, columns: Callable[[Shape], Mapping[str, str]]
 ) -> str:
-    """The plan as a small table, a line per bucket; `columns` says more of each shape."""
+    """The plan as a small table, a line per bucket; `columns` adds columns for each shape."""
     rows: list[dict[str, str]] = []
     for i, bucket in enumerate(plan.buckets):
         members = measures.take(np.flatnonzero(plan.bucket_of == i))
@@ -171,7 +172,7 @@ def describe(
 
 
 def samples_unit(sample_rate_hz: int) -> int:
-    """What clip extents are multiples of."""
+    """Samples that clip lengths are padded to multiples of."""
     return max(round(SAMPLES_MULTIPLE_S * sample_rate_hz), 1)
 
 
@@ -198,8 +199,8 @@ def _equal_mass_edges(length: np.ndarray, buckets: int) -> np.ndarray:
 def _survey_edges(measures: Measures, config: LoaderConfig, multiple: int) -> np.ndarray:
     """Edges that leave the least padding: few, but enough to fill SURVEY_FILL of the shapes.
 
-    What is padded is LLM steps and, in steps' worth, audio; both are paid for. Found exactly, by
-    dynamic programming over the distinct lengths.
+    The cost of a shape is its LLM positions plus its audio in units of 80 ms. The minimum is found
+    exactly, by dynamic programming over the distinct lengths.
     """
     ends, count, needed = _survey(measures, config.sample_rate, multiple)
     if len(ends) < 2:
@@ -227,7 +228,7 @@ def _survey_edges(measures: Measures, config: LoaderConfig, multiple: int) -> np
 def _survey(
     measures: Measures, sample_rate_hz: int, multiple: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct lengths (rising), conversations of each, and what a row up to each one takes."""
+    """Distinct lengths (rising), conversations of each, and the cost of a sequence up to each."""
     unit = samples_unit(sample_rate_hz)
     step = math.ceil(measures.length.max(initial=1) / SURVEY_LENGTHS)
     ends, inverse = np.unique(-(-measures.length // step) * step, return_inverse=True)

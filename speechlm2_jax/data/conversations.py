@@ -1,4 +1,4 @@
-"""What every reader gives: conversations of text and audio turns, before any tokenizer."""
+"""Conversations of text and audio turns, before any tokenizer: the result of every reader."""
 
 import functools
 import io
@@ -35,12 +35,12 @@ class AudioClip:
     id: str
     path: str
     duration_s: float
-    """As declared. Plans rest on it, so that they never depend on what a disk answers today."""
+    """As the manifest declares it. Batches are planned with it, so no disk can change a plan."""
     offset_s: float = 0.0
     channel: int | None = None
     """None: the mean of all channels."""
     is_segment: bool = True
-    """Whether the file may go on after `duration_s`."""
+    """Whether the file may be longer than `duration_s`."""
     byte_range: tuple[int, int] | None = None
     """First byte and size of the recording inside `path`, a tar; None: the whole file."""
     cut: Any = None
@@ -83,7 +83,7 @@ class AudioClip:
 
 @dataclass(frozen=True, kw_only=True)
 class TextTurn:
-    """Something written."""
+    """A text."""
 
     role: str
     text: str
@@ -91,7 +91,7 @@ class TextTurn:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioTurn:
-    """Something said; in the dialog it stands as its locator tag."""
+    """A recording; in the prompt its locator tag stands for it."""
 
     role: str
     clip: AudioClip
@@ -100,14 +100,14 @@ class AudioTurn:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Turns in order, by anyone."""
+    """Turns in order, of any role."""
 
     id: str
     turns: tuple[TextTurn | AudioTurn, ...]
     token_equivalent_duration_s: float | None = None
     """Seconds of audio that count as one token where lengths are measured."""
     fields: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """Everything else that its manifest says."""
+    """All other fields of its manifest row."""
     where: str = ""
     """The manifest and the line that it was read from, for messages."""
     shard: int = 0
@@ -127,7 +127,7 @@ class Conversation:
 
     @property
     def answer(self) -> str | None:
-        """What the model should say in the end, or None if nobody wrote it."""
+        """The reference response: the last turn if it is the assistant's text, else None."""
         last = self.turns[-1]
         return last.text if isinstance(last, TextTurn) and last.role == "assistant" else None
 

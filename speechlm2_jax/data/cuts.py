@@ -65,10 +65,10 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
 def conversation_of_cut(
     cut: Any, clip: AudioClip, options: ManifestOptions, *, where: str, shard: int = 0
 ) -> Conversation:
-    """A cut as a conversation: its recording, and the text of its first supervision as answer."""
-    answer = cut.supervisions[0].text if cut.supervisions else None
+    """A cut as a conversation: its recording, and the text of its first supervision as response."""
+    response = cut.supervisions[0].text if cut.supervisions else None
     custom = getattr(cut, "custom", None) or {}
-    made = conversation_of_recording(str(cut.id), clip, answer, custom, options, where=where)
+    made = conversation_of_recording(str(cut.id), clip, response, custom, options, where=where)
     return replace(made, shard=shard)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # Grain is loaded with the first stream
     from speechlm2_jax.data.loader import BatchStream, Dropped
 
 TOKENS_MULTIPLE = 8
-"""LLM steps of every shape are a multiple of it: what vector units like."""
+"""LLM positions of every shape are a multiple of it, as vector units prefer."""
 TRAIN = "train_ds"
 
 
@@ -99,7 +99,7 @@ class DataModule:
         """Training batches without end, from the start or from a state.
 
         The stream has `get_state()` and `set_state(state)`. A state keeps the groups of the run
-        that it comes from. Raises SettingsError, a ValueError, if they cannot be shared out among
+        that it comes from. Raises SettingsError, a ValueError, if they cannot be split among
         this run's devices, listing the data-parallel sizes that can.
         """
         if TRAIN not in self._sets:
@@ -157,21 +157,21 @@ class DataModule:
         return {name.removeprefix(f"{block}."): _Passes(self, name) for name in names}
 
     def _stream(self, name: str, groups: int) -> "BatchStream":
-        from speechlm2_jax.data.loader import BatchStream, Dropped, Loading, PlannedBatches
+        from speechlm2_jax.data.loader import BatchReader, BatchStream, Dropped, PlannedBatches
 
         prepared, is_train = self._prepared[name], self._sets[name].is_train
         if is_train:
             self._dropped[name] = Dropped()
         dropped = self._dropped.setdefault(name, Dropped(count_each_once=True))
         sampler = replace(prepared.sampler, groups=groups)
-        loading = Loading(
+        reader = BatchReader(
             contents=prepared.contents,
             sampler=sampler,
             with_references=not is_train,
             own_groups=self._own_groups if is_train else None,
         )
         plans = PlannedBatches(sampler, epochs=None if is_train else 1)
-        return BatchStream(plans, loading, dropped, prepared.config.num_workers)
+        return BatchStream(plans, reader, dropped, prepared.config.num_workers)
 
     def _read(self, values: Mapping[str, Any], where: str, *, is_train: bool) -> DataSet:
         config = build(self.dataset.loader_config, values, where)

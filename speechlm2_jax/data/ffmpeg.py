@@ -44,7 +44,7 @@ class _Seekable:
 
 
 class FfmpegFile:
-    """The first audio stream of a file, decoded once, to its end whatever the header says."""
+    """The first audio stream of a file, decoded once, to its end whatever its header declares."""
 
     frames = None
     """What decodes is the length."""
@@ -99,7 +99,7 @@ class FfmpegFile:
         for _ in self._packets:
             pass
         skipped, declared = self._stream.start_time or 0, self._stream.duration or 0
-        if not skipped:  # nothing says how much of the encoder's padding to leave out
+        if not skipped:  # the file does not declare its encoder padding
             return self._total // self._ticks
         if 0 <= self._total - skipped - declared < 3 * self._longest:
             return declared // self._ticks

@@ -34,8 +34,8 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except UnicodeDecodeError as error:
             raise SettingsError(f"{where}: not UTF-8 text ({error.reason})") from None
         except SettingsError as error:
-            said = str(error).replace(": line 1 column", ": column")  # the file's line is named
-            raise SettingsError(f"{where}: {said}") from None
+            reason = str(error).replace(": line 1 column", ": column")  # the file's line is named
+            raise SettingsError(f"{where}: {reason}") from None
         yield where, row
 
 

@@ -1,4 +1,4 @@
-"""Reads the audio of planned batches ahead of time, in threads, in an order that never changes."""
+"""Prefetches planned batches in threads, in a deterministic order."""
 
 import functools
 import logging
@@ -20,7 +20,7 @@ from speechlm2_jax.settings import SettingsError
 LINES_PER_CAUSE = 10
 """Dropped conversations that are named in the log; further ones are only counted."""
 EMPTY_BATCHES = 20
-"""So many batches in a row without one usable recording: the disk is gone, or the paths wrong."""
+"""Stop after so many consecutive batches without a usable recording."""
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Failure:
     cause: str
     id: str
     index: int
-    """Of its row in the data set: ids may repeat."""
+    """Of the conversation in the data set: ids may repeat."""
     message: str
 
 
@@ -59,14 +59,14 @@ class Dropped:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loading:
-    """All that turns a planned batch into arrays."""
+class BatchReader:
+    """Reads a planned batch and collates it into arrays."""
 
     contents: Contents
     sampler: Sampler
     with_references: bool = False
     own_groups: frozenset[int] | None = None
-    """Groups that are read; None: all. The others' rows stay empty."""
+    """Groups that this host reads; None: all. The others stay empty."""
 
     @functools.cached_property
     def fingerprint(self) -> int:
@@ -85,7 +85,7 @@ class Loading:
         return digest.hexdigest()
 
     def load(self, planned: BatchPlan) -> tuple[HostBatch, list[Failure]]:
-        """Reads a batch. A conversation that fails leaves its row masked, so shapes stay."""
+        """Reads a batch. A conversation that fails becomes a masked sequence, so shapes stay."""
         bucket = self.sampler.plan.buckets[planned.bucket]
         failures: list[Failure] = []
         own = range(len(planned.groups)) if self.own_groups is None else self.own_groups
@@ -121,7 +121,7 @@ class Loading:
 
 
 def _contents(conversation: Any) -> list[Any]:
-    """What a conversation says, and how long its recordings are; not where they are."""
+    """The texts and durations of a conversation, without its paths."""
     found: list[Any] = [getattr(conversation, "duration_s", None)]
     for turn in conversation.turns:
         clip = getattr(turn, "clip", None)
@@ -130,7 +130,7 @@ def _contents(conversation: Any) -> list[Any]:
 
 
 class PlannedBatches(grain.DatasetIterator):
-    """Walks through the plans of epoch after epoch; its state is where it is."""
+    """The batch plans of all epochs in order; its state is its position."""
 
     def __init__(self, sampler: Sampler, epochs: int | None = None) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class PlannedBatches(grain.DatasetIterator):
         return {"epoch": self._epoch, "position": self._position, **left}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Resumes from a state of `get_state`."""
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         self._left = [int(index) for index in state.get("left", ())]
         self._plans = (-1, [], [])
@@ -167,32 +167,32 @@ class PlannedBatches(grain.DatasetIterator):
 class BatchStream(grain.DatasetIterator):
     """Batches in order, read ahead by threads.
 
-    Its state is small, plain JSON, the same on every host, and holds as of the batch last returned,
-    however far the threads have read: epoch, position, groups, a fingerprint of the data, and the
-    conversations dropped.
+    Its state is small JSON and the same on every host. It is the state after the last returned
+    batch, however far the threads have read: epoch, position, groups, a fingerprint of the data,
+    and the dropped conversations.
     """
 
     def __init__(
-        self, plans: PlannedBatches, loading: Loading, dropped: Dropped, threads: int
+        self, plans: PlannedBatches, reader: BatchReader, dropped: Dropped, threads: int
     ) -> None:
         super().__init__(plans)
-        self._loading, self._dropped = loading, dropped
+        self._reader, self._dropped = reader, dropped
         self._threads = max(threads, 1)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="audio")
-        self._ahead: deque[tuple[dict[str, Any], Future]] = deque()
+        self._prefetched: deque[tuple[dict[str, Any], Future]] = deque()
         self._state = plans.get_state()
         self._empty_batches = 0
 
     def __next__(self) -> HostBatch:
-        while len(self._ahead) < 2 * self._threads:
+        while len(self._prefetched) < 2 * self._threads:
             planned = next(self._parent, None)
             if planned is None:
                 break
-            future = self._pool.submit(self._loading.load, planned)
-            self._ahead.append((self._parent.get_state(), future))
-        if not self._ahead:
+            future = self._pool.submit(self._reader.load, planned)
+            self._prefetched.append((self._parent.get_state(), future))
+        if not self._prefetched:
             raise StopIteration
-        state, future = self._ahead.popleft()
+        state, future = self._prefetched.popleft()
         batch, failures = future.result()
         self._state = state
         for failure in failures:
@@ -200,7 +200,7 @@ class BatchStream(grain.DatasetIterator):
         self._empty_batches = 0 if batch.ids else self._empty_batches + 1
         if self._empty_batches >= EMPTY_BATCHES:
             raise SettingsError(
-                f"{EMPTY_BATCHES} batches in a row without a usable recording; the last one: "
+                f"{EMPTY_BATCHES} consecutive batches without a usable recording; the last one: "
                 f"{failures[-1].message}"
             )
         return batch
@@ -209,42 +209,42 @@ class BatchStream(grain.DatasetIterator):
         """Plain JSON values, as of the batch last returned."""
         return {
             **self._state,
-            "groups": self._loading.sampler.groups,
-            "data": self._loading.fingerprint,
-            "contents": self._loading.contents_fingerprint,
+            "groups": self._reader.sampler.groups,
+            "data": self._reader.fingerprint,
+            "contents": self._reader.contents_fingerprint,
             "dropped": dict(self._dropped.counts),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on after the batch that the state was taken at.
+        """Resumes after the batch that the state was taken at.
 
         Raises SettingsError for a state of batches with another number of groups.
         """
-        groups = self._loading.sampler.groups
+        groups = self._reader.sampler.groups
         if state["groups"] != groups:
-            raise SettingsError(f"a data state of {state['groups']} groups, here {groups}")
-        if state["data"] != self._loading.fingerprint:
+            raise SettingsError(f"the data state has {state['groups']} groups, this run {groups}")
+        if state["data"] != self._reader.fingerprint:
             _log.warning(
-                "the data or its batch settings changed since this state was saved: going on at "
-                "the same place of another order"
+                "the data or its batch settings changed since this state was saved: the "
+                "run resumes at the same position of a different order"
             )
-        elif state.get("contents", own := self._loading.contents_fingerprint) != own:
+        elif state.get("contents", own := self._reader.contents_fingerprint) != own:
             _log.warning(
                 "the data changed since this state was saved: the ids are the same, texts or "
-                "durations are others; going on at the same place"
+                "durations differ; the run resumes at the same position"
             )
-        self._forget_ahead()
+        self._forget_prefetched()
         self._parent.set_state(state)
         self._state = self._parent.get_state()
         self._dropped.counts = dict(state["dropped"])
 
     def close(self) -> None:
         """Stops reading ahead."""
-        self._forget_ahead()
+        self._forget_prefetched()
         self._pool.shutdown(wait=False)
         super().close()
 
-    def _forget_ahead(self) -> None:
-        for _, future in self._ahead:
+    def _forget_prefetched(self) -> None:
+        for _, future in self._prefetched:
             future.cancel()
-        self._ahead.clear()
+        self._prefetched.clear()

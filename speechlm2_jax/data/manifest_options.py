@@ -21,7 +21,7 @@ class ManifestOptions:
     locator_tag: str = DEFAULT_LOCATOR_TAG
     token_equivalent_duration_s: float | None = None
     tags: Mapping[str, Any] | None = None
-    """Fields that go before the manifest's own."""
+    """Fields that replace the manifest's own."""
     text_field: str = "text"
     channel: int | None = None
     """Channel of recordings with several, where the manifest does not choose; None: the mean."""
@@ -34,28 +34,28 @@ class ManifestOptions:
 def conversation_of_recording(
     name: str,
     clip: AudioClip,
-    answer: Any,
+    response: Any,
     own: Mapping[str, Any],
     options: ManifestOptions,
     *,
     where: str,
 ) -> Conversation:
-    """A recording as a conversation: context if any, the audio, and its text as the answer.
+    """A recording as a conversation: context if any, the audio, and its text as the response.
 
-    Raises SettingsError if context, system prompt or answer are no text.
+    Raises SettingsError if context, system prompt or response is not text.
     """
-    said = options.all_fields(own)
+    fields = options.all_fields(own)
     turns: list[TextTurn | AudioTurn] = []
     for key, role in (("system_prompt", "system"), ("context", "user")):
-        if said.get(key) is not None:
-            turns.append(TextTurn(role=role, text=text(said[key], key)))
+        if fields.get(key) is not None:
+            turns.append(TextTurn(role=role, text=text(fields[key], key)))
     turns.append(AudioTurn(role="user", clip=clip, locator_tag=options.locator_tag))
-    if answer is not None:
-        turns.append(TextTurn(role="assistant", text=text(answer, options.text_field)))
+    if response is not None:
+        turns.append(TextTurn(role="assistant", text=text(response, options.text_field)))
     return Conversation(
         id=name,
         turns=tuple(turns),
         token_equivalent_duration_s=options.token_equivalent_duration_s,
-        fields=said,
+        fields=fields,
         where=where,
     )

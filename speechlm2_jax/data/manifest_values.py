@@ -1,4 +1,4 @@
-"""Values of a manifest's rows: what each may be, and what to say of one that it may not be."""
+"""Checks of the values in a manifest's rows, with one-line errors."""
 
 import difflib
 from collections.abc import Iterator, Mapping
@@ -8,9 +8,9 @@ from typing import Any
 from speechlm2_jax.settings import SettingsError
 
 MAX_SECONDS = 1e7
-"""115 days: what claims to be longer is not a recording."""
+"""115 days: no recording is longer."""
 _SHOWN = 60
-"""Letters of a wrong value that an error shows."""
+"""Characters of a wrong value that an error shows."""
 _WRONG = (
     ArithmeticError,
     AssertionError,
@@ -43,8 +43,8 @@ def located(where: str) -> Iterator[None]:
     except SettingsError as error:
         raise SettingsError(f"{where}: {error}") from error
     except _WRONG as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise SettingsError(f"{where}: cannot be read ({said[:200]})") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise SettingsError(f"{where}: cannot be read ({reason[:200]})") from error
 
 
 def seconds(value: Any, key: str) -> float:
@@ -98,7 +98,7 @@ def near_miss(row: Mapping[str, Any], wanted: str) -> str | None:
 
 
 def missing_key(row: Mapping[str, Any], wanted: str) -> str:
-    """Says that a row lacks a key, and which of its keys was probably meant to be it."""
+    """The message for a missing key, with the key that was probably meant."""
     near = near_miss(row, wanted)
     if near is not None:
         return f"{wanted} is missing; rename {near!r} to {wanted!r}"
@@ -111,5 +111,5 @@ def shown(value: Any) -> str:
         return "null"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_SHOWN:
         return "an integer of more than 60 digits"
-    said = ascii(value)
-    return said if len(said) <= _SHOWN else f"{said[:_SHOWN]}..."
+    text_ = ascii(value)
+    return text_ if len(text_) <= _SHOWN else f"{text_[:_SHOWN]}..."

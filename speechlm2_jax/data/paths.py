@@ -32,7 +32,7 @@ def plain_path(path: str) -> str:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether a file is there; also asks, with the answer no, for a name that no file can have."""
+    """Whether a file exists; False for an invalid name too."""
     return os.path.isfile(path)
 
 

@@ -1,6 +1,6 @@
-"""From a configured data set to a planned one: tokenise, leave out, measure, plan.
+"""Prepares a configured data set: tokenise, filter, measure, plan buckets.
 
-What differs from one kind of data to another is behind two protocols, `DataKind` and `Contents`.
+SALM and duplex data implement two protocols, `DataKind` and `Contents`.
 """
 
 import logging
@@ -20,10 +20,10 @@ from speechlm2_jax.data.sources import Source
 from speechlm2_jax.settings import SettingsError
 
 IDS_IN_LOG = 10
-"""Conversations that are named in the log, of those that settings leave out for one cause."""
+"""Conversations that the log names for each cause of leaving out."""
 
 _FAR = "_far_too_many"
-"""The end of a cause: seconds or tokens far beyond all else of the set."""
+"""Suffix of the cause of an outlier in seconds or tokens."""
 _log = logging.getLogger(__name__)
 
 
@@ -42,7 +42,7 @@ class Contents(Protocol):
         ...
 
     def tests(self) -> Mapping[str, Callable[[int], bool]]:
-        """By cause: whether settings let the conversation of an index pass."""
+        """By cause: a test that the conversation of an index must pass to be kept."""
         ...
 
     def lengths(self) -> Mapping[str, Real[np.ndarray, " N"]]:
@@ -58,11 +58,11 @@ class Contents(Protocol):
         ...
 
     def columns(self, shape: Shape) -> Mapping[str, str]:
-        """What the table of the plan says of a shape, beside its rows and tokens."""
+        """More columns of the plan's table for a shape, by name."""
         ...
 
     def validation_error(self, planned: Sequence[int]) -> str | None:
-        """Why a model must not be trained on an epoch of these conversations, if so."""
+        """Why a model must not be trained on these conversations; None if it may."""
         ...
 
     def example(self, index: int) -> Any:
@@ -70,7 +70,7 @@ class Contents(Protocol):
         ...
 
     def assemble(self, groups: Sequence[Sequence[Any]], shape: Any) -> Any:
-        """The arrays of groups of examples; None is an empty row."""
+        """The arrays of groups of examples; None is an empty sequence."""
         ...
 
     def reference(self, index: int, example: Any) -> Any:
@@ -139,8 +139,8 @@ def prepare(
 ) -> Prepared:
     """Plans a data set, and logs the plan as a table.
 
-    Raises SettingsError if its parts do not fit together, if nothing is left of the data, and if a
-    training set is none that a model should learn from.
+    Raises SettingsError if the settings contradict each other, if no conversation is left, or if
+    the training set has a `validation_error`.
     """
     config, where = data_set.config, data_set.where
     everything = [c for source in data_set.sources for c in source.conversations]
@@ -151,9 +151,9 @@ def prepare(
     contents = contents.take(np.flatnonzero(keep))
     conversations = contents.conversations
     if not conversations:
-        raise SettingsError(f"{where}: no conversation is left, of {filtered or 'none'}")
+        raise SettingsError(f"{where}: no conversation is left; left out: {filtered or 'none'}")
     sizes = _sizes(data_set, keep)
-    _say_shares(data_set, sizes)
+    _warn_of_shares(data_set, sizes)
     sampler = _sampler(data_set, contents, sizes, groups, multiple)
     too_long = np.flatnonzero(sampler.plan.bucket_of < 0)
     if len(too_long):
@@ -194,7 +194,7 @@ def _outliers(
     if data_set.config.keep_outliers:
         for rows in found.values():
             _log.warning(
-                "%s: far longer than all else, and kept by keep_outliers: every shape must hold %s",
+                "%s: outliers in length, kept by keep_outliers, which enlarge every shape: %s",
                 data_set.where,
                 _listed(list(rows.values())),
             )
@@ -219,7 +219,7 @@ def _sampler(
         groups=groups,
         seed=seed,
         shuffle=config.shuffle,
-        # NeMo fills buckets side by side whatever `shuffle` says
+        # NeMo fills buckets concurrently, with `shuffle` or without
         by_bucket=config.shuffle or (is_train and config.use_bucketing),
         drop_last=config.drop_last,
         endless=is_train and (len(sources) > 1 or any(s.is_endless for s in sources)),
@@ -231,12 +231,12 @@ def _sampler(
 def _shards(conversations: Sequence[Any], sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Of each source, the conversations of each of its shards, in order."""
     numbers = np.asarray([one.shard for one in conversations], np.int64)
-    parts = np.split(numbers, np.cumsum(sizes)[:-1])
-    return tuple(tuple(np.unique(p, return_counts=True)[1].tolist()) for p in parts)
+    by_source = np.split(numbers, np.cumsum(sizes)[:-1])
+    return tuple(tuple(np.unique(s, return_counts=True)[1].tolist()) for s in by_source)
 
 
-def _say_shares(data_set: DataSet, sizes: Sequence[int]) -> None:
-    """Tells of sources without weights what share of an epoch each has."""
+def _warn_of_shares(data_set: DataSet, sizes: Sequence[int]) -> None:
+    """Warns of sources without weights, with the share that each has of an epoch."""
     if not data_set.is_train or len(sizes) < 2 or data_set.sources[0].share is not None:
         return
     named = zip((source.name for source in data_set.sources), sizes, strict=True)
@@ -256,7 +256,7 @@ def _sizes(data_set: DataSet, keep: np.ndarray) -> tuple[int, ...]:
 
 
 def _seed(seed: int | str, where: str) -> int:
-    """A seed for every host; words that ask for a random one give a fixed one."""
+    """An integer seed, the same on every host; `trng` and `randomized` give 0."""
     if isinstance(seed, int):
         return seed % (1 << 63)
     if seed not in ("trng", "randomized"):
@@ -268,7 +268,7 @@ def _seed(seed: int | str, where: str) -> int:
 
 
 def _report(where: str, table: str, dropped: Mapping[str, Sequence[str]]) -> None:
-    _log.info("%s: the shapes of its batches, per group\n%s", where, table)
+    _log.info("%s: batch shapes per group\n%s", where, table)
     for cause, ids in dropped.items():
         hint = "; keep_outliers: true keeps them" if cause.endswith(_FAR) else ""
         _log.warning("%s: %d left out by %s: %s%s", where, len(ids), cause, _listed(ids), hint)

@@ -1,7 +1,7 @@
 """Manifests as conversations: NeMo's lines, lines of turns, and Lhotse cuts.
 
-All that later plans rest on (ids, texts, durations) is read here. As in NeMo, a recording whose
-length the manifest does not vouch for is asked for it: its header is read, never its samples.
+Ids, texts and durations are read here. As in NeMo, the header of a recording is read for its
+length unless the manifest gives a sampling rate; samples are never read here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ from speechlm2_jax.data.paths import Finder, local_file
 from speechlm2_jax.settings import SettingsError
 
 ROWS_AT_ONCE = 512
-"""Rows whose headers are read side by side."""
+"""Rows whose audio headers are read in parallel."""
 _CUT_KEYS = ("type", "recording", "supervisions", "features", "tracks", "start")
 
 
@@ -44,7 +44,7 @@ def read_manifest(path: str | Path, options: ManifestOptions) -> Iterator[Conver
         raise SettingsError(f"{path}: the manifest is empty")
     where, row = first
     if "conversations" in row:
-        yield from _read(path, options, _Turns)
+        yield from _read(path, options, _DialogRow)
     elif "audio_filepath" in row:
         yield from _read(path, options, _NemoRow)
     elif any(key in row for key in _CUT_KEYS):
@@ -63,7 +63,7 @@ def read_manifest(path: str | Path, options: ManifestOptions) -> Iterator[Conver
 
 
 class _NemoRow:
-    """A line of a NeMo manifest: one recording and what is said in it."""
+    """A line of a NeMo manifest: one recording and its transcript."""
 
     def __init__(self, row: dict[str, Any], finder: Finder) -> None:
         if not isinstance(row.get("audio_filepath"), str):
@@ -77,17 +77,17 @@ class _NemoRow:
         self.declared_s = _optional_seconds(row, "duration")
         self.offset_s = _optional_seconds(row, "offset")
         rate = row.pop("sampling_rate", None)
-        vouches = (rate if rate is not None else row.pop("sample_rate", None)) is not None
-        if vouches and self.declared_s is None:
+        is_measured = (rate if rate is not None else row.pop("sample_rate", None)) is not None
+        if is_measured and self.declared_s is None:
             raise SettingsError(missing_key(row, "duration"))
-        self.asked = () if vouches else (self.path,)
+        self.unmeasured_files = () if is_measured else (self.path,)
         self.own = row
 
     def conversation(
         self, lengths: Mapping[str, float | None], options: ManifestOptions, where: str
     ) -> Conversation:
-        """The recording and its text, once the lengths of the files that were `asked` are known."""
-        length_s = lengths[self.path] if self.asked else None
+        """The recording and its text, once the lengths of `unmeasured_files` are known."""
+        length_s = lengths[self.path] if self.unmeasured_files else None
         if length_s is None and self.declared_s is None and near_miss(self.own, "duration"):
             raise SettingsError(missing_key(self.own, "duration"))
         duration_s = (
@@ -105,11 +105,11 @@ class _NemoRow:
             channel=options.channel,
             is_segment=self.offset_s is not None,
         )
-        answer, name = self.own.get(options.text_field), str(self.own.get("id") or clip.id)
-        return conversation_of_recording(name, clip, answer, self.own, options, where=where)
+        response, name = self.own.get(options.text_field), str(self.own.get("id") or clip.id)
+        return conversation_of_recording(name, clip, response, self.own, options, where=where)
 
 
-class _Turns:
+class _DialogRow:
     """A line of a conversation: text and recordings, turn by turn."""
 
     def __init__(self, row: dict[str, Any], finder: Finder) -> None:
@@ -121,7 +121,7 @@ class _Turns:
         if not isinstance(turns, list) or not (turns or self.is_skipped):
             raise SettingsError(f"conversations must be a list of turns, got {shown(turns)}")
         self.turns = [_Turn(turn, number, finder) for number, turn in enumerate(turns, start=1)]
-        self.asked = tuple(turn.path for turn in self.turns if turn.path is not None)
+        self.unmeasured_files = tuple(turn.path for turn in self.turns if turn.path is not None)
         self.id = row.get("id")
 
     def conversation(
@@ -187,17 +187,17 @@ class _Turn:
 
 
 def _read(
-    path: Path, options: ManifestOptions, kind: type[_NemoRow] | type[_Turns]
+    path: Path, options: ManifestOptions, kind: type[_NemoRow] | type[_DialogRow]
 ) -> Iterator[Conversation]:
     """The conversations of a manifest of one kind of row, its headers read many at a time."""
     finder, lines = Finder(path), json_lines(path)
     while chunk := list(islice(lines, ROWS_AT_ONCE)):
-        rows: list[tuple[str, _NemoRow | _Turns]] = []
+        rows: list[tuple[str, _NemoRow | _DialogRow]] = []
         for where, row in chunk:
             if not row.pop("_skipme", False):
                 with located(where):
                     rows.append((where, kind(row, finder)))
-        lengths = file_durations_s(name for _, row in rows for name in row.asked)
+        lengths = file_durations_s(name for _, row in rows for name in row.unmeasured_files)
         for where, row in rows:
             with located(where):
                 conversation = row.conversation(lengths, options, where)

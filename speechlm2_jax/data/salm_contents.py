@@ -1,4 +1,4 @@
-"""The conversations of one data set of a SALM: their lengths, shapes and arrays."""
+"""One data set of a SALM: lengths, bucket shapes and batches of its conversations."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from speechlm2_jax.data.salm_dataset import SALMDataset, SalmReference
 
 CLIP_SPREAD = 2.0
-"""Standard deviations of the clips in a group that its slots leave room for."""
+"""Clips per group are planned for the mean plus so many standard deviations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SalmContents:
-    """Conversations that have token ids (`prepare.Contents`)."""
+    """Conversations with token ids (implements `prepare.Contents`)."""
 
     dataset: "SALMDataset"
     config: DataLoaderConfig
@@ -89,7 +89,7 @@ class SalmContents:
     def assemble(
         self, groups: Sequence[Sequence[SalmExample | None]], shape: BatchShape
     ) -> SalmBatch:
-        """The arrays of groups of examples; None is an empty row."""
+        """The arrays of groups of examples; None is an empty sequence."""
         return assemble_salm_batch(
             groups,
             shape,
@@ -98,7 +98,7 @@ class SalmContents:
         )
 
     def reference(self, index: int, example: SalmExample) -> "SalmReference":
-        """The question of a conversation, with its audio, and the answer."""
+        """The prompt of a conversation, with its audio, and the reference response."""
         return self.dataset.reference(self.conversations[index], example)
 
     def _placeholders(self, conversation: Conversation) -> int:
@@ -115,11 +115,12 @@ def measure(
 ) -> Measures:
     """Measures conversations that have prompts."""
     samples = [[clip.samples(sample_rate_hz) for clip in c.clips] for c in conversations]
-    frames = {n: frame_count(n) for n in {n for row in samples for n in row}}
+    frames = {n: frame_count(n) for n in {n for clips in samples for n in clips}}
     ids = [c.prompt.input_ids if c.prompt else np.zeros(0, np.int32) for c in conversations]
     positions = [
-        len(i) - len(row) + sum(frames[n] for n in row) - 1
-        for i, row in zip(ids, samples, strict=True)
+        # each placeholder is replaced by its clip's frames; the last token is a label alone
+        len(tokens) - len(clips) + sum(frames[n] for n in clips) - 1
+        for tokens, clips in zip(ids, samples, strict=True)
     ]
     length = [
         c.lengths.total_tokens if measure_total_length else c.lengths.input_tokens
@@ -128,8 +129,8 @@ def measure(
     return Measures(
         length=np.asarray(length, np.int64).reshape(-1),
         positions=np.asarray(positions, np.int64).reshape(-1),
-        clips=np.asarray([len(row) for row in samples], np.int64).reshape(-1),
-        samples=np.asarray([max(row, default=0) for row in samples], np.int64).reshape(-1),
+        clips=np.asarray([len(clips) for clips in samples], np.int64).reshape(-1),
+        samples=np.asarray([max(clips, default=0) for clips in samples], np.int64).reshape(-1),
     )
 
 
@@ -152,7 +153,9 @@ def placeholder_id(conversations: Sequence[Conversation], tokenizer: Tokenizer, 
     turns = (turn for conversation in conversations for turn in conversation.turns)
     tags = {turn.locator_tag for turn in turns if isinstance(turn, AudioTurn)}
     if len(tags) > 1:
-        raise SettingsError(f"{where}: one audio_locator_tag, not {sorted(tags)}")
+        raise SettingsError(
+            f"{where}: audio_locator_tag: expected one tag for all entries, got {sorted(tags)}"
+        )
     for tag in tags:
         return tokenizer.require(tag, f"{where}: audio_locator_tag")
     return -1

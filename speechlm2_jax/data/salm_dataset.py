@@ -1,4 +1,4 @@
-"""Conversations as SALM learns from them: token ids, what is scored, and the audio."""
+"""Examples of SALM: token ids, loss mask and audio of each conversation."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,13 +24,13 @@ _DIALOGS_AT_ONCE = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class SalmReference:
-    """What a validation metric that answers needs of one conversation."""
+    """One conversation for a validation metric that generates."""
 
     id: str
     prompt: SalmExample
-    """The conversation up to its last turn, opened for the answer, with the audio of that part."""
+    """The conversation up to its last turn, with the generation prompt and the audio so far."""
     text: str
-    """What the answer should be."""
+    """The reference response."""
 
 
 class SALMDataset:
@@ -132,17 +132,17 @@ class SALMDataset:
         )
 
     def reference(self, conversation: Conversation, example: SalmExample) -> SalmReference:
-        """Splits an example of a conversation that has an answer into question and answer."""
+        """Splits an example into the prompt and the reference response."""
         assert conversation.prompt is not None
-        asked = conversation.prompt.prompt_ids
-        answered = len(conversation.clips) - _clips_before_answer(conversation)
+        prompt_ids = conversation.prompt.prompt_ids
+        response_clips = len(conversation.clips) - _clips_before_response(conversation)
         return SalmReference(
             id=conversation.id,
             prompt=SalmExample(
                 id=conversation.id,
-                tokens=asked,
-                loss_mask=np.zeros(len(asked), bool),
-                audio=example.audio[: len(example.audio) - answered],
+                tokens=prompt_ids,
+                loss_mask=np.zeros(len(prompt_ids), bool),
+                audio=example.audio[: len(example.audio) - response_clips],
             ),
             text=conversation.answer or "",
         )
@@ -160,8 +160,8 @@ class SALMDataset:
         examples = [example for _, example in usable]
         clips = [clip for example in examples for clip in example.audio]
         audios = np.zeros((len(clips), max(map(len, clips), default=0)), np.float32)
-        for row, clip in zip(audios, clips, strict=True):
-            row[: len(clip)] = clip
+        for target, clip in zip(audios, clips, strict=True):
+            target[: len(clip)] = clip
         return {
             "audios": audios,
             "audio_lens": np.asarray([len(clip) for clip in clips], np.int32),
@@ -190,7 +190,7 @@ def _encode(chunk: Sequence[Conversation], formatter: PromptFormatter) -> list[C
     return [replace(c, prompt=p) for c, p in zip(chunk, prompts, strict=True)]
 
 
-def _clips_before_answer(conversation: Conversation) -> int:
+def _clips_before_response(conversation: Conversation) -> int:
     """Audio turns before the run of turns that ends the conversation."""
     last, turns = conversation.turns[-1].role, list(conversation.turns)
     while turns and turns[-1].role == last:
@@ -198,8 +198,8 @@ def _clips_before_answer(conversation: Conversation) -> int:
     return len(replace(conversation, turns=tuple(turns)).clips)
 
 
-def _left_pad(rows: Sequence[np.ndarray], value: int, dtype: Any) -> np.ndarray:
-    padded = np.full((len(rows), max(map(len, rows), default=0)), value, dtype)
-    for target, row in zip(padded, rows, strict=True):
-        target[len(target) - len(row) :] = row
+def _left_pad(sequences: Sequence[np.ndarray], value: int, dtype: Any) -> np.ndarray:
+    padded = np.full((len(sequences), max(map(len, sequences), default=0)), value, dtype)
+    for target, sequence in zip(padded, sequences, strict=True):
+        target[len(target) - len(sequence) :] = sequence
     return padded

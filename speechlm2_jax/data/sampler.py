@@ -1,7 +1,7 @@
 """Which conversations make which batch: a pure function of the seed and the epoch.
 
-Every host plans the same, from manifests alone, so that no host waits for another and a run goes
-on after a stop with the batch that was next.
+Every host makes the same plan from the manifests alone. So no host waits for another, and a
+stopped run resumes with exactly the next batch.
 """
 
 import random
@@ -30,7 +30,7 @@ class Sampler:
     """Plans epochs of global batches of so many groups.
 
     In an epoch every conversation comes once. If sources have shares, an epoch is as long, but
-    each source gives its share of it and goes on where it was in the next epoch.
+    each source gives its share of it and continues from its position in the next epoch.
     """
 
     plan: BucketPlan
@@ -90,15 +90,15 @@ class Sampler:
             passes = [start + self._pass(s, epoch) for s, start in enumerate(starts[:-1])]
             return np.concatenate([*passes, np.zeros(0, np.int64)])
         counts = self.sizes if self.shares is None else _apportion(self.shares, total)
-        parts = [
+        streams = [
             starts[s] + self._stretch(s, epoch * n, n)
             for s, n in enumerate(counts)
             if self.sizes[s]
         ]
-        turns = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
+        turns = np.repeat(np.arange(len(streams)), [len(stream) for stream in streams])
         turns = self._random(_MIXTURE, epoch).permutation(turns)
-        streams = [iter(p) for p in parts]
-        return np.asarray([next(streams[s]) for s in turns], np.int64)
+        iterators = [iter(stream) for stream in streams]
+        return np.asarray([next(iterators[s]) for s in turns], np.int64)
 
     def _stretch(self, source: int, start: int, count: int) -> Int[np.ndarray, " n"]:
         """The next `count` conversations of a source that is gone through again and again."""
@@ -190,7 +190,7 @@ class _Filling:
         return len(self.indices) == self.shape.rows * self.sampler.groups
 
     def planned(self) -> BatchPlan:
-        """The batch; a short one is shared evenly, so that no group has all the padding."""
+        """The batch; an incomplete one is split evenly, so that no group has all the padding."""
         groups = self.groups
         if not self.is_full:
             even = [g.tolist() for g in np.array_split(self.indices, self.sampler.groups)]

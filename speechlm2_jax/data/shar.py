@@ -1,8 +1,8 @@
 """Lhotse SHAR: manifests of cuts, and their fields beside them or elsewhere.
 
 Recordings are packed into tars, of which only the headers are read: each clip remembers where its
-bytes are. A recording that is not packed is read where its manifest says. Any other field is a
-file of JSON lines, one for each cut, whose values belong to the cuts.
+bytes are. A recording that is not packed is read from the path in its manifest.
+Any other field is a file of JSON lines, one for each cut, whose values belong to the cuts.
 """
 
 import tarfile

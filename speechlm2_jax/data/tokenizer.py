@@ -90,7 +90,9 @@ class Tokenizer:
         """Decodes `[T]` ids: a list, or any array (NumPy, JAX, torch)."""
         flat = np.asarray(ids)
         if flat.ndim > 1:
-            raise ValueError(f"ids must be one row, got shape {flat.shape}; decode row by row")
+            raise ValueError(
+                f"ids must be 1-D, got shape {flat.shape}; decode each sequence on its own"
+            )
         return self._backend.decode(flat.reshape(-1).astype(int).tolist(), remove_special_tokens)
 
     def text_to_tokens(self, text: str) -> list[str]:

@@ -57,7 +57,7 @@ def is_generic(directory: Path) -> bool:
             and "auto_map" not in settings
             and kind.get("model_type") in GENERIC_MODEL_TYPES
         )
-    except (ValueError, AttributeError, RecursionError):  # AutoTokenizer says what is wrong
+    except (ValueError, AttributeError, RecursionError):  # AutoTokenizer names the problem
         return False
 
 

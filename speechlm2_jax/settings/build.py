@@ -1,6 +1,6 @@
 """Plain values <-> frozen dataclasses, strictly: every key and type is checked, nothing is guessed.
 
-A dataclass says how it treats foreign keys with class variables, all optional:
+Optional class variables of a dataclass list the foreign keys that it accepts or refuses:
 
     IGNORED: ClassVar[Mapping[str, Refusal]]   key -> why it means nothing here; reported once
     REFUSED: ClassVar[Mapping[str, Refusal]]   key -> message; or (message, harmless value, ...)
@@ -176,7 +176,7 @@ def _convert_union(hint: Any, options: tuple[Any, ...], value: Any, path: str) -
             return _convert(option, value, path)
         except SettingsError as error:
             inner = inner or error
-    if inner is not None and form is not None:  # what is wrong inside says more than the types do
+    if inner is not None and form is not None:  # the inner error is more specific
         raise inner
     raise SettingsError(f"{path}: expected {_describe(hint)}, got {kind(value)}")
 

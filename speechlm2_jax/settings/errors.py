@@ -1,5 +1,5 @@
 # pyright: reportUnknownArgumentType=false
-"""The one error of settings, and how its messages speak of paths, keys and values."""
+"""SettingsError, and how its messages name paths, keys and values."""
 
 import difflib
 from collections.abc import Iterable

@@ -173,8 +173,8 @@ def test_turns_of_other_speakers_are_left_out_with_a_warning(caplog):
     ("speakers", "message"),
     [
         (["user", "agent"] * 4 + ["x"], "remove their supervisions"),
-        (["user"] * 20 + ["Agent"], "data.output_roles matches nobody"),
-        (["agent"] * 20 + [None], "data.input_roles matches nobody"),
+        (["user"] * 20 + ["Agent"], "data.output_roles matches no speaker"),
+        (["agent"] * 20 + [None], "data.input_roles matches no speaker"),
     ],
 )
 def test_too_many_turns_of_other_speakers_are_refused(speakers, message):

@@ -209,7 +209,7 @@ def test_bad_audio_does_not_change_its_neighbours(damaged, make_module, tmp_path
 def test_a_disk_that_is_gone_stops_the_stream(make_module, tmp_path):
     rows = [{"audio_filepath": f"{n}.wav", "duration": 1.0, "text": "x"} for n in range(4)]
     stream = make_module(write_manifest(tmp_path / "m.jsonl", rows)).train_batches()
-    with pytest.raises(SettingsError, match="20 batches in a row without a usable recording"):
+    with pytest.raises(SettingsError, match="20 consecutive batches without a usable recording"):
         list(stream)
 
 
@@ -223,7 +223,7 @@ def test_settings_that_leave_conversations_out_are_counted_by_cause(corpus, make
 
 
 def test_nothing_left_is_an_error_that_says_why(corpus, make_module):
-    with pytest.raises(SettingsError, match=r"no conversation is left, of \{'max_tokens': 30\}"):
+    with pytest.raises(SettingsError, match=r"is left; left out: \{'max_tokens': 30\}"):
         make_module(corpus / "manifest.jsonl", max_tokens=3)
     with pytest.raises(SettingsError, match="no batch can be made of 30"):
         make_module(corpus / "manifest.jsonl", batch_size=31, drop_last=True)

@@ -203,7 +203,7 @@ def test_a_conversation_shorter_than_a_frame_is_left_out_and_counted(tmp_path):
     assert module.dropped == {"shorter_than_frame": 1}
     assert next(module.train_batches()).arrays.token_lengths.tolist() == [[1, 0, 0]]
     only = corpus.write_cuts(tmp_path / "only.jsonl", cuts[1:])
-    with pytest.raises(SettingsError, match=r"no conversation is left, of \{'shorter_than_frame'"):
+    with pytest.raises(SettingsError, match=r"is left; left out: \{'shorter_than_frame'"):
         corpus.module(only)
 
 

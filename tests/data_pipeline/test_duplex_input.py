@@ -52,7 +52,7 @@ def test_a_role_that_is_spelt_otherwise_is_named_with_its_spelling(speaker, near
 def test_a_role_of_its_own_is_named_too(tmp_path):
     message = refused(spoken(tmp_path, "agent", "narrator", None))
     assert "'narrator', None is in neither" in message and "None (1 turns)" in message
-    assert "data.input_roles matches nobody" in message
+    assert "data.input_roles matches no speaker" in message
 
 
 def test_a_model_is_not_trained_where_the_agent_is_mostly_silent(tmp_path):
@@ -110,7 +110,7 @@ def test_mixed_cuts_and_addresses_of_the_network_are_refused(tmp_path):
 def test_a_cut_without_the_users_recording_is_named(tmp_path):
     silent = replace(corpus.cut(tmp_path, "one"), recording=None)
     message = refused(corpus.write_cuts(tmp_path / "cuts.jsonl", [silent]))
-    assert "cut 'one' has no recording: that is where the user is heard" in message
+    assert "cut 'one' has no recording: the user's audio" in message
 
 
 def test_shar_without_the_agents_field_is_named(tmp_path):

@@ -50,7 +50,7 @@ def test_ids_decode_from_any_array_and_special_tokens_can_stay(llama):
     ids = llama.text_to_ids("yes and no")
     assert llama.ids_to_text(np.asarray([1, *ids, 2])) == "yes and no"
     assert llama.ids_to_text([1, *ids, 2], remove_special_tokens=False).startswith("<s>")
-    with pytest.raises(ValueError, match="one row"):
+    with pytest.raises(ValueError, match="must be 1-D"):
         llama.ids_to_text(np.zeros((2, 3), int))
 
 

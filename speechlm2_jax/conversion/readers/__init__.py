@@ -93,7 +93,7 @@ def _open_file(path: Path) -> LazySource:
 
 
 def _open_shards(index: Path) -> LazySource:
-    """Joins the shards that an index names. Every tensor is where the index says, and no other."""
+    """Joins the shards of an index. They must hold exactly the tensors that it lists."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
         raise ConversionError(f"{index}: has no weight_map of tensor names to file names")
@@ -110,7 +110,7 @@ def _open_shards(index: Path) -> LazySource:
     wrong = {tensor for tensor, _ in (stored - listing) | (listing - stored - further)}
     if wrong:
         raise ConversionError(
-            f"{index}: the shards hold other tensors than it says: {listed(wrong)}"
+            f"{index}: the shards do not hold the tensors that it lists: {listed(wrong)}"
         )
     aliases = {k: v for shard in shards.values() for k, v in shard.aliases.items()}
     return LazySource(

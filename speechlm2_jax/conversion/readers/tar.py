@@ -91,7 +91,7 @@ class _Member:
 
 @dataclass(frozen=True)
 class _Extended:
-    """What a pax or GNU header says of the member after it."""
+    """Fields of a pax or GNU header for the member after it."""
 
     name: str | None = None
     size: int | None = None

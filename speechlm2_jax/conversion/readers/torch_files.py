@@ -198,7 +198,7 @@ def _storage(
     if not (isinstance(storage_type, StorageType) and isinstance(key, str)):
         raise UnsafeFileError("the pickle refers to a storage of an unknown type")
     if type(elements) is not int or elements < 0:
-        raise UnsafeFileError(f"storage {key} is said to have {elements!r} elements")
+        raise UnsafeFileError(f"storage {key} declares {elements!r} elements")
     made = storages.setdefault(key, Storage(key, storage_type.dtype, elements, fetcher(key)))
     if (made.dtype, made.elements) != (storage_type.dtype, elements):
         raise ConversionError(f"storage {key} is described in two ways")
@@ -239,6 +239,6 @@ def _locate(
         raise ConversionError("the storages do not fit the pickle; the file is damaged")
     storage = storages[key]
     if struct.unpack("<q", head)[0] != storage.elements:
-        raise ConversionError(f"storage {key} has another size than its pickle says")
+        raise ConversionError(f"storage {key} has a different size than its pickle declares")
     places[key] = stream.tell()
     stream.seek(storage.size_bytes, 1)

@@ -1,4 +1,4 @@
-"""The conversations of one data set of a duplex model: their lengths, shapes and arrays."""
+"""One data set of a duplex model: lengths, bucket shapes and batches of its conversations."""
 
 import difflib
 import logging
@@ -26,12 +26,12 @@ from speechlm2_jax.settings import SettingsError
 if TYPE_CHECKING:
     from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
 
-MOST_LOST = 0.1
-"""At most this part of all turns is left out for its speakers."""
-MOST_SILENT = 0.5
-"""A model is not trained where the agent says nothing in a larger part of the conversations."""
-FRAMES_OFF = 2
-"""By so many frames the edges of a recording may change what a speech encoder makes of it."""
+MAX_TURNS_LEFT_OUT = 0.1
+"""At most this share of all turns may be left out for unknown speakers."""
+MAX_SILENT_SHARE = 0.5
+"""A training set is refused if the agent has no text in a larger share of its conversations."""
+FRAME_TOLERANCE = 2
+"""Frames by which the encoder's count may differ from the grid's (edge effects)."""
 _PROBE_FRAMES = 128
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexContents:
-    """Conversations of two voices (`prepare.Contents`)."""
+    """Conversations of user and agent (implements `prepare.Contents`)."""
 
     dataset: "DuplexS2SDataset"
     config: DuplexLoaderConfig
@@ -107,9 +107,9 @@ class DuplexContents:
         return {"seconds": f"{shape.tokens * self.dataset.frame_length:.2f}"}
 
     def validation_error(self, planned: Sequence[int]) -> str | None:
-        """A reason where the agent is silent in more than MOST_SILENT of an epoch."""
-        silent = [i for i in planned if not self._agent_speaks(self.conversations[i])]
-        if len(silent) <= MOST_SILENT * len(planned):
+        """A reason where the agent is silent in more than MAX_SILENT_SHARE of an epoch."""
+        silent = [i for i in planned if not self._agent_has_text(self.conversations[i])]
+        if len(silent) <= MAX_SILENT_SHARE * len(planned):
             return None
         roles = ", ".join(repr(role) for role in self.dataset.output_roles)
         return (
@@ -126,17 +126,17 @@ class DuplexContents:
     def assemble(
         self, groups: Sequence[Sequence[DuplexExample | None]], shape: DuplexShape
     ) -> DuplexBatch:
-        """The arrays of groups of examples; None is an empty row."""
+        """The arrays of groups of examples; None is an empty sequence."""
         return assemble_duplex_batch(groups, shape, pad_id=self.dataset.pad_id)
 
     def reference(self, index: int, example: DuplexExample) -> DuplexExample:
-        """The example itself: its audio is what to answer, its texts what to compare with."""
+        """The example itself: its audio is the input, its texts are the references."""
         return example
 
-    def _agent_speaks(self, conversation: DuplexConversation) -> bool:
+    def _agent_has_text(self, conversation: DuplexConversation) -> bool:
         grid = _grid(self.dataset, self.config.sample_rate)
         frames = grid.frame(conversation.duration_s)
-        turns = conversation.by(frozenset(self.dataset.output_roles))
+        turns = conversation.turns_of(frozenset(self.dataset.output_roles))
         return any(turn.text and grid.frame(turn.start_s) < frames for turn in turns)
 
 
@@ -164,7 +164,7 @@ def _frames_of(
 def _check_frame_rate(dataset: "DuplexS2SDataset", frame_count: FrameCount) -> None:
     samples = _samples(dataset, _PROBE_FRAMES, dataset.source_sample_rate)
     made = frame_count(samples)
-    if abs(made - _PROBE_FRAMES) > FRAMES_OFF:
+    if abs(made - _PROBE_FRAMES) > FRAME_TOLERANCE:
         seconds = samples / dataset.source_sample_rate
         raise SettingsError(
             f"data.frame_length: {dataset.frame_length} s makes {_PROBE_FRAMES} frames of "
@@ -183,17 +183,17 @@ def check_roles(
     """Warns of turns whose speaker is neither user nor agent: they are left out, as in NeMo.
 
     `block` is that of the keys `input_roles` and `output_roles`. Raises SettingsError where such
-    turns are more than MOST_LOST of all, and where one of both lists matches nobody.
+    turns are more than MAX_TURNS_LEFT_OUT of all, and where one of both lists matches nobody.
     """
     known = (*input_roles, *output_roles)
     found = Counter(turn.speaker for c in conversations for turn in c.turns)
     unknown = {speaker: n for speaker, n in found.most_common() if speaker not in known}
     if not unknown:
         return
-    lost, total = sum(unknown.values()), found.total()
+    left_out, total = sum(unknown.values()), found.total()
     counts = ", ".join(f"{speaker!r} ({n} turns)" for speaker, n in found.most_common())
     near = [f"did you mean {_nearest(s, known)!r}?" for s in unknown if _nearest(s, known)]
-    said = (
+    problem = (
         f"{where}: speakers of supervisions are {counts}, of which "
         f"{', '.join(map(repr, unknown))} is in neither {block}input_roles {list(input_roles)} nor "
         f"{block}output_roles {list(output_roles)}, which are matched letter by letter"
@@ -201,10 +201,12 @@ def check_roles(
     )
     for key, roles in (("input_roles", input_roles), ("output_roles", output_roles)):
         if not any(role in found for role in roles):
-            raise SettingsError(f"{said}; {block}{key} matches nobody: list the speakers there")
-    if lost > MOST_LOST * total:
-        raise SettingsError(f"{said}; list them there, or remove their supervisions")
-    _log.warning("%s; these turns are left out", said)
+            raise SettingsError(
+                f"{problem}; {block}{key} matches no speaker: list the speakers there"
+            )
+    if left_out > MAX_TURNS_LEFT_OUT * total:
+        raise SettingsError(f"{problem}; list them there, or remove their supervisions")
+    _log.warning("%s; these turns are left out", problem)
 
 
 def _nearest(speaker: str | None, known: Sequence[str]) -> str | None:

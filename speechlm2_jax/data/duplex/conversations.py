@@ -1,4 +1,4 @@
-"""Conversations of two voices, before any tokenizer: who is heard, and who says what when."""
+"""Conversations of a user and an agent, before any tokenizer: recordings and timed turns."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ _TIMESTAMP = re.compile(r"<\|\d+\|>")
 
 @dataclass(frozen=True, kw_only=True)
 class SpokenTurn:
-    """What one speaker says in one go; times are seconds from the start of the conversation."""
+    """One turn of one speaker; times are seconds from the start of the conversation."""
 
     speaker: str | None
     start_s: float
@@ -35,16 +35,16 @@ class DuplexConversation:
     target: AudioClip
     """The agent."""
     turns: tuple[SpokenTurn, ...]
-    """By either, in the order of their manifest: where two overlap, the later one is heard."""
+    """Of both speakers, in the order of the manifest. Where two overlap, the later one wins."""
     where: str = ""
     """The manifest and the line that it was read from, for messages."""
     shard: int = 0
     """The shard of its source that it was read from, counted from 0."""
 
-    def by(self, roles: frozenset[str]) -> list[SpokenTurn]:
-        """The turns of some speakers, in order, their texts cleaned."""
-        spoken = (turn for turn in self.turns if turn.speaker in roles)
-        return [replace(turn, text=clean_text(turn.text)) for turn in spoken]
+    def turns_of(self, roles: frozenset[str]) -> list[SpokenTurn]:
+        """The turns of these speakers, in order, with cleaned texts."""
+        chosen = (turn for turn in self.turns if turn.speaker in roles)
+        return [replace(turn, text=clean_text(turn.text)) for turn in chosen]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +79,18 @@ def text_channel(
 ) -> Int[np.ndarray, " T"]:
     """Writes turns into a channel of one token per frame, padding wherever nobody has a token.
 
-    A turn is `bos` and its text from the frame of its start on, as far as the channel reaches,
-    and `eos` in the frame of its end, if that is inside; a later turn overwrites an earlier one. Of
-    a turn that began before the conversation only what falls inside is written.
+    A turn is `bos` and its text from the frame of its start on, and `eos` in the frame of its end.
+    Tokens outside the channel are dropped, and a later turn overwrites an earlier one.
     """
     channel = np.full(frames, ids.pad, np.int32)
     for turn in turns:
         start, end = grid.frame(turn.start_s), grid.frame(turn.end_s)
         if start > frames:
             continue
-        spoken = [ids.bos, *text_to_ids(turn.text)][max(-start, 0) :]
+        tokens = [ids.bos, *text_to_ids(turn.text)][max(-start, 0) :]
         start = max(start, 0)
-        spoken = spoken[: frames - start]
-        channel[start : start + len(spoken)] = spoken
+        tokens = tokens[: frames - start]
+        channel[start : start + len(tokens)] = tokens
         if 0 <= end < frames:
             channel[end] = ids.eos
     return channel

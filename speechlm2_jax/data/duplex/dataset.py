@@ -1,4 +1,4 @@
-"""Conversations of two voices as a duplex model learns from them: frame by frame."""
+"""Examples of a duplex model: two audio streams and two text channels, one token per frame."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,7 +42,7 @@ class DuplexS2SDataset:
         target_sample_rate: Hertz of the agent's audio, the codec's.
         input_roles: speakers that are the user, spelt exactly so; `user` if absent.
         output_roles: speakers that are the agent, spelt exactly so; `agent` if absent.
-        max_frames: frames of the longest conversation that the model can learn from or answer
+        max_frames: frames of the longest conversation that the model supports
             (`model.max_frames`); None for any.
 
     Raises TokenizerError if the tokenizer has no begin or end token.
@@ -89,11 +89,11 @@ class DuplexS2SDataset:
         return cls(tokenizer, **values, max_frames=max_frames)
 
     def check(self, config: DuplexDataConfig, where: str) -> None:
-        """Raises SettingsError if the `data` block says other than the dataset was made with."""
+        """Raises SettingsError if the `data` block differs from the dataset's own values."""
         for name in _OWN_KEYS:
-            said, own = getattr(config, name), getattr(self, name)
-            if said not in (None, own):
-                raise SettingsError(f"{where}.{name}: {said}, but the dataset was made with {own}")
+            given, own = getattr(config, name), getattr(self, name)
+            if given not in (None, own):
+                raise SettingsError(f"{where}.{name}: {given}, but the dataset was made with {own}")
 
     @staticmethod
     def read(entry: InputConfig, config: DuplexLoaderConfig) -> list[DuplexConversation]:
@@ -128,25 +128,25 @@ class DuplexS2SDataset:
     ) -> DuplexExample:
         """Reads the audio of a conversation and writes its text channels.
 
-        The user's audio goes by way of `sample_rate_hz`, by which frames are counted as well; None
-        keeps the recording's. Raises AudioError if any of the audio cannot be used, or lasts more
-        than `max_frames`.
+        The user's audio is resampled to `sample_rate_hz` first, and frames are counted at that
+        rate; None keeps the recording's rate. Raises AudioError if a recording cannot be used or
+        is longer than `max_frames`.
         """
         rate_hz = conversation.sample_rate_hz if sample_rate_hz is None else sample_rate_hz
         grid = FrameGrid(frame_length_s=self.frame_length, sample_rate_hz=rate_hz)
         frames = grid.frame(conversation.duration_s)
-        heard = conversation.by(frozenset(self.input_roles))
-        said = conversation.by(frozenset(self.output_roles))
+        user_turns = conversation.turns_of(frozenset(self.input_roles))
+        agent_turns = conversation.turns_of(frozenset(self.output_roles))
         source_audio = _audio(conversation.source, rate_hz, self.source_sample_rate)
         self.check_length(conversation.id, source_audio, frames)
         return DuplexExample(
             id=conversation.id,
             source_audio=source_audio,
             target_audio=_audio(conversation.target, None, self.target_sample_rate),
-            target_tokens=self._channel(said, frames, grid),
-            source_tokens=self._channel(heard, frames, grid),
-            target_text=" ".join(turn.text for turn in said),
-            source_text=" ".join(turn.text for turn in heard),
+            target_tokens=self._channel(agent_turns, frames, grid),
+            source_tokens=self._channel(user_turns, frames, grid),
+            target_text=" ".join(turn.text for turn in agent_turns),
+            source_text=" ".join(turn.text for turn in user_turns),
         )
 
     def check_length(self, name: str, audio: Float[np.ndarray, " S"], frames: int = 0) -> None:
@@ -205,10 +205,10 @@ def _audio(clip: AudioClip, by_way_of_hz: int | None, to_hz: int) -> Float[np.nd
     return np.pad(wave[:samples], (0, max(samples - len(wave), 0)))
 
 
-def _padded(rows: Sequence[np.ndarray], value: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of one type in an array, and their lengths."""
-    lengths = np.asarray([len(row) for row in rows], np.int32)
-    padded = np.full((len(rows), lengths.max(initial=0)), value, rows[0].dtype)
-    for target, row in zip(padded, rows, strict=True):
-        target[: len(row)] = row
+def _padded(sequences: Sequence[np.ndarray], value: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences of one dtype, padded on the right, and their lengths."""
+    lengths = np.asarray([len(sequence) for sequence in sequences], np.int32)
+    padded = np.full((len(sequences), lengths.max(initial=0)), value, sequences[0].dtype)
+    for target, sequence in zip(padded, sequences, strict=True):
+        target[: len(sequence)] = sequence
     return padded, lengths

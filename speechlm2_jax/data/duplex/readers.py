@@ -118,7 +118,7 @@ def _recording_of_agent(cut: Any) -> Any:
             "their own"
         )
     if cut.recording is None:
-        raise SettingsError(f"cut {cut.id!r} has no recording: that is where the user is heard")
+        raise SettingsError(f"cut {cut.id!r} has no recording: the user's audio")
     target = (cut.custom or {}).get(TARGET)
     if not isinstance(target, Recording):
         raise SettingsError(

@@ -1,4 +1,4 @@
-"""What a text channel of a duplex model says: one token per frame, turns between bos and eos."""
+"""Decodes text channels of a duplex model: one token per frame, turns between bos and eos."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from speechlm2_jax.data.tokenizer import Tokenizer
 
 
 def channel_texts(tokens: Any, lengths: Any, tokenizer: Tokenizer, *, pad_id: int) -> list[str]:
-    """The text of each row of ids [B, T] up to `lengths` [B], without pad, bos and eos."""
-    rows = zip(np.asarray(tokens), np.asarray(lengths), strict=True)
-    return [_plain(row[:count], tokenizer, pad_id) for row, count in rows]
+    """The text of each sequence of ids [B, T] up to `lengths` [B], without pad, bos and eos."""
+    pairs = zip(np.asarray(tokens), np.asarray(lengths), strict=True)
+    return [_plain(ids[:length], tokenizer, pad_id) for ids, length in pairs]
 
 
 def timed_texts(
@@ -27,28 +27,28 @@ def timed_texts(
     The text of a turn ends with the first pad after its bos.
     """
     texts = []
-    for row, count in zip(np.asarray(tokens), np.asarray(lengths), strict=True):
-        row = row[:count]
-        parts, first = [], 0
-        for frame, form in _marks(row, tokenizer, pad_id, with_ends_of_text):
+    for padded, length in zip(np.asarray(tokens), np.asarray(lengths), strict=True):
+        ids = padded[:length]
+        pieces, first = [], 0
+        for frame, form in _marks(ids, tokenizer, pad_id, with_ends_of_text):
             time_s = round(frame * frame_s, 3)
-            parts += [_plain(row[first:frame], tokenizer, pad_id), form.format(time_s)]
+            pieces += [_plain(ids[first:frame], tokenizer, pad_id), form.format(time_s)]
             first = frame
-        texts.append(" ".join([*parts, _plain(row[first:], tokenizer, pad_id)]))
+        texts.append(" ".join([*pieces, _plain(ids[first:], tokenizer, pad_id)]))
     return texts
 
 
 def _marks(
-    row: np.ndarray, tokenizer: Tokenizer, pad_id: int, with_ends_of_text: bool
+    ids: np.ndarray, tokenizer: Tokenizer, pad_id: int, with_ends_of_text: bool
 ) -> list[tuple[int, str]]:
-    """Frames that are to be marked, in order, and how."""
-    starts = np.flatnonzero(row == tokenizer.bos).tolist()
-    ends = np.flatnonzero(row == tokenizer.eos).tolist()
+    """(frame, format of its mark) of each mark, by frame."""
+    starts = np.flatnonzero(ids == tokenizer.bos).tolist()
+    ends = np.flatnonzero(ids == tokenizer.eos).tolist()
     marks = [(frame, "<|{}|>") for frame in starts] + [(frame, "<${}$>") for frame in ends]
     if with_ends_of_text:
         for start in starts:
-            end = next((end for end in ends if end > start), len(row))
-            pads = np.flatnonzero(row[start:end] == pad_id)
+            end = next((end for end in ends if end > start), len(ids))
+            pads = np.flatnonzero(ids[start:end] == pad_id)
             marks += [(start + int(pad), "<{}>") for pad in pads[:1]]
     return sorted(marks, key=lambda mark: mark[0])
 
