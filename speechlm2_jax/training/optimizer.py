@@ -61,14 +61,16 @@ OPTIMIZERS: Mapping[str, type[AdamWConfig]] = {"AdamW": AdamWConfig}
 def read_optimizer(values: Mapping[str, Any] | None) -> AdamWConfig:
     """Reads NeMo's `optimizer` block. Raises SettingsError for an unknown optimizer or key."""
     if not values:
-        raise SettingsError("model.optimizer: required for training, torch.optim.AdamW for one")
+        raise SettingsError(
+            "model.optimizer: required for training, for example _target_: torch.optim.AdamW"
+        )
     return select(OPTIMIZERS, values, "model.optimizer")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What one update gives."""
+    """The result of one update."""
 
     params: Variables
     opt_state: Any
@@ -78,7 +80,7 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """A transformation with clipping and layer masks; pure, closed over by the training step."""
+    """An optax transformation with clipping and layer masks; pure."""
 
     transform: optax.GradientTransformation
     clip_norm: float = 0.0
@@ -112,15 +114,17 @@ class Optimizer:
 
         return {path: keep(path, value) for path, value in tree.items()}
 
-    def shardings(self, params: Variables, placements: Mapping[str, Any], whole: Any) -> Any:
-        """Where each leaf of the state lies: moments with their parameter, counters everywhere.
+    def shardings(
+        self, params: Variables, param_shardings: Mapping[str, Any], replicated: Any
+    ) -> Any:
+        """The sharding of each leaf of the state: moments as their parameter, counters replicated.
 
-        `jax.jit(init)` alone would leave the moments whole on every device.
+        `jax.jit(init)` alone would replicate the moments on every device.
         """
         return optax.tree.map_params(
             self.transform,
-            lambda _, placement: placement,
+            lambda _, sharding: sharding,
             jax.eval_shape(self.init, params),
-            dict(placements),
-            transform_non_params=lambda _: whole,
+            dict(param_shardings),
+            transform_non_params=lambda _: replicated,
         )

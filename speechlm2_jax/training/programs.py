@@ -1,4 +1,4 @@
-"""Compiled programs of a run: one per static shape, compiled on first use and kept."""
+"""Compiled programs of a run: one per batch shape, compiled on first use."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,11 +18,11 @@ from speechlm2_jax.training.state import Layout, TrainState
 from speechlm2_jax.training.step import MicroSums, StepFunctions, StepReport
 
 FORWARD_AND_BACKWARD = ("train", "add")
-"""Kinds of programs of which there is one per bucket."""
+"""Kinds of programs with one compilation per bucket."""
 
 
 class Programs:
-    """The jitted functions of one run. A state given to a step is donated: use what it returns."""
+    """The jitted functions of one run. A step donates its state: use the one that it returns."""
 
     def __init__(
         self,
@@ -31,17 +31,19 @@ class Programs:
         compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
         planned: int | None = None,
     ):
-        """`compiling` is entered around each compilation; `planned` shapes are trained on."""
+        """`compiling` is entered around each compilation; `planned`: number of batch shapes."""
         self._functions, self._layout, self._compiling = functions, layout, compiling
         self._planned = planned
-        self._whole = functions.sharding.replicated
+        self._replicated = functions.sharding.replicated
         self._compiled: dict[Any, Any] = {}
         state = layout.state_shardings
-        self._train = jax.jit(functions.train, donate_argnums=0, out_shardings=(state, self._whole))
-        self._finish = jax.jit(
-            functions.finish, donate_argnums=0, out_shardings=(state, self._whole)
+        self._train = jax.jit(
+            functions.train, donate_argnums=0, out_shardings=(state, self._replicated)
         )
-        self._evaluate = jax.jit(functions.evaluate, out_shardings=self._whole)
+        self._finish = jax.jit(
+            functions.finish, donate_argnums=0, out_shardings=(state, self._replicated)
+        )
+        self._evaluate = jax.jit(functions.evaluate, out_shardings=self._replicated)
         self._sums: _SumPrograms | None = None
 
     @property
@@ -69,7 +71,7 @@ class Programs:
         batch: HostBatch,
         index: int,
     ) -> MicroSums:
-        """Adds micro-batch `index`; `sums` (None at the first) is donated, the state is not."""
+        """Adds micro-batch `index` to `sums` (None at first), which are donated."""
         arrays = self.put(batch)
         if self._sums is None:
             self._sums = _SumPrograms.make(self._functions, self._layout, state, frozen, arrays)
@@ -81,23 +83,23 @@ class Programs:
     def finish(
         self, state: TrainState, sums: MicroSums, lr: float
     ) -> tuple[TrainState, StepReport]:
-        """The update from accumulated sums."""
+        """The optimizer update from accumulated sums."""
         arguments = (state, sums, self._scalar(np.float32(lr)))
         return self._program("update", "", (), self._finish, arguments)(*arguments)
 
     def evaluate(
         self, state: TrainState, frozen: Variables, batch: HostBatch
     ) -> dict[str, LossSum]:
-        """Sums of one validation batch, still on the device."""
+        """Sums of one validation batch, on the device."""
         arrays = self.put(batch)
         arguments = (state.trainable, state.buffers, frozen, arrays)
         program = self._program("validation", batch.bucket, arrays, self._evaluate, arguments)
         return program(*arguments)
 
     def compile_ahead(self, batch: HostBatch) -> Any:
-        """Compiles the program of a training batch's shape from shapes alone; nothing runs.
+        """Compiles the training program of a batch's shape without running it.
 
-        Gives what `jax.jit(...).lower(...).compile()` does, with its `memory_analysis`.
+        Returns what `jax.jit(...).lower(...).compile()` does, with its `memory_analysis`.
         """
         layout, functions = self._layout, self._functions
         arrays = jax.tree.map(
@@ -106,18 +108,18 @@ class Programs:
         )
         state, frozen = layout.state, layout.frozen
         if functions.accumulate == 1:
-            rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._whole)
+            rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._replicated)
             kind, function, arguments = "train", self._train, (state, frozen, arrays, rate)
         else:
             sums = _SumPrograms.make(functions, layout, state, frozen, arrays)
-            index = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._whole)
+            index = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
             arguments = (sums.shapes, state, frozen, arrays, index)
             kind, function = "add", sums.add
         with phase(self._describe(kind, batch.bucket)):
             return self._compile(function.lower(*arguments))
 
     def _scalar(self, value: Any) -> jax.Array:
-        return put_global(value, self._whole)
+        return put_global(value, self._replicated)
 
     def _program(
         self, kind: str, bucket: str, batch: Any, function: Any, arguments: tuple[Any, ...]
@@ -133,7 +135,7 @@ class Programs:
         return lowered.compile(compiler_options=self._functions.sharding.compiler_options)
 
     def _describe(self, kind: str, bucket: str) -> str:
-        """What is compiled: the first or the last of how many."""
+        """Names the program, with its number among the planned ones."""
         name = f"compiling the {kind} program" + (f" of bucket {bucket}" if bucket else "")
         if kind not in FORWARD_AND_BACKWARD or self._planned is None:
             return name
@@ -142,29 +144,31 @@ class Programs:
 
 @dataclass(frozen=True, kw_only=True)
 class _SumPrograms:
-    """What accumulation needs, jitted; the sums' shapes are known once a batch is there."""
+    """The jitted functions of accumulation; the shapes of the sums depend on a batch."""
 
     start: Any
     add: Any
     shapes: MicroSums
-    """Shapes and placements of the sums."""
+    """Shapes and shardings of the sums."""
 
     @staticmethod
     def make(
         functions: StepFunctions, layout: Layout, state: TrainState, frozen: Variables, batch: Any
     ) -> "_SumPrograms":
         shapes = jax.eval_shape(functions.micro, state, state.buffers, frozen, batch, 0)
-        placements = layout.state_shardings
-        whole = jax.tree.map(lambda _: functions.sharding.replicated, shapes)
-        where = replace(whole, grads=placements.trainable, buffers=placements.buffers)
+        state_shardings = layout.state_shardings
+        replicated = jax.tree.map(lambda _: functions.sharding.replicated, shapes)
+        shardings = replace(
+            replicated, grads=state_shardings.trainable, buffers=state_shardings.buffers
+        )
         start = partial(functions.start, shapes)
         return _SumPrograms(
-            start=jax.jit(start, out_shardings=where),
-            add=jax.jit(functions.add, donate_argnums=0, out_shardings=where),
+            start=jax.jit(start, out_shardings=shardings),
+            add=jax.jit(functions.add, donate_argnums=0, out_shardings=shardings),
             shapes=jax.tree.map(
                 lambda leaf, placement: jax.ShapeDtypeStruct(
                     leaf.shape, leaf.dtype, sharding=placement
                 ),
-                *(shapes, where),
+                *(shapes, shardings),
             ),
         )

@@ -1,4 +1,4 @@
-"""The training state: what a step takes and gives back, and where each array lies."""
+"""The training state, and the dtype and sharding of each of its arrays."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ from speechlm2_jax.training.protocol import Variables, VariableSpec
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """All that changes while training. Donated to each step, so never keep an old one."""
+    """All arrays that a step changes. A step donates its input: never use an old state."""
 
     trainable: Variables
     """Parameters that are trained, fp32."""
     buffers: Variables
-    """Carried arrays: batch-norm statistics, filterbanks."""
+    """Arrays without gradient: batch-norm statistics, filterbanks."""
     opt_state: Any
     step: Any
     """Int32 scalar: optimizer steps done, skipped ones included."""
     skipped: Any
-    """Int32 scalar: steps that were not applied, as loss or gradient was not finite."""
+    """Int32 scalar: steps that were not applied because loss or gradient was not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """Which variables are trained, frozen or carried; masks of partly frozen stacks."""
+    """Paths of trained, frozen and buffer variables; masks of partly frozen stacks."""
 
     trainable: tuple[str, ...]
     frozen: tuple[str, ...]
@@ -43,7 +43,7 @@ class Partition:
     def of(
         infos: Mapping[str, VariableSpec], trains: Mapping[str, bool | np.ndarray]
     ) -> "Partition":
-        """Sorts variables; `trains` says of each parameter what TrainableModel.trainable does."""
+        """Sorts the variables by `trains` (`TrainableModel.trainable`)."""
         trainable, frozen, buffers, masks = [], [], [], {}
         for path, info in infos.items():
             if info.is_buffer:
@@ -53,7 +53,9 @@ class Partition:
             (trainable if mask.any() else frozen).append(path)
             if mask.any() and not mask.all():
                 if mask.shape != info.shape[:1]:
-                    raise ValueError(f"{path}: mask {mask.shape} over {info.shape[:1]} layers")
+                    raise ValueError(
+                        f"{path}: the layer mask has shape {mask.shape}, expected {info.shape[:1]}"
+                    )
                 masks[path] = mask
         return Partition(
             trainable=tuple(trainable), frozen=tuple(frozen), buffers=tuple(buffers), masks=masks
@@ -63,13 +65,14 @@ class Partition:
         """Raises SettingsError if nothing is left to train."""
         if not self.trainable:
             raise SettingsError(
-                "model.freeze_params freezes every parameter; free some in prevent_freeze_params"
+                "model.freeze_params freezes every parameter; exclude some with "
+                "model.prevent_freeze_params"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Shapes, dtypes and placements of a state and of the frozen parameters: no arrays."""
+    """Shape, dtype and sharding of every array of a run; it holds no arrays."""
 
     state: TrainState
     """Leaves are `jax.ShapeDtypeStruct` with a sharding."""
@@ -82,7 +85,7 @@ class Layout:
 
     @property
     def state_shardings(self) -> TrainState:
-        """The placement of every leaf of the state."""
+        """The sharding of every leaf of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.state)
 
 
@@ -93,7 +96,7 @@ def plan_layout(
     sharding: Sharding,
     frozen_dtype: Any,
 ) -> Layout:
-    """Decides dtypes and placements: trained parameters and moments fp32, frozen ones as told."""
+    """Chooses dtypes and shardings: fp32 if trained, `frozen_dtype` if frozen."""
 
     def describe(path: str, dtype: Any) -> jax.ShapeDtypeStruct:
         info = infos[path]
@@ -126,7 +129,7 @@ def plan_layout(
 
 
 def put(values: Variables, layout: Mapping[str, jax.ShapeDtypeStruct], *, copy: bool) -> Variables:
-    """Places named arrays as the layout says, cast to its dtypes.
+    """Casts named arrays to the layout's dtypes and shards them.
 
     With `copy` the result shares no memory with `values`, so it may be donated. Raises ValueError
     for a wrong shape.
@@ -149,7 +152,7 @@ def _place(value: Any, placement: Any, *, copy: bool) -> jax.Array:
 
 
 def first_state(variables: Variables, layout: Layout, optimizer: Optimizer) -> TrainState:
-    """Makes the state before the first step; its arrays are its own, the moments born sharded."""
+    """Makes the state before the first step, with copies of the arrays and sharded moments."""
     trainable = put(variables, layout.state.trainable, copy=True)
     shardings = layout.state_shardings
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)

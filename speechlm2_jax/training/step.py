@@ -1,8 +1,9 @@
 """One training step and one validation step, as pure functions.
 
-Gradients are taken of unnormalised sums, added over micro-batches, and divided once by the summed
-count, so batches of unequal size weigh what they hold. `nemo_exact` averages batch means instead.
-A step whose loss or gradient is not finite leaves everything but the counters as it was.
+The gradient is of the loss summed over tokens. Micro-batches add sums and counts, and the sum is
+divided once by the count, so every token weighs the same in micro-batches of unequal size.
+`nemo_exact` averages the means of micro-batches instead, as NeMo does. If loss or gradient norm is
+not finite, parameters and optimizer state stay unchanged and only the counters advance.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ Losses = Callable[..., StepLosses]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class MicroSums:
-    """What micro-batches add up to: gradients and losses as sums, buffers as last computed."""
+    """Sums over micro-batches of gradients and losses; buffers of the last micro-batch."""
 
     grads: Variables
     loss: LossSum
@@ -36,22 +37,22 @@ class MicroSums:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What the host may read of a step, later: replicated scalars."""
+    """Scalars of a step, replicated over devices; the host reads them some steps later."""
 
     loss: Any
     grad_norm: Any
     """Before clipping."""
     count: Any
-    """Scored elements; 0 says that there was nothing to learn from."""
+    """Scored elements; 0 if the batch holds no target."""
     applied: Any
     """Bool: False if the step was skipped."""
     metrics: dict[str, Any]
-    """Named means over the whole step's batches."""
+    """Means over all micro-batches of the step, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepFunctions:
-    """The pure functions of training, closed over static things only."""
+    """The pure functions of training. All fields are static, so each function can be jitted."""
 
     losses: Losses
     optimizer: Optimizer
@@ -68,7 +69,7 @@ class StepFunctions:
         return self.finish(state, self.micro(state, state.buffers, frozen, batch, 0), lr)
 
     def start(self, shapes: MicroSums, buffers: Variables) -> MicroSums:
-        """Sums before the first micro-batch: zeros, and the buffers as they are."""
+        """Zero sums and the current buffers, before the first micro-batch."""
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return replace(zeros, buffers=jax.tree.map(jnp.copy, buffers))
 
@@ -80,7 +81,7 @@ class StepFunctions:
         batch: Any,
         index: Any,
     ) -> MicroSums:
-        """Adds micro-batch `index` of the step; buffers go on from the one before."""
+        """Adds micro-batch `index` of the step; buffers continue from the micro-batch before."""
         more = self.micro(state, sums.buffers, frozen, batch, index)
         total = jax.tree.map(
             jnp.add, (sums.grads, sums.loss, sums.metrics), (more.grads, more.loss, more.metrics)
@@ -127,7 +128,7 @@ class StepFunctions:
         self, state: TrainState, buffers: Variables, frozen: Variables, batch: Any, index: Any
     ) -> MicroSums:
         """Gradients and sums of micro-batch `index` of a step."""
-        # one key per micro-batch; the network folds in each example's place in the global batch
+        # one key per micro-batch; the network folds in each example's index in the global batch
         key = jax.random.fold_in(jax.random.key(self.seed), state.step * self.accumulate + index)
 
         def objective(trainable: Variables) -> tuple[Any, StepLosses]:
@@ -148,14 +149,14 @@ class StepFunctions:
 
 
 def as_batch_mean(loss: LossSum) -> LossSum:
-    """A batch's mean as one element, so that sums over batches become means of means."""
+    """A batch's mean as one element, so that a sum over batches becomes a mean of means."""
     is_scored = loss.count > 0
     mean = jnp.where(is_scored, loss.total / jnp.where(is_scored, loss.count, 1), 0.0)
     return LossSum(total=mean, count=is_scored.astype(jnp.float32))
 
 
 def merge_buffers(old: Variables, new: Variables) -> Variables:
-    """The buffers with new values in place. Raises KeyError for a path that is no buffer."""
+    """The buffers, updated by the new values. Raises KeyError for a path that is no buffer."""
     if unknown := set(new) - set(old):
         raise KeyError(f"losses returned values for {sorted(unknown)}, which are no buffers")
     return {**old, **{path: value.astype(old[path].dtype) for path, value in new.items()}}

@@ -3,7 +3,7 @@
 DDP copies the parameters to every device. FSDP shards them, and their optimizer state, over all.
 ModelParallelStrategy is FSDP2 with tensor parallelism, as NeMo builds it: its data-parallel
 devices also share the parameters, unless `fsdp_size` says how many of them do (HSDP); sequence and
-context parallelism go with it. NeMo's AutomodelParallelStrategy says the same in other words.
+context parallelism go with it. NeMo's AutomodelParallelStrategy has other names for the same sizes.
 """
 
 import math
@@ -101,7 +101,7 @@ class ModelParallelStrategy:
     fsdp_size: Size = "auto"
     """Of the data-parallel devices, how many share one copy of the parameters; auto: all."""
     context_parallel_size: int = 1
-    """Devices that share the steps of each row; attention goes around them as a ring."""
+    """Devices over which each sequence is sharded; they compute ring attention."""
     sequence_parallel: bool = False
     """Between blocks the tensor-parallel devices also share the steps of each row (Megatron)."""
 
@@ -137,7 +137,7 @@ class ModelParallelStrategy:
             raise SettingsError(_mismatch(data, tensor, context, devices))
         if self.sequence_parallel and tensor == 1:
             raise SettingsError(
-                "trainer.strategy.sequence_parallel: nothing to share with tensor_parallel_size=1; "
+                "trainer.strategy.sequence_parallel: has no effect with tensor_parallel_size=1; "
                 "give it at least 2, or leave sequence_parallel out"
             )
         return {
@@ -167,7 +167,7 @@ def _mismatch(data: int, tensor: int, context: int, devices: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class AutomodelParallelStrategy:
-    """The same in the words of NeMo's strategy over nemo_automodel."""
+    """The same with the key names of NeMo's strategy over nemo_automodel."""
 
     dp_size: int | None = None
     """Groups of a global batch that are computed at once; None: what the others leave."""
@@ -176,13 +176,13 @@ class AutomodelParallelStrategy:
     tp_size: int = 1
     """Devices that share each layer."""
     cp_size: int = 1
-    """Devices that share the steps of each row."""
+    """Devices over which each sequence is sharded."""
     pp_size: Literal[1] = 1
-    """Pipeline parallelism is not there: shard fully, or over more tensor-parallel devices."""
+    """Pipeline parallelism is not supported: use FSDP or more tensor-parallel devices."""
     ep_size: Literal[1] = 1
-    """Expert parallelism is not there: no supported LLM has experts."""
+    """Expert parallelism is not supported: no supported LLM has experts."""
     sequence_parallel: bool = False
-    """Between blocks the tensor-parallel devices also share the steps of each row."""
+    """Between blocks, the sequence is sharded over the tensor-parallel devices."""
     activation_checkpointing_llm: bool | None = None
     """True, False: `trainer.remat.llm` is full, none."""
     activation_checkpointing_perception: bool | None = None
@@ -265,14 +265,14 @@ def remat_policies(chosen: str | Mapping[str, str], strategy: Strategy) -> Mappi
 
 
 def check_heads(heads: Mapping[str, int], sharding: Sharding) -> None:
-    """Raises SettingsError unless the tensor axis shares out each kind of heads evenly."""
+    """Raises SettingsError unless the tensor axis divides each kind of heads."""
     size = sharding.tensor_size
     if any(count % size for count in heads.values()):
         least = math.gcd(*heads.values())
         fitting = ", ".join(str(n) for n in range(1, least + 1) if least % n == 0)
         kinds = ", ".join(f"{count} {kind}" for kind, count in heads.items())
         raise SettingsError(
-            f"trainer.strategy: tensor_parallel_size={size} cannot share the model's heads evenly "
+            f"trainer.strategy: tensor_parallel_size={size} does not divide the model's heads "
             f"({kinds}); sizes that fit: {fitting}"
         )
 
@@ -283,6 +283,6 @@ def check_groups(groups: int, sharding: Sharding) -> None:
     if groups % size:
         fitting = [n for n in range(1, groups + 1) if groups % n == 0]
         raise SettingsError(
-            f"this run's global batches have {groups} groups, which {size} data-parallel devices "
-            f"cannot share; resume with a data-parallel size of {', '.join(map(str, fitting))}"
+            f"this run's global batches have {groups} groups, which a data-parallel size of {size} "
+            f"does not divide; resume with a data-parallel size of {', '.join(map(str, fitting))}"
         )

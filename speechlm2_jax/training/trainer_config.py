@@ -59,7 +59,7 @@ class TrainerConfig:
     num_sanity_val_steps: int = 2
     """Batches of each validation set before the first step of a new run; -1: all."""
     num_val_samples: int = 3
-    """Answers of each validation set that are shown, where a metric gives any."""
+    """Sample hypotheses of each validation set that are shown."""
     log_every_n_steps: int = 50
     enable_progress_bar: bool = True
     """On a terminal; lines of the log are written either way."""
@@ -67,12 +67,12 @@ class TrainerConfig:
     gradient_clip_val: float | None = None
     """Largest global gradient norm; null or 0: no clipping."""
     remat: str | Mapping[str, str] = "full"
-    """What the backward pass computes again: full, dots (all but products with weights) or none;
-    for all parts of the model, or by part (llm, perception)."""
+    """What the backward pass recomputes: full, dots (all but matmuls with weights) or none;
+    for the whole model, or by component (llm, perception)."""
     default_root_dir: str | None = None
-    """Where a run goes that exp_manager gives no folder."""
+    """The run directory if exp_manager sets none."""
     seed: int = 42
-    """Of everything random inside the step (dropout, masks); data has its own."""
+    """Seed of dropout and masks inside the step; the data has its own."""
     compilation_cache_dir: str | None = "auto"
     """Where compiled programs are kept between runs; null: nowhere."""
 
@@ -91,7 +91,7 @@ class TrainerConfig:
         "sync_batchnorm": "batch-norm statistics are over the global batch",
         "limit_test_batches": "evaluate.py tests",
         "limit_predict_batches": "evaluate.py predicts",
-        "reload_dataloaders_every_n_epochs": "the sampler shuffles anew by itself",
+        "reload_dataloaders_every_n_epochs": "the sampler reshuffles in each pass",
         "detect_anomaly": "non-finite steps are always found, skipped and reported",
         "barebones": "about Lightning's own overhead",
         "min_epochs": "only early stopping reads it",
@@ -145,8 +145,8 @@ class TrainerConfig:
             return None
         if isinstance(limit, float):
             raise ValueError(
-                f"limit_train_batches={limit} is a part of an epoch, but training data is endless; "
-                "give an integer of micro-batches"
+                f"limit_train_batches={limit} is a fraction of an epoch, but training data is "
+                "endless; give a number of micro-batches (an integer)"
             )
         if limit < 1:
             raise ValueError("limit_train_batches must be at least 1; Trainer.validate validates")
@@ -168,12 +168,12 @@ class TrainerConfig:
         return COMPUTE_DTYPES[str(self.precision)]
 
     def matmul_precision(self) -> AbstractContextManager[Any]:
-        """The context to compute in: full fp32 products where fp32 was asked for."""
+        """Full fp32 matmuls if the precision is fp32; JAX's default is TF32 or bf16 passes."""
         is_fp32 = self.compute_dtype == jnp.float32
         return jax.default_matmul_precision("highest") if is_fp32 else nullcontext()
 
     def intervals(self) -> Intervals:
-        """When steps, validations and the end come. Raises SettingsError if there is no end."""
+        """When to validate and to end. Raises SettingsError if the run has no end."""
         max_steps = None if self.max_steps < 0 else self.max_steps
         max_epochs = None if (self.max_epochs or -1) < 0 else self.max_epochs
         if max_steps is None and max_epochs is None and self.max_time is None:
@@ -197,7 +197,7 @@ class TrainerConfig:
         )
 
     def choose_devices(self) -> list[jax.Device]:
-        """The devices to train on. Raises SettingsError if they are not there."""
+        """The devices to train on. Raises SettingsError if there are too few."""
         found = self._devices_of_platform()
         if self.num_nodes > jax.process_count():
             raise SettingsError(
@@ -211,7 +211,9 @@ class TrainerConfig:
             return found
         if isinstance(self.devices, tuple):
             if max(self.devices, default=0) >= len(found) or not self.devices:
-                raise SettingsError(f"trainer.devices={list(self.devices)}: have {len(found)}")
+                raise SettingsError(
+                    f"trainer.devices={list(self.devices)}: there are {len(found)} devices"
+                )
             return [found[i] for i in self.devices]
         count = _whole_number(self.devices)
         if not 1 <= count <= len(found):

@@ -42,7 +42,7 @@ def test_limits_are_batches_or_a_part_of_a_set():
     batches = [make_batch(i) for i in range(4)]
     for limit, expected in ((3, 3), (0.5, 2), (1.0, 4), (None, 4), (-1, 4), (9, 4)):
         assert len(list(take(batches, limit, "a"))) == expected
-    with pytest.raises(SettingsError, match="length is not known"):
+    with pytest.raises(SettingsError, match="length is unknown"):
         take(iter(batches), 0.5, "a")
 
 

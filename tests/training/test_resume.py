@@ -100,7 +100,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_costs_what_was_not_saved(uninterrupt
     saved = str(tmp_path / "checkpoints" / "3")
     done = run_process(tmp_path, max_steps=7, signal_at=5, signals=signals, after=saved)
     assert done.returncode == 130
-    assert "left at once" in done.stderr
+    assert "exited at once" in done.stderr
     assert [int(p.name) for p in step_folders(tmp_path)] == [3]
     assert fit(tmp_path).is_finished
     assert_same_run(uninterrupted, tmp_path)
@@ -232,5 +232,5 @@ def test_resume_from_checkpoint_starts_a_new_run_where_another_stopped(tmp_path,
 
 
 def test_resume_from_a_place_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(SettingsError, match="no checkpoint of a run is there"):
+    with pytest.raises(SettingsError, match="found no checkpoint of a run"):
         make_trainer(tmp_path / "run", experiment={"resume_from_checkpoint": str(tmp_path)})

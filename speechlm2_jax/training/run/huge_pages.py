@@ -1,8 +1,8 @@
-"""Large memory pages for a training on a CPU, where a step else spends its time on page faults.
+"""Huge memory pages for training on a CPU, where page faults cost a seventh of the time.
 
-Every array of a step is fresh memory, mapped page by page: at 4 KiB each that took a seventh of the
-processor's time (docs/performance.md). glibc asks the kernel for 2 MiB pages if a variable says so
-before the program starts, so the program starts itself again.
+Each step allocates its arrays anew, and the kernel maps them page by page (measured in
+docs/performance.md). glibc uses 2 MiB pages instead of 4 KiB if GLIBC_TUNABLES is set before the
+program starts, so the program sets it and executes itself again.
 """
 
 import os
@@ -12,13 +12,13 @@ from pathlib import Path
 TUNABLES, HUGE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ACCELERATORS = ("nvidiactl", "accel0", "vfio/0", "kfd")
-"""Files below /dev where there is a GPU or a TPU, whose arrays do not lie in this memory."""
+"""Files below /dev that show a GPU or a TPU, whose arrays are in device memory."""
 
 
 def restart_with_huge_pages() -> None:
-    """Replaces this process by itself with large pages, once, where that helps; keeps its id.
+    """Re-executes this process with huge pages, once, if that helps; the process id stays.
 
-    Say GLIBC_TUNABLES=glibc.malloc.hugetlb=0 to go without.
+    Set GLIBC_TUNABLES=glibc.malloc.hugetlb=0 to turn it off.
     """
     if not _would_help():
         return

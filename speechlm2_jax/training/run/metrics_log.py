@@ -16,9 +16,9 @@ from speechlm2_jax.training.run.throughput import Pace
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
 Samples = Mapping[str, Sequence[Sample]]
-"""Per validation set, answers to look at."""
+"""Per validation set, sample hypotheses."""
 WANDB_ID = "wandb_id"
-"""File of a run directory that keeps the id of its W&B run, so that a resumed run goes on in it."""
+"""File of a run directory that keeps the id of its W&B run, so that a resumed run appends to it."""
 WANDB_RENAMED = {"save_dir": "dir", "version": "id"}
 """Lightning's names of arguments of wandb.init."""
 WANDB_REFUSED = {
@@ -70,7 +70,7 @@ class MetricsLog:
             self._wandb.log(numbers, step=row["step"])
 
     def write_samples(self, step: int, samples: Samples) -> None:
-        """Adds sample answers, as text of tensorboard and tables of W&B."""
+        """Adds sample hypotheses, as text of tensorboard and tables of W&B."""
         columns = ["id", "reference", "hypothesis"]
         for name, chosen in samples.items():
             cells = [[s.id, s.reference, s.hypothesis] for s in chosen]
@@ -101,7 +101,7 @@ class MetricsLog:
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Removes rows of steps that a resumed run will take again, and a row cut off by a kill."""
+    """Removes rows of steps that a resumed run repeats, and an incomplete last row."""
     if not path.exists():
         return
     kept = []
@@ -138,7 +138,7 @@ def format_step(row: Row, max_steps: int | None) -> str:
 
 
 def format_progress(loss: float, learning_rate: float, pace: Pace | None) -> str:
-    """What the progress bar says beside the steps."""
+    """The text of the progress bar beside the steps."""
     parts = [f"loss {loss:.4f}", f"lr {learning_rate:.1e}"]
     if pace is not None:
         parts += [f"{pace.steps_per_s:.2f} steps/s", f"{pace.tokens_per_s:.0f} tokens/s"]
@@ -154,7 +154,7 @@ def format_validation(row: Row) -> str:
 
 
 def format_samples(step: int, samples: Samples) -> list[str]:
-    """Three lines for each sample answer."""
+    """Three lines for each sample."""
     return [
         f"step {step}  {name}  {s.id}\n"
         f"    reference:  {s.reference}\n"
@@ -168,7 +168,7 @@ def require_wandb() -> None:
     """Raises SettingsError if wandb is not installed."""
     try:
         found = importlib.util.find_spec("wandb")
-    except ValueError:  # what a module without a spec makes of the question
+    except ValueError:  # find_spec raises it for a module without a spec
         found = None
     if found is None:
         raise SettingsError(
@@ -179,7 +179,7 @@ def require_wandb() -> None:
 def wandb_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of wandb.init from those of Lightning's WandbLogger, as NeMo's YAML has them.
 
-    Raises SettingsError for one that asks for what is not done here.
+    Raises SettingsError for one that is not supported.
     """
     arguments = dict(options)
     for name, reason in WANDB_REFUSED.items():

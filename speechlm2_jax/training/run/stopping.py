@@ -21,9 +21,9 @@ SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class StopRequest:
-    """Says between steps whether the run should save and stop, and why.
+    """Tells the loop between steps whether to save and stop, and why.
 
-    In a run of several processes all get the same answer to the same question, so each must ask
+    All processes of a run get the same result from the n-th call of `poll`, so each must call it
     equally often.
     """
 
@@ -38,11 +38,11 @@ class StopRequest:
 
     @property
     def is_signalled(self) -> bool:
-        """True once somebody asked this process, the only one, to stop."""
+        """True once a signal asked a single-process run to stop."""
         return self._signal is not None and not self._has_several_processes
 
     def poll(self) -> str | None:
-        """Why to stop now, or None."""
+        """The reason to stop now, or None. Counts its calls."""
         reason = self._own_reason()
         if not self._has_several_processes:
             return reason
@@ -62,9 +62,9 @@ class StopRequest:
 
     @contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """Takes Ctrl-C and SIGTERM as requests while open; a second Ctrl-C leaves at once.
+        """Turns Ctrl-C and SIGTERM into stop requests; a second Ctrl-C exits at once.
 
-        Only the main thread can; others go without.
+        Only the main thread can install signal handlers; in other threads this does nothing.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -73,7 +73,7 @@ class StopRequest:
         def handle(number: int, frame: FrameType | None) -> None:
             self._signal = self._signal or signal.Signals(number)
 
-        # in a run of several, SIGTERM is JAX's: it tells the other processes
+        # with several processes JAX handles SIGTERM: it notifies the other processes
         own = [
             number
             for number in SIGNALS
@@ -88,20 +88,22 @@ class StopRequest:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _on_signal(self, number: int) -> None:
-        """Answers a signal while the main thread may be far from running a handler."""
+        """Runs in a thread when a signal arrives; the main thread may be busy in a compilation."""
         if number not in SIGNALS:
             return
         self._signal = self._signal or signal.Signals(number)
         if number == signal.SIGINT:
             self._interrupts += 1
         if self._interrupts > 1:
-            exit_now("left at once: what was done since the last checkpoint is lost")
+            exit_now("exited at once: the steps since the last checkpoint are lost")
         name = SIGNALS[signal.Signals(number)]
-        log.info("%s: stopping after this step, then saving; Ctrl-C again leaves at once", name)
+        log.info(
+            "%s: stopping after this step, then saving; press Ctrl-C again to exit at once", name
+        )
 
 
 def _notify_other_processes() -> None:
-    """Lets the other processes know, which JAX does when it sees SIGTERM."""
+    """Notifies the other processes: JAX does so when this process receives SIGTERM."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -109,8 +111,8 @@ def _notify_other_processes() -> None:
 def _signals_in_a_thread(notice: Callable[[int], None]) -> Iterator[None]:
     """Calls `notice` in a thread when a signal comes.
 
-    Python runs handlers between two lines of the main thread, which a compilation keeps for a
-    minute; the wake-up descriptor is written by the handler in C.
+    Python runs signal handlers between two bytecodes of the main thread, which can take a minute
+    during a compilation. The wake-up descriptor is written at once, by the handler in C.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)

@@ -1,4 +1,4 @@
-"""What a run would be, without running it: modules, shapes, steps, memory."""
+"""Summary of a run for --dry-run: parameters by module, batch shapes, steps, memory."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ DEPTH = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleSize:
-    """The parameters of one part of a model."""
+    """The parameter counts of one module."""
 
     name: str
     trained: int
@@ -80,9 +80,9 @@ def modules_table(sizes: list[ModuleSize]) -> str:
 
 
 def memory_table(setup: Setup, bucket: str, batch: HostBatch, analysis: Any) -> str:
-    """What one device holds while it takes a step on the largest shape.
+    """Memory of one device during a step on the largest shape.
 
-    `analysis` is the compiler's; where it gives none, what is worked out from shapes alone is said.
+    `analysis` is the compiler's; without it, only what follows from array shapes is listed.
     """
     state = setup.layout.state
     gradients = device_bytes(state.trainable)
@@ -100,13 +100,13 @@ def memory_table(setup: Setup, bucket: str, batch: HostBatch, analysis: Any) -> 
     }
     working = getattr(analysis, "temp_size_in_bytes", 0)
     if working:
-        rows["activations and what else the step needs"] = max(working - gradients, 0)
+        rows["activations and other scratch"] = max(working - gradients, 0)
     rows["total"] = sum(rows.values())
     where = f"each of {len(setup.devices)} x {setup.devices[0].device_kind}"
     lines = [f"memory of {where}, at a step of bucket {bucket}"]
     lines += [f"  {name:<40}  {_mebibytes(size):>10}" for name, size in rows.items()]
     if not working:
-        lines.append("  (this device's compiler does not say what activations need)")
+        lines.append("  (this device's compiler does not report the memory of activations)")
     return "\n".join(lines)
 
 

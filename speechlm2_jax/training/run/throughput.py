@@ -1,4 +1,4 @@
-"""Where the time goes: wall time by kind, and throughput between two log lines."""
+"""Wall time by kind, and throughput between two log lines."""
 
 import time
 from collections import deque
@@ -10,7 +10,7 @@ COMPUTE = "compute"
 KINDS = ("starting", "data_wait", "compiling", "validation", "validation_data_wait", "saving")
 """Kinds of time that are measured; all other wall time is compute."""
 BEFORE_TRAINING = ("starting", "compiling")
-"""Kinds of time that come once, so that they say nothing of what is left."""
+"""Kinds of time that occur once, left out of the estimate of the remaining time."""
 PACE_STEPS = 20
 """The progress bar shows the speed over so many steps."""
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
@@ -47,18 +47,18 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """Speed of late, for the progress bar."""
+    """Recent speed, for the progress bar."""
 
     steps_per_s: float
     tokens_per_s: float
     """Of all devices."""
     left_s: float | None
-    """Until the end, with validations and saving as they were so far; None if not known."""
+    """Estimated seconds to the end, validations and saving included; None if unknown."""
 
 
 @dataclass
 class _Window:
-    """What was done since the last log line."""
+    """Counts since the last log line."""
 
     steps: int = 0
     tokens: int = 0
@@ -83,7 +83,7 @@ class Throughput:
 
     @contextmanager
     def measure(self, kind: str) -> Iterator[None]:
-        """Counts the time inside as one of `KINDS`; nested, the inner kind has it."""
+        """Counts the time inside as one of `KINDS`; if nested, as the inner kind."""
         outer = self._switch(kind)
         try:
             yield
@@ -91,7 +91,7 @@ class Throughput:
             self._switch(outer)
 
     def add_batch(self, *, tokens: int, padded: int, flops: float) -> None:
-        """Counts one micro-batch: steps that hold data, all steps, model FLOPs."""
+        """Counts one micro-batch: tokens without padding, all tokens, model FLOPs."""
         self._tokens += tokens
         self._window.tokens += tokens
         self._window.padded += padded
@@ -120,7 +120,7 @@ class Throughput:
         )
 
     def rates(self) -> Rates:
-        """Throughput since the last call; time of compiling, validating and saving left out."""
+        """Throughput since the last call; compiling, validating and saving excluded."""
         self._switch(self._kind)
         window, now = self._window, dict(self._spent)
         waited = now["data_wait"] - window.times["data_wait"]
