@@ -29,7 +29,7 @@ PAGE = Path(__file__).with_name("from_nemo.md")
 INTRODUCTION = """\
 # Coming from NeMo
 
-A NeMo YAML for SALM runs here as it is, after its `???` are filled:
+A NeMo YAML for SALM runs here unchanged, once its `???` have values:
 
 ```bash no-test: needs NeMo's configuration
 python train.py --config-path=conf --config-name=salm \\
@@ -42,16 +42,16 @@ python train.py --config conf/salm.yaml model.pretrained_llm=/models/TinyLlama +
 a key that the file has, `+key=value` to add one, `~key` to remove one; items of lists by number
 (`input_cfg.0.cuts_path` or `input_cfg[0].cuts_path`). `${a.b}`, `${.sibling}` and
 `${oc.env:NAME,default}` are resolved; other resolvers, YAML tags, merge keys (`<<`) and aliases
-that expand without end are refused. A `_target_` is never imported: its last component chooses
+that expand without a bound are refused. A `_target_` is never imported: its last component chooses
 from the names given below.
 
 Every key is one of three:
 
 - **honoured**: it means what it means in NeMo (a few are this project's own).
-- **ignored**: it speaks of torch, Lightning or NeMo's machinery and changes nothing here, or asks
-  training for something that it goes on without; it is reported once, with the reason.
-- **refused**: it asks for something that is not done here. It is accepted while it asks for nothing
-  (null, false, 0, empty, or the value shown); otherwise it is an error that says what to do.
+- **ignored**: it configures torch, Lightning or NeMo internals and has no effect here. It is
+  reported once, with the reason.
+- **refused**: it is not supported. A value that switches it off is accepted (null, false, 0, empty,
+  or the value shown); any other value is an error with the remedy.
 
 A key that no table lists is an error that names the nearest one. Differences of meaning that no key
 shows are in [parity.md](parity.md); `evaluate.py` is in [evaluation.md](evaluation.md). This page
@@ -102,10 +102,10 @@ def table(place: str) -> dict[str, type[Any]]:
 def sections() -> list[Section]:
     """The blocks of a SALM's YAML, in its order."""
     blocks = (
-        ("model", "What to train."),
-        ("trainer", "How."),
-        ("data", "On what."),
-        ("exp_manager", "Where the run is kept."),
+        ("model", "The model: components, LoRA, optimizer."),
+        ("trainer", "Steps, precision, devices, strategy."),
+        ("data", "Training, validation and test data."),
+        ("exp_manager", "Run directory, checkpoints, loggers."),
     )
     top = tuple(Key(name=name, status="honoured", note=note) for name, note in blocks)
     return [
@@ -188,7 +188,7 @@ STREAMS = "data.train_ds, data.validation_ds, data.validation_ds.datasets.*"
 def data_sections() -> list[Section]:
     """The blocks of `data`."""
     sets = Key(name="datasets", status="honoured", note="Of `validation_ds`: sets by name.")
-    inherits = "A set inherits what `validation_ds` says, and may say otherwise."
+    inherits = "A set inherits the keys of `validation_ds` and may override them."
     return [
         Section(path="data", of=SALM, classes=one("data.config:DataConfig")),
         Section(path="data", of=DUPLEX, classes=one("data.duplex.config:DuplexDataConfig")),

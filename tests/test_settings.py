@@ -216,7 +216,7 @@ def test_the_projects_own_configs_are_found_from_any_folder(tmp_path, monkeypatc
 def test_a_file_that_is_not_a_mapping_is_refused(tmp_path):
     path = tmp_path / "list.yaml"
     path.write_text("[1]")
-    assert message(settings.load, path) == f"{path}: must hold a mapping of keys, holds a list"
+    assert message(settings.load, path) == f"{path}: expected a mapping of keys, got a list"
 
 
 # ------------------------------------------------------------------ the command line

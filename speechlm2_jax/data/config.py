@@ -37,7 +37,7 @@ _SWITCHES = {
         "clipping_prob",
     ),
 }
-"""NeMo's keys that switch on what is refused, and those that say no more than how it is done."""
+"""NeMo's keys that switch on something refused -> keys that only configure it."""
 _LATER = "this data format is not read; convert it to a NeMo manifest, Lhotse cuts or SHAR"
 
 READ_TYPES = (
@@ -77,7 +77,7 @@ class DataConfig:
     test_ds: Mapping[str, Any] | None = None
 
     REFUSED: ClassVar[Mapping[str, Any]] = {
-        "predict_ds": "use evaluate.py to answer recordings",
+        "predict_ds": "use evaluate.py for inference on recordings",
     }
 
 
@@ -125,7 +125,7 @@ class InputConfig:
         if self.type in UNREAD_TYPES:
             raise ValueError(f"type {self.type!r}: {_LATER}")
         if self.type not in READ_TYPES:
-            raise ValueError(f"unknown type {self.type!r}; one of {', '.join(READ_TYPES)}")
+            raise ValueError(f"unknown type {self.type!r}; expected one of {', '.join(READ_TYPES)}")
         sources = [self.cuts_path, self.manifest_filepath, self.shar_path, self.input_cfg]
         if sum(bool(s) for s in sources) != 1:
             raise ValueError(
@@ -170,9 +170,9 @@ class InputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """What every stream of batches is told: `train_ds`, or one set of `validation_ds.datasets`.
+    """Keys of one stream of batches: `train_ds`, or one set of `validation_ds.datasets`.
 
-    Kinds of data add keys of their own, a budget for instance: how much a batch may hold.
+    Kinds of data add keys of their own, such as the budget of a batch.
     """
 
     BUDGET_KEYS: ClassVar[tuple[str, str]]
@@ -186,11 +186,11 @@ class LoaderConfig:
     shar_path: SharPath | None = None
     reweight_temperature: float | tuple[float, ...] | None = None
     """Exponent of the weights, one for all levels of groups or one for each."""
-    # how it is told
+    # how it is read
     sample_rate: int = 16000
-    """Everything is resampled to it."""
+    """All audio is resampled to it."""
     channel_selector: int | Literal["average"] | None = None
-    """Which channel of several; average (or null) is their mean."""
+    """Channel of multi-channel audio; average (or null) is the mean."""
     # in which order
     seed: int | str = 0
     """Of the order; `trng` and `randomized` are taken for 0, as hosts must agree."""
@@ -214,7 +214,7 @@ class LoaderConfig:
     drop_last: bool = False
     """Leaves out the batch of an epoch that is not full."""
     keep_outliers: bool = False
-    """Keeps, with a warning, what is far longer than all else of the set (docs/data.md)."""
+    """Keeps outliers in length, with a warning (docs/data.md)."""
     # by how many threads
     num_workers: int = 1
     """Threads that read audio ahead."""
@@ -225,15 +225,15 @@ class LoaderConfig:
         "num_cuts_for_bins_estimate": "bins are measured over the whole of the data",
         "concurrent_bucketing": "plans are made ahead of time",
         "max_open_streams": "every manifest is read once, at start-up",
-        "pin_memory": "there is no such memory to choose in JAX",
-        "cuda_expandable_segments": "memory belongs to XLA",
+        "pin_memory": "JAX has no pinned-memory option",
+        "cuda_expandable_segments": "XLA manages device memory",
         "force_finite": "validation is finite and training is not",
         "force_map_dataset": "there is one kind of data set",
         "force_iterable_dataset": "there is one kind of data set",
         "metadata_only": "manifests are read without their audio",
         "slice_length": "order is shuffled over whole manifests",
         "use_lhotse": "Lhotse always reads",
-        "bucketing_2d_strict_mode": "it tells 2-D buckets apart, and buckets here have one length",
+        "bucketing_2d_strict_mode": "2-D buckets are not supported",
         **{
             key: f"it goes with {switch}, which is refused"
             for switch, keys in _SWITCHES.items()
@@ -246,9 +246,9 @@ class LoaderConfig:
     }
     REFUSED: ClassVar[Mapping[str, Any]] = {
         "tarred_audio_filepaths": _LATER,
-        "multi_config": "give one data set, its parts as input_cfg with weights",
-        "sampler_fusion": ("give one data set, its parts as input_cfg", "round_robin"),
-        "sampler_weights": "give one data set, its parts as input_cfg with weights",
+        "multi_config": "give one data set, its sources as input_cfg with weights",
+        "sampler_fusion": ("give one data set, its sources as input_cfg", "round_robin"),
+        "sampler_weights": "give one data set, its sources as input_cfg with weights",
         "cut_text_into_windows_tokens": "cut long texts in the manifest",
         "noise_path": "augmentation of conversations is not supported",
         "perturb_speed": "augmentation of conversations is not supported",
@@ -284,7 +284,7 @@ class LoaderConfig:
         by_bucket = self.bucket_batch_size is not None and self.bucket_duration_bins is not None
         if self.batch_size is None and self.budget is None and not by_bucket:
             raise ValueError(
-                f"how large is a batch? set batch_size, or {self.BUDGET_KEYS[0]}, or "
+                f"no batch size: set batch_size, or {self.BUDGET_KEYS[0]}, or "
                 "bucket_batch_size with bucket_duration_bins"
             )
         self._check_bins()
@@ -294,9 +294,13 @@ class LoaderConfig:
         if self.num_buckets < 1:
             raise ValueError(f"num_buckets must be at least 1, got {self.num_buckets}")
         if bins is not None and any(isinstance(b, list | tuple) for b in bins):
-            raise ValueError("bucket_duration_bins must be one length each: 2-D is not supported")
+            raise ValueError(
+                "bucket_duration_bins 2-D buckets are not supported; give one length each"
+            )
         if bins is not None and (not bins or list(bins) != sorted(set(bins)) or bins[0] <= 0):
-            raise ValueError(f"bucket_duration_bins must be positive and rise, got {list(bins)}")
+            raise ValueError(
+                f"bucket_duration_bins must be positive and increasing, got {list(bins)}"
+            )
         if sizes is not None and (bins is None or len(sizes) != len(bins)):
             raise ValueError("bucket_batch_size needs one entry per entry of bucket_duration_bins")
         if sizes is not None and min(sizes) < 1:
@@ -308,19 +312,19 @@ class DataLoaderConfig(LoaderConfig):
     """One stream of a SALM: conversations of text and recordings, measured in tokens."""
 
     audio_locator_tag: str | None = None
-    """The token that stands for a recording, for entries that do not say."""
+    """The token that stands for a recording, for entries without the key."""
     text_field: str = "text"
-    """Key of a NeMo manifest's line that holds the answer."""
+    """Key of the response in a NeMo manifest's rows."""
     prompt_format: str | None = None
     """Required: a name of NeMo's formats, llama2, qwen or gemma for example (docs/data.md)."""
     token_equivalent_duration: float | None = None
     """Seconds of audio that count as one token where lengths are measured."""
     batch_tokens: int | None = None
-    """Tokens per group: as many rows as fit, by the longest of the bucket."""
+    """Tokens per group: the batch size is what fits, by the longest of the bucket."""
     quadratic_factor: float | None = None
     """A length counts as length + length**2 / quadratic_factor against `batch_tokens`."""
     use_multimodal_sampling: bool = False
-    """Lengths always count tokens; the keys that are token counts ask for it, as in NeMo."""
+    """Required by the keys that are token counts, as in NeMo; lengths always count tokens."""
     measure_total_length: bool = True
     """Whether the last turn belongs to the length."""
     # what to leave out
@@ -333,9 +337,9 @@ class DataLoaderConfig(LoaderConfig):
     max_tokens: int | None = None
     """Length of a conversation."""
     min_tpt: float = -1.0
-    """Least answer tokens per prompt token."""
+    """Least response tokens per prompt token."""
     max_tpt: float = float("inf")
-    """Most answer tokens per prompt token."""
+    """Most response tokens per prompt token."""
 
     BUDGET_KEYS: ClassVar[tuple[str, str]] = ("batch_tokens", "quadratic_factor")
     IGNORED: ClassVar[Mapping[str, str]] = {
@@ -356,12 +360,12 @@ class DataLoaderConfig(LoaderConfig):
     }
 
     def __post_init__(self) -> None:
-        asks = {
+        needs_tokens = {
             "batch_tokens": self.batch_tokens,
             "bucket_duration_bins": self.bucket_duration_bins,
         }
         super().__post_init__()
-        for name, value in asks.items():
+        for name, value in needs_tokens.items():
             if value is not None and not self.use_multimodal_sampling:
                 raise ValueError(
                     f"{name} counts tokens of conversations: set use_multimodal_sampling: true "

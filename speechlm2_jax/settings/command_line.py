@@ -1,4 +1,4 @@
-"""Splits a command line into the settings file and the overrides, in our words or in Hydra's."""
+"""Splits a command line into the settings file and the overrides, in our syntax or Hydra's."""
 
 import argparse
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ class _Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand:
-    """What train.py is asked to do."""
+    """The arguments of train.py."""
 
     config: str
     """Name or path of the settings."""
     overrides: list[str]
     dry_run: bool
-    """Build and describe everything, train nothing."""
+    """Build and describe everything without training."""
     ahead: "CompileAhead | None" = None
-    """Compile for devices that are not here, train nothing."""
+    """Compile for devices that are not attached, without training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class CompileAhead:
     topology: str
     libtpu: Path | None
     generates: bool
-    """The program that answers instead of the training step."""
+    """Compile generation instead of the training step."""
     rows: int | None
     tokens: int | None
     seconds: float | None
@@ -46,7 +46,7 @@ class CompileAhead:
 
 
 def parse_train(argv: Sequence[str]) -> TrainCommand:
-    """Reads the words of train.py: those of `parse_cli`, --dry-run and --compile-for."""
+    """Reads the arguments of train.py: those of `parse_cli`, --dry-run and --compile-for."""
     parser = _settings_parser("train.py", TRAIN_DESCRIPTION)
     parser.add_argument(
         "--dry-run",
@@ -54,24 +54,24 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
         help="build everything, print modules, shapes and memory, train and write nothing",
     )
     _add_ahead(parser)
-    words, overrides = _parse(parser, argv, NAME_THE_SETTINGS)
-    config = _settings_of(words, "train.py", None)
+    arguments, overrides = _parse(parser, argv, NAME_THE_SETTINGS)
+    config = _settings_of(arguments, "train.py", None)
     ahead = None
-    if words.compile_for:
+    if arguments.compile_for:
         ahead = CompileAhead(
-            topology=words.compile_for,
-            libtpu=words.libtpu,
-            generates=words.generate,
-            rows=words.rows,
-            tokens=words.tokens,
-            seconds=words.seconds,
-            new_tokens=words.new_tokens,
+            topology=arguments.compile_for,
+            libtpu=arguments.libtpu,
+            generates=arguments.generate,
+            rows=arguments.rows,
+            tokens=arguments.tokens,
+            seconds=arguments.seconds,
+            new_tokens=arguments.new_tokens,
         )
-    return TrainCommand(config=config, overrides=overrides, dry_run=words.dry_run, ahead=ahead)
+    return TrainCommand(config=config, overrides=overrides, dry_run=arguments.dry_run, ahead=ahead)
 
 
 def _add_ahead(parser: argparse.ArgumentParser) -> None:
-    ahead = parser.add_argument_group("compiling for TPUs that are not here")
+    ahead = parser.add_argument_group("ahead-of-time compilation for TPUs that are not attached")
     add = ahead.add_argument
     add("--compile-for", metavar="TOPOLOGY", help="such as v5e:4x4: does a step fit?")
     add(
@@ -80,11 +80,11 @@ def _add_ahead(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="filled by python -m speechlm2_jax.aot.fetch",
     )
-    add("--generate", action="store_true", help="the program that answers, not the training step")
+    add("--generate", action="store_true", help="generation, not the training step")
     add("--rows", type=int, help="conversations on each data-parallel device")
-    add("--tokens", type=int, help="LLM steps of a row")
+    add("--tokens", type=int, help="LLM positions of a sequence")
     add("--seconds", type=float, help="longest recording")
-    add("--new-tokens", type=int, default=128, help="longest answer, with --generate")
+    add("--new-tokens", type=int, default=128, help="new tokens per response, with --generate")
 
 
 def parse_cli(
@@ -94,13 +94,13 @@ def parse_cli(
     description: str = TRAIN_DESCRIPTION,
     default: str | None = None,
 ) -> tuple[str, list[str]]:
-    """Splits command-line words into (name or path of the settings, overrides).
+    """Splits command-line arguments into (name or path of the settings, overrides).
 
     Takes --config NAME_OR_PATH, or --config-path with --config-name as NeMo's scripts do. --help
-    prints and exits. Raises SettingsError for a flag that is not known or no settings at all.
+    prints and exits. Raises SettingsError for an unknown flag or missing settings.
     """
-    words, overrides = _parse(_settings_parser(program, description), argv, NAME_THE_SETTINGS)
-    return _settings_of(words, program, default), overrides
+    arguments, overrides = _parse(_settings_parser(program, description), argv, NAME_THE_SETTINGS)
+    return _settings_of(arguments, program, default), overrides
 
 
 def _settings_parser(program: str, description: str) -> _Parser:
@@ -111,12 +111,12 @@ def _settings_parser(program: str, description: str) -> _Parser:
     return parser
 
 
-def _settings_of(words: argparse.Namespace, program: str, default: str | None) -> str:
-    config = words.config or words.config_name or default
-    if words.config_path and not words.config:
-        if not words.config_name:
+def _settings_of(arguments: argparse.Namespace, program: str, default: str | None) -> str:
+    config = arguments.config or arguments.config_name or default
+    if arguments.config_path and not arguments.config:
+        if not arguments.config_name:
             raise SettingsError("--config-path needs --config-name, the file in that folder")
-        config = str(find(words.config_name, (Path(words.config_path),)))
+        config = str(find(arguments.config_name, (Path(arguments.config_path),)))
     if not config:
         raise SettingsError(f"name the settings: {program} --config NAME_OR_PATH [key=value ...]")
     return config
@@ -125,7 +125,7 @@ def _settings_of(words: argparse.Namespace, program: str, default: str | None) -
 def parse_overrides(
     argv: Sequence[str], *, program: str, description: str, keys: Sequence[str] = ()
 ) -> list[str]:
-    """The `key=value` words of a command without a settings file; --help lists `keys`."""
+    """The `key=value` arguments of a command without a settings file; --help lists `keys`."""
     parser = _Parser(
         prog=program,
         description=description,
@@ -144,8 +144,8 @@ def _parse(
         metavar="key=value",
         help="dotted overrides: key=value, +new.key=value, ~key; lists as key=[1,2]",
     )
-    words = parser.parse_intermixed_args(list(argv))
-    for word in words.overrides:
-        if "=" not in word and not word.startswith("~"):
-            raise SettingsError(f"{word!r}: expected key=value; {hint}")
-    return words, list(words.overrides)
+    arguments = parser.parse_intermixed_args(list(argv))
+    for override in arguments.overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise SettingsError(f"{override!r}: expected key=value; {hint}")
+    return arguments, list(arguments.overrides)

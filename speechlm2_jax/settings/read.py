@@ -25,7 +25,7 @@ Plain = dict[str, Any]
 MISSING = "???"
 MAX_FILE_BYTES = 1 << 20
 MAX_NODES = 50_000
-TOO_LARGE = f"holds or expands to more than {MAX_NODES} values; not a settings file"
+TOO_LARGE = f"has or expands to more than {MAX_NODES} values; not a settings file"
 _UNREADABLE = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
 """What PyYAML raises for an integer of 10,000 digits, or a value that its tag does not fit."""
 _MERGE_TAG = "tag:yaml.org,2002:merge"
@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
     nodes_left = MAX_NODES
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Stops reading a file that is no settings file."""
+        """Stops reading a file that is too large for settings."""
         self.nodes_left -= 1
         if self.nodes_left < 0:
             raise SettingsError(TOO_LARGE)
@@ -50,7 +50,9 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag == _MERGE_TAG or key.value == "<<":
-                raise SettingsError("merge keys (<<) are not read; write the keys, or use ${...}")
+                raise SettingsError(
+                    "merge keys (<<) are not supported; write the keys, or use ${...}"
+                )
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 line = key.start_mark.line + 1
                 raise SettingsError(f"line {line}: {key.value!r} is given twice; keep one")
@@ -92,7 +94,7 @@ def load(
     except SettingsError as error:
         raise SettingsError(f"{path}: {error}") from None
     if not isinstance(values, dict):
-        raise SettingsError(f"{path}: must hold a mapping of keys, holds {kind(values)}")
+        raise SettingsError(f"{path}: expected a mapping of keys, got {kind(values)}")
     values = override(cast(Plain, values), overrides)
     if complete:
         require_complete(values)
@@ -159,7 +161,7 @@ def require_complete(values: Any) -> None:
 def resolve(values: Any) -> Any:
     """Replaces every `${...}` of a mapping or list.
 
-    Raises SettingsError for a loop, or a path that is not there.
+    Raises SettingsError for a cycle or a missing path.
     """
     return _Copy(values, references=True).run()
 
@@ -206,7 +208,7 @@ class _Copy:
         if colon:
             name, comma, default = argument.partition(",")
             if resolver != "oc.env":
-                raise SettingsError(f"{path}: no resolver {resolver!r}; only oc.env is known")
+                raise SettingsError(f"{path}: no resolver {resolver!r}; only oc.env is supported")
             if not comma and name not in os.environ:
                 raise SettingsError(f"{path}: environment variable {name} is not set")
             return os.environ.get(name, default)

@@ -198,13 +198,13 @@ def test_a_shape_has_a_clip_slot_even_where_nothing_is_said(clips):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "how large is a batch"),
+        ({}, "no batch size: set batch_size"),
         ({"batch_tokens": 100}, "use_multimodal_sampling"),
         ({"batch_size": 0}, "batch_size must be positive"),
         ({"batch_size": 2, "bucket_duration_bins": (1, 2)}, "use_multimodal_sampling"),
         ({"batch_size": 2, "num_buckets": 0}, "num_buckets"),
         ({"bucket_duration_bins": ((1, 2), (3, 4))}, "2-D"),
-        ({"bucket_duration_bins": (3, 2)}, "must be positive and rise"),
+        ({"bucket_duration_bins": (3, 2)}, "must be positive and increasing"),
         ({"bucket_duration_bins": (3,), "bucket_batch_size": (1, 2)}, "one entry per entry"),
     ],
 )

@@ -133,10 +133,10 @@ def test_nemo_manifests_are_no_duplex_data(manifest):
             "batch_tokens: conversations are measured in seconds; set batch_d",
         ),
         ({"prompt_format": "qwen"}, "prompt_format: a duplex model has no prompt"),
-        ({"batch_size": None}, "how large is a batch? set batch_size, or batch_duration"),
+        ({"batch_size": None}, "no batch size: set batch_size, or batch_duration"),
         ({"batch_duration": -1}, "batch_duration must be positive"),
         ({"batch_durations": 1}, "unknown key; did you mean 'batch_duration'"),
-        ({"bucket_duration_bins": [2, 1]}, "must be positive and rise"),
+        ({"bucket_duration_bins": [2, 1]}, "must be positive and increasing"),
     ],
 )
 def test_a_bad_setting_is_one_line_with_its_place(more, message, manifest):

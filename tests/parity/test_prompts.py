@@ -51,7 +51,7 @@ def test_every_dialog_encodes_as_in_nemo_or_is_refused_as_there(tokenizer_name, 
     for dialog, golden in GOLDEN["results"][tokenizer_name][name].items():
         turns = GOLDEN["dialogs"][dialog.partition("@")[0]]
         draw = random.Random(golden.get("random_seed"))
-        monkeypatch.setattr(thinking, "draw_of", lambda _, draw=draw: draw)
+        monkeypatch.setattr(thinking, "dialog_rng", lambda _, draw=draw: draw)
         if "error" in golden:
             with pytest.raises(PromptError, match="has no role|needs a user or a system turn"):
                 formatter.encode_dialog(turns)
@@ -99,7 +99,7 @@ def test_broken_thoughts_are_refused():
     formatter = PromptFormatter("qwen3", tokenizer("tok_bpe"))
     for answer in ("So.</think>", "Well <think>hm</think> so.", "<think>hm"):
         dialog = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}]
-        with pytest.raises(PromptError, match="'qwen3': an answer with a thought must be <think>"):
+        with pytest.raises(PromptError, match="'qwen3': a response with a thought must be <think>"):
             formatter.encode_dialog(dialog)
 
 

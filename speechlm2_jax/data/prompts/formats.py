@@ -1,8 +1,8 @@
 """The prompt formats, as data: what each role's turn looks like, by NeMo's names.
 
-In a template `|name|` is a slot that the turn fills. `|bos|` at its start and `|eos|` at its end
-stand for the tokenizer's own tokens, which no text spells. Turns of `OUTPUT_ROLE` are what the
-model learns to say. A `preamble` has no slots and opens every dialog.
+In a template `|name|` is a field that the turn fills. `|bos|` at its start and `|eos|` at its end
+stand for the tokenizer's own tokens, which have no text. Turns of `OUTPUT_ROLE` are the responses
+that the model learns. A `preamble` has no fields and opens every dialog.
 """
 
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ class PromptFormat:
     tokens: tuple[str, ...] = ()
     """Tokens that the tokenizer must have, or the model would read the markup as plain text."""
     inference_prefix: str | None = None
-    """What opens the answer when the last turn is not the model's."""
+    """The generation prompt: opens the response when the last turn is not the model's."""
     insert_bos: bool = False
     """Whether the dialog starts with the tokenizer's begin token."""
     insert_eos: bool = False
     """Whether a dialog that the model ends is closed by the tokenizer's end token."""
     thinking: Thinking | None = None
-    """How answers may open with a thought; of such a dialog only the last answer is learnt."""
+    """How responses open with a thought. Only the last response of such a dialog has a loss."""
 
 
 _LLAMA3_TURN = "<|start_header_id|>{}<|end_header_id|>\n\n|message|<|eot_id|>"

@@ -14,14 +14,14 @@ from speechlm2_jax.data.prompts.thinking import Message, ThoughtError
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.settings import SettingsError
 
-_SLOT = re.compile(r"(?<!<)\|(\w+)\|(?!>)")  # <|im_start|> is a token, not a slot
+_SLOT = re.compile(r"(?<!<)\|(\w+)\|(?!>)")  # <|im_start|> is a token, not a field
 
 Turn = Mapping[str, Any]
-"""`role` with either `content`, for roles of one slot, or `slots`: {name: text}."""
+"""`role` with either `content`, for roles of one field, or NeMo's `slots`: {field: text}."""
 
 
 class PromptError(SettingsError):
-    """A dialog that the format cannot express, or a format that the tokenizer cannot spell."""
+    """A dialog that the format cannot express, or an unknown format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +29,25 @@ class Prompt:
     """One dialog as token ids."""
 
     input_ids: Int[np.ndarray, " L"]
-    """The whole dialog; to be answered, it ends with what opens the answer."""
+    """The whole dialog. For inference it ends with the generation prompt."""
     context_ids: Int[np.ndarray, " C"]
-    """All before the last turn if that is the model's, else the same as `input_ids`."""
+    """Everything before the last turn if that is the model's, else the same as `input_ids`."""
     prompt_ids: Int[np.ndarray, " Q"]
-    """What to ask to get the last turn: the context, and what opens an answer."""
+    """The prompt that generates the last turn: the context and the generation prompt."""
     answer_ids: Int[np.ndarray, " A"] | None = None
     """The last turn if it is the model's."""
     mask: Bool[np.ndarray, " L"] | None = None
-    """Where the model speaks; None if the dialog is to be answered."""
+    """True at the tokens of responses (the loss mask); None for inference."""
 
 
 @dataclass(frozen=True)
 class _Segment:
-    """A stretch that is tokenised on its own."""
+    """A piece of the prompt that is tokenised on its own."""
 
     text: str
     has_bos: bool = False
     has_eos: bool = False
-    is_answer: bool = False
+    is_response: bool = False
 
 
 class PromptFormatter:
@@ -70,8 +70,10 @@ class PromptFormatter:
         self._needs_bos = self._format.insert_bos or any(t.startswith("|bos|") for t in templates)
         self._needs_eos = self._format.insert_eos or any(t.endswith("|eos|") for t in templates)
         self._check_tokens()
-        self._openings = {
-            enabled: tokenizer.text_to_ids(opening) if (opening := self._opening(enabled)) else []
+        self._generation_prompts = {
+            enabled: tokenizer.text_to_ids(text)
+            if (text := self._generation_prompt(enabled))
+            else []
             for enabled in (True, False)
         }
 
@@ -82,15 +84,15 @@ class PromptFormatter:
 
     @property
     def can_think(self) -> bool:
-        """Whether an answer may open with a thought, so that `enable_thinking` means something."""
+        """Whether responses may open with a thought, so that `enable_thinking` has an effect."""
         return self._format.thinking is not None
 
     def encode_dialog(self, turns: Sequence[Turn], *, enable_thinking: bool = True) -> Prompt:
-        """Encodes one dialog; a dialog that the model does not end is made ready to be answered.
+        """Encodes one dialog; one whose last turn is the user's ends with the generation prompt.
 
         Every turn is tokenised on its own, so a tokenizer that marks the start of a text marks
-        each turn's. With `enable_thinking` off, a format of thoughts opens the answer behind an
-        empty one. Raises PromptError for an empty dialog, an unknown role or a missing slot.
+        each turn's. Without `enable_thinking`, a thinking format puts an empty thought before the
+        response. Raises PromptError for an empty dialog, an unknown role or a missing field.
         """
         return self.encode_dialogs([turns], enable_thinking=enable_thinking)[0]
 
@@ -139,18 +141,18 @@ class PromptFormatter:
                     f"tokenizer {self.tokenizer.name} lacks"
                 )
 
-    def _opening(self, enable_thinking: bool) -> str | None:
-        """What opens an answer."""
+    def _generation_prompt(self, enable_thinking: bool) -> str | None:
+        """The generation prompt."""
         prefix, thinking = self._format.inference_prefix, self._format.thinking
         return prefix if not prefix or not thinking else prefix + thinking.opening(enable_thinking)
 
     def _with_thoughts(self, turns: Sequence[Turn]) -> Sequence[Turn]:
-        """The turns as a format of thoughts writes them."""
+        """The turns as a thinking format writes them."""
         thinking = self._format.thinking
         if thinking is None:
             return turns
         for turn in turns:
-            self._render(turn)  # roles and slots are checked first
+            self._render(turn)  # roles and fields are checked first
         messages = [
             Message(str(t["role"]), t["content"] if "content" in t else t["slots"]["message"])
             for t in turns
@@ -175,10 +177,12 @@ class PromptFormatter:
                 raise PromptError("a preamble may only open the dialog")
             segment = self._render(turn)
             is_last = index == len(turns) - 1
-            yield replace(segment, is_answer=segment.is_answer and (is_last or not self.can_think))
-        opening = self._opening(enable_thinking)
-        if turns[-1]["role"] != OUTPUT_ROLE and opening is not None:
-            yield _Segment(opening)
+            yield replace(
+                segment, is_response=segment.is_response and (is_last or not self.can_think)
+            )
+        generation_prompt = self._generation_prompt(enable_thinking)
+        if turns[-1]["role"] != OUTPUT_ROLE and generation_prompt is not None:
+            yield _Segment(generation_prompt)
 
     def _render(self, turn: Turn) -> _Segment:
         role = str(turn.get("role"))
@@ -202,23 +206,23 @@ class PromptFormatter:
             _SLOT.sub(lambda match: values[match[1]], body),
             has_bos=template.startswith("|bos|"),
             has_eos=template.endswith("|eos|"),
-            is_answer=role == OUTPUT_ROLE,
+            is_response=role == OUTPUT_ROLE,
         )
 
     def _assemble(self, dialog: Sequence[_Segment], encoded: Sequence[list[int]]) -> Prompt:
-        pieces, answers = [], []
+        pieces, is_response = [], []
         if self._format.insert_bos:
             pieces.append([self.tokenizer.bos_id])
-            answers.append(False)
+            is_response.append(False)
         for segment, ids in zip(dialog, encoded, strict=True):
             bos = [self.tokenizer.bos_id] if segment.has_bos else []
             eos = [self.tokenizer.eos_id] if segment.has_eos else []
             pieces.append([*bos, *ids, *eos])
-            answers.append(segment.is_answer)
-        if self._format.insert_eos and answers[-1]:
+            is_response.append(segment.is_response)
+        if self._format.insert_eos and is_response[-1]:
             pieces[-1].append(self.tokenizer.eos_id)
         input_ids = np.concatenate([np.asarray(p, np.int32) for p in pieces])
-        if not answers[-1]:
+        if not is_response[-1]:
             return Prompt(input_ids=input_ids, context_ids=input_ids, prompt_ids=input_ids)
         split = len(input_ids) - len(pieces[-1])
         thinking = self._format.thinking
@@ -226,9 +230,11 @@ class PromptFormatter:
         return Prompt(
             input_ids=input_ids,
             context_ids=input_ids[:split],
-            prompt_ids=np.asarray([*input_ids[:split], *self._openings[may_think]], np.int32),
+            prompt_ids=np.asarray(
+                [*input_ids[:split], *self._generation_prompts[may_think]], np.int32
+            ),
             answer_ids=input_ids[split:],
-            mask=np.repeat(np.asarray(answers), [len(p) for p in pieces]),
+            mask=np.repeat(np.asarray(is_response), [len(p) for p in pieces]),
         )
 
 
