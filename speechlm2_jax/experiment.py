@@ -306,13 +306,13 @@ class ConversationScores:
     scorer: scoring.DuplexScorer
 
     def update(self, name: str, batch: HostBatch) -> list[Sample]:
-        """Answers a batch of set `name`."""
+        """Generates and scores the responses of a batch of set `name`."""
         examples = scoring.conversations(batch)
         if not examples:
             return []
         return [
             Sample(id=a.example.id, reference=a.example.target_text, hypothesis=a.text)
-            for a in self.scorer.answer(name, examples)
+            for a in self.scorer.generate_and_score(name, examples)
         ]
 
     def compute(self) -> dict[str, float]:

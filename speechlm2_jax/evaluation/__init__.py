@@ -1,1 +1,1 @@
-"""Scores what a model answers: word errors, speed, and a record of how both were measured."""
+"""Evaluation: generates a response to every input, scores it, writes manifest and report."""

@@ -1,4 +1,4 @@
-"""What XLA compiles meanwhile, to tell warm-up from work."""
+"""Counts XLA compilations, to tell warm-up from steady state."""
 
 from typing import Any
 
@@ -6,18 +6,18 @@ import jax
 
 
 class Compilations:
-    """A count of compilations. JAX keeps listeners for good: there is one."""
+    """The number of compilations since `start`. JAX keeps listeners for good, so there is one."""
 
     count = 0
-    _is_listening = False
+    _is_started = False
 
     @classmethod
-    def listen(cls) -> None:
-        """Counts from now on."""
-        if not cls._is_listening:
-            jax.monitoring.register_event_duration_secs_listener(cls._heard)
-            cls._is_listening = True
+    def start(cls) -> None:
+        """Starts counting; further calls do nothing."""
+        if not cls._is_started:
+            jax.monitoring.register_event_duration_secs_listener(cls._on_event)
+            cls._is_started = True
 
     @classmethod
-    def _heard(cls, event: str, duration_secs: float, **kwargs: Any) -> None:
+    def _on_event(cls, event: str, duration_secs: float, **kwargs: Any) -> None:
         cls.count += event == "/jax/core/compile/backend_compile_duration"

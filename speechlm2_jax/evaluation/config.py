@@ -1,4 +1,4 @@
-"""The words of evaluate.py's command line: those of NeMo's salm_eval."""
+"""Arguments of evaluate.py: those of NeMo's salm_eval."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,59 +11,59 @@ from speechlm2_jax.settings import SettingsError
 if TYPE_CHECKING:
     from speechlm2_jax.inference.request.generation_request import Vocabulary
 
-_ONE_ANSWER = "an evaluation takes one whole answer to each recording; leave it out"
+_ONE_RESPONSE = "an evaluation takes one whole response to each recording; leave it out"
 _OWN_KEYS = {
-    "max_new_tokens": "write max_new_tokens without generation.",
-    "max_length": "use max_new_tokens",
-    "eos_token_id": "use extra_eos_tokens",
-    "pad_token_id": "it is the model's; leave it out",
-    "num_return_sequences": _ONE_ANSWER,
-    "return_dict_in_generate": _ONE_ANSWER,
-    "should_stop": _ONE_ANSWER,
-    "max_audio_s": "write max_audio_s without generation.",
-    "enable_thinking": "a question opens as its own answer does; leave it out",
+    "max_new_tokens": "set max_new_tokens instead",
+    "max_length": "set max_new_tokens instead",
+    "eos_token_id": "set extra_eos_tokens instead",
+    "pad_token_id": "the model decides it; leave it out",
+    "num_return_sequences": _ONE_RESPONSE,
+    "return_dict_in_generate": _ONE_RESPONSE,
+    "should_stop": _ONE_RESPONSE,
+    "max_audio_s": "set max_audio_s instead",
+    "enable_thinking": "the prompt format decides it; leave it out",
 }
-"""Keys of a GenerationConfig that are not taken below `generation`."""
-_NO_VOICE = "only a duplex model speaks; remove it"
-_ONE_CHIP = "evaluation runs on one chip; start one process per share of the inputs"
+"""Keys of a GenerationConfig that `generation` refuses, and what to do instead."""
+_NO_SPEECH = "only a duplex model generates speech; remove it"
+_ONE_CHIP = "evaluation runs on one chip; split the inputs and start one process per chip"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What to answer, with what, and where to write it."""
+    """What to evaluate, on which inputs, and where to write the results."""
 
     pretrained_name: str
     """Run directory, saved model, NeMo or Hugging Face directory, or hub name."""
     inputs: str
     """NeMo manifest, Lhotse cuts, SHAR directory, audio file, or folder of audio files."""
     batch_size: int = 64
-    """Recordings that are answered at once."""
+    """Recordings processed at once."""
     continuous_batching: bool = True
-    """Let the next recording in where an answer has ended; beams go batch by batch all the same."""
+    """Replace a finished sequence by the next recording. Beam search always uses plain batches."""
     max_new_tokens: int = 128
     max_audio_s: float | None = DEFAULT_MAX_AUDIO_S
-    """A longer recording is answered in overlapping chunks; null: none is."""
+    """Longer recordings are split into overlapping chunks; null: no limit."""
     output_manifest: str | None = "generations.jsonl"
     verbose: bool = True
-    """Print each reference and answer, and word errors batch by batch."""
+    """Print each reference and hypothesis, and the word errors of each batch."""
     use_normalizer: str | bool | None = "english"
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     generation: dict[str, Any] = field(default_factory=dict)
     """Keys of transformers' GenerationConfig: `num_beams`, `repetition_penalty`, ..."""
     extra_eos_tokens: tuple[str, ...] | None = None
-    """Tokens that end an answer besides the model's own."""
+    """End tokens besides the model's own."""
     system_prompt: str | None = None
     user_prompt: str | None = None
-    """The request; the audio follows it, unless it holds the audio locator tag itself."""
+    """Text of the user turn; the audio follows it, unless it contains the audio locator tag."""
     swap_audio: bool = False
-    """Give every utterance the audio of another, to show that answers come from listening."""
+    """Give every utterance the audio of another, to show that the model uses the audio."""
     encoder_wer: bool = False
-    """Score the CTC head of the run's pretrained encoder beside the model."""
+    """Also score the CTC head of the run's pretrained encoder."""
     report: str | None = None
-    """Where to write the page to look at and listen to."""
+    """HTML report to write."""
     report_rows: int = 300
-    """How many utterances of the page, the worst, have audio and a spectrogram."""
+    """Number of utterances, worst first, whose audio and spectrogram the report embeds."""
 
     REFUSED_TORCH: ClassVar[Mapping[str, Any]] = {
         "use_asr_decoder": "SALMWithAsrDecoder is not supported; remove it",
@@ -74,10 +74,10 @@ class EvalConfig:
         "pp_size": (_ONE_CHIP, 1),
         "cp_size": (_ONE_CHIP, 1),
     }
-    """Of newer NeMo; refused whatever the model is."""
+    """Keys of newer NeMo that every kind of model refuses."""
     REFUSED: ClassVar[Mapping[str, Any]] = {
         **REFUSED_TORCH,
-        **dict.fromkeys(("audio_folder", "scoring_asr", "input_roles", "output_roles"), _NO_VOICE),
+        **dict.fromkeys(("audio_folder", "scoring_asr", "input_roles", "output_roles"), _NO_SPEECH),
     }
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class EvalConfig:
 def check_generation(
     keys: Mapping[str, Any], max_new_tokens: int, model: "Vocabulary | None" = None
 ) -> None:
-    """Raises SettingsError for what `generate` would refuse, of a model or, without, of any."""
+    """Raises SettingsError for keys that `generate` refuses, of `model` or else of any model."""
     from speechlm2_jax.inference.request.generation_request import ANY_VOCABULARY, read_request
 
     for key, hint in _OWN_KEYS.items():
@@ -108,7 +108,7 @@ def check_generation(
 
 
 def check_common(batch_size: int, report_rows: int, use_normalizer: str | bool | None) -> None:
-    """Checks what every kind of model has. Raises ValueError."""
+    """Checks the arguments that all kinds of model share. Raises ValueError."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if report_rows < 0:
@@ -121,7 +121,7 @@ def check_common(batch_size: int, report_rows: int, use_normalizer: str | bool |
 
 
 def output_file(key: str, name: str | None, inputs: Sequence[str]) -> Path | None:
-    """The file that a key names, if any.
+    """The output file of argument `key`, or None.
 
     Raises SettingsError for a folder, for what is no regular file, and for one of the inputs.
     """

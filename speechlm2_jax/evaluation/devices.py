@@ -1,4 +1,4 @@
-"""The accelerator that a name on the command line means."""
+"""The device of the `device` argument."""
 
 import jax
 
@@ -8,9 +8,9 @@ _PLATFORMS = {"cuda": "gpu", "gpu": "gpu", "rocm": "gpu", "tpu": "tpu", "cpu": "
 
 
 def choose_device(name: str) -> jax.Device:
-    """Makes the named device the default: auto, cpu, gpu (or cuda), tpu, or with an index `gpu:1`.
+    """Makes a device the default: auto, cpu, gpu (or cuda), tpu, with an index as in `gpu:1`.
 
-    Raises SettingsError if there is none, listing what JAX sees; never falls back by itself.
+    Raises SettingsError if it does not exist, listing what JAX sees; there is no fallback.
     """
     kind, _, index = name.lower().partition(":")
     if kind != "auto" and kind not in _PLATFORMS or (index and not index.isdigit()):
@@ -22,6 +22,6 @@ def choose_device(name: str) -> jax.Device:
     number = int(index or 0)
     if number >= len(devices):
         seen = ", ".join(sorted({d.platform for d in jax.devices()}))
-        raise SettingsError(f"device: no {name} in sight (JAX sees {seen}); use device=auto")
+        raise SettingsError(f"device: {name} not found (JAX sees {seen}); use device=auto")
     jax.config.update("jax_default_device", devices[number])
     return devices[number]

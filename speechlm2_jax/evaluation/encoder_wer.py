@@ -1,4 +1,4 @@
-"""What the pretrained encoder hears by itself: its own CTC head on the same recordings."""
+"""WER of the pretrained encoder alone: its own CTC head on the same recordings."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float
 
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.inputs import Utterance
@@ -20,11 +21,11 @@ READERS = 4
 
 @runtime_checkable
 class EncoderTranscriber(Protocol):
-    """What is asked of an encoder with a CTC head; `speechlm2_jax.models.CTCModel` is one."""
+    """An encoder with a CTC head; `speechlm2_jax.models.CTCModel` is one."""
 
     @property
     def sampling_rate(self) -> int:
-        """Samples per second that it hears."""
+        """Input sampling rate in Hz."""
         ...
 
     def transcribe(self, waves: Sequence[np.ndarray]) -> list[str]:
@@ -43,18 +44,18 @@ def open_ctc_model(nemo_file: Path) -> EncoderTranscriber:
 
 
 def encoder_texts(
-    recogniser: EncoderTranscriber,
+    ctc_model: EncoderTranscriber,
     utterances: Sequence[Utterance],
     batch_size: int,
     max_s: float | None = None,
 ) -> list[str | None]:
-    """What the encoder's head writes down, in input order; None for recordings without samples.
+    """Transcripts by the CTC head in input order; None for recordings that cannot be read.
 
-    Recordings of more than `max_s` seconds are heard in chunks, as by the model.
+    Recordings longer than `max_s` seconds are transcribed in chunks, as by the evaluated model.
     """
-    read = partial(_read, rate_hz=recogniser.sampling_rate)
+    read = partial(_read, rate_hz=ctc_model.sampling_rate)
     texts: list[str | None] = [None] * len(utterances)
-    # neighbours in length share a static shape
+    # sorted by length, so that a batch needs little padding and few shapes are compiled
     order = sorted(range(len(utterances)), key=lambda i: -utterances[i].duration_s)
     with (
         ThreadPoolExecutor(READERS) as pool,
@@ -63,30 +64,32 @@ def encoder_texts(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             waves = list(pool.map(read, (utterances[i] for i in chosen)))
-            heard = [(i, wave) for i, wave in zip(chosen, waves, strict=True) if wave is not None]
-            found = _transcribe(recogniser, [wave for _, wave in heard], max_s, batch_size)
-            for (i, _), text in zip(heard, found, strict=True):
+            readable = [
+                (i, wave) for i, wave in zip(chosen, waves, strict=True) if wave is not None
+            ]
+            found = _transcribe(ctc_model, [wave for _, wave in readable], max_s, batch_size)
+            for (i, _), text in zip(readable, found, strict=True):
                 texts[i] = text
             progress.update(len(chosen))
     return texts
 
 
 def _transcribe(
-    recogniser: EncoderTranscriber,
-    waves: Sequence[np.ndarray],
+    ctc_model: EncoderTranscriber,
+    waves: Sequence[Float[np.ndarray, " S"]],
     max_s: float | None,
     batch_size: int,
 ) -> list[str]:
     """The text of each recording, `batch_size` chunks at a time."""
-    cuts = [cut(wave, rate_hz=recogniser.sampling_rate, max_s=max_s) for wave in waves]
-    parts = [w[c.start : c.end] for w, chunks in zip(waves, cuts, strict=True) for c in chunks]
-    starts = range(0, len(parts), batch_size)
-    texts = (text for s in starts for text in recogniser.transcribe(parts[s : s + batch_size]))
+    cuts = [cut(wave, rate_hz=ctc_model.sampling_rate, max_s=max_s) for wave in waves]
+    clips = [w[c.start : c.end] for w, chunks in zip(waves, cuts, strict=True) for c in chunks]
+    starts = range(0, len(clips), batch_size)
+    texts = (text for s in starts for text in ctc_model.transcribe(clips[s : s + batch_size]))
     return [join(list(itertools.islice(texts, len(chunks))), chunks) for chunks in cuts]
 
 
-def _read(utterance: Utterance, rate_hz: int) -> np.ndarray | None:
-    """A recording, or None: the model's own evaluation has told why."""
+def _read(utterance: Utterance, rate_hz: int) -> Float[np.ndarray, " S"] | None:
+    """A recording; None if it cannot be read, which the model's evaluation has reported."""
     try:
         return utterance.read(rate_hz)
     except AudioError:

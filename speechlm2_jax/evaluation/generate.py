@@ -1,4 +1,4 @@
-"""Clips in, ids out: how an evaluation asks its model."""
+"""Audio clips in, token ids out: how an evaluation calls `model.generate`."""
 
 import itertools
 import time
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
 
 from speechlm2_jax.evaluation.compilations import Compilations
 from speechlm2_jax.evaluation.config import EvalConfig
@@ -14,8 +15,8 @@ from speechlm2_jax.evaluation.read_audio import EvaluationClip
 
 
 @runtime_checkable
-class GeneratingModel(Protocol):
-    """What the runner asks of a model; `speechlm2_jax.models.SALM` is one."""
+class EvaluatedModel(Protocol):
+    """What an evaluation needs of a model; `speechlm2_jax.models.SALM` is one."""
 
     tokenizer: Any
     audio_locator_tag: str
@@ -25,13 +26,13 @@ class GeneratingModel(Protocol):
     text_pad_id: int
 
     def generate(self, prompts: Any, **options: Any) -> Any:
-        """Answers as ids, one row per prompt."""
+        """Generated token ids, one sequence per prompt."""
         ...
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What every clip is asked, and how."""
+class GenerationTask:
+    """The prompt of every clip, and how to generate."""
 
     prompt: list[dict[str, str]]
     stop_ids: list[int]
@@ -39,34 +40,34 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
-    """Clips whose answers became known together."""
+class GeneratedRound:
+    """Clips whose generation ended together: one batch, or one round of continuous batching."""
 
-    rows: list[tuple[EvaluationClip, np.ndarray]]
-    """With the ids of each answer."""
+    outputs: list[tuple[EvaluationClip, Int[np.ndarray, " T"]]]
+    """Each clip with its generated token ids."""
     audio_s: float
     seconds: float
-    """Of the model, reading excluded."""
+    """Time of the model, without reading audio."""
     compiled: int
-    """Programs that were compiled meanwhile."""
+    """Number of programs compiled in this round."""
 
 
 @runtime_checkable
-class StreamingModel(GeneratingModel, Protocol):
-    """A model that can answer prompts as slots become free."""
+class StreamingModel(EvaluatedModel, Protocol):
+    """A model with continuous batching."""
 
     def generate_each(self, prompts: Iterable[Any], **options: Any) -> Iterator[list[Any]]:
-        """Rounds of (number of the prompt, ids)."""
+        """Yields rounds of (index of the prompt, token ids)."""
         ...
 
 
 def generate_clips(
-    model: GeneratingModel, clips: Iterator[EvaluationClip], asked: Asked
-) -> Iterator[Ended]:
-    """Answers clips on slots; in batches where that is asked, or the way of answering needs it."""
-    if isinstance(model, StreamingModel) and _can_stream(asked.config):
-        return in_slots(model, clips, asked)
-    return in_batches(model, clips, asked)
+    model: EvaluatedModel, clips: Iterator[EvaluationClip], task: GenerationTask
+) -> Iterator[GeneratedRound]:
+    """Generates for each clip, with continuous batching where config and decoding allow it."""
+    if isinstance(model, StreamingModel) and _can_stream(task.config):
+        return generate_continuously(model, clips, task)
+    return generate_in_batches(model, clips, task)
 
 
 def _can_stream(config: EvalConfig) -> bool:
@@ -78,14 +79,14 @@ def _can_stream(config: EvalConfig) -> bool:
     return why_unsupported(read_request(ANY_VOCABULARY, dict(config.generation))) is None
 
 
-def in_slots(
-    model: StreamingModel, clips: Iterator[EvaluationClip], asked: Asked
-) -> Iterator[Ended]:
-    """Answers clips on `batch_size` slots."""
-    waiting: dict[int, EvaluationClip] = {}
+def generate_continuously(
+    model: StreamingModel, clips: Iterator[EvaluationClip], task: GenerationTask
+) -> Iterator[GeneratedRound]:
+    """Continuous batching on `batch_size` slots."""
+    pending: dict[int, EvaluationClip] = {}
     reading_s, latest = 0.0, 0
 
-    def dialogs() -> Iterator[list[dict[str, Any]]]:
+    def prompts() -> Iterator[list[dict[str, Any]]]:
         nonlocal reading_s, latest
         for number in itertools.count():
             start_s = time.perf_counter()
@@ -93,46 +94,49 @@ def in_slots(
             reading_s += time.perf_counter() - start_s
             if clip is None:
                 return
-            waiting[number], latest = clip, clip.draw
-            *before, request = asked.prompt
+            pending[number], latest = clip, clip.draw
+            *before, request = task.prompt
             yield [*before, {**request, "audio": [clip.samples]}]
 
     def draws() -> Iterator[int]:
         while True:
-            yield latest  # of the dialog that was just taken
+            yield latest  # generate_each takes a prompt, then its draw number
 
-    drawn = {"draw_numbers": draws()} if asked.config.generation.get("do_sample") else {}
+    drawn = {"draw_numbers": draws()} if task.config.generation.get("do_sample") else {}
     compiled, start_s = Compilations.count, time.perf_counter()
-    for answered in model.generate_each(
-        dialogs(),
-        slots=asked.config.batch_size,
-        generation_config=generation_config(model, asked),
-        max_audio_s=False,  # what is too long is in chunks already
-        **asked.config.generation,
+    for finished in model.generate_each(
+        prompts(),
+        slots=task.config.batch_size,
+        generation_config=generation_config(model, task),
+        max_audio_s=False,  # long recordings are chunked already
+        **task.config.generation,
         **drawn,
     ):
         seconds = time.perf_counter() - start_s - reading_s
-        rows = [(waiting.pop(number), ids) for number, ids in answered]
-        yield Ended(
-            rows=rows,
-            audio_s=sum(len(clip.samples) for clip, _ in rows) / model.sampling_rate,
+        outputs = [(pending.pop(number), ids) for number, ids in finished]
+        yield GeneratedRound(
+            outputs=outputs,
+            audio_s=sum(len(clip.samples) for clip, _ in outputs) / model.sampling_rate,
             seconds=seconds,
             compiled=Compilations.count - compiled,
         )
         compiled, start_s, reading_s = Compilations.count, time.perf_counter(), 0.0
 
 
-def in_batches(
-    model: GeneratingModel, clips: Iterator[EvaluationClip], asked: Asked
-) -> Iterator[Ended]:
-    """Answers `batch_size` clips at a time; a short batch after others repeats its last clip."""
-    size, fill = asked.config.batch_size, False
+def generate_in_batches(
+    model: EvaluatedModel, clips: Iterator[EvaluationClip], task: GenerationTask
+) -> Iterator[GeneratedRound]:
+    """Plain batches of `batch_size` clips.
+
+    A short last batch is filled up by repeating its last clip, so that no new shape is compiled.
+    """
+    size, fill = task.config.batch_size, False
     while batch := list(itertools.islice(clips, size)):
         filled = batch + batch[-1:] * (size - len(batch) if fill else 0)
         compiled, start_s = Compilations.count, time.perf_counter()
-        ids = _generate(model, filled, asked)
-        yield Ended(
-            rows=list(zip(batch, ids, strict=False)),  # rows beyond the clips are filling
+        ids = _generate(model, filled, task)
+        yield GeneratedRound(
+            outputs=list(zip(batch, ids, strict=False)),  # drops the outputs of the filling
             audio_s=sum(len(clip.samples) for clip in batch) / model.sampling_rate,
             seconds=time.perf_counter() - start_s,
             compiled=Compilations.count - compiled,
@@ -140,35 +144,35 @@ def in_batches(
         fill = True
 
 
-def generation_config(model: GeneratingModel, asked: Asked) -> Any:
-    """The GenerationConfig of an evaluation, but for the keys of `generation`."""
+def generation_config(model: EvaluatedModel, task: GenerationTask) -> Any:
+    """The GenerationConfig without the keys of `generation`, which are passed as arguments."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
-        max_new_tokens=asked.config.max_new_tokens,
+        max_new_tokens=task.config.max_new_tokens,
         bos_token_id=model.text_bos_id,
-        eos_token_id=asked.stop_ids or None,
+        eos_token_id=task.stop_ids or None,
         pad_token_id=model.text_pad_id,
     )
 
 
 def _generate(
-    model: GeneratingModel, clips: Sequence[EvaluationClip], asked: Asked
-) -> list[np.ndarray]:
-    rows = [clip.samples for clip in clips]
-    is_drawn = asked.config.generation.get("do_sample")
+    model: EvaluatedModel, clips: Sequence[EvaluationClip], task: GenerationTask
+) -> list[Int[np.ndarray, " T"]]:
+    waves = [clip.samples for clip in clips]
+    is_drawn = task.config.generation.get("do_sample")
     drawn = {"draw_numbers": [clip.draw for clip in clips]} if is_drawn else {}
-    lengths = np.array([len(row) for row in rows], np.int32)
-    audios = np.zeros((len(rows), lengths.max()), np.float32)
-    for padded, row in zip(audios, rows, strict=True):
-        padded[: len(row)] = row
-    answers = model.generate(
-        prompts=[asked.prompt] * len(rows),
+    lengths = np.array([len(wave) for wave in waves], np.int32)
+    audios = np.zeros((len(waves), lengths.max()), np.float32)
+    for padded, wave in zip(audios, waves, strict=True):
+        padded[: len(wave)] = wave
+    generated = model.generate(
+        prompts=[task.prompt] * len(waves),
         audios=audios,
         audio_lens=lengths,
-        generation_config=generation_config(model, asked),
-        max_audio_s=False,  # what is too long is in chunks already
-        **asked.config.generation,
+        generation_config=generation_config(model, task),
+        max_audio_s=False,  # long recordings are chunked already
+        **task.config.generation,
         **drawn,
     )
-    return [np.asarray(row) for row in answers]
+    return [np.asarray(ids) for ids in generated]

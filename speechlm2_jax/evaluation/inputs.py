@@ -1,4 +1,4 @@
-"""What to answer: manifests, Lhotse cuts, SHAR, or plain audio files, all as utterances."""
+"""Inputs of an evaluation: manifests, Lhotse cuts, SHAR or audio files, read as utterances."""
 
 import os
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
@@ -16,6 +16,7 @@ from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.paths import plain_path
 from speechlm2_jax.data.readers import read_manifest
 from speechlm2_jax.data.shar import read_shar
+from speechlm2_jax.pretrained.locate import nearest_path
 from speechlm2_jax.settings import SettingsError
 
 AUDIO_SUFFIXES = (
@@ -27,66 +28,67 @@ AUDIO_SUFFIXES = (
 VOICE_KEYS = ("voice", "speaker", "speaker_id")
 CONDITION_KEYS = ("condition",)
 UNSEEN_KEY = "unseen_voice"
-"""What a manifest's rows may say beside audio, duration and text."""
+"""Optional fields of a manifest row besides audio, duration and text."""
 MAX_LISTED_BYTES = 32 << 20
-"""A larger manifest is not read only to list its voices."""
+"""Larger manifests are not scanned for voices."""
 AUDIO_HINT = (
-    f"audio is read from {' '.join(AUDIO_SUFFIXES[:9])} and others (docs/data.md); convert what is "
-    "not, as with `ffmpeg -i IN OUT.wav`"
+    f"supported audio: {' '.join(AUDIO_SUFFIXES[:9])} and others (docs/data.md); convert "
+    "other files, as with `ffmpeg -i IN OUT.wav`"
 )
-"""What to tell about a file of another kind."""
+"""Hint for a file of another kind."""
 _ROW = '{"audio_filepath": "a.wav", "duration": 2.4, "text": "yes"}'
 _MANIFEST = f"a manifest has one object per line, {_ROW}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Utterance:
-    """One recording to answer; its samples are read when their turn comes."""
+    """One recording of the test set; `read` loads its samples."""
 
     id: str
     duration_s: float
-    """As declared, 0 where nothing declares it; only for order and speed."""
+    """Declared duration, 0 if unknown; only used for ordering and for RTFx."""
     text: str | None
-    """The reference, or None where there is nothing to score."""
+    """The reference; None if there is none."""
     read: Callable[[int], np.ndarray]
-    """Rate in Hz -> float32 samples [S]; raises AudioError for a recording that cannot be used."""
+    """Sampling rate in Hz -> float32 samples [S]. Raises AudioError."""
     voice: str | None = None
-    """Who speaks, where the manifest says so."""
+    """The speaker, if the manifest names one."""
     is_unseen: bool = False
-    """Whether the manifest says that training has not heard this voice."""
+    """Whether this voice does not occur in the training data."""
     condition: str | None = None
-    """How it was recorded, where the manifest says so."""
+    """Recording condition, if the manifest names one."""
     audio_of: str | None = None
-    """The utterance whose recording this one was given instead of its own, if any."""
+    """Id of the utterance whose recording replaces its own, if the audio is swapped."""
     source: str = ""
-    """Where its samples are, to tell utterances of one id apart."""
+    """File and offset of its samples; tells utterances with equal ids apart."""
 
 
 def read_inputs(inputs: str) -> list[Utterance]:
-    """Lists the utterances that `inputs` means, in its own order.
+    """Lists the utterances of `inputs`, in their own order.
 
-    A folder with SHAR shards is SHAR, another folder its audio files by name; any other file is a
-    NeMo manifest or Lhotse cuts, whichever its first line is. Raises SettingsError if there is
-    nothing there, the file is of another kind or a line cannot be read.
+    - A folder with `cuts.*` is a SHAR directory; any other folder gives its audio files by name.
+    - A file is audio by its suffix, else a NeMo manifest or Lhotse cuts, by its first line.
+
+    Raises SettingsError if nothing is found, the file is of another kind or a line is invalid.
     """
     path = Path(plain_path(inputs))
     if not os.path.exists(path):
         raise SettingsError(f"inputs: {missing(inputs)}")
     if _is_shar(path):
-        utterances = _one_turn_each(read_shar(path, ManifestOptions()))
+        utterances = _utterances(read_shar(path, ManifestOptions()))
     elif (files := recordings(path)) is not None:
         utterances = files
     else:
         _refuse_other_kinds(path)
-        utterances = _one_turn_each(read_manifest(path, ManifestOptions()))
+        utterances = _utterances(read_manifest(path, ManifestOptions()))
     if not utterances:
         why = left_out(path)
-        raise SettingsError(f"inputs: nothing to answer in {inputs!r}" + (why and f": {why}"))
+        raise SettingsError(f"inputs: no recordings in {inputs!r}" + (why and f": {why}"))
     return utterances
 
 
 def left_out(path: Path) -> str:
-    """How many files of a folder of audio files are none that are read; empty if none are."""
+    """Counts the files of an audio folder that are not read, as one line; empty if none."""
     if not os.path.isdir(path) or _is_shar(path):
         return ""
     others = [p for p in path.rglob("*") if p.is_file() and not _is_audio(p)]
@@ -98,21 +100,24 @@ def left_out(path: Path) -> str:
 
 
 def missing(inputs: str) -> str:
-    """Says that there is nothing of this name."""
-    is_pattern = any(sign in inputs for sign in "*?[")
-    hint = "; patterns are not expanded: name the folder" if is_pattern else ""
+    """Error text for a path that does not exist, with the nearest existing path."""
+    hint = ""
+    if any(sign in inputs for sign in "*?["):
+        hint = "; patterns are not expanded: name the folder"
+    elif near := nearest_path(inputs):
+        hint = f"; did you mean {near!r}?"
     return f"no such file or folder: {inputs!r}{hint}"
 
 
 def recordings(path: Path) -> list[Utterance] | None:
-    """The audio files of a folder, by name, or the one that a path names; None for another file."""
+    """The audio files of a folder, sorted by name, or one audio file; None for another file."""
     if os.path.isdir(path):
         return [_audio_file(p, path) for p in sorted(path.rglob("*")) if _is_audio(p)]
     return [_audio_file(path, path.parent)] if _is_audio(path) else None
 
 
 def voices_of(manifest: Path) -> set[str]:
-    """The voices that a manifest names; none for a large one, or one that cannot be read."""
+    """The voices of a manifest; empty if it is large or cannot be read."""
     if not manifest.is_file() or manifest.stat().st_size > MAX_LISTED_BYTES:
         return set()
     try:
@@ -129,17 +134,17 @@ def _is_shar(path: Path) -> bool:
 
 
 def _refuse_other_kinds(path: Path) -> None:
-    """Raises SettingsError for a file that is neither audio that is read nor lines of JSON."""
+    """Raises SettingsError for a file that is neither audio nor JSON lines."""
     if path.suffix == ".gz":
         return
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(BOM_UTF8).lstrip()
     if head.startswith(b"["):
-        raise SettingsError(f"inputs: {path} is a JSON list, and not a JSON object: {_MANIFEST}")
+        raise SettingsError(f"inputs: {path} is a JSON list, not JSON lines: {_MANIFEST}")
     if not head or head.startswith((b"{", BOM_UTF16_LE, BOM_UTF16_BE)):
         return
     if path.suffix in (".json", ".jsonl"):
-        raise SettingsError(f"inputs: {path}: not lines of JSON: {_MANIFEST}")
+        raise SettingsError(f"inputs: {path} is not JSON lines: {_MANIFEST}")
     raise SettingsError(
         f"inputs: {path} is neither audio nor a manifest: {AUDIO_HINT}; {_MANIFEST}"
     )
@@ -163,14 +168,14 @@ def _audio_file(path: Path, root: Path) -> Utterance:
 
 
 def _duration_s(path: Path) -> float:
-    """Seconds of audio; 0 for a file that cannot be read, which reading will report."""
+    """Seconds of audio; 0 for a file that cannot be read (reading its samples reports it)."""
     try:
         return audio_length(path).duration_s
     except AudioError:
         return 0.0
 
 
-def _one_turn_each(conversations: Iterable[Conversation]) -> list[Utterance]:
+def _utterances(conversations: Iterable[Conversation]) -> list[Utterance]:
     try:
         return [_utterance(conversation) for conversation in conversations]
     except SettingsError as error:
@@ -181,7 +186,8 @@ def _utterance(conversation: Conversation) -> Utterance:
     clips = conversation.clips
     if len(clips) != 1:
         raise SettingsError(
-            f"{conversation.id!r} has {len(clips)} recordings; evaluation answers one at a time"
+            f"{conversation.id!r} has {len(clips)} recordings; an evaluation takes "
+            "conversations with one recording"
         )
     return Utterance(
         id=conversation.id,
@@ -190,15 +196,15 @@ def _utterance(conversation: Conversation) -> Utterance:
         read=clips[0].load,
         voice=_voice(conversation),
         is_unseen=bool(conversation.fields.get(UNSEEN_KEY)),
-        condition=_first_said(conversation.fields, CONDITION_KEYS),
+        condition=_first_value(conversation.fields, CONDITION_KEYS),
         source=f"{clips[0].path}@{clips[0].offset_s}",
     )
 
 
 def _voice(conversation: Conversation) -> str | None:
-    return _first_said(conversation.fields, VOICE_KEYS)
+    return _first_value(conversation.fields, VOICE_KEYS)
 
 
-def _first_said(fields: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+def _first_value(fields: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
     found = (fields.get(key) for key in keys)
     return next((str(value) for value in found if value not in (None, "")), None)

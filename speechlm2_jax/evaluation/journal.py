@@ -1,9 +1,9 @@
-"""Answers are written as they end, so that an interrupted evaluation can be resumed.
+"""Writes each response as soon as it is generated, so that an interrupted evaluation can resume.
 
-While an evaluation runs, its output manifest holds a header and the rows answered so far, in the
-order in which they ended: `{"evaluation": {"settings": ..., "inputs": N}}`, then rows with a
-`progress` field, which holds the row's key and what else is needed to go on. When all inputs are
-answered, the file is replaced by the rows in input order.
+While an evaluation runs, its output manifest is a journal: a header
+`{"evaluation": {"settings": ..., "inputs": N}}`, then rows in the order in which they were
+generated. Each row has a `progress` field with its key and what resuming needs. At the end the file
+is replaced by the rows in input order.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from speechlm2_jax.settings import SettingsError
 
 HEADER, PROGRESS = "evaluation", "progress"
 FINISHED_BEFORE, OF_OTHER_SETTINGS = ".previous", ".unfinished"
-"""What is appended to the name of a file that makes room for a new evaluation's."""
+"""Suffixes of files that are renamed to make room for a new evaluation."""
 
 
 def row_keys(facts: Iterable[Sequence[Any]]) -> list[str]:
-    """A key for each input from what identifies it; equal ones are told apart by their order."""
+    """A key for each input: a hash of its facts, and a counter where facts repeat."""
     seen: Counter[str] = Counter()
     keys = []
     for one in facts:
@@ -45,27 +45,27 @@ class Kept:
 
 
 class Journal:
-    """The output manifest of an evaluation that runs.
+    """The output manifest of a running evaluation.
 
     Args:
-        path: of the output manifest.
-        settings: plain values that answers depend on; rows of other settings are not resumed.
-        keys: of the inputs, in order (`row_keys`).
+        path: the output manifest.
+        settings: plain values that responses depend on; rows of other settings are not resumed.
+        keys: keys of the inputs, in order (`row_keys`).
 
-    Raises SettingsError if another process writes the file, or if it cannot be read.
+    Raises SettingsError if the file cannot be read, or another process is writing it.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> None:
         self.path, self.keys = path, keys
         self.kept: dict[int, Kept] = {}
-        """The rows that are answered already, by their places among the inputs, oldest first."""
+        """Rows of the interrupted evaluation by input index, oldest first."""
         self.note: str | None = None
-        """What there is to say about the file that was there."""
+        """A line for the user about the file that was there."""
         self._settings = json.loads(json.dumps(settings, default=str))
         self._file: IO[bytes] | None = None
-        self._answered: set[int] = set()
+        self._done: set[int] = set()
         self._superseded: Path | None = path.with_name(path.name + FINISHED_BEFORE)
-        with self._clear():
+        with self._errors_name_file():
             self._resume()
 
     def __enter__(self) -> "Journal":
@@ -73,47 +73,47 @@ class Journal:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.close()
-        if error is not None and self._answered:
+        if error is not None and self._done:
             error.add_note(self.summary())
 
     def summary(self) -> str:
-        """How far the evaluation is, and how to go on."""
+        """One line: how many inputs are done, and how to resume."""
         return (
-            f"{len(self._answered)} of {len(self.keys)} answers are in {self.path}; the same "
-            "command answers the rest"
+            f"{len(self._done)} of {len(self.keys)} responses are in {self.path}; run the same "
+            "command again to resume"
         )
 
     def append(self, rows: Mapping[int, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
-        """Writes rows, by the places of their inputs, each with what is needed to go on."""
+        """Writes rows by input index, each with its progress (what resuming needs)."""
         if not rows:
             return
         lines = [
             {**row, PROGRESS: {"key": self.keys[index], **progress}}
             for index, (row, progress) in rows.items()
         ]
-        with self._clear():
+        with self._errors_name_file():
             if self._file is None:
-                self._begin()
+                self._create()
             self._write(lines)
-        self._answered |= set(rows)
+        self._done |= set(rows)
 
     def finish(self, rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> None:
-        """Replaces the file by the rows in input order and the provenance."""
-        with self._clear():
+        """Replaces the journal by the rows in input order and the provenance."""
+        with self._errors_name_file():
             write_rows(self.path, rows, record)
             if self._superseded is not None:
                 self._superseded.unlink(missing_ok=True)
-        self._answered = set()
+        self._done = set()
         self.close()
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def _resume(self) -> None:
-        """Takes over the rows of an interrupted evaluation with the same settings."""
+        """Reads the rows of an interrupted evaluation with the same settings."""
         if not self.path.is_file() or (header := _header(self.path)) is None:
             return
         changed = _differences(header.get("settings") or {}, self._settings)
@@ -123,41 +123,41 @@ class Journal:
             self._locked(self.path).close()
             os.replace(self.path, aside)
             self.note = (
-                f"{self.path} was of an unfinished evaluation with other settings ({changed}); it "
-                f"is kept as {aside.name}, and all is answered anew"
+                f"{self.path} holds an unfinished evaluation with other settings ({changed}); it "
+                f"is kept as {aside.name}, and the evaluation starts from the first input"
             )
             return
         self._file = self._locked(self.path)
         size = self._read_rows()
         self._file.truncate(size)
         self._file.seek(size)
-        self._answered = set(self.kept)
+        self._done = set(self.kept)
         if self.kept:
-            self.note = f"{len(self.kept)} of {len(self.keys)} answers are in {self.path} already"
+            self.note = f"{len(self.kept)} of {len(self.keys)} responses are in {self.path} already"
 
     def _read_rows(self) -> int:
-        """Takes the whole lines; gives the size of the file up to their end."""
-        places = {key: index for index, key in enumerate(self.keys)}
+        """Reads all whole lines; returns the size in bytes up to their end."""
+        indices = {key: index for index, key in enumerate(self.keys)}
         size = 0
         with self.path.open("rb") as file:
             for line in file:
                 if (row := _parsed(line)) is None:
-                    break  # cut off, and everything behind it
+                    break  # cut off: this line and what follows are dropped
                 size += len(line)
                 progress = row.pop(PROGRESS, {})
-                index = places.get(progress.get("key"))
+                index = indices.get(progress.get("key"))
                 if index is not None:
                     self.kept[index] = Kept(row, progress)
         return size
 
     def forget(self, indices: Iterable[int]) -> None:
-        """Has kept rows answered once more; their newer rows count."""
+        """Drops rows, so that they are generated again; the newer rows count."""
         for index in indices:
             self.kept.pop(index)
-            self._answered.discard(index)
+            self._done.discard(index)
 
-    def _begin(self) -> None:
-        """Starts the file; a finished one that was there stays until the new one is finished."""
+    def _create(self) -> None:
+        """Creates the file. A finished manifest is kept as NAME.previous until `finish`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._locked(self.path).close()
@@ -167,7 +167,7 @@ class Journal:
         self._write([{HEADER: {"settings": self._settings, "inputs": len(self.keys)}}])
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """One write of whole lines: a signal or a kill comes before or after it."""
+        """Writes whole lines in one call, so that a signal cannot split them."""
         assert self._file is not None
         data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         start = self._file.tell()
@@ -185,15 +185,15 @@ class Journal:
             file.close()
             raise SettingsError(
                 f"output_manifest: another evaluation is writing {path}; name another file, or "
-                "wait for its end"
+                "wait until it ends"
             ) from error
         except OSError:  # a file system without locks
             pass
         return file
 
     @contextlib.contextmanager
-    def _clear(self) -> Any:
-        """Turns what a disk refuses into one line."""
+    def _errors_name_file(self) -> Any:
+        """Raises an OSError as a SettingsError that names the file."""
         try:
             yield
         except OSError as error:
@@ -221,7 +221,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The settings that differ, for a reader."""
+    """The settings that differ, as one line."""
     found = [
         f"{key}: {before.get(key)!r}, now {now.get(key)!r}"
         for key in {**before, **now}

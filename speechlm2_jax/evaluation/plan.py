@@ -1,4 +1,4 @@
-"""What to evaluate where the command line does not say: the newest run, as it was trained."""
+"""The plan of an evaluation: arguments, and defaults from the run that is evaluated."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,31 +16,31 @@ from speechlm2_jax.settings import SettingsError
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
-    """A complete configuration, and where its parts come from."""
+    """A complete configuration, and the run that its defaults come from."""
 
     config: EvalConfig
     run: Run | None
-    """The run directory that is evaluated, if it is one."""
+    """The evaluated run, if the model is a run directory."""
     encoder_file: Path | None
-    """Whose CTC head to score beside the model, if any."""
+    """File of the encoder whose CTC head is scored beside the model, if any."""
     given: frozenset[str]
-    """The keys of the command line."""
+    """Keys set on the command line."""
 
     @property
     def step(self) -> int | None:
-        """The training step whose weights answer, if a run is evaluated."""
+        """The training step of the weights, if a run is evaluated."""
         return None if self.run is None else self.run.step[0]
 
     def utterances(self) -> list[Utterance]:
-        """What will be heard: the inputs, with unseen voices marked and audio swapped if asked.
+        """The inputs, with unseen voices marked, and with swapped audio if `swap_audio` is set.
 
         Raises SettingsError for inputs that cannot be used.
         """
         utterances = read_inputs(self.config.inputs)
-        heard = self.run.training_voices() if self.run is not None else frozenset()
-        if heard:
+        seen = self.run.training_voices() if self.run is not None else frozenset()
+        if seen:
             utterances = [
-                replace(u, is_unseen=u.voice is not None and u.voice not in heard)
+                replace(u, is_unseen=u.voice is not None and u.voice not in seen)
                 for u in utterances
             ]
         if self.config.swap_audio:
@@ -48,46 +48,50 @@ class EvaluationPlan:
         return utterances
 
     def output(self, key: str) -> Path | None:
-        """The file that a key names, if any. Raises SettingsError if none can be written there."""
+        """The output file of argument `key`, or None. Raises SettingsError for a bad path."""
         return output_file(key, getattr(self.config, key), [self.config.inputs])
 
     def summary(self) -> str:
-        """What is about to be evaluated, for a reader."""
+        """Model, data and prompt, as lines for the terminal."""
         config, run = self.config, self.run
         model = ("model", config.pretrained_name)
         if run is not None:
             step, why = run.step
             model = ("run", f"{run.folder}, step {step} ({why})")
-        asked = " ".join(repr(t) for t in (config.system_prompt, config.user_prompt) if t)
+        prompt = " ".join(repr(t) for t in (config.system_prompt, config.user_prompt) if t)
         as_trained = run is not None and "user_prompt" not in self.given
         lines = [
             model,
             ("data", config.inputs),
-            ("asked", (asked or "nothing beside the audio") + ", as trained" * as_trained),
+            ("prompt", (prompt or "the audio alone") + ", as trained" * as_trained),
         ]
         if missed := left_out(Path(config.inputs).expanduser()):
             lines.append(("note", missed))
         if config.swap_audio:
-            lines.append(("audio", "SWAPPED: every utterance hears the recording of another"))
+            lines.append(("audio", "SWAPPED: every utterance gets the recording of another"))
         return "\n".join(f"{name:<6} {value}" for name, value in lines)
 
 
-def make_plan(words: Mapping[str, Any]) -> EvaluationPlan:
-    """Checks the keys of a command line and fills in the others.
+def make_plan(arguments: Mapping[str, Any]) -> EvaluationPlan:
+    """Checks the arguments and fills in defaults.
 
-    Raises SettingsError for a key or value that cannot be used, no run, or no test set.
+    Raises SettingsError for a wrong key or value, and if there is no run or no test set.
     """
-    # bad words are told before anything is looked for
-    settings.build(EvalConfig, {"pretrained_name": "", "inputs": "", **words})
-    run = read_run(str(words["pretrained_name"])) if "pretrained_name" in words else newest_run()
+    # bad arguments are reported before run and test set are looked for
+    settings.build(EvalConfig, {"pretrained_name": "", "inputs": "", **arguments})
+    run = (
+        read_run(str(arguments["pretrained_name"]))
+        if "pretrained_name" in arguments
+        else newest_run()
+    )
     defaults: dict[str, Any] = {}
     if run is not None:
-        defaults |= {"pretrained_name": str(run.folder), **_as_trained(run)}
+        defaults |= {"pretrained_name": str(run.folder), **_as_in_training(run)}
     encoder_file = run.encoder_file() if run is not None else None
-    if "inputs" not in words:
-        defaults |= {"inputs": str(bundled_test_set()), **_out_of_the_box(words, run)}
-        defaults["encoder_wer"] = encoder_file is not None and not words.get("swap_audio")
-    config = settings.build(EvalConfig, {**defaults, **words})
+    if "inputs" not in arguments:
+        defaults |= {"inputs": str(bundled_test_set()), **_default_outputs(arguments, run)}
+        defaults["encoder_wer"] = encoder_file is not None and not arguments.get("swap_audio")
+    config = settings.build(EvalConfig, {**defaults, **arguments})
     if config.encoder_wer and encoder_file is None:
         raise SettingsError(
             "encoder_wer: needs a run directory whose config.yaml names a pretrained_asr that is "
@@ -97,12 +101,12 @@ def make_plan(words: Mapping[str, Any]) -> EvaluationPlan:
         config=config,
         run=run,
         encoder_file=encoder_file if config.encoder_wer else None,
-        given=frozenset(words),
+        given=frozenset(arguments),
     )
 
 
-def _as_trained(run: Run) -> dict[str, Any]:
-    """Asked, computed and compared as training and its validation did."""
+def _as_in_training(run: Run) -> dict[str, Any]:
+    """Prompt, dtype and text normalisation of the training and its validation."""
     longest = {} if run.max_audio_s is None else {"max_audio_s": run.max_audio_s}
     return {
         **longest,
@@ -113,9 +117,9 @@ def _as_trained(run: Run) -> dict[str, Any]:
     }
 
 
-def _out_of_the_box(words: Mapping[str, Any], run: Run | None) -> dict[str, Any]:
-    """Answers and page beside the run, and a quiet terminal."""
-    swapped = "_swapped" if words.get("swap_audio") else ""
+def _default_outputs(arguments: Mapping[str, Any], run: Run | None) -> dict[str, Any]:
+    """Output manifest and report in the run directory, and no texts on the terminal."""
+    swapped = "_swapped" if arguments.get("swap_audio") else ""
     folder = Path() if run is None else run.folder
     return {
         "output_manifest": str(folder / f"answers{swapped}.jsonl"),

@@ -1,4 +1,4 @@
-"""How far an evaluation is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of an evaluation: a bar on a terminal, a line every few seconds elsewhere."""
 
 import sys
 import time
@@ -12,14 +12,14 @@ FIRST_LINES_S, LATER_LINES_S, LATER_FROM_S = 5.0, 30.0, 60.0
 
 
 class ProgressDisplay:
-    """Counts what is answered, for a reader.
+    """Shows how many inputs are processed.
 
     Args:
-        total: how many there are.
-        done: how many were answered by an earlier process.
-        what: what is counted, before the numbers.
+        total: number of inputs.
+        done: number processed by an earlier, interrupted run.
+        what: label before the numbers.
         stream: standard error by default; a terminal gets a bar, anything else whole lines.
-        clock: seconds from anywhere.
+        clock: a monotonic clock in seconds.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class ProgressDisplay:
         total: int,
         done: int = 0,
         *,
-        what: str = "answered",
+        what: str = "generated",
         stream: Any = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -36,7 +36,7 @@ class ProgressDisplay:
         self._clock = clock
         self._start_s = self._last_s = clock()
         self._first: tuple[float, int] | None = None
-        """When the first came, and how many were done then: compilation lies before it."""
+        """Time and count of the first update; the rate leaves out the compilation before it."""
         is_terminal = self._stream.isatty()
         self._bar = (
             tqdm(total=total, initial=done, desc=what, file=self._stream) if is_terminal else None
@@ -50,7 +50,7 @@ class ProgressDisplay:
             self._bar.close()
 
     def update(self, count: int = 1) -> None:
-        """Counts so many more; writes a line if it is time for one."""
+        """Adds `count`; writes a line if one is due."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
@@ -75,7 +75,7 @@ class ProgressDisplay:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds for a reader: the two largest units."""
+    """A duration in its two largest units, such as `3 min 20 s`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""How an evaluation was made: weights, versions, device, settings, date."""
+"""Provenance of an evaluation: weights, versions, device, settings, date."""
 
 import datetime
 import hashlib
@@ -25,7 +25,7 @@ def provenance(
     sha256: str | None,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Everything needed to make the same rows again, as plain values.
+    """Everything needed to reproduce the rows, as plain values.
 
     `sha256` is the model's `fingerprint`, `step` that of a run.
     """
@@ -54,9 +54,9 @@ def provenance(
 
 
 def fingerprint(name: str) -> str | None:
-    """SHA-256 over a model's files, names and contents, in order; None if it is not local.
+    """SHA-256 over names and contents of a model's files; None if the model is not on this machine.
 
-    Equal folders give equal fingerprints wherever they lie.
+    Equal folders have equal fingerprints, whatever their paths.
     """
     root = Path(name).expanduser()
     if root.is_file():
@@ -74,6 +74,6 @@ def fingerprint(name: str) -> str | None:
 
 
 def _is_weight(path: Path, root: Path) -> bool:
-    # an Orbax checkpoint's arrays have no suffix: they are known by the folder of a run
+    # array files of an Orbax checkpoint have no suffix; everything below checkpoints/ counts
     inside = "checkpoints" in path.relative_to(root).parts
     return path.is_file() and (inside or path.suffix in _WEIGHTS)

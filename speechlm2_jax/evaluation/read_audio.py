@@ -1,4 +1,4 @@
-"""Recordings on their way to the model: read ahead, longest first, cut where they are too long."""
+"""Reads recordings ahead, longest first, and splits long ones into chunks."""
 
 import math
 from collections import deque
@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.inputs import Utterance
@@ -18,17 +19,17 @@ READERS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationClip:
-    """What the model hears at once: a recording, or one chunk of it."""
+    """One model input: a recording, or one chunk of it."""
 
     index: int
-    """Of the utterance among the inputs."""
-    samples: np.ndarray
+    """Position of the utterance among the inputs."""
+    samples: Float[np.ndarray, " S"]
     number: int = 0
-    """Of the chunk."""
+    """Number of the chunk."""
     chunks: tuple[Chunk, ...]
     """All chunks of the recording."""
     draw: int = 0
-    """The number by which random draws go, whatever was answered before."""
+    """Seeds random sampling; the same for a clip whether the evaluation was resumed or not."""
 
     @property
     def recording_samples(self) -> int:
@@ -42,18 +43,18 @@ def clips(
     ahead: int,
     rate_hz: int,
     max_s: float | None,
-    answered: Container[int] = (),
+    done: Container[int] = (),
 ) -> Iterator[list[EvaluationClip] | tuple[int, AudioError]]:
-    """The clips of each utterance, longest first, or what is wrong with it.
+    """Yields the clips of each utterance, longest first, or (index, error) if it cannot be read.
 
-    `ahead` recordings are read while others are answered, fewer where they are longer than `max_s`
-    seconds: as many as `ahead` of that length, by the durations that are declared. One of more than
-    `max_s` seconds gives several clips, in order. Those of `answered` are left out.
+    Up to `ahead` recordings are read in the background, of together at most `ahead * max_s`
+    declared seconds (and always at least one). A recording longer than `max_s` seconds gives
+    several clips, in order. Utterances whose index is in `done` are skipped.
     """
     order = sorted(range(len(utterances)), key=lambda i: -utterances[i].duration_s)
-    places = {index: place for place, index in enumerate(order)}
-    waiting = deque(index for index in order if index not in answered)
-    reading: deque[tuple[int, Future[np.ndarray]]] = deque()
+    ranks = {index: rank for rank, index in enumerate(order)}
+    waiting = deque(index for index in order if index not in done)
+    reading: deque[tuple[int, Future[Float[np.ndarray, " S"]]]] = deque()
     most_s = math.inf if max_s is None else ahead * max_s
     held_s = 0.0
     pool = ThreadPoolExecutor(READERS)
@@ -73,13 +74,13 @@ def clips(
             except AudioError as error:
                 yield index, error
                 continue
-            yield _cut(index, wave, places[index], rate_hz, max_s)
+            yield _cut(index, wave, ranks[index], rate_hz, max_s)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # nobody waits after Ctrl-C
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not wait for reads
 
 
 def _cut(
-    index: int, wave: np.ndarray, place: int, rate_hz: int, max_s: float | None
+    index: int, wave: Float[np.ndarray, " S"], rank: int, rate_hz: int, max_s: float | None
 ) -> list[EvaluationClip]:
     chunks = tuple(cut(wave, rate_hz=rate_hz, max_s=max_s))
     return [
@@ -88,7 +89,7 @@ def _cut(
             samples=wave[c.start : c.end],
             number=n,
             chunks=chunks,
-            draw=row_number(place, n),
+            draw=row_number(rank, n),
         )
         for n, c in enumerate(chunks)
     ]

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: one JSON row per utterance, a provenance row, a table."""
+"""Results of an evaluation: one JSON row per utterance, a provenance row, a table of scores."""
 
 import json
 from collections import Counter
@@ -10,34 +10,34 @@ from typing import Any
 from speechlm2_jax.evaluation.metrics.wer import WordErrors, text_normalizer, word_errors
 
 LENGTH_EDGES_S = (0, 1, 2, 3, 4, 6, 8, 12, 20, 30)
-"""Where the length classes of the table and the page begin."""
+"""Lower edges of the length classes in table and report."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """What became of one utterance."""
+    """The result for one utterance."""
 
     id: str
     duration_s: float
     text: str | None
-    """The reference as given."""
+    """The reference before normalisation; None if there is none."""
     pred_text: str
-    """The answer as given; empty if there is an error."""
+    """The generated text before normalisation; empty if there is an error."""
     error: str | None = None
-    """Why there is no answer."""
+    """Why there is no response."""
     cause: str | None = None
-    """The error's kind, for counting."""
+    """Kind of the error, for counting."""
     voice: str | None = None
     is_unseen: bool = False
-    """Whether the voice is one that training has not heard."""
+    """Whether the voice does not occur in the training data."""
     condition: str | None = None
-    """How it was recorded."""
+    """Recording condition."""
     audio_of: str | None = None
-    """The utterance whose recording was heard, if it is another one's."""
+    """Id of the utterance whose recording was used, if the audio was swapped."""
     encoder_text: str | None = None
-    """What the encoder's own CTC head wrote down, if that was asked for."""
+    """Transcript by the encoder's own CTC head, with `encoder_wer`."""
     rtf: float | None = None
-    """Seconds of generation per second of audio in its batch."""
+    """Real-time factor: seconds of generation per second of audio in its batch."""
 
     @property
     def length(self) -> str:
@@ -47,7 +47,7 @@ class Response:
         return f"{low} to {high[0]} s" if high else f"over {low} s"
 
     def row(self, normalizer: str | bool | None) -> dict[str, Any]:
-        """NeMo's four keys, the texts before normalisation, and what else there is to say."""
+        """Its row of the output manifest: NeMo's keys, raw texts, optional fields."""
         normalize = text_normalizer(normalizer)
         row = {
             "id": self.id,
@@ -63,27 +63,27 @@ class Response:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredResponse:
-    """An answer that has a reference, both normalised."""
+    """A response with a reference, both normalised."""
 
-    answer: Response
+    response: Response
     text: str
     pred_text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Seconds of audio answered per second of generation (RTFx), reading excluded."""
+    """Seconds of audio per second of generation (RTFx), without reading audio."""
 
     audio_s: float = 0.0
     generate_s: float = 0.0
     warm_audio_s: float = 0.0
-    """Audio of the batches during which nothing was compiled."""
+    """Audio of the batches in which no program was compiled."""
     warm_generate_s: float = 0.0
     compiled: int = 0
-    """Programs that were compiled meanwhile, or fetched from those kept on disk."""
+    """Programs compiled, or loaded from the persistent compilation cache."""
 
     def add(self, audio_s: float, generate_s: float, *, compiled: int) -> "Speed":
-        """Counts one more batch, and the programs that were compiled for it."""
+        """Adds a batch and the number of programs compiled for it."""
         return Speed(
             compiled=self.compiled + compiled,
             audio_s=self.audio_s + audio_s,
@@ -94,62 +94,62 @@ class Speed:
 
     @property
     def rtfx(self) -> float | None:
-        """With warm-up: every batch counts, compilation included."""
+        """RTFx over all batches, compilation included."""
         return self.audio_s / self.generate_s if self.generate_s else None
 
     @property
     def rtfx_warm(self) -> float | None:
-        """Without warm-up; None if every batch compiled something."""
+        """RTFx over the batches without compilation; None if there are none."""
         return self.warm_audio_s / self.warm_generate_s if self.warm_generate_s else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The answers in input order, and how fast they came."""
+    """Responses in input order, and the speed."""
 
-    answers: tuple[Response, ...]
+    responses: tuple[Response, ...]
     speed: Speed
     normalizer: str | bool | None = "english"
 
     def with_encoder_texts(self, texts: Sequence[str | None]) -> "Evaluation":
-        """The same with what the encoder's own head wrote down, in input order."""
-        pairs = zip(self.answers, texts, strict=True)
-        return replace(self, answers=tuple(replace(a, encoder_text=t) for a, t in pairs))
+        """Adds the transcripts of the encoder's CTC head, in input order."""
+        pairs = zip(self.responses, texts, strict=True)
+        return replace(self, responses=tuple(replace(a, encoder_text=t) for a, t in pairs))
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per utterance, in input order."""
-        return [answer.row(self.normalizer) for answer in self.answers]
+        return [response.row(self.normalizer) for response in self.responses]
 
     def scored(self) -> list[ScoredResponse]:
-        """The answers that have a reference and no error."""
+        """The responses that have a reference and no error."""
         normalize = text_normalizer(self.normalizer)
         return [
-            ScoredResponse(answer=a, text=normalize(a.text), pred_text=normalize(a.pred_text))
-            for a in self.answers
+            ScoredResponse(response=a, text=normalize(a.text), pred_text=normalize(a.pred_text))
+            for a in self.responses
             if a.text is not None and a.error is None
         ]
 
     def word_errors(self) -> WordErrors:
-        """Over the utterances that have a reference and an answer."""
+        """Word errors over the utterances that have a reference and a response."""
         return _errors(self.scored())
 
     def encoder_errors(self) -> WordErrors | None:
-        """Those of the encoder's own head over the same utterances; None if it was not asked."""
+        """Word errors of the encoder's CTC head on these utterances; None without `encoder_wer`."""
         normalize = text_normalizer(self.normalizer)
-        pairs = [(s.text, s.answer.encoder_text) for s in self.scored()]
-        heard = [(text, normalize(other)) for text, other in pairs if other is not None]
-        return word_errors([t for t, _ in heard], [o for _, o in heard]) if heard else None
+        pairs = [(s.text, s.response.encoder_text) for s in self.scored()]
+        scored = [(text, normalize(other)) for text, other in pairs if other is not None]
+        return word_errors([t for t, _ in scored], [o for _, o in scored]) if scored else None
 
     def totals(self) -> dict[str, Any]:
-        """Everything that the table shows, as plain numbers."""
+        """All numbers of the table."""
         scored = self.scored()
         errors = _errors(scored)
         encoder = self.encoder_errors()
-        failed = Counter(a.cause or "unknown" for a in self.answers if a.error is not None)
-        voices = _by(scored, lambda s: s.answer.voice)
-        unseen = [s for s in scored if s.answer.is_unseen]
+        failed = Counter(a.cause or "unknown" for a in self.responses if a.error is not None)
+        voices = _by(scored, lambda s: s.response.voice)
+        unseen = [s for s in scored if s.response.is_unseen]
         return {
-            "utterances": len(self.answers),
+            "utterances": len(self.responses),
             "scored": errors.utterances,
             "failed": dict(sorted(failed.items())),
             "audio_s": round(self.speed.audio_s, 3),
@@ -162,11 +162,11 @@ class Evaluation:
             "reference_words": errors.reference_words,
             "empty_references": errors.empty_references,
             "by_voice": {name: voices[name].plain() for name in sorted(voices)},
-            "unseen_voices": sorted({str(s.answer.voice) for s in unseen}),
+            "unseen_voices": sorted({str(s.response.voice) for s in unseen}),
             "unseen": _errors(unseen).plain() if unseen else None,
             "by_length": _by_length(scored),
             "encoder": None if encoder is None else encoder.plain(),
-            "audio_is_swapped": any(a.audio_of is not None for a in self.answers),
+            "audio_is_swapped": any(a.audio_of is not None for a in self.responses),
             "rtfx": self.speed.rtfx,
             "rtfx_without_warm_up": self.speed.rtfx_warm,
         }
@@ -175,13 +175,13 @@ class Evaluation:
 def write_rows(
     path: Path, rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]
 ) -> None:
-    """Writes the rows in order, then `{"provenance": ...}`; a file that is there is whole."""
+    """Writes the rows in order, then `{"provenance": ...}`. The file is replaced atomically."""
     lines = [json.dumps(row, ensure_ascii=False) for row in (*rows, {"provenance": provenance})]
     write_whole(path, "".join(f"{line}\n" for line in lines))
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file in one go: what is there is never half of it."""
+    """Writes a file atomically: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -189,7 +189,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def table(totals: Mapping[str, Any]) -> str:
-    """The totals for a reader, voices first; word errors only where something had a reference."""
+    """The totals as text: voices first; word errors only if something has a reference."""
     failed = ", ".join(f"{n} {cause}" for cause, n in totals["failed"].items()) or "none"
     lines = _voice_lines(totals)
     lines.append(("utterances", f"{totals['utterances']} (failed: {failed})"))
@@ -233,7 +233,7 @@ def _errors(scored: Sequence[ScoredResponse]) -> WordErrors:
 def _by(
     scored: Sequence[ScoredResponse], name: Callable[[ScoredResponse], str | None]
 ) -> dict[str, WordErrors]:
-    """Word errors by a name of each answer; answers without one are in none."""
+    """Word errors grouped by `name`; responses whose name is None are left out."""
     groups: dict[str, list[ScoredResponse]] = {}
     for one in scored:
         if (key := name(one)) is not None:
@@ -242,8 +242,8 @@ def _by(
 
 
 def _by_length(scored: Sequence[ScoredResponse]) -> dict[str, dict[str, Any]]:
-    in_order = sorted(scored, key=lambda s: s.answer.duration_s)
-    return {name: e.plain() for name, e in _by(in_order, lambda s: s.answer.length).items()}
+    in_order = sorted(scored, key=lambda s: s.response.duration_s)
+    return {name: e.plain() for name, e in _by(in_order, lambda s: s.response.length).items()}
 
 
 def _rate(errors: Mapping[str, Any]) -> str:
@@ -251,7 +251,7 @@ def _rate(errors: Mapping[str, Any]) -> str:
 
 
 def percent(rate: float | None) -> str:
-    """A rate for a reader."""
+    """A rate in percent with two decimals, or n/a."""
     return "n/a" if rate is None else f"{rate:.2%}"
 
 

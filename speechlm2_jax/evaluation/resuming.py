@@ -1,4 +1,4 @@
-"""Which answers of an interrupted evaluation can be taken over: those of the same settings."""
+"""Resumes an interrupted evaluation: responses of the same model and settings are kept."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,19 +14,19 @@ from speechlm2_jax.evaluation.journal import Journal
 from speechlm2_jax.evaluation.provenance import fingerprint
 from speechlm2_jax.settings import to_plain
 
-CHANGE_NO_ANSWER = frozenset(
+CHANGE_NO_RESPONSE = frozenset(
     (
         *("pretrained_name", "batch_size", "continuous_batching", "device", "verbose"),
         *("use_normalizer", "encoder_wer", "output_manifest", "report", "report_rows"),
         "audio_folder",
     )
 )
-"""Keys under which an evaluation may be resumed with other values; the model is known by its
-weights."""
+"""Keys that may change when an evaluation is resumed. The model is identified by its weights, not
+by its name."""
 
 
 def start_fingerprint(name: str) -> Future[str | None]:
-    """Reads a model's files beside what else is to be done (`fingerprint`)."""
+    """Computes `fingerprint` of a model's files in a background thread."""
     pool = ThreadPoolExecutor(1)
     found = pool.submit(fingerprint, name)
     pool.shutdown(wait=False)
@@ -41,9 +41,9 @@ def open_journal(
     device: jax.Device,
     keys: Sequence[str],
 ) -> Iterator[Journal | None]:
-    """The journal of an evaluation; None where nothing is to be written. Prints what it resumes.
+    """The journal of an evaluation; None without an output manifest. Prints what it resumes.
 
-    Raises SettingsError for a file that cannot be read or is being written.
+    Raises SettingsError if the file cannot be read, or another process is writing it.
     """
     if path is None:
         yield None
@@ -51,7 +51,7 @@ def open_journal(
     settings: dict[str, Any] = {
         "model": sha256 or config.pretrained_name,
         "platform": device.platform,
-        **{k: v for k, v in to_plain(config).items() if k not in CHANGE_NO_ANSWER},
+        **{k: v for k, v in to_plain(config).items() if k not in CHANGE_NO_RESPONSE},
     }
     with Journal(path, settings, keys) as journal:
         if journal.note is not None:

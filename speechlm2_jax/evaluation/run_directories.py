@@ -1,4 +1,4 @@
-"""Run directories as evaluation sees them: the newest one, and what it says about its training."""
+"""Run directories: finds the newest one, and reads what its settings tell about the training."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ from speechlm2_jax.settings import SettingsError, load
 RUNS = Path("runs")
 CONFIG = "config.yaml"
 REPOSITORY = Path(__file__).resolve().parents[2]
-"""The clone that this package lies in, if it lies in one."""
+"""Root of the clone that this package is imported from, if it is one."""
 TRAIN = "python train.py --config salm"
 MANIFEST_KEYS = ("manifest_filepath", "cuts_path")
 _FULL_PRECISION = ("32", "32-true")
@@ -28,13 +28,13 @@ class Run:
 
     folder: Path
     settings: Mapping[str, Any]
-    """Its config.yaml; empty if it has none."""
+    """Contents of config.yaml; empty if there is none."""
 
     @functools.cached_property
     def step(self) -> tuple[int, str]:
-        """The step whose weights answer, and why that one."""
+        """The step whose weights are evaluated, and why that one."""
         chosen = checkpointing.intact_step(self.folder)
-        if chosen is None:  # opening the model says why
+        if chosen is None:  # loading the model reports why
             return int(checkpointing.step_folders(self.folder)[0].name), "damaged"
         ranking = checkpointing.read_ranking(self.folder / checkpointing.CHECKPOINTS)
         step, metric = int(chosen.name), ranking.retention.monitor
@@ -42,31 +42,31 @@ class Run:
         return step, f"best {metric}" if is_best else "the last"
 
     def tag(self, name: str) -> str | None:
-        """The tag (context, system_prompt) that its training data was asked with, the first."""
+        """The first value of a tag (context, system_prompt) among the training sources."""
         block = (self.settings.get("data") or {}).get("train_ds") or {}
         found = ((source.get("tags") or {}).get(name) for source in _sources(block))
         return next((str(value) for value in found if value is not None), None)
 
     @property
     def dtype(self) -> str:
-        """The dtype that it was trained to compute in."""
+        """The compute dtype of the training."""
         precision = str((self.settings.get("trainer") or {}).get("precision", ""))
         return "float32" if precision in _FULL_PRECISION else "bfloat16"
 
     @property
     def max_audio_s(self) -> float | None:
-        """The longest recording that it was trained on, where its settings say so."""
+        """The longest recording of the training, if its settings say so."""
         block = (self.settings.get("data") or {}).get("train_ds") or {}
         longest = block.get("max_duration")
         return float(longest) if isinstance(longest, int | float) and longest >= 1 else None
 
     def encoder_file(self) -> Path | None:
-        """The `.nemo` file that its encoder came from, if that is on this machine."""
+        """The `.nemo` file that its encoder was loaded from, if it is on this machine."""
         name = (self.settings.get("model") or {}).get("pretrained_asr")
         return self.find_file(str(name)) if name else None
 
     def training_voices(self) -> frozenset[str]:
-        """The voices that its training manifests name; empty if they cannot be read here."""
+        """The voices in its training manifests; empty if these cannot be read."""
         block = (self.settings.get("data") or {}).get("train_ds") or {}
         return frozenset(
             voice
@@ -78,12 +78,12 @@ class Run:
         )
 
     def find_file(self, name: str) -> Path | None:
-        """A part or manifest, looked up as training does: here, then beside the settings files."""
+        """Finds a component or manifest as training does: here, then beside the settings files."""
         return Location(near=(self.folder, *config_folders())).local(name)
 
 
 def read_run(path: str | Path) -> Run | None:
-    """The run in a folder, or None if that is no run directory with a checkpoint."""
+    """The run in a folder; None if the folder is no run directory with a checkpoint."""
     folder = Path(path).expanduser()
     inside = folder / checkpointing.CHECKPOINTS
     if not inside.is_dir() or not checkpointing.step_folders(folder):
@@ -102,7 +102,7 @@ def newest_run(root: Path = RUNS) -> Run:
         if run is not None and "pretrained_llm" in (run.settings.get("model") or {}):
             return run
     raise SettingsError(
-        f"no run with a checkpoint below {root}/; make one with `{TRAIN}`, or name a model with "
+        f"no run with a checkpoint below {root}/; train one with `{TRAIN}`, or name a model with "
         "pretrained_name=PATH"
     )
 
@@ -110,7 +110,7 @@ def newest_run(root: Path = RUNS) -> Run:
 def bundled_test_set() -> Path:
     """corpus/test.jsonl of the working folder, else of the project.
 
-    Raises SettingsError if neither is there.
+    Raises SettingsError if neither exists.
     """
     name = Path("corpus") / "test.jsonl"
     for path in (name, REPOSITORY / name):
@@ -120,7 +120,7 @@ def bundled_test_set() -> Path:
 
 
 def _run_folders(root: Path) -> Iterator[Path]:
-    """Folders that hold checkpoints/; nothing is looked for inside of one."""
+    """Folders that contain checkpoints/; not searched further inside."""
     for folder, inside, _ in os.walk(root):
         if checkpointing.CHECKPOINTS in inside:
             inside.clear()
@@ -132,7 +132,7 @@ def _last_saved_s(run: Path) -> float:
 
 
 def _sources(block: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Every source of a data block, groups entered."""
+    """Every source of a data block, including those in groups."""
     for source in block.get("input_cfg") or ():
         if isinstance(source, Mapping):
             yield source
@@ -140,6 +140,6 @@ def _sources(block: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _names(value: Any) -> list[str]:
-    """The paths of a manifest key: one, or a list of them, shards spelled out."""
+    """The paths of a manifest key (one or a list), with shard patterns expanded."""
     names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return expand_shards(tuple(name for name in names if isinstance(name, str)))

@@ -1,4 +1,4 @@
-"""An interrupted evaluation keeps what is answered, and the same command answers the rest."""
+"""An interrupted evaluation keeps its responses, and the same command resumes it."""
 
 import errno
 import io
@@ -17,8 +17,8 @@ import evaluate as program
 from speechlm2_jax import models
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.config import EvalConfig
-from speechlm2_jax.evaluation.duplex.results import DialogueAnswer
-from speechlm2_jax.evaluation.duplex.turns import SaidTurn, Word
+from speechlm2_jax.evaluation.duplex.results import DialogueResult
+from speechlm2_jax.evaluation.duplex.turns import TextTurn, Word
 from speechlm2_jax.evaluation.exit_codes import interruptible, report_interruption
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.journal import Journal, row_keys
@@ -85,11 +85,13 @@ def interrupt(path, **options):
     return stop.value
 
 
-def test_the_rest_is_answered_and_no_row_twice(tmp_path):
+def test_the_rest_is_generated_and_no_row_twice(tmp_path):
     run(tmp_path / "whole.jsonl", FakeModel())
     path = tmp_path / "out.jsonl"
     stop = interrupt(path)
-    assert stop.__notes__ == [f"4 of 8 answers are in {path}; the same command answers the rest"]
+    assert stop.__notes__ == [
+        f"4 of 8 responses are in {path}; run the same command again to resume"
+    ]
     header, *kept = rows_of(path)
     assert header["evaluation"]["inputs"] == 8
     assert [row["pred_text"] for row in kept] == ["five", "four", "three", "two"]
@@ -97,7 +99,7 @@ def test_the_rest_is_answered_and_no_row_twice(tmp_path):
         file.write(b'{"id": "000", "pred_te')
     model = FakeModel()
     journal = run(path, model)
-    assert journal.note == f"4 of 8 answers are in {path} already"
+    assert journal.note == f"4 of 8 responses are in {path} already"
     assert sum(len(call["audio_lens"]) for call in model.calls) == 4
     *rows, last = rows_of(path)
     *expected, other = rows_of(tmp_path / "whole.jsonl")
@@ -107,7 +109,7 @@ def test_the_rest_is_answered_and_no_row_twice(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
 
 
-def test_rows_are_known_by_what_they_are_and_not_by_their_place():
+def test_keys_of_rows_do_not_depend_on_their_order():
     keys = input_keys(utterances())
     assert len(set(keys)) == 8
     assert set(input_keys(utterances()[::-1])) == set(keys)
@@ -123,7 +125,7 @@ def test_what_could_not_be_read_is_tried_again(tmp_path):
     assert [row["pred_text"] for row in rows_of(path)[:-1]].count("five") == 1
 
 
-def test_other_settings_begin_anew_and_lose_nothing(tmp_path):
+def test_other_settings_start_again_and_lose_nothing(tmp_path):
     path = tmp_path / "out.jsonl"
     interrupt(path)
     journal = run(path, model := FakeModel(), settings={"max_new_tokens": 8})
@@ -179,7 +181,7 @@ def test_a_full_disk_is_one_line_with_what_is_kept(tmp_path):
 
     with pytest.raises(SettingsError, match=r"output_manifest: .*out.jsonl: No space left") as full:
         fill(Journal(path, {}, keys))
-    assert full.value.__notes__[0].startswith("1 of 8 answers are in")
+    assert full.value.__notes__[0].startswith("1 of 8 responses are in")
     assert [row.get("id") for row in rows_of(path)] == [None, "a"], "whole lines only"
 
 
@@ -204,14 +206,14 @@ def command(tmp_path, monkeypatch):
     jax.config.update("jax_default_device", None)
 
 
-def test_ctrl_c_is_one_line_and_the_same_command_goes_on(command, capsys):
+def test_ctrl_c_is_one_line_and_the_same_command_resumes(command, capsys):
     assert program.main(command) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "evaluate.py: interrupted; 2 of 3 answers are in out.jsonl; the same command answers the "
-        "rest"
+        "evaluate.py: interrupted; 2 of 3 responses are in out.jsonl; run the same command again "
+        "to resume"
     )
-    assert program.main([*command, "use_normalizer=none"]) == 0  # of no effect on answers
-    assert "2 of 3 answers are in out.jsonl already" in capsys.readouterr().out
+    assert program.main([*command, "use_normalizer=none"]) == 0  # does not change responses
+    assert "2 of 3 responses are in out.jsonl already" in capsys.readouterr().out
     assert [row["id"] for row in rows_of(Path("out.jsonl"))[:-1]] == ["0.wav", "1.wav", "2.wav"]
 
 
@@ -238,7 +240,7 @@ def test_outputs_that_would_destroy_something_are_refused(name, tmp_path, monkey
     assert f"output_manifest: {name} is" in capsys.readouterr().err
 
 
-def test_drawn_answers_go_by_the_recording_whatever_was_answered_before():
+def test_sampled_responses_do_not_depend_on_what_was_generated_before():
     model = models.SALM.from_pretrained(DATA / "salm" / "llama_adapter_hf").eval()
     prompts = [[{"role": "user", "content": text}] for text in ("What?", "Yes", "No")]
     drawn = dict(do_sample=True, max_new_tokens=8, seed=3, temperature=2.0)
@@ -252,7 +254,7 @@ def test_drawn_answers_go_by_the_recording_whatever_was_answered_before():
         model.generate(prompts, **drawn, draw_numbers=[0, 1])
 
 
-def test_an_evaluation_draws_by_the_place_of_a_recording():
+def test_an_evaluation_seeds_sampling_by_the_rank_of_a_recording():
     class Drawing(FakeModel):
         def generate_each(self, prompts, *, draw_numbers, **options):
             for number, (prompt, draw) in enumerate(zip(prompts, draw_numbers, strict=False)):
@@ -267,20 +269,20 @@ def test_an_evaluation_draws_by_the_place_of_a_recording():
 
 
 def test_what_scores_depend_on_survives_a_line_of_json():
-    answer = DialogueAnswer(
+    result = DialogueResult(
         id="c",
         set_name="talks",
         duration_s=2.5,
         user_text="hi",
         text="yes",
         pred_text="yes sure",
-        heard="yes",
-        agent_turns=(SaidTurn(start_s=0.08, end_s=1.2, words=(Word(start_s=0.1, text="yes"),)),),
+        asr_text="yes",
+        agent_turns=(TextTurn(start_s=0.08, end_s=1.2, words=(Word(start_s=0.1, text="yes"),)),),
         marks=(TurnMark(kind="response", start_s=1.0, end_s=1.1),),
         counts=TokenCounts(text=3, text_right=2),
         rtf=0.3,
     )
-    assert build(DialogueAnswer, json.loads(json.dumps(to_plain(answer)))) == answer
+    assert build(DialogueResult, json.loads(json.dumps(to_plain(result)))) == result
     turns = Turns.from_segments([(0.08, 1.1), (2.0, 3.3)])
     again = Turns.from_segments(map(tuple, json.loads(json.dumps(turns.segments()))))
     assert again.segments() == turns.segments()
@@ -294,7 +296,7 @@ def test_a_pipe_gets_lines_and_a_terminal_a_bar():
             progress.update(10)
     lines = pipe.getvalue().splitlines()
     assert "\r" not in pipe.getvalue()
-    assert lines[0] == "answered 150 of 1000 (15%), 10.0 a second, 1 min 25 s left"
+    assert lines[0] == "generated 150 of 1000 (15%), 10.0 a second, 1 min 25 s left"
     assert len(lines) == 12, "every 5 s for a minute, then every 30 s"
 
     class Terminal(io.StringIO):

@@ -9,8 +9,8 @@ import soundfile
 from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.evaluation.duplex.inputs import Dialogue
-from speechlm2_jax.evaluation.duplex.results import DialogueAnswer, DuplexEvaluation
-from speechlm2_jax.evaluation.duplex.turns import SaidTurn, Word
+from speechlm2_jax.evaluation.duplex.results import DialogueResult, DuplexEvaluation
+from speechlm2_jax.evaluation.duplex.turns import TextTurn, Word
 from speechlm2_jax.evaluation.html_report.duplex_page import write_duplex_page
 from speechlm2_jax.evaluation.metrics.token_accuracy import TokenCounts
 from speechlm2_jax.evaluation.metrics.turn_taking import Turns, turn_marks
@@ -23,20 +23,20 @@ DELAY_S = 0.08
 """Between words."""
 
 
-def turn(start_s: float, end_s: float, text: str, *, is_marked: bool = True) -> SaidTurn:
+def turn(start_s: float, end_s: float, text: str, *, is_marked: bool = True) -> TextTurn:
     """A turn whose words follow each other quickly, as a text channel has them."""
     words = [Word(start_s=start_s + DELAY_S * (n + 1), text=w) for n, w in enumerate(text.split())]
-    return SaidTurn(start_s=start_s, end_s=end_s, words=tuple(words), is_marked=is_marked)
+    return TextTurn(start_s=start_s, end_s=end_s, words=tuple(words), is_marked=is_marked)
 
 
-def answer(
+def result(
     name: str,
     duration_s: float,
-    user: list[SaidTurn],
-    should: list[SaidTurn],
-    agent: list[SaidTurn],
+    user: list[TextTurn],
+    should: list[TextTurn],
+    agent: list[TextTurn],
     **fields: Any,
-) -> DialogueAnswer:
+) -> DialogueResult:
     """A conversation with the marks that its turns make."""
     sides = [
         Turns.from_segments([(t.start_s, t.end_s) for t in turns if t.is_marked])
@@ -55,26 +55,26 @@ def answer(
         "reference_turns": tuple(should),
         "agent_turns": tuple(agent),
     }
-    return DialogueAnswer(id=name, duration_s=duration_s, **{**values, **fields})
+    return DialogueResult(id=name, duration_s=duration_s, **{**values, **fields})
 
 
-def small_answers() -> list[DialogueAnswer]:
+def small_results() -> list[DialogueResult]:
     """Right, delayed, unanswered and interrupted; hostile, unreadable and without a reference."""
     question = turn(0.3, 2.4, "can you close the window in my room")
     reply = turn(2.8, 4.6, "yes the window is closed now")
     return [
-        answer("right", 5.2, [question], [reply], [reply], heard="yes the window is close now"),
-        answer(
+        result("right", 5.2, [question], [reply], [reply], asr_text="yes the window is close now"),
+        result(
             "interrupted",
             11.4,
             [question, turn(4.1, 6.0, "no wait the door"), turn(8.2, 9.0, "thanks")],
             [reply, turn(6.4, 8.0, "the door is closed")],
             [turn(2.72, 5.0, "yes the window is"), turn(6.9, 8.1, "the door is close")],
-            heard="yes the window is the door is closed",
+            asr_text="yes the window is the door is closed",
             set_name="kitchen",
         ),
-        answer(
-            "talks_on",
+        result(
+            "continues",
             6.4,
             [question, turn(3.4, 4.4, "stop")],
             [reply],
@@ -87,32 +87,32 @@ def small_answers() -> list[DialogueAnswer]:
             ],
             set_name="kitchen",
         ),
-        answer(
+        result(
             "hostile",
             5.0,
             [turn(0.2, 2.0, "what is it")],
             [turn(2.4, 4.0, "nothing")],
             [turn(2.6, 4.2, f"nothing {HOSTILE}"), turn(4.4, 4.6, "uh", is_marked=False)],
         ),
-        answer("silent", 4.0, [question], [turn(2.8, 3.8, "yes")], [], heard=""),
-        answer("unscored", 3.0, [], [], [turn(1.0, 2.0, "who knows")], text=None, user_text=None),
-        answer("broken", 2.0, [], [], [], error="broken.wav: truncated", cause="truncated"),
+        result("silent", 4.0, [question], [turn(2.8, 3.8, "yes")], [], asr_text=""),
+        result("unscored", 3.0, [], [], [turn(1.0, 2.0, "who knows")], text=None, user_text=None),
+        result("broken", 2.0, [], [], [], error="broken.wav: truncated", cause="truncated"),
     ]
 
 
 def write_small_duplex_page(
-    folder: Path, answers: list[DialogueAnswer] | None = None, media_rows: int = 100
+    folder: Path, results: list[DialogueResult] | None = None, media_rows: int = 100
 ) -> Path:
-    """Writes the page of `small_answers`, and the agent's speech beside it."""
-    answers = small_answers() if answers is None else answers
+    """Writes the page of `small_results`, and the agent's speech beside it."""
+    results = small_results() if results is None else results
     saved, dialogues = [], []
-    for one in answers:
+    for one in results:
         file = folder / f"{one.id}.wav"
         if one.audio is None and one.error is None:
-            soundfile.write(file, spoken(one.agent_turns, one.duration_s, AGENT_HZ), AGENT_HZ)
-            one = DialogueAnswer(**{**vars(one), "audio": str(file)})
+            soundfile.write(file, speech(one.agent_turns, one.duration_s, AGENT_HZ), AGENT_HZ)
+            one = DialogueResult(**{**vars(one), "audio": str(file)})
         saved.append(one)
-        dialogues.append(Dialogue(set_name=one.set_name, heard=heard(one)))
+        dialogues.append(Dialogue(set_name=one.set_name, source=user_recording(one)))
     scores = {
         "txt_bleu": 41.2,
         "asr_bleu": 30.5,
@@ -130,27 +130,27 @@ def write_small_duplex_page(
         "barge_in_success": 0.5,
     }
     named = {f"{key}_{name}": v for key, v in scores.items() for name in ("office", "kitchen")}
-    result = DuplexEvaluation(
-        answers=tuple(saved),
+    evaluation = DuplexEvaluation(
+        results=tuple(saved),
         scores={**scores, **named},
         speed=Speed(audio_s=36.2, generate_s=2.0, warm_audio_s=30.0, warm_generate_s=1.0),
     )
     dataset = DuplexS2SDataset(Tokenizer(TOKENIZER), 0.08, USER_HZ, AGENT_HZ)
     path = folder / "report.html"
     write_duplex_page(
-        *(path, result, dialogues, dataset, RECORD), media_rows=media_rows, normalizer="none"
+        *(path, evaluation, dialogues, dataset, RECORD), media_rows=media_rows, normalizer="none"
     )
     return path
 
 
-def heard(one: DialogueAnswer) -> Any:
+def user_recording(one: DialogueResult) -> Any:
     """The user's recording: a tone while the user speaks."""
     made = utterance(one.id, one.duration_s)
-    wave = spoken(one.user_turns, one.duration_s, USER_HZ)
+    wave = speech(one.user_turns, one.duration_s, USER_HZ)
     return type(made)(**{**vars(made), "read": lambda rate_hz: wave})
 
 
-def spoken(turns: tuple[SaidTurn, ...], duration_s: float, rate_hz: int) -> np.ndarray:
+def speech(turns: tuple[TextTurn, ...], duration_s: float, rate_hz: int) -> np.ndarray:
     """A tone in every turn, silence between."""
     wave = np.zeros(round(duration_s * rate_hz), np.float32)
     for t in turns:

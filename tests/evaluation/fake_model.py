@@ -1,4 +1,4 @@
-"""A model small enough to predict: it says how long each recording is."""
+"""A model whose output is known: its text is the length of the recording."""
 
 from functools import partial
 from typing import Any
@@ -22,8 +22,8 @@ class FakeTokenizer:
 
 
 @partial(jax.jit, static_argnames=("width",))
-def _answers(lengths: Any, *, width: int) -> Any:
-    """Row: the number of whole seconds as a word, the end, an extra end, then rubbish."""
+def _generated(lengths: Any, *, width: int) -> Any:
+    """Sequences of: whole seconds as a word, an extra end token, the end token, then rubbish."""
     word = jnp.minimum(lengths // 16_000, 5) + 3
     columns = [word, jnp.full_like(word, 2), jnp.full_like(word, EOS), jnp.full_like(word, 3)]
     return jnp.stack(columns[:width], axis=1)
@@ -42,7 +42,7 @@ class FakeModel:
 
     def generate(self, prompts: Any, **options: Any) -> np.ndarray:
         self.calls.append({"prompts": prompts, **options})
-        return np.asarray(_answers(jnp.asarray(options["audio_lens"]), width=4))
+        return np.asarray(_generated(jnp.asarray(options["audio_lens"]), width=4))
 
     def eval(self) -> "FakeModel":
         return self

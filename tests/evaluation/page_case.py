@@ -13,7 +13,7 @@ from speechlm2_jax.evaluation.results import Evaluation, Response, Speed
 RATE_HZ = 16_000
 HOSTILE = '<script>window.hacked=1</script> <img src=x onerror="window.hacked=1"> & "so"'
 WORST = "worst"
-# id, voice, seconds, reference, answer
+# id, voice, seconds, reference, hypothesis
 ROWS = (
     ("right", "anna", 1.2, "the cat sat", "the cat sat"),
     ("close", "anna", 2.5, "the cat sat on the mat", "the cat sat on a mat"),
@@ -48,22 +48,22 @@ def utterance(name: str, seconds: float, text: str | None = None, **fields: Any)
 
 def small_case() -> tuple[Evaluation, list[Utterance]]:
     """ROWS, one recording that cannot be read and one without a reference."""
-    answers = [
+    responses = [
         Response(id=i, voice=v, duration_s=s, text=t, pred_text=p, is_unseen=v == "cleo", rtf=0.05)
         for i, v, s, t, p in ROWS
     ]
-    answers.append(
+    responses.append(
         Response(id="broken", duration_s=2.0, text="x", pred_text="", error="broken.ogg: truncated")
     )
-    answers.append(Response(id="unscored", duration_s=1.0, text=None, pred_text="who knows"))
+    responses.append(Response(id="unscored", duration_s=1.0, text=None, pred_text="who knows"))
     result = Evaluation(
-        answers=tuple(answers), speed=Speed(audio_s=12.3, generate_s=2.0), normalizer="none"
+        responses=tuple(responses), speed=Speed(audio_s=12.3, generate_s=2.0), normalizer="none"
     )
-    return result, [utterance(a.id, a.duration_s, a.text) for a in answers]
+    return result, [utterance(a.id, a.duration_s, a.text) for a in responses]
 
 
 def write_small_page(path: Path, media_rows: int = 300, **changes: Any) -> str:
-    """Writes and returns the page of `small_case`, some of its answers changed."""
+    """Writes and returns the page of `small_case`, some of its responses changed."""
     result, utterances = small_case()
     result = changes.pop("change", lambda r: r)(result)
     write_page(path, result, utterances, RECORD, media_rows=media_rows, rate_hz=RATE_HZ)

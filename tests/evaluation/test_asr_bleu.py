@@ -1,4 +1,4 @@
-"""Generated speech is scored by what a recogniser hears in it."""
+"""Generated speech is scored by its transcript."""
 
 import json
 from pathlib import Path
@@ -15,15 +15,15 @@ ASR = Path(__file__).parents[1] / "data" / "asr"
 
 
 class Counter:
-    """Hears how many hundreds of samples there are, as words; remembers what it was given."""
+    """Transcribes a recording as one word per hundred samples; records its inputs."""
 
     sampling_rate = 16000
 
     def __init__(self):
-        self.heard = []
+        self.inputs = []
 
     def transcribe(self, audio, lengths):
-        self.heard += [row[:n] for row, n in zip(audio, lengths, strict=True)]
+        self.inputs += [row[:n] for row, n in zip(audio, lengths, strict=True)]
         return ["word " * (n // 100) for n in lengths.tolist()]
 
 
@@ -32,16 +32,16 @@ def speech():
     return np.random.default_rng(0).normal(scale=0.1, size=(3, 700)).astype(np.float32)
 
 
-def test_speech_is_heard_at_the_recognisers_rate_and_only_up_to_its_length(speech):
+def test_speech_is_resampled_and_its_padding_removed(speech):
     counter = Counter()
     texts = ASRBLEU(counter).update("a", ["x"] * 3, speech, [700, 441, 0], sample_rate_hz=22050)
-    assert [len(wave) for wave in counter.heard] == [700 * 16000 // 22050, 320, 0]
+    assert [len(wave) for wave in counter.inputs] == [700 * 16000 // 22050, 320, 0]
     assert texts == ["word " * 5, "word " * 3, ""]
     expected = sinc_resample(speech[1, :441], 22050, 16000)[:320]
-    np.testing.assert_array_equal(counter.heard[1], expected)
+    np.testing.assert_array_equal(counter.inputs[1], expected)
 
 
-def test_scores_are_those_of_the_texts_heard(speech):
+def test_scores_are_those_of_the_transcripts(speech):
     counter = Counter()
     metric, other = ASRBLEU(counter), ASRBLEU(counter)
     metric.update("a", ["word word word word"], speech[:1], [400], sample_rate_hz=16000)
@@ -56,12 +56,12 @@ def test_scores_are_those_of_the_texts_heard(speech):
     assert ASRBLEU(counter).compute() == {}
 
 
-def test_rows_references_and_lengths_must_pair_up(speech):
-    with pytest.raises(ValueError, match="2 references, 3 rows of audio and 3 lengths of 'a'"):
+def test_recordings_references_and_lengths_must_pair_up(speech):
+    with pytest.raises(ValueError, match="'a': 2 references, 3 recordings and 3 lengths"):
         ASRBLEU(Counter()).update("a", ["x", "y"], speech, sample_rate_hz=22050)
 
 
-def test_a_nemo_recogniser_hears_what_nemo_hears():
+def test_a_nemo_asr_model_transcribes_as_in_nemo():
     model = ASRModel.from_pretrained(ASR / "ctc.nemo")
     assert isinstance(model, Transcriber)
     given = load_file(ASR / "ctc_golden.safetensors")

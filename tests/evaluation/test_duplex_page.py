@@ -8,11 +8,11 @@ import pytest
 from speechlm2_jax.evaluation.duplex.results import duplex_table
 from speechlm2_jax.evaluation.html_report.waveform import waveform_path
 from tests.evaluation.browser import Browser, find_browser
-from tests.evaluation.duplex_page_case import small_answers, write_small_duplex_page
+from tests.evaluation.duplex_page_case import small_results, write_small_duplex_page
 from tests.evaluation.page_case import HOSTILE
 
 BROWSER = find_browser()
-WORST_FIRST = ["hostile", "talks_on", "silent", "interrupted", "right", "unscored", "broken"]
+WORST_FIRST = ["hostile", "continues", "silent", "interrupted", "right", "unscored", "broken"]
 IDS = (
     "[...document.querySelectorAll('.row')].filter(r => !r.hidden)"
     ".map(r => r.querySelector('.id').title)"
@@ -30,9 +30,9 @@ def test_the_page_is_one_file_worst_first_and_nothing_that_is_said_is_markup(pag
     assert not re.search(r'(?:src|href)="(?!data:)', html)
     assert HOSTILE not in html and "&lt;script&gt;window.hacked=1" in html
     assert html.count("<audio") == 3 * (len(WORST_FIRST) - 1)
-    assert "not answered: broken.wav: truncated" in html
-    assert "barge-in: stops after 0.90 s" in html and "barge-in: talks on for 2.80 s" in html
-    assert "no answer" in html and "-0.40 s" in html
+    assert "no response: broken.wav: truncated" in html
+    assert "barge-in: stops after 0.90 s" in html and "barge-in: continues for 2.80 s" in html
+    assert "no response" in html and "-0.40 s" in html
 
 
 def test_only_the_worst_are_embedded(tmp_path):
@@ -79,7 +79,7 @@ def test_one_head_follows_whichever_voice_plays(page, tmp_path):
         browser.run("window.row = document.querySelector('.row')")
         browser.run("window.players = [...row.querySelectorAll('audio')]")
         browser.until("players.every(p => p.readyState > 0)")
-        seconds = {a.id: a.duration_s for a in small_answers()}["hostile"]
+        seconds = {a.id: a.duration_s for a in small_results()}["hostile"]
         assert browser.run("players.map(p => p.duration)") == pytest.approx([seconds] * 3, abs=0.1)
         # a click on a word plays from there; then another voice goes on from the same place
         browser.run("row.querySelector('.said.agent [data-at]').click()")
@@ -93,7 +93,7 @@ def test_one_head_follows_whichever_voice_plays(page, tmp_path):
         browser.until("row.classList.contains('paused')")
         browser.run("document.getElementById('set').value = 'kitchen'")
         browser.run("document.getElementById('set').dispatchEvent(new Event('change'))")
-        assert browser.run(IDS) == ["talks_on", "interrupted"]
+        assert browser.run(IDS) == ["continues", "interrupted"]
         assert "2 of 7 conversations" in browser.run("document.getElementById('count').value")
         assert browser.run("window.hacked") is None
         wide = "document.documentElement.scrollWidth <= innerWidth"

@@ -1,4 +1,4 @@
-"""The encoder's own CTC head beside the model: which recordings it hears, how it is scored."""
+"""The encoder's own CTC head beside the model: which recordings it transcribes, its score."""
 
 import numpy as np
 
@@ -7,8 +7,8 @@ from speechlm2_jax.evaluation.results import Evaluation, Response, Speed, table
 from tests.evaluation.page_case import utterance
 
 
-class Recogniser:
-    """Says how many whole seconds it heard."""
+class FakeCTCModel:
+    """Transcribes a recording as its number of whole seconds."""
 
     sampling_rate = 16_000
 
@@ -22,37 +22,37 @@ class Recogniser:
 
 
 def test_texts_come_back_in_input_order_and_neighbours_in_length_go_together():
-    recogniser = Recogniser()
+    ctc_model = FakeCTCModel()
     utterances = [utterance(f"u{s}", float(s)) for s in (1, 4, 2, 3)]
-    texts = encoder_texts(recogniser, utterances, batch_size=2)
+    texts = encoder_texts(ctc_model, utterances, batch_size=2)
     assert texts == ["1 seconds", "4 seconds", "2 seconds", "3 seconds"]
-    assert recogniser.batches == [[64_000, 48_000], [32_000, 16_000]]
+    assert ctc_model.batches == [[64_000, 48_000], [32_000, 16_000]]
 
 
-def test_what_is_too_long_is_heard_in_chunks():
-    recogniser = Recogniser()
+def test_long_recordings_are_transcribed_in_chunks():
+    ctc_model = FakeCTCModel()
     short, long = encoder_texts(
-        recogniser, [utterance("u", 1.0), utterance("long", 5.0)], batch_size=2, max_s=3.0
+        ctc_model, [utterance("u", 1.0), utterance("long", 5.0)], batch_size=2, max_s=3.0
     )
-    assert max(map(len, recogniser.batches)) == 2, "however many chunks a recording has"
-    *chunks, last = (length for batch in recogniser.batches for length in batch)
+    assert max(map(len, ctc_model.batches)) == 2, "however many chunks a recording has"
+    *chunks, last = (length for batch in ctc_model.batches for length in batch)
     assert len(chunks) > 1 and max(chunks) <= 48_000 and sum(chunks) > 80_000 and last == 16_000
     assert short == "1 seconds" and len(long.split()) < 2 * len(chunks), "the overlaps are joined"
 
 
 def test_a_recording_that_cannot_be_read_has_no_text():
-    texts = encoder_texts(Recogniser(), [utterance("broken", 2.0), utterance("u", 1.0)], 4)
+    texts = encoder_texts(FakeCTCModel(), [utterance("broken", 2.0), utterance("u", 1.0)], 4)
     assert texts == [None, "1 seconds"]
-    assert encoder_texts(Recogniser(), [utterance("broken", 2.0)], 4) == [None]
+    assert encoder_texts(FakeCTCModel(), [utterance("broken", 2.0)], 4) == [None]
 
 
-def test_it_is_scored_on_the_rows_that_the_model_is_scored_on():
-    answers = (
+def test_it_is_scored_on_the_utterances_that_the_model_is_scored_on():
+    responses = (
         Response(id="a", duration_s=1.0, text="One two", pred_text="one two"),
         Response(id="b", duration_s=1.0, text="three", pred_text="", error="bad"),
         Response(id="c", duration_s=1.0, text=None, pred_text="four"),
     )
-    result = Evaluation(answers=answers, speed=Speed(), normalizer="basic")
+    result = Evaluation(responses=responses, speed=Speed(), normalizer="basic")
     assert result.encoder_errors() is None
     assert "encoder" not in table(result.totals())
     beside = result.with_encoder_texts(["one too!", "three", "four"])
@@ -64,7 +64,7 @@ def test_it_is_scored_on_the_rows_that_the_model_is_scored_on():
     assert [row.get("encoder_text") for row in beside.rows()] == ["one too!", "three", "four"]
 
 
-def test_the_recogniser_is_the_encoders_own_file_opened_as_a_ctc_model(monkeypatch, tmp_path):
+def test_the_encoders_own_file_is_opened_as_a_ctc_model(monkeypatch, tmp_path):
     from speechlm2_jax import models
 
     asked = []
@@ -73,8 +73,8 @@ def test_the_recogniser_is_the_encoders_own_file_opened_as_a_ctc_model(monkeypat
         @staticmethod
         def from_pretrained(path):
             asked.append(path)
-            return Recogniser()
+            return FakeCTCModel()
 
     monkeypatch.setitem(vars(models), "CTCModel", CTCModel)
-    assert isinstance(open_ctc_model(tmp_path / "encoder.nemo"), Recogniser)
+    assert isinstance(open_ctc_model(tmp_path / "encoder.nemo"), FakeCTCModel)
     assert asked == [tmp_path / "encoder.nemo"]

@@ -38,8 +38,8 @@ def fake(monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ([], "no run with a checkpoint below runs/; make one with `python train.py --config salm`, "
-             "or name a model with pretrained_name=PATH"),
+        ([], "no run with a checkpoint below runs/; train one with `python train.py --config "
+             "salm`, or name a model with pretrained_name=PATH"),
         (["pretrained_name=m", "inputs=x", "report_rows=-1"], "report_rows=-1 must be at least 0"),
         (["pretrained_name=m", "inputs=x", "encoder_wer=true"],
          "encoder_wer: needs a run directory whose config.yaml names a pretrained_asr that is on "
@@ -54,7 +54,8 @@ def fake(monkeypatch):
         (["pretrained_name=m", "inputs=x", "use_normalizer=german"],
          "use_normalizer='german' is unknown; use english, basic or none"),
         (["pretrained_name=m", "inputs=x", "tp_size=2"],
-         "tp_size: evaluation runs on one chip; start one process per share of the inputs (got 2)"),
+         "tp_size: evaluation runs on one chip; split the inputs and start one process per chip "
+         "(got 2)"),
         (["pretrained_name=m", "inputs=/no/such.json"],
          "inputs: no such file or folder: '/no/such.json'"),
         (["pretrained_name=m", "inputs=x", "generation.top_p=abc"],
@@ -101,7 +102,7 @@ def test_ids_that_the_model_lacks_are_one_line(wav, capsys):
 
 def test_a_device_that_is_not_there_is_refused_not_replaced(capsys):
     for name in ("tpu", "cuda:3"):
-        with pytest.raises(SettingsError, match=f"device: no {name} in sight .JAX sees cpu"):
+        with pytest.raises(SettingsError, match=f"device: {name} not found .JAX sees cpu"):
             choose_device(name)
     with pytest.raises(SettingsError, match="'quantum' is unknown"):
         choose_device("quantum")
@@ -176,15 +177,15 @@ def newcomer(fake, wav, tmp_path, monkeypatch):
 
 def test_without_arguments_the_newest_run_is_evaluated_and_its_page_written(newcomer, capsys):
     assert evaluate.main(["extra_eos_tokens=[<extra>]"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith(
+    printed = capsys.readouterr().out
+    assert printed.startswith(
         "run    runs/salm, step 10 (best val_wer)\n"
         "data   corpus/test.jsonl\n"
-        "asked  'Be exact.' 'Write down:', as trained\n"
+        "prompt 'Be exact.' 'Write down:', as trained\n"
     )
-    assert "50.00% over 4 words" in said
-    assert "ben" in said
-    assert said.endswith(
+    assert "50.00% over 4 words" in printed
+    assert "ben" in printed
+    assert printed.endswith(
         "answers: runs/salm/answers.jsonl\nreport:  runs/salm/report.html  (open it in a browser)\n"
     )
     (call,) = newcomer.calls
@@ -207,9 +208,9 @@ def test_swapped_audio_is_scored_against_each_rows_own_words(newcomer, capsys):
     assert [row["pred_text"] for row in rows] == [seconds[row["audio_of"]] for row in rows]
     assert [row["text"] for row in rows] == ["one", "two extra", "four"]
     assert last["provenance"]["totals"]["wer"] == 1.0
-    said = capsys.readouterr().out
-    assert "audio  SWAPPED" in said
-    assert "WER, audio swapped" in said
+    printed = capsys.readouterr().out
+    assert "audio  SWAPPED" in printed
+    assert "WER, audio swapped" in printed
 
 
 @pytest.fixture
@@ -239,17 +240,17 @@ def encoder(newcomer, monkeypatch):
 
 def test_the_encoder_alone_is_printed_beside(encoder, capsys):
     assert evaluate.main(["report_rows=0"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "encoder alone (CTC) 75.00% over 4 words" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "encoder alone (CTC) 75.00% over 4 words" in printed
     assert "Encoder alone" in Path("runs/salm/report.html").read_text()
 
 
 def test_an_encoder_without_a_head_is_an_error_only_where_its_score_was_asked_for(encoder, capsys):
     encoder.has_head = False
     assert evaluate.main(["report=null"]) == 0
-    said = capsys.readouterr().out
-    assert "note   encoder_wer: encoder.nemo: no CTC head\n" in said
-    assert "encoder alone" not in said
+    printed = capsys.readouterr().out
+    assert "note   encoder_wer: encoder.nemo: no CTC head\n" in printed
+    assert "encoder alone" not in printed
     assert evaluate.main(["encoder_wer=true"]) == 2
     assert capsys.readouterr().err == "evaluate.py: encoder_wer: encoder.nemo: no CTC head\n"
 

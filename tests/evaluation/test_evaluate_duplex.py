@@ -65,7 +65,7 @@ def loaded_asr(monkeypatch):
     return made
 
 
-def test_conversations_are_answered_spoken_heard_and_shown(tmp_path, loaded_asr, capsys):
+def test_conversations_are_generated_transcribed_scored_and_shown(tmp_path, loaded_asr, capsys):
     cuts = write_cuts(tmp_path / "talks.jsonl.gz")
     argv = [
         f"pretrained_name={DATA / 'duplex_s2s' / 'hf'}",
@@ -86,7 +86,7 @@ def test_conversations_are_answered_spoken_heard_and_shown(tmp_path, loaded_asr,
     finally:
         jax.config.update("jax_default_device", None)
     gc.collect()
-    assert [asr() for asr in loaded_asr] == [None], "the scoring ASR is let go of"
+    assert [asr() for asr in loaded_asr] == [None], "the scoring ASR model is freed"
     lines = (tmp_path / "answers.jsonl").read_text().splitlines()
     *rows, last = [json.loads(line) for line in lines]
     assert [row["id"] for row in rows] == ["lost", *CUTS]
@@ -116,14 +116,14 @@ def test_conversations_are_answered_spoken_heard_and_shown(tmp_path, loaded_asr,
 @pytest.mark.slow
 def test_an_interrupted_evaluation_is_resumed_with_the_same_scores(tmp_path, monkeypatch, capsys):
     cuts = write_cuts(tmp_path / "talks.jsonl")
-    speak, spoken = DuplexScorer.speak, []
+    generate, processed = DuplexScorer.generate, []
 
-    def interrupted(self, examples, rows=0):
-        if len(spoken) == 1:
-            spoken.append(None)
+    def interrupted(self, examples, batch_size=0):
+        if len(processed) == 1:
+            processed.append(None)
             raise KeyboardInterrupt
-        spoken.append(examples[0].id)
-        return speak(self, examples, rows)
+        processed.append(examples[0].id)
+        return generate(self, examples, batch_size)
 
     def run(name):
         argv = [
@@ -142,11 +142,11 @@ def test_an_interrupted_evaluation_is_resumed_with_the_same_scores(tmp_path, mon
             jax.config.update("jax_default_device", None)
 
     assert run("whole") == 0
-    monkeypatch.setattr(DuplexScorer, "speak", interrupted)
+    monkeypatch.setattr(DuplexScorer, "generate", interrupted)
     assert run("resumed") == 130
-    assert "1 of 3 answers are in" in capsys.readouterr().err
+    assert "1 of 3 responses are in" in capsys.readouterr().err
     assert run("resumed") == 0
-    assert sorted(filter(None, spoken)) == sorted(CUTS), "none twice"
+    assert sorted(filter(None, processed)) == sorted(CUTS), "none twice"
     found = [
         [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("whole", "resumed")
@@ -166,10 +166,10 @@ def test_a_speaker_in_neither_role_is_refused_before_any_weight_is_read(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("word", "why"),
-    [("user_prompt=hi", "by voice alone"), ("max_new_tokens=3", "as long as it listens")],
+    ("argument", "why"),
+    [("user_prompt=hi", "no text prompt"), ("max_new_tokens=3", "one token per frame")],
 )
-def test_words_of_other_models_are_refused(word, why, tmp_path, capsys):
-    argv = [f"pretrained_name={DATA / 'duplex_s2s' / 'hf'}", f"inputs={tmp_path}", word]
+def test_arguments_of_other_models_are_refused(argument, why, tmp_path, capsys):
+    argv = [f"pretrained_name={DATA / 'duplex_s2s' / 'hf'}", f"inputs={tmp_path}", argument]
     assert evaluate.main(argv) == 2
     assert why in capsys.readouterr().err

@@ -81,8 +81,8 @@ def test_lhotse_cuts_and_shar_are_read(tmp_path, wav):
     [
         (None, "inputs: no such file or folder"),
         ("", "inputs: .*the manifest is empty"),
-        ("hello", "inputs: .*not lines of JSON"),
-        ("[1]", "inputs: .*not a JSON object"),
+        ("hello", "inputs: .*is not JSON lines"),
+        ("[1]", "inputs: .*is a JSON list, not JSON lines"),
         ('{"audio_filepath": "a.wav", "sampling_rate": 1}', "line 1: duration is missing"),
         ('{"audio_filepath": "a.wav", "duration": "long"}', "line 1: duration must be seconds"),
     ],
@@ -102,11 +102,11 @@ def test_inputs_that_cannot_be_used_say_why(tmp_path, content, expected):
         (
             "list.txt",
             b"a.wav\nb.wav\n",
-            "is neither audio nor a manifest: audio is read from .wav ",
+            "is neither audio nor a manifest: supported audio: .wav ",
         ),
         ("table.csv", b"path,text\n", 'a manifest has one object per line, {"audio_filepath": '),
         ("list.json", b'[\n{"audio_filepath": "a.wav"}]', "is a JSON list, .* one object per line"),
-        ("rows.jsonl", b"a.wav\n", "not lines of JSON: a manifest has one object per line"),
+        ("rows.jsonl", b"a.wav\n", "is not JSON lines: a manifest has one object per line"),
     ],
 )
 def test_a_file_of_another_kind_says_what_is_read(tmp_path, name, content, says):
@@ -129,8 +129,10 @@ def test_files_that_a_folder_leaves_out_are_counted(tmp_path, wav):
     for name in ("b.mid", "sub/c.MID", "notes.txt", ".hidden"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert left_out(tmp_path).startswith("files left out: 3 (2 .mid, 1 .txt); audio is read fr")
-    with pytest.raises(SettingsError, match="nothing to answer in .*: files left out: 1 .1 .mid"):
+    assert left_out(tmp_path).startswith(
+        "files left out: 3 (2 .mid, 1 .txt); supported audio: .wav"
+    )
+    with pytest.raises(SettingsError, match="no recordings in .*: files left out: 1 .1 .mid"):
         read_inputs(str(tmp_path / "sub"))
 
 
@@ -143,7 +145,7 @@ def test_a_duplex_models_inputs_say_so_too(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "b.mid").touch()
     for name, says in [
-        ("set", "nothing to answer in .*: files left out: 1 .1 .mid"),
+        ("set", "no recordings in .*: files left out: 1 .1 .mid"),
         ("set/b.mid", "neither audio nor Lhotse cuts: .*ffmpeg -i IN OUT.wav"),
         ("*.wav", "patterns are not expanded"),
     ]:
@@ -152,7 +154,7 @@ def test_a_duplex_models_inputs_say_so_too(tmp_path):
 
 
 def test_a_folder_without_audio_is_refused(tmp_path):
-    with pytest.raises(SettingsError, match="nothing to answer"):
+    with pytest.raises(SettingsError, match="no recordings in"):
         read_inputs(str(tmp_path))
 
 

@@ -38,10 +38,10 @@ def test_the_worst_utterance_is_first_and_unscored_ones_are_last(tmp_path):
     ]  # fmt: skip
 
 
-def test_an_answer_to_an_empty_reference_is_as_bad_as_can_be(tmp_path):
+def test_a_response_to_an_empty_reference_is_as_bad_as_can_be(tmp_path):
     def change(result):
-        empty = replace(result.answers[0], text="", pred_text="the cat sat")
-        return replace(result, answers=(empty, *result.answers[1:]))
+        empty = replace(result.responses[0], text="", pred_text="the cat sat")
+        return replace(result, responses=(empty, *result.responses[1:]))
 
     page = write_small_page(tmp_path / "report.html", change=change)
     assert [name for name, _ in _rows(page)][:2] == ["right", "worst"]
@@ -59,7 +59,7 @@ def test_words_are_aligned_and_marked_by_kind(tmp_path):
     assert ">2 S 2 I<" in rows["worst"]
 
 
-def test_what_a_model_says_is_text_never_markup(tmp_path):
+def test_generated_text_is_never_markup(tmp_path):
     page = write_small_page(tmp_path / "report.html")
     assert HOSTILE not in page
     assert page.count("<script>") == 1
@@ -93,24 +93,24 @@ def test_only_the_worst_rows_carry_audio_and_the_page_says_so(tmp_path):
 
 def test_a_recording_that_cannot_be_read_says_why_and_has_no_player(tmp_path):
     rows = dict(_rows(write_small_page(tmp_path / "report.html")))
-    assert "not answered: broken.ogg: truncated" in rows["broken"]
+    assert "no response: broken.ogg: truncated" in rows["broken"]
     assert "<audio" not in rows["broken"]
     assert "who knows" in rows["unscored"]
 
 
-def test_embedded_audio_is_what_was_heard():
+def test_embedded_audio_is_the_input():
     wave = tone(2.3)
     kind, _, data = audio_uri(wave, RATE_HZ).partition(";base64,")
     assert kind == "data:audio/ogg"
-    heard, rate_hz = soundfile.read(io.BytesIO(base64.b64decode(data)), dtype="float32")
-    assert (rate_hz, len(heard)) == (RATE_HZ, len(wave))
-    assert np.corrcoef(heard, wave)[0, 1] > 0.99
+    decoded, rate_hz = soundfile.read(io.BytesIO(base64.b64decode(data)), dtype="float32")
+    assert (rate_hz, len(decoded)) == (RATE_HZ, len(wave))
+    assert np.corrcoef(decoded, wave)[0, 1] > 0.99
     assert len(data) < len(wave) / 2, "a quarter of 16-bit samples, in base64"
 
 
 def test_the_head_tells_errors_by_voice_and_length_and_beside_the_encoder(tmp_path):
     result, _ = small_case()
-    texts = [None if a.text is None else "the cat sat" for a in result.answers]
+    texts = [None if a.text is None else "the cat sat" for a in result.responses]
     page = write_small_page(tmp_path / "report.html", change=lambda r: r.with_encoder_texts(texts))
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.partition("<body>")[2]))
     totals = result.totals()
@@ -125,23 +125,23 @@ def test_the_head_tells_errors_by_voice_and_length_and_beside_the_encoder(tmp_pa
     assert "encoder alone the cat sat 0.00%" in text
 
 
-def test_swapped_audio_is_told(tmp_path):
+def test_swapped_audio_is_named(tmp_path):
     def change(result):
         return replace(
-            result, answers=tuple(replace(a, audio_of=f"other {a.id}") for a in result.answers)
+            result, responses=tuple(replace(a, audio_of=f"other {a.id}") for a in result.responses)
         )
 
     page = write_small_page(tmp_path / "report.html", change=change)
     assert "The audio is swapped." in page
-    assert "heard other worst" in page
+    assert "audio of other worst" in page
     assert "The audio is swapped." not in write_small_page(tmp_path / "straight.html")
 
 
 def test_a_page_without_any_reference_is_still_a_page(tmp_path):
-    answers = (Response(id="a.wav", duration_s=1.0, text=None, pred_text="hello"),)
+    responses = (Response(id="a.wav", duration_s=1.0, text=None, pred_text="hello"),)
     write_page(
         tmp_path / "report.html",
-        Evaluation(answers=answers, speed=Speed()),
+        Evaluation(responses=responses, speed=Speed()),
         [utterance("a.wav", 1.0)],
         RECORD,
         media_rows=5,
@@ -156,15 +156,15 @@ def test_a_page_without_any_reference_is_still_a_page(tmp_path):
 @pytest.mark.slow
 def test_a_page_of_two_thousand_rows_takes_seconds(tmp_path):
     texts = [f"some words of sentence {n} here" for n in range(2000)]
-    answers = tuple(
+    responses = tuple(
         Response(id=f"u{n}", duration_s=4.0, text=t, pred_text=t[n % 9 :], voice=f"v{n % 12}")
         for n, t in enumerate(texts)
     )
     begin = time.process_time()
     write_page(
         tmp_path / "report.html",
-        Evaluation(answers=answers, speed=Speed(), normalizer="none"),
-        [utterance(a.id, 4.0) for a in answers],
+        Evaluation(responses=responses, speed=Speed(), normalizer="none"),
+        [utterance(a.id, 4.0) for a in responses],
         RECORD,
         media_rows=300,
         rate_hz=RATE_HZ,

@@ -37,7 +37,7 @@ def test_a_run_without_checkpoint_or_of_another_model_is_passed_over(here):
 
 
 def test_without_a_run_the_error_names_the_command_that_makes_one(here):
-    with pytest.raises(SettingsError, match="below runs/; make one with `python train.py --conf"):
+    with pytest.raises(SettingsError, match="below runs/; train one with `python train.py --conf"):
         make_plan({})
 
 
@@ -83,23 +83,23 @@ def test_the_longest_recording_of_training_is_heard_at_once(here):
     }
     make_run(here / "runs" / "a")
     make_run(here / "runs" / "b", settings=settings)
-    words = {"inputs": "x", "pretrained_name": "runs/b"}
-    assert make_plan(words).config.max_audio_s == 12.0
-    assert make_plan({**words, "max_audio_s": 8}).config.max_audio_s == 8.0
-    assert make_plan({**words, "pretrained_name": "runs/a"}).config.max_audio_s == 40.0
+    arguments = {"inputs": "x", "pretrained_name": "runs/b"}
+    assert make_plan(arguments).config.max_audio_s == 12.0
+    assert make_plan({**arguments, "max_audio_s": 8}).config.max_audio_s == 8.0
+    assert make_plan({**arguments, "pretrained_name": "runs/a"}).config.max_audio_s == 40.0
 
 
 def test_words_of_the_command_line_win(here):
     make_run(Path("runs/salm"))
-    words = {
+    arguments = {
         "inputs": "x.jsonl",
         "user_prompt": "",
         "use_normalizer": None,
         "dtype": "bfloat16",
         "output_manifest": None,
     }
-    config = make_plan(words).config
-    assert {key: getattr(config, key) for key in words} == words
+    config = make_plan(arguments).config
+    assert {key: getattr(config, key) for key in arguments} == arguments
 
 
 def test_inputs_that_are_named_keep_nemos_outputs(here):
@@ -126,12 +126,12 @@ def test_the_step_is_the_best_else_the_last(here):
     assert plan.summary() == (
         "run    runs/a, step 10 (best val_wer)\n"
         "data   x.jsonl\n"
-        "asked  'Be exact.' 'Write down:', as trained"
+        "prompt 'Be exact.' 'Write down:', as trained"
     )
     (here / "set").mkdir()
     (here / "set" / "b.txt").touch()
     noted = make_plan({"pretrained_name": "runs/a", "inputs": "set"}).summary()
-    assert "\nnote   files left out: 1 (1 .txt); audio is read from .wav" in noted
+    assert "\nnote   files left out: 1 (1 .txt); supported audio: .wav" in noted
     unranked = read_run(make_run(Path("runs/b")))
     assert unranked is not None
     assert unranked.step == (20, "the last")

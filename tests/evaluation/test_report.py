@@ -31,16 +31,18 @@ def test_unseen_voices_are_counted_alone_and_named():
     ]
 
 
-def test_without_voices_nothing_is_said_of_them():
-    answers = (Response(id="a", duration_s=1.0, text="x", pred_text="x"),)
-    totals = Evaluation(answers=answers, speed=Speed()).totals()
+def test_without_voices_the_table_has_no_voices():
+    responses = (Response(id="a", duration_s=1.0, text="x", pred_text="x"),)
+    totals = Evaluation(responses=responses, speed=Speed()).totals()
     assert (totals["by_voice"], totals["unseen"]) == ({}, None)
     assert "unseen" not in table(totals)
 
 
 def test_swapped_audio_is_named_as_such():
     result = small_case()[0]
-    swapped = replace(result, answers=tuple(replace(a, audio_of="other") for a in result.answers))
+    swapped = replace(
+        result, responses=tuple(replace(r, audio_of="other") for r in result.responses)
+    )
     assert "WER, audio swapped" in table(swapped.totals())
     assert {row["audio_of"] for row in swapped.rows()} == {"other"}
     assert "swapped" not in table(result.totals())

@@ -1,4 +1,4 @@
-"""The runner: order, batches, ends of answers, bad audio, speed."""
+"""The evaluation loop: order, batches, end tokens, bad audio, speed."""
 
 import itertools
 import json
@@ -31,13 +31,13 @@ def _utterance(name, seconds, text="", error=None):
     return Utterance(id=name, duration_s=float(seconds), text=text, read=read)
 
 
-def test_answers_come_back_in_input_order():
+def test_responses_come_back_in_input_order():
     seconds = [1, 5, 2, 4, 3]
     utterances = [_utterance(f"u{s}", s, NUMBERS[s]) for s in seconds]
     model = FakeModel()
     result = evaluate(model, utterances, _config(extra_eos_tokens=("<extra>",)))
-    assert [a.id for a in result.answers] == [f"u{s}" for s in seconds]
-    assert [a.pred_text for a in result.answers] == [NUMBERS[s] for s in seconds]
+    assert [a.id for a in result.responses] == [f"u{s}" for s in seconds]
+    assert [a.pred_text for a in result.responses] == [NUMBERS[s] for s in seconds]
     assert result.word_errors().wer == 0
     longest_first = [call["audio_lens"].tolist() for call in model.calls]
     assert longest_first == [[80_000, 64_000], [48_000, 32_000], [16_000, 16_000]]
@@ -58,12 +58,12 @@ def test_many_lengths_make_few_static_shapes():
     assert len(shapes) <= 10, "two per doubling of the length, and one number of rows"
 
 
-def test_an_answer_ends_at_the_first_end_token():
-    (answer,) = evaluate(FakeModel(), [_utterance("u", 1)], _config()).answers
-    assert answer.pred_text == "one <extra>", "ended by </s>"
+def test_a_response_ends_at_the_first_end_token():
+    (response,) = evaluate(FakeModel(), [_utterance("u", 1)], _config()).responses
+    assert response.pred_text == "one <extra>", "ended by </s>"
     config = _config(extra_eos_tokens=("<extra>",))
-    (answer,) = evaluate(FakeModel(), [_utterance("u", 1)], config).answers
-    assert answer.pred_text == "one"
+    (response,) = evaluate(FakeModel(), [_utterance("u", 1)], config).responses
+    assert response.pred_text == "one"
 
 
 def test_generation_is_asked_for_as_configured():
@@ -71,8 +71,8 @@ def test_generation_is_asked_for_as_configured():
     config = _config(max_new_tokens=7, extra_eos_tokens=("<extra>",))
     evaluate(model, [_utterance("u", 1)], config)
     (call,) = model.calls
-    asked = call["generation_config"]
-    assert (asked.max_new_tokens, asked.eos_token_id, asked.pad_token_id) == (7, [1, 2], PAD)
+    given = call["generation_config"]
+    assert (given.max_new_tokens, given.eos_token_id, given.pad_token_id) == (7, [1, 2], PAD)
     assert call["audios"].shape == (1, 16_000)
 
 
@@ -80,18 +80,18 @@ def test_keys_of_a_generation_config_are_handed_on_and_checked():
     model = FakeModel()
     evaluate(model, [_utterance("u", 1)], _config(generation={"num_beams": 4}))
     assert model.calls[0]["num_beams"] == 4
-    for wrong, says in [
+    for wrong, message in [
         ({"num_beans": 4}, "generation: generate does not know 'num_beans'; did you mean num_b"),
-        ({"max_new_tokens": 4}, "generation.max_new_tokens: write max_new_tokens without"),
-        ({"eos_token_id": 4}, "generation.eos_token_id: use extra_eos_tokens"),
+        ({"max_new_tokens": 4}, "generation.max_new_tokens: set max_new_tokens instead"),
+        ({"eos_token_id": 4}, "generation.eos_token_id: set extra_eos_tokens instead"),
         ({"num_return_sequences": 2}, "generation.num_return_sequences: an evaluation takes one"),
     ]:
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             _config(generation=wrong)
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("arguments", "expected"),
     [
         ({}, [("user", "<|audio|>")]),
         ({"user_prompt": "Transcribe:"}, [("user", "Transcribe: <|audio|>")]),
@@ -99,8 +99,8 @@ def test_keys_of_a_generation_config_are_handed_on_and_checked():
         ({"system_prompt": "Be brief."}, [("system", "Be brief."), ("user", "<|audio|>")]),
     ],
 )
-def test_the_prompt_is_nemos(asked, expected):
-    prompt = make_prompt(FakeModel(), _config(**asked))
+def test_the_prompt_is_nemos(arguments, expected):
+    prompt = make_prompt(FakeModel(), _config(**arguments))
     assert [(turn["role"], turn["content"]) for turn in prompt] == expected
 
 
@@ -148,7 +148,7 @@ def test_without_references_transcripts_are_printed_and_nothing_is_scored():
 def test_verbose_prints_reference_answer_and_batch_errors():
     lines: list[str] = []
     evaluate(FakeModel(), [_utterance("u", 1, "Two!")], _config(), lines.append)
-    assert lines[0] == "u\n  reference: Two!\n  answer:    one <extra>"
+    assert lines[0] == "u\n  reference:  Two!\n  hypothesis: one <extra>"
     assert lines[1].startswith("batch of 1: WER 100.00% (insertions 0, deletions 0, subst")
 
 
@@ -172,7 +172,7 @@ def test_warm_up_is_the_batches_that_compiled_something():
     model = FakeModel()
     from tests.evaluation import fake_model
 
-    fake_model._answers.clear_cache()
+    fake_model._generated.clear_cache()
     speed = evaluate(model, utterances, _config(verbose=False)).speed
     assert speed.audio_s == pytest.approx(15)
     assert speed.warm_audio_s == pytest.approx(15 - 9), "only the first batch compiled"
@@ -195,31 +195,31 @@ def test_rows_are_followed_by_where_they_come_from(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["out.jsonl"]
 
 
-def test_a_recording_that_is_too_long_is_answered_in_chunks_and_told():
+def test_a_long_recording_is_split_into_chunks_which_is_logged():
     from speechlm2_jax.inference.long_form.chunks import cut
 
     lines: list[str] = []
     utterances = [_utterance("short", 2), _utterance("long.wav", 7)]
     model = FakeModel()
     config = _config(max_audio_s=3.0, extra_eos_tokens=("<extra>",))
-    short, long = evaluate(model, utterances, config, lines.append).answers
+    short, long = evaluate(model, utterances, config, lines.append).responses
     chunks = cut(np.zeros(7 * 16_000, np.float32), rate_hz=16_000, max_s=3.0)
-    heard = [n for call in model.calls for n in call["audio_lens"].tolist()]
-    assert heard[: len(chunks) + 1] == [*(c.end - c.start for c in chunks), 32_000]
+    lengths = [n for call in model.calls for n in call["audio_lens"].tolist()]
+    assert lengths[: len(chunks) + 1] == [*(c.end - c.start for c in chunks), 32_000]
     assert lines[0] == (
-        f"long.wav: 7.0 s are more than max_audio_s=3; answered in {len(chunks)} overlapping chunks"
+        f"long.wav: 7.0 s are more than max_audio_s=3; split into {len(chunks)} overlapping chunks"
     )
-    said = [NUMBERS[(c.end - c.start) // 16_000] for c in chunks]
-    assert long.pred_text == " ".join(said) and long.duration_s == 7
+    texts = [NUMBERS[(c.end - c.start) // 16_000] for c in chunks]
+    assert long.pred_text == " ".join(texts) and long.duration_s == 7
     assert short.pred_text == "two"
-    (whole,) = evaluate(FakeModel(), utterances[1:], _config(max_audio_s=None)).answers
+    (whole,) = evaluate(FakeModel(), utterances[1:], _config(max_audio_s=None)).responses
     assert whole.pred_text == "five <extra>", "null: at once"
     with pytest.raises(ValueError, match="max_audio_s=0.5 must be at least 1, or null"):
         _config(max_audio_s=0.5)
 
 
 class StreamingFake(FakeModel):
-    """Answers on two slots, the later of two prompts first."""
+    """Continuous batching on two slots, the later of two prompts first."""
 
     def generate_each(self, prompts, **options):
         assert options["slots"] == 2
@@ -232,19 +232,19 @@ class StreamingFake(FakeModel):
                 yield [(number, row)]
 
 
-def test_answers_that_come_as_they_end_are_put_in_order_and_timed():
+def test_responses_that_come_as_they_end_are_put_in_order_and_timed():
     seconds = [1, 5, 2, 4, 3]
     utterances = [_utterance(f"u{s}", s, NUMBERS[s]) for s in seconds]
     utterances.insert(2, _utterance("bad", 9, "x", error="missing"))
     config = _config(extra_eos_tokens=("<extra>",), verbose=False)
     result = evaluate(model := StreamingFake(), utterances, config)
-    assert [a.pred_text for a in result.answers] == ["one", "five", "", "two", "four", "three"]
+    assert [a.pred_text for a in result.responses] == ["one", "five", "", "two", "four", "three"]
     assert all("audios" not in call for call in model.calls), "not in batches"
     assert result.speed.audio_s == 15 and result.speed.generate_s > 0
     batches = evaluate(
         model := StreamingFake(), utterances, replace(config, continuous_batching=False)
     )
-    assert [a.pred_text for a in batches.answers] == [a.pred_text for a in result.answers]
+    assert [a.pred_text for a in batches.responses] == [a.pred_text for a in result.responses]
     assert all("audios" in call for call in model.calls)
     evaluate(model := StreamingFake(), utterances, replace(config, generation={"num_beams": 2}))
     assert all("audios" in call for call in model.calls), "beams go batch by batch"

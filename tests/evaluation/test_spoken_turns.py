@@ -1,9 +1,9 @@
-"""Text channels of both sides, as readers and scores see them."""
+"""Text channels of both sides: turns, words, token counts."""
 
 import numpy as np
 import pytest
 
-from speechlm2_jax.evaluation.duplex.turns import said_turns
+from speechlm2_jax.evaluation.duplex.turns import text_turns
 from speechlm2_jax.evaluation.metrics.token_accuracy import TokenAccuracy, count_tokens
 from speechlm2_jax.evaluation.metrics.turn_taking import Turns, count_turns, turn_marks
 
@@ -11,13 +11,13 @@ PAD, BOS, EOS = 0, 1, 2
 PIECES = {3: " good", 4: " morn", 5: "ing"}
 
 
-def spell(ids):
+def detokenize(ids):
     return "".join(PIECES[i] for i in ids)
 
 
 def turns(tokens, **options):
     ids = {"bos_id": BOS, "eos_id": EOS, "pad_id": PAD}
-    return said_turns(tokens, spell, **ids, frame_s=0.5, **options)
+    return text_turns(tokens, detokenize, **ids, frame_s=0.5, **options)
 
 
 def test_words_start_with_their_first_token():
@@ -26,7 +26,7 @@ def test_words_start_with_their_first_token():
     assert [(word.start_s, word.text) for word in turn.words] == [(1.0, "good"), (2.0, "morning")]
 
 
-def test_what_a_model_says_is_a_frame_later():
+def test_generated_turns_are_a_frame_later():
     tokens = [BOS, 3, EOS]
     (turn,) = turns(tokens, first_frame=1)
     assert (turn.start_s, turn.end_s, turn.words[0].start_s) == (0.5, 1.5, 1.0)
@@ -49,14 +49,14 @@ def test_turns_end_with_the_next_one_or_the_channel_and_strays_with_their_last_t
     assert turns([]) == [] and turns([PAD, PAD]) == []
 
 
-def test_tokens_are_compared_where_they_are_due():
+def test_tokens_are_compared_where_there_is_a_target():
     bos, eos, quiet = 8, 9, 7
     codes = np.array([quiet, quiet, bos, 1, 2, eos, quiet, quiet, bos, 3])[:, None].repeat(2, 1)
-    said = codes.copy()
-    said[3, 1] = said[0] = 5  # one wrong code in a turn; before it none is due
+    generated = codes.copy()
+    generated[3, 1] = generated[0] = 5  # one wrong code in a turn; frame 0 has no target
     text = np.array([PAD, BOS, 3, EOS, PAD])
     counts = count_tokens(
-        text, codes, np.array([3, BOS, 4, EOS, PAD]), said, pad_id=PAD, bos=bos, eos=eos
+        text, codes, np.array([3, BOS, 4, EOS, PAD]), generated, pad_id=PAD, bos=bos, eos=eos
     )
     assert (counts.text, counts.text_right) == (3, 2)
     assert (counts.codes, counts.codes_right, counts.codes_silent) == (12, 11, 0)

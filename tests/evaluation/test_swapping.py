@@ -1,4 +1,4 @@
-"""Audio swapped between rows: nobody keeps their own words, and it is the same every time."""
+"""Audio swapped between utterances: none keeps its own text, and the swap is deterministic."""
 
 import numpy as np
 import pytest
@@ -15,17 +15,17 @@ def _utterances(texts):
 
 
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=40))
-def test_no_row_hears_its_own_text_and_every_recording_is_heard_once(texts):
+def test_no_utterance_keeps_its_text_and_every_recording_is_used_once(texts):
     utterances = _utterances(texts)
-    said = {u.id: u.text for u in utterances}
+    texts_by_id = {u.id: u.text for u in utterances}
     if max(texts.count(t) for t in texts) > len(texts) // 2:
         with pytest.raises(SettingsError, match="swap_audio: needs"):
             swap_audio(utterances, str)
         return
     swapped = swap_audio(utterances, str)
-    assert [(u.id, u.text) for u in swapped] == list(said.items())
-    assert all(said[u.audio_of] != u.text for u in swapped)
-    assert sorted(u.audio_of for u in swapped) == sorted(said)
+    assert [(u.id, u.text) for u in swapped] == list(texts_by_id.items())
+    assert all(texts_by_id[u.audio_of] != u.text for u in swapped)
+    assert sorted(u.audio_of for u in swapped) == sorted(texts_by_id)
 
 
 def test_audio_length_and_voice_are_those_of_the_other_recording():
@@ -51,7 +51,7 @@ def test_the_swap_is_the_same_every_time():
     ]
 
 
-def test_rows_without_a_reference_are_left_out():
+def test_utterances_without_a_reference_are_left_out():
     swapped = swap_audio(_utterances(["a", None, "b"]), str)
     assert [(u.id, u.audio_of) for u in swapped] == [("u0", "u2"), ("u2", "u0")]
     with pytest.raises(SettingsError, match="two or more utterances with references"):

@@ -48,7 +48,7 @@ def test_outer_spaces_are_characters():
     assert metric.compute()["cer"] == pytest.approx(1.0)
 
 
-def test_answers_of_white_space_are_empty():
+def test_hypotheses_of_white_space_are_empty():
     metric = EmptyTextRate()
     metric.update("a", ["x", "y", "z", ""], ["", " \n", "no", "."])
     assert metric.compute() == {"empty_text_rate_a": 0.5, "empty_text_rate": 0.5}
@@ -66,8 +66,8 @@ def test_arguments_are_nemos(caplog):
         WER(verbose=True).update("set", ["Yes, sir!"], ["yes no"])
         BLEU(verbose=False).update("set", ["a"], ["b"])
     assert [record.getMessage() for record in caplog.records] == [
-        "reference: one two three four\nanswer:    one two three four [txt_bleu 100.00]",
-        "reference: Yes, sir!\nanswer:    yes no [wer 0.50]",
+        "reference:  one two three four\nhypothesis: one two three four [txt_bleu 100.00]",
+        "reference:  Yes, sir!\nhypothesis: yes no [wer 0.50]",
     ]
     assert bleu.compute()["txt_bleu"] == pytest.approx(100)
     assert bleu.reset().compute() == {}

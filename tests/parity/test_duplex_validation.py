@@ -1,4 +1,4 @@
-"""Validation of the duplex models equals NeMo 3.0.0's: what is said, what is heard, the scores."""
+"""Validation of the duplex models equals NeMo 3.0.0's: texts, transcripts, scores."""
 
 from dataclasses import replace
 
@@ -25,11 +25,11 @@ def test_validation_scores_equal_nemos(run):
                     examples(batch), recorded["refs_normalized"][name], strict=True
                 )
             ]
-            answers = scorer.answer(name, conversations)
-            said = [normalize(answer.text) for answer in answers]
-            heard = [normalize(answer.heard) for answer in answers]
-            assert said == recorded["txt_hyps_normalized"][name]
-            assert heard == recorded["asr_hyps_normalized"][name]
+            responses = scorer.generate_and_score(name, conversations)
+            texts = [normalize(response.text) for response in responses]
+            asr_texts = [normalize(response.asr_text) for response in responses]
+            assert texts == recorded["txt_hyps_normalized"][name]
+            assert asr_texts == recorded["asr_hyps_normalized"][name]
         scores = scorer.compute()
     expected = {key.removeprefix("val_"): value for key, value in recorded["metrics"].items()}
     assert {key: scores[key] for key in expected} == pytest.approx(expected, rel=SINGLE)

@@ -1,4 +1,4 @@
-"""The words of evaluate.py's command line where the model is a duplex one."""
+"""Arguments of evaluate.py for a duplex model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,44 +6,44 @@ from typing import Any, ClassVar, Literal
 
 from speechlm2_jax.evaluation.config import EvalConfig, check_common
 
-_NO_PROMPT = "a duplex model is asked by voice alone; remove it"
+_NO_PROMPT = "a duplex model takes no text prompt; remove it"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexEvalConfig:
-    """What to listen to, with what, and where to write what was said."""
+    """What to evaluate, on which conversations, and where to write the results."""
 
     pretrained_name: str
     """Run directory, saved model, NeMo or Hugging Face directory, `.ckpt`, or hub name."""
     inputs: str | tuple[str, ...] | None = None
-    """Lhotse cuts, SHAR directory, audio file or folder of them, or a list; a run's own sets."""
+    """Lhotse cuts, SHAR directory, audio file or folder, or a list; null: validation sets."""
     batch_size: int = 16
     output_manifest: str | None = "answers.jsonl"
     audio_folder: str | None = "answers"
-    """Where the agent's speech goes, a file per conversation in a folder per set."""
+    """Folder of the agent's speech: a folder per set, a file per conversation."""
     scoring_asr: str | None = None
-    """`.nemo` file (or hub name) of what writes the agent's speech down; null: it is not heard."""
+    """ASR model (`.nemo` file or hub name) that transcribes the agent's speech; null: none."""
     input_roles: tuple[str, ...] = ("user",)
-    """Speakers of the cuts that are the user; of a run, those that it was trained with."""
+    """Speakers of the cuts that are the user; by default those of the run's training."""
     output_roles: tuple[str, ...] = ("agent",)
-    """Speakers of the cuts that are the agent; of a run, those that it was trained with."""
+    """Speakers of the cuts that are the agent; by default those of the run's training."""
     verbose: bool = True
-    """Print each reference and answer."""
+    """Print each reference and hypothesis."""
     use_normalizer: str | bool | None = "english"
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     report: str | None = "report.html"
-    """Where to write the page to look at and listen to."""
+    """HTML report to write."""
     report_rows: int = 100
-    """How many conversations of the page, the worst, have waveforms and audio."""
+    """Number of conversations, worst first, whose waveforms and audio the report embeds."""
 
     REFUSED: ClassVar[Mapping[str, Any]] = {
         **EvalConfig.REFUSED_TORCH,
-        "max_new_tokens": "a duplex model speaks as long as it listens; remove it",
+        "max_new_tokens": "a duplex model generates one token per frame of input; remove it",
         "system_prompt": _NO_PROMPT,
         "user_prompt": _NO_PROMPT,
-        "extra_eos_tokens": "a duplex model goes on after the end of a turn; remove it",
-        "swap_audio": ("a duplex model's audio cannot be swapped yet; remove it", False),
+        "extra_eos_tokens": "a duplex model does not stop at the end of a turn; remove it",
+        "swap_audio": ("not supported for a duplex model; remove it", False),
         "encoder_wer": ("the encoder of a duplex model has no decoder; remove it", False),
     }
 

@@ -1,4 +1,4 @@
-"""What a duplex model listens to: conversations of Lhotse cuts or SHAR, or plain recordings."""
+"""Inputs of a duplex evaluation: conversations of Lhotse cuts or SHAR, or plain recordings."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -26,49 +26,49 @@ _MANIFESTS = (*_SUFFIXES, ".yaml", ".yml")
 
 @dataclass(frozen=True, kw_only=True)
 class Dialogue:
-    """A conversation to take part in; its audio is read when its turn comes."""
+    """A conversation of a test set; `example` reads its audio."""
 
     set_name: str
-    heard: DuplexConversation | Utterance
-    """Both sides of a recorded conversation, or a recording of a user alone."""
+    source: DuplexConversation | Utterance
+    """A recorded conversation with both sides, or a recording of the user alone."""
     sample_rate_hz: int | None = None
-    """By way of which rate the user's audio goes, if not the recording's own."""
+    """Intermediate rate to which the user's audio is resampled first; None: none."""
 
     @property
     def id(self) -> str:
-        """Its name within the set."""
-        return self.heard.id
+        """Its id within the set."""
+        return self.source.id
 
     @property
     def duration_s(self) -> float:
-        """As declared; 0 where nothing declares it."""
-        return self.heard.duration_s
+        """Declared duration; 0 if unknown."""
+        return self.source.duration_s
 
     @property
     def has_reference(self) -> bool:
-        """Whether it is known what the agent should say."""
-        return isinstance(self.heard, DuplexConversation)
+        """Whether there is a reference for the agent's side."""
+        return isinstance(self.source, DuplexConversation)
 
     def example(self, dataset: DuplexS2SDataset) -> DuplexExample:
-        """Reads the audio. Raises AudioError if it cannot be used."""
-        if isinstance(self.heard, DuplexConversation):
-            return dataset.example(self.heard, self.sample_rate_hz)
-        none = np.zeros(0, np.int32)
-        audio = self.heard.read(dataset.source_sample_rate)
+        """Reads the audio. Raises AudioError."""
+        if isinstance(self.source, DuplexConversation):
+            return dataset.example(self.source, self.sample_rate_hz)
+        no_tokens = np.zeros(0, np.int32)
+        audio = self.source.read(dataset.source_sample_rate)
         dataset.check_length(self.id, audio)
         return DuplexExample(
             id=self.id,
             source_audio=audio,
             target_audio=np.zeros(0, np.float32),
-            target_tokens=none,
-            source_tokens=none,
+            target_tokens=no_tokens,
+            source_tokens=no_tokens,
         )
 
 
 def sets_of_run(data: Mapping[str, Any]) -> list[Dialogue]:
     """The validation sets of a run's `data` block.
 
-    Raises SettingsError if there are none, or for one that cannot be read.
+    Raises SettingsError if there are none, or one cannot be read.
     """
     config = build(DuplexDataConfig, data, "data")
     found = []
@@ -76,7 +76,7 @@ def sets_of_run(data: Mapping[str, Any]) -> list[Dialogue]:
         loader = build(DuplexLoaderConfig, values, where)
         for source in read_sources(loader, where, DuplexS2SDataset.read):
             found += [
-                Dialogue(set_name=name, heard=c, sample_rate_hz=loader.sample_rate)
+                Dialogue(set_name=name, source=c, sample_rate_hz=loader.sample_rate)
                 for c in source.conversations
             ]
     if not found:
@@ -88,10 +88,10 @@ def sets_of_run(data: Mapping[str, Any]) -> list[Dialogue]:
 
 
 def read_dialogues(inputs: Sequence[str], sample_rate_hz: int | None) -> list[Dialogue]:
-    """Lists the conversations behind paths, a set for each.
+    """Lists the conversations of each path; each path is a set of its own.
 
-    A folder with SHAR shards is SHAR, another folder its audio files; any other file is Lhotse
-    cuts. Raises SettingsError if there is nothing, or for what cannot be read.
+    A folder with `cuts.*` is a SHAR directory, any other folder gives its audio files. A file is
+    audio or Lhotse cuts. Raises SettingsError if nothing is found or something cannot be read.
     """
     found: list[Dialogue] = []
     names: set[str] = set()
@@ -101,24 +101,24 @@ def read_dialogues(inputs: Sequence[str], sample_rate_hz: int | None) -> list[Di
             raise SettingsError(f"inputs: {missing(value)}")
         name = _unused(_stem(path), names)
         names.add(name)
-        heard = _heard(path)
-        if not heard:
+        sources = _read_sources(path)
+        if not sources:
             why = left_out(path)
-            raise SettingsError(f"inputs: nothing to answer in {value!r}" + (why and f": {why}"))
+            raise SettingsError(f"inputs: no recordings in {value!r}" + (why and f": {why}"))
         rate = sample_rate_hz
-        found += [Dialogue(set_name=name, heard=one, sample_rate_hz=rate) for one in heard]
+        found += [Dialogue(set_name=name, source=source, sample_rate_hz=rate) for source in sources]
     return found
 
 
 def check_speakers(
     dialogues: Sequence[Dialogue], input_roles: Sequence[str], output_roles: Sequence[str]
 ) -> None:
-    """Raises SettingsError for a speaker who is neither user nor agent."""
-    spoken = [d.heard for d in dialogues if isinstance(d.heard, DuplexConversation)]
-    check_roles(spoken, input_roles, output_roles, "inputs", block="")
+    """Raises SettingsError for a speaker in neither role list."""
+    sources = [d.source for d in dialogues if isinstance(d.source, DuplexConversation)]
+    check_roles(sources, input_roles, output_roles, "inputs", block="")
 
 
-def _heard(path: Path) -> Sequence[DuplexConversation | Utterance]:
+def _read_sources(path: Path) -> Sequence[DuplexConversation | Utterance]:
     try:
         if os.path.isdir(path) and any(path.glob("cuts.*")):
             return list(read_duplex_shar(path, None))

@@ -1,4 +1,4 @@
-"""Which model a command line means, and what to evaluate where it does not say: a duplex one's."""
+"""Finds the model of a command line, and plans the evaluation of a duplex model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,38 +16,42 @@ from speechlm2_jax.evaluation.duplex.inputs import (
     sets_of_run,
 )
 from speechlm2_jax.evaluation.inputs import left_out
-from speechlm2_jax.evaluation.run_directories import Run, newest_run, read_run
+from speechlm2_jax.evaluation.run_directories import RUNS, Run, newest_run, read_run
 from speechlm2_jax.models.duplex import DuplexS2SModel
 from speechlm2_jax.pretrained import registry
-from speechlm2_jax.pretrained.locate import Location
+from speechlm2_jax.pretrained.locate import Location, nearest_path
 from speechlm2_jax.pretrained.save_load import open_model
 from speechlm2_jax.settings import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFound:
-    """What can be known of a model without its weights."""
+    """What is known of a model before its weights are loaded."""
 
     run: Run | None
     cfg: Mapping[str, Any]
-    """Its `model:` block; empty for one that is not on this machine."""
+    """Its `model:` block; empty if the model is not on this machine."""
     near: tuple[Path, ...] = ()
-    """Where its parts are looked for."""
+    """Folders in which its components are looked for."""
 
     @property
     def is_duplex(self) -> bool:
-        """Whether it speaks."""
+        """Whether it is one of the duplex classes."""
         return registry.of_config(self.cfg) in registry.DUPLEX_MODELS
 
 
-def find_model(words: Mapping[str, Any]) -> ModelFound:
-    """The model of a command line: the newest run, or what `pretrained_name` says.
+def find_model(arguments: Mapping[str, Any]) -> ModelFound:
+    """The model of a command line: `pretrained_name`, else the newest run.
 
-    Raises SettingsError where no run is left to take, and for a model that is not evaluated.
+    Raises SettingsError if there is no run, or the model is of a kind that is not evaluated.
     """
-    run = read_run(str(words["pretrained_name"])) if "pretrained_name" in words else newest_run()
-    name = str(words["pretrained_name"]) if run is None else str(run.folder)
+    given = arguments.get("pretrained_name")
+    run = newest_run() if "pretrained_name" not in arguments else read_run(str(given))
+    name = str(given) if run is None else str(run.folder)
     path = Location().local(name)
+    if path is None and (near := nearest_path(name)) and Path(near).is_relative_to(RUNS):
+        # told at once: such a name also has the form of a hub repository, ORGANISATION/MODEL
+        raise SettingsError(f"pretrained_name: no such run: {name!r}; did you mean {near!r}?")
     kind = None if path is None else registry.identify(path)
     if kind is not None and not set(kind.classes) & set(registry.SPEECH_MODELS):
         raise SettingsError(f"pretrained_name: {kind.sentence(name)}")
@@ -57,14 +61,14 @@ def find_model(words: Mapping[str, Any]) -> ModelFound:
         return ModelFound(run=run, cfg={})
     try:
         source = open_model(name)
-    except SettingsError:  # told again, with its key, where the model is loaded
+    except SettingsError:  # raised again, with its key, when the model is loaded
         return ModelFound(run=run, cfg={})
     return ModelFound(run=run, cfg=source.cfg, near=source.near)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexPlan:
-    """A complete configuration, and where its parts come from."""
+    """A complete configuration, and the run that its defaults come from."""
 
     config: DuplexEvalConfig
     run: Run | None
@@ -72,15 +76,15 @@ class DuplexPlan:
 
     @property
     def step(self) -> int | None:
-        """The training step whose weights answer, if a run is evaluated."""
+        """The training step of the weights, if a run is evaluated."""
         return None if self.run is None else self.run.step[0]
 
     def output(self, key: str) -> Path | None:
-        """The file that a key names, if any. Raises SettingsError if none can be written there."""
+        """The output file of argument `key`, or None. Raises SettingsError for a bad path."""
         return output_file(key, getattr(self.config, key), _listed(self.config.inputs))
 
     def dataset(self, model: DuplexS2SModel) -> DuplexS2SDataset:
-        """What makes examples of the dialogues."""
+        """The dataset that turns dialogues into examples."""
         return DuplexS2SDataset(
             model.tokenizer,
             frame_length=model.token_equivalent_duration,
@@ -92,7 +96,7 @@ class DuplexPlan:
         )
 
     def summary(self) -> str:
-        """What is about to be evaluated, for a reader."""
+        """Model, data and scoring ASR model, as lines for the terminal."""
         config, run = self.config, self.run
         model = ("model", config.pretrained_name)
         if run is not None:
@@ -102,8 +106,8 @@ class DuplexPlan:
         for dialogue in self.dialogues:
             counts[dialogue.set_name] = counts.get(dialogue.set_name, 0) + 1
         sets = ", ".join(f"{name} ({count} conversations)" for name, count in counts.items())
-        heard = config.scoring_asr or "nobody: the agent's speech is not written down (scoring_asr)"
-        lines = [model, ("data", sets), ("heard", f"by {heard}")]
+        asr = config.scoring_asr or "none: the agent's speech is not transcribed (scoring_asr)"
+        lines = [model, ("data", sets), ("ASR", asr)]
         missed = [left_out(Path(value).expanduser()) for value in _listed(config.inputs)]
         lines += [("note", note) for note in missed if note]
         return "\n".join(f"{name:<6} {value}" for name, value in lines)
@@ -113,13 +117,13 @@ def _listed(inputs: str | Sequence[str] | None) -> Sequence[str]:
     return (inputs,) if isinstance(inputs, str) else inputs or ()
 
 
-def make_duplex_plan(words: Mapping[str, Any], found: ModelFound) -> DuplexPlan:
-    """Checks the keys of a command line, fills in the others, and lists the conversations.
+def make_duplex_plan(arguments: Mapping[str, Any], found: ModelFound) -> DuplexPlan:
+    """Checks the arguments, fills in defaults, and lists the conversations.
 
-    Raises SettingsError for a key or value that cannot be used, for inputs that cannot be read, and
-    for a speaker who is neither user nor agent.
+    Raises SettingsError for a wrong key or value, for inputs that cannot be read, and for a speaker
+    who is neither user nor agent.
     """
-    settings.build(DuplexEvalConfig, {"pretrained_name": "", **words})
+    settings.build(DuplexEvalConfig, {"pretrained_name": "", **arguments})
     defaults: dict[str, Any] = {"scoring_asr": _scoring_asr(found)}
     data: Mapping[str, Any] = {}
     if found.run is not None:
@@ -127,9 +131,9 @@ def make_duplex_plan(words: Mapping[str, Any], found: ModelFound) -> DuplexPlan:
         defaults |= {"pretrained_name": str(found.run.folder), "dtype": found.run.dtype}
         roles = {key: data.get(key) for key in ("input_roles", "output_roles")}
         defaults |= {key: value for key, value in roles.items() if value is not None}
-        if words.get("inputs") is None:
+        if arguments.get("inputs") is None:
             defaults |= _beside(found.run)
-    config = settings.build(DuplexEvalConfig, {**defaults, **words})
+    config = settings.build(DuplexEvalConfig, {**defaults, **arguments})
     if config.inputs is None:
         dialogues = sets_of_run(data)
     else:
@@ -140,13 +144,13 @@ def make_duplex_plan(words: Mapping[str, Any], found: ModelFound) -> DuplexPlan:
 
 
 def _beside(run: Run) -> dict[str, Any]:
-    """Everything into the run directory, and a quiet terminal."""
+    """Outputs in the run directory, and no texts on the terminal."""
     names = {"output_manifest": "answers.jsonl", "audio_folder": "answers", "report": "report.html"}
     return {**{key: str(run.folder / name) for key, name in names.items()}, "verbose": False}
 
 
 def _scoring_asr(found: ModelFound) -> str | None:
-    """What wrote the agent's speech down in training, if it is on this machine."""
+    """The scoring ASR model of the training, if it is on this machine."""
     name = found.cfg.get("scoring_asr")
     if not name:
         return None

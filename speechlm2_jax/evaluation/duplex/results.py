@@ -1,4 +1,4 @@
-"""What an evaluation of a duplex model leaves behind: a row per conversation, and a table."""
+"""Results of a duplex evaluation: a row per conversation, and a table of scores."""
 
 import math
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from speechlm2_jax.evaluation.duplex.turns import SaidTurn
+from speechlm2_jax.evaluation.duplex.turns import TextTurn
 from speechlm2_jax.evaluation.metrics.token_accuracy import TokenCounts
 from speechlm2_jax.evaluation.metrics.turn_taking import TurnMark
 from speechlm2_jax.evaluation.metrics.wer import WordErrors, text_normalizer, word_errors
@@ -17,10 +17,10 @@ SCORES: Mapping[str, tuple[str, str]] = {
     "asr_bleu": ("ASR-BLEU of the speech", "points"),
     "wer": ("WER of the speech", "share"),
     "cer": ("CER of the speech", "share"),
-    "empty_text_rate": ("empty answers", "share"),
-    "txt_token_acc": ("text tokens right", "share"),
-    "audio_token_acc": ("codes right", "share"),
-    "audio_token_acc_of_silence": ("codes right, of silence", "share"),
+    "empty_text_rate": ("empty responses", "share"),
+    "txt_token_acc": ("text tokens correct", "share"),
+    "audio_token_acc": ("codes correct", "share"),
+    "audio_token_acc_of_silence": ("codes correct, of silence", "share"),
     "turn_taking_precision": ("turns in place (precision)", "share"),
     "turn_taking_recall": ("user turns answered (recall)", "share"),
     "turn_taking_f1": ("turn-taking F1", "share"),
@@ -28,37 +28,37 @@ SCORES: Mapping[str, tuple[str, str]] = {
     "turn_taking_latency_median_s": ("latency, median", "seconds"),
     "barge_in_success": ("barge-ins given way to", "share"),
 }
-"""Every score: what a reader calls it, and what it is measured in."""
+"""Every score: its label and its unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DialogueAnswer:
-    """What became of one conversation."""
+class DialogueResult:
+    """The result for one conversation."""
 
     id: str
     set_name: str
     duration_s: float
     user_text: str | None
-    """All that the user says, where that is known."""
+    """Transcript of the user's side, if known."""
     text: str | None
-    """All that the agent should say; None where there is nothing to score."""
+    """Reference of the agent's side; None if there is none."""
     pred_text: str
-    """All that the agent said; empty if there is an error."""
-    heard: str | None = None
-    """What the scoring ASR heard of its speech."""
+    """Text that the agent generated; empty if there is an error."""
+    asr_text: str | None = None
+    """Transcript of the agent's speech by the scoring ASR model."""
     audio: str | None = None
-    """The file of its speech."""
-    user_turns: tuple[SaidTurn, ...] = ()
-    reference_turns: tuple[SaidTurn, ...] = ()
-    agent_turns: tuple[SaidTurn, ...] = ()
+    """File of the agent's speech."""
+    user_turns: tuple[TextTurn, ...] = ()
+    reference_turns: tuple[TextTurn, ...] = ()
+    agent_turns: tuple[TextTurn, ...] = ()
     marks: tuple[TurnMark, ...] = ()
     counts: TokenCounts | None = None
     rtf: float | None = None
-    """Seconds of generation per second of audio in its batch."""
+    """Real-time factor: seconds of generation per second of audio in its batch."""
     error: str | None = None
-    """Why there is no answer."""
+    """Why there is no response."""
     cause: str | None = None
-    """The error's kind, for counting."""
+    """Kind of the error, for counting."""
 
     @property
     def length(self) -> str:
@@ -68,17 +68,17 @@ class DialogueAnswer:
         return f"{low} to {high[0]} s" if high else f"over {low} s"
 
     def word_errors(self, normalizer: str | bool | None) -> WordErrors | None:
-        """Of its text; None where there is no reference."""
+        """Word errors of its text; None without a reference."""
         if self.text is None:
             return None
         normalize = text_normalizer(normalizer)
         return word_errors([normalize(self.text)], [normalize(self.pred_text)])
 
     def summary(self) -> str:
-        """Reference and answer for a reader."""
+        """Reference and hypothesis, as lines for the terminal."""
         if self.text is None:
             return f"{self.id}: {self.pred_text}"
-        return f"{self.id}\n  reference: {self.text}\n  answer:    {self.pred_text}"
+        return f"{self.id}\n  reference:  {self.text}\n  hypothesis: {self.pred_text}"
 
     def row(self, normalizer: str | bool | None) -> dict[str, Any]:
         """Its line of answers.jsonl."""
@@ -90,7 +90,7 @@ class DialogueAnswer:
             "text": self.text,
             "pred_text": self.pred_text,
         }
-        for key, value in (("heard", self.heard), ("audio", self.audio), ("error", self.error)):
+        for key, value in (("heard", self.asr_text), ("audio", self.audio), ("error", self.error)):
             if value is not None:
                 row[key] = value
         if self.error is None:
@@ -102,9 +102,11 @@ class DialogueAnswer:
     def _scores(self, normalizer: str | bool | None) -> dict[str, Any]:
         errors = self.word_errors(normalizer)
         scores: dict[str, Any] = {} if errors is None else {"txt_wer": errors.wer}
-        if errors is not None and self.heard is not None:
+        if errors is not None and self.asr_text is not None:
             normalize = text_normalizer(normalizer)
-            scores["wer"] = word_errors([normalize(self.text or "")], [normalize(self.heard)]).wer
+            scores["wer"] = word_errors(
+                [normalize(self.text or "")], [normalize(self.asr_text)]
+            ).wer
         scores |= {} if self.counts is None else self.counts.scores()
         kinds = Counter(mark.kind for mark in self.marks)
         latencies = [round(m.seconds, 3) for m in self.marks if m.kind == "response"]
@@ -118,9 +120,9 @@ class DialogueAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexEvaluation:
-    """The answers in input order, their scores, and how fast they came."""
+    """Results in input order, their scores, and the speed."""
 
-    answers: tuple[DialogueAnswer, ...]
+    results: tuple[DialogueResult, ...]
     scores: Mapping[str, float]
     """`KEY_SET` per set and `KEY`, as `DuplexScorer.compute` gives them."""
     speed: Speed
@@ -128,24 +130,24 @@ class DuplexEvaluation:
     @property
     def set_names(self) -> list[str]:
         """The sets, in input order."""
-        return list(dict.fromkeys(answer.set_name for answer in self.answers))
+        return list(dict.fromkeys(result.set_name for result in self.results))
 
     def rows(self, normalizer: str | bool | None) -> list[dict[str, Any]]:
         """A row per conversation."""
-        return [answer.row(normalizer) for answer in self.answers]
+        return [result.row(normalizer) for result in self.results]
 
     def totals(self) -> dict[str, Any]:
-        """Everything that the table shows, as plain numbers."""
-        failed = Counter(a.cause or "unknown" for a in self.answers if a.error is not None)
+        """All numbers of the table."""
+        failed = Counter(a.cause or "unknown" for a in self.results if a.error is not None)
         return {
-            "conversations": len(self.answers),
+            "conversations": len(self.results),
             "failed": dict(sorted(failed.items())),
             "audio_s": round(self.speed.audio_s, 3),
             "generate_s": round(self.speed.generate_s, 3),
             "scores": self._named(""),
             "by_set": {
                 name: {
-                    "conversations": sum(a.set_name == name for a in self.answers),
+                    "conversations": sum(a.set_name == name for a in self.results),
                     "scores": self._named(f"_{name}"),
                 }
                 for name in self.set_names
@@ -155,7 +157,7 @@ class DuplexEvaluation:
         }
 
     def _named(self, suffix: str) -> dict[str, float | None]:
-        """Scores by key; None for one without a finite value, which JSON cannot hold."""
+        """Scores by key. An infinite or NaN score is None, as JSON has no number for it."""
         found = {key: self.scores.get(f"{key}{suffix}") for key in SCORES}
         return {
             key: value if math.isfinite(value) else None
@@ -165,7 +167,7 @@ class DuplexEvaluation:
 
 
 def duplex_table(totals: Mapping[str, Any]) -> str:
-    """The totals for a reader: a column per set, and one for their mean where there are several."""
+    """The totals as text: a column per set, and one for their mean if there are several."""
     failed = ", ".join(f"{n} {cause}" for cause, n in totals["failed"].items()) or "none"
     sets = totals["by_set"]
     columns = {name: found["scores"] for name, found in sets.items()}
@@ -173,7 +175,7 @@ def duplex_table(totals: Mapping[str, Any]) -> str:
         columns["mean"] = totals["scores"]
     lines = [["", *columns]]
     lines += [
-        [SCORES[key][0], *(said(key, scores) for scores in columns.values())]
+        [SCORES[key][0], *(format_score(key, scores) for scores in columns.values())]
         for key in SCORES
         if key in totals["scores"]
     ]
@@ -197,8 +199,8 @@ def duplex_table(totals: Mapping[str, Any]) -> str:
     )
 
 
-def said(key: str, scores: Mapping[str, float | None]) -> str:
-    """A score for a reader."""
+def format_score(key: str, scores: Mapping[str, float | None]) -> str:
+    """A score with its unit, or n/a."""
     value, unit = scores.get(key), SCORES[key][1]
     if value is None:
         return "n/a"

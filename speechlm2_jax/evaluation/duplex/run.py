@@ -1,4 +1,4 @@
-"""A duplex model takes part in every conversation, in batches of a fixed size, and is scored."""
+"""Evaluation loop of duplex models: runs the model on every conversation and scores it."""
 
 import contextlib
 import time
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from speechlm2_jax.batches import DuplexExample
@@ -18,14 +19,14 @@ from speechlm2_jax.evaluation.compilations import Compilations
 from speechlm2_jax.evaluation.duplex import scoring
 from speechlm2_jax.evaluation.duplex.config import DuplexEvalConfig
 from speechlm2_jax.evaluation.duplex.inputs import Dialogue
-from speechlm2_jax.evaluation.duplex.results import DialogueAnswer, DuplexEvaluation
+from speechlm2_jax.evaluation.duplex.results import DialogueResult, DuplexEvaluation
 from speechlm2_jax.evaluation.duplex.scoring import (
-    FIRST_SAID_FRAME,
+    FIRST_TOKEN_FRAME,
     DuplexResponse,
     DuplexScorer,
-    EarlierAnswer,
+    SavedResponse,
 )
-from speechlm2_jax.evaluation.duplex.turns import SaidTurn, said_turns
+from speechlm2_jax.evaluation.duplex.turns import TextTurn, text_turns
 from speechlm2_jax.evaluation.journal import Journal, row_keys
 from speechlm2_jax.evaluation.metrics.turn_taking import Turns, turn_marks
 from speechlm2_jax.evaluation.progress import ProgressDisplay
@@ -34,12 +35,14 @@ from speechlm2_jax.models.duplex import DuplexS2SModel
 from speechlm2_jax.settings import build, to_plain
 
 READERS = 4
+RESULT = "result"
+"""Key of a DialogueResult in the `progress` of a journal's row."""
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """Conversations of one set by their places among the inputs: read, and not readable."""
+    """Conversations of one set by input index: those that were read, and errors of the others."""
 
     examples: Mapping[int, DuplexExample]
     failures: Mapping[int, AudioError]
@@ -48,9 +51,9 @@ class _Batch:
 def open_scorer(
     model: DuplexS2SModel, config: DuplexEvalConfig, *, keeps_audio: bool
 ) -> DuplexScorer:
-    """Loads the scoring ASR, if there is to be one.
+    """Makes the scorer, and loads the scoring ASR model if there is one.
 
-    Raises SettingsError or ConversionError for one that cannot be used.
+    Raises SettingsError or ConversionError if it cannot be loaded.
     """
     return scoring.open_scorer(
         model,
@@ -70,61 +73,63 @@ def evaluate_duplex(
     log: Log = tqdm.write,
     journal: Journal | None = None,
 ) -> DuplexEvaluation:
-    """Answers the conversations, set by set, longest first; the answers come in input order.
+    """Runs the model on the conversations, set by set, longest first; results in input order.
 
-    The agent's speech is written to files below `audio_folder`, if that is given. A conversation
-    whose audio cannot be read becomes an answer with its error. With a `journal` each answer is
-    written as it ends, and what that has already is not answered again. The scorer's ASR is let go
-    of.
+    - The agent's speech is written to files below `audio_folder`, if that is given.
+    - A conversation whose audio cannot be read becomes a result with an `error`.
+    - A `journal` is written batch by batch; the results that it holds are not generated again.
+
+    The scorer is closed at the end, which frees its ASR model.
     """
-    Compilations.listen()
+    Compilations.start()
     files = _files(dialogues, audio_folder)
-    answers, speed = _resumed(journal, scorer, files)
+    results, speed = _resumed(journal, scorer, files)
     with (
         contextlib.closing(scorer),
-        ProgressDisplay(len(dialogues), len(answers)) as progress,
+        ProgressDisplay(len(dialogues), len(results)) as progress,
     ):
-        for batch in _batches(dialogues, dataset, config.batch_size, frozenset(answers)):
+        for batch in _batches(dialogues, dataset, config.batch_size, frozenset(results)):
             rows: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
             for index, error in batch.failures.items():
-                answers[index] = _failure(dialogues[index], error)
-                rows[index] = (answers[index].row(config.use_normalizer), {})
+                results[index] = _failure(dialogues[index], error)
+                rows[index] = (results[index].row(config.use_normalizer), {})
                 log(f"skipped {dialogues[index].id}: {error}")
             if batch.examples:
-                filled = config.batch_size if speed.generate_s else 0  # no new shape is compiled
-                said, speed = _said(scorer, dialogues, batch.examples, filled, speed)
-                for index, (answer, rtf) in said.items():
-                    _write(files.get(index), answer.audio, scorer.model.target_sampling_rate)
-                    answers[index] = _answer(
-                        scorer, dialogues[index], answer, files.get(index), rtf
+                # after the first batch, short batches are padded: no new shape is compiled
+                padded_size = config.batch_size if speed.generate_s else 0
+                responses, speed = _generate(scorer, dialogues, batch.examples, padded_size, speed)
+                for index, (response, rtf) in responses.items():
+                    _write(files.get(index), response.audio, scorer.model.target_sampling_rate)
+                    results[index] = _result(
+                        scorer, dialogues[index], response, files.get(index), rtf
                     )
                     rows[index] = (
-                        answers[index].row(config.use_normalizer),
-                        _progress(scorer, answers[index], answer, speed),
+                        results[index].row(config.use_normalizer),
+                        _progress(scorer, results[index], response, speed),
                     )
                     if config.verbose or not dialogues[index].has_reference:
-                        log(answers[index].summary())
+                        log(results[index].summary())
             if journal is not None:
                 journal.append(rows)
             progress.update(len(rows))
         scores = scorer.compute()
     return DuplexEvaluation(
-        answers=tuple(answers[i] for i in range(len(dialogues))), scores=scores, speed=speed
+        results=tuple(results[i] for i in range(len(dialogues))), scores=scores, speed=speed
     )
 
 
 def input_keys(dialogues: Sequence[Dialogue]) -> list[str]:
-    """What tells the conversations of a journal apart."""
+    """The journal's key of each conversation."""
     return row_keys([(d.set_name, d.id, d.duration_s, d.has_reference) for d in dialogues])
 
 
 def _progress(
-    scorer: DuplexScorer, whole: DialogueAnswer, answer: DuplexResponse, speed: Speed
+    scorer: DuplexScorer, result: DialogueResult, response: DuplexResponse, speed: Speed
 ) -> dict[str, Any]:
-    """What a row of the output manifest does not say of an answer."""
-    user, agent = scorer.turns_of(answer)
+    """What resuming needs beside the row of the output manifest."""
+    user, agent = scorer.turns_of(response)
     return {
-        "answer": to_plain(whole),
+        RESULT: to_plain(result),
         "user": user.segments(),
         "agent": agent.segments(),
         "speed": to_plain(speed),
@@ -133,80 +138,82 @@ def _progress(
 
 def _resumed(
     journal: Journal | None, scorer: DuplexScorer, files: Mapping[int, Path]
-) -> tuple[dict[int, DialogueAnswer], Speed]:
-    """The answers that a journal has, added to the scorer.
+) -> tuple[dict[int, DialogueResult], Speed]:
+    """The results that a journal holds; adds them to the scorer.
 
-    What could not be read before, and what is without its file of speech, is answered again.
+    Conversations that could not be read, or whose speech file is missing, are generated again.
     """
-    answers: dict[int, DialogueAnswer] = {}
+    results: dict[int, DialogueResult] = {}
     speed = Speed()
     if journal is None:
-        return answers, speed
+        return results, speed
     journal.forget(
         [
             index
             for index, kept in journal.kept.items()
-            if "error" in kept.row or (index in files and not files[index].is_file())
+            if "error" in kept.row
+            or RESULT not in kept.progress  # written by an older version
+            or (index in files and not files[index].is_file())
         ]
     )
     for index, kept in journal.kept.items():
-        answer = build(DialogueAnswer, kept.progress["answer"])
+        result = build(DialogueResult, kept.progress[RESULT])
         speed = max(speed, build(Speed, kept.progress["speed"]), key=lambda s: s.generate_s)
-        answers[index] = answer
-        scorer.add_earlier(
-            answer.set_name,
-            EarlierAnswer(
-                reference=answer.text,
-                text=answer.pred_text,
-                heard=answer.heard,
+        results[index] = result
+        scorer.add_saved(
+            result.set_name,
+            SavedResponse(
+                reference=result.text,
+                text=result.pred_text,
+                asr_text=result.asr_text,
                 user=Turns.from_segments(map(tuple, kept.progress["user"])),
                 agent=Turns.from_segments(map(tuple, kept.progress["agent"])),
-                counts=answer.counts,
+                counts=result.counts,
             ),
         )
-    return answers, speed
+    return results, speed
 
 
-def _said(
+def _generate(
     scorer: DuplexScorer,
     dialogues: Sequence[Dialogue],
     examples: Mapping[int, DuplexExample],
-    rows: int,
+    batch_size: int,
     speed: Speed,
 ) -> tuple[dict[int, tuple[DuplexResponse, float]], Speed]:
-    """What is said in each conversation and how many seconds of work one of audio took."""
+    """Responses by input index, each with its real-time factor, and the updated speed."""
     first, model = dialogues[next(iter(examples))], scorer.model
     compiled, start = Compilations.count, time.perf_counter()
-    result = scorer.speak(list(examples.values()), rows)
+    result = scorer.generate(list(examples.values()), batch_size)
     elapsed = time.perf_counter() - start
     audio_s = sum(len(e.source_audio) for e in examples.values()) / model.sampling_rate
     speed = speed.add(audio_s, elapsed, compiled=Compilations.count > compiled)
-    said = scorer.add(
+    responses = scorer.add(
         first.set_name, list(examples.values()), result, has_references=first.has_reference
     )
     rtf = elapsed / audio_s
-    return {i: (answer, rtf) for i, answer in zip(examples, said, strict=True)}, speed
+    return {i: (r, rtf) for i, r in zip(examples, responses, strict=True)}, speed
 
 
 def _batches(
     dialogues: Sequence[Dialogue],
     dataset: DuplexS2SDataset,
     size: int,
-    answered: Container[int],
+    done: Container[int],
 ) -> Iterator[_Batch]:
-    """Batches of one set each, longest first, the next one read while this one is answered.
+    """Yields batches of one set each, longest first, and reads the next one in the background.
 
-    Those of `answered` are left out.
+    Conversations whose index is in `done` are skipped.
     """
     sets: dict[str, list[int]] = {}
     for index, dialogue in enumerate(dialogues):
-        if index in answered:
+        if index in done:
             continue
         sets.setdefault(dialogue.set_name, []).append(index)
     chunks: list[list[int]] = []
-    for places in sets.values():
-        places.sort(key=lambda i: -dialogues[i].duration_s)
-        chunks += [places[i : i + size] for i in range(0, len(places), size)]
+    for indices in sets.values():
+        indices.sort(key=lambda i: -dialogues[i].duration_s)
+        chunks += [indices[i : i + size] for i in range(0, len(indices), size)]
     with ThreadPoolExecutor(READERS) as pool:
 
         def submit(number: int) -> dict[int, Future[DuplexExample]]:
@@ -226,33 +233,39 @@ def _batches(
             yield _Batch(examples=examples, failures=failures)
 
 
-def _answer(
-    scorer: DuplexScorer, dialogue: Dialogue, answer: DuplexResponse, file: Path | None, rtf: float
-) -> DialogueAnswer:
-    model, example = scorer.model, answer.example
-    user, agent = scorer.turns_of(answer)
-    return DialogueAnswer(
+def _result(
+    scorer: DuplexScorer,
+    dialogue: Dialogue,
+    response: DuplexResponse,
+    file: Path | None,
+    rtf: float,
+) -> DialogueResult:
+    model, example = scorer.model, response.example
+    user, agent = scorer.turns_of(response)
+    return DialogueResult(
         id=dialogue.id,
         set_name=dialogue.set_name,
         duration_s=len(example.source_audio) / model.sampling_rate,
         user_text=example.source_text if dialogue.has_reference else None,
         text=example.target_text if dialogue.has_reference else None,
-        pred_text=answer.text,
-        heard=answer.heard,
+        pred_text=response.text,
+        asr_text=response.asr_text,
         audio=None if file is None else str(file),
         user_turns=_turns(model, example.source_tokens),
         reference_turns=_turns(model, example.target_tokens),
-        agent_turns=_turns(model, answer.tokens, FIRST_SAID_FRAME),
+        agent_turns=_turns(model, response.tokens, FIRST_TOKEN_FRAME),
         marks=tuple(turn_marks(user, agent)),
-        counts=answer.counts,
+        counts=response.counts,
         rtf=rtf,
     )
 
 
-def _turns(model: DuplexS2SModel, tokens: np.ndarray, first_frame: int = 0) -> tuple[SaidTurn, ...]:
+def _turns(
+    model: DuplexS2SModel, tokens: Int[np.ndarray, " T"], first_frame: int = 0
+) -> tuple[TextTurn, ...]:
     ids = model.turn_ids
     return tuple(
-        said_turns(
+        text_turns(
             tokens,
             model.tokenizer.ids_to_text,
             bos_id=ids.bos,
@@ -264,8 +277,8 @@ def _turns(model: DuplexS2SModel, tokens: np.ndarray, first_frame: int = 0) -> t
     )
 
 
-def _failure(dialogue: Dialogue, error: AudioError) -> DialogueAnswer:
-    return DialogueAnswer(
+def _failure(dialogue: Dialogue, error: AudioError) -> DialogueResult:
+    return DialogueResult(
         id=dialogue.id,
         set_name=dialogue.set_name,
         duration_s=dialogue.duration_s,
@@ -278,7 +291,7 @@ def _failure(dialogue: Dialogue, error: AudioError) -> DialogueAnswer:
 
 
 def _files(dialogues: Sequence[Dialogue], folder: Path | None) -> dict[int, Path]:
-    """A file for each conversation, in a folder for each set; ids may hold anything."""
+    """A WAV file per conversation in a folder per set; names are made safe and unique."""
     files: dict[int, Path] = {}
     taken: set[Path] = set()
     for index, dialogue in enumerate(dialogues if folder is not None else ()):
@@ -290,12 +303,12 @@ def _files(dialogues: Sequence[Dialogue], folder: Path | None) -> dict[int, Path
 
 
 def _name(text: str) -> str:
-    """A name that any file system takes."""
+    """A file name that every file system accepts."""
     kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in text).lstrip(".")
     return kept[:120] or "_"
 
 
-def _write(file: Path | None, audio: np.ndarray, rate_hz: int) -> None:
+def _write(file: Path | None, audio: Float[np.ndarray, " A"], rate_hz: int) -> None:
     """Writes [A] samples as 16-bit WAV, if there is a file to write."""
     import soundfile
 

@@ -1,4 +1,4 @@
-"""Scores of a duplex model's answers to whole conversations."""
+"""Generates and scores a duplex model's side of whole conversations."""
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from speechlm2_jax.batches import DuplexExample, HostBatch
 from speechlm2_jax.evaluation.duplex.silence import without_long_silence
@@ -17,36 +18,36 @@ from speechlm2_jax.evaluation.metrics.turn_taking import Turns, TurnTaking
 from speechlm2_jax.models.asr import ASRModel
 from speechlm2_jax.models.duplex import DuplexS2SModel
 
-FIRST_SAID_FRAME = 1
-"""A model says its first token when it has heard the first frame."""
+FIRST_TOKEN_FRAME = 1
+"""Frame of a model's first token: it is generated after the first input frame was encoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexResponse:
-    """What the model said in one conversation."""
+    """What the model generated in one conversation."""
 
     example: DuplexExample
     text: str
-    heard: str | None
-    """What the scoring ASR heard of the speech; None without one."""
-    tokens: np.ndarray
-    """Int32 [T]: the text channel."""
-    codes: np.ndarray
-    """Int32 [T, K]."""
-    audio: np.ndarray
-    """Float32 [A] at the codec's rate; empty if it was not made."""
+    asr_text: str | None
+    """Transcript of the speech by the scoring ASR model; None without one."""
+    tokens: Int[np.ndarray, " T"]
+    """The text channel."""
+    codes: Int[np.ndarray, "T K"]
+    """Audio codes of K codebooks."""
+    audio: Float[np.ndarray, " A"]
+    """Speech at the codec's rate; empty if it was not decoded."""
     counts: TokenCounts | None = None
-    """Its right tokens, where they were counted."""
+    """Correct tokens, if they were counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EarlierAnswer:
-    """What scores depend on of a conversation."""
+class SavedResponse:
+    """A response of an interrupted evaluation, reduced to what the scores need."""
 
     reference: str | None
-    """What the agent should say; None where that is not known."""
+    """Reference of the agent's side; None if there is none."""
     text: str
-    heard: str | None
+    asr_text: str | None
     user: Turns
     agent: Turns
     counts: TokenCounts | None
@@ -54,14 +55,14 @@ class EarlierAnswer:
 
 @dataclass
 class DuplexScorer:
-    """Answers conversations and scores the answers, per set: text, speech, turns and tokens."""
+    """Generates responses and scores them per set: text, speech, turns and tokens."""
 
     model: DuplexS2SModel
-    recogniser: ASRModel | None = None
+    asr_model: ASRModel | None = None
     keeps_audio: bool = False
-    """Make the agent's audio even where nothing listens to it."""
+    """Decode the agent's audio even without a scoring ASR model."""
     counts_tokens: bool = False
-    """Compare token by token too, for which the agent's recorded speech is encoded."""
+    """Also compare tokens; this encodes the agent's recorded speech."""
     normalizer: str | bool | None = "english"
 
     def __post_init__(self) -> None:
@@ -69,22 +70,24 @@ class DuplexScorer:
         self.empty = EmptyTextRate()
         self.turns = TurnTaking()
         self.tokens = TokenAccuracy()
-        self.speech = self._speech()
+        self.speech = self._speech_metric()
 
-    def answer(self, name: str, examples: Sequence[DuplexExample]) -> list[DuplexResponse]:
-        """Answers conversations of set `name` and adds them to its scores."""
-        return self.add(name, examples, self.speak(examples))
+    def generate_and_score(
+        self, name: str, examples: Sequence[DuplexExample]
+    ) -> list[DuplexResponse]:
+        """Generates responses to conversations of set `name` and adds them to its scores."""
+        return self.add(name, examples, self.generate(examples))
 
-    def speak(self, examples: Sequence[DuplexExample], rows: int = 0) -> dict[str, Any]:
-        """Answers conversations, greedily; the batch is filled up to `rows` with empty ones."""
-        rows = max(rows, len(examples))
-        lengths = np.zeros(rows, np.int32)
+    def generate(self, examples: Sequence[DuplexExample], batch_size: int = 0) -> dict[str, Any]:
+        """Greedy decoding; the batch is padded to `batch_size` with empty conversations."""
+        batch_size = max(batch_size, len(examples))
+        lengths = np.zeros(batch_size, np.int32)
         lengths[: len(examples)] = [len(e.source_audio) for e in examples]
-        audio = np.zeros((rows, int(lengths.max(initial=1))), np.float32)
-        for row, example in zip(audio, examples, strict=False):
-            row[: len(example.source_audio)] = example.source_audio
-        makes_audio = self.recogniser is not None or self.keeps_audio
-        return self.model.offline_inference(audio, lengths, makes_audio)
+        audio = np.zeros((batch_size, int(lengths.max(initial=1))), np.float32)
+        for padded, example in zip(audio, examples, strict=False):
+            padded[: len(example.source_audio)] = example.source_audio
+        decodes_audio = self.asr_model is not None or self.keeps_audio
+        return self.model.offline_inference(audio, lengths, decodes_audio)
 
     def add(
         self,
@@ -94,80 +97,81 @@ class DuplexScorer:
         *,
         has_references: bool = True,
     ) -> list[DuplexResponse]:
-        """Scores what `speak` said in conversations of set `name`.
+        """Scores the output of `generate` for conversations of set `name`.
 
-        Without references nothing but empty answers is counted, and the speech is heard all the
-        same.
+        Without references only empty responses are counted; the speech is still transcribed.
         """
         count = len(examples)
-        heard = self._listen(name, examples, result, has_references=has_references)
-        answers = [_answer(result, row, examples[row], heard[row]) for row in range(count)]
+        asr_texts = self._transcribe(name, examples, result, has_references=has_references)
+        responses = [_response(result, i, examples[i], asr_texts[i]) for i in range(count)]
         references = [example.target_text for example in examples]
-        texts = [answer.text for answer in answers]
+        texts = [response.text for response in responses]
         self.empty.update(name, references, texts)
         if not has_references:
-            return answers
+            return responses
         self.text.update(name, references, texts)
-        for answer in answers:
-            self.turns.update(name, *self.turns_of(answer))
-        return self._with_counts(name, answers) if self.counts_tokens else answers
+        for response in responses:
+            self.turns.update(name, *self.turns_of(response))
+        return self._with_counts(name, responses) if self.counts_tokens else responses
 
-    def add_earlier(self, name: str, earlier: "EarlierAnswer") -> None:
-        """Adds the scores of a conversation of set `name` that an earlier process answered."""
-        reference = earlier.reference or ""
-        self.empty.update(name, [reference], [earlier.text])
-        if earlier.reference is None:
+    def add_saved(self, name: str, saved: SavedResponse) -> None:
+        """Adds a response of set `name` that an interrupted evaluation generated."""
+        reference = saved.reference or ""
+        self.empty.update(name, [reference], [saved.text])
+        if saved.reference is None:
             return
-        self.text.update(name, [reference], [earlier.text])
-        if self.speech is not None and earlier.heard is not None:
-            self.speech.update_texts(name, [reference], [earlier.heard])
-        self.turns.update(name, earlier.user, earlier.agent)
-        if earlier.counts is not None:
-            self.tokens.update(name, earlier.counts)
+        self.text.update(name, [reference], [saved.text])
+        if self.speech is not None and saved.asr_text is not None:
+            self.speech.update_texts(name, [reference], [saved.asr_text])
+        self.turns.update(name, saved.user, saved.agent)
+        if saved.counts is not None:
+            self.tokens.update(name, saved.counts)
 
     def compute(self) -> dict[str, float]:
         """All scores by name."""
-        parts = (self.text, self.speech, self.empty, self.tokens, self.turns)
-        return {k: v for part in parts if part is not None for k, v in part.compute().items()}
+        metrics = (self.text, self.speech, self.empty, self.tokens, self.turns)
+        return {
+            k: v for metric in metrics if metric is not None for k, v in metric.compute().items()
+        }
 
     def close(self) -> None:
-        """Lets go of the scoring ASR; its scores stay."""
-        self.recogniser = None
+        """Frees the scoring ASR model; its scores stay."""
+        self.asr_model = None
         if self.speech is not None:
             self.speech.release()
 
-    def turns_of(self, answer: DuplexResponse) -> tuple[Turns, Turns]:
-        """When the user and the agent speak."""
+    def turns_of(self, response: DuplexResponse) -> tuple[Turns, Turns]:
+        """The turns of user and agent."""
         ids, frame_s = self.model.turn_ids, self.model.token_equivalent_duration
         marks = {"bos_id": ids.bos, "eos_id": ids.eos, "frame_s": frame_s}
         return (
-            Turns.from_tokens(answer.example.source_tokens, **marks),
-            Turns.from_tokens(answer.tokens, **marks, first_frame=FIRST_SAID_FRAME),
+            Turns.from_tokens(response.example.source_tokens, **marks),
+            Turns.from_tokens(response.tokens, **marks, first_frame=FIRST_TOKEN_FRAME),
         )
 
-    def _with_counts(self, name: str, answers: Sequence[DuplexResponse]) -> list[DuplexResponse]:
-        """Counts the right tokens of each answer, and those that were due."""
-        due = self.model.targets([answer.example for answer in answers])
+    def _with_counts(self, name: str, responses: Sequence[DuplexResponse]) -> list[DuplexResponse]:
+        """Counts the target tokens of each response, and those that it predicts correctly."""
+        targets = self.model.targets([response.example for response in responses])
         counted = []
-        for row, answer in enumerate(answers):
-            frames = int(due.frames[row])
+        for i, response in enumerate(responses):
+            frames = int(targets.frames[i])
             counts = count_tokens(
-                *(due.text[row, :frames], due.codes[row, :frames]),
-                *(answer.tokens[:frames], answer.codes[:frames]),
+                *(targets.text[i, :frames], targets.codes[i, :frames]),
+                *(response.tokens[:frames], response.codes[:frames]),
                 pad_id=self.model.text_pad_id,
                 bos=self.model.speech_bos_id,
                 eos=self.model.speech_eos_id,
             )
             self.tokens.update(name, counts)
-            counted.append(replace(answer, counts=counts))
+            counted.append(replace(response, counts=counts))
         return counted
 
-    def _speech(self) -> ASRBLEU | None:
-        if self.recogniser is None:
+    def _speech_metric(self) -> ASRBLEU | None:
+        if self.asr_model is None:
             return None
-        return ASRBLEU(self.recogniser, normalizer=self.normalizer)
+        return ASRBLEU(self.asr_model, normalizer=self.normalizer)
 
-    def _listen(
+    def _transcribe(
         self,
         name: str,
         examples: Sequence[DuplexExample],
@@ -175,64 +179,65 @@ class DuplexScorer:
         *,
         has_references: bool,
     ) -> list[str | None]:
-        """What the scoring ASR hears of each answer."""
+        """The scoring ASR model's transcript of each response."""
         if self.speech is None:
             return [None] * len(examples)
-        # without references the scores that come with the hearing are not kept
-        speech = self.speech if has_references else self._speech()
+        # without references the transcripts are kept, and their scores are dropped
+        speech = self.speech if has_references else self._speech_metric()
         assert speech is not None
         rate_hz = self.model.target_sampling_rate
         lengths = np.asarray(result["audio_len"])[: len(examples)]
-        rows = zip(np.asarray(result["audio"]), lengths, strict=False)
-        spoken = [row[:length] for row, length in rows]
+        padded = zip(np.asarray(result["audio"]), lengths, strict=False)
+        waves = [wave[:length] for wave, length in padded]
         if not self.model.nemo_exact:
-            spoken = [without_long_silence(wave, rate_hz) for wave in spoken]
-        audio = np.zeros((len(spoken), max(map(len, spoken), default=0)), np.float32)
-        for row, wave in zip(audio, spoken, strict=True):
-            row[: len(wave)] = wave
-        heard = speech.update(
+            waves = [without_long_silence(wave, rate_hz) for wave in waves]
+        audio = np.zeros((len(waves), max(map(len, waves), default=0)), np.float32)
+        for sequence, wave in zip(audio, waves, strict=True):
+            sequence[: len(wave)] = wave
+        texts = speech.update(
             name,
             [example.target_text for example in examples],
             audio,
-            [len(wave) for wave in spoken],
+            [len(wave) for wave in waves],
             sample_rate_hz=rate_hz,
         )
-        return list(heard)
+        return list(texts)
 
 
 def open_scorer(
     model: DuplexS2SModel, scoring_asr: str | Path | None, **options: Any
 ) -> DuplexScorer:
-    """A scorer with the ASR model of that name or file, None: without; to be closed after use.
+    """A scorer with the ASR model of a name or file, or without one (None). Close it after use.
 
-    `options` are further fields of the scorer.
+    `options` are further fields of DuplexScorer.
     """
-    recogniser = None if scoring_asr is None else ASRModel.from_pretrained(scoring_asr)
-    return DuplexScorer(model=model, recogniser=recogniser, **options)
+    asr_model = None if scoring_asr is None else ASRModel.from_pretrained(scoring_asr)
+    return DuplexScorer(model=model, asr_model=asr_model, **options)
 
 
 @contextmanager
 def scoring(model: DuplexS2SModel, scoring_asr: str | Path | None) -> Generator[DuplexScorer]:
-    """The same, closed afterwards."""
+    """`open_scorer` as a context manager."""
     with closing(open_scorer(model, scoring_asr)) as scorer:
         yield scorer
 
 
 def conversations(batch: HostBatch) -> list[DuplexExample]:
-    """The conversations behind a batch."""
+    """The conversations that a batch was made of."""
     return [reference for reference in batch.references if reference is not None]
 
 
-def _answer(
-    result: Mapping[str, Any], row: int, example: DuplexExample, heard: str | None
+def _response(
+    result: Mapping[str, Any], i: int, example: DuplexExample, asr_text: str | None
 ) -> DuplexResponse:
-    frames = int(result["tokens_len"][row])
-    samples = int(result["audio_len"][row]) if "audio" in result else 0
+    """Sequence `i` of a batch that `offline_inference` returned, without padding."""
+    frames = int(result["tokens_len"][i])
+    samples = int(result["audio_len"][i]) if "audio" in result else 0
     return DuplexResponse(
         example=example,
-        text=result["text"][row],
-        heard=heard,
-        tokens=result["tokens_text"][row, :frames],
-        codes=result["tokens_audio"][row, :frames],
-        audio=result["audio"][row, :samples] if samples else np.zeros(0, np.float32),
+        text=result["text"][i],
+        asr_text=asr_text,
+        tokens=result["tokens_text"][i, :frames],
+        codes=result["tokens_audio"][i, :frames],
+        audio=result["audio"][i, :samples] if samples else np.zeros(0, np.float32),
     )

@@ -1,20 +1,20 @@
-"""Silence in what was said: most of a channel of a conversation, and nothing to write down."""
+"""Shortens silence: most of one channel of a conversation is silent."""
 
 import numpy as np
 from jaxtyping import Float
 
 WINDOW_S = 0.02
 QUIET = 1e-2
-"""A window whose loudest sample is below this share of the loudest of all is silent (-40 dB)."""
+"""A window is silent if its peak is below this share of the recording's peak (-40 dB)."""
 KEPT_S = 0.25
-"""Silence that stays on each side of speech."""
+"""Seconds of silence that stay on each side of speech."""
 
 
 def without_long_silence(wave: Float[np.ndarray, " S"], rate_hz: int) -> Float[np.ndarray, " S2"]:
-    """Shortens every silence of more than 2 * KEPT_S, and that before and after all speech.
+    """Shortens silences longer than 2 * KEPT_S, and leading and trailing ones to KEPT_S.
 
-    A recogniser that normalises a recording by its mean and deviation hears little of a second of
-    speech in a minute of zeros. What is silent throughout stays as it is.
+    An ASR model that normalises features by mean and deviation of the whole recording misses a
+    second of speech in a minute of zeros. A recording without speech is returned unchanged.
     """
     size = max(round(WINDOW_S * rate_hz), 1)
     count = -(-len(wave) // size)

@@ -1,6 +1,6 @@
-"""The report of a duplex model: each conversation's two voices on one axis of time, to listen to.
+"""The HTML report of a duplex model: user and agent of each conversation on one time axis.
 
-One HTML file, made with the script and style of page.py; assets/duplex.html shows the rows.
+Uses script and style of page.py; the template of the rows is assets/duplex.html.
 """
 
 import math
@@ -16,8 +16,13 @@ import numpy as np
 from speechlm2_jax.data.audio import AudioError, read_audio, sinc_resample
 from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
 from speechlm2_jax.evaluation.duplex.inputs import Dialogue
-from speechlm2_jax.evaluation.duplex.results import SCORES, DialogueAnswer, DuplexEvaluation, said
-from speechlm2_jax.evaluation.duplex.turns import SaidTurn
+from speechlm2_jax.evaluation.duplex.results import (
+    SCORES,
+    DialogueResult,
+    DuplexEvaluation,
+    format_score,
+)
+from speechlm2_jax.evaluation.duplex.turns import TextTurn
 from speechlm2_jax.evaluation.html_report.page import (
     TICK_STEPS_S,
     audio_uri,
@@ -35,23 +40,23 @@ from speechlm2_jax.evaluation.results import write_whole
 
 WORKERS = 2
 PX_PER_S = 72
-"""The narrowest that a second is drawn; longer conversations scroll."""
+"""Minimum width of a second; long conversations scroll."""
 LETTER_PX = 7.2
-"""About how wide a letter of a mark is."""
+"""Approximate width of a letter in a mark."""
 LEAST_BOX_S = 0.2
 LEAST_TICK_PX = 56
 MARKS: Mapping[str, tuple[str, str]] = {
     "response": ("{:.2f} s", "good"),
-    "unanswered": ("no answer", "bad"),
+    "unanswered": ("no response", "bad"),
     "barge_in": ("barge-in: stops after {:.2f} s", "good"),
-    "talked_over": ("barge-in: talks on for {:.2f} s", "bad"),
+    "talked_over": ("barge-in: continues for {:.2f} s", "bad"),
 }
-"""What a mark says, and how it is meant."""
+"""Label and grade of each kind of mark."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sound:
-    """The two voices of a conversation: their outlines, and what is embedded of them."""
+class _Media:
+    """Waveforms and embedded audio of a conversation."""
 
     duration_s: float
     columns: int
@@ -70,25 +75,25 @@ def write_duplex_page(
     media_rows: int,
     normalizer: str | bool | None,
 ) -> None:
-    """Writes the page, worst conversation first.
+    """Writes the report, worst conversation first.
 
     Args:
         path: the HTML file.
-        result: the answers, in the order of `dialogues`.
-        dialogues: what was heard; the recordings of the worst are read again.
-        dataset: by whose rates they are read.
+        result: the results, in the order of `dialogues`.
+        dialogues: the inputs; the recordings of the worst ones are read again.
+        dataset: defines the sampling rates of user and agent.
         record: the provenance of the evaluation.
-        media_rows: how many conversations get waveforms and audio.
-        normalizer: of the words that are compared.
+        media_rows: number of conversations with waveforms and audio.
+        normalizer: normalizes the texts before they are aligned.
     """
-    rows = [_row(i, answer, normalizer) for i, answer in enumerate(result.answers)]
+    rows = [_row(i, one, normalizer) for i, one in enumerate(result.results)]
     rows.sort(key=lambda row: (-row["badness"], -row["errors"], row["index"]))
     chosen = [row["index"] for row in rows[:media_rows]]
     with ThreadPoolExecutor(WORKERS) as pool:
-        sounds = pool.map(lambda i: _sound(result.answers[i], dialogues[i], dataset), chosen)
-        for row, sound in zip(rows, sounds, strict=False):
-            if sound is not None:
-                row["stage"] = _stage(result.answers[row["index"]], sound)
+        media = pool.map(lambda i: _media(result.results[i], dialogues[i], dataset), chosen)
+        for row, found in zip(rows, media, strict=False):
+            if found is not None:
+                row["stage"] = _stage(result.results[row["index"]], found)
     totals = result.totals()
     model = record["model"]["name"]
     html = render(
@@ -113,30 +118,30 @@ def write_duplex_page(
 # Rows ------------------------------------------------------------------------------------------
 
 
-def _row(index: int, answer: DialogueAnswer, normalizer: str | bool | None) -> dict[str, Any]:
-    errors = answer.word_errors(normalizer) if answer.error is None else None
+def _row(index: int, result: DialogueResult, normalizer: str | bool | None) -> dict[str, Any]:
+    errors = result.word_errors(normalizer) if result.error is None else None
     normalize = text_normalizer(normalizer)
-    texts = (answer.id, answer.set_name, answer.user_text, answer.text, answer.pred_text)
+    texts = (result.id, result.set_name, result.user_text, result.text, result.pred_text)
     words: Any = ()
     if errors is not None:
-        words = align_words(normalize(answer.text or ""), normalize(answer.pred_text))
-    unanswered = sum(mark.kind == "unanswered" for mark in answer.marks)
+        words = align_words(normalize(result.text or ""), normalize(result.pred_text))
+    unanswered = sum(mark.kind == "unanswered" for mark in result.marks)
     return {
         "index": index,
-        "id": answer.id,
-        "set": answer.set_name,
-        "length": answer.length,
-        "duration_s": answer.duration_s,
+        "id": result.id,
+        "set": result.set_name,
+        "length": result.length,
+        "duration_s": result.duration_s,
         "badness": _badness(errors),
         "errors": 0 if errors is None else errors.errors + unanswered,
         "wer": "–" if errors is None or errors.wer is None else f"{errors.wer:.0%}",
         "grade": _grade(errors),
         "words": words,
-        "plain": answer.pred_text if errors is None and answer.error is None else None,
-        "heard": answer.heard,
-        "problem": f"not answered: {answer.error}" if answer.error else "",
-        "tags": _tags(answer),
-        "search": " ".join([text for text in (*texts, answer.heard) if text]).lower(),
+        "plain": result.pred_text if errors is None and result.error is None else None,
+        "asr_text": result.asr_text,
+        "problem": f"no response: {result.error}" if result.error else "",
+        "tags": _tags(result),
+        "search": " ".join([text for text in (*texts, result.asr_text) if text]).lower(),
         "stage": None,
     }
 
@@ -155,40 +160,40 @@ def _grade(errors: WordErrors | None) -> str:
     return "right" if not errors.errors else "bad" if _badness(errors) >= 0.5 else "some"
 
 
-def _tags(answer: DialogueAnswer) -> list[str]:
-    tags = [answer.set_name, f"{answer.duration_s:.2f} s"]
-    delays = [mark.seconds for mark in answer.marks if mark.kind == "response"]
+def _tags(result: DialogueResult) -> list[str]:
+    tags = [result.set_name, f"{result.duration_s:.2f} s"]
+    delays = [mark.seconds for mark in result.marks if mark.kind == "response"]
     if delays:
         tags.append(f"latency {', '.join(f'{delay:.2f}' for delay in delays)} s")
-    if answer.counts is not None:
-        shares = answer.counts.scores()
+    if result.counts is not None:
+        shares = result.counts.scores()
         names = (("txt_token_acc", "text tokens"), ("audio_token_acc", "codes"))
         tags += [f"{name} {shares[key]:.0%}" for key, name in names if key in shares]
-    if answer.rtf is not None:
-        tags.append(f"RTF {answer.rtf:.3f}")
+    if result.rtf is not None:
+        tags.append(f"RTF {result.rtf:.3f}")
     return tags
 
 
-# The two voices --------------------------------------------------------------------------------
+# The two sides ---------------------------------------------------------------------------------
 
 
-def _sound(answer: DialogueAnswer, dialogue: Dialogue, dataset: DuplexS2SDataset) -> _Sound | None:
-    """Reads and encodes both voices; None where there is nothing to hear."""
+def _media(result: DialogueResult, dialogue: Dialogue, dataset: DuplexS2SDataset) -> _Media | None:
+    """Reads and encodes both sides; None if there is no audio."""
     rate_hz = dataset.target_sample_rate
-    if answer.error is not None or answer.audio is None:
+    if result.error is not None or result.audio is None:
         return None
     try:
-        heard = dialogue.example(dataset).source_audio
-        agent = read_audio(answer.audio, sample_rate_hz=rate_hz)
+        source = dialogue.example(dataset).source_audio
+        agent = read_audio(result.audio, sample_rate_hz=rate_hz)
     except AudioError:
         return None
-    user = sinc_resample(heard, dataset.source_sample_rate, rate_hz)
+    user = sinc_resample(source, dataset.source_sample_rate, rate_hz)
     both = np.zeros((max(len(user), len(agent), 1), 2), np.float32)
     both[: len(user), 0], both[: len(agent), 1] = user, agent
     duration_s = len(both) / rate_hz
     width = columns(duration_s)
     voices = {"user": both[:, 0], "agent": both[:, 1]}
-    return _Sound(
+    return _Media(
         duration_s=duration_s,
         columns=width,
         paths={
@@ -202,27 +207,27 @@ def _sound(answer: DialogueAnswer, dialogue: Dialogue, dataset: DuplexS2SDataset
     )
 
 
-def _stage(answer: DialogueAnswer, sound: _Sound) -> dict[str, Any]:
-    """Both voices, their words and the marks between them, placed in percent of the time axis."""
-    width_px = PX_PER_S * sound.duration_s
+def _stage(result: DialogueResult, media: _Media) -> dict[str, Any]:
+    """Waveforms, words and marks of a conversation, placed in percent of the time axis."""
+    width_px = PX_PER_S * media.duration_s
     step_s = next((s for s in TICK_STEPS_S if s * PX_PER_S >= LEAST_TICK_PX), TICK_STEPS_S[-1])
-    lanes = {"user": answer.user_turns, "agent": answer.agent_turns}
-    if any(turn.words for turn in answer.reference_turns):
-        lanes["should"] = answer.reference_turns
+    lanes = {"user": result.user_turns, "agent": result.agent_turns}
+    if any(turn.words for turn in result.reference_turns):
+        lanes["should"] = result.reference_turns
     return {
-        "duration_s": sound.duration_s,
+        "duration_s": media.duration_s,
         "width_px": round(width_px),
-        "columns": sound.columns,
-        "paths": sound.paths,
-        "players": sound.players,
-        "lanes": {name: _lane(turns, sound.duration_s) for name, turns in lanes.items()},
-        "marks": [_mark(mark, sound.duration_s) for mark in answer.marks],
-        "ticks": ticks(sound.duration_s, step_s),
+        "columns": media.columns,
+        "paths": media.paths,
+        "players": media.players,
+        "lanes": {name: _lane(turns, media.duration_s) for name, turns in lanes.items()},
+        "marks": [_mark(mark, media.duration_s) for mark in result.marks],
+        "ticks": ticks(media.duration_s, step_s),
     }
 
 
-def _lane(turns: Sequence[SaidTurn], duration_s: float) -> dict[str, Any]:
-    """Turns as boxes over the time that they last; the columns of a grid lie between all edges."""
+def _lane(turns: Sequence[TextTurn], duration_s: float) -> dict[str, Any]:
+    """Turns as boxes of a CSS grid, with a column between each two successive turn edges."""
     spans = [(t.start_s, max(min(t.end_s, duration_s), t.start_s + LEAST_BOX_S)) for t in turns]
     edges = sorted({0.0, duration_s, *(edge for span in spans for edge in span)})
     place = {edge: line for line, edge in enumerate(edges, 1)}
@@ -251,7 +256,7 @@ def _mark(mark: TurnMark, duration_s: float) -> dict[str, Any]:
         "text": text.format(mark.seconds),
         "left": _percent(start_s, duration_s),
         "width": _percent(min(end_s, duration_s) - start_s, duration_s),
-        # a label near the end of the axis goes to the left of its mark
+        # a label near the end of the axis is drawn to the left of its mark
         "is_late": (duration_s - start_s) * PX_PER_S < (len(text) + 2) * LETTER_PX,
     }
 
@@ -266,7 +271,9 @@ def _percent(seconds: float, duration_s: float) -> str:
 def _main_score(totals: Mapping[str, Any]) -> str:
     scores = totals["scores"]
     keys = ("asr_bleu", "txt_bleu", "empty_text_rate")
-    return next((f"{SCORES[k][0]} {said(k, scores)}" for k in keys if k in scores), "no answers")
+    return next(
+        (f"{SCORES[k][0]} {format_score(k, scores)}" for k in keys if k in scores), "no responses"
+    )
 
 
 def _counted(totals: Mapping[str, Any]) -> str:
@@ -287,16 +294,20 @@ def _figures(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
             "Turn-taking F1",
             _together(scores, precision="turn_taking_precision", recall="turn_taking_recall"),
         ),
-        _figure(scores, "turn_taking_latency_median_s", "Latency, median", "user's end to answer"),
+        _figure(
+            scores, "turn_taking_latency_median_s", "Latency, median", "user's end to response"
+        ),
         _figure(scores, "barge_in_success", "Barge-ins", "given way to within 1.5 s"),
-        _figure(scores, "txt_token_acc", "Text tokens right", "speaking freely, where one was due"),
+        _figure(
+            scores, "txt_token_acc", "Text tokens correct", "free-running, where the target is text"
+        ),
         _figure(
             scores,
             "audio_token_acc",
-            "Codes right",
-            f"{said('audio_token_acc_of_silence', scores)} of a silent agent",
+            "Codes correct",
+            f"{format_score('audio_token_acc_of_silence', scores)} of a silent agent",
         ),
-        _figure(scores, "empty_text_rate", "Empty answers", "without a character"),
+        _figure(scores, "empty_text_rate", "Empty responses", "without a character"),
     ]
     figures = [figure for figure in found if figure is not None]
     figures += speed_figure(totals)
@@ -308,18 +319,20 @@ def _figure(
 ) -> dict[str, Any] | None:
     if key not in scores:
         return None
-    value, _, unit = said(key, scores).partition(" ")
+    value, _, unit = format_score(key, scores).partition(" ")
     if value.endswith("%"):
         value, unit = value[:-1], "%"
     return {"name": name, "value": value, "unit": unit, "note": note}
 
 
 def _together(scores: Mapping[str, float | None], **keys: str) -> str:
-    return ", ".join(f"{name} {said(key, scores)}" for name, key in keys.items() if key in scores)
+    return ", ".join(
+        f"{name} {format_score(key, scores)}" for name, key in keys.items() if key in scores
+    )
 
 
 def _sets(totals: Mapping[str, Any]) -> dict[str, Any] | None:
-    """All scores, a column per set and one for their mean where there are several."""
+    """All scores: a column per set, and one for their mean if there are several."""
     by_set = totals["by_set"]
     keys = list(totals["scores"])
     columns = {name: found["scores"] for name, found in by_set.items()}
@@ -330,14 +343,15 @@ def _sets(totals: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         "names": list(columns),
         "lines": [
-            (SCORES[key][0], [said(key, scores) for scores in columns.values()]) for key in keys
+            (SCORES[key][0], [format_score(key, scores) for scores in columns.values()])
+            for key in keys
         ],
     }
 
 
 def _menus(result: DuplexEvaluation) -> list[dict[str, Any]]:
-    """Filters for what the answers tell apart."""
-    in_order = sorted(result.answers, key=lambda a: a.duration_s)
+    """Filter menus: set and length."""
+    in_order = sorted(result.results, key=lambda a: a.duration_s)
     lengths = list(dict.fromkeys(a.length for a in in_order))
     menus = [
         {"kind": "set", "label": "Set", "all": "All sets", "names": result.set_names},

@@ -1,7 +1,7 @@
-"""The report to look at and listen to: one HTML file without anything outside of it.
+"""The HTML report: one file that needs no other files and no network.
 
-The worst utterances carry their audio and a spectrogram as `data:` URIs. The page's text, style
-and script are files in assets/; Jinja escapes every value that goes into them.
+Audio and spectrograms of the worst utterances are embedded as `data:` URIs. Text, style and script
+are files in assets/; Jinja escapes every value.
 """
 
 import base64
@@ -29,13 +29,13 @@ WORKERS = 4
 PICTURE_PX = 480
 """Width of the longest recording's spectrogram."""
 UNSEEN = "*unseen*"
-"""The voice menu's value for all unseen voices; page.js knows it too."""
+"""Value of the voice menu for all unseen voices; page.js uses it too."""
 TICK_STEPS_S = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Media:
-    """What of a recording is embedded."""
+    """Embedded media of a recording."""
 
     audio: str
     spectrogram: str
@@ -52,15 +52,15 @@ def write_page(
     media_rows: int,
     rate_hz: int,
 ) -> None:
-    """Writes the page, worst utterance first.
+    """Writes the report, worst utterance first.
 
     Args:
         path: the HTML file.
-        result: the answers, in the order of `utterances`.
-        utterances: what was heard; the recordings of the worst are read again.
+        result: the responses, in the order of `utterances`.
+        utterances: the inputs; the recordings of the worst ones are read again.
         record: the provenance of the evaluation.
-        media_rows: how many utterances get audio and a spectrogram.
-        rate_hz: the rate that the model hears, and that is embedded.
+        media_rows: number of utterances with audio and a spectrogram.
+        rate_hz: sampling rate of the model and of the embedded audio.
     """
     rows = _rows(result)
     media = _media([utterances[r["index"]] for r in rows[:media_rows]], rate_hz)
@@ -84,9 +84,9 @@ def write_page(
 
 
 def audio_uri(wave: Float[np.ndarray, "S *C"], rate_hz: int) -> str:
-    """Samples, mono [S] or of C channels, as a `data:` URI: Ogg Vorbis, which every browser plays.
+    """Samples, mono [S] or with C channels, as a `data:` URI of Ogg Vorbis.
 
-    Opus would be half the size, but takes ten times as long to encode.
+    Every browser plays Vorbis. Opus would be half the size, but takes ten times as long to encode.
     """
     import soundfile
 
@@ -103,7 +103,7 @@ def _uri(kind: str, data: bytes) -> str:
 
 
 def render(template: str, *styles: str, **values: Any) -> str:
-    """Fills in a template of assets/, with its script, style and further `styles`."""
+    """Renders a template of assets/ with its script, its style and further `styles`."""
     folder = Path(__file__).with_name("assets")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
@@ -125,68 +125,69 @@ def render(template: str, *styles: str, **values: Any) -> str:
 
 
 def _rows(result: Evaluation) -> list[dict[str, Any]]:
-    """Every answer as the template shows it: scored ones worst first, then the others."""
-    scored = {id(s.answer): s for s in result.scored()}
+    """A table row per response: scored ones worst first, then the others."""
+    scored = {id(s.response): s for s in result.scored()}
     rows = [
-        _row(index, result, scored.get(id(answer))) for index, answer in enumerate(result.answers)
+        _row(index, result, scored.get(id(response)))
+        for index, response in enumerate(result.responses)
     ]
     return sorted(rows, key=lambda row: (-row["badness"], -row["errors"], row["index"]))
 
 
 def _row(index: int, result: Evaluation, scored: ScoredResponse | None) -> dict[str, Any]:
-    answer = result.answers[index]
+    response = result.responses[index]
     row: dict[str, Any] = {
         "index": index,
-        "id": answer.id,
+        "id": response.id,
         "badness": -1.0,
         "errors": 0,
         "wer": "–",
         "grade": "",
         "counts": "",
         "words": (),
-        "plain": None if answer.error else answer.pred_text,
-        "problem": f"not answered: {answer.error}" if answer.error else "",
+        "plain": None if response.error else response.pred_text,
+        "problem": f"no response: {response.error}" if response.error else "",
         "encoder_text": None,
         "raw": None,
-        "duration_s": answer.duration_s,
-        "length": answer.length,
-        "voice": answer.voice or "",
-        "is_unseen": answer.is_unseen,
+        "duration_s": response.duration_s,
+        "length": response.length,
+        "voice": response.voice or "",
+        "is_unseen": response.is_unseen,
         "tags": _tags(result, index),
         "audio": "",
     }
     if scored is not None:
-        row |= _scored(scored, text_normalizer(result.normalizer)(answer.encoder_text or ""))
+        row |= _scored(scored, text_normalizer(result.normalizer)(response.encoder_text or ""))
     texts = (
-        answer.text,
-        answer.pred_text,
-        answer.id,
-        answer.voice,
-        answer.condition,
-        answer.audio_of,
+        response.text,
+        response.pred_text,
+        response.id,
+        response.voice,
+        response.condition,
+        response.audio_of,
     )
     row["search"] = " ".join(text for text in texts if text).lower()
     return row
 
 
 def _tags(result: Evaluation, index: int) -> list[str]:
-    answer = result.answers[index]
-    tags = [f"{answer.duration_s:.2f} s"]
-    if answer.voice:
-        tags.append(answer.voice)
-    if answer.condition:
-        tags.append(answer.condition)
-    if answer.rtf is not None:
-        tags.append(f"RTF {answer.rtf:.3f}")
-    if answer.audio_of is not None:
-        tags.append(f"heard {answer.audio_of}")
+    response = result.responses[index]
+    tags = [f"{response.duration_s:.2f} s"]
+    if response.voice:
+        tags.append(response.voice)
+    if response.condition:
+        tags.append(response.condition)
+    if response.rtf is not None:
+        tags.append(f"RTF {response.rtf:.3f}")
+    if response.audio_of is not None:
+        tags.append(f"audio of {response.audio_of}")
     return tags
 
 
 def _scored(scored: ScoredResponse, encoder_text: str) -> dict[str, Any]:
-    """What there is to show of an answer with a reference."""
+    """Fields of a row with a reference."""
     errors = word_errors([scored.text], [scored.pred_text])
-    answer = scored.answer
+    response = scored.response
     row: dict[str, Any] = {
         "errors": errors.errors,
         "badness": _badness(errors),
@@ -195,17 +196,17 @@ def _scored(scored: ScoredResponse, encoder_text: str) -> dict[str, Any]:
         "counts": _counts(errors),
         "words": align_words(scored.text, scored.pred_text),
     }
-    given, said = answer.text or "", answer.pred_text
-    if (given.split(), said.split()) != (scored.text.split(), scored.pred_text.split()):
-        row["raw"] = (given, said)
-    if answer.encoder_text is not None:
+    reference, hypothesis = response.text or "", response.pred_text
+    if (reference.split(), hypothesis.split()) != (scored.text.split(), scored.pred_text.split()):
+        row["raw"] = (reference, hypothesis)
+    if response.encoder_text is not None:
         row["encoder_text"] = encoder_text
         row["encoder_wer"] = percent(word_errors([scored.text], [encoder_text]).wer)
     return row
 
 
 def _badness(errors: WordErrors) -> float:
-    """The WER; words without any reference are as bad as can be."""
+    """The WER; infinite for hypothesis words without reference words."""
     if errors.wer is None:
         return math.inf if errors.errors else 0.0
     return errors.wer
@@ -239,7 +240,7 @@ def _media(utterances: Sequence[Utterance], rate_hz: int) -> list[Media | None]:
 
 
 def _shown(media: Media, longest_s: float) -> dict[str, Any]:
-    """Embedded media at the page's one scale of time."""
+    """Embedded media; all spectrograms have the same time scale."""
     width_px = max(PICTURE_PX * media.duration_s / longest_s, 64)
     step_s = next(
         (s for s in TICK_STEPS_S if s * width_px / media.duration_s >= 52), TICK_STEPS_S[-1]
@@ -253,7 +254,7 @@ def _shown(media: Media, longest_s: float) -> dict[str, Any]:
 
 
 def ticks(duration_s: float, step_s: float) -> list[dict[str, Any]]:
-    """The marks of a time axis."""
+    """The ticks of a time axis."""
     times = np.arange(0, duration_s, step_s)
     return [{"percent": 100 * t / duration_s, "name": f"{t:g} s"} for t in times]
 
@@ -276,7 +277,7 @@ def _head(totals: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any
 
 
 def facts(record: Mapping[str, Any], counted: str) -> list[str]:
-    """The line below the model's name: step, data, how much of it, date and device."""
+    """The line below the model's name: step, data, its size, date and device."""
     device, inputs = record["device"], record["settings"].get("inputs")
     found = [
         counted if inputs is None else f"on {inputs}",
@@ -308,15 +309,15 @@ def _figures(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
         note = "its own CTC head, same audio"
         figures.append({"name": "Encoder alone", **_rate(totals["encoder"]["wer"]), "note": note})
     failed = sum(totals["failed"].values())
-    scored, asked = totals["scored"], totals["utterances"]
-    note = f"{asked} asked, {failed} could not be read" if failed else f"of {asked}"
+    scored, total = totals["scored"], totals["utterances"]
+    note = f"of {total}, {failed} could not be read" if failed else f"of {total}"
     figures.append({"name": "Utterances scored", "value": scored, "unit": "", "note": note})
     figures += speed_figure(totals)
     return [{"parts": [], **figure} for figure in figures]
 
 
 def speed_figure(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How fast the answers came, if any did."""
+    """The RTFx figure, if there was any generation."""
     warm = totals["rtfx_without_warm_up"]
     if (rtfx := warm or totals["rtfx"]) is None:
         return []
@@ -332,7 +333,7 @@ def _rate(wer: float | None) -> dict[str, str]:
 
 
 def _groups(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """WER by voice (worst first) and by length, as bars of one scale."""
+    """WER by voice (worst first) and by length, as bars with one scale."""
     voices = sorted(totals["by_voice"].items(), key=lambda v: -(v[1]["wer"] or 0.0))
     found = (("voice", voices), ("length", list(totals["by_length"].items())))
     rates = [errors["wer"] or 0.0 for _, groups in found for _, errors in groups]
@@ -358,11 +359,11 @@ def _groups(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _menus(result: Evaluation) -> list[dict[str, Any]]:
-    """Filters for what the answers tell apart."""
-    voices = sorted({a.voice for a in result.answers if a.voice})
-    in_order = sorted(result.answers, key=lambda a: a.duration_s)
+    """Filter menus: voice and length."""
+    voices = sorted({a.voice for a in result.responses if a.voice})
+    in_order = sorted(result.responses, key=lambda a: a.duration_s)
     lengths = list(dict.fromkeys(a.length for a in in_order))
-    unseen = [(UNSEEN, "Unseen voices")] if any(a.is_unseen for a in result.answers) else []
+    unseen = [(UNSEEN, "Unseen voices")] if any(a.is_unseen for a in result.responses) else []
     by_voice = {"kind": "voice", "label": "Voice", "all": "All voices"}
     by_length = {"kind": "length", "label": "Length", "all": "All lengths"}
     menus = [
@@ -373,7 +374,7 @@ def _menus(result: Evaluation) -> list[dict[str, Any]]:
 
 
 def record_lines(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The provenance as lines of a table."""
+    """The provenance as (name, value) rows."""
     settings = record["settings"]
     lines = [("model", record["model"]["name"]), ("sha256", record["model"]["sha256"])]
     lines += [(key, value) for key, value in settings.items() if key != "pretrained_name"]

@@ -1,4 +1,4 @@
-"""A recording as a picture: log-mel energies in an evenly perceived palette, written as PNG."""
+"""Spectrograms as PNG: log-mel energies in a perceptually uniform palette."""
 
 import struct
 import zlib
@@ -13,9 +13,9 @@ MEL_BINS = 80
 WINDOW_S = 0.025
 PIXELS_PER_S = 80
 MAX_PIXELS = 1600
-"""Longer recordings get a longer hop: a picture stays small enough to be embedded."""
+"""Longer recordings get a longer hop, so that the image stays small."""
 RANGE_DB = 65.0
-"""What is shown below the loudest point."""
+"""Dynamic range below the maximum."""
 COLOURS = 64
 
 

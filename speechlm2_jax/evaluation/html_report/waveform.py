@@ -1,4 +1,4 @@
-"""A recording as an outline that takes the page's own colours: an SVG path."""
+"""Waveforms as SVG paths, which take the colours of the page."""
 
 import numpy as np
 from jaxtyping import Float
@@ -6,18 +6,18 @@ from jaxtyping import Float
 COLUMNS_PER_S = 50
 MAX_COLUMNS = 3000
 HEIGHT = 100
-"""Of the picture; the middle is silence."""
+"""Height of the image; silence is in the middle."""
 
 
 def columns(duration_s: float) -> int:
-    """The width of a recording's picture."""
+    """Width of the image of a recording."""
     return int(np.clip(round(duration_s * COLUMNS_PER_S), 1, MAX_COLUMNS))
 
 
 def waveform_path(wave: Float[np.ndarray, " S"], width: int, loudest: float) -> str:
-    """The `d` of a path: the outline of [S] samples in `width` columns.
+    """The `d` attribute of an SVG path: the outline of [S] samples in `width` columns.
 
-    `loudest` is the sample that fills the height. Silence is a line.
+    A sample of value `loudest` fills the height. Silence is a line.
     """
     edges = np.linspace(0, len(wave), width + 1).astype(int)
     pieces = [wave[a : max(b, a + 1)] for a, b in zip(edges[:-1], edges[1:], strict=True)]

@@ -1,1 +1,1 @@
-"""Scores of texts, tokens and turns."""
+"""Metrics of texts, tokens and turns."""

@@ -1,4 +1,4 @@
-"""Reference and hypothesis side by side, word by word."""
+"""Word alignment of reference and hypothesis."""
 
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -9,13 +9,13 @@ Operation = Literal["equal", "substitute", "delete", "insert"]
 
 @dataclass(frozen=True, kw_only=True)
 class AlignedWord:
-    """One place of an alignment."""
+    """One position of an alignment."""
 
     operation: Operation
     reference: str = ""
-    """Empty where a word was inserted."""
+    """Empty for an insertion."""
     hypothesis: str = ""
-    """Empty where a word was deleted."""
+    """Empty for a deletion."""
 
 
 def align_words(reference: str, hypothesis: str) -> tuple[AlignedWord, ...]:
@@ -23,13 +23,13 @@ def align_words(reference: str, hypothesis: str) -> tuple[AlignedWord, ...]:
     import jiwer
 
     output = jiwer.process_words([reference], [hypothesis])
-    (said,), (heard,) = output.references, output.hypotheses
+    (reference_words,), (hypothesis_words,) = output.references, output.hypotheses
     return tuple(
         AlignedWord(operation=cast(Operation, chunk.type), reference=one, hypothesis=other)
         for chunk in output.alignments[0]
         for one, other in zip_longest(
-            said[chunk.ref_start_idx : chunk.ref_end_idx],
-            heard[chunk.hyp_start_idx : chunk.hyp_end_idx],
+            reference_words[chunk.ref_start_idx : chunk.ref_end_idx],
+            hypothesis_words[chunk.hyp_start_idx : chunk.hyp_end_idx],
             fillvalue="",
         )
     )

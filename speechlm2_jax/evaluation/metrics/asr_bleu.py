@@ -1,9 +1,10 @@
-"""What generated speech says: a recogniser writes it down, and its text is scored."""
+"""ASR-BLEU: an ASR model transcribes generated speech, and the transcript is scored."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from speechlm2_jax.data.audio import sinc_resample
 from speechlm2_jax.evaluation.metrics.bleu import BLEU
@@ -13,15 +14,15 @@ from speechlm2_jax.evaluation.metrics.text_metric import AnyNormalizer
 
 @runtime_checkable
 class Transcriber(Protocol):
-    """What writes speech down; `speechlm2_jax.models.ASRModel` is one."""
+    """A model that transcribes speech; `speechlm2_jax.models.ASRModel` is one."""
 
     @property
     def sampling_rate(self) -> int:
-        """Samples per second that it hears."""
+        """Input sampling rate in Hz."""
         ...
 
     def transcribe(self, audio: Any, lengths: Any) -> Sequence[str]:
-        """The text of each row of float32 [B, S] with `lengths` [B] samples."""
+        """The text of each recording of float32 [B, S], of `lengths` [B] samples."""
         ...
 
 
@@ -33,12 +34,12 @@ class ASRBLEU:
 
     def __init__(
         self,
-        recogniser: Transcriber,
+        asr_model: Transcriber,
         normalize: bool = True,
         normalizer: AnyNormalizer = "english",
         verbose: bool = False,
     ) -> None:
-        self._recogniser: Transcriber | None = recogniser
+        self._asr_model: Transcriber | None = asr_model
         self._metrics = (
             BLEU(normalize, normalizer, verbose, key="asr_bleu"),
             WER(normalize, normalizer),
@@ -54,32 +55,35 @@ class ASRBLEU:
         *,
         sample_rate_hz: int,
     ) -> list[str]:
-        """Scores speech float [B, S] of `lengths` [B] samples against what it should say.
+        """Scores speech [B, S] of `lengths` [B] samples against its references.
 
-        Returns what was heard. Raises ValueError if rows and references do not pair up.
+        Returns the transcripts. Raises ValueError if the numbers of recordings, references and
+        lengths differ.
         """
-        rows = np.asarray(audio, np.float32)
-        counts = np.full(len(rows), rows.shape[1]) if lengths is None else np.asarray(lengths, int)
-        if not len(references) == len(rows) == len(counts):
+        padded = np.asarray(audio, np.float32)
+        counts = (
+            np.full(len(padded), padded.shape[1]) if lengths is None else np.asarray(lengths, int)
+        )
+        if not len(references) == len(padded) == len(counts):
             raise ValueError(
-                f"{len(references)} references, {len(rows)} rows of audio and {len(counts)} "
-                f"lengths of {name!r}; give one of each per utterance"
+                f"{name!r}: {len(references)} references, {len(padded)} recordings and "
+                f"{len(counts)} lengths; pass one of each per utterance"
             )
-        heard = self._transcribe(rows, counts, sample_rate_hz)
-        self.update_texts(name, references, heard)
-        return heard
+        texts = self._transcribe(padded, counts, sample_rate_hz)
+        self.update_texts(name, references, texts)
+        return texts
 
-    def update_texts(self, name: str, references: Sequence[str], heard: Sequence[str]) -> None:
-        """Adds what was transcribed before, by an earlier process for instance."""
+    def update_texts(self, name: str, references: Sequence[str], texts: Sequence[str]) -> None:
+        """Adds existing transcripts, such as those of an interrupted evaluation."""
         for metric in self._metrics:
-            metric.update(name, references, heard)
+            metric.update(name, references, texts)
 
     def release(self) -> None:
-        """Lets go of the recogniser; nothing can be added any more."""
-        self._recogniser = None
+        """Frees the ASR model; `update` raises RuntimeError from now on."""
+        self._asr_model = None
 
     def merge(self, other: "ASRBLEU") -> None:
-        """Adds what another one has collected."""
+        """Adds the pairs of another one."""
         for metric, more in zip(self._metrics, other._metrics, strict=True):
             metric.merge(more)
 
@@ -87,16 +91,18 @@ class ASRBLEU:
         """All scores by name; empty if nothing was added."""
         return {key: value for metric in self._metrics for key, value in metric.compute().items()}
 
-    def _transcribe(self, rows: np.ndarray, counts: np.ndarray, rate_hz: int) -> list[str]:
-        """Brings each row to the recogniser's rate, without what lies beyond its length."""
-        if self._recogniser is None:
-            raise RuntimeError("the recogniser has been released")
-        to_hz = self._recogniser.sampling_rate
+    def _transcribe(
+        self, padded: Float[np.ndarray, "B S"], counts: Int[np.ndarray, " B"], rate_hz: int
+    ) -> list[str]:
+        """Removes padding, resamples to the ASR model's rate, transcribes."""
+        if self._asr_model is None:
+            raise RuntimeError("the ASR model was released; make a new ASRBLEU")
+        to_hz = self._asr_model.sampling_rate
         waves = [
-            sinc_resample(row[:count], rate_hz, to_hz)[: count * to_hz // rate_hz]
-            for row, count in zip(rows, counts, strict=True)
+            sinc_resample(wave[:count], rate_hz, to_hz)[: count * to_hz // rate_hz]
+            for wave, count in zip(padded, counts, strict=True)
         ]
         audio = np.zeros((len(waves), max(map(len, waves), default=0)), np.float32)
-        for row, wave in zip(audio, waves, strict=True):
-            row[: len(wave)] = wave
-        return [*self._recogniser.transcribe(audio, np.array([len(wave) for wave in waves], int))]
+        for sequence, wave in zip(audio, waves, strict=True):
+            sequence[: len(wave)] = wave
+        return [*self._asr_model.transcribe(audio, np.array([len(wave) for wave in waves], int))]

@@ -1,4 +1,4 @@
-"""BLEU of answers (Papineni et al. 2002), and how many answers say nothing at all."""
+"""BLEU (Papineni et al. 2002), and the share of empty texts."""
 
 from collections.abc import Sequence
 
@@ -6,14 +6,14 @@ from speechlm2_jax.evaluation.metrics.text_metric import AnyNormalizer, TextMetr
 
 
 def corpus_bleu(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """BLEU of a corpus, 0 to 100: 13a tokens, exponential smoothing, all four orders counted."""
+    """BLEU of a corpus, 0 to 100: sacrebleu's 13a tokenizer, exponential smoothing, 4-grams."""
     import sacrebleu
 
     return float(sacrebleu.corpus_bleu(list(hypotheses), [list(references)]).score)
 
 
 def empty_share(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """The share of hypotheses without a character other than white space."""
+    """The share of hypotheses that are empty or white space."""
     return sum(not text.strip() for text in hypotheses) / len(hypotheses)
 
 
@@ -34,7 +34,7 @@ class BLEU(TextMetric):
 
 
 class EmptyTextRate(TextMetric):
-    """`empty_text_rate_SET` and `empty_text_rate`: the share of answers that are empty."""
+    """`empty_text_rate_SET` and `empty_text_rate`: the share of empty hypotheses."""
 
     def __init__(self, verbose: bool = False, *, key: str = "empty_text_rate") -> None:
         super().__init__(key, empty_share, normalize=False, verbose=verbose)

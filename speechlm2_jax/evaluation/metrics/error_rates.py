@@ -1,4 +1,4 @@
-"""Word and character error rates of answers, per data set."""
+"""Word and character error rates per data set."""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from speechlm2_jax.evaluation.metrics.wer import word_errors
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Word edits per reference word; infinite where there are no reference words, as in NeMo."""
+    """Word edits per reference word; infinite without reference words, as in NeMo."""
     rate = word_errors(references, hypotheses).wer
     return math.inf if rate is None else rate
 
 
 def character_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Character edits per reference character, spaces counted; infinite where there are none."""
+    """Character edits per reference character, spaces included; infinite without characters."""
     import jiwer
 
     characters = sum(map(len, references))
@@ -27,7 +27,7 @@ def character_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -
 
 
 class WER(TextMetric):
-    """`wer_SET` and `wer`: word error rate, 0 where all words are right."""
+    """`wer_SET` and `wer`: word error rate, 0 if all words are correct."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class WER(TextMetric):
 
 
 class CER(TextMetric):
-    """`cer_SET` and `cer`: character error rate, 0 where all characters are right."""
+    """`cer_SET` and `cer`: character error rate, 0 if all characters are correct."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Scores of paired texts per data set, and their plain mean over the sets, as NeMo reports them."""
+"""Scores of text pairs per data set, and their unweighted mean over the sets, as in NeMo."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +18,11 @@ class TextMetric:
     """Collects normalised texts by data set and scores each set as one corpus.
 
     Args:
-        key: of the scores.
-        score: of one data set.
+        key: prefix of the result keys.
+        score: computes the score of one data set.
         normalize: false scores the texts as they are.
-        normalizer: a name that `text_normalizer` knows, or a function; both sides pass it.
-        verbose: log every pair with a score of its own.
+        normalizer: a name that `text_normalizer` knows, or a function; applied to both texts.
+        verbose: log every pair with its own score.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class TextMetric:
         self._pairs: dict[str, list[tuple[str, str]]] = {}
 
     def update(self, name: str, references: Sequence[str], hypotheses: Sequence[str]) -> None:
-        """Adds pairs of texts of data set `name`. Raises ValueError if their numbers differ."""
+        """Adds text pairs of data set `name`. Raises ValueError if their numbers differ."""
         if len(references) != len(hypotheses):
             raise ValueError(
                 f"{len(references)} references but {len(hypotheses)} hypotheses of {name!r}; "
@@ -56,15 +56,17 @@ class TextMetric:
                 zip(references, hypotheses, strict=True), pairs, strict=True
             ):
                 score = self._score([first], [second])
-                log.info("reference: %s\nanswer:    %s [%s %.2f]", reference, text, self.key, score)
+                log.info(
+                    "reference:  %s\nhypothesis: %s [%s %.2f]", reference, text, self.key, score
+                )
 
     def reset(self: M) -> M:
-        """Drops what was added; gives itself, as NeMo's do."""
+        """Drops all pairs and returns itself, as in NeMo."""
         self._pairs.clear()
         return self
 
     def merge(self, other: "TextMetric") -> None:
-        """Adds what another one of the same kind has collected, on another process for instance."""
+        """Adds the pairs of another metric of the same class, such as that of another process."""
         for name, pairs in other._pairs.items():
             self._pairs.setdefault(name, []).extend(pairs)
 
@@ -79,7 +81,7 @@ class TextMetric:
 
 
 def by_set(key: str, scores: Mapping[str, float]) -> dict[str, float]:
-    """Names the scores of data sets, and adds their unweighted mean; empty without any."""
+    """`KEY_SET` for each set, and `KEY`, their unweighted mean; empty without sets."""
     if not scores:
         return {}
     named = {f"{key}_{name}": score for name, score in scores.items()}

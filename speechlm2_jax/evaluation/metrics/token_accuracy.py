@@ -1,23 +1,24 @@
-"""How many tokens a duplex model gets right while it speaks freely, and what silence would get."""
+"""Token accuracy of a duplex model in free-running generation, and that of constant silence."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int
+from numpy.typing import ArrayLike
 
 from speechlm2_jax.evaluation.metrics.text_metric import by_set
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCounts:
-    """Right tokens and all that were due; sums of it are counts over all of them."""
+    """Numbers of target tokens and of correct ones; can be summed over conversations."""
 
     text: int = 0
     text_right: int = 0
     codes: int = 0
     codes_right: int = 0
     codes_silent: int = 0
-    """Codes that an agent which is silent throughout would have right."""
+    """Codes that an always silent agent would have correct."""
 
     def __add__(self, other: "TokenCounts") -> "TokenCounts":
         return TokenCounts(
@@ -29,52 +30,61 @@ class TokenCounts:
         )
 
     def scores(self) -> dict[str, float]:
-        """Shares by name; one that has nothing to divide by is left out."""
+        """Accuracies by name; one without target tokens is left out."""
         rates = {
             "txt_token_acc": (self.text_right, self.text),
             "audio_token_acc": (self.codes_right, self.codes),
             "audio_token_acc_of_silence": (self.codes_silent, self.codes),
         }
-        return {key: right / due for key, (right, due) in rates.items() if due}
+        return {key: right / total for key, (right, total) in rates.items() if total}
 
 
 def count_tokens(
-    text: Any, codes: Any, said_text: Any, said_codes: Any, *, pad_id: int, bos: int, eos: int
+    target_text: ArrayLike,
+    target_codes: ArrayLike,
+    text: ArrayLike,
+    codes: ArrayLike,
+    *,
+    pad_id: int,
+    bos: int,
+    eos: int,
 ) -> TokenCounts:
-    """Compares what was due in each frame with what was said.
+    """Compares target and generated tokens frame by frame.
 
     Args:
-        text: int [T], the agent's channel as in training; compared where no pad is due.
-        codes: int [T, K]; compared from the frame of `bos` to that of `eos`, all codebooks alike.
-        said_text: int [T].
-        said_codes: int [T, K].
-        pad_id: of the text channel.
-        bos: the code that starts an utterance.
-        eos: the code that ends it.
+        target_text: int [T], the agent's text channel as in training; compared where it is no pad.
+        target_codes: int [T, K]; compared from the frame of `bos` to that of `eos`.
+        text: int [T], generated.
+        codes: int [T, K], generated.
+        pad_id: pad token of the text channel.
+        bos: the code that starts a turn.
+        eos: the code that ends a turn.
     """
-    text, codes, said_text, said_codes = map(np.asarray, (text, codes, said_text, said_codes))
-    is_text = text != pad_id
-    is_speech = _is_speech(codes[:, 0], bos, eos)
-    silence = codes[min(1, len(codes) - 1)] if len(codes) else codes
+    target_text, target_codes = np.asarray(target_text), np.asarray(target_codes)
+    is_text = target_text != pad_id
+    is_speech = _is_speech(target_codes[:, 0], bos, eos)
+    # an always silent agent repeats the codes of frame 1
+    silence = target_codes[min(1, len(target_codes) - 1)] if len(target_codes) else target_codes
     return TokenCounts(
         text=int(is_text.sum()),
-        text_right=int((text == said_text)[is_text].sum()),
-        codes=int(is_speech.sum()) * codes.shape[1],
-        codes_right=int((codes == said_codes)[is_speech].sum()),
-        codes_silent=int((codes == silence)[is_speech].sum()),
+        text_right=int((target_text == np.asarray(text))[is_text].sum()),
+        codes=int(is_speech.sum()) * target_codes.shape[1],
+        codes_right=int((target_codes == np.asarray(codes))[is_speech].sum()),
+        codes_silent=int((target_codes == silence)[is_speech].sum()),
     )
 
 
-def _is_speech(codes: np.ndarray, bos: int, eos: int) -> np.ndarray:
+def _is_speech(codes: Int[np.ndarray, " T"], bos: int, eos: int) -> Bool[np.ndarray, " T"]:
     """Frames from each `bos` to the next `eos`, both included."""
     frame = np.arange(len(codes))
-    begun = np.maximum.accumulate(np.where(codes == bos, frame, -1))
-    ended = np.maximum.accumulate(np.where(codes == eos, frame, -1))
-    return (begun >= 0) & ((begun >= ended) | (codes == eos) & (np.roll(ended, 1) < begun))
+    last_bos = np.maximum.accumulate(np.where(codes == bos, frame, -1))
+    last_eos = np.maximum.accumulate(np.where(codes == eos, frame, -1))
+    is_end = (codes == eos) & (np.roll(last_eos, 1) < last_bos)
+    return (last_bos >= 0) & ((last_bos >= last_eos) | is_end)
 
 
 class TokenAccuracy:
-    """Shares of right tokens: `KEY_SET` per data set and `KEY`, their mean.
+    """Shares of correct tokens: `KEY_SET` per data set and `KEY`, their mean.
 
     Keys: `txt_token_acc`, `audio_token_acc` and `audio_token_acc_of_silence`.
     """
@@ -83,7 +93,7 @@ class TokenAccuracy:
         self._counts: dict[str, TokenCounts] = {}
 
     def update(self, name: str, counts: TokenCounts) -> None:
-        """Adds what was counted in data set `name`."""
+        """Adds counts of data set `name`."""
         self._counts[name] = self._counts.get(name, TokenCounts()) + counts
 
     def compute(self) -> dict[str, float]:

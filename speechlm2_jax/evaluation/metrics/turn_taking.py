@@ -1,9 +1,11 @@
-"""Who speaks when: does the agent answer in time, and does it stop when it is interrupted?
+"""Turn-taking: does the agent respond in time, and does it stop when the user interrupts?
 
-Definitions of arXiv 2609.15759. A *response* is an agent turn that starts from 1 s before to 1.5 s
-after the end of a user turn; an agent turn that is none was out of place, and a user turn without
-one was left unanswered. A *barge-in* is a user turn that starts while the agent speaks; the agent
-gives way if it stops within 1.5 s of that start.
+Definitions of arXiv 2609.15759:
+
+- A *response* is an agent turn that starts from 1 s before to 1.5 s after the end of a user turn.
+- A user turn without a response is unanswered; an agent turn that is no response is out of place.
+- A *barge-in* is a user turn that starts during an agent turn. The agent gives way if its turn ends
+  within 1.5 s of that start.
 """
 
 from collections.abc import Iterable
@@ -24,14 +26,14 @@ _ROUNDING_S = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Turns:
-    """When one side of a conversation speaks, in seconds, in order."""
+    """Start and end times of one side's turns, in seconds, in order."""
 
     starts: Float[np.ndarray, " n"]
     ends: Float[np.ndarray, " n"]
 
     @classmethod
     def from_segments(cls, segments: Iterable[tuple[float, float]]) -> "Turns":
-        """Takes (start, end) pairs, as of supervisions. Raises ValueError for end < start."""
+        """Makes turns of (start, end) pairs. Raises ValueError for end < start."""
         pairs = np.array(sorted(segments), np.float64).reshape(-1, 2)
         if (pairs[:, 1] < pairs[:, 0]).any():
             raise ValueError("a turn must not end before it starts")
@@ -47,8 +49,9 @@ class Turns:
     ) -> "Turns":
         """Reads a text channel [T], one token per frame: a turn goes from bos to eos.
 
-        A turn without eos ends where the next one begins, or with the channel. The first token is
-        that of `first_frame`: 1 for what a model says, which it chooses when a frame was heard.
+        A turn without eos ends with the next bos or with the channel. `first_frame` is the frame of
+        the first token: 0 for a reference, 1 for generated tokens, since a model generates a token
+        after it has encoded a frame.
         """
         channel = np.asarray(tokens)
         starts: list[int] = []
@@ -68,7 +71,7 @@ class Turns:
 
 @dataclass(frozen=True, kw_only=True)
 class TurnCounts:
-    """What is counted in conversations; sums of it are counts over all of them."""
+    """Counts of turns; can be summed over conversations."""
 
     user_turns: int = 0
     answered: int = 0
@@ -93,7 +96,7 @@ class TurnCounts:
         )
 
     def scores(self) -> dict[str, float]:
-        """Rates and latencies by name; one that has nothing to divide by is left out."""
+        """Rates and latencies by name; one without events is left out."""
         rates = {
             "turn_taking_precision": (self.timely, self.agent_turns),
             "turn_taking_recall": (self.answered, self.user_turns),
@@ -133,7 +136,7 @@ def count_turns(user: Turns, agent: Turns) -> TurnCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class TurnMark:
-    """Something that happened between the two sides, to be shown; seconds."""
+    """An event between the two sides, for the report; times in seconds."""
 
     kind: str
     """response, unanswered, barge_in (the agent gave way), talked_over (it did not)."""
@@ -144,12 +147,12 @@ class TurnMark:
 
     @property
     def seconds(self) -> float:
-        """How long it took; negative where a response came before the user's end."""
+        """Duration; negative if the response starts before the user's turn ends."""
         return self.end_s - self.start_s
 
 
 def turn_marks(user: Turns, agent: Turns) -> list[TurnMark]:
-    """What `count_turns` counts, one by one, in order of time."""
+    """The events that `count_turns` counts, in order of time."""
     marks = []
     for end in user.ends:
         delays = agent.starts - end
@@ -180,7 +183,7 @@ class TurnTaking:
         self._add(name, count_turns(user, agent))
 
     def merge(self, other: "TurnTaking") -> None:
-        """Adds what another one has counted."""
+        """Adds the counts of another one."""
         for name, counts in other._counts.items():
             self._add(name, counts)
 
@@ -193,10 +196,11 @@ class TurnTaking:
 
 
 class FirstTurnAccuracy:
-    """NeMo's score in training: the agent's first bos lies close to the user's first eos.
+    """NeMo's score in training: the agent's first bos is close to the user's first eos.
 
-    `turn_taking_acc_SET`: the share of rows, of those with a user eos, where they are at most
-    `tolerance_frames` apart; `turn_taking_latency_SET`: the mean distance in seconds of these rows.
+    `turn_taking_acc_SET` is the share of conversations (with a user eos) in which the two are at
+    most `tolerance_frames` apart. `turn_taking_latency_SET` is the mean distance of these, in
+    seconds.
     """
 
     def __init__(
@@ -213,7 +217,7 @@ class FirstTurnAccuracy:
         self._distances: dict[str, list[int | None]] = {}
 
     def update(self, name: str, user_tokens: Any, agent_tokens: Any) -> None:
-        """Adds text channels [B, T] of both sides. Raises ValueError if the rows do not pair up."""
+        """Adds text channels [B, T] of both sides. Raises ValueError if their numbers differ."""
         bos_id, eos_id = self._ids
         rows = zip(np.asarray(user_tokens), np.asarray(agent_tokens), strict=True)
         for user, agent in rows:
@@ -223,7 +227,7 @@ class FirstTurnAccuracy:
                 self._distances.setdefault(name, []).append(distance)
 
     def merge(self, other: "FirstTurnAccuracy") -> None:
-        """Adds what another one has measured."""
+        """Adds the distances of another one."""
         for name, distances in other._distances.items():
             self._distances.setdefault(name, []).extend(distances)
 

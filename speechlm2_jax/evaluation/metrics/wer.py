@@ -1,4 +1,4 @@
-"""Word error rate over a corpus, with its parts, after the usual text normalisation."""
+"""Word error rate over a corpus, its counts, and text normalisation."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,20 +17,20 @@ class WordErrors:
     reference_words: int = 0
     utterances: int = 0
     empty_references: int = 0
-    """Utterances with no reference words; whatever was said there is inserted."""
+    """Utterances without reference words; all hypothesis words there are insertions."""
 
     @property
     def errors(self) -> int:
-        """All edits that make the hypotheses of the references."""
+        """All word edits between references and hypotheses."""
         return self.insertions + self.deletions + self.substitutions
 
     @property
     def wer(self) -> float | None:
-        """Errors per reference word; None where there are no reference words."""
+        """Errors per reference word; None without reference words."""
         return self.rate(self.errors)
 
     def rate(self, count: int) -> float | None:
-        """A count per reference word; None where there are none, so never NaN nor infinite."""
+        """A count per reference word; None without reference words, so never NaN or infinite."""
         return count / self.reference_words if self.reference_words else None
 
     def plain(self) -> dict[str, float | int | None]:
@@ -72,10 +72,10 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> WordErr
 
 @functools.lru_cache
 def text_normalizer(name: str | bool | None) -> Normalizer:
-    """The normalisation that a name means: `english` (or True), `basic`, or none at all.
+    """The normalizer of a name: `english` (or True), `basic`, or none (None, False, `none`).
 
-    Both are Whisper's: lower case, no punctuation; English also spells numbers and contractions
-    one way. None, False and `none` keep the text. Raises ValueError for another name.
+    Both are Whisper's: lower case, no punctuation. `english` also writes numbers and contractions
+    in one way. Raises ValueError for another name.
     """
     if name is None or name is False or str(name).lower() == "none":
         return str
