@@ -1,6 +1,6 @@
 """Connectionist temporal classification (Graves et al. 2006) over a FastConformer encoder.
 
-The last class is the blank, as in NeMo: `V` pieces of a tokenizer make `V + 1` classes.
+The last class is the blank, as in NeMo: a tokenizer of `V` pieces gives `V + 1` classes.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from speechlm2_jax.perception.perception import AudioPerception, PerceptionConfi
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig
 
 _IMPOSSIBLE = 1e4
-"""Above it no path through the frames spells the labels (optax's stand-in for infinity is 1e5)."""
+"""Losses above it are infinite: too few frames for the labels (optax uses 1e5 for infinity)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CtcConfig:
-    """Architecture of a CTC recogniser."""
+    """Architecture of a CTC model."""
 
     preprocessor: LogMelConfig
     encoder: FastConformerConfig
@@ -36,12 +36,12 @@ class CtcConfig:
 
     @property
     def perception(self) -> PerceptionConfig:
-        """The same front end and encoder as a speech LLM has, its frames not projected."""
+        """Front end and encoder, as in a speech LLM but without adapter and projection."""
         return PerceptionConfig.of_encoder(self.preprocessor, self.encoder, self.spec_augment)
 
 
 class CtcNetwork(AudioPerception):
-    """Log-mel, encoder, and a linear head: audio [B, S] -> frames -> class scores."""
+    """Log-mel, encoder and a linear head: audio [B, S] -> frames [B, T, D] -> logits [B, T, C]."""
 
     def __init__(self, config: CtcConfig, *, rngs: nnx.Rngs):
         super().__init__(config.perception, rngs=rngs)
@@ -50,7 +50,7 @@ class CtcNetwork(AudioPerception):
         self.head = Linear(width, classes, axes=(None, "embed"), rngs=rngs)
 
     def logits(self, frames: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
-        """Scores every class of every frame, in fp32."""
+        """Computes the logits of every frame in fp32."""
         return self.head(frames).astype(jnp.float32)
 
 
@@ -60,10 +60,10 @@ def ctc_loss(
     labels: Int[Array, "B U"],
     label_lengths: Int[Array, " B"],
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Negative log-likelihood in nats of each row, and 1 where the row counts.
+    """Computes the loss of each sequence in nats, and 1.0 where it counts (else 0.0).
 
-    Rows without labels, and rows whose frames are too few to spell their labels (NeMo's
-    `zero_infinity`), have loss 0 and do not count.
+    Sequences without labels, or with too few frames for their labels (NeMo's `zero_infinity`),
+    have loss 0 and do not count.
     """
     frame_padding = jnp.arange(logits.shape[1])[None] >= frame_lengths[:, None]
     label_padding = jnp.arange(labels.shape[1])[None] >= label_lengths[:, None]
@@ -79,14 +79,14 @@ def ctc_loss(
 
 
 def best_path(logits: Float[Array, "B T C"], frame_lengths: Int[Array, " B"]) -> Int[Array, "B T"]:
-    """The likeliest class of each frame; blank beyond a row's frames."""
+    """Returns the best class of each frame; blank at padding."""
     classes = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     is_frame = jnp.arange(classes.shape[1])[None] < frame_lengths[:, None]
     return jnp.where(is_frame, classes, logits.shape[-1] - 1)
 
 
 def collapse(path: np.ndarray, blank: int) -> list[int]:
-    """The labels that a path [T] spells: repeats merged, then blanks dropped."""
+    """Decodes a path [T] into labels: merges repeats, then drops blanks."""
     path = np.asarray(path)
     starts = np.concatenate([[True], path[1:] != path[:-1]]) if len(path) else np.zeros(0, bool)
     return [int(label) for label in path[starts & (path != blank)]]
@@ -95,11 +95,14 @@ def collapse(path: np.ndarray, blank: int) -> list[int]:
 def pack_labels(
     targets: Int[Array, "R T"], scored: Array
 ) -> tuple[Int[Array, "R T"], Int[Array, " R"]]:
-    """Moves the scored targets of each row to its front, in order; and how many there are."""
+    """Moves the scored targets of each sequence to its front, in order; also counts them."""
     order = jnp.argsort(~scored, axis=-1, stable=True)
     return jnp.take_along_axis(targets, order, axis=-1), jnp.sum(scored, axis=-1, dtype=jnp.int32)
 
 
 def clip_indices(index: Int[Array, "R T"], frames_per_clip: int) -> Int[Array, " R"]:
-    """The clip of each row, from its steps' places among all frames of the group; -1: none."""
+    """Returns the clip of each sequence, -1 for none.
+
+    `index` maps each token to a frame among all clips of the data-parallel shard, -1 for text.
+    """
     return (jnp.max(index, axis=-1) + frames_per_clip) // frames_per_clip - 1

@@ -1,4 +1,4 @@
-"""What a CTC recogniser learns from: conversations of one recording and its transcript."""
+"""CTC training loss on conversations of one recording and its transcript."""
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,10 @@ from speechlm2_jax.perception.perception import PerceptionModes
 def losses(
     network: CtcNetwork, batch: SalmBatch, *, train: bool, key: Key[Array, ""] | None = None
 ) -> StepLosses:
-    """CTC loss summed over conversations; the labels are the tokens that an LLM would be taught.
+    """CTC loss over conversations; the labels are the tokens that an LLM would be trained on.
 
-    Each conversation has one recording; its text around the transcript plays no part. The mean is
-    over utterances (NeMo's `mean_batch`), `per_token` is the same over labels.
+    Each conversation has one recording; text outside the transcript is not used. `loss` is the mean
+    over utterances (NeMo's `mean_batch`), `per_token` the mean over labels.
     """
     groups, clips, samples = batch.audio.shape
     dtype = jnp.dtype(network.ctc.compute_dtype)

@@ -1,8 +1,8 @@
-"""Greedy decoding of transducers, all rows at once: the outer loop goes from label to label.
+"""Batched greedy decoding of transducers by label looping (arXiv 2406.06220).
 
-Rows look for their next label independently: an inner loop skips blanks with the joint network
-alone, then one step of the prediction network serves all rows (label looping, arXiv 2406.06220).
-Shapes are static and the host takes no part.
+The outer loop emits one label per sequence and iteration. An inner loop skips blanks with the joint
+network alone; then one call of the prediction network advances all sequences. Shapes are static
+and no step needs the host.
 """
 
 from collections.abc import Callable
@@ -16,28 +16,28 @@ from speechlm2_jax.asr.transducer import TransducerConfig, TransducerNetwork
 from speechlm2_jax.layers.lstm import LstmState
 
 Score = Callable[[Int[Array, " B"]], Float[Array, "B C"]]
-"""Frame of each row -> logits of labels, blank and durations there."""
+"""Frame of each sequence -> logits of labels, blank and durations there."""
 IsLast = Callable[[Int[Array, " B"]], Bool[Array, " B"]]
-"""Frame of each row -> whether the step there is one that leaves out a frame more."""
+"""Frame of each sequence -> whether the symbol there skips one more frame."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Hypotheses:
-    """Labels in the order of speech; only the first `lengths` of a row are meant."""
+    """Labels in time order; only the first `lengths` of each sequence are valid."""
 
     labels: Int[Array, "B U"]
     frames: Int[Array, "B U"]
-    """Encoder frame at which each label was found."""
+    """Encoder frame at which each label was emitted."""
     durations: Int[Array, "B U"]
-    """Frames that the model went on after each label; 0 without durations (RNN-T)."""
+    """Duration of each label in frames (TDT); 0 for RNN-T."""
     lengths: Int[Array, " B"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class _Search:
-    """Where each row looks for its next label, and what it found last."""
+    """State of the inner loop: where each sequence searches, and its last label or blank."""
 
     frame: Int[Array, " B"]
     label: Int[Array, " B"]
@@ -48,18 +48,18 @@ class _Search:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class _DecodingState:
-    """What is decoded so far, and the network's state after it."""
+    """State of the outer loop: hypotheses so far, and the prediction network after them."""
 
     hypotheses: Hypotheses
     frame: Int[Array, " B"]
     last_frame: Int[Array, " B"]
     repeats: Int[Array, " B"]
-    """Labels found at `last_frame`."""
+    """Labels emitted at `last_frame`."""
     predicted: Float[Array, "B J"]
     state: LstmState
 
     def symbols_at(self, frame: Int[Array, " B"]) -> Int[Array, " B"]:
-        """Which step at `frame` the next one is, from 1."""
+        """Number of the next symbol at `frame`, from 1."""
         return jnp.where(frame == self.last_frame, self.repeats, 0) + 1
 
 
@@ -71,10 +71,11 @@ def decode_greedily(
     max_symbols: int,
     jumps_when_full: bool = False,
 ) -> Hypotheses:
-    """Takes the best label or blank at each step; at most `max_symbols` labels at one frame.
+    """Emits the best label or blank at each step, at most `max_symbols` labels per frame.
 
-    `jumps_when_full`: a TDT model leaves out one frame more after step number `max_symbols` at a
-    frame, be it a label or a blank, also where it goes on by itself; so NeMo's strategy `greedy`.
+    `jumps_when_full`: after symbol number `max_symbols` at a frame (label or blank), a TDT model
+    skips one more frame, even if its duration advances anyway. So does NeMo's strategy `greedy`;
+    `greedy_batch` does not.
     """
     config, joint = network.transducer, network.joint
     jumps = jumps_when_full and bool(config.durations)
@@ -131,7 +132,7 @@ def _start(network: TransducerNetwork, batch: int, size: int) -> _DecodingState:
 def _predict(
     network: TransducerNetwork, labels: Int[Array, " B"], state: LstmState
 ) -> tuple[Float[Array, "B J"], LstmState]:
-    """Takes in labels, and projects for the joint network what is expected after them."""
+    """Advances the prediction network by one label, and projects its output for the joint."""
     output, state = network.prediction.step(labels, state)
     return network.joint.labels(output), state
 
@@ -143,12 +144,12 @@ def _next_label(
     lengths: Int[Array, " B"],
     config: TransducerConfig,
 ) -> _Search:
-    """Skips blanks until each row has a label or is at its end (where its label is the blank)."""
+    """Skips blanks until each sequence has a label, or ends (then its label is the blank)."""
 
     def skip_blank(search: _Search) -> _Search:
         label, duration = _best(score(search.frame), config)
         is_blank = label == config.blank
-        # a blank always goes on
+        # a blank always advances
         jump = jnp.maximum(duration, 1) + (is_last(search.frame) & (duration > 0))
         skipped = jnp.where(search.is_seeking & is_blank, jump, 0)
         return _Search(
@@ -168,7 +169,7 @@ def _next_label(
 def _best(
     logits: Float[Array, "B C"], config: TransducerConfig
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-    """The best label or blank, and the frames to go on after it."""
+    """Returns the best label or blank, and its duration in frames."""
     classes = config.blank + 1
     label = jnp.argmax(logits[:, :classes], axis=-1).astype(jnp.int32)
     if not config.durations:
@@ -178,7 +179,7 @@ def _best(
 
 
 def _append(hypotheses: Hypotheses, search: _Search, is_label: Bool[Array, " B"]) -> Hypotheses:
-    """Writes the labels of the rows that have one behind their earlier ones."""
+    """Appends the new labels where `is_label`."""
     sequence = jnp.arange(is_label.shape[0])
     out_of_range = hypotheses.labels.shape[1]  # a write there is dropped
     position = jnp.where(is_label, hypotheses.lengths, out_of_range)

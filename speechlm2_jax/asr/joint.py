@@ -1,4 +1,4 @@
-"""Joint network of a transducer: a frame and the labels before it -> scores of the next label."""
+"""Joint network of a transducer: frame and prediction output -> logits of the next label."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class JointnetConfig:
     joint_hidden: int
     activation: str
     dropout: float | None = 0.0
-    """Never applied here, but a layer of its own in NeMo, so that it shifts a number in a name."""
+    """Never applied here. In NeMo it is a layer, which shifts a number in parameter names."""
 
     def __post_init__(self) -> None:
         if self.activation.lower() not in ACTIVATIONS:
@@ -44,7 +44,7 @@ class JointConfig:
     TARGETS: ClassVar[tuple[str, ...]] = ("RNNTJoint",)
     IGNORED: ClassVar[Mapping[str, str]] = {
         "vocabulary": "the tokenizer has it",
-        "log_softmax": "changes scores, never which label is best",
+        "log_softmax": "changes scores, but not the best label",
         "preserve_memory": _TORCH_MEMORY,
         "fuse_loss_wer": _TORCH_MEMORY,
         "experimental_fuse_loss_wer": _TORCH_MEMORY,
@@ -56,11 +56,11 @@ class JointConfig:
     num_classes: int
     """Pieces of the tokenizer, without the blank."""
     num_extra_outputs: int = 0
-    """Durations of a TDT model."""
+    """Number of durations of a TDT model; 0 for RNN-T."""
 
 
 class Joint(nnx.Module):
-    """Scores of every label, the blank after them, and then of every duration."""
+    """Computes logits: labels, then the blank, then durations."""
 
     def __init__(self, config: JointConfig, *, rngs: nnx.Rngs):
         net = config.jointnet
@@ -73,13 +73,13 @@ class Joint(nnx.Module):
     def score(
         self, frames: Float[Array, "*B J"], labels: Float[Array, "*B J"]
     ) -> Float[Array, "*B C"]:
-        """Logits of frames and label outputs that `frames` and `labels` have projected."""
+        """Computes logits from projected frames and projected prediction outputs."""
         return self.output(ACTIVATIONS[self.activation](frames + labels)).astype(jnp.float32)
 
     def __call__(
         self, frames: Float[Array, "B T D"], labels: Float[Array, "B U P"]
     ) -> Float[Array, "B T U C"]:
-        """Logits of every frame with every output of the prediction network."""
+        """Computes the logits of every frame with every output of the prediction network."""
         frames, labels = self.frames(frames), self.labels(labels)
         shape = (*frames.shape[:2], *labels.shape[1:])
         return self.score(

@@ -1,4 +1,4 @@
-"""Prediction network of a transducer (Graves 2012): what the labels so far say of the next one."""
+"""Prediction network of a transducer (Graves 2012): an LSTM over the labels so far."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from speechlm2_jax.layers.linear import Embedding
 from speechlm2_jax.layers.lstm import Lstm, LstmState
 
-_INITIAL_VALUES = "says how training starts; the archive has the trained values"
+_INITIAL_VALUES = "initialises training; the archive has the trained values"
 _TRAINING = "only read in training"
 
 
@@ -27,7 +27,7 @@ class PrednetConfig:
         "dropout": _TRAINING,
     }
     REFUSED: ClassVar[Mapping[str, tuple[object, ...]]] = {
-        "rnn_hidden_size": ("only LSTMs as wide as pred_hidden are done; set it to -1", -1),
+        "rnn_hidden_size": ("only LSTMs of width pred_hidden are supported; set it to -1", -1),
     }
 
     pred_hidden: int
@@ -41,7 +41,7 @@ class PredictionConfig:
     TARGETS: ClassVar[tuple[str, ...]] = ("RNNTDecoder",)
     IGNORED: ClassVar[Mapping[str, str]] = {"random_state_sampling": _TRAINING}
     REFUSED: ClassVar[Mapping[str, str]] = {
-        "normalization_mode": "LSTMs with normalisation inside are not done; set it to null",
+        "normalization_mode": "LSTMs with normalisation are not supported; set it to null",
     }
 
     prednet: PrednetConfig
@@ -51,11 +51,11 @@ class PredictionConfig:
 
     def __post_init__(self) -> None:
         if not self.blank_as_pad:
-            raise ValueError("blank_as_pad=false has no row for the blank; only true is done")
+            raise ValueError("blank_as_pad=false is not supported; use a model with true")
 
 
 class PredictionNetwork(nnx.Module):
-    """Embedding and LSTM: a step per label. Label `vocab_size` is the blank, a zero vector."""
+    """Embedding and LSTM over labels. Label `vocab_size` is the blank; its embedding is zero."""
 
     def __init__(self, config: PredictionConfig, *, rngs: nnx.Rngs):
         self.blank = config.vocab_size
@@ -64,17 +64,17 @@ class PredictionNetwork(nnx.Module):
         self.lstm = Lstm(width, config.prednet.pred_rnn_layers, rngs=rngs)
 
     def initial_state(self, batch: int) -> LstmState:
-        """The state before any step; the first step is that of the blank."""
+        """Makes the initial state; the first input is the blank."""
         return self.lstm.initial_state(batch)
 
     def step(
         self, labels: Int[Array, " B"], state: LstmState
     ) -> tuple[Float[Array, "B D"], LstmState]:
-        """Takes in one label per row."""
+        """Advances by one label per sequence."""
         return self.lstm.step(self._embed(labels), state)
 
     def __call__(self, labels: Int[Array, "B U"]) -> tuple[Float[Array, "B U1 D"], LstmState]:
-        """Takes in whole rows, the blank before them: U + 1 outputs, and the last state."""
+        """Runs whole sequences after a leading blank: U + 1 outputs, and the last state."""
         starts = jnp.full((labels.shape[0], 1), self.blank, labels.dtype)
         embedded = self._embed(jnp.concatenate([starts, labels], axis=1))
         return self.lstm(embedded, self.initial_state(labels.shape[0]))

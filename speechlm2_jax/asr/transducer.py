@@ -23,9 +23,9 @@ class TransducerConfig:
     decoder: PredictionConfig
     joint: JointConfig
     durations: tuple[int, ...] = ()
-    """Frames that a TDT model may go on after a label or blank; none for an RNN-T."""
+    """Durations in frames that a TDT model predicts; () for RNN-T."""
     has_ctc_head: bool = False
-    """NeMo's hybrid models have a CTC head over the same encoder."""
+    """Whether a CTC head shares the encoder (NeMo's hybrid models)."""
 
     def __post_init__(self) -> None:
         net = self.joint.jointnet
@@ -51,7 +51,7 @@ class TransducerConfig:
 
     @property
     def blank(self) -> int:
-        """The class that is no label: the one after the tokenizer's pieces."""
+        """Class index of the blank: the one after the tokenizer's pieces."""
         return self.decoder.vocab_size
 
     @property
@@ -61,7 +61,7 @@ class TransducerConfig:
 
 
 class TransducerNetwork(AudioPerception):
-    """Log-mel, encoder, prediction network and joint; of a hybrid model also the CTC head."""
+    """Log-mel, encoder, prediction network and joint; for hybrid models also a CTC head."""
 
     def __init__(self, config: TransducerConfig, *, rngs: nnx.Rngs):
         super().__init__(config.perception, rngs=rngs)
@@ -75,7 +75,7 @@ class TransducerNetwork(AudioPerception):
         )
 
     def logits(self, frames: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
-        """Scores of the CTC head. Raises ValueError for a model without one."""
+        """Computes the logits of the CTC head. Raises ValueError for a model without one."""
         if self.head is None:
-            raise ValueError("this transducer has no CTC head; choose its own decoder")
+            raise ValueError("this transducer has no CTC head; use its transducer decoder")
         return self.head(frames).astype(jnp.float32)

@@ -1,8 +1,8 @@
-"""What convolutions see beyond the ends of a row.
+"""What convolutions see beyond the ends of a sequence.
 
-The layers of a codec ask their `Boundary` for the samples before and after a sequence, and to zero
-what is padding. `SequenceBoundary` serves whole recordings; the boundary of a stream (streaming.py)
-remembers the samples of earlier calls instead.
+A layer asks its `Boundary` for the samples before and after a sequence, and to zero the padding.
+`SequenceBoundary` is for whole recordings. `StreamBoundary` (streaming.py) gives the samples of
+earlier calls instead.
 """
 
 from dataclasses import dataclass
@@ -16,53 +16,53 @@ Signal = Float[Array, "B T C"]
 
 
 class PaddedSequence(NamedTuple):
-    """Rows with further steps around them."""
+    """Sequences with context on both sides."""
 
     values: Float[Array, "B T2 C"]
     zeros: tuple[int, int] = (0, 0)
-    """Steps of zeros before and after that are not written: convolutions take them as read."""
+    """Further zeros before and after, not materialized: left to the convolution's `padding`."""
 
     def materialize(self) -> Float[Array, "B T3 C"]:
-        """All steps."""
+        """Returns the values with the zeros."""
         return jnp.pad(self.values, ((0, 0), self.zeros, (0, 0)))
 
 
 @runtime_checkable
 class Boundary(Protocol):
-    """How layers treat the ends of the rows of a batch."""
+    """How layers treat the ends of the sequences of a batch."""
 
     def pad(self, x: Signal, before: int, after: int, mode: str) -> PaddedSequence:
-        """Puts `before` and `after` further steps around the rows."""
+        """Adds `before` and `after` positions of context to each sequence."""
         ...
 
     def mask_padding(self, x: Signal) -> Signal:
-        """Sets what lies beyond a row to zero."""
+        """Zeroes the positions beyond each sequence."""
         ...
 
     def downsampled(self, rate: int) -> "Boundary":
-        """The same rows at a rate that is divided."""
+        """Returns the boundary at a rate divided by `rate`."""
         ...
 
     def upsampled(self, rate: int) -> "Boundary":
-        """The same rows at a rate that is multiplied."""
+        """Returns the boundary at a rate multiplied by `rate`."""
         ...
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class SequenceBoundary:
-    """Edges of rows padded on the right. Steps from a row's length on are zero."""
+    """Boundary of right-padded sequences. Positions from a sequence's length on are zero."""
 
     lengths: Int[Array, " B"]
-    """Real steps of each row."""
+    """Real positions of each sequence."""
     ends: Int[Array, " B"]
-    """Where a row is continued by its own steps: at its length, or, as in NeMo, at its batch's."""
+    """Where padding modes act: at each sequence's length or, as in NeMo, at the batch's."""
 
     def pad(self, x: Signal, before: int, after: int, mode: str) -> PaddedSequence:
-        """Continues rows by zeros, by their own steps mirrored, or by their outermost step.
+        """Pads sequences with zeros, by reflection, or by repeating the outermost position.
 
-        Where a row is shorter than what is mirrored of it, the mirror shows zeros. Raises
-        ValueError if more is asked for after the row than before it.
+        Reflection beyond the length of a short sequence gives zeros. Raises ValueError if `after`
+        exceeds `before`.
         """
         if mode == "zeros":
             return PaddedSequence(x, (before, after))
@@ -76,7 +76,7 @@ class SequenceBoundary:
         def continue_end(
             sequence: Float[Array, "T2 C"], last: Int[Array, ""]
         ) -> Float[Array, "T2 C"]:
-            if mode == "reflect":  # the row's last steps but one, from what lies before it on
+            if mode == "reflect":  # the `after` positions before the last one
                 start, count = last + before - after, after
             else:
                 start, count = last + before, 1
@@ -88,16 +88,16 @@ class SequenceBoundary:
         return PaddedSequence(jax.vmap(continue_end)(x, last))
 
     def mask_padding(self, x: Signal) -> Signal:
-        """Zeros from each row's length on."""
+        """Zeroes the positions from each sequence's length on."""
         is_real = jnp.arange(x.shape[1])[None] < self.lengths[:, None]
         return jnp.where(is_real[..., None], x, 0.0)
 
     def downsampled(self, rate: int) -> "Boundary":
-        """The same rows at a rate divided by `rate`."""
-        # not `//`, whose care for signs XLA repeats in every layer
+        """Returns the boundary at a rate divided by `rate`."""
+        # not `//`: its handling of signs would be repeated in every layer
         divided = [jax.lax.div(x, jnp.full_like(x, rate)) for x in (self.lengths, self.ends)]
         return SequenceBoundary(lengths=divided[0], ends=divided[1])
 
     def upsampled(self, rate: int) -> "Boundary":
-        """The same rows at a rate multiplied by `rate`."""
+        """Returns the boundary at a rate multiplied by `rate`."""
         return SequenceBoundary(lengths=self.lengths * rate, ends=self.ends * rate)

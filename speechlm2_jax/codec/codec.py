@@ -1,9 +1,10 @@
-"""A neural audio codec: waveforms [B, S] <-> codes [B, T, K]. The definition is NeMo's.
+"""A neural audio codec: waveforms [B, S] <-> codes [B, T, K]. Computes what NeMo's codec computes.
 
-A row's result depends on its own samples alone: they are padded with zeros to whole frames, and
-beyond their ends the row is continued as if it were alone. With `nemo_exact` the rows are treated
-as one batch of NeMo: it is continued beyond its longest row only, shorter rows see zeros there,
-and the samples between a row's length and the end of its last frame count as they are.
+The result of a sequence depends on its own samples alone. They are zero-padded to whole frames, and
+the padding of convolutions (reflection, for instance) acts at the sequence's own end. With
+`nemo_exact` the batch is treated as in NeMo: padding acts at the end of the longest sequence only,
+shorter ones see zeros there, and samples between a sequence's length and the end of its last frame
+are used as they are.
 """
 
 from typing import NamedTuple
@@ -23,28 +24,28 @@ from speechlm2_jax.sharding import constrain
 
 
 class CodecFrames(NamedTuple):
-    """Frames before quantization, and how many of each row are real; zeros beyond."""
+    """Frames before quantization, and their real lengths; zeros beyond."""
 
     frames: Float[Array, "B T D"]
     lengths: Int[Array, " B"]
 
 
 class Codes(NamedTuple):
-    """Codes of each frame, and how many frames of each row are real; zeros beyond."""
+    """Codes of each frame, and the real lengths in frames; zeros beyond."""
 
     codes: Int[Array, "B T K"]
     lengths: Int[Array, " B"]
 
 
 class Audio(NamedTuple):
-    """Samples within [-1, 1], and how many of each row are real; zeros beyond."""
+    """Samples within [-1, 1], and their real lengths; zeros beyond."""
 
     audio: Float[Array, "B S"]
     lengths: Int[Array, " B"]
 
 
 class Codec(nnx.Module):
-    """Encoder, quantizer and decoder, in fp32 whatever the dtype of their variables."""
+    """Encoder, quantizer and decoder. Computes in fp32 whatever the dtype of the variables."""
 
     def __init__(self, config: CodecConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -59,7 +60,7 @@ class Codec(nnx.Module):
 
     @property
     def samples_per_frame(self) -> int:
-        """Samples behind one frame of codes."""
+        """Samples per frame of codes."""
         return self.config.samples_per_frame
 
     @property
@@ -69,7 +70,7 @@ class Codec(nnx.Module):
 
     @property
     def codebook_size(self) -> int:
-        """Different codes of each codebook."""
+        """Number of codes of each codebook."""
         return self.config.codebook_size
 
     @property
@@ -78,7 +79,7 @@ class Codec(nnx.Module):
         return self.config.frame_rate_hz
 
     def frame_count(self, samples: int) -> int:
-        """Counts the frames that `samples` samples make, in plain integers."""
+        """Counts the frames of `samples` samples, in plain integers."""
         return self.config.frame_count(samples)
 
     def embed(
@@ -89,11 +90,11 @@ class Codec(nnx.Module):
         nemo_exact: bool = False,
         extent: Int[Array, "*rows"] | None = None,
     ) -> CodecFrames:
-        """Encodes rows of `lengths` samples into frames; a row of length 0 has none.
+        """Encodes sequences of `lengths` samples into frames; length 0 gives 0 frames.
 
-        With `nemo_exact`, `extent` is the longest row of NeMo's batch in samples (one number, or
-        one for each row); from there on all samples are taken for zeros. None: the longest here,
-        and all samples count.
+        With `nemo_exact`, `extent` is the longest sequence of NeMo's batch in samples (one number
+        or one per sequence); samples from there on are zeroed. None: the longest sequence here,
+        rounded up to whole frames.
         """
         size = self.samples_per_frame
         lengths = jnp.clip(lengths, 0, audio.shape[1])
@@ -118,7 +119,7 @@ class Codec(nnx.Module):
         nemo_exact: bool = False,
         extent: Int[Array, "*rows"] | None = None,
     ) -> Codes:
-        """Computes the codes of rows of `lengths` samples; the arguments are those of `embed`."""
+        """Encodes sequences of `lengths` samples into codes; arguments as in `embed`."""
         encoded = self.embed(audio, lengths, nemo_exact=nemo_exact, extent=extent)
         codes = self.quantizer.quantize(encoded.frames)
         is_real = jnp.arange(codes.shape[1])[None] < encoded.lengths[:, None]
@@ -133,9 +134,9 @@ class Codec(nnx.Module):
         nemo_exact: bool = False,
         extent: Int[Array, "*rows"] | None = None,
     ) -> Audio:
-        """Computes the samples of rows of `lengths` frames; a code beyond its codebook wraps.
+        """Decodes sequences of `lengths` frames. Codes of codebook_size or more wrap around.
 
-        With `nemo_exact`, `extent` is the longest row of NeMo's batch in frames; None: all T.
+        With `nemo_exact`, `extent` is the longest sequence of NeMo's batch in frames; None: T.
         """
         lengths = jnp.clip(lengths, 0, codes.shape[1])
         ends = lengths
@@ -147,7 +148,7 @@ class Codec(nnx.Module):
         return Audio(constrain(audio[..., 0], "clips", None), lengths * self.samples_per_frame)
 
     def new_stream(self, batch: int) -> streaming.DecoderStream:
-        """Makes the state of `batch` streams to decode. Raises ValueError if not causal."""
+        """Makes the state of `batch` new streams. Raises ValueError if it is not causal."""
         return streaming.start(self.decoder, batch)
 
     def decode_step(
@@ -157,9 +158,9 @@ class Codec(nnx.Module):
         return streaming.advance(self.decoder, stream, self.quantizer.dequantize(codes))
 
     def fold(self) -> None:
-        """Computes every kernel once for all: then it is not computed anew in each program.
+        """Replaces every weight norm by its kernel, so that no program computes it again.
 
-        Gains and directions are gone afterwards, so fold a copy (`merge` makes one).
+        This drops gains and directions, so fold a copy (`merge` makes one).
         """
         for _, module in list(nnx.iter_modules(self)):
             if isinstance(module, CodecConvolution):

@@ -12,7 +12,7 @@ PAD_MODES = ("zeros", "reflect", "replicate")
 
 @dataclass(frozen=True, kw_only=True)
 class HiFiGANConfig:
-    """What encoder and decoder share: residual layers between changes of the rate."""
+    """Keys that encoder and decoder share."""
 
     is_causal: ClassVar[bool] = False
 
@@ -23,24 +23,28 @@ class HiFiGANConfig:
     resblock_dilation_sizes: tuple[int, ...] = (1, 3, 5)
     activation: str = "lrelu"
     pad_mode: str = "reflect"
-    """What lies beyond the ends of a row. Causal convolutions see zeros whatever it says."""
+    """Padding of non-causal convolutions; causal ones always use zeros."""
 
     def __post_init__(self) -> None:
         if self.activation.lower() not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r}: use {' or '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"activation={self.activation!r} is not supported; use {' or '.join(ACTIVATIONS)}"
+            )
         if self.pad_mode not in PAD_MODES:
-            raise ValueError(f"pad_mode={self.pad_mode!r}: use {' or '.join(PAD_MODES)}")
+            raise ValueError(
+                f"pad_mode={self.pad_mode!r} is not supported; use {' or '.join(PAD_MODES)}"
+            )
         kernels = (self.in_kernel_size, self.out_kernel_size, *self.resblock_kernel_sizes)
         if any(k < 1 or (k % 2 == 0 and not self.is_causal) for k in kernels):
             raise ValueError(f"kernel sizes {kernels} must be positive, and odd if not causal")
         for key in ("resblock_kernel_sizes", "resblock_dilation_sizes"):
             if not getattr(self, key) or min(getattr(self, key)) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must hold positive numbers")
+                raise ValueError(f"{key}={getattr(self, key)} must be a list of positive numbers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HiFiGANEncoderConfig(HiFiGANConfig):
-    """NeMo's HiFiGANEncoder: each stage divides the rate and doubles the channels."""
+    """NeMo's HiFiGANEncoder: each stage divides the frame rate and doubles the channels."""
 
     TARGETS: ClassVar[tuple[str, ...]] = ("HiFiGANEncoder",)
 
@@ -54,7 +58,7 @@ class HiFiGANEncoderConfig(HiFiGANConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CausalHiFiGANEncoderConfig(HiFiGANEncoderConfig):
-    """NeMo's CausalHiFiGANEncoder: the same, and no step sees a later one."""
+    """NeMo's CausalHiFiGANEncoder: the same with causal convolutions."""
 
     TARGETS: ClassVar[tuple[str, ...]] = ("CausalHiFiGANEncoder",)
     is_causal: ClassVar[bool] = True
@@ -64,7 +68,7 @@ class CausalHiFiGANEncoderConfig(HiFiGANEncoderConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class HiFiGANDecoderConfig(HiFiGANConfig):
-    """NeMo's HiFiGANDecoder (Kong et al. 2020): each stage multiplies the rate."""
+    """NeMo's HiFiGANDecoder (Kong et al. 2020): each stage multiplies the frame rate."""
 
     TARGETS: ClassVar[tuple[str, ...]] = ("HiFiGANDecoder",)
 
@@ -74,14 +78,14 @@ class HiFiGANDecoderConfig(HiFiGANConfig):
     out_kernel_size: int = 3
     output_activation: str = "tanh"
     n_groups_equal_to_out_channels: bool = False
-    """Each channel of an up-sampling convolution sees only its own share of the inputs."""
+    """Upsampling convolutions are grouped, one group of inputs per output channel."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_rates("up_sample_rates", self.up_sample_rates)
         if self.output_activation not in OUTPUT_ACTIVATIONS:
             raise ValueError(
-                f"output_activation={self.output_activation!r}: "
+                f"output_activation={self.output_activation!r} is not supported; "
                 f"use {' or '.join(OUTPUT_ACTIVATIONS)}"
             )
         halvings = 2 ** len(self.up_sample_rates)
@@ -96,7 +100,7 @@ class HiFiGANDecoderConfig(HiFiGANConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CausalHiFiGANDecoderConfig(HiFiGANDecoderConfig):
-    """NeMo's CausalHiFiGANDecoder: it can decode a stream, one frame at a time."""
+    """NeMo's CausalHiFiGANDecoder: can decode a stream frame by frame."""
 
     TARGETS: ClassVar[tuple[str, ...]] = ("CausalHiFiGANDecoder",)
     is_causal: ClassVar[bool] = True
@@ -107,7 +111,7 @@ class CausalHiFiGANDecoderConfig(HiFiGANDecoderConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FiniteScalarQuantizerConfig:
-    """NeMo's FiniteScalarQuantizer: one codebook over all dimensions."""
+    """NeMo's FiniteScalarQuantizer: one codebook over all channels."""
 
     TARGETS: ClassVar[tuple[str, ...]] = ("FiniteScalarQuantizer",)
 
@@ -116,11 +120,13 @@ class FiniteScalarQuantizerConfig:
 
     def __post_init__(self) -> None:
         if not self.levels or min(self.levels) < 2:
-            raise ValueError(f"levels {self.levels} must be numbers of at least 2")
+            raise ValueError(
+                f"num_levels={list(self.levels)} must be a list of numbers of at least 2"
+            )
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Levels of each dimension of one codebook."""
+        """Number of levels of each channel of a codebook."""
         return self.num_levels
 
     @property
@@ -130,18 +136,18 @@ class FiniteScalarQuantizerConfig:
 
     @property
     def codebook_size(self) -> int:
-        """Different codes of one codebook."""
+        """Number of codes of each codebook."""
         return math.prod(self.levels)
 
     @property
     def width(self) -> int:
-        """Channels that all codebooks together quantize."""
+        """Channels of all codebooks together."""
         return self.num_codebooks * len(self.levels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupFiniteScalarQuantizerConfig(FiniteScalarQuantizerConfig):
-    """NeMo's GroupFiniteScalarQuantizer: the channels split into equal groups, a codebook each."""
+    """NeMo's GroupFiniteScalarQuantizer: equal groups of channels, one codebook per group."""
 
     TARGETS: ClassVar[tuple[str, ...]] = ("GroupFiniteScalarQuantizer",)
     ALIASES: ClassVar[Mapping[str, str]] = {"num_levels_per_group": "num_levels"}
@@ -174,7 +180,7 @@ class CodecConfig:
     audio_decoder: DecoderConfig
     vector_quantizer: QuantizerConfig
     output_sample_rate: int | None = None
-    """Given, it must equal sample_rate."""
+    """Must equal sample_rate if set."""
 
     def __post_init__(self) -> None:
         for key, rates in (
@@ -191,7 +197,7 @@ class CodecConfig:
             ("audio_decoder.input_dim", self.audio_decoder.input_dim),
         ):
             if dim != width:
-                raise ValueError(f"{key}={dim} must be the quantizer's {width} channels")
+                raise ValueError(f"{key}={dim} must be {width}, the quantizer's channels")
         if self.output_sample_rate not in (None, self.sample_rate):
             raise ValueError(
                 f"output_sample_rate={self.output_sample_rate} must equal "
@@ -205,7 +211,7 @@ class CodecConfig:
 
     @property
     def codebook_size(self) -> int:
-        """Different codes of each codebook."""
+        """Number of codes of each codebook."""
         return self.vector_quantizer.codebook_size
 
     @property
@@ -214,10 +220,10 @@ class CodecConfig:
         return self.sample_rate / self.samples_per_frame
 
     def frame_count(self, samples: int) -> int:
-        """Counts the frames that `samples` samples make; the last one may be partly silence."""
+        """Counts the frames of `samples` samples, rounded up."""
         return -(-samples // self.samples_per_frame)
 
 
 def _check_rates(key: str, rates: tuple[int, ...]) -> None:
     if not rates or min(rates) < 2:
-        raise ValueError(f"{key}={rates} must hold numbers of at least 2")
+        raise ValueError(f"{key}={rates} must be a list of numbers of at least 2")

@@ -1,9 +1,9 @@
-"""Weight-normalised convolutions over time, at one rate or between two.
+"""Weight-normalised convolutions over time: same rate, downsampling and upsampling.
 
-Kernels are stored as torch stores them: [out, in, taps], or [in, out, taps] where the rate rises.
-A change of the rate by s has 2 s taps: as a convolution of 2 taps over blocks of s steps it is the
-same sum, and on a CPU faster than XLA's strided and dilated forms. XLA's grouped form takes about
-a hundred times as long as the same sum of two products.
+Kernels have torch's layout: [out, in, taps], or [in, out, taps] for upsampling (a transposed
+convolution). A rate change by s has 2 s taps. It is computed as a convolution of 2 taps over
+blocks of s positions: the same sum, and on a CPU faster than XLA's strided and dilated forms.
+XLA's grouped convolution takes about a hundred times as long as the same sum of two products.
 """
 
 from abc import abstractmethod
@@ -20,7 +20,7 @@ from speechlm2_jax.layers.module import Initializer, buffer, param
 from speechlm2_jax.sharding import platform
 
 FULL_CHANNELS, MAX_CHANNELS = 16, 96
-"""Channels at which a processor is busy, and more than which it need not have."""
+"""On a CPU: channels that fill a vector unit, and the most that blocks may have."""
 
 _torch_init: Initializer = jax.nn.initializers.variance_scaling(
     1.0 / 3.0, "fan_in", "uniform", in_axis=(1, 2), out_axis=0
@@ -28,7 +28,7 @@ _torch_init: Initializer = jax.nn.initializers.variance_scaling(
 
 
 class WeightNorm(nnx.Module):
-    """gain * direction / |direction|, one gain per slice of the first axis (arXiv 1602.07868)."""
+    """Weight norm (arXiv 1602.07868): gain * direction / |direction|, over all axes but 0."""
 
     def __init__(self, shape: tuple[int, int, int], *, rngs: nnx.Rngs):
         self.direction = param(rngs, shape, ("conv",) * 3, _torch_init)
@@ -44,14 +44,14 @@ class WeightNorm(nnx.Module):
 
 
 class FoldedKernel(nnx.Module):
-    """A kernel that was computed before, arranged as its convolution takes it."""
+    """A precomputed kernel in the layout of its convolution."""
 
     def __init__(self, kernel: Array):
         self.kernel = buffer(kernel, ("conv",) * kernel.ndim)
 
 
 class CodecConvolution(nnx.Module):
-    """A kernel and a bias; what they do is said below."""
+    """Base of the convolutions: a weight-normalised kernel and a bias."""
 
     def __init__(self, shape: tuple[int, int, int], channels: int, *, rngs: nnx.Rngs):
         self.weight: WeightNorm | FoldedKernel = WeightNorm(shape, rngs=rngs)
@@ -59,16 +59,16 @@ class CodecConvolution(nnx.Module):
 
     @abstractmethod
     def arrange(self, weight: Float[Array, "N M P"]) -> Array:
-        """The kernel as the convolution takes it."""
+        """Transposes the kernel to the layout of the convolution."""
 
     def kernel(self) -> Array:
-        """The arranged kernel."""
+        """Returns the kernel in the layout of the convolution."""
         if isinstance(self.weight, FoldedKernel):
             return self.weight.kernel[...]
         return self.arrange(self.weight())
 
     def fold(self) -> None:
-        """Keeps the arranged kernel in place of gain and direction."""
+        """Replaces gain and direction by the computed kernel."""
         self.weight = FoldedKernel(self.kernel())
 
     def add_bias(self, x: Signal) -> Signal:
@@ -77,7 +77,7 @@ class CodecConvolution(nnx.Module):
 
 
 class SameRateConv(CodecConvolution):
-    """Any kernel and dilation; as many steps come out as go in."""
+    """Convolution of any kernel size and dilation that keeps the length."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class SameRateConv(CodecConvolution):
 
 
 class DownsampleConv(CodecConvolution):
-    """Makes one step of `rate`; the steps must be whole blocks of that size."""
+    """Downsamples by `rate`; the length must be a multiple of it."""
 
     def __init__(
         self,
@@ -127,11 +127,11 @@ class DownsampleConv(CodecConvolution):
         self.pad_mode = "zeros" if is_causal else pad_mode
 
     def arrange(self, weight: Float[Array, "N M P"]) -> Float[Array, "2 J N"]:
-        """[block, step of the block and input channel, out]."""
+        """[block, position in the block * input channel, out]."""
         return weight.transpose(2, 1, 0).reshape(2, -1, weight.shape[0])
 
     def __call__(self, x: Signal, boundary: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
-        """Convolves; the edges at the new rate come with the result."""
+        """Convolves; also returns the boundary at the new rate."""
         x = boundary.pad(x, self.before, self.rate - self.before, self.pad_mode).materialize()
         blocks = x.reshape(x.shape[0], -1, self.rate * x.shape[2])
         boundary = boundary.downsampled(self.rate)
@@ -141,7 +141,7 @@ class DownsampleConv(CodecConvolution):
 
 
 class UpsampleConv(CodecConvolution):
-    """Makes `rate` steps of one (a transposed convolution); beyond the ends there are zeros."""
+    """Upsamples by `rate` (a transposed convolution), with zeros beyond the ends."""
 
     def __init__(
         self,
@@ -157,12 +157,12 @@ class UpsampleConv(CodecConvolution):
         super().__init__((channels_in, outputs, 2 * rate), channels_out, rngs=rngs)
         self.rate, self.channels, self.is_grouped = rate, channels_out, is_grouped
         self.cut = 0 if is_causal else (rate + 1) // 2
-        """Steps that are cut off on the left."""
+        """Output positions that are dropped on the left."""
 
     def arrange(self, weight: Float[Array, "N M P"]) -> Array:
-        """[last or this input step, in, step of the block and output channel].
+        """[previous or current input, in, position in the block * output channel].
 
-        Grouped: [last or this input step, input of the group, step of the block, out].
+        Grouped: [previous or current input, input of the group, position in the block, out].
         """
         count, outputs, taps = weight.shape
         halves = weight.reshape(count, outputs, 2, taps // 2)[:, :, ::-1]
@@ -172,7 +172,7 @@ class UpsampleConv(CodecConvolution):
         return halves.transpose(2, 0, 3, 1).reshape(2, count, -1)
 
     def __call__(self, x: Signal, boundary: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
-        """Convolves; the edges at the new rate come with the result."""
+        """Convolves; also returns the boundary at the new rate."""
         batch, steps, _ = x.shape
         extended = boundary.pad(x, 1, 1 if self.cut else 0, "zeros")
         if self.is_grouped:
@@ -184,7 +184,7 @@ class UpsampleConv(CodecConvolution):
         return boundary.mask_padding(self.add_bias(y)), boundary
 
     def _grouped(self, x: Signal) -> Float[Array, "B T2 R D"]:
-        """The sum over a group's inputs, and over this input step and the last."""
+        """Sums over a group's inputs, and over the current and the previous input position."""
         kernel = self.kernel()
         inputs = x.reshape(*x.shape[:2], self.channels, -1)[:, :, None]
         steps = x.shape[1] - 1
@@ -214,7 +214,7 @@ def _convolve(
 
 
 def _block_size(channels_in: int, channels_out: int) -> int:
-    """Steps that are convolved together: a power of two, 1 where the channels are enough."""
+    """Returns how many positions to convolve together: a power of two; 1 for many channels."""
     narrow, wide = sorted((channels_in, channels_out))
     room = min(FULL_CHANNELS // narrow, MAX_CHANNELS // wide)
     return 1 << max(room.bit_length() - 1, 0)
@@ -223,24 +223,27 @@ def _block_size(channels_in: int, channels_out: int) -> int:
 def _convolve_in_blocks(
     x: PaddedSequence, kernel: Float[Array, "P C D"], dilation: int, block: int
 ) -> Float[Array, "B T2 D"]:
-    """The same sum over blocks of steps, whose steps take the place of further channels.
+    """Computes the same convolution over blocks of positions, folded into the channel axis.
 
-    Steps `dilation` apart form rows of their own. A processor multiplies 16 channels as fast as 2:
-    two to ten times as fast as XLA's convolution of few (docs/performance.md).
+    Positions `dilation` apart form sequences of their own. A CPU multiplies 16 channels as fast as
+    2, so this is 2 to 10 times as fast as XLA's convolution of few channels (docs/performance.md).
     """
     taps, channels_in, channels_out = kernel.shape
     batch, given, _ = x.values.shape
     steps = given + sum(x.zeros) - (taps - 1) * dilation
     is_around = any(x.zeros)
-    back = x.zeros[0] // dilation  # taps that look back; without zeros the first looks at its step
-    before, after = -(-back // block), (block + taps - 2 - back) // block  # blocks seen beside
+    back = x.zeros[0] // dilation  # taps before the current position; 0 without zeros
+    before, after = (
+        -(-back // block),
+        (block + taps - 2 - back) // block,
+    )  # neighbouring blocks in the window
     window = (before + 1 + after) * block
     first = before * block - back
     shifted = [
         jnp.pad(kernel, ((first + n, window - taps - first - n), (0, 0), (0, 0)))
         for n in range(block)
     ]
-    joint = jnp.stack(shifted, axis=2)  # [window, in, step of the block, out]
+    joint = jnp.stack(shifted, axis=2)  # [window, in, position in the block, out]
     joint = joint.reshape(before + 1 + after, block * channels_in, block * channels_out)
     size = block * dilation
     blocks = -(-steps // size)

@@ -14,7 +14,7 @@ BOUNDED = {"tanh": jnp.tanh, "clamp": lambda x: jnp.clip(x, -1.0, 1.0)}
 
 
 class DecoderStage(nnx.Module):
-    """Activation, a convolution to a higher rate and half of the channels, residual layer."""
+    """Activation, upsampling convolution to half of the channels, residual layer."""
 
     def __init__(self, config: DecoderConfig, channels: int, rate: int, *, rngs: nnx.Rngs):
         self.activation = Activation(config.activation, channels, rngs=rngs)
@@ -29,7 +29,7 @@ class DecoderStage(nnx.Module):
         self.residual = ResidualLayer(config, channels // 2, rngs=rngs)
 
     def __call__(self, x: Signal, boundary: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
-        """Raises the rate; the edges at the new rate come with the result."""
+        """Upsamples; also returns the boundary at the new rate."""
         x, boundary = self.up(self.activation(x), boundary)
         return self.residual(x, boundary), boundary
 
@@ -52,7 +52,7 @@ class HiFiGANDecoder(nnx.Module):
     def __call__(
         self, frames: Signal, boundary: Boundary
     ) -> tuple[Float[Array, "B S 1"], Boundary]:
-        """Decodes frames; the edges of the samples come with them."""
+        """Decodes frames; also returns the boundary of the samples."""
         x = self.input(frames, boundary)
         for stage in self.stages:
             x, boundary = stage(x, boundary)

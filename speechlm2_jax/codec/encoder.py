@@ -1,4 +1,4 @@
-"""Encoder of a codec: waveforms -> frames, a HiFi-GAN generator turned around."""
+"""Encoder of a codec: waveforms -> frames, the mirror image of a HiFi-GAN generator."""
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -11,7 +11,7 @@ from speechlm2_jax.codec.residual import ResidualLayer, make_conv
 
 
 class EncoderStage(nnx.Module):
-    """Residual layer, activation, and a convolution to a lower rate and twice the channels."""
+    """Residual layer, activation, downsampling convolution to twice the channels."""
 
     def __init__(self, config: EncoderConfig, channels: int, rate: int, *, rngs: nnx.Rngs):
         self.residual = ResidualLayer(config, channels, rngs=rngs)
@@ -26,7 +26,7 @@ class EncoderStage(nnx.Module):
         )
 
     def __call__(self, x: Signal, boundary: Boundary) -> tuple[Float[Array, "B T2 D"], Boundary]:
-        """Lowers the rate; the edges at the new rate come with the result."""
+        """Downsamples; also returns the boundary at the new rate."""
         return self.down(self.activation(self.residual(x, boundary)), boundary)
 
 
@@ -49,7 +49,7 @@ class HiFiGANEncoder(nnx.Module):
     def __call__(
         self, audio: Signal, boundary: Boundary
     ) -> tuple[Float[Array, "B T2 D"], Boundary]:
-        """Encodes whole frames; their edges come with them."""
+        """Encodes a whole number of frames; also returns their boundary."""
         x = self.input(audio, boundary)
         for stage in self.stages:
             x, boundary = stage(x, boundary)

@@ -18,7 +18,7 @@ from speechlm2_jax.layers.module import buffer
 
 
 class Quantized(NamedTuple):
-    """Values on the grid, and their codes."""
+    """Quantized values and their codes."""
 
     values: Float[Array, "B T C"]
     codes: Int[Array, "B T K"]
@@ -31,7 +31,7 @@ class FiniteScalarQuantizer(nnx.Module):
         self.config = config
         shape = (config.num_codebooks, len(config.levels))
         bases = [math.prod(config.levels[:d]) for d in range(len(config.levels))]
-        # NeMo keeps both in its checkpoints, per group
+        # NeMo's checkpoints hold both, per group
         levels = jnp.broadcast_to(jnp.asarray(config.levels, jnp.int32)[None], shape)
         self.levels = buffer(levels, ("layers", "feature"))
         self.bases = buffer(
@@ -39,7 +39,7 @@ class FiniteScalarQuantizer(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B T C"]) -> Quantized:
-        """Rounds; the gradient of the values is that of `compress` (straight through)."""
+        """Quantizes; the gradient of the values is that of `compress` (straight-through)."""
         compressed = self.compress(x)
         rounded = jnp.round(compressed)
         half_levels = self._grid()[2]
@@ -53,19 +53,22 @@ class FiniteScalarQuantizer(nnx.Module):
         return self(x).codes
 
     def dequantize(self, codes: Int[Array, "B T K"]) -> Float[Array, "B T C"]:
-        """Computes the values of codes. One of codebook_size or more wraps around, as in NeMo."""
+        """Computes the values of codes. Codes of codebook_size or more wrap around, as in NeMo."""
         levels = self.levels[...][None, None]
         digits = (codes[..., None] // self.bases[...][None, None]) % levels
         values = (digits - levels // 2).astype(jnp.float32) / (levels // 2).astype(jnp.float32)
         return values.reshape(*codes.shape[:2], -1)
 
     def compress(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        """Bounds each channel so that rounding gives its levels: h tanh(x + tan(o / h)) - o."""
+        """Bounds each channel so that rounding gives its levels: h tanh(x + tan(o / h)) - o.
+
+        h is `scale` and o is `offset`.
+        """
         scale, offset, _ = self._grid()
         return scale * jnp.tanh(x + jnp.tan(offset / scale)) - offset
 
     def _grid(self) -> tuple[Array, Array, Array]:
-        """Half the width (a little less), the shift of even counts, and the largest digit."""
+        """Returns scale (a little under (L - 1) / 2), offset (0.5 for even L), and L // 2."""
         levels = self.levels[...].reshape(-1)[None, None].astype(jnp.float32)
         scale = (levels - 1) / 2 * np.float32(1 - self.config.eps)
         offset = jnp.where(levels % 2 == 0, jnp.float32(0.5), jnp.float32(0.0))

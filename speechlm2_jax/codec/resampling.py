@@ -1,7 +1,7 @@
-"""Another sample rate for a batch of waveforms, on the device: a Hann-windowed sinc.
+"""Resampling of a batch of waveforms on the device, by a Hann-windowed sinc.
 
-It is torchaudio's resampler with its defaults, which NeMo puts in front of its codec (the host's
-resampler, `data.audio.resample`, is Lhotse's; they differ by about 2e-3 on noise).
+It equals torchaudio's resampler with its defaults, which NeMo runs before its codec. The host's
+resampler, `data.audio.resample`, is Lhotse's; they differ by about 2e-3 on noise.
 """
 
 import math
@@ -15,19 +15,19 @@ from jaxtyping import Array, Float
 CROSSINGS = 6
 """Zero crossings of the sinc on each side."""
 ROLL_OFF = 0.99
-"""Where the filter ends, as a share of the lower of the two Nyquist rates."""
+"""Cutoff of the filter, as a fraction of the lower Nyquist frequency."""
 
 
 def resampled_length(samples: Any, from_hz: int, to_hz: int) -> Any:
-    """Samples after resampling, rounded up: an int, or an array of them."""
+    """Counts the samples after resampling, rounded up. Takes an int or an integer array."""
     gcd = math.gcd(from_hz, to_hz)
     step, phases = from_hz // gcd, to_hz // gcd
-    # in two parts: a product of samples and phases may be too large for int32
+    # in two parts, since samples * phases may overflow int32
     return samples // step * phases - (-(samples % step) * phases // step)
 
 
 def resample(audio: Float[Array, "B S"], from_hz: int, to_hz: int) -> Float[Array, "B S2"]:
-    """Changes the rate of rows of samples; beyond their ends there are zeros.
+    """Resamples [B, S] audio, with zeros beyond its ends.
 
     Raises ValueError for a rate that is not positive.
     """
@@ -39,7 +39,7 @@ def resample(audio: Float[Array, "B S"], from_hz: int, to_hz: int) -> Float[Arra
     filters, reach = _filters(from_hz // gcd, to_hz // gcd)
     step, taps = from_hz // gcd, filters.shape[1]
     batch, samples = audio.shape
-    # output block i is made of the taps that begin at input block i
+    # output block i uses the taps from input block i on
     count, overlapping = samples // step + 1, -(-taps // step)
     length = (count + overlapping) * step
     padded = jnp.pad(audio, ((0, 0), (reach, length - reach - samples)))
@@ -50,7 +50,7 @@ def resample(audio: Float[Array, "B S"], from_hz: int, to_hz: int) -> Float[Arra
 
 
 def _filters(step: int, phases: int) -> tuple[np.ndarray, int]:
-    """One filter per output sample of a block [phases, taps], and the taps before the block."""
+    """Makes one filter per output sample of a block [phases, taps]; and the taps before it."""
     cutoff = min(step, phases) * ROLL_OFF
     reach = math.ceil(CROSSINGS * step / cutoff)
     inputs = np.arange(-reach, reach + step) / step

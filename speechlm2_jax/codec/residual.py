@@ -17,7 +17,7 @@ def make_conv(
     dilation: int = 1,
     rngs: nnx.Rngs,
 ) -> SameRateConv:
-    """Makes a convolution that sees what the config lets it see."""
+    """Makes a convolution with the causality and the padding of the config."""
     return SameRateConv(
         channels_in,
         channels_out,
@@ -41,13 +41,13 @@ class ResidualBlock(nnx.Module):
         self.second = make_conv(config, channels, channels, taps, rngs=rngs)
 
     def __call__(self, x: Signal, boundary: Boundary) -> Signal:
-        """Adds what the two convolutions make of x."""
+        """Applies the two convolutions and the residual."""
         y = self.first(self.first_activation(x), boundary)
         return x + self.second(self.second_activation(y), boundary)
 
 
 class ResidualLayer(nnx.Module):
-    """The mean over kernel sizes of chains of residual blocks, one per dilation."""
+    """Mean over kernel sizes of chains of residual blocks; a chain has one block per dilation."""
 
     def __init__(self, config: HiFiGANConfig, channels: int, *, rngs: nnx.Rngs):
         self.chains = nnx.List(
@@ -63,7 +63,7 @@ class ResidualLayer(nnx.Module):
         )
 
     def __call__(self, x: Signal, boundary: Boundary) -> Signal:
-        """Runs every chain on x."""
+        """Averages the outputs of all chains."""
         outputs = []
         for chain in self.chains:
             y = x

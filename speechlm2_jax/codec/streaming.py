@@ -1,4 +1,4 @@
-"""Decoding a stream: each causal convolution remembers the last steps that it saw."""
+"""Stream decoding: the state holds the last inputs of each causal convolution."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,26 +14,26 @@ from speechlm2_jax.codec.decoder import HiFiGANDecoder
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class DecoderStream:
-    """What a decoder has seen of a batch of streams, in the order in which its layers ask for it.
+    """State of a batch of streams: the last inputs of each convolution, in the order of the layers.
 
-    All zeros where a stream begins: a row is started anew by setting it to zero.
+    A new stream is all zeros, so zeroing one restarts it.
     """
 
     history: tuple[Float[Array, "B _ _"], ...]
 
 
 class StreamBoundary:
-    """Edges of one step of a stream: before it lie the steps seen last, and all steps are real."""
+    """Boundary of one streaming call: the last inputs come before it, and there is no padding."""
 
     def __init__(self, history: Iterator[Array] | None):
         self._history = history
         self.next_history: list[Array] = []
-        """The steps to remember; zeros are taken for seen if nothing was given."""
+        """The inputs to keep for the next call, per convolution."""
 
     def pad(self, x: Signal, before: int, after: int, mode: str) -> PaddedSequence:
-        """Puts the steps seen last before x, and remembers its own last."""
+        """Prepends the last inputs to x (zeros without a history), and keeps those of x."""
         if after:
-            raise ValueError("a layer that looks ahead cannot decode a stream")
+            raise ValueError("a convolution with right context cannot decode a stream")
         shape = (x.shape[0], before, x.shape[2])
         x = jnp.concatenate(
             [jnp.zeros(shape) if self._history is None else next(self._history), x], 1
@@ -42,27 +42,27 @@ class StreamBoundary:
         return PaddedSequence(x)
 
     def mask_padding(self, x: Signal) -> Signal:
-        """Leaves x as it is."""
+        """Returns x: a stream has no padding."""
         return x
 
     def downsampled(self, rate: int) -> "StreamBoundary":
-        """The same edges."""
+        """Returns self: a stream has no lengths."""
         return self
 
     def upsampled(self, rate: int) -> "StreamBoundary":
-        """The same edges."""
+        """Returns self: a stream has no lengths."""
         return self
 
 
 def start(decoder: HiFiGANDecoder, batch: int) -> DecoderStream:
-    """Makes the state of `batch` streams that have not begun.
+    """Makes the state of `batch` new streams.
 
-    Raises ValueError for a decoder that looks ahead.
+    Raises ValueError unless the decoder is causal.
     """
     if not decoder.config.is_causal:
         raise ValueError(
-            "only a causal decoder (CausalHiFiGANDecoder) decodes a stream; this codec's looks "
-            "ahead: decode whole recordings with `decode`"
+            "only a causal decoder (CausalHiFiGANDecoder) can decode a stream, and this codec's "
+            "looks ahead; decode whole recordings with `decode`"
         )
 
     def run() -> tuple[Array, ...]:

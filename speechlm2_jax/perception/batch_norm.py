@@ -1,4 +1,4 @@
-"""Batch normalisation that counts only the frames it is told to, and returns its new statistics."""
+"""Batch normalisation over real frames only. New running statistics are returned, not stored."""
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,15 @@ from speechlm2_jax.layers.module import buffer, param
 EPS = 1e-5
 MOMENTUM = 0.1
 Statistics = dict[str, Array]
-"""New values of buffers by dotted path below the module that returns them."""
+"""New buffer values, keyed by dotted path relative to the module that returns them."""
 
 
 class BatchNorm(nnx.Module):
     """Normalises each channel by its mean and variance (Ioffe and Szegedy 2015), in fp32.
 
-    In evaluation these are the running ones. In training they are those of the counted frames of
-    the global batch; the running ones move towards them by `MOMENTUM` (the variance unbiased).
+    Evaluation uses the running mean and variance. Training uses those of the counted frames of the
+    global batch, and moves the running ones towards them by `MOMENTUM` (with the unbiased variance,
+    as torch does).
     """
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
@@ -31,9 +32,9 @@ class BatchNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], counted: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], Statistics]:
-        """Normalises `x`; with `counted`, in training mode over those frames.
+        """Normalises `x`. `counted` switches to training mode and marks the frames to measure.
 
-        Gives the new statistics too: none in evaluation, the old values if no frame is counted.
+        Also returns the new running statistics: {} in evaluation, unchanged if no frame counts.
         """
         x32 = x.astype(jnp.float32)
         mean, variance = self.running_mean[...], self.running_var[...]

@@ -1,8 +1,8 @@
-"""Long audio in parts: the encoder sees each part of a clip by itself, its frames are put together.
+"""Long audio in chunks: chunks are encoded one by one, then their frames are concatenated.
 
-A clip is cut into parts of one size from its start; a tail too short to normalise stays with the
-part before it (NeMo SpeechLM2, encode_audio_with_optional_chunking). Memory and attention then grow
-with the length of the clip, not with its square.
+All chunks have one size, but the last. A tail that is too short to normalise joins the chunk before
+it (NeMo SpeechLM2, encode_audio_with_optional_chunking). Memory and attention then grow linearly
+with the length of the clip, not quadratically.
 """
 
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ _MOST_HOPS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Chunking:
-    """Sizes in samples."""
+    """Chunk sizes in samples."""
 
     size: int
-    """Of every part but the last."""
+    """Length of every chunk but the last."""
     shortest: int
-    """A tail below it belongs to the part before."""
+    """A shorter tail joins the chunk before it."""
 
     @classmethod
     def of(cls, seconds: float, log_mel: LogMelConfig) -> "Chunking":
-        """Takes NeMo's `encoder_chunk_size_seconds`; a tail must have two frames of features."""
+        """Reads NeMo's `encoder_chunk_size_seconds`; `shortest` gives at least two mel frames."""
         hops = range(1, _MOST_HOPS + 1)
         shortest = next(
             (n for h in hops if log_mel.frame_count(n := h * log_mel.hop_samples) >= 2),
@@ -38,24 +38,24 @@ class Chunking:
         return cls(size=max(size, shortest), shortest=shortest)
 
     def chunks(self, samples: int) -> tuple[int, ...]:
-        """Lengths of the parts of a clip; an empty clip is one empty part."""
+        """Returns the lengths of the chunks of a clip. An empty clip is one empty chunk."""
         count = self.whole_chunks(samples)
         return (*(self.size,) * count, samples - count * self.size)
 
     def whole_chunks(self, samples: Any) -> Any:
-        """How many parts come before the last: an int, or an array of them."""
+        """Counts the chunks before the last one. Takes an int or an integer array."""
         count = (samples - self.shortest) // self.size
         return count * (count > 0)
 
     def width(self, samples: int) -> int:
-        """Samples of the longest part that an audio array of `samples` may hold."""
+        """Returns the longest chunk, in samples, of any clip in an audio array [B, samples]."""
         return min(samples, self.size + self.shortest - 1)
 
 
 def split_chunks(
     audio: Float[Array, "B S"], lengths: Int[Array, " B"], chunking: Chunking
 ) -> tuple[Float[Array, "B K W"], Int[Array, "B K"]]:
-    """Cuts clips into parts [B, K, W] and says how long each is; empty past a clip's end."""
+    """Splits clips into K chunks [B, K, W] and returns their lengths; 0 past the clip's end."""
     samples = audio.shape[1]
     chunks, width = len(chunking.chunks(samples)), chunking.width(samples)
     missing = (chunks - 1) * chunking.size + width - samples
@@ -77,9 +77,9 @@ def join_chunks(
     frames_per_chunk: int,
     capacity: int,
 ) -> tuple[Float[Array, "B F2 D"], Int[Array, " B"]]:
-    """Puts the frames of the parts of each clip one after the other, in `capacity` places.
+    """Concatenates the frames of the chunks of each clip into [B, capacity, D].
 
-    Every part before number `last` has `frames_per_chunk` frames.
+    `last` is the index of a clip's last chunk; each chunk before it has `frames_per_chunk` frames.
     """
     batch, _, max_frames, width = frames.shape
     position = jnp.arange(capacity)[None]
@@ -91,7 +91,7 @@ def join_chunks(
 
 
 def chunk_rngs(rngs: Key[Array, " B"] | None, chunks: int) -> Key[Array, " BK"] | None:
-    """One key per part, from the clip's own and the part's number."""
+    """Derives one random key per chunk: the clip's key folded with the chunk's index."""
     if rngs is None:
         return None
     indices = jnp.arange(chunks)

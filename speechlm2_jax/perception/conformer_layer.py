@@ -1,4 +1,4 @@
-"""One Conformer layer (Gulati et al. 2020): attention and convolution between two half steps."""
+"""One Conformer layer (Gulati et al. 2020): attention and convolution between two feed-forwards."""
 
 from dataclasses import dataclass, field
 
@@ -24,13 +24,13 @@ from speechlm2_jax.sharding import constrain
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LayerInputs:
-    """What every layer of a pass shares."""
+    """Inputs that all layers of one forward pass share."""
 
     frame_mask: FrameMask
     present: Bool[Array, "B T"]
-    """Frames that a norm over time counts: the real ones, or those that NeMo would count."""
+    """Frames that batch and group norm count: the real ones, or with `nemo_exact` NeMo's."""
     train: bool = field(default=False, metadata={"static": True})
-    """Whether batch norm measures them."""
+    """Whether batch norm uses the statistics of this batch."""
     tied_biases: tuple[Float[Array, "N H"], Float[Array, "N H"]] | None = None
 
 
@@ -46,12 +46,12 @@ class FeedForward(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], rngs: Key[Array, " B"] | None = None
     ) -> Float[Array, "B T D"]:
-        """Transforms each frame on its own; `rngs` switch dropout on."""
+        """Transforms each frame by itself. Given `rngs`, dropout is on."""
         return self.output(dropout(jax.nn.silu(self.hidden(x)), self.rate, rngs))
 
 
 class DepthwiseConv(nnx.Module):
-    """Convolution over time, one kernel per channel; weight [D, k].
+    """Depthwise convolution over time; weight [D, k].
 
     A sum of k shifted products: XLA's grouped convolution is several times slower on CPU.
     """
@@ -63,11 +63,11 @@ class DepthwiseConv(nnx.Module):
         self.bias = param(rngs, (config.d_model,), ("norm",), zeros) if config.use_bias else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Convolves with zeros beyond both ends; as many frames come out."""
+        """Convolves with zero padding, so that T frames in give T frames out."""
         return self.valid(jnp.pad(x, ((0, 0), self.context, (0, 0))))
 
     def valid(self, padded: Float[Array, "B T2 D"]) -> Float[Array, "B T D"]:
-        """Convolves where the whole kernel fits: k - 1 frames fewer come out."""
+        """Convolves without padding (mode "valid"): k - 1 frames fewer come out."""
         weight = self.weight[...].astype(padded.dtype)
         length = padded.shape[1] - weight.shape[1] + 1
         y = padded[:, :length] * weight[None, None, :, 0]
@@ -77,12 +77,12 @@ class DepthwiseConv(nnx.Module):
 
 
 class ConvolutionModule(nnx.Module):
-    """Pointwise to twice the width, gate, depthwise over time, norm, SiLU, pointwise."""
+    """Pointwise to 2 D channels, GLU, depthwise convolution over time, norm, SiLU, pointwise."""
 
     def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
         width, bias = config.d_model, config.use_bias
-        # whole on tensor-parallel devices: a cut through value and gate together would put the two
-        # halves of a channel on different ones
+        # not sharded over tensor-parallel devices: sharding the joint [2 D] axis would put value
+        # and gate of a channel on different devices
         self.pointwise_in = Linear(width, 2 * width, axes=(None, "embed"), rngs=rngs, bias=bias)
         self.depthwise = DepthwiseConv(config, rngs=rngs)
         self.norm = _make_norm(config, rngs)
@@ -91,7 +91,7 @@ class ConvolutionModule(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], inputs: LayerInputs
     ) -> tuple[Float[Array, "B T D"], Statistics]:
-        """Convolves; silence replaces padding, so real frames never see it."""
+        """Convolves. Padding is zeroed first, so it never reaches a real frame."""
         x = self.depthwise(self.gated(x, is_within(inputs.frame_mask.lengths, x.shape[1])))
         statistics: Statistics = {}
         if isinstance(self.norm, BatchNorm):
@@ -103,21 +103,24 @@ class ConvolutionModule(nnx.Module):
         return self.pointwise_out(jax.nn.silu(x)), statistics
 
     def gated(self, x: Float[Array, "B T D"], is_real: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
-        """What the depthwise convolution sees; silence where frames are not real."""
+        """Computes the input of the depthwise convolution: GLU output, zero where not real."""
         value, gate = self._halves(x)
         return jnp.where(is_real[..., None], value * jax.nn.sigmoid(gate), jnp.zeros((), x.dtype))
 
     def after_conv(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Goes on behind the depthwise convolution, in evaluation; ValueError for group norm."""
+        """Runs what follows the depthwise convolution, in evaluation mode.
+
+        Raises ValueError for group norm, which needs whole clips.
+        """
         if isinstance(self.norm, GroupNorm):
-            raise ValueError("group norm looks at whole clips")
+            raise ValueError("group norm needs whole clips; it cannot run in a stream")
         x = self.norm(x)[0] if isinstance(self.norm, BatchNorm) else self.norm(x)
         return self.pointwise_out(jax.nn.silu(x))
 
     def _halves(
         self, x: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-        """Value and gate of every channel: one product, its two halves kept apart."""
+        """Computes value and gate, [B, T, D] each, by one matmul (einsum axis g: which of both)."""
         shape = (2, x.shape[-1], x.shape[-1])
         weight = constrain(self.pointwise_in.weight[...].astype(x.dtype), None, None)
         weight = constrain(weight.reshape(shape), None, "mlp", None)
@@ -137,7 +140,7 @@ def _make_norm(config: FastConformerConfig, rngs: nnx.Rngs) -> BatchNorm | Group
 
 
 class ConformerLayer(nnx.Module):
-    """Residual sum of the four blocks, each behind its own layer norm, and a norm at the end."""
+    """Four pre-norm residual blocks and a final layer norm."""
 
     def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
         self.rate = config.dropout
@@ -157,7 +160,7 @@ class ConformerLayer(nnx.Module):
         inputs: LayerInputs,
         rngs: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Statistics]:
-        """Gives the new frames, and new batch-norm statistics by path; `rngs` switch dropout on."""
+        """Returns the new frames and the new batch-norm statistics. Given `rngs`, dropout is on."""
         dropout_rngs = [fold_rngs(rngs, number) for number in range(7)]
 
         def add(x: Array, update: Array, number: int) -> Array:

@@ -1,12 +1,12 @@
-"""A FastConformer over a stream: steps of one size that together give the frames of one pass.
+"""Streaming FastConformer: fixed-size steps whose outputs equal one pass over the whole clip.
 
-Each part remembers the last of its input that later outputs need. A part that looks ahead gives its
-outputs as many frames late, so that every step sees all that a whole pass would: step s of `frames`
-frames gives the places `frames` x s - delay and on. Places before the beginning or past the end of
-a stream are silence, as the padding of a whole pass is.
+Each layer's state keeps the past inputs that later outputs need. A layer with right context
+(look-ahead) delays its output by as many frames, so that each output sees all that it sees in a
+whole pass: step s of `frames` frames outputs the positions from s * frames - delay on. Positions
+before the start or past the end of a stream are zero, like the padding of a whole pass.
 
-(NeMo's cache_aware_stream_step pads where its cache of features is not yet full, and cuts what
-looks ahead; its first frames then differ from its own whole pass.)
+(NeMo's cache_aware_stream_step pads while its feature cache is not full, and drops the look-ahead;
+its first frames then differ from those of its own whole pass.)
 """
 
 from dataclasses import dataclass
@@ -40,35 +40,40 @@ from speechlm2_jax.perception.subsampling import (
 
 @dataclass(frozen=True, kw_only=True)
 class SubsamplingStage:
-    """One stage of subsampling in a stream."""
+    """Static sizes of one subsampling stage in a stream."""
 
     carry: int
-    """Places of its input that it remembers."""
+    """Past input frames in its state."""
     first: int
-    """Place of its first output in step 0."""
+    """Position of its first output of step 0; negative: before the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderPlan:
-    """Static sizes of a stream through one encoder. Raises ValueError if it cannot be streamed."""
+    """Static sizes of a stream through one encoder. Raises ValueError if it cannot stream."""
 
     config: FastConformerConfig
     frames: int
-    """Output frames of a step."""
+    """Output frames per step."""
     lead: int
-    """Input places of step 0 that lie before the beginning."""
+    """Input frames of step 0 that lie before the start of the stream."""
     context: Context
     """(left, right) attention context."""
     longest: int | None = None
-    """Frames that are remembered where the left context has no bound."""
+    """Length of the KV cache if the left context is unbounded (-1)."""
 
     def __post_init__(self) -> None:
         left, right = self.context
         style = self.config.att_context_style
         if self.frames < 1 or self.lead < 0:
-            raise ValueError(f"frames={self.frames} and lead={self.lead} must not be negative")
+            raise ValueError(
+                f"frames={self.frames} must be at least 1, lead={self.lead} at least 0"
+            )
         if self.config.norm_groups:
-            raise ValueError("group norm looks at whole clips; a stream needs layer_norm")
+            raise ValueError(
+                f"conv_norm_type={self.config.conv_norm_type}: group norm needs whole clips and "
+                "cannot stream; use an encoder with layer_norm or batch_norm"
+            )
         if right < 0:
             raise ValueError(
                 f"att_context_size={list(self.context)}: a stream needs a bounded right context"
@@ -76,19 +81,22 @@ class EncoderPlan:
         if left < 0 and self.longest is None:
             raise ValueError(
                 f"att_context_size={list(self.context)}: a stream needs a bounded left context, or "
-                "`longest`, the most frames that it will have"
+                "`longest`: the maximum number of frames"
             )
         if style == "chunked_limited" and left > 0 and left % (right + 1):
-            raise ValueError(f"att_context_size={list(self.context)}: left is no number of chunks")
+            raise ValueError(
+                f"att_context_size={list(self.context)}: left must be a multiple of right + 1 "
+                "(the chunk)"
+            )
 
     @property
     def input_frames(self) -> int:
-        """Input frames of a step."""
+        """Input frames per step."""
         return self.frames * self.config.subsampling_factor
 
     @property
     def stages(self) -> tuple[SubsamplingStage, ...]:
-        """The stages of subsampling; none with factor 1."""
+        """The subsampling stages; () with factor 1."""
         position, factor = -self.lead, self.config.subsampling_factor
         if self.config.is_stacking:
             return (SubsamplingStage(carry=position % factor, first=position // factor),)
@@ -102,17 +110,17 @@ class EncoderPlan:
 
     @property
     def first(self) -> int:
-        """Place of the first subsampled frame of step 0."""
+        """Position of the first subsampled frame of step 0."""
         return self.stages[-1].first if self.stages else -self.lead
 
     @property
     def conv_delay(self) -> int:
-        """Frames that the convolution of each layer looks ahead."""
+        """Look-ahead of each layer's convolution, in frames."""
         return self.config.conv_context[1]
 
     @property
     def is_aligned(self) -> bool:
-        """Whether every step of every layer holds whole chunks of attention."""
+        """Whether every step of every layer consists of whole attention chunks."""
         chunk = self.context[1] + 1
         offsets = (self.frames, self.first, self.conv_delay)
         return self.config.att_context_style == "chunked_limited" and not any(
@@ -121,12 +129,12 @@ class EncoderPlan:
 
     @property
     def attention_delay(self) -> int:
-        """Frames that the attention of each layer looks ahead, beyond a step."""
+        """Look-ahead of each layer's attention beyond a step, in frames."""
         return 0 if self.is_aligned else self.context[1]
 
     @property
     def cache(self) -> int:
-        """Frames whose keys and values each layer remembers."""
+        """Length of each layer's KV cache, in frames."""
         left = self.context[0] if self.context[0] >= 0 else (self.longest or 0)
         chunked = self.config.att_context_style == "chunked_limited"
         unaligned = self.context[1] if chunked and not self.is_aligned else 0
@@ -134,32 +142,32 @@ class EncoderPlan:
 
     @property
     def layer_delay(self) -> int:
-        """Frames by which each layer is late."""
+        """Delay of each layer, in frames."""
         return self.attention_delay + self.conv_delay
 
     @property
     def delay(self) -> int:
-        """Frames by which the output is late: step 0 begins with place -delay."""
+        """Delay of the output, in frames: step 0 starts at position -delay."""
         return self.config.n_layers * self.layer_delay - self.first
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class EncoderStreamState:
-    """What an encoder remembers of streams; all zeros where one begins."""
+    """State of an encoder for a batch of streams; all zeros at the start of a stream."""
 
     inputs: tuple[Any, ...]
-    """Per stage of subsampling [B, carry, ...]: the last places of its input."""
+    """Per subsampling stage [B, carry, ...]: its last input frames."""
     keys: Any
-    """[L, B, C, N, H]: keys of the last frames that later ones may attend to."""
+    """[L, B, C, N, H]: key cache, C = plan.cache."""
     values: Any
-    """[L, B, C, N, H]."""
+    """[L, B, C, N, H]: value cache."""
     attention_queue: Any
-    """[L, B, attention_delay, D]: frames whose attention still waits for later ones."""
+    """[L, B, attention_delay, D]: frames that wait for the look-ahead of attention."""
     gated: Any
-    """[L, B, k - 1, D]: what the depthwise convolution has seen last."""
+    """[L, B, k - 1, D]: last inputs of the depthwise convolution."""
     conv_queue: Any
-    """[L, B, conv_delay, D]: frames whose convolution still waits for later ones."""
+    """[L, B, conv_delay, D]: frames that wait for the look-ahead of the convolution."""
 
     STACKED: ClassVar[tuple[str, ...]] = (
         "keys",
@@ -168,15 +176,15 @@ class EncoderStreamState:
         "gated",
         "conv_queue",
     )
-    """Fields whose second axis is the streams; in the others it is the first."""
+    """Fields with a leading layer axis: their batch axis is the second."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
-    """What all layers of a step share, but where their input lies."""
+    """Inputs of one layer besides its frames; only `positions` differs between layers."""
 
     positions: Int[Array, "B F"]
-    """Places of the input."""
+    """Positions of the layer's input frames."""
     frame_mask: FrameMask
     tied_biases: Biases | None
 
@@ -184,18 +192,18 @@ class StepInputs:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class StreamFrames:
-    """Frames of one step."""
+    """Output frames of one step."""
 
     frames: Float[Array, "B F W"]
     is_real: Bool[Array, "B F"]
-    """False before the beginning and past the end of a stream."""
+    """False before the start and past the end of a stream."""
     lengths: Int[Array, " B"]
-    """Frames of each stream, if nothing follows."""
+    """Total frames of each stream if it ended here."""
     captured: Float[Array, "B K F W"] | None = None
 
 
 def new_state(plan: EncoderPlan, batch: int, dtype: DTypeLike = jnp.float32) -> EncoderStreamState:
-    """Makes the memory of `batch` streams that have not begun."""
+    """Makes the state of `batch` new streams."""
     config = plan.config
     layers, width = config.n_layers, config.d_model
     head = (config.n_heads, width // config.n_heads)
@@ -226,12 +234,12 @@ def advance(
 ) -> tuple[StreamFrames, EncoderStreamState]:
     """Encodes the next input frames of each stream.
 
-    `steps` says how many steps each stream has behind it, `total` how many real input frames it has
-    with these; places of the step from there on are silence. `capture` numbers the layers whose
-    outputs are wanted too: only where no layer looks ahead, so that all are at the same place.
+    `steps` counts the steps that each stream has done. `total` counts its real input frames so far,
+    these included; later frames of this step are zeroed. `capture` lists layers whose outputs are
+    returned too. It needs layers without look-ahead, so that all outputs have the same positions.
     """
     if capture and plan.layer_delay:
-        raise ValueError("layers that look ahead cannot be read side by side in a stream")
+        raise ValueError("capture: layers with look-ahead have different positions in a stream")
     lengths = jnp.where(total > 0, plan.config.subsampled(total), 0)
     subsampled, inputs = _subsample(encoder, plan, state.inputs, features, steps, total)
     positions = (steps * plan.frames + plan.first)[:, None] + jnp.arange(plan.frames)[None]
@@ -269,7 +277,7 @@ def advance(
 
 
 def _frame_mask(plan: EncoderPlan, lengths: Int[Array, " B"]) -> FrameMask:
-    """What the frames of a step may attend to among those remembered and new."""
+    """Makes the mask of a step over cached and new keys."""
     left, right = (jnp.full(lengths.shape, side, jnp.int32) for side in plan.context)
     table = None
     if plan.config.is_relative:
@@ -288,7 +296,7 @@ def _advance_layer(
     inputs: StepInputs,
     layer_state: tuple,
 ) -> tuple[Float[Array, "B F D"], tuple]:
-    """One Conformer layer; its output is `plan.layer_delay` places behind its input."""
+    """Runs one Conformer layer; its output is `plan.layer_delay` positions behind its input."""
     keys, values, attention_queue, gated, conv_queue = layer_state
     x = x + 0.5 * layer.feed_forward_in(layer.feed_forward_in_norm(x))
     delayed, attention_queue = _delay(attention_queue, x)
@@ -307,7 +315,7 @@ def _advance_layer(
 def _delay(
     delayed: Float[Array, "B W D"], x: Float[Array, "B F D"]
 ) -> tuple[Float[Array, "B F D"], Float[Array, "B W D"]]:
-    """Delays frames: as many as come in go out, the rest waits."""
+    """Pushes F frames into a queue and pops the F oldest."""
     queue = jnp.concatenate([delayed, x], axis=1)
     return queue[:, : x.shape[1]], queue[:, x.shape[1] :]
 
@@ -319,7 +327,10 @@ def _attend(
     inputs: StepInputs,
     cache: tuple[Float[Array, "B C N H"], Float[Array, "B C N H"]],
 ) -> tuple[Float[Array, "B F D"], Float[Array, "B C N H"], Float[Array, "B C N H"]]:
-    """Lets the frames whose turn it is attend to the remembered and the new ones."""
+    """Attends from the frames at their turn to cached and new keys; returns the new KV cache.
+
+    `frames` are the query frames (delayed by the look-ahead) and the new frames.
+    """
     attention, (query_frames, new) = layer.attention, frames
     normed = layer.attention_norm(new)
     queries = attention.queries(
@@ -348,9 +359,9 @@ def _distance_scores(
     queries: tuple[Float[Array, "B F N H"], ...],
     table: Float[Array, "P D"] | None,
 ) -> Float[Array, "B N F P"] | None:
-    """Scores of distances; the projection goes to the side that it costs less on.
+    """Scores distances. W is applied to the distances or to the queries, whichever is cheaper.
 
-    q . (W p) = (Wᵀ q) . p: a step has few queries and all the distances of its cache.
+    q . (W p) = (Wᵀ q) . p, and a step has few queries but all the distances of its cache.
     """
     if table is None or attention.position is None:
         return None
@@ -372,7 +383,7 @@ def _subsample(
     steps: Int[Array, " B"],
     total: Int[Array, " B"],
 ) -> tuple[Float[Array, "B F D"], tuple[Float[Array, "B ..."], ...]]:
-    """Subsampled frames of a step, and what each stage remembers of its input."""
+    """Subsamples the frames of a step; returns the new state of each stage, too."""
     subsampling = encoder.subsampling
     if not plan.stages:
         return subsampling.output(features), ()
@@ -402,14 +413,14 @@ def _convolutions(subsampling: Subsampling) -> tuple[HalvingConv | FullStage | S
 def _zero_padding(
     x: Float[Array, "B T *rest"], first: Int[Array, " B"], lengths: Int[Array, " B"]
 ) -> Float[Array, "B T *rest"]:
-    """Zeroes what lies before the beginning or past the end; x begins with place `first`."""
+    """Zeroes frames before the start or past the end; x starts at position `first`."""
     position = first[:, None] + jnp.arange(x.shape[1])[None]
     is_real = (position >= 0) & (position < lengths[:, None])
     return jnp.where(jnp.expand_dims(is_real, range(2, x.ndim)), x, jnp.zeros((), x.dtype))
 
 
 def _carry_shapes(plan: EncoderPlan) -> list[tuple[int, ...]]:
-    """Per stage of subsampling, the shape of what it remembers of one stream."""
+    """Returns the shape of each subsampling stage's state for one stream."""
     config, bins = plan.config, plan.config.feat_in
     if config.is_stacking:
         return [(stage.carry, bins) for stage in plan.stages]

@@ -30,22 +30,22 @@ _LAYERS_RNG, _INPUT_RNG, _NEAR_RNG, _FAR_RNG, _CONTEXT_RNG = range(5)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class EncoderOutput:
-    """What an encoder or a modality adapter gives."""
+    """Output of an encoder or a modality adapter."""
 
     frames: Float[Array, "B T D"]
     lengths: Int[Array, " B"]
     statistics: Statistics
-    """New batch-norm statistics by path; empty in evaluation."""
+    """New batch-norm statistics by variable path; empty in evaluation."""
     extents: Int[Array, " B"] | None = None
-    """The given extents, in output frames."""
+    """The `extents` argument converted to output frames."""
     layers: Float[Array, "L B T W"] | None = None
-    """Every layer's output, if asked for."""
+    """Output of every layer, with `return_layers`."""
     captured: Float[Array, "B K T D"] | None = None
-    """The outputs of the layers asked for, in the width of the frames."""
+    """Outputs of the K layers of `capture`, projected like `frames`."""
 
 
 class FastConformer(nnx.Module):
-    """Features [B, T, feat_in] -> frames [B, T / factor, width]. The definition is NeMo's."""
+    """Features [B, T, feat_in] -> frames [B, T / factor, width]. As NeMo's ConformerEncoder."""
 
     def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -72,12 +72,12 @@ class FastConformer(nnx.Module):
         capture: tuple[int, ...] = (),
         remat: RematPolicy = "full",
     ) -> EncoderOutput:
-        """Encodes rows of `lengths` real frames; rows of length 0 are empty.
+        """Encodes clips of `lengths` real frames; a clip of length 0 is padding.
 
-        `train` lets batch norm use the statistics of this batch: of its real frames, or, if given,
-        of the first `extents` input frames of each row. `rngs`, one per row, switch dropout on
-        and draw the attention context where there are several; use them in training only.
-        `capture` numbers the layers whose outputs are wanted too.
+        `train`: batch norm uses the statistics of this batch, over the real frames or, if given,
+        over the first `extents` input frames of each clip. `rngs` (one key per clip, training only)
+        turn dropout on and draw one attention context per clip. `capture` lists the layers whose
+        outputs are returned too.
         """
         config = self.config
         x, lengths, extents = self._embed(features, lengths, extents, rngs)
@@ -120,7 +120,7 @@ class FastConformer(nnx.Module):
         extents: Int[Array, " B"] | None,
         rngs: Key[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T2 D2"], Int[Array, " B"], Int[Array, " B"] | None]:
-        """What the first layer sees, and lengths and extents in its frames."""
+        """Subsamples; returns the first layer's input, and lengths and extents in its frames."""
         config = self.config
         subsampled = self.subsampling(features, lengths, extents)
         lengths = jnp.where(lengths > 0, subsampled.lengths, 0)
@@ -133,7 +133,7 @@ class FastConformer(nnx.Module):
     def add_positions(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B1 T"]
     ) -> Float[Array, "B T D"]:
-        """Scales subsampled frames and, with absolute positions, adds theirs."""
+        """Scales subsampled frames; with abs_pos, adds the sinusoids of their positions."""
         config = self.config
         x = x * (math.sqrt(config.d_model) if config.xscaling else 1.0)
         if config.is_relative:
@@ -142,11 +142,11 @@ class FastConformer(nnx.Module):
         return x + jnp.broadcast_to(table.astype(x.dtype), x.shape)
 
     def project(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T W"]:
-        """Turns a layer's output into the width of the frames."""
+        """Projects a layer's output to the width of the output frames."""
         return x if self.output is None else self.output(x)
 
     def tied_biases(self) -> tuple[Array, Array] | None:
-        """The position biases that all layers share, if they do."""
+        """Returns the position biases (u, v) if all layers share them (`untie_biases: false`)."""
         if self.position_bias_u is None or self.position_bias_v is None:
             return None
         return self.position_bias_u[...], self.position_bias_v[...]
@@ -154,7 +154,7 @@ class FastConformer(nnx.Module):
     def _frame_mask(
         self, length: int, lengths: Int[Array, " B"], rngs: Key[Array, " B"] | None
     ) -> FrameMask:
-        """What the frames may see: the first context, or with keys one drawn per row."""
+        """Makes the mask: the first attention context or, given `rngs`, one drawn per clip."""
         config = self.config
         contexts = jnp.asarray(config.contexts)
         chosen = jnp.zeros(lengths.shape, jnp.int32)
@@ -174,7 +174,10 @@ class FastConformer(nnx.Module):
     def _drop_positions(
         self, table: Float[Array, "P D"], length: int, rngs: Key[Array, " B"] | None
     ) -> Float[Array, "*B P D"]:
-        """Dropout of the table, drawn by distance from 0 outwards, whatever the length."""
+        """Drops entries of the position table.
+
+        Drawn from distance 0 outwards, so that the padded length changes no draw.
+        """
         rate = self.config.dropout_emb
         if rngs is None or rate == 0.0:
             return table

@@ -9,8 +9,8 @@ CONVOLUTIONS = ("dw_striding", "striding")
 STACKINGS = ("stacking", "stacking_norm")
 GROUP_NORM = "group_norm"
 _ONLY_WITH_REDUCTION = "only read by mid-network reduction, which is refused"
-_ONLY_WITH_STOCHASTIC_DEPTH = "only read by stochastic depth, which is not done here"
-_TABLE_SIZE = "sizes NeMo's table of positions, which grows by itself; here it follows the input"
+_ONLY_WITH_STOCHASTIC_DEPTH = "only read by stochastic depth, which is not supported"
+_TABLE_SIZE = "sizes NeMo's position table; here the table follows the input"
 _TORCH_KERNELS = "chooses among torch's attention kernels; the result is the same"
 
 
@@ -24,7 +24,7 @@ class FastConformerConfig:
         "reduction_position": _ONLY_WITH_REDUCTION,
         "reduction_factor": _ONLY_WITH_REDUCTION,
         "stochastic_depth_drop_prob": (
-            "only read in training, which here goes on without stochastic depth",
+            "only read in training; stochastic depth is not supported",
             0,
         ),
         "stochastic_depth_mode": _ONLY_WITH_STOCHASTIC_DEPTH,
@@ -36,11 +36,11 @@ class FastConformerConfig:
         "sync_max_audio_length": _TABLE_SIZE,
     }
     REFUSED: ClassVar[Mapping[str, tuple[object, ...]]] = {
-        "reduction": ("there is no reduction between layers; set it to null", None),
-        "att_chunk_context_size": ("only plain chunked_limited is done; set it to null", None),
-        "conv_context_style": ("only regular convolution context is done", "regular"),
-        "global_tokens": ("there is no local attention with global tokens; set it to 0", 0),
-        "global_attn_separate": ("there are no global tokens; set it to false", False),
+        "reduction": ("reduction between layers is not supported; set it to null", None),
+        "att_chunk_context_size": ("only plain chunked_limited is supported; set it to null", None),
+        "conv_context_style": ("only the regular convolution context is supported", "regular"),
+        "global_tokens": ("local attention with global tokens is not supported; set it to 0", 0),
+        "global_attn_separate": ("global tokens are not supported; set it to false", False),
     }
 
     feat_in: int
@@ -57,7 +57,7 @@ class FastConformerConfig:
     """rel_pos or abs_pos."""
     n_heads: int = 4
     att_context_size: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
-    """Frames seen to the left and right, -1 for all; or several such pairs (see `contexts`)."""
+    """[left, right] attention context in frames, -1: all; or several pairs (`contexts`)."""
     att_context_probs: tuple[float, ...] | None = None
     att_context_style: str = "regular"
     xscaling: bool = True
@@ -98,20 +98,20 @@ class FastConformerConfig:
 
     @property
     def contexts(self) -> tuple[Context, ...]:
-        """(left, right) attention contexts. The first serves evaluation; training draws one."""
+        """(left, right) attention contexts: evaluation takes the first, training draws one."""
         sizes = self.att_context_size or (-1, -1)
         pairs = sizes if isinstance(sizes[0], tuple) else (sizes,)
         return tuple((int(pair[0]), int(pair[1])) for pair in pairs)  # type: ignore[index]
 
     @property
     def context_probabilities(self) -> tuple[float, ...]:
-        """How often training draws each of `contexts`."""
+        """Probability of each of `contexts` in training."""
         count = len(self.contexts)
         return self.att_context_probs or (1.0 / count,) * count
 
     @property
     def conv_context(self) -> Context:
-        """Frames that the depthwise convolution sees to the left and right of each."""
+        """(left, right) context of the depthwise convolution, in frames."""
         reach = self.conv_kernel_size - 1
         named = {None: (reach // 2, reach // 2), "regular": (reach // 2, reach // 2)}
         named["causal"] = (reach, 0)
@@ -128,23 +128,23 @@ class FastConformerConfig:
 
     @property
     def is_stacking(self) -> bool:
-        """Whether subsampling puts neighbouring frames side by side instead of convolving them."""
+        """Whether subsampling concatenates neighbouring frames instead of convolving."""
         return self.subsampling in STACKINGS and self.subsampling_factor > 1
 
     @property
     def is_relative(self) -> bool:
-        """Whether attention scores distances; else positions are added to the subsampled frames."""
+        """Whether attention is relative; else position embeddings are added to the input."""
         return self.self_attention_model == "rel_pos"
 
     @property
     def norm_groups(self) -> int:
-        """Groups of channels that group norm normalises together; 0 for another norm."""
+        """Number of groups of group norm; 0 for another norm."""
         name, _, groups = self.conv_norm_type.rpartition(GROUP_NORM)
         return int(groups) if not name and groups.isdigit() else 0
 
     @property
     def stages(self) -> int:
-        """How many times convolutions halve the frames."""
+        """Number of stride-2 convolutions."""
         return 0 if self.is_stacking else self.subsampling_factor.bit_length() - 1
 
     @property
@@ -158,7 +158,7 @@ class FastConformerConfig:
         return self.feat_out if self.feat_out > 0 else self.d_model
 
     def frame_count(self, frames: int) -> int:
-        """Counts the output frames that `frames` input frames make. None makes none."""
+        """Counts the output frames for `frames` input frames; 0 for 0."""
         return self.subsampled(frames) if frames > 0 else 0
 
     def subsampled(self, size: Any) -> Any:
@@ -175,15 +175,15 @@ class FastConformerConfig:
 
 
 def _check_sizes(config: FastConformerConfig) -> None:
-    """Sizes that fit each other."""
+    """Checks that the sizes fit each other."""
     for key in ("feat_in", "n_layers", "d_model", "n_heads", "ff_expansion_factor"):
         if getattr(config, key) < 1:
             raise ValueError(f"{key}={getattr(config, key)} must be at least 1")
     factor = config.subsampling_factor
     if config.subsampling is None and factor != 1:
         raise ValueError(
-            f"subsampling: null subsamples nothing, but subsampling_factor={factor}; set the "
-            "factor to 1, or name a kind"
+            f"subsampling: null needs subsampling_factor=1, got {factor}; set the factor to 1, or "
+            "subsampling to dw_striding, striding, stacking or stacking_norm"
         )
     if factor < 1 or (factor & (factor - 1) and not config.is_stacking):
         raise ValueError(f"subsampling_factor={factor} must be a power of two")
@@ -201,7 +201,9 @@ def _check_norm(config: FastConformerConfig) -> None:
             "with N groups of channels"
         )
     if groups and config.d_model % groups:
-        raise ValueError(f"conv_norm_type={kind!r}: d_model={config.d_model} has no such groups")
+        raise ValueError(
+            f"conv_norm_type={kind!r}: d_model={config.d_model} must be a multiple of {groups}"
+        )
 
 
 def _check_contexts(config: FastConformerConfig) -> None:
@@ -209,10 +211,12 @@ def _check_contexts(config: FastConformerConfig) -> None:
     if sizes:
         pairs = sizes if isinstance(sizes[0], tuple) else (sizes,)
         if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
-            raise ValueError(f"att_context_size={sizes} must be [left, right] or a list of such")
+            raise ValueError(
+                f"att_context_size={sizes} must be [left, right] or a list of such pairs"
+            )
     for left, right in config.contexts:
         if min(left, right) < -1:
-            raise ValueError(f"att_context_size={sizes} must hold frames, or -1 for all")
+            raise ValueError(f"att_context_size={sizes} must be numbers of frames, or -1 for all")
         if config.att_context_style == "chunked_limited":
             if right < 0 and len(config.contexts) == 1:
                 raise ValueError(

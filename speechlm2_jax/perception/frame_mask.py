@@ -1,4 +1,4 @@
-"""Where the frames of a Conformer stand, and which of them each may attend to."""
+"""Positions of a Conformer's frames, and the mask of its self-attention."""
 
 from dataclasses import dataclass
 
@@ -11,25 +11,27 @@ from jaxtyping import Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class FrameMask:
-    """What each frame of a batch may attend to, and where it stands."""
+    """What the attention mask of a batch is made from: lengths, contexts, position table."""
 
     positions: Float[Array, "*B P D"] | None
-    """Sinusoids of distances, farthest left first; None if positions were added to the frames."""
+    """Sinusoids of the distances query - key, largest first; None with absolute positions."""
     lengths: Int[Array, " B"]
+    """Real frames of each clip."""
     left: Int[Array, " B"]
-    """Frames seen to the left; -1 for all."""
+    """Frames to the left that a query may attend to; -1 for all."""
     right: Int[Array, " B"]
+    """Likewise to the right."""
 
 
 def sinusoids(numbers: Float[Array, "*N"], width: int) -> Float[Array, "*N D"]:
-    """Tabulates positions or distances (Vaswani et al. 2017): even columns sine, odd cosine."""
+    """Computes sinusoidal embeddings (Vaswani et al. 2017): even columns sine, odd cosine."""
     rates = np.exp(np.arange(0, width, 2, dtype=np.float32) * np.float32(-np.log(1e4) / width))
     angles = numbers[..., None] * jnp.broadcast_to(rates, (*numbers.shape, width // 2))
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*numbers.shape, width)
 
 
 def distances(first: int, last: int, width: int) -> Float[Array, "P D"]:
-    """Tabulates the distances `first` down to `last` between a query and a key on its left."""
+    """Embeds the distances query - key from `first` down to `last`."""
     return sinusoids(jnp.asarray(np.arange(first, last - 1, -1, dtype=np.float32)), width)
 
 
@@ -41,8 +43,8 @@ def attention_mask(
 ) -> Bool[Array, "B Q T"]:
     """True where a query frame may attend to a key frame: both real, the key within its context.
 
-    `regular` counts frames to both sides. `chunked_limited` cuts time into chunks of right + 1:
-    a frame sees its whole chunk and left / (right + 1) chunks before it.
+    `regular` limits the distance on both sides. `chunked_limited` splits time into chunks of
+    right + 1 frames: a query attends to its whole chunk and the left / (right + 1) chunks before.
     """
     query, key = query_positions[:, :, None], key_positions[:, None, :]
     left, right = frame_mask.left[:, None, None], frame_mask.right[:, None, None]

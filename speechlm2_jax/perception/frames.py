@@ -1,4 +1,4 @@
-"""A batch of frame sequences padded on the right: what every stage of perception hands on."""
+"""A right-padded batch of frame sequences, as the stages of perception exchange it."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ from jaxtyping import Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Frames:
-    """Frames [B, T, D] and how many of each row are real."""
+    """Frames [B, T, D] and the real length of each sequence."""
 
     frames: Float[Array, "B T D"]
     lengths: Int[Array, " B"]
 
 
 def is_within(lengths: Int[Array, " B"], length: int) -> Bool[Array, "B T"]:
-    """True at steps before each row's length."""
+    """Makes the padding mask: True at positions below each sequence's length."""
     return jnp.arange(length)[None, :] < lengths[:, None]

@@ -1,4 +1,4 @@
-"""Group normalisation of frame sequences that counts only the frames it is told to."""
+"""Group normalisation of frame sequences over the counted frames only."""
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ EPS = 1e-5
 
 
 class GroupNorm(nnx.Module):
-    """Normalises groups of channels of each row over its frames (Wu and He 2018), in fp32.
+    """Normalises groups of channels of each sequence over time (Wu and He 2018), in fp32.
 
-    NeMo counts every frame of its padded batch.
+    NeMo also counts the padding of its batch.
     """
 
     def __init__(self, width: int, groups: int, *, rngs: nnx.Rngs):

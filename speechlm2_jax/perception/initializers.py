@@ -1,4 +1,4 @@
-"""How fresh convolution weights are drawn."""
+"""Initializers of convolution weights."""
 
 import jax
 from jax.typing import DTypeLike
@@ -7,7 +7,7 @@ from speechlm2_jax.layers.module import Initializer
 
 
 def uniform(inputs: int) -> Initializer:
-    """U(-1/sqrt(n), 1/sqrt(n)) for a kernel that sums n inputs: torch's default."""
+    """Returns U(-1/sqrt(n), 1/sqrt(n)) for fan-in n: torch's default for convolutions."""
     bound = inputs**-0.5
 
     def draw(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:

@@ -1,8 +1,8 @@
 """Log-mel front end: waveform -> normalised log-mel frames, in fp32 whatever the compute dtype.
 
-The definition is that of NeMo's AudioToMelSpectrogramPreprocessor, so that its encoders see the
-features they were trained on: zero-padded centred STFT, Slaney filters, ln(mel + 2^-24), and
-normalisation over the real frames of each clip.
+Computes the features of NeMo's AudioToMelSpectrogramPreprocessor, on which its encoders were
+trained: zero-padded centred STFT, Slaney filters, ln(mel + 2^-24), and normalisation over the real
+frames of each clip.
 """
 
 import math
@@ -21,13 +21,13 @@ from speechlm2_jax.perception.mel_filterbank import WINDOWS, analysis_window, me
 from speechlm2_jax.sharding import on_shards
 
 STD_FLOOR = 1e-5
-"""Added to the standard deviation itself, so a constant bin normalises to 0."""
+"""Added to the standard deviation (not to the variance), as in NeMo."""
 NORMALISATIONS = ("per_feature", "all_features", "NA", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogMelConfig:
-    """NeMo's preprocessor block, key by key; sizes in seconds, samples or Hz as NeMo has them."""
+    """NeMo's preprocessor block, key by key; sizes in seconds, samples or Hz as in NeMo."""
 
     TARGETS: ClassVar[tuple[str, ...]] = ("AudioToMelSpectrogramPreprocessor",)
     IGNORED: ClassVar[Mapping[str, str | tuple[object, ...]]] = {
@@ -35,13 +35,13 @@ class LogMelConfig:
         "stft_exact_pad": "deprecated in NeMo, where it has no effect",
         "stft_conv": "deprecated in NeMo, where it has no effect",
         "nb_augmentation_prob": (
-            "only read in training, which here goes on without narrow-band augmentation",
+            "only read in training; narrow-band augmentation is not supported",
             0,
         ),
-        "nb_max_freq": "only read by narrow-band augmentation, which is not done here",
+        "nb_max_freq": "only read by narrow-band augmentation, which is not supported",
     }
     REFUSED: ClassVar[Mapping[str, tuple[object, ...]]] = {
-        "frame_splicing": ("frames are not spliced; set frame_splicing to 1", 1),
+        "frame_splicing": ("frame splicing is not supported; set it to 1", 1),
         "rng": ("random draws come from the run's seed; set rng to null", None),
     }
 
@@ -74,7 +74,7 @@ class LogMelConfig:
         ):
             given = [bool(getattr(self, name)) for name in (seconds, samples)]
             if sum(given) != 1:
-                raise ValueError(f"give exactly one of {seconds} (s) and {samples} (samples)")
+                raise ValueError(f"set exactly one of {seconds} (seconds) and {samples} (samples)")
         choices = {
             "window": WINDOWS,
             "normalize": NORMALISATIONS,
@@ -92,9 +92,11 @@ class LogMelConfig:
                 f"log_zero_guard_value={self.log_zero_guard_value!r} must be a number, tiny or eps"
             )
         if self.window_samples > self.fft_size:
-            raise ValueError(f"n_fft={self.fft_size} is below the window ({self.window_samples})")
+            raise ValueError(
+                f"n_fft={self.fft_size} must be at least the window: {self.window_samples} samples"
+            )
         if self.exact_pad and self.hop_samples % 2:
-            raise ValueError(f"exact_pad needs an even hop, not {self.hop_samples} samples")
+            raise ValueError(f"exact_pad needs an even hop; it is {self.hop_samples} samples")
 
     @property
     def window_samples(self) -> int:
@@ -103,32 +105,32 @@ class LogMelConfig:
 
     @property
     def hop_samples(self) -> int:
-        """Samples from one frame to the next."""
+        """Hop length in samples."""
         return self.n_window_stride or int((self.window_stride or 0.0) * self.sample_rate)
 
     @property
     def fft_size(self) -> int:
-        """Length of the Fourier transform: by default the next power of two."""
+        """FFT length: by default the next power of two."""
         return self.n_fft or 2 ** math.ceil(math.log2(self.window_samples))
 
     @property
     def guard(self) -> float:
-        """The number that keeps the logarithm away from zero."""
+        """The offset or floor inside the logarithm."""
         value = self.log_zero_guard_value
         return _GUARDS[value] if isinstance(value, str) else value
 
     @property
     def side_padding(self) -> int:
-        """Zeros before and after the waveform."""
+        """Zeros padded before and after the waveform."""
         return (self.fft_size - self.hop_samples) // 2 if self.exact_pad else self.fft_size // 2
 
     @property
     def window_start(self) -> int:
-        """Samples from the start of frame 0's window to that of the waveform."""
+        """Samples from the start of frame 0's window to the start of the waveform."""
         return self.side_padding - (self.fft_size - self.window_samples) // 2
 
     def frame_count(self, samples: int) -> int:
-        """Counts the real frames of a clip; the STFT's last frame is never one of them."""
+        """Counts the real frames of a clip. The STFT's last frame is dropped, as in NeMo."""
         frames = (samples + 2 * self.side_padding - self.fft_size) // self.hop_samples
         return max(frames, 0) if samples > 0 else 0
 
@@ -170,7 +172,7 @@ class LogMel(nnx.Module):
         *,
         rngs: Key[Array, " B"] | None = None,
     ) -> Frames:
-        """Computes the features of clips of `lengths` samples; with `rngs`, dithers them first."""
+        """Computes the features of clips of `lengths` samples. Given `rngs`, dithers them first."""
         config = self.config
         wave = audio.astype(jnp.float32)
         if config.exact_pad:
@@ -182,7 +184,7 @@ class LogMel(nnx.Module):
         if not config.exact_pad:
             wave = jnp.pad(wave, ((0, 0), (n_fft // 2, n_fft // 2)))
         count = 1 + (wave.shape[1] - n_fft) // config.hop_samples
-        # the window sits in the middle of the transform; its place there only turns the phase
+        # torch centres the window in the FFT frame; its offset there changes only the phase
         mel = self.features(wave[:, (n_fft - config.window_samples) // 2 :], count)
         frame_lengths = self.frame_lengths(lengths)
         features = _normalise(mel, frame_lengths, config.normalize)
@@ -220,7 +222,7 @@ class LogMel(nnx.Module):
         frames = (
             _overlapping(wave, size, hop, count) * self.window[...].astype(jnp.float32)[None, None]
         )
-        # on shards: XLA's partitioner would gather all frames on every device for an FFT
+        # per shard: XLA's partitioner would all-gather the frames for an FFT
         spectrum = on_shards(
             lambda x: jnp.fft.rfft(x, n=n_fft), [frames], [_FRAMES], out_axes=_FRAMES
         )
@@ -238,7 +240,7 @@ class LogMel(nnx.Module):
     def _pad(
         self, features: Float[Array, "B T M"], lengths: Int[Array, " B"], samples: int
     ) -> Float[Array, "B T2 M"]:
-        """Overwrites frames that are not real, and pads time to a multiple of pad_to."""
+        """Sets padding frames to pad_value and pads time to a multiple of pad_to."""
         is_real = is_within(lengths, features.shape[1])[..., None]
         features = jnp.where(is_real, features, self.config.pad_value)
         missing = self.config.frame_extent(samples) - features.shape[1]
@@ -249,7 +251,7 @@ class LogMel(nnx.Module):
 def _dither(
     wave: Float[Array, "B S"], amount: float, rngs: Key[Array, " B"] | None
 ) -> Float[Array, "B S"]:
-    """Adds white noise whose draw belongs to the example, so padding does not change it."""
+    """Adds white noise, drawn from each example's own key."""
     if rngs is None or amount <= 0.0:
         return wave
     noise = jax.vmap(lambda key: jax.random.normal(key, wave.shape[1:]))(rngs)
@@ -259,7 +261,7 @@ def _dither(
 def _preemphasise(
     wave: Float[Array, "B S"], lengths: Int[Array, " B"], coefficient: float
 ) -> Float[Array, "B S"]:
-    """y[t] = x[t] - a x[t-1], then silence from each length on."""
+    """Computes y[t] = x[t] - a x[t-1], zeroed from each length on."""
     previous = jnp.pad(wave[:, :-1], ((0, 0), (1, 0)))
     is_real = is_within(lengths, wave.shape[1])
     return jnp.where(is_real, wave - coefficient * previous, 0.0)
@@ -268,7 +270,7 @@ def _preemphasise(
 def _overlapping(
     wave: Float[Array, "B S"], size: int, hop: int, count: int
 ) -> Float[Array, "B T size"]:
-    """Cuts `count` windows, `hop` apart, out of whole hops: copies of runs, no gather."""
+    """Frames a waveform into `count` windows, `hop` apart, by slices of whole hops (no gather)."""
     per_window = -(-size // hop)
     total = (count - 1 + per_window) * hop
     wave = jnp.pad(wave, ((0, 0), (0, max(total - wave.shape[1], 0))))[:, :total]
@@ -280,9 +282,9 @@ def _overlapping(
 def _normalise(
     features: Float[Array, "B T M"], lengths: Int[Array, " B"], kind: str | None
 ) -> Float[Array, "B T M"]:
-    """Takes off the mean and divides by the unbiased deviation, both over real frames.
+    """Subtracts the mean and divides by the unbiased standard deviation, both over real frames.
 
-    A single frame (per_feature) has no deviation: it becomes zeros, and no frame gives no NaN.
+    A single frame has no deviation and becomes zeros (per_feature). Empty clips give no NaN.
     """
     if kind not in ("per_feature", "all_features"):
         return features

@@ -1,4 +1,4 @@
-"""Log-mel features of a stream: the frames of one pass, as the samples of each come in."""
+"""Streaming log-mel features: step by step the frames of one pass over the whole clip."""
 
 from dataclasses import dataclass
 
@@ -10,44 +10,44 @@ from speechlm2_jax.perception.log_mel import LogMel, LogMelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class MelPlan:
-    """Static sizes of a stream. Raises ValueError for features that look at whole clips."""
+    """Static sizes of a stream. Raises ValueError for normalisation over whole clips."""
 
     config: LogMelConfig
     frames: int
-    """Features of a step."""
+    """Mel frames per step."""
 
     def __post_init__(self) -> None:
         if self.config.normalize in ("per_feature", "all_features"):
             raise ValueError(
-                f"preprocessor.normalize={self.config.normalize} looks at whole clips; a stream "
-                "needs an encoder that was trained with NA"
+                f"preprocessor.normalize={self.config.normalize} needs whole clips and cannot "
+                "stream; use an encoder trained with NA"
             )
 
     @property
     def samples(self) -> int:
-        """Samples of a step."""
+        """Samples per step."""
         return self.frames * self.config.hop_samples
 
     @property
     def before(self) -> int:
-        """Samples that a frame's window reaches back from frame x hop."""
+        """Samples of a frame's window before frame * hop."""
         return self.config.window_start
 
     @property
     def silenced_end(self) -> int:
-        """Samples at a clip's end that are silenced: NeMo's exact_pad masks what it has shifted."""
+        """Samples zeroed at a clip's end: with exact_pad, NeMo masks the shifted waveform."""
         shifts = self.config.exact_pad and self.config.preemph is not None
         return self.config.side_padding if shifts else 0
 
     @property
     def lead(self) -> int:
-        """Places of step 0 that lie before the beginning: a step holds the last frame's window."""
+        """Frames of step 0 before the start, so that each step has the window of its last frame."""
         ahead = self.config.window_samples - self.before + self.silenced_end
         return max(0, -(-ahead // self.config.hop_samples) - 1)
 
     @property
     def carry(self) -> int:
-        """Samples that a stream remembers: the first window of a step, and one for pre-emphasis."""
+        """Past samples in the state: for a step's first window, and one for pre-emphasis."""
         return self.lead * self.config.hop_samples + self.before + 1
 
 
@@ -59,9 +59,9 @@ def advance(
     steps: Int[Array, " B"],
     total: Int[Array, " B"],
 ) -> tuple[Float[Array, "B T M"], Float[Array, "B C"]]:
-    """Computes the features of the next samples; those from `total` on are silence.
+    """Computes the features of the next samples; samples from `total` on are zeroed.
 
-    Step s gives the frames s x frames - lead and on, also such as are before the beginning.
+    Step s gives the frames from s * frames - lead on; negative ones lie before the start.
     """
     wave = jnp.concatenate([previous, audio.astype(jnp.float32)], axis=1)
     position = (steps * plan.samples - plan.carry)[:, None] + jnp.arange(wave.shape[1])[None]

@@ -1,4 +1,4 @@
-"""What stands between the speech encoder and the projection to the LLM's width."""
+"""Modality adapters: between the speech encoder and the projection to the LLM's width."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class IdentityConfig:
     subsampling_factor: ClassVar[int] = 1
 
     d_model: int | None = None
-    """Width of the encoder's frames; given, they are projected to the LLM's width."""
+    """Width of the encoder's frames; if set, they are projected to the LLM's width."""
     output_dim: int | None = None
-    """Given, there is no projection, whatever d_model says."""
+    """If set, there is no projection, whatever d_model is."""
 
     @property
     def is_projected(self) -> bool:
@@ -44,16 +44,16 @@ class MultiLayerConfig:
     is_projected: ClassVar[bool] = False
     heads: ClassVar[Mapping[str, int]] = {}
     WIDTH_KEY: ClassVar[str] = "output_dim"
-    """What decides the width of the output frames."""
+    """The key that sets the width of the output frames."""
 
     target_layer_ids: tuple[int, ...]
-    """Encoder layers whose outputs are taken; negative ones count from the last."""
+    """Encoder layers to concatenate; negative ones count from the last."""
     input_dim: int
     """Width of the encoder's frames."""
     output_dim: int
-    """Width of the LLM, which sets this, whatever is written here (as in NeMo)."""
+    """Width of the LLM, which overrides this value (as in NeMo)."""
     include_final_output: bool = True
-    """Whether the encoder's output is taken, too."""
+    """Whether to concatenate the encoder's output, too."""
 
     @property
     def input_width(self) -> int:
@@ -67,7 +67,7 @@ class MultiLayerConfig:
 
     @property
     def inputs(self) -> int:
-        """How many layers of the encoder are taken, its output included."""
+        """Number of encoder layers concatenated, its output included."""
         return len(self.target_layer_ids) + self.include_final_output
 
     def frame_count(self, frames: int) -> int:
@@ -77,11 +77,11 @@ class MultiLayerConfig:
 
 AdapterConfig = FastConformerConfig | IdentityConfig | MultiLayerConfig | QformerConfig
 READERS_OF_LAYERS = (MultiLayerConfig, QformerConfig)
-"""Adapters that see several layers of the encoder [B, K, T, D] instead of its output."""
+"""Adapters that take K encoder layers [B, K, T, D] instead of the encoder's output."""
 
 
 def layers_read(config: AdapterConfig, n_layers: int) -> tuple[int, ...]:
-    """Numbers of the encoder layers that an adapter sees, from the first.
+    """Returns the indices of the encoder layers that an adapter reads, in ascending order.
 
     Raises ValueError for a layer that the encoder does not have, or one named twice.
     """
@@ -100,7 +100,7 @@ def layers_read(config: AdapterConfig, n_layers: int) -> tuple[int, ...]:
 
 
 class IdentityAdapter(nnx.Module):
-    """Hands frames on."""
+    """Returns the encoder's frames unchanged."""
 
     def __init__(self, config: IdentityConfig, *, rngs: nnx.Rngs):
         del rngs
@@ -115,13 +115,13 @@ class IdentityAdapter(nnx.Module):
         rngs: Key[Array, " B"] | None = None,
         extents: Int[Array, " B"] | None = None,
     ) -> EncoderOutput:
-        """Takes what every adapter takes; nothing here trains or draws."""
+        """Has the arguments of every adapter; `train` and `rngs` have no effect."""
         del train, rngs
         return EncoderOutput(frames=features, lengths=lengths, statistics={}, extents=extents)
 
 
 class MultiLayerAdapter(nnx.Module):
-    """Several layers of an encoder [B, K, T, D], side by side, projected to the LLM's width."""
+    """Concatenates K encoder layers [B, K, T, D] per frame and projects to the LLM's width."""
 
     def __init__(self, config: MultiLayerConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -137,7 +137,7 @@ class MultiLayerAdapter(nnx.Module):
         rngs: Key[Array, " B"] | None = None,
         extents: Int[Array, " B"] | None = None,
     ) -> EncoderOutput:
-        """Projects each frame on its own; nothing here draws."""
+        """Projects each frame by itself; `train` and `rngs` have no effect."""
         del train, rngs
         batch, layers, length, width = features.shape
         joined = features.swapaxes(1, 2).reshape(batch, length, layers * width)

@@ -1,8 +1,8 @@
 """Audio perception: waveforms -> frames of the LLM's width.
 
-Log-mel front end, SpecAugment, FastConformer encoder, modality adapter, projection; the frames
-that a clip makes are a pure function of its samples (`PerceptionConfig.frame_count`), so that the
-host lays out sequences before the device has seen any audio.
+Log-mel front end, SpecAugment, FastConformer encoder, modality adapter, projection. The number of
+frames is a pure function of the number of samples (`PerceptionConfig.frame_count`), so the host can
+plan sequences before the device encodes any audio.
 """
 
 from dataclasses import dataclass
@@ -49,10 +49,10 @@ class PerceptionConfig:
     encoder: FastConformerConfig
     modality_adapter: AdapterConfig
     output_dim: int
-    """Width of the LLM; where there is one, it sets this, whatever is written here (as in NeMo)."""
+    """Width of the LLM, which overrides this value if there is an LLM (as in NeMo)."""
     spec_augment: SpecAugmentConfig | None = None
     encoder_chunk_size_seconds: float | None = None
-    """Longer clips are encoded in parts of this length, each by itself; null: whole."""
+    """Longer clips are encoded in separate chunks of this length; null: whole."""
 
     def __post_init__(self) -> None:
         adapter = self.modality_adapter
@@ -83,7 +83,7 @@ class PerceptionConfig:
         encoder: FastConformerConfig,
         spec_augment: SpecAugmentConfig | None = None,
     ) -> "PerceptionConfig":
-        """An encoder by itself, as a recogniser has it: no adapter, its frames not projected."""
+        """Makes the config of an ASR model's encoder: no adapter and no projection."""
         return cls(
             preprocessor=preprocessor,
             encoder=encoder,
@@ -100,7 +100,7 @@ class PerceptionConfig:
 
     @property
     def layers_read(self) -> tuple[int, ...]:
-        """Encoder layers that the adapter sees; none where it sees the encoder's output alone."""
+        """Encoder layers that the adapter reads; () if it reads the encoder's output alone."""
         return layers_read(self.modality_adapter, self.encoder.n_layers)
 
     @property
@@ -115,7 +115,7 @@ class PerceptionConfig:
         return self.output_dim if self.is_projected else self.adapter_width
 
     def check_width(self, llm_width: int) -> None:
-        """Raises ValueError, naming the key that decides, unless frames are of the LLM's width."""
+        """Raises ValueError, naming the key to set, unless the frames have the LLM's width."""
         if self.output_width == llm_width:
             return
         key = "output_dim"
@@ -125,13 +125,13 @@ class PerceptionConfig:
             key = f"modality_adapter.{self.modality_adapter.WIDTH_KEY}"
         value = self.encoder.width if "d_model" in key else llm_width
         raise ValueError(
-            f"perception gives frames of width {self.output_width} but the LLM takes {llm_width}; "
+            f"perception outputs frames of width {self.output_width}, the LLM takes {llm_width}; "
             f"set model.perception.{key} to {value}"
         )
 
     @property
     def heads(self) -> dict[str, int]:
-        """Attention heads of the encoder and of an adapter that attends."""
+        """Numbers of attention heads, for checks of a mesh: encoder, and adapter if it attends."""
         heads = {"heads of the speech encoder": self.encoder.n_heads}
         if isinstance(self.modality_adapter, FastConformerConfig):
             heads["heads of the modality adapter"] = self.modality_adapter.n_heads
@@ -141,13 +141,13 @@ class PerceptionConfig:
 
     @property
     def frame_samples(self) -> int:
-        """Samples that one output frame stands for (with a Q-Former: one encoder frame)."""
+        """Samples per output frame (with a Q-Former: per encoder frame)."""
         factor = self.encoder.subsampling_factor * self.modality_adapter.subsampling_factor
         return self.preprocessor.hop_samples * factor
 
     @property
     def token_equivalent_duration(self) -> float:
-        """Seconds of audio that one output frame stands for."""
+        """Seconds per output frame."""
         return self.frame_samples / self.preprocessor.sample_rate
 
     def frame_count(self, samples: int) -> int:
@@ -155,24 +155,24 @@ class PerceptionConfig:
         return sum(self.modality_adapter.frame_count(n) for n in self.encoded_counts(samples))
 
     def encoded_counts(self, samples: int) -> tuple[int, ...]:
-        """Counts the encoder's frames of each part of a clip that it sees by itself."""
+        """Counts the encoder's frames of each chunk of a clip."""
         chunking = self.chunking
         chunks = (samples,) if chunking is None else chunking.chunks(samples)
         return tuple(self.encoder.frame_count(self.preprocessor.frame_count(n)) for n in chunks)
 
     @property
     def chunking(self) -> Chunking | None:
-        """How clips are cut for the encoder; None: they are not."""
+        """How clips are split into chunks for the encoder; None: not at all."""
         seconds = self.encoder_chunk_size_seconds
         return None if seconds is None else Chunking.of(seconds, self.preprocessor)
 
     def frame_capacity(self, samples: int) -> int:
-        """Frames of the output array for an audio array of `samples`: those of a full clip."""
+        """Returns the time axis F of the output for an audio array [B, samples]."""
         return self.frame_count(samples)
 
 
 def _input_width(adapter: AdapterConfig) -> tuple[str, int | None]:
-    """The width of frames that an adapter wants, None for any, and the key that says it."""
+    """Returns the adapter's key for its input width and its value; None for any width."""
     if isinstance(adapter, QformerConfig):
         return "encoder_config.d_model", adapter.input_width
     if isinstance(adapter, MultiLayerConfig):
@@ -184,7 +184,7 @@ def _input_width(adapter: AdapterConfig) -> tuple[str, int | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptionModes:
-    """Which parts are in training mode. A part whose parameters are all frozen stays out of it."""
+    """Which components are in training mode. A fully frozen component stays in evaluation mode."""
 
     log_mel: bool = False
     """Dither. NeMo's models never train their front end."""
@@ -192,13 +192,13 @@ class PerceptionModes:
     encoder: bool = False
     adapter: bool = False
     nemo_exact: bool = False
-    """Batch norm counts every frame that NeMo's padded batch would have, not only real ones."""
+    """Batch norm counts every frame of NeMo's padded batch, not only the real ones."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class PerceptionOutput:
-    """Frames of the LLM's width [B, F, D] with F = config.frame_capacity(S), and their number."""
+    """Frames of the LLM's width, padded to F = config.frame_capacity(S), and their real lengths."""
 
     frames: Float[Array, "B F D"]
     lengths: Int[Array, " B"]
@@ -207,7 +207,7 @@ class PerceptionOutput:
 
 
 class AudioPerception(nnx.Module):
-    """Encodes clips into LLM-width frames; clips share nothing but batch-norm statistics."""
+    """Encodes clips into LLM-width frames. Only batch-norm statistics depend on the whole batch."""
 
     def __init__(self, config: PerceptionConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -231,24 +231,24 @@ class AudioPerception(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         remat: RematPolicy = "full",
     ) -> PerceptionOutput:
-        """Encodes clips of `lengths` samples; one of length 0 is an empty slot.
+        """Encodes clips of `lengths` samples; a clip of length 0 is padding.
 
-        `rngs`, one per clip, feed the random parts that `modes` puts in training. `extents`, in
-        samples, is the padded length of each clip's batch in NeMo (`modes.nemo_exact` needs it).
-        Activations after the mel features have `dtype`; `remat` is that of the encoder's layers.
+        `rngs`: one key per clip, for the components that `modes` puts in training mode. `extents`:
+        the padded length, in samples, of each clip's batch in NeMo (needed by `modes.nemo_exact`).
+        Activations after the mel features have `dtype`. `remat` applies to the encoder's layers.
         """
         if modes.nemo_exact and extents is None:
-            raise ValueError("nemo_exact needs `extents`: the longest clip of each group")
+            raise ValueError("nemo_exact needs `extents`: the samples of each group's longest clip")
         extents = extents if modes.nemo_exact else None
         run = partial(self._encode, modes=modes, dtype=dtype, remat=remat)
         chunking = self.config.chunking
         if chunking is None:
             return run(audio, lengths, rngs=rngs, extents=extents)
-        if audio.shape[1] <= chunking.size:  # whole, with the draws of a first part
+        if audio.shape[1] <= chunking.size:  # one chunk, with the random draws of a first chunk
             return run(audio, lengths, rngs=chunk_rngs(rngs, 1), extents=extents)
         chunk_audio, chunk_lengths = split_chunks(audio, lengths, chunking)
         batch, chunks, width = chunk_audio.shape
-        if extents is not None:  # NeMo pads all parts of a batch to the longest
+        if extents is not None:  # NeMo pads all chunks of a batch to the longest
             longest = jnp.where(extents > chunking.size, jnp.max(chunk_lengths), extents)
             extents = jnp.repeat(longest, chunks)
         output = run(
@@ -281,7 +281,7 @@ class AudioPerception(nnx.Module):
         dtype: DTypeLike,
         remat: RematPolicy,
     ) -> PerceptionOutput:
-        """Encodes clips, or parts of them, each as a whole."""
+        """Encodes clips, or chunks of them, without further splitting."""
         audio = jnp.where(is_within(lengths, audio.shape[1]), audio, 0.0)
         features = self._features(audio, lengths, modes, rngs)
         frame_extents = None
@@ -308,9 +308,9 @@ class AudioPerception(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         remat: RematPolicy = "full",
     ) -> PerceptionOutput:
-        """Encodes mel features into `capacity` frames per clip; the second half of a call.
+        """Encodes mel features into `capacity` frames per clip: `__call__` without the front end.
 
-        `extents` count mel frames here, already 0 for empty slots.
+        `extents` are mel frames here, 0 for clips of length 0.
         """
         encoded = self.encoder(
             features.frames.astype(dtype),
@@ -328,7 +328,7 @@ class AudioPerception(nnx.Module):
             rngs=fold_rngs(rngs, _ADAPTER_RNG) if modes.adapter else None,
             extents=encoded.extents,
         )
-        # cut last: up to here the frames beyond a clip are those that NeMo's batch norm counts
+        # truncate last: until here NeMo's batch norm counts the frames beyond a clip too
         frames = adapted.frames[:, :capacity]
         if self.projection is not None:
             frames = self.projection(frames)
@@ -345,7 +345,7 @@ class AudioPerception(nnx.Module):
     def adapter_inputs(
         self, frames: Float[Array, "B T D"], captured: Float[Array, "B K T D"] | None
     ) -> Float[Array, "B *K T D"]:
-        """What the adapter sees: the encoder's output, or several of its layers [B, K, T, D]."""
+        """Selects the adapter's input: the encoder's output, or K of its layers [B, K, T, D]."""
         adapter = self.config.modality_adapter
         if not isinstance(adapter, READERS_OF_LAYERS) or captured is None:
             return frames
@@ -360,7 +360,7 @@ class AudioPerception(nnx.Module):
         modes: PerceptionModes,
         rngs: Key[Array, " B"] | None,
     ) -> Frames:
-        """Log-mel frames, dithered and masked as the modes say."""
+        """Computes log-mel frames; `modes` turn dither and SpecAugment on."""
         dither_rngs = fold_rngs(rngs, _DITHER_RNG) if modes.log_mel else None
         features = self.log_mel(audio, lengths, rngs=dither_rngs)
         mask_rngs = fold_rngs(rngs, _SPEC_AUGMENT_RNG)

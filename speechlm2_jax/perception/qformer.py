@@ -1,7 +1,7 @@
 """Q-Former (Li et al. 2023, BLIP-2) between a speech encoder and an LLM, as in NeMo's connector.
 
-Learnt queries read each chosen layer of the encoder through BERT layers with cross-attention; a
-learnt mix over the layers, a norm and a projection turn them into a fixed number of LLM frames.
+Learnt queries attend to each chosen encoder layer through BERT layers with cross-attention. A
+learnt average over the layers, a norm and a projection give a fixed number of LLM frames.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from speechlm2_jax.sharding import constrain
 BERT_HIDDEN = 3072
 BERT_EPS = 1e-12
 BERT_DROPOUT = 0.1
-"""Of BertConfig, whose other values NeMo's connector leaves alone."""
+"""Defaults of Hugging Face's BertConfig, which NeMo's connector keeps."""
 _normal = jax.nn.initializers.normal(1.0)
 
 
@@ -53,19 +53,19 @@ class QformerConfig:
 
     TARGETS: ClassVar[tuple[str, ...]] = ("QformerConnector",)
     WIDTH_KEY: ClassVar[str] = "llm_config.hidden_size"
-    """What decides the width of the output frames."""
+    """The key that sets the width of the output frames."""
     subsampling_factor: ClassVar[int] = 1
     is_projected: ClassVar[bool] = False
 
     prompt_size: int
-    """Frames that the LLM sees of a clip, however long it is."""
+    """Output frames per clip, however long the clip is."""
     target_layer_ids: tuple[int, ...]
-    """Encoder layers that are read; negative ones count from the last."""
+    """Encoder layers to attend to; negative ones count from the last."""
     qformer_num_hidden_layers: int
     encoder_config: QformerEncoderConfig
     llm_config: QformerLlmConfig
     include_final_output: bool = True
-    """Whether the encoder's output is read, too."""
+    """Whether to attend to the encoder's output, too."""
 
     def __post_init__(self) -> None:
         heads, width = self.encoder_config.encoder_attention_heads, self.encoder_config.d_model
@@ -88,21 +88,24 @@ class QformerConfig:
 
     @property
     def inputs(self) -> int:
-        """How many layers of the encoder are read, its output included."""
+        """Number of encoder layers attended to, its output included."""
         return len(self.target_layer_ids) + self.include_final_output
 
     @property
     def heads(self) -> Mapping[str, int]:
-        """Attention heads, for meshes."""
+        """Numbers of attention heads, for checks of a mesh."""
         return {"heads of the Q-Former": self.encoder_config.encoder_attention_heads}
 
     def frame_count(self, frames: int) -> int:
-        """Counts the output frames that `frames` encoder frames make. None makes none."""
+        """Counts the output frames for `frames` encoder frames; 0 for 0."""
         return self.prompt_size if frames > 0 else 0
 
 
 class _Attention(nnx.Module):
-    """BERT's attention: queries of one sequence over the frames of another; residual, then norm."""
+    """BERT's attention from `x` to `frames`: residual, then norm.
+
+    Einsum letters: c clips, k layers (K), p queries (P), t frames, n heads, h head width.
+    """
 
     def __init__(self, config: QformerConfig, *, rngs: nnx.Rngs):
         self.n_heads = config.encoder_config.encoder_attention_heads
@@ -122,7 +125,7 @@ class _Attention(nnx.Module):
     ) -> Float[Array, "B K P D"]:
         heads = lambda y: y.reshape(*y.shape[:-1], self.n_heads, -1)  # noqa: E731
         query, key, value = heads(self.query(x)), heads(self.key(frames)), heads(self.value(frames))
-        # time first, so that padding changes no draw of dropout
+        # time is the leading axis after c, so that padding changes no draw of dropout
         scores = jnp.einsum("ckpnh,cktnh->ctknp", query, key, preferred_element_type=jnp.float32)
         scores = constrain(scores * key.shape[-1] ** -0.5, "clips", None, None, "act_heads", None)
         mask = None if key_mask is None else key_mask[:, :, None, None, None]
@@ -130,14 +133,14 @@ class _Attention(nnx.Module):
             scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=1)
         weights = dropout(weights, BERT_DROPOUT, fold_rngs(rngs, 0)).astype(x.dtype)
-        if mask is not None:  # a clip without frames reads nothing
+        if mask is not None:  # a clip without frames gives zeros, not a uniform average
             weights = jnp.where(mask, weights, jnp.zeros((), x.dtype))
         mixed = jnp.einsum("ctknp,cktnh->ckpnh", weights, value).reshape(x.shape)
         return self.norm(x + dropout(self.output(mixed), BERT_DROPOUT, fold_rngs(rngs, 1)))
 
 
 class _Layer(nnx.Module):
-    """Self-attention, cross-attention and two projections, each behind a residual and a norm."""
+    """One BERT layer: self-attention, cross-attention, feed-forward; each post-norm residual."""
 
     def __init__(self, config: QformerConfig, *, rngs: nnx.Rngs):
         width = config.encoder_config.d_model
@@ -161,7 +164,7 @@ class _Layer(nnx.Module):
 
 
 class QformerAdapter(nnx.Module):
-    """Layers of an encoder [B, K, T, D] -> `prompt_size` frames of the LLM's width per clip."""
+    """K encoder layers [B, K, T, D] -> `prompt_size` frames of the LLM's width per clip."""
 
     def __init__(self, config: QformerConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -184,9 +187,9 @@ class QformerAdapter(nnx.Module):
         rngs: Key[Array, " B"] | None = None,
         extents: Int[Array, " B"] | None = None,
     ) -> EncoderOutput:
-        """Reads the real frames, or the first `extents` of each clip; `rngs` switch dropout on.
+        """Attends to the real frames or, if given, to the first `extents` frames of each clip.
 
-        NeMo reads all frames of its padded batch.
+        NeMo attends to all frames of its padded batch. Given `rngs`, dropout is on.
         """
         del train
         config = self.config

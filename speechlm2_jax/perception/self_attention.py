@@ -1,8 +1,8 @@
-"""Self-attention of Conformers, with relative positions (Transformer-XL, Dai et al. 2019) or none.
+"""Conformer self-attention, with relative positions (Transformer-XL, Dai et al. 2019) or without.
 
 score(i, j) = [(q_i + u) . k_j + (q_i + v) . (W p_{i-j})] / sqrt(H), with learnt u and v and a fixed
-sinusoid table p; with absolute positions q_i . k_j / sqrt(H). A frame sees the frames of its
-context; a padded one sees none, and gets zeros.
+sinusoid table p; with absolute positions q_i . k_j / sqrt(H). A frame attends to its context only;
+a padded frame attends to nothing and gives zeros.
 """
 
 import jax
@@ -18,18 +18,19 @@ from speechlm2_jax.perception.frame_mask import FrameMask, attention_mask, dista
 from speechlm2_jax.sharding import constrain
 
 BLOCK = 256
-"""Queries scored at once: memory grows with the length of the input, not with its square."""
+"""Queries scored at once, so that memory grows linearly with the length of the input."""
 _BLOCKED = -1e4
+"""Score of a masked key, as in NeMo."""
 Biases = tuple[Float[Array, "N H"], Float[Array, "N H"]]
 
 
 def padded_queries(length: int) -> int:
-    """Rounds a number of queries up to whole blocks; short inputs are one block of their own."""
+    """Rounds a number of queries up to whole blocks. Up to BLOCK queries are one block."""
     return length if length <= BLOCK else -(-length // BLOCK) * BLOCK
 
 
 def relative_positions(length: int, width: int) -> Float[Array, "P D"]:
-    """Tabulates every distance i - j, farthest left first, as far as the last block of queries."""
+    """Embeds all distances query - key, largest first; queries are padded to whole blocks."""
     return distances(padded_queries(length) - 1, 1 - length, width)
 
 
@@ -66,7 +67,7 @@ class RelPosSelfAttention(nnx.Module):
         tied_biases: Biases | None = None,
         rngs: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Mixes frames; `rngs` switches dropout of the attention weights on."""
+        """Attends. Given `rngs`, dropout of the attention weights is on."""
         key, value = self.heads(self.key(x)), self.heads(self.value(x))
         queries = self.queries(x, tied_biases)
         positions = None
@@ -77,18 +78,18 @@ class RelPosSelfAttention(nnx.Module):
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied by."""
+        """Factor of the scores: 1 / sqrt(head width)."""
         return (self.config.d_model // self.config.n_heads) ** -0.5
 
     def heads(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T N H"]:
-        """Splits the width."""
+        """Splits the width into heads."""
         heads = self.config.n_heads
         return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
     def queries(
         self, x: Float[Array, "B T D"], tied_biases: Biases | None
     ) -> tuple[Float[Array, "B T N H"], ...]:
-        """What is compared with keys and, with relative positions, what with distances."""
+        """Computes q, or with relative positions (q + u, q + v): for keys and for distances."""
         query = self.heads(self.query(x))
         if self.position is None:
             return (query,)
@@ -97,7 +98,7 @@ class RelPosSelfAttention(nnx.Module):
         elif tied_biases is not None:
             biases = tied_biases
         else:
-            raise ValueError("tied position biases must be given when the layer has none")
+            raise ValueError("this layer has no position biases; pass `tied_biases`")
         return tuple(query + b.astype(x.dtype)[None, None] for b in biases)
 
     def _attend(
@@ -109,7 +110,7 @@ class RelPosSelfAttention(nnx.Module):
         frame_mask: FrameMask,
         rngs: Key[Array, " B"] | None,
     ) -> Float[Array, "B T N H"]:
-        """Scores the queries block by block, and averages the values with the weights."""
+        """Attends block by block of queries; each block is recomputed in the backward pass."""
         length = key.shape[1]
         total = padded_queries(length)
         size = min(total, BLOCK)
@@ -121,7 +122,7 @@ class RelPosSelfAttention(nnx.Module):
             block_queries = [jax.lax.dynamic_slice_in_dim(q, start, size, axis=1) for q in queries]
             by_distance = None
             if positions is not None:
-                # distances of this block: first + size - 1 down to first - (T - 1)
+                # distances of this block: start + size - 1 down to start - (T - 1)
                 block_distances = jax.lax.dynamic_slice_in_dim(
                     positions, total - size - start, size + length - 1, axis=-3
                 )
@@ -145,7 +146,7 @@ class RelPosSelfAttention(nnx.Module):
 def content_scores(
     queries: Float[Array, "B Q N H"], key: Float[Array, "B T N H"]
 ) -> Float[Array, "B N Q T"]:
-    """Compares queries with keys, in fp32."""
+    """Scores keys by content, accumulated in fp32."""
     return jnp.einsum("bqnh,bknh->bnqk", queries, key, preferred_element_type=jnp.float32)
 
 
@@ -166,9 +167,9 @@ def attention_weights(
     mask: Bool[Array, "B Q T"],
     scale: float,
 ) -> Float[Array, "B N Q T"]:
-    """Softmax of summed, scaled scores over what is visible; zeros in a row that sees nothing.
+    """Softmax of the summed, scaled scores where `mask` is True; zeros where a query has no key.
 
-    Score p of a query by distance belongs to the p-th farthest distance of the whole block.
+    `by_distance[..., p]` belongs to the p-th largest distance of the whole block of queries.
     """
     scores = by_content
     if by_distance is not None:
@@ -182,14 +183,15 @@ def attention_weights(
 def mix(
     weights: Float[Array, "B N Q T"], value: Float[Array, "B T N H"]
 ) -> Float[Array, "B Q N H"]:
-    """Averages the values."""
+    """Averages the values with the attention weights."""
     return jnp.einsum("bnqk,bknh->bqnh", weights.astype(value.dtype), value)
 
 
 def _skew(scores: Float[Array, "B N Q P"], length: int) -> Float[Array, "B N Q T"]:
-    """Turns columns of distances into columns of keys: entry (i, j) is column Q - 1 - i + j.
+    """Reorders scores by distance into scores by key: (i, j) takes distance index Q - 1 - i + j.
 
-    In the flattened block that is offset Q - 1 + i (P - 1) + j: one slice, then shorter rows.
+    In the flattened [Q * P] block that is offset Q - 1 + i (P - 1) + j: a slice and a reshape to
+    rows of P - 1 (the relative shift of Transformer-XL, without a gather).
     """
     batch, heads, n_queries, n_distances = scores.shape
     if n_queries == 1:

@@ -1,4 +1,4 @@
-"""SpecAugment (Park et al. 2019): hides random stretches of time and frequency from the encoder."""
+"""SpecAugment (Park et al. 2019): masks random spans of time and frequency."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,16 +26,16 @@ class SpecAugmentConfig:
         "use_numba_spec_augment": _NEMO_KERNELS,
     }
     REFUSED: ClassVar[Mapping[str, tuple[object, ...]]] = {
-        "rect_masks": ("no rectangular cut-out; set it to 0", 0),
+        "rect_masks": ("rectangular cut-out is not supported; set it to 0", 0),
         "rng": ("random draws come from the run's seed; set rng to null", None),
     }
 
     freq_masks: int = 0
     time_masks: int = 0
     freq_width: int = 10
-    """Widest frequency mask, in mel bins (exclusive)."""
+    """Upper bound (exclusive) of a frequency mask, in mel bins."""
     time_width: int | float = 10
-    """Widest time mask: frames if an integer, a share of the clip if a fraction (exclusive)."""
+    """Upper bound (exclusive) of a time mask: frames if int, fraction of the clip if float."""
     mask_value: float = 0.0
 
     def __post_init__(self) -> None:
@@ -43,13 +43,15 @@ class SpecAugmentConfig:
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}={getattr(self, key)} must not be negative")
         if isinstance(self.time_width, float) and self.time_width > 1.0:
-            raise ValueError(f"time_width={self.time_width} is a share of the clip: at most 1.0")
+            raise ValueError(
+                f"time_width={self.time_width} is a fraction of the clip; it must be at most 1.0"
+            )
 
 
 def spec_augment(
     features: Frames, config: SpecAugmentConfig, rngs: Key[Array, " B"]
 ) -> Float[Array, "B T M"]:
-    """Masks the real frames of each clip; its draws depend only on its key and its length."""
+    """Masks each clip. The draws depend only on the clip's key and length."""
     n_frames, bins = features.frames.shape[1:]
 
     def clip_mask(key: Array, length: Array) -> Bool[Array, "T M"]:
@@ -73,11 +75,11 @@ def _random_spans(
     length: Int[Array, ""],
     size: int,
 ) -> Bool[Array, " size"]:
-    """True inside `count` random stretches of an axis of `length` real positions."""
+    """True inside `count` random spans of the first `length` of `size` positions."""
     width_key, start_key = jax.random.split(key)
     widths = jnp.floor(jax.random.uniform(width_key, (count,)) * widest)
-    room = jnp.maximum(length.astype(jnp.float32) - widths, 0.0)
-    starts = jnp.floor(jax.random.uniform(start_key, (count,)) * room)
+    latest = jnp.maximum(length.astype(jnp.float32) - widths, 0.0)
+    starts = jnp.floor(jax.random.uniform(start_key, (count,)) * latest)
     position = jnp.arange(size, dtype=jnp.float32)[None, :]
     inside = (position >= starts[:, None]) & (position < (starts + widths)[:, None])
     return jnp.any(inside, axis=0)

@@ -1,17 +1,17 @@
-"""Perception of a stream: audio in steps of one size in, LLM-width frames out.
+"""Streaming perception: fixed-size steps of audio in, LLM-width frames out.
 
 ```python
 plan = StreamPlan(config=config, frames=natural_frames(config))
-step = make_step(graphdef, plan)                  # compiled once; its state is donated
+step = make_step(graphdef, plan)                    # compiled once; its state is donated
 stream = start_stream(plan, batch=1)
-heard, stream = step(variables, stream, audio)      # audio [B, plan.samples]
-heard.frames, heard.is_real                         # [B, frames, W], [B, frames]
+output, stream = step(variables, stream, audio)     # audio [B, plan.samples]
+output.frames, output.is_real                       # [B, frames, W], [B, frames]
 ```
 
-All real frames of all steps, one after the other, are those of one pass over the whole clip. A
-stream's state is all zeros where it begins, so that any row begins anew by being set to zero
-(`restart`). State in, state out: sessions, batches of sessions and compiled loops hold it as they
-like.
+A step is one such call. The real frames of all steps, concatenated, equal one pass over the whole
+clip. The state of a new stream is all zeros, so `restart` zeroes the streams to restart. A step is
+a pure function (state in, state out): sessions, batches of sessions and compiled loops can hold
+the state.
 """
 
 import math
@@ -35,7 +35,7 @@ from speechlm2_jax.perception.qformer import QformerConfig
 
 
 def natural_frames(config: PerceptionConfig, context: Context | None = None) -> int:
-    """Output frames of the shortest step that holds whole chunks of attention: it adds no delay."""
+    """Returns the fewest output frames per step such that a step is whole attention chunks."""
     adapter, factor = config.modality_adapter, config.modality_adapter.subsampling_factor
     chunk = _chunk(config.encoder, context)
     own = _chunk(adapter, None) if isinstance(adapter, FastConformerConfig) else 1
@@ -51,43 +51,45 @@ def _chunk(config: FastConformerConfig, context: Context | None) -> int:
 class StreamPlan:
     """Static sizes of streams through perception.
 
-    Raises ValueError for what cannot be streamed, naming the setting.
+    Raises ValueError, naming the setting, if the model cannot stream.
     """
 
     config: PerceptionConfig
     frames: int
-    """Output frames of a step; steps that cut a chunk of attention make each layer wait for it."""
+    """Output frames per step. A step that splits an attention chunk adds delay in each layer."""
     context: Context | None = None
-    """The encoder's attention context; by default the first of its `att_context_size`."""
+    """The encoder's attention context; default: the first of its `att_context_size`."""
     longest: int | None = None
-    """Encoder frames that are remembered where a left context has no bound."""
+    """Length of the KV cache, in encoder frames, if the left context is unbounded."""
 
     def __post_init__(self) -> None:
         if self.config.encoder_chunk_size_seconds is not None:
-            raise ValueError("a stream is not cut: set encoder_chunk_size_seconds to null")
+            raise ValueError(
+                "encoder_chunk_size_seconds: not supported in a stream; set it to null"
+            )
         if isinstance(self.config.modality_adapter, QformerConfig):
-            raise ValueError("a Q-Former looks at whole clips; it cannot be streamed")
+            raise ValueError("modality_adapter: a Q-Former needs whole clips; it cannot stream")
         if self.config.layers_read and self.encoder.layer_delay:
             raise ValueError(
-                "an adapter that reads several layers needs an encoder that does not look ahead: "
-                "conv_context_size causal, and steps of whole chunks of attention"
+                "modality_adapter: a stream with an adapter over several layers needs an encoder "
+                "that does not look ahead: causal convolutions, steps of whole attention chunks"
             )
-        _ = (self.mel, self.encoder, self.adapter)  # each refuses what it cannot do
+        _ = (self.mel, self.encoder, self.adapter)  # each raises ValueError if it cannot stream
 
     @property
     def encoded(self) -> int:
-        """Encoder frames of a step."""
+        """Encoder frames per step."""
         return self.frames * self.config.modality_adapter.subsampling_factor
 
     @property
     def mel(self) -> MelPlan:
-        """The front end's part."""
+        """Plan of the mel front end."""
         factor = self.config.encoder.subsampling_factor
         return MelPlan(config=self.config.preprocessor, frames=self.encoded * factor)
 
     @property
     def encoder(self) -> EncoderPlan:
-        """The encoder's part."""
+        """Plan of the encoder."""
         encoder = self.config.encoder
         return EncoderPlan(
             config=encoder,
@@ -99,7 +101,7 @@ class StreamPlan:
 
     @property
     def adapter(self) -> EncoderPlan | None:
-        """A Conformer adapter's part."""
+        """Plan of a Conformer adapter; None for the others."""
         adapter = self.config.modality_adapter
         if not isinstance(adapter, FastConformerConfig):
             return None
@@ -113,20 +115,20 @@ class StreamPlan:
 
     @property
     def samples(self) -> int:
-        """Samples of a step."""
+        """Samples per step."""
         return self.mel.samples
 
     @property
     def delay(self) -> int:
-        """Frames by which output is late: step s gives frames s x `frames` - delay and on."""
+        """Delay of the output in frames: step s gives the frames from s * `frames` - delay on."""
         return self.encoder.delay if self.adapter is None else self.adapter.delay
 
     def frames_out(self, steps: int, samples: int) -> int:
-        """Counts the real frames that `steps` steps have given of a stream of `samples` samples."""
+        """Counts the real frames after `steps` steps of a stream of `samples` samples."""
         return max(0, min(steps * self.frames - self.delay, self.config.frame_count(samples)))
 
     def steps_for(self, samples: int) -> int:
-        """Counts the steps until all frames of a stream of `samples` samples are out."""
+        """Counts the steps after which all frames of a stream of `samples` samples are out."""
         frames = self.config.frame_count(samples)
         return -(-(frames + self.delay) // self.frames) if frames else 0
 
@@ -134,10 +136,10 @@ class StreamPlan:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class StreamState:
-    """Where a batch of streams stands; all zeros where one begins."""
+    """State of a batch of streams; all zeros for a new stream."""
 
     steps: Any
-    """Int32 [B]: steps so far."""
+    """Int32 [B]: steps done."""
     total: Any
     """Int32 [B]: real samples so far."""
     wave: Any
@@ -153,11 +155,11 @@ class StreamOutput:
 
     frames: Float[Array, "B F W"]
     is_real: Bool[Array, "B F"]
-    """False for places before the beginning or past the end of a stream."""
+    """False before the start and past the end of a stream."""
 
 
 def start_stream(plan: StreamPlan, batch: int, dtype: DTypeLike = jnp.float32) -> StreamState:
-    """Makes `batch` streams that have not begun; activations have `dtype`."""
+    """Makes the state of `batch` new streams; activations have `dtype`."""
     return StreamState(
         steps=jnp.zeros(batch, jnp.int32),
         total=jnp.zeros(batch, jnp.int32),
@@ -170,7 +172,7 @@ def start_stream(plan: StreamPlan, batch: int, dtype: DTypeLike = jnp.float32) -
 
 
 def restart(stream: StreamState, restarted: Bool[Array, " B"]) -> StreamState:
-    """Begins the streams in `restarted` anew; the others go on."""
+    """Resets the streams where `restarted` is True; the others continue."""
 
     def clear(x: Array, axis: int) -> Array:
         shape = [1] * x.ndim
@@ -196,10 +198,10 @@ def advance(
     audio: Float[Array, "B S"],
     new: Int[Array, " B"] | None = None,
 ) -> tuple[StreamOutput, StreamState]:
-    """Hears the next `plan.samples` samples of each stream.
+    """Encodes the next `plan.samples` samples of each stream.
 
-    `new` says how many of them are real, from the first; fewer than all end the stream, and further
-    steps with 0 bring out its last frames. By default all are.
+    `new` counts the real ones among them (default: all). Fewer than all end the stream; further
+    steps with `new` = 0 flush its last frames.
     """
     new = jnp.full(stream.steps.shape, plan.samples, jnp.int32) if new is None else new
     total, steps = stream.total + new, stream.steps
@@ -229,7 +231,7 @@ def advance(
 
 
 def _adapted(perception: AudioPerception, encoded: StreamFrames) -> StreamFrames:
-    """What an adapter that looks at each frame by itself makes of them."""
+    """Applies an adapter that treats each frame by itself."""
     adapter_inputs = perception.adapter_inputs(encoded.frames, encoded.captured)
     frames = perception.adapter(adapter_inputs, encoded.lengths).frames
     return replace(encoded, frames=frames, captured=None)
@@ -239,7 +241,7 @@ Step = Callable[..., tuple[StreamOutput, StreamState]]
 
 
 def make_step(graphdef: Any, plan: StreamPlan) -> Step:
-    """Compiles `step(variables, stream, audio, new=None)` of a perception module, state donated."""
+    """Compiles `step(variables, stream, audio, new=None)`, which donates `stream`."""
 
     def step(
         variables: Variables,

@@ -1,8 +1,8 @@
-"""Subsampling in front of a Conformer: convolutions halve time and frequency, or stacks of frames.
+"""Subsampling before a Conformer: by convolutions of stride 2, or by stacking frames.
 
-Convolutions are written as sums over their nine taps on contiguous phases of the image. XLA's own
-strided and grouped convolutions are several times slower on CPU, and no faster than a fused
-multiply-add elsewhere, because the depthwise stages are bound by memory.
+A convolution is written as a sum over its nine taps, each a contiguous slice of one phase of the
+image. XLA's own strided and grouped convolutions are several times slower on CPU. On accelerators
+they are no faster, because the depthwise stages are bound by memory bandwidth.
 """
 
 import jax
@@ -47,7 +47,7 @@ class HalvingConv(nnx.Module):
         self.bias = param(rngs, (channels_out,), ("conv",), zeros)
 
     def __call__(self, x: Image, time_padding: tuple[int, int] | None = None) -> Halved:
-        """Convolves an image whose last axis is the channels; `time_padding` if not the usual."""
+        """Convolves [B, T, F, C]; `time_padding` replaces the default padding of time."""
         weight = self.weight[...].astype(x.dtype)
         time = self.padding if time_padding is None else time_padding
         taps = _taps(x, (time, self.padding))
@@ -64,10 +64,10 @@ class HalvingConv(nnx.Module):
 def _taps(
     x: Image, padding: tuple[tuple[int, int], tuple[int, int]]
 ) -> dict[tuple[int, int], Halved]:
-    """What each tap of a 3x3, stride-2 kernel sees: nine images of the output's size."""
+    """Returns the input of each tap (i, j) of the kernel: nine images of the output's size."""
     axes = list(zip(x.shape[1:3], padding, strict=True))
     sizes = [(n + sum(zeros) - KERNEL) // STRIDE + 1 for n, zeros in axes]
-    # one more phase than outputs: tap 2 reads the even phase one step ahead
+    # one block more than outputs: tap 2 reads phase 0 of the next block
     around = [
         (zeros[0], STRIDE * (out + 1) - n - zeros[0])
         for out, (n, zeros) in zip(sizes, axes, strict=True)
@@ -94,7 +94,7 @@ class FullStage(nnx.Module):
 
 
 class SeparableStage(nnx.Module):
-    """One halving by a depthwise convolution, then a mix of the channels (`dw_striding`)."""
+    """One halving by a depthwise and a pointwise convolution (`dw_striding`)."""
 
     def __init__(self, channels: int, padding: tuple[int, int], *, rngs: nnx.Rngs):
         self.depthwise = HalvingConv(channels, channels, padding=padding, depthwise=True, rngs=rngs)
@@ -111,8 +111,8 @@ STAGES = {"striding": FullStage, "dw_striding": SeparableStage}
 class Subsampling(nnx.Module):
     """Frames [B, T, feat_in] -> [B, T / factor, d_model]; with factor 1 a plain projection.
 
-    Frames beyond a length are silenced before every convolution, so that padding reaches no real
-    frame (and they come out as the bias of the last projection).
+    Frames beyond a length are zeroed before every convolution, so that padding reaches no real
+    frame. (Their own output is the bias of the last projection.)
     """
 
     def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
@@ -139,7 +139,7 @@ class Subsampling(nnx.Module):
         lengths: Int[Array, " B"],
         extents: Int[Array, " B"] | None = None,
     ) -> Frames:
-        """Halves time as often as the factor says; frames and lengths come out."""
+        """Subsamples time by the factor; returns frames and their lengths."""
         del extents
         if self.conv_in is None:
             return Frames(frames=self.output(features), lengths=lengths)
@@ -150,16 +150,16 @@ class Subsampling(nnx.Module):
         return Frames(frames=self.flatten(x), lengths=lengths)
 
     def flatten(self, x: Image) -> Float[Array, "B T D"]:
-        """Projects what the last stage gives."""
-        # the checkpoint's projection numbers its inputs channel by channel
+        """Flattens frequency and channels of the last stage, and projects."""
+        # checkpoints order the flattened axis by channel, then frequency
         return self.output(x.swapaxes(2, 3).reshape(*x.shape[:2], -1))
 
 
 class Stacking(nnx.Module):
-    """Frames [B, T, feat_in] -> [B, T / factor, d_model]: neighbours side by side, projected.
+    """Frames [B, T, feat_in] -> [B, T / factor, d_model]: neighbours concatenated, projected.
 
-    Frames beyond a length are silence. NeMo leaves them as they are up to the end of its padded
-    batch; `extents` says where that is.
+    Frames beyond a length are zeroed. NeMo keeps them up to the end of its padded batch; `extents`,
+    if given, is that end.
     """
 
     def __init__(self, config: FastConformerConfig, *, rngs: nnx.Rngs):
@@ -175,13 +175,13 @@ class Stacking(nnx.Module):
         lengths: Int[Array, " B"],
         extents: Int[Array, " B"] | None = None,
     ) -> Frames:
-        """Stacks; a last stack that is not full is filled up with silence and counts."""
+        """Stacks frames; an incomplete last stack is padded with zeros and counted."""
         x = _zero_padding(features, lengths if extents is None else extents)
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % self.config.subsampling_factor), (0, 0)))
         return Frames(frames=self.project_stacks(x), lengths=self.config.subsampled(lengths))
 
     def project_stacks(self, x: Float[Array, "B T D"]) -> Float[Array, "B T2 D2"]:
-        """Projects whole stacks."""
+        """Normalises, stacks and projects a whole number of stacks."""
         if self.norm is not None:
             x = self.norm(x)
         batch, length, width = x.shape
@@ -190,7 +190,7 @@ class Stacking(nnx.Module):
 
 
 def make_subsampling(config: FastConformerConfig, *, rngs: nnx.Rngs) -> Subsampling | Stacking:
-    """Builds what a config asks for."""
+    """Builds the subsampling that a config describes."""
     return (Stacking if config.is_stacking else Subsampling)(config, rngs=rngs)
 
 

@@ -1,4 +1,4 @@
-"""Self- and cross-attention of the speech decoder: joint projections without bias."""
+"""Self- and cross-attention of the speech decoder: joint q, k, v projections without bias."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,34 +17,35 @@ from speechlm2_jax.sharding import constrain
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 
 BLOCK = 256
-"""Queries scored at once where no kernel serves: memory grows with the length, not its square."""
+"""Queries scored at once outside attention kernels: memory is then linear in the length."""
 _WEIGHTS_RNG, _OUTPUT_RNG = range(2)
 default_init: Initializer = jax.nn.initializers.normal(0.02)
 
 
 def output_init(config: SpeechDecoderConfig) -> Initializer:
-    """Draws what each block adds to the residual stream: narrower, the more layers there are."""
+    """Initializes output projections to the residual stream: std 0.02 / sqrt(2 n_layers)."""
     return jax.nn.initializers.normal(0.02 / (2 * config.n_layers) ** 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechAttentionInputs:
-    """What the steps of one call see; the same for all layers."""
+    """Masks, cache offset and encoder memory of one call, shared by all layers."""
 
     is_real: Bool[Array, "B T"]
-    """The steps of this call that are no padding; the others come out as zeros."""
+    """False at padding, whose output is zeros."""
     attention_mask: Bool[Array, "B S"]
-    """`is_real`, or with a cache which of its slots others may attend to."""
+    """True where a key may be attended to: `is_real` or, with a KV cache, its key mask."""
     offset: Any = None
-    """Int32 scalar: the cache's slot of the first step; None without a cache."""
+    """Int32 scalar: the cache position of the first query; None without a cache."""
     memory: Any = None
-    """Float [B, S', M]: what cross-attention reads; None passes it over."""
+    """Float [B, S', M]: keys and values of cross-attention (`memory` as in torch's
+    TransformerDecoder); None skips cross-attention."""
     memory_mask: Any = None
-    """Bool [B, S']: the steps of the memory that are no padding."""
+    """Bool [B, S']: False at padding of the memory."""
 
 
 class JointSelfAttention(nnx.Module):
-    """Attention among the steps of a row; NeMo's joint weight [3, heads, head width] by D."""
+    """Self-attention with NeMo's joint q, k, v weight [3 * N * H, D]."""
 
     def __init__(self, config: SpeechDecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -68,7 +69,7 @@ class JointSelfAttention(nnx.Module):
         cache: KVCache | None = None,
         layer: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Attends within `x`, or, with a cache, to all that the cache then holds of this layer."""
+        """Attends within `x` or, with a KV cache, to all cached positions, `x` included."""
         q, k, v = _split(self.inputs, x, 3, self.config.sa_n_heads)
         if cache is not None:
             cache = cache.write(layer, k, v)
@@ -91,7 +92,7 @@ class JointSelfAttention(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Attention from the steps to a memory, of which they see all that is no padding."""
+    """Attention from the decoder's positions to all real positions of a memory."""
 
     def __init__(self, config: SpeechDecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -121,7 +122,7 @@ class CrossAttention(nnx.Module):
         memory_mask: Bool[Array, "B S"],
         rngs: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Reads the memory; where it is all padding, zeros come out."""
+        """Attends to the memory; a memory that is all padding gives zeros."""
         heads = self.config.cross_heads
         q = self.query(constrain(x, "batch", "steps", "act_embed"))
         q = q.reshape(*x.shape[:2], heads, -1)
@@ -139,7 +140,7 @@ class CrossAttention(nnx.Module):
 
 
 def _joint(d_in: int, width: int, count: int, rngs: nnx.Rngs) -> Linear:
-    # whole on tensor-parallel devices: a cut through the parts together would not be one by heads
+    # not sharded over tensor-parallel devices: the joint axis is not split along heads
     return Linear(
         d_in,
         count * width,
@@ -153,7 +154,10 @@ def _joint(d_in: int, width: int, count: int, rngs: nnx.Rngs) -> Linear:
 def _split(
     linear: Linear, x: Float[Array, "B T D"], count: int, heads: int
 ) -> tuple[Float[Array, "B T N H"], ...]:
-    """Applies a joint projection, each part by itself, so that devices share the heads."""
+    """Splits a joint projection into `count` outputs, so that each is sharded along heads.
+
+    Einsum letters: p which output (q, k, v), f its features N * H.
+    """
     x = constrain(x, "batch", "steps", "act_embed")
     weight = constrain(linear.weight[...].astype(x.dtype), None, None)
     weight = constrain(weight.reshape(count, -1, weight.shape[1]), None, "heads", None)
@@ -180,9 +184,9 @@ def _attend_in_blocks(
     rate: float,
     rngs: Key[Array, " B"] | None,
 ) -> Float[Array, "B T N H"]:
-    """Attends block by block of queries, with dropout of the weights; softmax in fp32.
+    """Attends block by block of queries, with dropout of the attention weights; softmax in fp32.
 
-    A query that sees no key gives zeros.
+    A query without any key gives zeros. Blocks are recomputed in the backward pass.
     """
     length = q.shape[1]
     block_size = min(length, BLOCK)

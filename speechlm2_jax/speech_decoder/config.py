@@ -15,7 +15,7 @@ _OTHER_NAMES = {
     "is_causal": ("is_decoder",),
     "max_length_causal_mask": ("max_position_embeddings", "n_positions", "max_seq_len"),
 }
-"""Our key -> what T5, Megatron and FastPitch call it."""
+"""Our key -> its names in T5, Megatron and FastPitch."""
 _WITHOUT_KEY = {
     "d_kv": "heads are d_model / sa_n_heads wide",
     "kv_channels": "heads are d_model / sa_n_heads wide",
@@ -34,7 +34,7 @@ class SpeechDecoderConfig:
     """
 
     IGNORED: ClassVar[Mapping[str, str]] = {
-        "make_prior_window_strict": "only read with a prior on cross-attention; there is none",
+        "make_prior_window_strict": "only read with a prior on cross-attention; not supported",
         "num_experts": _ONLY_WITH_MOE,
         "top_k_experts": _ONLY_WITH_MOE,
         "router_jitter_noise": _ONLY_WITH_MOE,
@@ -42,8 +42,11 @@ class SpeechDecoderConfig:
     }
     REFUSED: ClassVar[Mapping[str, str | tuple[Any, ...]]] = MappingProxyType(
         {
-            "use_moe": ("there are no experts in the feed-forward; set it to false", False),
-            "conv_non_linearity": "the non-linearity is the tanh GELU; leave it out",
+            "use_moe": (
+                "experts in the speech decoder are not supported; set it to false",
+                False,
+            ),
+            "conv_non_linearity": "the activation is always the tanh GELU; remove the key",
             **{
                 other: f"the speech decoder's key is {key}"
                 for key, others in _OTHER_NAMES.items()
@@ -60,12 +63,12 @@ class SpeechDecoderConfig:
     sa_n_heads: int
     """Heads of self-attention."""
     kernel_size: int
-    """Taps of the feed-forward's convolutions."""
+    """Kernel size of the feed-forward's convolutions."""
     p_dropout: float = 0.0
-    """Of inputs, attention weights and what each block adds."""
+    """Dropout of inputs, attention weights and the output of each block."""
     p_dropout_out: float = 0.0
     has_xattn: bool = False
-    """Cross-attention in every layer; passed over where no memory is given."""
+    """Cross-attention in every layer; skipped when no memory is passed."""
     xa_d_memory: int | None = None
     """Width of the memory; required with has_xattn."""
     xa_n_heads: int | None = None
@@ -77,16 +80,18 @@ class SpeechDecoderConfig:
     """Normalise the memory."""
     apply_norm_out: bool = False
     max_length_causal_mask: int = 4096
-    """Steps that have a learnt position. Without learnt positions it bounds nothing here."""
+    """Number of learnt positions. Has no effect without learnt positions."""
     use_learnable_pos_emb: bool = False
     cfg_unconditional_prob: float | None = None
-    """Share of rows that train without the LLM; if not 0, answers are guided by cfg_scale."""
+    """Probability of training a sequence without the LLM's hidden states.
+
+    If not 0, inference uses classifier-free guidance with cfg_scale."""
     cfg_scale: float = 2.5
-    """Scores are (1 - cfg_scale) x those without the LLM + cfg_scale x those with it."""
+    """Guided logits: (1 - cfg_scale) * unconditional + cfg_scale * conditional."""
     cond_on_prev_audio_tokens: bool = True
-    """Add the mean embedding of the previous frame's codes."""
+    """Whether to add the mean embedding of the previous frame's codes."""
     detach_input: bool = False
-    """No gradient to the LLM."""
+    """Whether to stop the gradient to the LLM."""
 
     def __post_init__(self) -> None:
         for key in ("n_layers", "d_model", "d_ffn", "sa_n_heads", "kernel_size"):
@@ -111,12 +116,12 @@ class SpeechDecoderConfig:
 
     @property
     def is_guided(self) -> bool:
-        """Whether evaluation mixes scores with and without the LLM."""
+        """Whether inference uses classifier-free guidance."""
         return bool(self.cfg_unconditional_prob)
 
     @property
     def memory_width(self) -> int:
-        """Width of what cross-attention reads."""
+        """Width of the memory; 0 without cross-attention."""
         return self.xa_d_memory or 0
 
     @property
@@ -135,6 +140,6 @@ def _check_cross_attention(config: SpeechDecoderConfig) -> None:
         return
     for key in ("xa_d_memory", "xa_n_heads"):
         if not getattr(config, key):
-            raise ValueError(f"has_xattn needs {key}; set it or has_xattn to false")
+            raise ValueError(f"has_xattn needs {key}; set {key}, or has_xattn to false")
     if config.d_model % config.cross_heads:
         raise ValueError(f"xa_n_heads={config.xa_n_heads} must divide d_model={config.d_model}")

@@ -1,9 +1,9 @@
 """The speech decoder: an LLM's hidden states and the codes so far -> the next frame's codes.
 
-NeMo's TransformerARSpeechDecoder. Per step: project the hidden state to the decoder's width, add
-the mean embedding of the previous frame's K codes, run the transformer, score the codes of each
-codebook. With classifier-free guidance (Ho and Salimans 2022) a share of the training rows sees
-no hidden states, and evaluation goes beyond the difference that they make.
+NeMo's TransformerARSpeechDecoder. Per frame: project the hidden state to the decoder's width, add
+the mean embedding of the previous frame's K codes, run the transformer, compute the logits of each
+codebook. With classifier-free guidance (Ho and Salimans 2022) some training sequences get no hidden
+states, and inference extrapolates from the unconditional to the conditional output.
 """
 
 from typing import Any, NamedTuple
@@ -24,14 +24,14 @@ _GUIDANCE_RNG, _TRANSFORMER_RNG = range(2)
 
 
 class DecoderStep(NamedTuple):
-    """Scores of the next codes, fp32, and what the decoder then remembers."""
+    """Logits of the next codes in fp32, and the new state."""
 
     logits: Float[Array, "B T K V"]
     state: TransformerState
 
 
 class SpeechDecoder(nnx.Module):
-    """Scores K codebooks of V codes each (control codes included) on states of `input_width`."""
+    """Predicts K codebooks of V codes each (control codes included) from LLM hidden states."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class SpeechDecoder(nnx.Module):
         rngs: Key[Array, " B"] | None = None,
         remat: RematPolicy = "full",
     ) -> Float[Array, "B T K V"]:
-        """Scores the codes of every step in fp32: `logits` of `decode`, which explains the rest."""
+        """Computes the logits of all frames in fp32: `logits(decode(...))`; see `decode`."""
         states = self.decode(hidden, codes, mask=mask, train=train, rngs=rngs, remat=remat)
         return self.logits(states)
 
@@ -90,16 +90,16 @@ class SpeechDecoder(nnx.Module):
         rngs: Key[Array, " B"] | None = None,
         remat: RematPolicy = "full",
     ) -> Float[Array, "B T W"]:
-        """Computes the states that the head scores, in the dtype of `hidden`.
+        """Computes the inputs of the head, in the dtype of `hidden`.
 
-        `codes` are those of the previous frame at each step (the delay code first); unread, and
-        may be None, if the config does not condition on them. `mask` is True where a step is no
-        padding. Evaluation mixes the states with and without `hidden` if the config is guided: the
-        head is linear, so that scores mix alike. Training does not; there `rngs`, one per row,
-        switch on dropout and the rows without `hidden`.
+        `codes[:, t]` are the codes of frame t - 1 (the delay code first). None is allowed if the
+        config does not condition on codes. `mask` is False at padding. In evaluation a guided
+        config mixes the states with and without `hidden`; the head is linear, so this equals mixing
+        the logits. In training `rngs`, one key per sequence, turn on dropout and the dropping of
+        `hidden`.
 
-        On a mesh with a context axis the steps are those of `Sharding.time_order`. They are
-        brought in order and rows shared out instead, as convolutions look at their neighbours.
+        On a mesh with a context axis, time has the order of `Sharding.time_order`. Convolutions
+        need neighbouring frames, so time is put back in order and the batch is sharded instead.
         """
         order = time_order(hidden.shape[1])
         with unsharded_time():
@@ -126,12 +126,15 @@ class SpeechDecoder(nnx.Module):
     def embed(self, codes: Int[Array, "B T K"] | None) -> Float[Array, "B T W"]:
         """Computes the mean embedding of K codes in fp32, one codebook after the other.
 
-        A gather per table keeps no [B, T, K, W], and its gradient writes each table once. Raises
+        So no [B, T, K, W] array exists, and the backward pass writes each table once. Raises
         ValueError for another number of codebooks.
         """
         tables = self.code_embeddings
         if tables is None or codes is None or codes.shape[-1] != self.codebooks:
-            raise ValueError(f"the speech decoder takes codes [B, T, {self.codebooks}]")
+            found = None if codes is None else codes.shape
+            raise ValueError(
+                f"the speech decoder takes codes [B, T, {self.codebooks}], got {found}"
+            )
 
         def add(table: Embedding, total: Array, ids: Array) -> tuple[Array, None]:
             return total + table(ids).astype(jnp.float32), None
@@ -142,7 +145,7 @@ class SpeechDecoder(nnx.Module):
         return constrain(total / self.codebooks, "batch", "steps", "act_embed")
 
     def logits(self, states: Float[Array, "B T W"]) -> Float[Array, "B T K V"]:
-        """Scores the codes of every codebook in fp32, whatever the dtype of `states`."""
+        """Computes the logits of every codebook in fp32, whatever the dtype of `states`."""
         states = constrain(states, "batch", "steps", "act_embed")
         weight = constrain(self.head.weight[...].astype(states.dtype), "vocab", None)
         weight = weight.reshape(self.codebooks, -1, weight.shape[1])  # [K, V, W]
@@ -154,10 +157,10 @@ class SpeechDecoder(nnx.Module):
         return constrain(scores, "batch", "steps", "act_vocab", None)
 
     def new_state(self, batch: int, capacity: int, dtype: Any) -> TransformerState:
-        """Makes what `step` carries: room for `capacity` steps of `batch` rows.
+        """Makes the state of `step` for `capacity` frames of `batch` sequences.
 
-        Guidance remembers every row twice. Raises ValueError if the decoder is not causal, or has
-        fewer learnt positions than `capacity`.
+        Guidance keeps two states per sequence. Raises ValueError if the decoder is not causal, or
+        has fewer learnt positions than `capacity`.
         """
         return self.transformer.new_state(batch * (1 + self.config.is_guided), capacity, dtype)
 
@@ -169,9 +172,9 @@ class SpeechDecoder(nnx.Module):
         *,
         mask: Bool[Array, "B T"] | None = None,
     ) -> DecoderStep:
-        """Scores T further steps (one, or a prefix): equal to evaluation by `__call__` on all.
+        """Decodes T further frames (one, or a prefix). Equals `__call__` on all frames at once.
 
-        The state must have T free slots, which the caller counts.
+        The cache must have T free positions; the caller counts them.
         """
         is_guided = self.config.is_guided
         x, mask = self._input(self._conditioning(hidden), codes, mask, is_guided=is_guided)
@@ -186,7 +189,7 @@ class SpeechDecoder(nnx.Module):
     def _drop_conditioning(
         self, x: Float[Array, "B T W"], rngs: Key[Array, " B"] | None
     ) -> Float[Array, "B T W"]:
-        """Training rows that see no hidden states, drawn each by its own key."""
+        """Zeroes the hidden states of some training sequences, each drawn from its own key."""
         rate, guidance_rngs = self.config.cfg_unconditional_prob, fold_rngs(rngs, _GUIDANCE_RNG)
         if not rate or guidance_rngs is None:
             return x
@@ -201,9 +204,10 @@ class SpeechDecoder(nnx.Module):
         *,
         is_guided: bool,
     ) -> tuple[Float[Array, "C T W"], Bool[Array, "C T"] | None]:
-        """Adds the codes; with `is_guided` row b becomes 2b, and 2b + 1 without hidden states.
+        """Adds the code embeddings.
 
-        Pairs side by side stay on the device of their row.
+        With `is_guided` the batch doubles: sequence b becomes 2b, and 2b + 1 without hidden states.
+        Interleaved, both stay on one device.
         """
         has_codes = self.config.cond_on_prev_audio_tokens
         embedded = self.embed(codes).astype(x.dtype) if has_codes else None
@@ -215,13 +219,13 @@ class SpeechDecoder(nnx.Module):
         return (x if embedded is None else x + embedded), mask
 
     def _guide(self, x: Float[Array, "C T W"]) -> Float[Array, "B T W"]:
-        """(1 - s) x without + s x with hidden states, of every pair."""
+        """Mixes every pair: (1 - s) * without + s * with hidden states, s = cfg_scale."""
         scale = self.config.cfg_scale
         pairs = x.astype(jnp.float32).reshape(-1, 2, *x.shape[1:])
         return ((1.0 - scale) * pairs[:, 1] + scale * pairs[:, 0]).astype(x.dtype)
 
 
 def _reorder(x: Array, order: Any) -> Array:
-    """Puts the steps [B, T, ...] of whole rows into another order."""
+    """Reorders time in [B, T, ...], which is not sharded along time."""
     x = constrain(x, "batch", *(None,) * (x.ndim - 1))
     return jnp.take(x, order, axis=1)

@@ -19,7 +19,7 @@ from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class ConvState:
-    """The last k - 1 inputs of both convolutions; with a leading axis, of all layers."""
+    """The last k - 1 inputs of both convolutions; with a leading axis L for all layers."""
 
     hidden: Any
     """[B, k - 1, D]."""
@@ -28,11 +28,11 @@ class ConvState:
 
 
 class CausalConvolution(nnx.Module):
-    """Convolution over time without bias; weight [out, k, in], taps before inputs.
+    """Convolution over time without bias; weight [out, k, in].
 
-    On a TPU it is XLA's convolution: compiled for a v5e it reads a third of what products read to
-    make one step, and holds two thirds of their memory in training. Elsewhere it is one product
-    of the windows, which takes a CPU a tenth of the time for one step.
+    On TPU it is XLA's convolution: compiled for a v5e it reads a third of the bytes of a matmul
+    over windows for one frame, and needs two thirds of its memory in training. Elsewhere it is one
+    matmul over windows, which takes a tenth of the time for one frame on a CPU.
     """
 
     def __init__(
@@ -48,20 +48,20 @@ class CausalConvolution(nnx.Module):
         self.weight = param(rngs, (d_out, size, d_in), (axes[0], "conv", axes[1]), init)
 
     def __call__(self, x: Float[Array, "B S d_in"]) -> Float[Array, "B T d_out"]:
-        """Convolves; k - 1 steps fewer come out than go in."""
+        """Convolves without padding: k - 1 frames fewer come out."""
         weight = gathered(self.weight, x.dtype)
         if platform() == "tpu":
             layout = ("NWC", "OWI", "NWC")
             return jax.lax.conv_general_dilated(x, weight, (1,), "VALID", dimension_numbers=layout)
         size = weight.shape[1]
         length = x.shape[1] - size + 1
-        # taps on an axis of their own: devices may share the inputs
+        # taps on an axis of their own, so that the input channels can be sharded
         windows = jnp.stack([x[:, tap : tap + length] for tap in range(size)], axis=2)
         return jnp.einsum("btki,oki->bto", windows, weight)
 
 
 class ConvFeedForward(nnx.Module):
-    """output(gelu(hidden(x))); padding is zeros at the input and the output of both."""
+    """output(gelu(hidden(x))), with padding zeroed before and after both convolutions."""
 
     def __init__(self, config: SpeechDecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -81,11 +81,14 @@ class ConvFeedForward(nnx.Module):
         rngs: Key[Array, " B"] | None = None,
         conv_state: ConvState | None = None,
     ) -> tuple[Float[Array, "B T D"], ConvState | None]:
-        """Transforms rows, or, with tails, the next steps of rows; `rngs` switch dropout on."""
+        """Transforms whole sequences or, with `conv_state`, their next frames.
+
+        Given `rngs`, dropout is on.
+        """
         x = _zero(constrain(x, "batch", "steps", "act_embed"), is_real)
         x, hidden_tail = self._with_context(x, None if conv_state is None else conv_state.hidden)
         inner = constrain(self.hidden(x), "batch", "steps", "act_mlp")
-        # zeros where nothing is real, as gelu(0) = 0
+        # padding stays zero, since gelu(0) = 0
         inner = jax.nn.gelu(_zero(inner, is_real), approximate=True)
         inner, output_tail = self._with_context(
             inner, None if conv_state is None else conv_state.output
@@ -99,7 +102,7 @@ class ConvFeedForward(nnx.Module):
     def _with_context(
         self, x: Float[Array, "B T D"], history: Any
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B C D"] | None]:
-        """Puts what a convolution sees beyond `x` around it: zeros, or the steps before."""
+        """Pads with zeros, or prepends the last inputs; returns the new ones, too."""
         reach = self.config.kernel_size - 1
         if history is not None:
             x = jnp.concatenate([history.astype(x.dtype), x], axis=1)

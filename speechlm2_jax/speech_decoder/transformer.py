@@ -25,14 +25,14 @@ from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 from speechlm2_jax.speech_decoder.feed_forward import ConvFeedForward, ConvState
 
 PADDING = 64
-"""Steps that a batch may have beyond the last position: what is real is counted before."""
+"""How far a padded batch may exceed the learnt positions; real lengths are checked elsewhere."""
 _INPUT_RNG, _LAYERS_RNG, _OUTPUT_RNG = range(3)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TransformerState:
-    """What the layers remember of the steps before; arrays of fixed sizes."""
+    """State of incremental decoding, of fixed shape: KV cache and convolution inputs."""
 
     cache: KVCache
     conv_state: ConvState
@@ -40,14 +40,14 @@ class TransformerState:
 
 
 class TransformerOutput(NamedTuple):
-    """What the transformer gives for further steps, and what it then remembers."""
+    """Output for the new positions, and the new state."""
 
     hidden: Float[Array, "B T D"]
     state: TransformerState
 
 
 class Layer(nnx.Module):
-    """x + attention(norm(x)), then the memory likewise, then the feed-forward."""
+    """Pre-norm residual layer: self-attention, optional cross-attention, feed-forward."""
 
     def __init__(self, config: SpeechDecoderConfig, *, rngs: nnx.Rngs):
         def norm(width: int) -> LayerNorm:
@@ -73,7 +73,7 @@ class Layer(nnx.Module):
         conv_state: ConvState | None = None,
         layer: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None, ConvState | None]:
-        """Runs one layer; what is padding comes out as zeros."""
+        """Runs one layer; the output is zero at padding."""
         update, cache = self.attention(
             self.attention_norm(x),
             attention_inputs,
@@ -102,7 +102,7 @@ class Layer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A stack of layers over [B, T, D]: causal or not, with or without a memory."""
+    """A stack of layers over [B, T, D]: causal or not, with or without cross-attention."""
 
     def __init__(self, config: SpeechDecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -127,11 +127,11 @@ class Transformer(nnx.Module):
         rngs: Key[Array, " B"] | None = None,
         remat: RematPolicy = "full",
     ) -> Float[Array, "B T D"]:
-        """Transforms rows, in the dtype of `x`; the masks are True where a step is no padding.
+        """Transforms whole sequences, in the dtype of `x`. The masks are False at padding.
 
-        What is padding comes out as zeros and has no influence. `rngs`, one per row, switch
-        dropout on; `remat` says what of a layer the backward pass computes again. Raises
-        ValueError for more steps than there are positions, padding of a batch aside.
+        The output is zero at padding, and padding has no influence. Given `rngs`, one key per
+        sequence, dropout is on. `remat` sets what the backward pass recomputes. Raises ValueError
+        if T exceeds the learnt positions by more than PADDING.
         """
         attention_inputs = _attention_inputs(x, mask, memory, memory_mask)
         x, _, _ = self._run(x, attention_inputs, rngs=rngs, remat=remat)
@@ -150,14 +150,14 @@ class Transformer(nnx.Module):
         return self._run(x, attention_inputs, emit=lambda x: x)[2][0]
 
     def new_state(self, batch: int, capacity: int, dtype: Any) -> TransformerState:
-        """Makes what `extend` carries: room for `capacity` steps of `batch` rows.
+        """Makes the state of `extend` for `capacity` positions of `batch` sequences.
 
-        Raises ValueError if the layers look ahead, or have fewer positions than that, padding of a
-        batch aside.
+        Raises ValueError if the layers are not causal, or if `capacity` exceeds the learnt
+        positions by more than PADDING.
         """
         c = self.config
         if not c.is_causal:
-            raise ValueError("steps one by one need is_causal: true")
+            raise ValueError("model.speech_decoder.is_causal: incremental decoding needs true")
         self._check_length(capacity)
         heads = (c.sa_n_heads, c.d_model // c.sa_n_heads)
 
@@ -179,9 +179,10 @@ class Transformer(nnx.Module):
         memory: Float[Array, "B S M"] | None = None,
         memory_mask: Bool[Array, "B S"] | None = None,
     ) -> TransformerOutput:
-        """Runs T further steps of every row: equal, step by step, to `__call__` on the whole.
+        """Decodes T further positions of every sequence. Equals `__call__` on all at once.
 
-        The state must have T free slots, which the caller counts. The memory is projected anew.
+        The cache must have T free positions; the caller counts them. The memory's keys and values
+        are computed again on every call.
         """
         is_real = jnp.ones(x.shape[:2], bool) if mask is None else mask
         cache = state.cache.reserve(is_real)
@@ -207,11 +208,11 @@ class Transformer(nnx.Module):
             x, 0 if attention_inputs.offset is None else attention_inputs.offset
         )
         x = dropout(x, self.config.p_dropout, fold_rngs(rngs, _INPUT_RNG))
-        # a selection, not a product: not even a NaN in the padding passes
+        # where(), not a product with the mask: a NaN in the padding must not pass
         x = jnp.where(attention_inputs.is_real[..., None], x, jnp.zeros((), x.dtype))
         layer_rngs = fold_rngs(rngs, _LAYERS_RNG)
 
-        # The cache is carried, not scanned over: each layer then writes its slot in place.
+        # The cache is a scan carry, not an xs/ys: each layer then updates its part in place.
         def body(layer: Layer, carry: Any, inputs: Any) -> tuple[Any, Any]:
             (x, cache), (index, conv_state) = carry, inputs
             x, cache, conv_state = layer(
@@ -243,7 +244,7 @@ class Transformer(nnx.Module):
         length = x.shape[1]
         self._check_length(length)
         table = constrain(self.positions[...].astype(x.dtype), None, None)
-        # steps beyond the table are padding of a batch: what they get reaches no real one
+        # positions beyond the table are padding: their embedding reaches no real position
         rows = jnp.take(table, offset + jnp.arange(length), axis=0, mode="clip")
         return x + jnp.broadcast_to(rows, x.shape)
 
@@ -251,8 +252,8 @@ class Transformer(nnx.Module):
         limit = self.config.max_length_causal_mask
         if self.positions is not None and length > limit + PADDING:
             raise ValueError(
-                f"{length} steps exceed the {limit} learnt positions of the speech decoder; "
-                "make rows shorter (model.speech_decoder.max_length_causal_mask is the limit)"
+                f"{length} frames exceed the {limit} learnt positions of the speech decoder "
+                "(model.speech_decoder.max_length_causal_mask); use shorter sequences"
             )
 
 

@@ -1,4 +1,4 @@
-"""NeMo's keys build a speech decoder; other models' keys are answered with the right ones."""
+"""NeMo's keys build a speech decoder; keys of other models are refused with NeMo's name."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def test_defaults_are_nemos() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "answer"),
+    ("given", "expected"),
     [
         ({"num_layers": 6}, "num_layers: the speech decoder's key is n_layers (got 6)"),
         ({"d_ff": 64}, "d_ff: the speech decoder's key is d_ffn (got 64)"),
@@ -55,7 +55,7 @@ def test_defaults_are_nemos() -> None:
         ({"dropout_rate": 0.1}, "dropout_rate: the speech decoder's key is p_dropout (got 0.1)"),
         ({"hidden_size": 8}, "hidden_size: the speech decoder's key is d_model (got 8)"),
         ({"d_kv": 64}, "d_kv: heads are d_model / sa_n_heads wide (got 64)"),
-        ({"use_moe": True}, "use_moe: there are no experts in the feed-forward"),
+        ({"use_moe": True}, "use_moe: experts in the speech decoder are not supported"),
         ({"kernel_sizes": 3}, "kernel_size"),
         ({"sa_n_heads": 5}, "sa_n_heads=5 must divide d_model=12"),
         ({"has_xattn": True, "xa_n_heads": 2}, "has_xattn needs xa_d_memory"),
@@ -66,16 +66,16 @@ def test_defaults_are_nemos() -> None:
         ({"n_layers": 0}, "n_layers=0 must be at least 1"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(given: dict, answer: str) -> None:
+def test_what_does_not_fit_is_refused_in_one_line(given: dict, expected: str) -> None:
     with pytest.raises(SettingsError) as error:
         build(SpeechDecoderConfig, {**SIZES, **given}, "model.speech_decoder")
     message = str(error.value)
     assert message.startswith("model.speech_decoder")
-    assert answer in message
+    assert expected in message
     assert "\n" not in message
 
 
-def test_keys_of_experts_are_passed_over_with_the_reason_while_there_are_none() -> None:
+def test_keys_of_experts_are_ignored_with_the_reason() -> None:
     with ignored_report() as report:
         build(SpeechDecoderConfig, {**SIZES, "use_moe": False, "num_experts": 8}, "sd")
     assert report == {"sd.num_experts": "only read with use_moe, which is refused"}

@@ -62,7 +62,7 @@ def test_neither_padding_nor_rematerialisation_changes_a_gradient(dropping, rema
 
     def loss(variables: Variables, hidden: jax.Array, codes: jax.Array, mask: Any, remat: Any):
         network = merge(graphdef, variables)
-        how = {"train": True, "keys": row_keys(), "remat": remat}
+        how = {"train": True, "rngs": row_keys(), "remat": remat}
         chances = jax.nn.log_softmax(network(hidden, codes, mask=mask, **how))
         return jnp.sum(chances[:, :STEPS, :, 3])
 
@@ -157,7 +157,7 @@ def test_attention_in_blocks_equals_attention_at_once(causal: bool, monkeypatch)
     config = replace(DROPPING, is_causal=causal)
     graphdef, variables = weights(config)
     hidden, codes, mask = padded(*inputs(), 2)
-    how = {"mask": mask, "train": True, "keys": row_keys()}
+    how = {"mask": mask, "train": True, "rngs": row_keys()}
     at_once = merge(graphdef, variables)(hidden, codes, **how)
     monkeypatch.setattr(attention, "BLOCK", 4)
     in_blocks = merge(graphdef, variables)(hidden, codes, **how)
@@ -227,7 +227,7 @@ def test_more_steps_than_positions_are_refused_with_the_key_to_set(plain) -> Non
     beyond = limit + PADDING + 1
     with pytest.raises(ValueError, match="max_length_causal_mask"):
         network(*inputs(1, beyond))
-    with pytest.raises(ValueError, match=f"{beyond} steps exceed the 16 learnt positions"):
+    with pytest.raises(ValueError, match=f"{beyond} frames exceed the 16 learnt positions"):
         network.new_state(1, beyond, jnp.float32)
     unbounded = make(replace(CONFIG, use_learnable_pos_emb=False))
     assert unbounded.new_state(1, beyond, jnp.float32).cache.key_mask.shape == (1, beyond)
