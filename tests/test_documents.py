@@ -210,6 +210,25 @@ def test_places_that_pages_name_exist():
             )
 
 
+def anchors_of(path: Path) -> set[str]:
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.strip().lower()).replace(" ", "-") for h in headings}
+
+
+def test_links_between_pages_lead_somewhere():
+    for path in PAGES:
+        for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+            if link.startswith("http"):
+                continue
+            file, _, anchor = link.partition("#")
+            target = (path.parent / file) if file else path
+            assert target.exists(), f"{path.name}: {link} leads nowhere"
+            assert not anchor or anchor in anchors_of(target), (
+                f"{path.name}: {link}: no such heading"
+            )
+
+
 def runnable_pages() -> list[str]:
     is_run = [b.page for b in blocks() if b.language == "python" and not b.is_marked]
     return [page for page in dict.fromkeys(is_run) if page not in RUN_ELSEWHERE]
