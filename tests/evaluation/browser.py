@@ -27,7 +27,7 @@ FLAGS = (
     "--window-size=1280,900",
 )
 WAIT_S = 120.0
-# Chromium speaks at descriptors 3 and 4, whatever numbers the pipes got here
+# Chromium reads and writes descriptors 3 and 4, whatever numbers the pipes got here
 LAUNCH = (
     "import os, sys; r, w = map(int, sys.argv[1:3]); "
     "os.dup2(r, 3); os.dup2(w, 4); os.execv(sys.argv[3], sys.argv[3:])"
@@ -83,10 +83,10 @@ class Browser:
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
         end = time.monotonic() + WAIT_S
-        while (answer := self._next(end)).get("id") != number:
+        while (reply := self._next(end)).get("id") != number:
             pass  # events
-        assert "error" not in answer, answer
-        return answer["result"]
+        assert "error" not in reply, reply
+        return reply["result"]
 
     def open(self, path: Path) -> None:
         """Shows a file, and returns when it has loaded."""
@@ -126,7 +126,7 @@ class Browser:
     def _next(self, end: float) -> dict[str, Any]:
         while b"\0" not in self._pending:
             left = end - time.monotonic()
-            assert left > 0, "the browser does not answer"
+            assert left > 0, "the browser does not respond"
             if select.select([self._read], [], [], left)[0]:
                 data = os.read(self._read, 1 << 20)
                 assert data, "the browser ended"

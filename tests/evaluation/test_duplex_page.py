@@ -82,7 +82,7 @@ def test_one_head_follows_whichever_voice_plays(page, tmp_path):
         seconds = {a.id: a.duration_s for a in small_results()}["hostile"]
         assert browser.run("players.map(p => p.duration)") == pytest.approx([seconds] * 3, abs=0.1)
         # a click on a word plays from there; then another voice goes on from the same place
-        browser.run("row.querySelector('.said.agent [data-at]').click()")
+        browser.run("row.querySelector('.lane.agent [data-at]').click()")
         browser.until("!players[0].paused && players[0].currentTime > 2.6")
         browser.press("a")
         browser.until("players[0].paused && !players[2].paused && players[2].currentTime > 2.6")

@@ -15,13 +15,13 @@ SALM = DATA / "salm" / "llama_adapter_hf"
 
 @pytest.fixture
 def golden_text():
-    """What NeMo answers to `Repeat after me: <audio a0>`."""
+    """NeMo's response to `Repeat after me: <audio a0>`."""
     facts = json.loads((DATA / "salm" / "llama_adapter.json").read_text())
     (ids,) = facts["generate"]["single_row0"]
     return Tokenizer(DATA / "llm" / "llama").ids_to_text(ids).strip()
 
 
-def test_answers_are_nemos_whatever_else_is_in_the_batch(tmp_path, golden_text):
+def test_responses_equal_nemos_whatever_else_is_in_the_batch(tmp_path, golden_text):
     audio = DATA / "salm" / "audio"
     manifest, output = tmp_path / "test.jsonl", tmp_path / "out.jsonl"
     rows = [
@@ -46,8 +46,8 @@ def test_answers_are_nemos_whatever_else_is_in_the_batch(tmp_path, golden_text):
         assert evaluate.main(argv) == 0
     finally:
         jax.config.update("jax_default_device", None)
-    *answers, _ = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [a["id"] for a in answers] == ["a1", "missing", "a0"]
-    assert "no such file" in answers[1]["error"]
-    assert answers[2]["pred_text"] == golden_text
-    assert answers[0]["pred_text"] not in ("", golden_text)
+    *rows, _ = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [a["id"] for a in rows] == ["a1", "missing", "a0"]
+    assert "no such file" in rows[1]["error"]
+    assert rows[2]["pred_text"] == golden_text
+    assert rows[0]["pred_text"] not in ("", golden_text)

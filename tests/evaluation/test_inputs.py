@@ -96,7 +96,7 @@ def test_inputs_that_cannot_be_used_say_why(tmp_path, content, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "message"),
     [
         ("song.mid", b"MThd\0\0\0\x06 \xff\xfe", "ffmpeg -i IN OUT.wav"),
         (
@@ -109,10 +109,10 @@ def test_inputs_that_cannot_be_used_say_why(tmp_path, content, expected):
         ("rows.jsonl", b"a.wav\n", "is not JSON lines: a manifest has one object per line"),
     ],
 )
-def test_a_file_of_another_kind_says_what_is_read(tmp_path, name, content, says):
+def test_a_file_of_another_kind_says_what_is_read(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(SettingsError, match=says) as raised:
+    with pytest.raises(SettingsError, match=message) as raised:
         read_inputs(str(path))
     assert "codec" not in str(raised.value)
 
@@ -144,12 +144,12 @@ def test_a_pattern_is_told_from_a_missing_file(tmp_path):
 def test_a_duplex_models_inputs_say_so_too(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "b.mid").touch()
-    for name, says in [
+    for name, message in [
         ("set", "no recordings in .*: files left out: 1 .1 .mid"),
         ("set/b.mid", "neither audio nor Lhotse cuts: .*ffmpeg -i IN OUT.wav"),
         ("*.wav", "patterns are not expanded"),
     ]:
-        with pytest.raises(SettingsError, match=says):
+        with pytest.raises(SettingsError, match=message):
             read_dialogues([str(tmp_path / name)], None)
 
 

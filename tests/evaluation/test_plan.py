@@ -41,7 +41,7 @@ def test_without_a_run_the_error_names_the_command_that_makes_one(here):
         make_plan({})
 
 
-def test_without_arguments_answers_and_page_lie_beside_the_run(here):
+def test_without_arguments_outputs_go_into_the_run(here):
     make_run(Path("runs/salm"))
     write_manifest(Path("corpus/test.jsonl"), [{"text": "a"}])
     config = make_plan({}).config
@@ -65,7 +65,7 @@ def test_the_test_set_is_found_here_before_the_projects_own(here):
     assert make_plan({}).config.inputs == "corpus/test.jsonl"
 
 
-def test_a_run_is_asked_computed_and_compared_as_it_was_trained(here):
+def test_a_run_is_evaluated_with_prompt_dtype_and_normalizer_of_its_training(here):
     make_run(Path("runs/salm"))
     config = make_plan({"pretrained_name": "runs/salm", "inputs": "x.jsonl"}).config
     assert (config.user_prompt, config.system_prompt) == ("Write down:", "Be exact.")
@@ -76,7 +76,7 @@ def test_a_run_is_asked_computed_and_compared_as_it_was_trained(here):
     assert make_plan({"pretrained_name": "runs/half", "inputs": "x"}).config.dtype == "bfloat16"
 
 
-def test_the_longest_recording_of_training_is_heard_at_once(here):
+def test_the_longest_recording_of_training_is_the_longest_input(here):
     settings = {
         **SETTINGS,
         "data": {"train_ds": {**SETTINGS["data"]["train_ds"], "max_duration": 12}},
@@ -89,7 +89,7 @@ def test_the_longest_recording_of_training_is_heard_at_once(here):
     assert make_plan({**arguments, "pretrained_name": "runs/a"}).config.max_audio_s == 40.0
 
 
-def test_words_of_the_command_line_win(here):
+def test_arguments_of_the_command_line_win(here):
     make_run(Path("runs/salm"))
     arguments = {
         "inputs": "x.jsonl",
@@ -110,7 +110,7 @@ def test_inputs_that_are_named_keep_nemos_outputs(here):
     assert not config.encoder_wer
 
 
-def test_a_model_that_is_no_run_keeps_nemos_words(here):
+def test_a_model_that_is_no_run_keeps_nemos_defaults(here):
     Path("nemo").mkdir()
     config = make_plan({"pretrained_name": "nemo", "inputs": "x.jsonl"}).config
     assert (config.use_normalizer, config.dtype) == ("english", "bfloat16")

@@ -145,7 +145,7 @@ def test_without_references_transcripts_are_printed_and_nothing_is_scored():
     assert "WER" not in table(result.totals())
 
 
-def test_verbose_prints_reference_answer_and_batch_errors():
+def test_verbose_prints_reference_hypothesis_and_batch_errors():
     lines: list[str] = []
     evaluate(FakeModel(), [_utterance("u", 1, "Two!")], _config(), lines.append)
     assert lines[0] == "u\n  reference:  Two!\n  hypothesis: one <extra>"

@@ -79,7 +79,9 @@ def test_turns_out_of_place_and_unanswered_ones_count_against():
     user = turns((0.0, 2.0), (10.0, 12.0), (20.0, 22.0))
     agent = turns((2.2, 3.0), (3.2, 4.0), (6.0, 7.0), (16.0, 17.0))
     counts = count_turns(user, agent)
-    assert (counts.timely, counts.agent_turns) == (2, 4), "two answers to one turn are both timely"
+    assert (counts.timely, counts.agent_turns) == (2, 4), (
+        "two responses to one turn are both timely"
+    )
     assert (counts.answered, counts.user_turns) == (1, 3)
     assert counts.latencies_s == (pytest.approx(0.2),), "the first of them is the response"
     scores = counts.scores()
@@ -153,7 +155,7 @@ def test_nemos_first_turn_score():
     metric.update("a", [channel(t) for t in user], [channel(t) for t in agent])
     assert metric.compute() == pytest.approx(
         {
-            "turn_taking_acc_a": 1 / 3,  # 5 frames late; 14 frames; never; no end to answer
+            "turn_taking_acc_a": 1 / 3,  # 5 frames late; 14 frames; never; no user eos
             "turn_taking_acc": 1 / 3,
             "turn_taking_latency_a": 0.4,
             "turn_taking_latency": 0.4,
