@@ -1,6 +1,6 @@
 """What both full-duplex networks are made of, and how they learn.
 
-Three seams, each a pure function and a parity point: `prepare` (audio and tokens -> aligned
+Three stages, each a pure function and a parity point: `prepare` (audio and tokens -> aligned
 channels and input embeddings), `forward` (embeddings -> hidden states of the text head and of the
 audio head) and `losses` (hidden states -> sums). The networks differ in what the LLM sees of the
 agent's audio, and in what predicts it.

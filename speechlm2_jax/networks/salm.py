@@ -1,6 +1,6 @@
 """SALM: speech and text in one sequence for an LLM (arXiv 2310.09424; NeMo SpeechLM2 SALM).
 
-Three seams, each a pure function and a parity point:
+Three stages, each a pure function and a parity point:
 `prepare` (audio and ids -> input embeddings), `forward` (embeddings -> hidden states) and
 `losses` (hidden states -> sums).
 """

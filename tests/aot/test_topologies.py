@@ -21,7 +21,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp
 from speechlm2_jax.aot.chips import read_topology
 from speechlm2_jax.aot.collectives import collectives
-from speechlm2_jax.layers.attention import Visible, attend
+from speechlm2_jax.layers.attention import AttentionMask, attend
 from speechlm2_jax.sharding import make_sharding, use
 
 topology = read_topology("v5e:2x2", Path(sys.argv[1]))
@@ -29,8 +29,8 @@ sharding = make_sharding(fsdp=2, tensor=2, sequence_parallel=True, devices=topol
 
 def loss(q, k, v, segments, weight):
     with use(sharding):
-        visible = Visible(query_segments=segments, key_segments=segments)
-        heads = attend(q, k, v, visible=visible, scale=0.1)
+        mask = AttentionMask(query_segments=segments, key_segments=segments)
+        heads = attend(q, k, v, mask=mask, scale=0.1)
         flat = heads.reshape(*heads.shape[:2], -1) @ weight
         from speechlm2_jax.sharding import constrain
         out = constrain(constrain(flat, "batch", "steps", None), "batch", "time", None)

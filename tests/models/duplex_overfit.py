@@ -1,4 +1,4 @@
-"""Sixteen conversations to learn by heart: the user says one thing, the agent answers another.
+"""Overfits sixteen conversations: the user has one sentence, the agent responds with another.
 
     python -m tests.models.duplex_overfit FOLDER [--kind s2s_duplex_speech_decoder] [key=value ...]
 

@@ -1,4 +1,4 @@
-"""The duplex models compute what NeMo 3.0.0 does, seam by seam."""
+"""The duplex models compute what NeMo 3.0.0 does, stage by stage."""
 
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ class Seams(NamedTuple):
     losses: Any
 
 
-def seams(model, name):
+def stages(model, name):
     @jax.jit
     def run(variables, batch):
         network = merge(model._graphdef, variables)
@@ -65,12 +65,12 @@ def seams(model, name):
 
 @pytest.fixture(scope="module")
 def pair(model):
-    return seams(model, "pair")
+    return stages(model, "pair")
 
 
 @pytest.fixture(scope="module")
 def rest(model):
-    return seams(model, "rest")
+    return stages(model, "rest")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Tiny encoders and perception modules for the law tests, with reproducible weights."""
+"""Tiny encoders and perception modules for tests of invariants, with reproducible weights."""
 
 from functools import cache, partial
 
