@@ -14,27 +14,29 @@ PROGRAM = "train.py"
 
 
 def main(argv: list[str]) -> None:
-    """Parses arguments, builds, runs. Bad input is one clear line and exit code 2."""
-    speaks = launch.is_first_process()
-    with console.one_line_errors(PROGRAM, [SettingsError]), console.showing(is_shown=speaks):
+    """Parses arguments, builds the experiment and trains. Bad input: one line, exit code 2."""
+    with (
+        console.one_line_errors(PROGRAM, [SettingsError]),
+        console.showing(is_shown=launch.is_first_process()),
+    ):
         command = parse_train(argv)
         console.log_line(f"speechlm2_jax: reading {find(command.config)} ...")
         with console.phase("importing"):
             from speechlm2_jax import experiment, processes
 
-        words = command.config, command.overrides
+        source = command.config, command.overrides
         with processes.exit_on_error(), experiment.clear_errors(PROGRAM):
             if command.ahead is not None:
-                sys.exit(_compile_ahead(experiment.compile_ahead(*words, command.ahead)))
-            experiment.initialize_processes(*words)
+                sys.exit(_compile_ahead(experiment.compile_ahead(*source, command.ahead)))
+            experiment.initialize_processes(*source)
             if command.dry_run:
-                experiment.build(*words, dry_run=True).dry_run()
-            elif not experiment.is_finished(*words):
-                experiment.build(*words, keep_compiled=True).fit()
+                experiment.build(*source, dry_run=True).dry_run()
+            elif not experiment.is_finished(*source):
+                experiment.build(*source, keep_compiled=True).fit()
 
 
 def _compile_ahead(report: "Report") -> int:
-    """Shows what a program costs, and its figures as one line of JSON. 1 if it does not fit."""
+    """Prints the cost estimate as a table and as JSON. Returns 1 if it does not fit."""
     print(report.table())
     print(report.to_json())
     return 0 if report.fits else 1

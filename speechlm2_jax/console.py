@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: lines, phases with their seconds, and a progress bar.
+"""Terminal output: log lines, phases with their seconds, and a progress bar.
 
 It imports neither JAX nor NumPy, so that the first line can come before they are imported.
 """
@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 PACKAGE_LOGGER = "speechlm2_jax"
 FIRST_NOTE_S = 2.0
-"""A phase that takes longer is named, so that the program does not look hung."""
+"""A phase that takes longer is logged, so that the program does not look hung."""
 NEXT_NOTES_S = 30.0
-"""Between the notes of a phase that goes on and on."""
+"""Seconds between two log lines of a long phase."""
 RECORDS_KEPT = 200
-"""What is said before a run directory is there, and then written to its log."""
+"""Log records kept until the run directory exists; they are then written to train.log."""
 INTERRUPTED = 130
-"""Exit code of what Ctrl-C ended, by the shell's rule: 128 + SIGINT."""
+"""Exit code after Ctrl-C, as in shells: 128 + SIGINT."""
 
 log = logging.getLogger(__name__)
 
@@ -36,37 +36,37 @@ class Terminal(logging.Handler):
         self._records: deque[logging.LogRecord] | None = deque(maxlen=RECORDS_KEPT)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes one record and remembers it for the log of the run."""
+        """Writes one record and keeps it for train.log."""
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
-        except BrokenPipeError:  # nobody reads any more: the log file goes on
+        except BrokenPipeError:  # the reader of the pipe has ended; train.log is still written
             pass
-        except Exception:  # as logging's own handlers: a closed pipe must not end a training
+        except Exception:  # as logging's own handlers: a failed write must not end a training
             self.handleError(record)
         if self._records is not None:
             self._records.append(record)
 
     def take_records(self) -> list[logging.LogRecord]:
-        """What was written so far, once: from now on nothing is remembered."""
+        """The records so far; later ones are not kept."""
         records, self._records = list(self._records or ()), None
         return records
 
 
 class _Output:
-    """A standard stream that goes on in silence once nobody reads it (`train.py | head -1`)."""
+    """A standard stream that drops its output once the reader has ended (`train.py | head`)."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes, as long as somebody reads."""
+        """Writes, unless the pipe is closed."""
         with self._unless_closed():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flushes, as long as somebody reads."""
+        """Flushes, unless the pipe is closed."""
         with self._unless_closed():
             self._stream.flush()
 
@@ -74,23 +74,23 @@ class _Output:
     def _unless_closed(self) -> Generator[None]:
         try:
             yield
-        except BrokenPipeError:  # what comes later, from any library, goes nowhere
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+        except BrokenPipeError:  # later output, of any library too, goes to /dev/null
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self._stream.fileno())
+            os.close(devnull)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 def ignore_closed_pipes() -> None:
-    """Lets this process go on when its standard output or error is closed by their reader."""
+    """Keeps this process running after the reader of its stdout or stderr has ended."""
     sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
 
 
 @contextmanager
 def showing(*, is_shown: bool = True) -> Generator[Terminal]:
-    """Shows the package's log records while open; inside another `showing` that one goes on.
+    """Shows the package's log records while open; nested calls share one handler.
 
     `is_shown` is False on all processes of a run but the first.
     """
@@ -114,7 +114,7 @@ def showing(*, is_shown: bool = True) -> Generator[Terminal]:
 
 @contextmanager
 def phase(name: str) -> Generator[None]:
-    """Says what takes long: after two seconds, every half minute, and how long it took."""
+    """Logs a slow phase: after two seconds, then every half minute, and how long it took."""
     begin, is_done = time.monotonic(), threading.Event()
 
     def remind() -> None:
@@ -137,13 +137,13 @@ def phase(name: str) -> Generator[None]:
 
 
 def log_line(text: str) -> None:
-    """Says one line at once."""
+    """Logs one line."""
     log.info("%s", text)
 
 
 @contextmanager
 def one_line_errors(program: str, kinds: Sequence[type[Exception]]) -> Generator[None]:
-    """Turns errors that a user can mend, and Ctrl-C, into one line on stderr and an exit code."""
+    """Turns errors that a user can fix, and Ctrl-C, into one line on stderr and an exit code."""
     try:
         yield
     except tuple(kinds) as error:
@@ -155,9 +155,9 @@ def one_line_errors(program: str, kinds: Sequence[type[Exception]]) -> Generator
 
 
 class ProgressBar:
-    """Steps done, loss, learning rate and speed, drawn over and over on the last line.
+    """Steps, loss, learning rate and speed on the last line of a terminal.
 
-    Drawn on a terminal alone: a file or a pipe gets the log lines only.
+    Files and pipes get the log lines only.
     """
 
     def __init__(self, *, total: int | None, done: int, is_wanted: bool):
@@ -176,22 +176,22 @@ class ProgressBar:
 
     @property
     def is_drawn(self) -> bool:
-        """False where drawing would do nothing, so that nothing need be worked out for it."""
+        """False if drawing would do nothing, so that its text need not be computed."""
         return self._bar is not None
 
     def draw(self, step: int, text: str) -> None:
-        """Moves to `step`, with what is known of it."""
+        """Moves the bar to `step` and shows `text`."""
         if self._bar is not None:
             self._bar.set_description_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
-        """Takes the line away."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.close()
 
 
 def exit_now(message: str) -> None:
-    """Ends the process now, from any thread: no clean-up, nothing awaited."""
+    """Ends the process at once, from any thread, without clean-up."""
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
     os._exit(INTERRUPTED)

@@ -1,4 +1,4 @@
-"""Composition root: the only module that knows every room."""
+"""Composition root: the only module that imports every package."""
 
 import math
 import os
@@ -54,17 +54,17 @@ IGNORED = {"name": "exp_manager.name names the run"}
 REQUIRED = ("model", "data")
 VALIDATION_MAX_NEW_TOKENS = 128
 FRAME_TOLERANCE = 0.01
-"""How far rates that data and model state may be apart, relatively."""
+"""Largest relative difference between sample rates of data and model."""
 LONGEST_TOKENS, LONGEST_S = 1024, 40.0
-"""What is compiled ahead of time where `train_ds` has no limits."""
+"""Shape compiled ahead of time if `train_ds` sets no limits."""
 Model = SALM | DuplexS2SModel | CTCModel
 
 
 @contextmanager
 def clear_errors(program: str) -> Generator[None]:
-    """Turns what a user can mend into one line on stderr and exit code 2.
+    """Turns errors that a user can fix into one line on stderr and exit code 2.
 
-    A disk that refuses to be written takes a few lines, and ends the process with 1.
+    A full or read-only disk prints a few lines and exits with 1.
     """
     try:
         yield
@@ -75,7 +75,7 @@ def clear_errors(program: str) -> Generator[None]:
         print(f"{program}: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # else the writers that were cut off fill the terminal
+        os._exit(1)  # a normal exit would print a traceback of each background writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +88,11 @@ class Experiment:
     settings: Mapping[str, Any]
 
     def dry_run(self) -> None:
-        """Says what `fit` would do; needs no weights."""
+        """Prints what `fit` would do. Needs no weights."""
         self.trainer.dry_run(self.model, self.datamodule)
 
     def fit(self) -> FitResult:
-        """Trains, scoring answers at every validation."""
+        """Trains, and scores generated text at every validation."""
         metrics, scoring = validation_scores(self.model)
         return self.trainer.fit(
             *(self.model, self.datamodule),
@@ -103,7 +103,7 @@ class Experiment:
 
 
 def validation_scores(model: object) -> tuple[dict[str, HostMetric], Scoring | None]:
-    """How validation scores the answers of a model: none where it is no model of this package."""
+    """Metrics and scoring of a model's generated text; none for models of other packages."""
     if isinstance(model, DuplexS2SModel):
         return {}, lambda: duplex_scores(model)
     if isinstance(model, SALM | CTCModel):
@@ -120,9 +120,9 @@ def build(
 ) -> Experiment:
     """Builds everything that a YAML describes. Raises SettingsError before any compilation.
 
-    With `dry_run` (a dry run) it makes no run directory and loads no weights; those that are
-    there are checked. With `keep_compiled` the program that draws random weights is kept too, as
-    those of `fit` are.
+    A `dry_run` makes no run directory and loads no weights; it checks the weights that exist. With
+    `keep_compiled` the compilation cache is on before the model is built, so that the program that
+    initialises random weights is cached too.
     """
     settings = load(config, overrides)
     check_blocks(settings)
@@ -133,7 +133,7 @@ def build(
         trainer = Trainer(**settings.get("trainer", {}))
         if keep_compiled:
             trainer.keep_compiled_programs()
-        # names of parts are relative to the working folder or to the YAML's own
+        # names of pretrained components are relative to the working folder or to the YAML's folder
         model = make_model(settings["model"], near=(find(config).resolve().parent,))
         datamodule = make_data(settings["data"], model)
         trainer.check(model)
@@ -143,8 +143,8 @@ def build(
         else:
             exp_manager(trainer, settings.get("exp_manager"))
             if not trainer.has_checkpoint:
-                with phase("looking at the weights"):
-                    model.check_weights()  # missing or unfit ones are found before all else
+                with phase("checking the weights"):
+                    model.check_weights()  # fails early if weights are missing or do not fit
     beside = {key: reason for key, reason in IGNORED.items() if key in settings}
     for path, reason in {**beside, **ignored}.items():
         print(f"ignored: {path}: {reason}", file=sys.stderr)
@@ -154,29 +154,29 @@ def build(
 
 
 def missing_weights(model: Model) -> list[str]:
-    """Checks the pretrained weights that are there; a note on those that are not.
+    """Checks the pretrained weights that exist. Returns a note on missing ones.
 
     Raises ConversionError or SettingsError for weights that do not fit.
     """
     try:
         model.check_weights()
     except MissingWeightsError as error:
-        return [f"{error}; a training would stop here"]
+        return [f"{error}; training would stop here"]
     return []
 
 
 def compile_ahead(config: str | Path, overrides: Sequence[str], asked: CompileAhead) -> Report:
-    """Compiles a run's training step, or its answering, for a TPU topology; prices it.
+    """Compiles a run's training step, or its generation, for a TPU topology; estimates its cost.
 
-    Reads neither weights nor data. Raises SettingsError for what does not fit together, and for a
-    step that the compiler cannot fit into a chip.
+    Reads neither weights nor data. Raises SettingsError for settings that do not fit together, and
+    for a program that does not fit into a chip's memory.
     """
     values = load(config, overrides, complete=False)
     check_blocks(values, complete=False)
     require_complete({"model": values["model"]})
     model = make_model(values["model"], near=(find(config).resolve().parent,))
     if not isinstance(model, SALM):
-        raise SettingsError("--compile-for: only a SALM is compiled ahead of time")
+        raise SettingsError("--compile-for: only SALM is supported")
     topology = read_topology(asked.topology, asked.libtpu)
     trainer = Trainer(**values.get("trainer", {}))
     with trainer.config.matmul_precision():
@@ -190,7 +190,7 @@ def compile_ahead(config: str | Path, overrides: Sequence[str], asked: CompileAh
 def _largest_shape(
     train: Mapping[str, Any], asked: CompileAhead, model: SALM, setup: Setup
 ) -> BatchShape:
-    """The shape of the longest batches that `train_ds` allows, where nothing else is asked for."""
+    """The largest batch shape that `train_ds` allows, unless the command line sets one."""
     bins = train.get("bucket_duration_bins") or [LONGEST_TOKENS]
     tokens = asked.tokens or train.get("max_tokens") or bins[-1]
     sizes = train.get("bucket_batch_size") or [train.get("batch_size")]
@@ -207,13 +207,13 @@ def _largest_shape(
 
 
 def initialize_processes(config: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Meets the other processes of the run, if it has several. Raises SettingsError."""
+    """Connects the processes of a multi-process run. Raises SettingsError."""
     nodes = load(config, overrides).get("trainer", {}).get("num_nodes", 1)
     processes.initialize(nodes if isinstance(nodes, int) else 1)
 
 
 def is_finished(config: str | Path, overrides: Sequence[str] = ()) -> bool:
-    """Whether the run that a YAML describes is finished, which is then said; reads no weights."""
+    """Whether the run of a YAML is finished; if so, logs how to extend it. Reads no weights."""
     settings = load(config, overrides)
     check_start(settings)
     with ignored_report():
@@ -222,7 +222,7 @@ def is_finished(config: str | Path, overrides: Sequence[str] = ()) -> bool:
 
 
 def check_start(settings: Mapping[str, Any]) -> None:
-    """Raises SettingsError for a run that would start from its own weights: it would resume."""
+    """Raises SettingsError if `init_from_checkpoint` names the run directory itself."""
     name = (settings.get("model") or {}).get("init_from_checkpoint")
     folder = (settings.get("exp_manager") or {}).get("explicit_log_dir")
     if not name or not folder or Path(name).resolve() != Path(folder).resolve():
@@ -230,7 +230,7 @@ def check_start(settings: Mapping[str, Any]) -> None:
     if step_folders(Path(folder)):
         raise SettingsError(
             f"model.init_from_checkpoint: {name} is the run directory of this very run, which "
-            "would resume; name another exp_manager.explicit_log_dir for the new run"
+            "would resume; choose another exp_manager.explicit_log_dir for the new run"
         )
 
 
@@ -238,7 +238,7 @@ def check_blocks(settings: Mapping[str, Any], *, complete: bool = True) -> None:
     """Raises SettingsError for a block that is unknown, missing or (`complete`) incomplete."""
     unknown = sorted(set(settings) - set(BLOCKS) - set(IGNORED))
     if unknown:
-        raise SettingsError(f"{unknown[0]}: unknown block; a run has {', '.join(BLOCKS)}")
+        raise SettingsError(f"{unknown[0]}: unknown block; the blocks are {', '.join(BLOCKS)}")
     for name in REQUIRED:
         if name not in settings:
             raise SettingsError(f"{name}: this block is required")
@@ -273,7 +273,7 @@ def make_model(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Model:
 
 
 def model_kind(cfg: Mapping[str, Any]) -> type[Model]:
-    """The class that a `model:` block names, or that its keys tell. Raises SettingsError."""
+    """The model class of a `model:` block, by name or by its keys. Raises SettingsError."""
     return getattr(models, registry.trained_class(cfg))
 
 
@@ -288,20 +288,22 @@ def make_data(cfg: Mapping[str, Any], model: Model) -> DataModule:
         ("frame_length", dataset.frame_length, model.token_equivalent_duration),
     ):
         if abs(given / wanted - 1) > FRAME_TOLERANCE:
-            raise SettingsError(f"data.{key}={given} does not fit the model, which takes {wanted}")
+            raise SettingsError(
+                f"data.{key}={given} does not fit the model, which expects {wanted}"
+            )
     return DataModule(cfg, tokenizer=model.tokenizer, dataset=dataset)
 
 
 @contextmanager
 def duplex_scores(model: DuplexS2SModel) -> Generator["ConversationScores"]:
-    """Scores of a duplex model's answers in one validation."""
+    """Scores a duplex model's generated conversations in one validation."""
     with scoring.scoring(model, model.find_scoring_asr()) as scorer:
         yield ConversationScores(scorer)
 
 
 @dataclass(frozen=True)
 class ConversationScores:
-    """What the trainer asks of a scorer (`training.protocol.Scorer`)."""
+    """Adapts a duplex scorer to `training.protocol.Scorer`."""
 
     scorer: scoring.DuplexScorer
 
@@ -321,20 +323,20 @@ class ConversationScores:
 
 
 def word_error_rate(model: SALM | CTCModel) -> Callable[[HostBatch], Scored]:
-    """Makes a validation metric that answers each conversation and counts word errors.
+    """Makes a validation metric: generates for each conversation and counts word errors.
 
-    Texts are lower-cased and lose their punctuation, in any language. The count is that of
+    Texts are lower-cased and stripped of punctuation, in any language. The count is the number of
     reference words.
     """
     normalize = text_normalizer("basic")
 
     def metric(batch: HostBatch) -> Scored:
-        asked = [reference for reference in batch.references if reference is not None]
-        if not asked:
+        scored = [reference for reference in batch.references if reference is not None]
+        if not scored:
             return Scored(total=0.0, count=0.0)
-        texts = hypotheses(model, [reference.prompt for reference in asked])
+        texts = hypotheses(model, [reference.prompt for reference in scored])
         errors = word_errors(
-            [normalize(reference.text) for reference in asked],
+            [normalize(reference.text) for reference in scored],
             [normalize(text) for text in texts],
         )
         return Scored(
@@ -342,7 +344,7 @@ def word_error_rate(model: SALM | CTCModel) -> Callable[[HostBatch], Scored]:
             count=float(errors.reference_words),
             samples=tuple(
                 Sample(id=reference.id, reference=reference.text, hypothesis=text)
-                for reference, text in zip(asked, texts, strict=True)
+                for reference, text in zip(scored, texts, strict=True)
             ),
         )
 
@@ -350,14 +352,14 @@ def word_error_rate(model: SALM | CTCModel) -> Callable[[HostBatch], Scored]:
 
 
 def hypotheses(model: SALM | CTCModel, prompts: Sequence[SalmExample]) -> list[str]:
-    """What a model says to each prompt; a recogniser hears its first recording only."""
+    """The generated text for each prompt; a CTC model transcribes the first recording only."""
     if isinstance(model, CTCModel):
         return [*model.transcribe([prompt.audio[0] for prompt in prompts])]
     ids = model.answer(prompts, VALIDATION_MAX_NEW_TOKENS)
-    return [text_before_end(model, row) for row in ids]
+    return [text_before_end(model, tokens) for tokens in ids]
 
 
 def text_before_end(model: SALM, ids: np.ndarray) -> str:
-    """The text of an answer up to its end-of-sequence token."""
+    """The text of generated tokens up to the end-of-sequence token."""
     ends = np.flatnonzero(ids == model.text_eos_id)
     return model.tokenizer.ids_to_text(ids[: ends[0]] if len(ends) else ids)

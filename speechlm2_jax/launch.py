@@ -2,11 +2,11 @@
 
     python -m speechlm2_jax.launch -n 2 train.py --config salm
 
-The first process speaks. If one ends badly, its last words are shown and the others are ended too.
-If one stalls, JAX aborts the others after the heartbeat limit, and the stalled one is named.
+Only the first process prints. If one fails, the end of its stderr is shown and the others are
+ended. If one stalls, JAX aborts the others after the heartbeat limit, and the stalled one is named.
 Ctrl-C and SIGTERM let the whole run save and stop; a second Ctrl-C ends it at once. On CPU each
 process has `--cpu-devices` devices. One machine of GPUs or TPUs needs no launcher: a single process
-sees all devices. Every process on its own (SLURM, GKE, Cloud TPU) finds the others by itself.
+sees all devices. Processes started by SLURM, GKE or Cloud TPU find each other without it.
 """
 
 import argparse
@@ -23,28 +23,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-"""Where to meet, of how many, and which one a process is."""
+"""Environment variables: the coordinator's address, number of processes, index of this one."""
 HEARTBEAT = "SPEECHLM2_JAX_HEARTBEAT_S"
 BEATS = "SPEECHLM2_JAX_BEATS"
 """The launcher's folder of one file per process, touched every `BEAT_S` while that process runs."""
 BEAT_S = 0.5
 SILENT_S = 5.0
-"""A process that has not beaten for so long has stalled."""
+"""A process without a heartbeat for so long has stalled."""
 INDICES = (INDEX, "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
-"""What tells a process which one it is, by whatever started it."""
+"""Variables that hold the index of a process, by launcher."""
 POLL_S = 0.1
 GRACE_S = 5.0
-"""How long the others have to end by themselves when one has failed."""
-LAST_WORDS = 30
+"""Seconds for the other processes to end by themselves after one has failed."""
+STDERR_LINES = 30
+"""Lines of a failed process's stderr that are shown."""
 
 
 def is_first_process() -> bool:
-    """Whether this process is the first of its run, or its only one; known before JAX starts."""
+    """Whether this process is the first of its run. Works before JAX is imported."""
     return all(os.environ.get(name, "0") == "0" for name in INDICES)
 
 
 def start_heartbeat() -> None:
-    """Starts a thread that tells the launcher that this process runs; nothing without one."""
+    """Starts a thread that shows the launcher that this process runs, if there is a launcher."""
     folder = os.environ.get(BEATS)
     if folder is None:
         return
@@ -60,40 +61,42 @@ def start_heartbeat() -> None:
 
 
 class Processes:
-    """The processes of a run, watched until all have ended."""
+    """The processes of a run on this machine, started and watched until all have ended."""
 
     def __init__(self, command: Sequence[str], count: int, environment: dict[str, str]):
         address = f"127.0.0.1:{_free_port()}"
         self._beats = tempfile.TemporaryDirectory(prefix="launch_")
-        self._said: list[deque[str]] = [deque(maxlen=LAST_WORDS) for _ in range(count)]
+        self._stderr_tails: list[deque[str]] = [deque(maxlen=STDERR_LINES) for _ in range(count)]
         self._all: list[subprocess.Popen[str]] = []
-        self._listeners: list[threading.Thread] = []
+        self._stderr_readers: list[threading.Thread] = []
         for index in range(count):
             own = {COORDINATOR: address, COUNT: str(count), INDEX: str(index)}
             own[BEATS] = self._beats.name
-            speaks = index == 0
+            is_first = index == 0
             process = subprocess.Popen(
                 [sys.executable, *command],
                 env={**environment, **own},
-                stdout=None if speaks else subprocess.DEVNULL,
-                stderr=None if speaks else subprocess.PIPE,
+                stdout=None if is_first else subprocess.DEVNULL,
+                stderr=None if is_first else subprocess.PIPE,
                 text=True,
-                start_new_session=True,  # Ctrl-C comes to the launcher alone
+                start_new_session=True,  # Ctrl-C reaches only the launcher
             )
             self._all.append(process)
-            if not speaks:
-                self._listeners.append(threading.Thread(target=self._listen, args=(index,)))
-                self._listeners[-1].start()
+            if not is_first:
+                self._stderr_readers.append(
+                    threading.Thread(target=self._read_stderr, args=(index,))
+                )
+                self._stderr_readers[-1].start()
         self._interrupts = 0
 
-    def _listen(self, index: int) -> None:
+    def _read_stderr(self, index: int) -> None:
         stream = self._all[index].stderr
         assert stream is not None
         with stream:
-            self._said[index].extend(stream)
+            self._stderr_tails[index].extend(stream)
 
     def ask_to_stop(self, number: int, _frame: object = None) -> None:
-        """Tells one process, which tells the others; the second Ctrl-C ends all at once."""
+        """Sends SIGTERM to one process, which notifies the others; a second Ctrl-C kills all."""
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             return self.end()
@@ -107,8 +110,8 @@ class Processes:
                 process.kill()
         for process in self._all:
             process.wait()
-        for listener in self._listeners:
-            listener.join()
+        for reader in self._stderr_readers:
+            reader.join()
         self._beats.cleanup()
 
     def wait(self) -> int:
@@ -117,7 +120,7 @@ class Processes:
             codes = [process.poll() for process in self._all]
             failed = {index: code for index, code in enumerate(codes) if code}
             if failed:
-                return self._end_after(min(failed, key=lambda i: _is_reaction(failed[i])))
+                return self._end_after(min(failed, key=lambda i: _is_consequence(failed[i])))
             if all(code == 0 for code in codes):
                 self.end()
                 return 0
@@ -129,16 +132,16 @@ class Processes:
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline and any(p.poll() is None for p in self._all):
             time.sleep(POLL_S)
-        said_by_first = self._all[0].returncode == code
-        if not said_by_first or code < 0:
-            words = "".join(f"[process {failed}] {line}" for line in self._said[failed])
-            sys.stderr.write(words)
-            cause = f"process {failed} of {len(self._all)} {_how(code)}"
+        is_printed = self._all[0].returncode == code
+        if not is_printed or code < 0:
+            lines = "".join(f"[process {failed}] {line}" for line in self._stderr_tails[failed])
+            sys.stderr.write(lines)
+            cause = f"process {failed} of {len(self._all)} {_describe_exit(code)}"
             if stalled is not None:
                 index, silent_s = stalled
                 cause = (
                     f"process {index} of {len(self._all)} (pid {self._all[index].pid}) stalled: no "
-                    f"sign of life for {silent_s:.0f} s, so process {failed} {_how(code)}"
+                    f"sign of life for {silent_s:.0f} s, so process {failed} {_describe_exit(code)}"
                 )
             print(
                 f"launch: {cause}; the others are ended, and the same command resumes from the "
@@ -159,12 +162,12 @@ class Processes:
         return (index, silent_s) if silent_s > SILENT_S else None
 
 
-def _is_reaction(code: int) -> tuple[bool, bool]:
-    """Sorts first what died of something else: the others fail, or JAX aborts them, in its wake."""
+def _is_consequence(code: int) -> tuple[bool, bool]:
+    """Sort key: the process that failed first, before those that JAX aborted because of it."""
     return code > 0, code == -signal.SIGABRT
 
 
-def _how(code: int) -> str:
+def _describe_exit(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
@@ -180,18 +183,23 @@ def main(argv: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("-n", "--processes", type=int, required=True)
     parser.add_argument("--cpu-devices", type=int, metavar="N", help="devices of each, on CPU")
-    parser.add_argument("--heartbeat", type=int, metavar="SECONDS", help="dead after so long")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="train.py and its words")
-    words = parser.parse_args(argv)
-    if words.processes < 1 or not words.command:
+    parser.add_argument(
+        "--heartbeat",
+        type=int,
+        metavar="SECONDS",
+        help="a process without heartbeat for so long counts as dead",
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="train.py and its arguments")
+    options = parser.parse_args(argv)
+    if options.processes < 1 or not options.command:
         parser.error("give the number of processes (-n) and a command: train.py --config NAME")
     environment = dict(os.environ)
-    if words.cpu_devices:
-        flag = f"--xla_force_host_platform_device_count={words.cpu_devices}"
+    if options.cpu_devices:
+        flag = f"--xla_force_host_platform_device_count={options.cpu_devices}"
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}".strip()
-    if words.heartbeat:
-        environment[HEARTBEAT] = str(words.heartbeat)
-    processes = Processes(words.command, words.processes, environment)
+    if options.heartbeat:
+        environment[HEARTBEAT] = str(options.heartbeat)
+    processes = Processes(options.command, options.processes, environment)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, processes.ask_to_stop)
     return processes.wait()

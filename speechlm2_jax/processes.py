@@ -1,7 +1,7 @@
-"""Several processes that are one run: how they meet, agree, and stop together.
+"""Several processes of one run: how they connect, agree, and stop together.
 
-Each sees all devices and runs the same program (one per host on TPU, one per GPU or node with
-SLURM, any number under `speechlm2_jax.launch`). With one process nothing here does anything.
+Each process runs the same program on all devices (one process per host on TPU, one per GPU or node
+with SLURM, any number under `speechlm2_jax.launch`). With one process these functions do nothing.
 """
 
 import os
@@ -18,42 +18,42 @@ from speechlm2_jax.launch import COORDINATOR, COUNT, HEARTBEAT, INDEX, start_hea
 from speechlm2_jax.settings import SettingsError
 
 HEARTBEAT_S = 100
-"""A process not heard of for so long is taken for dead, and the others end."""
+"""A process without a heartbeat for so long counts as dead, and the others end."""
 _CLUSTER_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 _CLUSTER_LISTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 _LONGEST_TEXT = 4096
 
 
 def initialize(nodes: int = 1) -> None:
-    """Meets the other processes of the run; called before anything asks for devices.
+    """Connects the processes of the run; called before JAX initialises its devices.
 
-    The launcher's variables say where; SLURM, Open MPI, GKE and Cloud TPU are recognised by JAX
-    itself, the last only where `nodes` (trainer.num_nodes) is above 1. Raises SettingsError if they
-    do not meet.
+    The launcher sets the address in environment variables. JAX itself recognises SLURM, Open MPI,
+    GKE and Cloud TPU, the last only if `nodes` (trainer.num_nodes) is above 1. Raises SettingsError
+    if the processes cannot connect.
     """
     if jax.distributed.is_initialized() or not (nodes > 1 or _has_several_processes()):
         return
     start_heartbeat()
-    given = COORDINATOR in os.environ
+    has_launcher = COORDINATOR in os.environ
     try:
         jax.distributed.initialize(
             coordinator_address=os.environ.get(COORDINATOR),
-            num_processes=int(os.environ[COUNT]) if given else None,
-            process_id=int(os.environ[INDEX]) if given else None,
+            num_processes=int(os.environ[COUNT]) if has_launcher else None,
+            process_id=int(os.environ[INDEX]) if has_launcher else None,
             heartbeat_timeout_seconds=int(os.environ.get(HEARTBEAT, HEARTBEAT_S)),
         )
     except (ValueError, RuntimeError, KeyError) as error:
         raise SettingsError(
-            f"the processes of this run did not meet ({error}); start one per node, with srun, "
+            f"the processes of this run cannot connect ({error}); start one per node, with srun, "
             "python -m speechlm2_jax.launch, or set trainer.num_nodes=1"
         ) from error
 
 
 @contextmanager
 def exit_on_error() -> Generator[None]:
-    """Ends a process of several at once when it fails.
+    """Ends a failed process of a multi-process run at once.
 
-    It would else wait for the others before it goes, while they wait for its part of a step.
+    A normal exit would wait for the other processes, which wait for its part of a step.
     """
     try:
         yield
@@ -69,7 +69,7 @@ def exit_on_error() -> Generator[None]:
 
 
 def broadcast_text(text: str) -> str:
-    """The first process's text, on all of them. Every process must call it. At most 4096 bytes."""
+    """The first process's text, on all processes, which all must call it. At most 4096 bytes."""
     if jax.process_count() == 1:
         return text
     encoded = text.encode()
@@ -79,15 +79,15 @@ def broadcast_text(text: str) -> str:
 
 
 def barrier(where: str) -> None:
-    """Returns when every process has come here. `where` is the same on all of them."""
+    """Returns when every process has reached it. `where` is the same name on all processes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
 def reached_stop_point(calls: int) -> bool:
-    """Whether all are to stop now; True in all of them at the same question, and once.
+    """Whether all processes are to stop now; True once, in the same call on all of them.
 
-    `question` counts how often it was asked; every process asks equally often. JAX watches for
+    `calls` counts the calls; every process calls it equally often. JAX watches for
     SIGTERM and lets the processes agree in the background, so asking costs next to nothing.
     """
     return multihost_utils.reached_preemption_sync_point(calls)

@@ -12,10 +12,10 @@ _ADDERS = ("add_argument", "add")
 
 
 def print_help_if_asked(path: str, *, keys_of: Sequence[str] = ()) -> None:
-    """Where --help is asked for, prints the usage of the program in file `path` and exits with 0.
+    """Prints the usage of the program in file `path` and exits with 0, if --help is given.
 
-    `keys_of` are files beside the program whose dataclasses name its `key=value` options. Called
-    above the program's imports: nothing of it runs, and nothing slow is imported.
+    `keys_of` are files beside the program; the fields of their dataclasses are its `key=value`
+    options. Call it above the program's imports, so that nothing slow is imported.
     """
     if not set(HELP) & set(sys.argv[1:]):
         return
@@ -28,11 +28,11 @@ def print_help_if_asked(path: str, *, keys_of: Sequence[str] = ()) -> None:
     with suppress(BrokenPipeError):
         print("\n".join(lines), flush=True)
         sys.exit(0)
-    os._exit(0)  # nobody reads: no words about it either
+    os._exit(0)  # the pipe is closed: exit without a message
 
 
 def _command(path: Path) -> str:
-    """What is typed to start the program."""
+    """The command that starts the program."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is None:
         return f"python {sys.argv[0] or path.name}"
@@ -51,17 +51,21 @@ def _keys(path: Path) -> Iterator[str]:
 
 
 def _options(tree: ast.Module) -> Iterator[str]:
-    """A line for each option that an argparse parser is given."""
+    """A line for each `add_argument` call in the source."""
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and node.args):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
         name = node.func.id if isinstance(node.func, ast.Name) else name
-        words = [a.value for a in node.args if isinstance(a, ast.Constant)]
-        if name in _ADDERS and words and all(isinstance(word, str) for word in words):
+        flags = [a.value for a in node.args if isinstance(a, ast.Constant)]
+        if name in _ADDERS and flags and all(isinstance(flag, str) for flag in flags):
             keywords = {k.arg: k.value for k in node.keywords}
             text = keywords.get("help")
-            told = text.value if isinstance(text, ast.Constant) else ""
+            description = text.value if isinstance(text, ast.Constant) else ""
             default = keywords.get("default")
-            told = f"{told} (default: {ast.unparse(default)})" if default is not None else told
-            yield f"  {', '.join(map(str, words)):<28} {told}".rstrip()
+            description = (
+                f"{description} (default: {ast.unparse(default)})"
+                if default is not None
+                else description
+            )
+            yield f"  {', '.join(map(str, flags)):<28} {description}".rstrip()

@@ -1,7 +1,7 @@
-"""`slm.Trainer`: the training loop, with the answers of the models here scored as train.py does.
+"""`slm.Trainer`: the training loop, with the validation scores of train.py.
 
-Training knows no model. This module is beside the composition root, which does: importing it loads
-the loop alone.
+The package `training` imports no model. This module imports the composition root, which does, only
+when scores are needed.
 """
 
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ class Trainer(trainer.Trainer):
         validation_scoring: Scoring | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> FitResult:
-        """Trains as `training.trainer.Trainer.fit`; without metrics, answers are scored.
+        """Trains as `training.trainer.Trainer.fit`; without metrics, generated text is scored.
 
-        A SALM or CTC model then has `val_wer` and sample answers at each validation, a duplex model
-        its BLEU scores. `validation_metrics={}` scores nothing but the losses.
+        A SALM or CTC model then has `val_wer` and sample hypotheses at each validation, a duplex
+        model its BLEU scores. `validation_metrics={}` scores nothing but the losses.
         """
         if validation_metrics is None and validation_scoring is None:
             validation_metrics, validation_scoring = _scores(model)

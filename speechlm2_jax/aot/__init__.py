@@ -1,1 +1,1 @@
-"""Compiling for TPUs that are not here: does a run fit, and what will a step cost."""
+"""Ahead-of-time compilation for TPU topologies: does a run fit, and what does a step cost?"""

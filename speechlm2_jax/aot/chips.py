@@ -1,4 +1,4 @@
-"""TPU chips by name, and topologies of them, which libtpu can compile for without any being here.
+"""TPU chips and topologies; libtpu compiles for them on a machine without TPUs.
 
 Figures are those of Google's system pages (cloud.google.com/tpu/docs/v5e and its siblings): bytes
 per second are decimal, those of links are of all links of a chip together.
@@ -54,10 +54,10 @@ _NO_HOST = {
     "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # the compiler's threads have stacks of 64 KiB; pricing a fusion of products on v6e needs more
+    # the compiler's threads have stacks of 64 KiB, too few for its cost model of matmuls on v6e
     "LIBTPU_INIT_ARGS": "--fibers_default_thread_stack_size=1048576",
 }
-"""Tells libtpu that this is no TPU host: it asks for none, warns of nothing and locks nothing."""
+"""Tells libtpu that this is no TPU host, so that it looks for no devices and takes no lock."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +80,8 @@ def read_topology(name: str, libtpu: Path | None = None) -> Topology:
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise SettingsError(
-            f"--compile-for {name}: not a topology; give a chip and the shape of its mesh, such as "
-            f"v5e:4x4 or v5p:4x4x4 (chips: {', '.join(CHIPS)})"
+            f"--compile-for {name}: unknown topology; give a chip and the shape of its mesh, such "
+            f"as v5e:4x4 or v5p:4x4x4 (chips: {', '.join(CHIPS)})"
         )
     folder = default_folder() if libtpu is None else libtpu
     if not (folder / "libtpu").is_dir():
@@ -94,7 +94,7 @@ def read_topology(name: str, libtpu: Path | None = None) -> Topology:
         os.environ.setdefault(variable, value)
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    except Exception as error:  # whatever libtpu says of a shape that it does not build
+    except Exception as error:  # libtpu raises various errors for a shape that does not exist
         reason = " ".join(str(error).split())[:300]
         raise SettingsError(f"--compile-for {name}: libtpu cannot compile for it ({reason})") from (
             error
@@ -102,7 +102,9 @@ def read_topology(name: str, libtpu: Path | None = None) -> Topology:
     devices = tuple(described.devices)
     peak = peak_flops(devices[0].device_kind)
     if peak is None:
-        raise SettingsError(f"--compile-for {name}: no peak is known of {devices[0].device_kind}")
+        raise SettingsError(
+            f"--compile-for {name}: the peak FLOP/s are unknown of {devices[0].device_kind}"
+        )
     return Topology(name=name, chip=CHIPS[kind], flops_per_s=peak, devices=devices)
 
 
@@ -122,7 +124,7 @@ def fetch(folder: Path) -> None:
     """Installs the libtpu that fits this JAX into a folder of its own.
 
     Not into the environment, where JAX would look for TPUs at every start. Raises SettingsError if
-    it cannot be had.
+    pip fails.
     """
     requirement = wanted_libtpu()
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--upgrade"]

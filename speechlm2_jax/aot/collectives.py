@@ -1,4 +1,4 @@
-"""What the chips of a mesh send each other in one run of a compiled program, read off its text."""
+"""Collectives of a compiled program and the bytes that they send, parsed from its HLO text."""
 
 import math
 import re
@@ -130,7 +130,7 @@ def _group_size(line: str) -> int:
         return int(iota[1])
     if (named := _MESH_GROUPS.search(line)) is not None:
         sizes = {axis: int(size) for axis, size, _ in _MESH_AXIS.findall(named[1])}
-        # an axis may be cut: 'x':(2)4 is a part of size 4
+        # an axis may be split: 'x':(2)4 is a part of size 4
         return math.prod(int(part or sizes[x]) for x, _, part in _MESH_AXIS.findall(named[2]))
     if (listed := _LISTED_GROUPS.search(line)) is not None:
         return listed[1].count(",") + 1

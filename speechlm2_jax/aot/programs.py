@@ -1,4 +1,4 @@
-"""The two programs of a run, compiled for a topology and priced."""
+"""Compiles a run's training step or its generation for a topology and estimates the cost."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -28,13 +28,13 @@ class CompilableModel(ModelOutline, Protocol):
         ...
 
     def generation_layout(self, placement: Sharding) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Dtype and place of every variable of a model that only answers."""
+        """Dtype and sharding of every variable for inference."""
         ...
 
     def compile_generation(
         self, placement: Sharding, shape: BatchShape, max_new_tokens: int
     ) -> Any:
-        """Compiles answering prompts of one shape."""
+        """Compiles generation for prompts of one shape."""
         ...
 
     def generation_flops(self, batch: HostBatch) -> float:
@@ -45,7 +45,7 @@ class CompilableModel(ModelOutline, Protocol):
 def training_report(
     model: CompilableModel, setup: Setup, topology: Topology, shape: BatchShape
 ) -> Report:
-    """Compiles the training step on rows of `shape`, as many on each data-parallel device.
+    """Compiles the training step with a batch of `shape` on each data-parallel device.
 
     Raises SettingsError if the compiler finds that it does not fit.
     """
@@ -81,14 +81,14 @@ def generation_report(
     shape: BatchShape,
     new_tokens: int,
 ) -> Report:
-    """Compiles answering `shape.rows` prompts on each data-parallel device.
+    """Compiles generation for `shape.rows` prompts on each data-parallel device.
 
     Raises SettingsError if the compiler finds that it does not fit.
     """
     placement = for_inference(setup.sharding.mesh)
     groups = placement.data_parallel_size
     begin = time.monotonic()
-    with phase("compiling the answering program"):
+    with phase("compiling the generation program"):
         compiled = _fitting(
             lambda: model.compile_generation(placement, shape, new_tokens), topology
         )
@@ -96,7 +96,7 @@ def generation_report(
     longer = replace(shape, tokens=shape.tokens + new_tokens)
     llm = {path: leaf for path, leaf in weights.items() if path.startswith("llm.")}
     return Report(
-        program=f"answering with {new_tokens} tokens",
+        program=f"generation of {new_tokens} tokens",
         topology=topology.name,
         mesh=_describe(placement),
         shape=_describe_shape(shape, groups),
@@ -111,13 +111,13 @@ def generation_report(
 
 
 def _memory(known: Mapping[str, int], scratch: str, compiled: Any) -> dict[str, int]:
-    """The compiler's own sums, by category; arrays are padded to its tiles."""
+    """Memory by category, as the compiler counts it: arrays are padded to tiles."""
     stats = compiled.memory_analysis()
     rest = stats.argument_size_in_bytes - sum(known.values())
     return {
         **known,
         "batch, and padding of arrays": max(rest, 0),
-        "results that take no argument's place": (
+        "results not stored in place of an argument": (
             stats.output_size_in_bytes - stats.alias_size_in_bytes
         ),
         scratch: stats.temp_size_in_bytes,
@@ -152,6 +152,6 @@ def _describe(sharding: Sharding) -> str:
 
 def _describe_shape(shape: BatchShape, groups: int) -> str:
     return (
-        f"{groups} groups of {shape.rows} rows of {shape.tokens} steps, "
+        f"{groups} groups of {shape.rows} sequences of {shape.tokens} tokens, "
         f"{shape.clips} clips of {shape.samples} samples"
     )

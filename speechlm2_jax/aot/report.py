@@ -1,4 +1,4 @@
-"""What a compiled program will cost on a chip: memory, arithmetic, traffic, and time from them."""
+"""Cost estimate of a compiled program on one chip: memory, FLOPs, traffic, least time."""
 
 import json
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ class Report:
     """Bytes by category."""
     chip: Chip
     flops_per_s: float
-    """What the chip can do."""
+    """Peak of the chip."""
     flops: float
-    """By formula (`networks.flops`): what the model needs, without what is computed again."""
+    """By formula (`networks.flops`): model FLOPs without rematerialisation."""
     read_bytes: float
-    """Of weights and caches that must come from memory, for programs that do little arithmetic."""
+    """Weights and caches read from memory; it bounds the time of programs with few FLOPs."""
     collectives: tuple[Collective, ...]
     compiled_in_s: float
 
@@ -36,7 +36,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether the chip has as much."""
+        """Whether it fits into the chip's memory."""
         return self.total_bytes <= self.chip.memory_bytes
 
     @property
@@ -46,12 +46,12 @@ class Report:
 
     @property
     def traffic_s(self) -> float:
-        """Least time for what crosses the links."""
+        """Least time of the collectives."""
         return sum(c.bytes_sent for c in self.collectives) / self.chip.link_bytes_per_s
 
     @property
     def step_s(self) -> tuple[float, float]:
-        """Least time of a run, with traffic behind arithmetic and one after the other."""
+        """Least time of a run: collectives overlapped with compute, and not overlapped."""
         return max(self.compute_s, self.traffic_s), self.compute_s + self.traffic_s
 
     def to_json(self) -> str:
@@ -67,7 +67,7 @@ class Report:
         return json.dumps(values)
 
     def table(self) -> str:
-        """The same for people."""
+        """All figures as a table."""
         lines = [f"{self.program} on {self.topology} ({self.mesh}), {self.shape}; per chip:"]
         rows = [(name, _size(size)) for name, size in self.memory.items()]
         verdict = "fits" if self.fits else "DOES NOT FIT"

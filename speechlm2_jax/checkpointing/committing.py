@@ -1,4 +1,4 @@
-"""The last moment before a folder appears under its name: all is written, nothing is read yet."""
+"""Writes checksums into a checkpoint before it is renamed to its final name."""
 
 import asyncio
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What arrays hold, whatever files they lie in: does a rebuilt store equal the lost one?"""
+"""A checksum of array contents, independent of files: does a rebuilt store equal the lost one?"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 
 def are_local(arrays: Mapping[str, Any]) -> bool:
-    """Whether this process has every value, so that it can tell the contents by itself."""
+    """Whether this process holds every value."""
     return all(
         not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
         for x in arrays.values()

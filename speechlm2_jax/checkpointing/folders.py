@@ -1,4 +1,4 @@
-"""What lies where in a run's checkpoints."""
+"""Folder and file names of a run's checkpoints."""
 
 import logging
 import shutil
@@ -13,7 +13,7 @@ CHECKPOINTS = "checkpoints"
 FROZEN = "frozen"
 ARRAY_ITEMS = ("params", "buffers", "opt")
 CONTENTS = "contents"
-"""Note in the checksums of the frozen store: what its arrays hold. Steps repeat it as `frozen`."""
+"""Note in the checksums of frozen/: the checksum of its arrays. Steps repeat it as `frozen`."""
 UNKNOWN = "unknown"
 RANKED = "ranked"
 """Note of a step: there is a ranking beside it."""
@@ -47,7 +47,7 @@ def set_aside_newer(folder: Path, step: int) -> None:
 
 
 def set_aside_frozen(folder: Path) -> None:
-    """Renames the frozen store, which was rebuilt, so that it is written anew.
+    """Renames the frozen store, which was rebuilt, so that it is written again.
 
     Called on one process only, before a Checkpointer is made.
     """

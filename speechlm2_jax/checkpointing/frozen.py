@@ -1,4 +1,4 @@
-"""Reading the frozen parameters of a run, or making them anew where their store is damaged."""
+"""Reads the frozen parameters of a run, or rebuilds them if their store is damaged."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -48,8 +48,8 @@ class FrozenStore:
     ) -> tuple[Arrays, bool]:
         """The frozen parameters, and whether they were rebuilt.
 
-        `rebuild` makes them from their pretrained source, in each form that they may have been
-        stored in; that with the contents noted when they were written is taken. Raises
+        `rebuild` loads them from their pretrained source, in each form that they may have been
+        stored in; the one whose checksum was noted when they were written is used. Raises
         FrozenStoreError if they are damaged and there is no such source.
         """
         try:
@@ -76,7 +76,7 @@ class FrozenStore:
                 if contents_of(arrays) == wanted:
                     log.warning("%s; frozen parameters come from their pretrained source", damage)
                     return arrays
-        except Exception as error:  # whatever a source that is not there makes a reader do
+        except Exception as error:  # a missing source can raise anything
             why = " ".join(str(error).split())
             raise FrozenStoreError(
                 f"{damage}; their pretrained source cannot be read ({why}); {_REMEDY}"

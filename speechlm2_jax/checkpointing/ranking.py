@@ -26,7 +26,7 @@ class Retention:
     top_k: int = 1
     """How many of the best stay; -1 keeps every checkpoint."""
     latest: int = 2
-    """How many of the latest stay: one more than the last, for the case that it is damaged."""
+    """How many of the latest stay; with 2, one is left if the last is damaged."""
 
     def score(self, value: float | None) -> float | None:
         """A number that is larger for better values; None for none or a NaN."""
@@ -48,7 +48,7 @@ class Ranking:
     retention: Retention = Retention()
     metrics: dict[int, dict[str, float | None]] = field(default_factory=dict)
     problem: str = ""
-    """Why it could not be used, so that nothing is known of the steps that are there."""
+    """Why it cannot be used; the metrics of existing steps are then unknown."""
 
 
 def read_ranking(folder: Path) -> Ranking:

@@ -42,7 +42,7 @@ class Restored:
     step: Path
     """The folder of the checkpoint, named by its step."""
     arrays: dict[str, Any]
-    """Per item of the template: the arrays, placed as the template says."""
+    """Per item of the template: the arrays, sharded as the template."""
     frozen: dict[str, Any]
     progress: dict[str, Any]
     has_rebuilt_frozen: bool = False
@@ -77,10 +77,10 @@ def restore(
     2. the newest undamaged checkpoint of another run, or one step of it (`other`);
     3. None: a new run, which starts from the model's variables.
 
-    Templates hold `jax.ShapeDtypeStruct`s with shardings. `rebuild_frozen` makes the frozen
-    parameters anew, placed as their template says, where their store is damaged. Every process must
-    call this. Raises LayoutError if the checkpoint is of other variables, DamagedError if
-    checkpoints are there and none can be used.
+    Templates hold `jax.ShapeDtypeStruct`s with shardings. `rebuild_frozen` loads the frozen
+    parameters from their source, sharded as their template, if that is damaged. Every process
+    must call this. Raises LayoutError if the checkpoint has other variables, DamagedError if no
+    checkpoint can be read.
     """
     quiet_orbax()
     for folder in (own, other):
@@ -106,9 +106,9 @@ def load_weights(
 
     `run` is a run directory, its checkpoints/ or one step; `which` may be a step number. Best is
     by the metric that the run monitors. A damaged step is named in the log and the next best (or
-    last) one is read; nothing is changed in the run directory. `rebuild_frozen` makes the frozen
-    parameters anew where their store is damaged. Raises FileNotFoundError if there is no such
-    checkpoint, DamagedError if what was asked for is damaged.
+    last) one is read; nothing is changed in the run directory. `rebuild_frozen` loads the frozen
+    parameters from their source if their store is damaged. Raises FileNotFoundError if there is no
+    such checkpoint, DamagedError if the requested one is damaged.
     """
     quiet_orbax()
     steps = step_folders(Path(run))
@@ -152,7 +152,7 @@ def _reason(step: Path, error: Exception, end: str = "trying the one before it")
 def _none_left(folder: Path | None) -> DamagedError:
     return DamagedError(
         f"no checkpoint of {folder} can be read (the lines above say why); move them away to start "
-        "again"
+        "a new run"
     )
 
 
@@ -206,7 +206,7 @@ def _read(
         )
     else:
         frozen, is_rebuilt = {}, False
-    arrays = {name: _read_placed(step / name, template[name]) for name in template}
+    arrays = {name: _read_sharded(step / name, template[name]) for name in template}
     return Restored(
         step=step,
         arrays=arrays,
@@ -218,7 +218,7 @@ def _read(
 
 def _read_frozen(folder: Path, template: Mapping[str, Any]) -> Mapping[str, Any]:
     _check_paths(folder, template)
-    return _read_placed(folder, template)
+    return _read_sharded(folder, template)
 
 
 def _read_weights(step: Path, rebuild_frozen: RebuildOnHost | None) -> Weights:
@@ -240,7 +240,7 @@ def _read_weights(step: Path, rebuild_frozen: RebuildOnHost | None) -> Weights:
 
 
 def _check_paths(folder: Path, wanted: Mapping[str, Any]) -> None:
-    """Raises LayoutError naming what a checkpoint has too much, too little, or in another shape."""
+    """Raises LayoutError naming variables that are missing, unknown or of another shape."""
     if wanted and not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing")
     stored = {path: tuple(meta.shape) for path, meta in _metadata(folder).items()}
@@ -275,7 +275,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return dict(tree)
 
 
-def _read_placed(folder: Path, template: Any) -> Any:
+def _read_sharded(folder: Path, template: Any) -> Any:
     if not jax.tree.leaves(template):
         return template
     arguments = ocp.checkpoint_utils.construct_restore_args(template)

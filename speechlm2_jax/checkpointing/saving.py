@@ -1,4 +1,4 @@
-"""Writing: in the background, keeping the best and the latest."""
+"""Saves checkpoints in the background; keeps the best and the latest."""
 
 import functools
 import logging
@@ -53,7 +53,7 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Keeper(self),
+                preservation_policy=_RetentionPolicy(self),
                 temporary_path_class=with_checksums(self._notes),
                 lightweight_initialize=True,  # reads no metadata, which may be damaged
             ),
@@ -77,21 +77,21 @@ class Checkpointer:
     def save_frozen(self, frozen: Mapping[str, Any], has_frozen: bool | None = None) -> None:
         """Starts writing the frozen parameters, unless this run has them already.
 
-        Of several processes one may see what another has just begun: then `has_frozen` is what
-        they agreed on.
+        `has_frozen` is the value that all processes agreed on: one of them may see a folder that
+        another has just created.
         """
         if not frozen:
             return
         if self.has_frozen if has_frozen is None else has_frozen:
-            self._look_at_frozen(frozen)
+            self._read_frozen_contents(frozen)
             return
         known = None if are_local(frozen) else contents_of(frozen)
         self._frozen_contents = functools.cache(lambda: known or contents_of(frozen))
         item = ocp.args.PyTreeSave(dict(frozen))
         self._frozen_writer.save(self.folder / FROZEN, args=item, custom_metadata=MARK)
 
-    def _look_at_frozen(self, frozen: Mapping[str, Any]) -> None:
-        """Takes over what the written ones say of themselves; an older version's say nothing."""
+    def _read_frozen_contents(self, frozen: Mapping[str, Any]) -> None:
+        """Reads the checksum of the stored frozen parameters; older versions have none."""
         folder = self.folder / FROZEN
         if jax.process_index() == 0 and not (folder / CHECKSUMS).exists():
             contents = contents_of(frozen) if are_local(frozen) else UNKNOWN
@@ -101,7 +101,7 @@ class Checkpointer:
         self._frozen_contents = lambda: contents
 
     def _notes(self) -> Mapping[str, str]:
-        """What a step tells of the files that it goes with."""
+        """Notes in a step's checksums: which frozen parameters belong to it."""
         notes = {FROZEN: self._frozen_contents()} if self.has_frozen else {}
         return notes | ({RANKED: "yes"} if self._metrics else {})
 
@@ -126,7 +126,7 @@ class Checkpointer:
             if jax.tree.leaves(arrays[name]):
                 items[name] = ocp.args.PyTreeSave(arrays[name])
         try:
-            self._frozen_writer.wait_until_finished()  # a step without them could not be used
+            self._frozen_writer.wait_until_finished()  # a step is unusable without them
             self._manager.save(
                 step, args=ocp.args.Composite(**items), force=True, custom_metadata=MARK
             )
@@ -134,7 +134,7 @@ class Checkpointer:
             raise RuntimeError(f"cannot save step {step} in {self.folder}: {error}") from error
 
     def rank(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Notes the validation metrics of a step that is saved, or about to be."""
+        """Records the validation metrics of a step that is or will be saved."""
         finite = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
         kept = {n: v for n, v in self._metrics.items() if n in self._manager.all_steps()}
         self._metrics = {**kept, step: finite}
@@ -160,14 +160,14 @@ class Checkpointer:
             raise RuntimeError(f"cannot save in {self.folder}: {error}") from error
 
     def close(self) -> None:
-        """Waits and lets go of threads."""
+        """Waits for saves and ends the threads."""
         self.wait()
         self._frozen_writer.close()
         self._manager.close()
 
 
 @dataclass(frozen=True)
-class _Keeper:
+class _RetentionPolicy:
     """The checkpointer's choice as Orbax asks for it (its PreservationPolicy)."""
 
     checkpointer: Checkpointer

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from speechlm2_jax.checkpointing.checksums import read_checksums, write_checksums
+from speechlm2_jax.checkpointing.folders import RANKED
 from speechlm2_jax.training.intervals import Intervals
 from speechlm2_jax.training.run.directory import checkpoints_line, next_line
 from tests.training.toy import ToyData, ToyModel, make_trainer, rows_of
@@ -55,9 +57,11 @@ def test_a_run_with_more_to_do_is_not_finished(finished_run, tmp_path):
 def test_a_validation_that_a_stop_left_undone_is_made_up_for_once(finished_run, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished_run, run_dir)
-    progress = next((run_dir / "checkpoints" / "4" / "progress").iterdir())
+    step = run_dir / "checkpoints" / "4"
+    checksums, progress = read_checksums(step), step / "progress" / "metadata"
     stored = json.loads(progress.read_text())
     progress.write_text(json.dumps({**stored, "validated_at": 3}))
+    write_checksums(step, {n: v for n, v in checksums.notes.items() if n != RANKED})
     (run_dir / "checkpoints" / "ranking.json").unlink()
     (run_dir / "metrics.jsonl").write_text("")
     assert finished(run_dir) is None  # its last validation is missing

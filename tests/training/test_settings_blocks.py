@@ -106,7 +106,7 @@ def test_nemo_exp_manager_block_is_accepted():
         ({"strategy": {"_target_": "x.DDPStrategy", "wings": 2}}, "trainer.strategy.wings"),
         ({"gradient_clip_algorithm": "value"}, "only the global norm"),
         ({"callbacks": ["x"]}, "callbacks"),
-        ({"limit_train_batches": 0.5}, "endless; give an integer"),
+        ({"limit_train_batches": 0.5}, "endless; give a number"),
         ({"limit_train_batches": 0}, "at least 1"),
         ({"max_time": "3 hours"}, "DD:HH:MM:SS"),
         ({"accumulate_grad_batches": 0}, "at least 1"),
