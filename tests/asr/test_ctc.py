@@ -1,4 +1,4 @@
-"""Connectionist temporal classification: loss against torch, decoding by hand, learning."""
+"""Connectionist temporal classification: loss against torch, decoding by hand, training."""
 
 import itertools
 
@@ -61,9 +61,9 @@ def test_loss_is_the_sum_over_all_paths(rng):
     assert losses[0] == pytest.approx(-np.log(likelihood), abs=TOLERANCE)
 
 
-def test_a_row_too_short_for_its_labels_or_without_any_does_not_count(rng):
+def test_a_sequence_too_short_for_its_labels_or_without_any_does_not_count(rng):
     logits = jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32)
-    labels = np.array([[1, 1, 2], [0, 0, 0]], np.int32)  # a repeat needs a blank between
+    labels = np.array([[1, 1, 2], [0, 0, 0]], np.int32)  # a repeated label needs a blank between
     losses, counts = ctc_loss(logits, np.array([3, 3]), labels, np.array([3, 0]))
     assert counts.tolist() == [0, 0] and losses.tolist() == [0, 0]
     gradient = jax.grad(lambda x: ctc_loss(x, np.array([3, 3]), labels, np.array([3, 0]))[0].sum())(
@@ -107,6 +107,6 @@ def test_labels_are_the_scored_targets_in_order():
     assert labels[0, :3].tolist() == [7, 8, 9] and count.tolist() == [3]
 
 
-def test_a_row_finds_its_clip_by_the_place_of_its_frames():
+def test_clip_indices_come_from_the_frame_indices():
     index = jnp.asarray([[-1, 10, 11, -1], [-1, -1, -1, -1], [0, 1, 2, -1]])
     assert clip_indices(index, 5).tolist() == [2, -1, 0]

@@ -1,4 +1,4 @@
-"""Greedy decoding of transducers by hand: a plain loop over labels and frames says the same."""
+"""Greedy decoding of transducers equals a plain loop over labels and frames."""
 
 from functools import cache
 
@@ -46,7 +46,7 @@ def make(durations):
         for path, info in describe(module).items()
     }
     bias = variables["joint.output.bias"]
-    variables["joint.output.bias"] = bias.at[BLANK].add(4.0)  # or it would never be silent
+    variables["joint.output.bias"] = bias.at[BLANK].add(4.0)  # so that blanks occur
     network = merge(split(module)[0], variables)
 
     @jax.jit
@@ -59,7 +59,7 @@ def make(durations):
 
 
 def by_hand(network, step, frames, length, max_symbols, jumps=False):
-    """One row, one label or blank at a time; with `jumps` as NeMo's `greedy` does TDT."""
+    """One sequence, one label or blank at a time; with `jumps` as NeMo's `greedy` does TDT."""
     durations = network.transducer.durations
     state = network.prediction.initial_state(1)
     labels, lengths, state = step(jnp.array(BLANK), state, frames)
@@ -83,7 +83,7 @@ def by_hand(network, step, frames, length, max_symbols, jumps=False):
 
 
 def hypotheses(network, frames, lengths, **limits):
-    """By row: (label, frame, duration) of each label found."""
+    """Per sequence: (label, frame, duration) of each label found."""
     decode = jax.jit(lambda x: decode_greedily(network, x, jnp.array(lengths), **limits))
     found = decode(frames)
     columns = [np.asarray(c) for c in (found.labels, found.frames, found.durations)]
@@ -107,21 +107,21 @@ def test_a_full_frame_costs_a_tdt_model_one_more_where_nemo_counts_so(max_symbol
 
 @pytest.mark.parametrize("durations", [(), (0, 1, 2)])
 @pytest.mark.parametrize("max_symbols", [1, 3])
-def test_all_rows_at_once_say_what_each_says_by_itself(durations, max_symbols):
+def test_a_batch_decodes_as_each_sequence_by_itself(durations, max_symbols):
     network, step = make(durations)
     frames = jax.random.normal(jax.random.key(0), (len(LENGTHS), STEPS, WIDTH))
     decode = jax.jit(
         lambda x: decode_greedily(network, x, jnp.array(LENGTHS), max_symbols=max_symbols)
     )
     found = decode(frames)
-    said, blanks = 0, 0
+    n_labels, n_blanks = 0, 0
     for row, length in enumerate(LENGTHS):
         expected = by_hand(network, step, frames[row], length, max_symbols)
         count = int(found.lengths[row])
         columns = (found.labels, found.frames, found.durations)
         rows = zip(*(np.asarray(c[row, :count]).tolist() for c in columns), strict=True)
         assert list(rows) == expected
-        said += count
-        blanks += length - len(set(found.frames[row, :count].tolist()))
-    assert said > 1 and blanks > 3, "the case must have both"
+        n_labels += count
+        n_blanks += length - len(set(found.frames[row, :count].tolist()))
+    assert n_labels > 1 and n_blanks > 3, "the case must have both"
     assert found.labels.shape == (len(LENGTHS), STEPS * max_symbols)

@@ -1,4 +1,4 @@
-"""Spelling: punctuation sticks to the word before it, as NeMo writes it."""
+"""Spacing: no space before punctuation, as in NeMo."""
 
 from speechlm2_jax.asr.punctuation import attach_punctuation, punctuation_marks
 

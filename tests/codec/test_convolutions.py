@@ -1,4 +1,4 @@
-"""Convolutions of few channels, whose steps are taken together, against the sum written out."""
+"""Convolutions of few channels, computed in blocks of positions, equal the plain sum."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,15 +10,15 @@ from speechlm2_jax.codec.boundary import PaddedSequence
 
 def summed(x, kernel, dilation):
     """[B, T, C], [P, C, D] -> [B, T - (P - 1) dilation, D] in float64."""
-    steps = x.shape[1] - (len(kernel) - 1) * dilation
-    taps = [x[:, p * dilation : p * dilation + steps] @ tap for p, tap in enumerate(kernel)]
+    length = x.shape[1] - (len(kernel) - 1) * dilation
+    taps = [x[:, p * dilation : p * dilation + length] @ tap for p, tap in enumerate(kernel)]
     return sum(taps)
 
 
 @pytest.mark.parametrize("channels", [(1, 1), (2, 2), (4, 3), (1, 24), (27, 1)])
 @pytest.mark.parametrize("taps, dilation", [(2, 1), (3, 1), (7, 3), (11, 5)])
 @pytest.mark.parametrize("given", ["written", "before", "both"])
-def test_steps_taken_together_give_the_same_sum(channels, taps, dilation, given):
+def test_blocks_of_positions_give_the_same_sum(channels, taps, dilation, given):
     assert convolutions._block_size(*channels) > 1
     random = np.random.default_rng(0)
     x, kernel = random.normal(size=(2, 61, channels[0])), random.normal(size=(taps, *channels))
@@ -34,7 +34,7 @@ def test_steps_taken_together_give_the_same_sum(channels, taps, dilation, given)
     np.testing.assert_allclose(result, summed(whole, kernel, dilation), atol=1e-4)
 
 
-def test_a_change_of_rate_may_see_a_step_more_than_it_is_given():
+def test_a_rate_change_may_pad_by_one_position_on_each_side():
     random = np.random.default_rng(1)
     x, kernel = random.normal(size=(2, 16, 2)), random.normal(size=(2, 2, 6))
     assert convolutions._block_size(2, 6) > 1
@@ -46,5 +46,5 @@ def test_a_change_of_rate_may_see_a_step_more_than_it_is_given():
     np.testing.assert_allclose(result, summed(whole, kernel, 1), atol=1e-4)
 
 
-def test_enough_channels_are_convolved_as_they_are():
+def test_many_channels_are_not_convolved_in_blocks():
     assert convolutions._block_size(16, 16) == convolutions._block_size(864, 432) == 1

@@ -1,4 +1,4 @@
-"""A FastConformer in NumPy, float64, one row at a time without padding: NeMo's definition again."""
+"""A FastConformer in NumPy, float64, one clip at a time without padding, as in NeMo."""
 
 import numpy as np
 
@@ -71,9 +71,9 @@ def conv2d(config, w, name, x):
     before, after = (2, 1) if config.causal_downsampling else (1, 1)
     x = np.pad(x, ((0, 0), (before, after), (before, after)))
     kernel, bias = w[f"{name}.weight"], w[f"{name}.bias"]
-    steps, bins = ((n - 3) // 2 + 1 for n in x.shape[1:])
-    y = np.zeros((len(kernel), steps, bins))
-    for t in range(steps):
+    length, bins = ((n - 3) // 2 + 1 for n in x.shape[1:])
+    y = np.zeros((len(kernel), length, bins))
+    for t in range(length):
         for f in range(bins):
             patch = x[:, 2 * t : 2 * t + 3, 2 * f : 2 * f + 3]
             if kernel.shape[1] == 1 and len(x) > 1:
@@ -93,21 +93,21 @@ def sees(config, i, j):
 
 
 def attention(config, w, x):
-    steps, width = x.shape
+    length, width = x.shape
     heads = config.n_heads
     split = lambda y: y.reshape(-1, heads, width // heads)  # noqa: E731
     q, k, v = (split(linear(w, f"self_attn.linear_{n}", x)) for n in "qkv")
     out = np.zeros_like(q)
-    for i in range(steps):
-        seen = [j for j in range(steps) if sees(config, i, j)]
-        scores = np.einsum("nh,jnh->jn", q[i] + w.get("self_attn.pos_bias_u", 0.0), k[seen])
+    for i in range(length):
+        visible = [j for j in range(length) if sees(config, i, j)]
+        scores = np.einsum("nh,jnh->jn", q[i] + w.get("self_attn.pos_bias_u", 0.0), k[visible])
         if config.self_attention_model == "rel_pos":
-            distances = table(i - np.array(seen), width)
+            distances = table(i - np.array(visible), width)
             p = split(distances @ w["self_attn.linear_pos.weight"].T)
             scores = scores + np.einsum("nh,jnh->jn", q[i] + w["self_attn.pos_bias_v"], p)
         scores = np.exp((scores - scores.max(0)) / np.sqrt(width // heads))
-        out[i] = np.einsum("jn,jnh->nh", scores / scores.sum(0), v[seen])
-    return linear(w, "self_attn.linear_out", out.reshape(steps, width))
+        out[i] = np.einsum("jn,jnh->nh", scores / scores.sum(0), v[visible])
+    return linear(w, "self_attn.linear_out", out.reshape(length, width))
 
 
 def convolution(config, w, x):

@@ -1,4 +1,4 @@
-"""Tiny encoders and perception modules for tests of invariants, with reproducible weights."""
+"""Tiny encoders and perception modules for the tests of invariants, with reproducible weights."""
 
 from functools import cache, partial
 
@@ -101,16 +101,16 @@ def select(variables, parameters):
     return {k: variables[k] for k in parameters}
 
 
-def example_keys(*ids):
+def example_rngs(*ids):
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(7), i))(jnp.asarray(ids))
 
 
-def padded(rows, size, fill=3.0):
-    """Rows of different lengths as one array with loud padding, and their lengths."""
-    batch = np.full((len(rows), size, *rows[0].shape[1:]), fill, np.float32)
-    for i, row in enumerate(rows):
-        batch[i, : len(row)] = row
-    return jnp.asarray(batch), jnp.asarray([len(r) for r in rows], jnp.int32)
+def padded(sequences, size, fill=3.0):
+    """Pads sequences to one array with a large fill value; returns it and the lengths."""
+    batch = np.full((len(sequences), size, *sequences[0].shape[1:]), fill, np.float32)
+    for i, sequence in enumerate(sequences):
+        batch[i, : len(sequence)] = sequence
+    return jnp.asarray(batch), jnp.asarray([len(s) for s in sequences], jnp.int32)
 
 
 def noise(*shape, seed=0):

@@ -1,4 +1,4 @@
-"""Laws of the whole perception module: frames from waveforms, whatever the batch."""
+"""Invariants of the whole perception module: frames from waveforms, whatever the batch."""
 
 from dataclasses import replace
 from functools import cache
@@ -34,7 +34,7 @@ from tests.perception.small_perception import (
     assert_close,
     assert_finite,
     encoder_config,
-    example_keys,
+    example_rngs,
     noise,
     padded,
     perception,
@@ -147,12 +147,12 @@ def scored(config, modes):
     ],
     ids=["whole", "parts"],
 )
-def test_bucket_order_and_empty_slots_change_no_loss_no_frame_and_no_gradient(changes):
-    """Everything trains and draws: statistics see real frames only, and draws have own keys."""
+def test_bucket_order_and_empty_clips_change_no_loss_no_frame_and_no_gradient(changes):
+    """Everything trains and draws: statistics count real frames, each clip has its own key."""
     call = scored(perception_config(**RANDOM_EVERYWHERE | changes), ALL_TRAINING)
     clips = [noise(n, seed=n) for n in (3300, 6400)]
-    (loss, a), gradients = call(*padded(clips, 6400), example_keys(0, 1))
-    (other, b), others = call(*padded([*clips[::-1], noise(0)], 9000), example_keys(1, 0, 2))
+    (loss, a), gradients = call(*padded(clips, 6400), example_rngs(0, 1))
+    (other, b), others = call(*padded([*clips[::-1], noise(0)], 9000), example_rngs(1, 0, 2))
     assert_close(other, loss)
     assert_all_close(others, gradients)
     assert_all_close(b.statistics, a.statistics)
@@ -171,11 +171,11 @@ def test_randomness_needs_both_a_key_and_training_mode():
     graphdef, variables, _ = perception(config)
     batch = padded([noise(3200)], 3200)
     plain = run(graphdef, variables, *batch, modes=ALL_TRAINING).frames
-    keyed = run(graphdef, variables, *batch, rngs=example_keys(0)).frames
+    keyed = run(graphdef, variables, *batch, rngs=example_rngs(0)).frames
     assert_close(keyed, plain)
     for name in ("log_mel", "spec_augment", "encoder", "adapter"):
         modes = PerceptionModes(**{name: True})
-        moved = run(graphdef, variables, *batch, modes=modes, rngs=example_keys(0)).frames
+        moved = run(graphdef, variables, *batch, modes=modes, rngs=example_rngs(0)).frames
         assert np.abs(moved - plain).max() > 1e-3, name
 
 
@@ -200,9 +200,9 @@ def test_nemo_exact_counts_the_groups_padding_and_not_the_buckets():
     clips = [noise(n, seed=n) for n in (3300, 6400)]
     training = PerceptionModes(encoder=True, adapter=True)
 
-    def passed(rows, size, extents=None):
+    def passed(clips, size, extents=None):
         modes = replace(training, nemo_exact=extents is not None)
-        return run(graphdef, variables, *padded(rows, size), modes=modes, extents=extents)
+        return run(graphdef, variables, *padded(clips, size), modes=modes, extents=extents)
 
     group = passed(clips, 6400, jnp.asarray([6400, 6400]))
     bucket = passed([*clips, noise(0)], 9000, jnp.asarray([6400, 6400, 6400]))
@@ -214,7 +214,7 @@ def test_nemo_exact_counts_the_groups_padding_and_not_the_buckets():
     assert np.abs(real.statistics[path] - group.statistics[path]).max() > 1e-5
 
 
-def test_nemo_exact_without_extents_says_what_is_missing():
+def test_nemo_exact_without_extents_is_an_error_that_names_them():
     graphdef, variables, _ = perception(perception_config())
     with pytest.raises(ValueError, match="extents"):
         run(
@@ -225,7 +225,7 @@ def test_nemo_exact_without_extents_says_what_is_missing():
         )
 
 
-def test_a_batch_of_empty_slots_keeps_the_statistics_and_is_finite():
+def test_a_batch_of_empty_clips_keeps_the_statistics_and_is_finite():
     config = perception_config()
     (loss, output), gradients = scored(config, PerceptionModes(encoder=True, adapter=True))(
         jnp.zeros((2, 3200)), jnp.asarray([0, 160], jnp.int32)

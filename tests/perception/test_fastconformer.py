@@ -1,4 +1,4 @@
-"""Laws of the encoder: what may and what may not change a frame."""
+"""Invariants of the encoder: what may and what may not change a frame."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from tests.perception.small_perception import (
     assert_finite,
     encoder,
     encoder_config,
-    example_keys,
+    example_rngs,
     noise,
     padded,
     quick_jit,
@@ -116,9 +116,9 @@ def summed(graphdef, variables, parameters, weights, **fixed):
 
     def value(chosen, features, lengths):
         output = merge(graphdef, {**variables, **chosen})(features, lengths, **fixed)
-        steps = output.frames.shape[1]
-        real = jnp.arange(steps)[None] < output.lengths[:, None]
-        scored = jnp.where(real[..., None], output.frames * weights[:, :steps], 0.0)
+        length = output.frames.shape[1]
+        real = jnp.arange(length)[None] < output.lengths[:, None]
+        scored = jnp.where(real[..., None], output.frames * weights[:, :length], 0.0)
         return jnp.sum(scored), output
 
     step = quick_jit(jax.value_and_grad(value, has_aux=True))
@@ -138,14 +138,14 @@ UNCOMMON = {
     [(False, {}), (True, {}), pytest.param(True, UNCOMMON, marks=pytest.mark.slow)],
 )
 def test_padding_and_neighbours_change_no_frame_and_no_gradient(train, changes):
-    """In training too: norms count real frames only. Empty and one-frame rows stay finite."""
+    """In training too: norms count real frames only. Empty and one-frame sequences stay finite."""
     config = encoder_config(att_context_size=(3, 2), **changes)
     weights = jnp.asarray(noise(2, 40, config.d_model, seed=5))
-    rows = [noise(n, config.feat_in, seed=n) for n in (21, 33)]
-    (tight, a), expected = summed(*encoder(config), weights, train=train)(*padded(rows, 33))
+    sequences = [noise(n, config.feat_in, seed=n) for n in (21, 33)]
+    (tight, a), expected = summed(*encoder(config), weights, train=train)(*padded(sequences, 33))
     none = jnp.zeros((1, 40, config.d_model))
     with_empty = summed(*encoder(config), jnp.concatenate([weights, none]), train=train)
-    batch = padded([*rows, noise(0, config.feat_in)], 60)
+    batch = padded([*sequences, noise(0, config.feat_in)], 60)
     (loose, b), gradients = with_empty(*batch)
     assert_close(tight, loose)
     assert_all_close(a.statistics, b.statistics)
@@ -196,12 +196,12 @@ def test_padding_and_neighbours_change_no_frame_and_no_gradient(train, changes):
 def test_what_no_golden_covers_equals_a_reference_in_numpy(changes):
     config = encoder_config(**changes)
     graphdef, variables, _ = encoder(config)
-    rows = [noise(n, config.feat_in, seed=n) for n in (21, 34)]
-    output = run(graphdef, variables, *padded(rows, 40))
+    sequences = [noise(n, config.feat_in, seed=n) for n in (21, 34)]
+    output = run(graphdef, variables, *padded(sequences, 40))
     table = fastconformer_table(config)
     weights = mapping.export(variables, table)
     weights |= {alias: weights[name] for alias, name in mapping.aliases(table).items()}
-    for row, features in enumerate(rows):
+    for row, features in enumerate(sequences):
         expected = encode(config, weights, features)
         assert int(output.lengths[row]) == len(expected) == config.frame_count(len(features))
         assert_close(output.frames[row, : len(expected)], expected)
@@ -209,15 +209,15 @@ def test_what_no_golden_covers_equals_a_reference_in_numpy(changes):
 
 def test_counting_frames_of_padding_changes_statistics_as_told_and_not_with_the_bucket():
     graphdef, variables, _ = encoder(encoder_config())
-    rows = [noise(n, 12, seed=n) for n in (21, 33)]
+    sequences = [noise(n, 12, seed=n) for n in (21, 33)]
     extents = jnp.asarray([33, 33])
-    real = run(graphdef, variables, *padded(rows, 33), train=True).statistics
-    tight = run(graphdef, variables, *padded(rows, 33), train=True, extents=extents).statistics
-    loose = run(graphdef, variables, *padded(rows, 60), train=True, extents=extents).statistics
+    real = run(graphdef, variables, *padded(sequences, 33), train=True).statistics
+    tight = run(graphdef, variables, *padded(sequences, 33), train=True, extents=extents).statistics
+    loose = run(graphdef, variables, *padded(sequences, 60), train=True, extents=extents).statistics
     assert_all_close(tight, loose)
     name = "layers.conv.norm.running_var"
     assert np.abs(real[name] - tight[name]).max() > 1e-4
-    assert run(graphdef, variables, *padded(rows, 33)).statistics == {}
+    assert run(graphdef, variables, *padded(sequences, 33)).statistics == {}
 
 
 def test_a_batch_of_one_output_frame_is_finite_and_so_are_its_gradients():
@@ -261,8 +261,8 @@ def test_dropout_is_drawn_from_the_key_alone():
     config = encoder_config(**ALL_DROPOUT)
     graphdef, variables, _ = encoder(config)
     row = noise(21, 12)
-    first = run(graphdef, variables, *padded([row, row], 21), train=False, rngs=example_keys(0, 1))
-    second = run(graphdef, variables, *padded([row, row], 60), train=False, rngs=example_keys(1, 0))
+    first = run(graphdef, variables, *padded([row, row], 21), train=False, rngs=example_rngs(0, 1))
+    second = run(graphdef, variables, *padded([row, row], 60), train=False, rngs=example_rngs(1, 0))
     length = int(first.lengths[0])
     assert_close(first.frames[0, :length], second.frames[1, :length])
     assert_close(first.frames[1, :length], second.frames[0, :length])
@@ -270,12 +270,12 @@ def test_dropout_is_drawn_from_the_key_alone():
 
 
 @pytest.mark.parametrize("place", ["dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att"])
-def test_every_dropout_acts_with_keys(place):
+def test_every_dropout_acts_given_rngs(place):
     config = encoder_config(n_layers=1, **{place: 0.5})
     graphdef, variables, _ = encoder(config)
     batch = padded([noise(21, 12)], 24)
     still = run(graphdef, variables, *batch)
-    dropped = run(graphdef, variables, *batch, rngs=example_keys(0))
+    dropped = run(graphdef, variables, *batch, rngs=example_rngs(0))
     assert np.abs(dropped.frames - still.frames).max() > 1e-3
     assert_finite(dropped.frames)
 
@@ -291,7 +291,7 @@ def test_training_draws_one_of_several_contexts_and_evaluation_takes_the_first()
     graphdef, variables, _ = encoder(several)
     batch = padded([noise(40, 12)] * 8, 40)
     assert_close(run(graphdef, variables, *batch).frames[3:4], single[0].frames)
-    drawn = run(graphdef, variables, *batch, rngs=example_keys(*range(8))).frames
+    drawn = run(graphdef, variables, *batch, rngs=example_rngs(*range(8))).frames
     matches = np.array([[np.allclose(f, s.frames[0], atol=1e-5) for s in single] for f in drawn])
     assert (matches.sum(axis=1) == 1).all()
     assert matches.any(axis=0).all()
@@ -303,7 +303,7 @@ def test_blocks_of_queries_give_the_frames_and_gradients_of_one_block(monkeypatc
     )
     batch = padded([noise(n, 12, seed=n) for n in (50, 31)], 50)
     weights = jnp.asarray(noise(2, 13, config.d_model, seed=9))
-    rngs = example_keys(0, 1)
+    rngs = example_rngs(0, 1)
     (_, whole), expected = summed(*encoder(config), weights, rngs=rngs)(*batch)
     monkeypatch.setattr(self_attention, "BLOCK", 4)
     (_, blocks), gradients = summed(*encoder(config), weights, rngs=rngs)(*batch)

@@ -1,4 +1,4 @@
-"""Laws of the mel front end."""
+"""Invariants of the mel front end."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from speechlm2_jax.settings import SettingsError, build, ignored_report
 from tests.perception.small_perception import (
     assert_close,
     assert_finite,
-    example_keys,
+    example_rngs,
     noise,
     padded,
     quick_jit,
@@ -51,7 +51,7 @@ TARGET = "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor"
 
 
 def front_end(config):
-    """The compiled module: (audio, lengths, keys) -> frames."""
+    """The compiled module: (audio, lengths, rngs) -> frames."""
     module = LogMel(config)
     return quick_jit(lambda audio, lengths, rngs=None: module(audio, lengths, rngs=rngs))
 
@@ -101,8 +101,8 @@ def test_padding_changes_no_frame():
 def test_dither_is_drawn_from_the_key_alone():
     module = front_end(LogMelConfig(pad_to=0, dither=0.1))
     clips = [noise(800, seed=1), noise(800, seed=1)]
-    dithered = module(*padded(clips, 800), example_keys(0, 1)).frames
-    swapped = module(*padded(clips, 1600), example_keys(1, 0)).frames
+    dithered = module(*padded(clips, 800), example_rngs(0, 1)).frames
+    swapped = module(*padded(clips, 1600), example_rngs(1, 0)).frames
     assert_close(dithered[0, :5], swapped[1, :5])
     assert_close(dithered[1, :5], swapped[0, :5])
     assert np.abs(dithered[0] - dithered[1]).max() > 0.1
@@ -115,7 +115,7 @@ def test_dither_has_the_given_deviation():
 
     def mean_power(amount, key):
         config = LogMelConfig(dither=amount, preemph=None, pad_to=0, normalize=None, log=False)
-        return front_end(config)(silence, lengths, example_keys(key)).frames.mean()
+        return front_end(config)(silence, lengths, example_rngs(key)).frames.mean()
 
     assert float(mean_power(0.25, 3) / mean_power(1.0, 4)) == pytest.approx(0.25**2, rel=0.05)
 

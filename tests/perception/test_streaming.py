@@ -1,4 +1,4 @@
-"""A stream, step by step, gives what one pass over the whole clip gives."""
+"""A stream, step by step, equals one pass over the whole clip."""
 
 from dataclasses import replace
 from functools import cache
@@ -85,22 +85,22 @@ def clips():
 
 
 def streamed(plan, step, variables, stream, steps):
-    """Frames of `steps` steps and which are real, [B, T, W] and [B, T]."""
+    """Runs `steps` steps; returns frames [B, T, W] and which are real [B, T]."""
     audio, lengths = padded(clips(), steps * plan.samples)
-    heard = []
+    outputs = []
     for s in range(steps):
         first = s * plan.samples
         new = jnp.clip(lengths - first, 0, plan.samples)
         output, stream = step(variables, stream, audio[:, first : first + plan.samples], new)
-        heard.append(output)
+        outputs.append(output)
     return *(
-        np.concatenate([np.asarray(getattr(h, name)) for h in heard], axis=1)
+        np.concatenate([np.asarray(getattr(h, name)) for h in outputs], axis=1)
         for name in ("frames", "is_real")
     ), stream
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_stream_equals_one_pass_and_a_row_begins_anew(name):
+def test_a_stream_equals_one_pass_and_restarts(name):
     plan = CASES[name]
     graphdef, variables, _ = perception(plan.config)
     context = plan.context or plan.config.encoder.att_context_size
@@ -127,7 +127,7 @@ def test_a_stream_equals_one_pass_and_a_row_begins_anew(name):
     assert step._cache_size() == 1
 
 
-def test_a_natural_step_holds_whole_chunks_and_is_not_late():
+def test_a_natural_step_is_whole_chunks_without_delay():
     plan = CASES["chunks"]
     assert natural_frames(plan.config, (4, 1)) == plan.frames == 2
     assert natural_frames(plan.config) == 6  # chunks of three in the encoder, of two behind it
@@ -147,8 +147,8 @@ def test_a_step_has_the_compute_dtype():
     stream = start_stream(plan, 1, jnp.bfloat16)
 
     def step(variables, stream, audio):
-        heard, stream = advance(merge(graphdef, variables), plan, stream, audio)
-        return heard.frames, stream
+        output, stream = advance(merge(graphdef, variables), plan, stream, audio)
+        return output.frames, stream
 
     frames, after = jax.eval_shape(step, variables, stream, jnp.zeros((1, plan.samples)))
     assert frames.dtype == jnp.bfloat16
@@ -178,7 +178,7 @@ IDENTITY = {"adapter": IdentityConfig(), "normalize": "NA"}
         ),
     ],
 )
-def test_what_cannot_be_streamed_is_refused_by_name(changes, message):
+def test_settings_that_cannot_stream_are_errors_that_name_them(changes, message):
     base = {**IDENTITY, "encoder": encoder_config(att_context_size=(3, 0)), **changes}
     with pytest.raises(ValueError, match=message):
         StreamPlan(config=perception_config(**base), frames=1)

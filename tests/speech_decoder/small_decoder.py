@@ -44,15 +44,15 @@ def weights(config: SpeechDecoderConfig) -> tuple[Any, Variables]:
     return graphdef, {p: 10.0 * v if is_small[p] else v for p, v in variables.items()}
 
 
-def inputs(rows: int = 2, steps: int = STEPS, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+def inputs(batch: int = 2, length: int = STEPS, seed: int = 0) -> tuple[jax.Array, jax.Array]:
     """Hidden states and codes."""
-    hidden = jax.random.normal(jax.random.key(seed), (rows, steps, WIDTH))
-    codes = jax.random.randint(jax.random.key(seed + 1), (rows, steps, CODEBOOKS), 0, CODES)
+    hidden = jax.random.normal(jax.random.key(seed), (batch, length, WIDTH))
+    codes = jax.random.randint(jax.random.key(seed + 1), (batch, length, CODEBOOKS), 0, CODES)
     return hidden, codes
 
 
-def row_keys(rows: int = 2, seed: int = 5) -> jax.Array:
-    return jax.random.split(jax.random.key(seed), rows)
+def sequence_rngs(batch: int = 2, seed: int = 5) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), batch)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "train", "remat"))
@@ -65,8 +65,8 @@ def scores(
 def padded(
     hidden: jax.Array, codes: jax.Array, after: int, junk: float = jnp.nan
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same rows before `after` steps of `junk`, and the mask that hides it."""
-    rows, steps = codes.shape[:2]
+    """Appends `after` positions of `junk` to each sequence; also returns the padding mask."""
+    batch, length = codes.shape[:2]
     after_them = ((0, 0), (0, after), (0, 0))
-    mask = jnp.broadcast_to(jnp.arange(steps + after)[None] < steps, (rows, steps + after))
+    mask = jnp.broadcast_to(jnp.arange(length + after)[None] < length, (batch, length + after))
     return jnp.pad(hidden, after_them, constant_values=junk), jnp.pad(codes, after_them), mask

@@ -1,4 +1,4 @@
-"""Laws of the speech decoder: padding, neighbours, draws, guidance, steps, dtypes."""
+"""Invariants of the speech decoder: padding, neighbours, draws, guidance, steps, dtypes."""
 
 from dataclasses import replace
 from typing import Any
@@ -22,8 +22,8 @@ from tests.speech_decoder.small_decoder import (
     inputs,
     make,
     padded,
-    row_keys,
     scores,
+    sequence_rngs,
     weights,
 )
 
@@ -62,7 +62,7 @@ def test_neither_padding_nor_rematerialisation_changes_a_gradient(dropping, rema
 
     def loss(variables: Variables, hidden: jax.Array, codes: jax.Array, mask: Any, remat: Any):
         network = merge(graphdef, variables)
-        how = {"train": True, "rngs": row_keys(), "remat": remat}
+        how = {"train": True, "rngs": sequence_rngs(), "remat": remat}
         chances = jax.nn.log_softmax(network(hidden, codes, mask=mask, **how))
         return jnp.sum(chances[:, :STEPS, :, 3])
 
@@ -76,7 +76,7 @@ def test_neither_padding_nor_rematerialisation_changes_a_gradient(dropping, rema
     np.testing.assert_allclose(within[:, :STEPS], of_hidden, atol=ATOL * 10)
 
 
-def test_later_steps_have_no_influence(guided) -> None:
+def test_later_frames_have_no_influence(guided) -> None:
     hidden, codes = inputs()
     before = scores(*guided, hidden, codes)
     after = scores(*guided, hidden.at[:, 4].add(1.0), codes.at[:, 5:].set(0))
@@ -89,7 +89,7 @@ def test_later_steps_have_no_influence(guided) -> None:
     [(1, (1,) * STEPS), (2, (STEPS,)), (3, (3, 1, 1, 2)), (2, (3, 1, 1, 2)), (3, (1,) * STEPS)],
     ids=str,
 )
-def test_steps_equal_the_whole(taps: int, parts: tuple[int, ...]) -> None:
+def test_decoding_step_by_step_equals_one_pass(taps: int, parts: tuple[int, ...]) -> None:
     graphdef, variables = weights(replace(GUIDED, kernel_size=taps))
     hidden, codes = inputs()
     mask = jnp.ones((2, STEPS), bool).at[0, 2].set(False).at[1, 5:].set(False)
@@ -111,15 +111,15 @@ def test_guidance_mixes_scores_with_and_without_hidden_states(guided) -> None:
     hidden, codes = inputs()
     with_hidden = scores(*guided, hidden, codes, train=True)
     graphdef, variables = weights(replace(GUIDED, cfg_unconditional_prob=1.0))
-    without = scores(graphdef, variables, hidden, codes, train=True, rngs=row_keys())
+    without = scores(graphdef, variables, hidden, codes, train=True, rngs=sequence_rngs())
     expected = (1 - GUIDED.cfg_scale) * without + GUIDED.cfg_scale * with_hidden
     np.testing.assert_allclose(scores(*guided, hidden, codes), expected, atol=ATOL)
     assert np.abs(without - with_hidden).max() > SHOWS
 
 
-def test_a_row_trains_without_hidden_states_by_its_own_key(guided) -> None:
+def test_a_sequence_drops_hidden_states_by_its_own_key(guided) -> None:
     hidden, codes = (jnp.tile(x[:1], (64, 1, 1)) for x in inputs())
-    rngs = row_keys(64)
+    rngs = sequence_rngs(64)
     drawn = scores(*guided, hidden, codes, train=True, rngs=rngs)
     with_hidden = scores(*guided, hidden[:1], codes[:1], train=True)
     is_without = np.abs(drawn - with_hidden).max(axis=(1, 2, 3)) > SHOWS
@@ -128,8 +128,8 @@ def test_a_row_trains_without_hidden_states_by_its_own_key(guided) -> None:
     np.testing.assert_allclose(backwards[::-1], drawn, atol=ATOL)
 
 
-def test_draws_depend_on_the_key_of_the_row_only(dropping) -> None:
-    rngs = row_keys()
+def test_draws_depend_on_the_key_of_the_sequence_only(dropping) -> None:
+    rngs = sequence_rngs()
     hidden, codes = inputs()
     drawn = scores(*dropping, hidden, codes, train=True, rngs=rngs)
     alone = scores(*dropping, hidden[1:], codes[1:], train=True, rngs=rngs[1:])
@@ -137,7 +137,7 @@ def test_draws_depend_on_the_key_of_the_row_only(dropping) -> None:
     more, more_codes, mask = padded(hidden, codes, 4)
     longer = scores(*dropping, more, more_codes, mask=mask, train=True, rngs=rngs)
     np.testing.assert_allclose(longer[:, :STEPS], drawn, atol=ATOL)
-    others = scores(*dropping, hidden, codes, train=True, rngs=row_keys(seed=6))
+    others = scores(*dropping, hidden, codes, train=True, rngs=sequence_rngs(seed=6))
     assert np.abs(others - drawn).max() > SHOWS
     evaluated = scores(*dropping, hidden, codes)
     np.testing.assert_array_equal(scores(*dropping, hidden, codes, rngs=rngs), evaluated)
@@ -148,7 +148,7 @@ def test_each_rate_drops_something(rate_of: str) -> None:
     graphdef, variables = weights(replace(CONFIG, **{rate_of: 0.4}))
     hidden, codes = inputs()
     off = scores(graphdef, variables, hidden, codes, train=True)
-    drawn = scores(graphdef, variables, hidden, codes, train=True, rngs=row_keys())
+    drawn = scores(graphdef, variables, hidden, codes, train=True, rngs=sequence_rngs())
     assert np.abs(drawn - off).max() > SHOWS
 
 
@@ -157,7 +157,7 @@ def test_attention_in_blocks_equals_attention_at_once(causal: bool, monkeypatch)
     config = replace(DROPPING, is_causal=causal)
     graphdef, variables = weights(config)
     hidden, codes, mask = padded(*inputs(), 2)
-    how = {"mask": mask, "train": True, "rngs": row_keys()}
+    how = {"mask": mask, "train": True, "rngs": sequence_rngs()}
     at_once = merge(graphdef, variables)(hidden, codes, **how)
     monkeypatch.setattr(attention, "BLOCK", 4)
     in_blocks = merge(graphdef, variables)(hidden, codes, **how)
@@ -179,7 +179,7 @@ def test_the_convolution_of_a_tpu_equals_the_product_elsewhere(taps: int, monkey
 def test_attention_with_and_without_a_kernel_agree(plain) -> None:
     graphdef, variables = weights(replace(CONFIG, p_dropout=1e-9))
     hidden, codes, mask = padded(*inputs(), 2)
-    dense = scores(graphdef, variables, hidden, codes, mask=mask, train=True, rngs=row_keys())
+    dense = scores(graphdef, variables, hidden, codes, mask=mask, train=True, rngs=sequence_rngs())
     np.testing.assert_allclose(scores(*plain, hidden, codes, mask=mask), dense, atol=ATOL)
 
 
@@ -194,7 +194,7 @@ def test_detached_hidden_states_get_no_gradient_but_the_projection_does() -> Non
     assert np.asarray(of_weights["projection.weight"]).any()
 
 
-def test_without_codes_only_the_hidden_states_speak() -> None:
+def test_without_codes_only_the_hidden_states_count() -> None:
     config = replace(CONFIG, cond_on_prev_audio_tokens=False)
     graphdef, variables = weights(config)
     assert not any(path.startswith("code_embeddings") for path in variables)
@@ -212,7 +212,7 @@ def test_no_dtype_is_promoted_silently(dropping) -> None:
     def forward(hidden: jax.Array) -> tuple[jax.Array, ...]:
         state = network.new_state(2, STEPS, hidden.dtype)
         logits, state = network.step(state, hidden[:, :1], codes[:, :1])
-        trained = network.decode(hidden, codes, train=True, rngs=row_keys())
+        trained = network.decode(hidden, codes, train=True, rngs=sequence_rngs())
         return trained, network.logits(trained), logits, state.cache.keys, state.conv_state.hidden
 
     with jax.numpy_dtype_promotion("strict"):
@@ -221,7 +221,7 @@ def test_no_dtype_is_promoted_silently(dropping) -> None:
             assert [str(x.dtype) for x in out] == [dtype, "float32", "float32", dtype, dtype]
 
 
-def test_more_steps_than_positions_are_refused_with_the_key_to_set(plain) -> None:
+def test_more_frames_than_positions_is_an_error_that_names_the_key(plain) -> None:
     network = merge(*plain)
     limit = CONFIG.max_length_causal_mask
     beyond = limit + PADDING + 1
@@ -242,7 +242,7 @@ def test_padding_beyond_the_last_position_changes_no_score(plain) -> None:
     np.testing.assert_allclose(within[:, :limit], whole, atol=ATOL)
 
 
-def test_a_decoder_that_looks_ahead_makes_no_steps() -> None:
+def test_a_decoder_that_is_not_causal_has_no_step() -> None:
     with pytest.raises(ValueError, match="is_causal"):
         make(replace(CONFIG, is_causal=False)).new_state(1, 4, jnp.float32)
 

@@ -12,7 +12,14 @@ import pytest
 from speechlm2_jax.layers.module import Variables, describe, merge
 from speechlm2_jax.sharding import RULES, Sharding, make_sharding, place, use
 from speechlm2_jax.speech_decoder import feed_forward
-from tests.speech_decoder.small_decoder import CODES, DROPPING, GUIDED, inputs, row_keys, weights
+from tests.speech_decoder.small_decoder import (
+    CODES,
+    DROPPING,
+    GUIDED,
+    inputs,
+    sequence_rngs,
+    weights,
+)
 
 ATOL = 1e-5  # sums over devices round otherwise
 GRADIENT_RTOL = 1e-5
@@ -56,7 +63,7 @@ def score(
 def follow(
     graphdef: Any, variables: Variables, batch: tuple[Any, ...], sharding: Sharding | None
 ) -> jax.Array:
-    """The codes that the decoder takes after its own, one after the other."""
+    """The codes that the decoder generates from its own, one frame at a time."""
     hidden, codes, _, _ = batch
     with use(sharding):
         network = merge(graphdef, variables)
@@ -72,7 +79,7 @@ def follow(
 
 
 def placed(sharding: Sharding, graphdef: Any, variables: Variables) -> tuple[Any, Any, Any]:
-    """Weights and batch where the mesh wants them, and what brings the steps into its order."""
+    """Weights and batch sharded over the mesh, and the order of time on it."""
     axes = {path: info.axes for path, info in describe(merge(graphdef, variables)).items()}
     order = sharding.time_order(STEPS)
     order = np.arange(STEPS) if order is None else order
@@ -80,7 +87,7 @@ def placed(sharding: Sharding, graphdef: Any, variables: Variables) -> tuple[Any
         jax.device_put(x[:, order], sharding.named(("batch", "steps", *(None,) * (x.ndim - 2))))
         for x in (HIDDEN, TOKENS, MASK)
     ]
-    rngs = jax.device_put(row_keys(ROWS), sharding.named(("batch",)))
+    rngs = jax.device_put(sequence_rngs(ROWS), sharding.named(("batch",)))
     return place(variables, axes, sharding), (*batch, rngs), order
 
 
@@ -90,7 +97,7 @@ def placed(sharding: Sharding, graphdef: Any, variables: Variables) -> tuple[Any
 def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh: str, capfd) -> None:
     graphdef, variables = weights(DROPPING)
     sharding = make_sharding(**MESHES[mesh])
-    whole = (HIDDEN, TOKENS, MASK, row_keys(ROWS))
+    whole = (HIDDEN, TOKENS, MASK, sequence_rngs(ROWS))
     expected, (of_weights, of_hidden) = learn(graphdef, variables, whole, None)
     there, batch, order = placed(sharding, graphdef, variables)
     program = learn.lower(graphdef, there, batch, sharding).compile()
