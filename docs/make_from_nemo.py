@@ -323,9 +323,8 @@ def render() -> str:
         heading += f" ({section.of})" if section.of else ""
         lines = [f"## {heading}", section.note]
         if targets(section):
-            lines.append(
-                "`_target_` (or `target`): " + ", ".join(f"`{t}`" for t in targets(section)) + "."
-            )
+            names = ", ".join(f"`{t}`" for t in targets(section))
+            lines.append(textwrap.fill(f"`_target_` (or `target`): {names}.", 120))
         lines = [line for line in lines if line]
         rows = ["", "| key | here | note |", "|---|---|---|"]
         for key in keys(section):
