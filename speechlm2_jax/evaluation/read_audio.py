@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.inputs import Utterance
-from speechlm2_jax.inference.long_form.chunked import row_number
+from speechlm2_jax.inference.long_form.chunked import draw_number
 from speechlm2_jax.inference.long_form.chunks import Chunk, cut
 
 READERS = 4
@@ -89,7 +89,7 @@ def _cut(
             samples=wave[c.start : c.end],
             number=n,
             chunks=chunks,
-            draw=row_number(rank, n),
+            draw=draw_number(rank, n),
         )
         for n, c in enumerate(chunks)
     ]

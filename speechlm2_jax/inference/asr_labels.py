@@ -1,4 +1,4 @@
-"""Labels of a recogniser -> text: SentencePiece or word pieces, or plain characters."""
+"""Labels of an ASR model -> text: SentencePiece, word pieces, or plain characters."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,32 +11,32 @@ from speechlm2_jax.settings import SettingsError
 CHARACTER_MODELS = ("EncDecCTCModel", "EncDecRNNTModel", "EncDecHybridRNNTCTCModel")
 """NeMo's classes without a tokenizer: their config lists the labels, mostly characters."""
 CONTINUATION = "##"
-"""Begins a word piece that goes on with the word before it."""
+"""Prefix of a word piece that continues the word before it (BERT)."""
 
 
-class Speller:
-    """Labels -> text, as NeMo spells it."""
+class LabelDecoder:
+    """Labels -> text, as NeMo writes it."""
 
     def __init__(self, pieces: Sequence[str], join: Callable[[list[int]], str]) -> None:
         self._pieces, self._join = len(pieces), join
         self._marks = punctuation_marks(pieces)
 
     @classmethod
-    def of_tokenizer(cls, tokenizer: Tokenizer, pieces: int) -> "Speller":
-        """Joins the first `pieces` of a tokenizer; an unknown one stays visible."""
+    def from_tokenizer(cls, tokenizer: Tokenizer, pieces: int) -> "LabelDecoder":
+        """Uses the first `pieces` of a tokenizer; the unknown token stays visible."""
         return cls(
             tokenizer.ids_to_tokens(range(pieces)),
             lambda labels: tokenizer.ids_to_text(labels, remove_special_tokens=False),
         )
 
     @classmethod
-    def of_characters(cls, labels: Sequence[str]) -> "Speller":
-        """Writes one label after another; the space is a label too."""
+    def from_characters(cls, labels: Sequence[str]) -> "LabelDecoder":
+        """Concatenates labels; the space is a label too."""
         return cls(labels, lambda found: "".join(labels[i] for i in found))
 
     @classmethod
-    def of_word_pieces(cls, pieces: Sequence[str]) -> "Speller":
-        """Puts a space before each piece that does not go on with a word (BERT's vocabularies)."""
+    def from_word_pieces(cls, pieces: Sequence[str]) -> "LabelDecoder":
+        """Puts a space before each piece that starts a word (BERT's vocabularies)."""
 
         def join(found: list[int]) -> str:
             text = " ".join(pieces[i] for i in found)
@@ -45,35 +45,35 @@ class Speller:
         return cls(pieces, join)
 
     def __len__(self) -> int:
-        """How many labels there are; the next number is the blank."""
+        """The number of labels; the blank is the next index."""
         return self._pieces
 
     def __call__(self, labels: list[int]) -> str:
-        """Spells labels, none of them the blank."""
+        """Decodes labels, none of them the blank."""
         return attach_punctuation(self._join(labels), self._marks)
 
 
-def nemo_speller(archive: NemoArchive, decoder: str) -> Speller:
-    """How the labels of a recogniser's decoder ("rnnt" or "ctc") are spelt.
+def nemo_label_decoder(archive: NemoArchive, decoder: str) -> LabelDecoder:
+    """The label decoder of an ASR model's `decoder` ("rnnt" or "ctc").
 
-    Raises SettingsError for an archive without labels, or with a tokenizer of another kind.
+    Raises SettingsError for an archive without labels, or with an unsupported tokenizer.
     """
     if class_name(archive) in CHARACTER_MODELS:
-        return Speller.of_characters(_labels(archive, decoder))
+        return LabelDecoder.from_characters(_labels(archive, decoder))
     tokenizer = archive.config.get("tokenizer") or {}
     if str(tokenizer.get("type")).lower() == "wpe":
-        return Speller.of_word_pieces(_word_pieces(archive, tokenizer.get("vocab_path")))
+        return LabelDecoder.from_word_pieces(_word_pieces(archive, tokenizer.get("vocab_path")))
     found = nemo_tokenizer(archive)
-    return Speller.of_tokenizer(found, len(found))
+    return LabelDecoder.from_tokenizer(found, len(found))
 
 
 def class_name(archive: NemoArchive) -> str:
-    """NeMo's class of an archive's model, without its module."""
+    """The name of an archive's NeMo class, without its module."""
     return str(archive.config.get("target")).rpartition(".")[2]
 
 
 def _labels(archive: NemoArchive, decoder: str) -> list[str]:
-    """The labels that a character model's config lists, those of the decoder first."""
+    """The labels in a character model's config: those of the decoder, else the model's."""
     config = archive.config
     heads = (config.get("aux_ctc") or {}).get("decoder"), config.get("decoder")
     blocks = heads if decoder == "ctc" else (config.get("joint"),)

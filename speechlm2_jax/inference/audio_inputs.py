@@ -1,4 +1,4 @@
-"""Recordings as callers hand them over: paths and arrays, checked before anything hears them."""
+"""Recordings as users pass them (paths, files, arrays): read, checked and resampled."""
 
 from collections.abc import Iterable, Mapping
 from io import BufferedIOBase, BytesIO
@@ -19,21 +19,24 @@ _WITH_RATE = '(rate, array) or {"array": ..., "sampling_rate": ...}'
 
 
 class AudioInput(NamedTuple):
-    """A recording, and the file that it came from."""
+    """A recording, and its file name if it has one."""
 
     samples: np.ndarray
     name: str | None = None
 
 
 def clips_of(audio: Any, prompt: str, rate_hz: int, channel: int | None = None) -> list[AudioInput]:
-    """The recordings of a turn's `audio`: one recording, a list of them, or None.
+    """Reads a turn's `audio`: one recording, a list of them, or None.
 
-    A recording is a path, an open file, an array [S] of floats at `rate_hz`, `(rate, array)` as
-    Gradio gives it, or `{"array", "sampling_rate"}` or `{"path", "bytes"}` as datasets gives it.
-    Arrays with a rate of their own may hold integers and channels, [S, C] or [C, S], and are
-    resampled. `channel` chooses one of a file with several; None mixes them. `prompt` names the
-    prompt in errors. Raises AudioError for a recording that cannot be used and ValueError for what
-    is no recording.
+    A recording is one of:
+    - a path, an open file, or the bytes of a file;
+    - a float array [S] at `rate_hz`;
+    - `(rate, array)` of Gradio or `{"array", "sampling_rate"}` of datasets: the array is [S],
+      [S, C] or [C, S], of floats or integers, and is resampled;
+    - `{"path", "bytes"}`, undecoded audio of datasets.
+
+    `channel` chooses one channel; None mixes them. `prompt` names the prompt in errors. Raises
+    AudioError for an unusable recording and ValueError for any other value.
     """
     items = items_of(audio)
     names = [prompt if len(items) == 1 else f"{prompt}, clip {i}" for i in range(len(items))]
@@ -43,13 +46,13 @@ def clips_of(audio: Any, prompt: str, rate_hz: int, channel: int | None = None) 
 def split_audio(audios: Any, audio_lens: Any, least: int = 1) -> list[np.ndarray]:
     """Cuts a padded batch [B, S] into its clips.
 
-    Raises ValueError for a length below `least` or beyond S, and for what is no float batch.
+    Raises ValueError for a length below `least` or above S, and if `audios` is not a float batch.
     """
     try:
         array = np.asarray(audios)
-    except ValueError as error:  # rows of several lengths
+    except ValueError as error:  # clips of several lengths
         raise ValueError(
-            "audios must be one float array [B, S]; pad the rows to one length and give audio_lens"
+            "audios must be one float array [B, S]; pad the clips to one length and give audio_lens"
         ) from error
     if array.ndim != 2:
         raise ValueError(f"audios must be float [B, S]; got shape {array.shape}")
@@ -65,11 +68,11 @@ def split_audio(audios: Any, audio_lens: Any, least: int = 1) -> list[np.ndarray
         raise ValueError(
             f"audio_lens must be {len(array)} lengths from {least} to {array.shape[1]} samples"
         )
-    return [row[:n] for row, n in zip(array, lengths, strict=True)]
+    return [wave[:n] for wave, n in zip(array, lengths, strict=True)]
 
 
 def items_of(audio: Any) -> list[Any]:
-    """The recordings of a list, or the one that `audio` is."""
+    """A list of recordings as it is; one recording as a list of one."""
     if audio is None:
         return []
     is_one = isinstance(audio, Mapping | bytes) or not isinstance(audio, Iterable)
@@ -130,7 +133,7 @@ def _read(
 def _clip_of_dict(
     item: Mapping[str, Any], name: str, rate_hz: int, channel: int | None
 ) -> AudioInput:
-    """A recording as datasets gives it: decoded, or encoded as bytes or in a file."""
+    """A recording as datasets gives it: an array, the bytes of a file, or a path."""
     if item.get("array") is not None and item.get("sampling_rate") is not None:
         array = np.asarray(item["array"])
         return AudioInput(_own_rate(array, item["sampling_rate"], name, rate_hz, channel))
@@ -150,7 +153,7 @@ def _clip_of_dict(
 def _own_rate(
     array: np.ndarray, own_hz: Any, name: str, rate_hz: int, channel: int | None
 ) -> Float[np.ndarray, " S"]:
-    """Samples [S], [S, C] or [C, S] of some rate, mixed and resampled."""
+    """Mixes and resamples audio [S], [S, C] or [C, S] of its own rate."""
     least, most = RATES_HZ
     if not _is_rate(own_hz) or not least <= own_hz <= most or own_hz != int(own_hz):
         raise ValueError(
@@ -163,14 +166,15 @@ def _own_rate(
         samples = samples if samples.shape[0] > samples.shape[1] else samples.T  # [S, C]
         if channel is not None and channel >= samples.shape[1]:
             raise AudioError(
-                f"{name}: channel {channel} asked of {samples.shape[1]}", cause="no_such_channel"
+                f"{name}: there is no channel {channel}, it has {samples.shape[1]}",
+                cause="no_such_channel",
             )
         samples = samples.mean(axis=1) if channel is None else samples[:, channel]
     return check_samples(resample(check_samples(samples, name), int(own_hz), rate_hz), name)
 
 
 def _scaled(array: np.ndarray, name: str) -> Float[np.ndarray, "..."]:
-    """Samples as float32; integers fill the range of their dtype, as in WAV files."""
+    """Samples as float32; integers are scaled by the range of their dtype, as in WAV files."""
     if not jnp.issubdtype(array.dtype, jnp.integer):
         return as_float(array, name)
     middle = 128.0 if array.dtype == np.uint8 else 0.0
@@ -180,13 +184,13 @@ def _scaled(array: np.ndarray, name: str) -> Float[np.ndarray, "..."]:
 
 
 def as_float(array: np.ndarray, name: str) -> Float[np.ndarray, "..."]:
-    """Samples as float32. Raises ValueError for integers, whose scale nobody has told."""
+    """Samples as float32. Raises ValueError for integers, whose scale is unknown."""
     if jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(
-            f"{name}: audio is {array.dtype}, and must be floats from -1 to 1, as soundfile.read "
-            "and librosa.load give them; divide int16 samples by 32768"
+            f"{name}: audio is {array.dtype}; expected floats from -1 to 1, as soundfile.read and "
+            "librosa.load return them; divide int16 samples by 32768"
         )
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name}: audio must be float samples; got {array.dtype}")
-    with np.errstate(over="ignore"):  # what becomes infinite is refused
+    with np.errstate(over="ignore"):  # `check_samples` refuses what overflows to infinity
         return np.asarray(array, np.float32)

@@ -1,18 +1,21 @@
-"""Recordings of conversations as a batch: checked, and of few shapes."""
+"""Batches of recordings for duplex inference: checked, and padded to few shapes."""
 
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int32
 
 from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.inference.audio_inputs import as_float
 from speechlm2_jax.inference.padding import SAMPLE_STEP, round_up
 
 
-def as_batch(signal: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Checks what a user gives: float samples [B, S], and how many each row has.
+def check_batch(
+    signal: Any, lengths: Any
+) -> tuple[Float[np.ndarray, "B S"], Int32[np.ndarray, " B"]]:
+    """Checks a user's recordings: float samples [B, S], and the length of each.
 
-    Raises ValueError for shapes that are no batch, for integers, and for NaN or infinite samples.
+    Raises ValueError for other shapes, for integers, and for NaN or infinite samples.
     """
     audio, counts = np.asarray(signal), np.asarray(lengths, np.int32)
     if audio.ndim != 2 or counts.shape != audio.shape[:1]:
@@ -29,16 +32,21 @@ def as_batch(signal: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
     return audio, counts
 
 
-def padded(audio: np.ndarray, lengths: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds rows and samples up to few sizes, so that few programs are compiled."""
+def pad_to_static_shape(
+    audio: Float[np.ndarray, "B S"], lengths: Int32[np.ndarray, " B"], groups: int
+) -> tuple[Float[np.ndarray, "R U"], Int32[np.ndarray, " R"]]:
+    """Rounds batch size and samples up, so that few programs are compiled.
+
+    The batch size is a multiple of `groups`, the number of data-parallel shards.
+    """
     rows = -(-round_up(max(len(audio), 1), 1) // groups) * groups
     samples = round_up(int(lengths.max(initial=1)), SAMPLE_STEP)
     whole = np.zeros((rows, samples), np.float32)
     for row, (wave, n) in enumerate(zip(audio, lengths.tolist(), strict=True)):
         whole[row, :n] = wave[:n]
-    return whole, fitted(lengths, rows)
+    return whole, pad_lengths(lengths, rows)
 
 
-def fitted(lengths: np.ndarray, rows: int) -> np.ndarray:
-    """Lengths of as many rows; those that are added have none."""
+def pad_lengths(lengths: Int32[np.ndarray, " B"], rows: int) -> Int32[np.ndarray, " R"]:
+    """Lengths of `rows` rows; padding rows have length 0."""
     return np.pad(np.asarray(lengths, np.int32), (0, rows - len(lengths)))

@@ -1,4 +1,4 @@
-"""Turns whose content is a list of parts, as in transformers' and OpenAI's chats."""
+"""Turns whose content is a list of parts, as in the chats of transformers and OpenAI."""
 
 import base64
 import binascii
@@ -12,12 +12,12 @@ _AUDIO_TYPES = ("audio", "audio_url", "input_audio")
 
 
 def with_plain_content(turn: Mapping[str, Any], name: str, placeholder: str) -> Mapping[str, Any]:
-    """A turn whose content is one text, and whose recordings are in `audio`.
+    """Turns a list of parts into one text, and puts its recordings into `audio`.
 
-    A part is a text, `{"type": "text", "text": ...}` or `{"type": "audio", "audio": ...}`, the
-    recording also under `path` or `url` (of a local file). Parts are joined by a space, as turns
-    of one role are where a model is trained; `placeholder` stands for each recording. Other turns
-    are returned as they are. Raises ValueError, naming the prompt, for another part.
+    A part is a text, `{"type": "text", "text": ...}` or `{"type": "audio", "audio": ...}`; the
+    recording may also be under `path` or `url` (of a local file). Parts are joined by a space, as
+    training joins turns of one role. `placeholder` stands for each recording. Other turns are
+    returned unchanged. Raises ValueError, naming the prompt, for another kind of part.
     """
     parts = turn.get("content")
     if isinstance(parts, str) or not isinstance(parts, Sequence):
@@ -48,7 +48,7 @@ def _joined(before: str, after: str) -> str:
 
 
 def _kind(part: Mapping[str, Any]) -> Any:
-    """The type of a part, which transformers lets be left out."""
+    """The type of a part; transformers allows to leave it out."""
     if "type" in part:
         return part["type"]
     return "text" if "text" in part else next((k for k in _AUDIO_KEYS if k in part), None)
@@ -70,9 +70,9 @@ def _recording(part: Mapping[str, Any], name: str) -> Any:
 
 
 def local_recording(address: str, name: str) -> str | bytes:
-    """The path, or the bytes, behind a path or an address (`file:`, `data:`).
+    """The path, or the decoded bytes, of a path or a URL (`file:`, `data:`).
 
-    Raises ValueError, naming the prompt, for an address of another machine.
+    Raises ValueError, naming the prompt, for a URL of another machine.
     """
     if address.startswith("data:"):
         return _decoded(address.partition(",")[2], name)

@@ -1,146 +1,145 @@
-"""Answering a stream of prompts on a fixed number of slots: what ends makes room at once.
+"""Continuous batching: a stream of prompts on a fixed number of slots.
 
-Beside the encoder, one program per shape of new prompts (two sizes per doubling) and one that
-chooses tokens: nothing is compiled again as rows come and go.
+A sequence that ends frees its slot for the next prompt. Beside the encoder there is one program per
+shape of new prompts (lengths are rounded up to 1.0x or 1.5x a power of two) and one that decodes:
+admitting and finishing sequences compiles nothing.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from speechlm2_jax import sharding
 from speechlm2_jax.batches import BatchShape, SalmBatch, SalmExample, assemble_salm_batch
 from speechlm2_jax.generation import slots as loop
 from speechlm2_jax.generation.decoding import DecodingConfig
 from speechlm2_jax.generation.processors import reads_prompt
 from speechlm2_jax.generation.slots import Slots
 from speechlm2_jax.inference import generate
+from speechlm2_jax.inference.engine import Engine
 from speechlm2_jax.inference.long_form import chunked
-from speechlm2_jax.inference.padding import answer_shape, round_up
-from speechlm2_jax.inference.request.generation_request import GenerationRequest, read_request
+from speechlm2_jax.inference.padding import prompt_shape, round_up
+from speechlm2_jax.inference.request.generation_request import GenerationRequest
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.networks.salm import Salm
 
-if TYPE_CHECKING:
-    from speechlm2_jax.models.salm import SALM
-
-GROUPS = 4
-"""New prompts come in groups of this share of the slots: together they are encoded well, and
-little room waits for them."""
+ADMISSION_SHARE = 4
+"""New prompts are admitted in groups of 1/4 of the slots. A group is encoded efficiently, and few
+slots stay free while one fills up."""
 
 
 class FinishedPrompt(NamedTuple):
-    """A prompt and what was said."""
+    """A prompt and its response."""
 
     number: int
     """Of the prompt, from 0."""
     ids: np.ndarray
-    """Int32, up to the end of the answer."""
+    """Int32 token ids, up to the end of the response."""
 
 
 class SlotEntry(NamedTuple):
-    """What takes one slot: a prompt, or one chunk of it."""
+    """What occupies one slot: a prompt, or one chunk of a prompt with long audio."""
 
     prompt: int
     chunk: int
     example: SalmExample
     draw: int
-    """The number by which random draws go."""
+    """The number that seeds its random draws."""
 
 
 def why_unsupported(request: GenerationRequest) -> str | None:
-    """Why a request cannot be answered on slots, if it cannot."""
+    """What of a request continuous batching does not support; None if all is supported."""
     reasons = {
         "num_beams: beam search": request.decoding.beams is not None,
-        "num_return_sequences: several answers": request.decoding.answers > 1,
+        "num_return_sequences above 1": request.decoding.answers > 1,
         "stop_strings": bool(request.stop_strings),
         "max_time": request.max_time_s is not None,
         "should_stop": request.should_stop is not None,
         "return_dict_in_generate": request.returns_dict,
         "max_length (use max_new_tokens)": request.max_length is not None,
     }
-    return next((why for why, is_asked in reasons.items() if is_asked), None)
+    return next((why for why, is_set in reasons.items() if is_set), None)
 
 
 def generate_each(
-    model: "SALM",
-    graphdef: Any,
+    engine: Engine,
     prompts: Iterable[Any],
-    count: int,
-    generation_config: Any,
-    overrides: Mapping[str, Any],
+    request: GenerationRequest,
+    slots: int,
     draw_numbers: Iterable[int] | None = None,
 ) -> Iterator[list[FinishedPrompt]]:
-    """Answers dialogs as they come; see SALM.generate_each."""
-    request = read_request(model, generation_config, overrides)
+    """Generates responses to a stream of dialogs; see SALM.generate_each."""
     why = why_unsupported(request)
     if why is not None:
-        raise ValueError(f"{why}: not on slots, where rows come and go; use generate")
-    if count < 1:
-        raise ValueError(f"slots={count} must be at least 1")
-    if sharding.mesh_of(model.variables) is not None:
-        raise ValueError("the weights lie on a mesh, and slots are of one device; use generate")
+        raise ValueError(
+            f"{why}: not supported by generate_each (continuous batching); use generate"
+        )
+    if slots < 1:
+        raise ValueError(f"slots={slots} must be at least 1")
+    if engine.placement is not None:
+        raise ValueError(
+            "generate_each supports one device, but the weights are on a mesh; use generate"
+        )
     numbers = itertools.count() if draw_numbers is None else draw_numbers
-    return _whole(model, graphdef, zip(prompts, numbers, strict=False), request, count)
+    return _join_chunks(engine, zip(prompts, numbers, strict=False), request, slots)
 
 
-def _whole(
-    model: "SALM",
-    graphdef: Any,
-    prompts: Iterable[tuple[Any, int]],
-    request: GenerationRequest,
-    count: int,
+def _join_chunks(
+    engine: Engine, prompts: Iterable[tuple[Any, int]], request: GenerationRequest, slots: int
 ) -> Iterator[list[FinishedPrompt]]:
-    """Takes prompts, with the numbers of their draws, apart into rows and joins their answers.
+    """Runs (dialog, draw number) pairs chunk by chunk; joins the responses of each dialog's chunks.
 
-    A prompt that cannot be used raises its error after the answers to those before it.
+    An invalid prompt raises its error after the responses to all prompts before it.
     """
-    open_parts: dict[int, chunked.ChunkedPrompt] = {}
-    said: dict[int, dict[int, np.ndarray]] = {}
-    wrong: list[ValueError] = []
+    open_prompts: dict[int, chunked.ChunkedPrompt] = {}
+    ids_of_chunks: dict[int, dict[int, np.ndarray]] = {}
+    errors: list[ValueError] = []
 
-    def rows() -> Iterator[SlotEntry]:
+    def entries() -> Iterator[SlotEntry]:
         for number, (dialog, draw) in enumerate(prompts):
             try:
-                parts = _parts(model, dialog, number, request)
+                prompt = _read_dialog(engine, dialog, number, request)
             except ValueError as error:
-                wrong.append(error)
+                errors.append(error)
                 return
-            open_parts[number] = parts
-            for n, row in enumerate(parts.rows):
-                yield SlotEntry(number, n, row, chunked.row_number(draw, n))
+            open_prompts[number] = prompt
+            for n, example in enumerate(prompt.rows):
+                yield SlotEntry(number, n, example, chunked.draw_number(draw, n))
 
-    for ended in run_slots(model, graphdef, rows(), request, count):
-        whole = []
-        for row, ids in ended:
-            own = said.setdefault(row.prompt, {})
-            own[row.chunk] = ids
-            if len(own) == len(open_parts[row.prompt].rows):
-                del said[row.prompt]
-                parts = open_parts.pop(row.prompt)
-                answers = [own[n] for n in range(len(own))]
-                joined = parts.join(answers, model.tokenizer, request.decoding.stop_ids)
-                whole.append(FinishedPrompt(row.prompt, np.asarray(joined, np.int32)))
-        if whole:
-            yield whole
-    if wrong:
-        raise wrong[0]
+    for ended in run_slots(engine, entries(), request, slots):
+        finished = []
+        for entry, ids in ended:
+            own = ids_of_chunks.setdefault(entry.prompt, {})
+            own[entry.chunk] = ids
+            if len(own) == len(open_prompts[entry.prompt].rows):
+                del ids_of_chunks[entry.prompt]
+                prompt = open_prompts.pop(entry.prompt)
+                responses = [own[n] for n in range(len(own))]
+                joined = prompt.join(responses, engine.tokenizer, request.decoding.stop_ids)
+                finished.append(FinishedPrompt(entry.prompt, np.asarray(joined, np.int32)))
+        if finished:
+            yield finished
+    if errors:
+        raise errors[0]
 
 
-def _parts(
-    model: "SALM", dialog: Any, number: int, request: GenerationRequest
+def _read_dialog(
+    engine: Engine, dialog: Any, number: int, request: GenerationRequest
 ) -> chunked.ChunkedPrompt:
-    """The rows of a dialog. Raises ValueError where it cannot be used, naming its number."""
+    """A dialog, its long audio split into chunks. Raises ValueError, naming its number."""
     name = f"prompt {number}"
     try:
         (example,), _ = generate.prepare_prompts(
-            model, ([dialog], None, None), number, enable_thinking=request.enable_thinking
+            engine,
+            generate.PromptInputs([dialog]),
+            number,
+            enable_thinking=request.enable_thinking,
         )
     except ValueError as error:
         if str(error).startswith(name):
@@ -148,123 +147,121 @@ def _parts(
         raise ValueError(f"{name}: {error}") from error
     if not example.audio and reads_prompt(request.decoding.processors):
         raise ValueError(
-            f"{name} is of text alone, whose ids repetition_penalty, "
-            "no_repeat_ngram_size, bad_words_ids and sequence_bias look at: not on slots; use "
-            "generate"
+            f"{name} has no audio: generate_each does not support repetition_penalty, "
+            "no_repeat_ngram_size, bad_words_ids and sequence_bias for it; use generate"
         )
-    return chunked.in_parts(example, request.max_audio_s, model.sampling_rate)
+    return chunked.split_long_audio(example, request.max_audio_s, engine.sampling_rate)
 
 
 def run_slots(
-    model: "SALM", graphdef: Any, rows: Iterator[SlotEntry], request: GenerationRequest, count: int
+    engine: Engine, entries: Iterator[SlotEntry], request: GenerationRequest, count: int
 ) -> Iterator[list[tuple[SlotEntry, np.ndarray]]]:
-    """Answers rows on `count` slots; yields those that have ended, time and again."""
-    table = _Table(model, graphdef, request, count)
-    size = -(-count // GROUPS)
-    groups = iter(lambda: list(itertools.islice(rows, size)), [])
+    """Generates for `entries` on `count` slots; yields those that have ended, group by group."""
+    table = _SlotTable(engine, request, count)
+    size = -(-count // ADMISSION_SHARE)
+    groups = iter(lambda: list(itertools.islice(entries, size)), [])
     group = next(groups, None)
     while group is not None or table.busy:
-        while group is not None and table.takes(group):
+        while group is not None and table.can_admit(group):
             table.admit(group)
             group = next(groups, None)
         ready = group is not None and table.fits(group)
         yield table.run(len(group) if group is not None and ready else count)
 
 
-class _New(NamedTuple):
-    """A group of B new rows on the device."""
+class _Admission(NamedTuple):
+    """A group of B prompts to admit, on the device."""
 
     batch: SalmBatch
     embeds: Float[Array, "B T D"]
-    limits: Any
-    """Int32 [1, B]."""
-    at: Any
-    """Int32 [B], the slot of each; a row that fills the group has one beyond the last."""
+    limits: Int[Array, "1 B"] | Int[np.ndarray, "1 B"]
+    at: Int[Array, " B"] | Int[np.ndarray, " B"]
+    """The slot of each prompt; padding of the group has an index beyond the last slot."""
     key: Key[Array, ""] | None
 
 
-class _Table:
-    """The slots on the device, and who sits where."""
+class _SlotTable:
+    """The slots on the device, and which entry occupies which slot."""
 
-    def __init__(
-        self, model: "SALM", graphdef: Any, request: GenerationRequest, count: int
-    ) -> None:
+    def __init__(self, engine: Engine, request: GenerationRequest, count: int) -> None:
         self.busy: dict[int, SlotEntry] = {}
-        self._model, self._graphdef, self._count = model, graphdef, count
-        self._size = -(-count // GROUPS)
+        self._engine, self._count = engine, count
+        self._size = -(-count // ADMISSION_SHARE)
         self._limit = int(request.limits(np.zeros(1, np.int32))[0])
         self._decoding = request.fitting(np.array([self._limit]))
         self._key = jax.random.key(request.seed) if request.decoding.do_sample else None
         self._slots: Slots | None = None
-        self._steps = 0
-        """Of the longest prompt that the slots hold."""
+        self._prompt_tokens = 0
+        """The longest prompt that the slots' KV cache has room for."""
 
     def fits(self, group: Sequence[SlotEntry]) -> bool:
-        """Whether the slots have room for such long prompts."""
-        return self._shape(group).tokens <= self._steps
+        """Whether the KV cache has room for the longest prompt of a group."""
+        return self._shape(group).tokens <= self._prompt_tokens
 
-    def takes(self, group: Sequence[SlotEntry]) -> bool:
-        """Whether there are free slots for a group; for longer prompts all are made anew."""
+    def can_admit(self, group: Sequence[SlotEntry]) -> bool:
+        """Whether a group can start now; a longer prompt than before waits until all are free."""
         if not self.fits(group):
             return not self.busy
         return len(group) <= self._count - len(self.busy)
 
     def admit(self, group: Sequence[SlotEntry]) -> None:
-        """Runs new prompts in free slots."""
+        """Runs new prompts and puts them into free slots."""
         shape = self._shape(group)
-        programs = (self._graphdef, self._model.variables)
-        if shape.tokens > self._steps:
-            self._steps = shape.tokens
-            self._slots = _empty(*programs, self._decoding, self._count, self._steps)
+        network = self._engine.network
+        if shape.tokens > self._prompt_tokens:
+            self._prompt_tokens = shape.tokens
+            self._slots = _empty(*network, self._decoding, self._count, self._prompt_tokens)
         free = [slot for slot in range(self._count) if slot not in self.busy][: len(group)]
         self.busy |= dict(zip(free, group, strict=True))
         at = np.full(self._size, self._count, np.int32)
         at[: len(group)] = free
-        batch = self._laid_out(group, shape)
-        new = _New(
+        batch = self._batch(group, shape)
+        new = _Admission(
             batch=batch,
-            embeds=generate.encode(*programs, batch),
+            embeds=generate.encode(*network, batch),
             limits=np.full((1, self._size), self._limit, np.int32),
             at=at,
             key=self._key,
         )
-        self._slots = _admit(*programs, self._slots, new, self._decoding)
+        self._slots = _admit(*network, self._slots, new, self._decoding)
 
     def run(self, enough: int) -> list[tuple[SlotEntry, np.ndarray]]:
-        """Goes on until so many slots have ended; gives the answers that are complete."""
-        programs = (self._graphdef, self._model.variables)
-        self._slots, said = _run(*programs, self._slots, np.int32(enough), self._decoding)
-        ids, lengths, ended = jax.device_get(said)
+        """Decodes until `enough` slots have ended; returns their entries and ids."""
+        network = self._engine.network
+        self._slots, outputs = _run(*network, self._slots, np.int32(enough), self._decoding)
+        ids, lengths, ended = jax.device_get(outputs)
         slots = [slot for slot in self.busy if ended[slot]]
         return [(self.busy.pop(slot), ids[slot, : lengths[slot]]) for slot in slots]
 
     def _shape(self, group: Sequence[SlotEntry]) -> BatchShape:
-        """The static shape of a group, that of a full one."""
-        shape = answer_shape([[row.example for row in group]], self._model.frame_count)
-        each = max(len(row.example.audio) for row in group)
-        return replace(shape, rows=self._size, clips=round_up(each, 1) * self._size if each else 0)
+        """The static shape of a group, as if it were full."""
+        shape = prompt_shape([[entry.example for entry in group]], self._engine.frame_count)
+        clips = max(len(entry.example.audio) for entry in group)
+        clips = round_up(clips, 1) * self._size if clips else 0
+        return replace(shape, rows=self._size, clips=clips)
 
-    def _laid_out(self, group: Sequence[SlotEntry], shape: BatchShape) -> SalmBatch:
+    def _batch(self, group: Sequence[SlotEntry], shape: BatchShape) -> SalmBatch:
         batch = assemble_salm_batch(
-            [[row.example for row in group]],
+            [[entry.example for entry in group]],
             shape,
-            frame_count=self._model.frame_count,
-            placeholder_id=self._model.audio_locator_tag_id,
+            frame_count=self._engine.frame_count,
+            placeholder_id=self._engine.audio_locator_tag_id,
             shift=False,
         )
-        if self._model.nemo_exact:
-            batch = batch.without_id(self._model.text_pad_id)
+        if self._engine.nemo_exact:
+            batch = batch.without_id(self._engine.text_pad_id)
         row_ids = np.zeros((1, self._size), np.int32)
-        row_ids[0, : len(group)] = [row.draw for row in group]
+        row_ids[0, : len(group)] = [entry.draw for entry in group]
         return replace(batch, row_ids=row_ids)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "count", "steps"))
+@partial(jax.jit, static_argnames=("graphdef", "count", "prompt_tokens"))
 def _empty(
-    graphdef: Any, variables: Variables, decoding: DecodingConfig, count: int, steps: int
+    graphdef: Any, variables: Variables, decoding: DecodingConfig, count: int, prompt_tokens: int
 ) -> Slots:
+    """Free slots with room for prompts of `prompt_tokens`."""
     network: Salm = merge(graphdef, variables)
-    return loop.empty(network.llm, count, steps, decoding, network.dtype)
+    return loop.empty(network.llm, count, prompt_tokens, decoding, network.dtype)
 
 
 @partial(jax.jit, static_argnames=("graphdef",), donate_argnames="slots")
@@ -272,13 +269,14 @@ def _admit(
     graphdef: Any,
     variables: Variables,
     slots: Slots | None,
-    new: _New,
+    new: _Admission,
     decoding: DecodingConfig,
 ) -> Slots:
     """Runs prompts, chooses their first tokens, and puts them into their slots."""
     assert slots is not None
-    asked = (new.embeds, new.batch, new.limits, new.key)
-    return loop.admit(slots, generate.prefill(graphdef, variables, *asked, decoding), new.at)
+    inputs = (new.embeds, new.batch, new.limits, new.key)
+    at = jnp.asarray(new.at)
+    return loop.admit(slots, generate.prefill(graphdef, variables, *inputs, decoding), at)
 
 
 @partial(jax.jit, static_argnames=("graphdef",), donate_argnames="slots")
@@ -289,7 +287,7 @@ def _run(
     enough: Int[Array, ""],
     decoding: DecodingConfig,
 ) -> tuple[Slots, tuple[Array, Array, Array]]:
-    """Chooses tokens until `enough` slots have ended: the state, and what the host reads of it."""
+    """Decodes until `enough` slots have ended: (state, (ids, lengths, ended) for the host)."""
     assert slots is not None
     network: Salm = merge(graphdef, variables)
     slots = loop.run(network.llm, slots, decoding, enough)

@@ -1,17 +1,18 @@
-"""Static shapes for answering: few programs, whatever is asked."""
+"""Static shapes for inference: sizes are rounded up, so that few programs are compiled."""
 
 from collections.abc import Sequence
 
 from speechlm2_jax.batches import BatchShape, FrameCount, SalmExample
 
 SAMPLE_STEP = 16000
+"""Unit of rounding for samples: one second at 16 kHz."""
 TOKEN_STEP = 32
 
 
 def round_up(n: int, step: int) -> int:
-    """The least of step, 2 step, 3 step, 4 step, 6 step, 8 step, 12 step, ... that is >= n.
+    """Rounds up to 1.0x or 1.5x a power of two, in units of `step`: with step 1, 5 -> 6, 7 -> 8.
 
-    Two sizes per doubling: padding stays under a half, and the number of sizes logarithmic.
+    Sizes are step x (1, 2, 3, 4, 6, 8, 12, 16, ...). Less than half of a size is padding.
     """
     size = step
     while size < n:
@@ -20,8 +21,8 @@ def round_up(n: int, step: int) -> int:
     return size
 
 
-def answer_shape(groups: Sequence[Sequence[SalmExample]], frame_count: FrameCount) -> BatchShape:
-    """The static shape that holds the prompts of each of these groups."""
+def prompt_shape(groups: Sequence[Sequence[SalmExample]], frame_count: FrameCount) -> BatchShape:
+    """The static shape that holds the prompts of every data-parallel shard (`groups`)."""
     examples = [example for group in groups for example in group]
     clips = [clip for example in examples for clip in example.audio]
     most_clips = max(sum(len(example.audio) for example in group) for group in groups)

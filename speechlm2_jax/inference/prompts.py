@@ -1,10 +1,11 @@
-"""What callers of `generate` may pass, turned into conversations for the network."""
+"""Prompts of `generate` (dialogs or token ids, with audio), turned into examples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 
 from speechlm2_jax.batches import SalmExample
 from speechlm2_jax.data.audio import check_samples
@@ -18,7 +19,7 @@ _FORM = 'prompts must be dialogs, [[{"role": "user", "content": "..."}], ...], o
 
 @dataclass(frozen=True, kw_only=True)
 class PromptContext:
-    """What turns prompts into ids and audio into samples."""
+    """The tokenization and audio settings of a model."""
 
     formatter: PromptFormatter
     sample_rate_hz: int
@@ -34,15 +35,16 @@ class PromptContext:
 def prompt_examples(
     prompts: Any, audios: Any, audio_lens: Any, context: PromptContext, first: int = 0
 ) -> tuple[list[SalmExample], np.ndarray]:
-    """Makes one conversation per prompt; audio goes to the placeholders in order.
+    """Makes one example per prompt; audio goes to the placeholders in order.
 
-    `prompts`: a list of dialogs (lists of turns, each with `role`, and `content` or `slots`, and
-    optionally `audio`: recordings as `clips_of` takes them), or int ids [B, T] padded anywhere on
-    the left. `content` is text, or a list of parts as in transformers' chats (`content_parts`).
-    `audios` [B', S] with `audio_lens` [B'], one per placeholder over the whole batch. Returns the
-    conversations, named by their numbers from `first`, and their left-padded ids [B, T]. Raises
-    ValueError, naming the prompt by its number, for what is no prompt, for audio or ids that cannot
-    be used, and where placeholders and audio do not match.
+    - `prompts`: a list of dialogs, or int ids [B, T] with any padding on the left. A dialog is a
+      list of turns with `role`, `content` or `slots`, and optionally `audio` (recordings as
+      `clips_of` takes them). `content` is text, or a list of parts (`content_parts`).
+    - `audios` [B', S] with `audio_lens` [B']: one clip per placeholder over the whole batch.
+
+    Returns the examples, named "prompt N" with N counted from `first`, and their left-padded ids
+    [B, T]. Raises ValueError, naming the prompt, for invalid prompts, audio or ids, and where the
+    numbers of placeholders and clips differ.
     """
     if _are_dialogs(prompts, first):
         names = _names(prompts, first)
@@ -66,21 +68,21 @@ def prompt_examples(
         ids = _id_rows(prompts, context, first)
         tokens = _unpadded(ids, context)
         names, clips = _names(ids, first), [[] for _ in ids]
-    needed = [int((row == context.placeholder_id).sum()) for row in ids]
+    needed = [int((own == context.placeholder_id).sum()) for own in ids]
     if audios is not None:
-        clips = _dealt(split_audio(audios, audio_lens), names, needed)
+        clips = _assign(split_audio(audios, audio_lens), names, needed)
     for name, wanted, own in zip(names, needed, clips, strict=True):
         _check_number(f"{name} has", wanted, len(own))
-    rows = zip(names, tokens, clips, strict=True)
-    return [_example(*row) for row in rows], left_pad(ids, context.pad_id)
+    examples = [_example(*one) for one in zip(names, tokens, clips, strict=True)]
+    return examples, left_pad(ids, context.pad_id)
 
 
-def left_pad(rows: Sequence[np.ndarray], pad_id: int) -> np.ndarray:
-    """Stacks id rows of unequal length, padded on the left as NeMo's collation does."""
-    width = max(map(len, rows), default=0)
-    out = np.full((len(rows), width), pad_id, np.int32)
-    for i, row in enumerate(rows):
-        out[i, width - len(row) :] = row
+def left_pad(sequences: Sequence[np.ndarray], pad_id: int) -> Int32[np.ndarray, "B T"]:
+    """Stacks id sequences of unequal length, padded on the left as NeMo's collation does."""
+    width = max(map(len, sequences), default=0)
+    out = np.full((len(sequences), width), pad_id, np.int32)
+    for i, ids in enumerate(sequences):
+        out[i, width - len(ids) :] = ids
     return out
 
 
@@ -89,7 +91,7 @@ def _names(prompts: Any, first: int) -> list[str]:
 
 
 def _are_dialogs(prompts: Any, first: int) -> bool:
-    """Whether prompts are dialogs, else they should be ids. Raises ValueError for other texts."""
+    """Whether prompts are dialogs; otherwise they should be ids. Raises ValueError for texts."""
     if isinstance(prompts, str | bytes | Mapping):
         raise ValueError(f"{_FORM}; got {type(prompts).__name__}")
     if not isinstance(prompts, Sequence):
@@ -97,16 +99,14 @@ def _are_dialogs(prompts: Any, first: int) -> bool:
     if any(isinstance(prompt, Mapping) for prompt in prompts):
         raise ValueError(f"{_FORM}; this is one dialog: wrap it in a list")
     if any(isinstance(prompt, str | bytes) for prompt in prompts):
-        raise ValueError(f"{_FORM}; got a list of texts: make a turn of each")
+        raise ValueError(f"{_FORM}; got a list of texts: make each a turn of a dialog")
     lists = [prompt for prompt in prompts if isinstance(prompt, Sequence)]
     if not any(isinstance(turn, Mapping) for dialog in lists for turn in dialog):
         return False
     for number, dialog in enumerate(prompts, first):
         is_list = isinstance(dialog, Sequence) and len(dialog) > 0
         if not is_list or not all(isinstance(turn, Mapping) for turn in dialog):
-            raise ValueError(
-                f"prompt {number} must be a dialog: a list of turns, of which there is one at least"
-            )
+            raise ValueError(f"prompt {number} must be a dialog: a list of at least one turn")
     return True
 
 
@@ -121,12 +121,12 @@ def _encode(dialog: Sequence[Any], name: str, context: PromptContext) -> np.ndar
 
 
 def _id_rows(prompts: Any, context: PromptContext, first: int) -> list[np.ndarray]:
-    """The rows of ids [B, T]. Raises ValueError for another array, and for unknown ids."""
+    """The sequences of ids [B, T]. Raises ValueError for another array and for unknown ids."""
     try:
         array = np.asarray(prompts)
-    except ValueError as error:  # rows of several lengths
+    except ValueError as error:  # sequences of several lengths
         raise ValueError(
-            f"prompts of ids must be one array [B, T]; pad the rows on the left with the id "
+            f"prompts of ids must be one array [B, T]; pad them on the left with the id "
             f"{context.pad_id}"
         ) from error
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
@@ -136,31 +136,31 @@ def _id_rows(prompts: Any, context: PromptContext, first: int) -> list[np.ndarra
     for row, fine, name in zip(array, is_known, _names(array, first), strict=True):
         if not fine.all():
             raise ValueError(
-                f"{name}: {row[~fine][:5].tolist()} are no ids; give ids from 0 to "
-                f"{context.vocab_size - 1}, and {context.placeholder_id} where audio is heard"
+                f"{name}: {row[~fine][:5].tolist()} are not token ids; give ids from 0 to "
+                f"{context.vocab_size - 1}, and {context.placeholder_id} for an audio placeholder"
             )
     return list(array)
 
 
-def _unpadded(rows: Sequence[np.ndarray], context: PromptContext) -> list[np.ndarray]:
-    """The rows without the padding on their left.
+def _unpadded(sequences: Sequence[np.ndarray], context: PromptContext) -> list[np.ndarray]:
+    """The sequences without their left padding.
 
-    Where the pad token also opens prompts, one of it is kept if every row starts with one.
+    If the pad token is also the bos token and every sequence starts with one, one is kept.
     """
-    is_text = [np.append(row != context.pad_id, True) for row in rows]
-    counts = [int(np.argmax(row)) for row in is_text]
-    opens = context.pad_id == context.bos_id and min(counts, default=0) > 0
-    return [row[max(count - opens, 0) :] for row, count in zip(rows, counts, strict=True)]
+    is_text = [np.append(ids != context.pad_id, True) for ids in sequences]
+    counts = [int(np.argmax(own)) for own in is_text]
+    has_bos = context.pad_id == context.bos_id and min(counts, default=0) > 0
+    return [ids[max(n - has_bos, 0) :] for ids, n in zip(sequences, counts, strict=True)]
 
 
-def _dealt(
+def _assign(
     audio: Sequence[np.ndarray], names: Sequence[str], needed: Sequence[int]
 ) -> list[list[AudioInput]]:
-    """Shares recordings out among the prompts, in order, as many as each has placeholders."""
+    """Assigns recordings to prompts in order, one per placeholder."""
     _check_number("the prompts have", sum(needed), len(audio))
-    rows = iter(audio)
+    waves = iter(audio)
     return [
-        [AudioInput(check_samples(next(rows), name)) for _ in range(wanted)]
+        [AudioInput(check_samples(next(waves), name)) for _ in range(wanted)]
         for name, wanted in zip(names, needed, strict=True)
     ]
 

@@ -1,4 +1,4 @@
-"""Parts of a model run alone, compiled, and where a model runs."""
+"""Perception and LLM of a model as programs of their own, and the device of a model."""
 
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from speechlm2_jax.perception.perception import PerceptionModes
 
 
 def device_of(variables: Variables | None) -> jax.Device:
-    """The device that holds the weights, the first of several; where they will go if on none."""
+    """The device of the weights, the first of several; the default device if none is loaded."""
     for value in (variables or {}).values():
         if isinstance(value, jax.Array):
             return min(value.devices(), key=lambda device: device.id)
@@ -39,7 +39,7 @@ def text_logits(
     embeds: Float[Array, "B T D"],
     mask: Bool[Array, "B T"],
 ) -> Float[Array, "B T V"]:
-    """Runs the LLM alone over embeddings; positions are 0..T-1 for every row."""
+    """Runs the LLM alone over embeddings; positions are 0..T-1 for every sequence."""
     network = merge(graphdef, variables)
     return network.llm.logits(hidden_states(network, embeds, mask))
 
@@ -47,7 +47,7 @@ def text_logits(
 def hidden_states(
     network: Any, embeds: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None
 ) -> Float[Array, "B T D"]:
-    """Runs a network's LLM over whole rows; without `mask` every step may be seen."""
+    """Runs a network's LLM over whole sequences; without `mask` no position is padding."""
     rows = embeds.shape[:2]
     return network.llm(
         embeds.astype(network.dtype),

@@ -1,8 +1,8 @@
-"""Recordings in, texts out: what every ASR model does around its network."""
+"""`transcribe` of every ASR model: recordings to batches, labels to texts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -10,20 +10,17 @@ from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.inference.audio_inputs import as_float, clips_of, is_array, items_of, split_audio
 from speechlm2_jax.inference.padding import SAMPLE_STEP, round_up
 
-if TYPE_CHECKING:
-    from speechlm2_jax.models.salm import SALM
-
-ROWS_AT_ONCE = 16
+DEFAULT_BATCH_SIZE = 16
 Decode = Callable[[np.ndarray, np.ndarray], list[list[int]]]
-"""Audio float32 [B, S] and lengths int32 [B] -> the labels of each row."""
+"""Audio float32 [B, S] and lengths int32 [B] -> the labels of each recording."""
 _WITHOUT_EFFECT = ("use_lhotse", "num_workers", "verbose")
-"""Arguments of NeMo's `transcribe` that change no text."""
+"""Arguments of NeMo's `transcribe` that do not change the text."""
 _REFUSED = ("return_hypotheses", "timestamps", "augmentor", "override_config")
-"""Those that ask for something, unless they are left at None or False."""
+"""Arguments that are not supported, unless they are None or False."""
 
 
 class Transcript(str):
-    """A text; `text` is the same, by the name that it has in NeMo's hypotheses."""
+    """A str; `text` is the same, as on NeMo's hypotheses."""
 
     __slots__ = ()
 
@@ -34,9 +31,9 @@ class Transcript(str):
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Takes NeMo's further arguments of `transcribe`.
+    """Checks NeMo's other arguments of `transcribe`.
 
-    Raises ValueError for one that asks for what is not supported, TypeError for an unknown one.
+    Raises ValueError for one that is not supported, TypeError for an unknown one.
     """
     for name, value in options.items():
         if name in _REFUSED and value not in (None, False):
@@ -45,38 +42,40 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise TypeError(f"transcribe: unknown argument {name!r}")
 
 
-def recordings_of(
+def read_recordings(
     audio: Any, lengths: Any, rate_hz: int, channel_selector: int | str | None = None
 ) -> list[np.ndarray]:
-    """Recordings float32 [S] at `rate_hz`, of all that `transcribe` takes.
+    """Reads what `transcribe` takes: float32 [S] at `rate_hz` each.
 
-    `audio`: one recording or a list of them, in every form of `clips.clips_of`, or a batch [B, S]
-    with `lengths` [B]. In batches and lists of arrays a recording may have no samples. Raises
-    AudioError for a recording that cannot be used, ValueError for what is none.
+    `audio`: one recording or a list of them, in every form of `audio_inputs.clips_of`, or a batch
+    [B, S] with `lengths` [B]. In batches and lists of arrays a recording may have no samples.
+    Raises AudioError for an unusable recording, ValueError for any other value.
     """
     channel = _channel(channel_selector)
     if lengths is not None or _is_batch(audio):
-        rows = split_audio(audio, lengths, least=0)
+        waves = split_audio(audio, lengths, least=0)
     elif isinstance(audio, list | tuple) and all(is_array(a) and np.ndim(a) == 1 for a in audio):
-        rows = [as_float(np.asarray(row), f"recording {n}") for n, row in enumerate(audio)]
+        waves = [as_float(np.asarray(wave), f"recording {n}") for n, wave in enumerate(audio)]
     else:
         return [
             clip.samples
             for number, item in enumerate(items_of(audio))
             for clip in clips_of(item, f"recording {number}", rate_hz, channel)
         ]
-    return [check_samples(row, f"recording {n}") if len(row) else row for n, row in enumerate(rows)]
+    return [
+        check_samples(wave, f"recording {n}") if len(wave) else wave for n, wave in enumerate(waves)
+    ]
 
 
 def transcribe(
     waves: Sequence[np.ndarray],
     decode: Decode,
-    spell: Callable[[list[int]], str],
-    batch_size: int = ROWS_AT_ONCE,
+    to_text: Callable[[list[int]], str],
+    batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> list[Transcript]:
-    """Transcribes recordings float32 [S], in input order; one without samples is "".
+    """Transcribes recordings float32 [S], in input order; one without samples gives "".
 
-    Recordings of similar length share a batch of at most `batch_size` rows. Rows and seconds are
+    Recordings of similar length share a batch of at most `batch_size`. Batch size and seconds are
     rounded up to 1.0x or 1.5x a power of two, so that few programs are compiled.
     """
     if batch_size < 1:
@@ -86,15 +85,49 @@ def transcribe(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         labels = decode(*_padded([waves[i] for i in chosen]))
-        for i, row in zip(chosen, labels, strict=False):  # rows beyond them are padding
-            texts[i] = Transcript(spell(row))
+        for i, own in zip(chosen, labels, strict=False):  # further rows are padding
+            texts[i] = Transcript(to_text(own))
     return texts
 
 
+@runtime_checkable
+class PromptedModel(Protocol):
+    """What transcription needs of a SALM."""
+
+    @property
+    def audio_locator_tag(self) -> str:
+        """The text of one audio placeholder."""
+        ...
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples per second of the model's input."""
+        ...
+
+    @property
+    def text_eos_id(self) -> int | None:
+        """Id of the end-of-sequence token."""
+        ...
+
+    @property
+    def text_pad_id(self) -> int:
+        """Id of padding."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """Turns ids into text."""
+        ...
+
+    def generate(self, prompts: Any, **generation_kwargs: Any) -> Any:
+        """Token ids of the responses; see SALM.generate."""
+        ...
+
+
 def transcribe_by_prompt(
-    model: "SALM", audio: Any, prompt: str, batch_size: int, generation: Mapping[str, Any]
+    model: PromptedModel, audio: Any, prompt: str, batch_size: int, generation: Mapping[str, Any]
 ) -> list[Transcript]:
-    """Transcribes by asking an LLM; see SALM.transcribe."""
+    """Transcribes with a prompt; see SALM.transcribe."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     for key in ("num_return_sequences", "return_dict_in_generate"):
@@ -109,13 +142,13 @@ def transcribe_by_prompt(
             clips_of(item, f"recording {number}", model.sampling_rate)
             for number, item in enumerate(items[start : start + batch_size], start=start)
         ]
-        asked = [
+        prompts = [
             [{"role": "user", "content": content, "audio": [c.samples for c in own]}]
             for own in clips
         ]
-        for ids in np.asarray(model.generate(asked, **generation)):
-            spoken = ids[~np.isin(ids, left_out)]
-            texts.append(Transcript(model.tokenizer.ids_to_text(spoken).strip()))
+        for ids in np.asarray(model.generate(prompts, **generation)):
+            text = model.tokenizer.ids_to_text(ids[~np.isin(ids, left_out)])
+            texts.append(Transcript(text.strip()))
     return texts
 
 

@@ -1,4 +1,4 @@
-"""What a user holds: a network with its tokenizer, settings and weights."""
+"""The user-facing model classes: a network with its tokenizer, settings and weights."""
 
 import importlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""A recogniser to write down speech with, whatever NeMo made it: CTC, RNN-T, TDT or hybrid."""
+"""ASRModel, the user-facing class for inference with NeMo's CTC, RNN-T, TDT and hybrid models."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from speechlm2_jax.conversion.ctc import ctc_table
 from speechlm2_jax.conversion.readers import NemoArchive, read_nemo
 from speechlm2_jax.conversion.transducer import transducer_table
 from speechlm2_jax.inference import stages
-from speechlm2_jax.inference.asr_labels import class_name, nemo_speller
+from speechlm2_jax.inference.asr_labels import class_name, nemo_label_decoder
 from speechlm2_jax.inference.transcribe import (
-    ROWS_AT_ONCE,
+    DEFAULT_BATCH_SIZE,
     Transcript,
     check_options,
-    recordings_of,
+    read_recordings,
     transcribe,
 )
 from speechlm2_jax.layers.module import abstract, describe, merge, split
@@ -40,11 +40,12 @@ DECODERS = {
     "EncDecHybridRNNTCTCModel": ("rnnt", "ctc"),
     "EncDecHybridRNNTCTCBPEModel": ("rnnt", "ctc"),
 }
-"""NeMo's class -> the decoders that it has, its own choice first; TDT counts as RNN-T."""
+"""NeMo's class -> its decoders, the default first; TDT counts as RNN-T."""
 MAX_SYMBOLS = 10
+"""Default of the most labels that a transducer emits at one frame."""
 _DECODING_KEYS = ("strategy", "durations", "big_blank_durations")
 SHORTEST_S = 1.0
-"""What is shorter is padded with silence on both sides, as NeMo 3.0.0 does with arrays."""
+"""Shorter recordings are padded with silence on both sides, as NeMo 3.0.0 does with arrays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +53,19 @@ class TransducerDecodingConfig:
     """NeMo's `decoding` block, as far as it changes a greedy transcript."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
-        "big_blank_durations": "transducers with several blanks are not done",
+        "big_blank_durations": "transducers with several blanks are not supported",
     }
 
     strategy: str = "greedy_batch"
     durations: tuple[int, ...] | None = None
     """Of a TDT model."""
     max_symbols: int | None = None
-    """Labels at one frame; null, in NeMo without a limit, means MAX_SYMBOLS."""
+    """Most labels at one frame; null means MAX_SYMBOLS (in NeMo: no limit)."""
 
     def __post_init__(self) -> None:
         if self.strategy not in ("greedy", "greedy_batch"):
             raise ValueError(
-                f"strategy={self.strategy!r} is not done; to decode greedily all the same, pass "
+                f"strategy={self.strategy!r} is not supported; to decode greedily instead, pass "
                 'decoding={"strategy": "greedy_batch"}'
             )
         if self.max_symbols is not None and self.max_symbols < 1:
@@ -72,9 +73,9 @@ class TransducerDecodingConfig:
 
 
 class ASRModel:
-    """A trained recogniser: `transcribe` turns audio into text. It is not for training.
+    """A trained ASR model for inference: `transcribe` turns audio into text.
 
-    `decoder` is "rnnt" (RNN-T or TDT) or "ctc". Nothing but the object holds its weights.
+    `decoder` is "rnnt" (RNN-T or TDT) or "ctc".
     """
 
     def __init__(
@@ -83,8 +84,8 @@ class ASRModel:
         self.decoder = decoder
         self._max_symbols = decoding.max_symbols or MAX_SYMBOLS
         self._jumps_when_full = decoding.strategy == "greedy" and decoding.max_symbols is not None
-        self._spell = nemo_speller(archive, decoder)
-        architecture = _architecture(archive, decoder, decoding, len(self._spell))
+        self._to_text = nemo_label_decoder(archive, decoder)
+        architecture = _architecture(archive, decoder, decoding, len(self._to_text))
         self._preprocessor = architecture.preprocessor
         module, table = _network(architecture)
         loaded = mapping.load(archive.weights, table, describe(module))
@@ -101,9 +102,9 @@ class ASRModel:
     ) -> "ASRModel":
         """Opens a `.nemo` file, or the one of a hub repository.
 
-        `decoder`: "rnnt" or "ctc", for hybrid models, which by themselves take "rnnt" as in NeMo.
-        `decoding`: keys that override the archive's decoding block. Raises SettingsError for a
-        model or a decoding that is not done, ConversionError for weights that do not fit.
+        `decoder`: "rnnt" or "ctc" for a hybrid model; the default is "rnnt", as in NeMo.
+        `decoding`: keys that override the archive's decoding block. Raises SettingsError for an
+        unsupported model or decoding, ConversionError for weights that do not fit.
         """
         archive = read_nemo(find_nemo(cls, path, key="pretrained_asr"))
         chosen = _decoder(archive, decoder)
@@ -111,22 +112,22 @@ class ASRModel:
 
     @staticmethod
     def check(path: str | Path) -> None:
-        """Raises what `from_pretrained` would raise for a `.nemo` file; reads no weight's value."""
+        """Raises what `from_pretrained` would raise for a `.nemo` file; reads no weights."""
         archive = read_nemo(Path(path))
         decoder = _decoder(archive, None)
         decoding = _decoding(archive, decoder, {})
-        labels = len(nemo_speller(archive, decoder))
+        labels = len(nemo_label_decoder(archive, decoder))
         module, table = _network(_architecture(archive, decoder, decoding, labels))
         mapping.check(archive.weights, table, describe(module))
 
     @property
     def device(self) -> jax.Device:
-        """The device that the model runs on, the first of several. Inputs may come from any."""
+        """The device that the model runs on, the first of several. Inputs may be on any."""
         return stages.device_of(self._variables)
 
     @property
     def sampling_rate(self) -> int:
-        """Samples per second that the model hears."""
+        """Sampling rate of the input audio in Hz."""
         return self._preprocessor.sample_rate
 
     def transcribe(
@@ -134,29 +135,31 @@ class ASRModel:
         audio: Any,
         lengths: Any = None,
         *,
-        batch_size: int = ROWS_AT_ONCE,
+        batch_size: int = DEFAULT_BATCH_SIZE,
         channel_selector: int | str | None = None,
         **options: Any,
     ) -> list[Transcript]:
         """Transcribes recordings, in input order; each text is a str that also has `text`.
 
-        `audio`: a path, an array [S] at `sampling_rate`, `(rate, array)` or a dict of datasets, a
-        list of these, or a batch float [B, S] with `lengths` [B] (without, the rows are full; a row
-        of length 0 gives ""). `channel_selector` chooses a channel of files with several, "average"
-        mixes them. The order, padding and neighbours of recordings change no text; `options` are
-        NeMo's arguments without effect on it (verbose, num_workers, use_lhotse). Raises AudioError
-        for a recording that cannot be used, ValueError for what is none and for a length beyond S.
+        - `audio`: a path, an array [S] at `sampling_rate`, `(rate, array)` or a dict of datasets, a
+          list of these, or a float batch [B, S].
+        - `lengths` [B]: samples of each recording of a batch, S by default; length 0 gives "".
+        - `channel_selector`: the channel of files with several; "average" mixes them.
+        - `options`: NeMo's arguments without effect here (verbose, num_workers, use_lhotse).
+
+        The texts do not depend on order, padding and other recordings of the batch. Raises
+        AudioError for an unusable recording, ValueError for any other value or a length above S.
         """
         check_options(options)
         shortest = int(SHORTEST_S * self.sampling_rate)
-        waves = recordings_of(audio, lengths, self.sampling_rate, channel_selector)
+        waves = read_recordings(audio, lengths, self.sampling_rate, channel_selector)
         padded = [_centred(wave, shortest) if len(wave) else wave for wave in waves]
-        return transcribe(padded, self._decode, self._spell, batch_size)
+        return transcribe(padded, self._decode, self._to_text, batch_size)
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         inputs = self._graphdef, self._variables, jnp.asarray(audio), jnp.asarray(lengths)
         if self.decoder == "ctc":
-            blank = len(self._spell)
+            blank = len(self._to_text)
             return [collapse(path, blank) for path in np.asarray(_ctc_paths(*inputs))]
         limits = {"max_symbols": self._max_symbols, "jumps_when_full": self._jumps_when_full}
         found = _hypotheses(*inputs, **limits)
@@ -164,7 +167,7 @@ class ASRModel:
         return [labels[:count].tolist() for labels, count in rows]
 
 
-# fp32 products on every machine: scores must not depend on where they were computed
+# fp32 matmuls on every platform (TPU and GPU default to less): scores do not depend on the device
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
@@ -203,20 +206,20 @@ def _decoder(archive: NemoArchive, asked: str | None) -> str:
     name = class_name(archive)
     if name not in DECODERS:
         raise SettingsError(
-            f"{archive.path}: {name} is no recogniser that is done; it can be {', '.join(DECODERS)}"
+            f"{archive.path}: {name} is not a supported ASR model; use one of {', '.join(DECODERS)}"
         )
     if asked is not None and asked not in DECODERS[name]:
-        raise SettingsError(f"decoder={asked!r}: {name} has {' and '.join(DECODERS[name])}")
+        raise SettingsError(f"decoder={asked!r}: {name} has only {' and '.join(DECODERS[name])}")
     return asked or DECODERS[name][0]
 
 
 def _decoding(
     archive: NemoArchive, decoder: str, overrides: Mapping[str, Any]
 ) -> TransducerDecodingConfig:
-    """The decoding block of the chosen decoder, without what a greedy transcript does not need."""
+    """The decoding block of the chosen decoder, without keys that greedy decoding does not use."""
     is_auxiliary = decoder == "ctc" and "aux_ctc" in archive.config
-    place = archive.config["aux_ctc"] if is_auxiliary else archive.config
-    given = {**(place.get("decoding") or {}), **overrides}
+    block = archive.config["aux_ctc"] if is_auxiliary else archive.config
+    given = {**(block.get("decoding") or {}), **overrides}
     greedy = given.get("greedy") or {}
     known = {key: given[key] for key in _DECODING_KEYS if key in given}
     known["max_symbols"] = greedy.get("max_symbols") or greedy.get("max_symbols_per_step")
@@ -226,7 +229,7 @@ def _decoding(
 def _architecture(
     archive: NemoArchive, decoder: str, decoding: TransducerDecodingConfig, pieces: int
 ) -> CtcConfig | TransducerConfig:
-    """The network; a hybrid model's has either the CTC head alone or everything."""
+    """The network; of a hybrid model either the CTC head alone or everything."""
     config = archive.config
     keys = ("preprocessor", "encoder") + (() if decoder == "ctc" else ("decoder", "joint"))
     missing = [key for key in keys if not config.get(key)]
@@ -239,13 +242,13 @@ def _architecture(
     network = build(TransducerConfig, {**blocks, **more}, "model")
     if network.blank != pieces:
         raise SettingsError(
-            f"{archive.path}: it can spell {pieces} labels, its decoder has {network.blank}"
+            f"{archive.path}: its tokenizer has {pieces} labels, but its decoder {network.blank}"
         )
     return network
 
 
 def _network(architecture: CtcConfig | TransducerConfig) -> tuple[nnx.Module, mapping.Table]:
-    """The network without weights, and NeMo's names of them."""
+    """The network without weights, and the table of NeMo's parameter names."""
     if isinstance(architecture, TransducerConfig):
         made = abstract(lambda: TransducerNetwork(architecture, rngs=nnx.Rngs(0)))
         return made, transducer_table(architecture)

@@ -1,4 +1,4 @@
-"""What every model here is to its user: network, tokenizer, settings and weights in one object."""
+"""`SpeechModel`, the base of the models with an LLM: construction, loading, saving, training."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -31,15 +31,15 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 class SpeechModel(ABC):
     """A pretrained LLM with a pretrained speech encoder in front of it.
 
-    `cfg` is NeMo's `model:` block as a plain dict. Weights come from the parts that it names unless
-    `pretrained_weights` is false. Raises SettingsError, before anything is compiled, for a bad key,
-    a missing file, a missing token or widths that do not fit.
+    `cfg` is NeMo's `model:` block as a plain dict. Weights come from the components that it names
+    unless `pretrained_weights` is false. Raises SettingsError, before anything is compiled, for a
+    bad key, a missing file, a missing token or widths that do not fit.
     """
 
     CONFIG: ClassVar[type[Any]]
-    """What reads the `model:` block."""
+    """The dataclass that reads the `model:` block."""
     ALWAYS_FROZEN: ClassVar[tuple[str, ...]] = ()
-    """Patterns of names that no setting trains."""
+    """Patterns of parameter names that no setting can unfreeze."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class SpeechModel(ABC):
     def losses(
         self, variables: Variables, batch: Any, *, key: jax.Array | None, train: bool
     ) -> StepLosses:
-        """Computes sums for one batch; pure and traceable."""
+        """Loss sums of one batch; pure and traceable."""
 
     @abstractmethod
     def flops(self, batch: HostBatch) -> float:
@@ -72,13 +72,13 @@ class SpeechModel(ABC):
 
     @abstractmethod
     def count_tokens(self, batch: HostBatch) -> tuple[int, int]:
-        """Counts (steps that hold data, all steps) of a batch's rows."""
+        """Counts a batch's (tokens without padding, tokens with padding)."""
 
     @property
     def variables(self) -> Variables:
-        """Weights and buffers by path: loaded, or started at random, when first asked for."""
+        """Weights and buffers by path: loaded or randomly initialized at the first access."""
         if self._variables is None:
-            self._variables = blueprints.start(self._blueprint, self.infos)
+            self._variables = blueprints.load_or_initialize(self._blueprint, self.infos)
         return self._variables
 
     @variables.setter
@@ -87,26 +87,26 @@ class SpeechModel(ABC):
 
     @property
     def has_variables(self) -> bool:
-        """Whether they are there already."""
+        """Whether `variables` were set, loaded or initialized already."""
         return self._variables is not None
 
     def load_onto(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> Variables:
-        """Weights and buffers as they start, each streamed to where its leaf says; not kept."""
-        return blueprints.start(self._blueprint, self.infos, layout)
+        """Initial weights and buffers, streamed to the sharding of each leaf; not kept."""
+        return blueprints.load_or_initialize(self._blueprint, self.infos, layout)
 
     def check_weights(self) -> None:
-        """Raises ConversionError or SettingsError if `load_onto` could not; reads no value."""
+        """Raises ConversionError or SettingsError where `load_onto` would; reads no value."""
         blueprints.check_weights(self._blueprint, self.infos)
 
     @classmethod
     def from_pretrained(
         cls: type[M], pretrained_model_name_or_path: str | Path, *, dtype: str = "float32"
     ) -> M:
-        """Loads a model from wherever it is.
+        """Loads a model from a path or hub name.
 
-        That may be a run directory (best, else last checkpoint), a saved directory, a NeMo or
-        Hugging Face directory, a Lightning `.ckpt`, or a hub name. `dtype` is that of the
-        computation. Raises SettingsError with what is missing, or with the class that opens it.
+        It may be a run directory (best, else last checkpoint), a saved directory, a NeMo or
+        Hugging Face directory, a Lightning `.ckpt`, or a hub name. `dtype` is the dtype of the
+        computation. Raises SettingsError that names what is missing, or the class that opens it.
         """
         path = Location().find(str(pretrained_model_name_or_path), key="pretrained_name")
         registry.require(cls, path)
@@ -114,10 +114,10 @@ class SpeechModel(ABC):
         model = cls(source.cfg, near=source.near)
         model._blueprint = replace(model._blueprint, named=source.named)
 
-        def again(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Variables:
-            return blueprints.start(cls.read_blueprint(cfg, near), model.infos)
+        def rebuild(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Variables:
+            return blueprints.load_or_initialize(cls.read_blueprint(cfg, near), model.infos)
 
-        model.variables = source.read(model._blueprint, model.infos, again)
+        model.variables = source.read(model._blueprint, model.infos, rebuild)
         return model.astype(dtype)
 
     def save_pretrained(self, save_directory: str | Path, *, dtype: str | None = None) -> None:
@@ -129,7 +129,7 @@ class SpeechModel(ABC):
         save_load.save_model(Path(save_directory), self._blueprint, self.variables, dtype)
 
     def save_definition(self, directory: str | Path) -> None:
-        """Writes all but the weights: config, LLM architecture and tokenizer."""
+        """Writes everything but the weights: config, LLM architecture and tokenizer."""
         save_load.save_definition(Path(directory), self._blueprint)
 
     def state_dict(self, variables: Variables | None = None) -> dict[str, np.ndarray]:
@@ -141,7 +141,7 @@ class SpeechModel(ABC):
 
     @property
     def cfg(self) -> dict[str, Any]:
-        """The `model:` block with the architecture of every pretrained part filled in."""
+        """The `model:` block with the architecture of every component filled in."""
         return dict(self._blueprint.cfg)
 
     @property
@@ -171,7 +171,7 @@ class SpeechModel(ABC):
 
     @property
     def sampling_rate(self) -> int:
-        """Samples per second that the model hears."""
+        """Sampling rate of the input audio in Hz."""
         return self._blueprint.network.perception.preprocessor.sample_rate
 
     @property
@@ -181,11 +181,11 @@ class SpeechModel(ABC):
 
     @property
     def device(self) -> jax.Device:
-        """The device that the model runs on, the first of several. Inputs may come from any."""
+        """The device that the model runs on, the first of several. Inputs may be on any."""
         return stages.device_of(self._variables)
 
     def eval(self: M) -> M:
-        """Returns the model: whether to train is an argument here, not a mode."""
+        """Returns the model itself: here `train` is an argument, not a mode."""
         return self
 
     def astype(self: M, dtype: str) -> M:
@@ -194,7 +194,7 @@ class SpeechModel(ABC):
             raise SettingsError(f"dtype {dtype!r} is not supported; use float32 or bfloat16")
         if dtype == self._blueprint.network.compute_dtype:
             return self
-        self._blueprint = self._blueprint.computing(compute_dtype=dtype)
+        self._blueprint = self._blueprint.with_network(compute_dtype=dtype)
         self._graphdef, self.infos = self._build()
         return self
 
@@ -217,12 +217,12 @@ class SpeechModel(ABC):
         context: tuple[int, int] | None = None,
         longest: int | None = None,
     ) -> PerceptionStream:
-        """Begins `batch` streams of audio in steps of `frames` frames.
+        """Starts `batch` audio streams that are encoded in chunks of `frames` frames.
 
-        By default a step is the shortest that waits for nothing more. `context` is the encoder's
-        (left, right) attention context, by default the first of its `att_context_size`; `longest`
-        bounds a left context that has no bound, in encoder frames. Raises ValueError, naming the
-        setting, for a perception module that looks at whole clips.
+        The default is the shortest chunk that the encoder's look-ahead allows. `context` is the
+        encoder's (left, right) attention context, by default the first of its `att_context_size`.
+        `longest` bounds an unlimited left context, in encoder frames. Raises ValueError, naming the
+        setting, for a perception module that needs whole clips.
         """
         config = self._blueprint.network.perception
         plan = StreamPlan(
@@ -261,21 +261,21 @@ class SpeechModel(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the freeze patterns leave to say, and where the weights start from."""
+        """Remarks for the log: on the freeze patterns, and where the weights start from."""
         name = self._blueprint.config.init_from_checkpoint
         start = () if name is None else (f"the weights start from {name} ({initial_weights.KEY})",)
         return (*self._selection.notes, *start)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the model's configuration."""
+        """The model's configuration as checkpoints store it."""
         return self.cfg
 
     def normalized_settings(
         self, settings: Mapping[str, Any], definitions: Mapping[str, Mapping[str, Any]] | None
     ) -> dict[str, Any]:
         """A `model:` block of this class with all defaults; see `training.protocol`."""
-        own = self._blueprint.definitions() if definitions is None else definitions
+        own = self._blueprint.component_configs() if definitions is None else definitions
         return blueprints.normalized(self.CONFIG, settings, own)
 
     @property
@@ -303,12 +303,12 @@ class SpeechModel(ABC):
         self.astype(jnp.dtype(dtype).name)
 
     def use_remat(self, policies: Mapping[str, str]) -> None:
-        """Chooses what the backward pass computes again, by part: llm, perception.
+        """Sets the rematerialization (activation checkpointing) policy of llm and perception.
 
-        Raises SettingsError for another part or policy.
+        Raises SettingsError for another component or policy.
         """
         remat = settings.build(Remat, policies, "trainer.remat")
-        self._blueprint = self._blueprint.computing(remat=remat)
+        self._blueprint = self._blueprint.with_network(remat=remat)
         self._graphdef, self.infos = self._build()
 
     def is_trained(self, prefix: str) -> bool:

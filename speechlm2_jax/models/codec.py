@@ -1,4 +1,4 @@
-"""An audio codec as a user holds it: NeMo's AudioCodecModel."""
+"""AudioCodec, the user-facing class of NeMo's AudioCodecModel."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -25,11 +25,11 @@ from speechlm2_jax.pretrained.codec_config import codec_config
 from speechlm2_jax.pretrained.registry import find_nemo
 
 FRAME_STEP = 8
-"""Rows are padded to few different numbers of frames, so that few programs are compiled."""
+"""Unit of rounding for numbers of frames, so that few programs are compiled."""
 
 
 class AudioCodec:
-    """Waveforms to codes and back. `cfg` is NeMo's configuration of the codec as a plain dict.
+    """Encodes waveforms to codes and decodes them. `cfg` is NeMo's codec config as a plain dict.
 
     Weights are random until loaded; `from_pretrained` does both. Raises SettingsError for a bad
     or unsupported key.
@@ -58,7 +58,7 @@ class AudioCodec:
 
     @property
     def variables(self) -> Variables:
-        """Weights and buffers by path; drawn at random when first asked for."""
+        """Weights and buffers by path; randomly initialized at the first access."""
         if self._variables is None:
             self._variables = draw(lambda: split(self._make())[1])
         return self._variables
@@ -69,7 +69,7 @@ class AudioCodec:
 
     @property
     def device(self) -> jax.Device:
-        """The device that the model runs on, the first of several. Inputs may come from any."""
+        """The device that the model runs on, the first of several. Inputs may be on any."""
         return stages.device_of(self._variables)
 
     @property
@@ -89,7 +89,7 @@ class AudioCodec:
 
     @property
     def codebook_size(self) -> int:
-        """Different codes of each codebook."""
+        """Number of codes of each codebook."""
         return self.config.codebook_size
 
     def encode(
@@ -100,11 +100,11 @@ class AudioCodec:
         *,
         nemo_exact: bool = False,
     ) -> Codes:
-        """Computes the codes [B, T, K] of rows [B, S] of `lengths` samples, and their frames.
+        """Encodes audio [B, S] of `lengths` [B] samples: codes [B, T, K] and their lengths.
 
-        `sample_rate` is that of the audio, if it is not the codec's. With `nemo_exact` the rows
-        are treated as one batch of NeMo (docs/parity.md). Raises ValueError if rows and lengths do
-        not fit each other.
+        `sample_rate` is that of the audio, if it is not the codec's. With `nemo_exact` padding has
+        the effect that it has in NeMo (docs/parity.md). Raises ValueError if audio and lengths do
+        not fit.
         """
         audio, lengths = np.asarray(audio, np.float32), np.asarray(lengths, np.int32)
         _check(audio, lengths, 2)
@@ -119,9 +119,9 @@ class AudioCodec:
         return Codes(codes[:, :frames], counts)
 
     def decode(self, codes: Any, lengths: Any, *, nemo_exact: bool = False) -> Audio:
-        """Computes the samples [B, T * samples_per_frame] of rows of codes, and their number.
+        """Decodes codes [B, T, K]: samples [B, T * samples_per_frame] and their lengths.
 
-        Raises ValueError if rows and lengths do not fit each other.
+        Raises ValueError if codes and lengths do not fit.
         """
         codes, lengths = np.asarray(codes, np.int32), np.asarray(lengths, np.int32)
         _check(codes, lengths, 3)
@@ -147,7 +147,7 @@ class AudioCodec:
     def decode_step(
         self, stream: DecoderStream, codes: Any
     ) -> tuple[Float[Array, "B S"], DecoderStream]:
-        """Decodes the next frames [B, T, K] of each stream; the old state is used up."""
+        """Decodes the next frames [B, T, K] of each stream; the old state is donated."""
         graphdef, variables = self._compute()
         return _decode_step(graphdef, variables, stream, jnp.asarray(codes, jnp.int32))
 
@@ -155,7 +155,7 @@ class AudioCodec:
         return Codec(self.config, rngs=nnx.Rngs(self._seed))
 
     def _compute(self) -> tuple[Any, Variables]:
-        """The codec with its kernels computed."""
+        """(graphdef, variables) with weight norm folded into the kernels, cached."""
         if self._folded is None:
             graphdef = split(abstract(lambda: _folded(self._make())))[0]
             self._folded = graphdef, _fold(self._graphdef, self.variables)

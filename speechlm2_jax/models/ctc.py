@@ -1,4 +1,4 @@
-"""A CTC recogniser as a user holds it: encoder, head and tokenizer; NeMo's EncDecCTCModelBPE."""
+"""CTCModel, the user-facing CTC ASR model: NeMo's EncDecCTCModelBPE, also for training."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -24,12 +24,12 @@ from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.inference import stages
-from speechlm2_jax.inference.asr_labels import Speller
+from speechlm2_jax.inference.asr_labels import LabelDecoder
 from speechlm2_jax.inference.transcribe import (
-    ROWS_AT_ONCE,
+    DEFAULT_BATCH_SIZE,
     Transcript,
     check_options,
-    recordings_of,
+    read_recordings,
     transcribe,
 )
 from speechlm2_jax.layers.initialize import draw
@@ -48,7 +48,7 @@ from speechlm2_jax.sharding import context_size
 TARGET = "nemo.collections.asr.models.EncDecCTCModelBPE"
 TOKENIZER_FILE = "tokenizer.model"
 BLOCKS = ("preprocessor", "encoder", "decoder", "spec_augment", "tokenizer")
-"""What a `.nemo` file's config says that matters here."""
+"""Keys of a `.nemo` file's config that are read here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class CtcModelConfig:
 
 
 class CTCModel:
-    """FastConformer and a CTC head: audio in, text out; trained by `Trainer` as any model.
+    """FastConformer with a CTC head; transcribes audio, and is trained by `Trainer`.
 
     `cfg` is NeMo's `model:` block as a plain dict. Raises SettingsError for a bad key or a missing
     tokenizer.
@@ -119,16 +119,16 @@ class CTCModel:
 
     @classmethod
     def _from_run(cls, run: Path) -> "CTCModel":
-        graphdef = run_definition(run)
-        cfg = read_json(graphdef / "config.json", key="pretrained_asr")
-        model = cls({**cfg, "tokenizer": {"dir": str(graphdef)}})
+        folder = run_definition(run)
+        cfg = read_json(folder / "config.json", key="pretrained_asr")
+        model = cls({**cfg, "tokenizer": {"dir": str(folder)}})
         model.variables = dict(checkpointing.load_weights(run).variables)
         return model
 
     def save_to(self, path: str | Path, *, dtype: Any = np.float32) -> None:
-        """Writes a `.nemo` file that NeMo's ASRModel.restore_from reads; weights in `dtype`.
+        """Writes a `.nemo` file that NeMo's ASRModel.restore_from reads, with weights in `dtype`.
 
-        None keeps the dtype of each. Raises ConversionError for values that `dtype` cannot hold.
+        None keeps the dtype of each weight. Raises ConversionError for values out of range.
         """
         host = {name: np.asarray(value) for name, value in self.variables.items()}
         name = None if dtype is None else np.dtype(dtype).name
@@ -145,19 +145,19 @@ class CTCModel:
         audio: Any,
         lengths: Any = None,
         *,
-        batch_size: int = ROWS_AT_ONCE,
+        batch_size: int = DEFAULT_BATCH_SIZE,
         channel_selector: int | str | None = None,
         **options: Any,
     ) -> list[Transcript]:
         """Transcribes recordings greedily; arguments and result as of `ASRModel.transcribe`."""
         check_options(options)
-        waves = recordings_of(audio, lengths, self.sampling_rate, channel_selector)
-        spell = Speller.of_tokenizer(self.tokenizer, self.pieces)
-        return transcribe(waves, self._decode, spell, batch_size)
+        waves = read_recordings(audio, lengths, self.sampling_rate, channel_selector)
+        to_text = LabelDecoder.from_tokenizer(self.tokenizer, self.pieces)
+        return transcribe(waves, self._decode, to_text, batch_size)
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         inputs = jnp.asarray(audio), jnp.asarray(lengths)
-        paths = np.asarray(recognise(self._graphdef, self.variables, *inputs))
+        paths = np.asarray(best_paths(self._graphdef, self.variables, *inputs))
         return [collapse(path, self.pieces) for path in paths]
 
     @property
@@ -172,19 +172,19 @@ class CTCModel:
 
     @property
     def device(self) -> jax.Device:
-        """The device that the model runs on, the first of several. Inputs may come from any."""
+        """The device that the model runs on, the first of several. Inputs may be on any."""
         return stages.device_of(self._variables)
 
     @property
     def sampling_rate(self) -> int:
-        """Samples per second that the model hears."""
+        """Sampling rate of the input audio in Hz."""
         return self._network.preprocessor.sample_rate
 
     # What the trainer needs -----------------------------------------------------------------
 
     @property
     def variables(self) -> Variables:
-        """Weights and buffers by path; started at random when first asked for."""
+        """Weights and buffers by path; randomly initialized at the first access."""
         if self._variables is None:
             self._variables = draw(lambda: split(self._make())[1])
         return self._variables
@@ -195,16 +195,16 @@ class CTCModel:
 
     @property
     def has_variables(self) -> bool:
-        """Whether they are there already."""
+        """Whether `variables` were set or initialized already."""
         return self._variables is not None
 
     def load_onto(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> Variables:
-        """Weights and buffers as they start, each streamed to where its leaf says; not kept."""
+        """Initial weights and buffers, each on the sharding of its leaf; not kept."""
         return draw(lambda: split(self._make())[1], layout)
 
     def check_weights(self) -> None:
-        """Raises ConversionError or SettingsError if `load_onto` could not; reads no value."""
-        return  # a recogniser starts at random
+        """Nothing to check: all weights are initialized at random."""
+        return
 
     @property
     def heads(self) -> Mapping[str, int]:
@@ -233,7 +233,7 @@ class CTCModel:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the model's configuration."""
+        """The model's configuration as checkpoints store it."""
         return self.cfg
 
     def normalized_settings(
@@ -244,7 +244,7 @@ class CTCModel:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Nothing is left to say."""
+        """No remarks for the log."""
         return ()
 
     @property
@@ -258,9 +258,9 @@ class CTCModel:
         self._graphdef, self.infos = self._build()
 
     def use_remat(self, policies: Mapping[str, str]) -> None:
-        """Chooses what the backward pass computes again: perception.
+        """Sets the rematerialization (activation checkpointing) policy of perception.
 
-        Raises SettingsError for another part or policy.
+        Raises SettingsError for another component or policy.
         """
         remat = build(Remat, policies, "trainer.remat").perception
         self._network = replace(self._network, remat=remat)
@@ -272,14 +272,14 @@ class CTCModel:
         """Sums of the CTC loss; pure and traceable."""
         if context_size() > 1:
             raise SettingsError(
-                "trainer.strategy: context parallelism shares the steps of an LLM, and a CTC model "
-                "has none; leave context_parallel_size at 1"
+                "trainer.strategy: context parallelism shards the tokens of an LLM, and a CTC "
+                "model has no LLM; set context_parallel_size to 1"
             )
         network: CtcNetwork = merge(self._graphdef, variables)
         return ctc_losses.losses(network, batch, train=train, key=key if train else None)
 
     def flops(self, batch: HostBatch) -> float:
-        """Model FLOPs of one training step: 6 per weight and frame, and attention."""
+        """Model FLOPs of one training step: 6 per weight and frame, plus attention."""
         count = np.vectorize(lambda n: self.frame_count(int(n)), otypes=[np.int64])
         frames = count(batch.arrays.audio_lengths).astype(float)
         weights = sum(
@@ -292,7 +292,7 @@ class CTCModel:
         return 6.0 * (weights * float(frames.sum()) + attention)
 
     def count_tokens(self, batch: HostBatch) -> tuple[int, int]:
-        """Counts (samples of recordings, samples of the shape) in frames' worth."""
+        """Counts a batch's (frames without padding, frames with padding)."""
         lengths = batch.arrays.audio_lengths
         hop = self.frame_samples
         return int(lengths.sum()) // hop, int(batch.arrays.audio.size) // hop
@@ -341,13 +341,13 @@ class CTCModel:
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
-def recognise(
+def best_paths(
     graphdef: Any,
     variables: Variables,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],
 ) -> Int[Array, "B T"]:
-    """The likeliest class of every frame, blank beyond the audio."""
+    """The most likely label of every frame; blank beyond the audio."""
     network: CtcNetwork = merge(graphdef, variables)
     output = network(audio, lengths, dtype=jnp.dtype(network.ctc.compute_dtype))
     return best_path(network.logits(output.frames), output.lengths)
@@ -356,6 +356,8 @@ def recognise(
 def _find_tokenizer(config: CtcModelConfig, near: tuple[Path, ...]) -> Tokenizer:
     folder = config.tokenizer.get("dir")
     if not isinstance(folder, str):
-        raise SettingsError("model.tokenizer.dir: name the folder that holds tokenizer.model")
+        raise SettingsError(
+            f"model.tokenizer.dir: expected the folder that holds tokenizer.model, got {folder!r}"
+        )
     found = Location(near=near).find(folder, key="model.tokenizer.dir")
     return Tokenizer(found / TOKENIZER_FILE)

@@ -1,4 +1,4 @@
-"""The full-duplex models as a user holds them: they listen and speak at once, frame by frame."""
+"""The user-facing full-duplex models: audio in and out at once, frame by frame."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Int32, Key
 
 from speechlm2_jax import sharding
 from speechlm2_jax.batches import (
@@ -28,7 +28,7 @@ from speechlm2_jax.generation.duplex import (
 )
 from speechlm2_jax.generation.sampling import SamplingConfig
 from speechlm2_jax.inference import stages
-from speechlm2_jax.inference.batching import as_batch, fitted, padded
+from speechlm2_jax.inference.batching import check_batch, pad_lengths, pad_to_static_shape
 from speechlm2_jax.inference.padding import SAMPLE_STEP, round_up
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.models.asr import ASRModel
@@ -45,23 +45,22 @@ from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.sharding import Sharding
 
 FRAME_STEP = 32
+"""Unit of rounding for numbers of frames."""
 SILENT_FRAMES = 16
-"""Of so much silence the middle frame sees nothing but silence."""
+"""Enough silence that the receptive field of its middle frame has nothing else."""
 
 
 class Targets(NamedTuple):
-    """What an agent should say: frame t of these is chosen when the user's frame t was heard."""
+    """Targets of the agent: frame t is predicted after the user's frame t."""
 
-    text: Any
-    """Int32 [B, T]."""
-    codes: Any
-    """Int32 [B, T, K]."""
-    frames: Any
-    """Int32 [B]: how many of each row are real."""
+    text: Int32[Array | np.ndarray, "B T"]
+    codes: Int32[Array | np.ndarray, "B T K"]
+    frames: Int32[Array | np.ndarray, " B"]
+    """Frames of each conversation without padding."""
 
 
 class DuplexS2SModel(SpeechModel):
-    """Hears 80 ms of the user, and says a text token and K audio codes, one frame after another.
+    """Takes 80 ms of user audio per frame; predicts the agent's text token and K audio codes.
 
     `cfg` is NeMo's `model:` block as a plain dict. Weights come from `pretrained_llm`,
     `pretrained_asr` and `pretrained_audio_codec`; `pretrained_weights: false` starts all but the
@@ -82,12 +81,12 @@ class DuplexS2SModel(SpeechModel):
 
     @property
     def target_sampling_rate(self) -> int:
-        """Samples per second that the model speaks with."""
+        """Sampling rate of the agent's audio in Hz."""
         return self._blueprint.network.codec.sample_rate
 
     @property
     def speech_vocab_size(self) -> int:
-        """Codes of each codebook, control codes included."""
+        """Number of codes of each codebook, control codes included."""
         return self._blueprint.network.books.vocab_size
 
     @property
@@ -112,7 +111,7 @@ class DuplexS2SModel(SpeechModel):
 
     @property
     def max_frames(self) -> int | None:
-        """Frames of the longest conversation, as a speech decoder has positions; None for any."""
+        """Most frames of a conversation (learnt positions of a speech decoder); None: no limit."""
         decoder = self._blueprint.network.speech_decoder
         if decoder is None or not decoder.use_learnable_pos_emb:
             return None
@@ -121,8 +120,8 @@ class DuplexS2SModel(SpeechModel):
     def __call__(self, input_embeds: Any, input_audio_tokens: Any = None) -> dict[str, jax.Array]:
         """Runs whole conversations of embeddings [B, T, D].
 
-        Gives `text_logits` [B, T, V] and `audio_logits` [B, T, K, W]. `input_audio_tokens`
-        [B, T, K] are the codes one frame late, which a speech decoder takes.
+        Returns `text_logits` [B, T, V] and `audio_logits` [B, T, K, W]. `input_audio_tokens`
+        [B, T, K] are the codes delayed by one frame, the input of a speech decoder.
         """
         text, audio = _logits(
             self._graphdef,
@@ -142,25 +141,28 @@ class DuplexS2SModel(SpeechModel):
         audio_sampling: SamplingConfig | None = None,
         seed: int = 0,
     ) -> dict[str, Any]:
-        """Answers recordings [B, S] of lengths [B] samples at `sampling_rate`; greedy by default.
+        """Generates the agent's side for user audio [B, S] at `sampling_rate`; greedy by default.
 
-        The result has NeMo's keys: `text` (a string per row), `tokens_text` int32 [B, T],
-        `tokens_audio` int32 [B, T, K], `tokens_len` [B] frames and, with `decode_audio`, `audio`
-        [B, A] at `target_sampling_rate` and `audio_len` [B] samples. Beyond a row's length tokens
-        are pad and 0. A row does not depend on its neighbours; on a mesh the devices share the
-        rows. Raises ValueError for what is no batch, and for a row of more than `max_frames`.
+        `input_signal_lens` [B] are in samples. The result has NeMo's keys:
+        - `text`: a string per conversation; `tokens_text` int32 [B, T]
+        - `tokens_audio` int32 [B, T, K]; `tokens_len` [B], frames
+        - with `decode_audio`: `audio` [B, A] at `target_sampling_rate`; `audio_len` [B], samples
+
+        After a conversation's end text tokens are pad and audio codes 0. Conversations of a batch
+        do not influence each other; a mesh shards them over its devices. Raises ValueError for an
+        invalid batch, and for a conversation of more than `max_frames`.
         """
         config = DuplexSamplingConfig(
             text=text_sampling or SamplingConfig(), audio=audio_sampling or SamplingConfig()
         )
-        audio, lengths = as_batch(input_signal, input_signal_lens)
+        audio, lengths = check_batch(input_signal, input_signal_lens)
         self._check_frames(lengths)
         mesh = sharding.mesh_of(self.variables)
         placement = None if mesh is None else sharding.for_inference(mesh)
         rows = len(audio)
         groups = 1 if placement is None else placement.data_parallel_size
-        audio, lengths = padded(audio, lengths, groups)
-        spoken, frames = run_offline(
+        audio, lengths = pad_to_static_shape(audio, lengths, groups)
+        output, frames = run_offline(
             self._graphdef,
             self.variables,
             audio,
@@ -171,7 +173,7 @@ class DuplexS2SModel(SpeechModel):
         )
         frames = np.asarray(frames)[:rows]
         longest = int(frames.max(initial=0))
-        text, codes = (np.asarray(x)[:rows, :longest] for x in spoken)
+        text, codes = (np.asarray(x)[:rows, :longest] for x in output)
         result: dict[str, Any] = {
             "text": [self._text(ids[:n]) for ids, n in zip(text, frames.tolist(), strict=True)],
             "tokens_text": text,
@@ -179,19 +181,19 @@ class DuplexS2SModel(SpeechModel):
             "tokens_len": frames,
         }
         if decode_audio:
-            result["audio"], result["audio_len"] = self._audio(spoken.codes, frames, placement)
+            result["audio"], result["audio_len"] = self._audio(output.codes, frames, placement)
         return result
 
     def _audio(
         self, codes: jax.Array, frames: np.ndarray, placement: Sharding | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The agent's audio, and its samples, of the first rows of codes: those `frames` has."""
+        """The agent's audio and its lengths in samples, without the padding rows of `codes`."""
         rows, longest = len(frames), int(frames.max(initial=0))
         wave, samples = decode_codes(
             self._graphdef,
             self.variables,
             codes,
-            fitted(frames, len(codes)),
+            pad_lengths(frames, len(codes)),
             self._silence(np.asarray(codes)[:rows]),
             longest,
             placement=placement,
@@ -211,7 +213,7 @@ class DuplexS2SModel(SpeechModel):
                 )
 
     def targets(self, examples: Sequence[DuplexExample]) -> Targets:
-        """What `offline_inference` should say in each frame, as training has it."""
+        """The targets of each frame, as in training, to compare `offline_inference` with."""
         shape = DuplexShape(
             rows=round_up(len(examples), 1),
             tokens=round_up(max(len(e.target_tokens) for e in examples), FRAME_STEP),
@@ -223,14 +225,14 @@ class DuplexS2SModel(SpeechModel):
         return Targets(*(np.asarray(x)[: len(examples)] for x in found))
 
     def _silence(self, codes: np.ndarray) -> np.ndarray:
-        """The codec's codes [K] of silence, if anything of `codes` [B, T, K] needs them."""
+        """The codec's codes [K] of silence; zeros if no control code of `codes` needs them."""
         books = self._blueprint.network.books
         if not (codes[:, :1] >= books.size).any():
             return np.zeros(books.count, np.int32)
         return np.asarray(silent_codes(self._graphdef, self.variables))
 
     def _text(self, ids: np.ndarray) -> str:
-        """The words of a text channel: neither pads nor marks of turns."""
+        """The text of a text channel without pad, bos and eos."""
         text = self.turn_ids
         return self.tokenizer.ids_to_text(ids[~np.isin(ids, (text.pad, text.bos, text.eos))])
 
@@ -242,11 +244,11 @@ class DuplexS2SModel(SpeechModel):
         return self._blueprint.network.codec.samples_per_frame
 
     def find_scoring_asr(self) -> Path | None:
-        """The file of what transcribes the agent in validation; see DuplexBlueprint."""
+        """The ASR model file that scores the agent's speech in validation; None without one."""
         return self._blueprint.find_scoring_asr()
 
     def check_weights(self) -> None:
-        """As for every model; the recogniser that the first validation needs is looked at too."""
+        """As for every model; also checks the ASR model that validation needs."""
         super().check_weights()
         path = self.find_scoring_asr()
         if path is None:
@@ -255,8 +257,8 @@ class DuplexS2SModel(SpeechModel):
             ASRModel.check(path)
         except (SettingsError, ConversionError) as error:
             raise SettingsError(
-                f"model.scoring_asr: {error}; name another ASR model, or null for no scores of "
-                "the agent's speech"
+                f"model.scoring_asr: {error}; name another ASR model, or null to leave out the "
+                "scores of the agent's speech"
             ) from error
 
     @property
@@ -285,7 +287,7 @@ class DuplexS2SModel(SpeechModel):
         )
 
     def count_tokens(self, batch: HostBatch) -> tuple[int, int]:
-        """Counts (frames that hold data, all frames) of a batch's rows."""
+        """Counts a batch's (frames without padding, frames with padding)."""
         arrays: DuplexBatch = batch.arrays
         return int(arrays.token_lengths.sum()), int(arrays.target_tokens.size)
 
@@ -303,9 +305,9 @@ class DuplexS2SModel(SpeechModel):
 
 
 class DuplexS2SSpeechDecoderModel(DuplexS2SModel):
-    """The same streams, but an autoregressive decoder on the LLM's hidden states speaks.
+    """DuplexS2SModel whose audio codes come from an autoregressive decoder on LLM hidden states.
 
-    `cfg` has a `speech_decoder` block; else as DuplexS2SModel.
+    `cfg` also has a `speech_decoder` block.
     """
 
     ALWAYS_FROZEN = (r"^audio_codec\..+$", r"^(embed_audio_tokens|audio_head)\..+$")
@@ -323,22 +325,22 @@ def run_offline(
     *,
     placement: Sharding | None = None,
 ) -> tuple[DuplexOutput, Int[Array, " B"]]:
-    """Hears whole recordings and speaks: (what is said, frames of each row)."""
+    """Generates the agent's tokens for whole recordings: (output, frames of each recording)."""
     network: Duplex = merge(graphdef, variables)
     books, pad = network.config.books, network.config.text.pad
     with sharding.use(placement):
-        heard = duplex_network.encode_user(network, audio, lengths)
-        frames = heard.frames
+        encoder_output = duplex_network.encode_user(network, audio, lengths)
+        frames = encoder_output.frames
         rngs = None if key is None else _row_rngs(key, len(audio))
-        said = initial_state(
+        state = initial_state(
             network,
             *frames.shape[:2],
             pad=pad,
             delay=books.delay,
             codebooks=books.count,
         )
-        spoken = run_duplex(network, frames, heard.lengths, said, config, pad=pad, rngs=rngs)
-        return spoken, heard.lengths
+        lengths = encoder_output.lengths
+        return run_duplex(network, frames, lengths, state, config, pad=pad, rngs=rngs), lengths
 
 
 @partial(jax.jit, static_argnames=("graphdef", "placement"))
@@ -352,22 +354,22 @@ def decode_codes(
     *,
     placement: Sharding | None = None,
 ) -> tuple[Float[Array, "B A"], Int[Array, " B"]]:
-    """Turns codes into the agent's audio; control codes become silence.
+    """Decodes the agent's audio; control codes become silence.
 
-    NeMo's codec sees the `longest` row of its batch at the end of each.
+    With `nemo_exact` every conversation is padded to `longest` frames, which NeMo's codec sees.
     """
     network: Duplex = merge(graphdef, variables)
     with sharding.use(placement):
         config = network.config
         codes = without_control(codes, silence, config.books, nemo_exact=config.nemo_exact)
         extent = jnp.asarray(longest) if config.nemo_exact else None
-        spoken = network.codec.decode(codes, lengths, nemo_exact=config.nemo_exact, extent=extent)
-        return spoken.audio, spoken.lengths
+        decoded = network.codec.decode(codes, lengths, nemo_exact=config.nemo_exact, extent=extent)
+        return decoded.audio, decoded.lengths
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
 def silent_codes(graphdef: Any, variables: Variables) -> Int[Array, " K"]:
-    """What the codec makes of silence amid silence."""
+    """The codec's codes of silence."""
     network: Duplex = merge(graphdef, variables)
     samples = SILENT_FRAMES * network.config.codec.samples_per_frame
     silence = jnp.zeros((1, samples), jnp.float32)

@@ -1,4 +1,4 @@
-"""SALM as a user holds it: network, tokenizer, settings and weights in one object."""
+"""SALM, the user-facing class: network, tokenizer, settings and weights in one object."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from speechlm2_jax import sharding
 from speechlm2_jax.batches import BatchShape, HostBatch, SalmBatch, SalmExample, StepLosses
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.inference import continuous_batching, generate, stages
 from speechlm2_jax.inference.continuous_batching import FinishedPrompt
+from speechlm2_jax.inference.engine import Engine
+from speechlm2_jax.inference.generate import PromptInputs
 from speechlm2_jax.inference.request.generation_request import read_request
-from speechlm2_jax.inference.text_stream import Piece, last_of
+from speechlm2_jax.inference.text_stream import Piece, last_output
 from speechlm2_jax.inference.transcribe import Transcript, transcribe_by_prompt
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.models.base import SpeechModel
@@ -28,7 +31,7 @@ from speechlm2_jax.sharding import Sharding
 
 
 class SALM(SpeechModel):
-    """A decoder LLM that listens: FastConformer -> modality adapter -> projection -> LLM.
+    """A decoder LLM with audio input: FastConformer -> modality adapter -> projection -> LLM.
 
     `cfg` is NeMo's `model:` block as a plain dict. Weights come from `pretrained_llm` and
     `pretrained_asr` unless `pretrained_weights` is false. Raises SettingsError, before anything is
@@ -71,31 +74,30 @@ class SALM(SpeechModel):
         draw_numbers: Sequence[int] | None = None,
         **generation_kwargs: Any,
     ) -> np.ndarray | generate.Generated:
-        """Answers prompts: int32 ids [B, T], rows padded with `text_pad_id` after they stop.
+        """Generates responses: int32 ids [B, T], padded with `text_pad_id` after each one's end.
 
-        `prompts`: dialogs (lists of turns with `role`, `content` or `slots`, optionally `audio`: a
-        list of paths, arrays, `(rate, array)` or dicts of datasets; `content` may be a list of text
-        and audio parts), or token ids [B, L] padded on the left. `audios` [B', S] float at
-        `sampling_rate` with `audio_lens` [B'] give one clip per placeholder, in order. With audio
-        only new tokens come back; text-only prompts come back before them, as NeMo does.
-        `generation_config`: a GenerationConfig of transformers or a dict of its keys; keywords
-        override it, `seed`, `should_stop` (a function; once it gives True, what there is comes
-        back) and `max_audio_s` (a longer recording is answered in overlapping chunks, whose texts
-        are joined) among them: docs/generation.md has every key. With `num_return_sequences` the
-        answers to a prompt lie side by side, and `return_dict_in_generate` gives a `Generated`.
-        `enable_thinking=False` opens the answer behind an empty thought, for prompt formats that
-        have thoughts. `draw_numbers`, one per prompt and 0, 1, ... by default, are the numbers by
-        which random draws go. Raises ValueError for what is not supported.
+        With audio, only new tokens are returned; a prompt of text alone is returned before them, as
+        in NeMo. With `num_return_sequences` the sequences of one prompt are adjacent, and
+        `return_dict_in_generate` gives a `Generated`.
+
+        - `prompts`: dialogs, or token ids [B, L] padded on the left. A dialog is a list of turns
+          with `role`, `content` (text, or a list of text and audio parts) or `slots`, and
+          optionally `audio`: paths, arrays, `(rate, array)` or dicts of datasets.
+        - `audios` [B', S], float at `sampling_rate`, with `audio_lens` [B']: one clip per
+          placeholder, in order.
+        - `generation_config`: a transformers GenerationConfig or a dict of its keys. Keywords
+          override it; docs/generation.md lists every key, also `seed`, `should_stop` and
+          `max_audio_s` (longer audio is split into overlapping chunks, whose texts are joined).
+        - `enable_thinking=False` starts the response after an empty thought, where the prompt
+          format has thoughts.
+        - `draw_numbers`: the number that seeds each prompt's random draws, 0, 1, ... by default.
+
+        Raises ValueError for what is not supported.
         """
         thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        return generate.generate(
-            self,
-            self._graphdef,
-            (prompts, audios, audio_lens),
-            generation_config,
-            {**generation_kwargs, **thinking},
-            draw_numbers,
-        )
+        request = read_request(self, generation_config, {**generation_kwargs, **thinking})
+        inputs = PromptInputs(prompts, audios, audio_lens)
+        return generate.generate(self._engine(), inputs, request, draw_numbers)
 
     def stream(
         self,
@@ -107,22 +109,17 @@ class SALM(SpeechModel):
         tokens_at_once: int = 8,
         **generation_kwargs: Any,
     ) -> Iterator[Piece]:
-        """Answers prompts as `generate` does, and yields the text as it comes.
+        """Generates as `generate` does, and yields the text as it comes.
 
-        Takes what `generate` takes, but no beam search. Each `Piece` is new text of one row; of a
-        prompt in text alone only the answer comes. The first comes with the first token, further
-        ones after up to `tokens_at_once` tokens: each time the host waits for the device. To stop,
-        leave the loop. Joined, the ids of a row are those of `generate`, and its texts
+        Takes what `generate` takes, except beam search. Each `Piece` is new text of one sequence,
+        without the prompt. The first piece comes with the first token, later ones after up to
+        `tokens_at_once` tokens; the host waits for the device each time. To stop, leave the loop.
+        The joined ids of a sequence are those of `generate`, and its joined texts are
         `tokenizer.ids_to_text` of them. Raises ValueError, at the call, for what is not supported.
         """
-        return generate.stream(
-            self,
-            self._graphdef,
-            (prompts, audios, audio_lens),
-            generation_config,
-            tokens_at_once,
-            generation_kwargs,
-        )
+        request = read_request(self, generation_config, generation_kwargs)
+        inputs = PromptInputs(prompts, audios, audio_lens)
+        return generate.stream(self._engine(), inputs, request, tokens_at_once)
 
     def generate_each(
         self,
@@ -133,20 +130,20 @@ class SALM(SpeechModel):
         draw_numbers: Iterable[int] | None = None,
         **generation_kwargs: Any,
     ) -> Iterator[list[FinishedPrompt]]:
-        """Answers a stream of dialogs, `slots` at a time; what ends makes room for the next.
+        """Continuous batching: generates for a stream of dialogs, `slots` of them at a time.
 
-        `prompts`: dialogs as `generate` takes them, with their audio inside, as many as one likes:
-        they are drawn as slots become free. Yields lists of `FinishedPrompt` (number of the prompt,
-        ids), as they end. Greedy or drawn (by `draw_numbers`, one per prompt, 0, 1, ... by
-        default), the ids are those of `generate` on all prompts. Raises
-        ValueError, at the call, for beams, several answers, stop strings, and time limits; and for
-        a prompt that cannot be used, with its number, once those before it are answered.
+        `prompts`: any number of dialogs as `generate` takes them, with their audio inside. They are
+        read as slots become free. Yields lists of `FinishedPrompt` (number of the prompt, ids) as
+        they end. The ids are those of `generate` on all prompts, greedy or sampled (`draw_numbers`
+        seed the random draws of each prompt; 0, 1, ... by default).
+
+        Raises ValueError, at the call, for beam search, several sequences per prompt, stop strings
+        and time limits. An invalid prompt raises ValueError, with its number, after the responses
+        to all prompts before it.
         """
+        request = read_request(self, generation_config, generation_kwargs)
         return continuous_batching.generate_each(
-            *(self, self._graphdef, prompts, slots),
-            generation_config,
-            generation_kwargs,
-            draw_numbers,
+            self._engine(), prompts, request, slots, draw_numbers
         )
 
     def transcribe(
@@ -158,35 +155,60 @@ class SALM(SpeechModel):
         max_new_tokens: int = 128,
         **generation_kwargs: Any,
     ) -> list[Transcript]:
-        """Transcribes recordings by asking for it; each text is a str that also has `text`.
+        """Transcribes recordings with a prompt; each text is a str that also has `text`.
 
         `audio`: a path, an array [S] at `sampling_rate`, `(rate, array)` or a dict of datasets, or
-        a list of these, which are read `batch_size` at a time. `prompt` is the user's turn; ask as
-        the model was trained. The recording follows it, or stands where it has the
-        `audio_locator_tag`. Other keywords are those of `generate`. Raises AudioError for a
-        recording that cannot be used, ValueError for what is none.
+        a list of these, which are read `batch_size` at a time. `prompt` is the user's turn; use the
+        prompt of training. The recording replaces the `audio_locator_tag` in it, or follows it.
+        Other keywords are those of `generate`. Raises AudioError for an unusable recording,
+        ValueError for any other value.
         """
         generation = {**generation_kwargs, "max_new_tokens": max_new_tokens}
         return transcribe_by_prompt(self, audio, prompt, batch_size, generation)
 
     def answer(self, prompts: Sequence[SalmExample], max_new_tokens: int) -> np.ndarray:
-        """Answers laid-out prompts greedily: int32 ids [B, T], padded after each row's end."""
+        """Generates greedily for tokenized prompts: int32 ids [B, T], padded after their ends."""
         request = read_request(self, {"max_new_tokens": max_new_tokens})
-        return last_of(generate.run_generation(self, self._graphdef, prompts, request)).trimmed()
+        return last_output(generate.run_generation(self._engine(), prompts, request)).trimmed()
 
     def generation_layout(self, placement: Sharding) -> dict[str, jax.ShapeDtypeStruct]:
-        """Dtype and place of every variable of a model that only answers."""
-        return generate.layout(self, placement)
+        """Dtype and sharding of every variable for inference."""
+        return generate.variable_layout(self.infos, self.compute_dtype, placement)
 
     def compile_generation(
         self, placement: Sharding, shape: BatchShape, max_new_tokens: int
     ) -> Any:
-        """Compiles `answer` for devices that need not be here; nothing runs.
+        """Compiles `answer` for devices that need not exist on this machine; nothing runs.
 
-        `shape` holds the prompts of one group of `placement`. Gives what
+        `shape` is that of one data-parallel shard's prompts. Returns what
         `jax.jit(...).lower(...).compile()` does.
         """
-        return generate.compile_ahead(self, self._graphdef, placement, shape, max_new_tokens)
+        engine = self._engine_on(self.generation_layout(placement), placement)
+        return generate.compile_ahead(engine, shape, max_new_tokens)
+
+    def _engine(self) -> Engine:
+        """The model for inference, where its weights are."""
+        mesh = sharding.mesh_of(self.variables)
+        placement = None if mesh is None else sharding.for_inference(mesh)
+        return self._engine_on(self.variables, placement)
+
+    def _engine_on(self, variables: Variables, placement: Sharding | None) -> Engine:
+        return Engine(
+            graphdef=self._graphdef,
+            variables=variables,
+            placement=placement,
+            tokenizer=self.tokenizer,
+            prompt_formatter=self.prompt_formatter,
+            frame_count=self.frame_count,
+            sampling_rate=self.sampling_rate,
+            audio_locator_tag=self.audio_locator_tag,
+            audio_locator_tag_id=self.audio_locator_tag_id,
+            text_bos_id=self.text_bos_id,
+            text_eos_id=self.text_eos_id,
+            text_pad_id=self.text_pad_id,
+            text_vocab_size=self.text_vocab_size,
+            nemo_exact=self.nemo_exact,
+        )
 
     @property
     def prompt_formatter(self) -> PromptFormatter:
@@ -211,19 +233,19 @@ class SALM(SpeechModel):
         arrays: SalmBatch = batch.arrays
         perception = self._blueprint.network.perception
         clips = [int(n) for n in arrays.audio_lengths.reshape(-1)]
-        heard = EncodedAudio(
+        audio = EncodedAudio(
             encoded=np.array([f for n in clips for f in perception.encoded_counts(n)] or [0]),
             adapted=np.array([perception.frame_count(n) for n in clips] or [0]),
             subsampling_factor=perception.encoder.subsampling_factor,
         )
-        return salm_flops(self.infos, trainable, arrays, heard)
+        return salm_flops(self.infos, trainable, arrays, audio)
 
     def generation_flops(self, batch: HostBatch) -> float:
-        """Model FLOPs of one forward pass over `batch`, prompts and answers together."""
+        """Model FLOPs of one forward pass over `batch`, prompts and responses together."""
         return self._flops(batch, dict.fromkeys(self.infos, False))
 
     def count_tokens(self, batch: HostBatch) -> tuple[int, int]:
-        """Counts (steps that hold data, all steps) of a batch's rows."""
+        """Counts a batch's (tokens without padding, tokens with padding)."""
         segments = batch.arrays.segments
         return int((segments > 0).sum()), int(segments.size)
 

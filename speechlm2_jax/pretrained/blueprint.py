@@ -1,4 +1,4 @@
-"""Everything about a model but its weights, and how the weights start."""
+"""`Blueprint`: everything of a model but its weights; and how the weights are initialized."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -27,8 +27,8 @@ from speechlm2_jax.settings import SettingsError, build, to_plain
 
 B = TypeVar("B", bound="Blueprint")
 ASR_BLOCKS = ("preprocessor", "encoder")
-Pretrained = tuple[mapping.TensorSource, mapping.Table, dict[str, VariableInfo]]
-"""Where weights are, how they are named, and what they fill."""
+PretrainedWeights = tuple[mapping.TensorSource, mapping.Table, dict[str, VariableInfo]]
+"""(tensors of a component, its table of names, the variables that they fill)."""
 
 
 class ModelConfig(Protocol):
@@ -36,17 +36,17 @@ class ModelConfig(Protocol):
 
     @property
     def pretrained_weights(self) -> bool:
-        """Whether the named parts give weights, too."""
+        """Whether the components give weights too, or their architecture alone."""
         ...
 
     @property
     def freeze_params(self) -> tuple[str, ...]:
-        """Patterns of names that training leaves alone."""
+        """Patterns of parameter names that are frozen."""
         ...
 
     @property
     def prevent_freeze_params(self) -> tuple[str, ...]:
-        """Patterns that win over those."""
+        """Patterns that override `freeze_params`."""
         ...
 
     @property
@@ -66,22 +66,22 @@ class ModelConfig(Protocol):
 
     @property
     def nemo_exact(self) -> bool:
-        """Whether NeMo's padding is reproduced."""
+        """Whether results that depend on NeMo's own padding are reproduced."""
         ...
 
     @property
     def init_from_checkpoint(self) -> str | None:
-        """A model of the user's own whose weights come before all others."""
+        """A model whose weights override all others."""
         ...
 
     @property
     def seed(self) -> int:
-        """Of the random start."""
+        """Seed of the random initialization."""
         ...
 
 
 class NetworkConfig(Protocol):
-    """What every architecture here has."""
+    """What every architecture with an LLM has."""
 
     @property
     def llm(self) -> DecoderConfig:
@@ -90,12 +90,12 @@ class NetworkConfig(Protocol):
 
     @property
     def perception(self) -> PerceptionConfig:
-        """What hears."""
+        """The audio encoder with its adapter."""
         ...
 
     @property
     def lora(self) -> LoraConfig | None:
-        """The LLM's adapters."""
+        """LoRA adapters of the LLM."""
         ...
 
     @property
@@ -105,20 +105,20 @@ class NetworkConfig(Protocol):
 
     @property
     def remat(self) -> Remat:
-        """What the backward pass computes again."""
+        """What the backward pass recomputes."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blueprint(ABC):
-    """Everything about a model but its weights."""
+    """Everything of a model but its weights."""
 
     config: Any
     """The `model:` block as read (`ModelConfig`)."""
     cfg: Mapping[str, Any]
-    """The `model:` block with the architecture of every part filled in."""
+    """The `model:` block with the architecture of every component filled in."""
     llm_config: Mapping[str, Any]
-    """The LLM's config.json, as it was read."""
+    """The LLM's config.json, unchanged."""
     tokenizer: Tokenizer
     pad_id: int
     network: Any
@@ -126,28 +126,28 @@ class Blueprint(ABC):
     llm_directory: Path
     asr_file: Path | None
     near: tuple[Path, ...] = ()
-    """Where names are looked up beside the working directory."""
+    """Further directories that relative names are looked up in, after the working directory."""
     named: Mapping[str, Any] | None = None
-    """`cfg` as the directory says it that the model was loaded from, None if from none."""
+    """`cfg` as stored in the directory that the model was loaded from; None for a new model."""
 
     @property
     @abstractmethod
     def table(self) -> mapping.Table:
-        """NeMo's names of the whole model."""
+        """NeMo's parameter names of the whole model."""
 
     @abstractmethod
     def make(self, rngs: nnx.Rngs) -> nnx.Module:
         """Makes the network."""
 
     @abstractmethod
-    def pretrained(self, infos: Mapping[str, VariableInfo]) -> Iterator[Pretrained]:
-        """Where the pretrained weights are."""
+    def pretrained(self, infos: Mapping[str, VariableInfo]) -> Iterator[PretrainedWeights]:
+        """The pretrained weights of each component."""
 
-    def definitions(self) -> dict[str, Mapping[str, Any]]:
-        """Configs of the parts, by the folder of a saved model that keeps each."""
+    def component_configs(self) -> dict[str, Mapping[str, Any]]:
+        """Configs of the components, by their folder in a saved model."""
         return {LLM_BACKBONE: self.llm_config}
 
-    def computing(self: B, **changes: Any) -> B:
+    def with_network(self: B, **changes: Any) -> B:
         """The same model with another `compute_dtype` or `remat`."""
         return replace(self, network=replace(self.network, **changes))
 
@@ -158,40 +158,40 @@ def parameter_names(blueprint: Blueprint, infos: Mapping[str, VariableInfo]) -> 
 
 
 def state_dict(blueprint: Blueprint, variables: Variables) -> dict[str, np.ndarray]:
-    """Values by variable path -> the same under NeMo's names, aliases left out."""
+    """Variables under NeMo's parameter names, without aliases."""
     host = {path: np.asarray(value) for path, value in variables.items()}
     return mapping.export(host, blueprint.table)
 
 
-def start(
+def load_or_initialize(
     blueprint: Blueprint,
     infos: Mapping[str, VariableInfo],
     layout: Mapping[str, jax.ShapeDtypeStruct] | None = None,
 ) -> Variables:
-    """Loads what has pretrained weights and starts the rest at random.
+    """Loads the pretrained weights and initializes the rest at random.
 
-    What `init_from_checkpoint` has comes before both. With `layout` each variable is streamed to
-    where its leaf says; else they stay on the host.
+    Weights of `init_from_checkpoint` override both. With `layout` each variable is streamed to the
+    sharding of its leaf; without, variables stay on the host.
     """
     place = None if layout is None else onto(layout)
     name = blueprint.config.init_from_checkpoint
     if name is None:
-        return _start(blueprint, infos, layout, {})
+        return _load_components(blueprint, infos, layout, {})
     path = initial_weights.find(name, blueprint.near)
     first = initial_weights.match(path, blueprint.table, infos)
     first.log()
     given = first.load(infos, place)
-    variables = _start(blueprint, infos, layout, given)
+    variables = _load_components(blueprint, infos, layout, given)
     return variables | first.overlay(variables, given)
 
 
-def _start(
+def _load_components(
     blueprint: Blueprint,
     infos: Mapping[str, VariableInfo],
     layout: Mapping[str, jax.ShapeDtypeStruct] | None,
     given: Variables,
 ) -> Variables:
-    """What is `given`, then what the pretrained components have, then random values."""
+    """Variables that are `given`, then the pretrained components', then random ones."""
     place = None if layout is None else onto(layout)
     loaded = dict(given)
     for source, table, wanted in blueprint.pretrained(infos):
@@ -202,9 +202,9 @@ def _start(
 
 
 def check_weights(blueprint: Blueprint, infos: Mapping[str, VariableInfo]) -> None:
-    """Compares names and shapes of the pretrained weights with the model's, reading no value.
+    """Compares names and shapes of the pretrained weights with the model's; reads no value.
 
-    Raises ConversionError or SettingsError for what is missing or does not fit.
+    Raises ConversionError or SettingsError for weights that are missing or do not fit.
     """
     for source, table, wanted in blueprint.pretrained(infos):
         mapping.check(source, table, wanted)
@@ -218,7 +218,7 @@ def random_variables(
     paths: frozenset[str],
     layout: Mapping[str, jax.ShapeDtypeStruct] | None = None,
 ) -> Variables:
-    """Draws the named variables from their initial distributions, and only those."""
+    """Initializes the variables of these paths at random, and no others."""
 
     def make() -> Variables:
         variables = split(blueprint.make(nnx.Rngs(blueprint.config.seed)))[1]
@@ -227,21 +227,21 @@ def random_variables(
     return draw(make, layout)
 
 
-def under(
-    prefix: str, infos: Mapping[str, VariableInfo], but: tuple[str, ...] = ()
+def infos_below(
+    prefix: str, infos: Mapping[str, VariableInfo], without: tuple[str, ...] = ()
 ) -> dict[str, VariableInfo]:
-    """The variables below a prefix, but those that end in one of `but`."""
+    """The variables whose path starts with a prefix, without those that end in one of `without`."""
     return {
         path: info
         for path, info in infos.items()
-        if path.startswith(prefix) and not path.endswith(but or ("\0",))
+        if path.startswith(prefix) and not path.endswith(without or ("\0",))
     }
 
 
 def perception_config(
     block: Mapping[str, Any], asr_file: Path | None, llm_width: int
 ) -> tuple[dict[str, Any], PerceptionConfig]:
-    """The perception block, completed; where the user's says nothing, the ASR model's own hold."""
+    """The perception block; keys that the user leaves out come from the ASR model."""
     merged = dict(block)
     asr = {} if asr_file is None else read_nemo(asr_file).config
     for name in ASR_BLOCKS:
@@ -251,10 +251,10 @@ def perception_config(
             merged[name] = {**asr[name], **(own if name == "encoder" else {})}
         elif not own:
             raise SettingsError(
-                f"model.perception.{name}: required, because no pretrained_asr gives it; set "
-                "model.pretrained_asr to a .nemo file or write the block"
+                f"model.perception.{name}: required without model.pretrained_asr; write the block, "
+                "or set model.pretrained_asr to a .nemo file"
             )
-    # NeMo: whatever the YAML says, the last layer of perception is as wide as the LLM
+    # as in NeMo, the output width of perception is the LLM's, whatever the YAML has
     merged["output_dim"] = llm_width
     adapter = merged.get("modality_adapter")
     if isinstance(adapter, Mapping) and adapter.get("output_dim") is not None:
@@ -265,22 +265,22 @@ def perception_config(
 def normalized(
     kind: type[Any],
     settings: Mapping[str, Any],
-    definitions: Mapping[str, Mapping[str, Any]],
+    component_configs: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """A `model:` block with all defaults, without keys that mean nothing here.
+    """A `model:` block with all defaults, without ignored keys.
 
-    The architecture of the LLM, by its config.json among `definitions`, is under `llm`. Raises
+    The architecture of the LLM (its config.json among `component_configs`) is under `llm`. Raises
     ValueError for a block of another kind of model.
     """
     block: dict[str, Any] = to_plain(build(kind, settings, "model"))
-    for key, part in (("perception", PerceptionConfig), ("lora", LoraConfig)):
+    for key, config in (("perception", PerceptionConfig), ("lora", LoraConfig)):
         if settings.get(key) is not None:
-            block[key] = to_plain(build(part, settings[key], f"model.{key}"))
-    if LLM_BACKBONE in definitions:
-        block["llm"] = to_plain(hf_config.decoder_config(definitions[LLM_BACKBONE]))
+            block[key] = to_plain(build(config, settings[key], f"model.{key}"))
+    if LLM_BACKBONE in component_configs:
+        block["llm"] = to_plain(hf_config.decoder_config(component_configs[LLM_BACKBONE]))
     return block
 
 
 def needs_asr(pretrained_weights: bool, perception: Mapping[str, Any]) -> bool:
-    """Whether the ASR model must be found: for its weights, or for what it says of itself."""
+    """Whether the ASR model is needed, for its weights or its preprocessor or encoder block."""
     return pretrained_weights or any(b not in perception for b in ASR_BLOCKS)

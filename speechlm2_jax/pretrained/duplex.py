@@ -1,4 +1,4 @@
-"""From NeMo's `model:` block of a duplex model to a network: parts found, architecture known."""
+"""NeMo's `model:` block of a duplex model -> `DuplexBlueprint`: components and architecture."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -21,10 +21,10 @@ from speechlm2_jax.networks.duplex_s2s_speech_decoder import DuplexS2SSpeechDeco
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.blueprint import (
     Blueprint,
-    Pretrained,
+    PretrainedWeights,
+    infos_below,
     needs_asr,
     perception_config,
-    under,
 )
 from speechlm2_jax.pretrained.codec_config import codec_config
 from speechlm2_jax.pretrained.duplex_config import DuplexModelConfig, DuplexSpeechDecoderModelConfig
@@ -37,19 +37,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexBlueprint(Blueprint):
-    """Everything about a duplex model but its weights."""
+    """Everything of a duplex model but its weights."""
 
     config: DuplexModelConfig
     network: DuplexConfig
     codec_cfg: Mapping[str, Any]
-    """The codec's own model config, as it was read."""
+    """The codec's own config, unchanged."""
     codec_file: Path | None
-    """Its `.nemo` file; None where only the config was found."""
+    """Its `.nemo` file; None where there is only the config."""
 
     def find_scoring_asr(self) -> Path | None:
-        """The `.nemo` file of the scoring ASR, fetched if need be; None without one.
+        """The `.nemo` file of the scoring ASR model, downloaded if necessary; None without one.
 
-        Raises SettingsError if it cannot be had.
+        Raises SettingsError if it cannot be found.
         """
         name = self.config.scoring_asr
         if not name:
@@ -60,11 +60,11 @@ class DuplexBlueprint(Blueprint):
         try:
             return location.find_nemo(name, key="model.scoring_asr")
         except SettingsError as error:
-            raise SettingsError(f"{error}, or null: then nobody writes down speech") from error
+            raise SettingsError(f"{error}, or null to leave the agent's speech unscored") from error
 
     @property
     def table(self) -> mapping.Table:
-        """NeMo's names of the whole model."""
+        """NeMo's parameter names of the whole model."""
         return duplex_tables.duplex_table(self.network)
 
     def make(self, rngs: nnx.Rngs) -> Duplex:
@@ -72,32 +72,33 @@ class DuplexBlueprint(Blueprint):
         kind = DuplexS2S if self.network.speech_decoder is None else DuplexS2SSpeechDecoder
         return kind(self.network, rngs=rngs)
 
-    def pretrained(self, infos: Mapping[str, VariableInfo]) -> Iterator[Pretrained]:
-        """The LLM's directory, the ASR model's file and the codec's."""
+    def pretrained(self, infos: Mapping[str, VariableInfo]) -> Iterator[PretrainedWeights]:
+        """The weights of the codec, the LLM and the ASR model."""
         if self.codec_file is not None:
-            # a codec is never trained here: with random weights no code would mean anything
+            # the codec is always pretrained: it is never trained here
             yield (
                 open_weights(self.codec_file),
                 duplex_tables.codec_file_table(self.network),
-                under("codec.", infos),
+                infos_below("codec.", infos),
             )
         if not self.config.pretrained_weights:
             return
         yield (
             open_weights(self.llm_directory),
             duplex_tables.llm_table(self.network),
-            under("llm.", infos, but=("lora_a", "lora_b")),
+            infos_below("llm.", infos, without=("lora_a", "lora_b")),
         )
         if self.asr_file is not None:
             yield (
                 open_weights(self.asr_file),
                 duplex_tables.asr_table(self.network),
-                under("perception.encoder.", infos) | under("perception.log_mel.", infos),
+                infos_below("perception.encoder.", infos)
+                | infos_below("perception.log_mel.", infos),
             )
 
-    def definitions(self) -> dict[str, Mapping[str, Any]]:
-        """Configs of the parts, by the folder of a saved model that keeps each."""
-        return {**super().definitions(), AUDIO_CODEC: self.codec_cfg}
+    def component_configs(self) -> dict[str, Mapping[str, Any]]:
+        """Configs of the components, by their folder in a saved model."""
+        return {**super().component_configs(), AUDIO_CODEC: self.codec_cfg}
 
 
 def read_blueprint(
@@ -159,8 +160,8 @@ def _speech_decoder(config: DuplexModelConfig) -> SpeechDecoderConfig | None:
         return None
     if not config.speech_decoder.is_causal:
         raise SettingsError(
-            "model.speech_decoder.is_causal: a decoder that speaks frame by frame cannot look "
-            "ahead; set it to true"
+            "model.speech_decoder.is_causal: false is not supported, because generation is causal; "
+            "set it to true"
         )
     return config.speech_decoder
 
@@ -183,21 +184,21 @@ def _text_ids(tokenizer: Tokenizer) -> TextIds:
         eos=_turn_id(tokenizer.eos_id, "eos", "end"),
     )
     if ids.pad in (ids.bos, ids.eos):
-        # as in NeMo, of which there may be checkpoints; a new model would learn little from it
+        # allowed because NeMo has such checkpoints; bad for training a new model
         _log.warning(
-            "model.pretrained_llm: its tokenizer pads with token %d, which also marks where turns "
-            "start or end: every silent frame is such a mark. Name another pad_token in "
+            "model.pretrained_llm: its tokenizer's pad token %d is also its bos or eos token, so "
+            "silent frames look like starts or ends of turns; set another pad_token in "
             "tokenizer_config.json",
             ids.pad,
         )
     return ids
 
 
-def _turn_id(found: int | None, name: str, does: str) -> int:
+def _turn_id(found: int | None, name: str, marks: str) -> int:
     if found is None:
         raise SettingsError(
-            f"model.pretrained_llm: its tokenizer has no {name} token, which marks where the "
-            f"agent's turns {does}; add {name}_token to tokenizer_config.json, or name another "
-            "tokenizer in model.tokenizer_path"
+            f"model.pretrained_llm: its tokenizer has no {name} token, which marks the {marks} of "
+            f"the agent's turns; add {name}_token to tokenizer_config.json, or set "
+            "model.tokenizer_path to another tokenizer"
         )
     return found

@@ -16,11 +16,11 @@ class DuplexModelConfig:
     pretrained_audio_codec: str
     """`.nemo` file (or hub name) of the audio codec."""
     pretrained_asr: str | None = None
-    """`.nemo` file (or hub name) whose preprocessor and encoder start the perception module."""
+    """`.nemo` file (or hub name) whose preprocessor and encoder initialize perception."""
     scoring_asr: str | None = None
-    """`.nemo` file (or hub name) of what transcribes the agent in validation; None: not scored."""
+    """`.nemo` file (or hub name) of the ASR model that scores validation; None: no scores."""
     pretrained_weights: bool = True
-    """False: the named parts give architecture only, and every weight starts at random."""
+    """False: components but the codec give their architecture only; weights are random."""
     tokenizer_path: str | None = None
     """Where the tokenizer is, if not with `pretrained_llm`."""
     freeze_params: tuple[str, ...] = ()
@@ -28,7 +28,7 @@ class DuplexModelConfig:
     text_loss_weight: float = 1.0
     audio_loss_weight: float = 1.0
     duplex_user_channel_weight: float = 1.0
-    """By what the user's frames are multiplied before they join the agent's."""
+    """Factor of the user's frames before they are added to the agent's embeddings."""
     perception: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] | None = None
     optimizer: Mapping[str, Any] | None = None
@@ -39,7 +39,7 @@ class DuplexModelConfig:
     nemo_exact: bool = False
     """Reproduce NeMo where its result depends on its own padding (docs/parity.md)."""
     seed: int = 0
-    """Of the random start of what has no pretrained weights."""
+    """Seed of the random initialization of weights that are not pretrained."""
 
     TARGETS: ClassVar[tuple[str, ...]] = ("DuplexS2SModel",)
     IGNORED: ClassVar[Mapping[str, str]] = {

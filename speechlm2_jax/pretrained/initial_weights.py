@@ -1,8 +1,8 @@
-"""Weights of a model of one's own that a new training starts from: NeMo's `init_from_checkpoint`.
+"""`model.init_from_checkpoint`: a new training starts from the weights of a trained model.
 
-As in NeMo, tensors are matched by name: what the checkpoint lacks starts as it would without it,
-and what the model has no place for is left out. Both are logged by name. Nothing but weights is
-read: the optimizer, the schedule and the data start anew.
+As in NeMo, tensors are matched by name. Tensors that the checkpoint lacks are initialized as
+without it; tensors that the model lacks are ignored. Both are logged by name. Only weights are
+read: optimizer, schedule and data start from the beginning.
 """
 
 import logging
@@ -24,9 +24,9 @@ from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.settings import SettingsError
 
 KEY = "model.init_from_checkpoint"
-ADAPTED = ((".base_model.model.", "."), (".base_layer.", "."))
-"""What PEFT adds to the names of an LLM with adapters: without it they are the plain LLM's."""
-BELONGS: Mapping[str, str] = {
+PEFT_INFIXES = ((".base_model.model.", "."), (".base_layer.", "."))
+"""What PEFT adds to parameter names of an LLM with adapters -> the plain LLM's name."""
+KEY_OF_CLASS: Mapping[str, str] = {
     "ASRModel": "model.pretrained_asr",
     "CTCModel": "model.pretrained_asr, after python convert.py RUN NAME.nemo",
     "AudioCodec": "model.pretrained_audio_codec",
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 def find(name: str, near: tuple[Path, ...]) -> Path:
-    """The checkpoint that `model.init_from_checkpoint` names, fetched from the hub if need be.
+    """The checkpoint that `model.init_from_checkpoint` names, downloaded if necessary.
 
     Raises SettingsError if there is none, or if it belongs to another key.
     """
@@ -44,7 +44,9 @@ def find(name: str, near: tuple[Path, ...]) -> Path:
     if kind is None or set(kind.classes) & set(registry.SPEECH_MODELS):
         return path
     if kind.classes:
-        raise SettingsError(f"{KEY}: {path} is {kind.what}; name it in {BELONGS[kind.classes[0]]}")
+        raise SettingsError(
+            f"{KEY}: {path} is {kind.what}; name it in {KEY_OF_CLASS[kind.classes[0]]}"
+        )
     if kind.is_llm:
         raise SettingsError(f"{KEY}: {path} is {kind.what}; {kind.advice}")
     return path
@@ -52,31 +54,31 @@ def find(name: str, near: tuple[Path, ...]) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class InitialWeights:
-    """What of a checkpoint fits a model."""
+    """The tensors of a checkpoint that fit a model."""
 
     path: Path
     source: LazySource
-    """The tensors that fit, under the names that the model's table gives them."""
+    """The tensors that fit, under the names of the model's table."""
     layers: Mapping[str, tuple[int | None, ...]]
-    """By variable: the layers of a stack that are there, or None for what is no stack."""
+    """By variable: the layers of a stack that the checkpoint has, (None,) if it is no stack."""
     table: Table
-    lacking: tuple[str, ...]
-    """Names of the model that the checkpoint has not."""
+    missing: tuple[str, ...]
+    """Names of the model that the checkpoint does not have."""
     unused: tuple[str, ...]
-    """Names of the checkpoint that the model has not, or has in another shape."""
+    """Names of the checkpoint that the model does not have, or has in another shape."""
 
     def log(self) -> None:
-        """Logs what starts from the checkpoint, and what does not."""
+        """Logs which tensors start from the checkpoint, and which do not."""
         fitting = sum(map(len, self.layers.values()))
         _log.info(
             "%s: %d of %d tensors of the model start from %s; optimizer and schedule start anew",
-            *(KEY, fitting, fitting + len(self.lacking), self.path),
+            *(KEY, fitting, fitting + len(self.missing), self.path),
         )
-        if self.lacking:
+        if self.missing:
             _log.warning(
                 "%s: %s lacks %d tensors, which start from the pretrained components or at "
                 "random: %s",
-                *(KEY, self.path, len(self.lacking), listed(self.lacking)),
+                *(KEY, self.path, len(self.missing), listed(self.missing)),
             )
         if self.unused:
             _log.warning(
@@ -85,7 +87,7 @@ class InitialWeights:
             )
 
     def load(self, infos: Mapping[str, VariableInfo], place: Place | None) -> Variables:
-        """Reads every variable whose layers are all there."""
+        """Reads every variable whose layers the checkpoint has all."""
         whole = {
             path: info
             for path, info in infos.items()
@@ -102,9 +104,9 @@ class InitialWeights:
         return mapping.load(source, Table(rules), whole, place)
 
     def overlay(self, variables: Variables, loaded: Variables) -> Variables:
-        """Sets the layers that are there of the stacks of which some are lacking."""
-        partly = {path for path in self.layers if path not in loaded}
-        return {path: self._overlaid(path, variables[path]) for path in partly}
+        """Sets the layers of stacks of which the checkpoint has only some."""
+        partial = {path for path in self.layers if path not in loaded}
+        return {path: self._overlaid(path, variables[path]) for path in partial}
 
     def _overlaid(self, path: str, value: Any) -> Any:
         rule = self._rule(path)
@@ -123,16 +125,16 @@ class InitialWeights:
 
 
 def match(path: Path, table: Table, infos: Mapping[str, VariableInfo]) -> InitialWeights:
-    """Finds what of the checkpoint at `path` fits a model, reading no value of a file.
+    """Finds the tensors of the checkpoint at `path` that fit a model; reads no value of a file.
 
-    Raises ConversionError if nothing does, FileNotFoundError for a run without a checkpoint.
+    Raises ConversionError if none fits, FileNotFoundError for a run without a checkpoint.
     """
     given = _open(path, table, infos)
     stored = {**{name: name for name in given.infos}, **given.aliases}
     by_plain = {_plain(name): kept for name, kept in stored.items()}
     found: dict[str, str] = {}
     layers: dict[str, tuple[int | None, ...]] = {}
-    lacking: list[str] = []
+    missing: list[str] = []
     for rule in table.rules:
         info = infos[rule.target]
         shape = info.shape[1:] if rule.is_stacked else info.shape
@@ -144,15 +146,15 @@ def match(path: Path, table: Table, infos: Mapping[str, VariableInfo]) -> Initia
             if names:
                 here.append(layer)
             else:
-                lacking.append(rule.source.replace(LAYER, str(layer)))
+                missing.append(rule.source.replace(LAYER, str(layer)))
         if here:
             layers[rule.target] = tuple(here)
     used = set(found.values())
     unused = [name for name in given.infos if name not in used]
     if not layers:
         raise ConversionError(
-            f"{KEY}: none of the {len(given.infos)} tensors of {path} fits the model, which has "
-            f"{listed(lacking)}; it has {listed(given.infos)}"
+            f"{KEY}: none of the {len(given.infos)} tensors of {path} fits the model; the model "
+            f"has {listed(missing)}; the checkpoint has {listed(given.infos)}"
         )
     return InitialWeights(
         path=path,
@@ -162,7 +164,7 @@ def match(path: Path, table: Table, infos: Mapping[str, VariableInfo]) -> Initia
         ),
         layers=layers,
         table=table,
-        lacking=tuple(lacking),
+        missing=tuple(missing),
         unused=tuple(f"{n} {list(given.infos[n].shape)}" for n in unused),
     )
 
@@ -176,7 +178,7 @@ def check(path: Path, table: Table, infos: Mapping[str, VariableInfo]) -> None:
 
 
 def _open(path: Path, table: Table, infos: Mapping[str, VariableInfo]) -> LazySource:
-    """The tensors of a checkpoint under NeMo's names; those of a run by the paths that it has."""
+    """The tensors of a checkpoint under NeMo's names; those of a run that fit no name by path."""
     if not _is_run(path):
         return open_weights(path)
     variables = checkpointing.load_weights(path).variables
@@ -208,6 +210,6 @@ def _count(rule: Rule, info: VariableInfo) -> int:
 
 
 def _plain(name: str) -> str:
-    for added, plain in ADAPTED:
+    for added, plain in PEFT_INFIXES:
         name = name.replace(added, plain)
     return name

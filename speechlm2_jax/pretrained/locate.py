@@ -1,4 +1,4 @@
-"""Where pretrained parts are: files and directories on this machine, or repositories on the hub."""
+"""Finds pretrained components: local files and directories, or repositories on the hub."""
 
 import difflib
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ LLM_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 
 
 def nearest_path(name: str) -> str | None:
-    """An existing path that differs from `name` in one misspelt part; None if there is none."""
+    """An existing path that differs from `name` in one misspelt folder or file name, or None."""
     path, parts = Path(name).expanduser(), Path(name).parts
     found = Path(path.anchor) if path.is_absolute() else Path()
     for place, part in enumerate(path.parts[1:] if path.is_absolute() else parts):
@@ -41,7 +41,7 @@ def _names_in(folder: Path) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """Looks names up: beside the working directory first, then in `near`, then on the hub."""
+    """Looks names up: in the working directory first, then in `near`, then on the hub."""
 
     near: tuple[Path, ...] = ()
 
@@ -52,9 +52,9 @@ class Location:
         return next((c.absolute() for c in candidates if c.exists()), None)
 
     def find(self, name: str, *, key: str, patterns: tuple[str, ...] = LLM_FILES) -> Path:
-        """The path that `name` means, fetched from the hub if it is nowhere here.
+        """The path that `name` means, downloaded from the hub if it is not a local one.
 
-        Raises SettingsError naming `key` if it can be had neither way.
+        Raises SettingsError naming `key` if it is found neither locally nor on the hub.
         """
         found = self.local(name)
         if found is not None:
@@ -68,9 +68,9 @@ class Location:
 
         try:
             return Path(snapshot_download(name, allow_patterns=list(patterns)))
-        except Exception as error:  # the hub client raises many kinds; all mean "not to be had"
+        except Exception as error:  # the hub client raises many types; all mean "not available"
             raise SettingsError(
-                f"{key}: {name!r} is no local path, and fetching it from the hub failed "
+                f"{key}: {name!r} is not a local path, and downloading it from the hub failed "
                 f"({type(error).__name__}: {str(error).splitlines()[0]}); "
                 + (
                     f"did you mean {near!r}?"
@@ -91,7 +91,7 @@ class Location:
 
 
 def config_folders() -> tuple[Path, ...]:
-    """Where settings files lie, and beside them the parts that they name: here, in the clone."""
+    """Folders of settings files, which name components relative to them."""
     roots = (Path("configs"), Path(__file__).resolve().parents[2] / "configs")
     return tuple(folder for root in roots for folder in (root, root / "recipes"))
 
@@ -112,7 +112,7 @@ def nemo_tokenizer(archive: NemoArchive) -> Tokenizer:
     reference = (archive.config.get("tokenizer") or {}).get("model_path")
     if not isinstance(reference, str):
         raise SettingsError(
-            f"{archive.path}: its config names no SentencePiece tokenizer; to write down speech "
-            "with characters or word pieces, open it by slm.models.ASRModel"
+            f"{archive.path}: its config names no SentencePiece tokenizer; for a model with "
+            "characters or word pieces use slm.models.ASRModel"
         )
     return Tokenizer.from_sentencepiece(archive.artifact(reference))

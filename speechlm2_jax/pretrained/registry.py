@@ -1,7 +1,7 @@
-"""Which class opens what: a run, a saved directory, a `.nemo` or `.ckpt` file, a `model:` block.
+"""Which class opens a run, a saved directory, a `.nemo` or `.ckpt` file, or a `model:` block.
 
-Every program and every `from_pretrained` asks here, so that all give the same answer. Nothing is
-imported by a name that a file gives: names select from the tables below.
+Every program and every `from_pretrained` uses this registry, so that all agree. Names in files
+select from the tables below; nothing is imported by name.
 """
 
 from collections.abc import Mapping
@@ -20,22 +20,22 @@ from speechlm2_jax.settings import SettingsError
 
 CONFIG = "config.json"
 RUN_DEFINITION = "model"
-"""Folder of a run directory that holds all of the model but its weights."""
+"""Folder of a run directory with everything of the model but its weights."""
 SPEECH_MODELS = ("SALM", "DuplexS2SModel", "DuplexS2SSpeechDecoderModel")
-"""Classes with an LLM in them, whose `save_pretrained` writes a directory."""
+"""Classes with an LLM; their `save_pretrained` writes a directory."""
 TRAINABLE = (*SPEECH_MODELS, "CTCModel")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What a checkpoint is, and what opens it."""
+    """What a checkpoint is, and which class opens it."""
 
     what: str
-    """A few words, with their article."""
+    """A short description with its article, as "a SALM"."""
     classes: tuple[str, ...] = ()
     """Names in `slm.models` of the classes that open it, the usual one first."""
     advice: str = ""
-    """What to do with it where none of the classes opens it as it is."""
+    """What to do with it where no class opens it."""
     is_llm: bool = False
     """Whether it is an LLM without a speech encoder."""
 
@@ -80,7 +80,7 @@ _BY_TARGET: Mapping[str, Kind] = {
 
 
 def of_target(name: str) -> Kind:
-    """The kind of what NeMo's class `name` (dotted or not) saves."""
+    """The kind of checkpoint that NeMo's class `name` (dotted or not) saves."""
     last = name.rpartition(".")[2]
     other = Kind(
         what=f"a NeMo model of class {last}",
@@ -91,9 +91,9 @@ def of_target(name: str) -> Kind:
 
 
 def of_config(cfg: Mapping[str, Any]) -> Kind | None:
-    """The kind of a model by its configuration: a `model:` block or config.json; None if unknown.
+    """The kind of a `model:` block or config.json; None if unknown.
 
-    `_target_` decides; without one, the keys that only one kind has.
+    `_target_` decides; without it, keys that only one kind has.
     """
     target = cfg.get("_target_", cfg.get("target"))
     if isinstance(target, str):
@@ -108,7 +108,7 @@ def of_config(cfg: Mapping[str, Any]) -> Kind | None:
 
 
 def _of_hugging_face(cfg: Mapping[str, Any]) -> Kind | None:
-    """The kind of what a config.json of transformers describes; None if it is none."""
+    """The kind of a config.json of transformers; None for another file."""
     family, classes = cfg.get("model_type"), cfg.get("architectures")
     if not isinstance(family, str) or family.startswith("nemo_speechlm"):
         return None
@@ -124,9 +124,9 @@ def _of_hugging_face(cfg: Mapping[str, Any]) -> Kind | None:
 
 
 def identify(path: Path) -> Kind | None:
-    """The kind of a file or directory on this machine; None if nothing tells. Reads no weights.
+    """The kind of a local file or directory; None if unknown. Reads no weights.
 
-    Raises ConversionError for a damaged or hostile file.
+    Raises ConversionError for a damaged or malicious file.
     """
     if path.is_file():
         return _of_file(path)
@@ -158,12 +158,12 @@ def _of_file(path: Path) -> Kind | None:
 def _of_json(path: Path) -> Kind | None:
     try:
         return of_config(read_json(path))
-    except ConversionError:  # missing or damaged: who reads it for its content says so
+    except ConversionError:  # missing or damaged: reported where its content is read
         return None
 
 
 def _of_unpacked(directory: Path) -> Kind | None:
-    """A directory that convert.py made of a .nemo file."""
+    """A directory that convert.py unpacked from a .nemo file."""
     file = directory / NEMO_CONFIG
     with file.open("rb") as opened:
         kind = of_config(read_yaml(opened.read(MAX_BYTES + 1), str(file)))
@@ -177,10 +177,10 @@ def _of_unpacked(directory: Path) -> Kind | None:
 def require(kind_of_model: type[Any], path: Path) -> None:
     """Raises SettingsError, naming the class that opens `path`, if `kind_of_model` does not."""
     known = {name for kind in (*_BY_TARGET.values(), CTC_RUN) for name in kind.classes}
-    asking = next(base.__name__ for base in kind_of_model.__mro__ if base.__name__ in known)
+    requested = next(base.__name__ for base in kind_of_model.__mro__ if base.__name__ in known)
     kind = identify(path)
-    if kind is not None and asking not in kind.classes:
-        raise SettingsError(f"{kind.sentence(path)} ({asking} was asked for)")
+    if kind is not None and requested not in kind.classes:
+        raise SettingsError(f"{kind.sentence(path)} ({requested} does not open it)")
 
 
 def find_nemo(kind_of_model: type[Any], name: str | Path, *, key: str) -> Path:
@@ -213,14 +213,14 @@ def require_part(path: Path, key: str, *, name: str) -> None:
 
 
 def trained_class(block: Mapping[str, Any]) -> str:
-    """The name in `slm.models` of what a `model:` block trains; SALM where nothing tells.
+    """The name in `slm.models` of the class that a `model:` block trains; SALM by default.
 
-    Raises SettingsError for a `_target_` that is not trained here.
+    Raises SettingsError for a `_target_` whose training is not supported.
     """
     kind = of_config(block) or SALM
     found = [name for name in TRAINABLE if name in kind.classes]
     if not found:
         targets = " or ".join((*SPEECH_MODELS, "EncDecCTCModelBPE"))
         named = block.get("_target_", block.get("target", kind.what))
-        raise SettingsError(f"model._target_: {named} is not trained here; use {targets}")
+        raise SettingsError(f"model._target_: training of {named} is not supported; use {targets}")
     return found[0]

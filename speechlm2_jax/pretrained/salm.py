@@ -1,4 +1,4 @@
-"""From NeMo's `model:` block of a SALM to a network: parts found, architecture known."""
+"""NeMo's `model:` block of a SALM -> `SalmBlueprint`: components and architecture."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,10 +18,10 @@ from speechlm2_jax.networks.salm import Salm, SalmConfig
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.blueprint import (
     Blueprint,
-    Pretrained,
+    PretrainedWeights,
+    infos_below,
     needs_asr,
     perception_config,
-    under,
 )
 from speechlm2_jax.pretrained.locate import Location, read_json
 from speechlm2_jax.pretrained.salm_config import SalmModelConfig
@@ -30,7 +30,7 @@ from speechlm2_jax.settings import SettingsError, build
 
 @dataclass(frozen=True, kw_only=True)
 class SalmBlueprint(Blueprint):
-    """Everything about a SALM but its weights."""
+    """Everything of a SALM but its weights."""
 
     config: SalmModelConfig
     network: SalmConfig
@@ -39,27 +39,28 @@ class SalmBlueprint(Blueprint):
 
     @property
     def table(self) -> mapping.Table:
-        """NeMo's names of the whole model."""
+        """NeMo's parameter names of the whole model."""
         return salm_tables.salm_table(self.network)
 
     def make(self, rngs: nnx.Rngs) -> Salm:
         """Makes the network."""
         return Salm(self.network, rngs=rngs)
 
-    def pretrained(self, infos: Mapping[str, VariableInfo]) -> Iterator[Pretrained]:
-        """The LLM's directory, and the ASR model's file."""
+    def pretrained(self, infos: Mapping[str, VariableInfo]) -> Iterator[PretrainedWeights]:
+        """The weights of the LLM and the ASR model."""
         if not self.config.pretrained_weights:
             return
         yield (
             open_weights(self.llm_directory),
             salm_tables.llm_table(self.network),
-            under("llm.", infos, but=("lora_a", "lora_b")),
+            infos_below("llm.", infos, without=("lora_a", "lora_b")),
         )
         if self.asr_file is not None:
             yield (
                 open_weights(self.asr_file),
                 salm_tables.asr_table(self.network),
-                under("perception.encoder.", infos) | under("perception.log_mel.", infos),
+                infos_below("perception.encoder.", infos)
+                | infos_below("perception.log_mel.", infos),
             )
 
 

@@ -9,14 +9,14 @@ DEFAULT_AUDIO_LOCATOR_TAG = "<|audioplaceholder|>"
 
 @dataclass(frozen=True, kw_only=True)
 class SalmModelConfig:
-    """NeMo's `model:` block for SALM; where a block has a reader of its own it stays a mapping."""
+    """NeMo's `model:` block for SALM; nested blocks that are read elsewhere stay mappings."""
 
     pretrained_llm: str
     """Directory or hub name of the Hugging Face LLM: architecture, tokenizer and weights."""
     pretrained_asr: str | None = None
-    """`.nemo` file (or hub name) whose preprocessor and encoder start the perception module."""
+    """`.nemo` file (or hub name) whose preprocessor and encoder initialize perception."""
     pretrained_weights: bool = True
-    """False: the named parts give architecture only, and every weight starts at random."""
+    """False: components give their architecture only; every weight is initialized at random."""
     tokenizer_path: str | None = None
     """Where the tokenizer is, if not with `pretrained_llm`."""
     freeze_params: tuple[str, ...] = ()
@@ -30,11 +30,11 @@ class SalmModelConfig:
     init_from_checkpoint: str | None = None
     """A run, saved directory, weights file or hub name whose weights training starts from."""
     encoder_chunk_size_seconds: float | None = None
-    """Longer clips are encoded in parts of this length, each by itself; null: whole."""
+    """Longer clips are encoded in chunks of this length, each by itself; null: whole."""
     nemo_exact: bool = False
     """Reproduce NeMo where its result depends on its own padding (docs/parity.md)."""
     seed: int = 0
-    """Of the random start of what has no pretrained weights."""
+    """Seed of the random initialization of weights that are not pretrained."""
 
     IGNORED: ClassVar[Mapping[str, str]] = {
         "model_type": "a marker that Hugging Face tools read",

@@ -1,4 +1,4 @@
-"""Whole models in and out: run directories, saved, NeMo and Hugging Face directories, `.ckpt`."""
+"""Loads and saves whole models: run, saved, NeMo and Hugging Face directories, `.ckpt` files."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -28,92 +28,89 @@ from speechlm2_jax.settings import SettingsError
 
 WEIGHTS = "model.safetensors"
 FROZEN_DTYPES = (jnp.bfloat16, jnp.float32)
-"""In which a run keeps frozen parameters."""
+"""Dtypes in which a run may have stored its frozen parameters."""
 MARKERS = {
     "model_type": "nemo_speechlm",
     "architectures": ["NeMoSpeechLMForConditionalGeneration"],
 }
-"""What transformers and vLLM look for in config.json, as NeMo writes it."""
-
-
-POINTED = ("pretrained_llm", "pretrained_audio_codec", "pretrained_weights", "tokenizer_path")
-"""Keys that loading changes: components are read from beside the weights."""
+"""Keys of config.json that transformers and vLLM look for, as NeMo writes them."""
+REDIRECTED = ("pretrained_llm", "pretrained_audio_codec", "pretrained_weights", "tokenizer_path")
+"""Keys that loading redirects to the components stored with the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model that was found: its configuration, and how to read its weights."""
+    """A model on disk: its configuration, and how to read its weights."""
 
     cfg: dict[str, Any]
-    """Its `model:` block, pointed at what lies beside it."""
+    """Its `model:` block, redirected to the components stored with it."""
     named: dict[str, Any]
-    """The same as it was saved: what the components were made from, wherever that was."""
+    """Its `model:` block as saved, with the original names of the components."""
     near: tuple[Path, ...]
-    read: Callable[[Blueprint, Mapping[str, VariableInfo], "Again"], Variables]
+    """Directories that relative names are looked up in."""
+    read: Callable[[Blueprint, Mapping[str, VariableInfo], "Rebuild"], Variables]
 
 
-Again = Callable[[Mapping[str, Any], tuple[Path, ...]], Variables]
-"""Makes the variables that a new run with these settings would start from, its parts found in the
-working folder or in those named."""
+Rebuild = Callable[[Mapping[str, Any], tuple[Path, ...]], Variables]
+"""(settings, folders to look names up in) -> the initial variables of a run with these settings."""
 
 
 def open_model(name: str) -> ModelSource:
-    """Finds what `name` means, reading no weights. Raises SettingsError with what is missing."""
+    """Finds a model by path or hub name; reads no weights. Raises SettingsError if incomplete."""
     path = Location().find(name, key="pretrained_name")
     if path.is_dir() and (path / "checkpoints").is_dir():
-        graphdef = run_definition(path)
-        named = _saved_cfg(graphdef)
+        folder = run_definition(path)
+        named = _saved_cfg(folder)
         return ModelSource(
-            cfg=_pointed(named, graphdef),
+            cfg=_redirected(named, folder),
             named=named,
-            near=(graphdef,),
-            read=lambda _, infos, again: _read_run(path, infos, again),
+            near=(folder,),
+            read=lambda _, infos, rebuild: _read_run(path, infos, rebuild),
         )
     if path.suffix == ".ckpt":
         cfg = read_hyper_parameters(path).get("cfg")
         if not isinstance(cfg, dict):
-            raise SettingsError(f"{path}: its hyper_parameters hold no cfg of a speech model")
+            raise SettingsError(f"{path}: its hyper_parameters have no cfg of a speech model")
         folder = path.parent
-        pointed = _pointed(cfg, None)
-        return ModelSource(cfg=pointed, named=cfg, near=(folder,), read=_reader(path))
+        redirected = _redirected(cfg, None)
+        return ModelSource(cfg=redirected, named=cfg, near=(folder,), read=_reader(path))
     if not path.is_dir():
         raise SettingsError(
             f"{path}: expected a run directory, a saved or NeMo model directory, or a .ckpt file"
         )
     named = _saved_cfg(path)
     return ModelSource(
-        cfg=_pointed(named, path), named=named, near=(path, path.parent), read=_reader(path)
+        cfg=_redirected(named, path), named=named, near=(path, path.parent), read=_reader(path)
     )
 
 
 def run_definition(run: Path) -> Path:
-    """The folder of a run that holds all of its model but the weights.
+    """The folder of a run with everything of its model but the weights.
 
-    Raises DamagedError if a file in it is not the one that the run wrote.
+    Raises DamagedError if a file in it has changed since the run wrote it.
     """
-    graphdef = run / RUN_DEFINITION
+    folder = run / RUN_DEFINITION
     checkpointing.verify_listed(
-        graphdef,
-        "resume the run to have it written again, or delete checksums.xxh3 there if the change is "
-        "yours",
+        folder,
+        "resume the run to write it again, or delete checksums.xxh3 there if you changed the file",
     )
-    return graphdef
+    return folder
 
 
 def save_definition(directory: Path, blueprint: Blueprint) -> None:
-    """Writes config.json, the tokenizer, and the config of each part in a folder of its own.
+    """Writes config.json, the tokenizer, and the config of each component in its own folder.
 
-    config.json names what the components were made from as the user did. A path in it need not
-    exist where the directory is read: what the directory holds comes first.
+    config.json has the user's original names of the components. Their paths need not exist where
+    the directory is read: loading uses the configs in the directory.
     """
-    for name, config in blueprint.definitions().items():
+    for name, config in blueprint.component_configs().items():
         (directory / name).mkdir(parents=True, exist_ok=True)
         _write_json(directory / name / CONFIG, config)
     cfg = dict(blueprint.cfg)
     if blueprint.named is not None:
-        cfg = {k: v for k, v in cfg.items() if k not in POINTED}
-        cfg |= {k: v for k, v in blueprint.named.items() if k in POINTED}
-    cfg.pop("init_from_checkpoint", None)  # the weights are here; NeMo would look for it
+        cfg = {k: v for k, v in cfg.items() if k not in REDIRECTED}
+        cfg |= {k: v for k, v in blueprint.named.items() if k in REDIRECTED}
+    cfg.pop("init_from_checkpoint", None)  # its weights are already loaded; NeMo would look for it
     _write_json(directory / CONFIG, {**cfg, **MARKERS})
     blueprint.tokenizer.save(directory)
 
@@ -121,7 +118,7 @@ def save_definition(directory: Path, blueprint: Blueprint) -> None:
 def save_model(
     directory: Path, blueprint: Blueprint, variables: Variables, dtype: str | None = None
 ) -> None:
-    """Writes the definition and model.safetensors under NeMo's names, if asked in `dtype`."""
+    """Writes the definition, and model.safetensors under NeMo's names, in `dtype` if given."""
     tensors = cast(state_dict(blueprint, variables), dtype)
     save_definition(directory, blueprint)
     write_safetensors(directory / WEIGHTS, tensors, mapping.aliases(blueprint.table))
@@ -132,14 +129,14 @@ def _saved_cfg(directory: Path) -> dict[str, Any]:
     cfg = read_json(directory / CONFIG, key="pretrained_name")
     if "pretrained_llm" not in cfg or "perception" not in cfg:
         raise SettingsError(
-            f"{directory / CONFIG} describes no speech model (it lacks pretrained_llm or "
-            "perception); a plain LLM goes to model.pretrained_llm of a training configuration"
+            f"{directory / CONFIG} is not the config of a speech model (it has no pretrained_llm "
+            "or no perception); name a plain LLM in model.pretrained_llm of a training config"
         )
     return cfg
 
 
-def _pointed(named: Mapping[str, Any], directory: Path | None) -> dict[str, Any]:
-    """The configuration pointed at the tokenizer and the parts' configs in `directory`, if any."""
+def _redirected(named: Mapping[str, Any], directory: Path | None) -> dict[str, Any]:
+    """The configuration, redirected to the tokenizer and the component configs in `directory`."""
     cfg = {**named, "pretrained_weights": False}
     cfg.pop("init_from_checkpoint", None)
     if directory is None:
@@ -152,11 +149,11 @@ def _pointed(named: Mapping[str, Any], directory: Path | None) -> dict[str, Any]
     return cfg
 
 
-def _read_run(run: Path, infos: Mapping[str, VariableInfo], again: Again) -> Variables:
-    """The weights of a run; frozen ones from their pretrained source if their store is damaged."""
+def _read_run(run: Path, infos: Mapping[str, VariableInfo], rebuild: Rebuild) -> Variables:
+    """The weights of a run; damaged frozen ones are rebuilt from their pretrained source."""
 
-    def rebuild(settings: Mapping[str, Any], known: frozenset[str]) -> Iterator[Variables]:
-        variables = again(settings, (run, *config_folders()))
+    def rebuild_frozen(settings: Mapping[str, Any], known: frozenset[str]) -> Iterator[Variables]:
+        variables = rebuild(settings, (run, *config_folders()))
         for dtype in FROZEN_DTYPES:
             yield {
                 path: np.asarray(value, infos[path].computed_in(dtype))
@@ -164,11 +161,13 @@ def _read_run(run: Path, infos: Mapping[str, VariableInfo], again: Again) -> Var
                 if path not in known
             }
 
-    return dict(checkpointing.load_weights(run, rebuild_frozen=rebuild).variables)
+    return dict(checkpointing.load_weights(run, rebuild_frozen=rebuild_frozen).variables)
 
 
-def _reader(path: Path) -> Callable[[Blueprint, Mapping[str, VariableInfo], Again], Variables]:
-    def read(blueprint: Blueprint, infos: Mapping[str, VariableInfo], again: Again) -> Variables:
+def _reader(path: Path) -> Callable[[Blueprint, Mapping[str, VariableInfo], Rebuild], Variables]:
+    def read(
+        blueprint: Blueprint, infos: Mapping[str, VariableInfo], rebuild: Rebuild
+    ) -> Variables:
         return mapping.load(open_weights(path), blueprint.table, infos)
 
     return read

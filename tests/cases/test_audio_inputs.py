@@ -121,7 +121,8 @@ def test_parts_are_the_turn_that_they_mean(model, parts):
         {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
         {"role": "user", "content": ["Again."]},
     ]
-    (same, expected), _ = generate.prepare_prompts(model, ([given, asked], None, None))
+    inputs = generate.PromptInputs([given, asked])
+    (same, expected), _ = generate.prepare_prompts(model._engine(), inputs)
     np.testing.assert_array_equal(same.tokens, expected.tokens)
     np.testing.assert_array_equal(same.audio[0], WAVE)
 

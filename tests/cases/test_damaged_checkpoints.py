@@ -266,13 +266,13 @@ def test_a_damaged_ranking_is_told_and_costs_no_step(folder, caplog, how):
 
 
 def test_the_definition_of_a_run_is_compared_too(tmp_path):
-    graphdef = tmp_path / "model"
-    graphdef.mkdir()
-    (graphdef / "config.json").write_text('{"rope_theta": 1}')
-    assert run_definition(tmp_path) == graphdef  # of an older version
-    write_checksums(graphdef, {})
-    assert run_definition(tmp_path) == graphdef
-    (graphdef / "config.json").write_text('{"rope_theta": 9}')
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"rope_theta": 1}')
+    assert run_definition(tmp_path) == folder  # of an older version
+    write_checksums(folder, {})
+    assert run_definition(tmp_path) == folder
+    (folder / "config.json").write_text('{"rope_theta": 9}')
     with pytest.raises(DamagedError, match=r"model/config.json has changed .* resume the run"):
         run_definition(tmp_path)
 

@@ -96,7 +96,7 @@ def test_ids_that_the_model_lacks_are_one_line(wav, capsys):
     finally:
         jax.config.update("jax_default_device", None)
     line = capsys.readouterr().err
-    assert line.startswith("evaluate.py: generation.forced_eos_token_id: [99999] are no ids")
+    assert line.startswith("evaluate.py: generation.forced_eos_token_id: [99999] are not token ids")
     assert line.count("\n") == 1
 
 

@@ -45,7 +45,7 @@ def test_a_long_recording_is_answered_in_chunks_and_told(model, long_file, caplo
     chunks = cut(wave, rate_hz=16_000, max_s=MAX_S)
     (record,) = caplog.records
     assert f"prompt 1 ({long_file}): 4.0 s of audio" in record.getMessage()
-    assert f"answered in {len(chunks)} overlapping chunks" in record.getMessage()
+    assert f"split into {len(chunks)} overlapping chunks" in record.getMessage()
     rows = [wave[c.start : c.end] for c in chunks] + [soundfile.read(short, dtype="float32")[0]]
     lengths = np.array([len(row) for row in rows])
     audios = np.stack([np.pad(row, (0, lengths.max() - len(row))) for row in rows])
@@ -61,7 +61,7 @@ def test_a_long_recording_is_answered_in_chunks_and_told(model, long_file, caplo
 
 def test_what_cannot_be_answered_in_chunks_says_what_to_do(model, long_file):
     short = DATA / "salm" / "audio" / "a0.wav"
-    with pytest.raises(ValueError, match="only a prompt with one recording can be answered in ch"):
+    with pytest.raises(ValueError, match="only a prompt with one recording can be split"):
         model.generate([asked(model, short, long_file)], **SHORT)
     with pytest.raises(ValueError, match="cannot be streamed; use generate, or raise max_audio_s"):
         model.stream([asked(model, long_file)], **SHORT)

@@ -104,10 +104,10 @@ def test_a_longer_prompt_and_a_recording_in_chunks_find_room(model, prompts, cap
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (dict(num_beams=2), "num_beams: beam search: not on slots"),
-        (dict(stop_strings="a"), "stop_strings: not on slots"),
-        (dict(max_time=1.0), "max_time: not on slots"),
-        (dict(max_length=40), r"max_length \(use max_new_tokens\): not on slots"),
+        (dict(num_beams=2), "num_beams: beam search: not supported by generate_each"),
+        (dict(stop_strings="a"), "stop_strings: not supported by generate_each"),
+        (dict(max_time=1.0), "max_time: not supported by generate_each"),
+        (dict(max_length=40), r"max_length \(use max_new_tokens\): not supported by generate_each"),
         (dict(slots=0), "slots=0 must be at least 1"),
     ],
 )
@@ -118,7 +118,9 @@ def test_what_needs_whole_batches_is_refused_at_the_call(model, prompts, wrong, 
 
 def test_processors_that_look_at_a_prompt_of_text_are_refused(model):
     text = [{"role": "user", "content": "What time is it?"}]
-    with pytest.raises(ValueError, match="prompt 0 is of text alone, whose ids repetition_penalty"):
+    with pytest.raises(
+        ValueError, match="prompt 0 has no audio: generate_each does not support repetition_penalty"
+    ):
         next(model.generate_each([text], repetition_penalty=1.5))
 
 

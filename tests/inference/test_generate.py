@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -129,9 +130,9 @@ def test_a_text_ends_an_answer_and_lengths_are_each_rows_own(model):
         (dict(streamer=object()), "use model.stream"),
         (dict(temperature=0.0, do_sample=True), "temperature=0.0 must be a positive number; or"),
         (dict(top_p=1.5, do_sample=True), r"top_p=1.5 must be a number in \[0, 1\]"),
-        (dict(num_return_sequences=2), "greedy decoding has one answer"),
+        (dict(num_return_sequences=2), "greedy decoding gives one sequence"),
         (dict(num_return_sequences=3, num_beams=2), "exceeds num_beams=2"),
-        (dict(bad_words_ids=[[3, 400]]), r"bad_words_ids: \[400\] are no ids"),
+        (dict(bad_words_ids=[[3, 400]]), r"bad_words_ids: \[400\] are not token ids"),
         (dict(early_stopping="soon", num_beams=2), "true, false or never"),
         (dict(min_new_tokens=5, max_new_tokens=4), "exceeds max_new_tokens=4"),
         (dict(max_length=8), "leaves no room after a prompt of"),
@@ -164,19 +165,19 @@ def test_what_is_not_supported_is_refused_by_name(model, wrong, says):
         (dict(sequence_bias=3), "sequence_bias=3 must be pairs of token ids and a number"),
         (dict(sequence_bias=[[[3], 1.0], 3]), "must be pairs"),
         (dict(sequence_bias=[[3], 1]), r"sequence_bias=\[\[3\], 1\] must be pairs"),
-        (dict(sequence_bias={(3, 400): 1.0}), r"sequence_bias: \[400\] are no ids"),
+        (dict(sequence_bias={(3, 400): 1.0}), r"sequence_bias: \[400\] are not token ids"),
         (dict(stop_strings=3), "stop_strings=3 must be a text, or a list of them"),
         (dict(stop_strings=""), "an empty one would end every answer"),
         (dict(stop_strings=["a", ""]), "an empty one would end every answer"),
         (dict(exponential_decay_length_penalty=3), r"must be \[start, factor\]"),
         (
             dict(forced_eos_token_id=99999),
-            r"forced_eos_token_id: \[99999\] are no ids; .* 0 to 367",
+            r"forced_eos_token_id: \[99999\] are not token ids; .* 0 to 367",
         ),
         (dict(forced_bos_token_id=[3, 4]), r"forced_bos_token_id=\[3, 4\] must be one token id"),
         (dict(suppress_tokens="a"), "suppress_tokens='a' must be one token id, or a list"),
-        (dict(eos_token_id=-1), r"eos_token_id: \[-1\] are no ids"),
-        (dict(pad_token_id=-1), r"pad_token_id: \[-1\] are no ids"),
+        (dict(eos_token_id=-1), r"eos_token_id: \[-1\] are not token ids"),
+        (dict(pad_token_id=-1), r"pad_token_id: \[-1\] are not token ids"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused_by_name(model, wrong, says):
@@ -204,7 +205,7 @@ def test_numbers_and_ids_of_every_kind_are_taken(model):
 
 
 def test_a_stream_of_beams_is_refused_at_the_call(model):
-    with pytest.raises(ValueError, match="beam search knows its answer at the end only"):
+    with pytest.raises(ValueError, match="num_beams: beam search cannot be streamed"):
         model.stream(PROMPTS, num_beams=2)
 
 
@@ -245,17 +246,10 @@ def test_a_thought_is_opened_or_already_over_as_asked(model):
         for enabled in (True, False)
     }
 
-    class Thoughtful:
-        """The model's numbers with a format that has thoughts."""
-
-        prompt_formatter = thoughtful
-        sampling_rate, audio_locator_tag_id, text_pad_id = 16000, 335, 332
-        text_bos_id = None
-        text_vocab_size = 365
-
+    engine = replace(model._engine(), prompt_formatter=thoughtful)
     for asked, enabled in ((None, True), (True, True), (False, False)):
         _, ids = generate.prepare_prompts(
-            Thoughtful(), (PROMPTS[:1], None, None), enable_thinking=asked
+            engine, generate.PromptInputs(PROMPTS[:1]), enable_thinking=asked
         )
         assert ids.tolist() == [told[enabled]]
     assert told[True] != told[False]

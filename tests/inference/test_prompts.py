@@ -28,7 +28,9 @@ def asked(model):
         text = f"Say: {model.audio_locator_tag * tags}"
         good = {"role": "user", "content": f"Say: {model.audio_locator_tag}", "audio": [WAVE]}
         turn = {"role": "user", "content": text, "audio": audio}
-        return generate.prepare_prompts(model, ([[good], [turn]], None, None), first)[0]
+        return generate.prepare_prompts(
+            model._engine(), generate.PromptInputs([[good], [turn]]), first
+        )[0]
 
     return lay_out
 
@@ -107,8 +109,11 @@ TURN = {"role": "user", "content": "Yes"}
         ([[3, 4], [5]], "prompts of ids must be one array .* on the left with the id 0"),
         ([3, 4], r"prompts must be dialogs, .* got int64 \(2,\)"),
         ([[0.5]], r"prompts must be dialogs, .* got float64 \(1, 1\)"),
-        ([[3, 4], [5, 368]], r"prompt 1: \[368\] are no ids; give ids from 0 to 367, and 360"),
-        ([[3, -100]], r"prompt 0: \[-100\] are no ids"),
+        (
+            [[3, 4], [5, 368]],
+            r"prompt 1: \[368\] are not token ids; give ids from 0 to 367, and 360",
+        ),
+        ([[3, -100]], r"prompt 0: \[-100\] are not token ids"),
     ],
 )
 def test_what_is_no_prompt_is_refused(model, prompts, says):
@@ -121,7 +126,8 @@ def test_rows_of_audios_are_checked_too(model):
     with pytest.raises(ValueError, match="^prompt 1: NaN or infinite samples"):
         model.generate([tag, tag], np.stack([WAVE, _with(np.nan)[0]]))
     padded = np.stack([WAVE, np.where(np.arange(len(WAVE)) < 5000, WAVE, np.nan)])
-    generate.prepare_prompts(model, ([tag, tag], padded, [len(WAVE), 5000]))  # nobody hears padding
+    inputs = generate.PromptInputs([tag, tag], padded, [len(WAVE), 5000])
+    generate.prepare_prompts(model._engine(), inputs)  # NaN in padding is harmless
     with pytest.raises(ValueError, match="audios: audio is int16"):
         split_audio(np.zeros((1, 9), np.int16), None)
     with pytest.raises(ValueError, match="pad the rows to one length and give audio_lens"):

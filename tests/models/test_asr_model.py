@@ -244,8 +244,8 @@ def test_what_only_training_reads_is_accepted_and_reported(tmp_path):
 @pytest.mark.parametrize(
     ("name", "change", "options", "message"),
     [
-        ("rnnt", {}, {"decoder": "ctc"}, "EncDecRNNTBPEModel has rnnt"),
-        ("ctc", {"target": "x.EncDecMultiTaskModel"}, {}, "EncDecMultiTaskModel is no recogniser"),
+        ("rnnt", {}, {"decoder": "ctc"}, "EncDecRNNTBPEModel has only rnnt"),
+        ("ctc", {"target": "x.EncDecMultiTaskModel"}, {}, "EncDecMultiTaskModel is not a supp"),
         ("rnnt", {}, {"decoding": {"strategy": "beam"}}, "strategy='beam'.*greedy_batch"),
         ("rnnt", {}, {"decoding": {"big_blank_durations": [2]}}, "big_blank_durations"),
         ("rnnt", {}, {"decoding": {"greedy": {"max_symbols": -1}}}, "max_symbols=-1"),

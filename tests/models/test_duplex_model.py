@@ -222,8 +222,8 @@ def test_the_scoring_asr_is_found_before_training(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("codec", {}, "AudioCodecModel is no recogniser"),
-        ("asr_scoring", {"decoding": {"strategy": "beam"}}, "strategy='beam' is not done"),
+        ("codec", {}, "AudioCodecModel is not a supported ASR model"),
+        ("asr_scoring", {"decoding": {"strategy": "beam"}}, "strategy='beam' is not supported"),
         ("asr_scoring", {"target": "x.EncDecMultiTaskModel"}, "EncDecMultiTaskModel is no"),
         ("asr_scoring", {"tokenizer": {"type": "agg"}}, "no SentencePiece tokenizer"),
         ("asr_scoring", {"encoder": None}, "its config has no encoder"),

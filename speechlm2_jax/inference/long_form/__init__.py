@@ -1,1 +1,1 @@
-"""Recordings longer than a model takes at once: cut, transcribed, joined."""
+"""Recordings longer than `max_audio_s`: cut into chunks, transcribed, joined."""

@@ -1,4 +1,4 @@
-"""Answers about recordings that are too long to be heard at once: chunk by chunk, then joined."""
+"""Generation for recordings longer than `max_audio_s`: chunk by chunk, then joined."""
 
 import logging
 import time
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int32
 
 from speechlm2_jax.batches import SalmExample
 from speechlm2_jax.inference.long_form.chunks import Chunk, cut
@@ -15,17 +16,17 @@ from speechlm2_jax.inference.request.generation_request import GenerationRequest
 from speechlm2_jax.inference.text_stream import PartialOutput
 
 CHUNKS_AT_ONCE = 8
-"""Rows of a batch: what memory holds, however long the recordings are."""
+"""Batch size: bounds memory, however long the recordings are."""
 CHUNK_STRIDE = 1 << 16
-"""Between the numbers of a prompt's chunks, by which random draws go; prompts lie between."""
+"""Distance between the draw numbers of a prompt's chunks; other prompts' numbers lie between."""
 
 
 @runtime_checkable
 class TextCoder(Protocol):
-    """What turns ids into text and back."""
+    """Turns ids into text and back."""
 
     def ids_to_text(self, ids: Any) -> str:
-        """Decodes one row, without special tokens."""
+        """Decodes one sequence, without special tokens."""
         ...
 
     def text_to_ids(self, text: str) -> list[int]:
@@ -33,30 +34,32 @@ class TextCoder(Protocol):
         ...
 
 
-Speak = Callable[..., Iterator[PartialOutput]]
-"""Examples, request and `row_ids` -> how far their answers are."""
+RunGeneration = Callable[..., Iterator[PartialOutput]]
+"""`run_generation` with its engine: (examples, request, row_ids=...) -> outputs."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ChunkedPrompt:
-    """One prompt as the rows that answer it: one, or one per chunk of its recording."""
+    """One prompt as one example, or as one example per chunk of its recording."""
 
     rows: tuple[SalmExample, ...]
     chunks: tuple[Chunk, ...] = ()
-    """Of a prompt that is answered in chunks, those of its rows."""
+    """The chunk of each example; empty for a prompt without long audio."""
 
-    def join(self, answers: Sequence[np.ndarray], coder: TextCoder, stops: Sequence[int]) -> list:
-        """Ids of the whole answer: of a joined text, and its end if the last chunk's has one."""
+    def join(self, responses: Sequence[np.ndarray], coder: TextCoder, stops: Sequence[int]) -> list:
+        """Ids of the whole response: the joined text, and the last chunk's end token if any."""
         if not self.chunks:
-            return answers[0].tolist()
-        ends = answers[-1][-1:].tolist()
-        texts = [coder.ids_to_text([i for i in ids.tolist() if i not in stops]) for ids in answers]
+            return responses[0].tolist()
+        ends = responses[-1][-1:].tolist()
+        texts = [
+            coder.ids_to_text([i for i in ids.tolist() if i not in stops]) for ids in responses
+        ]
         return [*coder.text_to_ids(join(texts, self.chunks)), *(i for i in ends if i in stops)]
 
 
-def in_parts(example: SalmExample, max_s: float | None, rate_hz: int) -> ChunkedPrompt:
-    """Cuts the recording of a prompt where it exceeds `max_s` seconds, and logs that.
+def split_long_audio(example: SalmExample, max_s: float | None, rate_hz: int) -> ChunkedPrompt:
+    """Cuts the recording of a prompt into chunks if it is longer than `max_s`; logs a warning.
 
     Raises ValueError for a prompt with several recordings of which one is too long.
     """
@@ -66,49 +69,49 @@ def in_parts(example: SalmExample, max_s: float | None, rate_hz: int) -> Chunked
     if len(example.audio) > 1:
         raise ValueError(
             f"{example.id}: one of its {len(example.audio)} recordings has {too_long[0]:.1f} s, "
-            f"more than max_audio_s={max_s:g}, and only a prompt with one recording can be "
-            "answered in chunks; ask about each by itself, shorten it, or raise max_audio_s "
+            f"more than max_audio_s={max_s:g}, and only a prompt with one recording can be split "
+            "into chunks; use one prompt per recording, shorten it, or raise max_audio_s "
             "(false: no limit)"
         )
     wave = max(example.audio, key=len)
     chunks = cut(wave, rate_hz=rate_hz, max_s=max_s)
     log.warning(
-        "%s: %.1f s of audio are more than max_audio_s=%g; answered in %d overlapping chunks, "
-        "whose texts are joined",
+        "%s: %.1f s of audio are more than max_audio_s=%g; split into %d overlapping chunks, whose "
+        "texts are joined",
         *(example.id, too_long[0], max_s, len(chunks)),
     )
     rows = tuple(replace(example, audio=(wave[c.start : c.end],)) for c in chunks)
     return ChunkedPrompt(rows, tuple(chunks))
 
 
-def row_number(prompt: int, chunk: int) -> int:
-    """The number by which a row's random draws go: the prompt's own for a first chunk."""
+def draw_number(prompt: int, chunk: int) -> int:
+    """The number that seeds a chunk's random draws: the prompt's own number for its first chunk."""
     return (prompt + chunk * CHUNK_STRIDE) % 2**31
 
 
-def refuse(examples: Sequence[SalmExample], max_s: float | None, rate_hz: int) -> None:
-    """Raises ValueError if a prompt would have to be answered in chunks, for a stream."""
+def refuse_long_audio(examples: Sequence[SalmExample], max_s: float | None, rate_hz: int) -> None:
+    """Raises ValueError for a prompt that would be split into chunks; `stream` cannot join them."""
     for example in examples:
         seconds = max(map(len, example.audio), default=0) / rate_hz
         if max_s and seconds > max_s:
             raise ValueError(
                 f"{example.id}: {seconds:.1f} s of audio are more than max_audio_s={max_s:g}, and "
-                "an answer joined from chunks cannot be streamed; use generate, or raise "
+                "a response joined from chunks cannot be streamed; use generate, or raise "
                 "max_audio_s (false: no limit)"
             )
 
 
 def check(request: GenerationRequest) -> None:
-    """Raises ValueError for what answers of joined chunks cannot have."""
+    """Raises ValueError for what is not supported with chunks."""
     if request.decoding.answers > 1:
         raise ValueError(
-            "num_return_sequences: a recording longer than max_audio_s has one answer, joined from "
-            "its chunks; leave it out, or raise max_audio_s"
+            "num_return_sequences: a recording longer than max_audio_s has one response, joined "
+            "from its chunks; leave it out, or raise max_audio_s"
         )
     if request.returns_dict and request.decoding.beams is not None:
         raise ValueError(
-            "return_dict_in_generate: the answer to a recording longer than max_audio_s is joined "
-            "from chunks and has no score; leave it out, or raise max_audio_s"
+            "return_dict_in_generate: the response to a recording longer than max_audio_s is "
+            "joined from chunks and has no score; leave it out, or raise max_audio_s"
         )
 
 
@@ -116,36 +119,36 @@ def generate_chunked(
     prompts: Sequence[ChunkedPrompt],
     numbers: Sequence[int],
     request: GenerationRequest,
-    speak: Speak,
+    run: RunGeneration,
     coder: TextCoder,
-) -> np.ndarray:
-    """Answers prompts of which some are in chunks: ids [B, T], padded on the right.
+) -> Int32[np.ndarray, "B T"]:
+    """Generates for prompts of which some are split into chunks; ids are padded on the right.
 
-    `numbers` are those by which the prompts' random draws go.
-    Rows of like length go together, CHUNKS_AT_ONCE of them; a last batch is filled up, so that
-    batches share their static shapes. Time limits are those of the whole.
+    `numbers` seed the prompts' random draws. Chunks of similar length share a batch of at most
+    CHUNKS_AT_ONCE. The last batch is filled up, so that all batches share one static shape. A time
+    limit counts for all batches together.
     """
     check(request)
     deadline_s = time.monotonic() + (request.max_time_s or 0)
-    rows = [(p, n) for p, parts in enumerate(prompts) for n in range(len(parts.rows))]
+    rows = [(p, n) for p, prompt in enumerate(prompts) for n in range(len(prompt.rows))]
     rows.sort(key=lambda row: -sum(map(len, prompts[row[0]].rows[row[1]].audio)))
     at_once = -(-len(rows) // -(-len(rows) // CHUNKS_AT_ONCE))
-    answers: dict[tuple[int, int], np.ndarray] = {}
+    responses: dict[tuple[int, int], np.ndarray] = {}
     for start in range(0, len(rows), at_once):
         chosen = rows[start : start + at_once]
         filled = chosen + chosen[-1:] * (at_once - len(chosen))
         if request.max_time_s is not None:
             request = replace(request, max_time_s=max(deadline_s - time.monotonic(), 1e-9))
-        row_ids = np.array([row_number(numbers[p], n) for p, n in filled], np.int32)
-        *_, spoken = speak([prompts[p].rows[n] for p, n in filled], request, row_ids=row_ids)
-        for row, ids, length in zip(chosen, spoken.ids, spoken.lengths, strict=False):
-            answers[row] = ids[:length]
+        row_ids = np.array([draw_number(numbers[p], n) for p, n in filled], np.int32)
+        *_, output = run([prompts[p].rows[n] for p, n in filled], request, row_ids=row_ids)
+        for row, ids, length in zip(chosen, output.ids, output.lengths, strict=False):
+            responses[row] = ids[:length]
     stops = request.decoding.stop_ids
     joined = [
-        parts.join([answers[p, n] for n in range(len(parts.rows))], coder, stops)
-        for p, parts in enumerate(prompts)
+        prompt.join([responses[p, n] for n in range(len(prompt.rows))], coder, stops)
+        for p, prompt in enumerate(prompts)
     ]
     ids = np.full((len(joined), max(map(len, joined))), request.decoding.pad_id, np.int32)
-    for row, said in zip(ids, joined, strict=True):
-        row[: len(said)] = said
+    for row, own in zip(ids, joined, strict=True):
+        row[: len(own)] = own
     return ids

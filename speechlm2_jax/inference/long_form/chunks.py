@@ -1,7 +1,7 @@
-"""Recordings longer than a model hears at once, cut into chunks that overlap.
+"""Cuts long recordings into overlapping chunks.
 
-Both edges of every chunk lie where it is quietest, so that few words are cut in two, and every
-overlap is heard twice: `joining` finds the words that both chunks say.
+Both edges of a chunk lie where the audio is quietest, so that few words are cut in two. Every
+overlap is transcribed twice; `join_texts` finds the words that both chunks share.
 """
 
 from typing import NamedTuple
@@ -10,32 +10,33 @@ import numpy as np
 from jaxtyping import Float
 
 DEFAULT_MAX_AUDIO_S = 40.0
-"""What canary-qwen-2.5b was trained on; other models are told theirs."""
+"""The longest audio that canary-qwen-2.5b was trained on. Set `max_audio_s` for other models."""
 OVERLAP_S = 2.0
 OVERLAP_SHARE = (1 / 8, 1 / 4)
-"""An overlap is this share of a chunk: at least the first, or OVERLAP_S, but never the second."""
+"""An overlap is at least 1/8 of a chunk and at least OVERLAP_S, but at most 1/4 of a chunk."""
 FRAME_S = 0.01
 QUIET_FRAMES = 15
-"""Frames over which it must be quiet for a cut."""
+"""Frames over which loudness is averaged to find a quiet place: 150 ms."""
 SPEECH_LEVEL = 1e-3
-"""Of loud speech's power; what is louder counts as speech."""
+"""A frame counts as speech above this share of the power of the loudest frames."""
 
 
 class Chunk(NamedTuple):
-    """A stretch of a recording, and how much of its speech its neighbours hear too."""
+    """A stretch of a recording, and how much of its speech its neighbours have too."""
 
     start: int
     """In samples."""
     end: int
     before: float = 0.0
-    """The share of its speech, from 0 to 1, that lies in the overlap with the chunk before."""
+    """The share of its speech, 0 to 1, that lies in the overlap with the previous chunk."""
     after: float = 0.0
+    """The same for the next chunk."""
 
 
 def cut(wave: Float[np.ndarray, " S"], *, rate_hz: int, max_s: float | None) -> list[Chunk]:
-    """Chunks of at most `max_s` seconds that cover a recording; one if it is no longer than that.
+    """Cuts a recording into chunks of at most `max_s` seconds that cover it; None: one chunk.
 
-    The last may be shorter than the others, but never than an overlap. None: any length is one.
+    The last chunk may be shorter than the others, but not shorter than an overlap.
     """
     longest = len(wave) if max_s is None else int(max_s * rate_hz)
     if len(wave) <= longest:
@@ -45,20 +46,20 @@ def cut(wave: Float[np.ndarray, " S"], *, rate_hz: int, max_s: float | None) -> 
     spans = _spans(_smooth(power), hop, len(wave), longest)
     speech = np.cumsum(np.concatenate([[0], _is_speech(power)]))
 
-    def spoken(start: int, end: int) -> int:
+    def speech_frames(start: int, end: int) -> int:
         return int(speech[-(-end // hop)] - speech[start // hop])
 
     chunks = []
     for number, (start, end) in enumerate(spans):
-        whole = max(spoken(start, end), 1)
-        before = spoken(start, spans[number - 1][1]) if number else 0
-        after = spoken(spans[number + 1][0], end) if number + 1 < len(spans) else 0
+        whole = max(speech_frames(start, end), 1)
+        before = speech_frames(start, spans[number - 1][1]) if number else 0
+        after = speech_frames(spans[number + 1][0], end) if number + 1 < len(spans) else 0
         chunks.append(Chunk(start, end, before / whole, after / whole))
     return chunks
 
 
 def _spans(level: np.ndarray, hop: int, samples: int, longest: int) -> list[tuple[int, int]]:
-    """Where chunks begin and end, each place the quietest of half an overlap."""
+    """Starts and ends of chunks in samples, each the quietest place within half an overlap."""
     least, most = (longest * share for share in OVERLAP_SHARE)
     overlap = int(min(max(least, OVERLAP_S / FRAME_S * hop), most))
     spans, start = [], 0
@@ -71,7 +72,7 @@ def _spans(level: np.ndarray, hop: int, samples: int, longest: int) -> list[tupl
 
 
 def _quietest(level: np.ndarray, hop: int, low: int, high: int) -> int:
-    """The quietest sample from `low` to `high`, both in it; the middle of the first stretch."""
+    """The quietest sample in [low, high]: the middle of the first quietest stretch."""
     first = low // hop
     window = level[first : high // hop + 1]
     found = np.flatnonzero(window == window.min())
@@ -98,5 +99,5 @@ def _smooth(power: np.ndarray) -> np.ndarray:
 
 
 def _is_speech(power: np.ndarray) -> np.ndarray:
-    """Bool per frame: as loud as speech is, by the loudest twentieth of the recording."""
+    """Bool per frame: whether it is loud enough for speech, relative to the 95th percentile."""
     return power > SPEECH_LEVEL * np.quantile(power, 0.95)

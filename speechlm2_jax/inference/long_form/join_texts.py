@@ -1,9 +1,11 @@
-"""Texts of chunks that overlap, joined where both say the same words.
+"""Joins the texts of overlapping chunks where both have the same words.
 
-The end of one text is aligned with the beginning of the next by the fewest errors, a shared word
-counting for the alignment and the number of words that the overlap should hold, by its share of
-the speech, deciding where words are repeated. The texts change over at the shared word nearest
-the middle: there both chunks heard what comes before and after, at their edges they did not.
+- The end of one text is aligned with the start of the next (Needleman-Wunsch): shared words score,
+  substitutions and gaps cost.
+- Where words repeat, several alignments score alike. The number of words that the overlap should
+  hold, by its share of the speech, decides.
+- The texts change over at the shared word nearest the middle of the overlap: words at the edges of
+  a chunk are cut off.
 """
 
 import re
@@ -16,26 +18,28 @@ from speechlm2_jax.inference.long_form.chunks import Chunk
 
 SUBSTITUTION = -1.0
 GAP = -1.6
-"""More than half a word worse than a substitution: else a word that is said again and again would
-be shifted over the broken words at the edges."""
+"""More than half a word worse than a substitution. Otherwise repeated words ("no no no") would be
+shifted over the cut-off words at the edges."""
 UNEXPECTED = 1.1
-"""Per word more or fewer than an overlap should hold: more than the word itself counts."""
+"""Cost per word more or fewer than expected in the overlap; more than a shared word scores."""
 MORE_WORDS = 8
-"""Words looked at beyond twice the expected number."""
+"""Words compared beyond twice the expected number."""
 _MARKS = re.compile(r"[^\w']+")
 
 
 class Overlap(NamedTuple):
-    """Where two texts change over: words kept of the first, words left out of the second."""
+    """Where two texts change over."""
 
     keep: int
+    """Words kept of the first text."""
     skip: int
+    """Words left out at the start of the second text."""
 
 
 def join(texts: Sequence[str], chunks: Sequence[Chunk]) -> str:
     """Joins the texts of a recording's chunks, in order; words are separated by white space.
 
-    A single text is given back as it is.
+    A single text is returned unchanged.
     """
     if len(texts) == 1:
         return texts[0]
@@ -54,10 +58,10 @@ def join(texts: Sequence[str], chunks: Sequence[Chunk]) -> str:
 def find_overlap(
     first: Sequence[str], second: Sequence[str], expected: tuple[float, float]
 ) -> Overlap:
-    """Finds where two texts change over.
+    """Finds where two texts change over; case and punctuation do not matter.
 
-    `expected` says how many words of the end of the first and of the beginning of the second lie
-    in the overlap, as far as that is known. Case and punctuation do not matter.
+    `expected` estimates how many words at the end of the first and at the start of the second text
+    lie in the overlap.
     """
     most = [int(2 * count) + MORE_WORDS for count in expected]
     before = max(len(first) - most[0], 0)
@@ -74,7 +78,7 @@ def find_overlap(
 
 
 class _Step(NamedTuple):
-    """Words of both texts that are behind after one step of an alignment."""
+    """Words of both texts consumed after one step of an alignment."""
 
     first: int
     second: int
@@ -86,7 +90,7 @@ def _plain(words: Sequence[str]) -> list[str]:
 
 
 def _path(first: list[str], second: list[str], expected: tuple[float, float]) -> list[_Step]:
-    """The best alignment of an end of `first` with a beginning of `second`, step by step."""
+    """The best alignment of an end of `first` with a start of `second`, step by step."""
     same = np.array([[a == b for b in second] for a in first], bool)
     same = same.reshape(len(first), len(second))
     score, came = _fill(same, expected[0])
@@ -101,10 +105,10 @@ def _path(first: list[str], second: list[str], expected: tuple[float, float]) ->
 
 
 def _fill(same: np.ndarray, expected: float) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the best alignments up to each pair of words, and the step that each came by.
+    """Dynamic programming: the best score up to each pair of words, and its last step.
 
-    Steps: 0 takes a word of both, 1 of the first text, 2 of the second. An alignment may begin
-    at any word of the first text, for the price of being far from the expected one.
+    Steps: 0 consumes a word of both texts, 1 of the first, 2 of the second. An alignment may start
+    at any word of the first text; the cost is its distance from the expected word.
     """
     rows, columns = same.shape
     score = np.full((rows + 1, columns + 1), -np.inf)

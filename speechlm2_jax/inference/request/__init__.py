@@ -1,1 +1,1 @@
-"""What a GenerationConfig asks for: keys, values, processors, one request."""
+"""Reads a GenerationConfig: keys, values, logits processors, one `GenerationRequest`."""

@@ -1,4 +1,4 @@
-"""From transformers' GenerationConfig, or the same keys, to how answers are made here."""
+"""transformers' GenerationConfig, or a dict of its keys, to a checked `GenerationRequest`."""
 
 import difflib
 import warnings
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int, Int32
 
 from speechlm2_jax.generation.decoding import BeamConfig, DecodingConfig
 from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
@@ -21,21 +22,21 @@ DEFAULT_NEW_TOKENS = 20
 
 @runtime_checkable
 class Vocabulary(Protocol):
-    """What a request needs to know of a model."""
+    """What reading a request needs of a model."""
 
     @property
     def text_eos_id(self) -> int | None:
-        """What ends an answer where nothing is said."""
+        """The default end token."""
         ...
 
     @property
     def text_pad_id(self) -> int:
-        """What fills rows where nothing is said."""
+        """The default padding token."""
         ...
 
     @property
     def text_vocab_size(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
         ...
 
 
@@ -46,52 +47,52 @@ class _AnyVocabulary:
 
 
 ANY_VOCABULARY: Vocabulary = _AnyVocabulary()
-"""Stands for a model that is not there yet, where a request is checked."""
+"""Stands for a model that is not loaded yet, to check a request early."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """How answers are to be made, checked."""
+    """Checked settings of one call of `generate`."""
 
     decoding: DecodingConfig
     max_new_tokens: int | None
     max_length: int | None
-    """With the prompt's steps; where `max_new_tokens` is not given."""
+    """Counts the prompt too; read where `max_new_tokens` is not given."""
     seed: int = 0
     returns_dict: bool = False
     stop_strings: tuple[str, ...] = ()
     max_time_s: float | None = None
     should_stop: Callable[[], bool] | None = None
     max_audio_s: float | None = DEFAULT_MAX_AUDIO_S
-    """Longer recordings are answered in chunks; None: none is."""
+    """Longer recordings are split into chunks; None: never."""
     enable_thinking: bool | None = None
-    """Whether an answer may open with a thought; None: as the prompt format has it."""
+    """Whether a response may start with a thought; None: the prompt format's default."""
 
-    def limits(self, prompt_steps: np.ndarray) -> np.ndarray:
-        """Tokens that each answer may have. Raises ValueError where a prompt leaves no room."""
+    def limits(self, prompt_lengths: Int[np.ndarray, "..."]) -> Int32[np.ndarray, "..."]:
+        """Most new tokens of each prompt. Raises ValueError where a prompt leaves no room."""
         if self.max_new_tokens is not None or self.max_length is None:
             limit = self.max_new_tokens or DEFAULT_NEW_TOKENS
-            return np.full(prompt_steps.shape, limit, np.int32)
-        if (prompt_steps >= self.max_length).any():
+            return np.full(prompt_lengths.shape, limit, np.int32)
+        if (prompt_lengths >= self.max_length).any():
             raise ValueError(
                 f"max_length={self.max_length} leaves no room after a prompt of "
-                f"{prompt_steps.max()} steps; use max_new_tokens"
+                f"{prompt_lengths.max()} positions; use max_new_tokens"
             )
-        return (self.max_length - prompt_steps).astype(np.int32)
+        return (self.max_length - prompt_lengths).astype(np.int32)
 
-    def fitting(self, limits: np.ndarray) -> DecodingConfig:
-        """The decoding with room for answers of these lengths, in few sizes."""
+    def fitting(self, limits: Int32[np.ndarray, "..."]) -> DecodingConfig:
+        """The decoding settings with room for these limits, rounded up to few sizes."""
         return replace(self.decoding, max_new_tokens=round_up(int(limits.max()), 1))
 
 
 def read_request(
     model: Vocabulary, config: Any = None, overrides: Mapping[str, Any] | None = None
 ) -> GenerationRequest:
-    """Reads a GenerationConfig (or a mapping of its keys) and keywords, the latter winning.
+    """Reads a GenerationConfig (or a mapping of its keys) and keywords, which override it.
 
-    What neither says is greedy decoding that stops at the tokenizer's end-of-sequence token.
-    Raises ValueError for a key that is unknown or not supported and for a value of the wrong
-    kind or out of range; warns of a key that has no effect beside the others.
+    The default is greedy decoding that stops at the tokenizer's end-of-sequence token. Raises
+    ValueError for a key that is unknown or not supported, and for a value of the wrong type or out
+    of range. Warns of a key that has no effect with the others.
     """
     asked = _merged(config, overrides or {})
     check_values(asked, model.text_vocab_size, (model.text_eos_id, model.text_pad_id))
@@ -125,12 +126,12 @@ def read_request(
 
 
 def _plain(kind: Callable[[Any], Any], value: Any) -> Any:
-    """A number of Python's, whatever array it came as; None stays."""
+    """Converts a NumPy or JAX scalar to a Python number; None stays."""
     return None if value is None else kind(value)
 
 
 def _merged(config: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What is asked for, None meaning nothing. Raises ValueError for what is not supported."""
+    """All keys that are not None. Raises ValueError for what is not supported."""
     if config is None:
         given: dict[str, Any] = {}
     elif isinstance(config, Mapping):
@@ -139,8 +140,8 @@ def _merged(config: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
         given = {k: v for k, v in vars(config).items() if not k.startswith("_")}
     else:
         raise ValueError(
-            f"generation_config must be a transformers GenerationConfig or a dict of its keys, "
-            f"not {type(config).__name__}"
+            f"generation_config: expected a transformers GenerationConfig or a dict of its keys, "
+            f"got {type(config).__name__}"
         )
     merged = {k: v for k, v in (given | dict(overrides)).items() if v is not None}
     for key, value in merged.items():
@@ -166,24 +167,24 @@ _SAMPLING_ONLY: Mapping[str, tuple[Any, ...]] = {
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
 }
-"""Keys without effect in greedy decoding, and the values that ask for it, or for nothing."""
+"""Keys without effect in greedy decoding, and the values that need no warning."""
 _BEAMS_ONLY: Mapping[str, tuple[Any, ...]] = {"length_penalty": (1.0,), "early_stopping": (False,)}
 
 
 def _check_together(asked: Mapping[str, Any]) -> None:
-    """Raises ValueError for values that cannot be had together."""
+    """Raises ValueError for values that exclude each other."""
     beams, answers = asked.get("num_beams", 1), asked.get("num_return_sequences", 1)
     if answers > 1 and beams == 1 and not asked.get("do_sample"):
         raise ValueError(
             f"num_return_sequences={answers} needs do_sample=True or num_beams: greedy decoding "
-            "has one answer"
+            "gives one sequence"
         )
     if 1 < beams < answers:
         raise ValueError(f"num_return_sequences={answers} exceeds num_beams={beams}")
     if beams > 1 and asked.get("stop_strings"):
         raise ValueError("stop_strings are not supported with beam search; leave num_beams out")
     if beams == 1 and asked.get("output_scores"):
-        raise ValueError("output_scores: scores of each step are not kept; leave it out")
+        raise ValueError("output_scores: scores of each token are not kept; leave it out")
     longest = asked.get("max_new_tokens")
     if longest is not None and asked.get("min_new_tokens", 0) > longest:
         raise ValueError(

@@ -1,66 +1,66 @@
-"""Every key of transformers' GenerationConfig, and what becomes of it here."""
+"""Every key of transformers' GenerationConfig: honoured, ignored or refused."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class Refused(NamedTuple):
-    """A key that would change the answers and is not supported."""
+    """A key that would change the output and is not supported."""
 
     reason: str
     harmless: tuple[Any, ...] = ()
-    """Values that ask for nothing, beside None and False."""
+    """Values that have no effect, beside None and False."""
 
 
 HONOURED: Mapping[str, str] = {
-    "max_new_tokens": "longest answer; 20 where neither it nor max_length is given",
-    "max_length": "the same, with the steps of the row's own prompt (frames of audio too) counted",
-    "min_new_tokens": "no end before so many tokens",
-    "min_length": "no end before prompt and answer have so many steps",
-    "early_stopping": "of beam search: true, false or never",
-    "max_time": "seconds after which no further tokens are begun",
-    "stop_strings": "texts that end an answer, of which they are part; not with beam search",
-    "do_sample": "draw the next token; with num_beams > 1 draw the paths without replacement",
-    "num_beams": "paths of beam search",
-    "temperature": "1.0 by default; 0 with do_sample=False alone, where it is not read",
+    "max_new_tokens": "most new tokens; 20 where neither it nor max_length is given",
+    "max_length": "most tokens including the sequence's own prompt (audio frames count too)",
+    "min_new_tokens": "no end token before so many new tokens",
+    "min_length": "no end token before prompt and response have so many positions",
+    "early_stopping": "beam search: true, false or never",
+    "max_time": "seconds after which generation stops",
+    "stop_strings": "texts that end a response, included in it; not with beam search",
+    "do_sample": "sample the next token; with num_beams > 1 sample beams without replacement",
+    "num_beams": "number of beams",
+    "temperature": "1.0 by default; 0 is accepted with do_sample=False, where it is not read",
     "top_k": "50 by default, as in transformers; 0 or -1 keeps every token",
-    "top_p": "1.0 by default; 0 keeps the likeliest token",
-    "min_p": "share of the likeliest token's probability",
-    "top_h": "share of the entropy, over the 100 likeliest tokens",
+    "top_p": "1.0 by default; 0 keeps the most likely token",
+    "min_p": "least probability, as a share of the most likely token's",
+    "top_h": "share of the entropy, over the 100 most likely tokens",
     "typical_p": "locally typical sampling",
     "epsilon_cutoff": "least probability",
     "eta_cutoff": "least probability, lower where the entropy is high",
-    "repetition_penalty": "of all tokens that a row holds",
-    "length_penalty": "of beam search: the power of the length that a score is divided by",
-    "no_repeat_ngram_size": "no n-gram twice in a row",
-    "bad_words_ids": "sequences of ids that are never completed; a lone end id is left out",
+    "repetition_penalty": "on all tokens of a sequence",
+    "length_penalty": "beam search: a score is divided by length ^ length_penalty",
+    "no_repeat_ngram_size": "no n-gram occurs twice in a sequence",
+    "bad_words_ids": "sequences of ids that are never completed; a lone end token is ignored",
     "sequence_bias": "{ids: bias} or [[ids, bias], ...]",
-    "renormalize_logits": "after all other processors",
-    "forced_bos_token_id": "the first token of the answer",
-    "forced_eos_token_id": "the last token of an answer of full length",
+    "renormalize_logits": "after all other logits processors",
+    "forced_bos_token_id": "the first token of the response",
+    "forced_eos_token_id": "the last token of a response of full length",
     "remove_invalid_values": "NaN becomes 0, infinities the largest numbers",
     "exponential_decay_length_penalty": "[start, factor]",
-    "suppress_tokens": "never said",
-    "begin_suppress_tokens": "not said first (second where forced_bos_token_id is given)",
-    "num_return_sequences": "answers to each prompt, in adjacent rows; needs sampling or beams",
-    "return_dict_in_generate": "gives .sequences and, of beam search, .sequences_scores",
-    "output_scores": "with beam search only: sequences_scores; those of each step are not kept",
+    "suppress_tokens": "tokens that are never generated",
+    "begin_suppress_tokens": "tokens that are never first (or second, with forced_bos_token_id)",
+    "num_return_sequences": "sequences per prompt, adjacent in the output; needs sampling or beams",
+    "return_dict_in_generate": "returns .sequences and, for beam search, .sequences_scores",
+    "output_scores": "with beam search only: sequences_scores; scores of each token are not kept",
     "eos_token_id": "one id or several; the tokenizer's by default",
-    "pad_token_id": "what fills rows after their end; the model's text_pad_id by default",
+    "pad_token_id": "padding after the end of a sequence; the model's text_pad_id by default",
 }
 
-_CACHE = "memory is always cached, in arrays of a fixed size"
+_CACHE = "the KV cache is always used, in arrays of a fixed size"
 _COMPILED = "everything is compiled"
-_ASSISTANT = "settings of an assistant model, and there is none"
+_ASSISTANT = "setting of an assistant model, which is not supported"
 IGNORED: Mapping[str, str] = {
-    "bos_token_id": "prompts come complete from the prompt format",
-    "decoder_start_token_id": "of encoder-decoder models",
+    "bos_token_id": "the prompt format writes complete prompts",
+    "decoder_start_token_id": "for encoder-decoder models",
     "use_cache": _CACHE,
     "cache_implementation": _CACHE,
     "cache_config": _CACHE,
     "max_cache_len": _CACHE,
     "low_memory": _CACHE,
-    "prefill_chunk_size": "changes memory, not answers; the prompt is run at once",
+    "prefill_chunk_size": "changes memory use, not the output; the prompt runs at once",
     "compile_config": _COMPILED,
     "disable_compile": _COMPILED,
     "is_assistant": _ASSISTANT,
@@ -72,21 +72,21 @@ IGNORED: Mapping[str, str] = {
     "max_matching_ngram_size": _ASSISTANT,
     "transformers_version": "metadata",
 }
-"""Keys that change no answer."""
+"""Keys that do not change the output."""
 
-_SPECULATIVE = "speculative decoding is not supported; leave it out, the answers are the same"
-_HUB = "transformers itself moved this way of decoding out; use num_beams or do_sample"
-_ENCODER = "there is no encoder whose ids could be compared; leave it out"
-_PARTS = "what the layers compute is not kept; call the model on input_embeds instead"
+_SPECULATIVE = "speculative decoding is not supported; leave it out, the output is the same"
+_HUB = "transformers removed this decoding method; use num_beams or do_sample"
+_ENCODER = "there is no encoder input to compare with; leave it out"
+_LAYERS = "outputs of layers are not kept; call the model on input_embeds instead"
 REFUSED: Mapping[str, Refused] = {
     "encoder_repetition_penalty": Refused(_ENCODER, (1.0,)),
     "encoder_no_repeat_ngram_size": Refused(_ENCODER, (0,)),
-    "token_healing": Refused("prompts end where their format ends them; leave it out"),
-    "guidance_scale": Refused("classifier-free guidance needs a second prompt; leave it out", (1,)),
+    "token_healing": Refused("the prompt format decides where prompts end; leave it out"),
+    "guidance_scale": Refused("classifier-free guidance is not supported; leave it out", (1,)),
     "watermarking_config": Refused("watermarks are not supported; leave it out"),
-    "output_attentions": Refused(_PARTS),
-    "output_hidden_states": Refused(_PARTS),
-    "output_logits": Refused("scores of each step are not kept; leave it out"),
+    "output_attentions": Refused(_LAYERS),
+    "output_hidden_states": Refused(_LAYERS),
+    "output_logits": Refused("logits of each token are not kept; leave it out"),
     "use_mtp": Refused(_SPECULATIVE),
     "prompt_lookup_num_tokens": Refused(_SPECULATIVE),
     "assistant_early_exit": Refused(_SPECULATIVE),
@@ -102,11 +102,10 @@ REFUSED: Mapping[str, Refused] = {
 }
 
 OWN: Mapping[str, str] = {
-    "seed": "of what is drawn, 0 by default; a row's draws are its own, whatever its neighbours",
-    "enable_thinking": "false opens the answer behind an empty thought (qwen3, nemotron-nano-v3)",
-    "max_audio_s": "seconds heard at once, 40 by default; what is longer is answered in chunks; "
-    "false: no limit",
-    "should_stop": "a function asked now and then; once true, what there is comes back",
+    "seed": "seed of sampling, 0 by default; draws do not depend on other prompts of the batch",
+    "enable_thinking": "false starts the response after an empty thought (qwen3, nemotron-nano-v3)",
+    "max_audio_s": "audio longer than this many seconds (40) is split into chunks; false: no limit",
+    "should_stop": "a function called every 16 tokens; when it returns true, generation stops",
 }
 """Keywords of `generate` that transformers does not have."""
 

@@ -1,4 +1,4 @@
-"""The processors that a GenerationConfig asks for, in transformers' order."""
+"""The logits processors of a GenerationConfig, in transformers' order."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,17 +11,17 @@ from speechlm2_jax.inference.padding import round_up
 from speechlm2_jax.inference.request.values import bias_pairs, ids_of
 
 SAMPLING_DEFAULTS: Mapping[str, Any] = {"top_k": 50}
-"""What transformers samples with where nothing is said and the neutral value is another."""
+"""transformers' defaults of sampling that are not neutral."""
 LIST_STEP = 8
-"""Lists of tokens are filled up to two sizes per doubling of this: few programs serve all."""
+"""Lists of tokens are padded to 8, 12, 16, 24, 32, ... entries, so that few programs serve all."""
 Makers = Mapping[str, tuple[Any, Callable[[Any], p.Processor]]]
-"""Key -> (the value that asks for nothing, what makes a processor of another)."""
+"""Key -> (the value without effect, the function that makes a processor of another)."""
 
 
 def make_processors(
     asked: Mapping[str, Any], stops: Sequence[int], vocabulary: int
 ) -> tuple[p.Processor, ...]:
-    """Makes what stands between the model's scores and the choice of a token.
+    """Makes what processes the model's logits before a token is chosen.
 
     `asked` has passed `check_values`.
     """
@@ -30,18 +30,18 @@ def make_processors(
         **_lengths(stops, vocabulary),
         **_suppressions(vocabulary, begin=int("forced_bos_token_id" in asked)),
     }
-    if "min_new_tokens" in asked:  # it takes the place of min_length, as in transformers
+    if "min_new_tokens" in asked:  # replaces min_length, as in transformers
         del makers["min_length"]
     if asked.get("do_sample"):
-        # of several paths some must be able to go on, whatever ends
+        # beam search needs tokens that do not end a beam, as in transformers
         makers |= _warpers(max(2, len(stops) + 1) if asked.get("num_beams", 1) > 1 else 1)
         asked = {**SAMPLING_DEFAULTS, **asked}
-        asked["top_k"] = max(int(asked["top_k"]), 0)  # -1 keeps every token, too
+        asked["top_k"] = max(int(asked["top_k"]), 0)  # -1 keeps every token too
     makers["renormalize_logits"] = (False, lambda v: p.Renormalize())
     return tuple(
         make(asked[key])
         for key, (neutral, make) in makers.items()
-        if key in asked and not _asks_nothing(asked[key], neutral)
+        if key in asked and not _has_no_effect(asked[key], neutral)
     )
 
 
@@ -88,7 +88,7 @@ def _suppressions(vocabulary: int, begin: int) -> Makers:
 
 
 def _warpers(least: int) -> Makers:
-    """What cuts the distribution before a token is drawn, leaving `least` tokens."""
+    """What truncates the distribution before sampling, keeping at least `least` tokens."""
 
     def keep(rule: Callable[..., Any], least: int = least) -> Callable[[Any], p.Processor]:
         return lambda v: p.Keep(rule, float(v), least)
@@ -106,7 +106,7 @@ def _warpers(least: int) -> Makers:
 
 
 def _sequence_bias(biases: Mapping[tuple[int, ...], float]) -> p.SequenceBias:
-    """One array of all sequences, filled up so that lists of about a length share a program."""
+    """One padded array of all sequences, so that lists of similar length share a program."""
     count = round_up(len(biases), LIST_STEP)
     longest = max(map(len, biases), default=1) - 1
     width = round_up(longest, 1) if longest else 0
@@ -119,13 +119,13 @@ def _sequence_bias(biases: Mapping[tuple[int, ...], float]) -> p.SequenceBias:
 
 
 def _filled(ids: list[int], vocabulary: int) -> np.ndarray:
-    """Ids with more behind them that no token has."""
+    """Ids, padded with an id beyond the vocabulary."""
     out = np.full(round_up(len(ids), LIST_STEP), vocabulary, np.int32)
     out[: len(ids)] = ids
     return out
 
 
-def _asks_nothing(value: Any, neutral: Any) -> bool:
+def _has_no_effect(value: Any, neutral: Any) -> bool:
     if isinstance(value, Sequence | Mapping | np.ndarray):
         return len(value) == 0
     return neutral is not None and bool(value == neutral)

@@ -1,4 +1,4 @@
-"""What each key of a generation request may be, checked before anything is computed."""
+"""Type and range of each key of a generation request."""
 
 import math
 import reprlib
@@ -12,21 +12,22 @@ SAMPLING_KEYS = (
     *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
     *("epsilon_cutoff", "eta_cutoff"),
 )
-"""Keys that are read with `do_sample=True` only."""
+"""Keys that only sampling reads (`do_sample=True`)."""
 
 
 def check_values(asked: Mapping[str, Any], vocabulary: int, own_ids: Sequence[int | None]) -> None:
-    """Raises ValueError for a value of the wrong kind or range, naming its key.
+    """Raises ValueError for a value of the wrong type or range, naming its key.
 
-    What only sampling reads may be any number without `do_sample`: temperature=0 asks for greedy
-    decoding. `own_ids` are the model's end and padding, which need not be in its embedding table.
+    Without `do_sample`, keys that only sampling reads may be any number: many callers write
+    temperature=0 for greedy decoding. `own_ids` are the model's end and padding tokens, which need
+    not be in its embedding table.
     """
     unread = () if asked.get("do_sample") else SAMPLING_KEYS
-    for keys, is_fine, says in _VALUES:
+    for keys, is_fine, expected in _VALUES:
         for key in keys:
             is_right = _is_number if key in unread else is_fine
             if key in asked and not is_right(asked[key]):
-                raise ValueError(f"{key}={_short(asked[key])} {says}{_HINTS.get(key, '')}")
+                raise ValueError(f"{key}={_short(asked[key])} {expected}{_HINTS.get(key, '')}")
     for key in _TOKENS:
         check_ids(key, [i for i in ids_of(asked.get(key)) if i not in own_ids], vocabulary)
     for ids in asked.get("bad_words_ids", ()):
@@ -36,7 +37,7 @@ def check_values(asked: Mapping[str, Any], vocabulary: int, own_ids: Sequence[in
 
 
 def ids_of(value: Any) -> list[int]:
-    """One id or several, in whatever form."""
+    """One id or several as a list; None as an empty one."""
     return [] if value is None else [int(i) for i in np.asarray(value).reshape(-1)]
 
 
@@ -46,12 +47,12 @@ def bias_pairs(bias: Any) -> list[tuple[Any, Any]]:
 
 
 def check_ids(key: str, ids: Sequence[int], vocabulary: int) -> None:
-    """Raises ValueError for ids that are none of the vocabulary's."""
+    """Raises ValueError for ids outside the vocabulary."""
     wrong = [int(i) for i in ids if not 0 <= i < vocabulary]
     if wrong:
-        is_known = vocabulary < INT32_END - 1  # else no model is there yet
+        is_known = vocabulary < INT32_END - 1  # otherwise no model is loaded yet
         last = f" to {vocabulary - 1}: this vocabulary has {vocabulary} tokens" if is_known else ""
-        raise ValueError(f"{key}: {_short(wrong)} are no ids; give ids from 0{last}")
+        raise ValueError(f"{key}: {_short(wrong)} are not token ids; give ids from 0{last}")
 
 
 def _short(value: Any) -> str:
@@ -61,12 +62,12 @@ def _short(value: Any) -> str:
 def _array(value: Any) -> np.ndarray:
     try:
         return np.asarray(value)
-    except (ValueError, TypeError):  # rows of several lengths
+    except (ValueError, TypeError):  # lists of several lengths
         return np.empty(1, object)
 
 
 def _number(value: Any) -> float:
-    """The number that a value is; NaN for what is none, or is not finite."""
+    """A value as a float; NaN if it is not a finite number."""
     array = _array(value)
     is_number = array.ndim == 0 and array.dtype.kind in "iuf" and np.isfinite(array)
     return float(array) if is_number else math.nan
@@ -98,7 +99,7 @@ def _is_ids(value: Any) -> bool:
 
 
 def _is_sequence(value: Any) -> bool:
-    """Whether a value is one list of ids with something in it."""
+    """Whether a value is one list of ids, not empty."""
     return _is_ids(value) and len(value) > 0
 
 
@@ -163,7 +164,7 @@ _IDS = ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppres
 _TOKENS = (*_ONE_ID, *_IDS)
 _HINTS: Mapping[str, str] = {
     "temperature": "; or do_sample=False",
-    "stop_strings": "; an empty one would end every answer",
+    "stop_strings": "; an empty one would end every response",
 }
 _VALUES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (_POSITIVE, lambda v: _number(v) > 0, "must be a positive number"),
@@ -194,4 +195,4 @@ _VALUES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "must be [start, factor]: a whole number of tokens and a positive number, as [10, 1.1]",
     ),
 )
-"""Keys, what tells a value that can be used, and what it must be."""
+"""(keys, whether a value is valid, what it must be)."""

@@ -1,0 +1,41 @@
+"""What inference needs of a SALM, as one value: network, weights, tokenizer and token ids."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from speechlm2_jax.batches import FrameCount
+from speechlm2_jax.data.prompts import PromptFormatter
+from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.layers.module import Variables
+from speechlm2_jax.sharding import Sharding
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Engine:
+    """A SALM that is ready for inference. Attributes have the names that they have on SALM."""
+
+    graphdef: Any
+    """The network without weights (an nnx.GraphDef)."""
+    variables: Variables
+    """Path -> array; shapes and dtypes alone where a program is only compiled."""
+    placement: Sharding | None
+    """How the devices share the work; None on one device."""
+    tokenizer: Tokenizer
+    prompt_formatter: PromptFormatter
+    frame_count: FrameCount
+    """Samples of a clip -> frames that the LLM sees."""
+    sampling_rate: int
+    audio_locator_tag: str
+    """The text of one audio placeholder."""
+    audio_locator_tag_id: int
+    text_bos_id: int | None
+    text_eos_id: int | None
+    text_pad_id: int
+    text_vocab_size: int
+    nemo_exact: bool
+    """Whether results that depend on NeMo's own padding are reproduced."""
+
+    @property
+    def network(self) -> tuple[Any, Variables]:
+        """(graphdef, variables), the first two arguments of every compiled program."""
+        return self.graphdef, self.variables
