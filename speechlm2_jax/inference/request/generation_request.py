@@ -80,7 +80,7 @@ class GenerationRequest:
             )
         return (self.max_length - prompt_lengths).astype(np.int32)
 
-    def fitting(self, limits: Int32[np.ndarray, "..."]) -> DecodingConfig:
+    def fitting(self, limits: Int[np.ndarray, "..."]) -> DecodingConfig:
         """The decoding settings with room for these limits, rounded up to few sizes."""
         return replace(self.decoding, max_new_tokens=round_up(int(limits.max()), 1))
 
