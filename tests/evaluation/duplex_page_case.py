@@ -10,7 +10,7 @@ from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.evaluation.duplex.inputs import Dialogue
 from speechlm2_jax.evaluation.duplex.results import DialogueResult, DuplexEvaluation
-from speechlm2_jax.evaluation.duplex.turns import TextTurn, Word
+from speechlm2_jax.evaluation.duplex.turns import TranscribedTurn, Word
 from speechlm2_jax.evaluation.html_report.duplex_page import write_duplex_page
 from speechlm2_jax.evaluation.metrics.token_accuracy import TokenCounts
 from speechlm2_jax.evaluation.metrics.turn_taking import Turns, turn_marks
@@ -23,18 +23,18 @@ DELAY_S = 0.08
 """Between words."""
 
 
-def turn(start_s: float, end_s: float, text: str, *, is_marked: bool = True) -> TextTurn:
+def turn(start_s: float, end_s: float, text: str, *, is_marked: bool = True) -> TranscribedTurn:
     """A turn whose words follow each other quickly, as a text channel has them."""
     words = [Word(start_s=start_s + DELAY_S * (n + 1), text=w) for n, w in enumerate(text.split())]
-    return TextTurn(start_s=start_s, end_s=end_s, words=tuple(words), is_marked=is_marked)
+    return TranscribedTurn(start_s=start_s, end_s=end_s, words=tuple(words), is_marked=is_marked)
 
 
 def result(
     name: str,
     duration_s: float,
-    user: list[TextTurn],
-    should: list[TextTurn],
-    agent: list[TextTurn],
+    user: list[TranscribedTurn],
+    should: list[TranscribedTurn],
+    agent: list[TranscribedTurn],
     **fields: Any,
 ) -> DialogueResult:
     """A conversation with the marks that its turns make."""
@@ -150,7 +150,7 @@ def user_recording(one: DialogueResult) -> Any:
     return type(made)(**{**vars(made), "read": lambda rate_hz: wave})
 
 
-def speech(turns: tuple[TextTurn, ...], duration_s: float, rate_hz: int) -> np.ndarray:
+def speech(turns: tuple[TranscribedTurn, ...], duration_s: float, rate_hz: int) -> np.ndarray:
     """A tone in every turn, silence between."""
     wave = np.zeros(round(duration_s * rate_hz), np.float32)
     for t in turns:

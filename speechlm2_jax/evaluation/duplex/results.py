@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from speechlm2_jax.evaluation.duplex.turns import TextTurn
+from speechlm2_jax.evaluation.duplex.turns import TranscribedTurn
 from speechlm2_jax.evaluation.metrics.token_accuracy import TokenCounts
 from speechlm2_jax.evaluation.metrics.turn_taking import TurnMark
 from speechlm2_jax.evaluation.metrics.wer import WordErrors, text_normalizer, word_errors
@@ -48,9 +48,9 @@ class DialogueResult:
     """Transcript of the agent's speech by the scoring ASR model."""
     audio: str | None = None
     """File of the agent's speech."""
-    user_turns: tuple[TextTurn, ...] = ()
-    reference_turns: tuple[TextTurn, ...] = ()
-    agent_turns: tuple[TextTurn, ...] = ()
+    user_turns: tuple[TranscribedTurn, ...] = ()
+    reference_turns: tuple[TranscribedTurn, ...] = ()
+    agent_turns: tuple[TranscribedTurn, ...] = ()
     marks: tuple[TurnMark, ...] = ()
     counts: TokenCounts | None = None
     rtf: float | None = None

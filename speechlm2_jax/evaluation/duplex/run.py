@@ -26,7 +26,7 @@ from speechlm2_jax.evaluation.duplex.scoring import (
     DuplexScorer,
     SavedResponse,
 )
-from speechlm2_jax.evaluation.duplex.turns import TextTurn, text_turns
+from speechlm2_jax.evaluation.duplex.turns import TranscribedTurn, text_turns
 from speechlm2_jax.evaluation.journal import Journal, row_keys
 from speechlm2_jax.evaluation.metrics.turn_taking import Turns, turn_marks
 from speechlm2_jax.evaluation.progress import ProgressDisplay
@@ -262,7 +262,7 @@ def _result(
 
 def _turns(
     model: DuplexS2SModel, tokens: Int[np.ndarray, " T"], first_frame: int = 0
-) -> tuple[TextTurn, ...]:
+) -> tuple[TranscribedTurn, ...]:
     ids = model.turn_ids
     return tuple(
         text_turns(

@@ -19,7 +19,7 @@ class Word:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTurn:
+class TranscribedTurn:
     """One turn of one side; times are seconds from the start of the conversation."""
 
     start_s: float
@@ -58,7 +58,7 @@ def text_turns(
     pad_id: int,
     frame_s: float,
     first_frame: int = 0,
-) -> list[TextTurn]:
+) -> list[TranscribedTurn]:
     """Splits a text channel [T], one token per frame, into turns.
 
     A turn goes from bos to eos, to the next bos, or to the end of the channel. Tokens between turns
@@ -66,14 +66,14 @@ def text_turns(
     `Turns.from_tokens`.
     """
     channel = np.asarray(tokens).tolist()
-    turns: list[TextTurn] = []
+    turns: list[TranscribedTurn] = []
     turn: _OpenTurn | None = None
 
     def close(frame: int) -> None:
         if turn is not None:
             end = frame if turn.is_marked else turn.frames[-1] + 1
             turns.append(
-                TextTurn(
+                TranscribedTurn(
                     start_s=(turn.start + first_frame) * frame_s,
                     end_s=(end + first_frame) * frame_s,
                     words=_words(turn.ids, turn.frames, detokenize, frame_s, first_frame),

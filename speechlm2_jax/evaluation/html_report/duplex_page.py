@@ -22,7 +22,7 @@ from speechlm2_jax.evaluation.duplex.results import (
     DuplexEvaluation,
     format_score,
 )
-from speechlm2_jax.evaluation.duplex.turns import TextTurn
+from speechlm2_jax.evaluation.duplex.turns import TranscribedTurn
 from speechlm2_jax.evaluation.html_report.page import (
     TICK_STEPS_S,
     audio_uri,
@@ -226,7 +226,7 @@ def _stage(result: DialogueResult, media: _Media) -> dict[str, Any]:
     }
 
 
-def _lane(turns: Sequence[TextTurn], duration_s: float) -> dict[str, Any]:
+def _lane(turns: Sequence[TranscribedTurn], duration_s: float) -> dict[str, Any]:
     """Turns as boxes of a CSS grid, with a column between each two successive turn edges."""
     spans = [(t.start_s, max(min(t.end_s, duration_s), t.start_s + LEAST_BOX_S)) for t in turns]
     edges = sorted({0.0, duration_s, *(edge for span in spans for edge in span)})
