@@ -95,7 +95,9 @@ class PeerSalm(nn.Module):
         llm = llm_config(*preset["llm"])
         self.encoder = ParakeetEncoder(encoder_config(*preset["encoder"])).to(dtype)
         self.projection = nn.Linear(preset["encoder"][1], llm.hidden_size, dtype=dtype)
-        self.llm = AutoModelForCausalLM.from_config(llm, dtype=dtype, attn_implementation="sdpa")
+        self.llm = AutoModelForCausalLM.from_config(
+            llm, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
         self.llm.requires_grad_(False)
         for layer in self.llm.model.layers:
             attention = layer.self_attn
