@@ -94,41 +94,37 @@ PHRASES = {
 """Regular expressions over text with single spaces -> what replaced them."""
 
 STILL_USED: dict[str, int] = {
-    "Parts": 4,
+    "Parts": 3,
     "Spoken": 1,
-    "heard": 82,
-    "hear": 3,
-    "hears": 16,
-    "listen": 2,
-    "listens": 1,
+    "heard": 65,
+    "hear": 2,
+    "hears": 5,
+    "listen": 1,
     "listening": 3,
-    "said": 113,
-    "says": 150,
-    "speak": 23,
-    "speaks": 13,
+    "said": 92,
+    "says": 128,
+    "speak": 16,
+    "speaks": 8,
     "talk": 17,
     "talks": 5,
-    "recogniser": 33,
+    "recogniser": 23,
     "recognisers": 2,
-    "recognise": 2,
     "recognises": 2,
     "seam": 2,
     "seams": 2,
     "laws": 5,
-    "answer": 184,
-    "answers": 174,
-    "answered": 44,
-    "answering": 15,
-    "is not (done|had)": 3,
-    "(writes?|wrote) (speech )?down": 4,
+    "answer": 136,
+    "answers": 106,
+    "answered": 30,
+    "answering": 11,
+    "(writes?|wrote) (speech )?down": 1,
     "written down": 2,
-    "goes on where": 1,
     "(shared|shares?) out": 3,
     "cut along": 1,
-    "la(id|ys?) out": 4,
+    "la(id|ys?) out": 3,
     "that (is|are) not here": 1,
-    "where (they|it) lies?": 2,
-    r"is no \w+ that": 3,
+    "where (they|it) lies?": 1,
+    r"is no \w+ that": 2,
 }
 
 RIGHT_HERE = {
@@ -221,8 +217,7 @@ def prose(text: str) -> list[tuple[int, str]]:
 
 
 WIDE: dict[str, int] = {
-    "docs/data.md": 41,
-    "docs/generation.md": 24,
+    "docs/generation.md": 23,
 }
 """Lines of pages that are too long still; numbers may only fall."""
 
