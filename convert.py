@@ -26,7 +26,7 @@ from speechlm2_jax import console
 from speechlm2_jax.conversion.casting import DTYPES
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.listing import lines, table
-from speechlm2_jax.conversion.readers import open_weights
+from speechlm2_jax.conversion.readers import open_weights, read_json
 from speechlm2_jax.conversion.repacking import (
     NEMO_SUFFIX,
     check_target,
@@ -71,6 +71,8 @@ def convert(source: Path, target: Path, dtype: str | None = None) -> None:
 
     check_target(target)
     kind = registry.identify(source) if source.exists() else None
+    if kind is None and (source / registry.CONFIG).is_file():
+        read_json(source / registry.CONFIG)  # a damaged one is refused by name
     name = kind.classes[0] if kind is not None and kind.classes else ""
     try:
         if name in registry.SPEECH_MODELS:

@@ -167,8 +167,8 @@ def test_what_is_not_supported_is_refused_by_name(model, wrong, says):
         (dict(sequence_bias=[[3], 1]), r"sequence_bias=\[\[3\], 1\] must be pairs"),
         (dict(sequence_bias={(3, 400): 1.0}), r"sequence_bias: \[400\] are not token ids"),
         (dict(stop_strings=3), "stop_strings=3 must be a text, or a list of them"),
-        (dict(stop_strings=""), "an empty one would end every answer"),
-        (dict(stop_strings=["a", ""]), "an empty one would end every answer"),
+        (dict(stop_strings=""), "an empty one would end every response"),
+        (dict(stop_strings=["a", ""]), "an empty one would end every response"),
         (dict(exponential_decay_length_penalty=3), r"must be \[start, factor\]"),
         (
             dict(forced_eos_token_id=99999),

@@ -96,12 +96,12 @@ def test_hidden_states_and_logits_equal_the_original(family: str, padding: str) 
 
 
 def attend_like_the_original(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, visible: AttentionMask, scale: float
+    q: jax.Array, k: jax.Array, v: jax.Array, *, mask: AttentionMask, scale: float
 ) -> jax.Array:
-    """Adds the mask instead of selecting: differs only in gradients of rows that see no key."""
+    """Adds the mask instead of selecting: only gradients of queries without any key differ."""
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    mask = jnp.where(visible.dense(), 0.0, jnp.finfo(jnp.float32).min)[:, None]
-    weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k) * scale + mask, axis=-1)
+    bias = jnp.where(mask.dense(), 0.0, jnp.finfo(jnp.float32).min)[:, None]
+    weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k) * scale + bias, axis=-1)
     return jnp.einsum("bnts,bsnh->btnh", weights, v)
 
 

@@ -128,7 +128,7 @@ def test_attention_weights_of_the_first_layer_equal_nemo(name, monkeypatch):
 
         return record
 
-    for function in ("attend", "_mix"):
+    for function in ("attend", "_attend_in_blocks"):
         monkeypatch.setattr(attention, function, with_unit_values(getattr(attention, function)))
     layers, state = nnx.split(network.layers)
     layer = nnx.merge(layers, jax.tree.map(lambda x: x[0], state))
