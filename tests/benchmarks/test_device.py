@@ -47,7 +47,7 @@ def accelerator(monkeypatch):
 def test_a_card_gets_the_largest_batch_that_fits(card, accelerator, monkeypatch, capsys):
     timed = lambda work: {"batch": work.sizes.batch}  # noqa: E731
     monkeypatch.setattr("benchmarks.device.salm._train", lambda plan, work: timed(work))
-    rows = Rows("training", 0.92 * card, time.monotonic() + 60)
+    rows = Rows("training", 0.92 * card, time.monotonic() + 600)
     for name in FULL.trainings:
         training(name, FULL, rows)
     found = rows_of(capsys)
@@ -90,14 +90,14 @@ def test_a_row_that_fails_leaves_the_others(capsys):
 @pytest.mark.parametrize(
     "code, reason",
     [
-        ("raise SystemExit(3)", "the process ended with code 3"),
-        ("import time; time.sleep(60)", "stopped after its 2 s"),
-        ("import os; os.abort()", "the process ended with code -6"),
+        ("exit 3", "the process ended with code 3"),
+        ("sleep 60", "stopped after its 2 s"),
+        ("kill -ABRT $$", "the process ended with code -6"),
     ],
 )
 def test_a_process_that_fails_keeps_its_first_rows(code, reason, monkeypatch, tmp_path):
     first = json.dumps({"part": "p", "what": "first", "status": "measured", "time_s": [1, 1, 1]})
-    command = [sys.executable, "-c", f"print({first!r}, flush=True); {code}"]
+    command = ["sh", "-c", f"echo '{first}'; {code}"]
     monkeypatch.setattr(device.Run, "_command", lambda self, name, left_s: command)
     with (tmp_path / "log").open("w") as log:
         rows, seconds = device.Run(True, dict(os.environ), log).part("p", 2.0)
