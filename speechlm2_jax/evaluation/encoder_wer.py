@@ -76,7 +76,7 @@ def encoder_texts(
 
 def _transcribe(
     ctc_model: EncoderTranscriber,
-    waves: Sequence[Float[np.ndarray, " S"]],
+    waves: Sequence[Float[np.ndarray, " _"]],
     max_s: float | None,
     batch_size: int,
 ) -> list[str]:

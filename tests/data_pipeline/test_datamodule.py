@@ -192,7 +192,7 @@ def test_edited_texts_behind_the_same_ids_are_told_on_resume(corpus, make_module
     edited.train_batches(older)  # of a version that kept no such number
     assert "changed" not in caplog.text
     edited.train_batches(state)
-    assert "the ids are the same, texts or durations are others" in caplog.text
+    assert "the ids are the same, texts or durations differ" in caplog.text
 
 
 def test_bad_audio_does_not_change_its_neighbours(damaged, make_module, tmp_path):

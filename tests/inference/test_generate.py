@@ -136,7 +136,7 @@ def test_a_text_ends_an_answer_and_lengths_are_each_rows_own(model):
         (dict(early_stopping="soon", num_beams=2), "true, false or never"),
         (dict(min_new_tokens=5, max_new_tokens=4), "exceeds max_new_tokens=4"),
         (dict(max_length=8), "leaves no room after a prompt of"),
-        (dict(output_logits=True), "scores of each step are not kept"),
+        (dict(output_logits=True), "logits of each token are not kept"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(model, wrong, says):

@@ -130,7 +130,7 @@ def test_rows_of_audios_are_checked_too(model):
     generate.prepare_prompts(model._engine(), inputs)  # NaN in padding is harmless
     with pytest.raises(ValueError, match="audios: audio is int16"):
         split_audio(np.zeros((1, 9), np.int16), None)
-    with pytest.raises(ValueError, match="pad the rows to one length and give audio_lens"):
+    with pytest.raises(ValueError, match="pad the clips to one length and give audio_lens"):
         split_audio([WAVE, WAVE[:9]], None)
 
 

@@ -135,7 +135,7 @@ class Numbers:
 def numbers_heard(name, decoder, audio, lengths):
     """The labels that an archive's own model hears in each row."""
     model = slm.models.ASRModel.from_pretrained(ASR / f"{name}.nemo", decoder=decoder)
-    model._spell = Numbers()
+    model._to_text = Numbers()
     return [[int(n) for n in text.split()] for text in model.transcribe(audio, lengths)]
 
 
@@ -245,7 +245,7 @@ def test_what_only_training_reads_is_accepted_and_reported(tmp_path):
     ("name", "change", "options", "message"),
     [
         ("rnnt", {}, {"decoder": "ctc"}, "EncDecRNNTBPEModel has only rnnt"),
-        ("ctc", {"target": "x.EncDecMultiTaskModel"}, {}, "EncDecMultiTaskModel is not a supp"),
+        ("ctc", {"target": "x.EncDecMultiTaskModel"}, {}, "class EncDecMultiTaskModel; no class"),
         ("rnnt", {}, {"decoding": {"strategy": "beam"}}, "strategy='beam'.*greedy_batch"),
         ("rnnt", {}, {"decoding": {"big_blank_durations": [2]}}, "big_blank_durations"),
         ("rnnt", {}, {"decoding": {"greedy": {"max_symbols": -1}}}, "max_symbols=-1"),

@@ -150,7 +150,7 @@ def test_data_that_do_not_fit_the_model_are_refused_with_both_numbers():
         ("target_sample_rate", 24000),
         ("frame_length", 0.04),
     ):
-        message = rf"data\.{key}={given} does not fit .* takes {fitting[key]}"
+        message = rf"data\.{key}={given} does not fit .* expects {fitting[key]}"
         with pytest.raises(SettingsError, match=message):
             make_data({**fitting, key: given, "train_ds": {}}, model)
 
