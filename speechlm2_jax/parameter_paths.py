@@ -129,6 +129,11 @@ def _compiled(key: str, pattern: str) -> "regex.Pattern[str]":
             f"{key}: {_shown(pattern)} is too long, with its repeats written out; list layers by "
             "a set of digits"
         )
+    if "[:" in pattern and ":]" in pattern:
+        raise PatternError(
+            f"{key}: {_shown(pattern)} has a POSIX class ([:alpha:]), which Python's re does not "
+            "know; write the characters, [A-Za-z]"
+        )
     try:
         re.compile(pattern)
         return regex.compile(_LITERAL_BRACE.sub(r"\1\\{", pattern), regex.V0)

@@ -219,12 +219,29 @@ def _number(config: Json, key: str, default: float, *, may_be_zero: bool = True)
 
 
 def _rope(config: Json) -> RopeConfig:
-    """Reads rope_parameters (transformers 5), else rope_theta and rope_scaling (4)."""
-    block: Any = config.get("rope_parameters") or config.get("rope_scaling")
-    if not isinstance(block, Mapping | None):
-        raise ConversionError(f"{WHERE}: rotary settings {_shown(block)} are no mapping")
-    settings: dict[str, Any] = {**(block or {})}
-    merged = {"rope_theta": config.get("rope_theta"), **settings}
+    """Reads rope_parameters (transformers 5), or rope_theta and rope_scaling (4).
+
+    Raises ConversionError where both are there and mean different rotations: versions of
+    transformers differ in which of them they take.
+    """
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    for block in (new, old):
+        if not isinstance(block, Mapping | None):
+            raise ConversionError(f"{WHERE}: rotary settings {_shown(block)} are no mapping")
+    theta = (new or {}).get("rope_theta", config.get("rope_theta"))
+    rope = _rope_of(new or old or {}, config.get("rope_theta"))
+    if new and old and _rope_of(old, theta) != rope:
+        raise ConversionError(
+            f"{WHERE}: rope_parameters {_shown(new)} and rope_scaling {_shown(old)} differ; delete "
+            "the one that does not apply"
+        )
+    return rope
+
+
+def _rope_of(block: Mapping[str, Any], default_theta: Any) -> RopeConfig:
+    """Reads one block of rotary settings."""
+    settings: dict[str, Any] = {**block}
+    merged = {"rope_theta": default_theta, **settings}
     theta = _number(merged, "rope_theta", 10000.0, may_be_zero=False)
     settings.pop("rope_theta", None)
     kinds = {settings.pop(key, None) for key in ("rope_type", "type")} - {None}

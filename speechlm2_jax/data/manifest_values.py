@@ -99,6 +99,8 @@ def near_miss(row: Mapping[str, Any], wanted: str) -> str | None:
 
 def missing_key(row: Mapping[str, Any], wanted: str) -> str:
     """The message for a missing key, with the key that was probably meant."""
+    if wanted in row:
+        return f"{wanted} is {shown(row[wanted])}; it must have a value"
     near = near_miss(row, wanted)
     if near is not None:
         return f"{wanted} is missing; rename {near!r} to {wanted!r}"

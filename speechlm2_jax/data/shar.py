@@ -167,6 +167,11 @@ def _folder(path: str | Path, fields: tuple[str, ...]) -> Iterator[_Shard]:
         raise SettingsError(f"{folder}: not a SHAR folder (no cuts.*.jsonl.gz in it)")
     columns = {p.name.partition(".")[0] for p in folder.iterdir() if _is_lines(p.name)}
     columns -= {CUTS, *fields}
+    shards = {p.name.removeprefix(CUTS).partition(".jsonl")[0] for p in manifests}
+    for tar in sorted(p for name in fields for p in folder.glob(f"{name}.*.tar")):
+        shard = tar.name.removesuffix(".tar")[tar.name.index(".") :]
+        if shard not in shards:
+            raise SettingsError(f"{folder / f'{CUTS}{shard}.jsonl.gz'}: no such file beside {tar}")
     for manifest in manifests:
         shard = manifest.name.removeprefix(CUTS).partition(".jsonl")[0]
         tars = [folder / f"{name}{shard}.tar" for name in fields]

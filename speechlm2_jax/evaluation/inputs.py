@@ -63,7 +63,7 @@ class Utterance:
     """File and offset of its samples; tells utterances with equal ids apart."""
 
 
-def read_inputs(inputs: str) -> list[Utterance]:
+def read_inputs(inputs: str | Path) -> list[Utterance]:
     """Lists the utterances of `inputs`, in their own order.
 
     - A folder with `cuts.*` is a SHAR directory; any other folder gives its audio files by name.
@@ -71,6 +71,7 @@ def read_inputs(inputs: str) -> list[Utterance]:
 
     Raises SettingsError if nothing is found, the file is of another kind or a line is invalid.
     """
+    inputs = str(inputs)
     path = Path(plain_path(inputs))
     if not os.path.exists(path):
         raise SettingsError(f"inputs: {missing(inputs)}")

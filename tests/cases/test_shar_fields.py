@@ -126,3 +126,10 @@ def test_recordings_of_one_id_are_told_apart_by_their_order(tmp_path):
     CutSet(cuts_of(tmp_path, ["same", "same", "other"])).to_shar(folder, {"recording": "wav"})
     found = list(read_shar(folder, ManifestOptions()))
     assert [len(c.clips[0].load(RATE)) for c in found] == [1600, 3200, 4800]
+
+
+def test_a_missing_shard_of_cuts_is_named(shar):
+    gone = next(iter(sorted(shar.glob("cuts.000001.*"))))
+    gone.unlink()
+    with pytest.raises(SettingsError, match="cuts.000001.jsonl.gz: no such file beside"):
+        list(read_shar(shar, ManifestOptions()))

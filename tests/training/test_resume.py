@@ -88,7 +88,9 @@ def test_a_signal_saves_exits_with_zero_and_resumes_exactly(uninterrupted, tmp_p
     signal_at = 3  # a validation is due there, and left for the process that goes on
     done = run_process(tmp_path, max_steps=7, signal_at=signal_at - 1, signals=[sent])
     assert done.returncode == 0, done.stderr
-    assert f"{name}: stopping after this step, then saving; press Ctrl-C again to exit" in done.stdout
+    assert (
+        f"{name}: stopping after this step, then saving; press Ctrl-C again to exit" in done.stdout
+    )
     assert f"stopped at step {signal_at}: {name} was received" in done.stdout
     assert [int(p.name) for p in step_folders(tmp_path)] == [signal_at]
     assert fit(tmp_path).is_finished

@@ -172,6 +172,10 @@ def _acquire(path: Path) -> RunLock:
 def _take(path: Path) -> str:
     """Makes the lock file, in the place of a stale one too. Returns its token."""
     owner = Owner.this_process()
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise SettingsError(
+            f"{path} is no regular file; delete it, or choose another run directory"
+        )
     draft = path.with_name(f".{path.name}.{owner.token}")
     try:
         draft.write_text(json.dumps(asdict(owner)), encoding="utf-8")
@@ -258,10 +262,17 @@ def _read(path: Path) -> tuple[Owner | None, float] | None:
         return None
     try:
         owner = Owner(**json.loads(text))
-        owner = owner if isinstance(owner.pid, int) and isinstance(owner.token, str) else None
-    except (ValueError, TypeError):
+        owner = owner if _is_valid(owner) else None
+    except (ValueError, TypeError, RecursionError):
         owner = None
     return owner, changed_s
+
+
+def _is_valid(owner: Owner) -> bool:
+    """Whether a lock's owner is one that `Owner.this_process` could have made."""
+    is_pid = isinstance(owner.pid, int) and not isinstance(owner.pid, bool) and owner.pid > 0
+    token = owner.token
+    return is_pid and isinstance(token, str) and token.isascii() and token.isalnum()
 
 
 def _token_of(path: Path) -> str | None:
