@@ -110,7 +110,10 @@ class CosineAnnealing(WarmupPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.warmup + self.constant > self.end:
-            raise ValueError("warm-up and constant steps together exceed max_steps")
+            raise ValueError(
+                f"{self.warmup} warm-up and {self.constant} constant steps exceed max_steps="
+                f"{self.end}; set model.lr_scheduler.warmup_steps lower or trainer.max_steps higher"
+            )
 
     @property
     def constant(self) -> int:

@@ -9,6 +9,7 @@ from speechlm2_jax import parameter_paths
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.hf_config import decoder_config
 from speechlm2_jax.data.manifest_values import missing_key
+from speechlm2_jax.evaluation.duplex.plan import find_model
 from speechlm2_jax.evaluation.inputs import read_inputs
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.run import run_lock
@@ -67,3 +68,8 @@ def test_inputs_may_be_a_path(tmp_path):
     manifest.write_text('\ufeff{"audio_filepath": "a.wav", "duration": 0.5, "text": "yes"}\n')
     (utterance,) = read_inputs(manifest)
     assert utterance.text == "yes"
+
+
+def test_a_misspelt_argument_of_evaluate_is_named_before_a_model_is_looked_for():
+    with pytest.raises(SettingsError, match="did you mean 'pretrained_name'"):
+        find_model({"pretrained_nam": "runs/salm"})

@@ -1,5 +1,6 @@
 """Finds the model of a command line, and plans the evaluation of a duplex model."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.locate import Location, nearest_path
 from speechlm2_jax.pretrained.save_load import open_model
 from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.settings.errors import unknown
+
+MODEL = "pretrained_name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +47,12 @@ class ModelFound:
 def find_model(arguments: Mapping[str, Any]) -> ModelFound:
     """The model of a command line: `pretrained_name`, else the newest run.
 
-    Raises SettingsError if there is no run, or the model is of a kind that is not evaluated.
+    Raises SettingsError if `pretrained_name` is misspelt, there is no run, or the model is of a
+    kind that is not evaluated.
     """
+    # a misspelt pretrained_name would evaluate the newest run; other keys are checked by its plan
+    if near := difflib.get_close_matches(MODEL, set(arguments) - {MODEL}, n=1):
+        raise SettingsError(unknown(near[0], near[0], [MODEL]))
     given = arguments.get("pretrained_name")
     run = newest_run() if "pretrained_name" not in arguments else read_run(str(given))
     name = str(given) if run is None else str(run.folder)
