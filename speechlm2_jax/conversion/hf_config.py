@@ -224,12 +224,14 @@ def _rope(config: Json) -> RopeConfig:
     Raises ConversionError where both are there and mean different rotations: versions of
     transformers differ in which of them they take.
     """
-    new, old = config.get("rope_parameters"), config.get("rope_scaling")
-    for block in (new, old):
+    blocks: list[Json] = []
+    for block in (config.get("rope_parameters"), config.get("rope_scaling")):
         if not isinstance(block, Mapping | None):
             raise ConversionError(f"{WHERE}: rotary settings {_shown(block)} are no mapping")
-    theta = (new or {}).get("rope_theta", config.get("rope_theta"))
-    rope = _rope_of(new or old or {}, config.get("rope_theta"))
+        blocks.append({**(block or {})})
+    new, old = blocks
+    theta = new.get("rope_theta", config.get("rope_theta"))
+    rope = _rope_of(new or old, config.get("rope_theta"))
     if new and old and _rope_of(old, theta) != rope:
         raise ConversionError(
             f"{WHERE}: rope_parameters {_shown(new)} and rope_scaling {_shown(old)} differ; delete "
