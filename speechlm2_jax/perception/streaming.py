@@ -26,7 +26,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.perception import encoder_stream, mel_stream
-from speechlm2_jax.perception.encoder_stream import EncoderPlan, EncoderStreamState, StreamFrames
+from speechlm2_jax.perception.encoder_plan import EncoderPlan
+from speechlm2_jax.perception.encoder_stream import EncoderStreamState, StreamFrames
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import Context, FastConformerConfig
 from speechlm2_jax.perception.mel_stream import MelPlan

@@ -169,7 +169,7 @@ def trained():
 
 
 @pytest.fixture(scope="module", params=["ASRModel", "CTCModel"])
-def recogniser(request):
+def asr_model(request):
     """A model that spells how long and how loud a recording is: nothing is compiled."""
     made = getattr(slm.models, request.param).from_pretrained(PARTS / "tiny_encoder.nemo")
 
@@ -189,34 +189,34 @@ def test_a_path_gives_the_text_of_its_samples(trained):
     assert trained.transcribe([wave]) == [text] == [text.text] and len(text) > 20
 
 
-def test_every_form_and_mixture_gives_the_same_texts(recogniser, tmp_path):
+def test_every_form_and_mixture_gives_the_same_texts(asr_model, tmp_path):
     paths = [SPEECH / "0000.ogg", SPEECH / "0001.ogg"]
     waves = [soundfile.read(path, dtype="float32")[0] for path in paths]
-    texts = recogniser.transcribe(waves)
+    texts = asr_model.transcribe(waves)
     assert all(texts) and texts[0] != texts[1] and texts[0].text == texts[0]
-    assert recogniser.transcribe(paths) == texts
-    assert recogniser.transcribe([str(path) for path in paths], batch_size=1) == texts
-    assert recogniser.transcribe(str(paths[1])) == texts[1:]
-    assert recogniser.transcribe(waves[1]) == texts[1:]
+    assert asr_model.transcribe(paths) == texts
+    assert asr_model.transcribe([str(path) for path in paths], batch_size=1) == texts
+    assert asr_model.transcribe(str(paths[1])) == texts[1:]
+    assert asr_model.transcribe(waves[1]) == texts[1:]
     mixture = [{"array": waves[0], "sampling_rate": RATE_HZ}, paths[1], (RATE_HZ, waves[0])]
-    assert recogniser.transcribe(mixture, verbose=False, num_workers=0) == [*texts, texts[0]]
+    assert asr_model.transcribe(mixture, verbose=False, num_workers=0) == [*texts, texts[0]]
     both = np.stack([0 * waves[1], waves[1]], axis=1)
     soundfile.write(tmp_path / "both.wav", both, RATE_HZ, subtype="FLOAT")
-    assert recogniser.transcribe([tmp_path / "both.wav"], channel_selector=1) == texts[1:]
-    assert recogniser.transcribe([]) == []
+    assert asr_model.transcribe([tmp_path / "both.wav"], channel_selector=1) == texts[1:]
+    assert asr_model.transcribe([]) == []
 
 
-def test_recordings_that_cannot_be_transcribed_are_named(recogniser, tmp_path):
+def test_recordings_that_cannot_be_transcribed_are_named(asr_model, tmp_path):
     with pytest.raises(AudioError, match=r"recording 1: .*nowhere\.wav: no such file"):
-        recogniser.transcribe([SPEECH / "0000.ogg", "nowhere.wav"])
+        asr_model.transcribe([SPEECH / "0000.ogg", "nowhere.wav"])
     with pytest.raises(ValueError, match="timestamps=True is not supported"):
-        recogniser.transcribe([SPEECH / "0000.ogg"], timestamps=True)
+        asr_model.transcribe([SPEECH / "0000.ogg"], timestamps=True)
     with pytest.raises(TypeError, match="unknown argument 'speed'"):
-        recogniser.transcribe([SPEECH / "0000.ogg"], speed=2)
+        asr_model.transcribe([SPEECH / "0000.ogg"], speed=2)
     with pytest.raises(ValueError, match="channel_selector='left'"):
-        recogniser.transcribe([SPEECH / "0000.ogg"], channel_selector="left")
+        asr_model.transcribe([SPEECH / "0000.ogg"], channel_selector="left")
     with pytest.raises(ValueError, match="batch_size=0"):
-        recogniser.transcribe([SPEECH / "0000.ogg"], batch_size=0)
+        asr_model.transcribe([SPEECH / "0000.ogg"], batch_size=0)
 
 
 @pytest.fixture

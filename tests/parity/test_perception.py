@@ -20,7 +20,7 @@ from speechlm2_jax.conversion.readers import memory_source
 from speechlm2_jax.layers.module import abstract, describe, merge, split
 from speechlm2_jax.perception import encoder_stream
 from speechlm2_jax.perception.conformer_layer import ConformerLayer, LayerInputs
-from speechlm2_jax.perception.encoder_stream import EncoderPlan
+from speechlm2_jax.perception.encoder_plan import EncoderPlan
 from speechlm2_jax.perception.fastconformer import FastConformer
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.frame_mask import FrameMask, attention_mask, sinusoids
