@@ -2,6 +2,16 @@
 
 import gc
 import os
+import sys
+from pathlib import Path
+
+if sys.dont_write_bytecode:
+    # Hundreds of packages would be compiled anew by every worker and every process of a test,
+    # 5 s each. They are kept here and not beside the sources, as the user has asked.
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    sys.dont_write_bytecode = False
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+    del os.environ["PYTHONDONTWRITEBYTECODE"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
