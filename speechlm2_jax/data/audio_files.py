@@ -6,9 +6,10 @@ takes a length that was never written for none: such files go to FFmpeg, or get 
 
 import mmap
 import os
+import re
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -28,6 +29,15 @@ _LOSSY = ("VORBIS", "OPUS", "GSM610", "NMS_ADPCM", "G721", "G723")
 _NEXT_LINK = {"OGG": b"OggS\x00\x02", "FLAC": b"fLaC"}
 """What opens each of several recordings that were joined into one file."""
 _UNLIMITED = b"\xff" * 4
+_UNKNOWN_LENGTH = 0xFFFFFFFF
+_CHUNK_NAME = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9_ ]{3}")
+_CHUNKS_BEHIND_SAMPLES = frozenset(
+    name.ljust(4).encode()
+    for name in "LIST INFO id3 ID3 bext iXML aXML axml _PMX cue plst smpl inst fact PEAK cart acid "
+    "strc afsp levl chna umid minf elm1 regn ovwf DISP DGDA SAUR ResU JUNK junk PAD FLLR".split()
+)
+_LONGEST_CHUNK_BYTES = 1 << 20
+"""Of those that are looked for behind samples."""
 _HEAD_BYTES = 1 << 16
 
 
@@ -102,18 +112,21 @@ def _choose(
     raw.seek(0)
     if _is_mpeg(head):
         return FfmpegFile(raw, name)
-    is_empty = False
+    file, is_empty = None, False
     try:
         file = _Soundfile(source, name)
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a headerless format
         reason = getattr(error, "error_string", str(error))
     else:
-        if file.is_exact(raw, size, end_s):
-            return file
         reason, is_empty = "the length is not known", not file.frames
-        file.close()
-    if (whole := _with_length(head, raw)) is not None:
-        return _Soundfile(whole, name)
+        if not file.is_exact(raw, size, end_s):
+            file.close()
+            file = None
+    if (whole := _with_length(head, raw, size, is_read=file is not None)) is not None:
+        with suppress(soundfile.SoundFileError):  # of a damaged header
+            file = _Soundfile(whole, name)
+    if file is not None:
+        return file
     try:
         if is_empty and head.startswith((b"RIFF", b"RF64", b".snd")):
             raise AudioError(f"{name}: no samples", cause="empty")
@@ -188,35 +201,50 @@ def _is_mpeg(head: bytes) -> bool:
 
 def _is_joined(raw: BufferedIOBase, link: bytes) -> bool:
     """Whether a further recording begins inside a file."""
+    with _whole(raw) as data:
+        return data.find(link, data.find(link) + 1) >= 0
+
+
+@contextmanager
+def _whole(raw: BufferedIOBase) -> Iterator[mmap.mmap | bytes]:
+    """All bytes of a file, mapped into memory where it is one of the operating system."""
     try:
-        with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            return view.find(link, view.find(link) + 1) >= 0
-    except (OSError, ValueError):  # no file of the operating system
+        view = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):
         place = raw.tell()
         raw.seek(0)
-        found = raw.read().count(link) > 1
+        data = raw.read()
         raw.seek(place)
-        return found
+        yield data
+    else:
+        with view:
+            yield view
 
 
-def _with_length(head: bytes, raw: BufferedIOBase) -> BytesIO | None:
+def _with_length(head: bytes, raw: BufferedIOBase, size: int, *, is_read: bool) -> BytesIO | None:
     """A WAV, RF64 or AU whose writer left its length open, with one; None for another file.
 
-    Recorders that are cut off, and programs that write to a pipe, leave 0.
+    Recorders that are cut off, and programs that write to a pipe, leave 0 or a length beyond the
+    end of the file. Chunks behind the samples, which libsndfile would read as samples, are cut off;
+    `is_read`: libsndfile reads the file to its end, so None if there are no such chunks.
     """
     is_au = head.startswith(b".snd")
     place = 8 if is_au else _wav_length_place(head)
-    if place is None or head[place : place + 4] not in (bytes(4), _UNLIMITED):
+    if place is None:
         return None
-    raw.seek(0)
-    data = bytearray(raw.read())
+    declared = int.from_bytes(head[place : place + 4], "big" if is_au else "little")
     first = int.from_bytes(head[4:8], "big") if is_au else place + 4
-    if len(data) <= first or (not is_au and _is_chunks(data, first)):
+    if declared and first + _long_length(head, declared) <= size:
         return None
-    data[place : place + 4] = _UNLIMITED
+    with _whole(raw) as data:
+        end = len(data) if is_au else _samples_end(data, first)
+        if end <= first or (is_read and end == len(data)):
+            return None
+        copy = bytearray(data[:end])
+    copy[place : place + 4] = _UNLIMITED
     if head.startswith(b"RF64"):
-        data[:4], data[12:16] = b"RIFF", b"JUNK"
-    return BytesIO(data)
+        copy[:4], copy[12:16] = b"RIFF", b"JUNK"
+    return BytesIO(copy)
 
 
 def _wav_length_place(head: bytes) -> int | None:
@@ -229,8 +257,38 @@ def _wav_length_place(head: bytes) -> int | None:
     return place + 4 if place + 8 <= len(head) else None
 
 
-def _is_chunks(data: bytes | bytearray, place: int) -> bool:
+def _long_length(head: bytes, declared: int) -> int:
+    """The length of the samples, which an RF64 gives in its chunk ds64 if it is a long one."""
+    if declared != _UNKNOWN_LENGTH or not head.startswith(b"RF64") or head[12:16] != b"ds64":
+        return declared
+    return int.from_bytes(head[28:36], "little") or _UNKNOWN_LENGTH
+
+
+def _samples_end(data: mmap.mmap | bytes, first: int) -> int:
+    """Where the samples of a WAV that begin at `first` end: at chunks up to its end, if any."""
+    if _is_chunks(data, first):
+        return first
+    end = len(data)
+    while (start := _chunk_before(data, first, end)) is not None:
+        end = start
+    return end
+
+
+def _chunk_before(data: mmap.mmap | bytes, first: int, end: int) -> int | None:
+    """Where the known chunk begins that ends at `end`."""
+    low = first + max(end - first - _LONGEST_CHUNK_BYTES, 0) // 2 * 2
+    words = np.frombuffer(data[low:end], "<u2", (end - low) // 2).astype(np.int64)
+    sizes = words[2:-1] + (words[3:] << 16)
+    places = low + 2 * np.arange(len(sizes))
+    is_last = places + 8 + (sizes + 1 & ~1) == end + (end - first) % 2
+    for place in places[is_last].tolist():
+        if data[place : place + 4] in _CHUNKS_BEHIND_SAMPLES:
+            return place
+    return None
+
+
+def _is_chunks(data: mmap.mmap | bytes, place: int) -> bool:
     """Whether well-formed chunks, and no samples, follow to the end of a WAV."""
-    while place + 8 <= len(data) and data[place : place + 4].isalnum():
+    while place + 8 <= len(data) and _CHUNK_NAME.match(data, place):
         place += 8 + (struct.unpack_from("<I", data, place + 4)[0] + 1 & ~1)
     return place >= len(data)

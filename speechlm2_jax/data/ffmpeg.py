@@ -5,6 +5,7 @@ PyAV brings FFmpeg in a wheel; it is imported only where such a file is opened.
 
 import errno
 import itertools
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from io import BufferedIOBase
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from speechlm2_jax.data.audio_errors import AudioError
+from speechlm2_jax.data.mpeg_frames import frame_bytes, hidden_start, is_tagged
 
 _DEMUXERS = (
     "aac ac3 aiff amr amrnb amrwb ape asf au avi caf eac3 flac flv gsm loas matroska mov mp2 mp3 "
@@ -30,15 +32,24 @@ _LOSSLESS = ("pcm", "flac", "alac", "wavpack", "ape", "tta", "shorten", "wmaloss
 
 
 class _Seekable:
-    """A file as FFmpeg wants it: an impossible place is a number, not an exception."""
+    """A file as FFmpeg wants it, from `start` on.
 
-    def __init__(self, source: BufferedIOBase) -> None:
-        self.read, self.tell, self._seek = source.read, source.tell, source.seek
+    An impossible place is a number, not an exception.
+    """
 
-    def seek(self, offset: int, whence: int = 0) -> int:
+    def __init__(self, source: BufferedIOBase, start: int) -> None:
+        self.read, self._source, self._start = source.read, source, start
+        source.seek(start)
+
+    def tell(self) -> int:
+        """The place, counted from `start`."""
+        return self._source.tell() - self._start
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """The new place, or an error number below zero."""
+        shift = self._start if whence == os.SEEK_SET else 0
         try:
-            return self._seek(offset, whence)
+            return self._source.seek(offset + shift, whence) - self._start
         except (OSError, ValueError):
             return -errno.EINVAL
 
@@ -56,15 +67,14 @@ class FfmpegFile:
         self._source, self._name = source, name
         self._errors = (av.FFmpegError, OSError, ValueError)
         try:
-            source.seek(0)
-            anything: Any = _Seekable(source)
-            self._container: Any = av.open(anything, mode="r", options=_OPTIONS)
+            self._container: Any = _opened(source)
         except self._errors as error:
             raise AudioError(f"{name}: {_reason(error)}", cause="unreadable") from error
         try:
             self._stream = self._first_audio_stream()
             self._packets, self._decoded = self._demux(), self._decode()
             self._longest = self._total = 0
+            self._has_junk = False
             self._since: int | None = None
             self._first = self._first_frame()
         except BaseException:
@@ -99,9 +109,10 @@ class FfmpegFile:
         for _ in self._packets:
             pass
         skipped, declared = self._stream.start_time or 0, self._stream.duration or 0
-        if not skipped:  # the file does not declare its encoder padding
+        if not skipped and not self._has_junk:  # the file does not declare its encoder padding
             return self._total // self._ticks
-        if 0 <= self._total - skipped - declared < 3 * self._longest:
+        is_declared = 0 <= self._total - skipped - declared < 3 * self._longest
+        if is_declared and not self._has_junk:
             return declared // self._ticks
         again = FfmpegFile(self._source, self._name)
         try:
@@ -161,13 +172,47 @@ class FfmpegFile:
         return packet.pts + (packet.duration or 0) < self._since
 
     def _demux(self) -> Iterator[Any]:
+        is_mp3 = self._container.format.name == "mp3"
         try:
             for packet in self._container.demux(self._stream):
                 self._total += packet.duration or 0
                 self._longest = max(self._longest, packet.duration or 0)
+                self._has_junk = self._has_junk or (is_mp3 and _is_junk(packet))
                 yield packet
         except self._errors as error:
             raise AudioError(f"{self._name}: {_reason(error)}", cause="unreadable") from error
+
+
+def _opened(source: BufferedIOBase) -> Any:
+    """FFmpeg's container of a file; of an MP3 from its first frame on, if tags or junk hide that.
+
+    Behind a long tag FFmpeg does not even see that a file is an MP3.
+    """
+    import av
+
+    def container(start: int) -> Any:
+        file: Any = _Seekable(source, start)
+        return av.open(file, mode="r", options=_OPTIONS)
+
+    try:
+        found = container(0)
+    except av.FFmpegError:
+        start = hidden_start(source) if is_tagged(source) else None
+        if start is None:
+            raise
+        return container(start)
+    place = source.tell()  # FFmpeg reads on from here
+    if found.format.name == "mp3" and (start := hidden_start(source)) is not None:
+        found.close()
+        return container(start)
+    source.seek(place)
+    return found
+
+
+def _is_junk(packet: Any) -> bool:
+    """Whether a packet of an MP3 does not open with a whole frame: it may decode to nothing."""
+    size = frame_bytes(bytes(packet)) if packet.size else 0
+    return size is None or size > packet.size
 
 
 def _samples(frame: Any) -> np.ndarray:
