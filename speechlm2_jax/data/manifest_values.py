@@ -28,8 +28,8 @@ _NEAR_MISSES = {
     ),
     "duration": ("dur", "length", "seconds", "duration_s", "duration_sec", "duration_seconds"),
     "text": (
-        *("transcript", "transcription", "transcripts", "sentence", "normalized_text"),
-        *("text_normalized", "raw_text", "label", "target", "answer", "output"),
+        *("transcript", "transcription", "transcripts", "transcriptions", "sentence", "sentences"),
+        *("txt", "texts", "normalized_text", "text_normalized", "raw_text", "utterance_text"),
     ),
     "conversations": ("conversation", "messages", "dialog", "dialogue", "turns"),
 }
@@ -89,12 +89,32 @@ def mapping(value: Any, key: str) -> Mapping[str, Any]:
 
 def near_miss(row: Mapping[str, Any], wanted: str) -> str | None:
     """A key of a row that was probably meant to be `wanted`."""
-    spelt = {key.casefold().replace("-", "_").replace(" ", "_"): key for key in row}
-    for name in (wanted, *_NEAR_MISSES[wanted]):
-        if name in spelt:
-            return spelt[name]
+    named, spelt = _other_name(row, wanted), {_plain(key): key for key in row}
     close = difflib.get_close_matches(wanted, list(spelt), n=1, cutoff=0.75)
-    return spelt[close[0]] if close else None
+    return named if named is not None or not close else spelt[close[0]]
+
+
+def check_text_key(row: Mapping[str, Any], wanted: str) -> None:
+    """Raises SettingsError if a row has its text under another name of the key `wanted`.
+
+    Only well-known names count, none that is merely alike: a row without text may be meant so.
+    """
+    near = None if wanted in row else _other_name(row, wanted)
+    if near is not None:
+        raise SettingsError(
+            f"{wanted} is missing; rename {near!r} to {wanted!r}, or set text_field: {near}"
+        )
+
+
+def _other_name(row: Mapping[str, Any], wanted: str) -> str | None:
+    """A key of a row that is `wanted` in other letters, or a well-known name for it."""
+    spelt = {_plain(key): key for key in row}
+    names = (_plain(wanted), *_NEAR_MISSES.get(wanted, ()))
+    return next((spelt[name] for name in names if name in spelt), None)
+
+
+def _plain(key: str) -> str:
+    return key.strip().casefold().replace("-", "_").replace(" ", "_")
 
 
 def missing_key(row: Mapping[str, Any], wanted: str) -> str:

@@ -15,6 +15,7 @@ from speechlm2_jax.data.headers import file_durations_s
 from speechlm2_jax.data.json_lines import json_lines
 from speechlm2_jax.data.manifest_options import ManifestOptions, conversation_of_recording
 from speechlm2_jax.data.manifest_values import (
+    check_text_key,
     located,
     mapping,
     missing_key,
@@ -105,6 +106,7 @@ class _NemoRow:
             channel=options.channel,
             is_segment=self.offset_s is not None,
         )
+        check_text_key(self.own, options.text_field)
         response, name = self.own.get(options.text_field), str(self.own.get("id") or clip.id)
         return conversation_of_recording(name, clip, response, self.own, options, where=where)
 

@@ -191,6 +191,37 @@ NEAR_MISSES = [
 ]
 
 
+TEXT_KEYS = ["transcript", "transcription", "Transcript", "sentence", "txt", "Text", "text "]
+
+
+@pytest.mark.parametrize("key", TEXT_KEYS)
+def test_a_transcript_under_another_name_is_told_the_right_one(folder, key):
+    """Such a row counted as one without a response."""
+    row = {"audio_filepath": "a.wav", "duration": 0.5, key: "yes"}
+    said = refusal(read, write(folder / "m.jsonl", ROW, row))
+    assert f"line 2: text is missing; rename {key!r} to 'text', or set text_field: {key}" in said
+    options = ManifestOptions(text_field=key)
+    (one,) = read_manifest(write(folder / "m.jsonl", row), options)
+    assert one.answer == "yes"
+
+
+@pytest.mark.parametrize(
+    ("extra", "text_field"),
+    [
+        ({}, "text"),
+        ({"text": None, "transcript": "yes"}, "text"),
+        ({"label": "noise"}, "text"),
+        ({"context": "x", "pred_text": "x", "text_de": "x", "test": "x"}, "text"),
+        ({"text_de": "ja", "transcript": "ja"}, "text_en"),
+    ],
+)
+def test_a_row_without_text_may_be_meant_so(folder, extra, text_field):
+    row = {"audio_filepath": "a.wav", "duration": 0.5, **extra}
+    options = ManifestOptions(text_field=text_field)
+    (one,) = read_manifest(write(folder / "m.jsonl", row), options)
+    assert one.answer is None
+
+
 @pytest.mark.parametrize(("row", "message"), NEAR_MISSES)
 def test_a_key_that_is_nearly_right_is_told_the_right_one(folder, row, message):
     said = refusal(read, write(folder / "m.jsonl", row))
