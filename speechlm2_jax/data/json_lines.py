@@ -1,5 +1,6 @@
 """Files of one JSON object per line, plain or compressed, read so that each fault has its line."""
 
+import codecs
 import gzip
 import re
 import zlib
@@ -19,20 +20,21 @@ _NAMED = 40
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each object of a file, with the words that name its line (counted from 1, blank ones too).
 
-    A byte order mark is taken for one; a file is decompressed if its content is gzip's, whatever
-    its name. Raises SettingsError, naming the line, for one that is no object in JSON or whose
-    text holds half of a surrogate pair; and naming the file, for one that is damaged.
+    Lines end as in a Python text file: with LF, CR LF or CR alone. A byte order mark is left out,
+    also of a later line: files are joined by `cat`. A file is decompressed if its content is
+    gzip's, whatever its name.
+
+    Raises SettingsError, naming the line, for one that is no object in JSON or whose text holds
+    half of a surrogate pair; and naming the file, for one that is damaged.
     """
     for number, line in _numbered(path):
         where = f"{path} line {number}"
         try:
-            text = decode_text(line) if number == 1 else line.decode("utf-8")
+            text = decode_text(line)
             row = parse_json(text.strip())
             if not isinstance(row, dict):
                 raise SettingsError("not a JSON object; each line holds one")
             _check_surrogates(text, row)
-        except UnicodeDecodeError as error:
-            raise SettingsError(f"{where}: not UTF-8 text ({error.reason})") from None
         except SettingsError as error:
             reason = str(error).replace(": line 1 column", ": column")  # the file's line is named
             raise SettingsError(f"{where}: {reason}") from None
@@ -44,12 +46,18 @@ def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
         with _opened(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
+            for number, line in enumerate(_lines(file), start=1):
+                if line.removeprefix(codecs.BOM_UTF8).strip():
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(f"{path}: damaged after line {number} ({reason})") from error
+
+
+def _lines(file: IOBase) -> Iterator[bytes]:
+    """Every line without its end; JSON holds no bare CR inside a text."""
+    for line in file:
+        yield from line.removesuffix(b"\n").removesuffix(b"\r").split(b"\r")
 
 
 def _opened(path: Path) -> IOBase:

@@ -180,6 +180,33 @@ def test_a_byte_order_mark_is_read_over_and_another_encoding_is_named(folder):
     assert f"{path} line 2: not UTF-8 text" in refusal(read, path)
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_files_with_byte_order_marks_may_be_joined(folder, is_packed):
+    lines = BOM + (json.dumps(ROW) + "\n").encode() * 2
+    joined = lines + BOM + lines + BOM + b"\n" + json.dumps({**ROW, "duration": -1}).encode()
+    path = folder / "m.jsonl"
+    pack = gzip.compress if is_packed else bytes
+    path.write_bytes(pack(lines) + pack(lines))
+    assert len(read(path)) == 4
+    path.write_bytes(pack(joined.replace(BOM + BOM, BOM)))
+    assert f"{path} line 6: duration" in refusal(read, path)
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+def test_lines_may_end_as_any_system_ends_them(folder, end):
+    path = folder / "m.jsonl"
+    lines = [json.dumps(ROW), "", json.dumps(ROW)]
+    path.write_bytes(BOM + end.join([*lines, ""]).encode())
+    assert len(read(path)) == 2
+    path.write_bytes(end.join([*lines, json.dumps({**ROW, "duration": -1})]).encode())
+    assert f"{path} line 4: duration" in refusal(read, path)
+    path.write_bytes((json.dumps(ROW) + "\r" + json.dumps(ROW) + end + json.dumps(ROW)).encode())
+    assert len(read(path)) == 3
+    cuts = folder / "cuts.jsonl"
+    cuts.write_bytes(end.join([json.dumps(cut_row(folder, id=str(n))) for n in range(3)]).encode())
+    assert len(list(read_cuts(cuts))) == 3
+
+
 NEAR_MISSES = [
     ({"audio_filename": "a.wav", "duration": 1, "text": "x"}, "'audio_filename' to"),
     ({"audio_path": "a.wav", "duration": 1, "text": "x"}, "'audio_path' to 'audio_filepath'"),
