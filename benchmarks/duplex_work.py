@@ -110,7 +110,7 @@ class DuplexWork:
         """The conversations as one batch without padding."""
         first = self.examples[0]
         shape = DuplexShape(
-            rows=self.sizes.batch,
+            sequences=self.sizes.batch,
             tokens=len(first.target_tokens),
             source_samples=len(first.source_audio),
             target_samples=len(first.target_audio),

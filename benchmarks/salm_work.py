@@ -261,7 +261,7 @@ class Work:
             positions=np.broadcast_to(np.arange(tokens, dtype=np.int32), shape).copy(),
             targets=np.where(is_scored, np.roll(ids, -1, axis=-1), 0),
             loss_mask=is_scored,
-            row_ids=numbers,
+            sequence_ids=numbers,
         )
         mel_shape = (1, sizes.batch, sizes.mel_frames, self.preset.mel_bins)
         return MelBatch(rows=rows, mel=self._random.normal(size=mel_shape).astype(np.float32))

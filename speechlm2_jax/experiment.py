@@ -199,7 +199,7 @@ def _largest_shape(
     seconds = asked.seconds or train.get("max_duration") or LONGEST_S
     multiple = math.lcm(TOKENS_MULTIPLE, setup.sharding.length_multiple)
     return BatchShape(
-        rows=max(rows, 1),
+        sequences=max(rows, 1),
         tokens=-(-tokens // multiple) * multiple,
         clips=max(rows, 1),
         samples=round(seconds * model.sampling_rate),

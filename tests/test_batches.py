@@ -63,7 +63,7 @@ def _one_row(ids, mask, frames, case, *, shift=False):
     longest = max(map(len, audio), default=0)
     return assemble_salm_batch(
         [[SalmExample(id="x", tokens=ids, loss_mask=mask, audio=audio)]],
-        BatchShape(rows=1, tokens=max(steps - shift, 0), clips=len(audio), samples=longest),
+        BatchShape(sequences=1, tokens=max(steps - shift, 0), clips=len(audio), samples=longest),
         frame_count=lambda samples: samples,
         placeholder_id=case["placeholder_id"],
         shift=shift,
@@ -99,7 +99,7 @@ def test_interleaving_keeps_every_frame_once_and_in_order(rows, random):
     n_clips = MOST_ROWS * MOST_CLIPS  # one shape for all examples: one compilation
     batch = assemble_salm_batch(
         [examples],
-        BatchShape(rows=MOST_ROWS, tokens=28, clips=n_clips, samples=capacity),
+        BatchShape(sequences=MOST_ROWS, tokens=28, clips=n_clips, samples=capacity),
         frame_count=lambda samples: samples,
         placeholder_id=9,
         shift=False,
@@ -125,7 +125,7 @@ def test_a_conversation_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="'long'"):
         assemble_salm_batch(
             [[example]],
-            BatchShape(rows=1, tokens=6, clips=1, samples=1),
+            BatchShape(sequences=1, tokens=6, clips=1, samples=1),
             frame_count=lambda s: s,
             placeholder_id=99,
         )

@@ -13,7 +13,7 @@ from speechlm2_jax.batches import (
 )
 
 PAD = 7
-SHAPE = DuplexShape(rows=2, tokens=8, source_samples=80, target_samples=120)
+SHAPE = DuplexShape(sequences=2, tokens=8, source_samples=80, target_samples=120)
 
 
 def example(name: str, frames: int) -> DuplexExample:
@@ -42,7 +42,7 @@ def test_rows_hold_their_examples_and_padding_elsewhere():
     assert batch.source_extent.tolist() == [30, 80]
     assert batch.target_extent.tolist() == [45, 120]
     assert batch.token_extent.tolist() == [3, 8]
-    assert batch.row_ids.tolist() == [[0, 1], [2, 3]]
+    assert batch.sequence_ids.tolist() == [[0, 1], [2, 3]]
 
 
 def test_a_batch_of_no_rows_has_the_shape_of_a_full_one():

@@ -81,7 +81,7 @@ def generation_report(
     shape: BatchShape,
     new_tokens: int,
 ) -> Report:
-    """Compiles generation for `shape.rows` prompts on each data-parallel device.
+    """Compiles generation for `shape.sequences` prompts on each data-parallel device.
 
     Raises SettingsError if the compiler finds that it does not fit.
     """
@@ -152,6 +152,6 @@ def _describe(sharding: Sharding) -> str:
 
 def _describe_shape(shape: BatchShape, groups: int) -> str:
     return (
-        f"{groups} groups of {shape.rows} sequences of {shape.tokens} tokens, "
+        f"{groups} groups of {shape.sequences} sequences of {shape.tokens} tokens, "
         f"{shape.clips} clips of {shape.samples} samples"
     )

@@ -1,8 +1,9 @@
-"""The contract between data and models: what a batch holds, and how rows are laid out.
+"""Batches: the interface between data and models.
 
-Letters: `G` groups, `C` clips of a group, `S` samples, `R` rows of a group, `T` LLM steps. A group
-is what one NeMo rank would get; its rows refer only to their own clips, so on the device the gather
-of audio frames into text never crosses the batch axes. Everything here is NumPy on the host.
+Letters: `G` groups, `C` clips of a group, `S` samples, `R` sequences of a group, `T` tokens. A
+group is the local batch of one data-parallel shard (of one rank in NeMo). Its sequences refer only
+to its own clips, so gathering audio frames into the text needs no communication over the batch
+axes. Everything here is NumPy on the host.
 """
 
 from speechlm2_jax.batches.duplex import (

@@ -1,7 +1,7 @@
-"""Conversations of two voices, laid out frame by frame: the user's channels and the agent's.
+"""Full-duplex batches: audio and text channels of user and agent, aligned frame by frame.
 
 Letters beside those of the package: `A` samples of the agent's audio, at the codec's rate; `T`
-frames. Frame t of a text channel is what is said from t * frame length on.
+frames. Token t of a text channel belongs to the frame that starts at t * frame duration.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,79 +17,79 @@ from speechlm2_jax.batches.shared import TimeOrder
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class DuplexBatch:
-    """One global batch for a duplex model. Arrays are NumPy on the host, JAX on the device."""
+    """One global batch for a duplex model. Arrays are NumPy on the host, JAX on the devices."""
 
     source_audio: Any
-    """Float32 [G, R, S]: the user, at the model's rate, zeros after each length."""
+    """Float32 [G, R, S]: user audio at the model's rate, zeros after each length."""
     source_lengths: Any
-    """Int32 [G, R] samples; 0 marks an empty row."""
+    """Int32 [G, R]: samples; 0 for padding (no conversation)."""
     source_extent: Any
-    """Int32 [G] samples of the group's longest: NeMo's padded length (`nemo_exact`)."""
+    """Int32 [G]: samples of the group's longest user audio, to which NeMo pads (`nemo_exact`)."""
     target_audio: Any
-    """Float32 [G, R, A]: the agent, at the codec's rate, zeros after each length."""
+    """Float32 [G, R, A]: agent audio at the codec's rate, zeros after each length."""
     target_lengths: Any
-    """Int32 [G, R] samples."""
+    """Int32 [G, R]: samples."""
     target_extent: Any
-    """Int32 [G] samples of the group's longest."""
+    """Int32 [G]: samples of the group's longest agent audio."""
     target_tokens: Any
-    """Int32 [G, R, T]: what the agent says, the pad id wherever no token is."""
+    """Int32 [G, R, T]: text tokens of the agent; the pad id where there is none."""
     source_tokens: Any
-    """Int32 [G, R, T]: what the user says, the pad id wherever no token is."""
+    """Int32 [G, R, T]: text tokens of the user; the pad id where there is none."""
     token_lengths: Any
-    """Int32 [G, R] frames, of both text channels."""
+    """Int32 [G, R]: frames of both text channels."""
     token_extent: Any
-    """Int32 [G] frames of the group's longest."""
-    row_ids: Any
-    """Int32 [G, R]: the row's position in the global batch; random draws depend on it."""
+    """Int32 [G]: frames of the group's longest text channels."""
+    sequence_ids: Any
+    """Int32 [G, R]: index of the conversation in the global batch; seeds its random draws."""
 
     def map(self, fn: Callable[[Any], Any]) -> "DuplexBatch":
         """Applies `fn` to every array."""
         return DuplexBatch(**{f.name: fn(getattr(self, f.name)) for f in fields(self)})
 
-    def laid_out(self, time_order: TimeOrder) -> "DuplexBatch":
-        """The batch as it is: its channels are aligned, and then ordered, on the device."""
+    def in_time_order(self, time_order: TimeOrder) -> "DuplexBatch":
+        """Returns the batch as it is: `networks.duplex` aligns and reorders the channels."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexExample:
-    """One conversation, ready for the model; also what validation compares answers with."""
+    """One conversation: audio and text channels; also the reference in validation."""
 
     id: str
     source_audio: np.ndarray
-    """Float32 [S]: the user, at the model's rate."""
+    """Float32 [S]: user audio at the model's rate."""
     target_audio: np.ndarray
-    """Float32 [A]: the agent, at the codec's rate."""
+    """Float32 [A]: agent audio at the codec's rate."""
     target_tokens: np.ndarray
     """Int32 [T]: the agent's text channel."""
     source_tokens: np.ndarray
     """Int32 [T]: the user's text channel."""
     target_text: str = ""
-    """All that the agent says, also what found no room in its channel."""
+    """The agent's whole text, also what its channel had no frames for."""
     source_text: str = ""
-    """All that the user says."""
+    """The user's whole text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexShape:
-    """The static shape of one bucket, per group."""
+    """The static shape of one bucket: the sizes of one group."""
 
-    rows: int
+    sequences: int
     tokens: int
-    """Frames T of a row."""
+    """Frames T of a conversation: each has one text token."""
     source_samples: int
     target_samples: int
 
     @property
     def clips(self) -> int:
-        """Conversations that a group has room for: one in each row."""
-        return self.rows
+        """Capacity of a group in user recordings: one per conversation."""
+        return self.sequences
 
     @property
     def name(self) -> str:
-        """A name that says the whole shape: one compiled program each."""
+        """Unique name of the shape; each shape is compiled once."""
         return (
-            f"rows{self.rows}_tokens{self.tokens}_source{self.source_samples}"
+            f"rows{self.sequences}_tokens{self.tokens}_source{self.source_samples}"
             f"_target{self.target_samples}"
         )
 
@@ -97,15 +97,15 @@ class DuplexShape:
 def assemble_duplex_batch(
     groups: Sequence[Sequence[DuplexExample | None]], shape: DuplexShape, *, pad_id: int
 ) -> DuplexBatch:
-    """Lays out groups of conversations in one static shape, padded on the right.
+    """Assembles a batch of one static shape, padded on the right.
 
-    None, and fewer conversations than the shape has rows, leave empty rows. Raises ValueError if a
-    conversation does not fit.
+    A group may have fewer conversations than the shape; what is missing, and None, is padding.
+    Raises ValueError if a conversation does not fit.
     """
-    G, R = len(groups), shape.rows
+    G, R = len(groups), shape.sequences
     counts = ("source_lengths", "target_lengths", "token_lengths")
     arrays: dict[str, np.ndarray] = {name: np.zeros((G, R), np.int32) for name in counts}
-    # zeros take no memory until they are written: groups of other processes stay so
+    # np.zeros takes no memory until it is written: groups of other processes never are
     arrays["source_audio"] = np.zeros((G, R, shape.source_samples), np.float32)
     arrays["target_audio"] = np.zeros((G, R, shape.target_samples), np.float32)
     for name in ("target_tokens", "source_tokens"):
@@ -115,20 +115,20 @@ def assemble_duplex_batch(
             raise ValueError(f"{len(group)} conversations exceed {shape}")
         for r, example in enumerate(group):
             if example is not None:
-                _fill_row(arrays, (g, r), example, shape)
+                _fill_sequence(arrays, (g, r), example, shape)
     return DuplexBatch(
         source_extent=arrays["source_lengths"].max(axis=1, initial=0),
         target_extent=arrays["target_lengths"].max(axis=1, initial=0),
         token_extent=arrays["token_lengths"].max(axis=1, initial=0),
-        row_ids=np.arange(G * R, dtype=np.int32).reshape(G, R),
+        sequence_ids=np.arange(G * R, dtype=np.int32).reshape(G, R),
         **arrays,
     )
 
 
 def full_duplex_batch(shape: DuplexShape, groups: int, *, pad_id: int = 0) -> DuplexBatch:
-    """A batch without a padded frame, of silence and pad ids.
+    """Makes a batch of silence and pad ids, without padding.
 
-    For counting and compiling; its arrays take the memory of one group.
+    For counting FLOPs and compiling. Its arrays take the memory of one group.
     """
     channel = np.full(shape.tokens, pad_id, np.int32)
     example = DuplexExample(
@@ -138,7 +138,7 @@ def full_duplex_batch(shape: DuplexShape, groups: int, *, pad_id: int = 0) -> Du
         target_tokens=channel,
         source_tokens=channel,
     )
-    one = assemble_duplex_batch([[example] * shape.rows], shape, pad_id=pad_id)
+    one = assemble_duplex_batch([[example] * shape.sequences], shape, pad_id=pad_id)
     return one.map(lambda x: np.broadcast_to(x, (groups, *x.shape[1:])))
 
 
@@ -150,12 +150,15 @@ _LENGTH_OF = {
 }
 
 
-def _fill_row(
-    arrays: dict[str, np.ndarray], row: tuple[int, int], example: DuplexExample, shape: DuplexShape
+def _fill_sequence(
+    arrays: dict[str, np.ndarray],
+    index: tuple[int, int],
+    example: DuplexExample,
+    shape: DuplexShape,
 ) -> None:
     for name, length in _LENGTH_OF.items():
         values = getattr(example, name)
         if len(values) > arrays[name].shape[-1]:
             raise ValueError(f"{example.id!r}: {name} of {len(values)} exceeds {shape}")
-        arrays[name][row][: len(values)] = values
-        arrays[length][row] = len(values)
+        arrays[name][index][: len(values)] = values
+        arrays[length][index] = len(values)

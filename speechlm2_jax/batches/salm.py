@@ -1,4 +1,4 @@
-"""Conversations of text and recordings, laid out in rows of interleaved steps (SALM)."""
+"""SALM batches: conversations as sequences of interleaved text tokens and audio frames."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -13,41 +13,41 @@ from speechlm2_jax.batches.shared import FrameCount, TimeOrder
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class SalmBatch:
-    """One global batch for SALM. Array fields are NumPy on the host, JAX on the device."""
+    """One global batch for SALM. Arrays are NumPy on the host, JAX on the devices."""
 
     audio: Any
     """Float32 [G, C, S]: 16 kHz (the model's rate) mono samples, zeros after each length."""
     audio_lengths: Any
-    """Int32 [G, C] samples; 0 marks an empty clip slot."""
+    """Int32 [G, C]: samples; 0 for padding (no clip)."""
     audio_extent: Any
-    """Int32 [G] samples of the group's longest clip: NeMo's padded length (`nemo_exact`)."""
+    """Int32 [G]: samples of the group's longest clip, to which NeMo pads (`nemo_exact`)."""
     clip_ids: Any
-    """Int32 [G, C]: the clip's position in the global batch; random draws depend on it."""
+    """Int32 [G, C]: index of the clip in the global batch; seeds its random draws."""
     tokens: Any
-    """Int32 [G, R, T]: text ids; 0 in audio slots and padding."""
+    """Int32 [G, R, T]: token ids; 0 at audio frames and padding."""
     audio_index: Any
-    """Int32 [G, R, T]: clip * frames(S) + frame within the group; -1 where the step is text."""
+    """Int32 [G, R, T]: clip * frames(S) + frame, with the clip's index in the group; -1 at text."""
     attention_mask: Any
-    """Bool [G, R, T]: tokens that others may attend to; False in padding alone."""
+    """Bool [G, R, T]: True where queries may attend to the position; False at padding."""
     segments: Any
-    """Int32 [G, R, T]: conversation of a packed row, from 1; 0 is padding."""
+    """Int32 [G, R, T]: conversation within a packed sequence, from 1; 0 is padding."""
     positions: Any
-    """Int32 [G, R, T]: step within the conversation, from 0."""
+    """Int32 [G, R, T]: position within the conversation, from 0."""
     targets: Any
-    """Int32 [G, R, T]: the next token; 0 where there is no loss."""
+    """Int32 [G, R, T]: id of the next token; 0 where there is no loss."""
     loss_mask: Any
-    """Bool [G, R, T]: steps whose prediction is scored."""
-    row_ids: Any
-    """Int32 [G, R]: the row's position in the global batch; random draws depend on it."""
+    """Bool [G, R, T]: positions whose prediction counts in the loss."""
+    sequence_ids: Any
+    """Int32 [G, R]: index of the sequence in the global batch; seeds its random draws."""
 
     def map(self, fn: Callable[[Any], Any]) -> "SalmBatch":
         """Applies `fn` to every array."""
         return SalmBatch(**{f.name: fn(getattr(self, f.name)) for f in fields(self)})
 
     def without_id(self, token_id: int) -> "SalmBatch":
-        """The same rows, in which text tokens of one id are neither attended to nor scored.
+        """Masks text tokens of one id: they are neither attended to nor scored.
 
-        NeMo treats the pad id so wherever it occurs, even as the end of a turn (`nemo_exact`).
+        NeMo masks the pad id wherever it occurs, even where it ends a turn (`nemo_exact`).
         """
         is_audio = self.audio_index >= 0
         return replace(
@@ -56,20 +56,15 @@ class SalmBatch:
             loss_mask=self.loss_mask & (self.targets != token_id),
         )
 
-    @property
-    def steps(self) -> int:
-        """LLM steps T of a row."""
-        return self.tokens.shape[2]
-
-    def laid_out(self, time_order: TimeOrder) -> "SalmBatch":
-        """The same rows with their steps where a mesh wants them (`Sharding.time_order`)."""
-        order = time_order(self.steps)
+    def in_time_order(self, time_order: TimeOrder) -> "SalmBatch":
+        """Reorders the tokens of every sequence for context parallelism (`Sharding.time_order`)."""
+        order = time_order(self.tokens.shape[2])
         if order is None:
             return self
-        return replace(self, **{name: getattr(self, name)[..., order] for name in _BY_STEP})
+        return replace(self, **{name: getattr(self, name)[..., order] for name in _PER_TOKEN})
 
 
-_BY_STEP = (
+_PER_TOKEN = (
     "tokens",
     "audio_index",
     "attention_mask",
@@ -78,45 +73,46 @@ _BY_STEP = (
     "targets",
     "loss_mask",
 )
-"""Fields whose last axis is the steps."""
+"""Fields whose last axis is T."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SalmExample:
-    """One conversation, ready for the model: ids with placeholders, and the audio behind them."""
+    """One tokenized conversation: ids with a placeholder per audio clip, and the clips."""
 
     id: str
     tokens: np.ndarray
-    """Int32 [L]: the whole conversation; each audio turn is one placeholder id."""
+    """Int32 [L]: the whole conversation; each clip is one placeholder id."""
     loss_mask: np.ndarray
-    """Bool [L]: tokens that the model learns to say."""
+    """Bool [L]: True at tokens that the model is trained to predict."""
     audio: tuple[np.ndarray, ...] = ()
-    """Float32 [S_i] at the model's rate, one per placeholder, in order."""
+    """Float32 [S_i]: one clip per placeholder, in order, at the model's sample rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShape:
-    """The static shape of one bucket, per group."""
+    """The static shape of one bucket: the sizes of one group."""
 
-    rows: int
+    sequences: int
     tokens: int
-    """LLM steps T of a row: a conversation of L expanded tokens needs L - 1 to train on."""
+    """Length T of a sequence. Training on a conversation of L tokens (audio frames included) takes
+    L - 1."""
     clips: int
     samples: int
 
     @property
     def name(self) -> str:
-        """A name that says the whole shape: one compiled program each."""
-        return f"rows{self.rows}_tokens{self.tokens}_clips{self.clips}_samples{self.samples}"
+        """Unique name of the shape; each shape is compiled once."""
+        return f"rows{self.sequences}_tokens{self.tokens}_clips{self.clips}_samples{self.samples}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceLayout:
-    """One conversation after every placeholder became its audio's frames; arrays are [L]."""
+    """One conversation, with placeholders expanded to the frames of their clips; arrays are [L]."""
 
     tokens: np.ndarray
     clip: np.ndarray
-    """Index among the conversation's own clips; -1 for text."""
+    """Index among the clips of the conversation; -1 for text."""
     frame: np.ndarray
     loss_mask: np.ndarray
 
@@ -131,10 +127,10 @@ def layout_sequence(
     *,
     placeholder_id: int,
 ) -> SequenceLayout:
-    """Expands each placeholder of one conversation to as many tokens as its clip has frames.
+    """Expands each placeholder of a conversation to as many positions as its clip has frames.
 
-    No token is padding, whatever its id: the pad token may also end turns. Raises ValueError if the
-    numbers of placeholders and clips differ.
+    No position is padding, whatever its id: the pad token may also end turns. Raises ValueError if
+    the numbers of placeholders and clips differ.
     """
     tokens = np.asarray(tokens, np.int64)
     mask = np.zeros(len(tokens), bool) if loss_mask is None else np.asarray(loss_mask, bool)
@@ -166,11 +162,12 @@ def assemble_salm_batch(
     placeholder_id: int,
     shift: bool = True,
 ) -> SalmBatch:
-    """Lays out groups of conversations in one static shape, rows padded on the right.
+    """Assembles a batch of one static shape, with sequences padded on the right.
 
-    With `shift` (training) step t predicts token t + 1 and the last token is only a target; without
-    it (answering) every token is an input and nothing is scored. None, and fewer conversations or
-    clips than the shape holds, leave masked rows. Raises ValueError if a conversation does not fit.
+    With `shift` (training) position t predicts token t + 1, and the last token is only a target.
+    Without it (inference) every token is an input and nothing is scored. A group may have fewer
+    conversations and clips than the shape; what is missing, and None, is padding. Raises ValueError
+    if a conversation does not fit.
     """
 
     def layout(example: SalmExample) -> SequenceLayout:
@@ -182,7 +179,7 @@ def assemble_salm_batch(
         )
 
     capacity = frame_count(shape.samples)
-    G, R, C = len(groups), shape.rows, shape.clips
+    G, R, C = len(groups), shape.sequences, shape.clips
     arrays = _empty_arrays(G, shape)
     for g, group in enumerate(groups):
         own = {name: array[g] for name, array in arrays.items()}
@@ -190,7 +187,7 @@ def assemble_salm_batch(
     return SalmBatch(
         audio_extent=arrays["audio_lengths"].max(axis=1, initial=0),
         clip_ids=np.arange(G * C, dtype=np.int32).reshape(G, C),
-        row_ids=np.arange(G * R, dtype=np.int32).reshape(G, R),
+        sequence_ids=np.arange(G * R, dtype=np.int32).reshape(G, R),
         **arrays,
     )
 
@@ -198,12 +195,12 @@ def assemble_salm_batch(
 def full_batch(
     shape: BatchShape, groups: int, *, frame_count: FrameCount, placeholder_id: int
 ) -> SalmBatch:
-    """A batch without a padded step: as many clips as fit, the rest of each row is text to score.
+    """Makes a batch without padding: as many clips as fit, and text with a loss for the rest.
 
-    For counting and compiling; its arrays take the memory of one group.
+    For counting FLOPs and compiling. Its arrays take the memory of one group.
     """
     frames = frame_count(shape.samples) if shape.clips else 0
-    clips = min(shape.clips // shape.rows, shape.tokens // max(frames, 1))
+    clips = min(shape.clips // shape.sequences, shape.tokens // max(frames, 1))
     text = shape.tokens + 1 - clips * frames
     tokens = np.full(clips + text, placeholder_id + 1)
     tokens[:clips] = placeholder_id
@@ -214,7 +211,7 @@ def full_batch(
         audio=(np.zeros(shape.samples, np.float32),) * clips,
     )
     one = assemble_salm_batch(
-        [[example] * shape.rows],
+        [[example] * shape.sequences],
         shape,
         frame_count=frame_count,
         placeholder_id=placeholder_id,
@@ -230,9 +227,9 @@ def _fill_group(
     capacity: int,
     shift: bool,
 ) -> None:
-    """Writes one group's rows and clips into its arrays, which are of the bucket's shape."""
+    """Writes the sequences and clips of one group into its arrays."""
     clips = [(e.id, clip) for e in examples if e is not None for clip in e.audio]
-    if len(examples) > shape.rows or len(clips) > shape.clips:
+    if len(examples) > shape.sequences or len(clips) > shape.clips:
         raise ValueError(f"{len(examples)} conversations with {len(clips)} clips exceed {shape}")
     for c, (name, clip) in enumerate(clips):
         if len(clip) > shape.samples:
@@ -243,29 +240,29 @@ def _fill_group(
     for r, example in enumerate(examples):
         if example is None:
             continue
-        row = layout(example)
-        n = max(len(row) - shift, 0)
+        sequence = layout(example)
+        n = max(len(sequence) - shift, 0)
         if n > shape.tokens:
-            raise ValueError(f"{example.id!r}: {n} steps exceed {shape}")
-        slot = (first_clip + row.clip) * capacity + row.frame
-        arrays["tokens"][r, :n] = row.tokens[:n]
-        arrays["audio_index"][r, :n] = np.where(row.clip >= 0, slot, -1)[:n]
+            raise ValueError(f"{example.id!r}: {n} tokens exceed {shape}")
+        frame_index = (first_clip + sequence.clip) * capacity + sequence.frame
+        arrays["tokens"][r, :n] = sequence.tokens[:n]
+        arrays["audio_index"][r, :n] = np.where(sequence.clip >= 0, frame_index, -1)[:n]
         arrays["attention_mask"][r, :n] = True
         arrays["segments"][r, :n] = 1
         arrays["positions"][r, :n] = np.arange(n)
         if shift:
-            arrays["loss_mask"][r, :n] = row.loss_mask[1:]
-            arrays["targets"][r, :n] = np.where(row.loss_mask, row.tokens, 0)[1:]
+            arrays["loss_mask"][r, :n] = sequence.loss_mask[1:]
+            arrays["targets"][r, :n] = np.where(sequence.loss_mask, sequence.tokens, 0)[1:]
         first_clip += len(example.audio)
 
 
 def _empty_arrays(groups: int, shape: BatchShape) -> dict[str, np.ndarray]:
-    rows = (groups, shape.rows, shape.tokens)
+    per_token = (groups, shape.sequences, shape.tokens)
     ints = ("tokens", "segments", "positions", "targets")
-    arrays: dict[str, np.ndarray] = {n: np.zeros(rows, np.int32) for n in ints}
-    arrays |= {n: np.zeros(rows, bool) for n in ("attention_mask", "loss_mask")}
-    arrays["audio_index"] = np.full(rows, -1, np.int32)
-    # zeros take no memory until they are written: groups of other processes stay so
+    arrays: dict[str, np.ndarray] = {n: np.zeros(per_token, np.int32) for n in ints}
+    arrays |= {n: np.zeros(per_token, bool) for n in ("attention_mask", "loss_mask")}
+    arrays["audio_index"] = np.full(per_token, -1, np.int32)
+    # np.zeros takes no memory until it is written: groups of other processes never are
     arrays["audio"] = np.zeros((groups, shape.clips, shape.samples), np.float32)
     arrays["audio_lengths"] = np.zeros((groups, shape.clips), np.int32)
     return arrays

@@ -1,4 +1,4 @@
-"""What every batch shares: sums that are divided once, and what the loader hands over."""
+"""Loss sums, and the batch that the data loader yields."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ import jax
 import numpy as np
 
 FrameCount = Callable[[int], int]
-"""Samples of a clip -> LLM-width frames that perception makes of it."""
+"""Number of samples of a clip -> number of its frames after perception."""
 TimeOrder = Callable[[int], np.ndarray | None]
-"""Steps of a row -> which of them lies at each place; None if they lie in order."""
+"""Sequence length -> the position at each index (`Sharding.time_order`); None: in order."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LossSum:
-    """An unreduced mean: merged over micro-batches and devices, divided once."""
+    """Sum and count of a mean: merged over micro-batches and devices, divided once."""
 
     total: Any
     """Float32 scalar: the sum over scored elements."""
@@ -24,38 +24,38 @@ class LossSum:
     """Float32 scalar: how many elements were scored."""
 
     def merge(self, other: "LossSum") -> "LossSum":
-        """Adds another share of the same quantity."""
+        """Adds the sum of another micro-batch."""
         return LossSum(total=self.total + other.total, count=self.count + other.count)
 
     def mean(self) -> Any:
-        """Divides; an empty sum is 0, never NaN."""
+        """Returns total / count; 0, not NaN, if the count is 0."""
         return self.total / jax.numpy.maximum(self.count, 1.0)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class StepLosses:
-    """What a network gives the training step for one batch."""
+    """Loss, metrics and new buffers of one batch."""
 
     loss: LossSum
-    """What is minimised."""
+    """The loss to minimise."""
     metrics: dict[str, LossSum]
-    """Named means to report, `acc` for instance."""
+    """Means to log by name, for example `acc`."""
     buffers: dict[str, Any]
-    """New values of buffers by variable path (batch-norm statistics); empty in evaluation."""
+    """New values of buffers (batch-norm statistics) by variable path; empty in evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostBatch:
-    """A batch as the loader gives it: arrays for the device, and facts for the host."""
+    """A batch of the data loader: arrays for the devices, and metadata that stays on the host."""
 
     arrays: Any
-    """The pytree of NumPy arrays that goes to the device (`SalmBatch`, `DuplexBatch`)."""
+    """Pytree of NumPy arrays that is put on the devices (`SalmBatch`, `DuplexBatch`)."""
     ids: tuple[str, ...]
-    """Ids of the conversations inside, in order of their rows; for reports."""
+    """Ids of the conversations, in the order of their sequences in the batch; for reports."""
     bucket: str
-    """Name of the static shape; one compiled program each."""
+    """Name of the static shape; each shape is compiled once."""
     references: tuple[Any, ...] = ()
-    """Per conversation, what host-side validation metrics need (prompts and reference texts)."""
+    """Prompt and reference text of each conversation, for validation metrics on the host."""
     share: float = 1.0
-    """The part of its groups that is here; rows of the others, of other processes, are empty."""
+    """Fraction of the groups that this process holds; the groups of other processes are empty."""

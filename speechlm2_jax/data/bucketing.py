@@ -159,7 +159,7 @@ def describe(
             {
                 "bucket": f"{i}",
                 "longest": f"{round(bucket.longest, 2)}",
-                "rows": f"{bucket.shape.rows}",
+                "rows": f"{bucket.shape.sequences}",
                 "tokens": f"{bucket.shape.tokens}",
                 **columns(bucket.shape),
                 "conversations": f"{len(members)}",

@@ -141,7 +141,7 @@ def salm_shape(members: Members, sample_rate_hz: int) -> BatchShape:
     usual = math.ceil(rows * float(clips.mean()) + CLIP_SPREAD * spread)
     most = int(members.up_to.clips.max())
     return BatchShape(
-        rows=rows,
+        sequences=rows,
         tokens=members.tokens,
         clips=max(min(rows * int(clips.max()), usual), most, 1),
         samples=max(-(-int(members.up_to.samples.max()) // unit), 1) * unit,

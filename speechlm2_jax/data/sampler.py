@@ -187,7 +187,7 @@ class _Filling:
 
     @property
     def is_full(self) -> bool:
-        return len(self.indices) == self.shape.rows * self.sampler.groups
+        return len(self.indices) == self.shape.sequences * self.sampler.groups
 
     def planned(self) -> BatchPlan:
         """The batch; an incomplete one is split evenly, so that no group has all the padding."""
@@ -203,7 +203,7 @@ class _Filling:
         clips = int(self.sampler.measures.clips[index])
         opens = (
             not self.groups
-            or len(self.groups[-1]) == self.shape.rows
+            or len(self.groups[-1]) == self.shape.sequences
             or self.clips + clips > self.shape.clips
         )
         if opens:

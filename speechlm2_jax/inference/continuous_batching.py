@@ -238,7 +238,7 @@ class _SlotTable:
         shape = prompt_shape([[entry.example for entry in group]], self._engine.frame_count)
         clips = max(len(entry.example.audio) for entry in group)
         clips = round_up(clips, 1) * self._size if clips else 0
-        return replace(shape, rows=self._size, clips=clips)
+        return replace(shape, sequences=self._size, clips=clips)
 
     def _batch(self, group: Sequence[SlotEntry], shape: BatchShape) -> SalmBatch:
         batch = assemble_salm_batch(
@@ -250,9 +250,9 @@ class _SlotTable:
         )
         if self._engine.nemo_exact:
             batch = batch.without_id(self._engine.text_pad_id)
-        row_ids = np.zeros((1, self._size), np.int32)
-        row_ids[0, : len(group)] = [entry.draw for entry in group]
-        return replace(batch, row_ids=row_ids)
+        sequence_ids = np.zeros((1, self._size), np.int32)
+        sequence_ids[0, : len(group)] = [entry.draw for entry in group]
+        return replace(batch, sequence_ids=sequence_ids)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "count", "prompt_tokens"))

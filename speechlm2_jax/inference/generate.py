@@ -87,8 +87,8 @@ def generate(
         run = partial(run_generation, engine)
         joined = chunked.generate_chunked(split, numbers, request, run, engine.tokenizer)
         return Generated(joined, None) if request.returns_dict else joined
-    row_ids = np.asarray(numbers, np.int32)
-    output = last_output(run_generation(engine, examples, request, row_ids=row_ids))
+    sequence_ids = np.asarray(numbers, np.int32)
+    output = last_output(run_generation(engine, examples, request, sequence_ids=sequence_ids))
     sequences = output.trimmed()
     if not any(example.audio for example in examples):
         # as NeMo does: prompts of text alone come back before the new tokens
@@ -161,15 +161,15 @@ def run_generation(
     examples: Sequence[SalmExample],
     request: GenerationRequest,
     tokens_at_once: int | None = None,
-    row_ids: np.ndarray | None = None,
+    sequence_ids: np.ndarray | None = None,
 ) -> Iterator[PartialOutput]:
     """Generates for tokenized prompts; yields what there is after every `tokens_at_once` tokens.
 
     Without `tokens_at_once` it yields once, at the end, unless the request may stop it before. If
-    there are several outputs, the first has one token. `row_ids` number the random draws of each
-    prompt; by default they are the positions in `examples`.
+    there are several outputs, the first has one token. `sequence_ids` seed the random draws of
+    each prompt; by default they are the positions in `examples`.
     """
-    batch = _prepare_batch(engine, examples, request, row_ids)
+    batch = _prepare_batch(engine, examples, request, sequence_ids)
     can_stop = bool(request.max_time_s or request.should_stop or request.stop_strings)
     if tokens_at_once is None and can_stop:
         tokens_at_once = TOKENS_BETWEEN_CHECKS
@@ -238,7 +238,7 @@ def _prepare_batch(
     engine: Engine,
     examples: Sequence[SalmExample],
     request: GenerationRequest,
-    row_ids: np.ndarray | None,
+    sequence_ids: np.ndarray | None,
 ) -> _PreparedBatch:
     placement = engine.placement
     groups = split_evenly(examples, 1 if placement is None else placement.data_parallel_size)
@@ -253,11 +253,11 @@ def _prepare_batch(
     if engine.nemo_exact:
         batch = batch.without_id(engine.text_pad_id)
     # random draws of an example must not depend on the number of devices
-    numbers = np.arange(len(examples)) if row_ids is None else row_ids
-    by_group = np.zeros(batch.row_ids.shape, np.int32)
+    numbers = np.arange(len(examples)) if sequence_ids is None else sequence_ids
+    by_group = np.zeros(batch.sequence_ids.shape, np.int32)
     for group, part in enumerate(split_evenly(numbers, len(groups))):
         by_group[group, : len(part)] = part
-    batch = replace(batch, row_ids=by_group)
+    batch = replace(batch, sequence_ids=by_group)
     limits = request.limits((batch.segments > 0).sum(axis=-1))
     return _PreparedBatch(
         groups=groups,
@@ -311,7 +311,7 @@ def prefill(
             attention_mask=batch.attention_mask.reshape(rows),
             limits=limits.reshape(-1),
             ids=batch.tokens.reshape(rows) if sees_prompt else None,
-            rngs=salm_network.example_rngs(key, batch.row_ids),
+            rngs=salm_network.example_rngs(key, batch.sequence_ids),
         )
         return loops.constrained(loops.prefill(network.llm, prompts, decoding))
 
@@ -382,7 +382,7 @@ def compile_ahead(engine: Engine, shape: BatchShape, max_new_tokens: int) -> Any
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         *(batch, placement.batch(batch)),
     )
-    limits = np.full(arrays.row_ids.shape, max_new_tokens, np.int32)
+    limits = np.full(arrays.sequence_ids.shape, max_new_tokens, np.int32)
     decoding = read_request(engine).fitting(limits)
     lowered = generate_batch.lower(*engine.network, arrays, limits, decoding, placement)
     return lowered.compile()

@@ -28,7 +28,7 @@ def prompt_shape(groups: Sequence[Sequence[SalmExample]], frame_count: FrameCoun
     most_clips = max(sum(len(example.audio) for example in group) for group in groups)
     longest = max(len(e.tokens) + sum(frame_count(len(c)) - 1 for c in e.audio) for e in examples)
     return BatchShape(
-        rows=round_up(max(map(len, groups)), 1),
+        sequences=round_up(max(map(len, groups)), 1),
         tokens=round_up(longest, TOKEN_STEP),
         clips=round_up(most_clips, 1) if clips else 0,
         samples=round_up(max(map(len, clips), default=0), SAMPLE_STEP) if clips else 0,

@@ -46,10 +46,10 @@ class GatedFeedForward(nnx.Module):
         self, x: Float[Array, "B T D"], rngs: Key[Array, " B"] | None = None
     ) -> Float[Array, "B T D"]:
         """Applies the network; with `rngs` the adapters' dropout is on."""
-        x = constrain(x, "batch", "steps", "act_embed")
-        gate = constrain(self.gate(x, fold_rngs(rngs, 0)), "batch", "steps", "act_mlp")
-        up = constrain(self.up(x, fold_rngs(rngs, 1)), "batch", "steps", "act_mlp")
+        x = constrain(x, "batch", "tokens", "act_embed")
+        gate = constrain(self.gate(x, fold_rngs(rngs, 0)), "batch", "tokens", "act_mlp")
+        up = constrain(self.up(x, fold_rngs(rngs, 1)), "batch", "tokens", "act_mlp")
         hidden = ACTIVATIONS[self.activation](gate) * up
         # first sum over the tensor-parallel devices, then shard the result along time
-        out = constrain(self.down(hidden, fold_rngs(rngs, 2)), "batch", "steps", "act_embed")
+        out = constrain(self.down(hidden, fold_rngs(rngs, 2)), "batch", "tokens", "act_embed")
         return constrain(out, "batch", "time", "act_embed")

@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.sharding import context_size, on_shards, ring_permute
 
-_HEADS = ("batch", "steps", "act_heads", None)
-_STEPS = ("batch", "steps")
+_HEADS = ("batch", "tokens", "act_heads", None)
+_TOKENS = ("batch", "tokens")
 _NO_SCORE = -1e30
 """Running maximum before the first key; finite, so that differences are never NaN."""
 
@@ -93,7 +93,7 @@ def ring_attention(
     return on_shards(
         local,
         [q, k, v, query_segments, key_segments, ring_order],
-        [_HEADS, _HEADS, _HEADS, _STEPS, _STEPS, ("steps",)],
+        [_HEADS, _HEADS, _HEADS, _TOKENS, _TOKENS, ("tokens",)],
         out_axes=_HEADS,
     )
 

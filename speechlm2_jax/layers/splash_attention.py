@@ -20,8 +20,8 @@ LANES = 128
 BLOCKS = (512, 256, 128)
 PADDING_SEGMENT = -2
 """Segment id of the padding that fills up a block."""
-_HEADS = ("batch", "steps", "act_heads", None)
-_STEPS = ("batch", "steps")
+_HEADS = ("batch", "tokens", "act_heads", None)
+_TOKENS = ("batch", "tokens")
 
 
 def splash_attention(
@@ -58,7 +58,7 @@ def splash_attention(
     return on_shards(
         local,
         [q, k, v, query_segments, key_segments],
-        [_HEADS, _HEADS, _HEADS, _STEPS, _STEPS],
+        [_HEADS, _HEADS, _HEADS, _TOKENS, _TOKENS],
         out_axes=_HEADS,
     )
 

@@ -18,7 +18,7 @@ from speechlm2_jax.sharding import constrain
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionInputs:
-    """Where the steps of one call stand; the same for all layers."""
+    """Rotary angles and attention mask of one forward pass; the same for all layers."""
 
     rotation: Rotation
     mask: AttentionMask
@@ -30,7 +30,7 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None):
         init = jax.nn.initializers.normal(config.init_std)
         queries = config.heads * config.head_width
-        pairs = config.kv_heads * config.head_width
+        keys = config.kv_heads * config.head_width
 
         def linear(
             name: str, d_in: int, d_out: int, axes: tuple[str, str], bias: bool
@@ -41,8 +41,8 @@ class Attention(nnx.Module):
         D, bias = config.width, config.attention_bias
         self.head_width = config.head_width
         self.query = linear("query", D, queries, ("heads", "embed"), bias)
-        self.key = linear("key", D, pairs, ("kv_heads", "embed"), bias)
-        self.value = linear("value", D, pairs, ("kv_heads", "embed"), bias)
+        self.key = linear("key", D, keys, ("kv_heads", "embed"), bias)
+        self.value = linear("value", D, keys, ("kv_heads", "embed"), bias)
         self.output = linear("output", queries, D, ("embed", "heads"), config.output_bias)
         self.query_norm = self._head_norm(config, rngs)
         self.key_norm = self._head_norm(config, rngs)
@@ -56,30 +56,33 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        place: AttentionInputs,
+        inputs: AttentionInputs,
         *,
         rngs: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
         layer: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Attends within `x`, or, with a cache, to all that the cache then holds of this layer."""
-        x = constrain(x, "batch", "steps", "act_embed")
+        """Attends to the positions of `x`; with a cache, to all cached positions of this layer.
+
+        Returns the output and the cache, to which the keys and values of `x` were added.
+        """
+        x = constrain(x, "batch", "tokens", "act_embed")
         q = self._heads(self.query(x, fold_rngs(rngs, 0)))
         k = self._heads(self.key(x, fold_rngs(rngs, 1)))
         v = self._heads(self.value(x, fold_rngs(rngs, 2)))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rotate(q, place.rotation), rotate(k, place.rotation)
+        q, k = rotate(q, inputs.rotation), rotate(k, inputs.rotation)
         if cache is not None:
             cache = cache.write(layer, k, v)
             k, v = cache.read(layer)
-        heads = attend(q, k, v, mask=place.mask, scale=self.head_width**-0.5)
-        heads = constrain(heads, "batch", "steps", "act_heads", None)
+        heads = attend(q, k, v, mask=inputs.mask, scale=self.head_width**-0.5)
+        heads = constrain(heads, "batch", "tokens", "act_heads", None)
         out = self.output(heads.reshape(*x.shape[:2], -1), fold_rngs(rngs, 3))  # [B, T, D]
-        # two steps: the sum over tensor-parallel devices first, then each keeps its share
-        out = constrain(out, "batch", "steps", "act_embed")
+        # first sum over the tensor-parallel devices, then shard the result along time
+        out = constrain(out, "batch", "tokens", "act_embed")
         return constrain(out, "batch", "time", "act_embed"), cache
 
     def _heads(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
         heads = x.reshape(*x.shape[:2], -1, self.head_width)  # [B, T, N, H]
-        return constrain(heads, "batch", "steps", "act_heads", None)
+        return constrain(heads, "batch", "tokens", "act_heads", None)

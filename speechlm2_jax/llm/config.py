@@ -1,4 +1,4 @@
-"""What distinguishes one decoder-only language model from another, as data."""
+"""Configuration of a decoder-only language model."""
 
 from dataclasses import dataclass, field
 
@@ -8,10 +8,10 @@ from speechlm2_jax.layers.rope import RopeConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes and choices of a pre-norm decoder with rotary positions and a gated feed-forward.
+    """Sizes and options of a pre-norm decoder with rotary positions and a gated feed-forward.
 
-    Foreign configs (Hugging Face's config.json) are translated in `conversion`. Raises ValueError
-    for sizes that do not fit together.
+    `conversion` translates Hugging Face's config.json. Raises ValueError for sizes that do not fit
+    together.
     """
 
     vocab_size: int
@@ -35,7 +35,7 @@ class DecoderConfig:
     tied: bool = False
     """The output layer is the embedding table."""
     init_std: float = 0.02
-    """Standard deviation of random weights, for starts without a checkpoint."""
+    """Standard deviation of the random initial weights; unused where a checkpoint is loaded."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width"):
@@ -44,7 +44,9 @@ class DecoderConfig:
         if self.heads % self.kv_heads:
             raise ValueError(f"llm kv_heads={self.kv_heads} must divide heads={self.heads}")
         if self.head_width < 2 or self.head_width % 2:
-            raise ValueError(f"llm head_width={self.head_width} must be even: rotary pairs")
+            raise ValueError(
+                f"llm head_width={self.head_width} must be even: rotary embedding rotates pairs"
+            )
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"llm activation={self.activation!r} is not supported; choose among "

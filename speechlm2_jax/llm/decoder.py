@@ -1,4 +1,4 @@
-"""The decoder: embeddings in, hidden states and logits out, with or without a cache."""
+"""The decoder-only LLM: embeddings in, hidden states and logits out, with or without a KV cache."""
 
 from collections.abc import Callable
 from typing import Any
@@ -43,15 +43,15 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        place: AttentionInputs,
+        inputs: AttentionInputs,
         *,
         rngs: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
         layer: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Runs one layer; returns the cache with this layer's keys and values, if there is one."""
+        """Runs one layer. Returns its output, and the cache with its keys and values (or None)."""
         attended, cache = self.attention(
-            self.attention_norm(x), place, rngs=fold_rngs(rngs, 0), cache=cache, layer=layer
+            self.attention_norm(x), inputs, rngs=fold_rngs(rngs, 0), cache=cache, layer=layer
         )
         x = x + attended
         x = x + self.mlp(self.mlp_norm(x), fold_rngs(rngs, 1))
@@ -59,7 +59,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder-only language model (Llama, Qwen2, Qwen3), as its config says."""
+    """A decoder-only language model; the config chooses the family (Llama, Qwen2, Qwen3)."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None):
         init = jax.nn.initializers.normal(config.init_std)
@@ -71,11 +71,11 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.width, rngs=rngs, eps=config.norm_eps)
         self.head = None if config.tied else _head(config, rngs)
 
-    def embed(self, ids: Int[Array, "B *rows T"]) -> Float[Array, "B *rows T D"]:
-        """Looks tokens up, in the dtype of the table."""
-        between = (None,) * (ids.ndim - 2)
-        embeds = constrain(self.embedding(ids), "batch", *between, "steps", "act_embed")
-        return constrain(embeds, "batch", *between, "time", "act_embed")
+    def embed(self, ids: Int[Array, "B *inner T"]) -> Float[Array, "B *inner T D"]:
+        """Looks up token embeddings, in the dtype of the table."""
+        inner = (None,) * (ids.ndim - 2)
+        embeds = constrain(self.embedding(ids), "batch", *inner, "tokens", "act_embed")
+        return constrain(embeds, "batch", *inner, "time", "act_embed")
 
     def __call__(
         self,
@@ -89,19 +89,19 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Computes the hidden states after the final norm, in the dtype of `embeds`.
 
-        Position i attends to position j if j <= i, both are of one segment and
-        `attention_mask[j]`. A position that may attend to none gives finite values without
-        meaning. With `rngs`, one per sequence, LoRA dropout is on. `remat` says what of a layer
-        the backward pass recomputes. On a mesh with a context axis the positions are in
-        `Sharding.time_order`, as `put_batch` lays them out.
+        Position i attends to position j if j <= i, both have the same segment id, and
+        `attention_mask[j]` is True. The output of a position that attends to nothing is finite and
+        meaningless. With `rngs`, one per sequence, LoRA dropout is on. `remat` chooses what the
+        backward pass recomputes (see `scan_layers`). On a mesh with a context axis the tokens are
+        in the order of `Sharding.time_order`; `put_batch` brings them there.
         """
-        place = self._place(
+        inputs = self._attention_inputs(
             positions,
             segments,
             jnp.where(attention_mask, segments, MASKED_KEY),
             ring_order=time_order(embeds.shape[1]),
         )
-        x, _, _ = self._run(embeds, place, rngs=rngs, remat=remat)
+        x, _, _ = self._run(embeds, inputs, rngs=rngs, remat=remat)
         return self.norm(x)
 
     def layer_outputs(
@@ -113,11 +113,12 @@ class Decoder(nnx.Module):
         attention_mask: Bool[Array, "B T"],
     ) -> Float[Array, "L B T D"]:
         """Computes the residual stream after each layer, before the final norm."""
-        place = self._place(positions, segments, jnp.where(attention_mask, segments, MASKED_KEY))
-        return self._run(embeds, place, emit=lambda x: x)[2]
+        key_segments = jnp.where(attention_mask, segments, MASKED_KEY)
+        inputs = self._attention_inputs(positions, segments, key_segments)
+        return self._run(embeds, inputs, emit=lambda x: x)[2]
 
     def new_cache(self, batch: int, capacity: int, dtype: Any) -> KVCache:
-        """Makes an empty cache of `capacity` steps for `batch` rows."""
+        """Makes an empty KV cache of `capacity` positions for `batch` sequences."""
         c = self.config
         return KVCache.empty((c.layers, batch, capacity, c.kv_heads, c.head_width), dtype)
 
@@ -129,24 +130,25 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         attention_mask: Bool[Array, "B T"],
     ) -> CachedOutput:
-        """Runs T further steps of the conversations in `cache`, each row one conversation.
+        """Runs T further tokens of each sequence in `cache`; one segment per sequence.
 
-        The cache must have T free slots. Equal, step by step, to `__call__` on the whole.
+        The cache must have T free positions. The hidden states equal those of `__call__` on the
+        whole sequence.
         """
         cache = cache.reserve(attention_mask)
-        queries = jnp.zeros(attention_mask.shape, jnp.int32)
+        query_segments = jnp.zeros(attention_mask.shape, jnp.int32)
         key_segments = jnp.where(cache.key_mask, 0, MASKED_KEY)
-        place = self._place(positions, queries, key_segments, cache.used)
-        x, written, _ = self._run(embeds, place, cache=cache)
+        inputs = self._attention_inputs(positions, query_segments, key_segments, cache.used)
+        x, written, _ = self._run(embeds, inputs, cache=cache)
         return CachedOutput(self.norm(x), written.advance(attention_mask.shape[1]))
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores every token in fp32, whatever the dtype of `hidden`."""
+        """Computes the logits of every token, in fp32 whatever the dtype of `hidden`."""
         weight = gathered((self.embedding if self.head is None else self.head).weight, hidden.dtype)
-        scores = matmul(hidden, weight, preferred_element_type=jnp.float32)
-        return constrain(scores, "batch", "steps", "act_vocab")
+        logits = matmul(hidden, weight, preferred_element_type=jnp.float32)
+        return constrain(logits, "batch", "tokens", "act_vocab")
 
-    def _place(
+    def _attention_inputs(
         self,
         positions: Int[Array, "B T"],
         query_segments: Int[Array, "B T"],
@@ -167,17 +169,17 @@ class Decoder(nnx.Module):
     def _run(
         self,
         embeds: Float[Array, "B T D"],
-        place: AttentionInputs,
+        inputs: AttentionInputs,
         *,
         rngs: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
         remat: RematPolicy = "none",
         emit: Callable[[Array], Any] = lambda x: None,
     ) -> tuple[Array, Any, Any]:
-        # The cache is carried, not scanned over: each layer then writes its slot in place.
+        # The cache is carried, not scanned over: each layer then updates its part in place.
         def body(block: Block, carry: Any, layer: Array) -> tuple[Any, Any]:
             x, cache = carry
-            x, cache = block(x, place, rngs=fold_rngs(rngs, layer), cache=cache, layer=layer)
+            x, cache = block(x, inputs, rngs=fold_rngs(rngs, layer), cache=cache, layer=layer)
             return (x, cache), emit(x)
 
         x = constrain(embeds, "batch", "time", "act_embed")

@@ -215,7 +215,7 @@ class DuplexS2SModel(SpeechModel):
     def targets(self, examples: Sequence[DuplexExample]) -> Targets:
         """The targets of each frame, as in training, to compare `offline_inference` with."""
         shape = DuplexShape(
-            rows=round_up(len(examples), 1),
+            sequences=round_up(len(examples), 1),
             tokens=round_up(max(len(e.target_tokens) for e in examples), FRAME_STEP),
             source_samples=round_up(max(len(e.source_audio) for e in examples), SAMPLE_STEP),
             target_samples=round_up(max(len(e.target_audio) for e in examples), SAMPLE_STEP),

@@ -205,7 +205,7 @@ def prepare(
     config = network.config
     rows = batch.source_audio.shape[1]
     extents = jnp.repeat(batch.source_extent, rows)
-    rngs = example_rngs(key, batch.row_ids)
+    rngs = example_rngs(key, batch.sequence_ids)
     output = encode_user(
         network,
         _flat(batch.source_audio),
@@ -265,7 +265,7 @@ def losses(
     config = network.config
     user_key, agent_key = (None, None) if key is None else jax.random.split(key)
     inputs = prepare(network, batch, modes, user_key)
-    hidden = forward(network, inputs, modes, example_rngs(agent_key, batch.row_ids))
+    hidden = forward(network, inputs, modes, example_rngs(agent_key, batch.sequence_ids))
     rows = batch.source_audio.shape[1]
     text, text_right = chunked_cross_entropy(
         hidden.text,

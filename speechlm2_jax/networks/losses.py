@@ -42,7 +42,7 @@ def chunked_cross_entropy(
     def share(x: Array) -> Array:
         """[B, T, ...] -> [B, shares, steps, ...]."""
         x = x.reshape(batch, shares, steps, *x.shape[2:])
-        return constrain(x, "batch", "steps", *(None,) * (x.ndim - 2))
+        return constrain(x, "batch", "tokens", *(None,) * (x.ndim - 2))
 
     def over(x: Array) -> Array:
         """[B, shares, steps] -> the same with an axis for the codebooks, if there are any."""

@@ -137,7 +137,7 @@ def forward(
         positions=batch.positions.reshape(rows),
         segments=batch.segments.reshape(rows),
         attention_mask=batch.attention_mask.reshape(rows),
-        rngs=example_rngs(key, batch.row_ids) if modes.llm else None,
+        rngs=example_rngs(key, batch.sequence_ids) if modes.llm else None,
         remat=network.config.remat.llm,
     )
 

@@ -124,11 +124,11 @@ class CrossAttention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attends to the memory; a memory that is all padding gives zeros."""
         heads = self.config.cross_heads
-        q = self.query(constrain(x, "batch", "steps", "act_embed"))
+        q = self.query(constrain(x, "batch", "tokens", "act_embed"))
         q = q.reshape(*x.shape[:2], heads, -1)
         k, v = _split(self.memory, memory, 2, heads)
         attended = _attend_in_blocks(
-            constrain(q, "batch", "steps", "act_heads", None),
+            constrain(q, "batch", "tokens", "act_heads", None),
             k,
             v,
             memory_mask,
@@ -158,12 +158,12 @@ def _split(
 
     Einsum letters: p which output (q, k, v), f its features N * H.
     """
-    x = constrain(x, "batch", "steps", "act_embed")
+    x = constrain(x, "batch", "tokens", "act_embed")
     weight = constrain(linear.weight[...].astype(x.dtype), None, None)
     weight = constrain(weight.reshape(count, -1, weight.shape[1]), None, "heads", None)
     y = jnp.einsum("btd,pfd->pbtf", x, weight)
     y = y.reshape(*y.shape[:3], heads, -1)  # [P, B, T, N, H]
-    return tuple(constrain(part, "batch", "steps", "act_heads", None) for part in y)
+    return tuple(constrain(part, "batch", "tokens", "act_heads", None) for part in y)
 
 
 def _attention_mask(attention_inputs: SpeechAttentionInputs) -> AttentionMask:
@@ -216,7 +216,7 @@ def _attend_in_blocks(
 def _out(
     linear: Linear, attended: Float[Array, "B T N H"], rate: float, rngs: Key[Array, " B"] | None
 ) -> Float[Array, "B T D"]:
-    attended = constrain(attended, "batch", "steps", "act_heads", None)
+    attended = constrain(attended, "batch", "tokens", "act_heads", None)
     out = linear(attended.reshape(*attended.shape[:2], -1))  # [B, T, D]
-    out = constrain(out, "batch", "steps", "act_embed")
+    out = constrain(out, "batch", "tokens", "act_embed")
     return dropout(out, rate, fold_rngs(rngs, _OUTPUT_RNG))

@@ -142,11 +142,11 @@ class SpeechDecoder(nnx.Module):
         start = jnp.zeros((*codes.shape[:2], self.config.d_model), jnp.float32)
         by_codebook = jnp.moveaxis(codes, -1, 0)  # [K, B, T]
         total, _ = scan_layers(tables, add, start, by_codebook, remat="none")
-        return constrain(total / self.codebooks, "batch", "steps", "act_embed")
+        return constrain(total / self.codebooks, "batch", "tokens", "act_embed")
 
     def logits(self, states: Float[Array, "B T W"]) -> Float[Array, "B T K V"]:
         """Computes the logits of every codebook in fp32, whatever the dtype of `states`."""
-        states = constrain(states, "batch", "steps", "act_embed")
+        states = constrain(states, "batch", "tokens", "act_embed")
         weight = constrain(self.head.weight[...].astype(states.dtype), "vocab", None)
         weight = weight.reshape(self.codebooks, -1, weight.shape[1])  # [K, V, W]
         weight = constrain(weight, "vocab", None, None)
@@ -154,7 +154,7 @@ class SpeechDecoder(nnx.Module):
         if self.head.bias is not None:
             bias = self.head.bias[...].astype(jnp.float32).reshape(1, 1, *weight.shape[:2])
             scores = scores + bias
-        return constrain(scores, "batch", "steps", "act_vocab", None)
+        return constrain(scores, "batch", "tokens", "act_vocab", None)
 
     def new_state(self, batch: int, capacity: int, dtype: Any) -> TransformerState:
         """Makes the state of `step` for `capacity` frames of `batch` sequences.

@@ -85,15 +85,15 @@ class ConvFeedForward(nnx.Module):
 
         Given `rngs`, dropout is on.
         """
-        x = _zero(constrain(x, "batch", "steps", "act_embed"), is_real)
+        x = _zero(constrain(x, "batch", "tokens", "act_embed"), is_real)
         x, hidden_tail = self._with_context(x, None if conv_state is None else conv_state.hidden)
-        inner = constrain(self.hidden(x), "batch", "steps", "act_mlp")
+        inner = constrain(self.hidden(x), "batch", "tokens", "act_mlp")
         # padding stays zero, since gelu(0) = 0
         inner = jax.nn.gelu(_zero(inner, is_real), approximate=True)
         inner, output_tail = self._with_context(
             inner, None if conv_state is None else conv_state.output
         )
-        out = constrain(self.output(inner), "batch", "steps", "act_embed")
+        out = constrain(self.output(inner), "batch", "tokens", "act_embed")
         out = dropout(_zero(out, is_real), self.config.p_dropout, rngs)
         if conv_state is None:
             return out, None

@@ -33,18 +33,18 @@ def loss(q, k, v, segments, weight):
         heads = attend(q, k, v, mask=mask, scale=0.1)
         flat = heads.reshape(*heads.shape[:2], -1) @ weight
         from speechlm2_jax.sharding import constrain
-        out = constrain(constrain(flat, "batch", "steps", None), "batch", "time", None)
+        out = constrain(constrain(flat, "batch", "tokens", None), "batch", "time", None)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
 def leaf(shape, axes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(axes, shape))
 
-heads = ("batch", "steps", "act_heads", None)
+heads = ("batch", "tokens", "act_heads", None)
 arguments = (
     leaf((4, 512, 8, 128), heads),
     leaf((4, 512, 4, 128), heads),
     leaf((4, 512, 4, 128), heads),
-    leaf((4, 512), ("batch", "steps"), jnp.int32),
+    leaf((4, 512), ("batch", "tokens"), jnp.int32),
     leaf((1024, 1024), ("act_heads", None)),
 )
 compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 4))).lower(*arguments).compile()

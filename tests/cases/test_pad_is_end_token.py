@@ -45,7 +45,7 @@ def losses_of(model):
     tokens, mask = np.array(RECORDED["training"], np.int32), np.array(RECORDED["mask"])
     batch = assemble_salm_batch(
         [[SalmExample(id="c", tokens=tokens, loss_mask=mask)]],
-        BatchShape(rows=1, tokens=160, clips=0, samples=0),
+        BatchShape(sequences=1, tokens=160, clips=0, samples=0),
         frame_count=model.frame_count,
         placeholder_id=model.audio_locator_tag_id,
     )

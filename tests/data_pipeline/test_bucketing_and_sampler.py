@@ -71,7 +71,7 @@ def test_rows_are_never_below_what_the_budget_allows(rows, values):
         allowed = [] if config.batch_size is None else [config.batch_size]
         if config.batch_tokens is not None:
             allowed.append(config.batch_tokens // longest)
-        assert bucket.shape.rows == max(min(allowed), 1)
+        assert bucket.shape.sequences == max(min(allowed), 1)
 
 
 @given(corpora, configs)
@@ -102,7 +102,7 @@ def test_every_conversation_comes_once_per_epoch_in_a_batch_that_holds_it(
         assert len(batch.groups) == groups
         for group in batch.groups:
             held = measures.take(np.asarray(group, np.int64))
-            assert len(group) <= shape.rows and held.clips.sum() <= shape.clips
+            assert len(group) <= shape.sequences and held.clips.sum() <= shape.clips
             assert held.positions.max(initial=0) <= shape.tokens
             assert held.samples.max(initial=0) <= shape.samples
 
@@ -183,7 +183,7 @@ def test_explicit_bins_leave_out_what_is_longer_where_each_has_its_own_size():
     )
     plan = plan_buckets(measures, config)
     assert plan.bucket_of.tolist() == [0, 0, 1, 1, -1]
-    assert [bucket.shape.rows for bucket in plan.buckets] == [4, 2]
+    assert [bucket.shape.sequences for bucket in plan.buckets] == [4, 2]
     seen = [i for b in sampler_of(measures, config).epoch(0) for g in b.groups for i in g]
     assert seen == [0, 1, 2, 3]
 

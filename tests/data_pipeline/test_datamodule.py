@@ -114,7 +114,7 @@ def test_no_shape_is_beyond_the_plan(corpus, make_module):
     assert set(met) <= set(planned) and len(planned) == 3
     for name, shapes in met.items():
         s = planned[name]
-        assert shapes == {(2, s.rows, s.tokens, 2, s.clips, s.samples)}
+        assert shapes == {(2, s.sequences, s.tokens, 2, s.clips, s.samples)}
 
 
 @pytest.fixture
@@ -326,7 +326,7 @@ def test_the_blocks_of_nemos_own_yaml_are_accepted_and_what_is_ignored_is_told(c
         module = DataModule(cfg, tokenizer)
     assert "data.train_ds.bucket_buffer_size" in ignored
     module.setup(frame_count=frames)
-    assert [b.shape.rows for b in module.plan().buckets] == [
+    assert [b.shape.sequences for b in module.plan().buckets] == [
         4000 // b.longest for b in module.plan().buckets
     ]
     assert len(list(module.validation_batches()["val_set_0"])) == 30

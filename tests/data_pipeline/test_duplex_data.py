@@ -95,7 +95,7 @@ def test_shapes_are_few_and_hold_whole_frames(manifest):
         manifest, batch_duration=6, use_bucketing=True, bucket_duration_bins=[0.9, 1.5], groups=2
     )
     buckets = module.plan().buckets
-    assert [bucket.shape.rows for bucket in buckets] == [int(6 // b.longest) for b in buckets]
+    assert [bucket.shape.sequences for bucket in buckets] == [int(6 // b.longest) for b in buckets]
     for bucket in buckets:
         shape = bucket.shape
         assert shape.tokens % 8 == 0
@@ -104,9 +104,9 @@ def test_shapes_are_few_and_hold_whole_frames(manifest):
     planned = {bucket.name: bucket.shape for bucket in buckets}
     for batch in islice(module.train_batches(), 2 * module.batches_per_pass()):
         shape, arrays = planned[batch.bucket], batch.arrays
-        assert arrays.target_tokens.shape == (2, shape.rows, shape.tokens)
-        assert arrays.source_audio.shape == (2, shape.rows, shape.source_samples)
-        assert arrays.target_audio.shape == (2, shape.rows, shape.target_samples)
+        assert arrays.target_tokens.shape == (2, shape.sequences, shape.tokens)
+        assert arrays.source_audio.shape == (2, shape.sequences, shape.source_samples)
+        assert arrays.target_audio.shape == (2, shape.sequences, shape.target_samples)
         assert (arrays.token_extent == arrays.token_lengths.max(axis=1)).all()
     shapes = module.training_shapes()
     assert list(shapes) == [bucket.name for bucket in buckets]

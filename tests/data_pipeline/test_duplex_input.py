@@ -199,7 +199,7 @@ def test_the_data_blocks_of_nemo_make_batches_unchanged(name, tmp_path):
     module = DataModule(cfg, corpus.TOKENIZER, dataset)
     module.setup(frame_count=corpus.frames)
     (bucket,) = module.plan().buckets
-    assert bucket.shape.rows == (4 if cfg["train_ds"]["batch_size"] else 100 // bucket.longest)
+    assert bucket.shape.sequences == (4 if cfg["train_ds"]["batch_size"] else 100 // bucket.longest)
     batches = islice(module.train_batches(), module.batches_per_pass())
     assert len({name for batch in batches for name in batch.ids}) == 5
     assert len(list(module.validation_batches()["val_set_0"])) == 5

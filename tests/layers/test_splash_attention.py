@@ -62,7 +62,7 @@ def test_the_kernel_equals_plain_attention_and_its_gradients(width, sizes):
 
 
 @pytest.mark.parametrize(
-    ("platform", "steps", "offset", "is_kernel"),
+    ("platform", "length", "offset", "is_kernel"),
     [
         ("tpu", T, None, True),
         ("tpu", 64, None, False),
@@ -70,16 +70,18 @@ def test_the_kernel_equals_plain_attention_and_its_gradients(width, sizes):
         ("cpu", T, None, False),
     ],
 )
-def test_it_is_chosen_for_whole_rows_on_a_tpu(monkeypatch, platform, steps, offset, is_kernel):
+def test_it_is_chosen_for_whole_sequences_on_a_tpu(
+    monkeypatch, platform, length, offset, is_kernel
+):
     used = []
     monkeypatch.setattr(attention, "platform", lambda: platform)
     monkeypatch.setattr(attention, "splash_attention", lambda q, *_, **__: used.append(1) or q)
     arrays, segments, keys = rows(8)
     mask = AttentionMask(
-        query_segments=jnp.asarray(segments[:, :steps]),
-        key_segments=jnp.asarray(keys[:, :steps]),
+        query_segments=jnp.asarray(segments[:, :length]),
+        key_segments=jnp.asarray(keys[:, :length]),
         offset=offset,
     )
-    q, k, v = (jnp.asarray(x[:, :steps]) for x in arrays[:3])
+    q, k, v = (jnp.asarray(x[:, :length]) for x in arrays[:3])
     attend(q, k, v, mask=mask, scale=1.0)
     assert bool(used) == is_kernel

@@ -42,7 +42,7 @@ def batch_of(model, waves, order, rows=4):
     samples = -(-max(map(len, waves)) // 1280) * 1280
     return assemble_salm_batch(
         [examples],
-        BatchShape(rows=rows, tokens=48, clips=rows, samples=samples),
+        BatchShape(sequences=rows, tokens=48, clips=rows, samples=samples),
         frame_count=model.frame_count,
         placeholder_id=placeholder,
     )
@@ -109,7 +109,7 @@ def test_a_conversation_without_a_usable_recording_counts_nothing(model, golden,
     row = SalmExample(id="0", tokens=tokens, loss_mask=tokens != placeholder, audio=(waves[0],))
     with_hole = assemble_salm_batch(
         [[empty, row]],
-        BatchShape(rows=4, tokens=48, clips=4, samples=batch.audio.shape[-1]),
+        BatchShape(sequences=4, tokens=48, clips=4, samples=batch.audio.shape[-1]),
         frame_count=model.frame_count,
         placeholder_id=placeholder,
     )

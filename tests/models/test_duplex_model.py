@@ -55,7 +55,7 @@ def sums_of(model, *, gradients):
     )
 
     def of(batch, places):
-        batch = replace(batch, row_ids=np.asarray(places, np.int32))
+        batch = replace(batch, sequence_ids=np.asarray(places, np.int32))
         trained = {path: model.variables[path] for path in names}
         (_, losses), found = jax.device_get(step(trained, model.variables, batch))
         sums = {"loss": losses.loss, **losses.metrics}

@@ -71,7 +71,7 @@ def _batch(model, run, groups):
     samples = max(len(c) for e in examples for c in e.audio)
     return assemble_salm_batch(
         dealt,
-        BatchShape(rows=rows, tokens=STEPS, clips=clips, samples=samples),
+        BatchShape(sequences=rows, tokens=STEPS, clips=clips, samples=samples),
         frame_count=model.frame_count,
         placeholder_id=model.audio_locator_tag_id,
     )

@@ -45,7 +45,7 @@ def gradients(model):
 
 
 def _shape(*, tokens=72, samples=9600, clips=3, rows=3):
-    return BatchShape(rows=rows, tokens=tokens, clips=clips, samples=samples)
+    return BatchShape(sequences=rows, tokens=tokens, clips=clips, samples=samples)
 
 
 def _batch(model, groups, shape):
@@ -123,7 +123,7 @@ def test_every_random_draw_belongs_to_its_example():
 
     def total(shape, row_offset=0):
         batch = _batch(model, [examples], shape)
-        batch = dataclasses.replace(batch, row_ids=batch.row_ids + row_offset)
+        batch = dataclasses.replace(batch, sequence_ids=batch.sequence_ids + row_offset)
         return float(losses(model.variables, batch).loss.total)
 
     small, large = _shape(), _shape(tokens=96, rows=4)

@@ -62,7 +62,7 @@ def batch_of(
         return round(more * max(len(getattr(c, name)) for c in conversations))
 
     shape = DuplexShape(
-        rows=round(more * max(map(len, dealt))),
+        sequences=round(more * max(map(len, dealt))),
         tokens=longest("target_tokens"),
         source_samples=longest("source_audio"),
         target_samples=longest("target_audio"),

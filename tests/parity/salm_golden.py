@@ -118,7 +118,7 @@ def golden_batch(
     return assemble_salm_batch(
         [examples],
         BatchShape(
-            rows=len(examples),
+            sequences=len(examples),
             tokens=steps + extra_tokens,
             clips=len(clips),
             samples=max(map(len, clips)) + extra_samples,

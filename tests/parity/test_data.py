@@ -115,10 +115,10 @@ def test_bins_hold_what_nemo_puts_together_and_no_batch_is_smaller(name):
         assert len({bucket_of[i] for i in batch["ids"]}) == 1
     for bucket in plan.buckets:
         if config.batch_tokens is not None:
-            assert bucket.shape.rows >= config.batch_tokens // bucket.longest
+            assert bucket.shape.sequences >= config.batch_tokens // bucket.longest
         else:
             edge = next(i for i, e in enumerate(config.bucket_duration_bins) if bucket.longest <= e)
-            assert bucket.shape.rows == config.bucket_batch_size[edge]
+            assert bucket.shape.sequences == config.bucket_batch_size[edge]
 
 
 def test_estimated_bins_follow_lhotse():

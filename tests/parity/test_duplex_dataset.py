@@ -174,9 +174,9 @@ def test_bins_of_seconds_hold_what_nemo_puts_together_and_no_batch_is_smaller(na
         if config.quadratic_duration is not None:
             counts += bucket.longest**2 / config.quadratic_duration
         if config.batch_duration is not None:
-            assert bucket.shape.rows == max(config.batch_duration // counts, 1)
+            assert bucket.shape.sequences == max(config.batch_duration // counts, 1)
         else:
-            assert bucket.shape.rows == config.bucket_batch_size[index]
+            assert bucket.shape.sequences == config.bucket_batch_size[index]
 
 
 def test_limits_in_seconds_keep_what_nemo_keeps(tokenizer):

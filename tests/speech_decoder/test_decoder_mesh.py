@@ -84,7 +84,7 @@ def placed(sharding: Sharding, graphdef: Any, variables: Variables) -> tuple[Any
     order = sharding.time_order(STEPS)
     order = np.arange(STEPS) if order is None else order
     batch = [
-        jax.device_put(x[:, order], sharding.named(("batch", "steps", *(None,) * (x.ndim - 2))))
+        jax.device_put(x[:, order], sharding.named(("batch", "tokens", *(None,) * (x.ndim - 2))))
         for x in (HIDDEN, TOKENS, MASK)
     ]
     rngs = jax.device_put(sequence_rngs(ROWS), sharding.named(("batch",)))

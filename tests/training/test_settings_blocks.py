@@ -191,7 +191,7 @@ def test_sequence_parallelism_shares_the_steps_between_blocks():
     )
     sharding = build_mesh(strategy, jax.devices())
     assert sharding.spec(("batch", "time", "act_embed"), (4, 64, 8))[1] == ("context", "tensor")
-    assert sharding.spec(("batch", "steps", "act_mlp"), (4, 64, 8))[1] == "context"
+    assert sharding.spec(("batch", "tokens", "act_mlp"), (4, 64, 8))[1] == "context"
     assert sharding.length_multiple == 4
 
 

@@ -96,7 +96,7 @@ class DuplexContents:
         """The shape of a bucket: its frames, and the samples that they last."""
         dataset = self.dataset
         return DuplexShape(
-            rows=members.rows,
+            sequences=members.rows,
             tokens=members.tokens,
             source_samples=_samples(dataset, members.tokens, dataset.source_sample_rate),
             target_samples=_samples(dataset, members.tokens, dataset.target_sample_rate),

@@ -35,7 +35,7 @@ class TextCoder(Protocol):
 
 
 RunGeneration = Callable[..., Iterator[PartialOutput]]
-"""`run_generation` with its engine: (examples, request, row_ids=...) -> outputs."""
+"""`run_generation` with its engine: (examples, request, sequence_ids=...) -> outputs."""
 log = logging.getLogger(__name__)
 
 
@@ -139,8 +139,10 @@ def generate_chunked(
         filled = chosen + chosen[-1:] * (at_once - len(chosen))
         if request.max_time_s is not None:
             request = replace(request, max_time_s=max(deadline_s - time.monotonic(), 1e-9))
-        row_ids = np.array([draw_number(numbers[p], n) for p, n in filled], np.int32)
-        *_, output = run([prompts[p].rows[n] for p, n in filled], request, row_ids=row_ids)
+        sequence_ids = np.array([draw_number(numbers[p], n) for p, n in filled], np.int32)
+        *_, output = run(
+            [prompts[p].rows[n] for p, n in filled], request, sequence_ids=sequence_ids
+        )
         for row, ids, length in zip(chosen, output.ids, output.lengths, strict=False):
             responses[row] = ids[:length]
     stops = request.decoding.stop_ids
