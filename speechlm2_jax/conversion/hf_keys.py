@@ -109,7 +109,7 @@ NO_EFFECT: Mapping[str, Key] = MappingProxyType(
             "transformers_version _from_model_config is_llama_config finetuning_task model_card "
             "license author creator language languages tags datasets library_name pipeline_tag "
             "model_description description version date keys_to_ignore_at_inference task "
-            "task_specific_params task_names training_args num_parameters",
+            "task_specific_params task_names training_args num_parameters peft_type peft_version",
         ),
         **_group(
             "how a library runs the model; the result is the same",

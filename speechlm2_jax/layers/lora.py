@@ -46,7 +46,11 @@ class LoraConfig:
         for key in (
             *("peft_type", "peft_version", "inference_mode", "base_model_name_or_path"),
             *("revision", "auto_mapping", "runtime_config", "ensure_weight_tying"),
+            "merge_weights",  # of the first versions
         )
+    } | {
+        "megatron_core": "names Megatron's package, which only megatron_config uses",
+        "qalora_group_size": "is the group size of QALoRA, which use_qalora turns on",
     }
     REFUSED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "init_lora_weights": (
@@ -67,12 +71,20 @@ class LoraConfig:
         "loftq_config": ("quantized weights are not supported; set it to {}",),
         "eva_config": ("only PEFT's default initialization is supported; set it to null",),
         "corda_config": ("only PEFT's default initialization is supported; set it to null",),
+        "lora_ga_config": ("only PEFT's default initialization is supported; set it to null",),
+        **dict.fromkeys(
+            ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
+            ("only plain LoRA is supported; set it to null",),
+        ),
+        "alora_invocation_tokens": ("an adapter acts on all tokens; set it to null",),
+        "enable_lora": ("every target is adapted; set it to null",),
         "trainable_token_indices": ("training single tokens is not supported; set it to null",),
         "target_parameters": ("only linear layers are adapted; set it to null",),
         "lora_bias": ("an adapter has no bias; set it to false",),
     }
 
-    task_type: str = "CAUSAL_LM"
+    task_type: str | None = "CAUSAL_LM"
+    """null, PEFT's default, means the same here."""
     r: int = 8
     lora_alpha: int | float = 8
     lora_dropout: float = 0.0
@@ -83,6 +95,8 @@ class LoraConfig:
     """Scale by alpha / sqrt(r) instead of alpha / r."""
 
     def __post_init__(self) -> None:
+        if self.task_type is None:
+            object.__setattr__(self, "task_type", "CAUSAL_LM")
         if self.task_type != "CAUSAL_LM":
             raise ValueError(f"lora.task_type={self.task_type!r}: only CAUSAL_LM is supported")
         if self.bias != "none":

@@ -33,6 +33,7 @@ PUBLISHED = {
     },
     "Unsloth": {"unsloth_fixed": True, "unsloth_version": "2025.1", "unsloth_template": "x"},
     "TRL and axolotl": {"neftune_noise_alpha": 5, "axolotl_config": {"a": 1}, "trl_version": "1"},
+    "PEFT": {"peft_version": "0.21.2", "peft_type": "LORA"},
     "AutoTrain": {
         "_num_labels": 2,
         "id2label": {"0": "LABEL_0"},

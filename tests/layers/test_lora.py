@@ -127,6 +127,53 @@ SAVED_BY_PEFT = {
 }
 
 
+SAVED_BY_PEFT_0_21 = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "lora_bias": False,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "monteclora_config": None,
+    "peft_version": "0.21.2",
+    "qalora_group_size": 16,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "velora_config": None,
+}
+"""What it saves besides, with its defaults."""
+
+
+def test_what_a_newer_peft_notes_besides_is_read() -> None:
+    saved = SAVED_BY_PEFT | SAVED_BY_PEFT_0_21
+    assert build(LoraConfig, saved, "model.lora") == build(LoraConfig, SAVED_BY_PEFT, "model.lora")
+    untyped = build(LoraConfig, {**saved, "task_type": None}, "model.lora")
+    assert untyped == build(LoraConfig, saved, "model.lora")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("arrow_config", {"top_k": 3}),
+        ("alora_invocation_tokens", [1]),
+        ("use_bdlora", {"nblocks": 1}),
+        ("lora_ga_config", {"scale": "unit"}),
+        ("enable_lora", [True, False]),
+        ("peft_versions", "1"),
+    ],
+)
+def test_what_a_newer_peft_would_compute_is_refused(key: str, value: object) -> None:
+    with pytest.raises(SettingsError, match=rf"model\.lora\.{key}: "):
+        build(LoraConfig, SAVED_BY_PEFT | {key: value}, "model.lora")
+
+
 def test_a_saved_adapter_config_of_peft_is_read() -> None:
     config = build(LoraConfig, SAVED_BY_PEFT, "model.lora")
     assert (config.r, config.scale) == (4, 8.0)
