@@ -42,9 +42,13 @@ from speechlm2_jax.settings import (
     require_complete,
 )
 from speechlm2_jax.training.exp_manager import ExpManagerConfig
+from speechlm2_jax.training.optimizer import OPTIMIZERS
 from speechlm2_jax.training.protocol import HostMetric, Sample, Scored, Scoring
+from speechlm2_jax.training.registry import selected_problems
 from speechlm2_jax.training.run.disk_errors import DiskError
 from speechlm2_jax.training.run.preparation import Setup
+from speechlm2_jax.training.schedules import SCHEDULES
+from speechlm2_jax.training.strategies import STRATEGIES
 from speechlm2_jax.training.trainer import FitResult, Trainer, exp_manager
 from speechlm2_jax.training.trainer_config import TrainerConfig
 
@@ -264,7 +268,13 @@ def check_keys(settings: Mapping[str, Any]) -> None:
     for name in ("validation_ds", "test_ds"):
         sets = named_sets(data.get(name), name).values()
         blocks += [(dataset.loader_config, own, where) for own, where in sets]
-    raise_all([problem for block in blocks for problem in key_problems(*block)])
+    selected = [
+        (OPTIMIZERS, model.get("optimizer"), "model.optimizer"),
+        (SCHEDULES, model.get("lr_scheduler"), "model.lr_scheduler"),
+        (STRATEGIES, (settings.get("trainer") or {}).get("strategy"), "trainer.strategy"),
+    ]
+    problems = [problem for block in blocks for problem in key_problems(*block)]
+    raise_all([*problems, *(p for block in selected for p in selected_problems(*block))])
 
 
 def make_model(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Model:
