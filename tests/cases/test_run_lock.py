@@ -86,6 +86,68 @@ def test_another_machine_has_two_minutes(tmp_path, changes):
         acquire(tmp_path)
 
 
+@pytest.fixture
+def short_silence(monkeypatch):
+    monkeypatch.setattr(run_lock, "SILENT_S", 0.5)
+    monkeypatch.setattr(run_lock, "UNREADABLE_S", 0.05)
+
+
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_a_lock_from_the_future_is_watched_and_taken_over(
+    tmp_path, caplog, short_silence, is_readable
+):
+    """Its machine's clock is ahead, or this one's was set back: no age tells that it is stale."""
+    leave_lock(tmp_path, host="elsewhere", silent_s=-3600)
+    if not is_readable:
+        (tmp_path / LOCK).write_text("{")
+        os.utime(tmp_path / LOCK, (time.time() + 3600,) * 2)
+    lock = acquire(tmp_path)
+    waiting, taking = (record.getMessage() for record in caplog.records)
+    assert f"{tmp_path}: the lock of " in waiting and "s in the future; waiting up to" in waiting
+    assert "has not renewed its time stamp" in taking
+    assert abs((tmp_path / LOCK).stat().st_mtime - time.time()) < 10
+    lock.release()
+
+
+def test_a_lock_from_the_future_that_is_renewed_is_in_use(tmp_path, short_silence):
+    leave_lock(tmp_path, host="elsewhere", silent_s=-3600)
+    is_over = threading.Event()
+
+    def renew():
+        while not is_over.wait(0.02):
+            os.utime(tmp_path / LOCK, (time.time() + 3600,) * 2)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    with pytest.raises(SettingsError, match="in use by another training"):
+        acquire(tmp_path)
+    is_over.set()
+    thread.join()
+
+
+def test_a_lock_from_the_future_that_is_released_is_free(tmp_path, short_silence):
+    leave_lock(tmp_path, host="elsewhere", silent_s=-3600)
+    timer = threading.Timer(0.1, (tmp_path / LOCK).unlink)
+    timer.start()
+    acquire(tmp_path).release()
+    timer.join()
+
+
+def test_a_little_ahead_is_no_other_clock(tmp_path, caplog):
+    leave_lock(tmp_path, host="elsewhere", silent_s=-60)
+    with pytest.raises(SettingsError, match="in use by another training"):
+        acquire(tmp_path)
+    assert not caplog.records
+
+
+def test_a_live_process_here_is_told_by_its_number_whatever_the_stamp(tmp_path):
+    leave_lock(tmp_path, silent_s=-3600)
+    with pytest.raises(SettingsError, match="in use by another training"):
+        acquire(tmp_path)
+    leave_lock(tmp_path, pid=ended_process(), silent_s=-3600)
+    acquire(tmp_path).release()
+
+
 def test_a_lock_that_cannot_be_read_has_two_minutes_too(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "UNREADABLE_S", 0.05)
     (tmp_path / LOCK).write_text("{")

@@ -68,13 +68,16 @@ class Owner:
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
-    def why_stale(self, silent_s: float) -> str | None:
-        """Why the owner no longer trains, None if it may; `silent_s`: age of the time stamp."""
-        if self.host == socket.gethostname() and self.machine == _machine():
-            start = _process_start(self.pid)
-            is_same = not start or not self.process_start or start == self.process_start
-            return None if start is not None and is_same else "is gone"
-        return f"has been silent for {silent_s:.0f} s" if silent_s > SILENT_S else None
+    @property
+    def is_here(self) -> bool:
+        """Whether this machine can tell if the process lives."""
+        return self.host == socket.gethostname() and self.machine == _machine()
+
+    def is_gone(self) -> bool:
+        """Whether a process of this machine has ended."""
+        start = _process_start(self.pid)
+        is_same = not start or not self.process_start or start == self.process_start
+        return start is None or not is_same
 
 
 class RunLock:
@@ -191,13 +194,10 @@ def _take(path: Path) -> str:
             # both stamps are the file system's, whose clock may differ from this machine's
             os.utime(draft)
             silent_s = draft.stat().st_mtime - changed_s
-            if other is None:
-                reason = f"has been silent for {silent_s:.0f} s" if silent_s > SILENT_S else None
-            else:
-                reason = other.why_stale(silent_s)
-            if reason is None:
+            reason = _why_stale(path, other, changed_s, silent_s)
+            if reason is None and path.exists():
                 raise SettingsError(_in_use(path, other))
-            if _replaced(draft, path, other):
+            if reason is not None and _replaced(draft, path, other):
                 name = "an unknown process" if other is None else str(other)
                 log.warning("taking over %s: %s (%s)", path.parent, name, reason)
                 break
@@ -207,6 +207,34 @@ def _take(path: Path) -> str:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
     return owner.token
+
+
+def _why_stale(path: Path, owner: Owner | None, changed_s: float, silent_s: float) -> str | None:
+    """Why the owner of a lock no longer trains, None if it may; `silent_s`: age of the time stamp.
+
+    A stamp of the future was made by another clock, or the clock was set back. Then only watching
+    tells whether the lock is renewed.
+    """
+    if owner is not None and owner.is_here:
+        return "is gone" if owner.is_gone() else None
+    if silent_s >= -SILENT_S:
+        return f"has been silent for {silent_s:.0f} s" if silent_s > SILENT_S else None
+    name = "an unknown process" if owner is None else str(owner)
+    log.warning(
+        "%s: the lock of %s has a time stamp %.0f s in the future; waiting up to %.0f s to see "
+        "whether it is renewed",
+        path.parent,
+        name,
+        -silent_s,
+        SILENT_S,
+    )
+    deadline = time.monotonic() + SILENT_S
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, SILENT_S / 10))
+        found = _read(path)
+        if found is None or found[1] != changed_s:
+            return None
+    return f"has not renewed its time stamp, {-silent_s:.0f} s in the future, for {SILENT_S:.0f} s"
 
 
 def _in_use(path: Path, owner: Owner | None) -> str:
@@ -247,6 +275,7 @@ def _replaced(draft: Path, path: Path, stale: Owner | None) -> bool:
         found = _read(path)
         if found is None or (None if found[0] is None else found[0].token) != token:
             return False
+        os.utime(draft)  # it may have waited
         draft.replace(path)
         return True
     finally:
