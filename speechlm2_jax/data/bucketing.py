@@ -29,8 +29,8 @@ class Shape(Protocol):
     """The static shape of a bucket, per group (`BatchShape`, `DuplexShape`)."""
 
     @property
-    def rows(self) -> int:
-        """Conversations of a group."""
+    def sequences(self) -> int:
+        """Sequences of a group: one conversation each."""
         ...
 
     @property
