@@ -24,7 +24,10 @@ import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+from tests.slow_variants import mark_slow  # noqa: E402
 
 gc.set_threshold(100_000, 50, 50)  # traces are many small objects, and hardly one is garbage
 
@@ -48,8 +51,10 @@ LONGEST = (
 """Few tests of many seconds each: last, they would leave one of two workers without work."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` looks at the marks
 def pytest_collection_modifyitems(items):
-    """Brings the longest files to the front, in the order above."""
+    """Marks the slow variants, and brings the longest files to the front, in the order above."""
+    mark_slow(items)
     places = {name: place for place, name in enumerate(LONGEST)}
 
     def place(item):

@@ -109,7 +109,9 @@ def test_joint_equals_nemo(name):
     outputs, _ = network.prediction(jnp.asarray(given["pred/labels"], jnp.int32))
     frames = jnp.asarray(given["encoded_BDT"].swapaxes(1, 2)[: len(expected), : expected.shape[1]])
     log_probs = jax.nn.log_softmax(network.joint(frames, outputs), axis=-1)
-    assert_close(log_probs, expected, LAYER_ATOL)
+    # scores of up to 15: processors sum a row's products in orders of their own, and what that
+    # rounds grows with the score
+    assert_close(log_probs, expected, LAYER_ATOL * np.abs(expected).max())
 
 
 @cache

@@ -1,0 +1,79 @@
+"""Tests that repeat another's way through the code, at a price: slow tests, each with its reason.
+
+They run with `pytest -m slow`. What is slow by itself carries the mark where it is written.
+"""
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+
+import pytest
+
+DUPLEX = "the same with a speech decoder beside it is quick"
+MESH = "other meshes are quick, among them all kinds of axes"
+CODEC = "the other codecs are quick, and so are this one's layers"
+VARIANT = "other cases of the same test are quick"
+KINDRED = "the property is tested quickly on a smaller model"
+
+SLOW: Mapping[str, str] = {
+    "benchmarks/test_parts_alone.py::test_perception_is_timed*": KINDRED,
+    "cases/test_convert_kinds.py::test_a_duplex_model_in_bfloat16_loads*": KINDRED,
+    "inference/test_continuous_batching.py::test_answers_are_those*?drawn1?": VARIANT,
+    "layers/test_module.py::test_quick_compilation_changes_no_bit*": (
+        "compiles twice what nothing else needs; the options change with the version of jax alone"
+    ),
+    "layers/test_splash_attention.py::*?128-None?": VARIANT,
+    "models/test_duplex_model.py::test_a_control_code_in_frame_0*": DUPLEX,
+    "models/test_duplex_model.py::test_a_row_uses_every_position*": KINDRED,
+    "models/test_duplex_model.py::test_audio_shorter_than_a_frame*": KINDRED,
+    "models/test_duplex_model.py::test_the_edges_of_nemos_batch*": KINDRED,
+    "multidevice/test_salm_meshes.py::*llama_adapter-context=4 fsdp=2?": MESH,
+    "multidevice/test_salm_meshes.py::*llama_adapter-fsdp=2 tensor=2 sequence context=2?": MESH,
+    "networks/test_salm_invariants.py::*?qwen3_lora?": VARIANT,
+    "parity/test_codec.py::test_*cod*lfr22_tiny*": CODEC,
+    "parity/test_codec.py::test_a_row_of_any_length*lfr22_tiny*": CODEC,
+    "parity/test_duplex.py::test_a_row_alone_says_the_same*": KINDRED,
+    "parity/test_duplex.py::test_channels*?duplex_s2s?": DUPLEX,
+    "parity/test_duplex.py::test_codes_of_the_agent_equal_nemos?duplex_s2s?": DUPLEX,
+    "parity/test_duplex.py::test_five_steps*?duplex_s2s?": DUPLEX,
+    "parity/test_duplex.py::test_gradients_equal_nemos?duplex_s2s?": DUPLEX,
+    "parity/test_duplex.py::test_losses*?duplex_s2s-*": DUPLEX,
+    "parity/test_duplex.py::test_the_weight_of_the_users_channel*": KINDRED,
+    "parity/test_generation.py::test_one_new_token*": KINDRED,
+    "parity/test_salm.py::test_every_generation_equals_nemo?qwen3_lora-*": VARIANT,
+    "parity/test_salm.py::test_five_adamw_steps*?llama_full?": VARIANT,
+    "parity/test_salm.py::test_training_loss*?llama_full?": VARIANT,
+    "parity/test_speech_decoder.py::*?causal_k1_plain*": VARIANT,
+    "parity/test_speech_decoder.py::*?causal_k5*": VARIANT,
+    "parity/test_transducers.py::*?rnnt_2layer*": VARIANT,
+    "perception/test_fastconformer.py::test_frames_and_gradients_are_the_same_on_a_mesh*": MESH,
+    "perception/test_fastconformer.py::test_padding_and_neighbours*?True-changes1?": VARIANT,
+    "speech_decoder/test_decoder_mesh.py::*?fsdp=2 tensor=2 sequence context=2?": MESH,
+    "test_duplex_library.py::*": "strings together pieces that are tested alone",
+    "test_library.py::test_a_stopped_run_resumes_bit_for_bit": (
+        "training/test_resume.py stops and resumes a smaller model in every way"
+    ),
+    "training/test_fit.py::test_a_trace_ends_with_the_run*": VARIANT,
+    "training/test_processes.py::test_two_processes_are_one_run*": (
+        "three processes of train.py, 50 s of a core; what each does alone is tested quickly"
+    ),
+    "training/test_resume.py::test_a_signal_saves*?SIGTERM*": VARIANT,
+}
+"""Pattern over `path below tests/::name[case]` -> why it is not run every time."""
+WHOLE = 2000
+"""So many tests are the whole suite: every pattern must then name one."""
+
+
+def mark_slow(items: list[pytest.Item]) -> None:
+    """Marks the tests of `SLOW`. Raises UsageError for a pattern that names no test."""
+    unused = set(SLOW)
+    for item in items:
+        name = item.nodeid.removeprefix("tests/")
+        for pattern in _matching(name):
+            item.add_marker(pytest.mark.slow)
+            unused.discard(pattern)
+    if unused and len(items) >= WHOLE:
+        raise pytest.UsageError(f"tests/slow_variants.py: no test is named {sorted(unused)}")
+
+
+def _matching(name: str) -> Iterator[str]:
+    return (pattern for pattern in SLOW if fnmatchcase(name, pattern))
