@@ -1,1 +1,1 @@
-"""Loops over time: sampling and answering."""
+"""Generation: decoding loops, sampling and score processors."""

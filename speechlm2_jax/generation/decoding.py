@@ -1,4 +1,4 @@
-"""What every way of answering shares: its configuration, the prompt's memory, one further step."""
+"""Shared by greedy decoding, sampling and beam search: configuration, prompt pass, one token."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -12,42 +12,47 @@ from speechlm2_jax.layers.cache import CachedOutput, KVCache
 
 STATIC = {"static": True}
 COPIES_SALT = 2**31 - 1
-"""Sets the keys of further answers to a prompt apart from those of its steps."""
+"""Separates the random keys of a prompt's further returned sequences from those of its tokens."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class BeamConfig:
-    """Beam search, as Hugging Face's `_beam_search` means it."""
+    """Beam search with the semantics of Hugging Face's `_beam_search`."""
 
     count: int = field(metadata=STATIC)
+    """Number of beams."""
     length_penalty: Any = 1.0
-    """A finished answer's score is its log-probability over its length to this power."""
+    """A hypothesis is scored by its log-probability / length ** length_penalty."""
     early_stopping: bool | Literal["never"] = field(default=False, metadata=STATIC)
-    """True: a row ends with its `count`-th finished answer; False: when the best beam, at its
-    present length, no longer beats the worst of them; "never": when it cannot at any length."""
+    """When the search for a prompt ends.
+
+    - True: `count` hypotheses are finished.
+    - False: the best open beam, at its present length, scores below the worst of these.
+    - "never": the best open beam can no longer beat the worst of these at any length.
+    """
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class DecodingConfig:
-    """How to answer. A pytree: numbers may be arguments of a program, what is static is part of it.
+    """How to generate. A pytree: its numbers may be arguments of a compiled program.
 
-    With numbers of Python alone it can be hashed, and be a static argument itself.
+    If all numbers are Python's, it is hashable and may be a static argument itself.
     """
 
     max_new_tokens: int = field(metadata=STATIC)
-    """Room for the answer; a row may be given a smaller limit."""
+    """Capacity for new tokens; `Prompts.limits` may set a lower limit per prompt."""
     stop_ids: tuple[Any, ...]
-    """A row ends with the first of these, which is part of its answer."""
+    """End tokens. A response ends with the first of them, which is part of it."""
     pad_id: Any
-    """What fills a row after its end."""
+    """Id that pads a response after its end."""
     processors: tuple[Processor, ...] = ()
-    """What happens to the scores before a token is chosen, in this order."""
+    """Applied to the logits in this order, before a token is chosen."""
     do_sample: bool = field(default=False, metadata=STATIC)
-    """Draw the next token; otherwise take the likeliest."""
-    answers: int = field(default=1, metadata=STATIC)
-    """Answers to each prompt, one after the other in the rows that come back."""
+    """Sample the next token; otherwise take the most likely one."""
+    return_sequences: int = field(default=1, metadata=STATIC)
+    """Responses per prompt (`num_return_sequences`); those of one prompt are adjacent."""
     beams: BeamConfig | None = None
 
     def __post_init__(self) -> None:
@@ -56,20 +61,20 @@ class DecodingConfig:
 
     @property
     def copies(self) -> int:
-        """Rows that are computed for each prompt."""
-        return self.answers if self.beams is None else self.beams.count
+        """Sequences that are decoded for each prompt: beams, or responses."""
+        return self.return_sequences if self.beams is None else self.beams.count
 
 
 @runtime_checkable
 class CachedDecoder(Protocol):
-    """A language model that can be run step by step."""
+    """A language model with a KV cache (`llm.decoder.Decoder`)."""
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Looks tokens up."""
+        """Looks up token embeddings."""
         ...
 
     def new_cache(self, batch: int, capacity: int, dtype: Any) -> KVCache:
-        """Makes an empty memory."""
+        """Makes an empty KV cache."""
         ...
 
     def extend(
@@ -80,11 +85,11 @@ class CachedDecoder(Protocol):
         positions: Int[Array, "B T"],
         attention_mask: Bool[Array, "B T"],
     ) -> CachedOutput:
-        """Runs further steps."""
+        """Runs further tokens of the sequences in the cache."""
         ...
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores every token."""
+        """Computes the logits of every token."""
         ...
 
 
@@ -93,121 +98,127 @@ class Prompts(NamedTuple):
 
     embeds: Float[Array, "B T D"]
     lengths: Int[Array, " B"]
-    """Steps of each; a row of length 0 has ended from the start."""
+    """Positions of each prompt. A prompt of length 0 is padding: nothing is generated."""
     attention_mask: Bool[Array, "B T"]
-    """False beyond the lengths and wherever a prompt has a step that others may not see."""
+    """False after each length, and at positions that may not be attended to."""
     limits: Int[Array, " B"] | None = None
-    """Tokens that each answer may have; as many as there is room for without."""
+    """Largest number of new tokens per prompt; None: `max_new_tokens`."""
     ids: Int[Array, "B T"] | None = None
-    """Their tokens, where processors are to see them."""
+    """Token ids, if processors read them."""
     rngs: Key[Array, " B"] | None = None
-    """One random key per row, for what is drawn."""
+    """One random key per prompt, for sampling."""
 
 
-class Rows(NamedTuple):
-    """What stays of the prompts while R rows are answered."""
+class PromptInfo(NamedTuple):
+    """What decoding reads of the prompts; R sequences are decoded."""
 
-    place: Int[Array, " R"]
-    """Position of the first new token: positions count the keys, as in Hugging Face."""
-    steps: Int[Array, " R"]
+    position: Int[Array, " R"]
+    """Position of the first new token. As in Hugging Face, positions count attended tokens."""
+    length: Int[Array, " R"]
+    """Positions of the prompt."""
     first: Int[Array, " R"]
+    """Index of the prompt's first token in `Prefilled.ids`."""
     limit: Int[Array, " R"]
+    """Largest number of new tokens."""
 
 
 class Prefilled(NamedTuple):
-    """The prompts in memory: `copies` rows for each, one after the other."""
+    """Outcome of the prompt pass: `copies` adjacent sequences for each prompt."""
 
     hidden: Float[Array, "R 1 D"]
-    """The state at each prompt's last step."""
+    """Hidden state at the last position of each prompt."""
     cache: KVCache
-    ids: Int[Array, "R H"]
-    """The prompt's ids, if known, on the right of their slots; then the room for the answer."""
-    rows: Rows
+    ids: Int[Array, "R P"]
+    """Prompt ids (if known, padded on the left), then `max_new_tokens` ids for the response."""
+    info: PromptInfo
 
 
 def run_prompts(decoder: CachedDecoder, prompts: Prompts, config: DecodingConfig) -> Prefilled:
-    """Runs the prompts once, whatever the number of copies."""
+    """Fills the KV cache with the prompts. Each prompt runs once, whatever the number of copies."""
     embeds, lengths = prompts.embeds, prompts.lengths
-    batch, steps, _ = embeds.shape
-    visible = prompts.attention_mask & (jnp.arange(steps)[None, :] < lengths[:, None])
-    count = jnp.sum(visible, axis=1, dtype=jnp.int32)
-    positions = jnp.where(visible, jnp.cumsum(visible, axis=1, dtype=jnp.int32) - 1, 0)
-    # The last token is never fed back, so it needs no slot.
-    capacity = steps + config.max_new_tokens - 1
-    own = capacity if config.copies == 1 else steps
-    cache = decoder.new_cache(batch, own, embeds.dtype)
-    hidden, cache = decoder.extend(embeds, cache, positions=positions, attention_mask=visible)
+    batch, length, _ = embeds.shape
+    mask = prompts.attention_mask & (jnp.arange(length)[None, :] < lengths[:, None])
+    count = jnp.sum(mask, axis=1, dtype=jnp.int32)
+    positions = jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    # the last new token is never fed back, so it needs no cache position
+    capacity = length + config.max_new_tokens - 1
+    prompt_capacity = capacity if config.copies == 1 else length
+    cache = decoder.new_cache(batch, prompt_capacity, embeds.dtype)
+    hidden, cache = decoder.extend(embeds, cache, positions=positions, attention_mask=mask)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(hidden, last, axis=1)
-    known = _right_aligned(prompts.ids, lengths)
-    room = jnp.full((batch, config.max_new_tokens), config.pad_id, jnp.int32)
-    rows = Rows(
-        place=count,
-        steps=lengths.astype(jnp.int32),
-        first=jnp.maximum(known.shape[1] - lengths, 0).astype(jnp.int32),
+    prompt_ids = _left_padded(prompts.ids, lengths)
+    new_ids = jnp.full((batch, config.max_new_tokens), config.pad_id, jnp.int32)
+    info = PromptInfo(
+        position=count,
+        length=lengths.astype(jnp.int32),
+        first=jnp.maximum(prompt_ids.shape[1] - lengths, 0).astype(jnp.int32),
         limit=_limits(prompts.limits, batch, config),
     )
-    ids = jnp.concatenate([known, room], axis=1)
+    ids = jnp.concatenate([prompt_ids, new_ids], axis=1)
     if config.copies > 1:
         cache = cache.repeated(config.copies, capacity)
-        hidden, ids, rows = jax.tree.map(
-            lambda x: jnp.repeat(x, config.copies, axis=0), (hidden, ids, rows)
+        hidden, ids, info = jax.tree.map(
+            lambda x: jnp.repeat(x, config.copies, axis=0), (hidden, ids, info)
         )
-    return Prefilled(hidden=hidden, cache=cache, ids=ids, rows=rows)
+    return Prefilled(hidden=hidden, cache=cache, ids=ids, info=info)
 
 
 def run_token(
     decoder: CachedDecoder,
     cache: KVCache,
     token: Int[Array, " R"],
-    place: Int[Array, " R"],
+    position: Int[Array, " R"],
     attention_mask: Bool[Array, " R"],
     dtype: Any,
 ) -> CachedOutput:
-    """Runs one token of every row."""
+    """Runs one token of every sequence."""
     embedded = decoder.embed(token[:, None]).astype(dtype)
     return decoder.extend(
-        embedded, cache, positions=place[:, None], attention_mask=attention_mask[:, None]
+        embedded, cache, positions=position[:, None], attention_mask=attention_mask[:, None]
     )
 
 
 def process_scores(
     scores: Float[Array, "R V"],
-    ids: Int[Array, "R H"],
-    step: Int[Array, ""],
-    rows: Rows,
+    ids: Int[Array, "R P"],
+    generated: Int[Array, ""],
+    info: PromptInfo,
     config: DecodingConfig,
 ) -> Float[Array, "R V"]:
-    """The scores of token `step` of the answers after all processors, in fp32."""
+    """Applies all processors to the scores of the next token, in fp32.
+
+    `generated` is the number of tokens generated so far.
+    """
     history = History(
         ids=ids,
-        first=rows.first,
-        position=ids.shape[1] - config.max_new_tokens + step,
-        step=step,
-        prompt_steps=rows.steps,
-        limit=rows.limit,
+        first=info.first,
+        end=ids.shape[1] - config.max_new_tokens + generated,
+        generated=generated,
+        prompt_length=info.length,
+        limit=info.limit,
     )
     return process(scores, history, config.processors)
 
 
-def step_rngs(rngs: Key[Array, " R"] | None, step: Int[Array, ""]) -> Key[Array, " R"]:
-    """A row's keys of one step. Raises ValueError if there are none."""
+def token_rngs(rngs: Key[Array, " R"] | None, index: Int[Array, ""]) -> Key[Array, " R"]:
+    """Derives the random keys of new token number `index`. Raises ValueError without `rngs`."""
     if rngs is None:
-        raise ValueError("do_sample=True needs random keys, one per row")
-    return jax.vmap(lambda key: jax.random.fold_in(key, step))(rngs)
+        raise ValueError("do_sample=True needs random keys: rngs, one per sequence")
+    return jax.vmap(lambda rng: jax.random.fold_in(rng, index))(rngs)
 
 
 def copied_rngs(rngs: Key[Array, " B"] | None, copies: int) -> Key[Array, " R"] | None:
-    """Keys of several answers to each prompt; the first one's is that of an only answer."""
+    """Derives a random key for each of several responses; the first keeps the prompt's own key."""
     if rngs is None or copies == 1:
         return rngs
 
-    def of_row(key: Key[Array, ""]) -> Key[Array, " N"]:
-        salted = jax.random.fold_in(key, COPIES_SALT)
+    def of_prompt(rng: Key[Array, ""]) -> Key[Array, " copies"]:
+        salted = jax.random.fold_in(rng, COPIES_SALT)
         others = jax.vmap(lambda n: jax.random.fold_in(salted, n))(jnp.arange(1, copies))
-        return jnp.concatenate([key[None], others])
+        return jnp.concatenate([rng[None], others])
 
-    return jax.vmap(of_row)(rngs).reshape(-1)
+    return jax.vmap(of_prompt)(rngs).reshape(-1)
 
 
 def _limits(
@@ -218,8 +229,8 @@ def _limits(
     return limits.astype(jnp.int32)
 
 
-def _right_aligned(ids: Int[Array, "B T"] | None, lengths: Int[Array, " B"]) -> Int[Array, "B P"]:
-    """Rows that were padded on the right, padded on the left; no column where ids are unknown."""
+def _left_padded(ids: Int[Array, "B T"] | None, lengths: Int[Array, " B"]) -> Int[Array, "B P"]:
+    """Moves the padding from the right to the left; [B, 0] if the ids are unknown."""
     if ids is None:
         return jnp.zeros((len(lengths), 0), jnp.int32)
     source = jnp.arange(ids.shape[1])[None] - (ids.shape[1] - lengths[:, None])

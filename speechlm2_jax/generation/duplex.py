@@ -1,4 +1,4 @@
-"""Speaking while listening: a frame of the user in, a text token and K codes out, in one loop."""
+"""Full-duplex generation: each user frame in gives one text token and K audio codes out."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -13,7 +13,7 @@ from speechlm2_jax.layers.cpu import read_in_place
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexSamplingConfig:
-    """How to speak; static, so each value is a program of its own."""
+    """Sampling of both channels. Static: each value compiles its own program."""
 
     text: SamplingConfig = field(default_factory=SamplingConfig)
     audio: SamplingConfig = field(default_factory=SamplingConfig)
@@ -26,45 +26,49 @@ class DuplexSamplingConfig:
 
 @runtime_checkable
 class FrameNetwork(Protocol):
-    """A network that runs frame by frame (`networks.duplex.Duplex`)."""
+    """A network that decodes frame by frame (`networks.duplex.Duplex`)."""
 
     def new_state(self, batch: int, capacity: int) -> Any:
-        """Makes an empty memory."""
+        """Makes the initial state of the network."""
         ...
 
-    def step(
+    def decode_frame(
         self,
         state: Any,
         user: Float[Array, "B 1 D"],
         text: Int[Array, "B 1"],
         codes: Int[Array, "B 1 K"],
     ) -> tuple[Float[Array, "B V"], Float[Array, "B K W"], Any]:
-        """Runs the next frame."""
+        """Runs the next frame. Returns text logits, audio logits and the new state."""
         ...
 
 
 class DuplexOutput(NamedTuple):
-    """What the agent says: frame t is chosen when the user's frame t has been heard."""
+    """Text tokens and audio codes of the agent. Frame t depends on user frames up to t."""
 
     text: Int[Array, "B T"]
     codes: Int[Array, "B T K"]
 
 
 class DuplexState(NamedTuple):
-    """The last frame, and how to go on."""
+    """State of the decoding loop after some frame."""
 
-    state: Any
+    network: Any
+    """State of the network (KV caches)."""
     text: Int[Array, " B"]
+    """Text token of the last frame."""
     codes: Int[Array, "B K"]
+    """Audio codes of the last frame."""
     frame: Int[Array, ""]
+    """Number of frames so far."""
 
 
 def initial_state(
     network: FrameNetwork, batch: int, capacity: int, *, pad: int, delay: int, codebooks: int
 ) -> DuplexState:
-    """A conversation before its first frame: nothing said, the codes delayed."""
+    """The state before the first frame: pad token and delay codes."""
     return DuplexState(
-        state=network.new_state(batch, capacity),
+        network=network.new_state(batch, capacity),
         text=jnp.full((batch,), pad, jnp.int32),
         codes=jnp.full((batch, codebooks), delay, jnp.int32),
         frame=jnp.zeros((), jnp.int32),
@@ -73,22 +77,25 @@ def initial_state(
 
 def next_frame(
     network: FrameNetwork,
-    said: DuplexState,
+    state: DuplexState,
     user: Float[Array, "B 1 D"],
     config: DuplexSamplingConfig,
     rngs: Key[Array, " B"] | None = None,
 ) -> DuplexState:
-    """Hears one frame of the user and chooses the agent's next. Draws belong to (row, frame)."""
-    text_logits, audio_logits, state = network.step(
-        said.state, user, said.text[:, None], said.codes[:, None]
+    """Runs one user frame and chooses the agent's next text token and codes.
+
+    A random draw depends on the conversation's key and the frame only.
+    """
+    text_logits, audio_logits, network_state = network.decode_frame(
+        state.network, user, state.text[:, None], state.codes[:, None]
     )
-    text_rngs, audio_rngs = _frame_rngs(rngs, said.frame, audio_logits.shape[1])
+    text_rngs, audio_rngs = _frame_rngs(rngs, state.frame, audio_logits.shape[1])
     flat = audio_logits.reshape(-1, audio_logits.shape[-1])  # [B K, W]
     return DuplexState(
-        state=state,
+        network=network_state,
         text=choose(text_logits, config.text, text_rngs),
         codes=choose(flat, config.audio, audio_rngs).reshape(audio_logits.shape[:2]),
-        frame=said.frame + 1,
+        frame=state.frame + 1,
     )
 
 
@@ -96,32 +103,32 @@ def run_duplex(
     network: FrameNetwork,
     user: Float[Array, "B T D"],
     lengths: Int[Array, " B"],
-    said: DuplexState,
+    state: DuplexState,
     config: DuplexSamplingConfig,
     *,
     pad: int,
     rngs: Key[Array, " B"] | None = None,
 ) -> DuplexOutput:
-    """Runs whole conversations of `lengths` frames; what lies beyond a row's is pad and code 0."""
+    """Runs whole conversations of `lengths` frames; later frames get the pad token and code 0."""
     frames = user.shape[1]
     text = jnp.full(user.shape[:2], pad, jnp.int32)
-    codes = jnp.zeros((*user.shape[:2], said.codes.shape[1]), jnp.int32)
+    codes = jnp.zeros((*user.shape[:2], state.codes.shape[1]), jnp.int32)
     last = jnp.minimum(jnp.max(lengths, initial=0), frames)
 
-    def is_going_on(carry: tuple[DuplexState, Array, Array]) -> Array:
+    def is_unfinished(carry: tuple[DuplexState, Array, Array]) -> Array:
         return carry[0].frame < last
 
     def advance(carry: tuple[DuplexState, Array, Array]) -> tuple[DuplexState, Array, Array]:
-        said, text, codes = carry
-        t = said.frame
-        heard = jax.lax.dynamic_slice_in_dim(user, t, 1, axis=1)
-        said = next_frame(network, said, heard, config, rngs)
-        text = jax.lax.dynamic_update_slice_in_dim(text, said.text[:, None], t, axis=1)
-        codes = jax.lax.dynamic_update_slice_in_dim(codes, said.codes[:, None], t, axis=1)
-        return said, text, codes
+        state, text, codes = carry
+        t = state.frame
+        user_frame = jax.lax.dynamic_slice_in_dim(user, t, 1, axis=1)
+        state = next_frame(network, state, user_frame, config, rngs)
+        text = jax.lax.dynamic_update_slice_in_dim(text, state.text[:, None], t, axis=1)
+        codes = jax.lax.dynamic_update_slice_in_dim(codes, state.codes[:, None], t, axis=1)
+        return state, text, codes
 
     with read_in_place(network):
-        _, text, codes = jax.lax.while_loop(is_going_on, advance, (said, text, codes))
+        _, text, codes = jax.lax.while_loop(is_unfinished, advance, (state, text, codes))
     is_real = jnp.arange(frames)[None] < lengths[:, None]
     return DuplexOutput(
         text=jnp.where(is_real, text, pad), codes=jnp.where(is_real[..., None], codes, 0)
@@ -131,8 +138,9 @@ def run_duplex(
 def _frame_rngs(
     rngs: Key[Array, " B"] | None, frame: Int[Array, ""], codebooks: int
 ) -> tuple[Any, Any]:
+    """Random keys [B] for the text tokens and [B K] for the codes of one frame."""
     if rngs is None:
         return None, None
-    of_frame = jax.vmap(lambda key: jax.random.fold_in(key, frame))(rngs)
-    parts = jax.vmap(lambda key: jax.random.split(key, codebooks + 1))(of_frame)  # [B, K + 1]
-    return parts[:, 0], parts[:, 1:].reshape(-1)
+    of_frame = jax.vmap(lambda rng: jax.random.fold_in(rng, frame))(rngs)
+    each = jax.vmap(lambda rng: jax.random.split(rng, codebooks + 1))(of_frame)  # [B, K + 1]
+    return each[:, 0], each[:, 1:].reshape(-1)

@@ -1,8 +1,8 @@
-"""Changes to the scores of the next token, as Hugging Face's GenerationConfig means them.
+"""Logits processors with the semantics of Hugging Face's GenerationConfig.
 
-A processor is a value: a pytree whose numbers may be traced, so that one program serves all of
-them, and whose call is a pure function of the scores and of what each row has said. Their order
-is that of `models.generation_config`, which is transformers'.
+A processor is a pytree. Its numbers may be traced, so one compiled program serves all values. Its
+call is a pure function of the scores and of the tokens so far. `inference.request.processors` makes
+processors from generation options, in the order of transformers.
 """
 
 from abc import ABC, abstractmethod
@@ -23,42 +23,42 @@ T = TypeVar("T", bound=type)
 
 
 class History(NamedTuple):
-    """What the rows have said when the next token is chosen, in slots in order of time."""
+    """The tokens of each sequence when the next one is chosen."""
 
-    ids: Int[Array, "B H"]
-    """The prompt, on the right of its slots, if processors may see it; then the answer."""
+    ids: Int[Array, "B P"]
+    """Prompt ids (if processors read them, padded on the left), then the generated ids."""
     first: Int[Array, " B"]
-    """The first slot that holds a token of the row."""
-    position: Int[Array, ""]
-    """Where the next token goes."""
-    step: Int[Array, ""]
-    """Tokens of the answer so far."""
-    prompt_steps: Int[Array, " B"]
-    """Steps of the prompt, frames of audio included, whether or not its ids are here."""
+    """Index in `ids` of the first token of each sequence."""
+    end: Int[Array, ""]
+    """Index in `ids` after the last token: the next token is written there."""
+    generated: Int[Array, ""]
+    """Number of tokens generated so far."""
+    prompt_length: Int[Array, " B"]
+    """Positions of the prompt, audio frames included, whether or not `ids` holds its ids."""
     limit: Int[Array, " B"]
-    """Tokens that the answer may have."""
+    """Largest number of generated tokens."""
 
-    def seen(self, vocabulary: int) -> Bool[Array, "B V"]:
-        """Which tokens a row holds already."""
-        positions = jnp.arange(self.ids.shape[1])
-        is_held = (positions[None] >= self.first[:, None]) & (positions < self.position)[None]
-        return mark(self.ids, is_held, vocabulary)
+    def contains(self, vocabulary: int) -> Bool[Array, "B V"]:
+        """True for the tokens that each sequence contains."""
+        index = jnp.arange(self.ids.shape[1])
+        is_token = (index[None] >= self.first[:, None]) & (index < self.end)[None]
+        return mark(self.ids, is_token, vocabulary)
 
-    def ending(self, length: int) -> Int[Array, "B L"]:
-        """The last tokens of each row; -1 before its first."""
-        positions = self.position - length + jnp.arange(length)
-        ids = jnp.take(self.ids, jnp.maximum(positions, 0), axis=1)
-        return jnp.where(positions[None] >= self.first[:, None], ids, -1)
+    def last_tokens(self, length: int) -> Int[Array, "B L"]:
+        """The last tokens of each sequence; -1 before its first."""
+        index = self.end - length + jnp.arange(length)
+        ids = jnp.take(self.ids, jnp.maximum(index, 0), axis=1)
+        return jnp.where(index[None] >= self.first[:, None], ids, -1)
 
 
 class Processor(ABC):
-    """Something that changes the scores of the next token; a pytree, and pure."""
+    """Changes the scores of the next token. A pytree."""
 
     READS_PROMPT: ClassVar[bool] = False
-    """Whether it looks at the ids of the prompt."""
+    """Whether it reads the ids of the prompt."""
 
     def __call__(self, scores: Scores, history: History) -> Scores:
-        """Gives the changed scores, in fp32."""
+        """Returns the changed scores, in fp32."""
         return self._changed(scores, history)
 
     @abstractmethod
@@ -66,7 +66,7 @@ class Processor(ABC):
 
 
 def process(scores: Scores, history: History, processors: tuple[Processor, ...]) -> Scores:
-    """Runs processors one after the other, in fp32."""
+    """Applies processors in order, in fp32."""
     scores = scores.astype(jnp.float32)
     for processor in processors:
         scores = processor(scores, history)
@@ -74,34 +74,34 @@ def process(scores: Scores, history: History, processors: tuple[Processor, ...])
 
 
 def reads_prompt(processors: tuple[Processor, ...]) -> bool:
-    """Whether any of them looks at the ids of the prompt."""
+    """Whether any processor reads the ids of the prompt."""
     return any(processor.READS_PROMPT for processor in processors)
 
 
 def mark(
-    ids: Int[Array, "B N"], is_marked: Bool[Array, "B N"], vocabulary: int
+    ids: Int[Array, "B T"], is_marked: Bool[Array, "B T"], vocabulary: int
 ) -> Bool[Array, "B V"]:
-    """Per row, True at the ids that are marked; ids beyond the vocabulary are left out."""
-    rows = jnp.arange(len(ids))[:, None]
-    return jnp.zeros((len(ids), vocabulary), bool).at[rows, ids].max(is_marked, mode="drop")
+    """Per sequence, True at the marked ids; ids outside the vocabulary are dropped."""
+    sequence = jnp.arange(len(ids))[:, None]
+    return jnp.zeros((len(ids), vocabulary), bool).at[sequence, ids].max(is_marked, mode="drop")
 
 
 def static(**options: Any) -> Any:
-    """A field of a processor that is part of the program, not an argument to it."""
+    """A field of a processor that is static in compiled programs."""
     return field(metadata={"static": True}, **options)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def processor(cls: T) -> T:
-    """Makes a frozen dataclass a pytree."""
+    """Makes a class a frozen dataclass and a pytree."""
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
 
 
 @processor
 class SequenceBias(Processor):
-    """Adds to the score of a token that would complete a sequence: `sequence_bias`; also bad words.
+    """Adds a bias to tokens that would complete a sequence: `sequence_bias`, `bad_words_ids`.
 
-    The sequences are `prefixes` [N, L], filled up with WILDCARD on the left, and `last` [N].
+    Sequence n is `prefixes[n]`, padded with WILDCARD on the left, followed by the token `last[n]`.
     """
 
     prefixes: Any
@@ -111,27 +111,30 @@ class SequenceBias(Processor):
 
     def _changed(self, scores: Scores, history: History) -> Scores:
         prefixes = jnp.asarray(self.prefixes, jnp.int32)[None]
-        ending = history.ending(prefixes.shape[-1])[:, None]
-        completes = jnp.all((prefixes == WILDCARD) | (prefixes == ending), axis=-1)  # [B, N]
+        recent = history.last_tokens(prefixes.shape[-1])[:, None]
+        completes = jnp.all((prefixes == WILDCARD) | (prefixes == recent), axis=-1)  # [B, n]
         bias = jnp.where(completes, jnp.asarray(self.bias, jnp.float32)[None], 0.0)
         return scores + jnp.zeros_like(scores).at[:, jnp.asarray(self.last)].add(bias)
 
 
 @processor
 class RepetitionPenalty(Processor):
-    """Makes what a row holds less likely: scores divided, negative ones multiplied (CTRL)."""
+    """Lowers the scores of tokens that the sequence contains: `repetition_penalty` (CTRL).
+
+    Positive scores are divided by the penalty, negative ones multiplied.
+    """
 
     penalty: Any
     READS_PROMPT: ClassVar[bool] = True
 
     def _changed(self, scores: Scores, history: History) -> Scores:
         punished = jnp.where(scores < 0, scores * self.penalty, scores / self.penalty)
-        return jnp.where(history.seen(scores.shape[-1]), punished, scores)
+        return jnp.where(history.contains(scores.shape[-1]), punished, scores)
 
 
 @processor
 class NoRepeatNgrams(Processor):
-    """Forbids the token that would end an n-gram which the row holds: `no_repeat_ngram_size`."""
+    """Forbids tokens that would repeat an n-gram of the sequence: `no_repeat_ngram_size`."""
 
     n: int = static()
     READS_PROMPT: ClassVar[bool] = True
@@ -142,62 +145,62 @@ class NoRepeatNgrams(Processor):
             return scores
         start = jnp.arange(windows)
         is_repeated = start[None] >= history.first[:, None]
-        is_repeated &= (start + self.n - 1 < history.position)[None]
-        ending = history.ending(self.n - 1)
+        is_repeated &= (start + self.n - 1 < history.end)[None]
+        recent = history.last_tokens(self.n - 1)
         for i in range(self.n - 1):
-            is_repeated &= history.ids[:, i : i + windows] == ending[:, i : i + 1]
+            is_repeated &= history.ids[:, i : i + windows] == recent[:, i : i + 1]
         banned = mark(history.ids[:, self.n - 1 :], is_repeated, scores.shape[-1])
         return jnp.where(banned, -jnp.inf, scores)
 
 
 @processor
 class MinLength(Processor):
-    """Forbids the end before prompt and answer have so many steps: `min_length`."""
+    """Forbids end tokens while prompt and response are shorter than `least`: `min_length`."""
 
     least: Any
     stop_ids: Any
 
     def _changed(self, scores: Scores, history: History) -> Scores:
-        is_short = history.prompt_steps + history.step < self.least
+        is_short = history.prompt_length + history.generated < self.least
         return jnp.where(is_short[:, None] & _among(self.stop_ids, scores), -jnp.inf, scores)
 
 
 @processor
 class MinNewTokens(Processor):
-    """Forbids the end before the answer has so many tokens: `min_new_tokens`."""
+    """Forbids end tokens while the response is shorter than `least`: `min_new_tokens`."""
 
     least: Any
     stop_ids: Any
 
     def _changed(self, scores: Scores, history: History) -> Scores:
-        is_short = history.step < self.least
+        is_short = history.generated < self.least
         return jnp.where(is_short & _among(self.stop_ids, scores), -jnp.inf, scores)
 
 
 @processor
 class ForcedFirst(Processor):
-    """Makes the answer begin with a token: `forced_bos_token_id`."""
+    """Forces the first token of the response: `forced_bos_token_id`."""
 
     token: Any
 
     def _changed(self, scores: Scores, history: History) -> Scores:
-        return jnp.where(history.step == 0, _only((self.token,), scores), scores)
+        return jnp.where(history.generated == 0, _only((self.token,), scores), scores)
 
 
 @processor
 class ForcedEnd(Processor):
-    """Makes an answer of full length end with one of these tokens: `forced_eos_token_id`."""
+    """Forces an end token as the last token within the limit: `forced_eos_token_id`."""
 
     tokens: Any
 
     def _changed(self, scores: Scores, history: History) -> Scores:
-        is_last = history.step == history.limit - 1
+        is_last = history.generated == history.limit - 1
         return jnp.where(is_last[:, None], _only(self.tokens, scores), scores)
 
 
 @processor
 class FiniteScores(Processor):
-    """Turns NaN into 0 and infinities into the largest numbers: `remove_invalid_values`."""
+    """Replaces NaN by 0 and infinities by the largest finite numbers: `remove_invalid_values`."""
 
     def _changed(self, scores: Scores, history: History) -> Scores:
         return jnp.nan_to_num(scores, nan=0.0)
@@ -205,9 +208,9 @@ class FiniteScores(Processor):
 
 @processor
 class DecayingLength(Processor):
-    """Makes the end exponentially likelier after `start` tokens of the answer.
+    """Raises the scores of end tokens exponentially after `start` tokens of the response.
 
-    `exponential_decay_length_penalty`: (start, factor).
+    `exponential_decay_length_penalty` = (start, factor).
     """
 
     start: Any
@@ -215,7 +218,7 @@ class DecayingLength(Processor):
     stop_ids: Any
 
     def _changed(self, scores: Scores, history: History) -> Scores:
-        beyond = jnp.maximum(history.step - self.start, 0)
+        beyond = jnp.maximum(history.generated - self.start, 0)
         gain = jnp.abs(scores) * (jnp.power(jnp.float32(self.factor), beyond) - 1.0)
         is_raised = _among(self.stop_ids, scores) & jnp.isfinite(scores)
         return scores + jnp.where(is_raised, gain, 0.0)
@@ -223,7 +226,7 @@ class DecayingLength(Processor):
 
 @processor
 class Suppress(Processor):
-    """Never says these tokens: `suppress_tokens`."""
+    """Forbids these tokens: `suppress_tokens`."""
 
     tokens: Any
 
@@ -233,19 +236,19 @@ class Suppress(Processor):
 
 @processor
 class SuppressAt(Processor):
-    """Does not say these tokens as token `step` of the answer: `begin_suppress_tokens`."""
+    """Forbids these tokens at one index of the response: `begin_suppress_tokens`."""
 
     tokens: Any
-    step: Any
+    index: Any
 
     def _changed(self, scores: Scores, history: History) -> Scores:
-        is_here = history.step == self.step
+        is_here = history.generated == self.index
         return jnp.where(is_here & _among(self.tokens, scores), -jnp.inf, scores)
 
 
 @processor
 class Temperature(Processor):
-    """Divides by the temperature."""
+    """Divides the scores by the temperature: `temperature`."""
 
     value: Any
 
@@ -255,7 +258,7 @@ class Temperature(Processor):
 
 @processor
 class TopK(Processor):
-    """`top_k`; the count is part of the program."""
+    """Keeps the k highest scores: `top_k`. k is static."""
 
     k: int = static()
 
@@ -265,12 +268,12 @@ class TopK(Processor):
 
 @processor
 class Keep(Processor):
-    """Cuts by one of the rules of `warpers`, `keep_top_p` for instance."""
+    """Truncates the distribution by a rule of `warpers`, for example `keep_top_p`."""
 
     rule: Callable[..., Scores] = static()
     value: Any
     least: int = static(default=1)
-    """Tokens that stay in any case."""
+    """Smallest number of tokens to keep."""
 
     def _changed(self, scores: Scores, history: History) -> Scores:
         return self.rule(scores, self.value, self.least)
@@ -278,7 +281,7 @@ class Keep(Processor):
 
 @processor
 class Renormalize(Processor):
-    """Makes the scores log-probabilities again: `renormalize_logits`."""
+    """Turns the scores into log-probabilities: `renormalize_logits`."""
 
     def _changed(self, scores: Scores, history: History) -> Scores:
         return jax.nn.log_softmax(scores, axis=-1)
@@ -287,12 +290,12 @@ class Renormalize(Processor):
 def _among(ids: Any, scores: Scores) -> Bool[Array, "1 V"]:
     """True at these ids of the vocabulary.
 
-    By comparison: a scatter into so few Booleans now and then lost its marks on CPUs.
+    By comparison, because a scatter into so few booleans sometimes lost updates on CPUs.
     """
     vocabulary = jnp.arange(scores.shape[-1])
     return jnp.any(vocabulary[None] == jnp.asarray(ids, jnp.int32)[:, None], axis=0)[None]
 
 
 def _only(ids: Any, scores: Scores) -> Float[Array, "1 V"]:
-    """Scores that leave these ids alone."""
+    """Scores that allow only these ids."""
     return jnp.where(_among(ids, scores), 0.0, -jnp.inf)

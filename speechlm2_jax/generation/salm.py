@@ -1,8 +1,10 @@
-"""Answering: prompts as embeddings in, token ids out, in one compiled loop.
+"""Generation of text: prompts as embeddings in, token ids out.
 
-`prefill` runs the prompts and chooses the first token, `decode` chooses further ones up to a number
-that may be traced, and `read_outputs` reads off what there is: answering in one go, streaming and
-stopping early run the same two programs.
+- `prefill` runs the prompts and chooses the first token.
+- `decode` generates further tokens in one compiled loop, up to a number that may be traced.
+- `read_outputs` returns the tokens so far.
+
+Generation at once, streaming and early stopping run the same two compiled programs.
 """
 
 from typing import Any, NamedTuple
@@ -17,13 +19,13 @@ from speechlm2_jax.generation.decoding import (
     BeamConfig,
     CachedDecoder,
     DecodingConfig,
+    PromptInfo,
     Prompts,
-    Rows,
     copied_rngs,
     process_scores,
     run_prompts,
     run_token,
-    step_rngs,
+    token_rngs,
 )
 from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.layers.cpu import read_in_place
@@ -44,28 +46,29 @@ __all__ = [
 
 
 class DecodingState(NamedTuple):
-    """State of the loop that follows one path per row."""
+    """State of the decoding loop without beam search."""
 
-    step: Int[Array, ""]
-    """Tokens chosen so far, per row."""
-    ids: Int[Array, "R H"]
+    generated: Int[Array, ""]
+    """Number of tokens generated so far."""
+    ids: Int[Array, "R P"]
+    """Prompt ids, then generated ids."""
     lengths: Int[Array, " R"]
     finished: Bool[Array, " R"]
     cache: KVCache
-    rows: Rows
+    info: PromptInfo
     rngs: Key[Array, " R"] | None
 
 
 class GenerationOutput(NamedTuple):
-    """What has been said so far, R = prompts x answers to each."""
+    """The tokens generated so far; R = prompts x responses per prompt."""
 
     ids: Int[Array, "R A"]
-    """Padded after each row's end."""
+    """Padded after the end of each response."""
     lengths: Int[Array, " R"]
     scores: Float[Array, " R"] | None
-    """Of beam search: log-probability over length to the power of the length penalty."""
+    """Scores of beam search: log-probability / length ** length_penalty."""
     ended: Bool[Array, " R"]
-    """Rows of which nothing more will come."""
+    """True where the response is complete."""
 
 
 GenerationState = DecodingState | BeamSearchState
@@ -92,18 +95,18 @@ def generate_tokens(
 
 
 def prefill(decoder: CachedDecoder, prompts: Prompts, config: DecodingConfig) -> GenerationState:
-    """Runs the prompts and chooses the first token of every row."""
+    """Runs the prompts and chooses the first token of every response."""
     if config.beams is not None:
         return beams.prefill(decoder, prompts, config, config.beams)
     prompt = run_prompts(decoder, prompts, config)
     finished = jnp.repeat(prompts.lengths == 0, config.copies)
     start = DecodingState(
-        step=jnp.zeros((), jnp.int32),
+        generated=jnp.zeros((), jnp.int32),
         ids=prompt.ids,
         lengths=jnp.zeros(len(finished), jnp.int32),
         finished=finished,
         cache=prompt.cache,
-        rows=prompt.rows,
+        info=prompt.info,
         rngs=copied_rngs(prompts.rngs, config.copies),
     )
     return _choose(decoder, start, prompt.hidden, config)
@@ -115,20 +118,21 @@ def decode(
     config: DecodingConfig,
     until: Int[Array, ""] | int,
 ) -> GenerationState:
-    """Chooses tokens until there are `until` of them or every row has ended."""
+    """Generates tokens until each response has `until` of them or all have ended."""
     if isinstance(state, BeamSearchState):
         assert config.beams is not None
         return beams.decode(decoder, state, config, config.beams, until)
     dtype = state.cache.keys.dtype
-    before = state.ids.shape[1] - config.max_new_tokens
+    prompt_length = state.ids.shape[1] - config.max_new_tokens
 
     def is_unfinished(state: DecodingState) -> Array:
-        return (state.step < until) & ~jnp.all(state.finished)
+        return (state.generated < until) & ~jnp.all(state.finished)
 
     def advance(state: DecodingState) -> DecodingState:
-        token = jax.lax.dynamic_slice_in_dim(state.ids, before + state.step - 1, 1, axis=1)[:, 0]
-        place = state.rows.place + state.step - 1
-        hidden, cache = run_token(decoder, state.cache, token, place, ~state.finished, dtype)
+        latest = prompt_length + state.generated - 1
+        token = jax.lax.dynamic_slice_in_dim(state.ids, latest, 1, axis=1)[:, 0]
+        position = state.info.position + state.generated - 1
+        hidden, cache = run_token(decoder, state.cache, token, position, ~state.finished, dtype)
         return _choose(decoder, state._replace(cache=cache), hidden, config)
 
     with read_in_place(decoder):
@@ -136,17 +140,17 @@ def decode(
 
 
 def constrained(state: GenerationState) -> GenerationState:
-    """The state with every array where it belongs: what one program leaves, the next finds."""
+    """Constrains the sharding of every array, so that one program's output fits the next."""
 
-    def by_row(x: Array) -> Array:
+    def by_sequence(x: Array) -> Array:
         return constrain(x, *("batch", *(None,) * (x.ndim - 1))[: x.ndim])
 
-    rest = jax.tree.map(by_row, state._replace(cache=None))
+    rest = jax.tree.map(by_sequence, state._replace(cache=None))
     return rest._replace(cache=state.cache.constrained())
 
 
 def read_outputs(state: GenerationState, config: DecodingConfig) -> GenerationOutput:
-    """Reads off what has been said; of beam search, the best of what was found and what is open."""
+    """Returns the tokens so far; of beam search, the best finished hypotheses and open beams."""
     if isinstance(state, BeamSearchState):
         assert config.beams is not None
         return GenerationOutput(*beams.best(state, config, config.beams))
@@ -165,17 +169,19 @@ def _choose(
     config: DecodingConfig,
 ) -> DecodingState:
     scores = decoder.logits(hidden)[:, 0]
-    scores = process_scores(scores, state.ids, state.step, state.rows, config)
+    scores = process_scores(scores, state.ids, state.generated, state.info, config)
     if config.do_sample:
-        token: Any = jax.vmap(jax.random.categorical)(step_rngs(state.rngs, state.step), scores)
+        token: Any = jax.vmap(jax.random.categorical)(
+            token_rngs(state.rngs, state.generated), scores
+        )
     else:
         token = jnp.argmax(scores, axis=-1)
     token = jnp.where(state.finished, config.pad_id, token).astype(jnp.int32)
-    position = state.ids.shape[1] - config.max_new_tokens + state.step
+    end = state.ids.shape[1] - config.max_new_tokens + state.generated
     stops = jnp.isin(token, jnp.asarray(config.stop_ids, jnp.int32))
     return state._replace(
-        step=state.step + 1,
-        ids=jax.lax.dynamic_update_slice_in_dim(state.ids, token[:, None], position, axis=1),
+        generated=state.generated + 1,
+        ids=jax.lax.dynamic_update_slice_in_dim(state.ids, token[:, None], end, axis=1),
         lengths=state.lengths + ~state.finished,
-        finished=state.finished | stops | (state.step + 1 >= state.rows.limit),
+        finished=state.finished | stops | (state.generated + 1 >= state.info.limit),
     )

@@ -1,4 +1,4 @@
-"""Choosing the next token, as Hugging Face's GenerationConfig means it."""
+"""Greedy choice or sampling of the next token, with the semantics of Hugging Face's options."""
 
 from dataclasses import dataclass
 
@@ -11,17 +11,17 @@ from speechlm2_jax.generation.warpers import keep_top_k, keep_top_p
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Greedy unless `do_sample`; then temperature, top-k and top-p, applied in this order.
+    """Greedy, or with `do_sample` sampling after temperature, top-k and top-p, in this order.
 
-    Raises ValueError for values outside their range, which only sampling reads.
+    Raises ValueError for values outside their range, if `do_sample` is True.
     """
 
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
-    """Keep this many of the likeliest tokens; 0 or -1 keeps all."""
+    """Number of most likely tokens to keep; 0 or -1 keeps all."""
     top_p: float = 1.0
-    """Keep the fewest likeliest tokens whose probabilities reach this sum."""
+    """Keep the smallest set of most likely tokens whose probabilities reach this sum."""
 
     def __post_init__(self) -> None:
         if not self.do_sample:
@@ -37,21 +37,21 @@ class SamplingConfig:
 def choose(
     logits: Float[Array, "B V"], config: SamplingConfig, rngs: Key[Array, " B"] | None = None
 ) -> Int[Array, " B"]:
-    """Chooses one token per row; each row draws from its own key, whatever its neighbours.
+    """Chooses one token per example. A draw depends on the example's own logits and key only.
 
-    Raises ValueError if sampling is asked for without keys.
+    Raises ValueError for `do_sample` without `rngs`.
     """
     logits = logits.astype(jnp.float32)
     if not config.do_sample:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if rngs is None:
-        raise ValueError("do_sample=True needs random keys, one per row")
+        raise ValueError("do_sample=True needs random keys: rngs, one per example")
     kept = warp(logits, config)
     return jax.vmap(jax.random.categorical)(rngs, kept).astype(jnp.int32)
 
 
 def warp(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:
-    """Divides by the temperature and puts tokens that may not be drawn to -inf."""
+    """Divides by the temperature and sets the logits of truncated tokens to -inf."""
     logits = logits / config.temperature
     if config.top_k > 0:
         logits = keep_top_k(logits, config.top_k)

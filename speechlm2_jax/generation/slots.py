@@ -1,8 +1,9 @@
-"""Answering without waiting for each other: rows that end make room for further prompts.
+"""Continuous batching: a sequence that ends frees its slot for the next prompt.
 
-The same maths as `salm`, whose `begin` still runs the prompts and chooses their first tokens. Here
-a fixed number of slots hold rows of any age: `admit` puts new rows into free ones, `run` chooses
-tokens for all of them until enough have ended. One program each, whatever comes and goes.
+A fixed number of slots hold sequences of different lengths. `salm.prefill` runs the prompts and
+chooses their first tokens, `admit` puts them into free slots, and `decode` generates tokens for all
+slots until enough sequences have ended. Each of the three is compiled once. The tokens are those of
+`salm`.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from speechlm2_jax.generation.decoding import (
     CachedDecoder,
     DecodingConfig,
-    Rows,
+    PromptInfo,
     process_scores,
     run_token,
 )
@@ -24,56 +25,58 @@ from speechlm2_jax.layers.cpu import read_in_place
 
 
 class Slots(NamedTuple):
-    """State of R rows, each of its own age; a free one counts as ended."""
+    """State of R slots; a free slot counts as ended."""
 
     ids: Int[Array, "R A"]
-    """What each has said, padded after its end."""
+    """The tokens generated so far, padded after the end."""
     lengths: Int[Array, " R"]
     ended: Bool[Array, " R"]
     cache: RingCache
-    rows: Rows
+    info: PromptInfo
     rngs: Key[Array, " R"] | None
 
 
 def empty(
     decoder: CachedDecoder,
     count: int,
-    prompt_steps: int,
+    prompt_length: int,
     config: DecodingConfig,
     dtype: jnp.dtype,
 ) -> Slots:
-    """Makes free slots for prompts of up to `prompt_steps` steps."""
-    # the last token is never fed back, so it needs no slot
+    """Makes free slots for prompts of up to `prompt_length` positions."""
+    # the last token is never fed back, so it needs no cache position
     ring = max(config.max_new_tokens - 1, 1)
     none = jnp.zeros(count, jnp.int32)
     return Slots(
         ids=jnp.full((count, config.max_new_tokens), config.pad_id, jnp.int32),
         lengths=none,
         ended=jnp.ones(count, bool),
-        cache=RingCache.around(decoder.new_cache(count, prompt_steps + ring, dtype), prompt_steps),
-        rows=Rows(place=none, steps=none, first=none, limit=none),
+        cache=RingCache.around(
+            decoder.new_cache(count, prompt_length + ring, dtype), prompt_length
+        ),
+        info=PromptInfo(position=none, length=none, first=none, limit=none),
         rngs=jax.random.split(jax.random.key(0), count) if config.do_sample else None,
     )
 
 
-def admit(slots: Slots, begun: DecodingState, at: Int[Array, " G"]) -> Slots:
-    """Puts rows that have their first token into the slots `at`; those beyond the last go nowhere.
+def admit(slots: Slots, prefilled: DecodingState, at: Int[Array, " G"]) -> Slots:
+    """Puts prefilled sequences into the slots `at`; slots beyond the last are dropped.
 
-    The rows must have been begun with the configuration of the slots, and with prompts of audio or
-    without their ids: what processors see is the answer alone.
+    The sequences must be prefilled with the configuration of the slots and without prompt ids:
+    processors read the response only.
     """
-    mine = (slots.ids, slots.lengths, slots.ended, slots.rows, slots.rngs)
-    theirs = (begun.ids, begun.lengths, begun.finished, begun.rows, begun.rngs)
-    held = jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), mine, theirs)
-    ids, lengths, ended, rows, rngs = held
-    cache = slots.cache.admit(at, begun.cache)
-    return Slots(ids=ids, lengths=lengths, ended=ended, cache=cache, rows=rows, rngs=rngs)
+    own = (slots.ids, slots.lengths, slots.ended, slots.info, slots.rngs)
+    new = (prefilled.ids, prefilled.lengths, prefilled.finished, prefilled.info, prefilled.rngs)
+    held = jax.tree.map(lambda old, value: old.at[at].set(value, mode="drop"), own, new)
+    ids, lengths, ended, info, rngs = held
+    cache = slots.cache.admit(at, prefilled.cache)
+    return Slots(ids=ids, lengths=lengths, ended=ended, cache=cache, info=info, rngs=rngs)
 
 
-def run(
+def decode(
     decoder: CachedDecoder, slots: Slots, config: DecodingConfig, enough: Int[Array, ""] | int
 ) -> Slots:
-    """Chooses tokens for every row that has not ended until `enough` rows have."""
+    """Generates tokens for every open sequence until `enough` slots have ended."""
     dtype = slots.cache.keys.dtype
 
     def is_unfinished(slots: Slots) -> Array:
@@ -82,8 +85,8 @@ def run(
     def advance(slots: Slots) -> Slots:
         latest = jnp.maximum(slots.lengths - 1, 0)
         token = jnp.take_along_axis(slots.ids, latest[:, None], axis=1)[:, 0]
-        place = slots.rows.place + latest
-        hidden, cache = run_token(decoder, slots.cache, token, place, ~slots.ended, dtype)
+        position = slots.info.position + latest
+        hidden, cache = run_token(decoder, slots.cache, token, position, ~slots.ended, dtype)
         assert isinstance(cache, RingCache)
         scores = decoder.logits(hidden)[:, 0]
         return _choose(slots._replace(cache=cache), scores, config)
@@ -93,18 +96,18 @@ def run(
 
 
 def _choose(slots: Slots, scores: Float[Array, "R V"], config: DecodingConfig) -> Slots:
-    """Adds a token to every row that goes on, each by itself: they are of different ages."""
+    """Adds a token to every open sequence. One at a time (vmap): their lengths differ."""
 
-    def of_row(
-        scores: Array, ids: Array, step: Array, rows: Rows, key: Key[Array, ""] | None
+    def of_slot(
+        scores: Array, ids: Array, generated: Array, info: PromptInfo, rng: Key[Array, ""] | None
     ) -> Array:
-        own = jax.tree.map(lambda x: x[None], rows)
-        changed = process_scores(scores[None], ids[None], step, own, config)[0]
-        if key is None:
+        one = jax.tree.map(lambda x: x[None], info)
+        changed = process_scores(scores[None], ids[None], generated, one, config)[0]
+        if rng is None:
             return jnp.argmax(changed, axis=-1)
-        return jax.random.categorical(jax.random.fold_in(key, step), changed)
+        return jax.random.categorical(jax.random.fold_in(rng, generated), changed)
 
-    token = jax.vmap(of_row)(scores, slots.ids, slots.lengths, slots.rows, slots.rngs)
+    token = jax.vmap(of_slot)(scores, slots.ids, slots.lengths, slots.info, slots.rngs)
     token = token.astype(jnp.int32)
     is_next = jnp.arange(slots.ids.shape[1])[None] == slots.lengths[:, None]
     is_next &= ~slots.ended[:, None]
@@ -113,5 +116,5 @@ def _choose(slots: Slots, scores: Float[Array, "R V"], config: DecodingConfig) -
     return slots._replace(
         ids=jnp.where(is_next, token[:, None], slots.ids),
         lengths=lengths,
-        ended=slots.ended | stops | (lengths >= slots.rows.limit),
+        ended=slots.ended | stops | (lengths >= slots.info.limit),
     )

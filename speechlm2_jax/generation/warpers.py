@@ -1,7 +1,7 @@
-"""Keeping the likelier tokens before one is drawn, as Hugging Face's GenerationConfig means it.
+"""Truncation of the distribution before sampling, with the semantics of Hugging Face's options.
 
-Each `keep_*` puts the tokens of a row that may not be drawn to -inf and leaves at least `least`
-(transformers' `min_tokens_to_keep`). All numbers but the counts may be traced.
+Each `keep_*` sets the scores of the dropped tokens to -inf. It keeps at least `least` tokens
+(transformers' `min_tokens_to_keep`). All numbers but `k` and `least` may be traced.
 """
 
 import jax
@@ -10,51 +10,52 @@ from jaxtyping import Array, Bool, Float
 
 Number = Array | float | int
 TOP_H_TOKENS = 100
-"""Top-h looks at this many of the likeliest tokens, as transformers does."""
+"""Top-h considers this many of the most likely tokens, as in transformers."""
 
 
 def keep_top_k(scores: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-    """Keeps the k largest of each row, and all that equal the k-th (Fan et al. 2018)."""
+    """Keeps the k highest scores, and all that equal the k-th (Fan et al. 2018)."""
     return jnp.where(scores < _kth(scores, k), -jnp.inf, scores)
 
 
 def keep_top_p(scores: Float[Array, "B V"], p: Number, least: int = 1) -> Float[Array, "B V"]:
-    """Drops the least likely tokens that sum to at most 1 - p (Holtzman et al. 2019)."""
+    """Drops the least likely tokens while their sum is at most 1 - p (Holtzman et al. 2019)."""
     order = jnp.argsort(scores, axis=-1)
     ascending = jnp.take_along_axis(scores, order, axis=-1)
     dropped = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1.0 - p
     dropped = dropped.at[:, -least:].set(False)
-    # The rank of a token in the sorted row is the inverse of the sorting permutation.
+    # The rank of a token is the inverse of the sorting permutation.
     rank = jnp.argsort(order, axis=-1)
     return jnp.where(jnp.take_along_axis(dropped, rank, axis=-1), -jnp.inf, scores)
 
 
 def keep_min_p(scores: Float[Array, "B V"], p: Number, least: int = 1) -> Float[Array, "B V"]:
-    """Keeps tokens at least `p` times as likely as the likeliest (Nguyen et al. 2024)."""
+    """Keeps tokens at least `p` times as likely as the most likely one (Nguyen et al. 2024)."""
     probabilities = jax.nn.softmax(scores, axis=-1)
     unlikely = probabilities < p * jnp.max(probabilities, axis=-1, keepdims=True)
     return _drop(scores, unlikely, least)
 
 
 def keep_top_h(scores: Float[Array, "B V"], h: Number, least: int = 1) -> Float[Array, "B V"]:
-    """Keeps the likeliest tokens whose terms of the entropy sum to at most h times its whole.
+    """Keeps the most likely tokens whose entropy terms sum to at most h times the entropy.
 
-    Both are those of the distribution over the TOP_H_TOKENS likeliest tokens, which alone can be
-    kept (top-H decoding, arXiv 2509.02510, as in transformers).
+    The entropy is that of the distribution over the TOP_H_TOKENS most likely tokens; all others are
+    dropped (top-H decoding, arXiv 2509.02510, as in transformers).
     """
     values, tokens = jax.lax.top_k(scores, min(TOP_H_TOKENS, scores.shape[-1]))
     terms = _entropy_terms(values)
     is_kept = jnp.cumsum(terms, axis=-1) <= h * jnp.sum(terms, axis=-1, keepdims=True)
     is_kept = is_kept.at[:, :least].set(True)
-    rows = jnp.arange(len(scores))[:, None]
-    mask = jnp.zeros(scores.shape, bool).at[rows, tokens].set(is_kept)
+    example = jnp.arange(len(scores))[:, None]
+    mask = jnp.zeros(scores.shape, bool).at[example, tokens].set(is_kept)
     return jnp.where(mask, scores, -jnp.inf)
 
 
 def keep_typical(scores: Float[Array, "B V"], mass: Number, least: int = 1) -> Float[Array, "B V"]:
-    """Keeps the tokens whose information is nearest to the entropy, up to `mass` in probability.
+    """Keeps the tokens whose information content is closest to the entropy.
 
-    Locally typical sampling (Meister et al. 2022).
+    Tokens are kept until their probabilities sum to `mass`: locally typical sampling (Meister et
+    al. 2022).
     """
     surprise = -jax.nn.log_softmax(scores, axis=-1)
     distance = jnp.abs(surprise - _entropy(scores))

@@ -57,7 +57,7 @@ def why_unsupported(request: GenerationRequest) -> str | None:
     """What of a request continuous batching does not support; None if all is supported."""
     reasons = {
         "num_beams: beam search": request.decoding.beams is not None,
-        "num_return_sequences above 1": request.decoding.answers > 1,
+        "num_return_sequences above 1": request.decoding.return_sequences > 1,
         "stop_strings": bool(request.stop_strings),
         "max_time": request.max_time_s is not None,
         "should_stop": request.should_stop is not None,
@@ -290,5 +290,5 @@ def _run(
     """Decodes until `enough` slots have ended: (state, (ids, lengths, ended) for the host)."""
     assert slots is not None
     network: Salm = merge(graphdef, variables)
-    slots = loop.run(network.llm, slots, decoding, enough)
+    slots = loop.decode(network.llm, slots, decoding, enough)
     return slots, (slots.ids, slots.lengths, slots.ended)

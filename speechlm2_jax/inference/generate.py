@@ -92,7 +92,7 @@ def generate(
     sequences = output.trimmed()
     if not any(example.audio for example in examples):
         # as NeMo does: prompts of text alone come back before the new tokens
-        prompt_ids = np.repeat(ids, request.decoding.answers, axis=0)
+        prompt_ids = np.repeat(ids, request.decoding.return_sequences, axis=0)
         sequences = np.concatenate([prompt_ids, sequences], axis=1)
     return Generated(sequences, output.scores) if request.returns_dict else sequences
 
@@ -219,7 +219,7 @@ class _PreparedBatch:
     def without_padding(self, output: loops.GenerationOutput) -> PartialOutput:
         """Drops the rows that only fill up the static shape."""
         groups, rows = self.limits.shape
-        copies = self.decoding.answers
+        copies = self.decoding.return_sequences
 
         def real_rows(values: Any) -> np.ndarray:
             by_group = values.reshape(groups, rows * copies, *values.shape[1:])

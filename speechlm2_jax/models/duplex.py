@@ -87,22 +87,22 @@ class DuplexS2SModel(SpeechModel):
     @property
     def speech_vocab_size(self) -> int:
         """Number of codes of each codebook, control codes included."""
-        return self._blueprint.network.books.vocab_size
+        return self._blueprint.network.codebooks.vocab_size
 
     @property
     def speech_bos_id(self) -> int:
         """The code that starts an utterance."""
-        return self._blueprint.network.books.bos
+        return self._blueprint.network.codebooks.bos
 
     @property
     def speech_eos_id(self) -> int:
         """The code that ends an utterance."""
-        return self._blueprint.network.books.eos
+        return self._blueprint.network.codebooks.eos
 
     @property
     def speech_delay_id(self) -> int:
         """The code before the first frame."""
-        return self._blueprint.network.books.delay
+        return self._blueprint.network.codebooks.delay
 
     @property
     def turn_ids(self) -> TextIds:
@@ -226,7 +226,7 @@ class DuplexS2SModel(SpeechModel):
 
     def _silence(self, codes: np.ndarray) -> np.ndarray:
         """The codec's codes [K] of silence; zeros if no control code of `codes` needs them."""
-        books = self._blueprint.network.books
+        books = self._blueprint.network.codebooks
         if not (codes[:, :1] >= books.size).any():
             return np.zeros(books.count, np.int32)
         return np.asarray(silent_codes(self._graphdef, self.variables))
@@ -327,7 +327,7 @@ def run_offline(
 ) -> tuple[DuplexOutput, Int[Array, " B"]]:
     """Generates the agent's tokens for whole recordings: (output, frames of each recording)."""
     network: Duplex = merge(graphdef, variables)
-    books, pad = network.config.books, network.config.text.pad
+    books, pad = network.config.codebooks, network.config.text.pad
     with sharding.use(placement):
         encoder_output = duplex_network.encode_user(network, audio, lengths)
         frames = encoder_output.frames
@@ -361,7 +361,7 @@ def decode_codes(
     network: Duplex = merge(graphdef, variables)
     with sharding.use(placement):
         config = network.config
-        codes = without_control(codes, silence, config.books, nemo_exact=config.nemo_exact)
+        codes = without_control(codes, silence, config.codebooks, nemo_exact=config.nemo_exact)
         extent = jnp.asarray(longest) if config.nemo_exact else None
         decoded = network.codec.decode(codes, lengths, nemo_exact=config.nemo_exact, extent=extent)
         return decoded.audio, decoded.lengths
@@ -391,7 +391,7 @@ def _logits(
 ) -> tuple[Float[Array, "B T V"], Float[Array, "B T K W"]]:
     network: Duplex = merge(graphdef, variables)
     hidden = stages.hidden_states(network, embeds)
-    audio = network.speak(hidden, codes, DuplexModes(), None)
+    audio = network.audio_hidden(hidden, codes, DuplexModes(), None)
     return network.llm.logits(hidden), network.audio_logits(audio)
 
 

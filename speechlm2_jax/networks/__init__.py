@@ -1,1 +1,1 @@
-"""Whole models as pure maths: prepare -> forward -> losses."""
+"""Whole models as pure functions: prepare -> forward -> losses."""

@@ -1,8 +1,8 @@
-"""The streams of a full-duplex conversation, one frame (80 ms) after another.
+"""The channels of a full-duplex conversation: user audio, agent text and agent audio codes.
 
-A frame holds what the user says (encoded), the agent's text token and its K audio codes. The codes
-run one frame behind the text. Both duplex networks see and predict these streams (NeMo SpeechLM2
-DuplexS2SModel.prepare_inputs).
+Each frame (80 ms) holds the user's encoded audio, one text token of the agent and K audio codes of
+the agent. The codes are delayed by one frame against the text. Both duplex networks read and
+predict these channels (NeMo SpeechLM2 DuplexS2SModel.prepare_inputs).
 """
 
 from dataclasses import dataclass
@@ -19,48 +19,50 @@ from speechlm2_jax.sharding import constrain
 
 @dataclass(frozen=True, kw_only=True)
 class TextIds:
-    """Token ids that steer the agent's text channel."""
+    """Control tokens of the agent's text channel."""
 
     pad: int
-    """Nothing new is said in this frame."""
+    """A frame without a text token."""
     bos: int
-    """The agent starts to speak."""
+    """Start of an agent turn."""
     eos: int
-    """The agent stops."""
+    """End of an agent turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Codebooks:
-    """The agent's audio channel: K codes a frame, and three control codes in each codebook."""
+    """Codebooks of the agent's audio channel, with three control codes added to each."""
 
     count: int
+    """Number of codebooks K: codes per frame."""
     size: int
+    """Codes of each codebook, without control codes."""
 
     @property
     def vocab_size(self) -> int:
-        """Codes of a codebook, control codes included."""
+        """Codes of each codebook, with control codes."""
         return self.size + 3
 
     @property
     def bos(self) -> int:
-        """The agent starts to speak."""
+        """Control code at the start of an agent turn."""
         return self.size
 
     @property
     def eos(self) -> int:
-        """The agent stops."""
+        """Control code at the end of an agent turn."""
         return self.size + 1
 
     @property
     def delay(self) -> int:
-        """Before the first frame."""
+        """Control code before the first frame."""
         return self.size + 2
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Channels:
-    """What a network sees in each frame, and what it shall say in the next."""
+    """Inputs of the network in each frame, and its targets for the next frame."""
 
     user: Float[Array, "B T D"]
     """Encoded audio of the user."""
@@ -70,90 +72,99 @@ class Channels:
     code_targets: Int[Array, "B T K"]
     is_scored: Bool[Array, "B T"]
     frames: Int[Array, " B"]
-    """Frames by which the loss of a row is divided."""
+    """Frames of each conversation that are counted in the mean of the loss."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class ChannelLengths:
-    """How many frames the streams of each row have; [B]."""
+    """Frames of the channels of each conversation; [B]."""
 
     user: Any
     agent: Any
     longest_user: Any
-    """Of the row's group, padding included as NeMo pads it (`nemo_exact`)."""
+    """Frames of the longest user channel in the group, to which NeMo pads (`nemo_exact`)."""
     longest_agent: Any
+    """The same of the agent's channel."""
 
 
 def align(
-    user: Float[Array, "B F D"],
-    text: Int[Array, "B N"],
-    codes: Int[Array, "B C K"],
+    user: Float[Array, "B T_user D"],
+    text: Int[Array, "B T_text"],
+    codes: Int[Array, "B T_codes K"],
     lengths: ChannelLengths,
     ids: TextIds,
-    books: Codebooks,
+    codebooks: Codebooks,
     *,
     nemo_exact: bool = False,
 ) -> Channels:
-    """Cuts the streams to one length, marks turns among the codes, delays these, and shifts.
+    """Aligns the channels and makes the targets.
 
-    Frame t sees the text of t and the codes of t - 1, and predicts the text of t + 1 and the codes
-    of t. A row counts its own real frames; with `nemo_exact` every frame up to the longest row of
-    its group is scored, and still only the real ones are counted.
+    - All channels get the length of the shorter of user audio and codes.
+    - Control codes mark the starts and ends of the agent's turns.
+    - The codes are delayed by one frame.
+    - Targets are the channels shifted by one frame: frame t reads text t and codes t - 1, and
+      predicts text t + 1 and codes t.
+
+    The loss is summed over the real frames of a conversation. With `nemo_exact` it is summed over
+    all frames up to the longest conversation of the group, and divided by the number of real ones.
     """
-    steps = min(user.shape[1], codes.shape[1])
-    text = _resized(text, steps, ids.pad)
-    codes = mark_turns(codes[:, :steps], text, ids, books)
-    delayed = jnp.pad(codes[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=books.delay)
-    is_row = lengths.user > 0
+    length = min(user.shape[1], codes.shape[1])
+    text = _with_length(text, length, ids.pad)
+    codes = mark_turns(codes[:, :length], text, ids, codebooks)
+    delayed = jnp.pad(codes[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=codebooks.delay)
+    is_conversation = lengths.user > 0
     if nemo_exact:
         frames = jnp.minimum(lengths.user, lengths.longest_agent)
         scored = jnp.minimum(lengths.longest_user, lengths.longest_agent)
     else:
         frames = scored = jnp.minimum(lengths.user, lengths.agent)
-    frames, scored = (jnp.where(is_row, jnp.maximum(n - 1, 0), 0) for n in (frames, scored))
+    frames, scored = (
+        jnp.where(is_conversation, jnp.maximum(n - 1, 0), 0) for n in (frames, scored)
+    )
     return Channels(
-        user=user[:, : steps - 1],
+        user=user[:, : length - 1],
         text=text[:, :-1],
         codes=delayed[:, :-1],
         text_targets=text[:, 1:],
         code_targets=delayed[:, 1:],
-        is_scored=jnp.arange(steps - 1)[None] < scored[:, None],
+        is_scored=jnp.arange(length - 1)[None] < scored[:, None],
         frames=frames,
     )
 
 
 def mark_turns(
-    codes: Int[Array, "B T K"], text: Int[Array, "B T"], ids: TextIds, books: Codebooks
+    codes: Int[Array, "B T K"], text: Int[Array, "B T"], ids: TextIds, codebooks: Codebooks
 ) -> Int[Array, "B T K"]:
-    """Puts the control codes where the text channel says that a turn starts or ends."""
-    codes = jnp.where((text == ids.bos)[..., None], books.bos, codes)
-    return jnp.where((text == ids.eos)[..., None], books.eos, codes)
+    """Replaces codes by control codes where the text channel starts or ends a turn."""
+    codes = jnp.where((text == ids.bos)[..., None], codebooks.bos, codes)
+    return jnp.where((text == ids.eos)[..., None], codebooks.eos, codes)
 
 
 def without_control(
     codes: Int[Array, "B T K"],
     silence: Int[Array, " K"],
-    books: Codebooks,
+    codebooks: Codebooks,
     *,
     nemo_exact: bool = False,
 ) -> Int[Array, "B T K"]:
-    """Codes that a codec can speak: control codes become those of the row's first frame.
+    """Replaces control codes, which a codec cannot decode, by the codes of the first frame.
 
-    That is silence, as the model learnt it; where it is a control code itself, the codec's own
-    `silence` is used. With `nemo_exact` it stays, and the codec takes it modulo its codebook.
+    The first frame of a conversation is silence. Where it holds a control code itself, `silence`
+    (the codec's codes of silence) is used. With `nemo_exact` that control code stays, and the codec
+    takes it modulo its codebook size.
     """
     first = codes[:, :1]
     if not nemo_exact:
-        first = jnp.where(first >= books.size, silence[None, None], first)
-    return jnp.where(codes >= books.size, first, codes)
+        first = jnp.where(first >= codebooks.size, silence[None, None], first)
+    return jnp.where(codes >= codebooks.size, first, codes)
 
 
 class CodeEmbedding(nnx.Module):
-    """One table of vectors per codebook, control codes included; a frame is the sum of its K."""
+    """One embedding table per codebook (with control codes); a frame is the sum over codebooks."""
 
-    def __init__(self, books: Codebooks, width: int, *, rngs: nnx.Rngs):
-        shape = (books.count, books.vocab_size, width)
+    def __init__(self, codebooks: Codebooks, width: int, *, rngs: nnx.Rngs):
+        shape = (codebooks.count, codebooks.vocab_size, width)
         # torch's default for an embedding
         init = jax.nn.initializers.normal(1.0)
         self.weight = param(rngs, shape, ("layers", "vocab", "embed"), init)
@@ -161,13 +172,14 @@ class CodeEmbedding(nnx.Module):
     def __call__(
         self, codes: Int[Array, "B T K"], start: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
-        """Adds the codes' vectors to `start`, codebook by codebook, in its dtype."""
+        """Adds the embeddings of all codes to `start`, in its dtype."""
         tables = constrain(self.weight[...], None, "vocab", None)
         for k, table in enumerate(tables):
             start = start + jnp.take(table, codes[..., k], axis=0).astype(start.dtype)
         return start
 
 
-def _resized(text: Int[Array, "B N"], steps: int, pad: int) -> Int[Array, "B T"]:
-    missing = max(steps - text.shape[1], 0)
-    return jnp.pad(text[:, :steps], ((0, 0), (0, missing)), constant_values=pad)
+def _with_length(text: Int[Array, "B T_text"], length: int, pad: int) -> Int[Array, "B T"]:
+    """Truncates or pads to `length` frames."""
+    missing = max(length - text.shape[1], 0)
+    return jnp.pad(text[:, :length], ((0, 0), (0, missing)), constant_values=pad)

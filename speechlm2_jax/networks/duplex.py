@@ -1,9 +1,13 @@
-"""What both full-duplex networks are made of, and how they learn.
+"""The base class of both full-duplex networks, and their training.
 
-Three stages, each a pure function and a parity point: `prepare` (audio and tokens -> aligned
-channels and input embeddings), `forward` (embeddings -> hidden states of the text head and of the
-audio head) and `losses` (hidden states -> sums). The networks differ in what the LLM sees of the
-agent's audio, and in what predicts it.
+Three stages, each a pure function that parity tests compare with NeMo:
+
+- `prepare`: audio and tokens -> aligned channels and input embeddings
+- `forward`: embeddings -> hidden states of the text head and of the audio head
+- `losses`: hidden states -> sums of losses
+
+The networks differ in two points: whether the LLM reads the agent's audio codes, and which module
+predicts them.
 """
 
 from abc import abstractmethod
@@ -43,12 +47,12 @@ from speechlm2_jax.sharding import constrain, length_multiple, time_order
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 
 RATE_TOLERANCE = 0.01
-"""How far the frame rates of perception and codec may be apart: 1 frame in 100."""
+"""Largest relative difference of the frame durations of perception and codec."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexConfig:
-    """Architecture of a full-duplex network; nothing here comes from data."""
+    """Architecture of a full-duplex network, independent of data."""
 
     llm: DecoderConfig
     perception: PerceptionConfig
@@ -66,23 +70,22 @@ class DuplexConfig:
 
     def __post_init__(self) -> None:
         self.perception.check_width(self.llm.width)
-        heard, spoken = self.perception.token_equivalent_duration, 1 / self.codec.frame_rate_hz
-        if abs(heard / spoken - 1) > RATE_TOLERANCE:
+        user_s, agent_s = self.perception.token_equivalent_duration, 1 / self.codec.frame_rate_hz
+        if abs(user_s / agent_s - 1) > RATE_TOLERANCE:
             raise ValueError(
-                f"perception makes a frame of {1e3 * heard:.1f} ms of the user's audio but the "
-                f"codec one of {1e3 * spoken:.1f} ms of the agent's; use a codec and an encoder of "
-                "one frame rate"
+                f"frames of perception last {1e3 * user_s:.1f} ms but frames of the codec "
+                f"{1e3 * agent_s:.1f} ms; use a codec and an encoder of one frame rate"
             )
 
     @property
-    def books(self) -> Codebooks:
-        """The agent's audio channel."""
+    def codebooks(self) -> Codebooks:
+        """Codebooks of the agent's audio channel."""
         return Codebooks(count=self.codec.num_codebooks, size=self.codec.codebook_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexModes:
-    """Which parts are in training mode; a frozen part stays in evaluation mode, as in NeMo."""
+    """Which modules are in training mode. Frozen modules stay in evaluation mode, as in NeMo."""
 
     perception: PerceptionModes = PerceptionModes()
     llm: bool = False
@@ -92,7 +95,7 @@ class DuplexModes:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class DuplexInputs:
-    """What the LLM sees, [B, T, D] with B = groups x rows, and what it shall say."""
+    """Input embeddings of the LLM, [B, T, D] with B = groups x sequences, and the channels."""
 
     embeds: Any
     channels: Channels
@@ -101,7 +104,7 @@ class DuplexInputs:
 
 
 class DuplexHidden(NamedTuple):
-    """Hidden states before the two heads."""
+    """Hidden states before the text head and the audio head."""
 
     text: Float[Array, "B T D"]
     audio: Float[Array, "B T W"]
@@ -115,12 +118,16 @@ class Duplex(nnx.Module):
         self.perception = AudioPerception(config.perception, rngs=rngs)
         self.llm = Decoder(config.llm, rngs=rngs, lora=config.lora)
         self.codec = keep_fp32(Codec(config.codec, rngs=rngs))
-        books = config.books
-        self.code_embedding = CodeEmbedding(books, config.llm.width, rngs=rngs)
+        codebooks = config.codebooks
+        self.code_embedding = CodeEmbedding(codebooks, config.llm.width, rngs=rngs)
         self.audio_head = Linear(
-            config.llm.width, books.count * books.vocab_size, axes=("vocab", "embed"), rngs=rngs
+            config.llm.width,
+            codebooks.count * codebooks.vocab_size,
+            axes=("vocab", "embed"),
+            rngs=rngs,
         )
-        self.control_codes = buffer(jnp.array([books.bos, books.eos, books.delay]), (None,))
+        control_codes = jnp.array([codebooks.bos, codebooks.eos, codebooks.delay])
+        self.control_codes = buffer(control_codes, (None,))
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -129,40 +136,40 @@ class Duplex(nnx.Module):
 
     @abstractmethod
     def embed(self, channels: Channels) -> Float[Array, "B T D"]:
-        """Sums what the LLM sees of each frame."""
+        """Computes the LLM's input embedding of each frame."""
 
     @abstractmethod
-    def speak(
+    def audio_hidden(
         self,
         hidden: Float[Array, "B T D"],
         codes: Int[Array, "B T K"] | None,
         modes: DuplexModes,
         rngs: Key[Array, " B"] | None,
     ) -> Float[Array, "B T W"]:
-        """Goes from the LLM's hidden states, and the codes so far, to what the audio head takes."""
+        """Computes the audio head's input from the LLM's hidden states and the previous codes."""
 
     @abstractmethod
     def audio_logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T K V"]:
-        """Scores every code of every codebook, in fp32."""
+        """Computes the logits of every code of every codebook, in fp32."""
 
     @abstractmethod
     def new_state(self, batch: int, capacity: int) -> Any:
-        """Makes the memory of `batch` conversations of up to `capacity` frames."""
+        """Makes the initial decoding state of `batch` conversations of up to `capacity` frames."""
 
     @abstractmethod
-    def step(
+    def decode_frame(
         self,
         state: Any,
         user: Float[Array, "B 1 D"],
         text: Int[Array, "B 1"],
         codes: Int[Array, "B 1 K"],
     ) -> tuple[Float[Array, "B V"], Float[Array, "B K W"], Any]:
-        """Runs the next frame: (text logits, audio logits, memory)."""
+        """Runs the next frame. Returns text logits, audio logits and the new state."""
 
-    def scored_codes(self, logits: Float[Array, "B T KV"]) -> Float[Array, "B T K V"]:
-        """Splits the logits of a head over all codebooks."""
-        books = self.config.books
-        return logits.reshape(*logits.shape[:2], books.count, books.vocab_size)
+    def split_codebooks(self, logits: Float[Array, "B T KV"]) -> Float[Array, "B T K V"]:
+        """Splits the output of one head for all codebooks into one axis per codebook."""
+        codebooks = self.config.codebooks
+        return logits.reshape(*logits.shape[:2], codebooks.count, codebooks.vocab_size)
 
 
 def encode_user(
@@ -186,26 +193,26 @@ def encode_user(
 
 
 def encode_agent(network: Duplex, batch: DuplexBatch) -> tuple[Array, Array]:
-    """Codes [B, C, K] of the agent's audio and their numbers [B]; no gradient reaches the codec."""
-    rows = batch.target_audio.shape[1]
+    """Encodes the agent's audio: codes [B, T, K] and lengths [B]. The codec gets no gradient."""
+    per_group = batch.target_audio.shape[1]
     config = network.config
     encoded = network.codec.encode(
         constrain(_flat(batch.target_audio), "batch", None),
         batch.target_lengths.reshape(-1),
         nemo_exact=config.nemo_exact,
-        extent=jnp.repeat(batch.target_extent, rows) if config.nemo_exact else None,
+        extent=jnp.repeat(batch.target_extent, per_group) if config.nemo_exact else None,
     )
     return jax.lax.stop_gradient(encoded.codes), encoded.lengths
 
 
 def prepare(
-    network: Duplex, batch: DuplexBatch, modes: DuplexModes, key: Key[Array, ""] | None = None
+    network: Duplex, batch: DuplexBatch, modes: DuplexModes, rng: Key[Array, ""] | None = None
 ) -> DuplexInputs:
-    """Encodes both voices, aligns all channels, and sums them. Without `key` nothing is random."""
+    """Encodes both audio channels, aligns all channels and embeds them. Dropout needs `rng`."""
     config = network.config
-    rows = batch.source_audio.shape[1]
-    extents = jnp.repeat(batch.source_extent, rows)
-    rngs = example_rngs(key, batch.sequence_ids)
+    per_group = batch.source_audio.shape[1]
+    extents = jnp.repeat(batch.source_extent, per_group)
+    rngs = example_rngs(rng, batch.sequence_ids)
     output = encode_user(
         network,
         _flat(batch.source_audio),
@@ -215,7 +222,7 @@ def prepare(
         extents,
     )
     codes, code_lengths = encode_agent(network, batch)
-    groups = jnp.repeat(jnp.arange(batch.source_audio.shape[0]), rows)
+    groups = jnp.repeat(jnp.arange(batch.source_audio.shape[0]), per_group)
     lengths = ChannelLengths(
         user=output.lengths,
         agent=code_lengths,
@@ -228,10 +235,10 @@ def prepare(
         codes,
         lengths,
         config.text,
-        config.books,
+        config.codebooks,
         nemo_exact=config.nemo_exact,
     )
-    channels = _as_laid_out(channels)
+    channels = _in_time_order(channels)
     embeds = constrain(network.embed(channels), "batch", "time", "act_embed")
     statistics = {f"perception.{path}": value for path, value in output.statistics.items()}
     return DuplexInputs(embeds=embeds, channels=channels, statistics=statistics)
@@ -243,76 +250,79 @@ def forward(
     modes: DuplexModes,
     rngs: Key[Array, " B"] | None = None,
 ) -> DuplexHidden:
-    """Runs the LLM over whole conversations, and what follows it up to the heads."""
-    rows = inputs.embeds.shape[:2]
-    order = time_order(rows[1])
-    positions = jnp.arange(rows[1]) if order is None else jnp.asarray(order)
+    """Runs the LLM over whole conversations, and the network up to both heads."""
+    shape = inputs.embeds.shape[:2]
+    order = time_order(shape[1])
+    positions = jnp.arange(shape[1]) if order is None else jnp.asarray(order)
     hidden = network.llm(
         inputs.embeds,
-        positions=jnp.broadcast_to(positions.astype(jnp.int32), rows),
-        segments=jnp.ones(rows, jnp.int32),
-        attention_mask=jnp.ones(rows, bool),
+        positions=jnp.broadcast_to(positions.astype(jnp.int32), shape),
+        segments=jnp.ones(shape, jnp.int32),
+        attention_mask=jnp.ones(shape, bool),
         rngs=rngs if modes.llm else None,
         remat=network.config.remat.llm,
     )
-    return DuplexHidden(hidden, network.speak(hidden, inputs.channels.codes, modes, rngs))
+    return DuplexHidden(hidden, network.audio_hidden(hidden, inputs.channels.codes, modes, rngs))
 
 
 def losses(
-    network: Duplex, batch: DuplexBatch, modes: DuplexModes, key: Key[Array, ""] | None = None
+    network: Duplex, batch: DuplexBatch, modes: DuplexModes, rng: Key[Array, ""] | None = None
 ) -> StepLosses:
-    """Weighted cross-entropies of both channels and their accuracies, as sums over frames."""
+    """Computes cross-entropy and accuracy of both channels, as sums over frames.
+
+    The loss is the weighted sum of both cross-entropies.
+    """
     config = network.config
-    user_key, agent_key = (None, None) if key is None else jax.random.split(key)
-    inputs = prepare(network, batch, modes, user_key)
-    hidden = forward(network, inputs, modes, example_rngs(agent_key, batch.sequence_ids))
-    rows = batch.source_audio.shape[1]
-    text, text_right = chunked_cross_entropy(
+    user_rng, agent_rng = (None, None) if rng is None else jax.random.split(rng)
+    inputs = prepare(network, batch, modes, user_rng)
+    hidden = forward(network, inputs, modes, example_rngs(agent_rng, batch.sequence_ids))
+    per_group = batch.source_audio.shape[1]
+    text, text_correct = chunked_cross_entropy(
         hidden.text,
         inputs.channels.text_targets,
         inputs.channels.is_scored,
         network.llm.logits,
-        rows_per_chunk=rows,
+        sequences_per_shard=per_group,
     )
-    audio, audio_right = chunked_cross_entropy(
+    audio, audio_correct = chunked_cross_entropy(
         hidden.audio,
         inputs.channels.code_targets,
         inputs.channels.is_scored,
         network.audio_logits,
-        rows_per_chunk=rows,
+        sequences_per_shard=per_group,
     )
     count = jnp.sum(inputs.channels.frames).astype(jnp.float32)
-    audio_total = audio.total / config.books.count
+    audio_total = audio.total / config.codebooks.count
     total = config.text_loss_weight * text.total + config.audio_loss_weight * audio_total
     return StepLosses(
         loss=LossSum(total=total, count=count),
         metrics={
             "text_loss": LossSum(total=text.total, count=count),
             "audio_loss": LossSum(total=audio_total, count=count),
-            "text_acc": text_right,
-            "audio_acc": audio_right,
+            "text_acc": text_correct,
+            "audio_acc": audio_correct,
         },
         buffers=inputs.statistics,
     )
 
 
-def _as_laid_out(channels: Channels) -> Channels:
-    """Adds frames up to what the mesh needs, and puts them where it wants them."""
-    steps = channels.text.shape[1]
-    missing = -steps % length_multiple()
-    order = time_order(steps + missing)
+def _in_time_order(channels: Channels) -> Channels:
+    """Pads the channels to `length_multiple` and reorders them for context parallelism."""
+    length = channels.text.shape[1]
+    missing = -length % length_multiple()
+    order = time_order(length + missing)
 
-    def lay(x: Array) -> Array:
+    def reordered(x: Array) -> Array:
         if x.ndim == 1:
             return x
         x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
         return x if order is None else x[:, order]
 
-    return jax.tree.map(lay, channels)
+    return jax.tree.map(reordered, channels)
 
 
 def _longest(lengths: Int[Array, " B"], groups: Int[Array, " B"]) -> Int[Array, " B"]:
-    """For each row, the greatest length of its group."""
+    """For each conversation, the greatest length in its group."""
     return jnp.max(jnp.where(groups[:, None] == groups[None], lengths[None], 0), axis=1)
 
 

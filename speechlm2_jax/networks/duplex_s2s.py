@@ -1,4 +1,4 @@
-"""DuplexS2S: one LLM hears the user and its own voice, and predicts text and codes by two heads."""
+"""DuplexS2S: the LLM reads user audio, agent text and agent codes; two heads predict the agent."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -12,41 +12,40 @@ class DuplexS2S(Duplex):
     """Sum of user frame, text token and K codes -> LLM -> text head and audio head."""
 
     def embed(self, channels: Channels) -> Float[Array, "B T D"]:
-        """Sums the user's frame, the text token and the codes before it."""
+        """Sums the embeddings of the user frame, the text token and the previous codes."""
         return self._sum(channels.user, channels.text, channels.codes)
 
-    def speak(
+    def audio_hidden(
         self,
         hidden: Float[Array, "B T D"],
         codes: Int[Array, "B T K"] | None,
         modes: DuplexModes,
         rngs: Key[Array, " B"] | None,
     ) -> Float[Array, "B T D"]:
-        """Both heads take the LLM's hidden states."""
+        """Returns the LLM's hidden states: both heads read them."""
         return hidden
 
     def audio_logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T K V"]:
-        """Scores every code of every codebook, in fp32."""
-        return self.scored_codes(self.audio_head(hidden).astype(jnp.float32))
+        """Computes the logits of every code of every codebook, in fp32."""
+        return self.split_codebooks(self.audio_head(hidden).astype(jnp.float32))
 
     def new_state(self, batch: int, capacity: int) -> KVCache:
-        """Makes the memory of `batch` conversations of up to `capacity` frames."""
+        """Makes the KV cache of `batch` conversations of up to `capacity` frames."""
         return self.llm.new_cache(batch, capacity, self.dtype)
 
-    def step(
+    def decode_frame(
         self,
         state: KVCache,
         user: Float[Array, "B 1 D"],
         text: Int[Array, "B 1"],
         codes: Int[Array, "B 1 K"],
     ) -> tuple[Float[Array, "B V"], Float[Array, "B K W"], KVCache]:
-        """Runs the next frame: (text logits, audio logits, memory)."""
-        rows = text.shape
+        """Runs the next frame. Returns text logits, audio logits and the new KV cache."""
         extended = self.llm.extend(
             self._sum(user, text, codes),
             state,
-            positions=jnp.broadcast_to(state.used, rows),
-            attention_mask=jnp.ones(rows, bool),
+            positions=jnp.broadcast_to(state.used, text.shape),
+            attention_mask=jnp.ones(text.shape, bool),
         )
         hidden = extended.hidden
         return self.llm.logits(hidden)[:, 0], self.audio_logits(hidden)[:, 0], extended.cache
@@ -54,5 +53,5 @@ class DuplexS2S(Duplex):
     def _sum(
         self, user: Float[Array, "B T D"], text: Int[Array, "B T"], codes: Int[Array, "B T K"]
     ) -> Float[Array, "B T D"]:
-        said = self.code_embedding(codes, self.llm.embed(text).astype(self.dtype))
-        return said + user.astype(self.dtype) * self.config.user_channel_weight
+        agent = self.code_embedding(codes, self.llm.embed(text).astype(self.dtype))
+        return agent + user.astype(self.dtype) * self.config.user_channel_weight

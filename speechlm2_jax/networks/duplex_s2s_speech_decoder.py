@@ -1,4 +1,4 @@
-"""DuplexS2SSpeechDecoder: the LLM writes the agent's text, a decoder of its own speaks it."""
+"""DuplexS2SSpeechDecoder: the LLM predicts the agent's text, a speech decoder its audio codes."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from speechlm2_jax.speech_decoder.decoder import SpeechDecoder
 
 
 class State(NamedTuple):
-    """What a conversation remembers."""
+    """Decoding state: the KV cache of the LLM and the state of the speech decoder."""
 
     llm: KVCache
     decoder: Any
@@ -22,36 +22,39 @@ class State(NamedTuple):
 class DuplexS2SSpeechDecoder(Duplex):
     """Sum of user frame and text token -> LLM -> text head, and an autoregressive speech decoder.
 
-    The LLM never hears its own voice. `code_embedding` and `audio_head` are in NeMo's checkpoints
-    and are carried along, unused (NeMo SpeechLM2 DuplexS2SSpeechDecoderModel).
+    The LLM does not read the agent's audio codes. `code_embedding` and `audio_head` are unused:
+    they exist because NeMo's checkpoints hold them (NeMo SpeechLM2 DuplexS2SSpeechDecoderModel).
     """
 
     UNUSED = ("code_embedding.", "audio_head.")
+    """Prefixes of the unused variables."""
 
     def __init__(self, config: DuplexConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         if config.speech_decoder is None:
-            raise ValueError("this network needs a speech_decoder block")
+            raise ValueError(
+                "speech_decoder: expected a block, got none; add it to the model config"
+            )
         self.speech_decoder = SpeechDecoder(
             config.speech_decoder,
             input_width=config.llm.width,
-            codebooks=config.books.count,
-            codes_per_codebook=config.books.vocab_size,
+            codebooks=config.codebooks.count,
+            codes_per_codebook=config.codebooks.vocab_size,
             rngs=rngs,
         )
 
     def embed(self, channels: Channels) -> Float[Array, "B T D"]:
-        """Sums the user's frame and the text token before it."""
+        """Sums the embeddings of the user frame and the text token."""
         return self._sum(channels.user, channels.text)
 
-    def speak(
+    def audio_hidden(
         self,
         hidden: Float[Array, "B T D"],
         codes: Int[Array, "B T K"] | None,
         modes: DuplexModes,
         rngs: Key[Array, " B"] | None,
     ) -> Float[Array, "B T W"]:
-        """Runs the speech decoder over the LLM's hidden states and the codes before each frame."""
+        """Runs the speech decoder over the LLM's hidden states and the previous codes."""
         return self.speech_decoder.decode(
             hidden,
             codes,
@@ -61,35 +64,34 @@ class DuplexS2SSpeechDecoder(Duplex):
         )
 
     def audio_logits(self, hidden: Float[Array, "B T W"]) -> Float[Array, "B T K V"]:
-        """Scores every code of every codebook, in fp32."""
+        """Computes the logits of every code of every codebook, in fp32."""
         return self.speech_decoder.logits(hidden)
 
     def new_state(self, batch: int, capacity: int) -> State:
-        """Makes the memory of `batch` conversations of up to `capacity` frames."""
+        """Makes the initial decoding state of `batch` conversations of up to `capacity` frames."""
         return State(
             llm=self.llm.new_cache(batch, capacity, self.dtype),
             decoder=self.speech_decoder.new_state(batch, capacity, self.dtype),
         )
 
-    def step(
+    def decode_frame(
         self,
         state: State,
         user: Float[Array, "B 1 D"],
         text: Int[Array, "B 1"],
         codes: Int[Array, "B 1 K"],
     ) -> tuple[Float[Array, "B V"], Float[Array, "B K W"], State]:
-        """Runs the next frame: (text logits, audio logits, memory)."""
-        rows = text.shape
+        """Runs the next frame. Returns text logits, audio logits and the new state."""
         extended = self.llm.extend(
             self._sum(user, text),
             state.llm,
-            positions=jnp.broadcast_to(state.llm.used, rows),
-            attention_mask=jnp.ones(rows, bool),
+            positions=jnp.broadcast_to(state.llm.used, text.shape),
+            attention_mask=jnp.ones(text.shape, bool),
         )
-        spoken = self.speech_decoder.step(state.decoder, extended.hidden, codes)
-        after = State(llm=extended.cache, decoder=spoken.state)
-        return self.llm.logits(extended.hidden)[:, 0], spoken.logits[:, 0], after
+        decoded = self.speech_decoder.step(state.decoder, extended.hidden, codes)
+        new_state = State(llm=extended.cache, decoder=decoded.state)
+        return self.llm.logits(extended.hidden)[:, 0], decoded.logits[:, 0], new_state
 
     def _sum(self, user: Float[Array, "B T D"], text: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        said = self.llm.embed(text).astype(self.dtype)
-        return said + user.astype(self.dtype) * self.config.user_channel_weight
+        agent = self.llm.embed(text).astype(self.dtype)
+        return agent + user.astype(self.dtype) * self.config.user_channel_weight

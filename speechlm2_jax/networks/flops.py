@@ -1,8 +1,10 @@
-"""Model FLOPs of one batch, for utilisation: what the maths needs, not what was run.
+"""Model FLOPs of one batch, for model FLOPs utilisation (MFU).
 
-Per token 2 FLOPs per weight forward, 2 backward where a gradient must pass, 2 more where the weight
-is trained; causal attention at half; the head only where a target is; padding and
-rematerialisation count nothing.
+- A weight costs 2 FLOPs per token in the forward pass, 2 in the backward pass if a gradient passes
+  through its layer, and 2 more if the weight is trained.
+- Causal attention costs half of full attention.
+- The head counts at positions with a target only.
+- Padding and rematerialisation do not count.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,24 +17,25 @@ from speechlm2_jax.layers.module import VariableInfo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """A run of layers that sees the same tokens, in the order of the forward pass."""
+class LayerGroup:
+    """Consecutive layers that process the same number of tokens."""
 
     prefix: str
+    """Prefix of the paths of their variables."""
     tokens: float
     attention: float = 0.0
-    """Multiply-adds of scores and mixing, already halved where causal."""
+    """Multiply-adds of attention scores and weighted values; half of them if causal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedAudio:
-    """Real frames of each clip (any shape) behind the encoder and behind the adapter.
+    """Real frames of each clip after the encoder and after the adapter; arrays of any shape.
 
-    Weights of convolutional subsampling are counted at the encoder's input rate over its factor.
+    The weights of convolutional subsampling count `subsampling_factor` times per encoder frame.
     """
 
     encoded: np.ndarray
-    """Per clip, or per part of a clip that the encoder sees by itself."""
+    """Per clip, or per chunk if the encoder runs over chunks of a clip."""
     adapted: np.ndarray
     subsampling_factor: int
 
@@ -41,108 +44,115 @@ def salm_flops(
     infos: Mapping[str, VariableInfo],
     trainable: Mapping[str, bool | np.ndarray],
     batch: SalmBatch,
-    heard: "EncodedAudio",
+    audio: EncodedAudio,
 ) -> float:
-    """FLOPs of one training step on `batch` (host arrays)."""
+    """Computes the FLOPs of one training step on `batch` (host arrays)."""
     lengths = (batch.segments > 0).sum(axis=-1)
-    parts = (
-        *_perception(infos, heard),
+    groups = (
+        *_perception(infos, audio),
         *_llm(infos, lengths, float(batch.loss_mask.sum())),
     )
-    return _total(infos, trainable, parts)
+    return _total(infos, trainable, groups)
 
 
 def duplex_flops(
     infos: Mapping[str, VariableInfo],
     trainable: Mapping[str, bool | np.ndarray],
-    frames_per_row: np.ndarray,
+    frames: np.ndarray,
     *,
     subsampling_factor: int,
 ) -> float:
-    """FLOPs of one training step of a duplex model on rows of so many frames.
+    """Computes the FLOPs of one training step of a duplex model; `frames` of each conversation.
 
-    Both heads score every frame. The codec, which is frozen and runs forward only, is left out.
+    Both heads count at every frame. The codec does not count: it is frozen and runs forward only.
     """
-    frames = float(frames_per_row.sum())
+    n_frames = float(frames.sum())
     decoder = "speech_decoder.transformer.layers."
     inputs = infos.get(f"{decoder}attention.inputs.weight")
     width = 0.0 if inputs is None else 2.0 * inputs.shape[0] * inputs.shape[1] / 3
-    heard = EncodedAudio(
-        encoded=frames_per_row, adapted=frames_per_row, subsampling_factor=subsampling_factor
-    )
-    parts = (
-        *_perception(infos, heard),
-        *_llm(infos, frames_per_row, frames),
-        Part(
+    audio = EncodedAudio(encoded=frames, adapted=frames, subsampling_factor=subsampling_factor)
+    groups = (
+        *_perception(infos, audio),
+        *_llm(infos, frames, n_frames),
+        LayerGroup(
             prefix="speech_decoder.transformer.",
-            tokens=frames,
-            attention=width * _pairs(frames_per_row) / 2,
+            tokens=n_frames,
+            attention=width * _pairs(frames) / 2,
         ),
-        Part(prefix="speech_decoder.projection.", tokens=frames),
-        Part(prefix="audio_head." if inputs is None else "speech_decoder.head.", tokens=frames),
+        LayerGroup(prefix="speech_decoder.projection.", tokens=n_frames),
+        LayerGroup(
+            prefix="audio_head." if inputs is None else "speech_decoder.head.", tokens=n_frames
+        ),
     )
-    return _total(infos, trainable, parts)
+    return _total(infos, trainable, groups)
 
 
-def _perception(infos: Mapping[str, VariableInfo], heard: EncodedAudio) -> tuple[Part, ...]:
-    frames = float(heard.encoded.sum())
-    attention = _attention_width(infos, "perception.encoder.layers.") * _pairs(heard.encoded)
+def _perception(infos: Mapping[str, VariableInfo], audio: EncodedAudio) -> tuple[LayerGroup, ...]:
+    frames = float(audio.encoded.sum())
+    attention = _attention_width(infos, "perception.encoder.layers.") * _pairs(audio.encoded)
     return (
-        Part(prefix="perception.encoder.subsampling.", tokens=frames * heard.subsampling_factor),
-        Part(prefix="perception.encoder.layers.", tokens=frames, attention=attention),
-        *_adapter(infos, heard),
-        Part(prefix="perception.projection.", tokens=float(heard.adapted.sum())),
+        LayerGroup(
+            prefix="perception.encoder.subsampling.", tokens=frames * audio.subsampling_factor
+        ),
+        LayerGroup(prefix="perception.encoder.layers.", tokens=frames, attention=attention),
+        *_adapter(infos, audio),
+        LayerGroup(prefix="perception.projection.", tokens=float(audio.adapted.sum())),
     )
 
 
-def _adapter(infos: Mapping[str, VariableInfo], heard: EncodedAudio) -> tuple[Part, ...]:
-    """A Conformer or a projection sees its own frames; a Q-Former asks each layer that it reads."""
-    root, adapted = "perception.adapter.", float(heard.adapted.sum())
+def _adapter(infos: Mapping[str, VariableInfo], audio: EncodedAudio) -> tuple[LayerGroup, ...]:
+    """A Conformer or a projection processes its own frames; a Q-Former queries encoder layers."""
+    root, adapted = "perception.adapter.", float(audio.adapted.sum())
     queries = infos.get(f"{root}prompts")
     width = _attention_width(infos, f"{root}layers.")
     if queries is None:
-        return (Part(prefix=root, tokens=adapted, attention=width * _pairs(heard.adapted)),)
+        return (LayerGroup(prefix=root, tokens=adapted, attention=width * _pairs(audio.adapted)),)
     read, prompts = queries.shape[:2]
-    asked, seen = adapted * read, float(heard.encoded.sum()) * read
+    n_queries, n_keys = adapted * read, float(audio.encoded.sum()) * read
     own, cross = f"{root}layers.attention.", f"{root}layers.cross_attention."
     return (
-        *(Part(prefix=f"{cross}{name}.", tokens=seen) for name in ("key", "value")),
-        Part(prefix=own, tokens=asked, attention=width * asked * prompts),
-        *(Part(prefix=f"{cross}{name}.", tokens=asked) for name in ("query", "output")),
-        Part(prefix=f"{root}layers.hidden.", tokens=asked, attention=width * seen * prompts),
-        Part(prefix=f"{root}layers.output.", tokens=asked),
-        Part(prefix=f"{root}projection.", tokens=adapted),
+        *(LayerGroup(prefix=f"{cross}{name}.", tokens=n_keys) for name in ("key", "value")),
+        LayerGroup(prefix=own, tokens=n_queries, attention=width * n_queries * prompts),
+        *(LayerGroup(prefix=f"{cross}{name}.", tokens=n_queries) for name in ("query", "output")),
+        LayerGroup(
+            prefix=f"{root}layers.hidden.", tokens=n_queries, attention=width * n_keys * prompts
+        ),
+        LayerGroup(prefix=f"{root}layers.output.", tokens=n_queries),
+        LayerGroup(prefix=f"{root}projection.", tokens=adapted),
     )
 
 
-def _llm(infos: Mapping[str, VariableInfo], lengths: np.ndarray, scored: float) -> tuple[Part, ...]:
+def _llm(
+    infos: Mapping[str, VariableInfo], lengths: np.ndarray, scored: float
+) -> tuple[LayerGroup, ...]:
     attention = _attention_width(infos, "llm.layers.") * _pairs(lengths) / 2
     head = "llm.head." if "llm.head.weight" in infos else "llm.embedding."
     return (
-        Part(prefix="llm.layers.", tokens=float(lengths.sum()), attention=attention),
-        Part(prefix=head, tokens=scored),
+        LayerGroup(prefix="llm.layers.", tokens=float(lengths.sum()), attention=attention),
+        LayerGroup(prefix=head, tokens=scored),
     )
 
 
 def _total(
     infos: Mapping[str, VariableInfo],
     trainable: Mapping[str, bool | np.ndarray],
-    parts: Sequence[Part],
+    groups: Sequence[LayerGroup],
 ) -> float:
-    """Sums the parts; a gradient passes from the first trained one on."""
+    """Sums the groups, in forward order; gradients pass from the first trained group on."""
     total, gradient_passes = 0.0, False
-    for part in parts:
-        paths = [p for p in infos if p.startswith(part.prefix) and not infos[p].is_buffer]
+    for group in groups:
+        paths = [p for p in infos if p.startswith(group.prefix) and not infos[p].is_buffer]
         weights = sum(_kernel_size(infos[p]) for p in paths)
         trained = sum(_kernel_size(infos[p]) * float(np.mean(trainable[p])) for p in paths)
         gradient_passes = gradient_passes or trained > 0
         passes = 2.0 if gradient_passes else 1.0
-        total += 2 * part.tokens * (weights * passes + trained)
-        total += 2 * part.attention * (1 + 2 * gradient_passes)
+        total += 2 * group.tokens * (weights * passes + trained)
+        total += 2 * group.attention * (1 + 2 * gradient_passes)
     return total
 
 
 def _pairs(lengths: np.ndarray) -> float:
+    """Pairs of a query and a key."""
     return float((lengths.astype(float) ** 2).sum())
 
 
@@ -152,6 +162,6 @@ def _kernel_size(info: VariableInfo) -> int:
 
 
 def _attention_width(infos: Mapping[str, VariableInfo], prefix: str) -> float:
-    """Multiply-adds per pair of positions: scores and mixing, over all layers."""
+    """Multiply-adds per pair of a query and a key (score and weighted value), over all layers."""
     info = infos.get(f"{prefix}attention.query.weight")
     return 0.0 if info is None else 2.0 * info.shape[0] * info.shape[1]

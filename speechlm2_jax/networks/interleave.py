@@ -1,4 +1,4 @@
-"""Text and audio in one sequence: a gather of frames and one `where`."""
+"""Interleaving of text embeddings and audio frames in one sequence."""
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,10 @@ def interleave(
     frames: Float[Array, "G C F D"],
     audio_index: Int[Array, "G R T"],
 ) -> Float[Array, "G R T D"]:
-    """Puts audio frames where `audio_index` >= 0 and keeps text embeddings elsewhere.
+    """Replaces text embeddings by audio frames where `audio_index` >= 0.
 
-    The index counts clip * F + frame within the group, so the gather is local to each group and
-    needs no communication over the batch axes (NeMo: replace_placeholders_and_build_targets).
+    The index is clip * F + frame, with the clip's index in its group. So the gather needs no
+    communication between groups (NeMo: replace_placeholders_and_build_targets).
     """
     groups, clips, capacity, width = frames.shape
     if clips * capacity == 0:

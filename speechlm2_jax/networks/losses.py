@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary whose logits never exist for the whole batch."""
+"""Cross-entropy in chunks: the logits of the whole batch are never in memory at once."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from speechlm2_jax.sharding import constrain, context_size
 
 LogitsOf = Callable[[Float[Array, "B T D"]], Float[Array, "B T *K V"]]
 CHUNK_TOKENS = 1024
-"""Scored positions per chunk and device share: logits of [1024, V] in fp32 at a time."""
+"""Scored positions per chunk and device: fp32 logits of [1024, V] at a time."""
 
 
 def chunked_cross_entropy(
@@ -22,82 +22,85 @@ def chunked_cross_entropy(
     loss_mask: Bool[Array, "B T"],
     logits_of: LogitsOf,
     *,
-    rows_per_chunk: int,
+    sequences_per_shard: int,
 ) -> tuple[LossSum, LossSum]:
-    """Sums -log p(target) and counts right guesses where `loss_mask` is True.
+    """Sums -log p(target) and counts correct predictions where `loss_mask` is True.
 
-    Scored positions of each row move to its front, and the head runs over chunks of steps, each
-    computed only if some row still has a target there and, where not all would fit one chunk,
-    computed again in the backward pass.
-    `rows_per_chunk` is how many rows share a device, which sets the steps of a chunk. Where devices
-    share the steps of a row, each does this with its own. Returns (loss, accuracy) as sums with the
-    same count; a step with targets of several codebooks counts as so many. fp32 whatever the dtype
-    of the logits.
+    The scored positions of each sequence move to its front. The head then runs over chunks of
+    positions and skips chunks without a target. The logits of a chunk are computed again in the
+    backward pass, unless one chunk holds all positions.
+
+    `sequences_per_shard` is the number of sequences on each device; it sets the length of a chunk.
+    If sequences are sharded over a context axis, each device does this with its own part.
+
+    Returns loss and accuracy as sums with the same count, in fp32 whatever the dtype of the logits.
+    A position with targets of K codebooks counts K times.
     """
-    batch, shares = loss_mask.shape[0], context_size()
-    steps = loss_mask.shape[1] // shares
-    chunk, is_kept = _chunk_steps(steps, rows_per_chunk)
-    padded = -(-steps // chunk) * chunk
+    batch, shards = loss_mask.shape[0], context_size()
+    length = loss_mask.shape[1] // shards
+    chunk, is_kept = _chunk_length(length, sequences_per_shard)
+    padded = -(-length // chunk) * chunk
 
-    def share(x: Array) -> Array:
-        """[B, T, ...] -> [B, shares, steps, ...]."""
-        x = x.reshape(batch, shares, steps, *x.shape[2:])
+    def shard(x: Array) -> Array:
+        """[B, T, ...] -> [B, shards, length, ...]."""
+        x = x.reshape(batch, shards, length, *x.shape[2:])
         return constrain(x, "batch", "tokens", *(None,) * (x.ndim - 2))
 
-    def over(x: Array) -> Array:
-        """[B, shares, steps] -> the same with an axis for the codebooks, if there are any."""
+    def per_codebook(x: Array) -> Array:
+        """[B, shards, length] -> the same with an axis of size 1 for the codebooks, if any."""
         return x.reshape(*x.shape, *(1,) * len(codebooks))
 
     codebooks = targets.shape[2:]
-    hidden, targets, loss_mask = share(hidden), share(targets), share(loss_mask)
+    hidden, targets, loss_mask = shard(hidden), shard(targets), shard(loss_mask)
     order = jnp.argsort(~loss_mask, axis=2, stable=True)
-    order = jnp.pad(order, ((0, 0), (0, 0), (0, padded - steps)))
+    order = jnp.pad(order, ((0, 0), (0, 0), (0, padded - length)))
     scored = jnp.sum(loss_mask, axis=2)
-    width = jnp.max(scored)
+    most = jnp.max(scored)
 
     def sums(start: Array) -> tuple[Array, Array]:
         index = jax.lax.dynamic_slice_in_dim(order, start, chunk, axis=2)
         h = jnp.take_along_axis(hidden, index[..., None], axis=2)
-        y = jnp.take_along_axis(targets, over(index), axis=2)
-        mask = over((start + jnp.arange(chunk))[None, None] < scored[..., None])
+        y = jnp.take_along_axis(targets, per_codebook(index), axis=2)
+        mask = per_codebook((start + jnp.arange(chunk))[None, None] < scored[..., None])
         logits = logits_of(h.reshape(batch, -1, h.shape[-1])).astype(jnp.float32)
         return _scores(logits.reshape(*y.shape, -1), y, mask)
 
     def nothing(start: Array) -> tuple[Array, Array]:
         return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
 
-    def step(carry: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
-        loss, right = jax.lax.cond(start < width, sums, nothing, start)
-        return (carry[0] + loss, carry[1] + right), None
+    def add_chunk(carry: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
+        loss, correct = jax.lax.cond(start < most, sums, nothing, start)
+        return (carry[0] + loss, carry[1] + correct), None
 
     result = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     starts = range(0, padded, chunk)
     if is_kept:
         for start in starts:
-            result, _ = step(result, jnp.asarray(start))
+            result, _ = add_chunk(result, jnp.asarray(start))
     else:
-        body = jax.checkpoint(step, prevent_cse=False)
+        body = jax.checkpoint(add_chunk, prevent_cse=False)
         result, _ = jax.lax.scan(body, result, jnp.asarray(starts))
-    loss, right = result
+    loss, correct = result
     count = jnp.sum(loss_mask, dtype=jnp.float32) * math.prod(codebooks)
-    return LossSum(total=loss, count=count), LossSum(total=right, count=count)
+    return LossSum(total=loss, count=count), LossSum(total=correct, count=count)
 
 
-def _chunk_steps(steps: int, rows: int) -> tuple[int, bool]:
-    """Steps of a chunk, and whether all logits are kept for the backward pass.
+def _chunk_length(length: int, sequences: int) -> tuple[int, bool]:
+    """Positions of a chunk, and whether all logits are kept for the backward pass.
 
-    They are where one chunk would hold them: no more memory, and a product with the head less.
+    They are kept if one chunk holds all positions: this takes no more memory and saves one matmul
+    with the head.
     """
-    chunk = min(steps, max(1, CHUNK_TOKENS // rows))
-    is_kept = chunk == steps
-    return (loss_chunk(steps) if is_kept else chunk), is_kept
+    chunk = min(length, max(1, CHUNK_TOKENS // sequences))
+    is_kept = chunk == length
+    return (loss_chunk(length) if is_kept else chunk), is_kept
 
 
 def _scores(
-    logits: Float[Array, "*steps V"], targets: Int[Array, "*steps"], mask: Bool[Array, "..."]
+    logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"], mask: Bool[Array, "..."]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Cross-entropy and right guesses, summed where the mask is True."""
+    """Sums cross-entropy and correct predictions where the mask is True."""
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     loss = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
-    right = mask & (jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == targets)
-    return jnp.sum(loss), jnp.sum(right, dtype=jnp.float32)
+    correct = mask & (jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == targets)
+    return jnp.sum(loss), jnp.sum(correct, dtype=jnp.float32)

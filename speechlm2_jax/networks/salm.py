@@ -1,8 +1,10 @@
-"""SALM: speech and text in one sequence for an LLM (arXiv 2310.09424; NeMo SpeechLM2 SALM).
+"""SALM: an LLM over one sequence of audio frames and text (arXiv 2310.09424; NeMo SpeechLM2 SALM).
 
-Three stages, each a pure function and a parity point:
-`prepare` (audio and ids -> input embeddings), `forward` (embeddings -> hidden states) and
-`losses` (hidden states -> sums).
+Three stages, each a pure function that parity tests compare with NeMo:
+
+- `prepare`: audio and token ids -> input embeddings
+- `forward`: embeddings -> hidden states
+- `losses`: hidden states -> sums of losses
 """
 
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from speechlm2_jax.sharding import constrain
 
 @dataclass(frozen=True, kw_only=True)
 class SalmConfig:
-    """Architecture of a SALM; nothing here comes from data or training."""
+    """Architecture of a SALM, independent of data and training."""
 
     llm: DecoderConfig
     perception: PerceptionConfig
@@ -44,7 +46,7 @@ class SalmConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SalmModes:
-    """Which parts are in training mode; a frozen part stays in evaluation mode, as in NeMo."""
+    """Which modules are in training mode. Frozen modules stay in evaluation mode, as in NeMo."""
 
     perception: PerceptionModes = PerceptionModes()
     llm: bool = False
@@ -52,14 +54,15 @@ class SalmModes:
 
 @dataclass(frozen=True, kw_only=True)
 class SalmInputs:
-    """What the LLM sees: [B, T, D] with B = groups x rows, and new batch-norm statistics."""
+    """Input embeddings of the LLM, [B, T, D] with B = groups x sequences."""
 
     embeds: Float[Array, "B T D"]
     statistics: dict[str, Array]
+    """New batch-norm statistics by variable path."""
 
 
 class Salm(nnx.Module):
-    """FastConformer -> modality adapter -> projection, beside a decoder LLM."""
+    """Perception (FastConformer -> modality adapter -> projection) and a decoder-only LLM."""
 
     def __init__(self, config: SalmConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -72,23 +75,23 @@ class Salm(nnx.Module):
         return jnp.dtype(self.config.compute_dtype)
 
 
-def example_rngs(key: Key[Array, ""] | None, ids: Int[Array, "G N"]) -> Key[Array, " B"] | None:
-    """One key per example from its position in the global batch, whatever its neighbours."""
-    if key is None:
+def example_rngs(rng: Key[Array, ""] | None, ids: Int[Array, "G R"]) -> Key[Array, " B"] | None:
+    """Derives one random key per example from its index in the global batch; None stays None."""
+    if rng is None:
         return None
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids.reshape(-1))
+    return jax.vmap(lambda i: jax.random.fold_in(rng, i))(ids.reshape(-1))
 
 
 def encode_audio(
-    network: Salm, batch: SalmBatch, modes: SalmModes, key: Key[Array, ""] | None
+    network: Salm, batch: SalmBatch, modes: SalmModes, rng: Key[Array, ""] | None
 ) -> tuple[Float[Array, "G C F D"], dict[str, Array]]:
-    """Encodes every clip of every group into LLM-width frames; clips share no encoder row."""
+    """Encodes every clip of every group, each by itself, into frames of the LLM's width."""
     groups, clips, samples = batch.audio.shape
     output = network.perception(
         constrain(batch.audio.reshape(groups * clips, samples), "clips", None),
         batch.audio_lengths.reshape(-1),
         modes=modes.perception,
-        rngs=example_rngs(key, batch.clip_ids),
+        rngs=example_rngs(rng, batch.clip_ids),
         extents=jnp.repeat(batch.audio_extent, clips),
         dtype=network.dtype,
         remat=network.config.remat.perception,
@@ -98,12 +101,12 @@ def encode_audio(
 
 
 def prepare(
-    network: Salm, batch: SalmBatch, modes: SalmModes, key: Key[Array, ""] | None = None
+    network: Salm, batch: SalmBatch, modes: SalmModes, rng: Key[Array, ""] | None = None
 ) -> SalmInputs:
-    """Embeds text, encodes audio, and interleaves them. Without `key` nothing is random."""
+    """Embeds text, encodes audio, and interleaves them. Dropout needs `rng`."""
     if batch.audio.shape[1] == 0:
         return join(network, batch, None, {})
-    return join(network, batch, *encode_audio(network, batch, modes, key))
+    return join(network, batch, *encode_audio(network, batch, modes, rng))
 
 
 def join(
@@ -112,7 +115,7 @@ def join(
     frames: Float[Array, "G C F D"] | None,
     statistics: dict[str, Array],
 ) -> SalmInputs:
-    """Embeds the text of a batch and puts the frames of its clips between; None: there are none."""
+    """Embeds the text of a batch and interleaves the frames of its clips (None: no clips)."""
     text = network.llm.embed(batch.tokens).astype(network.dtype)
     if frames is not None:
         text = interleave(text, frames.astype(network.dtype), batch.audio_index)
@@ -128,26 +131,26 @@ def forward(
     embeds: Float[Array, "B T D"],
     batch: SalmBatch,
     modes: SalmModes,
-    key: Key[Array, ""] | None = None,
+    rng: Key[Array, ""] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Runs the LLM over interleaved embeddings; hidden states after the final norm."""
-    rows = embeds.shape[:2]
+    """Runs the LLM over interleaved embeddings. Returns hidden states after the final norm."""
+    shape = embeds.shape[:2]
     return network.llm(
         embeds,
-        positions=batch.positions.reshape(rows),
-        segments=batch.segments.reshape(rows),
-        attention_mask=batch.attention_mask.reshape(rows),
-        rngs=example_rngs(key, batch.sequence_ids) if modes.llm else None,
+        positions=batch.positions.reshape(shape),
+        segments=batch.segments.reshape(shape),
+        attention_mask=batch.attention_mask.reshape(shape),
+        rngs=example_rngs(rng, batch.sequence_ids) if modes.llm else None,
         remat=network.config.remat.llm,
     )
 
 
 def losses(
-    network: Salm, batch: SalmBatch, modes: SalmModes, key: Key[Array, ""] | None = None
+    network: Salm, batch: SalmBatch, modes: SalmModes, rng: Key[Array, ""] | None = None
 ) -> StepLosses:
-    """Next-token cross-entropy over the assistant's turns, and token accuracy (`acc`), as sums."""
-    audio_key, text_key = (None, None) if key is None else jax.random.split(key)
-    return score(network, prepare(network, batch, modes, audio_key), batch, modes, text_key)
+    """Computes next-token cross-entropy and accuracy (`acc`) of the assistant's turns, as sums."""
+    audio_rng, text_rng = (None, None) if rng is None else jax.random.split(rng)
+    return score(network, prepare(network, batch, modes, audio_rng), batch, modes, text_rng)
 
 
 def score(
@@ -155,17 +158,17 @@ def score(
     inputs: SalmInputs,
     batch: SalmBatch,
     modes: SalmModes,
-    key: Key[Array, ""] | None = None,
+    rng: Key[Array, ""] | None = None,
 ) -> StepLosses:
-    """Runs the LLM over prepared inputs and sums the losses of what is scored."""
-    hidden = forward(network, inputs.embeds, batch, modes, key)
-    rows = hidden.shape[:2]
-    mask: Bool[Array, "B T"] = batch.loss_mask.reshape(rows)
+    """Runs the LLM over prepared inputs and sums the losses."""
+    hidden = forward(network, inputs.embeds, batch, modes, rng)
+    shape = hidden.shape[:2]
+    mask: Bool[Array, "B T"] = batch.loss_mask.reshape(shape)
     loss, accuracy = chunked_cross_entropy(
         hidden,
-        batch.targets.reshape(rows),
+        batch.targets.reshape(shape),
         mask,
         network.llm.logits,
-        rows_per_chunk=batch.tokens.shape[1],
+        sequences_per_shard=batch.tokens.shape[1],
     )
     return StepLosses(loss=loss, metrics={"acc": accuracy}, buffers=inputs.statistics)

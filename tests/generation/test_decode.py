@@ -1,4 +1,4 @@
-"""Laws of answering: equal to the plain forward pass, whatever the padding and the neighbours."""
+"""Generation equals greedy decoding by full forward passes, for any padding and batch."""
 
 import re
 from dataclasses import replace
@@ -29,14 +29,14 @@ CONFIG = DecoderConfig(
     mlp_width=24,
     init_std=0.4,
 )
-DEFINITION, VARIABLES = split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+GRAPHDEF, VARIABLES = split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
 PAD = 0
 GREEDY = DecodingConfig(max_new_tokens=6, stop_ids=(), pad_id=PAD)
 PROMPTS = [[3, 7, 11, 5, 2], [9, 4], [8, 8, 1, 30]]
 
 
 @partial(jax.jit, static_argnames="config")
-def answer(
+def generate(
     variables: Variables,
     embeds: jax.Array,
     lengths: jax.Array,
@@ -44,26 +44,26 @@ def answer(
     config: DecodingConfig,
     rngs: jax.Array | None = None,
 ) -> jax.Array:
-    decoder: Decoder = merge(DEFINITION, variables)
+    decoder: Decoder = merge(GRAPHDEF, variables)
     return generate_tokens(
         decoder, embeds, lengths=lengths, attention_mask=attention_mask, config=config, rngs=rngs
     )
 
 
-def laid_out(prompts: list[list[int]], steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Embeddings with garbage behind each prompt, lengths, and keys."""
-    ids = np.full((len(prompts), steps), 13)
+def padded_prompts(prompts: list[list[int]], length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Embeddings with garbage after each prompt, lengths, and attention masks."""
+    ids = np.full((len(prompts), length), 13)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
     lengths = np.asarray([len(p) for p in prompts], np.int32)
-    decoder: Decoder = merge(DEFINITION, VARIABLES)
-    attention_mask = np.arange(steps)[None] < lengths[:, None]
+    decoder: Decoder = merge(GRAPHDEF, VARIABLES)
+    attention_mask = np.arange(length)[None] < lengths[:, None]
     return decoder.embed(jnp.asarray(ids)), jnp.asarray(lengths), jnp.asarray(attention_mask)
 
 
 @jax.jit
 def scores_of_last(ids: jax.Array, attention_mask: jax.Array, length: jax.Array) -> jax.Array:
-    decoder: Decoder = merge(DEFINITION, VARIABLES)
+    decoder: Decoder = merge(GRAPHDEF, VARIABLES)
     hidden = decoder(
         decoder.embed(ids[None]),
         positions=jnp.maximum(jnp.cumsum(attention_mask, dtype=jnp.int32) - 1, 0)[None],
@@ -74,7 +74,7 @@ def scores_of_last(ids: jax.Array, attention_mask: jax.Array, length: jax.Array)
 
 
 def by_full_passes(prompt: list[int], holes: tuple[int, ...] = ()) -> list[int]:
-    """Greedy answer by running the whole sequence anew for every token."""
+    """Greedy decoding without a cache: the whole sequence runs again for every token."""
     capacity, ids = 12, list(prompt)
     for _ in range(GREEDY.max_new_tokens):
         row = jnp.asarray(ids + [13] * (capacity - len(ids)))
@@ -83,41 +83,41 @@ def by_full_passes(prompt: list[int], holes: tuple[int, ...] = ()) -> list[int]:
     return ids[len(prompt) :]
 
 
-def test_answers_equal_full_passes_whatever_the_padding_and_the_neighbours() -> None:
-    together = answer(VARIABLES, *laid_out(PROMPTS, 6), GREEDY)
+def test_generation_equals_full_passes_for_any_padding_and_batch() -> None:
+    together = generate(VARIABLES, *padded_prompts(PROMPTS, 6), GREEDY)
     for row, prompt in enumerate(PROMPTS):
-        alone = answer(VARIABLES, *laid_out([prompt], 5), GREEDY)[0]
+        alone = generate(VARIABLES, *padded_prompts([prompt], 5), GREEDY)[0]
         assert together[row].tolist() == alone.tolist() == by_full_passes(prompt)
 
 
-def test_steps_that_are_no_keys_are_skipped_by_attention_and_positions() -> None:
-    embeds, lengths, attention_mask = laid_out([PROMPTS[0]], 6)
-    ids = answer(VARIABLES, embeds, lengths, attention_mask.at[0, 2].set(False), GREEDY)[0]
+def test_masked_positions_are_skipped_by_attention_and_position_ids() -> None:
+    embeds, lengths, attention_mask = padded_prompts([PROMPTS[0]], 6)
+    ids = generate(VARIABLES, embeds, lengths, attention_mask.at[0, 2].set(False), GREEDY)[0]
     assert ids.tolist() == by_full_passes(PROMPTS[0], holes=(2,))
     assert ids.tolist() != by_full_passes(PROMPTS[0])
 
 
-def test_a_row_ends_with_its_stop_token_and_is_filled_with_padding() -> None:
-    free = answer(VARIABLES, *laid_out(PROMPTS, 6), GREEDY)
+def test_a_response_ends_with_its_stop_token_and_is_padded() -> None:
+    free = generate(VARIABLES, *padded_prompts(PROMPTS, 6), GREEDY)
     stops = (int(free[0, 2]), int(free[1, 0]))
     config = DecodingConfig(max_new_tokens=6, stop_ids=stops, pad_id=PAD)
-    stopped = answer(VARIABLES, *laid_out(PROMPTS, 6), config)
+    stopped = generate(VARIABLES, *padded_prompts(PROMPTS, 6), config)
     for expected, row in zip(free.tolist(), stopped.tolist(), strict=True):
         end = next((i for i, token in enumerate(expected) if token in stops), 5)
         assert row == expected[: end + 1] + [PAD] * (5 - end)
 
 
 def test_one_program_serves_all_prompts_of_a_shape() -> None:
-    count = answer._cache_size
-    answer(VARIABLES, *laid_out(PROMPTS[:2], 6), GREEDY)
+    count = generate._cache_size
+    generate(VARIABLES, *padded_prompts(PROMPTS[:2], 6), GREEDY)
     before = count()
-    answer(VARIABLES, *laid_out(PROMPTS[1:], 6), GREEDY)
+    generate(VARIABLES, *padded_prompts(PROMPTS[1:], 6), GREEDY)
     assert count() == before
 
 
 def test_the_loop_updates_the_cache_in_place() -> None:
-    prompts = laid_out(PROMPTS, 6)
-    text = answer.lower(VARIABLES, *prompts, GREEDY).compile().as_text()
+    prompts = padded_prompts(PROMPTS, 6)
+    text = generate.lower(VARIABLES, *prompts, GREEDY).compile().as_text()
     loops = text[: text.index("ENTRY")]
     capacity = 6 + GREEDY.max_new_tokens - 1
     cache = rf"f32\[{CONFIG.layers},{len(PROMPTS)},1,{capacity},{CONFIG.head_width}\]\S*"
@@ -125,24 +125,26 @@ def test_the_loop_updates_the_cache_in_place() -> None:
     assert not re.search(rf"{cache} copy\(", loops)
 
 
-def test_an_empty_row_gives_padding_only() -> None:
-    assert not np.asarray(answer(VARIABLES, *laid_out([PROMPTS[0], []], 6), GREEDY))[1].any()
+def test_an_empty_prompt_gives_padding_only() -> None:
+    assert not np.asarray(generate(VARIABLES, *padded_prompts([PROMPTS[0], []], 6), GREEDY))[
+        1
+    ].any()
 
 
-def test_a_sampled_answer_depends_on_its_own_row_and_key_only() -> None:
+def test_a_sampled_response_depends_on_its_own_prompt_and_key_only() -> None:
     config = replace(
         GREEDY, do_sample=True, processors=(Temperature(1.5), TopK(20), Keep(keep_top_p, 0.95))
     )
     rngs = jax.random.split(jax.random.key(3), 4)
     prompts = [*PROMPTS, PROMPTS[0]]
-    together = answer(VARIABLES, *laid_out(prompts, 6), config, rngs).tolist()
-    alone = answer(VARIABLES, *laid_out(prompts[1:2], 5), config, rngs[1:2]).tolist()
+    together = generate(VARIABLES, *padded_prompts(prompts, 6), config, rngs).tolist()
+    alone = generate(VARIABLES, *padded_prompts(prompts[1:2], 5), config, rngs[1:2]).tolist()
     assert alone == together[1:2]
     assert together[0] != together[3]
 
 
 class CountingDecoder:
-    """Says token `length of its input so far` and notes every call."""
+    """Predicts the length of its input as the next token and records every call."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -164,7 +166,7 @@ class CountingDecoder:
         return jax.nn.one_hot(hidden[..., 0].astype(jnp.int32) + 1, 20)
 
 
-def test_the_loop_stops_when_all_rows_have_ended_and_positions_go_on_from_each_length() -> None:
+def test_the_loop_stops_when_all_have_ended_and_positions_continue_from_each_length() -> None:
     decoder = CountingDecoder()
     config = DecodingConfig(max_new_tokens=10, stop_ids=(5,), pad_id=0)
     ids = generate_tokens(

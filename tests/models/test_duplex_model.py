@@ -157,7 +157,7 @@ def test_data_that_do_not_fit_the_model_are_refused_with_both_numbers():
 
 def test_a_control_code_in_frame_0_is_the_codecs_silence():
     model = pretrained("duplex_s2s")
-    books = model._blueprint.network.books
+    books = model._blueprint.network.codebooks
     said = np.full((2, 3, books.count), books.bos)
     silent = model._silence(said)
     assert silent.shape == (books.count,) and (silent < books.size).all() and silent.any()

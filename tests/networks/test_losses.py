@@ -11,12 +11,12 @@ from speechlm2_jax.networks.losses import chunked_cross_entropy
 FP32_RTOL = 1e-5
 
 
-def _case(seed: int, batch: int, steps: int, width: int = 8, vocab: int = 13):
+def _case(seed: int, batch: int, length: int, width: int = 8, vocab: int = 13):
     rng = np.random.default_rng(seed)
-    hidden = jnp.asarray(rng.normal(size=(batch, steps, width)), jnp.float32)
+    hidden = jnp.asarray(rng.normal(size=(batch, length, width)), jnp.float32)
     head = jnp.asarray(rng.normal(size=(vocab, width)), jnp.float32)
-    targets = jnp.asarray(rng.integers(0, vocab, (batch, steps)), jnp.int32)
-    mask = jnp.asarray(rng.random((batch, steps)) < 0.4)
+    targets = jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32)
+    mask = jnp.asarray(rng.random((batch, length)) < 0.4)
     return hidden, head, targets, mask
 
 
@@ -33,17 +33,19 @@ def test_chunks_change_neither_loss_nor_gradient_nor_accuracy(monkeypatch, chunk
 
     def chunked(hidden, head):
         loss, accuracy = chunked_cross_entropy(
-            hidden, targets, mask, lambda h: h @ head.T, rows_per_chunk=1
+            hidden, targets, mask, lambda h: h @ head.T, sequences_per_shard=1
         )
         return loss.total, (loss.count, accuracy.total)
 
-    (total, (count, right)), grads = jax.value_and_grad(chunked, (0, 1), has_aux=True)(hidden, head)
+    (total, (count, correct)), grads = jax.value_and_grad(chunked, (0, 1), has_aux=True)(
+        hidden, head
+    )
     expected, expected_grads = jax.value_and_grad(_plain, (0, 1))(hidden, head, targets, mask)
     np.testing.assert_allclose(total, expected, rtol=FP32_RTOL)
     for got, want in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(got, want, rtol=FP32_RTOL, atol=1e-6)
     assert count == mask.sum()
-    assert right == (mask & (jnp.argmax(hidden @ head.T, -1) == targets)).sum()
+    assert correct == (mask & (jnp.argmax(hidden @ head.T, -1) == targets)).sum()
 
 
 def test_no_target_gives_zero_loss_and_finite_zero_gradient():
@@ -51,7 +53,7 @@ def test_no_target_gives_zero_loss_and_finite_zero_gradient():
 
     def mean_loss(hidden):
         loss, _ = chunked_cross_entropy(
-            hidden, targets, jnp.zeros_like(mask), lambda h: h @ head.T, rows_per_chunk=1
+            hidden, targets, jnp.zeros_like(mask), lambda h: h @ head.T, sequences_per_shard=1
         )
         return loss.mean()
 

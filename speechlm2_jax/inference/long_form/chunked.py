@@ -103,7 +103,7 @@ def refuse_long_audio(examples: Sequence[SalmExample], max_s: float | None, rate
 
 def check(request: GenerationRequest) -> None:
     """Raises ValueError for what is not supported with chunks."""
-    if request.decoding.answers > 1:
+    if request.decoding.return_sequences > 1:
         raise ValueError(
             "num_return_sequences: a recording longer than max_audio_s has one response, joined "
             "from its chunks; leave it out, or raise max_audio_s"

@@ -107,7 +107,7 @@ def read_request(
         pad_id=int(pad_id),
         processors=make_processors(asked, stops, model.text_vocab_size),
         do_sample=bool(asked.get("do_sample", False)),
-        answers=int(asked.get("num_return_sequences", 1)),
+        return_sequences=int(asked.get("num_return_sequences", 1)),
         beams=None if beams == 1 else _beams(asked, beams),
     )
     strings = asked.get("stop_strings", ())
