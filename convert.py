@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def convert(source: Path, target: Path, dtype: str | None = None) -> None:
-    """Writes `source` to `target`, if asked in `dtype`, and says what to look at."""
+    """Writes `source` to `target`, in `dtype` if given, and prints the paths to look at."""
     from speechlm2_jax import models
     from speechlm2_jax.checkpointing import DamagedError
     from speechlm2_jax.pretrained import registry

@@ -112,7 +112,7 @@ def report(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> None
 
 
 def log(line: str) -> None:
-    """Says what is being done; standard output holds results only."""
+    """Prints progress to standard error; standard output holds results only."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -27,7 +27,7 @@ _LONGEST_TEXT = 4096
 def initialize(nodes: int = 1) -> None:
     """Connects the processes of the run; called before JAX initialises its devices.
 
-    The launcher sets the address in environment variables. JAX itself recognises SLURM, Open MPI,
+    The launcher sets the address in environment variables. JAX itself detects SLURM, Open MPI,
     GKE and Cloud TPU, the last only if `nodes` (trainer.num_nodes) is above 1. Raises SettingsError
     if the processes cannot connect.
     """

@@ -37,34 +37,34 @@ def agent(cut):
     return soundfile.read(DIALOGS / source, dtype="float32")[0]
 
 
-def said_by(split, speaker):
+def texts_of(split, speaker):
     turns = [turn for cut in cuts(split) for turn in cut["supervisions"]]
     return {turn["text"] for turn in turns if turn["speaker"] == speaker}
 
 
-def test_dialogs_answer_new_sentences_with_known_words():
+def test_dialogs_have_new_user_sentences_of_known_words():
     tested = (ROOT / "corpus" / "test.jsonl").read_text().splitlines()
-    heard = said_by("train", "user") | said_by("validation", "user")
-    assert not said_by("train", "user") & said_by("validation", "user")
-    assert not heard & {json.loads(line)["text"] for line in tested}
-    assert said_by("validation", "agent") <= said_by("train", "agent")
+    trained = texts_of("train", "user") | texts_of("validation", "user")
+    assert not texts_of("train", "user") & texts_of("validation", "user")
+    assert not trained & {json.loads(line)["text"] for line in tested}
+    assert texts_of("validation", "agent") <= texts_of("train", "agent")
 
 
-def test_answers_begin_at_a_frame_after_the_user_has_spoken():
+def test_responses_begin_at_a_frame_after_the_users_turn():
     for cut in cuts("validation"):
-        user, answer = cut["supervisions"]
-        assert answer["start"] >= user["start"] + user["duration"]
-        assert answer["start"] / 0.08 == pytest.approx(round(answer["start"] / 0.08))
+        user, response = cut["supervisions"]
+        assert response["start"] >= user["start"] + user["duration"]
+        assert response["start"] / 0.08 == pytest.approx(round(response["start"] / 0.08))
 
 
-def test_the_codec_says_again_what_it_heard_and_silence_is_silent():
+def test_the_codec_reconstructs_audio_and_silence_is_silent():
     codec = AudioCodec.from_pretrained(CODEC)
     wave = agent(cuts("validation")[0])
     codes, counts = codec.encode(wave[None], [len(wave)])
-    spoken = np.asarray(codec.decode(codes, counts).audio)[0, : len(wave)]
-    error = np.square(wave - spoken).sum()
+    decoded = np.asarray(codec.decode(codes, counts).audio)[0, : len(wave)]
+    error = np.square(wave - decoded).sum()
     assert 10 * np.log10(np.square(wave).sum() / error) > LEAST_SNR_DB
-    assert np.abs(spoken[: 10 * codec.samples_per_frame]).max() < 1e-5
+    assert np.abs(decoded[: 10 * codec.samples_per_frame]).max() < 1e-5
 
 
 @pytest.mark.slow  # a minute of compilation each
@@ -76,4 +76,4 @@ def test_two_steps_of_a_bundled_config_run(kind, tmp_path):
     rows = [json.loads(line) for line in lines]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 2 and np.isfinite(losses).all()
-    assert any("val_asr_bleu" in row for row in rows), "its speech is written down"
+    assert any("val_asr_bleu" in row for row in rows), "its speech is transcribed"

@@ -22,7 +22,7 @@ def test_parts_are_at_most_fifteen_megabytes():
     assert size <= 15 * MEGABYTE
 
 
-def test_the_encoder_hears():
+def test_the_encoder_transcribes():
     rows = [json.loads(line) for line in (CORPUS / "test.jsonl").read_text().splitlines()][::10]
     waves = [soundfile.read(CORPUS / r["audio_filepath"], dtype="float32")[0] for r in rows]
     texts = CTCModel.from_pretrained(PARTS / "tiny_encoder.nemo").transcribe(waves)

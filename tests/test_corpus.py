@@ -111,13 +111,13 @@ def test_every_test_word_is_in_at_least_three_training_sentences(test):
 def test_no_test_sentence_shares_five_words_in_a_row_with_any_training_text(
     train, test, pretraining, synthesis
 ):
-    said = [row["text"] for row in (*train, *pretraining)]
-    said += [*lines_of("train_sentences"), *lines_of("pretraining_sentences")]
-    said += synthesis[0].BABBLE_SENTENCES
-    seen = runs_of(said)
+    sentences = [row["text"] for row in (*train, *pretraining)]
+    sentences += [*lines_of("train_sentences"), *lines_of("pretraining_sentences")]
+    sentences += synthesis[0].BABBLE_SENTENCES
+    seen = runs_of(sentences)
     shared = {row["text"] for row in test if runs_of([row["text"]]) & seen}
     assert not shared
-    assert not {row["text"] for row in test} & set(said)
+    assert not {row["text"] for row in test} & set(sentences)
 
 
 def test_the_language_model_read_nothing_of_the_test(test):
@@ -139,7 +139,7 @@ def test_no_test_sentence_has_five_digits_in_a_row(test):
     assert not [run for run in runs_of(row["text"] for row in test) if set(run) <= DIGITS]
 
 
-def test_unseen_voices_speak_in_the_test_alone(train, test, pretraining, synthesis):
+def test_unseen_voices_are_in_the_test_alone(train, test, pretraining, synthesis):
     unseen = {variant_of(voice) for voice in UNSEEN_VOICES}
     for row in (*train, *pretraining):
         assert variant_of(row["voice"]) not in unseen

@@ -1,6 +1,6 @@
 """The pages tell the truth: their code compiles and runs, their commands and places exist.
 
-A block that the tests cannot run says why: ```bash no-test: needs an accelerator.
+A block that the tests cannot run has a reason: ```bash no-test: needs an accelerator.
 """
 
 import ast

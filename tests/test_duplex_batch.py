@@ -1,4 +1,4 @@
-"""Rows of two voices: what an example holds, whatever lies beside it."""
+"""Duplex batches: an example is the same in any batch."""
 
 import dataclasses
 
@@ -67,5 +67,5 @@ def test_what_does_not_fit_is_refused(groups, message):
         assemble_duplex_batch(groups, SHAPE, pad_id=PAD)
 
 
-def test_the_name_says_the_whole_shape():
+def test_the_name_holds_the_whole_shape():
     assert SHAPE.name == "rows2_tokens8_source80_target120"

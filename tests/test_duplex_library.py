@@ -1,4 +1,4 @@
-"""Full duplex as its users write it: build, train, stop, go on, load, listen and speak, save."""
+"""The library for full duplex: build, train, stop, resume, load, run, save."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def fit(cfg, folder):
             "checkpoint_callback_params": {"save_top_k": -1, "every_n_train_steps": 1},
         },
     )
-    trainer.fit(model, datamodule, validation_metrics={})  # answers are tested elsewhere
+    trainer.fit(model, datamodule, validation_metrics={})  # generation is tested elsewhere
     return model
 
 

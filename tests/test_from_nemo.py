@@ -110,7 +110,7 @@ def _assert_listed(page: ModuleType, paths: list[str], of: str) -> None:
                 _reader(page, prefix, of)
 
 
-def test_the_page_says_what_the_code_does(page):
+def test_the_page_states_what_the_code_does(page):
     assert page.PAGE.read_text(encoding="utf-8") == page.render(), (
         "run: PYTHONPATH=. python docs/make_from_nemo.py"
     )
@@ -233,7 +233,7 @@ def test_every_reason_on_the_page_is_given(page):
     for section in page.sections():
         for key in page.keys(section):
             assert key.status in ("honoured", "ignored", "refused")
-            assert key.note.strip(), f"{section.path}.{key.name} says nothing"
+            assert key.note.strip(), f"{section.path}.{key.name} is empty"
 
 
 READ_BY_PHASE = r"(warmup|constant|hold)_(steps|ratio)"

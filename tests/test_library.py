@@ -1,4 +1,4 @@
-"""The library's front door: build, train, stop, resume, load, answer, save, as users write it."""
+"""The library: build, train, stop, resume, load, generate, save."""
 
 import json
 from pathlib import Path
@@ -85,7 +85,7 @@ def _fit(cfg, folder, max_steps):
             "checkpoint_callback_params": {"save_top_k": -1, "every_n_train_steps": STOP_AT},
         },
     )
-    trainer.fit(model, datamodule, validation_metrics={})  # answers are tested elsewhere
+    trainer.fit(model, datamodule, validation_metrics={})  # generation is tested elsewhere
     return model, datamodule
 
 
@@ -122,7 +122,7 @@ def test_bad_audio_is_counted_and_stops_nothing(whole_run):
     assert "4.wav" in log or "4" in log
 
 
-def test_a_run_directory_answers_as_the_model_that_was_trained(whole_run, tmp_path):
+def test_a_run_directory_generates_as_the_model_that_was_trained(whole_run, tmp_path):
     folder, trained, _ = whole_run
     audio = np.random.default_rng(1).normal(scale=0.1, size=(1, 5000)).astype(np.float32)
     prompts = [[{"role": "user", "content": f"Repeat: {trained.audio_locator_tag}"}]]

@@ -167,9 +167,7 @@ def parameters(model: SALM) -> dict[str, int]:
 
 
 @BY_NAME
-def test_the_model_has_the_parameters_that_it_claims_and_trains_those_that_it_says(
-    recipe, tmp_path
-):
+def test_the_model_has_and_trains_the_parameters_that_its_recipe_states(recipe, tmp_path):
     model = SALM(recipe.values(tmp_path)["model"])
     assert parameters(model) == recipe.counts
     for path, is_trained in model.trainable.items():

@@ -203,7 +203,7 @@ def test_a_refused_key_that_asks_for_nothing_is_accepted(value):
     assert settings.build(Adapter, {"reduction": 1}) == Adapter()
 
 
-def test_a_refused_key_says_why():
+def test_a_refused_key_has_a_reason():
     assert message(settings.build, Adapter, {"use_rnn": True}, "model.adapter") == (
         "model.adapter.use_rnn: recurrent adapters are not built; remove it (got True)"
     )

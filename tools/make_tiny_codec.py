@@ -2,11 +2,11 @@
 
     python -m tools.make_tiny_codec
 
-It knows one voice and what that says in corpus/dialogs: its encoder projects each frame of 1,280
-samples onto the principal components of the agent's frames, the quantizer rounds, and its decoder
-is the least-squares map back. Both are written as NeMo's causal HiFi-GAN, whose layers can be
-linear: a bias lifts every signal above zero, where a leaky ReLU changes nothing; of the taps of a
-convolution that changes the rate only those of the frame itself are used; residual branches are
+It is fitted to one voice and its sentences in corpus/dialogs. Its encoder projects each frame of
+1,280 samples onto the principal components of the agent's frames, the quantizer rounds, and its
+decoder is the least-squares map back. Both are written as NeMo's causal HiFi-GAN, whose layers can
+be linear: a bias lifts every signal above zero, where a leaky ReLU changes nothing; of the taps of
+a convolution that changes the rate only those of the frame itself are used; residual branches are
 zero. So any tool for codecs can read, decode and stream it, and nobody has to train it.
 """
 

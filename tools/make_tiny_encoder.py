@@ -57,7 +57,7 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def make_speech(folder: Path, texts: str, utterances: int) -> Path:
-    """Speaks the training texts, unless that was done before; the manifest."""
+    """Synthesizes the training texts, unless that was done before. Returns the manifest."""
     if not (folder / "train.jsonl").exists():
         script = CORPUS / "make_pretraining_speech.py"
         options = ["--texts", texts, "--utterances", str(utterances)]

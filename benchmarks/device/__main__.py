@@ -4,7 +4,7 @@
     benchmarks/device.sh --tiny       all of it on a CPU with tiny models: a test, no measurement
 
 Each part is a process of its own with a time budget: one that fails or runs out of memory leaves
-the results of the others. Parts that do not fit into the device's memory are skipped with the
+the results of the others. A part that does not fit into the device's memory is skipped with the
 reason. The results are in `--output`, by default `$OUT/device_results.json` or
 `./device_results.json`, written after every part; the log of all parts is beside it.
 """

@@ -263,7 +263,7 @@ def ratio(rounds: Sequence[Mapping[str, list[float]]], side: str) -> Row:
 
 
 def serve(plan: Plan, batch: int) -> None:
-    """Answers `train N` and `generate N` with seconds of N calls, as the peer does."""
+    """Prints the seconds of N calls for each command `train N` or `generate N`, like the peer."""
     job = plan.trainings["training-15s"]
     makes: dict[str, Callable[[], Callable[[], Any]]] = {
         "train": lambda: training_work(plan, job.seconds, batch, job.remat).training(),

@@ -215,7 +215,7 @@ class Work:
 
 
 def serve(work):
-    """Answers each command with a line of JSON: seconds of its calls, or the error.
+    """Runs each command and prints a line of JSON: the seconds of its calls, or the error.
 
     The first call of a command, which compiles, is given by itself.
     """

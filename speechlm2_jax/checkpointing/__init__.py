@@ -7,7 +7,7 @@
                       /progress  JSON: data state, counters (the loop's own)
                       /settings  JSON: the model's settings
                       /checksums.xxh3  of every file of the step; frozen/ has one too
-    checkpoints/ranking.json     validation metrics by step, and which one says what is best
+    checkpoints/ranking.json     validation metrics by step, and the monitored one
 
 A step appears by one rename, so a killed save leaves the ones before it whole. Checksums are
 written before that rename, and compared before anything of a step is used. Orbax writes;

@@ -44,7 +44,7 @@ class DamagedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Checksums:
-    """What checksums.xxh3 of a folder says."""
+    """The contents of the checksums.xxh3 of a folder."""
 
     files: Mapping[str, str]
     """Checksum by path below the folder, `/` between its parts."""

@@ -43,7 +43,7 @@ class Retention:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """What ranking.json says."""
+    """The contents of ranking.json."""
 
     retention: Retention = Retention()
     metrics: dict[int, dict[str, float | None]] = field(default_factory=dict)

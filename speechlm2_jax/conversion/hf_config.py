@@ -58,11 +58,11 @@ ROPE_SCALINGS: Mapping[str, tuple[Callable[..., Any] | None, Mapping[str, str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a model_type means where its config.json says nothing."""
+    """Defaults of a model_type for keys that its config.json lacks."""
 
     qk_norm: bool = False
     attention_bias: bool | None = None
-    """Biases of query, key and value; None: as the attribute says."""
+    """Biases of query, key and value; None: the value in config.json."""
     output_bias: bool | None = None
     mlp_bias: bool | None = False
     head_dim: int | None = None

@@ -85,8 +85,8 @@ def open_audio(
         least, most = RATES_HZ
         if not least <= file.rate_hz <= most:
             raise AudioError(
-                f"{name}: the header says {file.rate_hz} Hz; rates from {least} to {most} Hz are "
-                "read",
+                f"{name}: the header has a sample rate of {file.rate_hz} Hz; rates from {least} "
+                f"to {most} Hz are read",
                 cause="unreadable",
             )
         yield file

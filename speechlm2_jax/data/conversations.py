@@ -126,7 +126,7 @@ class Conversation:
         return sum(clip.duration_s for clip in self.clips)
 
     @property
-    def answer(self) -> str | None:
+    def response(self) -> str | None:
         """The reference response: the last turn if it is the assistant's text, else None."""
         last = self.turns[-1]
         return last.text if isinstance(last, TextTurn) and last.role == "assistant" else None
@@ -145,10 +145,10 @@ class Conversation:
         if self.clips and not self.token_equivalent_duration_s:
             raise ValueError("set token_equivalent_duration: the seconds of audio per token")
         extra = [self._extra_tokens(turn) for turn in self.turns]
-        answer = self.prompt.answer_ids
+        response = self.prompt.answer_ids
         return ConversationLengths(
             input_tokens=len(self.prompt.context_ids) + sum(extra[:-1]),
-            output_tokens=0 if answer is None else len(answer) + extra[-1],
+            output_tokens=0 if response is None else len(response) + extra[-1],
             total_tokens=len(self.prompt.input_ids) + sum(extra),
         )
 

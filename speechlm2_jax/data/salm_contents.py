@@ -48,7 +48,7 @@ class SalmContents:
         least_s, most_s = config.min_duration or 0.0, config.max_duration or math.inf
         length = self.measures.length.tolist()
         return {
-            "no_answer": lambda i: has[i].turns[-1].role == OUTPUT_ROLE,
+            "no_response": lambda i: has[i].turns[-1].role == OUTPUT_ROLE,
             "placeholders": lambda i: self._placeholders(has[i]) == len(has[i].clips),
             "min_tokens": lambda i: length[i] >= least_tokens,
             "max_tokens": lambda i: length[i] <= most_tokens,

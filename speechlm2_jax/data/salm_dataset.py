@@ -144,7 +144,7 @@ class SALMDataset:
                 loss_mask=np.zeros(len(prompt_ids), bool),
                 audio=example.audio[: len(example.audio) - response_clips],
             ),
-            text=conversation.answer or "",
+            text=conversation.response or "",
         )
 
     def __getitem__(self, conversations: Iterable[Conversation]) -> dict[str, Any] | None:

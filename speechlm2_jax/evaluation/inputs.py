@@ -193,7 +193,7 @@ def _utterance(conversation: Conversation) -> Utterance:
     return Utterance(
         id=conversation.id,
         duration_s=clips[0].duration_s,
-        text=conversation.answer,
+        text=conversation.response,
         read=clips[0].load,
         voice=_voice(conversation),
         is_unseen=bool(conversation.fields.get(UNSEEN_KEY)),

@@ -24,7 +24,7 @@ NO_SCORE = -1e9
 """Score of a hypothesis or beam that does not exist, as in transformers."""
 
 
-class Hypotheses(NamedTuple):
+class BeamHypotheses(NamedTuple):
     """The best finished hypotheses of each prompt, best first."""
 
     ids: Int[Array, "B beams A"]
@@ -42,7 +42,7 @@ class BeamSearchState(NamedTuple):
     """Prompt ids, then generated ids."""
     scores: Float[Array, "B beams"]
     """Log-probabilities of the open beams, highest first."""
-    hypotheses: Hypotheses
+    hypotheses: BeamHypotheses
     finished: Bool[Array, " B"]
     """True where the search of a prompt has ended."""
     cache: KVCache
@@ -73,7 +73,7 @@ def prefill(
         generated=jnp.zeros((), jnp.int32),
         ids=prompt.ids.reshape(batch, beams, -1),
         scores=jnp.broadcast_to(only_first, (batch, beams)),
-        hypotheses=Hypotheses(
+        hypotheses=BeamHypotheses(
             ids=jnp.full((batch, beams, config.max_new_tokens), config.pad_id, jnp.int32),
             lengths=jnp.zeros((batch, beams), jnp.int32),
             scores=jnp.full((batch, beams), NO_SCORE, jnp.float32),
@@ -123,7 +123,7 @@ def best(
     """
     generated = state.generated
     length = jnp.where(state.finished[:, None], 0, generated)
-    open_beams = Hypotheses(
+    open_beams = BeamHypotheses(
         ids=state.ids[:, :, -config.max_new_tokens :],
         lengths=jnp.broadcast_to(length, state.scores.shape),
         scores=jnp.where(
@@ -222,12 +222,12 @@ def _top(
 
 def _add_finished(
     state: BeamSearchState, candidates: _Candidates, config: DecodingConfig, search: BeamConfig
-) -> Hypotheses:
+) -> BeamHypotheses:
     """Adds the finished hypotheses among the best `beams` candidates of each prompt."""
     is_new = candidates.is_end & (jnp.arange(candidates.is_end.shape[1]) < search.count)[None]
     is_new &= ~state.finished[:, None]
     length = state.generated + 1
-    finished = Hypotheses(
+    finished = BeamHypotheses(
         ids=candidates.ids[:, :, -config.max_new_tokens :],
         lengths=jnp.where(is_new, length, 0),
         scores=jnp.where(is_new, _normalized(candidates.scores, length, search), NO_SCORE),
@@ -235,11 +235,11 @@ def _add_finished(
     return _merge_best(state.hypotheses, finished)
 
 
-def _merge_best(one: Hypotheses, other: Hypotheses) -> Hypotheses:
+def _merge_best(one: BeamHypotheses, other: BeamHypotheses) -> BeamHypotheses:
     """The best hypotheses of both; as many as `one` holds."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), one, other)
     scores, index = jax.lax.top_k(both.scores, one.scores.shape[1])
-    return Hypotheses(
+    return BeamHypotheses(
         ids=jnp.take_along_axis(both.ids, index[:, :, None], axis=1),
         lengths=jnp.take_along_axis(both.lengths, index, axis=1),
         scores=scores,

@@ -15,8 +15,8 @@ def with_plain_content(turn: Mapping[str, Any], name: str, placeholder: str) -> 
     """Turns a list of parts into one text, and puts its recordings into `audio`.
 
     A part is a text, `{"type": "text", "text": ...}` or `{"type": "audio", "audio": ...}`; the
-    recording may also be under `path` or `url` (of a local file). Parts are joined by a space, as
-    training joins turns of one role. `placeholder` stands for each recording. Other turns are
+    recording may also be under `path` or `url` (of a local file). A space joins the parts, as it
+    joins turns of one role in training. `placeholder` stands for each recording. Other turns are
     returned unchanged. Raises ValueError, naming the prompt, for another kind of part.
     """
     parts = turn.get("content")

@@ -281,7 +281,7 @@ def encode(
     """Encodes audio and puts it among the text embeddings: the LLM's input.
 
     A program of its own, so that other decoding settings do not compile the encoder again.
-    `placement` says how the devices share the work, if weights lie on several.
+    `placement`: the sharding, if the weights are on several devices.
     """
     network: Salm = merge(graphdef, variables)
     with sharding.use(placement):

@@ -2,8 +2,8 @@
 
 Liu et al. 2023 (arXiv 2310.01889). Each device keeps its queries while keys and values rotate
 around the ring of devices. In the zig-zag order of `Sharding.time_order` every device holds an
-early and a late part of the sequence, so each rotation costs all devices the same. Parts of the
-keys that are in the future of all queries of a part are skipped.
+early and a late part of the sequence, so each rotation costs all devices the same. A part of the
+keys is skipped if it is in the future of all queries of a part.
 """
 
 from dataclasses import dataclass

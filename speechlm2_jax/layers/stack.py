@@ -51,7 +51,7 @@ def scan_layers(
 ) -> tuple[Any, Any]:
     """Scans over a stack: `carry, y = body(layer, carry, x)` per layer; returns the ys stacked.
 
-    `xs` is a pytree with a leading layer axis (layer indices, for example) or None. `remat` says
+    `xs` is a pytree with a leading layer axis (layer indices, for example) or None. `remat` is
     what the backward pass recomputes: `full` everything but the carries, `dots` everything but
     matmuls with weights, `none` nothing. Inside `cpu.read_in_place` the scan is unrolled.
     """

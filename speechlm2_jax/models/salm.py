@@ -178,7 +178,7 @@ class SALM(SpeechModel):
     def compile_generation(
         self, placement: Sharding, shape: BatchShape, max_new_tokens: int
     ) -> Any:
-        """Compiles `answer` for devices that need not exist on this machine; nothing runs.
+        """Compiles greedy generation for devices that need not exist on this machine; nothing runs.
 
         `shape` is that of one data-parallel shard's prompts. Returns what
         `jax.jit(...).lower(...).compile()` does.

@@ -12,7 +12,7 @@ from speechlm2_jax.settings import SettingsError
 
 @dataclass(frozen=True, kw_only=True)
 class Intervals:
-    """The rhythm of a run; every answer depends on the counts alone, so a resumed run keeps it."""
+    """When a run logs, validates and saves: a function of counts alone, so resuming keeps it."""
 
     max_steps: int | None
     max_epochs: int | None

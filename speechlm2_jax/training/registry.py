@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 def select(table: Mapping[str, type[T]], values: Mapping[str, Any], where: str) -> T:
-    """Builds the class of `table` that the last component of `_target_` (or `name`) says.
+    """Builds the class of `table` that the last component of `_target_` (or `name`) names.
 
-    Raises SettingsError naming the choices if it says none of them, or if a key does not fit.
+    Raises SettingsError with the choices if it names none of them, or if a key does not fit.
     """
     chosen, options = _chosen(table, values, where)
     return build(chosen, options, where)

@@ -2,7 +2,7 @@
 
 DDP copies the parameters to every device. FSDP shards them, and their optimizer state, over all.
 ModelParallelStrategy is FSDP2 with tensor parallelism, as NeMo builds it: its data-parallel
-devices also share the parameters, unless `fsdp_size` says how many of them do (HSDP); sequence and
+devices also shard the parameters, or `fsdp_size` of them do (HSDP); sequence and
 context parallelism go with it. NeMo's AutomodelParallelStrategy has other names for the same sizes.
 """
 
@@ -190,7 +190,7 @@ class AutomodelParallelStrategy:
 
     IGNORED: ClassVar[Mapping[str, str]] = {
         **_TORCH_ONLY,
-        "distributed_config": "about FSDP2's own options; the mesh says what is sharded",
+        "distributed_config": "about FSDP2's own options; the mesh defines what is sharded",
         "moe_config": "no supported LLM has experts",
     }
 
@@ -243,7 +243,7 @@ def read_strategy(value: Any) -> Strategy:
 
 
 def build_mesh(strategy: Strategy, devices: Sequence[jax.Device]) -> Sharding:
-    """Arranges devices as the strategy says. Raises SettingsError if the sizes do not fit them."""
+    """Arranges devices by the strategy. Raises SettingsError if the sizes do not fit them."""
     try:
         return make_sharding(**strategy.mesh_sizes(len(devices)), devices=devices)
     except SettingsError:

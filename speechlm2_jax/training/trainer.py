@@ -210,7 +210,7 @@ class Trainer:
             return result
 
     def dry_run(self, model: ModelOutline, datamodule: DataSource) -> None:
-        """Says what `fit` would do: modules, shapes, memory, steps. Trains and writes nothing.
+        """Prints what `fit` would do: modules, shapes, memory, steps. Trains and writes nothing.
 
         Needs no weights. Raises SettingsError as `fit` does.
         """

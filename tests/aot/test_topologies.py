@@ -1,4 +1,4 @@
-"""Real programs compiled for TPUs that are not here; runs where libtpu can be had.
+"""Real programs compiled for TPUs that are not attached; runs where libtpu can be had.
 
 It needs the folder that `python -m speechlm2_jax.aot.fetch` fills, or LIBTPU_DIR.
 """

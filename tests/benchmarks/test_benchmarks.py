@@ -65,13 +65,13 @@ def test_flops_grow_as_what_is_computed(small_work):
     assert 2 < small_work.training_flops() / small_work.forward_flops() < 3
 
 
-def says(**result):
+def prints(**result):
     return [sys.executable, "-c", f"print('noise'); print({json.dumps(json.dumps(result))})"]
 
 
 def test_side_by_side_divides_theirs_by_ours():
-    ours = side_by_side.run(says(train_step_s=[2.0, 1.0, 3.0], generate_s=1.0, seconds=8.0))
-    theirs = side_by_side.run(says(train_step_s=[3.0, 3.0, 3.0], generate_s=4.0, other_s=1.0))
+    ours = side_by_side.run(prints(train_step_s=[2.0, 1.0, 3.0], generate_s=1.0, seconds=8.0))
+    theirs = side_by_side.run(prints(train_step_s=[3.0, 3.0, 3.0], generate_s=4.0, other_s=1.0))
     rounds = [
         {"ours": ours, "theirs": theirs},
         {"ours": ours, "theirs": {**theirs, "generate_s": 1.0}},
@@ -83,7 +83,7 @@ def test_side_by_side_divides_theirs_by_ours():
     assert [table["generate_s"][k] for k in ("ratio", "least", "most")] == pytest.approx([2, 1, 4])
 
 
-def test_a_command_that_fails_says_why():
+def test_a_failed_command_prints_its_error():
     with pytest.raises(SystemExit, match="no such preset"):
         side_by_side.run([sys.executable, "-c", "raise SystemExit('no such preset')"])
 

@@ -110,7 +110,7 @@ def echo(reply):
     return turns.Worker([sys.executable, "-c", code])
 
 
-def test_workers_answer_in_turns_and_report_errors():
+def test_workers_run_in_turns_and_report_errors():
     good, bad = echo('{"times_s": [2.0]}'), echo('{"error": "no kernel"}')
     try:
         good.send("train 1")
@@ -127,7 +127,7 @@ def test_workers_answer_in_turns_and_report_errors():
     assert turns.ratio(rounds, "peer")["ratio"] == pytest.approx(4.0)
 
 
-def test_without_torch_the_comparison_says_so(monkeypatch, capsys):
+def test_without_torch_the_comparison_is_skipped_with_a_note(monkeypatch, capsys):
     monkeypatch.setenv(turns.PEER_PYTHON, sys.executable)
     monkeypatch.setattr(turns, "HAS_PEER", "raise SystemExit('torch not installed')")
     turns.compare(TINY, Rows("pytorch", None, time.monotonic() + 60))

@@ -1,4 +1,4 @@
-"""The duplex benchmark: both sides get one model, and the work is what it says."""
+"""The duplex benchmark: both sides run one model, and the measured work is as stated."""
 
 import numpy as np
 import pytest

@@ -34,7 +34,7 @@ def test_the_loader_alone_gives_a_run_its_batches(monkeypatch, capsys):
     assert result["rows_of_first_batch"] == 4 and result["rows_per_s"] > 0
 
 
-def test_a_process_is_timed_until_it_says_the_awaited_line(tmp_path):
+def test_a_process_is_timed_until_it_prints_the_awaited_line(tmp_path):
     code = "import time; print('noise'); print('done at last', flush=True); time.sleep(60)"
     assert 0 < startup._seconds([sys.executable, "-c", code], "done", tmp_path) < 30
     with pytest.raises(SystemExit, match="noise"):

@@ -91,7 +91,7 @@ class TinyRun:
         return found, {path: value.tobytes() for path, value in weights.items()}
 
     def evaluate(self):
-        """The answer that evaluate.py writes, the step that it names, the weights it loaded."""
+        """The responses that evaluate.py writes, the step that it names, the weights it loaded."""
         loaded = []
 
         def load(*arguments, **options):
@@ -129,8 +129,8 @@ class Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
     @contextlib.contextmanager
-    def listening(self):
-        """Clears and collects."""
+    def collected(self):
+        """Clears the lines, then collects those that are logged inside."""
         self.lines.clear()
         logger = logging.getLogger("speechlm2_jax")
         logger.addHandler(self)
@@ -158,8 +158,8 @@ def flips(count, seed, folder):
         "resume to the end": run.resume,
     }
     expected = {name: read() for name, read in readers.items()}
-    older = older_answers(run, kept, readers)
-    outcomes, silent, kinds, heard = collections.Counter(), [], collections.Counter(), Lines()
+    older = older_outcomes(run, kept, readers)
+    outcomes, silent, kinds, log = collections.Counter(), [], collections.Counter(), Lines()
     for number, (file, bit) in enumerate(chosen_flips(kept / "checkpoints", count, seed)):
         print(f"\r{number} of {count}, {len(silent)} silently wrong", end="", flush=True)
         name = file.relative_to(kept)
@@ -170,18 +170,18 @@ def flips(count, seed, folder):
             shutil.rmtree(run.run)
             shutil.copytree(kept, run.run)
             flip(run.run / name, bit)
-            with heard.listening():
+            with log.collected():
                 result = read()
-            told = [line for line in heard.lines if str(run.run / name) in line]
+            told = [line for line in log.lines if str(run.run / name) in line]
             is_equal = result == expected[reader]
             outcome = (
                 f"{'told' if told else 'untold'}, {'equal' if is_equal else 'the step before'}"
             )
             if not is_equal and (not told or result != older[reader]):
-                silent.append(f"{reader}: {name} bit {bit}: {heard.lines}")
+                silent.append(f"{reader}: {name} bit {bit}: {log.lines}")
                 outcome = "WRONG"
-            if len(heard.lines) > 1:
-                outcome += f", {len(heard.lines)} lines"
+            if len(log.lines) > 1:
+                outcome += f", {len(log.lines)} lines"
             outcomes[f"{reader}: {outcome}"] += 1
     print()
     print_counts(f"{count} flips, by kind of file", kinds)
@@ -189,7 +189,7 @@ def flips(count, seed, folder):
     return silent
 
 
-def older_answers(run, kept, readers):
+def older_outcomes(run, kept, readers):
     """What readers give where the newest step is gone."""
     found = {}
     for name, read in readers.items():

@@ -1,4 +1,4 @@
-"""A recording is read whole, whatever its header says, in every format that people have."""
+"""A recording is read whole, whatever its header claims, in every common format."""
 
 import io
 import math
@@ -253,7 +253,7 @@ def test_a_channel_of_libsndfiles_formats_is_chosen(tmp_path, form):
 def test_of_a_video_the_first_audio_stream_is_read(tmp_path):
     import av
 
-    path, waves = tmp_path / "talk.mp4", (speechlike(), 0.1 * speechlike()[::-1].copy())
+    path, waves = tmp_path / "dialog.mp4", (speechlike(), 0.1 * speechlike()[::-1].copy())
     with av.open(str(path), "w") as file:
         video = file.add_stream("mpeg4", rate=25, width=32, height=32, pix_fmt="yuv420p")
         streams = [file.add_stream("aac", rate=RATE_HZ, layout="mono") for _ in waves]
@@ -270,7 +270,7 @@ def test_of_a_video_the_first_audio_stream_is_read(tmp_path):
     assert correlation(read_audio(path), waves[0]) > 0.99
 
 
-def test_a_video_without_sound_says_so(tmp_path):
+def test_a_video_without_sound_is_refused_by_name(tmp_path):
     import av
 
     path = tmp_path / "silent.mp4"
@@ -348,7 +348,7 @@ def test_a_flac_that_ends_early_is_an_error(tmp_path):
 
 
 def promising_flac(path, wave, samples):
-    """A FLAC whose header says that it has so many samples."""
+    """A FLAC whose header claims so many samples."""
     soundfile.write(path, wave, RATE_HZ)
     data = bytearray(path.read_bytes())
     data[21] = data[21] & 0xF0 | samples >> 32

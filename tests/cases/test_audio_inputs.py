@@ -73,7 +73,7 @@ def test_files_and_bytes_are_recordings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("audio", "says"),
+    ("audio", "message"),
     [
         ((0, WAVE), "the sample rate must be from 1000 to 768000 Hz, got 0"),
         ((2**31, WAVE), "the sample rate must be"),
@@ -87,8 +87,8 @@ def test_files_and_bytes_are_recordings(tmp_path):
         ("data:audio/wav;base64,###", "is not base64"),
     ],
 )
-def test_what_is_no_recording_names_its_prompt(audio, says):
-    with pytest.raises(ValueError, match=f"^prompt 0: .*{says}"):
+def test_what_is_no_recording_names_its_prompt(audio, message):
+    with pytest.raises(ValueError, match=f"^prompt 0: .*{message}"):
         one(audio)
 
 
@@ -138,15 +138,15 @@ def test_generate_stream_and_slots_take_parts(model, tmp_path):
     ids = model.generate(prompts, **asked)
     turn = {"role": "user", "content": f"Say: {model.audio_locator_tag}", "audio": str(path)}
     np.testing.assert_array_equal(ids, np.repeat(model.generate([[turn]], **asked), 3, axis=0))
-    answered = [a for some in model.generate_each(prompts, **asked) for a in some]
-    each = {a.number: a.ids.tolist() for a in answered}
+    responses = [a for some in model.generate_each(prompts, **asked) for a in some]
+    each = {a.number: a.ids.tolist() for a in responses}
     assert [each[n] for n in range(3)] == ids.tolist()
     pieces = list(model.stream(prompts[:1], **asked))
     assert [i for piece in pieces for i in piece.ids.tolist()] == ids[0].tolist()
 
 
 @pytest.mark.parametrize(
-    ("turn", "says"),
+    ("turn", "message"),
     [
         ({"content": [{"type": "image", "image": "a.png"}]}, "type text or audio; got 'image'"),
         ({"content": [3]}, "type text or audio; got 'int'"),
@@ -155,8 +155,8 @@ def test_generate_stream_and_slots_take_parts(model, tmp_path):
         ({"content": [{"type": "audio", "url": "http://x/a.wav"}]}, "is not on this machine"),
     ],
 )
-def test_other_parts_are_refused_by_name(model, turn, says):
-    with pytest.raises(ValueError, match=f"^prompt 0: .*{says}"):
+def test_other_parts_are_refused_by_name(model, turn, message):
+    with pytest.raises(ValueError, match=f"^prompt 0: .*{message}"):
         model.generate([[{"role": "user", **turn}]])
 
 
@@ -221,7 +221,7 @@ def test_recordings_that_cannot_be_transcribed_are_named(asr_model, tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What SALM.generate is asked; its answers are the lengths of the recordings."""
+    """Records the calls of SALM.generate; its responses are the lengths of the recordings."""
     calls = []
 
     def generate(self, prompts, **options):
@@ -254,7 +254,7 @@ def test_a_salm_transcribes_paths(model, asked):
 
 
 @pytest.mark.slow
-def test_a_salms_transcript_is_its_answer(model):
+def test_a_salms_transcript_is_its_response(model):
     path = SPEECH / "0000.ogg"
     (text,) = model.transcribe(path, max_new_tokens=6)
     turn = {"role": "user", "content": f"Transcribe the following: {model.audio_locator_tag}"}

@@ -30,7 +30,7 @@ def test_dir_imports_nothing():
     assert found.strip() == "[]"
 
 
-def test_every_model_says_where_it_is():
+def test_every_model_names_its_devices():
     for name in speechlm2_jax.models.__all__:
         assert isinstance(getattr(speechlm2_jax.models, name).device, property)
 

@@ -1,4 +1,4 @@
-"""A freeze pattern means what `re.match` says, and its search always ends."""
+"""A freeze pattern matches as `re.match` does, and its search always ends."""
 
 import time
 

@@ -35,7 +35,7 @@ def test_ways_to_ask_for_greedy_decoding_are_one(asked):
         assert {read(**asked, **keys).decoding for keys in GREEDY} == {read().decoding}
 
 
-def test_temperature_zero_gives_the_greedy_answer(model):
+def test_temperature_zero_is_greedy_decoding(model):
     want = model.generate(PROMPTS, max_new_tokens=4)
     got = model.generate(PROMPTS, max_new_tokens=4, do_sample=False, temperature=0.0, top_p=0)
     np.testing.assert_array_equal(got, want)

@@ -69,7 +69,7 @@ def test_help_of_every_program_is_usage_alone(tmp_path):
         check_help(path, tmp_path, "--help")
 
 
-def test_every_program_answers_before_its_imports():
+def test_every_program_prints_its_help_before_its_imports():
     """The check for --help, or imports of the standard library alone, come first."""
     for path in programs():
         body = ast.parse(path.read_text()).body

@@ -55,10 +55,10 @@ def test_a_groups_tags_are_fields_and_never_turns(manifest):
     assert isinstance(one.conversations[0].turns[0], AudioTurn)
     assert {k: one.conversations[0].fields[k] for k in outer} == outer
     (one,) = sources([group(group(entry(manifest(), tags=inner), tags={"lang": "fr"}), tags=outer)])
-    said = one.conversations[0]
-    assert [t[0] for t in said.messages()] == ["user", "user", "assistant"]
-    assert said.messages()[0] == ("user", "inner")
-    assert said.fields["lang"] == "en"  # the outermost, which NeMo attaches last
+    conversation = one.conversations[0]
+    assert [t[0] for t in conversation.messages()] == ["user", "user", "assistant"]
+    assert conversation.messages()[0] == ("user", "inner")
+    assert conversation.fields["lang"] == "en"  # the outermost, which NeMo attaches last
 
 
 def test_the_tags_of_an_entry_open_the_dialog_before_the_rows_own(manifest):
@@ -80,7 +80,7 @@ def test_a_file_of_entries_resolves_the_environment_and_its_own_keys(
         b"  tags: {lang: en, also: '${.lang}'}\n"
     )
     (one,) = sources("set.yaml")
-    assert one.conversations[0].answer == "a"
+    assert one.conversations[0].response == "a"
     assert one.conversations[0].fields["also"] == "en"
     monkeypatch.delenv("CORPUS")
     assert "set.yaml: 0.manifest_filepath: environment variable CORPUS is not set" in refusal(
@@ -116,7 +116,7 @@ def test_lists_of_lists_name_manifests_with_or_without_weights(manifest):
     a, b = manifest("a.jsonl", text="a"), manifest("b.jsonl", text="b")
     for listed in ([a, b], [[a], [b]], [[a, b]]):
         for found in (sources(None, manifest_filepath=listed), sources([entry(listed)])):
-            assert [c.answer for one in found for c in one.conversations] == ["a", "b"]
+            assert [c.response for one in found for c in one.conversations] == ["a", "b"]
             assert [one.share for one in found] == [None]
     found = sources([entry([[a, 3], [b, 1.0]])])
     np.testing.assert_allclose([one.share for one in found], [0.75, 0.25])

@@ -271,7 +271,7 @@ def test_an_evaluation_seeds_sampling_by_the_rank_of_a_recording():
 def test_what_scores_depend_on_survives_a_line_of_json():
     result = DialogueResult(
         id="c",
-        set_name="talks",
+        set_name="dialogs",
         duration_s=2.5,
         user_text="hi",
         text="yes",

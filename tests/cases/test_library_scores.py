@@ -1,4 +1,4 @@
-"""`slm.Trainer` scores answers at validation as train.py does."""
+"""`slm.Trainer` scores hypotheses at validation as train.py does."""
 
 import pytest
 import yaml
@@ -11,7 +11,7 @@ from tests.training.toy import ToyData, ToyModel
 
 
 @pytest.mark.slow  # compiles generation
-def test_fit_scores_words_and_shows_answers(tmp_path, capsys):
+def test_fit_scores_words_and_shows_hypotheses(tmp_path, capsys):
     trainer = {"max_steps": 1, "num_val_samples": 1, "precision": "32-true"}
     values = yaml.safe_load(write_config(tmp_path, trainer=trainer).read_text())
     model = slm.models.SALM(values["model"])

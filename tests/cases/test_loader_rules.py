@@ -96,20 +96,20 @@ def test_dropped_rows_are_counted_by_row_not_by_id(make):
 
 @pytest.mark.parametrize("which", ["train_ds", "validation_ds"])
 @pytest.mark.parametrize(
-    ("odd", "cause", "said"),
+    ("odd", "cause", "detail"),
     [
         ({"duration": 36000.0, "sampling_rate": 16000}, "seconds_far_too_many", "36,000 seconds"),
         ({"text": "word " * 20000}, "tokens_far_too_many", " tokens, of the others"),
     ],
 )
 def test_a_row_far_longer_than_all_else_is_left_out_and_named(
-    make, caplog, which, odd, cause, said
+    make, caplog, which, odd, cause, detail
 ):
     rows = [*[row(id=f"g{n}") for n in range(8)], row(id="odd-one", **odd)]
     module = make(rows, which=which)
     assert module.dropped == {cause: 1}
     message = next(m for m in caplog.messages if cause in m)
-    assert "odd-one" in message and "m0.jsonl line 9: " in message and said in message
+    assert "odd-one" in message and "m0.jsonl line 9: " in message and detail in message
     assert "keep_outliers: true keeps them" in message
     name = which if which == "train_ds" else f"{which}.v"
     assert module.plan(name).buckets[-1].shape.tokens < 100
@@ -160,8 +160,8 @@ def conversations(*speakers):
 
 
 def test_turns_of_other_speakers_are_left_out_with_a_warning(caplog):
-    said = conversations(*["user", "agent"] * 19, "Agnet")
-    check_roles(said, ("user",), ("agent",), "data.train_ds")
+    turns = conversations(*["user", "agent"] * 19, "Agnet")
+    check_roles(turns, ("user",), ("agent",), "data.train_ds")
     assert "'Agnet' (1 turns)" in caplog.text and "did you mean 'agent'?" in caplog.text
     assert "left out" in caplog.text
     caplog.clear()

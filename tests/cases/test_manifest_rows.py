@@ -1,4 +1,4 @@
-"""What a manifest says wrongly is one line that names its place; what it may say is read."""
+"""An invalid manifest row is one line that names its place; every valid form is read."""
 
 import gzip
 import json
@@ -45,7 +45,7 @@ def refusal(call, *args):
     return message
 
 
-def talk(*turns):
+def dialog(*turns):
     return {"id": "c", "conversations": [*turns, {"from": "Assistant", "value": "yes"}]}
 
 
@@ -76,20 +76,20 @@ def test_a_wrong_row_of_nemos_is_named_by_its_line(folder, name):
     line, message = WRONG_ROWS[name]
     # blank lines count, as an editor counts them
     path = write(folder / "m.jsonl", ROW, "\n", ROW, " \n", line + "\n", ROW)
-    said = refusal(read, path)
-    assert f"{path} line 5: " in said and message in said
+    error = refusal(read, path)
+    assert f"{path} line 5: " in error and message in error
 
 
 WRONG_TURNS = {
-    "null": (talk({"from": "User", "value": None}), "turn 1: value must be text, got null"),
-    "no speaker": (talk({"from": None, "value": "x"}), "turn 1: from must be a role"),
-    "no turn": (talk(None), "turn 1: expected an object"),
-    "a list": (talk({"from": "User", "value": ["x"]}), "turn 1: value must be text"),
-    "kind": (talk({"from": "User", "value": "x", "type": "video"}), "type must be text or audio"),
-    "custom": ({**talk(), "custom": [1]}, "custom must be an object"),
+    "null": (dialog({"from": "User", "value": None}), "turn 1: value must be text, got null"),
+    "no speaker": (dialog({"from": None, "value": "x"}), "turn 1: from must be a role"),
+    "no turn": (dialog(None), "turn 1: expected an object"),
+    "a list": (dialog({"from": "User", "value": ["x"]}), "turn 1: value must be text"),
+    "kind": (dialog({"from": "User", "value": "x", "type": "video"}), "type must be text or audio"),
+    "custom": ({**dialog(), "custom": [1]}, "custom must be an object"),
     "turns": ({"conversations": "x"}, "conversations must be a list"),
     "seconds": (
-        talk({"from": "User", "type": "audio", "value": "a.wav", "duration": -1}),
+        dialog({"from": "User", "type": "audio", "value": "a.wav", "duration": -1}),
         "turn 1: duration must be seconds",
     ),
 }
@@ -98,16 +98,16 @@ WRONG_TURNS = {
 @pytest.mark.parametrize("name", WRONG_TURNS)
 def test_a_wrong_turn_is_named_by_line_and_number(folder, name):
     row, message = WRONG_TURNS[name]
-    path = write(folder / "c.jsonl", talk({"from": "User", "value": 5}), row)
-    said = refusal(read, path)
-    assert f"{path} line 2: " in said and message in said
+    path = write(folder / "c.jsonl", dialog({"from": "User", "value": 5}), row)
+    error = refusal(read, path)
+    assert f"{path} line 2: " in error and message in error
 
 
 def test_a_number_is_the_text_it_is_written_as(folder):
     row = {**ROW, "text": 7, "context": 1.5}
     (one,) = read(write(folder / "m.jsonl", row))
-    assert one.messages()[0] == ("user", "1.5") and one.answer == "7"
-    (one,) = read(write(folder / "c.jsonl", talk({"from": "User", "value": 5})))
+    assert one.messages()[0] == ("user", "1.5") and one.response == "7"
+    (one,) = read(write(folder / "c.jsonl", dialog({"from": "User", "value": 5})))
     assert one.messages()[0] == ("user", "5")
 
 
@@ -154,16 +154,16 @@ def test_a_damaged_compressed_file_is_named(folder, damage, kind):
     }[damage]()
     path = folder / "cuts.000000.jsonl.gz"
     path.write_bytes(bad)
-    said = refusal(read_shar, folder, ManifestOptions()) if kind == "shar" else refusal(read, path)
-    assert f"{path}: damaged after line" in said
+    error = refusal(read_shar, folder, ManifestOptions()) if kind == "shar" else refusal(read, path)
+    assert f"{path}: damaged after line" in error
 
 
 def test_compression_is_told_by_content(folder):
     lines = (json.dumps(ROW) + "\n").encode()
     (folder / "plain.jsonl.gz").write_bytes(lines)
     (folder / "packed.jsonl").write_bytes(gzip.compress(lines))
-    assert [c.answer for c in read(folder / "plain.jsonl.gz")] == ["yes"]
-    assert [c.answer for c in read(folder / "packed.jsonl")] == ["yes"]
+    assert [c.response for c in read(folder / "plain.jsonl.gz")] == ["yes"]
+    assert [c.response for c in read(folder / "packed.jsonl")] == ["yes"]
 
 
 def test_a_byte_order_mark_is_read_over_and_another_encoding_is_named(folder):
@@ -225,11 +225,11 @@ TEXT_KEYS = ["transcript", "transcription", "Transcript", "sentence", "txt", "Te
 def test_a_transcript_under_another_name_is_told_the_right_one(folder, key):
     """Such a row counted as one without a response."""
     row = {"audio_filepath": "a.wav", "duration": 0.5, key: "yes"}
-    said = refusal(read, write(folder / "m.jsonl", ROW, row))
-    assert f"line 2: text is missing; rename {key!r} to 'text', or set text_field: {key}" in said
+    error = refusal(read, write(folder / "m.jsonl", ROW, row))
+    assert f"line 2: text is missing; rename {key!r} to 'text', or set text_field: {key}" in error
     options = ManifestOptions(text_field=key)
     (one,) = read_manifest(write(folder / "m.jsonl", row), options)
-    assert one.answer == "yes"
+    assert one.response == "yes"
 
 
 @pytest.mark.parametrize(
@@ -246,13 +246,13 @@ def test_a_row_without_text_may_be_meant_so(folder, extra, text_field):
     row = {"audio_filepath": "a.wav", "duration": 0.5, **extra}
     options = ManifestOptions(text_field=text_field)
     (one,) = read_manifest(write(folder / "m.jsonl", row), options)
-    assert one.answer is None
+    assert one.response is None
 
 
 @pytest.mark.parametrize(("row", "message"), NEAR_MISSES)
 def test_a_key_that_is_nearly_right_is_told_the_right_one(folder, row, message):
-    said = refusal(read, write(folder / "m.jsonl", row))
-    assert "line 1: " in said and message in said
+    error = refusal(read, write(folder / "m.jsonl", row))
+    assert "line 1: " in error and message in error
 
 
 def test_a_recordings_own_length_counts_unless_the_manifest_vouches_for_one(folder):
@@ -286,7 +286,7 @@ def test_a_recordings_own_length_counts_unless_the_manifest_vouches_for_one(fold
 
 def test_a_stretch_of_a_conversation_ends_with_its_file(folder):
     turn = {"from": "User", "type": "audio", "value": "a.wav", "duration": 3.0, "offset": 0.125}
-    (one,) = read(write(folder / "c.jsonl", talk(turn)))
+    (one,) = read(write(folder / "c.jsonl", dialog(turn)))
     assert len(one.clips[0].load(RATE)) == 6000
 
 
@@ -316,8 +316,8 @@ def test_a_file_address_is_a_path_of_this_machine(folder):
     (one,) = read(write(folder / "cuts.jsonl", cut))
     assert one.clips[0].path == str(other)
     for name in ("file://server/a.wav", "s3://bucket/a.wav"):
-        said = refusal(read, write(folder / "m.jsonl", {**ROW, "audio_filepath": name}))
-        assert f"line 1: {name} is not on this machine" in said
+        error = refusal(read, write(folder / "m.jsonl", {**ROW, "audio_filepath": name}))
+        assert f"line 1: {name} is not on this machine" in error
 
 
 def test_a_folder_is_not_a_missing_file(folder):

@@ -33,8 +33,8 @@ def corpus(tmp_path_factory):
         cuts.append(cut)
         rows.append({"audio_filepath": str(path), "duration": cut.duration, "text": "yes"})
         audio = {"from": "User", "type": "audio", "value": str(path)}
-        answer = {"from": "Assistant", "value": "yes"}
-        turns.append({"id": f"{n}", "conversations": [audio, answer]})
+        response = {"from": "Assistant", "value": "yes"}
+        turns.append({"id": f"{n}", "conversations": [audio, response]})
     CutSet(cuts).to_shar(folder / "shar", {"recording": "wav"}, shard_size=2)
     write_manifest(folder / "manifest.jsonl", rows)
     write_manifest(folder / "turns.jsonl", turns)

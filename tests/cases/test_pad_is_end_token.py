@@ -60,22 +60,22 @@ def test_loss_covers_the_end_token_and_equals_transformers(model):
     np.testing.assert_allclose(losses.loss.total, RECORDED["loss_sum"], rtol=1e-5)
 
 
-def test_answers_after_several_turns_equal_transformers(model):
+def test_responses_after_several_turns_equal_transformers(model):
     ids = model.generate([DIALOG], max_new_tokens=12)
     prompt = RECORDED["prompt"]
     assert ids[0].tolist() == prompt + RECORDED["answer"]
     # the same from token ids with padding on the left, and from slots
     padded = np.array([[END, END, *prompt]], np.int32)
     assert model.generate(padded, max_new_tokens=12)[0, -12:].tolist() == RECORDED["answer"]
-    (answered,) = [a for round in model.generate_each([DIALOG], max_new_tokens=12) for a in round]
-    assert answered.ids.tolist() == RECORDED["answer"]
+    (response,) = [a for round in model.generate_each([DIALOG], max_new_tokens=12) for a in round]
+    assert response.ids.tolist() == RECORDED["answer"]
 
 
 def test_nemo_exact_masks_by_id(nemo_exact):
     ids = nemo_exact.generate([DIALOG], max_new_tokens=12)
     assert ids[0, -12:].tolist() == RECORDED["answer_with_pad_ids_masked"]
-    (answered,) = [a for r in nemo_exact.generate_each([DIALOG], max_new_tokens=12) for a in r]
-    assert answered.ids.tolist() == RECORDED["answer_with_pad_ids_masked"]
+    (response,) = [a for r in nemo_exact.generate_each([DIALOG], max_new_tokens=12) for a in r]
+    assert response.ids.tolist() == RECORDED["answer_with_pad_ids_masked"]
     ends = sum(m and i == END for m, i in zip(RECORDED["mask"], RECORDED["training"], strict=True))
     assert losses_of(nemo_exact).loss.count == sum(RECORDED["mask"]) - ends
 

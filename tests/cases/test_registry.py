@@ -73,7 +73,7 @@ def test_a_folder_with_one_archive_is_that_archive(archive, tmp_path):
     assert kind is not None and kind.classes == OPENERS[archive]
 
 
-def test_an_unpacked_archive_says_how_to_pack_it(tmp_path):
+def test_the_error_for_an_unpacked_archive_tells_how_to_pack_it(tmp_path):
     repack(DATA / "codec/lfr22_tiny.nemo", tmp_path / "codec")
     with pytest.raises(SettingsError, match=r"convert\.py .*AudioCodec"):
         slm.models.AudioCodec.from_pretrained(tmp_path / "codec")
@@ -97,7 +97,7 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize(("block", "name"), BLOCKS)
-def test_a_run_is_what_its_model_block_says(block, name, tmp_path):
+def test_the_model_block_of_a_run_decides_its_kind(block, name, tmp_path):
     run = run_of(tmp_path / "run", block)
     kind = registry.identify(run)
     assert kind is not None and name in kind.classes
@@ -133,7 +133,7 @@ def test_other_models_of_hugging_face_are_named(config, match, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "5", '{"model_type": 5}'])
-def test_a_config_that_says_nothing_is_no_kind(content, tmp_path):
+def test_a_config_without_a_kind_is_refused(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
     assert registry.identify(tmp_path) is None
     with pytest.raises((SettingsError, ConversionError), match=r"config\.json"):

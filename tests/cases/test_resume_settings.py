@@ -44,15 +44,15 @@ def test_changes_of_optimizer_data_and_trainer_are_taken_and_listed(tmp_path, ca
 def test_another_model_in_an_old_run_directory_is_refused_unless_asked_for(tmp_path, capsys):
     fit(tmp_path)
     config = (tmp_path / "config.yaml").read_text()
-    other = {**ToyModel().settings, "never_heard_of": 1}
-    message = rf"{tmp_path}/checkpoints/2 .*: model\.never_heard_of: not set -> 1\. Use .*=true$"
+    other = {**ToyModel().settings, "unknown_key": 1}
+    message = rf"{tmp_path}/checkpoints/2 .*: model\.unknown_key: not set -> 1\. Use .*=true$"
     with pytest.raises(SettingsError, match=message):
         fit(tmp_path, 4, model=ToyModel(settings=other))
     assert (tmp_path / "config.yaml").read_text() == config
     assert max(rows_of(tmp_path)[0]) == 2
     allowed = {"resume_allow_changes": True}
     assert fit(tmp_path, 4, model=ToyModel(settings=other), experiment=allowed).step == 4
-    assert "model.never_heard_of: not set -> 1" in listed(capsys)
+    assert "model.unknown_key: not set -> 1" in listed(capsys)
 
 
 def test_other_variables_are_one_line_that_names_the_directory(tmp_path):
@@ -90,7 +90,7 @@ def test_other_variables_are_one_line_that_names_the_directory(tmp_path):
         ("exp_manager.checkpoint_callback_params.save_top_k", False),
     ],
 )
-def test_the_table_says_what_a_change_means(key, is_refused):
+def test_the_table_decides_what_a_change_means(key, is_refused):
     assert Change(key=key, before=1, after=2).is_refused is is_refused
 
 

@@ -81,7 +81,7 @@ def changed(file: Path, **values: object) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nobody_answers(monkeypatch):
+def _no_terminal(monkeypatch):
     def ask(*_: object) -> str:
         raise AssertionError("somebody was asked")
 
@@ -96,7 +96,7 @@ def _nobody_answers(monkeypatch):
         ["odd.Odd", None],
     ],
 )
-def test_own_class_is_refused_in_one_line_that_says_what_to_do(llama, auto_map):
+def test_own_class_is_refused_in_one_line_with_the_remedy(llama, auto_map):
     mark = llama / "ran"
     (llama / "odd.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Odd: pass\n")
     changed(llama / "tokenizer_config.json", tokenizer_class="Odd", auto_map=auto_map)

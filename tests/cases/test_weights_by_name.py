@@ -59,7 +59,7 @@ def test_files_that_are_something_else_are_named_by_every_reader(tmp_path, name,
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_convert_says_it_in_one_line(tmp_path, capsys, name):
+def test_convert_refuses_it_in_one_line(tmp_path, capsys, name):
     shutil.copytree(LLM, tmp_path / "llm")
     (tmp_path / "llm" / name).write_bytes(LFS)
     assert convert.main([str(tmp_path / "llm"), str(tmp_path / "out")]) == 2

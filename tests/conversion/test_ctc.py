@@ -1,4 +1,4 @@
-"""CTC recognisers of NeMo load completely, come back bit for bit, and hear what they heard."""
+"""CTC models of NeMo load completely, export bit for bit, and transcribe the same."""
 
 import json
 from typing import Any

@@ -85,7 +85,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_directory_without_weights_says_what_is_expected(tmp_path):
+def test_directory_without_weights_names_what_is_expected(tmp_path):
     with pytest.raises(ConversionError, match=r"model\.safetensors"):
         open_weights(tmp_path)
     with pytest.raises(ConversionError, match="does not exist"):

@@ -34,7 +34,7 @@ def recording(folder, name, seconds, rate_hz, channels=1):
 
 
 def cut(folder, name, seconds=1.0, turns=None, *, agent_hz=22050, agent_s=None, **more):
-    """A cut whose user asks and whose agent answers; `turns` are (speaker, start, end, text)."""
+    """A cut of a user and an agent; `turns` are (speaker, start, end, text)."""
     from lhotse import MonoCut, SupervisionSegment
 
     if turns is None:

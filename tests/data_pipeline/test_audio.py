@@ -1,4 +1,4 @@
-"""Reading audio: what is read is what was written, and what cannot be used says why."""
+"""Reading audio: samples are read as written, and unusable files are refused with the reason."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Laws of the plan: every conversation once, in a shape of the plan, the same everywhere."""
+"""Invariants of the plan: every conversation once, in a shape of the plan, the same everywhere."""
 
 import functools
 from collections import Counter
@@ -189,7 +189,7 @@ def test_explicit_bins_leave_out_what_is_longer_where_each_has_its_own_size():
 
 
 @pytest.mark.parametrize("clips", [0, 1])
-def test_a_shape_has_a_clip_slot_even_where_nothing_is_said(clips):
+def test_a_shape_has_a_clip_even_without_audio(clips):
     plan = plan_buckets(measures_of([(5, clips, 0)] * 3), DataLoaderConfig(batch_size=2))
     shape = plan.buckets[0].shape
     assert shape.clips == max(2 * clips, 1) and shape.samples > 0

@@ -1,4 +1,4 @@
-"""Laws of the stream: exact resume, bad audio masked and counted, no shape beyond the plan."""
+"""Invariants of the stream: exact resume, bad audio masked and counted, shapes of the plan only."""
 
 import json
 import subprocess
@@ -73,7 +73,7 @@ def test_resuming_anywhere_gives_the_rest_of_the_run(corpus, make_module, uninte
     assert_same(next(stream), batches[5])
 
 
-def test_a_state_is_small_and_says_where_and_of_how_many_groups(uninterrupted):
+def test_a_state_is_small_and_holds_position_and_number_of_groups(uninterrupted):
     state = uninterrupted[1][3]
     assert len(json.dumps(state)) < 200
     assert (state["epoch"], state["position"], state["groups"]) == (0, 3, 2)
@@ -222,7 +222,7 @@ def test_settings_that_leave_conversations_out_are_counted_by_cause(corpus, make
     }
 
 
-def test_nothing_left_is_an_error_that_says_why(corpus, make_module):
+def test_nothing_left_is_an_error_with_the_reasons(corpus, make_module):
     with pytest.raises(SettingsError, match=r"is left; left out: \{'max_tokens': 30\}"):
         make_module(corpus / "manifest.jsonl", max_tokens=3)
     with pytest.raises(SettingsError, match="no batch can be made of 30"):
@@ -241,7 +241,7 @@ def test_validation_goes_once_through_each_named_set_and_again(corpus, make_modu
     assert rows.sum(axis=1).tolist() == [2, 2, 2]  # the last six, shared evenly
 
 
-def test_validation_carries_what_answers_are_compared_with(corpus, make_module, tokenizer):
+def test_validation_carries_the_references(corpus, make_module, tokenizer):
     module = make_module(corpus / "manifest.jsonl", validation=("clean",))
     texts = [row["text"] for row in read_rows(corpus / "manifest.jsonl")]
     references = [r for b in module.validation_batches()["clean"] for r in b.references]
@@ -262,10 +262,10 @@ def test_validation_drops_count_once_however_often_it_runs(damaged, make_module)
 def test_text_alone_and_several_clips_make_batches(tmp_path, make_module):
     soundfile.write(tmp_path / "a.wav", np.full(8000, 0.1), 16000)
     audio = {"from": "User", "type": "audio", "value": "a.wav", "duration": 0.5}
-    answer = {"from": "Assistant", "type": "text", "value": "yes"}
+    response = {"from": "Assistant", "type": "text", "value": "yes"}
     text = {"from": "User", "type": "text", "value": "well?"}
-    both = [audio, text, audio, answer]
-    turns = {"text": [text, answer], "two": both, "more": [*both, audio, answer]}
+    both = [audio, text, audio, response]
+    turns = {"text": [text, response], "two": both, "more": [*both, audio, response]}
     lines = [{"id": name, "conversations": t} for name, t in turns.items()]
     only_text = make_module(write_manifest(tmp_path / "t.jsonl", lines[:1]))
     batch = next(only_text.train_batches())

@@ -156,7 +156,7 @@ def test_each_process_reads_its_own_groups(shar, uninterrupted):
         assert not part.arrays.source_lengths[[1 - own[0]]].any()
 
 
-def test_validation_goes_once_through_each_set_with_what_answers_are_compared_with(manifest):
+def test_validation_goes_once_through_each_set_with_its_references(manifest):
     module = corpus.module(manifest, groups=2, validation=("one", "two"))
     sets = module.validation_batches()
     assert list(sets) == ["one", "two"]
@@ -258,7 +258,7 @@ def test_cuts_that_only_lhotse_can_load_are_left_to_it(tmp_path):
     assert np.abs(row["source_audio"] - expected).max() < 1e-5
 
 
-def test_what_lasts_longer_than_the_model_can_hear_is_left_out_and_counted(cuts, manifest):
+def test_what_is_longer_than_the_model_input_is_left_out_and_counted(cuts, manifest):
     lasts = {
         name: len(row["target_tokens"]) for name, row in pass_of(corpus.module(manifest)).items()
     }

@@ -1,4 +1,4 @@
-"""What is wrong with duplex data or its settings is one line that says how to mend it."""
+"""Errors of duplex data and settings are one line with the remedy."""
 
 from dataclasses import replace
 from itertools import islice
@@ -26,7 +26,7 @@ def manifest(tmp_path_factory):
 
 
 def spoken(folder, *speakers, text="yes", start=0.1):
-    """A manifest of one cut per speaker, who alone says something in it."""
+    """A manifest of one cut per speaker, with turns of that speaker only."""
     cuts = [
         corpus.cut(folder, f"s{n}", 1.0, [(speaker, start, start + 0.5, text)])
         for n, speaker in enumerate(speakers)

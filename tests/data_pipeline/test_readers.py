@@ -92,7 +92,7 @@ def test_tags_go_before_the_fields_of_a_line_and_a_missing_text_leaves_a_questio
     path = write(tmp_path / "m.json", *rows)
     first, second = read_manifest(path, ManifestOptions())
     assert told(first) == [("user", "own"), ("user", "a"), ("assistant", "x")]
-    assert first.answer == "x" and second.answer is None
+    assert first.response == "x" and second.response is None
     tags = {"context": "tag", "system_prompt": "sys"}
     first, _ = read_manifest(path, ManifestOptions(tags=tags))
     assert told(first)[:2] == [("system", "sys"), ("user", "tag")]

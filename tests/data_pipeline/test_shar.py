@@ -32,7 +32,7 @@ def sources(shar_path, **more):
     return read_sources(config, "data.train_ds", SALMDataset.read)
 
 
-def heard(conversations):
+def audio_of(conversations):
     return {c.id: np.concatenate([clip.load(RATE) for clip in c.clips]) for c in conversations}
 
 
@@ -56,10 +56,10 @@ def halves(tmp_path_factory):
 def test_every_way_of_naming_gives_the_same_conversations(way, halves):
     weighted = [[folder, 3 - n] for n, folder in enumerate(halves)]
     named = {"fields": FIELDS, "folders": halves, "weighted": weighted}[way]
-    expected = heard(read_shar(SHAR, ManifestOptions()))
+    expected = audio_of(read_shar(SHAR, ManifestOptions()))
     found = sources(named)
     assert all(source.is_shar for source in found)
-    assert_same(heard(c for source in found for c in source.conversations), expected)
+    assert_same(audio_of(c for source in found for c in source.conversations), expected)
     entries = [{"shar_path": named, "type": "lhotse_shar"}]
     inside = sources(None, input_cfg=entries)
     assert [s.share for s in inside] == [s.share for s in found]
@@ -98,15 +98,15 @@ def test_what_names_no_shar_is_one_line_with_its_reason(shar_path, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_recordings_that_are_not_packed_are_read_where_they_lie(tmp_path):
+def test_recordings_that_are_not_packed_are_read_in_place(tmp_path):
     from lhotse import CutSet
 
     cuts = corpus.corpus(tmp_path, 3)
     (tmp_path / "shar").mkdir()
     CutSet.from_cuts(cuts).to_shar(tmp_path / "shar", {}, warn_unused_fields=False)
     manifest = corpus.write_cuts(tmp_path / "cuts.jsonl", cuts)["cuts_path"]
-    expected = heard(read_manifest(manifest, ManifestOptions()))
-    assert_same(heard(read_shar(tmp_path / "shar", ManifestOptions())), expected)
+    expected = audio_of(read_manifest(manifest, ManifestOptions()))
+    assert_same(audio_of(read_shar(tmp_path / "shar", ManifestOptions())), expected)
 
 
 def voices(conversations):
@@ -144,7 +144,7 @@ def test_duplex_shar_of_several_folders_and_of_fields_makes_batches(tmp_path):
         assert len({i for batch in batches for i in batch.ids}) == 4
 
 
-def test_a_packed_recording_longer_than_its_cut_says_is_not_cut_in_silence(tmp_path):
+def test_a_packed_recording_longer_than_its_cut_is_not_truncated_silently(tmp_path):
     import lhotse
     import soundfile
 

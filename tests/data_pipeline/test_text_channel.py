@@ -32,7 +32,7 @@ def test_timed_texts_equal_nemo_which_shows_rows_whole(tokenizer, with_ends, key
     assert found == GOLDEN[key]
 
 
-def test_nothing_beyond_the_length_is_said(tokenizer):
+def test_no_token_is_beyond_the_length(tokenizer):
     tokens = np.array(GOLDEN["tokens"])[:1]
     assert timed_texts(tokens, [8], tokenizer, pad_id=PAD) == [" <|0.16|> hi how are you"]
     assert timed_texts(tokens, [3], tokenizer, pad_id=PAD, frame_s=0.5) == [" <|1.0|> "]

@@ -1,4 +1,4 @@
-"""Tokenizers speak NeMo's names, and a format never meets a tokenizer that cannot spell it."""
+"""Tokenizers use NeMo's names, and a format is refused for a tokenizer that lacks its tokens."""
 
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def test_the_quick_way_to_a_generic_tokenizer_gives_what_auto_tokenizer_does(nam
     quick = Tokenizer(DATA / name)
     assert type(quick._backend._tokenizer) is type(auto)
     assert quick._backend._tokenizer.get_vocab() == auto.get_vocab()
-    text = "I don't know,  said the <|im_end|> fox </s> twice.\n"
+    text = "I don't know,  asks the <|im_end|> fox </s> twice.\n"
     assert quick.text_to_ids(text) == auto(text, add_special_tokens=False)["input_ids"]
     assert quick._backend._tokenizer.special_tokens_map == auto.special_tokens_map
     assert quick._backend._tokenizer.chat_template == auto.chat_template
@@ -170,12 +170,12 @@ def test_encoding_many_dialogs_equals_encoding_each(llama):
 
 
 @pytest.mark.parametrize("name", ["qwen", "llama2", "plain"])
-def test_a_question_is_what_the_same_dialog_without_its_answer_asks(name):
+def test_the_context_is_the_same_with_and_without_the_response(name):
     tokenizer = Tokenizer(Path(__file__).parents[2] / "configs" / "parts" / "tiny_llm")
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     formatter = PromptFormatter(name, tokenizer)
     question = {"role": "user", "slots": {"message": "What?"}}
-    answer = {"role": "assistant", "slots": {"message": "That."}}
-    whole = formatter.encode_dialog([question, answer])
+    response = {"role": "assistant", "slots": {"message": "That."}}
+    whole = formatter.encode_dialog([question, response])
     asked = formatter.encode_dialog([question])
     np.testing.assert_array_equal(whole.prompt_ids, asked.input_ids)

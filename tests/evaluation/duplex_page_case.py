@@ -144,7 +144,7 @@ def write_small_duplex_page(
 
 
 def user_recording(one: DialogueResult) -> Any:
-    """The user's recording: a tone while the user speaks."""
+    """The user's recording: a tone in the user's turns."""
     made = utterance(one.id, one.duration_s)
     wave = speech(one.user_turns, one.duration_s, USER_HZ)
     return type(made)(**{**vars(made), "read": lambda rate_hz: wave})

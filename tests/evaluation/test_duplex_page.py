@@ -24,7 +24,7 @@ def page(tmp_path_factory):
     return write_small_duplex_page(tmp_path_factory.mktemp("page"))
 
 
-def test_the_page_is_one_file_worst_first_and_nothing_that_is_said_is_markup(page):
+def test_the_page_is_one_file_worst_first_and_no_text_is_markup(page):
     html = page.read_text()
     assert re.findall(r'class="id" title="(\w+)"', html) == WORST_FIRST
     assert not re.search(r'(?:src|href)="(?!data:)', html)

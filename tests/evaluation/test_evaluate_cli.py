@@ -141,8 +141,8 @@ def test_a_run_writes_rows_in_input_order_and_provenance(fake, wav, tmp_path, ca
         "device=cpu",
     ]
     assert evaluate.main(argv) == 0
-    *answers, last = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [(a["id"], a["text"], a["pred_text"]) for a in answers] == [
+    *rows, last = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(a["id"], a["text"], a["pred_text"]) for a in rows] == [
         ("1", "one", "one"),
         ("3", "three", "three"),
         ("2", "too", "two"),

@@ -66,7 +66,7 @@ def loaded_asr(monkeypatch):
 
 
 def test_conversations_are_generated_transcribed_scored_and_shown(tmp_path, loaded_asr, capsys):
-    cuts = write_cuts(tmp_path / "talks.jsonl.gz")
+    cuts = write_cuts(tmp_path / "dialogs.jsonl.gz")
     argv = [
         f"pretrained_name={DATA / 'duplex_s2s' / 'hf'}",
         f"inputs={cuts}",
@@ -103,7 +103,7 @@ def test_conversations_are_generated_transcribed_scored_and_shown(tmp_path, load
         assert row["pred_text"] and row["heard"] is not None
     totals = last["provenance"]["totals"]
     assert totals["failed"] == {"unreadable": 1}
-    scores = totals["by_set"]["talks"]["scores"]
+    scores = totals["by_set"]["dialogs"]["scores"]
     assert scores == totals["scores"]
     assert {"txt_bleu", "asr_bleu", "wer", "empty_text_rate", "audio_token_acc"} <= set(scores)
     printed = capsys.readouterr().out
@@ -115,7 +115,7 @@ def test_conversations_are_generated_transcribed_scored_and_shown(tmp_path, load
 
 @pytest.mark.slow
 def test_an_interrupted_evaluation_is_resumed_with_the_same_scores(tmp_path, monkeypatch, capsys):
-    cuts = write_cuts(tmp_path / "talks.jsonl")
+    cuts = write_cuts(tmp_path / "dialogs.jsonl")
     generate, processed = DuplexScorer.generate, []
 
     def interrupted(self, examples, batch_size=0):
@@ -158,7 +158,7 @@ def test_an_interrupted_evaluation_is_resumed_with_the_same_scores(tmp_path, mon
 
 
 def test_a_speaker_in_neither_role_is_refused_before_any_weight_is_read(tmp_path, capsys):
-    cuts = write_cuts(tmp_path / "talks.jsonl")
+    cuts = write_cuts(tmp_path / "dialogs.jsonl")
     model = DATA / "duplex_s2s" / "hf"
     assert evaluate.main([f"pretrained_name={model}", f"inputs={cuts}"]) == 2
     error = capsys.readouterr().err

@@ -109,7 +109,9 @@ def test_inputs_that_cannot_be_used_say_why(tmp_path, content, expected):
         ("rows.jsonl", b"a.wav\n", "is not JSON lines: a manifest has one object per line"),
     ],
 )
-def test_a_file_of_another_kind_says_what_is_read(tmp_path, name, content, message):
+def test_a_file_of_another_kind_is_refused_with_the_supported_kinds(
+    tmp_path, name, content, message
+):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(SettingsError, match=message) as raised:
@@ -161,6 +163,6 @@ def test_a_folder_without_audio_is_refused(tmp_path):
 def test_a_conversation_with_two_recordings_is_refused(tmp_path, wav):
     wav("a.wav", 1.0)
     turn = {"type": "audio", "from": "User", "value": "a.wav", "duration": 1.0}
-    path = _write(tmp_path / "talk.jsonl", [{"id": "two", "conversations": [turn, turn]}])
+    path = _write(tmp_path / "dialog.jsonl", [{"id": "two", "conversations": [turn, turn]}])
     with pytest.raises(SettingsError, match="inputs: 'two' has 2 recordings"):
         read_inputs(path)

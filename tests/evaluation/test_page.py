@@ -83,7 +83,7 @@ def test_only_the_pages_own_script_may_run(tmp_path):
     assert f"script-src 'sha256-{digest}'" in page
 
 
-def test_only_the_worst_rows_carry_audio_and_the_page_says_so(tmp_path):
+def test_only_the_worst_rows_carry_audio_and_the_page_notes_it(tmp_path):
     page = write_small_page(tmp_path / "report.html", media_rows=2)
     rows = _rows(page)
     assert ["<audio" in row for _, row in rows] == [True, True] + [False] * 5
@@ -91,7 +91,7 @@ def test_only_the_worst_rows_carry_audio_and_the_page_says_so(tmp_path):
     assert "report_rows=N" not in write_small_page(tmp_path / "all.html")
 
 
-def test_a_recording_that_cannot_be_read_says_why_and_has_no_player(tmp_path):
+def test_an_unreadable_recording_shows_its_error_and_has_no_player(tmp_path):
     rows = dict(_rows(write_small_page(tmp_path / "report.html")))
     assert "no response: broken.ogg: truncated" in rows["broken"]
     assert "<audio" not in rows["broken"]

@@ -73,8 +73,8 @@ def test_marks_are_what_is_counted():
     agent = Turns.from_segments([(2.5, 5.9), (8.0, 13.0)])
     marks, counts = turn_marks(user, agent), count_turns(user, agent)
     kinds = [mark.kind for mark in marks]
-    assert kinds.count("response") == counts.answered == 2
-    assert kinds.count("unanswered") == counts.user_turns - counts.answered
+    assert kinds.count("response") == counts.with_response == 2
+    assert kinds.count("unanswered") == counts.user_turns - counts.with_response
     assert kinds.count("barge_in") == counts.yielded == 1
     assert kinds.count("barge_in") + kinds.count("talked_over") == counts.barge_ins == 2
     delays = [mark.seconds for mark in marks if mark.kind == "response"]

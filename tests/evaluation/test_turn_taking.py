@@ -54,7 +54,7 @@ def test_segments_are_sorted_and_must_not_run_backwards():
 def test_a_good_conversation():
     counts = count_turns(turns((0.0, 2.0), (5.0, 7.0)), turns((2.5, 4.0), (7.25, 9.0)))
     assert counts == TurnCounts(
-        user_turns=2, answered=2, agent_turns=2, timely=2, latencies_s=(0.5, 0.25)
+        user_turns=2, with_response=2, agent_turns=2, timely=2, latencies_s=(0.5, 0.25)
     )
     assert counts.scores() == {
         "turn_taking_precision": 1.0,
@@ -71,7 +71,7 @@ def test_a_good_conversation():
 )
 def test_a_response_starts_from_a_second_before_to_one_and_a_half_after(start, is_response):
     counts = count_turns(turns((4.0, 10.0)), turns((start, 15.0)))
-    assert (counts.answered, counts.timely) == (is_response, is_response)
+    assert (counts.with_response, counts.timely) == (is_response, is_response)
     assert counts.latencies_s == ((pytest.approx(start - 10.0),) if is_response else ())
 
 
@@ -82,7 +82,7 @@ def test_turns_out_of_place_and_unanswered_ones_count_against():
     assert (counts.timely, counts.agent_turns) == (2, 4), (
         "two responses to one turn are both timely"
     )
-    assert (counts.answered, counts.user_turns) == (1, 3)
+    assert (counts.with_response, counts.user_turns) == (1, 3)
     assert counts.latencies_s == (pytest.approx(0.2),), "the first of them is the response"
     scores = counts.scores()
     assert scores["turn_taking_f1"] == pytest.approx(2 * 0.5 * (1 / 3) / (0.5 + 1 / 3))
@@ -140,7 +140,7 @@ def test_channels_and_segments_of_one_conversation_agree():
     ]
     counts = count_turns(*channels)
     assert counts == count_turns(*(turns(*read(t, frame_s)) for t in (user, agent)))
-    assert (counts.answered, counts.timely) == (2, 2)
+    assert (counts.with_response, counts.timely) == (2, 2)
     assert counts.latencies_s == (0.375, 0.125)
     assert (counts.barge_ins, counts.yielded) == (1, 1)
 

@@ -15,7 +15,7 @@ def test_counts_are_summed_over_the_corpus():
     assert errors.rate(errors.insertions) == pytest.approx(1 / 9)
 
 
-def test_empty_references_count_what_was_said_there_as_inserted():
+def test_hypotheses_of_empty_references_count_as_insertions():
     errors = word_errors(["", "a b", "  "], ["x y", "", ""])
     assert (errors.insertions, errors.deletions, errors.empty_references) == (2, 2, 2)
     assert errors.wer == pytest.approx(4 / 2)

@@ -36,11 +36,11 @@ def asked(model, *audio):
     return [{"role": "user", "content": text, "audio": [str(a) for a in audio]}]
 
 
-def test_a_long_recording_is_answered_in_chunks_and_told(model, long_file, caplog):
+def test_a_long_recording_is_split_into_chunks_with_a_warning(model, long_file, caplog):
     short = DATA / "salm" / "audio" / "a0.wav"
     prompts = [asked(model, short), asked(model, long_file)]
     with caplog.at_level(logging.WARNING):
-        answers = model.generate(prompts, **SHORT)
+        responses = model.generate(prompts, **SHORT)
     wave = soundfile.read(long_file, dtype="float32")[0]
     chunks = cut(wave, rate_hz=16_000, max_s=MAX_S)
     (record,) = caplog.records
@@ -51,15 +51,15 @@ def test_a_long_recording_is_answered_in_chunks_and_told(model, long_file, caplo
     audios = np.stack([np.pad(row, (0, lengths.max() - len(row))) for row in rows])
     plain = [[{k: v for k, v in turn.items() if k != "audio"} for turn in prompts[0]]]
     alone = model.generate(plain * len(rows), audios, lengths, max_new_tokens=8)
-    says = [model.tokenizer.ids_to_text(row) for row in alone]
-    assert answers[0, : alone.shape[1]].tolist() == alone[-1].tolist()
-    expected = model.tokenizer.text_to_ids(join(says[:-1], chunks))
-    assert answers[1, : len(expected)].tolist() == expected
+    texts = [model.tokenizer.ids_to_text(row) for row in alone]
+    assert responses[0, : alone.shape[1]].tolist() == alone[-1].tolist()
+    expected = model.tokenizer.text_to_ids(join(texts[:-1], chunks))
+    assert responses[1, : len(expected)].tolist() == expected
     whole = model.generate([prompts[1]], max_new_tokens=8, max_audio_s=False)
     assert len(caplog.records) == 1 and whole.shape == (1, 8), "false: never cut"
 
 
-def test_what_cannot_be_answered_in_chunks_says_what_to_do(model, long_file):
+def test_what_cannot_be_split_is_refused_with_the_remedy(model, long_file):
     short = DATA / "salm" / "audio" / "a0.wav"
     with pytest.raises(ValueError, match="only a prompt with one recording can be split"):
         model.generate([asked(model, short, long_file)], **SHORT)

@@ -36,7 +36,7 @@ def prompts(model):
 
 @pytest.fixture(scope="module")
 def stops(model, prompts):
-    """End ids with which answers have many lengths."""
+    """End ids with which responses have many lengths."""
     ids = model.generate(prompts, max_new_tokens=16, eos_token_id=[model.text_eos_id] * 5)
     stops = [
         model.text_eos_id,
@@ -48,12 +48,12 @@ def stops(model, prompts):
 
 
 def by_number(rounds):
-    answers = dict(answered for ended in rounds for answered in ended)
-    return [answers[number].tolist() for number in range(len(answers))]
+    responses = dict(response for ended in rounds for response in ended)
+    return [responses[number].tolist() for number in range(len(responses))]
 
 
 def trimmed(model, ids, stops):
-    """Rows up to their first end, which is part of the answer."""
+    """Responses up to their first end token, which is part of them."""
     ends = [np.flatnonzero(np.isin(row, stops)) for row in ids]
     return [row[: e[0] + 1 if len(e) else None].tolist() for row, e in zip(ids, ends, strict=True)]
 
@@ -64,12 +64,12 @@ def programs():
 
 
 @pytest.mark.parametrize("drawn", [{}, DRAWN])
-def test_answers_are_those_of_generate_in_two_programs(model, prompts, stops, drawn):
+def test_responses_are_those_of_generate_in_two_programs(model, prompts, stops, drawn):
     asked = dict(max_new_tokens=16, eos_token_id=stops, **drawn)
     expected = trimmed(model, model.generate(prompts, **asked), stops)
     rounds = list(model.generate_each(iter(prompts), slots=4, **asked))
     assert by_number(rounds) == expected
-    assert len(rounds) > 2, "answers come as they end"
+    assert len(rounds) > 2, "responses come as they end"
     before = programs()
     order = [0, *range(len(prompts))[::-1]]
     again = by_number(model.generate_each((prompts[n] for n in order), slots=4, **asked))
@@ -94,15 +94,15 @@ def test_a_longer_prompt_and_a_recording_in_chunks_find_room(model, prompts, cap
     text = [{"role": "user", "content": "What time is it, and where? " * 6}]
     mixed = [*prompts[:2], long, text, prompts[2]]
     asked = dict(max_new_tokens=16, max_audio_s=1.0)
-    answers = by_number(model.generate_each(mixed, slots=4, **asked))
+    responses = by_number(model.generate_each(mixed, slots=4, **asked))
     assert "prompt 2: 2.3 s of audio" in caplog.text
     together = model.generate(mixed, **asked)
-    for own, row in zip(answers, together, strict=True):
+    for own, row in zip(responses, together, strict=True):
         assert own == row[: len(own)].tolist() and (row[len(own) :] == model.text_pad_id).all()
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         (dict(num_beams=2), "num_beams: beam search: not supported by generate_each"),
         (dict(stop_strings="a"), "stop_strings: not supported by generate_each"),
@@ -111,8 +111,8 @@ def test_a_longer_prompt_and_a_recording_in_chunks_find_room(model, prompts, cap
         (dict(slots=0), "slots=0 must be at least 1"),
     ],
 )
-def test_what_needs_whole_batches_is_refused_at_the_call(model, prompts, wrong, says):
-    with pytest.raises(ValueError, match=says):
+def test_what_needs_whole_batches_is_refused_at_the_call(model, prompts, wrong, message):
+    with pytest.raises(ValueError, match=message):
         model.generate_each(prompts, **wrong)
 
 
@@ -124,7 +124,7 @@ def test_processors_that_look_at_a_prompt_of_text_are_refused(model):
         next(model.generate_each([text], repetition_penalty=1.5))
 
 
-def test_a_prompt_that_cannot_be_used_is_named_after_the_answers_before_it(model, prompts):
+def test_a_prompt_that_cannot_be_used_is_named_after_the_responses_before_it(model, prompts):
     asked = dict(max_new_tokens=4)
     expected = by_number(model.generate_each(prompts[:6], slots=4, **asked))
     nan = [{**prompts[0][0], "audio": [np.full(4000, np.nan, np.float32)]}]

@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def drawn(model):
-    """Two answers to each of three prompts, and their prompts' width."""
+    """Two responses to each of three prompts, and their prompts' width."""
     ids = model.generate(PROMPTS, **DRAWN)
     return ids[:, -12:]
 
@@ -49,7 +49,7 @@ def joined(pieces, rows):
 
 
 @pytest.mark.parametrize("at_once", [1, 5])
-def test_a_stream_says_what_generate_says(model, drawn, at_once):
+def test_a_stream_equals_generate(model, drawn, at_once):
     before = programs()
     pieces = list(model.stream(PROMPTS, **DRAWN, tokens_at_once=at_once))
     ids, texts = joined(pieces, len(drawn))
@@ -60,7 +60,7 @@ def test_a_stream_says_what_generate_says(model, drawn, at_once):
     assert programs() == before, "generate and stream run the same programs"
 
 
-def test_the_first_of_several_answers_is_the_only_one(model, drawn):
+def test_the_first_of_several_responses_is_the_only_one(model, drawn):
     single = model.generate(PROMPTS, **{**DRAWN, "num_return_sequences": 1})[:, -12:]
     np.testing.assert_array_equal(single, drawn[::2])
     assert all(one.tolist() != other.tolist() for one, other in drawn.reshape(3, 2, 12))
@@ -107,15 +107,15 @@ def test_values_make_no_new_programs(model, drawn):
     assert programs() == before
 
 
-def test_a_text_ends_an_answer_and_lengths_are_each_rows_own(model):
+def test_a_stop_string_ends_a_response_and_lengths_are_per_sequence(model):
     whole = model.generate(PROMPTS, max_new_tokens=12)
     prompt = whole.shape[1] - 12
-    says = model.tokenizer.ids_to_text
-    text = says(whole[0, prompt:])
+    text_of = model.tokenizer.ids_to_text
+    text = text_of(whole[0, prompt:])
     string = text[len(text) // 2 :][:2]
     stopped = model.generate(PROMPTS, max_new_tokens=12, stop_strings=string)
     for row, free in zip(stopped[:, prompt:], whole[:, prompt:].tolist(), strict=True):
-        end = next((n for n in range(1, 13) if string in says(free[:n])), 12)
+        end = next((n for n in range(1, 13) if string in text_of(free[:n])), 12)
         assert row.tolist() == (free[:end] + [model.text_pad_id] * 12)[: len(row)]
     assert (stopped[0, prompt:] == model.text_pad_id).any() or stopped.shape < whole.shape
     lengths = [len(row[row != model.text_pad_id]) for row in model.generate(PROMPTS, max_length=40)]
@@ -123,7 +123,7 @@ def test_a_text_ends_an_answer_and_lengths_are_each_rows_own(model):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         (dict(num_beans=4), "does not know 'num_beans'; did you mean num_beams?"),
         (dict(guidance_scale=1.5), "guidance_scale=1.5 is not supported: classifier-free"),
@@ -139,13 +139,13 @@ def test_a_text_ends_an_answer_and_lengths_are_each_rows_own(model):
         (dict(output_logits=True), "logits of each token are not kept"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(model, wrong, says):
-    with pytest.raises(ValueError, match=says):
+def test_what_is_not_supported_is_refused_by_name(model, wrong, message):
+    with pytest.raises(ValueError, match=message):
         model.generate(PROMPTS, **wrong)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         (dict(top_p="0.9"), r"top_p='0.9' must be a number in \[0, 1\]"),
         (dict(min_p=np.nan), r"min_p=nan must be a number in \[0, 1\)"),
@@ -180,8 +180,8 @@ def test_what_is_not_supported_is_refused_by_name(model, wrong, says):
         (dict(pad_token_id=-1), r"pad_token_id: \[-1\] are not token ids"),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_refused_by_name(model, wrong, says):
-    with pytest.raises(ValueError, match=says):
+def test_a_value_of_the_wrong_kind_is_refused_by_name(model, wrong, message):
+    with pytest.raises(ValueError, match=message):
         read_request(model, wrong)
 
 

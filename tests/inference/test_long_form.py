@@ -37,8 +37,8 @@ def spoken(durations_s):
     return np.concatenate(wave), places
 
 
-def heard(words, places, chunk, broken="~"):
-    """What a perfect recogniser writes down: words that are cut in two are broken."""
+def transcribed(words, places, chunk, broken="~"):
+    """The transcript of a perfect ASR model: words at the edges are broken."""
     text = []
     for word, (start, end) in zip(words, places, strict=True):
         if chunk.start <= start and end <= chunk.end:
@@ -95,7 +95,7 @@ def test_cuts_lie_in_silence():
 def test_joined_chunks_are_the_text_though_words_are_repeated(words, errors):
     wave, places = spoken([WORD_S] * len(words))
     chunks = cut(wave, rate_hz=RATE_HZ, max_s=9.0)
-    texts = [heard(words, places, chunk) for chunk in chunks]
+    texts = [transcribed(words, places, chunk) for chunk in chunks]
     if errors:
         texts = with_errors_at_edges(texts)
     assert join([" ".join(text) for text in texts], chunks) == " ".join(words)
@@ -113,13 +113,13 @@ def test_joined_chunks_are_the_text_however_long_its_words(count, longest_s, see
     wave, places = spoken(rng.uniform(0.15, longest_s, count))
     chunks = cut(wave, rate_hz=RATE_HZ, max_s=LONG_S)
     assert len(chunks) > 1
-    texts = [heard(words, places, chunk) for chunk in chunks]
+    texts = [transcribed(words, places, chunk) for chunk in chunks]
     if errors:
         texts = with_errors_at_edges(texts)
     assert join([" ".join(text) for text in texts], chunks) == " ".join(words)
 
 
-def test_a_seam_looks_past_case_and_marks_and_wrong_words():
+def test_an_overlap_ignores_case_and_punctuation_and_wrong_words():
     first = "We went home. Then we slept, untl".split()
     second = "ome then we sleept until noon".split()
     keep, skip = find_overlap(first, second, (5.0, 5.0))
@@ -128,7 +128,7 @@ def test_a_seam_looks_past_case_and_marks_and_wrong_words():
     assert find_overlap([], second, (0.0, 0.0)) == (0, 0)
 
 
-def test_where_nothing_agrees_no_word_is_said_twice():
+def test_where_nothing_agrees_no_word_is_repeated():
     keep, skip = find_overlap(["a", "b", "c", "d"], ["e", "f", "g", "h"], (2.0, 2.0))
     assert (keep, skip) == (3, 1), "half of the overlap each"
     assert find_overlap(["a", "b"], ["c"], (0.0, 0.0)) == (2, 0), "a silent overlap holds no words"
@@ -139,7 +139,7 @@ def test_a_lone_text_stays_as_it_is():
 
 
 @pytest.mark.slow
-def test_a_long_recording_is_written_down_as_its_parts_are():
+def test_a_long_recording_is_transcribed_as_its_parts_are():
     from speechlm2_jax.models import CTCModel
 
     corpus = ROOT / "corpus"
@@ -158,4 +158,4 @@ def test_a_long_recording_is_written_down_as_its_parts_are():
     errors = word_errors([reference], [joined])
     assert errors.wer < apart.wer + 0.05
     assert errors.insertions + errors.deletions <= apart.insertions + apart.deletions + 5
-    assert not re.search(r"\b(\w+ \w+ \w+) \1\b", joined), "nothing is said twice"
+    assert not re.search(r"\b(\w+ \w+ \w+) \1\b", joined), "nothing is repeated"

@@ -41,9 +41,9 @@ def asked(model):
     ids=["str", "Path", "array", "paths", "tuple", "float64", "float32"],
 )
 def test_one_recording_in_every_form_is_the_same(asked, audio):
-    (heard,) = asked(audio)[1].audio
-    assert heard.dtype == np.float32
-    np.testing.assert_array_equal(heard, WAVE)
+    (wave,) = asked(audio)[1].audio
+    assert wave.dtype == np.float32
+    np.testing.assert_array_equal(wave, WAVE)
 
 
 def test_no_audio_is_none(asked):
@@ -57,7 +57,7 @@ def _with(value):
 
 
 @pytest.mark.parametrize(
-    ("audio", "says"),
+    ("audio", "message"),
     [
         (_with(np.nan), "^prompt 1: NaN or infinite samples"),
         (_with(-np.inf), "^prompt 1: NaN or infinite samples"),
@@ -80,8 +80,8 @@ def _with(value):
         ([FILE, FILE], "^prompt 1 has 1 audio placeholders but 2 audio clips were given"),
     ],
 )
-def test_audio_that_cannot_be_used_names_its_prompt(asked, audio, says):
-    with pytest.raises(ValueError, match=says):
+def test_audio_that_cannot_be_used_names_its_prompt(asked, audio, message):
+    with pytest.raises(ValueError, match=message):
         asked(audio)
 
 
@@ -97,7 +97,7 @@ TURN = {"role": "user", "content": "Yes"}
 
 
 @pytest.mark.parametrize(
-    ("prompts", "says"),
+    ("prompts", "message"),
     [
         (TURN, r"prompts must be dialogs, \[\[.*got dict"),
         ("Yes", "prompts must be dialogs, .*got str"),
@@ -116,8 +116,8 @@ TURN = {"role": "user", "content": "Yes"}
         ([[3, -100]], r"prompt 0: \[-100\] are not token ids"),
     ],
 )
-def test_what_is_no_prompt_is_refused(model, prompts, says):
-    with pytest.raises(ValueError, match=says):
+def test_what_is_no_prompt_is_refused(model, prompts, message):
+    with pytest.raises(ValueError, match=message):
         model.generate(prompts)
 
 

@@ -1,4 +1,4 @@
-"""A loop over a stack reads its layers where they lie, and computes the same."""
+"""A loop over a stack reads its layers in place, and computes the same."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Laws of the decoder: padding, packing, caching, adapters, dtypes."""
+"""Invariants of the decoder: padding, packing, caching, adapters, dtypes."""
 
 from dataclasses import replace
 from functools import partial

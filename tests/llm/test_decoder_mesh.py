@@ -52,7 +52,7 @@ def loss_and_gradients(
 
 
 @partial(jax.jit, static_argnames="sharding")
-def answer(variables: Variables, ids: jax.Array, sharding: Sharding | None) -> jax.Array:
+def generate(variables: Variables, ids: jax.Array, sharding: Sharding | None) -> jax.Array:
     with use(sharding):
         decoder: Decoder = merge(DEFINITION, variables)
         return generate_tokens(
@@ -83,7 +83,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
     assert "rematerialization" not in capfd.readouterr().err
 
 
-def test_answers_do_not_depend_on_the_mesh() -> None:
+def test_generated_tokens_do_not_depend_on_the_mesh() -> None:
     sharding = make_sharding(**MESHES[-1])
-    expected = answer(VARIABLES, IDS, None)
-    np.testing.assert_array_equal(answer(*placed(sharding), sharding), expected)
+    expected = generate(VARIABLES, IDS, None)
+    np.testing.assert_array_equal(generate(*placed(sharding), sharding), expected)

@@ -2,8 +2,8 @@
 
     python -m tests.models.duplex_overfit FOLDER [--kind s2s_duplex_speech_decoder] [key=value ...]
 
-writes them and a tiny model's parts to FOLDER, trains, lets the model speak freely, and prints how
-much of it is right on the frames in which the agent should speak.
+writes them and a tiny model's components to FOLDER, trains, runs the model without teacher forcing,
+and prints the share of correct text and codes in the agent's turns.
 """
 
 import argparse
@@ -59,18 +59,18 @@ def write_conversations(folder: Path, count: int = COUNT) -> Path:
     rows = [json.loads(line) for line in (ROOT / "corpus" / "test.jsonl").open()]
     rows = sorted(rows, key=lambda row: row["duration"])[: 2 * count]
     cuts = []
-    for n, (asks, says) in enumerate(zip(rows[:count], rows[count:], strict=True)):
-        heard, spoken = (_read(row) for row in (asks, says))
-        start = len(heard) / 16000 + PAUSE_S
-        total = start + len(spoken) / 16000 + PAUSE_S
+    for n, (user_row, agent_row) in enumerate(zip(rows[:count], rows[count:], strict=True)):
+        user_wave, agent_wave = (_read(row) for row in (user_row, agent_row))
+        start = len(user_wave) / 16000 + PAUSE_S
+        total = start + len(agent_wave) / 16000 + PAUSE_S
         user, agent = (np.zeros(round(total * rate), np.float32) for rate in (16000, 22050))
-        user[: len(heard)] = heard
-        voice = resample(spoken, 16000, 22050)
+        user[: len(user_wave)] = user_wave
+        voice = resample(agent_wave, 16000, 22050)
         agent[round(start * 22050) :][: len(voice)] = voice[: len(agent) - round(start * 22050)]
         for name, wave, rate in (("user", user, 16000), ("agent", agent, 22050)):
             soundfile.write(folder / f"{name}{n}.wav", wave, rate)
         source = Recording.from_file(folder / f"user{n}.wav")
-        ends = start + len(spoken) / 16000
+        ends = start + len(agent_wave) / 16000
         cuts.append(
             MonoCut(
                 id=f"conversation{n}",
@@ -81,13 +81,13 @@ def write_conversations(folder: Path, count: int = COUNT) -> Path:
                 custom={"target_audio": Recording.from_file(folder / f"agent{n}.wav")},
                 supervisions=[
                     SupervisionSegment(
-                        *(f"{n}u", source.id, 0.0, len(heard) / 16000),
-                        text=asks["text"],
+                        *(f"{n}u", source.id, 0.0, len(user_wave) / 16000),
+                        text=user_row["text"],
                         speaker="user",
                     ),
                     SupervisionSegment(
                         *(f"{n}a", source.id, start, ends - start),
-                        text=says["text"],
+                        text=agent_row["text"],
                         speaker="agent",
                     ),
                 ],
@@ -162,8 +162,8 @@ def write_config(folder: Path, cuts: Path, kind: str) -> Path:
     return path
 
 
-def speaks_freely(model: DuplexS2SModel, examples: list[DuplexExample]) -> dict[str, float]:
-    """The share of text and codes that is right where the agent speaks, of the model's and of none.
+def free_running_accuracy(model: DuplexS2SModel, examples: list[DuplexExample]) -> dict[str, float]:
+    """Accuracy of text and codes in the agent's turns, of the model and of a silent agent.
 
     Text is compared where a token is due; codes from the frame after a turn's begin to its end,
     averaged over codebooks. `silent` is what an output of pads and silence would score.
@@ -177,10 +177,10 @@ def speaks_freely(model: DuplexS2SModel, examples: list[DuplexExample]) -> dict[
     counts = {"text": 0, "text right": 0, "codes": 0, "codes right": 0, "codes silent": 0}
     for row in range(len(examples)):
         text, codes, n = wanted.text[row], wanted.codes[row], int(wanted.frames[row])
-        said_text, said_codes = result["tokens_text"][row, :n], result["tokens_audio"][row, :n]
+        own_text, own_codes = result["tokens_text"][row, :n], result["tokens_audio"][row, :n]
         is_text = text[:n] != model.text_pad_id
         counts["text"] += int(is_text.sum())
-        counts["text right"] += int((said_text == text[:n])[is_text].sum())
+        counts["text right"] += int((own_text == text[:n])[is_text].sum())
         begins, ends = (
             np.flatnonzero(codes[:n, 0] == code)
             for code in (model.speech_bos_id, model.speech_eos_id)
@@ -189,7 +189,7 @@ def speaks_freely(model: DuplexS2SModel, examples: list[DuplexExample]) -> dict[
         for begin, end in zip(begins, ends, strict=False):
             is_speech[begin : end + 1] = True
         counts["codes"] += int(is_speech.sum()) * codes.shape[-1]
-        counts["codes right"] += int((said_codes == codes[:n])[is_speech].sum())
+        counts["codes right"] += int((own_codes == codes[:n])[is_speech].sum())
         counts["codes silent"] += int((codes[:n] == codes[1])[is_speech].sum())
     return {
         "text": counts["text right"] / counts["text"],
@@ -200,13 +200,13 @@ def speaks_freely(model: DuplexS2SModel, examples: list[DuplexExample]) -> dict[
 
 
 def overfit(folder: Path, kind: str, overrides: list[str] | None = None) -> dict[str, float]:
-    """Trains on the conversations and scores what the model then says by itself."""
+    """Trains on the conversations and scores its output without teacher forcing."""
     config = write_config(folder, write_conversations(folder), kind)
     run = experiment.build(config, overrides or [])
     run.fit()
     run.datamodule.setup(frame_count=run.model.frame_count)
     batch = next(iter(run.datamodule.validation_batches()["same"]))
-    return speaks_freely(run.model, list(batch.references))
+    return free_running_accuracy(run.model, list(batch.references))
 
 
 def _read(row: dict[str, Any]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Any NeMo recogniser in a user's hands: texts are NeMo's, whatever is asked together."""
+"""ASRModel of any NeMo model: texts are NeMo's, whatever the batch."""
 
 import gc
 import json
@@ -62,7 +62,7 @@ def test_neighbours_order_and_padding_change_no_text(model):
     assert model.transcribe(audio[:1]) == together[:1]
 
 
-def test_nothing_is_heard_in_an_empty_row(model):
+def test_an_empty_recording_has_an_empty_transcript(model):
     audio, lengths = recordings("rnnt")
     alone = model.transcribe(audio[1:2], lengths[1:2])
     assert alone != [""]
@@ -132,8 +132,8 @@ class Numbers:
         return " ".join(map(str, labels))
 
 
-def numbers_heard(name, decoder, audio, lengths):
-    """The labels that an archive's own model hears in each row."""
+def labels_of(name, decoder, audio, lengths):
+    """The labels that an archive's own model transcribes in each recording."""
     model = slm.models.ASRModel.from_pretrained(ASR / f"{name}.nemo", decoder=decoder)
     model._to_text = Numbers()
     return [[int(n) for n in text.split()] for text in model.transcribe(audio, lengths)]
@@ -178,8 +178,8 @@ def test_characters_are_written_one_after_another(name, decoder, target, places,
     audio, lengths = recordings(name)
     path = copy_with(name, tmp_path / "characters.nemo", change)
     texts = slm.models.ASRModel.from_pretrained(path, decoder=decoder).transcribe(audio, lengths)
-    heard = numbers_heard(name, decoder, audio, lengths)
-    expected = ["".join(CHARACTERS[i] for i in labels).replace(" .", ".") for labels in heard]
+    found = labels_of(name, decoder, audio, lengths)
+    expected = ["".join(CHARACTERS[i] for i in labels).replace(" .", ".") for labels in found]
     assert texts == expected and any(expected)
 
 
@@ -199,9 +199,9 @@ def test_word_pieces_are_joined_as_bert_joins_them(tmp_path):
     audio, lengths = recordings("tdt")
     texts = slm.models.ASRModel.from_pretrained(path).transcribe(audio, lengths)
     bert = BertTokenizer(str(tmp_path / "vocab.txt"))
-    heard = [[pieces[i] for i in row] for row in numbers_heard("tdt", None, audio, lengths)]
-    assert texts == [bert.convert_tokens_to_string(row) for row in heard]
-    assert any("##" in piece for row in heard for piece in row)
+    subwords = [[pieces[i] for i in row] for row in labels_of("tdt", None, audio, lengths)]
+    assert texts == [bert.convert_tokens_to_string(row) for row in subwords]
+    assert any("##" in piece for row in subwords for piece in row)
 
 
 def test_fewer_labels_per_frame_as_asked(tmp_path):

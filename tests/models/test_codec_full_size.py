@@ -136,10 +136,10 @@ def test_a_full_size_codec_runs_both_ways_and_streams_if_it_is_causal(name):
 
 
 def _assert_streams(codec, codes, spoken):
-    """Frame by frame it says the same as at once."""
-    stream, heard = codec.new_stream(1), []
+    """Decoding frame by frame equals decoding at once."""
+    stream, waves = codec.new_stream(1), []
     for t in range(codes.shape[1]):
         wave, stream = codec.decode_step(stream, codes[:, t : t + 1])
-        heard.append(np.asarray(wave))
-    np.testing.assert_allclose(np.concatenate(heard, axis=1), spoken, rtol=0, atol=STREAM_ATOL)
+        waves.append(np.asarray(wave))
+    np.testing.assert_allclose(np.concatenate(waves, axis=1), spoken, rtol=0, atol=STREAM_ATOL)
     assert np.std(spoken) > 1e-3

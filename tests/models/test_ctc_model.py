@@ -1,4 +1,4 @@
-"""A CTC recogniser in a user's hands: NeMo's files in and out, batches of SALM's kind."""
+"""CTCModel: NeMo's files in and out, batches of SALM's kind."""
 
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def test_log_probabilities_equal_nemo(model, golden):
         np.testing.assert_allclose(log_probs[row, :frames], expected[row, :frames], atol=TOLERANCE)
 
 
-def test_a_recording_is_written_down_the_same_beside_any_other(model, golden):
+def test_a_recording_is_transcribed_the_same_in_any_batch(model, golden):
     waves = waves_of(golden)
     together = model.transcribe(waves)
     assert together == [model.transcribe([wave])[0] for wave in waves]

@@ -1,4 +1,4 @@
-"""Laws of the duplex models in their default mode, and what they refuse."""
+"""Invariants of the duplex models in their default mode, and what they refuse."""
 
 import json
 from dataclasses import replace
@@ -114,7 +114,7 @@ def test_drawn_speech_depends_on_the_seed_and_on_the_row_alone(model):
     assert (one["tokens_audio"][0] != one["tokens_audio"][1]).any()
 
 
-def test_audio_shorter_than_a_frame_is_an_empty_answer(model):
+def test_audio_shorter_than_a_frame_has_an_empty_response(model):
     result = model.offline_inference(np.zeros((2, 400), np.float32), np.array([400, 0]))
     assert result["tokens_len"].tolist()[1] == 0
     assert result["text"][1] == ""
@@ -157,12 +157,12 @@ def test_data_that_do_not_fit_the_model_are_refused_with_both_numbers():
 
 def test_a_control_code_in_frame_0_is_the_codecs_silence():
     model = pretrained("duplex_s2s")
-    books = model._blueprint.network.codebooks
-    said = np.full((2, 3, books.count), books.bos)
-    silent = model._silence(said)
-    assert silent.shape == (books.count,) and (silent < books.size).all() and silent.any()
-    said[:, 0] = 5  # what the model said first is its silence
-    assert not model._silence(said).any()
+    codebooks = model._blueprint.network.codebooks
+    generated = np.full((2, 3, codebooks.count), codebooks.bos)
+    silent = model._silence(generated)
+    assert silent.shape == (codebooks.count,) and (silent < codebooks.size).all() and silent.any()
+    generated[:, 0] = 5  # the first generated codes are taken for silence
+    assert not model._silence(generated).any()
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
@@ -200,9 +200,9 @@ def test_pretrained_parts_start_a_model():
 
 
 def test_the_scoring_asr_is_found_before_training(tmp_path, monkeypatch):
-    recogniser = "assets/asr_scoring.nemo"
-    assert (DATA / recogniser).is_file()
-    assert configured("duplex_s2s", scoring_asr=recogniser).find_scoring_asr() == DATA / recogniser
+    asr_path = "assets/asr_scoring.nemo"
+    assert (DATA / asr_path).is_file()
+    assert configured("duplex_s2s", scoring_asr=asr_path).find_scoring_asr() == DATA / asr_path
     assert configured("duplex_s2s", scoring_asr=None).find_scoring_asr() is None
     with pytest.raises(SettingsError, match=r"model\.scoring_asr: .*'gone\.nemo', or null"):
         configured("duplex_s2s", scoring_asr="gone.nemo").check_weights()
@@ -274,11 +274,11 @@ def test_a_row_uses_every_position_of_the_speech_decoder_and_no_more():
         variables={**model.variables, table: model.variables[table][:frames]},
     )
     assert limited.max_frames == frames
-    said = [
+    outputs = [
         m.offline_inference(audio[None], np.array([len(audio)]), decode_audio=False)
         for m in (model, limited)
     ]
-    np.testing.assert_array_equal(said[0]["tokens_audio"], said[1]["tokens_audio"])
+    np.testing.assert_array_equal(outputs[0]["tokens_audio"], outputs[1]["tokens_audio"])
     longer = np.pad(audio, (0, 2 * 1280))
     with pytest.raises(
         ValueError, match=rf"row 0 lasts \d+ frames .* has {frames} learnt positions"

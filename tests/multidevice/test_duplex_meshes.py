@@ -1,4 +1,4 @@
-"""The duplex models learn and speak the same on one device and on a mesh of eight."""
+"""The duplex models train and generate the same on one device and on a mesh of eight."""
 
 import re
 
@@ -53,7 +53,7 @@ def test_a_mesh_equals_one_device(model, run):
         assert not re.findall(r"\ball-to-all(?:-start)?\(", many.program)
 
 
-def test_a_mesh_speaks_as_one_device_does(model, run):
+def test_a_mesh_generates_as_one_device_does(model, run):
     signal = examples()[0].source_audio[None, :12000].repeat(2, axis=0)
     signal[1] *= 0.5
     lengths = np.array([12000, 9000])

@@ -153,7 +153,7 @@ ASKED = {
     ],
     indirect=["run"],
 )
-def test_answers_do_not_depend_on_the_mesh(model, run, mesh):
+def test_generated_tokens_do_not_depend_on_the_mesh(model, run, mesh):
     examples = golden_examples(run)[:3]
     alone = model.answer(examples, 8)
     sharding = make_sharding(**MESHES[mesh])

@@ -1,4 +1,4 @@
-"""Padding, bucket, group and batch neighbours change no loss, gradient, statistic or answer."""
+"""Padding, bucket, group and batch neighbours change no loss, gradient, statistic or response."""
 
 import dataclasses
 

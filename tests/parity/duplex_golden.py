@@ -27,7 +27,7 @@ def golden(run: str) -> dict[str, np.ndarray]:
 
 @cache
 def facts(run: str) -> dict:
-    """What was written down beside them."""
+    """The recorded facts beside them."""
     return json.loads((DATA / run / "meta.json").read_text())
 
 

@@ -42,7 +42,7 @@ def model(run):
     return pretrained(run, nemo_exact=True)
 
 
-class Seams(NamedTuple):
+class Stages(NamedTuple):
     """What a model makes of a recorded batch, in one program."""
 
     codes: Any
@@ -54,7 +54,7 @@ def stages(model, name):
     @jax.jit
     def run(variables, batch):
         network = merge(model._graphdef, variables)
-        return Seams(
+        return Stages(
             codes=duplex.encode_agent(network, batch),
             inputs=duplex.prepare(network, batch, EXACT),
             losses=model.losses(variables, batch, key=jax.random.key(0), train=True),
@@ -188,20 +188,20 @@ def test_what_is_frozen_is_what_nemo_freezes(model, run):
     assert trained == set(facts(run)["trainable"]) - unused
 
 
-def test_offline_inference_speaks_as_nemo_does(model, run):
-    b, g, said = recorded_batch(), golden(run), facts(run)["infer_pair"]
+def test_offline_inference_equals_nemo(model, run):
+    b, g, recorded = recorded_batch(), golden(run), facts(run)["infer_pair"]
     result = model.offline_inference(b["source_audio"], b["source_audio_lens"])
     lengths = result["tokens_len"]
     np.testing.assert_array_equal(lengths, g["infer_pair/tokens_len"])
     for row, n in enumerate(lengths):
         for key in ("tokens_text", "tokens_audio"):
             np.testing.assert_array_equal(result[key][row, :n], g[f"infer_pair/{key}"][row, :n])
-    assert result["text"] == said["text"]
+    assert result["text"] == recorded["text"]
     np.testing.assert_array_equal(result["audio_len"], g["infer_pair/audio_len"])
     np.testing.assert_allclose(result["audio"], g["infer_pair/audio"], atol=ATOL)
 
 
-def test_a_row_alone_says_the_same(model, run):
+def test_a_conversation_alone_gives_the_same(model, run):
     b, g = recorded_batch(), golden(run)
     for row in range(2):
         n = int(b["source_audio_lens"][row])

@@ -1,4 +1,4 @@
-"""Beam search and processed greedy answers equal transformers': tokens and scores."""
+"""Beam search and greedy decoding with processors equal transformers': tokens and scores."""
 
 import json
 from functools import partial
@@ -29,7 +29,7 @@ class Words:
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def answers(
+def generate(
     graphdef: Any,
     variables: Variables,
     ids: jax.Array,
@@ -44,12 +44,12 @@ def answers(
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
-def test_answers_and_scores_equal_the_original(family: str) -> None:
+def test_tokens_and_scores_equal_the_original(family: str) -> None:
     cases = {name: case for name, case in RECORDED.items() if name.startswith(f"{family}/")}
-    programs = answers._cache_size()
+    programs = generate._cache_size()
     compare(family, cases)
     # length penalties are numbers: greedy, processed, and one program per kind of early stopping
-    assert answers._cache_size() - programs <= 4
+    assert generate._cache_size() - programs <= 4
 
 
 def test_one_new_token_equals_the_original() -> None:
@@ -63,7 +63,7 @@ def compare(family: str, cases: dict[str, Any]) -> None:
     for name, case in cases.items():
         request = read_request(Words(), case["keys"])
         config = request.fitting(request.limits(mask.sum(axis=1)))
-        ours = answers(*load(family)[:2], ids.astype(np.int32), mask, config)
+        ours = generate(*load(family)[:2], ids.astype(np.int32), mask, config)
         width = len(case["sequences"][0])
         np.testing.assert_array_equal(ours.ids[:, :width], case["sequences"], err_msg=name)
         np.testing.assert_array_equal(ours.ids[:, width:], FILLING, err_msg=name)

@@ -1,4 +1,4 @@
-"""The decoder against transformers: hidden states, logits, loss, gradients, greedy answers."""
+"""The decoder against transformers: hidden states, logits, loss, gradients, greedy decoding."""
 
 import json
 from functools import cache, partial
@@ -134,7 +134,7 @@ def test_loss_and_gradients_equal_the_original(
 
 
 @partial(jax.jit, static_argnames=("graphdef", "config"))
-def answer(
+def generate(
     graphdef: Any, variables: Variables, ids: jax.Array, mask: jax.Array, config: DecodingConfig
 ) -> jax.Array:
     decoder: Decoder = merge(graphdef, variables)
@@ -150,7 +150,7 @@ def answer(
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_equal_the_original(family: str, padding: str) -> None:
+def test_greedy_tokens_equal_the_original(family: str, padding: str) -> None:
     golden, facts = goldens(family)
     ids, mask = golden["input_ids"], golden["attention_mask"].astype(bool)
     if padding == "right":
@@ -159,14 +159,14 @@ def test_greedy_answers_equal_the_original(family: str, padding: str) -> None:
     decoding = DecodingConfig(
         max_new_tokens=NEW_TOKENS, stop_ids=(stop,), pad_id=facts["pad_id_used"]
     )
-    answers = np.asarray(answer(*load(family)[:2], ids, mask, decoding))
+    ours = np.asarray(generate(*load(family)[:2], ids, mask, decoding))
     for theirs in (
         golden["generate/sequences"][:, ids.shape[1] :],
         golden["generate_inputs_embeds/new_tokens"],
     ):
         steps = theirs.shape[1]  # the original stops when all rows have
-        np.testing.assert_array_equal(answers[:, :steps], theirs)
-        np.testing.assert_array_equal(answers[:, steps:], decoding.pad_id)
+        np.testing.assert_array_equal(ours[:, :steps], theirs)
+        np.testing.assert_array_equal(ours[:, steps:], decoding.pad_id)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

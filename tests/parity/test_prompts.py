@@ -38,8 +38,8 @@ def tokenizer(name):
 def assert_equal(prompt, golden):
     assert prompt.input_ids.tolist() == golden["input_ids"]
     assert len(prompt.context_ids) == golden["n_context"]
-    answer = None if prompt.answer_ids is None else len(prompt.answer_ids)
-    assert answer == golden.get("n_answer")
+    length = None if prompt.answer_ids is None else len(prompt.answer_ids)
+    assert length == golden.get("n_answer")
     mask = None if prompt.mask is None else "".join("01"[int(m)] for m in prompt.mask)
     assert mask == golden.get("mask")
 
@@ -74,7 +74,7 @@ def test_a_system_turn_where_the_format_has_one_encodes_as_in_nemo():
         assert_equal(formatter.encode_dialog(formatter.dialog(WITH_SYSTEM)), golden)
 
 
-def test_what_a_format_of_thoughts_asks_opens_as_its_answer_does():
+def test_the_context_of_a_thinking_format_ends_as_its_response_begins():
     dialog = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     spelled = tokenizer("tok_bpe")
     for name, empty in (
@@ -97,8 +97,8 @@ def test_what_a_format_of_thoughts_asks_opens_as_its_answer_does():
 
 def test_broken_thoughts_are_refused():
     formatter = PromptFormatter("qwen3", tokenizer("tok_bpe"))
-    for answer in ("So.</think>", "Well <think>hm</think> so.", "<think>hm"):
-        dialog = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}]
+    for response in ("So.</think>", "Well <think>hm</think> so.", "<think>hm"):
+        dialog = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": response}]
         with pytest.raises(PromptError, match="'qwen3': a response with a thought must be <think>"):
             formatter.encode_dialog(dialog)
 

@@ -157,7 +157,7 @@ def _clips(*names):
 
 
 def _generations(run, model):
-    """Every way that the run was asked, by the name under which its answer was recorded."""
+    """The arguments of each recorded generation, by its name."""
     asked, text = facts(run)["generate_prompts"], facts(run)["generate_text_prompts"]
     audios, lens = tensors(run)["batch/audios"], tensors(run)["batch/audio_lens"]
     new = {"max_new_tokens": 16}
@@ -203,17 +203,17 @@ def test_every_generation_equals_nemo(saved, source):
         )
 
 
-def test_answers_to_dialogs_of_several_turns_equal_nemo():
+def test_responses_to_dialogs_of_several_turns_equal_nemo():
     """Recorded by running NeMo 3.0.0 on `llama_adapter_hf`: two and three audio turns."""
     model = SALM.from_pretrained(DATA / "llama_adapter_hf").eval()
     batch = under("llama_adapter", "batch")
     recorded = json.loads((DATA / "llama_adapter_multi_turn.json").read_text())
     for name, case in recorded.items():
         clips = case["clips"]
-        answer = model.generate(
+        response = model.generate(
             prompts=[case["dialog"]],
             audios=batch["audios"][clips],
             audio_lens=batch["audio_lens"][clips],
             max_new_tokens=16,
         )
-        np.testing.assert_array_equal(answer, case["answer"], err_msg=name)
+        np.testing.assert_array_equal(response, case["answer"], err_msg=name)

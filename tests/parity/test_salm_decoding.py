@@ -29,7 +29,7 @@ def model():
         pytest.param("text_max_length", marks=pytest.mark.slow),
     ],
 )
-def test_answers_equal_nemo(model, name):
+def test_generated_tokens_equal_nemo(model, name):
     case = RECORDED[name]
     kind = "generate_prompts" if name.startswith("audio") else "generate_text_prompts"
     asked = {"prompts": facts(RUN)[kind]["dialog"]}

@@ -1,4 +1,4 @@
-"""Recognisers equal NeMo 3.0.0: prediction network, joint, and every greedy hypothesis."""
+"""Transducers equal NeMo 3.0.0: prediction network, joint, and every greedy hypothesis."""
 
 import json
 from functools import cache

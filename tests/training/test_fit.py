@@ -80,7 +80,7 @@ def test_validation_rows_hold_each_set_and_the_mean_over_sets(finished):
     assert result.metrics["val_loss"] == validation[6]["val_loss"]
 
 
-def test_last_row_says_where_the_time_went(finished):
+def test_last_row_holds_where_the_time_went(finished):
     run_dir, _, _ = finished
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     kinds = (COMPUTE, *KINDS)
@@ -135,7 +135,7 @@ def test_model_ends_with_trained_and_its_own_frozen_arrays(finished):
     assert result.is_finished
 
 
-def test_finished_run_says_so_and_how_to_extend_it(finished, capsys):
+def test_finished_run_prints_how_to_extend_it(finished, capsys):
     run_dir, trained, _ = finished
     before = (run_dir / "metrics.jsonl").read_text()
     model = ToyModel(dropout=0.2, lr_scheduler=SCHEDULE)

@@ -1,4 +1,4 @@
-"""TensorBoard and W&B behind exp_manager's keys, and sample answers of validation."""
+"""TensorBoard and W&B behind exp_manager's keys, and sample hypotheses of validation."""
 
 import json
 import sys
@@ -38,13 +38,13 @@ def wandb(monkeypatch):
     return module
 
 
-def answering(batch):
+def scored(batch):
     samples = tuple(Sample(id=i, reference="one|two", hypothesis="one too") for i in batch.ids)
     return Scored(total=1.0, count=4.0, samples=samples)
 
 
 def fit(run_dir, max_steps=3, experiment=None, **options):
-    model = ToyModel(dropout=0.2, validation_metrics={"wer": answering})
+    model = ToyModel(dropout=0.2, validation_metrics={"wer": scored})
     trainer = make_trainer(run_dir, max_steps=max_steps, experiment=experiment, **options)
     return trainer.fit(model, ToyData())
 
@@ -96,14 +96,14 @@ def test_tensorboard_takes_the_writers_options_and_opens_with_the_first_row(tmp_
         make_trainer(tmp_path / "run", experiment={"summary_writer_kwargs": {"log_dir": "x"}})
 
 
-def test_validation_shows_the_same_few_answers_of_each_set_every_time(tmp_path, capsys):
+def test_validation_shows_the_same_few_hypotheses_of_each_set_every_time(tmp_path, capsys):
     fit(tmp_path, max_steps=6, num_val_samples=2)
     lines = capsys.readouterr().out.splitlines()
     shown = [line.split("  ") for line in lines if "b" in line and line.count("  ") == 2]
     shown = [words for words in shown if words[2].startswith("b")]
     by_step = {}
-    for step, name, answer_id in shown:
-        by_step.setdefault(step, []).append((name, answer_id))
+    for step, name, sample_id in shown:
+        by_step.setdefault(step, []).append((name, sample_id))
     assert list(by_step) == ["step 3", "step 6"] and by_step["step 3"] == by_step["step 6"]
     assert [name for name, _ in by_step["step 3"]] == ["clean", "clean", "noisy", "noisy"]
     at = lines.index("    reference:  one|two")

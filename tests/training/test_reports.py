@@ -103,4 +103,4 @@ def test_wandb_that_is_not_installed_names_the_fix(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(SettingsError, match=r"pip install 'speechlm2_jax\[wandb\]'"):
         make_trainer(tmp_path / "run", experiment={"create_wandb_logger": True})
-    assert not (tmp_path / "run").exists()  # it is said before anything is made
+    assert not (tmp_path / "run").exists()  # the error comes before anything is made

@@ -223,7 +223,7 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(strategy):
         build_mesh(strategy, jax.devices())
 
 
-def test_two_numbers_that_do_not_fit_are_answered_with_those_that_do():
+def test_the_error_for_numbers_that_do_not_fit_names_those_that_do():
     strategy = ModelParallelStrategy(data_parallel_size=3, tensor_parallel_size=2)
     with pytest.raises(SettingsError, match=r"is 6, but 8 devices.*8 x 1, 4 x 2, 2 x 4, 1 x 8"):
         build_mesh(strategy, jax.devices())

@@ -26,8 +26,8 @@ def test_a_dry_run_describes_a_model_without_its_weights_and_writes_nothing(
     config, tmp_path, capsys
 ):
     train.main(["--config", str(config), "--dry-run"])
-    out, said = capsys.readouterr()
-    assert "note: " in said and "has no weights" in said
+    out, err = capsys.readouterr()
+    assert "note: " in err and "has no weights" in err
     model = experiment.build(config, dry_run=True).model
     parameters = {path: i for path, i in model.infos.items() if not i.is_buffer}
     counts = [

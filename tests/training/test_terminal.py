@@ -36,7 +36,7 @@ def test_the_first_line_waits_for_neither_jax_nor_numpy():
     assert done.stdout.strip() == "[]"
 
 
-def test_a_long_phase_says_when_it_began_that_it_goes_on_and_how_long_it_took(monkeypatch, capsys):
+def test_a_long_phase_logs_its_start_its_progress_and_its_duration(monkeypatch, capsys):
     monkeypatch.setattr(console, "FIRST_NOTE_S", 0.02)
     monkeypatch.setattr(console, "NEXT_NOTES_S", 0.05)
     with showing(), phase("loading weights"):
@@ -101,7 +101,7 @@ def test_the_first_loss_is_told_at_once_and_leaves_no_row(tmp_path, capsys):
     assert '"step": 1,' not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_what_was_said_before_the_run_directory_is_in_its_log(tmp_path, capsys):
+def test_lines_before_the_run_directory_are_in_its_log(tmp_path, capsys):
     with showing():
         log_line("reading the settings")
         make_trainer(tmp_path, max_steps=1).fit(ToyModel(), ToyData())

@@ -83,7 +83,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, number):
 
 
 @pytest.mark.slow  # two processes, each of which imports
-def test_a_finished_run_says_so_reads_no_weights_and_computes_nothing(tmp_path):
+def test_a_finished_run_ends_at_once_without_weights_or_computation(tmp_path):
     train = Train(tmp_path)
     train.run(tmp_path / "run", "trainer.max_steps=2")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()

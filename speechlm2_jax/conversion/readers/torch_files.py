@@ -220,9 +220,9 @@ def _read_legacy(content: memoryview) -> Any:
     except ConversionError as error:
         if isinstance(error, UnsafeFileError):
             raise
-        raise ConversionError("this is no file that torch.save writes") from error
+        raise ConversionError("this is not a file of torch.save") from error
     if magic != LEGACY_MAGIC or version != LEGACY_VERSION:
-        raise ConversionError("this is no file that torch.save writes")
+        raise ConversionError("this is not a file of torch.save")
     read_pickle(stream, TORCH_NAMES)  # the writer's byte order and type sizes
     root = read_pickle(stream, TORCH_NAMES, persistent)
     for key in read_pickle(stream, TORCH_NAMES):

@@ -35,7 +35,7 @@ def read_duplex_shar(shar: SharPath | Path, channel: int | None) -> Iterator[Dup
     """Reads Lhotse SHAR: one folder or several, or the files of each field.
 
     The fields are `cuts`, `recording` and `target_audio`; a recording that is not packed is read
-    where its manifest says. Raises SettingsError, as `read_duplex_cuts` does.
+    from the path in its manifest. Raises SettingsError, as `read_duplex_cuts` does.
     """
     for one in shar_cuts(shar, (RECORDING, TARGET)):
         with located(one.where):

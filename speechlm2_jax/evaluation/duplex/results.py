@@ -22,7 +22,7 @@ SCORES: Mapping[str, tuple[str, str]] = {
     "audio_token_acc": ("codes correct", "share"),
     "audio_token_acc_of_silence": ("codes correct, of silence", "share"),
     "turn_taking_precision": ("turns in place (precision)", "share"),
-    "turn_taking_recall": ("user turns answered (recall)", "share"),
+    "turn_taking_recall": ("user turns with a response (recall)", "share"),
     "turn_taking_f1": ("turn-taking F1", "share"),
     "turn_taking_latency_mean_s": ("latency, mean", "seconds"),
     "turn_taking_latency_median_s": ("latency, median", "seconds"),

@@ -74,20 +74,20 @@ class TurnCounts:
     """Counts of turns; can be summed over conversations."""
 
     user_turns: int = 0
-    answered: int = 0
+    with_response: int = 0
     """User turns with a response."""
     agent_turns: int = 0
     timely: int = 0
     """Agent turns that are a response."""
     latencies_s: tuple[float, ...] = ()
-    """From the end of each answered user turn to its first response; negative: overlap."""
+    """From the end of each user turn with a response to its first response; negative: overlap."""
     barge_ins: int = 0
     yielded: int = 0
 
     def __add__(self, other: "TurnCounts") -> "TurnCounts":
         return TurnCounts(
             user_turns=self.user_turns + other.user_turns,
-            answered=self.answered + other.answered,
+            with_response=self.with_response + other.with_response,
             agent_turns=self.agent_turns + other.agent_turns,
             timely=self.timely + other.timely,
             latencies_s=self.latencies_s + other.latencies_s,
@@ -99,7 +99,7 @@ class TurnCounts:
         """Rates and latencies by name; one without events is left out."""
         rates = {
             "turn_taking_precision": (self.timely, self.agent_turns),
-            "turn_taking_recall": (self.answered, self.user_turns),
+            "turn_taking_recall": (self.with_response, self.user_turns),
             "barge_in_success": (self.yielded, self.barge_ins),
         }
         found = {key: count / total for key, (count, total) in rates.items() if total}
@@ -118,17 +118,17 @@ def count_turns(user: Turns, agent: Turns) -> TurnCounts:
     """Compares the two sides of one conversation."""
     delays = agent.starts[None] - user.ends[:, None]  # [user turns, agent turns]
     is_response = (delays >= EARLIEST_S - _ROUNDING_S) & (delays <= LATEST_S + _ROUNDING_S)
-    is_answered = is_response.any(axis=1)
+    has_response = is_response.any(axis=1)
     first = np.where(is_response, delays, np.inf).min(axis=1, initial=np.inf)
     begins = user.starts[:, None]
     interrupts = (agent.starts[None] < begins) & (begins < agent.ends[None])
     stops = agent.ends[None] - begins <= STOP_S + _ROUNDING_S
     return TurnCounts(
         user_turns=len(user.starts),
-        answered=int(is_answered.sum()),
+        with_response=int(has_response.sum()),
         agent_turns=len(agent.starts),
         timely=int(is_response.any(axis=0).sum()),
-        latencies_s=tuple(first[is_answered].tolist()),
+        latencies_s=tuple(first[has_response].tolist()),
         barge_ins=int(interrupts.sum()),
         yielded=int((interrupts & stops).sum()),
     )

@@ -173,14 +173,14 @@ _BEAMS_ONLY: Mapping[str, tuple[Any, ...]] = {"length_penalty": (1.0,), "early_s
 
 def _check_together(asked: Mapping[str, Any]) -> None:
     """Raises ValueError for values that exclude each other."""
-    beams, answers = asked.get("num_beams", 1), asked.get("num_return_sequences", 1)
-    if answers > 1 and beams == 1 and not asked.get("do_sample"):
+    beams, sequences = asked.get("num_beams", 1), asked.get("num_return_sequences", 1)
+    if sequences > 1 and beams == 1 and not asked.get("do_sample"):
         raise ValueError(
-            f"num_return_sequences={answers} needs do_sample=True or num_beams: greedy decoding "
+            f"num_return_sequences={sequences} needs do_sample=True or num_beams: greedy decoding "
             "gives one sequence"
         )
-    if 1 < beams < answers:
-        raise ValueError(f"num_return_sequences={answers} exceeds num_beams={beams}")
+    if 1 < beams < sequences:
+        raise ValueError(f"num_return_sequences={sequences} exceeds num_beams={beams}")
     if beams > 1 and asked.get("stop_strings"):
         raise ValueError("stop_strings are not supported with beam search; leave num_beams out")
     if beams == 1 and asked.get("output_scores"):

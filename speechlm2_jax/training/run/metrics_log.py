@@ -219,6 +219,6 @@ def _open_wandb(run: Wandb) -> Any:
     try:
         opened = wandb.init(**{"dir": str(run.run_dir), "config": dict(run.settings), **arguments})
     except (TypeError, ValueError, wandb.errors.Error) as error:
-        raise SettingsError(f"exp_manager.wandb_logger_kwargs: W&B says: {error}") from error
+        raise SettingsError(f"exp_manager.wandb_logger_kwargs: error of W&B: {error}") from error
     kept.write_text(f"{opened.id}\n", encoding="utf-8")
     return opened

@@ -134,7 +134,7 @@ class RunLock:
                 token = _token_of(self.path)
                 if token == self._token:
                     os.utime(self.path)
-            except OSError:  # the disk does not answer, or the folder was moved
+            except OSError:  # the disk does not respond, or the folder was moved
                 continue
             if token != self._token and not self._is_over.is_set():
                 exit_now(
