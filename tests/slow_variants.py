@@ -17,7 +17,7 @@ KINDRED = "the property is tested quickly on a smaller model"
 SLOW: Mapping[str, str] = {
     "benchmarks/test_parts_alone.py::test_perception_is_timed*": KINDRED,
     "cases/test_convert_kinds.py::test_a_duplex_model_in_bfloat16_loads*": KINDRED,
-    "inference/test_continuous_batching.py::test_answers_are_those*?drawn1?": VARIANT,
+    "inference/test_continuous_batching.py::test_responses_are_those*?drawn1?": VARIANT,
     "layers/test_module.py::test_quick_compilation_changes_no_bit*": (
         "compiles twice what nothing else needs; the options change with the version of jax alone"
     ),
@@ -31,7 +31,7 @@ SLOW: Mapping[str, str] = {
     "networks/test_salm_invariants.py::*?qwen3_lora?": VARIANT,
     "parity/test_codec.py::test_*cod*lfr22_tiny*": CODEC,
     "parity/test_codec.py::test_a_row_of_any_length*lfr22_tiny*": CODEC,
-    "parity/test_duplex.py::test_a_row_alone_says_the_same*": KINDRED,
+    "parity/test_duplex.py::test_a_conversation_alone_gives_the_same*": KINDRED,
     "parity/test_duplex.py::test_channels*?duplex_s2s?": DUPLEX,
     "parity/test_duplex.py::test_codes_of_the_agent_equal_nemos?duplex_s2s?": DUPLEX,
     "parity/test_duplex.py::test_five_steps*?duplex_s2s?": DUPLEX,
