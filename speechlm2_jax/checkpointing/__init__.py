@@ -14,9 +14,15 @@ written before that rename, and compared before anything of a step is used. Orba
 arrays are placed by the reader's template, on whatever mesh it names.
 """
 
-from speechlm2_jax.checkpointing.checksums import DamagedError, verify_listed, write_checksums
+from speechlm2_jax.checkpointing.checksums import (
+    DamagedError,
+    read_checksums,
+    verify_listed,
+    write_checksums,
+)
 from speechlm2_jax.checkpointing.folders import (
     CHECKPOINTS,
+    has_checksums,
     read_json,
     set_aside_frozen,
     set_aside_newer,
@@ -46,8 +52,10 @@ __all__ = [
     "Retention",
     "Weights",
     "choose",
+    "has_checksums",
     "intact_step",
     "load_weights",
+    "read_checksums",
     "read_json",
     "read_ranking",
     "restore",

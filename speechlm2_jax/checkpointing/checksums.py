@@ -31,6 +31,8 @@ CHECKSUMS = "checksums.xxh3"
 METADATA = "_CHECKPOINT_METADATA"
 MARK = {"checksums": "xxh3_128"}
 """What the metadata of a folder with checksums holds."""
+UNCHECKED = b"unchecked"
+"""What people write instead of a list, for a folder that they have changed."""
 _LEFT_BY_FILE_SYSTEMS = (".nfs", "._", ".DS_Store", ".fuse_hidden")
 """Beginnings of names that no reader opens and that systems put anywhere: never damage."""
 _CHUNK_BYTES = 1 << 20
@@ -73,7 +75,7 @@ def read_checksums(folder: Path) -> Checksums | None:
     try:
         text = path.read_bytes().decode()
     except FileNotFoundError:
-        if _is_of_an_older_version(folder):
+        if is_marked(folder) is False:
             return None
         raise DamagedError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
@@ -106,13 +108,21 @@ def verify(folder: Path, below: str = "") -> Checksums | None:
     return checksums
 
 
-def verify_listed(folder: Path, remedy: str) -> None:
-    """`verify` for a folder beside the checkpoints if it has checksums; errors end in `remedy`."""
-    if (folder / CHECKSUMS).exists():
-        try:
+def verify_listed(folder: Path, remedy: str, *, is_expected: bool) -> None:
+    """`verify` for a folder beside the checkpoints, which people edit; errors end in `remedy`.
+
+    `is_expected`: a missing list is damage. The word `unchecked` in its place is not.
+    """
+    listed = folder / CHECKSUMS
+    try:
+        if listed.exists() and listed.read_bytes().strip() == UNCHECKED:
+            return
+        if listed.exists() or (is_expected and folder.is_dir()):
             verify(folder)
-        except DamagedError as error:
-            raise DamagedError(f"{error}; {remedy}") from error
+    except OSError as error:
+        raise DamagedError(f"{listed} cannot be read ({error}); {remedy}") from error
+    except DamagedError as error:
+        raise DamagedError(f"{error}; {remedy}") from error
 
 
 def verify_together(folder: Path) -> Checksums | None:
@@ -161,13 +171,12 @@ def checksum_of_file(path: Path) -> str:
     return checksum.hexdigest()
 
 
-def _is_of_an_older_version(folder: Path) -> bool:
-    """Whether a folder without checksums never had any, as far as its metadata can be read."""
+def is_marked(folder: Path) -> bool | None:
+    """Whether the metadata of a folder tells of checksums; None if it cannot be read."""
     try:
-        custom = json.loads((folder / METADATA).read_bytes()).get("custom_metadata") or {}
-        return not custom
+        return bool(json.loads((folder / METADATA).read_bytes()).get("custom_metadata"))
     except (OSError, ValueError, AttributeError):
-        return False
+        return None
 
 
 def _files(folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from speechlm2_jax.checkpointing.checksums import verify
+from speechlm2_jax.checkpointing.checksums import is_marked, verify
 
 CHECKPOINTS = "checkpoints"
 FROZEN = "frozen"
@@ -32,6 +32,11 @@ def step_folders(path: Path) -> list[Path]:
         return []
     steps = [p for p in folder.iterdir() if p.name.isdigit() and p.is_dir()]
     return sorted(steps, key=lambda p: int(p.name), reverse=True)
+
+
+def has_checksums(run: Path) -> bool:
+    """Whether a version that writes checksums wrote a run, by the metadata of its steps."""
+    return any(is_marked(step) for step in step_folders(run))
 
 
 def set_aside_newer(folder: Path, step: int) -> None:

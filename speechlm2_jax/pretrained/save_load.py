@@ -87,12 +87,15 @@ def open_model(name: str) -> ModelSource:
 def run_definition(run: Path) -> Path:
     """The folder of a run with everything of its model but the weights.
 
-    Raises DamagedError if a file in it has changed since the run wrote it.
+    Raises DamagedError if a file in it has changed since the run wrote it, and if the list of
+    their checksums is missing but the steps of the run have such lists.
     """
     folder = run / RUN_DEFINITION
     checkpointing.verify_listed(
         folder,
-        "resume the run to write it again, or delete checksums.xxh3 there if you changed the file",
+        "resume the run to write it again, or, if you changed the folder, write the word unchecked "
+        "into checksums.xxh3 there",
+        is_expected=checkpointing.has_checksums(run),
     )
     return folder
 

@@ -277,6 +277,33 @@ def test_the_definition_of_a_run_is_compared_too(tmp_path):
         run_definition(tmp_path)
 
 
+def test_a_removed_list_of_a_definition_is_damage_unless_the_run_is_older(folder, tmp_path):
+    """The steps of the run tell whether its version writes checksums."""
+    definition = tmp_path / "model"
+    definition.mkdir()
+    (definition / "config.json").write_text("{}")
+    write_checksums(definition, {})
+    assert run_definition(tmp_path) == definition
+    listed = definition / CHECKSUMS
+    listed.unlink()
+    with pytest.raises(DamagedError, match=r"model/checksums.xxh3 is missing; resume the run"):
+        run_definition(tmp_path)
+    listed.write_text("unchecked\n")
+    assert run_definition(tmp_path) == definition
+    listed.write_text("")
+    with pytest.raises(DamagedError, match=r"has changed since it was written; resume the run"):
+        run_definition(tmp_path)
+    listed.unlink()
+    metadata = folder / "2" / "_CHECKPOINT_METADATA"
+    kept = metadata.read_text()
+    metadata.write_text("{")  # another step tells it
+    with pytest.raises(DamagedError, match="is missing"):
+        run_definition(tmp_path)
+    metadata.write_text(kept)
+    without_checksums(folder)
+    assert run_definition(tmp_path) == definition
+
+
 def test_how_many_of_the_latest_stay(tmp_path):
     save_all(tmp_path, dict.fromkeys(range(1, 5), 1), retention=Retention(latest=1, top_k=0))
     assert [step.name for step in step_folders(tmp_path)] == ["4"]
