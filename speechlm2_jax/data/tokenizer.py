@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from speechlm2_jax.data.tokenizer_contents import contents_of_files, contents_of_model
 from speechlm2_jax.data.tokenizer_file import (
     EncodingLimits,
     TokenizerError,
@@ -38,6 +39,7 @@ class _Backend(Protocol):
     def add(self, tokens: Sequence[str], names: Mapping[str, str]) -> int: ...
     def save(self, directory: str | Path) -> None: ...
     def serialized(self) -> bytes: ...
+    def contents(self) -> str | None: ...
     def __len__(self) -> int: ...
 
 
@@ -148,6 +150,14 @@ class Tokenizer:
         return self._backend.serialized()
 
     @property
+    def contents(self) -> str | None:
+        """A checksum of the files that decide its ids, without tokens added here; None: no files.
+
+        Equal files give equal ones, whatever their path.
+        """
+        return self._backend.contents()
+
+    @property
     def bos_token(self) -> str | None:
         """Begin of sequence, or None."""
         return self._backend.special_token("bos")
@@ -216,7 +226,7 @@ class _HuggingFace:
         looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
         if looks_local and not Path(name).expanduser().is_dir():
             raise TokenizerError(f"tokenizer {name}: no such directory")
-        path = Path(name).expanduser()
+        self._path = path = Path(name).expanduser()
         file = f"{name}/tokenizer.json"
         check_before_loading(path)
         if is_generic(path):
@@ -285,6 +295,9 @@ class _HuggingFace:
 
     def serialized(self) -> bytes:
         raise TokenizerError("this tokenizer is of transformers; it has no SentencePiece model")
+
+    def contents(self) -> str | None:
+        return contents_of_files(self._path)
 
     def __len__(self) -> int:
         return len(self._tokenizer)
@@ -379,6 +392,9 @@ class _SentencePiece:
 
     def serialized(self) -> bytes:
         return self._content
+
+    def contents(self) -> str | None:
+        return contents_of_model(self._content)
 
     def __len__(self) -> int:
         return self._model.get_piece_size() + len(self._added)

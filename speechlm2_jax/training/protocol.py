@@ -193,6 +193,16 @@ class NormalizesSettings(Protocol):
 
 
 @runtime_checkable
+class HasTokenizer(Protocol):
+    """A model with a text tokenizer (optional)."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Has `contents`: a checksum of the files that decide its ids, None without files."""
+        ...
+
+
+@runtime_checkable
 class TrainableModel(ModelOutline, Protocol):
     """A model that `Trainer.fit` can train."""
 

@@ -1,11 +1,15 @@
 """Resuming with other settings: what is taken is listed, what changes the weights is refused."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 
 import speechlm2_jax as slm
+from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.data.tokenizer_contents import contents_of_files
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.run.changed_settings import (
     Change,
@@ -13,7 +17,7 @@ from speechlm2_jax.training.run.changed_settings import (
     check_resumed,
     is_other_model,
 )
-from tests.training.tiny_salm import write_config
+from tests.training.tiny_salm import LLAMA, write_config
 from tests.training.toy import ToyData, ToyModel, make_trainer, rows_of
 
 PREFIX = "changed since the checkpoint: "
@@ -161,6 +165,96 @@ def test_what_the_weights_mean_is_compared_inside_the_parts(
 ):
     with pytest.raises(SettingsError, match=named):
         resumed_salm(run_of_salm, tmp_path, monkeypatch, after, definitions)
+
+
+class Tokenized(ToyModel):
+    """A toy with a tokenizer in a folder."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.tokenizer = Tokenizer(folder)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Path(shutil.copytree(LLAMA, tmp_path / "llm"))
+
+
+def edit(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values, indent=1, sort_keys=True))
+
+
+def swap_two(values):
+    vocab = values["model"]["vocab"]
+    first, second = list(vocab)[-2:]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+
+
+def test_a_tokenizer_edited_behind_the_same_path_is_refused(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    fit(run, model=Tokenized(folder))
+    assert fit(run, 3, model=Tokenized(folder)).step == 3
+    edit(folder / "tokenizer.json", swap_two)
+    message = rf"model\.tokenizer \({folder}\): files of checksum \w+ -> files of checksum \w+\. "
+    with pytest.raises(SettingsError, match=message):
+        fit(run, 4, model=Tokenized(folder))
+    allowed = {"resume_allow_changes": True}
+    assert fit(run, 4, model=Tokenized(folder), experiment=allowed).step == 4
+    assert any(line.startswith("model.tokenizer (") for line in listed(capsys))
+    assert fit(run, 5, model=Tokenized(folder)).step == 5  # its tokenizer by now
+
+
+def test_a_run_that_does_not_know_its_tokenizer_is_resumed(folder, tmp_path):
+    """One of an older version, or one whose list is damaged, which its readers tell."""
+    run = tmp_path / "run"
+    fit(run, model=Tokenized(folder))
+    edit(folder / "tokenizer.json", swap_two)
+    (run / "model" / "checksums.xxh3").write_text("damaged")
+    assert fit(run, 3, model=Tokenized(folder)).step == 3
+
+
+EDITS = {
+    "layout": ("tokenizer.json", lambda values: None, False),
+    "decoder": ("tokenizer.json", lambda v: v.update(decoder=None, post_processor=None), False),
+    "version": ("tokenizer.json", lambda v: v.update(version="2.0"), False),
+    "chat template": ("tokenizer_config.json", lambda v: v.update(chat_template="x"), False),
+    "two ids": ("tokenizer.json", swap_two, True),
+    "normalizer": ("tokenizer.json", lambda v: v.update(normalizer={"type": "NFKC"}), True),
+    "pad token": ("tokenizer_config.json", lambda v: v.update(pad_token="<pad2>"), True),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_only_what_decides_ids_changes_the_checksum_of_a_tokenizer(folder, name):
+    before = contents_of_files(folder)
+    assert before is not None
+    file, change, is_other = EDITS[name]
+    edit(folder / file, change)
+    assert (contents_of_files(folder) != before) is is_other
+
+
+def test_merges_may_be_written_in_either_way(tmp_path):
+    merges = [["a", "b"], ["ab", "c"]]
+    found = []
+    for written in (merges, [" ".join(pair) for pair in merges], merges[::-1]):
+        model = {"type": "BPE", "vocab": {"a": 0}, "merges": written}
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+        found.append(contents_of_files(tmp_path))
+    assert found[0] == found[1] != found[2]
+
+
+def test_other_files_of_a_tokenizer_count_where_they_are_read(tmp_path):
+    assert contents_of_files(tmp_path) is None
+    (tmp_path / "config.json").write_text("{}")
+    assert contents_of_files(tmp_path) is None
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    first = contents_of_files(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"other pieces")
+    assert None is not first != contents_of_files(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")  # damaged: by its bytes
+    assert contents_of_files(tmp_path) is not None
 
 
 def test_a_finished_run_of_another_model_is_none(tmp_path):

@@ -2,7 +2,8 @@
 
 A change of optimizer, schedule, data, devices or logging is taken. One that gives the trained
 weights another meaning (an architecture, a tokenizer, a prompt format) is refused unless
-`exp_manager.resume_allow_changes` asks for it. Of the model's keys only those in `TAKEN` are taken:
+`exp_manager.resume_allow_changes` asks for it; so is a tokenizer whose files were edited behind the
+same path. Of the model's keys only those in `TAKEN` are taken:
 a key that nobody has thought about is refused.
 """
 
@@ -16,9 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from speechlm2_jax import checkpointing
-from speechlm2_jax.checkpointing import CHECKPOINTS, step_folders
+from speechlm2_jax.checkpointing import (
+    CHECKPOINTS,
+    DamagedError,
+    read_checksums,
+    step_folders,
+)
 from speechlm2_jax.settings import SettingsError, parse_yaml
-from speechlm2_jax.training.protocol import ModelOutline, NormalizesSettings
+from speechlm2_jax.training.protocol import HasTokenizer, ModelOutline, NormalizesSettings
 from speechlm2_jax.training.run.directory import CONFIG, MODEL
 
 log = logging.getLogger(__name__)
@@ -59,6 +65,8 @@ UNLISTED = re.compile(
 )
 """Keys that say where the run is and whether it is resumed."""
 BLOCKS = ("trainer", "data", "exp_manager")
+TOKENIZER = "tokenizer"
+"""Note in the checksums of model/: the checksum of the tokenizer's own files."""
 NAMED_AT_MOST = 5
 NOT_SET = "not set"
 
@@ -100,7 +108,11 @@ def check_resumed(
     before = next((read for step in steps if (read := _settings_of(step)) is not None), None)
     if before is None:
         return
-    changes = [*_model_changes(before, model), *_other_changes(before, settings)]
+    changes = [
+        *_model_changes(before, model),
+        *_tokenizer_changes(before, model),
+        *_other_changes(before, settings),
+    ]
     refused = [change for change in changes if change.is_refused]
     if refused and not allows_changes:
         raise SettingsError(_refusal(steps[0], refused))
@@ -141,6 +153,16 @@ def _model_changes(before: Mapping[str, Any], model: ModelOutline) -> Iterator[C
     return changes_of(settings, after, "model")
 
 
+def _tokenizer_changes(before: Mapping[str, Any], model: ModelOutline) -> Iterator[Change]:
+    """The tokenizer, if its files say something else by now; older versions noted nothing."""
+    if not isinstance(model, HasTokenizer):
+        return
+    known, contents = before[TOKENIZER], model.tokenizer.contents
+    if known is not None and contents is not None and known != contents:
+        old, new = (f"files of checksum {one[:12]}" for one in (known, contents))
+        yield Change(key=f"model.tokenizer ({model.tokenizer.name})", before=old, after=new)
+
+
 def _other_changes(before: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[Change]:
     for block in BLOCKS:
         if block in before and block in settings:
@@ -158,7 +180,12 @@ def _settings_of(step: Path) -> dict[str, Any] | None:
         return None
     folder = step.parent
     run_dir = folder.parent if folder.name == CHECKPOINTS else folder
-    return {**_config_of(run_dir), "model": model, "definitions": _definitions_of(run_dir)}
+    return {
+        **_config_of(run_dir),
+        "model": model,
+        "definitions": _definitions_of(run_dir),
+        TOKENIZER: _tokenizer_of(run_dir),
+    }
 
 
 def _config_of(run_dir: Path) -> dict[str, Any]:
@@ -177,6 +204,14 @@ def _definitions_of(run_dir: Path) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
             found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def _tokenizer_of(run_dir: Path) -> str | None:
+    """The checksum of the tokenizer that a run was trained with, None if it is not known."""
+    with contextlib.suppress(DamagedError):
+        checksums = read_checksums(run_dir / MODEL)
+        return None if checksums is None else checksums.notes.get(TOKENIZER)
+    return None
 
 
 def _refusal(step: Path, refused: Sequence[Change]) -> str:

@@ -10,8 +10,9 @@ import jax
 from speechlm2_jax import processes
 from speechlm2_jax.checkpointing import CHECKPOINTS, Checkpointer, write_checksums
 from speechlm2_jax.training.exp_manager import ExpManagerConfig, SummaryWriterParams
-from speechlm2_jax.training.protocol import TrainableModel, Variables
+from speechlm2_jax.training.protocol import HasTokenizer, TrainableModel, Variables
 from speechlm2_jax.training.run import directory as run_directory
+from speechlm2_jax.training.run.changed_settings import TOKENIZER
 from speechlm2_jax.training.run.metrics_log import MetricsLog, Wandb
 
 
@@ -69,4 +70,5 @@ def write_description(
         run_directory.describe(run_dir, settings)
         folder = run_dir / run_directory.MODEL
         model.save_definition(folder)
-        write_checksums(folder, {})
+        contents = model.tokenizer.contents if isinstance(model, HasTokenizer) else None
+        write_checksums(folder, {} if contents is None else {TOKENIZER: contents})
