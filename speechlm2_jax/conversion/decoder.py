@@ -1,17 +1,15 @@
-"""Hugging Face's names of a decoder LLM (Llama, Qwen2, Qwen3), plain or wrapped by PEFT's LoRA."""
+"""Hugging Face's names of a decoder LLM of any family, plain or wrapped by PEFT's LoRA."""
+
+from collections.abc import Iterator
+from dataclasses import replace
 
 from speechlm2_jax.conversion.mapping import LAYER, Ignored, Rule, Table
-from speechlm2_jax.layers.lora import TARGET_NAMES, LoraConfig
+from speechlm2_jax.layers.activations import XIELU
+from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.llm.config import DecoderConfig
+from speechlm2_jax.llm.families import FAMILIES
 
 PEFT_PREFIX = "base_model.model."
-BLOCKS = {
-    **dict.fromkeys(("query", "key", "value", "output"), ("attention", "self_attn")),
-    **dict.fromkeys(("gate", "up", "down"), ("mlp", "mlp")),
-}
-"""Our linear layer -> the block it is in, ours and Hugging Face's."""
-NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-HEAD_NORMS = {"query_norm": "q_norm", "key_norm": "k_norm"}
 TIED_COPIES_DIFFER = (
     "the LLM's config.json has tie_word_embeddings: true; write false to use both, or delete from "
     "the file the one that is not meant"
@@ -33,21 +31,20 @@ def layers_table(
     config: DecoderConfig, lora: LoraConfig | None = None, root: str = "model."
 ) -> Table:
     """Everything between the embedding and the head, below `root` of the checkpoint."""
-    adapted: frozenset[str] = lora.targets if lora else frozenset()
-    rules = [Rule(source="norm.weight", target="norm.weight")]
-    for ours, theirs in NORMS.items():
-        rules.append(_layer(f"{theirs}.weight", f"{ours}.weight"))
-    if config.qk_norm:
-        for ours, theirs in HEAD_NORMS.items():
-            rules.append(_layer(f"self_attn.{theirs}.weight", f"attention.{ours}.weight"))
-    for foreign, name in TARGET_NAMES.items():
-        block, foreign_block = BLOCKS[name]
-        rules += _linear(
-            f"{foreign_block}.{foreign}",
-            f"{block}.{name}",
-            bias=_has_bias(config, name),
-            lora=name in adapted,
-        )
+    family, period = FAMILIES[config.family], len(config.pattern)
+    rules = [
+        Rule(source=f"{family.final_norm}.{name}", target=f"norm.{name}")
+        for name in _norm_parts(config)
+    ]
+    layer = tuple(_layer_rules(config, lora))
+    whole = config.repeats * period
+    for place in range(period if config.repeats else 0):
+        inner = "" if period == 1 else f"{place}."
+        numbers = None if period == 1 else range(place, whole, period)
+        rules += [_placed(rule, f"layers.{inner}", numbers) for rule in layer]
+    for place in range(config.remainder):
+        number = range(whole + place, whole + place + 1)
+        rules += [_placed(rule, f"remainder.{place}.", number) for rule in layer]
     return Table(tuple(rules)).prefixed(source=root) + Table((), IGNORED)
 
 
@@ -65,25 +62,61 @@ def decoder_table(config: DecoderConfig) -> Table:
     if not config.tied:
         head = Rule(source="lm_head.weight", target="head.weight", where_missing=NO_HEAD)
         rules.append(head)
+    if config.head_bias:
+        rules.append(Rule(source="lm_head.bias", target="head.bias"))
     return (Table(tuple(rules)) + layers_table(config)).also_without("model.")
 
 
-def _has_bias(config: DecoderConfig, name: str) -> bool:
-    if BLOCKS[name][0] == "mlp":
-        return config.mlp_bias
-    return config.output_bias if name == "output" else config.attention_bias
+def _layer_rules(config: DecoderConfig, lora: LoraConfig | None) -> Iterator[Rule]:
+    """The rules of one layer, with names as they are inside it."""
+    name_of = FAMILIES[config.family].name_of
+    for norm, is_there in _norms(config).items():
+        for part in _norm_parts(config) if is_there else ():
+            yield Rule(source=f"{name_of(norm)}.{part}", target=f"{norm}.{part}")
+    adapted: frozenset[str] = lora.targets if lora else frozenset()
+    for module, bias in _linears(config).items():
+        foreign, has_adapter = name_of(module), module.rpartition(".")[2] in adapted
+        base = f"{foreign}.base_layer" if has_adapter else foreign
+        yield Rule(source=f"{base}.weight", target=f"{module}.weight")
+        if bias:
+            yield Rule(source=f"{base}.bias", target=f"{module}.bias")
+        if has_adapter:
+            yield Rule(source=f"{foreign}.lora_A.default.weight", target=f"{module}.lora_a")
+            yield Rule(source=f"{foreign}.lora_B.default.weight", target=f"{module}.lora_b")
+    if config.activation == XIELU:
+        for part in ("alpha_p", "alpha_n", "beta", "eps"):
+            yield Rule(source=f"{name_of('mlp.xielu')}.{part}", target=f"mlp.xielu.{part}")
 
 
-def _layer(source: str, target: str) -> Rule:
-    return Rule(source=f"layers.{LAYER}.{source}", target=f"layers.{target}")
+def _norms(config: DecoderConfig) -> dict[str, bool]:
+    """Norms of a layer -> whether it has them."""
+    has_before, has_after = config.block != "post", config.block in ("post", "sandwich")
+    return {
+        "attention_norm": has_before,
+        "mlp_norm": has_before and config.block != "parallel",
+        "attention_post_norm": has_after,
+        "mlp_post_norm": has_after,
+        "attention.query_norm": config.qk_norm != "none",
+        "attention.key_norm": config.qk_norm != "none",
+    }
 
 
-def _linear(source: str, target: str, *, bias: bool, lora: bool) -> list[Rule]:
-    base = f"{source}.base_layer" if lora else source
-    rules = [_layer(f"{base}.weight", f"{target}.weight")]
-    if bias:
-        rules.append(_layer(f"{base}.bias", f"{target}.bias"))
-    if lora:
-        rules.append(_layer(f"{source}.lora_A.default.weight", f"{target}.lora_a"))
-        rules.append(_layer(f"{source}.lora_B.default.weight", f"{target}.lora_b"))
-    return rules
+def _norm_parts(config: DecoderConfig) -> tuple[str, ...]:
+    return ("weight", "bias") if config.norm_bias else ("weight",)
+
+
+def _linears(config: DecoderConfig) -> dict[str, bool]:
+    """Linear layers of a layer -> whether they have a bias."""
+    inputs = ("qkv",) if config.fused_qkv else ("query", "key", "value")
+    gates = ("gate",) if config.gated else ()
+    inner = ("gate_up",) if config.fused_gate_up else (*gates, "up")
+    return {
+        **{f"attention.{name}": config.attention_bias for name in inputs},
+        "attention.output": config.output_bias,
+        **{f"mlp.{name}": config.mlp_bias for name in (*inner, "down")},
+    }
+
+
+def _placed(rule: Rule, target: str, numbers: range | None) -> Rule:
+    source = f"layers.{LAYER}.{rule.source}"
+    return replace(rule, source=source, target=target + rule.target, numbers=numbers)

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from speechlm2_jax.llm.config import DecoderConfig
+
 Json = Mapping[str, Any]
-Neutral = Callable[[Any, Json], bool]
-"""(value, the whole config) -> whether the attribute changes nothing."""
+Neutral = Callable[[Any, Json, DecoderConfig], bool]
+"""(value, the whole config, what was read of it) -> whether the attribute changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -26,56 +28,50 @@ class Key:
     neutral: Neutral | None = None
     """The values under which it changes nothing; None: all of them."""
 
-    def problem(self, value: Any, config: Json) -> str:
+    def problem(self, value: Any, config: Json, decoder: DecoderConfig) -> str:
         """Why a value is not supported; "" if it is. null always is."""
-        if value is None or self.neutral is None or self.neutral(value, config):
+        if value is None or self.neutral is None or self.neutral(value, config, decoder):
             return ""
         return self.reason
 
 
 def _one_of(*values: Any) -> Neutral:
-    return lambda value, config: any(type(value) is not str and value == v for v in values)
+    return lambda value, config, decoder: any(type(value) is not str and value == v for v in values)
 
 
-def _empty(value: Any, config: Json) -> bool:
+def _empty(value: Any, config: Json, decoder: DecoderConfig) -> bool:
     return not value
 
 
 def _is_word(*words: str) -> Neutral:
-    return lambda value, config: str(value).lower() in words
+    return lambda value, config, decoder: str(value).lower() in words
 
 
 def _only(*words: str) -> Neutral:
-    return lambda value, config: (
+    return lambda value, config, decoder: (
         isinstance(value, list | tuple) and set(map(str, value)) <= {*words}
     )
 
 
 def _same_as(*names: str) -> Neutral:
     """Equal to another attribute, where that is given."""
-    return lambda value, config: value in [config[n] for n in names if config.get(n) is not None]
+    return lambda value, config, decoder: (
+        value in [config[n] for n in names if config.get(n) is not None]
+    )
 
 
-def _no_model_code(value: Any, config: Json) -> bool:
+def _no_model_code(value: Any, config: Json, decoder: DecoderConfig) -> bool:
     return isinstance(value, Mapping) and not any(
         str(name).startswith(("AutoModel", "AutoConfig")) for name in value
     )
 
 
-def _softmax_scale(value: Any, config: Json) -> bool:
-    """Whether scores are multiplied by 1/sqrt(head width), as they are here."""
-    return isinstance(value, int | float) and math.isclose(value, _head_width(config) ** -0.5)
+def _softmax_scale(value: Any, config: Json, decoder: DecoderConfig) -> bool:
+    """Whether scores are multiplied as they are here."""
+    return isinstance(value, int | float) and math.isclose(value, decoder.scale)
 
 
-def _head_width(config: Json) -> float:
-    try:
-        given = config.get("head_dim")
-        return float(given or config["hidden_size"] / config["num_attention_heads"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
-        return math.nan
-
-
-def _original_length(value: Any, config: Json) -> bool:
+def _original_length(value: Any, config: Json, decoder: DecoderConfig) -> bool:
     """Whether the length before scaling is the one that the scaling itself names, or unused."""
     block = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(block, Mapping):
@@ -84,16 +80,14 @@ def _original_length(value: Any, config: Json) -> bool:
     return kind in ("default", "linear") or value == block.get("original_max_position_embeddings")
 
 
-def _bias_of_family(value: Any, config: Json) -> bool:
-    """Whether query, key and value have biases as this family has them."""
-    return bool(value) is (
-        config.get("model_type") == "qwen2" or bool(config.get("attention_bias"))
-    )
+def _bias_of_family(value: Any, config: Json, decoder: DecoderConfig) -> bool:
+    """Whether query, key and value have biases as the network has them."""
+    return bool(value) is decoder.attention_bias
 
 
-def _norm_of_family(value: Any, config: Json) -> bool:
-    """Whether queries and keys are normed as this family norms them."""
-    return bool(value) is (config.get("model_type") == "qwen3")
+def _norm_of_family(value: Any, config: Json, decoder: DecoderConfig) -> bool:
+    """Whether queries and keys are normed as the network norms them."""
+    return bool(value) is (decoder.qk_norm != "none")
 
 
 def _group(reason: str, names: str, neutral: Neutral | None = None) -> dict[str, Key]:
@@ -181,7 +175,7 @@ NO_EFFECT: Mapping[str, Key] = MappingProxyType(
             "make_vocab_size_divisible_by",
         ),
         **_group(
-            "only read with use_sliding_window, which is refused",
+            "read where the family has layers with a window",
             "sliding_window max_window_layers",
         ),
         **_group(
@@ -202,11 +196,11 @@ BY_VALUE: Mapping[str, Key] = MappingProxyType(
             _NO,
         ),
         **_group(
-            "sliding-window attention is not supported",
+            "this family has no layers with a window",
             "use_sliding_window use_swa sliding_window_pattern",
             _NO,
         ),
-        "layer_types": Key("only full attention is supported", _only("full_attention")),
+        "layer_types": Key("this family has full attention only", _only("full_attention")),
         **_group(
             "attention over chunks, with sinks or both ways is not supported",
             "attention_chunk_size attn_temperature_tuning attention_sink attention_sink_bias "
@@ -220,12 +214,12 @@ BY_VALUE: Mapping[str, Key] = MappingProxyType(
         ),
         **_group(
             "rotary positions on a part of each head are not supported",
-            "partial_rotary_factor rotary_pct rotary_percent rope_pct rotary_emb_fraction",
+            "rotary_pct rotary_percent rope_pct rotary_emb_fraction",
             _ONE,
         ),
         "rotary_dim": Key(
             "rotary positions on a part of each head are not supported",
-            lambda value, config: value == _head_width(config),
+            lambda value, config, decoder: value == decoder.head_width,
         ),
         **_group(
             "rotary positions on neighbouring numbers are not supported; the weights need another "
@@ -246,7 +240,7 @@ BY_VALUE: Mapping[str, Key] = MappingProxyType(
         ),
         "no_rope_layers": Key(
             "layers without rotary positions are not supported",
-            lambda value, config: isinstance(value, list) and all(v == 1 for v in value),
+            lambda value, config, decoder: isinstance(value, list) and all(v == 1 for v in value),
         ),
         "original_max_position_embeddings": Key(
             "the rotary scaling names another length", _original_length
@@ -263,7 +257,7 @@ BY_VALUE: Mapping[str, Key] = MappingProxyType(
         ),
         "query_pre_attn_scalar": Key(
             "scores are divided by sqrt(head_dim) only",
-            lambda value, config: value == _head_width(config),
+            lambda value, config, decoder: value == decoder.head_width,
         ),
         **_group(
             "scaled embeddings, residuals or logits are not supported",
@@ -320,7 +314,8 @@ BY_VALUE: Mapping[str, Key] = MappingProxyType(
             _same_as("hidden_size"),
         ),
         "v_head_dim": Key(
-            "values are as wide as keys only", lambda value, config: value == _head_width(config)
+            "values are as wide as keys only",
+            lambda value, config, decoder: value == decoder.head_width,
         ),
         **_group(
             "mixtures of experts are not supported",

@@ -41,6 +41,8 @@ class Rule:
     """Names under which other versions store it; accepted, never written."""
     parameter: str | None = None
     """The name that freeze patterns see, if it is an alias and not `source`."""
+    numbers: range | None = None
+    """Foreign numbers of the layers of a stack, in order; None: all layers from 0 on."""
     where_copies_differ: str = ""
     """What to do about a file that stores several of the names with different values."""
     where_missing: str = ""
@@ -53,8 +55,13 @@ class Rule:
 
     def accepted(self, layer: int | None) -> tuple[str, ...]:
         """Every name that may hold the tensor."""
-        names = (self.source, *self.aliases, *self.also)
-        return names if layer is None else tuple(n.replace(LAYER, str(layer)) for n in names)
+        return tuple(self.named(name, layer) for name in (self.source, *self.aliases, *self.also))
+
+    def named(self, pattern: str, layer: int | None) -> str:
+        """A foreign name, of the layer at this place of our stack."""
+        if layer is None:
+            return pattern
+        return pattern.replace(LAYER, str(layer if self.numbers is None else self.numbers[layer]))
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ def export(variables: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
         value = np.asarray(variables[rule.target])
         for layer in _layers(rule, value.shape):
             part = value if layer is None else np.asarray(value[layer])
-            tensors[_named(rule.source, layer)] = rule.transform.store(part)
+            tensors[rule.named(rule.source, layer)] = rule.transform.store(part)
     return tensors
 
 
@@ -164,7 +171,7 @@ def names(table: Table, infos: Mapping[str, VariableInfo]) -> list[NamedSlice]:
             for name in (rule.source, *rule.aliases):
                 slices.append(
                     NamedSlice(
-                        name=_named(name, layer),
+                        name=rule.named(name, layer),
                         path=rule.target,
                         layer=layer,
                         is_buffer=info.is_buffer,
@@ -234,7 +241,7 @@ def _pairs(source: TensorSource, table: Table, infos: Mapping[str, VariableInfo]
                 copies = [_stored(source, name) or name for name in present]
                 stored.append(agreed(source, copies, rule.where_copies_differ))
             else:
-                unfilled[_named(rule.source, layer)] = rule.where_missing
+                unfilled[rule.named(rule.source, layer)] = rule.where_missing
         found[rule.target] = tuple(stored)
     _check_total(source, table, taken, unfilled)
     return [_fill(source, rule, infos[rule.target], found[rule.target]) for rule in rules.values()]
@@ -318,10 +325,6 @@ def _accepted(rules: Iterable[Rule], infos: Mapping[str, VariableInfo]) -> Itera
 
 def _layers(rule: Rule, shape: tuple[int, ...]) -> tuple[int | None, ...]:
     return tuple(range(shape[0])) if rule.is_stacked else (None,)
-
-
-def _named(pattern: str, layer: int | None) -> str:
-    return pattern if layer is None else pattern.replace(LAYER, str(layer))
 
 
 def _stored(source: TensorSource, name: str) -> str | None:

@@ -1,6 +1,6 @@
 """Scaled dot-product attention: one function that chooses among the implementations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.layers.ring_attention import ring_attention
+from speechlm2_jax.layers.scores import Scores
 from speechlm2_jax.layers.splash_attention import splash_attention
 from speechlm2_jax.sharding import context_size, platform
 
@@ -23,7 +24,8 @@ class AttentionMask:
     """A causal mask within segments: a query attends to keys of its segment, at or before it.
 
     Segment ids and offsets instead of a dense [T, S] mask let a kernel skip whole blocks. Key s is
-    at position s and query t at position `offset` + t, unless `ring_order` gives the positions.
+    at index s and query t at index `offset` + t, unless `ring_order` gives the indices. `window`
+    and `chunk` narrow the mask by the tokens' positions in their own sequences.
     """
 
     query_segments: Int[Array, "B T"]
@@ -32,19 +34,42 @@ class AttentionMask:
     offset: Int[Array, ""] | int | None = None
     """Position of the first query; None without a cache: queries and keys are the same tokens."""
     ring_order: Int[Array, " T"] | np.ndarray | None = None
-    """Position of each query and key, where the tokens are in another order (ring attention)."""
+    """Index of each query and key, where the tokens are in another order (ring attention)."""
+    window: int | None = field(default=None, metadata={"static": True})
+    """A query attends to keys less than so many positions before it (sliding window)."""
+    chunk: int | None = field(default=None, metadata={"static": True})
+    """A query attends to keys of its chunk of so many positions (chunked attention)."""
+    query_positions: Int[Array, "B T"] | None = None
+    """Position of each query in its sequence; needed with `window` or `chunk`."""
+    key_positions: Int[Array, "B S"] | None = None
+    by_position: bool = field(default=False, metadata={"static": True})
+    """A key is before a query by its position, not by its index: the keys lie in a ring."""
 
     def dense(self) -> Bool[Array, "B T S"]:
         """Returns the dense mask; True where query t may attend to key s."""
         queries, keys = self.query_segments, self.key_segments
-        if self.ring_order is None:
+        if self.by_position:
+            here, there = self._positions()
+            before = there <= here
+        elif self.ring_order is None:
             offset = 0 if self.offset is None else self.offset
-            query_positions = offset + jnp.arange(queries.shape[1])
-            key_positions = jnp.arange(keys.shape[1])
+            query_index = offset + jnp.arange(queries.shape[1])
+            before = (jnp.arange(keys.shape[1])[None, :] <= query_index[:, None])[None, :, :]
         else:
-            query_positions = key_positions = jnp.asarray(self.ring_order)
-        causal = key_positions[None, :] <= query_positions[:, None]  # [T, S]
-        return causal[None, :, :] & (queries[:, :, None] == keys[:, None, :])
+            index = jnp.asarray(self.ring_order)
+            before = (index[None, :] <= index[:, None])[None, :, :]
+        mask = before & (queries[:, :, None] == keys[:, None, :])
+        if self.window is not None:
+            here, there = self._positions()
+            mask &= here - there < self.window
+        if self.chunk is not None:
+            here, there = self._positions()
+            mask &= here // self.chunk == there // self.chunk
+        return mask
+
+    def _positions(self) -> tuple[Int[Array, "B T 1"], Int[Array, "B 1 S"]]:
+        assert self.query_positions is not None and self.key_positions is not None
+        return self.query_positions[:, :, None], self.key_positions[:, None, :]
 
 
 def attend(
@@ -54,15 +79,20 @@ def attend(
     *,
     mask: AttentionMask,
     scale: float,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention: N / N_kv query heads share one key/value head. Softmax in fp32.
 
-    Ring attention on a mesh with a context axis, the splash kernel for long sequences on a TPU,
-    plain XLA otherwise. The platform is that of the mesh's devices, not JAX's default backend: they
-    differ in ahead-of-time compilation. The output of a query without any key is finite, and not
-    to be used.
+    With `softcap` a score s becomes softcap * tanh(s / softcap) (Gemma 2). Ring attention on a mesh
+    with a context axis, the splash kernel for long sequences on a TPU, plain XLA otherwise. The
+    platform is that of the mesh's devices, not JAX's default backend: they differ in ahead-of-time
+    compilation. The output of a query without any key is finite, and not to be used.
     """
-    if mask.ring_order is not None and context_size() > 1:
+    scores = Scores(scale=scale, softcap=softcap, window=mask.window)
+    is_ring = mask.ring_order is not None and context_size() > 1
+    is_self_attention = mask.ring_order is None and mask.offset is None and not mask.by_position
+    is_splash = is_self_attention and q.shape[1] >= SPLASH_MIN_TOKENS and platform() == "tpu"
+    if is_ring and mask.chunk is None:
         return ring_attention(
             q,
             k,
@@ -70,19 +100,19 @@ def attend(
             query_segments=mask.query_segments,
             key_segments=mask.key_segments,
             ring_order=jnp.asarray(mask.ring_order),
-            scale=scale,
+            scores=scores,
         )
-    is_self_attention = mask.ring_order is None and mask.offset is None
-    if is_self_attention and q.shape[1] >= SPLASH_MIN_TOKENS and platform() == "tpu":
+    if is_splash and mask.chunk is None:
         return splash_attention(
             q,
             k,
             v,
             query_segments=mask.query_segments,
             key_segments=mask.key_segments,
-            scale=scale,
+            scores=scores,
         )
-    return _attend_dense(q, k, v, mask.dense(), scale)
+    # chunks count positions of a sequence; the kernels know only those of a row
+    return _attend_dense(q, k, v, mask.dense(), scores)
 
 
 def _attend_dense(
@@ -90,7 +120,7 @@ def _attend_dense(
     k: Float[Array, "B S N_kv H"],
     v: Float[Array, "B S N_kv H"],
     mask: Bool[Array, "B T S"],
-    scale: float,
+    scores: Scores,
 ) -> Float[Array, "B T N H"]:
     B, T, N, H = q.shape
     N_kv = k.shape[2]
@@ -99,7 +129,7 @@ def _attend_dense(
     logits = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
     # The least finite value, not -inf: softmax over a query without any key must not be NaN.
     masked = jnp.finfo(jnp.float32).min
-    logits = jnp.where(mask[:, None, None, :, :], logits * scale, masked)
+    logits = jnp.where(mask[:, None, None, :, :], scores.of(logits), masked)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     # matmul per key/value head, in the cache's order; einsum would transpose V (twice the time)
     mixed = jnp.matmul(weights.reshape(B, N_kv, -1, v.shape[1]), v.swapaxes(1, 2))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from speechlm2_jax.layers.window_cache import NewTokens, WindowCache
 from speechlm2_jax.sharding import constrain
 
 
@@ -14,6 +15,8 @@ from speechlm2_jax.sharding import constrain
 @dataclass(frozen=True, kw_only=True)
 class KVCache:
     """Keys and values of a batch of sequences, for all layers.
+
+    Layers with a sliding window have caches of their own in `windows`.
 
     New tokens take the next cache positions in every sequence at once, so positions are in order
     of time; `key_mask` is False at the padding of shorter sequences. Of T new tokens: `reserve`
@@ -27,6 +30,10 @@ class KVCache:
     """True at positions that queries may attend to."""
     used: Int[Array, ""]
     """Positions taken so far; the same in every sequence."""
+    token_positions: Int[Array, "B S"] | None = None
+    """Position of each token in its own sequence, for chunks; None where none is used."""
+    windows: tuple[WindowCache, ...] = ()
+    """The layers with a sliding window, one cache for each window; the others are above."""
 
     @property
     def next_position(self) -> Int[Array, ""]:
@@ -34,7 +41,14 @@ class KVCache:
         return self.used
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int, int, int], dtype: Any) -> "KVCache":
+    def empty(
+        cls,
+        shape: tuple[int, int, int, int, int],
+        dtype: Any,
+        *,
+        windows: tuple[WindowCache, ...] = (),
+        keeps_token_positions: bool = False,
+    ) -> "KVCache":
         """Makes an empty cache; `shape` is (L, B, S, N_kv, H)."""
         layers, batch, capacity, heads, width = shape
         stored = (layers, batch, heads, capacity, width)
@@ -43,10 +57,16 @@ class KVCache:
             values=_constrained(jnp.zeros(stored, dtype)),
             key_mask=jnp.zeros((batch, capacity), bool),
             used=jnp.zeros((), jnp.int32),
+            token_positions=(
+                jnp.zeros((batch, capacity), jnp.int32) if keeps_token_positions else None
+            ),
+            windows=windows,
         )
 
-    def reserve(self, key_mask: Bool[Array, "B T"]) -> "KVCache":
-        """Sets the key mask of the next T positions.
+    def reserve(
+        self, key_mask: Bool[Array, "B T"], token_positions: Int[Array, "B T"] | None = None
+    ) -> "KVCache":
+        """Sets the key mask, and the tokens' own positions if they are kept, of the next T.
 
         Raises ValueError if T exceeds the capacity. How many positions are free is known only at
         run time: the caller must count them.
@@ -56,9 +76,14 @@ class KVCache:
                 f"{key_mask.shape[1]} tokens exceed the KV cache's capacity of "
                 f"{self.key_mask.shape[1]}; make it with a larger capacity"
             )
+        start = (0, self.next_position)
+        kept = self.token_positions
+        if kept is not None and token_positions is not None:
+            kept = jax.lax.dynamic_update_slice(kept, token_positions, start)
         return replace(
             self,
-            key_mask=jax.lax.dynamic_update_slice(self.key_mask, key_mask, (0, self.next_position)),
+            key_mask=jax.lax.dynamic_update_slice(self.key_mask, key_mask, start),
+            token_positions=kept,
         )
 
     def write(
@@ -85,17 +110,39 @@ class KVCache:
         )
         return keys, values
 
-    def advance(self, tokens: int) -> "KVCache":
-        """Counts `tokens` more positions as used."""
-        return replace(self, used=self.used + tokens)
+    def window_of(self, window: int) -> WindowCache:
+        """Returns the cache of the layers with this window."""
+        return next(cache for cache in self.windows if cache.window == window)
+
+    def with_window(self, changed: WindowCache) -> "KVCache":
+        """Replaces the cache of one window."""
+        return replace(
+            self,
+            windows=tuple(
+                changed if cache.window == changed.window else cache for cache in self.windows
+            ),
+        )
+
+    def advance(self, tokens: int, new: NewTokens | None = None) -> "KVCache":
+        """Counts `tokens` more positions as used; `new` are the tokens where windows are kept."""
+        return replace(self, used=self.used + tokens, windows=self._advanced(new))
+
+    def _advanced(self, new: NewTokens | None) -> tuple[WindowCache, ...]:
+        if not self.windows:
+            return ()
+        assert new is not None
+        return tuple(cache.advance(new) for cache in self.windows)
 
     def constrained(self) -> "KVCache":
         """Constrains the sharding of each array, so that one program's output fits the next."""
+        kept = self.token_positions
         return KVCache(
             keys=_constrained(self.keys),
             values=_constrained(self.values),
             key_mask=constrain(self.key_mask, "batch", None),
             used=constrain(self.used),
+            token_positions=None if kept is None else constrain(kept, "batch", None),
+            windows=tuple(cache.constrained() for cache in self.windows),
         )
 
     def repeated(self, copies: int, capacity: int) -> "KVCache":
@@ -107,12 +154,17 @@ class KVCache:
             wide = wide.reshape(layers, batch * copies, heads, used, width)
             return _constrained(jnp.pad(wide, [(0, 0)] * 3 + [(0, capacity - used), (0, 0)]))
 
-        key_mask = jnp.repeat(self.key_mask, copies, axis=0)
+        def wider(row: Array) -> Array:
+            return jnp.pad(jnp.repeat(row, copies, axis=0), [(0, 0), (0, capacity - row.shape[1])])
+
+        kept = self.token_positions
         return replace(
             self,
             keys=longer(self.keys),
             values=longer(self.values),
-            key_mask=jnp.pad(key_mask, [(0, 0), (0, capacity - key_mask.shape[1])]),
+            key_mask=wider(self.key_mask),
+            token_positions=None if kept is None else wider(kept),
+            windows=tuple(cache.repeated(copies, capacity) for cache in self.windows),
         )
 
     def reordered(self, source: Int[Array, "B beams"], since: int) -> "KVCache":
@@ -131,7 +183,12 @@ class KVCache:
             moved = jnp.take_along_axis(grouped, index, axis=2).reshape(recent.shape)
             return jax.lax.dynamic_update_slice_in_dim(cached, _constrained(moved), since, axis=3)
 
-        return replace(self, keys=taken(self.keys), values=taken(self.values))
+        return replace(
+            self,
+            keys=taken(self.keys),
+            values=taken(self.values),
+            windows=tuple(cache.reordered(source) for cache in self.windows),
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -163,14 +220,17 @@ class RingCache(KVCache):
             values=cache.values,
             key_mask=cache.key_mask,
             used=jnp.full((), cache.key_mask.shape[1], jnp.int32),
+            token_positions=cache.token_positions,
+            windows=cache.windows,
             turn=jnp.zeros((), jnp.int32),
             first=first,
         )
 
-    def advance(self, tokens: int) -> "RingCache":
+    def advance(self, tokens: int, new: NewTokens | None = None) -> "RingCache":
         """Moves to the next position of the ring."""
         assert tokens == 1
-        return replace(self, turn=(self.turn + 1) % (self.key_mask.shape[1] - self.first))
+        turn = (self.turn + 1) % (self.key_mask.shape[1] - self.first)
+        return replace(self, turn=turn, windows=self._advanced(new))
 
     def admit(self, slots: Int[Array, " P"], prompts: KVCache) -> "RingCache":
         """Copies P prompts into these slots of the batch; slots beyond the last are dropped."""
@@ -179,13 +239,21 @@ class RingCache(KVCache):
             new = new[:, :, :, : self.first]
             return cached.at[:, slots, :, : new.shape[3]].set(new, mode="drop")
 
-        key_mask = prompts.key_mask[:, : self.first]
-        key_mask = jnp.pad(key_mask, [(0, 0), (0, self.key_mask.shape[1] - key_mask.shape[1])])
+        def with_rows(kept: Array, new: Array) -> Array:
+            new = new[:, : self.first]
+            new = jnp.pad(new, [(0, 0), (0, kept.shape[1] - new.shape[1])])
+            return kept.at[slots].set(new, mode="drop")
+
+        kept, new = self.token_positions, prompts.token_positions
         return replace(
             self,
             keys=with_new(self.keys, prompts.keys),
             values=with_new(self.values, prompts.values),
-            key_mask=self.key_mask.at[slots].set(key_mask, mode="drop"),
+            key_mask=with_rows(self.key_mask, prompts.key_mask),
+            token_positions=None if kept is None or new is None else with_rows(kept, new),
+            windows=tuple(
+                cache.admit(slots, prompts.window_of(cache.window)) for cache in self.windows
+            ),
         )
 
 

@@ -23,6 +23,13 @@ TARGET_NAMES: Mapping[str, str] = MappingProxyType(
         "gate_proj": "gate",
         "up_proj": "up",
         "down_proj": "down",
+        "qkv_proj": "qkv",
+        "gate_up_proj": "gate_up",
+        "dense": "output",
+        "fc1": "up",
+        "fc2": "down",
+        "c_fc": "up",
+        "c_proj": "down",
     }
 )
 """PEFT's name of a linear layer -> the attribute that holds it here."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from speechlm2_jax.layers.scores import Scores
 from speechlm2_jax.sharding import context_size, on_shards, ring_permute
 
 _HEADS = ("batch", "tokens", "act_heads", None)
@@ -56,9 +57,9 @@ def ring_attention(
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B T"],
     ring_order: Int[Array, " T"],
-    scale: float,
+    scores: Scores,
 ) -> Float[Array, "B T N H"]:
-    """Attends to keys of the same segment, at or before the query's position.
+    """Attends to keys of the same segment, at or before the query's position, within the window.
 
     `ring_order` gives the position of each query and key. Needs `sharding.use` with a context axis
     that divides the sequence evenly.
@@ -78,7 +79,7 @@ def ring_attention(
         )
 
         def add(state: Partial, keys: Keys) -> Partial:
-            return _add_halves(state, queries, query_segments, ring_order, keys, scale)
+            return _add_halves(state, queries, query_segments, ring_order, keys, scores)
 
         def rotate(carry: tuple[Partial, Keys], _: None) -> tuple[tuple[Partial, Keys], None]:
             state, keys = carry
@@ -104,9 +105,9 @@ def _add_halves(
     query_segments: Int[Array, "B T"],
     ring_order: Int[Array, " T"],
     keys: Keys,
-    scale: float,
+    scores: Scores,
 ) -> Partial:
-    """Adds each half of the keys to each half of the queries, unless all of it is in the future."""
+    """Adds each half of the keys to each half of the queries, unless all of it is masked."""
     half = ring_order.shape[0] // 2
 
     @jax.checkpoint
@@ -114,7 +115,9 @@ def _add_halves(
         mask = (positions[:, None] >= keys.ring_order[None])[None] & (
             segments[:, :, None] == keys.segments[:, None, :]
         )
-        return _add(part, q, keys, mask, scale)
+        if scores.window is not None:
+            mask &= (positions[:, None] - keys.ring_order[None] < scores.window)[None]
+        return _add(part, q, keys, mask, scores)
 
     parts = []
     for query_half in (slice(0, half), slice(half, None)):
@@ -130,6 +133,8 @@ def _add_halves(
             )
             # positions are in order within a half
             is_needed = positions[-1] >= some.ring_order[0]
+            if scores.window is not None:
+                is_needed &= positions[0] - some.ring_order[-1] < scores.window
             part = jax.lax.cond(
                 is_needed, add, lambda part, *_: part, part, q, segments, positions, some
             )
@@ -142,15 +147,15 @@ def _add(
     q: Float[Array, "B T N_kv G H"],
     keys: Keys,
     mask: Bool[Array, "B T S"],
-    scale: float,
+    scores: Scores,
 ) -> Partial:
     """One update of the online softmax. Letters: t query, s key, k key/value head, g its group."""
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, keys.k, preferred_element_type=jnp.float32)
+    products = jnp.einsum("btkgh,bskh->bkgts", q, keys.k, preferred_element_type=jnp.float32)
     mask = mask[:, None, None]
-    scores = jnp.where(mask, scores * scale, _NO_SCORE)
-    highest = jnp.maximum(part.highest, jax.lax.stop_gradient(scores.max(axis=-1)))
+    scored = jnp.where(mask, scores.of(products), _NO_SCORE)
+    highest = jnp.maximum(part.highest, jax.lax.stop_gradient(scored.max(axis=-1)))
     rescale = jnp.exp(part.highest - highest)
-    weights = jnp.where(mask, jnp.exp(scores - highest[..., None]), 0.0)
+    weights = jnp.where(mask, jnp.exp(scored - highest[..., None]), 0.0)
     added = jnp.einsum(
         "bkgts,bskh->bkgth", weights.astype(q.dtype), keys.v, preferred_element_type=jnp.float32
     )

@@ -13,6 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
+from speechlm2_jax.layers.scores import Scores
 from speechlm2_jax.sharding import on_shards
 
 LANES = 128
@@ -31,21 +32,24 @@ def splash_attention(
     *,
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B T"],
-    scale: float,
+    scores: Scores,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Attends to keys of the same segment, at or before the query's position.
 
-    `interpret` emulates the kernel where there is no TPU, slowly. Inside `sharding.use` each device
-    computes its own sequences and heads; the mesh must divide both.
+    A window counts tokens of the row: those of a segment must be side by side. `interpret` emulates
+    the kernel where there is no TPU, slowly. Inside `sharding.use` each device computes its own
+    sequences and heads; the mesh must divide both.
     """
 
     def local(q: Any, k: Any, v: Any, query_segments: Any, key_segments: Any) -> Any:
         length = q.shape[1]
-        kernel = _kernel(length + -length % LANES, q.shape[2], interpret)
+        kernel = _kernel(length + -length % LANES, q.shape[2], scores, interpret)
 
         def sequence(q: Any, k: Any, v: Any, query_segments: Any, key_segments: Any) -> Any:
-            heads = (jnp.swapaxes(_padded(x, 0), 0, 1) for x in (q * scale, k, v))  # [N, T, H]
+            heads = (
+                jnp.swapaxes(_padded(x, 0), 0, 1) for x in (q * scores.scale, k, v)
+            )  # [N, T, H]
             segments = kernels.SegmentIds(
                 q=_padded(query_segments, PADDING_SEGMENT),
                 kv=_padded(key_segments, PADDING_SEGMENT),
@@ -63,10 +67,17 @@ def splash_attention(
     )
 
 
-def _kernel(length: int, heads: int, interpret: bool) -> Any:
+def _kernel(length: int, heads: int, scores: Scores, interpret: bool) -> Any:
     block = next(size for size in BLOCKS if length % size == 0)
+    shape = (length, length)
+    mask = (
+        masks.CausalMask(shape)
+        if scores.window is None
+        else masks.LocalMask(shape, window_size=(scores.window - 1, 0), offset=0)
+    )
     return kernels.make_splash_mha(
-        mask=masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
+        mask=masks.MultiHeadMask([mask] * heads),
+        attn_logits_soft_cap=scores.softcap,
         block_sizes=kernels.BlockSizes(
             block_q=block,
             block_kv=block,

@@ -1,8 +1,10 @@
 """Grouped-query self-attention with rotary positions."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -10,18 +12,23 @@ from speechlm2_jax.layers.attention import AttentionMask, attend
 from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.layers.dropout import fold_rngs
 from speechlm2_jax.layers.lora import LoraConfig, LoraLinear
-from speechlm2_jax.layers.norms import RMSNorm
-from speechlm2_jax.layers.rope import Rotation, rotate
-from speechlm2_jax.llm.config import DecoderConfig
+from speechlm2_jax.layers.norms import LayerNorm, RMSNorm
+from speechlm2_jax.layers.rope import RopeConfig, Rotation, rotate
+from speechlm2_jax.layers.window_cache import NewTokens
+from speechlm2_jax.llm.config import DecoderConfig, LayerKind
+from speechlm2_jax.llm.norms import make_norm
 from speechlm2_jax.sharding import constrain
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionInputs:
-    """Rotary angles and attention mask of one forward pass; the same for all layers."""
+    """Rotary angles and attention masks of one forward pass, by the kind of layer."""
 
-    rotation: Rotation
-    mask: AttentionMask
+    rotations: Mapping[RopeConfig, Rotation]
+    masks: Mapping[LayerKind, AttentionMask]
+    tokens: NewTokens
+    query_scale: Float[Array, "B T"] | None = None
+    """Factor of the queries by their position; None: 1."""
 
 
 class Attention(nnx.Module):
@@ -38,25 +45,29 @@ class Attention(nnx.Module):
             adapter = lora if lora is not None and name in lora.targets else None
             return LoraLinear(d_in, d_out, axes=axes, rngs=rngs, bias=bias, init=init, lora=adapter)
 
-        D, bias = config.width, config.attention_bias
-        self.head_width = config.head_width
-        self.query = linear("query", D, queries, ("heads", "embed"), bias)
-        self.key = linear("key", D, keys, ("kv_heads", "embed"), bias)
-        self.value = linear("value", D, keys, ("kv_heads", "embed"), bias)
-        self.output = linear("output", queries, D, ("embed", "heads"), config.output_bias)
-        self.query_norm = self._head_norm(config, rngs)
-        self.key_norm = self._head_norm(config, rngs)
+        D, bias, fused = config.width, config.attention_bias, config.fused_qkv
 
-    @staticmethod
-    def _head_norm(config: DecoderConfig, rngs: nnx.Rngs) -> RMSNorm | None:
-        if not config.qk_norm:
-            return None
-        return RMSNorm(config.head_width, rngs=rngs, eps=config.norm_eps)
+        def projection(name: str, d_out: int, axis: str, *, is_there: bool) -> LoraLinear | None:
+            return linear(name, D, d_out, (axis, "embed"), bias) if is_there else None
+
+        def norm(width: int) -> LayerNorm | RMSNorm | None:
+            return None if config.qk_norm == "none" else make_norm(config, width, rngs)
+
+        self.config = config
+        self.qkv = projection("qkv", queries + 2 * keys, "heads", is_there=fused)
+        self.query = projection("query", queries, "heads", is_there=not fused)
+        self.key = projection("key", keys, "kv_heads", is_there=not fused)
+        self.value = projection("value", keys, "kv_heads", is_there=not fused)
+        self.output = linear("output", queries, D, ("embed", "heads"), config.output_bias)
+        whole = config.qk_norm == "width"
+        self.query_norm = norm(queries if whole else config.head_width)
+        self.key_norm = norm(keys if whole else config.head_width)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         inputs: AttentionInputs,
+        kind: LayerKind,
         *,
         rngs: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
@@ -64,25 +75,64 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Attends to the positions of `x`; with a cache, to all cached positions of this layer.
 
+        `layer` is the layer's index in the cache: its number among the layers of one window.
         Returns the output and the cache, to which the keys and values of `x` were added.
         """
         x = constrain(x, "batch", "tokens", "act_embed")
-        q = self._heads(self.query(x, fold_rngs(rngs, 0)))
-        k = self._heads(self.key(x, fold_rngs(rngs, 1)))
-        v = self._heads(self.value(x, fold_rngs(rngs, 2)))
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rotate(q, inputs.rotation), rotate(k, inputs.rotation)
-        if cache is not None:
+        q, k, v = self._projected(x, rngs)
+        rope = self.config.rope_of(kind)
+        if rope is not None:
+            by = inputs.rotations[rope]
+            q = rotate(q, by, interleaved=rope.interleaved)
+            k = rotate(k, by, interleaved=rope.interleaved)
+        if self.config.qk_norm == "head_after_rope":
+            q, k = self._normed(q, k)
+        if inputs.query_scale is not None:
+            q = q * inputs.query_scale[:, :, None, None].astype(q.dtype)
+        if cache is not None and kind.window is not None:
+            window, k, v = cache.window_of(kind.window).update(layer, k, v, inputs.tokens)
+            cache = cache.with_window(window)
+        elif cache is not None:
             cache = cache.write(layer, k, v)
             k, v = cache.read(layer)
-        heads = attend(q, k, v, mask=inputs.mask, scale=self.head_width**-0.5)
+        heads = attend(
+            q,
+            k,
+            v,
+            mask=inputs.masks[kind],
+            scale=self.config.scale,
+            softcap=self.config.attention_softcap,
+        )
         heads = constrain(heads, "batch", "tokens", "act_heads", None)
         out = self.output(heads.reshape(*x.shape[:2], -1), fold_rngs(rngs, 3))  # [B, T, D]
         # first sum over the tensor-parallel devices, then shard the result along time
         out = constrain(out, "batch", "tokens", "act_embed")
         return constrain(out, "batch", "time", "act_embed"), cache
 
+    def _projected(
+        self, x: Float[Array, "B T D"], rngs: Key[Array, " B"] | None
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N_kv H"], Float[Array, "B T N_kv H"]]:
+        """Queries, keys and values, normed if that comes before the rotation."""
+        if self.qkv is not None:
+            c = self.config
+            ends = [c.heads * c.head_width, (c.heads + c.kv_heads) * c.head_width]
+            q, k, v = jnp.split(self.qkv(x, fold_rngs(rngs, 0)), ends, axis=-1)
+        else:
+            assert self.query is not None and self.key is not None and self.value is not None
+            q = self.query(x, fold_rngs(rngs, 0))
+            k = self.key(x, fold_rngs(rngs, 1))
+            v = self.value(x, fold_rngs(rngs, 2))
+        if self.config.qk_norm == "width":
+            q, k = self._normed(q, k)
+        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        if self.config.qk_norm == "head":
+            q, k = self._normed(q, k)
+        return q, k, v
+
+    def _normed(self, q: Array, k: Array) -> tuple[Array, Array]:
+        assert self.query_norm is not None and self.key_norm is not None
+        return self.query_norm(q), self.key_norm(k)
+
     def _heads(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
-        heads = x.reshape(*x.shape[:2], -1, self.head_width)  # [B, T, N, H]
+        heads = x.reshape(*x.shape[:2], -1, self.config.head_width)  # [B, T, N, H]
         return constrain(heads, "batch", "tokens", "act_heads", None)

@@ -1,19 +1,40 @@
 """Configuration of a decoder-only language model."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from speechlm2_jax.layers.feed_forward import ACTIVATIONS
+from speechlm2_jax.layers.activations import ACTIVATIONS, XIELU
 from speechlm2_jax.layers.rope import RopeConfig
+
+Norm = Literal["rms", "rms1p", "layer", "layer1p"]
+"""RMSNorm or LayerNorm; `1p`: the factor is 1 + weight (Gemma, Nemotron)."""
+BlockKind = Literal["pre", "post", "sandwich", "parallel"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What may differ between the layers of one decoder."""
+
+    window: int | None = None
+    """A token attends to tokens less than so many positions before it; None: to all."""
+    chunk: int | None = None
+    """A token attends within its chunk of so many positions; None: chunks do not matter."""
+    has_rope: bool = True
+    """False: queries and keys are not rotated (NoPE)."""
+    rope: RopeConfig | None = None
+    """Rotary positions of this kind; None: those of the decoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes and options of a pre-norm decoder with rotary positions and a gated feed-forward.
+    """Sizes and choices of a decoder-only language model.
 
-    `conversion` translates Hugging Face's config.json. Raises ValueError for sizes that do not fit
-    together.
+    Layer i is of kind `pattern[i % len(pattern)]`. Foreign configs (Hugging Face's config.json) are
+    translated in `llm.families`. Raises ValueError for sizes that do not fit together.
     """
 
+    family: str = "llama"
+    """model_type of Hugging Face, which decides on names of weights; the maths is in the fields."""
     vocab_size: int
     width: int
     layers: int
@@ -22,18 +43,53 @@ class DecoderConfig:
     """Key and value heads; each serves `heads / kv_heads` query heads."""
     head_width: int
     mlp_width: int
-    activation: str = "silu"
+    pattern: tuple[LayerKind, ...] = (LayerKind(),)
+    """Kinds of the layers, from the first on; repeated as often as it takes."""
+
+    block: BlockKind = "pre"
+    """Where the norms are: x + f(norm(x)), x + norm(f(x)), x + norm(f(norm(x))), or, parallel,
+    x + attention(norm(x)) + mlp(norm(x)) with one norm."""
+    norm: Norm = "rms"
+    norm_bias: bool = False
     norm_eps: float = 1e-6
+    residual_scale: float = 1.0
+    """Factor of what attention and feed-forward add to the residual stream (Granite)."""
+
     rope: RopeConfig = field(default_factory=RopeConfig)
-    qk_norm: bool = False
-    """RMSNorm over each head of the queries and keys, before the rotation (Qwen3)."""
+    qk_norm: Literal["none", "head", "head_after_rope", "width"] = "none"
+    """Norm of queries and keys: of each head, before or after the rotation, or of all heads."""
+    attention_scale: float | None = None
+    """Factor of the scores; None: 1 / sqrt(head_width)."""
+    attention_softcap: float | None = None
+    """Bound on scores, by tanh (Gemma 2)."""
+    query_growth: float = 0.0
+    """Queries at position p are multiplied by 1 + growth * log(1 + floor(p / positions)), as in
+    Llama 4 and Ministral 3."""
+    query_growth_positions: int = 1
     attention_bias: bool = False
     """Biases of query, key and value."""
     output_bias: bool = False
     """Bias of the attention's output projection."""
+    fused_qkv: bool = False
+    """Query, key and value are one layer in the checkpoint, and so for LoRA (Phi-3)."""
+
+    activation: str = "silu"
+    gated: bool = True
+    """down(activation(gate(x)) * up(x)); False: down(activation(up(x)))."""
+    fused_gate_up: bool = False
+    """Gate and up are one layer in the checkpoint, and so for LoRA (Phi-3, GLM)."""
     mlp_bias: bool = False
+
     tied: bool = False
     """The output layer is the embedding table."""
+    head_bias: bool = False
+    embedding_scale: float = 1.0
+    """Factor of the embeddings."""
+    scales_all_inputs: bool = False
+    """The factor is for audio as well (Gemma, Gemma 2, Granite), not for text alone (Gemma 3)."""
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    """Bound on logits, by tanh (Gemma 2)."""
     init_std: float = 0.02
     """Standard deviation of the random initial weights; unused where a checkpoint is loaded."""
 
@@ -43,12 +99,58 @@ class DecoderConfig:
                 raise ValueError(f"llm {name}={getattr(self, name)} must be at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(f"llm kv_heads={self.kv_heads} must divide heads={self.heads}")
-        if self.head_width < 2 or self.head_width % 2:
-            raise ValueError(
-                f"llm head_width={self.head_width} must be even: rotary embedding rotates pairs"
-            )
-        if self.activation not in ACTIVATIONS:
+        if self.activation not in (*ACTIVATIONS, XIELU):
             raise ValueError(
                 f"llm activation={self.activation!r} is not supported; choose among "
-                f"{list(ACTIVATIONS)}"
+                f"{[*ACTIVATIONS, XIELU]}"
             )
+        for rope in {self.rope, *(kind.rope for kind in self.pattern if kind.rope)}:
+            width = rope.rotated(self.head_width)
+            if not 2 <= width <= self.head_width or width % 2:
+                raise ValueError(
+                    f"llm: {width} of head_width={self.head_width} numbers are rotated; must be "
+                    "even: rotary embedding rotates pairs"
+                )
+
+    def kind(self, layer: int) -> LayerKind:
+        """Returns the kind of a layer."""
+        return self.pattern[layer % len(self.pattern)]
+
+    def rope_of(self, kind: LayerKind) -> RopeConfig | None:
+        """Returns the rotary positions of a kind; None: it has none."""
+        if not kind.has_rope:
+            return None
+        return self.rope if kind.rope is None else kind.rope
+
+    def count(self, window: int | None) -> int:
+        """Returns how many layers have this window."""
+        return sum(self.kind(layer).window == window for layer in range(self.layers))
+
+    def rank(self, place: int) -> tuple[int, int]:
+        """Returns which layer of its window a place in the pattern is, and of how many."""
+        same = [
+            other
+            for other, kind in enumerate(self.pattern)
+            if kind.window == self.pattern[place].window
+        ]
+        return same.index(place), len(same)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Sizes of the windows that layers have, each once."""
+        return tuple(dict.fromkeys(k.window for k in self.pattern if k.window is not None))
+
+    @property
+    def scale(self) -> float:
+        """Factor of the attention scores."""
+        return self.head_width**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def repeats(self) -> int:
+        """How often the whole pattern occurs."""
+        return self.layers // len(self.pattern)
+
+    @property
+    def remainder(self) -> int:
+        """Layers after the last whole pattern."""
+        return self.layers % len(self.pattern)

@@ -1,6 +1,6 @@
 """The decoder-only LLM: embeddings in, hidden states and logits out, with or without a KV cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,69 +12,97 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from speechlm2_jax.layers.attention import MASKED_KEY, AttentionMask
 from speechlm2_jax.layers.cache import CachedOutput, KVCache
 from speechlm2_jax.layers.dropout import fold_rngs
-from speechlm2_jax.layers.feed_forward import GatedFeedForward
 from speechlm2_jax.layers.linear import Embedding, Linear, gathered, matmul
 from speechlm2_jax.layers.lora import LoraConfig
-from speechlm2_jax.layers.norms import RMSNorm
 from speechlm2_jax.layers.rope import rotation
+from speechlm2_jax.layers.scores import capped
 from speechlm2_jax.layers.stack import RematPolicy, scan_layers, stack
+from speechlm2_jax.layers.window_cache import NOTHING, NewTokens, WindowCache
 from speechlm2_jax.llm.attention import Attention, AttentionInputs
-from speechlm2_jax.llm.config import DecoderConfig
+from speechlm2_jax.llm.config import DecoderConfig, LayerKind
+from speechlm2_jax.llm.feed_forward import FeedForward
+from speechlm2_jax.llm.norms import make_norm
 from speechlm2_jax.sharding import constrain, time_order
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer: attention and feed-forward, each added to the residual stream.
+
+    The norms are where `DecoderConfig.block` says.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None):
-        self.attention_norm = RMSNorm(config.width, rngs=rngs, eps=config.norm_eps)
+        def norm(is_there: bool) -> Any:
+            return make_norm(config, config.width, rngs) if is_there else None
+
+        has_norms_before, has_norms_after = config.block != "post", config.block != "pre"
+        is_parallel = config.block == "parallel"
+        self.config = config
+        self.attention_norm = norm(has_norms_before)
         self.attention = Attention(config, rngs=rngs, lora=lora)
-        self.mlp_norm = RMSNorm(config.width, rngs=rngs, eps=config.norm_eps)
-        self.mlp = GatedFeedForward(
-            config.width,
-            config.mlp_width,
-            rngs=rngs,
-            activation=config.activation,
-            bias=config.mlp_bias,
-            init=jax.nn.initializers.normal(config.init_std),
-            lora=lora,
-        )
+        self.attention_post_norm = norm(has_norms_after and not is_parallel)
+        self.mlp_norm = norm(has_norms_before and not is_parallel)
+        self.mlp = FeedForward(config, rngs=rngs, lora=lora)
+        self.mlp_post_norm = norm(has_norms_after and not is_parallel)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         inputs: AttentionInputs,
+        kind: LayerKind,
         *,
         rngs: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
         layer: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Runs one layer. Returns its output, and the cache with its keys and values (or None)."""
+        normed = _normed(x, self.attention_norm)
         attended, cache = self.attention(
-            self.attention_norm(x), inputs, rngs=fold_rngs(rngs, 0), cache=cache, layer=layer
+            normed, inputs, kind, rngs=fold_rngs(rngs, 0), cache=cache, layer=layer
         )
+        attended = self._scaled(_normed(attended, self.attention_post_norm))
+        if self.config.block == "parallel":
+            fed = self._scaled(self.mlp(normed, fold_rngs(rngs, 1)))
+            return constrain(x + attended + fed, "batch", "time", "act_embed"), cache
         x = x + attended
-        x = x + self.mlp(self.mlp_norm(x), fold_rngs(rngs, 1))
+        fed = self.mlp(_normed(x, self.mlp_norm), fold_rngs(rngs, 1))
+        x = x + self._scaled(_normed(fed, self.mlp_post_norm))
         return constrain(x, "batch", "time", "act_embed"), cache
+
+    def _scaled(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return x if self.config.residual_scale == 1.0 else x * self.config.residual_scale
 
 
 class Decoder(nnx.Module):
-    """A decoder-only language model; the config chooses the family (Llama, Qwen2, Qwen3)."""
+    """A decoder-only language model, as its config says.
+
+    The variables of the layers are stacks: one if all layers are of one kind, else one per place in
+    the pattern, and `remainder` for layers after the last whole pattern.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None):
+        def make(layer_rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=layer_rngs, lora=lora)
+
+        def stacks(places: int, repeats: int) -> nnx.Module:
+            if len(config.pattern) == 1:
+                return stack(make, repeats, rngs)
+            return nnx.List([stack(make, repeats, rngs) for _ in range(places)])
+
         init = jax.nn.initializers.normal(config.init_std)
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.width, rngs=rngs, init=init)
-        self.layers = stack(
-            lambda layer_rngs: Block(config, rngs=layer_rngs, lora=lora), config.layers, rngs
-        )
-        self.norm = RMSNorm(config.width, rngs=rngs, eps=config.norm_eps)
+        self.layers = stacks(len(config.pattern), config.repeats) if config.repeats else None
+        self.remainder = stacks(config.remainder, 1) if config.remainder else None
+        self.norm = make_norm(config, config.width, rngs)
         self.head = None if config.tied else _head(config, rngs)
 
     def embed(self, ids: Int[Array, "B *inner T"]) -> Float[Array, "B *inner T D"]:
         """Looks up token embeddings, in the dtype of the table."""
         inner = (None,) * (ids.ndim - 2)
         embeds = constrain(self.embedding(ids), "batch", *inner, "tokens", "act_embed")
+        if not self.config.scales_all_inputs:
+            embeds = self._scaled(embeds)
         return constrain(embeds, "batch", *inner, "time", "act_embed")
 
     def __call__(
@@ -89,11 +117,12 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Computes the hidden states after the final norm, in the dtype of `embeds`.
 
-        Position i attends to position j if j <= i, both have the same segment id, and
-        `attention_mask[j]` is True. The output of a position that attends to nothing is finite and
-        meaningless. With `rngs`, one per sequence, LoRA dropout is on. `remat` chooses what the
-        backward pass recomputes (see `scan_layers`). On a mesh with a context axis the tokens are
-        in the order of `Sharding.time_order`; `put_batch` brings them there.
+        Position i attends to position j if j <= i, both have the same segment id, the layer's
+        window and chunk hold both, and `attention_mask[j]` is True. The output of a position that
+        attends to nothing is finite and meaningless. With `rngs`, one per sequence, LoRA dropout is
+        on. `remat` chooses what the backward pass recomputes (see `scan_layers`). On a mesh with a
+        context axis the tokens are in the order of `Sharding.time_order`; `put_batch` brings them
+        there.
         """
         inputs = self._attention_inputs(
             positions,
@@ -113,14 +142,23 @@ class Decoder(nnx.Module):
         attention_mask: Bool[Array, "B T"],
     ) -> Float[Array, "L B T D"]:
         """Computes the residual stream after each layer, before the final norm."""
-        key_segments = jnp.where(attention_mask, segments, MASKED_KEY)
-        inputs = self._attention_inputs(positions, segments, key_segments)
-        return self._run(embeds, inputs, emit=lambda x: x)[2]
+        keys = jnp.where(attention_mask, segments, MASKED_KEY)
+        inputs = self._attention_inputs(positions, segments, keys)
+        return jnp.concatenate(self._run(embeds, inputs, emit=lambda x: x)[2])
 
     def new_cache(self, batch: int, capacity: int, dtype: Any) -> KVCache:
         """Makes an empty KV cache of `capacity` positions for `batch` sequences."""
         c = self.config
-        return KVCache.empty((c.layers, batch, capacity, c.kv_heads, c.head_width), dtype)
+
+        def shape(window: int | None) -> tuple[int, int, int, int, int]:
+            return c.count(window), batch, capacity, c.kv_heads, c.head_width
+
+        return KVCache.empty(
+            shape(None),
+            dtype,
+            windows=tuple(WindowCache.empty(shape(w), w, dtype) for w in c.windows),
+            keeps_token_positions=any(kind.chunk for kind in c.pattern),
+        )
 
     def extend(
         self,
@@ -135,36 +173,98 @@ class Decoder(nnx.Module):
         The cache must have T free positions. The hidden states equal those of `__call__` on the
         whole sequence.
         """
-        cache = cache.reserve(attention_mask)
-        query_segments = jnp.zeros(attention_mask.shape, jnp.int32)
-        key_segments = jnp.where(cache.key_mask, 0, MASKED_KEY)
-        inputs = self._attention_inputs(positions, query_segments, key_segments, cache.used)
-        x, written, _ = self._run(embeds, inputs, cache=cache)
-        return CachedOutput(self.norm(x), written.advance(attention_mask.shape[1]))
+        cache = cache.reserve(attention_mask, positions)
+        new = NewTokens(positions, attention_mask)
+        x, written, _ = self._run(embeds, self._cached_inputs(cache, new), cache=cache)
+        return CachedOutput(self.norm(x), written.advance(attention_mask.shape[1], new))
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Computes the logits of every token, in fp32 whatever the dtype of `hidden`."""
         weight = gathered((self.embedding if self.head is None else self.head).weight, hidden.dtype)
         logits = matmul(hidden, weight, preferred_element_type=jnp.float32)
+        if self.head is not None and self.head.bias is not None:
+            logits += self.head.bias[...].astype(jnp.float32)[None, None]
+        if self.config.logit_scale != 1.0:
+            logits *= self.config.logit_scale
+        logits = capped(logits, self.config.logit_softcap)
         return constrain(logits, "batch", "tokens", "act_vocab")
+
+    def _scaled(self, embeds: Float[Array, "*any D"]) -> Float[Array, "*any D"]:
+        scale = self.config.embedding_scale
+        return embeds if scale == 1.0 else embeds * jnp.asarray(scale, embeds.dtype)
 
     def _attention_inputs(
         self,
         positions: Int[Array, "B T"],
         query_segments: Int[Array, "B T"],
-        key_segments: Int[Array, "B S"],
-        offset: Int[Array, ""] | None = None,
+        key_segments: Int[Array, "B T"],
         ring_order: np.ndarray | None = None,
     ) -> AttentionInputs:
-        return AttentionInputs(
-            rotation=rotation(self.config.rope, positions, self.config.head_width),
-            mask=AttentionMask(
+        """What the layers need of tokens that attend to each other."""
+
+        def mask(kind: LayerKind) -> AttentionMask:
+            is_narrow = kind.window is not None or kind.chunk is not None
+            return AttentionMask(
                 query_segments=query_segments,
                 key_segments=key_segments,
-                offset=offset,
                 ring_order=ring_order,
-            ),
+                window=kind.window,
+                chunk=kind.chunk,
+                query_positions=positions if is_narrow else None,
+                key_positions=positions if is_narrow else None,
+            )
+
+        masks = {kind: mask(kind) for kind in self.config.pattern}
+        return self._with_rotations(NewTokens(positions, key_segments != MASKED_KEY), masks)
+
+    def _cached_inputs(self, cache: KVCache, new: NewTokens) -> AttentionInputs:
+        """What the layers need of new tokens that attend to a cache."""
+        queries = jnp.zeros(new.positions.shape, jnp.int32)
+
+        def mask(kind: LayerKind) -> AttentionMask:
+            if kind.window is None:
+                return AttentionMask(
+                    query_segments=queries,
+                    key_segments=jnp.where(cache.key_mask, 0, MASKED_KEY),
+                    offset=cache.used,
+                    chunk=kind.chunk,
+                    query_positions=new.positions if kind.chunk else None,
+                    key_positions=cache.token_positions if kind.chunk else None,
+                )
+            seen = cache.window_of(kind.window).seen(new)
+            return AttentionMask(
+                query_segments=queries,
+                key_segments=jnp.where(seen == NOTHING, MASKED_KEY, 0),
+                window=kind.window,
+                query_positions=new.positions,
+                key_positions=seen,
+                by_position=True,
+            )
+
+        masks = {kind: mask(kind) for kind in self.config.pattern}
+        return self._with_rotations(new, masks)
+
+    def _with_rotations(
+        self, tokens: NewTokens, masks: dict[LayerKind, AttentionMask]
+    ) -> AttentionInputs:
+        c = self.config
+        ropes = [rope for kind in c.pattern if (rope := c.rope_of(kind)) is not None]
+        return AttentionInputs(
+            rotations={
+                rope: rotation(rope, tokens.positions, c.head_width, tokens.is_real)
+                for rope in dict.fromkeys(ropes)
+            },
+            masks=masks,
+            tokens=tokens,
+            query_scale=self._query_scale(tokens.positions),
         )
+
+    def _query_scale(self, positions: Int[Array, "B T"]) -> Float[Array, "B T"] | None:
+        c = self.config
+        if not c.query_growth:
+            return None
+        periods = (positions // c.query_growth_positions).astype(jnp.float32)
+        return 1.0 + c.query_growth * jnp.log1p(periods)
 
     def _run(
         self,
@@ -175,17 +275,55 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         remat: RematPolicy = "none",
         emit: Callable[[Array], Any] = lambda x: None,
-    ) -> tuple[Array, Any, Any]:
-        # The cache is carried, not scanned over: each layer then updates its part in place.
-        def body(block: Block, carry: Any, layer: Array) -> tuple[Any, Any]:
-            x, cache = carry
-            x, cache = block(x, inputs, rngs=fold_rngs(rngs, layer), cache=cache, layer=layer)
-            return (x, cache), emit(x)
+    ) -> tuple[Array, Any, list[Any]]:
+        """Runs all layers; returns also what `emit` gives of each, a list of stacks in order."""
+        pattern = self.config.pattern
 
-        x = constrain(embeds, "batch", "time", "act_embed")
-        layers = jnp.arange(self.config.layers)
-        (x, cache), emitted = scan_layers(self.layers, body, (x, cache), layers, remat=remat)
-        return x, cache, emitted
+        # The cache is carried, not scanned over: each layer then updates its part in place.
+        def body(blocks: Any, carry: Any, layer: Array) -> tuple[Any, Any]:
+            x, cache = carry
+            emitted = []
+            for place, block in enumerate(_in_pattern(blocks)):
+                rank, count = self.config.rank(place)
+                x, cache = block(
+                    x,
+                    inputs,
+                    pattern[place],
+                    rngs=fold_rngs(rngs, layer + place if place else layer),
+                    cache=cache,
+                    layer=layer if len(pattern) == 1 else layer // len(pattern) * count + rank,
+                )
+                emitted.append(emit(x))
+            return (x, cache), emitted
+
+        x = self._scaled(embeds) if self.config.scales_all_inputs else embeds
+        carry = (constrain(x, "batch", "time", "act_embed"), cache)
+        first, end = 0, self.config.repeats * len(pattern)
+        outputs = []
+        for layers in (self.layers, self.remainder):
+            if layers is not None:
+                numbers = jnp.arange(first, end, len(pattern))
+                carry, emitted = scan_layers(layers, body, carry, numbers, remat=remat)
+                outputs.append(_in_order(emitted))
+            first, end = end, self.config.layers
+        return (*carry, outputs)
+
+
+def _in_pattern(blocks: Any) -> Sequence[Block]:
+    return list(blocks) if isinstance(blocks, nnx.List) else [blocks]
+
+
+def _in_order(emitted: list[Any]) -> Any:
+    """[R, ...] for each place in the pattern -> [R * places, ...], in the order of the layers."""
+    if len(emitted) == 1:
+        return emitted[0]
+    return jax.tree.map(
+        lambda *each: jnp.stack(each, axis=1).reshape(-1, *each[0].shape[1:]), *emitted
+    )
+
+
+def _normed(x: Float[Array, "B T D"], norm: Any) -> Float[Array, "B T D"]:
+    return x if norm is None else norm(x)
 
 
 def _head(config: DecoderConfig, rngs: nnx.Rngs) -> Linear:
@@ -194,6 +332,6 @@ def _head(config: DecoderConfig, rngs: nnx.Rngs) -> Linear:
         config.vocab_size,
         axes=("vocab", "embed"),
         rngs=rngs,
-        bias=False,
+        bias=config.head_bias,
         init=jax.nn.initializers.normal(config.init_std),
     )

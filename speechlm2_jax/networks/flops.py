@@ -15,6 +15,8 @@ import numpy as np
 from speechlm2_jax.batches import SalmBatch
 from speechlm2_jax.layers.module import VariableInfo
 
+OUTPUT = ".attention.output.weight"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerGroup:
@@ -125,10 +127,14 @@ def _adapter(infos: Mapping[str, VariableInfo], audio: EncodedAudio) -> tuple[La
 def _llm(
     infos: Mapping[str, VariableInfo], lengths: np.ndarray, scored: float
 ) -> tuple[LayerGroup, ...]:
-    attention = _attention_width(infos, "llm.layers.") * _pairs(lengths) / 2
+    # the layers may be several stacks; a sliding window counts as full attention
+    outputs = [i for p, i in infos.items() if p.startswith("llm.") and p.endswith(OUTPUT)]
+    width = sum(2.0 * info.shape[0] * info.shape[2] for info in outputs)
+    attention = width * _pairs(lengths) / 2
     head = "llm.head." if "llm.head.weight" in infos else "llm.embedding."
     return (
         LayerGroup(prefix="llm.layers.", tokens=float(lengths.sum()), attention=attention),
+        LayerGroup(prefix="llm.remainder.", tokens=float(lengths.sum())),
         LayerGroup(prefix=head, tokens=scored),
     )
 

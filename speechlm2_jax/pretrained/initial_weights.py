@@ -16,7 +16,7 @@ import numpy as np
 from speechlm2_jax import checkpointing
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.errors import ConversionError, listed
-from speechlm2_jax.conversion.mapping import LAYER, Place, Rule, Table
+from speechlm2_jax.conversion.mapping import Place, Rule, Table
 from speechlm2_jax.conversion.readers import LazySource, memory_source, open_weights
 from speechlm2_jax.layers.module import VariableInfo, Variables
 from speechlm2_jax.pretrained import registry
@@ -146,7 +146,7 @@ def match(path: Path, table: Table, infos: Mapping[str, VariableInfo]) -> Initia
             if names:
                 here.append(layer)
             else:
-                missing.append(rule.source.replace(LAYER, str(layer)))
+                missing.append(rule.named(rule.source, layer))
         if here:
             layers[rule.target] = tuple(here)
     used = set(found.values())

@@ -9,7 +9,9 @@ import transformers
 
 from speechlm2_jax.conversion import hf_keys
 from speechlm2_jax.conversion.errors import ConversionError
-from speechlm2_jax.conversion.hf_config import HANDLED, decoder_config
+from speechlm2_jax.conversion.hf_config import decoder_config
+from speechlm2_jax.llm.families import FAMILIES
+from speechlm2_jax.llm.families.attributes import Attributes
 
 LLMS = Path(__file__).parents[1] / "data/llm"
 
@@ -180,7 +182,9 @@ def test_every_key_has_a_reason_and_is_in_one_list():
     tables = (hf_keys.NO_EFFECT, hf_keys.BY_VALUE, hf_keys.BEGINNINGS)
     assert all(key.reason for table in tables for key in table.values())
     assert not set(hf_keys.NO_EFFECT) & set(hf_keys.BY_VALUE)
-    assert not HANDLED & (set(hf_keys.NO_EFFECT) | set(hf_keys.BY_VALUE))
+    attributes = Attributes(config("llama"))
+    FAMILIES["llama"].read(attributes)
+    assert not attributes.read & (set(hf_keys.NO_EFFECT) | set(hf_keys.BY_VALUE))
     assert all(key.neutral is not None for key in hf_keys.BY_VALUE.values())
 
 

@@ -1,13 +1,12 @@
 """config.json is read whole or refused; writing it back loses nothing."""
 
 import json
-from dataclasses import replace
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import Qwen3Config
 
 from speechlm2_jax.conversion.errors import ConversionError
-from speechlm2_jax.conversion.hf_config import decoder_config, huggingface_config
+from speechlm2_jax.conversion.hf_config import decoder_config
 from speechlm2_jax.layers.rope import LinearScaling, Llama3Scaling, RopeConfig
 from speechlm2_jax.llm.config import DecoderConfig
 from tests.conversion.goldens import DATA
@@ -49,31 +48,12 @@ def test_old_spelling_of_the_scaling_type_is_read():
 
 def test_families_differ_where_their_models_do():
     llama, qwen2, qwen3 = (decoder_config(golden(n)) for n in ("llama", "qwen2", "qwen3"))
-    assert (llama.qk_norm, qwen2.qk_norm, qwen3.qk_norm) == (False, False, True)
+    assert (llama.qk_norm, qwen2.qk_norm, qwen3.qk_norm) == ("none", "none", "head")
     assert (qwen2.attention_bias, qwen2.output_bias, llama.attention_bias) == (True, False, False)
     assert qwen3.tied and not llama.tied
     assert qwen2.head_width == 8  # width / heads: the attribute is absent
     absent = {k: v for k, v in golden("qwen3").items() if k != "head_dim"}
     assert decoder_config(absent).head_width == Qwen3Config().head_dim
-
-
-@pytest.mark.parametrize("name", GOLDENS)
-def test_written_config_reads_back_equal_here_and_in_transformers(name):
-    config = decoder_config(golden(name))
-    written = huggingface_config(config)
-    assert decoder_config(written) == config
-    assert written["model_type"] == golden(name)["model_type"]
-    classes = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-    read = classes[written["model_type"]].from_dict(json.loads(json.dumps(written)))
-    parameters = dict(golden(name)["rope_parameters"])
-    assert {k: read.rope_parameters[k] for k in parameters} == parameters
-    for key in ("hidden_size", "intermediate_size", "rms_norm_eps", "tie_word_embeddings"):
-        assert getattr(read, key) == golden(name)[key]
-
-
-def test_a_combination_that_no_family_has_is_not_written():
-    with pytest.raises(ConversionError, match="qk_norm=True"):
-        huggingface_config(replace(decoder_config(golden("qwen3")), mlp_bias=True))
 
 
 @pytest.mark.parametrize(
@@ -82,11 +62,11 @@ def test_a_combination_that_no_family_has_is_not_written():
         ({"hidden_sizes": 48}, "hidden_sizes=48 is not known here .nearest: hidden_size"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "mamba"}, "'mamba' is not supported; choose among llama, qwen2, qwen3"),
-        ({"hidden_act": "relu"}, "activation='relu'"),
+        ({"hidden_act": "softplus"}, "activation='softplus'"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
-        ({"use_sliding_window": True}, "sliding-window"),
-        ({"layer_types": ["sliding_attention"]}, "only full attention"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+        ({"use_sliding_window": True}, "no layers with a window"),
+        ({"layer_types": ["sliding_attention"]}, "full attention only"),
+        ({"rope_parameters": {"rope_type": "su", "factor": 2.0}}, "'su' is not supported"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial"),
         ({"rope_parameters": [1]}, "no mapping"),

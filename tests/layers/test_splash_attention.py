@@ -7,6 +7,7 @@ import pytest
 
 from speechlm2_jax.layers import attention
 from speechlm2_jax.layers.attention import MASKED_KEY, AttentionMask, attend
+from speechlm2_jax.layers.scores import Scores
 from speechlm2_jax.layers.splash_attention import splash_attention
 from speechlm2_jax.sharding import make_sharding, use
 
@@ -50,7 +51,7 @@ def test_the_kernel_equals_plain_attention_and_its_gradients(width, sizes):
                 *(q, k, v),
                 query_segments=segments,
                 key_segments=keys,
-                scale=width**-0.5,
+                scores=Scores(scale=width**-0.5),
                 interpret=True,
             )
 

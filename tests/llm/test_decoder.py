@@ -26,7 +26,7 @@ CONFIG = DecoderConfig(
     kv_heads=2,
     head_width=6,
     mlp_width=20,
-    qk_norm=True,
+    qk_norm="head",
     attention_bias=True,
     init_std=0.3,
     rope=RopeConfig(theta=1000.0, scaling=LinearScaling(factor=2.0)),
@@ -225,7 +225,7 @@ def test_every_variable_of_a_stack_has_a_layer_axis_and_is_sharded_somewhere() -
     [
         ({"kv_heads": 3}, "kv_heads=3"),
         ({"head_width": 5}, "head_width=5"),
-        ({"activation": "gelu"}, "'gelu'"),
+        ({"activation": "softplus"}, "'softplus'"),
         ({"layers": 0}, "layers=0"),
     ],
 )

@@ -20,10 +20,11 @@ from speechlm2_jax.conversion.readers import open_weights
 from speechlm2_jax.generation.salm import DecodingConfig, generate_tokens
 from speechlm2_jax.layers.attention import AttentionMask
 from speechlm2_jax.layers.module import Variables, abstract, describe, merge, split
+from speechlm2_jax.layers.scores import capped
 from speechlm2_jax.llm.decoder import Decoder
 
 DATA = Path(__file__).parents[1] / "data" / "llm"
-FAMILIES = ("llama", "llama3", "qwen2", "qwen3")
+FAMILIES = ("llama", "llama3", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "nemotron")
 ATOL = 1e-4  # activations of a whole model in fp32; see the goldens' README
 LOSS_RTOL = 1e-5
 GRADIENT_RTOL = 1e-4
@@ -75,7 +76,8 @@ def run(
     embeds = decoder.embed(ids)
     layers = decoder.layer_outputs(embeds, **place)
     last = decoder(embeds, **place)
-    return jnp.concatenate([embeds[None], layers[:-1], last[None]]), decoder.logits(last)
+    scale = decoder.config.embedding_scale if decoder.config.scales_all_inputs else 1.0
+    return jnp.concatenate([embeds[None] * scale, layers[:-1], last[None]]), decoder.logits(last)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -96,12 +98,19 @@ def test_hidden_states_and_logits_equal_the_original(family: str, padding: str) 
 
 
 def attend_like_the_original(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, mask: AttentionMask, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: AttentionMask,
+    scale: float,
+    softcap: float | None,
 ) -> jax.Array:
     """Adds the mask instead of selecting: only gradients of queries without any key differ."""
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     bias = jnp.where(mask.dense(), 0.0, jnp.finfo(jnp.float32).min)[:, None]
-    weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k) * scale + bias, axis=-1)
+    scores = capped(jnp.einsum("btnh,bsnh->bnts", q, k) * scale, softcap)
+    weights = jax.nn.softmax(scores + bias, axis=-1)
     return jnp.einsum("bnts,bsnh->btnh", weights, v)
 
 

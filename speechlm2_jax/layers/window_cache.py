@@ -1,0 +1,170 @@
+"""KV cache of layers with a sliding window: a ring that keeps only the window.
+
+The token at position p of its sequence is in slot p modulo the ring's size, whatever the padding
+beside it, so sequences of different lengths and different starts share one array.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from speechlm2_jax.sharding import constrain
+
+NOTHING = -1
+"""Position of a slot that holds no token."""
+
+
+class NewTokens(NamedTuple):
+    """T tokens that enter a cache; the real ones of a row are side by side, in order."""
+
+    positions: Int[Array, "B T"]
+    is_real: Bool[Array, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class WindowCache:
+    """Keys and values of the last tokens of each sequence, for all layers of one window.
+
+    W is the size of the ring: the window, or the capacity of the whole cache where that is less;
+    nothing that a window holds is then ever overwritten. Of T new tokens: each layer calls
+    `update`, then `advance` notes their positions.
+    """
+
+    keys: Float[Array, "L B N_kv W H"]
+    values: Float[Array, "L B N_kv W H"]
+    positions: Int[Array, "B W"]
+    """Position of the token in each slot, `NOTHING` in empty ones."""
+    window: int = field(metadata={"static": True})
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int, int, int], window: int, dtype: Any) -> "WindowCache":
+        """Makes an empty cache; `shape` is (L, B, capacity, N_kv, H)."""
+        layers, batch, capacity, heads, width = shape
+        size = min(window, capacity)
+        stored = (layers, batch, heads, size, width)
+        return cls(
+            keys=_constrained(jnp.zeros(stored, dtype)),
+            values=_constrained(jnp.zeros(stored, dtype)),
+            positions=jnp.full((batch, size), NOTHING, jnp.int32),
+            window=window,
+        )
+
+    def seen(self, new: NewTokens) -> Int[Array, "B S"]:
+        """Positions of the keys that `update` returns, `NOTHING` for those of no use."""
+        if new.positions.shape[1] == 1:
+            return self.advance(new).positions
+        fresh = jnp.where(new.is_real, new.positions, NOTHING)
+        return jnp.concatenate([self.positions, fresh], axis=1)
+
+    def update(
+        self,
+        layer: Int[Array, ""] | int,
+        keys: Float[Array, "B T N_kv H"],
+        values: Float[Array, "B T N_kv H"],
+        new: NewTokens,
+    ) -> tuple["WindowCache", Float[Array, "B S N_kv H"], Float[Array, "B S N_kv H"]]:
+        """Writes a layer's keys and values; returns those that the new tokens may attend to.
+
+        One token attends to the ring that holds it already (S = W). Several attend to the ring as
+        it was and to each other (S = W + T): the first of them may need what the last overwrites.
+        """
+        both, read = [], []
+        for cached, fresh in ((self.keys, keys), (self.values, values)):
+            old = jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False)
+            fresh = fresh.swapaxes(1, 2)  # [B, N_kv, T, H]
+            written = self._written(old, fresh, new)
+            both.append(jax.lax.dynamic_update_index_in_dim(cached, written, layer, axis=0))
+            seen = written if fresh.shape[2] == 1 else jnp.concatenate([old, fresh], axis=2)
+            read.append(seen.swapaxes(1, 2))
+        return replace(self, keys=both[0], values=both[1]), read[0], read[1]
+
+    def advance(self, new: NewTokens) -> "WindowCache":
+        """Notes the positions of tokens that every layer has written."""
+        source, is_new = self._sources(new)
+        fresh = jnp.take_along_axis(new.positions, source, axis=1)
+        return replace(self, positions=jnp.where(is_new, fresh, self.positions))
+
+    def constrained(self) -> "WindowCache":
+        """Constrains the sharding of each array, so that one program's output fits the next."""
+        return replace(
+            self,
+            keys=_constrained(self.keys),
+            values=_constrained(self.values),
+            positions=constrain(self.positions, "batch", None),
+        )
+
+    def repeated(self, copies: int, capacity: int) -> "WindowCache":
+        """Repeats each sequence `copies` times in a row, for a cache of another capacity."""
+        more = max(min(self.window, capacity) - self.positions.shape[1], 0)
+
+        def longer(cached: Array) -> Array:
+            wide = jnp.repeat(cached, copies, axis=1)
+            return _constrained(jnp.pad(wide, [(0, 0)] * 3 + [(0, more), (0, 0)]))
+
+        positions = jnp.repeat(self.positions, copies, axis=0)
+        return replace(
+            self,
+            keys=longer(self.keys),
+            values=longer(self.values),
+            positions=jnp.pad(positions, [(0, 0), (0, more)], constant_values=NOTHING),
+        )
+
+    def reordered(self, source: Int[Array, "B beams"]) -> "WindowCache":
+        """Gives beam k of prompt b what its beam `source[b, k]` holds (beam search)."""
+        beams = source.shape[1]
+        rows = (jnp.arange(source.shape[0])[:, None] * beams + source).reshape(-1)
+        return replace(
+            self,
+            keys=_constrained(self.keys[:, rows]),
+            values=_constrained(self.values[:, rows]),
+            positions=self.positions[rows],
+        )
+
+    def admit(self, slots: Int[Array, " P"], prompts: "WindowCache") -> "WindowCache":
+        """Copies P prompts into these rows of the batch; rows beyond the last are dropped.
+
+        The prompts' ring may be smaller: a ring that is smaller than the window holds all of its
+        sequence in order.
+        """
+        whole = prompts.repeated(1, self.positions.shape[1])
+        return replace(
+            self,
+            keys=self.keys.at[:, slots].set(whole.keys, mode="drop"),
+            values=self.values.at[:, slots].set(whole.values, mode="drop"),
+            positions=self.positions.at[slots].set(whole.positions, mode="drop"),
+        )
+
+    def _written(
+        self,
+        old: Float[Array, "B N_kv W H"],
+        fresh: Float[Array, "B N_kv T H"],
+        new: NewTokens,
+    ) -> Float[Array, "B N_kv W H"]:
+        if fresh.shape[2] == 1:  # a scatter touches one slot of each row
+            rows, slot = jnp.arange(old.shape[0]), new.positions[:, 0] % old.shape[2]
+            slot = jnp.where(new.is_real[:, 0], slot, old.shape[2])
+            return old.at[rows, :, slot].set(fresh[:, :, 0], mode="drop")
+        source, is_new = self._sources(new)
+        taken = jnp.take_along_axis(fresh, source[:, None, :, None], axis=2)
+        return jnp.where(is_new[:, None, :, None], taken, old)
+
+    def _sources(self, new: NewTokens) -> tuple[Int[Array, "B W"], Bool[Array, "B W"]]:
+        """For each slot the newest token that belongs there, and whether there is one."""
+        size = self.positions.shape[1]
+        first = jnp.argmax(new.is_real, axis=1)[:, None]  # index of a row's first real token
+        count = jnp.sum(new.is_real, axis=1)[:, None]
+        start = jnp.take_along_axis(new.positions, first, axis=1)
+        last = start + count - 1
+        slots = jnp.arange(size)[None]
+        newest = last - (last - slots) % size  # the greatest position of the slot, at most `last`
+        is_new = (newest >= start) & (count > 0)
+        index = jnp.where(is_new, first + newest - start, 0)
+        return index.astype(jnp.int32), is_new
+
+
+def _constrained(cached: Float[Array, "L B N_kv W H"]) -> Float[Array, "L B N_kv W H"]:
+    return constrain(cached, None, "batch", "act_heads", None, None)
