@@ -25,7 +25,7 @@ NOT_TEXT_ALONE: Mapping[str, str] = {
     "llama4": "llama4_text",
     "qwen2_5_omni": "qwen2",
 }
-"""model_type of a model that also sees or hears -> that of the LLM inside."""
+"""model_type of a multimodal model -> that of the LLM inside."""
 
 
 def decoder_config(config: Json) -> DecoderConfig:

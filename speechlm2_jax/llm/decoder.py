@@ -20,7 +20,7 @@ from speechlm2_jax.layers.stack import RematPolicy, scan_layers, stack
 from speechlm2_jax.layers.window_cache import NOTHING, NewTokens, WindowCache
 from speechlm2_jax.llm.attention import Attention, AttentionInputs
 from speechlm2_jax.llm.config import DecoderConfig, LayerKind
-from speechlm2_jax.llm.feed_forward import FeedForward
+from speechlm2_jax.llm.feed_forward import LlmFeedForward
 from speechlm2_jax.llm.norms import make_norm
 from speechlm2_jax.sharding import constrain, time_order
 
@@ -28,7 +28,7 @@ from speechlm2_jax.sharding import constrain, time_order
 class Block(nnx.Module):
     """One layer: attention and feed-forward, each added to the residual stream.
 
-    The norms are where `DecoderConfig.block` says.
+    `DecoderConfig.block` places the norms.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None):
@@ -42,7 +42,7 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs=rngs, lora=lora)
         self.attention_post_norm = norm(has_norms_after and not is_parallel)
         self.mlp_norm = norm(has_norms_before and not is_parallel)
-        self.mlp = FeedForward(config, rngs=rngs, lora=lora)
+        self.mlp = LlmFeedForward(config, rngs=rngs, lora=lora)
         self.mlp_post_norm = norm(has_norms_after and not is_parallel)
 
     def __call__(
@@ -74,7 +74,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder-only language model, as its config says.
+    """A decoder-only language model; the config chooses the family.
 
     The variables of the layers are stacks: one if all layers are of one kind, else one per place in
     the pattern, and `remainder` for layers after the last whole pattern.
@@ -306,7 +306,8 @@ class Decoder(nnx.Module):
                 carry, emitted = scan_layers(layers, body, carry, numbers, remat=remat)
                 outputs.append(_in_order(emitted))
             first, end = end, self.config.layers
-        return (*carry, outputs)
+        x, cache = carry
+        return x, cache, outputs
 
 
 def _in_pattern(blocks: Any) -> Sequence[Block]:

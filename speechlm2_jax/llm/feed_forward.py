@@ -12,7 +12,7 @@ from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.sharding import constrain
 
 
-class FeedForward(nnx.Module):
+class LlmFeedForward(nnx.Module):
     """down(activation(gate(x)) * up(x)) (Shazeer 2020), or, not gated, down(activation(up(x))).
 
     With `fused_gate_up` gate and up are one layer, `gate_up`, as in the checkpoint, so that one

@@ -1,4 +1,4 @@
-"""The norm of a decoder, as its config says."""
+"""The norm of a decoder, by its config."""
 
 from flax import nnx
 

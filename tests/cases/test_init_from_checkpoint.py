@@ -11,7 +11,7 @@ import pytest
 
 import speechlm2_jax as slm
 from speechlm2_jax import experiment
-from speechlm2_jax.checkpointing import Checkpointer, Retention
+from speechlm2_jax.checkpointing import Checkpointer, Retention, write_checksums
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.settings import SettingsError
 
@@ -68,6 +68,7 @@ def run_of(model, folder: Path) -> Path:
     checkpointer.save(3, arrays, progress={"step": 3}, settings=model.settings)
     checkpointer.close()
     model.save_definition(folder / "model")
+    write_checksums(folder / "model")
     return folder
 
 

@@ -226,15 +226,15 @@ def test_greedy_tokens_past_every_window_equal_transformers(name: str) -> None:
 
 
 def greedy(model: torch.nn.Module, prompt: np.ndarray) -> list[int]:
-    """The answer of transformers to one prompt alone, with its cache."""
+    """The response of transformers to one prompt alone, with its cache."""
     forget_lengths(model)
     tokens = torch.from_numpy(prompt[None])
     with torch.no_grad():
-        answer = model.generate(
+        generated = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             eos_token_id=None,
         )
-    return answer[0, len(prompt) :].tolist()
+    return generated[0, len(prompt) :].tolist()

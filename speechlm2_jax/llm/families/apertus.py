@@ -32,7 +32,7 @@ FAMILY = Family(
     read=read,
     names={"attention_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
     ignored={
-        "post_norm": "ApertusForCausalLM norms before, whatever it says",
-        "qk_norm": "ApertusForCausalLM norms queries and keys, whatever it says",
+        "post_norm": "ApertusForCausalLM norms before, whatever the value",
+        "qk_norm": "ApertusForCausalLM norms queries and keys, whatever the value",
     },
 )

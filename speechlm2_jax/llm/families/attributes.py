@@ -11,7 +11,7 @@ from typing import Any
 from speechlm2_jax.layers.rope import RopeConfig
 from speechlm2_jax.llm.config import LayerKind
 from speechlm2_jax.llm.families.errors import ConfigError, finite, shown
-from speechlm2_jax.llm.families.rotary import Layout, read_rope
+from speechlm2_jax.llm.families.rotary import RopeDialect, read_rope
 
 Json = Mapping[str, Any]
 LARGEST = MappingProxyType(
@@ -110,12 +110,12 @@ class Attributes:
         kind: str | None = None,
         part: float | None = None,
         head_width: int | None = None,
-        **layout: Any,
+        **dialect: Any,
     ) -> RopeConfig:
         """Reads rope_parameters (transformers 5), or rope_theta and rope_scaling (4).
 
         `theta` and `part` are the family's defaults; `kind` names the block of one kind of layer
-        where rope_parameters has one for each; `layout` are the fields of `rotary.Layout`.
+        where rope_parameters has one for each; `dialect` are the fields of `rotary.RopeDialect`.
         """
         rope, read = read_rope(
             self.config,
@@ -123,7 +123,7 @@ class Attributes:
             kind=kind,
             part=part,
             head_width=head_width or self.head_width(),
-            layout=Layout(**layout),
+            dialect=RopeDialect(**dialect),
         )
         self.read |= read
         return rope

@@ -38,7 +38,7 @@ FAMILY = Family(
     },
     ignored={
         "eod_token_id": "the tokenizer is read from its own files",
-        "use_qk_norm": "HunYuanDenseV1ForCausalLM norms queries and keys, whatever it says",
+        "use_qk_norm": "HunYuanDenseV1ForCausalLM norms queries and keys, whatever the value",
         "use_cla": "HunYuanDenseV1ForCausalLM shares no keys between layers",
         "cla_share_factor": "HunYuanDenseV1ForCausalLM shares no keys between layers",
     },

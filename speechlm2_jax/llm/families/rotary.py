@@ -25,7 +25,7 @@ LENGTH = "original_max_position_embeddings"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class RopeDialect:
     """What a family adds to the rotary settings of its config.json."""
 
     interleaved: bool = False
@@ -45,7 +45,7 @@ def read_rope(
     part: float | None,
     head_width: int,
     kind: str | None = None,
-    layout: "Layout",
+    dialect: "RopeDialect",
 ) -> tuple[RopeConfig, Set[str]]:
     """Reads rope_parameters (transformers 5), or rope_theta and rope_scaling (4).
 
@@ -68,8 +68,8 @@ def read_rope(
         "rope_theta": _first(config.get("rope_theta"), theta),
         "partial_rotary_factor": _first(config.get("partial_rotary_factor"), part, 1.0),
     }
-    reader = _Reader(config, head_width, layout, is_partial=part is not None)
-    rope = reader.rope(defaults | _given(new or old or layout.default))
+    reader = _Reader(config, head_width, dialect, is_partial=part is not None)
+    rope = reader.rope(defaults | _given(new or old or dialect.default))
     if new and old:
         inherited = {key: new[key] for key in defaults if new.get(key) is not None}
         if reader.rope(defaults | inherited | _given(old)) != rope:
@@ -84,16 +84,16 @@ def read_rope(
 class _Reader:
     """One block of rotary settings, with the attributes around it."""
 
-    def __init__(self, config: Json, head_width: int, layout: Layout, *, is_partial: bool):
+    def __init__(self, config: Json, head_width: int, dialect: RopeDialect, *, is_partial: bool):
         self.config = config
         self.head_width = head_width
-        self.layout = layout
+        self.dialect = dialect
         self.is_partial = is_partial
         self.read: set[str] = set()
         self.block: dict[str, Any] = {}
 
     def rope(self, block: Json) -> RopeConfig:
-        self.block = {k: v for k, v in block.items() if k not in self.layout.others}
+        self.block = {k: v for k, v in block.items() if k not in self.dialect.others}
         theta = finite("rope_theta", self.block.pop("rope_theta"), may_be_zero=False)
         part = finite("partial_rotary_factor", self.block.pop("partial_rotary_factor"))
         width = int(self.head_width * part)
@@ -104,7 +104,7 @@ class _Reader:
             )
         kinds = {self.block.pop(key, None) for key in ("rope_type", "type")} - {None}
         name = str(kinds.pop()) if kinds else "default"
-        name = self.layout.aliases.get(name, name)
+        name = self.dialect.aliases.get(name, name)
         if kinds or name not in SCALINGS:
             raise ConfigError(
                 f"rotary scaling {name!r} is not supported; choose among {', '.join(SCALINGS)}"
@@ -123,7 +123,7 @@ class _Reader:
             theta=theta,
             scaling=scaling,
             width=None if width == self.head_width else width,
-            interleaved=self.layout.interleaved,
+            interleaved=self.dialect.interleaved,
         )
 
     def number(self, key: str, default: float | None = None) -> float:
