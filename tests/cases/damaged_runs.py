@@ -114,7 +114,7 @@ class TinyRun:
             code = evaluate.main(words, compiled=str(self.folder / "compiled"))
         assert code == 0
         row, record = map(json.loads, output.read_text().splitlines())
-        weights = [np.asarray(value).tobytes() for value in loaded[0].variables.values()]
+        weights = {path: np.asarray(x).tobytes() for path, x in loaded[0].variables.items()}
         return row["pred_text_raw"], record["provenance"]["model"]["step"], weights
 
 

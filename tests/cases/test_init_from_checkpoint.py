@@ -68,7 +68,7 @@ def run_of(model, folder: Path) -> Path:
     checkpointer.save(3, arrays, progress={"step": 3}, settings=model.settings)
     checkpointer.close()
     model.save_definition(folder / "model")
-    write_checksums(folder / "model")
+    write_checksums(folder / "model", {})
     return folder
 
 
