@@ -1,14 +1,9 @@
-"""NeMo's names of a whole duplex model, and of the pretrained parts that start one."""
+"""NeMo's names of a whole duplex model, and of its codec alone."""
 
-from speechlm2_jax.conversion import perception
 from speechlm2_jax.conversion.codec import codec_table
-from speechlm2_jax.conversion.decoder import (
-    PEFT_PREFIX,
-    TIED_COPIES_DIFFER,
-    decoder_table,
-    layers_table,
-)
+from speechlm2_jax.conversion.decoder import PEFT_PREFIX, TIED_COPIES_DIFFER, layers_table
 from speechlm2_jax.conversion.mapping import LAYER, Rule, Table
+from speechlm2_jax.conversion.perception import perception_table
 from speechlm2_jax.conversion.speech_decoder import speech_decoder_table
 from speechlm2_jax.networks.duplex import DuplexConfig
 
@@ -49,7 +44,7 @@ def duplex_table(config: DuplexConfig) -> Table:
     )
     layers = layers_table(config.llm, config.lora, root="")
     table += layers.prefixed(source=f"llm.{wrapped}", target="llm.")
-    speech = perception.perception_table(config.perception)
+    speech = perception_table(config.perception)
     table += speech.prefixed(source="perception.", target="perception.")
     table += codec_table(config.codec).prefixed(source=CODEC, target="codec.")
     if config.speech_decoder is not None:
@@ -58,16 +53,6 @@ def duplex_table(config: DuplexConfig) -> Table:
         )
         table += decoder.prefixed(source=SPEECH_DECODER, target="speech_decoder.")
     return table
-
-
-def llm_table(config: DuplexConfig) -> Table:
-    """A Hugging Face directory of the plain LLM -> the network's `llm.` without LoRA."""
-    return decoder_table(config.llm).prefixed(target="llm.")
-
-
-def asr_table(config: DuplexConfig) -> Table:
-    """A NeMo ASR model -> the network's front end and encoder."""
-    return perception.asr_table(config.perception).prefixed(target="perception.")
 
 
 def codec_file_table(config: DuplexConfig) -> Table:

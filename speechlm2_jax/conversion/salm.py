@@ -1,13 +1,8 @@
-"""NeMo's names of a whole SALM, and of the pretrained parts that start one."""
+"""NeMo's names of a whole SALM."""
 
-from speechlm2_jax.conversion import perception
-from speechlm2_jax.conversion.decoder import (
-    PEFT_PREFIX,
-    TIED_COPIES_DIFFER,
-    decoder_table,
-    layers_table,
-)
+from speechlm2_jax.conversion.decoder import PEFT_PREFIX, TIED_COPIES_DIFFER, layers_table
 from speechlm2_jax.conversion.mapping import Rule, Table, aliases
+from speechlm2_jax.conversion.perception import perception_table
 from speechlm2_jax.networks.salm import SalmConfig
 
 
@@ -37,20 +32,10 @@ def salm_table(config: SalmConfig) -> Table:
             )
         )
     layers = layers_table(config.llm, config.lora).prefixed(source=llm, target="llm.")
-    speech = perception.perception_table(config.perception)
+    speech = perception_table(config.perception)
     return ends + layers + speech.prefixed(source="perception.", target="perception.")
 
 
 def tied_aliases(config: SalmConfig) -> dict[str, str]:
     """Names that NeMo gives a tensor besides the written one: metadata of the safetensors file."""
     return aliases(salm_table(config))
-
-
-def llm_table(config: SalmConfig) -> Table:
-    """A Hugging Face directory of the plain LLM -> the network's `llm.` without LoRA."""
-    return decoder_table(config.llm).prefixed(target="llm.")
-
-
-def asr_table(config: SalmConfig) -> Table:
-    """A NeMo ASR model -> the network's front end and encoder."""
-    return perception.asr_table(config.perception).prefixed(target="perception.")

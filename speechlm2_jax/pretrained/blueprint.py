@@ -11,7 +11,9 @@ import numpy as np
 from flax import nnx
 
 from speechlm2_jax.conversion import hf_config, mapping
-from speechlm2_jax.conversion.readers import read_nemo
+from speechlm2_jax.conversion.decoder import decoder_table
+from speechlm2_jax.conversion.perception import asr_table
+from speechlm2_jax.conversion.readers import open_weights
 from speechlm2_jax.conversion.stream_to_mesh import onto
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.initialize import draw
@@ -23,61 +25,11 @@ from speechlm2_jax.parameter_paths import NamedSlice
 from speechlm2_jax.perception.perception import PerceptionConfig
 from speechlm2_jax.pretrained import initial_weights
 from speechlm2_jax.pretrained.locate import LLM_BACKBONE
-from speechlm2_jax.settings import SettingsError, build, to_plain
+from speechlm2_jax.settings import build, to_plain
 
 B = TypeVar("B", bound="Blueprint")
-ASR_BLOCKS = ("preprocessor", "encoder")
 PretrainedWeights = tuple[mapping.TensorSource, mapping.Table, dict[str, VariableInfo]]
 """(tensors of a component, its table of names, the variables that they fill)."""
-
-
-class ModelConfig(Protocol):
-    """The keys of every `model:` block that builds on a pretrained LLM."""
-
-    @property
-    def pretrained_weights(self) -> bool:
-        """Whether the components give weights too, or their architecture alone."""
-        ...
-
-    @property
-    def freeze_params(self) -> tuple[str, ...]:
-        """Patterns of parameter names that are frozen."""
-        ...
-
-    @property
-    def prevent_freeze_params(self) -> tuple[str, ...]:
-        """Patterns that override `freeze_params`."""
-        ...
-
-    @property
-    def lora(self) -> Mapping[str, Any] | None:
-        """NeMo's `lora` block."""
-        ...
-
-    @property
-    def optimizer(self) -> Mapping[str, Any] | None:
-        """NeMo's `optimizer` block."""
-        ...
-
-    @property
-    def lr_scheduler(self) -> Mapping[str, Any] | None:
-        """NeMo's `lr_scheduler` block."""
-        ...
-
-    @property
-    def nemo_exact(self) -> bool:
-        """Whether results that depend on NeMo's own padding are reproduced."""
-        ...
-
-    @property
-    def init_from_checkpoint(self) -> str | None:
-        """A model whose weights override all others."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Seed of the random initialization."""
-        ...
 
 
 class NetworkConfig(Protocol):
@@ -139,9 +91,22 @@ class Blueprint(ABC):
     def make(self, rngs: nnx.Rngs) -> nnx.Module:
         """Makes the network."""
 
-    @abstractmethod
     def pretrained(self, infos: Mapping[str, VariableInfo]) -> Iterator[PretrainedWeights]:
-        """The pretrained weights of each component."""
+        """The pretrained weights of each component: the LLM and the ASR model."""
+        if not self.config.pretrained_weights:
+            return
+        yield (
+            open_weights(self.llm_directory),
+            decoder_table(self.network.llm).prefixed(target="llm."),
+            infos_below("llm.", infos, without=("lora_a", "lora_b")),
+        )
+        if self.asr_file is not None:
+            yield (
+                open_weights(self.asr_file),
+                asr_table(self.network.perception).prefixed(target="perception."),
+                infos_below("perception.encoder.", infos)
+                | infos_below("perception.log_mel.", infos),
+            )
 
     def component_configs(self) -> dict[str, Mapping[str, Any]]:
         """Configs of the components, by their folder in a saved model."""
@@ -238,30 +203,6 @@ def infos_below(
     }
 
 
-def perception_config(
-    block: Mapping[str, Any], asr_file: Path | None, llm_width: int
-) -> tuple[dict[str, Any], PerceptionConfig]:
-    """The perception block; keys that the user leaves out come from the ASR model."""
-    merged = dict(block)
-    asr = {} if asr_file is None else read_nemo(asr_file).config
-    for name in ASR_BLOCKS:
-        own = {k: v for k, v in (merged.get(name) or {}).items() if v is not None}
-        if name in asr:
-            # NeMo: the user's encoder keys override; the preprocessor is the ASR model's
-            merged[name] = {**asr[name], **(own if name == "encoder" else {})}
-        elif not own:
-            raise SettingsError(
-                f"model.perception.{name}: required without model.pretrained_asr; write the block, "
-                "or set model.pretrained_asr to a .nemo file"
-            )
-    # as in NeMo, the output width of perception is the LLM's, whatever the YAML has
-    merged["output_dim"] = llm_width
-    adapter = merged.get("modality_adapter")
-    if isinstance(adapter, Mapping) and adapter.get("output_dim") is not None:
-        merged["modality_adapter"] = {**adapter, "output_dim": llm_width}
-    return merged, build(PerceptionConfig, merged, "model.perception")
-
-
 def normalized(
     kind: type[Any],
     settings: Mapping[str, Any],
@@ -279,8 +220,3 @@ def normalized(
     if LLM_BACKBONE in component_configs:
         block["llm"] = to_plain(hf_config.decoder_config(component_configs[LLM_BACKBONE]))
     return block
-
-
-def needs_asr(pretrained_weights: bool, perception: Mapping[str, Any]) -> bool:
-    """Whether the ASR model is needed, for its weights or its preprocessor or encoder block."""
-    return pretrained_weights or any(b not in perception for b in ASR_BLOCKS)

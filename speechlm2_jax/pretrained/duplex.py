@@ -9,7 +9,7 @@ from typing import Any
 from flax import nnx
 
 from speechlm2_jax.conversion import duplex as duplex_tables
-from speechlm2_jax.conversion import hf_config, mapping
+from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.lora import LoraConfig
@@ -19,14 +19,9 @@ from speechlm2_jax.networks.duplex import Duplex, DuplexConfig
 from speechlm2_jax.networks.duplex_s2s import DuplexS2S
 from speechlm2_jax.networks.duplex_s2s_speech_decoder import DuplexS2SSpeechDecoder
 from speechlm2_jax.pretrained import registry
-from speechlm2_jax.pretrained.blueprint import (
-    Blueprint,
-    PretrainedWeights,
-    infos_below,
-    needs_asr,
-    perception_config,
-)
+from speechlm2_jax.pretrained.blueprint import Blueprint, PretrainedWeights, infos_below
 from speechlm2_jax.pretrained.codec_config import codec_config
+from speechlm2_jax.pretrained.components import find_asr, find_llm, perception_config
 from speechlm2_jax.pretrained.duplex_config import DuplexModelConfig, DuplexSpeechDecoderModelConfig
 from speechlm2_jax.pretrained.locate import AUDIO_CODEC, Location, read_json
 from speechlm2_jax.settings import SettingsError, build
@@ -81,20 +76,7 @@ class DuplexBlueprint(Blueprint):
                 duplex_tables.codec_file_table(self.network),
                 infos_below("codec.", infos),
             )
-        if not self.config.pretrained_weights:
-            return
-        yield (
-            open_weights(self.llm_directory),
-            duplex_tables.llm_table(self.network),
-            infos_below("llm.", infos, without=("lora_a", "lora_b")),
-        )
-        if self.asr_file is not None:
-            yield (
-                open_weights(self.asr_file),
-                duplex_tables.asr_table(self.network),
-                infos_below("perception.encoder.", infos)
-                | infos_below("perception.log_mel.", infos),
-            )
+        yield from super().pretrained(infos)
 
     def component_configs(self) -> dict[str, Mapping[str, Any]]:
         """Configs of the components, by their folder in a saved model."""
@@ -107,25 +89,14 @@ def read_blueprint(
     """Reads configs and tokenizer, no weights. Raises SettingsError with the key to change."""
     config = build(kind, cfg, "model")
     location = Location(near=near)
-    llm_directory = location.find(config.pretrained_llm, key="model.pretrained_llm")
-    registry.require_part(llm_directory, "model.pretrained_llm", name="")
-    llm_config = read_json(llm_directory / "config.json", key="model.pretrained_llm")
-    decoder = hf_config.decoder_config(llm_config)
-    directory = llm_directory
-    if config.tokenizer_path is not None:
-        directory = location.find(config.tokenizer_path, key="model.tokenizer_path")
-    tokenizer = Tokenizer(directory)
+    llm = find_llm(config, location)
+    tokenizer = Tokenizer(llm.tokenizer)
     codec_cfg, codec_file = _codec(config, location)
-    asr_file = None
-    if config.pretrained_asr is not None and needs_asr(
-        config.pretrained_weights, config.perception
-    ):
-        asr_file = location.find_nemo(config.pretrained_asr, key="model.pretrained_asr")
-        registry.require_part(asr_file, "model.pretrained_asr", name="ASRModel")
-    block, perception = perception_config(config.perception, asr_file, decoder.width)
+    asr_file = find_asr(config, location)
+    block, perception = perception_config(config.perception, asr_file, llm.decoder.width)
     try:
         network = DuplexConfig(
-            llm=decoder,
+            llm=llm.decoder,
             perception=perception,
             codec=codec_config(codec_cfg, "model.pretrained_audio_codec"),
             text=_text_ids(tokenizer),
@@ -143,11 +114,11 @@ def read_blueprint(
     return DuplexBlueprint(
         config=config,
         cfg={**cfg, "perception": block},
-        llm_config=llm_config,
+        llm_config=llm.config,
         tokenizer=tokenizer,
         pad_id=tokenizer.pad_id,
         network=network,
-        llm_directory=llm_directory,
+        llm_directory=llm.directory,
         asr_file=asr_file,
         codec_cfg=codec_cfg,
         codec_file=codec_file,

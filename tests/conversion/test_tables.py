@@ -13,6 +13,7 @@ from speechlm2_jax.conversion.decoder import decoder_table
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.fastconformer import fastconformer_table
 from speechlm2_jax.conversion.hf_config import decoder_config
+from speechlm2_jax.conversion.perception import asr_table
 from speechlm2_jax.conversion.readers import memory_source, open_weights, write_safetensors
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import abstract, describe
@@ -66,10 +67,10 @@ def test_pretrained_parts_come_back_bit_for_bit(name):
     config = salm_config(name)
     infos = salm_infos(config)
     for path, table, prefixes in (
-        (llm_directory(name), salm_tables.llm_table(config), ("llm.",)),
+        (llm_directory(name), decoder_table(config.llm).prefixed(target="llm."), ("llm.",)),
         (
             SALM / "asr.nemo",
-            salm_tables.asr_table(config),
+            asr_table(config.perception).prefixed(target="perception."),
             ("perception.encoder.", "perception.log_mel."),
         ),
     ):
