@@ -23,7 +23,7 @@ from speechlm2_jax.checkpointing.checksums import (
 from speechlm2_jax.checkpointing.folders import (
     CHECKPOINTS,
     has_checksums,
-    read_json,
+    read_item,
     set_aside_frozen,
     set_aside_newer,
     step_folders,
@@ -56,7 +56,7 @@ __all__ = [
     "intact_step",
     "load_weights",
     "read_checksums",
-    "read_json",
+    "read_item",
     "read_ranking",
     "restore",
     "set_aside_frozen",

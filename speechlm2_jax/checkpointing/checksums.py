@@ -12,7 +12,6 @@ damage too; only a folder without that mark counts as one of an older version.
 """
 
 import functools
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -24,6 +23,8 @@ import jax
 import numpy as np
 import xxhash
 from jax.experimental import multihost_utils
+
+from speechlm2_jax.settings import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ def checksum_of_file(path: Path) -> str:
 def is_marked(folder: Path) -> bool | None:
     """Whether the metadata of a folder tells of checksums; None if it cannot be read."""
     try:
-        return bool(json.loads((folder / METADATA).read_bytes()).get("custom_metadata"))
+        return bool(parse_json((folder / METADATA).read_bytes()).get("custom_metadata"))
     except (OSError, ValueError, AttributeError):
         return None
 

@@ -62,7 +62,7 @@ def set_aside_frozen(folder: Path) -> None:
         (folder / FROZEN).rename(target)
 
 
-def read_json(step: Path, name: str) -> dict[str, Any]:
+def read_item(step: Path, name: str) -> dict[str, Any]:
     """Reads a JSON item of one checkpoint. Raises DamagedError if it has changed."""
     verify(step, below=f"{name}/")
     return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(step / name)

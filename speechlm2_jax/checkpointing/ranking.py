@@ -11,6 +11,7 @@ import xxhash
 
 from speechlm2_jax.checkpointing.checksums import DamagedError, read_checksums
 from speechlm2_jax.checkpointing.folders import RANKED, step_folders
+from speechlm2_jax.settings import parse_json
 
 RANKING = "ranking.json"
 CHECKSUM = "xxh3_128"
@@ -57,7 +58,7 @@ def read_ranking(folder: Path) -> Ranking:
     Logs nothing.
     """
     try:
-        stored = json.loads((folder / RANKING).read_text())
+        stored = parse_json((folder / RANKING).read_bytes())
         if stored.get(CHECKSUM, checksum := _checksum(stored)) != checksum:
             raise ValueError("it has changed since it was written")
         return Ranking(

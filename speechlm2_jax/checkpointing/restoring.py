@@ -20,7 +20,7 @@ from speechlm2_jax.checkpointing.checksums import (
 from speechlm2_jax.checkpointing.folders import (
     CHECKPOINTS,
     quiet_orbax,
-    read_json,
+    read_item,
     step_folders,
 )
 from speechlm2_jax.checkpointing.frozen import FrozenStore, FrozenStoreError
@@ -196,7 +196,7 @@ def _read(
     checksums = verify_together(step)
     if checksums is None:
         warn_of_an_older_version(step)
-    progress = read_json(step, "progress")
+    progress = read_item(step, "progress")
     for name in ("params", "buffers"):
         _check_paths(step / name, template[name])
     store = FrozenStore.beside(step, checksums)
@@ -225,7 +225,7 @@ def _read_weights(step: Path, rebuild_frozen: RebuildOnHost | None) -> Weights:
     checksums = verify(step)
     if checksums is None:
         warn_of_an_older_version(step)
-    settings = read_json(step, "settings")
+    settings = read_item(step, "settings")
     variables: dict[str, np.ndarray] = {}
     for folder in (step / "params", step / "buffers"):
         if folder.is_dir():

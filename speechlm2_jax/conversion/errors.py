@@ -1,7 +1,10 @@
 """The ways in which a foreign file is turned down."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+
+from speechlm2_jax.settings import HostileTextError, SettingsError
 
 SHOWN = 5
 
@@ -16,6 +19,16 @@ class MissingWeightsError(ConversionError):
 
 class UnsafeFileError(ConversionError):
     """The file asks for something that weights never need; nothing of it was carried out."""
+
+
+@contextmanager
+def refusals(where: str = "") -> Generator[None]:
+    """Raises what the readers of JSON and YAML refuse as a ConversionError that names `where`."""
+    try:
+        yield
+    except SettingsError as error:
+        kind = UnsafeFileError if isinstance(error, HostileTextError) else ConversionError
+        raise kind(f"{where}: {error}" if where else str(error)) from error
 
 
 def listed(names: Iterable[str], nearest_in: Iterable[str] = ()) -> str:

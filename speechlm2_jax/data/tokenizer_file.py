@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.settings import SettingsError, parse_json
 
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """transformers' names, old and new, of the class that tokenizer.json alone describes."""
@@ -50,14 +50,14 @@ def is_generic(directory: Path) -> bool:
     if not (directory / "tokenizer.json").is_file() or not config.is_file():
         return False
     try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        kind = json.loads(model.read_text(encoding="utf-8")) if model.is_file() else {}
+        settings = parse_json(config.read_text(encoding="utf-8"))
+        kind = parse_json(model.read_text(encoding="utf-8")) if model.is_file() else {}
         return (
             settings.get("tokenizer_class") in GENERIC_CLASSES
             and "auto_map" not in settings
             and kind.get("model_type") in GENERIC_MODEL_TYPES
         )
-    except (ValueError, AttributeError, RecursionError):  # AutoTokenizer names the problem
+    except (ValueError, AttributeError):  # AutoTokenizer names the problem
         return False
 
 
@@ -97,14 +97,12 @@ def _json_problem(file: Path) -> str | None:
         content = file.read_bytes()
         if (problem := content_problem(content)) is not None:
             return problem
-        spec = json.loads(content)
+        spec = parse_json(content)
         kind = spec["model"].get("type", MODEL_KINDS[0])
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    except RecursionError:
-        return f"its values are nested too deeply; {FETCH_AGAIN}"
-    except ValueError as error:
-        return f"not JSON ({error}); {FETCH_AGAIN}"
+    except SettingsError as error:
+        return f"{error}; {FETCH_AGAIN}"
     except (LookupError, TypeError, AttributeError):
         return f'it has no block "model"; {FETCH_AGAIN}'
     if kind not in MODEL_KINDS:
@@ -116,9 +114,9 @@ def _json_problem(file: Path) -> str | None:
 def _own_code(directory: Path) -> str | None:
     """The Python class that a tokenizer_config.json asks for; None if it asks for none."""
     try:
-        settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = parse_json((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
         named = settings.get("auto_map")
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return None
     if isinstance(named, Mapping):
         named = named.get("AutoTokenizer")
@@ -141,8 +139,8 @@ def check_before_loading(directory: Path) -> None:
         content = file.read_bytes()
         if not any(pattern.search(content) for pattern in _MAY_EXPAND_WHEN_LOADED):
             return
-        spec = json.loads(content)
-    except (OSError, ValueError, RecursionError):
+        spec = parse_json(content)
+    except (OSError, SettingsError):
         return  # loading tells
     if isinstance(spec, dict):
         check_growth(str(file), [spec.get("normalizer"), spec.get("pre_tokenizer")])

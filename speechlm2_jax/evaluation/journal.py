@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from speechlm2_jax.evaluation.results import write_rows
-from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.settings import SettingsError, parse_json
 
 HEADER, PROGRESS = "evaluation", "progress"
 FINISHED_BEFORE, OF_OTHER_SETTINGS = ".previous", ".unfinished"
@@ -214,8 +214,8 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        found = json.loads(line)
-    except ValueError:
+        found = parse_json(line)
+    except SettingsError:
         return None
     return found if isinstance(found, dict) else None
 

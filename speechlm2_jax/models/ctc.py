@@ -39,7 +39,7 @@ from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig
 from speechlm2_jax.pretrained import registry
-from speechlm2_jax.pretrained.locate import Location, nemo_tokenizer, read_json
+from speechlm2_jax.pretrained.locate import Location, nemo_tokenizer, read_config_json
 from speechlm2_jax.pretrained.salm_config import DEFAULT_AUDIO_LOCATOR_TAG
 from speechlm2_jax.pretrained.save_load import run_definition
 from speechlm2_jax.settings import SettingsError, build, to_plain
@@ -120,7 +120,7 @@ class CTCModel:
     @classmethod
     def _from_run(cls, run: Path) -> "CTCModel":
         folder = run_definition(run)
-        cfg = read_json(folder / "config.json", key="pretrained_asr")
+        cfg = read_config_json(folder / "config.json", key="pretrained_asr")
         model = cls({**cfg, "tokenizer": {"dir": str(folder)}})
         model.variables = dict(checkpointing.load_weights(run).variables)
         return model

@@ -10,7 +10,7 @@ from speechlm2_jax.conversion.readers import read_nemo
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.perception.perception import PerceptionConfig
 from speechlm2_jax.pretrained import registry
-from speechlm2_jax.pretrained.locate import Location, read_json
+from speechlm2_jax.pretrained.locate import Location, read_config_json
 from speechlm2_jax.settings import SettingsError, build
 
 ASR_BLOCKS = ("preprocessor", "encoder")
@@ -101,7 +101,7 @@ def find_llm(config: ModelConfig, location: Location) -> LlmFiles:
     """Finds the LLM and the tokenizer of a `model:` block; reads no weights."""
     directory = location.find(config.pretrained_llm, key="model.pretrained_llm")
     registry.require_part(directory, "model.pretrained_llm", name="")
-    llm_config = read_json(directory / "config.json", key="model.pretrained_llm")
+    llm_config = read_config_json(directory / "config.json", key="model.pretrained_llm")
     decoder = hf_config.decoder_config(llm_config)
     tokenizer = directory
     if config.tokenizer_path is not None:

@@ -23,7 +23,7 @@ from speechlm2_jax.pretrained.blueprint import Blueprint, PretrainedWeights, inf
 from speechlm2_jax.pretrained.codec_config import codec_config
 from speechlm2_jax.pretrained.components import find_asr, find_llm, perception_config
 from speechlm2_jax.pretrained.duplex_config import DuplexModelConfig, DuplexSpeechDecoderModelConfig
-from speechlm2_jax.pretrained.locate import AUDIO_CODEC, Location, read_json
+from speechlm2_jax.pretrained.locate import AUDIO_CODEC, Location, read_config_json
 from speechlm2_jax.settings import SettingsError, build
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 
@@ -142,7 +142,7 @@ def _codec(config: DuplexModelConfig, location: Location) -> tuple[dict[str, Any
     key = "model.pretrained_audio_codec"
     found = location.local(config.pretrained_audio_codec)
     if found is not None and (found / "config.json").is_file():
-        return read_json(found / "config.json", key=key), None
+        return read_config_json(found / "config.json", key=key), None
     file = location.find_nemo(config.pretrained_audio_codec, key=key)
     registry.require_part(file, key, name="AudioCodec")
     return dict(read_nemo(file).config), file

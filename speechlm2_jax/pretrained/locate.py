@@ -96,7 +96,7 @@ def config_folders() -> tuple[Path, ...]:
     return tuple(folder for root in roots for folder in (root, root / "recipes"))
 
 
-def read_json(path: Path, *, key: str) -> dict[str, Any]:
+def read_config_json(path: Path, *, key: str) -> dict[str, Any]:
     """Reads a JSON object. Raises SettingsError naming `key` if there is none."""
     if not path.is_file():
         what = readers.folder_problem(path.parent) if path.parent.is_dir() else ""

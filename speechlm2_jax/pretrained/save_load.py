@@ -21,7 +21,7 @@ from speechlm2_jax.pretrained.locate import (
     LLM_BACKBONE,
     Location,
     config_folders,
-    read_json,
+    read_config_json,
 )
 from speechlm2_jax.pretrained.registry import CONFIG, RUN_DEFINITION
 from speechlm2_jax.settings import SettingsError
@@ -129,7 +129,7 @@ def save_model(
 
 def _saved_cfg(directory: Path) -> dict[str, Any]:
     """NeMo's config.json of a speech model."""
-    cfg = read_json(directory / CONFIG, key="pretrained_name")
+    cfg = read_config_json(directory / CONFIG, key="pretrained_name")
     if "pretrained_llm" not in cfg or "perception" not in cfg:
         raise SettingsError(
             f"{directory / CONFIG} is not the config of a speech model (it has no pretrained_llm "

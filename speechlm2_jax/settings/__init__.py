@@ -12,9 +12,9 @@ from speechlm2_jax.settings.command_line import (
     parse_overrides,
     parse_train,
 )
-from speechlm2_jax.settings.errors import SettingsError
+from speechlm2_jax.settings.errors import HostileTextError, SettingsError
 from speechlm2_jax.settings.keys import key_problems, raise_all
-from speechlm2_jax.settings.plain_json import parse_json
+from speechlm2_jax.settings.plain_json import parse_json, read_json
 from speechlm2_jax.settings.read import (
     MISSING,
     find,
@@ -29,6 +29,7 @@ from speechlm2_jax.settings.text import decode_text, read_text
 __all__ = [
     "MISSING",
     "CompileAhead",
+    "HostileTextError",
     "SettingsError",
     "TrainCommand",
     "build",
@@ -44,6 +45,7 @@ __all__ = [
     "parse_overrides",
     "parse_train",
     "parse_yaml",
+    "read_json",
     "read_text",
     "raise_all",
     "require_complete",

@@ -10,6 +10,10 @@ class SettingsError(ValueError):
     """A setting that cannot be used: one line with its dotted path and the fix."""
 
 
+class HostileTextError(SettingsError):
+    """A text that asks for objects, or expands without end; nothing of it was carried out."""
+
+
 def join(where: str, key: Any) -> str:
     """The dotted path of a key."""
     return f"{where}.{key}" if where else str(key)

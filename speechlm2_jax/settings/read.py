@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import yaml
 
-from speechlm2_jax.settings.errors import SettingsError, join, kind, unknown
+from speechlm2_jax.settings.errors import HostileTextError, SettingsError, join, kind, unknown
 from speechlm2_jax.settings.text import read_text
 
 Plain = dict[str, Any]
@@ -25,7 +25,6 @@ Plain = dict[str, Any]
 MISSING = "???"
 MAX_FILE_BYTES = 1 << 20
 MAX_NODES = 50_000
-TOO_LARGE = f"has or expands to more than {MAX_NODES} values; not a settings file"
 _UNREADABLE = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
 """What PyYAML raises for an integer of 10,000 digits, or a value that its tag does not fit."""
 _MERGE_TAG = "tag:yaml.org,2002:merge"
@@ -36,13 +35,16 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 without dates, base-60 numbers and merge keys, and with `3e-4` as a number."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}
-    nodes_left = MAX_NODES
+
+    def __init__(self, text: str, most: int = MAX_NODES) -> None:
+        super().__init__(text)
+        self.most = self.nodes_left = most
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Stops reading a file that is too large for settings."""
         self.nodes_left -= 1
         if self.nodes_left < 0:
-            raise SettingsError(TOO_LARGE)
+            raise _too_large(self.most)
         return super().compose_node(parent, index)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
@@ -120,10 +122,16 @@ def find(config: str | Path, search: Sequence[Path] = ()) -> Path:
     )
 
 
-def parse_yaml(text: str) -> Any:
-    """Reads YAML as plain data. Raises SettingsError on anything else, or if it is too large."""
+def parse_yaml(text: str, *, most: int = MAX_NODES, any_key: bool = False) -> Any:
+    """Reads YAML as plain data, of at most `most` values; `any_key`: keys may be numbers too.
+
+    Raises SettingsError on anything else; HostileTextError, a kind of it, for objects and for what
+    is or expands to more.
+    """
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506  _Loader is a SafeLoader
+        value = _constructed(text, most)
+    except yaml.constructor.ConstructorError as error:
+        raise HostileTextError(f"{error.problem}; only plain values are read") from None
     except yaml.YAMLError as error:
         raise SettingsError("invalid YAML: " + " ".join(str(error).split())) from None
     except RecursionError:
@@ -132,7 +140,15 @@ def parse_yaml(text: str) -> Any:
         raise
     except _UNREADABLE as error:
         raise SettingsError(f"invalid YAML: a value cannot be read: {error}") from None
-    return _Copy(value, references=False).run()
+    return _Copy(value, references=False, most=most, any_key=any_key).run()
+
+
+def _constructed(text: str, most: int) -> Any:
+    loader = _Loader(text, most)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def override(values: Mapping[str, Any], overrides: Sequence[str]) -> Plain:
@@ -169,20 +185,23 @@ def resolve(values: Any) -> Any:
 class _Copy:
     """Copies plain data, bounded in size, following references if asked."""
 
-    def __init__(self, root: Any, *, references: bool) -> None:
-        self.root, self.references, self.left = root, references, MAX_NODES
+    def __init__(
+        self, root: Any, *, references: bool, most: int = MAX_NODES, any_key: bool = False
+    ) -> None:
+        self.root, self.references, self.any_key = root, references, any_key
+        self.most = self.left = most
 
     def run(self) -> Any:
         try:
             return self._copy(self.root, "", ())
         except RecursionError:
-            raise SettingsError("the settings refer to themselves, or nest too deeply") from None
+            raise HostileTextError("the values refer to themselves, or nest too deeply") from None
 
     def _copy(self, node: Any, path: str, active: tuple[str, ...]) -> Any:
         self._spend(1)
         if isinstance(node, Mapping):
             items = cast(Mapping[Any, Any], node).items()
-            return {_text_key(k, path): self._copy(v, join(path, k), active) for k, v in items}
+            return {self._key(k, path): self._copy(v, join(path, k), active) for k, v in items}
         if isinstance(node, list | tuple):
             values = enumerate(cast(Sequence[Any], node))
             return [self._copy(v, join(path, i), active) for i, v in values]
@@ -228,7 +247,12 @@ class _Copy:
     def _spend(self, amount: int) -> None:
         self.left -= amount
         if self.left < 0:
-            raise SettingsError(TOO_LARGE)
+            raise _too_large(self.most)
+
+    def _key(self, key: Any, path: str) -> Any:
+        if not isinstance(key, str) and not self.any_key:
+            raise SettingsError(f"{join(path, key)}: keys are text; write the key in quotes")
+        return key
 
 
 def _scalar(text: str) -> Any:
@@ -295,7 +319,5 @@ def _leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:
     return [leaf for key, value in items for leaf in _leaves(value, join(path, key))]
 
 
-def _text_key(key: Any, path: str) -> str:
-    if not isinstance(key, str):
-        raise SettingsError(f"{join(path, key)}: keys are text; write the key in quotes")
-    return key
+def _too_large(most: int) -> HostileTextError:
+    return HostileTextError(f"has or expands to more than {most} values; not a settings file")

@@ -16,7 +16,7 @@ from speechlm2_jax.checkpointing import (
     Retention,
     intact_step,
     load_weights,
-    read_json,
+    read_item,
     read_ranking,
     restore,
     step_folders,
@@ -178,8 +178,8 @@ def test_json_of_a_damaged_step_is_not_believed(folder):
     file = folder / "2" / "progress" / "metadata"
     file.write_text(file.read_text().replace("2", "3"))
     with pytest.raises(DamagedError, match="progress/metadata has changed"):
-        read_json(folder / "2", "progress")
-    assert read_json(folder / "2", "settings")
+        read_item(folder / "2", "progress")
+    assert read_item(folder / "2", "settings")
 
 
 def test_one_line_where_every_step_is_damaged(folder):

@@ -13,7 +13,7 @@ import torch
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.readers import open_weights, read_json, write_safetensors
 from speechlm2_jax.conversion.readers.yaml_text import read_yaml
-from speechlm2_jax.pretrained.locate import read_json as read_part
+from speechlm2_jax.pretrained.locate import read_config_json
 from speechlm2_jax.settings import SettingsError, load, override, parse_json
 
 FLOAT8 = (
@@ -125,7 +125,7 @@ def test_every_json_reader_refuses_in_one_line(tmp_path, name):
     with pytest.raises(ConversionError, match=r"config\.json"):
         read_json(path)
     with pytest.raises(SettingsError, match=r"model\.pretrained_llm: .*config\.json is not JSON"):
-        read_part(path, key="model.pretrained_llm")
+        read_config_json(path, key="model.pretrained_llm")
     with pytest.raises(SettingsError, match="not JSON"):
         parse_json(TEXTS[name])
 
@@ -133,7 +133,7 @@ def test_every_json_reader_refuses_in_one_line(tmp_path, name):
 def test_a_byte_order_mark_and_a_huge_float_are_read(tmp_path):
     path = tmp_path / "config.json"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1e999}')
-    assert read_json(path) == read_part(path, key="x") == {"a": float("inf")}
+    assert read_json(path) == read_config_json(path, key="x") == {"a": float("inf")}
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def resumed_salm(run_of_salm, tmp_path, monkeypatch, after, definitions=None):
         path = tmp_path / "model" / "llm_backbone" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | definitions))
     read = lambda step, name: json.loads(json.dumps(model.settings))  # noqa: E731
-    monkeypatch.setattr("speechlm2_jax.checkpointing.read_json", read)
+    monkeypatch.setattr("speechlm2_jax.checkpointing.read_item", read)
     other = slm.models.SALM({**values["model"], **after})
     check_resumed([tmp_path / "checkpoints"], other, values, allows_changes=False)
 

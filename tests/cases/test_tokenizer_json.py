@@ -40,7 +40,7 @@ def sequence(*steps: dict[str, object]) -> dict[str, object]:
         ("<!DOCTYPE html><html>", "a web page"),
         ("[" * 200_000, "nested too deeply; fetch"),
         ('{"model": ' * 200_000, "nested too deeply; fetch"),
-        ("{", "not JSON .*; fetch"),
+        ("{", "not JSON: .*; fetch"),
         ("[]", 'no block "model"; fetch'),
         ('{"model": {"type": "Unheard"}}', "model.type is 'Unheard', expected BPE.*name another"),
     ],

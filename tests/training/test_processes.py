@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speechlm2_jax.checkpointing import load_weights, read_json, step_folders
+from speechlm2_jax.checkpointing import load_weights, read_item, step_folders
 from speechlm2_jax.launch import COORDINATOR, COUNT, HEARTBEAT, INDEX
 from tests.quick_compilation import FLAGS
 from tests.training.tiny_salm import SECONDS, write_config
@@ -92,7 +92,7 @@ class Run:
             assert set(a) == set(b)
             for name in set(COMPARED) & set(a):
                 np.testing.assert_allclose(a[name], b[name], rtol=2e-5, err_msg=f"{name} {a}")
-        states = [read_json(step_folders(self.folder / n)[0], "progress") for n in (one, other)]
+        states = [read_item(step_folders(self.folder / n)[0], "progress") for n in (one, other)]
         assert states[0] == states[1]
         weights = [load_weights(self.folder / n, "last").variables for n in (one, other)]
         for path, value in weights[0].items():

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from speechlm2_jax import experiment
-from speechlm2_jax.checkpointing import load_weights, read_json, step_folders
+from speechlm2_jax.checkpointing import load_weights, read_item, step_folders
 from speechlm2_jax.compilation_cache import keep_compiled_programs
 from tests.training.tiny_salm import write_config
 
@@ -99,4 +99,4 @@ def test_a_run_of_eight_devices_goes_on_with_fewer(eight, tmp_path, devices, str
 
 
 def load_state(run_dir):
-    return read_json(step_folders(run_dir)[0], "progress")["data"]
+    return read_item(step_folders(run_dir)[0], "progress")["data"]

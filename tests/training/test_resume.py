@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from speechlm2_jax.checkpointing import load_weights, read_json, step_folders
+from speechlm2_jax.checkpointing import load_weights, read_item, step_folders
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.run.stopping import SIGNALS
 from tests.training.toy import ToyData, ToyModel, make_trainer, rows_of
@@ -45,7 +45,7 @@ def assert_same_run(one, other):
     assert a.step == b.step
     for path in a.variables:
         np.testing.assert_array_equal(a.variables[path], b.variables[path])
-    first, second = (read_json(step_folders(run)[0], "progress") for run in (one, other))
+    first, second = (read_item(step_folders(run)[0], "progress") for run in (one, other))
     assert first == second
     assert load_weights(one).step == load_weights(other).step  # the same is best
 

@@ -8,7 +8,6 @@ a key that nobody has thought about is refused.
 """
 
 import contextlib
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from speechlm2_jax.checkpointing import (
     read_checksums,
     step_folders,
 )
-from speechlm2_jax.settings import SettingsError, parse_yaml
+from speechlm2_jax.settings import SettingsError, parse_yaml, read_json
 from speechlm2_jax.training.protocol import HasTokenizer, ModelOutline, NormalizesSettings
 from speechlm2_jax.training.run.directory import CONFIG, MODEL
 
@@ -174,7 +173,7 @@ def _other_changes(before: Mapping[str, Any], settings: Mapping[str, Any]) -> It
 def _settings_of(step: Path) -> dict[str, Any] | None:
     """The settings of a checkpoint and of the run that wrote it; None if they cannot be read."""
     try:
-        model = checkpointing.read_json(step, "settings")
+        model = checkpointing.read_item(step, "settings")
     except Exception as error:  # a damaged checkpoint: `restore` knows what to do about it
         log.debug("cannot read the settings of %s (%s)", step, error)
         return None
@@ -201,8 +200,8 @@ def _definitions_of(run_dir: Path) -> dict[str, Any]:
     """The config.json of each pretrained part, by its folder."""
     found = {}
     for path in (run_dir / MODEL).glob("*/config.json"):
-        with contextlib.suppress(OSError, ValueError):
-            found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(SettingsError):
+            found[path.parent.name] = read_json(path)
     return found
 
 

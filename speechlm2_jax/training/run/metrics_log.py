@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.settings import SettingsError, parse_json
 from speechlm2_jax.training.protocol import Sample
 from speechlm2_jax.training.run.throughput import Pace
 
@@ -107,8 +107,8 @@ def drop_rows_after(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except SettingsError:
             continue
         if row["step"] <= step:
             kept.append(line + "\n")

@@ -237,7 +237,7 @@ def finished(checkpoints: Path, intervals: Intervals, *, validates: bool) -> Run
     if not steps:
         return None
     try:
-        progress = RunProgress(**checkpointing.read_json(steps[0], "progress"))
+        progress = RunProgress(**checkpointing.read_item(steps[0], "progress"))
     except Exception:  # a damaged checkpoint: `restore` reports it and reads the one before
         return None
     is_validated = (

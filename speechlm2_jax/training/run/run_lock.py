@@ -24,7 +24,7 @@ import jax
 
 from speechlm2_jax import processes
 from speechlm2_jax.console import exit_now
-from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.settings import SettingsError, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -290,9 +290,9 @@ def _read(path: Path) -> tuple[Owner | None, float] | None:
     except FileNotFoundError:
         return None
     try:
-        owner = Owner(**json.loads(text))
+        owner = Owner(**parse_json(text))
         owner = owner if _is_valid(owner) else None
-    except (ValueError, TypeError, RecursionError):
+    except (SettingsError, TypeError):
         owner = None
     return owner, changed_s
 
