@@ -11,6 +11,7 @@ from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.config import DataConfig, DataLoaderConfig, InputConfig
 from speechlm2_jax.data.conversations import DEFAULT_LOCATOR_TAG, Conversation
 from speechlm2_jax.data.manifest_options import ManifestOptions
+from speechlm2_jax.data.padding import pad_left, pad_right
 from speechlm2_jax.data.paths import expand_shards
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
 from speechlm2_jax.data.readers import read_manifest
@@ -159,14 +160,12 @@ class SALMDataset:
             return None
         examples = [example for _, example in usable]
         clips = [clip for example in examples for clip in example.audio]
-        audios = np.zeros((len(clips), max(map(len, clips), default=0)), np.float32)
-        for target, clip in zip(audios, clips, strict=True):
-            target[: len(clip)] = clip
+        audios, audio_lens = pad_right(clips)
         return {
             "audios": audios,
-            "audio_lens": np.asarray([len(clip) for clip in clips], np.int32),
-            "input_ids": _left_pad([e.tokens for e in examples], self.pad_id, np.int32),
-            "loss_mask": _left_pad([e.loss_mask for e in examples], 0, bool),
+            "audio_lens": audio_lens,
+            "input_ids": pad_left([e.tokens for e in examples], self.pad_id),
+            "loss_mask": pad_left([e.loss_mask for e in examples], False, dtype=bool),
             "conversations": [conversation for conversation, _ in usable],
         }
 
@@ -196,10 +195,3 @@ def _clips_before_response(conversation: Conversation) -> int:
     while turns and turns[-1].role == last:
         turns.pop()
     return len(replace(conversation, turns=tuple(turns)).clips)
-
-
-def _left_pad(sequences: Sequence[np.ndarray], value: int, dtype: Any) -> np.ndarray:
-    padded = np.full((len(sequences), max(map(len, sequences), default=0)), value, dtype)
-    for target, sequence in zip(padded, sequences, strict=True):
-        target[len(target) - len(sequence) :] = sequence
-    return padded

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.evaluation.compilations import Compilations
 from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.read_audio import EvaluationClip
@@ -162,10 +163,7 @@ def _generate(
     waves = [clip.samples for clip in clips]
     is_drawn = task.config.generation.get("do_sample")
     drawn = {"draw_numbers": [clip.draw for clip in clips]} if is_drawn else {}
-    lengths = np.array([len(wave) for wave in waves], np.int32)
-    audios = np.zeros((len(waves), lengths.max()), np.float32)
-    for padded, wave in zip(audios, waves, strict=True):
-        padded[: len(wave)] = wave
+    audios, lengths = pad_right(waves)
     generated = model.generate(
         prompts=[task.prompt] * len(waves),
         audios=audios,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from speechlm2_jax.data.audio import AudioError, check_samples, read_audio, resample
 from speechlm2_jax.data.audio_files import RATES_HZ
@@ -46,29 +46,37 @@ def clips_of(audio: Any, prompt: str, rate_hz: int, channel: int | None = None) 
 def split_audio(audios: Any, audio_lens: Any, least: int = 1) -> list[np.ndarray]:
     """Cuts a padded batch [B, S] into its clips.
 
-    Raises ValueError for a length below `least` or above S, and if `audios` is not a float batch.
+    Raises ValueError as `padded_batch` does.
     """
+    audio, lengths = padded_batch(audios, audio_lens, ("audios", "audio_lens"), least=least)
+    return [wave[:n] for wave, n in zip(audio, lengths.tolist(), strict=True)]
+
+
+def padded_batch(
+    signal: Any, lengths: Any, names: tuple[str, str], *, least: int
+) -> tuple[Float[np.ndarray, "B S"], Int32[np.ndarray, " B"]]:
+    """Checks a padded batch: float samples [B, S] and lengths [B], by default S each.
+
+    `names` are the two arguments' names. Raises ValueError for a length below `least` or above S,
+    and if `signal` is not a float batch.
+    """
+    name, name_of_lengths = names
     try:
-        array = np.asarray(audios)
+        array = np.asarray(signal)
     except ValueError as error:  # clips of several lengths
         raise ValueError(
-            "audios must be one float array [B, S]; pad the clips to one length and give audio_lens"
+            f"{name} must be one float array [B, S]; pad the clips to one length and give "
+            f"{name_of_lengths}"
         ) from error
     if array.ndim != 2:
-        raise ValueError(f"audios must be float [B, S]; got shape {array.shape}")
-    array = as_float(array, "audios")
-    lengths = (
-        np.full(len(array), array.shape[1]) if audio_lens is None else np.asarray(audio_lens, int)
-    )
-    if (
-        lengths.shape != (len(array),)
-        or (lengths < least).any()
-        or (lengths > array.shape[1]).any()
-    ):
+        raise ValueError(f"{name} must be [B, S]; got shape {array.shape}")
+    audio, most = as_float(array, name), array.shape[1]
+    counts = np.full(len(array), most) if lengths is None else np.asarray(lengths, int)
+    if counts.shape != array.shape[:1] or (counts < least).any() or (counts > most).any():
         raise ValueError(
-            f"audio_lens must be {len(array)} lengths from {least} to {array.shape[1]} samples"
+            f"{name_of_lengths} must be {len(array)} lengths from {least} to {most} samples"
         )
-    return [wave[:n] for wave, n in zip(array, lengths, strict=True)]
+    return audio, counts.astype(np.int32)
 
 
 def items_of(audio: Any) -> list[Any]:

@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from speechlm2_jax.data.audio import check_samples
-from speechlm2_jax.inference.audio_inputs import as_float
+from speechlm2_jax.data.padding import pad_right
+from speechlm2_jax.inference.audio_inputs import padded_batch
 from speechlm2_jax.inference.padding import SAMPLE_STEP, round_up
 
 
@@ -17,15 +18,7 @@ def check_batch(
 
     Raises ValueError for other shapes, for integers, and for NaN or infinite samples.
     """
-    audio, counts = np.asarray(signal), np.asarray(lengths, np.int32)
-    if audio.ndim != 2 or counts.shape != audio.shape[:1]:
-        raise ValueError(
-            f"input_signal must be [B, S] and input_signal_lens [B], not {audio.shape} and "
-            f"{counts.shape}"
-        )
-    if counts.size and (counts.min() < 0 or counts.max() > audio.shape[1]):
-        raise ValueError(f"input_signal_lens must lie between 0 and {audio.shape[1]} samples")
-    audio = as_float(audio, "input_signal")
+    audio, counts = padded_batch(signal, lengths, ("input_signal", "input_signal_lens"), least=0)
     for row, count in enumerate(counts.tolist()):
         if count:
             check_samples(audio[row, :count], f"input_signal, row {row}")
@@ -41,10 +34,8 @@ def pad_to_static_shape(
     """
     rows = -(-round_up(max(len(audio), 1), 1) // groups) * groups
     samples = round_up(int(lengths.max(initial=1)), SAMPLE_STEP)
-    whole = np.zeros((rows, samples), np.float32)
-    for row, (wave, n) in enumerate(zip(audio, lengths.tolist(), strict=True)):
-        whole[row, :n] = wave[:n]
-    return whole, pad_lengths(lengths, rows)
+    waves = [wave[:n] for wave, n in zip(audio, lengths.tolist(), strict=True)]
+    return pad_right(waves, rows=rows, width=samples)
 
 
 def pad_lengths(lengths: Int32[np.ndarray, " B"], rows: int) -> Int32[np.ndarray, " R"]:

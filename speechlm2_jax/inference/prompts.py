@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
 
 from speechlm2_jax.batches import SalmExample
 from speechlm2_jax.data.audio import check_samples
+from speechlm2_jax.data.padding import pad_left
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
 from speechlm2_jax.inference.audio_inputs import AudioInput, clips_of, split_audio
 from speechlm2_jax.inference.content_parts import with_plain_content
@@ -74,16 +74,7 @@ def prompt_examples(
     for name, wanted, own in zip(names, needed, clips, strict=True):
         _check_number(f"{name} has", wanted, len(own))
     examples = [_example(*one) for one in zip(names, tokens, clips, strict=True)]
-    return examples, left_pad(ids, context.pad_id)
-
-
-def left_pad(sequences: Sequence[np.ndarray], pad_id: int) -> Int32[np.ndarray, "B T"]:
-    """Stacks id sequences of unequal length, padded on the left as NeMo's collation does."""
-    width = max(map(len, sequences), default=0)
-    out = np.full((len(sequences), width), pad_id, np.int32)
-    for i, ids in enumerate(sequences):
-        out[i, width - len(ids) :] = ids
-    return out
+    return examples, pad_left(ids, context.pad_id)
 
 
 def _names(prompts: Any, first: int) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from speechlm2_jax.data.audio import check_samples
+from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.inference.audio_inputs import as_float, clips_of, is_array, items_of, split_audio
 from speechlm2_jax.inference.padding import SAMPLE_STEP, round_up
 
@@ -84,7 +85,8 @@ def transcribe(
     texts = [Transcript()] * len(waves)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        labels = decode(*_padded([waves[i] for i in chosen]))
+        rows, samples = round_up(len(chosen), 1), round_up(len(waves[chosen[-1]]), SAMPLE_STEP)
+        labels = decode(*pad_right([waves[i] for i in chosen], rows=rows, width=samples))
         for i, own in zip(chosen, labels, strict=False):  # further rows are padding
             texts[i] = Transcript(to_text(own))
     return texts
@@ -165,12 +167,3 @@ def _channel(selector: int | str | None) -> int | None:
     if selector not in (None, "average"):
         raise ValueError(f"channel_selector={selector!r} must be a channel from 0, or average")
     return None
-
-
-def _padded(waves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    samples = round_up(max(map(len, waves)), SAMPLE_STEP)
-    audio = np.zeros((round_up(len(waves), 1), samples), np.float32)
-    lengths = np.zeros(len(audio), np.int32)
-    for row, wave in enumerate(waves):
-        audio[row, : len(wave)], lengths[row] = wave, len(wave)
-    return audio, lengths

@@ -25,6 +25,7 @@ from speechlm2_jax.data.duplex.readers import (
     read_duplex_cuts,
     read_duplex_shar,
 )
+from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.data.paths import expand_shards
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.settings import SettingsError, build
@@ -175,9 +176,11 @@ class DuplexS2SDataset:
         batch: dict[str, Any] = {}
         for voice in ("source", "target"):
             audio = [getattr(example, f"{voice}_audio") for example in examples]
-            batch[f"{voice}_audio"], batch[f"{voice}_audio_lens"] = _padded(audio, 0)
+            batch[f"{voice}_audio"], batch[f"{voice}_audio_lens"] = pad_right(audio)
             tokens = [getattr(example, f"{voice}_tokens") for example in examples]
-            batch[f"{voice}_tokens"], batch[f"{voice}_token_lens"] = _padded(tokens, self.pad_id)
+            batch[f"{voice}_tokens"], batch[f"{voice}_token_lens"] = pad_right(
+                tokens, self.pad_id, dtype=np.int32
+            )
         return {**batch, "target_texts": [example.target_text for example in examples]}
 
     def _channel(
@@ -203,12 +206,3 @@ def _audio(clip: AudioClip, by_way_of_hz: int | None, to_hz: int) -> Float[np.nd
         wave = resample(wave, by_way_of_hz, to_hz)
     samples = clip.samples(to_hz)
     return np.pad(wave[:samples], (0, max(samples - len(wave), 0)))
-
-
-def _padded(sequences: Sequence[np.ndarray], value: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences of one dtype, padded on the right, and their lengths."""
-    lengths = np.asarray([len(sequence) for sequence in sequences], np.int32)
-    padded = np.full((len(sequences), lengths.max(initial=0)), value, sequences[0].dtype)
-    for target, sequence in zip(padded, sequences, strict=True):
-        target[: len(sequence)] = sequence
-    return padded, lengths

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from speechlm2_jax.batches import DuplexExample, HostBatch
+from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.evaluation.duplex.silence import without_long_silence
 from speechlm2_jax.evaluation.metrics.asr_bleu import ASRBLEU
 from speechlm2_jax.evaluation.metrics.bleu import BLEU, EmptyTextRate
@@ -80,12 +81,8 @@ class DuplexScorer:
 
     def generate(self, examples: Sequence[DuplexExample], batch_size: int = 0) -> dict[str, Any]:
         """Greedy decoding; the batch is padded to `batch_size` with empty conversations."""
-        batch_size = max(batch_size, len(examples))
-        lengths = np.zeros(batch_size, np.int32)
-        lengths[: len(examples)] = [len(e.source_audio) for e in examples]
-        audio = np.zeros((batch_size, int(lengths.max(initial=1))), np.float32)
-        for padded, example in zip(audio, examples, strict=False):
-            padded[: len(example.source_audio)] = example.source_audio
+        waves = [example.source_audio for example in examples]
+        audio, lengths = pad_right(waves, rows=max(batch_size, len(examples)))
         decodes_audio = self.asr_model is not None or self.keeps_audio
         return self.model.offline_inference(audio, lengths, decodes_audio)
 
@@ -191,14 +188,12 @@ class DuplexScorer:
         waves = [wave[:length] for wave, length in padded]
         if not self.model.nemo_exact:
             waves = [without_long_silence(wave, rate_hz) for wave in waves]
-        audio = np.zeros((len(waves), max(map(len, waves), default=0)), np.float32)
-        for sequence, wave in zip(audio, waves, strict=True):
-            sequence[: len(wave)] = wave
+        audio, lengths = pad_right(waves)
         texts = speech.update(
             name,
             [example.target_text for example in examples],
             audio,
-            [len(wave) for wave in waves],
+            lengths,
             sample_rate_hz=rate_hz,
         )
         return list(texts)

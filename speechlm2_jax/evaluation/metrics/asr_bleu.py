@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from speechlm2_jax.data.audio import sinc_resample
+from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.evaluation.metrics.bleu import BLEU
 from speechlm2_jax.evaluation.metrics.error_rates import CER, WER
 from speechlm2_jax.evaluation.metrics.text_metric import AnyNormalizer
@@ -102,7 +103,4 @@ class ASRBLEU:
             sinc_resample(wave[:count], rate_hz, to_hz)[: count * to_hz // rate_hz]
             for wave, count in zip(padded, counts, strict=True)
         ]
-        audio = np.zeros((len(waves), max(map(len, waves), default=0)), np.float32)
-        for sequence, wave in zip(audio, waves, strict=True):
-            sequence[: len(wave)] = wave
-        return [*self._asr_model.transcribe(audio, np.array([len(wave) for wave in waves], int))]
+        return [*self._asr_model.transcribe(*pad_right(waves))]

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from speechlm2_jax.batches import SalmExample
+from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.inference.long_form.chunks import Chunk, cut
 from speechlm2_jax.inference.long_form.join_texts import join
 from speechlm2_jax.inference.request.generation_request import GenerationRequest
@@ -150,7 +151,4 @@ def generate_chunked(
         prompt.join([responses[p, n] for n in range(len(prompt.rows))], coder, stops)
         for p, prompt in enumerate(prompts)
     ]
-    ids = np.full((len(joined), max(map(len, joined))), request.decoding.pad_id, np.int32)
-    for row, own in zip(ids, joined, strict=True):
-        row[: len(own)] = own
-    return ids
+    return pad_right(joined, request.decoding.pad_id, dtype=np.int32)[0]
