@@ -3,8 +3,8 @@
 import functools
 import logging
 import zlib
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import xxhash
 from speechlm2_jax.batches import HostBatch
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.prepare import Contents
+from speechlm2_jax.data.read_ahead import read_ahead
 from speechlm2_jax.data.sampler import BatchPlan, Sampler
 from speechlm2_jax.settings import SettingsError
 
@@ -164,6 +165,11 @@ class PlannedBatches(grain.DatasetIterator):
         self._plans = (-1, [], [])
 
 
+Planned = tuple[BatchPlan, dict[str, Any]]
+"""A batch, and the position after it."""
+Read = tuple[HostBatch, list[Failure]]
+
+
 class BatchStream(grain.DatasetIterator):
     """Batches in order, read ahead by threads.
 
@@ -178,21 +184,12 @@ class BatchStream(grain.DatasetIterator):
         super().__init__(plans)
         self._reader, self._dropped = reader, dropped
         self._threads = max(threads, 1)
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="audio")
-        self._prefetched: deque[tuple[dict[str, Any], Future]] = deque()
+        self._reading = self._read_ahead()
         self._state = plans.get_state()
         self._empty_batches = 0
 
     def __next__(self) -> HostBatch:
-        while len(self._prefetched) < 2 * self._threads:
-            planned = next(self._parent, None)
-            if planned is None:
-                break
-            future = self._pool.submit(self._reader.load, planned)
-            self._prefetched.append((self._parent.get_state(), future))
-        if not self._prefetched:
-            raise StopIteration
-        state, future = self._prefetched.popleft()
+        (_, state), future = next(self._reading)
         batch, failures = future.result()
         self._state = state
         for failure in failures:
@@ -233,18 +230,21 @@ class BatchStream(grain.DatasetIterator):
                 "the data changed since this state was saved: the ids are the same, texts or "
                 "durations differ; the run resumes at the same position"
             )
-        self._forget_prefetched()
+        self._reading.close()
         self._parent.set_state(state)
+        self._reading = self._read_ahead()
         self._state = self._parent.get_state()
         self._dropped.counts = dict(state["dropped"])
 
     def close(self) -> None:
         """Stops reading ahead."""
-        self._forget_prefetched()
-        self._pool.shutdown(wait=False)
+        self._reading.close()
         super().close()
 
-    def _forget_prefetched(self) -> None:
-        for _, future in self._prefetched:
-            future.cancel()
-        self._prefetched.clear()
+    def _read_ahead(self) -> Generator[tuple[Planned, Future[Read]]]:
+        return read_ahead(
+            ((plan, self._parent.get_state()) for plan in self._parent),
+            lambda planned: self._reader.load(planned[0]),
+            ahead=2 * self._threads,
+            threads=self._threads,
+        )

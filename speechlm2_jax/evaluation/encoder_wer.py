@@ -11,12 +11,11 @@ import numpy as np
 from jaxtyping import Float
 
 from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.data.read_ahead import READERS
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.progress import ProgressDisplay
 from speechlm2_jax.inference.long_form.chunks import cut
 from speechlm2_jax.inference.long_form.join_texts import join
-
-READERS = 4
 
 
 @runtime_checkable

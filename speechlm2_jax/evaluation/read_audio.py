@@ -1,20 +1,18 @@
 """Reads recordings ahead, longest first, and splits long ones into chunks."""
 
+import contextlib
 import math
-from collections import deque
 from collections.abc import Container, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
 from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.data.read_ahead import read_ahead
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.inference.long_form.chunked import draw_number
 from speechlm2_jax.inference.long_form.chunks import Chunk, cut
-
-READERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,30 +51,21 @@ def clips(
     """
     order = sorted(range(len(utterances)), key=lambda i: -utterances[i].duration_s)
     ranks = {index: rank for rank, index in enumerate(order)}
-    waiting = deque(index for index in order if index not in done)
-    reading: deque[tuple[int, Future[Float[np.ndarray, " S"]]]] = deque()
-    most_s = math.inf if max_s is None else ahead * max_s
-    held_s = 0.0
-    pool = ThreadPoolExecutor(READERS)
-    try:
-        while waiting or reading:
-            while waiting and len(reading) < ahead:
-                next_s = utterances[waiting[0]].duration_s
-                if reading and held_s + next_s > most_s:
-                    break
-                held_s += next_s
-                reading.append((waiting[0], pool.submit(utterances[waiting[0]].read, rate_hz)))
-                waiting.popleft()
-            index, future = reading.popleft()
-            held_s -= utterances[index].duration_s
+    reading = read_ahead(
+        [index for index in order if index not in done],
+        lambda index: utterances[index].read(rate_hz),
+        ahead=ahead,
+        cost=lambda index: utterances[index].duration_s,
+        most=math.inf if max_s is None else ahead * max_s,
+    )
+    with contextlib.closing(reading):
+        for index, future in reading:
             try:
                 wave = future.result()
             except AudioError as error:
                 yield index, error
                 continue
             yield _cut(index, wave, ranks[index], rate_hz, max_s)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not wait for reads
 
 
 def _cut(

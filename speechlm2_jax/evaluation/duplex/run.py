@@ -1,9 +1,9 @@
 """Evaluation loop of duplex models: runs the model on every conversation and scores it."""
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from speechlm2_jax.batches import DuplexExample
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
+from speechlm2_jax.data.read_ahead import read_ahead
 from speechlm2_jax.evaluation.compilations import Compilations
 from speechlm2_jax.evaluation.duplex import scoring
 from speechlm2_jax.evaluation.duplex.config import DuplexEvalConfig
@@ -34,7 +35,6 @@ from speechlm2_jax.evaluation.results import Speed
 from speechlm2_jax.models.duplex import DuplexS2SModel
 from speechlm2_jax.settings import build, to_plain
 
-READERS = 4
 RESULT = "result"
 """Key of a DialogueResult in the `progress` of a journal's row."""
 Log = Callable[[str], None]
@@ -214,18 +214,16 @@ def _batches(
     for indices in sets.values():
         indices.sort(key=lambda i: -dialogues[i].duration_s)
         chunks += [indices[i : i + size] for i in range(0, len(indices), size)]
-    with ThreadPoolExecutor(READERS) as pool:
-
-        def submit(number: int) -> dict[int, Future[DuplexExample]]:
-            chosen = chunks[number] if number < len(chunks) else []
-            return {i: pool.submit(dialogues[i].example, dataset) for i in chosen}
-
-        ahead = submit(0)
-        for number in range(len(chunks)):
-            futures, ahead = ahead, submit(number + 1)
+    reading = read_ahead(
+        itertools.chain.from_iterable(chunks),
+        lambda index: dialogues[index].example(dataset),
+        ahead=size + 1,  # the next batch, while this one's last conversation is taken
+    )
+    with contextlib.closing(reading):
+        for chunk in chunks:
             examples: dict[int, DuplexExample] = {}
             failures: dict[int, AudioError] = {}
-            for index, future in futures.items():
+            for index, future in itertools.islice(reading, len(chunk)):
                 try:
                     examples[index] = future.result()
                 except AudioError as error:
