@@ -12,23 +12,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from speechlm2_jax.asr.ctc import CtcConfig, CtcNetwork, best_path, collapse
+from speechlm2_jax.asr.ctc import CtcConfig, CtcNetwork, collapse
 from speechlm2_jax.asr.greedy import Hypotheses, decode_greedily
 from speechlm2_jax.asr.transducer import TransducerConfig, TransducerNetwork
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.ctc import ctc_table
 from speechlm2_jax.conversion.readers import NemoArchive, read_nemo
 from speechlm2_jax.conversion.transducer import transducer_table
-from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.asr_labels import class_name, nemo_label_decoder
-from speechlm2_jax.inference.transcribe import (
-    DEFAULT_BATCH_SIZE,
-    Transcript,
-    check_options,
-    read_recordings,
-    transcribe,
-)
 from speechlm2_jax.layers.module import abstract, describe, merge, split
+from speechlm2_jax.models.transcriber import Transcriber, best_paths
 from speechlm2_jax.pretrained.registry import find_nemo
 from speechlm2_jax.settings import SettingsError, build
 
@@ -44,8 +37,8 @@ DECODERS = {
 MAX_SYMBOLS = 10
 """Default of the most labels that a transducer emits at one frame."""
 _DECODING_KEYS = ("strategy", "durations", "big_blank_durations")
-SHORTEST_S = 1.0
-"""Shorter recordings are padded with silence on both sides, as NeMo 3.0.0 does with arrays."""
+PRECISION = "highest"
+"""Of matmuls: TPU and GPU default to less, and scores must not depend on the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +65,13 @@ class TransducerDecodingConfig:
             raise ValueError(f"max_symbols={self.max_symbols} must be positive")
 
 
-class ASRModel:
+class ASRModel(Transcriber):
     """A trained ASR model for inference: `transcribe` turns audio into text.
 
     `decoder` is "rnnt" (RNN-T or TDT) or "ctc".
     """
+
+    SHORTEST_S = 1.0  # as NeMo 3.0.0 does with arrays
 
     def __init__(
         self, archive: NemoArchive, *, decoder: str, decoding: TransducerDecodingConfig
@@ -121,63 +116,19 @@ class ASRModel:
         mapping.check(archive.weights, table, describe(module))
 
     @property
-    def device(self) -> jax.Device:
-        """The device that the model runs on, the first of several. Inputs may be on any."""
-        return stages.device_of(self._variables)
-
-    @property
     def sampling_rate(self) -> int:
         """Sampling rate of the input audio in Hz."""
         return self._preprocessor.sample_rate
-
-    def transcribe(
-        self,
-        audio: Any,
-        lengths: Any = None,
-        *,
-        batch_size: int = DEFAULT_BATCH_SIZE,
-        channel_selector: int | str | None = None,
-        **options: Any,
-    ) -> list[Transcript]:
-        """Transcribes recordings, in input order; each text is a str that also has `text`.
-
-        - `audio`: a path, an array [S] at `sampling_rate`, `(rate, array)` or a dict of datasets, a
-          list of these, or a float batch [B, S].
-        - `lengths` [B]: samples of each recording of a batch, S by default; length 0 gives "".
-        - `channel_selector`: the channel of files with several; "average" mixes them.
-        - `options`: NeMo's arguments without effect here (verbose, num_workers, use_lhotse).
-
-        The texts do not depend on order, padding and other recordings of the batch. Raises
-        AudioError for an unusable recording, ValueError for any other value or a length above S.
-        """
-        check_options(options)
-        shortest = int(SHORTEST_S * self.sampling_rate)
-        waves = read_recordings(audio, lengths, self.sampling_rate, channel_selector)
-        padded = [_centred(wave, shortest) if len(wave) else wave for wave in waves]
-        return transcribe(padded, self._decode, self._to_text, batch_size)
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         inputs = self._graphdef, self._variables, jnp.asarray(audio), jnp.asarray(lengths)
         if self.decoder == "ctc":
             blank = len(self._to_text)
-            return [collapse(path, blank) for path in np.asarray(_ctc_paths(*inputs))]
+            return [collapse(path, blank) for path in np.asarray(best_paths(*inputs, PRECISION))]
         limits = {"max_symbols": self._max_symbols, "jumps_when_full": self._jumps_when_full}
         found = _hypotheses(*inputs, **limits)
         rows = zip(np.asarray(found.labels), np.asarray(found.lengths), strict=True)
         return [labels[:count].tolist() for labels, count in rows]
-
-
-# fp32 matmuls on every platform (TPU and GPU default to less): scores do not depend on the device
-
-
-@partial(jax.jit, static_argnames=("graphdef",))
-def _ctc_paths(
-    graphdef: Any, variables: Any, audio: Float[Array, "B S"], lengths: Int[Array, " B"]
-) -> Int[Array, "B T"]:
-    with jax.default_matmul_precision("highest"):
-        network = merge(graphdef, variables)
-        output = network(audio, lengths)
-        return best_path(network.logits(output.frames), output.lengths)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "max_symbols", "jumps_when_full"))
@@ -189,7 +140,7 @@ def _hypotheses(
     max_symbols: int,
     jumps_when_full: bool,
 ) -> Hypotheses:
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision(PRECISION):
         network: TransducerNetwork = merge(graphdef, variables)
         output = network(audio, lengths)
         return decode_greedily(
@@ -254,12 +205,6 @@ def _network(architecture: CtcConfig | TransducerConfig) -> tuple[nnx.Module, ma
         return made, transducer_table(architecture)
     made = abstract(lambda: CtcNetwork(architecture, rngs=nnx.Rngs(0)))
     return made, ctc_table(architecture.perception)
-
-
-def _centred(wave: np.ndarray, shortest: int) -> np.ndarray:
-    """The recording with silence on both sides, the odd sample after it, to `shortest` samples."""
-    missing = max(shortest - len(wave), 0)
-    return np.pad(wave, (missing // 2, missing - missing // 2))
 
 
 def _fp32(value: np.ndarray) -> np.ndarray:

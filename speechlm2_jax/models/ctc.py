@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
 from speechlm2_jax import checkpointing
 from speechlm2_jax.asr import ctc_losses
-from speechlm2_jax.asr.ctc import CtcConfig, CtcNetwork, best_path, collapse
+from speechlm2_jax.asr.ctc import CtcConfig, CtcNetwork, collapse
 from speechlm2_jax.batches import HostBatch, LossSum, SalmBatch, StepLosses
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.casting import cast
@@ -23,18 +21,11 @@ from speechlm2_jax.conversion.ctc import ctc_table
 from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
-from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.asr_labels import LabelDecoder
-from speechlm2_jax.inference.transcribe import (
-    DEFAULT_BATCH_SIZE,
-    Transcript,
-    check_options,
-    read_recordings,
-    transcribe,
-)
 from speechlm2_jax.layers.initialize import draw
 from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, merge, split
 from speechlm2_jax.layers.stack import Remat
+from speechlm2_jax.models.transcriber import Transcriber, best_paths
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig
@@ -69,7 +60,7 @@ class CtcModelConfig:
     TARGETS: ClassVar[tuple[str, ...]] = ("EncDecCTCModelBPE",)
 
 
-class CTCModel:
+class CTCModel(Transcriber):
     """FastConformer with a CTC head; transcribes audio, and is trained by `Trainer`.
 
     `cfg` is NeMo's `model:` block as a plain dict. Raises SettingsError for a bad key or a missing
@@ -90,6 +81,7 @@ class CTCModel:
         self.tokenizer = _find_tokenizer(self._config, near) if tokenizer is None else tokenizer
         self.pieces = len(self.tokenizer)
         self.tokenizer.add_special_tokens([DEFAULT_AUDIO_LOCATOR_TAG])
+        self._to_text = LabelDecoder.from_tokenizer(self.tokenizer, self.pieces)
         self._network = CtcConfig(
             preprocessor=self._config.preprocessor,
             encoder=self._config.encoder,
@@ -140,21 +132,6 @@ class CTCModel:
         }
         write_nemo(Path(path), self._nemo_config(vocabulary), state, artifacts)
 
-    def transcribe(
-        self,
-        audio: Any,
-        lengths: Any = None,
-        *,
-        batch_size: int = DEFAULT_BATCH_SIZE,
-        channel_selector: int | str | None = None,
-        **options: Any,
-    ) -> list[Transcript]:
-        """Transcribes recordings greedily; arguments and result as of `ASRModel.transcribe`."""
-        check_options(options)
-        waves = read_recordings(audio, lengths, self.sampling_rate, channel_selector)
-        to_text = LabelDecoder.from_tokenizer(self.tokenizer, self.pieces)
-        return transcribe(waves, self._decode, to_text, batch_size)
-
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         inputs = jnp.asarray(audio), jnp.asarray(lengths)
         paths = np.asarray(best_paths(self._graphdef, self.variables, *inputs))
@@ -169,11 +146,6 @@ class CTCModel:
     def frame_samples(self) -> int:
         """Samples behind one frame of the encoder."""
         return self._network.perception.frame_samples
-
-    @property
-    def device(self) -> jax.Device:
-        """The device that the model runs on, the first of several. Inputs may be on any."""
-        return stages.device_of(self._variables)
 
     @property
     def sampling_rate(self) -> int:
@@ -338,19 +310,6 @@ class CTCModel:
             },
             "decoding": {"strategy": "greedy_batch"},
         }
-
-
-@partial(jax.jit, static_argnames=("graphdef",))
-def best_paths(
-    graphdef: Any,
-    variables: Variables,
-    audio: Float[Array, "B S"],
-    lengths: Int[Array, " B"],
-) -> Int[Array, "B T"]:
-    """The most likely label of every frame; blank beyond the audio."""
-    network: CtcNetwork = merge(graphdef, variables)
-    output = network(audio, lengths, dtype=jnp.dtype(network.ctc.compute_dtype))
-    return best_path(network.logits(output.frames), output.lengths)
 
 
 def _find_tokenizer(config: CtcModelConfig, near: tuple[Path, ...]) -> Tokenizer:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 import speechlm2_jax as slm
 from speechlm2_jax.conversion.readers import read_nemo
 from speechlm2_jax.conversion.writers import write_nemo
-from speechlm2_jax.models import asr
+from speechlm2_jax.models import asr, transcriber
 from speechlm2_jax.settings import SettingsError, ignored_report
 from tests.conversion.goldens import tensors
 
@@ -91,8 +91,8 @@ def test_few_shapes_serve_all_batches(model, monkeypatch):
 
 def test_what_is_shorter_than_a_second_is_centred_in_silence():
     wave = np.ones(7, np.float32)
-    assert asr._centred(wave, 12).tolist() == [0, 0, *wave, 0, 0, 0]
-    assert asr._centred(wave, 7) is not None and len(asr._centred(wave, 5)) == 7
+    assert transcriber._centred(wave, 12).tolist() == [0, 0, *wave, 0, 0, 0]
+    assert transcriber._centred(wave, 7) is not None and len(transcriber._centred(wave, 5)) == 7
 
 
 def test_the_weights_go_with_the_model():

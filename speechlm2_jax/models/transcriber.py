@@ -1,0 +1,98 @@
+"""`Transcriber`, the base of the ASR models: recordings in, texts out."""
+
+from abc import ABC, abstractmethod
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from speechlm2_jax.asr.ctc import CtcNetwork, best_path
+from speechlm2_jax.inference import stages
+from speechlm2_jax.inference.asr_labels import LabelDecoder
+from speechlm2_jax.inference.transcribe import (
+    DEFAULT_BATCH_SIZE,
+    Transcript,
+    check_options,
+    read_recordings,
+    transcribe,
+)
+from speechlm2_jax.layers.module import Variables, merge
+
+
+class Transcriber(ABC):
+    """A trained ASR model: `transcribe` turns audio into text."""
+
+    SHORTEST_S: ClassVar[float] = 0.0
+    """Shorter recordings are padded with silence on both sides."""
+
+    _variables: Variables | None
+    """Weights and buffers by path; None if there are none yet."""
+    _to_text: LabelDecoder
+
+    @property
+    @abstractmethod
+    def sampling_rate(self) -> int:
+        """Sampling rate of the input audio in Hz."""
+
+    @abstractmethod
+    def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+        """The labels of each recording of a batch [B, S] of `lengths` [B]."""
+
+    @property
+    def device(self) -> jax.Device:
+        """The device that the model runs on, the first of several. Inputs may be on any."""
+        return stages.device_of(self._variables)
+
+    def transcribe(
+        self,
+        audio: Any,
+        lengths: Any = None,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        channel_selector: int | str | None = None,
+        **options: Any,
+    ) -> list[Transcript]:
+        """Transcribes recordings, in input order; each text is a str that also has `text`.
+
+        - `audio`: a path, an array [S] at `sampling_rate`, `(rate, array)` or a dict of datasets, a
+          list of these, or a float batch [B, S].
+        - `lengths` [B]: samples of each recording of a batch, S by default; length 0 gives "".
+        - `channel_selector`: the channel of files with several; "average" mixes them.
+        - `options`: NeMo's arguments without effect here (verbose, num_workers, use_lhotse).
+
+        The texts do not depend on order, padding and other recordings of the batch. Raises
+        AudioError for an unusable recording, ValueError for any other value or a length above S.
+        """
+        check_options(options)
+        shortest = int(self.SHORTEST_S * self.sampling_rate)
+        waves = read_recordings(audio, lengths, self.sampling_rate, channel_selector)
+        padded = [_centred(wave, shortest) if len(wave) else wave for wave in waves]
+        return transcribe(padded, self._decode, self._to_text, batch_size)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "precision"))
+def best_paths(
+    graphdef: Any,
+    variables: Variables,
+    audio: Float[Array, "B S"],
+    lengths: Int[Array, " B"],
+    precision: str | None = None,
+) -> Int[Array, "B T"]:
+    """The most likely CTC label of every frame; blank beyond the audio.
+
+    `precision` is that of matmuls; None is the default of the platform, or of the caller.
+    """
+    with nullcontext() if precision is None else jax.default_matmul_precision(precision):
+        network: CtcNetwork = merge(graphdef, variables)
+        output = network(audio, lengths, dtype=jnp.dtype(network.ctc.compute_dtype))
+        return best_path(network.logits(output.frames), output.lengths)
+
+
+def _centred(wave: np.ndarray, shortest: int) -> np.ndarray:
+    """The recording with silence on both sides, the odd sample after it, to `shortest` samples."""
+    missing = max(shortest - len(wave), 0)
+    return np.pad(wave, (missing // 2, missing - missing // 2))
