@@ -24,15 +24,18 @@ def main(argv: list[str]) -> None:
         with console.phase("importing"):
             from speechlm2_jax import experiment, processes
 
-        source = command.config, command.overrides
+        ahead = command.ahead
         with processes.exit_on_error(), experiment.clear_errors(PROGRAM):
-            if command.ahead is not None:
-                sys.exit(_compile_ahead(experiment.compile_ahead(*source, command.ahead)))
-            experiment.initialize_processes(*source)
+            run = experiment.read_run(
+                command.config, command.overrides, model_alone=ahead is not None
+            )
+            if ahead is not None:
+                sys.exit(_compile_ahead(run.compile_ahead(ahead)))
+            run.initialize_processes()
             if command.dry_run:
-                experiment.build(*source, dry_run=True).dry_run()
-            elif not experiment.is_finished(*source):
-                experiment.build(*source, keep_compiled=True).fit()
+                run.build(dry_run=True).dry_run()
+            elif not run.is_finished():
+                run.build(keep_compiled=True).fit()
 
 
 def _compile_ahead(report: "Report") -> int:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,93 @@ def validation_scores(model: object) -> tuple[dict[str, HostMetric], Scoring | N
     return {}, None
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The settings of a run, read and checked once; its trainer is built once."""
+
+    values: Mapping[str, Any]
+    near: tuple[Path, ...]
+    """Folders that names of components are relative to, after the working folder."""
+
+    @cached_property
+    def _trainer(self) -> tuple[Trainer, Mapping[str, str]]:
+        """The trainer, and the ignored keys of its block."""
+        with ignored_report() as ignored:
+            return Trainer(**self.values.get("trainer", {})), ignored
+
+    def initialize_processes(self) -> None:
+        """Connects the processes of a multi-process run. Raises SettingsError."""
+        nodes = self.values.get("trainer", {}).get("num_nodes", 1)
+        processes.initialize(nodes if isinstance(nodes, int) else 1)
+
+    def is_finished(self) -> bool:
+        """Whether the run is finished; if so, logs how to extend it. Reads no weights."""
+        trainer, _ = self._trainer
+        return trainer.finished(self.values.get("exp_manager"), self.values) is not None
+
+    def build(self, *, dry_run: bool = False, keep_compiled: bool = False) -> Experiment:
+        """Builds everything that the settings describe; see the function `build`."""
+        settings, missing = self.values, list[str]()
+        trainer, of_trainer = self._trainer
+        if keep_compiled:
+            trainer.keep_compiled_programs()
+        with ignored_report() as ignored:
+            model = make_model(settings["model"], self.near)
+            datamodule = make_data(settings["data"], model)
+            trainer.check(model)
+            if dry_run:
+                trainer.check_experiment(settings.get("exp_manager"))
+                missing = missing_weights(model)
+            else:
+                exp_manager(trainer, settings.get("exp_manager"))
+                if not trainer.has_checkpoint:
+                    with phase("checking the weights"):
+                        model.check_weights()  # fails early if they are missing or do not fit
+        beside = {key: reason for key, reason in IGNORED.items() if key in settings}
+        for path, reason in {**beside, **of_trainer, **ignored}.items():
+            print(f"ignored: {path}: {reason}", file=sys.stderr)
+        for note in (*model.notes, *missing):
+            print(f"note: {note}", file=sys.stderr)
+        return Experiment(model=model, datamodule=datamodule, trainer=trainer, settings=settings)
+
+    def compile_ahead(self, asked: CompileAhead) -> Report:
+        """Compiles the training step, or generation, for a TPU topology; estimates its cost.
+
+        Reads neither weights nor data. Raises SettingsError for settings that do not fit together,
+        and for a program that does not fit into a chip's memory.
+        """
+        model = make_model(self.values["model"], self.near)
+        if not isinstance(model, SALM):
+            raise SettingsError("--compile-for: only SALM is supported")
+        topology = read_topology(asked.topology, asked.libtpu)
+        trainer, _ = self._trainer
+        with trainer.config.matmul_precision():
+            setup = Setup.of(model, trainer.config, trainer.strategy, devices=topology.devices)
+            train = self.values["data"].get("train_ds") or {}
+            shape = _largest_shape(train, asked, model, setup)
+            if asked.generates:
+                return generation_report(model, setup, topology, shape, asked.new_tokens)
+            return training_report(model, setup, topology, shape)
+
+
+def read_run(
+    config: str | Path, overrides: Sequence[str] = (), *, model_alone: bool = False
+) -> RunSettings:
+    """Reads a YAML by path or name. Raises SettingsError, before anything is built.
+
+    With `model_alone` only the model block must be complete, as to compile ahead of time.
+    """
+    path = find(config)
+    settings = load(path, overrides, complete=not model_alone)
+    check_blocks(settings, complete=not model_alone)
+    if model_alone:
+        require_complete({"model": settings["model"]})
+    else:
+        check_keys(settings)
+        check_start(settings)
+    return RunSettings(values=settings, near=(path.resolve().parent,))
+
+
 def build(
     config: str | Path,
     overrides: Sequence[str] = (),
@@ -128,33 +216,7 @@ def build(
     `keep_compiled` the compilation cache is on before the model is built, so that the program that
     initialises random weights is cached too.
     """
-    settings = load(config, overrides)
-    check_blocks(settings)
-    check_keys(settings)
-    check_start(settings)
-    missing: list[str] = []
-    with ignored_report() as ignored:
-        trainer = Trainer(**settings.get("trainer", {}))
-        if keep_compiled:
-            trainer.keep_compiled_programs()
-        # names of pretrained components are relative to the working folder or to the YAML's folder
-        model = make_model(settings["model"], near=(find(config).resolve().parent,))
-        datamodule = make_data(settings["data"], model)
-        trainer.check(model)
-        if dry_run:
-            trainer.check_experiment(settings.get("exp_manager"))
-            missing = missing_weights(model)
-        else:
-            exp_manager(trainer, settings.get("exp_manager"))
-            if not trainer.has_checkpoint:
-                with phase("checking the weights"):
-                    model.check_weights()  # fails early if weights are missing or do not fit
-    beside = {key: reason for key, reason in IGNORED.items() if key in settings}
-    for path, reason in {**beside, **ignored}.items():
-        print(f"ignored: {path}: {reason}", file=sys.stderr)
-    for note in (*model.notes, *missing):
-        print(f"note: {note}", file=sys.stderr)
-    return Experiment(model=model, datamodule=datamodule, trainer=trainer, settings=settings)
+    return read_run(config, overrides).build(dry_run=dry_run, keep_compiled=keep_compiled)
 
 
 def missing_weights(model: Model) -> list[str]:
@@ -167,28 +229,6 @@ def missing_weights(model: Model) -> list[str]:
     except MissingWeightsError as error:
         return [f"{error}; training would stop here"]
     return []
-
-
-def compile_ahead(config: str | Path, overrides: Sequence[str], asked: CompileAhead) -> Report:
-    """Compiles a run's training step, or its generation, for a TPU topology; estimates its cost.
-
-    Reads neither weights nor data. Raises SettingsError for settings that do not fit together, and
-    for a program that does not fit into a chip's memory.
-    """
-    values = load(config, overrides, complete=False)
-    check_blocks(values, complete=False)
-    require_complete({"model": values["model"]})
-    model = make_model(values["model"], near=(find(config).resolve().parent,))
-    if not isinstance(model, SALM):
-        raise SettingsError("--compile-for: only SALM is supported")
-    topology = read_topology(asked.topology, asked.libtpu)
-    trainer = Trainer(**values.get("trainer", {}))
-    with trainer.config.matmul_precision():
-        setup = Setup.of(model, trainer.config, trainer.strategy, devices=topology.devices)
-        shape = _largest_shape(values["data"].get("train_ds") or {}, asked, model, setup)
-        if asked.generates:
-            return generation_report(model, setup, topology, shape, asked.new_tokens)
-        return training_report(model, setup, topology, shape)
 
 
 def _largest_shape(
@@ -208,21 +248,6 @@ def _largest_shape(
         clips=max(rows, 1),
         samples=round(seconds * model.sampling_rate),
     )
-
-
-def initialize_processes(config: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Connects the processes of a multi-process run. Raises SettingsError."""
-    nodes = load(config, overrides).get("trainer", {}).get("num_nodes", 1)
-    processes.initialize(nodes if isinstance(nodes, int) else 1)
-
-
-def is_finished(config: str | Path, overrides: Sequence[str] = ()) -> bool:
-    """Whether the run of a YAML is finished; if so, logs how to extend it. Reads no weights."""
-    settings = load(config, overrides)
-    check_start(settings)
-    with ignored_report():
-        trainer = Trainer(**settings.get("trainer", {}))
-        return trainer.finished(settings.get("exp_manager"), settings) is not None
 
 
 def check_start(settings: Mapping[str, Any]) -> None:

@@ -48,6 +48,22 @@ def test_a_dry_run_describes_a_model_without_its_weights_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_settings_are_read_once_and_the_trainer_is_built_once(config, monkeypatch):
+    calls = []
+    for name in ("load", "Trainer"):
+        real = getattr(experiment, name)
+
+        def counted(*given, name=name, real=real, **options):
+            calls.append(name)
+            return real(*given, **options)
+
+        monkeypatch.setattr(experiment, name, counted)
+    run = experiment.read_run(config)
+    assert not run.is_finished()
+    run.build(dry_run=True)
+    assert calls == ["load", "Trainer"]
+
+
 def test_modules_count_every_parameter_once_and_layers_by_what_trains_them():
     model = ToyModel()
     half = np.arange(LAYERS) < LAYERS // 2
