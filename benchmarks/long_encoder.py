@@ -64,7 +64,7 @@ def encode(
     config: FastConformerConfig, variables: Variables, seconds: float
 ) -> tuple[np.ndarray, float, float]:
     """Encodes noise of that length: (frames, seconds to compile, seconds to run)."""
-    graphdef, _ = split(abstract(lambda: FastConformer(config, rngs=nnx.Rngs(0))))
+    graphdef, _ = split(abstract(lambda rngs: FastConformer(config, rngs=rngs)))
     steps = round(seconds * FRAMES_PER_SECOND)
     noise = np.random.default_rng(0).normal(size=(1, steps, config.feat_in))
     features, lengths = jnp.asarray(noise, jnp.float32), jnp.asarray([steps], jnp.int32)

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports below, which are slow
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,9 +36,9 @@ class PerceptionWork:
 
     def __init__(self, preset: Preset, batch: int, seconds: float, dtype: str):
         self.config, self.dtype = preset.perception, jnp.dtype(dtype)
-        make = lambda: AudioPerception(self.config, rngs=nnx.Rngs(0))  # noqa: E731
-        self.graphdef = split(abstract(make))[0]
-        self.variables = draw(lambda: split(make())[1])
+        make = partial(AudioPerception, self.config)
+        self.graphdef = split(abstract(lambda rngs: make(rngs=rngs)))[0]
+        self.variables = draw(lambda: split(make(rngs=nnx.Rngs(0)))[1])
         samples = round(seconds * self.config.preprocessor.sample_rate)
         random = np.random.default_rng(0)
         self.audio = jnp.asarray(random.uniform(-0.3, 0.3, (batch, samples)), jnp.float32)

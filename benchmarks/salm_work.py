@@ -127,7 +127,7 @@ class Work:
     ):
         """With `inference_only` nothing is trained: weights have the dtype of the computation."""
         self.sizes, self.config, self.preset = sizes, config, preset
-        module = abstract(lambda: Salm(config, rngs=nnx.Rngs(0)))
+        module = abstract(lambda rngs: Salm(config, rngs=rngs))
         self.graphdef, self.infos = split(module)[0], describe(module)
         self.sharding = make_sharding(devices=jax.devices()[:1])
         self.trains = {

@@ -234,6 +234,7 @@ def mesh_of(arrays: Mapping[str, Any]) -> Mesh | None:
 
 
 _current: ContextVar[Sharding | None] = ContextVar("sharding", default=None)
+"""The one context of the model half: `constrain` reads it in every layer, `use` sets it."""
 
 
 @contextmanager

@@ -110,8 +110,8 @@ def decode(
         )
         return _extend_beams(decoder, state._replace(cache=cache), hidden, config, search)
 
-    with read_in_place(decoder):
-        return jax.lax.while_loop(is_unfinished, advance, state)
+    decoder = read_in_place(decoder)
+    return jax.lax.while_loop(is_unfinished, advance, state)
 
 
 def best(

@@ -127,8 +127,8 @@ def run_duplex(
         codes = jax.lax.dynamic_update_slice_in_dim(codes, state.codes[:, None], t, axis=1)
         return state, text, codes
 
-    with read_in_place(network):
-        _, text, codes = jax.lax.while_loop(is_unfinished, advance, (state, text, codes))
+    network = read_in_place(network)
+    _, text, codes = jax.lax.while_loop(is_unfinished, advance, (state, text, codes))
     is_real = jnp.arange(frames)[None] < lengths[:, None]
     return DuplexOutput(
         text=jnp.where(is_real, text, pad), codes=jnp.where(is_real[..., None], codes, 0)

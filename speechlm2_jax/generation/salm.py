@@ -135,8 +135,8 @@ def decode(
         hidden, cache = run_token(decoder, state.cache, token, position, ~state.finished, dtype)
         return _choose(decoder, state._replace(cache=cache), hidden, config)
 
-    with read_in_place(decoder):
-        return jax.lax.while_loop(is_unfinished, advance, state)
+    decoder = read_in_place(decoder)
+    return jax.lax.while_loop(is_unfinished, advance, state)
 
 
 def constrained(state: GenerationState) -> GenerationState:

@@ -91,8 +91,8 @@ def decode(
         scores = decoder.logits(hidden)[:, 0]
         return _choose(slots._replace(cache=cache), scores, config)
 
-    with read_in_place(decoder):
-        return jax.lax.while_loop(is_unfinished, advance, slots)
+    decoder = read_in_place(decoder)
+    return jax.lax.while_loop(is_unfinished, advance, slots)
 
 
 def _choose(slots: Slots, scores: Float[Array, "R V"], config: DecodingConfig) -> Slots:

@@ -6,10 +6,8 @@ Everywhere else the plain form is used. The measurements are in docs/performance
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +24,7 @@ LOSS_CHUNKS = 4
 MAX_UNSTACKED_BYTES = 6 * 2**30
 """Largest stacks that `read_in_place` copies: 1.1 B parameters in fp32, or 3 B in bf16."""
 _LEVEL = "xla_backend_optimization_level"
-_unstacked: ContextVar[Mapping[int, "UnstackedLayers"] | None] = ContextVar(
-    "unstacked", default=None
-)
-"""Set by `read_in_place`: the layers of each stack, by the stack's id."""
+N = TypeVar("N")
 
 
 def fast_compile_options() -> dict[str, int] | None:
@@ -69,9 +64,8 @@ def loss_chunk(positions: int) -> int:
     return -(-positions // LOSS_CHUNKS) if platform() == "cpu" else positions
 
 
-@contextmanager
-def read_in_place(network: Any) -> Iterator[None]:
-    """Around a decoding loop: `scan_layers` over the network's stacks is unrolled in it.
+def read_in_place(network: N) -> N:
+    """A copy of a network for a decoding loop: `scan_layers` over its stacks is unrolled.
 
     XLA on CPUs copies each layer's weights out of the stack at every iteration of a scan: as much
     memory traffic as a decoding step of one token itself. Here each layer's weights are copied
@@ -80,19 +74,10 @@ def read_in_place(network: Any) -> Iterator[None]:
     """
     stacks = list(_stacks(network)) if platform() == "cpu" else []
     sizes = [x.size * x.dtype.itemsize for s in stacks for x in jax.tree.leaves(nnx.state(s))]
-    if sum(sizes) > MAX_UNSTACKED_BYTES:
-        stacks = []
-    unstacked = {id(stack): UnstackedLayers.of(stack) for stack in stacks}
-    token = _unstacked.set({**(_unstacked.get() or {}), **unstacked})
-    try:
-        yield
-    finally:
-        _unstacked.reset(token)
-
-
-def unstacked_layers(stack: nnx.Module) -> "UnstackedLayers | None":
-    """The layers of a stack inside `read_in_place`; None outside."""
-    return (_unstacked.get() or {}).get(id(stack))
+    if not stacks or sum(sizes) > MAX_UNSTACKED_BYTES:
+        return network
+    graphdef, state = nnx.split(network)
+    return _unstacked(nnx.merge(graphdef, state, copy=True))
 
 
 class UnstackedLayers(NamedTuple):
@@ -121,13 +106,27 @@ class UnstackedLayers(NamedTuple):
         return carry, jax.tree.map(lambda *each: jnp.stack(each), *ys)
 
 
-def _stacks(module: Any) -> Iterator[nnx.Module]:
+def _unstacked(module: N) -> N:
+    """Replaces the stacks in a module, at any depth, by their layers; changes `module`."""
+    for name, value in list(vars(module).items()):
+        if _is_stack(value):
+            vars(module)[name] = UnstackedLayers.of(value)  # what NNX must not split or merge
+        elif isinstance(value, nnx.Module):
+            _unstacked(value)
+    return module
+
+
+def _stacks(module: object) -> Iterator[nnx.Module]:
     """Yields the stacks in a network, at any depth."""
-    if not isinstance(module, nnx.Module):
-        return
-    variables = [variable for _, variable in nnx.to_flat_state(nnx.state(module))]
-    if variables and all(v.get_metadata()["axes"][:1] == (LAYERS,) for v in variables):
-        yield module
-        return
-    for value in vars(module).values():
-        yield from _stacks(value)
+    for value in vars(module).values() if isinstance(module, nnx.Module) else ():
+        if _is_stack(value):
+            yield value
+        else:
+            yield from _stacks(value)
+
+
+def _is_stack(value: object) -> TypeGuard[nnx.Module]:
+    if not isinstance(value, nnx.Module):
+        return False
+    variables = [variable for _, variable in nnx.to_flat_state(nnx.state(value))]
+    return bool(variables) and all(v.get_metadata()["axes"][:1] == (LAYERS,) for v in variables)

@@ -7,7 +7,6 @@ Optimizer, sharding, conversion and checkpoints use this dict and know no module
 """
 
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,13 +23,13 @@ Axes = tuple[str | None, ...]
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 M = TypeVar("M", bound=nnx.Module)
 LAYERS = "layers"
-_is_abstract: ContextVar[bool] = ContextVar("is_abstract", default=False)
-"""True inside `abstract`, where initial values are zeros: tracing random draws takes long."""
 
 
-def is_abstract() -> bool:
-    """True inside `abstract`: shapes are all that matters of initial values."""
-    return _is_abstract.get()
+class AbstractRngs(nnx.Rngs):
+    """Takes the place of random keys where only shapes matter: initial values are zeros.
+
+    Nothing is drawn with them, because tracing random draws takes long.
+    """
 
 
 class Buffer(nnx.Variable):
@@ -65,7 +64,7 @@ def param(
     """Makes a trainable variable. `axes`: a logical axis name per dimension (see sharding.py)."""
     if len(axes) != len(shape):
         raise ValueError(f"axes {axes} must name each dimension of shape {shape}")
-    if is_abstract():
+    if isinstance(rngs, AbstractRngs):
         return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
     return nnx.Param(init(_next_rng(rngs), shape, dtype), axes=axes)
 
@@ -125,13 +124,9 @@ def describe(module: nnx.Module) -> dict[str, VariableInfo]:
     return infos
 
 
-def abstract(make: Callable[[], M]) -> M:
+def abstract(make: Callable[[nnx.Rngs], M]) -> M:
     """Builds a module whose variables are shapes and dtypes only: no memory, no device."""
-    token = _is_abstract.set(True)
-    try:
-        return nnx.eval_shape(make)
-    finally:
-        _is_abstract.reset(token)
+    return nnx.eval_shape(lambda: make(AbstractRngs(0)))
 
 
 def _next_rng(rngs: nnx.Rngs) -> jax.Array:

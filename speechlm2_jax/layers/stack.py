@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from speechlm2_jax.layers.cpu import unstacked_layers
-from speechlm2_jax.layers.module import LAYERS, constrain_layer, is_abstract
+from speechlm2_jax.layers.cpu import UnstackedLayers
+from speechlm2_jax.layers.module import LAYERS, AbstractRngs, constrain_layer
 
 M = TypeVar("M", bound=nnx.Module)
 RematPolicy = Literal["full", "dots", "none"]
@@ -24,10 +24,11 @@ def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
     def build(layer_rngs: nnx.Rngs) -> M:
         return make(layer_rngs)
 
-    layers = make(rngs) if is_abstract() else build(rngs)
+    is_abstract = isinstance(rngs, AbstractRngs)
+    layers = make(rngs) if is_abstract else build(rngs)
     for _, variable in nnx.to_flat_state(nnx.state(layers)):
         variable.set_metadata(axes=(LAYERS, *variable.get_metadata()["axes"]))
-        if is_abstract():
+        if is_abstract:
             value = variable.get_value()
             variable.set_value(jnp.zeros((count, *value.shape), value.dtype))
     return layers
@@ -42,7 +43,7 @@ class Remat:
 
 
 def scan_layers(
-    layers: M,
+    layers: M | UnstackedLayers,
     body: Callable[[M, Any, Any], tuple[Any, Any]],
     carry: Any,
     xs: Any = None,
@@ -53,11 +54,10 @@ def scan_layers(
 
     `xs` is a pytree with a leading layer axis (layer indices, for example) or None. `remat` is
     what the backward pass recomputes: `full` everything but the carries, `dots` everything but
-    matmuls with weights, `none` nothing. Inside `cpu.read_in_place` the scan is unrolled.
+    matmuls with weights, `none` nothing. In a network of `cpu.read_in_place` the scan is unrolled.
     """
-    unstacked = unstacked_layers(layers)
-    if unstacked is not None:
-        return unstacked.run(body, carry, xs)
+    if isinstance(layers, UnstackedLayers):
+        return layers.run(body, carry, xs)
     graphdef, state = nnx.split(layers)
 
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:

@@ -201,9 +201,9 @@ def _architecture(
 def _network(architecture: CtcConfig | TransducerConfig) -> tuple[nnx.Module, mapping.Table]:
     """The network without weights, and the table of NeMo's parameter names."""
     if isinstance(architecture, TransducerConfig):
-        made = abstract(lambda: TransducerNetwork(architecture, rngs=nnx.Rngs(0)))
+        made = abstract(lambda rngs: TransducerNetwork(architecture, rngs=rngs))
         return made, transducer_table(architecture)
-    made = abstract(lambda: CtcNetwork(architecture, rngs=nnx.Rngs(0)))
+    made = abstract(lambda rngs: CtcNetwork(architecture, rngs=rngs))
     return made, ctc_table(architecture.perception)
 
 

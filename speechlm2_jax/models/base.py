@@ -9,7 +9,6 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from speechlm2_jax import parameter_paths, settings
 from speechlm2_jax.batches import HostBatch, LossSum, StepLosses
@@ -231,7 +230,7 @@ class SpeechModel(ABC):
             context=context,
             longest=longest,
         )
-        graphdef, _ = split(abstract(lambda: AudioPerception(config, rngs=nnx.Rngs(0))))
+        graphdef, _ = split(abstract(lambda rngs: AudioPerception(config, rngs=rngs)))
         root = "perception."
         own = {p[len(root) :]: v for p, v in self.variables.items() if p.startswith(root)}
         dtype = self._blueprint.network.compute_dtype
@@ -320,7 +319,7 @@ class SpeechModel(ABC):
         )
 
     def _build(self) -> tuple[Any, dict[str, VariableInfo]]:
-        module = abstract(lambda: self._blueprint.make(nnx.Rngs(0)))
+        module = abstract(self._blueprint.make)
         return split(module)[0], describe(module)
 
     def _select(self) -> parameter_paths.Selection:

@@ -60,7 +60,7 @@ class AudioCodec:
     def variables(self) -> Variables:
         """Weights and buffers by path; randomly initialized at the first access."""
         if self._variables is None:
-            self._variables = draw(lambda: split(self._make())[1])
+            self._variables = draw(lambda: split(self._make(nnx.Rngs(self._seed)))[1])
         return self._variables
 
     @variables.setter
@@ -151,13 +151,13 @@ class AudioCodec:
         graphdef, variables = self._compute()
         return _decode_step(graphdef, variables, stream, jnp.asarray(codes, jnp.int32))
 
-    def _make(self) -> Codec:
-        return Codec(self.config, rngs=nnx.Rngs(self._seed))
+    def _make(self, rngs: nnx.Rngs) -> Codec:
+        return Codec(self.config, rngs=rngs)
 
     def _compute(self) -> tuple[Any, Variables]:
         """(graphdef, variables) with weight norm folded into the kernels, cached."""
         if self._folded is None:
-            graphdef = split(abstract(lambda: _folded(self._make())))[0]
+            graphdef = split(abstract(lambda rngs: _folded(self._make(rngs))))[0]
             self._folded = graphdef, _fold(self._graphdef, self.variables)
         return self._folded
 

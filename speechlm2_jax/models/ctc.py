@@ -158,7 +158,7 @@ class CTCModel(Transcriber):
     def variables(self) -> Variables:
         """Weights and buffers by path; randomly initialized at the first access."""
         if self._variables is None:
-            self._variables = draw(lambda: split(self._make())[1])
+            self._variables = draw(lambda: split(self._make(nnx.Rngs(self._config.seed)))[1])
         return self._variables
 
     @variables.setter
@@ -172,7 +172,7 @@ class CTCModel(Transcriber):
 
     def load_onto(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> Variables:
         """Initial weights and buffers, each on the sharding of its leaf; not kept."""
-        return draw(lambda: split(self._make())[1], layout)
+        return draw(lambda: split(self._make(nnx.Rngs(self._config.seed)))[1], layout)
 
     def check_weights(self) -> None:
         """Nothing to check: all weights are initialized at random."""
@@ -281,8 +281,8 @@ class CTCModel(Transcriber):
     def _table(self) -> mapping.Table:
         return ctc_table(self._network.perception)
 
-    def _make(self) -> CtcNetwork:
-        return CtcNetwork(self._network, rngs=nnx.Rngs(self._config.seed))
+    def _make(self, rngs: nnx.Rngs) -> CtcNetwork:
+        return CtcNetwork(self._network, rngs=rngs)
 
     def _build(self) -> tuple[Any, dict[str, VariableInfo]]:
         module = abstract(self._make)

@@ -31,6 +31,8 @@ _TARGET_KEYS = ("_target_", "target")
 _SEQUENCES = (tuple, list, Sequence)
 _MAPPINGS = (dict, Mapping)
 _ignored: ContextVar[dict[str, str] | None] = ContextVar("_ignored", default=None)
+"""The open report. It is no argument, because blocks are built inside public constructors (models,
+DataModule, Trainer), all of which would have to take it and hand it on."""
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from speechlm2_jax.asr.greedy import decode_greedily
 from speechlm2_jax.asr.transducer import TransducerConfig, TransducerNetwork
@@ -39,7 +38,7 @@ def make(durations):
             "durations": durations,
         },
     )
-    module = abstract(lambda: TransducerNetwork(config, rngs=nnx.Rngs(0)))
+    module = abstract(lambda rngs: TransducerNetwork(config, rngs=rngs))
     rng = np.random.default_rng(3)
     variables = {
         path: jnp.asarray(rng.normal(size=info.shape), jnp.float32)

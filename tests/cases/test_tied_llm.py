@@ -8,7 +8,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
 
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.decoder import decoder_table
@@ -31,7 +30,7 @@ DUPLEX = Path(__file__).parents[1] / "data/duplex"
 SALM_SAVED = Path(__file__).parents[1] / "data/salm/qwen3_lora_hf"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CONFIG = decoder_config(json.loads((QWEN3 / "config.json").read_text()))
-INFOS = describe(abstract(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0))))
+INFOS = describe(abstract(lambda rngs: Decoder(CONFIG, rngs=rngs)))
 
 
 def stored() -> dict[str, np.ndarray]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from speechlm2_jax.conversion.hf_config import decoder_config
 from speechlm2_jax.conversion.readers.source import TensorSource
@@ -38,7 +37,7 @@ def salm_config(name: str, *, lora: bool = True) -> SalmConfig:
 
 
 def salm_infos(config: SalmConfig) -> dict[str, VariableInfo]:
-    return describe(abstract(lambda: Salm(config, rngs=nnx.Rngs(0))))
+    return describe(abstract(lambda rngs: Salm(config, rngs=rngs)))
 
 
 def tensors(source: TensorSource) -> dict[str, np.ndarray]:

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file
 
 from speechlm2_jax.conversion import mapping
@@ -34,12 +33,12 @@ def module(name: str):
     dims = MODULES[name]["dims"]
     config = build(SpeechDecoderConfig, MODULES[name]["config"])
     made = abstract(
-        lambda: SpeechDecoder(
+        lambda rngs: SpeechDecoder(
             config,
             input_width=dims["latent_dim"],
             codebooks=dims["num_codebooks"],
             codes_per_codebook=dims["tokens_per_codebook"],
-            rngs=nnx.Rngs(0),
+            rngs=rngs,
         )
     )
     is_projected = dims["latent_dim"] != config.d_model
@@ -49,7 +48,7 @@ def module(name: str):
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformers_come_back_bit_for_bit_without_their_masks(name):
     config = build(SpeechDecoderConfig, TRANSFORMERS[name]["config"])
-    infos = describe(abstract(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    infos = describe(abstract(lambda rngs: Transformer(config, rngs=rngs)))
     given, table = stored("transformer", name), transformer_table(config)
     exported = mapping.export(mapping.load(memory_source(given), table, infos), table)
     assert_same_bits(exported, {k: v for k, v in given.items() if MASK not in k})

@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import pytest
-from flax import nnx
 
 from speechlm2_jax.asr.transducer import TransducerConfig, TransducerNetwork
 from speechlm2_jax.conversion import mapping
@@ -27,7 +26,7 @@ def network_config(blocks: dict[str, Any], **more: Any) -> TransducerConfig:
 
 
 def infos(config: TransducerConfig):
-    return describe(abstract(lambda: TransducerNetwork(config, rngs=nnx.Rngs(0))))
+    return describe(abstract(lambda rngs: TransducerNetwork(config, rngs=rngs)))
 
 
 @pytest.mark.parametrize("name", NAMES)

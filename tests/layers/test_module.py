@@ -19,10 +19,10 @@ class Layer(nnx.Module):
 
 
 def test_a_module_without_values_is_described_as_one_with_values():
-    def make():
-        return stack(lambda rngs: stack(Layer, 2, rngs), 3, nnx.Rngs(5))
+    def make(rngs):
+        return stack(lambda rngs: stack(Layer, 2, rngs), 3, rngs)
 
-    drawn, undrawn = make(), abstract(make)
+    drawn, undrawn = make(nnx.Rngs(5)), abstract(make)
     assert describe(undrawn) == describe(drawn)
     assert split(undrawn)[0] == split(drawn)[0]
     assert describe(undrawn)["weight"].shape == (3, 2, 48, 33)

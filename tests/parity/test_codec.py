@@ -164,7 +164,7 @@ LAYERS = {
 def test_convolution_equals_nemo(name):
     given = tensors("layers")
     part = {k.removeprefix(f"conv/{name}/"): v for k, v in given.items() if f"/{name}/" in k}
-    layer = abstract(lambda: LAYERS[name](nnx.Rngs(0)))
+    layer = abstract(LAYERS[name])
     stored = {"weight.gain": part["g"][:, 0, 0], "weight.direction": part["v"]}
     layer = merge(split(layer)[0], {**stored, "bias": part["bias"]})
     x = steps_first(given["conv/x"])

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file
 
 from speechlm2_jax.conversion import mapping
@@ -34,7 +33,7 @@ NEW_TOKENS = 16
 @cache
 def load(family: str) -> tuple[Any, Variables, Table]:
     config = decoder_config(read_json(family, "config.json"))
-    network = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    network = abstract(lambda rngs: Decoder(config, rngs=rngs))
     table = decoder_table(config)
     variables = mapping.load(open_weights(DATA / family), table, describe(network))
     return split(network)[0], jax.tree.map(jnp.asarray, variables), table

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.decoder import decoder_table, layers_table
@@ -40,7 +39,7 @@ def stored(model: torch.nn.Module) -> dict[str, np.ndarray]:
 def load(name: str, **changes: Any) -> tuple[Any, Variables, Any]:
     model = tiny_model(name, **changes)
     config = decoder_config(json.loads(json.dumps(config_of(model))))
-    network = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    network = abstract(lambda rngs: Decoder(config, rngs=rngs))
     table = decoder_table(config)
     variables = mapping.load(memory_source(stored(model)), table, describe(network))
     return split(network)[0], jax.tree.map(jnp.asarray, variables), table
@@ -156,7 +155,7 @@ def test_lora_on_all_linear_layers_is_its_merged_weights(name: str) -> None:
     graphdef, variables, _ = load(name)
     config = merge(graphdef, variables).config
     lora = LoraConfig(r=2, lora_alpha=3, target_modules="all-linear")
-    network = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0), lora=lora))
+    network = abstract(lambda rngs: Decoder(config, rngs=rngs, lora=lora))
     infos = describe(network)
     draw = np.random.default_rng(1)
     adapters = {

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file
 
 from speechlm2_jax.conversion import mapping
@@ -87,7 +86,7 @@ def encoder_case(name):
     weights = below(given, "state_dict/") or below(
         tensors("perception/enc_offline_xscale"), "state_dict/"
     )
-    module = abstract(lambda: FastConformer(config, rngs=nnx.Rngs(0)))
+    module = abstract(lambda rngs: FastConformer(config, rngs=rngs))
     variables = load_weights(fastconformer_table(config), describe(module), weights)
     features = jnp.asarray(given["in/audio_signal"].swapaxes(1, 2))
     lengths = jnp.asarray(given["in/length"], jnp.int32)
@@ -168,7 +167,7 @@ def test_each_block_of_a_layer_equals_nemo(name):
     _, variables, given, config, _, _ = encoder_case(name)
     expected = outputs_of(given)
     parts = below(expected, "layer_0/")
-    graphdef = split(abstract(lambda: ConformerLayer(config, rngs=nnx.Rngs(0))))[0]
+    graphdef = split(abstract(lambda rngs: ConformerLayer(config, rngs=rngs)))[0]
     first = {k: v[0] for k, v in below(variables, "layers.").items()}
     layer = merge(graphdef, first)
     lengths = jnp.asarray(expected["encoded_len"], jnp.int32)
@@ -202,7 +201,7 @@ def test_a_training_pass_equals_nemo_with_its_padding_counted():
         output = network(features, lengths, train=True, extents=extents)
         return jnp.mean(output.frames * weights), output
 
-    infos = describe(abstract(lambda: FastConformer(config, rngs=nnx.Rngs(0))))
+    infos = describe(abstract(lambda rngs: FastConformer(config, rngs=rngs)))
     parameters = {k: v for k, v in variables.items() if not infos[k].is_buffer}
     step = quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (value, output), (gradients, input_gradient) = step(parameters, features)
@@ -241,7 +240,7 @@ def perception_case(adapter):
     state |= below(tensors(f"perception/perc_{adapter}"), "state_dict/")
     if not config.is_projected:
         state = {k: v for k, v in state.items() if not k.startswith("proj.")}
-    module = abstract(lambda: AudioPerception(config, rngs=nnx.Rngs(0)))
+    module = abstract(lambda rngs: AudioPerception(config, rngs=rngs))
     variables = load_weights(perception_table(config), describe(module), state)
     exported = mapping.export(variables, perception_table(config))
     assert {k: v.shape for k, v in exported.items() if "tracked" not in k} == {
@@ -278,7 +277,7 @@ def test_adapter_statistics_equal_nemos_step_whatever_the_bucket():
     given = tensors("salm/llama_adapter")
     block = facts("salm/llama_adapter_hf/config")["perception"]
     config = build(PerceptionConfig, block)
-    module = abstract(lambda: AudioPerception(config, rngs=nnx.Rngs(0)))
+    module = abstract(lambda rngs: AudioPerception(config, rngs=rngs))
     state = below(tensors("salm/llama_adapter_hf/model"), "perception.")
     table = perception_table(config)
     variables = load_weights(table, describe(module), state)
@@ -315,7 +314,7 @@ def test_what_nemo_has_and_this_does_not_is_refused_by_name():
 def test_long_audio_in_parts_equals_nemo(seconds):
     whole, graphdef, variables = perception_case("identity_proj")
     config = replace(whole, encoder_chunk_size_seconds=seconds)
-    graphdef = split(abstract(lambda: AudioPerception(config, rngs=nnx.Rngs(0))))[0]
+    graphdef = split(abstract(lambda rngs: AudioPerception(config, rngs=rngs)))[0]
     given = below(tensors("perception/perc_identity_proj"), "in/")
     audio = jnp.asarray(given["input_signal"])
     lengths = jnp.asarray(given["input_signal_length"], jnp.int32)

@@ -43,7 +43,7 @@ def transformer(name: str):
     """(graphdef, variables, golden, inputs) of a transformer golden."""
     golden = load_file(DATA / f"transformer_{name}.safetensors")
     config = build(SpeechDecoderConfig, TRANSFORMERS[name]["config"], "speech_decoder")
-    module = abstract(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    module = abstract(lambda rngs: Transformer(config, rngs=rngs))
     source = memory_source(below(golden, "sd/"))
     variables = mapping.load(source, transformer_table(config), describe(module))
     inputs = {"mask": jnp.asarray(golden["mask"], bool)}
@@ -147,12 +147,12 @@ def decoder(name: str, **changes: Any):
     block = MODULES[name]
     config = build(SpeechDecoderConfig, {**block["config"], **changes}, "speech_decoder")
     module = abstract(
-        lambda: SpeechDecoder(
+        lambda rngs: SpeechDecoder(
             config,
             input_width=block["dims"]["latent_dim"],
             codebooks=block["dims"]["num_codebooks"],
             codes_per_codebook=block["dims"]["tokens_per_codebook"],
-            rngs=nnx.Rngs(0),
+            rngs=rngs,
         )
     )
     is_projected = block["dims"]["latent_dim"] != config.d_model

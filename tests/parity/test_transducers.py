@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file
 
 from speechlm2_jax.asr.ctc import best_path
@@ -45,7 +44,7 @@ def model(name):
     """(graphdef, variables, config) of an archive."""
     archive = read_nemo(ASR / f"{name}.nemo")
     config = config_of(archive)
-    module = abstract(lambda: TransducerNetwork(config, rngs=nnx.Rngs(0)))
+    module = abstract(lambda rngs: TransducerNetwork(config, rngs=rngs))
     variables = mapping.load(archive.weights, transducer_table(config), describe(module))
     arrays = {path: jnp.asarray(value) for path, value in variables.items()}
     return split(module)[0], arrays, config

@@ -5,7 +5,6 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from speechlm2_jax.layers.module import abstract, describe, merge, split
 from speechlm2_jax.perception.fastconformer import FastConformer
@@ -70,13 +69,13 @@ RANDOM_EVERYWHERE = {
 @cache
 def encoder(config):
     """(graphdef, variables, paths of parameters) with all variables away from 0 and 1."""
-    return _random(abstract(lambda: FastConformer(config, rngs=nnx.Rngs(0))))
+    return _random(abstract(lambda rngs: FastConformer(config, rngs=rngs)))
 
 
 @cache
 def perception(config):
     graphdef, variables, parameters = _random(
-        abstract(lambda: AudioPerception(config, rngs=nnx.Rngs(0)))
+        abstract(lambda rngs: AudioPerception(config, rngs=rngs))
     )
     tables = split(LogMel(config.preprocessor))[1]
     return graphdef, variables | {f"log_mel.{k}": v for k, v in tables.items()}, parameters

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.fastconformer import fastconformer_table
@@ -334,7 +333,7 @@ def test_every_variable_names_an_axis_for_each_dimension():
     several = ({}, {"untie_biases": False, "subsampling": "striding", "feat_out": 8}, UNCOMMON)
     for changes in several:
         config = encoder_config(**changes)
-        infos = describe(abstract(lambda c=config: FastConformer(c, rngs=nnx.Rngs(0))))
+        infos = describe(abstract(lambda rngs, c=config: FastConformer(c, rngs=rngs)))
         for info in infos.values():
             assert len(info.axes) == len(info.shape)
             assert {a for a in info.axes if a is not None} <= {name for name, _ in RULES}
@@ -343,7 +342,7 @@ def test_every_variable_names_an_axis_for_each_dimension():
 def test_frames_and_gradients_are_the_same_on_a_mesh():
     config = encoder_config(n_layers=1)
     graphdef, variables, parameters = encoder(config)
-    infos = describe(abstract(lambda: FastConformer(config, rngs=nnx.Rngs(0))))
+    infos = describe(abstract(lambda rngs: FastConformer(config, rngs=rngs)))
     features, lengths = padded([noise(20 + n, 12, seed=n) for n in range(4)], 24)
     sharding = make_sharding(data=2, fsdp=2, tensor=2)
 
