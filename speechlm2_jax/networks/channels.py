@@ -62,7 +62,7 @@ class Codebooks:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Channels:
-    """Inputs of the network in each frame, and its targets for the next frame."""
+    """Inputs of the network in each frame, and the targets that it predicts from them."""
 
     user: Float[Array, "B T D"]
     """Encoded audio of the user."""
@@ -72,7 +72,7 @@ class Channels:
     code_targets: Int[Array, "B T K"]
     is_scored: Bool[Array, "B T"]
     frames: Int[Array, " B"]
-    """Frames of each conversation that are counted in the mean of the loss."""
+    """Number of frames of each conversation by which the summed loss is divided."""
 
 
 @jax.tree_util.register_dataclass
@@ -83,9 +83,9 @@ class ChannelLengths:
     user: Any
     agent: Any
     longest_user: Any
-    """Frames of the longest user channel in the group, to which NeMo pads (`nemo_exact`)."""
+    """Frames of the longest user channel in the group. NeMo pads to it; read by `nemo_exact`."""
     longest_agent: Any
-    """The same of the agent's channel."""
+    """Frames of the longest agent channel in the group; read by `nemo_exact`."""
 
 
 def align(
@@ -100,14 +100,16 @@ def align(
 ) -> Channels:
     """Aligns the channels and makes the targets.
 
-    - All channels get the length of the shorter of user audio and codes.
+    - User audio and codes are truncated to the shorter of the two.
+    - The text is truncated or padded to the same length.
     - Control codes mark the starts and ends of the agent's turns.
     - The codes are delayed by one frame.
     - Targets are the channels shifted by one frame: frame t reads text t and codes t - 1, and
       predicts text t + 1 and codes t.
 
-    The loss is summed over the real frames of a conversation. With `nemo_exact` it is summed over
-    all frames up to the longest conversation of the group, and divided by the number of real ones.
+    The loss is summed over the real frames of a conversation and divided by their number. With
+    `nemo_exact` the sum also runs over padding, up to the longest conversation of the group. The
+    divisor stays the number of real frames.
     """
     length = min(user.shape[1], codes.shape[1])
     text = _with_length(text, length, ids.pad)
@@ -150,9 +152,9 @@ def without_control(
 ) -> Int[Array, "B T K"]:
     """Replaces control codes, which a codec cannot decode, by the codes of the first frame.
 
-    The first frame of a conversation is silence. Where it holds a control code itself, `silence`
-    (the codec's codes of silence) is used. With `nemo_exact` that control code stays, and the codec
-    takes it modulo its codebook size.
+    The first frame of a conversation is silence. Where the first frame itself holds a control code,
+    the replacement is `silence`, the codes to which the codec encodes silence. With `nemo_exact`
+    that control code stays: the codec reduces it modulo the codebook size.
     """
     first = codes[:, :1]
     if not nemo_exact:
@@ -161,7 +163,10 @@ def without_control(
 
 
 class CodeEmbedding(nnx.Module):
-    """One embedding table per codebook (with control codes); a frame is the sum over codebooks."""
+    """One embedding table per codebook, control codes included.
+
+    The embedding of a frame is the sum over its K codes.
+    """
 
     def __init__(self, codebooks: Codebooks, width: int, *, rngs: nnx.Rngs):
         shape = (codebooks.count, codebooks.vocab_size, width)
@@ -172,7 +177,7 @@ class CodeEmbedding(nnx.Module):
     def __call__(
         self, codes: Int[Array, "B T K"], start: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
-        """Adds the embeddings of all codes to `start`, in its dtype."""
+        """Adds the embeddings of all codes to `start`. Returns the sum in the dtype of `start`."""
         tables = constrain(self.weight[...], None, "vocab", None)
         for k, table in enumerate(tables):
             start = start + jnp.take(table, codes[..., k], axis=0).astype(start.dtype)

@@ -1,6 +1,6 @@
-"""The base class of both full-duplex networks, and their training.
+"""The base class of both full-duplex networks, and the losses of both.
 
-Three stages, each a pure function that parity tests compare with NeMo:
+There are three stages. Each is a pure function that parity tests compare with NeMo:
 
 - `prepare`: audio and tokens -> aligned channels and input embeddings
 - `forward`: embeddings -> hidden states of the text head and of the audio head
@@ -74,7 +74,7 @@ class DuplexConfig:
         if abs(user_s / agent_s - 1) > RATE_TOLERANCE:
             raise ValueError(
                 f"frames of perception last {1e3 * user_s:.1f} ms but frames of the codec "
-                f"{1e3 * agent_s:.1f} ms; use a codec and an encoder of one frame rate"
+                f"{1e3 * agent_s:.1f} ms; use a codec and an encoder with the same frame rate"
             )
 
     @property
@@ -95,9 +95,10 @@ class DuplexModes:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class DuplexInputs:
-    """Input embeddings of the LLM, [B, T, D] with B = groups x sequences, and the channels."""
+    """Inputs of the `forward` stage. B is the number of groups times the sequences of a group."""
 
     embeds: Any
+    """Input embeddings of the LLM, [B, T, D]."""
     channels: Channels
     statistics: dict[str, Any]
     """New batch-norm statistics by variable path."""
@@ -108,6 +109,7 @@ class DuplexHidden(NamedTuple):
 
     text: Float[Array, "B T D"]
     audio: Float[Array, "B T W"]
+    """W is the width of the LLM, or of the speech decoder if the network has one."""
 
 
 class Duplex(nnx.Module):
@@ -180,7 +182,10 @@ def encode_user(
     rngs: Key[Array, " B"] | None = None,
     extents: Int[Array, " B"] | None = None,
 ) -> Any:
-    """Encodes the user's audio into LLM-width frames (a `PerceptionOutput`)."""
+    """Encodes the user's audio into LLM-width frames (a `PerceptionOutput`).
+
+    `extents` are the lengths in samples to which NeMo would pad each recording.
+    """
     return network.perception(
         constrain(audio, "clips", None),
         lengths,
@@ -268,7 +273,7 @@ def forward(
 def losses(
     network: Duplex, batch: DuplexBatch, modes: DuplexModes, rng: Key[Array, ""] | None = None
 ) -> StepLosses:
-    """Computes cross-entropy and accuracy of both channels, as sums over frames.
+    """Computes cross-entropy and accuracy of the agent's text and codes, as sums over frames.
 
     The loss is the weighted sum of both cross-entropies.
     """
@@ -327,4 +332,5 @@ def _longest(lengths: Int[Array, " B"], groups: Int[Array, " B"]) -> Int[Array, 
 
 
 def _flat(x: Array) -> Array:
+    """[G, R, ...] -> [G x R, ...]."""
     return x.reshape(-1, *x.shape[2:])

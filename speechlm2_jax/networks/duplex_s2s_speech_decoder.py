@@ -1,4 +1,4 @@
-"""DuplexS2SSpeechDecoder: the LLM predicts the agent's text, a speech decoder its audio codes."""
+"""DuplexS2SSpeechDecoder: the LLM predicts agent text, a speech decoder predicts audio codes."""
 
 from typing import Any, NamedTuple
 

@@ -3,7 +3,7 @@
 - A weight costs 2 FLOPs per token in the forward pass, 2 in the backward pass if a gradient passes
   through its layer, and 2 more if the weight is trained.
 - Causal attention costs half of full attention.
-- The head counts at positions with a target only.
+- The LM head counts only at positions with a target.
 - Padding and rematerialisation do not count.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from speechlm2_jax.batches import SalmBatch
 from speechlm2_jax.layers.module import VariableInfo
 
-OUTPUT = ".attention.output.weight"
+OUTPUT_PROJECTION = ".attention.output.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +26,19 @@ class LayerGroup:
     """Prefix of the paths of their variables."""
     tokens: float
     attention: float = 0.0
-    """Multiply-adds of attention scores and weighted values; half of them if causal."""
+    """Multiply-adds of attention: scores and weighted values. Causal attention counts half."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedAudio:
-    """Real frames of each clip after the encoder and after the adapter; arrays of any shape.
-
-    The weights of convolutional subsampling count `subsampling_factor` times per encoder frame.
-    """
+    """Number of frames of each clip without padding; arrays of any shape."""
 
     encoded: np.ndarray
-    """Per clip, or per chunk if the encoder runs over chunks of a clip."""
+    """Encoder frames per clip, or per chunk if the encoder runs over chunks of a clip."""
     adapted: np.ndarray
+    """Frames per clip after the modality adapter."""
     subsampling_factor: int
+    """How often the weights of the convolutional subsampling count per encoder frame."""
 
 
 def salm_flops(
@@ -64,13 +63,15 @@ def duplex_flops(
     *,
     subsampling_factor: int,
 ) -> float:
-    """Computes the FLOPs of one training step of a duplex model; `frames` of each conversation.
+    """Computes the FLOPs of one training step of a duplex model.
 
-    Both heads count at every frame. The codec does not count: it is frozen and runs forward only.
+    `frames` is the number of frames of each conversation. Both heads count at every frame. The
+    codec does not count: it is frozen and runs forward only.
     """
     n_frames = float(frames.sum())
     decoder = "speech_decoder.transformer.layers."
     inputs = infos.get(f"{decoder}attention.inputs.weight")
+    # one matrix projects to queries, keys and values: a third of its outputs is the width
     width = 0.0 if inputs is None else 2.0 * inputs.shape[0] * inputs.shape[1] / 3
     audio = EncodedAudio(encoded=frames, adapted=frames, subsampling_factor=subsampling_factor)
     groups = (
@@ -103,18 +104,23 @@ def _perception(infos: Mapping[str, VariableInfo], audio: EncodedAudio) -> tuple
 
 
 def _adapter(infos: Mapping[str, VariableInfo], audio: EncodedAudio) -> tuple[LayerGroup, ...]:
-    """A Conformer or a projection processes its own frames; a Q-Former queries encoder layers."""
+    """The layers of the modality adapter.
+
+    A Conformer or a projection processes its own frames. A Q-Former attends from its queries to
+    the outputs of several encoder layers.
+    """
     root, adapted = "perception.adapter.", float(audio.adapted.sum())
     queries = infos.get(f"{root}prompts")
     width = _attention_width(infos, f"{root}layers.")
     if queries is None:
         return (LayerGroup(prefix=root, tokens=adapted, attention=width * _pairs(audio.adapted)),)
-    read, prompts = queries.shape[:2]
-    n_queries, n_keys = adapted * read, float(audio.encoded.sum()) * read
-    own, cross = f"{root}layers.attention.", f"{root}layers.cross_attention."
+    encoder_layers, prompts = queries.shape[:2]
+    n_queries = adapted * encoder_layers
+    n_keys = float(audio.encoded.sum()) * encoder_layers
+    self_attention, cross = f"{root}layers.attention.", f"{root}layers.cross_attention."
     return (
         *(LayerGroup(prefix=f"{cross}{name}.", tokens=n_keys) for name in ("key", "value")),
-        LayerGroup(prefix=own, tokens=n_queries, attention=width * n_queries * prompts),
+        LayerGroup(prefix=self_attention, tokens=n_queries, attention=width * n_queries * prompts),
         *(LayerGroup(prefix=f"{cross}{name}.", tokens=n_queries) for name in ("query", "output")),
         LayerGroup(
             prefix=f"{root}layers.hidden.", tokens=n_queries, attention=width * n_keys * prompts
@@ -127,8 +133,10 @@ def _adapter(infos: Mapping[str, VariableInfo], audio: EncodedAudio) -> tuple[La
 def _llm(
     infos: Mapping[str, VariableInfo], lengths: np.ndarray, scored: float
 ) -> tuple[LayerGroup, ...]:
-    # the layers may be several stacks; a sliding window counts as full attention
-    outputs = [i for p, i in infos.items() if p.startswith("llm.") and p.endswith(OUTPUT)]
+    # the layers may form several stacks; attention with a sliding window counts as full attention
+    outputs = [
+        i for p, i in infos.items() if p.startswith("llm.") and p.endswith(OUTPUT_PROJECTION)
+    ]
     width = sum(2.0 * info.shape[0] * info.shape[2] for info in outputs)
     attention = width * _pairs(lengths) / 2
     head = "llm.head." if "llm.head.weight" in infos else "llm.embedding."
@@ -144,7 +152,10 @@ def _total(
     trainable: Mapping[str, bool | np.ndarray],
     groups: Sequence[LayerGroup],
 ) -> float:
-    """Sums the groups, in forward order; gradients pass from the first trained group on."""
+    """Sums the FLOPs of `groups`, which are in forward order.
+
+    The backward pass runs from the loss back to the first group with a trained weight.
+    """
     total, gradient_passes = 0.0, False
     for group in groups:
         paths = [p for p in infos if p.startswith(group.prefix) and not infos[p].is_buffer]
@@ -158,7 +169,7 @@ def _total(
 
 
 def _pairs(lengths: np.ndarray) -> float:
-    """Pairs of a query and a key."""
+    """Number of query-key pairs in full attention over sequences of these lengths."""
     return float((lengths.astype(float) ** 2).sum())
 
 

@@ -14,8 +14,9 @@ def interleave(
 ) -> Float[Array, "G R T D"]:
     """Replaces text embeddings by audio frames where `audio_index` >= 0.
 
-    The index is clip * F + frame, with the clip's index in its group. So the gather needs no
-    communication between groups (NeMo: replace_placeholders_and_build_targets).
+    A value of `audio_index` is clip x F + frame, where `clip` counts within the group. As no index
+    points into another group, the gather needs no communication between devices (NeMo:
+    replace_placeholders_and_build_targets).
     """
     groups, clips, capacity, width = frames.shape
     if clips * capacity == 0:

@@ -13,7 +13,7 @@ from speechlm2_jax.sharding import constrain, context_size
 
 LogitsOf = Callable[[Float[Array, "B T D"]], Float[Array, "B T *K V"]]
 CHUNK_TOKENS = 1024
-"""Scored positions per chunk and device: fp32 logits of [1024, V] at a time."""
+"""Positions per chunk and device. So each device holds fp32 logits of [1024, V] at a time."""
 
 
 def chunked_cross_entropy(
@@ -26,19 +26,19 @@ def chunked_cross_entropy(
 ) -> tuple[LossSum, LossSum]:
     """Sums -log p(target) and counts correct predictions where `loss_mask` is True.
 
-    The scored positions of each sequence move to its front. The head then runs over chunks of
-    positions and skips chunks without a target. The logits of a chunk are computed again in the
-    backward pass, unless one chunk holds all positions.
+    The scored positions of each sequence are moved to its front. The LM head then runs over chunks
+    of positions and skips chunks without a target. The backward pass computes the logits of a chunk
+    again, unless one chunk holds all positions.
 
-    `sequences_per_shard` is the number of sequences on each device; it sets the length of a chunk.
-    If sequences are sharded over a context axis, each device does this with its own part.
+    `sequences_per_shard` is the number of sequences on each device. It sets the length of a chunk.
+    If sequences are sharded over a context axis, each device chunks its own part of a sequence.
 
-    Returns loss and accuracy as sums with the same count, in fp32 whatever the dtype of the logits.
-    A position with targets of K codebooks counts K times.
+    Returns loss and accuracy as sums with the same count. Both are fp32, whatever the dtype of the
+    logits. A position with targets of K codebooks counts K times.
     """
     batch, shards = loss_mask.shape[0], context_size()
     length = loss_mask.shape[1] // shards
-    chunk, is_kept = _chunk_length(length, sequences_per_shard)
+    chunk, keeps_logits = _chunk_length(length, sequences_per_shard)
     padded = -(-length // chunk) * chunk
 
     def shard(x: Array) -> Array:
@@ -55,9 +55,9 @@ def chunked_cross_entropy(
     order = jnp.argsort(~loss_mask, axis=2, stable=True)
     order = jnp.pad(order, ((0, 0), (0, 0), (0, padded - length)))
     scored = jnp.sum(loss_mask, axis=2)
-    most = jnp.max(scored)
+    most_scored = jnp.max(scored)
 
-    def sums(start: Array) -> tuple[Array, Array]:
+    def chunk_sums(start: Array) -> tuple[Array, Array]:
         index = jax.lax.dynamic_slice_in_dim(order, start, chunk, axis=2)
         h = jnp.take_along_axis(hidden, index[..., None], axis=2)
         y = jnp.take_along_axis(targets, per_codebook(index), axis=2)
@@ -65,16 +65,16 @@ def chunked_cross_entropy(
         logits = logits_of(h.reshape(batch, -1, h.shape[-1])).astype(jnp.float32)
         return _scores(logits.reshape(*y.shape, -1), y, mask)
 
-    def nothing(start: Array) -> tuple[Array, Array]:
+    def zero_sums(start: Array) -> tuple[Array, Array]:
         return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
 
     def add_chunk(carry: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
-        loss, correct = jax.lax.cond(start < most, sums, nothing, start)
+        loss, correct = jax.lax.cond(start < most_scored, chunk_sums, zero_sums, start)
         return (carry[0] + loss, carry[1] + correct), None
 
     result = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     starts = range(0, padded, chunk)
-    if is_kept:
+    if keeps_logits:
         for start in starts:
             result, _ = add_chunk(result, jnp.asarray(start))
     else:
@@ -88,12 +88,12 @@ def chunked_cross_entropy(
 def _chunk_length(length: int, sequences: int) -> tuple[int, bool]:
     """Positions of a chunk, and whether all logits are kept for the backward pass.
 
-    They are kept if one chunk holds all positions: this takes no more memory and saves one matmul
-    with the head.
+    They are kept if one chunk holds all positions. This takes no more memory than recomputing them
+    and saves one matmul with the LM head.
     """
     chunk = min(length, max(1, CHUNK_TOKENS // sequences))
-    is_kept = chunk == length
-    return (loss_chunk(length) if is_kept else chunk), is_kept
+    keeps_logits = chunk == length
+    return (loss_chunk(length) if keeps_logits else chunk), keeps_logits
 
 
 def _scores(

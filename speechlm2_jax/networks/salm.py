@@ -1,6 +1,6 @@
 """SALM: an LLM over one sequence of audio frames and text (arXiv 2310.09424; NeMo SpeechLM2 SALM).
 
-Three stages, each a pure function that parity tests compare with NeMo:
+There are three stages. Each is a pure function that parity tests compare with NeMo:
 
 - `prepare`: audio and token ids -> input embeddings
 - `forward`: embeddings -> hidden states
@@ -54,9 +54,10 @@ class SalmModes:
 
 @dataclass(frozen=True, kw_only=True)
 class SalmInputs:
-    """Input embeddings of the LLM, [B, T, D] with B = groups x sequences."""
+    """Inputs of the `forward` stage. B is the number of groups times the sequences of a group."""
 
     embeds: Float[Array, "B T D"]
+    """Input embeddings of the LLM."""
     statistics: dict[str, Array]
     """New batch-norm statistics by variable path."""
 
@@ -76,7 +77,10 @@ class Salm(nnx.Module):
 
 
 def example_rngs(rng: Key[Array, ""] | None, ids: Int[Array, "G R"]) -> Key[Array, " B"] | None:
-    """Derives one random key per example from its index in the global batch; None stays None."""
+    """Derives one random key per example from its index in the global batch.
+
+    Returns None if `rng` is None.
+    """
     if rng is None:
         return None
     return jax.vmap(lambda i: jax.random.fold_in(rng, i))(ids.reshape(-1))
@@ -85,7 +89,10 @@ def example_rngs(rng: Key[Array, ""] | None, ids: Int[Array, "G R"]) -> Key[Arra
 def encode_audio(
     network: Salm, batch: SalmBatch, modes: SalmModes, rng: Key[Array, ""] | None
 ) -> tuple[Float[Array, "G C F D"], dict[str, Array]]:
-    """Encodes every clip of every group, each by itself, into frames of the LLM's width."""
+    """Encodes every clip independently into frames of the LLM's width.
+
+    Returns the frames and the new batch-norm statistics.
+    """
     groups, clips, samples = batch.audio.shape
     output = network.perception(
         constrain(batch.audio.reshape(groups * clips, samples), "clips", None),
@@ -115,7 +122,10 @@ def join(
     frames: Float[Array, "G C F D"] | None,
     statistics: dict[str, Array],
 ) -> SalmInputs:
-    """Embeds the text of a batch and interleaves the frames of its clips (None: no clips)."""
+    """Embeds the text of a batch and interleaves it with the frames of its clips.
+
+    `frames` is None for a batch without clips.
+    """
     text = network.llm.embed(batch.tokens).astype(network.dtype)
     if frames is not None:
         text = interleave(text, frames.astype(network.dtype), batch.audio_index)
