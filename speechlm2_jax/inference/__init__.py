@@ -1,1 +1,1 @@
-"""From a prompt or a recording to text: generation, streams, long audio."""
+"""From a prompt or a recording to text: generation, streamed text, long recordings."""

@@ -9,21 +9,21 @@ from speechlm2_jax.pretrained.locate import nemo_tokenizer
 from speechlm2_jax.settings import SettingsError
 
 CHARACTER_MODELS = ("EncDecCTCModel", "EncDecRNNTModel", "EncDecHybridRNNTCTCModel")
-"""NeMo's classes without a tokenizer: their config lists the labels, mostly characters."""
+"""NeMo's classes without a tokenizer. Their config lists the labels, which are characters."""
 CONTINUATION = "##"
 """Prefix of a word piece that continues the word before it (BERT)."""
 
 
 class LabelDecoder:
-    """Labels -> text, as NeMo writes it."""
+    """Turns labels (token indices) into the text that NeMo's model returns for them."""
 
     def __init__(self, pieces: Sequence[str], join: Callable[[list[int]], str]) -> None:
-        self._pieces, self._join = len(pieces), join
+        self._label_count, self._join = len(pieces), join
         self._marks = punctuation_marks(pieces)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, pieces: int) -> "LabelDecoder":
-        """Uses the first `pieces` of a tokenizer; the unknown token stays visible."""
+        """Uses the first `pieces` tokens of a tokenizer. The unknown token is kept in the text."""
         return cls(
             tokenizer.ids_to_tokens(range(pieces)),
             lambda labels: tokenizer.ids_to_text(labels, remove_special_tokens=False),
@@ -31,7 +31,7 @@ class LabelDecoder:
 
     @classmethod
     def from_characters(cls, labels: Sequence[str]) -> "LabelDecoder":
-        """Concatenates labels; the space is a label too."""
+        """Concatenates the labels. The space is one of them."""
         return cls(labels, lambda found: "".join(labels[i] for i in found))
 
     @classmethod
@@ -46,10 +46,10 @@ class LabelDecoder:
 
     def __len__(self) -> int:
         """The number of labels; the blank is the next index."""
-        return self._pieces
+        return self._label_count
 
     def __call__(self, labels: list[int]) -> str:
-        """Decodes labels, none of them the blank."""
+        """Decodes labels that contain no blank."""
         return attach_punctuation(self._join(labels), self._marks)
 
 
@@ -73,7 +73,7 @@ def class_name(archive: NemoArchive) -> str:
 
 
 def _labels(archive: NemoArchive, decoder: str) -> list[str]:
-    """The labels in a character model's config: those of the decoder, else the model's."""
+    """The labels in a character model's config: those of the decoder, else those of the model."""
     config = archive.config
     heads = (config.get("aux_ctc") or {}).get("decoder"), config.get("decoder")
     blocks = heads if decoder == "ctc" else (config.get("joint"),)

@@ -1,4 +1,4 @@
-"""Recordings as users pass them (paths, files, arrays): read, checked and resampled."""
+"""Reads, checks and resamples the recordings that users pass: paths, files or arrays."""
 
 from collections.abc import Iterable, Mapping
 from io import BufferedIOBase, BytesIO
@@ -35,8 +35,8 @@ def clips_of(audio: Any, prompt: str, rate_hz: int, channel: int | None = None) 
       [S, C] or [C, S], of floats or integers, and is resampled;
     - `{"path", "bytes"}`, undecoded audio of datasets.
 
-    `channel` chooses one channel; None mixes them. `prompt` names the prompt in errors. Raises
-    AudioError for an unusable recording and ValueError for any other value.
+    `channel` chooses one channel. None mixes all channels. `prompt` names the prompt in errors.
+    Raises AudioError for an unusable recording and ValueError for a value that is not a recording.
     """
     items = items_of(audio)
     names = [prompt if len(items) == 1 else f"{prompt}, clip {i}" for i in range(len(items))]
@@ -44,7 +44,7 @@ def clips_of(audio: Any, prompt: str, rate_hz: int, channel: int | None = None) 
 
 
 def split_audio(audios: Any, audio_lens: Any, least: int = 1) -> list[np.ndarray]:
-    """Cuts a padded batch [B, S] into its clips.
+    """Splits a padded batch [B, S] into its clips, without their padding.
 
     Raises ValueError as `padded_batch` does.
     """
@@ -55,10 +55,10 @@ def split_audio(audios: Any, audio_lens: Any, least: int = 1) -> list[np.ndarray
 def padded_batch(
     signal: Any, lengths: Any, names: tuple[str, str], *, least: int
 ) -> tuple[Float[np.ndarray, "B S"], Int32[np.ndarray, " B"]]:
-    """Checks a padded batch: float samples [B, S] and lengths [B], by default S each.
+    """Checks a padded batch: float samples [B, S] and lengths [B].
 
-    `names` are the two arguments' names. Raises ValueError for a length below `least` or above S,
-    and if `signal` is not a float batch.
+    If `lengths` is None, every length is S. `names` are the names of the two arguments in errors.
+    Raises ValueError for a length below `least` or above S, and if `signal` is not a float batch.
     """
     name, name_of_lengths = names
     try:
@@ -80,7 +80,7 @@ def padded_batch(
 
 
 def items_of(audio: Any) -> list[Any]:
-    """A list of recordings as it is; one recording as a list of one."""
+    """Returns a list of recordings unchanged, and one recording as a list of one."""
     if audio is None:
         return []
     is_one = isinstance(audio, Mapping | bytes) or not isinstance(audio, Iterable)
@@ -93,7 +93,7 @@ def _is_path(item: Any) -> bool:
 
 
 def is_array(item: Any) -> bool:
-    """Whether NumPy takes a value as an array."""
+    """Whether a value can be converted to a NumPy array (it has `__array__`)."""
     return hasattr(item, "__array__")
 
 
@@ -112,7 +112,9 @@ def _clip(item: Any, name: str, rate_hz: int, channel: int | None) -> AudioInput
     if isinstance(item, Mapping):
         return _clip_of_dict(item, name, rate_hz, channel)
     if _is_rate_and_array(item):
-        return AudioInput(_own_rate(np.asarray(item[1]), item[0], name, rate_hz, channel))
+        return AudioInput(
+            _mixed_and_resampled(np.asarray(item[1]), item[0], name, rate_hz, channel)
+        )
     if isinstance(item, bytes):
         return _read(BytesIO(item), name, None, rate_hz, channel)
     if _is_path(item):
@@ -141,10 +143,12 @@ def _read(
 def _clip_of_dict(
     item: Mapping[str, Any], name: str, rate_hz: int, channel: int | None
 ) -> AudioInput:
-    """A recording as datasets gives it: an array, the bytes of a file, or a path."""
+    """Reads a recording of Hugging Face datasets: an array, the bytes of a file, or a path."""
     if item.get("array") is not None and item.get("sampling_rate") is not None:
         array = np.asarray(item["array"])
-        return AudioInput(_own_rate(array, item["sampling_rate"], name, rate_hz, channel))
+        return AudioInput(
+            _mixed_and_resampled(array, item["sampling_rate"], name, rate_hz, channel)
+        )
     path = item.get("path")
     if isinstance(item.get("bytes"), bytes):
         file = None if path is None else str(path)
@@ -158,10 +162,10 @@ def _clip_of_dict(
     )
 
 
-def _own_rate(
+def _mixed_and_resampled(
     array: np.ndarray, own_hz: Any, name: str, rate_hz: int, channel: int | None
 ) -> Float[np.ndarray, " S"]:
-    """Mixes and resamples audio [S], [S, C] or [C, S] of its own rate."""
+    """Mixes audio [S], [S, C] or [C, S], and resamples it from `own_hz` to `rate_hz`."""
     least, most = RATES_HZ
     if not _is_rate(own_hz) or not least <= own_hz <= most or own_hz != int(own_hz):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Batches of recordings for duplex inference: checked, and padded to few shapes."""
+"""Checks batches of recordings for duplex inference, and pads them to one of few shapes."""
 
 from typing import Any
 
@@ -28,9 +28,9 @@ def check_batch(
 def pad_to_static_shape(
     audio: Float[np.ndarray, "B S"], lengths: Int32[np.ndarray, " B"], groups: int
 ) -> tuple[Float[np.ndarray, "R U"], Int32[np.ndarray, " R"]]:
-    """Rounds batch size and samples up, so that few programs are compiled.
+    """Pads batch size and samples to rounded sizes, so that few programs are compiled.
 
-    The batch size is a multiple of `groups`, the number of data-parallel shards.
+    The padded batch size is a multiple of `groups`, the number of data-parallel shards.
     """
     rows = -(-round_up(max(len(audio), 1), 1) // groups) * groups
     samples = round_up(int(lengths.max(initial=1)), SAMPLE_STEP)
@@ -39,5 +39,5 @@ def pad_to_static_shape(
 
 
 def pad_lengths(lengths: Int32[np.ndarray, " B"], rows: int) -> Int32[np.ndarray, " R"]:
-    """Lengths of `rows` rows; padding rows have length 0."""
+    """Pads lengths to `rows` elements. Padding has length 0."""
     return np.pad(np.asarray(lengths, np.int32), (0, rows - len(lengths)))

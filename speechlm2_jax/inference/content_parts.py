@@ -14,10 +14,11 @@ _AUDIO_TYPES = ("audio", "audio_url", "input_audio")
 def with_plain_content(turn: Mapping[str, Any], name: str, placeholder: str) -> Mapping[str, Any]:
     """Turns a list of parts into one text, and puts its recordings into `audio`.
 
-    A part is a text, `{"type": "text", "text": ...}` or `{"type": "audio", "audio": ...}`; the
-    recording may also be under `path` or `url` (of a local file). A space joins the parts, as it
-    joins turns of one role in training. `placeholder` stands for each recording. Other turns are
-    returned unchanged. Raises ValueError, naming the prompt, for another kind of part.
+    A part is a text, `{"type": "text", "text": ...}` or `{"type": "audio", "audio": ...}`. The
+    recording may also be under `path`, or under `url` if it is a local file. The parts are joined
+    by a space, as turns of one role are in training. Each recording becomes one `placeholder` in
+    the text. A turn whose content is not a list is returned unchanged. Raises ValueError, naming
+    the prompt, for another kind of part.
     """
     parts = turn.get("content")
     if isinstance(parts, str) or not isinstance(parts, Sequence):
@@ -43,12 +44,12 @@ def with_plain_content(turn: Mapping[str, Any], name: str, placeholder: str) -> 
 
 
 def _joined(before: str, after: str) -> str:
-    is_apart = not before or before[-1].isspace() or after[0].isspace()
-    return before + ("" if is_apart else " ") + after
+    needs_no_space = not before or before[-1].isspace() or after[0].isspace()
+    return before + ("" if needs_no_space else " ") + after
 
 
 def _kind(part: Mapping[str, Any]) -> Any:
-    """The type of a part; transformers allows to leave it out."""
+    """The type of a part. transformers does not require the key `type`."""
     if "type" in part:
         return part["type"]
     return "text" if "text" in part else next((k for k in _AUDIO_KEYS if k in part), None)
@@ -70,7 +71,7 @@ def _recording(part: Mapping[str, Any], name: str) -> Any:
 
 
 def local_recording(address: str, name: str) -> str | bytes:
-    """The path, or the decoded bytes, of a path or a URL (`file:`, `data:`).
+    """Returns the local path of a path or `file:` URL, and the decoded bytes of a `data:` URL.
 
     Raises ValueError, naming the prompt, for a URL of another machine.
     """

@@ -1,8 +1,8 @@
 """Continuous batching: a stream of prompts on a fixed number of slots.
 
-A sequence that ends frees its slot for the next prompt. Beside the encoder there is one program per
-shape of new prompts (lengths are rounded up to 1.0x or 1.5x a power of two) and one that decodes:
-admitting and finishing sequences compiles nothing.
+A sequence that ends frees its slot for the next prompt. Three kinds of programs are compiled: the
+encoder and the prefill, both once per shape of new prompts, and one program that decodes. Prompt
+lengths are rounded up to 1.0x or 1.5x a power of two, so there are few shapes.
 """
 
 import itertools
@@ -30,17 +30,17 @@ from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.networks.salm import Salm
 
 ADMISSION_SHARE = 4
-"""New prompts are admitted in groups of 1/4 of the slots. A group is encoded efficiently, and few
-slots stay free while one fills up."""
+"""New prompts are admitted in groups of 1/4 of the slots. Larger groups are encoded more
+efficiently. Smaller groups leave fewer slots idle until enough of them are free for a group."""
 
 
 class FinishedPrompt(NamedTuple):
     """A prompt and its response."""
 
     number: int
-    """Of the prompt, from 0."""
+    """Number of the prompt in the stream, from 0."""
     ids: np.ndarray
-    """Int32 token ids, up to the end of the response."""
+    """Int32 token ids of the response, without padding."""
 
 
 class SlotEntry(NamedTuple):
@@ -54,7 +54,7 @@ class SlotEntry(NamedTuple):
 
 
 def why_unsupported(request: GenerationRequest) -> str | None:
-    """What of a request continuous batching does not support; None if all is supported."""
+    """Names a setting that continuous batching does not support; None if all are supported."""
     reasons = {
         "num_beams: beam search": request.decoding.beams is not None,
         "num_return_sequences above 1": request.decoding.return_sequences > 1,
@@ -93,7 +93,7 @@ def generate_each(
 def _join_chunks(
     engine: Engine, prompts: Iterable[tuple[Any, int]], request: GenerationRequest, slots: int
 ) -> Iterator[list[FinishedPrompt]]:
-    """Runs (dialog, draw number) pairs chunk by chunk; joins the responses of each dialog's chunks.
+    """Generates for (dialog, draw number) pairs, and joins the responses of each dialog's chunks.
 
     An invalid prompt raises its error after the responses to all prompts before it.
     """
@@ -132,7 +132,10 @@ def _join_chunks(
 def _read_dialog(
     engine: Engine, dialog: Any, number: int, request: GenerationRequest
 ) -> chunked.ChunkedPrompt:
-    """A dialog, its long audio split into chunks. Raises ValueError, naming its number."""
+    """Tokenizes a dialog and splits its long audio into chunks.
+
+    Raises ValueError, naming the number of the prompt, if the dialog is invalid.
+    """
     name = f"prompt {number}"
     try:
         (example,), _ = generate.prepare_prompts(
@@ -156,7 +159,7 @@ def _read_dialog(
 def run_slots(
     engine: Engine, entries: Iterator[SlotEntry], request: GenerationRequest, count: int
 ) -> Iterator[list[tuple[SlotEntry, np.ndarray]]]:
-    """Generates for `entries` on `count` slots; yields those that have ended, group by group."""
+    """Generates for `entries` on `count` slots. Yields the entries that have ended, in groups."""
     table = _SlotTable(engine, request, count)
     size = -(-count // ADMISSION_SHARE)
     groups = iter(lambda: list(itertools.islice(entries, size)), [])
@@ -176,7 +179,7 @@ class _Admission(NamedTuple):
     embeds: Float[Array, "B T D"]
     limits: Int[Array, "1 B"] | Int[np.ndarray, "1 B"]
     at: Int[Array, " B"] | Int[np.ndarray, " B"]
-    """The slot of each prompt; padding of the group has an index beyond the last slot."""
+    """The slot of each prompt. Padding of the group has an index beyond the last slot."""
     key: Key[Array, ""] | None
 
 
@@ -192,20 +195,24 @@ class _SlotTable:
         self._key = jax.random.key(request.seed) if request.decoding.do_sample else None
         self._slots: Slots | None = None
         self._prompt_tokens = 0
-        """The longest prompt that the slots' KV cache has room for."""
+        """Tokens of the longest prompt that fits into the KV cache of a slot."""
 
     def fits(self, group: Sequence[SlotEntry]) -> bool:
         """Whether the KV cache has room for the longest prompt of a group."""
         return self._shape(group).tokens <= self._prompt_tokens
 
     def can_admit(self, group: Sequence[SlotEntry]) -> bool:
-        """Whether a group can start now; a longer prompt than before waits until all are free."""
+        """Whether a group can start now.
+
+        A group needs enough free slots. A prompt that does not fit into the KV cache waits until
+        all slots are free, because the cache is then made anew.
+        """
         if not self.fits(group):
             return not self.busy
         return len(group) <= self._count - len(self.busy)
 
     def admit(self, group: Sequence[SlotEntry]) -> None:
-        """Runs new prompts and puts them into free slots."""
+        """Prefills new prompts and puts them into free slots."""
         shape = self._shape(group)
         network = self._engine.network
         if shape.tokens > self._prompt_tokens:
@@ -234,7 +241,7 @@ class _SlotTable:
         return [(self.busy.pop(slot), ids[slot, : lengths[slot]]) for slot in slots]
 
     def _shape(self, group: Sequence[SlotEntry]) -> BatchShape:
-        """The static shape of a group, as if it were full."""
+        """The static shape of a group, with padding up to the full size of a group."""
         shape = prompt_shape([[entry.example for entry in group]], self._engine.frame_count)
         clips = max(len(entry.example.audio) for entry in group)
         clips = round_up(clips, 1) * self._size if clips else 0
@@ -259,7 +266,7 @@ class _SlotTable:
 def _empty(
     graphdef: Any, variables: Variables, decoding: DecodingConfig, count: int, prompt_tokens: int
 ) -> Slots:
-    """Free slots with room for prompts of `prompt_tokens`."""
+    """Makes free slots with room for prompts of `prompt_tokens` tokens."""
     network: Salm = merge(graphdef, variables)
     return loop.empty(network.llm, count, prompt_tokens, decoding, network.dtype)
 
@@ -272,7 +279,7 @@ def _admit(
     new: _Admission,
     decoding: DecodingConfig,
 ) -> Slots:
-    """Runs prompts, chooses their first tokens, and puts them into their slots."""
+    """Prefills prompts, chooses their first tokens, and puts them into their slots."""
     assert slots is not None
     inputs = (new.embeds, new.batch, new.limits, new.key)
     at = jnp.asarray(new.at)
@@ -287,7 +294,10 @@ def _run(
     enough: Int[Array, ""],
     decoding: DecodingConfig,
 ) -> tuple[Slots, tuple[Array, Array, Array]]:
-    """Decodes until `enough` slots have ended: (state, (ids, lengths, ended) for the host)."""
+    """Decodes until `enough` slots have ended.
+
+    Returns the new slots and, for the host, (ids, lengths, ended).
+    """
     assert slots is not None
     network: Salm = merge(graphdef, variables)
     slots = loop.decode(network.llm, slots, decoding, enough)

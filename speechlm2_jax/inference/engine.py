@@ -17,9 +17,9 @@ class Engine:
     graphdef: Any
     """The network without weights (an nnx.GraphDef)."""
     variables: Variables
-    """Path -> array; shapes and dtypes alone where a program is only compiled."""
+    """Path -> array. Shapes and dtypes are enough if programs are only compiled."""
     placement: Sharding | None
-    """How the devices share the work; None on one device."""
+    """How arrays are sharded over the devices; None on one device."""
     tokenizer: Tokenizer
     prompt_formatter: PromptFormatter
     frame_count: FrameCount

@@ -46,7 +46,8 @@ from speechlm2_jax.networks.salm import Salm, SalmModes
 from speechlm2_jax.sharding import Sharding
 
 TOKENS_BETWEEN_CHECKS = 16
-"""Tokens per call of `decode` where a time limit, a stop string or `should_stop` may end it."""
+"""Tokens per call of `decode` if a time limit, a stop string or `should_stop` may end generation.
+Between two calls the host checks them."""
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +62,12 @@ class PromptInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Generated:
-    """What `generate` gives with `return_dict_in_generate=True`, by transformers' names."""
+    """The result of `generate` with `return_dict_in_generate=True`, with transformers' names."""
 
     sequences: Int32[np.ndarray, "N T"]
-    """N is prompts x `num_return_sequences`."""
+    """Token ids. N is the number of prompts times `num_return_sequences`."""
     sequences_scores: Float[np.ndarray, " N"] | None
-    """Of beam search: log-probability over length ^ length_penalty."""
+    """Scores of beam search: log-probability / length ^ length_penalty; None without beams."""
 
 
 def generate(
@@ -91,7 +92,7 @@ def generate(
     output = last_output(run_generation(engine, examples, request, sequence_ids=sequence_ids))
     sequences = output.trimmed()
     if not any(example.audio for example in examples):
-        # as NeMo does: prompts of text alone come back before the new tokens
+        # as in NeMo, the output starts with the prompt if no prompt has audio
         prompt_ids = np.repeat(ids, request.decoding.return_sequences, axis=0)
         sequences = np.concatenate([prompt_ids, sequences], axis=1)
     return Generated(sequences, output.scores) if request.returns_dict else sequences
@@ -103,8 +104,8 @@ def stream(
     """Generates text piece by piece; see SALM.stream."""
     if request.decoding.beams is not None:
         raise ValueError(
-            "num_beams: beam search cannot be streamed, its result is known at the end only; use "
-            "generate, or num_beams=1"
+            "num_beams: beam search cannot be streamed, as its result is known only at the end; "
+            "use generate, or num_beams=1"
         )
     if request.returns_dict:
         raise ValueError(
@@ -125,10 +126,10 @@ def prepare_prompts(
     *,
     enable_thinking: bool | None = None,
 ) -> tuple[list[SalmExample], np.ndarray]:
-    """Tokenizes prompts and reads their audio: (examples, left-padded ids [B, T]).
+    """Tokenizes prompts and reads their audio. Returns (examples, left-padded ids [B, T]).
 
-    Examples are named "prompt N", N counted from `first`. Logs a warning for a recording that is
-    shorter than one frame. Raises ValueError for invalid prompts, and for `enable_thinking` where
+    Examples are named "prompt N", with N counted from `first`. Logs a warning for a recording that
+    is shorter than one frame. Raises ValueError for invalid prompts, and for `enable_thinking` if
     the prompt format has no thinking mode.
     """
     if enable_thinking is not None and not engine.prompt_formatter.can_think:
@@ -163,11 +164,12 @@ def run_generation(
     tokens_at_once: int | None = None,
     sequence_ids: np.ndarray | None = None,
 ) -> Iterator[PartialOutput]:
-    """Generates for tokenized prompts; yields what there is after every `tokens_at_once` tokens.
+    """Generates for tokenized prompts. Yields all tokens so far every `tokens_at_once` tokens.
 
-    Without `tokens_at_once` it yields once, at the end, unless the request may stop it before. If
-    there are several outputs, the first has one token. `sequence_ids` seed the random draws of
-    each prompt; by default they are the positions in `examples`.
+    Without `tokens_at_once` it yields only once, at the end. If the request has a stop condition,
+    `tokens_at_once` is TOKENS_BETWEEN_CHECKS by default. If there are several outputs, the first
+    has one token. `sequence_ids` seed the random draws of each prompt. By default they are the
+    indices of the prompts in `examples`.
     """
     batch = _prepare_batch(engine, examples, request, sequence_ids)
     can_stop = bool(request.max_time_s or request.should_stop or request.stop_strings)
@@ -206,18 +208,18 @@ def _run(
 
 @dataclass(frozen=True)
 class _PreparedBatch:
-    """Prompts in arrays of one static shape: G data-parallel shards of R rows."""
+    """Prompts in arrays of one static shape: G data-parallel shards of R sequences."""
 
     groups: Sequence[Sequence[SalmExample]]
     """The examples of each shard."""
     arrays: SalmBatch
     decoding: DecodingConfig
     limits: Int[np.ndarray, "G R"]
-    """Most new tokens of each row."""
+    """The largest number of new tokens of each sequence."""
     key: Key[Array, ""] | None
 
     def without_padding(self, output: loops.GenerationOutput) -> PartialOutput:
-        """Drops the rows that only fill up the static shape."""
+        """Drops the sequences that only fill up the static shape."""
         groups, rows = self.limits.shape
         copies = self.decoding.return_sequences
 
@@ -269,7 +271,7 @@ def _prepare_batch(
 
 
 def split_evenly(examples: Sequence[Any] | np.ndarray, groups: int) -> list[Any]:
-    """Splits examples into `groups` parts in order; sizes differ by one at most."""
+    """Splits examples into `groups` consecutive parts whose sizes differ by at most one."""
     bounds = np.linspace(0, len(examples), groups + 1).round().astype(int)
     return [examples[a:b] for a, b in itertools.pairwise(bounds)]
 
@@ -278,10 +280,10 @@ def split_evenly(examples: Sequence[Any] | np.ndarray, groups: int) -> list[Any]
 def encode(
     graphdef: Any, variables: Variables, batch: SalmBatch, placement: Sharding | None = None
 ) -> Float[Array, "B T D"]:
-    """Encodes audio and puts it among the text embeddings: the LLM's input.
+    """Encodes audio and interleaves it with the text embeddings. Returns the LLM's input.
 
-    A program of its own, so that other decoding settings do not compile the encoder again.
-    `placement`: the sharding, if the weights are on several devices.
+    This is a separate program, so that a change of decoding settings does not compile the encoder
+    again. `placement` is the sharding if the weights are on several devices.
     """
     network: Salm = merge(graphdef, variables)
     with sharding.use(placement):
@@ -299,11 +301,11 @@ def prefill(
     decoding: DecodingConfig,
     placement: Sharding | None = None,
 ) -> Any:
-    """Runs the prompts through the LLM and chooses the first tokens: a `GenerationState`."""
+    """Runs the prompts through the LLM and chooses the first tokens (a `GenerationState`)."""
     network: Salm = merge(graphdef, variables)
     with sharding.use(placement):
         rows = embeds.shape[:2]
-        # as in NeMo: beside audio, logits processors see the new tokens alone
+        # as in NeMo, logits processors do not see the prompt if a prompt has audio
         sees_prompt = batch.audio.shape[1] == 0 and reads_prompt(decoding.processors)
         prompts = Prompts(
             embeds=embeds,
@@ -325,7 +327,10 @@ def decode(
     decoding: DecodingConfig,
     placement: Sharding | None = None,
 ) -> tuple[Any, loops.GenerationOutput]:
-    """Chooses tokens up to number `until`: the new state, and the output on every device."""
+    """Generates until every sequence has `until` tokens or has ended.
+
+    Returns the new state, and the output replicated on every device.
+    """
     network: Salm = merge(graphdef, variables)
     with sharding.use(placement):
         state = loops.constrained(loops.decode(network.llm, state, decoding, until))
@@ -353,7 +358,10 @@ def generate_batch(
 def variable_layout(
     infos: Mapping[str, VariableInfo], dtype: Any, placement: Sharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Dtype and sharding of every variable for inference: no weight needs to be fp32."""
+    """Dtype and sharding of every variable for inference.
+
+    Each has the dtype that it is computed in. Only training needs fp32 copies.
+    """
     return {
         path: jax.ShapeDtypeStruct(
             info.shape,
@@ -367,8 +375,9 @@ def variable_layout(
 def compile_ahead(engine: Engine, shape: BatchShape, max_new_tokens: int) -> Any:
     """Compiles generation for `engine.placement`, whose devices need not exist on this machine.
 
-    Nothing runs: `engine.variables` are shapes (`variable_layout`). `shape` is that of one
-    data-parallel shard's prompts. Returns what `jax.jit(...).lower(...).compile()` does.
+    Nothing runs, so `engine.variables` may be mere shapes (`variable_layout`). `shape` is the shape
+    of the prompts of one data-parallel shard. Returns the result of
+    `jax.jit(...).lower(...).compile()`.
     """
     placement = engine.placement
     assert placement is not None

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from speechlm2_jax.batches import BatchShape, FrameCount, SalmExample
 
 SAMPLE_STEP = 16000
-"""Unit of rounding for samples: one second at 16 kHz."""
+"""Sample counts are rounded up in units of 16,000: one second at 16 kHz."""
 TOKEN_STEP = 32
+"""Prompt lengths are rounded up in units of 32 tokens."""
 
 
 def round_up(n: int, step: int) -> int:
     """Rounds up to 1.0x or 1.5x a power of two, in units of `step`: with step 1, 5 -> 6, 7 -> 8.
 
-    Sizes are step x (1, 2, 3, 4, 6, 8, 12, 16, ...). Less than half of a size is padding.
+    The sizes are step x (1, 2, 3, 4, 6, 8, 12, 16, ...). If n is at least `step`, less than half of
+    a size is padding.
     """
     size = step
     while size < n:

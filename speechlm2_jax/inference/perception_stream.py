@@ -19,9 +19,9 @@ from speechlm2_jax.perception.streaming import (
 class PerceptionStream:
     """Encodes a batch of audio streams chunk by chunk with one compiled program.
 
-    The frames of all chunks, concatenated, are those of `model.perception` on the whole audio.
-    `state` holds the streams' caches. It may be saved and set again, but `push` donates it: the
-    arrays that went in cannot be used afterwards.
+    The concatenated frames of all chunks equal the frames of `model.perception` on the whole audio.
+    `state` holds the streams' caches. It may be read, and set to an earlier copy. `push` donates
+    it: arrays of the old state cannot be used afterwards, so copy them first.
     """
 
     def __init__(
@@ -33,11 +33,12 @@ class PerceptionStream:
         self._step = make_step(graphdef, plan)
 
     def push(self, audio: Any, new: Any = None) -> tuple[Float[Array, "B F W"], Bool[Array, "B F"]]:
-        """Encodes `plan.samples` samples of each stream: (frames, which of them are real).
+        """Encodes `plan.samples` samples of each stream. Returns frames and which of them are real.
 
-        `audio` [B, plan.samples]. `new` [B] is the number of real samples of each; the rest is
-        padding and ends the stream. Then push zeros with `new` 0 to get its last frames
-        (`plan.steps_for(samples)` pushes in all). Raises ValueError for another number of samples.
+        `audio` is [B, plan.samples]. `new` [B] is the number of real samples of each stream; None:
+        all are real. A stream ends with the first push whose `new` is less than `plan.samples`.
+        To get its last frames, push zeros with `new` 0. `plan.steps_for(samples)` is the number of
+        pushes in all. Raises ValueError for another number of samples.
         """
         samples = jnp.asarray(audio, jnp.float32)
         expected = (self.state.wave.shape[0], self.plan.samples)

@@ -1,4 +1,4 @@
-"""Prompts of `generate` (dialogs or token ids, with audio), turned into examples."""
+"""Turns the prompts of `generate` (dialogs or token ids, with audio) into examples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,9 +42,9 @@ def prompt_examples(
       `clips_of` takes them). `content` is text, or a list of parts (`content_parts`).
     - `audios` [B', S] with `audio_lens` [B']: one clip per placeholder over the whole batch.
 
-    Returns the examples, named "prompt N" with N counted from `first`, and their left-padded ids
-    [B, T]. Raises ValueError, naming the prompt, for invalid prompts, audio or ids, and where the
-    numbers of placeholders and clips differ.
+    Returns the examples and their left-padded ids [B, T]. The examples are named "prompt N", with N
+    counted from `first`. Raises ValueError, naming the prompt, for invalid prompts, audio or ids,
+    and if the numbers of placeholders and clips differ.
     """
     if _are_dialogs(prompts, first):
         names = _names(prompts, first)
@@ -82,7 +82,7 @@ def _names(prompts: Any, first: int) -> list[str]:
 
 
 def _are_dialogs(prompts: Any, first: int) -> bool:
-    """Whether prompts are dialogs; otherwise they should be ids. Raises ValueError for texts."""
+    """Whether prompts are dialogs. If not, they should be ids. Raises ValueError for texts."""
     if isinstance(prompts, str | bytes | Mapping):
         raise ValueError(f"{_FORM}; got {type(prompts).__name__}")
     if not isinstance(prompts, Sequence):
@@ -112,7 +112,10 @@ def _encode(dialog: Sequence[Any], name: str, context: PromptContext) -> np.ndar
 
 
 def _id_rows(prompts: Any, context: PromptContext, first: int) -> list[np.ndarray]:
-    """The sequences of ids [B, T]. Raises ValueError for another array and for unknown ids."""
+    """Checks an array of ids [B, T] and splits it into its sequences.
+
+    Raises ValueError for another array and for unknown ids.
+    """
     try:
         array = np.asarray(prompts)
     except ValueError as error:  # sequences of several lengths
@@ -134,9 +137,10 @@ def _id_rows(prompts: Any, context: PromptContext, first: int) -> list[np.ndarra
 
 
 def _unpadded(sequences: Sequence[np.ndarray], context: PromptContext) -> list[np.ndarray]:
-    """The sequences without their left padding.
+    """Removes the left padding of the sequences.
 
-    If the pad token is also the bos token and every sequence starts with one, one is kept.
+    If the pad token is also the bos token and every sequence starts with it, one of them is kept as
+    the bos token.
     """
     is_text = [np.append(ids != context.pad_id, True) for ids in sequences]
     counts = [int(np.argmax(own)) for own in is_text]

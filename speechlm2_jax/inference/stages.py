@@ -1,4 +1,4 @@
-"""Perception and LLM of a model as programs of their own, and the device of a model."""
+"""Perception and LLM of a model as separate programs, and the device of a model."""
 
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from speechlm2_jax.perception.perception import PerceptionModes
 
 
 def device_of(variables: Variables | None) -> jax.Device:
-    """The device of the weights, the first of several; the default device if none is loaded."""
+    """The first device that holds weights, or the default device if no weights are loaded."""
     for value in (variables or {}).values():
         if isinstance(value, jax.Array):
             return min(value.devices(), key=lambda device: device.id)
@@ -47,7 +47,7 @@ def text_logits(
 def hidden_states(
     network: Any, embeds: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None
 ) -> Float[Array, "B T D"]:
-    """Runs a network's LLM over whole sequences; without `mask` no position is padding."""
+    """Runs a network's LLM over whole sequences. `mask` is False at padding; None: no padding."""
     rows = embeds.shape[:2]
     return network.llm(
         embeds.astype(network.dtype),

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int32
 ToText = Callable[[Any], str]
 """Token ids of one sequence -> their text."""
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-"""A byte token: several of them make one character, which is known with the last byte only."""
+"""A byte token. Several of them form one character, which is known only after the last byte."""
 UNDECIDED = "\ufffd"
-"""U+FFFD, what a tokenizer decodes incomplete UTF-8 to."""
+"""U+FFFD, to which a tokenizer decodes incomplete UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Piece(NamedTuple):
     """The new tokens and text of one sequence since its last piece."""
 
     row: int
-    """Index of the prompt p; with `num_return_sequences` N, N * p + i for its sequence i."""
+    """Index of the sequence: N * p + i for sequence i of prompt p; N is `num_return_sequences`."""
     text: str
-    """Empty while the new tokens are an incomplete character."""
+    """New text. It is empty while the new tokens form an incomplete character."""
     ids: np.ndarray
     """Int32: the new tokens."""
     is_last: bool
 
 
 def last_output(outputs: Iterator[PartialOutput]) -> PartialOutput:
-    """Runs generation to its end; there is always at least one output."""
+    """Runs generation to its end and returns the last output. There is always at least one."""
     *_, last = outputs
     return last
 
@@ -67,7 +67,10 @@ class TextTokenizer(Protocol):
 
 
 def stream_pieces(outputs: Iterator[PartialOutput], tokenizer: TextTokenizer) -> Iterator[Piece]:
-    """Yields what is new in each output, sequence by sequence; text once yielded stays as it is."""
+    """Yields the new tokens and text of each output, sequence by sequence.
+
+    Text that was yielded does not change later.
+    """
     sent: dict[int, tuple[int, str]] = {}
     closed: set[int] = set()
     output = None
@@ -96,7 +99,7 @@ def stream_pieces(outputs: Iterator[PartialOutput], tokenizer: TextTokenizer) ->
 def apply_stop_strings(
     outputs: Iterator[PartialOutput], strings: Sequence[str], to_text: ToText, pad_id: int
 ) -> Iterator[PartialOutput]:
-    """Ends each sequence with the first token that completes one of `strings` in its text."""
+    """Ends each sequence after the first token that completes one of `strings` in its text."""
     ends: dict[int, int] = {}
     for output in outputs:
         ids, lengths = output.ids.copy(), output.lengths.copy()
@@ -120,7 +123,7 @@ def _decided(ids: np.ndarray, tokenizer: TextTokenizer) -> str:
 
 
 def _end(ids: np.ndarray, strings: Sequence[str], to_text: ToText) -> int | None:
-    """The number of tokens after which the text first has one of the strings; None if never."""
+    """The number of tokens after which the text first contains one of `strings`; None if never."""
 
     def has_string(count: int) -> bool:
         text = to_text(ids[:count])

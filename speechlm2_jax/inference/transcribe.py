@@ -1,4 +1,4 @@
-"""`transcribe` of every ASR model: recordings to batches, labels to texts."""
+"""`transcribe` of every ASR model, and of a SALM with a prompt."""
 
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -21,7 +21,7 @@ _REFUSED = ("return_hypotheses", "timestamps", "augmentor", "override_config")
 
 
 class Transcript(str):
-    """A str; `text` is the same, as on NeMo's hypotheses."""
+    """A str with the attribute `text`, which NeMo's hypotheses have."""
 
     __slots__ = ()
 
@@ -32,7 +32,7 @@ class Transcript(str):
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Checks NeMo's other arguments of `transcribe`.
+    """Checks the arguments of NeMo's `transcribe` that have no parameter here.
 
     Raises ValueError for one that is not supported, TypeError for an unknown one.
     """
@@ -46,11 +46,11 @@ def check_options(options: Mapping[str, Any]) -> None:
 def read_recordings(
     audio: Any, lengths: Any, rate_hz: int, channel_selector: int | str | None = None
 ) -> list[np.ndarray]:
-    """Reads what `transcribe` takes: float32 [S] at `rate_hz` each.
+    """Reads the recordings given to `transcribe` as float32 arrays [S] at `rate_hz`.
 
-    `audio`: one recording or a list of them, in every form of `audio_inputs.clips_of`, or a batch
-    [B, S] with `lengths` [B]. In batches and lists of arrays a recording may have no samples.
-    Raises AudioError for an unusable recording, ValueError for any other value.
+    `audio` is one recording or a list of them, in any form that `audio_inputs.clips_of` reads, or a
+    batch [B, S] with `lengths` [B]. In batches and lists of arrays a recording may have no samples.
+    Raises AudioError for an unusable recording, ValueError for a value that is not a recording.
     """
     channel = _channel(channel_selector)
     if lengths is not None or _is_batch(audio):
@@ -74,10 +74,11 @@ def transcribe(
     to_text: Callable[[list[int]], str],
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> list[Transcript]:
-    """Transcribes recordings float32 [S], in input order; one without samples gives "".
+    """Transcribes recordings (float32 [S]) and returns the texts in the same order.
 
-    Recordings of similar length share a batch of at most `batch_size`. Batch size and seconds are
-    rounded up to 1.0x or 1.5x a power of two, so that few programs are compiled.
+    The text of a recording without samples is "". Recordings of similar length share a batch of at
+    most `batch_size`. The batch size, and the length in seconds, are rounded up to 1.0x or 1.5x a
+    power of two, so that few programs are compiled.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")

@@ -1,1 +1,1 @@
-"""Recordings longer than `max_audio_s`: cut into chunks, transcribed, joined."""
+"""Long recordings: they are cut into chunks, whose texts are joined."""

@@ -1,4 +1,7 @@
-"""Generation for recordings longer than `max_audio_s`: chunk by chunk, then joined."""
+"""Generation for recordings longer than `max_audio_s`.
+
+The model generates a response for each chunk, and the texts of the responses are joined.
+"""
 
 import logging
 import time
@@ -17,9 +20,10 @@ from speechlm2_jax.inference.request.generation_request import GenerationRequest
 from speechlm2_jax.inference.text_stream import PartialOutput
 
 CHUNKS_AT_ONCE = 8
-"""Batch size: bounds memory, however long the recordings are."""
+"""Chunks per batch. The limit bounds memory, however long the recordings are."""
 CHUNK_STRIDE = 1 << 16
-"""Distance between the draw numbers of a prompt's chunks; other prompts' numbers lie between."""
+"""Difference between the draw numbers of consecutive chunks of a prompt. It is large, so
+that the numbers of other prompts lie in between."""
 
 
 @runtime_checkable
@@ -49,7 +53,10 @@ class ChunkedPrompt:
     """The chunk of each example; empty for a prompt without long audio."""
 
     def join(self, responses: Sequence[np.ndarray], coder: TextCoder, stops: Sequence[int]) -> list:
-        """Ids of the whole response: the joined text, and the last chunk's end token if any."""
+        """Ids of the whole response: the joined text, then the end token of the last chunk if any.
+
+        `stops` are the end tokens.
+        """
         if not self.chunks:
             return responses[0].tolist()
         ends = responses[-1][-1:].tolist()
@@ -60,9 +67,10 @@ class ChunkedPrompt:
 
 
 def split_long_audio(example: SalmExample, max_s: float | None, rate_hz: int) -> ChunkedPrompt:
-    """Cuts the recording of a prompt into chunks if it is longer than `max_s`; logs a warning.
+    """Cuts the recording of a prompt into chunks if it is longer than `max_s`.
 
-    Raises ValueError for a prompt with several recordings of which one is too long.
+    Logs a warning if it does. Raises ValueError for a prompt with several recordings if one of them
+    is too long.
     """
     too_long = [len(a) / rate_hz for a in example.audio if max_s and len(a) > int(max_s * rate_hz)]
     if not too_long:
@@ -86,7 +94,7 @@ def split_long_audio(example: SalmExample, max_s: float | None, rate_hz: int) ->
 
 
 def draw_number(prompt: int, chunk: int) -> int:
-    """The number that seeds a chunk's random draws: the prompt's own number for its first chunk."""
+    """The number that seeds a chunk's random draws. The first chunk has the prompt's own number."""
     return (prompt + chunk * CHUNK_STRIDE) % 2**31
 
 
@@ -103,7 +111,7 @@ def refuse_long_audio(examples: Sequence[SalmExample], max_s: float | None, rate
 
 
 def check(request: GenerationRequest) -> None:
-    """Raises ValueError for what is not supported with chunks."""
+    """Raises ValueError for a setting that is not supported with chunks."""
     if request.decoding.return_sequences > 1:
         raise ValueError(
             "num_return_sequences: a recording longer than max_audio_s has one response, joined "
@@ -123,11 +131,11 @@ def generate_chunked(
     run: RunGeneration,
     coder: TextCoder,
 ) -> Int32[np.ndarray, "B T"]:
-    """Generates for prompts of which some are split into chunks; ids are padded on the right.
+    """Generates for prompts of which some are split into chunks. Pads the ids on the right.
 
-    `numbers` seed the prompts' random draws. Chunks of similar length share a batch of at most
-    CHUNKS_AT_ONCE. The last batch is filled up, so that all batches share one static shape. A time
-    limit counts for all batches together.
+    `numbers` seed the random draws of the prompts. Chunks of similar length share a batch of at
+    most CHUNKS_AT_ONCE. The last batch is filled up with copies, so that all batches have the same
+    size. A time limit holds for all batches together.
     """
     check(request)
     deadline_s = time.monotonic() + (request.max_time_s or 0)

@@ -1,7 +1,7 @@
 """Cuts long recordings into overlapping chunks.
 
-Both edges of a chunk lie where the audio is quietest, so that few words are cut in two. Every
-overlap is transcribed twice; `join_texts` finds the words that both chunks share.
+Chunks begin and end where the audio is quietest, so that few words are cut in two. An overlap is
+transcribed with both of its chunks. `join_texts` finds the words that both texts share.
 """
 
 from typing import NamedTuple
@@ -18,23 +18,24 @@ FRAME_S = 0.01
 QUIET_FRAMES = 15
 """Frames over which loudness is averaged to find a quiet place: 150 ms."""
 SPEECH_LEVEL = 1e-3
-"""A frame counts as speech above this share of the power of the loudest frames."""
+"""A frame counts as speech if its power is above this fraction of the 95th percentile."""
 
 
 class Chunk(NamedTuple):
-    """A stretch of a recording, and how much of its speech its neighbours have too."""
+    """A part of a recording, and how much of its speech lies in the overlaps."""
 
     start: int
-    """In samples."""
+    """First sample."""
     end: int
+    """Sample after the last."""
     before: float = 0.0
-    """The share of its speech, 0 to 1, that lies in the overlap with the previous chunk."""
+    """Fraction of its speech, 0 to 1, that lies in the overlap with the previous chunk."""
     after: float = 0.0
-    """The same for the next chunk."""
+    """Fraction of its speech, 0 to 1, that lies in the overlap with the next chunk."""
 
 
 def cut(wave: Float[np.ndarray, " S"], *, rate_hz: int, max_s: float | None) -> list[Chunk]:
-    """Cuts a recording into chunks of at most `max_s` seconds that cover it; None: one chunk.
+    """Cuts a recording into overlapping chunks of at most `max_s` seconds (None: one chunk).
 
     The last chunk may be shorter than the others, but not shorter than an overlap.
     """
@@ -59,7 +60,10 @@ def cut(wave: Float[np.ndarray, " S"], *, rate_hz: int, max_s: float | None) -> 
 
 
 def _spans(level: np.ndarray, hop: int, samples: int, longest: int) -> list[tuple[int, int]]:
-    """Starts and ends of chunks in samples, each the quietest place within half an overlap."""
+    """Starts and ends of chunks in samples.
+
+    Each is the quietest place in a window whose length is half an overlap.
+    """
     least, most = (longest * share for share in OVERLAP_SHARE)
     overlap = int(min(max(least, OVERLAP_S / FRAME_S * hop), most))
     spans, start = [], 0
@@ -72,7 +76,7 @@ def _spans(level: np.ndarray, hop: int, samples: int, longest: int) -> list[tupl
 
 
 def _quietest(level: np.ndarray, hop: int, low: int, high: int) -> int:
-    """The quietest sample in [low, high]: the middle of the first quietest stretch."""
+    """The quietest sample in [low, high]: the middle of the first run of quietest frames."""
     first = low // hop
     window = level[first : high // hop + 1]
     found = np.flatnonzero(window == window.min())
@@ -82,7 +86,7 @@ def _quietest(level: np.ndarray, hop: int, low: int, high: int) -> int:
 
 
 def _power(wave: np.ndarray, hop: int) -> np.ndarray:
-    """Mean square of each frame of `hop` samples; the last may be shorter."""
+    """Mean square of each frame of `hop` samples. The last frame may be shorter."""
     whole = len(wave) // hop
     frames = wave[: whole * hop].reshape(whole, hop)
     rest = wave[whole * hop :]
@@ -91,7 +95,7 @@ def _power(wave: np.ndarray, hop: int) -> np.ndarray:
 
 
 def _smooth(power: np.ndarray) -> np.ndarray:
-    """Mean over QUIET_FRAMES frames around each."""
+    """Moving average over QUIET_FRAMES frames, centred on each frame."""
     half = QUIET_FRAMES // 2
     padded = np.pad(power, (half + 1, half), mode="edge").astype(np.float64)
     sums = np.cumsum(padded)

@@ -1,11 +1,12 @@
 """Joins the texts of overlapping chunks where both have the same words.
 
-- The end of one text is aligned with the start of the next (Needleman-Wunsch): shared words score,
-  substitutions and gaps cost.
-- Where words repeat, several alignments score alike. The number of words that the overlap should
-  hold, by its share of the speech, decides.
-- The texts change over at the shared word nearest the middle of the overlap: words at the edges of
-  a chunk are cut off.
+- The end of one text is aligned with the start of the next (Needleman-Wunsch). A shared word adds
+  1 to the score of an alignment. Substitutions and gaps lower it.
+- If words repeat, several alignments have similar scores. An alignment is penalised for every word
+  by which its length differs from the expected number of words in the overlap. That number follows
+  from the fraction of a chunk's speech that lies in the overlap.
+- The joined text switches from the first text to the second at the shared word nearest the middle
+  of the overlap, because words at the edges of a chunk are often cut off.
 """
 
 import re
@@ -18,22 +19,23 @@ from speechlm2_jax.inference.long_form.chunks import Chunk
 
 SUBSTITUTION = -1.0
 GAP = -1.6
-"""More than half a word worse than a substitution. Otherwise repeated words ("no no no") would be
-shifted over the cut-off words at the edges."""
+"""Lower than a substitution by more than 0.5. Otherwise repeated words ("no no no") would be
+aligned with each other at the price of gaps at the cut-off words of the edges."""
 UNEXPECTED = 1.1
-"""Cost per word more or fewer than expected in the overlap; more than a shared word scores."""
+"""Penalty per word more or fewer than expected in the overlap. It exceeds the score 1 of a shared
+word."""
 MORE_WORDS = 8
-"""Words compared beyond twice the expected number."""
+"""Twice the expected number of words, and this many more, are compared."""
 _MARKS = re.compile(r"[^\w']+")
 
 
 class Overlap(NamedTuple):
-    """Where two texts change over."""
+    """Where the joined text switches from one text to the next."""
 
     keep: int
-    """Words kept of the first text."""
+    """Number of words kept of the first text."""
     skip: int
-    """Words left out at the start of the second text."""
+    """Number of words left out at the start of the second text."""
 
 
 def join(texts: Sequence[str], chunks: Sequence[Chunk]) -> str:
@@ -58,10 +60,10 @@ def join(texts: Sequence[str], chunks: Sequence[Chunk]) -> str:
 def find_overlap(
     first: Sequence[str], second: Sequence[str], expected: tuple[float, float]
 ) -> Overlap:
-    """Finds where two texts change over; case and punctuation do not matter.
+    """Finds where to switch from the first text to the second. Ignores case and punctuation.
 
-    `expected` estimates how many words at the end of the first and at the start of the second text
-    lie in the overlap.
+    `expected` holds two estimates: how many words of the first text, and how many of the second
+    text, lie in the overlap.
     """
     most = [int(2 * count) + MORE_WORDS for count in expected]
     before = max(len(first) - most[0], 0)
@@ -78,7 +80,7 @@ def find_overlap(
 
 
 class _Step(NamedTuple):
-    """Words of both texts consumed after one step of an alignment."""
+    """Numbers of words of both texts consumed after one step of an alignment."""
 
     first: int
     second: int
@@ -93,28 +95,29 @@ def _path(first: list[str], second: list[str], expected: tuple[float, float]) ->
     """The best alignment of an end of `first` with a start of `second`, step by step."""
     same = np.array([[a == b for b in second] for a in first], bool)
     same = same.reshape(len(first), len(second))
-    score, came = _fill(same, expected[0])
+    score, last_step = _fill(same, expected[0])
     ends = score[-1] - UNEXPECTED / 2 * np.abs(np.arange(len(second) + 1) - expected[1])
     i, j = len(first), int(ends.argmax())
     path = []
     while j > 0:
-        both, is_gap = came[i, j] == 0, came[i, j]
-        path.append(_Step(i, j, bool(both and same[i - 1, j - 1])))
-        i, j = i - (is_gap != 2), j - (is_gap != 1)
+        kind = last_step[i, j]
+        path.append(_Step(i, j, bool(kind == 0 and same[i - 1, j - 1])))
+        i, j = i - (kind != 2), j - (kind != 1)
     return path[::-1]
 
 
 def _fill(same: np.ndarray, expected: float) -> tuple[np.ndarray, np.ndarray]:
-    """Dynamic programming: the best score up to each pair of words, and its last step.
+    """Dynamic programming: the best score up to each pair of words, and the last step of its path.
 
-    Steps: 0 consumes a word of both texts, 1 of the first, 2 of the second. An alignment may start
-    at any word of the first text; the cost is its distance from the expected word.
+    Step 0 consumes a word of both texts, step 1 a word of the first, step 2 a word of the second.
+    An alignment may start at any word of the first text. The further that word is from the
+    expected one, the higher the penalty.
     """
     rows, columns = same.shape
     score = np.full((rows + 1, columns + 1), -np.inf)
-    came = np.zeros((rows + 1, columns + 1), np.int8)
+    last_step = np.zeros((rows + 1, columns + 1), np.int8)
     score[:, 0] = -UNEXPECTED / 2 * np.abs(rows - np.arange(rows + 1) - expected)
-    score[0, 1:], came[0, 1:] = score[0, 0] + GAP * np.arange(1, columns + 1), 2
+    score[0, 1:], last_step[0, 1:] = score[0, 0] + GAP * np.arange(1, columns + 1), 2
     for i in range(1, rows + 1):
         for j in range(1, columns + 1):
             ways = (
@@ -122,6 +125,6 @@ def _fill(same: np.ndarray, expected: float) -> tuple[np.ndarray, np.ndarray]:
                 score[i - 1, j] + GAP,
                 score[i, j - 1] + GAP,
             )
-            came[i, j] = max(range(3), key=ways.__getitem__)
-            score[i, j] = ways[came[i, j]]
-    return score, came
+            last_step[i, j] = max(range(3), key=ways.__getitem__)
+            score[i, j] = ways[last_step[i, j]]
+    return score, last_step

@@ -1,1 +1,1 @@
-"""Reads a GenerationConfig: keys, values, logits processors, one `GenerationRequest`."""
+"""Reads a GenerationConfig: checks its keys and values and makes a `GenerationRequest` of them."""

@@ -1,4 +1,4 @@
-"""transformers' GenerationConfig, or a dict of its keys, to a checked `GenerationRequest`."""
+"""Reads transformers' GenerationConfig, or a dict of its keys, into a `GenerationRequest`."""
 
 import difflib
 import warnings
@@ -57,19 +57,22 @@ class GenerationRequest:
     decoding: DecodingConfig
     max_new_tokens: int | None
     max_length: int | None
-    """Counts the prompt too; read where `max_new_tokens` is not given."""
+    """Most tokens of prompt and response together. Read only if `max_new_tokens` is None."""
     seed: int = 0
     returns_dict: bool = False
     stop_strings: tuple[str, ...] = ()
     max_time_s: float | None = None
     should_stop: Callable[[], bool] | None = None
     max_audio_s: float | None = DEFAULT_MAX_AUDIO_S
-    """Longer recordings are split into chunks; None: never."""
+    """Longer recordings are split into chunks; None: recordings are never split."""
     enable_thinking: bool | None = None
     """Whether a response may start with a thought; None: the prompt format's default."""
 
     def limits(self, prompt_lengths: Int[np.ndarray, "..."]) -> Int32[np.ndarray, "..."]:
-        """Most new tokens of each prompt. Raises ValueError where a prompt leaves no room."""
+        """The largest number of new tokens of each prompt.
+
+        Raises ValueError if a prompt is as long as `max_length`.
+        """
         if self.max_new_tokens is not None or self.max_length is None:
             limit = self.max_new_tokens or DEFAULT_NEW_TOKENS
             return np.full(prompt_lengths.shape, limit, np.int32)
@@ -81,18 +84,18 @@ class GenerationRequest:
         return (self.max_length - prompt_lengths).astype(np.int32)
 
     def fitting(self, limits: Int[np.ndarray, "..."]) -> DecodingConfig:
-        """The decoding settings with room for these limits, rounded up to few sizes."""
+        """The decoding settings with room for the largest of `limits`, rounded up."""
         return replace(self.decoding, max_new_tokens=round_up(int(limits.max()), 1))
 
 
 def read_request(
     model: Vocabulary, config: Any = None, overrides: Mapping[str, Any] | None = None
 ) -> GenerationRequest:
-    """Reads a GenerationConfig (or a mapping of its keys) and keywords, which override it.
+    """Reads a GenerationConfig, or a mapping of its keys. `overrides` replace its values.
 
     The default is greedy decoding that stops at the tokenizer's end-of-sequence token. Raises
     ValueError for a key that is unknown or not supported, and for a value of the wrong type or out
-    of range. Warns of a key that has no effect with the others.
+    of range. Warns of a key that has no effect in combination with the others.
     """
     asked = _merged(config, overrides or {})
     check_values(asked, model.text_vocab_size, (model.text_eos_id, model.text_pad_id))
@@ -131,7 +134,7 @@ def _plain(kind: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _merged(config: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """All keys that are not None. Raises ValueError for what is not supported."""
+    """All keys whose value is not None. Raises ValueError for a key that is not supported."""
     if config is None:
         given: dict[str, Any] = {}
     elif isinstance(config, Mapping):
@@ -172,7 +175,7 @@ _BEAMS_ONLY: Mapping[str, tuple[Any, ...]] = {"length_penalty": (1.0,), "early_s
 
 
 def _check_together(asked: Mapping[str, Any]) -> None:
-    """Raises ValueError for values that exclude each other."""
+    """Raises ValueError for values that contradict each other."""
     beams, sequences = asked.get("num_beams", 1), asked.get("num_return_sequences", 1)
     if sequences > 1 and beams == 1 and not asked.get("do_sample"):
         raise ValueError(
@@ -193,9 +196,10 @@ def _check_together(asked: Mapping[str, Any]) -> None:
 
 
 def _warn_of_no_effect(asked: Mapping[str, Any]) -> None:
-    idle = {"do_sample=True": {} if asked.get("do_sample") else _SAMPLING_ONLY}
-    idle["num_beams above 1"] = {} if asked.get("num_beams", 1) > 1 else _BEAMS_ONLY
-    for needed, keys in idle.items():
+    """Warns of keys that only sampling or beam search reads, if the request uses neither."""
+    unread = {"do_sample=True": {} if asked.get("do_sample") else _SAMPLING_ONLY}
+    unread["num_beams above 1"] = {} if asked.get("num_beams", 1) > 1 else _BEAMS_ONLY
+    for needed, keys in unread.items():
         for key, neutral in keys.items():
             if key in asked and asked[key] not in neutral:
                 warnings.warn(

@@ -11,17 +11,17 @@ from speechlm2_jax.inference.padding import round_up
 from speechlm2_jax.inference.request.values import bias_pairs, ids_of
 
 SAMPLING_DEFAULTS: Mapping[str, Any] = {"top_k": 50}
-"""transformers' defaults of sampling that are not neutral."""
+"""transformers' defaults of sampling that change the distribution."""
 LIST_STEP = 8
-"""Lists of tokens are padded to 8, 12, 16, 24, 32, ... entries, so that few programs serve all."""
+"""Lists of tokens are padded to 8, 16, 24, 32, 48, ... entries: few programs are compiled."""
 Makers = Mapping[str, tuple[Any, Callable[[Any], p.Processor]]]
-"""Key -> (the value without effect, the function that makes a processor of another)."""
+"""Key -> (the value that has no effect, the function that makes a processor from another value)."""
 
 
 def make_processors(
     asked: Mapping[str, Any], stops: Sequence[int], vocabulary: int
 ) -> tuple[p.Processor, ...]:
-    """Makes what processes the model's logits before a token is chosen.
+    """Makes the processors that change the model's logits before a token is chosen.
 
     `asked` has passed `check_values`.
     """
@@ -88,7 +88,7 @@ def _suppressions(vocabulary: int, begin: int) -> Makers:
 
 
 def _warpers(least: int) -> Makers:
-    """What truncates the distribution before sampling, keeping at least `least` tokens."""
+    """The processors of sampling. Those that truncate keep at least `least` tokens."""
 
     def keep(rule: Callable[..., Any], least: int = least) -> Callable[[Any], p.Processor]:
         return lambda v: p.Keep(rule, float(v), least)
@@ -106,7 +106,7 @@ def _warpers(least: int) -> Makers:
 
 
 def _sequence_bias(biases: Mapping[tuple[int, ...], float]) -> p.SequenceBias:
-    """One padded array of all sequences, so that lists of similar length share a program."""
+    """Puts all sequences into one padded array, so that lists of similar length share a program."""
     count = round_up(len(biases), LIST_STEP)
     longest = max(map(len, biases), default=1) - 1
     width = round_up(longest, 1) if longest else 0
@@ -119,7 +119,7 @@ def _sequence_bias(biases: Mapping[tuple[int, ...], float]) -> p.SequenceBias:
 
 
 def _filled(ids: list[int], vocabulary: int) -> np.ndarray:
-    """Ids, padded with an id beyond the vocabulary."""
+    """Pads a list of ids with an id beyond the vocabulary."""
     out = np.full(round_up(len(ids), LIST_STEP), vocabulary, np.int32)
     out[: len(ids)] = ids
     return out

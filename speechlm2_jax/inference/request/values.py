@@ -18,9 +18,9 @@ SAMPLING_KEYS = (
 def check_values(asked: Mapping[str, Any], vocabulary: int, own_ids: Sequence[int | None]) -> None:
     """Raises ValueError for a value of the wrong type or range, naming its key.
 
-    Without `do_sample`, keys that only sampling reads may be any number: many callers write
-    temperature=0 for greedy decoding. `own_ids` are the model's end and padding tokens, which need
-    not be in its embedding table.
+    Without `do_sample`, the keys that only sampling reads may be any number, because many callers
+    write temperature=0 for greedy decoding. `own_ids` are the model's end and padding tokens. They
+    may lie outside its embedding table.
     """
     unread = () if asked.get("do_sample") else SAMPLING_KEYS
     for keys, is_fine, expected in _VALUES:
@@ -37,12 +37,12 @@ def check_values(asked: Mapping[str, Any], vocabulary: int, own_ids: Sequence[in
 
 
 def ids_of(value: Any) -> list[int]:
-    """One id or several as a list; None as an empty one."""
+    """One id or several as a list; None gives an empty list."""
     return [] if value is None else [int(i) for i in np.asarray(value).reshape(-1)]
 
 
 def bias_pairs(bias: Any) -> list[tuple[Any, Any]]:
-    """(ids, bias) of a mapping or of pairs."""
+    """The pairs (ids, bias) of a `sequence_bias`, which is a mapping or a list of pairs."""
     return list(bias.items()) if isinstance(bias, Mapping) else [tuple(pair) for pair in bias]
 
 
@@ -93,13 +93,13 @@ def _is_id(value: Any) -> bool:
 
 
 def _is_ids(value: Any) -> bool:
-    """Whether a value is a list of whole numbers, or an empty one."""
+    """Whether a value is a list of whole numbers; it may be empty."""
     array = _array(value)
     return array.ndim == 1 and (array.dtype.kind in "iu" or not array.size)
 
 
 def _is_sequence(value: Any) -> bool:
-    """Whether a value is one list of ids, not empty."""
+    """Whether a value is a list of at least one id."""
     return _is_ids(value) and len(value) > 0
 
 
@@ -121,7 +121,7 @@ def _are_biases(value: Any) -> bool:
 
 
 def _is_bias(value: Any) -> bool:
-    """Whether a value is a number; infinite ones forbid or force a sequence."""
+    """Whether a value is a number. Infinity forces a sequence, minus infinity forbids it."""
     array = _array(value)
     return array.ndim == 0 and array.dtype.kind in "iuf" and not np.isnan(array)
 
