@@ -76,7 +76,7 @@ def test_a_codec_in_bfloat16_loads(tmp_path):
 
 
 def test_a_run_of_a_ctc_model_becomes_a_nemo_file(tmp_path, capsys):
-    from speechlm2_jax.checkpointing import Checkpointer, Retention
+    from speechlm2_jax.checkpointing import Checkpointer, Retention, write_checksums
 
     model = slm.models.CTCModel.from_pretrained(DATA / "asr/ctc.nemo")
     run = tmp_path / "run"
@@ -85,6 +85,7 @@ def test_a_run_of_a_ctc_model_becomes_a_nemo_file(tmp_path, capsys):
     checkpointer.save(1, arrays, progress={"step": 1}, settings=model.settings)
     checkpointer.close()
     model.save_definition(run / "model")
+    write_checksums(run / "model", {})
     assert main([str(run), str(tmp_path / "folder")]) == 2
     assert "name one" in capsys.readouterr().err
     assert main([str(run), str(tmp_path / "ctc.nemo")]) == 0

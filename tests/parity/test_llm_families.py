@@ -20,7 +20,7 @@ from speechlm2_jax.layers.module import Variables, abstract, describe, merge, sp
 from speechlm2_jax.llm.decoder import Decoder
 from speechlm2_jax.llm.families import FAMILIES
 from speechlm2_jax.sharding import make_sharding, use
-from tests.llm.tiny_families import MODELS, config_of, tiny_model
+from tests.parity.tiny_families import MODELS, config_of, tiny_model
 
 ATOL = 1e-4
 GRADIENT_RTOL = 1e-4
