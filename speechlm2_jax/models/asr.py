@@ -35,7 +35,7 @@ DECODERS = {
 }
 """NeMo's class -> its decoders, the default first; TDT counts as RNN-T."""
 MAX_SYMBOLS = 10
-"""Default of the most labels that a transducer emits at one frame."""
+"""Default maximum of labels that a transducer emits per frame."""
 _DECODING_KEYS = ("strategy", "durations", "big_blank_durations")
 PRECISION = "highest"
 """Of matmuls: TPU and GPU default to less, and scores must not depend on the device."""
@@ -51,9 +51,9 @@ class TransducerDecodingConfig:
 
     strategy: str = "greedy_batch"
     durations: tuple[int, ...] | None = None
-    """Of a TDT model."""
+    """Durations of a TDT model."""
     max_symbols: int | None = None
-    """Most labels at one frame; null means MAX_SYMBOLS (in NeMo: no limit)."""
+    """Maximum labels per frame; null means MAX_SYMBOLS (in NeMo: no limit)."""
 
     def __post_init__(self) -> None:
         if self.strategy not in ("greedy", "greedy_batch"):
@@ -127,8 +127,8 @@ class ASRModel(Transcriber):
             return [collapse(path, blank) for path in np.asarray(best_paths(*inputs, PRECISION))]
         limits = {"max_symbols": self._max_symbols, "jumps_when_full": self._jumps_when_full}
         found = _hypotheses(*inputs, **limits)
-        rows = zip(np.asarray(found.labels), np.asarray(found.lengths), strict=True)
-        return [labels[:count].tolist() for labels, count in rows]
+        pairs = zip(np.asarray(found.labels), np.asarray(found.lengths), strict=True)
+        return [labels[:count].tolist() for labels, count in pairs]
 
 
 @partial(jax.jit, static_argnames=("graphdef", "max_symbols", "jumps_when_full"))
@@ -153,7 +153,7 @@ def _hypotheses(
 
 
 def _decoder(archive: NemoArchive, asked: str | None) -> str:
-    """Which decoder of the archive's model to use."""
+    """The decoder of the archive's model to use."""
     name = class_name(archive)
     if name not in DECODERS:
         raise SettingsError(

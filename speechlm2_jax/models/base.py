@@ -57,13 +57,13 @@ class SpeechModel(ABC):
     @classmethod
     @abstractmethod
     def read_blueprint(cls, cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Any:
-        """Reads all but the weights."""
+        """Reads configs and tokenizer, no weights."""
 
     @abstractmethod
     def losses(
         self, variables: Variables, batch: Any, *, key: jax.Array | None, train: bool
     ) -> StepLosses:
-        """Loss sums of one batch; pure and traceable."""
+        """Computes the loss sums of one batch; pure and traceable."""
 
     @abstractmethod
     def flops(self, batch: HostBatch) -> float:
@@ -90,7 +90,7 @@ class SpeechModel(ABC):
         return self._variables is not None
 
     def load_onto(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> Variables:
-        """Initial weights and buffers, streamed to the sharding of each leaf; not kept."""
+        """Returns the initial weights and buffers, loaded onto the sharding of each leaf."""
         return blueprints.load_or_initialize(self._blueprint, self.infos, layout)
 
     def check_weights(self) -> None:
@@ -136,7 +136,7 @@ class SpeechModel(ABC):
         values = self.variables if variables is None else variables
         return blueprints.state_dict(self._blueprint, values)
 
-    # What NeMo's users know -----------------------------------------------------------------
+    # NeMo's attributes ----------------------------------------------------------------------
 
     @property
     def cfg(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class SpeechModel(ABC):
 
     @property
     def text_vocab_size(self) -> int:
-        """Rows of the embedding table."""
+        """Number of tokens in the embedding table."""
         return self._blueprint.network.llm.vocab_size
 
     @property
@@ -175,7 +175,7 @@ class SpeechModel(ABC):
 
     @property
     def token_equivalent_duration(self) -> float:
-        """Seconds of audio behind one frame that the LLM sees."""
+        """Seconds of audio per frame of the LLM."""
         return self._blueprint.network.perception.token_equivalent_duration
 
     @property
@@ -184,7 +184,7 @@ class SpeechModel(ABC):
         return stages.device_of(self._variables)
 
     def eval(self: M) -> M:
-        """Returns the model itself: here `train` is an argument, not a mode."""
+        """Returns the model itself: training is an argument here, not a mode."""
         return self
 
     def astype(self: M, dtype: str) -> M:
@@ -236,11 +236,11 @@ class SpeechModel(ABC):
         dtype = self._blueprint.network.compute_dtype
         return PerceptionStream(plan, graphdef, own, batch, dtype)
 
-    # What the trainer needs -----------------------------------------------------------------
+    # Interface of the trainer ---------------------------------------------------------------
 
     @property
     def frame_count(self) -> Callable[[int], int]:
-        """Samples of a clip -> frames that the LLM sees."""
+        """Number of samples of a clip -> number of its frames in the LLM."""
         return self._blueprint.network.perception.frame_count
 
     @property
@@ -255,12 +255,12 @@ class SpeechModel(ABC):
 
     @property
     def trainable(self) -> Mapping[str, bool | np.ndarray]:
-        """Per variable path, whether training changes it; a bool array per layer of a stack."""
+        """Variable path -> whether it is trained; a bool array per layer for a stack."""
         return self._selection.trainable
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Remarks for the log: on the freeze patterns, and where the weights start from."""
+        """Notes for the log: about the freeze patterns, and about `init_from_checkpoint`."""
         name = self._blueprint.config.init_from_checkpoint
         start = () if name is None else (f"the weights start from {name} ({initial_weights.KEY})",)
         return (*self._selection.notes, *start)

@@ -79,12 +79,12 @@ class AudioCodec:
 
     @property
     def samples_per_frame(self) -> int:
-        """Samples behind one frame of codes."""
+        """Samples per frame of codes."""
         return self.config.samples_per_frame
 
     @property
     def num_codebooks(self) -> int:
-        """Codes per frame, K."""
+        """Number of codebooks K: codes per frame."""
         return self.config.num_codebooks
 
     @property
@@ -216,18 +216,18 @@ def _folded(codec: Codec) -> Codec:
     return codec
 
 
-def _fitted(rows: np.ndarray, size: int) -> np.ndarray:
-    """Cuts or pads the second axis with zeros."""
-    rows = rows[:, :size]
-    widths = [(0, 0), (0, size - rows.shape[1])] + [(0, 0)] * (rows.ndim - 2)
-    return np.pad(rows, widths)
+def _fitted(batch: np.ndarray, size: int) -> np.ndarray:
+    """Truncates the second axis, or pads it with zeros."""
+    batch = batch[:, :size]
+    widths = [(0, 0), (0, size - batch.shape[1])] + [(0, 0)] * (batch.ndim - 2)
+    return np.pad(batch, widths)
 
 
-def _check(rows: np.ndarray, lengths: np.ndarray, rank: int) -> None:
-    if rows.ndim != rank or lengths.shape != rows.shape[:1]:
+def _check(batch: np.ndarray, lengths: np.ndarray, rank: int) -> None:
+    if batch.ndim != rank or lengths.shape != batch.shape[:1]:
         raise ValueError(
-            f"expected rows of rank {rank} and a length for each, got {rows.shape} and "
+            f"expected a batch of rank {rank} and one length per element, got {batch.shape} and "
             f"{lengths.shape}"
         )
-    if lengths.size and not 0 <= lengths.min() <= lengths.max() <= rows.shape[1]:
-        raise ValueError(f"lengths {lengths.tolist()} must lie within 0 and {rows.shape[1]}")
+    if lengths.size and not 0 <= lengths.min() <= lengths.max() <= batch.shape[1]:
+        raise ValueError(f"lengths {lengths.tolist()} must lie within 0 and {batch.shape[1]}")

@@ -152,7 +152,7 @@ class CTCModel(Transcriber):
         """Sampling rate of the input audio in Hz."""
         return self._network.preprocessor.sample_rate
 
-    # What the trainer needs -----------------------------------------------------------------
+    # Interface of the trainer ---------------------------------------------------------------
 
     @property
     def variables(self) -> Variables:
@@ -171,7 +171,7 @@ class CTCModel(Transcriber):
         return self._variables is not None
 
     def load_onto(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> Variables:
-        """Initial weights and buffers, each on the sharding of its leaf; not kept."""
+        """Returns the initial weights and buffers, each on the sharding of its leaf."""
         return draw(lambda: split(self._make(nnx.Rngs(self._config.seed)))[1], layout)
 
     def check_weights(self) -> None:
@@ -190,7 +190,7 @@ class CTCModel(Transcriber):
 
     @property
     def frame_count(self) -> Callable[[int], int]:
-        """Samples of a clip -> encoder frames."""
+        """Number of samples of a clip -> number of encoder frames."""
         return self._network.perception.frame_count
 
     @property
@@ -216,7 +216,7 @@ class CTCModel(Transcriber):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """No remarks for the log."""
+        """Notes for the log: none."""
         return ()
 
     @property

@@ -1,4 +1,4 @@
-"""The user-facing full-duplex models: audio in and out at once, frame by frame."""
+"""The user-facing full-duplex models: user audio in and agent audio out, frame by frame."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -47,7 +47,7 @@ from speechlm2_jax.sharding import Sharding
 FRAME_STEP = 32
 """Unit of rounding for numbers of frames."""
 SILENT_FRAMES = 16
-"""Enough silence that the receptive field of its middle frame has nothing else."""
+"""Frames of silence such that the receptive field of the middle frame is silence only."""
 
 
 class Targets(NamedTuple):
@@ -60,7 +60,7 @@ class Targets(NamedTuple):
 
 
 class DuplexS2SModel(SpeechModel):
-    """Takes 80 ms of user audio per frame; predicts the agent's text token and K audio codes.
+    """Reads 80 ms of user audio per frame and predicts a text token and K audio codes of the agent.
 
     `cfg` is NeMo's `model:` block as a plain dict. Weights come from `pretrained_llm`,
     `pretrained_asr` and `pretrained_audio_codec`; `pretrained_weights: false` starts all but the
@@ -77,7 +77,7 @@ class DuplexS2SModel(SpeechModel):
         """Reads configs and tokenizer, no weights."""
         return duplex.read_blueprint(cls.CONFIG, cfg, near)
 
-    # What NeMo's users know -----------------------------------------------------------------
+    # NeMo's attributes ----------------------------------------------------------------------
 
     @property
     def target_sampling_rate(self) -> int:
@@ -111,7 +111,7 @@ class DuplexS2SModel(SpeechModel):
 
     @property
     def max_frames(self) -> int | None:
-        """Most frames of a conversation (learnt positions of a speech decoder); None: no limit."""
+        """Frame limit of a conversation: learnt positions of a speech decoder; None: no limit."""
         decoder = self._blueprint.network.speech_decoder
         if decoder is None or not decoder.use_learnable_pos_emb:
             return None
@@ -159,7 +159,7 @@ class DuplexS2SModel(SpeechModel):
         self._check_frames(lengths)
         mesh = sharding.mesh_of(self.variables)
         placement = None if mesh is None else sharding.for_inference(mesh)
-        rows = len(audio)
+        batch = len(audio)
         groups = 1 if placement is None else placement.data_parallel_size
         audio, lengths = pad_to_static_shape(audio, lengths, groups)
         output, frames = run_offline(
@@ -171,9 +171,9 @@ class DuplexS2SModel(SpeechModel):
             jax.random.key(seed) if config.is_random else None,
             placement=placement,
         )
-        frames = np.asarray(frames)[:rows]
+        frames = np.asarray(frames)[:batch]
         longest = int(frames.max(initial=0))
-        text, codes = (np.asarray(x)[:rows, :longest] for x in output)
+        text, codes = (np.asarray(x)[:batch, :longest] for x in output)
         result: dict[str, Any] = {
             "text": [self._text(ids[:n]) for ids, n in zip(text, frames.tolist(), strict=True)],
             "tokens_text": text,
@@ -187,28 +187,28 @@ class DuplexS2SModel(SpeechModel):
     def _audio(
         self, codes: jax.Array, frames: np.ndarray, placement: Sharding | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The agent's audio and its lengths in samples, without the padding rows of `codes`."""
-        rows, longest = len(frames), int(frames.max(initial=0))
+        """The agent's audio and its lengths in samples, without the padding of the batch."""
+        batch, longest = len(frames), int(frames.max(initial=0))
         wave, samples = decode_codes(
             self._graphdef,
             self.variables,
             codes,
             pad_lengths(frames, len(codes)),
-            self._silence(np.asarray(codes)[:rows]),
+            self._silence(np.asarray(codes)[:batch]),
             longest,
             placement=placement,
         )
-        samples = np.asarray(samples)[:rows]
-        return np.asarray(wave)[:rows, : int(samples.max(initial=0))], samples
+        samples = np.asarray(samples)[:batch]
+        return np.asarray(wave)[:batch, : int(samples.max(initial=0))], samples
 
     def _check_frames(self, lengths: np.ndarray) -> None:
         most = self.max_frames
-        for row, samples in enumerate(lengths.tolist()):
+        for i, samples in enumerate(lengths.tolist()):
             frames = self.frame_count(samples)
             if most is not None and frames > most:
                 raise ValueError(
-                    f"row {row} lasts {frames} frames ({samples / self.sampling_rate:.2f} s), but "
-                    f"the speech decoder has {most} learnt positions "
+                    f"recording {i} has {frames} frames ({samples / self.sampling_rate:.2f} s), "
+                    f"but the speech decoder has {most} learnt positions "
                     "(model.speech_decoder.max_length_causal_mask); cut the recording"
                 )
 
@@ -225,10 +225,10 @@ class DuplexS2SModel(SpeechModel):
         return Targets(*(np.asarray(x)[: len(examples)] for x in found))
 
     def _silence(self, codes: np.ndarray) -> np.ndarray:
-        """The codec's codes [K] of silence; zeros if no control code of `codes` needs them."""
-        books = self._blueprint.network.codebooks
-        if not (codes[:, :1] >= books.size).any():
-            return np.zeros(books.count, np.int32)
+        """The codec's codes [K] of silence; zeros if the first frames have no control codes."""
+        codebooks = self._blueprint.network.codebooks
+        if not (codes[:, :1] >= codebooks.size).any():
+            return np.zeros(codebooks.count, np.int32)
         return np.asarray(silent_codes(self._graphdef, self.variables))
 
     def _text(self, ids: np.ndarray) -> str:
@@ -236,7 +236,7 @@ class DuplexS2SModel(SpeechModel):
         text = self.turn_ids
         return self.tokenizer.ids_to_text(ids[~np.isin(ids, (text.pad, text.bos, text.eos))])
 
-    # What the trainer needs -----------------------------------------------------------------
+    # Interface of the trainer ---------------------------------------------------------------
 
     @property
     def target_frame_samples(self) -> int:
@@ -248,7 +248,7 @@ class DuplexS2SModel(SpeechModel):
         return self._blueprint.find_scoring_asr()
 
     def check_weights(self) -> None:
-        """As for every model; also checks the ASR model that validation needs."""
+        """Also checks the ASR model that scores validation."""
         super().check_weights()
         path = self.find_scoring_asr()
         if path is None:
@@ -263,13 +263,13 @@ class DuplexS2SModel(SpeechModel):
 
     @property
     def frame_count(self) -> Callable[[int], int]:
-        """Samples of the user's audio -> frames."""
+        """Number of samples of the user's audio -> number of frames."""
         return self._blueprint.network.perception.frame_count
 
     def losses(
         self, variables: Variables, batch: DuplexBatch, *, key: jax.Array | None, train: bool
     ) -> StepLosses:
-        """Weighted sums of both channels' cross-entropies, and accuracies; pure and traceable."""
+        """Computes weighted cross-entropies and accuracies of both channels; pure and traceable."""
         network: Duplex = merge(self._graphdef, variables)
         modes = self._training_modes() if train else DuplexModes()
         return duplex_network.losses(network, batch, modes, key if train else None)
@@ -321,23 +321,23 @@ def run_offline(
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],
     config: DuplexSamplingConfig,
-    key: Key[Array, ""] | None,
+    rng: Key[Array, ""] | None,
     *,
     placement: Sharding | None = None,
 ) -> tuple[DuplexOutput, Int[Array, " B"]]:
     """Generates the agent's tokens for whole recordings: (output, frames of each recording)."""
     network: Duplex = merge(graphdef, variables)
-    books, pad = network.config.codebooks, network.config.text.pad
+    codebooks, pad = network.config.codebooks, network.config.text.pad
     with sharding.use(placement):
         encoder_output = duplex_network.encode_user(network, audio, lengths)
         frames = encoder_output.frames
-        rngs = None if key is None else _row_rngs(key, len(audio))
+        rngs = None if rng is None else _conversation_rngs(rng, len(audio))
         state = initial_state(
             network,
             *frames.shape[:2],
             pad=pad,
-            delay=books.delay,
-            codebooks=books.count,
+            delay=codebooks.delay,
+            codebooks=codebooks.count,
         )
         lengths = encoder_output.lengths
         return run_duplex(network, frames, lengths, state, config, pad=pad, rngs=rngs), lengths
@@ -356,7 +356,7 @@ def decode_codes(
 ) -> tuple[Float[Array, "B A"], Int[Array, " B"]]:
     """Decodes the agent's audio; control codes become silence.
 
-    With `nemo_exact` every conversation is padded to `longest` frames, which NeMo's codec sees.
+    With `nemo_exact` every conversation is padded to `longest` frames, as in NeMo.
     """
     network: Duplex = merge(graphdef, variables)
     with sharding.use(placement):
@@ -395,5 +395,5 @@ def _logits(
     return network.llm.logits(hidden), network.audio_logits(audio)
 
 
-def _row_rngs(key: Key[Array, ""], rows: int) -> Key[Array, " B"]:
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+def _conversation_rngs(rng: Key[Array, ""], batch: int) -> Key[Array, " B"]:
+    return jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch))

@@ -1,4 +1,4 @@
-"""SALM, the user-facing class: network, tokenizer, settings and weights in one object."""
+"""SALM, the user-facing class: network, tokenizer, settings and weights."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ class SALM(SpeechModel):
 
     @property
     def audio_locator_tag(self) -> str:
-        """The text that stands for one audio clip in a prompt."""
+        """The placeholder text of one audio clip in a prompt."""
         return self._blueprint.config.audio_locator_tag
 
     @property
@@ -167,7 +167,7 @@ class SALM(SpeechModel):
         return transcribe_by_prompt(self, audio, prompt, batch_size, generation)
 
     def answer(self, prompts: Sequence[SalmExample], max_new_tokens: int) -> np.ndarray:
-        """Generates greedily for tokenized prompts: int32 ids [B, T], padded after their ends."""
+        """Generates greedily for tokenized prompts: int32 ids [B, T], padded after each end."""
         request = read_request(self, {"max_new_tokens": max_new_tokens})
         return last_output(generate.run_generation(self._engine(), prompts, request)).trimmed()
 
@@ -187,7 +187,7 @@ class SALM(SpeechModel):
         return generate.compile_ahead(engine, shape, max_new_tokens)
 
     def _engine(self) -> Engine:
-        """The model for inference, where its weights are."""
+        """The model for inference, on the devices of its weights."""
         mesh = sharding.mesh_of(self.variables)
         placement = None if mesh is None else sharding.for_inference(mesh)
         return self._engine_on(self.variables, placement)
@@ -212,7 +212,7 @@ class SALM(SpeechModel):
 
     @property
     def prompt_formatter(self) -> PromptFormatter:
-        """Writes dialogs in the model's chat format."""
+        """Formats dialogs in the model's chat format."""
         return self._blueprint.formatter
 
     def losses(

@@ -281,7 +281,7 @@ def test_a_row_uses_every_position_of_the_speech_decoder_and_no_more():
     np.testing.assert_array_equal(outputs[0]["tokens_audio"], outputs[1]["tokens_audio"])
     longer = np.pad(audio, (0, 2 * 1280))
     with pytest.raises(
-        ValueError, match=rf"row 0 lasts \d+ frames .* has {frames} learnt positions"
+        ValueError, match=rf"recording 0 has \d+ frames .* has {frames} learnt positions"
     ):
         limited.offline_inference(longer[None], np.array([len(longer)]))
 
