@@ -134,7 +134,7 @@ class Prefilled(NamedTuple):
 
 
 def run_prompts(decoder: CachedDecoder, prompts: Prompts, config: DecodingConfig) -> Prefilled:
-    """Fills the KV cache with the prompts. Each prompt runs once, whatever the number of copies."""
+    """Fills the KV cache with the prompts. Each prompt runs once, for any number of copies."""
     embeds, lengths = prompts.embeds, prompts.lengths
     batch, length, _ = embeds.shape
     mask = prompts.attention_mask & (jnp.arange(length)[None, :] < lengths[:, None])

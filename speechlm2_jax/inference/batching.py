@@ -8,7 +8,7 @@ from jaxtyping import Float, Int32
 from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.inference.audio_inputs import padded_batch
-from speechlm2_jax.inference.padding import SAMPLE_STEP, round_up
+from speechlm2_jax.inference.padding import SAMPLE_UNIT, round_up
 
 
 def check_batch(
@@ -33,7 +33,7 @@ def pad_to_static_shape(
     The padded batch size is a multiple of `groups`, the number of data-parallel shards.
     """
     rows = -(-round_up(max(len(audio), 1), 1) // groups) * groups
-    samples = round_up(int(lengths.max(initial=1)), SAMPLE_STEP)
+    samples = round_up(int(lengths.max(initial=1)), SAMPLE_UNIT)
     waves = [wave[:n] for wave, n in zip(audio, lengths.tolist(), strict=True)]
     return pad_right(waves, rows=rows, width=samples)
 

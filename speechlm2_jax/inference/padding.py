@@ -4,22 +4,22 @@ from collections.abc import Sequence
 
 from speechlm2_jax.batches import BatchShape, FrameCount, SalmExample
 
-SAMPLE_STEP = 16000
+SAMPLE_UNIT = 16000
 """Sample counts are rounded up in units of 16,000: one second at 16 kHz."""
-TOKEN_STEP = 32
+TOKEN_UNIT = 32
 """Prompt lengths are rounded up in units of 32 tokens."""
 
 
 def round_up(n: int, step: int) -> int:
     """Rounds up to 1.0x or 1.5x a power of two, in units of `step`: with step 1, 5 -> 6, 7 -> 8.
 
-    The sizes are step x (1, 2, 3, 4, 6, 8, 12, 16, ...). If n is at least `step`, less than half of
+    The sizes are unit x (1, 2, 3, 4, 6, 8, 12, 16, ...). If n is at least `unit`, less than half of
     a size is padding.
     """
-    size = step
+    size = unit
     while size < n:
         half = size + size // 2
-        size = half if half >= n and half % step == 0 else size * 2
+        size = half if half >= n and half % unit == 0 else size * 2
     return size
 
 
@@ -31,7 +31,7 @@ def prompt_shape(groups: Sequence[Sequence[SalmExample]], frame_count: FrameCoun
     longest = max(len(e.tokens) + sum(frame_count(len(c)) - 1 for c in e.audio) for e in examples)
     return BatchShape(
         sequences=round_up(max(map(len, groups)), 1),
-        tokens=round_up(longest, TOKEN_STEP),
+        tokens=round_up(longest, TOKEN_UNIT),
         clips=round_up(most_clips, 1) if clips else 0,
-        samples=round_up(max(map(len, clips), default=0), SAMPLE_STEP) if clips else 0,
+        samples=round_up(max(map(len, clips), default=0), SAMPLE_UNIT) if clips else 0,
     )

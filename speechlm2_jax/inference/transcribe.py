@@ -9,7 +9,7 @@ import numpy as np
 from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.inference.audio_inputs import as_float, clips_of, is_array, items_of, split_audio
-from speechlm2_jax.inference.padding import SAMPLE_STEP, round_up
+from speechlm2_jax.inference.padding import SAMPLE_UNIT, round_up
 
 DEFAULT_BATCH_SIZE = 16
 Decode = Callable[[np.ndarray, np.ndarray], list[list[int]]]
@@ -86,7 +86,7 @@ def transcribe(
     texts = [Transcript()] * len(waves)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        rows, samples = round_up(len(chosen), 1), round_up(len(waves[chosen[-1]]), SAMPLE_STEP)
+        rows, samples = round_up(len(chosen), 1), round_up(len(waves[chosen[-1]]), SAMPLE_UNIT)
         labels = decode(*pad_right([waves[i] for i in chosen], rows=rows, width=samples))
         for i, own in zip(chosen, labels, strict=False):  # further rows are padding
             texts[i] = Transcript(to_text(own))

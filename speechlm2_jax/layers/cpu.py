@@ -18,7 +18,7 @@ from speechlm2_jax.layers.module import LAYERS, constrain_layer
 from speechlm2_jax.sharding import platform
 
 FEW_ROWS = 32
-"""Up to so many rows, the time of a matmul on a CPU is the time to read the weight."""
+"""Up to this many rows of the input, a matmul on a CPU takes the time to read the weight."""
 LOSS_CHUNKS = 4
 """Chunks of the loss on a CPU where one chunk would hold all scored positions."""
 MAX_UNSTACKED_BYTES = 6 * 2**30
@@ -38,7 +38,7 @@ def fast_compile_options() -> dict[str, int] | None:
 
 
 def is_slow_matmul(rows: int) -> bool:
-    """True if `x @ W.T` with so many rows is faster as `weight_first_matmul`: 2 to 32, on a CPU."""
+    """True if x Wᵀ with `rows` rows of x is faster as `weight_first_matmul`: 2 to 32, on a CPU."""
     return platform() == "cpu" and 1 < rows <= FEW_ROWS
 
 

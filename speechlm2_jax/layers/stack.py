@@ -60,10 +60,10 @@ def scan_layers(
         return layers.run(body, carry, xs)
     graphdef, state = nnx.split(layers)
 
-    def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
+    def run_layer(carry: Any, inputs: Any) -> tuple[Any, Any]:
         layer_state, x = inputs
         return body(nnx.merge(graphdef, constrain_layer(layer_state), copy=True), carry, x)
 
     if remat != "none":
-        step = jax.checkpoint(step, prevent_cse=False, policy=_SAVED[remat])
-    return jax.lax.scan(step, carry, (state, xs))
+        run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=_SAVED[remat])
+    return jax.lax.scan(run_layer, carry, (state, xs))

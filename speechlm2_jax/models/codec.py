@@ -24,7 +24,7 @@ from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, descr
 from speechlm2_jax.pretrained.codec_config import codec_config
 from speechlm2_jax.pretrained.registry import find_nemo
 
-FRAME_STEP = 8
+FRAME_UNIT = 8
 """Unit of rounding for numbers of frames, so that few programs are compiled."""
 
 
@@ -111,7 +111,7 @@ class AudioCodec:
         rate = sample_rate or self.sample_rate
         longest = resampled_length(int(lengths.max(initial=0)), rate, self.sample_rate)
         frames = self.config.frame_count(longest)
-        size = round_up(frames, FRAME_STEP) * self.samples_per_frame
+        size = round_up(frames, FRAME_UNIT) * self.samples_per_frame
         audio = _fitted(audio, -(-size * rate // self.sample_rate))
         graphdef, variables = self._compute()
         options = {"from_hz": rate, "size": size, "nemo_exact": nemo_exact}
@@ -130,7 +130,7 @@ class AudioCodec:
         audio, counts = _decode(
             graphdef,
             variables,
-            _fitted(codes, round_up(frames, FRAME_STEP)),
+            _fitted(codes, round_up(frames, FRAME_UNIT)),
             lengths,
             np.int32(frames),
             nemo_exact=nemo_exact,

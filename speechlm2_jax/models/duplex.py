@@ -29,7 +29,7 @@ from speechlm2_jax.generation.duplex import (
 from speechlm2_jax.generation.sampling import SamplingConfig
 from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.batching import check_batch, pad_lengths, pad_to_static_shape
-from speechlm2_jax.inference.padding import SAMPLE_STEP, round_up
+from speechlm2_jax.inference.padding import SAMPLE_UNIT, round_up
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.models.asr import ASRModel
 from speechlm2_jax.models.base import SpeechModel
@@ -44,7 +44,7 @@ from speechlm2_jax.pretrained.duplex_config import DuplexModelConfig, DuplexSpee
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.sharding import Sharding
 
-FRAME_STEP = 32
+FRAME_UNIT = 32
 """Unit of rounding for numbers of frames."""
 SILENT_FRAMES = 16
 """Frames of silence such that the receptive field of the middle frame is silence only."""
@@ -216,9 +216,9 @@ class DuplexS2SModel(SpeechModel):
         """The targets of each frame, as in training, to compare `offline_inference` with."""
         shape = DuplexShape(
             sequences=round_up(len(examples), 1),
-            tokens=round_up(max(len(e.target_tokens) for e in examples), FRAME_STEP),
-            source_samples=round_up(max(len(e.source_audio) for e in examples), SAMPLE_STEP),
-            target_samples=round_up(max(len(e.target_audio) for e in examples), SAMPLE_STEP),
+            tokens=round_up(max(len(e.target_tokens) for e in examples), FRAME_UNIT),
+            source_samples=round_up(max(len(e.source_audio) for e in examples), SAMPLE_UNIT),
+            target_samples=round_up(max(len(e.target_audio) for e in examples), SAMPLE_UNIT),
         )
         batch = assemble_duplex_batch([examples], shape, pad_id=self.text_pad_id)
         found = _targets(self._graphdef, self.variables, batch)

@@ -44,7 +44,7 @@ def test_responses_come_back_in_input_order():
 
 
 def test_many_lengths_make_few_static_shapes():
-    from speechlm2_jax.inference.padding import SAMPLE_STEP, round_up
+    from speechlm2_jax.inference.padding import SAMPLE_UNIT, round_up
 
     seconds = np.random.default_rng(0).uniform(0.3, 30, 400)
     model = FakeModel()
@@ -53,7 +53,7 @@ def test_many_lengths_make_few_static_shapes():
         [_utterance(f"u{n}", s) for n, s in enumerate(seconds)],
         _config(batch_size=8, verbose=False),
     )
-    shapes = {(len(c["audios"]), round_up(c["audios"].shape[1], SAMPLE_STEP)) for c in model.calls}
+    shapes = {(len(c["audios"]), round_up(c["audios"].shape[1], SAMPLE_UNIT)) for c in model.calls}
     assert len(model.calls) == 50
     assert len(shapes) <= 10, "two per doubling of the length, and one number of rows"
 

@@ -12,7 +12,7 @@ from speechlm2_jax.inference.request.values import bias_pairs, ids_of
 
 SAMPLING_DEFAULTS: Mapping[str, Any] = {"top_k": 50}
 """transformers' defaults of sampling that change the distribution."""
-LIST_STEP = 8
+LIST_UNIT = 8
 """Lists of tokens are padded to 8, 16, 24, 32, 48, ... entries: few programs are compiled."""
 Makers = Mapping[str, tuple[Any, Callable[[Any], p.Processor]]]
 """Key -> (the value that has no effect, the function that makes a processor from another value)."""
@@ -107,7 +107,7 @@ def _warpers(least: int) -> Makers:
 
 def _sequence_bias(biases: Mapping[tuple[int, ...], float]) -> p.SequenceBias:
     """Puts all sequences into one padded array, so that lists of similar length share a program."""
-    count = round_up(len(biases), LIST_STEP)
+    count = round_up(len(biases), LIST_UNIT)
     longest = max(map(len, biases), default=1) - 1
     width = round_up(longest, 1) if longest else 0
     prefixes = np.full((count, width), p.WILDCARD, np.int32)
@@ -120,7 +120,7 @@ def _sequence_bias(biases: Mapping[tuple[int, ...], float]) -> p.SequenceBias:
 
 def _filled(ids: list[int], vocabulary: int) -> np.ndarray:
     """Pads a list of ids with an id beyond the vocabulary."""
-    out = np.full(round_up(len(ids), LIST_STEP), vocabulary, np.int32)
+    out = np.full(round_up(len(ids), LIST_UNIT), vocabulary, np.int32)
     out[: len(ids)] = ids
     return out
 
