@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from speechlm2_jax.data.audio import sinc_resample
-from speechlm2_jax.evaluation.metrics.asr_bleu import ASRBLEU, Transcriber
+from speechlm2_jax.evaluation.metrics.asr_bleu import ASRBLEU, ScoringASRModel
 from speechlm2_jax.models import ASRModel
 
 ASR = Path(__file__).parents[1] / "data" / "asr"
@@ -63,7 +63,7 @@ def test_recordings_references_and_lengths_must_pair_up(speech):
 
 def test_a_nemo_asr_model_transcribes_as_in_nemo():
     model = ASRModel.from_pretrained(ASR / "ctc.nemo")
-    assert isinstance(model, Transcriber)
+    assert isinstance(model, ScoringASRModel)
     given = load_file(ASR / "ctc_golden.safetensors")
     expected = json.loads((ASR / "hypotheses.json").read_text())["ctc"]["transcribe"][1:]
     metric = ASRBLEU(model)

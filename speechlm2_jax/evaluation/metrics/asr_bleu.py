@@ -14,7 +14,7 @@ from speechlm2_jax.evaluation.metrics.text_metric import AnyNormalizer
 
 
 @runtime_checkable
-class Transcriber(Protocol):
+class ScoringASRModel(Protocol):
     """A model that transcribes speech; `speechlm2_jax.models.ASRModel` is one."""
 
     @property
@@ -35,12 +35,12 @@ class ASRBLEU:
 
     def __init__(
         self,
-        asr_model: Transcriber,
+        asr_model: ScoringASRModel,
         normalize: bool = True,
         normalizer: AnyNormalizer = "english",
         verbose: bool = False,
     ) -> None:
-        self._asr_model: Transcriber | None = asr_model
+        self._asr_model: ScoringASRModel | None = asr_model
         self._metrics = (
             BLEU(normalize, normalizer, verbose, key="asr_bleu"),
             WER(normalize, normalizer),
