@@ -10,8 +10,8 @@ TOKEN_UNIT = 32
 """Prompt lengths are rounded up in units of 32 tokens."""
 
 
-def round_up(n: int, step: int) -> int:
-    """Rounds up to 1.0x or 1.5x a power of two, in units of `step`: with step 1, 5 -> 6, 7 -> 8.
+def round_up(n: int, unit: int) -> int:
+    """Rounds up to 1.0x or 1.5x a power of two, in units of `unit`: with unit 1, 5 -> 6, 7 -> 8.
 
     The sizes are unit x (1, 2, 3, 4, 6, 8, 12, 16, ...). If n is at least `unit`, less than half of
     a size is padding.
