@@ -1,1 +1,1 @@
-"""Steps over batches: schedules, optimizer, the jitted step, and the loop that a user starts."""
+"""Training: schedules, optimizer, the jitted step, the loop, and the user-facing Trainer."""

@@ -22,9 +22,9 @@ class CheckpointParams:
     monitor: str | None = "val_loss"
     mode: Literal["min", "max"] = "min"
     save_top_k: int = 3
-    """How many of the best are kept as well; 0: none, -1: every checkpoint."""
+    """How many of the best checkpoints are kept as well; 0: none, -1: every checkpoint."""
     keep_latest: int = 2
-    """How many of the latest are kept: with 2, one is left where the last is damaged."""
+    """How many of the latest checkpoints are kept. With 2, one is left if the last is damaged."""
     every_n_train_steps: int | None = None
     """Also save every so many optimizer steps."""
     every_n_epochs: int | None = 1
@@ -59,7 +59,7 @@ class CheckpointParams:
             raise ValueError("keep_latest must be at least 1")
 
     def retention(self) -> Retention:
-        """Which checkpoints stay."""
+        """Which checkpoints are kept."""
         if self.monitor is None:
             return Retention(top_k=min(self.save_top_k, 0), latest=self.keep_latest)
         return Retention(
@@ -70,7 +70,7 @@ class CheckpointParams:
         )
 
     def saves_at_step(self, step: int) -> bool:
-        """True if a checkpoint is due whatever else happens at `step`."""
+        """True if `every_n_train_steps` asks for a checkpoint at `step`."""
         return bool(self.every_n_train_steps) and step % (self.every_n_train_steps or 1) == 0
 
     def saves_after_validation(self, epoch: int) -> bool:
@@ -80,18 +80,18 @@ class CheckpointParams:
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryWriterParams:
-    """NeMo's `summary_writer_kwargs`: of tensorboard's writer."""
+    """NeMo's `summary_writer_kwargs`: arguments of TensorBoard's SummaryWriter."""
 
     sub_dir: str | None = None
     """A folder below tensorboard/."""
     max_queue: int = 10
-    """Rows held back before they are written."""
+    """Largest number of rows that wait to be written."""
     flush_secs: int = 30
-    """Seconds after which they are written at the latest."""
+    """Rows are written after this many seconds at the latest."""
     filename_suffix: str = ""
-    """Of the names of the files."""
+    """Suffix of the file names."""
     purge_step: int | None = None
-    """Rows from this step on, of a run before, are hidden."""
+    """Rows of an earlier run from this step on are hidden."""
 
     IGNORED: ClassVar[Mapping[str, str]] = {
         "name": "the writer's folder is tensorboard/ of the run directory",
@@ -108,11 +108,11 @@ class SummaryWriterParams:
     }
 
     def folder(self, run_dir: Path) -> Path:
-        """Where rows go."""
+        """The folder to which rows are written."""
         return run_dir / "tensorboard" / (self.sub_dir or "")
 
     def options(self) -> dict[str, Any]:
-        """Arguments of the writer."""
+        """Arguments of the SummaryWriter."""
         return {
             "max_queue": self.max_queue,
             "flush_secs": self.flush_secs,
@@ -141,7 +141,7 @@ class ExpManagerConfig:
     resume_from_checkpoint: str | None = None
     """A run, or one of its steps, to resume from if this run has no checkpoint of its own."""
     resume_allow_changes: bool = False
-    """Resume with settings that give the weights another meaning, too (docs/training.md)."""
+    """Resume even if changed settings give the weights another meaning (docs/training.md)."""
     create_checkpoint_callback: bool = True
     """False: nothing is saved."""
     checkpoint_callback_params: CheckpointParams = CheckpointParams()
@@ -151,7 +151,7 @@ class ExpManagerConfig:
     """Arguments of wandb.init; also Lightning's offline, save_dir and version."""
     summary_writer_kwargs: SummaryWriterParams | None = None
     max_time_per_run: str | Mapping[str, int] | None = None
-    """After this wall time, DD:HH:MM:SS, the process saves and stops."""
+    """The process saves and stops after this wall time (DD:HH:MM:SS)."""
 
     IGNORED: ClassVar[Mapping[str, str]] = {
         "log_step_timing": "the log line always has the timing",
@@ -185,7 +185,7 @@ class ExpManagerConfig:
     }
 
     def __post_init__(self) -> None:
-        self.time_limit_s  # noqa: B018  checks max_time_per_run
+        self.time_limit_s  # noqa: B018  raises ValueError for an invalid max_time_per_run
         wandb_arguments(self.wandb_logger_kwargs or {})
 
     @property
@@ -194,7 +194,10 @@ class ExpManagerConfig:
         return None if self.max_time_per_run is None else parse_duration_s(self.max_time_per_run)
 
     def run_dir(self) -> Path:
-        """The run directory; a new one each time if it is named by date. The first process's."""
+        """The run directory, chosen by the first process for all.
+
+        If it is named by date, each call gives a new one.
+        """
         return Path(processes.broadcast_text(str(self._run_dir())))
 
     def _run_dir(self) -> Path:
@@ -210,7 +213,7 @@ class ExpManagerConfig:
         return folder / f"version_{len(list(folder.glob('version_*')))}"
 
     def check_loggers(self) -> None:
-        """Raises SettingsError if a logger that is asked for is not installed."""
+        """Raises SettingsError if a requested logger is not installed."""
         if self.create_wandb_logger:
             require_wandb()
 

@@ -1,4 +1,4 @@
-"""The training loop on the host: fetch a batch, dispatch a step, and log, validate, save."""
+"""The training loop on the host: fetches batches, dispatches steps, logs, validates and saves."""
 
 import logging
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteRun(SystemExit):
-    """Twenty steps in a row were not finite; uncaught, the process ends with exit code 1."""
+    """Twenty steps in a row were skipped. If it is not caught, the process exits with code 1."""
 
 
 @dataclass
@@ -63,14 +63,17 @@ class FitLoop:
         return self.context.intervals.is_finished(self._progress.step, self._progress.batches)
 
     def publish(self) -> None:
-        """Gives the model the current arrays; they are valid until the next step donates them."""
+        """Gives the model the current arrays. They are valid until the next step donates them."""
         arrays = self.state.train_state
         self.context.model.variables = {**self.state.frozen, **arrays.trainable, **arrays.buffers}
 
     # ------------------------------------------------------------ steps
 
     def _before_training(self) -> str | None:
-        """Runs the sanity validation of a new run, or a validation that a stop left out."""
+        """Runs the sanity validation of a new run, or a due validation that a stop prevented.
+
+        Returns the reason to end, None to continue.
+        """
         progress, stop = self._progress, self.context.stop
         if stop.is_signalled:
             return self._stopped(stop.poll() or "")
@@ -118,7 +121,7 @@ class FitLoop:
         return f"stopped at step {self._progress.step}: {reason}; the same command resumes the run"
 
     def _next_window(self) -> list[HostBatch]:
-        """The micro-batches of the next step; empty at the end of the data."""
+        """Fetches the micro-batches of the next step. The list is empty at the end of the data."""
         window: list[HostBatch] = []
         with self.context.throughput.measure("data_wait"):
             while len(window) < self.context.intervals.window(self._progress.batches):
@@ -129,12 +132,12 @@ class FitLoop:
         return window
 
     def _dispatch(self, window: list[HostBatch]) -> None:
-        """Dispatches one optimizer step, and reads the report of an older one."""
+        """Dispatches one optimizer step and reads the report of an older step."""
         context, state, progress = self.context, self.state, self._progress
         lr = context.schedule(progress.step)
         for batch in window:
             tokens, padded = context.model.count_tokens(batch)
-            # scaled up to all processes, whose groups hold about as many tokens
+            # estimates for all processes: this one's groups hold `share` of the global batch
             tokens, flops = round(tokens / batch.share), context.model.flops(batch) / batch.share
             context.throughput.add_batch(tokens=tokens, padded=padded, flops=flops)
         if context.intervals.accumulate == 1:
@@ -215,7 +218,10 @@ class FitLoop:
             )
 
     def _save(self, *, final: bool = False) -> None:
-        """Starts saving the current step, unless it is saved; waits for the final one."""
+        """Starts saving the current step, unless it is saved already.
+
+        With `final` it waits until the checkpoint is written.
+        """
         context, progress = self.context, self._progress
         if context.checkpointer is None:
             return
@@ -248,5 +254,5 @@ def finished_reason(step: int) -> str:
     """The message of a run that has reached its last step."""
     return (
         f"this run is finished: {step} steps are done; to extend it, raise "
-        "trainer.max_steps (and model.lr_scheduler.max_steps, if the rate should follow)"
+        "trainer.max_steps (and model.lr_scheduler.max_steps, if the schedule should be longer too)"
     )

@@ -1,7 +1,8 @@
-"""AdamW with torch's meaning, clipping by the global norm, and stacks of which layers are frozen.
+"""AdamW as in torch, clipping by the global norm, and masks for stacks with frozen layers.
 
-The learning rate is an argument of each update, so the schedule lives on the host. Only trainable
-parameters come in, so frozen ones have no state, no decay and no share in the norm.
+The learning rate is an argument of each update. The host computes it from the schedule. Frozen
+parameters are not passed to the optimizer: they have no state and no decay, and do not count in the
+gradient norm.
 """
 
 from collections.abc import Mapping
@@ -31,8 +32,8 @@ class AdamWConfig:
     weight_decay: float = 1e-2
 
     IGNORED: ClassVar[Mapping[str, str]] = {
-        "foreach": "a choice among torch's loops; one compiled program does the update here",
-        "fused": "a choice among torch's loops; one compiled program does the update here",
+        "foreach": "chooses a torch implementation; one compiled program does the update here",
+        "fused": "chooses a torch implementation; one compiled program does the update here",
         "capturable": "for CUDA graphs of torch; the update is compiled here",
         "differentiable": "for differentiating through torch's update",
     }
@@ -48,7 +49,7 @@ class AdamWConfig:
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
 
     def transform(self) -> optax.GradientTransformation:
-        """The update before the learning rate: Adam's direction plus the decay."""
+        """The update before it is scaled by the learning rate: Adam's direction plus decay."""
         return optax.chain(
             optax.scale_by_adam(*self.betas, self.eps),
             optax.add_decayed_weights(self.weight_decay),
@@ -75,51 +76,54 @@ class Update:
     params: Variables
     opt_state: Any
     grad_norm: jax.Array
-    """Float32 scalar, over trained slices only, before clipping."""
+    """Float32 scalar: the norm before clipping, over trained layers only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """An optax transformation with clipping and layer masks; pure."""
+    """An optax transformation with clipping and layer masks. Its functions are pure."""
 
     transform: optax.GradientTransformation
     clip_norm: float = 0.0
-    """Largest global gradient norm; 0 leaves gradients as they are."""
+    """Largest global gradient norm; 0: no clipping."""
     masks: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """For partly frozen stacks, by path: bool [L], True where the layer is trained."""
+    """Path of a partly frozen stack -> bool [L], True where the layer is trained."""
 
     def init(self, params: Variables) -> Any:
         """The state before the first update, fp32, shaped like the parameters."""
         return self.transform.init(params)
 
     def update(self, grads: Variables, opt_state: Any, params: Variables, lr: Any) -> Update:
-        """Clips, updates and decays. Frozen slices of a stack stay bit for bit what they are."""
-        grads = self._keep_trained(grads)
+        """Clips, updates and decays. Frozen layers of a stack stay bit-identical."""
+        grads = self._zero_frozen(grads)
         norm = optax.tree.norm(grads)
         if self.clip_norm > 0:
             scale = jnp.minimum(1.0, self.clip_norm / (norm + CLIP_EPSILON))
             grads = jax.tree.map(lambda g: g * scale, grads)
         directions, opt_state = self.transform.update(grads, opt_state, params)
-        steps = self._keep_trained(jax.tree.map(lambda d: -lr * d, directions))
+        steps = self._zero_frozen(jax.tree.map(lambda d: -lr * d, directions))
         return Update(
             params=jax.tree.map(jnp.add, params, steps), opt_state=opt_state, grad_norm=norm
         )
 
-    def _keep_trained(self, tree: Variables) -> Variables:
-        def keep(path: str, value: jax.Array) -> jax.Array:
+    def _zero_frozen(self, tree: Variables) -> Variables:
+        """Sets the entries of frozen layers of a stack to 0."""
+
+        def masked(path: str, value: jax.Array) -> jax.Array:
             if path not in self.masks:
                 return value
             mask = np.asarray(self.masks[path]).reshape(-1, *[1] * (value.ndim - 1))
             return jnp.where(mask, value, 0)
 
-        return {path: keep(path, value) for path, value in tree.items()}
+        return {path: masked(path, value) for path, value in tree.items()}
 
     def shardings(
         self, params: Variables, param_shardings: Mapping[str, Any], replicated: Any
     ) -> Any:
-        """The sharding of each leaf of the state: moments as their parameter, counters replicated.
+        """The sharding of each leaf of the optimizer state.
 
-        `jax.jit(init)` alone would replicate the moments on every device.
+        Moments are sharded as their parameter, counters are replicated. Without these shardings
+        `jax.jit(init)` would replicate the moments on every device.
         """
         return optax.tree.map_params(
             self.transform,

@@ -22,7 +22,7 @@ FORWARD_AND_BACKWARD = ("train", "add")
 
 
 class Programs:
-    """The jitted functions of one run. A step donates its state: use the one that it returns."""
+    """The jitted functions of one run. A step donates its state: use the state that it returns."""
 
     def __init__(
         self,
@@ -31,7 +31,10 @@ class Programs:
         compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
         planned: int | None = None,
     ):
-        """`compiling` is entered around each compilation; `planned`: number of batch shapes."""
+        """`compiling` makes a context manager that is entered around each compilation.
+
+        `planned` is the number of batch shapes, for the message of each compilation.
+        """
         self._functions, self._layout, self._compiling = functions, layout, compiling
         self._planned = planned
         self._replicated = functions.sharding.replicated
@@ -48,7 +51,7 @@ class Programs:
 
     @property
     def training_programs(self) -> int:
-        """How many programs hold a forward and backward pass; at most one per bucket."""
+        """Number of compiled programs with a forward and backward pass; at most one per bucket."""
         return sum(kind in FORWARD_AND_BACKWARD for kind, *_ in self._compiled)
 
     def put(self, batch: HostBatch) -> Any:
@@ -58,7 +61,7 @@ class Programs:
     def train(
         self, state: TrainState, frozen: Variables, batch: HostBatch, lr: float
     ) -> tuple[TrainState, StepReport]:
-        """One optimizer step on one batch."""
+        """Runs one optimizer step on one batch."""
         arrays = self.put(batch)
         arguments = (state, frozen, arrays, self._scalar(np.float32(lr)))
         return self._program("train", batch.bucket, arrays, self._train, arguments)(*arguments)
@@ -71,7 +74,7 @@ class Programs:
         batch: HostBatch,
         index: int,
     ) -> MicroSums:
-        """Adds micro-batch `index` to `sums` (None at first), which are donated."""
+        """Adds micro-batch `index` to `sums`, which are donated; None: the first micro-batch."""
         arrays = self.put(batch)
         if self._sums is None:
             self._sums = _SumPrograms.make(self._functions, self._layout, state, frozen, arrays)
@@ -83,14 +86,14 @@ class Programs:
     def finish(
         self, state: TrainState, sums: MicroSums, lr: float
     ) -> tuple[TrainState, StepReport]:
-        """The optimizer update from accumulated sums."""
+        """Runs the optimizer update on accumulated sums."""
         arguments = (state, sums, self._scalar(np.float32(lr)))
         return self._program("update", "", (), self._finish, arguments)(*arguments)
 
     def evaluate(
         self, state: TrainState, frozen: Variables, batch: HostBatch
     ) -> dict[str, LossSum]:
-        """Sums of one validation batch, on the device."""
+        """Computes the loss sums of one validation batch, on the device."""
         arrays = self.put(batch)
         arguments = (state.trainable, state.buffers, frozen, arrays)
         program = self._program("validation", batch.bucket, arrays, self._evaluate, arguments)
@@ -99,7 +102,7 @@ class Programs:
     def compile_ahead(self, batch: HostBatch) -> Any:
         """Compiles the training program of a batch's shape without running it.
 
-        Returns what `jax.jit(...).lower(...).compile()` does, with its `memory_analysis`.
+        Returns the result of `jax.jit(...).lower(...).compile()`, which has `memory_analysis`.
         """
         layout, functions = self._layout, self._functions
         arrays = jax.tree.map(
@@ -135,7 +138,7 @@ class Programs:
         return lowered.compile(compiler_options=self._functions.sharding.compiler_options)
 
     def _describe(self, kind: str, bucket: str) -> str:
-        """Names the program, with its number among the planned ones."""
+        """The message of a compilation: "compiling the train program of bucket X (2 of 5)"."""
         name = f"compiling the {kind} program" + (f" of bucket {bucket}" if bucket else "")
         if kind not in FORWARD_AND_BACKWARD or self._planned is None:
             return name
@@ -144,7 +147,7 @@ class Programs:
 
 @dataclass(frozen=True, kw_only=True)
 class _SumPrograms:
-    """The jitted functions of accumulation; the shapes of the sums depend on a batch."""
+    """The jitted functions of gradient accumulation, made from the shapes of the first batch."""
 
     start: Any
     add: Any

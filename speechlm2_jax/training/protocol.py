@@ -1,4 +1,4 @@
-"""Protocols of a model and of data: any object with these attributes can be trained."""
+"""Protocols of models and data: the attributes that the trainer reads."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +17,7 @@ Variables = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One hypothesis of the model beside its reference, to be shown."""
+    """One hypothesis of the model and its reference, to be shown to the user."""
 
     id: str
     reference: str
@@ -28,10 +28,10 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored(LossSum):
-    """A host metric of one batch: its sum and count, and sample hypotheses to be shown."""
+    """A host metric of one batch: its sum and count, and the hypotheses of the batch."""
 
     samples: tuple[Sample, ...] = ()
-    """All of the batch; the validator selects some."""
+    """All hypotheses of the batch. The validator selects the few that are shown."""
 
 
 HostMetric = Callable[[HostBatch], LossSum]
@@ -43,14 +43,14 @@ If it returns a `Scored`, its samples are shown.
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Validation scores of whole sets, for metrics that are no mean over batches (BLEU)."""
+    """Computes scores of whole validation sets, for metrics that are no mean (corpus BLEU)."""
 
     def update(self, name: str, batch: HostBatch) -> Sequence[Sample]:
-        """Generates for a batch of set `name`; returns samples to be shown."""
+        """Generates for a batch of set `name`. Returns its hypotheses."""
         ...
 
     def compute(self) -> Mapping[str, float]:
-        """`KEY_SET` for each set, and `KEY` over all."""
+        """The scores by name: `KEY_SET` for each set, and `KEY` over all sets."""
         ...
 
 
@@ -64,7 +64,7 @@ class VariableSpec(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape; a leading layer axis where the layers are stacked."""
+        """The shape. If layers are stacked, the first axis is the layer."""
         ...
 
     @property
@@ -89,7 +89,7 @@ class VariableSpec(Protocol):
 
 @runtime_checkable
 class ModelOutline(Protocol):
-    """The part of a model that needs no weights: shapes, settings, loss function."""
+    """The attributes of a model that need no weights: shapes, settings, loss function."""
 
     @property
     def infos(self) -> Mapping[str, VariableSpec]:
@@ -98,12 +98,12 @@ class ModelOutline(Protocol):
 
     @property
     def has_variables(self) -> bool:
-        """True if `variables` are loaded, so that reading the attribute costs nothing."""
+        """True if `variables` are in memory, so that reading the attribute loads nothing."""
         ...
 
     @property
     def trainable(self) -> Mapping[str, bool | np.ndarray]:
-        """Per parameter path: trained or not; for a partly frozen stack a bool [L]."""
+        """Parameter path -> whether it is trained; a bool [L] for a partly frozen stack."""
         ...
 
     @property
@@ -116,7 +116,7 @@ class ModelOutline(Protocol):
 
     @property
     def nemo_exact(self) -> bool:
-        """Take means of batch means, as NeMo does, in accumulation and validation."""
+        """Whether accumulation and validation take means of batch means, as NeMo does."""
         ...
 
     @property
@@ -141,7 +141,10 @@ class ModelOutline(Protocol):
 
     @property
     def heads(self) -> Mapping[str, int]:
-        """Attention heads of each kind; tensor parallelism shards them, so it must divide each."""
+        """Name of each kind of attention heads -> their number.
+
+        Tensor parallelism shards the heads, so its size must divide each number.
+        """
         ...
 
     @property
@@ -156,10 +159,11 @@ class ModelOutline(Protocol):
     def losses(
         self, variables: Variables, batch: Any, *, key: jax.Array | None, train: bool
     ) -> StepLosses:
-        """Computes sums for one batch: pure and traceable, variables in the dtypes as stored.
+        """Computes the loss sums of one batch. It is a pure function that JAX can trace.
 
-        `key` is one random key for the batch, None where nothing may be random. Its gradient is
-        taken of `loss.total`; buffers are returned, never written.
+        `variables` have the dtypes in which they are stored. `key` is one random key for the batch;
+        None: nothing is random. The trainer differentiates `loss.total`. New values of buffers are
+        returned, never written.
         """
         ...
 
@@ -168,7 +172,7 @@ class ModelOutline(Protocol):
         ...
 
     def save_definition(self, directory: Path) -> None:
-        """Writes all files that loading the model from a run directory needs, but the weights."""
+        """Writes all files that are needed to load the model, except the weights."""
         ...
 
     def count_tokens(self, batch: HostBatch) -> tuple[int, int]:
@@ -185,9 +189,9 @@ class NormalizesSettings(Protocol):
     ) -> Mapping[str, Any]:
         """Settings of this kind of model with all defaults and without ignored keys.
 
-        `definitions` are the config.json of its pretrained components by the folder in which
-        `save_definition` writes them; None: this model's own. Raises ValueError for settings of
-        another kind of model.
+        `definitions` maps the folder of each pretrained component, as `save_definition` names it,
+        to the contents of its config.json. None: those of this model. Raises ValueError for
+        settings of another kind of model.
         """
         ...
 
@@ -198,7 +202,7 @@ class HasTokenizer(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """Has `contents`: a checksum of the files that decide its ids, None without files."""
+        """The tokenizer. Its `contents` is a checksum of its files, None if it has no files."""
         ...
 
 
@@ -210,8 +214,8 @@ class TrainableModel(ModelOutline, Protocol):
     def variables(self) -> Variables:
         """Current arrays, on host or device.
 
-        `fit` keeps them up to date for validation metrics and leaves the trained ones here. They
-        may be read or made when first asked for.
+        `fit` sets them before each validation and at the end. They may be loaded or initialized on
+        first access.
         """
         ...
 
@@ -219,9 +223,9 @@ class TrainableModel(ModelOutline, Protocol):
     def variables(self, values: Variables) -> None: ...
 
     def load_onto(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> Variables:
-        """Makes the arrays of a model that has none yet, each with its leaf's dtype and sharding.
+        """Loads the arrays of a model that has none yet, in the dtypes and shardings of `layout`.
 
-        They are streamed there: the host never holds all of them.
+        The arrays are streamed to the devices: the host never holds all of them.
         """
         ...
 
@@ -235,7 +239,7 @@ class BatchIterator(Protocol):
         ...
 
     def __next__(self) -> HostBatch:
-        """The next batch. Raises StopIteration where the data ends."""
+        """The next batch. Raises StopIteration at the end of the data."""
         ...
 
     def get_state(self) -> Any:
@@ -260,15 +264,15 @@ class DataSource(Protocol):
         pad_to_multiple: int,
         own_groups: Sequence[int],
     ) -> None:
-        """Prepares for global batches of so many groups, lengths multiples of `pad_to_multiple`.
+        """Prepares for global batches of `groups` groups.
 
-        This process only needs to read `own_groups` of training batches; other processes read
-        the rest.
+        Sequence lengths are padded to a multiple of `pad_to_multiple`. This process only needs to
+        read the groups `own_groups` of training batches. Other processes read the rest.
         """
         ...
 
     def training_shapes(self) -> Mapping[str, Callable[[], HostBatch]]:
-        """Bucket name -> function that makes an all-padding batch of its shape; small to large."""
+        """Bucket name -> function that makes a batch of its shape, all padding; small to large."""
         ...
 
     def batches_per_pass(self) -> int:

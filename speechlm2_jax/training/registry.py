@@ -1,4 +1,4 @@
-"""`_target_` strings choose from closed tables; nothing is ever imported by name."""
+"""Looks `_target_` strings up in fixed tables. Nothing is ever imported by name."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -11,14 +11,14 @@ T = TypeVar("T")
 def select(table: Mapping[str, type[T]], values: Mapping[str, Any], where: str) -> T:
     """Builds the class of `table` that the last component of `_target_` (or `name`) names.
 
-    Raises SettingsError with the choices if it names none of them, or if a key does not fit.
+    Raises SettingsError if it names none of them, with the choices, or if a key is invalid.
     """
     chosen, options = _chosen(table, values, where)
     return build(chosen, options, where)
 
 
 def selected_problems(table: Mapping[str, type[Any]], values: Any, where: str) -> list[str]:
-    """What `select` would say of the target and of each key; nothing of what is no block."""
+    """The error messages of `select` for the target and each key; none if `values` is no block."""
     if not isinstance(values, Mapping) or not values:
         return []
     try:
@@ -31,7 +31,7 @@ def selected_problems(table: Mapping[str, type[Any]], values: Any, where: str) -
 def _chosen(
     table: Mapping[str, type[T]], values: Mapping[str, Any], where: str
 ) -> tuple[type[T], dict[str, Any]]:
-    """The class that is asked for, and the other keys."""
+    """The class that `_target_` or `name` names, and the other keys."""
     target = values.get("_target_", values.get("name"))
     chosen = table.get(str(target).rpartition(".")[2])
     if chosen is None:

@@ -1,8 +1,8 @@
 """NeMo's learning-rate schedules (nemo/core/optim/lr_scheduler.py) as functions of the step.
 
-Each is a frozen dataclass with NeMo's keys; `at(step, base_lr)` is the rate that optimizer step
-`step` (from 0) uses, computed on the host in double precision. The phases are warm-up, then the
-policy's own curve, then `min_lr` after `max_steps`.
+Each is a frozen dataclass with NeMo's keys. `at(step, base_lr)` is the learning rate of optimizer
+step `step`, counted from 0. The host computes it in double precision. The phases are warm-up, then
+the policy's own curve, then `min_lr` after `max_steps`.
 """
 
 import math
@@ -73,7 +73,7 @@ class WarmupPolicy:
         return base_lr
 
     def _fraction(self, step: int, start: int) -> float:
-        """How much of the way from `start` to the end is done."""
+        """The fraction of the steps from `start` to the end that is done."""
         return (step - start) / (self.end - start)
 
     def _steps_of(self, phase: str) -> int:
@@ -99,8 +99,8 @@ class ConstantWarmup(WarmupPolicy):
 class CosineAnnealing(WarmupPolicy):
     """Half a cosine from the base rate to `min_lr`.
 
-    With `constant_steps` it is Megatron's form: the warm-up starts from 0, and the last
-    `constant_steps` stay at `min_lr`.
+    With `constant_steps` it follows Megatron: the warm-up starts from 0, and the rate of the last
+    `constant_steps` is `min_lr`.
     """
 
     constant_steps: int | None = None
@@ -135,7 +135,7 @@ class CosineAnnealing(WarmupPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class InverseSquareRootAnnealing(WarmupPolicy):
-    """The base rate over the square root of how often the warm-up's length has passed."""
+    """base_lr / sqrt((step + 1) / (warmup + 1))."""
 
     def _curve(self, step: int, base_lr: float) -> float:
         return base_lr / ((step + 1) / (self.warmup + 1)) ** 0.5
@@ -169,7 +169,7 @@ class WarmupAnnealing(WarmupPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class SquareAnnealing(WarmupPolicy):
-    """The base rate times the squared share of steps left, at least `min_lr`."""
+    """The base rate times (fraction of steps after warm-up that are left)^2, at least `min_lr`."""
 
     min_lr: float = 1e-5
 
@@ -179,7 +179,7 @@ class SquareAnnealing(WarmupPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class SquareRootAnnealing(WarmupPolicy):
-    """The base rate times the root of the share of all steps left, at least `min_lr`."""
+    """The base rate times sqrt(fraction of all steps that are left), at least `min_lr`."""
 
     def _curve(self, step: int, base_lr: float) -> float:
         return max(base_lr * (1 - self._fraction(step, 0)) ** 0.5, self.min_lr)
@@ -187,7 +187,10 @@ class SquareRootAnnealing(WarmupPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class PolynomialDecayAnnealing(WarmupPolicy):
-    """A polynomial from the base rate to `min_lr`; with `cycle` it starts again, stretched."""
+    """A polynomial from the base rate to `min_lr`.
+
+    With `cycle` it is stretched to 2, 3, ... times its length once it has reached `min_lr`.
+    """
 
     power: float = 1.0
     cycle: bool = False
@@ -236,7 +239,7 @@ class WarmupHoldAnnealLinear(WarmupHoldPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupHoldAnnealOneMinusSquareRoot(WarmupHoldPolicy):
-    """After the hold, one minus the root of the way done (arXiv 2408.11029)."""
+    """After the hold, the base rate times 1 - sqrt(fraction done) (arXiv 2408.11029)."""
 
     def _curve(self, step: int, base_lr: float) -> float:
         return max(self.min_lr, base_lr * (1 - self._fraction(step, self.held) ** 0.5))
@@ -244,7 +247,7 @@ class WarmupHoldAnnealOneMinusSquareRoot(WarmupHoldPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class NoamHoldAnnealing(WarmupHoldPolicy):
-    """After the hold, a power of the steps since (Squeezeformer, arXiv 2206.00888)."""
+    """After the hold, base_lr * (warmup / (step - hold))^decay_rate (arXiv 2206.00888)."""
 
     decay_rate: float = 0.5
 

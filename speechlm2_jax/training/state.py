@@ -43,7 +43,7 @@ class Partition:
     def of(
         infos: Mapping[str, VariableSpec], trains: Mapping[str, bool | np.ndarray]
     ) -> "Partition":
-        """Sorts the variables by `trains` (`TrainableModel.trainable`)."""
+        """Sorts the variables into the three kinds by `trains` (`TrainableModel.trainable`)."""
         trainable, frozen, buffers, masks = [], [], [], {}
         for path, info in infos.items():
             if info.is_buffer:
@@ -75,12 +75,13 @@ class Layout:
     """Shape, dtype and sharding of every array of a run; it holds no arrays."""
 
     state: TrainState
-    """Leaves are `jax.ShapeDtypeStruct` with a sharding."""
+    """Its leaves are `jax.ShapeDtypeStruct` with a sharding."""
     frozen: Variables
+    """Path -> `jax.ShapeDtypeStruct` with a sharding."""
 
     @property
     def variables(self) -> Variables:
-        """The leaf of every parameter and buffer."""
+        """Path of every parameter and buffer -> `jax.ShapeDtypeStruct` with a sharding."""
         return {**self.frozen, **self.state.buffers, **self.state.trainable}
 
     @property
@@ -129,7 +130,7 @@ def plan_layout(
 
 
 def put(values: Variables, layout: Mapping[str, jax.ShapeDtypeStruct], *, copy: bool) -> Variables:
-    """Casts named arrays to the layout's dtypes and shards them.
+    """Casts the arrays of the layout's paths to its dtypes, and shards them.
 
     With `copy` the result shares no memory with `values`, so it may be donated. Raises ValueError
     for a wrong shape.
@@ -152,7 +153,7 @@ def _place(value: Any, placement: Any, *, copy: bool) -> jax.Array:
 
 
 def first_state(variables: Variables, layout: Layout, optimizer: Optimizer) -> TrainState:
-    """Makes the state before the first step, with copies of the arrays and sharded moments."""
+    """Makes the state before the first step: copies of the arrays, and an optimizer state."""
     trainable = put(variables, layout.state.trainable, copy=True)
     shardings = layout.state_shardings
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)

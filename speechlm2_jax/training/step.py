@@ -1,9 +1,10 @@
 """One training step and one validation step, as pure functions.
 
-The gradient is of the loss summed over tokens. Micro-batches add sums and counts, and the sum is
-divided once by the count, so every token weighs the same in micro-batches of unequal size.
-`nemo_exact` averages the means of micro-batches instead, as NeMo does. If loss or gradient norm is
-not finite, parameters and optimizer state stay unchanged and only the counters advance.
+The backward pass differentiates the loss summed over tokens. Gradients and counts are added over
+micro-batches. The gradient is then divided once by the count. So every token has the same weight,
+even if micro-batches differ in size. `nemo_exact` averages the means of micro-batches instead, as
+NeMo does. If the loss or the gradient norm is not finite, the step is skipped: parameters and
+optimizer state stay unchanged, and only the counters advance.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ Losses = Callable[..., StepLosses]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class MicroSums:
-    """Sums over micro-batches of gradients and losses; buffers of the last micro-batch."""
+    """Gradients and losses summed over micro-batches, and the buffers after the last of them."""
 
     grads: Variables
     loss: LossSum
@@ -37,11 +38,11 @@ class MicroSums:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """Scalars of a step, replicated over devices; the host reads them some steps later."""
+    """Scalars of a step, replicated over devices. The host reads them some steps later."""
 
     loss: Any
     grad_norm: Any
-    """Before clipping."""
+    """The global gradient norm before clipping."""
     count: Any
     """Scored elements; 0 if the batch holds no target."""
     applied: Any
@@ -65,11 +66,11 @@ class StepFunctions:
     def train(
         self, state: TrainState, frozen: Variables, batch: Any, lr: Any
     ) -> tuple[TrainState, StepReport]:
-        """One step on one batch: forward, backward, clip, update."""
+        """Takes one step on one batch: forward, backward, clipping, update."""
         return self.finish(state, self.micro(state, state.buffers, frozen, batch, 0), lr)
 
     def start(self, shapes: MicroSums, buffers: Variables) -> MicroSums:
-        """Zero sums and the current buffers, before the first micro-batch."""
+        """Makes the sums before the first micro-batch: zeros, and a copy of the buffers."""
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return replace(zeros, buffers=jax.tree.map(jnp.copy, buffers))
 
@@ -81,7 +82,7 @@ class StepFunctions:
         batch: Any,
         index: Any,
     ) -> MicroSums:
-        """Adds micro-batch `index` of the step; buffers continue from the micro-batch before."""
+        """Adds micro-batch `index` of the step. It starts from the buffers of the one before."""
         more = self.micro(state, sums.buffers, frozen, batch, index)
         total = jax.tree.map(
             jnp.add, (sums.grads, sums.loss, sums.metrics), (more.grads, more.loss, more.metrics)
@@ -89,7 +90,10 @@ class StepFunctions:
         return MicroSums(grads=total[0], loss=total[1], metrics=total[2], buffers=more.buffers)
 
     def finish(self, state: TrainState, sums: MicroSums, lr: Any) -> tuple[TrainState, StepReport]:
-        """Divides once, updates, and keeps the old values if anything is not finite."""
+        """Divides the sums by the count and updates the parameters.
+
+        Keeps the old values if the loss or the gradient norm is not finite, or the count is 0.
+        """
         count = sums.loss.count
         divisor = float(self.accumulate) if self.nemo_exact else jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g: g / divisor, sums.grads)
@@ -118,7 +122,7 @@ class StepFunctions:
     def evaluate(
         self, trainable: Variables, buffers: Variables, frozen: Variables, batch: Any
     ) -> dict[str, LossSum]:
-        """Sums of one validation batch: `loss` and each metric. Nothing is random."""
+        """Computes the sums of one validation batch: `loss` and each metric. Nothing is random."""
         with use(self.sharding):
             variables = {**frozen, **buffers, **trainable}
             losses = self.losses(variables, batch, key=None, train=False)
@@ -127,7 +131,7 @@ class StepFunctions:
     def micro(
         self, state: TrainState, buffers: Variables, frozen: Variables, batch: Any, index: Any
     ) -> MicroSums:
-        """Gradients and sums of micro-batch `index` of a step."""
+        """Computes the gradients and loss sums of micro-batch `index` of a step."""
         # one key per micro-batch; the network folds in each example's index in the global batch
         key = jax.random.fold_in(jax.random.key(self.seed), state.step * self.accumulate + index)
 
@@ -149,7 +153,7 @@ class StepFunctions:
 
 
 def as_batch_mean(loss: LossSum) -> LossSum:
-    """A batch's mean as one element, so that a sum over batches becomes a mean of means."""
+    """Turns a batch's mean into a sum of count 1, so that merged batches give a mean of means."""
     is_scored = loss.count > 0
     mean = jnp.where(is_scored, loss.total / jnp.where(is_scored, loss.count, 1), 0.0)
     return LossSum(total=mean, count=is_scored.astype(jnp.float32))

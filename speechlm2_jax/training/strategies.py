@@ -1,9 +1,11 @@
 """How devices are used: Lightning's and NeMo's strategy names, mapped to sizes of the mesh.
 
-DDP copies the parameters to every device. FSDP shards them, and their optimizer state, over all.
-ModelParallelStrategy is FSDP2 with tensor parallelism, as NeMo builds it: its data-parallel
-devices also shard the parameters, or `fsdp_size` of them do (HSDP); sequence and
-context parallelism go with it. NeMo's AutomodelParallelStrategy has other names for the same sizes.
+- DDP copies the parameters to every device.
+- FSDP shards the parameters and their optimizer state over all devices.
+- ModelParallelStrategy combines FSDP with tensor parallelism, as NeMo does with FSDP2. The
+  parameters are sharded over all data-parallel devices, or over `fsdp_size` of them (HSDP).
+  Sequence and context parallelism can be added.
+- NeMo's AutomodelParallelStrategy has other key names for the same sizes.
 """
 
 import math
@@ -57,7 +59,7 @@ class DDPStrategy:
     IGNORED: ClassVar[Mapping[str, str]] = _TORCH_ONLY
 
     def mesh_sizes(self, devices: int) -> dict[str, Any]:
-        """Sizes of the mesh axes over so many devices."""
+        """Sizes of the mesh axes for `devices` devices."""
         return {"data": devices}
 
 
@@ -77,17 +79,18 @@ class FSDPStrategy:
     }
 
     def mesh_sizes(self, devices: int) -> dict[str, Any]:
-        """Sizes of the mesh axes over so many devices. Raises SettingsError without `device_mesh`.
+        """Sizes of the mesh axes for `devices` devices.
 
-        Without it, HYBRID_SHARD shares the parameters within each process and copies them between.
+        HYBRID_SHARD without `device_mesh` shards the parameters over the devices of each process,
+        and every process has a copy.
         """
         if self.sharding_strategy == "NO_SHARD":
             return {"data": devices}
         if self.sharding_strategy == "FULL_SHARD":
             return {"fsdp": devices}
         processes = jax.process_count()
-        copies, shares = self.device_mesh or (processes, devices // processes)
-        return {"data": copies, "fsdp": shares}
+        copies, shards = self.device_mesh or (processes, devices // processes)
+        return {"data": copies, "fsdp": shards}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +98,15 @@ class ModelParallelStrategy:
     """Fully sharded data parallelism times tensor, sequence and context parallelism."""
 
     data_parallel_size: Size = "auto"
-    """Groups of a global batch that are computed at once; auto: what the others leave."""
+    """Groups of a global batch that are computed at once; auto: devices / the other sizes."""
     tensor_parallel_size: Size = "auto"
-    """Devices that share each layer; auto: what data_parallel_size leaves, else 1."""
+    """Devices over which each layer is sharded; auto: devices / data_parallel_size."""
     fsdp_size: Size = "auto"
-    """Of the data-parallel devices, how many share one copy of the parameters; auto: all."""
+    """Data-parallel devices over which one copy of the parameters is sharded; auto: all."""
     context_parallel_size: int = 1
     """Devices over which each sequence is sharded; they compute ring attention."""
     sequence_parallel: bool = False
-    """Between blocks the tensor-parallel devices also share the steps of each row (Megatron)."""
+    """Between blocks, shard each sequence over the tensor-parallel devices (as Megatron does)."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {
         "data_parallel": "data_parallel_size",
@@ -167,14 +170,14 @@ def _mismatch(data: int, tensor: int, context: int, devices: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class AutomodelParallelStrategy:
-    """The same with the key names of NeMo's strategy over nemo_automodel."""
+    """ModelParallelStrategy with the key names of NeMo's strategy over nemo_automodel."""
 
     dp_size: int | None = None
-    """Groups of a global batch that are computed at once; None: what the others leave."""
+    """Groups of a global batch that are computed at once; None: devices / the other sizes."""
     dp_replicate_size: int | None = None
     """Copies of the parameters among the data-parallel devices; None: one."""
     tp_size: int = 1
-    """Devices that share each layer."""
+    """Devices over which each layer is sharded."""
     cp_size: int = 1
     """Devices over which each sequence is sharded."""
     pp_size: Literal[1] = 1
@@ -195,7 +198,7 @@ class AutomodelParallelStrategy:
     }
 
     def mesh_sizes(self, devices: int) -> dict[str, Any]:
-        """What `make_sharding` takes. Raises SettingsError if the sizes do not fit the devices."""
+        """Arguments of `make_sharding`. Raises SettingsError if they do not fit the devices."""
         data = self.dp_size or max(1, devices // (self.tp_size * self.cp_size))
         copies = self.dp_replicate_size or 1
         if data % copies:
@@ -211,7 +214,7 @@ class AutomodelParallelStrategy:
         ).mesh_sizes(devices)
 
 
-_PARTS: tuple[str, ...] = ("llm", "perception")
+_COMPONENTS: tuple[str, ...] = ("llm", "perception")
 Strategy = DDPStrategy | FSDPStrategy | ModelParallelStrategy | AutomodelParallelStrategy
 STRATEGIES: Mapping[str, type[Any]] = {
     "DDPStrategy": DDPStrategy,
@@ -230,7 +233,7 @@ _BY_NAME: Mapping[str, Strategy] = {
 def read_strategy(value: Any) -> Strategy:
     """Reads `trainer.strategy`: a name, a block with `_target_`, or one of the classes here.
 
-    Raises SettingsError for what is not known.
+    Raises SettingsError for an unknown strategy.
     """
     if isinstance(value, Strategy):
         return value
@@ -243,7 +246,7 @@ def read_strategy(value: Any) -> Strategy:
 
 
 def build_mesh(strategy: Strategy, devices: Sequence[jax.Device]) -> Sharding:
-    """Arranges devices by the strategy. Raises SettingsError if the sizes do not fit them."""
+    """Makes the mesh of a strategy. Raises SettingsError if its sizes do not fit the devices."""
     try:
         return make_sharding(**strategy.mesh_sizes(len(devices)), devices=devices)
     except SettingsError:
@@ -253,15 +256,20 @@ def build_mesh(strategy: Strategy, devices: Sequence[jax.Device]) -> Sharding:
 
 
 def remat_policies(chosen: str | Mapping[str, str], strategy: Strategy) -> Mapping[str, str]:
-    """`trainer.remat` by part of the model, where the strategy does not say otherwise."""
-    by_part = dict(chosen) if isinstance(chosen, Mapping) else dict.fromkeys(_PARTS, chosen)
+    """The rematerialisation policy of each component.
+
+    It is that of `trainer.remat`, unless the strategy sets `activation_checkpointing_*`.
+    """
+    by_component = (
+        dict(chosen) if isinstance(chosen, Mapping) else dict.fromkeys(_COMPONENTS, chosen)
+    )
     if isinstance(strategy, AutomodelParallelStrategy):
         given = {
             "llm": strategy.activation_checkpointing_llm,
             "perception": strategy.activation_checkpointing_perception,
         }
-        by_part |= {p: "full" if on else "none" for p, on in given.items() if on is not None}
-    return by_part
+        by_component |= {p: "full" if on else "none" for p, on in given.items() if on is not None}
+    return by_component
 
 
 def check_heads(heads: Mapping[str, int], sharding: Sharding) -> None:
@@ -278,7 +286,7 @@ def check_heads(heads: Mapping[str, int], sharding: Sharding) -> None:
 
 
 def check_groups(groups: int, sharding: Sharding) -> None:
-    """Raises SettingsError unless the mesh can compute global batches of so many groups."""
+    """Raises SettingsError if the data-parallel size does not divide the groups of a batch."""
     size = sharding.data_parallel_size
     if groups % size:
         fitting = [n for n in range(1, groups + 1) if groups % n == 0]

@@ -36,7 +36,7 @@ class TrainerConfig:
     accelerator: str = "auto"
     """auto, cpu, gpu (cuda) or tpu."""
     devices: int | str | tuple[int, ...] = "auto"
-    """How many chips, or which; -1 and auto mean all."""
+    """The number of devices, or a list of their indices; -1 and auto mean all."""
     num_nodes: int = 1
     strategy: Any = "auto"
     """A name, a block with `_target_`, or a strategy (training/strategies.py)."""
@@ -51,18 +51,18 @@ class TrainerConfig:
     limit_train_batches: int | float | None = None
     """Micro-batches of an epoch; null: endless."""
     limit_val_batches: int | float | None = None
-    """Batches of each validation set, or the part of it; 0: no validation."""
+    """Batches of each validation set, or a fraction of the set; 0: no validation."""
     val_check_interval: int | float | None = None
-    """Micro-batches between validations, or the part of an epoch."""
+    """Micro-batches between validations, or a fraction of an epoch."""
     check_val_every_n_epoch: int | None = 1
     """null: `val_check_interval` counts across epochs."""
     num_sanity_val_steps: int = 2
-    """Batches of each validation set before the first step of a new run; -1: all."""
+    """Batches of each set that are validated before the first step of a new run; -1: all."""
     num_val_samples: int = 3
     """Sample hypotheses of each validation set that are shown."""
     log_every_n_steps: int = 50
     enable_progress_bar: bool = True
-    """On a terminal; lines of the log are written either way."""
+    """Whether to show a progress bar on a terminal. The log is written either way."""
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | None = None
     """Largest global gradient norm; null or 0: no clipping."""
@@ -72,9 +72,9 @@ class TrainerConfig:
     default_root_dir: str | None = None
     """The run directory if exp_manager sets none."""
     seed: int = 42
-    """Seed of dropout and masks inside the step; the data has its own."""
+    """Seed of dropout and SpecAugment masks in the step. The data has its own seed."""
     compilation_cache_dir: str | None = "auto"
-    """Where compiled programs are kept between runs; null: nowhere."""
+    """Folder in which compiled programs are kept between runs; null: they are not kept."""
 
     profile_steps: tuple[int, int] | None = None
     """First and last optimizer step of a trace, written to `profile/` in the run's folder."""
@@ -82,18 +82,18 @@ class TrainerConfig:
     IGNORED: ClassVar[Mapping[str, str]] = {
         "logger": "exp_manager chooses the loggers",
         "enable_checkpointing": "exp_manager.create_checkpoint_callback decides",
-        "use_distributed_sampler": "every host runs the one sampler",
-        "replace_sampler_ddp": "every host runs the one sampler",
+        "use_distributed_sampler": "every host runs the same sampler and reads its own groups",
+        "replace_sampler_ddp": "every host runs the same sampler and reads its own groups",
         "enable_model_summary": "the parameter counts are printed at the start",
         "benchmark": "XLA chooses its kernels when it compiles",
         "deterministic": "a compiled program gives the same result each time on the same devices",
         "inference_mode": "validation takes no gradients",
         "sync_batchnorm": "batch-norm statistics are over the global batch",
-        "limit_test_batches": "evaluate.py tests",
-        "limit_predict_batches": "evaluate.py predicts",
+        "limit_test_batches": "evaluate.py runs test sets",
+        "limit_predict_batches": "evaluate.py writes predictions",
         "reload_dataloaders_every_n_epochs": "the sampler reshuffles in each pass",
         "detect_anomaly": "non-finite steps are always found, skipped and reported",
-        "barebones": "about Lightning's own overhead",
+        "barebones": "switches off overhead of Lightning that does not exist here",
         "min_epochs": "only early stopping reads it",
         "min_steps": "only early stopping reads it",
     }
@@ -134,8 +134,8 @@ class TrainerConfig:
             raise ValueError(f"gradient_clip_val={self.gradient_clip_val} must not be negative")
         if self.check_val_every_n_epoch is not None and self.check_val_every_n_epoch < 1:
             raise ValueError("check_val_every_n_epoch must be at least 1, or null")
-        self.epoch_batches  # noqa: B018  checks limit_train_batches
-        self.time_limit_s  # noqa: B018  checks max_time
+        self.epoch_batches  # noqa: B018  raises ValueError for an invalid limit_train_batches
+        self.time_limit_s  # noqa: B018  raises ValueError for an invalid max_time
 
     @property
     def epoch_batches(self) -> int | None:
@@ -154,7 +154,7 @@ class TrainerConfig:
 
     @property
     def validates(self) -> bool:
-        """False if `limit_val_batches` leaves nothing of the validation sets."""
+        """False if `limit_val_batches` is 0: then no validation runs."""
         return self.limit_val_batches is None or self.limit_val_batches > 0
 
     @property
@@ -168,7 +168,10 @@ class TrainerConfig:
         return COMPUTE_DTYPES[str(self.precision)]
 
     def matmul_precision(self) -> AbstractContextManager[Any]:
-        """Full fp32 matmuls if the precision is fp32; JAX's default is TF32 or bf16 passes."""
+        """A context manager: full fp32 matmuls if the precision is fp32.
+
+        On accelerators JAX by default computes fp32 matmuls in TF32 or bf16 passes.
+        """
         is_fp32 = self.compute_dtype == jnp.float32
         return jax.default_matmul_precision("highest") if is_fp32 else nullcontext()
 
@@ -223,7 +226,7 @@ class TrainerConfig:
         return found[:count]
 
     def _check_devices_of_all(self, found: int) -> None:
-        """Raises SettingsError unless `devices` of each node are all there are."""
+        """Raises SettingsError unless `devices` per node are all devices of the processes."""
         each = _whole_number(self.devices)
         if each * self.num_nodes != found:
             raise SettingsError(
