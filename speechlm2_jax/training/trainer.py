@@ -1,4 +1,4 @@
-"""What a user starts training with: `Trainer`, `exp_manager`, `trainer.fit(model, datamodule)`."""
+"""The user-facing classes of training: `Trainer`, `exp_manager`, `trainer.fit(model, data)`."""
 
 import logging
 import math
@@ -72,7 +72,7 @@ class Trainer:
     """Trains and validates models. Keywords are Lightning's (`TrainerConfig` lists them)."""
 
     def __init__(self, **options: Any):
-        """Raises SettingsError for an unknown key, a wrong type, or what is not supported."""
+        """Raises SettingsError for an unknown key, a wrong type, or an unsupported value."""
         self.config = build(TrainerConfig, options, "trainer")
         self.strategy = read_strategy(self.config.strategy)
         self.experiment = ExpManagerConfig()
@@ -80,13 +80,13 @@ class Trainer:
         self._options = options
         self._experiment_options: Mapping[str, Any] = {}
         self._lock: RunLock | None = None
-        """Of the run directory, from `use_experiment` to the end of `fit`."""
+        """The lock of the run directory, held from `use_experiment` to the end of `fit`."""
 
     def use_experiment(self, options: Mapping[str, Any]) -> Path:
         """Takes an `exp_manager` block; makes and returns the run directory.
 
-        Raises SettingsError if it cannot be written, holds what the block does not expect, or if
-        another process trains there.
+        Raises SettingsError if the directory cannot be written, if its checkpoints do not match the
+        `resume_*` keys of the block, or if another process trains there.
         """
         self.experiment = build(ExpManagerConfig, options, "exp_manager")
         self.run_dir, self._experiment_options = self.experiment.run_dir(), options
@@ -99,23 +99,23 @@ class Trainer:
         return self.run_dir
 
     def check_experiment(self, options: Mapping[str, Any] | None) -> None:
-        """Reads an `exp_manager` block and writes nothing. Raises SettingsError as its use does."""
+        """Checks an `exp_manager` block and writes nothing. Raises SettingsError for an error."""
         build(ExpManagerConfig, options or {}, "exp_manager").check_loggers()
 
     def keep_compiled_programs(self) -> None:
-        """Keeps what is compiled from here on, as `fit` does (`trainer.compilation_cache_dir`)."""
+        """Enables the compilation cache from here on, as `fit` does (`compilation_cache_dir`)."""
         keep_compiled_programs(self.config.compilation_cache_dir)
 
     @property
     def has_checkpoint(self) -> bool:
-        """True if `fit` will go on from a checkpoint of its own run directory."""
+        """True if `fit` will resume from a checkpoint of its own run directory."""
         own = None if self.run_dir is None else self.run_dir / CHECKPOINTS
         return own is not None and self.experiment.resume_if_exists and bool(step_folders(own))
 
     def check(self, model: Any) -> None:
-        """Reads what `fit` will read of a TrainableModel's settings, before its weights are.
+        """Checks the settings of a TrainableModel that `fit` will read. Needs no weights.
 
-        Raises SettingsError for what does not fit.
+        Raises SettingsError for settings that do not fit together.
         """
         check_heads(model.heads, build_mesh(self.strategy, self.config.choose_devices()))
         self.config.intervals()
@@ -126,10 +126,11 @@ class Trainer:
     def finished(
         self, options: Mapping[str, Any] | None, settings: Mapping[str, Any] | None = None
     ) -> FitResult | None:
-        """Tells that the run of an `exp_manager` block is finished, if it is, and how to extend it.
+        """Returns the result of the run of an `exp_manager` block if it is finished, else None.
 
-        Only the newest checkpoint's counters are read; nothing is written but train.log. With the
-        whole `settings`, a run of another model is none that is finished.
+        If it is finished, logs that and how to extend it. Reads only the counters of the newest
+        checkpoint, and writes only train.log. `settings` are those of the whole run. If they are
+        given and describe another model than that of the run directory, the result is None.
         """
         experiment = build(ExpManagerConfig, options or {}, "exp_manager")
         if options is None or not experiment.resume_if_exists:
@@ -170,7 +171,7 @@ class Trainer:
             datamodule: training and validation batches.
             validation_metrics: replace the model's own validation metrics.
             validation_scoring: scores of whole validation sets (BLEU), beside the metrics.
-            settings: written to config.yaml; by default the blocks of model, trainer and data.
+            settings: written to config.yaml; by default the settings of model, trainer and data.
 
         Raises SettingsError for settings that do not fit together, NonFiniteRun (exit code 1) after
         20 skipped steps in a row, DiskError if the run directory can no longer be written.
@@ -230,7 +231,10 @@ class Trainer:
         validation_metrics: Mapping[str, HostMetric] | None = None,
         validation_scoring: Scoring | None = None,
     ) -> dict[str, float]:
-        """Validates the model as it is: `val_<metric>` and `val_<metric>_<set>`."""
+        """Validates the model with its current weights.
+
+        Returns the metrics by name: `val_<metric>` and `val_<metric>_<set>`.
+        """
         with run_directory.logging_to(None), self.config.matmul_precision():
             setup = Setup.of(model, self.config, self.strategy, trains=False)
             setup.prepare_data(model, datamodule, setup.sharding.data_parallel_size)
@@ -278,7 +282,10 @@ class Trainer:
         stop: StopRequest | None = None,
         throughput: Throughput | None = None,
     ) -> Validator:
-        """`metrics` replace the model's own; `throughput` counts the time of waiting for data."""
+        """Makes the validator. `metrics` replace the model's own.
+
+        `throughput` measures the time of waiting for data.
+        """
         return Validator(
             host_metrics=model.validation_metrics if metrics is None else metrics,
             scoring=scoring,
@@ -302,7 +309,7 @@ class Trainer:
         stop: StopRequest,
         stack: ExitStack,
     ) -> RunContext:
-        """Opens what the loop works with, until `stack` closes, and describes the run on disk."""
+        """Opens what the loop uses, until `stack` closes, and writes the description of the run."""
         config, experiment, intervals = self.config, self.experiment, self.config.intervals()
         metrics_log = open_metrics_log(experiment, self.run_dir, settings, stack)
         bar = ProgressBar(
@@ -349,7 +356,7 @@ class Trainer:
         log.info(run_directory.next_line(run_dir, step=step, is_finished=is_finished))
 
     def _settings(self, model: TrainableModel, datamodule: DataSource) -> dict[str, Any]:
-        """The settings of a run as config.yaml has them, from its parts."""
+        """The settings of a run, as config.yaml holds them."""
         trainer = dict(self._options)
         if isinstance(self.config.strategy, Strategy):
             name = type(self.config.strategy).__name__
@@ -365,13 +372,13 @@ class Trainer:
 def exp_manager(trainer: Trainer, cfg: Mapping[str, Any] | None = None) -> Path | None:
     """Gives a trainer its run directory, checkpoints and loggers from an `exp_manager` block.
 
-    Returns the run directory, None without a block. Raises SettingsError for what does not fit.
+    Returns the run directory; None without a block. Raises SettingsError for an invalid block.
     """
     return None if cfg is None else trainer.use_experiment(cfg)
 
 
 def _frozen_as_given(model: TrainableModel, setup: Setup) -> Variables:
-    """The frozen arrays that a model has, before they are cast; none if it has no arrays yet."""
+    """The frozen arrays of a model before `fit` casts them; empty if it has no arrays yet."""
     if not model.has_variables:
         return {}
     return {path: model.variables[path] for path in setup.partition.frozen}

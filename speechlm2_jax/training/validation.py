@@ -20,9 +20,9 @@ from speechlm2_jax.training.protocol import HostMetric, Sample, Scored, Scorer, 
 log = logging.getLogger(__name__)
 
 IN_FLIGHT = 4
-"""Validation batches dispatched before the oldest is read."""
+"""Validation batches dispatched before the sums of the oldest are read."""
 Evaluate = Callable[[HostBatch], Mapping[str, LossSum]]
-"""A batch -> sums, `loss` among them."""
+"""A batch -> its sums by name: `loss` and the metrics."""
 
 
 class Interrupted(Exception):
@@ -57,12 +57,12 @@ class Validation:
     metrics: dict[str, float]
     """`val_<metric>_<set>` and `val_<metric>`, its mean over the sets."""
     samples: dict[str, list[Sample]]
-    """Per set, a few hypotheses to be shown: the same conversations each time."""
+    """Set -> a few hypotheses to be shown. They are of the same conversations each time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validator:
-    """How to validate; `run` does it once."""
+    """The settings of validation. `run` validates once."""
 
     host_metrics: Mapping[str, HostMetric]
     nemo_exact: bool
@@ -71,10 +71,10 @@ class Validator:
     limit: int | float | None = None
     """Batches of each set (int), or a fraction of the set (float)."""
     samples: int = 0
-    """Hypotheses of each set to be shown."""
+    """Number of hypotheses of each set that are shown."""
     should_stop: Callable[[], bool] = field(default=lambda: False)
     waiting: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """Entered around each wait for a batch, to measure it."""
+    """Makes a context manager that is entered around each wait for a batch, to measure it."""
 
     def run(
         self,
@@ -84,8 +84,8 @@ class Validator:
     ) -> Validation:
         """Validates every set.
 
-        `evaluate` gives a batch's sums on the device. `limit` (batches of each set) replaces
-        the validator's own. Raises Interrupted if asked to stop.
+        `evaluate` computes the sums of a batch on the device. `limit` (batches of each set)
+        replaces the validator's own limit. Raises Interrupted if `should_stop` returns True.
         """
         results: dict[str, float] = {}
         samples: dict[str, list[Sample]] = {}
@@ -109,7 +109,7 @@ class Validator:
     def _run_set(
         self, name: str, batches: Iterable[HostBatch], evaluate: Evaluate, scorer: Scorer | None
     ) -> tuple[dict[str, float], list[Sample]]:
-        """The metrics that have a value, and all hypotheses of the host metrics."""
+        """Validates one set. Returns the metrics that have a value, and all hypotheses."""
         means: dict[str, Mean] = {}
         hypotheses: list[Sample] = []
         pending: deque[Mapping[str, LossSum]] = deque()
@@ -146,14 +146,17 @@ class Validator:
 
 
 def choose_samples(hypotheses: Sequence[Sample], count: int) -> list[Sample]:
-    """A few hypotheses, chosen by a hash of their ids: of all lengths, and always the same."""
+    """Chooses `count` hypotheses by a hash of their ids.
+
+    The choice is the same each time, and does not depend on the length of the conversations.
+    """
     return heapq.nsmallest(count, hypotheses, key=lambda s: (zlib.crc32(s.id.encode()), s.id))
 
 
 def take(batches: Iterable[HostBatch], limit: int | float | None, name: str) -> Iterable[Any]:
-    """The first `limit` batches; a float is a part of the set, which must then have a length.
+    """The first `limit` batches. A float is a fraction of the set.
 
-    Raises SettingsError if it has none.
+    Raises SettingsError for a float if the length of the set is unknown.
     """
     if limit is None or (isinstance(limit, float) and limit == 1.0) or limit == -1:
         return batches

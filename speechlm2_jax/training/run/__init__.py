@@ -1,1 +1,1 @@
-"""What surrounds the training loop: run directory, logs, stopping, summaries."""
+"""Everything around the training loop: run directory, logs, stopping, summaries."""

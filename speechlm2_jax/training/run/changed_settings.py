@@ -1,10 +1,10 @@
-"""What a resumed run changes of its settings: what is taken and listed, and what is refused.
+"""Compares the settings of a resumed run with those of its checkpoint.
 
-A change of optimizer, schedule, data, devices or logging is taken. One that gives the trained
-weights another meaning (an architecture, a tokenizer, a prompt format) is refused unless
-`exp_manager.resume_allow_changes` asks for it; so is a tokenizer whose files were edited behind the
-same path. Of the model's keys only those in `TAKEN` are taken:
-a key that nobody has thought about is refused.
+- A change of optimizer, schedule, data, devices or logging is accepted and logged.
+- A change that gives the trained weights another meaning is refused: another architecture,
+  tokenizer or prompt format. `exp_manager.resume_allow_changes` accepts it.
+- A tokenizer whose files were edited, at the same path, counts as another tokenizer.
+- Of the keys of `model`, only those in `ACCEPTED` may change. A key that is not listed is refused.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from speechlm2_jax.training.run.directory import CONFIG, MODEL
 
 log = logging.getLogger(__name__)
 
-TAKEN = (
+ACCEPTED = (
     "model.optimizer",
     "model.lr_scheduler",
     "model.init_from_checkpoint",  # the weights come from the run's own checkpoint
@@ -49,8 +49,8 @@ TAKEN = (
     "model.architectures",
     "model.torch_dtype",
 )
-"""Keys of the model, with all below them, that change how it trains and not what it computes."""
-TAKEN_PATTERN = re.compile(
+"""Keys of the model that change how it trains, and not what it computes. Keys below them too."""
+ACCEPTED_PATTERN = re.compile(
     r"model\.(perception\.)?(encoder|modality_adapter)\.(dropout\w*|att_context_probs)"
     r"|model\.(perception\.)?preprocessor\.dither"
 )
@@ -58,21 +58,21 @@ REFUSED_DATA = re.compile(
     r"data\.(train_ds\.(.*\.)?(prompt_format|audio_locator_tag|token_equivalent_duration"
     r"|sample_rate)|source_sample_rate|target_sample_rate|frame_length)"
 )
-"""Keys of the data that decide what the model is shown."""
+"""Keys of the data that change the model's input for the same recording and text."""
 UNLISTED = re.compile(
     r"exp_manager\.(resume_\w+|explicit_log_dir|exp_dir|name|version|use_datetime_version)"
 )
-"""Keys that say where the run is and whether it is resumed."""
+"""Keys that name the run directory or control resuming. Changes of them are not logged."""
 BLOCKS = ("trainer", "data", "exp_manager")
 TOKENIZER = "tokenizer"
-"""Note in the checksums of model/: the checksum of the tokenizer's own files."""
-NAMED_AT_MOST = 5
+"""Key, in the notes of the checksums of model/, of the checksum of the tokenizer's files."""
+MAX_NAMED = 5
 NOT_SET = "not set"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One key with another value than before."""
+    """A key whose value has changed."""
 
     key: str
     before: Any
@@ -83,10 +83,10 @@ class Change:
 
     @property
     def is_refused(self) -> bool:
-        """Whether the weights would mean something else."""
+        """Whether the change would give the weights another meaning."""
         if self.key.startswith("model"):
-            below = any(self.key == key or self.key.startswith(f"{key}.") for key in TAKEN)
-            return not (below or TAKEN_PATTERN.fullmatch(self.key))
+            below = any(self.key == key or self.key.startswith(f"{key}.") for key in ACCEPTED)
+            return not (below or ACCEPTED_PATTERN.fullmatch(self.key))
         is_other_value = self.before is not None and self.after is not None
         return bool(REFUSED_DATA.fullmatch(self.key)) and is_other_value
 
@@ -100,8 +100,8 @@ def check_resumed(
 ) -> None:
     """Compares the settings of a run with those of the checkpoint that it resumes from.
 
-    `sources` are folders of checkpoints in the order in which they are tried. Logs a line for each
-    change that is taken. Raises SettingsError for those that are not.
+    `sources` are folders of checkpoints, in the order in which they are tried. Logs a line for each
+    accepted change. Raises SettingsError for refused changes.
     """
     steps = next((found for s in sources if s is not None and (found := step_folders(s))), [])
     before = next((read for step in steps if (read := _settings_of(step)) is not None), None)
@@ -120,7 +120,7 @@ def check_resumed(
 
 
 def is_other_model(run_dir: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether the `model` block as written differs from that of the run in what weights mean."""
+    """Whether the `model` block of `settings` gives the weights of the run another meaning."""
     before = _config_of(run_dir).get("model")
     if not isinstance(before, Mapping) or "model" not in settings:
         return False
@@ -128,10 +128,11 @@ def is_other_model(run_dir: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def changes_of(before: Any, after: Any, key: str) -> Iterator[Change]:
-    """The keys whose values differ; a key that is not set is null."""
+    """The keys whose values differ. A key that is not set counts as null."""
     parts = [_parts_of(before), _parts_of(after)]
     if (before is None and parts[1] is not None) or (after is None and parts[0] is not None):
-        parts = [{} if found is None else found for found in parts]  # each key below is named
+        # an unset block becomes an empty one, so that each key of the other is listed
+        parts = [{} if found is None else found for found in parts]
     old, new = parts
     if old is not None and new is not None:
         for name in dict.fromkeys([*old, *new]):
@@ -153,7 +154,7 @@ def _model_changes(before: Mapping[str, Any], model: ModelOutline) -> Iterator[C
 
 
 def _tokenizer_changes(before: Mapping[str, Any], model: ModelOutline) -> Iterator[Change]:
-    """The tokenizer, if its files say something else by now; older versions noted nothing."""
+    """A change of the tokenizer's files. Checkpoints of older versions have no checksum of them."""
     if not isinstance(model, HasTokenizer):
         return
     known, contents = before[TOKENIZER], model.tokenizer.contents
@@ -197,7 +198,7 @@ def _config_of(run_dir: Path) -> dict[str, Any]:
 
 
 def _definitions_of(run_dir: Path) -> dict[str, Any]:
-    """The config.json of each pretrained part, by its folder."""
+    """Folder of each pretrained component -> the contents of its config.json."""
     found = {}
     for path in (run_dir / MODEL).glob("*/config.json"):
         with contextlib.suppress(SettingsError):
@@ -206,7 +207,7 @@ def _definitions_of(run_dir: Path) -> dict[str, Any]:
 
 
 def _tokenizer_of(run_dir: Path) -> str | None:
-    """The checksum of the tokenizer that a run was trained with, None if it is not known."""
+    """The checksum of the tokenizer that a run was trained with; None if it is unknown."""
     with contextlib.suppress(DamagedError):
         checksums = read_checksums(run_dir / MODEL)
         return None if checksums is None else checksums.notes.get(TOKENIZER)
@@ -214,10 +215,10 @@ def _tokenizer_of(run_dir: Path) -> str | None:
 
 
 def _refusal(step: Path, refused: Sequence[Change]) -> str:
-    named = "; ".join(str(change) for change in refused[:NAMED_AT_MOST])
-    more = f"; and {len(refused) - NAMED_AT_MOST} more" if len(refused) > NAMED_AT_MOST else ""
+    named = "; ".join(str(change) for change in refused[:MAX_NAMED])
+    more = f"; and {len(refused) - MAX_NAMED} more" if len(refused) > MAX_NAMED else ""
     return (
-        f"{step} was trained with other settings, which decide what its weights mean: {named}"
+        f"{step} was trained with other settings, which change what its weights mean: {named}"
         f"{more}. Use the settings of that run, choose another exp_manager.explicit_log_dir, or "
         "set +exp_manager.resume_allow_changes=true"
     )
@@ -229,7 +230,7 @@ def _shown(value: Any) -> str:
 
 
 def _parts_of(value: Any) -> dict[str, Any] | None:
-    """What is below a key, by name or place; None for a single value."""
+    """The values of a mapping or a list, by key or index; None for a single value."""
     if isinstance(value, Mapping):
         return {str(name): part for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -26,7 +26,7 @@ COMMAND = "command.txt"
 ENVIRONMENT = "environment.txt"
 LOG = "train.log"
 MODEL = "model"
-"""All of the model but its weights."""
+"""Folder with all files of the model except the weights."""
 METRICS = "metrics.jsonl"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lhotse", "grain")
 _VARIABLES = ("JAX_", "XLA_", "CUDA_", "TPU_", "LIBTPU_")
@@ -51,9 +51,9 @@ def create(run_dir: Path) -> None:
 
 
 def describe(run_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Writes config.yaml, and adds this start to command.txt and environment.txt.
+    """Writes config.yaml, and appends this start to command.txt and environment.txt.
 
-    A config.yaml with other contents is kept under a number.
+    A config.yaml with other contents is renamed to config.0.yaml, config.1.yaml, ...
     """
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     config = run_dir / CONFIG
@@ -70,7 +70,8 @@ def describe(run_dir: Path, settings: Mapping[str, Any]) -> None:
 def logging_to(run_dir: Path | None) -> Iterator[None]:
     """Sends the package's log records to the terminal, and to train.log of a run directory.
 
-    What the terminal showed before is written to train.log too. Only the first process writes.
+    Records that the terminal showed before are written to train.log too. Only the first process
+    writes.
     """
     is_first = jax.process_index() == 0
     with ExitStack() as stack:
@@ -88,7 +89,7 @@ def logging_to(run_dir: Path | None) -> Iterator[None]:
 
 
 def checkpoints_line(run_dir: Path) -> str:
-    """Which checkpoints there are to use; empty if there are none."""
+    """A line that names the last and the best checkpoint; empty if there are none."""
     folder = run_dir / CHECKPOINTS
     steps = [path.name for path in step_folders(folder)]
     if not steps:
@@ -104,7 +105,7 @@ def checkpoints_line(run_dir: Path) -> str:
 
 
 def next_line(run_dir: Path | None, *, step: int, is_finished: bool) -> str:
-    """What to do after a run: the commands to type, where train.py was started by one."""
+    """A line that tells what to do next: commands if train.py runs, else calls of `fit`."""
     is_command = Path(sys.argv[0]).name == _PROGRAM
     if not is_finished:
         return f"next: {_command()}  to resume" if is_command else "next: call fit again to resume"
@@ -120,7 +121,7 @@ def next_line(run_dir: Path | None, *, step: int, is_finished: bool) -> str:
 
 
 def _command(overrides: Mapping[str, str] | None = None) -> str:
-    """The command line of this process, with other values of some keys."""
+    """The command line of this process, with `overrides` for some keys."""
     arguments = sys.argv[1:]
     for key, value in (overrides or {}).items():
         arguments = [a for a in arguments if a.lstrip("+").partition("=")[0] != key]

@@ -47,7 +47,7 @@ class RunLog(logging.FileHandler):
             print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
 
     def close(self) -> None:
-        """Closes the file; what could not be written is lost."""
+        """Closes the file. Records that could not be written are lost."""
         with suppress(OSError):
             super().close()
 
@@ -64,14 +64,14 @@ def disk_errors(run_dir: Path | None) -> Generator[None]:
         if problem is None or run_dir is None:
             raise
         if problem in REFUSING and str(run_dir.absolute()) not in str(error):
-            raise  # a file that is read, not written
+            raise  # the error is of a file that is read, not written
         raise DiskError(_message(run_dir, problem, error)) from error
     finally:
         sys.unraisablehook = hook
 
 
 def disk_problem(error: BaseException) -> int | None:
-    """The errno of a disk error behind an exception, None if there is none."""
+    """The errno of the disk error that caused an exception; None if no disk error did."""
     seen: list[BaseException] = [error]
     for one in seen:
         if isinstance(one, OSError) and one.errno in _WHAT:
@@ -97,7 +97,7 @@ def _message(run_dir: Path, problem: int, error: BaseException) -> str:
 
 
 def _without_closed_loops(hook: Callable[[Any], object]) -> Callable[[Any], None]:
-    """Hides the errors that Orbax's other writers raise once the failed one closed their loop."""
+    """Hides "Event loop is closed": other writers of Orbax raise it after one has failed."""
 
     def filtered(raised: Any) -> None:
         error = raised.exc_value

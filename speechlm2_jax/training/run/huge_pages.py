@@ -1,8 +1,8 @@
-"""Huge memory pages for training on a CPU, where page faults cost a seventh of the time.
+"""Huge memory pages for training on a CPU, where page faults take a seventh of the time.
 
-Each step allocates its arrays anew, and the kernel maps them page by page (measured in
-docs/performance.md). glibc uses 2 MiB pages instead of 4 KiB if GLIBC_TUNABLES is set before the
-program starts, so the program sets it and executes itself again.
+Each step allocates its arrays anew, and the kernel maps them page by page. docs/performance.md has
+the measurement. glibc uses pages of 2 MiB instead of 4 KiB if GLIBC_TUNABLES is set before the
+program starts. So the program sets it and executes itself again.
 """
 
 import os
@@ -16,9 +16,9 @@ ACCELERATORS = ("nvidiactl", "accel0", "vfio/0", "kfd")
 
 
 def restart_with_huge_pages() -> None:
-    """Re-executes this process with huge pages, once, if that helps; the process id stays.
+    """Executes this program again with huge pages, once, if that helps. It keeps the process id.
 
-    Set GLIBC_TUNABLES=glibc.malloc.hugetlb=0 to turn it off.
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=0 turns it off.
     """
     if not _would_help():
         return

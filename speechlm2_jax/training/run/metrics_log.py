@@ -1,4 +1,4 @@
-"""Metrics of a run: rows of metrics.jsonl, tensorboard and wandb, and the lines on the terminal."""
+"""Metrics of a run: rows of metrics.jsonl, TensorBoard and W&B, and lines on the terminal."""
 
 import importlib.util
 import json
@@ -16,11 +16,11 @@ from speechlm2_jax.training.run.throughput import Pace
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
 Samples = Mapping[str, Sequence[Sample]]
-"""Per validation set, sample hypotheses."""
+"""Validation set -> sample hypotheses."""
 WANDB_ID = "wandb_id"
-"""File of a run directory that keeps the id of its W&B run, so that a resumed run appends to it."""
+"""File with the id of the W&B run. A resumed run reads it and appends to the same W&B run."""
 WANDB_RENAMED = {"save_dir": "dir", "version": "id"}
-"""Lightning's names of arguments of wandb.init."""
+"""Arguments of Lightning's WandbLogger -> their names in wandb.init."""
 WANDB_REFUSED = {
     "log_model": "checkpoints lie in the run directory and are not uploaded",
     "prefix": "metrics have one name everywhere",
@@ -30,17 +30,20 @@ WANDB_REFUSED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Wandb:
-    """A W&B run to write to."""
+    """How to open the W&B run."""
 
     run_dir: Path
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Of Lightning's WandbLogger or of wandb.init."""
+    """Arguments of Lightning's WandbLogger or of wandb.init."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of the whole run: W&B's config."""
+    """Settings of the run, which W&B shows as its config."""
 
 
 class MetricsLog:
-    """Writes each row to every place that was asked for. Rows are complete once written."""
+    """Writes each row to metrics.jsonl, TensorBoard and W&B, as far as they are enabled.
+
+    Each row of metrics.jsonl is flushed, so that a killed run loses no row.
+    """
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class MetricsLog:
         self._writer: Any = None
 
     def write(self, row: Row) -> None:
-        """Adds one row; it has `step`. What is not a finite number becomes null."""
+        """Adds one row, which has the key `step`. NaN and infinities become null."""
         row = {key: _finite(value) for key, value in row.items()}
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
@@ -70,7 +73,7 @@ class MetricsLog:
             self._wandb.log(numbers, step=row["step"])
 
     def write_samples(self, step: int, samples: Samples) -> None:
-        """Adds sample hypotheses, as text of tensorboard and tables of W&B."""
+        """Adds sample hypotheses, as text in TensorBoard and as tables in W&B."""
         columns = ["id", "reference", "hypothesis"]
         for name, chosen in samples.items():
             cells = [[s.id, s.reference, s.hypothesis] for s in chosen]
@@ -83,7 +86,7 @@ class MetricsLog:
                 self._wandb.log({f"val_samples/{name}": table}, step=step)
 
     def close(self) -> None:
-        """Finishes what is being written."""
+        """Closes the file, TensorBoard's writer and the W&B run."""
         if self._file is not None:
             self._file.close()
         if self._writer is not None:
@@ -92,7 +95,7 @@ class MetricsLog:
             self._wandb.finish()
 
     def _tensorboard(self) -> Any:
-        """The writer, opened by the first row: its import is slow, and no step waits for it."""
+        """The writer. It is opened by the first row, as its import is slow."""
         if self._writer is None and self._folder is not None:
             from tensorboardX import SummaryWriter
 
@@ -138,7 +141,7 @@ def format_step(row: Row, max_steps: int | None) -> str:
 
 
 def format_progress(loss: float, learning_rate: float, pace: Pace | None) -> str:
-    """The text of the progress bar beside the steps."""
+    """The text of the progress bar, after the number of the step."""
     parts = [f"loss {loss:.4f}", f"lr {learning_rate:.1e}"]
     if pace is not None:
         parts += [f"{pace.steps_per_s:.2f} steps/s", f"{pace.tokens_per_s:.0f} tokens/s"]
@@ -177,7 +180,7 @@ def require_wandb() -> None:
 
 
 def wandb_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of wandb.init from those of Lightning's WandbLogger, as NeMo's YAML has them.
+    """Converts arguments of Lightning's WandbLogger, as in NeMo's YAML, to those of wandb.init.
 
     Raises SettingsError for one that is not supported.
     """

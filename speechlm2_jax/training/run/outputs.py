@@ -1,4 +1,4 @@
-"""What a run writes to its directory: checkpoints, metrics, the settings and the model's files."""
+"""Opens the outputs of a run: checkpoints, metrics, settings and the model's files."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,7 +17,7 @@ from speechlm2_jax.training.run.metrics_log import MetricsLog, Wandb
 
 
 def checkpoints_folder(experiment: ExpManagerConfig, run_dir: Path | None) -> Path | None:
-    """Where the run's checkpoints are; None if none are written."""
+    """The folder of the run's checkpoints; None if none are written."""
     is_written = run_dir is not None and experiment.create_checkpoint_callback
     return run_dir / CHECKPOINTS if run_dir is not None and is_written else None
 
@@ -65,7 +65,7 @@ def open_metrics_log(
 def write_description(
     run_dir: Path | None, model: TrainableModel, settings: Mapping[str, Any]
 ) -> None:
-    """Writes the settings, the environment and all of the model but its weights."""
+    """Writes the settings, the environment and all files of the model except the weights."""
     if run_dir is not None and jax.process_index() == 0:
         run_directory.describe(run_dir, settings)
         folder = run_dir / run_directory.MODEL

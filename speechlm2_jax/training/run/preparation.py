@@ -1,4 +1,4 @@
-"""Before the first step: mesh, optimizer and layout, and the state of a new or resumed run."""
+"""Prepares a run: mesh, optimizer, layout of arrays, and the state of a new or resumed run."""
 
 import logging
 import math
@@ -62,7 +62,7 @@ class Setup:
     optimizer: Optimizer
     layout: Layout
     throughput: Throughput
-    """Counts time, tokens and FLOPs from here on."""
+    """Counts time, tokens and FLOPs, from when it is made."""
 
     @staticmethod
     def of(
@@ -75,8 +75,8 @@ class Setup:
     ) -> "Setup":
         """Chooses devices, mesh, optimizer and layout; sets the model's compute dtype and remat.
 
-        Without `trains` the model needs no optimizer. `devices` replace those of the
-        settings. Raises SettingsError for what does not fit.
+        Without `trains` the model needs no optimizer. `devices` replace those of the settings.
+        Raises SettingsError if the model, the settings and the devices do not fit together.
         """
         devices = config.choose_devices() if devices is None else devices
         sharding = build_mesh(strategy, devices)
@@ -146,12 +146,12 @@ class Setup:
 def initialize(model: TrainableModel, setup: Setup) -> RunState:
     """Makes the state of a new run from the model's variables.
 
-    A model without arrays yet streams them to their devices.
+    If the model has no arrays yet, they are streamed to their devices.
     """
     layout = setup.layout
     with phase("loading weights"):
-        has_them = model.has_variables
-        variables = model.variables if has_them else model.load_onto(layout.variables)
+        is_loaded = model.has_variables
+        variables = model.variables if is_loaded else model.load_onto(layout.variables)
     return RunState(
         train_state=first_state(variables, layout, setup.optimizer),
         frozen=put(variables, layout.frozen, copy=False),
@@ -165,7 +165,7 @@ def resume(restored: Restored) -> RunState:
     if progress.step in checkpointing.read_ranking(restored.step.parent).metrics:
         progress.validated_at = progress.step  # validated after the checkpoint was written
     if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        progress.skipped_in_a_row = 0  # the run stopped because of these; it may try again
+        progress.skipped_in_a_row = 0  # otherwise the next skipped step would end the run again
     arrays = restored.arrays
     state = TrainState(
         trainable=arrays["params"],
@@ -184,12 +184,13 @@ def restore(
     other: Path | None,
     run_dir: Path | None,
 ) -> Restored | None:
-    """Reads the checkpoint to resume from (`checkpointing.restore` has the order).
+    """Reads the checkpoint to resume from. Returns None for a new run.
 
-    Newer files of the run directory make way: unreadable checkpoints are renamed, and rows of
-    metrics after that step are removed, as the run will write them again. Damaged frozen
-    parameters are renamed too if `model` can load them from their source. Returns None for a new
-    run. Raises SettingsError if the checkpoint has other variables than the model.
+    `checkpointing.restore` documents the order in which checkpoints are tried. Newer checkpoints of
+    the run directory, which are unreadable, are renamed. Rows of metrics after the restored step
+    are removed, as the run will write them again. Damaged frozen parameters are renamed too, if
+    `model` can load them from their source. Raises SettingsError if the checkpoint has other
+    variables than the model.
     """
     state = layout.state
     counters = {"step": state.step, "skipped": state.skipped}
@@ -232,7 +233,7 @@ def _remove_newer(restored: Restored | None, own: Path | None, run_dir: Path) ->
 
 
 def finished(checkpoints: Path, intervals: Intervals, *, validates: bool) -> RunProgress | None:
-    """The progress of a finished run, None if there is more to do. Reads no arrays."""
+    """The progress of a finished run; None if the run is not finished. Reads no arrays."""
     steps = checkpointing.step_folders(checkpoints)
     if not steps:
         return None

@@ -1,4 +1,4 @@
-"""A trace of a few training steps, for XProf, TensorBoard and Perfetto."""
+"""Profiles a few training steps. XProf, TensorBoard and Perfetto show the trace."""
 
 import logging
 from collections.abc import Iterator
@@ -21,20 +21,20 @@ class StepProfiler:
         self._is_running = False
 
     def before(self, step: int) -> None:
-        """Starts the trace if `step`, which comes next, is the first of it."""
+        """Starts the trace if the next step, `step`, is the first to trace."""
         if step == self.first and jax.process_index() == 0:
             jax.profiler.start_trace(str(self.folder))
             self._is_running = True
 
     def after(self, step: int, state: Any) -> None:
-        """Ends the trace if `step` was the last of it, when the device has done it."""
+        """Ends the trace after its last step, once the device has computed `state`."""
         if self._is_running and step >= self.last:
             jax.block_until_ready(state)
             self._end()
 
     @contextmanager
     def closing(self) -> Iterator["StepProfiler"]:
-        """Ends a trace that the run did not reach the end of."""
+        """Ends the trace on exit if the run stopped before the last step to trace."""
         try:
             yield self
         finally:

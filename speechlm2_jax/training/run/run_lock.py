@@ -1,7 +1,8 @@
 """One training per run directory: a lock file names the process that trains there.
 
-The lock appears with its contents in one step (a hard link), its owner renews its time stamp while
-the run lasts, and it goes with the run. A killed run leaves it; the next start takes it over.
+A hard link creates the lock together with its contents, atomically. The owner renews its time stamp
+during the run and removes it at the end. A killed run leaves its lock behind. The next start
+detects that it is stale and replaces it.
 """
 
 import atexit
@@ -30,11 +31,11 @@ log = logging.getLogger(__name__)
 
 LOCK = "run.lock"
 HEARTBEAT_S = 10.0
-"""Between two renewals of the time stamp."""
+"""Seconds between two renewals of the time stamp."""
 SILENT_S = 120.0
-"""A lock of another machine that was not renewed for so long is stale."""
+"""A lock of another machine is stale if it was not renewed for this many seconds."""
 UNREADABLE_S = 1.0
-"""How long a lock whose contents cannot be read may still be in the writing."""
+"""How long to wait for the contents of an unreadable lock: a process may still be writing them."""
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -43,19 +44,19 @@ class Owner:
     """The process that a lock names."""
 
     token: str
-    """Of this lock alone."""
+    """A random id of this lock."""
     host: str
     machine: str
-    """Start of the operating system, and the namespace in which `pid` counts."""
+    """Boot id of the operating system, and the namespace of `pid`."""
     pid: int
     process_start: str
-    """When the process started, as the operating system tells it; empty where it does not."""
+    """Start time of the process from the operating system; empty if it is unknown."""
     since: str
-    """When the training began, local time."""
+    """Local time at which the lock was taken."""
 
     @staticmethod
     def this_process() -> "Owner":
-        """Names this process."""
+        """The owner that names this process."""
         return Owner(
             token=uuid.uuid4().hex,
             host=socket.gethostname(),
@@ -70,11 +71,11 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
-        """Whether this machine can tell if the process lives."""
+        """Whether the process is one of this machine, so that we can check if it is alive."""
         return self.host == socket.gethostname() and self.machine == _machine()
 
     def is_gone(self) -> bool:
-        """Whether a process of this machine has ended."""
+        """Whether the process has ended. Only valid if `is_here`."""
         start = _process_start(self.pid)
         is_same = not start or not self.process_start or start == self.process_start
         return start is None or not is_same
@@ -84,7 +85,7 @@ class RunLock:
     """The lock of a run directory, held by the first process for all processes of the run."""
 
     def __init__(self, path: Path | None, token: str = ""):
-        """`path` is None on the processes that hold nothing themselves."""
+        """`path` is None in all processes of the run but the first."""
         self.path, self._token, self._pid = path, token, os.getpid()
         self._is_training, self._is_over = False, threading.Event()
         if path is not None:
@@ -98,9 +99,9 @@ class RunLock:
 
     @contextmanager
     def training(self) -> Generator[None]:
-        """Held for one call of `fit`, and released after it.
+        """Holds the lock for one call of `fit`, and releases it afterwards.
 
-        Raises SettingsError if another thread of this process trains there.
+        Raises SettingsError if another thread of this process trains in the directory.
         """
         if self._is_training:
             raise SettingsError(
@@ -114,20 +115,20 @@ class RunLock:
             self.release()
 
     def release(self) -> None:
-        """Removes the lock, if it is this process's."""
+        """Removes the lock if this process owns it."""
         if self._is_over.is_set() or os.getpid() != self._pid:
             return
         self._is_over.set()
         atexit.unregister(self.release)
         if self.path is not None:
-            with _here:
+            with _held_mutex:
                 _held.pop(self.path, None)
             with contextlib.suppress(OSError):
                 if _token_of(self.path) == self._token:
                     self.path.unlink()
 
     def _beat(self) -> None:
-        """Renews the time stamp; ends the process if another one has taken the lock over."""
+        """Renews the time stamp. Ends the process if another process has taken over the lock."""
         assert self.path is not None
         while not self._is_over.wait(HEARTBEAT_S):
             try:
@@ -144,8 +145,8 @@ class RunLock:
 
 
 _held: dict[Path, RunLock] = {}
-"""Locks of this process."""
-_here = threading.RLock()
+"""Locks of this process, by path."""
+_held_mutex = threading.RLock()
 
 
 def acquire(run_dir: Path) -> RunLock:
@@ -165,7 +166,7 @@ def acquire(run_dir: Path) -> RunLock:
 
 
 def _acquire(path: Path) -> RunLock:
-    with _here:
+    with _held_mutex:
         lock = _held.get(path)
         if lock is None or not lock.is_held:
             lock = _held[path] = RunLock(path, _take(path))
@@ -173,7 +174,7 @@ def _acquire(path: Path) -> RunLock:
 
 
 def _take(path: Path) -> str:
-    """Makes the lock file, in the place of a stale one too. Returns its token."""
+    """Creates the lock file, or replaces a stale one. Returns the token of the new lock."""
     owner = Owner.this_process()
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise SettingsError(
@@ -185,7 +186,7 @@ def _take(path: Path) -> str:
         deadline = time.monotonic() + UNREADABLE_S
         while not _created(draft, path):
             found = _read(path)
-            if found is None:  # released in this moment
+            if found is None:  # the owner has just released it
                 continue
             other, changed_s = found
             if other is None and time.monotonic() < deadline:
@@ -210,10 +211,10 @@ def _take(path: Path) -> str:
 
 
 def _why_stale(path: Path, owner: Owner | None, changed_s: float, silent_s: float) -> str | None:
-    """Why the owner of a lock no longer trains, None if it may; `silent_s`: age of the time stamp.
+    """The reason why a lock is stale; None if its owner may still train.
 
-    A stamp of the future was made by another clock, or the clock was set back. Then only watching
-    tells whether the lock is renewed.
+    `silent_s` is the age of the time stamp. A time stamp in the future was made by another clock,
+    or the clock was set back. Then this function waits to see whether the lock is renewed.
     """
     if owner is not None and owner.is_here:
         return "is gone" if owner.is_gone() else None
@@ -247,7 +248,7 @@ def _in_use(path: Path, owner: Owner | None) -> str:
 
 
 def _created(draft: Path, path: Path) -> bool:
-    """Gives the draft its final name, unless that is taken."""
+    """Creates the lock from the draft. Returns False if a lock exists already."""
     try:
         os.link(draft, path)
     except FileExistsError:
@@ -264,9 +265,9 @@ def _created(draft: Path, path: Path) -> bool:
 
 
 def _replaced(draft: Path, path: Path, stale: Owner | None) -> bool:
-    """Puts the draft in the place of a stale lock, unless another process was quicker.
+    """Replaces a stale lock by the draft. Returns False if another process was quicker.
 
-    A lock named by the stale one's token makes sure that one process at a time tries.
+    A second lock, whose name has the token of the stale one, lets only one process try at a time.
     """
     token = None if stale is None else stale.token
     guard = path.with_name(f"{path.name}.{token or 'unreadable'}"[:200])
@@ -275,7 +276,7 @@ def _replaced(draft: Path, path: Path, stale: Owner | None) -> bool:
         found = _read(path)
         if found is None or (None if found[0] is None else found[0].token) != token:
             return False
-        os.utime(draft)  # it may have waited
+        os.utime(draft)  # taking the second lock may have taken long
         draft.replace(path)
         return True
     finally:
@@ -312,7 +313,7 @@ def _token_of(path: Path) -> str | None:
 
 
 def _machine() -> str:
-    """What tells this machine, since its last start, from others of the same name."""
+    """Identifies this machine since its last boot: machines may have the same host name."""
     parts = []
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -322,12 +323,12 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process of this machine started; None if it has ended, empty if that is not told."""
+    """Start time of a process of this machine; None if it has ended, empty if unknown."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return None
-    except OSError:  # another user's
+    except OSError:  # the process exists, but belongs to another user
         pass
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""What the training loop works with, where it stands, and how it ended."""
+"""The objects that the training loop uses, the state of the run, and the result of `fit`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,7 +32,9 @@ class RunProgress:
     window: int = 0
     """Micro-batches of the last step."""
     skipped: int = 0
+    """Steps that were not applied, in the whole run."""
     skipped_in_a_row: int = 0
+    """Steps that were not applied since the last one that was."""
     validated_at: int = 0
     """The step of the last validation."""
     data: Any = None
@@ -41,15 +43,15 @@ class RunProgress:
 
 @dataclass(kw_only=True)
 class RunState:
-    """Where a run stands; the loop updates it."""
+    """Arrays and counters of a run, which the loop updates."""
 
     train_state: TrainState
-    """On the devices. Each step takes the old one (donated) and returns a new one."""
+    """Arrays on the devices. Each step donates the old state and returns a new one."""
     frozen: Variables
     """Parameters that are not trained, on the devices."""
     progress: RunProgress
     val_metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last validation in this process."""
+    """Metrics of the last validation in this process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +60,15 @@ class FitResult:
 
     step: int
     is_finished: bool
-    """True if the run reached its end; False if it was stopped and can go on."""
+    """True if the run reached its end; False if it was stopped and can be resumed."""
     reason: str
     metrics: Mapping[str, float]
-    """Of the last validation in this process."""
+    """Metrics of the last validation in this process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What the loop works with; it does not change during a run."""
+    """The objects that the loop uses. They are the same during the whole run."""
 
     model: TrainableModel
     datamodule: DataSource

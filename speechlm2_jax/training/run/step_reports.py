@@ -23,13 +23,13 @@ MAX_SKIPPED_IN_A_ROW = 20
 
 @dataclass
 class DispatchedStep:
-    """A step whose report may not be read yet."""
+    """A step whose computation was dispatched to the device."""
 
     step: int
     learning_rate: float
     ids: tuple[str, ...]
     report: StepReport
-    """On the device until it is read."""
+    """Scalars on the device until they are read, then on the host."""
 
 
 @dataclass
@@ -44,9 +44,10 @@ class Reporter:
     _last: DispatchedStep | None = None
 
     def add(self, step: DispatchedStep) -> None:
-        """Adds a step that was just dispatched, and reads an older one.
+        """Adds a step that was just dispatched, and reads the report of an older step.
 
-        The first step of a process is read at once, as the next one may have to compile.
+        The report of the first step of a process is read at once, because the dispatch of the next
+        step may wait for a compilation.
         """
         self._pending.append(step)
         is_first = self._last is None
@@ -56,12 +57,12 @@ class Reporter:
             self._log_first(step)
 
     def drain(self) -> None:
-        """Reads all pending reports; waits for the newest step."""
+        """Reads all pending reports. This waits for the newest step."""
         while self._pending:
             self._read_oldest()
 
     def log_step(self) -> None:
-        """Writes metrics and log line of the newest step; waits for it."""
+        """Writes the metrics and the log line of the newest step. This waits for the step."""
         self.drain()
         assert self._last is not None
         report, context = self._last.report, self.context
@@ -91,7 +92,7 @@ class Reporter:
             log.info("dropped %d conversations: %s", count, cause)
 
     def _read_oldest(self) -> None:
-        """Reads one report; counts a skipped step and logs its conversations."""
+        """Reads one report. If the step was skipped, counts it and logs its conversations."""
         done = self._pending.popleft()
         done.report = jax.device_get(done.report)
         self._last = done

@@ -23,8 +23,8 @@ SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 class StopRequest:
     """Tells the loop between steps whether to save and stop, and why.
 
-    All processes of a run get the same result from the n-th call of `poll`, so each must call it
-    equally often.
+    The n-th call of `poll` returns the same decision in all processes of a run. So all processes
+    must call it equally often.
     """
 
     def __init__(self, time_limit_s: float | None = None):
@@ -38,11 +38,11 @@ class StopRequest:
 
     @property
     def is_signalled(self) -> bool:
-        """True once a signal asked a single-process run to stop."""
+        """True if a signal has asked a run of a single process to stop."""
         return self._signal is not None and not self._has_several_processes
 
     def poll(self) -> str | None:
-        """The reason to stop now, or None. Counts its calls."""
+        """The reason to stop now; None to continue. Several processes stop at the same call."""
         reason = self._own_reason()
         if not self._has_several_processes:
             return reason
@@ -88,7 +88,7 @@ class StopRequest:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _on_signal(self, number: int) -> None:
-        """Runs in a thread when a signal arrives; the main thread may be busy in a compilation."""
+        """Runs in another thread than the main one, which may be busy with a compilation."""
         if number not in SIGNALS:
             return
         self._signal = self._signal or signal.Signals(number)
@@ -103,7 +103,7 @@ class StopRequest:
 
 
 def _notify_other_processes() -> None:
-    """Notifies the other processes: JAX does so when this process receives SIGTERM."""
+    """Sends SIGTERM to this process, upon which JAX notifies the other processes of the run."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -111,8 +111,8 @@ def _notify_other_processes() -> None:
 def _signals_in_a_thread(notice: Callable[[int], None]) -> Iterator[None]:
     """Calls `notice` in a thread when a signal comes.
 
-    Python runs signal handlers between two bytecodes of the main thread, which can take a minute
-    during a compilation. The wake-up descriptor is written at once, by the handler in C.
+    Python runs signal handlers between two bytecodes of the main thread. During a compilation that
+    can take a minute. The handler in C writes to the wake-up descriptor at once.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)

@@ -16,7 +16,7 @@ from speechlm2_jax.training.run.preparation import Setup
 LORA = ("lora_a", "lora_b")
 """Last components of the paths of LoRA's factors."""
 DEPTH = 2
-"""Components of a path that name a module of the table."""
+"""The table has one line per module, named by the first two components of the path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class ModuleSize:
 
     @property
     def total(self) -> int:
-        """All of its parameters."""
+        """The number of all parameters."""
         return self.trained + self.frozen
 
 
@@ -38,7 +38,7 @@ def module_sizes(
 ) -> list[ModuleSize]:
     """Counts the parameters of every module, in the model's order; buffers are not counted.
 
-    Of a stack that is partly trained, the layers that are trained count as such.
+    If only some layers of a stack are trained, their parameters count as trained.
     """
     counts: dict[str, list[int]] = {}
     for path, info in infos.items():
@@ -55,7 +55,7 @@ def module_sizes(
 def describe_run(
     model: ModelOutline, datamodule: DataSource, setup: Setup, intervals: Intervals
 ) -> Iterator[str]:
-    """Blocks of lines; the last one compiles the largest training program, which takes a while."""
+    """Yields blocks of lines. The last one takes long: it compiles the largest training program."""
     yield modules_table(module_sizes(model.infos, model.trainable))
     yield setup.describe(setup.sharding.data_parallel_size)
     yield _steps(datamodule, intervals)
@@ -66,7 +66,7 @@ def describe_run(
 
 
 def modules_table(sizes: list[ModuleSize]) -> str:
-    """A line per module, and their sum."""
+    """One line per module, and a line with the sums."""
     total = ModuleSize(
         name="total", trained=sum(s.trained for s in sizes), frozen=sum(s.frozen for s in sizes)
     )
@@ -82,7 +82,7 @@ def modules_table(sizes: list[ModuleSize]) -> str:
 def memory_table(setup: Setup, bucket: str, batch: HostBatch, analysis: Any) -> str:
     """Memory of one device during a step on the largest shape.
 
-    `analysis` is the compiler's; without it, only what follows from array shapes is listed.
+    `analysis` is the compiler's memory analysis. Without it the table has no line for activations.
     """
     state = setup.layout.state
     gradients = device_bytes(state.trainable)
@@ -111,7 +111,7 @@ def memory_table(setup: Setup, bucket: str, batch: HostBatch, analysis: Any) -> 
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of the largest part of each array that one device holds, summed."""
+    """Bytes that one device holds of all arrays in `tree`."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)

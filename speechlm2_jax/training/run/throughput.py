@@ -10,9 +10,9 @@ COMPUTE = "compute"
 KINDS = ("starting", "data_wait", "compiling", "validation", "validation_data_wait", "saving")
 """Kinds of time that are measured; all other wall time is compute."""
 BEFORE_TRAINING = ("starting", "compiling")
-"""Kinds of time that occur once, left out of the estimate of the remaining time."""
+"""Kinds of time that occur once. The estimate of the remaining time leaves them out."""
 PACE_STEPS = 20
-"""The progress bar shows the speed over so many steps."""
+"""The progress bar shows the mean speed of this many steps."""
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("H200", 989e12),
     ("H100", 989e12),
@@ -26,11 +26,11 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("TPU v5", 459e12),
     ("TPU v4", 275e12),
 )
-"""Dense bf16 FLOP/s of one device, by a part of its kind's name; the first that fits."""
+"""(Part of the name of a device kind, its dense bf16 FLOP/s). The first match counts."""
 
 
 def peak_flops(kind: str) -> float | None:
-    """Dense bf16 FLOP/s of a device kind, None where it is not known (CPUs)."""
+    """Dense bf16 FLOP/s of a device kind; None if it is unknown, as for CPUs."""
     return next((peak for part, peak in PEAK_FLOPS if part in kind), None)
 
 
@@ -51,7 +51,7 @@ class Pace:
 
     steps_per_s: float
     tokens_per_s: float
-    """Of all devices."""
+    """Tokens of all devices together."""
     left_s: float | None
     """Estimated seconds to the end, validations and saving included; None if unknown."""
 
@@ -71,7 +71,7 @@ class Throughput:
     """Adds up time by kind, tokens and FLOPs. One per process and run."""
 
     def __init__(self, device_kinds: Sequence[str], clock: Callable[[], float] = time.perf_counter):
-        """`device_kinds` names the kind of each device that shares the work."""
+        """`device_kinds` names the kind of each device of the mesh."""
         self._clock, self._devices = clock, len(device_kinds)
         self._peak = peak_flops(device_kinds[0])
         self._kind: str = COMPUTE
@@ -83,7 +83,7 @@ class Throughput:
 
     @contextmanager
     def measure(self, kind: str) -> Iterator[None]:
-        """Counts the time inside as one of `KINDS`; if nested, as the inner kind."""
+        """Counts the time inside the context as `kind`. If nested, the inner kind counts."""
         outer = self._switch(kind)
         try:
             yield
@@ -106,7 +106,7 @@ class Throughput:
         self._marks.append((training_s, self._steps, self._tokens))
 
     def pace(self, steps_left: int | None) -> Pace | None:
-        """Speed over the last steps, None before the second; nothing is reset."""
+        """Speed over the last steps; None before the second step."""
         if len(self._marks) < 2:
             return None
         (start_s, first, tokens), (end_s, last, more) = self._marks[0], self._marks[-1]
@@ -120,7 +120,7 @@ class Throughput:
         )
 
     def rates(self) -> Rates:
-        """Throughput since the last call; compiling, validating and saving excluded."""
+        """Throughput since the last call. Time of compiling, validation and saving is excluded."""
         self._switch(self._kind)
         window, now = self._window, dict(self._spent)
         waited = now["data_wait"] - window.times["data_wait"]
@@ -141,7 +141,10 @@ class Throughput:
         return dict(self._spent)
 
     def _switch(self, kind: str) -> str:
-        """Charges the time since the last switch, then counts as `kind`. Returns the old kind."""
+        """Adds the time since the last switch to the current kind, then makes `kind` current.
+
+        Returns the kind that was current.
+        """
         now = self._clock()
         self._spent[self._kind] += now - self._since
         before, self._kind, self._since = self._kind, kind, now
