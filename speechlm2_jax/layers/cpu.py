@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from speechlm2_jax.layers.module import LAYERS, constrain_layer
+from speechlm2_jax.layers.module import LAYERS, SCANNED, constrain_layer
 from speechlm2_jax.sharding import platform
 
 FEW_ROWS = 32
@@ -111,22 +111,32 @@ def _unstacked(module: N) -> N:
     for name, value in list(vars(module).items()):
         if _is_stack(value):
             vars(module)[name] = UnstackedLayers.of(value)  # what NNX must not split or merge
-        elif isinstance(value, nnx.Module):
+        elif _has_more_than_stacks(value):
             _unstacked(value)
     return module
 
 
 def _stacks(module: object) -> Iterator[nnx.Module]:
     """Yields the stacks in a network, at any depth."""
-    for value in vars(module).values() if isinstance(module, nnx.Module) else ():
+    for value in vars(module).values():
         if _is_stack(value):
             yield value
-        else:
+        elif _has_more_than_stacks(value):
             yield from _stacks(value)
 
 
 def _is_stack(value: object) -> TypeGuard[nnx.Module]:
+    if isinstance(value, nnx.List):
+        return len(value) > 0 and all(_is_stack(each) for each in value)
+    return isinstance(value, nnx.Module) and getattr(value, SCANNED, False)
+
+
+def _has_more_than_stacks(value: object) -> TypeGuard[nnx.Module]:
+    """Whether a module has variables outside of stacks; the speech decoder's transformer has none.
+
+    Its scan is left as it is: it was never measured unrolled.
+    """
     if not isinstance(value, nnx.Module):
         return False
     variables = [variable for _, variable in nnx.to_flat_state(nnx.state(value))]
-    return bool(variables) and all(v.get_metadata()["axes"][:1] == (LAYERS,) for v in variables)
+    return any(v.get_metadata()["axes"][:1] != (LAYERS,) for v in variables)

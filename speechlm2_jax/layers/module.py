@@ -23,6 +23,8 @@ Axes = tuple[str | None, ...]
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 M = TypeVar("M", bound=nnx.Module)
 LAYERS = "layers"
+SCANNED = "is_scanned"
+"""Attribute of what `stack` makes and `scan_layers` runs. Other modules have the axis too."""
 
 
 class AbstractRngs(nnx.Rngs):

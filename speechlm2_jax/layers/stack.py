@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from speechlm2_jax.layers.cpu import UnstackedLayers
-from speechlm2_jax.layers.module import LAYERS, AbstractRngs, constrain_layer
+from speechlm2_jax.layers.module import LAYERS, SCANNED, AbstractRngs, constrain_layer
 
 M = TypeVar("M", bound=nnx.Module)
 RematPolicy = Literal["full", "dots", "none"]
@@ -31,6 +31,7 @@ def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
         if is_abstract:
             value = variable.get_value()
             variable.set_value(jnp.zeros((count, *value.shape), value.dtype))
+    setattr(layers, SCANNED, True)
     return layers
 
 

@@ -79,3 +79,19 @@ def test_a_stack_that_is_too_large_to_hold_twice_stays_one(tower, monkeypatch):
 def test_outside_the_loop_nothing_is_taken_apart(tower):
     read_in_place(tower)
     assert str(jax.make_jaxpr(lambda x: tower(x))(jnp.ones((2, WIDTH)))).count("scan[") == 1
+
+
+class Tables(nnx.Module):
+    """One table per codebook: an axis of the same name, but nothing that is scanned."""
+
+    def __init__(self, rngs):
+        init = jax.nn.initializers.normal()
+        self.weight = param(rngs, (LAYERS, WIDTH), ("layers", None), init)
+
+    def __call__(self):
+        return self.weight[...].sum(0)
+
+
+def test_modules_that_are_no_stacks_stay_as_they_are(tower):
+    tower.tables = nnx.data(Tables(nnx.Rngs(1)))
+    np.testing.assert_array_equal(read_in_place(tower).tables(), tower.tables())
