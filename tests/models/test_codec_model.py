@@ -26,11 +26,13 @@ def test_a_codec_that_looks_ahead_decodes_no_stream():
 
 def test_rows_and_lengths_that_do_not_fit_are_refused():
     model = codec("causal_tiny")
-    with pytest.raises(ValueError, match=r"rank 2 and a length for each, got \(9,\) and \(1,\)"):
+    with pytest.raises(
+        ValueError, match=r"rank 2 and one length per element, got \(9,\) and \(1,\)"
+    ):
         model.encode(np.zeros(9), [9])
     with pytest.raises(ValueError, match=r"lengths \[10\] must lie within 0 and 9"):
         model.encode(np.zeros((1, 9)), [10])
-    with pytest.raises(ValueError, match="rank 3 and a length for each"):
+    with pytest.raises(ValueError, match="rank 3 and one length per element"):
         model.decode(np.zeros((1, 4)), [4])
 
 

@@ -125,7 +125,7 @@ def test_audio_shorter_than_a_frame_has_an_empty_response(model):
 def test_what_is_no_batch_is_refused(model):
     with pytest.raises(ValueError, match=r"input_signal must be \[B, S\]"):
         model.offline_inference(np.zeros(100), np.array([100]))
-    with pytest.raises(ValueError, match="between 0 and 100"):
+    with pytest.raises(ValueError, match="from 0 to 100"):
         model.offline_inference(np.zeros((1, 100)), np.array([101]))
     with pytest.raises(ValueError, match="input_signal: audio is int16"):
         model.offline_inference(np.zeros((1, 100), np.int16), np.array([100]))

@@ -1,5 +1,6 @@
 """Writes a .nemo file: settings, weights and the files that the settings name, in one tar."""
 
+import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from io import BufferedIOBase, BytesIO
@@ -88,3 +89,12 @@ class _PlainDumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+# readers of NeMo's configs (OmegaConf, and this project's) take 1e-5 for a number, PyYAML does not:
+# a text that looks like one is written in quotes
+_PlainDumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
