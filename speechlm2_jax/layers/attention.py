@@ -36,21 +36,21 @@ class AttentionMask:
     ring_order: Int[Array, " T"] | np.ndarray | None = None
     """Index of each query and key, where the tokens are in another order (ring attention)."""
     window: int | None = field(default=None, metadata={"static": True})
-    """A query attends to keys less than so many positions before it (sliding window)."""
+    """Sliding window: a query attends to keys less than `window` positions before it."""
     chunk: int | None = field(default=None, metadata={"static": True})
-    """A query attends to keys of its chunk of so many positions (chunked attention)."""
+    """Chunked attention: a query attends to keys of its own chunk of `chunk` positions."""
     query_positions: Int[Array, "B T"] | None = None
     """Position of each query in its sequence; needed with `window` or `chunk`."""
     key_positions: Int[Array, "B S"] | None = None
     by_position: bool = field(default=False, metadata={"static": True})
-    """A key is before a query by its position, not by its index: the keys lie in a ring."""
+    """Compare positions, not indices, for causality: the keys are in a ring buffer."""
 
     def dense(self) -> Bool[Array, "B T S"]:
         """Returns the dense mask; True where query t may attend to key s."""
         queries, keys = self.query_segments, self.key_segments
         if self.by_position:
-            here, there = self._positions()
-            before = there <= here
+            query_positions, key_positions = self._positions()
+            before = key_positions <= query_positions
         elif self.ring_order is None:
             offset = 0 if self.offset is None else self.offset
             query_index = offset + jnp.arange(queries.shape[1])
@@ -60,11 +60,11 @@ class AttentionMask:
             before = (index[None, :] <= index[:, None])[None, :, :]
         mask = before & (queries[:, :, None] == keys[:, None, :])
         if self.window is not None:
-            here, there = self._positions()
-            mask &= here - there < self.window
+            query_positions, key_positions = self._positions()
+            mask &= query_positions - key_positions < self.window
         if self.chunk is not None:
-            here, there = self._positions()
-            mask &= here // self.chunk == there // self.chunk
+            query_positions, key_positions = self._positions()
+            mask &= query_positions // self.chunk == key_positions // self.chunk
         return mask
 
     def _positions(self) -> tuple[Int[Array, "B T 1"], Int[Array, "B 1 S"]]:
@@ -111,7 +111,7 @@ def attend(
             key_segments=mask.key_segments,
             scores=scores,
         )
-    # chunks count positions of a sequence; the kernels know only those of a row
+    # chunks count positions within a segment; the kernels know only those of the whole sequence
     return _attend_dense(q, k, v, mask.dense(), scores)
 
 

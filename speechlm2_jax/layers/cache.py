@@ -31,9 +31,9 @@ class KVCache:
     used: Int[Array, ""]
     """Positions taken so far; the same in every sequence."""
     token_positions: Int[Array, "B S"] | None = None
-    """Position of each token in its own sequence, for chunks; None where none is used."""
+    """Position of each token in its own sequence, for chunked attention; None without it."""
     windows: tuple[WindowCache, ...] = ()
-    """The layers with a sliding window, one cache for each window; the others are above."""
+    """Caches of the layers with a sliding window, one per window size."""
 
     @property
     def next_position(self) -> Int[Array, ""]:
@@ -124,7 +124,7 @@ class KVCache:
         )
 
     def advance(self, tokens: int, new: NewTokens | None = None) -> "KVCache":
-        """Counts `tokens` more positions as used; `new` are the tokens where windows are kept."""
+        """Counts `tokens` more positions as used; `new` are the tokens, needed for `windows`."""
         return replace(self, used=self.used + tokens, windows=self._advanced(new))
 
     def _advanced(self, new: NewTokens | None) -> tuple[WindowCache, ...]:

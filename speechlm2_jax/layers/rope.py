@@ -1,8 +1,8 @@
-"""Rotary position embedding (Su et al. 2021), with the ways in which checkpoints rescale it.
+"""Rotary position embedding (RoPE; Su et al. 2021) and its scalings for long sequences.
 
-Formulas are those of Hugging Face's `modeling_rope_utils`. A rescaling turns the frequencies into
-others (`scale`). Two of them depend on the length of the sequence at run time: dynamic NTK and
-LongRoPE. YaRN and LongRoPE also multiply cosines and sines by an attention factor.
+The formulas are those of Hugging Face's `modeling_rope_utils`. A scaling changes the frequencies
+(`scale`). Dynamic NTK and LongRoPE also depend on the sequence length at run time. YaRN and
+LongRoPE also multiply cosines and sines by an attention factor.
 """
 
 import math
@@ -155,12 +155,12 @@ class RopeConfig:
     theta: float = 10000.0
     scaling: RopeScaling | None = None
     width: int | None = None
-    """Leading numbers of each head that are rotated; None: all of them."""
+    """Number of leading elements of each head that are rotated; None: all of them."""
     interleaved: bool = False
     """Pairs are neighbours (x[2i], x[2i+1]), not (x[i], x[i + width/2])."""
 
     def rotated(self, head_width: int) -> int:
-        """Returns how many numbers of a head are rotated."""
+        """Returns the number of rotated elements of a head."""
         return head_width if self.width is None else self.width
 
     def frequencies(self, head_width: int) -> np.ndarray:
@@ -187,16 +187,16 @@ def rotation(
 ) -> Rotation:
     """Computes the angles of `positions` in fp32: bf16 rounds positions above 256.
 
-    The length that dynamic NTK and LongRoPE depend on is that of each row: its greatest position
-    where `is_real` (None: everywhere), plus 1. Hugging Face takes the longest row of the batch, so
-    there a row depends on its neighbours.
+    For dynamic NTK and LongRoPE the length of each sequence is its greatest position where
+    `is_real` (None: everywhere), plus 1. Hugging Face uses the longest sequence of the batch
+    instead, so its result for a sequence depends on the batch.
     """
     frequencies = jnp.asarray(config.frequencies(head_width))
     scaling = config.scaling
     if isinstance(scaling, DynamicScaling | LongRopeScaling):
         counted = positions if is_real is None else jnp.where(is_real, positions, 0)
-        rows = scaling.at_length(frequencies, config.theta, jnp.max(counted, axis=1) + 1)
-        angles = positions.astype(jnp.float32)[:, :, None] * rows[:, None, :]
+        per_sequence = scaling.at_length(frequencies, config.theta, jnp.max(counted, axis=1) + 1)
+        angles = positions.astype(jnp.float32)[:, :, None] * per_sequence[:, None, :]
     else:
         angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -211,7 +211,7 @@ def rotate(
     """Rotates the pairs of every head by the angles of their position.
 
     A pair is (x[i], x[i + F]), or, `interleaved`, (x[2i], x[2i+1]), for each of the F angles.
-    Numbers of a head beyond the first 2 F pass unchanged.
+    Elements of a head beyond the first 2 F are unchanged.
     """
     rotated_width = 2 * by.cos.shape[-1]
     rest = x[..., rotated_width:]

@@ -1,4 +1,4 @@
-"""How products of queries and keys become attention scores."""
+"""Attention scores from the dot products of queries and keys."""
 
 from dataclasses import dataclass
 
@@ -7,20 +7,20 @@ from jaxtyping import Array, Float
 
 
 def capped(scores: Float[Array, "*any"], softcap: float | None) -> Float[Array, "*any"]:
-    """Computes softcap * tanh(scores / softcap), between -softcap and softcap; None: no bound."""
+    """Computes softcap * tanh(scores / softcap); returns the scores unchanged if it is None."""
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Scale, bound and window of attention scores."""
+    """Scale, soft cap and window of attention scores."""
 
     scale: float
     softcap: float | None = None
-    """Bound by tanh (Gemma 2)."""
+    """Soft cap by tanh (Gemma 2)."""
     window: int | None = None
-    """A query scores keys less than so many positions before it; None: all before it."""
+    """Sliding window: keys less than `window` positions before the query; None: all before it."""
 
-    def of(self, products: Float[Array, "*any"]) -> Float[Array, "*any"]:
-        """Scales and bounds products of queries and keys."""
-        return capped(products * self.scale, self.softcap)
+    def of(self, dots: Float[Array, "*any"]) -> Float[Array, "*any"]:
+        """Scales and caps the dot products of queries and keys."""
+        return capped(dots * self.scale, self.softcap)

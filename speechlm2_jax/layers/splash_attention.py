@@ -37,9 +37,9 @@ def splash_attention(
 ) -> Float[Array, "B T N H"]:
     """Attends to keys of the same segment, at or before the query's position.
 
-    A window counts tokens of the row: those of a segment must be side by side. `interpret` emulates
-    the kernel where there is no TPU, slowly. Inside `sharding.use` each device computes its own
-    sequences and heads; the mesh must divide both.
+    A window counts tokens of the whole sequence: the tokens of a segment must be adjacent.
+    `interpret` emulates the kernel where there is no TPU, slowly. Inside `sharding.use` each device
+    computes its own sequences and heads; the mesh must divide both.
     """
 
     def local(q: Any, k: Any, v: Any, query_segments: Any, key_segments: Any) -> Any:

@@ -1,7 +1,7 @@
-"""KV cache of layers with a sliding window: a ring that keeps only the window.
+"""KV cache of layers with a sliding window: a ring buffer of the window's size.
 
-The token at position p of its sequence is in slot p modulo the ring's size, whatever the padding
-beside it, so sequences of different lengths and different starts share one array.
+The token at position p of its sequence is at ring index p modulo the size of the ring. Padding does
+not count as a position, so sequences of different lengths and starts share one array.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,30 +14,31 @@ from jaxtyping import Array, Bool, Float, Int
 from speechlm2_jax.sharding import constrain
 
 NOTHING = -1
-"""Position of a slot that holds no token."""
+"""Position of an empty ring index."""
 
 
 class NewTokens(NamedTuple):
-    """T tokens that enter a cache; the real ones of a row are side by side, in order."""
+    """T tokens to write to a cache. The real tokens of a sequence are adjacent and in order."""
 
     positions: Int[Array, "B T"]
     is_real: Bool[Array, "B T"]
+    """False at padding."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class WindowCache:
-    """Keys and values of the last tokens of each sequence, for all layers of one window.
+    """Keys and values of the last tokens of each sequence, for all layers with one window size.
 
-    W is the size of the ring: the window, or the capacity of the whole cache where that is less;
-    nothing that a window holds is then ever overwritten. Of T new tokens: each layer calls
-    `update`, then `advance` notes their positions.
+    W is the size of the ring: the smaller one of the window and the capacity of the whole cache. So
+    no token is overwritten that a window still needs. For T new tokens each layer calls `update`;
+    then `advance` records their positions.
     """
 
     keys: Float[Array, "L B N_kv W H"]
     values: Float[Array, "L B N_kv W H"]
     positions: Int[Array, "B W"]
-    """Position of the token in each slot, `NOTHING` in empty ones."""
+    """Position of the token at each ring index; `NOTHING` if it is empty."""
     window: int = field(metadata={"static": True})
 
     @classmethod
@@ -54,7 +55,7 @@ class WindowCache:
         )
 
     def seen(self, new: NewTokens) -> Int[Array, "B S"]:
-        """Positions of the keys that `update` returns, `NOTHING` for those of no use."""
+        """Positions of the keys that `update` returns; `NOTHING` for empty indices and padding."""
         if new.positions.shape[1] == 1:
             return self.advance(new).positions
         fresh = jnp.where(new.is_real, new.positions, NOTHING)
@@ -69,8 +70,9 @@ class WindowCache:
     ) -> tuple["WindowCache", Float[Array, "B S N_kv H"], Float[Array, "B S N_kv H"]]:
         """Writes a layer's keys and values; returns those that the new tokens may attend to.
 
-        One token attends to the ring that holds it already (S = W). Several attend to the ring as
-        it was and to each other (S = W + T): the first of them may need what the last overwrites.
+        One token attends to the ring after it was written (S = W). Several tokens attend to the
+        ring before it was written and to each other (S = W + T): the first of them may need keys
+        that the last one overwrites.
         """
         both, read = [], []
         for cached, fresh in ((self.keys, keys), (self.values, values)):
@@ -83,7 +85,7 @@ class WindowCache:
         return replace(self, keys=both[0], values=both[1]), read[0], read[1]
 
     def advance(self, new: NewTokens) -> "WindowCache":
-        """Notes the positions of tokens that every layer has written."""
+        """Records the positions of tokens that every layer has written."""
         source, is_new = self._sources(new)
         fresh = jnp.take_along_axis(new.positions, source, axis=1)
         return replace(self, positions=jnp.where(is_new, fresh, self.positions))
@@ -98,7 +100,7 @@ class WindowCache:
         )
 
     def repeated(self, copies: int, capacity: int) -> "WindowCache":
-        """Repeats each sequence `copies` times in a row, for a cache of another capacity."""
+        """Repeats each sequence `copies` times, for a cache of another capacity."""
         more = max(min(self.window, capacity) - self.positions.shape[1], 0)
 
         def longer(cached: Array) -> Array:
@@ -116,18 +118,18 @@ class WindowCache:
     def reordered(self, source: Int[Array, "B beams"]) -> "WindowCache":
         """Gives beam k of prompt b what its beam `source[b, k]` holds (beam search)."""
         beams = source.shape[1]
-        rows = (jnp.arange(source.shape[0])[:, None] * beams + source).reshape(-1)
+        index = (jnp.arange(source.shape[0])[:, None] * beams + source).reshape(-1)
         return replace(
             self,
-            keys=_constrained(self.keys[:, rows]),
-            values=_constrained(self.values[:, rows]),
-            positions=self.positions[rows],
+            keys=_constrained(self.keys[:, index]),
+            values=_constrained(self.values[:, index]),
+            positions=self.positions[index],
         )
 
     def admit(self, slots: Int[Array, " P"], prompts: "WindowCache") -> "WindowCache":
-        """Copies P prompts into these rows of the batch; rows beyond the last are dropped.
+        """Copies P prompts into these slots of the batch; slots beyond the last are dropped.
 
-        The prompts' ring may be smaller: a ring that is smaller than the window holds all of its
+        The ring of the prompts may be smaller: a ring smaller than the window holds its whole
         sequence in order.
         """
         whole = prompts.repeated(1, self.positions.shape[1])
@@ -144,23 +146,23 @@ class WindowCache:
         fresh: Float[Array, "B N_kv T H"],
         new: NewTokens,
     ) -> Float[Array, "B N_kv W H"]:
-        if fresh.shape[2] == 1:  # a scatter touches one slot of each row
-            rows, slot = jnp.arange(old.shape[0]), new.positions[:, 0] % old.shape[2]
-            slot = jnp.where(new.is_real[:, 0], slot, old.shape[2])
-            return old.at[rows, :, slot].set(fresh[:, :, 0], mode="drop")
+        if fresh.shape[2] == 1:  # a scatter writes one ring index per sequence
+            sequence, index = jnp.arange(old.shape[0]), new.positions[:, 0] % old.shape[2]
+            index = jnp.where(new.is_real[:, 0], index, old.shape[2])
+            return old.at[sequence, :, index].set(fresh[:, :, 0], mode="drop")
         source, is_new = self._sources(new)
         taken = jnp.take_along_axis(fresh, source[:, None, :, None], axis=2)
         return jnp.where(is_new[:, None, :, None], taken, old)
 
     def _sources(self, new: NewTokens) -> tuple[Int[Array, "B W"], Bool[Array, "B W"]]:
-        """For each slot the newest token that belongs there, and whether there is one."""
+        """For each ring index the newest token (as index into T), and whether there is one."""
         size = self.positions.shape[1]
-        first = jnp.argmax(new.is_real, axis=1)[:, None]  # index of a row's first real token
+        first = jnp.argmax(new.is_real, axis=1)[:, None]  # index of the first real token
         count = jnp.sum(new.is_real, axis=1)[:, None]
         start = jnp.take_along_axis(new.positions, first, axis=1)
         last = start + count - 1
-        slots = jnp.arange(size)[None]
-        newest = last - (last - slots) % size  # the greatest position of the slot, at most `last`
+        ring = jnp.arange(size)[None]
+        newest = last - (last - ring) % size  # greatest position at each ring index, at most `last`
         is_new = (newest >= start) & (count > 0)
         index = jnp.where(is_new, first + newest - start, 0)
         return index.astype(jnp.int32), is_new

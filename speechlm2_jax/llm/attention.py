@@ -22,13 +22,13 @@ from speechlm2_jax.sharding import constrain
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionInputs:
-    """Rotary angles and attention masks of one forward pass, by the kind of layer."""
+    """Rotary angles and attention masks of one forward pass, per kind of layer."""
 
     rotations: Mapping[RopeConfig, Rotation]
     masks: Mapping[LayerKind, AttentionMask]
     tokens: NewTokens
     query_scale: Float[Array, "B T"] | None = None
-    """Factor of the queries by their position; None: 1."""
+    """Factor of each query, which depends on its position; None: 1."""
 
 
 class Attention(nnx.Module):
@@ -112,7 +112,7 @@ class Attention(nnx.Module):
     def _projected(
         self, x: Float[Array, "B T D"], rngs: Key[Array, " B"] | None
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N_kv H"], Float[Array, "B T N_kv H"]]:
-        """Queries, keys and values, normed if that comes before the rotation."""
+        """Computes queries, keys and values, with the norms that come before the rotation."""
         if self.qkv is not None:
             c = self.config
             ends = [c.heads * c.head_width, (c.heads + c.kv_heads) * c.head_width]

@@ -13,28 +13,28 @@ BlockKind = Literal["pre", "post", "sandwich", "parallel"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """What may differ between the layers of one decoder."""
+    """Options that may differ between the layers of one decoder."""
 
     window: int | None = None
-    """A token attends to tokens less than so many positions before it; None: to all."""
+    """Sliding window: a token attends to tokens less than `window` positions before it."""
     chunk: int | None = None
-    """A token attends within its chunk of so many positions; None: chunks do not matter."""
+    """Chunked attention: a token attends within its own chunk of `chunk` positions."""
     has_rope: bool = True
-    """False: queries and keys are not rotated (NoPE)."""
+    """False: no rotary positions (NoPE)."""
     rope: RopeConfig | None = None
-    """Rotary positions of this kind; None: those of the decoder."""
+    """Rotary settings of this kind; None: those of the decoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes and choices of a decoder-only language model.
+    """Sizes and options of a decoder-only language model.
 
-    Layer i is of kind `pattern[i % len(pattern)]`. Foreign configs (Hugging Face's config.json) are
-    translated in `llm.families`. Raises ValueError for sizes that do not fit together.
+    Layer i is of kind `pattern[i % len(pattern)]`. `llm.families` translates Hugging Face's
+    config.json. Raises ValueError for sizes that do not fit together.
     """
 
     family: str = "llama"
-    """model_type of Hugging Face, which decides on names of weights; the maths is in the fields."""
+    """Hugging Face's model_type. It decides the names of weights; the fields decide the maths."""
     vocab_size: int
     width: int
     layers: int
@@ -44,7 +44,7 @@ class DecoderConfig:
     head_width: int
     mlp_width: int
     pattern: tuple[LayerKind, ...] = (LayerKind(),)
-    """Kinds of the layers, from the first on; repeated as often as it takes."""
+    """Kinds of the first layers; the pattern repeats over all layers."""
 
     block: BlockKind = "pre"
     """Where the norms are: x + f(norm(x)), x + norm(f(x)), x + norm(f(norm(x))), or, parallel,
@@ -53,15 +53,15 @@ class DecoderConfig:
     norm_bias: bool = False
     norm_eps: float = 1e-6
     residual_scale: float = 1.0
-    """Factor of what attention and feed-forward add to the residual stream (Granite)."""
+    """Factor of the outputs of attention and feed-forward before they are added (Granite)."""
 
     rope: RopeConfig = field(default_factory=RopeConfig)
     qk_norm: Literal["none", "head", "head_after_rope", "width"] = "none"
-    """Norm of queries and keys: of each head, before or after the rotation, or of all heads."""
+    """Norm of queries and keys: per head before or after RoPE, or over the width of all heads."""
     attention_scale: float | None = None
     """Factor of the scores; None: 1 / sqrt(head_width)."""
     attention_softcap: float | None = None
-    """Bound on scores, by tanh (Gemma 2)."""
+    """Soft cap of attention scores, by tanh (Gemma 2)."""
     query_growth: float = 0.0
     """Queries at position p are multiplied by 1 + growth * log(1 + floor(p / positions)), as in
     Llama 4 and Ministral 3."""
@@ -86,10 +86,10 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     """Factor of the embeddings."""
     scales_all_inputs: bool = False
-    """The factor is for audio as well (Gemma, Gemma 2, Granite), not for text alone (Gemma 3)."""
+    """True: the factor applies to audio and text (Gemma, Gemma 2, Granite); False: text only."""
     logit_scale: float = 1.0
     logit_softcap: float | None = None
-    """Bound on logits, by tanh (Gemma 2)."""
+    """Soft cap of logits, by tanh (Gemma 2)."""
     init_std: float = 0.02
     """Standard deviation of the random initial weights; unused where a checkpoint is loaded."""
 
@@ -108,8 +108,8 @@ class DecoderConfig:
             width = rope.rotated(self.head_width)
             if not 2 <= width <= self.head_width or width % 2:
                 raise ValueError(
-                    f"llm: {width} of head_width={self.head_width} numbers are rotated; must be "
-                    "even: rotary embedding rotates pairs"
+                    f"llm: rotary embedding of {width} of head_width={self.head_width} elements: "
+                    "expected an even number from 2 to head_width"
                 )
 
     def kind(self, layer: int) -> LayerKind:
@@ -117,17 +117,17 @@ class DecoderConfig:
         return self.pattern[layer % len(self.pattern)]
 
     def rope_of(self, kind: LayerKind) -> RopeConfig | None:
-        """Returns the rotary positions of a kind; None: it has none."""
+        """Returns the rotary settings of a kind; None: it has no rotary positions."""
         if not kind.has_rope:
             return None
         return self.rope if kind.rope is None else kind.rope
 
     def count(self, window: int | None) -> int:
-        """Returns how many layers have this window."""
+        """Returns the number of layers with this window."""
         return sum(self.kind(layer).window == window for layer in range(self.layers))
 
     def rank(self, place: int) -> tuple[int, int]:
-        """Returns which layer of its window a place in the pattern is, and of how many."""
+        """Returns the index of a pattern element among those with its window, and their number."""
         same = [
             other
             for other, kind in enumerate(self.pattern)
@@ -137,7 +137,7 @@ class DecoderConfig:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Sizes of the windows that layers have, each once."""
+        """Window sizes of the layers, each once."""
         return tuple(dict.fromkeys(k.window for k in self.pattern if k.window is not None))
 
     @property
@@ -147,7 +147,7 @@ class DecoderConfig:
 
     @property
     def repeats(self) -> int:
-        """How often the whole pattern occurs."""
+        """Number of whole repetitions of the pattern."""
         return self.layers // len(self.pattern)
 
     @property

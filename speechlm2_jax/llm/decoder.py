@@ -76,8 +76,8 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder-only language model; the config chooses the family.
 
-    The variables of the layers are stacks: one if all layers are of one kind, else one per place in
-    the pattern, and `remainder` for layers after the last whole pattern.
+    The variables of the layers are stacked: one stack if all layers are of one kind, else one stack
+    per element of the pattern. `remainder` holds the layers after the last whole pattern.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None):
@@ -200,7 +200,7 @@ class Decoder(nnx.Module):
         key_segments: Int[Array, "B T"],
         ring_order: np.ndarray | None = None,
     ) -> AttentionInputs:
-        """What the layers need of tokens that attend to each other."""
+        """Rotary angles and masks for tokens that attend to each other."""
 
         def mask(kind: LayerKind) -> AttentionMask:
             is_narrow = kind.window is not None or kind.chunk is not None
@@ -218,7 +218,7 @@ class Decoder(nnx.Module):
         return self._with_rotations(NewTokens(positions, key_segments != MASKED_KEY), masks)
 
     def _cached_inputs(self, cache: KVCache, new: NewTokens) -> AttentionInputs:
-        """What the layers need of new tokens that attend to a cache."""
+        """Rotary angles and masks for new tokens that attend to a cache."""
         queries = jnp.zeros(new.positions.shape, jnp.int32)
 
         def mask(kind: LayerKind) -> AttentionMask:
@@ -276,7 +276,7 @@ class Decoder(nnx.Module):
         remat: RematPolicy = "none",
         emit: Callable[[Array], Any] = lambda x: None,
     ) -> tuple[Array, Any, list[Any]]:
-        """Runs all layers; returns also what `emit` gives of each, a list of stacks in order."""
+        """Runs all layers. Returns the output, the cache, and the stacked values of `emit`."""
         pattern = self.config.pattern
 
         # The cache is carried, not scanned over: each layer then updates its part in place.
@@ -315,7 +315,7 @@ def _in_pattern(blocks: Any) -> Sequence[Block]:
 
 
 def _in_order(emitted: list[Any]) -> Any:
-    """[R, ...] for each place in the pattern -> [R * places, ...], in the order of the layers."""
+    """[R, ...] per element of the pattern -> [R * elements, ...], in the order of the layers."""
     if len(emitted) == 1:
         return emitted[0]
     return jax.tree.map(

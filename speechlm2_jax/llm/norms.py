@@ -1,4 +1,4 @@
-"""The norm of a decoder, by its config."""
+"""The norms of a decoder."""
 
 from flax import nnx
 
