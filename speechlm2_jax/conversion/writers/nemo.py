@@ -93,7 +93,7 @@ class _PlainDumper(yaml.SafeDumper):
 
 # readers of NeMo's configs (OmegaConf, and this project's) take 1e-5 for a number, PyYAML does not:
 # a text that looks like one is written in quotes
-_PlainDumper.add_implicit_resolver(
+_PlainDumper.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
