@@ -92,6 +92,17 @@ def select(
     return Selection(trainable, (*frozen.notes, *kept.notes))
 
 
+def matching(patterns: Iterable[str], slices: Sequence[NamedSlice]) -> list[str]:
+    """The patterns that match a name. Raises PatternError as `select` does, but for no match."""
+    found: list[str] = []
+    for pattern in patterns:
+        deadline = time.process_time() + SEARCH_S
+        expression = _compiled("freeze_params", pattern)
+        if any(_matches(expression, s.name, deadline) for s in slices):
+            found.append(pattern)
+    return found
+
+
 @dataclass(frozen=True)
 class _Matches:
     names: frozenset[str]

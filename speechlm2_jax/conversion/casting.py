@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from speechlm2_jax.conversion.errors import ConversionError
+from speechlm2_jax.conversion.readers.source import Index, LazySource, TensorInfo, TensorSource
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -22,13 +23,39 @@ def cast(tensors: Mapping[str, np.ndarray], dtype: str | None) -> dict[str, np.n
     """
     if dtype is None:
         return dict(tensors)
-    if dtype not in DTYPES:
-        raise ConversionError(f"dtype {dtype!r} is not supported; use {', '.join(DTYPES)}")
-    return {name: _cast(name, value, DTYPES[dtype]) for name, value in tensors.items()}
+    made = dtype_named(dtype)
+    return {name: _cast(name, value, made) for name, value in tensors.items()}
+
+
+def cast_source(source: TensorSource, dtype: str | None) -> TensorSource:
+    """The same tensors as `cast` gives, each cast when it is read. Raises as `cast` does."""
+    if dtype is None:
+        return source
+    made = dtype_named(dtype)
+    infos = {
+        name: TensorInfo(info.shape, made if _is_cast(info.dtype) else info.dtype)
+        for name, info in source.infos.items()
+    }
+
+    def fetch(name: str, index: Index | None) -> np.ndarray:
+        return _cast(name, source.read(name, index), made)
+
+    return LazySource(infos, fetch, source.aliases, source.where)
+
+
+def dtype_named(name: str) -> np.dtype[Any]:
+    """The dtype of a name in `DTYPES`. Raises ConversionError for another name."""
+    if name not in DTYPES:
+        raise ConversionError(f"dtype {name!r} is not supported; use {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _is_cast(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind not in "biuc"
 
 
 def _cast(name: str, value: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    if value.dtype.kind in "biuc" or value.dtype == dtype:
+    if not _is_cast(value.dtype) or value.dtype == dtype:
         return value
     with np.errstate(over="ignore"):
         made = value.astype(dtype)

@@ -19,6 +19,7 @@ from speechlm2_jax.llm.families.family import Family
 Json = Mapping[str, Any]
 WHERE = "config.json of the LLM"
 ALWAYS_READ = frozenset({"model_type"})
+DTYPE_KEYS = ("dtype", "torch_dtype")
 NOT_TEXT_ALONE: Mapping[str, str] = {
     "gemma3": "gemma3_text",
     "mistral3": "ministral3",
@@ -43,6 +44,13 @@ def decoder_config(config: Json) -> DecoderConfig:
         raise ConversionError(f"{WHERE}: {error}") from error
     _check_rest(config, family, attributes.read | ALWAYS_READ, decoder)
     return decoder
+
+
+def of_plain_weights(config: Json, dtype: str) -> dict[str, Any]:
+    """config.json of the same model with weights that are plain numbers of `dtype`."""
+    dropped = (*quantised.CONFIG_KEYS, *DTYPE_KEYS)
+    # versions of transformers before 5 read torch_dtype alone
+    return {k: v for k, v in config.items() if k not in dropped} | {"torch_dtype": dtype}
 
 
 def family_of(config: Json) -> Family:

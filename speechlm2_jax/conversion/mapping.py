@@ -15,7 +15,13 @@ import numpy as np
 from speechlm2_jax.conversion import quantised
 from speechlm2_jax.conversion.duplicates import agreed
 from speechlm2_jax.conversion.errors import ConversionError, listed
-from speechlm2_jax.conversion.readers.source import Index, TensorInfo, TensorSource, extent
+from speechlm2_jax.conversion.readers.source import (
+    Index,
+    LazySource,
+    TensorInfo,
+    TensorSource,
+    extent,
+)
 from speechlm2_jax.conversion.transforms import IDENTITY, Transform
 from speechlm2_jax.conversion.wrappers import unwrapped
 from speechlm2_jax.layers.module import VariableInfo, Variables
@@ -142,18 +148,35 @@ def export(variables: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
 
     Aliases are left out (see `aliases`). Raises ConversionError if variables and table differ.
     """
+    source = export_source(variables, table)
+    return {name: source.read(name) for name in source.infos}
+
+
+def export_source(variables: Mapping[str, Any], table: Table) -> LazySource:
+    """The tensors that `export` gives, each made when it is read."""
     targets = {rule.target for rule in table.rules}
     if targets != set(variables):
         raise ConversionError(
             f"the variables do not fit the table: {listed(targets ^ set(variables))}"
         )
-    tensors: dict[str, np.ndarray] = {}
+    places: dict[str, tuple[Rule, int | None]] = {}
+    infos: dict[str, TensorInfo] = {}
     for rule in table.rules:
-        value = np.asarray(variables[rule.target])
+        value = variables[rule.target]
+        shape = tuple(value.shape[1:] if rule.is_stacked else value.shape)
+        # the foreign shape and dtype, from a tensor of zeros that takes no memory
+        made = rule.transform.store(np.broadcast_to(np.zeros((), value.dtype), shape))
         for layer in _layers(rule, value.shape):
-            part = value if layer is None else np.asarray(value[layer])
-            tensors[rule.named(rule.source, layer)] = rule.transform.store(part)
-    return tensors
+            name = rule.named(rule.source, layer)
+            places[name], infos[name] = (rule, layer), TensorInfo(made.shape, made.dtype)
+
+    def fetch(name: str, index: Index | None) -> np.ndarray:
+        rule, layer = places[name]
+        value = np.asarray(variables[rule.target])
+        whole = rule.transform.store(value if layer is None else np.asarray(value[layer]))
+        return whole if index is None else whole[index]
+
+    return LazySource(infos, fetch)
 
 
 def aliases(table: Table) -> dict[str, str]:

@@ -1,38 +1,45 @@
 """Any checkpoint's tensors as a safetensors directory or a .nemo file, under their own names."""
 
+import json
 from pathlib import Path
 
-from speechlm2_jax.conversion.casting import cast
+from speechlm2_jax.conversion.casting import cast, cast_source
 from speechlm2_jax.conversion.errors import ConversionError
+from speechlm2_jax.conversion.hf_config import of_plain_weights
 from speechlm2_jax.conversion.readers import (
     NemoArchive,
     TensorSource,
     open_weights,
+    read_json,
     read_nemo,
-    write_safetensors,
 )
 from speechlm2_jax.conversion.readers.nemo import CONFIG as NEMO_CONFIG
 from speechlm2_jax.conversion.readers.nemo import WEIGHTS as NEMO_WEIGHTS
 from speechlm2_jax.conversion.readers.yaml_text import read_yaml
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.conversion.writers.nemo import references
+from speechlm2_jax.conversion.writers.shards import write_shards
 
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 NEMO_SUFFIX = ".nemo"
 CONFIG = "config.json"
-COPIED = (CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-"""What stands beside the weights of a Hugging Face directory and is kept."""
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")
+"""Files beside the weights of a Hugging Face directory that are kept."""
+INDEX_SUFFIX = ".index.json"
 MAX_COPIED_BYTES = 1 << 28
 
 
-def weights_file(target: Path) -> Path:
-    """The file that holds the tensors of `target`: a .nemo file itself, or one in a directory."""
-    return target if target.suffix == NEMO_SUFFIX else target / WEIGHTS
+def weights_path(target: Path) -> Path:
+    """A .nemo file itself, or the weights file or shard index of a directory."""
+    if target.suffix == NEMO_SUFFIX:
+        return target
+    return target / (INDEX if (target / INDEX).exists() else WEIGHTS)
 
 
 def check_target(target: Path) -> None:
     """Raises ConversionError if `target` has weights already: nothing is overwritten."""
-    written = weights_file(target)
+    written = weights_path(target)
     if written.exists():
         raise ConversionError(f"{written} exists; choose another name")
     if target.is_file():
@@ -55,9 +62,8 @@ def repack(source: Path, target: Path, dtype: str | None = None) -> None:
         _write_members(archive, target)
     else:
         _write(open_weights(source), target, dtype)
-        for name in COPIED if source.is_dir() else ():
-            if (source / name).is_file():
-                (target / name).write_bytes(_small_file(source / name))
+        for name in _kept(source) if source.is_dir() else ():
+            (target / name).write_bytes(_plain_file(source / name, dtype))
 
 
 def _write_nemo(source: Path, target: Path, dtype: str | None) -> None:
@@ -89,8 +95,22 @@ def _small_file(path: Path) -> bytes:
 
 
 def _write(source: TensorSource, target: Path, dtype: str | None) -> None:
-    tensors = cast({name: source.read(name) for name in source.infos}, dtype)
-    write_safetensors(target / WEIGHTS, tensors, {"format": "pt", **source.aliases})
+    write_shards(target, cast_source(source, dtype))
+
+
+def _plain_file(path: Path, dtype: str | None) -> bytes:
+    """A file's content; config.json of an LLM names the dtype that the weights are cast to."""
+    content = _small_file(path)
+    if dtype is None or path.name != CONFIG:
+        return content
+    changed = of_plain_weights(read_json(path), dtype)
+    return (json.dumps(changed, indent=2) + "\n").encode()
+
+
+def _kept(source: Path) -> list[str]:
+    """Names of the plain files of a Hugging Face directory, without its weights and their index."""
+    found = {path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}
+    return sorted(path.name for path in found if not path.name.endswith(INDEX_SUFFIX))
 
 
 def _write_members(archive: NemoArchive, target: Path) -> None:

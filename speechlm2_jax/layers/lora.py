@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -177,18 +178,31 @@ class LoraLinear(Linear):
         return y + low @ self.lora_b[...].astype(x.dtype).T * self.lora.scale
 
 
-def merge_lora(variables: Variables, config: LoraConfig) -> Variables:
+def merge_lora(variables: Variables, config: LoraConfig, dtype: str | None = None) -> Variables:
     """Merges every adapter into its weight, W + scale * B A, and removes it.
 
-    The result fits the same network built without LoRA. The sum is computed in fp32.
+    The result fits the same network built without LoRA. The sum is computed in fp32 on the host and
+    rounded once, to `dtype`, by default that of the weight. Other variables are unchanged.
     """
     merged = {p: v for p, v in variables.items() if not p.endswith(("lora_a", "lora_b"))}
     for path, a in variables.items():
         if not path.endswith("lora_a"):
             continue
         layer = path.removesuffix("lora_a")
-        b, weight = variables[layer + "lora_b"], variables[layer + "weight"]
-        update = jnp.asarray(b, jnp.float32) @ jnp.asarray(a, jnp.float32)  # [..., out, in]
-        total = jnp.asarray(weight, jnp.float32) + update * config.scale
-        merged[layer + "weight"] = total.astype(weight.dtype)
+        weight, b = np.asarray(variables[layer + "weight"]), np.asarray(variables[layer + "lora_b"])
+        made = jnp.dtype(dtype or weight.dtype)
+        merged[layer + "weight"] = _merged(weight, np.asarray(a), b, config.scale, made)
     return merged
+
+
+def _merged(
+    weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, dtype: Any
+) -> np.ndarray:
+    """W + scale * B A of one layer, or of each layer of a stack in turn."""
+    if weight.ndim > 2:
+        made = np.empty(weight.shape, dtype)
+        for layer in range(len(weight)):
+            made[layer] = _merged(weight[layer], a[layer], b[layer], scale, dtype)
+        return made
+    update = b.astype(np.float32) @ a.astype(np.float32)  # [out, in]
+    return (weight.astype(np.float32) + update * np.float32(scale)).astype(dtype)

@@ -13,7 +13,7 @@ from flax import nnx
 from speechlm2_jax.conversion import hf_config, mapping
 from speechlm2_jax.conversion.decoder import decoder_table
 from speechlm2_jax.conversion.perception import asr_table
-from speechlm2_jax.conversion.readers import open_weights
+from speechlm2_jax.conversion.readers import open_weights, read_json
 from speechlm2_jax.conversion.stream_to_mesh import onto
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.initialize import draw
@@ -24,7 +24,7 @@ from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.parameter_paths import NamedSlice
 from speechlm2_jax.perception.perception import PerceptionConfig
 from speechlm2_jax.pretrained import initial_weights
-from speechlm2_jax.pretrained.locate import LLM_BACKBONE
+from speechlm2_jax.pretrained.locate import GENERATION_CONFIG, LLM_BACKBONE
 from speechlm2_jax.settings import build, to_plain
 
 B = TypeVar("B", bound="Blueprint")
@@ -111,6 +111,12 @@ class Blueprint(ABC):
     def component_configs(self) -> dict[str, Mapping[str, Any]]:
         """Configs of the components, by their folder in a saved model."""
         return {LLM_BACKBONE: self.llm_config}
+
+    @property
+    def generation_config(self) -> Mapping[str, Any] | None:
+        """The LLM's generation_config.json, if there is one beside its config.json."""
+        file = self.llm_directory / GENERATION_CONFIG
+        return read_json(file) if file.is_file() else None
 
     def with_network(self: B, **changes: Any) -> B:
         """The same model with another `compute_dtype` or `remat`."""

@@ -15,6 +15,8 @@ LLM_BACKBONE = "llm_backbone"
 """Folder of a saved model that holds its LLM's config.json, as NeMo 3 writes it."""
 AUDIO_CODEC = "audio_codec"
 """Folder of a saved duplex model that holds its codec's config."""
+GENERATION_CONFIG = "generation_config.json"
+"""An LLM's defaults of generation, beside its config.json."""
 LLM_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 
 

@@ -11,13 +11,14 @@ import numpy as np
 
 from speechlm2_jax import checkpointing
 from speechlm2_jax.conversion import mapping
-from speechlm2_jax.conversion.casting import cast
-from speechlm2_jax.conversion.readers import open_weights, write_safetensors
+from speechlm2_jax.conversion.casting import cast_source
+from speechlm2_jax.conversion.readers import open_weights, write_source
 from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters
 from speechlm2_jax.layers.module import VariableInfo, Variables
-from speechlm2_jax.pretrained.blueprint import Blueprint, state_dict
+from speechlm2_jax.pretrained.blueprint import Blueprint
 from speechlm2_jax.pretrained.locate import (
     AUDIO_CODEC,
+    GENERATION_CONFIG,
     LLM_BACKBONE,
     Location,
     config_folders,
@@ -103,28 +104,32 @@ def run_definition(run: Path) -> Path:
 def save_definition(directory: Path, blueprint: Blueprint) -> None:
     """Writes config.json, the tokenizer, and the config of each component in its own folder.
 
+    The folder of the LLM also holds its generation_config.json, if it has one.
+
     config.json has the user's original names of the components. Their paths need not exist where
     the directory is read: loading uses the configs in the directory.
     """
     for name, config in blueprint.component_configs().items():
         (directory / name).mkdir(parents=True, exist_ok=True)
-        _write_json(directory / name / CONFIG, config)
+        write_json(directory / name / CONFIG, config)
+    if blueprint.generation_config is not None:
+        write_json(directory / LLM_BACKBONE / GENERATION_CONFIG, blueprint.generation_config)
     cfg = dict(blueprint.cfg)
     if blueprint.named is not None:
         cfg = {k: v for k, v in cfg.items() if k not in REDIRECTED}
         cfg |= {k: v for k, v in blueprint.named.items() if k in REDIRECTED}
     cfg.pop("init_from_checkpoint", None)  # its weights are already loaded; NeMo would look for it
-    _write_json(directory / CONFIG, {**cfg, **MARKERS})
+    write_json(directory / CONFIG, {**cfg, **MARKERS})
     blueprint.tokenizer.save(directory)
 
 
 def save_model(
     directory: Path, blueprint: Blueprint, variables: Variables, dtype: str | None = None
 ) -> None:
-    """Writes the definition, and model.safetensors under NeMo's names, in `dtype` if given."""
-    tensors = cast(state_dict(blueprint, variables), dtype)
+    """Writes model.safetensors under NeMo's names, in `dtype` if given, and the definition."""
+    source = cast_source(mapping.export_source(variables, blueprint.table), dtype)
+    write_source(directory / WEIGHTS, source, mapping.aliases(blueprint.table))
     save_definition(directory, blueprint)
-    write_safetensors(directory / WEIGHTS, tensors, mapping.aliases(blueprint.table))
 
 
 def _saved_cfg(directory: Path) -> dict[str, Any]:
@@ -176,5 +181,6 @@ def _reader(path: Path) -> Callable[[Blueprint, Mapping[str, VariableInfo], Rebu
     return read
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object with sorted keys."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -9,7 +9,11 @@ from speechlm2_jax.conversion.errors import ConversionError, MissingWeightsError
 from speechlm2_jax.conversion.readers.json_text import read_json
 from speechlm2_jax.conversion.readers.kinds import check_file, folder_problem, suffix_problem
 from speechlm2_jax.conversion.readers.nemo import NemoArchive, read_nemo
-from speechlm2_jax.conversion.readers.safetensors_files import read_safetensors, write_safetensors
+from speechlm2_jax.conversion.readers.safetensors_files import (
+    read_safetensors,
+    write_safetensors,
+    write_source,
+)
 from speechlm2_jax.conversion.readers.source import (
     Index,
     LazySource,
@@ -32,6 +36,7 @@ __all__ = [
     "read_json",
     "read_nemo",
     "write_safetensors",
+    "write_source",
 ]
 
 INDEX_SUFFIX = ".index.json"

@@ -5,17 +5,24 @@ import json
 import os
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.readers.buffers import map_file
-from speechlm2_jax.conversion.readers.source import Index, LazySource, TensorInfo, extent
+from speechlm2_jax.conversion.readers.source import (
+    Index,
+    LazySource,
+    TensorInfo,
+    TensorSource,
+    extent,
+    memory_source,
+)
 
 ZIP_MAGIC = b"PK\x03\x04"
 NARROW: dict[str, np.dtype[Any]] = {
@@ -43,6 +50,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     **NARROW,
 }
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ORDER = (
+    *("BOOL", "U8", "I8", *NARROW, "I16", "U16", "F16", "BF16"),
+    *("I32", "U32", "F32", "C64", "F64", "I64", "U64"),
+)
+"""Dtypes as the safetensors library ranks them; the last is written first."""
+ALIGNMENT_BYTES = 8
 
 
 def read_safetensors(path: Path) -> LazySource:
@@ -109,18 +124,55 @@ def _info(entry: dict[str, Any], path: Path, name: str) -> TensorInfo:
 def write_safetensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes one file; it appears whole or not at all. `metadata` holds aliases and the format.
+    """Writes one file; it appears whole or not at all. `metadata` holds aliases and the format."""
+    write_source(path, memory_source(tensors), metadata)
 
-    Its permissions are those of any new file in that folder (safetensors alone gives 0600).
+
+def write_source(
+    path: Path, source: TensorSource, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes every tensor of `source`, one at a time; the file appears whole or not at all.
+
+    The order is that of the safetensors library: wide dtypes first, then by name. Raises
+    ConversionError for a dtype that the format lacks; then and if a tensor cannot be read, nothing
+    is written.
     """
+    names = sorted(source.infos, key=lambda name: (-_rank(name, source.infos[name]), name))
+    header = _header_of(source, names, metadata or {})
+    is_new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    contiguous = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in tensors.items()}
     try:
-        unfinished.touch()
-        permissions = unfinished.stat().st_mode & 0o777
-        save_file(contiguous, unfinished, metadata=dict(metadata) if metadata else None)
-        unfinished.chmod(permissions)
+        with unfinished.open("wb") as file:
+            file.write(header)
+            for name in names:
+                values = np.ascontiguousarray(source.read(name))
+                file.write(values.reshape(-1).view(np.uint8).data)
         os.replace(unfinished, path)
-    finally:
+    except BaseException:
         unfinished.unlink(missing_ok=True)
+        if is_new:
+            with suppress(OSError):
+                path.parent.rmdir()
+        raise
+
+
+def _header_of(source: TensorSource, names: list[str], metadata: Mapping[str, str]) -> bytes:
+    """The length of the header and the header, padded so that the values are aligned."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for name in names:
+        info = source.infos[name]
+        stop = start + info.size_bytes
+        shape, dtype = list(info.shape), NAMES[info.dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT_BYTES)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _rank(name: str, info: TensorInfo) -> int:
+    if info.dtype not in NAMES:
+        raise ConversionError(f"{name} is {info.dtype}; safetensors files hold {', '.join(DTYPES)}")
+    return ORDER.index(NAMES[info.dtype])

@@ -1,0 +1,103 @@
+"""Writes a model's LLM alone: the plain Hugging Face directory that transformers reads."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from speechlm2_jax.conversion import hf_config, mapping
+from speechlm2_jax.conversion.casting import cast_source
+from speechlm2_jax.conversion.decoder import PEFT_PREFIX, decoder_table, layers_table
+from speechlm2_jax.conversion.readers import TensorSource
+from speechlm2_jax.conversion.writers.shards import write_shards
+from speechlm2_jax.layers.lora import DEFAULT_TARGETS, LoraConfig, merge_lora
+from speechlm2_jax.layers.module import Variables
+from speechlm2_jax.llm.families import FAMILIES
+from speechlm2_jax.pretrained.blueprint import Blueprint
+from speechlm2_jax.pretrained.locate import GENERATION_CONFIG
+from speechlm2_jax.pretrained.registry import CONFIG
+from speechlm2_jax.pretrained.save_load import write_json
+from speechlm2_jax.settings import to_plain
+
+ADAPTER = "adapter"
+"""Folder beside the LLM that holds its LoRA, if that is not merged."""
+ROOT = "llm."
+ADAPTERS = ("lora_a", "lora_b")
+
+
+def save_llm(
+    directory: Path,
+    blueprint: Blueprint,
+    variables: Variables,
+    *,
+    merge_lora: bool = True,
+    dtype: str | None = None,
+) -> None:
+    """Writes config.json, weights, tokenizer and generation_config.json of the LLM.
+
+    LoRA is merged, or else written to the folder `adapter` as PEFT saves it. Weights above 5 GB
+    are sharded. `dtype` is that of every floating tensor; None keeps each as it is. Raises
+    ConversionError for values that it cannot hold.
+    """
+    network = blueprint.network
+    own = {p.removeprefix(ROOT): v for p, v in variables.items() if p.startswith(ROOT)}
+    base = _base(own, network.lora if merge_lora else None, dtype)
+    source = cast_source(mapping.export_source(base, decoder_table(network.llm)), dtype)
+    write_shards(directory, source)
+    if network.lora is not None and not merge_lora:
+        _save_adapter(directory / ADAPTER, blueprint, own, dtype)
+    write_json(directory / CONFIG, llm_config(blueprint, source))
+    if blueprint.generation_config is not None:
+        write_json(directory / GENERATION_CONFIG, blueprint.generation_config)
+    blueprint.tokenizer.save(directory)
+
+
+def llm_config(blueprint: Blueprint, source: TensorSource) -> dict[str, Any]:
+    """The LLM's config.json for the tensors of `source`: plain weights of one dtype."""
+    architecture = FAMILIES[blueprint.network.llm.family].architecture
+    config = hf_config.of_plain_weights(blueprint.llm_config, main_dtype(source))
+    return {**config, "architectures": [architecture]}
+
+
+def main_dtype(source: TensorSource) -> str:
+    """The floating dtype that holds most bytes."""
+    sizes: dict[str, int] = {}
+    for info in source.infos.values():
+        if info.dtype.kind not in "biu":
+            sizes[info.dtype.name] = sizes.get(info.dtype.name, 0) + info.size_bytes
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _base(llm: Variables, lora: LoraConfig | None, dtype: str | None) -> Variables:
+    """The LLM's variables without adapters, which are merged if `lora` is given."""
+    if lora is not None:
+        # fp32, so that the cast to `dtype` is the only rounding and checks the range
+        return merge_lora(llm, lora, None if dtype is None else "float32")
+    return {path: value for path, value in llm.items() if not path.endswith(ADAPTERS)}
+
+
+def _save_adapter(directory: Path, blueprint: Blueprint, llm: Variables, dtype: str | None) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors."""
+    lora: LoraConfig = blueprint.network.lora
+    rules = [
+        replace(rule, source=PEFT_PREFIX + rule.source.replace(".default.weight", ".weight"))
+        for rule in layers_table(blueprint.network.llm, lora).rules
+        if rule.target.endswith(ADAPTERS)
+    ]
+    own = {path: value for path, value in llm.items() if path.endswith(ADAPTERS)}
+    source = mapping.export_source(own, mapping.Table(tuple(rules)))
+    write_shards(directory, cast_source(source, dtype), stem="adapter_model")
+    write_json(directory / "adapter_config.json", peft_config(lora))
+
+
+def peft_config(lora: LoraConfig) -> Mapping[str, Any]:
+    """PEFT's adapter_config.json of an adapter that is to be used, not trained."""
+    plain: dict[str, Any] = to_plain(lora)
+    targets = lora.target_modules or DEFAULT_TARGETS
+    return {
+        **plain,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "peft_type": "LORA",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+    }
