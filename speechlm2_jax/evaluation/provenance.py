@@ -14,7 +14,7 @@ from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.duplex.config import DuplexEvalConfig
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "jiwer", "whisper-normalizer")
-_WEIGHTS = (".safetensors", ".json", ".ckpt", ".nemo", ".bin", ".model", ".yaml")
+_WEIGHTS = (".safetensors", ".json", ".ckpt", ".nemo", ".bin", ".distcp", ".model", ".yaml")
 
 
 def provenance(

@@ -105,8 +105,9 @@ class SpeechModel(ABC):
         """Loads a model from a path or hub name.
 
         It may be a run directory (best, else last checkpoint), a saved directory, a NeMo or
-        Hugging Face directory, a Lightning `.ckpt`, or a hub name. `dtype` is the dtype of the
-        computation. Raises SettingsError that names what is missing, or the class that opens it.
+        Hugging Face directory, a Lightning `.ckpt` (file or folder), or a hub name. `dtype` is the
+        dtype of the computation. Raises SettingsError that names what is missing, or the class that
+        opens it.
         """
         path = Location().find(str(pretrained_model_name_or_path), key="pretrained_name")
         registry.require(cls, path)

@@ -1,4 +1,4 @@
-"""Which class opens a run, a saved directory, a `.nemo` or `.ckpt` file, or a `model:` block.
+"""Which class opens a run, a saved directory, a `.nemo` file, a `.ckpt`, or a `model:` block.
 
 Every program and every `from_pretrained` uses this registry, so that all agree. Names in files
 select from the tables below; nothing is imported by name.
@@ -11,7 +11,12 @@ from typing import Any
 
 from speechlm2_jax.checkpointing import CHECKPOINTS
 from speechlm2_jax.conversion.errors import ConversionError
-from speechlm2_jax.conversion.readers import read_json, read_nemo
+from speechlm2_jax.conversion.readers import (
+    is_distributed,
+    lightning_file,
+    read_json,
+    read_nemo,
+)
 from speechlm2_jax.conversion.readers.nemo import CONFIG as NEMO_CONFIG
 from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters
 from speechlm2_jax.conversion.readers.yaml_text import MAX_BYTES, read_yaml
@@ -58,6 +63,10 @@ CTC_RUN = Kind(what="a training run of a CTC model", classes=("CTCModel",))
 WEIGHTS_ALONE = Kind(
     what="a file of weights without a configuration",
     advice="name the directory that holds it, with its config.json",
+)
+DISTRIBUTED_ALONE = Kind(
+    what="a torch distributed checkpoint without a configuration",
+    advice="copy the config.json of its model into it",
 )
 _BY_TARGET: Mapping[str, Kind] = {
     "SALM": SALM,
@@ -134,6 +143,8 @@ def identify(path: Path) -> Kind | None:
         return _of_json(path / RUN_DEFINITION / CONFIG)
     if (path / CONFIG).is_file():
         return _of_json(path / CONFIG)
+    if is_distributed(path):
+        return _of_lightning(path) or DISTRIBUTED_ALONE
     if (path / NEMO_CONFIG).is_file():
         return _of_unpacked(path)
     archives = sorted(path.glob("*.nemo"))
@@ -149,10 +160,16 @@ def _of_file(path: Path) -> Kind | None:
     if path.suffix == ".nemo":
         return of_config(read_nemo(path).config)
     if path.suffix == ".ckpt":
-        cfg = read_hyper_parameters(path).get("cfg")
-        return of_config(cfg) if isinstance(cfg, dict) else WEIGHTS_ALONE
+        return _of_lightning(path) or WEIGHTS_ALONE
     is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth")
     return WEIGHTS_ALONE if is_weights else None
+
+
+def _of_lightning(path: Path) -> Kind | None:
+    """The kind of a Lightning checkpoint, a file or a folder; None if it has no configuration."""
+    file = lightning_file(path)
+    cfg = None if file is None else read_hyper_parameters(file).get("cfg")
+    return of_config(cfg) if isinstance(cfg, dict) else None
 
 
 def _of_json(path: Path) -> Kind | None:

@@ -1,4 +1,4 @@
-"""Loads and saves whole models: run, saved, NeMo and Hugging Face directories, `.ckpt` files."""
+"""Loads and saves whole models: run, saved, NeMo and Hugging Face directories, `.ckpt`."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ import numpy as np
 from speechlm2_jax import checkpointing
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.casting import cast_source
-from speechlm2_jax.conversion.readers import open_weights, write_source
+from speechlm2_jax.conversion.readers import lightning_file, open_weights, write_source
 from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters
 from speechlm2_jax.layers.module import VariableInfo, Variables
 from speechlm2_jax.pretrained.blueprint import Blueprint
@@ -68,8 +68,9 @@ def open_model(name: str) -> ModelSource:
             near=(folder,),
             read=lambda _, infos, rebuild: _read_run(path, infos, rebuild),
         )
-    if path.suffix == ".ckpt":
-        cfg = read_hyper_parameters(path).get("cfg")
+    lightning = None if (path / CONFIG).is_file() else lightning_file(path)
+    if lightning is not None:
+        cfg = read_hyper_parameters(lightning).get("cfg")
         if not isinstance(cfg, dict):
             raise SettingsError(f"{path}: its hyper_parameters have no cfg of a speech model")
         folder = path.parent
@@ -77,7 +78,7 @@ def open_model(name: str) -> ModelSource:
         return ModelSource(cfg=redirected, named=cfg, near=(folder,), read=_reader(path))
     if not path.is_dir():
         raise SettingsError(
-            f"{path}: expected a run directory, a saved or NeMo model directory, or a .ckpt file"
+            f"{path}: expected a run directory, a saved or NeMo model directory, or a .ckpt"
         )
     named = _saved_cfg(path)
     return ModelSource(

@@ -6,6 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from speechlm2_jax.conversion.errors import ConversionError, MissingWeightsError, listed
+from speechlm2_jax.conversion.readers.distributed import (
+    is_distributed,
+    lightning_file,
+    read_distributed,
+)
 from speechlm2_jax.conversion.readers.json_text import read_json
 from speechlm2_jax.conversion.readers.kinds import check_file, folder_problem, suffix_problem
 from speechlm2_jax.conversion.readers.nemo import NemoArchive, read_nemo
@@ -31,6 +36,8 @@ __all__ = [
     "TensorSource",
     "check_file",
     "folder_problem",
+    "is_distributed",
+    "lightning_file",
     "memory_source",
     "open_weights",
     "read_json",
@@ -60,6 +67,8 @@ FILE_READERS: dict[str, Callable[[Path], LazySource]] = {
 def open_weights(path: Path | str) -> LazySource:
     """Opens a weights file, a shard index, or a directory that has one, to be read lazily.
 
+    A directory may also be a torch distributed checkpoint.
+
     Raises MissingWeightsError for a directory without any, ConversionError for what cannot be
     read, UnsafeFileError for a hostile file.
     """
@@ -70,6 +79,8 @@ def open_weights(path: Path | str) -> LazySource:
 def _open(path: Path) -> LazySource:
     if path.is_dir():
         found = [path / name for name in DIRECTORY_FILES if (path / name).is_file()]
+        if not found and is_distributed(path):
+            return read_distributed(path)
         if not found:
             if problem := folder_problem(path):
                 raise ConversionError(problem)

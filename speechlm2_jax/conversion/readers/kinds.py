@@ -25,7 +25,6 @@ BEGINNINGS = (
 SUFFIXES = {
     ".gguf": "GGUF weights of llama.cpp",
     ".ggml": "GGML weights of llama.cpp",
-    ".distcp": "a part of a torch distributed checkpoint",
     ".h5": "TensorFlow weights",
     ".msgpack": "Flax weights",
     ".onnx": "an ONNX program",
@@ -61,6 +60,8 @@ def folder_problem(folder: Path) -> str:
 
 def suffix_problem(path: Path) -> str:
     """What a file of another tool is, by its suffix; "" if it is not known."""
+    if path.suffix == ".distcp":
+        return f"{path} is a part of a torch distributed checkpoint; name its folder"
     what = SUFFIXES.get(path.suffix.lower())
     return "" if what is None else f"{path} is {what}, which is not supported; {PLAIN_WEIGHTS}"
 
@@ -69,10 +70,12 @@ FOLDERS = (
     (("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
      "a PEFT adapter without its model",
      "merge it first (PEFT: model.merge_and_unload().save_pretrained(DIR)) and name that"),
-    ((".metadata", "*.distcp", "model/.metadata", "weights/.metadata", "*/__0_0.distcp"),
-     "a torch distributed checkpoint",
-     "write one file first (python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
-     "FOLDER model.bin)"),
+    ((".metadata",),
+     "a torch distributed checkpoint", "copy the config.json of its model into it"),
+    (("*.distcp",),
+     "a torch distributed checkpoint without its .metadata", "fetch that file too"),
+    (("*/.metadata", "*/*.distcp"),
+     "a folder with a torch distributed checkpoint", "name the folder that .metadata is in"),
     (("zero_to_fp32.py", "*mp_rank_*_model_states.pt", "global_step*/*mp_rank_*_model_states.pt"),
      "a DeepSpeed checkpoint",
      "write one file first (python zero_to_fp32.py FOLDER OUTPUT)"),
