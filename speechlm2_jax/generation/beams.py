@@ -18,7 +18,7 @@ from speechlm2_jax.generation.decoding import (
     token_rngs,
 )
 from speechlm2_jax.layers.cache import KVCache
-from speechlm2_jax.layers.cpu import read_in_place
+from speechlm2_jax.layers.unstacked import read_in_place
 
 NO_SCORE = -1e9
 """Score of a hypothesis or beam that does not exist, as in transformers."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from speechlm2_jax.generation.sampling import SamplingConfig, choose
-from speechlm2_jax.layers.cpu import read_in_place
+from speechlm2_jax.layers.unstacked import read_in_place
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from speechlm2_jax.generation.decoding import (
     token_rngs,
 )
 from speechlm2_jax.layers.cache import KVCache
-from speechlm2_jax.layers.cpu import read_in_place
+from speechlm2_jax.layers.unstacked import read_in_place
 from speechlm2_jax.sharding import constrain
 
 __all__ = [

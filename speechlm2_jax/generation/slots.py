@@ -21,7 +21,7 @@ from speechlm2_jax.generation.decoding import (
 )
 from speechlm2_jax.generation.salm import DecodingState
 from speechlm2_jax.layers.cache import RingCache
-from speechlm2_jax.layers.cpu import read_in_place
+from speechlm2_jax.layers.unstacked import read_in_place
 
 
 class Slots(NamedTuple):

@@ -27,6 +27,7 @@ from speechlm2_jax.inference.long_form import chunked
 from speechlm2_jax.inference.padding import prompt_shape, round_up
 from speechlm2_jax.inference.request.generation_request import GenerationRequest
 from speechlm2_jax.layers.module import Variables, merge
+from speechlm2_jax.layers.unstacked import merge_layers
 from speechlm2_jax.networks.salm import Salm
 
 ADMISSION_SHARE = 4
@@ -234,7 +235,7 @@ class _SlotTable:
 
     def run(self, enough: int) -> list[tuple[SlotEntry, np.ndarray]]:
         """Decodes until `enough` slots have ended; returns their entries and ids."""
-        network = self._engine.network
+        network = self._engine.decoding_network
         self._slots, outputs = _run(*network, self._slots, np.int32(enough), self._decoding)
         ids, lengths, ended = jax.device_get(outputs)
         slots = [slot for slot in self.busy if ended[slot]]
@@ -299,6 +300,6 @@ def _run(
     Returns the new slots and, for the host, (ids, lengths, ended).
     """
     assert slots is not None
-    network: Salm = merge(graphdef, variables)
+    network: Salm = merge_layers(graphdef, variables)
     slots = loop.decode(network.llm, slots, decoding, enough)
     return slots, (slots.ids, slots.lengths, slots.ended)

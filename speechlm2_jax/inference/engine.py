@@ -18,6 +18,8 @@ class Engine:
     """The network without weights (an nnx.GraphDef)."""
     variables: Variables
     """Path -> array. Shapes and dtypes are enough if programs are only compiled."""
+    decoding_variables: Variables
+    """The variables for `decode`: on a CPU with arrays of each layer (`LayerViews`)."""
     placement: Sharding | None
     """How arrays are sharded over the devices; None on one device."""
     tokenizer: Tokenizer
@@ -39,3 +41,8 @@ class Engine:
     def network(self) -> tuple[Any, Variables]:
         """(graphdef, variables), the first two arguments of every compiled program."""
         return self.graphdef, self.variables
+
+    @property
+    def decoding_network(self) -> tuple[Any, Variables]:
+        """(graphdef, variables), the first two arguments of programs that decode in a loop."""
+        return self.graphdef, self.decoding_variables

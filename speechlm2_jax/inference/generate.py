@@ -41,6 +41,7 @@ from speechlm2_jax.inference.text_stream import (
     stream_pieces,
 )
 from speechlm2_jax.layers.module import VariableInfo, Variables, merge
+from speechlm2_jax.layers.unstacked import merge_layers
 from speechlm2_jax.networks import salm as salm_network
 from speechlm2_jax.networks.salm import Salm, SalmModes
 from speechlm2_jax.sharding import Sharding
@@ -195,7 +196,7 @@ def _run(
     last = int(batch.limits.max())
     until = last if tokens_at_once is None else 1
     while True:
-        state, on_device = decode(*engine.network, state, np.int32(until), *config)
+        state, on_device = decode(*engine.decoding_network, state, np.int32(until), *config)
         output = batch.without_padding(jax.device_get(on_device))
         yield output
         elapsed_s = time.monotonic() - start_s
@@ -331,7 +332,7 @@ def decode(
 
     Returns the new state, and the output replicated on every device.
     """
-    network: Salm = merge(graphdef, variables)
+    network: Salm = merge_layers(graphdef, variables)
     with sharding.use(placement):
         state = loops.constrained(loops.decode(network.llm, state, decoding, until))
         output = loops.read_outputs(state, decoding)

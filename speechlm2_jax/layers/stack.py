@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from speechlm2_jax.layers.cpu import UnstackedLayers
 from speechlm2_jax.layers.module import LAYERS, SCANNED, AbstractRngs, constrain_layer
+from speechlm2_jax.layers.unstacked import UnstackedLayers
 
 M = TypeVar("M", bound=nnx.Module)
 RematPolicy = Literal["full", "dots", "none"]
@@ -55,7 +55,7 @@ def scan_layers(
 
     `xs` is a pytree with a leading layer axis (layer indices, for example) or None. `remat` is
     what the backward pass recomputes: `full` everything but the carries, `dots` everything but
-    matmuls with weights, `none` nothing. In a network of `cpu.read_in_place` the scan is unrolled.
+    matmuls with weights, `none` nothing. `UnstackedLayers` run as a Python loop, without `remat`.
     """
     if isinstance(layers, UnstackedLayers):
         return layers.run(body, carry, xs)

@@ -16,6 +16,7 @@ from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.perception_stream import PerceptionStream
 from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, split
 from speechlm2_jax.layers.stack import Remat
+from speechlm2_jax.layers.unstacked import LayerViews
 from speechlm2_jax.perception.perception import AudioPerception
 from speechlm2_jax.perception.streaming import StreamPlan, natural_frames
 from speechlm2_jax.pretrained import blueprint as blueprints
@@ -53,6 +54,7 @@ class SpeechModel(ABC):
         self.parameter_names = blueprints.parameter_names(self._blueprint, self.infos)
         self._selection = self._select()
         self._variables = variables
+        self._layer_views = LayerViews("llm.")
         self.validation_metrics: Mapping[str, Callable[[HostBatch], LossSum]] = {}
 
     @classmethod
@@ -84,6 +86,7 @@ class SpeechModel(ABC):
     @variables.setter
     def variables(self, values: Variables) -> None:
         self._variables = values
+        self._layer_views = LayerViews("llm.")  # views would keep the memory of the old ones
 
     @property
     def has_variables(self) -> bool:
@@ -333,6 +336,10 @@ class SpeechModel(ABC):
         remat = settings.build(Remat, policies, "trainer.remat")
         self._blueprint = self._blueprint.with_network(remat=remat)
         self._graphdef, self.infos = self._build()
+
+    def _decoding_variables(self) -> Variables:
+        """`variables` for a program whose loop runs the LLM token by token."""
+        return self._layer_views(self._graphdef, self.variables)
 
     def is_trained(self, prefix: str) -> bool:
         """Whether training changes any parameter below a path."""

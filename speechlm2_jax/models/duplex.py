@@ -31,6 +31,7 @@ from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.batching import check_batch, pad_lengths, pad_to_static_shape
 from speechlm2_jax.inference.padding import SAMPLE_UNIT, round_up
 from speechlm2_jax.layers.module import Variables, merge
+from speechlm2_jax.layers.unstacked import merge_layers
 from speechlm2_jax.models.asr import ASRModel
 from speechlm2_jax.models.base import SpeechModel
 from speechlm2_jax.networks import duplex as duplex_network
@@ -164,7 +165,7 @@ class DuplexS2SModel(SpeechModel):
         audio, lengths = pad_to_static_shape(audio, lengths, groups)
         output, frames = run_offline(
             self._graphdef,
-            self.variables,
+            self._decoding_variables(),
             audio,
             lengths,
             config,
@@ -326,7 +327,7 @@ def run_offline(
     placement: Sharding | None = None,
 ) -> tuple[DuplexOutput, Int[Array, " B"]]:
     """Generates the agent's tokens for whole recordings: (output, frames of each recording)."""
-    network: Duplex = merge(graphdef, variables)
+    network: Duplex = merge_layers(graphdef, variables)
     codebooks, pad = network.config.codebooks, network.config.text.pad
     with sharding.use(placement):
         encoder_output = duplex_network.encode_user(network, audio, lengths)

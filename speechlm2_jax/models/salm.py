@@ -1,6 +1,7 @@
 """SALM, the user-facing class: network, tokenizer, settings and weights."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -190,12 +191,16 @@ class SALM(SpeechModel):
         """The model for inference, on the devices of its weights."""
         mesh = sharding.mesh_of(self.variables)
         placement = None if mesh is None else sharding.for_inference(mesh)
-        return self._engine_on(self.variables, placement)
+        return replace(
+            self._engine_on(self.variables, placement),
+            decoding_variables=self._decoding_variables(),
+        )
 
     def _engine_on(self, variables: Variables, placement: Sharding | None) -> Engine:
         return Engine(
             graphdef=self._graphdef,
             variables=variables,
+            decoding_variables=variables,
             placement=placement,
             tokenizer=self.tokenizer,
             prompt_formatter=self.prompt_formatter,

@@ -191,6 +191,7 @@ class FitLoop:
                 result = context.validator.run(sets, self._evaluate, limit)
         except Interrupted:
             return self._stopped(context.stop.poll() or "validation was interrupted")
+        self.publish()  # frees what the model made of its arrays to generate from them
         self._check_monitor(result.metrics)
         if sanity:
             log.info("sanity validation passed; training starts")

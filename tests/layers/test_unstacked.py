@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from speechlm2_jax.layers import cpu
-from speechlm2_jax.layers.cpu import read_in_place
-from speechlm2_jax.layers.module import param
+from speechlm2_jax.layers import unstacked
+from speechlm2_jax.layers.module import param, split
 from speechlm2_jax.layers.stack import scan_layers, stack
+from speechlm2_jax.layers.unstacked import LayerViews, merge_layers, read_in_place
 
 LAYERS, WIDTH, TURNS = 3, 4, 5
 
@@ -28,6 +28,7 @@ class Tower(nnx.Module):
     def __init__(self, rngs):
         self.inner = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
         for variable in (self.inner.kernel, self.inner.bias):
+            assert variable is not None
             variable.set_metadata(axes=(None,) * variable.ndim)
         self.layers = stack(Layer, LAYERS, rngs)
 
@@ -71,7 +72,7 @@ def test_the_same_numbers_without_a_scan_inside_the_loop(tower):
 
 
 def test_a_stack_that_is_too_large_to_hold_twice_stays_one(tower, monkeypatch):
-    monkeypatch.setattr(cpu, "MAX_UNSTACKED_BYTES", LAYERS * WIDTH * WIDTH * 4 - 1)
+    monkeypatch.setattr(unstacked, "MAX_UNSTACKED_BYTES", LAYERS * WIDTH * WIDTH * 4 - 1)
     call, state = program(tower, in_place=True)
     assert str(jax.make_jaxpr(call)(state, jnp.ones((2, WIDTH)))).count("scan[") == 2
 
@@ -95,3 +96,41 @@ class Tables(nnx.Module):
 def test_modules_that_are_no_stacks_stay_as_they_are(tower):
     tower.tables = nnx.data(Tables(nnx.Rngs(1)))
     np.testing.assert_array_equal(read_in_place(tower).tables(), tower.tables())
+
+
+def called(tower_graphdef, variables, x):
+    return looped(merge_layers(tower_graphdef, variables), x, in_place=True)
+
+
+def test_views_share_the_memory_of_their_stack_and_compute_the_same(tower):
+    graphdef, variables = split(tower)
+    variables["layers.weight"] = jax.device_put(np.arange(3 * 4 * 4, dtype=np.float32)).reshape(
+        LAYERS, WIDTH, WIDTH
+    )
+    views = LayerViews("layers.")(graphdef, variables)
+    stack_at = variables["layers.weight"].unsafe_buffer_pointer()
+    for n, view in enumerate(views["layers.weight"]):
+        assert view.unsafe_buffer_pointer() == stack_at + n * WIDTH * WIDTH * 4
+    assert views["inner.kernel"] is variables["inner.kernel"]
+    x = jnp.ones((2, WIDTH))
+    program = jax.jit(called, static_argnums=0)
+    assert str(jax.make_jaxpr(program, static_argnums=0)(graphdef, views, x)).count("scan[") == 1
+    expected, actual = program(graphdef, variables, x), program(graphdef, views, x)
+    np.testing.assert_array_equal(actual[0], expected[0])
+
+
+def test_views_are_kept_until_the_variables_change(tower):
+    graphdef, variables = split(tower)
+    views = LayerViews("layers.")
+    first = views(graphdef, variables)["layers.weight"]
+    assert views(graphdef, dict(variables))["layers.weight"] is first
+    changed = {**variables, "layers.weight": variables["layers.weight"] * 2}
+    second = views(graphdef, changed)["layers.weight"]
+    np.testing.assert_array_equal(second[1], 2 * first[1])
+
+
+def test_only_the_named_part_on_one_cpu_is_taken_apart(tower):
+    graphdef, variables = split(tower)
+    assert LayerViews("inner.")(graphdef, variables)["layers.weight"] is variables["layers.weight"]
+    shapes = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in variables.items()}
+    assert LayerViews("layers.")(graphdef, shapes) is shapes
