@@ -11,7 +11,8 @@ distributed checkpoint (.metadata and *.distcp), or a file (.nemo, .ckpt, .bin, 
 a shard index). A speech model becomes a directory that this project and NeMo load (--to nemo), or
 its LLM alone one that transformers loads (--to hf). The run of a CTC model becomes a .nemo file.
 Anything else keeps its tensor names. A TARGET.nemo needs a SOURCE with model_config.yaml: a .nemo
-file, or a directory made from one. Nothing in SOURCE is ever executed.
+file, or a directory made from one. Nothing in SOURCE is ever executed. At the end the
+target is opened again and compared with the source; exit code 1 means that they differ.
 """
 
 from speechlm2_jax.usage import print_help_if_asked
@@ -23,19 +24,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from speechlm2_jax import console
 from speechlm2_jax.conversion.casting import DTYPES
-from speechlm2_jax.conversion.errors import ConversionError
-from speechlm2_jax.conversion.listing import lines, table
-from speechlm2_jax.conversion.readers import open_weights, read_json
-from speechlm2_jax.conversion.repacking import (
-    NEMO_SUFFIX,
-    check_target,
-    repack,
-    weights_path,
-)
+from speechlm2_jax.conversion.errors import ConversionError, SelfTestError
+from speechlm2_jax.conversion.listing import table
+from speechlm2_jax.conversion.readers import open_weights
+from speechlm2_jax.conversion.repacking import check_target
 from speechlm2_jax.parameter_paths import PatternError
 from speechlm2_jax.pretrained.locate import nearest_path
 from speechlm2_jax.settings import SettingsError
@@ -63,6 +58,12 @@ def main(argv: Sequence[str]) -> int:
         "--to hf writes them to the folder adapter as PEFT does",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of every floating tensor (default: kept)")
+    parser.add_argument(
+        "--self-test",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="open the target again and compare a small forward pass with the source's",
+    )
     parser.add_argument("--inspect", action="store_true", help="list the tensors, write nothing")
     arguments = parser.parse_args(argv)
     if (arguments.target is None) != arguments.inspect:
@@ -76,52 +77,27 @@ def main(argv: Sequence[str]) -> int:
             convert(arguments)
     except (ConversionError, SettingsError, PatternError, OSError) as error:
         print("convert.py:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, SelfTestError) else 2
     return 0
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    """Writes the target, and prints the tensors to look at."""
-    from speechlm2_jax import models
+    """Writes the target, and prints what was loaded, what was written and how it was checked."""
     from speechlm2_jax.checkpointing import DamagedError
-    from speechlm2_jax.pretrained import registry
+    from speechlm2_jax.models.export import ExportOptions, export
 
-    source, target, dtype = arguments.source, arguments.target, arguments.dtype
-    check_target(target)
-    kind = registry.identify(source) if source.exists() else None
-    if kind is None and (source / registry.CONFIG).is_file():
-        read_json(source / registry.CONFIG)  # a damaged one is refused by name
-    name = kind.classes[0] if kind is not None and kind.classes else ""
+    check_target(arguments.target)
+    options = ExportOptions(
+        format=arguments.to,
+        merge_lora=arguments.merge_lora,
+        dtype=arguments.dtype,
+        has_self_test=arguments.self_test,
+    )
     try:
-        if name in registry.SPEECH_MODELS:
-            if target.suffix == NEMO_SUFFIX:
-                raise ConversionError(f"{target}: NeMo keeps speech LLMs as directories; name one")
-            write_speech_model(getattr(models, name).from_pretrained(source), arguments)
-        elif arguments.to == "hf" and not (kind is not None and kind.is_llm):
-            raise ConversionError(f"{source} has no LLM, which --to hf writes; leave --to out")
-        elif arguments.merge_lora is not None:
-            raise ConversionError(f"{source} is not a speech model; leave --merge-lora out")
-        elif name and registry.is_run(source):
-            if target.suffix != NEMO_SUFFIX:
-                raise ConversionError(f"{target}: a CTC model is a .nemo file; name one")
-            models.CTCModel.from_pretrained(source).save_to(target, dtype=dtype)
-        else:
-            repack(source, target, dtype)
+        for line in export(arguments.source, arguments.target, options):
+            print(line)
     except DamagedError as error:
         raise ConversionError(str(error)) from error
-    written = open_weights(weights_path(target))
-    print(f"{weights_path(target)}: {len(written.infos)} tensors")
-    for line in filter(lambda line: line.is_suspect, lines(written)):
-        print(f"look at {line.name}: {line.note}")
-
-
-def write_speech_model(model: Any, arguments: argparse.Namespace) -> None:
-    """Writes the whole model for NeMo, or its LLM alone for transformers."""
-    merges = arguments.merge_lora
-    if arguments.to == "hf":
-        model.save_llm(arguments.target, merge_lora=merges is not False, dtype=arguments.dtype)
-    else:
-        model.save_pretrained(arguments.target, merge_lora=bool(merges), dtype=arguments.dtype)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,10 @@ class MissingWeightsError(ConversionError):
     """A folder that may be right, but has no weights yet."""
 
 
+class SelfTestError(ConversionError):
+    """A written model computes something else than its source."""
+
+
 class UnsafeFileError(ConversionError):
     """The file asks for something that weights never need; nothing of it was carried out."""
 

@@ -6,7 +6,7 @@ rule takes, a variable that no rule fills, two rules for one, or a wrong shape i
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -204,6 +204,18 @@ def names(table: Table, infos: Mapping[str, VariableInfo]) -> list[NamedSlice]:
     return slices
 
 
+def accepted_names(
+    table: Table, infos: Mapping[str, VariableInfo]
+) -> dict[str, tuple[str, int | None]]:
+    """Every foreign name that some rule takes -> the variable that it fills, and which layer."""
+    return {
+        name: (rule.target, layer)
+        for rule in table.rules
+        for layer in _layers(rule, infos[rule.target].shape)
+        for name in rule.accepted(layer)
+    }
+
+
 @dataclass(frozen=True)
 class _Fill:
     """One variable, and the stored tensors that make it up."""
@@ -249,7 +261,7 @@ def _plan(source: TensorSource, table: Table, infos: Mapping[str, VariableInfo])
 
 def _pairs(source: TensorSource, table: Table, infos: Mapping[str, VariableInfo]) -> list[_Fill]:
     rules = _rules_by_target(table, infos)
-    source = unwrapped(source, _accepted(rules.values(), infos))
+    source = unwrapped(source, accepted_names(table, infos))
     taken: dict[str, str] = {}
     found: dict[str, tuple[str, ...]] = {}
     unfilled: dict[str, str] = {}
@@ -337,13 +349,6 @@ def _rules_by_target(table: Table, infos: Mapping[str, VariableInfo]) -> dict[st
         if rule.is_stacked and not infos[rule.target].is_stacked:
             raise ConversionError(f"{rule.source} numbers layers but {rule.target} is not stacked")
     return rules
-
-
-def _accepted(rules: Iterable[Rule], infos: Mapping[str, VariableInfo]) -> Iterator[str]:
-    """Every foreign name that some rule takes."""
-    for rule in rules:
-        for layer in _layers(rule, infos[rule.target].shape):
-            yield from rule.accepted(layer)
 
 
 def _layers(rule: Rule, shape: tuple[int, ...]) -> tuple[int | None, ...]:

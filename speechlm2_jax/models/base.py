@@ -1,6 +1,6 @@
 """`SpeechModel`, the base of the models with an LLM: construction, loading, saving, training."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +17,19 @@ from speechlm2_jax.inference.perception_stream import PerceptionStream
 from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, split
 from speechlm2_jax.layers.stack import Remat
 from speechlm2_jax.layers.unstacked import LayerViews
+from speechlm2_jax.models.exportable import Exportable
 from speechlm2_jax.perception.perception import AudioPerception
 from speechlm2_jax.perception.streaming import StreamPlan, natural_frames
 from speechlm2_jax.pretrained import blueprint as blueprints
-from speechlm2_jax.pretrained import initial_weights, llm_directory, registry, save_load
+from speechlm2_jax.pretrained import initial_weights, registry, save_load
 from speechlm2_jax.pretrained.locate import Location
-from speechlm2_jax.pretrained.merging import merged
 from speechlm2_jax.settings import SettingsError
 
 M = TypeVar("M", bound="SpeechModel")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
-class SpeechModel(ABC):
+class SpeechModel(Exportable):
     """A pretrained LLM with a pretrained speech encoder in front of it.
 
     `cfg` is NeMo's `model:` block as a plain dict. Weights come from the components that it names
@@ -123,45 +123,6 @@ class SpeechModel(ABC):
 
         model.variables = source.read(model._blueprint, model.infos, rebuild)
         return model.astype(dtype)
-
-    def save_pretrained(
-        self, save_directory: str | Path, *, merge_lora: bool = False, dtype: str | None = None
-    ) -> None:
-        """Writes a directory that `from_pretrained` here and in NeMo 3.0.0 reads.
-
-        With `merge_lora`, LoRA adapters become part of the weights, and the directory has no LoRA.
-        `dtype` ("float32", "bfloat16" or "float16") is that of every floating tensor in the file;
-        None keeps each as it is. Raises ConversionError for values that it cannot hold.
-        """
-        model = self._blueprint, self.variables
-        blueprint, variables = merged(*model, dtype) if merge_lora else model
-        save_load.save_model(Path(save_directory), blueprint, variables, dtype)
-
-    def save_llm(
-        self, save_directory: str | Path, *, merge_lora: bool = True, dtype: str | None = None
-    ) -> None:
-        """Writes the LLM alone: a directory that transformers' AutoModelForCausalLM reads.
-
-        It holds config.json, weights (sharded above 5 GB), tokenizer and generation_config.json.
-        LoRA is merged into the weights, or else written to the folder `adapter` as PEFT saves it.
-        `dtype` is as for `save_pretrained`.
-        """
-        llm_directory.save_llm(
-            Path(save_directory),
-            self._blueprint,
-            self.variables,
-            merge_lora=merge_lora,
-            dtype=dtype,
-        )
-
-    def save_definition(self, directory: str | Path) -> None:
-        """Writes everything but the weights: config, LLM architecture and tokenizer."""
-        save_load.save_definition(Path(directory), self._blueprint)
-
-    def state_dict(self, variables: Variables | None = None) -> dict[str, np.ndarray]:
-        """The weights, or other values of the same paths and shapes, under NeMo's names."""
-        values = self.variables if variables is None else variables
-        return blueprints.state_dict(self._blueprint, values)
 
     # NeMo's attributes ----------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.inference.asr_labels import LabelDecoder
+from speechlm2_jax.inference.probe import Outputs, probe_ctc
 from speechlm2_jax.layers.initialize import draw
 from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, merge, split
 from speechlm2_jax.layers.stack import Remat
@@ -131,6 +132,10 @@ class CTCModel(Transcriber):
             "vocab.txt": "".join(f"{piece}\n" for piece in vocabulary).encode(),
         }
         write_nemo(Path(path), self._nemo_config(vocabulary), state, artifacts)
+
+    def probe(self) -> Outputs:
+        """Outputs of one small forward pass: another copy of the model gives the same."""
+        return probe_ctc(self._graphdef, self.variables, self.sampling_rate)
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         inputs = jnp.asarray(audio), jnp.asarray(lengths)

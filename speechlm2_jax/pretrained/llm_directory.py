@@ -40,7 +40,7 @@ def save_llm(
     ConversionError for values that it cannot hold.
     """
     network = blueprint.network
-    own = {p.removeprefix(ROOT): v for p, v in variables.items() if p.startswith(ROOT)}
+    own = llm_variables(variables)
     base = _base(own, network.lora if merge_lora else None, dtype)
     source = cast_source(mapping.export_source(base, decoder_table(network.llm)), dtype)
     write_shards(directory, source)
@@ -50,6 +50,12 @@ def save_llm(
     if blueprint.generation_config is not None:
         write_json(directory / GENERATION_CONFIG, blueprint.generation_config)
     blueprint.tokenizer.save(directory)
+
+
+def llm_variables(variables: Variables, *, with_lora: bool = True) -> Variables:
+    """The LLM's variables, by their paths inside it."""
+    own = {p.removeprefix(ROOT): v for p, v in variables.items() if p.startswith(ROOT)}
+    return {path: v for path, v in own.items() if with_lora or not path.endswith(ADAPTERS)}
 
 
 def llm_config(blueprint: Blueprint, source: TensorSource) -> dict[str, Any]:

@@ -22,6 +22,8 @@ SPEECH = [
     ("duplex", "duplex_s2s_speech_decoder/hf", "DuplexS2SSpeechDecoderModel"),
 ]
 
+QUICK = "--no-self-test"  # tests/conversion/test_self_test.py has it
+
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
     source = open_weights(path)
@@ -34,7 +36,7 @@ def test_a_speech_model_is_written_as_the_library_writes_it(
 ):
     monkeypatch.chdir(DATA / folder)
     getattr(slm.models, name).from_pretrained(source).save_pretrained(tmp_path / "library")
-    assert main([source, str(tmp_path / "script")]) == 0
+    assert main([source, str(tmp_path / "script"), QUICK]) == 0
     written = sorted(p.relative_to(tmp_path / "library") for p in (tmp_path / "library").rglob("*"))
     assert written
     for part in written:
@@ -49,8 +51,8 @@ def test_a_speech_model_is_written_as_the_library_writes_it(
 def test_every_floating_tensor_is_written_in_the_dtype(path, dtype, tmp_path, monkeypatch):
     folder, _, source = path.partition("/")
     monkeypatch.chdir(DATA / folder)
-    assert main([source, str(tmp_path / "plain")]) == 0
-    assert main([source, str(tmp_path / "cast"), "--dtype", dtype]) == 0
+    assert main([source, str(tmp_path / "plain"), QUICK]) == 0
+    assert main([source, str(tmp_path / "cast"), "--dtype", dtype, QUICK]) == 0
     plain, made = tensors(tmp_path / "plain"), tensors(tmp_path / "cast")
     assert plain.keys() == made.keys()
     for name, value in plain.items():

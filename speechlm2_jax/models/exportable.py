@@ -1,0 +1,82 @@
+"""`Exportable`: how a model with an LLM is saved, and compared with what was saved."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speechlm2_jax.conversion.coverage import Coverage, coverage
+from speechlm2_jax.conversion.readers import open_weights
+from speechlm2_jax.inference import probe as probes
+from speechlm2_jax.layers.module import VariableInfo, Variables
+from speechlm2_jax.pretrained import blueprint as blueprints
+from speechlm2_jax.pretrained import llm_directory, save_load
+from speechlm2_jax.pretrained.merging import merged
+
+
+class Exportable(ABC):
+    """A base of the models with an LLM: all that writes them."""
+
+    _blueprint: Any
+    _graphdef: Any
+    infos: dict[str, VariableInfo]
+
+    @property
+    @abstractmethod
+    def variables(self) -> Variables:
+        """Weights and buffers by path."""
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, merge_lora: bool = False, dtype: str | None = None
+    ) -> None:
+        """Writes a directory that `from_pretrained` here and in NeMo 3.0.0 reads.
+
+        With `merge_lora`, LoRA adapters become part of the weights, and the directory has no LoRA.
+        `dtype` ("float32", "bfloat16" or "float16") is that of every floating tensor in the file;
+        None keeps each as it is. Raises ConversionError for values that it cannot hold.
+        """
+        model = self._blueprint, self.variables
+        blueprint, variables = merged(*model, dtype) if merge_lora else model
+        save_load.save_model(Path(save_directory), blueprint, variables, dtype)
+
+    def save_llm(
+        self, save_directory: str | Path, *, merge_lora: bool = True, dtype: str | None = None
+    ) -> None:
+        """Writes the LLM alone: a directory that transformers' AutoModelForCausalLM reads.
+
+        It holds config.json, weights (sharded above 5 GB), tokenizer and generation_config.json.
+        LoRA is merged into the weights, or else written to the folder `adapter` as PEFT saves it.
+        `dtype` is as for `save_pretrained`.
+        """
+        llm_directory.save_llm(
+            Path(save_directory),
+            self._blueprint,
+            self.variables,
+            merge_lora=merge_lora,
+            dtype=dtype,
+        )
+
+    def save_definition(self, directory: str | Path) -> None:
+        """Writes everything but the weights: config, LLM architecture and tokenizer."""
+        save_load.save_definition(Path(directory), self._blueprint)
+
+    def state_dict(self, variables: Variables | None = None) -> dict[str, np.ndarray]:
+        """The weights, or other values of the same paths and shapes, under NeMo's names."""
+        values = self.variables if variables is None else variables
+        return blueprints.state_dict(self._blueprint, values)
+
+    def coverage(self, checkpoint: str | Path) -> Coverage:
+        """What became of each tensor of a checkpoint of this model. Reads no value."""
+        return coverage(open_weights(checkpoint), self._blueprint.table, self.infos)
+
+    def probe(self) -> probes.Outputs:
+        """Outputs of one small forward pass: another copy of the model gives the same."""
+        network = self._blueprint.network
+        return probes.probe_speech(self._graphdef, self.variables, network)
+
+    def probe_llm(self, *, with_lora: bool = True) -> probes.Outputs:
+        """Outputs of one small forward pass of the LLM alone."""
+        network = self._blueprint.network
+        own = llm_directory.llm_variables(self.variables, with_lora=with_lora)
+        return probes.probe_llm(network.llm, own, network.lora if with_lora else None)
