@@ -8,11 +8,12 @@ python convert.py SOURCE --inspect
 
 SOURCE: a run directory, a saved or NeMo model directory, a Hugging Face directory, a torch
 distributed checkpoint (.metadata and *.distcp), or a file (.nemo, .ckpt, .bin, .pt, .safetensors,
-a shard index). A speech model becomes a directory that this project and NeMo load (--to nemo), or
-its LLM alone one that transformers loads (--to hf). The run of a CTC model becomes a .nemo file.
-Anything else keeps its tensor names. A TARGET.nemo needs a SOURCE with model_config.yaml: a .nemo
-file, or a directory made from one. Nothing in SOURCE is ever executed. At the end the
-target is opened again and compared with the source; exit code 1 means that they differ.
+.gguf, a shard index). A speech model becomes a directory that this project and NeMo load (--to
+nemo), or its LLM alone one that transformers loads (--to hf). The run of a CTC model becomes a
+.nemo file, a .gguf file a Hugging Face directory. Anything else keeps its tensor names. A
+TARGET.nemo needs a SOURCE with model_config.yaml: a .nemo file, or a directory made from one.
+Nothing in SOURCE is ever executed. At the end the target is opened again and compared with the
+source; exit code 1 means that they differ.
 """
 
 from speechlm2_jax.usage import print_help_if_asked

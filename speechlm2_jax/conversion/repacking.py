@@ -5,10 +5,12 @@ from pathlib import Path
 
 from speechlm2_jax.conversion.casting import cast, cast_source
 from speechlm2_jax.conversion.errors import ConversionError
+from speechlm2_jax.conversion.gguf import write_directory
 from speechlm2_jax.conversion.hf_config import of_plain_weights
 from speechlm2_jax.conversion.readers import (
     NemoArchive,
     TensorSource,
+    find_gguf,
     open_weights,
     read_json,
     read_nemo,
@@ -50,12 +52,15 @@ def repack(source: Path, target: Path, dtype: str | None = None) -> None:
     """Writes the tensors of `source` to `target`, and the plain files that stand beside them.
 
     A `target` that ends in .nemo becomes an archive that NeMo restores; then `source` must hold
-    model_config.yaml. Names and shapes stay, and without `dtype` dtypes and values too. Raises
-    ConversionError as the readers and `casting.cast` do, and if `target` has weights already.
+    model_config.yaml. Names and shapes stay, and without `dtype` dtypes and values too. A GGUF file
+    becomes a directory of Hugging Face (`gguf.write_directory`). Raises ConversionError as the
+    readers and `casting.cast` do, and if `target` has weights already.
     """
     check_target(target)
     if target.suffix == NEMO_SUFFIX:
         _write_nemo(source, target, dtype)
+    elif (file := find_gguf(source)) is not None:
+        write_directory(file, target, dtype)
     elif source.suffix == NEMO_SUFFIX:
         archive = read_nemo(source)
         _write(archive.weights, target, dtype)

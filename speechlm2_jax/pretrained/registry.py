@@ -12,6 +12,7 @@ from typing import Any
 from speechlm2_jax.checkpointing import CHECKPOINTS
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.readers import (
+    find_gguf,
     is_distributed,
     lightning_file,
     read_json,
@@ -67,6 +68,11 @@ WEIGHTS_ALONE = Kind(
 DISTRIBUTED_ALONE = Kind(
     what="a torch distributed checkpoint without a configuration",
     advice="copy the config.json of its model into it",
+)
+GGUF = Kind(
+    what="an LLM as a GGUF file, without a speech encoder",
+    advice="name it in model.pretrained_llm of a training configuration",
+    is_llm=True,
 )
 _BY_TARGET: Mapping[str, Kind] = {
     "SALM": SALM,
@@ -145,6 +151,8 @@ def identify(path: Path) -> Kind | None:
         return _of_json(path / CONFIG)
     if is_distributed(path):
         return _of_lightning(path) or DISTRIBUTED_ALONE
+    if find_gguf(path) is not None:
+        return GGUF
     if (path / NEMO_CONFIG).is_file():
         return _of_unpacked(path)
     archives = sorted(path.glob("*.nemo"))
@@ -161,6 +169,8 @@ def _of_file(path: Path) -> Kind | None:
         return of_config(read_nemo(path).config)
     if path.suffix == ".ckpt":
         return _of_lightning(path) or WEIGHTS_ALONE
+    if find_gguf(path) is not None:
+        return GGUF
     is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth")
     return WEIGHTS_ALONE if is_weights else None
 

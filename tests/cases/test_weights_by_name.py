@@ -76,7 +76,6 @@ FOLDERS = {
     "zero_to_fp32.py": "DeepSpeed",
     "_METADATA": "Orbax",
     "consolidated.00.pth": "maker's own format",
-    "model-q4.gguf": "GGUF",
     "tf_model.h5": "another framework",
     "flax_model.msgpack": "another framework",
     "weights.npz": "another framework",
@@ -115,7 +114,7 @@ def test_an_adapter_beside_weights_is_not_passed_over(tmp_path):
         open_weights(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "model.h5", "__0_0.distcp", "w.npz", "m.onnx"])
+@pytest.mark.parametrize("name", ["model.ggml", "model.h5", "__0_0.distcp", "w.npz", "m.onnx"])
 def test_files_of_other_tools_are_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ConversionError, match="not supported|name its folder"):

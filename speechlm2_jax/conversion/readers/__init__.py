@@ -11,8 +11,14 @@ from speechlm2_jax.conversion.readers.distributed import (
     lightning_file,
     read_distributed,
 )
+from speechlm2_jax.conversion.readers.gguf import GgufFile, read_gguf
 from speechlm2_jax.conversion.readers.json_text import read_json
-from speechlm2_jax.conversion.readers.kinds import check_file, folder_problem, suffix_problem
+from speechlm2_jax.conversion.readers.kinds import (
+    GGUF_SUFFIX,
+    check_file,
+    folder_problem,
+    suffix_problem,
+)
 from speechlm2_jax.conversion.readers.nemo import NemoArchive, read_nemo
 from speechlm2_jax.conversion.readers.safetensors_files import (
     read_safetensors,
@@ -29,17 +35,20 @@ from speechlm2_jax.conversion.readers.source import (
 from speechlm2_jax.conversion.readers.torch_files import read_torch_file
 
 __all__ = [
+    "GgufFile",
     "Index",
     "LazySource",
     "NemoArchive",
     "TensorInfo",
     "TensorSource",
     "check_file",
+    "find_gguf",
     "folder_problem",
     "is_distributed",
     "lightning_file",
     "memory_source",
     "open_weights",
+    "read_gguf",
     "read_json",
     "read_nemo",
     "write_safetensors",
@@ -61,6 +70,7 @@ FILE_READERS: dict[str, Callable[[Path], LazySource]] = {
     ".pt": read_torch_file,
     ".pth": read_torch_file,
     ".nemo": lambda path: read_nemo(path).weights,
+    GGUF_SUFFIX: lambda path: read_gguf(path).weights,
 }
 
 
@@ -76,12 +86,24 @@ def open_weights(path: Path | str) -> LazySource:
     return replace(_open(path), where=str(path))
 
 
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or that a directory without other weights holds; else None."""
+    if path.is_file():
+        return path if path.suffix == GGUF_SUFFIX else None
+    if not path.is_dir() or any((path / name).is_file() for name in DIRECTORY_FILES):
+        return None
+    found = sorted(path.glob(f"*{GGUF_SUFFIX}"))
+    return found[0] if len(found) == 1 else None
+
+
 def _open(path: Path) -> LazySource:
     if path.is_dir():
         found = [path / name for name in DIRECTORY_FILES if (path / name).is_file()]
         if not found and is_distributed(path):
             return read_distributed(path)
         if not found:
+            if (file := find_gguf(path)) is not None:
+                return _open_file(file)
             if problem := folder_problem(path):
                 raise ConversionError(problem)
             expected = ", ".join(DIRECTORY_FILES)

@@ -6,6 +6,7 @@ from pathlib import Path
 from speechlm2_jax.conversion.errors import ConversionError
 
 SNIFFED_BYTES = 512
+GGUF_SUFFIX = ".gguf"
 FETCH_AGAIN = "fetch the file again"
 PLAIN_WEIGHTS = "name the model that it was made from, with .safetensors or .bin files"
 BEGINNINGS = (
@@ -17,13 +18,13 @@ BEGINNINGS = (
     (rb"\s*(?:Entry not found|Invalid username or password|Not Found|Access denied"
      rb"|Access to model|Repository not found|Forbidden|\{\s*\"error\")",
      "a server's error message, not the file itself; " + FETCH_AGAIN),
-    (rb"GGUF|GGML|ggml|lmgg|tjgg|fmgg",
-     "a GGUF file of llama.cpp, which is not supported; " + PLAIN_WEIGHTS),
+    (rb"GGUF", "a GGUF file of llama.cpp; name it with the ending .gguf"),
+    (rb"GGML|ggml|lmgg|tjgg|fmgg",
+     "a GGML file, older than GGUF, which is not supported; " + PLAIN_WEIGHTS),
     (rb"\x89HDF\r\n\x1a\n", "an HDF5 file of Keras, which is not supported; " + PLAIN_WEIGHTS),
 )  # fmt: skip
 """How files begin that are not what their names say."""
 SUFFIXES = {
-    ".gguf": "GGUF weights of llama.cpp",
     ".ggml": "GGML weights of llama.cpp",
     ".h5": "TensorFlow weights",
     ".msgpack": "Flax weights",
@@ -45,6 +46,8 @@ def check_file(path: Path) -> None:
     if not head:
         raise ConversionError(f"{path} is empty (0 bytes); {FETCH_AGAIN}")
     for pattern, what in BEGINNINGS:
+        if pattern == rb"GGUF" and path.suffix == GGUF_SUFFIX:
+            continue
         if re.match(pattern, head, re.IGNORECASE if pattern.startswith(rb"\s") else 0):
             raise ConversionError(f"{path} is {what}")
 
@@ -84,7 +87,7 @@ FOLDERS = (
     (("consolidated*.pth", "consolidated*.safetensors", "params.json"),
      "a model in its maker's own format",
      "name the same model in Hugging Face's format"),
-    (("*.gguf",), "a folder of GGUF weights of llama.cpp, which is not supported", PLAIN_WEIGHTS),
+    (("*.gguf",), "a folder of several GGUF files", "name one of them"),
     (("tf_model*.h5", "flax_model*.msgpack", "*.onnx", "onnx/*.onnx", "rust_model.ot", "*.npz"),
      "a folder of weights of another framework, which is not supported", PLAIN_WEIGHTS),
     (("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"),
