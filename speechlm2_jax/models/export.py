@@ -19,6 +19,7 @@ from speechlm2_jax.llm.decoder import Decoder
 from speechlm2_jax.models.exportable import Exportable
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.llm_directory import main_dtype
+from speechlm2_jax.pretrained.llm_files import llm_config, llm_weights
 from speechlm2_jax.pretrained.locate import Location
 
 
@@ -110,7 +111,7 @@ def _export_tensors(
 ) -> Iterator[str]:
     """Writes tensors under their own names; of an LLM also compares the logits."""
     repack(source, target, options.dtype)
-    given = open_weights(source)
+    given = llm_weights(source) if is_llm else open_weights(source)
     yield f"loaded: {len(given.infos)} of {len(given.infos)} tensors"
     yield from _written(target)
     if not options.has_self_test:
@@ -150,10 +151,10 @@ def _written(target: Path) -> Iterator[str]:
 
 
 def _probe_llm_directory(directory: Path) -> Outputs:
-    """The logits of a Hugging Face directory."""
-    config = hf_config.decoder_config(read_json(directory / registry.CONFIG))
+    """The logits of a Hugging Face directory or a GGUF file."""
+    config = hf_config.decoder_config(llm_config(directory, key="config.json of the LLM"))
     infos = describe(abstract(lambda rngs: Decoder(config, rngs=rngs)))
-    variables = mapping.load(open_weights(directory), decoder_table(config), infos)
+    variables = mapping.load(llm_weights(directory), decoder_table(config), infos)
     return probe_llm(config, variables)
 
 

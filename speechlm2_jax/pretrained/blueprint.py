@@ -13,7 +13,7 @@ from flax import nnx
 from speechlm2_jax.conversion import hf_config, mapping
 from speechlm2_jax.conversion.decoder import decoder_table
 from speechlm2_jax.conversion.perception import asr_table
-from speechlm2_jax.conversion.readers import open_weights, read_json
+from speechlm2_jax.conversion.readers import open_weights
 from speechlm2_jax.conversion.stream_to_mesh import onto
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.initialize import draw
@@ -24,7 +24,8 @@ from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.parameter_paths import NamedSlice
 from speechlm2_jax.perception.perception import PerceptionConfig
 from speechlm2_jax.pretrained import initial_weights
-from speechlm2_jax.pretrained.locate import GENERATION_CONFIG, LLM_BACKBONE
+from speechlm2_jax.pretrained.llm_files import llm_generation_config, llm_weights
+from speechlm2_jax.pretrained.locate import LLM_BACKBONE
 from speechlm2_jax.settings import build, to_plain
 
 B = TypeVar("B", bound="Blueprint")
@@ -76,6 +77,7 @@ class Blueprint(ABC):
     network: Any
     """The architecture (`NetworkConfig`)."""
     llm_directory: Path
+    """A Hugging Face directory, or a GGUF file."""
     asr_file: Path | None
     near: tuple[Path, ...] = ()
     """Further directories that relative names are looked up in, after the working directory."""
@@ -96,7 +98,7 @@ class Blueprint(ABC):
         if not self.config.pretrained_weights:
             return
         yield (
-            open_weights(self.llm_directory),
+            llm_weights(self.llm_directory),
             decoder_table(self.network.llm).prefixed(target="llm."),
             infos_below("llm.", infos, without=("lora_a", "lora_b")),
         )
@@ -115,8 +117,7 @@ class Blueprint(ABC):
     @property
     def generation_config(self) -> Mapping[str, Any] | None:
         """The LLM's generation_config.json, if there is one beside its config.json."""
-        file = self.llm_directory / GENERATION_CONFIG
-        return read_json(file) if file.is_file() else None
+        return llm_generation_config(self.llm_directory)
 
     def with_network(self: B, **changes: Any) -> B:
         """The same model with another `compute_dtype` or `remat`."""

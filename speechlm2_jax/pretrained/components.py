@@ -10,7 +10,8 @@ from speechlm2_jax.conversion.readers import read_nemo
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.perception.perception import PerceptionConfig
 from speechlm2_jax.pretrained import registry
-from speechlm2_jax.pretrained.locate import Location, read_config_json
+from speechlm2_jax.pretrained.llm_files import llm_config, tokenizer_folder
+from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.settings import SettingsError, build
 
 ASR_BLOCKS = ("preprocessor", "encoder")
@@ -22,7 +23,7 @@ class ModelConfig(Protocol):
 
     @property
     def pretrained_llm(self) -> str:
-        """The LLM: a directory or hub name."""
+        """The LLM: a directory, GGUF file or hub name."""
         ...
 
     @property
@@ -91,6 +92,7 @@ class LlmFiles:
     """Where a model's LLM and tokenizer are, and what the LLM is."""
 
     directory: Path
+    """A Hugging Face directory, or a GGUF file."""
     config: dict[str, Any]
     """Its config.json, unchanged."""
     decoder: DecoderConfig
@@ -101,12 +103,18 @@ def find_llm(config: ModelConfig, location: Location) -> LlmFiles:
     """Finds the LLM and the tokenizer of a `model:` block; reads no weights."""
     directory = location.find(config.pretrained_llm, key="model.pretrained_llm")
     registry.require_part(directory, "model.pretrained_llm", name="")
-    llm_config = read_config_json(directory / "config.json", key="model.pretrained_llm")
-    decoder = hf_config.decoder_config(llm_config)
-    tokenizer = directory
+    config_json = llm_config(directory, key="model.pretrained_llm")
+    decoder = hf_config.decoder_config(config_json)
+    tokenizer, key = directory, "model.pretrained_llm"
     if config.tokenizer_path is not None:
-        tokenizer = location.find(config.tokenizer_path, key="model.tokenizer_path")
-    return LlmFiles(directory=directory, config=llm_config, decoder=decoder, tokenizer=tokenizer)
+        key = "model.tokenizer_path"
+        tokenizer = location.find(config.tokenizer_path, key=key)
+    return LlmFiles(
+        directory=directory,
+        config=config_json,
+        decoder=decoder,
+        tokenizer=tokenizer_folder(tokenizer, key=key),
+    )
 
 
 def find_asr(config: ModelConfig, location: Location) -> Path | None:

@@ -17,6 +17,8 @@ AUDIO_CODEC = "audio_codec"
 """Folder of a saved duplex model that holds its codec's config."""
 GENERATION_CONFIG = "generation_config.json"
 """An LLM's defaults of generation, beside its config.json."""
+LOCAL_SUFFIXES = (".nemo", ".ckpt", ".bin", ".safetensors", ".gguf")
+"""Names that end so are files, never repositories."""
 LLM_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 
 
@@ -62,7 +64,7 @@ class Location:
         if found is not None:
             return found
         looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-        if looks_local or name.endswith((".nemo", ".ckpt", ".bin", ".safetensors")):
+        if looks_local or name.endswith(LOCAL_SUFFIXES):
             near = nearest_path(name)
             hint = f"; did you mean {near!r}?" if near else ""
             raise SettingsError(f"{key}: no such file or directory: {name!r}{hint}")
