@@ -43,6 +43,15 @@ def cast_source(source: TensorSource, dtype: str | None) -> TensorSource:
     return LazySource(infos, fetch, source.aliases, source.where)
 
 
+def main_dtype(source: TensorSource) -> str:
+    """The floating dtype that holds most bytes."""
+    sizes: dict[str, int] = {}
+    for info in source.infos.values():
+        if _is_cast(info.dtype):
+            sizes[info.dtype.name] = sizes.get(info.dtype.name, 0) + info.size_bytes
+    return max(sizes, key=lambda name: sizes[name])
+
+
 def dtype_named(name: str) -> np.dtype[Any]:
     """The dtype of a name in `DTYPES`. Raises ConversionError for another name."""
     if name not in DTYPES:

@@ -116,7 +116,7 @@ class SpeechModel(Exportable):
         registry.require(cls, path)
         source = save_load.open_model(str(path))
         model = cls(source.cfg, near=source.near)
-        model._blueprint = replace(model._blueprint, named=source.named)
+        model._blueprint = replace(model._blueprint, named=source.named, origin=path)
 
         def rebuild(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Variables:
             return blueprints.load_or_initialize(cls.read_blueprint(cfg, near), model.infos)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from speechlm2_jax import models
 from speechlm2_jax.conversion import hf_config, mapping
-from speechlm2_jax.conversion.casting import cast_source
+from speechlm2_jax.conversion.casting import cast_source, main_dtype
 from speechlm2_jax.conversion.decoder import decoder_table
 from speechlm2_jax.conversion.errors import ConversionError, SelfTestError
 from speechlm2_jax.conversion.listing import lines
@@ -18,7 +18,6 @@ from speechlm2_jax.layers.module import abstract, describe
 from speechlm2_jax.llm.decoder import Decoder
 from speechlm2_jax.models.exportable import Exportable
 from speechlm2_jax.pretrained import registry
-from speechlm2_jax.pretrained.llm_directory import main_dtype
 from speechlm2_jax.pretrained.llm_files import llm_config, llm_weights
 from speechlm2_jax.pretrained.locate import Location
 

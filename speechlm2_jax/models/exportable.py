@@ -11,8 +11,8 @@ from speechlm2_jax.conversion.readers import open_weights
 from speechlm2_jax.inference import probe as probes
 from speechlm2_jax.layers.module import VariableInfo, Variables
 from speechlm2_jax.pretrained import blueprint as blueprints
-from speechlm2_jax.pretrained import llm_directory, save_load
-from speechlm2_jax.pretrained.merging import merged
+from speechlm2_jax.pretrained import hub, llm_directory, save_load
+from speechlm2_jax.pretrained.save_load import SaveOptions
 
 
 class Exportable(ABC):
@@ -36,9 +36,8 @@ class Exportable(ABC):
         `dtype` ("float32", "bfloat16" or "float16") is that of every floating tensor in the file;
         None keeps each as it is. Raises ConversionError for values that it cannot hold.
         """
-        model = self._blueprint, self.variables
-        blueprint, variables = merged(*model, dtype) if merge_lora else model
-        save_load.save_model(Path(save_directory), blueprint, variables, dtype)
+        options = SaveOptions(merge_lora=merge_lora, dtype=dtype)
+        save_load.save_model(Path(save_directory), self._blueprint, self.variables, options)
 
     def save_llm(
         self, save_directory: str | Path, *, merge_lora: bool = True, dtype: str | None = None
@@ -49,13 +48,41 @@ class Exportable(ABC):
         LoRA is merged into the weights, or else written to the folder `adapter` as PEFT saves it.
         `dtype` is as for `save_pretrained`.
         """
-        llm_directory.save_llm(
-            Path(save_directory),
-            self._blueprint,
-            self.variables,
-            merge_lora=merge_lora,
-            dtype=dtype,
+        options = SaveOptions(merge_lora=merge_lora, dtype=dtype)
+        llm_directory.save_llm(Path(save_directory), self._blueprint, self.variables, options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+        create_pr: bool = False,
+        merge_lora: bool = False,
+        dtype: str | None = None,
+    ) -> str:
+        """Uploads what `save_pretrained` writes to OWNER/NAME on the Hugging Face hub.
+
+        The repository is made if it does not exist. `private`, `token`, `revision` and `create_pr`
+        are as in huggingface_hub; without `token` the one that is logged in is used. Returns the
+        address of the commit. Raises HubError, one line, without a network or a token.
+        """
+        options = SaveOptions(merge_lora=merge_lora, dtype=dtype, name=repo_id)
+        target = hub.Upload(
+            repo_id=repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
         )
+
+        def write(folder: Path) -> None:
+            save_load.save_model(folder, self._blueprint, self.variables, options)
+
+        return hub.upload(target, write)
 
     def save_definition(self, directory: str | Path) -> None:
         """Writes everything but the weights: config, LLM architecture and tokenizer."""

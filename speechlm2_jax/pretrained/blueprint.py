@@ -83,6 +83,8 @@ class Blueprint(ABC):
     """Further directories that relative names are looked up in, after the working directory."""
     named: Mapping[str, Any] | None = None
     """`cfg` as stored in the directory that the model was loaded from; None for a new model."""
+    origin: Path | None = None
+    """The run, directory or file that the model was loaded from; None for a new model."""
 
     @property
     @abstractmethod

@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.conversion import hf_config, mapping
-from speechlm2_jax.conversion.casting import cast_source
+from speechlm2_jax.conversion.casting import cast_source, main_dtype
 from speechlm2_jax.conversion.decoder import PEFT_PREFIX, decoder_table, layers_table
 from speechlm2_jax.conversion.readers import TensorSource
 from speechlm2_jax.conversion.writers.shards import write_shards
-from speechlm2_jax.layers.lora import DEFAULT_TARGETS, LoraConfig, merge_lora
+from speechlm2_jax.layers.lora import ALL, LoraConfig
+from speechlm2_jax.layers.lora import merge_lora as merge_adapters
 from speechlm2_jax.layers.module import Variables
+from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.families import FAMILIES
 from speechlm2_jax.pretrained.blueprint import Blueprint
+from speechlm2_jax.pretrained.licences import CARD
 from speechlm2_jax.pretrained.locate import GENERATION_CONFIG
+from speechlm2_jax.pretrained.model_card import CardInput, model_card, target_modules
 from speechlm2_jax.pretrained.registry import CONFIG
-from speechlm2_jax.pretrained.save_load import write_json
+from speechlm2_jax.pretrained.save_load import SaveOptions, write_json
 from speechlm2_jax.settings import to_plain
 
 ADAPTER = "adapter"
@@ -29,16 +33,14 @@ def save_llm(
     directory: Path,
     blueprint: Blueprint,
     variables: Variables,
-    *,
-    merge_lora: bool = True,
-    dtype: str | None = None,
+    options: SaveOptions,
 ) -> None:
-    """Writes config.json, weights, tokenizer and generation_config.json of the LLM.
+    """Writes config.json, weights, tokenizer, generation_config.json and a card of the LLM.
 
     LoRA is merged, or else written to the folder `adapter` as PEFT saves it. Weights above 5 GB
-    are sharded. `dtype` is that of every floating tensor; None keeps each as it is. Raises
-    ConversionError for values that it cannot hold.
+    are sharded. Raises ConversionError for values that the dtype cannot hold.
     """
+    dtype, merge_lora = options.dtype, options.merge_lora
     network = blueprint.network
     own = llm_variables(variables)
     base = _base(own, network.lora if merge_lora else None, dtype)
@@ -50,6 +52,15 @@ def save_llm(
     if blueprint.generation_config is not None:
         write_json(directory / GENERATION_CONFIG, blueprint.generation_config)
     blueprint.tokenizer.save(directory)
+    card = CardInput(
+        blueprint=blueprint,
+        variables=variables,
+        dtype=main_dtype(source),
+        merged=network.lora if merge_lora else None,
+        is_llm=True,
+        name=options.name,
+    )
+    (directory / CARD).write_text(model_card(card), encoding="utf-8")
 
 
 def llm_variables(variables: Variables, *, with_lora: bool = True) -> Variables:
@@ -65,20 +76,11 @@ def llm_config(blueprint: Blueprint, source: TensorSource) -> dict[str, Any]:
     return {**config, "architectures": [architecture]}
 
 
-def main_dtype(source: TensorSource) -> str:
-    """The floating dtype that holds most bytes."""
-    sizes: dict[str, int] = {}
-    for info in source.infos.values():
-        if info.dtype.kind not in "biu":
-            sizes[info.dtype.name] = sizes.get(info.dtype.name, 0) + info.size_bytes
-    return max(sizes, key=lambda name: sizes[name])
-
-
 def _base(llm: Variables, lora: LoraConfig | None, dtype: str | None) -> Variables:
     """The LLM's variables without adapters, which are merged if `lora` is given."""
     if lora is not None:
         # fp32, so that the cast to `dtype` is the only rounding and checks the range
-        return merge_lora(llm, lora, None if dtype is None else "float32")
+        return merge_adapters(llm, lora, None if dtype is None else "float32")
     return {path: value for path, value in llm.items() if not path.endswith(ADAPTERS)}
 
 
@@ -93,16 +95,16 @@ def _save_adapter(directory: Path, blueprint: Blueprint, llm: Variables, dtype: 
     own = {path: value for path, value in llm.items() if path.endswith(ADAPTERS)}
     source = mapping.export_source(own, mapping.Table(tuple(rules)))
     write_shards(directory, cast_source(source, dtype), stem="adapter_model")
-    write_json(directory / "adapter_config.json", peft_config(lora))
+    write_json(directory / "adapter_config.json", peft_config(lora, blueprint.network.llm))
 
 
-def peft_config(lora: LoraConfig) -> Mapping[str, Any]:
+def peft_config(lora: LoraConfig, llm: DecoderConfig) -> Mapping[str, Any]:
     """PEFT's adapter_config.json of an adapter that is to be used, not trained."""
     plain: dict[str, Any] = to_plain(lora)
-    targets = lora.target_modules or DEFAULT_TARGETS
+    targets = target_modules(lora, llm)
     return {
         **plain,
-        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "target_modules": ALL if targets == [ALL] else targets,
         "peft_type": "LORA",
         "base_model_name_or_path": None,
         "inference_mode": True,

@@ -19,7 +19,7 @@ GENERATION_CONFIG = "generation_config.json"
 """An LLM's defaults of generation, beside its config.json."""
 LOCAL_SUFFIXES = (".nemo", ".ckpt", ".bin", ".safetensors", ".gguf")
 """Names that end so are files, never repositories."""
-LLM_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+LLM_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "README.md")
 
 
 def nearest_path(name: str) -> str | None:

@@ -11,11 +11,12 @@ import numpy as np
 
 from speechlm2_jax import checkpointing
 from speechlm2_jax.conversion import mapping
-from speechlm2_jax.conversion.casting import cast_source
+from speechlm2_jax.conversion.casting import cast_source, main_dtype
 from speechlm2_jax.conversion.readers import lightning_file, open_weights, write_source
 from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters
 from speechlm2_jax.layers.module import VariableInfo, Variables
 from speechlm2_jax.pretrained.blueprint import Blueprint
+from speechlm2_jax.pretrained.licences import CARD
 from speechlm2_jax.pretrained.locate import (
     AUDIO_CODEC,
     GENERATION_CONFIG,
@@ -24,6 +25,8 @@ from speechlm2_jax.pretrained.locate import (
     config_folders,
     read_config_json,
 )
+from speechlm2_jax.pretrained.merging import merged
+from speechlm2_jax.pretrained.model_card import PLACEHOLDER, CardInput, model_card
 from speechlm2_jax.pretrained.registry import CONFIG, RUN_DEFINITION
 from speechlm2_jax.settings import SettingsError
 
@@ -50,6 +53,18 @@ class ModelSource:
     near: tuple[Path, ...]
     """Directories that relative names are looked up in."""
     read: Callable[[Blueprint, Mapping[str, VariableInfo], "Rebuild"], Variables]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveOptions:
+    """How a model is written."""
+
+    merge_lora: bool
+    """Whether LoRA adapters become part of the weights."""
+    dtype: str | None = None
+    """Dtype of every floating tensor; None keeps each as it is."""
+    name: str = PLACEHOLDER
+    """Name on the hub, for the model card."""
 
 
 Rebuild = Callable[[Mapping[str, Any], tuple[Path, ...]], Variables]
@@ -125,12 +140,23 @@ def save_definition(directory: Path, blueprint: Blueprint) -> None:
 
 
 def save_model(
-    directory: Path, blueprint: Blueprint, variables: Variables, dtype: str | None = None
+    directory: Path, blueprint: Blueprint, variables: Variables, options: SaveOptions
 ) -> None:
-    """Writes model.safetensors under NeMo's names, in `dtype` if given, and the definition."""
-    source = cast_source(mapping.export_source(variables, blueprint.table), dtype)
+    """Writes model.safetensors under NeMo's names, the definition and a model card."""
+    lora = blueprint.network.lora
+    if options.merge_lora:
+        blueprint, variables = merged(blueprint, variables, options.dtype)
+    source = cast_source(mapping.export_source(variables, blueprint.table), options.dtype)
     write_source(directory / WEIGHTS, source, mapping.aliases(blueprint.table))
     save_definition(directory, blueprint)
+    card = CardInput(
+        blueprint=blueprint,
+        variables=variables,
+        dtype=main_dtype(source),
+        merged=lora if options.merge_lora else None,
+        name=options.name,
+    )
+    (directory / CARD).write_text(model_card(card), encoding="utf-8")
 
 
 def _saved_cfg(directory: Path) -> dict[str, Any]:
