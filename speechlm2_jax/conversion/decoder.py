@@ -8,6 +8,7 @@ from speechlm2_jax.layers.activations import XIELU
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.families import FAMILIES
+from speechlm2_jax.llm.linear_layers import linear_layers
 
 PEFT_PREFIX = "base_model.model."
 TIED_COPIES_DIFFER = (
@@ -74,7 +75,7 @@ def _layer_rules(config: DecoderConfig, lora: LoraConfig | None) -> Iterator[Rul
         for part in _norm_parts(config) if is_there else ():
             yield Rule(source=f"{name_of(norm)}.{part}", target=f"{norm}.{part}")
     adapted: frozenset[str] = lora.targets if lora else frozenset()
-    for module, bias in _linears(config).items():
+    for module, bias in linear_layers(config).items():
         foreign, has_adapter = name_of(module), module.rpartition(".")[2] in adapted
         base = f"{foreign}.base_layer" if has_adapter else foreign
         yield Rule(source=f"{base}.weight", target=f"{module}.weight")
@@ -103,18 +104,6 @@ def _norms(config: DecoderConfig) -> dict[str, bool]:
 
 def _norm_parts(config: DecoderConfig) -> tuple[str, ...]:
     return ("weight", "bias") if config.norm_bias else ("weight",)
-
-
-def _linears(config: DecoderConfig) -> dict[str, bool]:
-    """Linear layers of a layer -> whether they have a bias."""
-    inputs = ("qkv",) if config.fused_qkv else ("query", "key", "value")
-    gates = ("gate",) if config.gated else ()
-    inner = ("gate_up",) if config.fused_gate_up else (*gates, "up")
-    return {
-        **{f"attention.{name}": config.attention_bias for name in inputs},
-        "attention.output": config.output_bias,
-        **{f"mlp.{name}": config.mlp_bias for name in (*inner, "down")},
-    }
 
 
 def _placed(rule: Rule, target: str, numbers: range | None) -> Rule:

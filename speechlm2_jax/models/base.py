@@ -22,6 +22,7 @@ from speechlm2_jax.perception.perception import AudioPerception
 from speechlm2_jax.perception.streaming import StreamPlan, natural_frames
 from speechlm2_jax.pretrained import blueprint as blueprints
 from speechlm2_jax.pretrained import initial_weights, registry, save_load
+from speechlm2_jax.pretrained.components import lora_notes
 from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.settings import SettingsError
 
@@ -251,7 +252,8 @@ class SpeechModel(Exportable):
         """Notes for the log: about the freeze patterns, and about `init_from_checkpoint`."""
         name = self._blueprint.config.init_from_checkpoint
         start = () if name is None else (f"the weights start from {name} ({initial_weights.KEY})",)
-        return (*self._selection.notes, *start)
+        lora = lora_notes(self._blueprint.config, self._blueprint.network.llm)
+        return (*self._selection.notes, *start, *lora)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from speechlm2_jax.conversion import hf_config
 from speechlm2_jax.conversion.readers import read_nemo
+from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.llm.config import DecoderConfig
+from speechlm2_jax.llm.linear_layers import fit_lora, lora_note
 from speechlm2_jax.perception.perception import PerceptionConfig
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.llm_files import llm_config, tokenizer_folder
@@ -97,6 +99,28 @@ class LlmFiles:
     """Its config.json, unchanged."""
     decoder: DecoderConfig
     tokenizer: Path
+
+
+def read_lora(config: ModelConfig, decoder: DecoderConfig) -> LoraConfig | None:
+    """Reads the `lora` block; its target_modules are those that name layers of the LLM.
+
+    Raises SettingsError for a block that PEFT or this project refuses.
+    """
+    if config.lora is None:
+        return None
+    lora = build(LoraConfig, config.lora, "model.lora")
+    try:
+        return fit_lora(lora, decoder)
+    except ValueError as error:
+        raise SettingsError(f"model.{error}") from error
+
+
+def lora_notes(config: ModelConfig, decoder: DecoderConfig) -> tuple[str, ...]:
+    """A line about names in the `lora` block that name no layer of the LLM, if there are any."""
+    if config.lora is None:
+        return ()
+    note = lora_note(build(LoraConfig, config.lora, "model.lora"), decoder)
+    return () if note is None else (f"model.{note}",)
 
 
 def find_llm(config: ModelConfig, location: Location) -> LlmFiles:

@@ -12,7 +12,6 @@ from speechlm2_jax.conversion import duplex as duplex_tables
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
-from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import VariableInfo
 from speechlm2_jax.networks.channels import TextIds
 from speechlm2_jax.networks.duplex import Duplex, DuplexConfig
@@ -21,7 +20,7 @@ from speechlm2_jax.networks.duplex_s2s_speech_decoder import DuplexS2SSpeechDeco
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.blueprint import Blueprint, PretrainedWeights, infos_below
 from speechlm2_jax.pretrained.codec_config import codec_config
-from speechlm2_jax.pretrained.components import find_asr, find_llm, perception_config
+from speechlm2_jax.pretrained.components import find_asr, find_llm, perception_config, read_lora
 from speechlm2_jax.pretrained.duplex_config import DuplexModelConfig, DuplexSpeechDecoderModelConfig
 from speechlm2_jax.pretrained.locate import AUDIO_CODEC, Location, read_config_json
 from speechlm2_jax.settings import SettingsError, build
@@ -101,7 +100,7 @@ def read_blueprint(
             codec=codec_config(codec_cfg, "model.pretrained_audio_codec"),
             text=_text_ids(tokenizer),
             speech_decoder=_speech_decoder(config),
-            lora=None if config.lora is None else build(LoraConfig, config.lora, "model.lora"),
+            lora=read_lora(config, llm.decoder),
             text_loss_weight=config.text_loss_weight,
             audio_loss_weight=config.audio_loss_weight,
             user_channel_weight=config.duplex_user_channel_weight,

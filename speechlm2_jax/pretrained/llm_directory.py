@@ -10,15 +10,14 @@ from speechlm2_jax.conversion.casting import cast_source, main_dtype
 from speechlm2_jax.conversion.decoder import PEFT_PREFIX, decoder_table, layers_table
 from speechlm2_jax.conversion.readers import TensorSource
 from speechlm2_jax.conversion.writers.shards import write_shards
-from speechlm2_jax.layers.lora import ALL, LoraConfig
+from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.lora import merge_lora as merge_adapters
 from speechlm2_jax.layers.module import Variables
-from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.families import FAMILIES
 from speechlm2_jax.pretrained.blueprint import Blueprint
 from speechlm2_jax.pretrained.licences import CARD
 from speechlm2_jax.pretrained.locate import GENERATION_CONFIG
-from speechlm2_jax.pretrained.model_card import CardInput, model_card, target_modules
+from speechlm2_jax.pretrained.model_card import CardInput, model_card
 from speechlm2_jax.pretrained.registry import CONFIG
 from speechlm2_jax.pretrained.save_load import SaveOptions, write_json
 from speechlm2_jax.settings import to_plain
@@ -95,16 +94,15 @@ def _save_adapter(directory: Path, blueprint: Blueprint, llm: Variables, dtype: 
     own = {path: value for path, value in llm.items() if path.endswith(ADAPTERS)}
     source = mapping.export_source(own, mapping.Table(tuple(rules)))
     write_shards(directory, cast_source(source, dtype), stem="adapter_model")
-    write_json(directory / "adapter_config.json", peft_config(lora, blueprint.network.llm))
+    write_json(directory / "adapter_config.json", peft_config(lora))
 
 
-def peft_config(lora: LoraConfig, llm: DecoderConfig) -> Mapping[str, Any]:
+def peft_config(lora: LoraConfig) -> Mapping[str, Any]:
     """PEFT's adapter_config.json of an adapter that is to be used, not trained."""
     plain: dict[str, Any] = to_plain(lora)
-    targets = target_modules(lora, llm)
     return {
         **plain,
-        "target_modules": ALL if targets == [ALL] else targets,
+        "target_modules": sorted(lora.target_modules or ()),
         "peft_type": "LORA",
         "base_model_name_or_path": None,
         "inference_mode": True,

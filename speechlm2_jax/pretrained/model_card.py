@@ -11,8 +11,6 @@ import yaml
 
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import Variables
-from speechlm2_jax.llm.config import DecoderConfig
-from speechlm2_jax.llm.families import FAMILIES
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.blueprint import Blueprint
 from speechlm2_jax.pretrained.licences import kept_facts, licence_of
@@ -133,12 +131,6 @@ def base_models(blueprint: Blueprint, *, is_llm: bool = False) -> dict[str, str]
     }
 
 
-def target_modules(lora: LoraConfig, llm: DecoderConfig) -> list[str]:
-    """PEFT's names of the adapted layers, or `all-linear` alone."""
-    targets = lora.target_modules or FAMILIES[llm.family].lora_targets
-    return [targets] if isinstance(targets, str) else sorted(targets)
-
-
 def _is_hub_name(name: str, near: tuple[Path, ...]) -> bool:
     """Whether a component's name is that of a repository: OWNER/NAME that is no local path."""
     return HUB_NAME.fullmatch(name) is not None and Location(near=near).local(name) is None
@@ -185,7 +177,7 @@ def _facts_of_model(card: CardInput) -> dict[str, str]:
     lora = network.lora or card.merged
     if lora is not None:
         where = "merged into the weights" if card.merged is not None else "beside the weights"
-        targets = ", ".join(target_modules(lora, network.llm))
+        targets = ", ".join(sorted(lora.target_modules or ()))
         facts["LoRA"] = f"r {lora.r}, alpha {lora.lora_alpha}, on {targets}; {where}"
     facts["LLM's architecture"] = f"{network.llm.family}, {network.llm.layers} layers"
     facts["parameters"] = f"{count:,}"

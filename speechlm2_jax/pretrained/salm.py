@@ -11,10 +11,9 @@ from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion import salm as salm_tables
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.data.tokenizer import Tokenizer
-from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.networks.salm import Salm, SalmConfig
 from speechlm2_jax.pretrained.blueprint import Blueprint
-from speechlm2_jax.pretrained.components import find_asr, find_llm, perception_config
+from speechlm2_jax.pretrained.components import find_asr, find_llm, perception_config, read_lora
 from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.pretrained.salm_config import SalmModelConfig
 from speechlm2_jax.settings import SettingsError, build
@@ -49,7 +48,7 @@ def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...] = ()) -> SalmB
     placeholder_id = tokenizer.require(config.audio_locator_tag, "model.audio_locator_tag")
     asr_file = find_asr(config, location)
     block, perception = perception_config(config.perception, asr_file, llm.decoder.width)
-    lora = None if config.lora is None else build(LoraConfig, config.lora, "model.lora")
+    lora = read_lora(config, llm.decoder)
     try:
         if config.encoder_chunk_size_seconds is not None:
             seconds = config.encoder_chunk_size_seconds
