@@ -14,6 +14,10 @@ UINT32, INT32, FLOAT32, BOOL, TEXT, ARRAY, UINT64 = 4, 5, 6, 7, 8, 9, 10
 PLAIN = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 30}
 
 
+class Signed(list[int]):
+    """A list that is stored as int32; other lists of whole numbers are uint32."""
+
+
 class Stored(NamedTuple):
     """A tensor as its bytes: ggml's number of the type, shape, rows of blocks."""
 
@@ -41,8 +45,8 @@ def typed(value: Any) -> tuple[int, bytes]:
         return TEXT, text(value)
     inner = [typed(element) for element in value]
     kind = inner[0][0] if inner else TEXT
-    if {number for number, _ in inner} == {UINT32, INT32}:
-        kind, inner = INT32, [(INT32, struct.pack("<i", v)) for v in value]
+    if isinstance(value, Signed):
+        kind, inner = INT32, [(INT32, struct.pack("<i", element)) for element in value]
     return ARRAY, struct.pack("<IQ", kind, len(inner)) + b"".join(raw for _, raw in inner)
 
 
@@ -170,7 +174,7 @@ def byte_level_keys(directory: Path, pre: str) -> dict[str, Any]:
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": [ids[i] for i in range(len(ids))],
-        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.token_type": Signed(kinds),
         "tokenizer.ggml.merges": [" ".join(merge) for merge in spec["model"]["merges"]],
     }
 
@@ -179,7 +183,7 @@ MINIMAL_TOKENS = {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "gpt-2",
     "tokenizer.ggml.tokens": ["a", "b", "ab", "<end>"],
-    "tokenizer.ggml.token_type": [1, 1, 1, 3],
+    "tokenizer.ggml.token_type": Signed([1, 1, 1, 3]),
     "tokenizer.ggml.merges": ["a b"],
     "tokenizer.ggml.eos_token_id": 3,
 }

@@ -14,13 +14,14 @@ from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.gguf.config import config_json
 from speechlm2_jax.conversion.gguf.tensors import hugging_face_source
 from speechlm2_jax.conversion.gguf.tokenizer import tokenizer_config, tokenizer_json
-from speechlm2_jax.conversion.gguf.vocabulary import GgufVocabulary, read_vocabulary
+from speechlm2_jax.conversion.gguf.vocabulary import PREFIX, GgufVocabulary, read_vocabulary
 from speechlm2_jax.conversion.hf_config import of_plain_weights
 from speechlm2_jax.conversion.readers import GgufFile, LazySource, read_gguf
 from speechlm2_jax.conversion.writers.files import replacing
 from speechlm2_jax.conversion.writers.shards import write_shards
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+OF_QWEN2 = ("qwen2", "deepseek-r1-qwen")
 TOKENIZER = MappingProxyType({"tokenizer.json": None, "tokenizer_config.json": 2})
 """Files of the tokenizer -> how far their JSON is indented."""
 
@@ -78,6 +79,7 @@ def write_directory(path: Path, target: Path, dtype: str | None = None) -> None:
     anything is written.
     """
     model = open_gguf(path)
+    _check_class(model)
     weights = cast_source(model.weights, dtype)
     config = of_plain_weights(model.config, dtype or model.config["torch_dtype"])
     files = model.tokenizer_files() | {
@@ -88,3 +90,16 @@ def write_directory(path: Path, target: Path, dtype: str | None = None) -> None:
     for name, content in files.items():
         with replacing(target / name) as unfinished:
             unfinished.write_bytes(content)
+
+
+def _check_class(model: GgufModel) -> None:
+    """Raises ConversionError where transformers would split texts in another way.
+
+    For config.json's model_type qwen2 it takes its Qwen2Tokenizer, whatever tokenizer.json holds.
+    """
+    vocabulary = model.vocabulary
+    if model.config["model_type"] == "qwen2" and vocabulary.pre not in OF_QWEN2:
+        raise ConversionError(
+            f"{model.file.path}: a qwen2 model with {PREFIX}pre {vocabulary.pre!r} cannot be "
+            "written as a directory; name the file itself in model.pretrained_llm"
+        )
