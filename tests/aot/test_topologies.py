@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from speechlm2_jax.aot.chips import default_folder
+from tests.llm.full_size import CONFIGS, PARAMETERS
 
 ROOT = Path(__file__).parents[2]
 LIBTPU = Path(os.environ.get("LIBTPU_DIR", default_folder()))
@@ -93,3 +94,24 @@ def test_the_bundled_model_is_priced():
     assert report["flops"] > 0 and report["step_s"][0] > 0
     assert {c["kind"] for c in report["collectives"]} >= {"all-gather"}
     assert all(c["bytes_sent"] > 0 for c in report["collectives"])
+
+
+@pytest.mark.slow  # minutes of compilation each
+@needs_libtpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_llm_of_real_size_is_priced_by_its_config_alone(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    is_fused = CONFIGS[name]["model_type"] == "phi3"
+    out = run(
+        "train.py",
+        *("--config", "salm", "--compile-for", "v5e:2x2", "--libtpu", str(LIBTPU)),
+        *("--rows", "1", "--tokens", "128", "--seconds", "2", "trainer.accelerator=auto"),
+        *("trainer.devices=-1", "+trainer.strategy=fsdp", f"model.pretrained_llm={tmp_path}"),
+        f"+model.tokenizer_path={ROOT / 'configs/parts/tiny_llm'}",
+        f"model.lora.target_modules={'[qkv_proj]' if is_fused else '[q_proj, v_proj]'}",
+        timeout_s=2400,
+    )
+    report = json.loads(out.splitlines()[-1])
+    assert report["fits"]
+    # frozen weights in bf16, a quarter of them on each of the four chips
+    assert report["memory"]["frozen parameters and buffers"] > PARAMETERS[name] * 2 / 4
