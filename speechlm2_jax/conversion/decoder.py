@@ -63,9 +63,15 @@ def decoder_table(config: DecoderConfig) -> Table:
     if not config.tied:
         head = Rule(source="lm_head.weight", target="head.weight", where_missing=NO_HEAD)
         rules.append(head)
-    if config.head_bias:
-        rules.append(Rule(source="lm_head.bias", target="head.bias"))
+    rules += head_bias_rules(config)
     return (Table(tuple(rules)) + layers_table(config)).also_without("model.")
+
+
+def head_bias_rules(config: DecoderConfig, source: str = "", target: str = "") -> list[Rule]:
+    """The rule of the output layer's bias, below `source` and `target`; none without a bias."""
+    variable = "head_bias" if config.tied else "head.bias"
+    rule = Rule(source=f"{source}lm_head.bias", target=f"{target}{variable}")
+    return [rule] if config.head_bias else []
 
 
 def _layer_rules(config: DecoderConfig, lora: LoraConfig | None) -> Iterator[Rule]:

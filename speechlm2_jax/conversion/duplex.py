@@ -1,7 +1,12 @@
 """NeMo's names of a whole duplex model, and of its codec alone."""
 
 from speechlm2_jax.conversion.codec import codec_table
-from speechlm2_jax.conversion.decoder import PEFT_PREFIX, TIED_COPIES_DIFFER, layers_table
+from speechlm2_jax.conversion.decoder import (
+    PEFT_PREFIX,
+    TIED_COPIES_DIFFER,
+    head_bias_rules,
+    layers_table,
+)
 from speechlm2_jax.conversion.mapping import LAYER, Rule, Table
 from speechlm2_jax.conversion.perception import perception_table
 from speechlm2_jax.conversion.speech_decoder import speech_decoder_table
@@ -36,6 +41,7 @@ def duplex_table(config: DuplexConfig) -> Table:
     table = Table(
         (
             *ends,
+            *head_bias_rules(config.llm, "", "llm."),
             Rule(source=f"embed_audio_tokens.{LAYER}.weight", target="code_embedding.weight"),
             Rule(source="audio_head.weight", target="audio_head.weight"),
             Rule(source="audio_head.bias", target="audio_head.bias"),

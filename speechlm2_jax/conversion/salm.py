@@ -1,6 +1,11 @@
 """NeMo's names of a whole SALM."""
 
-from speechlm2_jax.conversion.decoder import PEFT_PREFIX, TIED_COPIES_DIFFER, layers_table
+from speechlm2_jax.conversion.decoder import (
+    PEFT_PREFIX,
+    TIED_COPIES_DIFFER,
+    head_bias_rules,
+    layers_table,
+)
 from speechlm2_jax.conversion.mapping import Rule, Table, aliases
 from speechlm2_jax.conversion.perception import perception_table
 from speechlm2_jax.networks.salm import SalmConfig
@@ -31,6 +36,7 @@ def salm_table(config: SalmConfig) -> Table:
                 Rule(source=head, target="llm.head.weight", also=("lm_head.weight",)),
             )
         )
+    ends += Table(tuple(head_bias_rules(config.llm, llm, "llm.")))
     layers = layers_table(config.llm, config.lora).prefixed(source=llm, target="llm.")
     speech = perception_table(config.perception)
     return ends + layers + speech.prefixed(source="perception.", target="perception.")

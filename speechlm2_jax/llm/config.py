@@ -83,6 +83,7 @@ class DecoderConfig:
     tied: bool = False
     """The output layer is the embedding table."""
     head_bias: bool = False
+    """The output layer has a bias, tied or not (Phi)."""
     embedding_scale: float = 1.0
     """Factor of the embeddings."""
     scales_all_inputs: bool = False

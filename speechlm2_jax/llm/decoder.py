@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from speechlm2_jax.layers.attention import MASKED_KEY, AttentionMask
 from speechlm2_jax.layers.cache import CachedOutput, KVCache
 from speechlm2_jax.layers.dropout import fold_rngs
-from speechlm2_jax.layers.linear import Embedding, Linear, gathered, matmul
+from speechlm2_jax.layers.linear import Embedding, Linear, gathered, matmul, zeros
 from speechlm2_jax.layers.lora import LoraConfig
+from speechlm2_jax.layers.module import param
 from speechlm2_jax.layers.rope import rotation
 from speechlm2_jax.layers.scores import capped
 from speechlm2_jax.layers.stack import RematPolicy, scan_layers, stack
@@ -96,6 +97,8 @@ class Decoder(nnx.Module):
         self.remainder = stacks(config.remainder, 1) if config.remainder else None
         self.norm = make_norm(config, config.width, rngs)
         self.head = None if config.tied else _head(config, rngs)
+        has_own_bias = config.tied and config.head_bias
+        self.head_bias = _head_bias(config, rngs) if has_own_bias else None
 
     def embed(self, ids: Int[Array, "B *inner T"]) -> Float[Array, "B *inner T D"]:
         """Looks up token embeddings, in the dtype of the table."""
@@ -182,8 +185,9 @@ class Decoder(nnx.Module):
         """Computes the logits of every token, in fp32 whatever the dtype of `hidden`."""
         weight = gathered((self.embedding if self.head is None else self.head).weight, hidden.dtype)
         logits = matmul(hidden, weight, preferred_element_type=jnp.float32)
-        if self.head is not None and self.head.bias is not None:
-            logits += self.head.bias[...].astype(jnp.float32)[None, None]
+        bias = self.head_bias if self.head is None else self.head.bias
+        if bias is not None:
+            logits += bias[...].astype(jnp.float32)[None, None]
         if self.config.logit_scale != 1.0:
             logits *= self.config.logit_scale
         logits = capped(logits, self.config.logit_softcap)
@@ -325,6 +329,10 @@ def _in_order(emitted: list[Any]) -> Any:
 
 def _normed(x: Float[Array, "B T D"], norm: Any) -> Float[Array, "B T D"]:
     return x if norm is None else norm(x)
+
+
+def _head_bias(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.Param:
+    return param(rngs, (config.vocab_size,), ("vocab",), zeros)
 
 
 def _head(config: DecoderConfig, rngs: nnx.Rngs) -> Linear:

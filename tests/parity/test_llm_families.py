@@ -1,6 +1,7 @@
 """Each family of LLMs equals transformers: logits, loss, gradients, generation, names, meshes."""
 
 import json
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -14,13 +15,16 @@ from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.decoder import decoder_table, layers_table
 from speechlm2_jax.conversion.hf_config import decoder_config
 from speechlm2_jax.conversion.readers.source import memory_source
+from speechlm2_jax.conversion.salm import salm_table
 from speechlm2_jax.generation.salm import DecodingConfig, generate_tokens
 from speechlm2_jax.layers.lora import LoraConfig, merge_lora
 from speechlm2_jax.layers.module import Variables, abstract, describe, merge, split
 from speechlm2_jax.llm.decoder import Decoder
 from speechlm2_jax.llm.families import FAMILIES
+from speechlm2_jax.networks.salm import SalmConfig
 from speechlm2_jax.sharding import make_sharding, use
 from tests.parity.tiny_families import MODELS, config_of, tiny_model
+from tests.perception.small_perception import perception_config
 
 ATOL = 1e-4
 GRADIENT_RTOL = 1e-4
@@ -133,6 +137,23 @@ def test_freeze_patterns_see_the_names_of_transformers(name: str) -> None:
     names = {n.name for n in mapping.names(table, infos) if not n.is_alias and not n.is_buffer}
     tied = {"lm_head.weight"} if tiny_model(name).config.tie_word_embeddings else set()
     assert names == {n for n, _ in tiny_model(name).named_parameters()} - tied
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_speech_model_names_every_variable_of_its_llm(name: str) -> None:
+    graphdef, variables, _ = load(name)
+    network = merge(graphdef, variables)
+    width = network.config.width
+    perception = replace(perception_config(), output_dim=width)
+    salm = SalmConfig(llm=network.config, perception=perception)
+    own = (rule for rule in salm_table(salm).rules if rule.target.startswith("llm."))
+    infos = {f"llm.{path}": info for path, info in describe(network).items()}
+    written = mapping.names(mapping.Table(tuple(own)), infos)
+    names = {n.name.removeprefix("llm.") for n in written if not n.is_buffer}
+    theirs = {n for n, _ in tiny_model(name).named_parameters()}
+    assert names - {"lm_head.weight"} == {
+        n.replace("model.embed_tokens", "embed_tokens") for n in theirs - {"lm_head.weight"}
+    }
 
 
 @pytest.mark.slow  # a second model of each family

@@ -20,7 +20,7 @@ def read(a: Attributes) -> Fields:
             "norm": "layer",
             "norm_bias": True,
             "gated": False,
-            "head_bias": not fields["tied"],
+            "head_bias": True,
         }
     )
 
