@@ -12,7 +12,7 @@ class DuplexModelConfig:
     """NeMo's `model:` block for DuplexS2SModel."""
 
     pretrained_llm: str
-    """Directory or hub name of the Hugging Face LLM: architecture, tokenizer and weights."""
+    """Hugging Face LLM (directory or hub name) or GGUF file: architecture, tokenizer, weights."""
     pretrained_audio_codec: str
     """`.nemo` file (or hub name) of the audio codec."""
     pretrained_asr: str | None = None

@@ -12,7 +12,7 @@ class SalmModelConfig:
     """NeMo's `model:` block for SALM; nested blocks that are read elsewhere stay mappings."""
 
     pretrained_llm: str
-    """Directory or hub name of the Hugging Face LLM: architecture, tokenizer and weights."""
+    """Hugging Face LLM (directory or hub name) or GGUF file: architecture, tokenizer, weights."""
     pretrained_asr: str | None = None
     """`.nemo` file (or hub name) whose preprocessor and encoder initialize perception."""
     pretrained_weights: bool = True

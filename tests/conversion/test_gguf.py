@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file
 from convert import main
 from speechlm2_jax.conversion.decoder import decoder_table
 from speechlm2_jax.conversion.errors import ConversionError
-from speechlm2_jax.conversion.gguf import open_gguf
+from speechlm2_jax.conversion.gguf import open_gguf, write_directory
 from speechlm2_jax.conversion.gguf.rotary import find_llama3
 from speechlm2_jax.conversion.hf_config import decoder_config
 from speechlm2_jax.conversion.mapping import check
@@ -236,3 +237,32 @@ def test_other_divisors_are_refused(tmp_path):
             continue
         with pytest.raises(ConversionError, match="rope_freqs"):
             open_gguf(path)
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+    keys, tensors = minimal()
+    number, kind = BY_NAME["Q8_0"]
+    keys |= {
+        "llama.block_count": 4,
+        "llama.feed_forward_length": 8192,
+        "llama.embedding_length": 32,
+    }
+    keys |= {f"llama.attention.{name}_length": 16 for name in ("key", "value")}
+    keys["llama.rope.dimension_count"] = 16
+    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    shapes |= {"ffn_gate": (8192, 32), "ffn_up": (8192, 32), "ffn_down": (32, 8192)}
+    stored = {"token_embd.weight": (4, 32), "output_norm.weight": (32,)}
+    for layer in range(4):
+        for name in (n.split(".")[2] for n in tensors if n.startswith("blk.0")):
+            stored[f"blk.{layer}.{name}.weight"] = shapes.get(name, (32,))
+    row = GOLDEN["Q8_0.blocks"].reshape(-1, kind.size_bytes)[0]
+    blocks = {n: np.tile(row, (int(np.prod(s)) // 32, 1)).tobytes() for n, s in stored.items()}
+    tensors = {name: Stored(number, shape, blocks[name]) for name, shape in stored.items()}
+    path = write_gguf(tmp_path / "m.gguf", keys, tensors)
+    largest = 8192 * 32 * 4
+    tracemalloc.start()
+    write_directory(path, tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "out/model.safetensors").stat().st_size > 12 * largest
+    assert peak < 4 * largest

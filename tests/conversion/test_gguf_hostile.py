@@ -130,6 +130,7 @@ MODELS = {
     "no architecture": ({"general.architecture": 3}, "'3'"),
     "an adapter": ({"general.type": "adapter"}, "'adapter', not a model"),
     "a part of a file": ({"split.count": 3}, "3 parts.*--merge"),
+    "older blocks": ({"general.quantization_version": 1}, "quantization_version.*2 is supported"),
     "no sizes": ({"llama.block_count": None}, r"llama\.block_count is missing"),
     "a size of 0": ({"llama.embedding_length": 0}, "embedding_length=0"),
     "a size that is text": ({"llama.embedding_length": "8"}, "embedding_length='8'"),

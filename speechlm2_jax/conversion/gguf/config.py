@@ -18,6 +18,8 @@ from speechlm2_jax.conversion.readers import GgufFile
 from speechlm2_jax.llm.families.attributes import FULL, SLIDING
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+BLOCKS_VERSION = 2
+"""Of the layouts in `readers/gguf_blocks.py`; the only one that GGUF files had so far."""
 GELU = "gelu_pytorch_tanh"
 LARGEST_GEMMA2, LARGEST_GEMMA3 = 46, 62
 """Layers of the models of 27B, whose scores are scaled by the width that the heads share."""
@@ -85,6 +87,11 @@ def architecture_of(file: GgufFile) -> Architecture:
         raise ConversionError(
             f"{file.path}: {ARCHITECTURE} {str(name)[:40]!r} is not supported; choose among "
             f"{', '.join(ARCHITECTURES)}"
+        )
+    if file.metadata.get("general.quantization_version", BLOCKS_VERSION) != BLOCKS_VERSION:
+        raise ConversionError(
+            f"{file.path} has blocks of another version (general.quantization_version); "
+            f"{BLOCKS_VERSION} is supported"
         )
     if file.metadata.get("split.count", 1) not in (0, 1):
         raise ConversionError(

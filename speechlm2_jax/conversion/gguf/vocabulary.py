@@ -37,7 +37,7 @@ END_TOKENS = (
     "</s>",
     "<eos>",
 )
-"""Control tokens that end a generation in every model that has them, as in llama.cpp."""
+"""Tokens that end a generation in every model that has them, as in llama.cpp."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,8 @@ def read_vocabulary(file: GgufFile) -> GgufVocabulary:
     special |= {n: i for n, key in SPECIAL.items() if (i := reader.id(key, count)) is not None}
     ends = [reader.id(key, count) for key in END_KEYS]
     ends.append(special.get("eos"))
-    ends += [i for i, t in enumerate(tokens) if types[i] == CONTROL and t in END_TOKENS]
+    whole = (CONTROL, USER_DEFINED)
+    ends += [i for i, token in enumerate(tokens) if types[i] in whole and token in END_TOKENS]
     used = 1 + max((i for i, kind in enumerate(types) if kind != UNUSED), default=-1)
     used = max(used, 1 + max(special.values(), default=-1))
     return GgufVocabulary(
