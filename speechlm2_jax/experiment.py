@@ -315,7 +315,8 @@ def model_kind(cfg: Mapping[str, Any]) -> type[Model]:
 def make_data(cfg: Mapping[str, Any], model: Model) -> DataModule:
     """Makes the data of a `data:` block as the model takes it. Raises SettingsError."""
     if not isinstance(model, DuplexS2SModel):
-        return DataModule(cfg, tokenizer=model.tokenizer, dataset=SALMDataset(model.tokenizer))
+        dataset = SALMDataset(model.tokenizer, prompt_format=model.cfg.get("prompt_format"))
+        return DataModule(cfg, tokenizer=model.tokenizer, dataset=dataset)
     dataset = DuplexS2SDataset.from_config(cfg, model.tokenizer, model.max_frames)
     for key, given, wanted in (
         ("source_sample_rate", dataset.source_sample_rate, model.sampling_rate),
@@ -390,8 +391,7 @@ def hypotheses(model: SALM | CTCModel, prompts: Sequence[SalmExample]) -> list[s
     """The generated text for each prompt; a CTC model transcribes the first recording only."""
     if isinstance(model, CTCModel):
         return [*model.transcribe([prompt.audio[0] for prompt in prompts])]
-    ids = model.answer(prompts, VALIDATION_MAX_NEW_TOKENS)
-    return [text_before_end(model, tokens) for tokens in ids]
+    return [text_before_end(model, i) for i in model.answer(prompts, VALIDATION_MAX_NEW_TOKENS)]
 
 
 def text_before_end(model: SALM, ids: np.ndarray) -> str:

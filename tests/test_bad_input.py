@@ -69,7 +69,12 @@ CASES = {
     ),
     "missing LLM": (["model.pretrained_llm=./nowhere"], ["model.pretrained_llm", "./nowhere"]),
     "missing .nemo": (["model.pretrained_asr=nowhere.nemo"], ["model.pretrained_asr"]),
-    "missing token": (["model.prompt_format=qwen"], ["<|im_start|>"]),
+    "missing token": (
+        ["model.prompt_format=qwen"],
+        ["model.prompt_format", "<|im_start|>", "llm/llama", "set prompt_format to", "llama2"],
+    ),
+    "no prompt format": (["model.prompt_format=null"], ["model.prompt_format: required", "plain"]),
+    "no chat template": (["model.prompt_format=auto"], ["model.prompt_format", "chat template"]),
     "unknown prompt format": (["model.prompt_format=klingon"], ["klingon", "llama2"]),
     "adapter width": ([f"{ADAPTER}.feat_in=99"], ["feat_in=99", "16"]),
     "vggnet": ([f"{ADAPTER}.subsampling=vggnet"], ["vggnet"]),

@@ -316,7 +316,7 @@ class DataLoaderConfig(LoaderConfig):
     text_field: str = "text"
     """Key of the response in a NeMo manifest's rows."""
     prompt_format: str | None = None
-    """Required: a name of NeMo's formats, llama2, qwen or gemma for example (docs/data.md)."""
+    """`auto`, or a name of NeMo's formats, as llama2 (docs/data.md); null: the model's."""
     token_equivalent_duration: float | None = None
     """Seconds of audio that count as one token where lengths are measured."""
     batch_tokens: int | None = None

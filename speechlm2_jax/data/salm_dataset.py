@@ -17,7 +17,7 @@ from speechlm2_jax.data.prompts import PromptError, PromptFormatter
 from speechlm2_jax.data.readers import read_manifest
 from speechlm2_jax.data.salm_contents import SalmContents, measure, placeholder_id
 from speechlm2_jax.data.shar import read_shar
-from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.settings import SettingsError
 
 _DIALOGS_AT_ONCE = 4096
@@ -40,11 +40,15 @@ class SALMDataset:
     Args:
         tokenizer: with the audio locator tag among its tokens.
         sample_rate: of the samples that `dataset[conversations]` gives; a DataModule uses its own.
+        prompt_format: of data whose settings name none; None: the tokenizer's chat template.
     """
 
-    def __init__(self, tokenizer: Tokenizer, sample_rate: int = 16000) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, sample_rate: int = 16000, prompt_format: str | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.sample_rate = sample_rate
+        self.prompt_format = prompt_format
         self.pad_id = tokenizer.pad_id
 
     data_config = DataConfig
@@ -81,12 +85,12 @@ class SALMDataset:
 
         Raises SettingsError if the prompt format or the audio tag does not suit the tokenizer.
         """
-        if config.prompt_format is None:
-            raise SettingsError(
-                f"{where}.prompt_format: required (llama2, llama3, qwen, plain, ...)"
-            )
         placeholder = placeholder_id(conversations, self.tokenizer, where)
-        encoded = self.encode(conversations, config.prompt_format)
+        try:
+            formatter = PromptFormatter(config.prompt_format or self.prompt_format, self.tokenizer)
+        except (PromptError, TokenizerError) as error:
+            raise SettingsError(f"{where}.prompt_format: {error}") from error
+        encoded = _encode_all(conversations, formatter)
         try:
             measures = measure(
                 encoded,
@@ -106,17 +110,13 @@ class SALMDataset:
         )
 
     def encode(
-        self, conversations: Sequence[Conversation], prompt_format: str
+        self, conversations: Sequence[Conversation], prompt_format: str | None
     ) -> list[Conversation]:
         """Gives each conversation its token ids.
 
         Raises PromptError, naming the conversation, for one that the format cannot express.
         """
-        formatter = PromptFormatter(prompt_format, self.tokenizer)
-        encoded: list[Conversation] = []
-        for start in range(0, len(conversations), _DIALOGS_AT_ONCE):
-            encoded += _encode(conversations[start : start + _DIALOGS_AT_ONCE], formatter)
-        return encoded
+        return _encode_all(conversations, PromptFormatter(prompt_format, self.tokenizer))
 
     def example(self, conversation: Conversation, sample_rate_hz: int) -> SalmExample:
         """Reads the audio of a conversation; raises AudioError if any of it cannot be used."""
@@ -177,6 +177,15 @@ class SALMDataset:
                 yield conversation, self.example(conversation, self.sample_rate)
             except AudioError:
                 continue
+
+
+def _encode_all(
+    conversations: Sequence[Conversation], formatter: PromptFormatter
+) -> list[Conversation]:
+    encoded: list[Conversation] = []
+    for start in range(0, len(conversations), _DIALOGS_AT_ONCE):
+        encoded += _encode(conversations[start : start + _DIALOGS_AT_ONCE], formatter)
+    return encoded
 
 
 def _encode(chunk: Sequence[Conversation], formatter: PromptFormatter) -> list[Conversation]:

@@ -1,46 +1,24 @@
 """Text <-> token ids, over Hugging Face tokenizers and SentencePiece models, by NeMo's names."""
 
 import logging
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from speechlm2_jax.data.tokenizer_contents import contents_of_files, contents_of_model
-from speechlm2_jax.data.tokenizer_file import (
-    EncodingLimits,
-    TokenizerError,
-    check_before_loading,
-    content_problem,
-    is_generic,
-    load_error,
+from speechlm2_jax.data.tokenizer_backends import (
+    SPECIAL_NAMES,
+    Encoded,
+    of_model,
+    open_backend,
 )
+from speechlm2_jax.data.tokenizer_file import TokenizerError
 
 __all__ = ["Tokenizer", "TokenizerError"]
 
-SPECIAL_NAMES = ("bos", "eos", "pad", "unk")
-
 log = logging.getLogger(__name__)
-
-
-class _Backend(Protocol):
-    """What Tokenizer needs of a library."""
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
-    def tokens(self, text: str) -> list[str]: ...
-    def decode(self, ids: list[int], skip_special: bool) -> str: ...
-    def join(self, tokens: list[str]) -> str: ...
-    def token_to_id(self, token: str) -> int | None: ...
-    def id_to_token(self, index: int) -> str: ...
-    def special_token(self, name: str) -> str | None: ...
-    def add(self, tokens: Sequence[str], names: Mapping[str, str]) -> int: ...
-    def save(self, directory: str | Path) -> None: ...
-    def serialized(self) -> bytes: ...
-    def contents(self) -> str | None: ...
-    def __len__(self) -> int: ...
 
 
 class Tokenizer:
@@ -55,16 +33,13 @@ class Tokenizer:
 
     def __init__(self, name_or_path: str | Path) -> None:
         self.name = str(name_or_path)
-        if Path(self.name).suffix == ".model":
-            self._backend: _Backend = _SentencePiece.from_file(self.name)
-        else:
-            self._backend = _HuggingFace(self.name)
+        self._backend = open_backend(self.name)
 
     @classmethod
     def from_sentencepiece(cls, model: bytes, name: str = "tokenizer.model") -> "Tokenizer":
         """Makes one of the content of a SentencePiece model, out of an archive for instance."""
         tokenizer = cls.__new__(cls)
-        tokenizer.name, tokenizer._backend = name, _SentencePiece(model, name)
+        tokenizer.name, tokenizer._backend = name, of_model(model, name)
         return tokenizer
 
     def __len__(self) -> int:
@@ -87,6 +62,13 @@ class Tokenizer:
         distinct = list(dict.fromkeys(texts))
         ids = dict(zip(distinct, self._backend.encode(distinct), strict=True)) if distinct else {}
         return [list(ids[text]) for text in texts]
+
+    def texts_with_offsets(self, texts: Sequence[str]) -> list[Encoded]:
+        """Encodes texts, with the characters [begin, end) that each id stands for.
+
+        Raises TokenizerError for a tokenizer whose library does not tell them.
+        """
+        return self._backend.encode_with_offsets(texts)
 
     def ids_to_text(self, ids: Any, remove_special_tokens: bool = True) -> str:
         """Decodes `[T]` ids: a list, or any array (NumPy, JAX, torch)."""
@@ -148,6 +130,21 @@ class Tokenizer:
     def serialized(self) -> bytes:
         """The SentencePiece model that it was made of. Raises TokenizerError for another kind."""
         return self._backend.serialized()
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that writes its dialogs, or None."""
+        return self._backend.chat_template()
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """`bos_token`, `eos_token`, ...: the tokens that it has, as a chat template sees them."""
+        return self._backend.special_tokens()
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """The tokens that are never split: those of its files and those added here."""
+        return self._backend.added_tokens()
 
     @property
     def contents(self) -> str | None:
@@ -217,184 +214,3 @@ def _warn_of_no_pad(name: str) -> None:
         "pad_token in its tokenizer_config.json if that token occurs in texts",
         name,
     )
-
-
-class _HuggingFace:
-    """A tokenizer of transformers. Code in a repository is never run."""
-
-    def __init__(self, name: str) -> None:
-        looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-        if looks_local and not Path(name).expanduser().is_dir():
-            raise TokenizerError(f"tokenizer {name}: no such directory")
-        self._path = path = Path(name).expanduser()
-        file = f"{name}/tokenizer.json"
-        check_before_loading(path)
-        if is_generic(path):
-            from transformers import PreTrainedTokenizerFast as Reader
-        else:
-            from transformers import AutoTokenizer as Reader
-        try:
-            self._tokenizer = Reader.from_pretrained(
-                str(path) if path.is_dir() else name, trust_remote_code=False
-            )
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # tokenizers raises bare Exceptions and Rust panics
-            raise load_error(name, path, error) from error
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        self._limits = EncodingLimits(file=file)
-        if backend is not None:
-            self._limits = EncodingLimits.of_backend(backend, file)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        characters = sum(map(len, texts))
-        ids = self._limits.run(lambda: self._encode(texts), characters)
-        for sequence, text in zip(ids, texts, strict=True):
-            self._limits.check_count(sequence, text)
-        return ids
-
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is not None and backend.truncation is None and backend.padding is None:
-            # transformers' own call spends most of its time on what is not asked for here
-            encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [encoding.ids for encoding in encoded]
-        return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-
-    def tokens(self, text: str) -> list[str]:
-        found = self._limits.run(lambda: self._tokenizer.tokenize(text), len(text))
-        self._limits.check_count(found, text)
-        return found
-
-    def decode(self, ids: list[int], skip_special: bool) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
-
-    def join(self, tokens: list[str]) -> str:
-        return self._tokenizer.convert_tokens_to_string(tokens)
-
-    def token_to_id(self, token: str) -> int | None:
-        found = self._tokenizer.convert_tokens_to_ids(token)
-        is_unknown = found == self._tokenizer.unk_token_id and token != self._tokenizer.unk_token
-        return None if is_unknown else found
-
-    def id_to_token(self, index: int) -> str:
-        return self._tokenizer.convert_ids_to_tokens(index) or ""  # rows beyond the tokens
-
-    def special_token(self, name: str) -> str | None:
-        return getattr(self._tokenizer, f"{name}_token")
-
-    def add(self, tokens: Sequence[str], names: Mapping[str, str]) -> int:
-        before = len(self._tokenizer)
-        if names:
-            self._tokenizer.add_special_tokens(dict(names))
-        self._tokenizer.add_tokens(list(tokens), special_tokens=True)
-        return len(self._tokenizer) - before
-
-    def save(self, directory: str | Path) -> None:
-        self._tokenizer.save_pretrained(str(directory))
-
-    def serialized(self) -> bytes:
-        raise TokenizerError("this tokenizer is of transformers; it has no SentencePiece model")
-
-    def contents(self) -> str | None:
-        return contents_of_files(self._path)
-
-    def __len__(self) -> int:
-        return len(self._tokenizer)
-
-
-class _SentencePiece:
-    """A SentencePiece model, with added special tokens after its own pieces."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        if (problem := content_problem(content)) is not None:
-            raise TokenizerError(f"tokenizer {name}: {problem}")
-        try:
-            self._model = SentencePieceProcessor(model_proto=content)
-        except (RuntimeError, OSError) as error:
-            raise TokenizerError(f"tokenizer {name}: not a SentencePiece model") from error
-        self._limits, self._content = EncodingLimits(file=name), content
-        self._added: dict[str, int] = {}
-        ids = {n: getattr(self._model, f"{n}_id")() for n in SPECIAL_NAMES}
-        self._named = {n: self._model.id_to_piece(i) for n, i in ids.items() if i >= 0}
-
-    @classmethod
-    def from_file(cls, path: str) -> "_SentencePiece":
-        if not Path(path).is_file():
-            raise TokenizerError(f"tokenizer {path}: no such file")
-        return cls(Path(path).read_bytes(), path)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(self._ids(text)) for text in texts]
-
-    def _ids(self, text: str) -> Iterable[int]:
-        for part in self._split(text):
-            if part in self._added:
-                yield self._added[part]
-            else:
-                ids = self._model.encode(part)
-                self._limits.check_count(ids, part)
-                yield from ids
-
-    def _split(self, text: str) -> list[str]:
-        if not self._added:
-            return [text]
-        pattern = "|".join(re.escape(t) for t in sorted(self._added, key=len, reverse=True))
-        return [part for part in re.split(f"({pattern})", text) if part]
-
-    def tokens(self, text: str) -> list[str]:
-        return [self.id_to_token(i) for i in self._ids(text)]
-
-    def decode(self, ids: list[int], skip_special: bool) -> str:
-        tokens = [self.id_to_token(i) for i in ids]
-        special = {*self._added, *self._named.values()} if skip_special else set()
-        return self.join([t for t in tokens if t not in special])
-
-    def join(self, tokens: list[str]) -> str:
-        text, run = "", []
-        for token in [*tokens, None]:
-            if token is not None and token not in self._added:
-                run.append(token)
-                continue
-            text += (self._model.decode_pieces(run) if run else "") + (token or "")
-            run = []
-        return text
-
-    def token_to_id(self, token: str) -> int | None:
-        if token in self._added:
-            return self._added[token]
-        found = self._model.piece_to_id(token)
-        return found if self._model.id_to_piece(found) == token else None
-
-    def id_to_token(self, index: int) -> str:
-        pieces = self._model.get_piece_size()
-        if index < pieces:
-            return self._model.id_to_piece(index)
-        return list(self._added)[index - pieces]
-
-    def special_token(self, name: str) -> str | None:
-        return self._named.get(name)
-
-    def add(self, tokens: Sequence[str], names: Mapping[str, str]) -> int:
-        before = len(self)
-        for token in [*names.values(), *tokens]:
-            if self.token_to_id(token) is None:
-                self._added[token] = len(self)
-        self._named |= {name.removesuffix("_token"): token for name, token in names.items()}
-        return len(self) - before
-
-    def save(self, directory: str | Path) -> None:
-        target = Path(directory) / "tokenizer.model"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(self._content)
-
-    def serialized(self) -> bytes:
-        return self._content
-
-    def contents(self) -> str | None:
-        return contents_of_model(self._content)
-
-    def __len__(self) -> int:
-        return self._model.get_piece_size() + len(self._added)

@@ -146,7 +146,7 @@ def prepare_prompts(
         pad_id=engine.text_pad_id,
         bos_id=engine.text_bos_id,
         vocab_size=engine.text_vocab_size,
-        enable_thinking=enable_thinking is not False,
+        enable_thinking=enable_thinking,
     )
     examples, ids = prompt_examples(*inputs, context, first)
     for example in examples:

@@ -27,7 +27,7 @@ class PromptContext:
     pad_id: int
     bos_id: int | None
     vocab_size: int
-    enable_thinking: bool = True
+    enable_thinking: bool | None = None
     placeholder: str = DEFAULT_AUDIO_LOCATOR_TAG
     """The text of `placeholder_id`."""
 

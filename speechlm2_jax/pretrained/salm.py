@@ -9,8 +9,8 @@ from flax import nnx
 
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion import salm as salm_tables
-from speechlm2_jax.data.prompts import PromptFormatter
-from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.data.prompts import PromptError, PromptFormatter
+from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.networks.salm import Salm, SalmConfig
 from speechlm2_jax.pretrained.blueprint import Blueprint
 from speechlm2_jax.pretrained.components import find_asr, find_llm, perception_config, read_lora
@@ -46,6 +46,7 @@ def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...] = ()) -> SalmB
     tokenizer = Tokenizer(llm.tokenizer)
     tokenizer.add_special_tokens([config.audio_locator_tag])
     placeholder_id = tokenizer.require(config.audio_locator_tag, "model.audio_locator_tag")
+    formatter = prompt_formatter(config.prompt_format, tokenizer)
     asr_file = find_asr(config, location)
     block, perception = perception_config(config.perception, asr_file, llm.decoder.width)
     lora = read_lora(config, llm.decoder)
@@ -60,10 +61,10 @@ def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...] = ()) -> SalmB
         raise SettingsError(f"model: {error}") from error
     return SalmBlueprint(
         config=config,
-        cfg={**cfg, "perception": block},
+        cfg={**cfg, "prompt_format": formatter.name, "perception": block},
         llm_config=llm.config,
         tokenizer=tokenizer,
-        formatter=PromptFormatter(config.prompt_format, tokenizer),
+        formatter=formatter,
         placeholder_id=placeholder_id,
         pad_id=tokenizer.pad_id,
         network=network,
@@ -71,3 +72,11 @@ def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...] = ()) -> SalmB
         asr_file=asr_file,
         near=near,
     )
+
+
+def prompt_formatter(name: str | None, tokenizer: Tokenizer) -> PromptFormatter:
+    """The prompt format of a model. Raises SettingsError that begins with the key to change."""
+    try:
+        return PromptFormatter(name, tokenizer)
+    except (PromptError, TokenizerError) as error:
+        raise SettingsError(f"model.prompt_format: {error}") from error

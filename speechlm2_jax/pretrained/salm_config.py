@@ -21,7 +21,8 @@ class SalmModelConfig:
     """Where the tokenizer is, if not with `pretrained_llm`."""
     freeze_params: tuple[str, ...] = ()
     prevent_freeze_params: tuple[str, ...] = ()
-    prompt_format: str
+    prompt_format: str | None = None
+    """A name of `data.prompts.FORMATS`; `auto`, the default: the tokenizer's own chat template."""
     audio_locator_tag: str = DEFAULT_AUDIO_LOCATOR_TAG
     perception: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] | None = None

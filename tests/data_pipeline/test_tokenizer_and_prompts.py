@@ -8,6 +8,7 @@ import pytest
 from speechlm2_jax.data.prompts import FORMATS, PromptError, PromptFormatter
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.data.tokenizer_file import is_generic
+from tests.data_pipeline.chat_templates import CHATML, MISTRAL, tokenizer_with
 
 DATA = Path(__file__).parents[1] / "data"
 TAG = "<|audioplaceholder|>"
@@ -124,12 +125,33 @@ def test_sentencepiece_models_encode_with_added_tokens(sentencepiece_path):
 def test_a_format_names_the_token_that_the_tokenizer_lacks(name, sentencepiece_path):
     tokenizer = Tokenizer(sentencepiece_path)
     tokenizer.add_special_tokens(FORMATS[name].tokens[:-1])
-    if name == "mistral":  # `</s>` is a piece of every model
-        PromptFormatter(name, tokenizer)
-        return
-    missing = FORMATS[name].tokens[-1].replace("|", r"\|")
+    # `<s>` is a piece of every SentencePiece model, which no text becomes
+    missing = "<s>" if name == "mistral" else FORMATS[name].tokens[-1].replace("|", r"\|")
     with pytest.raises(TokenizerError, match=f"'{name}' needs the token '{missing}'"):
         PromptFormatter(name, tokenizer)
+
+
+def test_the_formats_that_fit_are_named_and_auto_where_there_is_a_template(tmp_path, llama):
+    with pytest.raises(TokenizerError) as found:
+        PromptFormatter("qwen", llama)
+    assert "whose tokens it has: plain, llama2, mistral" in str(found.value)
+    assert "would split into 11; set prompt_format to one" in str(found.value)
+    own = tokenizer_with(CHATML, tmp_path / "own", "llm/llama")
+    with pytest.raises(TokenizerError, match=r"set prompt_format to auto \(the tokenizer's own"):
+        PromptFormatter("qwen", own)
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral"])
+def test_one_warning_where_the_template_has_not_the_formats_plain_markup(tmp_path, caplog, name):
+    tokenizer = tokenizer_with(CHATML, tmp_path / "chatml")
+    for _ in range(2):
+        PromptFormatter(name, tokenizer)
+    (record,) = caplog.records
+    assert name in record.message and "[INST]" in record.message and "auto" in record.message
+    caplog.clear()
+    PromptFormatter(name, tokenizer_with(MISTRAL, tmp_path / "mistral"))
+    PromptFormatter(name, tokenizer_with(None, tmp_path / "none"))
+    assert not caplog.records
 
 
 def test_a_format_that_needs_a_begin_token_refuses_a_tokenizer_without_one():

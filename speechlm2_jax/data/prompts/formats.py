@@ -23,6 +23,8 @@ class PromptFormat:
     turns: Mapping[str, str]
     tokens: tuple[str, ...] = ()
     """Tokens that the tokenizer must have, or the model would read the markup as plain text."""
+    plain_markup: tuple[str, ...] = ()
+    """Markup that is plain text for every tokenizer, so that none is refused for it."""
     inference_prefix: str | None = None
     """The generation prompt: opens the response when the last turn is not the model's."""
     insert_bos: bool = False
@@ -33,6 +35,8 @@ class PromptFormat:
     """How responses open with a thought. Only the last response of such a dialog has a loss."""
 
 
+AUTO = "auto"
+"""The format that the tokenizer's own chat template is (`template_encoder`)."""
 _LLAMA3_TURN = "<|start_header_id|>{}<|end_header_id|>\n\n|message|<|eot_id|>"
 _CHATML_TURN = "<|im_start|>{}\n|message|<|im_end|>\n"
 
@@ -44,6 +48,7 @@ FORMATS: Mapping[str, PromptFormat] = {
             "user": "|bos|[INST] |message| [/INST]",
             OUTPUT_ROLE: "|message| |eos|",
         },
+        plain_markup=("[INST]", "[/INST]"),
     ),
     "llama3": PromptFormat(
         turns={
@@ -86,6 +91,7 @@ FORMATS: Mapping[str, PromptFormat] = {
             OUTPUT_ROLE: "|message|</s>",
         },
         tokens=("<s>", "</s>"),
+        plain_markup=("[INST]", "[/INST]"),
     ),
     "nemotron-h": PromptFormat(
         turns={
