@@ -127,6 +127,12 @@ def model_sections() -> list[Section]:
             note="Freezes the LLM and trains its adapters, with PEFT's meaning and names.",
         ),
         Section(
+            path="model.lora",
+            classes=one("layers.automodel_lora:AutomodelLoraConfig"),
+            of="SALMAutomodel",
+            note="With `model.use_nemo_automodel: true`.",
+        ),
+        Section(
             path="model.perception",
             classes=one("perception.perception:PerceptionConfig"),
             note="What the block leaves out comes from `pretrained_asr`.",

@@ -25,12 +25,12 @@ from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.evaluation.duplex import scoring
 from speechlm2_jax.evaluation.metrics.wer import text_normalizer, word_errors
-from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.models.ctc import CTCModel
 from speechlm2_jax.models.duplex import DuplexS2SModel
 from speechlm2_jax.models.salm import SALM
 from speechlm2_jax.perception.perception import PerceptionConfig
 from speechlm2_jax.pretrained import registry
+from speechlm2_jax.pretrained.components import lora_class
 from speechlm2_jax.pretrained.errors import USER_ERRORS
 from speechlm2_jax.settings import (
     CompileAhead,
@@ -289,7 +289,7 @@ def check_keys(settings: Mapping[str, Any]) -> None:
     ]
     if not issubclass(kind, CTCModel):
         blocks.insert(1, (PerceptionConfig, model.get("perception"), "model.perception"))
-        blocks.insert(2, (LoraConfig, model.get("lora"), "model.lora"))
+        blocks.insert(2, (lora_class(model), model.get("lora"), "model.lora"))
     for name in ("validation_ds", "test_ds"):
         sets = named_sets(data.get(name), name).values()
         blocks += [(dataset.loader_config, own, where) for own, where in sets]

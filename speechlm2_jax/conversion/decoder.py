@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from speechlm2_jax.conversion.mapping import LAYER, Ignored, Rule, Table
 from speechlm2_jax.layers.activations import XIELU
+from speechlm2_jax.layers.automodel_lora import AutomodelLoraConfig
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.families import FAMILIES
@@ -81,15 +82,18 @@ def _layer_rules(config: DecoderConfig, lora: LoraConfig | None) -> Iterator[Rul
         for part in _norm_parts(config) if is_there else ():
             yield Rule(source=f"{name_of(norm)}.{part}", target=f"{norm}.{part}")
     adapted: frozenset[str] = lora.targets if lora else frozenset()
+    # Automodel patches a linear layer in place, PEFT wraps it
+    is_patched = isinstance(lora, AutomodelLoraConfig)
+    matrix = "weight" if is_patched else "default.weight"
     for module, bias in linear_layers(config).items():
         foreign, has_adapter = name_of(module), module.rpartition(".")[2] in adapted
-        base = f"{foreign}.base_layer" if has_adapter else foreign
+        base = f"{foreign}.base_layer" if has_adapter and not is_patched else foreign
         yield Rule(source=f"{base}.weight", target=f"{module}.weight")
         if bias:
             yield Rule(source=f"{base}.bias", target=f"{module}.bias")
         if has_adapter:
-            yield Rule(source=f"{foreign}.lora_A.default.weight", target=f"{module}.lora_a")
-            yield Rule(source=f"{foreign}.lora_B.default.weight", target=f"{module}.lora_b")
+            yield Rule(source=f"{foreign}.lora_A.{matrix}", target=f"{module}.lora_a")
+            yield Rule(source=f"{foreign}.lora_B.{matrix}", target=f"{module}.lora_b")
     if config.activation == XIELU:
         for part in ("alpha_p", "alpha_n", "beta", "eps"):
             yield Rule(source=f"{name_of('mlp.xielu')}.{part}", target=f"mlp.xielu.{part}")

@@ -1,5 +1,7 @@
 """NeMo's names of a whole SALM."""
 
+from dataclasses import replace
+
 from speechlm2_jax.conversion.decoder import (
     PEFT_PREFIX,
     TIED_COPIES_DIFFER,
@@ -11,31 +13,33 @@ from speechlm2_jax.conversion.perception import perception_table
 from speechlm2_jax.networks.salm import SalmConfig
 
 
-def salm_table(config: SalmConfig) -> Table:
+def salm_table(config: SalmConfig, *, automodel: bool = False) -> Table:
     """A SALM checkpoint: what NeMo's save_pretrained and Lightning write.
 
-    NeMo moves the embedding out of the LLM to `embed_tokens`; other writers left it in place, so
-    both places are read. Tied, it is one tensor with the head, whose parameter name is the head's.
+    NeMo's SALM moves the embedding out of the LLM to `embed_tokens`; SALMAutomodel (`automodel`)
+    and other writers leave it in place, so both places are read. Tied, it is one tensor with the
+    head. Its parameter name is that of the module that comes first: the head in a SALM.
     """
-    llm = "llm." + (PEFT_PREFIX if config.lora else "")
-    inside, head = f"{llm}model.embed_tokens.weight", f"{llm}lm_head.weight"
+    llm = "llm." + (PEFT_PREFIX if config.lora and not automodel else "")
+    outside, inside, head = (
+        "embed_tokens.weight",
+        f"{llm}model.embed_tokens.weight",
+        f"{llm}lm_head.weight",
+    )
+    source, also = (inside, outside) if automodel else (outside, inside)
+    embedding = Rule(source=source, target="llm.embedding.weight", also=(also,))
     if config.llm.tied:
-        embedding = Rule(
-            source="embed_tokens.weight",
-            target="llm.embedding.weight",
+        tied = replace(
+            embedding,
             aliases=(head,),
-            also=(inside, "lm_head.weight"),
-            parameter=head,
+            also=(also, "lm_head.weight"),
+            parameter=None if automodel else head,
             where_copies_differ=TIED_COPIES_DIFFER,
         )
-        ends = Table((embedding,))
+        ends = Table((tied,))
     else:
-        ends = Table(
-            (
-                Rule(source="embed_tokens.weight", target="llm.embedding.weight", also=(inside,)),
-                Rule(source=head, target="llm.head.weight", also=("lm_head.weight",)),
-            )
-        )
+        output = Rule(source=head, target="llm.head.weight", also=("lm_head.weight",))
+        ends = Table((embedding, output))
     ends += Table(tuple(head_bias_rules(config.llm, llm, "llm.")))
     layers = layers_table(config.llm, config.lora).prefixed(source=llm, target="llm.")
     speech = perception_table(config.perception)

@@ -139,13 +139,35 @@ class LoraConfig:
         """Factor of the low-rank update B A."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
+    def adapts(self, given: str, layer: str) -> bool:
+        """Whether a name in `target_modules` names a layer (`self_attn.q_proj`), as in PEFT."""
+        return layer == given or layer.endswith(f".{given}")
+
+    @property
+    def drops_output(self) -> bool:
+        """Whether dropout acts on the adapter's output; PEFT's acts on its input."""
+        return False
+
+    @property
+    def initializer(self) -> Initializer:
+        """Draws the first matrix of a new adapter; the second starts as zeros."""
+        # kaiming_uniform(a=sqrt(5)) is U(-1/sqrt(in), 1/sqrt(in))
+        return default_init
+
+    def as_peft(self) -> "LoraConfig":
+        """The adapter as PEFT describes it."""
+        return self
+
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
 class LoraLinear(Linear):
-    """y = x Wᵀ + b + scale * dropout(x) Aᵀ Bᵀ; without `lora`, a plain Linear."""
+    """y = x Wᵀ + b + scale * dropout(x) Aᵀ Bᵀ; without `lora`, a plain Linear.
+
+    NeMo Automodel may apply the dropout to the whole last term instead (`drops_output`).
+    """
 
     def __init__(
         self,
@@ -163,8 +185,7 @@ class LoraLinear(Linear):
         if lora is None:
             self.lora_a = self.lora_b = None
             return
-        # kaiming_uniform(a=sqrt(5)) is U(-1/sqrt(in), 1/sqrt(in)): `default_init`.
-        self.lora_a = param(rngs, (lora.r, d_in), ("rank", axes[1]), default_init)
+        self.lora_a = param(rngs, (lora.r, d_in), ("rank", axes[1]), lora.initializer)
         self.lora_b = param(rngs, (d_out, lora.r), (axes[0], "rank"), zeros)
 
     def __call__(
@@ -174,8 +195,11 @@ class LoraLinear(Linear):
         y = super().__call__(x)
         if self.lora is None or self.lora_a is None or self.lora_b is None:
             return y
-        low = dropout(x, self.lora.lora_dropout, rngs) @ self.lora_a[...].astype(x.dtype).T
-        return y + low @ self.lora_b[...].astype(x.dtype).T * self.lora.scale
+        a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
+        rate = self.lora.lora_dropout
+        if self.lora.drops_output:
+            return y + dropout(x @ a.T @ b.T * self.lora.scale, rate, rngs)
+        return y + dropout(x, rate, rngs) @ a.T @ b.T * self.lora.scale
 
 
 def merge_lora(variables: Variables, config: LoraConfig, dtype: str | None = None) -> Variables:

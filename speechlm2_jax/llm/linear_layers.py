@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from speechlm2_jax.layers.automodel_lora import AutomodelLoraConfig
 from speechlm2_jax.layers.lora import ALL, LoraConfig
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.families import FAMILIES
@@ -28,7 +29,10 @@ def fit_lora(lora: LoraConfig, config: DecoderConfig) -> LoraConfig:
     if lora.target_modules == ALL:
         return replace(lora, target_modules=tuple(_last(name) for name in names))
     given = _given(lora, config)
-    fitting = tuple(name for name in given if _matches(name, names))
+    fitting = tuple(name for name in given if _matches(lora, name, names))
+    if isinstance(lora, AutomodelLoraConfig):  # its patterns become names
+        adapted = [name for name in names if any(lora.adapts(own, name) for own in fitting)]
+        fitting = tuple(map(_last, adapted))
     if not fitting:
         raise ValueError(
             f"lora.target_modules: {', '.join(given)} name no layer of this LLM "
@@ -44,7 +48,7 @@ def lora_note(lora: LoraConfig, config: DecoderConfig) -> str | None:
     """
     names = _layer_names(config)
     given = () if lora.target_modules == ALL else _given(lora, config)
-    missing = [name for name in given if not _matches(name, names)]
+    missing = [name for name in given if not _matches(lora, name, names)]
     if not missing:
         return None
     return (
@@ -65,8 +69,8 @@ def _layer_names(config: DecoderConfig) -> list[str]:
     return [name_of(module) for module in linear_layers(config)]
 
 
-def _matches(given: str, names: list[str]) -> bool:
-    return any(name == given or name.endswith(f".{given}") for name in names)
+def _matches(lora: LoraConfig, given: str, names: list[str]) -> bool:
+    return any(lora.adapts(given, name) for name in names)
 
 
 def _last(name: str) -> str:

@@ -216,6 +216,11 @@ class SALM(SpeechModel):
         )
 
     @property
+    def averages_tokens(self) -> bool:
+        """Whether validation takes means over tokens with `nemo_exact` too, as SALMAutomodel."""
+        return self._blueprint.config.use_nemo_automodel
+
+    @property
     def prompt_formatter(self) -> PromptFormatter:
         """Formats dialogs in the model's chat format."""
         return self._blueprint.formatter

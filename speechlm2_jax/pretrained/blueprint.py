@@ -24,6 +24,7 @@ from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.parameter_paths import NamedSlice
 from speechlm2_jax.perception.perception import PerceptionConfig
 from speechlm2_jax.pretrained import initial_weights
+from speechlm2_jax.pretrained.components import lora_class
 from speechlm2_jax.pretrained.llm_files import llm_generation_config, llm_weights
 from speechlm2_jax.pretrained.locate import LLM_BACKBONE
 from speechlm2_jax.settings import build, to_plain
@@ -223,7 +224,7 @@ def normalized(
     ValueError for a block of another kind of model.
     """
     block: dict[str, Any] = to_plain(build(kind, settings, "model"))
-    for key, config in (("perception", PerceptionConfig), ("lora", LoraConfig)):
+    for key, config in (("perception", PerceptionConfig), ("lora", lora_class(settings))):
         if settings.get(key) is not None:
             block[key] = to_plain(build(config, settings[key], f"model.{key}"))
     if LLM_BACKBONE in component_configs:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from speechlm2_jax.conversion import hf_config
 from speechlm2_jax.conversion.readers import read_nemo
+from speechlm2_jax.layers.automodel_lora import AutomodelLoraConfig
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.linear_layers import fit_lora, lora_note
@@ -101,6 +102,11 @@ class LlmFiles:
     tokenizer: Path
 
 
+def lora_class(block: Mapping[str, Any]) -> type[LoraConfig]:
+    """The class of the `lora` block in a `model:` block."""
+    return AutomodelLoraConfig if block.get("use_nemo_automodel") else LoraConfig
+
+
 def read_lora(config: ModelConfig, decoder: DecoderConfig) -> LoraConfig | None:
     """Reads the `lora` block; its target_modules are those that name layers of the LLM.
 
@@ -108,7 +114,7 @@ def read_lora(config: ModelConfig, decoder: DecoderConfig) -> LoraConfig | None:
     """
     if config.lora is None:
         return None
-    lora = build(LoraConfig, config.lora, "model.lora")
+    lora = build(_lora_class(config), config.lora, "model.lora")
     try:
         return fit_lora(lora, decoder)
     except ValueError as error:
@@ -119,8 +125,12 @@ def lora_notes(config: ModelConfig, decoder: DecoderConfig) -> tuple[str, ...]:
     """A line about names in the `lora` block that name no layer of the LLM, if there are any."""
     if config.lora is None:
         return ()
-    note = lora_note(build(LoraConfig, config.lora, "model.lora"), decoder)
+    note = lora_note(build(_lora_class(config), config.lora, "model.lora"), decoder)
     return () if note is None else (f"model.{note}",)
+
+
+def _lora_class(config: ModelConfig) -> type[LoraConfig]:
+    return lora_class({"use_nemo_automodel": getattr(config, "use_nemo_automodel", False)})
 
 
 def find_llm(config: ModelConfig, location: Location) -> LlmFiles:

@@ -85,7 +85,7 @@ def _base(llm: Variables, lora: LoraConfig | None, dtype: str | None) -> Variabl
 
 def _save_adapter(directory: Path, blueprint: Blueprint, llm: Variables, dtype: str | None) -> None:
     """Writes adapter_config.json and adapter_model.safetensors."""
-    lora: LoraConfig = blueprint.network.lora
+    lora: LoraConfig = blueprint.network.lora.as_peft()
     rules = [
         replace(rule, source=PEFT_PREFIX + rule.source.replace(".default.weight", ".weight"))
         for rule in layers_table(blueprint.network.llm, lora).rules

@@ -31,7 +31,7 @@ class SalmBlueprint(Blueprint):
     @property
     def table(self) -> mapping.Table:
         """NeMo's parameter names of the whole model."""
-        return salm_tables.salm_table(self.network)
+        return salm_tables.salm_table(self.network, automodel=self.config.use_nemo_automodel)
 
     def make(self, rngs: nnx.Rngs) -> Salm:
         """Makes the network."""

@@ -32,6 +32,8 @@ class SalmModelConfig:
     """A run, saved directory, weights file or hub name whose weights training starts from."""
     encoder_chunk_size_seconds: float | None = None
     """Longer clips are encoded in chunks of this length, each by itself; null: whole."""
+    use_nemo_automodel: bool = False
+    """NeMo's SALMAutomodel: its parameter names, its keys of `lora`, validation by tokens."""
     nemo_exact: bool = False
     """Reproduce NeMo where its result depends on its own padding (docs/parity.md)."""
     seed: int = 0
@@ -41,10 +43,18 @@ class SalmModelConfig:
         "model_type": "a marker that Hugging Face tools read",
         "architectures": "a marker that Hugging Face tools read",
         "torch_dtype": "trainer.precision decides the dtype",
+        "dtype": "trainer.precision decides the dtype",
+        "init_configure_model": "about when NeMo makes its modules",
+        "packed_sequences": "about NeMo's padding; the result is the same",
+        "automodel_backend": "XLA chooses its kernels when it compiles",
+        "sdpa_method": "XLA chooses its kernels when it compiles",
+        "compile": "every program is compiled here",
+        "moe_metrics": "no supported LLM has experts",
     }
     REFUSED: ClassVar[Mapping[str, str]] = {
         "trust_remote_code": "code from a checkpoint is never run",
-        "use_nemo_automodel": "NeMo Automodel is a torch library",
+        "aux_loss_coeff": "no supported LLM has experts",
+        "train_gate": "no supported LLM has experts",
         "pretrained_s2s_model": "start from another model with model.init_from_checkpoint",
         "pretrained_perception_from_s2s": "start from a model with model.init_from_checkpoint",
     }

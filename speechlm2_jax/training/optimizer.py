@@ -56,7 +56,23 @@ class AdamWConfig:
         )
 
 
-OPTIMIZERS: Mapping[str, type[AdamWConfig]] = {"AdamW": AdamWConfig}
+@dataclass(frozen=True, kw_only=True)
+class FlashAdamWConfig(AdamWConfig):
+    """flashoptim.FlashAdamW: AdamW whose state is compressed in torch; fp32 here."""
+
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        key: "about how torch stores the optimizer's state; it is fp32 here"
+        for key in ("quantize", "compress_state_dict", "master_weight_bits", "check_numerics")
+    } | {"fused": AdamWConfig.IGNORED["fused"]}
+    REFUSED: ClassVar[Mapping[str, Any]] = {
+        "decouple_lr": "weight decay is scaled by the learning rate; set it to false",
+    }
+
+
+OPTIMIZERS: Mapping[str, type[AdamWConfig]] = {
+    "AdamW": AdamWConfig,
+    "FlashAdamW": FlashAdamWConfig,
+}
 
 
 def read_optimizer(values: Mapping[str, Any] | None) -> AdamWConfig:

@@ -197,6 +197,16 @@ class NormalizesSettings(Protocol):
 
 
 @runtime_checkable
+class AveragesTokens(Protocol):
+    """A model whose validation metrics are means over tokens even with `nemo_exact` (optional)."""
+
+    @property
+    def averages_tokens(self) -> bool:
+        """Whether it is so."""
+        ...
+
+
+@runtime_checkable
 class HasTokenizer(Protocol):
     """A model with a text tokenizer (optional)."""
 

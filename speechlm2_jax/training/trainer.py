@@ -17,6 +17,7 @@ from speechlm2_jax.training.exp_manager import ExpManagerConfig
 from speechlm2_jax.training.loop import FitLoop, NonFiniteRun, finished_reason
 from speechlm2_jax.training.optimizer import read_optimizer
 from speechlm2_jax.training.protocol import (
+    AveragesTokens,
     DataSource,
     HostMetric,
     ModelOutline,
@@ -286,10 +287,11 @@ class Trainer:
 
         `throughput` measures the time of waiting for data.
         """
+        averages_tokens = isinstance(model, AveragesTokens) and model.averages_tokens
         return Validator(
             host_metrics=model.validation_metrics if metrics is None else metrics,
             scoring=scoring,
-            nemo_exact=model.nemo_exact,
+            nemo_exact=model.nemo_exact and not averages_tokens,
             limit=self.config.limit_val_batches,
             samples=self.config.num_val_samples,
             should_stop=lambda: stop is not None and stop.poll() is not None,

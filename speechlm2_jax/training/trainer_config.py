@@ -17,8 +17,10 @@ COMPUTE_DTYPES: Mapping[str, Any] = {
     "bf16": jnp.bfloat16,
     "bf16-true": jnp.bfloat16,
     "bf16-mixed": jnp.bfloat16,
+    "bf16-flash": jnp.bfloat16,
+    "bf16-automodel": jnp.bfloat16,
 }
-SIXTEEN_BIT = ("16", "16-true", "16-mixed")
+SIXTEEN_BIT = ("16", "16-true", "16-mixed", "fp16-flash", "fp16-automodel")
 PLATFORMS: Mapping[str, str | None] = {
     "auto": None,
     "cpu": "cpu",
@@ -41,7 +43,8 @@ class TrainerConfig:
     strategy: Any = "auto"
     """A name, a block with `_target_`, or a strategy (training/strategies.py)."""
     precision: str | int = "32-true"
-    """32-true; bf16-true and bf16-mixed (bf16 compute, trained parameters fp32)."""
+    """32-true; bf16-true, bf16-mixed, and NeMo's bf16-flash and bf16-automodel (bf16 compute,
+    trained parameters fp32)."""
     max_steps: int = -1
     """Optimizer steps; -1: no limit."""
     max_epochs: int | None = None
