@@ -40,6 +40,7 @@ class FormatEncoder:
         self._needs_bos = self._format.insert_bos or any(t.startswith("|bos|") for t in templates)
         self._needs_eos = self._format.insert_eos or any(t.endswith("|eos|") for t in templates)
         self._check_tokens()
+        self._known: set[str] = set()
         self._generation_prompts = {
             enabled: tokenizer.text_to_ids(text)
             if (text := self._generation_prompt(enabled))
@@ -155,21 +156,47 @@ class FormatEncoder:
         template = self._format.turns[role]
         body = template.removeprefix("|bos|").removesuffix("|eos|")
         names = _SLOT.findall(body)
-        if "content" in turn and len(names) == 1:
-            values: Mapping[str, Any] = {names[0]: turn["content"]}
-        else:
-            values = turn.get("slots") or {}
-        for name in names:
-            if not isinstance(values.get(name), str):
-                raise PromptError(
-                    f"a turn of role {role!r} needs a text for {name!r}, got {values.get(name)!r}"
-                )
+        values = self._values(role, turn, names)
         return _Segment(
             _SLOT.sub(lambda match: values[match[1]], body),
             has_bos=template.startswith("|bos|"),
             has_eos=template.endswith("|eos|"),
             is_response=role == OUTPUT_ROLE,
         )
+
+    def _values(self, role: str, turn: Turn, names: Sequence[str]) -> Mapping[str, str]:
+        """The text of each field of a turn. Raises PromptError for a missing or wrong value."""
+        if "content" in turn and len(names) == 1:
+            given = {names[0]: turn["content"]}
+        else:
+            slots: Mapping[str, Any] = turn.get("slots") or {}
+            given = {self._format.renamed.get(k, k): v for k, v in slots.items()} | dict(slots)
+        values: dict[str, str] = {}
+        for name in names:
+            value, written_as = given.get(name), self._format.fields.get(name)
+            if not isinstance(value, str):
+                raise PromptError(
+                    f"a turn of role {role!r} needs a text for {name!r}, got {value!r}"
+                )
+            try:
+                values[name] = value if written_as is None else written_as(value)
+            except ValueError as error:
+                raise PromptError(
+                    f"a turn of role {role!r} needs for {name!r} {error}; got {value!r}"
+                ) from error
+            if written_as is not None and values[name].startswith("<|"):
+                self._check_token(values[name], f"{name}={value!r}")
+        return values
+
+    def _check_token(self, token: str, why: str) -> None:
+        """Raises PromptError for a token that a field becomes and the tokenizer lacks."""
+        if token not in self._known:
+            if not _is_token(token, self.tokenizer):
+                raise PromptError(
+                    f"prompt format {self.name!r}: {why} needs the token {token!r}, which "
+                    f"tokenizer {self.tokenizer.name} lacks"
+                )
+            self._known.add(token)
 
     def _assemble(self, dialog: Sequence[_Segment], encoded: Sequence[list[int]]) -> Prompt:
         pieces, is_response = [], []

@@ -6,8 +6,9 @@ that the model learns. A `preamble` has no fields and opens every dialog.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from speechlm2_jax.data.prompts.canary import CANARY, CANARY2, Field, target_language
 from speechlm2_jax.data.prompts.thinking import (
     OUTPUT_ROLE,
     NanoThinking,
@@ -31,6 +32,10 @@ class PromptFormat:
     """Whether the dialog starts with the tokenizer's begin token."""
     insert_eos: bool = False
     """Whether a dialog that the model ends is closed by the tokenizer's end token."""
+    fields: Mapping[str, Field] = field(default_factory=dict)
+    """Fields whose values are written in another form, as `en` is `<|en|>`."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Older names of fields."""
     thinking: Thinking | None = None
     """How responses open with a thought. Only the last response of such a dialog has a loss."""
 
@@ -39,6 +44,10 @@ AUTO = "auto"
 """The format that the tokenizer's own chat template is (`template_encoder`)."""
 _LLAMA3_TURN = "<|start_header_id|>{}<|end_header_id|>\n\n|message|<|eot_id|>"
 _CHATML_TURN = "<|im_start|>{}\n|message|<|im_end|>\n"
+_EXAMPLE = PromptFormat(
+    turns={"user": "User: |message|\n", OUTPUT_ROLE: "Assistant: |message|\n"},
+    plain_markup=("User:", "Assistant:"),
+)
 
 FORMATS: Mapping[str, PromptFormat] = {
     "plain": PromptFormat(turns={"user": "|message|", OUTPUT_ROLE: "|message|"}),
@@ -60,6 +69,11 @@ FORMATS: Mapping[str, PromptFormat] = {
     ),
     "qwen": PromptFormat(
         turns={role: _CHATML_TURN.format(role) for role in ("user", OUTPUT_ROLE)},
+        tokens=("<|im_start|>", "<|im_end|>"),
+        inference_prefix="<|im_start|>assistant\n",
+    ),
+    "chatml": PromptFormat(
+        turns={role: _CHATML_TURN.format(role) for role in ("system", "user", OUTPUT_ROLE)},
         tokens=("<|im_start|>", "<|im_end|>"),
         inference_prefix="<|im_start|>assistant\n",
     ),
@@ -102,4 +116,39 @@ FORMATS: Mapping[str, PromptFormat] = {
         tokens=("<SPECIAL_10>", "<SPECIAL_11>"),
         inference_prefix="\n<SPECIAL_11>Assistant\n",
     ),
+    "phi2_qa": PromptFormat(
+        turns={"user": "Instruct: |message|\nOutput: ", OUTPUT_ROLE: "|message|"},
+        plain_markup=("Instruct:", "Output:"),
+    ),
+    "phi2_chat": PromptFormat(
+        turns={"user": "Human: |message|\nAI: ", OUTPUT_ROLE: "|message|"},
+        plain_markup=("Human:", "AI:"),
+    ),
+    "phi2_code": PromptFormat(turns={"user": "|message|\n", OUTPUT_ROLE: "|message|"}),
+    "t5nmt": PromptFormat(
+        turns={"user": "|target_lang| |message|", OUTPUT_ROLE: "|message|"},
+        fields={"target_lang": target_language},
+    ),
+    "canary": PromptFormat(
+        turns={
+            "user": "<|startoftranscript|>|source_lang||task||target_lang||pnc|",
+            OUTPUT_ROLE: "|text|<|endoftext|>",
+        },
+        tokens=("<|startoftranscript|>", "<|endoftext|>"),
+        fields=CANARY,
+        renamed={"taskname": "task"},
+    ),
+    "canary2": PromptFormat(
+        turns={
+            "user": "<|startofcontext|>|decodercontext|<|startoftranscript|>|emotion||source_lang|"
+            "|target_lang||pnc||itn||timestamp||diarize|",
+            "user_partial": "<|startofcontext|>|decodercontext|<|startoftranscript|>",
+            "user_prefix": "|prefix|",
+            OUTPUT_ROLE: "|text|<|endoftext|>",
+        },
+        tokens=("<|startofcontext|>", "<|startoftranscript|>", "<|endoftext|>"),
+        fields=CANARY2,
+    ),
+    "example_prompt_format": _EXAMPLE,
+    "example": _EXAMPLE,
 }
