@@ -7,6 +7,8 @@ import pytest
 import soundfile
 
 from speechlm2_jax import experiment
+from speechlm2_jax.data.prompts import PromptFormatter
+from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.evaluation.metrics.wer import word_errors
 from speechlm2_jax.models import CTCModel
 
@@ -48,3 +50,16 @@ def test_salm_neither_trains_nor_validates_on_the_test_set(built):
     text = json.dumps(built.settings["data"])
     assert "corpus/train.jsonl" in text and "corpus/validation.jsonl" in text
     assert "test.jsonl" not in text
+
+
+def test_the_chat_template_of_the_llm_is_nemos_format_qwen():
+    tokenizer = Tokenizer(PARTS / "tiny_llm")
+    auto, qwen = (PromptFormatter(name, tokenizer) for name in ("auto", "qwen"))
+    user = {"role": "user", "content": "Transcribe: this"}
+    response = {"role": "assistant", "content": "turn off the radio"}
+    for dialog in ([user], [user, response], [user, response, user, response]):
+        ours, nemos = auto.encode_dialog(dialog), qwen.encode_dialog(dialog)
+        assert ours.input_ids.tolist() == nemos.input_ids.tolist()
+        assert (ours.mask is None) is (len(dialog) == 1)
+        if ours.mask is not None:
+            assert ours.mask.tolist() == nemos.mask.tolist()

@@ -41,6 +41,15 @@ TARGET = ROOT / "configs" / "parts" / "tiny_llm"
 CORPUS = ROOT / "tools" / "corpus"
 VOCAB_SIZE = 1024
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ '<|im_start|>assistant\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endgeneration %}{% else %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""NeMo's prompt format qwen, which learns the whole turn of the assistant."""
 DIGITS = "zero one two three four five six seven eight nine".split()
 DIALOGS, VALIDATION_DIALOGS = 250_000, 256
 TRAIN_SEED, VALIDATION_SEED = 2, 1
@@ -88,6 +97,7 @@ def make_architecture(texts: Sequence[str]) -> None:
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
         "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
     }
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -89,6 +89,10 @@ def test_ids_are_those_of_transformers(make, name, kind):
         ("THINKING", ["<think>\n\n</think>\n\nfine, yes<|im_end|>"]),
         # its generation prompt opens a thought, which no response of it has: the tags count
         ("TAGGED", ["ok then<|im_end|>", "fine, yes<|im_end|>"]),
+        (
+            "WHOLE_TURNS",
+            [f"<|im_start|>assistant\n{text}<|im_end|>\n" for text in ("ok then", "fine, yes")],
+        ),
     ],
 )
 def test_each_response_is_learnt_with_its_end_marker(make, name, kind, expected):
@@ -102,7 +106,7 @@ def test_each_response_is_learnt_with_its_end_marker(make, name, kind, expected)
         np.concatenate([prompt.context_ids, prompt.answer_ids]), prompt.input_ids
     )
     assert prompt.mask[split] and not prompt.mask[split - 1]
-    if name not in ("TAGGED", "THINKING"):
+    if name not in ("TAGGED", "WHOLE_TURNS", "THINKING"):
         np.testing.assert_array_equal(prompt.context_ids, prompt.prompt_ids)
 
 

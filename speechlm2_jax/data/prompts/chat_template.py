@@ -110,22 +110,26 @@ class ChatTemplate:
 
         A response is what follows the generation prompt, up to the end of its end marker. A
         response before the last one counts where the template writes it in the same way as a last
-        one: templates that remove the thoughts of earlier turns do not. Where the generation
-        prompt does not begin a response, the template's `{% generation %}` blocks are taken.
+        one: templates that remove the thoughts of earlier turns do not. Where the template has
+        `{% generation %}` blocks, they are the responses instead. The last one has its end marker
+        in any case.
 
-        Raises PromptError where the template has neither.
+        Raises PromptError where a response neither follows the generation prompt nor is in a block.
         """
-        spans: list[tuple[int, int]] = []
+        spans = list(rendered.spans)
         for index, (role, _) in enumerate(messages[:-1]):
-            if role == OUTPUT_ROLE:
+            if role == OUTPUT_ROLE and not rendered.spans:
                 spans += self._earlier(messages, index, rendered.text, cache)
         last = cache.turn_after(tuple(messages[:-1]))
         if rendered.text.startswith(last.prompt):
             tail = last.tail if rendered.text.endswith(last.tail) else ""
             end = len(rendered.text) - len(tail) + self._marker_end(tail)
-            return Responses(prompt=last.prompt, spans=[*spans, (len(last.prompt), end)])
-        if rendered.spans:
-            return Responses(prompt=last.prompt, spans=rendered.spans)
+            begin = len(last.prompt)
+            if spans and spans[-1][1] > begin:  # a block of the last response
+                begin, end = min(begin, spans[-1][0]), max(end, spans.pop()[1])
+            return Responses(prompt=last.prompt, spans=[*spans, (begin, end)])
+        if spans:
+            return Responses(prompt=last.prompt, spans=spans)
         begun = os.path.commonprefix([rendered.text, last.prompt])
         raise PromptError(
             f"{self._where} writes a response otherwise than its generation prompt begins it "
