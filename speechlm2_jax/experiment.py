@@ -395,6 +395,6 @@ def hypotheses(model: SALM | CTCModel, prompts: Sequence[SalmExample]) -> list[s
 
 
 def text_before_end(model: SALM, ids: np.ndarray) -> str:
-    """The text of generated tokens up to the end-of-sequence token."""
-    ends = np.flatnonzero(ids == model.text_eos_id)
+    """The text of generated tokens up to the first end token."""
+    ends = np.flatnonzero(np.isin(ids, model.end_ids))
     return model.tokenizer.ids_to_text(ids[: ends[0]] if len(ends) else ids)

@@ -66,18 +66,23 @@ def generate_clips(
     model: EvaluatedModel, clips: Iterator[EvaluationClip], task: GenerationTask
 ) -> Iterator[GeneratedRound]:
     """Generates for each clip, with continuous batching where config and decoding allow it."""
-    if isinstance(model, StreamingModel) and _can_stream(task.config):
+    if isinstance(model, StreamingModel) and _can_stream(model, task.config):
         return generate_continuously(model, clips, task)
     return generate_in_batches(model, clips, task)
 
 
-def _can_stream(config: EvalConfig) -> bool:
+def _can_stream(model: EvaluatedModel, config: EvalConfig) -> bool:
     from speechlm2_jax.inference.continuous_batching import why_unsupported
-    from speechlm2_jax.inference.request.generation_request import ANY_VOCABULARY, read_request
+    from speechlm2_jax.inference.request.generation_request import (
+        ANY_VOCABULARY,
+        Vocabulary,
+        read_request,
+    )
 
     if not config.continuous_batching:
         return False
-    return why_unsupported(read_request(ANY_VOCABULARY, dict(config.generation))) is None
+    vocabulary = model if isinstance(model, Vocabulary) else ANY_VOCABULARY
+    return why_unsupported(read_request(vocabulary, dict(config.generation))) is None
 
 
 def generate_continuously(

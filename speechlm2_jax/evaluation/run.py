@@ -19,6 +19,7 @@ from speechlm2_jax.evaluation.progress import ProgressDisplay
 from speechlm2_jax.evaluation.read_audio import EvaluationClip, clips
 from speechlm2_jax.evaluation.results import Evaluation, Response, Speed
 from speechlm2_jax.inference.long_form.join_texts import join
+from speechlm2_jax.inference.request.values import ids_of
 from speechlm2_jax.settings import SettingsError, build, to_plain
 
 Log = Callable[[str], None]
@@ -150,7 +151,8 @@ def make_prompt(model: EvaluatedModel, config: EvalConfig) -> list[dict[str, str
 
 def end_ids(model: EvaluatedModel, config: EvalConfig) -> list[int]:
     """Ids of the end tokens. Raises SettingsError if the vocabulary lacks an extra one."""
-    ids = [] if model.text_eos_id is None else [int(model.text_eos_id)]
+    own = getattr(model, "end_ids", None) or ids_of(model.text_eos_id)
+    ids = [int(index) for index in own]
     for token in config.extra_eos_tokens or ():
         try:
             ids.append(model.tokenizer.require(token, "extra_eos_tokens"))

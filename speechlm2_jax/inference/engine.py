@@ -1,5 +1,6 @@
 """What inference needs of a SALM, as one value: network, weights, tokenizer and token ids."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,10 @@ class Engine:
     text_bos_id: int | None
     text_eos_id: int | None
     text_pad_id: int
+    end_ids: tuple[int, ...]
+    """All tokens that end a response by default."""
+    generation_defaults: Mapping[str, Any]
+    """The LLM's generation_config.json, or nothing."""
     text_vocab_size: int
     nemo_exact: bool
     """Whether results that depend on NeMo's own padding are reproduced."""

@@ -108,8 +108,8 @@ class PromptedModel(Protocol):
         ...
 
     @property
-    def text_eos_id(self) -> int | None:
-        """Id of the end-of-sequence token."""
+    def end_ids(self) -> Sequence[int]:
+        """Ids of all tokens that end a response."""
         ...
 
     @property
@@ -138,7 +138,7 @@ def transcribe_by_prompt(
             raise ValueError(f"transcribe: {key} is not supported; use generate")
     tag = model.audio_locator_tag
     content = prompt if tag in prompt else f"{prompt} {tag}".strip()
-    left_out = [i for i in (model.text_eos_id, model.text_pad_id) if i is not None]
+    left_out = [*model.end_ids, model.text_pad_id]
     items, texts = items_of(audio), []
     for start in range(0, len(items), batch_size):
         clips = [

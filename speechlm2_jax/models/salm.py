@@ -211,6 +211,8 @@ class SALM(SpeechModel):
             text_bos_id=self.text_bos_id,
             text_eos_id=self.text_eos_id,
             text_pad_id=self.text_pad_id,
+            end_ids=self.end_ids,
+            generation_defaults=self.generation_defaults,
             text_vocab_size=self.text_vocab_size,
             nemo_exact=self.nemo_exact,
         )
@@ -219,6 +221,16 @@ class SALM(SpeechModel):
     def averages_tokens(self) -> bool:
         """Whether validation takes means over tokens with `nemo_exact` too, as SALMAutomodel."""
         return self._blueprint.config.use_nemo_automodel
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """All tokens that end a response by default: the tokenizer's and the LLM's."""
+        return self._blueprint.end_ids
+
+    @property
+    def generation_defaults(self) -> Mapping[str, Any]:
+        """The LLM's generation_config.json, which `generate` takes what a call leaves open from."""
+        return self._blueprint.generation_defaults
 
     @property
     def prompt_formatter(self) -> PromptFormatter:

@@ -13,7 +13,14 @@ from speechlm2_jax.data.prompts import PromptError, PromptFormatter
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.networks.salm import Salm, SalmConfig
 from speechlm2_jax.pretrained.blueprint import Blueprint
-from speechlm2_jax.pretrained.components import find_asr, find_llm, perception_config, read_lora
+from speechlm2_jax.pretrained.components import (
+    LlmFiles,
+    find_asr,
+    find_llm,
+    perception_config,
+    read_lora,
+)
+from speechlm2_jax.pretrained.llm_files import llm_generation_config
 from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.pretrained.salm_config import SalmModelConfig
 from speechlm2_jax.settings import SettingsError, build
@@ -27,6 +34,10 @@ class SalmBlueprint(Blueprint):
     network: SalmConfig
     formatter: PromptFormatter
     placeholder_id: int
+    end_ids: tuple[int, ...]
+    """Tokens that end a response: the tokenizer's, the LLM's, those of its chat template."""
+    generation_defaults: Mapping[str, Any]
+    """The LLM's generation_config.json, or nothing."""
 
     @property
     def table(self) -> mapping.Table:
@@ -47,6 +58,7 @@ def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...] = ()) -> SalmB
     tokenizer.add_special_tokens([config.audio_locator_tag])
     placeholder_id = tokenizer.require(config.audio_locator_tag, "model.audio_locator_tag")
     formatter = prompt_formatter(config.prompt_format, tokenizer)
+    defaults = llm_generation_config(llm.directory) or {}
     asr_file = find_asr(config, location)
     block, perception = perception_config(config.perception, asr_file, llm.decoder.width)
     lora = read_lora(config, llm.decoder)
@@ -66,6 +78,8 @@ def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...] = ()) -> SalmB
         tokenizer=tokenizer,
         formatter=formatter,
         placeholder_id=placeholder_id,
+        end_ids=end_ids(llm, defaults, formatter),
+        generation_defaults=defaults,
         pad_id=tokenizer.pad_id,
         network=network,
         llm_directory=llm.directory,
@@ -80,3 +94,16 @@ def prompt_formatter(name: str | None, tokenizer: Tokenizer) -> PromptFormatter:
         return PromptFormatter(name, tokenizer)
     except (PromptError, TokenizerError) as error:
         raise SettingsError(f"model.prompt_format: {error}") from error
+
+
+def end_ids(
+    llm: LlmFiles, defaults: Mapping[str, Any], formatter: PromptFormatter
+) -> tuple[int, ...]:
+    """The end tokens that the tokenizer, the LLM's two config files and its chat template name."""
+    named: list[Any] = [formatter.tokenizer.eos_id]
+    for file in (defaults, llm.config):
+        value = file.get("eos_token_id")
+        named += value if isinstance(value, list) else [value]
+    in_table = range(llm.decoder.vocab_size)
+    ids = [i for i in (*named[1:], *formatter.end_ids) if type(i) is int and i in in_table]
+    return tuple(dict.fromkeys([i for i in named[:1] if i is not None] + ids))

@@ -137,6 +137,10 @@ class ChatTemplate:
             f"{_OTHERS}"
         )
 
+    def markers_in(self, text: str) -> list[str]:
+        """The special tokens in a text."""
+        return [token for token in self._markers if text and token in text]
+
     def _earlier(
         self, messages: Sequence[Message], index: int, text: str, cache: "TemplateCache"
     ) -> list[tuple[int, int]]:
@@ -157,7 +161,7 @@ class ChatTemplate:
         That is the end of its last special token. The newline after it is not generated, because
         generation stops before. Without special tokens all of it is the end marker.
         """
-        ends = [tail.rfind(token) + len(token) for token in self._markers if tail and token in tail]
+        ends = [tail.rfind(token) + len(token) for token in self.markers_in(tail)]
         return max(ends, default=len(tail))
 
     def _problem(self, error: Exception) -> PromptError:

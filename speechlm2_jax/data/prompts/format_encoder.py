@@ -32,6 +32,8 @@ class FormatEncoder:
     marks each turn's. Raises TokenizerError for a tokenizer that lacks tokens of the format.
     """
 
+    end_ids: tuple[int, ...] = ()  # as in NeMo, the tokenizer's end token alone
+
     def __init__(self, name: str, tokenizer: Tokenizer) -> None:
         self.name = name
         self.tokenizer = tokenizer

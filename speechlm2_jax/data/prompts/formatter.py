@@ -40,6 +40,11 @@ class PromptFormatter:
         """Whether responses may open with a thought, so that `enable_thinking` has an effect."""
         return self._encoder.can_think
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """`auto`: the special tokens that the template writes after a response; else nothing."""
+        return self._encoder.end_ids
+
     def encode_dialog(
         self, turns: Sequence[Turn], *, enable_thinking: bool | None = None
     ) -> Prompt:

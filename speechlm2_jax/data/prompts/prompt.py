@@ -46,6 +46,11 @@ class DialogEncoder(Protocol):
         """Whether `enable_thinking` has an effect."""
         ...
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response, if the format knows more of them than the tokenizer."""
+        ...
+
     def encode(
         self, dialogs: Sequence[Sequence[Turn]], enable_thinking: bool | None
     ) -> list[Prompt]:

@@ -41,11 +41,21 @@ class TemplateEncoder:
             source, tokenizer.name, tokenizer.special_tokens, tokenizer.added_tokens
         )
         self._template.render([Message("user", "?")], add_generation_prompt=True)
+        self.end_ids = self._end_ids()
 
     @property
     def can_think(self) -> bool:
         """Whether the template reads `enable_thinking`."""
         return self._template.can_think
+
+    def _end_ids(self) -> tuple[int, ...]:
+        """The special tokens that the template writes after a last response."""
+        try:
+            tail = TemplateCache(self._template, None).turn_after((Message("user", "?"),)).tail
+        except PromptError:  # a template that wants other turns first
+            return ()
+        ids = [self._tokenizer.token_to_id(token) for token in self._template.markers_in(tail)]
+        return tuple(index for index in ids if index is not None)
 
     def dialog(self, turns: list[Turn]) -> list[Turn]:
         """The turns: a chat template itself has the place for a system turn."""

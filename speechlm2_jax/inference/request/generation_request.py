@@ -2,7 +2,7 @@
 
 import difflib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +12,7 @@ from jaxtyping import Int, Int32
 from speechlm2_jax.generation.decoding import BeamConfig, DecodingConfig
 from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
 from speechlm2_jax.inference.padding import round_up
+from speechlm2_jax.inference.request.defaults import with_defaults
 from speechlm2_jax.inference.request.keys import ARGUMENTS, HONOURED, IGNORED, OWN, REFUSED
 from speechlm2_jax.inference.request.processors import make_processors
 from speechlm2_jax.inference.request.values import check_values, ids_of
@@ -37,6 +38,21 @@ class Vocabulary(Protocol):
     @property
     def text_vocab_size(self) -> int:
         """The number of tokens."""
+        ...
+
+
+@runtime_checkable
+class HasDefaults(Protocol):
+    """A model whose LLM decides what a call leaves open."""
+
+    @property
+    def end_ids(self) -> Sequence[int]:
+        """All tokens that end a response."""
+        ...
+
+    @property
+    def generation_defaults(self) -> Mapping[str, Any]:
+        """The LLM's generation_config.json, or nothing."""
         ...
 
 
@@ -93,15 +109,20 @@ def read_request(
 ) -> GenerationRequest:
     """Reads a GenerationConfig, or a mapping of its keys. `overrides` replace its values.
 
-    The default is greedy decoding that stops at the tokenizer's end-of-sequence token. Raises
-    ValueError for a key that is unknown or not supported, and for a value of the wrong type or out
-    of range. Warns of a key that has no effect in combination with the others.
+    What neither sets comes from the LLM's generation_config.json (`with_defaults`). The default is
+    greedy decoding that stops at any of the model's end tokens. Raises ValueError for a key that is
+    unknown or not supported, and for a value of the wrong type or out of range. Warns of a key that
+    has no effect in combination with the others.
     """
     asked = _merged(config, overrides or {})
-    check_values(asked, model.text_vocab_size, (model.text_eos_id, model.text_pad_id))
+    has_defaults = isinstance(model, HasDefaults)
+    end_ids = list(model.end_ids) if has_defaults else ids_of(model.text_eos_id)
+    check_values(asked, model.text_vocab_size, (*end_ids, model.text_eos_id, model.text_pad_id))
+    if has_defaults:
+        asked = with_defaults(asked, model.generation_defaults, model.text_vocab_size)
     _check_together(asked)
     _warn_of_no_effect(asked)
-    stops = ids_of(asked.get("eos_token_id", model.text_eos_id))
+    stops = ids_of(asked.get("eos_token_id", end_ids))
     pad_id = asked.get("pad_token_id", model.text_pad_id)
     beams = int(asked.get("num_beams", 1))
     decoding = DecodingConfig(

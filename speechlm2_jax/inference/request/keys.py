@@ -45,7 +45,7 @@ HONOURED: Mapping[str, str] = {
     "num_return_sequences": "sequences per prompt, adjacent in the output; needs sampling or beams",
     "return_dict_in_generate": "returns .sequences and, for beam search, .sequences_scores",
     "output_scores": "with beam search only: sequences_scores; scores of each token are not kept",
-    "eos_token_id": "one id or several; the tokenizer's by default",
+    "eos_token_id": "one id or several; by default the tokenizer's, and those that the LLM names",
     "pad_token_id": "padding after the end of a sequence; the model's text_pad_id by default",
 }
 
