@@ -84,6 +84,8 @@ def test_ids_are_those_of_transformers(make, name, kind):
         ("LLAMA3", ["ok then<|eot_id|>", "fine, yes<|eot_id|>"]),
         ("GEMMA", ["ok then<end_of_turn>", "fine, yes<end_of_turn>"]),
         ("MISTRAL", [" ok then</s>", " fine, yes</s>"]),
+        ("OTHER_END", ["ok then", "fine, yes</s>"]),  # not the "<" that both ends begin with
+        ("NO_END", ["ok then", "fine, yes"]),
         ("PHI3", ["ok then<|im_end|>", "fine, yes<|im_end|>\n</s>"]),
         # earlier responses lose their thoughts: the model would not write them like that
         ("THINKING", ["<think>\n\n</think>\n\nfine, yes<|im_end|>"]),
@@ -108,6 +110,14 @@ def test_each_response_is_learnt_with_its_end_marker(make, name, kind, expected)
     assert prompt.mask[split] and not prompt.mask[split - 1]
     if name not in ("TAGGED", "WHOLE_TURNS", "THINKING"):
         np.testing.assert_array_equal(prompt.context_ids, prompt.prompt_ids)
+
+
+def test_one_warning_where_nothing_ends_a_response(make, caplog):
+    chat_template._warn_of_no_end.cache_clear()
+    for name in ("CHATML", "NO_END", "NO_END"):
+        make(name).encode_dialogs([[USER, RESPONSE], [USER, RESPONSE, *MORE]])
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "writes nothing after a response" in caplog.text
 
 
 def test_a_written_thought_is_learnt_and_an_earlier_one_is_not(make):

@@ -1,8 +1,10 @@
 """A tokenizer's own chat template: renders dialogs, and finds what the model writes of them."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
@@ -16,6 +18,7 @@ MARK = "\ue000\ue001"
 """Stands for a response while its place is looked for: characters for private use, no spaces."""
 _PER_TURN = 64
 """Characters that a turn counts beside its text, where limits grow with the dialog."""
+log = logging.getLogger(__name__)
 _OTHERS = "set prompt_format to another format"
 
 
@@ -104,7 +107,7 @@ class ChatTemplate:
             raise self._problem(error) from error
 
     def responses(
-        self, messages: Sequence[Message], rendered: Rendered, cache: "TemplateCache"
+        self, messages: Sequence[Message], rendered: Rendered, known: "TemplateCache"
     ) -> Responses:
         """Finds the model's turns in a rendered dialog, the last of which is the last turn.
 
@@ -119,12 +122,14 @@ class ChatTemplate:
         spans = list(rendered.spans)
         for index, (role, _) in enumerate(messages[:-1]):
             if role == OUTPUT_ROLE and not rendered.spans:
-                spans += self._earlier(messages, index, rendered.text, cache)
-        last = cache.turn_after(tuple(messages[:-1]))
+                spans += self._earlier(messages, index, rendered.text, known)
+        last = known.turn_after(tuple(messages[:-1]))
         if rendered.text.startswith(last.prompt):
             tail = last.tail if rendered.text.endswith(last.tail) else ""
             end = len(rendered.text) - len(tail) + self._marker_end(tail)
             begin = len(last.prompt)
+            if not last.tail.strip():
+                _warn_of_no_end(self._where)
             if spans and spans[-1][1] > begin:  # a block of the last response
                 begin, end = min(begin, spans[-1][0]), max(end, spans.pop()[1])
             return Responses(prompt=last.prompt, spans=[*spans, (begin, end)])
@@ -142,17 +147,19 @@ class ChatTemplate:
         return [token for token in self._markers if text and token in text]
 
     def _earlier(
-        self, messages: Sequence[Message], index: int, text: str, cache: "TemplateCache"
+        self, messages: Sequence[Message], index: int, text: str, known: "TemplateCache"
     ) -> list[tuple[int, int]]:
         """The span of a response that is not the last one, or nothing if it is not learnt."""
-        turn = cache.turn_after(tuple(messages[:index]))
+        turn = known.turn_after(tuple(messages[:index]))
         marked = [*messages[:index], Message(OUTPUT_ROLE, MARK), *messages[index + 1 :]]
-        before, is_found, after = cache.render(marked).text.partition(MARK)
+        before, is_found, after = known.render(marked).text.partition(MARK)
         is_like_the_last = before == turn.prompt + turn.lead
         is_here = text.startswith(before) and text.endswith(after)
         if not (is_found and is_like_the_last and is_here):
             return []
         tail = os.path.commonprefix([after, turn.tail])
+        if self.markers_in(turn.tail) and not self.markers_in(tail):
+            tail = ""  # earlier turns end otherwise: half of a marker is none
         return [(len(turn.prompt), len(text) - len(after) + self._marker_end(tail))]
 
     def _marker_end(self, tail: str) -> int:
@@ -168,6 +175,16 @@ class ChatTemplate:
         words = error.message if isinstance(error, TemplateError) else None
         reason = " ".join((words or str(error) or type(error).__name__).split())[:300]
         return PromptError(f"{self._where} cannot be used: {reason}; {_OTHERS}")
+
+
+@cache
+def _warn_of_no_end(where: str) -> None:
+    """Warns once per template."""
+    log.warning(
+        "%s writes nothing after a response, so a model does not learn to end it; if it goes on, "
+        "set prompt_format to another format",
+        where,
+    )
 
 
 class Opened(NamedTuple):
