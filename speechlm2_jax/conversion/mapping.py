@@ -20,6 +20,7 @@ from speechlm2_jax.conversion.readers.source import (
     LazySource,
     TensorInfo,
     TensorSource,
+    aligned_empty,
     extent,
 )
 from speechlm2_jax.conversion.transforms import IDENTITY, Transform
@@ -228,12 +229,21 @@ class _Fill:
     source: TensorSource
 
     def read(self, index: Index) -> np.ndarray:
+        whole = tuple(slice(0, n) for n in self.info.shape)
         if not self.rule.is_stacked:
-            return self._slice(self.stored[0], index)
+            if index != whole or self.rule.transform != IDENTITY:
+                return self._slice(self.stored[0], index)
+            part = aligned_empty(self.info.shape, self.info.dtype)
+            self.source.read_into(self.stored[0], part)
+            return part
         chosen = self.stored[index[0]]
-        parts = np.empty((len(chosen), *extent(index[1:], self.shape[1:])), self.info.dtype)
+        parts = aligned_empty((len(chosen), *extent(index[1:], self.shape[1:])), self.info.dtype)
+        is_read_whole = index[1:] == whole and self.rule.transform == IDENTITY
         for row, name in enumerate(chosen):
-            parts[row] = self._slice(name, index[1:])
+            if is_read_whole:
+                self.source.read_into(name, parts[row])
+            else:
+                parts[row] = self._slice(name, index[1:])
         return parts
 
     def _slice(self, name: str, index: Index) -> np.ndarray:

@@ -57,4 +57,5 @@ def _renamed(source: TensorSource, names: Mapping[str, str]) -> TensorSource:
         {names[name]: info for name, info in source.infos.items()},
         fetch,
         {names[alias]: names.get(name, name) for alias, name in source.aliases.items()},
+        fetch_into=lambda name, out: source.read_into(stored[name], out),
     )

@@ -81,7 +81,8 @@ class SpeechModel(Exportable):
     def variables(self) -> Variables:
         """Weights and buffers by path: loaded or randomly initialized at the first access."""
         if self._variables is None:
-            self._variables = blueprints.load_or_initialize(self._blueprint, self.infos)
+            loaded = blueprints.load_or_initialize(self._blueprint, self.infos)
+            self._variables = stages.on_default_device(loaded)
         return self._variables
 
     @variables.setter
@@ -122,7 +123,8 @@ class SpeechModel(Exportable):
         def rebuild(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Variables:
             return blueprints.load_or_initialize(cls.read_blueprint(cfg, near), model.infos)
 
-        model.variables = source.read(model._blueprint, model.infos, rebuild)
+        variables = source.read(model._blueprint, model.infos, rebuild)
+        model.variables = stages.on_default_device(variables)
         return model.astype(dtype)
 
     # NeMo's attributes ----------------------------------------------------------------------

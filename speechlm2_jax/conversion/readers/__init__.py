@@ -155,4 +155,5 @@ def _open_shards(index: Path) -> LazySource:
         {tensor: shards[name].infos[tensor] for tensor, name in stored},
         lambda tensor, part: shards[places[tensor]].read(tensor, part),
         {k: v for k, v in aliases.items() if (k, places.get(k)) not in stored},
+        fetch_into=lambda tensor, out: shards[places[tensor]].read_into(tensor, out),
     )

@@ -60,6 +60,10 @@ class TensorSource(Protocol):
         """Reads one tensor, or the part that `index` names."""
         ...
 
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Reads one tensor into a contiguous array of its shape and dtype."""
+        ...
+
 
 @dataclass(frozen=True)
 class LazySource:
@@ -69,6 +73,8 @@ class LazySource:
     fetch: Callable[[str, Index | None], np.ndarray]
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     where: str = ""
+    fetch_into: Callable[[str, np.ndarray], None] | None = None
+    """Reads a whole tensor into an array, without a copy in between."""
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """Reads one tensor, or the part that `index` names; slices end where the tensor ends."""
@@ -77,6 +83,25 @@ class LazySource:
         shape = self.infos[name].shape
         inside = (slice(*part.indices(n)) for part, n in zip(index, shape, strict=True))
         return self.fetch(name, tuple(inside))
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Reads one tensor into a contiguous array of its shape and dtype."""
+        if self.fetch_into is None:
+            out[...] = self.read(name)
+        else:
+            self.fetch_into(name, out)
+
+
+ALIGNMENT_BYTES = 64
+"""JAX takes host memory that is aligned so without a copy."""
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An array without values that JAX can take over."""
+    size = TensorInfo(shape, dtype).size_bytes
+    whole = np.empty(size + ALIGNMENT_BYTES, np.uint8)
+    start = -whole.ctypes.data % ALIGNMENT_BYTES
+    return whole[start : start + size].view(dtype).reshape(shape)
 
 
 def memory_source(
