@@ -1,6 +1,6 @@
 """Beam search as in Hugging Face's `generate`: all beams of all prompts are one batch."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -246,7 +246,9 @@ def _merge_best(one: BeamHypotheses, other: BeamHypotheses) -> BeamHypotheses:
     )
 
 
-def _normalized(scores: Float[Array, "B C"], length: Any, search: BeamConfig) -> Array:
+def _normalized(
+    scores: Float[Array, "B C"], length: Int[Array, "*shape"] | int, search: BeamConfig
+) -> Array:
     """Divides by length ** length_penalty."""
     power = jnp.power(jnp.asarray(length, jnp.float32), search.length_penalty)
     return scores / (power[:, None] if power.ndim else power)

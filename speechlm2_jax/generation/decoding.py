@@ -1,16 +1,20 @@
 """Shared by greedy decoding, sampling and beam search: configuration, prompt pass, one token."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from speechlm2_jax.generation.processors import History, Processor, process
+from speechlm2_jax.generation.warpers import Number
 from speechlm2_jax.layers.cache import CachedOutput, KVCache
 
 STATIC = {"static": True}
+Id = TypeVar("Id")
+"""A token id: `int` on the host, `Array` inside a compiled program."""
 COPIES_SALT = 2**31 - 1
 """Separates the random keys of a prompt's further returned sequences from those of its tokens."""
 
@@ -22,7 +26,7 @@ class BeamConfig:
 
     count: int = field(metadata=STATIC)
     """Number of beams."""
-    length_penalty: Any = 1.0
+    length_penalty: Number = 1.0
     """A hypothesis is scored by its log-probability / length ** length_penalty."""
     early_stopping: bool | Literal["never"] = field(default=False, metadata=STATIC)
     """When the search for a prompt ends.
@@ -35,7 +39,7 @@ class BeamConfig:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class DecodingConfig:
+class DecodingConfig(Generic[Id]):
     """How to generate. A pytree: its numbers may be arguments of a compiled program.
 
     If all numbers are Python's, it is hashable and may be a static argument itself.
@@ -43,9 +47,9 @@ class DecodingConfig:
 
     max_new_tokens: int = field(metadata=STATIC)
     """Capacity for new tokens; `Prompts.limits` may set a lower limit per prompt."""
-    stop_ids: tuple[Any, ...]
+    stop_ids: tuple[Id, ...]
     """End tokens. A response ends with the first of them, which is part of it."""
-    pad_id: Any
+    pad_id: Id
     """Id that pads a response after its end."""
     processors: tuple[Processor, ...] = ()
     """Applied to the logits in this order, before a token is chosen."""
@@ -73,7 +77,7 @@ class CachedDecoder(Protocol):
         """Looks up token embeddings."""
         ...
 
-    def new_cache(self, batch: int, capacity: int, dtype: Any) -> KVCache:
+    def new_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:
         """Makes an empty KV cache."""
         ...
 
@@ -170,7 +174,7 @@ def run_token(
     token: Int[Array, " R"],
     position: Int[Array, " R"],
     attention_mask: Bool[Array, " R"],
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> CachedOutput:
     """Runs one token of every sequence."""
     embedded = decoder.embed(token[:, None]).astype(dtype)

@@ -1,11 +1,11 @@
 """Full-duplex generation: each user frame in gives one text token and K audio codes out."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from speechlm2_jax.generation.sampling import SamplingConfig, choose
 from speechlm2_jax.layers.unstacked import read_in_place
@@ -28,17 +28,17 @@ class DuplexSamplingConfig:
 class FrameNetwork(Protocol):
     """A network that decodes frame by frame (`networks.duplex.Duplex`)."""
 
-    def new_state(self, batch: int, capacity: int) -> Any:
+    def new_state(self, batch: int, capacity: int) -> PyTree:
         """Makes the initial state of the network."""
         ...
 
     def decode_frame(
         self,
-        state: Any,
+        state: PyTree,
         user: Float[Array, "B 1 D"],
         text: Int[Array, "B 1"],
         codes: Int[Array, "B 1 K"],
-    ) -> tuple[Float[Array, "B V"], Float[Array, "B K W"], Any]:
+    ) -> tuple[Float[Array, "B V"], Float[Array, "B K W"], PyTree]:
         """Runs the next frame. Returns text logits, audio logits and the new state."""
         ...
 
@@ -53,7 +53,7 @@ class DuplexOutput(NamedTuple):
 class DuplexState(NamedTuple):
     """State of the decoding loop after some frame."""
 
-    network: Any
+    network: PyTree
     """State of the network (KV caches)."""
     text: Int[Array, " B"]
     """Text token of the last frame."""
@@ -137,7 +137,7 @@ def run_duplex(
 
 def _frame_rngs(
     rngs: Key[Array, " B"] | None, frame: Int[Array, ""], codebooks: int
-) -> tuple[Any, Any]:
+) -> tuple[Key[Array, " B"], Key[Array, " BK"]] | tuple[None, None]:
     """Random keys [B] for the text tokens and [B K] for the codes of one frame."""
     if rngs is None:
         return None, None

@@ -6,19 +6,23 @@ processors from generation options, in the order of transformers.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.generation import warpers
+from speechlm2_jax.generation.warpers import Number
 
 Scores = Float[Array, "B V"]
 WILDCARD = -1
 """In a prefix: any token, or none."""
+Numbers = Array | np.ndarray | Sequence[Number]
+"""Some of them: ids or scores."""
 T = TypeVar("T", bound=type)
 
 
@@ -104,9 +108,9 @@ class SequenceBias(Processor):
     Sequence n is `prefixes[n]`, padded with WILDCARD on the left, followed by the token `last[n]`.
     """
 
-    prefixes: Any
-    last: Any
-    bias: Any
+    prefixes: Numbers
+    last: Numbers
+    bias: Numbers
     READS_PROMPT: ClassVar[bool] = True
 
     def _changed(self, scores: Scores, history: History) -> Scores:
@@ -124,7 +128,7 @@ class RepetitionPenalty(Processor):
     Positive scores are divided by the penalty, negative ones multiplied.
     """
 
-    penalty: Any
+    penalty: Number
     READS_PROMPT: ClassVar[bool] = True
 
     def _changed(self, scores: Scores, history: History) -> Scores:
@@ -157,8 +161,8 @@ class NoRepeatNgrams(Processor):
 class MinLength(Processor):
     """Forbids end tokens while prompt and response are shorter than `least`: `min_length`."""
 
-    least: Any
-    stop_ids: Any
+    least: Number
+    stop_ids: Numbers
 
     def _changed(self, scores: Scores, history: History) -> Scores:
         is_short = history.prompt_length + history.generated < self.least
@@ -169,8 +173,8 @@ class MinLength(Processor):
 class MinNewTokens(Processor):
     """Forbids end tokens while the response is shorter than `least`: `min_new_tokens`."""
 
-    least: Any
-    stop_ids: Any
+    least: Number
+    stop_ids: Numbers
 
     def _changed(self, scores: Scores, history: History) -> Scores:
         is_short = history.generated < self.least
@@ -181,7 +185,7 @@ class MinNewTokens(Processor):
 class ForcedFirst(Processor):
     """Forces the first token of the response: `forced_bos_token_id`."""
 
-    token: Any
+    token: Number
 
     def _changed(self, scores: Scores, history: History) -> Scores:
         return jnp.where(history.generated == 0, _only((self.token,), scores), scores)
@@ -191,7 +195,7 @@ class ForcedFirst(Processor):
 class ForcedEnd(Processor):
     """Forces an end token as the last token within the limit: `forced_eos_token_id`."""
 
-    tokens: Any
+    tokens: Numbers
 
     def _changed(self, scores: Scores, history: History) -> Scores:
         is_last = history.generated == history.limit - 1
@@ -213,9 +217,9 @@ class DecayingLength(Processor):
     `exponential_decay_length_penalty` = (start, factor).
     """
 
-    start: Any
-    factor: Any
-    stop_ids: Any
+    start: Number
+    factor: Number
+    stop_ids: Numbers
 
     def _changed(self, scores: Scores, history: History) -> Scores:
         beyond = jnp.maximum(history.generated - self.start, 0)
@@ -228,7 +232,7 @@ class DecayingLength(Processor):
 class Suppress(Processor):
     """Forbids these tokens: `suppress_tokens`."""
 
-    tokens: Any
+    tokens: Numbers
 
     def _changed(self, scores: Scores, history: History) -> Scores:
         return jnp.where(_among(self.tokens, scores), -jnp.inf, scores)
@@ -238,8 +242,8 @@ class Suppress(Processor):
 class SuppressAt(Processor):
     """Forbids these tokens at one index of the response: `begin_suppress_tokens`."""
 
-    tokens: Any
-    index: Any
+    tokens: Numbers
+    index: Number
 
     def _changed(self, scores: Scores, history: History) -> Scores:
         is_here = history.generated == self.index
@@ -250,7 +254,7 @@ class SuppressAt(Processor):
 class Temperature(Processor):
     """Divides the scores by the temperature: `temperature`."""
 
-    value: Any
+    value: Number
 
     def _changed(self, scores: Scores, history: History) -> Scores:
         return scores / self.value
@@ -271,7 +275,7 @@ class Keep(Processor):
     """Truncates the distribution by a rule of `warpers`, for example `keep_top_p`."""
 
     rule: Callable[..., Scores] = static()
-    value: Any
+    value: Number
     least: int = static(default=1)
     """Smallest number of tokens to keep."""
 
@@ -287,7 +291,7 @@ class Renormalize(Processor):
         return jax.nn.log_softmax(scores, axis=-1)
 
 
-def _among(ids: Any, scores: Scores) -> Bool[Array, "1 V"]:
+def _among(ids: Numbers, scores: Scores) -> Bool[Array, "1 V"]:
     """True at these ids of the vocabulary.
 
     By comparison, because a scatter into so few booleans sometimes lost updates on CPUs.
@@ -296,6 +300,6 @@ def _among(ids: Any, scores: Scores) -> Bool[Array, "1 V"]:
     return jnp.any(vocabulary[None] == jnp.asarray(ids, jnp.int32)[:, None], axis=0)[None]
 
 
-def _only(ids: Any, scores: Scores) -> Float[Array, "1 V"]:
+def _only(ids: Numbers, scores: Scores) -> Float[Array, "1 V"]:
     """Scores that allow only these ids."""
     return jnp.where(_among(ids, scores), 0.0, -jnp.inf)

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+import jax
+from flax import nnx
 
 from speechlm2_jax.batches import FrameCount
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.module import Variables
+from speechlm2_jax.networks.salm import Salm
 from speechlm2_jax.sharding import Sharding
 
 
@@ -15,9 +18,9 @@ from speechlm2_jax.sharding import Sharding
 class Engine:
     """A SALM that is ready for inference. Attributes have the names that they have on SALM."""
 
-    graphdef: Any
-    """The network without weights (an nnx.GraphDef)."""
-    variables: Variables
+    graphdef: nnx.GraphDef[Salm]
+    """The network without weights."""
+    variables: Variables | Mapping[str, jax.ShapeDtypeStruct]
     """Path -> array. Shapes and dtypes are enough if programs are only compiled."""
     decoding_variables: Variables
     """The variables for `decode`: on a CPU with arrays of each layer (`LayerViews`)."""
@@ -43,7 +46,9 @@ class Engine:
     """Whether results that depend on NeMo's own padding are reproduced."""
 
     @property
-    def network(self) -> tuple[Any, Variables]:
+    def network(
+        self,
+    ) -> tuple[nnx.GraphDef[Salm], Variables | Mapping[str, jax.ShapeDtypeStruct]]:
         """(graphdef, variables), the first two arguments of every compiled program."""
         return self.graphdef, self.variables
 

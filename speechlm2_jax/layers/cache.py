@@ -1,10 +1,11 @@
 """KV cache: keys and values of past tokens, in arrays of a fixed capacity."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.layers.window_cache import NewTokens, WindowCache
@@ -44,7 +45,7 @@ class KVCache:
     def empty(
         cls,
         shape: tuple[int, int, int, int, int],
-        dtype: Any,
+        dtype: DTypeLike,
         *,
         windows: tuple[WindowCache, ...] = (),
         keeps_token_positions: bool = False,

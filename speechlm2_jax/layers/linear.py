@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from speechlm2_jax.layers.cpu import is_slow_matmul, weight_first_matmul
@@ -20,7 +21,7 @@ zeros: Initializer = jax.nn.initializers.zeros
 ones: Initializer = jax.nn.initializers.ones
 
 
-def gathered(weight: nnx.Param, dtype: Any) -> Array:
+def gathered(weight: nnx.Param, dtype: DTypeLike) -> Array:
     """Returns a weight ready for a matmul: in `dtype`, and not sharded along the model width.
 
     It is cast before it is all-gathered: in bf16 half as many bytes travel.

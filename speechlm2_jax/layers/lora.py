@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +60,7 @@ class LoraConfig:
         "megatron_core": "names Megatron's package, which only megatron_config uses",
         "qalora_group_size": "is the group size of QALoRA, which use_qalora turns on",
     }
-    REFUSED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    REFUSED: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "init_lora_weights": (
             "only PEFT's default initialization is supported; set it to true",
             True,

@@ -12,15 +12,20 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, PyTree
 
 from speechlm2_jax.sharding import constrain
 
-Variables = dict[str, Any]
+AnyArray = Array | np.ndarray
+"""An array on the devices (or a tracer), or on the host."""
+Variables = dict[str, AnyArray]
 """Dotted path -> array. A plain dict, so every JAX transformation and library takes it."""
 Axes = tuple[str | None, ...]
-Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+Initializer = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 M = TypeVar("M", bound=nnx.Module)
 LAYERS = "layers"
 SCANNED = "is_scanned"
@@ -43,13 +48,13 @@ class VariableInfo:
     """Shape, dtype and logical axes of a variable, without its value."""
 
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: np.dtype
     axes: Axes
     is_buffer: bool
     keeps_dtype: bool = False
     """True: used in its own dtype, whatever the dtype of the activations (`keep_fp32`)."""
 
-    def computed_in(self, dtype: Any) -> Any:
+    def computed_in(self, dtype: DTypeLike) -> DTypeLike:
         """The dtype to store it in for inference, where activations have `dtype`."""
         is_cast = jnp.issubdtype(self.dtype, jnp.floating) and not self.keeps_dtype
         return dtype if is_cast else self.dtype
@@ -61,7 +66,11 @@ class VariableInfo:
 
 
 def param(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, init: Initializer, dtype: Any = jnp.float32
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: Axes,
+    init: Initializer,
+    dtype: DTypeLike = jnp.float32,
 ) -> nnx.Param:
     """Makes a trainable variable. `axes`: a logical axis name per dimension (see sharding.py)."""
     if len(axes) != len(shape):
@@ -71,7 +80,7 @@ def param(
     return nnx.Param(init(_next_rng(rngs), shape, dtype), axes=axes)
 
 
-def buffer(value: Any, axes: Axes) -> Buffer:
+def buffer(value: ArrayLike, axes: Axes) -> Buffer:
     """Makes a variable that is part of the state but not trained."""
     return Buffer(value, axes=axes)
 
@@ -83,27 +92,30 @@ def keep_fp32(module: M) -> M:
     return module
 
 
-def constrain_layer(layer_state: Any) -> Any:
+def constrain_layer(layer_state: PyTree) -> PyTree:
     """Constrains one layer's variables, and so their gradients, to the sharding of their stack.
 
     Without it XLA may all-reduce whole gradients over all devices and slice them after the scan.
     """
 
-    def pin(variable: Any) -> Any:
+    def pin(variable: nnx.Variable) -> nnx.Variable:
         value, axes = variable.get_value(), variable.get_metadata()["axes"]
         return variable.replace(constrain(value, *axes[1:]))
 
     return jax.tree.map(pin, layer_state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def split(module: nnx.Module) -> tuple[Any, Variables]:
-    """Splits a module into its hashable graphdef and its variables by dotted path."""
+def split(module: M) -> tuple[nnx.GraphDef[M], dict[str, Any]]:
+    """Splits a module into its hashable graphdef and its variables by dotted path.
+
+    The variables of an abstract module are shapes and dtypes.
+    """
     graphdef, state = nnx.split(module)
     flat = {".".join(map(str, p)): v.get_value() for p, v in nnx.to_flat_state(state)}
     return graphdef, flat
 
 
-def merge(graphdef: Any, variables: Mapping[str, Any]) -> Any:
+def merge(graphdef: nnx.GraphDef[M], variables: Mapping[str, AnyArray | jax.ShapeDtypeStruct]) -> M:
     """The inverse of `split`: a module over these variables (arrays or tracers)."""
     nested = unflatten_dict(
         {tuple(_attribute_or_index(k) for k in p.split(".")): v for p, v in variables.items()}

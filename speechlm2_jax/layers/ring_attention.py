@@ -7,7 +7,6 @@ keys is skipped if it is in the future of all queries of a part.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +66,13 @@ def ring_attention(
     size = context_size()
 
     def local(
-        q: Any, k: Any, v: Any, query_segments: Any, key_segments: Any, ring_order: Any
-    ) -> Any:
+        q: Float[Array, "b t n H"],
+        k: Float[Array, "b t n_kv H"],
+        v: Float[Array, "b t n_kv H"],
+        query_segments: Int[Array, "b t"],
+        key_segments: Int[Array, "b t"],
+        ring_order: Int[Array, " t"],
+    ) -> Float[Array, "b t n H"]:
         B, T, N, H = q.shape
         N_kv = k.shape[2]
         queries = q.reshape(B, T, N_kv, N // N_kv, H)
@@ -111,7 +115,13 @@ def _add_halves(
     half = ring_order.shape[0] // 2
 
     @jax.checkpoint
-    def add(part: Partial, q: Any, segments: Any, positions: Any, keys: Keys) -> Partial:
+    def add(
+        part: Partial,
+        q: Float[Array, "B t N_kv G H"],
+        segments: Int[Array, "B t"],
+        positions: Int[Array, " t"],
+        keys: Keys,
+    ) -> Partial:
         mask = (positions[:, None] >= keys.ring_order[None])[None] & (
             segments[:, :, None] == keys.segments[:, None, :]
         )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from speechlm2_jax.layers.scores import Scores
 from speechlm2_jax.sharding import on_shards
@@ -42,11 +42,23 @@ def splash_attention(
     computes its own sequences and heads; the mesh must divide both.
     """
 
-    def local(q: Any, k: Any, v: Any, query_segments: Any, key_segments: Any) -> Any:
+    def local(
+        q: Float[Array, "b T n H"],
+        k: Float[Array, "b T n_kv H"],
+        v: Float[Array, "b T n_kv H"],
+        query_segments: Int[Array, "b T"],
+        key_segments: Int[Array, "b T"],
+    ) -> Float[Array, "b T n H"]:
         length = q.shape[1]
         kernel = _kernel(length + -length % LANES, q.shape[2], scores, interpret)
 
-        def sequence(q: Any, k: Any, v: Any, query_segments: Any, key_segments: Any) -> Any:
+        def sequence(
+            q: Float[Array, "T n H"],
+            k: Float[Array, "T n_kv H"],
+            v: Float[Array, "T n_kv H"],
+            query_segments: Int[Array, " T"],
+            key_segments: Int[Array, " T"],
+        ) -> Float[Array, "T n H"]:
             heads = (
                 jnp.swapaxes(_padded(x, 0), 0, 1) for x in (q * scores.scale, k, v)
             )  # [N, T, H]
@@ -92,7 +104,7 @@ def _kernel(length: int, heads: int, scores: Scores, interpret: bool) -> Any:
     )
 
 
-def _padded(x: Any, value: int) -> Any:
+def _padded(x: Shaped[Array, "T *rest"], value: int) -> Shaped[Array, "T_padded *rest"]:
     """Pads [T, ...] at the end up to a multiple of `LANES`."""
     return jnp.pad(
         x, [(0, -x.shape[0] % LANES)] + [(0, 0)] * (np.ndim(x) - 1), constant_values=value

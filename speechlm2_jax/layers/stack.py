@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import PyTree
 
 from speechlm2_jax.layers.module import LAYERS, SCANNED, AbstractRngs, constrain_layer
 from speechlm2_jax.layers.unstacked import UnstackedLayers
 
+C = TypeVar("C")
 M = TypeVar("M", bound=nnx.Module)
+Y = TypeVar("Y")
 RematPolicy = Literal["full", "dots", "none"]
 _SAVED = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -45,12 +48,12 @@ class Remat:
 
 def scan_layers(
     layers: M | UnstackedLayers,
-    body: Callable[[M, Any, Any], tuple[Any, Any]],
-    carry: Any,
-    xs: Any = None,
+    body: Callable[[M, C, PyTree], tuple[C, Y]],
+    carry: C,
+    xs: PyTree = None,
     *,
     remat: RematPolicy = "full",
-) -> tuple[Any, Any]:
+) -> tuple[C, Y]:
     """Scans over a stack: `carry, y = body(layer, carry, x)` per layer; returns the ys stacked.
 
     `xs` is a pytree with a leading layer axis (layer indices, for example) or None. `remat` is
@@ -61,7 +64,7 @@ def scan_layers(
         return layers.run(body, carry, xs)
     graphdef, state = nnx.split(layers)
 
-    def run_layer(carry: Any, inputs: Any) -> tuple[Any, Any]:
+    def run_layer(carry: C, inputs: tuple[PyTree, PyTree]) -> tuple[C, Y]:
         layer_state, x = inputs
         return body(nnx.merge(graphdef, constrain_layer(layer_state), copy=True), carry, x)
 

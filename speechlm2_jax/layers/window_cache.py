@@ -5,10 +5,11 @@ not count as a position, so sequences of different lengths and starts share one 
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.sharding import constrain
@@ -42,7 +43,9 @@ class WindowCache:
     window: int = field(metadata={"static": True})
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int, int, int], window: int, dtype: Any) -> "WindowCache":
+    def empty(
+        cls, shape: tuple[int, int, int, int, int], window: int, dtype: DTypeLike
+    ) -> "WindowCache":
         """Makes an empty cache; `shape` is (L, B, capacity, N_kv, H)."""
         layers, batch, capacity, heads, width = shape
         size = min(window, capacity)

@@ -1,13 +1,14 @@
 """The decoder-only LLM: embeddings in, hidden states and logits out, with or without a KV cache."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from speechlm2_jax.layers.attention import MASKED_KEY, AttentionMask
 from speechlm2_jax.layers.cache import CachedOutput, KVCache
@@ -15,6 +16,7 @@ from speechlm2_jax.layers.dropout import fold_rngs
 from speechlm2_jax.layers.linear import Embedding, Linear, gathered, matmul, zeros
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import param
+from speechlm2_jax.layers.norms import LayerNorm, RMSNorm
 from speechlm2_jax.layers.rope import rotation
 from speechlm2_jax.layers.scores import capped
 from speechlm2_jax.layers.stack import RematPolicy, scan_layers, stack
@@ -25,6 +27,9 @@ from speechlm2_jax.llm.feed_forward import LlmFeedForward
 from speechlm2_jax.llm.norms import make_norm
 from speechlm2_jax.sharding import constrain, time_order
 
+Carry = tuple[Array, KVCache | None]
+"""The residual stream and the cache."""
+
 
 class Block(nnx.Module):
     """One layer: attention and feed-forward, each added to the residual stream.
@@ -33,7 +38,7 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None):
-        def norm(is_there: bool) -> Any:
+        def norm(is_there: bool) -> LayerNorm | RMSNorm | None:
             return make_norm(config, config.width, rngs) if is_there else None
 
         has_norms_before, has_norms_after = config.block != "post", config.block != "pre"
@@ -74,6 +79,13 @@ class Block(nnx.Module):
         return x if self.config.residual_scale == 1.0 else x * self.config.residual_scale
 
 
+if TYPE_CHECKING:
+    Blocks = Block | nnx.List[Block]
+    """Stacks of blocks, or one layer of each: one, or one per element of the pattern."""
+else:
+    Blocks = nnx.Module  # the checks at run time cannot read nnx.List
+
+
 class Decoder(nnx.Module):
     """A decoder-only language model; the config chooses the family.
 
@@ -85,7 +97,7 @@ class Decoder(nnx.Module):
         def make(layer_rngs: nnx.Rngs) -> Block:
             return Block(config, rngs=layer_rngs, lora=lora)
 
-        def stacks(places: int, repeats: int) -> nnx.Module:
+        def stacks(places: int, repeats: int) -> Blocks:
             if len(config.pattern) == 1:
                 return stack(make, repeats, rngs)
             return nnx.List([stack(make, repeats, rngs) for _ in range(places)])
@@ -149,7 +161,7 @@ class Decoder(nnx.Module):
         inputs = self._attention_inputs(positions, segments, keys)
         return jnp.concatenate(self._run(embeds, inputs, emit=lambda x: x)[2])
 
-    def new_cache(self, batch: int, capacity: int, dtype: Any) -> KVCache:
+    def new_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:
         """Makes an empty KV cache of `capacity` positions for `batch` sequences."""
         c = self.config
 
@@ -278,13 +290,13 @@ class Decoder(nnx.Module):
         rngs: Key[Array, " B"] | None = None,
         cache: KVCache | None = None,
         remat: RematPolicy = "none",
-        emit: Callable[[Array], Any] = lambda x: None,
+        emit: Callable[[Array], PyTree] = lambda x: None,
     ) -> tuple[Array, Any, list[Any]]:
         """Runs all layers. Returns the output, the cache, and the stacked values of `emit`."""
         pattern = self.config.pattern
 
         # The cache is carried, not scanned over: each layer then updates its part in place.
-        def body(blocks: Any, carry: Any, layer: Array) -> tuple[Any, Any]:
+        def body(blocks: Blocks, carry: Carry, layer: Array) -> tuple[Carry, list[PyTree]]:
             x, cache = carry
             emitted = []
             for place, block in enumerate(_in_pattern(blocks)):
@@ -314,11 +326,11 @@ class Decoder(nnx.Module):
         return x, cache, outputs
 
 
-def _in_pattern(blocks: Any) -> Sequence[Block]:
+def _in_pattern(blocks: Blocks) -> Sequence[Block]:
     return list(blocks) if isinstance(blocks, nnx.List) else [blocks]
 
 
-def _in_order(emitted: list[Any]) -> Any:
+def _in_order(emitted: list[PyTree]) -> PyTree:
     """[R, ...] per element of the pattern -> [R * elements, ...], in the order of the layers."""
     if len(emitted) == 1:
         return emitted[0]
@@ -327,7 +339,7 @@ def _in_order(emitted: list[Any]) -> Any:
     )
 
 
-def _normed(x: Float[Array, "B T D"], norm: Any) -> Float[Array, "B T D"]:
+def _normed(x: Float[Array, "B T D"], norm: LayerNorm | RMSNorm | None) -> Float[Array, "B T D"]:
     return x if norm is None else norm(x)
 
 

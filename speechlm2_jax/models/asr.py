@@ -20,7 +20,7 @@ from speechlm2_jax.conversion.ctc import ctc_table
 from speechlm2_jax.conversion.readers import NemoArchive, read_nemo
 from speechlm2_jax.conversion.transducer import transducer_table
 from speechlm2_jax.inference.asr_labels import class_name, nemo_label_decoder
-from speechlm2_jax.layers.module import abstract, describe, merge, split
+from speechlm2_jax.layers.module import AnyArray, abstract, describe, merge, split
 from speechlm2_jax.models.transcriber import Transcriber, best_paths
 from speechlm2_jax.pretrained.registry import find_nemo
 from speechlm2_jax.settings import SettingsError, build
@@ -207,6 +207,6 @@ def _network(architecture: CtcConfig | TransducerConfig) -> tuple[nnx.Module, ma
     return made, ctc_table(architecture.perception)
 
 
-def _fp32(value: np.ndarray) -> np.ndarray:
+def _fp32(value: AnyArray) -> AnyArray:
     """Floating-point weights in fp32, whatever the archive's dtype."""
     return value if np.issubdtype(value.dtype, np.integer) else value.astype(np.float32)

@@ -196,7 +196,11 @@ class SALM(SpeechModel):
             decoding_variables=self._decoding_variables(),
         )
 
-    def _engine_on(self, variables: Variables, placement: Sharding | None) -> Engine:
+    def _engine_on(
+        self,
+        variables: Variables | Mapping[str, jax.ShapeDtypeStruct],
+        placement: Sharding | None,
+    ) -> Engine:
         return Engine(
             graphdef=self._graphdef,
             variables=variables,

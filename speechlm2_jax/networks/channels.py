@@ -6,7 +6,6 @@ predict these channels (NeMo SpeechLM2 DuplexS2SModel.prepare_inputs).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,11 +79,11 @@ class Channels:
 class ChannelLengths:
     """Frames of the channels of each conversation; [B]."""
 
-    user: Any
-    agent: Any
-    longest_user: Any
+    user: Int[Array, " B"]
+    agent: Int[Array, " B"]
+    longest_user: Int[Array, " B"]
     """Frames of the longest user channel in the group. NeMo pads to it; read by `nemo_exact`."""
-    longest_agent: Any
+    longest_agent: Int[Array, " B"]
     """Frames of the longest agent channel in the group; read by `nemo_exact`."""
 
 

@@ -12,12 +12,12 @@ predicts them.
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from speechlm2_jax.batches import DuplexBatch, LossSum, StepLosses
 from speechlm2_jax.codec.codec import Codec
@@ -42,6 +42,7 @@ from speechlm2_jax.perception.perception import (
     AudioPerception,
     PerceptionConfig,
     PerceptionModes,
+    PerceptionOutput,
 )
 from speechlm2_jax.sharding import constrain, length_multiple, time_order
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
@@ -97,10 +98,10 @@ class DuplexModes:
 class DuplexInputs:
     """Inputs of the `forward` stage. B is the number of groups times the sequences of a group."""
 
-    embeds: Any
-    """Input embeddings of the LLM, [B, T, D]."""
+    embeds: Float[Array, "B T D"]
+    """Input embeddings of the LLM."""
     channels: Channels
-    statistics: dict[str, Any]
+    statistics: dict[str, Array]
     """New batch-norm statistics by variable path."""
 
 
@@ -155,17 +156,17 @@ class Duplex(nnx.Module):
         """Computes the logits of every code of every codebook, in fp32."""
 
     @abstractmethod
-    def new_state(self, batch: int, capacity: int) -> Any:
+    def new_state(self, batch: int, capacity: int) -> PyTree:
         """Makes the initial decoding state of `batch` conversations of up to `capacity` frames."""
 
     @abstractmethod
     def decode_frame(
         self,
-        state: Any,
+        state: PyTree,
         user: Float[Array, "B 1 D"],
         text: Int[Array, "B 1"],
         codes: Int[Array, "B 1 K"],
-    ) -> tuple[Float[Array, "B V"], Float[Array, "B K W"], Any]:
+    ) -> tuple[Float[Array, "B V"], Float[Array, "B K W"], PyTree]:
         """Runs the next frame. Returns text logits, audio logits and the new state."""
 
     def split_codebooks(self, logits: Float[Array, "B T KV"]) -> Float[Array, "B T K V"]:
@@ -181,7 +182,7 @@ def encode_user(
     modes: DuplexModes = DuplexModes(),
     rngs: Key[Array, " B"] | None = None,
     extents: Int[Array, " B"] | None = None,
-) -> Any:
+) -> PerceptionOutput:
     """Encodes the user's audio into LLM-width frames (a `PerceptionOutput`).
 
     `extents` are the lengths in samples to which NeMo would pad each recording.

@@ -1,6 +1,6 @@
 """DuplexS2SSpeechDecoder: the LLM predicts agent text, a speech decoder predicts audio codes."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -10,13 +10,14 @@ from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.networks.channels import Channels
 from speechlm2_jax.networks.duplex import Duplex, DuplexConfig, DuplexModes
 from speechlm2_jax.speech_decoder.decoder import SpeechDecoder
+from speechlm2_jax.speech_decoder.transformer import TransformerState
 
 
 class State(NamedTuple):
     """Decoding state: the KV cache of the LLM and the state of the speech decoder."""
 
     llm: KVCache
-    decoder: Any
+    decoder: TransformerState
 
 
 class DuplexS2SSpeechDecoder(Duplex):

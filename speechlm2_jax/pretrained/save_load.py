@@ -187,7 +187,9 @@ def _redirected(named: Mapping[str, Any], directory: Path | None) -> dict[str, A
 def _read_run(run: Path, infos: Mapping[str, VariableInfo], rebuild: Rebuild) -> Variables:
     """The weights of a run; damaged frozen ones are rebuilt from their pretrained source."""
 
-    def rebuild_frozen(settings: Mapping[str, Any], known: frozenset[str]) -> Iterator[Variables]:
+    def rebuild_frozen(
+        settings: Mapping[str, Any], known: frozenset[str]
+    ) -> Iterator[dict[str, np.ndarray]]:
         variables = rebuild(settings, (run, *config_folders()))
         for dtype in FROZEN_DTYPES:
             yield {

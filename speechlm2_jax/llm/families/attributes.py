@@ -37,7 +37,7 @@ class Attributes:
         self.config = config
         self.read: set[str] = set()
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> Any:
         """Returns a value; missing and null mean the default."""
         self.read.add(key)
         value = self.config.get(key)

@@ -1,7 +1,6 @@
 """What is wrong with a config.json, and values as text."""
 
 import math
-from typing import Any
 
 MAX_SHOWN = 80
 
@@ -10,13 +9,13 @@ class ConfigError(ValueError):
     """A config.json that cannot be honoured, in words for the user."""
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Returns a value as text, not longer than a line of a terminal."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
-def finite(key: str, value: Any, *, may_be_zero: bool = True) -> float:
+def finite(key: str, value: object, *, may_be_zero: bool = True) -> float:
     """Returns a finite number that is not negative. Raises ConfigError for another value."""
     try:
         number = float(value) if isinstance(value, int | float) else math.nan
