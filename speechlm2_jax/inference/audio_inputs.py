@@ -1,14 +1,16 @@
 """Reads, checks and resamples the recordings that users pass: paths, files or arrays."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from io import BufferedIOBase, BytesIO
 from numbers import Real
 from os import PathLike
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int32
+from numpy.typing import ArrayLike
 
 from speechlm2_jax.data.audio import AudioError, check_samples, read_audio, resample
 from speechlm2_jax.data.audio_files import RATES_HZ
@@ -16,6 +18,18 @@ from speechlm2_jax.inference.content_parts import local_recording
 
 _FORMS = "audio must be paths or 1-D float arrays [S]"
 _WITH_RATE = '(rate, array) or {"array": ..., "sampling_rate": ...}'
+
+Recording = (
+    str
+    | PathLike[str]
+    | BufferedIOBase
+    | bytes
+    | ArrayLike
+    | tuple[float, ArrayLike]
+    | Mapping[str, object]
+)
+"""One recording in any of the forms that `clips_of` reads."""
+Recordings = Recording | Sequence[Recording] | None
 
 
 class AudioInput(NamedTuple):
@@ -25,7 +39,9 @@ class AudioInput(NamedTuple):
     name: str | None = None
 
 
-def clips_of(audio: Any, prompt: str, rate_hz: int, channel: int | None = None) -> list[AudioInput]:
+def clips_of(
+    audio: Recordings, prompt: str, rate_hz: int, channel: int | None = None
+) -> list[AudioInput]:
     """Reads a turn's `audio`: one recording, a list of them, or None.
 
     A recording is one of:
@@ -43,7 +59,7 @@ def clips_of(audio: Any, prompt: str, rate_hz: int, channel: int | None = None) 
     return [_clip(item, name, rate_hz, channel) for item, name in zip(items, names, strict=True)]
 
 
-def split_audio(audios: Any, audio_lens: Any, least: int = 1) -> list[np.ndarray]:
+def split_audio(audios: object, audio_lens: ArrayLike | None, least: int = 1) -> list[np.ndarray]:
     """Splits a padded batch [B, S] into its clips, without their padding.
 
     Raises ValueError as `padded_batch` does.
@@ -53,7 +69,7 @@ def split_audio(audios: Any, audio_lens: Any, least: int = 1) -> list[np.ndarray
 
 
 def padded_batch(
-    signal: Any, lengths: Any, names: tuple[str, str], *, least: int
+    signal: object, lengths: ArrayLike | None, names: tuple[str, str], *, least: int
 ) -> tuple[Float[np.ndarray, "B S"], Int32[np.ndarray, " B"]]:
     """Checks a padded batch: float samples [B, S] and lengths [B].
 
@@ -85,28 +101,28 @@ def items_of(audio: Any) -> list[Any]:
         return []
     is_one = isinstance(audio, Mapping | bytes) or not isinstance(audio, Iterable)
     is_one = is_one or _is_path(audio) or is_array(audio) or _is_rate_and_array(audio)
-    return [audio] if is_one else list(audio)
+    return [audio] if is_one else list(cast(Iterable[Any], audio))
 
 
-def _is_path(item: Any) -> bool:
+def _is_path(item: object) -> TypeGuard[str | Path | BufferedIOBase]:
     return isinstance(item, str | PathLike | BufferedIOBase)
 
 
-def is_array(item: Any) -> bool:
+def is_array(item: object) -> TypeGuard[ArrayLike]:
     """Whether a value can be converted to a NumPy array (it has `__array__`)."""
     return hasattr(item, "__array__")
 
 
-def _is_rate_and_array(item: Any) -> bool:
+def _is_rate_and_array(item: Any) -> TypeGuard[tuple[float, ArrayLike]]:
     is_pair = isinstance(item, tuple | list) and len(item) == 2
     return is_pair and _is_rate(item[0]) and is_array(item[1])
 
 
-def _is_rate(value: Any) -> bool:
+def _is_rate(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _clip(item: Any, name: str, rate_hz: int, channel: int | None) -> AudioInput:
+def _clip(item: object, name: str, rate_hz: int, channel: int | None) -> AudioInput:
     if isinstance(item, str):
         item = local_recording(item, name)
     if isinstance(item, Mapping):
@@ -131,7 +147,11 @@ def _clip(item: Any, name: str, rate_hz: int, channel: int | None) -> AudioInput
 
 
 def _read(
-    source: Any, name: str, file: str | None, rate_hz: int, channel: int | None
+    source: str | Path | BufferedIOBase,
+    name: str,
+    file: str | None,
+    rate_hz: int,
+    channel: int | None,
 ) -> AudioInput:
     try:
         return AudioInput(read_audio(source, sample_rate_hz=rate_hz, channel=channel), file)
@@ -163,7 +183,7 @@ def _clip_of_dict(
 
 
 def _mixed_and_resampled(
-    array: np.ndarray, own_hz: Any, name: str, rate_hz: int, channel: int | None
+    array: np.ndarray, own_hz: object, name: str, rate_hz: int, channel: int | None
 ) -> Float[np.ndarray, " S"]:
     """Mixes audio [S], [S, C] or [C, S], and resamples it from `own_hz` to `rate_hz`."""
     least, most = RATES_HZ

@@ -1,9 +1,8 @@
 """Checks batches of recordings for duplex inference, and pads them to one of few shapes."""
 
-from typing import Any
-
 import numpy as np
 from jaxtyping import Float, Int32
+from numpy.typing import ArrayLike
 
 from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.data.padding import pad_right
@@ -12,7 +11,7 @@ from speechlm2_jax.inference.padding import SAMPLE_UNIT, round_up
 
 
 def check_batch(
-    signal: Any, lengths: Any
+    signal: ArrayLike, lengths: ArrayLike | None
 ) -> tuple[Float[np.ndarray, "B S"], Int32[np.ndarray, " B"]]:
     """Checks a user's recordings: float samples [B, S], and the length of each.
 

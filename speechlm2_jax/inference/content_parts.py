@@ -11,7 +11,9 @@ _AUDIO_KEYS = ("audio", "path", "url", "audio_url", "input_audio")
 _AUDIO_TYPES = ("audio", "audio_url", "input_audio")
 
 
-def with_plain_content(turn: Mapping[str, Any], name: str, placeholder: str) -> Mapping[str, Any]:
+def with_plain_content(
+    turn: Mapping[str, object], name: str, placeholder: str
+) -> Mapping[str, Any]:
     """Turns a list of parts into one text, and puts its recordings into `audio`.
 
     A part is a text, `{"type": "text", "text": ...}` or `{"type": "audio", "audio": ...}`. The
@@ -48,14 +50,14 @@ def _joined(before: str, after: str) -> str:
     return before + ("" if needs_no_space else " ") + after
 
 
-def _kind(part: Mapping[str, Any]) -> Any:
+def _kind(part: Mapping[str, object]) -> Any:
     """The type of a part. transformers does not require the key `type`."""
     if "type" in part:
         return part["type"]
     return "text" if "text" in part else next((k for k in _AUDIO_KEYS if k in part), None)
 
 
-def _recording(part: Mapping[str, Any], name: str) -> Any:
+def _recording(part: Mapping[str, object], name: str) -> Any:
     value = next((part[key] for key in _AUDIO_KEYS if part.get(key) is not None), None)
     if part.get("array") is not None or part.get("bytes") is not None:
         return part
@@ -85,7 +87,7 @@ def local_recording(address: str, name: str) -> str | bytes:
     raise ValueError(f"{name}: {address} is not on this machine; download it and give its path")
 
 
-def _decoded(data: Any, name: str) -> bytes:
+def _decoded(data: str | bytes, name: str) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:

@@ -9,11 +9,12 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from speechlm2_jax.batches import BatchShape, SalmBatch, SalmExample, assemble_salm_batch
@@ -25,6 +26,7 @@ from speechlm2_jax.inference import generate
 from speechlm2_jax.inference.engine import Engine
 from speechlm2_jax.inference.long_form import chunked
 from speechlm2_jax.inference.padding import prompt_shape, round_up
+from speechlm2_jax.inference.prompts import Dialog
 from speechlm2_jax.inference.request.generation_request import GenerationRequest
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.layers.unstacked import merge_layers
@@ -70,7 +72,7 @@ def why_unsupported(request: GenerationRequest) -> str | None:
 
 def generate_each(
     engine: Engine,
-    prompts: Iterable[Any],
+    prompts: Iterable[Dialog],
     request: GenerationRequest,
     slots: int,
     draw_numbers: Iterable[int] | None = None,
@@ -92,7 +94,7 @@ def generate_each(
 
 
 def _join_chunks(
-    engine: Engine, prompts: Iterable[tuple[Any, int]], request: GenerationRequest, slots: int
+    engine: Engine, prompts: Iterable[tuple[Dialog, int]], request: GenerationRequest, slots: int
 ) -> Iterator[list[FinishedPrompt]]:
     """Generates for (dialog, draw number) pairs, and joins the responses of each dialog's chunks.
 
@@ -131,7 +133,7 @@ def _join_chunks(
 
 
 def _read_dialog(
-    engine: Engine, dialog: Any, number: int, request: GenerationRequest
+    engine: Engine, dialog: Dialog, number: int, request: GenerationRequest
 ) -> chunked.ChunkedPrompt:
     """Tokenizes a dialog and splits its long audio into chunks.
 
@@ -265,7 +267,11 @@ class _SlotTable:
 
 @partial(jax.jit, static_argnames=("graphdef", "count", "prompt_tokens"))
 def _empty(
-    graphdef: Any, variables: Variables, decoding: DecodingConfig, count: int, prompt_tokens: int
+    graphdef: nnx.GraphDef[Salm],
+    variables: Variables,
+    decoding: DecodingConfig,
+    count: int,
+    prompt_tokens: int,
 ) -> Slots:
     """Makes free slots with room for prompts of `prompt_tokens` tokens."""
     network: Salm = merge(graphdef, variables)
@@ -274,7 +280,7 @@ def _empty(
 
 @partial(jax.jit, static_argnames=("graphdef",), donate_argnames="slots")
 def _admit(
-    graphdef: Any,
+    graphdef: nnx.GraphDef[Salm],
     variables: Variables,
     slots: Slots | None,
     new: _Admission,
@@ -289,7 +295,7 @@ def _admit(
 
 @partial(jax.jit, static_argnames=("graphdef",), donate_argnames="slots")
 def _run(
-    graphdef: Any,
+    graphdef: nnx.GraphDef[Salm],
     variables: Variables,
     slots: Slots | None,
     enough: Int[Array, ""],

@@ -10,12 +10,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32, Key
+from numpy.typing import ArrayLike
 
 from speechlm2_jax import sharding
 from speechlm2_jax.batches import (
@@ -32,6 +35,7 @@ from speechlm2_jax.inference.engine import Engine
 from speechlm2_jax.inference.long_form import chunked
 from speechlm2_jax.inference.padding import prompt_shape
 from speechlm2_jax.inference.prompts import PromptContext, prompt_examples
+from speechlm2_jax.inference.prompts import Prompts as PromptsLike
 from speechlm2_jax.inference.request.generation_request import GenerationRequest, read_request
 from speechlm2_jax.inference.text_stream import (
     PartialOutput,
@@ -40,12 +44,13 @@ from speechlm2_jax.inference.text_stream import (
     last_output,
     stream_pieces,
 )
-from speechlm2_jax.layers.module import VariableInfo, Variables, merge
+from speechlm2_jax.layers.module import AnyArray, VariableInfo, Variables, merge
 from speechlm2_jax.layers.unstacked import merge_layers
 from speechlm2_jax.networks import salm as salm_network
 from speechlm2_jax.networks.salm import Salm, SalmModes
 from speechlm2_jax.sharding import Sharding
 
+E = TypeVar("E")
 TOKENS_BETWEEN_CHECKS = 16
 """Tokens per call of `decode` if a time limit, a stop string or `should_stop` may end generation.
 Between two calls the host checks them."""
@@ -56,9 +61,9 @@ log = logging.getLogger(__name__)
 class PromptInputs(NamedTuple):
     """The prompts of one call, as `SALM.generate` takes them."""
 
-    prompts: Any
-    audios: Any = None
-    audio_lens: Any = None
+    prompts: PromptsLike
+    audios: ArrayLike | None = None
+    audio_lens: ArrayLike | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +219,7 @@ class _PreparedBatch:
     groups: Sequence[Sequence[SalmExample]]
     """The examples of each shard."""
     arrays: SalmBatch
-    decoding: DecodingConfig
+    decoding: DecodingConfig[int]
     limits: Int[np.ndarray, "G R"]
     """The largest number of new tokens of each sequence."""
     key: Key[Array, ""] | None
@@ -224,7 +229,7 @@ class _PreparedBatch:
         groups, rows = self.limits.shape
         copies = self.decoding.return_sequences
 
-        def real_rows(values: Any) -> np.ndarray:
+        def real_rows(values: AnyArray) -> np.ndarray:
             by_group = values.reshape(groups, rows * copies, *values.shape[1:])
             pairs = zip(by_group, self.groups, strict=True)
             return np.concatenate([part[: len(group) * copies] for part, group in pairs])
@@ -271,7 +276,7 @@ def _prepare_batch(
     )
 
 
-def split_evenly(examples: Sequence[Any] | np.ndarray, groups: int) -> list[Any]:
+def split_evenly(examples: Sequence[E] | np.ndarray, groups: int) -> list[Any]:
     """Splits examples into `groups` consecutive parts whose sizes differ by at most one."""
     bounds = np.linspace(0, len(examples), groups + 1).round().astype(int)
     return [examples[a:b] for a, b in itertools.pairwise(bounds)]
@@ -279,7 +284,10 @@ def split_evenly(examples: Sequence[Any] | np.ndarray, groups: int) -> list[Any]
 
 @partial(jax.jit, static_argnames=("graphdef", "placement"))
 def encode(
-    graphdef: Any, variables: Variables, batch: SalmBatch, placement: Sharding | None = None
+    graphdef: nnx.GraphDef[Salm],
+    variables: Variables,
+    batch: SalmBatch,
+    placement: Sharding | None = None,
 ) -> Float[Array, "B T D"]:
     """Encodes audio and interleaves it with the text embeddings. Returns the LLM's input.
 
@@ -293,7 +301,7 @@ def encode(
 
 @partial(jax.jit, static_argnames=("graphdef", "placement"))
 def prefill(
-    graphdef: Any,
+    graphdef: nnx.GraphDef[Salm],
     variables: Variables,
     embeds: Float[Array, "B T D"],
     batch: SalmBatch,
@@ -301,7 +309,7 @@ def prefill(
     key: Key[Array, ""] | None,
     decoding: DecodingConfig,
     placement: Sharding | None = None,
-) -> Any:
+) -> loops.GenerationState:
     """Runs the prompts through the LLM and chooses the first tokens (a `GenerationState`)."""
     network: Salm = merge(graphdef, variables)
     with sharding.use(placement):
@@ -321,13 +329,13 @@ def prefill(
 
 @partial(jax.jit, static_argnames=("graphdef", "placement"), donate_argnames="state")
 def decode(
-    graphdef: Any,
+    graphdef: nnx.GraphDef[Salm],
     variables: Variables,
-    state: Any,
+    state: loops.GenerationState,
     until: Int[Array, ""],
     decoding: DecodingConfig,
     placement: Sharding | None = None,
-) -> tuple[Any, loops.GenerationOutput]:
+) -> tuple[loops.GenerationState, loops.GenerationOutput]:
     """Generates until every sequence has `until` tokens or has ended.
 
     Returns the new state, and the output replicated on every device.
@@ -341,7 +349,7 @@ def decode(
 
 @partial(jax.jit, static_argnames=("graphdef", "placement"))
 def generate_batch(
-    graphdef: Any,
+    graphdef: nnx.GraphDef[Salm],
     variables: Variables,
     batch: SalmBatch,
     limits: Int[Array, "G R"],
@@ -357,7 +365,7 @@ def generate_batch(
 
 
 def variable_layout(
-    infos: Mapping[str, VariableInfo], dtype: Any, placement: Sharding
+    infos: Mapping[str, VariableInfo], dtype: DTypeLike, placement: Sharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Dtype and sharding of every variable for inference.
 

@@ -1,12 +1,12 @@
 """User-facing streaming perception: push samples, get encoder frames."""
 
-from typing import Any
-
 import jax.numpy as jnp
+from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from speechlm2_jax.layers.module import Variables
+from speechlm2_jax.perception.perception import AudioPerception
 from speechlm2_jax.perception.streaming import (
     StreamPlan,
     StreamState,
@@ -25,14 +25,21 @@ class PerceptionStream:
     """
 
     def __init__(
-        self, plan: StreamPlan, graphdef: Any, variables: Variables, batch: int, dtype: DTypeLike
+        self,
+        plan: StreamPlan,
+        graphdef: nnx.GraphDef[AudioPerception],
+        variables: Variables,
+        batch: int,
+        dtype: DTypeLike,
     ):
         self.plan = plan
         self.state: StreamState = start_stream(plan, batch, dtype)
         self._variables = variables
         self._step = make_step(graphdef, plan)
 
-    def push(self, audio: Any, new: Any = None) -> tuple[Float[Array, "B F W"], Bool[Array, "B F"]]:
+    def push(
+        self, audio: ArrayLike, new: ArrayLike | None = None
+    ) -> tuple[Float[Array, "B F W"], Bool[Array, "B F"]]:
         """Encodes `plan.samples` samples of each stream. Returns frames and which of them are real.
 
         `audio` is [B, plan.samples]. `new` [B] is the number of real samples of each stream; None:
@@ -48,6 +55,6 @@ class PerceptionStream:
         output, self.state = self._step(self._variables, self.state, samples, count)
         return output.frames, output.is_real
 
-    def restart(self, rows: Any) -> None:
+    def restart(self, rows: ArrayLike) -> None:
         """Resets the state of the streams in `rows` (bool [B])."""
         self.state = restart(self.state, jnp.asarray(rows, bool))

@@ -1,19 +1,25 @@
 """Turns the prompts of `generate` (dialogs or token ids, with audio) into examples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from speechlm2_jax.batches import SalmExample
 from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.data.padding import pad_left
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
+from speechlm2_jax.data.prompts.formatter import Turn
 from speechlm2_jax.inference.audio_inputs import AudioInput, clips_of, split_audio
 from speechlm2_jax.inference.content_parts import with_plain_content
 from speechlm2_jax.pretrained.salm_config import DEFAULT_AUDIO_LOCATOR_TAG
 
+Dialog = Sequence[Turn]
+"""The turns of a conversation."""
+Prompts = Sequence[Dialog] | ArrayLike
+"""Dialogs, or token ids [B, T]."""
 _FORM = 'prompts must be dialogs, [[{"role": "user", "content": "..."}], ...], or int ids [B, T]'
 
 
@@ -33,7 +39,11 @@ class PromptContext:
 
 
 def prompt_examples(
-    prompts: Any, audios: Any, audio_lens: Any, context: PromptContext, first: int = 0
+    prompts: Prompts,
+    audios: ArrayLike | None,
+    audio_lens: ArrayLike | None,
+    context: PromptContext,
+    first: int = 0,
 ) -> tuple[list[SalmExample], np.ndarray]:
     """Makes one example per prompt; audio goes to the placeholders in order.
 
@@ -77,11 +87,11 @@ def prompt_examples(
     return examples, pad_left(ids, context.pad_id)
 
 
-def _names(prompts: Any, first: int) -> list[str]:
+def _names(prompts: Sized, first: int) -> list[str]:
     return [f"prompt {first + i}" for i in range(len(prompts))]
 
 
-def _are_dialogs(prompts: Any, first: int) -> bool:
+def _are_dialogs(prompts: object, first: int) -> TypeGuard[Sequence[Dialog]]:
     """Whether prompts are dialogs. If not, they should be ids. Raises ValueError for texts."""
     if isinstance(prompts, str | bytes | Mapping):
         raise ValueError(f"{_FORM}; got {type(prompts).__name__}")
@@ -101,7 +111,7 @@ def _are_dialogs(prompts: Any, first: int) -> bool:
     return True
 
 
-def _encode(dialog: Sequence[Any], name: str, context: PromptContext) -> np.ndarray:
+def _encode(dialog: Dialog, name: str, context: PromptContext) -> np.ndarray:
     turns = [{key: value for key, value in turn.items() if key != "audio"} for turn in dialog]
     try:
         thinking = context.enable_thinking
@@ -111,7 +121,7 @@ def _encode(dialog: Sequence[Any], name: str, context: PromptContext) -> np.ndar
         raise PromptError(f"{name}: {error}") from error
 
 
-def _id_rows(prompts: Any, context: PromptContext, first: int) -> list[np.ndarray]:
+def _id_rows(prompts: Prompts, context: PromptContext, first: int) -> list[np.ndarray]:
     """Checks an array of ids [B, T] and splits it into its sequences.
 
     Raises ValueError for another array and for unknown ids.

@@ -1,14 +1,19 @@
 """Perception and LLM of a model as separate programs, and the device of a model."""
 
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.layers.module import Variables, merge
+from speechlm2_jax.networks.duplex import Duplex
+from speechlm2_jax.networks.salm import Salm
 from speechlm2_jax.perception.perception import PerceptionModes
+
+N = TypeVar("N", Salm, Duplex)
 
 
 def device_of(variables: Variables | None) -> jax.Device:
@@ -36,7 +41,7 @@ def on_default_device(variables: Variables) -> Variables:
 
 @partial(jax.jit, static_argnames=("graphdef",))
 def perceive(
-    graphdef: Any,
+    graphdef: nnx.GraphDef[N],
     variables: Variables,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],
@@ -49,7 +54,7 @@ def perceive(
 
 @partial(jax.jit, static_argnames=("graphdef",))
 def text_logits(
-    graphdef: Any,
+    graphdef: nnx.GraphDef[N],
     variables: Variables,
     embeds: Float[Array, "B T D"],
     mask: Bool[Array, "B T"],
@@ -60,7 +65,7 @@ def text_logits(
 
 
 def hidden_states(
-    network: Any, embeds: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None
+    network: Salm | Duplex, embeds: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None
 ) -> Float[Array, "B T D"]:
     """Runs a network's LLM over whole sequences. `mask` is False at padding; None: no padding."""
     rows = embeds.shape[:2]

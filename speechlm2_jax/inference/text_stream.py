@@ -3,12 +3,13 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32
+from numpy.typing import ArrayLike
 
-ToText = Callable[[Any], str]
+ToText = Callable[[ArrayLike], str]
 """Token ids of one sequence -> their text."""
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 """A byte token. Several of them form one character, which is known only after the last byte."""
@@ -57,11 +58,11 @@ def last_output(outputs: Iterator[PartialOutput]) -> PartialOutput:
 class TextTokenizer(Protocol):
     """Turns ids into text."""
 
-    def ids_to_text(self, ids: Any) -> str:
+    def ids_to_text(self, ids: ArrayLike) -> str:
         """Decodes one sequence."""
         ...
 
-    def ids_to_tokens(self, ids: Any) -> list[str]:
+    def ids_to_tokens(self, ids: ArrayLike) -> list[str]:
         """The token string of each id."""
         ...
 

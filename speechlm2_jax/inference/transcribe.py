@@ -5,11 +5,20 @@ from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.data.padding import pad_right
-from speechlm2_jax.inference.audio_inputs import as_float, clips_of, is_array, items_of, split_audio
+from speechlm2_jax.inference.audio_inputs import (
+    Recordings,
+    as_float,
+    clips_of,
+    is_array,
+    items_of,
+    split_audio,
+)
 from speechlm2_jax.inference.padding import SAMPLE_UNIT, round_up
+from speechlm2_jax.inference.prompts import Prompts
 
 DEFAULT_BATCH_SIZE = 16
 Decode = Callable[[np.ndarray, np.ndarray], list[list[int]]]
@@ -31,7 +40,7 @@ class Transcript(str):
         return str(self)
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, object]) -> None:
     """Checks the arguments of NeMo's `transcribe` that have no parameter here.
 
     Raises ValueError for one that is not supported, TypeError for an unknown one.
@@ -44,7 +53,10 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def read_recordings(
-    audio: Any, lengths: Any, rate_hz: int, channel_selector: int | str | None = None
+    audio: Recordings,
+    lengths: ArrayLike | None,
+    rate_hz: int,
+    channel_selector: int | str | None = None,
 ) -> list[np.ndarray]:
     """Reads the recordings given to `transcribe` as float32 arrays [S] at `rate_hz`.
 
@@ -122,13 +134,17 @@ class PromptedModel(Protocol):
         """Turns ids into text."""
         ...
 
-    def generate(self, prompts: Any, **generation_kwargs: Any) -> Any:
+    def generate(self, prompts: Prompts, **generation_kwargs: Any) -> Any:
         """Token ids of the responses; see SALM.generate."""
         ...
 
 
 def transcribe_by_prompt(
-    model: PromptedModel, audio: Any, prompt: str, batch_size: int, generation: Mapping[str, Any]
+    model: PromptedModel,
+    audio: Recordings,
+    prompt: str,
+    batch_size: int,
+    generation: Mapping[str, object],
 ) -> list[Transcript]:
     """Transcribes with a prompt; see SALM.transcribe."""
     if batch_size < 1:
@@ -155,7 +171,7 @@ def transcribe_by_prompt(
     return texts
 
 
-def _is_batch(audio: Any) -> bool:
+def _is_batch(audio: Recordings) -> bool:
     if is_array(audio):
         return np.ndim(audio) != 1
     first = audio[0] if isinstance(audio, list) and audio else None

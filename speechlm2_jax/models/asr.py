@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from speechlm2_jax.conversion.ctc import ctc_table
 from speechlm2_jax.conversion.readers import NemoArchive, read_nemo
 from speechlm2_jax.conversion.transducer import transducer_table
 from speechlm2_jax.inference.asr_labels import class_name, nemo_label_decoder
-from speechlm2_jax.layers.module import AnyArray, abstract, describe, merge, split
+from speechlm2_jax.layers.module import AnyArray, Variables, abstract, describe, merge, split
 from speechlm2_jax.models.transcriber import Transcriber, best_paths
 from speechlm2_jax.pretrained.registry import find_nemo
 from speechlm2_jax.settings import SettingsError, build
@@ -93,7 +93,7 @@ class ASRModel(Transcriber):
         path: str | Path,
         *,
         decoder: str | None = None,
-        decoding: Mapping[str, Any] | None = None,
+        decoding: Mapping[str, object] | None = None,
     ) -> "ASRModel":
         """Opens a `.nemo` file, or the one of a hub repository.
 
@@ -133,8 +133,8 @@ class ASRModel(Transcriber):
 
 @partial(jax.jit, static_argnames=("graphdef", "max_symbols", "jumps_when_full"))
 def _hypotheses(
-    graphdef: Any,
-    variables: Any,
+    graphdef: nnx.GraphDef[TransducerNetwork],
+    variables: Variables,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],
     max_symbols: int,
@@ -165,7 +165,7 @@ def _decoder(archive: NemoArchive, asked: str | None) -> str:
 
 
 def _decoding(
-    archive: NemoArchive, decoder: str, overrides: Mapping[str, Any]
+    archive: NemoArchive, decoder: str, overrides: Mapping[str, object]
 ) -> TransducerDecodingConfig:
     """The decoding block of the chosen decoder, without keys that greedy decoding does not use."""
     is_auxiliary = decoder == "ctc" and "aux_ctc" in archive.config

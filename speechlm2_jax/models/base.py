@@ -9,9 +9,13 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+from numpy.typing import ArrayLike
 
 from speechlm2_jax import parameter_paths, settings
 from speechlm2_jax.batches import HostBatch, LossSum, StepLosses
+from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.perception_stream import PerceptionStream
 from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, split
@@ -22,7 +26,7 @@ from speechlm2_jax.perception.perception import AudioPerception
 from speechlm2_jax.perception.streaming import StreamPlan, natural_frames
 from speechlm2_jax.pretrained import blueprint as blueprints
 from speechlm2_jax.pretrained import initial_weights, registry, save_load
-from speechlm2_jax.pretrained.components import lora_notes
+from speechlm2_jax.pretrained.components import ModelConfig, lora_notes
 from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.settings import SettingsError
 
@@ -38,14 +42,14 @@ class SpeechModel(Exportable):
     bad key, a missing file, a missing token or widths that do not fit.
     """
 
-    CONFIG: ClassVar[type[Any]]
+    CONFIG: ClassVar[type[ModelConfig]]
     """The dataclass that reads the `model:` block."""
     ALWAYS_FROZEN: ClassVar[tuple[str, ...]] = ()
     """Patterns of parameter names that no setting can unfreeze."""
 
     def __init__(
         self,
-        cfg: Mapping[str, Any],
+        cfg: Mapping[str, object],
         *,
         variables: Variables | None = None,
         near: tuple[Path, ...] = (),
@@ -60,12 +64,12 @@ class SpeechModel(Exportable):
 
     @classmethod
     @abstractmethod
-    def read_blueprint(cls, cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Any:
+    def read_blueprint(cls, cfg: Mapping[str, object], near: tuple[Path, ...]) -> Any:
         """Reads configs and tokenizer, no weights."""
 
     @abstractmethod
     def losses(
-        self, variables: Variables, batch: Any, *, key: jax.Array | None, train: bool
+        self, variables: Variables, batch: PyTree, *, key: jax.Array | None, train: bool
     ) -> StepLosses:
         """Computes the loss sums of one batch; pure and traceable."""
 
@@ -120,7 +124,7 @@ class SpeechModel(Exportable):
         model = cls(source.cfg, near=source.near)
         model._blueprint = replace(model._blueprint, named=source.named, origin=path)
 
-        def rebuild(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Variables:
+        def rebuild(cfg: Mapping[str, object], near: tuple[Path, ...]) -> Variables:
             return blueprints.load_or_initialize(cls.read_blueprint(cfg, near), model.infos)
 
         variables = source.read(model._blueprint, model.infos, rebuild)
@@ -135,7 +139,7 @@ class SpeechModel(Exportable):
         return dict(self._blueprint.cfg)
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The text tokenizer."""
         return self._blueprint.tokenizer
 
@@ -189,7 +193,7 @@ class SpeechModel(Exportable):
         return self
 
     def perception(
-        self, input_signal: Any, input_signal_length: Any
+        self, input_signal: ArrayLike, input_signal_length: ArrayLike
     ) -> tuple[jax.Array, jax.Array]:
         """Encodes audio [B, S] with lengths [B] in samples into (frames [B, T, D], lengths [B])."""
         return stages.perceive(
@@ -263,7 +267,7 @@ class SpeechModel(Exportable):
         return self.cfg
 
     def normalized_settings(
-        self, settings: Mapping[str, Any], definitions: Mapping[str, Mapping[str, Any]] | None
+        self, settings: Mapping[str, object], definitions: Mapping[str, Mapping[str, object]] | None
     ) -> dict[str, Any]:
         """A `model:` block of this class with all defaults; see `training.protocol`."""
         own = self._blueprint.component_configs() if definitions is None else definitions
@@ -285,12 +289,12 @@ class SpeechModel(Exportable):
         return self._blueprint.config.nemo_exact
 
     @property
-    def compute_dtype(self) -> Any:
+    def compute_dtype(self) -> np.dtype:
         """Dtype of activations; the trainer sets it from `trainer.precision`."""
         return jnp.dtype(self._blueprint.network.compute_dtype)
 
     @compute_dtype.setter
-    def compute_dtype(self, dtype: Any) -> None:
+    def compute_dtype(self, dtype: DTypeLike) -> None:
         self.astype(jnp.dtype(dtype).name)
 
     def use_remat(self, policies: Mapping[str, str]) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
+from numpy.typing import ArrayLike
 
 from speechlm2_jax.codec.codec import Audio, Codec, Codes
 from speechlm2_jax.codec.resampling import resample, resampled_length
@@ -35,7 +36,7 @@ class AudioCodec:
     or unsupported key.
     """
 
-    def __init__(self, cfg: Mapping[str, Any], *, seed: int = 0):
+    def __init__(self, cfg: Mapping[str, object], *, seed: int = 0):
         self.config = codec_config(cfg)
         self._seed = seed
         module = abstract(self._make)
@@ -94,8 +95,8 @@ class AudioCodec:
 
     def encode(
         self,
-        audio: Any,
-        lengths: Any,
+        audio: ArrayLike,
+        lengths: ArrayLike,
         sample_rate: int | None = None,
         *,
         nemo_exact: bool = False,
@@ -118,7 +119,7 @@ class AudioCodec:
         codes, counts = _encode(graphdef, variables, audio, lengths, **options)
         return Codes(codes[:, :frames], counts)
 
-    def decode(self, codes: Any, lengths: Any, *, nemo_exact: bool = False) -> Audio:
+    def decode(self, codes: ArrayLike, lengths: ArrayLike, *, nemo_exact: bool = False) -> Audio:
         """Decodes codes [B, T, K]: samples [B, T * samples_per_frame] and their lengths.
 
         Raises ValueError if codes and lengths do not fit.
@@ -145,7 +146,7 @@ class AudioCodec:
         return merge(self._graphdef, self.variables).new_stream(batch)
 
     def decode_step(
-        self, stream: DecoderStream, codes: Any
+        self, stream: DecoderStream, codes: ArrayLike
     ) -> tuple[Float[Array, "B S"], DecoderStream]:
         """Decodes the next frames [B, T, K] of each stream; the old state is donated."""
         graphdef, variables = self._compute()
@@ -154,7 +155,7 @@ class AudioCodec:
     def _make(self, rngs: nnx.Rngs) -> Codec:
         return Codec(self.config, rngs=rngs)
 
-    def _compute(self) -> tuple[Any, Variables]:
+    def _compute(self) -> tuple[nnx.GraphDef[Codec], Variables]:
         """(graphdef, variables) with weight norm folded into the kernels, cached."""
         if self._folded is None:
             graphdef = split(abstract(lambda rngs: _folded(self._make(rngs))))[0]
@@ -163,13 +164,13 @@ class AudioCodec:
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
-def _fold(graphdef: Any, variables: Variables) -> Variables:
+def _fold(graphdef: nnx.GraphDef[Codec], variables: Variables) -> Variables:
     return split(_folded(merge(graphdef, variables)))[1]
 
 
 @partial(jax.jit, static_argnames=("graphdef", "from_hz", "size", "nemo_exact"))
 def _encode(
-    graphdef: Any,
+    graphdef: nnx.GraphDef[Codec],
     variables: Variables,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],
@@ -191,7 +192,7 @@ def _encode(
 
 @partial(jax.jit, static_argnames=("graphdef", "nemo_exact"))
 def _decode(
-    graphdef: Any,
+    graphdef: nnx.GraphDef[Codec],
     variables: Variables,
     codes: Int[Array, "B T K"],
     lengths: Int[Array, " B"],
@@ -205,7 +206,10 @@ def _decode(
 
 @partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("stream",))
 def _decode_step(
-    graphdef: Any, variables: Variables, stream: DecoderStream, codes: Int[Array, "B T K"]
+    graphdef: nnx.GraphDef[Codec],
+    variables: Variables,
+    stream: DecoderStream,
+    codes: Int[Array, "B T K"],
 ) -> tuple[Float[Array, "B S"], DecoderStream]:
     codec: Codec = merge(graphdef, variables)
     return codec.decode_step(stream, codes)

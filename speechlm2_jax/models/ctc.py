@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from numpy.typing import DTypeLike
 
 from speechlm2_jax import checkpointing
 from speechlm2_jax.asr import ctc_losses
@@ -49,13 +50,13 @@ class CtcModelConfig:
 
     preprocessor: LogMelConfig
     encoder: FastConformerConfig
-    tokenizer: Mapping[str, Any]
+    tokenizer: Mapping[str, object]
     """`dir`: a folder with tokenizer.model (SentencePiece)."""
-    decoder: Mapping[str, Any] | None = None
+    decoder: Mapping[str, object] | None = None
     """NeMo's ConvASRDecoder block; its sizes follow the encoder and the tokenizer."""
     spec_augment: SpecAugmentConfig | None = None
-    optimizer: Mapping[str, Any] | None = None
-    lr_scheduler: Mapping[str, Any] | None = None
+    optimizer: Mapping[str, object] | None = None
+    lr_scheduler: Mapping[str, object] | None = None
     seed: int = 0
 
     TARGETS: ClassVar[tuple[str, ...]] = ("EncDecCTCModelBPE",)
@@ -72,7 +73,7 @@ class CTCModel(Transcriber):
 
     def __init__(
         self,
-        cfg: Mapping[str, Any],
+        cfg: Mapping[str, object],
         *,
         tokenizer: Tokenizer | None = None,
         near: tuple[Path, ...] = (),
@@ -118,7 +119,7 @@ class CTCModel(Transcriber):
         model.variables = dict(checkpointing.load_weights(run).variables)
         return model
 
-    def save_to(self, path: str | Path, *, dtype: Any = np.float32) -> None:
+    def save_to(self, path: str | Path, *, dtype: DTypeLike | None = np.float32) -> None:
         """Writes a `.nemo` file that NeMo's ASRModel.restore_from reads, with weights in `dtype`.
 
         None keeps the dtype of each weight. Raises ConversionError for values out of range.
@@ -214,7 +215,7 @@ class CTCModel(Transcriber):
         return self.cfg
 
     def normalized_settings(
-        self, settings: Mapping[str, Any], definitions: Mapping[str, Mapping[str, Any]] | None
+        self, settings: Mapping[str, object], definitions: Mapping[str, Mapping[str, object]] | None
     ) -> dict[str, Any]:
         """A `model:` block of this class with all defaults; see `training.protocol`."""
         return to_plain(build(CtcModelConfig, settings, "model"))
@@ -230,7 +231,7 @@ class CTCModel(Transcriber):
         return jnp.dtype(self._network.compute_dtype)
 
     @compute_dtype.setter
-    def compute_dtype(self, dtype: Any) -> None:
+    def compute_dtype(self, dtype: DTypeLike) -> None:
         self._network = replace(self._network, compute_dtype=jnp.dtype(dtype).name)
         self._graphdef, self.infos = self._build()
 
@@ -289,7 +290,7 @@ class CTCModel(Transcriber):
     def _make(self, rngs: nnx.Rngs) -> CtcNetwork:
         return CtcNetwork(self._network, rngs=rngs)
 
-    def _build(self) -> tuple[Any, dict[str, VariableInfo]]:
+    def _build(self) -> tuple[nnx.GraphDef[CtcNetwork], dict[str, VariableInfo]]:
         module = abstract(self._make)
         return split(module)[0], describe(module)
 

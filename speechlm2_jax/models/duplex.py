@@ -8,7 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, Key
+from numpy.typing import ArrayLike
 
 from speechlm2_jax import sharding
 from speechlm2_jax.batches import (
@@ -74,7 +76,7 @@ class DuplexS2SModel(SpeechModel):
     _blueprint: DuplexBlueprint
 
     @classmethod
-    def read_blueprint(cls, cfg: Mapping[str, Any], near: tuple[Path, ...]) -> DuplexBlueprint:
+    def read_blueprint(cls, cfg: Mapping[str, object], near: tuple[Path, ...]) -> DuplexBlueprint:
         """Reads configs and tokenizer, no weights."""
         return duplex.read_blueprint(cls.CONFIG, cfg, near)
 
@@ -118,7 +120,9 @@ class DuplexS2SModel(SpeechModel):
             return None
         return decoder.max_length_causal_mask
 
-    def __call__(self, input_embeds: Any, input_audio_tokens: Any = None) -> dict[str, jax.Array]:
+    def __call__(
+        self, input_embeds: ArrayLike, input_audio_tokens: ArrayLike | None = None
+    ) -> dict[str, jax.Array]:
         """Runs whole conversations of embeddings [B, T, D].
 
         Returns `text_logits` [B, T, V] and `audio_logits` [B, T, K, W]. `input_audio_tokens`
@@ -134,8 +138,8 @@ class DuplexS2SModel(SpeechModel):
 
     def offline_inference(
         self,
-        input_signal: Any,
-        input_signal_lens: Any,
+        input_signal: ArrayLike,
+        input_signal_lens: ArrayLike | None,
         decode_audio: bool = True,
         *,
         text_sampling: SamplingConfig | None = None,
@@ -317,7 +321,7 @@ class DuplexS2SSpeechDecoderModel(DuplexS2SModel):
 
 @partial(jax.jit, static_argnames=("graphdef", "config", "placement"))
 def run_offline(
-    graphdef: Any,
+    graphdef: nnx.GraphDef[Duplex],
     variables: Variables,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],
@@ -346,7 +350,7 @@ def run_offline(
 
 @partial(jax.jit, static_argnames=("graphdef", "placement"))
 def decode_codes(
-    graphdef: Any,
+    graphdef: nnx.GraphDef[Duplex],
     variables: Variables,
     codes: Int[Array, "B T K"],
     lengths: Int[Array, " B"],
@@ -369,7 +373,7 @@ def decode_codes(
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
-def silent_codes(graphdef: Any, variables: Variables) -> Int[Array, " K"]:
+def silent_codes(graphdef: nnx.GraphDef[Duplex], variables: Variables) -> Int[Array, " K"]:
     """The codec's codes of silence."""
     network: Duplex = merge(graphdef, variables)
     samples = SILENT_FRAMES * network.config.codec.samples_per_frame
@@ -378,14 +382,14 @@ def silent_codes(graphdef: Any, variables: Variables) -> Int[Array, " K"]:
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
-def _targets(graphdef: Any, variables: Variables, batch: DuplexBatch) -> Targets:
+def _targets(graphdef: nnx.GraphDef[Duplex], variables: Variables, batch: DuplexBatch) -> Targets:
     channels = duplex_network.prepare(merge(graphdef, variables), batch, DuplexModes()).channels
     return Targets(channels.text_targets, channels.code_targets, channels.frames)
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
 def _logits(
-    graphdef: Any,
+    graphdef: nnx.GraphDef[Duplex],
     variables: Variables,
     embeds: Float[Array, "B T D"],
     codes: Int[Array, "B T K"] | None,

@@ -8,15 +8,18 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from speechlm2_jax import sharding
 from speechlm2_jax.batches import BatchShape, HostBatch, SalmBatch, SalmExample, StepLosses
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.inference import continuous_batching, generate, stages
+from speechlm2_jax.inference.audio_inputs import Recordings
 from speechlm2_jax.inference.continuous_batching import FinishedPrompt
 from speechlm2_jax.inference.engine import Engine
 from speechlm2_jax.inference.generate import PromptInputs
-from speechlm2_jax.inference.request.generation_request import read_request
+from speechlm2_jax.inference.prompts import Dialog, Prompts
+from speechlm2_jax.inference.request.generation_request import GenerationConfigLike, read_request
 from speechlm2_jax.inference.text_stream import Piece, last_output
 from speechlm2_jax.inference.transcribe import Transcript, transcribe_by_prompt
 from speechlm2_jax.layers.module import Variables, merge
@@ -43,7 +46,7 @@ class SALM(SpeechModel):
     _blueprint: SalmBlueprint
 
     @classmethod
-    def read_blueprint(cls, cfg: Mapping[str, Any], near: tuple[Path, ...]) -> SalmBlueprint:
+    def read_blueprint(cls, cfg: Mapping[str, object], near: tuple[Path, ...]) -> SalmBlueprint:
         """Reads configs and tokenizer, no weights."""
         return salm.read_blueprint(cfg, near)
 
@@ -57,7 +60,9 @@ class SALM(SpeechModel):
         """Token id of the placeholder."""
         return self._blueprint.placeholder_id
 
-    def __call__(self, input_embeds: Any, attention_mask: Any = None) -> dict[str, jax.Array]:
+    def __call__(
+        self, input_embeds: ArrayLike, attention_mask: ArrayLike | None = None
+    ) -> dict[str, jax.Array]:
         """Runs the LLM over embeddings [B, T, D] with a bool mask [B, T]: {"logits": [B, T, V]}."""
         embeds = jnp.asarray(input_embeds)
         mask = jnp.ones(embeds.shape[:2], bool) if attention_mask is None else attention_mask
@@ -66,10 +71,10 @@ class SALM(SpeechModel):
 
     def generate(
         self,
-        prompts: Any,
-        audios: Any = None,
-        audio_lens: Any = None,
-        generation_config: Any = None,
+        prompts: Prompts,
+        audios: ArrayLike | None = None,
+        audio_lens: ArrayLike | None = None,
+        generation_config: GenerationConfigLike = None,
         enable_thinking: bool | None = None,
         *,
         draw_numbers: Sequence[int] | None = None,
@@ -102,10 +107,10 @@ class SALM(SpeechModel):
 
     def stream(
         self,
-        prompts: Any,
-        audios: Any = None,
-        audio_lens: Any = None,
-        generation_config: Any = None,
+        prompts: Prompts,
+        audios: ArrayLike | None = None,
+        audio_lens: ArrayLike | None = None,
+        generation_config: GenerationConfigLike = None,
         *,
         tokens_at_once: int = 8,
         **generation_kwargs: Any,
@@ -124,8 +129,8 @@ class SALM(SpeechModel):
 
     def generate_each(
         self,
-        prompts: Iterable[Any],
-        generation_config: Any = None,
+        prompts: Iterable[Dialog],
+        generation_config: GenerationConfigLike = None,
         *,
         slots: int = 64,
         draw_numbers: Iterable[int] | None = None,
@@ -149,7 +154,7 @@ class SALM(SpeechModel):
 
     def transcribe(
         self,
-        audio: Any,
+        audio: Recordings,
         *,
         prompt: str = "Transcribe the following:",
         batch_size: int = 4,

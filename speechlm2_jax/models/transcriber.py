@@ -8,11 +8,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
+from numpy.typing import ArrayLike
 
 from speechlm2_jax.asr.ctc import CtcNetwork, best_path
 from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.asr_labels import LabelDecoder
+from speechlm2_jax.inference.audio_inputs import Recordings
 from speechlm2_jax.inference.transcribe import (
     DEFAULT_BATCH_SIZE,
     Transcript,
@@ -49,8 +52,8 @@ class Transcriber(ABC):
 
     def transcribe(
         self,
-        audio: Any,
-        lengths: Any = None,
+        audio: Recordings,
+        lengths: ArrayLike | None = None,
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
         channel_selector: int | str | None = None,
@@ -76,7 +79,7 @@ class Transcriber(ABC):
 
 @partial(jax.jit, static_argnames=("graphdef", "precision"))
 def best_paths(
-    graphdef: Any,
+    graphdef: nnx.GraphDef[CtcNetwork],
     variables: Variables,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],

@@ -2,9 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.parameter_paths import NamedSlice
 from speechlm2_jax.perception.perception import PerceptionConfig
 from speechlm2_jax.pretrained import initial_weights
-from speechlm2_jax.pretrained.components import lora_class
+from speechlm2_jax.pretrained.components import ModelConfig, lora_class
 from speechlm2_jax.pretrained.llm_files import llm_generation_config, llm_weights
 from speechlm2_jax.pretrained.locate import LLM_BACKBONE
 from speechlm2_jax.settings import build, to_plain
@@ -35,7 +35,9 @@ PretrainedWeights = tuple[mapping.TensorSource, mapping.Table, dict[str, Variabl
 
 
 class NetworkConfig(Protocol):
-    """What every architecture with an LLM has."""
+    """What every architecture with an LLM has. It is a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field]]
 
     @property
     def llm(self) -> DecoderConfig:
@@ -67,22 +69,22 @@ class NetworkConfig(Protocol):
 class Blueprint(ABC):
     """Everything of a model but its weights."""
 
-    config: Any
+    config: ModelConfig
     """The `model:` block as read (`ModelConfig`)."""
-    cfg: Mapping[str, Any]
+    cfg: Mapping[str, object]
     """The `model:` block with the architecture of every component filled in."""
-    llm_config: Mapping[str, Any]
+    llm_config: Mapping[str, object]
     """The LLM's config.json, unchanged."""
     tokenizer: Tokenizer
     pad_id: int
-    network: Any
+    network: NetworkConfig
     """The architecture (`NetworkConfig`)."""
     llm_directory: Path
     """A Hugging Face directory, or a GGUF file."""
     asr_file: Path | None
     near: tuple[Path, ...] = ()
     """Further directories that relative names are looked up in, after the working directory."""
-    named: Mapping[str, Any] | None = None
+    named: Mapping[str, object] | None = None
     """`cfg` as stored in the directory that the model was loaded from; None for a new model."""
     origin: Path | None = None
     """The run, directory or file that the model was loaded from; None for a new model."""
@@ -214,9 +216,9 @@ def infos_below(
 
 
 def normalized(
-    kind: type[Any],
-    settings: Mapping[str, Any],
-    component_configs: Mapping[str, Mapping[str, Any]],
+    kind: type[object],
+    settings: Mapping[str, object],
+    component_configs: Mapping[str, Mapping[str, object]],
 ) -> dict[str, Any]:
     """A `model:` block with all defaults, without ignored keys.
 

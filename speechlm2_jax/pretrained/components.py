@@ -96,7 +96,7 @@ class LlmFiles:
 
     directory: Path
     """A Hugging Face directory, or a GGUF file."""
-    config: dict[str, Any]
+    config: dict[str, object]
     """Its config.json, unchanged."""
     decoder: DecoderConfig
     tokenizer: Path

@@ -35,7 +35,7 @@ class DuplexBlueprint(Blueprint):
 
     config: DuplexModelConfig
     network: DuplexConfig
-    codec_cfg: Mapping[str, Any]
+    codec_cfg: Mapping[str, object]
     """The codec's own config, unchanged."""
     codec_file: Path | None
     """Its `.nemo` file; None where there is only the config."""
@@ -83,7 +83,7 @@ class DuplexBlueprint(Blueprint):
 
 
 def read_blueprint(
-    kind: type[DuplexModelConfig], cfg: Mapping[str, Any], near: tuple[Path, ...] = ()
+    kind: type[DuplexModelConfig], cfg: Mapping[str, object], near: tuple[Path, ...] = ()
 ) -> DuplexBlueprint:
     """Reads configs and tokenizer, no weights. Raises SettingsError with the key to change."""
     config = build(kind, cfg, "model")

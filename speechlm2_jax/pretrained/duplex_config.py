@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 
@@ -29,10 +29,10 @@ class DuplexModelConfig:
     audio_loss_weight: float = 1.0
     duplex_user_channel_weight: float = 1.0
     """Factor of the user's frames before they are added to the agent's embeddings."""
-    perception: Mapping[str, Any] = field(default_factory=dict)
-    lora: Mapping[str, Any] | None = None
-    optimizer: Mapping[str, Any] | None = None
-    lr_scheduler: Mapping[str, Any] | None = None
+    perception: Mapping[str, object] = field(default_factory=dict)
+    lora: Mapping[str, object] | None = None
+    optimizer: Mapping[str, object] | None = None
+    lr_scheduler: Mapping[str, object] | None = None
     init_from_checkpoint: str | None = None
     """A run, saved directory, weights file or hub name whose weights training starts from; NeMo
     ignores it."""

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.errors import ConversionError, listed
 from speechlm2_jax.conversion.mapping import Place, Rule, Table
 from speechlm2_jax.conversion.readers import LazySource, memory_source, open_weights
-from speechlm2_jax.layers.module import VariableInfo, Variables
+from speechlm2_jax.layers.module import AnyArray, VariableInfo, Variables
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.settings import SettingsError
@@ -108,7 +107,7 @@ class InitialWeights:
         partial = {path for path in self.layers if path not in loaded}
         return {path: self._overlaid(path, variables[path]) for path in partial}
 
-    def _overlaid(self, path: str, value: Any) -> Any:
+    def _overlaid(self, path: str, value: AnyArray) -> AnyArray:
         rule = self._rule(path)
         out = np.array(value) if isinstance(value, np.ndarray) else value
         for layer in self.layers[path]:

@@ -7,7 +7,6 @@ select from the tables below; nothing is imported by name.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from speechlm2_jax.checkpointing import CHECKPOINTS
 from speechlm2_jax.conversion.errors import ConversionError
@@ -105,7 +104,7 @@ def of_target(name: str) -> Kind:
     return _BY_TARGET.get(last, other)
 
 
-def of_config(cfg: Mapping[str, Any]) -> Kind | None:
+def of_config(cfg: Mapping[str, object]) -> Kind | None:
     """The kind of a `model:` block or config.json; None if unknown.
 
     `_target_` decides; without it, keys that only one kind has.
@@ -122,7 +121,7 @@ def of_config(cfg: Mapping[str, Any]) -> Kind | None:
     return _of_hugging_face(cfg)
 
 
-def _of_hugging_face(cfg: Mapping[str, Any]) -> Kind | None:
+def _of_hugging_face(cfg: Mapping[str, object]) -> Kind | None:
     """The kind of a config.json of transformers; None for another file."""
     family, classes = cfg.get("model_type"), cfg.get("architectures")
     if not isinstance(family, str) or family.startswith("nemo_speechlm"):
@@ -201,7 +200,7 @@ def _of_unpacked(directory: Path) -> Kind | None:
     return replace(kind, what=f"{kind.what}, unpacked", classes=(), advice=advice)
 
 
-def require(kind_of_model: type[Any], path: Path) -> None:
+def require(kind_of_model: type[object], path: Path) -> None:
     """Raises SettingsError, naming the class that opens `path`, if `kind_of_model` does not."""
     known = {name for kind in (*_BY_TARGET.values(), CTC_RUN) for name in kind.classes}
     requested = next(base.__name__ for base in kind_of_model.__mro__ if base.__name__ in known)
@@ -210,7 +209,7 @@ def require(kind_of_model: type[Any], path: Path) -> None:
         raise SettingsError(f"{kind.sentence(path)} ({requested} does not open it)")
 
 
-def find_nemo(kind_of_model: type[Any], name: str | Path, *, key: str) -> Path:
+def find_nemo(kind_of_model: type[object], name: str | Path, *, key: str) -> Path:
     """The `.nemo` file that `name` means, for a class that opens only those.
 
     Raises SettingsError naming `key` if there is none, or naming the class that opens it.
@@ -239,7 +238,7 @@ def require_part(path: Path, key: str, *, name: str) -> None:
     raise SettingsError(f"{key}: {path} is {kind.what}; {advice}")
 
 
-def trained_class(block: Mapping[str, Any]) -> str:
+def trained_class(block: Mapping[str, object]) -> str:
     """The name in `slm.models` of the class that a `model:` block trains; SALM by default.
 
     Raises SettingsError for a `_target_` whose training is not supported.

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from flax import nnx
 
@@ -49,7 +48,7 @@ class SalmBlueprint(Blueprint):
         return Salm(self.network, rngs=rngs)
 
 
-def read_blueprint(cfg: Mapping[str, Any], near: tuple[Path, ...] = ()) -> SalmBlueprint:
+def read_blueprint(cfg: Mapping[str, object], near: tuple[Path, ...] = ()) -> SalmBlueprint:
     """Reads configs and tokenizer, no weights. Raises SettingsError with the key to change."""
     config = build(SalmModelConfig, cfg, "model")
     location = Location(near=near)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 DEFAULT_AUDIO_LOCATOR_TAG = "<|audioplaceholder|>"
 
@@ -24,10 +24,10 @@ class SalmModelConfig:
     prompt_format: str | None = None
     """A name of `data.prompts.FORMATS`; `auto`, the default: the tokenizer's own chat template."""
     audio_locator_tag: str = DEFAULT_AUDIO_LOCATOR_TAG
-    perception: Mapping[str, Any] = field(default_factory=dict)
-    lora: Mapping[str, Any] | None = None
-    optimizer: Mapping[str, Any] | None = None
-    lr_scheduler: Mapping[str, Any] | None = None
+    perception: Mapping[str, object] = field(default_factory=dict)
+    lora: Mapping[str, object] | None = None
+    optimizer: Mapping[str, object] | None = None
+    lr_scheduler: Mapping[str, object] | None = None
     init_from_checkpoint: str | None = None
     """A run, saved directory, weights file or hub name whose weights training starts from."""
     encoder_chunk_size_seconds: float | None = None

@@ -46,9 +46,9 @@ REDIRECTED = ("pretrained_llm", "pretrained_audio_codec", "pretrained_weights", 
 class ModelSource:
     """A model on disk: its configuration, and how to read its weights."""
 
-    cfg: dict[str, Any]
+    cfg: dict[str, object]
     """Its `model:` block, redirected to the components stored with it."""
-    named: dict[str, Any]
+    named: dict[str, object]
     """Its `model:` block as saved, with the original names of the components."""
     near: tuple[Path, ...]
     """Directories that relative names are looked up in."""
@@ -170,7 +170,7 @@ def _saved_cfg(directory: Path) -> dict[str, Any]:
     return cfg
 
 
-def _redirected(named: Mapping[str, Any], directory: Path | None) -> dict[str, Any]:
+def _redirected(named: Mapping[str, object], directory: Path | None) -> dict[str, Any]:
     """The configuration, redirected to the tokenizer and the component configs in `directory`."""
     cfg = {**named, "pretrained_weights": False}
     cfg.pop("init_from_checkpoint", None)
@@ -188,7 +188,7 @@ def _read_run(run: Path, infos: Mapping[str, VariableInfo], rebuild: Rebuild) ->
     """The weights of a run; damaged frozen ones are rebuilt from their pretrained source."""
 
     def rebuild_frozen(
-        settings: Mapping[str, Any], known: frozenset[str]
+        settings: Mapping[str, object], known: frozenset[str]
     ) -> Iterator[dict[str, np.ndarray]]:
         variables = rebuild(settings, (run, *config_folders()))
         for dtype in FROZEN_DTYPES:
@@ -210,6 +210,6 @@ def _reader(path: Path) -> Callable[[Blueprint, Mapping[str, VariableInfo], Rebu
     return read
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Writes a JSON object with sorted keys."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -7,10 +7,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
+from numpy.typing import ArrayLike
 
 from speechlm2_jax.batches import SalmExample
 from speechlm2_jax.data.padding import pad_right
@@ -30,7 +31,7 @@ that the numbers of other prompts lie in between."""
 class TextCoder(Protocol):
     """Turns ids into text and back."""
 
-    def ids_to_text(self, ids: Any) -> str:
+    def ids_to_text(self, ids: ArrayLike) -> str:
         """Decodes one sequence, without special tokens."""
         ...
 

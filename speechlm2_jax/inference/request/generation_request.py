@@ -4,7 +4,7 @@ import difflib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -17,6 +17,7 @@ from speechlm2_jax.inference.request.keys import ARGUMENTS, HONOURED, IGNORED, O
 from speechlm2_jax.inference.request.processors import make_processors
 from speechlm2_jax.inference.request.values import check_values, ids_of
 
+N = TypeVar("N")
 DEFAULT_NEW_TOKENS = 20
 """transformers' own default."""
 
@@ -66,11 +67,23 @@ ANY_VOCABULARY: Vocabulary = _AnyVocabulary()
 """Stands for a model that is not loaded yet, to check a request early."""
 
 
+class SupportsToDict(Protocol):
+    """A transformers GenerationConfig."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its keys and values."""
+        ...
+
+
+GenerationConfigLike = Mapping[str, object] | SupportsToDict | None
+"""A GenerationConfig, or a mapping of its keys."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """Checked settings of one call of `generate`."""
 
-    decoding: DecodingConfig
+    decoding: DecodingConfig[int]
     max_new_tokens: int | None
     max_length: int | None
     """Most tokens of prompt and response together. Read only if `max_new_tokens` is None."""
@@ -99,13 +112,15 @@ class GenerationRequest:
             )
         return (self.max_length - prompt_lengths).astype(np.int32)
 
-    def fitting(self, limits: Int[np.ndarray, "..."]) -> DecodingConfig:
+    def fitting(self, limits: Int[np.ndarray, "..."]) -> DecodingConfig[int]:
         """The decoding settings with room for the largest of `limits`, rounded up."""
         return replace(self.decoding, max_new_tokens=round_up(int(limits.max()), 1))
 
 
 def read_request(
-    model: Vocabulary, config: Any = None, overrides: Mapping[str, Any] | None = None
+    model: Vocabulary,
+    config: GenerationConfigLike = None,
+    overrides: Mapping[str, object] | None = None,
 ) -> GenerationRequest:
     """Reads a GenerationConfig, or a mapping of its keys. `overrides` replace its values.
 
@@ -149,12 +164,12 @@ def read_request(
     )
 
 
-def _plain(kind: Callable[[Any], Any], value: Any) -> Any:
+def _plain(kind: Callable[..., N], value: object) -> N | None:
     """Converts a NumPy or JAX scalar to a Python number; None stays."""
     return None if value is None else kind(value)
 
 
-def _merged(config: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(config: GenerationConfigLike, overrides: Mapping[str, object]) -> dict[str, Any]:
     """All keys whose value is not None. Raises ValueError for a key that is not supported."""
     if config is None:
         given: dict[str, Any] = {}

@@ -1,14 +1,14 @@
 """Every key of transformers' GenerationConfig: honoured, ignored or refused."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Refused(NamedTuple):
     """A key that would change the output and is not supported."""
 
     reason: str
-    harmless: tuple[Any, ...] = ()
+    harmless: tuple[object, ...] = ()
     """Values that have no effect, beside None and False."""
 
 

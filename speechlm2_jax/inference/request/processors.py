@@ -1,14 +1,15 @@
 """The logits processors of a GenerationConfig, in transformers' order."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from speechlm2_jax.generation import processors as p
 from speechlm2_jax.generation import warpers
 from speechlm2_jax.inference.padding import round_up
-from speechlm2_jax.inference.request.values import bias_pairs, ids_of
+from speechlm2_jax.inference.request.values import Biases, bias_pairs, ids_of
 
 SAMPLING_DEFAULTS: Mapping[str, Any] = {"top_k": 50}
 """transformers' defaults of sampling that change the distribution."""
@@ -46,12 +47,12 @@ def make_processors(
 
 
 def _repetitions(stops: Sequence[int]) -> Makers:
-    def bad_words(words: Any) -> p.Processor:
+    def bad_words(words: Iterable[ArrayLike]) -> p.Processor:
         ids = [tuple(ids_of(word)) for word in words]
         bad = {word: -np.inf for word in ids if word not in [(s,) for s in stops]}
         return _sequence_bias(bad)
 
-    def sequence_bias(bias: Any) -> p.Processor:
+    def sequence_bias(bias: Biases) -> p.Processor:
         return _sequence_bias({tuple(ids_of(ids)): float(v) for ids, v in bias_pairs(bias)})
 
     return {
@@ -90,7 +91,7 @@ def _suppressions(vocabulary: int, begin: int) -> Makers:
 def _warpers(least: int) -> Makers:
     """The processors of sampling. Those that truncate keep at least `least` tokens."""
 
-    def keep(rule: Callable[..., Any], least: int = least) -> Callable[[Any], p.Processor]:
+    def keep(rule: Callable[..., p.Scores], least: int = least) -> Callable[[Any], p.Processor]:
         return lambda v: p.Keep(rule, float(v), least)
 
     return {
@@ -125,7 +126,7 @@ def _filled(ids: list[int], vocabulary: int) -> np.ndarray:
     return out
 
 
-def _has_no_effect(value: Any, neutral: Any) -> bool:
+def _has_no_effect(value: object, neutral: object) -> bool:
     if isinstance(value, Sequence | Mapping | np.ndarray):
         return len(value) == 0
     return neutral is not None and bool(value == neutral)

@@ -3,11 +3,14 @@
 import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 INT32_END = 2**31
+Biases = Mapping[Any, float] | Sequence[Sequence[Any]]
+"""A `sequence_bias`: token ids -> bias."""
 SAMPLING_KEYS = (
     *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
     *("epsilon_cutoff", "eta_cutoff"),
@@ -36,12 +39,12 @@ def check_values(asked: Mapping[str, Any], vocabulary: int, own_ids: Sequence[in
         check_ids("sequence_bias", ids_of(ids), vocabulary)
 
 
-def ids_of(value: Any) -> list[int]:
+def ids_of(value: ArrayLike | None) -> list[int]:
     """One id or several as a list; None gives an empty list."""
     return [] if value is None else [int(i) for i in np.asarray(value).reshape(-1)]
 
 
-def bias_pairs(bias: Any) -> list[tuple[Any, Any]]:
+def bias_pairs(bias: Biases) -> list[tuple[Any, Any]]:
     """The pairs (ids, bias) of a `sequence_bias`, which is a mapping or a list of pairs."""
     return list(bias.items()) if isinstance(bias, Mapping) else [tuple(pair) for pair in bias]
 
@@ -55,64 +58,64 @@ def check_ids(key: str, ids: Sequence[int], vocabulary: int) -> None:
         raise ValueError(f"{key}: {_short(wrong)} are not token ids; give ids from 0{last}")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return reprlib.repr(value)
 
 
-def _array(value: Any) -> np.ndarray:
+def _array(value: object) -> np.ndarray:
     try:
         return np.asarray(value)
     except (ValueError, TypeError):  # lists of several lengths
         return np.empty(1, object)
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     """A value as a float; NaN if it is not a finite number."""
     array = _array(value)
     is_number = array.ndim == 0 and array.dtype.kind in "iuf" and np.isfinite(array)
     return float(array) if is_number else math.nan
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return not math.isnan(_number(value))
 
 
-def _is_whole(value: Any, least: int, end: int = INT32_END) -> bool:
+def _is_whole(value: object, least: int, end: int = INT32_END) -> bool:
     number = _number(value)
     return least <= number < end and number == math.floor(number)
 
 
-def _is_bool(value: Any) -> bool:
+def _is_bool(value: object) -> bool:
     array = _array(value)
     return array.ndim == 0 and (array.dtype.kind == "b" or _number(value) in (0, 1))
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> bool:
     array = _array(value)
     return array.ndim == 0 and array.dtype.kind in "iu"
 
 
-def _is_ids(value: Any) -> bool:
+def _is_ids(value: object) -> TypeGuard[Sequence[int]]:
     """Whether a value is a list of whole numbers; it may be empty."""
     array = _array(value)
     return array.ndim == 1 and (array.dtype.kind in "iu" or not array.size)
 
 
-def _is_sequence(value: Any) -> bool:
+def _is_sequence(value: object) -> bool:
     """Whether a value is a list of at least one id."""
     return _is_ids(value) and len(value) > 0
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: object) -> TypeGuard[Sequence[Any] | np.ndarray]:
     is_array = isinstance(value, np.ndarray) and value.ndim > 0
     return is_array or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
 
 
-def _are_sequences(value: Any) -> bool:
+def _are_sequences(value: object) -> bool:
     return _is_list(value) and all(_is_sequence(ids) for ids in value)
 
 
-def _are_biases(value: Any) -> bool:
+def _are_biases(value: object) -> bool:
     pairs = list(value.items()) if isinstance(value, Mapping) else value
     return _is_list(pairs) and all(
         _is_list(pair) and len(pair) == 2 and _is_sequence(pair[0]) and _is_bias(pair[1])
@@ -120,13 +123,13 @@ def _are_biases(value: Any) -> bool:
     )
 
 
-def _is_bias(value: Any) -> bool:
+def _is_bias(value: object) -> bool:
     """Whether a value is a number. Infinity forces a sequence, minus infinity forbids it."""
     array = _array(value)
     return array.ndim == 0 and array.dtype.kind in "iuf" and not np.isnan(array)
 
 
-def _are_texts(value: Any) -> bool:
+def _are_texts(value: object) -> bool:
     texts = [value] if isinstance(value, str) else value
     return (isinstance(texts, str) or _is_list(texts)) and all(
         isinstance(text, str) and text for text in texts
@@ -138,11 +141,11 @@ def _is_decay(value: Any) -> bool:
     return is_pair and _is_whole(value[0], 0) and _number(value[1]) > 0
 
 
-def _is_seconds(value: Any) -> bool:
+def _is_seconds(value: object) -> bool:
     return value is False or _number(value) >= 1
 
 
-def _is_stopping(value: Any) -> bool:
+def _is_stopping(value: object) -> bool:
     return _is_bool(value) or (isinstance(value, str) and value == "never")
 
 
