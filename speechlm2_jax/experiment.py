@@ -90,7 +90,7 @@ class Experiment:
     model: Model
     datamodule: DataModule
     trainer: Trainer
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
 
     def dry_run(self) -> None:
         """Prints what `fit` would do. Needs no weights."""
@@ -263,7 +263,7 @@ def check_start(settings: Mapping[str, Any]) -> None:
         )
 
 
-def check_blocks(settings: Mapping[str, Any], *, complete: bool = True) -> None:
+def check_blocks(settings: Mapping[str, object], *, complete: bool = True) -> None:
     """Raises SettingsError for a block that is unknown, missing or (`complete`) incomplete."""
     unknown = sorted(set(settings) - set(BLOCKS) - set(IGNORED))
     if unknown:
@@ -302,17 +302,17 @@ def check_keys(settings: Mapping[str, Any]) -> None:
     raise_all([*problems, *(p for block in selected for p in selected_problems(*block))])
 
 
-def make_model(cfg: Mapping[str, Any], near: tuple[Path, ...]) -> Model:
+def make_model(cfg: Mapping[str, object], near: tuple[Path, ...]) -> Model:
     """Makes the kind of model that a `model:` block describes. Raises SettingsError."""
     return model_kind(cfg)(cfg, near=near)
 
 
-def model_kind(cfg: Mapping[str, Any]) -> type[Model]:
+def model_kind(cfg: Mapping[str, object]) -> type[Model]:
     """The model class of a `model:` block, by name or by its keys. Raises SettingsError."""
     return getattr(models, registry.trained_class(cfg))
 
 
-def make_data(cfg: Mapping[str, Any], model: Model) -> DataModule:
+def make_data(cfg: Mapping[str, object], model: Model) -> DataModule:
     """Makes the data of a `data:` block as the model takes it. Raises SettingsError."""
     if not isinstance(model, DuplexS2SModel):
         dataset = SALMDataset(model.tokenizer, prompt_format=model.cfg.get("prompt_format"))

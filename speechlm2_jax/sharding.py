@@ -12,12 +12,16 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
+from speechlm2_jax.arrays import AnyArray
+
+T = TypeVar("T")
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
@@ -48,7 +52,7 @@ OUTPUT_AXES = ("heads", "kv_heads", "mlp", "vocab")
 """Output axes of weights [out, in]; fully sharded weights are sharded along these."""
 SEQUENCE_PARALLEL = {"time": ("context", "tensor")}
 """Shards time over the tensor axis too, between blocks (Korthikanti et al. 2022)."""
-TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+TPU_OPTIONS: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 """XLA options: all-gather whole weights, overlapped with other work.
 
 By default XLA turns the all-gather before a matmul into a ring of partial matmuls, which takes
@@ -92,7 +96,7 @@ class Sharding:
         return self.mesh.devices.flat[0].platform
 
     @property
-    def compiler_options(self) -> dict[str, str] | None:
+    def compiler_options(self) -> dict[str, str | bool] | None:
         """Options with which XLA compiles a training step; None for its defaults."""
         return TPU_OPTIONS if self.platform == "tpu" else None
 
@@ -162,11 +166,11 @@ class Sharding:
         """The sharding of arrays that every device holds whole."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def batch(self, tree: Any) -> Any:
+    def batch(self, tree: PyTree) -> PyTree:
         """The sharding of each array of a batch: the leading (group) axis over the batch axes."""
         return jax.tree.map(lambda x: self.named(("batch",) + (None,) * (np.ndim(x) - 1)), tree)
 
-    def put_batch(self, tree: Any) -> Any:
+    def put_batch(self, tree: PyTree) -> PyTree:
         """Puts a host batch on the devices; each host copies only the groups of its own devices.
 
         With context parallelism the tokens are first brought into `time_order`.
@@ -208,7 +212,7 @@ def make_sharding(
     return Sharding(mesh, tuple((axis, changed.get(axis, where)) for axis, where in RULES))
 
 
-def put_global(value: Any, placement: jax.sharding.Sharding) -> jax.Array:
+def put_global(value: AnyArray | np.number, placement: jax.sharding.Sharding) -> jax.Array:
     """Puts a host array on the devices; each process copies only the shards of its own devices.
 
     Unlike `jax.device_put`, it does not compare the values of all processes first.
@@ -224,7 +228,7 @@ def for_inference(mesh: Mesh) -> Sharding:
     return Sharding(mesh, tuple((a, unsharded.get(a, to)) for a, to in RULES), shards_time=False)
 
 
-def mesh_of(arrays: Mapping[str, Any]) -> Mesh | None:
+def mesh_of(arrays: Mapping[str, object]) -> Mesh | None:
     """The mesh of device arrays; None for one device and for host arrays."""
     for array in arrays.values():
         mesh = getattr(getattr(array, "sharding", None), "mesh", None)
@@ -276,8 +280,8 @@ Axes = Sequence[str | None]
 
 
 def on_shards(
-    fn: Callable[..., Any], arrays: Sequence[Any], axes: Sequence[Axes], out_axes: Axes
-) -> Any:
+    fn: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[Axes], out_axes: Axes
+) -> jax.Array:
     """Runs `fn` on each device's own shards (`jax.shard_map`).
 
     For what XLA's partitioner cannot shard (an FFT, a Pallas kernel) or shards badly (ring
@@ -322,7 +326,7 @@ def time_order(length: int) -> np.ndarray | None:
     return None if sharding is None else sharding.time_order(length)
 
 
-def ring_permute(tree: Any) -> Any:
+def ring_permute(tree: T) -> T:
     """Inside `on_shards`: sends arrays to the next device of the context ring."""
     size = context_size()
     pairs = [(i, (i + 1) % size) for i in range(size)]
@@ -330,7 +334,7 @@ def ring_permute(tree: Any) -> Any:
 
 
 def place(
-    variables: Mapping[str, Any], axes: Mapping[str, Sequence[str | None]], sharding: Sharding
+    variables: Mapping[str, AnyArray], axes: Mapping[str, Sequence[str | None]], sharding: Sharding
 ) -> dict[str, jax.Array]:
     """Puts each named array on the devices, sharded by its logical axes."""
     return {

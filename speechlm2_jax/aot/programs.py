@@ -33,7 +33,7 @@ class CompilableModel(ModelOutline, Protocol):
 
     def compile_generation(
         self, placement: Sharding, shape: BatchShape, max_new_tokens: int
-    ) -> Any:
+    ) -> jax.stages.Compiled:
         """Compiles generation for prompts of one shape."""
         ...
 
@@ -125,7 +125,7 @@ def _memory(known: Mapping[str, int], scratch: str, compiled: Any) -> dict[str, 
     }
 
 
-def _fitting(compile_it: Callable[[], Any], topology: Topology) -> Any:
+def _fitting(compile_it: Callable[[], jax.stages.Compiled], topology: Topology) -> Any:
     try:
         return compile_it()
     except jax.errors.JaxRuntimeError as error:

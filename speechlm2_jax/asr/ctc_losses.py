@@ -10,7 +10,7 @@ from speechlm2_jax.perception.perception import PerceptionModes
 
 
 def losses(
-    network: CtcNetwork, batch: SalmBatch, *, train: bool, key: Key[Array, ""] | None = None
+    network: CtcNetwork, batch: SalmBatch[Array], *, train: bool, key: Key[Array, ""] | None = None
 ) -> StepLosses:
     """CTC loss over conversations; the labels are the tokens that an LLM would be trained on.
 

@@ -6,47 +6,49 @@ frames. Token t of a text channel belongs to the frame that starts at t * frame 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Generic, TypeVar
 
 import jax
 import numpy as np
 
-from speechlm2_jax.batches.shared import TimeOrder
+from speechlm2_jax.batches.shared import A, TimeOrder
+
+B = TypeVar("B")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class DuplexBatch:
+class DuplexBatch(Generic[A]):
     """One global batch for a duplex model. Arrays are NumPy on the host, JAX on the devices."""
 
-    source_audio: Any
+    source_audio: A
     """Float32 [G, R, S]: user audio at the model's rate, zeros after each length."""
-    source_lengths: Any
+    source_lengths: A
     """Int32 [G, R]: samples; 0 for padding (no conversation)."""
-    source_extent: Any
+    source_extent: A
     """Int32 [G]: samples of the group's longest user audio, to which NeMo pads (`nemo_exact`)."""
-    target_audio: Any
+    target_audio: A
     """Float32 [G, R, A]: agent audio at the codec's rate, zeros after each length."""
-    target_lengths: Any
+    target_lengths: A
     """Int32 [G, R]: samples."""
-    target_extent: Any
+    target_extent: A
     """Int32 [G]: samples of the group's longest agent audio."""
-    target_tokens: Any
+    target_tokens: A
     """Int32 [G, R, T]: text tokens of the agent; the pad id where there is none."""
-    source_tokens: Any
+    source_tokens: A
     """Int32 [G, R, T]: text tokens of the user; the pad id where there is none."""
-    token_lengths: Any
+    token_lengths: A
     """Int32 [G, R]: frames of both text channels."""
-    token_extent: Any
+    token_extent: A
     """Int32 [G]: frames of the group's longest text channels."""
-    sequence_ids: Any
+    sequence_ids: A
     """Int32 [G, R]: index of the conversation in the global batch; seeds its random draws."""
 
-    def map(self, fn: Callable[[Any], Any]) -> "DuplexBatch":
+    def map(self, fn: Callable[[A], B]) -> "DuplexBatch[B]":
         """Applies `fn` to every array."""
         return DuplexBatch(**{f.name: fn(getattr(self, f.name)) for f in fields(self)})
 
-    def in_time_order(self, time_order: TimeOrder) -> "DuplexBatch":
+    def in_time_order(self, time_order: TimeOrder) -> "DuplexBatch[A]":
         """Returns the batch as it is: `networks.duplex` aligns and reorders the channels."""
         return self
 
@@ -96,7 +98,7 @@ class DuplexShape:
 
 def assemble_duplex_batch(
     groups: Sequence[Sequence[DuplexExample | None]], shape: DuplexShape, *, pad_id: int
-) -> DuplexBatch:
+) -> DuplexBatch[np.ndarray]:
     """Assembles a batch of one static shape, padded on the right.
 
     A group may have fewer conversations than the shape; what is missing, and None, is padding.
@@ -125,7 +127,9 @@ def assemble_duplex_batch(
     )
 
 
-def full_duplex_batch(shape: DuplexShape, groups: int, *, pad_id: int = 0) -> DuplexBatch:
+def full_duplex_batch(
+    shape: DuplexShape, groups: int, *, pad_id: int = 0
+) -> DuplexBatch[np.ndarray]:
     """Makes a batch of silence and pad ids, without padding.
 
     For counting FLOPs and compiling. Its arrays take the memory of one group.

@@ -2,49 +2,52 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Generic, TypeVar
 
 import jax
 import numpy as np
 
-from speechlm2_jax.batches.shared import FrameCount, TimeOrder
+from speechlm2_jax.batches.shared import A, FrameCount, TimeOrder
+
+B = TypeVar("B")
+M = TypeVar("M", jax.Array, np.ndarray)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class SalmBatch:
+class SalmBatch(Generic[A]):
     """One global batch for SALM. Arrays are NumPy on the host, JAX on the devices."""
 
-    audio: Any
+    audio: A
     """Float32 [G, C, S]: 16 kHz (the model's rate) mono samples, zeros after each length."""
-    audio_lengths: Any
+    audio_lengths: A
     """Int32 [G, C]: samples; 0 for padding (no clip)."""
-    audio_extent: Any
+    audio_extent: A
     """Int32 [G]: samples of the group's longest clip, to which NeMo pads (`nemo_exact`)."""
-    clip_ids: Any
+    clip_ids: A
     """Int32 [G, C]: index of the clip in the global batch; seeds its random draws."""
-    tokens: Any
+    tokens: A
     """Int32 [G, R, T]: token ids; 0 at audio frames and padding."""
-    audio_index: Any
+    audio_index: A
     """Int32 [G, R, T]: clip * frames(S) + frame, with the clip's index in the group; -1 at text."""
-    attention_mask: Any
+    attention_mask: A
     """Bool [G, R, T]: True where queries may attend to the position; False at padding."""
-    segments: Any
+    segments: A
     """Int32 [G, R, T]: conversation within a packed sequence, from 1; 0 is padding."""
-    positions: Any
+    positions: A
     """Int32 [G, R, T]: position within the conversation, from 0."""
-    targets: Any
+    targets: A
     """Int32 [G, R, T]: id of the next token; 0 where there is no loss."""
-    loss_mask: Any
+    loss_mask: A
     """Bool [G, R, T]: positions whose prediction counts in the loss."""
-    sequence_ids: Any
+    sequence_ids: A
     """Int32 [G, R]: index of the sequence in the global batch; seeds its random draws."""
 
-    def map(self, fn: Callable[[Any], Any]) -> "SalmBatch":
+    def map(self, fn: Callable[[A], B]) -> "SalmBatch[B]":
         """Applies `fn` to every array."""
         return SalmBatch(**{f.name: fn(getattr(self, f.name)) for f in fields(self)})
 
-    def without_id(self, token_id: int) -> "SalmBatch":
+    def without_id(self: "SalmBatch[M]", token_id: int) -> "SalmBatch[M]":
         """Masks text tokens of one id: they are neither attended to nor scored.
 
         NeMo masks the pad id wherever it occurs, even where it ends a turn (`nemo_exact`).
@@ -56,7 +59,9 @@ class SalmBatch:
             loss_mask=self.loss_mask & (self.targets != token_id),
         )
 
-    def in_time_order(self, time_order: TimeOrder) -> "SalmBatch":
+    def in_time_order(
+        self: "SalmBatch[np.ndarray]", time_order: TimeOrder
+    ) -> "SalmBatch[np.ndarray]":
         """Reorders the tokens of every sequence for context parallelism (`Sharding.time_order`)."""
         order = time_order(self.tokens.shape[2])
         if order is None:
@@ -161,7 +166,7 @@ def assemble_salm_batch(
     frame_count: FrameCount,
     placeholder_id: int,
     shift: bool = True,
-) -> SalmBatch:
+) -> SalmBatch[np.ndarray]:
     """Assembles a batch of one static shape, with sequences padded on the right.
 
     With `shift` (training) position t predicts token t + 1, and the last token is only a target.
@@ -194,7 +199,7 @@ def assemble_salm_batch(
 
 def full_batch(
     shape: BatchShape, groups: int, *, frame_count: FrameCount, placeholder_id: int
-) -> SalmBatch:
+) -> SalmBatch[np.ndarray]:
     """Makes a batch without padding: as many clips as fit, and text with a loss for the rest.
 
     For counting FLOPs and compiling. Its arrays take the memory of one group.

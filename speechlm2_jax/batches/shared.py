@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
 
+from speechlm2_jax.arrays import AnyArray, Scalar
+
+A = TypeVar("A", covariant=True)
+"""What the arrays of a pytree are: on the host, on the devices, or their shapes or shardings."""
 FrameCount = Callable[[int], int]
 """Number of samples of a clip -> number of its frames after perception."""
 TimeOrder = Callable[[int], np.ndarray | None]
@@ -15,19 +19,19 @@ TimeOrder = Callable[[int], np.ndarray | None]
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class LossSum:
+class LossSum(Generic[A]):
     """Sum and count of a mean: merged over micro-batches and devices, divided once."""
 
-    total: Any
+    total: A
     """Float32 scalar: the sum over scored elements."""
-    count: Any
+    count: A
     """Float32 scalar: how many elements were scored."""
 
-    def merge(self, other: "LossSum") -> "LossSum":
+    def merge(self: "LossSum[Scalar]", other: "LossSum[Scalar]") -> "LossSum[Scalar]":
         """Adds the sum of another micro-batch."""
         return LossSum(total=self.total + other.total, count=self.count + other.count)
 
-    def mean(self) -> Any:
+    def mean(self: "LossSum[Scalar]") -> AnyArray:
         """Returns total / count; 0, not NaN, if the count is 0."""
         return self.total / jax.numpy.maximum(self.count, 1.0)
 
@@ -37,11 +41,11 @@ class LossSum:
 class StepLosses:
     """Loss, metrics and new buffers of one batch."""
 
-    loss: LossSum
+    loss: LossSum[jax.Array]
     """The loss to minimise."""
-    metrics: dict[str, LossSum]
+    metrics: dict[str, LossSum[jax.Array]]
     """Means to log by name, for example `acc`."""
-    buffers: dict[str, Any]
+    buffers: dict[str, jax.Array]
     """New values of buffers (batch-norm statistics) by variable path; empty in evaluation."""
 
 

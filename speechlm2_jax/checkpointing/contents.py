@@ -1,15 +1,16 @@
 """A checksum of array contents, independent of files: does a rebuilt store equal the lost one?"""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 import numpy as np
 import xxhash
 from jax.experimental import multihost_utils
 
+from speechlm2_jax.arrays import AnyArray
 
-def are_local(arrays: Mapping[str, Any]) -> bool:
+
+def are_local(arrays: Mapping[str, AnyArray]) -> bool:
     """Whether this process holds every value."""
     return all(
         not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
@@ -17,7 +18,7 @@ def are_local(arrays: Mapping[str, Any]) -> bool:
     )
 
 
-def contents_of(arrays: Mapping[str, Any]) -> str:
+def contents_of(arrays: Mapping[str, AnyArray]) -> str:
     """The xxh3_128 of names, dtypes, shapes and values, in hex; equal on any mesh.
 
     Every process must call it, unless the arrays `are_local`.
@@ -37,7 +38,7 @@ def _another(array: jax.Array) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
 
-def _parts(array: Any) -> Iterator[np.ndarray]:
+def _parts(array: AnyArray) -> Iterator[np.ndarray]:
     """The values in order, on the host; an array spread over processes one layer at a time."""
     if not isinstance(array, jax.Array):
         yield np.asarray(array)

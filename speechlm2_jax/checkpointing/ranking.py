@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import xxhash
 
@@ -94,7 +94,7 @@ def _is_missed(folder: Path) -> bool:
     return checksums is not None and RANKED in checksums.notes
 
 
-def _checksum(stored: Mapping[str, Any]) -> str:
+def _checksum(stored: Mapping[str, object]) -> str:
     """Of all values but the checksum itself, however they are spaced."""
     values = {name: value for name, value in stored.items() if name != CHECKSUM}
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from speechlm2_jax.checkpointing.checksums import (
     DamagedError,
@@ -41,9 +42,9 @@ class Restored:
 
     step: Path
     """The folder of the checkpoint, named by its step."""
-    arrays: dict[str, Any]
+    arrays: dict[str, PyTree]
     """Per item of the template: the arrays, sharded as the template."""
-    frozen: dict[str, Any]
+    frozen: dict[str, jax.Array]
     progress: dict[str, Any]
     has_rebuilt_frozen: bool = False
     """Whether the frozen parameters come from their pretrained source; their store is damaged."""
@@ -55,7 +56,7 @@ class Weights:
 
     variables: dict[str, np.ndarray]
     """Every parameter and buffer by path."""
-    settings: dict[str, Any]
+    settings: dict[str, object]
     """The settings of the model that was trained."""
     step: int
 
@@ -67,9 +68,9 @@ class LayoutError(ValueError):
 def restore(
     own: Path | None,
     other: Path | None,
-    template: Mapping[str, Any],
-    frozen_template: Mapping[str, Any],
-    rebuild_frozen: Callable[[], Iterable[Mapping[str, Any]]] | None = None,
+    template: Mapping[str, PyTree],
+    frozen_template: Mapping[str, jax.ShapeDtypeStruct],
+    rebuild_frozen: Callable[[], Iterable[Mapping[str, jax.Array]]] | None = None,
 ) -> Restored | None:
     """Finds the checkpoint from which a run resumes, in this order.
 
@@ -188,9 +189,9 @@ def _names(steps: Iterable[Path]) -> str:
 
 def _read(
     step: Path,
-    template: Mapping[str, Any],
-    frozen_template: Mapping[str, Any],
-    rebuild_frozen: Callable[[], Iterable[Mapping[str, Any]]] | None,
+    template: Mapping[str, PyTree],
+    frozen_template: Mapping[str, jax.ShapeDtypeStruct],
+    rebuild_frozen: Callable[[], Iterable[Mapping[str, jax.Array]]] | None,
 ) -> Restored:
     """Reads one checkpoint onto the template's placements."""
     checksums = verify_together(step)
@@ -216,7 +217,7 @@ def _read(
     )
 
 
-def _read_frozen(folder: Path, template: Mapping[str, Any]) -> Mapping[str, Any]:
+def _read_frozen(folder: Path, template: Mapping[str, jax.ShapeDtypeStruct]) -> Mapping[str, Any]:
     _check_paths(folder, template)
     return _read_sharded(folder, template)
 
@@ -239,7 +240,7 @@ def _read_weights(step: Path, rebuild_frozen: RebuildOnHost | None) -> Weights:
     return Weights(variables=variables, settings=settings, step=int(step.name))
 
 
-def _check_paths(folder: Path, wanted: Mapping[str, Any]) -> None:
+def _check_paths(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     """Raises LayoutError naming variables that are missing, unknown or of another shape."""
     if wanted and not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing")
@@ -275,7 +276,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return dict(tree)
 
 
-def _read_sharded(folder: Path, template: Any) -> Any:
+def _read_sharded(folder: Path, template: PyTree) -> PyTree:
     if not jax.tree.leaves(template):
         return template
     arguments = ocp.checkpoint_utils.construct_restore_args(template)

@@ -11,7 +11,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo
 
+from speechlm2_jax.arrays import AnyArray
 from speechlm2_jax.checkpointing.checksums import (
     CHECKSUMS,
     MARK,
@@ -74,7 +77,7 @@ class Checkpointer:
         """Whether the frozen parameters of this run are written."""
         return (self.folder / FROZEN).exists()
 
-    def save_frozen(self, frozen: Mapping[str, Any], has_frozen: bool | None = None) -> None:
+    def save_frozen(self, frozen: Mapping[str, AnyArray], has_frozen: bool | None = None) -> None:
         """Starts writing the frozen parameters, unless this run has them already.
 
         `has_frozen` is the value that all processes agreed on: one of them may see a folder that
@@ -90,7 +93,7 @@ class Checkpointer:
         item = ocp.args.PyTreeSave(dict(frozen))
         self._frozen_writer.save(self.folder / FROZEN, args=item, custom_metadata=MARK)
 
-    def _read_frozen_contents(self, frozen: Mapping[str, Any]) -> None:
+    def _read_frozen_contents(self, frozen: Mapping[str, AnyArray]) -> None:
         """Reads the checksum of the stored frozen parameters; older versions have none."""
         folder = self.folder / FROZEN
         if jax.process_index() == 0 and not (folder / CHECKSUMS).exists():
@@ -108,10 +111,10 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        arrays: Mapping[str, Any],
+        arrays: Mapping[str, PyTree],
         *,
-        progress: Mapping[str, Any],
-        settings: Mapping[str, Any],
+        progress: Mapping[str, object],
+        settings: Mapping[str, object],
     ) -> None:
         """Starts writing one checkpoint; returns once the arrays may be changed.
 
@@ -172,5 +175,7 @@ class _RetentionPolicy:
 
     checkpointer: Checkpointer
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: object
+    ) -> Sequence[bool]:
         return self.checkpointer.keeps([info.step for info in checkpoints])

@@ -250,7 +250,7 @@ class _SlotTable:
         clips = round_up(clips, 1) * self._size if clips else 0
         return replace(shape, sequences=self._size, clips=clips)
 
-    def _batch(self, group: Sequence[SlotEntry], shape: BatchShape) -> SalmBatch:
+    def _batch(self, group: Sequence[SlotEntry], shape: BatchShape) -> SalmBatch[np.ndarray]:
         batch = assemble_salm_batch(
             [[entry.example for entry in group]],
             shape,

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Int32, Key
 from numpy.typing import ArrayLike
 
 from speechlm2_jax import sharding
+from speechlm2_jax.arrays import AnyArray
 from speechlm2_jax.batches import (
     BatchShape,
     SalmBatch,
@@ -44,7 +45,7 @@ from speechlm2_jax.inference.text_stream import (
     last_output,
     stream_pieces,
 )
-from speechlm2_jax.layers.module import AnyArray, VariableInfo, Variables, merge
+from speechlm2_jax.layers.module import VariableInfo, Variables, merge
 from speechlm2_jax.layers.unstacked import merge_layers
 from speechlm2_jax.networks import salm as salm_network
 from speechlm2_jax.networks.salm import Salm, SalmModes
@@ -218,7 +219,7 @@ class _PreparedBatch:
 
     groups: Sequence[Sequence[SalmExample]]
     """The examples of each shard."""
-    arrays: SalmBatch
+    arrays: SalmBatch[np.ndarray] | SalmBatch[Array]
     decoding: DecodingConfig[int]
     limits: Int[np.ndarray, "G R"]
     """The largest number of new tokens of each sequence."""
@@ -286,7 +287,7 @@ def split_evenly(examples: Sequence[E] | np.ndarray, groups: int) -> list[Any]:
 def encode(
     graphdef: nnx.GraphDef[Salm],
     variables: Variables,
-    batch: SalmBatch,
+    batch: SalmBatch[Array],
     placement: Sharding | None = None,
 ) -> Float[Array, "B T D"]:
     """Encodes audio and interleaves it with the text embeddings. Returns the LLM's input.
@@ -304,7 +305,7 @@ def prefill(
     graphdef: nnx.GraphDef[Salm],
     variables: Variables,
     embeds: Float[Array, "B T D"],
-    batch: SalmBatch,
+    batch: SalmBatch[Array],
     limits: Int[Array, "G R"],
     key: Key[Array, ""] | None,
     decoding: DecodingConfig,
@@ -351,7 +352,7 @@ def decode(
 def generate_batch(
     graphdef: nnx.GraphDef[Salm],
     variables: Variables,
-    batch: SalmBatch,
+    batch: SalmBatch[Array],
     limits: Int[Array, "G R"],
     decoding: DecodingConfig,
     placement: Sharding | None = None,

@@ -16,12 +16,11 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
+from speechlm2_jax.arrays import AnyArray
 from speechlm2_jax.sharding import constrain
 
-AnyArray = Array | np.ndarray
-"""An array on the devices (or a tracer), or on the host."""
 Variables = dict[str, AnyArray]
 """Dotted path -> array. A plain dict, so every JAX transformation and library takes it."""
 Axes = tuple[str | None, ...]

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from speechlm2_jax.arrays import AnyArray
 from speechlm2_jax.asr.ctc import CtcConfig, CtcNetwork, collapse
 from speechlm2_jax.asr.greedy import Hypotheses, decode_greedily
 from speechlm2_jax.asr.transducer import TransducerConfig, TransducerNetwork
@@ -20,7 +21,7 @@ from speechlm2_jax.conversion.ctc import ctc_table
 from speechlm2_jax.conversion.readers import NemoArchive, read_nemo
 from speechlm2_jax.conversion.transducer import transducer_table
 from speechlm2_jax.inference.asr_labels import class_name, nemo_label_decoder
-from speechlm2_jax.layers.module import AnyArray, Variables, abstract, describe, merge, split
+from speechlm2_jax.layers.module import Variables, abstract, describe, merge, split
 from speechlm2_jax.models.transcriber import Transcriber, best_paths
 from speechlm2_jax.pretrained.registry import find_nemo
 from speechlm2_jax.settings import SettingsError, build

@@ -245,7 +245,12 @@ class CTCModel(Transcriber):
         self._graphdef, self.infos = self._build()
 
     def losses(
-        self, variables: Variables, batch: SalmBatch, *, key: jax.Array | None, train: bool
+        self,
+        variables: Variables,
+        batch: SalmBatch[jax.Array],
+        *,
+        key: jax.Array | None,
+        train: bool,
     ) -> StepLosses:
         """Sums of the CTC loss; pure and traceable."""
         if context_size() > 1:

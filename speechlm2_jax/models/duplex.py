@@ -272,7 +272,12 @@ class DuplexS2SModel(SpeechModel):
         return self._blueprint.network.perception.frame_count
 
     def losses(
-        self, variables: Variables, batch: DuplexBatch, *, key: jax.Array | None, train: bool
+        self,
+        variables: Variables,
+        batch: DuplexBatch[jax.Array],
+        *,
+        key: jax.Array | None,
+        train: bool,
     ) -> StepLosses:
         """Computes weighted cross-entropies and accuracies of both channels; pure and traceable."""
         network: Duplex = merge(self._graphdef, variables)
@@ -281,7 +286,7 @@ class DuplexS2SModel(SpeechModel):
 
     def flops(self, batch: HostBatch) -> float:
         """Model FLOPs of one training step on `batch`; the codec's are not counted."""
-        arrays: DuplexBatch = batch.arrays
+        arrays: DuplexBatch[np.ndarray] = batch.arrays
         network = self._blueprint.network
         count = np.vectorize(lambda n: self.frame_count(int(n)), otypes=[np.int64])
         return duplex_flops(
@@ -293,7 +298,7 @@ class DuplexS2SModel(SpeechModel):
 
     def count_tokens(self, batch: HostBatch) -> tuple[int, int]:
         """Counts a batch's (frames without padding, frames with padding)."""
-        arrays: DuplexBatch = batch.arrays
+        arrays: DuplexBatch[np.ndarray] = batch.arrays
         return int(arrays.token_lengths.sum()), int(arrays.target_tokens.size)
 
     def _training_modes(self) -> DuplexModes:
@@ -382,7 +387,9 @@ def silent_codes(graphdef: nnx.GraphDef[Duplex], variables: Variables) -> Int[Ar
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
-def _targets(graphdef: nnx.GraphDef[Duplex], variables: Variables, batch: DuplexBatch) -> Targets:
+def _targets(
+    graphdef: nnx.GraphDef[Duplex], variables: Variables, batch: DuplexBatch[jax.Array]
+) -> Targets:
     channels = duplex_network.prepare(merge(graphdef, variables), batch, DuplexModes()).channels
     return Targets(channels.text_targets, channels.code_targets, channels.frames)
 

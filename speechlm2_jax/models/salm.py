@@ -247,7 +247,12 @@ class SALM(SpeechModel):
         return self._blueprint.formatter
 
     def losses(
-        self, variables: Variables, batch: SalmBatch, *, key: jax.Array | None, train: bool
+        self,
+        variables: Variables,
+        batch: SalmBatch[jax.Array],
+        *,
+        key: jax.Array | None,
+        train: bool,
     ) -> StepLosses:
         """Sums of next-token cross-entropy and accuracy; pure and traceable."""
         if self.nemo_exact:
@@ -261,7 +266,7 @@ class SALM(SpeechModel):
         return self._flops(batch, self.trainable)
 
     def _flops(self, batch: HostBatch, trainable: Mapping[str, bool | np.ndarray]) -> float:
-        arrays: SalmBatch = batch.arrays
+        arrays: SalmBatch[np.ndarray] = batch.arrays
         perception = self._blueprint.network.perception
         clips = [int(n) for n in arrays.audio_lengths.reshape(-1)]
         audio = EncodedAudio(

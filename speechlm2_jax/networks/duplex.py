@@ -198,7 +198,7 @@ def encode_user(
     )
 
 
-def encode_agent(network: Duplex, batch: DuplexBatch) -> tuple[Array, Array]:
+def encode_agent(network: Duplex, batch: DuplexBatch[Array]) -> tuple[Array, Array]:
     """Encodes the agent's audio: codes [B, T, K] and lengths [B]. The codec gets no gradient."""
     per_group = batch.target_audio.shape[1]
     config = network.config
@@ -212,7 +212,10 @@ def encode_agent(network: Duplex, batch: DuplexBatch) -> tuple[Array, Array]:
 
 
 def prepare(
-    network: Duplex, batch: DuplexBatch, modes: DuplexModes, rng: Key[Array, ""] | None = None
+    network: Duplex,
+    batch: DuplexBatch[Array],
+    modes: DuplexModes,
+    rng: Key[Array, ""] | None = None,
 ) -> DuplexInputs:
     """Encodes both audio channels, aligns all channels and embeds them. Dropout needs `rng`."""
     config = network.config
@@ -272,7 +275,10 @@ def forward(
 
 
 def losses(
-    network: Duplex, batch: DuplexBatch, modes: DuplexModes, rng: Key[Array, ""] | None = None
+    network: Duplex,
+    batch: DuplexBatch[Array],
+    modes: DuplexModes,
+    rng: Key[Array, ""] | None = None,
 ) -> StepLosses:
     """Computes cross-entropy and accuracy of the agent's text and codes, as sums over frames.
 

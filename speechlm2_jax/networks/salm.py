@@ -87,7 +87,7 @@ def example_rngs(rng: Key[Array, ""] | None, ids: Int[Array, "G R"]) -> Key[Arra
 
 
 def encode_audio(
-    network: Salm, batch: SalmBatch, modes: SalmModes, rng: Key[Array, ""] | None
+    network: Salm, batch: SalmBatch[Array], modes: SalmModes, rng: Key[Array, ""] | None
 ) -> tuple[Float[Array, "G C F D"], dict[str, Array]]:
     """Encodes every clip independently into frames of the LLM's width.
 
@@ -108,7 +108,7 @@ def encode_audio(
 
 
 def prepare(
-    network: Salm, batch: SalmBatch, modes: SalmModes, rng: Key[Array, ""] | None = None
+    network: Salm, batch: SalmBatch[Array], modes: SalmModes, rng: Key[Array, ""] | None = None
 ) -> SalmInputs:
     """Embeds text, encodes audio, and interleaves them. Dropout needs `rng`."""
     if batch.audio.shape[1] == 0:
@@ -118,7 +118,7 @@ def prepare(
 
 def join(
     network: Salm,
-    batch: SalmBatch,
+    batch: SalmBatch[Array],
     frames: Float[Array, "G C F D"] | None,
     statistics: dict[str, Array],
 ) -> SalmInputs:
@@ -139,7 +139,7 @@ def join(
 def forward(
     network: Salm,
     embeds: Float[Array, "B T D"],
-    batch: SalmBatch,
+    batch: SalmBatch[Array],
     modes: SalmModes,
     rng: Key[Array, ""] | None = None,
 ) -> Float[Array, "B T D"]:
@@ -156,7 +156,7 @@ def forward(
 
 
 def losses(
-    network: Salm, batch: SalmBatch, modes: SalmModes, rng: Key[Array, ""] | None = None
+    network: Salm, batch: SalmBatch[Array], modes: SalmModes, rng: Key[Array, ""] | None = None
 ) -> StepLosses:
     """Computes next-token cross-entropy and accuracy (`acc`) of the assistant's turns, as sums."""
     audio_rng, text_rng = (None, None) if rng is None else jax.random.split(rng)
@@ -166,7 +166,7 @@ def losses(
 def score(
     network: Salm,
     inputs: SalmInputs,
-    batch: SalmBatch,
+    batch: SalmBatch[Array],
     modes: SalmModes,
     rng: Key[Array, ""] | None = None,
 ) -> StepLosses:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ PretrainedWeights = tuple[mapping.TensorSource, mapping.Table, dict[str, Variabl
 """(tensors of a component, its table of names, the variables that they fill)."""
 
 
+@runtime_checkable
 class NetworkConfig(Protocol):
     """What every architecture with an LLM has. It is a dataclass."""
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from speechlm2_jax import checkpointing
+from speechlm2_jax.arrays import AnyArray
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.errors import ConversionError, listed
 from speechlm2_jax.conversion.mapping import Place, Rule, Table
 from speechlm2_jax.conversion.readers import LazySource, memory_source, open_weights
-from speechlm2_jax.layers.module import AnyArray, VariableInfo, Variables
+from speechlm2_jax.layers.module import VariableInfo, Variables
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.settings import SettingsError

@@ -4,7 +4,7 @@
 result into a dataclass and refuses what it does not know; `to_plain` is its inverse.
 """
 
-from speechlm2_jax.settings.build import build, defaults, ignored_report, to_plain
+from speechlm2_jax.settings.build import Refusal, build, defaults, ignored_report, to_plain
 from speechlm2_jax.settings.command_line import (
     CompileAhead,
     TrainCommand,
@@ -30,6 +30,7 @@ __all__ = [
     "MISSING",
     "CompileAhead",
     "HostileTextError",
+    "Refusal",
     "SettingsError",
     "TrainCommand",
     "build",

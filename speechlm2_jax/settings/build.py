@@ -25,6 +25,7 @@ from speechlm2_jax.settings.errors import SettingsError, join, kind, unknown
 from speechlm2_jax.settings.read import MISSING, Plain
 
 Refusal = str | tuple[Any, ...]
+"""A message, or (message, harmless value, ...)."""
 C = TypeVar("C")
 _NONE = dataclasses.MISSING
 _TARGET_KEYS = ("_target_", "target")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from speechlm2_jax import processes
 from speechlm2_jax.checkpointing import CHECKPOINTS, Retention, step_folders
-from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.settings import Refusal, SettingsError
 from speechlm2_jax.training.run.metrics_log import require_wandb, wandb_arguments
 from speechlm2_jax.training.trainer_config import parse_duration_s
 
@@ -44,7 +44,7 @@ class CheckpointParams:
         "model_parallel_size": "checkpoints hold whole arrays, whatever the mesh",
         "save_last_n_optim_states": "every checkpoint can be resumed",
     }
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED: ClassVar[Mapping[str, Refusal]] = {
         "dirpath": "checkpoints lie in the run directory; set exp_manager.explicit_log_dir",
         "filepath": "checkpoints lie in the run directory; set exp_manager.explicit_log_dir",
         "always_save_nemo": "no .nemo file is written; save_pretrained exports a model",
@@ -101,7 +101,7 @@ class SummaryWriterParams:
         "log_graph": "there is no torch module to draw",
         "write_to_disk": "the writer always writes",
     }
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED: ClassVar[Mapping[str, Refusal]] = {
         "log_dir": "rows lie in the run directory; set exp_manager.explicit_log_dir",
         "save_dir": "rows lie in the run directory; set exp_manager.explicit_log_dir",
         "prefix": "metrics have one name everywhere",
@@ -147,7 +147,7 @@ class ExpManagerConfig:
     checkpoint_callback_params: CheckpointParams = CheckpointParams()
     create_tensorboard_logger: bool = True
     create_wandb_logger: bool = False
-    wandb_logger_kwargs: Mapping[str, Any] | None = None
+    wandb_logger_kwargs: Mapping[str, object] | None = None
     """Arguments of wandb.init; also Lightning's offline, save_dir and version."""
     summary_writer_kwargs: SummaryWriterParams | None = None
     max_time_per_run: str | Mapping[str, int] | None = None
@@ -172,7 +172,7 @@ class ExpManagerConfig:
         "straggler_detection_params": _FAULTS,
         "fault_tolerance": _FAULTS,
     }
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED: ClassVar[Mapping[str, Refusal]] = {
         "create_mlflow_logger": _OTHER_LOGGERS,
         "create_dllogger_logger": _OTHER_LOGGERS,
         "create_clearml_logger": _OTHER_LOGGERS,

@@ -7,17 +7,23 @@ gradient norm.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
-from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.arrays import Scalar
+from speechlm2_jax.settings import Refusal, SettingsError
 from speechlm2_jax.training.protocol import Variables
 from speechlm2_jax.training.registry import select
 
+if TYPE_CHECKING:
+    from optax import OptState
+else:
+    OptState = PyTree  # optax names a type that does not exist at run time
 CLIP_EPSILON = 1e-6
 """torch.nn.utils.clip_grad_norm_ scales by max_norm / (norm + 1e-6)."""
 
@@ -37,7 +43,7 @@ class AdamWConfig:
         "capturable": "for CUDA graphs of torch; the update is compiled here",
         "differentiable": "for differentiating through torch's update",
     }
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED: ClassVar[Mapping[str, Refusal]] = {
         "amsgrad": "the AMSGrad variant is not supported; use plain AdamW",
         "maximize": "losses are minimised here",
     }
@@ -75,7 +81,7 @@ OPTIMIZERS: Mapping[str, type[AdamWConfig]] = {
 }
 
 
-def read_optimizer(values: Mapping[str, Any] | None) -> AdamWConfig:
+def read_optimizer(values: Mapping[str, object] | None) -> AdamWConfig:
     """Reads NeMo's `optimizer` block. Raises SettingsError for an unknown optimizer or key."""
     if not values:
         raise SettingsError(
@@ -90,7 +96,7 @@ class Update:
     """The result of one update."""
 
     params: Variables
-    opt_state: Any
+    opt_state: OptState
     grad_norm: jax.Array
     """Float32 scalar: the norm before clipping, over trained layers only."""
 
@@ -105,11 +111,13 @@ class Optimizer:
     masks: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Path of a partly frozen stack -> bool [L], True where the layer is trained."""
 
-    def init(self, params: Variables) -> Any:
+    def init(self, params: Variables) -> OptState:
         """The state before the first update, fp32, shaped like the parameters."""
         return self.transform.init(params)
 
-    def update(self, grads: Variables, opt_state: Any, params: Variables, lr: Any) -> Update:
+    def update(
+        self, grads: Variables, opt_state: OptState, params: Variables, lr: Scalar
+    ) -> Update:
         """Clips, updates and decays. Frozen layers of a stack stay bit-identical."""
         grads = self._zero_frozen(grads)
         norm = optax.tree.norm(grads)
@@ -134,8 +142,11 @@ class Optimizer:
         return {path: masked(path, value) for path, value in tree.items()}
 
     def shardings(
-        self, params: Variables, param_shardings: Mapping[str, Any], replicated: Any
-    ) -> Any:
+        self,
+        params: Variables,
+        param_shardings: Mapping[str, jax.sharding.Sharding],
+        replicated: jax.sharding.Sharding,
+    ) -> PyTree:
         """The sharding of each leaf of the optimizer state.
 
         Moments are sharded as their parameter, counters are replicated. Without these shardings

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from speechlm2_jax.batches import HostBatch, LossSum
 from speechlm2_jax.console import phase
@@ -28,7 +29,7 @@ class Programs:
         self,
         functions: StepFunctions,
         layout: Layout,
-        compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        compiling: Callable[[], AbstractContextManager[object]] = nullcontext,
         planned: int | None = None,
     ):
         """`compiling` makes a context manager that is entered around each compilation.
@@ -99,7 +100,7 @@ class Programs:
         program = self._program("validation", batch.bucket, arrays, self._evaluate, arguments)
         return program(*arguments)
 
-    def compile_ahead(self, batch: HostBatch) -> Any:
+    def compile_ahead(self, batch: HostBatch) -> jax.stages.Compiled:
         """Compiles the training program of a batch's shape without running it.
 
         Returns the result of `jax.jit(...).lower(...).compile()`, which has `memory_analysis`.
@@ -121,12 +122,17 @@ class Programs:
         with phase(self._describe(kind, batch.bucket)):
             return self._compile(function.lower(*arguments))
 
-    def _scalar(self, value: Any) -> jax.Array:
+    def _scalar(self, value: np.number) -> jax.Array:
         return put_global(value, self._replicated)
 
     def _program(
-        self, kind: str, bucket: str, batch: Any, function: Any, arguments: tuple[Any, ...]
-    ) -> Any:
+        self,
+        kind: str,
+        bucket: str,
+        batch: PyTree,
+        function: jax.stages.Wrapped,
+        arguments: tuple[PyTree, ...],
+    ) -> jax.stages.Compiled:
         """The compiled program for a batch's shapes."""
         shapes = tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in jax.tree.leaves(batch))
         if (kind, shapes) not in self._compiled:
@@ -134,7 +140,7 @@ class Programs:
                 self._compiled[kind, shapes] = self._compile(function.lower(*arguments))
         return self._compiled[kind, shapes]
 
-    def _compile(self, lowered: Any) -> Any:
+    def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         return lowered.compile(compiler_options=self._functions.sharding.compiler_options)
 
     def _describe(self, kind: str, bucket: str) -> str:
@@ -149,14 +155,18 @@ class Programs:
 class _SumPrograms:
     """The jitted functions of gradient accumulation, made from the shapes of the first batch."""
 
-    start: Any
-    add: Any
+    start: jax.stages.Wrapped
+    add: jax.stages.Wrapped
     shapes: MicroSums
     """Shapes and shardings of the sums."""
 
     @staticmethod
     def make(
-        functions: StepFunctions, layout: Layout, state: TrainState, frozen: Variables, batch: Any
+        functions: StepFunctions,
+        layout: Layout,
+        state: TrainState,
+        frozen: Variables,
+        batch: PyTree,
     ) -> "_SumPrograms":
         shapes = jax.eval_shape(functions.micro, state, state.buffers, frozen, batch, 0)
         state_shardings = layout.state_shardings

@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from speechlm2_jax.batches import FrameCount, HostBatch, LossSum, StepLosses
 
@@ -82,7 +84,7 @@ class VariableSpec(Protocol):
         """True for a variable without gradient (batch-norm statistics, filterbanks)."""
         ...
 
-    def computed_in(self, dtype: Any) -> Any:
+    def computed_in(self, dtype: DTypeLike) -> DTypeLike:
         """The dtype of a frozen variable when activations have `dtype`."""
         ...
 
@@ -112,7 +114,7 @@ class ModelOutline(Protocol):
         ...
 
     @compute_dtype.setter
-    def compute_dtype(self, dtype: Any) -> None: ...
+    def compute_dtype(self, dtype: DTypeLike) -> None: ...
 
     @property
     def nemo_exact(self) -> bool:
@@ -157,7 +159,7 @@ class ModelOutline(Protocol):
         ...
 
     def losses(
-        self, variables: Variables, batch: Any, *, key: jax.Array | None, train: bool
+        self, variables: Variables, batch: PyTree, *, key: jax.Array | None, train: bool
     ) -> StepLosses:
         """Computes the loss sums of one batch. It is a pure function that JAX can trace.
 
@@ -185,7 +187,7 @@ class NormalizesSettings(Protocol):
     """A model that can compare settings (optional)."""
 
     def normalized_settings(
-        self, settings: Mapping[str, Any], definitions: Mapping[str, Mapping[str, Any]] | None
+        self, settings: Mapping[str, object], definitions: Mapping[str, Mapping[str, object]] | None
     ) -> Mapping[str, Any]:
         """Settings of this kind of model with all defaults and without ignored keys.
 
@@ -289,7 +291,7 @@ class DataSource(Protocol):
         """Global batches of one pass over the training data."""
         ...
 
-    def train_batches(self, state: Any | None) -> BatchIterator:
+    def train_batches(self, state: Mapping[str, object] | None) -> BatchIterator:
         """Starts the training stream, or resumes it from a state of `BatchIterator.get_state`."""
         ...
 

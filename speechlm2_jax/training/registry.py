@@ -8,7 +8,7 @@ from speechlm2_jax.settings import SettingsError, build, key_problems
 T = TypeVar("T")
 
 
-def select(table: Mapping[str, type[T]], values: Mapping[str, Any], where: str) -> T:
+def select(table: Mapping[str, type[T]], values: Mapping[str, object], where: str) -> T:
     """Builds the class of `table` that the last component of `_target_` (or `name`) names.
 
     Raises SettingsError if it names none of them, with the choices, or if a key is invalid.
@@ -17,7 +17,7 @@ def select(table: Mapping[str, type[T]], values: Mapping[str, Any], where: str) 
     return build(chosen, options, where)
 
 
-def selected_problems(table: Mapping[str, type[Any]], values: Any, where: str) -> list[str]:
+def selected_problems(table: Mapping[str, type[object]], values: object, where: str) -> list[str]:
     """The error messages of `select` for the target and each key; none if `values` is no block."""
     if not isinstance(values, Mapping) or not values:
         return []
@@ -29,7 +29,7 @@ def selected_problems(table: Mapping[str, type[Any]], values: Any, where: str) -
 
 
 def _chosen(
-    table: Mapping[str, type[T]], values: Mapping[str, Any], where: str
+    table: Mapping[str, type[T]], values: Mapping[str, object], where: str
 ) -> tuple[type[T], dict[str, Any]]:
     """The class that `_target_` or `name` names, and the other keys."""
     target = values.get("_target_", values.get("name"))

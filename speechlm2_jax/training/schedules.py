@@ -8,9 +8,9 @@ the policy's own curve, then `min_lr` after `max_steps`.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.settings import Refusal, SettingsError
 from speechlm2_jax.training.registry import select
 
 Schedule = Callable[[int], float]
@@ -27,7 +27,7 @@ class WarmupPolicy:
     """Warm-up as a fraction of `max_steps`."""
     min_lr: float = 0.0
 
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED: ClassVar[Mapping[str, Refusal]] = {
         "last_epoch": (
             "a resumed run takes the step of its schedule from its checkpoint; leave it -1",
             -1,
@@ -294,7 +294,7 @@ SCHEDULES: Mapping[str, type[WarmupPolicy]] = {
 }
 
 
-def make_schedule(values: Mapping[str, Any] | None, base_lr: float) -> Schedule:
+def make_schedule(values: Mapping[str, object] | None, base_lr: float) -> Schedule:
     """Reads NeMo's `lr_scheduler` block; without one the rate is constant.
 
     Raises SettingsError for an unknown schedule or key, or a `min_lr` above the base rate.

@@ -2,31 +2,36 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
+from speechlm2_jax.arrays import AnyArray
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.sharding import Sharding, put_global
-from speechlm2_jax.training.optimizer import Optimizer
+from speechlm2_jax.training.optimizer import Optimizer, OptState
 from speechlm2_jax.training.protocol import Variables, VariableSpec
+
+L = TypeVar("L")
+"""What the leaves of a state are: arrays, or their shapes or shardings."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class TrainState:
+class TrainState(Generic[L]):
     """All arrays that a step changes. A step donates its input: never use an old state."""
 
-    trainable: Variables
+    trainable: dict[str, L]
     """Parameters that are trained, fp32."""
-    buffers: Variables
+    buffers: dict[str, L]
     """Arrays without gradient: batch-norm statistics, filterbanks."""
-    opt_state: Any
-    step: Any
+    opt_state: OptState
+    step: L
     """Int32 scalar: optimizer steps done, skipped ones included."""
-    skipped: Any
+    skipped: L
     """Int32 scalar: steps that were not applied because loss or gradient was not finite."""
 
 
@@ -74,18 +79,18 @@ class Partition:
 class Layout:
     """Shape, dtype and sharding of every array of a run; it holds no arrays."""
 
-    state: TrainState
+    state: TrainState[jax.ShapeDtypeStruct]
     """Its leaves are `jax.ShapeDtypeStruct` with a sharding."""
-    frozen: Variables
+    frozen: dict[str, jax.ShapeDtypeStruct]
     """Path -> `jax.ShapeDtypeStruct` with a sharding."""
 
     @property
-    def variables(self) -> Variables:
+    def variables(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Path of every parameter and buffer -> `jax.ShapeDtypeStruct` with a sharding."""
         return {**self.frozen, **self.state.buffers, **self.state.trainable}
 
     @property
-    def state_shardings(self) -> TrainState:
+    def state_shardings(self) -> TrainState[jax.sharding.Sharding]:
         """The sharding of every leaf of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.state)
 
@@ -95,11 +100,11 @@ def plan_layout(
     partition: Partition,
     optimizer: Optimizer,
     sharding: Sharding,
-    frozen_dtype: Any,
+    frozen_dtype: DTypeLike,
 ) -> Layout:
     """Chooses dtypes and shardings: fp32 if trained, `frozen_dtype` if frozen."""
 
-    def describe(path: str, dtype: Any) -> jax.ShapeDtypeStruct:
+    def describe(path: str, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
         info = infos[path]
         placement = sharding.named(info.axes, info.shape)
         return jax.ShapeDtypeStruct(info.shape, dtype, sharding=placement)
@@ -146,13 +151,15 @@ def put(values: Variables, layout: Mapping[str, jax.ShapeDtypeStruct], *, copy: 
     return placed
 
 
-def _place(value: Any, placement: Any, *, copy: bool) -> jax.Array:
+def _place(value: AnyArray, placement: jax.sharding.Sharding, *, copy: bool) -> jax.Array:
     if placement.is_fully_addressable or isinstance(value, jax.Array):
         return jax.device_put(value, placement, may_alias=False if copy else None)
     return put_global(value, placement)
 
 
-def first_state(variables: Variables, layout: Layout, optimizer: Optimizer) -> TrainState:
+def first_state(
+    variables: Variables, layout: Layout, optimizer: Optimizer
+) -> TrainState[jax.Array]:
     """Makes the state before the first step: copies of the arrays, and an optimizer state."""
     trainable = put(variables, layout.state.trainable, copy=True)
     shardings = layout.state_shardings

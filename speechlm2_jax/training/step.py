@@ -9,17 +9,21 @@ optimizer state stay unchanged, and only the counters advance.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
 
+from speechlm2_jax.arrays import AnyArray, Scalar
 from speechlm2_jax.batches import LossSum, StepLosses
 from speechlm2_jax.sharding import Sharding, use
 from speechlm2_jax.training.optimizer import Optimizer
 from speechlm2_jax.training.protocol import Variables
 from speechlm2_jax.training.state import TrainState
 
+T = TypeVar("T")
 Losses = Callable[..., StepLosses]
 """`TrainableModel.losses`: (variables, batch, *, key, train) -> StepLosses."""
 
@@ -40,14 +44,14 @@ class MicroSums:
 class StepReport:
     """Scalars of a step, replicated over devices. The host reads them some steps later."""
 
-    loss: Any
-    grad_norm: Any
+    loss: Scalar
+    grad_norm: Scalar
     """The global gradient norm before clipping."""
-    count: Any
+    count: Scalar
     """Scored elements; 0 if the batch holds no target."""
-    applied: Any
+    applied: AnyArray | np.bool_ | bool
     """Bool: False if the step was skipped."""
-    metrics: dict[str, Any]
+    metrics: dict[str, Scalar]
     """Means over all micro-batches of the step, by name."""
 
 
@@ -64,7 +68,7 @@ class StepFunctions:
     nemo_exact: bool = False
 
     def train(
-        self, state: TrainState, frozen: Variables, batch: Any, lr: Any
+        self, state: TrainState, frozen: Variables, batch: PyTree, lr: Scalar
     ) -> tuple[TrainState, StepReport]:
         """Takes one step on one batch: forward, backward, clipping, update."""
         return self.finish(state, self.micro(state, state.buffers, frozen, batch, 0), lr)
@@ -79,8 +83,8 @@ class StepFunctions:
         sums: MicroSums,
         state: TrainState,
         frozen: Variables,
-        batch: Any,
-        index: Any,
+        batch: PyTree,
+        index: Scalar,
     ) -> MicroSums:
         """Adds micro-batch `index` of the step. It starts from the buffers of the one before."""
         more = self.micro(state, sums.buffers, frozen, batch, index)
@@ -89,7 +93,9 @@ class StepFunctions:
         )
         return MicroSums(grads=total[0], loss=total[1], metrics=total[2], buffers=more.buffers)
 
-    def finish(self, state: TrainState, sums: MicroSums, lr: Any) -> tuple[TrainState, StepReport]:
+    def finish(
+        self, state: TrainState, sums: MicroSums, lr: Scalar
+    ) -> tuple[TrainState, StepReport]:
         """Divides the sums by the count and updates the parameters.
 
         Keeps the old values if the loss or the gradient norm is not finite, or the count is 0.
@@ -100,7 +106,7 @@ class StepFunctions:
         update = self.optimizer.update(grads, state.opt_state, state.trainable, lr)
         applied = jnp.isfinite(sums.loss.total) & jnp.isfinite(update.grad_norm) & (count > 0)
 
-        def choose(new: Any, old: Any) -> Any:
+        def choose(new: T, old: T) -> T:
             return jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
 
         new_state = TrainState(
@@ -120,7 +126,7 @@ class StepFunctions:
         return new_state, report
 
     def evaluate(
-        self, trainable: Variables, buffers: Variables, frozen: Variables, batch: Any
+        self, trainable: Variables, buffers: Variables, frozen: Variables, batch: PyTree
     ) -> dict[str, LossSum]:
         """Computes the sums of one validation batch: `loss` and each metric. Nothing is random."""
         with use(self.sharding):
@@ -129,13 +135,13 @@ class StepFunctions:
         return {"loss": losses.loss, **losses.metrics}
 
     def micro(
-        self, state: TrainState, buffers: Variables, frozen: Variables, batch: Any, index: Any
+        self, state: TrainState, buffers: Variables, frozen: Variables, batch: PyTree, index: Scalar
     ) -> MicroSums:
         """Computes the gradients and loss sums of micro-batch `index` of a step."""
         # one key per micro-batch; the network folds in each example's index in the global batch
         key = jax.random.fold_in(jax.random.key(self.seed), state.step * self.accumulate + index)
 
-        def objective(trainable: Variables) -> tuple[Any, StepLosses]:
+        def objective(trainable: Variables) -> tuple[jax.Array, StepLosses]:
             variables = {**frozen, **buffers, **trainable}
             losses = self.losses(variables, batch, key=key, train=True)
             if self.nemo_exact:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.settings import Refusal, SettingsError
 from speechlm2_jax.sharding import Sharding, make_sharding
 from speechlm2_jax.training.registry import select
 
@@ -74,7 +74,7 @@ class FSDPStrategy:
     IGNORED: ClassVar[Mapping[str, str]] = {
         key: reason for key, reason in _TORCH_ONLY.items() if key != "device_mesh"
     }
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED: ClassVar[Mapping[str, Refusal]] = {
         "cpu_offload": "parameters stay on the devices; use more devices",
     }
 
@@ -230,7 +230,7 @@ _BY_NAME: Mapping[str, Strategy] = {
 }
 
 
-def read_strategy(value: Any) -> Strategy:
+def read_strategy(value: object) -> Strategy:
     """Reads `trainer.strategy`: a name, a block with `_target_`, or one of the classes here.
 
     Raises SettingsError for an unknown strategy.

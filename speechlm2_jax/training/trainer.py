@@ -83,7 +83,7 @@ class Trainer:
         self._lock: RunLock | None = None
         """The lock of the run directory, held from `use_experiment` to the end of `fit`."""
 
-    def use_experiment(self, options: Mapping[str, Any]) -> Path:
+    def use_experiment(self, options: Mapping[str, object]) -> Path:
         """Takes an `exp_manager` block; makes and returns the run directory.
 
         Raises SettingsError if the directory cannot be written, if its checkpoints do not match the
@@ -99,7 +99,7 @@ class Trainer:
         self._lock = run_lock.acquire(self.run_dir)
         return self.run_dir
 
-    def check_experiment(self, options: Mapping[str, Any] | None) -> None:
+    def check_experiment(self, options: Mapping[str, object] | None) -> None:
         """Checks an `exp_manager` block and writes nothing. Raises SettingsError for an error."""
         build(ExpManagerConfig, options or {}, "exp_manager").check_loggers()
 
@@ -113,7 +113,7 @@ class Trainer:
         own = None if self.run_dir is None else self.run_dir / CHECKPOINTS
         return own is not None and self.experiment.resume_if_exists and bool(step_folders(own))
 
-    def check(self, model: Any) -> None:
+    def check(self, model: ModelOutline) -> None:
         """Checks the settings of a TrainableModel that `fit` will read. Needs no weights.
 
         Raises SettingsError for settings that do not fit together.
@@ -125,7 +125,7 @@ class Trainer:
         Partition.of(model.infos, model.trainable).require_trainable()
 
     def finished(
-        self, options: Mapping[str, Any] | None, settings: Mapping[str, Any] | None = None
+        self, options: Mapping[str, object] | None, settings: Mapping[str, object] | None = None
     ) -> FitResult | None:
         """Returns the result of the run of an `exp_manager` block if it is finished, else None.
 
@@ -163,7 +163,7 @@ class Trainer:
         *,
         validation_metrics: Mapping[str, HostMetric] | None = None,
         validation_scoring: Scoring | None = None,
-        settings: Mapping[str, Any] | None = None,
+        settings: Mapping[str, object] | None = None,
     ) -> FitResult:
         """Trains `model` until the end of the run, or until it is asked to stop.
 
@@ -264,7 +264,7 @@ class Trainer:
         keep_compiled_programs(self.config.compilation_cache_dir)
 
     def _restore(
-        self, model: TrainableModel, setup: Setup, settings: Mapping[str, Any]
+        self, model: TrainableModel, setup: Setup, settings: Mapping[str, object]
     ) -> Restored | None:
         """Reads the checkpoint to resume from; None for a new run."""
         experiment, own = self.experiment, None
@@ -304,7 +304,7 @@ class Trainer:
         self,
         model: TrainableModel,
         datamodule: DataSource,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
         setup: Setup,
         state: RunState,
         validator: Validator,
@@ -371,7 +371,7 @@ class Trainer:
         }
 
 
-def exp_manager(trainer: Trainer, cfg: Mapping[str, Any] | None = None) -> Path | None:
+def exp_manager(trainer: Trainer, cfg: Mapping[str, object] | None = None) -> Path | None:
     """Gives a trainer its run directory, checkpoints and loggers from an `exp_manager` block.
 
     Returns the run directory; None without a block. Raises SettingsError for an invalid block.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.settings import Refusal, SettingsError
 from speechlm2_jax.training.intervals import Intervals, resolve_validation_interval
 
 COMPUTE_DTYPES: Mapping[str, Any] = {
@@ -40,7 +40,7 @@ class TrainerConfig:
     devices: int | str | tuple[int, ...] = "auto"
     """The number of devices, or a list of their indices; -1 and auto mean all."""
     num_nodes: int = 1
-    strategy: Any = "auto"
+    strategy: object = "auto"
     """A name, a block with `_target_`, or a strategy (training/strategies.py)."""
     precision: str | int = "32-true"
     """32-true; bf16-true, bf16-mixed, and NeMo's bf16-flash and bf16-automodel (bf16 compute,
@@ -100,7 +100,7 @@ class TrainerConfig:
         "min_epochs": "only early stopping reads it",
         "min_steps": "only early stopping reads it",
     }
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED: ClassVar[Mapping[str, Refusal]] = {
         "callbacks": "Lightning callbacks cannot run here",
         "plugins": "Lightning plugins cannot run here",
         "profiler": "Lightning profilers cannot run here; give +trainer.profile_steps=[10,12]",

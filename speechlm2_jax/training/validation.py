@@ -73,7 +73,7 @@ class Validator:
     samples: int = 0
     """Number of hypotheses of each set that are shown."""
     should_stop: Callable[[], bool] = field(default=lambda: False)
-    waiting: Callable[[], AbstractContextManager[Any]] = nullcontext
+    waiting: Callable[[], AbstractContextManager[object]] = nullcontext
     """Makes a context manager that is entered around each wait for a batch, to measure it."""
 
     def run(

@@ -67,6 +67,7 @@ ANY_VOCABULARY: Vocabulary = _AnyVocabulary()
 """Stands for a model that is not loaded yet, to check a request early."""
 
 
+@runtime_checkable
 class SupportsToDict(Protocol):
     """A transformers GenerationConfig."""
 

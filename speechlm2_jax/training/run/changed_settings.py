@@ -75,8 +75,8 @@ class Change:
     """A key whose value has changed."""
 
     key: str
-    before: Any
-    after: Any
+    before: object
+    after: object
 
     def __str__(self) -> str:
         return f"{self.key}: {_shown(self.before)} -> {_shown(self.after)}"
@@ -94,7 +94,7 @@ class Change:
 def check_resumed(
     sources: Sequence[Path | None],
     model: ModelOutline,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     *,
     allows_changes: bool,
 ) -> None:
@@ -119,7 +119,7 @@ def check_resumed(
         log.info("changed since the checkpoint: %s", change)
 
 
-def is_other_model(run_dir: Path, settings: Mapping[str, Any]) -> bool:
+def is_other_model(run_dir: Path, settings: Mapping[str, object]) -> bool:
     """Whether the `model` block of `settings` gives the weights of the run another meaning."""
     before = _config_of(run_dir).get("model")
     if not isinstance(before, Mapping) or "model" not in settings:
@@ -127,7 +127,7 @@ def is_other_model(run_dir: Path, settings: Mapping[str, Any]) -> bool:
     return any(change.is_refused for change in changes_of(before, settings["model"], "model"))
 
 
-def changes_of(before: Any, after: Any, key: str) -> Iterator[Change]:
+def changes_of(before: object, after: object, key: str) -> Iterator[Change]:
     """The keys whose values differ. A key that is not set counts as null."""
     parts = [_parts_of(before), _parts_of(after)]
     if (before is None and parts[1] is not None) or (after is None and parts[0] is not None):
@@ -163,7 +163,9 @@ def _tokenizer_changes(before: Mapping[str, Any], model: ModelOutline) -> Iterat
         yield Change(key=f"model.tokenizer ({model.tokenizer.name})", before=old, after=new)
 
 
-def _other_changes(before: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[Change]:
+def _other_changes(
+    before: Mapping[str, object], settings: Mapping[str, object]
+) -> Iterator[Change]:
     for block in BLOCKS:
         if block in before and block in settings:
             for change in changes_of(before[block], settings[block], block):
@@ -224,12 +226,12 @@ def _refusal(step: Path, refused: Sequence[Change]) -> str:
     )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = NOT_SET if value is None else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _parts_of(value: Any) -> dict[str, Any] | None:
+def _parts_of(value: object) -> dict[str, Any] | None:
     """The values of a mapping or a list, by key or index; None for a single value."""
     if isinstance(value, Mapping):
         return {str(name): part for name, part in value.items()}
@@ -238,7 +240,7 @@ def _parts_of(value: Any) -> dict[str, Any] | None:
     return None
 
 
-def _are_equal(before: Any, after: Any) -> bool:
+def _are_equal(before: object, after: object) -> bool:
     if before == after:
         return True
     if not (isinstance(before, str) and isinstance(after, str)):

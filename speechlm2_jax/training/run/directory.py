@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import jax
 import yaml
@@ -50,7 +49,7 @@ def create(run_dir: Path) -> None:
         ) from error
 
 
-def describe(run_dir: Path, settings: Mapping[str, Any]) -> None:
+def describe(run_dir: Path, settings: Mapping[str, object]) -> None:
     """Writes config.yaml, and appends this start to command.txt and environment.txt.
 
     A config.yaml with other contents is renamed to config.0.yaml, config.1.yaml, ...

@@ -33,9 +33,9 @@ class Wandb:
     """How to open the W&B run."""
 
     run_dir: Path
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, object] = field(default_factory=dict)
     """Arguments of Lightning's WandbLogger or of wandb.init."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     """Settings of the run, which W&B shows as its config."""
 
 
@@ -179,7 +179,7 @@ def require_wandb() -> None:
         )
 
 
-def wandb_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+def wandb_arguments(options: Mapping[str, object]) -> dict[str, Any]:
     """Converts arguments of Lightning's WandbLogger, as in NeMo's YAML, to those of wandb.init.
 
     Raises SettingsError for one that is not supported.
@@ -196,7 +196,7 @@ def wandb_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

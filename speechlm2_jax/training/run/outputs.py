@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -39,7 +38,7 @@ def open_checkpointer(
 def open_metrics_log(
     experiment: ExpManagerConfig,
     run_dir: Path | None,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     stack: ExitStack,
 ) -> MetricsLog:
     """Opens metrics.jsonl, TensorBoard and W&B, which `stack` closes.
@@ -63,7 +62,7 @@ def open_metrics_log(
 
 
 def write_description(
-    run_dir: Path | None, model: TrainableModel, settings: Mapping[str, Any]
+    run_dir: Path | None, model: TrainableModel, settings: Mapping[str, object]
 ) -> None:
     """Writes the settings, the environment and all files of the model except the weights."""
     if run_dir is not None and jax.process_index() == 0:

@@ -4,9 +4,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 log = logging.getLogger(__name__)
 FOLDER = "profile"
@@ -26,7 +26,7 @@ class StepProfiler:
             jax.profiler.start_trace(str(self.folder))
             self._is_running = True
 
-    def after(self, step: int, state: Any) -> None:
+    def after(self, step: int, state: PyTree) -> None:
         """Ends the trace after its last step, once the device has computed `state`."""
         if self._is_running and step >= self.last:
             jax.block_until_ready(state)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from speechlm2_jax.checkpointing import Checkpointer
 from speechlm2_jax.console import ProgressBar
@@ -37,7 +36,7 @@ class RunProgress:
     """Steps that were not applied since the last one that was."""
     validated_at: int = 0
     """The step of the last validation."""
-    data: Any = None
+    data: Mapping[str, object] | None = None
     """The training iterator's state."""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from speechlm2_jax.batches import HostBatch
 from speechlm2_jax.training.intervals import Intervals
@@ -110,7 +111,7 @@ def memory_table(setup: Setup, bucket: str, batch: HostBatch, analysis: Any) -> 
     return "\n".join(lines)
 
 
-def device_bytes(tree: Any) -> int:
+def device_bytes(tree: PyTree) -> int:
     """Bytes that one device holds of all arrays in `tree`."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
