@@ -24,7 +24,7 @@ from speechlm2_jax.conversion.readers import open_weights, read_json
 from speechlm2_jax.generation import salm as loops
 from speechlm2_jax.generation.decoding import DecodingConfig, Prompts
 from speechlm2_jax.layers.module import Variables, abstract, describe, split
-from speechlm2_jax.layers.unstacked import LayerViews, merge_layers
+from speechlm2_jax.layers.unstacked import Layered, LayerViews, merge_layers
 from speechlm2_jax.llm.decoder import Decoder
 
 SEED = 0
@@ -39,7 +39,7 @@ class Llm:
         self.graphdef, _ = split(module)
         table = decoder_table(self.config)
         loaded = mapping.load(open_weights(directory), table, describe(module))
-        self.variables = {path: jnp.asarray(value) for path, value in loaded.items()}
+        self.variables: Variables = {path: jnp.asarray(value) for path, value in loaded.items()}
         self._for_decode = LayerViews("")(self.graphdef, self.variables)
 
     def weight_bytes(self) -> int:
@@ -66,7 +66,7 @@ def prefill(graphdef: Any, variables: Variables, ids: jax.Array, config: Decodin
 
 
 @partial(jax.jit, static_argnames=("graphdef", "config"))
-def decode(graphdef: Any, variables: Variables, state: Any, config: DecodingConfig) -> jax.Array:
+def decode(graphdef: Any, variables: Layered, state: Any, config: DecodingConfig) -> jax.Array:
     """Generates the other tokens."""
     decoder: Decoder = merge_layers(graphdef, variables)
     state = loops.decode(decoder, state, config, config.max_new_tokens)

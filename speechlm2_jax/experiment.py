@@ -315,7 +315,9 @@ def model_kind(cfg: Mapping[str, object]) -> type[Model]:
 def make_data(cfg: Mapping[str, object], model: Model) -> DataModule:
     """Makes the data of a `data:` block as the model takes it. Raises SettingsError."""
     if not isinstance(model, DuplexS2SModel):
-        dataset = SALMDataset(model.tokenizer, prompt_format=model.cfg.get("prompt_format"))
+        name = model.cfg.get("prompt_format")
+        name = name if isinstance(name, str) else None
+        dataset = SALMDataset(model.tokenizer, prompt_format=name)
         return DataModule(cfg, tokenizer=model.tokenizer, dataset=dataset)
     dataset = DuplexS2SDataset.from_config(cfg, model.tokenizer, model.max_frames)
     for key, given, wanted in (

@@ -29,7 +29,7 @@ from speechlm2_jax.inference.padding import prompt_shape, round_up
 from speechlm2_jax.inference.prompts import Dialog
 from speechlm2_jax.inference.request.generation_request import GenerationRequest
 from speechlm2_jax.layers.module import Variables, merge
-from speechlm2_jax.layers.unstacked import merge_layers
+from speechlm2_jax.layers.unstacked import Layered, merge_layers
 from speechlm2_jax.networks.salm import Salm
 
 ADMISSION_SHARE = 4
@@ -296,7 +296,7 @@ def _admit(
 @partial(jax.jit, static_argnames=("graphdef",), donate_argnames="slots")
 def _run(
     graphdef: nnx.GraphDef[Salm],
-    variables: Variables,
+    variables: Layered,
     slots: Slots | None,
     enough: Int[Array, ""],
     decoding: DecodingConfig,

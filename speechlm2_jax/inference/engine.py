@@ -10,6 +10,7 @@ from speechlm2_jax.batches import FrameCount
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.module import Variables
+from speechlm2_jax.layers.unstacked import Layered
 from speechlm2_jax.networks.salm import Salm
 from speechlm2_jax.sharding import Sharding
 
@@ -22,7 +23,7 @@ class Engine:
     """The network without weights."""
     variables: Variables | Mapping[str, jax.ShapeDtypeStruct]
     """Path -> array. Shapes and dtypes are enough if programs are only compiled."""
-    decoding_variables: Variables
+    decoding_variables: Layered
     """The variables for `decode`: on a CPU with arrays of each layer (`LayerViews`)."""
     placement: Sharding | None
     """How arrays are sharded over the devices; None on one device."""
@@ -53,6 +54,6 @@ class Engine:
         return self.graphdef, self.variables
 
     @property
-    def decoding_network(self) -> tuple[Any, Variables]:
+    def decoding_network(self) -> tuple[nnx.GraphDef[Salm], Layered]:
         """(graphdef, variables), the first two arguments of programs that decode in a loop."""
         return self.graphdef, self.decoding_variables

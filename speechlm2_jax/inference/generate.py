@@ -46,7 +46,7 @@ from speechlm2_jax.inference.text_stream import (
     stream_pieces,
 )
 from speechlm2_jax.layers.module import VariableInfo, Variables, merge
-from speechlm2_jax.layers.unstacked import merge_layers
+from speechlm2_jax.layers.unstacked import Layered, merge_layers
 from speechlm2_jax.networks import salm as salm_network
 from speechlm2_jax.networks.salm import Salm, SalmModes
 from speechlm2_jax.sharding import Sharding
@@ -331,7 +331,7 @@ def prefill(
 @partial(jax.jit, static_argnames=("graphdef", "placement"), donate_argnames="state")
 def decode(
     graphdef: nnx.GraphDef[Salm],
-    variables: Variables,
+    variables: Layered,
     state: loops.GenerationState,
     until: Int[Array, ""],
     decoding: DecodingConfig,

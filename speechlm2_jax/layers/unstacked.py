@@ -17,13 +17,20 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 from jax.core import Tracer
+from jaxtyping import PyTree
 
+from speechlm2_jax.arrays import AnyArray
 from speechlm2_jax.layers.module import LAYERS, SCANNED, Variables, constrain_layer, merge
 from speechlm2_jax.sharding import platform
 
 MAX_UNSTACKED_BYTES = 6 * 2**30
 """Largest stacks that `read_in_place` copies: 1.1 B parameters in fp32, or 3 B in bf16."""
+C = TypeVar("C")
+M = TypeVar("M", bound=nnx.Module)
 N = TypeVar("N")
+Y = TypeVar("Y")
+Layered = Mapping[str, AnyArray | jax.ShapeDtypeStruct | tuple[AnyArray, ...]]
+"""Variables of which some have an array of each layer in place of the stacked one."""
 
 
 class LayerViews:
@@ -35,9 +42,9 @@ class LayerViews:
     def __init__(self, root: str):
         self._root = root
         self._of: Variables = {}
-        self._views: Variables = {}
+        self._views: dict[str, tuple[AnyArray, ...]] = {}
 
-    def __call__(self, graphdef: Any, variables: Variables) -> Variables:
+    def __call__(self, graphdef: nnx.GraphDef, variables: Variables) -> Layered:
         """Returns `variables` for `merge_layers`; the variables themselves if not on one CPU.
 
         A stacked array [L, ...] becomes a tuple of L arrays that share its memory. The result is
@@ -54,13 +61,13 @@ class LayerViews:
         return {**variables, **self._views}
 
 
-def merge_layers(graphdef: Any, variables: Mapping[str, Any]) -> Any:
+def merge_layers(graphdef: nnx.GraphDef, variables: Layered) -> Any:
     """`merge` for the variables that `LayerViews` returns; loops over those layers are unrolled."""
     layers = {path: value for path, value in variables.items() if isinstance(value, tuple)}
+    one_each = {p: v[0] if isinstance(v, tuple) else v for p, v in variables.items()}
+    network = merge(graphdef, one_each)
     if not layers:
-        return merge(graphdef, variables)
-    first = {path: value[0] for path, value in layers.items()}
-    network = merge(graphdef, {**variables, **first})
+        return network
     return _replaced(network, lambda stack, path: UnstackedLayers.of_views(stack, path, layers))
 
 
@@ -83,8 +90,8 @@ def read_in_place(network: N) -> N:
 class UnstackedLayers(NamedTuple):
     """The layers of a stack, each with arrays of its own."""
 
-    graphdef: Any
-    states: tuple[Any, ...]
+    graphdef: nnx.GraphDef
+    states: tuple[PyTree, ...]
 
     @classmethod
     def of(cls, stack: nnx.Module) -> "UnstackedLayers":
@@ -96,7 +103,7 @@ class UnstackedLayers(NamedTuple):
 
     @classmethod
     def of_views(
-        cls, stack: nnx.Module, root: str, layers: Mapping[str, tuple[jax.Array, ...]]
+        cls, stack: nnx.Module, root: str, layers: Mapping[str, tuple[AnyArray, ...]]
     ) -> "UnstackedLayers | nnx.Module":
         """Takes the arrays of each layer from `layers`; the stack itself if they are not there."""
         graphdef, state = nnx.split(stack)
@@ -107,9 +114,7 @@ class UnstackedLayers(NamedTuple):
         by_layer = zip(*(layers[path] for path in paths), strict=True)
         return cls(graphdef, tuple(_with_values(flat, values) for values in by_layer))
 
-    def run(
-        self, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any
-    ) -> tuple[Any, Any]:
+    def run(self, body: Callable[[M, C, PyTree], tuple[C, Y]], carry: C, xs: PyTree) -> tuple[C, Y]:
         """Computes what `scan_layers` computes, as a Python loop."""
         ys = []
         for index, state in enumerate(self.states):
@@ -119,19 +124,20 @@ class UnstackedLayers(NamedTuple):
         return carry, jax.tree.map(lambda *each: jnp.stack(each), *ys)
 
 
-def _is_on_one_cpu(value: Any) -> bool:
+def _is_on_one_cpu(value: object) -> bool:
     if isinstance(value, Tracer) or not isinstance(value, jax.Array):
         return False
     return len(value.devices()) == 1 and next(iter(value.devices())).platform == "cpu"
 
 
-def _views(stacked: jax.Array) -> tuple[jax.Array, ...]:
+def _views(stacked: AnyArray) -> tuple[AnyArray, ...]:
     """The layers of an array [L, ...]; JAX takes an aligned array of the host without a copy."""
+    assert isinstance(stacked, jax.Array)
     device = next(iter(stacked.devices()))
     return tuple(jax.device_put(layer, device) for layer in np.asarray(stacked))
 
 
-def _with_values(flat: Any, values: tuple[jax.Array, ...]) -> Any:
+def _with_values(flat: Any, values: tuple[AnyArray, ...]) -> Any:
     pairs = zip(flat, values, strict=True)
     return nnx.from_flat_state(
         [(path, variable.replace(value)) for (path, variable), value in pairs]

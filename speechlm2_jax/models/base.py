@@ -20,7 +20,7 @@ from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.perception_stream import PerceptionStream
 from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, split
 from speechlm2_jax.layers.stack import Remat
-from speechlm2_jax.layers.unstacked import LayerViews
+from speechlm2_jax.layers.unstacked import Layered, LayerViews
 from speechlm2_jax.models.exportable import Exportable
 from speechlm2_jax.perception.perception import AudioPerception
 from speechlm2_jax.perception.streaming import StreamPlan, natural_frames
@@ -306,7 +306,7 @@ class SpeechModel(Exportable):
         self._blueprint = self._blueprint.with_network(remat=remat)
         self._graphdef, self.infos = self._build()
 
-    def _decoding_variables(self) -> Variables:
+    def _decoding_variables(self) -> Layered:
         """`variables` for a program whose loop runs the LLM token by token."""
         return self._layer_views(self._graphdef, self.variables)
 

@@ -33,7 +33,7 @@ from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.batching import check_batch, pad_lengths, pad_to_static_shape
 from speechlm2_jax.inference.padding import SAMPLE_UNIT, round_up
 from speechlm2_jax.layers.module import Variables, merge
-from speechlm2_jax.layers.unstacked import merge_layers
+from speechlm2_jax.layers.unstacked import Layered, merge_layers
 from speechlm2_jax.models.asr import ASRModel
 from speechlm2_jax.models.base import SpeechModel
 from speechlm2_jax.networks import duplex as duplex_network
@@ -327,7 +327,7 @@ class DuplexS2SSpeechDecoderModel(DuplexS2SModel):
 @partial(jax.jit, static_argnames=("graphdef", "config", "placement"))
 def run_offline(
     graphdef: nnx.GraphDef[Duplex],
-    variables: Variables,
+    variables: Layered,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],
     config: DuplexSamplingConfig,

@@ -85,6 +85,7 @@ def _base(llm: Variables, lora: LoraConfig | None, dtype: str | None) -> Variabl
 
 def _save_adapter(directory: Path, blueprint: Blueprint, llm: Variables, dtype: str | None) -> None:
     """Writes adapter_config.json and adapter_model.safetensors."""
+    assert blueprint.network.lora is not None
     lora: LoraConfig = blueprint.network.lora.as_peft()
     rules = [
         replace(rule, source=PEFT_PREFIX + rule.source.replace(".default.weight", ".weight"))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from speechlm2_jax.layers.lora import merge_lora
 from speechlm2_jax.layers.module import Variables, abstract, describe
@@ -28,10 +28,11 @@ def merged(blueprint: B, variables: Variables, dtype: str | None = None) -> tupl
     plain = replace(blueprint, network=replace(blueprint.network, lora=None))
     names = parameter_names(plain, describe(abstract(plain.make)))
     patterns = {key: tuple(matching(getattr(plain.config, key), names)) for key in PATTERNS}
+    config: Any = replace(cast(Any, plain.config), lora=None, **patterns)
     named = None if plain.named is None else _without_lora(plain.named, patterns)
     return replace(
         plain,
-        config=replace(plain.config, lora=None, **patterns),
+        config=config,
         cfg=_without_lora(plain.cfg, patterns),
         named=named,
     ), merge_lora(variables, lora, None if dtype is None else "float32")
