@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -220,7 +220,7 @@ def merge_lora(variables: Variables, config: LoraConfig, dtype: str | None = Non
 
 
 def _merged(
-    weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, dtype: Any
+    weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, dtype: np.dtype[Any]
 ) -> np.ndarray:
     """W + scale * B A of one layer, or of each layer of a stack in turn."""
     if weight.ndim > 2:

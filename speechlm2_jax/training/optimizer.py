@@ -70,7 +70,7 @@ class FlashAdamWConfig(AdamWConfig):
         key: "about how torch stores the optimizer's state; it is fp32 here"
         for key in ("quantize", "compress_state_dict", "master_weight_bits", "check_numerics")
     } | {"fused": AdamWConfig.IGNORED["fused"]}
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED: ClassVar[Mapping[str, object]] = {
         "decouple_lr": "weight decay is scaled by the learning rate; set it to false",
     }
 
