@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from speechlm2_jax.arrays import AnyArray
-from speechlm2_jax.layers.module import LAYERS, SCANNED, Variables, constrain_layer, merge
+from speechlm2_jax.layers.module import LAYERS, SCANNED, constrain_layer, merge
 from speechlm2_jax.sharding import platform
 
 MAX_UNSTACKED_BYTES = 6 * 2**30
@@ -41,10 +41,12 @@ class LayerViews:
 
     def __init__(self, root: str):
         self._root = root
-        self._of: Variables = {}
+        self._of: Mapping[str, AnyArray | jax.ShapeDtypeStruct] = {}
         self._views: dict[str, tuple[AnyArray, ...]] = {}
 
-    def __call__(self, graphdef: nnx.GraphDef, variables: Variables) -> Layered:
+    def __call__(
+        self, graphdef: nnx.GraphDef, variables: Mapping[str, AnyArray | jax.ShapeDtypeStruct]
+    ) -> Layered:
         """Returns `variables` for `merge_layers`; the variables themselves if not on one CPU.
 
         A stacked array [L, ...] becomes a tuple of L arrays that share its memory. The result is
@@ -130,7 +132,7 @@ def _is_on_one_cpu(value: object) -> bool:
     return len(value.devices()) == 1 and next(iter(value.devices())).platform == "cpu"
 
 
-def _views(stacked: AnyArray) -> tuple[AnyArray, ...]:
+def _views(stacked: AnyArray | jax.ShapeDtypeStruct) -> tuple[AnyArray, ...]:
     """The layers of an array [L, ...]; JAX takes an aligned array of the host without a copy."""
     assert isinstance(stacked, jax.Array)
     device = next(iter(stacked.devices()))
