@@ -40,7 +40,7 @@ class Engine:
     text_pad_id: int
     end_ids: tuple[int, ...]
     """All tokens that end a response by default."""
-    generation_defaults: Mapping[str, Any]
+    generation_defaults: Mapping[str, object]
     """The LLM's generation_config.json, or nothing."""
     text_vocab_size: int
     nemo_exact: bool

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
@@ -35,7 +36,7 @@ class SalmBlueprint(Blueprint):
     placeholder_id: int
     end_ids: tuple[int, ...]
     """Tokens that end a response: the tokenizer's, the LLM's, those of its chat template."""
-    generation_defaults: Mapping[str, Any]
+    generation_defaults: Mapping[str, object]
     """The LLM's generation_config.json, or nothing."""
 
     @property
@@ -96,7 +97,7 @@ def prompt_formatter(name: str | None, tokenizer: Tokenizer) -> PromptFormatter:
 
 
 def end_ids(
-    llm: LlmFiles, defaults: Mapping[str, Any], formatter: PromptFormatter
+    llm: LlmFiles, defaults: Mapping[str, object], formatter: PromptFormatter
 ) -> tuple[int, ...]:
     """The end tokens that the tokenizer, the LLM's two config files and its chat template name."""
     named: list[Any] = [formatter.tokenizer.eos_id]

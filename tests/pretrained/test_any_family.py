@@ -1,4 +1,4 @@
-"""A directory of any family starts `--config salm`, answers, and is saved and opened again."""
+"""A directory of any family starts `--config salm`, generates, and is saved and opened again."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def settings(llm):
     }
 
 
-def answer(model):
+def respond(model):
     audio = np.random.default_rng(0).normal(size=RATE // 2).astype(np.float32) / 10
     dialog = [{"role": "user", "content": f"Say {TAG} now", "audio": audio}]
     return model.generate([dialog], max_new_tokens=5).tolist()
@@ -35,14 +35,14 @@ def answer(model):
 
 @pytest.mark.slow  # three programs of each family
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_directory_starts_answers_and_is_opened_again(family, tmp_path):
+def test_a_directory_starts_generates_and_is_opened_again(family, tmp_path):
     tokenizer = tokenizer_with(CHATML, tmp_path / "llm")
     size = {"vocab_size": tokenizer.vocab_size + 8}
     tiny_model(family, **size).save_pretrained(tmp_path / "llm")
     model = SALM(settings(tmp_path / "llm"))
     assert model.prompt_formatter.name == "auto"
-    response = answer(model)
+    response = respond(model)
     model.save_pretrained(tmp_path / "saved")
     again = SALM.from_pretrained(tmp_path / "saved")
-    assert answer(again) == response
+    assert respond(again) == response
     assert any(path.endswith("lora_a") for path in again.variables)
