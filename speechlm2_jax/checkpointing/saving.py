@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
-from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo
 
 from speechlm2_jax.arrays import AnyArray
 from speechlm2_jax.checkpointing.checksums import (
@@ -175,7 +174,5 @@ class _RetentionPolicy:
 
     checkpointer: Checkpointer
 
-    def should_preserve(
-        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: object
-    ) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> Sequence[bool]:
         return self.checkpointer.keeps([info.step for info in checkpoints])

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from speechlm2_jax.settings import Refusal
+
 Paths = str | tuple[str, ...]
 ManifestPaths = str | tuple[str | tuple[str, ...] | tuple[str, float], ...]
 """A path; paths; or NeMo's `[[a], [b]]`, of which all or none may have a weight: `[a, 2]`."""
@@ -72,11 +74,11 @@ UNREAD_TYPES = (
 class DataConfig:
     """The `data` block: each key holds the keys of one stream, or several under `datasets`."""
 
-    train_ds: Mapping[str, Any] | None = None
-    validation_ds: Mapping[str, Any] | None = None
-    test_ds: Mapping[str, Any] | None = None
+    train_ds: Mapping[str, object] | None = None
+    validation_ds: Mapping[str, object] | None = None
+    test_ds: Mapping[str, object] | None = None
 
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED: ClassVar[Mapping[str, Refusal]] = {
         "predict_ds": "use evaluate.py for inference on recordings",
     }
 
@@ -96,7 +98,7 @@ class InputConfig:
     """The entries of a group, or the path of a YAML file with them."""
     weight: float | None = None
     """Share of this entry among its neighbours; given to all of them or to none."""
-    tags: Mapping[str, Any] = field(default_factory=dict)
+    tags: Mapping[str, object] = field(default_factory=dict)
     """Fields for every conversation of the entry, before the manifest's own; `context` opens the
     user's turn and `system_prompt` the dialog. Those of a group are fields alone, as in NeMo."""
     audio_locator_tag: str | None = None
@@ -113,7 +115,7 @@ class InputConfig:
         "metadata_only": "manifests are read without their audio",
         "slice_length": "order is shuffled over whole manifests",
     }
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED: ClassVar[Mapping[str, Refusal]] = {
         "tarred_audio_filepaths": _LATER,
         "extra_fields": "write the fields into the manifest",
         "paths": _LATER,
@@ -244,7 +246,7 @@ class LoaderConfig:
         "skip_missing_manifest_entries": "only tarred data has such entries",
         "tarred_random_access": "only tarred data has such entries",
     }
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED: ClassVar[Mapping[str, Refusal]] = {
         "tarred_audio_filepaths": _LATER,
         "multi_config": "give one data set, its sources as input_cfg with weights",
         "sampler_fusion": ("give one data set, its sources as input_cfg", "round_robin"),
@@ -352,7 +354,7 @@ class DataLoaderConfig(LoaderConfig):
         "min_context_speaker_similarity": "NeMo applies it to plain cuts only",
         "keep": "NeMo applies it to plain cuts only",
     }
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED: ClassVar[Mapping[str, Refusal]] = {
         **LoaderConfig.REFUSED,
         "batch_duration": "conversations are measured in tokens; set batch_tokens and "
         "use_multimodal_sampling",

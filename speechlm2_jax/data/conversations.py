@@ -5,13 +5,14 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from speechlm2_jax.data.audio import AudioError, check_samples, read_audio, resample
 from speechlm2_jax.data.audio_files import open_binary
+from speechlm2_jax.data.lhotse_types import Cut
 from speechlm2_jax.data.prompts import Prompt
 
 DEFAULT_LOCATOR_TAG = "<|audioplaceholder|>"
@@ -43,7 +44,7 @@ class AudioClip:
     """Whether the file may be longer than `duration_s`."""
     byte_range: tuple[int, int] | None = None
     """First byte and size of the recording inside `path`, a tar; None: the whole file."""
-    cut: Any = None
+    cut: Cut | None = None
     """A Lhotse cut that only Lhotse can load (mixed, augmented or in memory)."""
 
     def samples(self, sample_rate_hz: int) -> int:
@@ -52,7 +53,7 @@ class AudioClip:
 
     def load(self, sample_rate_hz: int) -> Float[np.ndarray, " S"]:
         """Reads the clip at the rate asked for. Raises AudioError for one that cannot be used."""
-        wave = self._load_cut(sample_rate_hz) if self.cut else self._read(sample_rate_hz)
+        wave = self._load_cut(self.cut, sample_rate_hz) if self.cut else self._read(sample_rate_hz)
         # resampling rounds, and manifests round durations: a plan must hold all the same
         return wave[: self.samples(sample_rate_hz)]
 
@@ -71,14 +72,34 @@ class AudioClip:
             file.seek(start)
             return _ArchiveMember(file.read(size), name=f"{self.id} in {self.path}")
 
-    def _load_cut(self, sample_rate_hz: int) -> np.ndarray:
+    def _load_cut(self, cut: Cut, sample_rate_hz: int) -> np.ndarray:
         try:
-            wave = np.asarray(self.cut.load_audio(), np.float32)
+            wave = np.asarray(cut.load_audio(), np.float32)
         except Exception as error:  # Lhotse raises many kinds, all of which mean: no audio
             reason = " ".join(str(error).split())[:200]
             raise AudioError(f"cut {self.id}: {reason}", cause="unreadable") from error
         mono = check_samples(wave.mean(axis=0), f"cut {self.id}")
-        return resample(mono, self.cut.sampling_rate, sample_rate_hz)
+        return resample(mono, cut.sampling_rate, sample_rate_hz)
+
+
+@runtime_checkable
+class AnyConversation(Protocol):
+    """What planning reads of a conversation: of one voice (`Conversation`) or of two."""
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """The manifest and the line that it was read from, for messages."""
+        ...
+
+    @property
+    def shard(self) -> int:
+        """The shard of its source that it was read from, counted from 0."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +127,7 @@ class Conversation:
     turns: tuple[TextTurn | AudioTurn, ...]
     token_equivalent_duration_s: float | None = None
     """Seconds of audio that count as one token where lengths are measured."""
-    fields: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    fields: Mapping[str, object] = field(default_factory=dict, repr=False)
     """All other fields of its manifest row."""
     where: str = ""
     """The manifest and the line that it was read from, for messages."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from speechlm2_jax.data.conversations import AudioClip, Conversation
 from speechlm2_jax.data.json_lines import json_lines
+from speechlm2_jax.data.lhotse_types import Cut
 from speechlm2_jax.data.manifest_options import ManifestOptions, conversation_of_recording
 from speechlm2_jax.data.manifest_values import located, mapping, seconds
 from speechlm2_jax.data.paths import Finder, local_file
@@ -15,7 +16,7 @@ from speechlm2_jax.settings import SettingsError
 _YAML = (".yaml", ".yml")
 
 
-def read_cuts(path: str | Path, fields: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+def read_cuts(path: str | Path, fields: tuple[str, ...] = ()) -> Iterator[tuple[str, Cut]]:
     """The Lhotse cuts of a manifest, each with the words that name its place.
 
     Paths of their audio, and of some fields' audio, are absolute. Raises SettingsError for a
@@ -63,7 +64,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def conversation_of_cut(
-    cut: Any, clip: AudioClip, options: ManifestOptions, *, where: str, shard: int = 0
+    cut: Cut, clip: AudioClip, options: ManifestOptions, *, where: str, shard: int = 0
 ) -> Conversation:
     """A cut as a conversation: its recording, and the text of its first supervision as response."""
     response = cut.supervisions[0].text if cut.supervisions else None
@@ -72,7 +73,7 @@ def conversation_of_cut(
     return replace(made, shard=shard)
 
 
-def clip_of_cut(cut: Any, channel: int | None) -> AudioClip:
+def clip_of_cut(cut: Cut, channel: int | None) -> AudioClip:
     """A cut as a stretch of a file where it is one, else as something for Lhotse to load."""
     source = _only_file(cut)
     start_s, duration_s = stretch_of_cut(cut)
@@ -88,12 +89,12 @@ def clip_of_cut(cut: Any, channel: int | None) -> AudioClip:
     )
 
 
-def stretch_of_cut(cut: Any) -> tuple[float, float]:
+def stretch_of_cut(cut: Cut) -> tuple[float, float]:
     """Start and duration of a cut. Raises SettingsError for what cannot be seconds."""
     return seconds(getattr(cut, "start", 0.0), "start"), seconds(cut.duration, "duration")
 
 
-def channel_of_cut(cut: Any, setting: int | None) -> int | None:
+def channel_of_cut(cut: Cut, setting: int | None) -> int | None:
     """Where the channel of a cut is in its file; a cut of many channels takes the setting's."""
     channels = cut.recording.sources[0].channels
     if isinstance(cut.channel, int):
@@ -101,7 +102,7 @@ def channel_of_cut(cut: Any, setting: int | None) -> int | None:
     return setting
 
 
-def _only_file(cut: Any) -> str | None:
+def _only_file(cut: Cut) -> str | None:
     """The file of a cut whose recording is one plain file, untransformed; else None."""
     recording = getattr(cut, "recording", None)
     if recording is None or recording.transforms or len(recording.sources) != 1:
@@ -111,14 +112,14 @@ def _only_file(cut: Any) -> str | None:
     return str(source.source) if source.type == "file" and is_all else None
 
 
-def _sources(cut: Any, fields: tuple[str, ...]) -> Iterator[Any]:
+def _sources(cut: Cut, fields: tuple[str, ...]) -> Iterator[Any]:
     """Where Lhotse would read the recording of a cut from, and those in some fields."""
     custom = getattr(cut, "custom", None) or {}
     for recording in (getattr(cut, "recording", None), *map(custom.get, fields)):
         yield from getattr(recording, "sources", ())
 
 
-def _resolve_sources(cut: Any, fields: tuple[str, ...], finder: Finder) -> None:
+def _resolve_sources(cut: Cut, fields: tuple[str, ...], finder: Finder) -> None:
     """Makes the paths of a cut absolute. Raises SettingsError for what is not a local file."""
     for track in getattr(cut, "tracks", None) or [None]:
         for source in _sources(cut if track is None else track.cut, fields):

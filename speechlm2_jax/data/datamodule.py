@@ -36,7 +36,7 @@ class DataModule:
     """
 
     def __init__(
-        self, cfg: Mapping[str, Any], tokenizer: Tokenizer, dataset: DataKind | None = None
+        self, cfg: Mapping[str, object], tokenizer: Tokenizer, dataset: DataKind | None = None
     ) -> None:
         require_complete({"data": cfg})
         self.tokenizer = tokenizer
@@ -173,12 +173,12 @@ class DataModule:
         plans = PlannedBatches(sampler, epochs=None if is_train else 1)
         return BatchStream(plans, reader, dropped, prepared.config.num_workers)
 
-    def _read(self, values: Mapping[str, Any], where: str, *, is_train: bool) -> DataSet:
+    def _read(self, values: Mapping[str, object], where: str, *, is_train: bool) -> DataSet:
         config = build(self.dataset.loader_config, values, where)
         sources = tuple(read_sources(config, where, self.dataset.read))
         return DataSet(where=where, config=config, sources=sources, is_train=is_train)
 
-    def _read_named(self, values: Mapping[str, Any] | None, block: str) -> dict[str, DataSet]:
+    def _read_named(self, values: Mapping[str, object] | None, block: str) -> dict[str, DataSet]:
         return {
             f"{block}.{name}": self._read(own, path, is_train=False)
             for name, (own, path) in named_sets(values, block).items()
@@ -186,7 +186,7 @@ class DataModule:
 
 
 def named_sets(
-    values: Mapping[str, Any] | None, block: str
+    values: Mapping[str, object] | None, block: str
 ) -> dict[str, tuple[Mapping[str, Any], str]]:
     """The sets of `validation_ds` or `test_ds`: by name, their keys and where these are.
 

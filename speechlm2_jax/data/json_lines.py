@@ -66,7 +66,7 @@ def _opened(path: Path) -> IOBase:
     return gzip.open(path, "rb") if is_gzip else open(path, "rb")
 
 
-def _check_surrogates(text: str, row: Any) -> None:
+def _check_surrogates(text: str, row: object) -> None:
     r"""Raises SettingsError for half of a pair, as `"\ud83d"` alone: no tokenizer encodes it."""
     if not _SURROGATE.search(text):
         return
@@ -80,7 +80,7 @@ def _check_surrogates(text: str, row: Any) -> None:
             ) from None
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     todo = [value]
     while todo:
         one = todo.pop()

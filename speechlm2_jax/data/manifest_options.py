@@ -20,13 +20,13 @@ class ManifestOptions:
 
     locator_tag: str = DEFAULT_LOCATOR_TAG
     token_equivalent_duration_s: float | None = None
-    tags: Mapping[str, Any] | None = None
+    tags: Mapping[str, object] | None = None
     """Fields that replace the manifest's own."""
     text_field: str = "text"
     channel: int | None = None
     """Channel of recordings with several, where the manifest does not choose; None: the mean."""
 
-    def all_fields(self, own: Mapping[str, Any]) -> dict[str, Any]:
+    def all_fields(self, own: Mapping[str, object]) -> dict[str, Any]:
         """The fields of a conversation whose row has some of its own."""
         return {**own, **(self.tags or {})}
 
@@ -34,8 +34,8 @@ class ManifestOptions:
 def conversation_of_recording(
     name: str,
     clip: AudioClip,
-    response: Any,
-    own: Mapping[str, Any],
+    response: object,
+    own: Mapping[str, object],
     options: ManifestOptions,
     *,
     where: str,

@@ -47,7 +47,7 @@ def located(where: str) -> Iterator[None]:
         raise SettingsError(f"{where}: cannot be read ({reason[:200]})") from error
 
 
-def seconds(value: Any, key: str) -> float:
+def seconds(value: object, key: str) -> float:
     """A time or duration. Raises SettingsError for anything else, infinite and absurd ones too."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise SettingsError(f"{key} must be seconds, got {shown(value)}")
@@ -58,7 +58,7 @@ def seconds(value: Any, key: str) -> float:
     return float(value)
 
 
-def moment(value: Any, key: str) -> float:
+def moment(value: object, key: str) -> float:
     """A time that may lie before the start. Raises SettingsError for what is none."""
     if (
         isinstance(value, bool)
@@ -69,7 +69,7 @@ def moment(value: Any, key: str) -> float:
     return float(value)
 
 
-def text(value: Any, key: str) -> str:
+def text(value: object, key: str) -> str:
     """Text; a number is taken as it is written. Raises SettingsError for anything else."""
     if isinstance(value, str):
         return value
@@ -78,7 +78,7 @@ def text(value: Any, key: str) -> str:
     return str(value)
 
 
-def mapping(value: Any, key: str) -> Mapping[str, Any]:
+def mapping(value: object, key: str) -> Mapping[str, Any]:
     """A JSON object; null is an empty one. Raises SettingsError for anything else."""
     if value is None:
         return {}
@@ -87,14 +87,14 @@ def mapping(value: Any, key: str) -> Mapping[str, Any]:
     return value
 
 
-def near_miss(row: Mapping[str, Any], wanted: str) -> str | None:
+def near_miss(row: Mapping[str, object], wanted: str) -> str | None:
     """A key of a row that was probably meant to be `wanted`."""
     named, spelt = _other_name(row, wanted), {_plain(key): key for key in row}
     close = difflib.get_close_matches(wanted, list(spelt), n=1, cutoff=0.75)
     return named if named is not None or not close else spelt[close[0]]
 
 
-def check_text_key(row: Mapping[str, Any], wanted: str) -> None:
+def check_text_key(row: Mapping[str, object], wanted: str) -> None:
     """Raises SettingsError if a row has its text under another name of the key `wanted`.
 
     Only well-known names count, none that is merely alike: a row without text may be meant so.
@@ -106,7 +106,7 @@ def check_text_key(row: Mapping[str, Any], wanted: str) -> None:
         )
 
 
-def _other_name(row: Mapping[str, Any], wanted: str) -> str | None:
+def _other_name(row: Mapping[str, object], wanted: str) -> str | None:
     """A key of a row that is `wanted` in other letters, or a well-known name for it."""
     spelt = {_plain(key): key for key in row}
     names = (_plain(wanted), *_NEAR_MISSES.get(wanted, ()))
@@ -117,7 +117,7 @@ def _plain(key: str) -> str:
     return key.strip().casefold().replace("-", "_").replace(" ", "_")
 
 
-def missing_key(row: Mapping[str, Any], wanted: str) -> str:
+def missing_key(row: Mapping[str, object], wanted: str) -> str:
     """The message for a missing key, with the key that was probably meant."""
     if wanted in row:
         return f"{wanted} is {shown(row[wanted])}; it must have a value"
@@ -127,7 +127,7 @@ def missing_key(row: Mapping[str, Any], wanted: str) -> str:
     return f"{wanted} is missing; the keys are {shown(', '.join(map(str, row)))}"
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as an error shows it: short."""
     if value is None:
         return "null"

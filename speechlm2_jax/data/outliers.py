@@ -1,10 +1,11 @@
 """Rows that are far longer than all else of their set: one wrong row would decide every shape."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Real
+
+from speechlm2_jax.data.conversations import AnyConversation
 
 FACTOR = 20
 """So many times the usual longest length is too long,"""
@@ -34,7 +35,7 @@ def far_out(lengths: Real[np.ndarray, " N"], unit: str) -> tuple[Bool[np.ndarray
 def find_outliers(
     lengths: Mapping[str, Real[np.ndarray, " N"]],
     keep: Bool[np.ndarray, " N"],
-    conversations: Sequence[Any],
+    conversations: Sequence[AnyConversation],
 ) -> dict[str, dict[int, str]]:
     """By unit: the rows that are too long among those kept, and what to say of each.
 

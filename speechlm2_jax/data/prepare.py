@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int, Real
 from speechlm2_jax.batches import FrameCount
 from speechlm2_jax.data.bucketing import Measures, Members, Shape, describe, plan_buckets
 from speechlm2_jax.data.config import DataConfig, InputConfig, LoaderConfig
+from speechlm2_jax.data.conversations import AnyConversation
 from speechlm2_jax.data.outliers import find_outliers
 from speechlm2_jax.data.sampler import Sampler
 from speechlm2_jax.data.sources import Source
@@ -32,7 +33,7 @@ class Contents(Protocol):
     """The conversations of one data set, and how they become arrays."""
 
     @property
-    def conversations(self) -> Sequence[Any]:
+    def conversations(self) -> Sequence[AnyConversation]:
         """In the order of their manifests; each has an `id`."""
         ...
 
@@ -101,7 +102,11 @@ class DataKind(Protocol):
         ...
 
     def contents(
-        self, conversations: Sequence[Any], config: Any, frame_count: FrameCount, where: str
+        self,
+        conversations: Sequence[Any],
+        config: Any,
+        frame_count: FrameCount,
+        where: str,
     ) -> Contents:
         """Tokenises and measures. Raises SettingsError for what does not fit together."""
         ...
@@ -129,7 +134,7 @@ class Prepared:
     config: LoaderConfig
 
     @property
-    def conversations(self) -> Sequence[Any]:
+    def conversations(self) -> Sequence[AnyConversation]:
         """Those that are left."""
         return self.contents.conversations
 
@@ -228,7 +233,9 @@ def _sampler(
     )
 
 
-def _shards(conversations: Sequence[Any], sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+def _shards(
+    conversations: Sequence[AnyConversation], sizes: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
     """Of each source, the conversations of each of its shards, in order."""
     numbers = np.asarray([one.shard for one in conversations], np.int64)
     by_source = np.split(numbers, np.cumsum(sizes)[:-1])

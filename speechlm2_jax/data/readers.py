@@ -155,7 +155,7 @@ class _DialogRow:
 class _Turn:
     """One turn of a line."""
 
-    def __init__(self, turn: Any, number: int, finder: Finder) -> None:
+    def __init__(self, turn: object, number: int, finder: Finder) -> None:
         with located(f"not a conversation: turn {number}"):
             if not isinstance(turn, dict):
                 raise SettingsError(f"expected an object with from and value, got {shown(turn)}")
@@ -223,7 +223,7 @@ def _stretch_id(stem: str, offset_s: float, duration_s: float) -> str:
     return f"{stem}-{_hundredths(offset_s)}-{_hundredths(duration_s)}"
 
 
-def _optional_seconds(row: dict[str, Any], key: str) -> float | None:
+def _optional_seconds(row: dict[str, object], key: str) -> float | None:
     value = row.pop(key, None)
     return None if value is None else seconds(value, key)
 

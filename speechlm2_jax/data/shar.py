@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from speechlm2_jax.data.config import SharPath
+from speechlm2_jax.data.config import Paths, SharPath
 from speechlm2_jax.data.conversations import AudioClip, Conversation
 from speechlm2_jax.data.cuts import (
     channel_of_cut,
@@ -23,6 +23,7 @@ from speechlm2_jax.data.cuts import (
     stretch_of_cut,
 )
 from speechlm2_jax.data.json_lines import json_lines
+from speechlm2_jax.data.lhotse_types import Cut, Recording
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.manifest_values import located
 from speechlm2_jax.data.paths import expand_shards, local_file, local_folder
@@ -45,7 +46,7 @@ class PackedRecordings:
     """By the id of the cut, in order where several share it: first byte and size."""
 
     def clip(
-        self, cut: Any, recording: Any, *, channel: int | None, number: int = 0
+        self, cut: Cut, recording: Recording | None, *, channel: int | None, number: int = 0
     ) -> AudioClip | None:
         """The stretch of a cut; None if its recording is not packed, but a file of its own.
 
@@ -73,7 +74,7 @@ class PackedRecordings:
 class SharCut:
     """A cut, and what is packed for it."""
 
-    cut: Any
+    cut: Cut
     where: str
     """The words that name its line."""
     shard: int
@@ -120,7 +121,7 @@ def shar_cuts(shar: SharPath | Path, fields: tuple[str, ...]) -> Iterator[SharCu
             seen[cut.id] += 1
 
 
-def _with_values(shard: _Shard, fields: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def _with_values(shard: _Shard, fields: tuple[str, ...]) -> Iterator[tuple[str, Cut]]:
     """The cuts of a shard, each with the values of its fields, line by line."""
     cuts = read_cuts(shard.cuts, fields=fields)
     columns = {name: json_lines(path) for name, path in shard.values.items()}
@@ -136,7 +137,7 @@ def _with_values(shard: _Shard, fields: tuple[str, ...]) -> Iterator[tuple[str, 
         yield located_cut
 
 
-def _set_value(cut: Any, name: str, line: tuple[str, Mapping[str, Any]]) -> None:
+def _set_value(cut: Cut, name: str, line: tuple[str, Any]) -> None:
     """Gives a cut the value of a line, as Lhotse does; a line with no more than an id has none."""
     where, row = line
     if row.get("cut_id") != cut.id:
@@ -195,7 +196,7 @@ def _column(folder: Path, name: str, shard: str) -> Path:
     return found
 
 
-def _listed(shar: Mapping[str, Any], fields: tuple[str, ...]) -> Iterator[_Shard]:
+def _listed(shar: Mapping[str, Paths], fields: tuple[str, ...]) -> Iterator[_Shard]:
     """The shards of fields that are listed file by file."""
     files = {name: expand_shards(paths) for name, paths in shar.items()}
     columns = [

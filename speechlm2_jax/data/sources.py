@@ -3,20 +3,24 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from speechlm2_jax.data.config import InputConfig, LoaderConfig
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.paths import is_file, local_file
 from speechlm2_jax.settings import SettingsError, build, parse_yaml, read_text, resolve
 
+C = TypeVar("C")
+"""A conversation of one voice or of two."""
+L = TypeVar("L", bound=LoaderConfig)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(Generic[C]):
     """The conversations of one entry."""
 
     name: str
-    conversations: Sequence[Any]
+    conversations: Sequence[C]
     is_shar: bool = False
     is_endless: bool = False
     """Whether NeMo repeats it without end in training, batches running over from pass to pass."""
@@ -34,13 +38,15 @@ class _Entry:
     config: InputConfig
     where: str
     share: float
-    group_tags: Mapping[str, Any]
+    group_tags: Mapping[str, object]
     """Of the groups around it: fields of its conversations that, as in NeMo, are never turns."""
 
 
 def read_sources(
-    config: LoaderConfig, where: str, read: Callable[[InputConfig, Any], list[Any]]
-) -> list[Source]:
+    config: L,
+    where: str,
+    read: Callable[[InputConfig, L], list[C]],
+) -> list[Source[C]]:
     """Reads every manifest of a data set by `read`, which is given an entry and the settings.
 
     Raises SettingsError, naming the key, for a bad one.
@@ -117,7 +123,7 @@ def _flatten(
     where: str,
     share: float,
     temperatures: Sequence[float],
-    tags: Mapping[str, Any],
+    tags: Mapping[str, object],
 ) -> list[_Entry]:
     """The entries below a level; its weights, raised to a temperature, share what it got."""
     given = [c.weight for c in configs if c.weight is not None]
@@ -204,8 +210,10 @@ def _name(config: InputConfig) -> str:
 
 
 def _read(
-    entry: _Entry, config: LoaderConfig, read: Callable[[InputConfig, Any], list[Any]]
-) -> list[Any]:
+    entry: _Entry,
+    config: L,
+    read: Callable[[InputConfig, L], list[C]],
+) -> list[C]:
     try:
         conversations = read(entry.config, config)
     except SettingsError as error:
@@ -217,7 +225,7 @@ def _read(
     )
 
 
-def _tagged(conversation: Any, tags: Mapping[str, Any]) -> Any:
+def _tagged(conversation: Any, tags: Mapping[str, object]) -> Any:
     if not isinstance(conversation, Conversation):  # two voices have no fields
         return conversation
     return replace(conversation, fields={**conversation.fields, **tags})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from speechlm2_jax.data.tokenizer_backends import (
     SPECIAL_NAMES,
@@ -70,7 +71,7 @@ class Tokenizer:
         """
         return self._backend.encode_with_offsets(texts)
 
-    def ids_to_text(self, ids: Any, remove_special_tokens: bool = True) -> str:
+    def ids_to_text(self, ids: ArrayLike, remove_special_tokens: bool = True) -> str:
         """Decodes `[T]` ids: a list, or any array (NumPy, JAX, torch)."""
         flat = np.asarray(ids)
         if flat.ndim > 1:
@@ -91,7 +92,7 @@ class Tokenizer:
         """Looks tokens up; an unknown one gives the unknown id, or None where there is none."""
         return [self.token_to_id(token) for token in tokens]
 
-    def ids_to_tokens(self, ids: Any) -> list[str]:
+    def ids_to_tokens(self, ids: ArrayLike) -> list[str]:
         """The token string of each id."""
         return [self._backend.id_to_token(int(i)) for i in np.asarray(ids).reshape(-1)]
 

@@ -69,6 +69,6 @@ def _in_one_form(content: bytes) -> bytes:
         return content
 
 
-def _as_pair(merge: Any) -> Any:
+def _as_pair(merge: object) -> Any:
     """A merge as newer versions of the package tokenizers write it: `["a", "b"]`, not "a b"."""
     return merge.split(" ") if isinstance(merge, str) else merge

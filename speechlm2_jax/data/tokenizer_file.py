@@ -169,7 +169,7 @@ def _steps(part: object) -> Iterator[Mapping[str, Any]]:
             yield from _steps(step)
 
 
-def _growth(steps: Iterable[Mapping[str, Any]]) -> float:
+def _growth(steps: Iterable[Mapping[str, object]]) -> float:
     r"""A bound on the characters that steps, one after the other, make of one character.
 
     Factors multiply only where a step can match what an earlier one wrote: " " -> "<space>" and

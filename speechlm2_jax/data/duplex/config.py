@@ -3,9 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from speechlm2_jax.data.config import DataConfig, LoaderConfig
+from speechlm2_jax.settings import Refusal
 
 _NO_PROMPT = "a duplex model has no prompt"
 _SECONDS = "conversations are measured in seconds"
@@ -55,7 +56,7 @@ class DuplexLoaderConfig(LoaderConfig):
         "text_field": "texts are those of the cuts' supervisions",
         "measure_total_length": _SECONDS,
     }
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED: ClassVar[Mapping[str, Refusal]] = {
         **LoaderConfig.REFUSED,
         "prompt_format": _NO_PROMPT,
         "use_multimodal_sampling": f"{_SECONDS}; set batch_duration",

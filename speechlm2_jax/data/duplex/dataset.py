@@ -25,6 +25,7 @@ from speechlm2_jax.data.duplex.readers import (
     read_duplex_cuts,
     read_duplex_shar,
 )
+from speechlm2_jax.data.lhotse_types import Cut
 from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.data.paths import expand_shards
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
@@ -79,7 +80,7 @@ class DuplexS2SDataset:
 
     @classmethod
     def from_config(
-        cls, data: Mapping[str, Any], tokenizer: Tokenizer, max_frames: int | None = None
+        cls, data: Mapping[str, object], tokenizer: Tokenizer, max_frames: int | None = None
     ) -> "DuplexS2SDataset":
         """Makes one of the keys of a `data` block. Raises SettingsError for a missing one."""
         config = build(DuplexDataConfig, data, "data")
@@ -161,7 +162,7 @@ class DuplexS2SDataset:
                 cause="longer_than_model",
             )
 
-    def __getitem__(self, cuts: Iterable[Any]) -> dict[str, Any]:
+    def __getitem__(self, cuts: Iterable[Cut]) -> dict[str, Any]:
         """Collates Lhotse cuts, or conversations, as NeMo's DuplexS2SDataset does, in NumPy.
 
         Gives `source_audio` and `target_audio` float32 [B, S] with their `..._lens` int32 [B],

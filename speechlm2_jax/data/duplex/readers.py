@@ -12,6 +12,7 @@ from speechlm2_jax.data.config import SharPath
 from speechlm2_jax.data.conversations import AudioClip
 from speechlm2_jax.data.cuts import clip_of_cut, read_cuts
 from speechlm2_jax.data.duplex.conversations import DuplexConversation, SpokenTurn
+from speechlm2_jax.data.lhotse_types import Cut, Recording
 from speechlm2_jax.data.manifest_values import located, moment, seconds, text
 from speechlm2_jax.data.shar import RECORDING, SharCut, shar_cuts
 from speechlm2_jax.settings import SettingsError
@@ -58,7 +59,7 @@ def _packed_conversation(one: SharCut, channel: int | None) -> DuplexConversatio
     return replace(conversation, where=one.where, shard=one.shard)
 
 
-def duplex_conversation(cut: Any, channel: int | None = None) -> DuplexConversation:
+def duplex_conversation(cut: Cut, channel: int | None = None) -> DuplexConversation:
     """A Lhotse cut that has `target_audio`; raises SettingsError, naming it, for another.
 
     Args:
@@ -70,7 +71,7 @@ def duplex_conversation(cut: Any, channel: int | None = None) -> DuplexConversat
     return _conversation(cut, source=source, target=_clip_of_agent(cut, target))
 
 
-def _clip_of_agent(cut: Any, target: Any) -> AudioClip:
+def _clip_of_agent(cut: Cut, target: Recording) -> AudioClip:
     """The stretch of the agent's recording that lies alongside a cut."""
     from lhotse import MonoCut, MultiCut
 
@@ -82,7 +83,7 @@ def _clip_of_agent(cut: Any, target: Any) -> AudioClip:
         "duration": cut.duration,
         "recording": target,
     }
-    agent = (
+    agent: Any = (
         MonoCut(**stretch, channel=target.channel_ids[0] if chosen is None else chosen)
         if chosen is not None or target.num_channels == 1
         else MultiCut(**stretch, channel=target.channel_ids)
@@ -90,7 +91,7 @@ def _clip_of_agent(cut: Any, target: Any) -> AudioClip:
     return clip_of_cut(agent, None)
 
 
-def _conversation(cut: Any, *, source: AudioClip, target: AudioClip) -> DuplexConversation:
+def _conversation(cut: Cut, *, source: AudioClip, target: AudioClip) -> DuplexConversation:
     return DuplexConversation(
         id=cut.id,
         duration_s=seconds(cut.duration, "duration"),
@@ -109,7 +110,7 @@ def _conversation(cut: Any, *, source: AudioClip, target: AudioClip) -> DuplexCo
     )
 
 
-def _recording_of_agent(cut: Any) -> Any:
+def _recording_of_agent(cut: Cut) -> Any:
     from lhotse import Recording
 
     if hasattr(cut, "tracks"):
@@ -128,7 +129,7 @@ def _recording_of_agent(cut: Any) -> Any:
     return target
 
 
-def _chosen(cut: Any, target: Any) -> int | None:
+def _chosen(cut: Cut, target: Recording) -> int | None:
     """The channel of the agent's recording, where the cut names one."""
     channel = cut.custom.get(f"{TARGET}_channel_selector")
     if channel is not None and channel not in target.channel_ids:
@@ -139,7 +140,7 @@ def _chosen(cut: Any, target: Any) -> int | None:
     return channel
 
 
-def _one_of(recording: Any, named: Any, setting: int | None) -> int | None:
+def _one_of(recording: Recording, named: object, setting: int | None) -> int | None:
     """Where a channel lies in the packed file of a recording; None for the mean of all."""
     if isinstance(named, int):
         return recording.channel_ids.index(named) if recording.num_channels > 1 else None

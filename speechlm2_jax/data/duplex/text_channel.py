@@ -1,21 +1,22 @@
 """Decodes text channels of a duplex model: one token per frame, turns between bos and eos."""
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 from speechlm2_jax.data.tokenizer import Tokenizer
 
 
-def channel_texts(tokens: Any, lengths: Any, tokenizer: Tokenizer, *, pad_id: int) -> list[str]:
+def channel_texts(
+    tokens: ArrayLike, lengths: ArrayLike, tokenizer: Tokenizer, *, pad_id: int
+) -> list[str]:
     """The text of each sequence of ids [B, T] up to `lengths` [B], without pad, bos and eos."""
     pairs = zip(np.asarray(tokens), np.asarray(lengths), strict=True)
     return [_plain(ids[:length], tokenizer, pad_id) for ids, length in pairs]
 
 
 def timed_texts(
-    tokens: Any,
-    lengths: Any,
+    tokens: ArrayLike,
+    lengths: ArrayLike,
     tokenizer: Tokenizer,
     *,
     pad_id: int,
