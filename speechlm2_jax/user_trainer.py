@@ -5,7 +5,6 @@ when scores are needed.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from speechlm2_jax.training import trainer
 from speechlm2_jax.training.protocol import DataSource, HostMetric, Scoring, TrainableModel
@@ -22,7 +21,7 @@ class Trainer(trainer.Trainer):
         *,
         validation_metrics: Mapping[str, HostMetric] | None = None,
         validation_scoring: Scoring | None = None,
-        settings: Mapping[str, Any] | None = None,
+        settings: Mapping[str, object] | None = None,
     ) -> FitResult:
         """Trains as `training.trainer.Trainer.fit`; without metrics, generated text is scored.
 

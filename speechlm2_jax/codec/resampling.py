@@ -5,12 +5,13 @@ resampler, `data.audio.resample`, is Lhotse's; they differ by about 2e-3 on nois
 """
 
 import math
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import Precision
 from jaxtyping import Array, Float
+
+from speechlm2_jax.arrays import Size
 
 CROSSINGS = 6
 """Zero crossings of the sinc on each side."""
@@ -18,7 +19,7 @@ ROLL_OFF = 0.99
 """Cutoff of the filter, as a fraction of the lower Nyquist frequency."""
 
 
-def resampled_length(samples: Any, from_hz: int, to_hz: int) -> Any:
+def resampled_length(samples: Size, from_hz: int, to_hz: int) -> Size:
     """Counts the samples after resampling, rounded up. Takes an int or an integer array."""
     gcd = math.gcd(from_hz, to_hz)
     step, phases = from_hz // gcd, to_hz // gcd

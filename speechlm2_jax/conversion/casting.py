@@ -9,7 +9,7 @@ import numpy as np
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.readers.source import Index, LazySource, TensorInfo, TensorSource
 
-DTYPES: Mapping[str, np.dtype[Any]] = {
+DTYPES: Mapping[str, np.dtype[np.generic]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -52,18 +52,18 @@ def main_dtype(source: TensorSource) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def dtype_named(name: str) -> np.dtype[Any]:
+def dtype_named(name: str) -> np.dtype[np.generic]:
     """The dtype of a name in `DTYPES`. Raises ConversionError for another name."""
     if name not in DTYPES:
         raise ConversionError(f"dtype {name!r} is not supported; use {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def _is_cast(dtype: np.dtype[Any]) -> bool:
+def _is_cast(dtype: np.dtype[np.generic]) -> bool:
     return dtype.kind not in "biuc"
 
 
-def _cast(name: str, value: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+def _cast(name: str, value: np.ndarray, dtype: np.dtype[np.generic]) -> np.ndarray:
     if not _is_cast(value.dtype) or value.dtype == dtype:
         return value
     with np.errstate(over="ignore"):

@@ -28,7 +28,7 @@ class Key:
     neutral: Neutral | None = None
     """The values under which it changes nothing; None: all of them."""
 
-    def problem(self, value: Any, config: Json, decoder: DecoderConfig) -> str:
+    def problem(self, value: object, config: Json, decoder: DecoderConfig) -> str:
         """Why a value is not supported; "" if it is. null always is."""
         if value is None or self.neutral is None or self.neutral(value, config, decoder):
             return ""
@@ -39,7 +39,7 @@ def _one_of(*values: Any) -> Neutral:
     return lambda value, config, decoder: any(type(value) is not str and value == v for v in values)
 
 
-def _empty(value: Any, config: Json, decoder: DecoderConfig) -> bool:
+def _empty(value: object, config: Json, decoder: DecoderConfig) -> bool:
     return not value
 
 
@@ -60,18 +60,18 @@ def _same_as(*names: str) -> Neutral:
     )
 
 
-def _no_model_code(value: Any, config: Json, decoder: DecoderConfig) -> bool:
+def _no_model_code(value: object, config: Json, decoder: DecoderConfig) -> bool:
     return isinstance(value, Mapping) and not any(
         str(name).startswith(("AutoModel", "AutoConfig")) for name in value
     )
 
 
-def _softmax_scale(value: Any, config: Json, decoder: DecoderConfig) -> bool:
+def _softmax_scale(value: object, config: Json, decoder: DecoderConfig) -> bool:
     """Whether scores are multiplied as they are here."""
     return isinstance(value, int | float) and math.isclose(value, decoder.scale)
 
 
-def _original_length(value: Any, config: Json, decoder: DecoderConfig) -> bool:
+def _original_length(value: object, config: Json, decoder: DecoderConfig) -> bool:
     """Whether the length before scaling is the one that the scaling itself names, or unused."""
     block = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(block, Mapping):
@@ -80,12 +80,12 @@ def _original_length(value: Any, config: Json, decoder: DecoderConfig) -> bool:
     return kind in ("default", "linear") or value == block.get("original_max_position_embeddings")
 
 
-def _bias_of_family(value: Any, config: Json, decoder: DecoderConfig) -> bool:
+def _bias_of_family(value: object, config: Json, decoder: DecoderConfig) -> bool:
     """Whether query, key and value have biases as the network has them."""
     return bool(value) is decoder.attention_bias
 
 
-def _norm_of_family(value: Any, config: Json, decoder: DecoderConfig) -> bool:
+def _norm_of_family(value: object, config: Json, decoder: DecoderConfig) -> bool:
     """Whether queries and keys are normed as the network norms them."""
     return bool(value) is (decoder.qk_norm != "none")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from speechlm2_jax.arrays import AnyArray
 from speechlm2_jax.conversion import quantised
 from speechlm2_jax.conversion.duplicates import agreed
 from speechlm2_jax.conversion.errors import ConversionError, listed
@@ -144,7 +145,7 @@ def check(source: TensorSource, table: Table, infos: Mapping[str, VariableInfo])
     _plan(source, table, infos)
 
 
-def export(variables: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
+def export(variables: Mapping[str, AnyArray], table: Table) -> dict[str, np.ndarray]:
     """Writes variables back under their foreign names: the inverse of `load`.
 
     Aliases are left out (see `aliases`). Raises ConversionError if variables and table differ.
@@ -257,7 +258,9 @@ class _Fill:
             raise ConversionError(f"{name}: {error}") from error
 
 
-def _on_host(path: str, shape: tuple[int, ...], dtype: np.dtype[Any], read: ReadPart) -> np.ndarray:
+def _on_host(
+    path: str, shape: tuple[int, ...], dtype: np.dtype[np.generic], read: ReadPart
+) -> np.ndarray:
     return read(tuple(slice(0, n) for n in shape))
 
 
@@ -369,5 +372,5 @@ def _stored(source: TensorSource, name: str) -> str | None:
     return name if name in source.infos else source.aliases.get(name)
 
 
-def _is_integer(dtype: np.dtype[Any]) -> bool:
+def _is_integer(dtype: np.dtype[np.generic]) -> bool:
     return np.issubdtype(dtype, np.integer) or dtype == np.bool_

@@ -45,7 +45,7 @@ PLAIN = (
 )
 
 
-def check_config(config: Mapping[str, Any]) -> None:
+def check_config(config: Mapping[str, object]) -> None:
     """Raises ConversionError, naming the method, if config.json describes quantised weights."""
     for key in CONFIG_KEYS:
         block = config.get(key)
@@ -77,7 +77,7 @@ def problem(names: Iterable[str], *, has_adapters: bool) -> str:
     return ""
 
 
-def _method(key: str, block: Any) -> str:
+def _method(key: str, block: object) -> str:
     settings: Mapping[str, Any] = block if isinstance(block, Mapping) else {}
     if key == "quantization" and "quant_method" not in settings:
         method = "MLX" if "group_size" in settings else "a tool that it does not name"

@@ -15,7 +15,9 @@ def onto(layout: Mapping[str, jax.ShapeDtypeStruct]) -> Place:
     On the host there is never more than the part of one tensor that is being read.
     """
 
-    def place(path: str, shape: tuple[int, ...], dtype: np.dtype[Any], read: ReadPart) -> jax.Array:
+    def place(
+        path: str, shape: tuple[int, ...], dtype: np.dtype[np.generic], read: ReadPart
+    ) -> jax.Array:
         leaf: Any = layout[path]
         held: dict[Any, Any] = leaf.sharding.addressable_devices_indices_map(shape)
         holders_of: dict[str, list[Any]] = {}

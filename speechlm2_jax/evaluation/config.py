@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
-from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.settings import Refusal, SettingsError
 
 if TYPE_CHECKING:
     from speechlm2_jax.inference.request.generation_request import Vocabulary
@@ -49,7 +49,7 @@ class EvalConfig:
     use_normalizer: str | bool | None = "english"
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    generation: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, object] = field(default_factory=dict)
     """Keys of transformers' GenerationConfig: `num_beams`, `repetition_penalty`, ..."""
     extra_eos_tokens: tuple[str, ...] | None = None
     """End tokens besides the model's own."""
@@ -65,7 +65,7 @@ class EvalConfig:
     report_rows: int = 300
     """Number of utterances, worst first, whose audio and spectrogram the report embeds."""
 
-    REFUSED_TORCH: ClassVar[Mapping[str, Any]] = {
+    REFUSED_TORCH: ClassVar[Mapping[str, Refusal]] = {
         "use_asr_decoder": "SALMWithAsrDecoder is not supported; remove it",
         "use_nemo_automodel": "NeMo Automodel is a torch library; remove it",
         "report_mtp_acceptance": "multi-token prediction heads are not supported; remove it",
@@ -75,7 +75,7 @@ class EvalConfig:
         "cp_size": (_ONE_CHIP, 1),
     }
     """Keys of newer NeMo that every kind of model refuses."""
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED: ClassVar[Mapping[str, Refusal]] = {
         **REFUSED_TORCH,
         **dict.fromkeys(("audio_folder", "scoring_asr", "input_roles", "output_roles"), _NO_SPEECH),
     }
@@ -92,7 +92,7 @@ class EvalConfig:
 
 
 def check_generation(
-    keys: Mapping[str, Any], max_new_tokens: int, model: "Vocabulary | None" = None
+    keys: Mapping[str, object], max_new_tokens: int, model: "Vocabulary | None" = None
 ) -> None:
     """Raises SettingsError for keys that `generate` refuses, of `model` or else of any model."""
     from speechlm2_jax.inference.request.generation_request import ANY_VOCABULARY, read_request

@@ -5,7 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
 from speechlm2_jax.settings import SettingsError
 
@@ -32,7 +32,7 @@ def exit_code(program: str, action: Callable[[], None]) -> int:
 def interruptible() -> Iterator[None]:
     """Makes SIGTERM raise Terminated, as Ctrl-C raises KeyboardInterrupt."""
 
-    def terminate(number: int, frame: Any) -> None:
+    def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():

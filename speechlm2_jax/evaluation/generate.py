@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from speechlm2_jax.data.padding import pad_right
+from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.evaluation.compilations import Compilations
 from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.read_audio import EvaluationClip
@@ -19,7 +20,7 @@ from speechlm2_jax.evaluation.read_audio import EvaluationClip
 class EvaluatedModel(Protocol):
     """What an evaluation needs of a model; `speechlm2_jax.models.SALM` is one."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     audio_locator_tag: str
     sampling_rate: int
     text_bos_id: int | None

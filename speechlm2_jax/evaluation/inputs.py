@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -206,6 +205,6 @@ def _voice(conversation: Conversation) -> str | None:
     return _first_value(conversation.fields, VOICE_KEYS)
 
 
-def _first_value(fields: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+def _first_value(fields: Mapping[str, object], keys: tuple[str, ...]) -> str | None:
     found = (fields.get(key) for key in keys)
     return next((str(value) for value in found if value not in (None, "")), None)

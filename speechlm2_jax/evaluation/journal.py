@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 from speechlm2_jax.evaluation.results import write_rows
@@ -25,7 +26,7 @@ FINISHED_BEFORE, OF_OTHER_SETTINGS = ".previous", ".unfinished"
 """Suffixes of files that are renamed to make room for a new evaluation."""
 
 
-def row_keys(facts: Iterable[Sequence[Any]]) -> list[str]:
+def row_keys(facts: Iterable[Sequence[object]]) -> list[str]:
     """A key for each input: a hash of its facts, and a counter where facts repeat."""
     seen: Counter[str] = Counter()
     keys = []
@@ -40,7 +41,7 @@ def row_keys(facts: Iterable[Sequence[Any]]) -> list[str]:
 class Kept:
     """A row of an earlier, interrupted evaluation."""
 
-    row: Mapping[str, Any]
+    row: Mapping[str, object]
     progress: Mapping[str, Any]
 
 
@@ -55,7 +56,7 @@ class Journal:
     Raises SettingsError if the file cannot be read, or another process is writing it.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, object], keys: Sequence[str]) -> None:
         self.path, self.keys = path, keys
         self.kept: dict[int, Kept] = {}
         """Rows of the interrupted evaluation by input index, oldest first."""
@@ -71,7 +72,12 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
         if error is not None and self._done:
             error.add_note(self.summary())
@@ -83,7 +89,7 @@ class Journal:
             "command again to resume"
         )
 
-    def append(self, rows: Mapping[int, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
+    def append(self, rows: Mapping[int, tuple[Mapping[str, object], Mapping[str, object]]]) -> None:
         """Writes rows by input index, each with its progress (what resuming needs)."""
         if not rows:
             return
@@ -97,7 +103,7 @@ class Journal:
             self._write(lines)
         self._done |= set(rows)
 
-    def finish(self, rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> None:
+    def finish(self, rows: Sequence[Mapping[str, object]], record: Mapping[str, object]) -> None:
         """Replaces the journal by the rows in input order and the provenance."""
         with self._errors_name_file():
             write_rows(self.path, rows, record)
@@ -166,7 +172,7 @@ class Journal:
         self._file = self._locked(self.path)
         self._write([{HEADER: {"settings": self._settings, "inputs": len(self.keys)}}])
 
-    def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def _write(self, lines: Sequence[Mapping[str, object]]) -> None:
         """Writes whole lines in one call, so that a signal cannot split them."""
         assert self._file is not None
         data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -220,7 +226,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
     """The settings that differ, as one line."""
     found = [
         f"{key}: {before.get(key)!r}, now {now.get(key)!r}"

@@ -72,7 +72,7 @@ class EvaluationPlan:
         return "\n".join(f"{name:<6} {value}" for name, value in lines)
 
 
-def make_plan(arguments: Mapping[str, Any]) -> EvaluationPlan:
+def make_plan(arguments: Mapping[str, object]) -> EvaluationPlan:
     """Checks the arguments and fills in defaults.
 
     Raises SettingsError for a wrong key or value, and if there is no run or no test set.
@@ -117,7 +117,7 @@ def _as_in_training(run: Run) -> dict[str, Any]:
     }
 
 
-def _default_outputs(arguments: Mapping[str, Any], run: Run | None) -> dict[str, Any]:
+def _default_outputs(arguments: Mapping[str, object], run: Run | None) -> dict[str, Any]:
     """Output manifest and report in the run directory, and no texts on the terminal."""
     swapped = "_swapped" if arguments.get("swap_audio") else ""
     folder = Path() if run is None else run.folder

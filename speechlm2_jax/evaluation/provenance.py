@@ -20,7 +20,7 @@ _WEIGHTS = (".safetensors", ".json", ".ckpt", ".nemo", ".bin", ".distcp", ".mode
 def provenance(
     config: EvalConfig | DuplexEvalConfig,
     device: jax.Device,
-    totals: dict[str, Any],
+    totals: dict[str, object],
     *,
     sha256: str | None,
     step: int | None = None,

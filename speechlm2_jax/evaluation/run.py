@@ -89,7 +89,7 @@ def input_keys(utterances: Sequence[Utterance]) -> list[str]:
     return row_keys([(u.id, u.source, u.duration_s, u.text, u.audio_of) for u in utterances])
 
 
-def _progress(response: Response, speed: Mapping[str, Any]) -> dict[str, Any]:
+def _progress(response: Response, speed: Mapping[str, object]) -> dict[str, Any]:
     """What resuming needs beside the row of the output manifest."""
     return {"rtf": response.rtf, "speed": speed}
 

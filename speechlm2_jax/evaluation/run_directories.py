@@ -139,7 +139,7 @@ def _sources(block: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _sources(source)
 
 
-def _names(value: Any) -> list[str]:
+def _names(value: object) -> list[str]:
     """The paths of a manifest key (one or a list), with shard patterns expanded."""
     names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return expand_shards(tuple(name for name in names if isinstance(name, str)))

@@ -6,12 +6,12 @@ with the length of the clip, not quadratically.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from speechlm2_jax.arrays import Size
 from speechlm2_jax.perception.log_mel import LogMelConfig
 
 _MOST_HOPS = 16
@@ -42,7 +42,7 @@ class Chunking:
         count = self.whole_chunks(samples)
         return (*(self.size,) * count, samples - count * self.size)
 
-    def whole_chunks(self, samples: Any) -> Any:
+    def whole_chunks(self, samples: Size) -> Size:
         """Counts the chunks before the last one. Takes an int or an integer array."""
         count = (samples - self.shortest) // self.size
         return count * (count > 0)

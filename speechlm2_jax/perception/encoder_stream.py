@@ -10,7 +10,7 @@ its first frames then differ from those of its own whole pass.)
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,17 +43,17 @@ from speechlm2_jax.perception.subsampling import (
 class EncoderStreamState:
     """State of an encoder for a batch of streams; all zeros at the start of a stream."""
 
-    inputs: tuple[Any, ...]
+    inputs: tuple[Float[Array, "B ..."], ...]
     """Per subsampling stage [B, carry, ...]: its last input frames."""
-    keys: Any
+    keys: Float[Array, "L B C N H"]
     """[L, B, C, N, H]: key cache, C = plan.cache."""
-    values: Any
+    values: Float[Array, "L B C N H"]
     """[L, B, C, N, H]: value cache."""
-    attention_queue: Any
+    attention_queue: Float[Array, "L B attention_delay D"]
     """[L, B, attention_delay, D]: frames that wait for the look-ahead of attention."""
-    gated: Any
+    gated: Float[Array, "L B taps D"]
     """[L, B, k - 1, D]: last inputs of the depthwise convolution."""
-    conv_queue: Any
+    conv_queue: Float[Array, "L B conv_delay D"]
     """[L, B, conv_delay, D]: frames that wait for the look-ahead of the convolution."""
 
     STACKED: ClassVar[tuple[str, ...]] = (

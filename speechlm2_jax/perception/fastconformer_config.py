@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from speechlm2_jax.arrays import Size
 
 Context = tuple[int, int]
 CONVOLUTIONS = ("dw_striding", "striding")
@@ -161,7 +163,7 @@ class FastConformerConfig:
         """Counts the output frames for `frames` input frames; 0 for 0."""
         return self.subsampled(frames) if frames > 0 else 0
 
-    def subsampled(self, size: Any) -> Any:
+    def subsampled(self, size: Size) -> Size:
         """Size of an axis (time or frequency) after subsampling: an int, or an array of them."""
         if self.is_stacking:
             return -(-size // self.subsampling_factor)
@@ -169,7 +171,7 @@ class FastConformerConfig:
             size = self.halved(size)
         return size
 
-    def halved(self, size: Any) -> Any:
+    def halved(self, size: Size) -> Size:
         """Size of an axis after one convolution of 3 taps and stride 2."""
         return (size + sum(self.stage_padding) - 3) // 2 + 1
 

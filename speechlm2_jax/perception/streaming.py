@@ -17,10 +17,10 @@ the state.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -139,11 +139,11 @@ class StreamPlan:
 class StreamState:
     """State of a batch of streams; all zeros for a new stream."""
 
-    steps: Any
+    steps: Int[Array, " B"]
     """Int32 [B]: steps done."""
-    total: Any
+    total: Int[Array, " B"]
     """Int32 [B]: real samples so far."""
-    wave: Any
+    wave: Float[Array, "B C"]
     """Float32 [B, C]: the last samples."""
     encoder: EncoderStreamState
     adapter: EncoderStreamState | None
@@ -241,7 +241,7 @@ def _adapted(perception: AudioPerception, encoded: StreamFrames) -> StreamFrames
 Step = Callable[..., tuple[StreamOutput, StreamState]]
 
 
-def make_step(graphdef: Any, plan: StreamPlan) -> Step:
+def make_step(graphdef: nnx.GraphDef[AudioPerception], plan: StreamPlan) -> Step:
     """Compiles `step(variables, stream, audio, new=None)`, which donates `stream`."""
 
     def step(

@@ -47,7 +47,7 @@ def ignored_report() -> Generator[dict[str, str]]:
         _ignored.reset(token)
 
 
-def build(cls: type[C], values: Any, where: str = "") -> C:
+def build(cls: type[C], values: object, where: str = "") -> C:
     """Makes a dataclass of a mapping of plain values; `where` is its dotted path, for messages.
 
     Raises SettingsError for a key that `cls` does not have, a value of another type, a missing
@@ -80,7 +80,7 @@ def build(cls: type[C], values: Any, where: str = "") -> C:
         raise SettingsError(f"{where}: {error}" if where else str(error)) from error
 
 
-def to_plain(value: Any) -> Any:
+def to_plain(value: object) -> Any:
     """The inverse of `build`: dataclasses become dicts and tuples lists, ready for YAML."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [f.name for f in dataclasses.fields(value) if f.init]
@@ -110,7 +110,7 @@ def _table(cls: type[Any], name: str) -> Any:
 
 
 def field_of(
-    cls: type[Any], fields: Mapping[str, Any], key: str, value: Any, path: str
+    cls: type[Any], fields: Mapping[str, object], key: str, value: object, path: str
 ) -> str | None:
     """The field that a key sets, or None if the key is knowingly without effect."""
     targets = _table(cls, "TARGETS")
@@ -142,7 +142,7 @@ def _refusal(given: Refusal) -> tuple[str, tuple[Any, ...]]:
     return (given[0], given[1:]) if isinstance(given, tuple) else (given, ())
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def _convert(hint: object, value: Any, path: str) -> Any:
     """A plain value as the annotated type. Raises SettingsError naming both."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or hint is object:
@@ -168,7 +168,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     raise SettingsError(f"{path}: expected {_describe(hint)}, got {kind(value)}")
 
 
-def _convert_union(hint: Any, options: tuple[Any, ...], value: Any, path: str) -> Any:
+def _convert_union(hint: object, options: tuple[Any, ...], value: Any, path: str) -> Any:
     if any(o is Any or type(value) is o for o in options):
         return value
     form = dict if isinstance(value, Mapping) else list if isinstance(value, list | tuple) else None
@@ -184,7 +184,7 @@ def _convert_union(hint: Any, options: tuple[Any, ...], value: Any, path: str) -
     raise SettingsError(f"{path}: expected {_describe(hint)}, got {kind(value)}")
 
 
-def by_target(options: list[Any], value: Any, path: str) -> list[Any]:
+def by_target(options: list[object], value: Any, path: str) -> list[Any]:
     """Of several dataclasses, the one whose TARGETS name the `_target_` that is given."""
     classes = [option for option in options if dataclasses.is_dataclass(option)]
     targets = {name: c for c in classes for name in _table(cast(type[Any], c), "TARGETS")}
@@ -202,18 +202,18 @@ def by_target(options: list[Any], value: Any, path: str) -> list[Any]:
     return [targets[name]]
 
 
-def is_union(hint: Any) -> bool:
+def is_union(hint: object) -> bool:
     """Whether a type is one of several."""
     return typing.get_origin(hint) in (Union, types.UnionType)
 
 
-def has_keys(hint: Any, value: Any) -> bool:
+def has_keys(hint: object, value: object) -> bool:
     """Whether a value could be of a type that is a dataclass, or a list."""
     form = dict if isinstance(value, Mapping) else list if isinstance(value, list | tuple) else None
     return form is not None and _form(hint) is form
 
 
-def _form(hint: Any) -> type | None:
+def _form(hint: object) -> type | None:
     origin = typing.get_origin(hint) or hint
     if dataclasses.is_dataclass(hint) or origin in _MAPPINGS:
         return dict
@@ -221,7 +221,7 @@ def _form(hint: Any) -> type | None:
 
 
 def _convert_sequence(
-    hint: Any, options: tuple[Any, ...], values: Sequence[Any], path: str
+    hint: object, options: tuple[object, ...], values: Sequence[object], path: str
 ) -> list[Any] | tuple[Any, ...]:
     is_tuple = (typing.get_origin(hint) or hint) is not list
     if (typing.get_origin(hint) or hint) is tuple and options and options[-1] is not Ellipsis:
@@ -236,7 +236,7 @@ def _convert_sequence(
     return tuple(items) if is_tuple else items
 
 
-def _scalar_as(hint: Any, value: Any) -> Any:
+def _scalar_as(hint: object, value: object) -> Any:
     """The value as a scalar type, or _NONE. Text that is a number is taken for a float only."""
     if hint is type(None):
         return None if value is None else _NONE
@@ -254,7 +254,7 @@ def _scalar_as(hint: Any, value: Any) -> Any:
     return value if isinstance(hint, type) and isinstance(value, hint) else _NONE
 
 
-def _describe(hint: Any) -> str:
+def _describe(hint: object) -> str:
     """A type in words: `int or null`, `one of 'a', 'b'`."""
     options = typing.get_args(hint)
     if typing.get_origin(hint) in (Union, types.UnionType):

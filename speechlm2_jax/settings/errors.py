@@ -14,7 +14,7 @@ class HostileTextError(SettingsError):
     """A text that asks for objects, or expands without end; nothing of it was carried out."""
 
 
-def join(where: str, key: Any) -> str:
+def join(where: str, key: object) -> str:
     """The dotted path of a key."""
     return f"{where}.{key}" if where else str(key)
 

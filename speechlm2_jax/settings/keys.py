@@ -9,7 +9,7 @@ from speechlm2_jax.settings.build import by_target, field_of, has_keys, is_union
 from speechlm2_jax.settings.errors import SettingsError, join
 
 
-def key_problems(cls: type[Any], values: Any, where: str = "") -> list[str]:
+def key_problems(cls: type[Any], values: object, where: str = "") -> list[str]:
     """What `build` would say of each unknown or refused key, also of the blocks below.
 
     Values and missing keys are not looked at.
@@ -40,7 +40,7 @@ def raise_all(problems: Sequence[str]) -> None:
         raise SettingsError(f"{len(found)} keys cannot be used: {' | '.join(found)}")
 
 
-def _below(hint: Any, value: Any, path: str) -> list[str]:
+def _below(hint: object, value: object, path: str) -> list[str]:
     """The problems of a value whose type has keys of its own."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):

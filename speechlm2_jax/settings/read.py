@@ -34,7 +34,7 @@ _INNERMOST = re.compile(r"\$\{([^${}]*)\}")
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 without dates, base-60 numbers and merge keys, and with `3e-4` as a number."""
 
-    yaml_implicit_resolvers: dict[Any, Any] = {}
+    yaml_implicit_resolvers: dict[object, object] = {}
 
     def __init__(self, text: str, most: int = MAX_NODES) -> None:
         super().__init__(text)
@@ -151,7 +151,7 @@ def _constructed(text: str, most: int) -> Any:
         loader.dispose()
 
 
-def override(values: Mapping[str, Any], overrides: Sequence[str]) -> Plain:
+def override(values: Mapping[str, object], overrides: Sequence[str]) -> Plain:
     """Applies `key=value` (the key must exist), `+key=value`, `++key=value` and `~key`."""
     result = cast(Plain, _Copy(values, references=False).run())
     for text in overrides:
@@ -167,14 +167,14 @@ def override(values: Mapping[str, Any], overrides: Sequence[str]) -> Plain:
     return result
 
 
-def require_complete(values: Any) -> None:
+def require_complete(values: object) -> None:
     """Raises SettingsError listing every dotted path whose value is still `???`."""
     missing = [path for path, value in _leaves(values) if value == MISSING]
     if missing:
         raise SettingsError(f"fill in {', '.join(missing)}; for instance {missing[0]}=VALUE")
 
 
-def resolve(values: Any) -> Any:
+def resolve(values: object) -> Any:
     """Replaces every `${...}` of a mapping or list.
 
     Raises SettingsError for a cycle or a missing path.
@@ -249,7 +249,7 @@ class _Copy:
         if self.left < 0:
             raise _too_large(self.most)
 
-    def _key(self, key: Any, path: str) -> Any:
+    def _key(self, key: object, path: str) -> Any:
         if not isinstance(key, str) and not self.any_key:
             raise SettingsError(f"{join(path, key)}: keys are text; write the key in quotes")
         return key
@@ -282,7 +282,7 @@ def _descend(values: Any, parts: Sequence[str], *, create: bool) -> Any:
     return cast(Any, node)
 
 
-def _assign(values: Plain, parts: Sequence[str], value: Any, *, create: bool) -> None:
+def _assign(values: Plain, parts: Sequence[str], value: object, *, create: bool) -> None:
     parent = _descend(values, parts, create=create)
     if isinstance(parent, dict) and create:
         key: Any = parts[-1]
@@ -309,7 +309,7 @@ def _existing(node: Any, parts: Sequence[str]) -> Any:
     return part
 
 
-def _leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:
+def _leaves(node: object, path: str = "") -> list[tuple[str, Any]]:
     if isinstance(node, Mapping):
         items = list(cast(Mapping[str, Any], node).items())
     elif isinstance(node, list):

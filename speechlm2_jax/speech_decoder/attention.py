@@ -35,9 +35,9 @@ class SpeechAttentionInputs:
     """False at padding, whose output is zeros."""
     attention_mask: Bool[Array, "B S"]
     """True where a key may be attended to: `is_real` or, with a KV cache, its key mask."""
-    offset: Any = None
+    offset: Int[Array, ""] | None = None
     """Int32 scalar: the cache position of the first query; None without a cache."""
-    memory: Any = None
+    memory: Float[Array, "B S_memory M"] | None = None
     """Float [B, S', M]: keys and values of cross-attention (`memory` as in torch's
     TransformerDecoder); None skips cross-attention."""
     memory_mask: Any = None

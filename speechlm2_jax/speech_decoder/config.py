@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 _ONLY_WITH_MOE = "only read with use_moe, which is refused"
 _OTHER_NAMES = {
@@ -40,7 +40,7 @@ class SpeechDecoderConfig:
         "router_jitter_noise": _ONLY_WITH_MOE,
         "routing_strategy": _ONLY_WITH_MOE,
     }
-    REFUSED: ClassVar[Mapping[str, str | tuple[Any, ...]]] = MappingProxyType(
+    REFUSED: ClassVar[Mapping[str, str | tuple[object, ...]]] = MappingProxyType(
         {
             "use_moe": (
                 "experts in the speech decoder are not supported; set it to false",

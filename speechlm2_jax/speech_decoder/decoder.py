@@ -6,11 +6,13 @@ codebook. With classifier-free guidance (Ho and Salimans 2022) some training seq
 states, and inference extrapolates from the unconditional to the conditional output.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from speechlm2_jax.layers.dropout import fold_rngs
@@ -156,7 +158,7 @@ class SpeechDecoder(nnx.Module):
             scores = scores + bias
         return constrain(scores, "batch", "tokens", "act_vocab", None)
 
-    def new_state(self, batch: int, capacity: int, dtype: Any) -> TransformerState:
+    def new_state(self, batch: int, capacity: int, dtype: DTypeLike) -> TransformerState:
         """Makes the state of `step` for `capacity` frames of `batch` sequences.
 
         Guidance keeps two states per sequence. Raises ValueError if the decoder is not causal, or
@@ -225,7 +227,7 @@ class SpeechDecoder(nnx.Module):
         return ((1.0 - scale) * pairs[:, 1] + scale * pairs[:, 0]).astype(x.dtype)
 
 
-def _reorder(x: Array, order: Any) -> Array:
+def _reorder(x: Array, order: np.ndarray) -> Array:
     """Reorders time in [B, T, ...], which is not sharded along time."""
     x = constrain(x, "batch", *(None,) * (x.ndim - 1))
     return jnp.take(x, order, axis=1)

@@ -1,7 +1,6 @@
 """The feed-forward of the speech decoder: two convolutions over time around a GELU."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,9 @@ from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 class ConvState:
     """The last k - 1 inputs of both convolutions; with a leading axis L for all layers."""
 
-    hidden: Any
+    hidden: Float[Array, "*layers B C D"]
     """[B, k - 1, D]."""
-    output: Any
+    output: Float[Array, "*layers B C F"]
     """[B, k - 1, F]."""
 
 
@@ -95,12 +94,12 @@ class ConvFeedForward(nnx.Module):
         )
         out = constrain(self.output(inner), "batch", "tokens", "act_embed")
         out = dropout(_zero(out, is_real), self.config.p_dropout, rngs)
-        if conv_state is None:
+        if hidden_tail is None or output_tail is None:
             return out, None
         return out, ConvState(hidden=hidden_tail, output=output_tail)
 
     def _with_context(
-        self, x: Float[Array, "B T D"], history: Any
+        self, x: Float[Array, "B T D"], history: Float[Array, "B C D"] | None
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B C D"] | None]:
         """Pads with zeros, or prepends the last inputs; returns the new ones, too."""
         reach = self.config.kernel_size - 1

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.layers.dropout import dropout, fold_rngs
@@ -37,6 +38,10 @@ class TransformerState:
     cache: KVCache
     conv_state: ConvState
     """[L, B, k - 1, ...]."""
+
+
+Carry = tuple[Array, KVCache | None]
+"""The residual stream and the cache."""
 
 
 class TransformerOutput(NamedTuple):
@@ -149,7 +154,7 @@ class Transformer(nnx.Module):
         attention_inputs = _attention_inputs(x, mask, memory, memory_mask)
         return self._run(x, attention_inputs, emit=lambda x: x)[2][0]
 
-    def new_state(self, batch: int, capacity: int, dtype: Any) -> TransformerState:
+    def new_state(self, batch: int, capacity: int, dtype: DTypeLike) -> TransformerState:
         """Makes the state of `extend` for `capacity` positions of `batch` sequences.
 
         Raises ValueError if the layers are not causal, or if `capacity` exceeds the learnt
@@ -202,7 +207,7 @@ class Transformer(nnx.Module):
         cache: KVCache | None = None,
         conv_state: ConvState | None = None,
         remat: RematPolicy = "none",
-        emit: Callable[[Array], Any] = lambda x: None,
+        emit: Callable[[Array], PyTree] = lambda x: None,
     ) -> tuple[Array, Any, Any]:
         x = self._with_positions(
             x, 0 if attention_inputs.offset is None else attention_inputs.offset
@@ -213,7 +218,9 @@ class Transformer(nnx.Module):
         layer_rngs = fold_rngs(rngs, _LAYERS_RNG)
 
         # The cache is a scan carry, not an xs/ys: each layer then updates its part in place.
-        def body(layer: Layer, carry: Any, inputs: Any) -> tuple[Any, Any]:
+        def body(
+            layer: Layer, carry: Carry, inputs: tuple[Array, ConvState | None]
+        ) -> tuple[Carry, tuple[PyTree, ConvState | None]]:
             (x, cache), (index, conv_state) = carry, inputs
             x, cache, conv_state = layer(
                 x,

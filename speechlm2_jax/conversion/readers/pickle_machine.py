@@ -22,7 +22,7 @@ class Opaque:
 
     __slots__ = ("args", "items", "name", "state")
 
-    def __init__(self, name: str, args: Any = ()):
+    def __init__(self, name: str, args: object = ()):
         self.name = name
         self.args = args
         self.state: Any = None
@@ -40,14 +40,14 @@ class OpaqueType:
 class Builder:
     """One of our own functions, which stands for a name in the pickle."""
 
-    call: Callable[..., Any]
+    call: Callable[..., object]
 
 
 @dataclass(frozen=True)
 class Names:
     """What the names in a pickle mean; any other name is refused."""
 
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     opaque_roots: tuple[str, ...] = ()
     """Packages whose classes (names in CamelCase) become records."""
 
@@ -73,7 +73,7 @@ SIMPLE_KEYS = (str, int, float, bool, bytes, type(None), Opaque)
 
 
 def read_pickle(
-    stream: io.IOBase, names: Names, persistent: Callable[[Any], Any] | None = None
+    stream: io.IOBase, names: Names, persistent: Callable[[object], object] | None = None
 ) -> Any:
     """Reads one pickle and leaves `stream` after it.
 
@@ -94,13 +94,13 @@ def read_pickle(
 
 
 class _Machine:
-    def __init__(self, names: Names, persistent: Callable[[Any], Any] | None):
+    def __init__(self, names: Names, persistent: Callable[[object], object] | None):
         self.names = names
         self.persistent = persistent
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
-    def step(self, opcode: str, argument: Any) -> None:
+    def step(self, opcode: str, argument: object) -> None:
         if opcode in PUSH_ARGUMENT:
             self.stack.append(argument)
         elif opcode in PUSH_CONSTANT:
@@ -125,13 +125,13 @@ class _Machine:
         module, _, name = argument.partition(" ")
         self.stack.append(self.names.find(module, name))
 
-    def find_on_stack(self, _: Any) -> None:
+    def find_on_stack(self, _: object) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if not (isinstance(module, str) and isinstance(name, str)):
             raise UnsafeFileError("the pickle names a global by something that is not text")
         self.stack.append(self.names.find(module, name))
 
-    def make(self, _: Any) -> None:
+    def make(self, _: object) -> None:
         """REDUCE and NEWOBJ: one of our builders, or a record; never a call of the file's."""
         arguments, maker = self.stack.pop(), self.stack.pop()
         if isinstance(maker, Builder) and isinstance(arguments, tuple):
@@ -141,14 +141,14 @@ class _Machine:
         else:
             raise UnsafeFileError("the pickle calls something that is not a known class")
 
-    def make_with_keywords(self, _: Any) -> None:
+    def make_with_keywords(self, _: object) -> None:
         keywords = self.stack.pop()
         self.make(None)
         if not isinstance(self.stack[-1], Opaque):
             raise UnsafeFileError("the pickle calls a known class in an unknown way")
         self.stack[-1].args = (self.stack[-1].args, keywords)
 
-    def set_state(self, _: Any) -> None:
+    def set_state(self, _: object) -> None:
         """BUILD: recorded on a record; an OrderedDict's attributes (torch's _metadata) dropped."""
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Opaque):
@@ -156,7 +156,7 @@ class _Machine:
         elif not isinstance(target, OrderedDict):
             raise UnsafeFileError("the pickle sets attributes of something that has none")
 
-    def extend(self, values: list[Any]) -> None:
+    def extend(self, values: list[object]) -> None:
         target = self.stack[-1]
         if isinstance(target, Opaque):
             target.items.extend(values)
@@ -168,7 +168,7 @@ class _Machine:
         else:
             raise UnsafeFileError("the pickle appends to something that is no list")
 
-    def update(self, pairs: list[Any]) -> None:
+    def update(self, pairs: list[object]) -> None:
         target = self.stack[-1]
         if isinstance(target, Opaque):
             target.items.append(pairs)
@@ -178,7 +178,7 @@ class _Machine:
         else:
             raise UnsafeFileError("the pickle sets items of something that is no dictionary")
 
-    def push_dict(self, _: Any) -> None:
+    def push_dict(self, _: object) -> None:
         pairs = self.pop_group()
         self.stack.append({})
         self.update(pairs)
@@ -190,16 +190,16 @@ class _Machine:
         del self.stack[-count:]
         self.stack.append(values)
 
-    def load_persistent(self, _: Any) -> None:
+    def load_persistent(self, _: object) -> None:
         if self.persistent is None:
             raise UnsafeFileError("the pickle refers to something outside it")
         self.stack.append(self.persistent(self.stack.pop()))
 
-    def memoize(self, key: Any) -> None:
+    def memoize(self, key: int | str | None) -> None:
         self.memo[len(self.memo) if key is None else int(key)] = self.stack[-1]
 
 
-def _key(value: Any) -> Any:
+def _key(value: object) -> Any:
     """Lets plain keys through: hashing a deeply nested tuple would overflow the C stack."""
     parts = value if isinstance(value, tuple) else (value,)
     if not all(isinstance(part, SIMPLE_KEYS) for part in parts):

@@ -111,7 +111,7 @@ def _read_exactly(path: Path, start: int, out: np.ndarray) -> None:
 def _header(path: Path, content: memoryview) -> dict[str, Any]:
     """The header of a file that the library has checked."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, object]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)

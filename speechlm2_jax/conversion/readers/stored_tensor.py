@@ -64,7 +64,7 @@ STORAGES = {
 class StorageType:
     """The element type that a pickle gives a storage."""
 
-    dtype: np.dtype[Any]
+    dtype: np.dtype[np.generic]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class Storage:
     """A run of bytes in the file, fetched when a tensor in it is read."""
 
     key: str
-    dtype: np.dtype[Any]
+    dtype: np.dtype[np.generic]
     elements: int
     fetch: Callable[[], memoryview]
 
@@ -96,7 +96,7 @@ class StoredTensor:
     """A tensor that is not read yet; offset and strides count elements."""
 
     storage: Storage
-    dtype: np.dtype[Any]
+    dtype: np.dtype[np.generic]
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -123,7 +123,11 @@ class StoredTensor:
 
 
 def _rebuild(
-    storage: Any, offset: Any, shape: Any, strides: Any, dtype: np.dtype[Any] | None = None
+    storage: object,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    dtype: np.dtype[np.generic] | None = None,
 ) -> StoredTensor:
     if not isinstance(storage, Storage):
         raise UnsafeFileError("the pickle builds a tensor from something that is no storage")
@@ -147,7 +151,7 @@ def _rebuild(
     return StoredTensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
 
-def _plain(numbers: Any) -> tuple[Any, ...]:
+def _plain(numbers: object) -> tuple[Any, ...]:
     if not isinstance(numbers, tuple) or len(numbers) > MAX_RANK:
         raise UnsafeFileError("the pickle builds a tensor whose shape is not a short tuple")
     return numbers
@@ -167,14 +171,14 @@ def _rebuild_v3(*arguments: Any) -> StoredTensor:
     return _rebuild(*arguments[:4], dtype=arguments[6])
 
 
-def _only_tensor(value: Any, *_: Any) -> StoredTensor:
+def _only_tensor(value: object, *_: Any) -> StoredTensor:
     """Parameters: the tensor in it; gradients flags, hooks and attributes are dropped."""
     if not isinstance(value, StoredTensor):
         raise UnsafeFileError("the pickle builds a parameter from something that is no tensor")
     return value
 
 
-def _size(value: Any = ()) -> tuple[int, ...]:
+def _size(value: object = ()) -> tuple[int, ...]:
     return _plain(value)
 
 

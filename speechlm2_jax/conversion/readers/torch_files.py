@@ -88,7 +88,7 @@ def read_torch_object(content: memoryview, where: str) -> Any:
         raise type(error)(f"{where}: {error}") from error
 
 
-def state_dict(root: Any, where: str) -> Mapping[str, StoredTensor]:
+def state_dict(root: object, where: str) -> Mapping[str, StoredTensor]:
     """Picks the tensors by name. Raises ConversionError if there is anything else among them."""
     inner = root.get("state_dict", root) if isinstance(root, dict) else root
     if not isinstance(inner, dict):
@@ -99,7 +99,7 @@ def state_dict(root: Any, where: str) -> Mapping[str, StoredTensor]:
     return inner
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return getattr(value, "name", type(value).__name__)
 
 
@@ -184,7 +184,7 @@ def _once_checked(archive: _Zip, name: str) -> Callable[[], memoryview]:
 
 
 def _storage(
-    reference: Any,
+    reference: object,
     *,
     storages: dict[str, Storage],
     fetcher: Callable[[str], Callable[[], memoryview]],
@@ -231,7 +231,7 @@ def _read_legacy(content: memoryview) -> Any:
 
 
 def _locate(
-    key: Any, stream: BufferFile, storages: Mapping[str, Storage], places: dict[str, int]
+    key: object, stream: BufferFile, storages: Mapping[str, Storage], places: dict[str, int]
 ) -> None:
     """Notes where the bytes of a legacy storage begin, and skips them."""
     head = stream.read(8)

@@ -18,7 +18,7 @@ from speechlm2_jax.conversion.writers.torch_files import write_torch_file
 
 def write_nemo(
     path: Path,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     state: Mapping[str, np.ndarray],
     artifacts: Mapping[str, bytes],
 ) -> None:
@@ -53,7 +53,7 @@ def _add(archive: tarfile.TarFile, name: str, content: BufferedIOBase, size: int
     archive.addfile(member, content)
 
 
-def _check(config: Mapping[str, Any], artifacts: Mapping[str, bytes]) -> None:
+def _check(config: Mapping[str, object], artifacts: Mapping[str, bytes]) -> None:
     wrong = {n for n in artifacts if Path(n).name != n or n in ("", "..", CONFIG, WEIGHTS)}
     if wrong:
         raise ConversionError(f"not names of files beside {CONFIG}: {listed(wrong)}")
@@ -64,7 +64,7 @@ def _check(config: Mapping[str, Any], artifacts: Mapping[str, bytes]) -> None:
         )
 
 
-def references(value: Any) -> Iterator[str]:
+def references(value: object) -> Iterator[str]:
     """The names of all files that a config refers to as `nemo:NAME`."""
     if isinstance(value, str) and value.startswith(ARTIFACT_PREFIX):
         yield value.removeprefix(ARTIFACT_PREFIX)
@@ -75,7 +75,7 @@ def references(value: Any) -> Iterator[str]:
             yield from references(part)
 
 
-def _yaml(config: Mapping[str, Any]) -> bytes:
+def _yaml(config: Mapping[str, object]) -> bytes:
     try:
         return yaml.dump(  # pyright: ignore[reportUnknownMemberType]
             dict(config), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, encoding="utf-8"
@@ -87,7 +87,7 @@ def _yaml(config: Mapping[str, Any]) -> bytes:
 class _PlainDumper(yaml.SafeDumper):
     """Writes equal containers in full, for a reader that counts aliases."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from speechlm2_jax.evaluation.config import EvalConfig, check_common
+from speechlm2_jax.settings import Refusal
 
 _NO_PROMPT = "a duplex model takes no text prompt; remove it"
 
@@ -37,7 +38,7 @@ class DuplexEvalConfig:
     report_rows: int = 100
     """Number of conversations, worst first, whose waveforms and audio the report embeds."""
 
-    REFUSED: ClassVar[Mapping[str, Any]] = {
+    REFUSED: ClassVar[Mapping[str, Refusal]] = {
         **EvalConfig.REFUSED_TORCH,
         "max_new_tokens": "a duplex model generates one token per frame of input; remove it",
         "system_prompt": _NO_PROMPT,

@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -65,7 +64,7 @@ class Dialogue:
         )
 
 
-def sets_of_run(data: Mapping[str, Any]) -> list[Dialogue]:
+def sets_of_run(data: Mapping[str, object]) -> list[Dialogue]:
     """The validation sets of a run's `data` block.
 
     Raises SettingsError if there are none, or one cannot be read.

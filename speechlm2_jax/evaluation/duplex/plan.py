@@ -33,7 +33,7 @@ class ModelFound:
     """What is known of a model before its weights are loaded."""
 
     run: Run | None
-    cfg: Mapping[str, Any]
+    cfg: Mapping[str, object]
     """Its `model:` block; empty if the model is not on this machine."""
     near: tuple[Path, ...] = ()
     """Folders in which its components are looked for."""
@@ -44,7 +44,7 @@ class ModelFound:
         return registry.of_config(self.cfg) in registry.DUPLEX_MODELS
 
 
-def find_model(arguments: Mapping[str, Any]) -> ModelFound:
+def find_model(arguments: Mapping[str, object]) -> ModelFound:
     """The model of a command line: `pretrained_name`, else the newest run.
 
     Raises SettingsError if `pretrained_name` is misspelt, there is no run, or the model is of a
@@ -125,7 +125,7 @@ def _listed(inputs: str | Sequence[str] | None) -> Sequence[str]:
     return (inputs,) if isinstance(inputs, str) else inputs or ()
 
 
-def make_duplex_plan(arguments: Mapping[str, Any], found: ModelFound) -> DuplexPlan:
+def make_duplex_plan(arguments: Mapping[str, object], found: ModelFound) -> DuplexPlan:
     """Checks the arguments, fills in defaults, and lists the conversations.
 
     Raises SettingsError for a wrong key or value, for inputs that cannot be read, and for a speaker

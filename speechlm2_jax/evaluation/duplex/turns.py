@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 Detokenize = Callable[[list[int]], str]
 """Token ids -> text."""
@@ -50,7 +51,7 @@ class _OpenTurn:
 
 
 def text_turns(
-    tokens: Any,
+    tokens: ArrayLike,
     detokenize: Detokenize,
     *,
     bos_id: int,

@@ -1,10 +1,11 @@
 """ASR-BLEU: an ASR model transcribes generated speech, and the transcript is scored."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 
 from speechlm2_jax.data.audio import sinc_resample
 from speechlm2_jax.data.padding import pad_right
@@ -22,7 +23,7 @@ class ScoringASRModel(Protocol):
         """Input sampling rate in Hz."""
         ...
 
-    def transcribe(self, audio: Any, lengths: Any) -> Sequence[str]:
+    def transcribe(self, audio: ArrayLike, lengths: ArrayLike | None) -> Sequence[str]:
         """The text of each recording of float32 [B, S], of `lengths` [B] samples."""
         ...
 
@@ -51,8 +52,8 @@ class ASRBLEU:
         self,
         name: str,
         references: Sequence[str],
-        audio: Any,
-        lengths: Any = None,
+        audio: ArrayLike,
+        lengths: ArrayLike | None = None,
         *,
         sample_rate_hz: int,
     ) -> list[str]:

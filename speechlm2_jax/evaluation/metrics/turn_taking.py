@@ -10,10 +10,10 @@ Definitions of arXiv 2609.15759:
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 from speechlm2_jax.evaluation.metrics.text_metric import by_set
 
@@ -45,7 +45,7 @@ class Turns:
 
     @classmethod
     def from_tokens(
-        cls, tokens: Any, *, bos_id: int, eos_id: int, frame_s: float, first_frame: int = 0
+        cls, tokens: ArrayLike, *, bos_id: int, eos_id: int, frame_s: float, first_frame: int = 0
     ) -> "Turns":
         """Reads a text channel [T], one token per frame: a turn goes from bos to eos.
 
@@ -216,7 +216,7 @@ class FirstTurnAccuracy:
         self._tolerance = tolerance_frames
         self._distances: dict[str, list[int | None]] = {}
 
-    def update(self, name: str, user_tokens: Any, agent_tokens: Any) -> None:
+    def update(self, name: str, user_tokens: ArrayLike, agent_tokens: ArrayLike) -> None:
         """Adds text channels [B, T] of both sides. Raises ValueError if their numbers differ."""
         bos_id, eos_id = self._ids
         rows = zip(np.asarray(user_tokens), np.asarray(agent_tokens), strict=True)
