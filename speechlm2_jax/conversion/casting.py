@@ -1,7 +1,6 @@
 """Floating tensors in another dtype, as checkpoints are handed on in half the bytes."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import ml_dtypes
 import numpy as np

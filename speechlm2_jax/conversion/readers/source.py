@@ -96,7 +96,7 @@ ALIGNMENT_BYTES = 64
 """JAX takes host memory that is aligned so without a copy."""
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> np.ndarray:
     """An array without values that JAX can take over."""
     size = TensorInfo(shape, dtype).size_bytes
     whole = np.empty(size + ALIGNMENT_BYTES, np.uint8)
