@@ -19,7 +19,7 @@ LLAMA = DATA / "llm/llama"
 
 
 def info(*shape: int) -> VariableInfo:
-    return VariableInfo(shape, np.float32, (None,) * len(shape), is_buffer=False)
+    return VariableInfo(shape, np.dtype(np.float32), (None,) * len(shape), is_buffer=False)
 
 
 def test_coverage_counts_what_was_loaded_copied_and_ignored():
