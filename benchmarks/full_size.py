@@ -9,6 +9,11 @@ prints seconds and the peak of `RssAnon` (memory that is no file's) while it loa
 generates. `read_s` is the time in which the weights file is read into memory.
 """
 
+from speechlm2_jax.usage import print_help_if_asked
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    print_help_if_asked(__file__)
+
 import argparse
 import json
 import tempfile

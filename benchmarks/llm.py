@@ -7,6 +7,11 @@ r"""Times greedy decoding of an LLM alone, from a Hugging Face directory, beside
 the time per token after the first. `bound_s` is the time in which memcpy reads the weights once.
 """
 
+from speechlm2_jax.usage import print_help_if_asked
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    print_help_if_asked(__file__)
+
 import argparse
 from functools import partial
 from pathlib import Path

@@ -19,7 +19,7 @@ arguments = parser.parse_args()
 torch.set_num_threads(len(os.sched_getaffinity(0)))
 transformers.utils.logging.set_verbosity_error()
 model = transformers.AutoModelForCausalLM.from_pretrained(
-    arguments.directory, dtype=torch.float32
+    arguments.directory, dtype=torch.float32, trust_remote_code=False
 ).eval()
 shape = (arguments.batch, arguments.prompt)
 ids = np.random.default_rng(0).integers(100, model.config.vocab_size // 2, shape)

@@ -242,7 +242,7 @@ class _Fill:
         is_read_whole = index[1:] == whole and self.rule.transform == IDENTITY
         for row, name in enumerate(chosen):
             if is_read_whole:
-                self.source.read_into(name, parts[row])
+                self.source.read_into(name, parts[row, ...])
             else:
                 parts[row] = self._slice(name, index[1:])
         return parts

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
             ...
 
     class Supervision(Protocol):
-        """Who says what, and when."""
+        """One turn: its speaker, text and times."""
 
         speaker: str | None
         start: float
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         text: str | None
 
     class Cut(Protocol):
-        """A stretch of a recording, with what is said in it."""
+        """A stretch of a recording, with its turns."""
 
         id: str
         start: float
