@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         text: str | None
 
     class Cut(Protocol):
-        """A stretch of a recording, with its turns."""
+        """A stretch of a recording, with its supervisions."""
 
         id: str
         start: float

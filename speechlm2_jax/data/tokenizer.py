@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
+from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.data.tokenizer_backends import (
     SPECIAL_NAMES,
     Encoded,

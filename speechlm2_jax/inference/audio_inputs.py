@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeGuard, cast
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int32
-from numpy.typing import ArrayLike
 
+from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.data.audio import AudioError, check_samples, read_audio, resample
 from speechlm2_jax.data.audio_files import RATES_HZ
 from speechlm2_jax.inference.content_parts import local_recording

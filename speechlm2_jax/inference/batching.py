@@ -2,8 +2,8 @@
 
 import numpy as np
 from jaxtyping import Float, Int32
-from numpy.typing import ArrayLike
 
+from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.inference.audio_inputs import padded_batch

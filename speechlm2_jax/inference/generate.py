@@ -18,10 +18,9 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32, Key
-from numpy.typing import ArrayLike
 
 from speechlm2_jax import sharding
-from speechlm2_jax.arrays import AnyArray
+from speechlm2_jax.arrays import AnyArray, ArrayLike
 from speechlm2_jax.batches import (
     BatchShape,
     SalmBatch,

@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, Bool, Float
 
+from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.layers.module import Variables
 from speechlm2_jax.perception.perception import AudioPerception
 from speechlm2_jax.perception.streaming import (

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 import numpy as np
-from numpy.typing import ArrayLike
 
+from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.batches import SalmExample
 from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.data.padding import pad_left

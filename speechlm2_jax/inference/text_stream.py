@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32
-from numpy.typing import ArrayLike
+
+from speechlm2_jax.arrays import ArrayLike
 
 ToText = Callable[[ArrayLike], str]
 """Token ids of one sequence -> their text."""

@@ -5,8 +5,8 @@ from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import ArrayLike
 
+from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.inference.audio_inputs import (

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
-from numpy.typing import ArrayLike
 
 from speechlm2_jax import parameter_paths, settings
+from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.batches import HostBatch, LossSum, StepLosses
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.inference import stages

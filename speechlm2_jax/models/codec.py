@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from numpy.typing import ArrayLike
 
+from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.codec.codec import Audio, Codec, Codes
 from speechlm2_jax.codec.resampling import resample, resampled_length
 from speechlm2_jax.codec.streaming import DecoderStream

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, Key
-from numpy.typing import ArrayLike
 
 from speechlm2_jax import sharding
+from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.batches import (
     DuplexBatch,
     DuplexExample,

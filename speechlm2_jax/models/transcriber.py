@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from numpy.typing import ArrayLike
 
+from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.asr.ctc import CtcNetwork, best_path
 from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.asr_labels import LabelDecoder

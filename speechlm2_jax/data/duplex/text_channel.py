@@ -1,8 +1,8 @@
 """Decodes text channels of a duplex model: one token per frame, turns between bos and eos."""
 
 import numpy as np
-from numpy.typing import ArrayLike
 
+from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.data.tokenizer import Tokenizer
 
 

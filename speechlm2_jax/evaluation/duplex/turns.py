@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+
+from speechlm2_jax.arrays import ArrayLike
 
 Detokenize = Callable[[list[int]], str]
 """Token ids -> text."""

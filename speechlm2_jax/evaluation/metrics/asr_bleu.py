@@ -5,8 +5,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
-from numpy.typing import ArrayLike
 
+from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.data.audio import sinc_resample
 from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.evaluation.metrics.bleu import BLEU

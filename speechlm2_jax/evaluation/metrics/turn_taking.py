@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from numpy.typing import ArrayLike
 
+from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.evaluation.metrics.text_metric import by_set
 
 EARLIEST_S, LATEST_S = -1.0, 1.5

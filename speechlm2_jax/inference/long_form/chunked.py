@@ -11,8 +11,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
-from numpy.typing import ArrayLike
 
+from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.batches import SalmExample
 from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.inference.long_form.chunks import Chunk, cut

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
+from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.generation import processors as p
 from speechlm2_jax.generation import warpers
 from speechlm2_jax.inference.padding import round_up

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
-from numpy.typing import ArrayLike
+
+from speechlm2_jax.arrays import ArrayLike
 
 INT32_END = 2**31
 Biases = Mapping[Any, float] | Sequence[Sequence[Any]]
