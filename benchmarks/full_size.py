@@ -65,6 +65,8 @@ FAMILY_KEYS = {"head": ("qwen3", "Qwen3ForCausalLM"), "none": ("llama", "LlamaFo
 """Norm of queries and keys -> model_type and class of transformers."""
 SAMPLE_S = 0.002
 INIT_STD = 0.02
+READINGS = 3
+"""The fastest of so many counts: memory that the system has not used yet is slow."""
 
 
 def llm_config(llm: DecoderConfig) -> dict[str, Any]:
@@ -193,11 +195,15 @@ def run(folder: Path, dtype: str, new_tokens: int) -> dict[str, Any]:
         make(Path(small) / "model", LAYOUTS["micro"], "float32")
         generate(open_model(Path(small) / "model", dtype), 2)
     file = folder / "model.safetensors"
-    reading_s(file)  # so that both readings find the file in memory
+    reading_s(file)  # so that every reading finds the file in memory
+    read = [reading_s(file) for _ in range(READINGS)]
     memory = AnonymousMemory()
-    read_s = reading_s(file)
-    with memory.watch("load"):
-        load_s, model = timing.timed(lambda: open_model(folder, dtype))
+    load, model = [], None
+    for _ in range(READINGS):
+        del model  # else two models are in memory
+        with memory.watch("load"):
+            seconds, model = timing.timed(lambda: open_model(folder, dtype))
+        load.append(seconds)
     with memory.watch("generate"):
         first_s, ids = timing.timed(lambda: generate(model, new_tokens))
     with memory.watch("generate again"):
@@ -206,9 +212,9 @@ def run(folder: Path, dtype: str, new_tokens: int) -> dict[str, Any]:
     size = file.stat().st_size
     return {
         "file_gb": size / 1e9,
-        "read_s": read_s,
-        "load_s": load_s,
-        "load_over_read": load_s / read_s,
+        "read_s": min(read),
+        "load_s": min(load),
+        "load_over_read": min(load) / min(read),
         "first_s": first_s,
         "again_s": again_s,
         "before_gb": memory.start_bytes / 1e9,

@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from speechlm2_jax.asr.ctc import CtcNetwork
-from speechlm2_jax.inference.stages import hidden_states
+from speechlm2_jax.inference.stages import hidden_states, on_default_device
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import Variables, abstract, merge, split
+from speechlm2_jax.layers.unstacked import LayerViews
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.decoder import Decoder
 from speechlm2_jax.networks.channels import Channels
@@ -76,7 +77,8 @@ def probe_speech(graphdef: Any, variables: Variables, config: SalmConfig | Duple
     codes.
     """
     run = _duplex if isinstance(config, DuplexConfig) else _salm
-    return _host(run(graphdef, variables, _noise(config.perception.preprocessor.sample_rate)))
+    noise = _noise(config.perception.preprocessor.sample_rate)
+    return _host(run(graphdef, _readable(graphdef, variables), noise))
 
 
 def probe_ctc(graphdef: Any, variables: Variables, sampling_rate: int) -> Outputs:
@@ -89,7 +91,7 @@ def probe_llm(
 ) -> Outputs:
     """Logits of an LLM alone for text."""
     graphdef = split(abstract(lambda rngs: Decoder(config, rngs=rngs, lora=lora)))[0]
-    return _host(_llm(graphdef, variables))
+    return _host(_llm(graphdef, _readable(graphdef, variables)))
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
@@ -152,6 +154,11 @@ def _llm(graphdef: Any, variables: Variables) -> dict[str, Float[Array, "..."]]:
         attention_mask=jnp.ones(ids.shape, bool),
     )
     return {"logits": decoder.logits(hidden)}
+
+
+def _readable(graphdef: Any, variables: Variables) -> Variables:
+    """The variables as inference programs read them."""
+    return LayerViews("").whole(graphdef, on_default_device(dict(variables)))
 
 
 def _frames(network: Salm | Duplex, audio: Float[Array, "1 S"]) -> Float[Array, "1 T D"]:

@@ -1,8 +1,8 @@
 """Code that exists only because XLA is slow at something on CPUs, each piece with its measurement.
 
-Everywhere else the plain form is used. The measurements are in docs/performance.md. Two more are in
-`layers/unstacked.py` (layers read in place) and `codec/convolutions.py` (convolutions of few
-channels), beside what they replace.
+Everywhere else the plain form is used. The measurements are in docs/performance.md. Three more are
+in `layers/unstacked.py` (layers read in place), `layers/words.py` (bf16 weights without an fp32
+copy) and `codec/convolutions.py` (convolutions of few channels), beside what they replace.
 """
 
 import math

@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from speechlm2_jax.layers.cpu import is_slow_matmul, weight_first_matmul
-from speechlm2_jax.layers.module import Initializer, param
+from speechlm2_jax.layers.module import MAY_BE_WORDS, Initializer, param
+from speechlm2_jax.layers.words import BFLOAT16, floats, is_words, matmul_words
 from speechlm2_jax.sharding import constrain
 
 default_init: Initializer = jax.nn.initializers.variance_scaling(
@@ -26,7 +27,7 @@ def gathered(weight: nnx.Param, dtype: DTypeLike) -> Array:
 
     It is cast before it is all-gathered: in bf16 half as many bytes travel.
     """
-    value = jnp.asarray(weight[...], dtype)
+    value = floats(weight[...], dtype)
     axes = weight.get_metadata()["axes"][-value.ndim :]
     return constrain(value, *(None if axis == "embed" else axis for axis in axes))
 
@@ -38,6 +39,16 @@ def matmul(
     if is_slow_matmul(math.prod(x.shape[:-1])):
         return weight_first_matmul(x, weight, **options)
     return jnp.einsum("...d,od->...o", x, weight, **options)
+
+
+def project(
+    x: Float[Array, "*batch d_in"], weight: nnx.Param, **options: Any
+) -> Float[Array, "*batch d_out"]:
+    """Computes x Wᵀ with the weight cast to the dtype of x; `options` are those of einsum."""
+    value = weight[...]
+    if is_words(value):
+        return matmul_words(x, value, **options)
+    return matmul(x, gathered(weight, x.dtype), **options)
 
 
 class Linear(nnx.Module):
@@ -54,11 +65,12 @@ class Linear(nnx.Module):
         init: Initializer = default_init,
     ):
         self.weight = param(rngs, (d_out, d_in), axes, init)
+        self.weight.set_metadata(**{MAY_BE_WORDS: True})
         self.bias = param(rngs, (d_out,), (axes[0],), zeros) if bias else None
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """Applies the layer over the last axis, in the dtype of `x`."""
-        y = matmul(x, gathered(self.weight, x.dtype))
+        y = project(x, self.weight)
         if self.bias is None:
             return y
         return y + jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)
@@ -71,8 +83,10 @@ class Embedding(nnx.Module):
         self.weight = param(
             rngs, (count, width), ("vocab", "embed"), init or jax.nn.initializers.normal(0.02)
         )
+        self.weight.set_metadata(**{MAY_BE_WORDS: True})
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
         """Looks ids up."""
         # XLA replicates the result of a gather from a table that is sharded along both axes.
-        return jnp.take(constrain(self.weight[...], "vocab", None), ids, axis=0)
+        rows = jnp.take(constrain(self.weight[...], "vocab", None), ids, axis=0)
+        return floats(rows, BFLOAT16) if is_words(rows) else rows

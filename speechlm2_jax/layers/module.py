@@ -31,6 +31,10 @@ SCANNED = "is_scanned"
 """Attribute of what `stack` makes and `scan_layers` runs. Other modules have the axis too."""
 
 
+MAY_BE_WORDS = "may_be_words"
+"""Metadata of a weight whose module also reads it as words (`layers/words.py`)."""
+
+
 class AbstractRngs(nnx.Rngs):
     """Takes the place of random keys where only shapes matter: initial values are zeros.
 

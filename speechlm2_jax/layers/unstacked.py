@@ -20,7 +20,8 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from speechlm2_jax.arrays import AnyArray
-from speechlm2_jax.layers.module import LAYERS, SCANNED, constrain_layer, merge
+from speechlm2_jax.layers.module import LAYERS, MAY_BE_WORDS, SCANNED, constrain_layer, merge
+from speechlm2_jax.layers.words import BFLOAT16, words_of
 from speechlm2_jax.sharding import platform
 
 MAX_UNSTACKED_BYTES = 6 * 2**30
@@ -29,38 +30,56 @@ C = TypeVar("C")
 M = TypeVar("M", bound=nnx.Module)
 N = TypeVar("N")
 Y = TypeVar("Y")
+Unlayered = Mapping[str, AnyArray | jax.ShapeDtypeStruct]
+"""Variables with stacks as they are."""
 Layered = Mapping[str, AnyArray | jax.ShapeDtypeStruct | tuple[AnyArray, ...]]
 """Variables of which some have an array of each layer in place of the stacked one."""
 
 
 class LayerViews:
-    """The variables of a network with arrays of each layer in place of some stacks.
+    """The variables of a network as inference programs on one CPU read them, without copies.
 
-    `root` is the path of the part whose stacks a decoding loop reads ("llm.").
+    bf16 weights of matmuls become words (`layers/words.py`). `root` is the path of the part whose
+    stacks a decoding loop reads ("llm."). Results are kept until the variables change. Variables
+    that are not on one CPU are returned as they are.
     """
 
     def __init__(self, root: str):
         self._root = root
-        self._of: Mapping[str, AnyArray | jax.ShapeDtypeStruct] = {}
+        self._of: Unlayered = {}
+        self._words: dict[str, AnyArray] = {}
         self._views: dict[str, tuple[AnyArray, ...]] = {}
 
-    def __call__(
-        self, graphdef: nnx.GraphDef, variables: Mapping[str, AnyArray | jax.ShapeDtypeStruct]
-    ) -> Layered:
-        """Returns `variables` for `merge_layers`; the variables themselves if not on one CPU.
+    def __call__(self, graphdef: nnx.GraphDef, variables: Unlayered) -> Layered:
+        """Returns variables for `merge_layers`, with arrays of each layer in place of some stacks.
 
-        A stacked array [L, ...] becomes a tuple of L arrays that share its memory. The result is
-        kept until the variables change.
+        A stacked array [L, ...] becomes a tuple of L arrays that share its memory.
         """
-        own = {path: x for path, x in variables.items() if path.startswith(self._root)}
-        if not all(_is_on_one_cpu(x) for x in own.values()):
-            return variables
-        if own.keys() != self._of.keys() or any(own[p] is not x for p, x in self._of.items()):
-            shapes = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in variables.items()}
-            stacked = set(_stacked_paths(merge(graphdef, shapes)))
-            self._views = {path: _views(own[path]) for path in own.keys() & stacked}
-            self._of = own
-        return {**variables, **self._views}
+        self._refresh(graphdef, variables)
+        changed = {**self._words, **self._views}
+        return {**variables, **changed} if changed else variables
+
+    def whole(self, graphdef: nnx.GraphDef, variables: Unlayered) -> Unlayered:
+        """Returns variables for `merge`: the stacks stay whole."""
+        self._refresh(graphdef, variables)
+        return {**variables, **self._words} if self._words else variables
+
+    def _refresh(self, graphdef: nnx.GraphDef, variables: Unlayered) -> None:
+        is_same = variables.keys() == self._of.keys()
+        if is_same and all(variables[path] is x for path, x in self._of.items()):
+            return
+        self._of, self._words, self._views = dict(variables), {}, {}
+        local = {path for path, x in variables.items() if _is_on_one_cpu(x)}
+        if not local:
+            return
+        shapes = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in variables.items()}
+        network = merge(graphdef, shapes)
+        narrow = {path for path in local if variables[path].dtype == BFLOAT16}
+        self._words = {p: words_of(variables[p]) for p in narrow & set(_readable_as_words(network))}
+        own = {path for path in variables if path.startswith(self._root)}
+        if own <= local:
+            given = {**variables, **self._words}
+            self._views = {p: _views(given[p]) for p in own & set(_stacked_paths(network))}
 
 
 def merge_layers(graphdef: nnx.GraphDef, variables: Layered) -> Any:
@@ -169,6 +188,12 @@ def _stacked_paths(network: nnx.Module) -> Iterator[str]:
     for root, stack in _stacks(network):
         for path, _ in nnx.to_flat_state(nnx.state(stack)):
             yield ".".join(map(str, (root, *path)))
+
+
+def _readable_as_words(network: nnx.Module) -> Iterator[str]:
+    for path, variable in nnx.to_flat_state(nnx.state(network)):
+        if variable.get_metadata().get(MAY_BE_WORDS):
+            yield ".".join(map(str, path))
 
 
 def _is_stack(value: object) -> TypeGuard[nnx.Module]:

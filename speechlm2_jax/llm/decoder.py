@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from speechlm2_jax.layers.attention import MASKED_KEY, AttentionMask
 from speechlm2_jax.layers.cache import CachedOutput, KVCache
 from speechlm2_jax.layers.dropout import fold_rngs
-from speechlm2_jax.layers.linear import Embedding, Linear, gathered, matmul, zeros
+from speechlm2_jax.layers.linear import Embedding, Linear, project, zeros
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import param
 from speechlm2_jax.layers.norms import LayerNorm, RMSNorm
@@ -195,8 +195,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Computes the logits of every token, in fp32 whatever the dtype of `hidden`."""
-        weight = gathered((self.embedding if self.head is None else self.head).weight, hidden.dtype)
-        logits = matmul(hidden, weight, preferred_element_type=jnp.float32)
+        weight = (self.embedding if self.head is None else self.head).weight
+        logits = project(hidden, weight, preferred_element_type=jnp.float32)
         bias = self.head_bias if self.head is None else self.head.bias
         if bias is not None:
             logits += bias[...].astype(jnp.float32)[None, None]

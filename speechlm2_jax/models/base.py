@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +198,7 @@ class SpeechModel(Exportable):
         """Encodes audio [B, S] with lengths [B] in samples into (frames [B, T, D], lengths [B])."""
         return stages.perceive(
             self._graphdef,
-            self.variables,
+            self._inference_variables(),
             jnp.asarray(input_signal, jnp.float32),
             jnp.asarray(input_signal_length, jnp.int32),
         )
@@ -227,7 +227,9 @@ class SpeechModel(Exportable):
         )
         graphdef, _ = split(abstract(lambda rngs: AudioPerception(config, rngs=rngs)))
         root = "perception."
-        own = {p[len(root) :]: v for p, v in self.variables.items() if p.startswith(root)}
+        own = {
+            p[len(root) :]: v for p, v in self._inference_variables().items() if p.startswith(root)
+        }
         dtype = self._blueprint.network.compute_dtype
         return PerceptionStream(plan, graphdef, own, batch, dtype)
 
@@ -305,6 +307,10 @@ class SpeechModel(Exportable):
         remat = settings.build(Remat, policies, "trainer.remat")
         self._blueprint = self._blueprint.with_network(remat=remat)
         self._graphdef, self.infos = self._build()
+
+    def _inference_variables(self) -> Variables:
+        """`variables` as inference programs read them."""
+        return cast(Variables, self._layer_views.whole(self._graphdef, self.variables))
 
     def _decoding_variables(self) -> Layered:
         """`variables` for a program whose loop runs the LLM token by token."""

@@ -130,7 +130,7 @@ class DuplexS2SModel(SpeechModel):
         """
         text, audio = _logits(
             self._graphdef,
-            self.variables,
+            self._inference_variables(),
             jnp.asarray(input_embeds),
             None if input_audio_tokens is None else jnp.asarray(input_audio_tokens, jnp.int32),
         )
@@ -196,7 +196,7 @@ class DuplexS2SModel(SpeechModel):
         batch, longest = len(frames), int(frames.max(initial=0))
         wave, samples = decode_codes(
             self._graphdef,
-            self.variables,
+            self._inference_variables(),
             codes,
             pad_lengths(frames, len(codes)),
             self._silence(np.asarray(codes)[:batch]),
@@ -226,7 +226,7 @@ class DuplexS2SModel(SpeechModel):
             target_samples=round_up(max(len(e.target_audio) for e in examples), SAMPLE_UNIT),
         )
         batch = assemble_duplex_batch([examples], shape, pad_id=self.text_pad_id)
-        found = _targets(self._graphdef, self.variables, batch)
+        found = _targets(self._graphdef, self._inference_variables(), batch)
         return Targets(*(np.asarray(x)[: len(examples)] for x in found))
 
     def _silence(self, codes: np.ndarray) -> np.ndarray:
@@ -234,7 +234,7 @@ class DuplexS2SModel(SpeechModel):
         codebooks = self._blueprint.network.codebooks
         if not (codes[:, :1] >= codebooks.size).any():
             return np.zeros(codebooks.count, np.int32)
-        return np.asarray(silent_codes(self._graphdef, self.variables))
+        return np.asarray(silent_codes(self._graphdef, self._inference_variables()))
 
     def _text(self, ids: np.ndarray) -> str:
         """The text of a text channel without pad, bos and eos."""

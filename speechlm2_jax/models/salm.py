@@ -66,7 +66,8 @@ class SALM(SpeechModel):
         """Runs the LLM over embeddings [B, T, D] with a bool mask [B, T]: {"logits": [B, T, V]}."""
         embeds = jnp.asarray(input_embeds)
         mask = jnp.ones(embeds.shape[:2], bool) if attention_mask is None else attention_mask
-        logits = stages.text_logits(self._graphdef, self.variables, embeds, jnp.asarray(mask, bool))
+        variables = self._inference_variables()
+        logits = stages.text_logits(self._graphdef, variables, embeds, jnp.asarray(mask, bool))
         return {"logits": logits}
 
     def generate(
@@ -197,7 +198,7 @@ class SALM(SpeechModel):
         mesh = sharding.mesh_of(self.variables)
         placement = None if mesh is None else sharding.for_inference(mesh)
         return replace(
-            self._engine_on(self.variables, placement),
+            self._engine_on(self._inference_variables(), placement),
             decoding_variables=self._decoding_variables(),
         )
 

@@ -11,6 +11,7 @@ from speechlm2_jax.layers.dropout import dropout, fold_rngs
 from speechlm2_jax.layers.linear import Linear, zeros
 from speechlm2_jax.layers.module import param
 from speechlm2_jax.layers.norms import LayerNorm
+from speechlm2_jax.layers.words import floats
 from speechlm2_jax.perception.batch_norm import BatchNorm, Statistics
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.frame_mask import FrameMask
@@ -122,7 +123,7 @@ class ConvolutionModule(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """Computes value and gate, [B, T, D] each, by one matmul (einsum axis g: which of both)."""
         shape = (2, x.shape[-1], x.shape[-1])
-        weight = constrain(self.pointwise_in.weight[...].astype(x.dtype), None, None)
+        weight = constrain(floats(self.pointwise_in.weight[...], x.dtype), None, None)
         weight = constrain(weight.reshape(shape), None, "mlp", None)
         y = jnp.einsum("btd,ghd->btgh", x, weight)
         if self.pointwise_in.bias is not None:

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.layers.stack import scan_layers
+from speechlm2_jax.layers.words import floats
 from speechlm2_jax.perception.conformer_layer import ConformerLayer
 from speechlm2_jax.perception.encoder_plan import EncoderPlan
 from speechlm2_jax.perception.fastconformer import FastConformer
@@ -257,7 +258,7 @@ def _distance_scores(
     if frames * (width + heads * n_distances) > n_distances * (width + frames):
         positions = attention.heads(attention.position(table))
         return jnp.einsum("bfnh,pnh->bnfp", query, positions, preferred_element_type=jnp.float32)
-    weight = attention.position.weight[...].astype(query.dtype).reshape(heads, -1, width)
+    weight = floats(attention.position.weight[...], query.dtype).reshape(heads, -1, width)
     projected_queries = jnp.einsum("bfnh,nhd->bfnd", query, weight)
     return jnp.einsum("bfnd,pd->bnfp", projected_queries, table, preferred_element_type=jnp.float32)
 

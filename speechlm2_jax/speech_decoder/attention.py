@@ -13,6 +13,7 @@ from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.layers.dropout import drop_weights, dropout, fold_rngs
 from speechlm2_jax.layers.linear import Linear
 from speechlm2_jax.layers.module import Initializer
+from speechlm2_jax.layers.words import floats
 from speechlm2_jax.sharding import constrain
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 
@@ -159,7 +160,7 @@ def _split(
     Einsum letters: p which output (q, k, v), f its features N * H.
     """
     x = constrain(x, "batch", "tokens", "act_embed")
-    weight = constrain(linear.weight[...].astype(x.dtype), None, None)
+    weight = constrain(floats(linear.weight[...], x.dtype), None, None)
     weight = constrain(weight.reshape(count, -1, weight.shape[1]), None, "heads", None)
     y = jnp.einsum("btd,pfd->pbtf", x, weight)
     y = y.reshape(*y.shape[:3], heads, -1)  # [P, B, T, N, H]

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from speechlm2_jax.layers.dropout import fold_rngs
 from speechlm2_jax.layers.linear import Embedding, Linear
 from speechlm2_jax.layers.stack import RematPolicy, scan_layers, stack
+from speechlm2_jax.layers.words import floats
 from speechlm2_jax.sharding import constrain, time_order, unsharded_time
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 from speechlm2_jax.speech_decoder.transformer import Transformer, TransformerState
@@ -149,7 +150,7 @@ class SpeechDecoder(nnx.Module):
     def logits(self, states: Float[Array, "B T W"]) -> Float[Array, "B T K V"]:
         """Computes the logits of every codebook in fp32, whatever the dtype of `states`."""
         states = constrain(states, "batch", "tokens", "act_embed")
-        weight = constrain(self.head.weight[...].astype(states.dtype), "vocab", None)
+        weight = constrain(floats(self.head.weight[...], states.dtype), "vocab", None)
         weight = weight.reshape(self.codebooks, -1, weight.shape[1])  # [K, V, W]
         weight = constrain(weight, "vocab", None, None)
         scores = jnp.einsum("btd,kvd->btkv", states, weight, preferred_element_type=jnp.float32)
