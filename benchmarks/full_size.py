@@ -131,6 +131,8 @@ def random_weights(preset: Preset, dtype: str) -> LazySource:
             return np.zeros(info.shape, info.dtype)
         rng = np.random.default_rng(list(name.encode()))
         values = rng.standard_normal(info.shape, np.float32) * INIT_STD
+        if ".featurizer." in name:  # filterbank and window
+            return np.abs(values).astype(info.dtype)
         is_scale = name.endswith((".weight", "running_var")) and len(info.shape) == 1
         return (values + (1.0 if is_scale else 0.0)).astype(info.dtype)
 

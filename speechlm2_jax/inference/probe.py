@@ -32,7 +32,7 @@ AUDIO_S = 1.0
 AMPLITUDE = 0.1
 SAME_PROGRAM = 1e-5
 """Relative difference that is always allowed: programs of merged LoRA sum in another order."""
-ROUNDING_UNITS = 64
+ROUNDING_UNITS = 32
 """Relative difference that is allowed, in units of rounding of the written dtype."""
 
 

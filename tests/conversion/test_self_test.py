@@ -47,7 +47,7 @@ def test_coverage_counts_what_was_loaded_copied_and_ignored():
         (1e-4, None, False),
         (1e-2, "bfloat16", True),
         (1e-2, "float16", True),
-        (1e-1, "float16", False),
+        (5e-2, "float16", False),
         (1.0, "bfloat16", False),
     ],
 )
