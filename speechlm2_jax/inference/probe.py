@@ -6,7 +6,7 @@ source.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +158,7 @@ def _llm(graphdef: Any, variables: Variables) -> dict[str, Float[Array, "..."]]:
 
 def _readable(graphdef: Any, variables: Variables) -> Variables:
     """The variables as inference programs read them."""
-    return LayerViews("").whole(graphdef, on_default_device(dict(variables)))
+    return cast(Variables, LayerViews("").whole(graphdef, on_default_device(dict(variables))))
 
 
 def _frames(network: Salm | Duplex, audio: Float[Array, "1 S"]) -> Float[Array, "1 T D"]:
