@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _TARGETS = ("_target_", "target")
-SALM, DUPLEX = "SALM", "duplex models"
+SALM, WITH_ASR, DUPLEX = "SALM", "SALMWithAsrDecoder", "duplex models"
 PAGE = Path(__file__).with_name("from_nemo.md")
 INTRODUCTION = """\
 # Coming from NeMo
@@ -81,6 +81,8 @@ class Section:
     note: str = ""
     also: tuple[Key, ...] = ()
     """Keys that no dataclass holds."""
+    beside: type[Any] | None = None
+    """A dataclass whose keys the block has too; another section lists them."""
 
     @property
     def paths(self) -> list[str]:
@@ -121,6 +123,13 @@ def model_sections() -> list[Section]:
     """The blocks of `model`."""
     return [
         Section(path="model", classes=one("pretrained.salm_config:SalmModelConfig")),
+        Section(
+            path="model",
+            of=WITH_ASR,
+            classes=one("pretrained.salm_config:SalmAsrDecoderModelConfig"),
+            note="Where `perception` is NeMo's AudioTranscriptionPerceptionModule: these keys too.",
+            beside=one("pretrained.salm_config:SalmModelConfig")[""],
+        ),
         Section(
             path="model.lora",
             classes=one("layers.lora:LoraConfig"),
@@ -245,6 +254,8 @@ def keys(section: Section) -> list[Key]:
             found.setdefault(key.name, key)
             readers.setdefault(key.name, []).append(target)
     everywhere = len(section.classes)
+    if section.beside is not None:
+        found = {n: k for n, k in found.items() if k not in set(_keys_of(section.beside))}
     return [
         key
         if len(readers[name]) == everywhere

@@ -78,6 +78,13 @@ def broadcast_text(text: str) -> str:
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).rstrip(b"\0").decode()
 
 
+def largest(value: int) -> int:
+    """The largest of the numbers that the processes give, which all must call it."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int64(value))))
+
+
 def barrier(where: str) -> None:
     """Returns when every process has reached it. `where` is the same name on all processes."""
     if jax.process_count() > 1:

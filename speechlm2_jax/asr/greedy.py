@@ -7,6 +7,7 @@ and no step needs the host.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,13 @@ Score = Callable[[Int[Array, " B"]], Float[Array, "B C"]]
 """Frame of each sequence -> logits of labels, blank and durations there."""
 IsLast = Callable[[Int[Array, " B"]], Bool[Array, " B"]]
 """Frame of each sequence -> whether the symbol there skips one more frame."""
+
+
+class DecodingLimits(TypedDict):
+    """Keyword arguments of `decode_greedily`, as a model's `decoding` block sets them."""
+
+    max_symbols: int
+    jumps_when_full: bool
 
 
 @jax.tree_util.register_dataclass

@@ -61,10 +61,19 @@ class TransducerConfig:
 
 
 class TransducerNetwork(AudioPerception):
-    """Log-mel, encoder, prediction network and joint; for hybrid models also a CTC head."""
+    """Log-mel, encoder, prediction network and joint; for hybrid models also a CTC head.
 
-    def __init__(self, config: TransducerConfig, *, rngs: nnx.Rngs):
-        super().__init__(config.perception, rngs=rngs)
+    With `perception` it is that of a speech LLM too: the adapter reads the same encoder.
+    """
+
+    def __init__(
+        self,
+        config: TransducerConfig,
+        *,
+        rngs: nnx.Rngs,
+        perception: PerceptionConfig | None = None,
+    ):
+        super().__init__(perception or config.perception, rngs=rngs)
         self.transducer = config
         self.prediction = PredictionNetwork(config.decoder, rngs=rngs)
         self.joint = Joint(config.joint, rngs=rngs)

@@ -13,6 +13,7 @@ from speechlm2_jax.batches.duplex import (
     assemble_duplex_batch,
     full_duplex_batch,
 )
+from speechlm2_jax.batches.insertion import follow_placeholders, insert_after_clips
 from speechlm2_jax.batches.salm import (
     BatchShape,
     SalmBatch,
@@ -38,7 +39,9 @@ __all__ = [
     "StepLosses",
     "assemble_duplex_batch",
     "assemble_salm_batch",
+    "follow_placeholders",
     "full_batch",
     "full_duplex_batch",
+    "insert_after_clips",
     "layout_sequence",
 ]

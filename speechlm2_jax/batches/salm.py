@@ -66,10 +66,10 @@ class SalmBatch(Generic[A]):
         order = time_order(self.tokens.shape[2])
         if order is None:
             return self
-        return replace(self, **{name: getattr(self, name)[..., order] for name in _PER_TOKEN})
+        return replace(self, **{name: getattr(self, name)[..., order] for name in PER_TOKEN})
 
 
-_PER_TOKEN = (
+PER_TOKEN = (
     "tokens",
     "audio_index",
     "attention_mask",

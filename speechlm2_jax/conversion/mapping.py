@@ -181,9 +181,18 @@ def export_source(variables: Mapping[str, Any], table: Table) -> LazySource:
     return LazySource(infos, fetch)
 
 
-def aliases(table: Table) -> dict[str, str]:
-    """Further name -> written name, as safetensors files of tied weights keep it."""
-    return {name: rule.source for rule in table.rules for name in rule.aliases}
+def aliases(table: Table, variables: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Further name -> written name, as safetensors files of tied weights keep it.
+
+    Those of the layers of stacks are left out without `variables`, which tell how many there are.
+    """
+    return {
+        rule.named(name, layer): rule.named(rule.source, layer)
+        for rule in table.rules
+        if rule.aliases and (variables is not None or not rule.is_stacked)
+        for layer in _layers(rule, np.shape((variables or {}).get(rule.target, ())))
+        for name in rule.aliases
+    }
 
 
 def names(table: Table, infos: Mapping[str, VariableInfo]) -> list[NamedSlice]:

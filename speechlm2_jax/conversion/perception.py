@@ -46,8 +46,13 @@ def perception_table(config: PerceptionConfig) -> Table:
     wrapper = "encoder_multilayer." if config.layers_read else ""
     encoder = fastconformer_table(config.encoder)
     table = LOG_MEL + encoder.prefixed(source=f"{wrapper}encoder.", target="encoder.")
+    return table + adapter_table(config)
+
+
+def adapter_table(config: PerceptionConfig) -> Table:
+    """The modality adapter and the projection, below `perception.`."""
     adapter = _adapter_table(config.modality_adapter)
-    table += adapter.prefixed(source="modality_adapter.", target="adapter.")
+    table = adapter.prefixed(source="modality_adapter.", target="adapter.")
     if config.is_projected:
         table += Table(tuple(with_bias("proj", "projection")))
     return table

@@ -10,6 +10,7 @@ from speechlm2_jax.conversion.decoder import (
 )
 from speechlm2_jax.conversion.mapping import Rule, Table, aliases
 from speechlm2_jax.conversion.perception import perception_table
+from speechlm2_jax.conversion.transducer import transcribing_perception_table
 from speechlm2_jax.networks.salm import SalmConfig
 
 
@@ -42,7 +43,11 @@ def salm_table(config: SalmConfig, *, automodel: bool = False) -> Table:
         ends = Table((embedding, output))
     ends += Table(tuple(head_bias_rules(config.llm, llm, "llm.")))
     layers = layers_table(config.llm, config.lora).prefixed(source=llm, target="llm.")
-    speech = perception_table(config.perception)
+    speech = (
+        perception_table(config.perception)
+        if config.asr is None
+        else transcribing_perception_table(config.perception, config.asr)
+    )
     return ends + layers + speech.prefixed(source="perception.", target="perception.")
 
 

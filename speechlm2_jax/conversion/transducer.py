@@ -1,11 +1,37 @@
 """NeMo's names of transducers: EncDecRNNTBPEModel (RNN-T, TDT), EncDecHybridRNNTCTCBPEModel."""
 
+from dataclasses import replace
+
 from speechlm2_jax.asr.transducer import TransducerConfig
 from speechlm2_jax.conversion.ctc import HYBRID_HEAD, head_rules
 from speechlm2_jax.conversion.mapping import Rule, Table
-from speechlm2_jax.conversion.perception import asr_encoder_table
+from speechlm2_jax.conversion.perception import adapter_table, asr_encoder_table
+from speechlm2_jax.perception.perception import PerceptionConfig
 
 LSTM_PARTS = {"input": "ih", "recurrent": "hh"}
+
+
+ASR = "asr."
+"""Where NeMo's SALMWithAsrDecoder keeps the ASR model, below `perception.`."""
+
+
+def transcribing_perception_table(config: PerceptionConfig, asr: TransducerConfig) -> Table:
+    """The perception of a SALMWithAsrDecoder: a whole transducer, adapter and projection.
+
+    NeMo gives the encoder a second name where the adapter reads several of its layers.
+    """
+    table = transducer_table(asr).prefixed(source=ASR)
+    if config.layers_read:
+        wrapped = tuple(_with_wrapped_name(rule) for rule in table.rules)
+        table = replace(table, rules=wrapped)
+    return table + adapter_table(config)
+
+
+def _with_wrapped_name(rule: Rule) -> Rule:
+    encoder = ASR + "encoder."
+    if not rule.source.startswith(encoder):
+        return rule
+    return replace(rule, aliases=(rule.source.replace(encoder, "encoder_multilayer.encoder."),))
 
 
 def transducer_table(config: TransducerConfig) -> Table:

@@ -28,6 +28,7 @@ from speechlm2_jax.inference.long_form import chunked
 from speechlm2_jax.inference.padding import prompt_shape, round_up
 from speechlm2_jax.inference.prompts import Dialog
 from speechlm2_jax.inference.request.generation_request import GenerationRequest
+from speechlm2_jax.inference.transcripts import with_transcripts
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.layers.unstacked import Layered, merge_layers
 from speechlm2_jax.networks.salm import Salm
@@ -165,7 +166,9 @@ def run_slots(
     """Generates for `entries` on `count` slots. Yields the entries that have ended, in groups."""
     table = _SlotTable(engine, request, count)
     size = -(-count // ADMISSION_SHARE)
-    groups = iter(lambda: list(itertools.islice(entries, size)), [])
+    groups = map(
+        partial(_completed, engine), iter(lambda: list(itertools.islice(entries, size)), [])
+    )
     group = next(groups, None)
     while group is not None or table.busy:
         while group is not None and table.can_admit(group):
@@ -173,6 +176,12 @@ def run_slots(
             group = next(groups, None)
         ready = group is not None and table.fits(group)
         yield table.run(len(group) if group is not None and ready else count)
+
+
+def _completed(engine: Engine, group: Sequence[SlotEntry]) -> list[SlotEntry]:
+    """The entries of a group, with the transcripts of their clips if the model reads them."""
+    examples = with_transcripts(engine, [entry.example for entry in group])
+    return [entry._replace(example=e) for entry, e in zip(group, examples, strict=True)]
 
 
 class _Admission(NamedTuple):

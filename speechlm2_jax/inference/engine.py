@@ -1,9 +1,10 @@
 """What inference needs of a SALM, as one value: network, weights, tokenizer and token ids."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 from flax import nnx
 
 from speechlm2_jax.batches import FrameCount
@@ -45,6 +46,8 @@ class Engine:
     text_vocab_size: int
     nemo_exact: bool
     """Whether results that depend on NeMo's own padding are reproduced."""
+    transcripts: Callable[[Sequence[np.ndarray]], list[np.ndarray]] | None = None
+    """Clips (float32 [S]) -> the token ids [L] that follow the frames of each; None: none do."""
 
     @property
     def network(

@@ -44,6 +44,7 @@ from speechlm2_jax.inference.text_stream import (
     last_output,
     stream_pieces,
 )
+from speechlm2_jax.inference.transcripts import with_transcripts
 from speechlm2_jax.layers.module import VariableInfo, Variables, merge
 from speechlm2_jax.layers.unstacked import Layered, merge_layers
 from speechlm2_jax.networks import salm as salm_network
@@ -177,6 +178,7 @@ def run_generation(
     has one token. `sequence_ids` seed the random draws of each prompt. By default they are the
     indices of the prompts in `examples`.
     """
+    examples = with_transcripts(engine, examples)
     batch = _prepare_batch(engine, examples, request, sequence_ids)
     can_stop = bool(request.max_time_s or request.should_stop or request.stop_strings)
     if tokens_at_once is None and can_stop:

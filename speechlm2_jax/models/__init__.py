@@ -5,6 +5,7 @@ from typing import Any
 
 _MODELS = {
     "SALM": "speechlm2_jax.models.salm",
+    "SALMWithAsrDecoder": "speechlm2_jax.models.salm_asr_decoder",
     "CTCModel": "speechlm2_jax.models.ctc",
     "DuplexS2SModel": "speechlm2_jax.models.duplex",
     "DuplexS2SSpeechDecoderModel": "speechlm2_jax.models.duplex",
@@ -14,6 +15,7 @@ _MODELS = {
 
 __all__ = [
     "SALM",
+    "SALMWithAsrDecoder",
     "ASRModel",
     "AudioCodec",
     "CTCModel",

@@ -328,9 +328,14 @@ class SpeechModel(Exportable):
         module = abstract(self._blueprint.make)
         return split(module)[0], describe(module)
 
+    def _freeze_patterns(self) -> tuple[list[str], list[str]]:
+        """`freeze_params` and `prevent_freeze_params`."""
+        config = self._blueprint.config
+        return list(config.freeze_params), list(config.prevent_freeze_params)
+
     def _select(self) -> parameter_paths.Selection:
         config = self._blueprint.config
-        freeze, prevent = list(config.freeze_params), list(config.prevent_freeze_params)
+        freeze, prevent = self._freeze_patterns()
         if config.lora is not None:
             # PEFT freezes the whole base LLM, its embedding included, and trains the adapters
             freeze.append(r"^(llm|embed_tokens)\..+$")

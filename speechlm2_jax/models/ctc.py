@@ -22,7 +22,6 @@ from speechlm2_jax.conversion.ctc import ctc_table
 from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
-from speechlm2_jax.inference.asr_labels import LabelDecoder
 from speechlm2_jax.inference.probe import Outputs, probe_ctc
 from speechlm2_jax.layers.initialize import draw
 from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, merge, split
@@ -32,6 +31,7 @@ from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig
 from speechlm2_jax.pretrained import registry
+from speechlm2_jax.pretrained.asr_labels import LabelDecoder
 from speechlm2_jax.pretrained.locate import Location, nemo_tokenizer, read_config_json
 from speechlm2_jax.pretrained.salm_config import DEFAULT_AUDIO_LOCATOR_TAG
 from speechlm2_jax.pretrained.save_load import run_definition

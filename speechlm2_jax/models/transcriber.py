@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int
 from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.asr.ctc import CtcNetwork, best_path
 from speechlm2_jax.inference import stages
-from speechlm2_jax.inference.asr_labels import LabelDecoder
 from speechlm2_jax.inference.audio_inputs import Recordings
 from speechlm2_jax.inference.transcribe import (
     DEFAULT_BATCH_SIZE,
@@ -24,6 +23,7 @@ from speechlm2_jax.inference.transcribe import (
     transcribe,
 )
 from speechlm2_jax.layers.module import Variables, merge
+from speechlm2_jax.pretrained.asr_labels import LabelDecoder
 
 
 class Transcriber(ABC):

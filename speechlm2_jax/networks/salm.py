@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from speechlm2_jax.asr.transducer import TransducerConfig, TransducerNetwork
 from speechlm2_jax.batches import SalmBatch, StepLosses
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.stack import Remat
@@ -36,6 +37,8 @@ class SalmConfig:
     llm: DecoderConfig
     perception: PerceptionConfig
     lora: LoraConfig | None = None
+    asr: TransducerConfig | None = None
+    """The ASR model whose encoder perception shares (SALMWithAsrDecoder)."""
     compute_dtype: str = "float32"
     """Dtype of activations; norms, softmax, mel and losses stay in fp32."""
     remat: Remat = Remat()
@@ -67,7 +70,11 @@ class Salm(nnx.Module):
 
     def __init__(self, config: SalmConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.perception = AudioPerception(config.perception, rngs=rngs)
+        self.perception = (
+            AudioPerception(config.perception, rngs=rngs)
+            if config.asr is None
+            else TransducerNetwork(config.asr, perception=config.perception, rngs=rngs)
+        )
         self.llm = Decoder(config.llm, rngs=rngs, lora=config.lora)
 
     @property
@@ -159,8 +166,16 @@ def losses(
     network: Salm, batch: SalmBatch[Array], modes: SalmModes, rng: Key[Array, ""] | None = None
 ) -> StepLosses:
     """Computes next-token cross-entropy and accuracy (`acc`) of the assistant's turns, as sums."""
-    audio_rng, text_rng = (None, None) if rng is None else jax.random.split(rng)
+    audio_rng, text_rng = split_rng(rng)
     return score(network, prepare(network, batch, modes, audio_rng), batch, modes, text_rng)
+
+
+def split_rng(rng: Key[Array, ""] | None) -> tuple[Key[Array, ""] | None, Key[Array, ""] | None]:
+    """Derives the keys of audio and of text from the key of a step; None, None of None."""
+    if rng is None:
+        return None, None
+    audio_rng, text_rng = jax.random.split(rng)
+    return audio_rng, text_rng
 
 
 def score(

@@ -80,6 +80,17 @@ READERS_OF_LAYERS = (MultiLayerConfig, QformerConfig)
 """Adapters that take K encoder layers [B, K, T, D] instead of the encoder's output."""
 
 
+def input_width(adapter: AdapterConfig) -> tuple[str, int | None]:
+    """Returns the adapter's key for its input width and its value; None for any width."""
+    if isinstance(adapter, QformerConfig):
+        return "encoder_config.d_model", adapter.input_width
+    if isinstance(adapter, MultiLayerConfig):
+        return "input_dim", adapter.input_width
+    if isinstance(adapter, FastConformerConfig):
+        return "feat_in", adapter.feat_in
+    return "d_model", adapter.d_model if adapter.is_projected else None
+
+
 def layers_read(config: AdapterConfig, n_layers: int) -> tuple[int, ...]:
     """Returns the indices of the encoder layers that an adapter reads, in ascending order.
 

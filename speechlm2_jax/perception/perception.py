@@ -5,6 +5,7 @@ frames is a pure function of the number of samples (`PerceptionConfig.frame_coun
 plan sequences before the device encodes any audio.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -20,7 +21,7 @@ from speechlm2_jax.layers.linear import Linear
 from speechlm2_jax.layers.stack import RematPolicy
 from speechlm2_jax.perception.batch_norm import Statistics
 from speechlm2_jax.perception.chunking import Chunking, chunk_rngs, join_chunks, split_chunks
-from speechlm2_jax.perception.fastconformer import FastConformer
+from speechlm2_jax.perception.fastconformer import EncoderOutput, FastConformer
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.frames import Frames, is_within
 from speechlm2_jax.perception.log_mel import LogMel, LogMelConfig
@@ -28,11 +29,10 @@ from speechlm2_jax.perception.modality_adapter import (
     READERS_OF_LAYERS,
     AdapterConfig,
     IdentityConfig,
-    MultiLayerConfig,
+    input_width,
     layers_read,
     make_adapter,
 )
-from speechlm2_jax.perception.qformer import QformerConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig, spec_augment
 from speechlm2_jax.sharding import constrain
 
@@ -43,7 +43,11 @@ _DITHER_RNG, _SPEC_AUGMENT_RNG, _ENCODER_RNG, _ADAPTER_RNG = range(4)
 class PerceptionConfig:
     """NeMo's `perception:` block, completed with the preprocessor and encoder of an ASR model."""
 
-    TARGETS: ClassVar[tuple[str, ...]] = ("AudioPerceptionModule",)
+    TARGETS: ClassVar[tuple[str, ...]] = (
+        "AudioPerceptionModule",
+        "AudioTranscriptionPerceptionModule",
+    )
+    IGNORED: ClassVar[Mapping[str, str]] = {"asr": "the ASR model's file has it"}
 
     preprocessor: LogMelConfig
     encoder: FastConformerConfig
@@ -64,7 +68,7 @@ class PerceptionConfig:
                 f"encoder.feat_in={self.encoder.feat_in} must be preprocessor.features="
                 f"{self.preprocessor.features}"
             )
-        key, given = _input_width(adapter)
+        key, given = input_width(adapter)
         if given is not None and given != self.encoder.width:
             raise ValueError(
                 f"modality_adapter.{key}={given} must be the encoder's width {self.encoder.width}"
@@ -171,17 +175,6 @@ class PerceptionConfig:
         return self.frame_count(samples)
 
 
-def _input_width(adapter: AdapterConfig) -> tuple[str, int | None]:
-    """Returns the adapter's key for its input width and its value; None for any width."""
-    if isinstance(adapter, QformerConfig):
-        return "encoder_config.d_model", adapter.input_width
-    if isinstance(adapter, MultiLayerConfig):
-        return "input_dim", adapter.input_width
-    if isinstance(adapter, FastConformerConfig):
-        return "feat_in", adapter.feat_in
-    return "d_model", adapter.d_model if adapter.is_projected else None
-
-
 @dataclass(frozen=True, kw_only=True)
 class PerceptionModes:
     """Which components are in training mode. A fully frozen component stays in evaluation mode."""
@@ -282,18 +275,72 @@ class AudioPerception(nnx.Module):
         remat: RematPolicy,
     ) -> PerceptionOutput:
         """Encodes clips, or chunks of them, without further splitting."""
-        audio = jnp.where(is_within(lengths, audio.shape[1]), audio, 0.0)
-        features = self._features(audio, lengths, modes, rngs)
-        frame_extents = None
-        if extents is not None:
-            frame_extents = jnp.where(lengths > 0, self.log_mel.frame_extents(extents), 0)
+        features, extents = self._front_end(audio, lengths, modes, rngs, extents)
         return self.encode(
             features,
             self.config.frame_capacity(audio.shape[1]),
             modes=modes,
             rngs=rngs,
-            extents=frame_extents,
+            extents=extents,
             dtype=dtype,
+            remat=remat,
+        )
+
+    def encoder_output(
+        self,
+        audio: Float[Array, "B S"],
+        lengths: Int[Array, " B"],
+        *,
+        modes: PerceptionModes = PerceptionModes(),
+        rngs: Key[Array, " B"] | None = None,
+        extents: Int[Array, " B"] | None = None,
+        dtype: DTypeLike = jnp.float32,
+    ) -> Frames:
+        """Encodes clips without adapter and projection: what a decoder of an ASR model reads.
+
+        The arguments are those of `__call__`, and random draws are the same. Clips are not split.
+        """
+        extents = extents if modes.nemo_exact else None
+        features, extents = self._front_end(audio, lengths, modes, rngs, extents)
+        encoded = self._run_encoder(features, modes, rngs, extents, dtype, "none")
+        return Frames(frames=encoded.frames, lengths=encoded.lengths)
+
+    def _front_end(
+        self,
+        audio: Float[Array, "B S"],
+        lengths: Int[Array, " B"],
+        modes: PerceptionModes,
+        rngs: Key[Array, " B"] | None,
+        extents: Int[Array, " B"] | None,
+    ) -> tuple[Frames, Int[Array, " B"] | None]:
+        """Computes log-mel frames, and extents in them; `modes` turn dither and SpecAugment on."""
+        audio = jnp.where(is_within(lengths, audio.shape[1]), audio, 0.0)
+        dither_rngs = fold_rngs(rngs, _DITHER_RNG) if modes.log_mel else None
+        features = self.log_mel(audio, lengths, rngs=dither_rngs)
+        if extents is not None:
+            extents = jnp.where(lengths > 0, self.log_mel.frame_extents(extents), 0)
+        mask_rngs = fold_rngs(rngs, _SPEC_AUGMENT_RNG)
+        if modes.spec_augment and self.config.spec_augment is not None and mask_rngs is not None:
+            masked = spec_augment(features, self.config.spec_augment, mask_rngs)
+            features = Frames(frames=masked, lengths=features.lengths)
+        return features, extents
+
+    def _run_encoder(
+        self,
+        features: Frames,
+        modes: PerceptionModes,
+        rngs: Key[Array, " B"] | None,
+        extents: Int[Array, " B"] | None,
+        dtype: DTypeLike,
+        remat: RematPolicy,
+    ) -> EncoderOutput:
+        return self.encoder(
+            features.frames.astype(dtype),
+            features.lengths,
+            train=modes.encoder,
+            rngs=fold_rngs(rngs, _ENCODER_RNG) if modes.encoder else None,
+            extents=extents,
+            capture=self.config.layers_read,
             remat=remat,
         )
 
@@ -312,15 +359,7 @@ class AudioPerception(nnx.Module):
 
         `extents` are mel frames here, 0 for clips of length 0.
         """
-        encoded = self.encoder(
-            features.frames.astype(dtype),
-            features.lengths,
-            train=modes.encoder,
-            rngs=fold_rngs(rngs, _ENCODER_RNG) if modes.encoder else None,
-            extents=extents,
-            capture=self.config.layers_read,
-            remat=remat,
-        )
+        encoded = self._run_encoder(features, modes, rngs, extents, dtype, remat)
         adapted = self.adapter(
             self.adapter_inputs(encoded.frames, encoded.captured),
             encoded.lengths,
@@ -352,19 +391,3 @@ class AudioPerception(nnx.Module):
         if not adapter.include_final_output:
             return captured
         return jnp.concatenate([captured, frames[:, None]], axis=1)
-
-    def _features(
-        self,
-        audio: Float[Array, "B S"],
-        lengths: Int[Array, " B"],
-        modes: PerceptionModes,
-        rngs: Key[Array, " B"] | None,
-    ) -> Frames:
-        """Computes log-mel frames; `modes` turn dither and SpecAugment on."""
-        dither_rngs = fold_rngs(rngs, _DITHER_RNG) if modes.log_mel else None
-        features = self.log_mel(audio, lengths, rngs=dither_rngs)
-        mask_rngs = fold_rngs(rngs, _SPEC_AUGMENT_RNG)
-        if not modes.spec_augment or self.config.spec_augment is None or mask_rngs is None:
-            return features
-        masked = spec_augment(features, self.config.spec_augment, mask_rngs)
-        return Frames(frames=masked, lengths=features.lengths)

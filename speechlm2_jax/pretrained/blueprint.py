@@ -120,6 +120,10 @@ class Blueprint(ABC):
         """Configs of the components, by their folder in a saved model."""
         return {LLM_BACKBONE: self.llm_config}
 
+    def component_files(self) -> dict[str, bytes]:
+        """Further files of a saved model, in the folders of the components."""
+        return {}
+
     @property
     def generation_config(self) -> Mapping[str, Any] | None:
         """The LLM's generation_config.json, if there is one beside its config.json."""

@@ -13,6 +13,8 @@ from speechlm2_jax.settings import SettingsError
 
 LLM_BACKBONE = "llm_backbone"
 """Folder of a saved model that holds its LLM's config.json, as NeMo 3 writes it."""
+ASR = "asr"
+"""Folder of a saved SALMWithAsrDecoder that holds its ASR model's config and tokenizer."""
 AUDIO_CODEC = "audio_codec"
 """Folder of a saved duplex model that holds its codec's config."""
 GENERATION_CONFIG = "generation_config.json"

@@ -7,6 +7,7 @@ select from the tables below; nothing is imported by name.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from speechlm2_jax.checkpointing import CHECKPOINTS
 from speechlm2_jax.conversion.errors import ConversionError
@@ -21,12 +22,13 @@ from speechlm2_jax.conversion.readers.nemo import CONFIG as NEMO_CONFIG
 from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters
 from speechlm2_jax.conversion.readers.yaml_text import MAX_BYTES, read_yaml
 from speechlm2_jax.pretrained.locate import Location
+from speechlm2_jax.pretrained.salm_config import TRANSCRIBING
 from speechlm2_jax.settings import SettingsError
 
 CONFIG = "config.json"
 RUN_DEFINITION = "model"
 """Folder of a run directory with everything of the model but its weights."""
-SPEECH_MODELS = ("SALM", "DuplexS2SModel", "DuplexS2SSpeechDecoderModel")
+SPEECH_MODELS = ("SALM", "SALMWithAsrDecoder", "DuplexS2SModel", "DuplexS2SSpeechDecoderModel")
 """Classes with an LLM; their `save_pretrained` writes a directory."""
 TRAINABLE = (*SPEECH_MODELS, "CTCModel")
 
@@ -51,6 +53,7 @@ class Kind:
 
 
 SALM = Kind(what="a SALM", classes=("SALM",))
+SALM_WITH_ASR = Kind(what="a SALM with an ASR decoder", classes=("SALMWithAsrDecoder",))
 DUPLEX = Kind(what="a full-duplex model", classes=("DuplexS2SModel",))
 DUPLEX_WITH_DECODER = Kind(
     what="a full-duplex model with a speech decoder", classes=("DuplexS2SSpeechDecoderModel",)
@@ -75,6 +78,8 @@ GGUF = Kind(
 )
 _BY_TARGET: Mapping[str, Kind] = {
     "SALM": SALM,
+    "SALMAutomodel": SALM,
+    "SALMWithAsrDecoder": SALM_WITH_ASR,
     "DuplexS2SModel": DUPLEX,
     "DuplexS2SSpeechDecoderModel": DUPLEX_WITH_DECODER,
     "AudioCodecModel": CODEC,
@@ -115,10 +120,18 @@ def of_config(cfg: Mapping[str, object]) -> Kind | None:
     if "pretrained_audio_codec" in cfg:
         return DUPLEX_WITH_DECODER if "speech_decoder" in cfg else DUPLEX
     if "pretrained_llm" in cfg:
-        return SALM if "perception" in cfg else None
+        return _of_perception(cfg["perception"]) if "perception" in cfg else None
     if "tokenizer" in cfg and {"preprocessor", "encoder"} <= cfg.keys():
         return CTC_RUN
     return _of_hugging_face(cfg)
+
+
+def _of_perception(block: object) -> Kind:
+    """The kind of SALM that has a perception block."""
+    own = cast(Mapping[str, object], block) if isinstance(block, Mapping) else {}
+    target = str(own.get("_target_", own.get("target")))
+    transcribes = target.rpartition(".")[2] == TRANSCRIBING or "asr" in own
+    return SALM_WITH_ASR if transcribes else SALM
 
 
 def _of_hugging_face(cfg: Mapping[str, object]) -> Kind | None:

@@ -7,11 +7,13 @@ from typing import Any
 
 from flax import nnx
 
+from speechlm2_jax.asr.transducer import TransducerConfig
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion import salm as salm_tables
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.networks.salm import Salm, SalmConfig
+from speechlm2_jax.perception.perception import PerceptionConfig
 from speechlm2_jax.pretrained.blueprint import Blueprint
 from speechlm2_jax.pretrained.components import (
     LlmFiles,
@@ -54,38 +56,49 @@ def read_blueprint(cfg: Mapping[str, object], near: tuple[Path, ...] = ()) -> Sa
     config = build(SalmModelConfig, cfg, "model")
     location = Location(near=near)
     llm = find_llm(config, location)
+    asr_file = find_asr(config, location)
+    perception = perception_config(config.perception, asr_file, llm.decoder.width)
+    fields = blueprint_fields(config, cfg, llm, perception)
+    return SalmBlueprint(**fields, asr_file=asr_file, near=near)
+
+
+def blueprint_fields(
+    config: SalmModelConfig,
+    cfg: Mapping[str, Any],
+    llm: LlmFiles,
+    speech: tuple[Mapping[str, Any], PerceptionConfig],
+    asr: TransducerConfig | None = None,
+) -> dict[str, Any]:
+    """The fields of a blueprint for an LLM and a perception block, as written and as read."""
     tokenizer = Tokenizer(llm.tokenizer)
     tokenizer.add_special_tokens([config.audio_locator_tag])
     placeholder_id = tokenizer.require(config.audio_locator_tag, "model.audio_locator_tag")
     formatter = prompt_formatter(config.prompt_format, tokenizer)
     defaults = llm_generation_config(llm.directory) or {}
-    asr_file = find_asr(config, location)
-    block, perception = perception_config(config.perception, asr_file, llm.decoder.width)
+    block, perception = speech
     lora = read_lora(config, llm.decoder)
     try:
         if config.encoder_chunk_size_seconds is not None:
             seconds = config.encoder_chunk_size_seconds
             perception = replace(perception, encoder_chunk_size_seconds=seconds)
-        network = SalmConfig(llm=llm.decoder, perception=perception, lora=lora)
+        network = SalmConfig(llm=llm.decoder, perception=perception, lora=lora, asr=asr)
     except SettingsError:
         raise
     except ValueError as error:
         raise SettingsError(f"model: {error}") from error
-    return SalmBlueprint(
-        config=config,
-        cfg={**cfg, "prompt_format": formatter.name, "perception": block},
-        llm_config=llm.config,
-        tokenizer=tokenizer,
-        formatter=formatter,
-        placeholder_id=placeholder_id,
-        end_ids=end_ids(llm, defaults, formatter),
-        generation_defaults=defaults,
-        pad_id=tokenizer.pad_id,
-        network=network,
-        llm_directory=llm.directory,
-        asr_file=asr_file,
-        near=near,
-    )
+    return {
+        "config": config,
+        "cfg": {**cfg, "prompt_format": formatter.name, "perception": block},
+        "llm_config": llm.config,
+        "tokenizer": tokenizer,
+        "formatter": formatter,
+        "placeholder_id": placeholder_id,
+        "end_ids": end_ids(llm, defaults, formatter),
+        "generation_defaults": defaults,
+        "pad_id": tokenizer.pad_id,
+        "network": network,
+        "llm_directory": llm.directory,
+    }
 
 
 def prompt_formatter(name: str | None, tokenizer: Tokenizer) -> PromptFormatter:

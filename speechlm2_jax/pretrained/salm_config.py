@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+TRANSCRIBING = "AudioTranscriptionPerceptionModule"
+"""NeMo's class of the perception module of a SALMWithAsrDecoder."""
 DEFAULT_AUDIO_LOCATOR_TAG = "<|audioplaceholder|>"
 
 
@@ -58,3 +60,31 @@ class SalmModelConfig:
         "pretrained_s2s_model": "start from another model with model.init_from_checkpoint",
         "pretrained_perception_from_s2s": "start from a model with model.init_from_checkpoint",
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SalmAsrDecoderModelConfig(SalmModelConfig):
+    """NeMo's `model:` block for SALMWithAsrDecoder."""
+
+    pretrained_asr: str | None = None
+    """`.nemo` file (or hub name) of a transducer, whose encoder perception shares. Required."""
+    asr_transcript_drop_prob: float = 0.0
+    """How often training leaves the transcript of a clip empty."""
+
+    ALIASES: ClassVar[Mapping[str, str]] = {"init_from_path": "init_from_checkpoint"}
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        **SalmModelConfig.IGNORED,
+        "output_dim": "the width of the LLM, which NeMo notes here too",
+        "val_save_path": "validation samples are in metrics.jsonl; evaluate.py writes responses",
+    }
+
+    def __post_init__(self) -> None:
+        if self.pretrained_asr is None:
+            raise ValueError("pretrained_asr: name the .nemo file of an RNN-T, TDT or hybrid model")
+        if not 0 <= self.asr_transcript_drop_prob <= 1:
+            raise ValueError(
+                f"asr_transcript_drop_prob={self.asr_transcript_drop_prob} must be in [0, 1]"
+            )
+        for key in ("use_nemo_automodel", "encoder_chunk_size_seconds"):
+            if getattr(self, key):
+                raise ValueError(f"{key}={getattr(self, key)} is not supported with {TRANSCRIBING}")

@@ -18,6 +18,7 @@ from speechlm2_jax.layers.module import VariableInfo, Variables
 from speechlm2_jax.pretrained.blueprint import Blueprint
 from speechlm2_jax.pretrained.licences import CARD
 from speechlm2_jax.pretrained.locate import (
+    ASR,
     AUDIO_CODEC,
     GENERATION_CONFIG,
     LLM_BACKBONE,
@@ -38,7 +39,13 @@ MARKERS = {
     "architectures": ["NeMoSpeechLMForConditionalGeneration"],
 }
 """Keys of config.json that transformers and vLLM look for, as NeMo writes them."""
-REDIRECTED = ("pretrained_llm", "pretrained_audio_codec", "pretrained_weights", "tokenizer_path")
+REDIRECTED = (
+    "pretrained_llm",
+    "pretrained_asr",
+    "pretrained_audio_codec",
+    "pretrained_weights",
+    "tokenizer_path",
+)
 """Keys that loading redirects to the components stored with the weights."""
 
 
@@ -128,6 +135,8 @@ def save_definition(directory: Path, blueprint: Blueprint) -> None:
     for name, config in blueprint.component_configs().items():
         (directory / name).mkdir(parents=True, exist_ok=True)
         write_json(directory / name / CONFIG, config)
+    for name, content in blueprint.component_files().items():
+        (directory / name).write_bytes(content)
     if blueprint.generation_config is not None:
         write_json(directory / LLM_BACKBONE / GENERATION_CONFIG, blueprint.generation_config)
     cfg = dict(blueprint.cfg)
@@ -147,7 +156,7 @@ def save_model(
     if options.merge_lora:
         blueprint, variables = merged(blueprint, variables, options.dtype)
     source = cast_source(mapping.export_source(variables, blueprint.table), options.dtype)
-    write_source(directory / WEIGHTS, source, mapping.aliases(blueprint.table))
+    write_source(directory / WEIGHTS, source, mapping.aliases(blueprint.table, variables))
     save_definition(directory, blueprint)
     card = CardInput(
         blueprint=blueprint,
@@ -178,7 +187,11 @@ def _redirected(named: Mapping[str, object], directory: Path | None) -> dict[str
         return cfg
     if (directory / "tokenizer_config.json").is_file():
         cfg["tokenizer_path"] = str(directory)
-    for key, folder in (("pretrained_llm", LLM_BACKBONE), ("pretrained_audio_codec", AUDIO_CODEC)):
+    for key, folder in (
+        ("pretrained_llm", LLM_BACKBONE),
+        ("pretrained_asr", ASR),
+        ("pretrained_audio_codec", AUDIO_CODEC),
+    ):
         if (directory / folder / CONFIG).is_file():
             cfg[key] = str(directory / folder)
     return cfg

@@ -31,13 +31,15 @@ class Programs:
         layout: Layout,
         compiling: Callable[[], AbstractContextManager[object]] = nullcontext,
         planned: int | None = None,
+        complete: Callable[[HostBatch, PyTree, int], HostBatch] | None = None,
     ):
         """`compiling` makes a context manager that is entered around each compilation.
 
-        `planned` is the number of batch shapes, for the message of each compilation.
+        `planned` is the number of batch shapes, for the message of each compilation. `complete` is
+        that of a model with `CompletesBatches`.
         """
         self._functions, self._layout, self._compiling = functions, layout, compiling
-        self._planned = planned
+        self._planned, self._complete = planned, complete
         self._replicated = functions.sharding.replicated
         self._compiled: dict[Any, Any] = {}
         state = layout.state_shardings
@@ -48,6 +50,10 @@ class Programs:
             functions.finish, donate_argnums=0, out_shardings=(state, self._replicated)
         )
         self._evaluate = jax.jit(functions.evaluate, out_shardings=self._replicated)
+        self._derive = {
+            "training": jax.jit(functions.derive_for_training, out_shardings=self._replicated),
+            "validation": jax.jit(functions.derive_for_validation, out_shardings=self._replicated),
+        }
         self._sums: _SumPrograms | None = None
 
     @property
@@ -63,6 +69,7 @@ class Programs:
         self, state: TrainState, frozen: Variables, batch: HostBatch, lr: float
     ) -> tuple[TrainState, StepReport]:
         """Runs one optimizer step on one batch."""
+        batch = self._completed("training", batch, (state, frozen), (self._scalar(np.int32(0)),))
         arrays = self.put(batch)
         arguments = (state, frozen, arrays, self._scalar(np.float32(lr)))
         return self._program("train", batch.bucket, arrays, self._train, arguments)(*arguments)
@@ -76,12 +83,14 @@ class Programs:
         index: int,
     ) -> MicroSums:
         """Adds micro-batch `index` to `sums`, which are donated; None: the first micro-batch."""
+        number = self._scalar(np.int32(index))
+        batch = self._completed("training", batch, (state, frozen), (number,))
         arrays = self.put(batch)
         if self._sums is None:
             self._sums = _SumPrograms.make(self._functions, self._layout, state, frozen, arrays)
         if sums is None:
             sums = self._program("start", "", (), self._sums.start, (state.buffers,))(state.buffers)
-        arguments = (sums, state, frozen, arrays, self._scalar(np.int32(index)))
+        arguments = (sums, state, frozen, arrays, number)
         return self._program("add", batch.bucket, arrays, self._sums.add, arguments)(*arguments)
 
     def finish(
@@ -95,8 +104,9 @@ class Programs:
         self, state: TrainState, frozen: Variables, batch: HostBatch
     ) -> dict[str, LossSum]:
         """Computes the loss sums of one validation batch, on the device."""
-        arrays = self.put(batch)
-        arguments = (state.trainable, state.buffers, frozen, arrays)
+        weights = (state.trainable, state.buffers, frozen)
+        arrays = self.put(batch := self._completed("validation", batch, weights))
+        arguments = (*weights, arrays)
         program = self._program("validation", batch.bucket, arrays, self._evaluate, arguments)
         return program(*arguments)
 
@@ -121,6 +131,23 @@ class Programs:
             kind, function = "add", sums.add
         with phase(self._describe(kind, batch.bucket)):
             return self._compile(function.lower(*arguments))
+
+    def _completed(
+        self,
+        use: str,
+        batch: HostBatch,
+        before: tuple[PyTree, ...],
+        after: tuple[PyTree, ...] = (),
+    ) -> HostBatch:
+        """The batch with what the model adds to it; waits for the device if it does."""
+        if self._complete is None:
+            return batch
+        arrays = self.put(batch)
+        arguments = (*before, arrays, *after)
+        kind = f"{use} transcripts"
+        program = self._program(kind, batch.bucket, arrays, self._derive[use], arguments)
+        derived = jax.device_get(program(*arguments))
+        return self._complete(batch, derived, self._functions.sharding.length_multiple)
 
     def _scalar(self, value: np.number) -> jax.Array:
         return put_global(value, self._replicated)

@@ -199,6 +199,24 @@ class NormalizesSettings(Protocol):
 
 
 @runtime_checkable
+class CompletesBatches(Protocol):
+    """A model that adds to a batch what it computes from it, as its transcripts (optional)."""
+
+    def derive(
+        self, variables: Variables, batch: PyTree, *, key: jax.Array | None, train: bool
+    ) -> PyTree:
+        """Computes arrays that `complete` reads. Pure and traceable; arguments as of `losses`."""
+        ...
+
+    def complete(self, batch: HostBatch, derived: PyTree, multiple: int) -> HostBatch:
+        """Makes the batch of the loss from `derived`, on the host and on every process alike.
+
+        The length of sequences stays a multiple of `multiple`.
+        """
+        ...
+
+
+@runtime_checkable
 class AveragesTokens(Protocol):
     """A model whose validation metrics are means over tokens even with `nemo_exact` (optional)."""
 

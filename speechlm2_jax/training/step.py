@@ -66,6 +66,8 @@ class StepFunctions:
     accumulate: int = 1
     """Micro-batches of a full step."""
     nemo_exact: bool = False
+    derive: Callable[..., PyTree] | None = None
+    """`CompletesBatches.derive` of the model; None if it completes no batches."""
 
     def train(
         self, state: TrainState, frozen: Variables, batch: PyTree, lr: Scalar
@@ -134,12 +136,33 @@ class StepFunctions:
             losses = self.losses(variables, batch, key=None, train=False)
         return {"loss": losses.loss, **losses.metrics}
 
+    def derive_for_training(
+        self, state: TrainState, frozen: Variables, batch: PyTree, index: Scalar
+    ) -> PyTree:
+        """Computes what completes micro-batch `index` of a step, with its random draws."""
+        assert self.derive is not None
+        with use(self.sharding):
+            variables = {**frozen, **state.buffers, **state.trainable}
+            return self.derive(variables, batch, key=self._key(state, index), train=True)
+
+    def derive_for_validation(
+        self, trainable: Variables, buffers: Variables, frozen: Variables, batch: PyTree
+    ) -> PyTree:
+        """Computes what completes a validation batch."""
+        assert self.derive is not None
+        with use(self.sharding):
+            variables = {**frozen, **buffers, **trainable}
+            return self.derive(variables, batch, key=None, train=False)
+
+    def _key(self, state: TrainState, index: Scalar) -> jax.Array:
+        """One key per micro-batch; the network folds in each example's index in the batch."""
+        return jax.random.fold_in(jax.random.key(self.seed), state.step * self.accumulate + index)
+
     def micro(
         self, state: TrainState, buffers: Variables, frozen: Variables, batch: PyTree, index: Scalar
     ) -> MicroSums:
         """Computes the gradients and loss sums of micro-batch `index` of a step."""
-        # one key per micro-batch; the network folds in each example's index in the global batch
-        key = jax.random.fold_in(jax.random.key(self.seed), state.step * self.accumulate + index)
+        key = self._key(state, index)
 
         def objective(trainable: Variables) -> tuple[jax.Array, StepLosses]:
             variables = {**frozen, **buffers, **trainable}

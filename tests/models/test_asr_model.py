@@ -215,7 +215,7 @@ def test_fewer_labels_per_frame_as_asked(tmp_path):
         tmp_path / "older.nemo",
         lambda c: {**c, "decoding": {"strategy": "greedy", "greedy": {"max_symbols_per_step": 1}}},
     )
-    assert slm.models.ASRModel.from_pretrained(older)._max_symbols == 1
+    assert slm.models.ASRModel.from_pretrained(older)._limits["max_symbols"] == 1
 
 
 def test_what_only_training_reads_is_accepted_and_reported(tmp_path):

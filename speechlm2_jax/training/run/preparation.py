@@ -19,6 +19,7 @@ from speechlm2_jax.training.intervals import Intervals
 from speechlm2_jax.training.optimizer import AdamWConfig, Optimizer, read_optimizer
 from speechlm2_jax.training.programs import Programs
 from speechlm2_jax.training.protocol import (
+    CompletesBatches,
     DataSource,
     ModelOutline,
     TrainableModel,
@@ -114,9 +115,11 @@ class Setup:
             seed=self.config.seed,
             accumulate=self.config.accumulate_grad_batches,
             nemo_exact=model.nemo_exact,
+            derive=model.derive if isinstance(model, CompletesBatches) else None,
         )
         compiling = partial(self.throughput.measure, "compiling")
-        return Programs(functions, self.layout, compiling=compiling, planned=planned)
+        complete = model.complete if isinstance(model, CompletesBatches) else None
+        return Programs(functions, self.layout, compiling, planned, complete)
 
     def prepare_data(self, model: ModelOutline, datamodule: DataSource, groups: int) -> None:
         """Plans the batch shapes. Raises SettingsError if the mesh does not fit `groups`."""
