@@ -45,7 +45,7 @@ class Llm:
         table = decoder_table(self.config)
         loaded = mapping.load(open_weights(directory), table, describe(module))
         self.variables: Variables = {path: jnp.asarray(value) for path, value in loaded.items()}
-        self._for_decode = LayerViews("")(self.graphdef, self.variables)
+        self.for_decode = LayerViews("")(self.graphdef, self.variables)
 
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
@@ -54,18 +54,21 @@ class Llm:
     def generate(self, ids: np.ndarray, new: int) -> np.ndarray:
         """Generates exactly `new` tokens after prompts [B, T]; greedy."""
         config = DecodingConfig(max_new_tokens=new, stop_ids=(), pad_id=0)
-        state = prefill(self.graphdef, self.variables, ids, config)
-        return np.asarray(decode(self.graphdef, self._for_decode, state, config))
+        lengths = jnp.full(len(ids), ids.shape[1], jnp.int32)
+        state = prefill(self.graphdef, self.variables, ids, lengths, config)
+        return np.asarray(decode(self.graphdef, self.for_decode, state, config))
 
 
 @partial(jax.jit, static_argnames=("graphdef", "config"))
-def prefill(graphdef: Any, variables: Variables, ids: jax.Array, config: DecodingConfig) -> Any:
-    """Runs the prompts and chooses the first tokens."""
+def prefill(
+    graphdef: Any, variables: Variables, ids: jax.Array, lengths: jax.Array, config: DecodingConfig
+) -> Any:
+    """Runs prompts [B, T] of `lengths` [B], padded on the right, and chooses the first tokens."""
     decoder: Decoder = merge_layers(graphdef, variables)
     prompts = Prompts(
         embeds=decoder.embed(ids),
-        lengths=jnp.full(len(ids), ids.shape[1], jnp.int32),
-        attention_mask=jnp.ones(ids.shape, bool),
+        lengths=lengths,
+        attention_mask=jnp.arange(ids.shape[1])[None] < lengths[:, None],
     )
     return loops.prefill(decoder, prompts, config)
 
