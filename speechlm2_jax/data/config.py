@@ -1,16 +1,12 @@
 """Settings of data: NeMo's keys, with the meaning they have here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from speechlm2_jax.data.input_config import InputConfig, ManifestPaths, Paths, SharPath, TarPaths
 from speechlm2_jax.settings import Refusal
 
-Paths = str | tuple[str, ...]
-ManifestPaths = str | tuple[str | tuple[str, ...] | tuple[str, float], ...]
-"""A path; paths; or NeMo's `[[a], [b]]`, of which all or none may have a weight: `[a, 2]`."""
-SharPath = str | tuple[str | tuple[str, float], ...] | Mapping[str, Paths]
-"""A folder; folders, all or none with a weight; or the files of each field, `cuts` among them."""
 _SWITCHES = {
     "concatenate_samples": (
         "concatenate_gap_seconds",
@@ -40,34 +36,6 @@ _SWITCHES = {
     ),
 }
 """NeMo's keys that switch on something refused -> keys that only configure it."""
-_LATER = "this data format is not read; convert it to a NeMo manifest, Lhotse cuts or SHAR"
-
-READ_TYPES = (
-    "lhotse_as_conversation",
-    "lhotse",
-    "lhotse_shar",
-    "nemo",
-    "multimodal_conversation",
-    "group",
-)
-UNREAD_TYPES = (
-    "nemo_tarred",
-    "share_gpt",
-    "share_gpt_webdataset",
-    "txt",
-    "txt_jsonl",
-    "txt_pair",
-    "nemo_sft_jsonl",
-    "parquet",
-    "sqa_as_conversation",
-    "s2s_as_conversation",
-    "s2s_duplex_overlap_as_s2s_duplex",
-    "s2s_duplex_reverse_role",
-    "lhotse_magpietts_data_as_continuation",
-    "nemo_tarred_to_duplex",
-    "multi_speaker_simulator",
-)
-"""NeMo's other types, refused by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,93 +49,6 @@ class DataConfig:
     REFUSED: ClassVar[Mapping[str, Refusal]] = {
         "predict_ds": "use evaluate.py for inference on recordings",
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class InputConfig:
-    """One entry of `input_cfg`: a manifest, or a group of entries."""
-
-    type: str = "lhotse_as_conversation"
-    cuts_path: Paths | None = None
-    manifest_filepath: ManifestPaths | None = None
-    """A path; several, `[a, b]` or NeMo's `[[a], [b]]`; or with weights, `[[a, 2], [b, 1]]`."""
-    shar_path: SharPath | None = None
-    """A folder; folders, or [folder, weight] pairs; or the files of each field, as Lhotse has it:
-    `cuts`, `recording` and, of duplex data, `target_audio`."""
-    input_cfg: "str | tuple[InputConfig, ...] | None" = None
-    """The entries of a group, or the path of a YAML file with them."""
-    weight: float | None = None
-    """Share of this entry among its neighbours; given to all of them or to none."""
-    tags: Mapping[str, object] = field(default_factory=dict)
-    """Fields for every conversation of the entry, before the manifest's own; `context` opens the
-    user's turn and `system_prompt` the dialog. Those of a group are fields alone, as in NeMo."""
-    audio_locator_tag: str | None = None
-    token_equivalent_duration: float | None = None
-    text_field: str | None = None
-    shard_seed: int | str | None = None
-    """Of the order of SHAR's shards, where it is not the data set's."""
-
-    IGNORED: ClassVar[Mapping[str, str]] = {
-        "lang_field": "the language of a transcript plays no part in the prompt",
-        "shuffle": "order is the data set's: set train_ds.shuffle",
-        "max_open_streams": "every manifest is read once, at start-up",
-        "force_finite": "validation is finite and training is not",
-        "metadata_only": "manifests are read without their audio",
-        "slice_length": "order is shuffled over whole manifests",
-    }
-    REFUSED: ClassVar[Mapping[str, Refusal]] = {
-        "tarred_audio_filepaths": _LATER,
-        "extra_fields": "write the fields into the manifest",
-        "paths": _LATER,
-        "data_dir": _LATER,
-        "skip_missing_manifest_entries": "only tarred data has such entries",
-    }
-
-    def __post_init__(self) -> None:
-        if self.type in UNREAD_TYPES:
-            raise ValueError(f"type {self.type!r}: {_LATER}")
-        if self.type not in READ_TYPES:
-            raise ValueError(f"unknown type {self.type!r}; expected one of {', '.join(READ_TYPES)}")
-        sources = [self.cuts_path, self.manifest_filepath, self.shar_path, self.input_cfg]
-        if sum(bool(s) for s in sources) != 1:
-            raise ValueError(
-                "give exactly one of cuts_path, manifest_filepath, shar_path (or, for a group, "
-                "input_cfg)"
-            )
-        if (self.type == "group") != (self.input_cfg is not None):
-            raise ValueError("input_cfg inside input_cfg goes with type: group")
-        if self.weight is not None and self.weight <= 0:
-            raise ValueError(f"weight must be positive, got {self.weight}")
-        self._check_paths()
-
-    def _check_paths(self) -> None:
-        if isinstance(self.shar_path, Mapping) and not self.shar_path.get("cuts"):
-            raise ValueError("shar_path: the files of `cuts` are missing among its fields")
-        key = "manifest_filepath" if self.shar_path is None else "shar_path"
-        weights = [weight for _, weight in self.weighted]
-        if weights and len(weights) != len(getattr(self, key) or ()):
-            raise ValueError(f"{key}: give a weight to every path or to none")
-        if weights and not min(weights) > 0:
-            raise ValueError(f"{key}: weights must be positive, got {weights}")
-
-    @property
-    def weighted(self) -> tuple[tuple[str, float], ...]:
-        """The paths that have a weight of their own (`[[path, weight], ...]`), and it."""
-        paths = self.manifest_filepath if self.shar_path is None else self.shar_path
-        pairs = paths if isinstance(paths, tuple) else ()
-        return tuple(
-            (str(one[0]), float(one[1]))
-            for one in pairs
-            if isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], int | float)
-        )
-
-    @property
-    def manifests(self) -> tuple[str, ...]:
-        """The paths of `cuts_path` or `manifest_filepath`, one after another."""
-        paths = self.cuts_path or self.manifest_filepath or ()
-        listed = (paths,) if isinstance(paths, str) else paths
-        nested = [(one,) if isinstance(one, str) else one for one in listed]
-        return tuple(str(path) for one in nested for path in one if isinstance(path, str))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +66,10 @@ class LoaderConfig:
     """Entries, or the path of a YAML file with them."""
     cuts_path: Paths | None = None
     manifest_filepath: ManifestPaths | None = None
+    tarred_audio_filepaths: TarPaths | None = None
+    """Of `manifest_filepath`: the tars with its recordings."""
+    skip_missing_manifest_entries: bool = False
+    """Of tars: leaves out members without a row, and rows without a member."""
     shar_path: SharPath | None = None
     reweight_temperature: float | tuple[float, ...] | None = None
     """Exponent of the weights, one for all levels of groups or one for each."""
@@ -221,6 +106,9 @@ class LoaderConfig:
     num_workers: int = 1
     """Threads that read audio ahead."""
 
+    ALIASES: ClassVar[Mapping[str, str]] = {
+        "tarred_random_access": "skip_missing_manifest_entries",
+    }
     IGNORED: ClassVar[Mapping[str, str]] = {
         "shuffle_buffer_size": "order is shuffled over the whole of the data",
         "bucket_buffer_size": "buckets are filled from the whole of the data",
@@ -243,11 +131,8 @@ class LoaderConfig:
         },
         "persistent_workers": "workers are threads",
         "prefetch_factor": "reading ahead follows num_workers",
-        "skip_missing_manifest_entries": "only tarred data has such entries",
-        "tarred_random_access": "only tarred data has such entries",
     }
     REFUSED: ClassVar[Mapping[str, Refusal]] = {
-        "tarred_audio_filepaths": _LATER,
         "multi_config": "give one data set, its sources as input_cfg with weights",
         "sampler_fusion": ("give one data set, its sources as input_cfg", "round_robin"),
         "sampler_weights": "give one data set, its sources as input_cfg with weights",

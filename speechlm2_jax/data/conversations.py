@@ -1,32 +1,20 @@
 """Conversations of text and audio turns, before any tokenizer: the result of every reader."""
 
 import functools
-import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from speechlm2_jax.data.audio import AudioError, check_samples, read_audio, resample
-from speechlm2_jax.data.audio_files import open_binary
+from speechlm2_jax.data.audio_location import AudioLocation, ParquetCell
 from speechlm2_jax.data.lhotse_types import Cut
 from speechlm2_jax.data.prompts import Prompt
 
 DEFAULT_LOCATOR_TAG = "<|audioplaceholder|>"
-
-
-class _ArchiveMember(io.BytesIO):
-    """Bytes that errors can name."""
-
-    def __init__(self, data: bytes, *, name: str) -> None:
-        super().__init__(data)
-        self._name = name
-
-    def __str__(self) -> str:
-        return self._name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +32,10 @@ class AudioClip:
     """Whether the file may be longer than `duration_s`."""
     byte_range: tuple[int, int] | None = None
     """First byte and size of the recording inside `path`, a tar; None: the whole file."""
+    silence_s: float = 0.0
+    """How much of `duration_s`, at its end, is silence that no file has."""
+    cell: ParquetCell | None = None
+    """Of a recording that is a value in `path`, a Parquet file."""
     cut: Cut | None = None
     """A Lhotse cut that only Lhotse can load (mixed, augmented or in memory)."""
 
@@ -53,24 +45,28 @@ class AudioClip:
 
     def load(self, sample_rate_hz: int) -> Float[np.ndarray, " S"]:
         """Reads the clip at the rate asked for. Raises AudioError for one that cannot be used."""
+        if self.silence_s:
+            return self._load_before_silence(sample_rate_hz)
         wave = self._load_cut(self.cut, sample_rate_hz) if self.cut else self._read(sample_rate_hz)
         # resampling rounds, and manifests round durations: a plan must hold all the same
         return wave[: self.samples(sample_rate_hz)]
 
+    def _load_before_silence(self, sample_rate_hz: int) -> np.ndarray:
+        wave, samples = np.zeros(0, np.float32), self.samples(sample_rate_hz)
+        if self.duration_s > self.silence_s:
+            recorded_s = self.duration_s - self.silence_s
+            wave = replace(self, silence_s=0.0, duration_s=recorded_s).load(sample_rate_hz)
+        return np.pad(wave[:samples], (0, max(samples - len(wave), 0)))
+
     def _read(self, sample_rate_hz: int) -> np.ndarray:
         return read_audio(
-            self.path if self.byte_range is None else self._member(*self.byte_range),
+            AudioLocation(self.path, self.byte_range, self.cell).source(self.id),
             sample_rate_hz=sample_rate_hz,
             offset_s=self.offset_s,
             duration_s=self.duration_s,
             channel=self.channel,
             is_segment=self.is_segment,
         )
-
-    def _member(self, start: int, size: int) -> io.BytesIO:
-        with open_binary(self.path) as file:
-            file.seek(start)
-            return _ArchiveMember(file.read(size), name=f"{self.id} in {self.path}")
 
     def _load_cut(self, cut: Cut, sample_rate_hz: int) -> np.ndarray:
         try:
@@ -80,6 +76,11 @@ class AudioClip:
             raise AudioError(f"cut {self.id}: {reason}", cause="unreadable") from error
         mono = check_samples(wave.mean(axis=0), f"cut {self.id}")
         return resample(mono, cut.sampling_rate, sample_rate_hz)
+
+
+def silent_clip(name: str, duration_s: float) -> AudioClip:
+    """Silence, without a file."""
+    return AudioClip(id=name, path="", duration_s=duration_s, silence_s=duration_s)
 
 
 @runtime_checkable

@@ -1,9 +1,11 @@
 """Lhotse cuts as conversations. Lhotse is imported only where it reads."""
 
-from collections.abc import Iterator
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from speechlm2_jax.data.conversations import AudioClip, Conversation
 from speechlm2_jax.data.json_lines import json_lines
@@ -11,9 +13,12 @@ from speechlm2_jax.data.lhotse_types import Cut
 from speechlm2_jax.data.manifest_options import ManifestOptions, conversation_of_recording
 from speechlm2_jax.data.manifest_values import located, mapping, seconds
 from speechlm2_jax.data.paths import Finder, local_file
+from speechlm2_jax.data.spoken_dialogs import UnknownSpeakerError, dialog_of_cut
 from speechlm2_jax.settings import SettingsError
 
 _YAML = (".yaml", ".yml")
+_NAMED = 3
+_log = logging.getLogger(__name__)
 
 
 def read_cuts(path: str | Path, fields: tuple[str, ...] = ()) -> Iterator[tuple[str, Cut]]:
@@ -63,13 +68,68 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
         yield where, cut
 
 
+class LocatedCut(NamedTuple):
+    """A cut, and where its recording is."""
+
+    where: str
+    """The words that name its place."""
+    cut: Cut
+    clip: Callable[[], AudioClip]
+    shard: int = 0
+
+
+def conversations_of_cuts(
+    cuts: Iterator[LocatedCut], options: ManifestOptions, name: str
+) -> Iterator[Conversation]:
+    """Cuts as conversations: the recording, and the text of the first supervision as the response.
+
+    With `options.roles` each supervision is a turn, and cuts of other speakers are left out. The
+    log tells of these, and of cuts with several supervisions that are read as one; `name` is the
+    manifest.
+    """
+    several, unknown = Counter[str](), Counter[str]()
+    for where, cut, clip, shard in cuts:
+        with located(where):
+            try:
+                made = conversation_of_cut(cut, clip(), options, where=where, shard=shard)
+            except UnknownSpeakerError as error:
+                unknown[f"{error} in {where}"] += 1
+                continue
+        if options.roles is None and len(cut.supervisions) > 1:
+            several[where] += 1
+        yield made
+    if several:
+        _log.warning(
+            "%s: %d cuts have several supervisions, of which the first alone is the response; "
+            "dialogs are read by type: s2s_as_conversation (%s)",
+            *(name, several.total(), _first(several)),
+        )
+    if unknown:
+        _log.warning(
+            "%s: %d dialogs are left out, as a speaker is neither in input_roles nor in "
+            "output_roles: %s",
+            *(name, unknown.total(), _first(unknown)),
+        )
+
+
+def _first(names: Counter[str]) -> str:
+    return ", ".join([*names][:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+
+
 def conversation_of_cut(
     cut: Cut, clip: AudioClip, options: ManifestOptions, *, where: str, shard: int = 0
 ) -> Conversation:
-    """A cut as a conversation: its recording, and the text of its first supervision as response."""
-    response = cut.supervisions[0].text if cut.supervisions else None
-    custom = getattr(cut, "custom", None) or {}
-    made = conversation_of_recording(str(cut.id), clip, response, custom, options, where=where)
+    """A cut as a conversation: its recording, and the text of its first supervision as response.
+
+    With `options.roles` each supervision is a turn. Raises UnknownSpeakerError for a speaker who
+    has no role.
+    """
+    if options.roles is not None:
+        made = dialog_of_cut(cut, clip, options, options.roles, where=where)
+    else:
+        response = cut.supervisions[0].text if cut.supervisions else None
+        custom, name = getattr(cut, "custom", None) or {}, str(cut.id)
+        made = conversation_of_recording(name, clip, response, custom, options, where=where)
     return replace(made, shard=shard)
 
 

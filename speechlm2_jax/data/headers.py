@@ -4,24 +4,30 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from speechlm2_jax.data.audio import AudioError, audio_length
+from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.manifest_values import MAX_SECONDS
 
 _THREADS = 8
 
 
-def file_duration_s(path: str) -> float | None:
+def file_duration_s(location: AudioLocation) -> float | None:
     """Seconds of a recording; None if it is missing, damaged, empty or absurdly long."""
     try:
-        duration_s = audio_length(path).duration_s
+        seconds = audio_length(location.source("a recording")).duration_s
     except AudioError:
         return None
-    return duration_s if 0 < duration_s < MAX_SECONDS else None
+    return seconds if 0 < seconds < MAX_SECONDS else None
 
 
-def file_durations_s(paths: Iterable[str]) -> dict[str, float | None]:
-    """The same of several files, each read once, by path."""
-    once = sorted(set(paths))
+def file_durations_s(locations: Iterable[AudioLocation]) -> dict[AudioLocation, float | None]:
+    """The same of several recordings, each read once."""
+    once = sorted(set(locations), key=_order)
     if len(once) < 2:
-        return {path: file_duration_s(path) for path in once}
+        return {location: file_duration_s(location) for location in once}
     with ThreadPoolExecutor(min(_THREADS, len(once)), thread_name_prefix="headers") as pool:
         return dict(zip(once, pool.map(file_duration_s, once), strict=True))
+
+
+def _order(location: AudioLocation) -> tuple[object, ...]:
+    """So that files are read from front to end."""
+    return location.path, location.byte_range or (), location.cell or ()

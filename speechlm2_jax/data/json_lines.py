@@ -41,13 +41,27 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank. Raises SettingsError for a damaged file."""
+def text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Each line of a text file without its end, blank ones too, with the words that name it.
+
+    A file is decompressed as in `json_lines`. Raises SettingsError, naming the line, for text that
+    is not UTF-8, and naming the file for one that is damaged.
+    """
+    for number, line in _numbered(path, with_blank=True):
+        where = f"{path} line {number}"
+        try:
+            yield where, decode_text(line)
+        except SettingsError as error:
+            raise SettingsError(f"{where}: {error}") from None
+
+
+def _numbered(path: Path, *, with_blank: bool = False) -> Iterator[tuple[int, bytes]]:
+    """The lines, or those that are not blank. Raises SettingsError for a damaged file."""
     number = 0
     try:
         with _opened(path) as file:
             for number, line in enumerate(_lines(file), start=1):
-                if line.removeprefix(codecs.BOM_UTF8).strip():
+                if with_blank or line.removeprefix(codecs.BOM_UTF8).strip():
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:
         reason = " ".join(str(error).split())

@@ -33,10 +33,13 @@ if TYPE_CHECKING:
     class Supervision(Protocol):
         """One turn: its speaker, text and times."""
 
+        id: str
         speaker: str | None
+        channel: int | list[int]
         start: float
         end: float
         text: str | None
+        custom: dict[str, Any] | None
 
     class Cut(Protocol):
         """A stretch of a recording, with its supervisions."""
@@ -50,11 +53,15 @@ if TYPE_CHECKING:
         custom: dict[str, Any]
         supervisions: Sequence[Supervision]
 
+        def truncate(self, *, offset: float, duration: float) -> "Cut":
+            """The same of a stretch."""
+            ...
+
         def load_audio(self) -> np.ndarray:
             """Samples [C, S]."""
             ...
 
 else:
-    Cut = Recording = object
+    Cut = Recording = Supervision = object
 
-__all__ = ["Cut", "Recording"]
+__all__ = ["Cut", "Recording", "Supervision"]

@@ -1,6 +1,6 @@
 """How the rows of one manifest become conversations, whatever its format."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,20 @@ from speechlm2_jax.data.conversations import (
     Conversation,
     TextTurn,
 )
-from speechlm2_jax.data.manifest_values import text
+from speechlm2_jax.data.manifest_values import missing_key, text
+from speechlm2_jax.settings import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeakerRoles:
+    """Whose the supervisions of a dialog are, and how its texts are cleaned."""
+
+    users: Sequence[str] = ("user", "User")
+    """Speakers whose recordings are the user's turns, spelt exactly so."""
+    assistants: Sequence[str] = ("assistant", "Assistant", "agent", "Agent")
+    """Speakers whose texts are the responses."""
+    strips_timestamps: bool = True
+    """Removes `<|12|>`, and makes every run of white space one space."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +38,17 @@ class ManifestOptions:
     text_field: str = "text"
     channel: int | None = None
     """Channel of recordings with several, where the manifest does not choose; None: the mean."""
+    with_question: bool = False
+    """Whether fields `question` and "answer" are the user's text and the response, as in NeMo's
+    `sqa_as_conversation`."""
+    roles: SpeakerRoles | None = None
+    """Of cuts that are dialogs, a supervision for each turn; None: one recording and its text."""
+    question_role: str = "user"
+    """Of a question before a pair of texts: `system` in NeMo's llama2, where it is no user's."""
+    seed: int = 0
+    """Of what is drawn, as the questions of pairs of texts."""
+    skip_missing: bool = False
+    """Of tars: leaves out members without a row, and rows without a member."""
 
     def all_fields(self, own: Mapping[str, object]) -> dict[str, Any]:
         """The fields of a conversation whose row has some of its own."""
@@ -42,13 +66,14 @@ def conversation_of_recording(
 ) -> Conversation:
     """A recording as a conversation: context if any, the audio, and its text as the response.
 
-    Raises SettingsError if context, system prompt or response is not text.
+    Raises SettingsError if context, system prompt or response is not text, and with
+    `with_question` if the question or its response is missing.
     """
     fields = options.all_fields(own)
-    turns: list[TextTurn | AudioTurn] = []
-    for key, role in (("system_prompt", "system"), ("context", "user")):
-        if fields.get(key) is not None:
-            turns.append(TextTurn(role=role, text=text(fields[key], key)))
+    turns: list[TextTurn | AudioTurn] = [*opening_turns(fields)]
+    if options.with_question:
+        turns.append(TextTurn(role="user", text=_required(fields, "question")))
+        response = _required(fields, "answer")
     turns.append(AudioTurn(role="user", clip=clip, locator_tag=options.locator_tag))
     if response is not None:
         turns.append(TextTurn(role="assistant", text=text(response, options.text_field)))
@@ -59,3 +84,16 @@ def conversation_of_recording(
         fields=fields,
         where=where,
     )
+
+
+def opening_turns(fields: Mapping[str, object]) -> Iterator[TextTurn]:
+    """The turns that open a dialog by its fields: `system_prompt`, and `context` of the user."""
+    for key, role in (("system_prompt", "system"), ("context", "user")):
+        if fields.get(key) is not None:
+            yield TextTurn(role=role, text=text(fields[key], key))
+
+
+def _required(fields: Mapping[str, object], key: str) -> str:
+    if fields.get(key) is None:
+        raise SettingsError(missing_key(fields, key))
+    return text(fields[key], key)

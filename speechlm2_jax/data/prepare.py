@@ -13,8 +13,9 @@ from jaxtyping import Bool, Int, Real
 
 from speechlm2_jax.batches import FrameCount
 from speechlm2_jax.data.bucketing import Measures, Members, Shape, describe, plan_buckets
-from speechlm2_jax.data.config import DataConfig, InputConfig, LoaderConfig
+from speechlm2_jax.data.config import DataConfig, LoaderConfig
 from speechlm2_jax.data.conversations import AnyConversation
+from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.outliers import find_outliers
 from speechlm2_jax.data.sampler import Sampler
 from speechlm2_jax.data.sources import Source

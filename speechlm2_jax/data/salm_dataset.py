@@ -8,15 +8,14 @@ import numpy as np
 
 from speechlm2_jax.batches import FrameCount, SalmExample
 from speechlm2_jax.data.audio import AudioError
-from speechlm2_jax.data.config import DataConfig, DataLoaderConfig, InputConfig
+from speechlm2_jax.data.config import DataConfig, DataLoaderConfig
 from speechlm2_jax.data.conversations import DEFAULT_LOCATOR_TAG, Conversation
+from speechlm2_jax.data.entry_readers import read_entry
+from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.padding import pad_left, pad_right
-from speechlm2_jax.data.paths import expand_shards
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
-from speechlm2_jax.data.readers import read_manifest
 from speechlm2_jax.data.salm_contents import SalmContents, measure, placeholder_id
-from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.settings import SettingsError
 
@@ -68,11 +67,13 @@ class SALMDataset:
             tags=entry.tags,
             text_field=entry.text_field or config.text_field,
             channel=channel if isinstance(channel, int) else None,
+            question_role="system" if config.prompt_format == "llama2" else "user",
+            seed=_seed(entry, config),
+            skip_missing=config.skip_missing_manifest_entries
+            if entry.skip_missing_manifest_entries is None
+            else entry.skip_missing_manifest_entries,
         )
-        if entry.shar_path is not None:
-            return list(read_shar(entry.shar_path, options))
-        paths = expand_shards(entry.manifests)
-        return [c for path in paths for c in read_manifest(path, options)]
+        return list(read_entry(entry, options))
 
     def contents(
         self,
@@ -177,6 +178,12 @@ class SALMDataset:
                 yield conversation, self.example(conversation, self.sample_rate)
             except AudioError:
                 continue
+
+
+def _seed(entry: InputConfig, config: DataLoaderConfig) -> int:
+    """Of what a reader draws: the nearest integer; words give 0, as hosts must agree."""
+    given = (entry.shard_seed, config.shard_seed, config.seed)
+    return next((one for one in given if isinstance(one, int)), 0)
 
 
 def _encode_all(

@@ -5,28 +5,30 @@ bytes are. A recording that is not packed is read from the path in its manifest.
 Any other field is a file of JSON lines, one for each cut, whose values belong to the cuts.
 """
 
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from speechlm2_jax.data.config import Paths, SharPath
 from speechlm2_jax.data.conversations import AudioClip, Conversation
 from speechlm2_jax.data.cuts import (
+    LocatedCut,
     channel_of_cut,
     clip_of_cut,
-    conversation_of_cut,
+    conversations_of_cuts,
     read_cuts,
     stretch_of_cut,
 )
+from speechlm2_jax.data.input_config import Paths, SharPath
 from speechlm2_jax.data.json_lines import json_lines
 from speechlm2_jax.data.lhotse_types import Cut, Recording
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.manifest_values import located
 from speechlm2_jax.data.paths import expand_shards, local_file, local_folder
+from speechlm2_jax.data.tars import tar_members
 from speechlm2_jax.settings import SettingsError
 
 CUTS, RECORDING = "cuts", "recording"
@@ -96,14 +98,19 @@ class _Shard:
 
 def read_shar(shar: SharPath | Path, options: ManifestOptions) -> Iterator[Conversation]:
     """Reads SHAR: one folder or several, or the files of each field (`cuts`, `recording`)."""
-    for one in shar_cuts(shar, (RECORDING,)):
-        with located(one.where):
-            cut, recording = one.cut, getattr(one.cut, "recording", None)
-            channel = options.channel if recording is None else channel_of_cut(cut, options.channel)
-            clip = one.packed[0].clip(cut, recording, channel=channel, number=one.number)
-            clip = clip or clip_of_cut(cut, options.channel)
-            conversation = conversation_of_cut(cut, clip, options, where=one.where, shard=one.shard)
-        yield conversation
+    cuts = (
+        LocatedCut(one.where, one.cut, partial(_clip, one, options.channel), one.shard)
+        for one in shar_cuts(shar, (RECORDING,))
+    )
+    yield from conversations_of_cuts(cuts, options, "SHAR")
+
+
+def _clip(one: SharCut, setting: int | None) -> AudioClip:
+    """The recording of a cut, packed or in a file."""
+    cut, recording = one.cut, getattr(one.cut, "recording", None)
+    channel = setting if recording is None else channel_of_cut(cut, setting)
+    clip = one.packed[0].clip(cut, recording, channel=channel, number=one.number)
+    return clip or clip_of_cut(cut, setting)
 
 
 def shar_cuts(shar: SharPath | Path, fields: tuple[str, ...]) -> Iterator[SharCut]:
@@ -231,12 +238,8 @@ def _missing(tar: Path) -> PackedRecordings:
 def _packed(tar: Path) -> PackedRecordings:
     """Where each recording of a tar is, by its name without suffix."""
     members: dict[str, list[tuple[int, int]]] = {}
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                name, _, suffix = member.name.rpartition(".")
-                if member.isfile() and suffix not in _NO_AUDIO:
-                    members.setdefault(name, []).append((member.offset_data, member.size))
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise SettingsError(f"{tar}: not a tar archive ({error})") from error
+    for member in tar_members(tar):
+        name, _, suffix = member.name.rpartition(".")
+        if suffix not in _NO_AUDIO:
+            members.setdefault(name, []).append((member.start, member.size))
     return PackedRecordings(absence=f"{tar}: not in this tar", tar=str(tar), members=members)

@@ -5,8 +5,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from speechlm2_jax.data.config import InputConfig, LoaderConfig
+from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.input_config import (
+    DEFAULT_TYPE,
+    ENDLESS_TYPES,
+    GROUP,
+    PLAIN_TYPES,
+    SOURCES,
+    InputConfig,
+    own_keys,
+)
 from speechlm2_jax.data.paths import is_file, local_file
 from speechlm2_jax.settings import SettingsError, build, parse_yaml, read_text, resolve
 
@@ -74,6 +83,10 @@ def _entries_of(config: LoaderConfig, where: str) -> tuple[InputConfig, ...]:
         raise SettingsError(
             f"{where}: give exactly one of input_cfg, cuts_path, manifest_filepath, shar_path"
         )
+    if config.tarred_audio_filepaths is not None:
+        given["tarred_audio_filepaths"] = config.tarred_audio_filepaths
+        if config.input_cfg is not None:
+            raise SettingsError(f"{where}.tarred_audio_filepaths: give it in the entry")
     if given:
         return (build(InputConfig, given, where),)
     entries = _listed(config.input_cfg or (), Path.cwd(), ())
@@ -136,14 +149,40 @@ def _flatten(
         if config.input_cfg is None:
             place = f"{where}.{i}"
             entries += _parts(_Entry(config=config, where=place, share=part, group_tags=tags))
-        else:
-            assert not isinstance(config.input_cfg, str), "files were read before"
-            inside = [_inherit(child, config) for child in config.input_cfg]
+            continue
+        place = f"{where}.{i}.input_cfg"
+        inside = [_inherit(child, config) for child in _inside(config)]
+        outer_first = tags
+        if config.type == GROUP:
             outer_first = {**config.tags, **tags}
-            entries += _flatten(
-                inside, f"{where}.{i}.input_cfg", part, temperatures[1:], outer_first
-            )
+        else:
+            inside = [_as_type_of(config, child, f"{place}.{n}") for n, child in enumerate(inside)]
+        entries += _flatten(inside, place, part, temperatures[1:], outer_first)
     return entries
+
+
+def _as_type_of(outer: InputConfig, child: InputConfig, where: str) -> InputConfig:
+    """An entry inside one that is no group: read as the outer type, whose tags go before its own.
+
+    As in NeMo, they are attached before the recording becomes a conversation, so a context opens
+    the user's turn. Raises SettingsError for an entry of another type than recordings.
+    """
+    if child.type == "parquet" and outer.type == DEFAULT_TYPE:
+        return replace(child, tags={**child.tags, **outer.tags})
+    if child.type not in (GROUP, DEFAULT_TYPE, *PLAIN_TYPES):
+        raise SettingsError(
+            f"{where}.type: {child.type!r} cannot be read as {outer.type!r}; give one of "
+            f"{', '.join(PLAIN_TYPES)}, or list it outside"
+        )
+    tags = {**child.tags, **outer.tags}
+    own = {key: getattr(outer, key) for key in own_keys(outer.type)}
+    if child.input_cfg is None:
+        return replace(child, type=outer.type, tags=tags, **own)
+    around = replace(outer, tags=tags)
+    inside = tuple(
+        _as_type_of(around, one, f"{where}.input_cfg.{n}") for n, one in enumerate(_inside(child))
+    )
+    return replace(child, tags={}, input_cfg=inside)
 
 
 def _parts(entry: _Entry) -> list[_Entry]:
@@ -151,19 +190,32 @@ def _parts(entry: _Entry) -> list[_Entry]:
     config = entry.config
     key = "shar_path" if config.shar_path is not None else "manifest_filepath"
     total = sum(weight for _, weight in config.weighted)
+    if config.tarred_audio_filepaths is None:
+        changes = [{key: path} for path, _ in config.weighted]
+    else:
+        changes = [
+            {key: path, "tarred_audio_filepaths": tars}
+            for (path, _), (_, tars) in zip(config.weighted, config.tarred, strict=False)
+        ]
     return [
         replace(
             entry,
-            config=replace(config, **{key: path}),
+            config=replace(config, **change),
             share=entry.share * weight / total,
         )
-        for path, weight in config.weighted
+        for change, (_, weight) in zip(changes, config.weighted, strict=True)
     ] or [entry]
 
 
 def _inherit(child: InputConfig, group: InputConfig) -> InputConfig:
     """A group's settings hold for its entries; the nearer one wins."""
-    names = ("audio_locator_tag", "token_equivalent_duration", "text_field", "shard_seed")
+    names = (
+        "audio_locator_tag",
+        "token_equivalent_duration",
+        "text_field",
+        "shard_seed",
+        "skip_missing_manifest_entries",
+    )
     missing = {n: getattr(group, n) for n in names if getattr(child, n) is None}
     return replace(child, **missing)
 
@@ -193,8 +245,10 @@ def _temperatures(config: LoaderConfig, configs: Sequence[InputConfig]) -> list[
 
 
 def _is_endless(config: InputConfig) -> bool:
-    is_stream = config.shar_path is not None or config.type == "multimodal_conversation"
-    return is_stream or isinstance(config.manifest_filepath, tuple)
+    """As NeMo repeats it: what is packed, texts, and mixtures."""
+    is_packed = config.shar_path is not None or config.tarred_audio_filepaths is not None
+    is_mixed = isinstance(config.manifest_filepath, tuple)
+    return is_packed or is_mixed or config.type in ENDLESS_TYPES
 
 
 def _shard_seed(entry: InputConfig, config: LoaderConfig) -> int | None:
@@ -204,7 +258,7 @@ def _shard_seed(entry: InputConfig, config: LoaderConfig) -> int | None:
 
 
 def _name(config: InputConfig) -> str:
-    path = config.cuts_path or config.manifest_filepath or config.shar_path
+    path = next(found for key in SOURCES[config.type] if (found := getattr(config, key)))
     path = path["cuts"] if isinstance(path, Mapping) else path
     return str(path if isinstance(path, str) else (path or ("",))[0])
 

@@ -4,7 +4,14 @@
 result into a dataclass and refuses what it does not know; `to_plain` is its inverse.
 """
 
-from speechlm2_jax.settings.build import Refusal, build, defaults, ignored_report, to_plain
+from speechlm2_jax.settings.build import (
+    Refusal,
+    build,
+    defaults,
+    ignored_report,
+    report_ignored,
+    to_plain,
+)
 from speechlm2_jax.settings.command_line import (
     CompileAhead,
     TrainCommand,
@@ -12,7 +19,7 @@ from speechlm2_jax.settings.command_line import (
     parse_overrides,
     parse_train,
 )
-from speechlm2_jax.settings.errors import HostileTextError, SettingsError
+from speechlm2_jax.settings.errors import HostileTextError, SettingsError, join
 from speechlm2_jax.settings.keys import key_problems, raise_all
 from speechlm2_jax.settings.plain_json import parse_json, read_json
 from speechlm2_jax.settings.read import (
@@ -38,6 +45,7 @@ __all__ = [
     "defaults",
     "find",
     "ignored_report",
+    "join",
     "key_problems",
     "load",
     "override",
@@ -49,6 +57,7 @@ __all__ = [
     "read_json",
     "read_text",
     "raise_all",
+    "report_ignored",
     "require_complete",
     "resolve",
     "to_plain",

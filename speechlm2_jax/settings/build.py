@@ -7,6 +7,8 @@ Optional class variables of a dataclass list the foreign keys that it accepts or
     ALIASES: ClassVar[Mapping[str, str]]       old key -> field
     TARGETS: ClassVar[tuple[str, ...]]         last components that `_target_` or `target` may name
 
+A class method `check_first(values, where)` sees the plain values before their keys are looked at.
+It may raise SettingsError, and call `report_ignored`.
 A refused key is accepted while it asks for nothing: null, false, 0, empty, or a harmless value; an
 ignored one with harmless values is not reported then.
 A field called `target` receives the last component of `_target_`.
@@ -47,6 +49,20 @@ def ignored_report() -> Generator[dict[str, str]]:
         _ignored.reset(token)
 
 
+def report_ignored(path: str, reason: str) -> None:
+    """Adds a key without effect to the report that is open, if any."""
+    report = _ignored.get()
+    if report is not None:
+        report[path] = reason
+
+
+def check_first(cls: type[Any], values: Mapping[str, Any], where: str) -> None:
+    """Lets a class look at its values before their keys are. Raises SettingsError."""
+    check = getattr(cls, "check_first", None)
+    if check is not None:
+        check(values, where)
+
+
 def build(cls: type[C], values: object, where: str = "") -> C:
     """Makes a dataclass of a mapping of plain values; `where` is its dotted path, for messages.
 
@@ -55,6 +71,7 @@ def build(cls: type[C], values: object, where: str = "") -> C:
     """
     if not isinstance(values, Mapping):
         raise SettingsError(f"{where}: expected a mapping of keys, got {kind(values)}")
+    check_first(cls, cast(Plain, values), where)
     fields = {f.name: f for f in dataclasses.fields(cast(Any, cls)) if f.init}
     hints = typing.get_type_hints(cls)
     arguments: Plain = {}
@@ -129,9 +146,8 @@ def field_of(
         return None
     if key in ignored:
         message, harmless = _refusal(ignored[key])
-        report = _ignored.get()
-        if report is not None and not (harmless and (not value or value in harmless)):
-            report[path] = message
+        if not (harmless and (not value or value in harmless)):
+            report_ignored(path, message)
         return None
     valid = {*fields, *_table(cls, "ALIASES"), *refused, *ignored}
     raise SettingsError(unknown(path, str(key), valid))

@@ -5,7 +5,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from speechlm2_jax.settings.build import by_target, field_of, has_keys, is_union
+from speechlm2_jax.settings.build import by_target, check_first, field_of, has_keys, is_union
 from speechlm2_jax.settings.errors import SettingsError, join
 
 
@@ -16,6 +16,10 @@ def key_problems(cls: type[Any], values: object, where: str = "") -> list[str]:
     """
     if not isinstance(values, Mapping):
         return []
+    try:
+        check_first(cls, cast(Mapping[str, Any], values), where)
+    except SettingsError as error:
+        return [str(error)]
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     hints = typing.get_type_hints(cls)
     problems: list[str] = []

@@ -10,15 +10,24 @@ from safetensors.numpy import load_file
 
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.conversations import AudioClip, AudioTurn, Conversation, TextTurn
+from speechlm2_jax.data.duplex.config import DuplexLoaderConfig
+from speechlm2_jax.data.duplex.conversions import with_silent_agent
+from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
 from speechlm2_jax.data.prepare import DataSet, prepare
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.data.tokenizer import Tokenizer
-from speechlm2_jax.settings import build
+from speechlm2_jax.settings import SettingsError, build
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = json.loads((DATA / "manifests" / "dataloader.json").read_text())
 TAG = "<|audioplaceholder|>"
+DUPLEX = DuplexS2SDataset(
+    Tokenizer(DATA / "duplex" / "assets" / "llm"),
+    frame_length=0.08,
+    source_sample_rate=16000,
+    target_sample_rate=16000,
+)
 LLM_OF = {"llama": "llama", "qwen3": "qwen3"}
 UNSHUFFLED = [
     "bs4",
@@ -28,7 +37,66 @@ UNSHUFFLED = [
     "conv_jsonl_finite_context_tag",
     "nemo_manifest",
     "nemo_manifest_tags_override_context",
+    "conv_tarred",
+    "share_gpt",
+    "share_gpt_webdataset",
+    "nemo_tarred",
 ]
+"""Equal batch by batch: ids, order, lengths, token ids, masks, audio."""
+ENDLESS = ["conv_jsonl_infinite_iterable", "shar", "shar_infinite"]
+"""Equal in training: NeMo's order of shards, and batches across the end of a pass."""
+SHUFFLED = [
+    "bs4_shuffle",
+    "bs4_shuffle_small_buffer",
+    "bs5_shuffle_seed7_droplast",
+    "conv_jsonl_shuffle",
+    "conv_tarred_shuffle",
+]
+"""Another order of the same conversations, in as many batches of the same sizes."""
+MIXED = ["mux_weights", "mux_noweights", "mux_group_temperature"]
+"""The same conversations, or the same shares."""
+BUDGETS = [
+    "mm_tokens",
+    "mm_tokens_shuffle",
+    "mm_tokens_input_only",
+    "mm_tokens_quadratic",
+    "mm_tokens_and_bs",
+    "mm_bucketing_estimated_bins",
+]
+"""The same conversations, each batch within NeMo's budget. Batches are those of static shapes:
+padded to the longest of their bucket, they may hold fewer conversations than NeMo's."""
+BINS = [
+    "mm_bucketing_bins",
+    "mm_bucketing_bins_shuffle",
+    "mm_bucketing_smallbuf_shuffle",
+    "mm_bucketing_concurrent",
+    "mm_bucket_batch_size_1d",
+    "mm_bucket_batch_size_1d_shuffle",
+]
+"""The same conversations, those of one bin together, in batches of at least NeMo's size."""
+SECONDS = [
+    "cuts_batch_duration",
+    "cuts_batch_duration_shuffle",
+    "cuts_batch_duration_bucketing",
+    "cuts_batch_duration_bucketing_bins",
+    "cuts_batch_duration_bucketing_bins_quadratic",
+    "cuts_bucket_batch_size",
+    "cuts_max_duration_linspace_bins",
+]
+"""Plain cuts, which only duplex models read here: the same ones, each batch within the budget."""
+NEMO_IS_WRONG = {
+    "conv_jsonl_finite_system_tag_llama2(expected odd)": "the system prompt comes twice",
+    "system_prompt_tag_llama2(bug)": "the system prompt comes twice",
+    "conv_batch_duration_bucketing(expected error)": "it crashes; batch_duration is refused here",
+}
+ELSEWHERE = {
+    "mm_bucket_2d_strict": "2-D buckets are refused",
+    "mm_bucket_2d_lenient": "2-D buckets are refused",
+    "mm_bucket_2d_max_tpt": "2-D buckets are refused",
+    "cuts_multi_config_round_robin": "multi_config is refused",
+    "cuts_multi_config_zip": "multi_config is refused",
+}
+"""Not read yet -> what becomes of it."""
 FILTERED = ["mm_tokens_min_max_tokens", "mm_tokens_max_tpt", "bs4_max_duration"]
 ABS_SUM_RTOL = 1e-4  # the golden has five decimals
 
@@ -48,13 +116,18 @@ def dataset_for(name: str) -> SALMDataset:
     return SALMDataset(tokenizer)
 
 
-def prepared(name: str, groups: int = 1, **changes):
+def prepared(name: str, groups: int = 1, *, is_train: bool = False, **changes):
     values = {**GOLDEN["configs"][name]["config"], **changes}
     config = build(DataLoaderConfig, values, "data.train_ds")
     sources = tuple(read_sources(config, "data.train_ds", SALMDataset.read))
-    data_set = DataSet(where="data.train_ds", config=config, sources=sources, is_train=False)
+    data_set = DataSet(where="data.train_ds", config=config, sources=sources, is_train=is_train)
     dataset = dataset_for(name)
     return dataset, prepare(data_set, dataset, frames, groups, 8)
+
+
+def test_every_recorded_configuration_is_compared_or_named():
+    named = [*UNSHUFFLED, *ENDLESS, *SHUFFLED, *MIXED, *BUDGETS, *BINS, *SECONDS, *FILTERED]
+    assert {*named, *NEMO_IS_WRONG, *ELSEWHERE} == set(GOLDEN["configs"])
 
 
 def lengths_of(conversation: Conversation) -> list[int]:
@@ -71,6 +144,8 @@ def test_batches_of_a_set_that_is_not_shuffled_equal_nemo(name):
     for indices, expected in zip(batches, golden, strict=True):
         conversations = [data.conversations[i] for i in indices]
         assert [c.id for c in conversations] == expected["ids"]
+        if "cut_ids" in expected and name != "share_gpt_webdataset":  # drawn at random there
+            assert [[clip.id for clip in c.clips] for c in conversations] == expected["cut_ids"]
         measured = [lengths_of(c) for c in conversations]
         if not isinstance(expected["lengths"][0], list):
             measured = [total for _, _, total in measured]
@@ -106,10 +181,79 @@ def test_filters_keep_what_nemo_keeps(name):
     assert sum(data.filtered.values()) == 23 - len(data.conversations)
 
 
-@pytest.mark.parametrize("name", ["mm_bucketing_bins", "mm_bucket_batch_size_1d"])
+def ids_of(data, groups=0):
+    return [[data.conversations[i].id for i in b.groups[groups]] for b in data.sampler.epoch(0)]
+
+
+def nemos(name: str, run: str = "rank0_world1") -> list[list[str]]:
+    return [batch["ids"] for batch in GOLDEN["results"][name][run]]
+
+
+def flat(batches: list[list[str]]) -> list[str]:
+    return sorted(i for batch in batches for i in batch)
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_streams_without_end_equal_nemo(name):
+    _, data = prepared(name, is_train=True)
+    batches, left, epoch = [], [], 0
+    golden = [[i.partition("_repeat")[0] for i in batch] for batch in nemos(name)]
+    while len(batches) < len(golden):
+        planned, left = data.sampler.epoch_after(epoch, left)
+        batches += [[data.conversations[i].id for i in batch.groups[0]] for batch in planned]
+        epoch += 1
+    if name == "shar":  # NeMo's finite set ends with a batch of what is left
+        golden[-1] += batches[len(golden) - 1][len(golden[-1]) :]
+    assert batches[: len(golden)] == golden
+
+
+@pytest.mark.parametrize("name", SHUFFLED)
+def test_shuffled_sets_hold_the_same_in_batches_of_the_same_sizes(name):
+    _, data = prepared(name)
+    batches, golden = ids_of(data), nemos(name)
+    assert sorted(map(len, batches)) == sorted(map(len, golden))
+    if data.config.drop_last:
+        assert len(set(flat(batches))) == len(flat(golden))
+    else:
+        assert flat(batches) == flat(golden)
+
+
+@pytest.mark.parametrize("name", ["bs4_shuffle", "bs5_shuffle_seed7_droplast"])
+def test_shuffled_groups_have_the_sizes_of_nemos_ranks(name):
+    _, data = prepared(name, groups=2)
+    for rank in (0, 1):
+        golden = [len(batch) for batch in nemos(name, f"rank{rank}_world2")]
+        assert [len(batch) for batch in ids_of(data, rank)] == golden
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_finite_mixtures_hold_the_same_conversations(name):
+    _, data = prepared(name)
+    assert flat(ids_of(data)) == flat(nemos(name))
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_batches_keep_within_nemos_budget(name):
+    _, data = prepared(name)
+    assert flat(ids_of(data)) == flat(nemos(name))
+    total = data.config.measure_total_length
+    for batch in data.sampler.epoch(0):
+        lengths = [data.conversations[i].lengths for i in batch.groups[0]]
+        longest = max(n.total_tokens if total else n.input_tokens for n in lengths)
+        assert_within(len(lengths), longest, data.config)
+
+
+def assert_within(rows, longest, config):
+    weighed = longest + (longest**2 / config.quadratic if config.quadratic else 0)
+    assert rows == 1 or rows * weighed <= config.budget
+    assert config.batch_size is None or rows <= config.batch_size
+
+
+@pytest.mark.parametrize("name", BINS)
 def test_bins_hold_what_nemo_puts_together_and_no_batch_is_smaller(name):
     _, data = prepared(name)
     config, plan = data.config, data.sampler.plan
+    assert flat(ids_of(data)) == flat(nemos(name))
     bucket_of = {c.id: b for c, b in zip(data.conversations, plan.bucket_of, strict=True)}
     for batch in GOLDEN["results"][name]["rank0_world1"]:
         assert len({bucket_of[i] for i in batch["ids"]}) == 1
@@ -119,6 +263,58 @@ def test_bins_hold_what_nemo_puts_together_and_no_batch_is_smaller(name):
         else:
             edge = next(i for i, e in enumerate(config.bucket_duration_bins) if bucket.longest <= e)
             assert bucket.shape.sequences == config.bucket_batch_size[edge]
+
+
+@pytest.mark.parametrize("name", SECONDS)
+def test_cuts_measured_in_seconds_keep_within_nemos_budget(name):
+    data = prepared_cuts(GOLDEN["configs"][name]["config"])
+    golden = [[i for i, _ in batch] for batch in GOLDEN["results"][name]["rank0_world1"]]
+    assert flat(ids_of(data)) == flat(golden)
+    for batch in data.sampler.epoch(0):
+        seconds = [data.conversations[i].duration_s for i in batch.groups[0]]
+        if data.config.bucket_batch_size is None:
+            assert_within(len(seconds), max(seconds), data.config)
+    bins = data.config.bucket_duration_bins
+    if bins is not None:
+        edges = np.searchsorted(bins, [c.duration_s for c in data.conversations])
+        plan = data.sampler.plan.bucket_of
+        assert all(len({e for e, b in zip(edges, plan, strict=True) if b == n}) == 1 for n in plan)
+
+
+def prepared_cuts(values):
+    """Recordings as duplex conversations, whose planner measures seconds."""
+    config = build(DuplexLoaderConfig, values, "data.train_ds")
+    sources = read_sources(config, "data.train_ds", read_silent_agents)
+    data_set = DataSet(where="data", config=config, sources=tuple(sources), is_train=False)
+    return prepare(data_set, DUPLEX, frames, 1, 8)
+
+
+def read_silent_agents(entry, _):
+    conversations = SALMDataset.read(entry, build(DataLoaderConfig, {"batch_size": 1}))
+    return [with_silent_agent(c, 0.0, 16000) for c in conversations]
+
+
+@pytest.mark.parametrize("name", NEMO_IS_WRONG)
+def test_where_nemo_is_wrong_all_but_the_fault_is_equal(name):
+    if "batch_duration" in name:
+        with pytest.raises(SettingsError, match="batch_duration: conversations are measured in"):
+            prepared(name)
+        return
+    dataset, data = prepared(name)
+    assert ids_of(data) == nemos(name)
+    text = dataset.tokenizer.ids_to_text
+    for batch in GOLDEN["results"][name]["rank0_world1"]:
+        by_id = {c.id: c for c in data.conversations}
+        for one, ids in zip((by_id[i] for i in batch["ids"]), batch["input_ids"], strict=True):
+            theirs = text([i for i in ids if i != dataset.pad_id])
+            mine = text(one.prompt.input_ids.tolist())
+            assert theirs.replace("SYS [/INST] [INST] ", "") == mine
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_is_not_read_is_refused(name):
+    with pytest.raises(SettingsError, match="2-D buckets|multi_config|max_tpt"):
+        prepared(name)
 
 
 def test_estimated_bins_follow_lhotse():

@@ -108,7 +108,10 @@ class DuplexContents:
 
     def validation_error(self, planned: Sequence[int]) -> str | None:
         """A reason where the agent is silent in more than MAX_SILENT_SHARE of an epoch."""
-        silent = [i for i in planned if not self._agent_has_text(self.conversations[i])]
+        has = self.conversations
+        silent = [
+            i for i in planned if not (has[i].is_meant_silent or self._agent_has_text(has[i]))
+        ]
         if len(silent) <= MAX_SILENT_SHARE * len(planned):
             return None
         roles = ", ".join(repr(role) for role in self.dataset.output_roles)

@@ -40,6 +40,8 @@ class DuplexConversation:
     """The manifest and the line that it was read from, for messages."""
     shard: int = 0
     """The shard of its source that it was read from, counted from 0."""
+    is_meant_silent: bool = False
+    """Whether the agent is to have no text."""
 
     def turns_of(self, roles: frozenset[str]) -> list[SpokenTurn]:
         """The turns of these speakers, in order, with cleaned texts."""

@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 
 from speechlm2_jax.batches import DuplexExample, FrameCount
 from speechlm2_jax.data.audio import AudioError, resample
-from speechlm2_jax.data.config import InputConfig
 from speechlm2_jax.data.conversations import AudioClip
 from speechlm2_jax.data.duplex.config import DuplexDataConfig, DuplexLoaderConfig
 from speechlm2_jax.data.duplex.contents import DuplexContents
@@ -20,18 +19,13 @@ from speechlm2_jax.data.duplex.conversations import (
     SpokenTurn,
     text_channel,
 )
-from speechlm2_jax.data.duplex.readers import (
-    duplex_conversation,
-    read_duplex_cuts,
-    read_duplex_shar,
-)
+from speechlm2_jax.data.duplex.entry_readers import read_duplex_entry
+from speechlm2_jax.data.duplex.readers import duplex_conversation
+from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.lhotse_types import Cut
 from speechlm2_jax.data.padding import pad_right
-from speechlm2_jax.data.paths import expand_shards
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.settings import SettingsError, build
-
-_OTHER_KINDS = ("nemo", "multimodal_conversation")
 
 
 class DuplexS2SDataset:
@@ -100,16 +94,7 @@ class DuplexS2SDataset:
     @staticmethod
     def read(entry: InputConfig, config: DuplexLoaderConfig) -> list[DuplexConversation]:
         """The conversations of one entry of `input_cfg`. Raises SettingsError."""
-        if entry.manifest_filepath is not None or entry.type in _OTHER_KINDS:
-            raise SettingsError(
-                "duplex data are Lhotse cuts with target_audio: give cuts_path or shar_path "
-                "(type: lhotse or lhotse_shar)"
-            )
-        channel = config.channel_selector if isinstance(config.channel_selector, int) else None
-        if entry.shar_path is not None:
-            return list(read_duplex_shar(entry.shar_path, channel))
-        paths = expand_shards(entry.manifests)
-        return [c for path in paths for c in read_duplex_cuts(path, channel)]
+        return list(read_duplex_entry(entry, config))
 
     def contents(
         self,

@@ -8,31 +8,41 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from speechlm2_jax.data.config import SharPath
 from speechlm2_jax.data.conversations import AudioClip
 from speechlm2_jax.data.cuts import clip_of_cut, read_cuts
 from speechlm2_jax.data.duplex.conversations import DuplexConversation, SpokenTurn
+from speechlm2_jax.data.duplex.conversions import TARGET, Convert
+from speechlm2_jax.data.input_config import SharPath
 from speechlm2_jax.data.lhotse_types import Cut, Recording
 from speechlm2_jax.data.manifest_values import located, moment, seconds, text
 from speechlm2_jax.data.shar import RECORDING, SharCut, shar_cuts
 from speechlm2_jax.settings import SettingsError
 
-TARGET = "target_audio"
 
-
-def read_duplex_cuts(path: str | Path, channel: int | None) -> Iterator[DuplexConversation]:
-    """Reads a manifest of Lhotse cuts.
+def read_duplex_cuts(
+    path: str | Path, channel: int | None, convert: Convert | None = None
+) -> Iterator[DuplexConversation]:
+    """Reads a manifest of Lhotse cuts, each then changed by `convert` if given.
 
     Raises SettingsError for a missing file, for lines that are no cuts, and for a cut without
     `target_audio`, naming it.
     """
     for where, cut in read_cuts(path, fields=(TARGET,)):
         with located(where):
-            conversation = replace(duplex_conversation(cut, channel), where=where)
-        yield conversation
+            conversation = _converted(cut, duplex_conversation(cut, channel), convert)
+        if conversation is not None:
+            yield replace(conversation, where=where)
 
 
-def read_duplex_shar(shar: SharPath | Path, channel: int | None) -> Iterator[DuplexConversation]:
+def _converted(
+    cut: Cut, conversation: DuplexConversation, convert: Convert | None
+) -> DuplexConversation | None:
+    return conversation if convert is None else convert(cut, conversation)
+
+
+def read_duplex_shar(
+    shar: SharPath | Path, channel: int | None, convert: Convert | None = None
+) -> Iterator[DuplexConversation]:
     """Reads Lhotse SHAR: one folder or several, or the files of each field.
 
     The fields are `cuts`, `recording` and `target_audio`; a recording that is not packed is read
@@ -40,23 +50,28 @@ def read_duplex_shar(shar: SharPath | Path, channel: int | None) -> Iterator[Dup
     """
     for one in shar_cuts(shar, (RECORDING, TARGET)):
         with located(one.where):
-            conversation = _packed_conversation(one, channel)
-        yield conversation
+            conversation = _converted(one.cut, _packed_conversation(one, channel), convert)
+        if conversation is not None:
+            yield conversation
 
 
 def _packed_conversation(one: SharCut, channel: int | None) -> DuplexConversation:
-    cut, (users, agents) = one.cut, one.packed
-    target = _recording_of_agent(cut)
+    cut, users = one.cut, one.packed[0]
+    _recording_of_agent(cut)
     users_channel = _one_of(cut.recording, cut.channel, channel)
-    agents_channel = _one_of(target, _chosen(cut, target), None)
     user = users.clip(cut, cut.recording, channel=users_channel, number=one.number)
-    agent = agents.clip(cut, target, channel=agents_channel, number=one.number)
-    conversation = _conversation(
-        cut,
-        source=user or clip_of_cut(cut, channel),
-        target=agent or _clip_of_agent(cut, target),
-    )
+    source, target = user or clip_of_cut(cut, channel), agent_clip(one)
+    conversation = _conversation(cut, source=source, target=target)
     return replace(conversation, where=one.where, shard=one.shard)
+
+
+def agent_clip(one: SharCut) -> AudioClip:
+    """The agent's recording alongside a cut, packed as its last field or in a file."""
+    cut, target = one.cut, _agent(one.cut)
+    channel = _one_of(target, _chosen(cut, target), None)
+    packed = one.packed[-1] if one.packed else None
+    clip = packed and packed.clip(cut, target, channel=channel, number=one.number)
+    return clip or _clip_of_agent(cut, target)
 
 
 def duplex_conversation(cut: Cut, channel: int | None = None) -> DuplexConversation:
@@ -111,8 +126,6 @@ def _conversation(cut: Cut, *, source: AudioClip, target: AudioClip) -> DuplexCo
 
 
 def _recording_of_agent(cut: Cut) -> Any:
-    from lhotse import Recording
-
     if hasattr(cut, "tracks"):
         raise SettingsError(
             f"cut {cut.id!r} is mixed of several: write its recording and its {TARGET} to files of "
@@ -120,6 +133,12 @@ def _recording_of_agent(cut: Cut) -> Any:
         )
     if cut.recording is None:
         raise SettingsError(f"cut {cut.id!r} has no recording: the user's audio")
+    return _agent(cut)
+
+
+def _agent(cut: Cut) -> Any:
+    from lhotse import Recording
+
     target = (cut.custom or {}).get(TARGET)
     if not isinstance(target, Recording):
         raise SettingsError(

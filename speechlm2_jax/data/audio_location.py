@@ -1,0 +1,52 @@
+"""Where the bytes of a recording are: a file of its own, or a stretch of one."""
+
+import io
+from typing import NamedTuple
+
+from speechlm2_jax.data.audio_files import open_binary
+
+
+class NamedBytes(io.BytesIO):
+    """Bytes that errors can name."""
+
+    def __init__(self, data: bytes, *, name: str) -> None:
+        super().__init__(data)
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+
+class ParquetCell(NamedTuple):
+    """A value in a Parquet file."""
+
+    row_group: int
+    row: int
+    """Of the row group, from 0."""
+    column: str
+
+
+class AudioLocation(NamedTuple):
+    """A recording in storage."""
+
+    path: str
+    byte_range: tuple[int, int] | None = None
+    """First byte and size of it inside `path`, a tar; None: the whole file."""
+    cell: ParquetCell | None = None
+    """Of a recording that is a value in `path`, a Parquet file."""
+
+    def source(self, name: str) -> str | NamedBytes:
+        """What `open_audio` takes; `name` is what errors call a recording inside a file.
+
+        Raises AudioError for a file that is missing or cannot be read.
+        """
+        if self.cell is not None:
+            from speechlm2_jax.data.parquet import cell_bytes
+
+            return NamedBytes(cell_bytes(self.path, self.cell), name=f"{name} in {self.path}")
+        if self.byte_range is None:
+            return self.path
+        start, size = self.byte_range
+        with open_binary(self.path) as file:
+            file.seek(start)
+            return NamedBytes(file.read(size), name=f"{name} in {self.path}")

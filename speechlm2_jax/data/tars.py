@@ -1,0 +1,96 @@
+"""The members of a tar, by its headers alone: where the bytes of each are."""
+
+import tarfile
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from speechlm2_jax.data.audio_location import AudioLocation
+from speechlm2_jax.data.paths import local_file
+from speechlm2_jax.settings import SettingsError
+
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+"""First bytes -> the program that made them."""
+
+
+class TarMember(NamedTuple):
+    """A file in a tar."""
+
+    name: str
+    start: int
+    size: int
+
+
+def tar_members(path: str | Path) -> list[TarMember]:
+    """The files in a tar, in order.
+
+    Raises SettingsError for a file that is missing, no tar, compressed (its members could only be
+    read one after another), or damaged, as one that was not copied to its end.
+    """
+    tar = local_file(path)
+    members: list[TarMember] = []
+    try:
+        with open(tar, "rb") as file:
+            _check_plain(tar, file.read(8))
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for one in archive:
+                    if one.isfile() and not one.issparse():
+                        members.append(TarMember(plain_name(one.name), one.offset_data, one.size))
+                end = archive.offset
+            file.seek(end)
+            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
+                raise tarfile.ReadError(f"no header at byte {end}")
+    except (tarfile.TarError, OSError, ValueError) as error:
+        behind = f", behind {members[-1].name!r}" if members else ""
+        raise SettingsError(
+            f"{tar}: not a tar archive, or damaged ({error}{behind}); copy or make it again"
+        ) from error
+    return members
+
+
+class TarRecordings:
+    """The recordings of a tar, found by name.
+
+    Of several members of one name, each request takes the next, and the last one from then on.
+    """
+
+    def __init__(self, tar: str | Path) -> None:
+        self.tar = str(local_file(tar))
+        self.members = tar_members(self.tar)
+        self._found: defaultdict[str, list[TarMember]] = defaultdict(list)
+        for member in self.members:
+            self._found[member.name].append(member)
+
+    def __contains__(self, name: str) -> bool:
+        return plain_name(name) in self._found
+
+    def __call__(self, name: str) -> AudioLocation:
+        """Where a recording is. Raises SettingsError for one that is not in the tar."""
+        found = self._found.get(plain_name(name))
+        if not found:
+            raise SettingsError(f"{name!r} is not in {self.tar}; name a member of the tar")
+        return self.location(found.pop(0) if len(found) > 1 else found[0])
+
+    def location(self, member: TarMember) -> AudioLocation:
+        """Where a member is."""
+        return AudioLocation(self.tar, (member.start, member.size))
+
+
+def _check_plain(tar: Path, head: bytes) -> None:
+    for magic, program in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise SettingsError(
+                f"{tar}: is compressed by {program}, so its members cannot be read at random; "
+                "decompress it (recordings are compressed already)"
+            )
+
+
+def plain_name(name: str) -> str:
+    """The name of a member without the `./` that `tar cf x.tar .` writes before it."""
+    return name.removeprefix("./")

@@ -1,0 +1,162 @@
+"""Texts without recordings as conversations: plain lines, pairs of lines, and JSON lines."""
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from speechlm2_jax.data.conversations import Conversation, TextTurn
+from speechlm2_jax.data.json_lines import json_lines, text_lines
+from speechlm2_jax.data.manifest_options import ManifestOptions
+from speechlm2_jax.data.manifest_values import check_text_key, located, missing_key, shown, text
+from speechlm2_jax.data.paths import expand_shards, local_file
+from speechlm2_jax.settings import SettingsError
+
+USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+_SFT_ROLES = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
+_SFT_TURNS = ("conversations", "system")
+_log = logging.getLogger(__name__)
+
+
+def read_text_lines(paths: Sequence[str], options: ManifestOptions) -> Iterator[Conversation]:
+    """Each line of plain text as a response without a prompt; blank lines are left out.
+
+    Raises SettingsError for a missing or damaged file and for text that is not UTF-8.
+    """
+    for path in map(local_file, expand_shards(paths)):
+        for where, line in text_lines(path):
+            if line.strip():
+                yield _conversation(where, [TextTurn(role=ASSISTANT, text=line)], options)
+
+
+def read_text_json(paths: Sequence[str], options: ManifestOptions) -> Iterator[Conversation]:
+    """The text of each JSON line, under `text_field`, as a response without a prompt.
+
+    Lines without one are left out with a warning, as in NeMo. Raises SettingsError for a wrong
+    line, and for a file in which no line has a text.
+    """
+    for path in map(local_file, expand_shards(paths)):
+        missing, found = "", 0
+        for where, row in json_lines(path):
+            with located(where):
+                check_text_key(row, options.text_field)
+                value = row.pop(options.text_field, None)
+                if value is None:
+                    missing = missing or f"{where}: {missing_key(row, options.text_field)}"
+                    continue
+                turns = [TextTurn(role=ASSISTANT, text=text(value, options.text_field))]
+            found += 1
+            yield _conversation(where, turns, options, row)
+        if missing and not found:
+            raise SettingsError(f"{missing}; set text_field")
+        if missing:
+            _log.warning("lines without a text are left out, the first: %s", missing)
+
+
+def read_text_pairs(
+    sources: Sequence[str],
+    targets: Sequence[str],
+    options: ManifestOptions,
+    *,
+    questions: str | None = None,
+) -> Iterator[Conversation]:
+    """Pairs of lines of two files as the user's turn and the response.
+
+    Args:
+        sources: the user's files.
+        targets: the files of the responses, line by line the same.
+        options: how they become conversations; `question_role` is the role of a question.
+        questions: a file of which a line, drawn by `options.seed`, comes before each source; as in
+            NeMo for an integer `shard_seed` without `shuffle`.
+
+    Raises SettingsError for a missing file, and for files of different lengths.
+    """
+    source_paths, target_paths = expand_shards(sources), expand_shards(targets)
+    if len(source_paths) != len(target_paths):
+        raise SettingsError(
+            f"target_paths: {len(target_paths)} files, but source_paths has {len(source_paths)}; "
+            "list one for each, in the same order"
+        )
+    drawn = _questions(questions, options.seed)
+    for source, target in zip(source_paths, target_paths, strict=True):
+        for where, both in _pairs(local_file(source), local_file(target)):
+            turns = [
+                TextTurn(role=USER, text=both[0].strip()),
+                TextTurn(role=ASSISTANT, text=both[1].strip()),
+            ]
+            question = next(drawn)
+            if question is not None:
+                turns.insert(0, TextTurn(role=options.question_role, text=question))
+            yield _conversation(where, turns, options)
+
+
+def read_sft(paths: Sequence[str], options: ManifestOptions) -> Iterator[Conversation]:
+    """Chats of NeMo's SFT files: JSON lines with `conversations` of User and Assistant.
+
+    A `system` that is not empty is the system turn. Raises SettingsError for a wrong line.
+    """
+    for path in map(local_file, expand_shards(paths)):
+        for where, row in json_lines(path):
+            with located(where):
+                turns = _chat(row)
+            fields = {key: value for key, value in row.items() if key not in _SFT_TURNS}
+            yield _conversation(where, turns, options, fields)
+
+
+def _chat(row: dict[str, Any]) -> list[TextTurn]:
+    turns = row.get("conversations")
+    if turns is None:
+        raise SettingsError(missing_key(row, "conversations"))
+    if not isinstance(turns, list) or not turns:
+        raise SettingsError(f"conversations must be a list of turns, got {shown(turns)}")
+    made = [TextTurn(role=SYSTEM, text=text(row["system"], "system"))] if row.get("system") else []
+    for number, turn in enumerate(turns, start=1):
+        with located(f"turn {number}"):
+            name = turn.get("from") if isinstance(turn, dict) else None
+            role = _SFT_ROLES.get(name.lower()) if isinstance(name, str) else None
+            if role is None:
+                raise SettingsError(f"from must be User or Assistant, got {shown(name)}")
+            made.append(TextTurn(role=role, text=text(turn.get("value"), "value")))
+    return made
+
+
+def _questions(path: str | None, seed: int) -> Iterator[str | None]:
+    """A line of a file for each pair, without end; None where there is no file."""
+    if path is None:
+        while True:
+            yield None
+    lines = [line.strip() for _, line in text_lines(local_file(path))]
+    if not lines:
+        raise SettingsError(f"{path}: no question in it")
+    draws = random.Random(seed)  # noqa: S311
+    while True:
+        yield draws.choice(lines)
+
+
+def _pairs(source: Path, target: Path) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Line by line, the words that name it and both texts."""
+    for here, there in zip_longest(text_lines(source), text_lines(target)):
+        if here is None or there is None:
+            shorter, longer = (source, target) if here is None else (target, source)
+            raise SettingsError(
+                f"{shorter}: has fewer lines than {longer}; each line is one of a pair"
+            )
+        yield here[0], (here[1], there[1])
+
+
+def _conversation(
+    where: str,
+    turns: Sequence[TextTurn],
+    options: ManifestOptions,
+    own: dict[str, Any] | None = None,
+) -> Conversation:
+    name = None if own is None else own.get("id")
+    return Conversation(
+        id=where if name is None else str(name),
+        turns=tuple(turns),
+        token_equivalent_duration_s=options.token_equivalent_duration_s,
+        fields=options.all_fields(own or {}),
+        where=where,
+    )
