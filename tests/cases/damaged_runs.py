@@ -221,7 +221,7 @@ def kills(count, seed, folder, steps=2000):
     start_one = functools.partial(
         subprocess.Popen, words, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    assert start_one().wait() == 0
+    run_to_end(start_one())
     reference = run.rename(folder / "reference")
     stages = collections.Counter()
     for number in range(count):
@@ -230,16 +230,22 @@ def kills(count, seed, folder, steps=2000):
         wait_for(run, process, at_save=aims)
         time.sleep(chance.uniform(0, 0.03 if aims else 0.5))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         left = [path.name for path in run.glob("checkpoints/*orbax-checkpoint-tmp*")]
         whole = any("-whole" in name for name in left)
         stage = "while checksums were written" if whole else "while saving" if left else "elsewhere"
         stages[f"{'aimed at a save' if aims else 'at random'}: {stage}"] += 1
-    assert start_one().wait() == 0
+    run_to_end(start_one())
     print_counts(f"{count} kills", stages)
     one, other = losses(reference), losses(run)
     print(f"{len(one)} steps, {len(other)} after the kills")
     return [step for step in one | other if one.get(step) != other.get(step)]
+
+
+def run_to_end(process):
+    """Waits for a process that must succeed."""
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-2000:].decode("utf-8", "replace")
 
 
 def wait_for(run, process, *, at_save):
