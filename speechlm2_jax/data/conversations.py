@@ -134,6 +134,8 @@ class Conversation:
     """The manifest and the line that it was read from, for messages."""
     shard: int = 0
     """The shard of its source that it was read from, counted from 0."""
+    is_dialog: bool = True
+    """Whether its turns are its row's own, and not made of a recording and its transcript."""
     prompt: Prompt | None = field(default=None, repr=False)
     """Its token ids, once a prompt format was applied."""
 

@@ -83,6 +83,7 @@ def conversation_of_recording(
         token_equivalent_duration_s=options.token_equivalent_duration_s,
         fields=fields,
         where=where,
+        is_dialog=False,
     )
 
 

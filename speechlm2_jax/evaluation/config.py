@@ -34,8 +34,9 @@ class EvalConfig:
 
     pretrained_name: str
     """Run directory, saved model, NeMo or Hugging Face directory, or hub name."""
-    inputs: str
-    """NeMo manifest, Lhotse cuts, SHAR directory, audio file, or folder of audio files."""
+    inputs: str | tuple[str, ...]
+    """NeMo manifest, conversations, Lhotse cuts, SHAR directory, audio file, folder of audio files,
+    or a YAML file of entries as in `input_cfg`; or a list of these."""
     batch_size: int = 64
     """Recordings processed at once."""
     continuous_batching: bool = True
@@ -55,7 +56,8 @@ class EvalConfig:
     """End tokens besides the model's own."""
     system_prompt: str | None = None
     user_prompt: str | None = None
-    """Text of the user turn; the audio follows it, unless it contains the audio locator tag."""
+    """Text of the user turn; the audio follows it, unless it contains the audio locator tag. For
+    conversations, as NeMo's tag `context`: a turn before the first recording."""
     swap_audio: bool = False
     """Give every utterance the audio of another, to show that the model uses the audio."""
     encoder_wer: bool = False

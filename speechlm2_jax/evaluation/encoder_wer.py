@@ -48,14 +48,17 @@ def encoder_texts(
     batch_size: int,
     max_s: float | None = None,
 ) -> list[str | None]:
-    """Transcripts by the CTC head in input order; None for recordings that cannot be read.
+    """Transcripts by the CTC head in input order.
+
+    None for recordings that cannot be read, and for conversations.
 
     Recordings longer than `max_s` seconds are transcribed in chunks, as by the evaluated model.
     """
     read = partial(_read, rate_hz=ctc_model.sampling_rate)
     texts: list[str | None] = [None] * len(utterances)
     # sorted by length, so that a batch needs little padding and few shapes are compiled
-    order = sorted(range(len(utterances)), key=lambda i: -utterances[i].duration_s)
+    alone = [i for i, u in enumerate(utterances) if u.dialog is None]
+    order = sorted(alone, key=lambda i: -utterances[i].duration_s)
     with (
         ThreadPoolExecutor(READERS) as pool,
         ProgressDisplay(len(order), what="encoder alone:") as progress,

@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Int
 
 from speechlm2_jax.data.padding import pad_right
+from speechlm2_jax.data.prompts import PromptFormatter
+from speechlm2_jax.data.prompts.prompt import Turn
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.evaluation.compilations import Compilations
 from speechlm2_jax.evaluation.config import EvalConfig
@@ -21,6 +23,7 @@ class EvaluatedModel(Protocol):
     """What an evaluation needs of a model; `speechlm2_jax.models.SALM` is one."""
 
     tokenizer: Tokenizer
+    prompt_formatter: PromptFormatter
     audio_locator_tag: str
     sampling_rate: int
     text_bos_id: int | None
@@ -34,9 +37,10 @@ class EvaluatedModel(Protocol):
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """The prompt of every clip, and how to generate."""
+    """The prompt of every recording, and how to generate."""
 
     prompt: list[dict[str, str]]
+    """Conversations have their own."""
     stop_ids: list[int]
     config: EvalConfig
 
@@ -93,7 +97,7 @@ def generate_continuously(
     pending: dict[int, EvaluationClip] = {}
     reading_s, latest = 0.0, 0
 
-    def prompts() -> Iterator[list[dict[str, Any]]]:
+    def prompts() -> Iterator[list[Turn]]:
         nonlocal reading_s, latest
         for number in itertools.count():
             start_s = time.perf_counter()
@@ -102,8 +106,7 @@ def generate_continuously(
             if clip is None:
                 return
             pending[number], latest = clip, clip.draw
-            *before, request = task.prompt
-            yield [*before, {**request, "audio": [clip.samples]}]
+            yield _prompt(model, clip, task)
 
     def draws() -> Iterator[int]:
         while True:
@@ -123,7 +126,7 @@ def generate_continuously(
         outputs = [(pending.pop(number), ids) for number, ids in finished]
         yield GeneratedRound(
             outputs=outputs,
-            audio_s=sum(len(clip.samples) for clip, _ in outputs) / model.sampling_rate,
+            audio_s=_audio_s(model, [clip for clip, _ in outputs]),
             seconds=seconds,
             compiled=Compilations.count - compiled,
         )
@@ -144,7 +147,7 @@ def generate_in_batches(
         ids = _generate(model, filled, task)
         yield GeneratedRound(
             outputs=list(zip(batch, ids, strict=False)),  # drops the outputs of the filling
-            audio_s=sum(len(clip.samples) for clip in batch) / model.sampling_rate,
+            audio_s=_audio_s(model, batch),
             seconds=time.perf_counter() - start_s,
             compiled=Compilations.count - compiled,
         )
@@ -166,17 +169,43 @@ def generation_config(model: EvaluatedModel, task: GenerationTask) -> Any:
 def _generate(
     model: EvaluatedModel, clips: Sequence[EvaluationClip], task: GenerationTask
 ) -> list[Int[np.ndarray, " T"]]:
-    waves = [clip.samples for clip in clips]
     is_drawn = task.config.generation.get("do_sample")
     drawn = {"draw_numbers": [clip.draw for clip in clips]} if is_drawn else {}
-    audios, lengths = pad_right(waves)
+    if any(clip.dialog is not None for clip in clips):
+        prompts = [_prompt(model, clip, task) for clip in clips]
+        audio = {}
+    else:
+        prompts = [task.prompt] * len(clips)
+        audio = dict(
+            zip(("audios", "audio_lens"), pad_right([c.samples for c in clips]), strict=True)
+        )
     generated = model.generate(
-        prompts=[task.prompt] * len(waves),
-        audios=audios,
-        audio_lens=lengths,
+        prompts=prompts,
+        **audio,
         generation_config=generation_config(model, task),
         max_audio_s=False,  # long recordings are chunked already
         **task.config.generation,
         **drawn,
     )
-    return [np.asarray(ids) for ids in generated]
+    # as in NeMo, the output starts with the prompt if no prompt has audio
+    has_audio = audio or any(clip.recordings or clip.dialog is None for clip in clips)
+    own = 0 if has_audio else max(_prompt_tokens(model, prompt) for prompt in prompts)
+    return [np.asarray(ids)[own:] for ids in generated]
+
+
+def _prompt(model: EvaluatedModel, clip: EvaluationClip, task: GenerationTask) -> list[Turn]:
+    """The prompt of one clip, its audio inside."""
+    if clip.dialog is None:
+        *before, request = task.prompt
+        return [*before, {**request, "audio": [clip.samples]}]
+    turns = model.prompt_formatter.dialog(clip.dialog.messages(model.audio_locator_tag))
+    return [*turns[:-1], {**turns[-1], "audio": list(clip.recordings)}]
+
+
+def _prompt_tokens(model: EvaluatedModel, prompt: Sequence[Turn]) -> int:
+    turns = [{key: value for key, value in turn.items() if key != "audio"} for turn in prompt]
+    return len(model.prompt_formatter.encode_dialog(turns).input_ids)
+
+
+def _audio_s(model: EvaluatedModel, clips: Sequence[EvaluationClip]) -> float:
+    return sum(len(clip.samples) for clip in clips) / model.sampling_rate

@@ -1,9 +1,9 @@
-"""Inputs of an evaluation: manifests, Lhotse cuts, SHAR or audio files, read as utterances."""
+"""Inputs of an evaluation: manifests, Lhotse cuts, SHAR, `input_cfg` or audio, as utterances."""
 
 import os
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.paths import plain_path
 from speechlm2_jax.data.readers import read_manifest
 from speechlm2_jax.data.shar import read_shar
+from speechlm2_jax.evaluation.dialogs import EvaluatedDialog, evaluated_dialog, joined
 from speechlm2_jax.pretrained.locate import nearest_path
 from speechlm2_jax.settings import SettingsError
 
@@ -41,7 +42,7 @@ _MANIFEST = f"a manifest has one object per line, {_ROW}"
 
 @dataclass(frozen=True, kw_only=True)
 class Utterance:
-    """One recording of the test set; `read` loads its samples."""
+    """One recording of the test set, or one conversation; `read` loads its samples."""
 
     id: str
     duration_s: float
@@ -60,27 +61,40 @@ class Utterance:
     """Id of the utterance whose recording replaces its own, if the audio is swapped."""
     source: str = ""
     """File and offset of its samples; tells utterances with equal ids apart."""
+    dialog: EvaluatedDialog | None = None
+    """A conversation with turns of its own; `read` gives its recordings one after another."""
 
 
-def read_inputs(inputs: str | Path) -> list[Utterance]:
-    """Lists the utterances of `inputs`, in their own order.
+def read_inputs(
+    inputs: str | Path | Sequence[str], tags: Mapping[str, object] | None = None
+) -> list[Utterance]:
+    """Lists the utterances of one input or of several, in their own order.
 
     - A folder with `cuts.*` is a SHAR directory; any other folder gives its audio files by name.
-    - A file is audio by its suffix, else a NeMo manifest or Lhotse cuts, by its first line.
+    - A YAML file holds entries as `input_cfg` has them, of any type that training reads.
+    - A file is audio by its suffix, else a NeMo manifest, conversations or Lhotse cuts, by its
+      first line.
 
-    Raises SettingsError if nothing is found, the file is of another kind or a line is invalid.
+    `tags` go to conversations that have turns of their own, as in `input_cfg`. Raises SettingsError
+    if nothing is found, a file is of another kind or a line is invalid.
     """
-    inputs = str(inputs)
+    listed = (inputs,) if isinstance(inputs, str | Path) else inputs
+    return [utterance for one in listed for utterance in _read_input(str(one), tags or {})]
+
+
+def _read_input(inputs: str, tags: Mapping[str, object]) -> list[Utterance]:
     path = Path(plain_path(inputs))
     if not os.path.exists(path):
         raise SettingsError(f"inputs: {missing(inputs)}")
     if _is_shar(path):
         utterances = _utterances(read_shar(path, ManifestOptions()))
+    elif path.suffix in (".yaml", ".yml"):
+        utterances = _utterances(_of_entries(inputs))
     elif (files := recordings(path)) is not None:
         utterances = files
     else:
         _refuse_other_kinds(path)
-        utterances = _utterances(read_manifest(path, ManifestOptions()))
+        utterances = _utterances(read_manifest(path, ManifestOptions(tags=tags)))
     if not utterances:
         why = left_out(path)
         raise SettingsError(f"inputs: no recordings in {inputs!r}" + (why and f": {why}"))
@@ -182,13 +196,21 @@ def _utterances(conversations: Iterable[Conversation]) -> list[Utterance]:
         raise SettingsError(f"inputs: {error}") from error
 
 
+def _of_entries(path: str) -> Iterator[Conversation]:
+    """The conversations of the entries in a YAML file, one entry after another."""
+    from speechlm2_jax.data.config import DataLoaderConfig
+    from speechlm2_jax.data.salm_dataset import SALMDataset
+    from speechlm2_jax.data.sources import read_sources
+
+    config = DataLoaderConfig(input_cfg=path, batch_size=1)
+    for source in read_sources(config, "inputs", SALMDataset.read):
+        yield from source.conversations
+
+
 def _utterance(conversation: Conversation) -> Utterance:
+    if conversation.is_dialog:
+        return _dialog_utterance(conversation)
     clips = conversation.clips
-    if len(clips) != 1:
-        raise SettingsError(
-            f"{conversation.id!r} has {len(clips)} recordings; an evaluation takes "
-            "conversations with one recording"
-        )
     return Utterance(
         id=conversation.id,
         duration_s=clips[0].duration_s,
@@ -198,6 +220,27 @@ def _utterance(conversation: Conversation) -> Utterance:
         is_unseen=bool(conversation.fields.get(UNSEEN_KEY)),
         condition=_first_value(conversation.fields, CONDITION_KEYS),
         source=f"{clips[0].path}@{clips[0].offset_s}",
+    )
+
+
+def _dialog_utterance(conversation: Conversation) -> Utterance:
+    """A conversation whose turns before the response are the prompt."""
+    dialog = evaluated_dialog(conversation)
+    if not dialog.turns:
+        raise SettingsError(
+            f"{conversation.where or conversation.id}: the conversation has no turn before the "
+            "response; a response needs a turn of the user"
+        )
+    return Utterance(
+        id=conversation.id,
+        duration_s=sum(clip.duration_s for clip in dialog.clips),
+        text=conversation.response,
+        read=lambda rate_hz: joined(dialog.read(rate_hz)),
+        voice=_voice(conversation),
+        is_unseen=bool(conversation.fields.get(UNSEEN_KEY)),
+        condition=_first_value(conversation.fields, CONDITION_KEYS),
+        source=conversation.where,
+        dialog=dialog,
     )
 
 

@@ -1,6 +1,6 @@
 """The plan of an evaluation: arguments, and defaults from the run that is evaluated."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class EvaluationPlan:
 
         Raises SettingsError for inputs that cannot be used.
         """
-        utterances = read_inputs(self.config.inputs)
+        utterances = read_inputs(self.config.inputs, self._tags())
         seen = self.run.training_voices() if self.run is not None else frozenset()
         if seen:
             utterances = [
@@ -49,9 +49,18 @@ class EvaluationPlan:
 
     def output(self, key: str) -> Path | None:
         """The output file of argument `key`, or None. Raises SettingsError for a bad path."""
-        return output_file(key, getattr(self.config, key), [self.config.inputs])
+        return output_file(key, getattr(self.config, key), self._inputs())
 
-    def summary(self) -> str:
+    def _inputs(self) -> tuple[str, ...]:
+        inputs = self.config.inputs
+        return (inputs,) if isinstance(inputs, str) else inputs
+
+    def _tags(self) -> dict[str, object]:
+        """What `input_cfg` calls tags, for conversations."""
+        tags = {"context": self.config.user_prompt, "system_prompt": self.config.system_prompt}
+        return {name: text for name, text in tags.items() if text is not None}
+
+    def summary(self, utterances: Sequence[Utterance] = ()) -> str:
         """Model, data and prompt, as lines for the terminal."""
         config, run = self.config, self.run
         model = ("model", config.pretrained_name)
@@ -62,10 +71,12 @@ class EvaluationPlan:
         as_trained = run is not None and "user_prompt" not in self.given
         lines = [
             model,
-            ("data", config.inputs),
+            ("data", ", ".join(self._inputs())),
             ("prompt", (prompt or "the audio alone") + ", as trained" * as_trained),
         ]
-        if missed := left_out(Path(config.inputs).expanduser()):
+        if dialogs := sum(u.dialog is not None for u in utterances):
+            lines.append(("prompt", f"of {dialogs} conversations: their own turns"))
+        for missed in filter(None, (left_out(Path(p).expanduser()) for p in self._inputs())):
             lines.append(("note", missed))
         if config.swap_audio:
             lines.append(("audio", "SWAPPED: every utterance gets the recording of another"))

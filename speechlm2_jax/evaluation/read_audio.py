@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.read_ahead import read_ahead
+from speechlm2_jax.evaluation.dialogs import EvaluatedDialog, joined
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.inference.long_form.chunked import draw_number
 from speechlm2_jax.inference.long_form.chunks import Chunk, cut
@@ -17,17 +18,22 @@ from speechlm2_jax.inference.long_form.chunks import Chunk, cut
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationClip:
-    """One model input: a recording, or one chunk of it."""
+    """One model input: a recording, one chunk of it, or a conversation."""
 
     index: int
     """Position of the utterance among the inputs."""
     samples: Float[np.ndarray, " S"]
+    """Of a conversation, all recordings one after another."""
     number: int = 0
     """Number of the chunk."""
     chunks: tuple[Chunk, ...]
     """All chunks of the recording."""
     draw: int = 0
     """Seeds random sampling; the same for a clip whether the evaluation was resumed or not."""
+    dialog: EvaluatedDialog | None = None
+    """The conversation, if the input is one; it is never split into chunks."""
+    recordings: tuple[Float[np.ndarray, " _"], ...] = ()
+    """Those of the conversation."""
 
     @property
     def recording_samples(self) -> int:
@@ -47,13 +53,14 @@ def clips(
 
     Up to `ahead` recordings are read in the background, of together at most `ahead * max_s`
     declared seconds (and always at least one). A recording longer than `max_s` seconds gives
-    several clips, in order. Utterances whose index is in `done` are skipped.
+    several clips, in order; a conversation gives one. Utterances whose index is in `done` are
+    skipped.
     """
     order = sorted(range(len(utterances)), key=lambda i: -utterances[i].duration_s)
     ranks = {index: rank for rank, index in enumerate(order)}
     reading = read_ahead(
         [index for index in order if index not in done],
-        lambda index: utterances[index].read(rate_hz),
+        lambda index: _read(utterances[index], rate_hz),
         ahead=ahead,
         cost=lambda index: utterances[index].duration_s,
         most=math.inf if max_s is None else ahead * max_s,
@@ -61,11 +68,34 @@ def clips(
     with contextlib.closing(reading):
         for index, future in reading:
             try:
-                wave = future.result()
+                recordings = future.result()
             except AudioError as error:
                 yield index, error
                 continue
-            yield _cut(index, wave, ranks[index], rate_hz, max_s)
+            if (dialog := utterances[index].dialog) is not None:
+                yield [_whole(index, dialog, recordings, ranks[index])]
+            else:
+                yield _cut(index, recordings[0], ranks[index], rate_hz, max_s)
+
+
+def _read(utterance: Utterance, rate_hz: int) -> tuple[Float[np.ndarray, " _"], ...]:
+    if utterance.dialog is not None:
+        return utterance.dialog.read(rate_hz)
+    return (utterance.read(rate_hz),)
+
+
+def _whole(
+    index: int, dialog: EvaluatedDialog, recordings: tuple[np.ndarray, ...], rank: int
+) -> EvaluationClip:
+    samples = joined(recordings)
+    return EvaluationClip(
+        index=index,
+        samples=samples,
+        chunks=(Chunk(0, len(samples)),),
+        draw=draw_number(rank, 0),
+        dialog=dialog,
+        recordings=recordings,
+    )
 
 
 def _cut(

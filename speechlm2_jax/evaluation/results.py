@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from speechlm2_jax.evaluation.dialogs import EvaluatedDialog
 from speechlm2_jax.evaluation.metrics.wer import WordErrors, text_normalizer, word_errors
 
 LENGTH_EDGES_S = (0, 1, 2, 3, 4, 6, 8, 12, 20, 30)
@@ -38,6 +39,8 @@ class Response:
     """Transcript by the encoder's own CTC head, with `encoder_wer`."""
     rtf: float | None = None
     """Real-time factor: seconds of generation per second of audio in its batch."""
+    dialog: EvaluatedDialog | None = None
+    """The conversation before the response, if the input is one."""
 
     @property
     def length(self) -> str:
@@ -58,7 +61,10 @@ class Response:
             "pred_text_raw": self.pred_text,
         }
         named = {n: getattr(self, n) for n in ("voice", "audio_of", "encoder_text", "error")}
-        return row | {name: value for name, value in named.items() if value is not None}
+        row |= {name: value for name, value in named.items() if value is not None}
+        if self.dialog is None or self.error is not None:
+            return row
+        return row | self.dialog.with_response(self.pred_text)
 
 
 @dataclass(frozen=True, kw_only=True)

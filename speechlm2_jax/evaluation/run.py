@@ -73,7 +73,7 @@ def evaluate(
                 if len(chunk_texts) == len(clip.chunks):
                     text = join([chunk_texts[n] for n in range(len(chunk_texts))], clip.chunks)
                     duration_s = clip.recording_samples / model.sampling_rate
-                    rtf = round.seconds / round.audio_s
+                    rtf = round.seconds / round.audio_s if round.audio_s else None
                     finished[clip.index] = _response(utterances[clip.index], text, duration_s, rtf)
             _show(list(finished.values()), round.audio_s / round.seconds, config, log)
             record(finished)
@@ -175,6 +175,7 @@ def _empty_response(utterance: Utterance) -> Response:
         is_unseen=utterance.is_unseen,
         condition=utterance.condition,
         audio_of=utterance.audio_of,
+        dialog=utterance.dialog,
     )
 
 
@@ -185,7 +186,7 @@ def _text(model: EvaluatedModel, ids: Int[np.ndarray, " T"], stop_ids: Sequence[
     return model.tokenizer.ids_to_text([int(i) for i in kept]).strip()
 
 
-def _response(utterance: Utterance, text: str, duration_s: float, rtf: float) -> Response:
+def _response(utterance: Utterance, text: str, duration_s: float, rtf: float | None) -> Response:
     return replace(
         _empty_response(utterance),
         duration_s=utterance.duration_s or duration_s,

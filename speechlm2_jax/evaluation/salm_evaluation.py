@@ -22,7 +22,7 @@ def run_salm_evaluation(plan: EvaluationPlan) -> None:
     config = plan.config
     utterances = plan.utterances()
     output, page = plan.output("output_manifest"), plan.output("report")
-    print(plan.summary(), flush=True)
+    print(plan.summary(utterances), flush=True)
 
     from speechlm2_jax.evaluation.html_report.page import write_page
     from speechlm2_jax.models import SALM

@@ -14,9 +14,11 @@ def swap_audio(utterances: Sequence[Utterance], normalize: Normalizer) -> list[U
     """Gives every utterance that has a reference the audio of one with another reference.
 
     The swap is deterministic and uses each recording once. Utterances without a reference are left
-    out. Raises SettingsError if more than half of the utterances have the same text: then no such
-    swap exists.
+    out. Raises SettingsError for conversations, and if more than half of the utterances have the
+    same text: then no such swap exists.
     """
+    if any(u.dialog is not None for u in utterances):
+        raise SettingsError("swap_audio: takes recordings, not conversations; leave it out")
     texts = {i: normalize(u.text) for i, u in enumerate(utterances) if u.text is not None}
     # sorting by hash puts equal texts next to each other, but not similar ones
     order = sorted(texts, key=lambda i: (hashlib.sha256(texts[i].encode()).digest(), i))

@@ -229,6 +229,8 @@ def _media(utterances: Sequence[Utterance], rate_hz: int) -> list[Media | None]:
             wave = utterance.read(rate_hz)
         except AudioError:
             return None
+        if not len(wave):  # a conversation of texts
+            return None
         return Media(
             audio=audio_uri(wave, rate_hz),
             spectrogram=_uri("image/png", spectrogram_png(wave, rate_hz)),
@@ -279,8 +281,9 @@ def _head(totals: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any
 def facts(record: Mapping[str, Any], counted: str) -> list[str]:
     """The line below the model's name: step, data, its size, date and device."""
     device, inputs = record["device"], record["settings"].get("inputs")
+    listed = inputs if inputs is None or isinstance(inputs, str) else ", ".join(inputs)
     found = [
-        counted if inputs is None else f"on {inputs}",
+        counted if listed is None else f"on {listed}",
         *([] if inputs is None else [counted]),
         str(record["date"]).replace("T", " ").replace("+00:00", " UTC"),
         f"{device['kind']}, {record['dtype']}",
