@@ -39,6 +39,8 @@ _KAISER_BETA = 5.0
 _FILTER_CROSSINGS = 10
 """Zero crossings of the sinc on each side of the resampling filter, and its window: SciPy's."""
 
+_SMALL_STEP = 64
+"""Up to so many input samples per block, a matmul with mostly zeros is the fastest."""
 _SINC_CROSSINGS = 6
 _ROLLOFF = 0.99
 """torchaudio's defaults: zero crossings on each side, and the share of the band that is kept."""
@@ -205,12 +207,38 @@ def sinc_resample(wave: np.ndarray, from_hz: int, to_hz: int) -> Float[np.ndarra
         return wave
     gcd = math.gcd(from_hz, to_hz)
     step, phases = from_hz // gcd, to_hz // gcd
+    if step <= _SMALL_STEP:
+        return _in_blocks(wave, step, phases)
     weights = _sinc_weights(step, phases)
     taps = weights.shape[1]
     places = np.arange(-(-len(wave) * phases // step)) * step
     padded = np.pad(wave, (taps // 2 - 1, taps))
     windows = np.lib.stride_tricks.sliding_window_view(padded, taps)[places // phases]
     return np.einsum("st,st->s", windows, weights[np.arange(len(places)) % phases])
+
+
+def _in_blocks(wave: np.ndarray, step: int, phases: int) -> np.ndarray:
+    """The same as one matmul: `step` input samples further on, all `phases` weights repeat."""
+    kernel = _block_kernel(step, phases)
+    taps = len(kernel) - step
+    samples = -(-len(wave) * phases // step)
+    blocks = -(-samples // phases)
+    before, length = taps // 2 - 1, blocks * step + taps
+    padded = np.pad(wave, (before, max(length - before - len(wave), 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, len(kernel))[::step][:blocks]
+    return (windows @ kernel).reshape(-1)[:samples]
+
+
+@functools.lru_cache(maxsize=32)
+def _block_kernel(step: int, phases: int) -> np.ndarray:
+    """Weights [step + taps, phases] of a block of input samples for all outputs in it."""
+    weights = _sinc_weights(step, phases)
+    taps = weights.shape[1]
+    kernel = np.zeros((step + taps, phases), np.float32)
+    for phase in range(phases):
+        first = phase * step // phases
+        kernel[first : first + taps, phase] = weights[phase]
+    return kernel
 
 
 @functools.lru_cache(maxsize=32)

@@ -8,13 +8,17 @@ CAUSES = {
     "truncated": "the file ends before its declared duration",
     "longer_than_declared": "the file is longer than its declared duration",
     "no_such_channel": "the file has no such channel",
+    "timed_out": "the storage does not deliver it in time",
     "longer_than_model": "it lasts more frames than the model has positions",
 }
 
 
 class AudioError(ValueError):
-    """A recording that cannot be used; `cause` is a key of CAUSES, for counting."""
+    """A recording that cannot be used; `cause` is a key of CAUSES, for counting.
 
-    def __init__(self, message: str, *, cause: str) -> None:
+    `path` is its file, empty where that is not known.
+    """
+
+    def __init__(self, message: str, *, cause: str, path: str = "") -> None:
         super().__init__(message)
-        self.cause = cause
+        self.cause, self.path = cause, path

@@ -4,38 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from speechlm2_jax.data.augmentation.config import AugmentationConfig
 from speechlm2_jax.data.input_config import InputConfig, ManifestPaths, Paths, SharPath, TarPaths
 from speechlm2_jax.settings import Refusal
-
-_SWITCHES = {
-    "concatenate_samples": (
-        "concatenate_gap_seconds",
-        "concatenate_duration_factor",
-        "concatenate_merge_supervisions",
-        "db_norm",
-    ),
-    "truncate_duration": ("truncate_offset_type", "keep_excessive_supervisions"),
-    "cut_into_windows_duration": ("cut_into_windows_hop",),
-    "pad_min_duration": ("pad_direction",),
-    "noise_path": ("noise_snr", "noise_mix_prob"),
-    "rir_enabled": ("rir_path", "rir_prob"),
-    "lowpass_enabled": ("lowpass_frequencies_interval", "lowpass_prob"),
-    "compression_enabled": (
-        "compression_prob",
-        "compression_level_interval",
-        "compression_codecs",
-        "compression_codec_weights",
-        "compression_enable_for_custom_fields",
-    ),
-    "clipping_enabled": (
-        "clipping_gain_db",
-        "clipping_normalize",
-        "clipping_oversampling",
-        "clipping_prob_hard",
-        "clipping_prob",
-    ),
-}
-"""NeMo's keys that switch on something refused -> keys that only configure it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +23,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoaderConfig:
+class LoaderConfig(AugmentationConfig):
     """Keys of one stream of batches: `train_ds`, or one set of `validation_ds.datasets`.
 
     Kinds of data add keys of their own, such as the budget of a batch.
@@ -102,9 +73,13 @@ class LoaderConfig:
     """Leaves out the batch of an epoch that is not full."""
     keep_outliers: bool = False
     """Keeps outliers in length, with a warning (docs/data.md)."""
-    # by how many threads
+    # how it is read ahead
     num_workers: int = 1
     """Threads that read audio ahead."""
+    read_timeout: float | None = 300.0
+    """Seconds after which a recording that does not arrive counts as unusable; null: never."""
+    max_error_rate: float | None = None
+    """Stops the run if a larger share of the last 1000 conversations could not be used."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {
         "tarred_random_access": "skip_missing_manifest_entries",
@@ -125,9 +100,13 @@ class LoaderConfig:
         "use_lhotse": "Lhotse always reads",
         "bucketing_2d_strict_mode": "2-D buckets are not supported",
         **{
-            key: f"it goes with {switch}, which is refused"
-            for switch, keys in _SWITCHES.items()
-            for key in keys
+            key: "it goes with concatenate_samples, which is refused"
+            for key in (
+                "concatenate_gap_seconds",
+                "concatenate_duration_factor",
+                "concatenate_merge_supervisions",
+                "db_norm",
+            )
         },
         "persistent_workers": "workers are threads",
         "prefetch_factor": "reading ahead follows num_workers",
@@ -137,16 +116,7 @@ class LoaderConfig:
         "sampler_fusion": ("give one data set, its sources as input_cfg", "round_robin"),
         "sampler_weights": "give one data set, its sources as input_cfg with weights",
         "cut_text_into_windows_tokens": "cut long texts in the manifest",
-        "noise_path": "augmentation of conversations is not supported",
-        "perturb_speed": "augmentation of conversations is not supported",
-        "rir_enabled": "augmentation of conversations is not supported",
-        "lowpass_enabled": "augmentation of conversations is not supported",
-        "compression_enabled": "augmentation of conversations is not supported",
-        "clipping_enabled": "augmentation of conversations is not supported",
         "concatenate_samples": "write the longer conversations into the manifest",
-        "truncate_duration": "cut the recordings in the manifest (offset, duration)",
-        "cut_into_windows_duration": "cut the recordings in the manifest (offset, duration)",
-        "pad_min_duration": "padding is the bucket's",
     }
 
     @property
@@ -160,11 +130,20 @@ class LoaderConfig:
         return getattr(self, self.BUDGET_KEYS[1])
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        highest_hz = self.lowpass_frequencies_interval[1]
+        if self.lowpass_enabled and 2 * highest_hz > self.sample_rate:
+            raise ValueError(
+                f"lowpass_frequencies_interval: {highest_hz} Hz is above half of sample_rate "
+                f"({self.sample_rate}); lower it"
+            )
         if self.sample_rate < 1:
             raise ValueError(f"sample_rate must be positive, got {self.sample_rate}")
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
-        for name in ("batch_size", *self.BUDGET_KEYS):
+        if self.max_error_rate is not None and not 0 <= self.max_error_rate <= 1:
+            raise ValueError(f"max_error_rate must be from 0 to 1, got {self.max_error_rate}")
+        for name in ("batch_size", "read_timeout", *self.BUDGET_KEYS):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -214,6 +193,9 @@ class DataLoaderConfig(LoaderConfig):
     """Required by the keys that are token counts, as in NeMo; lengths always count tokens."""
     measure_total_length: bool = True
     """Whether the last turn belongs to the length."""
+    # augmentation
+    perturb_speed: bool = False
+    """Adds each conversation at 0.9 and 1.1 times its speed: an epoch is three times as long."""
     # what to leave out
     min_duration: float | None = None
     """Seconds of all audio of a conversation; one without audio passes."""

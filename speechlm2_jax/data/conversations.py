@@ -4,15 +4,19 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from speechlm2_jax.data.audio import AudioError, check_samples, read_audio, resample
 from speechlm2_jax.data.audio_location import AudioLocation, ParquetCell
+from speechlm2_jax.data.augmentation.changes import ClipChanges
 from speechlm2_jax.data.lhotse_types import Cut
 from speechlm2_jax.data.prompts import Prompt
+
+if TYPE_CHECKING:
+    from speechlm2_jax.data.augmentation.augmentation import ClipEffects
 
 DEFAULT_LOCATOR_TAG = "<|audioplaceholder|>"
 
@@ -38,16 +42,63 @@ class AudioClip:
     """Of a recording that is a value in `path`, a Parquet file."""
     cut: Cut | None = None
     """A Lhotse cut that only Lhotse can load (mixed, augmented or in memory)."""
+    changes: ClipChanges | None = None
+    """What augmentation makes of its length; `duration_s` is the result."""
 
     def samples(self, sample_rate_hz: int) -> int:
         """The length to plan with: never less than what `load` gives."""
         return math.floor(round(self.duration_s * sample_rate_hz, 6) + 0.5)
 
-    def load(self, sample_rate_hz: int) -> Float[np.ndarray, " S"]:
-        """Reads the clip at the rate asked for. Raises AudioError for one that cannot be used."""
-        if self.silence_s:
+    def load(
+        self, sample_rate_hz: int, effects: "ClipEffects | None" = None
+    ) -> Float[np.ndarray, " S"]:
+        """Reads the clip at the rate asked for. Raises AudioError for one that cannot be used.
+
+        `effects` are the random changes of its samples in one epoch.
+        """
+        place = 0.0 if self.changes is None or effects is None else effects.place()
+        wave = self._source(place)._load(sample_rate_hz)
+        if effects is not None:
+            wave = effects.on_source(wave, sample_rate_hz)
+        if self.changes is not None:
+            wave = self.changes.apply(wave, sample_rate_hz, self.samples(sample_rate_hz), place)
+        return wave if effects is None else effects.on_result(wave, sample_rate_hz)
+
+    def stretch(self, start_s: float, duration_s: float) -> "AudioClip":
+        """A part of it, with its part of the silence at the end; less than 0 is a distance."""
+        silence_s = start_s + duration_s - (self.duration_s - self.silence_s)
+        return replace(
+            self,
+            offset_s=self.offset_s + start_s,
+            duration_s=duration_s,
+            silence_s=min(silence_s, duration_s),
+            is_segment=True,
+        )
+
+    def _source(self, place: float) -> "AudioClip":
+        """What is read of the file; `place` is where a stretch with room begins."""
+        changes = self.changes
+        if changes is None:
+            return self
+        moved_s = place * changes.room_s
+        return replace(
+            self,
+            changes=None,
+            duration_s=changes.read_s,
+            offset_s=self.offset_s + moved_s,
+            silence_s=min(self.silence_s + moved_s, changes.read_s),
+        )
+
+    def _load(self, sample_rate_hz: int) -> np.ndarray:
+        if self.silence_s > 0:
             return self._load_before_silence(sample_rate_hz)
-        wave = self._load_cut(self.cut, sample_rate_hz) if self.cut else self._read(sample_rate_hz)
+        try:
+            wave = (
+                self._load_cut(self.cut, sample_rate_hz) if self.cut else self._read(sample_rate_hz)
+            )
+        except AudioError as error:
+            error.path = error.path or self.path
+            raise
         # resampling rounds, and manifests round durations: a plan must hold all the same
         return wave[: self.samples(sample_rate_hz)]
 
@@ -55,7 +106,7 @@ class AudioClip:
         wave, samples = np.zeros(0, np.float32), self.samples(sample_rate_hz)
         if self.duration_s > self.silence_s:
             recorded_s = self.duration_s - self.silence_s
-            wave = replace(self, silence_s=0.0, duration_s=recorded_s).load(sample_rate_hz)
+            wave = replace(self, silence_s=0.0, duration_s=recorded_s)._load(sample_rate_hz)
         return np.pad(wave[:samples], (0, max(samples - len(wave), 0)))
 
     def _read(self, sample_rate_hz: int) -> np.ndarray:
@@ -70,6 +121,8 @@ class AudioClip:
 
     def _load_cut(self, cut: Cut, sample_rate_hz: int) -> np.ndarray:
         try:
+            if self.is_segment and self.duration_s < cut.duration:
+                cut = cut.truncate(offset=self.offset_s, duration=self.duration_s)
             wave = np.asarray(cut.load_audio(), np.float32)
         except Exception as error:  # Lhotse raises many kinds, all of which mean: no audio
             reason = " ".join(str(error).split())[:200]

@@ -4,18 +4,27 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speechlm2_jax.batches import FrameCount, HostBatch
+from speechlm2_jax.data.augmentation.augmentation import Augmentation, make_augmentation
+from speechlm2_jax.data.augmentation.config import warn_without_switch
+from speechlm2_jax.data.augmentation.noise_sources import read_noise
 from speechlm2_jax.data.bucketing import BucketPlan, Shape
-from speechlm2_jax.data.prepare import DataKind, DataSet, Prepared, prepare
+from speechlm2_jax.data.config import LoaderConfig
+from speechlm2_jax.data.faults import Dropped, ErrorLog, ErrorRate, Faults
+from speechlm2_jax.data.manifest_watch import ManifestWatch
+from speechlm2_jax.data.prepare import DataKind, DataSet, Prepared, prepare, seed_of
+from speechlm2_jax.data.reading import ExampleReader
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.sources import read_sources
+from speechlm2_jax.data.time_limit import TimeLimit
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.settings import SettingsError, build, require_complete
 
 if TYPE_CHECKING:  # Grain is loaded with the first stream
-    from speechlm2_jax.data.loader import BatchStream, Dropped
+    from speechlm2_jax.data.loader import BatchStream
 
 TOKENS_MULTIPLE = 8
 """LLM positions of every shape are a multiple of it, as vector units prefer."""
@@ -50,7 +59,12 @@ class DataModule:
         self._sets |= self._read_named(config.test_ds, "test_ds")
         self._groups: int | None = None
         self._prepared: dict[str, Prepared] = {}
-        self._dropped: dict[str, Dropped] = {}
+        self._faults: dict[str, Faults] = {}
+        self._watches = {
+            name: ManifestWatch(where=one.where, files=[f for s in one.sources for f in s.files])
+            for name, one in self._sets.items()
+        }
+        self._error_log: ErrorLog | None = None
 
     @property
     def dropped(self) -> Mapping[str, int]:
@@ -61,7 +75,7 @@ class DataModule:
         """
         total: dict[str, int] = {}
         filtered = [prepared.filtered for prepared in self._prepared.values()]
-        for counts in [*filtered, *(dropped.counts for dropped in self._dropped.values())]:
+        for counts in [*filtered, *(faults.dropped.counts for faults in self._faults.values())]:
             for cause, count in counts.items():
                 total[cause] = total.get(cause, 0) + count
         return total
@@ -115,6 +129,8 @@ class DataModule:
         stream = self._stream(TRAIN, had)
         if state is not None:
             stream.set_state(dict(state))
+        else:
+            self._faults[TRAIN].resume({}, (0, 0))
         return stream
 
     def validation_batches(self) -> dict[str, Iterable[HostBatch]]:
@@ -157,32 +173,68 @@ class DataModule:
         return {name.removeprefix(f"{block}."): _Passes(self, name) for name in names}
 
     def _stream(self, name: str, groups: int) -> "BatchStream":
-        from speechlm2_jax.data.loader import BatchReader, BatchStream, Dropped, PlannedBatches
+        from speechlm2_jax.data.loader import BatchReader, BatchStream, PlannedBatches
 
-        prepared, is_train = self._prepared[name], self._sets[name].is_train
-        if is_train:
-            self._dropped[name] = Dropped()
-        dropped = self._dropped.setdefault(name, Dropped(count_each_once=True))
+        prepared, data_set = self._prepared[name], self._sets[name]
+        config, is_train = prepared.config, data_set.is_train
         sampler = replace(prepared.sampler, groups=groups)
-        reader = BatchReader(
+        examples = ExampleReader(
             contents=prepared.contents,
             sampler=sampler,
+            sources=[source.name for source in data_set.sources],
+            augmentation=data_set.augmentation,
+            replaces=is_train,
+            limit=TimeLimit(config.read_timeout),
+        )
+        reader = BatchReader(
+            examples=examples,
             with_references=not is_train,
             own_groups=self._own_groups if is_train else None,
         )
         plans = PlannedBatches(sampler, epochs=None if is_train else 1)
-        return BatchStream(plans, reader, dropped, prepared.config.num_workers)
+        watch = self._watches[name] if is_train else None
+        return BatchStream(plans, reader, self._faults_of(name), config.num_workers, watch)
+
+    def _faults_of(self, name: str) -> Faults:
+        """The count of a data set: of training anew for each stream, else of all passes."""
+        data_set = self._sets[name]
+        if data_set.is_train or name not in self._faults:
+            rate = ErrorRate(data_set.where, data_set.config.max_error_rate)
+            dropped = Dropped(count_each_once=not data_set.is_train)
+            self._faults[name] = Faults(name=name, rate=rate, dropped=dropped, log=self._error_log)
+        return self._faults[name]
+
+    def keep_errors(self, path: Path | None) -> None:
+        """Lists recordings that cannot be used in a file of JSON lines, from the next stream on."""
+        self._error_log = None if path is None else ErrorLog(path)
+        for faults in self._faults.values():
+            faults.log = self._error_log
 
     def _read(self, values: Mapping[str, object], where: str, *, is_train: bool) -> DataSet:
         config = build(self.dataset.loader_config, values, where)
-        sources = tuple(read_sources(config, where, self.dataset.read))
-        return DataSet(where=where, config=config, sources=sources, is_train=is_train)
+        warn_without_switch(config, where)
+        sources = tuple(
+            replace(source, conversations=self.dataset.variants(source.conversations, config))
+            for source in read_sources(config, where, self.dataset.read)
+        )
+        return DataSet(
+            where=where,
+            config=config,
+            sources=sources,
+            is_train=is_train,
+            augmentation=_augmentation(config, where),
+        )
 
     def _read_named(self, values: Mapping[str, object] | None, block: str) -> dict[str, DataSet]:
         return {
             f"{block}.{name}": self._read(own, path, is_train=False)
             for name, (own, path) in named_sets(values, block).items()
         }
+
+
+def _augmentation(config: LoaderConfig, where: str) -> Augmentation | None:
+    """The random effects of a data set. Raises SettingsError for noise that cannot be read."""
+    return make_augmentation(config, seed_of(config, where), read_noise(config, where))
 
 
 def named_sets(

@@ -3,23 +3,23 @@
 import functools
 import logging
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import grain
 import xxhash
 
 from speechlm2_jax.batches import HostBatch
-from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.data.faults import Faults
+from speechlm2_jax.data.manifest_watch import ManifestWatch
 from speechlm2_jax.data.prepare import Contents
 from speechlm2_jax.data.read_ahead import read_ahead
+from speechlm2_jax.data.reading import ExampleReader, Key, Reading
 from speechlm2_jax.data.sampler import BatchPlan, Sampler
 from speechlm2_jax.settings import SettingsError
 
-LINES_PER_CAUSE = 10
-"""Dropped conversations that are named in the log; further ones are only counted."""
 EMPTY_BATCHES = 20
 """Stop after so many consecutive batches without a usable recording."""
 
@@ -27,47 +27,23 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failure:
-    """A conversation that could not be used when its turn came."""
-
-    cause: str
-    id: str
-    index: int
-    """Of the conversation in the data set: ids may repeat."""
-    message: str
-
-
-@dataclass
-class Dropped:
-    """Conversations left out, counted by cause; the first of each cause are logged by id."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    count_each_once: bool = False
-    """Whether a conversation met again, in a later pass, is the same one."""
-    _seen: set[int] = field(default_factory=set)
-
-    def add(self, failure: Failure) -> None:
-        """Counts one."""
-        if self.count_each_once and failure.index in self._seen:
-            return
-        if self.count_each_once:
-            self._seen.add(failure.index)
-        count = self.counts[failure.cause] = self.counts.get(failure.cause, 0) + 1
-        if count <= LINES_PER_CAUSE:
-            _log.warning("dropped %s: %s (%s)", failure.id, failure.cause, failure.message)
-        if count == LINES_PER_CAUSE:
-            _log.warning("further conversations dropped as %r are only counted", failure.cause)
-
-
-@dataclass(frozen=True, kw_only=True)
 class BatchReader:
     """Reads a planned batch and collates it into arrays."""
 
-    contents: Contents
-    sampler: Sampler
+    examples: ExampleReader
     with_references: bool = False
     own_groups: frozenset[int] | None = None
     """Groups that this host reads; None: all. The others stay empty."""
+
+    @property
+    def contents(self) -> Contents:
+        """The conversations."""
+        return self.examples.contents
+
+    @property
+    def sampler(self) -> Sampler:
+        """What plans them."""
+        return self.examples.sampler
 
     @functools.cached_property
     def fingerprint(self) -> int:
@@ -85,40 +61,24 @@ class BatchReader:
             digest.update(repr(_contents(conversation)).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
-    def load(self, planned: BatchPlan) -> tuple[HostBatch, list[Failure]]:
-        """Reads a batch. A conversation that fails becomes a masked sequence, so shapes stay."""
+    def load(self, planned: BatchPlan, key: Key) -> "Read":
+        """Reads a batch. A conversation that fails is replaced, else masked, so shapes stay.
+
+        `key` is the epoch and the number of the batch.
+        """
         bucket = self.sampler.plan.buckets[planned.bucket]
-        failures: list[Failure] = []
         own = range(len(planned.groups)) if self.own_groups is None else self.own_groups
-        groups = [
-            [self._example(i, failures) if number in own else None for i in group]
-            for number, group in enumerate(planned.groups)
-        ]
-        usable = [
-            (i, example)
-            for indices, examples in zip(planned.groups, groups, strict=True)
-            for i, example in zip(indices, examples, strict=True)
-            if example is not None
-        ]
+        reading = self.examples.read(planned, own, key)
         batch = HostBatch(
-            arrays=self.contents.assemble(groups, bucket.shape),
-            ids=tuple(self.contents.conversations[i].id for i, _ in usable),
+            arrays=self.contents.assemble(reading.examples, bucket.shape),
+            ids=tuple(self.contents.conversations[i].id for i, _ in reading.usable),
             bucket=bucket.name,
-            references=tuple(self.contents.reference(*pair) for pair in usable)
+            references=tuple(self.contents.reference(*pair) for pair in reading.usable)
             if self.with_references
             else (),
-            share=len(own) / len(groups),
+            share=len(own) / len(planned.groups),
         )
-        return batch, failures
-
-    def _example(self, index: int, failures: list[Failure]) -> Any:
-        try:
-            return self.contents.example(index)
-        except AudioError as error:
-            name = self.contents.conversations[index].id
-            failed = Failure(cause=error.cause, id=name, index=index, message=str(error))
-            failures.append(failed)
-            return None
+        return batch, reading
 
 
 def _contents(conversation: Any) -> list[Any]:
@@ -128,6 +88,11 @@ def _contents(conversation: Any) -> list[Any]:
         clip = getattr(turn, "clip", None)
         found.append(turn if clip is None else (turn.role, clip.offset_s, clip.duration_s))
     return found
+
+
+def _place(state: Mapping[str, Any]) -> tuple[int, int]:
+    """The epoch of a batch and its number, counted from 1, by the state after it."""
+    return int(state["epoch"]), int(state["position"])
 
 
 class PlannedBatches(grain.DatasetIterator):
@@ -167,7 +132,7 @@ class PlannedBatches(grain.DatasetIterator):
 
 Planned = tuple[BatchPlan, dict[str, Any]]
 """A batch, and the position after it."""
-Read = tuple[HostBatch, list[Failure]]
+Read = tuple[HostBatch, Reading]
 
 
 class BatchStream(grain.DatasetIterator):
@@ -179,10 +144,15 @@ class BatchStream(grain.DatasetIterator):
     """
 
     def __init__(
-        self, plans: PlannedBatches, reader: BatchReader, dropped: Dropped, threads: int
+        self,
+        plans: PlannedBatches,
+        reader: BatchReader,
+        faults: Faults,
+        threads: int,
+        watch: ManifestWatch | None = None,
     ) -> None:
         super().__init__(plans)
-        self._reader, self._dropped = reader, dropped
+        self._reader, self._faults, self._watch = reader, faults, watch
         self._threads = max(threads, 1)
         self._reading = self._read_ahead()
         self._state = plans.get_state()
@@ -190,15 +160,16 @@ class BatchStream(grain.DatasetIterator):
 
     def __next__(self) -> HostBatch:
         (_, state), future = next(self._reading)
-        batch, failures = future.result()
+        batch, reading = future.result()
         self._state = state
-        for failure in failures:
-            self._dropped.add(failure)
+        self._faults.add(reading.read, reading.failures, _place(state))
+        if self._watch is not None:
+            self._watch.look()
         self._empty_batches = 0 if batch.ids else self._empty_batches + 1
         if self._empty_batches >= EMPTY_BATCHES:
             raise SettingsError(
                 f"{EMPTY_BATCHES} consecutive batches without a usable recording; the last one: "
-                f"{failures[-1].message}"
+                f"{reading.failures[-1].message}"
             )
         return batch
 
@@ -209,7 +180,7 @@ class BatchStream(grain.DatasetIterator):
             "groups": self._reader.sampler.groups,
             "data": self._reader.fingerprint,
             "contents": self._reader.contents_fingerprint,
-            "dropped": dict(self._dropped.counts),
+            "dropped": dict(self._faults.dropped.counts),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -234,7 +205,7 @@ class BatchStream(grain.DatasetIterator):
         self._parent.set_state(state)
         self._reading = self._read_ahead()
         self._state = self._parent.get_state()
-        self._dropped.counts = dict(state["dropped"])
+        self._faults.resume(state["dropped"], _place(self._state))
 
     def close(self) -> None:
         """Stops reading ahead."""
@@ -244,7 +215,7 @@ class BatchStream(grain.DatasetIterator):
     def _read_ahead(self) -> Generator[tuple[Planned, Future[Read]]]:
         return read_ahead(
             ((plan, self._parent.get_state()) for plan in self._parent),
-            lambda planned: self._reader.load(planned[0]),
+            lambda planned: self._reader.load(planned[0], _place(planned[1])),
             ahead=2 * self._threads,
             threads=self._threads,
         )

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Real
 
 from speechlm2_jax.batches import FrameCount
+from speechlm2_jax.data.augmentation.augmentation import Augmentation, ExampleEffects
 from speechlm2_jax.data.bucketing import Measures, Members, Shape, describe, plan_buckets
 from speechlm2_jax.data.config import DataConfig, LoaderConfig
 from speechlm2_jax.data.conversations import AnyConversation
@@ -67,8 +68,11 @@ class Contents(Protocol):
         """Why a model must not be trained on these conversations; None if it may."""
         ...
 
-    def example(self, index: int) -> Any:
-        """Reads a conversation's audio. Raises AudioError if any of it cannot be used."""
+    def example(self, index: int, effects: ExampleEffects | None = None) -> Any:
+        """Reads a conversation's audio. Raises AudioError if any of it cannot be used.
+
+        `effects` are the random changes of its samples in one epoch.
+        """
         ...
 
     def assemble(self, groups: Sequence[Sequence[Any]], shape: Any) -> Any:
@@ -102,6 +106,10 @@ class DataKind(Protocol):
         """The conversations of one entry of `input_cfg`. Raises SettingsError."""
         ...
 
+    def variants(self, conversations: Sequence[Any], config: Any) -> Sequence[Any]:
+        """The examples that augmentation makes of conversations: at other speeds, in windows."""
+        ...
+
     def contents(
         self,
         conversations: Sequence[Any],
@@ -122,6 +130,7 @@ class DataSet:
     config: LoaderConfig
     sources: tuple[Source, ...]
     is_train: bool
+    augmentation: Augmentation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +224,7 @@ def _sampler(
 ) -> Sampler:
     config, sources = data_set.config, data_set.sources
     shares = tuple(s.share for s in sources if s.share is not None)
-    seed = _seed(config.seed, data_set.where)
+    seed = seed_of(config, data_set.where)
     is_train = data_set.is_train
     return Sampler(
         plan=plan_buckets(contents.measures, config, contents.shape, multiple),
@@ -263,8 +272,12 @@ def _sizes(data_set: DataSet, keep: np.ndarray) -> tuple[int, ...]:
     return tuple(int(part.sum()) for part in np.split(keep, ends[:-1]))
 
 
-def _seed(seed: int | str, where: str) -> int:
-    """An integer seed, the same on every host; `trng` and `randomized` give 0."""
+def seed_of(config: LoaderConfig, where: str) -> int:
+    """An integer seed, the same on every host; `trng` and `randomized` give 0.
+
+    Raises SettingsError for another word.
+    """
+    seed = config.seed
     if isinstance(seed, int):
         return seed % (1 << 63)
     if seed not in ("trng", "randomized"):

@@ -23,6 +23,7 @@ from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.settings import SettingsError
 
 if TYPE_CHECKING:
+    from speechlm2_jax.data.augmentation.augmentation import ExampleEffects
     from speechlm2_jax.data.salm_dataset import SALMDataset, SalmReference
 
 CLIP_SPREAD = 2.0
@@ -82,9 +83,9 @@ class SalmContents:
     def validation_error(self, planned: Sequence[int]) -> None:
         """None: what passed the tests can be trained on."""
 
-    def example(self, index: int) -> SalmExample:
+    def example(self, index: int, effects: "ExampleEffects | None" = None) -> SalmExample:
         """Reads a conversation's audio. Raises AudioError if any of it cannot be used."""
-        return self.dataset.example(self.conversations[index], self.config.sample_rate)
+        return self.dataset.example(self.conversations[index], self.config.sample_rate, effects)
 
     def assemble(
         self, groups: Sequence[Sequence[SalmExample | None]], shape: BatchShape

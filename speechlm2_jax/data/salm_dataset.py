@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from speechlm2_jax.batches import FrameCount, SalmExample
 from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.data.augmentation.variants import with_variants
 from speechlm2_jax.data.config import DataConfig, DataLoaderConfig
 from speechlm2_jax.data.conversations import DEFAULT_LOCATOR_TAG, Conversation
 from speechlm2_jax.data.entry_readers import read_entry
@@ -18,6 +19,9 @@ from speechlm2_jax.data.prompts import PromptError, PromptFormatter
 from speechlm2_jax.data.salm_contents import SalmContents, measure, placeholder_id
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.settings import SettingsError
+
+if TYPE_CHECKING:
+    from speechlm2_jax.data.augmentation.augmentation import ExampleEffects
 
 _DIALOGS_AT_ONCE = 4096
 
@@ -75,6 +79,13 @@ class SALMDataset:
         )
         return list(read_entry(entry, options))
 
+    @staticmethod
+    def variants(
+        conversations: Sequence[Conversation], config: DataLoaderConfig
+    ) -> Sequence[Conversation]:
+        """The examples that augmentation makes of conversations: at other speeds, in windows."""
+        return with_variants(conversations, config)
+
     def contents(
         self,
         conversations: Sequence[Conversation],
@@ -119,8 +130,16 @@ class SALMDataset:
         """
         return _encode_all(conversations, PromptFormatter(prompt_format, self.tokenizer))
 
-    def example(self, conversation: Conversation, sample_rate_hz: int) -> SalmExample:
-        """Reads the audio of a conversation; raises AudioError if any of it cannot be used."""
+    def example(
+        self,
+        conversation: Conversation,
+        sample_rate_hz: int,
+        effects: "ExampleEffects | None" = None,
+    ) -> SalmExample:
+        """Reads the audio of a conversation; raises AudioError if any of it cannot be used.
+
+        `effects` are the random changes of its samples in one epoch.
+        """
         if conversation.prompt is None:
             raise ValueError(
                 f"conversation {conversation.id!r} has no token ids: call encode first"
@@ -130,7 +149,10 @@ class SALMDataset:
             id=conversation.id,
             tokens=ids,
             loss_mask=np.zeros(len(ids), bool) if mask is None else mask,
-            audio=tuple(clip.load(sample_rate_hz) for clip in conversation.clips),
+            audio=tuple(
+                clip.load(sample_rate_hz, effects and effects.of_clip(number))
+                for number, clip in enumerate(conversation.clips)
+            ),
         )
 
     def reference(self, conversation: Conversation, example: SalmExample) -> SalmReference:

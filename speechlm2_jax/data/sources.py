@@ -16,6 +16,7 @@ from speechlm2_jax.data.input_config import (
     InputConfig,
     own_keys,
 )
+from speechlm2_jax.data.manifest_watch import manifest_files
 from speechlm2_jax.data.paths import is_file, local_file
 from speechlm2_jax.settings import SettingsError, build, parse_yaml, read_text, resolve
 
@@ -30,6 +31,8 @@ class Source(Generic[C]):
 
     name: str
     conversations: Sequence[C]
+    files: tuple[str, ...] = ()
+    """Its manifests."""
     is_shar: bool = False
     is_endless: bool = False
     """Whether NeMo repeats it without end in training, batches running over from pass to pass."""
@@ -67,6 +70,7 @@ def read_sources(
         Source(
             name=_name(entry.config),
             conversations=_read(entry, config, read),
+            files=manifest_files(entry.config),
             is_shar=entry.config.shar_path is not None,
             is_endless=_is_endless(entry.config),
             shard_seed=_shard_seed(entry.config, config),

@@ -278,6 +278,15 @@ class BatchIterator(Protocol):
 
 
 @runtime_checkable
+class KeepsErrors(Protocol):
+    """Data that list what cannot be read in a file (optional)."""
+
+    def keep_errors(self, path: Path | None) -> None:
+        """Adds to this file from the next stream on."""
+        ...
+
+
+@runtime_checkable
 class DataSource(Protocol):
     """Training and validation data (`data.DataModule`)."""
 

@@ -32,6 +32,7 @@ from speechlm2_jax.training.run.disk_errors import disk_errors
 from speechlm2_jax.training.run.metrics_log import format_samples, format_validation
 from speechlm2_jax.training.run.outputs import (
     checkpoints_folder,
+    list_data_errors,
     open_checkpointer,
     open_metrics_log,
     write_description,
@@ -325,6 +326,7 @@ class Trainer:
             profiling.StepProfiler(config.profile_steps, traces).closing()
         )
         planned = len(datamodule.training_shapes())
+        list_data_errors(self.run_dir, datamodule)
         context = RunContext(
             model=model,
             datamodule=datamodule,

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -74,3 +75,11 @@ def refusal(*entries, **more):
 def turns(conversation):
     """(role, text or id of the recording) of each turn."""
     return [(t.role, getattr(t, "text", None) or t.clip.id) for t in conversation.turns]
+
+
+def assert_same(one, other):
+    """Two batches are equal to the bit."""
+    assert one.ids == other.ids and one.bucket == other.bucket
+    for field in fields(one.arrays):
+        left, right = getattr(one.arrays, field.name), getattr(other.arrays, field.name)
+        np.testing.assert_array_equal(left, right, err_msg=field.name)

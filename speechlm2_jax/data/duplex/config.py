@@ -58,6 +58,8 @@ class DuplexLoaderConfig(LoaderConfig):
     }
     REFUSED: ClassVar[Mapping[str, Refusal]] = {
         **LoaderConfig.REFUSED,
+        "perturb_speed": "the agent's voice would be learnt at three pitches, and NeMo changes the "
+        "user's recording and the times of turns alone, so that they no longer fit the agent's",
         "prompt_format": _NO_PROMPT,
         "use_multimodal_sampling": f"{_SECONDS}; set batch_duration",
         "batch_tokens": f"{_SECONDS}; set batch_duration",

@@ -24,6 +24,7 @@ from speechlm2_jax.data.duplex.conversations import DuplexConversation, FrameGri
 from speechlm2_jax.settings import SettingsError
 
 if TYPE_CHECKING:
+    from speechlm2_jax.data.augmentation.augmentation import ExampleEffects
     from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
 
 MAX_TURNS_LEFT_OUT = 0.1
@@ -122,9 +123,9 @@ class DuplexContents:
             f"({roles}) need a text, and a start in seconds that is before the end of their cut"
         )
 
-    def example(self, index: int) -> DuplexExample:
+    def example(self, index: int, effects: "ExampleEffects | None" = None) -> DuplexExample:
         """Reads a conversation's audio. Raises AudioError if any of it cannot be used."""
-        return self.dataset.example(self.conversations[index], self.config.sample_rate)
+        return self.dataset.example(self.conversations[index], self.config.sample_rate, effects)
 
     def assemble(
         self, groups: Sequence[Sequence[DuplexExample | None]], shape: DuplexShape

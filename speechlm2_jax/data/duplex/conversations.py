@@ -23,6 +23,20 @@ class SpokenTurn:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What augmentation draws of the times of a conversation: a share, from 0 to 1, of both."""
+
+    room_s: float = 0.0
+    """By which the start is moved."""
+    stretch_s: float = 0.0
+    """What is left from there on."""
+    keeps_turns: bool = True
+    """Whether a turn that reaches beyond the stretch stays."""
+    silence_s: float = 0.0
+    """Of which the share goes before the conversation."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DuplexConversation:
     """The user's recording and the agent's, side by side in time."""
 
@@ -42,6 +56,8 @@ class DuplexConversation:
     """The shard of its source that it was read from, counted from 0."""
     is_meant_silent: bool = False
     """Whether the agent is to have no text."""
+    placement: Placement | None = None
+    """What is drawn of its times in each epoch; its turns are those before."""
 
     def turns_of(self, roles: frozenset[str]) -> list[SpokenTurn]:
         """The turns of these speakers, in order, with cleaned texts."""

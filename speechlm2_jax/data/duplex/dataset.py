@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,11 +21,15 @@ from speechlm2_jax.data.duplex.conversations import (
 )
 from speechlm2_jax.data.duplex.entry_readers import read_duplex_entry
 from speechlm2_jax.data.duplex.readers import duplex_conversation
+from speechlm2_jax.data.duplex.variants import at_place, with_variants
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.lhotse_types import Cut
 from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.settings import SettingsError, build
+
+if TYPE_CHECKING:
+    from speechlm2_jax.data.augmentation.augmentation import ClipEffects, ExampleEffects
 
 
 class DuplexS2SDataset:
@@ -96,6 +100,13 @@ class DuplexS2SDataset:
         """The conversations of one entry of `input_cfg`. Raises SettingsError."""
         return list(read_duplex_entry(entry, config))
 
+    @staticmethod
+    def variants(
+        conversations: Sequence[DuplexConversation], config: DuplexLoaderConfig
+    ) -> Sequence[DuplexConversation]:
+        """The examples that augmentation makes of conversations: cut off, in windows, padded."""
+        return with_variants(conversations, config)
+
     def contents(
         self,
         conversations: Sequence[DuplexConversation],
@@ -111,25 +122,34 @@ class DuplexS2SDataset:
         return DuplexContents.of(self, conversations, config, frame_count, where)
 
     def example(
-        self, conversation: DuplexConversation, sample_rate_hz: int | None = None
+        self,
+        conversation: DuplexConversation,
+        sample_rate_hz: int | None = None,
+        effects: "ExampleEffects | None" = None,
     ) -> DuplexExample:
         """Reads the audio of a conversation and writes its text channels.
 
         The user's audio is resampled to `sample_rate_hz` first, and frames are counted at that
         rate; None keeps the recording's rate. Raises AudioError if a recording cannot be used or
         is longer than `max_frames`.
+
+        `effects` are the random changes of the user's samples in one epoch.
         """
+        on_user = effects and effects.of_clip(0)
+        conversation = at_place(conversation, on_user.place() if on_user else 0.0)
         rate_hz = conversation.sample_rate_hz if sample_rate_hz is None else sample_rate_hz
         grid = FrameGrid(frame_length_s=self.frame_length, sample_rate_hz=rate_hz)
         frames = grid.frame(conversation.duration_s)
         user_turns = conversation.turns_of(frozenset(self.input_roles))
         agent_turns = conversation.turns_of(frozenset(self.output_roles))
-        source_audio = _audio(conversation.source, rate_hz, self.source_sample_rate)
+        source_audio = _audio(conversation.source, rate_hz, self.source_sample_rate, on_user)
         self.check_length(conversation.id, source_audio, frames)
         return DuplexExample(
             id=conversation.id,
             source_audio=source_audio,
-            target_audio=_audio(conversation.target, None, self.target_sample_rate),
+            target_audio=_audio(
+                conversation.target, None, self.target_sample_rate, effects and effects.of_agent()
+            ),
             target_tokens=self._channel(agent_turns, frames, grid),
             source_tokens=self._channel(user_turns, frames, grid),
             target_text=" ".join(turn.text for turn in agent_turns),
@@ -185,9 +205,11 @@ _OWN_KEYS = (
 )
 
 
-def _audio(clip: AudioClip, by_way_of_hz: int | None, to_hz: int) -> Float[np.ndarray, " S"]:
+def _audio(
+    clip: AudioClip, by_way_of_hz: int | None, to_hz: int, effects: "ClipEffects | None"
+) -> Float[np.ndarray, " S"]:
     """Samples of a clip, exactly as many as its declared duration has."""
-    wave = clip.load(to_hz if by_way_of_hz is None else by_way_of_hz)
+    wave = clip.load(to_hz if by_way_of_hz is None else by_way_of_hz, effects)
     if by_way_of_hz is not None:
         wave = resample(wave, by_way_of_hz, to_hz)
     samples = clip.samples(to_hz)

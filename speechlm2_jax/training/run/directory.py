@@ -27,6 +27,8 @@ LOG = "train.log"
 MODEL = "model"
 """Folder with all files of the model except the weights."""
 METRICS = "metrics.jsonl"
+DATA_ERRORS = "data_errors.jsonl"
+"""Recordings that could not be used; other processes have `data_errors.1.jsonl` and so on."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lhotse", "grain")
 _VARIABLES = ("JAX_", "XLA_", "CUDA_", "TPU_", "LIBTPU_")
 _PROGRAM = "train.py"

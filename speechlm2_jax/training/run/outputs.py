@@ -9,7 +9,13 @@ import jax
 from speechlm2_jax import processes
 from speechlm2_jax.checkpointing import CHECKPOINTS, Checkpointer, write_checksums
 from speechlm2_jax.training.exp_manager import ExpManagerConfig, SummaryWriterParams
-from speechlm2_jax.training.protocol import HasTokenizer, TrainableModel, Variables
+from speechlm2_jax.training.protocol import (
+    DataSource,
+    HasTokenizer,
+    KeepsErrors,
+    TrainableModel,
+    Variables,
+)
 from speechlm2_jax.training.run import directory as run_directory
 from speechlm2_jax.training.run.changed_settings import TOKENIZER
 from speechlm2_jax.training.run.metrics_log import MetricsLog, Wandb
@@ -59,6 +65,14 @@ def open_metrics_log(
     )
     stack.callback(metrics_log.close)
     return metrics_log
+
+
+def list_data_errors(run_dir: Path | None, datamodule: DataSource) -> None:
+    """Lets the data list what cannot be read in the run directory: a file for each process."""
+    if not isinstance(datamodule, KeepsErrors):
+        return
+    path, process = run_dir and run_dir / run_directory.DATA_ERRORS, jax.process_index()
+    datamodule.keep_errors(path and path.with_suffix(f".{process}.jsonl") if process else path)
 
 
 def write_description(

@@ -1,0 +1,86 @@
+"""Notices that manifests change while a run uses them."""
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from speechlm2_jax.data.input_config import InputConfig, Paths
+from speechlm2_jax.data.paths import expand_shards, plain_path
+
+EVERY_S = 30.0
+"""Seconds between two looks."""
+FILES_AT_ONCE = 64
+"""Files of one look: a network disk takes a millisecond for each."""
+
+_log = logging.getLogger(__name__)
+_State = tuple[int, int] | None
+"""Size and time of the last change; None: no such file."""
+
+
+def manifest_files(entry: InputConfig) -> tuple[str, ...]:
+    """The manifests of an entry, or its texts: of SHAR the files of cuts, of a folder the tars."""
+    shar, folder = entry.shar_path, entry.data_dir
+    if folder is not None:
+        return tuple(map(str, sorted(Path(plain_path(folder)).glob("*.tar"))))
+    if isinstance(shar, Mapping):
+        return _files(shar["cuts"])
+    if shar is None:
+        listed = (entry.manifests, entry.paths, entry.source_paths, entry.target_paths)
+        return tuple(file for paths in listed for file in _files(paths or ()))
+    folders = [shar] if isinstance(shar, str) else shar
+    names = [Path(plain_path(f if isinstance(f, str) else f[0])) for f in folders]
+    return tuple(str(path) for folder in names for path in sorted(folder.glob("cuts.*jsonl*")))
+
+
+def _files(paths: Paths) -> tuple[str, ...]:
+    return tuple(map(plain_path, expand_shards(paths)))
+
+
+@dataclass(kw_only=True)
+class ManifestWatch:
+    """Looks at some manifests from time to time, and warns once of each that has changed."""
+
+    where: str
+    """Of the data set, for the message."""
+    files: Sequence[str]
+    _before: dict[str, _State] = field(default_factory=dict)
+    _next: int = 0
+    _looked_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Remembers how they are now."""
+        self._before = {path: _state(path) for path in self.files}
+        self._looked_s = time.monotonic()
+
+    def look(self, now_s: float | None = None) -> None:
+        """Warns of changes, if it is time to look."""
+        now_s = time.monotonic() if now_s is None else now_s
+        if now_s - self._looked_s < EVERY_S:
+            return
+        self._looked_s = now_s
+        known = list(self._before)
+        for path in known[self._next : self._next + FILES_AT_ONCE]:
+            if (state := _state(path)) != self._before[path]:
+                _log.warning("%s: %s %s", self.where, path, _told(self._before[path], state))
+                self._before[path] = state
+        self._next = 0 if self._next + FILES_AT_ONCE >= len(known) else self._next + FILES_AT_ONCE
+
+
+def _told(before: _State, now: _State) -> str:
+    what = "is gone" if now is None else "changed"
+    sizes = f" ({before[0]} bytes, now {now[0]})" if before and now else ""
+    return (
+        f"{what} since this run read it{sizes}: the run keeps what it read, but cannot be resumed "
+        "exactly; write changed data to a new file"
+    )
+
+
+def _state(path: str) -> _State:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
