@@ -60,6 +60,8 @@ class EvalConfig:
     conversations, as NeMo's tag `context`: a turn before the first recording."""
     swap_audio: bool = False
     """Give every utterance the audio of another, to show that the model uses the audio."""
+    use_asr_decoder: bool | None = None
+    """Open a SALMWithAsrDecoder, or a SALM; null: what a local directory is, SALM from the hub."""
     encoder_wer: bool = False
     """Also score the CTC head of the run's pretrained encoder."""
     report: str | None = None
@@ -68,7 +70,6 @@ class EvalConfig:
     """Number of utterances, worst first, whose audio and spectrogram the report embeds."""
 
     REFUSED_TORCH: ClassVar[Mapping[str, Refusal]] = {
-        "use_asr_decoder": "SALMWithAsrDecoder is not supported; remove it",
         "use_nemo_automodel": "NeMo Automodel is a torch library; remove it",
         "report_mtp_acceptance": "multi-token prediction heads are not supported; remove it",
         "tp_size": (_ONE_CHIP, 1),

@@ -1,6 +1,8 @@
 """Evaluation of a SALM: load, generate, score, write the output manifest and the report."""
 
-from speechlm2_jax.evaluation.config import check_generation
+from typing import TYPE_CHECKING
+
+from speechlm2_jax.evaluation.config import EvalConfig, check_generation
 from speechlm2_jax.evaluation.devices import choose_device
 from speechlm2_jax.evaluation.encoder_wer import (
     EncoderTranscriber,
@@ -12,8 +14,13 @@ from speechlm2_jax.evaluation.provenance import provenance
 from speechlm2_jax.evaluation.results import table
 from speechlm2_jax.evaluation.resuming import open_journal, start_fingerprint
 from speechlm2_jax.evaluation.run import evaluate, input_keys
+from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.errors import errors_name_key
+from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.settings import SettingsError
+
+if TYPE_CHECKING:
+    from speechlm2_jax.models import SALM
 
 
 def run_salm_evaluation(plan: EvaluationPlan) -> None:
@@ -25,12 +32,12 @@ def run_salm_evaluation(plan: EvaluationPlan) -> None:
     print(plan.summary(utterances), flush=True)
 
     from speechlm2_jax.evaluation.html_report.page import write_page
-    from speechlm2_jax.models import SALM
 
     device = choose_device(config.device)
     fingerprint = start_fingerprint(config.pretrained_name)
     with errors_name_key("pretrained_name"):
-        model = SALM.from_pretrained(config.pretrained_name, dtype=config.dtype).eval()
+        model = model_class(config).from_pretrained(config.pretrained_name, dtype=config.dtype)
+        model = model.eval()
     if config.generation:  # once more, for token ids that this vocabulary lacks
         check_generation(config.generation, config.max_new_tokens, model)
     ctc_model = _encoder_ctc_model(plan)
@@ -51,6 +58,17 @@ def run_salm_evaluation(plan: EvaluationPlan) -> None:
         rate_hz = model.sampling_rate
         write_page(page, result, utterances, record, media_rows=config.report_rows, rate_hz=rate_hz)
         print(f"report:  {page}  (open it in a browser)")
+
+
+def model_class(config: EvalConfig) -> "type[SALM]":
+    """The class of the model: `use_asr_decoder` tells it, else what is found."""
+    from speechlm2_jax import models
+
+    is_with_asr = config.use_asr_decoder
+    if is_with_asr is None:
+        found = Location().local(config.pretrained_name)
+        is_with_asr = found is not None and registry.identify(found) is registry.SALM_WITH_ASR
+    return models.SALMWithAsrDecoder if is_with_asr else models.SALM
 
 
 def _encoder_ctc_model(plan: EvaluationPlan) -> EncoderTranscriber | None:

@@ -225,13 +225,11 @@ class SpeechModel(Exportable):
             context=context,
             longest=longest,
         )
-        graphdef, _ = split(abstract(lambda rngs: AudioPerception(config, rngs=rngs)))
-        root = "perception."
-        own = {
-            p[len(root) :]: v for p, v in self._inference_variables().items() if p.startswith(root)
-        }
+        module = abstract(lambda rngs: AudioPerception(config, rngs=rngs))
+        variables = self._inference_variables()
+        own = {path: variables[f"perception.{path}"] for path in describe(module)}
         dtype = self._blueprint.network.compute_dtype
-        return PerceptionStream(plan, graphdef, own, batch, dtype)
+        return PerceptionStream(plan, split(module)[0], own, batch, dtype)
 
     # Interface of the trainer ---------------------------------------------------------------
 

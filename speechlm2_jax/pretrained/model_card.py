@@ -26,14 +26,14 @@ COMPONENTS = {
 """Key of the `model:` block -> what it names."""
 PLACEHOLDER = "PATH"
 """Stands for the name of a model that has none yet."""
-TASKS = {"SALM": "automatic-speech-recognition"}
+SALM_TASK = "automatic-speech-recognition"
 DUPLEX_TASK = "audio-to-audio"
 LLM_TASK = "text-generation"
 SALM_USE = """\
 ```python
 import speechlm2_jax as slm
 
-model = slm.models.SALM.from_pretrained("{name}")
+model = slm.models.{kind}.from_pretrained("{name}")
 prompt = f"Transcribe the following: {{model.audio_locator_tag}}"
 ids = model.generate(
     prompts=[[{{"role": "user", "content": prompt, "audio": ["speech.wav"]}}]], max_new_tokens=128
@@ -41,12 +41,12 @@ ids = model.generate(
 print(model.tokenizer.ids_to_text(ids[0]))
 ```
 
-NeMo 3.0.0 opens the same directory:
+NeMo 3.0.0 opens the same directory{condition}:
 
 ```python
-from nemo.collections.speechlm2.models import SALM
+from nemo.collections.speechlm2.models import {kind}
 
-model = SALM.from_pretrained("{name}").eval()
+model = {kind}.from_pretrained("{name}").eval()
 prompt = f"Transcribe the following: {{model.audio_locator_tag}}"
 ids = model.generate(
     prompts=[[{{"role": "user", "content": prompt, "audio": ["speech.wav"]}}]], max_new_tokens=128
@@ -70,6 +70,7 @@ print(result["text"][0])
 NeMo 3.0.0 opens the same directory with
 `nemo.collections.speechlm2.models.{kind}.from_pretrained("{name}")`.
 """
+WITH_ASR_FILE = " where the `.nemo` file that `pretrained_asr` names exists"
 LLM_USE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -105,14 +106,15 @@ def model_card(card: CardInput) -> str:
     head = yaml.safe_dump(_front_matter(card, facts), sort_keys=False, allow_unicode=True)
     kind = registry.of_config(card.blueprint.cfg) or registry.SALM
     what = f"the LLM of {kind.what}" if card.is_llm else kind.what
-    use = LLM_USE if card.is_llm else SALM_USE if kind is registry.SALM else DUPLEX_USE
+    use = LLM_USE if card.is_llm else DUPLEX_USE if kind in registry.DUPLEX_MODELS else SALM_USE
+    condition = WITH_ASR_FILE if kind is registry.SALM_WITH_ASR else ""
     parts = [
         f"---\n{head}---",
         f"# {card.name if card.name != PLACEHOLDER else what[0].upper() + what[1:]}",
         f"This is {what}, written by speechlm2_jax.",
         _table(_facts_of_model(card)),
         "## Use",
-        use.format(name=card.name, kind=kind.classes[0]).strip(),
+        use.format(name=card.name, kind=kind.classes[0], condition=condition).strip(),
         *_training(facts),
         "## Licence",
         _licence_text(card),
@@ -140,12 +142,12 @@ def _front_matter(card: CardInput, facts: RunFacts) -> dict[str, Any]:
     names = base_models(card.blueprint, is_llm=card.is_llm)
     licences = {licence_of(n, _folder(card.blueprint, what)) for what, n in names.items()}
     (licence,) = licences if len(licences) == 1 else (None,)
-    kind = (registry.of_config(card.blueprint.cfg) or registry.SALM).classes[0]
+    is_duplex = registry.of_config(card.blueprint.cfg) in registry.DUPLEX_MODELS
     bases = [name for name in names.values() if "/" in name]
     made: dict[str, Any] = {
         "license": licence,
         "library_name": "transformers" if card.is_llm else "NeMo",
-        "pipeline_tag": LLM_TASK if card.is_llm else TASKS.get(kind, DUPLEX_TASK),
+        "pipeline_tag": LLM_TASK if card.is_llm else DUPLEX_TASK if is_duplex else SALM_TASK,
         "base_model": bases,
         "tags": ["speechlm2_jax", *([] if card.is_llm else ["NeMo", "speech"])],
         "model-index": _model_index(card, facts),

@@ -1,6 +1,7 @@
 """SALMWithAsrDecoder equals NeMo 3.0.0: transcripts, logits, loss, gradients, responses, files."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +10,20 @@ import pytest
 from safetensors.numpy import load_file
 
 import speechlm2_jax as slm
-from speechlm2_jax.batches import HostBatch
+from speechlm2_jax.batches import BatchShape, HostBatch, assemble_salm_batch
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.readers import memory_source, open_weights
+from speechlm2_jax.evaluation.config import EvalConfig
+from speechlm2_jax.evaluation.salm_evaluation import model_class
 from speechlm2_jax.layers.module import merge
 from speechlm2_jax.models import SALMWithAsrDecoder
 from speechlm2_jax.networks import salm as network_maths
 from speechlm2_jax.networks.salm import SalmModes
+from speechlm2_jax.networks.transcripts import Transcripts
 from speechlm2_jax.parameter_paths import PatternError
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.sharding import make_sharding
+from speechlm2_jax.sharding import make_sharding, place
 from speechlm2_jax.training.optimizer import Optimizer, read_optimizer
 from speechlm2_jax.training.programs import Programs
 from speechlm2_jax.training.state import Partition, TrainState, first_state, plan_layout, put
@@ -151,12 +155,12 @@ def test_gradients_equal_nemo(kind, completed):
     assert not names & set(FACTS[kind]["without_gradient"])
 
 
-def programs(model) -> tuple[Programs, TrainState, dict]:
-    """The trainer's own programs, and a first state."""
-    sharding = make_sharding(devices=jax.devices()[:1])
+def programs(model, *, clip_norm=1.0, **mesh) -> tuple[Programs, TrainState, dict]:
+    """The trainer's own programs on a mesh, by default one device, and a first state."""
+    sharding = make_sharding(**mesh, devices=None if mesh else jax.devices()[:1])
     partition = Partition.of(model.infos, model.trainable)
     config = read_optimizer(model.optimizer)
-    optimizer = Optimizer(transform=config.transform(), clip_norm=1.0, masks=partition.masks)
+    optimizer = Optimizer(transform=config.transform(), clip_norm=clip_norm, masks=partition.masks)
     functions = StepFunctions(
         losses=model.losses, optimizer=optimizer, sharding=sharding, seed=0, derive=model.derive
     )
@@ -185,6 +189,67 @@ def test_a_training_step_has_nemos_loss(kind, batch, drop, fact):
     if drop == 0:
         named = {s.name for s in model.parameter_names if s.path in changed}
         assert named == set(FACTS[kind]["train_grad_norms"])
+
+
+@pytest.mark.slow
+def test_four_steps_equal_nemo(kind, batch):
+    """All but the LLM is trained, so transcripts change; they come from batches in training."""
+    cfg = FACTS[kind]["cfg_in"]
+    model = make(kind, freeze_params=cfg["freeze_params"][:2], nemo_exact=True)
+    run, state, frozen = programs(model, clip_norm=0.0)
+    losses, texts = [], []
+    for _ in FACTS[kind]["losses_of_steps"]:
+        found = derived(run, state, frozen, batch)
+        to_text = model._blueprint.asr.to_text
+        pairs = zip(found.labels[0], found.lengths[0], strict=True)
+        texts.append([to_text(labels[:count].tolist()) for labels, count in pairs])
+        state, report = run.train(state, frozen, batch, 1e-3)
+        losses.append(float(report.loss))
+    assert texts == FACTS[kind]["transcripts_of_steps"]
+    np.testing.assert_allclose(losses, FACTS[kind]["losses_of_steps"], rtol=LOSS_RTOL)
+
+
+def derived(run: Programs, state, frozen, batch) -> Transcripts:
+    """The transcripts of a batch in training."""
+    return jax.device_get(run._derive["training"](state, frozen, run.put(batch), np.int32(0)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        dict(data=2, fsdp=2, tensor=2),
+        dict(fsdp=2, tensor=2, context=2, sequence_parallel=True),
+    ],
+)
+def test_eight_devices_equal_one(mesh):
+    examples = golden_examples(RUN)
+    model = make("rnnt")
+    groups = make_sharding(**mesh).data_parallel_size
+    shape = BatchShape(sequences=2, tokens=80, clips=3, samples=max_samples(examples))
+    losses, of_groups = {}, {1: [examples], groups: [examples[g::groups] for g in range(groups)]}
+    for count, own in of_groups.items():
+        arrays = assemble_salm_batch(
+            own,
+            shape if count > 1 else replace(shape, sequences=len(examples)),
+            frame_count=model.frame_count,
+            placeholder_id=model.audio_locator_tag_id,
+        )
+        run, state, frozen = programs(model, **(mesh if count > 1 else {}))
+        given = HostBatch(arrays=arrays, ids=(), bucket="")
+        losses[count] = []
+        for _ in range(2):
+            state, report = run.train(state, frozen, given, 1e-3)
+            losses[count].append(float(report.loss))
+    np.testing.assert_allclose(losses[groups], losses[1], rtol=LOSS_RTOL)
+    alone = model.answer(examples, 8)
+    axes = {path: info.axes for path, info in model.infos.items()}
+    model.variables = place(model.variables, axes, make_sharding(**mesh))
+    np.testing.assert_array_equal(model.answer(examples, 8), alone)
+
+
+def max_samples(examples) -> int:
+    return max(len(clip) for example in examples for clip in example.audio)
 
 
 TAG = "<|audioplaceholder|>"
@@ -218,6 +283,12 @@ def test_a_saved_directory_needs_no_nemo_file(model, kind, tmp_path):
     assert found is not None and found.classes == ("SALMWithAsrDecoder",)
     with pytest.raises(SettingsError, match="SALMWithAsrDecoder"):
         slm.models.SALM.from_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "pipeline_tag: automatic-speech-recognition" in card
+    assert "models import SALMWithAsrDecoder" in card and "`pretrained_asr` names exists" in card
+    evaluated = EvalConfig(pretrained_name=str(tmp_path), inputs="test.jsonl")
+    assert model_class(evaluated) is SALMWithAsrDecoder
+    assert model_class(replace(evaluated, use_asr_decoder=False)) is slm.models.SALM
     again = SALMWithAsrDecoder.from_pretrained(tmp_path)
     assert again.variables.keys() == model.variables.keys()
     for path, value in model.variables.items():
@@ -227,6 +298,22 @@ def test_a_saved_directory_needs_no_nemo_file(model, kind, tmp_path):
     stored = open_weights(tmp_path)
     names = {n for n in (*stored.infos, *stored.aliases) if n.startswith("perception")}
     assert names == set(FACTS[kind]["state_dict"])
+
+
+@pytest.mark.slow
+def test_a_stream_has_the_frames_of_perception(model, kind):
+    if kind != "hybrid":
+        pytest.skip("needs a causal encoder")
+    audio = np.random.default_rng(0).normal(size=(1, 16000)).astype(np.float32) / 10
+    frames, _ = model.perception(audio, np.array([16000]))
+    stream = model.perception_stream(context=(70, 1))
+    got = []
+    for first in range(0, 16000 - stream.plan.samples, stream.plan.samples):
+        piece, is_real = stream.push(audio[:, first : first + stream.plan.samples])
+        got.append(piece[0, is_real[0]])
+    got = np.concatenate(got)
+    assert len(got) > 5
+    np.testing.assert_allclose(got, frames[0, : len(got)], atol=ACTIVATION_ATOL)
 
 
 def test_patterns_of_nemos_yaml_freeze_the_asr_model():

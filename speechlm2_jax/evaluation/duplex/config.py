@@ -44,6 +44,7 @@ class DuplexEvalConfig:
         "system_prompt": _NO_PROMPT,
         "user_prompt": _NO_PROMPT,
         "extra_eos_tokens": "a duplex model does not stop at the end of a turn; remove it",
+        "use_asr_decoder": ("a duplex model has no ASR decoder; remove it", False),
         "swap_audio": ("not supported for a duplex model; remove it", False),
         "encoder_wer": ("the encoder of a duplex model has no decoder; remove it", False),
     }

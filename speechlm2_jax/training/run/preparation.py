@@ -118,8 +118,10 @@ class Setup:
             derive=model.derive if isinstance(model, CompletesBatches) else None,
         )
         compiling = partial(self.throughput.measure, "compiling")
-        complete = model.complete if isinstance(model, CompletesBatches) else None
-        return Programs(functions, self.layout, compiling, planned, complete)
+        if not isinstance(model, CompletesBatches):
+            return Programs(functions, self.layout, compiling, planned)
+        # its sequences outgrow the planned shapes, so that their number is not known
+        return Programs(functions, self.layout, compiling, complete=model.complete)
 
     def prepare_data(self, model: ModelOutline, datamodule: DataSource, groups: int) -> None:
         """Plans the batch shapes. Raises SettingsError if the mesh does not fit `groups`."""
