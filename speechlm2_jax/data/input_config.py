@@ -67,7 +67,10 @@ _TARRED = (
     *(DEFAULT_TYPE, SQA, *PLAIN_TYPES),
     *("multimodal_conversation", "share_gpt", TARRED_TO_DUPLEX),
 )
-_WITH_PROMPT = tuple(kind for kind in READ_TYPES if kind not in (*_TEXTS, *DUPLEX_TYPES))
+_ONE_VOICE = tuple(kind for kind in READ_TYPES if kind not in DUPLEX_TYPES)
+_WITH_PROMPT = tuple(kind for kind in _ONE_VOICE if kind not in _TEXTS)
+_TURNS_OF_FILE = ("share_gpt", "share_gpt_webdataset", *_TEXTS)
+_TURNS_OF_TAGS = ("context", "system_prompt")
 KEY_TYPES: Mapping[str, tuple[str, ...]] = {
     "tarred_audio_filepaths": _TARRED,
     "skip_missing_manifest_entries": _TARRED,
@@ -93,6 +96,11 @@ KEY_TYPES: Mapping[str, tuple[str, ...]] = {
     "min_context_speaker_similarity": (CONTINUATION,),
     "target_speaker": (CONTINUATION,),
     "sample_rate": (CONTINUATION,),
+    "tags": _ONE_VOICE,
+    "shard_seed": (
+        *(DEFAULT_TYPE, "lhotse", "lhotse_shar", "nemo", "multimodal_conversation"),
+        *(SQA, S2S, OVERLAP, REVERSE, CONTINUATION, "txt_pair"),
+    ),
     "audio_locator_tag": _WITH_PROMPT,
     "token_equivalent_duration": _WITH_PROMPT,
     "text_field": (DEFAULT_TYPE, *PLAIN_TYPES, "txt_jsonl", "parquet", TARRED_TO_DUPLEX),
@@ -222,6 +230,11 @@ class InputConfig:
             types = KEY_TYPES.get(key)
             if types is not None and value is not None and kind not in (*types, GROUP):
                 report_ignored(join(where, key), f"type {kind} does not read it")
+        tags = values.get("tags")
+        for key in _TURNS_OF_TAGS:
+            if kind in _TURNS_OF_FILE and isinstance(tags, Mapping) and key in tags:
+                reason = f"the turns of type {kind} are those of the file; the tag is a field"
+                report_ignored(join(where, f"tags.{key}"), reason)
 
     def __post_init__(self) -> None:
         expected = SOURCES[self.type]

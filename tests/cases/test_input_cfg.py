@@ -1,5 +1,6 @@
 """Entries of `input_cfg` as NeMo 3.0.0 reads them: files, groups, tags, lists of lists."""
 
+import inspect
 import json
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.conversations import AudioTurn
+from speechlm2_jax.data.input_config import KEY_TYPES, READ_TYPES, SOURCES, InputConfig
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.sources import read_sources
-from speechlm2_jax.settings import SettingsError, build, load
+from speechlm2_jax.settings import SettingsError, build, ignored_report, key_problems, load
 
 ROW = {"audio_filepath": "a.wav", "duration": 0.5, "text": "yes"}
 
@@ -131,3 +133,98 @@ def test_settings_may_begin_with_a_byte_order_mark(tmp_path):
     path.write_bytes("a: 1\n".encode("utf-16"))
     with pytest.raises(SettingsError, match=r"c.yaml: UTF-16 text \(by its byte order mark\)"):
         load(path)
+
+
+NEMOS_KEYS = {
+    "shuffle": True,
+    "shard_seed": 3,
+    "text_field": "words",
+    "lang_field": "lang",
+    "metadata_only": True,
+    "force_finite": True,
+    "max_open_streams": 4,
+    "audio_locator_tag": "<a>",
+    "token_equivalent_duration": 0.08,
+    "skip_missing_manifest_entries": True,
+    "force_map_dataset": True,
+    "force_iterable_dataset": True,
+    "slice_length": 10,
+    "reweight_temperature": [1.0],
+    "weight": 2.0,
+    "tags": {"lang": "en"},
+    "tarred_audio_filepaths": "audio_0.tar",
+    "extra_fields": [{"type": "text_iter", "name": "q", "path": "q.txt"}],
+    "language": "en",
+    "source_language": "en",
+    "target_language": "de",
+    "target_paths": "b.txt",
+    "questions_path": "q.txt",
+    "questions_language": "en",
+    "audio_placeholders": ["<x>"],
+    "audio_root": "audio",
+    "audio_field": "sound",
+    "duration_field": "secs",
+    "sampling_rate": 8000,
+    "input_roles": ["caller"],
+    "output_roles": ["clerk"],
+    "strip_timestamp_tokens": False,
+    "move_agent_text_back_by": 0.1,
+    "filter_samples_starting_with_agent": True,
+    "agent_roles": ["bot"],
+    "user_roles": ["human"],
+    "target_agent_name": "a",
+    "target_user_name": "u",
+    "agent_silence_duration": 1.0,
+    "add_extra_end_silence": True,
+    "extra_end_silence_range": [0.1, 0.2],
+    "max_cer": 0.5,
+    "min_context_speaker_similarity": 0.1,
+    "target_speaker": "x",
+    "sample_rate": 16000,
+}
+"""Each key that NeMo 3.0.0's parsers of entries read, but for those that tell where."""
+
+
+@pytest.mark.parametrize("kind", READ_TYPES)
+def test_every_key_of_nemos_entries_is_honoured_reported_or_refused(kind):
+    where = {"group": {"input_cfg": [entry("m.jsonl")]}}.get(kind, {SOURCES[kind][0]: "x"})
+    if kind in ("parquet", "share_gpt", "nemo_tarred", "nemo_tarred_to_duplex"):
+        where = {"manifest_filepath": "x"}
+    needs = {"txt_pair": {"target_paths": "y"}}.get(kind, {})
+    needs |= {"tarred_audio_filepaths": "z"} if "nemo_tarred" in kind else {}
+    for key, value in NEMOS_KEYS.items():
+        with ignored_report() as report:
+            try:
+                build(InputConfig, {"type": kind, **where, **needs, key: value}, "entry")
+            except SettingsError as error:
+                assert f"entry.{key}: " in str(error) or "tarred_audio_filepaths" in str(error)
+                continue
+        honoured = kind in (*KEY_TYPES.get(key, ()), "group") and key not in InputConfig.IGNORED
+        assert (f"entry.{key}" in report) != (honoured or key == "weight"), key
+
+
+def test_each_key_of_one_type_is_read_by_code():
+    """A key that no reader looks at would be honoured in name alone."""
+    from speechlm2_jax.data import entry_readers, salm_dataset, sources, text_readers
+    from speechlm2_jax.data.duplex import conversions
+    from speechlm2_jax.data.duplex import entry_readers as duplex_readers
+
+    modules = (entry_readers, salm_dataset, sources, text_readers, duplex_readers, conversions)
+    code = "\n".join(map(inspect.getsource, modules))
+    assert [key for key in KEY_TYPES if key not in code] == []
+
+
+def test_a_type_that_is_refused_is_told_before_its_keys():
+    values = {"type": "multi_speaker_simulator", "simulator_type": "x", "min_delay": 1}
+    with pytest.raises(SettingsError, match="entry.type: 'multi_speaker_simulator': mixtures"):
+        build(InputConfig, values, "entry")
+    (problem,) = key_problems(DataLoaderConfig, {"input_cfg": [values]}, "data")
+    assert problem.startswith("data.input_cfg.0.type: 'multi_speaker_simulator'")
+
+
+def test_tags_that_make_no_turns_are_reported(tmp_path):
+    tags = {"context": "c", "system_prompt": "s", "lang": "en"}
+    with ignored_report() as report:
+        build(InputConfig, {"type": "txt", "paths": "x", "tags": tags}, "entry")
+        build(InputConfig, {**entry("x"), "tags": tags}, "other")
+    assert sorted(report) == ["entry.tags.context", "entry.tags.system_prompt"]
