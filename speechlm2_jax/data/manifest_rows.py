@@ -113,7 +113,9 @@ class NemoRow:
         )
         clip = AudioClip(
             id=self._clip_id(duration_s),
-            **self.location._asdict(),
+            path=self.location.path,
+            byte_range=self.location.byte_range,
+            cell=self.location.cell,
             offset_s=self.offset_s or 0.0,
             duration_s=duration_s,
             channel=options.channel,
@@ -244,7 +246,9 @@ def clip_of_turn(
     ends = f"_{offset_s:.3f}_{duration_s:.3f}" if offset_s > 0 else ""
     return AudioClip(
         id=Path(name).stem + ends,
-        **location._asdict(),
+        path=location.path,
+        byte_range=location.byte_range,
+        cell=location.cell,
         offset_s=offset_s,
         duration_s=duration_s,
         channel=options.channel,

@@ -3,10 +3,10 @@
 import tarfile
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
 
 from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.paths import local_file
+from speechlm2_jax.data.tar_headers import TarMember, read_headers
 from speechlm2_jax.settings import SettingsError
 
 _COMPRESSED = {
@@ -16,14 +16,6 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
 }
 """First bytes -> the program that made them."""
-
-
-class TarMember(NamedTuple):
-    """A file in a tar."""
-
-    name: str
-    start: int
-    size: int
 
 
 def tar_members(path: str | Path) -> list[TarMember]:
@@ -37,15 +29,8 @@ def tar_members(path: str | Path) -> list[TarMember]:
     try:
         with open(tar, "rb") as file:
             _check_plain(tar, file.read(8))
-            file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                for one in archive:
-                    if one.isfile() and not one.issparse():
-                        members.append(TarMember(plain_name(one.name), one.offset_data, one.size))
-                end = archive.offset
-            file.seek(end)
-            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
-                raise tarfile.ReadError(f"no header at byte {end}")
+            for member in read_headers(file.fileno()):
+                members.append(member._replace(name=plain_name(member.name)))
     except (tarfile.TarError, OSError, ValueError) as error:
         behind = f", behind {members[-1].name!r}" if members else ""
         raise SettingsError(

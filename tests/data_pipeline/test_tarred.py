@@ -1,7 +1,9 @@
 """Manifests whose recordings are in tars: which members belong to which rows, in which order."""
 
 import gzip
+import io
 import logging
+import tarfile
 
 import numpy as np
 import pytest
@@ -241,3 +243,41 @@ def test_keys_beside_train_ds_read_tars_too(shards):
     config = build(DataLoaderConfig, {**keys, "batch_size": 1, "tarred_random_access": False})
     (source,) = read_sources(config, "data", SALMDataset.read)
     assert len(source.conversations) == 4
+
+
+FORMATS = {"pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT, "ustar": tarfile.USTAR_FORMAT}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_headers_are_read_as_tarfile_reads_them(tmp_path, form):
+    names = ["a.wav", "x/" * 40 + "long.wav", "b" * 90 + ".wav", "é" * 20, "empty"]
+    names += [] if form == "ustar" else ["c" * 300, "d/" * 200 + "ü.wav"]
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=FORMATS[form], pax_headers={"comment": "x"}) as tar:
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 0 if name == "empty" else 500 + 13 * number
+            info.mtime = 1.5  # a pax header of its own
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
+            folder = tarfile.TarInfo(f"folder{number}")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+        link = tarfile.TarInfo("link")
+        link.type, link.linkname = tarfile.SYMTYPE, "z" * 150 if form != "ustar" else "z"
+        tar.addfile(link)
+    with tarfile.open(path) as tar:
+        expected = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
+    assert [tuple(member) for member in tar_members(path)] == expected
+    assert [name for name, _, _ in expected] == names
+
+
+def test_a_member_of_more_than_8_gib_has_a_binary_size(tmp_path):
+    info = tarfile.TarInfo("large.wav")
+    info.size = 9 << 30
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        path = tmp_path / "large.tar"
+        header = info.tobuf(form)
+        with open(path, "wb") as file:
+            file.write(header)
+            file.truncate(len(header) + info.size)  # a hole
+        assert [tuple(m) for m in tar_members(path)] == [("large.wav", len(header), 9 << 30)]
