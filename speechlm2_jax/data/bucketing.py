@@ -90,11 +90,23 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True)
 class Members:
-    """What a bucket is planned for."""
+    """What a bucket is planned for: sums and maxima of its rows, and of those of shorter buckets.
 
-    own: Measures
-    up_to: Measures
-    """Its own and those of the shorter buckets, whose leftovers it takes."""
+    Leftovers of the shorter ones move up into it.
+    """
+
+    count: int
+    longest: int | float
+    """Length of its longest row."""
+    filled: int
+    """LLM positions of all its rows."""
+    clips_mean: float
+    clips_std: float
+    most_clips: int
+    """Recordings of one of its rows."""
+    most_clips_up_to: int
+    positions_up_to: int
+    samples_up_to: int
     rows: int
     multiple: int
     """Positions are padded up to a multiple of it."""
@@ -102,7 +114,7 @@ class Members:
     @property
     def tokens(self) -> int:
         """Positions of the longest, padded up."""
-        return max(-(-int(self.up_to.positions.max()) // self.multiple), 1) * self.multiple
+        return max(-(-self.positions_up_to // self.multiple), 1) * self.multiple
 
 
 ShapeOf = Callable[[Members], Shape]
@@ -115,6 +127,8 @@ class BucketPlan:
     buckets: tuple[Bucket, ...]
     bucket_of: Int[np.ndarray, " N"]
     """-1: longer than every bucket that the settings name."""
+    members: tuple[Members, ...] = ()
+    """Of each bucket."""
 
 
 def plan_buckets(
@@ -127,34 +141,43 @@ def plan_buckets(
     `pad_to_multiple`. The shape of a longer bucket holds the conversations of a shorter one, so
     leftovers can move up.
     """
-    edges = _edges(measures, config, pad_to_multiple)
+    edges = bucket_edges(measures, config, pad_to_multiple)
     bucket_of = np.searchsorted(edges, measures.length, side="left")
     if config.bucket_batch_size is not None:
         bucket_of = np.where(bucket_of == len(edges), -1, bucket_of)
     present = sorted(set(bucket_of.tolist()) - {-1})
-    buckets: list[Bucket] = []
+    members: list[Members] = []
     for index in present:
         own = measures.take(np.flatnonzero(bucket_of == index))
         up_to = measures.take(np.flatnonzero((bucket_of >= 0) & (bucket_of <= index)))
         longest = own.length.max().item()
-        rows = _rows(longest, index, config)
-        members = Members(own=own, up_to=up_to, rows=rows, multiple=pad_to_multiple)
-        buckets.append(Bucket(longest=longest, shape=shape_of(members)))
+        one = Members(
+            count=len(own),
+            longest=longest,
+            filled=int(own.positions.sum()),
+            clips_mean=float(own.clips.mean()),
+            clips_std=float(own.clips.std()),
+            most_clips=int(own.clips.max()),
+            most_clips_up_to=int(up_to.clips.max()),
+            positions_up_to=int(up_to.positions.max()),
+            samples_up_to=int(up_to.samples.max()),
+            rows=rows_of(longest, index, config),
+            multiple=pad_to_multiple,
+        )
+        members.append(one)
     renumbered = {old: new for new, old in enumerate(present)} | {-1: -1}
     return BucketPlan(
-        buckets=tuple(buckets),
+        buckets=tuple(Bucket(longest=m.longest, shape=shape_of(m)) for m in members),
         bucket_of=np.asarray([renumbered[b] for b in bucket_of.tolist()], np.int64),
+        members=tuple(members),
     )
 
 
-def describe(
-    plan: BucketPlan, measures: Measures, columns: Callable[[Shape], Mapping[str, str]]
-) -> str:
+def describe(plan: BucketPlan, columns: Callable[[Shape], Mapping[str, str]]) -> str:
     """The plan as a small table, a line per bucket; `columns` adds columns for each shape."""
     rows: list[dict[str, str]] = []
-    for i, bucket in enumerate(plan.buckets):
-        members = measures.take(np.flatnonzero(plan.bucket_of == i))
-        filled = members.positions.sum() / max(len(members) * bucket.shape.tokens, 1)
+    for i, (bucket, members) in enumerate(zip(plan.buckets, plan.members, strict=True)):
+        filled = members.filled / max(members.count * bucket.shape.tokens, 1)
         rows.append(
             {
                 "bucket": f"{i}",
@@ -162,7 +185,7 @@ def describe(
                 "rows": f"{bucket.shape.sequences}",
                 "tokens": f"{bucket.shape.tokens}",
                 **columns(bucket.shape),
-                "conversations": f"{len(members)}",
+                "conversations": f"{members.count}",
                 "filled": f"{filled:.1%}",
             }
         )
@@ -176,10 +199,19 @@ def samples_unit(sample_rate_hz: int) -> int:
     return max(round(SAMPLES_MULTIPLE_S * sample_rate_hz), 1)
 
 
-def _edges(measures: Measures, config: LoaderConfig, multiple: int) -> np.ndarray:
-    """Upper ends of the buckets, rising; what is longer goes to one more bucket."""
+def bucket_edges(
+    measures: Measures, config: LoaderConfig, multiple: int, *, least_padding: bool = False
+) -> np.ndarray:
+    """Upper ends of the buckets, rising; what is longer goes to one more bucket.
+
+    `num_buckets` are those of Lhotse's rule, or (`least_padding`) those with the least padding.
+    """
     if config.bucket_duration_bins is not None:
         return np.asarray(config.bucket_duration_bins, np.float64)
+    if not len(measures):
+        return np.zeros(0)
+    if config.use_bucketing and least_padding:
+        return least_padding_edges(measures, config.sample_rate, multiple, config.num_buckets)
     if config.use_bucketing:
         return _equal_mass_edges(measures.length, config.num_buckets)
     return _survey_edges(measures, config, multiple)
@@ -197,21 +229,29 @@ def _equal_mass_edges(length: np.ndarray, buckets: int) -> np.ndarray:
 
 
 def _survey_edges(measures: Measures, config: LoaderConfig, multiple: int) -> np.ndarray:
-    """Edges that leave the least padding: few, but enough to fill SURVEY_FILL of the shapes.
+    """Edges that leave the least padding: few, but enough to fill SURVEY_FILL of the shapes."""
+    rows = rows_of(measures.length.max().item(), 0, config)
+    most = min(SURVEY_BUCKETS, max(len(measures) // (2 * rows), 1))
+    return least_padding_edges(measures, config.sample_rate, multiple, most, fill=SURVEY_FILL)
+
+
+def least_padding_edges(
+    measures: Measures, sample_rate_hz: int, multiple: int, most: int, fill: float = math.inf
+) -> np.ndarray:
+    """Edges of at most so many buckets that leave the least padding, or that fill `fill`.
 
     The cost of a shape is its LLM positions plus its audio in units of 80 ms. The minimum is found
     exactly, by dynamic programming over the distinct lengths.
     """
-    ends, count, needed = _survey(measures, config.sample_rate, multiple)
+    ends, count, needed = _survey(measures, sample_rate_hz, multiple)
     if len(ends) < 2:
         return np.zeros(0)
-    rows = _rows(measures.length.max().item(), 0, config)
-    most = min(SURVEY_BUCKETS, len(ends), max(len(measures) // (2 * rows), 1))
+    most = min(most, len(ends))
     before = np.concatenate([[0], np.cumsum(count)])
-    actual = (measures.positions + measures.samples / samples_unit(config.sample_rate)).sum()
+    actual = (measures.positions + measures.samples / samples_unit(sample_rate_hz)).sum()
     # cost[j]: the least that the j shortest lengths take in the buckets so far
     cost, cuts = before * np.concatenate([[0], needed]), []
-    while cost[-1] * SURVEY_FILL > actual and len(cuts) + 1 < most:
+    while len(cuts) + 1 < most and cost[-1] * fill > actual:
         options = cost[None, :-1] + needed[:, None] * (before[1:, None] - before[None, :-1])
         options[np.triu_indices(len(ends), 1)] = np.inf
         cuts.append(options.argmin(axis=1))
@@ -240,7 +280,8 @@ def _survey(
     return ends, np.bincount(inverse, minlength=len(ends)), tokens + audio
 
 
-def _rows(longest: int | float, index: int, config: LoaderConfig) -> int:
+def rows_of(longest: int | float, index: int, config: LoaderConfig) -> int:
+    """Sequences of the batches of a bucket: as many of its longest as fit, at least 1."""
     if config.bucket_batch_size is not None:
         return config.bucket_batch_size[index]
     limits = [] if config.batch_size is None else [config.batch_size]

@@ -29,13 +29,13 @@ def read_cuts(path: str | Path, fields: tuple[str, ...] = ()) -> Iterator[tuple[
     """
     path = local_file(path)
     finder = Finder(path)
-    for where, cut in _whole(path) if _is_whole(path) else _lines(path):
+    for where, cut in _whole(path) if is_whole(path) else _lines(path):
         with located(where):
             _resolve_sources(cut, fields, finder)
         yield where, cut
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Whether a manifest is one list, which Lhotse reads, and not an object per line."""
     if path.suffix in _YAML:
         return True
@@ -56,16 +56,29 @@ def _whole(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    for where, row in json_lines(path):
+        with located(f"{where}: not Lhotse cuts"):
+            cut = _deserialized(row)
+        yield where, cut
+
+
+def cut_of_row(row: dict[str, Any], fields: tuple[str, ...], finder: Finder) -> Cut:
+    """The cut of one line, as `read_cuts` gives it. Raises SettingsError for what is none."""
+    with located("not Lhotse cuts"):
+        cut = _deserialized(row)
+    _resolve_sources(cut, fields, finder)
+    return cut
+
+
+def _deserialized(row: dict[str, Any]) -> Any:
     from lhotse.cut import Cut
     from lhotse.serialization import deserialize_item
 
-    for where, row in json_lines(path):
-        with located(f"{where}: not Lhotse cuts"):
-            mapping(row.get("custom"), "custom")
-            cut = deserialize_item(row)
-            if not isinstance(cut, Cut):
-                raise SettingsError(f"a {type(cut).__name__}")
-        yield where, cut
+    mapping(row.get("custom"), "custom")
+    cut = deserialize_item(row)
+    if not isinstance(cut, Cut):
+        raise SettingsError(f"a {type(cut).__name__}")
+    return cut
 
 
 class LocatedCut(NamedTuple):

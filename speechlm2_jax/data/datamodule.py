@@ -14,6 +14,9 @@ from speechlm2_jax.data.augmentation.noise_sources import read_noise
 from speechlm2_jax.data.bucketing import BucketPlan, Shape
 from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.faults import Dropped, ErrorLog, ErrorRate, Faults
+from speechlm2_jax.data.index.row_count import is_large
+from speechlm2_jax.data.index.windows import WindowSampler
+from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.manifest_watch import ManifestWatch
 from speechlm2_jax.data.prepare import DataKind, DataSet, Prepared, prepare, seed_of
 from speechlm2_jax.data.reading import ExampleReader
@@ -149,9 +152,15 @@ class DataModule:
         }
 
     def batches_per_pass(self) -> int:
-        """Global batches of one pass over the training data."""
+        """Global batches of one pass over the training data; of a large set, about."""
         self._this_run()
-        return len(self._prepared[TRAIN].sampler.epoch(0))
+        return self._prepared[TRAIN].sampler.batches_per_pass()[0]
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether `batches_per_pass` is an estimate."""
+        self._this_run()
+        return self._prepared[TRAIN].sampler.batches_per_pass()[1]
 
     def plan(self, name: str = TRAIN) -> BucketPlan:
         """The planned shapes of `train_ds`, `validation_ds.NAME` or `test_ds.NAME`."""
@@ -173,6 +182,7 @@ class DataModule:
         return {name.removeprefix(f"{block}."): _Passes(self, name) for name in names}
 
     def _stream(self, name: str, groups: int) -> "BatchStream":
+        from speechlm2_jax.data.index.planned_windows import PlannedWindows
         from speechlm2_jax.data.loader import BatchReader, BatchStream, PlannedBatches
 
         prepared, data_set = self._prepared[name], self._sets[name]
@@ -191,7 +201,12 @@ class DataModule:
             with_references=not is_train,
             own_groups=self._own_groups if is_train else None,
         )
-        plans = PlannedBatches(sampler, epochs=None if is_train else 1)
+        epochs = None if is_train else 1
+        plans = (
+            PlannedWindows(sampler, epochs)
+            if isinstance(sampler, WindowSampler)
+            else PlannedBatches(sampler, epochs)
+        )
         watch = self._watches[name] if is_train else None
         return BatchStream(plans, reader, self._faults_of(name), config.num_workers, watch)
 
@@ -213,9 +228,15 @@ class DataModule:
     def _read(self, values: Mapping[str, object], where: str, *, is_train: bool) -> DataSet:
         config = build(self.dataset.loader_config, values, where)
         warn_without_switch(config, where)
+        has_index = is_large(config, where)
+
+        def read(entry: InputConfig, config: Any) -> Sequence[Any]:
+            rows = self.dataset.index(entry, config) if has_index else None
+            return self.dataset.read(entry, config) if rows is None else rows
+
         sources = tuple(
             replace(source, conversations=self.dataset.variants(source.conversations, config))
-            for source in read_sources(config, where, self.dataset.read)
+            for source in read_sources(config, where, read)
         )
         return DataSet(
             where=where,

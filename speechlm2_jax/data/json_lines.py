@@ -29,16 +29,21 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     for number, line in _numbered(path):
         where = f"{path} line {number}"
-        try:
-            text = decode_text(line)
-            row = parse_json(text.strip())
-            if not isinstance(row, dict):
-                raise SettingsError("not a JSON object; each line holds one")
-            _check_surrogates(text, row)
-        except SettingsError as error:
-            reason = str(error).replace(": line 1 column", ": column")  # the file's line is named
-            raise SettingsError(f"{where}: {reason}") from None
-        yield where, row
+        yield where, object_of_line(where, line)
+
+
+def object_of_line(where: str, line: bytes) -> dict[str, Any]:
+    """The object that a line holds. Raises SettingsError, naming `where`, as `json_lines` does."""
+    try:
+        text = decode_text(line)
+        row = parse_json(text.strip())
+        if not isinstance(row, dict):
+            raise SettingsError("not a JSON object; each line holds one")
+        _check_surrogates(text, row)
+    except SettingsError as error:
+        reason = str(error).replace(": line 1 column", ": column")  # the file's line is named
+        raise SettingsError(f"{where}: {reason}") from None
+    return row
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -75,9 +80,13 @@ def _lines(file: IOBase) -> Iterator[bytes]:
 
 
 def _opened(path: Path) -> IOBase:
+    return gzip.open(path, "rb") if is_gzip(path) else open(path, "rb")
+
+
+def is_gzip(path: Path) -> bool:
+    """Whether the content of a file is compressed by gzip."""
     with open(path, "rb") as file:
-        is_gzip = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
-    return gzip.open(path, "rb") if is_gzip else open(path, "rb")
+        return file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
 
 
 def _check_surrogates(text: str, row: object) -> None:

@@ -13,8 +13,11 @@ import xxhash
 
 from speechlm2_jax.batches import HostBatch
 from speechlm2_jax.data.faults import Faults
+from speechlm2_jax.data.index.contents import IndexedContents
+from speechlm2_jax.data.index.planned_windows import PlannedWindows
+from speechlm2_jax.data.index.windows import WindowSampler
 from speechlm2_jax.data.manifest_watch import ManifestWatch
-from speechlm2_jax.data.prepare import Contents
+from speechlm2_jax.data.prepare import BatchContents
 from speechlm2_jax.data.read_ahead import read_ahead
 from speechlm2_jax.data.reading import ExampleReader, Key, Reading
 from speechlm2_jax.data.sampler import BatchPlan, Sampler
@@ -36,19 +39,24 @@ class BatchReader:
     """Groups that this host reads; None: all. The others stay empty."""
 
     @property
-    def contents(self) -> Contents:
+    def contents(self) -> BatchContents:
         """The conversations."""
         return self.examples.contents
 
     @property
-    def sampler(self) -> Sampler:
+    def sampler(self) -> Sampler | WindowSampler:
         """What plans them."""
         return self.examples.sampler
 
     @functools.cached_property
     def fingerprint(self) -> int:
         """A number that changes with the data and the shapes it is planned into."""
-        ids = "\0".join(c.id for c in self.contents.conversations)
+        contents = self.contents
+        ids = (
+            contents.identity
+            if isinstance(contents, IndexedContents)
+            else "\0".join(c.id for c in contents.conversations)
+        )
         sampler = self.sampler
         order = f"endless, shards by {sampler.shard_seeds}" if sampler.endless else ""
         return zlib.crc32((ids + str(sampler.plan.buckets) + order).encode("utf-8", "replace"))
@@ -57,6 +65,8 @@ class BatchReader:
     def contents_fingerprint(self) -> str:
         """A number, in hexadecimal, that changes with the texts and lengths behind the ids."""
         digest = xxhash.xxh3_64()
+        if isinstance(self.contents, IndexedContents):
+            return self.contents.identity
         for conversation in self.contents.conversations:
             digest.update(repr(_contents(conversation)).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
@@ -126,7 +136,8 @@ class PlannedBatches(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         """Resumes from a state of `get_state`."""
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
-        self._left = [int(index) for index in state.get("left", ())]
+        left = state.get("left", ()) if "window" not in state else ()  # that is of a large data set
+        self._left = [int(index) for index in left]
         self._plans = (-1, [], [])
 
 
@@ -145,7 +156,7 @@ class BatchStream(grain.DatasetIterator):
 
     def __init__(
         self,
-        plans: PlannedBatches,
+        plans: PlannedBatches | PlannedWindows,
         reader: BatchReader,
         faults: Faults,
         threads: int,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from speechlm2_jax.data.audio_location import AudioLocation
@@ -19,6 +18,7 @@ from speechlm2_jax.data.manifest_values import (
     shown,
     text,
 )
+from speechlm2_jax.data.paths import stem as path_stem
 from speechlm2_jax.settings import SettingsError
 
 ROWS_AT_ONCE = 512
@@ -139,10 +139,10 @@ class NemoRow:
         if self.is_packed:
             return self.audio
         if self.offset_s is None:
-            return Path(self.audio).stem
+            return path_stem(self.audio)
         named_s = duration_s if self.declared_s is None else self.declared_s
         ends = "-".join(f"{round(one * 1e2):06d}" for one in (self.offset_s, named_s))
-        return f"{Path(self.audio).stem}-{ends}"
+        return f"{path_stem(self.audio)}-{ends}"
 
 
 class DialogFormat(NamedTuple):
@@ -245,7 +245,7 @@ def clip_of_turn(
     """The recording of a turn, with the id that NeMo gives it."""
     ends = f"_{offset_s:.3f}_{duration_s:.3f}" if offset_s > 0 else ""
     return AudioClip(
-        id=Path(name).stem + ends,
+        id=path_stem(name) + ends,
         path=location.path,
         byte_range=location.byte_range,
         cell=location.cell,

@@ -31,6 +31,12 @@ def plain_path(path: str) -> str:
     return os.path.expanduser(path) if path.startswith("~") else path
 
 
+def stem(path: str) -> str:
+    """The last part of a path without its suffix: `Path.stem`, which is slow, of usual names."""
+    before, dot, end = path.rpartition("/")[2].rpartition(".")
+    return before if dot and end and before.strip(".") else Path(path).stem
+
+
 def is_file(path: str | Path) -> bool:
     """Whether a file exists; False for an invalid name too."""
     return os.path.isfile(path)
@@ -99,18 +105,19 @@ class Finder:
 
     def __init__(self, manifest: Path) -> None:
         self._manifest = manifest
-        self._folder: Path | None = None
+        self._folder = ""
 
     def __call__(self, path: str) -> str:
         """The absolute path. Raises SettingsError for what is not on this machine."""
         path = plain_path(path)
-        if Path(path).is_absolute():
+        if os.path.isabs(path):
             return path
-        if self._folder is None:
+        if not self._folder:
             beside = self._manifest.parent
             here = not os.path.exists(beside / path) and os.path.exists(path)
-            self._folder = Path.cwd() if here else beside.absolute()
-        return str(self._folder / path)
+            self._folder = str(Path.cwd() if here else beside.absolute())
+        is_plain = "./" not in path and "//" not in path  # else Path writes it in one form
+        return f"{self._folder}/{path}" if is_plain else str(Path(self._folder, path))
 
 
 def _short(path: str) -> str:

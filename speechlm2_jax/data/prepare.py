@@ -16,6 +16,10 @@ from speechlm2_jax.data.augmentation.augmentation import Augmentation, ExampleEf
 from speechlm2_jax.data.bucketing import Measures, Members, Shape, describe, plan_buckets
 from speechlm2_jax.data.config import DataConfig, LoaderConfig
 from speechlm2_jax.data.conversations import AnyConversation
+from speechlm2_jax.data.index.contents import IndexedRows
+from speechlm2_jax.data.index.order import Order
+from speechlm2_jax.data.index.prepare import index_data_set
+from speechlm2_jax.data.index.windows import IN_ORDER_ROWS, WINDOW_ROWS, WindowSampler
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.outliers import find_outliers
 from speechlm2_jax.data.sampler import Sampler
@@ -30,9 +34,45 @@ _FAR = "_far_too_many"
 _log = logging.getLogger(__name__)
 
 
+class ConversationsOf(Protocol):
+    """Conversations by their index."""
+
+    def __getitem__(self, index: int, /) -> AnyConversation: ...
+    def __len__(self) -> int: ...
+
+
 @runtime_checkable
-class Contents(Protocol):
+class BatchContents(Protocol):
     """The conversations of one data set, and how they become arrays."""
+
+    @property
+    def conversations(self) -> ConversationsOf:
+        """In the order of their manifests; each has an `id`."""
+        ...
+
+    def name(self, index: int) -> str:
+        """The id of a conversation, for messages."""
+        ...
+
+    def example(self, index: int, effects: ExampleEffects | None = None) -> Any:
+        """Reads a conversation's audio. Raises AudioError if any of it cannot be used.
+
+        `effects` are the random changes of its samples in one epoch.
+        """
+        ...
+
+    def assemble(self, groups: Sequence[Sequence[Any]], shape: Any) -> Any:
+        """The arrays of groups of examples; None is an empty sequence."""
+        ...
+
+    def reference(self, index: int, example: Any) -> Any:
+        """What host-side validation metrics need of a conversation."""
+        ...
+
+
+@runtime_checkable
+class Contents(BatchContents, Protocol):
+    """The same with all conversations in memory, and their lengths."""
 
     @property
     def conversations(self) -> Sequence[AnyConversation]:
@@ -68,21 +108,6 @@ class Contents(Protocol):
         """Why a model must not be trained on these conversations; None if it may."""
         ...
 
-    def example(self, index: int, effects: ExampleEffects | None = None) -> Any:
-        """Reads a conversation's audio. Raises AudioError if any of it cannot be used.
-
-        `effects` are the random changes of its samples in one epoch.
-        """
-        ...
-
-    def assemble(self, groups: Sequence[Sequence[Any]], shape: Any) -> Any:
-        """The arrays of groups of examples; None is an empty sequence."""
-        ...
-
-    def reference(self, index: int, example: Any) -> Any:
-        """What host-side validation metrics need of a conversation."""
-        ...
-
 
 @runtime_checkable
 class DataKind(Protocol):
@@ -104,6 +129,10 @@ class DataKind(Protocol):
 
     def read(self, entry: InputConfig, config: Any) -> list[Any]:
         """The conversations of one entry of `input_cfg`. Raises SettingsError."""
+        ...
+
+    def index(self, entry: InputConfig, config: Any) -> Sequence[Any] | None:
+        """The same of a large data set, read when they are asked for; None: `read` reads them."""
         ...
 
     def variants(self, conversations: Sequence[Any], config: Any) -> Sequence[Any]:
@@ -137,14 +166,14 @@ class DataSet:
 class Prepared:
     """A planned stream."""
 
-    contents: Contents
-    sampler: Sampler
+    contents: BatchContents
+    sampler: Sampler | WindowSampler
     filtered: Mapping[str, int]
     """Conversations that settings leave out, by cause."""
     config: LoaderConfig
 
     @property
-    def conversations(self) -> Sequence[AnyConversation]:
+    def conversations(self) -> ConversationsOf:
         """Those that are left."""
         return self.contents.conversations
 
@@ -158,11 +187,13 @@ def prepare(
     the training set has a `validation_error`.
     """
     config, where = data_set.config, data_set.where
+    if any(isinstance(source.conversations, IndexedRows) for source in data_set.sources):
+        return _prepare_indexed(data_set, dataset, frame_count, groups, multiple)
     everything = [c for source in data_set.sources for c in source.conversations]
     contents = dataset.contents(everything, config, frame_count, where)
     keep, dropped = kept(contents)
     dropped |= _outliers(data_set, contents, keep)
-    filtered = {cause: len(ids) for cause, ids in dropped.items()}
+    filtered = _counts(dropped)
     contents = contents.take(np.flatnonzero(keep))
     conversations = contents.conversations
     if not conversations:
@@ -180,8 +211,45 @@ def prepare(
     validation_error = contents.validation_error(planned) if data_set.is_train else None
     if validation_error is not None:
         raise SettingsError(f"{where}: {validation_error}")
-    _report(where, describe(sampler.plan, contents.measures, contents.columns), dropped)
+    table = describe(sampler.plan, contents.columns)
+    _report(where, table, _counts(dropped), dropped)
     return Prepared(contents=contents, sampler=sampler, filtered=filtered, config=config)
+
+
+def _prepare_indexed(
+    data_set: DataSet, dataset: Any, frame_count: FrameCount, groups: int, multiple: int
+) -> Prepared:
+    """The same of a large data set, whose order is planned window by window."""
+    config, where = data_set.config, data_set.where
+    found = index_data_set(data_set, dataset, frame_count, multiple)
+    dropped = dict(found.survey.dropped)
+    if not sum(found.sizes):
+        raise SettingsError(f"{where}: no conversation is left; left out: {dropped or 'none'}")
+    _warn_of_shares(data_set, found.sizes)
+    order = _ordering(data_set)
+    sampler = WindowSampler(
+        plan=found.plan,
+        clips=found.clips,
+        order=Order(
+            sizes=found.sizes,
+            shares=order.shares,
+            seed=order.seed,
+            shuffle=config.shuffle,
+            is_mixed=order.endless and len(found.sizes) > 1,
+            shard_seeds=order.shard_seeds,
+            window_rows=WINDOW_ROWS if order.by_bucket else IN_ORDER_ROWS,
+        ),
+        groups=groups,
+        by_bucket=order.by_bucket,
+        drop_last=config.drop_last,
+        endless=order.endless,
+    )
+    names = {cause: found.examples(cause) for cause in found.survey.examples}
+    for cause in names.keys() - dropped.keys():
+        _warn_of_kept(where, names[cause])
+    contents: Any = found.contents
+    _report(where, describe(found.plan, contents.columns), dropped, names)
+    return Prepared(contents=found.contents, sampler=sampler, filtered=dropped, config=config)
 
 
 def kept(contents: Contents) -> tuple[Bool[np.ndarray, " N"], dict[str, list[str]]]:
@@ -208,38 +276,55 @@ def _outliers(
     found = find_outliers(contents.lengths(), keep, contents.conversations)
     if data_set.config.keep_outliers:
         for rows in found.values():
-            _log.warning(
-                "%s: outliers in length, kept by keep_outliers, which enlarge every shape: %s",
-                data_set.where,
-                _listed(list(rows.values())),
-            )
+            _warn_of_kept(data_set.where, list(rows.values()))
         return {}
     for rows in found.values():
         keep[list(rows)] = False
     return {f"{unit}{_FAR}": list(rows.values()) for unit, rows in found.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Ordering:
+    """In which order a data set is gone through, by its settings."""
+
+    shares: tuple[float, ...] | None
+    seed: int
+    by_bucket: bool
+    endless: bool
+    shard_seeds: tuple[int, ...]
+
+
+def _ordering(data_set: DataSet) -> _Ordering:
+    config, sources, is_train = data_set.config, data_set.sources, data_set.is_train
+    shares = tuple(s.share for s in sources if s.share is not None)
+    seed = seed_of(config, data_set.where)
+    return _Ordering(
+        shares=shares if shares and is_train else None,
+        seed=seed,
+        # NeMo fills buckets concurrently, with `shuffle` or without
+        by_bucket=config.shuffle or (is_train and config.use_bucketing),
+        endless=is_train and (len(sources) > 1 or any(s.is_endless for s in sources)),
+        shard_seeds=tuple(seed if s.shard_seed is None else s.shard_seed for s in sources),
+    )
+
+
 def _sampler(
     data_set: DataSet, contents: Contents, sizes: tuple[int, ...], groups: int, multiple: int
 ) -> Sampler:
-    config, sources = data_set.config, data_set.sources
-    shares = tuple(s.share for s in sources if s.share is not None)
-    seed = seed_of(config, data_set.where)
-    is_train = data_set.is_train
+    config, order = data_set.config, _ordering(data_set)
     return Sampler(
         plan=plan_buckets(contents.measures, config, contents.shape, multiple),
         measures=contents.measures,
         sizes=sizes,
-        shares=shares if shares and is_train else None,
+        shares=order.shares,
         groups=groups,
-        seed=seed,
+        seed=order.seed,
         shuffle=config.shuffle,
-        # NeMo fills buckets concurrently, with `shuffle` or without
-        by_bucket=config.shuffle or (is_train and config.use_bucketing),
+        by_bucket=order.by_bucket,
         drop_last=config.drop_last,
-        endless=is_train and (len(sources) > 1 or any(s.is_endless for s in sources)),
-        shards=_shards(contents.conversations, sizes) if is_train else (),
-        shard_seeds=tuple(seed if s.shard_seed is None else s.shard_seed for s in sources),
+        endless=order.endless,
+        shards=_shards(contents.conversations, sizes) if data_set.is_train else (),
+        shard_seeds=order.shard_seeds,
     )
 
 
@@ -288,11 +373,26 @@ def seed_of(config: LoaderConfig, where: str) -> int:
     return 0
 
 
-def _report(where: str, table: str, dropped: Mapping[str, Sequence[str]]) -> None:
+def _counts(dropped: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    return {cause: len(ids) for cause, ids in dropped.items()}
+
+
+def _warn_of_kept(where: str, rows: Sequence[str]) -> None:
+    _log.warning(
+        "%s: outliers in length, kept by keep_outliers, which enlarge every shape: %s",
+        where,
+        _listed(rows),
+    )
+
+
+def _report(
+    where: str, table: str, dropped: Mapping[str, int], names: Mapping[str, Sequence[str]]
+) -> None:
     _log.info("%s: batch shapes per group\n%s", where, table)
-    for cause, ids in dropped.items():
+    for cause, count in dropped.items():
         hint = "; keep_outliers: true keeps them" if cause.endswith(_FAR) else ""
-        _log.warning("%s: %d left out by %s: %s%s", where, len(ids), cause, _listed(ids), hint)
+        ids = _listed(names[cause])
+        _log.warning("%s: %d left out by %s: %s%s", where, count, cause, ids, hint)
 
 
 def _listed(names: Sequence[str]) -> str:

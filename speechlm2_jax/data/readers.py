@@ -25,7 +25,7 @@ from speechlm2_jax.data.manifest_values import missing_key, near_miss
 from speechlm2_jax.data.paths import Finder, local_file
 from speechlm2_jax.settings import SettingsError
 
-_CUT_KEYS = ("type", "recording", "supervisions", "features", "tracks", "start")
+CUT_KEYS = ("type", "recording", "supervisions", "features", "tracks", "start")
 
 
 def read_manifest(path: str | Path, options: ManifestOptions) -> Iterator[Conversation]:
@@ -45,7 +45,7 @@ def read_manifest(path: str | Path, options: ManifestOptions) -> Iterator[Conver
     elif "audio_filepath" in row:
         check_has_speakers(where, options)
         yield from conversations_of_rows(_rows(path, NemoRow), options)
-    elif any(key in row for key in _CUT_KEYS):
+    elif any(key in row for key in CUT_KEYS):
         cuts = (
             LocatedCut(where, cut, partial(clip_of_cut, cut, options.channel))
             for where, cut in read_cuts(path)

@@ -13,7 +13,8 @@ from jaxtyping import Int
 from speechlm2_jax.data.audio_errors import AudioError
 from speechlm2_jax.data.augmentation.augmentation import Augmentation
 from speechlm2_jax.data.faults import NOISE, Failure
-from speechlm2_jax.data.prepare import Contents
+from speechlm2_jax.data.index.windows import WindowSampler
+from speechlm2_jax.data.prepare import BatchContents
 from speechlm2_jax.data.sampler import BatchPlan, Sampler
 from speechlm2_jax.data.time_limit import TimeLimit
 
@@ -55,8 +56,8 @@ class Reading:
 class ExampleReader:
     """Reads the examples of one data set."""
 
-    contents: Contents
-    sampler: Sampler
+    contents: BatchContents
+    sampler: Sampler | WindowSampler
     sources: Sequence[str] = ()
     """Their names."""
     augmentation: Augmentation | None = None
@@ -88,7 +89,7 @@ class ExampleReader:
             indices,
             functools.partial(self._read, key=key),
             self._late,
-            lambda index: self.contents.conversations[index].id,
+            self.contents.name,
         )
 
     def _read(self, index: int, key: Key) -> "_Outcome":
@@ -116,13 +117,13 @@ class ExampleReader:
         rng = np.random.default_rng([self.sampler.seed, _PURPOSE, *key, group, index])
         # not of the other groups' replacements: another host may not read them
         taken = {i for one in planned.groups for i in one} | {p[0] for p in pairs if p is not None}
-        clips = self.sampler.measures.clips
         room = self.sampler.plan.buckets[planned.bucket].shape.clips
-        room -= sum(int(clips[pair[0]]) for pair in pairs if pair is not None)
+        clips = self.sampler.clips_of
+        room -= sum(clips(pair[0]) for pair in pairs if pair is not None)
         fitting = (
             candidate
             for candidate in self._candidates(planned.bucket, index, rng)
-            if candidate not in taken and clips[candidate] <= room
+            if candidate not in taken and clips(candidate) <= room
         )
         for candidate in itertools.islice(fitting, REPLACEMENTS):
             taken.add(candidate)
@@ -154,15 +155,14 @@ class ExampleReader:
         return np.cumsum(self.sampler.sizes)
 
     def _failure(self, index: int, error: AudioError, other: "_Outcome | None") -> Failure:
-        named = self.contents.conversations
         return Failure(
             cause=error.cause,
-            id=named[index].id,
+            id=self.contents.name(index),
             index=index,
             message=str(error),
             source=self._source(index)[0],
             path=error.path,
-            replaced_by=named[other.index].id if other else None,
+            replaced_by=self.contents.name(other.index) if other else None,
         )
 
 

@@ -1,7 +1,7 @@
 """One data set of a SALM: lengths, bucket shapes and batches of its conversations."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -77,11 +77,14 @@ class SalmContents:
 
     def columns(self, shape: BatchShape) -> dict[str, str]:
         """Clips, and seconds of the longest."""
-        seconds = shape.samples / self.config.sample_rate
-        return {"clips": f"{shape.clips}", "seconds": f"{seconds:.2f}"}
+        return salm_columns(shape, self.config.sample_rate)
 
     def validation_error(self, planned: Sequence[int]) -> None:
         """None: what passed the tests can be trained on."""
+
+    def name(self, index: int) -> str:
+        """The id of a conversation, for messages."""
+        return self.conversations[index].id
 
     def example(self, index: int, effects: "ExampleEffects | None" = None) -> SalmExample:
         """Reads a conversation's audio. Raises AudioError if any of it cannot be used."""
@@ -137,22 +140,32 @@ def measure(
 
 def salm_shape(members: Members, sample_rate_hz: int) -> BatchShape:
     """The shape of a bucket that can also hold each conversation of the shorter ones."""
-    rows, clips, unit = members.rows, members.own.clips, samples_unit(sample_rate_hz)
-    spread = math.sqrt(rows) * float(clips.std())
-    usual = math.ceil(rows * float(clips.mean()) + CLIP_SPREAD * spread)
-    most = int(members.up_to.clips.max())
+    rows, unit = members.rows, samples_unit(sample_rate_hz)
+    spread = math.sqrt(rows) * members.clips_std
+    usual = math.ceil(rows * members.clips_mean + CLIP_SPREAD * spread)
     return BatchShape(
         sequences=rows,
         tokens=members.tokens,
-        clips=max(min(rows * int(clips.max()), usual), most, 1),
-        samples=max(-(-int(members.up_to.samples.max()) // unit), 1) * unit,
+        clips=max(min(rows * members.most_clips, usual), members.most_clips_up_to, 1),
+        samples=max(-(-members.samples_up_to // unit), 1) * unit,
     )
+
+
+def salm_columns(shape: BatchShape, sample_rate_hz: int) -> dict[str, str]:
+    """More columns of a plan's table: clips, and seconds of the longest."""
+    return {"clips": f"{shape.clips}", "seconds": f"{shape.samples / sample_rate_hz:.2f}"}
 
 
 def placeholder_id(conversations: Sequence[Conversation], tokenizer: Tokenizer, where: str) -> int:
     """The id that stands for audio; -1, which no text has, where there is no audio."""
-    turns = (turn for conversation in conversations for turn in conversation.turns)
-    tags = {turn.locator_tag for turn in turns if isinstance(turn, AudioTurn)}
+    return placeholder_of(locator_tags_of(conversations), tokenizer, where)
+
+
+def placeholder_of(tags: Collection[str], tokenizer: Tokenizer, where: str) -> int:
+    """The id of the tag that stands for audio; -1 where there is none.
+
+    Raises SettingsError for several tags, TokenizerError for one that is no token.
+    """
     if len(tags) > 1:
         raise SettingsError(
             f"{where}: audio_locator_tag: expected one tag for all entries, got {sorted(tags)}"
@@ -160,6 +173,20 @@ def placeholder_id(conversations: Sequence[Conversation], tokenizer: Tokenizer, 
     for tag in tags:
         return tokenizer.require(tag, f"{where}: audio_locator_tag")
     return -1
+
+
+def placeholder_or_none(tags: Collection[str], tokenizer: Tokenizer) -> int:
+    """The same; -1 also where it is an error, which is told later."""
+    try:
+        return placeholder_of(tags, tokenizer, "")
+    except SettingsError:
+        return -1
+
+
+def locator_tags_of(conversations: Sequence[Conversation]) -> set[str]:
+    """The tags that stand for the recordings of conversations."""
+    turns = (turn for conversation in conversations for turn in conversation.turns)
+    return {turn.locator_tag for turn in turns if isinstance(turn, AudioTurn)}
 
 
 def _ratio_is_within(conversation: Conversation, least: float, most: float) -> bool:

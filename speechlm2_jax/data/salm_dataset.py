@@ -12,11 +12,21 @@ from speechlm2_jax.data.augmentation.variants import with_variants
 from speechlm2_jax.data.config import DataConfig, DataLoaderConfig
 from speechlm2_jax.data.conversations import DEFAULT_LOCATOR_TAG, Conversation
 from speechlm2_jax.data.entry_readers import read_entry
+from speechlm2_jax.data.index.contents import IndexedRows
+from speechlm2_jax.data.index.manifest import open_manifest
+from speechlm2_jax.data.index.rows import RowReader, kind_of
+from speechlm2_jax.data.index.worker import PromptSettings
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.padding import pad_left, pad_right
+from speechlm2_jax.data.paths import expand_shards, local_file
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
-from speechlm2_jax.data.salm_contents import SalmContents, measure, placeholder_id
+from speechlm2_jax.data.salm_contents import (
+    SalmContents,
+    measure,
+    placeholder_id,
+    placeholder_or_none,
+)
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.settings import SettingsError
 
@@ -63,21 +73,41 @@ class SALMDataset:
     @staticmethod
     def read(entry: InputConfig, config: DataLoaderConfig) -> list[Conversation]:
         """The conversations of one entry of `input_cfg`. Raises SettingsError."""
-        channel = config.channel_selector
-        options = ManifestOptions(
-            locator_tag=entry.audio_locator_tag or config.audio_locator_tag or DEFAULT_LOCATOR_TAG,
-            token_equivalent_duration_s=entry.token_equivalent_duration
-            or config.token_equivalent_duration,
-            tags=entry.tags,
-            text_field=entry.text_field or config.text_field,
-            channel=channel if isinstance(channel, int) else None,
-            question_role="system" if config.prompt_format == "llama2" else "user",
-            seed=_seed(entry, config),
-            skip_missing=config.skip_missing_manifest_entries
-            if entry.skip_missing_manifest_entries is None
-            else entry.skip_missing_manifest_entries,
+        return list(read_entry(entry, _options(entry, config)))
+
+    def index(self, entry: InputConfig, config: DataLoaderConfig) -> Sequence[Conversation] | None:
+        """The same, read when they are asked for; None of what has no rows of a file.
+
+        Builds the indexes of the manifests where they are missing. Raises SettingsError.
+        """
+        if not entry.has_plain_rows:
+            return None
+        options = _options(entry, config)
+        paths = [local_file(path) for path in expand_shards(entry.manifests)]
+        kinds = [kind_of(path) for path in paths]
+        prompts = PromptSettings(
+            tokenizer=self.tokenizer,
+            prompt_format=config.prompt_format or self.prompt_format,
+            placeholder_id=placeholder_or_none({options.locator_tag}, self.tokenizer),
         )
-        return list(read_entry(entry, options))
+        readers = [
+            RowReader(path, options, kind)
+            for path, kind in zip(paths, kinds, strict=True)
+            if kind is not None
+        ]
+        if len(readers) < len(paths):
+            return None
+        return IndexedRows(manifests=tuple(open_manifest(reader, prompts) for reader in readers))
+
+    def formatter(self, config: DataLoaderConfig, where: str) -> PromptFormatter:
+        """What makes prompts of conversations.
+
+        Raises SettingsError if the prompt format does not suit the tokenizer.
+        """
+        try:
+            return PromptFormatter(config.prompt_format or self.prompt_format, self.tokenizer)
+        except (PromptError, TokenizerError) as error:
+            raise SettingsError(f"{where}.prompt_format: {error}") from error
 
     @staticmethod
     def variants(
@@ -98,11 +128,7 @@ class SALMDataset:
         Raises SettingsError if the prompt format or the audio tag does not suit the tokenizer.
         """
         placeholder = placeholder_id(conversations, self.tokenizer, where)
-        try:
-            formatter = PromptFormatter(config.prompt_format or self.prompt_format, self.tokenizer)
-        except (PromptError, TokenizerError) as error:
-            raise SettingsError(f"{where}.prompt_format: {error}") from error
-        encoded = _encode_all(conversations, formatter)
+        encoded = _encode_all(conversations, self.formatter(config, where))
         try:
             measures = measure(
                 encoded,
@@ -206,6 +232,24 @@ def _seed(entry: InputConfig, config: DataLoaderConfig) -> int:
     """Of what a reader draws: the nearest integer; words give 0, as hosts must agree."""
     given = (entry.shard_seed, config.shard_seed, config.seed)
     return next((one for one in given if isinstance(one, int)), 0)
+
+
+def _options(entry: InputConfig, config: DataLoaderConfig) -> ManifestOptions:
+    """How the rows of an entry become conversations."""
+    channel = config.channel_selector
+    return ManifestOptions(
+        locator_tag=entry.audio_locator_tag or config.audio_locator_tag or DEFAULT_LOCATOR_TAG,
+        token_equivalent_duration_s=entry.token_equivalent_duration
+        or config.token_equivalent_duration,
+        tags=entry.tags,
+        text_field=entry.text_field or config.text_field,
+        channel=channel if isinstance(channel, int) else None,
+        question_role="system" if config.prompt_format == "llama2" else "user",
+        seed=_seed(entry, config),
+        skip_missing=config.skip_missing_manifest_entries
+        if entry.skip_missing_manifest_entries is None
+        else entry.skip_missing_manifest_entries,
+    )
 
 
 def _encode_all(

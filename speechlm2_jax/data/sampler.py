@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from speechlm2_jax.data.bucketing import BucketPlan, Measures, Shape
 
-_ORDER, _MIXTURE, _BATCHES = range(3)
+ORDER, MIXTURE, BATCHES = range(3)
 """What a random stream is for; with the seed and the epoch they name it."""
 
 
@@ -56,11 +56,19 @@ class Sampler:
         """The batches of one epoch alone, in order."""
         order = self._planned_order(epoch)
         if not self.by_bucket:
-            batches, left = self._in_order(order)
+            batches, left = self.in_order(order)
             return [*batches, *self._rest(left)]
         batches = list(self._by_bucket(order))
-        shuffled = self._random(_BATCHES, epoch).permutation(len(batches))
+        shuffled = self._random(BATCHES, epoch).permutation(len(batches))
         return [batches[i] for i in shuffled]
+
+    def clips_of(self, index: int) -> int:
+        """Recordings of a conversation."""
+        return int(self.measures.clips[index])
+
+    def batches_per_pass(self) -> tuple[int, bool]:
+        """The batches of the first epoch, and whether that is an estimate."""
+        return len(self.epoch(0)), False
 
     def epoch_after(self, epoch: int, left: Sequence[int]) -> tuple[list[BatchPlan], list[int]]:
         """The batches of an epoch, and the conversations that it leaves to the next one.
@@ -69,7 +77,7 @@ class Sampler:
         """
         if self.by_bucket or not self.endless:
             return self.epoch(epoch), []
-        batches, rest = self._in_order(np.asarray([*left, *self._planned_order(epoch)], np.int64))
+        batches, rest = self.in_order(np.asarray([*left, *self._planned_order(epoch)], np.int64))
         if rest.is_full:
             return [*batches, rest.planned()], []
         return batches, rest.indices
@@ -85,18 +93,18 @@ class Sampler:
         total, starts = sum(self.sizes), np.cumsum([0, *self.sizes])
         is_mixed = self.endless and len(self.sizes) > 1
         if self.shares is None and self.shuffle:
-            return self._random(_ORDER, epoch).permutation(total)
+            return self._random(ORDER, epoch).permutation(total)
         if self.shares is None and not is_mixed:
             passes = [start + self._pass(s, epoch) for s, start in enumerate(starts[:-1])]
             return np.concatenate([*passes, np.zeros(0, np.int64)])
-        counts = self.sizes if self.shares is None else _apportion(self.shares, total)
+        counts = self.sizes if self.shares is None else apportion(self.shares, total)
         streams = [
             starts[s] + self._stretch(s, epoch * n, n)
             for s, n in enumerate(counts)
             if self.sizes[s]
         ]
         turns = np.repeat(np.arange(len(streams)), [len(stream) for stream in streams])
-        turns = self._random(_MIXTURE, epoch).permutation(turns)
+        turns = self._random(MIXTURE, epoch).permutation(turns)
         iterators = [iter(stream) for stream in streams]
         return np.asarray([next(iterators[s]) for s in turns], np.int64)
 
@@ -105,7 +113,7 @@ class Sampler:
         size = self.sizes[source]
         passes = range(start // size, -(-(start + count) // size))
         rounds = [
-            self._random(_ORDER, source, p).permutation(size)
+            self._random(ORDER, source, p).permutation(size)
             if self.shuffle
             else self._pass(source, p)
             for p in passes
@@ -142,7 +150,7 @@ class Sampler:
                 yield batch.planned()
                 left = []
 
-    def _in_order(self, order: np.ndarray) -> "tuple[list[BatchPlan], _Filling]":
+    def in_order(self, order: np.ndarray) -> "tuple[list[BatchPlan], _Filling]":
         """Fills batches in the order given, each in the smallest bucket that holds all of it.
 
         The last one, which may not be full, is given as it is.
@@ -220,7 +228,7 @@ class _Filling:
         return int(self.sampler.measures.clips[list(group)].sum())
 
 
-def _apportion(shares: Sequence[float], total: int) -> list[int]:
+def apportion(shares: Sequence[float], total: int) -> list[int]:
     """Whole numbers in proportion to shares, adding to `total`, each at least 1."""
     exact = np.asarray(shares) * total
     counts = np.maximum(np.floor(exact).astype(int), 1)

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.index.contents import IndexedRows
 from speechlm2_jax.data.input_config import (
     DEFAULT_TYPE,
     ENDLESS_TYPES,
@@ -57,7 +58,7 @@ class _Entry:
 def read_sources(
     config: L,
     where: str,
-    read: Callable[[InputConfig, L], list[C]],
+    read: Callable[[InputConfig, L], Sequence[C]],
 ) -> list[Source[C]]:
     """Reads every manifest of a data set by `read`, which is given an entry and the settings.
 
@@ -270,12 +271,15 @@ def _name(config: InputConfig) -> str:
 def _read(
     entry: _Entry,
     config: L,
-    read: Callable[[InputConfig, L], list[C]],
-) -> list[C]:
+    read: Callable[[InputConfig, L], Sequence[C]],
+) -> Sequence[C]:
     try:
         conversations = read(entry.config, config)
     except SettingsError as error:
         raise SettingsError(f"{entry.where}: {error}") from error
+    if isinstance(conversations, IndexedRows):
+        tagged: Any = replace(conversations, fields=entry.group_tags)
+        return tagged
     return (
         [_tagged(one, entry.group_tags) for one in conversations]
         if entry.group_tags

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from speechlm2_jax.data.tokenizer_contents import contents_of_files, contents_of_model
 from speechlm2_jax.data.tokenizer_file import (
@@ -131,9 +131,7 @@ class _HuggingFace:
         return ids
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is not None and backend.truncation is None and backend.padding is None:
-            # transformers' own call spends most of its time on what is not asked for here
+        if (backend := self._plain_backend()) is not None:
             encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [encoding.ids for encoding in encoded]
         return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -154,11 +152,23 @@ class _HuggingFace:
     def _encode_with_offsets(self, texts: Sequence[str]) -> list[Encoded]:
         if not texts:
             return []
+        if (backend := self._plain_backend()) is not None:
+            encoded = backend.encode_batch(list(texts), add_special_tokens=False)
+            return [(encoding.ids, encoding.offsets) for encoding in encoded]
         # transformers' own call, because a file may ask for truncation, which this turns off
         encoded = self._tokenizer(
             list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+    def _plain_backend(self) -> Any:
+        """The tokenizer of the package tokenizers, if its file asks for no truncation or padding.
+
+        transformers' own call, which turns these off, spends most of its time on other things.
+        """
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        is_plain = backend is not None and backend.truncation is None and backend.padding is None
+        return backend if is_plain else None
 
     def chat_template(self) -> str | None:
         found = self._tokenizer.chat_template

@@ -11,11 +11,12 @@ from dataclasses import replace
 from speechlm2_jax.data.augmentation.changes import ClipChanges, Direction
 from speechlm2_jax.data.augmentation.config import AugmentationConfig
 from speechlm2_jax.data.augmentation.effects import changed_length
-from speechlm2_jax.data.config import DataLoaderConfig
+from speechlm2_jax.data.config import DataLoaderConfig, LoaderConfig
 from speechlm2_jax.data.conversations import AudioClip, AudioTurn, Conversation
 
 SPEEDS = (1.0, 0.9, 1.1)
 """NeMo's: each conversation as it is, slower and faster."""
+_CHANGE_LENGTHS = ("truncate_duration", "cut_into_windows_duration", "pad_min_duration")
 
 
 def variants(
@@ -42,12 +43,7 @@ def with_variants(
     Speeds are spread: each shard comes once per speed, and neighbours have different ones.
     """
     speeds = SPEEDS if config.perturb_speed else (1.0,)
-    if not (
-        config.perturb_speed
-        or config.truncate_duration
-        or config.cut_into_windows_duration
-        or config.pad_min_duration
-    ):
+    if not changed_by(config):
         return conversations
     return [
         one
@@ -58,6 +54,12 @@ def with_variants(
             conversation, config, config.sample_rate, [speeds[(number + turn) % len(speeds)]]
         )
     ]
+
+
+def changed_by(config: LoaderConfig) -> list[str]:
+    """The settings that make other examples of conversations, of other lengths."""
+    names = ("perturb_speed", *_CHANGE_LENGTHS)
+    return [name for name in names if getattr(config, name, None)]
 
 
 def faster(clip: AudioClip, speed: float, sample_rate_hz: int) -> AudioClip:

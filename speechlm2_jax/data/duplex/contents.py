@@ -123,6 +123,10 @@ class DuplexContents:
             f"({roles}) need a text, and a start in seconds that is before the end of their cut"
         )
 
+    def name(self, index: int) -> str:
+        """The id of a conversation, for messages."""
+        return self.conversations[index].id
+
     def example(self, index: int, effects: "ExampleEffects | None" = None) -> DuplexExample:
         """Reads a conversation's audio. Raises AudioError if any of it cannot be used."""
         return self.dataset.example(self.conversations[index], self.config.sample_rate, effects)

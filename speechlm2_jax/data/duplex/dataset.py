@@ -100,6 +100,9 @@ class DuplexS2SDataset:
         """The conversations of one entry of `input_cfg`. Raises SettingsError."""
         return list(read_duplex_entry(entry, config))
 
+    def index(self, entry: InputConfig, config: DuplexLoaderConfig) -> None:
+        """None: cuts of two voices are read into memory, however many."""
+
     @staticmethod
     def variants(
         conversations: Sequence[DuplexConversation], config: DuplexLoaderConfig

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -44,9 +46,10 @@ class FormatEncoder:
         self._check_tokens()
         self._known: set[str] = set()
         self._generation_prompts = {
-            enabled: tokenizer.text_to_ids(text)
-            if (text := self._generation_prompt(enabled))
-            else []
+            enabled: np.asarray(
+                tokenizer.text_to_ids(text) if (text := self._generation_prompt(enabled)) else [],
+                np.int32,
+            )
             for enabled in (True, False)
         }
 
@@ -142,9 +145,8 @@ class FormatEncoder:
                 raise PromptError("a preamble may only open the dialog")
             segment = self._render(turn)
             is_last = index == len(turns) - 1
-            yield replace(
-                segment, is_response=segment.is_response and (is_last or not self.can_think)
-            )
+            is_learnt = is_last or not self.can_think
+            yield segment if is_learnt else replace(segment, is_response=False)
         generation_prompt = self._generation_prompt(enable_thinking)
         if turns[-1]["role"] != OUTPUT_ROLE and generation_prompt is not None:
             yield _Segment(generation_prompt)
@@ -156,11 +158,12 @@ class FormatEncoder:
                 f"prompt format {self.name!r} has no role {role!r}; roles: {', '.join(self.roles)}"
             )
         template = self._format.turns[role]
-        body = template.removeprefix("|bos|").removesuffix("|eos|")
-        names = _SLOT.findall(body)
+        texts, names = _slots(template.removeprefix("|bos|").removesuffix("|eos|"))
         values = self._values(role, turn, names)
+        pairs = zip(names, texts[1:], strict=True)
+        filled = (part for name, text in pairs for part in (values[name], text))
         return _Segment(
-            _SLOT.sub(lambda match: values[match[1]], body),
+            "".join([texts[0], *filled]),
             has_bos=template.startswith("|bos|"),
             has_eos=template.endswith("|eos|"),
             is_response=role == OUTPUT_ROLE,
@@ -212,7 +215,7 @@ class FormatEncoder:
             is_response.append(segment.is_response)
         if self._format.insert_eos and is_response[-1]:
             pieces[-1].append(self.tokenizer.eos_id)
-        input_ids = np.concatenate([np.asarray(p, np.int32) for p in pieces])
+        input_ids = np.asarray(list(chain.from_iterable(pieces)), np.int32)
         if not is_response[-1]:
             return Prompt(input_ids=input_ids, context_ids=input_ids, prompt_ids=input_ids)
         split = len(input_ids) - len(pieces[-1])
@@ -221,12 +224,17 @@ class FormatEncoder:
         return Prompt(
             input_ids=input_ids,
             context_ids=input_ids[:split],
-            prompt_ids=np.asarray(
-                [*input_ids[:split], *self._generation_prompts[may_think]], np.int32
-            ),
+            prompt_ids=np.concatenate([input_ids[:split], self._generation_prompts[may_think]]),
             answer_ids=input_ids[split:],
-            mask=np.repeat(np.asarray(is_response), [len(p) for p in pieces]),
+            mask=np.repeat(is_response, [len(p) for p in pieces]),
         )
+
+
+@cache
+def _slots(body: str) -> tuple[list[str], list[str]]:
+    """The texts around the fields of a turn's template, and the names of the fields."""
+    parts = _SLOT.split(body)
+    return parts[::2], parts[1::2]
 
 
 def _is_token(text: str, tokenizer: Tokenizer) -> bool:

@@ -121,7 +121,8 @@ def device_bytes(tree: PyTree) -> int:
 
 def _steps(datamodule: DataSource, intervals: Intervals) -> str:
     batches = datamodule.batches_per_pass()
-    lines = [f"one pass over the training data: {batches} batches"]
+    about = "about " if getattr(datamodule, "is_estimated", False) else ""
+    lines = [f"one pass over the training data: {about}{batches} batches"]
     if intervals.epoch_batches is not None:
         lines.append(
             f"an epoch (trainer.limit_train_batches): {intervals.epoch_batches} batches, "

@@ -1,0 +1,172 @@
+"""A large data set of a SALM: each conversation is read from its manifest when it is needed."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, overload
+
+import numpy as np
+from jaxtyping import Int
+
+from speechlm2_jax.batches import (
+    BatchShape,
+    FrameCount,
+    SalmBatch,
+    SalmExample,
+    assemble_salm_batch,
+)
+from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.data.config import DataLoaderConfig
+from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.index.manifest import ManifestIndex
+from speechlm2_jax.data.index.salm_columns import Rows
+from speechlm2_jax.data.index.worker import encode
+from speechlm2_jax.data.prompts import PromptFormatter
+from speechlm2_jax.data.salm_contents import salm_columns
+from speechlm2_jax.settings import SettingsError
+
+if TYPE_CHECKING:
+    from speechlm2_jax.data.augmentation.augmentation import ExampleEffects
+    from speechlm2_jax.data.salm_dataset import SALMDataset, SalmReference
+
+KEPT_IN_MEMORY = 2048
+"""Conversations that were read last."""
+
+
+class Part(Rows, Protocol):
+    """The rows of one manifest, or of a list in memory."""
+
+    @property
+    def identity(self) -> str:
+        """Changes with its rows, and with what their lengths depend on."""
+        ...
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where its index may be; none of a list."""
+        ...
+
+    @property
+    def locator_tags(self) -> frozenset[str]:
+        """The tokens that stand for recordings."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexedRows(Sequence[Conversation]):
+    """The rows of the manifests of one entry, read when they are asked for."""
+
+    manifests: tuple[ManifestIndex, ...]
+    fields: Mapping[str, object] = field(default_factory=dict)
+    """Of the groups around the entry, for all of its conversations."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.manifests))
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        for manifest in self.manifests:
+            if index < len(manifest):
+                made = manifest.conversation(index)
+                return replace(made, fields={**made.fields, **self.fields})
+            index -= len(manifest)
+        raise IndexError(index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexedContents:
+    """What is kept of all rows, as conversations with token ids (as `SalmContents`)."""
+
+    dataset: "SALMDataset"
+    config: DataLoaderConfig
+    formatter: PromptFormatter
+    parts: tuple[Part, ...]
+    fields: tuple[Mapping[str, object], ...]
+    """More fields of the conversations of each part."""
+    frame_count: FrameCount
+    placeholder_id: int
+    """Stands for a recording; -1, which no text has, where there is none."""
+    row: Int[np.ndarray, " N"] | None
+    """The row of each conversation, counted over all parts; None: every row is one."""
+    count: int
+    """Conversations."""
+    identity: str
+    """Changes with the rows, and with what their order and lengths depend on."""
+
+    @property
+    def conversations(self) -> "IndexedContents":
+        """Itself: a sequence of conversations."""
+        return self
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Conversation:
+        """A conversation with its token ids. Raises AudioError if its row has changed."""
+        return self._read(index)
+
+    def example(self, index: int, effects: "ExampleEffects | None" = None) -> SalmExample:
+        """Reads a conversation's audio. Raises AudioError if any of it cannot be used."""
+        return self.dataset.example(self[index], self.config.sample_rate, effects)
+
+    def assemble(
+        self, groups: Sequence[Sequence[SalmExample | None]], shape: BatchShape
+    ) -> SalmBatch:
+        """The arrays of groups of examples; None is an empty sequence."""
+        return assemble_salm_batch(
+            groups,
+            shape,
+            frame_count=self.frame_count,
+            placeholder_id=self.placeholder_id,
+        )
+
+    def reference(self, index: int, example: SalmExample) -> "SalmReference":
+        """The prompt of a conversation, with its audio, and the reference response."""
+        return self.dataset.reference(self[index], example)
+
+    def columns(self, shape: BatchShape) -> dict[str, str]:
+        """Clips, and seconds of the longest."""
+        return salm_columns(shape, self.config.sample_rate)
+
+    @functools.cached_property
+    def _firsts(self) -> Int[np.ndarray, " parts"]:
+        return np.cumsum([0, *map(len, self.parts)])
+
+    @functools.cached_property
+    def _read(self) -> "functools._lru_cache_wrapper[Conversation]":
+        return functools.lru_cache(KEPT_IN_MEMORY)(self._read_one)
+
+    def name(self, index: int) -> str:
+        """The id of a conversation, for messages; of a row that has changed, its number."""
+        try:
+            return self[index].id
+        except AudioError:
+            return f"row {self._place(index)[1] + 1}"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The part of a conversation, and its row there."""
+        place = index if self.row is None else int(self.row[index])
+        part = int(np.searchsorted(self._firsts, place, side="right")) - 1
+        return part, place - int(self._firsts[part])
+
+    def _read_one(self, index: int) -> Conversation:
+        number, row = self._place(index)
+        part = self.parts[number]
+        try:
+            made = part.conversation(row)
+            (prompt,) = encode([made], self.formatter)
+        except (SettingsError, OSError) as error:
+            raise AudioError(f"changed since it was indexed: {error}", cause="changed") from error
+        columns = part.columns
+        is_same = len(prompt.input_ids) == columns["tokens"][row] and (
+            len(made.clips) == columns["clips"][row]
+        )
+        if not is_same or made.audio_duration_s != columns["duration_s"][row]:
+            raise AudioError(f"{made.where}: changed since it was indexed", cause="changed")
+        return replace(made, prompt=prompt, fields={**made.fields, **self.fields[number]})

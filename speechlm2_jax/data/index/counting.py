@@ -1,0 +1,234 @@
+"""Sums and maxima of each bucket over all rows, and the columns of a plan as they are written."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speechlm2_jax.data.bucketing import Measures, Members, rows_of
+from speechlm2_jax.data.config import LoaderConfig
+from speechlm2_jax.data.index.salm_columns import CAUSES, KEPT, LengthsOfRows
+from speechlm2_jax.data.index.storage import ColumnWriter
+from speechlm2_jax.data.outliers import FACTOR, FLOORS
+
+NAMED = 11
+"""Rows that are remembered of each cause: one more than the log names."""
+LONGER, FAR = "longer_than_buckets", "_far_too_many"
+BUCKET, ROW, CLIPS = "bucket", "row", "clips"
+_BLOCK_ROWS = 1 << 20
+_SUMS, _MOST = 4, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What is counted of a stretch of rows."""
+
+    bucket: np.ndarray
+    """Of the rows that are kept."""
+    clips: np.ndarray
+    """Of the same."""
+    rows: np.ndarray | None
+    """Their numbers from the start of the stretch; None: all are kept."""
+    sums: np.ndarray
+    """[buckets, 4] rows, positions, clips, and squares of clips."""
+    most: np.ndarray
+    """[buckets, 4] length, positions, clips, samples."""
+    causes: Mapping[str, np.ndarray]
+    """Rows of each cause, from the start of the stretch."""
+    is_whole: bool
+    """Whether lengths are whole numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counter:
+    """Decides about rows and counts them, a stretch at a time; several at once."""
+
+    config: LoaderConfig
+    edges: np.ndarray
+    """Upper ends of the buckets."""
+    usual: Mapping[str, float]
+    """By unit: what the rows that are no outliers have at most; 0 where that is not known."""
+
+    def count(self, found: LengthsOfRows) -> Counted:
+        """Counts a stretch."""
+        causes = self._causes(found)
+        is_kept = found.cause == KEPT
+        for name, rows in causes.items():
+            if not (name.endswith(FAR) and self.config.keep_outliers):
+                is_kept[rows] = False
+        measures = found.measures
+        bucket = np.searchsorted(self.edges, measures.length, side="left")
+        rows = None if is_kept.all() else np.flatnonzero(is_kept)
+        if rows is not None:
+            bucket, measures = bucket[rows], measures.take(rows)
+        sums, most = self._of_buckets(bucket, measures)
+        return Counted(
+            bucket=bucket,
+            clips=measures.clips,
+            rows=rows,
+            sums=sums,
+            most=most,
+            causes=causes,
+            is_whole=np.issubdtype(measures.length.dtype, np.integer),
+        )
+
+    def _causes(self, found: LengthsOfRows) -> dict[str, np.ndarray]:
+        """The rows of each cause; a row has one."""
+        is_left = found.cause == KEPT
+        causes: dict[str, np.ndarray] = {}
+        if not is_left.all():
+            for number in np.unique(found.cause).tolist():
+                if 0 < number <= len(CAUSES):
+                    causes[CAUSES[number - 1]] = np.flatnonzero(found.cause == number)
+        tests = {
+            f"{unit}{FAR}": getattr(found, unit) > max(FACTOR * usual, FLOORS[unit])
+            for unit, usual in self.usual.items()
+            if usual
+        }
+        if self.config.bucket_batch_size is not None:
+            tests[LONGER] = found.measures.length > self.edges[-1]
+        for name, test in tests.items():
+            if (is_left & test).any():
+                causes[name] = np.flatnonzero(is_left & test)
+                is_left &= ~test
+        return causes
+
+    def _of_buckets(self, bucket: np.ndarray, measures: Measures) -> tuple[np.ndarray, np.ndarray]:
+        count = len(self.edges) + 1
+        sums, most = np.zeros((count, _SUMS), np.int64), np.zeros((count, _MOST))
+        if not len(bucket):
+            return sums, most
+        small = bucket.astype(np.min_scalar_type(count))  # sorted by radix
+        ordered = measures.take(np.argsort(small, kind="stable"))
+        sums[:, 0] = np.bincount(small, minlength=count)
+        has_rows = sums[:, 0] > 0
+        first = (np.cumsum(sums[:, 0]) - sums[:, 0])[has_rows]
+        summed = (ordered.positions, ordered.clips, ordered.clips**2)
+        for n, column in enumerate(summed, start=1):
+            sums[has_rows, n] = np.add.reduceat(column, first)
+        columns = (ordered.length, ordered.positions, ordered.clips, ordered.samples)
+        for n, column in enumerate(columns):
+            most[has_rows, n] = np.maximum.reduceat(column, first)
+        return sums, most
+
+
+class Totals:
+    """What all stretches have together; they are added in order."""
+
+    def __init__(self, folder: Path, counter: Counter, sizes: Sequence[int]) -> None:
+        self._folder, self._counter = folder, counter
+        self._buckets = len(counter.edges) + 1
+        self._sums = np.zeros((self._buckets, _SUMS), np.int64)
+        self._most = np.zeros((self._buckets, _MOST))
+        self._is_whole = True
+        self.sizes = [0] * len(sizes)
+        """Rows of each source that are kept."""
+        self._firsts = np.cumsum([0, *sizes]).tolist()
+        self.dropped: dict[str, int] = {}
+        """Rows that are left out, by cause."""
+        self.examples: dict[str, list[tuple[int, int]]] = {}
+        """Of each cause the first rows (source, row); also of outliers that are kept."""
+        number = np.uint32 if sum(sizes) < 1 << 32 else np.uint64
+        self._bucket = ColumnWriter(folder / "raw.npy", np.min_scalar_type(self._buckets))
+        self._row = _LateColumn(folder / f"{ROW}.npy", number, np.arange)
+        self._clips: _LateColumn | None = None
+
+    def add(self, source: int, start: int, found: Counted, rows: int) -> None:
+        """Adds a stretch of `rows` rows of a source."""
+        self._sums += found.sums
+        self._most = np.maximum(self._most, found.most)
+        self._is_whole &= found.is_whole
+        self.sizes[source] += len(found.bucket)
+        for name, own in found.causes.items():
+            is_dropped = not (name.endswith(FAR) and self._counter.config.keep_outliers)
+            if is_dropped:
+                self.dropped[name] = self.dropped.get(name, 0) + len(own)
+            known = self.examples.setdefault(name, [])
+            known += [(source, start + row) for row in own[: NAMED - len(known)].tolist()]
+        self._bucket.append(found.bucket)
+        first = self._firsts[source] + start
+        self._row.append(first + (np.arange(rows) if found.rows is None else found.rows))
+        if len(found.clips):
+            if self._clips is None:
+                usual = int(found.clips[0])
+                self._clips = _LateColumn(
+                    self._folder / f"{CLIPS}.npy", np.uint16, lambda a, b: np.full(b - a, usual)
+                )
+            self._clips.append(found.clips)
+
+    def finish(self, multiple: int) -> tuple[tuple[Members, ...], dict[str, Any]]:
+        """The buckets that have rows, and what is written of each column."""
+        present = np.flatnonzero(self._sums[:, 0])
+        written = self._bucket.finish()
+        lookup = np.zeros(self._buckets, written["dtype"])
+        lookup[present] = np.arange(len(present))
+        if len(present) == self._buckets:
+            (self._folder / "raw.npy").rename(self._folder / f"{BUCKET}.npy")
+        else:
+            written = self._renumbered(lookup)
+        columns: dict[str, Any] = {BUCKET: written}
+        for name, late in ((ROW, self._row), (CLIPS, self._clips)):
+            if late is not None and (of_column := late.finish()) is not None:
+                columns[name] = of_column
+        return tuple(self._members(int(bucket), multiple) for bucket in present), columns
+
+    def _renumbered(self, lookup: np.ndarray) -> dict[str, Any]:
+        """Writes the bucket of each row again, those without rows left out."""
+        raw = self._folder / "raw.npy"
+        writer, values = ColumnWriter(self._folder / f"{BUCKET}.npy", lookup.dtype), np.load(raw)
+        writer.append(lookup[values])
+        raw.unlink()
+        return writer.finish()
+
+    def _members(self, bucket: int, multiple: int) -> Members:
+        count, filled, clips, squares = self._sums[bucket].tolist()
+        longest, _, most_clips, _ = self._most[bucket].tolist()
+        longest = int(longest) if self._is_whole else longest
+        _, positions, clips_up_to, samples = self._most[: bucket + 1].max(axis=0).tolist()
+        variance = max(squares / count - (clips / count) ** 2, 0.0)
+        return Members(
+            count=count,
+            longest=longest,
+            filled=filled,
+            clips_mean=clips / count,
+            clips_std=variance**0.5 if most_clips * count != clips else 0.0,
+            most_clips=int(most_clips),
+            most_clips_up_to=int(clips_up_to),
+            positions_up_to=int(positions),
+            samples_up_to=int(samples),
+            rows=rows_of(longest, bucket, self._counter.config),
+            multiple=multiple,
+        )
+
+
+class _LateColumn:
+    """A column that is written only from the first row on that is not as usual.
+
+    Args:
+        path: where.
+        dtype: of what is written.
+        usual: the values of rows [begin, end).
+    """
+
+    def __init__(
+        self, path: Path, dtype: np.typing.DTypeLike, usual: Callable[[int, int], np.ndarray]
+    ) -> None:
+        self._path, self._dtype, self._usual = path, dtype, usual
+        self._rows, self._writer = 0, None
+
+    def append(self, values: np.ndarray) -> None:
+        """Adds some rows."""
+        begin, self._rows = self._rows, self._rows + len(values)
+        if self._writer is None:
+            if np.array_equal(values, self._usual(begin, self._rows)):
+                return
+            self._writer = ColumnWriter(self._path, self._dtype)
+            for start in range(0, begin, _BLOCK_ROWS):
+                self._writer.append(self._usual(start, min(start + _BLOCK_ROWS, begin)))
+        self._writer.append(values)
+
+    def finish(self) -> Mapping[str, Any] | None:
+        """What is written; None: nothing had to be."""
+        return None if self._writer is None else self._writer.finish()

@@ -1,0 +1,176 @@
+"""Prepares a large data set: its plan is made of the columns of its indexes, and kept with them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from speechlm2_jax.batches import FrameCount
+from speechlm2_jax.console import phase
+from speechlm2_jax.data.bucketing import Bucket, BucketPlan
+from speechlm2_jax.data.index.contents import IndexedContents, IndexedRows, Part
+from speechlm2_jax.data.index.counting import BUCKET, CLIPS, ROW
+from speechlm2_jax.data.index.folders import digest, locked, prune, writable
+from speechlm2_jax.data.index.frame_table import FrameTable
+from speechlm2_jax.data.index.list_rows import ListRows
+from speechlm2_jax.data.index.manifest import VERSION
+from speechlm2_jax.data.index.salm_columns import SalmColumns, longest_samples
+from speechlm2_jax.data.index.storage import (
+    ColumnError,
+    new_folder,
+    open_columns,
+    read_meta,
+    write_meta,
+)
+from speechlm2_jax.data.index.survey import MeasureRows, Survey, survey
+from speechlm2_jax.data.prompts import PromptFormatter
+from speechlm2_jax.data.salm_contents import placeholder_of, salm_shape
+from speechlm2_jax.settings import SettingsError
+
+if TYPE_CHECKING:
+    from speechlm2_jax.data.prepare import DataSet
+    from speechlm2_jax.data.salm_dataset import SALMDataset
+
+PLANS_KEPT = 8
+_PLANNED_BY = (
+    *("sample_rate", "batch_size", "budget", "quadratic", "use_bucketing", "num_buckets"),
+    *("bucket_duration_bins", "bucket_batch_size", "keep_outliers", "measure_total_length"),
+    *("min_duration", "max_duration", "min_tokens", "max_tokens", "min_tpt", "max_tpt"),
+)
+"""Settings that a plan depends on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Indexed:
+    """A large data set and its buckets."""
+
+    contents: IndexedContents
+    plan: BucketPlan
+    clips: np.ndarray | None
+    """Recordings of each conversation; None where no group of a bucket can have too many."""
+    sizes: tuple[int, ...]
+    """Conversations of each source."""
+    survey: Survey
+
+    def examples(self, cause: str) -> list[str]:
+        """The names of the first rows of a cause."""
+        parts = self.contents.parts
+        return [parts[part].conversation(row).id for part, row in self.survey.examples[cause]]
+
+
+def index_data_set(
+    data_set: "DataSet", dataset: "SALMDataset", frame_count: FrameCount, multiple: int
+) -> Indexed:
+    """Plans the buckets of a large data set by its columns, or finds the plan made before.
+
+    Raises SettingsError if the prompt format or the audio tag does not suit the tokenizer.
+    """
+    config: Any = data_set.config
+    where = data_set.where
+    formatter = dataset.formatter(config, where)
+    parts, fields, of_source = _parts(data_set, formatter)
+    with_audio = [part for part in parts if part.columns["clips"].any()]
+    tags = {tag for part in with_audio for tag in part.locator_tags}
+    placeholder_id = placeholder_of(tags, dataset.tokenizer, where)
+    if any(not part.token_equivalent_s for part in with_audio):
+        raise SettingsError(
+            f"{where}: set token_equivalent_duration: the seconds of audio per token"
+        )
+    frames = FrameTable(frame_count, longest_samples(with_audio, config.sample_rate))
+    columns = SalmColumns(config=config, frames=frames, has_audio=bool(with_audio))
+    key = [
+        *(VERSION, [part.identity for part in parts], frames.values, multiple),
+        [part.token_equivalent_s for part in parts],
+        {name: getattr(config, name) for name in _PLANNED_BY},
+    ]
+    found, arrays = _surveyed(
+        *(parts, digest(key), config, multiple),
+        lambda source, start, stop: columns.measure(parts[source], start, stop),
+    )
+    contents = IndexedContents(
+        dataset=dataset,
+        config=config,
+        formatter=formatter,
+        parts=parts,
+        fields=fields,
+        frame_count=frame_count,
+        placeholder_id=placeholder_id,
+        row=arrays.get(ROW),
+        count=sum(found.sizes),
+        identity=digest(key),
+    )
+    return _planned(contents, found, arrays, of_source)
+
+
+def _planned(
+    contents: IndexedContents,
+    found: Survey,
+    arrays: Mapping[str, np.ndarray],
+    of_source: Sequence[int],
+) -> Indexed:
+    members, rate = found.members, contents.config.sample_rate
+    buckets = tuple(Bucket(longest=m.longest, shape=salm_shape(m, rate)) for m in members)
+    pairs = zip(buckets, members, strict=True)
+    is_tight = any(b.shape.clips < m.rows * m.most_clips_up_to for b, m in pairs)
+    sizes = np.zeros(max(of_source, default=-1) + 1, np.int64)
+    np.add.at(sizes, list(of_source), found.sizes)
+    return Indexed(
+        contents=contents,
+        plan=BucketPlan(buckets=buckets, bucket_of=arrays[BUCKET], members=members),
+        clips=arrays.get(CLIPS) if is_tight else None,
+        sizes=tuple(sizes.tolist()),
+        survey=found,
+    )
+
+
+def _parts(
+    data_set: "DataSet", formatter: PromptFormatter
+) -> tuple[tuple[Part, ...], tuple[Mapping[str, object], ...], list[int]]:
+    """The parts of all sources, more fields of their conversations, and the source of each."""
+    parts: list[Part] = []
+    fields: list[Mapping[str, object]] = []
+    of_source: list[int] = []
+    for number, source in enumerate(data_set.sources):
+        rows = source.conversations
+        own: Sequence[Part] = (
+            rows.manifests if isinstance(rows, IndexedRows) else [ListRows.of(rows, formatter)]
+        )
+        parts += own
+        fields += [rows.fields if isinstance(rows, IndexedRows) else {}] * len(own)
+        of_source += [number] * len(own)
+    return tuple(parts), tuple(fields), of_source
+
+
+def _surveyed(
+    parts: Sequence[Part], key: str, config: Any, multiple: int, measure: MeasureRows
+) -> tuple[Survey, dict[str, np.ndarray]]:
+    """The survey of a data set and its columns, out of the folder of an index or made anew."""
+    folders = next(part.folders for part in parts if part.folders)
+    name = f"plan-{key}"
+    if (found := _kept(folders, name)) is not None:
+        return found
+    folder = writable(folders)
+    with locked(folder), phase("measuring the rows"):
+        if (found := _kept(folders, name)) is not None:
+            return found
+        with new_folder(folder / name) as new:
+            made = survey(new, [len(part) for part in parts], measure, config, multiple)
+            write_meta(new, made.as_json())
+        prune(folder, "plan-*", PLANS_KEPT)
+    if (found := _kept((folder,), name)) is None:
+        raise SettingsError(f"{folder / name}: cannot be read back")
+    return found
+
+
+def _kept(folders: Sequence[Path], name: str) -> tuple[Survey, dict[str, np.ndarray]] | None:
+    for folder in folders:
+        meta = read_meta(folder / name)
+        if meta is None:
+            continue
+        try:
+            return Survey.of_json(meta), open_columns(folder / name, meta)
+        except (ColumnError, KeyError, TypeError, ValueError):
+            continue
+    return None

@@ -1,0 +1,84 @@
+"""What an index keeps of each row: 32 bytes, and the durations of rows with several recordings."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from speechlm2_jax.data.conversations import AudioTurn, Conversation
+from speechlm2_jax.data.prompts import OUTPUT_ROLE, Prompt
+
+SKIPPED = 1
+"""Flag of a row: a blank line, or one to be skipped."""
+NO_RESPONSE, WRONG_PLACEHOLDERS, ENDS_IN_AUDIO, HAS_RESPONSE = 1, 2, 4, 8
+"""Flags of a prompt."""
+
+ROW_TYPES = {
+    "offset": np.dtype("<u8"),
+    "length": np.dtype("<u4"),
+    "duration_s": np.dtype("<f8"),
+    "clips": np.dtype("<u2"),
+    "flags": np.dtype("u1"),
+}
+"""Place of a line in its file, seconds of all its recordings, and how many these are."""
+SEVERAL_TYPES = {"several": np.dtype("<u8"), "several_s": np.dtype("<f8")}
+"""Of each recording in rows that have several: the row, and its duration."""
+PROMPT_TYPES = {
+    "tokens": np.dtype("<u4"),
+    "context": np.dtype("<u4"),
+    "prompt_flags": np.dtype("u1"),
+}
+"""Tokens of the whole prompt and of what is before its last turn."""
+
+
+def row_columns(
+    places: Sequence[tuple[int, int]], conversations: Sequence[Conversation | None]
+) -> dict[str, np.ndarray]:
+    """The columns of ROW_TYPES and SEVERAL_TYPES; rows of the latter count from 0.
+
+    Args:
+        places: offset and length in bytes of each line.
+        conversations: of each line; None for one without.
+    """
+    clips = [() if one is None else one.clips for one in conversations]
+    several = [(row, clip.duration_s) for row, of in enumerate(clips) if len(of) > 1 for clip in of]
+    offsets, lengths = zip(*places, strict=True) if places else ((), ())
+    values: dict[str, Sequence[float]] = {
+        "offset": offsets,
+        "length": lengths,
+        "duration_s": [0.0 if one is None else one.audio_duration_s for one in conversations],
+        "clips": list(map(len, clips)),
+        "flags": [SKIPPED if one is None else 0 for one in conversations],
+        "several": [row for row, _ in several],
+        "several_s": [duration_s for _, duration_s in several],
+    }
+    types = {**ROW_TYPES, **SEVERAL_TYPES}
+    return {name: np.asarray(column, types[name]) for name, column in values.items()}
+
+
+def prompt_columns(
+    conversations: Sequence[Conversation | None],
+    prompts: Sequence[Prompt | None],
+    placeholder_id: int,
+) -> dict[str, np.ndarray]:
+    """The columns of PROMPT_TYPES; None for a line without a conversation."""
+    pairs = list(zip(conversations, prompts, strict=True))
+    values = {
+        "tokens": [0 if prompt is None else len(prompt.input_ids) for prompt in prompts],
+        "context": [0 if prompt is None else len(prompt.context_ids) for prompt in prompts],
+        "prompt_flags": [
+            0 if one is None or prompt is None else _flags(one, prompt, placeholder_id)
+            for one, prompt in pairs
+        ],
+    }
+    return {name: np.asarray(column, PROMPT_TYPES[name]) for name, column in values.items()}
+
+
+def _flags(conversation: Conversation, prompt: Prompt, placeholder_id: int) -> int:
+    last = conversation.turns[-1]
+    placeholders = int(np.count_nonzero(prompt.input_ids == placeholder_id))
+    return (
+        (last.role != OUTPUT_ROLE) * NO_RESPONSE
+        | (placeholders != len(conversation.clips)) * WRONG_PLACEHOLDERS
+        | isinstance(last, AudioTurn) * ENDS_IN_AUDIO
+        | (prompt.answer_ids is not None) * HAS_RESPONSE
+    )

@@ -1,0 +1,55 @@
+"""Is a data set so large that its manifests get an index?"""
+
+import logging
+from pathlib import Path
+
+from speechlm2_jax.data.augmentation.variants import changed_by
+from speechlm2_jax.data.config import LoaderConfig
+from speechlm2_jax.data.input_config import InputConfig
+from speechlm2_jax.data.paths import expand_shards, local_file
+from speechlm2_jax.data.sources import read_sources
+from speechlm2_jax.settings import SettingsError
+
+LARGE_ROWS = 20_000
+"""A data set of fewer rows is read into memory, and leaves no file behind."""
+_BLOCK_BYTES = 1 << 22
+
+_log = logging.getLogger(__name__)
+
+
+def rows_up_to(path: Path, most: int) -> int:
+    """Counts the lines of a file, but for a last one without an end, up to `most` or a few more."""
+    rows = 0
+    with open(path, "rb") as file:
+        while rows < most and (block := file.read(_BLOCK_BYTES)):
+            rows += max(block.count(b"\n"), block.count(b"\r"))
+    return rows
+
+
+def is_large(config: LoaderConfig, where: str) -> bool:
+    """Whether the manifests of all entries together have LARGE_ROWS lines or more.
+
+    Not so if augmentation changes the lengths of recordings, which an index does not know.
+    """
+    rows = 0
+
+    def count(entry: InputConfig, config: LoaderConfig) -> list[object]:
+        nonlocal rows
+        paths = expand_shards(entry.manifests) if entry.has_plain_rows else []
+        for path in paths:
+            if rows < LARGE_ROWS:
+                rows += rows_up_to(local_file(path), LARGE_ROWS - rows)
+        return []
+
+    try:
+        read_sources(config, where, count)
+    except (SettingsError, OSError):  # told when the manifests are read
+        return False
+    if rows >= LARGE_ROWS and (names := changed_by(config)):
+        _log.warning(
+            "%s: all rows are read into memory, because %s changes their lengths",
+            where,
+            ", ".join(names),
+        )
+        return False
+    return rows >= LARGE_ROWS

@@ -1,0 +1,186 @@
+"""Lengths of the rows of a SALM's data, and which settings leave out, by whole columns."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from speechlm2_jax.data.bucketing import Measures
+from speechlm2_jax.data.config import DataLoaderConfig
+from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.index.frame_table import FrameTable
+from speechlm2_jax.data.index.row_columns import (
+    ENDS_IN_AUDIO,
+    HAS_RESPONSE,
+    NO_RESPONSE,
+    SKIPPED,
+    WRONG_PLACEHOLDERS,
+)
+
+CAUSES = (
+    "no_response",
+    "placeholders",
+    "min_tokens",
+    "max_tokens",
+    "min_duration",
+    "max_duration",
+    "tokens_per_token",
+)
+"""As in `SalmContents.tests`; the first that holds counts."""
+KEPT, NOT_A_ROW = 0, 255
+"""What else `LengthsOfRows.cause` may be; the number of a cause counts from 1."""
+
+
+class Rows(Protocol):
+    """Rows of one manifest, or of a list in memory."""
+
+    @property
+    def columns(self) -> Mapping[str, np.ndarray]:
+        """Those of `row_columns`, but for the places of lines."""
+        ...
+
+    @property
+    def token_equivalent_s(self) -> float | None:
+        """Seconds of audio that count as one token."""
+        ...
+
+    def conversation(self, row: int) -> Conversation:
+        """The conversation of a row that is not skipped."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthsOfRows:
+    """Lengths of consecutive rows."""
+
+    measures: Measures
+    cause: Int[np.ndarray, " n"]
+    """Why a row is left out."""
+    seconds: Float[np.ndarray, " n"]
+    """Of the longest recording."""
+    tokens: Int[np.ndarray, " n"]
+    """Of the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SalmColumns:
+    """Measures rows as `salm_contents.measure` measures conversations."""
+
+    config: DataLoaderConfig
+    frames: FrameTable
+    has_audio: bool
+    """Whether any row of the data set has a recording."""
+
+    def measure(self, rows: Rows, start: int, stop: int) -> LengthsOfRows:
+        """The rows from `start` to `stop`."""
+        columns = {
+            name: np.asarray(column[start:stop])
+            for name, column in rows.columns.items()
+            if name not in ("several", "several_s", "offset", "length")
+        }
+        rate, clips = self.config.sample_rate, columns["clips"].astype(np.int64)
+        tokens, duration_s = columns["tokens"].astype(np.int64), columns["duration_s"]
+        samples = samples_of(duration_s, rate)
+        frames = np.where(clips > 0, self.frames(samples), 0)
+        extra = _extra_tokens(duration_s, rows.token_equivalent_s, clips)
+        last = np.where(columns["prompt_flags"] & ENDS_IN_AUDIO, extra, 0)
+        if (of := _Several.of(rows, start, stop)) is not None:
+            own = samples_of(of.durations_s, rate)
+            samples[of.rows] = np.maximum.reduceat(own, of.first)
+            frames[of.rows] = np.add.reduceat(self.frames(own), of.first)
+            tokens_of = _extra_tokens(of.durations_s, rows.token_equivalent_s, np.ones(len(own)))
+            extra[of.rows] = np.add.reduceat(tokens_of, of.first)
+            is_last = columns["prompt_flags"][of.rows] & ENDS_IN_AUDIO
+            last[of.rows] = np.where(is_last, tokens_of[of.last], 0)
+        whole = self.config.measure_total_length
+        measures = Measures(
+            length=tokens + extra if whole else columns["context"] + extra - last,
+            positions=tokens - clips + frames - 1,
+            clips=clips,
+            samples=samples,
+        )
+        return LengthsOfRows(
+            measures=measures,
+            cause=self._causes(columns, measures.length),
+            seconds=samples / rate,
+            tokens=tokens,
+        )
+
+    def _causes(self, columns: Mapping[str, np.ndarray], length: np.ndarray) -> np.ndarray:
+        config, flags = self.config, columns["prompt_flags"]
+        is_left_out = {
+            "no_response": flags & NO_RESPONSE > 0,
+            "placeholders": (flags & WRONG_PLACEHOLDERS > 0) & self.has_audio,
+        }
+        if config.min_tokens:
+            is_left_out["min_tokens"] = length < config.min_tokens
+        if config.max_tokens:
+            is_left_out["max_tokens"] = length > config.max_tokens
+        has_clips, seconds = columns["clips"] > 0, columns["duration_s"]
+        if config.min_duration:
+            is_left_out["min_duration"] = has_clips & (seconds < config.min_duration)
+        if config.max_duration:
+            is_left_out["max_duration"] = has_clips & (seconds > config.max_duration)
+        if config.min_tpt > 0 or config.max_tpt != math.inf:
+            ratio = (columns["tokens"] - columns["context"]) / np.maximum(columns["context"], 1)
+            is_far = (ratio < config.min_tpt) | (ratio > config.max_tpt)
+            is_left_out["tokens_per_token"] = (flags & HAS_RESPONSE > 0) & is_far
+        cause = np.zeros(len(length), np.uint8)
+        for number in range(len(CAUSES), 0, -1):
+            if (mask := is_left_out.get(CAUSES[number - 1])) is not None:
+                cause[mask] = number
+        cause[columns["flags"] & SKIPPED > 0] = NOT_A_ROW
+        return cause
+
+
+def samples_of(duration_s: Float[np.ndarray, " n"], rate_hz: int) -> Int[np.ndarray, " n"]:
+    """`AudioClip.samples` of many."""
+    return np.floor(np.round(duration_s * rate_hz, 6) + 0.5).astype(np.int64)
+
+
+def longest_samples(rows: Sequence[Rows], rate_hz: int) -> int:
+    """At least the samples of the longest recording."""
+    most_s = max((float(one.columns["duration_s"].max(initial=0.0)) for one in rows), default=0.0)
+    return int(samples_of(np.asarray([most_s]), rate_hz)[0])
+
+
+def _extra_tokens(
+    duration_s: np.ndarray, token_equivalent_s: float | None, clips: np.ndarray
+) -> np.ndarray:
+    """Tokens beyond their placeholders that recordings take."""
+    if token_equivalent_s is None:
+        return np.zeros(len(duration_s), np.int64)
+    tokens = np.ceil(duration_s / token_equivalent_s).astype(np.int64) - 1
+    return np.where(clips > 0, tokens, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Several:
+    """The rows of a stretch that have several recordings."""
+
+    rows: Int[np.ndarray, " m"]
+    """Counted from the start of the stretch."""
+    durations_s: Float[np.ndarray, " clips"]
+    """Of all their recordings."""
+    first: Int[np.ndarray, " m"]
+    """Each row's first recording among these."""
+
+    @classmethod
+    def of(cls, rows: Rows, start: int, stop: int) -> "_Several | None":
+        several = rows.columns["several"]
+        begin, end = np.searchsorted(several, [start, stop])
+        if begin == end:
+            return None
+        numbers, first = np.unique(several[begin:end], return_index=True)
+        durations_s = np.asarray(rows.columns["several_s"][begin:end])
+        return cls(rows=numbers.astype(np.int64) - start, durations_s=durations_s, first=first)
+
+    @property
+    def last(self) -> Int[np.ndarray, " m"]:
+        """Each row's last recording."""
+        return np.append(self.first[1:], len(self.durations_s)) - 1

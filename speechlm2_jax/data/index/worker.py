@@ -1,0 +1,179 @@
+"""Reads stretches of a manifest into columns: in this process, or as one that is told by its input.
+
+    python -m speechlm2_jax.data.index.worker
+
+A process of its own imports nothing of the program that starts it, and shares no thread with it.
+"""
+
+import gc
+import json
+import os
+import pickle
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.index.row_columns import prompt_columns, row_columns
+from speechlm2_jax.data.index.rows import Line, RowReader, lines_of
+from speechlm2_jax.data.manifest_options import ManifestOptions
+from speechlm2_jax.data.prompts import Prompt, PromptError, PromptFormatter
+from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.settings import SettingsError
+
+_ROWS_AT_ONCE = 2048
+_COUNTED_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings:
+    """How conversations become token ids."""
+
+    tokenizer: Tokenizer
+    prompt_format: str | None
+    placeholder_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to read of a manifest."""
+
+    manifest: Path
+    options: ManifestOptions
+    kind: str
+    """Of its rows (`rows.kind_of`)."""
+    with_rows: bool
+    """Whether places and durations are wanted."""
+    prompts: PromptSettings | None
+    """Whether token counts are."""
+
+
+class ChunkReader:
+    """Reads stretches of the manifest of a job."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._rows = RowReader(job.manifest, job.options, job.kind)
+        prompts = job.prompts
+        self._formatter = prompts and PromptFormatter(prompts.prompt_format, prompts.tokenizer)
+
+    def read(self, start: int, end: int) -> dict[str, np.ndarray]:
+        """The columns of the lines that begin in a stretch of bytes, one file's after the other.
+
+        Raises SettingsError, naming the line, for one that cannot be read.
+        """
+        with open(self._job.manifest, "rb") as file:
+            begin, stop = _line_start(file, start), _line_start(file, end)
+            file.seek(begin)
+            lines = lines_of(file.read(stop - begin), begin)
+        parts, first = list[dict[str, np.ndarray]](), 0
+        while chunk := list(islice(lines, _ROWS_AT_ONCE)):
+            columns = self._columns(chunk, begin, first)
+            if "several" in columns:
+                columns["several"] += np.uint64(first)
+            parts.append(columns)
+            first += len(chunk)
+        if not parts:
+            parts = [self._columns([], begin, 0)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _columns(
+        self, chunk: list[tuple[int, bytes]], begin: int, first: int
+    ) -> dict[str, np.ndarray]:
+        try:
+            conversations, prompts = self._made(self._named(chunk, first + 1))
+        except SettingsError:
+            # the number of the line is worth reading the file up to it
+            before = _lines_before(self._job.manifest, begin)
+            conversations, prompts = self._made(self._named(chunk, before + first + 1))
+        columns: dict[str, np.ndarray] = {}
+        if self._job.with_rows:
+            places = [(offset, len(line)) for offset, line in chunk]
+            columns |= row_columns(places, conversations)
+        if self._job.prompts is not None:
+            columns |= prompt_columns(conversations, prompts, self._job.prompts.placeholder_id)
+        return columns
+
+    def _named(self, chunk: list[tuple[int, bytes]], first: int) -> list[Line]:
+        name = self._job.manifest
+        return [(f"{name} line {n}", line) for n, (_, line) in enumerate(chunk, start=first)]
+
+    def _made(self, lines: list[Line]) -> tuple[list[Conversation | None], list[Prompt | None]]:
+        made = self._rows.conversations(lines, with_lengths=self._job.with_rows)
+        if self._formatter is None:
+            return made, [None] * len(made)
+        prompts = iter(encode([one for one in made if one is not None], self._formatter))
+        return made, [one and next(prompts) for one in made]
+
+
+def encode(conversations: list[Conversation], formatter: PromptFormatter) -> list[Prompt]:
+    """The prompts of conversations. Raises PromptError, naming the conversation."""
+    try:
+        return formatter.encode_dialogs([formatter.dialog(c.messages()) for c in conversations])
+    except PromptError as error:
+        if len(conversations) == 1:
+            raise PromptError(f"conversation {conversations[0].id!r}: {error}") from error
+        return [prompt for one in conversations for prompt in encode([one], formatter)]
+
+
+def save_chunk(path: Path, columns: dict[str, np.ndarray]) -> None:
+    """Writes the columns of a chunk; the file appears whole or not at all."""
+    new = path.with_suffix(f".{os.getpid()}")
+    with open(new, "wb") as file:
+        np.savez(file, allow_pickle=False, **columns)
+    os.replace(new, path)
+
+
+def _line_start(file: BinaryIO, place: int) -> int:
+    """Where the first line begins at a place or behind it."""
+    if not place:
+        return 0
+    file.seek(place - 1)
+    file.readline()
+    return file.tell()
+
+
+def _lines_before(manifest: Path, place: int) -> int:
+    """Lines that end before a place, where one ends."""
+    lines, last = 0, b""
+    with open(manifest, "rb") as file:
+        while place and (block := file.read(min(_COUNTED_BYTES, place))):
+            place -= len(block)
+            joined = last[-1:] + block
+            lines += block.count(b"\n") + block.count(b"\r") - joined.count(b"\r\n")
+            last = block
+    return lines
+
+
+def _requests(source: BinaryIO) -> Iterator[tuple[Path, int, int]]:
+    for line in source:
+        path, start, end = json.loads(line)
+        yield Path(path), start, end
+
+
+def main() -> None:
+    """Reads a pickled job, then writes a file for each stretch asked for, and tells its rows."""
+    source, target = sys.stdin.buffer, os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not get between the responses
+    (size,) = struct.unpack("<Q", source.read(8))
+    gc.disable()  # rows hold no cycles, and there are millions
+    reader: ChunkReader | None = None
+    job: Job = pickle.loads(source.read(size))  # noqa: S301 - by the parent process
+    for path, start, end in _requests(source):
+        try:
+            reader = reader or ChunkReader(job)
+            save_chunk(path, reader.read(start, end))
+            response: dict[str, str] = {}
+        except SettingsError as error:
+            response = {"error": str(error)}
+        print(json.dumps(response), file=target, flush=True)
+
+
+if __name__ == "__main__":
+    main()
