@@ -167,6 +167,16 @@ class DataModule:
         self._this_run()
         return self._prepared[name].sampler.plan
 
+    @property
+    def names(self) -> list[str]:
+        """`train_ds`, `validation_ds.NAME` and `test_ds.NAME`: the configured sets."""
+        return list(self._sets)
+
+    def prepared(self, name: str = TRAIN) -> Prepared:
+        """The planned data set of a name."""
+        self._this_run()
+        return self._prepared[name]
+
     def _empty_batch(self, shape: Shape) -> HostBatch:
         arrays = self._prepared[TRAIN].contents.assemble([[]] * self._this_run(), shape)
         return HostBatch(arrays=arrays, ids=(), bucket=shape.name)
