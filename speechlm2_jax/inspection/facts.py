@@ -22,7 +22,7 @@ BATCHES = 500
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class ShownToken:
     """One token of a prompt."""
 
     text: str
@@ -39,7 +39,7 @@ class Example:
     batch: int
     seconds: float
     positions: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ShownToken, ...]
     texts: tuple[tuple[str, str], ...]
     """(speaker, text) of duplex turns, which have no prompt."""
     read: Callable[[int], Float[np.ndarray, " S"]]
@@ -120,7 +120,7 @@ def examples(prepared: Prepared, tokenizer: Tokenizer, count: int) -> Iterator[E
         )
 
 
-def pieces(conversation: Conversation, tokenizer: Tokenizer) -> tuple[Piece, ...]:
+def pieces(conversation: Conversation, tokenizer: Tokenizer) -> tuple[ShownToken, ...]:
     """The tokens of a conversation as texts, and which of them the loss counts."""
     prompt = conversation.prompt
     if prompt is None:
@@ -131,12 +131,12 @@ def pieces(conversation: Conversation, tokenizer: Tokenizer) -> tuple[Piece, ...
     ends = [
         tokenizer.ids_to_text(ids[:n], remove_special_tokens=False) for n in range(len(ids) + 1)
     ]
-    found: list[Piece] = []
+    found: list[ShownToken] = []
     for before, after, one, is_trained in zip(ends, ends[1:], ids, mask, strict=False):
         text = after[len(before) :] if after.startswith(before) else ""
         text = text or tokenizer.ids_to_tokens([one])[0]
         shown = f" {text.strip()} " if text.strip() in tags else text
-        found.append(Piece(text=shown, is_trained=bool(is_trained)))
+        found.append(ShownToken(text=shown, is_trained=bool(is_trained)))
     return tuple(found)
 
 
