@@ -1,4 +1,4 @@
-"""What the page says of one data set: figures, histograms, and its first conversations."""
+"""What the page shows of one data set: figures, histograms, and its first conversations."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -59,7 +59,7 @@ class Padding:
 def padding(prepared: Prepared, batches: int = BATCHES) -> Padding:
     """Measures the first batches of an epoch; audio as if all clips of one row were as long."""
     measures, plan = prepared.contents.measures, prepared.sampler.plan
-    used, had, heard, room, count = 0, 0, 0, 0, 0
+    used, had, audio_used, room, count = 0, 0, 0, 0, 0
     for planned in itertools.islice(PlannedBatches(prepared.sampler, epochs=1), batches):
         shape: Any = plan.buckets[planned.bucket].shape
         chosen = [i for group in planned.groups for i in group]
@@ -67,10 +67,12 @@ def padding(prepared: Prepared, batches: int = BATCHES) -> Padding:
         groups, count = len(planned.groups), count + 1
         used += int(own.positions.sum())
         had += groups * shape.sequences * shape.tokens
-        heard += int((own.samples * own.clips).sum())
+        audio_used += int((own.samples * own.clips).sum())
         room += groups * shape.clips * getattr(shape, "samples", 0)
     return Padding(
-        positions=1 - used / max(had, 1), audio=1 - heard / room if room else None, batches=count
+        positions=1 - used / max(had, 1),
+        audio=1 - audio_used / room if room else None,
+        batches=count,
     )
 
 
