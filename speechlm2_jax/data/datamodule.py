@@ -20,6 +20,7 @@ from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.manifest_watch import ManifestWatch
 from speechlm2_jax.data.prepare import DataKind, DataSet, Prepared, prepare, seed_of
 from speechlm2_jax.data.reading import ExampleReader
+from speechlm2_jax.data.salm_concatenation import SalmConcatenation
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.data.time_limit import TimeLimit
@@ -205,6 +206,7 @@ class DataModule:
             augmentation=data_set.augmentation,
             replaces=is_train,
             limit=TimeLimit(config.read_timeout),
+            concatenate=SalmConcatenation.of(prepared.contents, config),
         )
         reader = BatchReader(
             examples=examples,
@@ -238,6 +240,8 @@ class DataModule:
     def _read(self, values: Mapping[str, object], where: str, *, is_train: bool) -> DataSet:
         config = build(self.dataset.loader_config, values, where)
         warn_without_switch(config, where)
+        if not is_train and getattr(config, "concatenate_samples", False):
+            raise SettingsError(f"{where}.concatenate_samples: each conversation is scored alone")
         has_index = is_large(config, where)
 
         def read(entry: InputConfig, config: Any) -> Sequence[Any]:
