@@ -14,7 +14,7 @@ from speechlm2_jax.data.augmentation.concatenation import (
     joined_conversation,
 )
 from speechlm2_jax.data.config import DataLoaderConfig, LoaderConfig
-from speechlm2_jax.data.prepare import Contents
+from speechlm2_jax.data.prepare import BatchContents
 from speechlm2_jax.data.salm_contents import SalmContents
 
 Pair = tuple[int, SalmExample]
@@ -30,7 +30,7 @@ class SalmConcatenation:
     how: Concatenation
 
     @classmethod
-    def of(cls, contents: Contents, config: LoaderConfig) -> "SalmConcatenation | None":
+    def of(cls, contents: BatchContents, config: LoaderConfig) -> "SalmConcatenation | None":
         """That of a data set; None if nothing is joined."""
         if not isinstance(config, DataLoaderConfig) or not config.concatenate_samples:
             return None
