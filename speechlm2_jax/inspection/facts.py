@@ -97,8 +97,7 @@ def histogram(values: Real[np.ndarray, " N"], unit: str) -> dict[str, Any]:
 
 def plan_table(prepared: Prepared) -> str:
     """The buckets as a table of text."""
-    contents = prepared.contents
-    return describe(prepared.sampler.plan, contents.measures, contents.columns)
+    return describe(prepared.sampler.plan, prepared.contents.columns)
 
 
 def examples(prepared: Prepared, tokenizer: Tokenizer, count: int) -> Iterator[Example]:
