@@ -12,6 +12,7 @@ from speechlm2_jax.data.augmentation.variants import with_variants
 from speechlm2_jax.data.config import DataConfig, DataLoaderConfig
 from speechlm2_jax.data.conversations import DEFAULT_LOCATOR_TAG, Conversation
 from speechlm2_jax.data.entry_readers import read_entry
+from speechlm2_jax.data.index.changed_rows import changed_rows
 from speechlm2_jax.data.index.contents import IndexedRows
 from speechlm2_jax.data.index.manifest import open_manifest
 from speechlm2_jax.data.index.rows import RowReader, kind_of
@@ -114,6 +115,8 @@ class SALMDataset:
         conversations: Sequence[Conversation], config: DataLoaderConfig
     ) -> Sequence[Conversation]:
         """The examples that augmentation makes of conversations: at other speeds, in windows."""
+        if isinstance(conversations, IndexedRows):
+            return changed_rows(conversations, config)
         return with_variants(conversations, config)
 
     def contents(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from speechlm2_jax.data import DataModule, SALMDataset
+from speechlm2_jax.data.bucketing import Measures
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.index import build, row_count, windows
 from speechlm2_jax.data.index.contents import IndexedContents
@@ -119,8 +120,9 @@ def measured(contents, config):
     from speechlm2_jax.data.index.salm_columns import SalmColumns
 
     columns = SalmColumns(config=config, frames=FrameTable(frames, 50_000), has_audio=True)
-    (part,) = contents.parts
-    return columns.measure(part, 0, len(part)).measures
+    found = [columns.measure(part, 0, len(part)).measures for part in contents.parts]
+    names = ("length", "positions", "clips", "samples")
+    return Measures(**{n: np.concatenate([getattr(m, n) for m in found]) for n in names})
 
 
 @pytest.mark.parametrize("whole_length", [True, False])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from speechlm2_jax.data.audio import AudioError, resample, sinc_resample
 from speechlm2_jax.data.augmentation.config import Codec, Interval
@@ -159,8 +159,15 @@ def change_speed(wave: Wave, rate_hz: int, factor: float) -> Wave:
 
 def changed_length(samples: int, factor: float) -> int:
     """Samples that are left at a speed: as Lhotse counts them, halves up where it is faster."""
-    exact = round(samples / factor, 8)
-    return math.floor(exact + 0.5) if factor >= 1 else math.ceil(exact - 0.5)
+    return int(changed_lengths(np.asarray([samples]), np.asarray([factor]))[0])
+
+
+def changed_lengths(
+    samples: Int[np.ndarray, " n"], factor: Float[np.ndarray, " n"]
+) -> Int[np.ndarray, " n"]:
+    """`changed_length` of many."""
+    exact = np.round(samples / factor, 8)
+    return np.where(factor >= 1, np.floor(exact + 0.5), np.ceil(exact - 0.5)).astype(np.int64)
 
 
 def fitted(wave: Wave, like: Wave) -> Wave:

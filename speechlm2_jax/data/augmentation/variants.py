@@ -42,7 +42,7 @@ def with_variants(
 
     Speeds are spread: each shard comes once per speed, and neighbours have different ones.
     """
-    speeds = SPEEDS if config.perturb_speed else (1.0,)
+    speeds = speeds_of(config)
     if not changed_by(config):
         return conversations
     return [
@@ -56,10 +56,23 @@ def with_variants(
     ]
 
 
+def speeds_of(config: DataLoaderConfig) -> tuple[float, ...]:
+    """How fast each conversation comes."""
+    return SPEEDS if config.perturb_speed else (1.0,)
+
+
 def changed_by(config: LoaderConfig) -> list[str]:
     """The settings that make other examples of conversations, of other lengths."""
     names = ("perturb_speed", *_CHANGE_LENGTHS)
     return [name for name in names if getattr(config, name, None)]
+
+
+def unindexed(config: LoaderConfig) -> list[str]:
+    """Those of them that make more or fewer examples, by more than the lengths in an index."""
+    drops = config.truncate_duration and not config.keep_excessive_supervisions
+    windows = config.cut_into_windows_duration
+    found = {"cut_into_windows_duration": windows, "keep_excessive_supervisions": drops}
+    return [name for name, is_set in found.items() if is_set]
 
 
 def faster(clip: AudioClip, speed: float, sample_rate_hz: int) -> AudioClip:

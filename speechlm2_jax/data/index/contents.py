@@ -19,7 +19,6 @@ from speechlm2_jax.batches import (
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.conversations import Conversation
-from speechlm2_jax.data.index.manifest import ManifestIndex
 from speechlm2_jax.data.index.salm_columns import Rows
 from speechlm2_jax.data.index.worker import encode
 from speechlm2_jax.data.prompts import PromptFormatter
@@ -57,7 +56,7 @@ class Part(Rows, Protocol):
 class IndexedRows(Sequence[Conversation]):
     """The rows of the manifests of one entry, read when they are asked for."""
 
-    manifests: tuple[ManifestIndex, ...]
+    manifests: tuple[Part, ...]
     fields: Mapping[str, object] = field(default_factory=dict)
     """Of the groups around the entry, for all of its conversations."""
 

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from speechlm2_jax.data.augmentation.variants import changed_by
+from speechlm2_jax.data.augmentation.variants import unindexed
 from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.paths import expand_shards, local_file
@@ -29,7 +29,7 @@ def rows_up_to(path: Path, most: int) -> int:
 def is_large(config: LoaderConfig, where: str) -> bool:
     """Whether the manifests of all entries together have LARGE_ROWS lines or more.
 
-    Not so if augmentation changes the lengths of recordings, which an index does not know.
+    Not so if augmentation makes another number of examples, which an index does not know.
     """
     rows = 0
 
@@ -45,9 +45,9 @@ def is_large(config: LoaderConfig, where: str) -> bool:
         read_sources(config, where, count)
     except (SettingsError, OSError):  # told when the manifests are read
         return False
-    if rows >= LARGE_ROWS and (names := changed_by(config)):
+    if rows >= LARGE_ROWS and (names := unindexed(config)):
         _log.warning(
-            "%s: all rows are read into memory, because %s changes their lengths",
+            "%s: all rows are read into memory, because %s changes how many examples they make",
             where,
             ", ".join(names),
         )
