@@ -222,6 +222,12 @@ def data_sections() -> list[Section]:
             also=(sets,),
         ),
         Section(
+            path="data.train_ds",
+            of="multi_config",
+            classes=one("data.fusion:FusionConfig"),
+            note="With `multi_config: true`. Each other key holds a block with the keys of a set.",
+        ),
+        Section(
             path="data.train_ds.input_cfg.*, data.validation_ds.input_cfg.*, "
             "data.validation_ds.datasets.*.input_cfg.*",
             classes=one("data.config:InputConfig"),

@@ -22,6 +22,7 @@ from speechlm2_jax.console import phase
 from speechlm2_jax.conversion.errors import MissingWeightsError
 from speechlm2_jax.data.datamodule import TOKENS_MULTIPLE, DataModule, named_sets
 from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
+from speechlm2_jax.data.fusion import training_sets
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.evaluation.duplex import scoring
 from speechlm2_jax.evaluation.metrics.wer import text_normalizer, word_errors
@@ -284,12 +285,13 @@ def check_keys(settings: Mapping[str, Any]) -> None:
         (kind.CONFIG, model, "model"),
         (TrainerConfig, settings.get("trainer"), "trainer"),
         (dataset.data_config, data, "data"),
-        (dataset.loader_config, data.get("train_ds"), "data.train_ds"),
         (ExpManagerConfig, settings.get("exp_manager"), "exp_manager"),
     ]
     if not issubclass(kind, CTCModel):
         blocks.insert(1, (PerceptionConfig, model.get("perception"), "model.perception"))
         blocks.insert(2, (lora_class(model), model.get("lora"), "model.lora"))
+    training = training_sets(data.get("train_ds"), "data.train_ds").sets.values()
+    blocks += [(dataset.loader_config, own, where) for own, where in training]
     for name in ("validation_ds", "test_ds"):
         sets = named_sets(data.get(name), name).values()
         blocks += [(dataset.loader_config, own, where) for own, where in sets]

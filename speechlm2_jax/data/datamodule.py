@@ -1,6 +1,7 @@
 """The data of a run: train, validation and test sets as streams of batches of static shape."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +15,13 @@ from speechlm2_jax.data.augmentation.noise_sources import read_noise
 from speechlm2_jax.data.bucketing import BucketPlan, Shape
 from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.faults import Dropped, ErrorLog, ErrorRate, Faults
+from speechlm2_jax.data.fusion import ZIP, assembling, joined_shape, training_sets
 from speechlm2_jax.data.index.row_count import is_large
 from speechlm2_jax.data.index.windows import WindowSampler
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.manifest_watch import ManifestWatch
 from speechlm2_jax.data.prepare import DataKind, DataSet, Prepared, prepare, seed_of
 from speechlm2_jax.data.reading import ExampleReader
-from speechlm2_jax.data.salm_concatenation import SalmConcatenation
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.data.time_limit import TimeLimit
@@ -28,7 +29,8 @@ from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.settings import SettingsError, build, require_complete
 
 if TYPE_CHECKING:  # Grain is loaded with the first stream
-    from speechlm2_jax.data.loader import BatchStream
+    from speechlm2_jax.data.index.planned_windows import PlannedWindows
+    from speechlm2_jax.data.loader import BatchReader, BatchStream, PlannedBatches
 
 TOKENS_MULTIPLE = 8
 """LLM positions of every shape are a multiple of it, as vector units prefer."""
@@ -57,8 +59,12 @@ class DataModule:
         config = build(self.dataset.data_config, cfg, "data")
         self.dataset.check(config, "data")
         self._sets: dict[str, DataSet] = {}
-        if config.train_ds is not None:
-            self._sets[TRAIN] = self._read(config.train_ds, "data.train_ds", is_train=True)
+        blocks = training_sets(config.train_ds, "data.train_ds")
+        self._fusion = blocks.fusion
+        for name, (values, where) in blocks.sets.items():
+            path = TRAIN if blocks.fusion is None else f"{TRAIN}.{name}"
+            self._sets[path] = self._read(values, where, is_train=True)
+        self._trained = tuple(self._sets)
         self._sets |= self._read_named(config.validation_ds, "validation_ds")
         self._sets |= self._read_named(config.test_ds, "test_ds")
         self._groups: int | None = None
@@ -68,6 +74,9 @@ class DataModule:
             name: ManifestWatch(where=one.where, files=[f for s in one.sources for f in s.files])
             for name, one in self._sets.items()
         }
+        if self._fusion is not None:
+            files = [file for name in self._trained for file in self._watches[name].files]
+            self._watches[TRAIN] = ManifestWatch(where="data.train_ds", files=files)
         self._error_log: ErrorLog | None = None
 
     @property
@@ -120,7 +129,7 @@ class DataModule:
         that it comes from. Raises SettingsError, a ValueError, if they cannot be split among
         this run's devices, listing the data-parallel sizes that can.
         """
-        if TRAIN not in self._sets:
+        if not self._trained:
             raise SettingsError("data.train_ds: required for training")
         groups = self._this_run()
         had = groups if state is None else int(state["groups"])
@@ -130,7 +139,7 @@ class DataModule:
                 f"this run's global batches have {had} groups, which {groups} data-parallel "
                 f"devices cannot share; resume with a data-parallel size of {fitting}"
             )
-        stream = self._stream(TRAIN, had)
+        stream = self._stream(TRAIN, had) if self._fusion is None else self._fused_stream(had)
         if state is not None:
             stream.set_state(dict(state))
         else:
@@ -147,39 +156,42 @@ class DataModule:
 
     def training_shapes(self) -> dict[str, Callable[[], HostBatch]]:
         """By the bucket's name, small to large: makes a batch of empty rows of a planned shape."""
+        plans = [self.plan(name) for name in self._trained]
+        shapes = [[bucket.shape for bucket in plan.buckets] for plan in plans]
+        if self._fusion is not None and self._fusion.sampler_fusion == ZIP:
+            shapes = [[joined_shape(pair) for pair in itertools.product(*shapes)]]
         return {
-            bucket.name: functools.partial(self._empty_batch, bucket.shape)
-            for bucket in self.plan().buckets
+            shape.name: functools.partial(self._empty_batch, shape)
+            for own in shapes
+            for shape in own
         }
 
     def batches_per_pass(self) -> int:
         """Global batches of one pass over the training data; of a large set, about."""
-        self._this_run()
-        return self._prepared[TRAIN].sampler.batches_per_pass()[0]
+        counts = [count for count, _ in self._pass_lengths()]
+        is_joined = self._fusion is not None and self._fusion.sampler_fusion == ZIP
+        return min(counts) if is_joined else sum(counts)
 
     @property
     def is_estimated(self) -> bool:
         """Whether `batches_per_pass` is an estimate."""
+        return any(is_estimated for _, is_estimated in self._pass_lengths())
+
+    def _pass_lengths(self) -> list[tuple[int, bool]]:
         self._this_run()
-        return self._prepared[TRAIN].sampler.batches_per_pass()[1]
+        return [self._prepared[name].sampler.batches_per_pass() for name in self._trained]
 
     def plan(self, name: str = TRAIN) -> BucketPlan:
-        """The planned shapes of `train_ds`, `validation_ds.NAME` or `test_ds.NAME`."""
+        """The planned shapes of `train_ds`, `validation_ds.NAME` or `test_ds.NAME`.
+
+        Those of fused training sets are at `train_ds.NAME`.
+        """
         self._this_run()
         return self._prepared[name].sampler.plan
 
-    @property
-    def names(self) -> list[str]:
-        """`train_ds`, `validation_ds.NAME` and `test_ds.NAME`: the configured sets."""
-        return list(self._sets)
-
-    def prepared(self, name: str = TRAIN) -> Prepared:
-        """The planned data set of a name."""
-        self._this_run()
-        return self._prepared[name]
-
     def _empty_batch(self, shape: Shape) -> HostBatch:
-        arrays = self._prepared[TRAIN].contents.assemble([[]] * self._this_run(), shape)
+        contents = assembling([self._prepared[name].contents for name in self._trained])
+        arrays = contents.assemble([[]] * self._this_run(), shape)
         return HostBatch(arrays=arrays, ids=(), bucket=shape.name)
 
     def _this_run(self) -> int:
@@ -193,40 +205,56 @@ class DataModule:
         return {name.removeprefix(f"{block}."): _Passes(self, name) for name in names}
 
     def _stream(self, name: str, groups: int) -> "BatchStream":
-        from speechlm2_jax.data.index.planned_windows import PlannedWindows
-        from speechlm2_jax.data.loader import BatchReader, BatchStream, PlannedBatches
+        from speechlm2_jax.data.loader import BatchStream
+
+        reader, is_train = self._reader(name, groups), self._sets[name].is_train
+        watch = self._watches[name] if is_train else None
+        threads = self._prepared[name].config.num_workers
+        plans = _plans(reader, epochs=None if is_train else 1)
+        return BatchStream(plans, reader, self._faults_of(name), threads, watch)
+
+    def _fused_stream(self, groups: int) -> "BatchStream":
+        from speechlm2_jax.data.fused_plans import FusedPlans
+        from speechlm2_jax.data.fused_reader import FusedReader
+        from speechlm2_jax.data.loader import BatchStream
+
+        assert self._fusion is not None
+        names = {name.removeprefix(f"{TRAIN}."): name for name in self._trained}
+        readers = {name: self._reader(path, groups) for name, path in names.items()}
+        plans = FusedPlans(
+            {name: _plans(reader, epochs=None) for name, reader in readers.items()},
+            self._fusion,
+            next(iter(readers.values())).sampler.seed,
+            is_endless=any(reader.sampler.endless for reader in readers.values()),
+        )
+        reader, threads = FusedReader(parts=readers), self._fusion.num_workers
+        return BatchStream(plans, reader, self._faults_of(TRAIN), threads, self._watches[TRAIN])
+
+    def _reader(self, name: str, groups: int) -> "BatchReader":
+        from speechlm2_jax.data.loader import BatchReader
 
         prepared, data_set = self._prepared[name], self._sets[name]
-        config, is_train = prepared.config, data_set.is_train
-        sampler = replace(prepared.sampler, groups=groups)
+        is_train = data_set.is_train
         examples = ExampleReader(
             contents=prepared.contents,
-            sampler=sampler,
+            sampler=replace(prepared.sampler, groups=groups),
             sources=[source.name for source in data_set.sources],
             augmentation=data_set.augmentation,
             replaces=is_train,
-            limit=TimeLimit(config.read_timeout),
-            concatenate=SalmConcatenation.of(prepared.contents, config),
+            limit=TimeLimit(prepared.config.read_timeout),
         )
-        reader = BatchReader(
+        return BatchReader(
             examples=examples,
             with_references=not is_train,
             own_groups=self._own_groups if is_train else None,
         )
-        epochs = None if is_train else 1
-        plans = (
-            PlannedWindows(sampler, epochs)
-            if isinstance(sampler, WindowSampler)
-            else PlannedBatches(sampler, epochs)
-        )
-        watch = self._watches[name] if is_train else None
-        return BatchStream(plans, reader, self._faults_of(name), config.num_workers, watch)
 
     def _faults_of(self, name: str) -> Faults:
         """The count of a data set: of training anew for each stream, else of all passes."""
-        data_set = self._sets[name]
+        data_set = self._sets[self._trained[0] if name == TRAIN else name]
         if data_set.is_train or name not in self._faults:
-            rate = ErrorRate(data_set.where, data_set.config.max_error_rate)
+            where = f"data.{TRAIN}" if name == TRAIN else data_set.where
+            rate = ErrorRate(where, data_set.config.max_error_rate)
             dropped = Dropped(count_each_once=not data_set.is_train)
             self._faults[name] = Faults(name=name, rate=rate, dropped=dropped, log=self._error_log)
         return self._faults[name]
@@ -240,8 +268,6 @@ class DataModule:
     def _read(self, values: Mapping[str, object], where: str, *, is_train: bool) -> DataSet:
         config = build(self.dataset.loader_config, values, where)
         warn_without_switch(config, where)
-        if not is_train and getattr(config, "concatenate_samples", False):
-            raise SettingsError(f"{where}.concatenate_samples: each conversation is scored alone")
         has_index = is_large(config, where)
 
         def read(entry: InputConfig, config: Any) -> Sequence[Any]:
@@ -265,6 +291,16 @@ class DataModule:
             f"{block}.{name}": self._read(own, path, is_train=False)
             for name, (own, path) in named_sets(values, block).items()
         }
+
+
+def _plans(reader: "BatchReader", epochs: int | None) -> "PlannedBatches | PlannedWindows":
+    from speechlm2_jax.data.index.planned_windows import PlannedWindows
+    from speechlm2_jax.data.loader import PlannedBatches
+
+    sampler = reader.sampler
+    if isinstance(sampler, WindowSampler):
+        return PlannedWindows(sampler, epochs)
+    return PlannedBatches(sampler, epochs)
 
 
 def _augmentation(config: LoaderConfig, where: str) -> Augmentation | None:

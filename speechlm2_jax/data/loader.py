@@ -3,10 +3,10 @@
 import functools
 import logging
 import zlib
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grain
 import xxhash
@@ -22,6 +22,10 @@ from speechlm2_jax.data.read_ahead import read_ahead
 from speechlm2_jax.data.reading import ExampleReader, Key, Reading
 from speechlm2_jax.data.sampler import BatchPlan, Sampler
 from speechlm2_jax.settings import SettingsError
+
+if TYPE_CHECKING:  # they import this module, or are needed by few runs
+    from speechlm2_jax.data.fused_plans import FusedPlans
+    from speechlm2_jax.data.fused_reader import FusedReader
 
 EMPTY_BATCHES = 20
 """Stop after so many consecutive batches without a usable recording."""
@@ -71,17 +75,26 @@ class BatchReader:
             digest.update(repr(_contents(conversation)).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
+    @property
+    def groups(self) -> int:
+        """Groups of a batch."""
+        return self.sampler.groups
+
+    def groups_read(self, planned: BatchPlan) -> Collection[int]:
+        """The groups of a batch that are read here."""
+        return range(len(planned.groups)) if self.own_groups is None else self.own_groups
+
     def load(self, planned: BatchPlan, key: Key) -> "Read":
         """Reads a batch. A conversation that fails is replaced, else masked, so shapes stay.
 
         `key` is the epoch and the number of the batch.
         """
         bucket = self.sampler.plan.buckets[planned.bucket]
-        own = range(len(planned.groups)) if self.own_groups is None else self.own_groups
+        own = self.groups_read(planned)
         reading = self.examples.read(planned, own, key)
         batch = HostBatch(
             arrays=self.contents.assemble(reading.examples, bucket.shape),
-            ids=tuple(example.id for _, example in reading.usable),
+            ids=tuple(self.contents.conversations[i].id for i, _ in reading.usable),
             bucket=bucket.name,
             references=tuple(self.contents.reference(*pair) for pair in reading.usable)
             if self.with_references
@@ -141,7 +154,7 @@ class PlannedBatches(grain.DatasetIterator):
         self._plans = (-1, [], [])
 
 
-Planned = tuple[BatchPlan, dict[str, Any]]
+Planned = tuple[Any, dict[str, Any]]
 """A batch, and the position after it."""
 Read = tuple[HostBatch, Reading]
 
@@ -156,8 +169,8 @@ class BatchStream(grain.DatasetIterator):
 
     def __init__(
         self,
-        plans: PlannedBatches | PlannedWindows,
-        reader: BatchReader,
+        plans: "PlannedBatches | PlannedWindows | FusedPlans",
+        reader: "BatchReader | FusedReader",
         faults: Faults,
         threads: int,
         watch: ManifestWatch | None = None,
@@ -188,7 +201,7 @@ class BatchStream(grain.DatasetIterator):
         """Plain JSON values, as of the batch last returned."""
         return {
             **self._state,
-            "groups": self._reader.sampler.groups,
+            "groups": self._reader.groups,
             "data": self._reader.fingerprint,
             "contents": self._reader.contents_fingerprint,
             "dropped": dict(self._faults.dropped.counts),
@@ -199,7 +212,7 @@ class BatchStream(grain.DatasetIterator):
 
         Raises SettingsError for a state of batches with another number of groups.
         """
-        groups = self._reader.sampler.groups
+        groups = self._reader.groups
         if state["groups"] != groups:
             raise SettingsError(f"the data state has {state['groups']} groups, this run {groups}")
         if state["data"] != self._reader.fingerprint:

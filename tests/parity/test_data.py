@@ -1,6 +1,7 @@
 """Conversations, lengths, filters, batches and audio equal NeMo's dataloader and dataset."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from speechlm2_jax.data.conversations import AudioClip, AudioTurn, Conversation,
 from speechlm2_jax.data.duplex.config import DuplexLoaderConfig
 from speechlm2_jax.data.duplex.conversions import with_silent_agent
 from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
+from speechlm2_jax.data.fused_plans import FusedPlans
+from speechlm2_jax.data.fusion import training_sets
+from speechlm2_jax.data.loader import PlannedBatches
 from speechlm2_jax.data.prepare import DataSet, prepare
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.sources import read_sources
@@ -93,9 +97,9 @@ ELSEWHERE = {
     "mm_bucket_2d_strict": "2-D buckets are refused",
     "mm_bucket_2d_lenient": "2-D buckets are refused",
     "mm_bucket_2d_max_tpt": "2-D buckets are refused",
-    "cuts_multi_config_round_robin": "multi_config is refused",
-    "cuts_multi_config_zip": "multi_config is refused",
 }
+FUSED = ["cuts_multi_config_round_robin", "cuts_multi_config_zip"]
+"""Batches of several sets: the same in order; shuffled, of the same sizes."""
 """Not read yet -> what becomes of it."""
 FILTERED = ["mm_tokens_min_max_tokens", "mm_tokens_max_tpt", "bs4_max_duration"]
 ABS_SUM_RTOL = 1e-4  # the golden has five decimals
@@ -126,7 +130,7 @@ def prepared(name: str, groups: int = 1, *, is_train: bool = False, **changes):
 
 
 def test_every_recorded_configuration_is_compared_or_named():
-    named = [*UNSHUFFLED, *ENDLESS, *SHUFFLED, *MIXED, *BUDGETS, *BINS, *SECONDS, *FILTERED]
+    named = [*UNSHUFFLED, *ENDLESS, *SHUFFLED, *MIXED, *BUDGETS, *BINS, *SECONDS, *FILTERED, *FUSED]
     assert {*named, *NEMO_IS_WRONG, *ELSEWHERE} == set(GOLDEN["configs"])
 
 
@@ -281,6 +285,36 @@ def test_cuts_measured_in_seconds_keep_within_nemos_budget(name):
         assert all(len({e for e, b in zip(edges, plan, strict=True) if b == n}) == 1 for n in plan)
 
 
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_sets_equal_nemo(name):
+    blocks = training_sets(GOLDEN["configs"][name]["config"], "data.train_ds")
+    sets = {part: prepared_cuts(values) for part, (values, _) in blocks.sets.items()}
+    for run, results in GOLDEN["results"][name].items():
+        rank, groups = int(run[4]), int(run[-1])
+        parts = {
+            part: PlannedBatches(replace(data.sampler, groups=groups))
+            for part, data in sets.items()
+        }
+        plans = FusedPlans(parts, blocks.fusion, 42, is_endless=False)
+        golden = [[i for i, _ in batch] for batch in results]
+        batches, first_set = [], []
+        for _ in golden:
+            fused = next(plans)
+            first_set += [
+                i for part in fused if part.name == "a" for g in part.plan.groups for i in g
+            ]
+            indices = [(sets[part.name], i) for part in fused for i in part.plan.groups[rank]]
+            batches.append([data.conversations[i].id for data, i in indices])
+        assert plans.get_state()["epoch"] == 0
+        assert sorted(first_set) == list(range(23))
+        if name == "cuts_multi_config_round_robin":
+            assert batches == golden
+        else:  # the incomplete batches of shuffled sets come in another place
+            assert all(3 <= len(batch) <= 5 for batch in [*batches, *golden])
+        next(plans)
+        assert plans.get_state()["epoch"] == 1  # NeMo's epoch ends here too
+
+
 def prepared_cuts(values):
     """Recordings as duplex conversations, whose planner measures seconds."""
     config = build(DuplexLoaderConfig, values, "data.train_ds")
@@ -313,7 +347,7 @@ def test_where_nemo_is_wrong_all_but_the_fault_is_equal(name):
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_what_is_not_read_is_refused(name):
-    with pytest.raises(SettingsError, match="2-D buckets|multi_config|max_tpt"):
+    with pytest.raises(SettingsError, match="2-D buckets|max_tpt"):
         prepared(name)
 
 
