@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from tests.training.tiny_salm import write_config
 
 ROOT = Path(__file__).parents[2]
+LLM = ROOT / "tests" / "data" / "llm" / "llama"
 STEPS = 150
 INTERRUPTED_AT = 40
 COMPARED = ("step", "loss", "learning_rate", "grad_norm", "acc", "skipped", "dropped")
@@ -85,9 +87,12 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, number):
 @pytest.mark.slow  # two processes, each of which imports
 def test_a_finished_run_ends_at_once_without_weights_or_computation(tmp_path):
     train = Train(tmp_path)
-    train.run(tmp_path / "run", "trainer.max_steps=2")
+    llm = shutil.copytree(LLM, tmp_path / "llm")
+    words = ("trainer.max_steps=2", f"model.pretrained_llm={llm}")
+    train.run(tmp_path / "run", *words)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    out = train.run(tmp_path / "run", "trainer.max_steps=2", "model.pretrained_llm=/nowhere")
+    shutil.rmtree(llm)
+    out = train.run(tmp_path / "run", *words)
     assert "this run is finished: 2 steps are done" in out
     assert "next: python evaluate.py" in out and "trainer.max_steps=4  to train longer" in out
     assert "trainer.max_steps=2" not in out
