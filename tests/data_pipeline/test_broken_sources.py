@@ -1,0 +1,184 @@
+"""Data of several kinds, a twentieth of it broken, with weights and augmentation."""
+
+import io
+import json
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import soundfile
+
+from speechlm2_jax.data import DataModule, SALMDataset
+from tests.data_pipeline.small_corpus import (
+    assert_same,
+    frames,
+    wav_bytes,
+    write_lines,
+    write_tar,
+)
+
+RATE_HZ = 16000
+PER_SOURCE = 40
+DAMAGES = ("missing", "unreadable", "empty", "not_finite", "truncated", "longer_than_declared")
+KINDS = ("files", "tars", "shar")
+
+
+def damaged(cause, seconds, value):
+    """The bytes of a recording that cannot be used; None: there is none."""
+    good = wav_bytes(seconds, value)
+    buffer = io.BytesIO()
+    wave = np.full(round(seconds * RATE_HZ), value, np.float32)
+    wave[7] = np.nan
+    soundfile.write(buffer, wave, RATE_HZ, format="WAV", subtype="FLOAT")
+    return {
+        "missing": None,
+        "unreadable": b"no audio at all" * 40,
+        "empty": wav_bytes(0.0, value),
+        "not_finite": buffer.getvalue(),
+        "truncated": good[: len(good) // 2],
+        "longer_than_declared": wav_bytes(3 * seconds, value),
+    }[cause]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """By kind: an entry of 40 recordings, and what is wrong with two of them."""
+    folder = tmp_path_factory.mktemp("broken")
+    made, broken = {}, {}
+    causes = iter(DAMAGES)
+    for kind in KINDS:
+        rows, members = [], []
+        wrong = {9: next(causes), 31: next(causes)}
+        if kind != "files":  # a member that is missing is an error of the tar's manifest
+            wrong = {n: "unreadable" if c == "missing" else c for n, c in wrong.items()}
+        for n in range(PER_SOURCE):
+            name, seconds, value = f"{kind}{n:02d}", 0.3 + 0.01 * n, (n + 1) / 80
+            row = {"audio_filepath": f"{name}.wav", "duration": seconds, "text": "x", "id": name}
+            rows.append(row | {"sampling_rate": RATE_HZ})
+            data = damaged(wrong[n], seconds, value) if n in wrong else wav_bytes(seconds, value)
+            if data is not None:
+                members.append((f"{name}.wav", data))
+        broken |= {f"{kind}{n:02d}": cause for n, cause in wrong.items()}
+        made[kind] = {"files": of_files, "tars": of_tars, "shar": of_shar}[kind](
+            folder, rows, members
+        )
+    return made, broken
+
+
+def of_files(folder, rows, members):
+    for name, data in members:
+        (folder / name).write_bytes(data)
+    return {"type": "nemo", "manifest_filepath": write_lines(folder / "files.jsonl", *rows)}
+
+
+def of_tars(folder, rows, members):
+    half = PER_SOURCE // 2
+    for shard in range(2):
+        part = slice(shard * half, (shard + 1) * half)
+        write_tar(folder / f"audio_{shard}.tar", members[part])
+        write_lines(folder / f"manifest_{shard}.jsonl", *rows[part])
+    return {
+        "type": "nemo_tarred",
+        "manifest_filepath": f"{folder}/manifest__OP_0..1_CL_.jsonl",
+        "tarred_audio_filepaths": f"{folder}/audio__OP_0..1_CL_.tar",
+    }
+
+
+def of_shar(folder, rows, members):
+    shar = folder / "shar"
+    shar.mkdir()
+    write_tar(shar / "recording.000000.tar", members)
+    cuts = [
+        {
+            "id": row["id"],
+            "start": 0,
+            "duration": row["duration"],
+            "channel": 0,
+            "type": "MonoCut",
+            "supervisions": [
+                {
+                    "id": row["id"],
+                    "recording_id": row["id"],
+                    "start": 0,
+                    "duration": row["duration"],
+                    "text": "x",
+                }
+            ],
+            "recording": {
+                "id": row["id"],
+                "sampling_rate": RATE_HZ,
+                "num_samples": round(row["duration"] * RATE_HZ),
+                "duration": row["duration"],
+                "sources": [{"type": "shar", "channels": [0], "source": ""}],
+            },
+        }
+        for row in rows
+    ]
+    write_lines(shar / "cuts.000000.jsonl", *cuts)
+    return {"shar_path": str(shar)}
+
+
+def module_of(sources, tokenizer, errors=None, groups=2, **keys):
+    entries = [dict(entry) for entry in sources[0].values()]
+    if "weights" in keys:
+        for entry, weight in zip(entries, keys.pop("weights"), strict=True):
+            entry["weight"] = weight
+    cfg = {"input_cfg": entries, "prompt_format": "qwen", "token_equivalent_duration": 0.08}
+    cfg |= {"shuffle": True, "batch_size": 4, "seed": 5, "num_workers": 2, **keys}
+    module = DataModule({"train_ds": cfg}, tokenizer, SALMDataset(tokenizer))
+    module.setup(frame_count=frames, groups=groups)
+    module.keep_errors(errors)
+    return module
+
+
+def test_a_twentieth_of_every_kind_is_broken_and_training_goes_on(sources, tokenizer, tmp_path):
+    _, broken = sources
+    errors = tmp_path / "data_errors.jsonl"
+    module = module_of(sources, tokenizer, errors)
+    stream = module.train_batches()
+    batches = list(islice(stream, 2 * 15))  # two epochs of 120 conversations
+    assert stream.get_state()["epoch"] == 1
+    assert all(len(batch.ids) == 8 for batch in batches)
+    assert module.dropped == {cause: 2 * n for cause, n in Counter(broken.values()).items()}
+    rows = [json.loads(line) for line in errors.read_text().splitlines()]
+    for epoch in range(2):
+        own = [row for row in rows if row["epoch"] == epoch]
+        assert {row["id"].removesuffix(".wav"): row["cause"] for row in own} == broken
+        assert len(own) == len(broken)
+    assert all(row["path"] and row["replaced_by"] for row in rows)
+
+
+def test_weighted_tarred_and_other_sources_with_noise_and_speed_resume(
+    sources, tokenizer, tmp_path
+):
+    wave = np.random.default_rng(0).normal(0, 0.1, 5 * RATE_HZ)
+    soundfile.write(tmp_path / "noise.wav", wave, RATE_HZ)
+    noise = write_lines(
+        tmp_path / "noise.json", {"audio_filepath": "noise.wav", "duration": 5.0, "text": "-"}
+    )
+    keys = {
+        "weights": [1, 2, 1],
+        "noise_path": noise,
+        "noise_snr": [5, 15],
+        "perturb_speed": True,
+        "use_multimodal_sampling": True,
+        "use_bucketing": True,
+        "bucket_duration_bins": [14, 18, 32],
+        "bucket_batch_size": [4, 3, 2],
+        "batch_size": None,
+    }
+    stream = module_of(sources, tokenizer, **keys).train_batches()
+    batches, states = [], []
+    for batch in islice(stream, 60):
+        batches.append(batch)
+        states.append(json.loads(json.dumps(stream.get_state())))
+    kinds = Counter(name[:4] for batch in batches for name in batch.ids)
+    shares = [kinds[kind] / kinds.total() for kind in ("file", "tars", "shar")]
+    np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.05)
+    speeds = Counter(name.partition("_")[2] for batch in batches for name in batch.ids)
+    assert set(speeds) == {"", "sp0.9", "sp1.1"}
+    assert min(speeds.values()) > 0.25 * speeds.total()
+    resumed = module_of(sources, tokenizer, **keys).train_batches(states[40])
+    for batch in batches[41:44]:
+        assert_same(next(resumed), batch)
