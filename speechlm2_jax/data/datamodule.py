@@ -265,6 +265,11 @@ class DataModule:
         for faults in self._faults.values():
             faults.log = self._error_log
 
+    def errors_by_source(self) -> str:
+        """A line per source and cause, of training and validation; empty if nothing failed."""
+        tables = (faults.dropped.table() for faults in self._faults.values())
+        return "\n".join(table for table in tables if table)
+
     def _read(self, values: Mapping[str, object], where: str, *, is_train: bool) -> DataSet:
         config = build(self.dataset.loader_config, values, where)
         warn_without_switch(config, where)

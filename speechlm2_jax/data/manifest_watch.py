@@ -73,8 +73,8 @@ def _told(before: _State, now: _State) -> str:
     what = "is gone" if now is None else "changed"
     sizes = f" ({before[0]} bytes, now {now[0]})" if before and now else ""
     return (
-        f"{what} since this run read it{sizes}: the run keeps what it read, but cannot be resumed "
-        "exactly; write changed data to a new file"
+        f"{what} since this run began{sizes}: what is in memory stays, changed rows of an index "
+        "are left out, and the run cannot be resumed exactly; write changed data to a new file"
     )
 
 

@@ -285,6 +285,10 @@ class KeepsErrors(Protocol):
         """Adds to this file from the next stream on."""
         ...
 
+    def errors_by_source(self) -> str:
+        """A line per source and cause, with counts; empty if nothing failed."""
+        ...
+
 
 @runtime_checkable
 class DataSource(Protocol):

@@ -93,6 +93,9 @@ def test_batches_stay_full_and_each_fault_is_counted_and_listed_once(make, tmp_p
         assert row["replaced_by"] in batches[row["position"] - 1].ids
         assert (row["set"], row["epoch"]) == ("train_ds", 0)
     assert met.total() == 120
+    table = module.errors_by_source().splitlines()
+    # of 60 of the epoch, and a few of the next one
+    assert table[0].startswith(f"  {sources[0]}: 2 unreadable of 6") and len(table) == 4
 
 
 def test_a_replacement_is_of_the_same_bucket_and_holds_its_own_samples(make):

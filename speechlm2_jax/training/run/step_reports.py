@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 import jax
 
+from speechlm2_jax.training.protocol import KeepsErrors
 from speechlm2_jax.training.run.metrics_log import Row, format_progress, format_step
 from speechlm2_jax.training.run.run_state import RunContext, RunProgress
 from speechlm2_jax.training.step import StepReport
@@ -90,6 +91,8 @@ class Reporter:
         log.info("time %.1f s: %s", total, shares)
         for cause, count in self.context.datamodule.dropped.items():
             log.info("dropped %d conversations: %s", count, cause)
+        if isinstance(data := self.context.datamodule, KeepsErrors) and data.errors_by_source():
+            log.info("what this process could not use:\n%s", data.errors_by_source())
 
     def _read_oldest(self) -> None:
         """Reads one report. If the step was skipped, counts it and logs its conversations."""
