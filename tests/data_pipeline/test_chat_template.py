@@ -314,3 +314,20 @@ def test_limits_grow_with_the_dialog_so_that_no_long_one_is_refused():
 def test_the_marker_of_a_response_is_in_no_text():
     assert not any(c.isspace() or c.isascii() for c in chat_template.MARK)
     assert json.loads(json.dumps(chat_template.MARK)) == chat_template.MARK
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "end"), [("CHATML", "", "<|im_end|>"), ("GEMMA", "<s>", "<end_of_turn>")]
+)
+def test_a_lone_response_is_its_text_between_the_templates_markers(make, name, begin, end):
+    formatter = make(name, "tok_spm")
+    dialogs = [[RESPONSE], [USER, RESPONSE], [{**RESPONSE, "content": "plain text"}]]
+    first, second, third = formatter.encode_dialogs(dialogs)
+    for prompt, text in ((first, "ok then"), (third, "plain text")):
+        written = formatter.tokenizer.ids_to_text(prompt.input_ids, remove_special_tokens=False)
+        assert written.replace("<s> ", "<s>") == f"{begin}{text}{end}"
+        assert prompt.mask.tolist() == [not begin] + [True] * (len(prompt.mask) - 1)
+        response = prompt.input_ids[len(prompt.context_ids) :]
+        assert prompt.answer_ids.tolist() == response.tolist()
+    alone = formatter.encode_dialog([USER, RESPONSE])
+    np.testing.assert_array_equal(second.input_ids, alone.input_ids)

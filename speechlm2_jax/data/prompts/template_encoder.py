@@ -24,6 +24,8 @@ class TemplateEncoder:
     """Encodes dialogs as the tokenizer's chat template writes them.
 
     The text of a whole dialog is tokenised at once, so its ids are those of `apply_chat_template`.
+    A dialog of a lone response, as plain text is, is that text between the template's first and
+    last special token: no template writes it without a prompt.
     Raises PromptError for a tokenizer without a template, and for a template that does not work.
     """
 
@@ -40,7 +42,9 @@ class TemplateEncoder:
         self._template = ChatTemplate(
             source, tokenizer.name, tokenizer.special_tokens, tokenizer.added_tokens
         )
-        self._template.render([Message("user", "?")], add_generation_prompt=True)
+        first = self._template.render([Message("user", "?")], add_generation_prompt=True)
+        begin = tokenizer.special_tokens.get("bos_token") or "\0"
+        self._begin_ids = (tokenizer.bos_id,) if first.text.startswith(begin) else ()
         self.end_ids = self._end_ids()
 
     @property
@@ -67,7 +71,35 @@ class TemplateEncoder:
         """Encodes many dialogs at one time of day. Raises PromptError."""
         context = copy_context()  # all renderings of one call are of the same moment
         context.run(NOW.set, datetime.now())
-        return context.run(self._encode, dialogs, enable_thinking)
+        is_text = [len(turns) == 1 and _message(turns[0]).role == OUTPUT_ROLE for turns in dialogs]
+        others = [turns for turns, alone in zip(dialogs, is_text, strict=True) if not alone]
+        encoded = iter(context.run(self._encode, others, enable_thinking))
+        texts = [
+            _message(turns[0]).text for turns, alone in zip(dialogs, is_text, strict=True) if alone
+        ]
+        plain = iter(self._plain(texts))
+        return [next(plain) if alone else next(encoded) for alone in is_text]
+
+    def _plain(self, texts: Sequence[str]) -> list[Prompt]:
+        """Texts without a prompt, learnt as a whole."""
+        end = self.end_ids[:1] or (self._tokenizer.eos_id,)
+        end = () if end == (None,) else end
+        begin = np.asarray(self._begin_ids, np.int32)
+        found: list[Prompt] = []
+        for ids in self._tokenizer.texts_to_ids(texts) if texts else ():
+            response = np.asarray([*ids, *end], np.int32)
+            array = np.concatenate([begin, response])
+            mask = np.arange(len(array)) >= len(begin)
+            found.append(
+                Prompt(
+                    input_ids=array,
+                    context_ids=begin,
+                    prompt_ids=begin,
+                    answer_ids=response,
+                    mask=mask,
+                )
+            )
+        return found
 
     def _encode(
         self, dialogs: Sequence[Sequence[Turn]], enable_thinking: bool | None
@@ -95,8 +127,6 @@ class TemplateEncoder:
             raise PromptError("an empty dialog cannot be encoded")
         messages = [_message(turn) for turn in turns]
         is_response = messages[-1].role == OUTPUT_ROLE
-        if is_response and len(messages) == 1:
-            raise PromptError(f"a dialog must not begin with a turn of role {OUTPUT_ROLE!r}")
         rendered = cache.render(messages, add_generation_prompt=not is_response)
         self._check_texts(messages, rendered.text)
         if not is_response:
