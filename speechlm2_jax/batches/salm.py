@@ -166,13 +166,17 @@ def assemble_salm_batch(
     frame_count: FrameCount,
     placeholder_id: int,
     shift: bool = True,
+    rows: Sequence[Sequence[int]] | None = None,
 ) -> SalmBatch[np.ndarray]:
     """Assembles a batch of one static shape, with sequences padded on the right.
 
     With `shift` (training) position t predicts token t + 1, and the last token is only a target.
     Without it (inference) every token is an input and nothing is scored. A group may have fewer
-    conversations and clips than the shape; what is missing, and None, is padding. Raises ValueError
-    if a conversation does not fit.
+    conversations and clips than the shape; what is missing, and None, is padding.
+
+    `rows` packs: it has the sequence of each conversation of each group. Conversations of one
+    sequence follow one another as segments 1, 2, ..., each with positions from 0, so none attends
+    to another. Without it each conversation is a sequence. Raises ValueError if one does not fit.
     """
 
     def layout(example: SalmExample) -> SequenceLayout:
@@ -188,7 +192,8 @@ def assemble_salm_batch(
     arrays = _empty_arrays(G, shape)
     for g, group in enumerate(groups):
         own = {name: array[g] for name, array in arrays.items()}
-        _fill_group(own, group, shape, layout, capacity, shift)
+        places = range(len(group)) if rows is None else rows[g]
+        _fill_group(own, group, places, shape, layout, capacity, shift)
     return SalmBatch(
         audio_extent=arrays["audio_lengths"].max(axis=1, initial=0),
         clip_ids=np.arange(G * C, dtype=np.int32).reshape(G, C),
@@ -227,6 +232,7 @@ def full_batch(
 def _fill_group(
     arrays: dict[str, np.ndarray],
     examples: Sequence[SalmExample | None],
+    rows: Sequence[int],
     shape: BatchShape,
     layout: Callable[[SalmExample], SequenceLayout],
     capacity: int,
@@ -234,30 +240,33 @@ def _fill_group(
 ) -> None:
     """Writes the sequences and clips of one group into its arrays."""
     clips = [(e.id, clip) for e in examples if e is not None for clip in e.audio]
-    if len(examples) > shape.sequences or len(clips) > shape.clips:
+    if max(rows, default=-1) >= shape.sequences or len(clips) > shape.clips:
         raise ValueError(f"{len(examples)} conversations with {len(clips)} clips exceed {shape}")
     for c, (name, clip) in enumerate(clips):
         if len(clip) > shape.samples:
             raise ValueError(f"{name!r}: a clip of {len(clip)} samples exceeds {shape}")
         arrays["audio"][c, : len(clip)] = clip
         arrays["audio_lengths"][c] = len(clip)
-    first_clip = 0
-    for r, example in enumerate(examples):
+    first_clip, ends, segments = 0, [0] * shape.sequences, [0] * shape.sequences
+    for r, example in zip(rows, examples, strict=True):
         if example is None:
             continue
         sequence = layout(example)
         n = max(len(sequence) - shift, 0)
-        if n > shape.tokens:
-            raise ValueError(f"{example.id!r}: {n} tokens exceed {shape}")
+        if ends[r] + n > shape.tokens:
+            after = f" after {ends[r]} others" if ends[r] else ""
+            raise ValueError(f"{example.id!r}: {n} tokens{after} exceed {shape}")
+        place = np.s_[r, ends[r] : ends[r] + n]
+        ends[r], segments[r] = ends[r] + n, segments[r] + 1
         frame_index = (first_clip + sequence.clip) * capacity + sequence.frame
-        arrays["tokens"][r, :n] = sequence.tokens[:n]
-        arrays["audio_index"][r, :n] = np.where(sequence.clip >= 0, frame_index, -1)[:n]
-        arrays["attention_mask"][r, :n] = True
-        arrays["segments"][r, :n] = 1
-        arrays["positions"][r, :n] = np.arange(n)
+        arrays["tokens"][place] = sequence.tokens[:n]
+        arrays["audio_index"][place] = np.where(sequence.clip >= 0, frame_index, -1)[:n]
+        arrays["attention_mask"][place] = True
+        arrays["segments"][place] = segments[r]
+        arrays["positions"][place] = np.arange(n)
         if shift:
-            arrays["loss_mask"][r, :n] = sequence.loss_mask[1:]
-            arrays["targets"][r, :n] = np.where(sequence.loss_mask, sequence.tokens, 0)[1:]
+            arrays["loss_mask"][place] = sequence.loss_mask[1:]
+            arrays["targets"][place] = np.where(sequence.loss_mask, sequence.tokens, 0)[1:]
         first_clip += len(example.audio)
 
 

@@ -99,15 +99,6 @@ class LoaderConfig(AugmentationConfig):
         "slice_length": "order is shuffled over whole manifests",
         "use_lhotse": "Lhotse always reads",
         "bucketing_2d_strict_mode": "2-D buckets are not supported",
-        **{
-            key: "it goes with concatenate_samples, which is refused"
-            for key in (
-                "concatenate_gap_seconds",
-                "concatenate_duration_factor",
-                "concatenate_merge_supervisions",
-                "db_norm",
-            )
-        },
         "persistent_workers": "workers are threads",
         "prefetch_factor": "reading ahead follows num_workers",
     }
@@ -117,7 +108,6 @@ class LoaderConfig(AugmentationConfig):
         "sampler_fusion": ("it goes with train_ds.multi_config: true", "round_robin"),
         "sampler_weights": "it goes with train_ds.multi_config: true",
         "cut_text_into_windows_tokens": "cut long texts in the manifest",
-        "concatenate_samples": "write the longer conversations into the manifest",
     }
 
     @property
@@ -197,6 +187,14 @@ class DataLoaderConfig(LoaderConfig):
     # augmentation
     perturb_speed: bool = False
     """Adds each conversation at 0.9 and 1.1 times its speed: an epoch is three times as long."""
+    concatenate_samples: bool = False
+    """Joins short conversations of a batch that have one recording and the same context."""
+    concatenate_gap_seconds: float = 0.1
+    """Silence between joined recordings."""
+    concatenate_duration_factor: float = 1.0
+    """They last at most so many times the longest of the group, within the shape of the bucket."""
+    db_norm: float | None = -25.0
+    """Loudness of each recording before it is joined (LUFS); null: as it is."""
     # what to leave out
     min_duration: float | None = None
     """Seconds of all audio of a conversation; one without audio passes."""
@@ -215,6 +213,7 @@ class DataLoaderConfig(LoaderConfig):
     IGNORED: ClassVar[Mapping[str, str]] = {
         **LoaderConfig.IGNORED,
         "lang_field": "the language of a transcript plays no part in the prompt",
+        "concatenate_merge_supervisions": "a joined conversation always has one response",
         "pretokenize": "prompts are always tokenised before lengths are measured",
         "min_tps": "NeMo applies it to plain cuts only, never to conversations; use min_tpt",
         "max_tps": "NeMo applies it to plain cuts only, never to conversations; use max_tpt",
@@ -235,6 +234,12 @@ class DataLoaderConfig(LoaderConfig):
             "bucket_duration_bins": self.bucket_duration_bins,
         }
         super().__post_init__()
+        if not (self.concatenate_gap_seconds >= 0 and self.concatenate_duration_factor >= 1):
+            raise ValueError(
+                "concatenate_gap_seconds must not be negative, nor concatenate_duration_factor "
+                f"below 1, got {self.concatenate_gap_seconds} and "
+                f"{self.concatenate_duration_factor}"
+            )
         for name, value in needs_tokens.items():
             if value is not None and not self.use_multimodal_sampling:
                 raise ValueError(

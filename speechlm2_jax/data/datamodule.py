@@ -22,6 +22,7 @@ from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.manifest_watch import ManifestWatch
 from speechlm2_jax.data.prepare import DataKind, DataSet, Prepared, prepare, seed_of
 from speechlm2_jax.data.reading import ExampleReader
+from speechlm2_jax.data.salm_concatenation import SalmConcatenation
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.data.time_limit import TimeLimit
@@ -189,6 +190,16 @@ class DataModule:
         self._this_run()
         return self._prepared[name].sampler.plan
 
+    @property
+    def names(self) -> list[str]:
+        """`train_ds`, `validation_ds.NAME` and `test_ds.NAME`: the configured sets."""
+        return list(self._sets)
+
+    def prepared(self, name: str = TRAIN) -> Prepared:
+        """The planned data set of a name."""
+        self._this_run()
+        return self._prepared[name]
+
     def _empty_batch(self, shape: Shape) -> HostBatch:
         contents = assembling([self._prepared[name].contents for name in self._trained])
         arrays = contents.assemble([[]] * self._this_run(), shape)
@@ -242,6 +253,7 @@ class DataModule:
             augmentation=data_set.augmentation,
             replaces=is_train,
             limit=TimeLimit(prepared.config.read_timeout),
+            concatenate=SalmConcatenation.of(prepared.contents, prepared.config),
         )
         return BatchReader(
             examples=examples,
@@ -273,6 +285,8 @@ class DataModule:
     def _read(self, values: Mapping[str, object], where: str, *, is_train: bool) -> DataSet:
         config = build(self.dataset.loader_config, values, where)
         warn_without_switch(config, where)
+        if not is_train and getattr(config, "concatenate_samples", False):
+            raise SettingsError(f"{where}.concatenate_samples: each conversation is scored alone")
         has_index = is_large(config, where)
 
         def read(entry: InputConfig, config: Any) -> Sequence[Any]:

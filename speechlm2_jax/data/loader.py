@@ -94,7 +94,7 @@ class BatchReader:
         reading = self.examples.read(planned, own, key)
         batch = HostBatch(
             arrays=self.contents.assemble(reading.examples, bucket.shape),
-            ids=tuple(self.contents.conversations[i].id for i, _ in reading.usable),
+            ids=tuple(example.id for _, example in reading.usable),
             bucket=bucket.name,
             references=tuple(self.contents.reference(*pair) for pair in reading.usable)
             if self.with_references

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,13 @@ import numpy as np
 from jaxtyping import Int
 
 from speechlm2_jax.data.audio_errors import AudioError
-from speechlm2_jax.data.augmentation.augmentation import Augmentation
+from speechlm2_jax.data.augmentation.augmentation import (
+    Augmentation,
+    ExampleEffects,
+    Report,
+    unreported,
+)
+from speechlm2_jax.data.bucketing import Shape
 from speechlm2_jax.data.faults import NOISE, Failure
 from speechlm2_jax.data.index.windows import WindowSampler
 from speechlm2_jax.data.prepare import BatchContents
@@ -29,6 +35,8 @@ Key = tuple[int, ...]
 """The epoch of a batch and its number: with the seed they decide what is drawn at random."""
 Pair = tuple[int, Any]
 """The index of a conversation, and its example."""
+Concatenate = Callable[[Sequence[Pair], Any, Callable[[int], ExampleEffects | None]], list[Pair]]
+"""Of the examples of a group, the shape and the effects on an example: the joined ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +72,8 @@ class ExampleReader:
     replaces: bool = False
     """Whether another conversation takes the place of one that fails: in training."""
     limit: TimeLimit = field(default_factory=TimeLimit)
+    concatenate: Concatenate | None = None
+    """Makes fewer and longer examples of those of a group."""
 
     def read(self, planned: BatchPlan, own: Collection[int], key: Key) -> Reading:
         """Reads the groups `own` of a batch. Raises SettingsError for storage that is lost."""
@@ -81,8 +91,23 @@ class ExampleReader:
             groups[group][place] = other and other.pair
             failures += [self._failure(outcome.index, outcome.error, other)]
             failures += other.noise if other else []
+        if self.concatenate is not None:
+            shape = self.sampler.plan.buckets[planned.bucket].shape
+            groups = [self._concatenated(group, shape, key) for group in groups]
         read = Counter(self._source(outcome.index)[0] for outcome in outcomes)
         return Reading(groups=groups, failures=failures, read=read)
+
+    def _concatenated(
+        self, group: Sequence[Pair | None], shape: Shape, key: Key
+    ) -> list[Pair | None]:
+        assert self.concatenate is not None
+        pairs = [pair for pair in group if pair is not None]
+        joined = self.concatenate(pairs, shape, lambda index: self._effects(index, key))
+        return [*joined, *[None] * (len(group) - len(joined))]
+
+    def _effects(self, index: int, key: Key, report: Report = unreported) -> ExampleEffects | None:
+        own = self.augmentation
+        return None if own is None else own.of_example(*key, index, report=report)
 
     def _read_all(self, indices: Sequence[int], key: Key) -> list["_Outcome"]:
         return self.limit.read_all(
@@ -93,11 +118,10 @@ class ExampleReader:
         )
 
     def _read(self, index: int, key: Key) -> "_Outcome":
-        outcome, effects = _Outcome(index=index), None
-        if self.augmentation is not None:
-            effects = self.augmentation.of_example(
-                *key, index, report=lambda error: outcome.noise.append(_noise_failure(error))
-            )
+        outcome = _Outcome(index=index)
+        effects = self._effects(index, key, lambda e: outcome.noise.append(_noise_failure(e)))
+        if effects is not None and self.concatenate is not None:
+            effects = effects.before_joining()
         try:
             outcome.example = self.contents.example(index, effects)
         except AudioError as error:

@@ -1,5 +1,7 @@
 """Each effect on samples: its maths, and Lhotse's own result for the same numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import soundfile
@@ -307,3 +309,33 @@ def test_effects_come_in_nemos_order_and_keep_the_length():
 def test_a_value_that_cannot_be_is_refused_by_name(keys, message):
     with pytest.raises(SettingsError, match=message):
         build(AugmentationConfig, keys)
+
+
+def test_stretches_of_a_clip_that_ends_in_silence_hold_their_part_of_it(recording):
+    wave = tone(0.4)
+    clip = replace(clip_of(recording(wave)), duration_s=0.6, silence_s=0.2)
+    whole = np.pad(wave, (0, 3200))
+    for start, seconds in ((0.0, 0.3), (0.2, 0.3), (0.35, 0.25), (0.45, 0.1)):
+        part = clip.stretch(start, seconds).load(RATE_HZ)
+        first = round(start * RATE_HZ)
+        np.testing.assert_array_equal(part, whole[first : first + len(part)])
+        assert len(part) == round(seconds * RATE_HZ)
+    fast = variants.faster(clip, 1.1, RATE_HZ)
+    np.testing.assert_allclose(
+        fast.load(RATE_HZ), effects.change_speed(whole, RATE_HZ, 1.1), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+def test_a_random_stretch_may_reach_into_silence(recording, place):
+    wave = tone(0.4)
+    clip = replace(clip_of(recording(wave)), duration_s=0.6, silence_s=0.2)
+    part = variants.shortened(clip, 0.0, 0.3, room_s=0.3)
+    augmentation = make_augmentation(AugmentationConfig(truncate_duration=0.3), 1)
+    drawn = augmentation.of_example(0, 0, 0).of_clip(0)
+    whole = np.pad(wave, (0, 3200))
+    first = round(place * 0.3 * RATE_HZ)
+    read = part._source(place)._load(RATE_HZ)
+    np.testing.assert_array_equal(read, whole[first : first + 4800])
+    first = round(drawn.place() * 0.3 * RATE_HZ)
+    np.testing.assert_array_equal(part.load(RATE_HZ, drawn), whole[first : first + 4800])

@@ -291,7 +291,7 @@ def test_keys_without_their_switch_are_told(corpus, make_module, caplog):
         ({"noise_path": {"manifest_file": "x"}}, "data.train_ds.noise_path.manifest_file: unknown"),
         ({"rir_enabled": True, "rir_path": "/nowhere.jsonl"}, "nowhere.jsonl: no such file"),
         ({"lowpass_enabled": True, "sample_rate": 8000}, "above half of sample_rate"),
-        ({"concatenate_samples": True}, "data.train_ds.concatenate_samples"),
+        ({"concatenate_gap_seconds": -1}, "concatenate_gap_seconds must not be negative"),
     ],
 )
 def test_what_cannot_be_augmented_is_one_line_with_its_place(corpus, make_module, keys, message):

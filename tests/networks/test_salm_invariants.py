@@ -48,12 +48,13 @@ def _shape(*, tokens=72, samples=9600, clips=3, rows=3):
     return BatchShape(sequences=rows, tokens=tokens, clips=clips, samples=samples)
 
 
-def _batch(model, groups, shape):
+def _batch(model, groups, shape, rows=None):
     batch = assemble_salm_batch(
         groups,
         shape,
         frame_count=model.frame_count,
         placeholder_id=model.audio_locator_tag_id,
+        rows=rows,
     )
     return jax.tree.map(jnp.asarray, batch)
 
@@ -69,6 +70,15 @@ def _assert_same(got, expected):
         np.testing.assert_allclose(
             got[1].buffers[path], expected[1].buffers[path], atol=FP32_ATOL, err_msg=path
         )
+
+
+def test_packed_conversations_have_the_loss_of_unpacked_ones(model, run, gradients):
+    examples = golden_examples(run)
+    apart = gradients(_batch(model, [examples], _shape()))
+    packed = _batch(model, [examples], _shape(tokens=120, rows=2), rows=[[1, 0, 1]])
+    assert packed.segments.max(axis=-1).tolist() == [[1, 2]]
+    assert (packed.positions == 0).sum() > 3  # each starts from 0; padding is 0 too
+    _assert_same(gradients(packed), apart)
 
 
 def test_a_larger_bucket_changes_neither_loss_nor_gradient(model, run, gradients):

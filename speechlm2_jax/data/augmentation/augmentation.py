@@ -1,7 +1,7 @@
 """All random effects of a data set, and those of one example in one epoch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,7 +28,7 @@ Numbered = tuple[int, Effect]
 Report = Callable[[AudioError], None]
 
 
-def _unreported(error: AudioError) -> None:
+def unreported(error: AudioError) -> None:
     """Nobody asks."""
 
 
@@ -44,7 +44,7 @@ class Augmentation:
     on_agent: tuple[Numbered, ...] = ()
     """On the agent's recording of duplex data."""
 
-    def of_example(self, *key: int, report: Report = _unreported) -> "ExampleEffects":
+    def of_example(self, *key: int, report: Report = unreported) -> "ExampleEffects":
         """The effects on an example; the key is its epoch, batch and index.
 
         `report` is told of noise, and of impulse responses, that cannot be read.
@@ -59,6 +59,10 @@ class ExampleEffects:
     augmentation: Augmentation
     key: tuple[int, ...]
     report: Report
+
+    def before_joining(self) -> "ExampleEffects":
+        """Those that come before recordings are joined."""
+        return replace(self, augmentation=replace(self.augmentation, after_padding=()))
 
     def of_clip(self, number: int) -> "ClipEffects":
         """Those on one of its recordings."""

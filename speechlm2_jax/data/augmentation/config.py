@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 _log = logging.getLogger(__name__)
@@ -31,6 +31,11 @@ SWITCHES: Mapping[str, Sequence[str]] = {
         "compression_codecs",
         "compression_codec_weights",
         "compression_enable_for_custom_fields",
+    ),
+    "concatenate_samples": (
+        "concatenate_gap_seconds",
+        "concatenate_duration_factor",
+        "db_norm",
     ),
 }
 """Key that switches something on -> keys that only configure it."""
@@ -160,12 +165,12 @@ def warn_without_switch(config: AugmentationConfig, where: str) -> None:
 
 def without_switch(config: AugmentationConfig) -> dict[str, str]:
     """Keys that were changed but have no effect -> the key that would give them one."""
-    default = AugmentationConfig()
+    default = {one.name: one.default for one in fields(config)}
     return {
         key: switch
         for switch, keys in SWITCHES.items()
         for key in keys
-        if not getattr(config, switch) and getattr(config, key) != getattr(default, key)
+        if key in default and not getattr(config, switch) and getattr(config, key) != default[key]
     }
 
 

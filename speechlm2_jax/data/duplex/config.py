@@ -55,9 +55,19 @@ class DuplexLoaderConfig(LoaderConfig):
         "token_equivalent_duration": "a frame is data.frame_length",
         "text_field": "texts are those of the cuts' supervisions",
         "measure_total_length": _SECONDS,
+        **{
+            key: "it goes with concatenate_samples, which is refused"
+            for key in (
+                "concatenate_gap_seconds",
+                "concatenate_duration_factor",
+                "concatenate_merge_supervisions",
+                "db_norm",
+            )
+        },
     }
     REFUSED: ClassVar[Mapping[str, Refusal]] = {
         **LoaderConfig.REFUSED,
+        "concatenate_samples": "two dialogs are no longer one; write longer ones into the manifest",
         "perturb_speed": "the agent's voice would be learnt at three pitches, and NeMo changes the "
         "user's recording and the times of turns alone, so that they no longer fit the agent's",
         "prompt_format": _NO_PROMPT,

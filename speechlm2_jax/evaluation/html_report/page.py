@@ -8,7 +8,7 @@ import base64
 import hashlib
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +63,11 @@ def write_page(
         rate_hz: sampling rate of the model and of the embedded audio.
     """
     rows = _rows(result)
-    media = _media([utterances[r["index"]] for r in rows[:media_rows]], rate_hz)
+    media = embed([utterances[r["index"]].read for r in rows[:media_rows]], rate_hz)
     longest_s = max((m.duration_s for m in media if m is not None), default=1.0)
     for row, found in zip(rows, media, strict=False):
         if found is not None:
-            row |= _shown(found, longest_s)
+            row |= shown_media(found, longest_s)
     html = render(
         "page.html",
         unit="utterances",
@@ -221,12 +221,14 @@ def _counts(errors: WordErrors) -> str:
     return " ".join(f"{count} {name}" for count, name in named if count) or "right"
 
 
-def _media(utterances: Sequence[Utterance], rate_hz: int) -> list[Media | None]:
-    """Reads and encodes recordings; None for one that cannot be read."""
+def embed(
+    readers: Sequence[Callable[[int], Float[np.ndarray, " S"]]], rate_hz: int
+) -> list[Media | None]:
+    """Reads and encodes recordings; None for one that cannot be read, or has no samples."""
 
-    def encode(utterance: Utterance) -> Media | None:
+    def encode(read: Callable[[int], Float[np.ndarray, " S"]]) -> Media | None:
         try:
-            wave = utterance.read(rate_hz)
+            wave = read(rate_hz)
         except AudioError:
             return None
         if not len(wave):  # a conversation of texts
@@ -238,10 +240,10 @@ def _media(utterances: Sequence[Utterance], rate_hz: int) -> list[Media | None]:
         )
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        return list(pool.map(encode, utterances))
+        return list(pool.map(encode, readers))
 
 
-def _shown(media: Media, longest_s: float) -> dict[str, Any]:
+def shown_media(media: Media, longest_s: float) -> dict[str, Any]:
     """Embedded media; all spectrograms have the same time scale."""
     width_px = max(PICTURE_PX * media.duration_s / longest_s, 64)
     step_s = next(

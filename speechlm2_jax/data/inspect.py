@@ -1,0 +1,55 @@
+"""Shows the data of a configuration as one HTML page, before anything is trained.
+
+    python -m speechlm2_jax.data.inspect salm
+    python -m speechlm2_jax.data.inspect my.yaml --output data.html --count 100 key=value ...
+
+The page has durations, tokens, buckets and padding of every data set, and conversations with the
+loss mask in colour and a player. The configuration and `key=value` are those of train.py; weights
+are not read.
+"""
+
+from speechlm2_jax.usage import print_help_if_asked
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    print_help_if_asked(__file__)
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from speechlm2_jax import console
+
+PROGRAM = "inspect"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Writes the page and prints its path. Bad input: one line, exit code 2."""
+    parser = argparse.ArgumentParser(prog=f"python -m {__name__}", description=__doc__)
+    parser.add_argument("config", help="a YAML file, or the name of one in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--output", type=Path, default=Path("data.html"))
+    parser.add_argument("--count", type=int, default=40, help="conversations of each data set")
+    arguments = parser.parse_intermixed_args(list(argv))
+    from speechlm2_jax import experiment
+    from speechlm2_jax.inspection.page import write_page
+
+    with experiment.clear_errors(PROGRAM), console.showing(is_shown=True):
+        built = experiment.build(arguments.config, arguments.overrides, dry_run=True)
+        model, datamodule = built.model, built.datamodule
+        with console.phase("reading the data"):
+            datamodule.setup(frame_count=model.frame_count)
+        with console.phase("writing the page"):
+            write_page(
+                arguments.output,
+                datamodule,
+                model.tokenizer,
+                title=arguments.config,
+                count=arguments.count,
+            )
+        print(f"page: {arguments.output}  (open it in a browser)")
+
+
+if __name__ == "__main__":
+    console.ignore_closed_pipes()
+    main(sys.argv[1:])

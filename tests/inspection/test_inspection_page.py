@@ -1,0 +1,83 @@
+"""The page of a run's data: its figures, its prompts, and its players."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import soundfile
+
+import speechlm2_jax as slm
+from speechlm2_jax.data import inspect
+from speechlm2_jax.inspection import facts
+from speechlm2_jax.inspection.page import write_page
+
+TAG = "<|audioplaceholder|>"
+
+
+@pytest.fixture
+def datamodule(tmp_path):
+    """Three recordings of 0.5, 1 and 2 s; two of them in a batch."""
+    rows = []
+    for number, seconds in enumerate((0.5, 1.0, 2.0)):
+        path = tmp_path / f"{number}.wav"
+        soundfile.write(path, np.sin(np.arange(int(16000 * seconds)) / 9) / 4, 16000)
+        rows.append({"audio_filepath": str(path), "duration": seconds, "text": "x" * 3 * number})
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = slm.data.Tokenizer("tests/data/llm/qwen3")
+    tokenizer.add_special_tokens([TAG])
+    module = slm.data.DataModule(
+        {
+            "train_ds": {
+                "manifest_filepath": str(tmp_path / "m.jsonl"),
+                "audio_locator_tag": TAG,
+                "prompt_format": "qwen",
+                "token_equivalent_duration": 0.08,
+                "batch_size": 2,
+            }
+        },
+        tokenizer=tokenizer,
+        dataset=slm.data.SALMDataset(tokenizer=tokenizer),
+    )
+    module.setup(frame_count=lambda samples: samples // 1280)
+    return module, tokenizer
+
+
+def test_padding_is_what_the_shapes_hold_beyond_the_data(datamodule):
+    module, _ = datamodule
+    prepared = module.prepared()
+    found = facts.padding(prepared)
+    shape = prepared.sampler.plan.buckets[0].shape
+    places = 2 * found.batches * shape.tokens  # one bucket of two rows
+    assert len(prepared.sampler.plan.buckets) == 1 and found.batches == 2
+    used = prepared.contents.measures.positions.sum()
+    np.testing.assert_allclose(found.positions, 1 - used / places)
+    np.testing.assert_allclose(found.audio, 1 - 3.5 * 16000 / (4 * shape.samples))
+
+
+def test_pieces_are_the_tokens_and_their_loss_mask(datamodule):
+    module, tokenizer = datamodule
+    conversation = module.prepared().conversations[1]
+    pieces = facts.pieces(conversation, tokenizer)
+    assert [p.is_trained for p in pieces] == conversation.prompt.mask.tolist()
+    text = "".join(p.text for p in pieces).replace(f" {TAG} ", TAG)
+    assert text == tokenizer.ids_to_text(conversation.prompt.input_ids, False)
+    trained = "".join(p.text for p in pieces if p.is_trained)
+    assert "xxx" in trained and TAG not in trained
+
+
+def test_the_page_shows_every_conversation_with_a_player(datamodule, tmp_path):
+    module, tokenizer = datamodule
+    write_page(tmp_path / "page.html", module, tokenizer, title="<mine>")
+    html = (tmp_path / "page.html").read_text()
+    assert html.count("<audio ") == html.count('<li class="row"') == 3
+    assert "&lt;mine&gt;" in html and "<mine>" not in html
+    assert re.search(r'<span class="on">x+<', html)
+    assert not re.search(r'(src|href)="(?!data:)', html)  # nothing from outside
+
+
+def test_a_wrong_configuration_is_one_line(capsys):
+    with pytest.raises(SystemExit) as raised:
+        inspect.main(["nothing_of_this_name"])
+    assert raised.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
