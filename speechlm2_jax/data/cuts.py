@@ -3,7 +3,9 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,17 +114,32 @@ def conversations_of_cuts(
             several[where] += 1
         yield made
     if several:
-        _log.warning(
-            "%s: %d cuts have several supervisions, of which the first alone is the response; "
-            "dialogs are read by type: s2s_as_conversation (%s)",
-            *(name, several.total(), _first(several)),
-        )
+        _warn_of_dialogs(name, several)
     if unknown:
         _log.warning(
             "%s: %d dialogs are left out, as a speaker is neither in input_roles nor in "
             "output_roles: %s",
             *(name, unknown.total(), _first(unknown)),
         )
+
+
+def warn_of_dialogs(path: Path, rows: int) -> None:
+    """Warns of cuts with several supervisions among the first rows of a manifest, if there are."""
+    several = Counter[str]()
+    with suppress(SettingsError):  # told when the row's turn comes
+        for where, row in islice(json_lines(path), rows):
+            spoken = row.get("supervisions")
+            several[where] += isinstance(spoken, list) and len(spoken) > 1
+    if several.total():
+        _warn_of_dialogs(str(path), +several)
+
+
+def _warn_of_dialogs(name: str, several: Counter[str]) -> None:
+    _log.warning(
+        "%s: %d cuts have several supervisions, of which the first alone is the response; "
+        "dialogs are read by type: s2s_as_conversation (%s)",
+        *(name, several.total(), _first(several)),
+    )
 
 
 def _first(names: Counter[str]) -> str:

@@ -11,6 +11,7 @@ from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.augmentation.variants import with_variants
 from speechlm2_jax.data.config import DataConfig, DataLoaderConfig
 from speechlm2_jax.data.conversations import DEFAULT_LOCATOR_TAG, Conversation
+from speechlm2_jax.data.cuts import warn_of_dialogs
 from speechlm2_jax.data.entry_readers import read_entry
 from speechlm2_jax.data.index.changed_rows import changed_rows
 from speechlm2_jax.data.index.contents import IndexedRows
@@ -19,6 +20,7 @@ from speechlm2_jax.data.index.rows import RowReader, kind_of
 from speechlm2_jax.data.index.worker import PromptSettings
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.manifest_options import ManifestOptions
+from speechlm2_jax.data.manifest_rows import ROWS_AT_ONCE
 from speechlm2_jax.data.padding import pad_left, pad_right
 from speechlm2_jax.data.paths import expand_shards, local_file
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
@@ -98,6 +100,9 @@ class SALMDataset:
         ]
         if len(readers) < len(paths):
             return None
+        for path, kind in zip(paths, kinds, strict=True):
+            if kind == "cuts":
+                warn_of_dialogs(path, ROWS_AT_ONCE)
         return IndexedRows(manifests=tuple(open_manifest(reader, prompts) for reader in readers))
 
     def formatter(self, config: DataLoaderConfig, where: str) -> PromptFormatter:

@@ -132,11 +132,15 @@ def _last_saved_s(run: Path) -> float:
 
 
 def _sources(block: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Every source of a data block, including those in groups."""
-    for source in block.get("input_cfg") or ():
+    """Every source of a data block, including those in groups and in blocks of `multi_config`."""
+    listed = block.get("input_cfg")
+    for source in listed if isinstance(listed, list) else ():
         if isinstance(source, Mapping):
             yield source
             yield from _sources(source)
+    if block.get("multi_config"):
+        for own in block.values():
+            yield from _sources(own) if isinstance(own, Mapping) else ()
 
 
 def _names(value: object) -> list[str]:

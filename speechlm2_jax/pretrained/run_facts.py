@@ -11,7 +11,10 @@ from speechlm2_jax.pretrained import registry
 from speechlm2_jax.settings import SettingsError, load, parse_json
 
 CONFIG, METRICS, EVALUATION = "config.yaml", "metrics.jsonl", "answers.jsonl"
-DATA_KEYS = ("manifest_filepath", "cuts_path", "shar_path")
+DATA_KEYS = (
+    *("manifest_filepath", "cuts_path", "shar_path"),
+    *("paths", "source_paths", "target_paths", "data_dir"),
+)
 VALIDATION = "val_"
 
 

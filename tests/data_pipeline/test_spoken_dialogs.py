@@ -1,6 +1,7 @@
 """Lhotse cuts of dialogs and of questions, packed and in files, and groups read as a type."""
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +129,17 @@ def test_dialogs_that_are_read_as_one_recording_are_warned_of(tmp_path, cut, cap
     (message,) = caplog.messages
     assert "2 cuts have several supervisions" in message and "s2s_as_conversation" in message
     assert "cuts.jsonl.gz line 1, " in message
+
+
+def test_the_first_rows_of_a_large_manifest_tell_that_cuts_are_dialogs(tmp_path, cut, caplog):
+    from speechlm2_jax.data.cuts import warn_of_dialogs
+
+    path = Path(write(tmp_path, cut("one", TURNS[:1]), cut("two"), cut("three"))["cuts_path"])
+    warn_of_dialogs(path, 1)
+    assert not caplog.messages
+    warn_of_dialogs(path, 2)
+    (message,) = caplog.messages
+    assert f"{path}: 1 cuts have several supervisions" in message and "line 2)" in message
 
 
 def test_a_nemo_manifest_has_no_speakers(tmp_path):
