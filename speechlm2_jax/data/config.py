@@ -107,7 +107,6 @@ class LoaderConfig(AugmentationConfig):
         "validation_ds lists sets under datasets",
         "sampler_fusion": ("it goes with train_ds.multi_config: true", "round_robin"),
         "sampler_weights": "it goes with train_ds.multi_config: true",
-        "cut_text_into_windows_tokens": "cut long texts in the manifest",
     }
 
     @property
@@ -195,6 +194,8 @@ class DataLoaderConfig(LoaderConfig):
     """They last at most so many times the longest of the group, within the shape of the bucket."""
     db_norm: float | None = -25.0
     """Loudness of each recording before it is joined (LUFS); null: as it is."""
+    cut_text_into_windows_tokens: int | None = None
+    """Texts without a prompt (`txt`, `txt_jsonl`) become examples of so many tokens each."""
     # what to leave out
     min_duration: float | None = None
     """Seconds of all audio of a conversation; one without audio passes."""
@@ -232,8 +233,11 @@ class DataLoaderConfig(LoaderConfig):
         needs_tokens = {
             "batch_tokens": self.batch_tokens,
             "bucket_duration_bins": self.bucket_duration_bins,
+            "cut_text_into_windows_tokens": self.cut_text_into_windows_tokens,
         }
         super().__post_init__()
+        if self.cut_text_into_windows_tokens is not None and self.cut_text_into_windows_tokens < 1:
+            raise ValueError("cut_text_into_windows_tokens must be at least 1")
         if not (self.concatenate_gap_seconds >= 0 and self.concatenate_duration_factor >= 1):
             raise ValueError(
                 "concatenate_gap_seconds must not be negative, nor concatenate_duration_factor "

@@ -30,6 +30,7 @@ from speechlm2_jax.data.salm_contents import (
     placeholder_id,
     placeholder_or_none,
 )
+from speechlm2_jax.data.text_windows import in_windows
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.settings import SettingsError
 
@@ -115,13 +116,15 @@ class SALMDataset:
         except (PromptError, TokenizerError) as error:
             raise SettingsError(f"{where}.prompt_format: {error}") from error
 
-    @staticmethod
     def variants(
-        conversations: Sequence[Conversation], config: DataLoaderConfig
+        self, conversations: Sequence[Conversation], config: DataLoaderConfig
     ) -> Sequence[Conversation]:
-        """The examples that augmentation makes of conversations: at other speeds, in windows."""
+        """The examples that are made of conversations: at other speeds, texts in windows."""
         if isinstance(conversations, IndexedRows):
             return changed_rows(conversations, config)
+        if config.cut_text_into_windows_tokens is not None:
+            tokens = config.cut_text_into_windows_tokens
+            conversations = in_windows(conversations, tokens, self.tokenizer)
         return with_variants(conversations, config)
 
     def contents(

@@ -64,7 +64,7 @@ def test_every_key_of_nemos_loader_is_accepted_at_its_default(kind, key):
         build(kind, {**MINE, key: value}, "data.train_ds")
 
 
-REFUSED = {"multi_config": True, "cut_text_into_windows_tokens": 100}
+REFUSED = {"multi_config": True}
 
 
 @pytest.mark.parametrize("key", REFUSED)

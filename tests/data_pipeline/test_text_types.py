@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from speechlm2_jax.data import SALMDataset
+from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.settings import SettingsError, build
 from tests.data_pipeline.small_corpus import read_input_cfg, refusal, turns, write_lines
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts"
@@ -46,6 +49,29 @@ def test_json_lines_without_a_text_are_left_out_with_a_warning(tmp_path, caplog)
     assert f"{path} line 1: words is missing" in message and "set text_field" in message
     write_lines(tmp_path / "m.jsonl", {"transcript": "x"})
     assert "rename 'transcript' to 'text'" in refusal({"type": "txt_jsonl", "paths": path})
+
+
+def test_long_texts_become_windows_of_so_many_tokens(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("one two three four five\nok\n")
+    pair = {"source_paths": f"{tmp_path}/a.txt", "target_paths": f"{tmp_path}/a.txt"}
+    texts = {"type": "txt", "paths": f"{tmp_path}/a.txt"}
+    keys = {"cut_text_into_windows_tokens": 6, "use_multimodal_sampling": True}
+    config = build(DataLoaderConfig, {"input_cfg": [texts], "batch_size": 1, **keys})
+    dataset = SALMDataset(tokenizer)
+    plain, pairs = (
+        read_input_cfg(one)[0].conversations for one in (texts, {"type": "txt_pair", **pair})
+    )
+    found = dataset.variants([*plain, *pairs], config)
+    assert list(found[-2:]) == list(pairs)  # a text with a prompt stays whole
+    long, short = found[:-3], found[-3]
+    ids = tokenizer.text_to_ids("one two three four five")
+    windows = [ids[n : n + 6] for n in range(0, len(ids), 6)]
+    assert len(windows) > 2
+    assert [c.response for c in long] == [tokenizer.ids_to_text(w) for w in windows]
+    assert short == plain[1] and long[1].id == f"{plain[0].id} window 2"
+    for wrong in ({"use_multimodal_sampling": False}, {"cut_text_into_windows_tokens": 0}):
+        with pytest.raises(SettingsError, match="cut_text_into_windows_tokens"):
+            build(DataLoaderConfig, {"input_cfg": [texts], "batch_size": 1, **keys, **wrong})
 
 
 @pytest.fixture

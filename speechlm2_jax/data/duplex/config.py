@@ -71,6 +71,7 @@ class DuplexLoaderConfig(LoaderConfig):
         "perturb_speed": "the agent's voice would be learnt at three pitches, and NeMo changes the "
         "user's recording and the times of turns alone, so that they no longer fit the agent's",
         "prompt_format": _NO_PROMPT,
+        "cut_text_into_windows_tokens": _NO_PROMPT,
         "use_multimodal_sampling": f"{_SECONDS}; set batch_duration",
         "batch_tokens": f"{_SECONDS}; set batch_duration",
         "quadratic_factor": f"{_SECONDS}; set quadratic_duration",
