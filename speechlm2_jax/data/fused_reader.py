@@ -54,14 +54,6 @@ class FusedReader:
         ]
         shape = joined_shape(shapes)
         groups = [sum(own, []) for own in zip(*(r.groups for r in readings), strict=True)]
-        # conversations have numbers in their own sets alone, so names are kept for the ids
-        ids = [
-            reader.contents.name(pair[0])
-            for group in range(len(groups))
-            for reader, reading in zip(readers, readings, strict=True)
-            for pair in reading.groups[group]
-            if pair is not None
-        ]
         reading = Reading(
             groups=groups,
             failures=[failure for r in readings for failure in r.failures],
@@ -71,7 +63,7 @@ class FusedReader:
         contents = assembling([reader.contents for reader in readers])
         batch = HostBatch(
             arrays=contents.assemble(reading.examples, shape),
-            ids=tuple(ids),
+            ids=tuple(example.id for _, example in reading.usable),
             bucket=shape.name,
             share=len(first.groups_read(planned[0].plan)) / len(groups),
         )
