@@ -60,6 +60,8 @@ class Measures:
     clips: Int[np.ndarray, " N"]
     samples: Int[np.ndarray, " N"]
     """Of the longest clip, at the model's rate; 0 without audio, and for duplex data."""
+    bins: Int[np.ndarray, " N"] | None = None
+    """The 2-D bin, where settings have such bins; their number if none holds the conversation."""
 
     def __len__(self) -> int:
         return len(self.length)
@@ -71,7 +73,13 @@ class Measures:
             positions=self.positions[index],
             clips=self.clips[index],
             samples=self.samples[index],
+            bins=None if self.bins is None else self.bins[index],
         )
+
+    @property
+    def bucketed(self) -> Real[np.ndarray, " N"]:
+        """What the edges of buckets are compared with."""
+        return self.length if self.bins is None else self.bins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +150,7 @@ def plan_buckets(
     leftovers can move up.
     """
     edges = bucket_edges(measures, config, pad_to_multiple)
-    bucket_of = np.searchsorted(edges, measures.length, side="left")
+    bucket_of = np.searchsorted(edges, measures.bucketed, side="left")
     if config.bucket_batch_size is not None:
         bucket_of = np.where(bucket_of == len(edges), -1, bucket_of)
     present = sorted(set(bucket_of.tolist()) - {-1})
@@ -206,6 +214,8 @@ def bucket_edges(
 
     `num_buckets` are those of Lhotse's rule, or (`least_padding`) those with the least padding.
     """
+    if config.has_2d_bins:
+        return np.arange(len(config.bucket_duration_bins or ()), dtype=np.float64)
     if config.bucket_duration_bins is not None:
         return np.asarray(config.bucket_duration_bins, np.float64)
     if not len(measures):

@@ -63,6 +63,7 @@ class LoaderConfig(AugmentationConfig):
     """Conversations per group; with a budget, at most so many."""
     use_bucketing: bool = False
     """Buckets of `num_buckets`; without it a few are chosen that leave little padding."""
+    TAKES_2D_BINS: ClassVar[bool] = False
     bucket_duration_bins: tuple[Any, ...] | None = None
     """Upper ends of the buckets, in the unit of lengths; a last bucket takes what is longer."""
     bucket_batch_size: tuple[int, ...] | None = None
@@ -98,7 +99,6 @@ class LoaderConfig(AugmentationConfig):
         "metadata_only": "manifests are read without their audio",
         "slice_length": "order is shuffled over whole manifests",
         "use_lhotse": "Lhotse always reads",
-        "bucketing_2d_strict_mode": "2-D buckets are not supported",
         "persistent_workers": "workers are threads",
         "prefetch_factor": "reading ahead follows num_workers",
     }
@@ -149,18 +149,34 @@ class LoaderConfig(AugmentationConfig):
         bins, sizes = self.bucket_duration_bins, self.bucket_batch_size
         if self.num_buckets < 1:
             raise ValueError(f"num_buckets must be at least 1, got {self.num_buckets}")
-        if bins is not None and any(isinstance(b, list | tuple) for b in bins):
-            raise ValueError(
-                "bucket_duration_bins 2-D buckets are not supported; give one length each"
-            )
-        if bins is not None and (not bins or list(bins) != sorted(set(bins)) or bins[0] <= 0):
-            raise ValueError(
-                f"bucket_duration_bins must be positive and increasing, got {list(bins)}"
-            )
+        if bins is not None:
+            self._check_order(bins)
         if sizes is not None and (bins is None or len(sizes) != len(bins)):
             raise ValueError("bucket_batch_size needs one entry per entry of bucket_duration_bins")
         if sizes is not None and min(sizes) < 1:
             raise ValueError(f"bucket_batch_size must be positive, got {list(sizes)}")
+
+    def _check_order(self, bins: tuple[Any, ...]) -> None:
+        if self.has_2d_bins and not self.TAKES_2D_BINS:
+            raise ValueError("bucket_duration_bins: 2-D bins need a prompt; give one length each")
+        if self.has_2d_bins and any(not isinstance(b, list | tuple) or len(b) != 2 for b in bins):
+            raise ValueError(
+                f"bucket_duration_bins: 2-D bins are [input, output] pairs, got {list(bins)}"
+            )
+        rising = [tuple(b) if self.has_2d_bins else (b,) for b in bins]
+        if not rising or rising != sorted(set(rising)) or min(map(min, rising)) <= 0:
+            raise ValueError(
+                f"bucket_duration_bins must be positive and increasing, got {list(bins)}"
+            )
+        if self.has_2d_bins and self.bucket_batch_size is None:
+            raise ValueError(
+                "bucket_duration_bins: 2-D bins need bucket_batch_size, with one entry for each"
+            )
+
+    @property
+    def has_2d_bins(self) -> bool:
+        """Whether bins are [input, output] pairs."""
+        return any(isinstance(b, list | tuple) for b in self.bucket_duration_bins or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,9 +223,13 @@ class DataLoaderConfig(LoaderConfig):
     """Length of a conversation."""
     min_tpt: float = -1.0
     """Least response tokens per prompt token."""
-    max_tpt: float = float("inf")
-    """Most response tokens per prompt token."""
+    max_tpt: float | tuple[float, ...] = float("inf")
+    """Most response tokens per prompt token; of each bin, if bins are [input, output] pairs."""
+    bucketing_2d_strict_mode: bool = True
+    """Of bins that are [input, output] pairs: whether the input alone chooses among them; else the
+    first bin that holds both."""
 
+    TAKES_2D_BINS: ClassVar[bool] = True
     BUDGET_KEYS: ClassVar[tuple[str, str]] = ("batch_tokens", "quadratic_factor")
     IGNORED: ClassVar[Mapping[str, str]] = {
         **LoaderConfig.IGNORED,
@@ -250,3 +270,16 @@ class DataLoaderConfig(LoaderConfig):
                     f"{name} counts tokens of conversations: set use_multimodal_sampling: true "
                     "with it"
                 )
+        if isinstance(self.max_tpt, tuple) and not (
+            self.has_2d_bins
+            and self.bucketing_2d_strict_mode
+            and len(self.max_tpt) == len(self.bucket_duration_bins or ())
+        ):
+            raise ValueError(
+                "max_tpt: a list needs 2-D bins in bucketing_2d_strict_mode, and one entry for each"
+            )
+
+    @property
+    def largest_tpt(self) -> float:
+        """Most response tokens per prompt token of any conversation."""
+        return float("inf") if isinstance(self.max_tpt, tuple) else self.max_tpt

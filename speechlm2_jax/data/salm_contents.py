@@ -15,6 +15,7 @@ from speechlm2_jax.batches import (
     SalmExample,
     assemble_salm_batch,
 )
+from speechlm2_jax.data.bins import bin_of
 from speechlm2_jax.data.bucketing import Measures, Members, samples_unit
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.conversations import AudioTurn, Conversation
@@ -55,7 +56,9 @@ class SalmContents:
             "max_tokens": lambda i: length[i] <= most_tokens,
             "min_duration": lambda i: not has[i].clips or has[i].audio_duration_s >= least_s,
             "max_duration": lambda i: not has[i].clips or has[i].audio_duration_s <= most_s,
-            "tokens_per_token": lambda i: _ratio_is_within(has[i], config.min_tpt, config.max_tpt),
+            "tokens_per_token": lambda i: _ratio_is_within(
+                has[i], config.min_tpt, config.largest_tpt
+            ),
         }
 
     def lengths(self) -> dict[str, np.ndarray]:
@@ -114,11 +117,10 @@ def measure(
     conversations: Sequence[Conversation],
     *,
     frame_count: FrameCount,
-    sample_rate_hz: int,
-    measure_total_length: bool,
+    config: DataLoaderConfig,
 ) -> Measures:
     """Measures conversations that have prompts."""
-    samples = [[clip.samples(sample_rate_hz) for clip in c.clips] for c in conversations]
+    samples = [[clip.samples(config.sample_rate) for clip in c.clips] for c in conversations]
     frames = {n: frame_count(n) for n in {n for clips in samples for n in clips}}
     ids = [c.prompt.input_ids if c.prompt else np.zeros(0, np.int32) for c in conversations]
     positions = [
@@ -126,15 +128,16 @@ def measure(
         len(tokens) - len(clips) + sum(frames[n] for n in clips) - 1
         for tokens, clips in zip(ids, samples, strict=True)
     ]
-    length = [
-        c.lengths.total_tokens if measure_total_length else c.lengths.input_tokens
-        for c in conversations
-    ]
+    lengths = [c.lengths for c in conversations]
+    inputs = np.asarray([one.input_tokens for one in lengths], np.int64)
+    outputs = np.asarray([one.output_tokens for one in lengths], np.int64)
+    totals = np.asarray([one.total_tokens for one in lengths], np.int64)
     return Measures(
-        length=np.asarray(length, np.int64).reshape(-1),
+        length=totals if config.measure_total_length else inputs,
         positions=np.asarray(positions, np.int64).reshape(-1),
         clips=np.asarray([len(clips) for clips in samples], np.int64).reshape(-1),
         samples=np.asarray([max(clips, default=0) for clips in samples], np.int64).reshape(-1),
+        bins=bin_of(config, inputs, outputs) if config.has_2d_bins else None,
     )
 
 

@@ -144,8 +144,7 @@ class SALMDataset:
             measures = measure(
                 encoded,
                 frame_count=frame_count,
-                sample_rate_hz=config.sample_rate,
-                measure_total_length=config.measure_total_length,
+                config=config,
             )
         except ValueError as error:
             raise SettingsError(f"{where}: {error}") from error

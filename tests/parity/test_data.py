@@ -93,14 +93,10 @@ NEMO_IS_WRONG = {
     "system_prompt_tag_llama2(bug)": "the system prompt comes twice",
     "conv_batch_duration_bucketing(expected error)": "it crashes; batch_duration is refused here",
 }
-ELSEWHERE = {
-    "mm_bucket_2d_strict": "2-D buckets are refused",
-    "mm_bucket_2d_lenient": "2-D buckets are refused",
-    "mm_bucket_2d_max_tpt": "2-D buckets are refused",
-}
+PAIRS = ["mm_bucket_2d_strict", "mm_bucket_2d_lenient", "mm_bucket_2d_max_tpt"]
+"""Bins of [input, output]: the same conversations, those of one bin together, in NeMo's sizes."""
 FUSED = ["cuts_multi_config_round_robin", "cuts_multi_config_zip"]
 """Batches of several sets: the same in order; shuffled, of the same sizes."""
-"""Not read yet -> what becomes of it."""
 FILTERED = ["mm_tokens_min_max_tokens", "mm_tokens_max_tpt", "bs4_max_duration"]
 ABS_SUM_RTOL = 1e-4  # the golden has five decimals
 
@@ -130,8 +126,19 @@ def prepared(name: str, groups: int = 1, *, is_train: bool = False, **changes):
 
 
 def test_every_recorded_configuration_is_compared_or_named():
-    named = [*UNSHUFFLED, *ENDLESS, *SHUFFLED, *MIXED, *BUDGETS, *BINS, *SECONDS, *FILTERED, *FUSED]
-    assert {*named, *NEMO_IS_WRONG, *ELSEWHERE} == set(GOLDEN["configs"])
+    named = [
+        *UNSHUFFLED,
+        *ENDLESS,
+        *SHUFFLED,
+        *MIXED,
+        *BUDGETS,
+        *BINS,
+        *PAIRS,
+        *SECONDS,
+        *FILTERED,
+        *FUSED,
+    ]
+    assert {*named, *NEMO_IS_WRONG} == set(GOLDEN["configs"])
 
 
 def lengths_of(conversation: Conversation) -> list[int]:
@@ -269,6 +276,22 @@ def test_bins_hold_what_nemo_puts_together_and_no_batch_is_smaller(name):
             assert bucket.shape.sequences == config.bucket_batch_size[edge]
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_bins_of_input_and_output_equal_nemos(name):
+    _, data = prepared(name)
+    sizes, plan = data.config.bucket_batch_size, data.sampler.plan
+    bin_of = dict(zip((c.id for c in data.conversations), data.contents.measures.bins, strict=True))
+    golden = [batch["ids"] for batch in GOLDEN["results"][name]["rank0_world1"]]
+    for ids in golden:
+        (number,) = {int(bin_of[i]) for i in ids}
+        assert len(ids) <= sizes[number]
+    left_out = {c.id for c, b in zip(data.conversations, plan.bucket_of, strict=True) if b < 0}
+    assert {*flat(golden)} == {*bin_of} - left_out == {*flat(ids_of(data))}
+    assert left_out == {i for i, number in bin_of.items() if number == len(sizes)}
+    numbers = sorted({int(n) for n in bin_of.values()} - {len(sizes)})
+    assert [b.shape.sequences for b in plan.buckets] == [sizes[n] for n in numbers]
+
+
 @pytest.mark.parametrize("name", SECONDS)
 def test_cuts_measured_in_seconds_keep_within_nemos_budget(name):
     data = prepared_cuts(GOLDEN["configs"][name]["config"])
@@ -343,12 +366,6 @@ def test_where_nemo_is_wrong_all_but_the_fault_is_equal(name):
             theirs = text([i for i in ids if i != dataset.pad_id])
             mine = text(one.prompt.input_ids.tolist())
             assert theirs.replace("SYS [/INST] [INST] ", "") == mine
-
-
-@pytest.mark.parametrize("name", ELSEWHERE)
-def test_what_is_not_read_is_refused(name):
-    with pytest.raises(SettingsError, match="2-D buckets|max_tpt"):
-        prepared(name)
 
 
 def test_estimated_bins_follow_lhotse():

@@ -64,6 +64,7 @@ class DuplexLoaderConfig(LoaderConfig):
                 "db_norm",
             )
         },
+        "bucketing_2d_strict_mode": "bins are one length each",
     }
     REFUSED: ClassVar[Mapping[str, Refusal]] = {
         **LoaderConfig.REFUSED,

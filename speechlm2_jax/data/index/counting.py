@@ -59,7 +59,7 @@ class Counter:
             if not (name.endswith(FAR) and self.config.keep_outliers):
                 is_kept[rows] = False
         measures = found.measures
-        bucket = np.searchsorted(self.edges, measures.length, side="left")
+        bucket = np.searchsorted(self.edges, measures.bucketed, side="left")
         rows = None if is_kept.all() else np.flatnonzero(is_kept)
         if rows is not None:
             bucket, measures = bucket[rows], measures.take(rows)
@@ -88,7 +88,7 @@ class Counter:
             if usual
         }
         if self.config.bucket_batch_size is not None:
-            tests[LONGER] = found.measures.length > self.edges[-1]
+            tests[LONGER] = found.measures.bucketed > self.edges[-1]
         for name, test in tests.items():
             if (is_left & test).any():
                 causes[name] = np.flatnonzero(is_left & test)

@@ -38,6 +38,7 @@ _PLANNED_BY = (
     *("sample_rate", "batch_size", "budget", "quadratic", "use_bucketing", "num_buckets"),
     *("bucket_duration_bins", "bucket_batch_size", "keep_outliers", "measure_total_length"),
     *("min_duration", "max_duration", "min_tokens", "max_tokens", "min_tpt", "max_tpt"),
+    "bucketing_2d_strict_mode",
 )
 """Settings that a plan depends on."""
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float, Int
 
+from speechlm2_jax.data.bins import bin_of
 from speechlm2_jax.data.bucketing import Measures
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.conversations import Conversation
@@ -98,11 +99,15 @@ class SalmColumns:
             is_last = columns["prompt_flags"][of.rows] & ENDS_IN_AUDIO
             last[of.rows] = np.where(is_last, tokens_of[of.last], 0)
         whole = self.config.measure_total_length
+        inputs = columns["context"].astype(np.int64) + extra - last
         measures = Measures(
-            length=tokens + extra if whole else columns["context"] + extra - last,
+            length=tokens + extra if whole else inputs,
             positions=tokens - clips + frames - 1,
             clips=clips,
             samples=samples,
+            bins=bin_of(self.config, inputs, tokens + extra - inputs)
+            if self.config.has_2d_bins
+            else None,
         )
         return LengthsOfRows(
             measures=measures,
@@ -126,9 +131,9 @@ class SalmColumns:
             is_left_out["min_duration"] = has_clips & (seconds < config.min_duration)
         if config.max_duration:
             is_left_out["max_duration"] = has_clips & (seconds > config.max_duration)
-        if config.min_tpt > 0 or config.max_tpt != math.inf:
+        if config.min_tpt > 0 or config.largest_tpt != math.inf:
             ratio = (columns["tokens"] - columns["context"]) / np.maximum(columns["context"], 1)
-            is_far = (ratio < config.min_tpt) | (ratio > config.max_tpt)
+            is_far = (ratio < config.min_tpt) | (ratio > config.largest_tpt)
             is_left_out["tokens_per_token"] = (flags & HAS_RESPONSE > 0) & is_far
         cause = np.zeros(len(length), np.uint8)
         for number in range(len(CAUSES), 0, -1):
