@@ -145,7 +145,8 @@ def plan_buckets(
     """Plans the buckets of a data set, their shapes made by `shape_of`.
 
     The batch size is `bucket_batch_size`, or `batch_size`, or what fits the budget: never below
-    floor(budget / longest of the bucket), nor below 1. Positions are padded up to
+    floor(budget / longest of the bucket), nor below 1. Where batches follow the order of the data,
+    and conversations are shorter on average, it is one more. Positions are padded up to
     `pad_to_multiple`. The shape of a longer bucket holds the conversations of a shorter one, so
     leftovers can move up.
     """
@@ -169,7 +170,7 @@ def plan_buckets(
             most_clips_up_to=int(up_to.clips.max()),
             positions_up_to=int(up_to.positions.max()),
             samples_up_to=int(up_to.samples.max()),
-            rows=rows_of(longest, index, config),
+            rows=rows_of(longest, index, config, mean=float(up_to.length.mean())),
             multiple=pad_to_multiple,
         )
         members.append(one)
@@ -290,12 +291,19 @@ def _survey(
     return ends, np.bincount(inverse, minlength=len(ends)), tokens + audio
 
 
-def rows_of(longest: int | float, index: int, config: LoaderConfig) -> int:
-    """Sequences of the batches of a bucket: as many of its longest as fit, at least 1."""
+def rows_of(
+    longest: int | float, index: int, config: LoaderConfig, *, mean: float | None = None
+) -> int:
+    """Sequences of the batches of a bucket: as many of its longest as fit, at least 1.
+
+    One more where conversations of all lengths follow one another in a batch (`sums_budget`), and
+    so many of the `mean` length fit.
+    """
     if config.bucket_batch_size is not None:
         return config.bucket_batch_size[index]
     limits = [] if config.batch_size is None else [config.batch_size]
     if config.budget is not None:
-        penalty = longest**2 / config.quadratic if config.quadratic else 0.0
-        limits.append(int(config.budget // (longest + penalty)))
+        rows = max(int(config.budget // config.cost(longest)), 1)
+        is_less = mean is not None and (rows + 1) * config.cost(mean) <= config.budget
+        limits.append(rows + (config.sums_budget and is_less))
     return max(min(limits), 1)

@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
 
 from speechlm2_jax.data.augmentation.config import AugmentationConfig
 from speechlm2_jax.data.input_config import InputConfig, ManifestPaths, Paths, SharPath, TarPaths
 from speechlm2_jax.settings import Refusal
+
+L = TypeVar("L", float, np.ndarray)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,8 @@ class LoaderConfig(AugmentationConfig):
 
     BUDGET_KEYS: ClassVar[tuple[str, str]]
     """Keys of the budget of a group, and of the length that counts twice against it."""
+    COUNTS_TOKENS: ClassVar[bool] = False
+    """Whether lengths are tokens of input and output, else seconds."""
 
     # what to read
     input_cfg: str | tuple[InputConfig, ...] | None = None
@@ -63,7 +69,6 @@ class LoaderConfig(AugmentationConfig):
     """Conversations per group; with a budget, at most so many."""
     use_bucketing: bool = False
     """Buckets of `num_buckets`; without it a few are chosen that leave little padding."""
-    TAKES_2D_BINS: ClassVar[bool] = False
     bucket_duration_bins: tuple[Any, ...] | None = None
     """Upper ends of the buckets, in the unit of lengths; a last bucket takes what is longer."""
     bucket_batch_size: tuple[int, ...] | None = None
@@ -119,6 +124,19 @@ class LoaderConfig(AugmentationConfig):
         """A length counts as length + length**2 / quadratic against the budget."""
         return getattr(self, self.BUDGET_KEYS[1])
 
+    def cost(self, length: L) -> L:
+        """What a length, or each of an array, counts against the budget."""
+        return length + length**2 / self.quadratic if self.quadratic else length
+
+    @property
+    def sums_budget(self) -> bool:
+        """Whether the budget holds for the sum of the lengths in a batch, as in NeMo.
+
+        Else for as many of the longest, which in a bucket differ little. Only batches in the order
+        of the data mix lengths.
+        """
+        return self.COUNTS_TOKENS and not (self.shuffle or self.use_bucketing)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         highest_hz = self.lowpass_frequencies_interval[1]
@@ -157,7 +175,7 @@ class LoaderConfig(AugmentationConfig):
             raise ValueError(f"bucket_batch_size must be positive, got {list(sizes)}")
 
     def _check_order(self, bins: tuple[Any, ...]) -> None:
-        if self.has_2d_bins and not self.TAKES_2D_BINS:
+        if self.has_2d_bins and not self.COUNTS_TOKENS:
             raise ValueError("bucket_duration_bins: 2-D bins need a prompt; give one length each")
         if self.has_2d_bins and any(not isinstance(b, list | tuple) or len(b) != 2 for b in bins):
             raise ValueError(
@@ -229,7 +247,7 @@ class DataLoaderConfig(LoaderConfig):
     """Of bins that are [input, output] pairs: whether the input alone chooses among them; else the
     first bin that holds both."""
 
-    TAKES_2D_BINS: ClassVar[bool] = True
+    COUNTS_TOKENS: ClassVar[bool] = True
     BUDGET_KEYS: ClassVar[tuple[str, str]] = ("batch_tokens", "quadratic_factor")
     IGNORED: ClassVar[Mapping[str, str]] = {
         **LoaderConfig.IGNORED,

@@ -312,6 +312,7 @@ def _sampler(
     data_set: DataSet, contents: Contents, sizes: tuple[int, ...], groups: int, multiple: int
 ) -> Sampler:
     config, order = data_set.config, _ordering(data_set)
+    sums = config.sums_budget and config.budget is not None
     return Sampler(
         plan=plan_buckets(contents.measures, config, contents.shape, multiple),
         measures=contents.measures,
@@ -322,6 +323,8 @@ def _sampler(
         shuffle=config.shuffle,
         by_bucket=order.by_bucket,
         drop_last=config.drop_last,
+        budget=config.budget if sums else None,
+        costs=config.cost(contents.measures.length) if sums else None,
         endless=order.endless,
         shards=_shards(contents.conversations, sizes) if data_set.is_train else (),
         shard_seeds=order.shard_seeds,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Real
 
 from speechlm2_jax.data.bucketing import BucketPlan, Measures, Shape
 
@@ -44,6 +44,13 @@ class Sampler:
     by_bucket: bool = False
     """Batches of one bucket each, in random order; else in the order of the conversations."""
     drop_last: bool = False
+    budget: float | None = None
+    """What the `costs` of a group may sum to; None: as much as its shape holds.
+
+    As in NeMo, a group takes one more, whatever it costs, if one like its costliest would fit.
+    """
+    costs: Real[np.ndarray, " N"] | None = None
+    """What each conversation counts against the budget."""
     endless: bool = False
     """Whether batches in order are filled across the end of an epoch, as those of NeMo's streams:
     SHAR, conversations, and mixtures, whose sources it also interleaves."""
@@ -177,6 +184,8 @@ class _Filling:
     indices: list[int] = field(default_factory=list)
     groups: list[list[int]] = field(default_factory=list)
     clips: int = 0
+    costs: list[float] = field(default_factory=list)
+    """Of the last group, as its clips."""
 
     def add(self, index: int) -> bool:
         """Takes a conversation if it fits; the bucket grows if it must."""
@@ -208,21 +217,28 @@ class _Filling:
         return BatchPlan(bucket=self.bucket, groups=tuple(tuple(map(int, g)) for g in groups))
 
     def _place(self, index: int) -> bool:
-        clips = int(self.sampler.measures.clips[index])
+        sampler = self.sampler
+        clips = int(sampler.measures.clips[index])
+        cost = 0.0 if sampler.costs is None else float(sampler.costs[index])
         opens = (
             not self.groups
             or len(self.groups[-1]) == self.shape.sequences
             or self.clips + clips > self.shape.clips
+            or (sampler.budget is not None and not self._is_within(sampler.budget, cost))
         )
         if opens:
-            if len(self.groups) == self.sampler.groups:
+            if len(self.groups) == sampler.groups:
                 return False
             self.groups.append([])
-            self.clips = 0
+            self.clips, self.costs = 0, []
         self.groups[-1].append(index)
         self.indices.append(index)
-        self.clips += clips
+        self.clips, self.costs = self.clips + clips, [*self.costs, cost]
         return True
+
+    def _is_within(self, budget: float, cost: float) -> bool:
+        costliest = max(self.costs, default=0.0)
+        return sum(self.costs) + cost <= budget or (len(self.costs) + 1) * costliest <= budget
 
     def _clips_of(self, group: Sequence[int]) -> int:
         return int(self.sampler.measures.clips[list(group)].sum())

@@ -71,7 +71,11 @@ def test_rows_are_never_below_what_the_budget_allows(rows, values):
         allowed = [] if config.batch_size is None else [config.batch_size]
         if config.batch_tokens is not None:
             allowed.append(config.batch_tokens // longest)
-        assert bucket.shape.sequences == max(min(allowed), 1)
+        least = max(min(allowed), 1)
+        assert bucket.shape.sequences - least in ((0, 1) if config.sums_budget else (0,))
+        if bucket.shape.sequences > least:  # only where so many of the mean length fit
+            up_to = measures.length[measures.length <= bucket.longest]
+            assert (least + 1) * config.cost(float(up_to.mean())) <= config.batch_tokens
 
 
 @given(corpora, configs)
@@ -216,3 +220,15 @@ def test_batch_settings_that_do_not_fit_together_name_the_fix(values, message):
         values = {"batch_size": 1, "use_multimodal_sampling": True, **values}
     with pytest.raises(ValueError, match=message):
         DataLoaderConfig(**values)
+
+
+@pytest.mark.parametrize("order", [{}, {"shuffle": True}, {"use_bucketing": True, "shuffle": True}])
+def test_no_batch_but_the_last_has_fewer_rows_than_the_longest_allow(order):
+    lengths = np.random.default_rng(0).lognormal(5.5, 0.8, 3000).clip(20, 1023).astype(int)
+    measures = measures_of([(int(n), 1, 1) for n in lengths])
+    config = DataLoaderConfig(
+        batch_tokens=4096, max_tokens=1024, use_multimodal_sampling=True, **order
+    )
+    batches = sampler_of(measures, config).epoch(0)
+    rows = sorted(len(batch.groups[0]) for batch in batches)
+    assert sum(rows) == len(measures) and rows[1] >= 4

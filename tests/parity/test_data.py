@@ -67,8 +67,8 @@ BUDGETS = [
     "mm_tokens_and_bs",
     "mm_bucketing_estimated_bins",
 ]
-"""The same conversations, each batch within NeMo's budget. Batches are those of static shapes:
-padded to the longest of their bucket, they may hold fewer conversations than NeMo's."""
+"""The same conversations, each batch within NeMo's budget; in order, in no more batches."""
+IN_ORDER = ["mm_tokens", "mm_tokens_input_only", "mm_tokens_quadratic", "mm_tokens_and_bs"]
 BINS = [
     "mm_bucketing_bins",
     "mm_bucketing_bins_shuffle",
@@ -250,8 +250,23 @@ def test_batches_keep_within_nemos_budget(name):
     total = data.config.measure_total_length
     for batch in data.sampler.epoch(0):
         lengths = [data.conversations[i].lengths for i in batch.groups[0]]
-        longest = max(n.total_tokens if total else n.input_tokens for n in lengths)
-        assert_within(len(lengths), longest, data.config)
+        counted = [n.total_tokens if total else n.input_tokens for n in lengths]
+        if name in IN_ORDER:
+            *before, _ = costs = [data.config.cost(n) for n in counted]
+            one_more = max(before, default=0) * len(costs)  # NeMo's own rule
+            assert min(sum(costs), one_more) <= data.config.budget
+        else:
+            assert_within(len(lengths), max(counted), data.config)
+
+
+@pytest.mark.parametrize("name", IN_ORDER)
+def test_batches_in_order_are_filled_as_well_as_nemos(name):
+    _, data = prepared(name)
+    mine, theirs = ids_of(data), nemos(name)
+    assert [i for batch in mine for i in batch] == [i for batch in theirs for i in batch]
+    assert len(mine) <= len(theirs)
+    if name == "mm_tokens":
+        assert [len(batch) for batch in mine][:5] == [2, 2, 2, 2, 2]
 
 
 def assert_within(rows, longest, config):
