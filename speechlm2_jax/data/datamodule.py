@@ -195,6 +195,10 @@ class DataModule:
         """`train_ds`, `validation_ds.NAME` and `test_ds.NAME`: the configured sets."""
         return list(self._sets)
 
+    def plans(self, name: str = TRAIN) -> "Iterator[BatchPlan]":
+        """The batches of one pass over a data set, in order; nothing is read."""
+        return _plans(self._reader(name, self._this_run()), epochs=1)
+
     def prepared(self, name: str = TRAIN) -> Prepared:
         """The planned data set of a name."""
         self._this_run()

@@ -1,18 +1,20 @@
 """What the page shows of one data set: figures, histograms, and its first conversations."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Real
 
-from speechlm2_jax.data.bucketing import describe
+from speechlm2_jax.data.bucketing import Measures, describe
 from speechlm2_jax.data.conversations import AudioTurn, Conversation
+from speechlm2_jax.data.datamodule import DataModule
 from speechlm2_jax.data.duplex.conversations import DuplexConversation
-from speechlm2_jax.data.loader import PlannedBatches
+from speechlm2_jax.data.index.contents import IndexedContents
 from speechlm2_jax.data.prepare import Prepared
+from speechlm2_jax.data.salm_contents import measure
 from speechlm2_jax.data.tokenizer import Tokenizer
 
 BINS = 32
@@ -56,23 +58,57 @@ class Padding:
     batches: int
 
 
-def padding(prepared: Prepared, batches: int = BATCHES) -> Padding:
-    """Measures the first batches of an epoch; audio as if all clips of one row were as long."""
-    measures, plan = prepared.contents.measures, prepared.sampler.plan
-    used, had, audio_used, room, count = 0, 0, 0, 0, 0
-    for planned in itertools.islice(PlannedBatches(prepared.sampler, epochs=1), batches):
-        shape: Any = plan.buckets[planned.bucket].shape
-        chosen = [i for group in planned.groups for i in group]
-        own = measures.take(np.asarray(chosen, np.int64))
-        groups, count = len(planned.groups), count + 1
-        used += int(own.positions.sum())
-        had += groups * shape.sequences * shape.tokens
-        audio_used += int((own.samples * own.clips).sum())
-        room += groups * shape.clips * getattr(shape, "samples", 0)
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A planned batch, and the lengths of what it holds."""
+
+    number: int
+    bucket: int
+    indices: tuple[int, ...]
+    groups: int
+    measures: Measures
+
+
+def planned_batches(datamodule: DataModule, name: str, count: int = BATCHES) -> list[Batch]:
+    """The first batches of a pass over a data set."""
+    contents = datamodule.prepared(name).contents
+    plans = enumerate(itertools.islice(datamodule.plans(name), count))
+    found: list[Batch] = []
+    for number, plan in plans:
+        indices = tuple(i for group in plan.groups for i in group)
+        found.append(
+            Batch(
+                number=number,
+                bucket=plan.bucket,
+                indices=indices,
+                groups=len(plan.groups),
+                measures=_measured(contents, indices),
+            )
+        )
+    return found
+
+
+def _measured(contents: Any, indices: Sequence[int]) -> Measures:
+    """Lengths of some conversations; those of a large data set are read from its manifest."""
+    if isinstance(contents, IndexedContents):
+        conversations = [contents[i] for i in indices]
+        return measure(conversations, frame_count=contents.frame_count, config=contents.config)
+    return contents.measures.take(np.asarray(indices, np.int64))
+
+
+def padding(prepared: Prepared, batches: Sequence[Batch]) -> Padding:
+    """Measures batches; audio as if all clips of one row were as long as the longest."""
+    used, had, with_audio, room = 0, 0, 0, 0
+    for batch in batches:
+        shape: Any = prepared.sampler.plan.buckets[batch.bucket].shape
+        used += int(batch.measures.positions.sum())
+        had += batch.groups * shape.sequences * shape.tokens
+        with_audio += int((batch.measures.samples * batch.measures.clips).sum())
+        room += batch.groups * shape.clips * getattr(shape, "samples", 0)
     return Padding(
         positions=1 - used / max(had, 1),
-        audio=1 - audio_used / room if room else None,
-        batches=count,
+        audio=1 - with_audio / room if room else None,
+        batches=len(batches),
     )
 
 
@@ -97,24 +133,25 @@ def histogram(values: Real[np.ndarray, " N"], unit: str) -> dict[str, Any]:
 
 def plan_table(prepared: Prepared) -> str:
     """The buckets as a table of text."""
-    return describe(prepared.sampler.plan, prepared.contents.columns)
+    contents: Any = prepared.contents
+    return describe(prepared.sampler.plan, contents.columns)
 
 
-def examples(prepared: Prepared, tokenizer: Tokenizer, count: int) -> Iterator[Example]:
-    """The first conversations of an epoch, in the order of the batches."""
-    contents = prepared.contents
-    plans = enumerate(PlannedBatches(prepared.sampler, epochs=1))
-    places = ((b, p.bucket, i) for b, p in plans for group in p.groups for i in group)
-    for batch, bucket, index in itertools.islice(places, count):
-        conversation: Any = contents.conversations[index]
+def examples(
+    prepared: Prepared, batches: Sequence[Batch], tokenizer: Tokenizer, count: int
+) -> Iterator[Example]:
+    """The first conversations of batches."""
+    places = ((batch, n) for batch in batches for n in range(len(batch.indices)))
+    for batch, n in itertools.islice(places, count):
+        conversation: Any = prepared.contents.conversations[batch.indices[n]]
         is_duplex = isinstance(conversation, DuplexConversation)
         turns = conversation.turns if is_duplex else ()
         yield Example(
             id=conversation.id,
-            bucket=bucket,
-            batch=batch,
+            bucket=batch.bucket,
+            batch=batch.number,
             seconds=conversation.duration_s if is_duplex else conversation.audio_duration_s,
-            positions=int(contents.measures.positions[index]),
+            positions=int(batch.measures.positions[n]),
             pieces=() if is_duplex else pieces(conversation, tokenizer),
             texts=tuple((str(turn.speaker), turn.text) for turn in turns),
             read=_mixed(conversation) if is_duplex else _joined(conversation),

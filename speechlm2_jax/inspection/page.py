@@ -4,19 +4,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from speechlm2_jax.data.datamodule import DataModule
 from speechlm2_jax.data.duplex.contents import DuplexContents
+from speechlm2_jax.data.index.contents import IndexedContents
 from speechlm2_jax.data.prepare import Prepared
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.evaluation.html_report.page import embed, render, shown_media
 from speechlm2_jax.evaluation.results import write_whole
 from speechlm2_jax.inspection.facts import (
+    Batch,
     Example,
     Padding,
     examples,
     histogram,
     padding,
     plan_table,
+    planned_batches,
 )
 
 EXAMPLES = 40
@@ -35,12 +40,14 @@ def write_page(
 
     `datamodule` has been set up. Prompts are shown token by token, with the loss mask in colour.
     """
-    sets = [_set(name, datamodule.prepared(name)) for name in datamodule.names]
-    rows = [
-        row
-        for number, name in enumerate(datamodule.names)
-        for row in _rows(name, datamodule.prepared(name), tokenizer, count, number)
-    ]
+    sets: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for name in datamodule.names:
+        prepared, batches = datamodule.prepared(name), planned_batches(datamodule, name)
+        rows += _rows(
+            name, prepared, list(examples(prepared, batches, tokenizer, count)), len(sets)
+        )
+        sets.append(_set(name, prepared, batches))
     html = render(
         "inspect.html",
         "inspect.css",
@@ -62,23 +69,32 @@ def write_page(
     write_whole(path, html)
 
 
-def _set(name: str, prepared: Prepared) -> dict[str, Any]:
-    """Figures, histograms and the plan of one data set."""
-    contents, found = prepared.contents, padding(prepared)
-    is_duplex = isinstance(contents, DuplexContents)
-    seconds = contents.measures.length if is_duplex else contents.lengths()["seconds"]
+def _set(name: str, prepared: Prepared, batches: Sequence[Batch]) -> dict[str, Any]:
+    """Figures, histograms and the plan of one data set; of a large one, of its first batches."""
+    contents: Any = prepared.contents
+    is_large = isinstance(contents, IndexedContents)
+    parts = [batch.measures for batch in batches] if is_large else [contents.measures]
+    positions = np.concatenate([part.positions for part in parts])
+    if isinstance(contents, DuplexContents):
+        seconds = contents.measures.length
+    else:
+        samples = np.concatenate([part.samples for part in parts])
+        seconds = samples / prepared.config.sample_rate
+    of = f" of the first {len(positions):,}" if is_large else ""
     return {
         "name": name,
-        "figures": _figures(prepared, float(seconds.sum()) / 3600, found),
+        "figures": _figures(prepared, float(seconds.mean()), padding(prepared, batches)),
         "seconds": histogram(seconds, "s") if seconds.any() else None,
-        "positions": histogram(contents.measures.positions, "positions"),
+        "positions": histogram(positions, "positions"),
+        "of": of,
         "plan": plan_table(prepared),
         "left_out": [f"{count:,} {cause}" for cause, count in prepared.filtered.items()],
     }
 
 
-def _figures(prepared: Prepared, hours: float, found: Padding) -> list[dict[str, Any]]:
+def _figures(prepared: Prepared, mean_s: float, found: Padding) -> list[dict[str, Any]]:
     """The large numbers at the top."""
+    hours = mean_s * len(prepared.conversations) / 3600
     over = f"of {found.batches:,} batches"
     plan = prepared.sampler.plan
     values: list[tuple[str, str, str, str]] = [
@@ -95,10 +111,9 @@ def _figures(prepared: Prepared, hours: float, found: Padding) -> list[dict[str,
 
 
 def _rows(
-    name: str, prepared: Prepared, tokenizer: Tokenizer, count: int, number: int
+    name: str, prepared: Prepared, found: Sequence[Example], number: int
 ) -> list[dict[str, Any]]:
     """The table rows of one data set, with players."""
-    found = list(examples(prepared, tokenizer, count))
     rate_hz = prepared.config.sample_rate
     media = embed([one.read for one in found], rate_hz)
     longest_s = max((m.duration_s for m in media if m is not None), default=1.0)

@@ -15,9 +15,11 @@ from speechlm2_jax.inspection.page import write_page
 TAG = "<|audioplaceholder|>"
 
 
-@pytest.fixture
-def datamodule(tmp_path):
+@pytest.fixture(params=["in memory", "indexed"])
+def datamodule(tmp_path, request, monkeypatch):
     """Three recordings of 0.5, 1 and 2 s; two of them in a batch."""
+    if request.param == "indexed":
+        monkeypatch.setattr("speechlm2_jax.data.index.row_count.LARGE_ROWS", 1)
     rows = []
     for number, seconds in enumerate((0.5, 1.0, 2.0)):
         path = tmp_path / f"{number}.wav"
@@ -46,11 +48,14 @@ def datamodule(tmp_path):
 def test_padding_is_what_the_shapes_hold_beyond_the_data(datamodule):
     module, _ = datamodule
     prepared = module.prepared()
-    found = facts.padding(prepared)
+    found = facts.padding(prepared, facts.planned_batches(module, "train_ds"))
     shape = prepared.sampler.plan.buckets[0].shape
     places = 2 * found.batches * shape.tokens  # one bucket of two rows
     assert len(prepared.sampler.plan.buckets) == 1 and found.batches == 2
-    used = prepared.contents.measures.positions.sum()
+    used = sum(
+        len(c.prompt.input_ids) - 2 + c.clips[0].samples(16000) // 1280
+        for c in prepared.conversations
+    )
     np.testing.assert_allclose(found.positions, 1 - used / places)
     np.testing.assert_allclose(found.audio, 1 - 3.5 * 16000 / (4 * shape.samples))
 
