@@ -25,8 +25,15 @@ NOT_TEXT_ALONE: Mapping[str, str] = {
     "mistral3": "ministral3",
     "llama4": "llama4_text",
     "qwen2_5_omni": "qwen2",
+    "qwen2_vl": "qwen2",
+    "qwen2_5_vl": "qwen2",
+    "qwen3_vl": "qwen3",
 }
 """model_type of a multimodal model -> that of the LLM inside."""
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Blocks of a multimodal model's config.json that describe the LLM inside."""
+OTHER_INPUTS = frozenset({"vision_config", "audio_config", "vision_start_token_id"})
+"""Keys that only multimodal models have."""
 
 
 def decoder_config(config: Json) -> DecoderConfig:
@@ -56,22 +63,34 @@ def of_plain_weights(config: Json, dtype: str) -> dict[str, Any]:
 def family_of(config: Json) -> Family:
     """The family of a config.json. Raises ConversionError for one that is not supported."""
     model_type = config.get("model_type")
-    if model_type in FAMILIES:
-        return FAMILIES[str(model_type)]
-    hint = ""
-    if model_type in NOT_TEXT_ALONE:
-        hint = (
-            f"; it is a model with further inputs: save its language model alone "
-            f"({NOT_TEXT_ALONE[str(model_type)]})"
-        )
-    elif near := difflib.get_close_matches(str(model_type), FAMILIES, n=1):
-        hint = (
-            f"; the nearest is {near[0]}: where the model computes the same, write "
-            f"model_type {near[0]} and its architecture {FAMILIES[near[0]].architecture}"
-        )
-    raise ConversionError(
-        f"{WHERE}: model_type {model_type!r} is not supported; choose among "
-        f"{', '.join(FAMILIES)}{hint}"
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    what = "is missing" if model_type is None else f"{shown(model_type)} is not supported"
+    hint = _hint(config, str(model_type)) if isinstance(model_type, str) else ""
+    raise ConversionError(f"{WHERE}: model_type {what}; choose among {', '.join(FAMILIES)}{hint}")
+
+
+def _hint(config: Json, model_type: str) -> str:
+    """What a model of an unknown type may be, and what is missing to run it."""
+    inner: Json | None = next(
+        (config[k] for k in TEXT_CONFIGS if isinstance(config.get(k), Mapping)), None
+    )
+    if model_type in NOT_TEXT_ALONE or inner is not None or OTHER_INPUTS & config.keys():
+        own = NOT_TEXT_ALONE.get(model_type) or str((inner or {}).get("model_type"))
+        which = f" ({own})" if own in FAMILIES else ""
+        return f"; it is a model with further inputs: save its language model alone{which}"
+    near = difflib.get_close_matches(model_type, FAMILIES, n=1)
+    if not near:
+        return ""
+    family = FAMILIES[near[0]]
+    try:
+        decoder_config({**config, "model_type": family.model_type})
+    except ConversionError as error:
+        missing = str(error).removeprefix(f"{WHERE}: ")
+        return f"; the nearest is {family.model_type}, which is another model: {missing}"
+    return (
+        f"; the nearest is {family.model_type}: where the model computes the same, write "
+        f"model_type {family.model_type} and its architecture {family.architecture}"
     )
 
 

@@ -286,7 +286,7 @@ BY_VALUE: Mapping[str, Key] = MappingProxyType(
         **_group(
             "these biases are not supported",
             "use_bias bias add_bias_linear lm_head_bias attention_out_bias o_proj_bias "
-            "use_mlp_bias use_bias_in_lm_head",
+            "use_mlp_bias use_bias_in_lm_head attention_bias mlp_bias",
             _NO,
         ),
         **_group(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from speechlm2_jax.arrays import AnyArray
-from speechlm2_jax.conversion import quantised
+from speechlm2_jax.conversion import listing, quantised
 from speechlm2_jax.conversion.duplicates import agreed
 from speechlm2_jax.conversion.errors import ConversionError, listed
 from speechlm2_jax.conversion.readers.source import (
@@ -239,6 +239,19 @@ class _Fill:
     source: TensorSource
 
     def read(self, index: Index) -> np.ndarray:
+        """Reads a part. Raises ConversionError where values are not finite."""
+        part = self._read(index)
+        rows = zip(self.stored[index[0]], part, strict=True) if self.rule.is_stacked else ()
+        for name, values in rows or ((self.stored[0], part),):
+            if not listing.looks_finite(values):
+                raise ConversionError(
+                    f"{self.source.where or 'the checkpoint'}: {name} holds values that are not "
+                    "finite (NaN or infinite), so the model computes nothing; fetch it again, or "
+                    "use an earlier checkpoint (convert.py --inspect lists such tensors)"
+                )
+        return part
+
+    def _read(self, index: Index) -> np.ndarray:
         whole = tuple(slice(0, n) for n in self.info.shape)
         if not self.rule.is_stacked:
             if index != whole or self.rule.transform != IDENTITY:

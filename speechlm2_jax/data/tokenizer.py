@@ -32,6 +32,9 @@ class Tokenizer:
     Raises TokenizerError if there is no tokenizer to be read.
     """
 
+    _rows: int | None = None
+    _placeholders: frozenset[int] = frozenset()
+
     def __init__(self, name_or_path: str | Path) -> None:
         self.name = str(name_or_path)
         self._backend = open_backend(self.name)
@@ -54,14 +57,38 @@ class Tokenizer:
         """The number of tokens, added ones included."""
         return len(self)
 
+    def limit_ids(self, rows: int, placeholders: Sequence[int] = ()) -> None:
+        """From now on, texts with ids beyond the `rows` of an LLM's embedding are errors.
+
+        A lookup beyond the table would give NaN. `placeholders` are ids that are never looked up.
+        """
+        self._rows, self._placeholders = rows, frozenset(placeholders)
+
+    def _in_table(self, ids: list[int]) -> list[int]:
+        """Returns the ids. Raises TokenizerError if the LLM has no embedding for one."""
+        if self._rows is None or max(ids, default=0) < self._rows:
+            return ids
+        beyond = {i for i in ids if i >= self._rows} - self._placeholders
+        if beyond:
+            token = min(beyond)
+            raise TokenizerError(
+                f"tokenizer {self.name}: a text has the token {self.ids_to_tokens([token])[0]!r} "
+                f"of id {token}, but the LLM's embedding has {self._rows} rows; use the LLM's own "
+                "tokenizer, or resize the LLM (transformers: resize_token_embeddings(len(tokenizer)"
+                ")) and save it again"
+            )
+        return ids
+
     def text_to_ids(self, text: str) -> list[int]:
         """Encodes one text."""
-        return self._backend.encode([text])[0]
+        return self._in_table(self._backend.encode([text])[0])
 
     def texts_to_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Encodes many texts at once, equal ones only once: much faster than one by one."""
         distinct = list(dict.fromkeys(texts))
         ids = dict(zip(distinct, self._backend.encode(distinct), strict=True)) if distinct else {}
+        for found in ids.values():
+            self._in_table(found)
         return [list(ids[text]) for text in texts]
 
     def texts_with_offsets(self, texts: Sequence[str]) -> list[Encoded]:
@@ -69,7 +96,10 @@ class Tokenizer:
 
         Raises TokenizerError for a tokenizer whose library does not tell them.
         """
-        return self._backend.encode_with_offsets(texts)
+        encoded = self._backend.encode_with_offsets(texts)
+        for ids, _ in encoded:
+            self._in_table(ids)
+        return encoded
 
     def ids_to_text(self, ids: ArrayLike, remove_special_tokens: bool = True) -> str:
         """Decodes `[T]` ids: a list, or any array (NumPy, JAX, torch)."""

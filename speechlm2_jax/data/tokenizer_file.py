@@ -16,6 +16,10 @@ GENERIC_MODEL_TYPES = (None, "llama", "qwen3")
 """Of a config.json beside it; for some others transformers prefers a class of its own."""
 MODEL_KINDS = ("BPE", "Unigram", "WordLevel", "WordPiece")
 """`model.type` of a tokenizer.json, as the package tokenizers knows them."""
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"),
+    *("tekken.json", "sentencepiece.bpe.model"),
+)
 FETCH_AGAIN = "fetch the file again or name another tokenizer"
 
 MAX_GROWTH = 1024
@@ -74,6 +78,11 @@ def load_error(name: str, path: Path, error: BaseException) -> TokenizerError:
     if file.is_file():
         problem = _json_problem(file) or f"cannot be read ({first_line}); {FETCH_AGAIN}"
         return TokenizerError(f"tokenizer {file}: {problem}")
+    if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
+        return TokenizerError(
+            f"tokenizer {name}: the directory has none of {', '.join(TOKENIZER_FILES)}; fetch the "
+            "file that belongs to the LLM, or name another tokenizer in model.tokenizer_path"
+        )
     where = "the directory" if path.is_dir() else "no such directory, and the hub"
     return TokenizerError(f"tokenizer {name}: {where} gives none ({first_line})")
 

@@ -136,12 +136,17 @@ class LongRopeScaling:
         long = frequencies * jnp.asarray(ratio, jnp.float32)
         return jnp.where(is_long, long[None], frequencies[None])
 
-    @staticmethod
-    def _divisors(factors: tuple[float, ...], count: int) -> np.ndarray:
-        if len(factors) != count:
-            raise ValueError(
-                f"rope_scaling: longrope has {len(factors)} factors for {count} frequencies"
-            )
+    def check(self, count: int) -> None:
+        """Raises ValueError unless there are factors for `count` frequencies."""
+        for name in ("short_factor", "long_factor"):
+            given = len(getattr(self, name))
+            if given != count:
+                raise ValueError(
+                    f"rope_scaling: {name} has {given} numbers, expected {count}, one per frequency"
+                )
+
+    def _divisors(self, factors: tuple[float, ...], count: int) -> np.ndarray:
+        self.check(count)
         return np.asarray(factors)
 
 

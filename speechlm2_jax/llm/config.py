@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from speechlm2_jax.layers.activations import ACTIVATIONS, XIELU
-from speechlm2_jax.layers.rope import RopeConfig
+from speechlm2_jax.layers.rope import LongRopeScaling, RopeConfig
 
 Norm = Literal["rms", "rms1p", "layer", "layer1p"]
 """RMSNorm or LayerNorm; `1p`: the factor is 1 + weight (Gemma, Nemotron)."""
@@ -112,6 +112,8 @@ class DecoderConfig:
                     f"llm: rotary embedding of {width} of head_width={self.head_width} elements: "
                     "expected an even number from 2 to head_width"
                 )
+            if isinstance(rope.scaling, LongRopeScaling):
+                rope.scaling.check(width // 2)
 
     def kind(self, layer: int) -> LayerKind:
         """Returns the kind of a layer."""

@@ -98,7 +98,7 @@ def read_blueprint(
             llm=llm.decoder,
             perception=perception,
             codec=codec_config(codec_cfg, "model.pretrained_audio_codec"),
-            text=_text_ids(tokenizer),
+            text=_text_ids(tokenizer, llm.decoder.vocab_size),
             speech_decoder=_speech_decoder(config),
             lora=read_lora(config, llm.decoder),
             text_loss_weight=config.text_loss_weight,
@@ -147,12 +147,20 @@ def _codec(config: DuplexModelConfig, location: Location) -> tuple[dict[str, Any
     return dict(read_nemo(file).config), file
 
 
-def _text_ids(tokenizer: Tokenizer) -> TextIds:
+def _text_ids(tokenizer: Tokenizer, rows: int) -> TextIds:
+    """The tokens that are no text. Raises SettingsError for one that the LLM has no row for."""
+    tokenizer.limit_ids(rows)
     ids = TextIds(
         pad=tokenizer.pad_id,
         bos=_turn_id(tokenizer.bos_id, "bos", "start"),
         eos=_turn_id(tokenizer.eos_id, "eos", "end"),
     )
+    if max(ids.pad, ids.bos, ids.eos) >= rows:
+        raise SettingsError(
+            f"model.pretrained_llm: its tokenizer's pad, bos and eos are the tokens {ids.pad}, "
+            f"{ids.bos} and {ids.eos}, but the LLM's embedding has {rows} rows; set others in "
+            "tokenizer_config.json, or resize the LLM"
+        )
     if ids.pad in (ids.bos, ids.eos):
         # allowed because NeMo has such checkpoints; bad for training a new model
         _log.warning(

@@ -104,6 +104,10 @@ def config_folders() -> tuple[Path, ...]:
 
 def read_config_json(path: Path, *, key: str) -> dict[str, Any]:
     """Reads a JSON object. Raises SettingsError naming `key` if there is none."""
+    if path.parent.is_file():
+        raise SettingsError(
+            f"{key}: {path.parent} is a file; name the directory that holds it with its {path.name}"
+        )
     if not path.is_file():
         what = readers.folder_problem(path.parent) if path.parent.is_dir() else ""
         raise SettingsError(f"{key}: {path} is missing" + (f": {what}" if what else ""))

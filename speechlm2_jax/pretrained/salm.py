@@ -74,6 +74,7 @@ def blueprint_fields(
     tokenizer.add_special_tokens([config.audio_locator_tag])
     placeholder_id = tokenizer.require(config.audio_locator_tag, "model.audio_locator_tag")
     formatter = prompt_formatter(config.prompt_format, tokenizer)
+    tokenizer.limit_ids(llm.decoder.vocab_size, [placeholder_id])
     defaults = llm_generation_config(llm.directory) or {}
     block, perception = speech
     lora = read_lora(config, llm.decoder)

@@ -62,6 +62,31 @@ def test_families_differ_where_their_models_do():
         ({"hidden_sizes": 48}, "hidden_sizes=48 is not known here .nearest: hidden_size"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "mamba"}, "'mamba' is not supported; choose among llama, qwen2, qwen3"),
+        ({"model_type": ["llama"]}, "model_type .'llama'. is not supported"),
+        ({"model_type": None}, "model_type is missing"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 8},
+            "nearest is mistral, which is another model: num_local_experts=8: mixtures of experts",
+        ),
+        ({"model_type": "qwen2_vl"}, "further inputs: save its language model alone .qwen2."),
+        ({"model_type": "llava", "text_config": {"model_type": "qwen3"}}, "alone .qwen3."),
+        ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 5.0}}, "full_attention"),
+        (
+            {"model_type": "hunyuan_v1_dense"}
+            | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "alpha": 9.0}},
+            "alpha=9.0 is for rotary scaling 'dynamic', not 'linear'",
+        ),
+        (
+            {
+                "rope_parameters": {"rope_type": "longrope", "factor": 2.0}
+                | {"short_factor": [1.0], "long_factor": [1.0]}
+            },
+            "short_factor has 1 numbers",
+        ),
+        (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 5.0, "rope_parameters": None},
+            "attn_logit_softcapping=5.0: capped logits",
+        ),
         ({"hidden_act": "softplus"}, "activation='softplus'"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ({"use_sliding_window": True}, "no layers with a window"),

@@ -118,6 +118,14 @@ def test_wrong_kind_of_number_is_named():
     refused(mixed, r"h\.1\.q\.weight is float16 but h\.0\.q\.weight is float32")
 
 
+@pytest.mark.parametrize("name", ["embed.weight", "h.1.q.weight", "fb"])
+def test_values_that_are_not_finite_are_named(name):
+    tensors = foreign()
+    tensors[name] = np.full_like(tensors[name], np.nan)
+    with pytest.raises(ConversionError, match=f"{name} holds values that are not finite"):
+        load(memory_source(tensors), TABLE, INFOS)
+
+
 def test_counter_that_does_not_fit_is_refused():
     refused({**foreign(), "h.0.seen": np.array(2**31, np.int64)}, "2147483648 does not fit")
 

@@ -40,6 +40,23 @@ def test_an_added_token_takes_the_first_free_id_and_is_never_split(llama):
     assert llama.add_special_tokens({"additional_special_tokens": [TAG]}) == 0
 
 
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda tokenizer, text: tokenizer.text_to_ids(text),
+        lambda tokenizer, text: tokenizer.texts_to_ids(["", text])[1],
+        lambda tokenizer, text: tokenizer.texts_with_offsets(["", text])[1][0],
+    ],
+)
+def test_a_token_without_an_embedding_is_an_error_but_for_the_placeholder(encode, llama):
+    tokenizer, rows = llama, len(llama)
+    tokenizer.add_special_tokens(["<clip>", "<new>"])
+    tokenizer.limit_ids(rows, [rows])
+    assert encode(tokenizer, "a<clip>")[-1] == rows
+    with pytest.raises(TokenizerError, match=rf"'<new>' of id {rows + 1}.* has {rows} rows"):
+        encode(tokenizer, "a<clip><new>")
+
+
 def test_padding_falls_back_to_unknown_and_then_to_zero():
     assert Tokenizer(DATA / "llm" / "qwen3").pad_id == 330
     llama = Tokenizer(DATA / "llm" / "llama")
@@ -69,7 +86,7 @@ def test_a_missing_tokenizer_is_one_clear_error(name):
 
 
 def test_a_directory_without_a_tokenizer_is_one_clear_error(tmp_path):
-    with pytest.raises(TokenizerError, match="the directory gives none") as caught:
+    with pytest.raises(TokenizerError, match="the directory has none of tokenizer.json") as caught:
         Tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 

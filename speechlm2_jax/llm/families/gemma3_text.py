@@ -31,7 +31,6 @@ def read(a: Attributes) -> Fields:
         "qk_norm": "head",
         "rope": a.rope(theta=GLOBAL_THETA, kind=FULL, head_width=fields["head_width"]),
         "attention_scale": a.number("query_pre_attn_scalar", 256.0, may_be_zero=False) ** -0.5,
-        "attention_softcap": capping(a, "attn_logit_softcapping", None),
         "logit_softcap": capping(a, "final_logit_softcapping", None),
     }
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from speechlm2_jax.layers.rope import RopeConfig
 from speechlm2_jax.llm.families.attributes import Attributes
-from speechlm2_jax.llm.families.errors import finite
+from speechlm2_jax.llm.families.errors import ConfigError, finite
 from speechlm2_jax.llm.families.family import Family, Fields, attention_biases, common
 
 
@@ -22,6 +22,8 @@ def _rope(a: Attributes) -> RopeConfig:
     block = a.get("rope_parameters") or a.get("rope_scaling")
     if not isinstance(block, Mapping) or not block.get("alpha"):
         return a.rope()
+    if (kind := block.get("rope_type") or block.get("type")) != "dynamic":
+        raise ConfigError(f"alpha={block['alpha']} is for rotary scaling 'dynamic', not {kind!r}")
     width = a.head_width()
     theta = finite("rope_theta", block.get("rope_theta", a.get("rope_theta", 10000.0)))
     alpha = finite("alpha", block["alpha"], may_be_zero=False)

@@ -60,6 +60,11 @@ def read_rope(
         block = config.get(name)
         if isinstance(block, Mapping) and kind is not None and kind in block:
             block = block[kind]
+        elif kind is not None and block and name == "rope_parameters":
+            raise ConfigError(
+                f"rope_parameters={shown(block)} should have a block for each kind of layer, as "
+                f"{kind}; transformers reads no other"
+            )
         if not isinstance(block, Mapping | None):
             raise ConfigError(f"rotary settings {shown(block)} are no mapping")
         blocks.append({**(block or {})})
