@@ -101,6 +101,16 @@ class Tokenizer:
             self._in_table(ids)
         return encoded
 
+    def texts_with_places(
+        self, texts: Sequence[str], spans: Sequence[tuple[int, int]]
+    ) -> list[tuple[list[int], int]]:
+        """Encodes texts; with the ids of each, the index of the first one that is in its span.
+
+        A span is the characters [begin, end). Without any id in it the index is the number of ids.
+        Raises TokenizerError as `texts_with_offsets` does.
+        """
+        return self._backend.encode_with_places(texts, spans)
+
     def ids_to_text(self, ids: ArrayLike, remove_special_tokens: bool = True) -> str:
         """Decodes `[T]` ids: a list, or any array (NumPy, JAX, torch)."""
         flat = np.asarray(ids)

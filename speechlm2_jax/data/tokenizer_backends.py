@@ -31,6 +31,12 @@ class Backend(Protocol):
         """The same, with the characters of each id."""
         ...
 
+    def encode_with_places(
+        self, texts: Sequence[str], spans: Sequence[tuple[int, int]]
+    ) -> list[tuple[list[int], int]]:
+        """See `Tokenizer.texts_with_places`."""
+        ...
+
     def chat_template(self) -> str | None:
         """See `Tokenizer.chat_template`."""
         ...
@@ -149,6 +155,26 @@ class _HuggingFace:
             self._limits.check_count(ids, text)
         return encoded
 
+    def encode_with_places(
+        self, texts: Sequence[str], spans: Sequence[tuple[int, int]]
+    ) -> list[tuple[list[int], int]]:
+        if (backend := self._plain_backend()) is None:
+            encoded = self.encode_with_offsets(texts)
+            pairs = zip(encoded, spans, strict=True)
+            return [(ids, _first_in(offsets, span)) for (ids, offsets), span in pairs]
+        found = self._limits.run(
+            lambda: [
+                (encoding.ids, _place(encoding, span))
+                for encoding, span in zip(
+                    backend.encode_batch(list(texts), add_special_tokens=False), spans, strict=True
+                )
+            ],
+            sum(map(len, texts)),
+        )
+        for (ids, _), text in zip(found, texts, strict=True):
+            self._limits.check_count(ids, text)
+        return found
+
     def _encode_with_offsets(self, texts: Sequence[str]) -> list[Encoded]:
         if not texts:
             return []
@@ -222,6 +248,19 @@ class _HuggingFace:
         return len(self._tokenizer)
 
 
+def _first_in(offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> int:
+    """The first token of those with these characters that has one of a span."""
+    begin, end = span
+    found = (n for n, (first, after) in enumerate(offsets) if after > begin and first < end)
+    return next(found, len(offsets))
+
+
+def _place(encoding: Any, span: tuple[int, int]) -> int:
+    """The same of an encoding of the package tokenizers, without all its offsets."""
+    found = encoding.char_to_token(span[0]) if span[0] < span[1] else None
+    return _first_in(encoding.offsets, span) if found is None else found
+
+
 class _SentencePiece:
     """A SentencePiece model, with added special tokens after its own pieces."""
 
@@ -249,6 +288,11 @@ class _SentencePiece:
         return [list(self._ids(text)) for text in texts]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[Encoded]:
+        raise TokenizerError("a SentencePiece model does not tell the characters of its tokens")
+
+    def encode_with_places(
+        self, texts: Sequence[str], spans: Sequence[tuple[int, int]]
+    ) -> list[tuple[list[int], int]]:
         raise TokenizerError("a SentencePiece model does not tell the characters of its tokens")
 
     def chat_template(self) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ RESPONSE = {"role": "assistant", "content": "ok then"}
 MORE = [{"role": "user", "content": "and more?"}, {"role": "assistant", "content": "fine, yes"}]
 SYSTEM = {"role": "system", "content": "Be nice."}
 KINDS = ("tok_bpe", "tok_spm")
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,33 @@ def test_ids_are_those_of_transformers(make, name, kind):
         assert whole.input_ids.tolist() == of_transformers(formatter.tokenizer, dialog)
         prompt = of_transformers(formatter.tokenizer, dialog[:-1], add_generation_prompt=True)
         assert whole.prompt_ids.tolist() == prompt
+
+
+def assert_lengths(formatter, dialogs, tag):
+    lengths = formatter.lengths(dialogs, tag)
+    for length, prompt in zip(lengths, formatter.encode_dialogs(dialogs), strict=True):
+        assert length.tokens == len(prompt.input_ids)
+        assert length.context == len(prompt.context_ids)
+        assert length.placeholders == np.sum(prompt.input_ids == tag)
+        assert length.has_response == (prompt.answer_ids is not None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("OPENS_A_THOUGHT", "MANY_STEPS")])
+def test_lengths_are_those_of_the_prompts(make, name, kind):
+    formatter = make(name, kind)
+    spaced = {"role": "assistant", "content": "  spaced  \u4f60\u597d "}
+    dialogs = [[USER], [USER, RESPONSE], [USER, RESPONSE, *MORE], [USER, spaced]]
+    assert_lengths(formatter, dialogs, formatter.tokenizer.require(TAG, "a test"))
+
+
+@pytest.mark.parametrize("name", ["qwen", "plain", "llama3", "qwen3", "gemma"])
+def test_lengths_are_those_of_the_prompts_in_formats_too(name):
+    tokenizer = Tokenizer(DATA / "prompts" / "tok_bpe")
+    tokenizer.add_special_tokens([TAG])
+    formatter = PromptFormatter(name, tokenizer)
+    dialogs = [[USER], [USER, RESPONSE], [USER, RESPONSE, *MORE]]
+    assert_lengths(formatter, dialogs, tokenizer.require(TAG, "a test"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,7 +20,6 @@ from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.index.salm_columns import Rows
-from speechlm2_jax.data.index.worker import encode
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.data.salm_contents import salm_columns
 from speechlm2_jax.settings import SettingsError
@@ -159,7 +158,7 @@ class IndexedContents:
         part = self.parts[number]
         try:
             made = part.conversation(row)
-            (prompt,) = encode([made], self.formatter)
+            prompt = self.formatter.encode_dialog(self.formatter.dialog(made.messages()))
         except (SettingsError, OSError) as error:
             raise AudioError(f"changed since it was indexed: {error}", cause="changed") from error
         columns = part.columns

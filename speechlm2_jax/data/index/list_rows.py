@@ -9,7 +9,7 @@ import xxhash
 
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.index.row_columns import prompt_columns, row_columns
-from speechlm2_jax.data.index.worker import encode
+from speechlm2_jax.data.index.worker import prompt_lengths
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.data.salm_contents import locator_tags_of, placeholder_or_none
 
@@ -34,7 +34,8 @@ class ListRows:
         parts: list[Mapping[str, np.ndarray]] = []
         for start in range(0, len(conversations), _ROWS_AT_ONCE):
             chunk = list(conversations[start : start + _ROWS_AT_ONCE])
-            parts.append(prompt_columns(chunk, encode(chunk, formatter), placeholder_id))
+            lengths = prompt_lengths(chunk, formatter, placeholder_id)
+            parts.append(prompt_columns(chunk, lengths))
         of_rows = row_columns([(0, 0)] * len(conversations), conversations)
         of_prompts = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         columns = {**of_rows, **of_prompts}

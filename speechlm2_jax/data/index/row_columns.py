@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from speechlm2_jax.data.conversations import AudioTurn, Conversation
-from speechlm2_jax.data.prompts import OUTPUT_ROLE, Prompt
+from speechlm2_jax.data.prompts import OUTPUT_ROLE, PromptLengths
 
 SKIPPED = 1
 """Flag of a row: a blank line, or one to be skipped."""
@@ -57,28 +57,23 @@ def row_columns(
 
 def prompt_columns(
     conversations: Sequence[Conversation | None],
-    prompts: Sequence[Prompt | None],
-    placeholder_id: int,
+    lengths: Sequence[PromptLengths | None],
 ) -> dict[str, np.ndarray]:
     """The columns of PROMPT_TYPES; None for a line without a conversation."""
-    pairs = list(zip(conversations, prompts, strict=True))
+    pairs = list(zip(conversations, lengths, strict=True))
     values = {
-        "tokens": [0 if prompt is None else len(prompt.input_ids) for prompt in prompts],
-        "context": [0 if prompt is None else len(prompt.context_ids) for prompt in prompts],
-        "prompt_flags": [
-            0 if one is None or prompt is None else _flags(one, prompt, placeholder_id)
-            for one, prompt in pairs
-        ],
+        "tokens": [0 if of is None else of.tokens for of in lengths],
+        "context": [0 if of is None else of.context for of in lengths],
+        "prompt_flags": [0 if not one or of is None else _flags(one, of) for one, of in pairs],
     }
     return {name: np.asarray(column, PROMPT_TYPES[name]) for name, column in values.items()}
 
 
-def _flags(conversation: Conversation, prompt: Prompt, placeholder_id: int) -> int:
+def _flags(conversation: Conversation, lengths: PromptLengths) -> int:
     last = conversation.turns[-1]
-    placeholders = int(np.count_nonzero(prompt.input_ids == placeholder_id))
     return (
         (last.role != OUTPUT_ROLE) * NO_RESPONSE
-        | (placeholders != len(conversation.clips)) * WRONG_PLACEHOLDERS
+        | (lengths.placeholders != len(conversation.clips)) * WRONG_PLACEHOLDERS
         | isinstance(last, AudioTurn) * ENDS_IN_AUDIO
-        | (prompt.answer_ids is not None) * HAS_RESPONSE
+        | lengths.has_response * HAS_RESPONSE
     )

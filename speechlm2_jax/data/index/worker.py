@@ -23,7 +23,7 @@ from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.index.row_columns import prompt_columns, row_columns
 from speechlm2_jax.data.index.rows import Line, RowReader, lines_of
 from speechlm2_jax.data.manifest_options import ManifestOptions
-from speechlm2_jax.data.prompts import Prompt, PromptError, PromptFormatter
+from speechlm2_jax.data.prompts import PromptError, PromptFormatter, PromptLengths
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.settings import SettingsError
 
@@ -87,39 +87,47 @@ class ChunkReader:
         self, chunk: list[tuple[int, bytes]], begin: int, first: int
     ) -> dict[str, np.ndarray]:
         try:
-            conversations, prompts = self._made(self._named(chunk, first + 1))
+            conversations, lengths = self._made(self._named(chunk, first + 1))
         except SettingsError:
             # the number of the line is worth reading the file up to it
             before = _lines_before(self._job.manifest, begin)
-            conversations, prompts = self._made(self._named(chunk, before + first + 1))
+            conversations, lengths = self._made(self._named(chunk, before + first + 1))
         columns: dict[str, np.ndarray] = {}
         if self._job.with_rows:
             places = [(offset, len(line)) for offset, line in chunk]
             columns |= row_columns(places, conversations)
         if self._job.prompts is not None:
-            columns |= prompt_columns(conversations, prompts, self._job.prompts.placeholder_id)
+            columns |= prompt_columns(conversations, lengths)
         return columns
 
     def _named(self, chunk: list[tuple[int, bytes]], first: int) -> list[Line]:
         name = self._job.manifest
         return [(f"{name} line {n}", line) for n, (_, line) in enumerate(chunk, start=first)]
 
-    def _made(self, lines: list[Line]) -> tuple[list[Conversation | None], list[Prompt | None]]:
+    def _made(
+        self, lines: list[Line]
+    ) -> tuple[list[Conversation | None], list[PromptLengths | None]]:
         made = self._rows.conversations(lines, with_lengths=self._job.with_rows)
-        if self._formatter is None:
+        if self._formatter is None or self._job.prompts is None:
             return made, [None] * len(made)
-        prompts = iter(encode([one for one in made if one is not None], self._formatter))
-        return made, [one and next(prompts) for one in made]
+        present = [one for one in made if one is not None]
+        lengths = prompt_lengths(present, self._formatter, self._job.prompts.placeholder_id)
+        rest = iter(lengths)
+        return made, [None if one is None else next(rest) for one in made]
 
 
-def encode(conversations: list[Conversation], formatter: PromptFormatter) -> list[Prompt]:
-    """The prompts of conversations. Raises PromptError, naming the conversation."""
+def prompt_lengths(
+    conversations: list[Conversation], formatter: PromptFormatter, placeholder_id: int
+) -> list[PromptLengths]:
+    """The lengths of the prompts of conversations. Raises PromptError, naming the conversation."""
     try:
-        return formatter.encode_dialogs([formatter.dialog(c.messages()) for c in conversations])
+        dialogs = [formatter.dialog(one.messages()) for one in conversations]
+        return formatter.lengths(dialogs, placeholder_id)
     except PromptError as error:
         if len(conversations) == 1:
             raise PromptError(f"conversation {conversations[0].id!r}: {error}") from error
-        return [prompt for one in conversations for prompt in encode([one], formatter)]
+        parts = (prompt_lengths([one], formatter, placeholder_id) for one in conversations)
+        return [length for part in parts for length in part]
 
 
 def save_chunk(path: Path, columns: dict[str, np.ndarray]) -> None:

@@ -2,7 +2,7 @@
 
 from speechlm2_jax.data.prompts.formats import AUTO, FORMATS, OUTPUT_ROLE, PromptFormat
 from speechlm2_jax.data.prompts.formatter import PromptFormatter
-from speechlm2_jax.data.prompts.prompt import Prompt, PromptError, Turn
+from speechlm2_jax.data.prompts.prompt import Prompt, PromptError, PromptLengths, Turn
 
 __all__ = [
     "AUTO",
@@ -12,5 +12,6 @@ __all__ = [
     "PromptError",
     "PromptFormat",
     "PromptFormatter",
+    "PromptLengths",
     "Turn",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from speechlm2_jax.data.prompts.formats import AUTO, FORMATS, OUTPUT_ROLE
-from speechlm2_jax.data.prompts.prompt import Prompt, PromptError, Turn
+from speechlm2_jax.data.prompts.prompt import Prompt, PromptError, PromptLengths, Turn
 from speechlm2_jax.data.prompts.thinking import Message, ThoughtError
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 
@@ -67,10 +67,39 @@ class FormatEncoder:
         self, dialogs: Sequence[Sequence[Turn]], enable_thinking: bool | None
     ) -> list[Prompt]:
         """Encodes many dialogs with one call of the tokenizer; thoughts are on by default."""
+        return [self._assemble(*pair) for pair in self._encoded(dialogs, enable_thinking)]
+
+    def lengths(
+        self, dialogs: Sequence[Sequence[Turn]], placeholder_id: int
+    ) -> list[PromptLengths]:
+        """The lengths of what `encode` gives, in less time."""
+        found: list[PromptLengths] = []
+        for dialog, encoded in self._encoded(dialogs, None):
+            last = dialog[-1]
+            each = [
+                len(ids) + segment.has_bos + segment.has_eos
+                for segment, ids in zip(dialog, encoded, strict=True)
+            ]
+            each[-1] += self._format.insert_eos and last.is_response
+            tokens = sum(each) + self._format.insert_bos
+            found.append(
+                PromptLengths(
+                    tokens=tokens,
+                    context=tokens - each[-1] if last.is_response else tokens,
+                    placeholders=sum(ids.count(placeholder_id) for ids in encoded),
+                    has_response=last.is_response,
+                )
+            )
+        return found
+
+    def _encoded(
+        self, dialogs: Sequence[Sequence[Turn]], enable_thinking: bool | None
+    ) -> Iterator[tuple[list[_Segment], list[list[int]]]]:
+        """The pieces of each dialog, and their ids."""
         may_think = enable_thinking is not False
         rendered = [list(self._segments(turns, may_think)) for turns in dialogs]
         ids = iter(self.tokenizer.texts_to_ids([s.text for dialog in rendered for s in dialog]))
-        return [self._assemble(dialog, [next(ids) for _ in dialog]) for dialog in rendered]
+        return ((dialog, [next(ids) for _ in dialog]) for dialog in rendered)
 
     def dialog(self, turns: list[Turn]) -> list[Turn]:
         """Puts a system turn where the format wants it: its own, or the first user turn (llama2).

@@ -7,7 +7,13 @@ from itertools import groupby
 
 from speechlm2_jax.data.prompts.format_encoder import FormatEncoder
 from speechlm2_jax.data.prompts.formats import AUTO, FORMATS
-from speechlm2_jax.data.prompts.prompt import DialogEncoder, Prompt, PromptError, Turn
+from speechlm2_jax.data.prompts.prompt import (
+    DialogEncoder,
+    Prompt,
+    PromptError,
+    PromptLengths,
+    Turn,
+)
 from speechlm2_jax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -61,6 +67,12 @@ class PromptFormatter:
     ) -> list[Prompt]:
         """Encodes many dialogs with one call of the tokenizer."""
         return self._encoder.encode(dialogs, enable_thinking)
+
+    def lengths(
+        self, dialogs: Sequence[Sequence[Turn]], placeholder_id: int
+    ) -> list[PromptLengths]:
+        """The lengths of what `encode_dialogs` gives, in less time; raises as it does."""
+        return self._encoder.lengths(dialogs, placeholder_id)
 
     def dialog(self, messages: Sequence[tuple[str, str]]) -> list[Turn]:
         """Makes turns of (role, text): runs of one role are joined by a space.

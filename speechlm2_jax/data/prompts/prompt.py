@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -33,6 +33,19 @@ class Prompt:
     """True at the tokens of responses (the loss mask); None for inference."""
 
 
+class PromptLengths(NamedTuple):
+    """How many tokens the prompt of a dialog has."""
+
+    tokens: int
+    """Of the whole."""
+    context: int
+    """Before the last turn if that is the model's, else of the whole."""
+    placeholders: int
+    """Those that stand for recordings."""
+    has_response: bool
+    """Whether the last turn is the model's."""
+
+
 class DialogEncoder(Protocol):
     """What a prompt format does with dialogs."""
 
@@ -55,6 +68,12 @@ class DialogEncoder(Protocol):
         self, dialogs: Sequence[Sequence[Turn]], enable_thinking: bool | None
     ) -> list[Prompt]:
         """Encodes many dialogs. Raises PromptError for one that the format cannot express."""
+        ...
+
+    def lengths(
+        self, dialogs: Sequence[Sequence[Turn]], placeholder_id: int
+    ) -> list[PromptLengths]:
+        """The lengths of what `encode` gives, in less time."""
         ...
 
     def dialog(self, turns: list[Turn]) -> list[Turn]:

@@ -12,7 +12,7 @@ from speechlm2_jax.data.prompts.chat_template import (
     Responses,
     TemplateCache,
 )
-from speechlm2_jax.data.prompts.prompt import Prompt, PromptError, Turn
+from speechlm2_jax.data.prompts.prompt import Prompt, PromptError, PromptLengths, Turn
 from speechlm2_jax.data.prompts.template_sandbox import NOW
 from speechlm2_jax.data.prompts.thinking import OUTPUT_ROLE, Message
 from speechlm2_jax.data.tokenizer import Tokenizer
@@ -117,6 +117,32 @@ class TemplateEncoder:
             if found is None
             else _training(*next(encoded), found, next(prompts))
             for _, found in written
+        ]
+
+    def lengths(
+        self, dialogs: Sequence[Sequence[Turn]], placeholder_id: int
+    ) -> list[PromptLengths]:
+        """The lengths of what `encode` gives, in less time."""
+        context = copy_context()
+        context.run(NOW.set, datetime.now())
+        return context.run(self._lengths, dialogs, placeholder_id)
+
+    def _lengths(
+        self, dialogs: Sequence[Sequence[Turn]], placeholder_id: int
+    ) -> list[PromptLengths]:
+        cache = TemplateCache(self._template, None)
+        written = [self._write(turns, cache) for turns in dialogs]
+        # a dialog without a response is all context
+        spans = [found.spans[-1] if found else (len(r.text), len(r.text)) for r, found in written]
+        encoded = self._tokenizer.texts_with_places([r.text for r, _ in written], spans)
+        return [
+            PromptLengths(
+                tokens=len(ids),
+                context=split if found else len(ids),
+                placeholders=ids.count(placeholder_id),
+                has_response=found is not None,
+            )
+            for (_, found), (ids, split) in zip(written, encoded, strict=True)
         ]
 
     def _write(

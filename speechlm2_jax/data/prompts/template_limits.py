@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from jinja2.exceptions import SecurityError
 
@@ -41,13 +41,11 @@ class Budget:
     work: int
     deadline_s: float = field(default_factory=lambda: time.monotonic() + MAX_SECONDS)
 
-    def spend(self, size: int = 0) -> None:
-        """Pays for a value of this size. Raises SecurityError where nothing is left."""
-        self.work -= STEP + size
+    def refuse(self, size: int) -> NoReturn:
+        """Raises SecurityError for a value of this size."""
         if size > self.largest:
             raise SecurityError(f"makes a value of more than {self.largest} characters")
-        if self.work < 0 or time.monotonic() > self.deadline_s:
-            raise SecurityError("takes too many steps")
+        raise SecurityError("takes too many steps")
 
 
 _BUDGET: ContextVar[Budget] = ContextVar("budget of a chat template")
@@ -68,8 +66,11 @@ def budget(characters: int = 0) -> Iterator[Budget]:
 
 
 def spend(size: int = 0) -> None:
-    """Pays for a step that makes a value of this size."""
-    _BUDGET.get().spend(size)
+    """Pays for a step that makes a value of this size. Raises SecurityError with nothing left."""
+    own = _BUDGET.get()
+    own.work -= STEP + size
+    if size > own.largest or own.work < 0 or time.monotonic() > own.deadline_s:
+        own.refuse(size)
 
 
 def size_of(value: Any) -> int:
@@ -158,6 +159,9 @@ def raised(left: Any, right: Any) -> Any:
 
 def added(left: Any, right: Any) -> Any:
     """`left + right`."""
+    if type(left) is str and type(right) is str:
+        spend(len(left) + len(right))
+        return left + right
     spend(0 if isinstance(left, int | float) else size_of(left) + size_of(right))
     return left + right
 

@@ -137,6 +137,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,
         }
+        self._known = frozenset(map(id, self.globals.values()))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _Payments().visit(super()._parse(source, name, filename))
@@ -145,7 +146,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         """Whether a template may call it: its own macros, our functions, methods without effect."""
         if isinstance(obj, Macro | BlockReference | LoopContext | Undefined | Cycler | Joiner):
             return True
-        if any(obj is known for known in self.globals.values()):
+        if id(obj) in self._known:
             return True
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         if isinstance(owner, _Generation):
