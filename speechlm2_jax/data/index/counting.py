@@ -1,5 +1,6 @@
 """Sums and maxima of each bucket over all rows, and the columns of a plan as they are written."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ LONGER, FAR = "longer_than_buckets", "_far_too_many"
 BUCKET, ROW, CLIPS = "bucket", "row", "clips"
 _BLOCK_ROWS = 1 << 20
 _SUMS, _MOST = 4, 4
+_USUAL_LENGTHS = 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class Counter:
             if not (name.endswith(FAR) and self.config.keep_outliers):
                 is_kept[rows] = False
         measures = found.measures
-        bucket = np.searchsorted(self.edges, measures.bucketed, side="left")
+        bucket = self._bucket_of(measures.bucketed)
         rows = None if is_kept.all() else np.flatnonzero(is_kept)
         if rows is not None:
             bucket, measures = bucket[rows], measures.take(rows)
@@ -73,6 +75,24 @@ class Counter:
             causes=causes,
             is_whole=np.issubdtype(measures.length.dtype, np.integer),
         )
+
+    def _bucket_of(self, length: np.ndarray) -> np.ndarray:
+        """The bucket of each row."""
+        is_whole = np.issubdtype(length.dtype, np.integer)
+        if not is_whole or length.max(initial=0) >= len(self._of_length):
+            return np.searchsorted(self.edges, length, side="left").astype(self.dtype)
+        return self._of_length[length]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That holds the number of a bucket."""
+        return np.min_scalar_type(len(self.edges) + 1)
+
+    @functools.cached_property
+    def _of_length(self) -> np.ndarray:
+        """The bucket of every usual length: a table is faster than a search."""
+        lengths = np.arange(_USUAL_LENGTHS)
+        return np.searchsorted(self.edges, lengths, side="left").astype(self.dtype)
 
     def _causes(self, found: LengthsOfRows) -> dict[str, np.ndarray]:
         """The rows of each cause; a row has one."""
@@ -100,17 +120,23 @@ class Counter:
         sums, most = np.zeros((count, _SUMS), np.int64), np.zeros((count, _MOST))
         if not len(bucket):
             return sums, most
-        small = bucket.astype(np.min_scalar_type(count))  # sorted by radix
-        ordered = measures.take(np.argsort(small, kind="stable"))
-        sums[:, 0] = np.bincount(small, minlength=count)
+        order = np.argsort(bucket, kind="stable")  # a radix sort, as it is of small numbers
+        sums[:, 0] = np.bincount(bucket, minlength=count)
         has_rows = sums[:, 0] > 0
         first = (np.cumsum(sums[:, 0]) - sums[:, 0])[has_rows]
-        summed = (ordered.positions, ordered.clips, ordered.clips**2)
-        for n, column in enumerate(summed, start=1):
-            sums[has_rows, n] = np.add.reduceat(column, first)
-        columns = (ordered.length, ordered.positions, ordered.clips, ordered.samples)
-        for n, column in enumerate(columns):
-            most[has_rows, n] = np.maximum.reduceat(column, first)
+        positions, clips = measures.positions[order], measures.clips
+        sums[has_rows, 1] = np.add.reduceat(positions, first)
+        most[has_rows, 0] = np.maximum.reduceat(measures.length[order], first)
+        most[has_rows, 1] = np.maximum.reduceat(positions, first)
+        most[has_rows, 3] = np.maximum.reduceat(measures.samples[order], first)
+        if clips.min() == (usual := clips.max()):
+            most[has_rows, 2] = usual
+            sums[:, 2:] = sums[:, :1] * [usual, usual**2]
+            return sums, most
+        clips = clips[order]
+        most[has_rows, 2] = np.maximum.reduceat(clips, first)
+        sums[has_rows, 2] = np.add.reduceat(clips, first)
+        sums[has_rows, 3] = np.add.reduceat(clips**2, first)
         return sums, most
 
 
@@ -131,7 +157,7 @@ class Totals:
         self.examples: dict[str, list[tuple[int, int]]] = {}
         """Of each cause the first rows (source, row); also of outliers that are kept."""
         number = np.uint32 if sum(sizes) < 1 << 32 else np.uint64
-        self._bucket = ColumnWriter(folder / "raw.npy", np.min_scalar_type(self._buckets))
+        self._bucket = ColumnWriter(folder / "raw.npy", counter.dtype)
         self._row = _LateColumn(folder / f"{ROW}.npy", number, np.arange)
         self._clips: _LateColumn | None = None
 

@@ -15,7 +15,7 @@ from speechlm2_jax.data.index.salm_columns import KEPT, LengthsOfRows
 from speechlm2_jax.data.outliers import FLOORS, far_out
 from speechlm2_jax.data.read_ahead import read_ahead
 
-BLOCK_ROWS = 1 << 18
+BLOCK_ROWS = 1 << 16
 SAMPLE_ROWS = 1 << 20
 """Rows that buckets are estimated from; a smaller data set is its own sample."""
 SAMPLE_STRETCHES = 256
