@@ -247,7 +247,7 @@ def test_a_damaged_index_is_built_again(how, mixed, tokenizer, indexed, caplog):
 
 
 def test_a_build_that_is_stopped_goes_on_where_it_was(mixed, tokenizer, indexed, monkeypatch):
-    monkeypatch.setattr(build, "CHUNK_BYTES", 600)
+    monkeypatch.setattr(build, "CHUNK_BYTES", (600, 600))
     read, stops = build.ChunkReader.read, [3]
     starts = []
 
@@ -271,7 +271,7 @@ def test_a_build_that_is_stopped_goes_on_where_it_was(mixed, tokenizer, indexed,
 def test_processes_of_their_own_build_the_same_index(mixed, tokenizer, indexed, monkeypatch):
     alone = contents_of(module_of(tokenizer, [entry(mixed)])).parts[0].columns
     alone = {name: column.copy() for name, column in alone.items()}
-    monkeypatch.setattr(build, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(build, "CHUNK_BYTES", (2000, 2000))
     monkeypatch.setattr(build, "ALONE_BYTES", 0)
     os.utime(mixed, ns=(1, 1))
     columns = contents_of(module_of(tokenizer, [entry(mixed)])).parts[0].columns
@@ -284,7 +284,7 @@ def test_processes_of_their_own_build_the_same_index(mixed, tokenizer, indexed, 
 
 
 def test_a_wrong_line_is_named_and_leaves_no_index(mixed, tokenizer, indexed, monkeypatch):
-    monkeypatch.setattr(build, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(build, "CHUNK_BYTES", (500, 500))
     rows = rows_of(mixed)
     rows[20]["duration"] = "long"
     write_manifest(mixed, rows)

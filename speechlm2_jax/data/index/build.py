@@ -21,8 +21,10 @@ from speechlm2_jax.data.index.storage import Columns
 from speechlm2_jax.data.index.worker import ChunkReader, Job, save_chunk
 from speechlm2_jax.settings import SettingsError
 
-CHUNK_BYTES = 1 << 24
-"""Of a manifest: what is read again, at most, by each process of a build that was stopped."""
+CHUNK_BYTES = (1 << 21, 1 << 24)
+"""Least and most of a manifest that a process reads at once, and reads again after a stop."""
+_CHUNKS = 64
+"""Of a manifest between: enough for processes to end together."""
 ALONE_BYTES = 1 << 23
 """A smaller manifest is read sooner than processes start."""
 MOST_PROCESSES = 32
@@ -38,8 +40,9 @@ def read_chunks(folder: Path, job: Job, size: int) -> Sequence[Columns]:
     cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, max(size, 1), CHUNK_BYTES)
-    tasks = [(folder / f"{n:06d}.npz", a, min(a + CHUNK_BYTES, size)) for n, a in enumerate(starts)]
+    step = min(max(size // _CHUNKS, CHUNK_BYTES[0]), CHUNK_BYTES[1])
+    starts = range(0, max(size, 1), step)
+    tasks = [(folder / f"{n:06d}.npz", a, min(a + step, size)) for n, a in enumerate(starts)]
     missing = [task for task in tasks if not task[0].is_file()]
     with tqdm(
         total=size,
