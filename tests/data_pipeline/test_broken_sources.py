@@ -4,10 +4,12 @@ import io
 import json
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import yaml
 
 from speechlm2_jax.data import DataModule, SALMDataset
 from tests.data_pipeline.small_corpus import (
@@ -54,8 +56,8 @@ def sources(tmp_path_factory):
             wrong = {n: "unreadable" if c == "missing" else c for n, c in wrong.items()}
         for n in range(PER_SOURCE):
             name, seconds, value = f"{kind}{n:02d}", 0.3 + 0.01 * n, (n + 1) / 80
-            row = {"audio_filepath": f"{name}.wav", "duration": seconds, "text": "x", "id": name}
-            rows.append(row | {"sampling_rate": RATE_HZ})
+            row = {"audio_filepath": f"{name}.wav", "duration": seconds, "text": "x" * (1 + n % 5)}
+            rows.append(row | {"sampling_rate": RATE_HZ, "id": name})
             data = damaged(wrong[n], seconds, value) if n in wrong else wav_bytes(seconds, value)
             if data is not None:
                 members.append((f"{name}.wav", data))
@@ -102,7 +104,7 @@ def of_shar(folder, rows, members):
                     "recording_id": row["id"],
                     "start": 0,
                     "duration": row["duration"],
-                    "text": "x",
+                    "text": row["text"],
                 }
             ],
             "recording": {
@@ -121,9 +123,6 @@ def of_shar(folder, rows, members):
 
 def module_of(sources, tokenizer, errors=None, groups=2, **keys):
     entries = [dict(entry) for entry in sources[0].values()]
-    if "weights" in keys:
-        for entry, weight in zip(entries, keys.pop("weights"), strict=True):
-            entry["weight"] = weight
     cfg = {"input_cfg": entries, "prompt_format": "qwen", "token_equivalent_duration": 0.08}
     cfg |= {"shuffle": True, "batch_size": 4, "seed": 5, "num_workers": 2, **keys}
     module = DataModule({"train_ds": cfg}, tokenizer, SALMDataset(tokenizer))
@@ -149,36 +148,122 @@ def test_a_twentieth_of_every_kind_is_broken_and_training_goes_on(sources, token
     assert all(row["path"] and row["replaced_by"] for row in rows)
 
 
-def test_weighted_tarred_and_other_sources_with_noise_and_speed_resume(
-    sources, tokenizer, tmp_path
-):
+NEMO_YAML = """
+data:
+  train_ds:
+    use_lhotse: true
+    sample_rate: 16000
+    prompt_format: qwen
+    token_equivalent_duration: 0.08
+    input_cfg:
+      - type: group
+        weight: 1
+        tags: {task: asr}
+        input_cfg:
+          - type: nemo
+            manifest_filepath: FOLDER/files.jsonl
+            weight: 1.0
+            tags: {context: "Transcribe:"}
+      - type: group
+        weight: 2
+        input_cfg:
+          - type: nemo_tarred
+            manifest_filepath: FOLDER/manifest__OP_0..1_CL_.jsonl
+            tarred_audio_filepaths: FOLDER/audio__OP_0..1_CL_.tar
+            weight: 30
+      - type: group
+        weight: 1
+        input_cfg:
+          - type: lhotse_shar
+            shar_path: FOLDER/shar
+            weight: 0.5
+            tags: {context: "Repeat after me:"}
+    seed: 42
+    shard_seed: randomized
+    shuffle: true
+    shuffle_buffer_size: 10000
+    num_workers: 2
+    pin_memory: true
+    noise_path: FOLDER/noise.json
+    noise_snr: [5, 15]
+    noise_mix_prob: 0.5
+    perturb_speed: true
+    batch_size: null
+    use_multimodal_sampling: true
+    use_bucketing: true
+    bucket_buffer_size: 20000
+    concurrent_bucketing: true
+    min_tokens: 2
+    max_tokens: 500
+BINS
+"""
+BINS = {
+    "1-D": """
+    num_buckets: 3
+    bucket_duration_bins: [20, 28, 40]
+    bucket_batch_size: [4, 3, 2]""",
+    "2-D": """
+    num_buckets: 4
+    bucket_duration_bins: [[16, 9], [16, 12], [22, 12], [30, 12]]
+    bucket_batch_size: [5, 4, 3, 2]
+    bucketing_2d_strict_mode: true""",
+    "2-D with max_tpt": """
+    num_buckets: 3
+    bucket_duration_bins: [[16, 12], [22, 12], [30, 12]]
+    bucket_batch_size: [4, 3, 2]
+    max_tpt: [0.9, 2.0, 2.0]""",
+}
+
+
+@pytest.fixture(params=BINS)
+def bins(request):
+    """The name of some settings of bins."""
+    return request.param
+
+
+@pytest.fixture
+def nemo_module(bins, sources, tokenizer):
+    """Makes a data module by NeMo's keys alone, of which only the paths are changed."""
+    folder = Path(sources[0]["files"]["manifest_filepath"]).parent
     wave = np.random.default_rng(0).normal(0, 0.1, 5 * RATE_HZ)
-    soundfile.write(tmp_path / "noise.wav", wave, RATE_HZ)
-    noise = write_lines(
-        tmp_path / "noise.json", {"audio_filepath": "noise.wav", "duration": 5.0, "text": "-"}
+    soundfile.write(folder / "noise.wav", wave, RATE_HZ)
+    write_lines(
+        folder / "noise.json", {"audio_filepath": "noise.wav", "duration": 5.0, "text": "-"}
     )
-    keys = {
-        "weights": [1, 2, 1],
-        "noise_path": noise,
-        "noise_snr": [5, 15],
-        "perturb_speed": True,
-        "use_multimodal_sampling": True,
-        "use_bucketing": True,
-        "bucket_duration_bins": [14, 18, 32],
-        "bucket_batch_size": [4, 3, 2],
-        "batch_size": None,
-    }
-    stream = module_of(sources, tokenizer, **keys).train_batches()
+    text = NEMO_YAML.replace("BINS", BINS[bins]).replace("FOLDER", str(folder))
+
+    def make():
+        data = yaml.safe_load(text)["data"]
+        module = DataModule(data, tokenizer, SALMDataset(tokenizer))
+        module.setup(frame_count=frames, groups=2)
+        return module
+
+    return make
+
+
+def test_a_nemo_yaml_of_weighted_groups_tars_noise_speed_and_bins_runs_and_resumes(
+    nemo_module, bins
+):
+    module = nemo_module()
+    lengths = [c.lengths for c in module.prepared().contents.conversations]
+    ratios = [one.output_tokens / one.input_tokens for one in lengths if one.input_tokens <= 16]
+    left_out = sum(ratio > 0.9 for ratio in ratios) if "max_tpt" in bins else 0
+    assert module.dropped == ({"longer_than_buckets": left_out} if left_out else {})
+    buckets = {batch.bucket for batch in module.plans()}
+    assert len(buckets) == len(module.plan().buckets) == (4 if bins == "2-D" else 3)
+    stream = module.train_batches()
     batches, states = [], []
     for batch in islice(stream, 60):
         batches.append(batch)
         states.append(json.loads(json.dumps(stream.get_state())))
     kinds = Counter(name[:4] for batch in batches for name in batch.ids)
     shares = [kinds[kind] / kinds.total() for kind in ("file", "tars", "shar")]
-    np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.05)
+    # as in NeMo, what fits no bin is left out of the share of its group, here that of the tars
+    parts = np.asarray([1, 2 * (1 - left_out / (3 * PER_SOURCE)), 1])
+    np.testing.assert_allclose(shares, parts / parts.sum(), atol=0.05)
     speeds = Counter(name.partition("_")[2] for batch in batches for name in batch.ids)
     assert set(speeds) == {"", "sp0.9", "sp1.1"}
     assert min(speeds.values()) > 0.25 * speeds.total()
-    resumed = module_of(sources, tokenizer, **keys).train_batches(states[40])
+    resumed = nemo_module().train_batches(states[40])
     for batch in batches[41:44]:
         assert_same(next(resumed), batch)
