@@ -12,7 +12,7 @@ import pytest
 from speechlm2_jax.data import DataModule, SALMDataset
 from speechlm2_jax.data.bucketing import Measures
 from speechlm2_jax.data.config import DataLoaderConfig
-from speechlm2_jax.data.index import build, row_count, windows
+from speechlm2_jax.data.index import build, row_count, texts, windows
 from speechlm2_jax.data.index.contents import IndexedContents
 from speechlm2_jax.settings import SettingsError
 from tests.data_pipeline.small_corpus import TAG, frames, read_rows, write_manifest
@@ -72,6 +72,17 @@ def mixed(corpus, tmp_path):
 
 
 @pytest.fixture
+def compressed(mixed, monkeypatch):
+    """The same manifest, compressed in two parts, with many points to start from."""
+    monkeypatch.setattr(texts, "SPACING_BYTES", 100)
+    text = mixed.read_bytes()
+    half = len(text) // 2
+    path = mixed.with_suffix(".jsonl.gz")
+    path.write_bytes(gzip.compress(text[:half]) + gzip.compress(text[half:], 1) + b"\0" * 3)
+    return path
+
+
+@pytest.fixture
 def dialogs(corpus, tmp_path):
     """Conversations with no, one and several recordings, some of which end in audio."""
     turns = {
@@ -126,7 +137,7 @@ def measured(contents, config):
 
 
 @pytest.mark.parametrize("whole_length", [True, False])
-@pytest.mark.parametrize("kind", ["mixed", "dialogs"])
+@pytest.mark.parametrize("kind", ["mixed", "compressed", "dialogs"])
 def test_rows_are_what_reading_the_whole_manifest_gives(
     kind, whole_length, request, tokenizer, monkeypatch, tmp_path
 ):
@@ -315,7 +326,33 @@ def test_a_row_that_changes_under_a_run_is_dropped_and_counted(mixed, tokenizer,
     assert module.dropped["changed"] >= 1
 
 
-def test_lists_in_memory_stand_beside_indexes(mixed, corpus, tokenizer, indexed, tmp_path):
+def test_any_part_of_a_compressed_text_is_read_from_the_point_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "SPACING_BYTES", 1 << 14)
+    random = np.random.default_rng(0)
+    words = [bytes(random.integers(97, 107, n, np.uint8)) for n in random.integers(1, 9, 400)]
+    lines = b"\n".join(b" ".join(words[i] for i in random.integers(0, 400, 20)) for _ in range(900))
+    stored = random.integers(0, 256, 40_000, np.uint8).tobytes()
+    path, folder = tmp_path / "text.gz", tmp_path / "points"
+    for members in ([lines * 3], [lines + stored + lines], [lines, b"", lines[:9], lines]):
+        for level in (1, 9):
+            path.write_bytes(b"".join(gzip.compress(m, level) for m in members) + bytes(5))
+            texts.write_points(path, folder, {}, lambda _: None)
+            text, whole = texts.open_text(path, folder), b"".join(members)
+            assert text.size == len(whole)
+            bits = np.load(folder / "bits.npy")
+            assert len(members) > 1 or len(bits) >= 3
+            for start in random.integers(0, len(whole), 20).tolist():
+                for length in (1, 100, 50_000):
+                    assert text.read(start, length) == whole[start : start + length]
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(SettingsError, match="text.gz: damaged"):
+        texts.write_points(path, folder, {}, lambda _: None)
+
+
+def test_lists_in_memory_stand_beside_indexes(
+    mixed, corpus, tokenizer, indexed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("speechlm2_jax.data.index.rows.can_index", lambda p: p.suffix != ".gz")
     rows = read_rows(corpus / "manifest.jsonl")[:5]
     for n, row in enumerate(rows):
         row |= {"audio_filepath": str(corpus / row["audio_filepath"]), "id": f"packed{n}"}

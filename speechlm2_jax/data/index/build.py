@@ -33,6 +33,18 @@ Task = tuple[Path, int, int]
 """The file of a chunk, and the stretch of the manifest."""
 
 
+def bar_of(name: str, total: int, done: int = 0) -> tqdm:
+    """A progress bar in bytes, where there is a terminal."""
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=name,
+        unit="B",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
 def read_chunks(folder: Path, job: Job, size: int) -> Sequence[Columns]:
     """The columns of a manifest in chunks, in order, each in memory only while it is asked for.
 
@@ -44,14 +56,8 @@ def read_chunks(folder: Path, job: Job, size: int) -> Sequence[Columns]:
     starts = range(0, max(size, 1), step)
     tasks = [(folder / f"{n:06d}.npz", a, min(a + step, size)) for n, a in enumerate(starts)]
     missing = [task for task in tasks if not task[0].is_file()]
-    with tqdm(
-        total=size,
-        initial=sum(end - start for path, start, end in tasks if path.is_file()),
-        desc=f"indexing {job.manifest.name}",
-        unit="B",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-    ) as bar:
+    done = sum(end - start for path, start, end in tasks if path.is_file())
+    with bar_of(f"indexing {job.manifest.name}", size, done) as bar:
         for _, start, end in _done(job, missing):
             bar.update(end - start)
     return _chunks([path for path, _, _ in tasks])

@@ -1,10 +1,8 @@
 """The index of one manifest of JSON lines: found, or built, and opened."""
 
-import functools
 import logging
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 
 from speechlm2_jax.console import phase
 from speechlm2_jax.data.conversations import Conversation
-from speechlm2_jax.data.index.build import read_chunks, remove_chunks
+from speechlm2_jax.data.index.build import bar_of, read_chunks, remove_chunks
 from speechlm2_jax.data.index.folders import (
     digest,
     index_folders,
@@ -29,7 +27,9 @@ from speechlm2_jax.data.index.storage import (
     read_meta,
     write_columns,
 )
+from speechlm2_jax.data.index.texts import POINTS, Text, open_text, write_points
 from speechlm2_jax.data.index.worker import Job, PromptSettings
+from speechlm2_jax.data.json_lines import is_gzip
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
 from speechlm2_jax.settings import SettingsError
 
@@ -49,6 +49,7 @@ class ManifestIndex:
 
     manifest: Path
     reader: RowReader
+    text: Text
     columns: Mapping[str, np.ndarray]
     """Those of `row_columns`."""
     identity: str
@@ -72,15 +73,11 @@ class ManifestIndex:
     def conversation(self, row: int) -> Conversation:
         """The conversation of a row that is not skipped, read from the manifest."""
         offset, length = int(self.columns["offset"][row]), int(self.columns["length"][row])
-        line = os.pread(self._file, length, offset)
+        line = self.text.read(offset, length)
         (made,) = self.reader.conversations([(f"{self.manifest} line {row + 1}", line)])
         if made is None:
             raise SettingsError(f"{self.manifest} line {row + 1}: changed since it was indexed")
         return made
-
-    @functools.cached_property
-    def _file(self) -> int:
-        return os.open(self.manifest, os.O_RDONLY)
 
 
 def open_manifest(reader: RowReader, prompts: PromptSettings) -> ManifestIndex:
@@ -92,23 +89,25 @@ def open_manifest(reader: RowReader, prompts: PromptSettings) -> ManifestIndex:
     folders, state = index_folders(manifest), state_of_file(manifest)
     key = digest(_prompt_key(reader, prompts))
     wanted = {"version": VERSION, "kind": reader.kind, "file": state}
-    names = ("rows", f"prompts-{key}")
-    columns = {name: _found(folders, name, wanted) for name in names}
-    if not all(columns.values()):
+    names = ("rows", f"prompts-{key}", *((POINTS,) if is_gzip(manifest) else ()))
+    found = _all_found(folders, names, wanted)
+    if not all(found.values()):
         folder = writable(folders)
         with locked(folder), phase(f"indexing {manifest}"):
-            columns = {name: _found(folders, name, wanted) for name in names}
-            _build(folder, reader, prompts, wanted, {n for n in names if columns[n] is None})
+            found = _all_found(folders, names, wanted)
+            _build(folder, reader, prompts, wanted, found)
         if state_of_file(manifest) != state:
             raise SettingsError(f"{manifest}: changed while it was read; start again")
-        columns = {name: _found(folders, name, wanted) for name in names}
-    rows, counts = columns[names[0]], columns[names[1]]
-    if rows is None or counts is None:
+        found = _all_found(folders, names, wanted)
+    if not all(found.values()):
         raise SettingsError(f"{writable(folders)}: the index of {manifest} cannot be read back")
+    columns = {name: column for one in names[:2] for name, column in _columns(found[one]).items()}
+    points = found.get(POINTS)
     return ManifestIndex(
         manifest=manifest,
         reader=reader,
-        columns={**rows, **counts},
+        text=open_text(manifest, points and points[0]),
+        columns=columns,
         identity=digest([wanted, key]),
         folders=folders,
     )
@@ -119,24 +118,31 @@ def _build(
     reader: RowReader,
     prompts: PromptSettings,
     wanted: Mapping[str, Any],
-    missing: set[str],
+    found: "Mapping[str, _Found | None]",
 ) -> None:
     """Builds those columns that are missing."""
-    if not missing:
-        return
+    missing = {name for name, one in found.items() if one is None}
     with_rows = "rows" in missing
-    counts = next((name for name in missing if name != "rows"), None)
+    counts = next((name for name in missing if name not in ("rows", POINTS)), None)
+    chunks = folder / f"building-{digest([wanted, sorted(missing - {POINTS})])}"
+    if with_rows:
+        _remove_stale(folder, wanted, chunks)
+    if POINTS in missing:
+        with bar_of(f"unpacking {reader.manifest.name}", wanted["file"]["bytes"]) as bar:
+            write_points(reader.manifest, folder / POINTS, wanted, bar.update)
+    if not missing - {POINTS}:
+        return
+    known = found.get(POINTS)
+    points = (known[0] if known else folder / POINTS) if POINTS in found else None
     job = Job(
         manifest=reader.manifest,
         options=reader.options,
         kind=reader.kind,
+        points=points,
         with_rows=with_rows,
         prompts=prompts if counts is not None else None,
     )
-    chunks = folder / f"building-{digest([wanted, sorted(missing)])}"
-    if with_rows:
-        _remove_stale(folder, wanted, chunks)
-    parts = read_chunks(chunks, job, wanted["file"]["bytes"])
+    parts = read_chunks(chunks, job, open_text(reader.manifest, points).size)
     if with_rows:
         write_columns(folder / "rows", parts, (*ROW_TYPES, *SEVERAL_TYPES), wanted)
     if counts is not None:
@@ -152,19 +158,33 @@ def _remove_stale(folder: Path, wanted: Mapping[str, Any], chunks: Path) -> None
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _found(
-    folders: tuple[Path, ...], name: str, wanted: Mapping[str, Any]
-) -> dict[str, np.ndarray] | None:
-    """The columns of the first folder that has them as they are wanted."""
-    for folder in folders:
-        meta = read_meta(folder / name)
-        if meta is None or any(meta.get(key) != value for key, value in wanted.items()):
-            continue
-        try:
-            return open_columns(folder / name, meta)
-        except (ColumnError, KeyError, TypeError) as error:
-            _log.warning("%s is damaged and is built again: %s", folder / name, error)
-    return None
+_Found = tuple[Path, dict[str, np.ndarray]]
+"""A folder, and its columns."""
+
+
+def _all_found(
+    folders: tuple[Path, ...], names: Sequence[str], wanted: Mapping[str, Any]
+) -> dict[str, _Found | None]:
+    """Each name in the first folder that has it as it is wanted; None for none."""
+    return {
+        name: next(filter(None, (_found(folder / name, wanted) for folder in folders)), None)
+        for name in names
+    }
+
+
+def _found(folder: Path, wanted: Mapping[str, Any]) -> _Found | None:
+    meta = read_meta(folder)
+    if meta is None or any(meta.get(key) != value for key, value in wanted.items()):
+        return None
+    try:
+        return folder, open_columns(folder, meta)
+    except (ColumnError, KeyError, TypeError) as error:
+        _log.warning("%s is damaged and is built again: %s", folder, error)
+        return None
+
+
+def _columns(found: _Found | None) -> dict[str, np.ndarray]:
+    return {} if found is None else found[1]
 
 
 def _prompt_key(reader: RowReader, prompts: PromptSettings) -> list[Any]:

@@ -1,11 +1,13 @@
 """Is a data set so large that its manifests get an index?"""
 
+import gzip
 import logging
 from pathlib import Path
 
 from speechlm2_jax.data.augmentation.variants import unindexed
 from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.input_config import InputConfig
+from speechlm2_jax.data.json_lines import is_gzip
 from speechlm2_jax.data.paths import expand_shards, local_file
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.settings import SettingsError
@@ -20,7 +22,7 @@ _log = logging.getLogger(__name__)
 def rows_up_to(path: Path, most: int) -> int:
     """Counts the lines of a file, but for a last one without an end, up to `most` or a few more."""
     rows = 0
-    with open(path, "rb") as file:
+    with gzip.open(path) if is_gzip(path) else open(path, "rb") as file:
         while rows < most and (block := file.read(_BLOCK_BYTES)):
             rows += max(block.count(b"\n"), block.count(b"\r"))
     return rows

@@ -11,7 +11,8 @@ from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.cuts import clip_of_cut, conversation_of_cut, cut_of_row, is_whole
 from speechlm2_jax.data.headers import file_durations_s
-from speechlm2_jax.data.json_lines import is_gzip, json_lines, object_of_line
+from speechlm2_jax.data.index.texts import can_index
+from speechlm2_jax.data.json_lines import json_lines, object_of_line
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.manifest_rows import DialogRow, Lengths, ManifestRow, NemoRow
 from speechlm2_jax.data.manifest_values import located
@@ -95,7 +96,7 @@ def kind_of(manifest: Path) -> str | None:
 
     Those are read as a whole, and their errors told, where they are small.
     """
-    if is_whole(manifest) or is_gzip(manifest):
+    if is_whole(manifest) or not can_index(manifest):
         return None
     try:
         first = next(json_lines(manifest), None)

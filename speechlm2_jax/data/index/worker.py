@@ -22,6 +22,7 @@ import numpy as np
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.index.row_columns import prompt_columns, row_columns
 from speechlm2_jax.data.index.rows import Line, RowReader, lines_of
+from speechlm2_jax.data.index.texts import Text, open_text
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter, PromptLengths
 from speechlm2_jax.data.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ from speechlm2_jax.settings import SettingsError
 
 _ROWS_AT_ONCE = 2048
 _COUNTED_BYTES = 1 << 24
+_LINE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class Job:
     options: ManifestOptions
     kind: str
     """Of its rows (`rows.kind_of`)."""
+    points: Path | None
+    """Of a compressed manifest the folder of points that reading starts from."""
     with_rows: bool
     """Whether places and durations are wanted."""
     prompts: PromptSettings | None
@@ -60,6 +64,7 @@ class ChunkReader:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._rows = RowReader(job.manifest, job.options, job.kind)
+        self._text = open_text(job.manifest, job.points)
         prompts = job.prompts
         self._formatter = prompts and PromptFormatter(prompts.prompt_format, prompts.tokenizer)
 
@@ -68,10 +73,8 @@ class ChunkReader:
 
         Raises SettingsError, naming the line, for one that cannot be read.
         """
-        with open(self._job.manifest, "rb") as file:
-            begin, stop = _line_start(file, start), _line_start(file, end)
-            file.seek(begin)
-            lines = lines_of(file.read(stop - begin), begin)
+        begin, stop = _line_start(self._text, start), _line_start(self._text, end)
+        lines = lines_of(self._text.read(begin, stop - begin), begin)
         parts, first = list[dict[str, np.ndarray]](), 0
         while chunk := list(islice(lines, _ROWS_AT_ONCE)):
             columns = self._columns(chunk, begin, first)
@@ -90,7 +93,7 @@ class ChunkReader:
             conversations, lengths = self._made(self._named(chunk, first + 1))
         except SettingsError:
             # the number of the line is worth reading the file up to it
-            before = _lines_before(self._job.manifest, begin)
+            before = _lines_before(self._text, begin)
             conversations, lengths = self._made(self._named(chunk, before + first + 1))
         columns: dict[str, np.ndarray] = {}
         if self._job.with_rows:
@@ -138,24 +141,26 @@ def save_chunk(path: Path, columns: dict[str, np.ndarray]) -> None:
     os.replace(new, path)
 
 
-def _line_start(file: BinaryIO, place: int) -> int:
+def _line_start(text: Text, place: int) -> int:
     """Where the first line begins at a place or behind it."""
     if not place:
         return 0
-    file.seek(place - 1)
-    file.readline()
-    return file.tell()
+    place -= 1
+    while block := text.read(place, _LINE_BYTES):
+        if (found := block.find(b"\n")) >= 0:
+            return place + found + 1
+        place += len(block)
+    return text.size
 
 
-def _lines_before(manifest: Path, place: int) -> int:
+def _lines_before(text: Text, place: int) -> int:
     """Lines that end before a place, where one ends."""
     lines, last = 0, b""
-    with open(manifest, "rb") as file:
-        while place and (block := file.read(min(_COUNTED_BYTES, place))):
-            place -= len(block)
-            joined = last[-1:] + block
-            lines += block.count(b"\n") + block.count(b"\r") - joined.count(b"\r\n")
-            last = block
+    for start in range(0, place, _COUNTED_BYTES):
+        block = text.read(start, min(_COUNTED_BYTES, place - start))
+        joined = last[-1:] + block
+        lines += block.count(b"\n") + block.count(b"\r") - joined.count(b"\r\n")
+        last = block
     return lines
 
 
