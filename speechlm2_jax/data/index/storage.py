@@ -55,6 +55,10 @@ class ColumnWriter:
         self._file.close()
         return {"dtype": self._dtype.str, "rows": self._rows, "checksums": self._checksums}
 
+    def close(self) -> None:
+        """Closes the file, finished or not."""
+        self._file.close()
+
     def _end_block(self) -> None:
         self._checksums.append(self._checksum.hexdigest())
         self._checksum, self._room = xxhash.xxh3_64(), BLOCK_BYTES

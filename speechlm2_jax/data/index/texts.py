@@ -4,6 +4,7 @@ import functools
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -156,8 +157,10 @@ def write_points(
 
     `progress` is told of bytes of the file. Raises SettingsError for a damaged file.
     """
-    with new_folder(folder) as new:
+    with new_folder(folder) as new, ExitStack() as stack:
         writers = {name: ColumnWriter(new / f"{name}.npy", kind) for name, kind in _TYPES.items()}
+        for writer in writers.values():
+            stack.callback(writer.close)
         window_end = size = 0
         try:
             for text, file, bits, window in _points(path, progress):
