@@ -319,7 +319,8 @@ def make_data(cfg: Mapping[str, object], model: Model) -> DataModule:
     if not isinstance(model, DuplexS2SModel):
         name = model.cfg.get("prompt_format")
         name = name if isinstance(name, str) else None
-        dataset = SALMDataset(model.tokenizer, prompt_format=name)
+        packs = not isinstance(model, CTCModel)
+        dataset = SALMDataset(model.tokenizer, prompt_format=name, packs=packs)
         return DataModule(cfg, tokenizer=model.tokenizer, dataset=dataset)
     dataset = DuplexS2SDataset.from_config(cfg, model.tokenizer, model.max_frames)
     for key, given, wanted in (

@@ -137,6 +137,8 @@ class BucketPlan:
     """-1: longer than every bucket that the settings name."""
     members: tuple[Members, ...] = ()
     """Of each bucket."""
+    filled: tuple[float, ...] | None = None
+    """Of each bucket of packed rows: the share of its LLM positions that is no padding."""
 
 
 def plan_buckets(
@@ -186,7 +188,10 @@ def describe(plan: BucketPlan, columns: Callable[[Shape], Mapping[str, str]]) ->
     """The plan as a small table, a line per bucket; `columns` adds columns for each shape."""
     rows: list[dict[str, str]] = []
     for i, (bucket, members) in enumerate(zip(plan.buckets, plan.members, strict=True)):
-        filled = members.filled / max(members.count * bucket.shape.tokens, 1)
+        if plan.filled is None:
+            filled = members.filled / max(members.count * bucket.shape.tokens, 1)
+        else:
+            filled = plan.filled[i]
         rows.append(
             {
                 "bucket": f"{i}",
@@ -224,11 +229,11 @@ def bucket_edges(
     if config.use_bucketing and least_padding:
         return least_padding_edges(measures, config.sample_rate, multiple, config.num_buckets)
     if config.use_bucketing:
-        return _equal_mass_edges(measures.length, config.num_buckets)
+        return equal_mass_edges(measures.length, config.num_buckets)
     return _survey_edges(measures, config, multiple)
 
 
-def _equal_mass_edges(length: np.ndarray, buckets: int) -> np.ndarray:
+def equal_mass_edges(length: np.ndarray, buckets: int) -> np.ndarray:
     """Edges that give every bucket about the same sum of lengths, by Lhotse's rule."""
     edges, mass, per_bucket = [], 0.0, length.sum() / buckets
     for n in np.sort(length):

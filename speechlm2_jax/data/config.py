@@ -217,6 +217,11 @@ class DataLoaderConfig(LoaderConfig):
     """Required by the keys that are token counts, as in NeMo; lengths always count tokens."""
     measure_total_length: bool = True
     """Whether the last turn belongs to the length."""
+    packed: bool = False
+    """Of training: several conversations in each row, one after another. `batch_size` counts
+    rows."""
+    packed_tokens: int | None = None
+    """LLM positions of a packed row; null: `max_tokens`, or those of a longer conversation."""
     # augmentation
     perturb_speed: bool = False
     """Adds each conversation at 0.9 and 1.1 times its speed: an epoch is three times as long."""
@@ -288,6 +293,7 @@ class DataLoaderConfig(LoaderConfig):
                     f"{name} counts tokens of conversations: set use_multimodal_sampling: true "
                     "with it"
                 )
+        self._check_packing()
         if isinstance(self.max_tpt, tuple) and not (
             self.has_2d_bins
             and self.bucketing_2d_strict_mode
@@ -295,6 +301,25 @@ class DataLoaderConfig(LoaderConfig):
         ):
             raise ValueError(
                 "max_tpt: a list needs 2-D bins in bucketing_2d_strict_mode, and one entry for each"
+            )
+
+    def _check_packing(self) -> None:
+        tokens = self.packed_tokens
+        if tokens is not None and (not self.packed or tokens < 1):
+            raise ValueError("packed_tokens must be positive, and goes with packed: true")
+        if tokens is not None and tokens > (self.batch_tokens or tokens):
+            raise ValueError(
+                f"packed_tokens: a row of {tokens} is more than batch_tokens ({self.batch_tokens})"
+            )
+        if self.packed and self.concatenate_samples:
+            raise ValueError(
+                "packed: concatenate_samples changes the lengths that rows are planned by; "
+                "use one of them"
+            )
+        if self.packed and self.bucket_batch_size is not None:
+            raise ValueError(
+                "packed: bucket_batch_size counts conversations; set batch_tokens, or batch_size "
+                "in rows"
             )
 
     @property

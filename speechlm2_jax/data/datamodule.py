@@ -291,6 +291,8 @@ class DataModule:
         warn_without_switch(config, where)
         if not is_train and getattr(config, "concatenate_samples", False):
             raise SettingsError(f"{where}.concatenate_samples: each conversation is scored alone")
+        if not is_train and getattr(config, "packed", False):
+            raise SettingsError(f"{where}.packed: each conversation is scored alone; remove it")
         has_index = is_large(config, where)
 
         def read(entry: InputConfig, config: Any) -> Sequence[Any]:

@@ -3,10 +3,13 @@
 import functools
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from speechlm2_jax.batches import HostBatch
+from speechlm2_jax.data.bucketing import Shape
 from speechlm2_jax.data.fused_plans import Fused
 from speechlm2_jax.data.fusion import assembling, joined_shape
 from speechlm2_jax.data.loader import BatchReader, Read
@@ -62,9 +65,22 @@ class FusedReader:
         first = readers[0]
         contents = assembling([reader.contents for reader in readers])
         batch = HostBatch(
-            arrays=contents.assemble(reading.examples, shape),
+            arrays=contents.assemble(reading.examples, shape, _joined_rows(planned, shapes)),
             ids=tuple(example.id for _, example in reading.usable),
             bucket=shape.name,
             share=len(first.groups_read(planned[0].plan)) / len(groups),
         )
         return batch, reading
+
+
+def _joined_rows(planned: Fused, shapes: Sequence[Shape]) -> list[list[int]] | None:
+    """The row of each conversation of joined batches; None if no set is packed."""
+    if all(part.plan.rows is None for part in planned):
+        return None
+    firsts = np.cumsum([0, *(shape.sequences for shape in shapes)]).tolist()
+    rows: list[list[int]] = [[] for _ in planned[0].plan.groups]
+    for part, first in zip(planned, firsts, strict=False):
+        own = part.plan.rows or [range(len(group)) for group in part.plan.groups]
+        for found, group in zip(rows, own, strict=True):
+            found += [first + row for row in group]
+    return rows

@@ -93,7 +93,7 @@ class BatchReader:
         own = self.groups_read(planned)
         reading = self.examples.read(planned, own, key)
         batch = HostBatch(
-            arrays=self.contents.assemble(reading.examples, bucket.shape),
+            arrays=self.contents.assemble(reading.examples, bucket.shape, planned.rows),
             ids=tuple(example.id for _, example in reading.usable),
             bucket=bucket.name,
             references=tuple(self.contents.reference(*pair) for pair in reading.usable)

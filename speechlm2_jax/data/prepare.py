@@ -5,7 +5,7 @@ SALM and duplex data implement two protocols, `DataKind` and `Contents`.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int, Real
 from speechlm2_jax.batches import FrameCount
 from speechlm2_jax.data.augmentation.augmentation import Augmentation, ExampleEffects
 from speechlm2_jax.data.bucketing import Measures, Members, Shape, describe, plan_buckets
-from speechlm2_jax.data.config import DataConfig, LoaderConfig
+from speechlm2_jax.data.config import DataConfig, DataLoaderConfig, LoaderConfig
 from speechlm2_jax.data.conversations import AnyConversation
 from speechlm2_jax.data.index.contents import IndexedRows
 from speechlm2_jax.data.index.order import Order
@@ -22,6 +22,7 @@ from speechlm2_jax.data.index.prepare import index_data_set
 from speechlm2_jax.data.index.windows import IN_ORDER_ROWS, WINDOW_ROWS, WindowSampler
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.outliers import find_outliers
+from speechlm2_jax.data.packing import PackedSampler, plan_packed
 from speechlm2_jax.data.sampler import Sampler
 from speechlm2_jax.data.sources import Source
 from speechlm2_jax.settings import SettingsError
@@ -61,8 +62,11 @@ class BatchContents(Protocol):
         """
         ...
 
-    def assemble(self, groups: Sequence[Sequence[Any]], shape: Any) -> Any:
-        """The arrays of groups of examples; None is an empty sequence."""
+    def assemble(self, groups: Sequence[Sequence[Any]], shape: Any, rows: Any = None) -> Any:
+        """The arrays of groups of examples; None is an empty sequence.
+
+        `rows` are those of each example, if several share one.
+        """
         ...
 
     def reference(self, index: int, example: Any) -> Any:
@@ -312,10 +316,14 @@ def _sampler(
     data_set: DataSet, contents: Contents, sizes: tuple[int, ...], groups: int, multiple: int
 ) -> Sampler:
     config, order = data_set.config, _ordering(data_set)
-    sums = config.sums_budget and config.budget is not None
-    return Sampler(
-        plan=plan_buckets(contents.measures, config, contents.shape, multiple),
-        measures=contents.measures,
+    measures, sums = contents.measures, config.sums_budget and config.budget is not None
+    if isinstance(config, DataLoaderConfig) and config.packed:
+        plan, kind, sums = plan_packed(measures, config, multiple), PackedSampler, False
+    else:
+        plan, kind = plan_buckets(measures, config, contents.shape, multiple), Sampler
+    sampler = kind(
+        plan=plan,
+        measures=measures,
         sizes=sizes,
         shares=order.shares,
         groups=groups,
@@ -324,11 +332,14 @@ def _sampler(
         by_bucket=order.by_bucket,
         drop_last=config.drop_last,
         budget=config.budget if sums else None,
-        costs=config.cost(contents.measures.length) if sums else None,
+        costs=config.cost(measures.length) if sums else None,
         endless=order.endless,
         shards=_shards(contents.conversations, sizes) if data_set.is_train else (),
         shard_seeds=order.shard_seeds,
     )
+    if isinstance(sampler, PackedSampler):
+        return replace(sampler, plan=replace(plan, filled=sampler.filled()))
+    return sampler
 
 
 def _shards(

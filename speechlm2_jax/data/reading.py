@@ -147,7 +147,9 @@ class ExampleReader:
         fitting = (
             candidate
             for candidate in self._candidates(planned.bucket, index, rng)
-            if candidate not in taken and clips(candidate) <= room
+            if candidate not in taken
+            and clips(candidate) <= room
+            and self.sampler.can_replace(candidate, index)
         )
         for candidate in itertools.islice(fitting, REPLACEMENTS):
             taken.add(candidate)

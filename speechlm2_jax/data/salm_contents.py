@@ -94,14 +94,18 @@ class SalmContents:
         return self.dataset.example(self.conversations[index], self.config.sample_rate, effects)
 
     def assemble(
-        self, groups: Sequence[Sequence[SalmExample | None]], shape: BatchShape
+        self,
+        groups: Sequence[Sequence[SalmExample | None]],
+        shape: BatchShape,
+        rows: Sequence[Sequence[int]] | None = None,
     ) -> SalmBatch:
-        """The arrays of groups of examples; None is an empty sequence."""
+        """The arrays of groups of examples; None is an empty sequence. `rows` packs them."""
         return assemble_salm_batch(
             groups,
             shape,
             frame_count=self.frame_count,
             placeholder_id=self.placeholder_id,
+            rows=rows,
         )
 
     def reference(self, index: int, example: SalmExample) -> "SalmReference":

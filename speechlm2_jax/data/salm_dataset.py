@@ -13,6 +13,7 @@ from speechlm2_jax.data.config import DataConfig, DataLoaderConfig
 from speechlm2_jax.data.conversations import DEFAULT_LOCATOR_TAG, Conversation
 from speechlm2_jax.data.cuts import warn_of_dialogs
 from speechlm2_jax.data.entry_readers import read_entry
+from speechlm2_jax.data.fusion import training_sets
 from speechlm2_jax.data.index.changed_rows import changed_rows
 from speechlm2_jax.data.index.contents import IndexedRows
 from speechlm2_jax.data.index.manifest import open_manifest
@@ -58,11 +59,17 @@ class SALMDataset:
         tokenizer: with the audio locator tag among its tokens.
         sample_rate: of the samples that `dataset[conversations]` gives; a DataModule uses its own.
         prompt_format: of data whose settings name none; None: the tokenizer's chat template.
+        packs: whether the model can train on several conversations in a row (`packed`).
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, sample_rate: int = 16000, prompt_format: str | None = None
+        self,
+        tokenizer: Tokenizer,
+        sample_rate: int = 16000,
+        prompt_format: str | None = None,
+        packs: bool = True,
     ) -> None:
+        self.packs = packs
         self.tokenizer = tokenizer
         self.sample_rate = sample_rate
         self.prompt_format = prompt_format
@@ -72,7 +79,13 @@ class SALMDataset:
     loader_config = DataLoaderConfig
 
     def check(self, config: DataConfig, where: str) -> None:
-        """Nothing in the `data` block can contradict a tokenizer."""
+        """Raises SettingsError for packed training data of a model that cannot take them."""
+        for values, place in training_sets(config.train_ds, f"{where}.train_ds").sets.values():
+            if values.get("packed") and not self.packs:
+                raise SettingsError(
+                    f"{place}.packed: this model scores whole rows, which hold one conversation "
+                    "each; it is for SALM"
+                )
 
     @staticmethod
     def read(entry: InputConfig, config: DataLoaderConfig) -> list[Conversation]:

@@ -7,6 +7,7 @@ stopped run resumes with exactly the next batch.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int, Real
@@ -23,6 +24,23 @@ class BatchPlan:
 
     bucket: int
     groups: tuple[tuple[int, ...], ...]
+    rows: tuple[tuple[int, ...], ...] | None = None
+    """The row of each conversation, where several share one (`packed`); None: each has its own."""
+
+
+class Filling(Protocol):
+    """A batch that may take more."""
+
+    indices: list[int]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it takes no more."""
+        ...
+
+    def planned(self) -> BatchPlan:
+        """The batch."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +90,10 @@ class Sampler:
     def clips_of(self, index: int) -> int:
         """Recordings of a conversation."""
         return int(self.measures.clips[index])
+
+    def can_replace(self, index: int, other: int) -> bool:
+        """Whether a conversation of the same bucket or a shorter one fits another's place."""
+        return True
 
     def batches_per_pass(self) -> tuple[int, bool]:
         """The batches of the first epoch, and whether that is an estimate."""
@@ -157,7 +179,7 @@ class Sampler:
                 yield batch.planned()
                 left = []
 
-    def in_order(self, order: np.ndarray) -> "tuple[list[BatchPlan], _Filling]":
+    def in_order(self, order: np.ndarray) -> "tuple[list[BatchPlan], Filling]":
         """Fills batches in the order given, each in the smallest bucket that holds all of it.
 
         The last one, which may not be full, is given as it is.
@@ -170,7 +192,7 @@ class Sampler:
                 batch.add(index)
         return batches, batch
 
-    def _rest(self, batch: "_Filling") -> list[BatchPlan]:
+    def _rest(self, batch: Filling) -> list[BatchPlan]:
         is_wanted = batch.indices and (batch.is_full or not self.drop_last)
         return [batch.planned()] if is_wanted else []
 

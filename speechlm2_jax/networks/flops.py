@@ -48,10 +48,9 @@ def salm_flops(
     audio: EncodedAudio,
 ) -> float:
     """Computes the FLOPs of one training step on `batch` (host arrays)."""
-    lengths = (batch.segments > 0).sum(axis=-1)
     groups = (
         *_perception(infos, audio),
-        *_llm(infos, lengths, float(batch.loss_mask.sum())),
+        *_llm(infos, segment_lengths(batch.segments), float(batch.loss_mask.sum())),
     )
     return _total(infos, trainable, groups)
 
@@ -166,6 +165,15 @@ def _total(
         total += 2 * group.tokens * (weights * passes + trained)
         total += 2 * group.attention * (1 + 2 * gradient_passes)
     return total
+
+
+def segment_lengths(segments: np.ndarray) -> np.ndarray:
+    """Positions of each conversation of a batch; a row may hold several ([..., T] to [N])."""
+    rows = segments.reshape(-1, segments.shape[-1]).astype(np.int64)
+    most = int(rows.max(initial=0)) + 1
+    numbers = rows + most * np.arange(len(rows))[:, None]
+    counts = np.bincount(numbers[rows > 0], minlength=1)
+    return counts[counts > 0]
 
 
 def _pairs(lengths: np.ndarray) -> float:

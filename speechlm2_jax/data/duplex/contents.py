@@ -132,9 +132,12 @@ class DuplexContents:
         return self.dataset.example(self.conversations[index], self.config.sample_rate, effects)
 
     def assemble(
-        self, groups: Sequence[Sequence[DuplexExample | None]], shape: DuplexShape
+        self,
+        groups: Sequence[Sequence[DuplexExample | None]],
+        shape: DuplexShape,
+        rows: None = None,
     ) -> DuplexBatch:
-        """The arrays of groups of examples; None is an empty sequence."""
+        """The arrays of groups of examples; None is an empty sequence. Nothing packs them."""
         return assemble_duplex_batch(groups, shape, pad_id=self.dataset.pad_id)
 
     def reference(self, index: int, example: DuplexExample) -> DuplexExample:

@@ -95,6 +95,10 @@ class WindowSampler:
         """Recordings of a row; 0 where no group can have too many."""
         return 0 if self.clips is None else int(self.clips[index])
 
+    def can_replace(self, index: int, other: int) -> bool:
+        """Whether a conversation of the same bucket or a shorter one fits another's place."""
+        return True
+
     @property
     def shard_seeds(self) -> tuple[int, ...]:
         """Of the order of the shards of each source."""
