@@ -47,5 +47,7 @@ def _parts(array: AnyArray) -> Iterator[np.ndarray]:
     elif array.is_fully_replicated:
         yield np.asarray(array.addressable_data(0))
     else:
-        for part in array if array.ndim > 2 else [array]:
+        # by index: an array of which this process holds a part cannot be iterated over
+        layers = [array] if array.ndim <= 2 else (array[n] for n in range(array.shape[0]))
+        for part in layers:
             yield np.asarray(multihost_utils.process_allgather(part, tiled=True))
