@@ -297,6 +297,12 @@ class InputConfig:
         return is_plain and not is_packed and bool(self.manifests)
 
     @property
+    def has_shards(self) -> bool:
+        """Whether its examples are such lines, and their recordings members of tars."""
+        is_plain = self.type in (DEFAULT_TYPE, *PLAIN_TYPES)
+        return is_plain and (self.shar_path is not None or self.tarred_audio_filepaths is not None)
+
+    @property
     def tarred(self) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
         """Manifests and the tars of their recordings: each a path, paths, or a pattern."""
         tars = self.tarred_audio_filepaths or ()

@@ -240,6 +240,7 @@ def _prepare_indexed(
             seed=order.seed,
             shuffle=config.shuffle,
             is_mixed=order.endless and len(found.sizes) > 1,
+            shards=found.shards if data_set.is_train else (),
             shard_seeds=order.shard_seeds,
             window_rows=WINDOW_ROWS if order.by_bucket else IN_ORDER_ROWS,
         ),

@@ -17,6 +17,7 @@ from speechlm2_jax.data.fusion import training_sets
 from speechlm2_jax.data.index.changed_rows import changed_rows
 from speechlm2_jax.data.index.contents import IndexedRows
 from speechlm2_jax.data.index.manifest import open_manifest
+from speechlm2_jax.data.index.packed import open_packed
 from speechlm2_jax.data.index.rows import RowReader, kind_of
 from speechlm2_jax.data.index.worker import PromptSettings
 from speechlm2_jax.data.input_config import InputConfig
@@ -97,16 +98,19 @@ class SALMDataset:
 
         Builds the indexes of the manifests where they are missing. Raises SettingsError.
         """
-        if not entry.has_plain_rows:
-            return None
         options = _options(entry, config)
-        paths = [local_file(path) for path in expand_shards(entry.manifests)]
-        kinds = [kind_of(path) for path in paths]
         prompts = PromptSettings(
             tokenizer=self.tokenizer,
             prompt_format=config.prompt_format or self.prompt_format,
             placeholder_id=placeholder_or_none({options.locator_tag}, self.tokenizer),
         )
+        if entry.has_shards:
+            shards = open_packed(entry, options, prompts)
+            return None if shards is None else IndexedRows(manifests=tuple(shards))
+        if not entry.has_plain_rows:
+            return None
+        paths = [local_file(path) for path in expand_shards(entry.manifests)]
+        kinds = [kind_of(path) for path in paths]
         readers = [
             RowReader(path, options, kind)
             for path, kind in zip(paths, kinds, strict=True)

@@ -5,13 +5,14 @@ bytes are. A recording that is not packed is read from the path in its manifest.
 Any other field is a file of JSON lines, one for each cut, whose values belong to the cuts.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from speechlm2_jax.data.conversations import AudioClip, Conversation
 from speechlm2_jax.data.cuts import (
@@ -88,24 +89,50 @@ class SharCut:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shard:
-    """A manifest of cuts, what is packed for each field, and the files of the other fields."""
+class SharShard:
+    """A manifest of cuts, the tar of each field, and the files of the other fields."""
 
     cuts: Path
-    packed: tuple[PackedRecordings, ...]
+    tars: tuple["SharTar", ...]
     values: Mapping[str, Path]
+
+    @functools.cached_property
+    def packed(self) -> tuple[PackedRecordings, ...]:
+        """What is packed for each field."""
+        return tuple(tar.recordings() for tar in self.tars)
+
+
+class SharTar(NamedTuple):
+    """The recordings of a field in one shard."""
+
+    path: Path | None
+    """None: there is no tar."""
+    absence: str = ""
+    """What to say of a recording that should be in it."""
+
+    def recordings(self) -> PackedRecordings:
+        """Where each is, by its name without suffix. Raises SettingsError for a damaged tar."""
+        if self.path is None:
+            return PackedRecordings(absence=self.absence)
+        members: dict[str, list[tuple[int, int]]] = {}
+        for member in tar_members(self.path):
+            name, _, suffix = member.name.rpartition(".")
+            if suffix not in _NO_AUDIO:
+                members.setdefault(name, []).append((member.start, member.size))
+        absence = f"{self.path}: not in this tar"
+        return PackedRecordings(absence=absence, tar=str(self.path), members=members)
 
 
 def read_shar(shar: SharPath | Path, options: ManifestOptions) -> Iterator[Conversation]:
     """Reads SHAR: one folder or several, or the files of each field (`cuts`, `recording`)."""
     cuts = (
-        LocatedCut(one.where, one.cut, partial(_clip, one, options.channel), one.shard)
+        LocatedCut(one.where, one.cut, partial(clip_of, one, options.channel), one.shard)
         for one in shar_cuts(shar, (RECORDING,))
     )
     yield from conversations_of_cuts(cuts, options, "SHAR")
 
 
-def _clip(one: SharCut, setting: int | None) -> AudioClip:
+def clip_of(one: SharCut, setting: int | None) -> AudioClip:
     """The recording of a cut, packed or in a file."""
     cut, recording = one.cut, getattr(one.cut, "recording", None)
     channel = setting if recording is None else channel_of_cut(cut, setting)
@@ -119,16 +146,19 @@ def shar_cuts(shar: SharPath | Path, fields: tuple[str, ...]) -> Iterator[SharCu
     Raises SettingsError for a folder that is no SHAR, for a listed file that is missing, and for a
     file of a field that does not go with its cuts.
     """
-    for number, shard in enumerate(_shards(shar, fields)):
-        seen: Counter[str] = Counter()
-        for where, cut in _with_values(shard, fields):
-            yield SharCut(
-                cut=cut, where=where, shard=number, packed=shard.packed, number=seen[cut.id]
-            )
-            seen[cut.id] += 1
+    for number, shard in enumerate(shar_shards(shar, fields)):
+        yield from cuts_of_shard(shard, fields, number)
 
 
-def _with_values(shard: _Shard, fields: tuple[str, ...]) -> Iterator[tuple[str, Cut]]:
+def cuts_of_shard(shard: SharShard, fields: tuple[str, ...], number: int) -> Iterator[SharCut]:
+    """The cuts of one shard, which has this number."""
+    seen: Counter[str] = Counter()
+    for where, cut in _with_values(shard, fields):
+        yield SharCut(cut=cut, where=where, shard=number, packed=shard.packed, number=seen[cut.id])
+        seen[cut.id] += 1
+
+
+def _with_values(shard: SharShard, fields: tuple[str, ...]) -> Iterator[tuple[str, Cut]]:
     """The cuts of a shard, each with the values of its fields, line by line."""
     cuts = read_cuts(shard.cuts, fields=fields)
     columns = {name: json_lines(path) for name, path in shard.values.items()}
@@ -157,7 +187,8 @@ def _set_value(cut: Cut, name: str, line: tuple[str, Any]) -> None:
             setattr(cut, name, row[name])
 
 
-def _shards(shar: SharPath | Path, fields: tuple[str, ...]) -> Iterator[_Shard]:
+def shar_shards(shar: SharPath | Path, fields: tuple[str, ...]) -> Iterator[SharShard]:
+    """The shards of SHAR, whose files are not read yet. Raises SettingsError as `shar_cuts`."""
     if isinstance(shar, Mapping):
         yield from _listed(shar, fields)
     elif isinstance(shar, tuple):
@@ -167,7 +198,7 @@ def _shards(shar: SharPath | Path, fields: tuple[str, ...]) -> Iterator[_Shard]:
         yield from _folder(shar, fields)
 
 
-def _folder(path: str | Path, fields: tuple[str, ...]) -> Iterator[_Shard]:
+def _folder(path: str | Path, fields: tuple[str, ...]) -> Iterator[SharShard]:
     """The shards of a folder: `cuts.000000.jsonl.gz` beside `recording.000000.tar`."""
     folder = local_folder(path)
     manifests = sorted(folder.glob("cuts.*jsonl.gz")) + sorted(folder.glob("cuts.*jsonl"))
@@ -183,9 +214,12 @@ def _folder(path: str | Path, fields: tuple[str, ...]) -> Iterator[_Shard]:
     for manifest in manifests:
         shard = manifest.name.removeprefix(CUTS).partition(".jsonl")[0]
         tars = [folder / f"{name}{shard}.tar" for name in fields]
-        yield _Shard(
+        yield SharShard(
             cuts=manifest,
-            packed=tuple(_packed(tar) if tar.is_file() else _missing(tar) for tar in tars),
+            tars=tuple(
+                SharTar(tar) if tar.is_file() else SharTar(None, f"{tar}: no such file")
+                for tar in tars
+            ),
             values={name: _column(folder, name, shard) for name in sorted(columns)},
         )
 
@@ -203,7 +237,7 @@ def _column(folder: Path, name: str, shard: str) -> Path:
     return found
 
 
-def _listed(shar: Mapping[str, Paths], fields: tuple[str, ...]) -> Iterator[_Shard]:
+def _listed(shar: Mapping[str, Paths], fields: tuple[str, ...]) -> Iterator[SharShard]:
     """The shards of fields that are listed file by file."""
     files = {name: expand_shards(paths) for name, paths in shar.items()}
     columns = [
@@ -218,28 +252,14 @@ def _listed(shar: Mapping[str, Paths], fields: tuple[str, ...]) -> Iterator[_Sha
                 "list one of each per shard"
             )
     for number, manifest in enumerate(files[CUTS]):
-        packed = (
-            _packed(local_file(files[name][number]))
+        tars = (
+            SharTar(local_file(files[name][number]))
             if name in files
-            else PackedRecordings(absence=f"shar_path: lists no {name}")
+            else SharTar(None, f"shar_path: lists no {name}")
             for name in fields
         )
-        yield _Shard(
+        yield SharShard(
             cuts=local_file(manifest),
-            packed=tuple(packed),
+            tars=tuple(tars),
             values={name: local_file(files[name][number]) for name in columns},
         )
-
-
-def _missing(tar: Path) -> PackedRecordings:
-    return PackedRecordings(absence=f"{tar}: no such file")
-
-
-def _packed(tar: Path) -> PackedRecordings:
-    """Where each recording of a tar is, by its name without suffix."""
-    members: dict[str, list[tuple[int, int]]] = {}
-    for member in tar_members(tar):
-        name, _, suffix = member.name.rpartition(".")
-        if suffix not in _NO_AUDIO:
-            members.setdefault(name, []).append((member.start, member.size))
-    return PackedRecordings(absence=f"{tar}: not in this tar", tar=str(tar), members=members)

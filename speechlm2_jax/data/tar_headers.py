@@ -9,8 +9,9 @@ import tarfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_BLOCK = tarfile.BLOCKSIZE
-_EMPTY = bytes(_BLOCK)
+BLOCK_BYTES = tarfile.BLOCKSIZE
+"""Members begin at multiples of it."""
+_EMPTY = bytes(BLOCK_BYTES)
 _FILES = b"0\0"
 _LONG_NAME, _PAX, _GLOBAL_PAX = b"L", b"x", b"g"
 _CHECKSUM = slice(148, 156)
@@ -36,9 +37,9 @@ def read_headers(descriptor: int) -> Iterator[TarMember]:
     place, named = 0, dict[str, str]()
     if not total:
         raise tarfile.ReadError("empty file")
-    while (block := os.pread(descriptor, _BLOCK, place)) and block != _EMPTY:
+    while (block := os.pread(descriptor, BLOCK_BYTES, place)) and block != _EMPTY:
         size, kind = _size(block, place), block[156:157]
-        start = place + _BLOCK
+        start = place + BLOCK_BYTES
         if kind in (_LONG_NAME, _PAX, _GLOBAL_PAX):
             if size > _LONGEST_EXTENSION:
                 raise tarfile.ReadError(f"a name of {size} bytes at byte {place}")
@@ -51,14 +52,23 @@ def read_headers(descriptor: int) -> Iterator[TarMember]:
             if kind in _FILES and kind and not is_sparse:
                 yield TarMember(named.get("path") or _name(block), start, size)
             named = {}
-        place = start + -(-size // _BLOCK) * _BLOCK
+        place = start + -(-size // BLOCK_BYTES) * BLOCK_BYTES
         if start + size > total:
             raise tarfile.ReadError("the file ends inside it")
 
 
+def size_of_member(descriptor: int, start: int) -> int:
+    """The size of the member that begins at a place, by the header before it.
+
+    Raises tarfile.ReadError where there is none.
+    """
+    place = start - BLOCK_BYTES
+    return _size(os.pread(descriptor, BLOCK_BYTES, place), place)
+
+
 def _size(block: bytes, place: int) -> int:
     """The size in a header whose checksum is right."""
-    if len(block) < _BLOCK:
+    if len(block) < BLOCK_BYTES:
         raise tarfile.ReadError("the file ends inside a header")
     try:
         written = int(block[_CHECKSUM].strip(b" \0") or b"0", 8)

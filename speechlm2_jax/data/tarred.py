@@ -71,9 +71,9 @@ def read_tarred(manifests: Paths, tars: Paths, options: ManifestOptions) -> Iter
     if "conversations" in _first(paths):
         yield from read_tarred_dialogs(manifests, tars, options)
         return
-    for shard in _shards(paths, expand_shards(tars)):
+    for shard in tar_shards(paths, expand_shards(tars)):
         check_has_speakers(str(shard.manifest), options)
-        rows = _in_tar_order(shard, skip_missing=options.skip_missing)
+        rows = in_tar_order(shard, skip_missing=options.skip_missing)
         yield from conversations_of_rows(rows, options)
 
 
@@ -133,7 +133,7 @@ def _is_skipped(row: Mapping[str, Any]) -> bool:
     return isinstance(custom, Mapping) and bool(custom.get("_skipme"))
 
 
-def _in_tar_order(shard: Shard, *, skip_missing: bool) -> Rows:
+def in_tar_order(shard: Shard, *, skip_missing: bool) -> Rows:
     """The rows of a shard in the order of its members; segments of one by their names."""
     recordings = TarRecordings(shard.tar)
     by_member: defaultdict[str, list[tuple[str, Row]]] = defaultdict(list)
@@ -211,23 +211,31 @@ class _Skipped:
             _log.warning("%s: %d %s are left out: %s", self._tar, self._count, self._what, names)
 
 
-def _shards(manifests: list[Path], tars: list[str]) -> Iterator[Shard]:
+def tar_shards(manifests: list[Path], tars: list[str]) -> Iterator[Shard]:
     """Tars with their rows, in the order of the shards' numbers."""
-    if len(manifests) == 1 and len(tars) == 1:
-        yield Shard(tars[0], manifests[0], list(json_lines(manifests[0])))
+    pairs = tars_of_manifests(manifests, tars)
+    if pairs is not None:
+        for path, tar in pairs:
+            yield Shard(tar, path, list(json_lines(path)))
         return
     by_number = _numbered(tars, _TAR_NUMBER, "audio_0.tar")
+    rows = _by_shard(manifests[0])
+    _check_numbers(by_number, rows, f"shard_id of rows in {manifests[0]}")
+    for number in sorted(by_number):
+        yield Shard(by_number[number], manifests[0], rows[number])
+
+
+def tars_of_manifests(manifests: list[Path], tars: list[str]) -> list[tuple[Path, str]] | None:
+    """Each manifest with its tar, in the order of the shards' numbers.
+
+    None for one manifest of several tars. Raises SettingsError for names that do not go together.
+    """
     if len(manifests) == 1:
-        rows = _by_shard(manifests[0])
-        _check_numbers(by_number, rows, f"shard_id of rows in {manifests[0]}")
-        for number in sorted(by_number):
-            yield Shard(by_number[number], manifests[0], rows[number])
-        return
+        return [(manifests[0], tars[0])] if len(tars) == 1 else None
+    by_number = _numbered(tars, _TAR_NUMBER, "audio_0.tar")
     paths = _numbered([str(path) for path in manifests], _MANIFEST_NUMBER, "manifest_0.json")
     _check_numbers(by_number, paths, "names of the manifests")
-    for number in sorted(by_number):
-        path = Path(paths[number])
-        yield Shard(by_number[number], path, list(json_lines(path)))
+    return [(Path(paths[number]), by_number[number]) for number in sorted(by_number)]
 
 
 def _numbered(paths: list[str], pattern: re.Pattern[str], example: str) -> dict[int, str]:

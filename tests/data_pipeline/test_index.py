@@ -12,7 +12,7 @@ import pytest
 from speechlm2_jax.data import DataModule, SALMDataset
 from speechlm2_jax.data.bucketing import Measures
 from speechlm2_jax.data.config import DataLoaderConfig
-from speechlm2_jax.data.index import build, row_count, texts, windows
+from speechlm2_jax.data.index import build, row_count, texts, windows, worker
 from speechlm2_jax.data.index.contents import IndexedContents
 from speechlm2_jax.settings import SettingsError
 from tests.data_pipeline.small_corpus import TAG, frames, read_rows, write_manifest
@@ -214,7 +214,7 @@ def test_an_index_is_built_once_and_again_when_its_manifest_or_its_tokens_change
         builds.append((job.with_rows, job.prompts is not None))
         return read_chunks(folder, job, size)
 
-    monkeypatch.setattr("speechlm2_jax.data.index.manifest.read_chunks", counted)
+    monkeypatch.setattr("speechlm2_jax.data.index.opening.read_chunks", counted)
     module_of(tokenizer, [entry(mixed)])
     folder = mixed.with_name("mixed.jsonl.index")
     assert builds == [(True, True)] and {p.name for p in folder.iterdir()} >= {"rows", "lock"}
@@ -259,7 +259,7 @@ def test_a_damaged_index_is_built_again(how, mixed, tokenizer, indexed, caplog):
 
 def test_a_build_that_is_stopped_goes_on_where_it_was(mixed, tokenizer, indexed, monkeypatch):
     monkeypatch.setattr(build, "CHUNK_BYTES", (600, 600))
-    read, stops = build.ChunkReader.read, [3]
+    read, stops = worker.ChunkReader.read, [3]
     starts = []
 
     def stopping(self, start, end):
@@ -268,7 +268,7 @@ def test_a_build_that_is_stopped_goes_on_where_it_was(mixed, tokenizer, indexed,
             raise KeyboardInterrupt
         return read(self, start, end)
 
-    monkeypatch.setattr(build.ChunkReader, "read", stopping)
+    monkeypatch.setattr(worker.ChunkReader, "read", stopping)
     with pytest.raises(KeyboardInterrupt):
         module_of(tokenizer, [entry(mixed)])
     stops[0] = -1

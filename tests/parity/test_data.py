@@ -386,7 +386,7 @@ def test_where_nemo_is_wrong_all_but_the_fault_is_equal(name):
 def test_estimated_bins_follow_lhotse():
     from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 
-    from speechlm2_jax.data.bucketing import _equal_mass_edges
+    from speechlm2_jax.data.bucketing import equal_mass_edges
 
     class Length:
         def measure_length(self, n):
@@ -394,7 +394,7 @@ def test_estimated_bins_follow_lhotse():
 
     lengths = np.random.default_rng(0).integers(20, 400, 500)
     theirs = estimate_duration_buckets(lengths, 7, Length())
-    np.testing.assert_array_equal(_equal_mass_edges(lengths, 7), theirs)
+    np.testing.assert_array_equal(equal_mass_edges(lengths, 7), theirs)
 
 
 def test_shar_gives_the_conversations_and_samples_of_nemo():

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from speechlm2_jax.data.index.storage import Columns
-from speechlm2_jax.data.index.worker import ChunkReader, Job, save_chunk
+from speechlm2_jax.data.index.worker import Job, reader_of, save_chunk
 from speechlm2_jax.settings import SettingsError
 
 CHUNK_BYTES = (1 << 21, 1 << 24)
@@ -71,7 +71,7 @@ def remove_chunks(folder: Path) -> None:
 def _done(job: Job, tasks: list[Task]) -> Iterator[Task]:
     """Does tasks, in processes of their own if that is worth it; yields each when it is done."""
     if sum(end - start for _, start, end in tasks) <= ALONE_BYTES:
-        reader = ChunkReader(job)
+        reader = reader_of(job)
         for path, start, end in tasks:
             save_chunk(path, reader.read(start, end))
             yield path, start, end

@@ -15,7 +15,8 @@ from speechlm2_jax.data.index.counting import BUCKET, CLIPS, ROW
 from speechlm2_jax.data.index.folders import digest, locked, prune, writable
 from speechlm2_jax.data.index.frame_table import FrameTable
 from speechlm2_jax.data.index.list_rows import ListRows
-from speechlm2_jax.data.index.manifest import VERSION
+from speechlm2_jax.data.index.opening import VERSION
+from speechlm2_jax.data.index.packed import PackedIndex
 from speechlm2_jax.data.index.salm_columns import SalmColumns, longest_samples
 from speechlm2_jax.data.index.storage import (
     ColumnError,
@@ -53,6 +54,8 @@ class Indexed:
     """Recordings of each conversation; None where no group of a bucket can have too many."""
     sizes: tuple[int, ...]
     """Conversations of each source."""
+    shards: tuple[tuple[int, ...], ...]
+    """Of each source, those of its shards whose order is drawn anew for each pass."""
     survey: Survey
 
     def examples(self, cause: str) -> list[str]:
@@ -122,8 +125,28 @@ def _planned(
         plan=BucketPlan(buckets=buckets, bucket_of=arrays[BUCKET], members=members),
         clips=arrays.get(CLIPS) if is_tight else None,
         sizes=tuple(sizes.tolist()),
+        shards=_shards(contents, found.sizes, of_source),
         survey=found,
     )
+
+
+def _shards(
+    contents: IndexedContents, sizes: Sequence[int], of_source: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """Of each source, the conversations of each of its shards, if their order is drawn."""
+    shards: list[list[int]] = [[] for _ in range(max(of_source, default=-1) + 1)]
+    row, begin = 0, 0
+    for part, size, source in zip(contents.parts, sizes, of_source, strict=True):
+        own = np.asarray([len(part)])
+        if isinstance(part, PackedIndex) and part.has_order:
+            own = part.shard_ends
+        if contents.row is None:
+            kept = own
+        else:
+            kept = np.searchsorted(contents.row[begin : begin + size], row + own, side="left")
+        shards[source] += [int(n) for n in np.diff(kept, prepend=0) if n]
+        row, begin = row + len(part), begin + size
+    return tuple(map(tuple, shards))
 
 
 def _parts(

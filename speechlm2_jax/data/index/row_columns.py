@@ -1,6 +1,6 @@
 """What an index keeps of each row: 32 bytes, and the durations of rows with several recordings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +20,17 @@ ROW_TYPES = {
     "flags": np.dtype("u1"),
 }
 """Place of a line in its file, seconds of all its recordings, and how many these are."""
+PACKED_TYPES = {
+    "offset": np.dtype("<u8"),
+    "member": np.dtype("<u4"),
+    "duration_s": np.dtype("<f8"),
+    "clips": np.dtype("<u2"),
+    "flags": np.dtype("u1"),
+}
+"""The same of a row whose recording is packed: the 512-byte block of its tar in place of the length
+of its line."""
+SHARD_TYPES = {"shard_rows": np.dtype("<u4")}
+"""Rows of each shard."""
 SEVERAL_TYPES = {"several": np.dtype("<u8"), "several_s": np.dtype("<f8")}
 """Of each recording in rows that have several: the row, and its duration."""
 PROMPT_TYPES = {
@@ -31,28 +42,29 @@ PROMPT_TYPES = {
 
 
 def row_columns(
-    places: Sequence[tuple[int, int]], conversations: Sequence[Conversation | None]
+    places: Sequence[tuple[int, int]],
+    conversations: Sequence[Conversation | None],
+    types: Mapping[str, np.dtype] = ROW_TYPES,
 ) -> dict[str, np.ndarray]:
-    """The columns of ROW_TYPES and SEVERAL_TYPES; rows of the latter count from 0.
+    """The columns of `types` and SEVERAL_TYPES; rows of the latter count from 0.
 
     Args:
-        places: offset and length in bytes of each line.
+        places: offset of each line, and its length (`PACKED_TYPES`: the member of its recording).
         conversations: of each line; None for one without.
+        types: those of rows.
     """
     clips = [() if one is None else one.clips for one in conversations]
     several = [(row, clip.duration_s) for row, of in enumerate(clips) if len(of) > 1 for clip in of]
-    offsets, lengths = zip(*places, strict=True) if places else ((), ())
-    values: dict[str, Sequence[float]] = {
-        "offset": offsets,
-        "length": lengths,
+    values: dict[str, Sequence[float]] = dict(zip(types, zip(*places, strict=True), strict=False))
+    values |= {
         "duration_s": [0.0 if one is None else one.audio_duration_s for one in conversations],
         "clips": list(map(len, clips)),
         "flags": [SKIPPED if one is None else 0 for one in conversations],
         "several": [row for row, _ in several],
         "several_s": [duration_s for _, duration_s in several],
     }
-    types = {**ROW_TYPES, **SEVERAL_TYPES}
-    return {name: np.asarray(column, types[name]) for name, column in values.items()}
+    types = {**types, **SEVERAL_TYPES}
+    return {name: np.asarray(values.get(name, ()), kind) for name, kind in types.items()}
 
 
 def prompt_columns(

@@ -8,7 +8,8 @@ from speechlm2_jax.data.augmentation.variants import unindexed
 from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.json_lines import is_gzip
-from speechlm2_jax.data.paths import expand_shards, local_file
+from speechlm2_jax.data.manifest_watch import manifest_files
+from speechlm2_jax.data.paths import local_file
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.settings import SettingsError
 
@@ -37,7 +38,8 @@ def is_large(config: LoaderConfig, where: str) -> bool:
 
     def count(entry: InputConfig, config: LoaderConfig) -> list[object]:
         nonlocal rows
-        paths = expand_shards(entry.manifests) if entry.has_plain_rows else []
+        has_rows = entry.has_plain_rows or entry.has_shards
+        paths = manifest_files(entry) if has_rows else ()
         for path in paths:
             if rows < LARGE_ROWS:
                 rows += rows_up_to(local_file(path), LARGE_ROWS - rows)

@@ -6,12 +6,14 @@ A process of its own imports nothing of the program that starts it, and shares n
 """
 
 import gc
+import itertools
 import json
 import os
 import pickle
 import struct
 import sys
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,8 +22,14 @@ from typing import BinaryIO
 import numpy as np
 
 from speechlm2_jax.data.conversations import Conversation
-from speechlm2_jax.data.index.row_columns import prompt_columns, row_columns
-from speechlm2_jax.data.index.rows import Line, RowReader, lines_of
+from speechlm2_jax.data.index.packed_rows import KINDS, PackedRow, PackedShard, member_number
+from speechlm2_jax.data.index.row_columns import (
+    PACKED_TYPES,
+    SHARD_TYPES,
+    prompt_columns,
+    row_columns,
+)
+from speechlm2_jax.data.index.rows import RowReader, lines_of
 from speechlm2_jax.data.index.texts import Text, open_text
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter, PromptLengths
@@ -52,6 +60,8 @@ class Job:
     """Of its rows (`rows.kind_of`)."""
     points: Path | None
     """Of a compressed manifest the folder of points that reading starts from."""
+    shards: tuple[PackedShard, ...] = ()
+    """Of packed recordings; none: of a manifest alone."""
     with_rows: bool
     """Whether places and durations are wanted."""
     prompts: PromptSettings | None
@@ -59,64 +69,119 @@ class Job:
 
 
 class ChunkReader:
-    """Reads stretches of the manifest of a job."""
+    """Reads stretches of what a job asks for.
+
+    Raises SettingsError if the prompt format does not suit the tokenizer.
+    """
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._rows = RowReader(job.manifest, job.options, job.kind)
-        self._text = open_text(job.manifest, job.points)
         prompts = job.prompts
         self._formatter = prompts and PromptFormatter(prompts.prompt_format, prompts.tokenizer)
 
     def read(self, start: int, end: int) -> dict[str, np.ndarray]:
-        """The columns of the lines that begin in a stretch of bytes, one file's after the other.
+        """The columns of the rows of a stretch, one chunk after the other.
 
         Raises SettingsError, naming the line, for one that cannot be read.
         """
-        begin, stop = _line_start(self._text, start), _line_start(self._text, end)
-        lines = lines_of(self._text.read(begin, stop - begin), begin)
         parts, first = list[dict[str, np.ndarray]](), 0
-        while chunk := list(islice(lines, _ROWS_AT_ONCE)):
-            columns = self._columns(chunk, begin, first)
+        for columns, rows in self._chunks(start, end):
             if "several" in columns:
                 columns["several"] += np.uint64(first)
             parts.append(columns)
-            first += len(chunk)
-        if not parts:
-            parts = [self._columns([], begin, 0)]
+            first += rows
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _chunks(self, start: int, end: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        """Columns of some rows at a time, and how many these are; at least one, maybe of none."""
+        raise NotImplementedError
+
+    def _prompt_columns(
+        self, conversations: Sequence[Conversation | None]
+    ) -> dict[str, np.ndarray]:
+        """The columns of their prompts, if they are wanted."""
+        if self._formatter is None or self._job.prompts is None:
+            return {}
+        present = [one for one in conversations if one is not None]
+        lengths = prompt_lengths(present, self._formatter, self._job.prompts.placeholder_id)
+        rest = iter(lengths)
+        return prompt_columns(
+            conversations, [None if one is None else next(rest) for one in conversations]
+        )
+
+
+class LinesReader(ChunkReader):
+    """Reads the lines of a manifest that begin in a stretch of its bytes."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self._rows = RowReader(job.manifest, job.options, job.kind)
+        self._text = open_text(job.manifest, job.points)
+
+    def _chunks(self, start: int, end: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        begin, stop = _line_start(self._text, start), _line_start(self._text, end)
+        lines, first = lines_of(self._text.read(begin, stop - begin), begin), 0
+        while (chunk := list(islice(lines, _ROWS_AT_ONCE))) or not first:
+            yield self._columns(chunk, begin, first), len(chunk)
+            first += len(chunk)
+            if not chunk:
+                return
 
     def _columns(
         self, chunk: list[tuple[int, bytes]], begin: int, first: int
     ) -> dict[str, np.ndarray]:
         try:
-            conversations, lengths = self._made(self._named(chunk, first + 1))
+            return self._columns_of(chunk, first + 1)
         except SettingsError:
             # the number of the line is worth reading the file up to it
-            before = _lines_before(self._text, begin)
-            conversations, lengths = self._made(self._named(chunk, before + first + 1))
-        columns: dict[str, np.ndarray] = {}
+            return self._columns_of(chunk, _lines_before(self._text, begin) + first + 1)
+
+    def _columns_of(self, chunk: list[tuple[int, bytes]], first: int) -> dict[str, np.ndarray]:
+        """The columns of lines of which the first has a number."""
+        name = self._job.manifest
+        lines = [(f"{name} line {n}", line) for n, (_, line) in enumerate(chunk, start=first)]
+        made = self._rows.conversations(lines, with_lengths=self._job.with_rows)
+        columns = self._prompt_columns(made)
         if self._job.with_rows:
-            places = [(offset, len(line)) for offset, line in chunk]
-            columns |= row_columns(places, conversations)
-        if self._job.prompts is not None:
-            columns |= prompt_columns(conversations, lengths)
+            columns |= row_columns([(offset, len(line)) for offset, line in chunk], made)
         return columns
 
-    def _named(self, chunk: list[tuple[int, bytes]], first: int) -> list[Line]:
-        name = self._job.manifest
-        return [(f"{name} line {n}", line) for n, (_, line) in enumerate(chunk, start=first)]
 
-    def _made(
-        self, lines: list[Line]
-    ) -> tuple[list[Conversation | None], list[PromptLengths | None]]:
-        made = self._rows.conversations(lines, with_lengths=self._job.with_rows)
-        if self._formatter is None or self._job.prompts is None:
-            return made, [None] * len(made)
-        present = [one for one in made if one is not None]
-        lengths = prompt_lengths(present, self._formatter, self._job.prompts.placeholder_id)
-        rest = iter(lengths)
-        return made, [None if one is None else next(rest) for one in made]
+class ShardsReader(ChunkReader):
+    """Reads the shards whose manifests begin in a stretch of the bytes of all."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self._rows = KINDS[job.kind](job.shards, job.options)
+        # one more, so that every shard has a place of its own
+        sizes = [os.path.getsize(shard.manifest) + 1 for shard in job.shards]
+        self._begins = list(itertools.accumulate(sizes, initial=0))[:-1]
+
+    def _chunks(self, start: int, end: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        first, after = bisect_left(self._begins, start), bisect_left(self._begins, end)
+        yield self._columns([]), 0
+        for number in range(first, after):
+            rows, count = self._rows.rows(number), 0
+            while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+                yield self._columns(chunk), len(chunk)
+                count += len(chunk)
+            yield self._columns([], [count]), 0
+
+    def _columns(
+        self, chunk: Sequence[PackedRow], shard_rows: Sequence[int] = ()
+    ) -> dict[str, np.ndarray]:
+        made = [row.conversation for row in chunk]
+        columns = self._prompt_columns(made)
+        if self._job.with_rows:
+            places = [(row.offset, member_number(row.conversation)) for row in chunk]
+            columns |= row_columns(places, made, PACKED_TYPES)
+            columns |= {name: np.asarray(shard_rows, kind) for name, kind in SHARD_TYPES.items()}
+        return columns
+
+
+def reader_of(job: Job) -> ChunkReader:
+    """What reads the stretches of a job."""
+    return ShardsReader(job) if job.shards else LinesReader(job)
 
 
 def prompt_lengths(
@@ -180,7 +245,7 @@ def main() -> None:
     job: Job = pickle.loads(source.read(size))  # noqa: S301 - by the parent process
     for path, start, end in _requests(source):
         try:
-            reader = reader or ChunkReader(job)
+            reader = reader or reader_of(job)
             save_chunk(path, reader.read(start, end))
             response: dict[str, str] = {}
         except SettingsError as error:

@@ -1,0 +1,139 @@
+"""The rows of shards with packed recordings, by their common index."""
+
+import functools
+import os
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.index.folders import digest, state_of_file
+from speechlm2_jax.data.index.opening import IndexSource, open_index
+from speechlm2_jax.data.index.packed_rows import KINDS, PackedRows, PackedShard, member_at
+from speechlm2_jax.data.index.row_columns import PACKED_TYPES, SEVERAL_TYPES, SHARD_TYPES
+from speechlm2_jax.data.index.worker import PromptSettings
+from speechlm2_jax.data.input_config import InputConfig
+from speechlm2_jax.data.json_lines import json_lines
+from speechlm2_jax.data.manifest_options import ManifestOptions
+from speechlm2_jax.data.paths import expand_shards, local_file
+from speechlm2_jax.data.shar import RECORDING, shar_shards
+from speechlm2_jax.data.tarred import tars_of_manifests
+from speechlm2_jax.settings import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedIndex:
+    """The rows of shards: columns in mapped memory, and each row as a conversation."""
+
+    rows: PackedRows
+    columns: Mapping[str, np.ndarray]
+    """Those of `packed_columns`."""
+    has_order: bool
+    """Whether the order of shards is drawn anew for each pass, as that of SHAR is."""
+    identity: str
+    """Changes with the shards, and with what their token counts depend on."""
+    folders: tuple[Path, ...]
+    """Where the index and what belongs to it may be."""
+
+    def __len__(self) -> int:
+        return len(self.columns["flags"])
+
+    @property
+    def token_equivalent_s(self) -> float | None:
+        """Seconds of audio that count as one token."""
+        return self.rows.options.token_equivalent_duration_s
+
+    @property
+    def locator_tags(self) -> frozenset[str]:
+        """The token that stands for a recording."""
+        return frozenset({self.rows.options.locator_tag})
+
+    @functools.cached_property
+    def shard_ends(self) -> Int[np.ndarray, " shards"]:
+        """The row after the last one of each shard."""
+        return np.cumsum(self.columns["shard_rows"], dtype=np.int64)
+
+    def conversation(self, row: int) -> Conversation:
+        """The conversation of a row, read from its manifest and the header of its recording."""
+        number = int(np.searchsorted(self.shard_ends, row, side="right"))
+        tar, offset = self.rows.shards[number].tar, int(self.columns["offset"][row])
+        try:
+            member = member_at(tar, int(self.columns["member"][row]))
+        except tarfile.TarError as error:
+            raise SettingsError(f"{tar}: {error}") from error
+        return self.rows.conversation(number, offset, member)
+
+
+def open_packed(
+    entry: InputConfig, options: ManifestOptions, prompts: PromptSettings
+) -> list[PackedIndex] | None:
+    """Opens the indexes of the shards of an entry, which are built first if need be.
+
+    None for what is no list of shards with recordings alone: dialogs in tars, one manifest of
+    several tars, and SHAR with more fields. Raises SettingsError.
+    """
+    found = _shards_of(entry)
+    if found is None:
+        return None
+    kind, sets = found
+    return [_open(kind, shards, options, prompts) for shards in sets]
+
+
+def _open(
+    kind: str, shards: tuple[PackedShard, ...], options: ManifestOptions, prompts: PromptSettings
+) -> PackedIndex:
+    source = IndexSource(
+        manifest=shards[0].manifest,
+        options=options,
+        kind=kind,
+        state=partial(_state, shards),
+        columns=(*PACKED_TYPES, *SEVERAL_TYPES, *SHARD_TYPES),
+        shards=shards,
+    )
+    opened = open_index(source, prompts)
+    return PackedIndex(
+        rows=KINDS[kind](shards, options),
+        columns=opened.columns,
+        has_order=kind == "shar",
+        identity=opened.identity,
+        folders=opened.folders,
+    )
+
+
+def _shards_of(entry: InputConfig) -> tuple[str, list[tuple[PackedShard, ...]]] | None:
+    """The kind of an entry's shards, and these, in the order in which they are read."""
+    if entry.shar_path is not None:
+        shards = list(shar_shards(entry.shar_path, (RECORDING,)))
+        if any(shard.values for shard in shards):
+            return None
+        pairs = [PackedShard(one.cuts, str(one.tars[0].path or "")) for one in shards]
+        return "shar", [tuple(pairs)]
+    sets: list[tuple[PackedShard, ...]] = []
+    for manifests, tars in entry.tarred:
+        paths = [local_file(path) for path in expand_shards(manifests)]
+        first = next((row for path in paths for _, row in json_lines(path)), {})
+        listed = tars_of_manifests(paths, expand_shards(tars))
+        if listed is None or "audio_filepath" not in first:
+            return None
+        sets.append(tuple(PackedShard(path, str(local_file(tar))) for path, tar in listed))
+    return "nemo_tarred", sets
+
+
+def _state(shards: Sequence[PackedShard]) -> dict[str, Any]:
+    """Sizes and times of all files of shards, and a sample of the first manifest."""
+    manifests = [os.stat(shard.manifest) for shard in shards]
+    tars = [os.stat(shard.tar) for shard in shards if shard.tar]
+    stamps = [[one.st_size, one.st_mtime_ns] for one in (*manifests, *tars)]
+    names = [[str(shard.manifest), shard.tar] for shard in shards]
+    return {
+        "bytes": sum(one.st_size + 1 for one in manifests),
+        "shards": len(shards),
+        "stamps": digest([names, stamps]),
+        "sample": state_of_file(shards[0].manifest)["sample"],
+    }

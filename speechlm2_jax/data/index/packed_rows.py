@@ -1,0 +1,218 @@
+"""Rows of shards, whose recordings are members of tars: NeMo's tarred data, and Lhotse SHAR."""
+
+import functools
+import gzip
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from speechlm2_jax.data.audio_location import AudioLocation
+from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.cuts import conversation_of_cut, cut_of_row
+from speechlm2_jax.data.headers import file_durations_s
+from speechlm2_jax.data.index.rows import lines_of
+from speechlm2_jax.data.json_lines import is_gzip, object_of_line
+from speechlm2_jax.data.manifest_options import ManifestOptions
+from speechlm2_jax.data.manifest_rows import (
+    ROWS_AT_ONCE,
+    ManifestRow,
+    NemoRow,
+    check_has_speakers,
+)
+from speechlm2_jax.data.manifest_values import located
+from speechlm2_jax.data.paths import Finder
+from speechlm2_jax.data.shar import (
+    RECORDING,
+    PackedRecordings,
+    SharCut,
+    SharShard,
+    SharTar,
+    clip_of,
+    cuts_of_shard,
+)
+from speechlm2_jax.data.tar_headers import BLOCK_BYTES, size_of_member
+from speechlm2_jax.data.tarred import Shard, in_tar_order
+from speechlm2_jax.settings import SettingsError
+
+_LINE_BYTES = 1 << 13
+_TEXTS_KEPT = 16
+"""Decompressed manifests of shards."""
+
+
+class PackedShard(NamedTuple):
+    """A manifest, and the tar of its recordings; empty where there is none."""
+
+    manifest: Path
+    tar: str
+
+
+class PackedRow(NamedTuple):
+    """A row of a shard."""
+
+    offset: int
+    """Of its line in the text of the manifest."""
+    conversation: Conversation
+
+
+class PackedRows(Protocol):
+    """Reads rows of shards: all of one, or one of them."""
+
+    @property
+    def shards(self) -> Sequence[PackedShard]:
+        """The shards, in order."""
+        ...
+
+    @property
+    def options(self) -> ManifestOptions:
+        """How rows become conversations."""
+        ...
+
+    def rows(self, number: int) -> Iterator[PackedRow]:
+        """Those of a shard, in the order of its recordings. Raises SettingsError."""
+        ...
+
+    def conversation(self, number: int, offset: int, member: AudioLocation | None) -> Conversation:
+        """The row at an offset, whose recording is a member of the tar. Raises SettingsError."""
+        ...
+
+
+class TarredRows:
+    """Rows of NeMo's tarred data: a manifest for each tar."""
+
+    def __init__(self, shards: Sequence[PackedShard], options: ManifestOptions) -> None:
+        self.shards, self.options = shards, options
+
+    def rows(self, number: int) -> Iterator[PackedRow]:
+        """Those of a shard, in the order of its tar."""
+        manifest, tar = self.shards[number]
+        check_has_speakers(str(manifest), self.options)
+        named = {f"{manifest} line {n}": line for n, line in enumerate(_lines(manifest), start=1)}
+        rows = [(where, object_of_line(where, line)) for where, (_, line) in named.items() if line]
+        made = in_tar_order(Shard(tar, manifest, rows), skip_missing=self.options.skip_missing)
+        while chunk := list(islice(made, ROWS_AT_ONCE)):
+            read: list[tuple[str, ManifestRow]] = []
+            for where, make in chunk:
+                with located(where):
+                    read.append((where, make()))
+            lengths = file_durations_s(file for _, row in read for file in row.unmeasured_files)
+            for where, row in read:
+                with located(where):
+                    conversation = row.conversation(lengths, self.options, where)
+                if conversation is not None:
+                    yield PackedRow(named[where][0], conversation)
+
+    def conversation(self, number: int, offset: int, member: AudioLocation | None) -> Conversation:
+        """The row at an offset."""
+        where = f"{self.shards[number].manifest} at byte {offset}"
+        row = object_of_line(where, _line_at(self.shards[number].manifest, offset))
+        with located(where):
+            if member is None:
+                raise SettingsError("has no member of the tar")
+            read = NemoRow(row, lambda _: member, is_packed=True)
+            return read.conversation(file_durations_s(read.unmeasured_files), self.options, where)
+
+
+class SharRows:
+    """Cuts of Lhotse SHAR."""
+
+    def __init__(self, shards: Sequence[PackedShard], options: ManifestOptions) -> None:
+        self.shards, self.options = shards, options
+
+    def rows(self, number: int) -> Iterator[PackedRow]:
+        """Those of a shard, in the order of its manifest."""
+        manifest, tar = self.shards[number]
+        places = {f"{manifest} line {n}": place for n, (place, _) in enumerate(_lines(manifest), 1)}
+        absence = f"{manifest}: no tar beside it"
+        shard = SharShard(
+            cuts=manifest, tars=(SharTar(Path(tar) if tar else None, absence),), values={}
+        )
+        for one in cuts_of_shard(shard, (RECORDING,), number):
+            yield PackedRow(places[one.where], self._conversation(one))
+
+    def conversation(self, number: int, offset: int, member: AudioLocation | None) -> Conversation:
+        """The cut at an offset."""
+        manifest, tar = self.shards[number]
+        where = f"{manifest} at byte {offset}"
+        row = object_of_line(where, _line_at(manifest, offset))
+        with located(where):
+            cut = cut_of_row(row, (), Finder(manifest))
+        packed = PackedRecordings(
+            absence=f"{tar}: not in this tar",
+            tar=tar,
+            members={cut.id: [member.byte_range]} if member and member.byte_range else {},
+        )
+        one = SharCut(cut=cut, where=where, shard=number, packed=(packed,), number=0)
+        return self._conversation(one)
+
+    def _conversation(self, one: SharCut) -> Conversation:
+        with located(one.where):
+            clip = clip_of(one, self.options.channel)
+            return conversation_of_cut(
+                one.cut, clip, self.options, where=one.where, shard=one.shard
+            )
+
+
+KINDS = {"nemo_tarred": TarredRows, "shar": SharRows}
+"""What reads shards of a kind."""
+
+
+def member_number(conversation: Conversation) -> int:
+    """The 512-byte block of a tar at which the recording of a row begins; 0: of no tar."""
+    for clip in conversation.clips:
+        if clip.byte_range is not None:
+            return clip.byte_range[0] // BLOCK_BYTES
+    return 0
+
+
+def member_at(tar: str, number: int) -> AudioLocation | None:
+    """The member of a tar that begins at a block; None for block 0.
+
+    Raises OSError or tarfile.ReadError if there is none.
+    """
+    if not number:
+        return None
+    with open(tar, "rb", buffering=0) as file:
+        start = number * BLOCK_BYTES
+        return AudioLocation(tar, (start, size_of_member(file.fileno(), start)))
+
+
+def _lines(manifest: Path) -> Iterator[tuple[int, bytes]]:
+    """The offset of each line in the text of a manifest, and the line; empty if it is blank."""
+    for offset, line in lines_of(_text(manifest), 0):
+        yield offset, line if line.removeprefix(b"\xef\xbb\xbf").strip() else b""
+
+
+def _text(manifest: Path) -> bytes:
+    try:
+        data = manifest.read_bytes()
+        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise SettingsError(f"{manifest}: damaged ({error})") from error
+
+
+_kept_text = functools.lru_cache(_TEXTS_KEPT)(_text)
+_is_gzip = functools.lru_cache(1 << 16)(is_gzip)
+
+
+def _line_at(manifest: Path, offset: int) -> bytes:
+    """The line that begins at an offset of a manifest's text."""
+    if _is_gzip(manifest):
+        text = _kept_text(manifest)
+        return text[offset : _end_of_line(text, offset)]
+    with open(manifest, "rb", buffering=0) as file:
+        line, size = b"", _LINE_BYTES
+        while block := os.pread(file.fileno(), size, offset + len(line)):
+            line += block
+            if (end := _end_of_line(line, 0)) < len(line):
+                return line[:end]
+            size *= 4
+    return line
+
+
+def _end_of_line(text: bytes, start: int) -> int:
+    """Where a line ends; the end of the text for one without an end."""
+    ends = [place for end in (b"\n", b"\r") if (place := text.find(end, start)) >= 0]
+    return min(ends, default=len(text))
