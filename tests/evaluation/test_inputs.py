@@ -160,9 +160,19 @@ def test_a_folder_without_audio_is_refused(tmp_path):
         read_inputs(str(tmp_path))
 
 
-def test_a_conversation_with_two_recordings_is_refused(tmp_path, wav):
+def test_the_recordings_of_a_conversation_follow_one_another(tmp_path, wav):
     wav("a.wav", 1.0)
     turn = {"type": "audio", "from": "User", "value": "a.wav", "duration": 1.0}
-    path = _write(tmp_path / "dialog.jsonl", [{"id": "two", "conversations": [turn, turn]}])
-    with pytest.raises(SettingsError, match="inputs: 'two' has 2 recordings"):
+    response = {"type": "text", "from": "Assistant", "value": "yes"}
+    rows = [{"id": "two", "conversations": [turn, turn, response]}]
+    (found,) = read_inputs(_write(tmp_path / "dialog.jsonl", rows), {"context": "Transcribe:"})
+    assert (found.id, found.text, found.duration_s) == ("two", "yes", 2.0)
+    assert [t.role for t in found.dialog.turns] == ["user"] * 3  # the context is the first
+    assert len(found.read(16_000)) == 32_000 and len(found.dialog.read(16_000)) == 2
+
+
+def test_a_conversation_without_a_turn_of_the_user_is_refused(tmp_path):
+    response = {"type": "text", "from": "Assistant", "value": "yes"}
+    path = _write(tmp_path / "dialog.jsonl", [{"id": "none", "conversations": [response]}])
+    with pytest.raises(SettingsError, match="no turn before the response"):
         read_inputs(path)

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.index.folders import digest, state_of_file
 from speechlm2_jax.data.index.opening import IndexSource, open_index
-from speechlm2_jax.data.index.packed_rows import KINDS, PackedRows, PackedShard, member_at
+from speechlm2_jax.data.index.packed_rows import KINDS, PackedShard, RowsOfTars, member_at
 from speechlm2_jax.data.index.row_columns import PACKED_TYPES, SEVERAL_TYPES, SHARD_TYPES
 from speechlm2_jax.data.index.worker import PromptSettings
 from speechlm2_jax.data.input_config import InputConfig
@@ -31,7 +31,7 @@ from speechlm2_jax.settings import SettingsError
 class PackedIndex:
     """The rows of shards: columns in mapped memory, and each row as a conversation."""
 
-    rows: PackedRows
+    rows: RowsOfTars
     columns: Mapping[str, np.ndarray]
     """Those of `packed_columns`."""
     has_order: bool

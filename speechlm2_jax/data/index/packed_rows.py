@@ -57,7 +57,7 @@ class PackedRow(NamedTuple):
     conversation: Conversation
 
 
-class PackedRows(Protocol):
+class RowsOfTars(Protocol):
     """Reads rows of shards: all of one, or one of them."""
 
     @property
