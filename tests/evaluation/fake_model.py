@@ -32,6 +32,7 @@ def _generated(lengths: Any, *, width: int) -> Any:
 class FakeModel:
     audio_locator_tag = "<|audio|>"
     sampling_rate = 16_000
+    prompt_formatter = None
     text_bos_id = None
     text_eos_id = EOS
     text_pad_id = PAD

@@ -5,6 +5,11 @@
 A process of its own imports nothing of the program that starts it, and shares no thread with it.
 """
 
+from speechlm2_jax.usage import print_help_if_asked
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    print_help_if_asked(__file__)
+
 import gc
 import itertools
 import json
