@@ -87,7 +87,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     """Factor of the embeddings."""
     scales_all_inputs: bool = False
-    """True: the factor applies to audio and text (Gemma, Gemma 2, Granite); False: text only."""
+    """True: the factor applies to audio and text (Granite); False: to text only (Gemma)."""
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     """Soft cap of logits, by tanh (Gemma 2)."""

@@ -75,8 +75,7 @@ def run(
     embeds = decoder.embed(ids)
     layers = decoder.layer_outputs(embeds, **place)
     last = decoder(embeds, **place)
-    scale = decoder.config.embedding_scale if decoder.config.scales_all_inputs else 1.0
-    return jnp.concatenate([embeds[None] * scale, layers[:-1], last[None]]), decoder.logits(last)
+    return jnp.concatenate([embeds[None], layers[:-1], last[None]]), decoder.logits(last)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

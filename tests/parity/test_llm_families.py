@@ -121,6 +121,25 @@ def test_logits_loss_and_all_gradients_equal_transformers(name: str) -> None:
         )
 
 
+SCALED = ["gemma", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma2", "granite"))]
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_audio_is_scaled_only_where_transformers_scales_it(name: str) -> None:
+    graphdef, variables, _ = load(name)
+    decoder: Decoder = merge(graphdef, variables)
+    embeds = np.random.default_rng(0).normal(size=(1, 9, decoder.config.width)).astype(np.float32)
+    hidden = decoder(
+        jnp.asarray(embeds),
+        positions=jnp.arange(9)[None],
+        segments=jnp.ones((1, 9), jnp.int32),
+        attention_mask=jnp.ones((1, 9), bool),
+    )
+    with torch.no_grad():
+        expected = tiny_model(name)(inputs_embeds=torch.from_numpy(embeds)).logits.numpy()
+    np.testing.assert_allclose(decoder.logits(hidden), expected, atol=ATOL, rtol=0)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_export_is_the_inverse_of_loading(name: str) -> None:
     _, variables, table = load(name)

@@ -5,7 +5,10 @@ from speechlm2_jax.llm.families.family import Family, Fields, attention_biases, 
 
 
 def gemma_common(a: Attributes, *, activation_key: str) -> Fields:
-    """Reads what all Gemmas have."""
+    """Reads what all Gemmas have.
+
+    Only text embeddings are scaled. Audio enters the layers as it is, as in transformers since 5.4.
+    """
     fields = common(
         a,
         activation="gelu_pytorch_tanh",
@@ -25,7 +28,7 @@ def read(a: Attributes) -> Fields:
     fields = gemma_common(a, activation_key="hidden_act")
     if fields["activation"] == "gelu":
         fields["activation"] = "gelu_pytorch_tanh"
-    return fields | {"rope": a.rope(head_width=fields["head_width"]), "scales_all_inputs": True}
+    return fields | {"rope": a.rope(head_width=fields["head_width"])}
 
 
 FAMILY = Family(

@@ -25,7 +25,6 @@ def read(a: Attributes) -> Fields:
         "attention_scale": a.number("query_pre_attn_scalar", 256.0, may_be_zero=False) ** -0.5,
         "attention_softcap": capping(a, "attn_logit_softcapping", 50.0),
         "logit_softcap": capping(a, "final_logit_softcapping", 30.0),
-        "scales_all_inputs": True,
     }
 
 

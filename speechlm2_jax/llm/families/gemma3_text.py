@@ -13,10 +13,7 @@ GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
 
 
 def read(a: Attributes) -> Fields:
-    """Reads config.json of a Gemma3ForCausalLM (model_type gemma3_text).
-
-    Only text embeddings are scaled: audio enters the layers as it is.
-    """
+    """Reads config.json of a Gemma3ForCausalLM (model_type gemma3_text)."""
     fields = gemma_common(a, activation_key="hidden_activation")
     every = a.size("sliding_window_pattern", 6)
     window = a.optional_size("sliding_window", 4096)
