@@ -52,7 +52,8 @@ SMOLLM2 = DecoderConfig(
     tied=True,
 )
 LAYOUTS: dict[str, Preset] = {
-    "micro": PRESETS["micro"],
+    # with a row for each token of the tokenizer
+    "micro": replace(PRESETS["micro"], llm=replace(PRESETS["micro"].llm, vocab_size=512)),
     "smollm2-135m": replace(PRESETS["tiny"], llm=SMOLLM2),
     "llama-500m": replace(
         PRESETS["tiny"],
