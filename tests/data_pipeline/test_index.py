@@ -374,3 +374,11 @@ def test_what_is_left_out_is_named_and_nothing_left_is_an_error(mixed, tokenizer
     assert "left out by max_duration: row" in caplog.text
     with pytest.raises(SettingsError, match="no conversation is left; left out: .*min_tokens"):
         module_of(tokenizer, [entry(mixed)], min_tokens=10_000)
+
+
+def test_a_damaged_manifest_is_told_where_it_is_read_and_not_where_rows_are_counted(tmp_path):
+    path = tmp_path / "m.jsonl.gz"
+    whole = gzip.compress(b"".join(b'{"row": %d}\n' % (n * 7919 % 1000) for n in range(500)))
+    path.write_bytes(whole[: len(whole) // 2])
+    config = DataLoaderConfig(manifest_filepath=str(path), batch_size=1)
+    assert not row_count.is_large(config, "train_ds")

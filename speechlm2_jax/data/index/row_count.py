@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import zlib
 from pathlib import Path
 
 from speechlm2_jax.data.augmentation.variants import unindexed
@@ -47,7 +48,7 @@ def is_large(config: LoaderConfig, where: str) -> bool:
 
     try:
         read_sources(config, where, count)
-    except (SettingsError, OSError):  # told when the manifests are read
+    except (SettingsError, OSError, EOFError, zlib.error):  # told when the manifests are read
         return False
     if rows >= LARGE_ROWS and (names := unindexed(config)):
         _log.warning(
