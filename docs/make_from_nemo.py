@@ -141,6 +141,15 @@ def model_sections() -> list[Section]:
             of="SALMAutomodel",
             note="With `model.use_nemo_automodel: true`.",
         ),
+        *perception_sections(),
+        Section(path="model.optimizer", classes=table("training.optimizer:OPTIMIZERS")),
+        Section(path="model.lr_scheduler", classes=table("training.schedules:SCHEDULES")),
+    ]
+
+
+def perception_sections() -> list[Section]:
+    """The blocks of `model.perception`."""
+    return [
         Section(
             path="model.perception",
             classes=one("perception.perception:PerceptionConfig"),
@@ -180,8 +189,6 @@ def model_sections() -> list[Section]:
             path="model.perception.spec_augment",
             classes=one("perception.spec_augment:SpecAugmentConfig"),
         ),
-        Section(path="model.optimizer", classes=table("training.optimizer:OPTIMIZERS")),
-        Section(path="model.lr_scheduler", classes=table("training.schedules:SCHEDULES")),
     ]
 
 

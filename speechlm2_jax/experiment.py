@@ -1,6 +1,5 @@
 """Composition root: the only module that imports every package."""
 
-import math
 import os
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -16,11 +15,12 @@ from speechlm2_jax import models, processes
 from speechlm2_jax.aot.chips import read_topology
 from speechlm2_jax.aot.programs import generation_report, training_report
 from speechlm2_jax.aot.report import Report
-from speechlm2_jax.batches import BatchShape, HostBatch, SalmExample
+from speechlm2_jax.aot.shapes import largest_shape
+from speechlm2_jax.batches import HostBatch, SalmExample
 from speechlm2_jax.checkpointing import step_folders
 from speechlm2_jax.console import phase
 from speechlm2_jax.conversion.errors import MissingWeightsError
-from speechlm2_jax.data.datamodule import TOKENS_MULTIPLE, DataModule, named_sets
+from speechlm2_jax.data.datamodule import DataModule, named_sets
 from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
 from speechlm2_jax.data.fusion import training_sets
 from speechlm2_jax.data.salm_dataset import SALMDataset
@@ -61,8 +61,6 @@ REQUIRED = ("model", "data")
 VALIDATION_MAX_NEW_TOKENS = 128
 FRAME_TOLERANCE = 0.01
 """Largest relative difference between sample rates of data and model."""
-LONGEST_TOKENS, LONGEST_S = 1024, 40.0
-"""Shape compiled ahead of time if `train_ds` sets no limits."""
 Model = SALM | DuplexS2SModel | CTCModel
 
 
@@ -180,7 +178,7 @@ class RunSettings:
         with trainer.config.matmul_precision():
             setup = Setup.of(model, trainer.config, trainer.strategy, devices=topology.devices)
             train = self.values["data"].get("train_ds") or {}
-            shape = _largest_shape(train, asked, model, setup)
+            shape = largest_shape(train, asked, model, setup)
             if asked.generates:
                 return generation_report(model, setup, topology, shape, asked.new_tokens)
             return training_report(model, setup, topology, shape)
@@ -230,25 +228,6 @@ def missing_weights(model: Model) -> list[str]:
     except MissingWeightsError as error:
         return [f"{error}; training would stop here"]
     return []
-
-
-def _largest_shape(
-    train: Mapping[str, Any], asked: CompileAhead, model: SALM, setup: Setup
-) -> BatchShape:
-    """The largest batch shape that `train_ds` allows, unless the command line sets one."""
-    bins = train.get("bucket_duration_bins") or [LONGEST_TOKENS]
-    tokens = asked.tokens or train.get("max_tokens") or bins[-1]
-    sizes = train.get("bucket_batch_size") or [train.get("batch_size")]
-    fitting = int(train.get("batch_tokens") or tokens) // tokens
-    rows = asked.rows or (fitting if train.get("batch_tokens") else sizes[-1]) or 1
-    seconds = asked.seconds or train.get("max_duration") or LONGEST_S
-    multiple = math.lcm(TOKENS_MULTIPLE, setup.sharding.length_multiple)
-    return BatchShape(
-        sequences=max(rows, 1),
-        tokens=-(-tokens // multiple) * multiple,
-        clips=max(rows, 1),
-        samples=round(seconds * model.sampling_rate),
-    )
 
 
 def check_start(settings: Mapping[str, Any]) -> None:

@@ -13,6 +13,8 @@ USUAL = 0.99
 """which is this quantile of the other rows."""
 FLOORS = {"seconds": 60.0, "tokens": 1000.0}
 """Lengths up to these never are: they harm nothing."""
+FAR = "_far_too_many"
+"""Behind the unit of a length: why such rows are left out."""
 _SET_ASIDE = 2
 """The longest rows, which the usual length must not come from; one of less than 8 rows."""
 

@@ -21,17 +21,13 @@ from speechlm2_jax.data.index.order import Order
 from speechlm2_jax.data.index.prepare import index_data_set
 from speechlm2_jax.data.index.windows import IN_ORDER_ROWS, WINDOW_ROWS, WindowSampler
 from speechlm2_jax.data.input_config import InputConfig
-from speechlm2_jax.data.outliers import find_outliers
+from speechlm2_jax.data.outliers import FAR, find_outliers
 from speechlm2_jax.data.packing import PackedSampler, plan_packed
+from speechlm2_jax.data.plan_report import report, warn_of_kept, warn_of_shares
 from speechlm2_jax.data.sampler import Sampler
 from speechlm2_jax.data.sources import Source
 from speechlm2_jax.settings import SettingsError
 
-IDS_IN_LOG = 10
-"""Conversations that the log names for each cause of leaving out."""
-
-_FAR = "_far_too_many"
-"""Suffix of the cause of an outlier in seconds or tokens."""
 _log = logging.getLogger(__name__)
 
 
@@ -197,13 +193,14 @@ def prepare(
     contents = dataset.contents(everything, config, frame_count, where)
     keep, dropped = kept(contents)
     dropped |= _outliers(data_set, contents, keep)
-    filtered = _counts(dropped)
+    filtered = {cause: len(ids) for cause, ids in dropped.items()}
     contents = contents.take(np.flatnonzero(keep))
     conversations = contents.conversations
     if not conversations:
         raise SettingsError(f"{where}: no conversation is left; left out: {filtered or 'none'}")
     sizes = _sizes(data_set, keep)
-    _warn_of_shares(data_set, sizes)
+    if data_set.is_train:
+        warn_of_shares(where, data_set.sources, sizes)
     sampler = _sampler(data_set, contents, sizes, groups, multiple)
     too_long = np.flatnonzero(sampler.plan.bucket_of < 0)
     if len(too_long):
@@ -216,7 +213,7 @@ def prepare(
     if validation_error is not None:
         raise SettingsError(f"{where}: {validation_error}")
     table = describe(sampler.plan, contents.columns)
-    _report(where, table, _counts(dropped), dropped)
+    report(where, table, {cause: len(ids) for cause, ids in dropped.items()}, dropped)
     return Prepared(contents=contents, sampler=sampler, filtered=filtered, config=config)
 
 
@@ -229,7 +226,8 @@ def _prepare_indexed(
     dropped = dict(found.survey.dropped)
     if not sum(found.sizes):
         raise SettingsError(f"{where}: no conversation is left; left out: {dropped or 'none'}")
-    _warn_of_shares(data_set, found.sizes)
+    if data_set.is_train:
+        warn_of_shares(where, data_set.sources, found.sizes)
     order = _ordering(data_set)
     sampler = WindowSampler(
         plan=found.plan,
@@ -251,9 +249,9 @@ def _prepare_indexed(
     )
     names = {cause: found.examples(cause) for cause in found.survey.examples}
     for cause in names.keys() - dropped.keys():
-        _warn_of_kept(where, names[cause])
+        warn_of_kept(where, names[cause])
     contents: Any = found.contents
-    _report(where, describe(found.plan, contents.columns), dropped, names)
+    report(where, describe(found.plan, contents.columns), dropped, names)
     return Prepared(contents=found.contents, sampler=sampler, filtered=dropped, config=config)
 
 
@@ -281,11 +279,11 @@ def _outliers(
     found = find_outliers(contents.lengths(), keep, contents.conversations)
     if data_set.config.keep_outliers:
         for rows in found.values():
-            _warn_of_kept(data_set.where, list(rows.values()))
+            warn_of_kept(data_set.where, list(rows.values()))
         return {}
     for rows in found.values():
         keep[list(rows)] = False
-    return {f"{unit}{_FAR}": list(rows.values()) for unit, rows in found.items()}
+    return {f"{unit}{FAR}": list(rows.values()) for unit, rows in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,21 +350,6 @@ def _shards(
     return tuple(tuple(np.unique(s, return_counts=True)[1].tolist()) for s in by_source)
 
 
-def _warn_of_shares(data_set: DataSet, sizes: Sequence[int]) -> None:
-    """Warns of sources without weights, with the share that each has of an epoch."""
-    if not data_set.is_train or len(sizes) < 2 or data_set.sources[0].share is not None:
-        return
-    named = zip((source.name for source in data_set.sources), sizes, strict=True)
-    shares = [f"{name} {size / sum(sizes):.1%}" for name, size in named]
-    _log.warning(
-        "%s.input_cfg: %d sources without weights have the shares of their conversations: %s; "
-        "NeMo gives them equal shares: for these set `weight: 1` on each entry",
-        data_set.where,
-        len(sizes),
-        _listed(shares),
-    )
-
-
 def _sizes(data_set: DataSet, keep: np.ndarray) -> tuple[int, ...]:
     ends = np.cumsum([len(source.conversations) for source in data_set.sources])
     return tuple(int(part.sum()) for part in np.split(keep, ends[:-1]))
@@ -386,29 +369,3 @@ def seed_of(config: LoaderConfig, where: str) -> int:
         )
     _log.info("%s.seed: %s would differ between hosts and runs; 0 is used", where, seed)
     return 0
-
-
-def _counts(dropped: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    return {cause: len(ids) for cause, ids in dropped.items()}
-
-
-def _warn_of_kept(where: str, rows: Sequence[str]) -> None:
-    _log.warning(
-        "%s: outliers in length, kept by keep_outliers, which enlarge every shape: %s",
-        where,
-        _listed(rows),
-    )
-
-
-def _report(
-    where: str, table: str, dropped: Mapping[str, int], names: Mapping[str, Sequence[str]]
-) -> None:
-    _log.info("%s: batch shapes per group\n%s", where, table)
-    for cause, count in dropped.items():
-        hint = "; keep_outliers: true keeps them" if cause.endswith(_FAR) else ""
-        ids = _listed(names[cause])
-        _log.warning("%s: %d left out by %s: %s%s", where, count, cause, ids, hint)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:IDS_IN_LOG]) + (", ..." if len(names) > IDS_IN_LOG else "")

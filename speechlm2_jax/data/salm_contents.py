@@ -3,45 +3,30 @@
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
-from speechlm2_jax.batches import (
-    BatchShape,
-    FrameCount,
-    SalmBatch,
-    SalmExample,
-    assemble_salm_batch,
-)
+from speechlm2_jax.batches import BatchShape, FrameCount
 from speechlm2_jax.data.bins import bin_of
 from speechlm2_jax.data.bucketing import Measures, Members, samples_unit
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.conversations import AudioTurn, Conversation
 from speechlm2_jax.data.prompts import OUTPUT_ROLE
+from speechlm2_jax.data.salm_examples import SalmExamples
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.settings import SettingsError
-
-if TYPE_CHECKING:
-    from speechlm2_jax.data.augmentation.augmentation import ExampleEffects
-    from speechlm2_jax.data.salm_dataset import SALMDataset, SalmReference
 
 CLIP_SPREAD = 2.0
 """Clips per group are planned for the mean plus so many standard deviations."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SalmContents:
+class SalmContents(SalmExamples):
     """Conversations with token ids (implements `prepare.Contents`)."""
 
-    dataset: "SALMDataset"
-    config: DataLoaderConfig
     conversations: Sequence[Conversation]
     measures: Measures
-    frame_count: FrameCount
-    placeholder_id: int
-    """Stands for a recording; -1, which no text has, where there is none."""
 
     def tests(self) -> dict[str, Callable[[int], bool]]:
         """By cause: whether settings let the conversation of an index pass."""
@@ -89,28 +74,8 @@ class SalmContents:
         """The id of a conversation, for messages."""
         return self.conversations[index].id
 
-    def example(self, index: int, effects: "ExampleEffects | None" = None) -> SalmExample:
-        """Reads a conversation's audio. Raises AudioError if any of it cannot be used."""
-        return self.dataset.example(self.conversations[index], self.config.sample_rate, effects)
-
-    def assemble(
-        self,
-        groups: Sequence[Sequence[SalmExample | None]],
-        shape: BatchShape,
-        rows: Sequence[Sequence[int]] | None = None,
-    ) -> SalmBatch:
-        """The arrays of groups of examples; None is an empty sequence. `rows` packs them."""
-        return assemble_salm_batch(
-            groups,
-            shape,
-            frame_count=self.frame_count,
-            placeholder_id=self.placeholder_id,
-            rows=rows,
-        )
-
-    def reference(self, index: int, example: SalmExample) -> "SalmReference":
-        """The prompt of a conversation, with its audio, and the reference response."""
-        return self.dataset.reference(self.conversations[index], example)
+    def _conversation(self, index: int) -> Conversation:
+        return self.conversations[index]
 
     def _placeholders(self, conversation: Conversation) -> int:
         assert conversation.prompt is not None

@@ -7,7 +7,7 @@ first token, `decode` chooses the others.
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -16,17 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32, Key
 
 from speechlm2_jax import sharding
 from speechlm2_jax.arrays import AnyArray, ArrayLike
 from speechlm2_jax.batches import (
-    BatchShape,
     SalmBatch,
     SalmExample,
     assemble_salm_batch,
-    full_batch,
 )
 from speechlm2_jax.generation import salm as loops
 from speechlm2_jax.generation.decoding import DecodingConfig, Prompts
@@ -36,7 +33,7 @@ from speechlm2_jax.inference.long_form import chunked
 from speechlm2_jax.inference.padding import prompt_shape
 from speechlm2_jax.inference.prompts import PromptContext, prompt_examples
 from speechlm2_jax.inference.prompts import Prompts as PromptsLike
-from speechlm2_jax.inference.request.generation_request import GenerationRequest, read_request
+from speechlm2_jax.inference.request.generation_request import GenerationRequest
 from speechlm2_jax.inference.text_stream import (
     PartialOutput,
     Piece,
@@ -45,7 +42,7 @@ from speechlm2_jax.inference.text_stream import (
     stream_pieces,
 )
 from speechlm2_jax.inference.transcripts import with_transcripts
-from speechlm2_jax.layers.module import VariableInfo, Variables, merge
+from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.layers.unstacked import Layered, merge_layers
 from speechlm2_jax.networks import salm as salm_network
 from speechlm2_jax.networks.salm import Salm, SalmModes
@@ -364,45 +361,3 @@ def generate_batch(
     state = prefill(graphdef, variables, embeds, batch, limits, None, *config)
     until = jnp.int32(decoding.max_new_tokens)
     return decode(graphdef, variables, state, until, *config)[1].ids
-
-
-def variable_layout(
-    infos: Mapping[str, VariableInfo], dtype: DTypeLike, placement: Sharding
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Dtype and sharding of every variable for inference.
-
-    Each has the dtype that it is computed in. Only training needs fp32 copies.
-    """
-    return {
-        path: jax.ShapeDtypeStruct(
-            info.shape,
-            info.computed_in(dtype),
-            sharding=placement.named(info.axes, info.shape),
-        )
-        for path, info in infos.items()
-    }
-
-
-def compile_ahead(engine: Engine, shape: BatchShape, max_new_tokens: int) -> Any:
-    """Compiles generation for `engine.placement`, whose devices need not exist on this machine.
-
-    Nothing runs, so `engine.variables` may be mere shapes (`variable_layout`). `shape` is the shape
-    of the prompts of one data-parallel shard. Returns the result of
-    `jax.jit(...).lower(...).compile()`.
-    """
-    placement = engine.placement
-    assert placement is not None
-    batch = full_batch(
-        shape,
-        placement.data_parallel_size,
-        frame_count=engine.frame_count,
-        placeholder_id=engine.audio_locator_tag_id,
-    )
-    arrays = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        *(batch, placement.batch(batch)),
-    )
-    limits = np.full(arrays.sequence_ids.shape, max_new_tokens, np.int32)
-    decoding = read_request(engine).fitting(limits)
-    lowered = generate_batch.lower(*engine.network, arrays, limits, decoding, placement)
-    return lowered.compile()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Int32, Key
+from jaxtyping import Array, Float, Int, Int32
 
 from speechlm2_jax import sharding
 from speechlm2_jax.arrays import ArrayLike
@@ -23,21 +23,18 @@ from speechlm2_jax.batches import (
 )
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.generation.duplex import (
-    DuplexOutput,
     DuplexSamplingConfig,
-    initial_state,
-    run_duplex,
 )
 from speechlm2_jax.generation.sampling import SamplingConfig
 from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.batching import check_batch, pad_lengths, pad_to_static_shape
+from speechlm2_jax.inference.duplex_programs import decode_codes, run_offline, silent_codes
 from speechlm2_jax.inference.padding import SAMPLE_UNIT, round_up
 from speechlm2_jax.layers.module import Variables, merge
-from speechlm2_jax.layers.unstacked import Layered, merge_layers
 from speechlm2_jax.models.asr import ASRModel
 from speechlm2_jax.models.base import SpeechModel
 from speechlm2_jax.networks import duplex as duplex_network
-from speechlm2_jax.networks.channels import TextIds, without_control
+from speechlm2_jax.networks.channels import TextIds
 from speechlm2_jax.networks.duplex import Duplex, DuplexModes
 from speechlm2_jax.networks.flops import duplex_flops
 from speechlm2_jax.perception.perception import PerceptionModes
@@ -49,8 +46,6 @@ from speechlm2_jax.sharding import Sharding
 
 FRAME_UNIT = 32
 """Unit of rounding for numbers of frames."""
-SILENT_FRAMES = 16
-"""Frames of silence such that the receptive field of the middle frame is silence only."""
 
 
 class Targets(NamedTuple):
@@ -324,68 +319,6 @@ class DuplexS2SSpeechDecoderModel(DuplexS2SModel):
     CONFIG = DuplexSpeechDecoderModelConfig
 
 
-@partial(jax.jit, static_argnames=("graphdef", "config", "placement"))
-def run_offline(
-    graphdef: nnx.GraphDef[Duplex],
-    variables: Layered,
-    audio: Float[Array, "B S"],
-    lengths: Int[Array, " B"],
-    config: DuplexSamplingConfig,
-    rng: Key[Array, ""] | None,
-    *,
-    placement: Sharding | None = None,
-) -> tuple[DuplexOutput, Int[Array, " B"]]:
-    """Generates the agent's tokens for whole recordings: (output, frames of each recording)."""
-    network: Duplex = merge_layers(graphdef, variables)
-    codebooks, pad = network.config.codebooks, network.config.text.pad
-    with sharding.use(placement):
-        encoder_output = duplex_network.encode_user(network, audio, lengths)
-        frames = encoder_output.frames
-        rngs = None if rng is None else _conversation_rngs(rng, len(audio))
-        state = initial_state(
-            network,
-            *frames.shape[:2],
-            pad=pad,
-            delay=codebooks.delay,
-            codebooks=codebooks.count,
-        )
-        lengths = encoder_output.lengths
-        return run_duplex(network, frames, lengths, state, config, pad=pad, rngs=rngs), lengths
-
-
-@partial(jax.jit, static_argnames=("graphdef", "placement"))
-def decode_codes(
-    graphdef: nnx.GraphDef[Duplex],
-    variables: Variables,
-    codes: Int[Array, "B T K"],
-    lengths: Int[Array, " B"],
-    silence: Int[Array, " K"],
-    longest: Int[Array, ""] | int,
-    *,
-    placement: Sharding | None = None,
-) -> tuple[Float[Array, "B A"], Int[Array, " B"]]:
-    """Decodes the agent's audio; control codes become silence.
-
-    With `nemo_exact` every conversation is padded to `longest` frames, as in NeMo.
-    """
-    network: Duplex = merge(graphdef, variables)
-    with sharding.use(placement):
-        config = network.config
-        codes = without_control(codes, silence, config.codebooks, nemo_exact=config.nemo_exact)
-        extent = jnp.asarray(longest) if config.nemo_exact else None
-        decoded = network.codec.decode(codes, lengths, nemo_exact=config.nemo_exact, extent=extent)
-        return decoded.audio, decoded.lengths
-
-
-@partial(jax.jit, static_argnames=("graphdef",))
-def silent_codes(graphdef: nnx.GraphDef[Duplex], variables: Variables) -> Int[Array, " K"]:
-    """The codec's codes of silence."""
-    network: Duplex = merge(graphdef, variables)
-    samples = SILENT_FRAMES * network.config.codec.samples_per_frame
-    silence = jnp.zeros((1, samples), jnp.float32)
-    return network.codec.encode(silence, jnp.array([samples])).codes[0, SILENT_FRAMES // 2]
-
-
 @partial(jax.jit, static_argnames=("graphdef",))
 def _targets(
     graphdef: nnx.GraphDef[Duplex], variables: Variables, batch: DuplexBatch[jax.Array]
@@ -405,7 +338,3 @@ def _logits(
     hidden = stages.hidden_states(network, embeds)
     audio = network.audio_hidden(hidden, codes, DuplexModes(), None)
     return network.llm.logits(hidden), network.audio_logits(audio)
-
-
-def _conversation_rngs(rng: Key[Array, ""], batch: int) -> Key[Array, " B"]:
-    return jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch))

@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from speechlm2_jax.data.paths import local_file
+from speechlm2_jax.settings import SettingsError
+
 _log = logging.getLogger(__name__)
 
 Interval = tuple[float, float]
@@ -126,6 +129,11 @@ class AugmentationConfig:
             if not low <= high:
                 raise ValueError(f"{name} must be [low, high], got {[low, high]}")
         _check_sound(self)
+        if self.rir_enabled and self.rir_path is not None:
+            try:
+                local_file(self.rir_path)
+            except SettingsError as error:
+                raise ValueError(f"rir_path: {error}") from error
 
 
 _PROBABILITIES = (

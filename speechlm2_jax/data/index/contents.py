@@ -4,29 +4,19 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, overload
+from typing import Protocol, overload
 
 import numpy as np
 from jaxtyping import Int
 
-from speechlm2_jax.batches import (
-    BatchShape,
-    FrameCount,
-    SalmBatch,
-    SalmExample,
-    assemble_salm_batch,
-)
+from speechlm2_jax.batches import BatchShape
 from speechlm2_jax.data.audio import AudioError
-from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.index.salm_columns import Rows
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.data.salm_contents import salm_columns
+from speechlm2_jax.data.salm_examples import SalmExamples
 from speechlm2_jax.settings import SettingsError
-
-if TYPE_CHECKING:
-    from speechlm2_jax.data.augmentation.augmentation import ExampleEffects
-    from speechlm2_jax.data.salm_dataset import SALMDataset, SalmReference
 
 KEPT_IN_MEMORY = 2048
 """Conversations that were read last."""
@@ -78,18 +68,13 @@ class IndexedRows(Sequence[Conversation]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexedContents:
+class IndexedContents(SalmExamples):
     """What is kept of all rows, as conversations with token ids (as `SalmContents`)."""
 
-    dataset: "SALMDataset"
-    config: DataLoaderConfig
     formatter: PromptFormatter
     parts: tuple[Part, ...]
     fields: tuple[Mapping[str, object], ...]
     """More fields of the conversations of each part."""
-    frame_count: FrameCount
-    placeholder_id: int
-    """Stands for a recording; -1, which no text has, where there is none."""
     row: Int[np.ndarray, " N"] | None
     """The row of each conversation, counted over all parts; None: every row is one."""
     count: int
@@ -109,28 +94,8 @@ class IndexedContents:
         """A conversation with its token ids. Raises AudioError if its row has changed."""
         return self._read(index)
 
-    def example(self, index: int, effects: "ExampleEffects | None" = None) -> SalmExample:
-        """Reads a conversation's audio. Raises AudioError if any of it cannot be used."""
-        return self.dataset.example(self[index], self.config.sample_rate, effects)
-
-    def assemble(
-        self,
-        groups: Sequence[Sequence[SalmExample | None]],
-        shape: BatchShape,
-        rows: Sequence[Sequence[int]] | None = None,
-    ) -> SalmBatch:
-        """The arrays of groups of examples; None is an empty sequence. `rows` packs them."""
-        return assemble_salm_batch(
-            groups,
-            shape,
-            frame_count=self.frame_count,
-            placeholder_id=self.placeholder_id,
-            rows=rows,
-        )
-
-    def reference(self, index: int, example: SalmExample) -> "SalmReference":
-        """The prompt of a conversation, with its audio, and the reference response."""
-        return self.dataset.reference(self[index], example)
+    def _conversation(self, index: int) -> Conversation:
+        return self[index]
 
     def columns(self, shape: BatchShape) -> dict[str, str]:
         """Clips, and seconds of the longest."""

@@ -12,11 +12,11 @@ from speechlm2_jax.data.bucketing import Measures, Members, rows_of
 from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.index.salm_columns import CAUSES, KEPT, LengthsOfRows
 from speechlm2_jax.data.index.storage import ColumnWriter
-from speechlm2_jax.data.outliers import FACTOR, FLOORS
+from speechlm2_jax.data.outliers import FACTOR, FAR, FLOORS
 
 NAMED = 11
 """Rows that are remembered of each cause: one more than the log names."""
-LONGER, FAR = "longer_than_buckets", "_far_too_many"
+LONGER = "longer_than_buckets"
 BUCKET, ROW, CLIPS = "bucket", "row", "clips"
 _BLOCK_ROWS = 1 << 20
 _SUMS, _MOST = 4, 4

@@ -1,49 +1,34 @@
 """The rows of one manifest of JSON lines, by its index."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.index.folders import state_of_file
+from speechlm2_jax.data.index.mapped_rows import MappedRows
 from speechlm2_jax.data.index.opening import IndexSource, open_index
 from speechlm2_jax.data.index.row_columns import ROW_TYPES, SEVERAL_TYPES
 from speechlm2_jax.data.index.rows import RowReader
 from speechlm2_jax.data.index.texts import Text, open_text
 from speechlm2_jax.data.index.worker import PromptSettings
 from speechlm2_jax.data.json_lines import is_gzip
+from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.settings import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)
-class ManifestIndex:
+class ManifestIndex(MappedRows):
     """The rows of a manifest: columns in mapped memory, and each row as a conversation."""
 
     manifest: Path
     reader: RowReader
     text: Text
-    columns: Mapping[str, np.ndarray]
-    """Those of `row_columns`."""
-    identity: str
-    """Changes with the manifest, and with what its token counts depend on."""
-    folders: tuple[Path, ...]
-    """Where the index and what belongs to it may be."""
-
-    def __len__(self) -> int:
-        return len(self.columns["flags"])
 
     @property
-    def token_equivalent_s(self) -> float | None:
-        """Seconds of audio that count as one token."""
-        return self.reader.options.token_equivalent_duration_s
-
-    @property
-    def locator_tags(self) -> frozenset[str]:
-        """The token that stands for a recording."""
-        return frozenset({self.reader.options.locator_tag})
+    def options(self) -> ManifestOptions:
+        """How rows become conversations."""
+        return self.reader.options
 
     def conversation(self, row: int) -> Conversation:
         """The conversation of a row that is not skipped, read from the manifest."""

@@ -3,10 +3,9 @@
 import functools
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from jaxtyping import Int
 
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.index.folders import digest, state_of_file
+from speechlm2_jax.data.index.mapped_rows import MappedRows
 from speechlm2_jax.data.index.opening import IndexSource, open_index
 from speechlm2_jax.data.index.packed_rows import KINDS, PackedShard, RowsOfTars, member_at
 from speechlm2_jax.data.index.row_columns import PACKED_TYPES, SEVERAL_TYPES, SHARD_TYPES
@@ -28,31 +28,17 @@ from speechlm2_jax.settings import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedIndex:
+class PackedIndex(MappedRows):
     """The rows of shards: columns in mapped memory, and each row as a conversation."""
 
     rows: RowsOfTars
-    columns: Mapping[str, np.ndarray]
-    """Those of `packed_columns`."""
     has_order: bool
     """Whether the order of shards is drawn anew for each pass, as that of SHAR is."""
-    identity: str
-    """Changes with the shards, and with what their token counts depend on."""
-    folders: tuple[Path, ...]
-    """Where the index and what belongs to it may be."""
-
-    def __len__(self) -> int:
-        return len(self.columns["flags"])
 
     @property
-    def token_equivalent_s(self) -> float | None:
-        """Seconds of audio that count as one token."""
-        return self.rows.options.token_equivalent_duration_s
-
-    @property
-    def locator_tags(self) -> frozenset[str]:
-        """The token that stands for a recording."""
-        return frozenset({self.rows.options.locator_tag})
+    def options(self) -> ManifestOptions:
+        """How rows become conversations."""
+        return self.rows.options
 
     @functools.cached_property
     def shard_ends(self) -> Int[np.ndarray, " shards"]:

@@ -5,7 +5,6 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -16,12 +15,7 @@ from speechlm2_jax.data.headers import file_durations_s
 from speechlm2_jax.data.index.rows import lines_of
 from speechlm2_jax.data.json_lines import is_gzip, object_of_line
 from speechlm2_jax.data.manifest_options import ManifestOptions
-from speechlm2_jax.data.manifest_rows import (
-    ROWS_AT_ONCE,
-    ManifestRow,
-    NemoRow,
-    check_has_speakers,
-)
+from speechlm2_jax.data.manifest_rows import NemoRow, check_has_speakers, conversations_of_rows
 from speechlm2_jax.data.manifest_values import located
 from speechlm2_jax.data.paths import Finder
 from speechlm2_jax.data.shar import (
@@ -92,17 +86,8 @@ class TarredRows:
         named = {f"{manifest} line {n}": line for n, line in enumerate(_lines(manifest), start=1)}
         rows = [(where, object_of_line(where, line)) for where, (_, line) in named.items() if line]
         made = in_tar_order(Shard(tar, manifest, rows), skip_missing=self.options.skip_missing)
-        while chunk := list(islice(made, ROWS_AT_ONCE)):
-            read: list[tuple[str, ManifestRow]] = []
-            for where, make in chunk:
-                with located(where):
-                    read.append((where, make()))
-            lengths = file_durations_s(file for _, row in read for file in row.unmeasured_files)
-            for where, row in read:
-                with located(where):
-                    conversation = row.conversation(lengths, self.options, where)
-                if conversation is not None:
-                    yield PackedRow(named[where][0], conversation)
+        for conversation in conversations_of_rows(made, self.options):
+            yield PackedRow(named[conversation.where][0], conversation)
 
     def conversation(self, number: int, offset: int, member: AudioLocation | None) -> Conversation:
         """The row at an offset."""

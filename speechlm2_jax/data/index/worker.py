@@ -10,6 +10,7 @@ from speechlm2_jax.usage import print_help_if_asked
 if __name__ == "__main__":  # before the imports below, which are slow
     print_help_if_asked(__file__)
 
+import abc
 import gc
 import itertools
 import json
@@ -73,7 +74,7 @@ class Job:
     """Whether token counts are."""
 
 
-class ChunkReader:
+class ChunkReader(abc.ABC):
     """Reads stretches of what a job asks for.
 
     Raises SettingsError if the prompt format does not suit the tokenizer.
@@ -97,9 +98,10 @@ class ChunkReader:
             first += rows
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
+    @abc.abstractmethod
     def _chunks(self, start: int, end: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
         """Columns of some rows at a time, and how many these are; at least one, maybe of none."""
-        raise NotImplementedError
+        ...
 
     def _prompt_columns(
         self, conversations: Sequence[Conversation | None]
