@@ -82,6 +82,7 @@ def test_splash_attention_compiles_and_sequence_parallel_sums_are_scattered():
 
 
 @needs_libtpu
+@pytest.mark.slow  # half a minute of compilation
 def test_the_bundled_model_is_priced():
     out = run(
         "train.py",
