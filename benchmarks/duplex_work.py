@@ -18,9 +18,9 @@ from speechlm2_jax.batches import (
     assemble_duplex_batch,
 )
 from speechlm2_jax.models import DuplexS2SModel
+from speechlm2_jax.strategies import DDPStrategy
 from speechlm2_jax.training.run.preparation import Setup
 from speechlm2_jax.training.state import first_state, put
-from speechlm2_jax.training.strategies import DDPStrategy
 from speechlm2_jax.training.trainer_config import TrainerConfig
 
 FRAME_S = 0.08

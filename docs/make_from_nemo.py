@@ -198,7 +198,7 @@ def trainer_sections() -> list[Section]:
         Section(path="trainer", classes=one("training.trainer_config:TrainerConfig")),
         Section(
             path="trainer.strategy",
-            classes=table("training.strategies:STRATEGIES"),
+            classes=table("strategies:STRATEGIES"),
             note="Or a name: auto, ddp, ddp_find_unused_parameters_true, fsdp.",
         ),
     ]

@@ -43,14 +43,14 @@ from speechlm2_jax.settings import (
     raise_all,
     require_complete,
 )
+from speechlm2_jax.settings.targets import selected_problems
+from speechlm2_jax.strategies import STRATEGIES
 from speechlm2_jax.training.exp_manager import ExpManagerConfig
 from speechlm2_jax.training.optimizer import OPTIMIZERS
 from speechlm2_jax.training.protocol import HostMetric, Sample, Scored, Scoring
-from speechlm2_jax.training.registry import selected_problems
 from speechlm2_jax.training.run.disk_errors import DiskError
 from speechlm2_jax.training.run.preparation import Setup
 from speechlm2_jax.training.schedules import SCHEDULES
-from speechlm2_jax.training.strategies import STRATEGIES
 from speechlm2_jax.training.trainer import FitResult, Trainer, exp_manager
 from speechlm2_jax.training.trainer_config import TrainerConfig
 

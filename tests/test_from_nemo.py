@@ -14,9 +14,9 @@ import yaml
 
 from speechlm2_jax import experiment, settings
 from speechlm2_jax.evaluation.config import EvalConfig
+from speechlm2_jax.strategies import read_strategy
 from speechlm2_jax.training.optimizer import read_optimizer
 from speechlm2_jax.training.schedules import make_schedule
-from speechlm2_jax.training.strategies import read_strategy
 
 ROOT = Path(__file__).parents[1]
 FACTS = ROOT / "tests" / "data" / "from_nemo"

@@ -17,8 +17,8 @@ from jaxtyping import PyTree
 
 from speechlm2_jax.arrays import Scalar
 from speechlm2_jax.settings import Refusal, SettingsError
+from speechlm2_jax.settings.targets import select
 from speechlm2_jax.training.protocol import Variables
-from speechlm2_jax.training.registry import select
 
 if TYPE_CHECKING:
     from optax import OptState

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from speechlm2_jax.settings import Refusal, SettingsError
-from speechlm2_jax.training.registry import select
+from speechlm2_jax.settings.targets import select
 
 Schedule = Callable[[int], float]
 """Optimizer step from 0 -> learning rate."""

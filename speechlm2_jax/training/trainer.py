@@ -13,6 +13,15 @@ from speechlm2_jax.checkpointing import CHECKPOINTS, Restored, read_ranking, ste
 from speechlm2_jax.compilation_cache import keep_compiled_programs
 from speechlm2_jax.console import ProgressBar
 from speechlm2_jax.settings import build, to_plain
+from speechlm2_jax.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    build_mesh,
+    check_heads,
+    read_strategy,
+)
 from speechlm2_jax.training.exp_manager import ExpManagerConfig
 from speechlm2_jax.training.loop import FitLoop, NonFiniteRun, finished_reason
 from speechlm2_jax.training.optimizer import read_optimizer
@@ -45,15 +54,6 @@ from speechlm2_jax.training.run.summary import describe_run
 from speechlm2_jax.training.run.throughput import Throughput
 from speechlm2_jax.training.schedules import make_schedule
 from speechlm2_jax.training.state import Partition
-from speechlm2_jax.training.strategies import (
-    DDPStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    Strategy,
-    build_mesh,
-    check_heads,
-    read_strategy,
-)
 from speechlm2_jax.training.trainer_config import TrainerConfig
 from speechlm2_jax.training.validation import Validator
 

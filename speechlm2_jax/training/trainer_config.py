@@ -41,7 +41,7 @@ class TrainerConfig:
     """The number of devices, or a list of their indices; -1 and auto mean all."""
     num_nodes: int = 1
     strategy: object = "auto"
-    """A name, a block with `_target_`, or a strategy (training/strategies.py)."""
+    """A name, a block with `_target_`, or a strategy (strategies.py)."""
     precision: str | int = "32-true"
     """32-true; bf16-true, bf16-mixed, and NeMo's bf16-flash and bf16-automodel (bf16 compute,
     trained parameters fp32)."""

@@ -100,8 +100,8 @@ def test_names_are_looked_up_beside_the_yaml_and_null_is_nothing(saved, trained)
 
 
 def test_weights_are_streamed_to_where_they_belong(saved, trained):
+    from speechlm2_jax.strategies import ModelParallelStrategy
     from speechlm2_jax.training.run.preparation import Setup
-    from speechlm2_jax.training.strategies import ModelParallelStrategy
     from speechlm2_jax.training.trainer_config import TrainerConfig
 
     model = SALM(settings(init_from_checkpoint=str(saved), perception=deeper(3)))

@@ -92,8 +92,8 @@ def own_bytes():
 def measure(folder):
     """Peak of the memory that placing a frozen LLM takes; on how many devices its weights lie."""
     from speechlm2_jax.models import SALM
+    from speechlm2_jax.strategies import FSDPStrategy
     from speechlm2_jax.training.run.preparation import Setup, initialize
-    from speechlm2_jax.training.strategies import FSDPStrategy
     from speechlm2_jax.training.trainer_config import TrainerConfig
 
     recorded = json.loads((ROOT / "tests/data/salm/llama_adapter.json").read_text())["cfg_in"]

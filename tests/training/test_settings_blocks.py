@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from speechlm2_jax.settings import SettingsError, build
-from speechlm2_jax.training.exp_manager import CheckpointParams, ExpManagerConfig
-from speechlm2_jax.training.strategies import (
+from speechlm2_jax.strategies import (
     AutomodelParallelStrategy,
     DDPStrategy,
     FSDPStrategy,
@@ -19,6 +18,7 @@ from speechlm2_jax.training.strategies import (
     read_strategy,
     remat_policies,
 )
+from speechlm2_jax.training.exp_manager import CheckpointParams, ExpManagerConfig
 from speechlm2_jax.training.trainer import Trainer
 from speechlm2_jax.training.trainer_config import TrainerConfig, parse_duration_s
 

@@ -15,6 +15,13 @@ from speechlm2_jax.checkpointing import LayoutError, Restored
 from speechlm2_jax.console import phase
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.sharding import Sharding
+from speechlm2_jax.strategies import (
+    Strategy,
+    build_mesh,
+    check_groups,
+    check_heads,
+    remat_policies,
+)
 from speechlm2_jax.training.intervals import Intervals
 from speechlm2_jax.training.optimizer import AdamWConfig, Optimizer, read_optimizer
 from speechlm2_jax.training.programs import Programs
@@ -39,13 +46,6 @@ from speechlm2_jax.training.state import (
     put,
 )
 from speechlm2_jax.training.step import StepFunctions
-from speechlm2_jax.training.strategies import (
-    Strategy,
-    build_mesh,
-    check_groups,
-    check_heads,
-    remat_policies,
-)
 from speechlm2_jax.training.trainer_config import TrainerConfig
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Literal
 import jax
 
 from speechlm2_jax.settings import Refusal, SettingsError
+from speechlm2_jax.settings.targets import select
 from speechlm2_jax.sharding import Sharding, make_sharding
-from speechlm2_jax.training.registry import select
 
 Size = int | Literal["auto"]
 _TORCH_ONLY: Mapping[str, str] = {

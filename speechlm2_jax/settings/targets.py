@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from speechlm2_jax.settings import SettingsError, build, key_problems
+from speechlm2_jax.settings.build import build
+from speechlm2_jax.settings.errors import SettingsError
+from speechlm2_jax.settings.keys import key_problems
 
 T = TypeVar("T")
 
