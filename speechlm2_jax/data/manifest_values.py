@@ -1,8 +1,8 @@
 """Checks of the values in a manifest's rows, with one-line errors."""
 
 import difflib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from speechlm2_jax.settings import SettingsError
@@ -35,16 +35,27 @@ _NEAR_MISSES = {
 }
 
 
-@contextmanager
-def located(where: str) -> Iterator[None]:
+class _Located:
+    """What `located` gives; a generator takes three times as long, for each of millions of rows."""
+
+    __slots__ = ("_where",)
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, SettingsError):
+            raise SettingsError(f"{self._where}: {error}") from error
+        if isinstance(error, _WRONG):
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise SettingsError(f"{self._where}: cannot be read ({reason[:200]})") from error
+
+
+def located(where: str) -> AbstractContextManager[None]:
     """Raises SettingsError, naming `where`, for whatever a wrong value makes the block raise."""
-    try:
-        yield
-    except SettingsError as error:
-        raise SettingsError(f"{where}: {error}") from error
-    except _WRONG as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise SettingsError(f"{where}: cannot be read ({reason[:200]})") from error
+    return _Located(where)
 
 
 def seconds(value: object, key: str) -> float:

@@ -16,6 +16,7 @@ from speechlm2_jax.data.tokenizer_backends import (
     open_backend,
 )
 from speechlm2_jax.data.tokenizer_file import TokenizerError
+from speechlm2_jax.data.word_counts import TokenCount, WordCounter
 
 __all__ = ["Tokenizer", "TokenizerError"]
 
@@ -34,6 +35,8 @@ class Tokenizer:
 
     _rows: int | None = None
     _placeholders: frozenset[int] = frozenset()
+    _counter: tuple[int, WordCounter | None] | None = None
+    """Of the id that was counted last."""
 
     def __init__(self, name_or_path: str | Path) -> None:
         self.name = str(name_or_path)
@@ -62,7 +65,7 @@ class Tokenizer:
 
         A lookup beyond the table would give NaN. `placeholders` are ids that are never looked up.
         """
-        self._rows, self._placeholders = rows, frozenset(placeholders)
+        self._rows, self._placeholders, self._counter = rows, frozenset(placeholders), None
 
     def _in_table(self, ids: list[int]) -> list[int]:
         """Returns the ids. Raises TokenizerError if the LLM has no embedding for one."""
@@ -101,15 +104,41 @@ class Tokenizer:
             self._in_table(ids)
         return encoded
 
-    def texts_with_places(
-        self, texts: Sequence[str], spans: Sequence[tuple[int, int]]
-    ) -> list[tuple[list[int], int]]:
-        """Encodes texts; with the ids of each, the index of the first one that is in its span.
+    def count(
+        self, texts: Sequence[str], wanted: int, spans: Sequence[tuple[int, int]] | None = None
+    ) -> list[TokenCount]:
+        """Counts the tokens of texts, and those of a `wanted` id, in less time than encoding takes.
 
-        A span is the characters [begin, end). Without any id in it the index is the number of ids.
-        Raises TokenizerError as `texts_with_offsets` does.
+        With spans of characters [begin, end), also tells the first token that is in each; that
+        raises TokenizerError as `texts_with_offsets` does.
         """
-        return self._backend.encode_with_places(texts, spans)
+        counter = self._counter_of(wanted)
+        if counter is not None:
+            return counter.count(texts, spans or [(len(text), len(text)) for text in texts])
+        if spans is None:
+            return [
+                TokenCount(len(ids), ids.count(wanted), len(ids))
+                for ids in self.texts_to_ids(texts)
+            ]
+        encoded = self._backend.encode_with_places(texts, spans)
+        return [TokenCount(len(ids), ids.count(wanted), place) for ids, place in encoded]
+
+    def _counter_of(self, wanted: int) -> WordCounter | None:
+        """What counts word by word; None for a tokenizer whose words depend on one another."""
+        if self._counter is None or self._counter[0] != wanted:
+            added, counter = self._backend.tokens_of_separate_words(), None
+            if added is not None:
+                places = self._backend.encode_with_places
+                counter = WordCounter(self._encode, places, added, wanted)
+            self._counter = wanted, counter
+        return self._counter[1]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._in_table(ids) for ids in self._backend.encode(texts)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what it remembers of words."""
+        return {**self.__dict__, "_counter": None}
 
     def ids_to_text(self, ids: ArrayLike, remove_special_tokens: bool = True) -> str:
         """Decodes `[T]` ids: a list, or any array (NumPy, JAX, torch)."""
@@ -156,6 +185,7 @@ class Tokenizer:
         Takes a list of them, or a mapping like transformers': `bos_token`, `eos_token`,
         `pad_token`, `unk_token`, `additional_special_tokens`. Gives the number of new tokens.
         """
+        self._counter = None
         if not isinstance(tokens, Mapping):
             return self._backend.add(list(tokens), {})
         names = {k: v for k, v in tokens.items() if k != "additional_special_tokens"}

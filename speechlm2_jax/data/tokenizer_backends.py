@@ -14,6 +14,7 @@ from speechlm2_jax.data.tokenizer_file import (
     is_generic,
     load_error,
 )
+from speechlm2_jax.data.word_counts import has_separate_words
 
 SPECIAL_NAMES = ("bos", "eos", "pad", "unk")
 Encoded = tuple[list[int], list[tuple[int, int]]]
@@ -34,7 +35,14 @@ class Backend(Protocol):
     def encode_with_places(
         self, texts: Sequence[str], spans: Sequence[tuple[int, int]]
     ) -> list[tuple[list[int], int]]:
-        """See `Tokenizer.texts_with_places`."""
+        """Ids of each text, and the index of the first one in its span of characters [begin, end).
+
+        Without any id in it the index is the number of ids.
+        """
+        ...
+
+    def tokens_of_separate_words(self) -> dict[str, int] | None:
+        """The ids of tokens that are never split, if words can be encoded apart; else None."""
         ...
 
     def chat_template(self) -> str | None:
@@ -196,6 +204,11 @@ class _HuggingFace:
         is_plain = backend is not None and backend.truncation is None and backend.padding is None
         return backend if is_plain else None
 
+    def tokens_of_separate_words(self) -> dict[str, int] | None:
+        if (backend := self._plain_backend()) is None or not has_separate_words(backend):
+            return None
+        return {one.content: n for n, one in backend.get_added_tokens_decoder().items()}
+
     def chat_template(self) -> str | None:
         found = self._tokenizer.chat_template
         return found.get("default") if isinstance(found, dict) else found
@@ -294,6 +307,9 @@ class _SentencePiece:
         self, texts: Sequence[str], spans: Sequence[tuple[int, int]]
     ) -> list[tuple[list[int], int]]:
         raise TokenizerError("a SentencePiece model does not tell the characters of its tokens")
+
+    def tokens_of_separate_words(self) -> None:
+        return None  # a piece of the model may reach over a space
 
     def chat_template(self) -> str | None:
         return None

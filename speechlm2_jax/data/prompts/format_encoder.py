@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -74,11 +74,14 @@ class FormatEncoder:
     ) -> list[PromptLengths]:
         """The lengths of what `encode` gives, in less time."""
         found: list[PromptLengths] = []
-        for dialog, encoded in self._encoded(dialogs, None):
-            last = dialog[-1]
+        rendered = self._rendered(dialogs, None)
+        texts = [segment.text for dialog in rendered for segment in dialog]
+        counts = iter(self.tokenizer.count(texts, placeholder_id))
+        for dialog in rendered:
+            last, own = dialog[-1], list(islice(counts, len(dialog)))
             each = [
-                len(ids) + segment.has_bos + segment.has_eos
-                for segment, ids in zip(dialog, encoded, strict=True)
+                one.tokens + segment.has_bos + segment.has_eos
+                for segment, one in zip(dialog, own, strict=True)
             ]
             each[-1] += self._format.insert_eos and last.is_response
             tokens = sum(each) + self._format.insert_bos
@@ -86,7 +89,7 @@ class FormatEncoder:
                 PromptLengths(
                     tokens=tokens,
                     context=tokens - each[-1] if last.is_response else tokens,
-                    placeholders=sum(ids.count(placeholder_id) for ids in encoded),
+                    placeholders=sum(one.found for one in own),
                     has_response=last.is_response,
                 )
             )
@@ -96,10 +99,15 @@ class FormatEncoder:
         self, dialogs: Sequence[Sequence[Turn]], enable_thinking: bool | None
     ) -> Iterator[tuple[list[_Segment], list[list[int]]]]:
         """The pieces of each dialog, and their ids."""
-        may_think = enable_thinking is not False
-        rendered = [list(self._segments(turns, may_think)) for turns in dialogs]
+        rendered = self._rendered(dialogs, enable_thinking)
         ids = iter(self.tokenizer.texts_to_ids([s.text for dialog in rendered for s in dialog]))
         return ((dialog, [next(ids) for _ in dialog]) for dialog in rendered)
+
+    def _rendered(
+        self, dialogs: Sequence[Sequence[Turn]], enable_thinking: bool | None
+    ) -> list[list[_Segment]]:
+        may_think = enable_thinking is not False
+        return [list(self._segments(turns, may_think)) for turns in dialogs]
 
     def dialog(self, turns: list[Turn]) -> list[Turn]:
         """Puts a system turn where the format wants it: its own, or the first user turn (llama2).

@@ -134,15 +134,15 @@ class TemplateEncoder:
         written = [self._write(turns, cache) for turns in dialogs]
         # a dialog without a response is all context
         spans = [found.spans[-1] if found else (len(r.text), len(r.text)) for r, found in written]
-        encoded = self._tokenizer.texts_with_places([r.text for r, _ in written], spans)
+        counts = self._tokenizer.count([r.text for r, _ in written], placeholder_id, spans)
         return [
             PromptLengths(
-                tokens=len(ids),
-                context=split if found else len(ids),
-                placeholders=ids.count(placeholder_id),
+                tokens=one.tokens,
+                context=one.place if found else one.tokens,
+                placeholders=one.found,
                 has_response=found is not None,
             )
-            for (_, found), (ids, split) in zip(written, encoded, strict=True)
+            for (_, found), one in zip(written, counts, strict=True)
         ]
 
     def _write(

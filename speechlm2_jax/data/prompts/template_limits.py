@@ -22,6 +22,8 @@ LARGEST, LARGEST_PER_CHARACTER = 1 << 20, 16
 WORK, WORK_PER_CHARACTER, STEP = 1 << 22, 1 << 8, 16
 """Sizes of all values that one rendering makes, where each step counts 16 more."""
 MAX_SECONDS = 10.0
+WORK_PER_LOOK = 1 << 10
+"""Between two looks at the clock."""
 MAX_DEPTH = 64
 """Lists within lists."""
 MAX_INTEGER = 10_000
@@ -40,6 +42,17 @@ class Budget:
     largest: int
     work: int
     deadline_s: float = field(default_factory=lambda: time.monotonic() + MAX_SECONDS)
+    next_look: int = field(init=False)
+    """The clock is looked at when less work is left."""
+
+    def __post_init__(self) -> None:
+        self.next_look = self.work - WORK_PER_LOOK
+
+    def check(self, size: int) -> None:
+        """Raises SecurityError for a value of a size that is too large, or with nothing left."""
+        if size > self.largest or self.work < 0 or time.monotonic() > self.deadline_s:
+            self.refuse(size)
+        self.next_look = self.work - WORK_PER_LOOK
 
     def refuse(self, size: int) -> NoReturn:
         """Raises SecurityError for a value of this size."""
@@ -69,8 +82,8 @@ def spend(size: int = 0) -> None:
     """Pays for a step that makes a value of this size. Raises SecurityError with nothing left."""
     own = _BUDGET.get()
     own.work -= STEP + size
-    if size > own.largest or own.work < 0 or time.monotonic() > own.deadline_s:
-        own.refuse(size)
+    if size > own.largest or own.work < own.next_look:
+        own.check(size)
 
 
 def size_of(value: Any) -> int:
@@ -97,6 +110,9 @@ def size_of(value: Any) -> int:
 
 def paid(value: Any) -> Any:
     """Pays for a value that was just made; iterators become lists."""
+    if type(value) is str:
+        spend(len(value))
+        return value
     if isinstance(value, Iterator):
         value = listed(value)
     spend(size_of(value))
