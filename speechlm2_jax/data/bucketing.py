@@ -118,6 +118,10 @@ class Members:
     rows: int
     multiple: int
     """Positions are padded up to a multiple of it."""
+    packed_clips: int | None = None
+    """Recordings of a group of packed rows; None: of rows of one conversation each."""
+    least_positions: int = 0
+    """Of packed rows: positions that its conversations have at least."""
 
     @property
     def tokens(self) -> int:

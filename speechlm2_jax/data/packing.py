@@ -1,25 +1,31 @@
 """Packing: rows of a fixed length that hold several conversations each (`packed: true`)."""
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
+from jaxtyping import Int
 
 from speechlm2_jax.data.bucketing import (
     Bucket,
     BucketPlan,
     Measures,
-    Members,
+    Shape,
     equal_mass_edges,
-    rows_of,
 )
-from speechlm2_jax.data.config import DataLoaderConfig
-from speechlm2_jax.data.salm_contents import CLIP_SPREAD, salm_shape
+from speechlm2_jax.data.config import DataLoaderConfig, LoaderConfig
+from speechlm2_jax.data.packed_members import Sums, packed_members
+from speechlm2_jax.data.salm_contents import salm_shape
 from speechlm2_jax.data.sampler import BatchPlan, Sampler
 
 LOOKAHEAD = 64
 """Conversations that a batch may leave to the next one while it looks for some that fit."""
+
+
+def packs(config: LoaderConfig) -> TypeGuard[DataLoaderConfig]:
+    """Whether settings ask for packed rows."""
+    return isinstance(config, DataLoaderConfig) and config.packed
 
 
 def plan_packed(measures: Measures, config: DataLoaderConfig, multiple: int) -> BucketPlan:
@@ -29,62 +35,172 @@ def plan_packed(measures: Measures, config: DataLoaderConfig, multiple: int) -> 
     What is longer has no bucket. Buckets are those of the longest clip of a conversation
     (`num_buckets`), or of lengths (`bucket_duration_bins`); without either there is one.
     """
-    longest = int(measures.positions.max(initial=1))
-    tokens = config.packed_tokens or max(config.max_tokens or 0, longest)
-    tokens = -(-tokens // multiple) * multiple
-    values, edges = _bucketed(measures, config)
+    tokens = tokens_of_rows(config, int(measures.positions.max(initial=1)), multiple)
+    edges = packed_edges(measures, config)
     bucket_of = np.where(
-        measures.positions > tokens, -1, np.searchsorted(edges, values, side="left")
+        measures.positions > tokens,
+        -1,
+        np.searchsorted(edges, bucketed(measures, config), side="left"),
     )
     present = sorted(set(bucket_of.tolist()) - {-1})
-    members, buckets = list[Members](), list[Bucket]()
-    for index in present:
-        own = measures.take(np.flatnonzero(bucket_of == index))
-        up_to = measures.take(np.flatnonzero((bucket_of >= 0) & (bucket_of <= index)))
-        one = Members(
-            count=len(own),
-            longest=own.length.max().item(),
-            filled=int(own.positions.sum()),
-            clips_mean=float(own.clips.mean()),
-            clips_std=float(own.clips.std()),
-            most_clips=int(own.clips.max()),
-            most_clips_up_to=int(up_to.clips.max()),
-            positions_up_to=tokens,
-            samples_up_to=int(up_to.samples.max()),
-            rows=rows_of(tokens, index, config),
-            multiple=multiple,
-        )
-        shape = salm_shape(one, config.sample_rate)
-        clips = max(_clips(own, one.rows * tokens), one.most_clips_up_to, 1)
-        members.append(one)
-        buckets.append(Bucket(longest=one.longest, shape=replace(shape, clips=clips)))
+    sums = [Sums.of(measures.take(np.flatnonzero(bucket_of == index))) for index in present]
+    members = packed_members(sums, config, tokens, multiple)
     places = np.searchsorted(present, bucket_of)
     return BucketPlan(
-        buckets=tuple(buckets),
+        buckets=tuple(
+            Bucket(longest=one.longest, shape=salm_shape(one, config.sample_rate))
+            for one in members
+        ),
         bucket_of=np.where(bucket_of < 0, -1, places).astype(np.int64),
-        members=tuple(members),
+        members=members,
     )
 
 
-def _bucketed(measures: Measures, config: DataLoaderConfig) -> tuple[np.ndarray, np.ndarray]:
-    """What buckets are made by, and their upper ends."""
+def tokens_of_rows(config: DataLoaderConfig, longest: int, multiple: int) -> int:
+    """LLM positions of a row, by those of the longest conversation."""
+    tokens = config.packed_tokens or max(config.max_tokens or 0, longest)
+    return -(-tokens // multiple) * multiple
+
+
+def bucketed(measures: Measures, config: DataLoaderConfig) -> np.ndarray:
+    """What the edges of buckets are compared with."""
+    by_clips = config.bucket_duration_bins is None and config.use_bucketing
+    return measures.samples if by_clips else measures.length
+
+
+def packed_edges(measures: Measures, config: DataLoaderConfig) -> np.ndarray:
+    """Upper ends of the buckets, rising; what is longer goes to one more bucket."""
     if config.bucket_duration_bins is not None:
-        return measures.length, np.asarray(config.bucket_duration_bins, np.float64)
+        return np.asarray(config.bucket_duration_bins, np.float64)
     if config.use_bucketing:
-        return measures.samples, equal_mass_edges(measures.samples, config.num_buckets)
-    return measures.length, np.zeros(0)
+        return equal_mass_edges(measures.samples, config.num_buckets)
+    return np.zeros(0)
 
 
-def _clips(measures: Measures, room: int) -> int:
-    """Clips of so many positions: the mean, and CLIP_SPREAD standard deviations.
+class Item(NamedTuple):
+    """A conversation to be packed."""
 
-    The variance is that of a renewal-reward process: conversations until the positions are full.
+    index: int
+    positions: int
+    clips: int
+
+
+def items_of(
+    index: Int[np.ndarray, " n"], positions: Int[np.ndarray, " n"], clips: Int[np.ndarray, " n"]
+) -> list[Item]:
+    """Conversations in order, by their indices, LLM positions and clips."""
+    return list(map(Item, index.tolist(), positions.tolist(), clips.tolist()))
+
+
+class PackedRows:
+    """The rows of one batch while they are filled.
+
+    Args:
+        shape: of a group.
+        groups: of a batch.
+        least: LLM positions that every conversation has at least.
     """
-    per_position = measures.clips.sum() / max(measures.positions.sum(), 1)
-    deviation = (measures.clips - per_position * measures.positions).std()
-    spread = math.sqrt(room / max(measures.positions.mean(), 1)) * deviation
-    usual = math.ceil(room * per_position + CLIP_SPREAD * spread)
-    return min(usual, int(measures.clips.sum()))
+
+    def __init__(self, shape: Shape, groups: int, least: int) -> None:
+        self._shape, self._groups, self._least = shape, groups, least
+        self._room = [shape.tokens] * (groups * shape.sequences)
+        self._clips = [shape.clips] * groups
+        self._open = 0
+        """The first row with room for any conversation."""
+        self.items: list[Item] = []
+        self.places: list[int] = []
+        """The row of each, counted over all groups."""
+        self.is_full = False
+
+    @property
+    def indices(self) -> list[int]:
+        """Those of what is in it, in order."""
+        return [item.index for item in self.items]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether any conversation may fit."""
+        room, least = self._room, self._least
+        while self._open < len(room) and room[self._open] < least:
+            self._open += 1
+        return self._open < len(room)
+
+    def add(self, item: Item) -> bool:
+        """Takes a conversation if it fits: into the first such row of a group with clips left."""
+        room, clips, per_group = self._room, self._clips, self._shape.sequences
+        for place in range(self._open, len(room)):
+            if room[place] >= item.positions and clips[place // per_group] >= item.clips:
+                self._put(item, place)
+                return True
+        return False
+
+    def add_evenly(self, item: Item) -> bool:
+        """The same, into the emptiest row."""
+        room, clips, per_group = self._room, self._clips, self._shape.sequences
+        fitting = [p for p in range(len(room)) if clips[p // per_group] >= item.clips]
+        place = max(fitting, key=room.__getitem__, default=0)  # the first of the emptiest
+        if not fitting or room[place] < item.positions:
+            return False
+        self._put(item, place)
+        return True
+
+    def _put(self, item: Item, place: int) -> None:
+        self._room[place] -= item.positions
+        self._clips[place // self._shape.sequences] -= item.clips
+        self.items.append(item)
+        self.places.append(place)
+
+    def spread(self) -> "PackedRows":
+        """An incomplete batch over all rows of all groups, if clips allow."""
+        if self.is_full:
+            return self
+        even = PackedRows(self._shape, self._groups, self._least)
+        return even if all(map(even.add_evenly, self.items)) else self
+
+    def by_group(self) -> list[list[tuple[int, int]]]:
+        """Of each group, (index, row) of its conversations in order."""
+        groups: list[list[tuple[int, int]]] = [[] for _ in range(self._groups)]
+        for item, place in zip(self.items, self.places, strict=True):
+            group, row = divmod(place, self._shape.sequences)
+            groups[group].append((item.index, row))
+        return groups
+
+
+class Packed(NamedTuple):
+    """A queue of conversations in batches."""
+
+    batches: list[PackedRows]
+    """They take no more of the queue."""
+    rest: PackedRows
+    """The last batch, which would."""
+    waiting: list[Item]
+    """Those that did not fit into it."""
+
+
+def pack(
+    queue: Iterable[Item], shape: Shape, groups: int, least: int, *, is_end: bool = True
+) -> Packed:
+    """Packs conversations in order, each into the first row with room for it.
+
+    One that does not fit waits for the next batch, up to LOOKAHEAD of them. At the end of all
+    (`is_end`) none is left waiting. Packing the rest and those waiting, in the order of the queue,
+    before others goes on as if there had been no end.
+    """
+    batches, waiting, coming = list[PackedRows](), list[Item](), iter(queue)
+    while True:
+        batch, is_through = PackedRows(shape, groups, least), False
+        waiting = [item for item in waiting if not batch.add(item)]
+        while len(waiting) < LOOKAHEAD and batch.has_room:
+            item = next(coming, None)
+            if item is None:
+                is_through = True
+                break
+            if not batch.add(item):
+                waiting.append(item)
+        if is_through and not (is_end and waiting):
+            return Packed(batches, batch, waiting)
+        batch.is_full = True
+        batches.append(batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,110 +216,74 @@ class PackedSampler(Sampler):
         """Whether a conversation fits into the place of another in its row."""
         return bool(self.measures.positions[index] <= self.measures.positions[other])
 
-    def filled(self) -> tuple[float, ...]:
-        """Of each bucket: the share of its LLM positions that conversations take in epoch 0."""
-        real, room = np.zeros((2, len(self.plan.buckets)))
-        for batch in self.epoch(0):
-            chosen = [index for group in batch.groups for index in group]
-            shape = self.plan.buckets[batch.bucket].shape
-            real[batch.bucket] += self.measures.positions[chosen].sum()
-            room[batch.bucket] += self.groups * shape.sequences * shape.tokens
-        return tuple((real / np.maximum(room, 1)).tolist())
+    def with_fill(self) -> "PackedSampler":
+        """Itself, with the share of each bucket's positions that is filled in epoch 0."""
+        return replace(self, plan=filled(self.plan, self.epoch(0), self.measures.positions))
 
-    def in_order(self, order: np.ndarray) -> "tuple[list[BatchPlan], PackedRows]":
+    def in_order(self, order: np.ndarray) -> "tuple[list[BatchPlan], PackedBatch]":
         """Packs in the order given, in the shape that holds all."""
-        batches, rest = self._packed(len(self.plan.buckets) - 1, order.tolist())
+        batches, rest = self._packed(len(self.plan.buckets) - 1, order)
         return [batch.planned() for batch in batches], rest
 
     def _by_bucket(self, order: np.ndarray) -> Iterator[BatchPlan]:
         bucket_of, left = self.plan.bucket_of[order], list[int]()
         last = int(bucket_of.max(initial=-1))
         for bucket in range(last + 1):
-            own = order[bucket_of == bucket].tolist()
-            batches, rest = self._packed(bucket, [*left, *own])
+            own = np.asarray([*left, *order[bucket_of == bucket].tolist()], np.int64)
+            batches, rest = self._packed(bucket, own)
             yield from (batch.planned() for batch in batches)
             left = rest.indices
             if bucket == last:
                 yield from self._rest(rest)
 
-    def _packed(self, bucket: int, queue: Sequence[int]) -> "tuple[list[PackedRows], PackedRows]":
+    def _packed(self, bucket: int, order: np.ndarray) -> "tuple[list[PackedBatch], PackedBatch]":
         """Batches that take no more of these, and the last one, which would."""
-        least = int(self.measures.positions[list(queue)].min(initial=1 << 30))
-        complete, waiting, coming = list[PackedRows](), list[int](), iter(queue)
-        is_through = False
-        while True:
-            batch = PackedRows.empty(self, bucket)
-            waiting = [index for index in waiting if not batch.add(index)]
-            while not is_through and len(waiting) < LOOKAHEAD and batch.most_room >= least:
-                index = next(coming, None)
-                if index is None:
-                    is_through = True
-                elif not batch.add(index):
-                    waiting.append(index)
-            if is_through and not waiting:
-                return complete, batch
-            batch.is_full = True
-            complete.append(batch)
+        if bucket < 0:  # nothing is planned at all
+            return [], PackedBatch(bucket=bucket, filled=None)
+        measures, plan = self.measures, self.plan
+        items = items_of(order, measures.positions[order], measures.clips[order])
+        least = plan.members[bucket].least_positions
+        packed = pack(items, plan.buckets[bucket].shape, self.groups, least)
+        batches = [PackedBatch(bucket=bucket, filled=rows) for rows in packed.batches]
+        return batches, PackedBatch(bucket=bucket, filled=packed.rest)
 
 
 @dataclass(kw_only=True)
-class PackedRows:
-    """The rows of one batch while they are filled."""
+class PackedBatch:
+    """A batch of packed rows of a bucket (a `Filling`)."""
 
-    sampler: PackedSampler
     bucket: int
-    room: np.ndarray
-    """Positions left [groups, rows]."""
-    clips: np.ndarray
-    """Clips left [groups]."""
-    places: list[tuple[int, int]] = field(default_factory=list)
-    """The group and the row of each of `indices`."""
-    indices: list[int] = field(default_factory=list)
-    is_full: bool = False
-
-    @classmethod
-    def empty(cls, sampler: PackedSampler, bucket: int) -> "PackedRows":
-        """The rows of a bucket without anything in them."""
-        shape = sampler.plan.buckets[bucket].shape if sampler.plan.buckets else None
-        sizes = (shape.sequences, shape.tokens, shape.clips) if shape else (0, 0, 0)
-        return cls(
-            sampler=sampler,
-            bucket=bucket,
-            room=np.full((sampler.groups, sizes[0]), sizes[1]),
-            clips=np.full(sampler.groups, sizes[2]),
-        )
+    filled: PackedRows | None
 
     @property
-    def most_room(self) -> int:
-        """Of any row."""
-        return int(self.room.max(initial=0))
+    def indices(self) -> list[int]:
+        """Its conversations, in order."""
+        return self.filled.indices if self.filled else []
 
-    def add(self, index: int, *, evenly: bool = False) -> bool:
-        """Takes a conversation if it fits: into the first such row, or (`evenly`) the emptiest."""
-        positions = int(self.sampler.measures.positions[index])
-        clips = int(self.sampler.measures.clips[index])
-        room = np.where((self.clips >= clips)[:, None], self.room, -1)
-        place = int(room.argmax() if evenly else (room >= positions).argmax())
-        group, row = divmod(place, room.shape[1])
-        if room[group, row] < positions:
-            return False
-        self.room[group, row] -= positions
-        self.clips[group] -= clips
-        self.places.append((group, row))
-        self.indices.append(index)
-        return True
+    @property
+    def is_full(self) -> bool:
+        """Whether it takes no more."""
+        return self.filled is not None and self.filled.is_full
 
     def planned(self) -> BatchPlan:
         """The batch; an incomplete one is spread over all rows of all groups, if clips allow."""
-        if not self.is_full:
-            even = PackedRows.empty(self.sampler, self.bucket)
-            if all(even.add(index, evenly=True) for index in self.indices):
-                self.places = even.places
-        groups: list[list[int]] = [[] for _ in self.clips]
-        rows: list[list[int]] = [[] for _ in self.clips]
-        for index, (group, row) in zip(self.indices, self.places, strict=True):
-            groups[group].append(int(index))
-            rows[group].append(row)
+        assert self.filled is not None
+        pairs = self.filled.spread().by_group()
         return BatchPlan(
-            bucket=self.bucket, groups=tuple(map(tuple, groups)), rows=tuple(map(tuple, rows))
+            bucket=self.bucket,
+            groups=tuple(tuple(index for index, _ in group) for group in pairs),
+            rows=tuple(tuple(row for _, row in group) for group in pairs),
         )
+
+
+def filled(
+    plan: BucketPlan, batches: Iterable[BatchPlan], positions: Int[np.ndarray, " N"]
+) -> BucketPlan:
+    """The plan, with the share of each bucket's positions that is filled in some batches."""
+    real, room = np.zeros((2, len(plan.buckets)))
+    for batch in batches:
+        chosen = [index for group in batch.groups for index in group]
+        shape = plan.buckets[batch.bucket].shape
+        real[batch.bucket] += positions[chosen].sum(dtype=np.int64)
+        room[batch.bucket] += len(batch.groups) * shape.sequences * shape.tokens
+    return replace(plan, filled=tuple((real / np.maximum(room, 1)).tolist()))

@@ -5,7 +5,7 @@ SALM and duplex data implement two protocols, `DataKind` and `Contents`.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,15 +14,16 @@ from jaxtyping import Bool, Int, Real
 from speechlm2_jax.batches import FrameCount
 from speechlm2_jax.data.augmentation.augmentation import Augmentation, ExampleEffects
 from speechlm2_jax.data.bucketing import Measures, Members, Shape, describe, plan_buckets
-from speechlm2_jax.data.config import DataConfig, DataLoaderConfig, LoaderConfig
+from speechlm2_jax.data.config import DataConfig, LoaderConfig
 from speechlm2_jax.data.conversations import AnyConversation
 from speechlm2_jax.data.index.contents import IndexedRows
 from speechlm2_jax.data.index.order import Order
+from speechlm2_jax.data.index.packed_windows import PackedWindowSampler
 from speechlm2_jax.data.index.prepare import index_data_set
 from speechlm2_jax.data.index.windows import IN_ORDER_ROWS, WINDOW_ROWS, WindowSampler
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.outliers import FAR, find_outliers
-from speechlm2_jax.data.packing import PackedSampler, plan_packed
+from speechlm2_jax.data.packing import PackedSampler, packs, plan_packed
 from speechlm2_jax.data.plan_report import report, warn_of_kept, warn_of_shares
 from speechlm2_jax.data.sampler import Sampler
 from speechlm2_jax.data.sources import Source
@@ -228,10 +229,14 @@ def _prepare_indexed(
         raise SettingsError(f"{where}: no conversation is left; left out: {dropped or 'none'}")
     if data_set.is_train:
         warn_of_shares(where, data_set.sources, found.sizes)
-    order = _ordering(data_set)
-    sampler = WindowSampler(
+    order, is_packed = _ordering(data_set), packs(config)
+    sampler = (PackedWindowSampler if is_packed else WindowSampler)(
         plan=found.plan,
         clips=found.clips,
+        positions=found.positions,
+        lengths=found.lengths,
+        budget=None if found.lengths is None else config.budget,
+        cost=config.cost,
         order=Order(
             sizes=found.sizes,
             shares=order.shares,
@@ -240,18 +245,20 @@ def _prepare_indexed(
             is_mixed=order.endless and len(found.sizes) > 1,
             shards=found.shards if data_set.is_train else (),
             shard_seeds=order.shard_seeds,
-            window_rows=WINDOW_ROWS if order.by_bucket else IN_ORDER_ROWS,
+            window_rows=WINDOW_ROWS if order.by_bucket and not is_packed else IN_ORDER_ROWS,
         ),
         groups=groups,
         by_bucket=order.by_bucket,
         drop_last=config.drop_last,
         endless=order.endless,
     )
+    if isinstance(sampler, PackedWindowSampler):
+        sampler = sampler.with_fill()
     names = {cause: found.examples(cause) for cause in found.survey.examples}
     for cause in names.keys() - dropped.keys():
         warn_of_kept(where, names[cause])
     contents: Any = found.contents
-    report(where, describe(found.plan, contents.columns), dropped, names)
+    report(where, describe(sampler.plan, contents.columns), dropped, names)
     return Prepared(contents=found.contents, sampler=sampler, filtered=dropped, config=config)
 
 
@@ -316,7 +323,7 @@ def _sampler(
 ) -> Sampler:
     config, order = data_set.config, _ordering(data_set)
     measures, sums = contents.measures, config.sums_budget and config.budget is not None
-    if isinstance(config, DataLoaderConfig) and config.packed:
+    if packs(config):
         plan, kind, sums = plan_packed(measures, config, multiple), PackedSampler, False
     else:
         plan, kind = plan_buckets(measures, config, contents.shape, multiple), Sampler
@@ -336,9 +343,7 @@ def _sampler(
         shards=_shards(contents.conversations, sizes) if data_set.is_train else (),
         shard_seeds=order.shard_seeds,
     )
-    if isinstance(sampler, PackedSampler):
-        return replace(sampler, plan=replace(plan, filled=sampler.filled()))
-    return sampler
+    return sampler.with_fill() if isinstance(sampler, PackedSampler) else sampler
 
 
 def _shards(

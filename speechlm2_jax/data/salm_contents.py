@@ -115,10 +115,11 @@ def salm_shape(members: Members, sample_rate_hz: int) -> BatchShape:
     rows, unit = members.rows, samples_unit(sample_rate_hz)
     spread = math.sqrt(rows) * members.clips_std
     usual = math.ceil(rows * members.clips_mean + CLIP_SPREAD * spread)
+    clips = max(min(rows * members.most_clips, usual), members.most_clips_up_to, 1)
     return BatchShape(
         sequences=rows,
         tokens=members.tokens,
-        clips=max(min(rows * members.most_clips, usual), members.most_clips_up_to, 1),
+        clips=clips if members.packed_clips is None else members.packed_clips,
         samples=max(-(-members.samples_up_to // unit), 1) * unit,
     )
 

@@ -31,7 +31,10 @@ class BatchPlan:
 class Filling(Protocol):
     """A batch that may take more."""
 
-    indices: list[int]
+    @property
+    def indices(self) -> list[int]:
+        """Its conversations, in order."""
+        ...
 
     @property
     def is_full(self) -> bool:

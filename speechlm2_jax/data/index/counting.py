@@ -13,13 +13,19 @@ from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.index.salm_columns import CAUSES, KEPT, LengthsOfRows
 from speechlm2_jax.data.index.storage import ColumnWriter
 from speechlm2_jax.data.outliers import FACTOR, FAR, FLOORS
+from speechlm2_jax.data.packed_members import Sums, packed_members
+from speechlm2_jax.data.packing import bucketed, packs, tokens_of_rows
 
 NAMED = 11
 """Rows that are remembered of each cause: one more than the log names."""
 LONGER = "longer_than_buckets"
-BUCKET, ROW, CLIPS = "bucket", "row", "clips"
+BUCKET, ROW, CLIPS, POSITIONS, LENGTH = "bucket", "row", "clips", "positions", "length"
 _BLOCK_ROWS = 1 << 20
-_SUMS, _MOST = 4, 4
+_SUMS, _MOST = 7, 5
+_PRODUCTS, _SQUARES, _LENGTHS = 4, 5, 6
+"""Places of sums that some settings need."""
+_LEAST = 4
+"""Place of minus the fewest positions among maxima."""
 _USUAL_LENGTHS = 1 << 15
 
 
@@ -33,10 +39,14 @@ class Counted:
     """Of the same."""
     rows: np.ndarray | None
     """Their numbers from the start of the stretch; None: all are kept."""
+    more: Mapping[str, np.ndarray]
+    """Of the same: the columns that batches are filled by, beside clips."""
     sums: np.ndarray
-    """[buckets, 4] rows, positions, clips, and squares of clips."""
+    """[buckets, 7] rows, positions, clips, squares of clips; of packed rows, products of clips and
+    positions, and squares of positions; of batches that are filled up to a sum, lengths."""
     most: np.ndarray
-    """[buckets, 4] length, positions, clips, samples."""
+    """[buckets, 5] length, positions, clips, samples; of packed rows, minus the fewest positions.
+    """
     causes: Mapping[str, np.ndarray]
     """Rows of each cause, from the start of the stretch."""
     is_whole: bool
@@ -52,6 +62,30 @@ class Counter:
     """Upper ends of the buckets."""
     usual: Mapping[str, float]
     """By unit: what the rows that are no outliers have at most; 0 where that is not known."""
+    multiple: int = 1
+    """LLM positions of a shape are padded up to it."""
+
+    @property
+    def columns(self) -> Mapping[str, np.dtype]:
+        """The columns that batches are filled by, beside clips."""
+        config = self.config
+        if packs(config):
+            most = self.most_positions
+            return {POSITIONS: np.dtype(np.uint32) if most is None else np.min_scalar_type(most)}
+        return {LENGTH: np.dtype(np.uint32)} if self.sums_lengths else {}
+
+    @property
+    def most_positions(self) -> int | None:
+        """Of a packed row; None: that of the longest."""
+        config = self.config
+        if not packs(config) or config.packed_tokens is None:
+            return None
+        return tokens_of_rows(config, 0, self.multiple)
+
+    @property
+    def sums_lengths(self) -> bool:
+        """Whether batches are filled up to a sum of lengths."""
+        return self.config.sums_budget and self.config.budget is not None
 
     def count(self, found: LengthsOfRows) -> Counted:
         """Counts a stretch."""
@@ -61,7 +95,9 @@ class Counter:
             if not (name.endswith(FAR) and self.config.keep_outliers):
                 is_kept[rows] = False
         measures = found.measures
-        bucket = self._bucket_of(measures.bucketed)
+        config = self.config
+        of_rows = bucketed(measures, config) if packs(config) else measures.bucketed
+        bucket = self._bucket_of(of_rows)
         rows = None if is_kept.all() else np.flatnonzero(is_kept)
         if rows is not None:
             bucket, measures = bucket[rows], measures.take(rows)
@@ -70,6 +106,7 @@ class Counter:
             bucket=bucket,
             clips=measures.clips,
             rows=rows,
+            more={name: getattr(measures, name) for name in self.columns},
             sums=sums,
             most=most,
             causes=causes,
@@ -109,6 +146,8 @@ class Counter:
         }
         if self.config.bucket_batch_size is not None:
             tests[LONGER] = found.measures.bucketed > self.edges[-1]
+        if self.most_positions:
+            tests[LONGER] = found.measures.positions > self.most_positions
         for name, test in tests.items():
             if (is_left & test).any():
                 causes[name] = np.flatnonzero(is_left & test)
@@ -118,6 +157,7 @@ class Counter:
     def _of_buckets(self, bucket: np.ndarray, measures: Measures) -> tuple[np.ndarray, np.ndarray]:
         count = len(self.edges) + 1
         sums, most = np.zeros((count, _SUMS), np.int64), np.zeros((count, _MOST))
+        most[:, _LEAST] = -np.inf
         if not len(bucket):
             return sums, most
         order = np.argsort(bucket, kind="stable")  # a radix sort, as it is of small numbers
@@ -129,9 +169,15 @@ class Counter:
         most[has_rows, 0] = np.maximum.reduceat(measures.length[order], first)
         most[has_rows, 1] = np.maximum.reduceat(positions, first)
         most[has_rows, 3] = np.maximum.reduceat(measures.samples[order], first)
+        if self.sums_lengths:
+            sums[has_rows, _LENGTHS] = np.add.reduceat(measures.length[order], first)
+        if packs(self.config):
+            most[has_rows, _LEAST] = np.maximum.reduceat(-positions, first)
+            sums[has_rows, _PRODUCTS] = np.add.reduceat(clips[order] * positions, first)
+            sums[has_rows, _SQUARES] = np.add.reduceat(positions**2, first)
         if clips.min() == (usual := clips.max()):
             most[has_rows, 2] = usual
-            sums[:, 2:] = sums[:, :1] * [usual, usual**2]
+            sums[:, 2:4] = sums[:, :1] * [usual, usual**2]
             return sums, most
         clips = clips[order]
         most[has_rows, 2] = np.maximum.reduceat(clips, first)
@@ -146,8 +192,9 @@ class Totals:
     def __init__(self, folder: Path, counter: Counter, sizes: Sequence[int]) -> None:
         self._folder, self._counter = folder, counter
         self._buckets = len(counter.edges) + 1
-        self._sums = np.zeros((self._buckets, _SUMS), np.int64)
+        self._sums = np.zeros((self._buckets, _SUMS), object)  # integers without a bound
         self._most = np.zeros((self._buckets, _MOST))
+        self._most[:, _LEAST] = -np.inf
         self._is_whole = True
         self.sizes = [0] * len(sizes)
         """Rows of each source that are kept."""
@@ -160,6 +207,10 @@ class Totals:
         self._bucket = ColumnWriter(folder / "raw.npy", counter.dtype)
         self._row = _LateColumn(folder / f"{ROW}.npy", number, np.arange)
         self._clips: _LateColumn | None = None
+        self._more = {
+            name: ColumnWriter(folder / f"{name}.npy", kind)
+            for name, kind in counter.columns.items()
+        }
 
     def add(self, source: int, start: int, found: Counted, rows: int) -> None:
         """Adds a stretch of `rows` rows of a source."""
@@ -174,6 +225,8 @@ class Totals:
             known = self.examples.setdefault(name, [])
             known += [(source, start + row) for row in own[: NAMED - len(known)].tolist()]
         self._bucket.append(found.bucket)
+        for name, writer in self._more.items():
+            writer.append(found.more[name])
         first = self._firsts[source] + start
         self._row.append(first + (np.arange(rows) if found.rows is None else found.rows))
         if len(found.clips):
@@ -184,9 +237,9 @@ class Totals:
                 )
             self._clips.append(found.clips)
 
-    def finish(self, multiple: int) -> tuple[tuple[Members, ...], dict[str, Any]]:
+    def finish(self) -> tuple[tuple[Members, ...], dict[str, Any]]:
         """The buckets that have rows, and what is written of each column."""
-        present = np.flatnonzero(self._sums[:, 0])
+        present = np.flatnonzero(self._sums[:, 0] > 0)
         written = self._bucket.finish()
         lookup = np.zeros(self._buckets, written["dtype"])
         lookup[present] = np.arange(len(present))
@@ -198,7 +251,34 @@ class Totals:
         for name, late in ((ROW, self._row), (CLIPS, self._clips)):
             if late is not None and (of_column := late.finish()) is not None:
                 columns[name] = of_column
-        return tuple(self._members(int(bucket), multiple) for bucket in present), columns
+        columns |= {name: writer.finish() for name, writer in self._more.items()}
+        return self._all_members(present), columns
+
+    def _all_members(self, present: np.ndarray) -> tuple[Members, ...]:
+        config: Any = self._counter.config
+        if not packs(config):
+            return tuple(self._members(int(bucket)) for bucket in present)
+        sums = [self._packed(int(bucket)) for bucket in present]
+        longest = int(self._most[:, 1].max(initial=1))
+        tokens = tokens_of_rows(config, longest, self._counter.multiple)
+        return packed_members(sums, config, tokens, self._counter.multiple)
+
+    def _packed(self, bucket: int) -> Sums:
+        """What a bucket of packed rows is planned for."""
+        count, positions, clips, squares, products, positions_squared, _ = self._sums[bucket]
+        longest, _, most_clips, samples, least = self._most[bucket].tolist()
+        return Sums(
+            count=count,
+            positions=positions,
+            clips=clips,
+            clips_squared=squares,
+            clips_by_positions=products,
+            positions_squared=positions_squared,
+            longest=int(longest) if self._is_whole else longest,
+            most_clips=int(most_clips),
+            most_samples=int(samples),
+            least_positions=-int(least),
+        )
 
     def _renumbered(self, lookup: np.ndarray) -> dict[str, Any]:
         """Writes the bucket of each row again, those without rows left out."""
@@ -208,11 +288,12 @@ class Totals:
         raw.unlink()
         return writer.finish()
 
-    def _members(self, bucket: int, multiple: int) -> Members:
-        count, filled, clips, squares = self._sums[bucket].tolist()
-        longest, _, most_clips, _ = self._most[bucket].tolist()
+    def _members(self, bucket: int) -> Members:
+        count, filled, clips, squares = self._sums[bucket, :4].tolist()
+        longest, _, most_clips = self._most[bucket, :3].tolist()
         longest = int(longest) if self._is_whole else longest
-        _, positions, clips_up_to, samples = self._most[: bucket + 1].max(axis=0).tolist()
+        _, positions, clips_up_to, samples = self._most[: bucket + 1, :4].max(axis=0).tolist()
+        rows, lengths = self._sums[: bucket + 1, [0, _LENGTHS]].sum(axis=0).tolist()
         variance = max(squares / count - (clips / count) ** 2, 0.0)
         return Members(
             count=count,
@@ -224,8 +305,13 @@ class Totals:
             most_clips_up_to=int(clips_up_to),
             positions_up_to=int(positions),
             samples_up_to=int(samples),
-            rows=rows_of(longest, bucket, self._counter.config),
-            multiple=multiple,
+            rows=rows_of(
+                longest,
+                bucket,
+                self._counter.config,
+                mean=lengths / rows if self._counter.sums_lengths else None,
+            ),
+            multiple=self._counter.multiple,
         )
 
 

@@ -11,7 +11,7 @@ from speechlm2_jax.batches import FrameCount
 from speechlm2_jax.console import phase
 from speechlm2_jax.data.bucketing import Bucket, BucketPlan
 from speechlm2_jax.data.index.contents import IndexedContents, IndexedRows, Part
-from speechlm2_jax.data.index.counting import BUCKET, CLIPS, ROW
+from speechlm2_jax.data.index.counting import BUCKET, CLIPS, LENGTH, POSITIONS, ROW
 from speechlm2_jax.data.index.folders import digest, locked, prune, writable
 from speechlm2_jax.data.index.frame_table import FrameTable
 from speechlm2_jax.data.index.list_rows import ListRows
@@ -39,7 +39,7 @@ _PLANNED_BY = (
     *("sample_rate", "batch_size", "budget", "quadratic", "use_bucketing", "num_buckets"),
     *("bucket_duration_bins", "bucket_batch_size", "keep_outliers", "measure_total_length"),
     *("min_duration", "max_duration", "min_tokens", "max_tokens", "min_tpt", "max_tpt"),
-    "bucketing_2d_strict_mode",
+    *("bucketing_2d_strict_mode", "packed", "packed_tokens", "sums_budget"),
 )
 """Settings that a plan depends on."""
 
@@ -52,6 +52,10 @@ class Indexed:
     plan: BucketPlan
     clips: np.ndarray | None
     """Recordings of each conversation; None where no group of a bucket can have too many."""
+    positions: np.ndarray | None
+    """LLM positions of each conversation, where rows are packed."""
+    lengths: np.ndarray | None
+    """Of each conversation, where batches are filled up to a sum of lengths."""
     sizes: tuple[int, ...]
     """Conversations of each source."""
     shards: tuple[tuple[int, ...], ...]
@@ -123,11 +127,19 @@ def _planned(
     return Indexed(
         contents=contents,
         plan=BucketPlan(buckets=buckets, bucket_of=arrays[BUCKET], members=members),
-        clips=arrays.get(CLIPS) if is_tight else None,
+        clips=_clips(found, arrays) if is_tight or POSITIONS in arrays else None,
+        positions=arrays.get(POSITIONS),
+        lengths=arrays.get(LENGTH),
         sizes=tuple(sizes.tolist()),
         shards=_shards(contents, found.sizes, of_source),
         survey=found,
     )
+
+
+def _clips(found: Survey, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Recordings of each conversation; without a column all have as many."""
+    usual = np.uint16(found.members[0].most_clips if found.members else 0)
+    return arrays.get(CLIPS, np.broadcast_to(usual, sum(found.sizes)))
 
 
 def _shards(

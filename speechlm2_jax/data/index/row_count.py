@@ -57,10 +57,4 @@ def is_large(config: LoaderConfig, where: str) -> bool:
             ", ".join(names),
         )
         return False
-    if rows >= LARGE_ROWS and getattr(config, "packed", False):
-        _log.warning(
-            "%s: all rows are read into memory, because packed rows are planned by their lengths",
-            where,
-        )
-        return False
     return rows >= LARGE_ROWS

@@ -13,6 +13,7 @@ from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.index.counting import Counter, Totals
 from speechlm2_jax.data.index.salm_columns import KEPT, LengthsOfRows
 from speechlm2_jax.data.outliers import FLOORS, far_out
+from speechlm2_jax.data.packing import packed_edges, packs
 from speechlm2_jax.data.read_ahead import read_ahead
 
 BLOCK_ROWS = 1 << 16
@@ -49,7 +50,7 @@ class Survey:
     """By unit: what 99 % of the rows that are no outliers have at most."""
     columns: Mapping[str, Any]
     """Those that are written: `bucket` of each kept row; `row`, its number, unless all are kept;
-    `clips`, unless all have as many."""
+    `clips`, unless all have as many; `positions` of packed rows, `length` where it is summed."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, which `Survey.of_json` reads."""
@@ -88,7 +89,7 @@ def survey(
     )
     for (source, start, stop), future in counted:
         totals.add(source, start, future.result(), stop - start)
-    members, columns = totals.finish(multiple)
+    members, columns = totals.finish()
     return Survey(
         members=members,
         sizes=tuple(totals.sizes),
@@ -120,8 +121,13 @@ def _estimated(
         name: np.concatenate([getattr(one.measures, name) for one in found])[is_kept]
         for name in _LENGTHS
     }
-    edges = bucket_edges(Measures(**kept), config, multiple, least_padding=True)
-    return Counter(config=config, edges=edges, usual=usual)
+    measures = Measures(**kept)
+    edges = (
+        packed_edges(measures, config)
+        if packs(config)
+        else bucket_edges(measures, config, multiple, least_padding=True)
+    )
+    return Counter(config=config, edges=edges, usual=usual, multiple=multiple)
 
 
 def _stretches(sizes: Sequence[int], rows: int) -> Iterator[Stretch]:

@@ -1,10 +1,10 @@
 """Which rows of a large data set make which batch, window by window."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int, Real
 
 from speechlm2_jax.data.bucketing import BucketPlan, Measures
 from speechlm2_jax.data.index.order import Order
@@ -13,9 +13,9 @@ from speechlm2_jax.data.sampler import BATCHES, BatchPlan, Sampler
 WINDOW_ROWS = 1 << 20
 IN_ORDER_ROWS = 1 << 17
 """Of a window whose batches follow the order of the rows, which are filled one by one."""
-Left = list[int | list[int]]
+Left = list[int | str | list[int]]
 """What a window leaves to the next, in a data state: of each bucket (one, if batches follow the
-order) how many of the last rows of the window, or the rows."""
+order) how many of the last rows of the window, or these marked (`marked`), or the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +26,29 @@ class Carried:
     """Of each bucket, or of the order (one array)."""
     is_tail: tuple[bool, ...]
     """Whether these are the last rows that the window itself has of the bucket."""
+    marks: tuple[str | None, ...] = ()
+    """Of each bucket, which of the last rows of the window these are, where they are some."""
 
     def left(self) -> Left:
         """The same for a data state, where a number stands for the last rows of a window."""
-        pairs = zip(self.rows, self.is_tail, strict=True)
-        return [len(rows) if is_tail else rows.tolist() for rows, is_tail in pairs]
+        marks = self.marks or (None,) * len(self.rows)
+        triples = zip(self.rows, self.is_tail, marks, strict=True)
+        return [
+            mark or (len(rows) if is_tail else rows.tolist()) for rows, is_tail, mark in triples
+        ]
+
+
+def marked(is_left: Bool[np.ndarray, " n"]) -> str:
+    """Some of the last rows of a window as a text: how many there are, and a bit for each."""
+    return f"{len(is_left)}:{np.packbits(is_left).tobytes().hex()}"
+
+
+def _of_marks(mark: str, rows: np.ndarray) -> np.ndarray:
+    """The rows that a text of `marked` stands for, of those of a window."""
+    count, _, bits = mark.partition(":")
+    n = min(int(count), len(rows))
+    is_left = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[:n]
+    return rows[len(rows) - n :][is_left.astype(bool)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +98,14 @@ class WindowSampler:
     drop_last: bool = False
     endless: bool = False
     """Whether batches in order are filled across the end of an epoch."""
+    positions: Int[np.ndarray, " N"] | None = None
+    """LLM positions of each row, where several share one (`packed`)."""
+    lengths: Int[np.ndarray, " N"] | None = None
+    """Of each row, where batches in order are filled up to a sum of costs."""
+    budget: float | None = None
+    """What the costs of a group may sum to (`Sampler`)."""
+    cost: Callable[[Real[np.ndarray, " n"]], Real[np.ndarray, " n"]] | None = None
+    """What lengths count against the budget."""
 
     @property
     def seed(self) -> int:
@@ -141,17 +167,22 @@ class WindowSampler:
     def carried(self, left: Left, epoch: int, number: int) -> Carried:
         """What the window before this one left to it, of a data state."""
         is_tail = tuple(isinstance(part, int) for part in left)
-        if not any(part for part in left if isinstance(part, int)):
+        marks = tuple(part if isinstance(part, str) else None for part in left)
+        if not any(part for part in left if not isinstance(part, list)):
             tails = self.nothing.rows
         elif number:
             tails = self._tails(epoch, number - 1)
         else:
             tails = self._tails(epoch - 1, self.order.windows - 1)
         rows = tuple(
-            tail[len(tail) - part :] if isinstance(part, int) else np.asarray(part, np.int64)
+            tail[len(tail) - part :]
+            if isinstance(part, int)
+            else _of_marks(part, tail)
+            if isinstance(part, str)
+            else np.asarray(part, np.int64)
             for part, tail in zip(left, tails, strict=True)
         )
-        return Carried(rows=rows, is_tail=is_tail)
+        return Carried(rows=rows, is_tail=is_tail, marks=marks)
 
     def batch(self, bucket: int, groups: Sequence[np.ndarray]) -> BatchPlan:
         """A global batch; an incomplete one is split evenly, so that no group has all padding."""
@@ -201,12 +232,17 @@ class WindowSampler:
         ones = np.ones(len(rows), np.int64)
         clips = ones if self.clips is None else np.asarray(self.clips[rows], np.int64)
         bucket_of = np.asarray(self.plan.bucket_of[rows], np.int64)
+        costs = None
+        if self.lengths is not None and self.cost is not None:
+            costs = self.cost(np.asarray(self.lengths[rows], np.int64))
         return Sampler(
             plan=BucketPlan(buckets=self.plan.buckets, bucket_of=bucket_of),
             measures=Measures(length=ones, positions=ones, clips=clips, samples=ones),
             sizes=(len(rows),),
             groups=self.groups,
             drop_last=self.drop_last,
+            budget=self.budget,
+            costs=costs,
         )
 
 
