@@ -1,4 +1,7 @@
-"""Trains a speech language model: python train.py --config NAME_OR_PATH [key=value ...]."""
+"""Trains a speech language model: python train.py --config NAME_OR_PATH [key=value ...].
+
+Values of a second `--config` replace those of the first: --config salm --config plan.yaml.
+"""
 
 import sys
 from typing import TYPE_CHECKING
@@ -27,7 +30,10 @@ def main(argv: list[str]) -> None:
         ahead = command.ahead
         with processes.exit_on_error(), experiment.clear_errors(PROGRAM):
             run = experiment.read_run(
-                command.config, command.overrides, model_alone=ahead is not None
+                command.config,
+                command.overrides,
+                over=command.over,
+                model_alone=ahead is not None,
             )
             if ahead is not None:
                 sys.exit(_compile_ahead(run.compile_ahead(ahead)))

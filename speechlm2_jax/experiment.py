@@ -185,14 +185,18 @@ class RunSettings:
 
 
 def read_run(
-    config: str | Path, overrides: Sequence[str] = (), *, model_alone: bool = False
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    over: Sequence[str | Path] = (),
+    model_alone: bool = False,
 ) -> RunSettings:
-    """Reads a YAML by path or name. Raises SettingsError, before anything is built.
+    """Reads a YAML by path or name, and those `over` it. Raises SettingsError; builds nothing.
 
     With `model_alone` only the model block must be complete, as to compile ahead of time.
     """
     path = find(config)
-    settings = load(path, overrides, complete=not model_alone)
+    settings = load(path, overrides, complete=not model_alone, over=over)
     check_blocks(settings, complete=not model_alone)
     if model_alone:
         require_complete({"model": settings["model"]})

@@ -125,13 +125,19 @@ def _memory(known: Mapping[str, int], scratch: str, compiled: Any) -> dict[str, 
     }
 
 
+def is_too_large(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether the compiler failed as the program does not fit into the device's memory."""
+    text = str(error)
+    return "RESOURCE_EXHAUSTED" in text or "hbm" in text.lower()
+
+
 def _fitting(compile_it: Callable[[], jax.stages.Compiled], topology: Topology) -> Any:
     try:
         return compile_it()
     except jax.errors.JaxRuntimeError as error:
-        text = " ".join(str(error).split())
-        if "RESOURCE_EXHAUSTED" not in text and "hbm" not in text.lower():
+        if not is_too_large(error):
             raise
+        text = " ".join(str(error).split())
         raise SettingsError(f"{topology.name}: DOES NOT FIT: {text[:400]}") from error
 
 

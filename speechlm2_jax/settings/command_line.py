@@ -25,6 +25,8 @@ class TrainCommand:
     config: str
     """Name or path of the settings."""
     overrides: list[str]
+    over: tuple[str, ...] = ()
+    """More files, whose values replace those of `config`."""
     dry_run: bool
     """Build and describe everything without training."""
     ahead: "CompileAhead | None" = None
@@ -55,7 +57,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     )
     _add_ahead(parser)
     arguments, overrides = _parse(parser, argv, NAME_THE_SETTINGS)
-    config = _settings_of(arguments, "train.py", None)
+    config, *over = _settings_of(arguments, "train.py", None)
     ahead = None
     if arguments.compile_for:
         ahead = CompileAhead(
@@ -67,7 +69,13 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
             seconds=arguments.seconds,
             new_tokens=arguments.new_tokens,
         )
-    return TrainCommand(config=config, overrides=overrides, dry_run=arguments.dry_run, ahead=ahead)
+    return TrainCommand(
+        config=config,
+        overrides=overrides,
+        over=tuple(over),
+        dry_run=arguments.dry_run,
+        ahead=ahead,
+    )
 
 
 def _add_ahead(parser: argparse.ArgumentParser) -> None:
@@ -100,26 +108,38 @@ def parse_cli(
     prints and exits. Raises SettingsError for an unknown flag or missing settings.
     """
     arguments, overrides = _parse(_settings_parser(program, description), argv, NAME_THE_SETTINGS)
-    return _settings_of(arguments, program, default), overrides
+    config, *more = _settings_of(arguments, program, default)
+    if more:
+        raise SettingsError(f"--config: {program} takes one file, got {', '.join([config, *more])}")
+    return config, overrides
 
 
 def _settings_parser(program: str, description: str) -> _Parser:
     parser = _Parser(prog=program, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="NAME_OR_PATH", help="a name in configs/, or a file")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="NAME_OR_PATH",
+        help="a name in configs/, or a file; of train.py also several, the later over the earlier",
+    )
     parser.add_argument("--config-path", "-cp", metavar="FOLDER", help="with --config-name")
     parser.add_argument("--config-name", "-cn", metavar="NAME", help="a file of --config-path")
     return parser
 
 
-def _settings_of(arguments: argparse.Namespace, program: str, default: str | None) -> str:
-    config = arguments.config or arguments.config_name or default
-    if arguments.config_path and not arguments.config:
-        if not arguments.config_name:
-            raise SettingsError("--config-path needs --config-name, the file in that folder")
-        config = str(find(arguments.config_name, (Path(arguments.config_path),)))
-    if not config:
+def _settings_of(arguments: argparse.Namespace, program: str, default: str | None) -> list[str]:
+    """The files of settings, the first of them whole."""
+    named = arguments.config_name
+    if arguments.config_path and named:
+        named = str(find(named, (Path(arguments.config_path),)))
+    elif arguments.config_path and not arguments.config:
+        raise SettingsError("--config-path needs --config-name, the file in that folder")
+    first = [name for name in (named, None if arguments.config else default) if name]
+    files: list[str] = [*first, *arguments.config]
+    if not files:
         raise SettingsError(f"name the settings: {program} --config NAME_OR_PATH [key=value ...]")
-    return config
+    return files
 
 
 def parse_overrides(

@@ -81,13 +81,25 @@ def load(
     *,
     search: Sequence[Path] = (),
     complete: bool = True,
+    over: Sequence[str | Path] = (),
 ) -> Plain:
     """Reads a YAML by path or name, applies overrides, and resolves `${...}`.
 
     A name is looked up in `search` (by default configs/ and configs/recipes/ of the working folder
-    and of the project). With `complete`, a value still `???` is an error. Raises SettingsError.
+    and of the project). The values of the files `over` replace its own, key by key; lists are
+    replaced whole. With `complete`, a value still `???` is an error. Raises SettingsError.
     """
-    path = find(config, search)
+    values = _read_file(find(config, search))
+    for other in over:
+        values = _merged(values, _read_file(find(other, search)))
+    values = override(values, overrides)
+    if complete:
+        require_complete(values)
+    return resolve(values)
+
+
+def _read_file(path: Path) -> Plain:
+    """The mapping of a YAML file, as it is written."""
     if path.stat().st_size > MAX_FILE_BYTES:
         raise SettingsError(f"{path}: larger than {MAX_FILE_BYTES} bytes; not a settings file")
     text = read_text(path)
@@ -97,10 +109,17 @@ def load(
         raise SettingsError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"{path}: expected a mapping of keys, got {kind(values)}")
-    values = override(cast(Plain, values), overrides)
-    if complete:
-        require_complete(values)
-    return resolve(values)
+    return cast(Plain, values)
+
+
+def _merged(values: Plain, over: Mapping[str, Any]) -> Plain:
+    """Mappings joined key by key; any other value of `over` replaces that of `values`."""
+    result = dict(values)
+    for key, value in over.items():
+        old = result.get(key)
+        is_joined = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = _merged(cast(Plain, old), cast(Plain, value)) if is_joined else value
+    return result
 
 
 def find(config: str | Path, search: Sequence[Path] = ()) -> Path:

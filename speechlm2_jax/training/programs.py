@@ -114,6 +114,7 @@ class Programs:
         """Compiles the training program of a batch's shape without running it.
 
         Returns the result of `jax.jit(...).lower(...).compile()`, which has `memory_analysis`.
+        `train` and `accumulate` use it for batches of this shape.
         """
         layout, functions = self._layout, self._functions
         arrays = jax.tree.map(
@@ -130,7 +131,9 @@ class Programs:
             arguments = (sums.shapes, state, frozen, arrays, index)
             kind, function = "add", sums.add
         with phase(self._describe(kind, batch.bucket)):
-            return self._compile(function.lower(*arguments))
+            compiled = self._compile(function.lower(*arguments))
+        self._compiled[kind, _shapes(arrays)] = compiled
+        return compiled
 
     def _completed(
         self,
@@ -161,7 +164,7 @@ class Programs:
         arguments: tuple[PyTree, ...],
     ) -> jax.stages.Compiled:
         """The compiled program for a batch's shapes."""
-        shapes = tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in jax.tree.leaves(batch))
+        shapes = _shapes(batch)
         if (kind, shapes) not in self._compiled:
             with self._compiling(), phase(self._describe(kind, bucket)):
                 self._compiled[kind, shapes] = self._compile(function.lower(*arguments))
@@ -176,6 +179,11 @@ class Programs:
         if kind not in FORWARD_AND_BACKWARD or self._planned is None:
             return name
         return f"{name} ({self.training_programs + 1} of {self._planned})"
+
+
+def _shapes(batch: PyTree) -> tuple[tuple[tuple[int, ...], str], ...]:
+    """Shape and dtype of each array of a batch."""
+    return tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in jax.tree.leaves(batch))
 
 
 @dataclass(frozen=True, kw_only=True)

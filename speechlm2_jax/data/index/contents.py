@@ -11,10 +11,11 @@ from jaxtyping import Int
 
 from speechlm2_jax.batches import BatchShape
 from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.data.bucketing import Members
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.index.salm_columns import Rows
 from speechlm2_jax.data.prompts import PromptFormatter
-from speechlm2_jax.data.salm_contents import salm_columns
+from speechlm2_jax.data.salm_contents import salm_columns, salm_shape
 from speechlm2_jax.data.salm_examples import SalmExamples
 from speechlm2_jax.settings import SettingsError
 
@@ -96,6 +97,10 @@ class IndexedContents(SalmExamples):
 
     def _conversation(self, index: int) -> Conversation:
         return self[index]
+
+    def shape(self, members: Members) -> BatchShape:
+        """The shape of a bucket."""
+        return salm_shape(members, self.config.sample_rate)
 
     def columns(self, shape: BatchShape) -> dict[str, str]:
         """Clips, and seconds of the longest."""

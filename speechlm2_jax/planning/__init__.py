@@ -1,0 +1,1 @@
+"""Bins and rows that fit a device: `python -m speechlm2_jax.data.plan CONFIG`."""
