@@ -251,6 +251,22 @@ def test_command_line_mistakes_are_one_line():
     assert settings.parse_cli([], default="salm") == ("salm", [])
 
 
+def test_later_files_replace_values_of_the_first(tmp_path):
+    (tmp_path / "first.yaml").write_text("a: {b: 1, c: [1, 2], d: '${a.b}'}\ne: 5")
+    (tmp_path / "second.yaml").write_text("a: {b: 2, c: [3], n: {x: 1}}")
+    (tmp_path / "third.yaml").write_text("a: {b: 3, n: null}")
+    files = [str(tmp_path / f"{name}.yaml") for name in ("first", "second", "third")]
+    command = settings.parse_train(["--config", files[0], "--config", files[1], "e=6"])
+    assert (command.config, command.over, command.overrides) == (files[0], (files[1],), ["e=6"])
+    found = settings.load(command.config, command.overrides, over=command.over)
+    assert found == {"a": {"b": 2, "c": [3], "d": 2, "n": {"x": 1}}, "e": 6}
+    assert settings.load(files[0], over=files[1:])["a"] == {"b": 3, "c": [3], "d": 3, "n": None}
+    named = settings.parse_train(["-cp", str(tmp_path), "-cn", "first", "--config", files[1]])
+    assert (named.config, named.over) == (files[0], (files[1],))
+    two = ["--config", files[0], "--config", files[1]]
+    assert "takes one file" in message(settings.parse_cli, two)
+
+
 def test_help_shows_every_way_to_say_it(capsys):
     with pytest.raises(SystemExit) as end:
         settings.parse_cli(["--help"])

@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         print(table(plan))
         write_yaml(arguments.output, plan, ["python", "-m", "speechlm2_jax.data.plan", *argv])
         print(f"plan: {arguments.output}; train with it by")
-        print(training_command(config, overrides, arguments.output))
+        print(training_command(config, overrides, arguments.output, plan))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -100,6 +100,7 @@ class PlannedData:
             "bucket_duration_bins": list(bins),
             "bucket_batch_size": list(rows),
         }
+        found |= {key: None for key in BUDGETS if self.settings.get(key) is not None}
         longest = bins[-1]
         if not isinstance(longest, list):
             found["max_tokens" if is_tokens else "max_duration"] = longest

@@ -48,9 +48,11 @@ def write_yaml(path: Path, plan: Plan, command: Sequence[str]) -> None:
     write_whole(path, "\n".join([*comment, text]))
 
 
-def training_command(config: str, overrides: Sequence[str], path: Path) -> str:
-    """The command that trains with the plan."""
-    return shlex.join(["python", "train.py", "--config", config, "--config", str(path), *overrides])
+def training_command(config: str, overrides: Sequence[str], path: Path, plan: Plan) -> str:
+    """The command that trains with the plan: without the overrides that would replace it."""
+    planned = {f"data.train_ds.{key}" for key in plan.keys}
+    kept = [one for one in overrides if one.partition("=")[0].lstrip("+~") not in planned]
+    return shlex.join(["python", "train.py", "--config", config, "--config", str(path), *kept])
 
 
 def _row(one: PlannedBin) -> dict[str, str]:
