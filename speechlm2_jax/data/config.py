@@ -81,7 +81,9 @@ class LoaderConfig(AugmentationConfig):
     """Keeps outliers in length, with a warning (docs/data.md)."""
     # how it is read ahead
     num_workers: int = 1
-    """Threads that read audio ahead."""
+    """Threads that read audio ahead, in each process that does."""
+    worker_processes: int = 0
+    """Processes that read training data ahead, for augmentation; 0: threads of the run's own."""
     read_timeout: float | None = 300.0
     """Seconds after which a recording that does not arrive counts as unusable; null: never."""
     max_error_rate: float | None = None
@@ -104,7 +106,7 @@ class LoaderConfig(AugmentationConfig):
         "metadata_only": "manifests are read without their audio",
         "slice_length": "order is shuffled over whole manifests",
         "use_lhotse": "Lhotse always reads",
-        "persistent_workers": "workers are threads",
+        "persistent_workers": "workers last as long as the run",
         "prefetch_factor": "reading ahead follows num_workers",
     }
     REFUSED: ClassVar[Mapping[str, Refusal]] = {
@@ -147,8 +149,9 @@ class LoaderConfig(AugmentationConfig):
             )
         if self.sample_rate < 1:
             raise ValueError(f"sample_rate must be positive, got {self.sample_rate}")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
+        for name in ("num_workers", "worker_processes"):
+            if (count := getattr(self, name)) < 0:
+                raise ValueError(f"{name} must not be negative, got {count}")
         if self.max_error_rate is not None and not 0 <= self.max_error_rate <= 1:
             raise ValueError(f"max_error_rate must be from 0 to 1, got {self.max_error_rate}")
         for name in ("batch_size", "read_timeout", *self.BUDGET_KEYS):

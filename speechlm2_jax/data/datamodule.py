@@ -15,6 +15,7 @@ from speechlm2_jax.data.augmentation.noise_sources import read_noise
 from speechlm2_jax.data.bucketing import BucketPlan, Shape
 from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.faults import Dropped, ErrorLog, ErrorRate, Faults
+from speechlm2_jax.data.frame_counts import CachedFrameCount
 from speechlm2_jax.data.fusion import ZIP, assembling, joined_shape, training_sets
 from speechlm2_jax.data.index.row_count import is_large
 from speechlm2_jax.data.index.windows import WindowSampler
@@ -114,7 +115,7 @@ class DataModule:
 
         Raises SettingsError if nothing is left to train or validate on.
         """
-        frame_count = functools.lru_cache(maxsize=1 << 16)(frame_count)
+        frame_count = CachedFrameCount(frame_count)
         self._groups = groups
         self._own_groups = None if own_groups is None else frozenset(own_groups)
         multiple = math.lcm(TOKENS_MULTIPLE, pad_to_multiple)
@@ -122,6 +123,9 @@ class DataModule:
             name: prepare(data_set, self.dataset, frame_count, groups, multiple)
             for name, data_set in self._sets.items()
         }
+        for name in self._trained:  # worker processes know all up to the longest
+            for bucket in self.plan(name).buckets:
+                frame_count(getattr(bucket.shape, "samples", 0))
 
     def train_batches(self, state: Mapping[str, Any] | None = None) -> "BatchStream":
         """Training batches without end, from the start or from a state.
@@ -221,29 +225,44 @@ class DataModule:
 
     def _stream(self, name: str, groups: int) -> "BatchStream":
         from speechlm2_jax.data.loader import BatchStream
+        from speechlm2_jax.data.pipeline import Workers
 
         reader, is_train = self._reader(name, groups), self._sets[name].is_train
         watch = self._watches[name] if is_train else None
-        threads = self._prepared[name].config.num_workers
-        plans = _plans(reader, epochs=None if is_train else 1)
-        return BatchStream(plans, reader, self._faults_of(name), threads, watch)
+        config = self._prepared[name].config
+        # processes take seconds to start, which a pass over validation data would not earn
+        processes = config.worker_processes if is_train else 0
+        workers = Workers(threads=config.num_workers, processes=processes)
+        make_plans = functools.partial(_plans, reader, None if is_train else 1)
+        return BatchStream(make_plans, reader, self._faults_of(name), workers, watch)
 
     def _fused_stream(self, groups: int) -> "BatchStream":
         from speechlm2_jax.data.fused_plans import FusedPlans
         from speechlm2_jax.data.fused_reader import FusedReader
         from speechlm2_jax.data.loader import BatchStream
+        from speechlm2_jax.data.pipeline import Workers
 
         assert self._fusion is not None
         names = {name.removeprefix(f"{TRAIN}."): name for name in self._trained}
         readers = {name: self._reader(path, groups) for name, path in names.items()}
-        plans = FusedPlans(
-            {name: _plans(reader, epochs=None) for name, reader in readers.items()},
-            self._fusion,
-            next(iter(readers.values())).sampler.seed,
-            is_endless=any(reader.sampler.endless for reader in readers.values()),
+        fusion = self._fusion
+
+        def make_plans() -> FusedPlans:
+            return FusedPlans(
+                {name: _plans(reader, epochs=None) for name, reader in readers.items()},
+                fusion,
+                next(iter(readers.values())).sampler.seed,
+                is_endless=any(reader.sampler.endless for reader in readers.values()),
+            )
+
+        workers = Workers(threads=fusion.num_workers, processes=fusion.worker_processes)
+        return BatchStream(
+            make_plans,
+            FusedReader(parts=readers),
+            self._faults_of(TRAIN),
+            workers,
+            self._watches[TRAIN],
         )
-        reader, threads = FusedReader(parts=readers), self._fusion.num_workers
-        return BatchStream(plans, reader, self._faults_of(TRAIN), threads, self._watches[TRAIN])
 
     def _reader(self, name: str, groups: int) -> "BatchReader":
         from speechlm2_jax.data.loader import BatchReader

@@ -4,13 +4,13 @@ An epoch of finite sets ends with the last of them (joined: with the first), and
 anew with all. Of sets that NeMo repeats without end no epoch ends.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
 from speechlm2_jax.data.fusion import RANDOM, ZIP, FusionConfig
+from speechlm2_jax.data.pipeline import Plans
 from speechlm2_jax.data.sampler import BatchPlan
 from speechlm2_jax.settings import SettingsError
 
@@ -31,21 +31,7 @@ Fused = tuple[SetBatch, ...]
 """The parts of a batch: one, or one of each set."""
 
 
-class Plans(Protocol):
-    """The batch plans of one set (`PlannedBatches`, `PlannedWindows`)."""
-
-    def __next__(self) -> BatchPlan: ...
-
-    def get_state(self) -> dict[str, Any]:
-        """After the plan last given: `epoch`, `position` and what else it needs."""
-        ...
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Resumes from a state."""
-        ...
-
-
-class FusedPlans(grain.DatasetIterator):
+class FusedPlans(Iterator[Fused]):
     """The plans of several sets, fused. Its state is theirs, and its position.
 
     Args:
@@ -58,7 +44,6 @@ class FusedPlans(grain.DatasetIterator):
     def __init__(
         self, parts: Mapping[str, Plans], config: FusionConfig, seed: int, *, is_endless: bool
     ) -> None:
-        super().__init__()
         self._parts, self._config, self._seed = dict(parts), config, seed
         self._is_endless = is_endless
         self._begin(0)

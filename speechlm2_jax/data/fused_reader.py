@@ -12,7 +12,8 @@ from speechlm2_jax.batches import HostBatch
 from speechlm2_jax.data.bucketing import Shape
 from speechlm2_jax.data.fused_plans import Fused
 from speechlm2_jax.data.fusion import assembling, joined_shape
-from speechlm2_jax.data.loader import BatchReader, Read
+from speechlm2_jax.data.loader import BatchReader
+from speechlm2_jax.data.pipeline import Read
 from speechlm2_jax.data.reading import Key, Reading
 
 

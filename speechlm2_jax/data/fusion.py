@@ -33,7 +33,9 @@ class FusionConfig:
     shard_seed: int | str = "trng"
     shuffle: bool = False
     num_workers: int = 1
-    """Threads that read audio ahead."""
+    """Threads that read audio ahead, in each process that does."""
+    worker_processes: int = 0
+    """Processes that read training data ahead, for augmentation; 0: threads of the run's own."""
 
     IGNORED: ClassVar[Mapping[str, Refusal]] = {
         "pin_memory": "JAX has no pinned-memory option",
@@ -41,7 +43,13 @@ class FusionConfig:
         "force_finite": "validation is finite and training is not",
         "use_lhotse": "Lhotse always reads",
     }
-    SHARED: ClassVar[tuple[str, ...]] = ("seed", "shard_seed", "shuffle", "num_workers")
+    SHARED: ClassVar[tuple[str, ...]] = (
+        "seed",
+        "shard_seed",
+        "shuffle",
+        "num_workers",
+        "worker_processes",
+    )
 
     def check(self, names: Sequence[str], where: str) -> None:
         """Raises SettingsError unless weights are of the sets, and there are sets at all."""

@@ -1,10 +1,9 @@
-"""Prefetches planned batches in threads, in a deterministic order."""
+"""Batches in a deterministic order: what reads and assembles them, and the stream of a run."""
 
 import functools
 import logging
 import zlib
-from collections.abc import Collection, Generator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +13,15 @@ import xxhash
 from speechlm2_jax.batches import HostBatch
 from speechlm2_jax.data.faults import Faults
 from speechlm2_jax.data.index.contents import IndexedContents
-from speechlm2_jax.data.index.planned_windows import PlannedWindows
 from speechlm2_jax.data.index.windows import WindowSampler
 from speechlm2_jax.data.manifest_watch import ManifestWatch
+from speechlm2_jax.data.pipeline import Delivered, Plans, Read, Workers, pipeline, place_of
 from speechlm2_jax.data.prepare import BatchContents
-from speechlm2_jax.data.read_ahead import read_ahead
-from speechlm2_jax.data.reading import ExampleReader, Key, Reading
+from speechlm2_jax.data.reading import ExampleReader, Key
 from speechlm2_jax.data.sampler import BatchPlan, Sampler
 from speechlm2_jax.settings import SettingsError
 
-if TYPE_CHECKING:  # they import this module, or are needed by few runs
-    from speechlm2_jax.data.fused_plans import FusedPlans
+if TYPE_CHECKING:  # it imports this module
     from speechlm2_jax.data.fused_reader import FusedReader
 
 EMPTY_BATCHES = 20
@@ -84,7 +81,7 @@ class BatchReader:
         """The groups of a batch that are read here."""
         return range(len(planned.groups)) if self.own_groups is None else self.own_groups
 
-    def load(self, planned: BatchPlan, key: Key) -> "Read":
+    def load(self, planned: BatchPlan, key: Key) -> Read:
         """Reads a batch. A conversation that fails is replaced, else masked, so shapes stay.
 
         `key` is the epoch and the number of the batch.
@@ -113,16 +110,10 @@ def _contents(conversation: Any) -> list[Any]:
     return found
 
 
-def _place(state: Mapping[str, Any]) -> tuple[int, int]:
-    """The epoch of a batch and its number, counted from 1, by the state after it."""
-    return int(state["epoch"]), int(state["position"])
-
-
-class PlannedBatches(grain.DatasetIterator):
+class PlannedBatches(Iterator[BatchPlan]):
     """The batch plans of all epochs in order; its state is its position."""
 
     def __init__(self, sampler: Sampler, epochs: int | None = None) -> None:
-        super().__init__()
         self._sampler, self._epochs = sampler, epochs
         self._epoch = self._position = 0
         self._left: list[int] = []
@@ -154,46 +145,53 @@ class PlannedBatches(grain.DatasetIterator):
         self._plans = (-1, [], [])
 
 
-Planned = tuple[Any, dict[str, Any]]
-"""A batch, and the position after it."""
-Read = tuple[HostBatch, Reading]
-
-
-class BatchStream(grain.DatasetIterator):
-    """Batches in order, read ahead by threads.
+class BatchStream(grain.DatasetIterator[HostBatch]):
+    """Batches in order, read ahead by Grain.
 
     Its state is small JSON and the same on every host. It is the state after the last returned
-    batch, however far the threads have read: epoch, position, groups, a fingerprint of the data,
-    and the dropped conversations.
+    batch, however far others are read: epoch, position, groups, a fingerprint of the data, and the
+    dropped conversations.
+
+    Args:
+        make_plans: makes the plans of all batches, at their first one.
+        reader: reads what they plan.
+        faults: counts what cannot be read.
+        workers: what reads ahead.
+        watch: looks at the manifests.
     """
 
     def __init__(
         self,
-        plans: "PlannedBatches | PlannedWindows | FusedPlans",
+        make_plans: Callable[[], Plans],
         reader: "BatchReader | FusedReader",
         faults: Faults,
-        threads: int,
+        workers: Workers,
         watch: ManifestWatch | None = None,
     ) -> None:
-        super().__init__(plans)
+        super().__init__()
         self._reader, self._faults, self._watch = reader, faults, watch
-        self._threads = max(threads, 1)
-        self._reading = self._read_ahead()
-        self._state = plans.get_state()
+        self._make_plans, self._workers = make_plans, workers
         self._empty_batches = 0
+        self._batches: grain.DatasetIterator[Delivered] | None = None
+        self._begin(make_plans().get_state())
 
     def __next__(self) -> HostBatch:
-        (_, state), future = next(self._reading)
-        batch, reading = future.result()
-        self._state = state
-        self._faults.add(reading.read, reading.failures, _place(state))
+        if self._batches is None:
+            raise StopIteration
+        delivered = next(self._batches)
+        batch = delivered.batch
+        if batch is None:
+            self.close()
+            raise StopIteration
+        self._state = delivered.state
+        self._faults.add(delivered.read, delivered.failures, delivered.place)
         if self._watch is not None:
             self._watch.look()
         self._empty_batches = 0 if batch.ids else self._empty_batches + 1
         if self._empty_batches >= EMPTY_BATCHES:
             raise SettingsError(
                 f"{EMPTY_BATCHES} consecutive batches without a usable recording; the last one: "
-                f"{reading.failures[-1].message}"
+                f"{delivered.failures[-1].message}"
             )
         return batch
 
@@ -225,21 +223,27 @@ class BatchStream(grain.DatasetIterator):
                 "the data changed since this state was saved: the ids are the same, texts or "
                 "durations differ; the run resumes at the same position"
             )
-        self._reading.close()
-        self._parent.set_state(state)
-        self._reading = self._read_ahead()
-        self._state = self._parent.get_state()
-        self._faults.resume(state["dropped"], _place(self._state))
+        plans = self._make_plans()
+        plans.set_state(state)
+        self._stop()
+        self._begin(plans.get_state())
+        self._faults.resume(state["dropped"], place_of(self._state))
+
+    def start_prefetch(self) -> None:
+        """Begins to read ahead before the first batch is asked for."""
+        if self._batches is not None:
+            self._batches.start_prefetch()
 
     def close(self) -> None:
-        """Stops reading ahead."""
-        self._reading.close()
+        """Stops reading ahead, and ends the processes that do."""
+        self._stop()
         super().close()
 
-    def _read_ahead(self) -> Generator[tuple[Planned, Future[Read]]]:
-        return read_ahead(
-            ((plan, self._parent.get_state()) for plan in self._parent),
-            lambda planned: self._reader.load(planned[0], _place(planned[1])),
-            ahead=2 * self._threads,
-            threads=self._threads,
-        )
+    def _begin(self, state: dict[str, Any]) -> None:
+        self._state = state
+        self._batches = iter(pipeline(self._make_plans, state, self._reader, self._workers))
+
+    def _stop(self) -> None:
+        batches, self._batches = self._batches, None
+        if batches is not None:
+            batches.close()

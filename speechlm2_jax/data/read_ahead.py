@@ -1,4 +1,9 @@
-"""Reads items in threads before they are asked for: in order, and only so far ahead."""
+"""Reads items in threads before they are asked for: in order, and only so far ahead.
+
+Of evaluation, and of the survey of an index. Training reads by Grain (`pipeline.py`), which cannot
+do what these need: bound what is read by a cost (seconds of audio) instead of a number of items,
+give an error in place of its own item and go on, and be imported in less than a second.
+"""
 
 import itertools
 import math

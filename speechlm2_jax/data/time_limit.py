@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from speechlm2_jax.settings import SettingsError
 
@@ -47,6 +47,9 @@ class TimeLimit:
                 self._give_up(worker, name(items[len(done)]))
                 done.append(late(items[len(done)]))
         return done
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TimeLimit, (self.seconds,)  # another process counts its own
 
     def _give_up(self, worker: threading.Thread, item: str) -> None:
         with self._lock:

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 from jaxtyping import Int
@@ -126,6 +126,10 @@ class IndexedContents(SalmExamples):
         place = index if self.row is None else int(self.row[index])
         part = int(np.searchsorted(self._firsts, place, side="right")) - 1
         return part, place - int(self._firsts[part])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which reads conversations itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_read"}
 
     def _read_one(self, index: int) -> Conversation:
         number, row = self._place(index)

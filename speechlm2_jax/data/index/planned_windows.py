@@ -1,15 +1,14 @@
 """The batch plans of a large data set, of all epochs in order."""
 
+from collections.abc import Iterator
 from typing import Any
-
-import grain
 
 from speechlm2_jax.data.index.windows import Carried, WindowPlan, WindowSampler
 from speechlm2_jax.data.sampler import BatchPlan
 from speechlm2_jax.settings import SettingsError
 
 
-class PlannedWindows(grain.DatasetIterator):
+class PlannedWindows(Iterator[BatchPlan]):
     """Plans window after window; its state is the position in one, and what was left to it.
 
     A state is a few small numbers, so resuming plans the window again, and of the one before it
@@ -17,7 +16,6 @@ class PlannedWindows(grain.DatasetIterator):
     """
 
     def __init__(self, sampler: WindowSampler, epochs: int | None = None) -> None:
-        super().__init__()
         self._sampler, self._epochs = sampler, epochs
         self._epoch = self._window = 0
         self._position = self._before = 0

@@ -72,6 +72,9 @@ class PlainText:
     def _file(self) -> int:
         return os.open(self.path, os.O_RDONLY)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlainText, (self.path,)  # another process opens the file itself
+
 
 class GzipText:
     """The text of a compressed file, from the nearest point before it on.
@@ -86,6 +89,9 @@ class GzipText:
         self.path, self.size, self._columns = path, size, columns
         self._file = os.open(path, os.O_RDONLY)
         self._stretch = functools.lru_cache(_STRETCHES_KEPT)(self._read_stretch)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GzipText, (self.path, self._columns, self.size)
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes from an offset on; fewer at the end. Raises OSError for a damaged file."""
