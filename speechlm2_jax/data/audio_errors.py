@@ -9,6 +9,10 @@ CAUSES = {
     "longer_than_declared": "the file is longer than its declared duration",
     "no_such_channel": "the file has no such channel",
     "timed_out": "the storage does not deliver it in time",
+    "unreachable": "the storage fails, or cannot be reached",
+    "incomplete": "the storage delivers less than it announces",
+    "forbidden": "the storage refuses to give it",
+    "not_allowed": "settings do not allow its address (`allowed_roots`, `allowed_schemes`)",
     "changed": "its row of the manifest is not what it was when it was indexed",
     "longer_than_model": "it lasts more frames than the model has positions",
 }

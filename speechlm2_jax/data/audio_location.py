@@ -3,7 +3,11 @@
 import io
 from typing import NamedTuple
 
+from speechlm2_jax.data.audio_errors import AudioError
 from speechlm2_jax.data.audio_files import open_binary
+from speechlm2_jax.data.storage.access import Storage
+from speechlm2_jax.data.storage.addresses import is_remote
+from speechlm2_jax.data.storage.errors import StorageError
 
 
 class NamedBytes(io.BytesIO):
@@ -34,6 +38,8 @@ class AudioLocation(NamedTuple):
     """First byte and size of it inside `path`, a tar; None: the whole file."""
     cell: ParquetCell | None = None
     """Of a recording that is a value in `path`, a Parquet file."""
+    storage: Storage = Storage()
+    """How it is read."""
 
     def source(self, name: str) -> str | NamedBytes:
         """What `open_audio` takes; `name` is what errors call a recording inside a file.
@@ -44,9 +50,25 @@ class AudioLocation(NamedTuple):
             from speechlm2_jax.data.parquet import cell_bytes
 
             return NamedBytes(cell_bytes(self.path, self.cell), name=f"{name} in {self.path}")
+        if is_remote(self.path):
+            return NamedBytes(self._remote_bytes(), name=self._shown(name))
         if self.byte_range is None:
             return self.path
         start, size = self.byte_range
         with open_binary(self.path) as file:
             file.seek(start)
             return NamedBytes(file.read(size), name=f"{name} in {self.path}")
+
+    def _shown(self, name: str) -> str:
+        return self.path if self.byte_range is None else f"{name} in {self.path}"
+
+    def _remote_bytes(self) -> bytes:
+        try:
+            if self.byte_range is None:
+                return self.storage.whole(self.path)
+            data = self.storage.read(self.path, *self.byte_range)
+        except StorageError as error:
+            raise AudioError(str(error), cause=error.cause, path=self.path) from error
+        if len(data) < self.byte_range[1]:
+            raise AudioError(f"{self.path}: ends inside a member", cause="truncated")
+        return data

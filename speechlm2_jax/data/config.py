@@ -8,6 +8,7 @@ import numpy as np
 
 from speechlm2_jax.data.augmentation.config import AugmentationConfig
 from speechlm2_jax.data.input_config import InputConfig, ManifestPaths, Paths, SharPath, TarPaths
+from speechlm2_jax.data.storage.access import Storage
 from speechlm2_jax.settings import Refusal
 
 L = TypeVar("L", float, np.ndarray)
@@ -20,6 +21,11 @@ class DataConfig:
     train_ds: Mapping[str, object] | None = None
     validation_ds: Mapping[str, object] | None = None
     test_ds: Mapping[str, object] | None = None
+    allowed_roots: tuple[str, ...] | None = None
+    """Folders, and prefixes of addresses, that all data must lie in, whatever a manifest names;
+    null: everywhere. Links and redirects are followed before the comparison."""
+    allowed_schemes: tuple[str, ...] | None = None
+    """`file` (paths), `http`, `https`, `s3`, `gs` and others that may be read; null: all."""
 
     REFUSED: ClassVar[Mapping[str, Refusal]] = {
         "predict_ds": "use evaluate.py for inference on recordings",
@@ -86,6 +92,10 @@ class LoaderConfig(AugmentationConfig):
     """Processes that read training data ahead, for augmentation; 0: threads of the run's own."""
     read_timeout: float | None = 300.0
     """Seconds after which a recording that does not arrive counts as unusable; null: never."""
+    allowed_roots: tuple[str, ...] | None = None
+    """Folders and prefixes of addresses that may be read; null: those of `data`."""
+    allowed_schemes: tuple[str, ...] | None = None
+    """Schemes that may be read; null: those of `data`."""
     max_error_rate: float | None = None
     """Stops the run if a larger share of the last 1000 conversations could not be used."""
 
@@ -117,6 +127,13 @@ class LoaderConfig(AugmentationConfig):
     }
 
     @property
+    def storage(self) -> Storage:
+        """What may be read, and how long it may take."""
+        return Storage(
+            roots=self.allowed_roots, schemes=self.allowed_schemes, limit_s=self.read_timeout
+        )
+
+    @property
     def budget(self) -> int | float | None:
         """How much a group may hold, padding included, in the unit of lengths."""
         return getattr(self, self.BUDGET_KEYS[0])
@@ -141,6 +158,7 @@ class LoaderConfig(AugmentationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.storage  # raises for an unknown scheme
         highest_hz = self.lowpass_frequencies_interval[1]
         if self.lowpass_enabled and 2 * highest_hz > self.sample_rate:
             raise ValueError(

@@ -14,6 +14,7 @@ from speechlm2_jax.data.audio_location import AudioLocation, ParquetCell
 from speechlm2_jax.data.augmentation.changes import ClipChanges
 from speechlm2_jax.data.lhotse_types import Cut
 from speechlm2_jax.data.prompts import Prompt
+from speechlm2_jax.data.storage.access import Storage, current
 
 if TYPE_CHECKING:
     from speechlm2_jax.data.augmentation.augmentation import ClipEffects
@@ -40,6 +41,8 @@ class AudioClip:
     """How much of `duration_s`, at its end, is silence that no file has."""
     cell: ParquetCell | None = None
     """Of a recording that is a value in `path`, a Parquet file."""
+    storage: Storage = field(default_factory=current, repr=False)
+    """How a remote recording is read."""
     cut: Cut | None = None
     """A Lhotse cut that only Lhotse can load (mixed, augmented or in memory)."""
     changes: ClipChanges | None = None
@@ -111,7 +114,7 @@ class AudioClip:
 
     def _read(self, sample_rate_hz: int) -> np.ndarray:
         return read_audio(
-            AudioLocation(self.path, self.byte_range, self.cell).source(self.id),
+            AudioLocation(self.path, self.byte_range, self.cell, self.storage).source(self.id),
             sample_rate_hz=sample_rate_hz,
             offset_s=self.offset_s,
             duration_s=self.duration_s,

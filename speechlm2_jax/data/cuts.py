@@ -16,6 +16,9 @@ from speechlm2_jax.data.manifest_options import ManifestOptions, conversation_of
 from speechlm2_jax.data.manifest_values import located, mapping, seconds
 from speechlm2_jax.data.paths import Finder, local_file
 from speechlm2_jax.data.spoken_dialogs import UnknownSpeakerError, dialog_of_cut
+from speechlm2_jax.data.storage.access import Storage, current
+from speechlm2_jax.data.storage.addresses import is_remote
+from speechlm2_jax.data.storage.downloads import shown
 from speechlm2_jax.settings import SettingsError
 
 _YAML = (".yaml", ".yml")
@@ -54,7 +57,7 @@ def _whole(path: Path) -> Iterator[tuple[str, Any]]:
         except Exception as error:  # Lhotse raises whatever a wrong file makes it raise
             raise SettingsError(" ".join(str(error).split())[:200]) from error
     for number, cut in enumerate(cuts, start=1):
-        yield f"{path} cut {number}", cut
+        yield f"{shown(path)} cut {number}", cut
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -163,7 +166,7 @@ def conversation_of_cut(
     return replace(made, shard=shard)
 
 
-def clip_of_cut(cut: Cut, channel: int | None) -> AudioClip:
+def clip_of_cut(cut: Cut, channel: int | None, storage: Storage | None = None) -> AudioClip:
     """A cut as a stretch of a file where it is one, else as something for Lhotse to load."""
     source = _only_file(cut)
     start_s, duration_s = stretch_of_cut(cut)
@@ -176,6 +179,7 @@ def clip_of_cut(cut: Cut, channel: int | None) -> AudioClip:
         duration_s=duration_s,
         channel=channel_of_cut(cut, channel),
         is_segment=start_s > 0 or duration_s < cut.recording.duration,
+        storage=current() if storage is None else storage,
     )
 
 
@@ -210,11 +214,12 @@ def _sources(cut: Cut, fields: tuple[str, ...]) -> Iterator[Any]:
 
 
 def _resolve_sources(cut: Cut, fields: tuple[str, ...], finder: Finder) -> None:
-    """Makes the paths of a cut absolute. Raises SettingsError for what is not a local file."""
+    """Makes the paths of a cut absolute. Raises SettingsError for what may not be read."""
     for track in getattr(cut, "tracks", None) or [None]:
         for source in _sources(cut if track is None else track.cut, fields):
-            if source.type == "url" and str(source.source).lower().startswith("file:"):
-                source.type = "file"
+            name = str(source.source)
+            if source.type == "url" and (name.lower().startswith("file:") or is_remote(name)):
+                source.type = "file"  # ours to read, as all that is one file
             if source.type == "file":
                 source.source = finder(str(source.source))
             elif source.type in ("url", "command"):

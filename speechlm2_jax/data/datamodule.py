@@ -13,7 +13,7 @@ from speechlm2_jax.data.augmentation.augmentation import Augmentation, make_augm
 from speechlm2_jax.data.augmentation.config import warn_without_switch
 from speechlm2_jax.data.augmentation.noise_sources import read_noise
 from speechlm2_jax.data.bucketing import BucketPlan, Shape
-from speechlm2_jax.data.config import LoaderConfig
+from speechlm2_jax.data.config import DataConfig, LoaderConfig
 from speechlm2_jax.data.faults import Dropped, ErrorLog, ErrorRate, Faults
 from speechlm2_jax.data.frame_counts import CachedFrameCount
 from speechlm2_jax.data.fusion import ZIP, assembling, joined_shape, training_sets
@@ -26,6 +26,7 @@ from speechlm2_jax.data.reading import ExampleReader
 from speechlm2_jax.data.salm_concatenation import SalmConcatenation
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.sources import read_sources
+from speechlm2_jax.data.storage.access import using
 from speechlm2_jax.data.time_limit import TimeLimit
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.settings import SettingsError, build, require_complete
@@ -60,6 +61,7 @@ class DataModule:
         self.dataset: DataKind = SALMDataset(tokenizer) if dataset is None else dataset
         config = build(self.dataset.data_config, cfg, "data")
         self.dataset.check(config, "data")
+        self._shared = shared_keys(config)
         self._sets: dict[str, DataSet] = {}
         blocks = training_sets(config.train_ds, "data.train_ds")
         self._fusion = blocks.fusion
@@ -306,7 +308,7 @@ class DataModule:
         return "\n".join(table for table in tables if table)
 
     def _read(self, values: Mapping[str, object], where: str, *, is_train: bool) -> DataSet:
-        config = build(self.dataset.loader_config, values, where)
+        config = build(self.dataset.loader_config, {**self._shared, **values}, where)
         warn_without_switch(config, where)
         if not is_train and getattr(config, "concatenate_samples", False):
             raise SettingsError(f"{where}.concatenate_samples: each conversation is scored alone")
@@ -349,7 +351,14 @@ def _plans(reader: "BatchReader", epochs: int | None) -> "PlannedBatches | Plann
 
 def _augmentation(config: LoaderConfig, where: str) -> Augmentation | None:
     """The random effects of a data set. Raises SettingsError for noise that cannot be read."""
-    return make_augmentation(config, seed_of(config, where), read_noise(config, where))
+    with using(config.storage):
+        return make_augmentation(config, seed_of(config, where), read_noise(config, where))
+
+
+def shared_keys(config: DataConfig) -> dict[str, object]:
+    """The keys of the `data` block that hold for each of its sets."""
+    names = ("allowed_roots", "allowed_schemes")
+    return {name: value for name in names if (value := getattr(config, name)) is not None}
 
 
 def named_sets(

@@ -9,6 +9,7 @@ from io import IOBase
 from pathlib import Path
 from typing import Any
 
+from speechlm2_jax.data.storage.downloads import shown
 from speechlm2_jax.settings import SettingsError, decode_text, parse_json
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -27,8 +28,9 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises SettingsError, naming the line, for one that is no object in JSON or whose text holds
     half of a surrogate pair; and naming the file, for one that is damaged.
     """
+    name = shown(path)
     for number, line in _numbered(path):
-        where = f"{path} line {number}"
+        where = f"{name} line {number}"
         yield where, object_of_line(where, line)
 
 
@@ -52,8 +54,9 @@ def text_lines(path: Path) -> Iterator[tuple[str, str]]:
     A file is decompressed as in `json_lines`. Raises SettingsError, naming the line, for text that
     is not UTF-8, and naming the file for one that is damaged.
     """
+    name = shown(path)
     for number, line in _numbered(path, with_blank=True):
-        where = f"{path} line {number}"
+        where = f"{name} line {number}"
         try:
             yield where, decode_text(line)
         except SettingsError as error:
@@ -70,7 +73,7 @@ def _numbered(path: Path, *, with_blank: bool = False) -> Iterator[tuple[int, by
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:
         reason = " ".join(str(error).split())
-        raise SettingsError(f"{path}: damaged after line {number} ({reason})") from error
+        raise SettingsError(f"{shown(path)}: damaged after line {number} ({reason})") from error
 
 
 def _lines(file: IOBase) -> Iterator[bytes]:

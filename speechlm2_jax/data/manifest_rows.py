@@ -19,6 +19,7 @@ from speechlm2_jax.data.manifest_values import (
     text,
 )
 from speechlm2_jax.data.paths import stem as path_stem
+from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.settings import SettingsError
 
 ROWS_AT_ONCE = 512
@@ -94,6 +95,7 @@ class NemoRow:
         self.offset_s = optional_seconds(row, "offset")
         rate = row.pop("sampling_rate", None)
         is_measured = (rate if rate is not None else row.pop("sample_rate", None)) is not None
+        trusts_duration |= is_remote(self.location.path)  # a header would be a request for each
         is_measured |= trusts_duration and self.declared_s is not None
         if is_measured and self.declared_s is None:
             raise SettingsError(missing_key(row, "duration"))
@@ -116,6 +118,7 @@ class NemoRow:
             path=self.location.path,
             byte_range=self.location.byte_range,
             cell=self.location.cell,
+            storage=self.location.storage,
             offset_s=self.offset_s or 0.0,
             duration_s=duration_s,
             channel=options.channel,
@@ -165,7 +168,9 @@ class DialogRow:
         if not isinstance(turns, list) or not (turns or self.is_skipped):
             raise SettingsError(f"conversations must be a list of turns, got {shown(turns)}")
         self.turns = [_Turn(turn, number, find) for number, turn in enumerate(turns, start=1)]
-        self.unmeasured_files = tuple(t.location for t in self.turns if t.location is not None)
+        self.unmeasured_files = tuple(
+            t.location for t in self.turns if t.location and t.is_unmeasured
+        )
         self.id = row.get("id")
 
     def conversation(
@@ -225,12 +230,15 @@ class _Turn:
             self.location = find(self.value) if kind == "audio" else None
             self.offset_s = optional_seconds(turn, "offset") or 0.0
             self.declared_s = optional_seconds(turn, "duration")
+            # of a remote recording a header would be a request for each
+            is_far = self.location is not None and is_remote(self.location.path)
+            self.is_unmeasured = self.declared_s is None or not is_far
 
     def turn(self, lengths: Lengths, options: ManifestOptions) -> TextTurn | AudioTurn:
         """The turn; of a recording never more than its file has."""
         if self.location is None:
             return TextTurn(role=self.role, text=self.value)
-        duration_s = stretch_s(self.declared_s, self.offset_s, lengths[self.location])
+        duration_s = stretch_s(self.declared_s, self.offset_s, lengths.get(self.location))
         clip = clip_of_turn(self.value, self.location, self.offset_s, duration_s, options)
         return AudioTurn(role=self.role, clip=clip, locator_tag=options.locator_tag)
 
@@ -249,6 +257,7 @@ def clip_of_turn(
         path=location.path,
         byte_range=location.byte_range,
         cell=location.cell,
+        storage=location.storage,
         offset_s=offset_s,
         duration_s=duration_s,
         channel=options.channel,

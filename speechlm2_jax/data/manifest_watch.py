@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from speechlm2_jax.data.input_config import InputConfig, Paths
-from speechlm2_jax.data.paths import expand_shards, plain_path
+from speechlm2_jax.data.paths import expand_shards, local_files, plain_path
+from speechlm2_jax.data.shar import CUTS, files_of_remote_folder
+from speechlm2_jax.data.storage.addresses import is_remote
 
 EVERY_S = 30.0
 """Seconds between two looks."""
@@ -24,19 +26,33 @@ def manifest_files(entry: InputConfig) -> tuple[str, ...]:
     """The manifests of an entry, or its texts: of SHAR the files of cuts, of a folder the tars."""
     shar, folder = entry.shar_path, entry.data_dir
     if folder is not None:
-        return tuple(map(str, sorted(Path(plain_path(folder)).glob("*.tar"))))
+        return () if is_remote(folder) else tuple(map(str, sorted(_folder(folder).glob("*.tar"))))
     if isinstance(shar, Mapping):
         return _files(shar["cuts"])
     if shar is None:
         listed = (entry.manifests, entry.paths, entry.source_paths, entry.target_paths)
         return tuple(file for paths in listed for file in _files(paths or ()))
     folders = [shar] if isinstance(shar, str) else shar
-    names = [Path(plain_path(f if isinstance(f, str) else f[0])) for f in folders]
-    return tuple(str(path) for folder in names for path in sorted(folder.glob("cuts.*jsonl*")))
+    names = [one if isinstance(one, str) else one[0] for one in folders]
+    return tuple(file for folder in names for file in _cuts(folder))
 
 
 def _files(paths: Paths) -> tuple[str, ...]:
-    return tuple(map(plain_path, expand_shards(paths)))
+    listed = expand_shards(paths)
+    if any(map(is_remote, listed)):
+        return tuple(map(str, local_files(listed)))
+    return tuple(map(plain_path, listed))
+
+
+def _folder(path: str) -> Path:
+    return Path(plain_path(path))
+
+
+def _cuts(folder: str) -> list[str]:
+    """The files of cuts in a folder of SHAR, of a remote one their copies."""
+    if is_remote(folder):
+        return [str(path) for path in local_files(files_of_remote_folder(folder, ())[CUTS])]
+    return [str(path) for path in sorted(_folder(folder).glob("cuts.*jsonl*"))]
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,8 @@ from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.manifest_rows import ManifestRow, NemoRow, conversations_of_rows
 from speechlm2_jax.data.manifest_values import near_miss, shown
-from speechlm2_jax.data.paths import Finder, expand_shards, local_file, plain_path
+from speechlm2_jax.data.paths import Finder, expand_shards, local_file, checked_path
+from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.settings import SettingsError
 
 _ROW_GROUPS_HELD = 2
@@ -96,7 +97,9 @@ def _parquet_file(path: str) -> Any:
 
 def _files(path: str) -> list[Path]:
     """A file, or those of a data set's folder."""
-    folder = Path(plain_path(path))
+    if is_remote(path):
+        return [local_file(path)]
+    folder = Path(checked_path(path))
     if not folder.is_dir():
         return [local_file(path)]
     found = sorted(folder.rglob(f"*{_PARQUET}")) or sorted(folder.rglob(f"*{_ARROW}"))
@@ -109,7 +112,7 @@ def _files(path: str) -> list[Path]:
             f"{folder}: has the splits {', '.join(splits)}; name the files of one, for instance "
             f"{next(one for one in found if _split(folder, one) == splits[0])}"
         )
-    return found
+    return [local_file(one) for one in found]
 
 
 def _split(folder: Path, file: Path) -> str:
@@ -189,7 +192,7 @@ def _places(path: Path, number: int, audio: Any, whole: Any) -> Iterator[AudioLo
         name = audio.field("path")[place].as_py() if is_struct else None
         if not name:
             raise SettingsError(f"{where}: audio has neither bytes nor a path; leave the row out")
-        yield AudioLocation(finder(name))
+        yield AudioLocation(finder(name), storage=finder.storage)
 
 
 def _row(

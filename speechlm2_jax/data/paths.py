@@ -1,11 +1,15 @@
-"""Paths of manifests and recordings: files of this machine, however they are spelt."""
+"""Paths and addresses of manifests and recordings, however they are spelt."""
 
 import os
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
 
+from speechlm2_jax.data.storage.access import current
+from speechlm2_jax.data.storage.addresses import is_remote, joined, parent
+from speechlm2_jax.data.storage.downloads import local_copy, origin_of
 from speechlm2_jax.settings import SettingsError
 
 MAX_SHARDS = 1_000_000
@@ -13,7 +17,8 @@ MAX_SHARDS = 1_000_000
 _FILE_ADDRESS = re.compile(r"file:(?://(?P<host>[^/]*))?(?P<path>/.*)", re.IGNORECASE | re.DOTALL)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
 _SHARDS = re.compile(r"(?:_OP_|[{(\[<])(\d+)\.\.(\d+)(?:_CL_|[})\]>])")
-_LISTED = 3
+_AT_ONCE = 8
+"""Files that are copied at once."""
 
 
 def plain_path(path: str) -> str:
@@ -42,9 +47,24 @@ def is_file(path: str | Path) -> bool:
     return os.path.isfile(path)
 
 
+def checked_path(path: str) -> str:
+    """A path of this machine as `plain_path` gives it, or an address of remote storage.
+
+    Raises SettingsError for what settings do not allow, and for a command.
+    """
+    storage = current()
+    return storage.check(path if is_remote(path) else plain_path(path))
+
+
 def local_file(path: str | Path) -> Path:
-    """The path of a file that exists on this machine. Raises SettingsError if it does not."""
-    found = Path(plain_path(str(path)))
+    """The path of a file that exists on this machine, or of a copy of a remote one.
+
+    Raises SettingsError if there is none, or settings do not allow it.
+    """
+    name = checked_path(str(path))
+    if is_remote(name):
+        return local_copy(name, current())
+    found = Path(name)
     if is_file(found):
         return found
     if os.path.isdir(found):
@@ -56,9 +76,28 @@ def local_file(path: str | Path) -> Path:
     raise SettingsError(f"{_short(str(path))}: no such file")
 
 
+def local_files(paths: Iterable[str]) -> list[Path]:
+    """The same of several files; remote ones are copied many at a time."""
+    listed, storage = list(paths), current()
+    remote = [path for path in listed if is_remote(path)]
+    if len(remote) > 1:
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="copies") as pool:
+            list(pool.map(lambda path: local_copy(path, storage), remote))
+    return [local_file(path) for path in listed]
+
+
+def packed_file(path: str | Path) -> str:
+    """A file of many recordings: its path if it exists, or its address. Raises SettingsError."""
+    name = checked_path(str(path))
+    return name if is_remote(name) else str(local_file(name))
+
+
 def local_folder(path: str | Path) -> Path:
     """The path of a folder that exists on this machine. Raises SettingsError if it does not."""
-    found = Path(plain_path(str(path)))
+    name = checked_path(str(path))
+    if is_remote(name):
+        raise SettingsError(f"{path}: a remote folder cannot be read here; copy it to a local disk")
+    found = Path(name)
     if os.path.isdir(found):
         return found
     is_other = is_file(found)
@@ -100,16 +139,37 @@ def _check_pattern(path: str) -> None:
 class Finder:
     """Audio paths of one manifest: relative ones lie beside it or, failing that, here.
 
-    The first relative path decides for the whole manifest, so a disk is asked once.
+    The first relative path decides for the whole manifest, so a disk is asked once. Relative paths
+    of a copy of a remote manifest are addresses beside the original.
     """
 
     def __init__(self, manifest: Path) -> None:
-        self._manifest = manifest
+        self._manifest, self.storage = manifest, current()
         self._folder = ""
+        origin = origin_of(manifest)
+        self._base = None if origin is None else parent(origin)
+        self._is_restricted = self.storage.roots is not None or self.storage.schemes is not None
+
+    @classmethod
+    def of_folder(cls, folder: str) -> "Finder":
+        """Of relative paths in a folder, local or remote. Raises SettingsError for none."""
+        if not is_remote(folder):
+            return cls(local_folder(folder) / "manifest")
+        finder = cls(Path())
+        finder._base = checked_path(folder)
+        return finder
 
     def __call__(self, path: str) -> str:
-        """The absolute path. Raises SettingsError for what is not on this machine."""
+        """The absolute path, or the address. Raises SettingsError for what is not allowed."""
+        if is_remote(path):
+            return self.storage.check(path)
         path = plain_path(path)
+        if self._base is not None and not os.path.isabs(path):
+            return self.storage.check(joined(self._base, path))
+        found = self._found(path)
+        return self.storage.check(found) if self._is_restricted else found
+
+    def _found(self, path: str) -> str:
         if os.path.isabs(path):
             return path
         if not self._folder:

@@ -63,7 +63,7 @@ def read_manifest(path: str | Path, options: ManifestOptions) -> Iterator[Conver
 def beside(manifest: Path) -> Find:
     """Where the recordings are that a manifest names: files of this machine."""
     finder = Finder(manifest)
-    return lambda name: AudioLocation(finder(name))
+    return lambda name: AudioLocation(finder(name), storage=finder.storage)
 
 
 def _rows(

@@ -24,7 +24,7 @@ from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.manifest_rows import ROWS_AT_ONCE
 from speechlm2_jax.data.padding import pad_left, pad_right
-from speechlm2_jax.data.paths import expand_shards, local_file
+from speechlm2_jax.data.paths import expand_shards, local_files
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
 from speechlm2_jax.data.salm_contents import (
     SalmContents,
@@ -109,7 +109,7 @@ class SALMDataset:
             return None if shards is None else IndexedRows(manifests=tuple(shards))
         if not entry.has_plain_rows:
             return None
-        paths = [local_file(path) for path in expand_shards(entry.manifests)]
+        paths = local_files(expand_shards(entry.manifests))
         kinds = [kind_of(path) for path in paths]
         readers = [
             RowReader(path, options, kind)

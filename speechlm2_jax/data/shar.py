@@ -28,7 +28,15 @@ from speechlm2_jax.data.json_lines import json_lines
 from speechlm2_jax.data.lhotse_types import Cut, Recording
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.manifest_values import located
-from speechlm2_jax.data.paths import expand_shards, local_file, local_folder
+from speechlm2_jax.data.paths import (
+    expand_shards,
+    local_file,
+    local_files,
+    local_folder,
+    packed_file,
+)
+from speechlm2_jax.data.storage.access import current
+from speechlm2_jax.data.storage.addresses import is_remote, joined
 from speechlm2_jax.data.tars import tar_members
 from speechlm2_jax.settings import SettingsError
 
@@ -105,8 +113,8 @@ class SharShard:
 class SharTar(NamedTuple):
     """The recordings of a field in one shard."""
 
-    path: Path | None
-    """None: there is no tar."""
+    path: str | Path | None
+    """Or an address; None: there is no tar."""
     absence: str = ""
     """What to say of a recording that should be in it."""
 
@@ -200,6 +208,9 @@ def shar_shards(shar: SharPath | Path, fields: tuple[str, ...]) -> Iterator[Shar
 
 def _folder(path: str | Path, fields: tuple[str, ...]) -> Iterator[SharShard]:
     """The shards of a folder: `cuts.000000.jsonl.gz` beside `recording.000000.tar`."""
+    if is_remote(str(path)):
+        yield from _listed(files_of_remote_folder(str(path), fields), fields)
+        return
     folder = local_folder(path)
     manifests = sorted(folder.glob("cuts.*jsonl.gz")) + sorted(folder.glob("cuts.*jsonl"))
     if not manifests:
@@ -234,7 +245,7 @@ def _column(folder: Path, name: str, shard: str) -> Path:
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
         raise SettingsError(f"{paths[0]}: no such file, and other shards have the field {name}")
-    return found
+    return local_file(found)
 
 
 def _listed(shar: Mapping[str, Paths], fields: tuple[str, ...]) -> Iterator[SharShard]:
@@ -251,15 +262,31 @@ def _listed(shar: Mapping[str, Paths], fields: tuple[str, ...]) -> Iterator[Shar
                 f"shar_path: {len(files[CUTS])} files of {CUTS} and {len(files[name])} of {name}; "
                 "list one of each per shard"
             )
-    for number, manifest in enumerate(files[CUTS]):
+    cuts = local_files(files[CUTS])
+    for number in range(len(cuts)):
         tars = (
-            SharTar(local_file(files[name][number]))
+            SharTar(packed_file(files[name][number]))
             if name in files
             else SharTar(None, f"shar_path: lists no {name}")
             for name in fields
         )
         yield SharShard(
-            cuts=local_file(manifest),
+            cuts=cuts[number],
             tars=tuple(tars),
             values={name: local_file(files[name][number]) for name in columns},
         )
+
+
+def files_of_remote_folder(address: str, fields: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The files of each field in a remote folder of SHAR, shard by shard.
+
+    Raises SettingsError for a folder that is no SHAR, or whose fields have other shards.
+    """
+    found: dict[str, list[str]] = {}
+    for name in current().names(address):
+        column = name.partition(".")[0]
+        if _is_lines(name) or (column in fields and name.endswith(".tar")):
+            found.setdefault(column, []).append(joined(address, name))
+    if CUTS not in found:
+        raise SettingsError(f"{address}: not a SHAR folder (no cuts.*.jsonl.gz in it)")
+    return {column: tuple(names) for column, names in found.items()}

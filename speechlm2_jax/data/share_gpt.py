@@ -21,7 +21,7 @@ from speechlm2_jax.data.manifest_rows import (
     stretch_s,
 )
 from speechlm2_jax.data.manifest_values import located, missing_key, shown, text
-from speechlm2_jax.data.paths import Finder, local_file, local_folder
+from speechlm2_jax.data.paths import Finder, local_file
 from speechlm2_jax.settings import SettingsError
 
 PLACEHOLDERS = ("<sound>", "<speech>")
@@ -179,10 +179,14 @@ def read_share_gpt(
     Raises SettingsError for a missing file or folder, and for a wrong row, naming its line.
     """
     path = local_file(path)
-    root = path.parent if audio_root is None else local_folder(audio_root)
-    finder = Finder(root / path.name)
-    rows = _rows(path, lambda name: AudioLocation(finder(name)), placeholders)
+    finder = Finder(path) if audio_root is None else Finder.of_folder(audio_root)
+    find = partial(_found, finder)
+    rows = _rows(path, find, placeholders)
     yield from conversations_of_rows(rows, options)
+
+
+def _found(finder: Finder, name: str) -> AudioLocation:
+    return AudioLocation(finder(name), storage=finder.storage)
 
 
 def _rows(

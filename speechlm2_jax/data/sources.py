@@ -19,6 +19,8 @@ from speechlm2_jax.data.input_config import (
 )
 from speechlm2_jax.data.manifest_watch import manifest_files
 from speechlm2_jax.data.paths import is_file, local_file
+from speechlm2_jax.data.storage.access import using
+from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.settings import SettingsError, build, parse_yaml, read_text, resolve
 
 C = TypeVar("C")
@@ -64,6 +66,13 @@ def read_sources(
 
     Raises SettingsError, naming the key, for a bad one.
     """
+    with using(config.storage):
+        return _read_sources(config, where, read)
+
+
+def _read_sources(
+    config: L, where: str, read: Callable[[InputConfig, L], Sequence[C]]
+) -> list[Source[C]]:
     configs = _entries_of(config, where)
     entries = list(_flatten(configs, f"{where}.input_cfg", 1.0, _temperatures(config, configs), {}))
     is_weighted = any(_has_weight(c) for c in configs)
@@ -109,7 +118,8 @@ def _listed(
     """
     if isinstance(entries, str):
         beside = folder / entries
-        path = beside if not is_file(entries) and is_file(beside) else local_file(entries)
+        is_beside = not is_remote(entries) and not is_file(entries) and is_file(beside)
+        path = local_file(beside if is_beside else entries)
         if path.resolve() in around:
             raise SettingsError(f"{path}: input_cfg names itself; remove the entry")
         listed = _entries_of_file(path)

@@ -6,7 +6,8 @@ archive, and keeps an object for every member. The format is POSIX.1-2001 (pax) 
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
@@ -34,16 +35,24 @@ def read_headers(descriptor: int) -> Iterator[TarMember]:
     Raises tarfile.ReadError for a damaged header and for an archive that ends inside a member.
     """
     total = os.fstat(descriptor).st_size
+    return members_of(partial(os.pread, descriptor), total)
+
+
+def members_of(read: Callable[[int, int], bytes], total: int | None) -> Iterator[TarMember]:
+    """The same of a tar of so many bytes (None: not known), whose stretches `read` gives.
+
+    `read(size, place)` is called with rising places. A name is as long as it is written.
+    """
     place, named = 0, dict[str, str]()
-    if not total:
+    if total == 0:
         raise tarfile.ReadError("empty file")
-    while (block := os.pread(descriptor, BLOCK_BYTES, place)) and block != _EMPTY:
+    while (block := read(BLOCK_BYTES, place)) and block != _EMPTY:
         size, kind = _size(block, place), block[156:157]
         start = place + BLOCK_BYTES
         if kind in (_LONG_NAME, _PAX, _GLOBAL_PAX):
             if size > _LONGEST_EXTENSION:
                 raise tarfile.ReadError(f"a name of {size} bytes at byte {place}")
-            data = os.pread(descriptor, size, start)
+            data = read(size, start)
             if kind != _GLOBAL_PAX:
                 named |= _pax(data) if kind == _PAX else {"path": _text(data)}
         else:
@@ -53,7 +62,7 @@ def read_headers(descriptor: int) -> Iterator[TarMember]:
                 yield TarMember(named.get("path") or _name(block), start, size)
             named = {}
         place = start + -(-size // BLOCK_BYTES) * BLOCK_BYTES
-        if start + size > total:
+        if total is not None and start + size > total:
             raise tarfile.ReadError("the file ends inside it")
 
 

@@ -28,7 +28,7 @@ from speechlm2_jax.data.manifest_rows import (
     conversations_of_rows,
 )
 from speechlm2_jax.data.manifest_values import located, missing_key, shown
-from speechlm2_jax.data.paths import expand_shards, local_file
+from speechlm2_jax.data.paths import expand_shards, local_files
 from speechlm2_jax.data.tars import TarRecordings, plain_name
 from speechlm2_jax.settings import SettingsError
 
@@ -67,7 +67,7 @@ def read_tarred(manifests: Paths, tars: Paths, options: ManifestOptions) -> Iter
 
     Raises SettingsError for those without it, for a damaged file and for a wrong row.
     """
-    paths = [local_file(path) for path in expand_shards(manifests)]
+    paths = local_files(expand_shards(manifests))
     if "conversations" in _first(paths):
         yield from read_tarred_dialogs(manifests, tars, options)
         return
@@ -89,7 +89,7 @@ def read_tarred_dialogs(
     manifests: Paths, tars: Paths, options: ManifestOptions, form: DialogFormat = DIALOGS
 ) -> Iterator[Conversation]:
     """Reads dialogs whose recordings are in tars, one tar for each manifest, in the same order."""
-    paths, listed = [local_file(path) for path in expand_shards(manifests)], expand_shards(tars)
+    paths, listed = local_files(expand_shards(manifests)), expand_shards(tars)
     if len(paths) != len(listed):
         raise SettingsError(
             f"tarred_audio_filepaths: {len(listed)} tars, but manifest_filepath has {len(paths)} "

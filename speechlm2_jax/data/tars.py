@@ -5,7 +5,10 @@ from collections import defaultdict
 from pathlib import Path
 
 from speechlm2_jax.data.audio_location import AudioLocation
-from speechlm2_jax.data.paths import local_file
+from speechlm2_jax.data.paths import local_file, packed_file
+from speechlm2_jax.data.remote_tars import remote_members
+from speechlm2_jax.data.storage.access import current
+from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.data.tar_headers import TarMember, read_headers
 from speechlm2_jax.settings import SettingsError
 
@@ -24,11 +27,15 @@ def tar_members(path: str | Path) -> list[TarMember]:
     Raises SettingsError for a file that is missing, no tar, compressed (its members could only be
     read one after another), or damaged, as one that was not copied to its end.
     """
+    if is_remote(str(path)):
+        address = packed_file(path)
+        found = remote_members(address, current(), lambda head: check_plain(address, head))
+        return [member._replace(name=plain_name(member.name)) for member in found]
     tar = local_file(path)
     members: list[TarMember] = []
     try:
         with open(tar, "rb") as file:
-            _check_plain(tar, file.read(8))
+            check_plain(str(tar), file.read(8))
             for member in read_headers(file.fileno()):
                 members.append(member._replace(name=plain_name(member.name)))
     except (tarfile.TarError, OSError, ValueError) as error:
@@ -46,7 +53,7 @@ class TarRecordings:
     """
 
     def __init__(self, tar: str | Path) -> None:
-        self.tar = str(local_file(tar))
+        self.tar, self._storage = packed_file(tar), current()
         self.members = tar_members(self.tar)
         self._found: defaultdict[str, list[TarMember]] = defaultdict(list)
         for member in self.members:
@@ -64,10 +71,11 @@ class TarRecordings:
 
     def location(self, member: TarMember) -> AudioLocation:
         """Where a member is."""
-        return AudioLocation(self.tar, (member.start, member.size))
+        return AudioLocation(self.tar, (member.start, member.size), storage=self._storage)
 
 
-def _check_plain(tar: Path, head: bytes) -> None:
+def check_plain(tar: str, head: bytes) -> None:
+    """Raises SettingsError for a compressed tar, by its first bytes."""
     for magic, program in _COMPRESSED.items():
         if head.startswith(magic):
             raise SettingsError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from speechlm2_jax.data.paths import local_file
+from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.settings import SettingsError
 
 _log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class AugmentationConfig:
             if not low <= high:
                 raise ValueError(f"{name} must be [low, high], got {[low, high]}")
         _check_sound(self)
-        if self.rir_enabled and self.rir_path is not None:
+        if self.rir_enabled and self.rir_path is not None and not is_remote(self.rir_path):
             try:
                 local_file(self.rir_path)
             except SettingsError as error:

@@ -8,6 +8,7 @@ from speechlm2_jax.data.config import DataLoaderConfig, LoaderConfig
 from speechlm2_jax.data.paths import plain_path
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.sources import read_sources
+from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.settings import SettingsError, build
 
 _YAML = (".yaml", ".yml")
@@ -21,7 +22,14 @@ def read_noise(config: LoaderConfig, where: str) -> list[NoiseSource]:
     if config.noise_path is None:
         return []
     place = f"{where}.noise_path"
-    keys = {"batch_size": 1, "sample_rate": config.sample_rate, **_keys(config.noise_path)}
+    keys = {
+        "batch_size": 1,
+        "sample_rate": config.sample_rate,
+        "allowed_roots": config.allowed_roots,
+        "allowed_schemes": config.allowed_schemes,
+        "read_timeout": config.read_timeout,
+        **_keys(config.noise_path),
+    }
     sources = read_sources(build(DataLoaderConfig, keys, place), place, SALMDataset.read)
     found: list[NoiseSource] = []
     for source in sources:
@@ -40,4 +48,5 @@ def _keys(path: str | Mapping[str, object]) -> dict[str, object]:
         return dict(path)
     if path.endswith(_YAML):
         return {"input_cfg": path}
-    return {"shar_path" if os.path.isdir(plain_path(path)) else "manifest_filepath": path}
+    is_folder = not is_remote(path) and os.path.isdir(plain_path(path))
+    return {"shar_path" if is_folder else "manifest_filepath": path}

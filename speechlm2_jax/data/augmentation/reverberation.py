@@ -11,6 +11,7 @@ from jaxtyping import Float
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.augmentation.effects import Draw, Wave, fitted
 from speechlm2_jax.data.paths import Finder, local_file
+from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.settings import SettingsError
 
 SOUND_M_PER_S = 340.0
@@ -85,6 +86,8 @@ def read_responses(path: str) -> tuple[Any, ...]:
         for source in recording.sources:
             if source.type == "file":
                 source.source = finder(str(source.source))
+                if is_remote(source.source):
+                    raise SettingsError(f"{file}: {source.source}: copy it to a local disk")
     return tuple(recordings)
 
 

@@ -17,6 +17,7 @@ from speechlm2_jax.data.index.salm_columns import Rows
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.data.salm_contents import salm_columns, salm_shape
 from speechlm2_jax.data.salm_examples import SalmExamples
+from speechlm2_jax.data.storage.errors import StorageError
 from speechlm2_jax.settings import SettingsError
 
 KEPT_IN_MEMORY = 2048
@@ -138,6 +139,8 @@ class IndexedContents(SalmExamples):
             made = part.conversation(row)
             prompt = self.formatter.encode_dialog(self.formatter.dialog(made.messages()))
         except (SettingsError, OSError) as error:
+            if isinstance(error, StorageError):
+                raise AudioError(str(error), cause=error.cause) from error
             raise AudioError(f"changed since it was indexed: {error}", cause="changed") from error
         columns = part.columns
         is_same = len(prompt.input_ids) == columns["tokens"][row] and (

@@ -21,8 +21,9 @@ from speechlm2_jax.data.index.worker import PromptSettings
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.json_lines import json_lines
 from speechlm2_jax.data.manifest_options import ManifestOptions
-from speechlm2_jax.data.paths import expand_shards, local_file
+from speechlm2_jax.data.paths import expand_shards, local_files, packed_file
 from speechlm2_jax.data.shar import RECORDING, shar_shards
+from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.data.tarred import tars_of_manifests
 from speechlm2_jax.settings import SettingsError
 
@@ -62,12 +63,14 @@ def open_packed(
     """Opens the indexes of the shards of an entry, which are built first if need be.
 
     None for what is no list of shards with recordings alone: dialogs in tars, one manifest of
-    several tars, and SHAR with more fields. Raises SettingsError.
+    several tars, SHAR with more fields, and remote tars. Raises SettingsError.
     """
     found = _shards_of(entry)
     if found is None:
         return None
     kind, sets = found
+    if any(is_remote(shard.tar) for shards in sets for shard in shards):
+        return None
     return [_open(kind, shards, options, prompts) for shards in sets]
 
 
@@ -102,12 +105,12 @@ def _shards_of(entry: InputConfig) -> tuple[str, list[tuple[PackedShard, ...]]] 
         return "shar", [tuple(pairs)]
     sets: list[tuple[PackedShard, ...]] = []
     for manifests, tars in entry.tarred:
-        paths = [local_file(path) for path in expand_shards(manifests)]
+        paths = local_files(expand_shards(manifests))
         first = next((row for path in paths for _, row in json_lines(path)), {})
         listed = tars_of_manifests(paths, expand_shards(tars))
         if listed is None or "audio_filepath" not in first:
             return None
-        sets.append(tuple(PackedShard(path, str(local_file(tar))) for path, tar in listed))
+        sets.append(tuple(PackedShard(path, packed_file(tar)) for path, tar in listed))
     return "nemo_tarred", sets
 
 

@@ -27,6 +27,8 @@ from speechlm2_jax.data.shar import (
     clip_of,
     cuts_of_shard,
 )
+from speechlm2_jax.data.storage.access import current, using
+from speechlm2_jax.data.storage.downloads import shown
 from speechlm2_jax.data.tar_headers import BLOCK_BYTES, size_of_member
 from speechlm2_jax.data.tarred import Shard, in_tar_order
 from speechlm2_jax.settings import SettingsError
@@ -83,7 +85,9 @@ class TarredRows:
         """Those of a shard, in the order of its tar."""
         manifest, tar = self.shards[number]
         check_has_speakers(str(manifest), self.options)
-        named = {f"{manifest} line {n}": line for n, line in enumerate(_lines(manifest), start=1)}
+        named = {
+            f"{shown(manifest)} line {n}": line for n, line in enumerate(_lines(manifest), start=1)
+        }
         rows = [(where, object_of_line(where, line)) for where, (_, line) in named.items() if line]
         made = in_tar_order(Shard(tar, manifest, rows), skip_missing=self.options.skip_missing)
         for conversation in conversations_of_rows(made, self.options):
@@ -105,11 +109,14 @@ class SharRows:
 
     def __init__(self, shards: Sequence[PackedShard], options: ManifestOptions) -> None:
         self.shards, self.options = shards, options
+        self._storage = current()
 
     def rows(self, number: int) -> Iterator[PackedRow]:
         """Those of a shard, in the order of its manifest."""
         manifest, tar = self.shards[number]
-        places = {f"{manifest} line {n}": place for n, (place, _) in enumerate(_lines(manifest), 1)}
+        places = {
+            f"{shown(manifest)} line {n}": place for n, (place, _) in enumerate(_lines(manifest), 1)
+        }
         absence = f"{manifest}: no tar beside it"
         shard = SharShard(
             cuts=manifest, tars=(SharTar(Path(tar) if tar else None, absence),), values={}
@@ -122,7 +129,7 @@ class SharRows:
         manifest, tar = self.shards[number]
         where = f"{manifest} at byte {offset}"
         row = object_of_line(where, _line_at(manifest, offset))
-        with located(where):
+        with located(where), using(self._storage):
             cut = cut_of_row(row, (), Finder(manifest))
         packed = PackedRecordings(
             absence=f"{tar}: not in this tar",
@@ -130,7 +137,8 @@ class SharRows:
             members={cut.id: [member.byte_range]} if member and member.byte_range else {},
         )
         one = SharCut(cut=cut, where=where, shard=number, packed=(packed,), number=0)
-        return self._conversation(one)
+        with using(self._storage):
+            return self._conversation(one)
 
     def _conversation(self, one: SharCut) -> Conversation:
         with located(one.where):

@@ -75,7 +75,7 @@ class RowReader:
         return (DialogRow if self.kind == "dialogs" else NemoRow)(row, self._find)
 
     def _find(self, name: str) -> AudioLocation:
-        return AudioLocation(self._finder(name))
+        return AudioLocation(self._finder(name), storage=self._finder.storage)
 
 
 class _CutRow:
@@ -84,10 +84,10 @@ class _CutRow:
     unmeasured_files: tuple[AudioLocation, ...] = ()
 
     def __init__(self, row: dict[str, Any], finder: Finder) -> None:
-        self._cut = cut_of_row(row, (), finder)
+        self._cut, self._storage = cut_of_row(row, (), finder), finder.storage
 
     def conversation(self, lengths: Lengths, options: ManifestOptions, where: str) -> Conversation:
-        clip = clip_of_cut(self._cut, options.channel)
+        clip = clip_of_cut(self._cut, options.channel, self._storage)
         return conversation_of_cut(self._cut, clip, options, where=where)
 
 

@@ -20,7 +20,7 @@ import struct
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -39,6 +39,7 @@ from speechlm2_jax.data.index.rows import RowReader, lines_of
 from speechlm2_jax.data.index.texts import Text, open_text
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter, PromptLengths
+from speechlm2_jax.data.storage.access import Storage, current, using
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.settings import SettingsError
 
@@ -72,6 +73,8 @@ class Job:
     """Whether places and durations are wanted."""
     prompts: PromptSettings | None
     """Whether token counts are."""
+    storage: Storage = field(default_factory=current)
+    """What may be read."""
 
 
 class ChunkReader(abc.ABC):
@@ -252,8 +255,9 @@ def main() -> None:
     job: Job = pickle.loads(source.read(size))  # noqa: S301 - by the parent process
     for path, start, end in _requests(source):
         try:
-            reader = reader or reader_of(job)
-            save_chunk(path, reader.read(start, end))
+            with using(job.storage):
+                reader = reader or reader_of(job)
+                save_chunk(path, reader.read(start, end))
             response: dict[str, str] = {}
         except SettingsError as error:
             response = {"error": str(error)}
