@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from speechlm2_jax.data.audio_errors import AudioError
 from speechlm2_jax.data.audio_files import open_binary
-from speechlm2_jax.data.storage.access import Storage
+from speechlm2_jax.data.storage.access import StorageAccess
 from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.data.storage.errors import StorageError
 
@@ -38,7 +38,7 @@ class AudioLocation(NamedTuple):
     """First byte and size of it inside `path`, a tar; None: the whole file."""
     cell: ParquetCell | None = None
     """Of a recording that is a value in `path`, a Parquet file."""
-    storage: Storage = Storage()
+    storage: StorageAccess = StorageAccess()
     """How it is read."""
 
     def source(self, name: str) -> str | NamedBytes:
@@ -58,6 +58,10 @@ class AudioLocation(NamedTuple):
         with open_binary(self.path) as file:
             file.seek(start)
             return NamedBytes(file.read(size), name=f"{name} in {self.path}")
+
+    def named(self, data: bytes, name: str) -> NamedBytes:
+        """Its bytes, if these have been read already."""
+        return NamedBytes(data, name=self._shown(name))
 
     def _shown(self, name: str) -> str:
         return self.path if self.byte_range is None else f"{name} in {self.path}"

@@ -8,7 +8,7 @@ import numpy as np
 
 from speechlm2_jax.data.augmentation.config import AugmentationConfig
 from speechlm2_jax.data.input_config import InputConfig, ManifestPaths, Paths, SharPath, TarPaths
-from speechlm2_jax.data.storage.access import Storage
+from speechlm2_jax.data.storage.access import StorageAccess
 from speechlm2_jax.settings import Refusal
 
 L = TypeVar("L", float, np.ndarray)
@@ -127,9 +127,9 @@ class LoaderConfig(AugmentationConfig):
     }
 
     @property
-    def storage(self) -> Storage:
+    def storage(self) -> StorageAccess:
         """What may be read, and how long it may take."""
-        return Storage(
+        return StorageAccess(
             roots=self.allowed_roots, schemes=self.allowed_schemes, limit_s=self.read_timeout
         )
 

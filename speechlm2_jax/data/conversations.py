@@ -14,7 +14,7 @@ from speechlm2_jax.data.audio_location import AudioLocation, ParquetCell
 from speechlm2_jax.data.augmentation.changes import ClipChanges
 from speechlm2_jax.data.lhotse_types import Cut
 from speechlm2_jax.data.prompts import Prompt
-from speechlm2_jax.data.storage.access import Storage, current
+from speechlm2_jax.data.storage.access import StorageAccess, current
 
 if TYPE_CHECKING:
     from speechlm2_jax.data.augmentation.augmentation import ClipEffects
@@ -41,8 +41,10 @@ class AudioClip:
     """How much of `duration_s`, at its end, is silence that no file has."""
     cell: ParquetCell | None = None
     """Of a recording that is a value in `path`, a Parquet file."""
-    storage: Storage = field(default_factory=current, repr=False)
+    storage: StorageAccess = field(default_factory=current, repr=False, compare=False)
     """How a remote recording is read."""
+    data: bytes | None = field(default=None, repr=False)
+    """The bytes of `byte_range`, where they have been read."""
     cut: Cut | None = None
     """A Lhotse cut that only Lhotse can load (mixed, augmented or in memory)."""
     changes: ClipChanges | None = None
@@ -113,8 +115,9 @@ class AudioClip:
         return np.pad(wave[:samples], (0, max(samples - len(wave), 0)))
 
     def _read(self, sample_rate_hz: int) -> np.ndarray:
+        location = AudioLocation(self.path, self.byte_range, self.cell, self.storage)
         return read_audio(
-            AudioLocation(self.path, self.byte_range, self.cell, self.storage).source(self.id),
+            location.source(self.id) if self.data is None else location.named(self.data, self.id),
             sample_rate_hz=sample_rate_hz,
             offset_s=self.offset_s,
             duration_s=self.duration_s,

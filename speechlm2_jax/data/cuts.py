@@ -16,7 +16,7 @@ from speechlm2_jax.data.manifest_options import ManifestOptions, conversation_of
 from speechlm2_jax.data.manifest_values import located, mapping, seconds
 from speechlm2_jax.data.paths import Finder, local_file
 from speechlm2_jax.data.spoken_dialogs import UnknownSpeakerError, dialog_of_cut
-from speechlm2_jax.data.storage.access import Storage, current
+from speechlm2_jax.data.storage.access import StorageAccess, current
 from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.data.storage.downloads import shown
 from speechlm2_jax.settings import SettingsError
@@ -166,7 +166,7 @@ def conversation_of_cut(
     return replace(made, shard=shard)
 
 
-def clip_of_cut(cut: Cut, channel: int | None, storage: Storage | None = None) -> AudioClip:
+def clip_of_cut(cut: Cut, channel: int | None, storage: StorageAccess | None = None) -> AudioClip:
     """A cut as a stretch of a file where it is one, else as something for Lhotse to load."""
     source = _only_file(cut)
     start_s, duration_s = stretch_of_cut(cut)

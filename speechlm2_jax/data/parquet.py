@@ -17,7 +17,7 @@ from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.manifest_rows import ManifestRow, NemoRow, conversations_of_rows
 from speechlm2_jax.data.manifest_values import near_miss, shown
-from speechlm2_jax.data.paths import Finder, expand_shards, local_file, checked_path
+from speechlm2_jax.data.paths import Finder, checked_path, expand_shards, local_file
 from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.settings import SettingsError
 

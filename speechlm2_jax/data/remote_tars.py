@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from speechlm2_jax.data.storage.access import RemoteFile, Storage
+from speechlm2_jax.data.storage.access import RemoteFile, StorageAccess
 from speechlm2_jax.data.storage.downloads import folder_of
 from speechlm2_jax.data.tar_headers import TarMember, members_of
 from speechlm2_jax.settings import SettingsError
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 def remote_members(
-    address: str, storage: Storage, check: Callable[[bytes], None]
+    address: str, storage: StorageAccess, check: Callable[[bytes], None]
 ) -> list[TarMember]:
     """The files in a remote tar, in order, by its headers alone.
 
@@ -37,7 +37,7 @@ def remote_members(
     if state.version and (kept := _kept(place, key)) is not None:
         return kept
     try:
-        blocks = _Blocks(file, state.size)
+        blocks = TarBlocks(file, state.size)
         check(blocks.read(_MAGIC_BYTES, 0))
         members = list(members_of(blocks.read, state.size))
     except tarfile.TarError as error:
@@ -48,7 +48,7 @@ def remote_members(
     return members
 
 
-class _Blocks:
+class TarBlocks:
     """Reads a file block by block, each of which serves many small requests."""
 
     def __init__(self, file: RemoteFile, size: int | None) -> None:

@@ -41,8 +41,8 @@ from speechlm2_jax.data.tars import tar_members
 from speechlm2_jax.settings import SettingsError
 
 CUTS, RECORDING = "cuts", "recording"
-_NO_AUDIO = ("json", "nodata", "nometa")
-_PLACEHOLDER = "shar"
+NO_AUDIO = ("json", "nodata", "nometa")
+PLACEHOLDER = "shar"
 """Lhotse's type of a source whose bytes are in a tar."""
 
 
@@ -76,7 +76,7 @@ class PackedRecordings:
                 is_segment=recording is None or start_s > 0 or duration_s < recording.duration,
                 byte_range=packed[number],
             )
-        if recording is None or any(s.type == _PLACEHOLDER for s in recording.sources):
+        if recording is None or any(s.type == PLACEHOLDER for s in recording.sources):
             raise SettingsError(f"{self.absence}; the recording of cut {cut.id!r} is to be in it")
         return None
 
@@ -125,7 +125,7 @@ class SharTar(NamedTuple):
         members: dict[str, list[tuple[int, int]]] = {}
         for member in tar_members(self.path):
             name, _, suffix = member.name.rpartition(".")
-            if suffix not in _NO_AUDIO:
+            if suffix not in NO_AUDIO:
                 members.setdefault(name, []).append((member.start, member.size))
         absence = f"{self.path}: not in this tar"
         return PackedRecordings(absence=absence, tar=str(self.path), members=members)
@@ -161,12 +161,12 @@ def shar_cuts(shar: SharPath | Path, fields: tuple[str, ...]) -> Iterator[SharCu
 def cuts_of_shard(shard: SharShard, fields: tuple[str, ...], number: int) -> Iterator[SharCut]:
     """The cuts of one shard, which has this number."""
     seen: Counter[str] = Counter()
-    for where, cut in _with_values(shard, fields):
+    for where, cut in cuts_with_values(shard, fields):
         yield SharCut(cut=cut, where=where, shard=number, packed=shard.packed, number=seen[cut.id])
         seen[cut.id] += 1
 
 
-def _with_values(shard: SharShard, fields: tuple[str, ...]) -> Iterator[tuple[str, Cut]]:
+def cuts_with_values(shard: SharShard, fields: tuple[str, ...]) -> Iterator[tuple[str, Cut]]:
     """The cuts of a shard, each with the values of its fields, line by line."""
     cuts = read_cuts(shard.cuts, fields=fields)
     columns = {name: json_lines(path) for name, path in shard.values.items()}

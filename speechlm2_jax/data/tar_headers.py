@@ -38,12 +38,14 @@ def read_headers(descriptor: int) -> Iterator[TarMember]:
     return members_of(partial(os.pread, descriptor), total)
 
 
-def members_of(read: Callable[[int, int], bytes], total: int | None) -> Iterator[TarMember]:
+def members_of(
+    read: Callable[[int, int], bytes], total: int | None, place: int = 0
+) -> Iterator[TarMember]:
     """The same of a tar of so many bytes (None: not known), whose stretches `read` gives.
 
-    `read(size, place)` is called with rising places. A name is as long as it is written.
+    `read(size, place)` is called with rising places, the first of which is `place`.
     """
-    place, named = 0, dict[str, str]()
+    named = dict[str, str]()
     if total == 0:
         raise tarfile.ReadError("empty file")
     while (block := read(BLOCK_BYTES, place)) and block != _EMPTY:
@@ -64,6 +66,11 @@ def members_of(read: Callable[[int, int], bytes], total: int | None) -> Iterator
         place = start + -(-size // BLOCK_BYTES) * BLOCK_BYTES
         if total is not None and start + size > total:
             raise tarfile.ReadError("the file ends inside it")
+
+
+def end_of_member(member: TarMember) -> int:
+    """Where the headers of the next member begin."""
+    return member.start + -(-member.size // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def size_of_member(descriptor: int, start: int) -> int:

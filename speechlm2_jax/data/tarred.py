@@ -32,7 +32,7 @@ from speechlm2_jax.data.paths import expand_shards, local_files
 from speechlm2_jax.data.tars import TarRecordings, plain_name
 from speechlm2_jax.settings import SettingsError
 
-_SUB = re.compile(r"(?P<stem>.+)-sub\d+(?P<suffix>\.\w+)?")
+SEGMENT = re.compile(r"(?P<stem>.+)-sub\d+(?P<suffix>\.\w+)?")
 """The name of one of several segments of a member."""
 _MANIFEST_NUMBER = re.compile(r"manifest[^/]*_(\d+)[^/]*\.json")
 _TAR_NUMBER = re.compile(r"audio[^/]*_(\d+)[^/]*\.tar")
@@ -164,7 +164,7 @@ def _row(row: dict[str, Any], location: AudioLocation) -> NemoRow:
 
 def _member_of(audio: str, recordings: TarRecordings) -> str:
     """The member that a row describes: `a.flac`, of which `a-sub1.flac` is a segment."""
-    name, match = plain_name(audio), _SUB.fullmatch(audio)
+    name, match = plain_name(audio), SEGMENT.fullmatch(audio)
     if match is None or name in recordings:
         return name
     return plain_name(match["stem"] + (match["suffix"] or ""))
@@ -218,11 +218,15 @@ def tar_shards(manifests: list[Path], tars: list[str]) -> Iterator[Shard]:
         for path, tar in pairs:
             yield Shard(tar, path, list(json_lines(path)))
         return
-    by_number = _numbered(tars, _TAR_NUMBER, "audio_0.tar")
-    rows = _by_shard(manifests[0])
-    _check_numbers(by_number, rows, f"shard_id of rows in {manifests[0]}")
+    yield from shards_of_one_manifest(manifests[0], tars)
+
+
+def shards_of_one_manifest(manifest: Path, tars: list[str]) -> Iterator[Shard]:
+    """Tars with their rows, which have one manifest. Raises SettingsError for others."""
+    by_number, rows = _numbered(tars, _TAR_NUMBER, "audio_0.tar"), rows_by_shard(manifest)
+    _check_numbers(by_number, rows, f"shard_id of rows in {manifest}")
     for number in sorted(by_number):
-        yield Shard(by_number[number], manifests[0], rows[number])
+        yield Shard(by_number[number], manifest, rows[number])
 
 
 def tars_of_manifests(manifests: list[Path], tars: list[str]) -> list[tuple[Path, str]] | None:
@@ -230,12 +234,18 @@ def tars_of_manifests(manifests: list[Path], tars: list[str]) -> list[tuple[Path
 
     None for one manifest of several tars. Raises SettingsError for names that do not go together.
     """
+    pairs = pairs_of_shards([str(path) for path in manifests], tars)
+    return None if pairs is None else [(Path(manifest), tar) for manifest, tar in pairs]
+
+
+def pairs_of_shards(manifests: list[str], tars: list[str]) -> list[tuple[str, str]] | None:
+    """The same of paths or addresses."""
     if len(manifests) == 1:
         return [(manifests[0], tars[0])] if len(tars) == 1 else None
     by_number = _numbered(tars, _TAR_NUMBER, "audio_0.tar")
-    paths = _numbered([str(path) for path in manifests], _MANIFEST_NUMBER, "manifest_0.json")
+    paths = _numbered(manifests, _MANIFEST_NUMBER, "manifest_0.json")
     _check_numbers(by_number, paths, "names of the manifests")
-    return [(Path(paths[number]), by_number[number]) for number in sorted(by_number)]
+    return [(paths[number], by_number[number]) for number in sorted(by_number)]
 
 
 def _numbered(paths: list[str], pattern: re.Pattern[str], example: str) -> dict[int, str]:
@@ -251,7 +261,7 @@ def _numbered(paths: list[str], pattern: re.Pattern[str], example: str) -> dict[
     return found
 
 
-def _by_shard(manifest: Path) -> dict[int, list[Row]]:
+def rows_by_shard(manifest: Path) -> dict[int, list[Row]]:
     """The rows of one manifest for several tars, by their `shard_id`."""
     rows: defaultdict[int, list[Row]] = defaultdict(list)
     for where, row in json_lines(manifest):

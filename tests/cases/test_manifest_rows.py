@@ -315,9 +315,13 @@ def test_a_file_address_is_a_path_of_this_machine(folder):
     cut["recording"]["sources"][0] |= {"type": "url", "source": other.as_uri()}
     (one,) = read(write(folder / "cuts.jsonl", cut))
     assert one.clips[0].path == str(other)
-    for name in ("file://server/a.wav", "s3://bucket/a.wav"):
+    wrong = {
+        "file://server/a.wav": " is not on this machine",
+        "s3://bucket/a.wav": ": needs the package s3fs",
+    }
+    for name, reason in wrong.items():
         error = refusal(read, write(folder / "m.jsonl", {**ROW, "audio_filepath": name}))
-        assert f"line 1: {name} is not on this machine" in error
+        assert f"line 1: {name}{reason}" in error
 
 
 def test_a_folder_is_not_a_missing_file(folder):

@@ -118,7 +118,8 @@ def damaged(kind: str, folder: Path) -> Path:
     return path
 
 
-NOT_OF_THE_FILE = {"timed_out", "changed", "no_such_channel", "longer_than_model"}
+OF_STORAGE = {"unreachable", "incomplete", "forbidden", "not_allowed", "timed_out"}
+NOT_OF_THE_FILE = {*OF_STORAGE, "changed", "no_such_channel", "longer_than_model"}
 
 
 @pytest.mark.parametrize("cause", sorted(set(CAUSES) - NOT_OF_THE_FILE))

@@ -85,7 +85,7 @@ def test_placeholders_and_the_folder_of_audio_can_be_named(folder):
             {"sound": "a.wav", "conversations": [{"from": "human", "value": "<sound><speech>"}]},
             "turn 1: 2 placeholders, but a turn has one recording",
         ),
-        ({"sound": "s3://x/a.wav", "conversations": [ASKED]}, "not on this machine"),
+        ({"sound": "s3://x/a.wav", "conversations": [ASKED]}, "needs the package s3fs"),
     ],
 )
 def test_a_wrong_row_is_one_line_with_its_place(folder, row, message):

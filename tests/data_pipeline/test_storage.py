@@ -6,16 +6,23 @@ import time
 import fsspec
 import pytest
 
-from speechlm2_jax.data import paths
+from speechlm2_jax.data import DataModule, paths
 from speechlm2_jax.data.audio_errors import AudioError
 from speechlm2_jax.data.storage import retries
-from speechlm2_jax.data.storage.access import Storage, using
+from speechlm2_jax.data.storage.access import StorageAccess, using
 from speechlm2_jax.data.storage.addresses import is_below, normalised
 from speechlm2_jax.data.storage.downloads import local_copy, origin_of
 from speechlm2_jax.data.storage.errors import StorageError
 from speechlm2_jax.settings import SettingsError
 from tests.data_pipeline.http_server import serving
-from tests.data_pipeline.small_corpus import read_input_cfg, refusal, wav_bytes, write_tar
+from tests.data_pipeline.small_corpus import (
+    TAG,
+    frames,
+    read_input_cfg,
+    refusal,
+    wav_bytes,
+    write_tar,
+)
 
 RATE = 16000
 
@@ -181,7 +188,7 @@ def test_faults_that_pass_are_tried_again_and_others_get_their_cause(site, fault
     data = wav_bytes(0.5)
     address = site.put("a.wav", data)
     site.faults["/a.wav"] = list(faults)
-    location = AudioLocation(address, (0, len(data)), storage=Storage(limit_s=0.6))
+    location = AudioLocation(address, (0, len(data)), storage=StorageAccess(limit_s=0.6))
     if cause is None:
         assert location.source("a").read() == data
         return
@@ -196,7 +203,7 @@ def test_a_dropped_connection_is_taken_up_where_it_was(site):
     data = bytes(range(256)) * 4096
     address = site.put("a.tar", data)
     site.faults["/a.tar"] = ["drop", 500, "trickle", "drop"]
-    assert b"".join(Storage(limit_s=1.0).open(address).stream(0)) == data
+    assert b"".join(StorageAccess(limit_s=1.0).open(address).stream(0)) == data
     starts = [int(wanted[6:-1]) for _, wanted in site.requests]
     assert starts == sorted(starts) and starts[0] == 0 < starts[-1] < len(data)
 
@@ -204,7 +211,7 @@ def test_a_dropped_connection_is_taken_up_where_it_was(site):
 def test_a_server_without_ranges_serves_whole_files_alone(site):
     site.has_ranges = False
     data = b"0123456789"
-    file = Storage(limit_s=1.0).open(site.put("a", data))
+    file = StorageAccess(limit_s=1.0).open(site.put("a", data))
     assert file.state().size == 10 and b"".join(file.stream(4)) == b"456789"
     with pytest.raises(StorageError, match="no ranges of bytes"):
         file.read(3, 2)
@@ -214,14 +221,14 @@ def test_empty_files_and_ends(site, memory):
     site.put("a", b"")
     memory.pipe("/d/a", b"")
     for address in (f"{site.url}/a", "memory://d/a"):
-        file = Storage(limit_s=1.0).open(address)
+        file = StorageAccess(limit_s=1.0).open(address)
         assert file.state().size == 0 and file.read(0, 5) == b"" == b"".join(file.stream(0))
 
 
 def test_a_copy_knows_its_origin_and_the_last_two_versions_stay(memory):
     for text in (b"a", b"bb", b"ccc"):
         memory.pipe("/d/m.jsonl", text)
-        path = local_copy("memory://d/m.jsonl", Storage(limit_s=len(text)))
+        path = local_copy("memory://d/m.jsonl", StorageAccess(limit_s=len(text)))
         assert path.read_bytes() == text and origin_of(path) == "memory://d/m.jsonl"
     assert len(list(path.parent.parent.iterdir())) == 3  # and the address
 
@@ -331,7 +338,7 @@ def test_redirects_are_checked_before_they_are_followed(tmp_path, site, allowed)
         assert caught.value.cause == "not_allowed"
     assert "/secret.wav" not in [path for path, _ in site.requests]
     site.faults["/open/b.wav"] = [f"{site.url}/secret.wav"]
-    assert Storage().whole(f"{site.url}/open/b.wav") == b"secret"
+    assert StorageAccess().whole(f"{site.url}/open/b.wav") == b"secret"
 
 
 def test_schemes_are_restricted(tmp_path, memory):
@@ -349,8 +356,33 @@ def test_schemes_are_restricted(tmp_path, memory):
 def test_what_is_read_later_keeps_what_was_allowed(tmp_path):
     manifest = tmp_path / "m.jsonl"
     manifest.write_bytes(b"")
-    with using(Storage(roots=(str(tmp_path),))):
+    with using(StorageAccess(roots=(str(tmp_path),))):
         finder = paths.Finder(manifest)
     assert finder("a.wav") == str(tmp_path / "a.wav")
     with pytest.raises(StorageError):
         finder("/etc/passwd")
+
+
+def test_faults_of_storage_are_listed_and_the_data_block_restricts_all_sets(
+    tmp_path, site, tokenizer
+):
+    rows = [row(f"{n}.wav") for n in range(6)]
+    for one in rows:
+        site.put(one["audio_filepath"], wav_bytes(0.5))
+    site.put("m.jsonl", lines(*rows))
+    common = {"prompt_format": "qwen", "token_equivalent_duration": 0.08, "batch_size": 3}
+    entries = [{"manifest_filepath": f"{site.url}/m.jsonl", "audio_locator_tag": TAG}]
+    data = {"train_ds": {**common, "input_cfg": entries, "read_timeout": 0.5}}
+    site.files.pop("/1.wav")
+    site.faults["/2.wav"] = [500] * 9
+    module = DataModule(data, tokenizer)
+    module.setup(frame_count=frames)
+    module.keep_errors(tmp_path / "errors.jsonl")
+    stream = module.train_batches()
+    assert [len(next(stream).ids) for _ in range(2)] == [3, 3]
+    stream.close()
+    found = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
+    assert [(one["id"], one["cause"]) for one in found] == [("1", "missing"), ("2", "unreachable")]
+    assert found[0]["path"] == f"{site.url}/1.wav" and found[0]["source"] == f"{site.url}/m.jsonl"
+    with pytest.raises(SettingsError, match=r"m\.jsonl: lies in none of allowed_roots"):
+        DataModule({**data, "allowed_roots": [str(tmp_path)]}, tokenizer)

@@ -39,7 +39,7 @@ from speechlm2_jax.data.index.rows import RowReader, lines_of
 from speechlm2_jax.data.index.texts import Text, open_text
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter, PromptLengths
-from speechlm2_jax.data.storage.access import Storage, current, using
+from speechlm2_jax.data.storage.access import StorageAccess, current, using
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.settings import SettingsError
 
@@ -73,7 +73,7 @@ class Job:
     """Whether places and durations are wanted."""
     prompts: PromptSettings | None
     """Whether token counts are."""
-    storage: Storage = field(default_factory=current)
+    storage: StorageAccess = field(default_factory=current)
     """What may be read."""
 
 

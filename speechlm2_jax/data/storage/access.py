@@ -17,7 +17,7 @@ from speechlm2_jax.data.storage.addresses import (
     scheme_of,
 )
 from speechlm2_jax.data.storage.errors import StorageError
-from speechlm2_jax.data.storage.filesystems import FileState, StoreFile, names_in
+from speechlm2_jax.data.storage.filesystems import FileState, StoreFile, check_package, names_in
 from speechlm2_jax.settings import SettingsError
 
 
@@ -38,7 +38,7 @@ class RemoteFile(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Storage:
+class StorageAccess:
     """Files and addresses that may be read. Raises SettingsError for an unknown scheme."""
 
     roots: tuple[str, ...] | None = None
@@ -73,6 +73,8 @@ class Storage:
             )
         if self.roots is not None and not any(_is_in(own, root) for root in self.roots):
             raise StorageError(f"{path}: lies in none of allowed_roots", cause="not_allowed")
+        if scheme_of(own) != FILE:
+            check_package(own)
         return own
 
     def open(self, address: str) -> RemoteFile:
@@ -119,16 +121,16 @@ def _is_in(path: str, root: str) -> bool:
     return real == folder or real.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-_CURRENT: ContextVar[Storage | None] = ContextVar("storage", default=None)
+_CURRENT: ContextVar[StorageAccess | None] = ContextVar("storage", default=None)
 
 
-def current() -> Storage:
+def current() -> StorageAccess:
     """What may be read while manifests are being read; what is made of them keeps it."""
-    return _CURRENT.get() or Storage()
+    return _CURRENT.get() or StorageAccess()
 
 
 @contextlib.contextmanager
-def using(storage: Storage) -> Iterator[None]:
+def using(storage: StorageAccess) -> Iterator[None]:
     """Makes `storage` the current one of this thread."""
     token = _CURRENT.set(storage)
     try:
@@ -137,4 +139,4 @@ def using(storage: Storage) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
-__all__ = ["FILE", "RemoteFile", "Storage", "current", "using"]
+__all__ = ["FILE", "RemoteFile", "StorageAccess", "current", "using"]

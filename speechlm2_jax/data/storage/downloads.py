@@ -10,7 +10,7 @@ from pathlib import Path
 
 import xxhash
 
-from speechlm2_jax.data.storage.access import Storage
+from speechlm2_jax.data.storage.access import StorageAccess
 from speechlm2_jax.data.storage.addresses import name_of
 from speechlm2_jax.data.storage.errors import StorageError
 
@@ -22,7 +22,7 @@ _FRESH_S = 60.0
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_seen: dict[tuple[str, Storage, Path], tuple[float, Path]] = {}
+_seen: dict[tuple[str, StorageAccess, Path], tuple[float, Path]] = {}
 
 
 def cache_folder() -> Path:
@@ -36,7 +36,7 @@ def folder_of(address: str) -> Path:
     return cache_folder() / xxhash.xxh3_64_hexdigest(address.encode())
 
 
-def local_copy(address: str, storage: Storage) -> Path:
+def local_copy(address: str, storage: StorageAccess) -> Path:
     """The path of a copy of a remote file, which is read again if the original has changed.
 
     Where storage tells no version, each start reads it again. Raises StorageError.
@@ -60,7 +60,7 @@ def local_copy(address: str, storage: Storage) -> Path:
     return path
 
 
-def _download(address: str, storage: Storage, path: Path, size: int | None) -> None:
+def _download(address: str, storage: StorageAccess, path: Path, size: int | None) -> None:
     descriptor, draft = tempfile.mkstemp(dir=path.parent, suffix=".draft")
     try:
         with open(descriptor, "wb") as file:

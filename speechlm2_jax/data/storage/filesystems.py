@@ -1,6 +1,8 @@
 """Files of stores that fsspec knows: S3, Google Cloud Storage, Azure, Hugging Face, memory."""
 
 import errno
+import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -95,17 +97,25 @@ def names_in(folder: str, limit_s: float | None) -> list[str]:
     return sorted(str(name).rstrip("/").rpartition("/")[2] for name in found)
 
 
+def check_package(address: str) -> None:
+    """Raises SettingsError if the package that an address needs is not installed."""
+    package = PACKAGES.get(scheme_of(address))
+    if package is not None and not _is_installed(package):
+        raise SettingsError(
+            f"{address}: needs the package {package}; python -m pip install {package}"
+        )
+
+
+_is_installed = functools.cache(lambda package: importlib.util.find_spec(package) is not None)
+
+
 def _store(address: str) -> tuple[Any, str]:
-    """The library of an address, and its path there. Raises SettingsError if it is missing."""
-    package = PACKAGES[scheme_of(address)]
+    """The library of an address, and its path there."""
+    check_package(address)
     try:
         from fsspec.core import url_to_fs
 
         files, path = url_to_fs(address)
-    except ImportError as error:
-        raise SettingsError(
-            f"{address}: needs the package {package}; python -m pip install {package}"
-        ) from error
     except Exception as error:  # of credentials and settings, of many kinds
         reason = " ".join(str(error).split())[:200]
         raise StorageError(f"{address}: {reason}", cause="unreachable") from error
