@@ -39,16 +39,14 @@ def estimate_2d(prepared: Prepared, inputs: int, outputs: int) -> list[Bin]:
     """NeMo's 2-D bins: `inputs` lengths of equal mass, and for each `outputs` lengths.
 
     The last bin of each input length holds the longest output. Raises SettingsError for data that
-    has no prompts, or that is too large to be held in memory.
+    has no prompts.
     """
-    contents: Any = prepared.contents
-    if isinstance(contents, IndexedContents):
-        raise SettingsError(
-            f"--buckets-2d: a data set of {len(contents):,} rows is read from its index, which is "
-            "planned in one dimension only; give --buckets"
-        )
     if not prepared.config.COUNTS_TOKENS:
         raise SettingsError("--buckets-2d needs prompts, which duplex data has not; give --buckets")
+    contents: Any = prepared.contents
+    if isinstance(contents, IndexedContents):
+        longest_in, totals = contents.token_lengths()
+        return pairs(longest_in, totals - longest_in, inputs, outputs)
     lengths = [conversation.lengths for conversation in contents.conversations]
     longest_in = np.asarray([one.input_tokens for one in lengths], np.int64)
     longest_out = np.asarray([one.output_tokens for one in lengths], np.int64)

@@ -124,6 +124,10 @@ def assert_same_rows(module, whole, config):
     for name in ("length", "positions", "clips", "samples"):
         own = getattr(lengths, name)[rows]
         np.testing.assert_array_equal(own, getattr(expected.measures, name), err_msg=name)
+    of_rows = [one.lengths for one in expected.conversations]
+    inputs, totals = has.token_lengths()
+    assert inputs.tolist() == [one.input_tokens for one in of_rows]
+    assert totals.tolist() == [one.total_tokens for one in of_rows]
 
 
 def measured(contents, config):

@@ -130,14 +130,13 @@ def test_pairs_hold_every_length_and_none_is_empty():
 
 
 @pytest.mark.slow  # plans twice, and builds an index
-def test_an_index_is_planned_as_a_list_is(config, tmp_path, compiled, monkeypatch):
-    options = ("--buckets", "2", "--memory-gib", "0.01")
+@pytest.mark.parametrize("kind", [("--buckets", "2"), ("--buckets-2d", "2,2")])
+def test_an_index_is_planned_as_a_list_is(config, tmp_path, compiled, monkeypatch, kind):
+    options = (*kind, "--memory-gib", "0.01")
     listed = run(config, tmp_path, *options)
     monkeypatch.setattr(row_count, "LARGE_ROWS", 4)
     assert run(config, tmp_path, *options) == listed
     assert (tmp_path / "train.jsonl.index").is_dir()
-    with pytest.raises(SystemExit):
-        run(config, tmp_path, "--buckets-2d", "2,2")
 
 
 REFUSED = {

@@ -13,13 +13,14 @@ from speechlm2_jax.batches import BatchShape
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.bucketing import Members
 from speechlm2_jax.data.conversations import Conversation
-from speechlm2_jax.data.index.salm_columns import Rows
+from speechlm2_jax.data.index.salm_columns import Rows, token_lengths
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.data.salm_contents import salm_columns, salm_shape
 from speechlm2_jax.data.salm_examples import SalmExamples
 from speechlm2_jax.data.storage.errors import StorageError
 from speechlm2_jax.settings import SettingsError
 
+_BLOCK_ROWS = 1 << 16
 KEPT_IN_MEMORY = 2048
 """Conversations that were read last."""
 
@@ -106,6 +107,16 @@ class IndexedContents(SalmExamples):
     def columns(self, shape: BatchShape) -> dict[str, str]:
         """Clips, and seconds of the longest."""
         return salm_columns(shape, self.config.sample_rate)
+
+    def token_lengths(self) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+        """Tokens before the last turn, and of the whole, of each conversation."""
+        found = [
+            token_lengths(part, start, min(start + _BLOCK_ROWS, len(part)))
+            for part in self.parts
+            for start in range(0, len(part), _BLOCK_ROWS)
+        ]
+        inputs, totals = map(np.concatenate, zip(*found, strict=True))
+        return (inputs, totals) if self.row is None else (inputs[self.row], totals[self.row])
 
     @functools.cached_property
     def _firsts(self) -> Int[np.ndarray, " parts"]:

@@ -79,35 +79,23 @@ class SalmColumns:
 
     def measure(self, rows: Rows, start: int, stop: int) -> LengthsOfRows:
         """The rows from `start` to `stop`."""
-        columns = {
-            name: np.asarray(column[start:stop])
-            for name, column in rows.columns.items()
-            if name not in ("several", "several_s", "offset", "length")
-        }
+        columns = _columns_of(rows, start, stop)
         rate, clips = self.config.sample_rate, columns["clips"].astype(np.int64)
         tokens, duration_s = columns["tokens"].astype(np.int64), columns["duration_s"]
         samples = samples_of(duration_s, rate)
         frames = np.where(clips > 0, self.frames(samples), 0)
-        extra = _extra_tokens(duration_s, rows.token_equivalent_s, clips)
-        last = np.where(columns["prompt_flags"] & ENDS_IN_AUDIO, extra, 0)
-        if (of := _Several.of(rows, start, stop)) is not None:
+        of = _Several.of(rows, start, stop)
+        if of is not None:
             own = samples_of(of.durations_s, rate)
             samples[of.rows] = np.maximum.reduceat(own, of.first)
             frames[of.rows] = np.add.reduceat(self.frames(own), of.first)
-            tokens_of = _extra_tokens(of.durations_s, rows.token_equivalent_s, np.ones(len(own)))
-            extra[of.rows] = np.add.reduceat(tokens_of, of.first)
-            is_last = columns["prompt_flags"][of.rows] & ENDS_IN_AUDIO
-            last[of.rows] = np.where(is_last, tokens_of[of.last], 0)
-        whole = self.config.measure_total_length
-        inputs = columns["context"].astype(np.int64) + extra - last
+        inputs, totals = _token_lengths(columns, rows.token_equivalent_s, of)
         measures = Measures(
-            length=tokens + extra if whole else inputs,
+            length=totals if self.config.measure_total_length else inputs,
             positions=tokens - clips + frames - 1,
             clips=clips,
             samples=samples,
-            bins=bin_of(self.config, inputs, tokens + extra - inputs)
-            if self.config.has_2d_bins
-            else None,
+            bins=bin_of(self.config, inputs, totals - inputs) if self.config.has_2d_bins else None,
         )
         return LengthsOfRows(
             measures=measures,
@@ -141,6 +129,36 @@ class SalmColumns:
                 cause[mask] = number
         cause[columns["flags"] & SKIPPED > 0] = NOT_A_ROW
         return cause
+
+
+def token_lengths(
+    rows: Rows, start: int, stop: int
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Tokens before the last turn, and of the whole, of rows; audio counts by its seconds."""
+    columns, of = _columns_of(rows, start, stop), _Several.of(rows, start, stop)
+    return _token_lengths(columns, rows.token_equivalent_s, of)
+
+
+def _columns_of(rows: Rows, start: int, stop: int) -> dict[str, np.ndarray]:
+    return {
+        name: np.asarray(column[start:stop])
+        for name, column in rows.columns.items()
+        if name not in ("several", "several_s", "offset", "length")
+    }
+
+
+def _token_lengths(
+    columns: Mapping[str, np.ndarray], token_equivalent_s: float | None, of: "_Several | None"
+) -> tuple[np.ndarray, np.ndarray]:
+    extra = _extra_tokens(columns["duration_s"], token_equivalent_s, columns["clips"])
+    last = np.where(columns["prompt_flags"] & ENDS_IN_AUDIO, extra, 0)
+    if of is not None:
+        tokens_of = _extra_tokens(of.durations_s, token_equivalent_s, np.ones(len(of.durations_s)))
+        extra[of.rows] = np.add.reduceat(tokens_of, of.first)
+        is_last = columns["prompt_flags"][of.rows] & ENDS_IN_AUDIO
+        last[of.rows] = np.where(is_last, tokens_of[of.last], 0)
+    inputs = columns["context"].astype(np.int64) + extra - last
+    return inputs, columns["tokens"].astype(np.int64) + extra
 
 
 def samples_of(duration_s: Float[np.ndarray, " n"], rate_hz: int) -> Int[np.ndarray, " n"]:
