@@ -187,3 +187,18 @@ def test_a_plan_needs_training_data(config):
     settings = experiment.read_run(config, ["~data.train_ds"])
     with pytest.raises(SettingsError, match="data.train_ds: required"):
         plan.make_plan(settings, PlanOptions(memory_gib=1.0))
+
+
+@pytest.mark.slow  # builds the bundled duplex model
+def test_duplex_data_has_bins_in_seconds(tmp_path, compiled):
+    keys = run("s2s_duplex", tmp_path, "--buckets", "2", "--memory-gib", "0.05")
+    assert (
+        keys["max_duration"] == keys["bucket_duration_bins"][-1] > keys["bucket_duration_bins"][0]
+    )
+    assert "use_multimodal_sampling" not in keys and len(keys["bucket_batch_size"]) == 2
+    settings = experiment.read_run("s2s_duplex", over=[tmp_path / "plan.yaml"])
+    model = experiment.make_model(settings.values["model"], settings.near)
+    data = experiment.make_data(settings.values["data"], model)
+    data.setup(frame_count=model.frame_count)
+    assert {bucket.shape for bucket in data.plan().buckets} <= set(compiled)
+    assert (data.plan().bucket_of >= 0).all()
