@@ -17,7 +17,7 @@ from speechlm2_jax.data.config import DataConfig, LoaderConfig
 from speechlm2_jax.data.faults import Dropped, ErrorLog, ErrorRate, Faults
 from speechlm2_jax.data.frame_counts import CachedFrameCount
 from speechlm2_jax.data.fusion import ZIP, assembling, joined_shape, training_sets
-from speechlm2_jax.data.index.row_count import is_large
+from speechlm2_jax.data.index.row_count import is_large, tell_of_memory
 from speechlm2_jax.data.index.windows import WindowSampler
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.manifest_watch import ManifestWatch
@@ -324,6 +324,7 @@ class DataModule:
             replace(source, conversations=self.dataset.variants(source.conversations, config))
             for source in read_sources(config, where, read)
         )
+        tell_of_memory(where, sources)
         return DataSet(
             where=where,
             config=config,

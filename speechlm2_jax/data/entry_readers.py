@@ -29,7 +29,22 @@ def read_entry(entry: InputConfig, options: ManifestOptions) -> Iterator[Convers
         raise SettingsError(
             f"type: {entry.type}: makes conversations of two voices, for duplex models"
         )
-    return _READERS.get(entry.type, recordings)(entry, options)
+    return _READERS.get(entry.type, recordings)(entry, options_of_type(entry, options))
+
+
+def options_of_type(entry: InputConfig, options: ManifestOptions) -> ManifestOptions:
+    """How the rows of an entry become conversations, by its type."""
+    if entry.type == SQA:
+        return replace(options, with_question=True)
+    if entry.type != S2S:
+        return options
+    default = SpeakerRoles()
+    roles = SpeakerRoles(
+        users=entry.input_roles or default.users,
+        assistants=entry.output_roles or default.assistants,
+        strips_timestamps=entry.strip_timestamp_tokens,
+    )
+    return replace(options, roles=roles)
 
 
 def recordings(entry: InputConfig, options: ManifestOptions) -> Iterator[Conversation]:
@@ -45,7 +60,7 @@ def recordings(entry: InputConfig, options: ManifestOptions) -> Iterator[Convers
 
 
 def _share_gpt(entry: InputConfig, options: ManifestOptions) -> Iterator[Conversation]:
-    placeholders = _placeholders(entry)
+    placeholders = placeholders_of(entry)
     if entry.tarred_audio_filepaths is not None:
         for manifests, tars in entry.tarred:
             yield from read_tarred_dialogs(manifests, tars, options, share_gpt(placeholders))
@@ -57,26 +72,13 @@ def _share_gpt(entry: InputConfig, options: ManifestOptions) -> Iterator[Convers
 
 
 def _webdataset(entry: InputConfig, options: ManifestOptions) -> Iterator[Conversation]:
-    placeholders = _placeholders(entry)
+    placeholders = placeholders_of(entry)
     return read_share_gpt_webdataset(entry.data_dir or "", options, placeholders=placeholders)
 
 
-def _placeholders(entry: InputConfig) -> tuple[str, ...]:
+def placeholders_of(entry: InputConfig) -> tuple[str, ...]:
+    """What stands for a recording in the texts of ShareGPT."""
     return _listed(entry.audio_placeholders) or PLACEHOLDERS
-
-
-def _spoken_dialogs(entry: InputConfig, options: ManifestOptions) -> Iterator[Conversation]:
-    default = SpeakerRoles()
-    roles = SpeakerRoles(
-        users=entry.input_roles or default.users,
-        assistants=entry.output_roles or default.assistants,
-        strips_timestamps=entry.strip_timestamp_tokens,
-    )
-    return recordings(entry, replace(options, roles=roles))
-
-
-def _spoken_questions(entry: InputConfig, options: ManifestOptions) -> Iterator[Conversation]:
-    return recordings(entry, replace(options, with_question=True))
 
 
 def _text_pairs(entry: InputConfig, options: ManifestOptions) -> Iterator[Conversation]:
@@ -102,8 +104,6 @@ def _listed(paths: Paths | None) -> tuple[str, ...]:
 _READERS: Mapping[str, Reader] = {
     "share_gpt": _share_gpt,
     "share_gpt_webdataset": _webdataset,
-    S2S: _spoken_dialogs,
-    SQA: _spoken_questions,
     "txt": lambda entry, options: read_text_lines(_listed(entry.paths), options),
     "txt_jsonl": lambda entry, options: read_text_json(_listed(entry.paths), options),
     "txt_pair": _text_pairs,

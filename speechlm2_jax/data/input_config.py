@@ -58,6 +58,11 @@ ENDLESS_TYPES = (
     *_TEXTS,
 )
 """Types that NeMo repeats without end, whether packed or not."""
+LINE_TYPES = (
+    *(DEFAULT_TYPE, S2S, SQA, *PLAIN_TYPES, "multimodal_conversation", "share_gpt"),
+    *("txt", "txt_jsonl", "nemo_sft_jsonl"),
+)
+"""Types whose examples are lines of files, so that a large file can have an index."""
 REFUSED_TYPES: Mapping[str, str] = {
     "multi_speaker_simulator": "mixtures of speakers are data of speaker models; mix the "
     "recordings ahead of time",
@@ -290,17 +295,18 @@ class InputConfig:
         return _flat(self.cuts_path or self.manifest_filepath or ())
 
     @property
-    def has_plain_rows(self) -> bool:
-        """Whether its examples are the lines of manifests, the first of which tells their form."""
-        is_plain = self.type in (DEFAULT_TYPE, *PLAIN_TYPES, "multimodal_conversation")
+    def line_files(self) -> tuple[str, ...]:
+        """The files of whose lines each is an example; none of what is packed or no lines."""
         is_packed = self.shar_path is not None or self.tarred_audio_filepaths is not None
-        return is_plain and not is_packed and bool(self.manifests)
+        if is_packed or self.type not in LINE_TYPES:
+            return ()
+        return self.manifests or _flat(self.paths or ())
 
     @property
     def has_shards(self) -> bool:
-        """Whether its examples are such lines, and their recordings members of tars."""
-        is_plain = self.type in (DEFAULT_TYPE, *PLAIN_TYPES)
-        return is_plain and (self.shar_path is not None or self.tarred_audio_filepaths is not None)
+        """Whether its examples are lines of manifests, and their recordings members of tars."""
+        is_packed = self.shar_path is not None or self.tarred_audio_filepaths is not None
+        return is_packed and self.type in LINE_TYPES
 
     @property
     def tarred(self) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:

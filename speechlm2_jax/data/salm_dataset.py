@@ -12,19 +12,19 @@ from speechlm2_jax.data.augmentation.variants import with_variants
 from speechlm2_jax.data.config import DataConfig, DataLoaderConfig
 from speechlm2_jax.data.conversations import DEFAULT_LOCATOR_TAG, Conversation
 from speechlm2_jax.data.cuts import warn_of_dialogs
-from speechlm2_jax.data.entry_readers import read_entry
+from speechlm2_jax.data.entry_readers import options_of_type, read_entry
 from speechlm2_jax.data.fusion import training_sets
 from speechlm2_jax.data.index.changed_rows import changed_rows
 from speechlm2_jax.data.index.contents import IndexedRows
 from speechlm2_jax.data.index.manifest import open_manifest
 from speechlm2_jax.data.index.packed import open_packed
-from speechlm2_jax.data.index.rows import RowReader, kind_of
+from speechlm2_jax.data.index.row_kinds import CUTS
+from speechlm2_jax.data.index.rows import readers_of
 from speechlm2_jax.data.index.worker import PromptSettings
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.manifest_rows import ROWS_AT_ONCE
 from speechlm2_jax.data.padding import pad_left, pad_right
-from speechlm2_jax.data.paths import expand_shards, local_files
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
 from speechlm2_jax.data.salm_contents import (
     SalmContents,
@@ -98,7 +98,7 @@ class SALMDataset:
 
         Builds the indexes of the manifests where they are missing. Raises SettingsError.
         """
-        options = _options(entry, config)
+        options = options_of_type(entry, _options(entry, config))
         prompts = PromptSettings(
             tokenizer=self.tokenizer,
             prompt_format=config.prompt_format or self.prompt_format,
@@ -107,20 +107,14 @@ class SALMDataset:
         if entry.has_shards:
             shards = open_packed(entry, options, prompts)
             return None if shards is None else IndexedRows(manifests=tuple(shards))
-        if not entry.has_plain_rows:
+        if config.cut_text_into_windows_tokens is not None and entry.paths:
+            return None  # an index does not know how many windows there are
+        readers = readers_of(entry, options)
+        if readers is None:
             return None
-        paths = local_files(expand_shards(entry.manifests))
-        kinds = [kind_of(path) for path in paths]
-        readers = [
-            RowReader(path, options, kind)
-            for path, kind in zip(paths, kinds, strict=True)
-            if kind is not None
-        ]
-        if len(readers) < len(paths):
-            return None
-        for path, kind in zip(paths, kinds, strict=True):
-            if kind == "cuts":
-                warn_of_dialogs(path, ROWS_AT_ONCE)
+        for reader in readers:
+            if reader.kind.name == CUTS and options.roles is None:
+                warn_of_dialogs(reader.manifest, ROWS_AT_ONCE)
         return IndexedRows(manifests=tuple(open_manifest(reader, prompts) for reader in readers))
 
     def formatter(self, config: DataLoaderConfig, where: str) -> PromptFormatter:

@@ -179,7 +179,7 @@ def read_share_gpt(
     Raises SettingsError for a missing file or folder, and for a wrong row, naming its line.
     """
     path = local_file(path)
-    finder = Finder(path) if audio_root is None else Finder.of_folder(audio_root)
+    finder = finder_of(path, audio_root)
     find = partial(_found, finder)
     rows = _rows(path, find, placeholders)
     yield from conversations_of_rows(rows, options)
@@ -187,6 +187,11 @@ def read_share_gpt(
 
 def _found(finder: Finder, name: str) -> AudioLocation:
     return AudioLocation(finder(name), storage=finder.storage)
+
+
+def finder_of(path: Path, audio_root: str | None) -> Finder:
+    """Finds the recordings that a file names, in a folder or beside it."""
+    return Finder(path) if audio_root is None else Finder.of_folder(audio_root)
 
 
 def _rows(

@@ -96,11 +96,11 @@ def read_tarred_dialogs(
             "manifests; list one for each, in the same order"
         )
     for path, tar in zip(paths, listed, strict=True):
-        rows = _dialogs(path, TarRecordings(tar), form, skip_missing=options.skip_missing)
+        rows = dialogs_of_tar(path, TarRecordings(tar), form, skip_missing=options.skip_missing)
         yield from conversations_of_rows(rows, options)
 
 
-def _dialogs(
+def dialogs_of_tar(
     path: Path, recordings: TarRecordings, form: DialogFormat, *, skip_missing: bool
 ) -> Rows:
     """The dialogs of a manifest, but for those marked to be skipped."""

@@ -27,8 +27,15 @@ def read_text_lines(paths: Sequence[str], options: ManifestOptions) -> Iterator[
     """
     for path in map(local_file, expand_shards(paths)):
         for where, line in text_lines(path):
-            if line.strip():
-                yield _conversation(where, [TextTurn(role=ASSISTANT, text=line)], options)
+            if (made := text_of_line(line, options, where)) is not None:
+                yield made
+
+
+def text_of_line(line: str, options: ManifestOptions, where: str) -> Conversation | None:
+    """A line of plain text as a conversation; None for a blank one."""
+    if not line.strip():
+        return None
+    return _conversation(where, [TextTurn(role=ASSISTANT, text=line)], options)
 
 
 def read_text_json(paths: Sequence[str], options: ManifestOptions) -> Iterator[Conversation]:
@@ -41,18 +48,29 @@ def read_text_json(paths: Sequence[str], options: ManifestOptions) -> Iterator[C
         missing, found = "", 0
         for where, row in json_lines(path):
             with located(where):
-                check_text_key(row, options.text_field)
-                value = row.pop(options.text_field, None)
-                if value is None:
-                    missing = missing or f"{where}: {missing_key(row, options.text_field)}"
-                    continue
-                turns = [TextTurn(role=ASSISTANT, text=text(value, options.text_field))]
+                made = text_of_object(row, options, where)
+            if made is None:
+                missing = missing or f"{where}: {missing_key(row, options.text_field)}"
+                continue
             found += 1
-            yield _conversation(where, turns, options, row)
+            yield made
         if missing and not found:
             raise SettingsError(f"{missing}; set text_field")
         if missing:
             _log.warning("lines without a text are left out, the first: %s", missing)
+
+
+def text_of_object(
+    row: dict[str, Any], options: ManifestOptions, where: str
+) -> Conversation | None:
+    """The text of an object as a conversation; None without one."""
+    check_text_key(row, options.text_field)
+    value = row.get(options.text_field)
+    if value is None:
+        return None
+    own = {key: other for key, other in row.items() if key != options.text_field}
+    turns = [TextTurn(role=ASSISTANT, text=text(value, options.text_field))]
+    return _conversation(where, turns, options, own)
 
 
 def read_text_pairs(
@@ -100,9 +118,14 @@ def read_sft(paths: Sequence[str], options: ManifestOptions) -> Iterator[Convers
     for path in map(local_file, expand_shards(paths)):
         for where, row in json_lines(path):
             with located(where):
-                turns = _chat(row)
-            fields = {key: value for key, value in row.items() if key not in _SFT_TURNS}
-            yield _conversation(where, turns, options, fields)
+                made = chat_of_object(row, options, where)
+            yield made
+
+
+def chat_of_object(row: dict[str, Any], options: ManifestOptions, where: str) -> Conversation:
+    """A row of NeMo's SFT files as a conversation. Raises SettingsError for a wrong one."""
+    fields = {key: value for key, value in row.items() if key not in _SFT_TURNS}
+    return _conversation(where, _chat(row), options, fields)
 
 
 def _chat(row: dict[str, Any]) -> list[TextTurn]:

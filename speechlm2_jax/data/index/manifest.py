@@ -1,20 +1,26 @@
 """The rows of one manifest of JSON lines, by its index."""
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.index.folders import state_of_file
 from speechlm2_jax.data.index.mapped_rows import MappedRows
 from speechlm2_jax.data.index.opening import IndexSource, open_index
-from speechlm2_jax.data.index.row_columns import ROW_TYPES, SEVERAL_TYPES
+from speechlm2_jax.data.index.row_columns import ROW_TYPES, SEVERAL_TYPES, SKIPPED
+from speechlm2_jax.data.index.row_kinds import TXT_JSONL
 from speechlm2_jax.data.index.rows import RowReader
 from speechlm2_jax.data.index.texts import Text, open_text
 from speechlm2_jax.data.index.worker import PromptSettings
 from speechlm2_jax.data.json_lines import is_gzip
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.settings import SettingsError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,23 @@ class ManifestIndex(MappedRows):
         return made
 
 
+def _tell_of_skipped(reader: RowReader, flags: np.ndarray) -> None:
+    """Warns of lines that are left out for what they lack. Raises SettingsError if all are."""
+    lacking = "a text" if reader.kind.name == TXT_JSONL else "known speakers"
+    if reader.kind.name != TXT_JSONL and reader.options.roles is None:
+        return
+    skipped = int(np.count_nonzero(flags & SKIPPED))
+    if skipped and skipped == len(flags) and reader.kind.name == TXT_JSONL:
+        raise SettingsError(
+            f"{reader.manifest}: no line has a text under {reader.options.text_field!r}; set "
+            "text_field"
+        )
+    if skipped:
+        _log.warning(
+            "%s: %d lines, blank or without %s, are left out", reader.manifest, skipped, lacking
+        )
+
+
 def open_manifest(reader: RowReader, prompts: PromptSettings) -> ManifestIndex:
     """Opens the index of a manifest, which is built first if it is missing, stale or damaged.
 
@@ -54,6 +77,7 @@ def open_manifest(reader: RowReader, prompts: PromptSettings) -> ManifestIndex:
         is_compressed=is_gzip(reader.manifest),
     )
     opened = open_index(source, prompts)
+    _tell_of_skipped(reader, opened.columns["flags"])
     return ManifestIndex(
         manifest=reader.manifest,
         reader=reader,

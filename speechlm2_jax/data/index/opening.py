@@ -14,6 +14,7 @@ from speechlm2_jax.data.index.build import bar_of, read_chunks, remove_chunks
 from speechlm2_jax.data.index.folders import digest, index_folders, locked, writable
 from speechlm2_jax.data.index.packed_rows import PackedShard
 from speechlm2_jax.data.index.row_columns import PROMPT_TYPES
+from speechlm2_jax.data.index.row_kinds import RowKind
 from speechlm2_jax.data.index.storage import ColumnError, open_columns, read_meta, write_columns
 from speechlm2_jax.data.index.texts import POINTS, open_text, write_points
 from speechlm2_jax.data.index.worker import Job, PromptSettings
@@ -21,7 +22,7 @@ from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
 from speechlm2_jax.settings import SettingsError
 
-VERSION = 1
+VERSION = 2
 """Of what is in an index; another one is built again."""
 _OF_NO_PROMPT = ("token_equivalent_duration_s", "channel", "skip_missing")
 """Fields of ManifestOptions that change no token."""
@@ -38,7 +39,7 @@ class IndexSource:
     manifest: Path
     """The one beside which it lies: the only one, or the first."""
     options: ManifestOptions
-    kind: str
+    kind: RowKind
     """Of its rows."""
     state: Callable[[], Mapping[str, Any]]
     """How its files are now; `bytes` are those of the manifests."""
@@ -70,7 +71,7 @@ def open_index(source: IndexSource, prompts: PromptSettings) -> OpenedIndex:
     """
     folders, state = index_folders(source.manifest), source.state()
     key = digest(_prompt_key(source.options, prompts))
-    wanted = {"version": VERSION, "kind": source.kind, "file": state}
+    wanted = {"version": VERSION, "kind": source.kind.key(source.options), "file": state}
     names = ("rows", f"prompts-{key}", *((POINTS,) if source.is_compressed else ()))
     found = _all_found(folders, names, wanted)
     if not all(found.values()):

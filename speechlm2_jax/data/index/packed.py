@@ -6,17 +6,34 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.entry_readers import placeholders_of
 from speechlm2_jax.data.index.folders import digest, state_of_file
 from speechlm2_jax.data.index.mapped_rows import MappedRows
 from speechlm2_jax.data.index.opening import IndexSource, open_index
-from speechlm2_jax.data.index.packed_rows import KINDS, PackedShard, RowsOfTars, member_at
-from speechlm2_jax.data.index.row_columns import PACKED_TYPES, SEVERAL_TYPES, SHARD_TYPES
+from speechlm2_jax.data.index.packed_rows import (
+    DIALOGS_TARRED,
+    KINDS,
+    NEMO_TARRED,
+    SHAR,
+    SHARE_GPT_TARRED,
+    PackedShard,
+    RowsOfTars,
+    member_at,
+)
+from speechlm2_jax.data.index.row_columns import (
+    PACKED_TYPES,
+    SEVERAL_MEMBER_TYPES,
+    SEVERAL_TYPES,
+    SHARD_TYPES,
+)
+from speechlm2_jax.data.index.row_kinds import SHARE_GPT, RowKind
 from speechlm2_jax.data.index.worker import PromptSettings
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.json_lines import json_lines
@@ -51,10 +68,17 @@ class PackedIndex(MappedRows):
         number = int(np.searchsorted(self.shard_ends, row, side="right"))
         tar, offset = self.rows.shards[number].tar, int(self.columns["offset"][row])
         try:
-            member = member_at(tar, int(self.columns["member"][row]))
+            members = [member_at(tar, block) for block in self._blocks(row)]
         except tarfile.TarError as error:
             raise SettingsError(f"{tar}: {error}") from error
-        return self.rows.conversation(number, offset, member)
+        return self.rows.conversation(number, offset, [one for one in members if one is not None])
+
+    def _blocks(self, row: int) -> list[int]:
+        """Where the recordings of a row begin."""
+        if self.columns["clips"][row] < 2:
+            return [int(self.columns["member"][row])]
+        begin, end = np.searchsorted(self.columns["several"], [row, row + 1])
+        return self.columns["several_member"][begin:end].tolist()
 
 
 def open_packed(
@@ -62,56 +86,71 @@ def open_packed(
 ) -> list[PackedIndex] | None:
     """Opens the indexes of the shards of an entry, which are built first if need be.
 
-    None for what is no list of shards with recordings alone: dialogs in tars, one manifest of
-    several tars, SHAR with more fields, and remote tars. Raises SettingsError.
+    None for what is no list of shards with recordings alone: one manifest of several tars, SHAR
+    with more fields, and remote tars. Raises SettingsError.
     """
     found = _shards_of(entry)
-    if found is None:
+    if found is None or any(is_remote(shard.tar) for _, shards in found for shard in shards):
         return None
-    kind, sets = found
-    if any(is_remote(shard.tar) for shards in sets for shard in shards):
-        return None
-    return [_open(kind, shards, options, prompts) for shards in sets]
+    return [_open(kind, shards, options, prompts) for kind, shards in found]
 
 
 def _open(
-    kind: str, shards: tuple[PackedShard, ...], options: ManifestOptions, prompts: PromptSettings
+    kind: RowKind,
+    shards: tuple[PackedShard, ...],
+    options: ManifestOptions,
+    prompts: PromptSettings,
 ) -> PackedIndex:
     source = IndexSource(
         manifest=shards[0].manifest,
         options=options,
         kind=kind,
         state=partial(_state, shards),
-        columns=(*PACKED_TYPES, *SEVERAL_TYPES, *SHARD_TYPES),
+        columns=(*PACKED_TYPES, *SEVERAL_TYPES, *SEVERAL_MEMBER_TYPES, *SHARD_TYPES),
         shards=shards,
     )
     opened = open_index(source, prompts)
     return PackedIndex(
-        rows=KINDS[kind](shards, options),
+        rows=KINDS[kind.name](shards, options, kind),
         columns=opened.columns,
-        has_order=kind == "shar",
+        has_order=kind.name == SHAR,
         identity=opened.identity,
         folders=opened.folders,
     )
 
 
-def _shards_of(entry: InputConfig) -> tuple[str, list[tuple[PackedShard, ...]]] | None:
-    """The kind of an entry's shards, and these, in the order in which they are read."""
+def _shards_of(entry: InputConfig) -> list[tuple[RowKind, tuple[PackedShard, ...]]] | None:
+    """The sets of an entry's shards, in the order in which they are read, each with its kind."""
     if entry.shar_path is not None:
         shards = list(shar_shards(entry.shar_path, (RECORDING,)))
         if any(shard.values for shard in shards):
             return None
         pairs = [PackedShard(one.cuts, str(one.tars[0].path or "")) for one in shards]
-        return "shar", [tuple(pairs)]
-    sets: list[tuple[PackedShard, ...]] = []
+        return [(RowKind(name=SHAR), tuple(pairs))]
+    sets: list[tuple[RowKind, tuple[PackedShard, ...]]] = []
     for manifests, tars in entry.tarred:
-        paths = local_files(expand_shards(manifests))
-        first = next((row for path in paths for _, row in json_lines(path)), {})
-        listed = tars_of_manifests(paths, expand_shards(tars))
-        if listed is None or "audio_filepath" not in first:
+        paths, listed = local_files(expand_shards(manifests)), expand_shards(tars)
+        kind = _tarred_kind(entry, paths)
+        if kind is None:
             return None
-        sets.append(tuple(PackedShard(path, packed_file(tar)) for path, tar in listed))
-    return "nemo_tarred", sets
+        if kind.name == NEMO_TARRED:
+            pairs = tars_of_manifests(paths, listed)
+        else:
+            pairs = list(zip(paths, listed, strict=True)) if len(paths) == len(listed) else None
+        if pairs is None:
+            return None
+        sets.append((kind, tuple(PackedShard(path, packed_file(tar)) for path, tar in pairs)))
+    return sets
+
+
+def _tarred_kind(entry: InputConfig, manifests: Sequence[Path]) -> RowKind | None:
+    """What the rows of manifests with tars are, by the type or the first row."""
+    if entry.type == SHARE_GPT:
+        return RowKind(name=SHARE_GPT_TARRED, placeholders=placeholders_of(entry))
+    first = next((row for path in manifests for _, row in json_lines(path)), {})
+    if "conversations" in first:
+        return RowKind(name=DIALOGS_TARRED)
+    return RowKind(name=NEMO_TARRED) if "audio_filepath" in first else None
 
 
 def _state(shards: Sequence[PackedShard]) -> dict[str, Any]:

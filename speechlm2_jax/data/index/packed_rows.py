@@ -4,7 +4,7 @@ import functools
 import gzip
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -12,10 +12,16 @@ from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.cuts import conversation_of_cut, cut_of_row
 from speechlm2_jax.data.headers import file_durations_s
+from speechlm2_jax.data.index.row_kinds import RowKind
 from speechlm2_jax.data.index.rows import lines_of
 from speechlm2_jax.data.json_lines import is_gzip, object_of_line
 from speechlm2_jax.data.manifest_options import ManifestOptions
-from speechlm2_jax.data.manifest_rows import NemoRow, check_has_speakers, conversations_of_rows
+from speechlm2_jax.data.manifest_rows import (
+    DIALOGS,
+    NemoRow,
+    check_has_speakers,
+    conversations_of_rows,
+)
 from speechlm2_jax.data.manifest_values import located
 from speechlm2_jax.data.paths import Finder
 from speechlm2_jax.data.shar import (
@@ -27,10 +33,13 @@ from speechlm2_jax.data.shar import (
     clip_of,
     cuts_of_shard,
 )
+from speechlm2_jax.data.share_gpt import share_gpt
+from speechlm2_jax.data.spoken_dialogs import UnknownSpeakerError
 from speechlm2_jax.data.storage.access import current, using
 from speechlm2_jax.data.storage.downloads import shown
 from speechlm2_jax.data.tar_headers import BLOCK_BYTES, size_of_member
-from speechlm2_jax.data.tarred import Shard, in_tar_order
+from speechlm2_jax.data.tarred import Shard, dialogs_of_tar, in_tar_order
+from speechlm2_jax.data.tars import TarRecordings
 from speechlm2_jax.settings import SettingsError
 
 _LINE_BYTES = 1 << 13
@@ -70,15 +79,19 @@ class RowsOfTars(Protocol):
         """Those of a shard, in the order of its recordings. Raises SettingsError."""
         ...
 
-    def conversation(self, number: int, offset: int, member: AudioLocation | None) -> Conversation:
-        """The row at an offset, whose recording is a member of the tar. Raises SettingsError."""
+    def conversation(
+        self, number: int, offset: int, members: Sequence[AudioLocation]
+    ) -> Conversation:
+        """The row at an offset, whose recordings are members of the tar. Raises SettingsError."""
         ...
 
 
 class TarredRows:
     """Rows of NeMo's tarred data: a manifest for each tar."""
 
-    def __init__(self, shards: Sequence[PackedShard], options: ManifestOptions) -> None:
+    def __init__(
+        self, shards: Sequence[PackedShard], options: ManifestOptions, kind: RowKind
+    ) -> None:
         self.shards, self.options = shards, options
 
     def rows(self, number: int) -> Iterator[PackedRow]:
@@ -93,21 +106,25 @@ class TarredRows:
         for conversation in conversations_of_rows(made, self.options):
             yield PackedRow(named[conversation.where][0], conversation)
 
-    def conversation(self, number: int, offset: int, member: AudioLocation | None) -> Conversation:
+    def conversation(
+        self, number: int, offset: int, members: Sequence[AudioLocation]
+    ) -> Conversation:
         """The row at an offset."""
         where = f"{self.shards[number].manifest} at byte {offset}"
         row = object_of_line(where, _line_at(self.shards[number].manifest, offset))
         with located(where):
-            if member is None:
+            if not members:
                 raise SettingsError("has no member of the tar")
-            read = NemoRow(row, lambda _: member, is_packed=True)
+            read = NemoRow(row, lambda _: members[0], is_packed=True)
             return read.conversation(file_durations_s(read.unmeasured_files), self.options, where)
 
 
 class SharRows:
     """Cuts of Lhotse SHAR."""
 
-    def __init__(self, shards: Sequence[PackedShard], options: ManifestOptions) -> None:
+    def __init__(
+        self, shards: Sequence[PackedShard], options: ManifestOptions, kind: RowKind
+    ) -> None:
         self.shards, self.options = shards, options
         self._storage = current()
 
@@ -122,9 +139,12 @@ class SharRows:
             cuts=manifest, tars=(SharTar(Path(tar) if tar else None, absence),), values={}
         )
         for one in cuts_of_shard(shard, (RECORDING,), number):
-            yield PackedRow(places[one.where], self._conversation(one))
+            if (made := self._conversation(one)) is not None:
+                yield PackedRow(places[one.where], made)
 
-    def conversation(self, number: int, offset: int, member: AudioLocation | None) -> Conversation:
+    def conversation(
+        self, number: int, offset: int, members: Sequence[AudioLocation]
+    ) -> Conversation:
         """The cut at an offset."""
         manifest, tar = self.shards[number]
         where = f"{manifest} at byte {offset}"
@@ -134,30 +154,83 @@ class SharRows:
         packed = PackedRecordings(
             absence=f"{tar}: not in this tar",
             tar=tar,
-            members={cut.id: [member.byte_range]} if member and member.byte_range else {},
+            members={cut.id: [one.byte_range for one in members[:1] if one.byte_range]},
         )
         one = SharCut(cut=cut, where=where, shard=number, packed=(packed,), number=0)
         with using(self._storage):
-            return self._conversation(one)
+            made = self._conversation(one)
+        if made is None:
+            raise SettingsError(f"{where}: has an unknown speaker")
+        return made
 
-    def _conversation(self, one: SharCut) -> Conversation:
+    def _conversation(self, one: SharCut) -> Conversation | None:
+        """A cut as a conversation; None for a dialog of unknown speakers, which is left out."""
         with located(one.where):
             clip = clip_of(one, self.options.channel)
-            return conversation_of_cut(
-                one.cut, clip, self.options, where=one.where, shard=one.shard
-            )
+            try:
+                return conversation_of_cut(
+                    one.cut, clip, self.options, where=one.where, shard=one.shard
+                )
+            except UnknownSpeakerError:
+                return None
 
 
-KINDS = {"nemo_tarred": TarredRows, "shar": SharRows}
+class DialogRows:
+    """Dialogs whose recordings are in a tar, one for each manifest."""
+
+    def __init__(
+        self, shards: Sequence[PackedShard], options: ManifestOptions, kind: RowKind
+    ) -> None:
+        self.shards, self.options = shards, options
+        self._form = share_gpt(kind.placeholders) if kind.placeholders else DIALOGS
+
+    def rows(self, number: int) -> Iterator[PackedRow]:
+        """Those of a shard, in the order of its manifest."""
+        manifest, tar = self.shards[number]
+        lines = enumerate(_lines(manifest), start=1)
+        places = {f"{shown(manifest)} line {n}": place for n, (place, _) in lines}
+        made = dialogs_of_tar(
+            manifest, TarRecordings(tar), self._form, skip_missing=self.options.skip_missing
+        )
+        for conversation in conversations_of_rows(made, self.options):
+            yield PackedRow(places[conversation.where], conversation)
+
+    def conversation(
+        self, number: int, offset: int, members: Sequence[AudioLocation]
+    ) -> Conversation:
+        """The dialog at an offset, whose recordings are in the order of its turns."""
+        where, left = f"{self.shards[number].manifest} at byte {offset}", iter(members)
+        row = object_of_line(where, _line_at(self.shards[number].manifest, offset))
+        with located(where):
+            read = self._form.row(row, lambda _: _next(left))
+            lengths = file_durations_s(read.unmeasured_files)
+            made = read.conversation(lengths, self.options, where)
+            if made is None:
+                raise SettingsError("is skipped")
+        return made
+
+
+def _next(members: Iterator[AudioLocation]) -> AudioLocation:
+    if (member := next(members, None)) is None:
+        raise SettingsError("has more recordings than when it was indexed")
+    return member
+
+
+NEMO_TARRED, SHAR = "nemo_tarred", "shar"
+DIALOGS_TARRED, SHARE_GPT_TARRED = "dialogs_tarred", "share_gpt_tarred"
+KINDS: Mapping[str, Callable[[Sequence[PackedShard], ManifestOptions, RowKind], RowsOfTars]] = {
+    NEMO_TARRED: TarredRows,
+    SHAR: SharRows,
+    DIALOGS_TARRED: DialogRows,
+    SHARE_GPT_TARRED: DialogRows,
+}
 """What reads shards of a kind."""
 
 
-def member_number(conversation: Conversation) -> int:
-    """The 512-byte block of a tar at which the recording of a row begins; 0: of no tar."""
-    for clip in conversation.clips:
-        if clip.byte_range is not None:
-            return clip.byte_range[0] // BLOCK_BYTES
-    return 0
+def member_numbers(conversation: Conversation) -> list[int]:
+    """The 512-byte block of a tar at which each recording of a row begins; 0: of no tar."""
+    ranges = (clip.byte_range for clip in conversation.clips)
+    return [0 if one is None else one[0] // BLOCK_BYTES for one in ranges]
 
 
 def member_at(tar: str, number: int) -> AudioLocation | None:

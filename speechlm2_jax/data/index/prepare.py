@@ -145,20 +145,31 @@ def _clips(found: Survey, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 def _shards(
     contents: IndexedContents, sizes: Sequence[int], of_source: Sequence[int]
 ) -> tuple[tuple[int, ...], ...]:
-    """Of each source, the conversations of each of its shards, if their order is drawn."""
+    """Of each source, the conversations of each of its shards, if their order is drawn.
+
+    The order of several manifests is not.
+    """
     shards: list[list[int]] = [[] for _ in range(max(of_source, default=-1) + 1)]
     row, begin = 0, 0
     for part, size, source in zip(contents.parts, sizes, of_source, strict=True):
-        own = np.asarray([len(part)])
-        if isinstance(part, PackedIndex) and part.has_order:
-            own = part.shard_ends
+        own = _shard_ends(part)
         if contents.row is None:
             kept = own
         else:
             kept = np.searchsorted(contents.row[begin : begin + size], row + own, side="left")
-        shards[source] += [int(n) for n in np.diff(kept, prepend=0) if n]
+        shards[source] += [int(n) for n in np.diff(kept, prepend=0) if n and len(own) > 1]
         row, begin = row + len(part), begin + size
     return tuple(map(tuple, shards))
+
+
+def _shard_ends(part: Part) -> np.ndarray:
+    """The row after the last one of each shard of a part."""
+    if isinstance(part, PackedIndex) and part.has_order:
+        return part.shard_ends
+    if isinstance(part, ListRows):
+        numbers = np.asarray([one.shard for one in part.conversations], np.int64)
+        return np.cumsum(np.unique(numbers, return_counts=True)[1])
+    return np.asarray([len(part)])
 
 
 def _parts(

@@ -33,6 +33,8 @@ SHARD_TYPES = {"shard_rows": np.dtype("<u4")}
 """Rows of each shard."""
 SEVERAL_TYPES = {"several": np.dtype("<u8"), "several_s": np.dtype("<f8")}
 """Of each recording in rows that have several: the row, and its duration."""
+SEVERAL_MEMBER_TYPES = {"several_member": np.dtype("<u4")}
+"""Of the same recordings, where they are packed: the 512-byte block of the tar."""
 PROMPT_TYPES = {
     "tokens": np.dtype("<u4"),
     "context": np.dtype("<u4"),

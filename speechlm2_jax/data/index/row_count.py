@@ -3,19 +3,26 @@
 import gzip
 import logging
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from speechlm2_jax.data.augmentation.variants import unindexed
 from speechlm2_jax.data.config import LoaderConfig
+from speechlm2_jax.data.index.contents import IndexedRows
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.json_lines import is_gzip
 from speechlm2_jax.data.manifest_watch import manifest_files
 from speechlm2_jax.data.paths import local_file
-from speechlm2_jax.data.sources import read_sources
+from speechlm2_jax.data.sources import Source, read_sources
 from speechlm2_jax.settings import SettingsError
 
 LARGE_ROWS = 20_000
 """A data set of fewer rows is read into memory, and leaves no file behind."""
+TOLD_ROWS = 100_000
+"""Of an entry, so many rows in memory are told of."""
+ROW_BYTES = 3000
+"""Of a conversation with its prompt in memory: 0.3 GB for 100,000 rows, of usual texts."""
 _BLOCK_BYTES = 1 << 22
 
 _log = logging.getLogger(__name__)
@@ -39,8 +46,7 @@ def is_large(config: LoaderConfig, where: str) -> bool:
 
     def count(entry: InputConfig, config: LoaderConfig) -> list[object]:
         nonlocal rows
-        has_rows = entry.has_plain_rows or entry.has_shards
-        paths = manifest_files(entry) if has_rows else ()
+        paths = manifest_files(entry) if entry.line_files or entry.has_shards else ()
         for path in paths:
             if rows < LARGE_ROWS:
                 rows += rows_up_to(local_file(path), LARGE_ROWS - rows)
@@ -58,3 +64,14 @@ def is_large(config: LoaderConfig, where: str) -> bool:
         )
         return False
     return rows >= LARGE_ROWS
+
+
+def tell_of_memory(where: str, sources: Sequence[Source[Any]]) -> None:
+    """Logs which entries have many rows, and no index."""
+    for source in sources:
+        rows = len(source.conversations)
+        if rows > TOLD_ROWS and not isinstance(source.conversations, IndexedRows):
+            _log.warning(
+                "%s: %s has no index: each process holds its %s rows in memory, about %.1f GB",
+                *(where, source.name, f"{rows:,}", rows * ROW_BYTES / 1e9),
+            )

@@ -5,18 +5,29 @@ import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.conversations import Conversation
-from speechlm2_jax.data.cuts import clip_of_cut, conversation_of_cut, cut_of_row, is_whole
+from speechlm2_jax.data.cuts import is_whole
+from speechlm2_jax.data.entry_readers import placeholders_of
 from speechlm2_jax.data.headers import file_durations_s
+from speechlm2_jax.data.index.row_kinds import (
+    CUTS,
+    DIALOGS,
+    NEMO,
+    SFT,
+    SHARE_GPT,
+    TXT,
+    TXT_JSONL,
+    RowKind,
+    RowMaker,
+)
 from speechlm2_jax.data.index.texts import can_index
-from speechlm2_jax.data.json_lines import json_lines, object_of_line
+from speechlm2_jax.data.input_config import InputConfig
+from speechlm2_jax.data.json_lines import json_lines
 from speechlm2_jax.data.manifest_options import ManifestOptions
-from speechlm2_jax.data.manifest_rows import DialogRow, Lengths, ManifestRow, NemoRow
+from speechlm2_jax.data.manifest_rows import ManifestRow
 from speechlm2_jax.data.manifest_values import located
-from speechlm2_jax.data.paths import Finder
+from speechlm2_jax.data.paths import expand_shards, local_files
 from speechlm2_jax.data.readers import CUT_KEYS
 from speechlm2_jax.settings import SettingsError
 
@@ -32,15 +43,16 @@ class RowReader:
     Args:
         manifest: its path.
         options: how rows become conversations.
-        kind: of its rows, as `kind_of` tells it.
+        kind: of its rows.
     """
 
-    def __init__(self, manifest: Path, options: ManifestOptions, kind: str) -> None:
+    def __init__(self, manifest: Path, options: ManifestOptions, kind: RowKind) -> None:
         self.manifest, self.options, self.kind = manifest, options, kind
-        self._finder = Finder(manifest)
-        for where, row in itertools.islice(json_lines(manifest), _FIRST_ROWS):
-            with suppress(SettingsError), located(where):  # told when the row's turn comes
-                self._row(row)
+        self._rows = RowMaker(manifest, options, kind)
+        first = json_lines(manifest) if kind.has_recordings else iter(())
+        for where, row in itertools.islice(first, _FIRST_ROWS):
+            with suppress(SettingsError):  # told when the row's turn comes
+                self._rows.of_object(where, row)
 
     def conversations(
         self, lines: Iterable[Line], *, with_lengths: bool = True
@@ -63,52 +75,42 @@ class RowReader:
     def _parsed(self, where: str, line: bytes) -> ManifestRow | None:
         if not line.removeprefix(codecs.BOM_UTF8).strip():
             return None
-        row = object_of_line(where, line)
-        if self.kind != "cuts" and row.pop("_skipme", False):
-            return None
-        with located(where):
-            return self._row(row)
-
-    def _row(self, row: dict[str, Any]) -> ManifestRow:
-        if self.kind == "cuts":
-            return _CutRow(row, self._finder)
-        return (DialogRow if self.kind == "dialogs" else NemoRow)(row, self._find)
-
-    def _find(self, name: str) -> AudioLocation:
-        return AudioLocation(self._finder(name), storage=self._finder.storage)
+        return self._rows(where, line)
 
 
-class _CutRow:
-    """A Lhotse cut, whose lengths are its manifest's."""
-
-    unmeasured_files: tuple[AudioLocation, ...] = ()
-
-    def __init__(self, row: dict[str, Any], finder: Finder) -> None:
-        self._cut, self._storage = cut_of_row(row, (), finder), finder.storage
-
-    def conversation(self, lengths: Lengths, options: ManifestOptions, where: str) -> Conversation:
-        clip = clip_of_cut(self._cut, options.channel, self._storage)
-        return conversation_of_cut(self._cut, clip, options, where=where)
-
-
-def kind_of(manifest: Path) -> str | None:
-    """`nemo`, `dialogs` or `cuts` by the first line; None for what has no lines that can be read.
+def readers_of(entry: InputConfig, options: ManifestOptions) -> list[RowReader] | None:
+    """What reads the lines of each file of an entry; None if any has no lines that can be read.
 
     Those are read as a whole, and their errors told, where they are small.
     """
-    if is_whole(manifest) or not can_index(manifest):
+    readers: list[RowReader] = []
+    for path in local_files(expand_shards(entry.line_files)):
+        kind = _kind_of(entry, path, options) if can_index(path) else None
+        if kind is None:
+            return None
+        readers.append(RowReader(path, options, kind))
+    return readers or None
+
+
+def _kind_of(entry: InputConfig, path: Path, options: ManifestOptions) -> RowKind | None:
+    """What the lines of a file are: by its type, or by the first line."""
+    if entry.type in (TXT, TXT_JSONL, SFT):
+        return RowKind(name=entry.type)
+    if entry.type == SHARE_GPT:
+        return RowKind(
+            name=SHARE_GPT, placeholders=placeholders_of(entry), audio_root=entry.audio_root
+        )
+    if is_whole(path):
         return None
     try:
-        first = next(json_lines(manifest), None)
+        _, row = next(json_lines(path), ("", {}))
     except SettingsError:
         return None
-    if first is None:
-        return None
-    _, row = first
-    for key, kind in (("conversations", "dialogs"), ("audio_filepath", "nemo")):
-        if key in row:
-            return kind
-    return "cuts" if any(key in row for key in CUT_KEYS) else None
+    if "conversations" in row:
+        return RowKind(name=DIALOGS)
+    if "audio_filepath" in row:  # which has no speakers: that is told where it is read
+        return None if options.roles is not None else RowKind(name=NEMO)
+    return RowKind(name=CUTS) if any(key in row for key in CUT_KEYS) else None
 
 
 def lines_of(data: bytes, start: int) -> Iterator[tuple[int, bytes]]:

@@ -31,6 +31,8 @@ CAUSES = (
     "tokens_per_token",
 )
 """As in `SalmContents.tests`; the first that holds counts."""
+_UNREAD = ("several", "several_s", "several_member", "offset", "length", "member", "shard_rows")
+"""Columns that are not of each row, or of places."""
 KEPT, NOT_A_ROW = 0, 255
 """What else `LengthsOfRows.cause` may be; the number of a cause counts from 1."""
 
@@ -143,7 +145,7 @@ def _columns_of(rows: Rows, start: int, stop: int) -> dict[str, np.ndarray]:
     return {
         name: np.asarray(column[start:stop])
         for name, column in rows.columns.items()
-        if name not in ("several", "several_s", "offset", "length")
+        if name not in _UNREAD
     }
 
 

@@ -230,7 +230,8 @@ class WindowSampler:
     def _sampler(self, rows: np.ndarray) -> Sampler:
         """One of small data, which has these rows and counts them from 0."""
         ones = np.ones(len(rows), np.int64)
-        clips = ones if self.clips is None else np.asarray(self.clips[rows], np.int64)
+        # of texts alone a shape has a clip all the same
+        clips = ones * 0 if self.clips is None else np.asarray(self.clips[rows], np.int64)
         bucket_of = np.asarray(self.plan.bucket_of[rows], np.int64)
         costs = None
         if self.lengths is not None and self.cost is not None:

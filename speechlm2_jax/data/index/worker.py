@@ -28,13 +28,15 @@ from typing import BinaryIO
 import numpy as np
 
 from speechlm2_jax.data.conversations import Conversation
-from speechlm2_jax.data.index.packed_rows import KINDS, PackedRow, PackedShard, member_number
+from speechlm2_jax.data.index.packed_rows import KINDS, PackedRow, PackedShard, member_numbers
 from speechlm2_jax.data.index.row_columns import (
     PACKED_TYPES,
+    SEVERAL_MEMBER_TYPES,
     SHARD_TYPES,
     prompt_columns,
     row_columns,
 )
+from speechlm2_jax.data.index.row_kinds import RowKind
 from speechlm2_jax.data.index.rows import RowReader, lines_of
 from speechlm2_jax.data.index.texts import Text, open_text
 from speechlm2_jax.data.manifest_options import ManifestOptions
@@ -63,8 +65,8 @@ class Job:
 
     manifest: Path
     options: ManifestOptions
-    kind: str
-    """Of its rows (`rows.kind_of`)."""
+    kind: RowKind
+    """Of its rows."""
     points: Path | None
     """Of a compressed manifest the folder of points that reading starts from."""
     shards: tuple[PackedShard, ...] = ()
@@ -162,7 +164,7 @@ class ShardsReader(ChunkReader):
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        self._rows = KINDS[job.kind](job.shards, job.options)
+        self._rows = KINDS[job.kind.name](job.shards, job.options, job.kind)
         # one more, so that every shard has a place of its own
         sizes = [os.path.getsize(shard.manifest) + 1 for shard in job.shards]
         self._begins = list(itertools.accumulate(sizes, initial=0))[:-1]
@@ -183,8 +185,13 @@ class ShardsReader(ChunkReader):
         made = [row.conversation for row in chunk]
         columns = self._prompt_columns(made)
         if self._job.with_rows:
-            places = [(row.offset, member_number(row.conversation)) for row in chunk]
+            members = [member_numbers(one) for one in made]
+            places = [
+                (row.offset, of[0] if of else 0) for row, of in zip(chunk, members, strict=True)
+            ]
+            several = [number for of in members if len(of) > 1 for number in of]
             columns |= row_columns(places, made, PACKED_TYPES)
+            columns |= {n: np.asarray(several, kind) for n, kind in SEVERAL_MEMBER_TYPES.items()}
             columns |= {name: np.asarray(shard_rows, kind) for name, kind in SHARD_TYPES.items()}
         return columns
 
