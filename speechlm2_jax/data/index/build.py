@@ -147,8 +147,11 @@ class _Worker:
                 response = self._output.readline()
                 if not response:
                     raise RuntimeError("a process that indexes a manifest has ended")
-                if (error := json.loads(response).get("error")) is not None:
-                    raise SettingsError(error)
+                result = json.loads(response)
+                if "errno" in result:
+                    raise OSError(result["errno"], result["error"])
+                if "error" in result:
+                    raise SettingsError(result["error"])
                 done.put(task)
         except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
             done.put(error)

@@ -11,7 +11,13 @@ import numpy as np
 
 from speechlm2_jax.console import phase
 from speechlm2_jax.data.index.build import bar_of, read_chunks, remove_chunks
-from speechlm2_jax.data.index.folders import digest, index_folders, locked, writable
+from speechlm2_jax.data.index.folders import (
+    digest,
+    index_folders,
+    locked,
+    told_of_full_disk,
+    writable,
+)
 from speechlm2_jax.data.index.packed_rows import PackedShard
 from speechlm2_jax.data.index.row_columns import PROMPT_TYPES
 from speechlm2_jax.data.index.row_kinds import RowKind
@@ -76,7 +82,11 @@ def open_index(source: IndexSource, prompts: PromptSettings) -> OpenedIndex:
     found = _all_found(folders, names, wanted)
     if not all(found.values()):
         folder = writable(folders)
-        with locked(folder), phase(f"indexing {source.manifest}"):
+        with (
+            locked(folder),
+            told_of_full_disk(folder, f"the index of {source.manifest}"),
+            phase(f"indexing {source.manifest}"),
+        ):
             found = _all_found(folders, names, wanted)
             _build(folder, source, prompts, wanted, found)
         if source.state() != state:
@@ -136,6 +146,8 @@ def _build(
 
 def _remove_stale(folder: Path, wanted: Mapping[str, Any], chunks: Path) -> None:
     """Removes what was made of rows that are built again, but for the chunks of this build."""
+    for old in folder.glob(".*-*"):  # of a process that ended: there is no other one now
+        shutil.rmtree(old, ignore_errors=True)
     for other in (*folder.glob("plan-*"), *folder.glob("prompts-*"), *folder.glob("building-*")):
         meta = read_meta(other) or {}
         if other != chunks and meta.get("file") != wanted["file"]:

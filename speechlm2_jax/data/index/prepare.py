@@ -12,7 +12,7 @@ from speechlm2_jax.console import phase
 from speechlm2_jax.data.bucketing import Bucket, BucketPlan
 from speechlm2_jax.data.index.contents import IndexedContents, IndexedRows, Part
 from speechlm2_jax.data.index.counting import BUCKET, CLIPS, LENGTH, POSITIONS, ROW
-from speechlm2_jax.data.index.folders import digest, locked, prune, writable
+from speechlm2_jax.data.index.folders import digest, locked, prune, told_of_full_disk, writable
 from speechlm2_jax.data.index.frame_table import FrameTable
 from speechlm2_jax.data.index.list_rows import ListRows
 from speechlm2_jax.data.index.opening import VERSION
@@ -199,7 +199,7 @@ def _surveyed(
     if (found := _kept(folders, name)) is not None:
         return found
     folder = writable(folders)
-    with locked(folder), phase("measuring the rows"):
+    with locked(folder), told_of_full_disk(folder, "a plan"), phase("measuring the rows"):
         if (found := _kept(folders, name)) is not None:
             return found
         with new_folder(folder / name) as new:

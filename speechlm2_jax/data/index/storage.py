@@ -72,7 +72,7 @@ class ColumnWriter:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write columns and `meta` into; it takes its place, as a whole, at the end."""
-    new = folder.with_name(f".{folder.name}.{os.getpid()}")
+    new = folder.with_name(f".{folder.name}.{os.uname().nodename}-{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:

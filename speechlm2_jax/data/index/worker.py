@@ -217,10 +217,13 @@ def prompt_lengths(
 
 def save_chunk(path: Path, columns: dict[str, np.ndarray]) -> None:
     """Writes the columns of a chunk; the file appears whole or not at all."""
-    new = path.with_suffix(f".{os.getpid()}")
-    with open(new, "wb") as file:
-        np.savez(file, allow_pickle=False, **columns)
-    os.replace(new, path)
+    new = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}")
+    try:
+        with open(new, "wb") as file:
+            np.savez(file, allow_pickle=False, **columns)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _line_start(text: Text, place: int) -> int:
@@ -265,9 +268,11 @@ def main() -> None:
             with using(job.storage):
                 reader = reader or reader_of(job)
                 save_chunk(path, reader.read(start, end))
-            response: dict[str, str] = {}
+            response: dict[str, str | int | None] = {}
         except SettingsError as error:
             response = {"error": str(error)}
+        except OSError as error:
+            response = {"error": str(error), "errno": error.errno}
         print(json.dumps(response), file=target, flush=True)
 
 
