@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--buckets", type=int, help="bins to estimate; else the configuration's, or 8")
     add("--buckets-2d", metavar="N,M", help="bins of N input lengths times M output lengths")
     add("--memory-gib", type=float, help="memory of a device; else the device's own")
-    add("--memory-fraction", type=float, default=0.9, help="share of it that a program may need")
+    add("--memory-fraction", type=float, help="share that a program may need: 0.9, of a CPU 0.6")
     add("--max-rows", type=int, help="most rows of any bin")
     add("--no-timing", action="store_true", help="only compile; run nothing")
     add("--compile-for", metavar="TOPOLOGY", help="TPUs that are not attached, such as v5e:4x4")

@@ -8,6 +8,11 @@ from speechlm2_jax.settings import SettingsError
 BUCKETS = 8
 """Bins where neither the command nor the configuration names any; each is a program to compile."""
 
+FRACTION = 0.9
+FRACTION_OF_CPU = 0.6
+"""Less, as the kernels of CPUs take scratch that the compiler does not tell, about a quarter more,
+and the process holds data and libraries in the same memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
@@ -19,8 +24,8 @@ class PlanOptions:
     """Bins of input lengths, and of output lengths for each."""
     memory_gib: float | None = None
     """Memory of a device; None: the device's own."""
-    memory_fraction: float = 0.9
-    """Share of it that a program may need."""
+    memory_fraction: float | None = None
+    """Share of it that a program may need; None: FRACTION, or FRACTION_OF_CPU."""
     max_rows: int | None = None
     """Most rows of any bin."""
     is_timed: bool = True
@@ -36,12 +41,18 @@ class PlanOptions:
         counts = (*(self.buckets_2d or ()), self.buckets, self.max_rows)
         if any(count is not None and count < 1 for count in counts):
             raise SettingsError("--buckets, --buckets-2d and --max-rows must be at least 1")
-        if not 0 < self.memory_fraction <= 1:
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             raise SettingsError(
                 f"--memory-fraction must be above 0 and at most 1, got {self.memory_fraction}"
             )
         if self.memory_gib is not None and self.memory_gib <= 0:
             raise SettingsError(f"--memory-gib must be positive, got {self.memory_gib}")
+
+    def fraction_on(self, platform: str) -> float:
+        """Share of the memory of devices of a platform (cpu, gpu, tpu) that a program may need."""
+        if self.memory_fraction is not None:
+            return self.memory_fraction
+        return FRACTION_OF_CPU if platform == "cpu" else FRACTION
 
 
 def parse_pair(text: str) -> tuple[int, int]:

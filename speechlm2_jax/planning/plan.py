@@ -125,7 +125,8 @@ class Planner:
     @property
     def limit_bytes(self) -> float:
         """What a program may need."""
-        return self.memory_bytes * self.options.memory_fraction
+        platform = self.data.setup.sharding.platform
+        return self.memory_bytes * self.options.fraction_on(platform)
 
     def plan(self) -> Plan:
         """The whole plan; see `make_plan`."""

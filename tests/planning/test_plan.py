@@ -79,7 +79,7 @@ def test_the_yaml_has_nemos_keys_and_plans_the_shapes_that_were_compiled(
     rows = [shape.sequences for shape in shapes]
     assert rows == keys["bucket_batch_size"]
     for shape, count in zip(shapes, data.plan().members, strict=True):
-        most = int((0.9 * 4 - 1) * 200 / shape.tokens)
+        most = int((0.6 * 4 - 1) * 200 / shape.tokens)
         assert shape.sequences == min(most, count.count)
     out = capsys.readouterr().out
     assert f"train.py --config {config} --config {tmp_path / 'plan.yaml'}" in out
@@ -166,11 +166,13 @@ def test_programs_fit_and_a_plan_trains(config, tmp_path, accumulate):
     settings = experiment.read_run(config, words)
     options = PlanOptions(buckets=2, max_rows=64)
     free = plan.make_plan(settings, replace(options, memory_gib=1.0))
-    assert all(one.memory_bytes <= 0.9 * GIB for one in free.bins)
+    assert all(one.memory_bytes <= 0.6 * GIB for one in free.bins)
     assert free.examples_per_s is not None and free.examples_per_s > 0
     # between what one row of the longest bin needs and what all need
     gib = (free.bins[-1].memory_bytes / GIB) * 0.97 / 0.9
-    tight = plan.make_plan(settings, replace(options, memory_gib=gib, is_timed=False))
+    tight = plan.make_plan(
+        settings, replace(options, memory_gib=gib, memory_fraction=0.9, is_timed=False)
+    )
     assert all(one.memory_bytes <= tight.limit_bytes for one in tight.bins)
     pairs = list(zip(tight.bins, free.bins, strict=True))
     assert all(a.rows <= b.rows for a, b in pairs) and any(a.rows < b.rows for a, b in pairs)
@@ -181,6 +183,11 @@ def test_programs_fit_and_a_plan_trains(config, tmp_path, accumulate):
     assert result.step == 3
     rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+
+
+def test_shares_of_memory():
+    assert PlanOptions().fraction_on("cpu") == 0.6 < PlanOptions().fraction_on("tpu") == 0.9
+    assert PlanOptions(memory_fraction=0.5).fraction_on("cpu") == 0.5
 
 
 def test_a_plan_needs_training_data(config):
