@@ -20,7 +20,8 @@ from speechlm2_jax.batches import HostBatch, SalmExample
 from speechlm2_jax.checkpointing import step_folders
 from speechlm2_jax.console import phase
 from speechlm2_jax.conversion.errors import MissingWeightsError
-from speechlm2_jax.data.datamodule import DataModule, named_sets
+from speechlm2_jax.data.blocks import named_sets
+from speechlm2_jax.data.datamodule import DataModule
 from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
 from speechlm2_jax.data.fusion import training_sets
 from speechlm2_jax.data.salm_dataset import SALMDataset

@@ -78,6 +78,18 @@ def broadcast_text(text: str) -> str:
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).rstrip(b"\0").decode()
 
 
+def gather_texts(text: str) -> list[str]:
+    """The texts of all processes, which all must call it, in their order."""
+    if jax.process_count() == 1:
+        return [text]
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int64(len(encoded))))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(encoded)] = encoded
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+
 def largest(value: int) -> int:
     """The largest of the numbers that the processes give, which all must call it."""
     if jax.process_count() == 1:

@@ -14,6 +14,9 @@ CAUSES = {
     "forbidden": "the storage refuses to give it",
     "not_allowed": "settings do not allow its address (`allowed_roots`, `allowed_schemes`)",
     "changed": "its row of the manifest is not what it was when it was indexed",
+    "no_row": "no row of the manifest describes it (a member of a stream's tar)",
+    "bad_row": "its row of the manifest cannot be read (of a stream)",
+    "longer_than_buckets": "it is longer than all shapes, which were planned by a sample",
     "longer_than_model": "it lasts more frames than the model has positions",
 }
 

@@ -61,6 +61,14 @@ class LoaderConfig(AugmentationConfig):
     """All audio is resampled to it."""
     channel_selector: int | Literal["average"] | None = None
     """Channel of multi-channel audio; average (or null) is the mean."""
+    stream: bool | None = None
+    """Of training: tars are read from front to end, and nothing at random; null: where a tar is
+    remote (docs/data.md)."""
+    shuffle_buffer_size: int = 10000
+    """Of streams with `shuffle`: examples of each group that wait to be shuffled; else the order is
+    shuffled over the whole of the data."""
+    num_cuts_for_bins_estimate: int = 10000
+    """Of streams: rows that shapes are planned by; else all are measured."""
     # in which order
     seed: int | str = 0
     """Of the order; `trng` and `randomized` are taken for 0, as hosts must agree."""
@@ -103,9 +111,7 @@ class LoaderConfig(AugmentationConfig):
         "tarred_random_access": "skip_missing_manifest_entries",
     }
     IGNORED: ClassVar[Mapping[str, str]] = {
-        "shuffle_buffer_size": "order is shuffled over the whole of the data",
         "bucket_buffer_size": "buckets are filled from the whole of the data",
-        "num_cuts_for_bins_estimate": "bins are measured over the whole of the data",
         "concurrent_bucketing": "plans are made ahead of time",
         "max_open_streams": "every manifest is read once, at start-up",
         "pin_memory": "JAX has no pinned-memory option",
@@ -172,7 +178,8 @@ class LoaderConfig(AugmentationConfig):
                 raise ValueError(f"{name} must not be negative, got {count}")
         if self.max_error_rate is not None and not 0 <= self.max_error_rate <= 1:
             raise ValueError(f"max_error_rate must be from 0 to 1, got {self.max_error_rate}")
-        for name in ("batch_size", "read_timeout", *self.BUDGET_KEYS):
+        sizes = ("shuffle_buffer_size", "num_cuts_for_bins_estimate")
+        for name in ("batch_size", "read_timeout", *sizes, *self.BUDGET_KEYS):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")

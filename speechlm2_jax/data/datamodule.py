@@ -9,24 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speechlm2_jax.batches import FrameCount, HostBatch
-from speechlm2_jax.data.augmentation.augmentation import Augmentation, make_augmentation
-from speechlm2_jax.data.augmentation.config import warn_without_switch
-from speechlm2_jax.data.augmentation.noise_sources import read_noise
+from speechlm2_jax.data.blocks import named_sets, read_data_set, shared_keys
 from speechlm2_jax.data.bucketing import BucketPlan, Shape
-from speechlm2_jax.data.config import DataConfig, LoaderConfig
 from speechlm2_jax.data.faults import Dropped, ErrorLog, ErrorRate, Faults
 from speechlm2_jax.data.frame_counts import CachedFrameCount
 from speechlm2_jax.data.fusion import ZIP, assembling, joined_shape, training_sets
-from speechlm2_jax.data.index.row_count import is_large, tell_of_memory
 from speechlm2_jax.data.index.windows import WindowSampler
-from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.manifest_watch import ManifestWatch
-from speechlm2_jax.data.prepare import DataKind, DataSet, Prepared, prepare, seed_of
+from speechlm2_jax.data.prepare import DataKind, DataSet, Prepared, prepare
 from speechlm2_jax.data.reading import ExampleReader
 from speechlm2_jax.data.salm_concatenation import SalmConcatenation
 from speechlm2_jax.data.salm_dataset import SALMDataset
-from speechlm2_jax.data.sources import read_sources
-from speechlm2_jax.data.storage.access import using
+from speechlm2_jax.data.streams.opening import is_stream, prepare_stream, stream_batches
 from speechlm2_jax.data.time_limit import TimeLimit
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.settings import SettingsError, build, require_complete
@@ -34,6 +28,7 @@ from speechlm2_jax.settings import SettingsError, build, require_complete
 if TYPE_CHECKING:  # Grain is loaded with the first stream
     from speechlm2_jax.data.index.planned_windows import PlannedWindows
     from speechlm2_jax.data.loader import BatchReader, BatchStream, PlannedBatches
+    from speechlm2_jax.data.streams.batches import StreamBatches
 
 TOKENS_MULTIPLE = 8
 """LLM positions of every shape are a multiple of it, as vector units prefer."""
@@ -68,6 +63,8 @@ class DataModule:
         for name, (values, where) in blocks.sets.items():
             path = TRAIN if blocks.fusion is None else f"{TRAIN}.{name}"
             self._sets[path] = self._read(values, where, is_train=True)
+            if blocks.fusion is not None and is_stream(self._sets[path]):
+                raise SettingsError(f"{where}: fused sets are read at random; add stream: false")
         self._trained = tuple(self._sets)
         self._sets |= self._read_named(config.validation_ds, "validation_ds")
         self._sets |= self._read_named(config.test_ds, "test_ds")
@@ -122,14 +119,18 @@ class DataModule:
         self._own_groups = None if own_groups is None else frozenset(own_groups)
         multiple = math.lcm(TOKENS_MULTIPLE, pad_to_multiple)
         self._prepared = {
-            name: prepare(data_set, self.dataset, frame_count, groups, multiple)
+            name: (prepare_stream if is_stream(data_set) else prepare)(
+                data_set, self.dataset, frame_count, groups, multiple
+            )
             for name, data_set in self._sets.items()
         }
         for name in self._trained:  # worker processes know all up to the longest
             for bucket in self.plan(name).buckets:
                 frame_count(getattr(bucket.shape, "samples", 0))
 
-    def train_batches(self, state: Mapping[str, Any] | None = None) -> "BatchStream":
+    def train_batches(
+        self, state: Mapping[str, Any] | None = None
+    ) -> "BatchStream | StreamBatches":
         """Training batches without end, from the start or from a state.
 
         The stream has `get_state()` and `set_state(state)`. A state keeps the groups of the run
@@ -146,12 +147,26 @@ class DataModule:
                 f"this run's global batches have {had} groups, which {groups} data-parallel "
                 f"devices cannot share; resume with a data-parallel size of {fitting}"
             )
-        stream = self._stream(TRAIN, had) if self._fusion is None else self._fused_stream(had)
+        stream = self._train_stream(had)
         if state is not None:
             stream.set_state(dict(state))
         else:
             self._faults[TRAIN].resume({}, (0, 0))
         return stream
+
+    def _train_stream(self, groups: int) -> "BatchStream | StreamBatches":
+        if self._fusion is not None:
+            return self._fused_stream(groups)
+        if not is_stream(self._sets[TRAIN]):
+            return self._stream(TRAIN, groups)
+        return stream_batches(
+            self._sets[TRAIN],
+            self._prepared[TRAIN],
+            self.dataset,
+            groups,
+            self._own_groups,
+            self._faults_of(TRAIN),
+        )
 
     def validation_batches(self) -> dict[str, Iterable[HostBatch]]:
         """One pass over each validation set, by name; the last batch is padded with empty rows."""
@@ -202,7 +217,12 @@ class DataModule:
         return list(self._sets)
 
     def plans(self, name: str = TRAIN) -> "Iterator[BatchPlan]":
-        """The batches of one pass over a data set, in order; nothing is read."""
+        """The batches of one pass over a data set, in order; nothing is read.
+
+        Raises SettingsError for a stream, whose batches are known when they are read.
+        """
+        if is_stream(self._sets[name]):
+            raise SettingsError(f"data.{name}: a stream has no plan of its batches; stream: false")
         return _plans(self._reader(name, self._this_run()), epochs=1)
 
     def prepared(self, name: str = TRAIN) -> Prepared:
@@ -308,30 +328,8 @@ class DataModule:
         return "\n".join(table for table in tables if table)
 
     def _read(self, values: Mapping[str, object], where: str, *, is_train: bool) -> DataSet:
-        config = build(self.dataset.loader_config, {**self._shared, **values}, where)
-        warn_without_switch(config, where)
-        if not is_train and getattr(config, "concatenate_samples", False):
-            raise SettingsError(f"{where}.concatenate_samples: each conversation is scored alone")
-        if not is_train and getattr(config, "packed", False):
-            raise SettingsError(f"{where}.packed: each conversation is scored alone; remove it")
-        has_index = is_large(config, where)
-
-        def read(entry: InputConfig, config: Any) -> Sequence[Any]:
-            rows = self.dataset.index(entry, config) if has_index else None
-            return self.dataset.read(entry, config) if rows is None else rows
-
-        sources = tuple(
-            replace(source, conversations=self.dataset.variants(source.conversations, config))
-            for source in read_sources(config, where, read)
-        )
-        tell_of_memory(where, sources)
-        return DataSet(
-            where=where,
-            config=config,
-            sources=sources,
-            is_train=is_train,
-            augmentation=_augmentation(config, where),
-        )
+        keys = {**self._shared, **values}
+        return read_data_set(self.dataset, keys, where, is_train=is_train)
 
     def _read_named(self, values: Mapping[str, object] | None, block: str) -> dict[str, DataSet]:
         return {
@@ -348,42 +346,6 @@ def _plans(reader: "BatchReader", epochs: int | None) -> "PlannedBatches | Plann
     if isinstance(sampler, WindowSampler):
         return PlannedWindows(sampler, epochs)
     return PlannedBatches(sampler, epochs)
-
-
-def _augmentation(config: LoaderConfig, where: str) -> Augmentation | None:
-    """The random effects of a data set. Raises SettingsError for noise that cannot be read."""
-    with using(config.storage):
-        return make_augmentation(config, seed_of(config, where), read_noise(config, where))
-
-
-def shared_keys(config: DataConfig) -> dict[str, object]:
-    """The keys of the `data` block that hold for each of its sets."""
-    names = ("allowed_roots", "allowed_schemes")
-    return {name: value for name in names if (value := getattr(config, name)) is not None}
-
-
-def named_sets(
-    values: Mapping[str, object] | None, block: str
-) -> dict[str, tuple[Mapping[str, Any], str]]:
-    """The sets of `validation_ds` or `test_ds`: by name, their keys and where these are.
-
-    Those under `datasets` inherit the keys beside it; without it there is one set, `default`.
-    Raises SettingsError for what is no mapping.
-    """
-    if values is None:
-        return {}
-    where = f"data.{block}"
-    if "datasets" not in values:
-        return {"default": (values, where)}
-    sets, common = values["datasets"], {k: v for k, v in values.items() if k != "datasets"}
-    if not isinstance(sets, Mapping) or not sets:
-        raise SettingsError(f"{where}.datasets: expected a mapping of names to data sets")
-    for name, own in sets.items():
-        if not isinstance(own, Mapping):
-            raise SettingsError(f"{where}.datasets.{name}: expected a mapping of keys")
-    return {
-        str(name): ({**common, **own}, f"{where}.datasets.{name}") for name, own in sets.items()
-    }
 
 
 @dataclass(frozen=True)

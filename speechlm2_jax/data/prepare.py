@@ -168,7 +168,8 @@ class Prepared:
     """A planned stream."""
 
     contents: BatchContents
-    sampler: Sampler | WindowSampler
+    sampler: Any
+    """A Sampler, a WindowSampler of a large data set, or the StreamSampler of a stream."""
     filtered: Mapping[str, int]
     """Conversations that settings leave out, by cause."""
     config: LoaderConfig

@@ -32,6 +32,7 @@ from speechlm2_jax.data.salm_contents import (
     placeholder_id,
     placeholder_or_none,
 )
+from speechlm2_jax.data.streams.shards import StreamRows, stream_shards
 from speechlm2_jax.data.text_windows import in_windows
 from speechlm2_jax.data.tokenizer import Tokenizer, TokenizerError
 from speechlm2_jax.settings import SettingsError
@@ -92,6 +93,11 @@ class SALMDataset:
     def read(entry: InputConfig, config: DataLoaderConfig) -> list[Conversation]:
         """The conversations of one entry of `input_cfg`. Raises SettingsError."""
         return list(read_entry(entry, _options(entry, config)))
+
+    @staticmethod
+    def stream(entry: InputConfig, config: DataLoaderConfig) -> StreamRows:
+        """The shards of one entry, to be read from front to end. Raises SettingsError."""
+        return stream_shards(entry, _options(entry, config))
 
     def index(self, entry: InputConfig, config: DataLoaderConfig) -> Sequence[Conversation] | None:
         """The same, read when they are asked for; None of what has no rows of a file.

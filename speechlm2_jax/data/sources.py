@@ -21,6 +21,7 @@ from speechlm2_jax.data.manifest_watch import manifest_files
 from speechlm2_jax.data.paths import is_file, local_file
 from speechlm2_jax.data.storage.access import using
 from speechlm2_jax.data.storage.addresses import is_remote
+from speechlm2_jax.data.streams.shards import StreamRows
 from speechlm2_jax.settings import SettingsError, build, parse_yaml, read_text, resolve
 
 C = TypeVar("C")
@@ -287,7 +288,7 @@ def _read(
         conversations = read(entry.config, config)
     except SettingsError as error:
         raise SettingsError(f"{entry.where}: {error}") from error
-    if isinstance(conversations, IndexedRows):
+    if isinstance(conversations, IndexedRows | StreamRows):
         tagged: Any = replace(conversations, fields=entry.group_tags)
         return tagged
     return (

@@ -1,12 +1,16 @@
 """The training loop on the host: fetches batches, dispatches steps, logs, validates and saves."""
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from speechlm2_jax.batches import HostBatch, LossSum
 from speechlm2_jax.console import phase
+from speechlm2_jax.processes import gather_texts
 from speechlm2_jax.settings import SettingsError, to_plain
+from speechlm2_jax.training.protocol import BatchIterator, JoinsStates
 from speechlm2_jax.training.run.metrics_log import Row, format_samples, format_validation
 from speechlm2_jax.training.run.run_state import FitResult, RunContext, RunProgress, RunState
 from speechlm2_jax.training.run.step_reports import MAX_SKIPPED_IN_A_ROW, DispatchedStep, Reporter
@@ -14,6 +18,14 @@ from speechlm2_jax.training.step import MicroSums
 from speechlm2_jax.training.validation import Interrupted
 
 log = logging.getLogger(__name__)
+
+
+def _data_state(batches: BatchIterator) -> Any:
+    """The state of the batches, the same on all processes, which all must call it."""
+    state = batches.get_state()
+    if not isinstance(batches, JoinsStates):
+        return state
+    return batches.joined_state([json.loads(text) for text in gather_texts(json.dumps(state))])
 
 
 class NonFiniteRun(SystemExit):
@@ -231,7 +243,7 @@ class FitLoop:
             if self.state.val_metrics and progress.validated_at == progress.step:
                 context.checkpointer.rank(progress.step, self.state.val_metrics)
             if progress.step != context.checkpointer.latest_step:
-                progress.data = context.batches.get_state()
+                progress.data = _data_state(context.batches)
                 state = self.state.train_state
                 counters = {"step": state.step, "skipped": state.skipped}
                 arrays = {

@@ -278,6 +278,15 @@ class BatchIterator(Protocol):
 
 
 @runtime_checkable
+class JoinsStates(Protocol):
+    """Batches whose state each process knows in part, for the groups that it reads (optional)."""
+
+    def joined_state(self, states: Sequence[Any]) -> Any:
+        """The state of the run, of those of all processes."""
+        ...
+
+
+@runtime_checkable
 class KeepsErrors(Protocol):
     """Data that list what cannot be read in a file (optional)."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from speechlm2_jax.batches import DuplexExample
-from speechlm2_jax.data.datamodule import named_sets
+from speechlm2_jax.data.blocks import named_sets
 from speechlm2_jax.data.duplex.config import DuplexDataConfig, DuplexLoaderConfig
 from speechlm2_jax.data.duplex.contents import check_roles
 from speechlm2_jax.data.duplex.conversations import DuplexConversation

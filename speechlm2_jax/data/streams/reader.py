@@ -1,0 +1,110 @@
+"""Makes events of a stream ready for batches, and reads their recordings."""
+
+import functools
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from speechlm2_jax.data.audio_errors import AudioError
+from speechlm2_jax.data.augmentation.augmentation import Augmentation
+from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.faults import NOISE, Failure
+from speechlm2_jax.data.prepare import kept
+from speechlm2_jax.data.streams.events import Event, Fault
+from speechlm2_jax.data.streams.group import ReadyEvent, StreamExample
+from speechlm2_jax.data.streams.plan import StreamSampler
+from speechlm2_jax.settings import SettingsError
+
+TOO_LONG = "longer_than_buckets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamReader:
+    """Makes events ready, reads examples and collates them."""
+
+    dataset: Any
+    contents: Any
+    """Of the sample that shapes were planned by."""
+    sampler: StreamSampler
+    augmentation: Augmentation | None = None
+    timeout_s: float | None = None
+
+    @functools.cached_property
+    def fingerprint(self) -> int:
+        """A number that changes with the shards and the shapes."""
+        sampler = self.sampler
+        names = [[one.shard.name for one in pool.shards] for pool in sampler.pools]
+        rest = (sampler.limits.tolist(), sampler.buffer_size, sampler.shuffle, sampler.schedule)
+        shares = [(pool.share, pool.seed, pool.is_shuffled) for pool in sampler.pools]
+        text = repr((names, shares, sampler.shapes, rest))
+        return zlib.crc32(text.encode("utf-8", "replace"))
+
+    def ready(self, events: Sequence[Event]) -> list[ReadyEvent]:
+        """Events with token ids and buckets; a row that no prompt can be made of is a fault."""
+        chosen = [event for event in events if isinstance(event.what, Conversation)]
+        found = iter(self._ready(chosen))
+        return [
+            next(found)
+            if isinstance(event.what, Conversation)
+            else ReadyEvent(event=event, what=event.what)
+            for event in events
+        ]
+
+    def read(self, group: int, example: StreamExample) -> tuple[Any, list[Failure]]:
+        """An example's audio, and the noise that could not be read. Raises AudioError."""
+        noise: list[Failure] = []
+        effects = None
+        if self.augmentation is not None:
+            key = (example.epoch, group, example.number)
+            effects = self.augmentation.of_example(
+                *key, report=lambda error: noise.append(_noise_failure(error))
+            )
+        rate_hz = self.contents.config.sample_rate
+        return self.dataset.example(example.conversation, rate_hz, effects), noise
+
+    def _ready(self, events: Sequence[Event]) -> Iterable[ReadyEvent]:
+        conversations = [event.what for event in events]
+        if not events:
+            return []
+        own = self.contents
+        try:
+            made = self.dataset.contents(
+                conversations, own.config, own.frame_count, "data.train_ds"
+            )
+        except SettingsError as error:
+            if len(events) > 1:
+                return [ready for event in events for ready in self._ready([event])]
+            name = str(getattr(conversations[0], "id", "?"))
+            fault = Fault(cause="bad_row", id=name, message=str(error), path=events[0].source)
+            return [ReadyEvent(event=events[0], what=fault)]
+        keep, _ = kept(made)
+        buckets = self.sampler.bucket_of(made.measures).tolist()
+        clips = made.measures.clips.tolist()
+        return [
+            self._placed(event, made.conversations[n], buckets[n], clips[n])
+            if keep[n]
+            else ReadyEvent(event=event, what=None)
+            for n, event in enumerate(events)
+        ]
+
+    def _placed(
+        self, event: Event, conversation: Conversation, bucket: int, clips: int
+    ) -> ReadyEvent:
+        if bucket >= 0:
+            return ReadyEvent(event=event, what=conversation, bucket=bucket, clips=clips)
+        message = f"{conversation.where}: longer than all shapes, which a sample was planned by"
+        path = next((clip.path for clip in conversation.clips), "")
+        fault = Fault(cause=TOO_LONG, id=conversation.id, message=message, path=path)
+        return ReadyEvent(event=event, what=fault)
+
+
+def _noise_failure(error: AudioError) -> Failure:
+    return Failure(
+        cause=error.cause,
+        id=error.path or "?",
+        index=-1,
+        message=str(error),
+        source=NOISE,
+        path=error.path,
+    )
