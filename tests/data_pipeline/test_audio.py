@@ -119,7 +119,8 @@ def damaged(kind: str, folder: Path) -> Path:
 
 
 OF_STORAGE = {"unreachable", "incomplete", "forbidden", "not_allowed", "timed_out"}
-NOT_OF_THE_FILE = {*OF_STORAGE, "changed", "no_such_channel", "longer_than_model"}
+OF_STREAMS = {"no_row", "bad_row", "longer_than_buckets"}
+NOT_OF_THE_FILE = {*OF_STORAGE, *OF_STREAMS, "changed", "no_such_channel", "longer_than_model"}
 
 
 @pytest.mark.parametrize("cause", sorted(set(CAUSES) - NOT_OF_THE_FILE))

@@ -141,6 +141,7 @@ def test_recordings_lie_beside_a_remote_manifest(folder, site, memory):
     assert clip.path == f"{folder}/wavs/a.wav" and len(clip.load(RATE)) == 8000
 
 
+@pytest.mark.slow  # imports Lhotse, writes and reads SHAR
 def test_shar_in_a_store_and_its_files_on_a_web_server(memory, site, tmp_path):
     from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
