@@ -12,7 +12,7 @@ from speechlm2_jax.data.bucketing import (
     BucketPlan,
     Measures,
     Shape,
-    equal_mass_edges,
+    least_padding_edges,
 )
 from speechlm2_jax.data.config import DataLoaderConfig, LoaderConfig
 from speechlm2_jax.data.packed_members import Sums, packed_members
@@ -69,11 +69,15 @@ def bucketed(measures: Measures, config: DataLoaderConfig) -> np.ndarray:
 
 
 def packed_edges(measures: Measures, config: DataLoaderConfig) -> np.ndarray:
-    """Upper ends of the buckets, rising; what is longer goes to one more bucket."""
+    """Upper ends of the buckets, rising; what is longer goes to one more bucket.
+
+    `num_buckets` are those that leave the least padding of the longest clips.
+    """
     if config.bucket_duration_bins is not None:
         return np.asarray(config.bucket_duration_bins, np.float64)
-    if config.use_bucketing:
-        return equal_mass_edges(measures.samples, config.num_buckets)
+    if config.use_bucketing and len(measures):
+        by_clips = replace(measures, length=measures.samples, positions=measures.samples * 0)
+        return least_padding_edges(by_clips, config.sample_rate, 1, config.num_buckets)
     return np.zeros(0)
 
 
