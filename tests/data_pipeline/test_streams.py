@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 from collections import Counter
 from dataclasses import fields
 
@@ -199,6 +200,9 @@ def test_no_group_is_read_by_two_hosts(module_of, eight, monkeypatch):
         for _ in range(10):
             next(stream)
         stream.close()
+        for thread in threading.enumerate():  # one may be about to open a file
+            if thread.name == "read_shards":
+                thread.join()
         expected.append([f"{order.unit(host + 4 * n).shard}.tar" for n in range(len(opened[-1]))])
     assert opened == expected and min(map(len, opened)) >= 2
 

@@ -92,6 +92,8 @@ class Feed:
 
     def _run(self) -> None:
         for path, start in self._files:
+            if self._is_closed.is_set():
+                return
             error: StorageError | OSError | None = None
             try:
                 for block in blocks_of(path, start, self._storage):
