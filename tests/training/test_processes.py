@@ -234,3 +234,33 @@ def test_devices_that_are_not_there_are_refused_once(tmp_path, compiled, overrid
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert err.count(told) == 1
+
+
+@pytest.mark.slow  # two processes
+def test_processes_join_the_states_of_their_groups(tmp_path):
+    """Each process of a stream knows the places of its own groups; a checkpoint has all."""
+    script = tmp_path / "join.py"
+    script.write_text(
+        "import jax\n"
+        "from speechlm2_jax.processes import initialize\n"
+        "from speechlm2_jax.training.loop import _data_state\n"
+        "class Batches:\n"
+        "    def get_state(self):\n"
+        "        return {'groups': {jax.process_index(): 'ä' * (1 + jax.process_index())}}\n"
+        "    def joined_state(self, states):\n"
+        "        return {k: v for state in states for k, v in state['groups'].items()}\n"
+        "    def __iter__(self): return self\n"
+        "    def __next__(self): raise StopIteration\n"
+        "initialize()\n"
+        "assert _data_state(Batches()) == {'0': 'ä', '1': 'ää'}\n"
+        "print('joined', flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "speechlm2_jax.launch", "-n", "2", str(script)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and "joined" in done.stdout, done.stdout + done.stderr
