@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks import data_scale, timing
 from speechlm2_jax.batches import HostBatch
 from speechlm2_jax.data import DataModule, SALMDataset
+from speechlm2_jax.data.index.row_count import LARGE_ROWS
 from speechlm2_jax.experiment import make_model
 from speechlm2_jax.settings import find, load
 
@@ -36,6 +37,8 @@ WAYS = ("bucketed", "packed")
 def main() -> None:
     """Measures, and prints the table and the line of JSON."""
     arguments = _arguments()
+    if arguments.rows >= LARGE_ROWS:
+        raise SystemExit(f"--rows: fewer than {LARGE_ROWS}, so that all are in memory")
     path = find(arguments.config)
     model: Any = make_model(load(arguments.config)["model"], near=(path.resolve().parent,))
     with tempfile.TemporaryDirectory() as name:
