@@ -69,7 +69,9 @@ def read_audio(
     Raises:
         AudioError: for a recording that cannot be used, with its cause.
     """
-    end_s = offset_s + duration_s if duration_s is not None and is_segment else None
+    end_s = None if duration_s is None else offset_s + duration_s
+    if end_s is not None and not is_segment:
+        end_s -= DURATION_TOLERANCE_S  # a header that agrees with the declared duration is believed
     with open_audio(source, end_s=end_s) as file:
         rate_hz, stretch = file.rate_hz, _stretch(file, offset_s, duration_s)
         more = 0 if is_segment or stretch.expected is None else stretch.tolerance + 1
@@ -86,7 +88,7 @@ def read_audio(
             f"{stretch.declared / rate_hz:.3f} s",
             cause="truncated" if len(wave) else "empty",
         )
-    wave = check_samples(_fitted(wave, stretch), source)
+    wave = check_samples(_fitted(wave, stretch), source, are_finite=file.is_integer)
     if sample_rate_hz is None or sample_rate_hz == rate_hz:
         return wave
     return check_samples(resample(wave, rate_hz, sample_rate_hz), source)
@@ -152,11 +154,16 @@ def _fitted(wave: np.ndarray, stretch: _Stretch) -> np.ndarray:
     return np.pad(wave, (0, missing), mode="reflect" if len(wave) > 1 else "edge")
 
 
-def check_samples(wave: np.ndarray, source: object = "audio") -> Float[np.ndarray, " S"]:
-    """Returns samples that are neither missing nor NaN nor infinite; raises AudioError."""
+def check_samples(
+    wave: np.ndarray, source: object = "audio", *, are_finite: bool = False
+) -> Float[np.ndarray, " S"]:
+    """Returns samples that are neither missing nor NaN nor infinite; raises AudioError.
+
+    `are_finite`: they are known to be, as integers are.
+    """
     if not len(wave):
         raise AudioError(f"{source}: no samples", cause="empty")
-    if not np.isfinite(wave).all():
+    if not are_finite and not np.isfinite(wave).all():
         raise AudioError(f"{source}: NaN or infinite samples", cause="not_finite")
     return wave
 

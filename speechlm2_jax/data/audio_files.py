@@ -38,7 +38,7 @@ _CHUNKS_BEHIND_SAMPLES = frozenset(
 )
 _LONGEST_CHUNK_BYTES = 1 << 20
 """Of those that are looked for behind samples."""
-_HEAD_BYTES = 1 << 16
+_MAGIC_BYTES, _HEAD_BYTES = 16, 1 << 16
 
 
 @runtime_checkable
@@ -48,6 +48,8 @@ class AudioFile(Protocol):
     rate_hz: int
     is_lossy: bool
     """Whether its length may differ by the delay of an encoder, from one tool to the next."""
+    is_integer: bool
+    """Whether it holds samples as integers, so none is NaN or infinite."""
 
     @property
     def frames(self) -> int | None:
@@ -108,7 +110,7 @@ def _choose(
     import soundfile
 
     raw.seek(0)
-    head, size = raw.read(_HEAD_BYTES), raw.seek(0, os.SEEK_END)
+    head, size = _head(raw), raw.seek(0, os.SEEK_END)
     raw.seek(0)
     if _is_mpeg(head):
         return FfmpegFile(raw, name)
@@ -148,6 +150,7 @@ class _Soundfile:
         self._error = soundfile.SoundFileError
         self.rate_hz = self._file.samplerate
         self.is_lossy = self._file.subtype.startswith(_LOSSY)
+        self.is_integer = self._file.subtype.startswith("PCM_")
 
     @property
     def frames(self) -> int | None:
@@ -191,6 +194,13 @@ class _Soundfile:
     def length(self) -> int:
         """Samples per channel by the header; reading tells where a file ends before."""
         return self._file.frames
+
+
+def _head(raw: BufferedIOBase) -> bytes:
+    """The first bytes: of the formats whose header is looked at, all of it."""
+    head = raw.read(_MAGIC_BYTES)
+    is_looked_at = head.startswith((b"RIFF", b"RF64", b".snd"))
+    return head + raw.read(_HEAD_BYTES) if is_looked_at else head
 
 
 def _is_mpeg(head: bytes) -> bool:

@@ -128,6 +128,19 @@ def test_recordings_joined_into_one_file_are_read_all(tmp_path, form):
     np.testing.assert_allclose(part, read[66_150:77_175], atol=1e-6)
 
 
+def test_of_joined_recordings_the_first_is_read_where_it_is_what_is_declared(tmp_path):
+    path = tmp_path / "a.flac"
+    soundfile.write(path, speechlike(1.0, 44100), 44100)
+    alone = read_audio(path)
+    path.write_bytes(path.read_bytes() * 2)
+    np.testing.assert_array_equal(read_audio(path, duration_s=1.05, is_segment=False), alone)
+    whole = read_audio(path, duration_s=2.0, is_segment=False)
+    np.testing.assert_allclose(whole, np.tile(alone, 2), atol=1e-6)
+    with pytest.raises(AudioError) as caught:
+        read_audio(path, duration_s=1.5, is_segment=False)
+    assert caught.value.cause == "longer_than_declared"
+
+
 # Unknown lengths ----------------------------------------------------------------------------------
 
 
