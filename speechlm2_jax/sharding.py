@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from speechlm2_jax.arrays import AnyArray
 T = TypeVar("T")
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
+AxisNames = tuple[str, ...] | None
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 RULES: Rules = (
     # activations
@@ -68,6 +69,11 @@ class Sharding:
     rules: Rules = RULES
     shards_time: bool = True
     """False: every device holds whole sequences in their own order, on any mesh (inference)."""
+    moves_rows: bool = False
+    """Inference: a matmul sends its rows to a fully sharded weight where these are fewer bytes.
+
+    False: every device gathers the weight. A decoding step has one row for each sequence.
+    """
 
     @property
     def data_parallel_size(self) -> int:
@@ -88,7 +94,7 @@ class Sharding:
     def length_multiple(self) -> int:
         """Sequence lengths must be a multiple of this; the host pads up to it."""
         halves = 2 * self.context_size if self.context_size > 1 else 1
-        return math.lcm(halves, self._size(dict(self.rules)["time"]))
+        return math.lcm(halves, self.size(dict(self.rules)["time"]))
 
     @property
     def platform(self) -> str:
@@ -129,7 +135,7 @@ class Sharding:
         entries: list[tuple[str, ...] | None] = []
         for i, axis in enumerate(axes):
             mesh_axes = () if axis is None else table[axis]
-            while shape is not None and shape[i] % self._size(mesh_axes):
+            while shape is not None and shape[i] % self.size(mesh_axes):
                 mesh_axes = mesh_axes[:-1]
             entries.append(mesh_axes or None)
         if shape is not None and "embed" in axes:
@@ -149,10 +155,11 @@ class Sharding:
         """
         output, width = int(axes[0] == "layers"), list(axes).index("embed")
         both = (*(entries[output] or ()), *(entries[width] or ()))
-        if width > output and axes[output] in OUTPUT_AXES and shape[output] % self._size(both) == 0:
+        if width > output and axes[output] in OUTPUT_AXES and shape[output] % self.size(both) == 0:
             entries[output], entries[width] = both or None, None
 
-    def _size(self, mesh_axes: Sequence[str]) -> int:
+    def size(self, mesh_axes: Sequence[str]) -> int:
+        """Number of devices along these mesh axes."""
         return math.prod(self.mesh.shape[a] for a in mesh_axes)
 
     def named(
@@ -225,7 +232,8 @@ def put_global(value: AnyArray | np.number, placement: jax.sharding.Sharding) ->
 def for_inference(mesh: Mesh) -> Sharding:
     """Rules for decoding: sequences are sharded over the batch axes, time is not sharded."""
     unsharded = {"tokens": (), "time": ()}
-    return Sharding(mesh, tuple((a, unsharded.get(a, to)) for a, to in RULES), shards_time=False)
+    rules = tuple((a, unsharded.get(a, to)) for a, to in RULES)
+    return Sharding(mesh, rules, shards_time=False, moves_rows=True)
 
 
 def mesh_of(arrays: Mapping[str, object]) -> Mesh | None:
@@ -277,6 +285,56 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 Axes = Sequence[str | None]
+
+
+class WeightInPlace(NamedTuple):
+    """How a matmul of few rows runs while its weight [out, in] stays where it is."""
+
+    rows: tuple[str, ...]
+    """Mesh axes that still shard the rows: those that do not shard the weight."""
+    out: AxisNames
+    into: AxisNames
+    """Mesh axes that shard the weight's output and its input."""
+
+    def constrain(self, x: jax.Array, last: AxisNames) -> jax.Array:
+        """Constrains activations [rows, ..., width]: each device holds all rows, of its columns."""
+        sharding = _current.get()
+        assert sharding is not None
+        rows = self.rows if x.shape[0] % sharding.size(self.rows) == 0 else ()
+        spec = PartitionSpec(rows or None, *[None] * (x.ndim - 2), last)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+
+
+def weight_in_place(axes: Axes, shape: Sequence[int], rows: int) -> WeightInPlace | None:
+    """How to multiply `rows` rows by a weight [out, in] without gathering it.
+
+    None if the weight is not sharded over data-parallel devices, or if gathering it moves fewer
+    bytes, or outside of inference.
+    """
+    sharding = _current.get()
+    if sharding is None or not sharding.moves_rows:
+        return None
+    out, into = (
+        (entry,) if isinstance(entry, str) else entry for entry in sharding.spec(axes, shape)
+    )
+    taken = {*(out or ()), *(into or ())}
+    left = tuple(axis for axis in BATCH_AXES if axis not in taken)
+    is_small = rows * sum(shape) < math.prod(shape) * sharding.size(left)
+    return WeightInPlace(left, out, into) if is_small and left != BATCH_AXES else None
+
+
+def key_value_copies(heads: int, query_heads: int) -> int:
+    """How often each key and value head is held, so that every tensor-parallel device has one.
+
+    1 unless there are fewer such heads than devices of the tensor axis, whose number is a multiple
+    of these heads and divides the query heads. Only inference copies them.
+    """
+    sharding = _current.get()
+    if sharding is None or not sharding.moves_rows:
+        return 1
+    size = sharding.tensor_size
+    is_fit = size > heads and size % heads == 0 and query_heads % size == 0
+    return size // heads if is_fit else 1
 
 
 def on_shards(

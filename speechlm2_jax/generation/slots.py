@@ -21,7 +21,9 @@ from speechlm2_jax.generation.decoding import (
 )
 from speechlm2_jax.generation.salm import DecodingState
 from speechlm2_jax.layers.cache import RingCache
+from speechlm2_jax.layers.slot_rows import put_rows
 from speechlm2_jax.layers.unstacked import read_in_place
+from speechlm2_jax.sharding import constrain
 
 
 class Slots(NamedTuple):
@@ -59,18 +61,28 @@ def empty(
     )
 
 
-def admit(slots: Slots, prefilled: DecodingState, at: Int[Array, " G"]) -> Slots:
-    """Puts prefilled sequences into the slots `at`; slots beyond the last are dropped.
+def admit(slots: Slots, prefilled: DecodingState, at: Int[Array, "G P"]) -> Slots:
+    """Puts prefilled sequences into slots: P of each of G groups into this group's slots `at`.
 
-    The sequences must be prefilled with the configuration of the slots and without prompt ids:
-    processors read the response only.
+    A group's slots are adjacent; those beyond its last are dropped. The sequences must be prefilled
+    with the configuration of the slots and without prompt ids: processors read the response only.
     """
     own = (slots.ids, slots.lengths, slots.ended, slots.info, slots.rngs)
     new = (prefilled.ids, prefilled.lengths, prefilled.finished, prefilled.info, prefilled.rngs)
-    held = jax.tree.map(lambda old, value: old.at[at].set(value, mode="drop"), own, new)
+    held = jax.tree.map(lambda old, value: put_rows(old, value, at), own, new)
     ids, lengths, ended, info, rngs = held
     cache = slots.cache.admit(at, prefilled.cache)
     return Slots(ids=ids, lengths=lengths, ended=ended, cache=cache, info=info, rngs=rngs)
+
+
+def constrained(slots: Slots) -> Slots:
+    """Constrains the sharding of every array, so that one program's output fits the next."""
+
+    def by_slot(x: Array) -> Array:
+        return constrain(x, *("batch", *(None,) * (x.ndim - 1)))
+
+    rest = jax.tree.map(by_slot, slots._replace(cache=None))
+    return rest._replace(cache=slots.cache.constrained())
 
 
 def decode(

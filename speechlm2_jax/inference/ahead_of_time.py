@@ -1,42 +1,21 @@
-"""Generation for devices that need not exist on this machine: layout, and compilation."""
+"""Compilation of generation for devices that need not exist on this machine."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.typing import DTypeLike
 
 from speechlm2_jax.batches import BatchShape, full_batch
 from speechlm2_jax.inference import generate
 from speechlm2_jax.inference.engine import Engine
 from speechlm2_jax.inference.request.generation_request import read_request
-from speechlm2_jax.layers.module import VariableInfo
-from speechlm2_jax.sharding import Sharding
-
-
-def variable_layout(
-    infos: Mapping[str, VariableInfo], dtype: DTypeLike, placement: Sharding
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Dtype and sharding of every variable for inference.
-
-    Each has the dtype that it is computed in. Only training needs fp32 copies.
-    """
-    return {
-        path: jax.ShapeDtypeStruct(
-            info.shape,
-            info.computed_in(dtype),
-            sharding=placement.named(info.axes, info.shape),
-        )
-        for path, info in infos.items()
-    }
 
 
 def compile_ahead(engine: Engine, shape: BatchShape, max_new_tokens: int) -> Any:
     """Compiles generation for `engine.placement`, whose devices need not exist on this machine.
 
-    Nothing runs, so `engine.variables` may be mere shapes (`variable_layout`). `shape` is the shape
-    of the prompts of one data-parallel shard. Returns the result of
+    Nothing runs, so `engine.variables` may be mere shapes (`meshes.variable_layout`). `shape` is
+    that of the prompts of one data-parallel shard. Returns the result of
     `jax.jit(...).lower(...).compile()`.
     """
     placement = engine.placement

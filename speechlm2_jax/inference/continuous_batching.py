@@ -3,6 +3,9 @@
 A sequence that ends frees its slot for the next prompt. Three kinds of programs are compiled: the
 encoder and the prefill, both once per shape of new prompts, and one program that decodes. Prompt
 lengths are rounded up to 1.0x or 1.5x a power of two, so there are few shapes.
+
+On a mesh every data-parallel device has slots of its own: a group. A prompt is encoded, prefilled
+and decoded on the devices of its group.
 """
 
 import itertools
@@ -17,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from speechlm2_jax import sharding
 from speechlm2_jax.batches import BatchShape, SalmBatch, SalmExample, assemble_salm_batch
 from speechlm2_jax.generation import slots as loop
 from speechlm2_jax.generation.decoding import DecodingConfig
@@ -32,6 +36,7 @@ from speechlm2_jax.inference.transcripts import with_transcripts
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.layers.unstacked import Layered, merge_layers
 from speechlm2_jax.networks.salm import Salm
+from speechlm2_jax.sharding import Sharding
 
 ADMISSION_SHARE = 4
 """New prompts are admitted in groups of 1/4 of the slots. Larger groups are encoded more
@@ -86,10 +91,6 @@ def generate_each(
         )
     if slots < 1:
         raise ValueError(f"slots={slots} must be at least 1")
-    if engine.placement is not None:
-        raise ValueError(
-            "generate_each supports one device, but the weights are on a mesh; use generate"
-        )
     numbers = itertools.count() if draw_numbers is None else draw_numbers
     return _join_chunks(engine, zip(prompts, numbers, strict=False), request, slots)
 
@@ -165,9 +166,9 @@ def run_slots(
 ) -> Iterator[list[tuple[SlotEntry, np.ndarray]]]:
     """Generates for `entries` on `count` slots. Yields the entries that have ended, in groups."""
     table = _SlotTable(engine, request, count)
-    size = -(-count // ADMISSION_SHARE)
     groups = map(
-        partial(_completed, engine), iter(lambda: list(itertools.islice(entries, size)), [])
+        partial(_completed, engine),
+        iter(lambda: list(itertools.islice(entries, table.admitted)), []),
     )
     group = next(groups, None)
     while group is not None or table.busy:
@@ -175,7 +176,7 @@ def run_slots(
             table.admit(group)
             group = next(groups, None)
         ready = group is not None and table.fits(group)
-        yield table.run(len(group) if group is not None and ready else count)
+        yield table.run(len(group) if group is not None and ready else table.count)
 
 
 def _completed(engine: Engine, group: Sequence[SlotEntry]) -> list[SlotEntry]:
@@ -185,23 +186,30 @@ def _completed(engine: Engine, group: Sequence[SlotEntry]) -> list[SlotEntry]:
 
 
 class _Admission(NamedTuple):
-    """A group of B prompts to admit, on the device."""
+    """New prompts on the devices: up to P for each of G data-parallel devices, B = G x P in all."""
 
     batch: SalmBatch
     embeds: Float[Array, "B T D"]
-    limits: Int[Array, "1 B"] | Int[np.ndarray, "1 B"]
-    at: Int[Array, " B"] | Int[np.ndarray, " B"]
-    """The slot of each prompt. Padding of the group has an index beyond the last slot."""
+    limits: Int[Array, "G P"] | Int[np.ndarray, "G P"]
+    at: Int[Array, "G P"] | Int[np.ndarray, "G P"]
+    """The slot of each prompt on its device. Padding has an index beyond the last slot."""
     key: Key[Array, ""] | None
 
 
 class _SlotTable:
-    """The slots on the device, and which entry occupies which slot."""
+    """The slots on the devices, and which entry occupies which slot.
+
+    Slots are numbered device by device. Every data-parallel device has as many.
+    """
 
     def __init__(self, engine: Engine, request: GenerationRequest, count: int) -> None:
         self.busy: dict[int, SlotEntry] = {}
-        self._engine, self._count = engine, count
-        self._size = -(-count // ADMISSION_SHARE)
+        self._engine, placement = engine, engine.placement
+        self._devices = 1 if placement is None else placement.data_parallel_size
+        self._own = -(-count // self._devices)
+        """Slots of each data-parallel device."""
+        self._new = -(-self._own // ADMISSION_SHARE)
+        """Prompts that each of them admits at once."""
         self._limit = int(request.limits(np.zeros(1, np.int32))[0])
         self._decoding = request.fitting(np.array([self._limit]))
         self._key = jax.random.key(request.seed) if request.decoding.do_sample else None
@@ -209,9 +217,19 @@ class _SlotTable:
         self._prompt_tokens = 0
         """Tokens of the longest prompt that fits into the KV cache of a slot."""
 
+    @property
+    def count(self) -> int:
+        """All slots."""
+        return self._own * self._devices
+
+    @property
+    def admitted(self) -> int:
+        """The largest number of prompts that are admitted at once."""
+        return self._new * self._devices
+
     def fits(self, group: Sequence[SlotEntry]) -> bool:
         """Whether the KV cache has room for the longest prompt of a group."""
-        return self._shape(group).tokens <= self._prompt_tokens
+        return self._shape([group]).tokens <= self._prompt_tokens
 
     def can_admit(self, group: Sequence[SlotEntry]) -> bool:
         """Whether a group can start now.
@@ -221,47 +239,73 @@ class _SlotTable:
         """
         if not self.fits(group):
             return not self.busy
-        return len(group) <= self._count - len(self.busy)
+        return len(group) <= sum(min(len(free), self._new) for free in self._free())
 
     def admit(self, group: Sequence[SlotEntry]) -> None:
         """Prefills new prompts and puts them into free slots."""
-        shape = self._shape(group)
-        network = self._engine.network
+        slots = self._chosen(len(group))
+        entries = [[group[n] for n, _ in own] for own in slots]
+        shape = self._shape(entries)
+        graphdef, variables = network = self._engine.network
+        placement = self._engine.placement
         if shape.tokens > self._prompt_tokens:
             self._prompt_tokens = shape.tokens
-            self._slots = _empty(*network, self._decoding, self._count, self._prompt_tokens)
-        free = [slot for slot in range(self._count) if slot not in self.busy][: len(group)]
-        self.busy |= dict(zip(free, group, strict=True))
-        at = np.full(self._size, self._count, np.int32)
-        at[: len(group)] = free
-        batch = self._batch(group, shape)
+            sizes = (self.count, self._prompt_tokens, placement)
+            self._slots = _empty(graphdef, variables, self._decoding, *sizes)
+        at = np.full((self._devices, self._new), self._own, np.int32)
+        for device, own in enumerate(slots):
+            at[device, : len(own)] = [slot for _, slot in own]
+            self.busy |= {device * self._own + slot: group[n] for n, slot in own}
+        batch, at = self._batch(entries, shape), jnp.asarray(at)
+        if placement is not None:
+            batch, at = placement.put_batch((batch, at))
         new = _Admission(
             batch=batch,
-            embeds=generate.encode(*network, batch),
-            limits=np.full((1, self._size), self._limit, np.int32),
+            embeds=generate.encode(*network, batch, placement),
+            limits=np.full(at.shape, self._limit, np.int32),
             at=at,
             key=self._key,
         )
-        self._slots = _admit(*network, self._slots, new, self._decoding)
+        self._slots = _admit(*network, self._slots, new, self._decoding, placement)
 
     def run(self, enough: int) -> list[tuple[SlotEntry, np.ndarray]]:
         """Decodes until `enough` slots have ended; returns their entries and ids."""
+        config = (self._decoding, self._engine.placement)
         network = self._engine.decoding_network
-        self._slots, outputs = _run(*network, self._slots, np.int32(enough), self._decoding)
+        self._slots, outputs = _run(*network, self._slots, np.int32(enough), *config)
         ids, lengths, ended = jax.device_get(outputs)
         slots = [slot for slot in self.busy if ended[slot]]
         return [(self.busy.pop(slot), ids[slot, : lengths[slot]]) for slot in slots]
 
-    def _shape(self, group: Sequence[SlotEntry]) -> BatchShape:
-        """The static shape of a group, with padding up to the full size of a group."""
-        shape = prompt_shape([[entry.example for entry in group]], self._engine.frame_count)
-        clips = max(len(entry.example.audio) for entry in group)
-        clips = round_up(clips, 1) * self._size if clips else 0
-        return replace(shape, sequences=self._size, clips=clips)
+    def _free(self) -> list[list[int]]:
+        """The free slots of each device, counted on this device."""
+        own = range(self._own)
+        return [
+            [s for s in own if d * self._own + s not in self.busy] for d in range(self._devices)
+        ]
 
-    def _batch(self, group: Sequence[SlotEntry], shape: BatchShape) -> SalmBatch[np.ndarray]:
+    def _chosen(self, count: int) -> list[list[tuple[int, int]]]:
+        """(prompt, free slot) pairs of each device; the device with most free slots takes first."""
+        free = [slots[: self._new] for slots in self._free()]
+        chosen: list[list[tuple[int, int]]] = [[] for _ in free]
+        for number in range(count):
+            device = max(range(len(free)), key=lambda d: len(free[d]))
+            chosen[device].append((number, free[device].pop(0)))
+        return chosen
+
+    def _shape(self, groups: Sequence[Sequence[SlotEntry]]) -> BatchShape:
+        """The static shape of one device's prompts, with padding up to their full number."""
+        examples = [[entry.example for entry in group] for group in groups]
+        shape = prompt_shape(examples, self._engine.frame_count)
+        clips = max((len(e.audio) for group in examples for e in group), default=0)
+        clips = round_up(clips, 1) * self._new if clips else 0
+        return replace(shape, sequences=self._new, clips=clips)
+
+    def _batch(
+        self, groups: Sequence[Sequence[SlotEntry]], shape: BatchShape
+    ) -> SalmBatch[np.ndarray]:
         batch = assemble_salm_batch(
-            [[entry.example for entry in group]],
+            [[entry.example for entry in group] for group in groups],
             shape,
             frame_count=self._engine.frame_count,
             placeholder_id=self._engine.audio_locator_tag_id,
@@ -269,52 +313,61 @@ class _SlotTable:
         )
         if self._engine.nemo_exact:
             batch = batch.without_id(self._engine.text_pad_id)
-        sequence_ids = np.zeros((1, self._size), np.int32)
-        sequence_ids[0, : len(group)] = [entry.draw for entry in group]
+        sequence_ids = np.zeros((self._devices, self._new), np.int32)
+        for device, group in enumerate(groups):
+            sequence_ids[device, : len(group)] = [entry.draw for entry in group]
         return replace(batch, sequence_ids=sequence_ids)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "count", "prompt_tokens"))
+@partial(jax.jit, static_argnames=("graphdef", "count", "prompt_tokens", "placement"))
 def _empty(
     graphdef: nnx.GraphDef[Salm],
     variables: Variables,
     decoding: DecodingConfig,
     count: int,
     prompt_tokens: int,
+    placement: Sharding | None,
 ) -> Slots:
     """Makes free slots with room for prompts of `prompt_tokens` tokens."""
     network: Salm = merge(graphdef, variables)
-    return loop.empty(network.llm, count, prompt_tokens, decoding, network.dtype)
+    with sharding.use(placement):
+        slots = loop.empty(network.llm, count, prompt_tokens, decoding, network.dtype)
+        return loop.constrained(slots)
 
 
-@partial(jax.jit, static_argnames=("graphdef",), donate_argnames="slots")
+@partial(jax.jit, static_argnames=("graphdef", "placement"), donate_argnames="slots")
 def _admit(
     graphdef: nnx.GraphDef[Salm],
     variables: Variables,
     slots: Slots | None,
     new: _Admission,
     decoding: DecodingConfig,
+    placement: Sharding | None,
 ) -> Slots:
     """Prefills prompts, chooses their first tokens, and puts them into their slots."""
     assert slots is not None
     inputs = (new.embeds, new.batch, new.limits, new.key)
-    at = jnp.asarray(new.at)
-    return loop.admit(slots, generate.prefill(graphdef, variables, *inputs, decoding), at)
+    prefilled = generate.prefill(graphdef, variables, *inputs, decoding, placement)
+    with sharding.use(placement):
+        return loop.constrained(loop.admit(slots, prefilled, jnp.asarray(new.at)))
 
 
-@partial(jax.jit, static_argnames=("graphdef",), donate_argnames="slots")
+@partial(jax.jit, static_argnames=("graphdef", "placement"), donate_argnames="slots")
 def _run(
     graphdef: nnx.GraphDef[Salm],
     variables: Layered,
     slots: Slots | None,
     enough: Int[Array, ""],
     decoding: DecodingConfig,
+    placement: Sharding | None,
 ) -> tuple[Slots, tuple[Array, Array, Array]]:
     """Decodes until `enough` slots have ended.
 
-    Returns the new slots and, for the host, (ids, lengths, ended).
+    Returns the new slots and, for the host, (ids, lengths, ended) whole on every device.
     """
     assert slots is not None
     network: Salm = merge_layers(graphdef, variables)
-    slots = loop.decode(network.llm, slots, decoding, enough)
-    return slots, (slots.ids, slots.lengths, slots.ended)
+    with sharding.use(placement):
+        slots = loop.constrained(loop.decode(network.llm, slots, decoding, enough))
+        outputs = (slots.ids, slots.lengths, slots.ended)
+        return slots, jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), outputs)

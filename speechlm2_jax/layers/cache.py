@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from speechlm2_jax.layers.slot_rows import put_rows
 from speechlm2_jax.layers.window_cache import NewTokens, WindowCache
 from speechlm2_jax.sharding import constrain
 
@@ -137,7 +138,8 @@ class KVCache:
     def constrained(self) -> "KVCache":
         """Constrains the sharding of each array, so that one program's output fits the next."""
         kept = self.token_positions
-        return KVCache(
+        return replace(
+            self,
             keys=_constrained(self.keys),
             values=_constrained(self.values),
             key_mask=constrain(self.key_mask, "batch", None),
@@ -233,17 +235,17 @@ class RingCache(KVCache):
         turn = (self.turn + 1) % (self.key_mask.shape[1] - self.first)
         return replace(self, turn=turn, windows=self._advanced(new))
 
-    def admit(self, slots: Int[Array, " P"], prompts: KVCache) -> "RingCache":
-        """Copies P prompts into these slots of the batch; slots beyond the last are dropped."""
+    def admit(self, slots: Int[Array, "G P"], prompts: KVCache) -> "RingCache":
+        """Copies prompts into slots of the batch; see `put_rows`."""
 
         def with_new(cached: Array, new: Array) -> Array:
             new = new[:, :, :, : self.first]
-            return cached.at[:, slots, :, : new.shape[3]].set(new, mode="drop")
+            return _constrained(put_rows(cached, new, slots, axis=1))
 
         def with_rows(kept: Array, new: Array) -> Array:
             new = new[:, : self.first]
             new = jnp.pad(new, [(0, 0), (0, kept.shape[1] - new.shape[1])])
-            return kept.at[slots].set(new, mode="drop")
+            return put_rows(kept, new, slots)
 
         kept, new = self.token_positions, prompts.token_positions
         return replace(

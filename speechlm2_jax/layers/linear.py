@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from speechlm2_jax.layers.cpu import is_slow_matmul, weight_first_matmul
 from speechlm2_jax.layers.module import MAY_BE_WORDS, Initializer, param
 from speechlm2_jax.layers.words import BFLOAT16, floats, is_words, matmul_words
-from speechlm2_jax.sharding import constrain
+from speechlm2_jax.sharding import constrain, weight_in_place
 
 default_init: Initializer = jax.nn.initializers.variance_scaling(
     1.0 / 3.0, "fan_in", "uniform", in_axis=1, out_axis=0
@@ -48,7 +48,13 @@ def project(
     value = weight[...]
     if is_words(value):
         return matmul_words(x, value, **options)
-    return matmul(x, gathered(weight, x.dtype), **options)
+    axes = weight.get_metadata()["axes"][-value.ndim :]
+    placed = weight_in_place(axes, value.shape, math.prod(x.shape[:-1]))
+    if placed is None:
+        return matmul(x, gathered(weight, x.dtype), **options)
+    stored = constrain(floats(value, x.dtype), *axes)
+    y = jnp.einsum("...d,od->...o", placed.constrain(x, placed.into), stored, **options)
+    return placed.constrain(y, placed.out)
 
 
 class Linear(nnx.Module):
@@ -76,6 +82,19 @@ class Linear(nnx.Module):
         return y + jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)
 
 
+def send_rows(
+    x: Float[Array, "*batch d_in"], *layers: Linear | None
+) -> Float[Array, "*batch d_in"]:
+    """Sends the rows of x once for several layers that leave their weights in place.
+
+    Where the first of them gathers its weight, x is returned as it is.
+    """
+    weight = next(layer.weight for layer in layers if layer is not None)
+    axes, shape = weight.get_metadata()["axes"], weight[...].shape
+    placed = weight_in_place(axes[-2:], shape, math.prod(x.shape[:-1]))
+    return x if placed is None else placed.constrain(x, placed.into)
+
+
 class Embedding(nnx.Module):
     """A table of `count` vectors of width `width`."""
 
@@ -87,6 +106,10 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
         """Looks ids up."""
+        table = self.weight[...]
+        axes = self.weight.get_metadata()["axes"]
+        placed = weight_in_place(axes, table.shape, math.prod(ids.shape))
         # XLA replicates the result of a gather from a table that is sharded along both axes.
-        rows = jnp.take(constrain(self.weight[...], "vocab", None), ids, axis=0)
+        table = constrain(table, "vocab", None) if placed is None else constrain(table, *axes)
+        rows = jnp.take(table, ids, axis=0)
         return floats(rows, BFLOAT16) if is_words(rows) else rows

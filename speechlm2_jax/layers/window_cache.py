@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from speechlm2_jax.layers.slot_rows import put_rows
 from speechlm2_jax.sharding import constrain
 
 NOTHING = -1
@@ -129,8 +130,8 @@ class WindowCache:
             positions=self.positions[index],
         )
 
-    def admit(self, slots: Int[Array, " P"], prompts: "WindowCache") -> "WindowCache":
-        """Copies P prompts into these slots of the batch; slots beyond the last are dropped.
+    def admit(self, slots: Int[Array, "G P"], prompts: "WindowCache") -> "WindowCache":
+        """Copies prompts into slots of the batch; see `put_rows`.
 
         The ring of the prompts may be smaller: a ring smaller than the window holds its whole
         sequence in order.
@@ -138,9 +139,9 @@ class WindowCache:
         whole = prompts.repeated(1, self.positions.shape[1])
         return replace(
             self,
-            keys=self.keys.at[:, slots].set(whole.keys, mode="drop"),
-            values=self.values.at[:, slots].set(whole.values, mode="drop"),
-            positions=self.positions.at[slots].set(whole.positions, mode="drop"),
+            keys=put_rows(self.keys, whole.keys, slots, axis=1),
+            values=put_rows(self.values, whole.values, slots, axis=1),
+            positions=put_rows(self.positions, whole.positions, slots),
         )
 
     def _written(

@@ -11,13 +11,14 @@ from jaxtyping import Array, Float, Int, Key
 from speechlm2_jax.layers.attention import AttentionMask, attend
 from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.layers.dropout import fold_rngs
+from speechlm2_jax.layers.linear import send_rows
 from speechlm2_jax.layers.lora import LoraConfig, LoraLinear
 from speechlm2_jax.layers.norms import LayerNorm, RMSNorm
 from speechlm2_jax.layers.rope import RopeConfig, Rotation, rotate
 from speechlm2_jax.layers.window_cache import NewTokens
 from speechlm2_jax.llm.config import DecoderConfig, LayerKind
 from speechlm2_jax.llm.norms import make_norm
-from speechlm2_jax.sharding import constrain
+from speechlm2_jax.sharding import constrain, key_value_copies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,7 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], rngs: Key[Array, " B"] | None
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N_kv H"], Float[Array, "B T N_kv H"]]:
         """Computes queries, keys and values, with the norms that come before the rotation."""
+        x = send_rows(x, self.qkv, self.query)
         if self.qkv is not None:
             c = self.config
             ends = [c.heads * c.head_width, (c.heads + c.kv_heads) * c.head_width]
@@ -124,7 +126,8 @@ class Attention(nnx.Module):
             v = self.value(x, fold_rngs(rngs, 2))
         if self.config.qk_norm == "width":
             q, k = self._normed(q, k)
-        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        copies = key_value_copies(self.config.kv_heads, self.config.heads)
+        q, k, v = self._heads(q), self._heads(k, copies), self._heads(v, copies)
         if self.config.qk_norm == "head":
             q, k = self._normed(q, k)
         return q, k, v
@@ -133,6 +136,7 @@ class Attention(nnx.Module):
         assert self.query_norm is not None and self.key_norm is not None
         return self.query_norm(q), self.key_norm(k)
 
-    def _heads(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
+    def _heads(self, x: Float[Array, "B T NH"], copies: int = 1) -> Float[Array, "B T N H"]:
         heads = x.reshape(*x.shape[:2], -1, self.config.head_width)  # [B, T, N, H]
+        heads = jnp.repeat(heads, copies, axis=2) if copies > 1 else heads
         return constrain(heads, "batch", "tokens", "act_heads", None)

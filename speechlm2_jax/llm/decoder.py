@@ -25,7 +25,7 @@ from speechlm2_jax.llm.attention import Attention, AttentionInputs
 from speechlm2_jax.llm.config import DecoderConfig, LayerKind
 from speechlm2_jax.llm.feed_forward import LlmFeedForward
 from speechlm2_jax.llm.norms import make_norm
-from speechlm2_jax.sharding import constrain, time_order
+from speechlm2_jax.sharding import constrain, key_value_copies, time_order
 
 Carry = tuple[Array, KVCache | None]
 """The residual stream and the cache."""
@@ -166,7 +166,8 @@ class Decoder(nnx.Module):
         c = self.config
 
         def shape(window: int | None) -> tuple[int, int, int, int, int]:
-            return c.count(window), batch, capacity, c.kv_heads, c.head_width
+            heads = c.kv_heads * key_value_copies(c.kv_heads, c.heads)
+            return c.count(window), batch, capacity, heads, c.head_width
 
         return KVCache.empty(
             shape(None),

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Key
 
 from speechlm2_jax.layers.activations import ACTIVATIONS, XIELU, Xielu
 from speechlm2_jax.layers.dropout import fold_rngs
+from speechlm2_jax.layers.linear import send_rows
 from speechlm2_jax.layers.lora import LoraConfig, LoraLinear
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.sharding import constrain
@@ -42,7 +43,7 @@ class LlmFeedForward(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Applies the network; with `rngs` the adapters' dropout is on."""
         x = constrain(x, "batch", "tokens", "act_embed")
-        hidden = self._hidden(x, rngs)
+        hidden = self._hidden(send_rows(x, self.gate_up, self.up), rngs)
         # first sum over the tensor-parallel devices, then shard the result along time
         out = constrain(self.down(hidden, fold_rngs(rngs, 2)), "batch", "tokens", "act_embed")
         return constrain(out, "batch", "time", "act_embed")

@@ -1,7 +1,7 @@
 """`SpeechModel`, the base of the models with an LLM: construction, loading, saving, training."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -16,7 +16,7 @@ from speechlm2_jax import parameter_paths, settings
 from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.batches import HostBatch, LossSum, StepLosses
 from speechlm2_jax.data.tokenizer import Tokenizer
-from speechlm2_jax.inference import stages
+from speechlm2_jax.inference import meshes, stages
 from speechlm2_jax.inference.perception_stream import PerceptionStream
 from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, split
 from speechlm2_jax.layers.stack import Remat
@@ -109,14 +109,25 @@ class SpeechModel(Exportable):
 
     @classmethod
     def from_pretrained(
-        cls: type[M], pretrained_model_name_or_path: str | Path, *, dtype: str = "float32"
+        cls: type[M],
+        pretrained_model_name_or_path: str | Path,
+        *,
+        dtype: str = "float32",
+        strategy: object = None,
+        devices: Sequence[jax.Device] | None = None,
     ) -> M:
         """Loads a model from a path or hub name.
 
         It may be a run directory (best, else last checkpoint), a saved directory, a NeMo or
         Hugging Face directory, a Lightning `.ckpt` (file or folder), or a hub name. `dtype` is the
-        dtype of the computation. Raises SettingsError that names what is missing, or the class that
-        opens it.
+        dtype of the computation.
+
+        With `strategy` the weights lie on `devices` (all by default), each device reads only its
+        part, and inference runs on all of them: "auto" (`meshes.inference_sharding`), or what
+        `trainer.strategy` takes. Without it they lie on the default device.
+
+        Raises SettingsError that names what is missing, or the class that opens it, and for weights
+        that the devices cannot hold.
         """
         path = Location().find(str(pretrained_model_name_or_path), key="pretrained_name")
         registry.require(cls, path)
@@ -127,9 +138,16 @@ class SpeechModel(Exportable):
         def rebuild(cfg: Mapping[str, object], near: tuple[Path, ...]) -> Variables:
             return blueprints.load_or_initialize(cls.read_blueprint(cfg, near), model.infos)
 
-        variables = source.read(model._blueprint, model.infos, rebuild)
-        model.variables = stages.on_default_device(variables)
-        return model.astype(dtype)
+        model = model.astype(dtype)
+        if strategy is None:
+            variables = source.read(model._blueprint, model.infos, rebuild, None)
+            model.variables = stages.on_default_device(variables)
+            return model
+        given = devices or jax.devices()
+        mesh = meshes.inference_sharding(strategy, given, model.infos, model.compute_dtype)
+        layout = meshes.variable_layout(model.infos, model.compute_dtype, mesh)
+        model.variables = source.read(model._blueprint, model.infos, rebuild, layout)
+        return model
 
     # NeMo's attributes ----------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from speechlm2_jax import sharding
 from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.batches import BatchShape, HostBatch, SalmBatch, SalmExample, StepLosses
 from speechlm2_jax.data.prompts import PromptFormatter
-from speechlm2_jax.inference import ahead_of_time, continuous_batching, generate, stages
+from speechlm2_jax.inference import ahead_of_time, continuous_batching, generate, meshes, stages
 from speechlm2_jax.inference.audio_inputs import Recordings
 from speechlm2_jax.inference.continuous_batching import FinishedPrompt
 from speechlm2_jax.inference.engine import Engine
@@ -180,7 +180,7 @@ class SALM(SpeechModel):
 
     def generation_layout(self, placement: Sharding) -> dict[str, jax.ShapeDtypeStruct]:
         """Dtype and sharding of every variable for inference."""
-        return ahead_of_time.variable_layout(self.infos, self.compute_dtype, placement)
+        return meshes.variable_layout(self.infos, self.compute_dtype, placement)
 
     def compile_generation(
         self, placement: Sharding, shape: BatchShape, max_new_tokens: int

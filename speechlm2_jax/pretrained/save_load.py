@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +15,7 @@ from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.casting import cast_source, main_dtype
 from speechlm2_jax.conversion.readers import lightning_file, open_weights, write_source
 from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters
+from speechlm2_jax.conversion.stream_to_mesh import onto, placed
 from speechlm2_jax.layers.module import VariableInfo, Variables
 from speechlm2_jax.pretrained.blueprint import Blueprint
 from speechlm2_jax.pretrained.licences import CARD
@@ -59,7 +61,8 @@ class ModelSource:
     """Its `model:` block as saved, with the original names of the components."""
     near: tuple[Path, ...]
     """Directories that relative names are looked up in."""
-    read: Callable[[Blueprint, Mapping[str, VariableInfo], "Rebuild"], Variables]
+    read: Callable[[Blueprint, Mapping[str, VariableInfo], "Rebuild", "Layout | None"], Variables]
+    """Reads the weights: onto the sharding of each leaf of a layout, else to the host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,8 @@ class SaveOptions:
     """Name on the hub, for the model card."""
 
 
+Layout = Mapping[str, jax.ShapeDtypeStruct]
+"""Dtype and sharding of every variable."""
 Rebuild = Callable[[Mapping[str, Any], tuple[Path, ...]], Variables]
 """(settings, folders to look names up in) -> the initial variables of a run with these settings."""
 
@@ -88,7 +93,7 @@ def open_model(name: str) -> ModelSource:
             cfg=_redirected(named, folder),
             named=named,
             near=(folder,),
-            read=lambda _, infos, rebuild: _read_run(path, infos, rebuild),
+            read=lambda _, infos, rebuild, layout: _read_run(path, infos, rebuild, layout),
         )
     lightning = None if (path / CONFIG).is_file() else lightning_file(path)
     if lightning is not None:
@@ -197,7 +202,9 @@ def _redirected(named: Mapping[str, object], directory: Path | None) -> dict[str
     return cfg
 
 
-def _read_run(run: Path, infos: Mapping[str, VariableInfo], rebuild: Rebuild) -> Variables:
+def _read_run(
+    run: Path, infos: Mapping[str, VariableInfo], rebuild: Rebuild, layout: Layout | None
+) -> Variables:
     """The weights of a run; damaged frozen ones are rebuilt from their pretrained source."""
 
     def rebuild_frozen(
@@ -211,14 +218,23 @@ def _read_run(run: Path, infos: Mapping[str, VariableInfo], rebuild: Rebuild) ->
                 if path not in known
             }
 
-    return dict(checkpointing.load_weights(run, rebuild_frozen=rebuild_frozen).variables)
+    variables: Variables = dict(
+        checkpointing.load_weights(run, rebuild_frozen=rebuild_frozen).variables
+    )
+    return variables if layout is None else placed(variables, layout)
 
 
-def _reader(path: Path) -> Callable[[Blueprint, Mapping[str, VariableInfo], Rebuild], Variables]:
+def _reader(
+    path: Path,
+) -> Callable[[Blueprint, Mapping[str, VariableInfo], Rebuild, Layout | None], Variables]:
     def read(
-        blueprint: Blueprint, infos: Mapping[str, VariableInfo], rebuild: Rebuild
+        blueprint: Blueprint,
+        infos: Mapping[str, VariableInfo],
+        rebuild: Rebuild,
+        layout: Layout | None,
     ) -> Variables:
-        return mapping.load(open_weights(path), blueprint.table, infos)
+        place = None if layout is None else onto(layout)
+        return mapping.load(open_weights(path), blueprint.table, infos, place)
 
     return read
 

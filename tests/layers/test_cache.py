@@ -44,7 +44,7 @@ def test_a_ring_goes_round_after_the_prompts_and_a_new_row_begins_clean() -> Non
     assert np.asarray(ring.key_mask)[:, first:].all() and ring.used == S
     prompts = KVCache.empty((L, 2, 3, K, H), jnp.float32)
     prompts = prompts.reserve(jnp.ones((2, 3), bool)).write(0, *(jnp.full((2, 3, K, H), 9.0),) * 2)
-    ring = ring.admit(jnp.asarray([1, B]), prompts)
+    ring = ring.admit(jnp.asarray([[1, B]]), prompts)
     assert ring.read(0)[0][1, :, 0, 0].tolist() == [9, 9, 5, 2, 3, 4]
     assert ring.key_mask.tolist() == [
         [False, False, True, True, True, True],
