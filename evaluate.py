@@ -3,6 +3,7 @@
 python evaluate.py                the newest run below runs/, on the bundled test set
 python evaluate.py pretrained_name=runs/digits inputs=test.jsonl batch_size=16 [key=value ...]
 python evaluate.py pretrained_name=runs/s2s_duplex       a duplex model, on its validation sets
+python -m speechlm2_jax.launch -n 2 evaluate.py ...      two processes; SLURM's are found without it
 """
 
 from speechlm2_jax.usage import print_help_if_asked
@@ -16,7 +17,7 @@ if __name__ == "__main__":  # before the imports below, which are slow
 import sys
 from collections.abc import Sequence
 
-from speechlm2_jax import console
+from speechlm2_jax import console, processes
 from speechlm2_jax.compilation_cache import keep_compiled_programs
 from speechlm2_jax.evaluation.arguments import parse_arguments
 from speechlm2_jax.evaluation.duplex.evaluation import run_duplex_evaluation
@@ -32,11 +33,16 @@ def main(argv: Sequence[str], *, compiled: str | None = None) -> int:
     128 + the signal; the responses generated so far are kept. `compiled` is the folder of the
     persistent compilation cache; "auto" is the user's cache folder.
     """
-    return exit_code("evaluate.py", lambda: _evaluate(argv, compiled))
+    with processes.exit_on_error():
+        code = exit_code("evaluate.py", lambda: _evaluate(argv, compiled))
+        if code and processes.are_several():
+            raise SystemExit(code)
+    return code
 
 
 def _evaluate(argv: Sequence[str], compiled: str | None) -> None:
     plan = parse_arguments(argv, description=__doc__ or "")
+    processes.initialize(plan.config.num_nodes)
     keep_compiled_programs(compiled)
     if isinstance(plan, DuplexPlan):
         run_duplex_evaluation(plan)

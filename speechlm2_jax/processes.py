@@ -7,7 +7,7 @@ with SLURM, any number under `speechlm2_jax.launch`). With one process these fun
 import os
 import sys
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 import jax
@@ -49,6 +49,11 @@ def initialize(nodes: int = 1) -> None:
         ) from error
 
 
+def are_several() -> bool:
+    """Whether this is one of several connected processes."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 @contextmanager
 def exit_on_error() -> Generator[None]:
     """Ends a failed process of a multi-process run at once.
@@ -58,7 +63,7 @@ def exit_on_error() -> Generator[None]:
     try:
         yield
     except BaseException as error:
-        if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        if not are_several():
             raise
         code = error.code if isinstance(error, SystemExit) else 1
         if not isinstance(error, SystemExit):
@@ -88,6 +93,16 @@ def gather_texts(text: str) -> list[str]:
     padded[: len(encoded)] = encoded
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+
+def of_first(indices: Iterable[int], total: int) -> frozenset[int]:
+    """The first process's indices, of `total`, on all processes, which all must call it."""
+    if jax.process_count() == 1:
+        return frozenset(indices)
+    flags = np.zeros(total, np.bool_)
+    flags[list(indices)] = True
+    flags = np.asarray(multihost_utils.broadcast_one_to_all(flags))
+    return frozenset(np.flatnonzero(flags).tolist())
 
 
 def largest(value: int) -> int:

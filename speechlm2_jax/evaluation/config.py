@@ -25,7 +25,7 @@ _OWN_KEYS = {
 }
 """Keys of a GenerationConfig that `generation` refuses, and what to do instead."""
 _NO_SPEECH = "only a duplex model generates speech; remove it"
-_ONE_CHIP = "evaluation runs on one chip; split the inputs and start one process per chip"
+_NO_SUCH_AXIS = "set strategy or tp_size instead: whole layers, experts and sequences stay together"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class EvalConfig:
     """NeMo manifest, conversations, Lhotse cuts, SHAR directory, audio file, folder of audio files,
     or a YAML file of entries as in `input_cfg`; or a list of these."""
     batch_size: int = 64
-    """Recordings processed at once."""
+    """Recordings processed at once by each data-parallel device."""
     continuous_batching: bool = True
     """Replace a finished sequence by the next recording. Beam search always uses plain batches."""
     max_new_tokens: int = 128
@@ -49,6 +49,16 @@ class EvalConfig:
     """Print each reference and hypothesis, and the word errors of each batch."""
     use_normalizer: str | bool | None = "english"
     device: str = "auto"
+    """auto, cpu, gpu (cuda) or tpu; with an index, as in gpu:1, that device alone."""
+    devices: int = -1
+    """Number of devices, of each process if there are several; -1: all."""
+    strategy: object = None
+    """How they share the work, as `trainer.strategy`; null: each has a copy of the weights where
+    one fits, else as few as can hold it share a copy (`tensor_parallel_size`)."""
+    tp_size: int = 1
+    """NeMo's key: devices that share one copy of the weights."""
+    num_nodes: int = 1
+    """Above 1 on Cloud TPU hosts, where several processes are found only if they are expected."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     generation: dict[str, object] = field(default_factory=dict)
     """Keys of transformers' GenerationConfig: `num_beams`, `repetition_penalty`, ..."""
@@ -72,10 +82,9 @@ class EvalConfig:
     REFUSED_TORCH: ClassVar[Mapping[str, Refusal]] = {
         "use_nemo_automodel": "NeMo Automodel is a torch library; remove it",
         "report_mtp_acceptance": "multi-token prediction heads are not supported; remove it",
-        "tp_size": (_ONE_CHIP, 1),
-        "ep_size": (_ONE_CHIP, 1),
-        "pp_size": (_ONE_CHIP, 1),
-        "cp_size": (_ONE_CHIP, 1),
+        "ep_size": (_NO_SUCH_AXIS, 1),
+        "pp_size": (_NO_SUCH_AXIS, 1),
+        "cp_size": (_NO_SUCH_AXIS, 1),
     }
     """Keys of newer NeMo that every kind of model refuses."""
     REFUSED: ClassVar[Mapping[str, Refusal]] = {

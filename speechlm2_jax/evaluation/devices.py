@@ -1,27 +1,92 @@
-"""The device of the `device` argument."""
+"""The devices of the arguments `device` and `devices`, and what they compute on."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import jax
+from jax.sharding import Mesh
 
+from speechlm2_jax.evaluation.config import EvalConfig
+from speechlm2_jax.evaluation.duplex.config import DuplexEvalConfig
 from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.sharding import Sharding
 
+C = TypeVar("C", EvalConfig, DuplexEvalConfig)
 _PLATFORMS = {"cuda": "gpu", "gpu": "gpu", "rocm": "gpu", "tpu": "tpu", "cpu": "cpu"}
 
 
-def choose_device(name: str) -> jax.Device:
-    """Makes a device the default: auto, cpu, gpu (or cuda), tpu, with an index as in `gpu:1`.
+def choose_devices(name: str, count: int = -1) -> list[jax.Device]:
+    """The devices of a platform: auto, cpu, gpu (or cuda), tpu; one, with an index as in `gpu:1`.
 
-    Raises SettingsError if it does not exist, listing what JAX sees; there is no fallback.
+    `count` of them, of each process if there are several; -1: all. Makes this process's first one
+    the default. Raises SettingsError if they do not exist, listing what JAX sees; there is no
+    fallback.
     """
     kind, _, index = name.lower().partition(":")
     if kind != "auto" and kind not in _PLATFORMS or (index and not index.isdigit()):
         raise SettingsError(f"device: {name!r} is unknown; use auto, cpu, gpu, cuda or tpu")
     try:
-        devices = jax.devices(None if kind == "auto" else _PLATFORMS[kind])
+        found = jax.devices(None if kind == "auto" else _PLATFORMS[kind])
     except RuntimeError:
-        devices = []
-    number = int(index or 0)
-    if number >= len(devices):
+        found = []
+    own = [d for d in found if d.process_index == jax.process_index()]
+    if index:
+        own = found = own[int(index) : int(index) + 1]
+    if not own:
         seen = ", ".join(sorted({d.platform for d in jax.devices()}))
         raise SettingsError(f"device: {name} not found (JAX sees {seen}); use device=auto")
-    jax.config.update("jax_default_device", devices[number])
-    return devices[number]
+    jax.config.update("jax_default_device", own[0])
+    if count == -1:
+        return list(found)
+    if not 1 <= count <= len(own):
+        raise SettingsError(f"devices={count}: there are {len(own)} devices; -1 takes all")
+    taken = {device.id for device in own[:count]}
+    others = [d for d in found if d.process_index != jax.process_index()]
+    if others and count != len(own):
+        raise SettingsError(
+            f"devices={count}: several processes use all devices they have, {len(own)} here; leave "
+            "devices out"
+        )
+    return [d for d in found if d.id in taken or d in others]
+
+
+def placement(
+    config: EvalConfig | DuplexEvalConfig, devices: Sequence[jax.Device]
+) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that put a model on devices; none for a single device."""
+    if config.tp_size > 1:
+        if config.strategy is not None:
+            raise SettingsError("tp_size: strategy is set too; leave one of them out")
+        strategy = {"_target_": "AutomodelParallelStrategy", "tp_size": config.tp_size}
+        return {"strategy": strategy, "devices": devices}
+    if config.strategy is None and len(devices) == 1:
+        return {}
+    return {"strategy": config.strategy or "auto", "devices": devices}
+
+
+def batches_of_all(config: C, mesh: Mesh | None) -> C:
+    """The configuration with the batch size of all data-parallel devices of a mesh together."""
+    groups = 1 if mesh is None else Sharding(mesh).data_parallel_size
+    return replace(config, batch_size=config.batch_size * groups)
+
+
+def is_joint_mesh(mesh: Mesh | None) -> bool:
+    """Whether several processes compute each response together."""
+    return mesh is not None and len({d.process_index for d in mesh.devices.flat}) > 1
+
+
+def describe(mesh: Mesh | None) -> str:
+    """One line about the devices, for the terminal."""
+    count = 1 if mesh is None else mesh.size
+    share = 1 if mesh is None else count // Sharding(mesh).data_parallel_size
+    what = "a copy of the weights on each" if share == 1 else f"{share} devices share a copy"
+    if jax.process_count() == 1:
+        return f"mesh   {count} devices, {what}"
+    if is_joint_mesh(mesh):
+        return f"mesh   {count} devices of {jax.process_count()} processes, {what}"
+    return f"mesh   {jax.process_count()} processes with {count} devices each, {what}"
+
+
+def no_log(text: str) -> None:
+    """Logs nothing: what concerns all processes is shown by the first."""

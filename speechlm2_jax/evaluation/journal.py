@@ -16,12 +16,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from speechlm2_jax.evaluation.results import write_rows
 from speechlm2_jax.settings import SettingsError, parse_json
 
-HEADER, PROGRESS = "evaluation", "progress"
+if TYPE_CHECKING:
+    from speechlm2_jax.evaluation.split import Part
+
+HEADER, PROGRESS, SESSION = "evaluation", "progress", "session"
 FINISHED_BEFORE, OF_OTHER_SETTINGS = ".previous", ".unfinished"
 """Suffixes of files that are renamed to make room for a new evaluation."""
 
@@ -55,6 +58,9 @@ class Journal:
 
     Raises SettingsError if the file cannot be read, or another process is writing it.
     """
+
+    part: "Part | None" = None
+    """What this process does, if an evaluation is split over several."""
 
     def __init__(self, path: Path, settings: Mapping[str, object], keys: Sequence[str]) -> None:
         self.path, self.keys = path, keys
@@ -103,6 +109,36 @@ class Journal:
             self._write(lines)
         self._done |= set(rows)
 
+    def start(self, session: str) -> None:
+        """Creates the file before there is a row; `session` is part of its header."""
+        with self._errors_name_file():
+            if self._file is None:
+                self._create({SESSION: session})
+
+    def adopt(self, parts: Iterable[Path]) -> None:
+        """Takes over the rows of other files of this evaluation, and removes these files.
+
+        Files with other settings are kept under another name.
+        """
+        for path in parts:
+            with self._errors_name_file():
+                header = _header(path)
+                if header is None or _differences(header.get("settings") or {}, self._settings):
+                    os.replace(path, path.with_name(path.name + OF_OTHER_SETTINGS))
+                    continue
+                new = {i: kept for i, kept in self._rows_of(path)[0].items() if i not in self.kept}
+            self.append({index: (kept.row, kept.progress) for index, kept in new.items()})
+            self.kept |= new
+            path.unlink()
+
+    def read_also(self, path: Path) -> None:
+        """Resumes the rows of another unfinished file of this evaluation too, unchanged."""
+        with self._errors_name_file():
+            header = _header(path) if path.is_file() else None
+            if header is None or _differences(header.get("settings") or {}, self._settings):
+                return
+            self.kept = self._rows_of(path)[0] | self.kept
+
     def finish(self, rows: Sequence[Mapping[str, object]], record: Mapping[str, object]) -> None:
         """Replaces the journal by the rows in input order and the provenance."""
         with self._errors_name_file():
@@ -134,18 +170,19 @@ class Journal:
             )
             return
         self._file = self._locked(self.path)
-        size = self._read_rows()
+        self.kept, size = self._rows_of(self.path)
         self._file.truncate(size)
         self._file.seek(size)
         self._done = set(self.kept)
         if self.kept:
             self.note = f"{len(self.kept)} of {len(self.keys)} responses are in {self.path} already"
 
-    def _read_rows(self) -> int:
-        """Reads all whole lines; returns the size in bytes up to their end."""
+    def _rows_of(self, path: Path) -> tuple[dict[int, Kept], int]:
+        """Reads all whole lines of a file; also the size in bytes up to their end."""
         indices = {key: index for index, key in enumerate(self.keys)}
+        rows: dict[int, Kept] = {}
         size = 0
-        with self.path.open("rb") as file:
+        with path.open("rb") as file:
             for line in file:
                 if (row := _parsed(line)) is None:
                     break  # cut off: this line and what follows are dropped
@@ -153,8 +190,8 @@ class Journal:
                 progress = row.pop(PROGRESS, {})
                 index = indices.get(progress.get("key"))
                 if index is not None:
-                    self.kept[index] = Kept(row, progress)
-        return size
+                    rows[index] = Kept(row, progress)
+        return rows, size
 
     def forget(self, indices: Iterable[int]) -> None:
         """Drops rows, so that they are generated again; the newer rows count."""
@@ -162,7 +199,7 @@ class Journal:
             self.kept.pop(index)
             self._done.discard(index)
 
-    def _create(self) -> None:
+    def _create(self, more: Mapping[str, object] | None = None) -> None:
         """Creates the file. A finished manifest is kept as NAME.previous until `finish`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
@@ -170,7 +207,8 @@ class Journal:
             os.replace(self.path, self.path.with_name(self.path.name + FINISHED_BEFORE))
         self.path.touch()
         self._file = self._locked(self.path)
-        self._write([{HEADER: {"settings": self._settings, "inputs": len(self.keys)}}])
+        header = {"settings": self._settings, "inputs": len(self.keys), **(more or {})}
+        self._write([{HEADER: header}])
 
     def _write(self, lines: Sequence[Mapping[str, object]]) -> None:
         """Writes whole lines in one call, so that a signal cannot split them."""
@@ -205,6 +243,24 @@ class Journal:
         except OSError as error:
             why = error.strerror or error
             raise SettingsError(f"output_manifest: {self.path}: {why}") from error
+
+
+def session_of(path: Path) -> object:
+    """What `start` was given of an unfinished file; None for any other."""
+    header = _header(path) if path.is_file() else None
+    return None if header is None else header.get(SESSION)
+
+
+def rows_after(path: Path, size: int) -> tuple[int, int]:
+    """How many whole lines a file has got after its first `size` bytes, and its size now."""
+    try:
+        with path.open("rb") as file:
+            file.seek(size)
+            new = file.read()
+    except FileNotFoundError:  # another process's, which has not started it yet
+        return 0, size
+    end = new.rfind(b"\n") + 1
+    return new.count(b"\n"), size + end
 
 
 def _header(path: Path) -> dict[str, Any] | None:

@@ -56,7 +56,7 @@ def clips(
     several clips, in order; a conversation gives one. Utterances whose index is in `done` are
     skipped.
     """
-    order = sorted(range(len(utterances)), key=lambda i: -utterances[i].duration_s)
+    order = longest_first([utterance.duration_s for utterance in utterances])
     ranks = {index: rank for rank, index in enumerate(order)}
     reading = read_ahead(
         [index for index in order if index not in done],
@@ -76,6 +76,11 @@ def clips(
                 yield [_whole(index, dialog, recordings, ranks[index])]
             else:
                 yield _cut(index, recordings[0], ranks[index], rate_hz, max_s)
+
+
+def longest_first(durations_s: Sequence[float]) -> list[int]:
+    """The indices of recordings, longest first; those of equal length in order."""
+    return sorted(range(len(durations_s)), key=lambda i: -durations_s[i])
 
 
 def _read(utterance: Utterance, rate_hz: int) -> tuple[Float[np.ndarray, " _"], ...]:

@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,22 @@ class Speed:
     def rtfx_warm(self) -> float | None:
         """RTFx over the batches without compilation; None if there are none."""
         return self.warm_audio_s / self.warm_generate_s if self.warm_generate_s else None
+
+
+def sum_of(speeds: Iterable[Speed]) -> Speed:
+    """The speed of evaluations one after another."""
+    return Speed(**{name: sum(values) for name, values in _by_field(speeds).items()})
+
+
+def at_once(speeds: Iterable[Speed]) -> Speed:
+    """The speed of evaluations at the same time: the longest time counts, the rest adds up."""
+    seconds = ("generate_s", "warm_generate_s")
+    return Speed(**{n: (max if n in seconds else sum)(v) for n, v in _by_field(speeds).items()})
+
+
+def _by_field(speeds: Iterable[Speed]) -> dict[str, Any]:
+    each = list(speeds)
+    return {f.name: [getattr(s, f.name) for s in each] for f in fields(Speed)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
+from speechlm2_jax import processes
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.compilations import Compilations
 from speechlm2_jax.evaluation.config import EvalConfig
@@ -16,11 +16,12 @@ from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.journal import Journal, row_keys
 from speechlm2_jax.evaluation.metrics.wer import text_normalizer, word_errors
 from speechlm2_jax.evaluation.progress import ProgressDisplay
-from speechlm2_jax.evaluation.read_audio import EvaluationClip, clips
+from speechlm2_jax.evaluation.read_audio import EvaluationClip, clips, longest_first
 from speechlm2_jax.evaluation.results import Evaluation, Response, Speed
+from speechlm2_jax.evaluation.resuming import speed_of
 from speechlm2_jax.inference.long_form.join_texts import join
 from speechlm2_jax.inference.request.values import ids_of
-from speechlm2_jax.settings import SettingsError, build, to_plain
+from speechlm2_jax.settings import SettingsError, to_plain
 
 Log = Callable[[str], None]
 
@@ -31,39 +32,50 @@ def evaluate(
     config: EvalConfig,
     log: Log = tqdm.write,
     journal: Journal | None = None,
+    *,
+    is_joint: bool = False,
 ) -> Evaluation:
     """Generates a response to each utterance, longest first; returns them in input order.
 
     - A recording longer than `config.max_audio_s` is processed in chunks, which is logged.
     - A recording that cannot be read becomes a response with an `error`; the others continue.
     - A `journal` is written response by response; the responses that it holds are not generated
-      again.
+      again. If it has a part of a split evaluation, the responses of this part are returned.
+    - With `is_joint` all processes generate each response together, and do the same.
 
     Raises SettingsError if the vocabulary lacks one of `extra_eos_tokens`.
     """
     Compilations.start()
     task = GenerationTask(make_prompt(model, config), end_ids(model, config), config)
+    part = None if journal is None else journal.part
     responses, speed = ({}, Speed()) if journal is None else _resumed(journal, utterances)
+    done = frozenset(responses)
+    if is_joint:
+        done = processes.of_first(done, len(utterances))
+    if part is not None:
+        speed = Speed()
+        in_order = longest_first([u.duration_s for u in utterances])
+        done |= part.of_others([index for index in in_order if index not in done])
     texts: dict[int, dict[int, str]] = {}  # utterance -> chunk -> text
 
     def record(finished: Mapping[int, Response]) -> None:
         responses.update(finished)
         if journal is not None:
-            saved_speed = to_plain(speed)
+            saved = {"speed": to_plain(speed), **({} if part is None else {"part": part.name})}
             journal.append(
                 {
-                    i: (response.row(config.use_normalizer), _progress(response, saved_speed))
+                    i: (response.row(config.use_normalizer), {"rtf": response.rtf, **saved})
                     for i, response in finished.items()
                 }
             )
-        progress.update(len(finished))
+        progress.update(len(finished) + (0 if part is None else part.done_by_others()))
 
     def failed(index: int, error: AudioError) -> None:
         log(f"skipped {utterances[index].id}: {error}")
         record({index: _failure(utterances[index], error)})
 
     with ProgressDisplay(len(utterances), len(responses)) as progress:
-        todo = _clips(model, utterances, config, failed, log, frozenset(responses))
+        todo = _clips(model, utterances, config, failed, log, done)
         for round in generate_clips(model, todo, task):
             speed = speed.add(round.audio_s, round.seconds, compiled=round.compiled)
             finished = {}
@@ -77,8 +89,10 @@ def evaluate(
                     finished[clip.index] = _response(utterances[clip.index], text, duration_s, rtf)
             _show(list(finished.values()), round.audio_s / round.seconds, config, log)
             record(finished)
+        if part is not None:
+            part.wait(progress.update)
     return Evaluation(
-        responses=tuple(responses[i] for i in range(len(utterances))),
+        responses=tuple(responses[i] for i in sorted(responses)),
         speed=speed,
         normalizer=config.use_normalizer,
     )
@@ -89,26 +103,20 @@ def input_keys(utterances: Sequence[Utterance]) -> list[str]:
     return row_keys([(u.id, u.source, u.duration_s, u.text, u.audio_of) for u in utterances])
 
 
-def _progress(response: Response, speed: Mapping[str, object]) -> dict[str, Any]:
-    """What resuming needs beside the row of the output manifest."""
-    return {"rtf": response.rtf, "speed": speed}
-
-
 def _resumed(
     journal: Journal, utterances: Sequence[Utterance]
 ) -> tuple[dict[int, Response], Speed]:
     """The responses that a journal holds. Recordings that could not be read are tried again."""
     journal.forget([index for index, kept in journal.kept.items() if "error" in kept.row])
-    responses, speed = {}, Speed()
+    responses = {}
     for index, kept in journal.kept.items():
-        speed = max(speed, build(Speed, kept.progress["speed"]), key=lambda s: s.generate_s)
         responses[index] = replace(
             _empty_response(utterances[index]),
             duration_s=kept.row["duration"],
             pred_text=kept.row["pred_text_raw"],
             rtf=kept.progress["rtf"],
         )
-    return responses, speed
+    return responses, speed_of(journal.kept.values())
 
 
 def _clips(

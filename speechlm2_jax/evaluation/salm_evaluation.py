@@ -2,8 +2,18 @@
 
 from typing import TYPE_CHECKING
 
+import jax
+from tqdm import tqdm
+
 from speechlm2_jax.evaluation.config import EvalConfig, check_generation
-from speechlm2_jax.evaluation.devices import choose_device
+from speechlm2_jax.evaluation.devices import (
+    batches_of_all,
+    choose_devices,
+    describe,
+    is_joint_mesh,
+    no_log,
+    placement,
+)
 from speechlm2_jax.evaluation.encoder_wer import (
     EncoderTranscriber,
     encoder_texts,
@@ -12,7 +22,7 @@ from speechlm2_jax.evaluation.encoder_wer import (
 from speechlm2_jax.evaluation.plan import EvaluationPlan
 from speechlm2_jax.evaluation.provenance import provenance
 from speechlm2_jax.evaluation.results import table
-from speechlm2_jax.evaluation.resuming import open_journal, start_fingerprint
+from speechlm2_jax.evaluation.resuming import Journals, start_fingerprint
 from speechlm2_jax.evaluation.run import evaluate, input_keys
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.errors import errors_name_key
@@ -33,24 +43,35 @@ def run_salm_evaluation(plan: EvaluationPlan) -> None:
 
     from speechlm2_jax.evaluation.html_report.page import write_page
 
-    device = choose_device(config.device)
+    devices = choose_devices(config.device, config.devices)
     fingerprint = start_fingerprint(config.pretrained_name)
+    placed = placement(config, devices)
     with errors_name_key("pretrained_name"):
-        model = model_class(config).from_pretrained(config.pretrained_name, dtype=config.dtype)
-        model = model.eval()
+        kind = model_class(config)
+        model = kind.from_pretrained(config.pretrained_name, dtype=config.dtype, **placed).eval()
+    if placed:
+        print(describe(model.mesh), flush=True)
     if config.generation:  # once more, for token ids that this vocabulary lacks
         check_generation(config.generation, config.max_new_tokens, model)
     ctc_model = _encoder_ctc_model(plan)
     keys, sha256 = input_keys(utterances), fingerprint.result()
-    with open_journal(output, config, sha256, device, keys) as journal:
-        result = evaluate(model, utterances, config, journal=journal)
+    config = batches_of_all(config, model.mesh)
+    device, is_joint = devices[0], is_joint_mesh(model.mesh)
+    is_split = jax.process_count() > 1 and not is_joint
+    log = tqdm.write if jax.process_index() == 0 else no_log
+    with Journals(output, config, sha256, device, keys, is_split=is_split) as journals:
+        result = journals.run(
+            lambda journal: evaluate(model, utterances, config, log, journal, is_joint=is_joint)
+        )
+        if result is None:
+            return
         if ctc_model is not None:
             texts = encoder_texts(ctc_model, utterances, config.batch_size, config.max_audio_s)
             result = result.with_encoder_texts(texts)
         totals = result.totals()
         record = provenance(config, device, totals, sha256=sha256, step=plan.step)
-        if journal is not None:
-            journal.finish(result.rows(), record)
+        if journals.journal is not None:
+            journals.journal.finish(result.rows(), record)
         print(table(totals))
         if output is not None:
             print(f"answers: {output}")

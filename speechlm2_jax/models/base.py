@@ -9,10 +9,11 @@ from typing import Any, ClassVar, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from speechlm2_jax import parameter_paths, settings
+from speechlm2_jax import parameter_paths, settings, sharding
 from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.batches import HostBatch, LossSum, StepLosses
 from speechlm2_jax.data.tokenizer import Tokenizer
@@ -195,6 +196,11 @@ class SpeechModel(Exportable):
     def device(self) -> jax.Device:
         """The device that the model runs on, the first of several. Inputs may be on any."""
         return stages.device_of(self._variables)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices of the weights; None for one device, and if no weights are loaded."""
+        return sharding.mesh_of(self._variables or {})
 
     def eval(self: M) -> M:
         """Returns the model itself: training is an argument here, not a mode."""

@@ -111,7 +111,7 @@ class TinyRun:
             contextlib.redirect_stdout(io.StringIO()),
             mock.patch.object(SALM, "from_pretrained", load),
         ):
-            code = evaluate.main(words, compiled=str(self.folder / "compiled"))
+            code = evaluate.main([*words, "devices=1"], compiled=str(self.folder / "compiled"))
         assert code == 0
         row, record = map(json.loads, output.read_text().splitlines())
         weights = {path: np.asarray(x).tobytes() for path, x in loaded[0].variables.items()}

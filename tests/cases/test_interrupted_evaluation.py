@@ -201,7 +201,7 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setitem(vars(models), "SALM", Fake)
     monkeypatch.chdir(tmp_path)
     Path("model").write_text("weights")
-    yield ["pretrained_name=model", f"inputs={tmp_path}", "batch_size=1", "device=cpu",
+    yield ["pretrained_name=model", f"inputs={tmp_path}", "batch_size=1", "device=cpu:0",
            "output_manifest=out.jsonl"]  # fmt: skip
     jax.config.update("jax_default_device", None)
 

@@ -36,6 +36,7 @@ class FakeModel:
     text_bos_id = None
     text_eos_id = EOS
     text_pad_id = PAD
+    mesh = None
 
     def __init__(self) -> None:
         self.tokenizer = FakeTokenizer()

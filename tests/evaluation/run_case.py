@@ -2,10 +2,19 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+import evaluate
+
+
+def evaluate_on_one_device(argv: Sequence[str]) -> int:
+    """evaluate.py on one of the eight devices of the tests, as on a laptop."""
+    return evaluate.main([*argv, "devices=1"])
+
 
 SETTINGS: dict[str, Any] = {
     "model": {"pretrained_llm": "parts/tiny_llm", "pretrained_asr": "parts/encoder.nemo"},

@@ -10,11 +10,11 @@ import evaluate
 from speechlm2_jax import models
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.evaluation import run_directories
-from speechlm2_jax.evaluation.devices import choose_device
+from speechlm2_jax.evaluation.devices import choose_devices
 from speechlm2_jax.evaluation.provenance import fingerprint
 from speechlm2_jax.settings import SettingsError
 from tests.evaluation.fake_model import FakeModel
-from tests.evaluation.run_case import make_run, write_manifest
+from tests.evaluation.run_case import evaluate_on_one_device, make_run, write_manifest
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def fake(monkeypatch):
 
     class Fake:
         @staticmethod
-        def from_pretrained(name, *, dtype):
+        def from_pretrained(name, *, dtype, **placed):
             if name == "nothing":
                 raise OSError("no such\nmodel")
             assert dtype == "float32"
@@ -53,9 +53,9 @@ def fake(monkeypatch):
          "dtype: expected one of 'float32', 'bfloat16', got 'float16' (str)"),
         (["pretrained_name=m", "inputs=x", "use_normalizer=german"],
          "use_normalizer='german' is unknown; use english, basic or none"),
-        (["pretrained_name=m", "inputs=x", "tp_size=2"],
-         "tp_size: evaluation runs on one chip; split the inputs and start one process per chip "
-         "(got 2)"),
+        (["pretrained_name=m", "inputs=x", "cp_size=2"],
+         "cp_size: set strategy or tp_size instead: whole layers, experts and sequences stay "
+         "together (got 2)"),
         (["pretrained_name=m", "inputs=/no/such.json"],
          "inputs: no such file or folder: '/no/such.json'"),
         (["pretrained_name=m", "inputs=x", "generation.top_p=abc"],
@@ -70,7 +70,7 @@ def fake(monkeypatch):
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(argv, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert evaluate.main(argv) == 2
+    assert evaluate_on_one_device(argv) == 2
     assert capsys.readouterr().err == f"evaluate.py: {expected}\n"
 
 
@@ -84,7 +84,7 @@ def test_help_lists_the_keys(capsys):
 
 def test_a_model_that_cannot_be_loaded_is_one_line(fake, wav, capsys):
     argv = ["pretrained_name=nothing", f"inputs={wav('a.wav', 1)}", "dtype=float32"]
-    assert evaluate.main(argv) == 2
+    assert evaluate_on_one_device(argv) == 2
     assert capsys.readouterr().err == "evaluate.py: pretrained_name: no such model\n"
 
 
@@ -92,7 +92,7 @@ def test_ids_that_the_model_lacks_are_one_line(wav, capsys):
     model = Path(__file__).parents[1] / "data" / "salm" / "llama_adapter_hf"
     argv = [f"pretrained_name={model}", f"inputs={wav('a.wav', 1)}", "output_manifest=null"]
     try:
-        assert evaluate.main([*argv, "generation.forced_eos_token_id=99999"]) == 2
+        assert evaluate_on_one_device([*argv, "generation.forced_eos_token_id=99999"]) == 2
     finally:
         jax.config.update("jax_default_device", None)
     line = capsys.readouterr().err
@@ -103,16 +103,18 @@ def test_ids_that_the_model_lacks_are_one_line(wav, capsys):
 def test_a_device_that_is_not_there_is_refused_not_replaced(capsys):
     for name in ("tpu", "cuda:3"):
         with pytest.raises(SettingsError, match=f"device: {name} not found .JAX sees cpu"):
-            choose_device(name)
+            choose_devices(name)
     with pytest.raises(SettingsError, match="'quantum' is unknown"):
-        choose_device("quantum")
+        choose_devices("quantum")
 
 
 def test_devices_by_name():
     try:
-        assert choose_device("cpu").platform == "cpu"
-        assert choose_device("cpu:3") == jax.devices()[3]
-        assert choose_device("auto") == jax.devices()[0]
+        assert choose_devices("cpu") == jax.devices()
+        assert choose_devices("cpu:3") == [jax.devices()[3]]
+        assert choose_devices("auto", 2) == jax.devices()[:2]
+        with pytest.raises(SettingsError, match="devices=9: there are 8 devices; -1 takes all"):
+            choose_devices("auto", 9)
     finally:
         jax.config.update("jax_default_device", None)
 
@@ -140,7 +142,7 @@ def test_a_run_writes_rows_in_input_order_and_provenance(fake, wav, tmp_path, ca
         "extra_eos_tokens=[<extra>]",
         "device=cpu",
     ]
-    assert evaluate.main(argv) == 0
+    assert evaluate_on_one_device(argv) == 0
     *rows, last = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(a["id"], a["text"], a["pred_text"]) for a in rows] == [
         ("1", "one", "one"),
@@ -176,7 +178,7 @@ def newcomer(fake, wav, tmp_path, monkeypatch):
 
 
 def test_without_arguments_the_newest_run_is_evaluated_and_its_page_written(newcomer, capsys):
-    assert evaluate.main(["extra_eos_tokens=[<extra>]"]) == 0
+    assert evaluate_on_one_device(["extra_eos_tokens=[<extra>]"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(
         "run    runs/salm, step 10 (best val_wer)\n"
@@ -200,7 +202,7 @@ def test_without_arguments_the_newest_run_is_evaluated_and_its_page_written(newc
 
 
 def test_swapped_audio_is_scored_against_each_rows_own_words(newcomer, capsys):
-    assert evaluate.main(["swap_audio=true", "extra_eos_tokens=[<extra>]"]) == 0
+    assert evaluate_on_one_device(["swap_audio=true", "extra_eos_tokens=[<extra>]"]) == 0
     *rows, last = map(json.loads, Path("runs/salm/answers_swapped.jsonl").read_text().splitlines())
     seconds = {"1": "one", "2": "two", "3": "three"}
     assert [row["id"] for row in rows] == ["1", "2", "3"]
@@ -239,7 +241,7 @@ def encoder(newcomer, monkeypatch):
 
 
 def test_the_encoder_alone_is_printed_beside(encoder, capsys):
-    assert evaluate.main(["report_rows=0"]) == 0
+    assert evaluate_on_one_device(["report_rows=0"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "encoder alone (CTC) 75.00% over 4 words" in printed
     assert "Encoder alone" in Path("runs/salm/report.html").read_text()
@@ -247,11 +249,11 @@ def test_the_encoder_alone_is_printed_beside(encoder, capsys):
 
 def test_an_encoder_without_a_head_is_an_error_only_where_its_score_was_asked_for(encoder, capsys):
     encoder.has_head = False
-    assert evaluate.main(["report=null"]) == 0
+    assert evaluate_on_one_device(["report=null"]) == 0
     printed = capsys.readouterr().out
     assert "note   encoder_wer: encoder.nemo: no CTC head\n" in printed
     assert "encoder alone" not in printed
-    assert evaluate.main(["encoder_wer=true"]) == 2
+    assert evaluate_on_one_device(["encoder_wer=true"]) == 2
     assert capsys.readouterr().err == "evaluate.py: encoder_wer: encoder.nemo: no CTC head\n"
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 
-import evaluate
 from speechlm2_jax.evaluation.duplex.scoring import DuplexScorer
 from speechlm2_jax.models.asr import ASRModel
+from tests.evaluation.run_case import evaluate_on_one_device
 from tests.parity.duplex_golden import DATA
 from tests.parity.salm_golden import working_in
 
@@ -82,7 +82,7 @@ def test_conversations_are_generated_transcribed_scored_and_shown(tmp_path, load
     ]
     try:
         with working_in(DATA):
-            assert evaluate.main(argv) == 0
+            assert evaluate_on_one_device(argv) == 0
     finally:
         jax.config.update("jax_default_device", None)
     gc.collect()
@@ -137,7 +137,7 @@ def test_an_interrupted_evaluation_is_resumed_with_the_same_scores(tmp_path, mon
         ]
         try:
             with working_in(DATA):
-                return evaluate.main(argv)
+                return evaluate_on_one_device(argv)
         finally:
             jax.config.update("jax_default_device", None)
 
@@ -160,7 +160,7 @@ def test_an_interrupted_evaluation_is_resumed_with_the_same_scores(tmp_path, mon
 def test_a_speaker_in_neither_role_is_refused_before_any_weight_is_read(tmp_path, capsys):
     cuts = write_cuts(tmp_path / "dialogs.jsonl")
     model = DATA / "duplex_s2s" / "hf"
-    assert evaluate.main([f"pretrained_name={model}", f"inputs={cuts}"]) == 2
+    assert evaluate_on_one_device([f"pretrained_name={model}", f"inputs={cuts}"]) == 2
     error = capsys.readouterr().err
     assert "'User'" in error and "input_roles ['user']" in error and "did you mean" in error
 
@@ -171,5 +171,5 @@ def test_a_speaker_in_neither_role_is_refused_before_any_weight_is_read(tmp_path
 )
 def test_arguments_of_other_models_are_refused(argument, why, tmp_path, capsys):
     argv = [f"pretrained_name={DATA / 'duplex_s2s' / 'hf'}", f"inputs={tmp_path}", argument]
-    assert evaluate.main(argv) == 2
+    assert evaluate_on_one_device(argv) == 2
     assert why in capsys.readouterr().err

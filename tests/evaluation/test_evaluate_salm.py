@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import pytest
 
-import evaluate
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.evaluation.inputs import read_inputs
 from speechlm2_jax.models import SALM as SALM_CLASS
+from tests.evaluation.run_case import evaluate_on_one_device
 
 DATA = Path(__file__).parents[1] / "data"
 SALM = DATA / "salm" / "llama_adapter_hf"
@@ -45,7 +45,7 @@ def test_responses_equal_nemos_whatever_else_is_in_the_batch(tmp_path, golden_te
         "device=cpu",
     ]
     try:
-        assert evaluate.main(argv) == 0
+        assert evaluate_on_one_device(argv) == 0
     finally:
         jax.config.update("jax_default_device", None)
     *rows, _ = [json.loads(line) for line in output.read_text().splitlines()]
@@ -93,7 +93,7 @@ def test_the_turns_of_conversations_are_their_prompts(tmp_path, golden_text, mod
         "device=cpu",
     ]
     try:
-        assert evaluate.main(argv) == 0
+        assert evaluate_on_one_device(argv) == 0
     finally:
         jax.config.update("jax_default_device", None)
     *found, record = [json.loads(line) for line in output.read_text().splitlines()]

@@ -19,6 +19,7 @@ class DuplexEvalConfig:
     inputs: str | tuple[str, ...] | None = None
     """Lhotse cuts, SHAR directory, audio file or folder, or a list; null: validation sets."""
     batch_size: int = 16
+    """Conversations processed at once by each data-parallel device."""
     output_manifest: str | None = "answers.jsonl"
     audio_folder: str | None = "answers"
     """Folder of the agent's speech: a folder per set, a file per conversation."""
@@ -32,6 +33,15 @@ class DuplexEvalConfig:
     """Print each reference and hypothesis."""
     use_normalizer: str | bool | None = "english"
     device: str = "auto"
+    """auto, cpu, gpu (cuda) or tpu; with an index, as in gpu:1, that device alone."""
+    devices: int = -1
+    """Number of devices, of each process if there are several; -1: all."""
+    strategy: object = None
+    """How they share the work, as `trainer.strategy`; null: as `EvalConfig.strategy`."""
+    tp_size: int = 1
+    """NeMo's key: devices that share one copy of the weights."""
+    num_nodes: int = 1
+    """Above 1 on Cloud TPU hosts, where several processes are found only if they are expected."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     report: str | None = "report.html"
     """HTML report to write."""

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
+from speechlm2_jax import processes
 from speechlm2_jax.batches import DuplexExample
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
@@ -32,6 +33,7 @@ from speechlm2_jax.evaluation.journal import Journal, row_keys
 from speechlm2_jax.evaluation.metrics.turn_taking import Turns, turn_marks
 from speechlm2_jax.evaluation.progress import ProgressDisplay
 from speechlm2_jax.evaluation.results import Speed
+from speechlm2_jax.evaluation.resuming import speed_of
 from speechlm2_jax.models.duplex import DuplexS2SModel
 from speechlm2_jax.settings import build, to_plain
 
@@ -72,23 +74,35 @@ def evaluate_duplex(
     audio_folder: Path | None,
     log: Log = tqdm.write,
     journal: Journal | None = None,
+    *,
+    is_joint: bool = False,
 ) -> DuplexEvaluation:
     """Runs the model on the conversations, set by set, longest first; results in input order.
 
     - The agent's speech is written to files below `audio_folder`, if that is given.
     - A conversation whose audio cannot be read becomes a result with an `error`.
-    - A `journal` is written batch by batch; the results that it holds are not generated again.
+    - A `journal` is written batch by batch; the results that it holds are not generated again. If
+      it has a part of a split evaluation, the results of this part are returned.
+    - With `is_joint` all processes generate each response together, and do the same.
 
     The scorer is closed at the end, which frees its ASR model.
     """
     Compilations.start()
     files = _files(dialogues, audio_folder)
+    part = None if journal is None else journal.part
     results, speed = _resumed(journal, scorer, files)
+    done = frozenset(results)
+    if is_joint:
+        done = processes.of_first(done, len(dialogues))
+    if part is not None:
+        speed = Speed()
+        chunks = _chunks(dialogues, config.batch_size, done)
+        done |= part.of_others([index for chunk in chunks for index in chunk])
     with (
         contextlib.closing(scorer),
         ProgressDisplay(len(dialogues), len(results)) as progress,
     ):
-        for batch in _batches(dialogues, dataset, config.batch_size, frozenset(results)):
+        for batch in _batches(dialogues, dataset, config.batch_size, done):
             rows: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
             for index, error in batch.failures.items():
                 results[index] = _failure(dialogues[index], error)
@@ -105,16 +119,21 @@ def evaluate_duplex(
                     )
                     rows[index] = (
                         results[index].row(config.use_normalizer),
-                        _progress(scorer, results[index], response, speed),
+                        {
+                            **_progress(scorer, results[index], response, speed),
+                            **({} if part is None else {"part": part.name}),
+                        },
                     )
                     if config.verbose or not dialogues[index].has_reference:
                         log(results[index].summary())
             if journal is not None:
                 journal.append(rows)
-            progress.update(len(rows))
+            progress.update(len(rows) + (0 if part is None else part.done_by_others()))
+        if part is not None:
+            part.wait(progress.update)
         scores = scorer.compute()
     return DuplexEvaluation(
-        results=tuple(results[i] for i in range(len(dialogues))), scores=scores, speed=speed
+        results=tuple(results[i] for i in sorted(results)), scores=scores, speed=speed
     )
 
 
@@ -144,9 +163,8 @@ def _resumed(
     Conversations that could not be read, or whose speech file is missing, are generated again.
     """
     results: dict[int, DialogueResult] = {}
-    speed = Speed()
     if journal is None:
-        return results, speed
+        return results, Speed()
     journal.forget(
         [
             index
@@ -158,7 +176,6 @@ def _resumed(
     )
     for index, kept in journal.kept.items():
         result = build(DialogueResult, kept.progress[RESULT])
-        speed = max(speed, build(Speed, kept.progress["speed"]), key=lambda s: s.generate_s)
         results[index] = result
         scorer.add_saved(
             result.set_name,
@@ -171,7 +188,7 @@ def _resumed(
                 counts=result.counts,
             ),
         )
-    return results, speed
+    return results, speed_of(journal.kept.values())
 
 
 def _generate(
@@ -205,15 +222,7 @@ def _batches(
 
     Conversations whose index is in `done` are skipped.
     """
-    sets: dict[str, list[int]] = {}
-    for index, dialogue in enumerate(dialogues):
-        if index in done:
-            continue
-        sets.setdefault(dialogue.set_name, []).append(index)
-    chunks: list[list[int]] = []
-    for indices in sets.values():
-        indices.sort(key=lambda i: -dialogues[i].duration_s)
-        chunks += [indices[i : i + size] for i in range(0, len(indices), size)]
+    chunks = _chunks(dialogues, size, done)
     reading = read_ahead(
         itertools.chain.from_iterable(chunks),
         lambda index: dialogues[index].example(dataset),
@@ -229,6 +238,19 @@ def _batches(
                 except AudioError as error:
                     failures[index] = error
             yield _Batch(examples=examples, failures=failures)
+
+
+def _chunks(dialogues: Sequence[Dialogue], size: int, done: Container[int]) -> list[list[int]]:
+    """Indices of the conversations of each batch, without those that are `done`."""
+    sets: dict[str, list[int]] = {}
+    for index, dialogue in enumerate(dialogues):
+        if index not in done:
+            sets.setdefault(dialogue.set_name, []).append(index)
+    chunks: list[list[int]] = []
+    for indices in sets.values():
+        indices.sort(key=lambda i: -dialogues[i].duration_s)
+        chunks += [indices[i : i + size] for i in range(0, len(indices), size)]
+    return chunks
 
 
 def _result(
