@@ -22,9 +22,10 @@ from speechlm2_jax.evaluation.results import write_rows
 from speechlm2_jax.settings import SettingsError, parse_json
 
 if TYPE_CHECKING:
-    from speechlm2_jax.evaluation.split import Part
+    from speechlm2_jax.evaluation.split import ProcessPart
 
 HEADER, PROGRESS, SESSION = "evaluation", "progress", "session"
+PART = ".part-"
 FINISHED_BEFORE, OF_OTHER_SETTINGS = ".previous", ".unfinished"
 """Suffixes of files that are renamed to make room for a new evaluation."""
 
@@ -59,7 +60,7 @@ class Journal:
     Raises SettingsError if the file cannot be read, or another process is writing it.
     """
 
-    part: "Part | None" = None
+    part: "ProcessPart | None" = None
     """What this process does, if an evaluation is split over several."""
 
     def __init__(self, path: Path, settings: Mapping[str, object], keys: Sequence[str]) -> None:
@@ -115,12 +116,12 @@ class Journal:
             if self._file is None:
                 self._create({SESSION: session})
 
-    def adopt(self, parts: Iterable[Path]) -> None:
-        """Takes over the rows of other files of this evaluation, and removes these files.
+    def adopt_parts(self) -> None:
+        """Takes over the rows of the files of single processes, and removes these files.
 
         Files with other settings are kept under another name.
         """
-        for path in parts:
+        for path in sorted(self.path.parent.glob(f"{self.path.name}{PART}*[0-9]")):
             with self._errors_name_file():
                 header = _header(path)
                 if header is None or _differences(header.get("settings") or {}, self._settings):
@@ -130,6 +131,7 @@ class Journal:
             self.append({index: (kept.row, kept.progress) for index, kept in new.items()})
             self.kept |= new
             path.unlink()
+        self._count_kept()
 
     def read_also(self, path: Path) -> None:
         """Resumes the rows of another unfinished file of this evaluation too, unchanged."""
@@ -174,6 +176,9 @@ class Journal:
         self._file.truncate(size)
         self._file.seek(size)
         self._done = set(self.kept)
+        self._count_kept()
+
+    def _count_kept(self) -> None:
         if self.kept:
             self.note = f"{len(self.kept)} of {len(self.keys)} responses are in {self.path} already"
 
@@ -243,6 +248,11 @@ class Journal:
         except OSError as error:
             why = error.strerror or error
             raise SettingsError(f"output_manifest: {self.path}: {why}") from error
+
+
+def part_file(path: Path, index: int) -> Path:
+    """The file of one of several processes beside the output manifest."""
+    return path.with_name(f"{path.name}{PART}{index}")
 
 
 def session_of(path: Path) -> object:

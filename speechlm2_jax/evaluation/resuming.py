@@ -95,6 +95,7 @@ class Journals:
             self.journal = self._split.own
         elif jax.process_index() == 0:
             self.journal = Journal(path, settings, keys)
+            self.journal.adopt_parts()
         if self.journal is not None and self.journal.note is not None:
             print(f"note   {self.journal.note}", flush=True)
 

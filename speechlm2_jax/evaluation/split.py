@@ -14,14 +14,14 @@ from pathlib import Path
 import jax
 
 from speechlm2_jax import processes
-from speechlm2_jax.evaluation.journal import Journal, rows_after, session_of
+from speechlm2_jax.evaluation.journal import Journal, part_file, rows_after, session_of
 from speechlm2_jax.settings import SettingsError
 
 POLL_S = 0.5
 """Seconds between two looks at the files of the other processes."""
 
 
-class Part:
+class ProcessPart:
     """What one of several processes does of an evaluation."""
 
     def __init__(self, index: int, count: int, session: str, files: Sequence[Path]) -> None:
@@ -78,9 +78,8 @@ class SplitJournal:
         Raises SettingsError if the processes do not share the folder of the output manifest.
         """
         index, count = jax.process_index(), jax.process_count()
-        files = [path.with_name(f"{path.name}.part-{i}") for i in range(count)]
+        files = [part_file(path, i) for i in range(count)]
         session = processes.broadcast_text(secrets.token_hex(8))
-        self._parts = path
         self._whole = open_file(path) if index == 0 else None
         if self._whole is not None:
             self.take_parts()
@@ -94,13 +93,12 @@ class SplitJournal:
         if index:
             self.own = self._opened(open_file, files[index], path, session)
         self.own.note = None if self._whole is None else self._whole.note
-        self.own.part = Part(index, count, session, files)
+        self.own.part = ProcessPart(index, count, session, files)
 
     def take_parts(self) -> Journal | None:
         """The journal with the rows of all processes; None but on the first process."""
         if self._whole is not None:
-            name = self._parts.name
-            self._whole.adopt(sorted(self._parts.parent.glob(f"{name}.part-*[0-9]")))
+            self._whole.adopt_parts()
         return self._whole
 
     @staticmethod
