@@ -144,7 +144,7 @@ class Processes:
                     f"sign of life for {silent_s:.0f} s, so process {failed} {_describe_exit(code)}"
                 )
             print(
-                f"launch: {cause}; the others are ended, and the same command resumes from what "
+                f"launch: {cause}; the others are ended, and the same command resumes what "
                 "is saved",
                 file=sys.stderr,
             )

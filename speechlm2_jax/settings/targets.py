@@ -1,7 +1,7 @@
 """Looks `_target_` strings up in fixed tables. Nothing is ever imported by name."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from speechlm2_jax.settings.build import build
 from speechlm2_jax.settings.errors import SettingsError
@@ -24,7 +24,7 @@ def selected_problems(table: Mapping[str, type[object]], values: object, where: 
     if not isinstance(values, Mapping) or not values:
         return []
     try:
-        chosen, options = _chosen(table, values, where)
+        chosen, options = _chosen(table, cast(Mapping[str, object], values), where)
     except SettingsError as error:
         return [str(error)]
     return key_problems(chosen, options, where)
