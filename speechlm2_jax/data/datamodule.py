@@ -166,6 +166,7 @@ class DataModule:
             groups,
             self._own_groups,
             self._faults_of(TRAIN),
+            self._watches[TRAIN],
         )
 
     def validation_batches(self) -> dict[str, Iterable[HostBatch]]:

@@ -22,24 +22,29 @@ _State = tuple[int, int] | None
 """Size and time of the last change; None: no such file."""
 
 
-def manifest_files(entry: InputConfig) -> tuple[str, ...]:
-    """The manifests of an entry, or its texts: of SHAR the files of cuts, of a folder the tars."""
+def manifest_files(entry: InputConfig, *, is_stream: bool = False) -> tuple[str, ...]:
+    """The manifests of an entry, or its texts: of SHAR the files of cuts, of a folder the tars.
+
+    Of remote ones their copies; none of a stream, which copies each when its turn comes.
+    """
     shar, folder = entry.shar_path, entry.data_dir
     if folder is not None:
         return () if is_remote(folder) else tuple(map(str, sorted(_folder(folder).glob("*.tar"))))
     if isinstance(shar, Mapping):
-        return _files(shar["cuts"])
+        return _files(shar["cuts"], is_stream)
     if shar is None:
         listed = (entry.manifests, entry.paths, entry.source_paths, entry.target_paths)
-        return tuple(file for paths in listed for file in _files(paths or ()))
+        return tuple(file for paths in listed for file in _files(paths or (), is_stream))
     folders = [shar] if isinstance(shar, str) else shar
     names = [one if isinstance(one, str) else one[0] for one in folders]
-    return tuple(file for folder in names for file in _cuts(folder))
+    return tuple(file for folder in names for file in _cuts(folder, is_stream))
 
 
-def _files(paths: Paths) -> tuple[str, ...]:
+def _files(paths: Paths, is_stream: bool) -> tuple[str, ...]:
     listed = expand_shards(paths)
-    if any(map(is_remote, listed)):
+    if is_stream:
+        listed = [path for path in listed if not is_remote(path)]
+    elif any(map(is_remote, listed)):
         return tuple(map(str, local_files(listed)))
     return tuple(map(plain_path, listed))
 
@@ -48,8 +53,10 @@ def _folder(path: str) -> Path:
     return Path(plain_path(path))
 
 
-def _cuts(folder: str) -> list[str]:
+def _cuts(folder: str, is_stream: bool) -> list[str]:
     """The files of cuts in a folder of SHAR, of a remote one their copies."""
+    if is_remote(folder) and is_stream:
+        return []
     if is_remote(folder):
         return [str(path) for path in local_files(files_of_remote_folder(folder, ())[CUTS])]
     return [str(path) for path in sorted(_folder(folder).glob("cuts.*jsonl*"))]
@@ -90,7 +97,8 @@ def _told(before: _State, now: _State) -> str:
     sizes = f" ({before[0]} bytes, now {now[0]})" if before and now else ""
     return (
         f"{what} since this run began{sizes}: what is in memory stays, changed rows of an index "
-        "are left out, and the run cannot be resumed exactly; write changed data to a new file"
+        "are left out, a stream reads it anew, and the run cannot be resumed exactly; write "
+        "changed data to a new file"
     )
 
 

@@ -77,18 +77,26 @@ def _read_sources(
     configs = _entries_of(config, where)
     entries = list(_flatten(configs, f"{where}.input_cfg", 1.0, _temperatures(config, configs), {}))
     is_weighted = any(_has_weight(c) for c in configs)
-    return [
-        Source(
-            name=_name(entry.config),
-            conversations=_read(entry, config, read),
-            files=manifest_files(entry.config),
-            is_shar=entry.config.shar_path is not None,
-            is_endless=_is_endless(entry.config),
-            shard_seed=_shard_seed(entry.config, config),
-            share=entry.share if is_weighted else None,
-        )
-        for entry in entries
-    ]
+    return [_source(entry, config, read, is_weighted=is_weighted) for entry in entries]
+
+
+def _source(
+    entry: "_Entry",
+    config: L,
+    read: Callable[[InputConfig, L], Sequence[C]],
+    *,
+    is_weighted: bool,
+) -> Source[C]:
+    conversations = _read(entry, config, read)
+    return Source(
+        name=_name(entry.config),
+        conversations=conversations,
+        files=manifest_files(entry.config, is_stream=isinstance(conversations, StreamRows)),
+        is_shar=entry.config.shar_path is not None,
+        is_endless=_is_endless(entry.config),
+        shard_seed=_shard_seed(entry.config, config),
+        share=entry.share if is_weighted else None,
+    )
 
 
 def _entries_of(config: LoaderConfig, where: str) -> tuple[InputConfig, ...]:

@@ -58,7 +58,7 @@ def members_of(
             if kind != _GLOBAL_PAX:
                 named |= _pax(data) if kind == _PAX else {"path": _text(data)}
         else:
-            size = int(named.get("size", size))
+            size = _number(named.get("size", str(size)), 10, place)
             is_sparse = any(key.startswith("GNU.sparse") for key in named)
             if kind in _FILES and kind and not is_sparse:
                 yield TarMember(named.get("path") or _name(block), start, size)
@@ -86,20 +86,28 @@ def _size(block: bytes, place: int) -> int:
     """The size in a header whose checksum is right."""
     if len(block) < BLOCK_BYTES:
         raise tarfile.ReadError("the file ends inside a header")
-    try:
-        written = int(block[_CHECKSUM].strip(b" \0") or b"0", 8)
-        digits = block[124:136]
-        is_binary = digits[0] & 0x80  # of files from 8 GiB on
-        size = (
-            int.from_bytes(bytes([digits[0] & 0x7F]) + digits[1:], "big")
-            if is_binary
-            else int(digits.strip(b" \0") or b"0", 8)
-        )
-    except ValueError:
-        raise tarfile.ReadError(f"no header at byte {place}") from None
+    written = _number(block[_CHECKSUM].strip(b" \0") or b"0", 8, place)
+    digits = block[124:136]
+    is_binary = digits[0] & 0x80  # of files from 8 GiB on
+    size = (
+        int.from_bytes(bytes([digits[0] & 0x7F]) + digits[1:], "big")
+        if is_binary
+        else _number(digits.strip(b" \0") or b"0", 8, place)
+    )
     if sum(block) - sum(block[_CHECKSUM]) + 8 * ord(" ") != written:
         raise tarfile.ReadError(f"no header at byte {place}")
     return size
+
+
+def _number(digits: str | bytes, base: int, place: int) -> int:
+    """A number of a header, which is not negative: reading goes forward only."""
+    try:
+        found = int(digits, base)
+    except ValueError:
+        found = -1
+    if found < 0:
+        raise tarfile.ReadError(f"no header at byte {place}")
+    return found
 
 
 def _name(block: bytes) -> str:

@@ -15,6 +15,7 @@ import grain
 from speechlm2_jax.batches import HostBatch
 from speechlm2_jax.data.audio_errors import AudioError
 from speechlm2_jax.data.faults import Failure, Faults
+from speechlm2_jax.data.manifest_watch import ManifestWatch
 from speechlm2_jax.data.read_ahead import read_ahead
 from speechlm2_jax.data.streams.group import GroupStream, StreamExample
 from speechlm2_jax.data.streams.reader import StreamReader
@@ -209,13 +210,18 @@ class StreamBatches(grain.DatasetIterator):
     """
 
     def __init__(
-        self, reader: StreamReader, own: Iterable[int] | None, faults: Faults, threads: int
+        self,
+        reader: StreamReader,
+        own: Iterable[int] | None,
+        faults: Faults,
+        threads: int,
+        watch: ManifestWatch | None = None,
     ) -> None:
         super().__init__()
         groups = reader.sampler.groups
         self._own = sorted(range(groups) if own is None else own)
         self._reader, self._faults, self._threads = reader, faults, max(threads, 1)
-        self._step, self._empty_batches = 0, 0
+        self._step, self._empty_batches, self._watch = 0, 0, watch
         self._rows = self._filled = 0
         self._begin(None)
 
@@ -226,6 +232,8 @@ class StreamBatches(grain.DatasetIterator):
         self._states = step.groups
         self._faults.add(step.read, step.failures, (0, self._step))
         self._watch_rows(len(step.batch.ids), step.rows)
+        if self._watch is not None:
+            self._watch.look()
         self._empty_batches = 0 if step.batch.ids else self._empty_batches + 1
         if self._empty_batches >= EMPTY_BATCHES:
             last = step.failures[-1].message if step.failures else "too few examples fit the bucket"

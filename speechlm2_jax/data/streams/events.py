@@ -119,21 +119,21 @@ class PoolReader:
         self.close()
         self._feed = Feed(self._files(start), self.pool.storage)
 
-    def next_file(self) -> Iterator[bytes]:
-        """The blocks of the next tar."""
+    def file_of(self, turn: int) -> Iterator[bytes]:
+        """The blocks of the tar of a turn."""
         assert self._feed is not None
-        return self._feed.next_file()
+        return self._feed.file_of(turn)
 
     def close(self) -> None:
         """Stops reading ahead."""
         if self._feed is not None:
             self._feed.close()
 
-    def _files(self, place: StreamPlace) -> Iterator[tuple[str, int]]:
+    def _files(self, place: StreamPlace) -> Iterator[tuple[int, str, int]]:
         while True:
             tar = self.pool.shards[self.order.unit(place.turn).shard].shard.tar
             if tar and place.offset != AT_END:
-                yield tar, place.offset
+                yield place.turn, tar, place.offset
             place = StreamPlace(place.turn + self.order.groups)
 
 
@@ -183,8 +183,6 @@ class _ShardReader:
 
     def _without_rows(self, error: SettingsError) -> Iterator[Event]:
         """One fault: how many rows are lost, nobody knows."""
-        if self.shard.tar and self._start.offset != AT_END:
-            self._blocks()
         if self._unit.part == 0 and not self._start.taken:
             cause = error.cause if isinstance(error, StorageError) else "bad_row"
             name = self.shard.name
@@ -194,7 +192,7 @@ class _ShardReader:
     def _blocks(self) -> Iterator[bytes]:
         """The blocks of its tar; a feed that hangs is replaced by one of the next shard."""
         try:
-            yield from self._reader.next_file()
+            yield from self._reader.file_of(self._start.turn)
         except StorageError as error:
             if error.cause == "timed_out":
                 turn = self._start.turn + self._reader.order.groups
@@ -209,7 +207,7 @@ class _ShardReader:
         storage = self._reader.pool.storage
         try:
             for member in members_before(self.shard.tar, offset, storage):
-                self._rows_of(member, rows)
+                self._is_own(rows.of_member(member.name))
         except _READ_ERRORS as error:
             self.error = error if offset == AT_END else None
 
@@ -229,30 +227,28 @@ class _ShardReader:
         except _READ_ERRORS as error:
             self.error = error
 
-    def _rows_of(self, member: TarMember, rows: ShardRows) -> list[ShardRow] | None:
-        """The rows of a member that this group reads; None if it has none."""
-        found = rows.of_member(member.name)
-        if found == []:
-            return []
+    def _is_own(self, found: Sequence[ShardRow] | None) -> bool:
+        """Whether this group reads the next member, which has these rows."""
+        if found == []:  # no recording
+            return False
         number, self._recordings = self._recordings, self._recordings + 1
-        return found if number % self._reader.order.parts == self._unit.part else []
+        return number % self._reader.order.parts == self._unit.part
 
     def _of_member(
         self, member: TarMember, rows: ShardRows, source: Sequential
     ) -> list[Conversation | Fault]:
-        found = self._rows_of(member, rows)
+        found = rows.of_member(member.name)
+        is_own = self._is_own(found)
         name = plain_name(member.name)
         if found is None:
-            if self._own.skip_missing:
+            if self._own.skip_missing or not is_own:
                 return []
             message = f"{name!r} has no row in {self.shard.name}"
             return [Fault(cause="no_row", id=name, message=message, path=self.shard.tar)]
-        wanted = [row for row in found if not row.is_skipped]
-        if not wanted:
-            return []
-        data = source.read(member.size, member.start)
-        if len(data) < member.size:
-            for row in found:
+        wanted = [row for row in found if is_own and not row.is_skipped]
+        data = source.read(member.size, member.start) if wanted else b""
+        if found and not source.reaches(member.start + member.size):
+            for row in found:  # in each of the groups that share the tar
                 rows.put_back(row)
             raise tarfile.ReadError(f"the file ends inside {name!r}")
         return [what for row in wanted for what in self._made(row, data, member)]
@@ -273,8 +269,8 @@ class _ShardReader:
     def _left(self, rows: ShardRows) -> list[Conversation | Fault]:
         """What is known of the rows whose member did not come."""
         found: list[Conversation | Fault] = []
-        for number, row in enumerate(rows.left()):
-            if number % self._reader.order.parts != self._unit.part:
+        for row in rows.left():
+            if row.number % self._reader.order.parts != self._unit.part:
                 continue
             if row.is_unpacked:
                 found += self._made(row, None, None)

@@ -1,6 +1,5 @@
 """Reads tars from front to end in a thread, ahead of what uses them, and on into the next one."""
 
-import contextlib
 import os
 import queue
 import tarfile
@@ -35,6 +34,13 @@ def blocks_of(path: str, start: int, storage: StorageAccess) -> Iterator[bytes]:
 
 
 @dataclass(frozen=True)
+class _Begin:
+    """The start of the file of a turn."""
+
+    turn: int
+
+
+@dataclass(frozen=True)
 class _End:
     """The end of a file, or what ended it."""
 
@@ -45,54 +51,46 @@ class Feed:
     """The blocks of one file after another.
 
     Args:
-        files: the path of each file and the place to start from; empty paths are skipped.
+        files: of each file the turn that it is read in, its path, and the place to start from.
         storage: how they are read.
     """
 
-    def __init__(self, files: Iterator[tuple[str, int]], storage: StorageAccess) -> None:
+    def __init__(self, files: Iterator[tuple[int, str, int]], storage: StorageAccess) -> None:
         self._files, self._storage = files, storage
-        self._queue: queue.Queue[bytes | _End] = queue.Queue(AHEAD)
-        self._is_closed, self._is_inside = threading.Event(), False
+        self._queue: queue.Queue[bytes | _Begin | _End] = queue.Queue(AHEAD)
+        self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="read_shards", daemon=True)
         self._thread.start()
 
-    def next_file(self) -> Iterator[bytes]:
-        """The blocks of the next file; what is left of the last one is passed over.
+    def file_of(self, turn: int) -> Iterator[bytes]:
+        """The blocks of the file of a turn; all that is left of earlier ones is passed over.
 
         Raises StorageError, `timed_out` where nothing comes within the time limit, and OSError.
         """
-        while self._is_inside:
-            with contextlib.suppress(OSError):
-                self._get()
-        self._is_inside = True
-        return self._blocks()
+        while self._get() != _Begin(turn):
+            pass
+        while not isinstance(found := self._get(), _End):
+            assert isinstance(found, bytes)
+            yield found
+        if found.error is not None:
+            raise found.error
 
     def close(self) -> None:
         """Stops reading; a read that hangs is left behind."""
         self._is_closed.set()
 
-    def _blocks(self) -> Iterator[bytes]:
-        while (block := self._get()) is not None:
-            yield block
-
-    def _get(self) -> bytes | None:
+    def _get(self) -> bytes | _Begin | _End:
         limit_s = self._storage.limit_s
         try:
             # what reads has the limit for itself, with retries
-            found = self._queue.get(timeout=None if limit_s is None else 2 * limit_s)
+            return self._queue.get(timeout=None if limit_s is None else 2 * limit_s)
         except queue.Empty:
             message = f"nothing came within {limit_s:g} s (read_timeout)"
             raise StorageError(message, cause="timed_out") from None
-        if not isinstance(found, _End):
-            return found
-        self._is_inside = False
-        if found.error is not None:
-            raise found.error
-        return None
 
     def _run(self) -> None:
-        for path, start in self._files:
-            if self._is_closed.is_set():
+        for turn, path, start in self._files:
+            if not self._put(_Begin(turn)):
                 return
             error: StorageError | OSError | None = None
             try:
@@ -104,7 +102,7 @@ class Feed:
             if not self._put(_End(error)):
                 return
 
-    def _put(self, found: bytes | _End) -> bool:
+    def _put(self, found: bytes | _Begin | _End) -> bool:
         """Whether it was taken, and reading goes on."""
         while not self._is_closed.is_set():
             try:
@@ -140,6 +138,12 @@ class Sequential:
                 parts.append(block)
             self._data = b"".join(parts)
         return self._data[:size]
+
+    def reaches(self, place: int) -> bool:
+        """Whether the file has all bytes before a place; what lies before it is passed over."""
+        while self._place + len(self._data) < place and (block := next(self._blocks, b"")):
+            self._place, self._data = self._place + len(self._data), block
+        return self._place + len(self._data) >= place
 
 
 def members_before(tar: str, offset: int, storage: StorageAccess) -> Iterator[TarMember]:

@@ -8,6 +8,7 @@ from speechlm2_jax.batches import FrameCount
 from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.faults import Faults
 from speechlm2_jax.data.input_config import InputConfig
+from speechlm2_jax.data.manifest_watch import ManifestWatch
 from speechlm2_jax.data.prepare import DataSet, Prepared, seed_of
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.data.storage.addresses import is_remote
@@ -31,9 +32,9 @@ def reads_in_order(config: LoaderConfig, where: str, dataset: object, *, is_trai
         return False
     entries: list[InputConfig] = []
 
-    def collect(entry: InputConfig, config: LoaderConfig) -> list[object]:
+    def collect(entry: InputConfig, config: LoaderConfig) -> StreamRows:
         entries.append(entry)
-        return []
+        return StreamRows(shards=())  # nothing is copied
 
     if config.stream is None and not is_train:
         return False
@@ -97,6 +98,7 @@ def stream_batches(
     groups: int,
     own_groups: Iterable[int] | None,
     faults: Faults,
+    watch: ManifestWatch | None = None,
 ) -> "StreamBatches":
     """The training batches of a stream, from the start."""
     from dataclasses import replace
@@ -112,4 +114,4 @@ def stream_batches(
         augmentation=data_set.augmentation,
         timeout_s=prepared.config.read_timeout,
     )
-    return StreamBatches(reader, own_groups, faults, prepared.config.num_workers)
+    return StreamBatches(reader, own_groups, faults, prepared.config.num_workers, watch)
