@@ -49,6 +49,7 @@ from speechlm2_jax.strategies import STRATEGIES
 from speechlm2_jax.training.exp_manager import ExpManagerConfig
 from speechlm2_jax.training.optimizer import OPTIMIZERS
 from speechlm2_jax.training.protocol import HostMetric, Sample, Scored, Scoring
+from speechlm2_jax.training.run import hosts
 from speechlm2_jax.training.run.disk_errors import DiskError
 from speechlm2_jax.training.run.preparation import Setup
 from speechlm2_jax.training.schedules import SCHEDULES
@@ -131,9 +132,10 @@ class RunSettings:
             return Trainer(**self.values.get("trainer", {})), ignored
 
     def initialize_processes(self) -> None:
-        """Connects the processes of a multi-process run. Raises SettingsError."""
+        """Connects the processes of a multi-process run, which must agree. Raises SettingsError."""
         nodes = self.values.get("trainer", {}).get("num_nodes", 1)
         processes.initialize(nodes if isinstance(nodes, int) else 1)
+        hosts.check_start(self.values)
 
     def is_finished(self) -> bool:
         """Whether the run is finished; if so, logs how to extend it. Reads no weights."""

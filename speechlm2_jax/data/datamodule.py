@@ -173,6 +173,13 @@ class DataModule:
         """One pass over each validation set, by name; the last batch is padded with empty rows."""
         return self._passes("validation_ds")
 
+    def fingerprints(self) -> dict[str, str]:
+        """A text that changes with the data and the shapes, for each validation set."""
+        groups = self._this_run()
+        names = [name for name in self._sets if name.startswith("validation_ds.")]
+        readers = {name: self._reader(name, groups) for name in names}
+        return {n: f"{r.fingerprint:08x} {r.contents_fingerprint}" for n, r in readers.items()}
+
     def test_batches(self) -> dict[str, Iterable[HostBatch]]:
         """One pass over each test set, by name."""
         return self._passes("test_ds")

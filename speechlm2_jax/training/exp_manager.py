@@ -1,5 +1,6 @@
 """The `exp_manager:` block: the run directory, what is kept in it, and resuming."""
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,18 @@ from speechlm2_jax.training.run.metrics_log import require_wandb, wandb_argument
 from speechlm2_jax.training.trainer_config import parse_duration_s
 
 DEFAULT_EXP_DIR = "runs"
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def local_folder(key: str, value: str) -> Path:
+    """The folder that a setting names. Raises SettingsError for an address of an object store."""
+    if not _ADDRESS.match(value):
+        return Path(value)
+    raise SettingsError(
+        f"{key}={value}: a run directory lies on a file system, as its files are appended and "
+        "renamed; mount the bucket on all hosts (gcsfuse, s3fs) or use a shared disk (NFS, "
+        "Filestore, FSx), and give the path there. Data may be at such addresses"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +215,9 @@ class ExpManagerConfig:
 
     def _run_dir(self) -> Path:
         if self.explicit_log_dir:
-            return Path(self.explicit_log_dir)
-        folder = Path(self.exp_dir or DEFAULT_EXP_DIR) / (self.name or "default")
+            return local_folder("exp_manager.explicit_log_dir", self.explicit_log_dir)
+        exp_dir = local_folder("exp_manager.exp_dir", self.exp_dir or DEFAULT_EXP_DIR)
+        folder = exp_dir / (self.name or "default")
         if self.version:
             return folder / self.version
         if self.resume_if_exists:
@@ -232,7 +246,7 @@ class ExpManagerConfig:
                 "exp_manager.resume_ignore_no_checkpoint=true to start anew"
             )
         other = self.resume_from_checkpoint
-        if other and not step_folders(Path(other)):
+        if other and not step_folders(local_folder("exp_manager.resume_from_checkpoint", other)):
             raise SettingsError(
                 f"exp_manager.resume_from_checkpoint={other}: found no checkpoint of a run; to "
                 "start from a model's weights, use from_pretrained or model.pretrained_llm"

@@ -300,6 +300,15 @@ class KeepsErrors(Protocol):
 
 
 @runtime_checkable
+class HasFingerprints(Protocol):
+    """Data whose validation sets several processes can compare (optional)."""
+
+    def fingerprints(self) -> Mapping[str, str]:
+        """Validation set -> a text that changes with its data. Called after `setup`."""
+        ...
+
+
+@runtime_checkable
 class DataSource(Protocol):
     """Training and validation data (`data.DataModule`)."""
 

@@ -12,17 +12,16 @@ import jax
 from speechlm2_jax.checkpointing import CHECKPOINTS, Restored, read_ranking, step_folders
 from speechlm2_jax.compilation_cache import keep_compiled_programs
 from speechlm2_jax.console import ProgressBar
-from speechlm2_jax.settings import build, to_plain
+from speechlm2_jax.settings import build
 from speechlm2_jax.strategies import (
     DDPStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
-    Strategy,
     build_mesh,
     check_heads,
     read_strategy,
 )
-from speechlm2_jax.training.exp_manager import ExpManagerConfig
+from speechlm2_jax.training.exp_manager import ExpManagerConfig, local_folder
 from speechlm2_jax.training.loop import FitLoop, NonFiniteRun, finished_reason
 from speechlm2_jax.training.optimizer import read_optimizer
 from speechlm2_jax.training.protocol import (
@@ -32,10 +31,9 @@ from speechlm2_jax.training.protocol import (
     ModelOutline,
     Scoring,
     TrainableModel,
-    Variables,
 )
 from speechlm2_jax.training.run import directory as run_directory
-from speechlm2_jax.training.run import profiling, run_lock
+from speechlm2_jax.training.run import hosts, profiling, run_lock
 from speechlm2_jax.training.run.changed_settings import check_resumed, is_other_model
 from speechlm2_jax.training.run.disk_errors import disk_errors
 from speechlm2_jax.training.run.metrics_log import format_samples, format_validation
@@ -44,9 +42,18 @@ from speechlm2_jax.training.run.outputs import (
     list_data_errors,
     open_checkpointer,
     open_metrics_log,
+    settings_of,
     write_description,
 )
-from speechlm2_jax.training.run.preparation import Setup, finished, initialize, restore, resume
+from speechlm2_jax.training.run.preparation import (
+    Setup,
+    finished_step,
+    frozen_as_given,
+    groups_of,
+    initialize,
+    restore,
+    resume,
+)
 from speechlm2_jax.training.run.run_lock import RunLock
 from speechlm2_jax.training.run.run_state import FitResult, RunContext, RunState
 from speechlm2_jax.training.run.stopping import StopRequest
@@ -78,7 +85,8 @@ class Trainer:
         self.config = build(TrainerConfig, options, "trainer")
         self.strategy = read_strategy(self.config.strategy)
         self.experiment = ExpManagerConfig()
-        self.run_dir = Path(self.config.default_root_dir) if self.config.default_root_dir else None
+        root = self.config.default_root_dir
+        self.run_dir = local_folder("trainer.default_root_dir", root) if root else None
         self._options = options
         self._experiment_options: Mapping[str, Any] = {}
         self._lock: RunLock | None = None
@@ -88,13 +96,13 @@ class Trainer:
         """Takes an `exp_manager` block; makes and returns the run directory.
 
         Raises SettingsError if the directory cannot be written, if its checkpoints do not match the
-        `resume_*` keys of the block, or if another process trains there.
+        `resume_*` keys of the block, if another process trains there, or if the run's processes do
+        not share it.
         """
         self.experiment = build(ExpManagerConfig, options, "exp_manager")
         self.run_dir, self._experiment_options = self.experiment.run_dir(), options
-        self.experiment.check_loggers()
-        self.experiment.check_resume(self.run_dir)
-        run_directory.create(self.run_dir)
+        hosts.together(self.experiment.check_loggers)
+        self._create(self.run_dir)
         if self._lock is not None:
             self._lock.release()
         self._lock = run_lock.acquire(self.run_dir)
@@ -138,24 +146,26 @@ class Trainer:
         if options is None or not experiment.resume_if_exists:
             return None
         folder = experiment.run_dir()
-        if settings is not None and is_other_model(folder, settings):
+        step = hosts.chosen_by_first(lambda: self._finished_step(folder, settings))
+        if step is None:
             return None
-        progress = finished(
-            folder / CHECKPOINTS, self.config.intervals(), validates=self.config.validates
-        )
-        if progress is None:
-            return None
-        reason = finished_reason(progress.step)
+        reason = finished_reason(step)
         with run_directory.logging_to(folder):
             log.info("%s", reason)
-            self._log_next_commands(folder, progress.step, is_finished=True)
-        metrics = read_ranking(folder / CHECKPOINTS).metrics.get(progress.step, {})
+            run_directory.log_next_commands(folder, step=step, is_finished=True)
+        metrics = read_ranking(folder / CHECKPOINTS).metrics.get(step, {})
         return FitResult(
-            step=progress.step,
+            step=step,
             is_finished=True,
             reason=reason,
             metrics={name: math.nan if v is None else v for name, v in metrics.items()},
         )
+
+    def _finished_step(self, run_dir: Path, settings: Mapping[str, object] | None) -> int | None:
+        if settings is not None and is_other_model(run_dir, settings):
+            return None
+        own, intervals = run_dir / CHECKPOINTS, self.config.intervals()
+        return finished_step(own, intervals, validates=self.config.validates)
 
     def fit(
         self,
@@ -178,18 +188,21 @@ class Trainer:
         Raises SettingsError for settings that do not fit together, NonFiniteRun (exit code 1) after
         20 skipped steps in a row, DiskError if the run directory can no longer be written.
         """
+        settings = settings or settings_of(
+            model, datamodule, self._options, self.config.strategy, self._experiment_options
+        )
+        hosts.check_start(settings)
         stop = StopRequest(_shortest(self.config.time_limit_s, self.experiment.time_limit_s))
         with ExitStack() as stack:
             self._enter_run(stack, stop)
             # mesh: devices, optimizer, and the layout of every array
             setup = Setup.of(model, self.config, self.strategy)
-            settings = settings or self._settings(model, datamodule)
             with setup.throughput.measure("starting"):
-                frozen = _frozen_as_given(model, setup)
+                frozen = frozen_as_given(model, setup)
                 # restore: None for a new run. It comes before the data, which is planned for the
                 # number of groups that the run began with.
                 checkpoint = self._restore(model, setup, settings)
-                groups = _groups(checkpoint, setup)
+                groups = groups_of(checkpoint, setup)
                 # data
                 setup.prepare_data(model, datamodule, groups)
                 # state
@@ -209,7 +222,9 @@ class Trainer:
             finally:
                 loop.publish()
                 model.variables = {**model.variables, **frozen}
-            self._log_next_commands(self.run_dir, result.step, is_finished=result.is_finished)
+            run_directory.log_next_commands(
+                self.run_dir, step=result.step, is_finished=result.is_finished
+            )
             return result
 
     def dry_run(self, model: ModelOutline, datamodule: DataSource) -> None:
@@ -252,11 +267,17 @@ class Trainer:
             log.info(format_validation({"step": 0, **result.metrics}))
             return result.metrics
 
+    def _create(self, run_dir: Path) -> None:
+        """Makes the run directory, which all processes must see. Raises SettingsError on all."""
+        hosts.of_first(lambda: self.experiment.check_resume(run_dir))
+        hosts.together(lambda: run_directory.create(run_dir))
+        hosts.check_shared(run_dir)
+        hosts.together(lambda: self.experiment.check_resume(run_dir))
+
     def _enter_run(self, stack: ExitStack, stop: StopRequest) -> None:
         """Locks the run directory, opens train.log and catches signals until `stack` closes."""
         if self.run_dir is not None:
-            self.experiment.check_resume(self.run_dir)
-            run_directory.create(self.run_dir)
+            self._create(self.run_dir)
             stack.enter_context(self._locked(self.run_dir))
         stack.enter_context(disk_errors(self.run_dir))
         stack.enter_context(run_directory.logging_to(self.run_dir))
@@ -327,10 +348,12 @@ class Trainer:
         )
         planned = len(datamodule.training_shapes())
         list_data_errors(self.run_dir, datamodule)
+        batches = datamodule.train_batches(state.progress.data)
+        hosts.check_data(datamodule, batches)
         context = RunContext(
             model=model,
             datamodule=datamodule,
-            batches=datamodule.train_batches(state.progress.data),
+            batches=batches,
             programs=setup.programs(model, planned),
             schedule=make_schedule(model.lr_scheduler, setup.adamw.lr),
             intervals=intervals,
@@ -354,24 +377,6 @@ class Trainer:
             self._lock = run_lock.acquire(run_dir)
         return self._lock.training()
 
-    def _log_next_commands(self, run_dir: Path | None, step: int, *, is_finished: bool) -> None:
-        if run_dir is not None and (line := run_directory.checkpoints_line(run_dir)):
-            log.info("%s", line)
-        log.info(run_directory.next_line(run_dir, step=step, is_finished=is_finished))
-
-    def _settings(self, model: TrainableModel, datamodule: DataSource) -> dict[str, Any]:
-        """The settings of a run, as config.yaml holds them."""
-        trainer = dict(self._options)
-        if isinstance(self.config.strategy, Strategy):
-            name = type(self.config.strategy).__name__
-            trainer["strategy"] = {"_target_": name, **to_plain(self.config.strategy)}
-        return {
-            "model": to_plain(model.settings),
-            "trainer": to_plain(trainer),
-            "data": to_plain(getattr(datamodule, "settings", {})),
-            "exp_manager": to_plain(self._experiment_options),
-        }
-
 
 def exp_manager(trainer: Trainer, cfg: Mapping[str, object] | None = None) -> Path | None:
     """Gives a trainer its run directory, checkpoints and loggers from an `exp_manager` block.
@@ -379,20 +384,6 @@ def exp_manager(trainer: Trainer, cfg: Mapping[str, object] | None = None) -> Pa
     Returns the run directory; None without a block. Raises SettingsError for an invalid block.
     """
     return None if cfg is None else trainer.use_experiment(cfg)
-
-
-def _frozen_as_given(model: TrainableModel, setup: Setup) -> Variables:
-    """The frozen arrays of a model before `fit` casts them; empty if it has no arrays yet."""
-    if not model.has_variables:
-        return {}
-    return {path: model.variables[path] for path in setup.partition.frozen}
-
-
-def _groups(checkpoint: Restored | None, setup: Setup) -> int:
-    """Groups of a global batch: the data-parallel size at the first start of the run."""
-    if checkpoint is None:
-        return setup.sharding.data_parallel_size
-    return int(checkpoint.progress["groups"])
 
 
 def _shortest(*limits_s: float | None) -> float | None:

@@ -20,6 +20,8 @@ from speechlm2_jax.console import PACKAGE_LOGGER
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.run.disk_errors import RunLog
 
+log = logging.getLogger(__name__)
+
 CONFIG = "config.yaml"
 COMMAND = "command.txt"
 ENVIRONMENT = "environment.txt"
@@ -29,7 +31,8 @@ MODEL = "model"
 METRICS = "metrics.jsonl"
 DATA_ERRORS = "data_errors.jsonl"
 """Recordings that could not be used; other processes have `data_errors.1.jsonl` and so on."""
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lhotse", "grain")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lhotse", "grain")
+"""Packages whose versions are recorded, and must be the same in all processes of a run."""
 _VARIABLES = ("JAX_", "XLA_", "CUDA_", "TPU_", "LIBTPU_")
 _PROGRAM = "train.py"
 _RUNS = "runs"
@@ -105,6 +108,13 @@ def checkpoints_line(run_dir: Path) -> str:
     return f"{line}; in {folder}"
 
 
+def log_next_commands(run_dir: Path | None, *, step: int, is_finished: bool) -> None:
+    """Logs the last and the best checkpoint, and the commands to type next."""
+    if run_dir is not None and (line := checkpoints_line(run_dir)):
+        log.info("%s", line)
+    log.info(next_line(run_dir, step=step, is_finished=is_finished))
+
+
 def next_line(run_dir: Path | None, *, step: int, is_finished: bool) -> str:
     """A line that tells what to do next: commands if train.py runs, else calls of `fit`."""
     is_command = Path(sys.argv[0]).name == _PROGRAM
@@ -142,7 +152,7 @@ def _environment() -> list[str]:
         f"devices {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
         f"{jax.process_count()} processes",
     ]
-    for package in _PACKAGES:
+    for package in PACKAGES:
         try:
             lines.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:

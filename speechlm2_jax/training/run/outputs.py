@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from speechlm2_jax import processes
 from speechlm2_jax.checkpointing import CHECKPOINTS, Checkpointer, write_checksums
+from speechlm2_jax.settings import to_plain
+from speechlm2_jax.strategies import Strategy
 from speechlm2_jax.training.exp_manager import ExpManagerConfig, SummaryWriterParams
 from speechlm2_jax.training.protocol import (
     DataSource,
@@ -19,6 +22,25 @@ from speechlm2_jax.training.protocol import (
 from speechlm2_jax.training.run import directory as run_directory
 from speechlm2_jax.training.run.changed_settings import TOKENIZER
 from speechlm2_jax.training.run.metrics_log import MetricsLog, Wandb
+
+
+def settings_of(
+    model: TrainableModel,
+    datamodule: DataSource,
+    trainer: Mapping[str, Any],
+    strategy: object,
+    experiment: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The settings of a run started from Python, as config.yaml holds them."""
+    options = dict(trainer)
+    if isinstance(strategy, Strategy):
+        options["strategy"] = {"_target_": type(strategy).__name__, **to_plain(strategy)}
+    return {
+        "model": to_plain(model.settings),
+        "trainer": to_plain(options),
+        "data": to_plain(getattr(datamodule, "settings", {})),
+        "exp_manager": to_plain(experiment),
+    }
 
 
 def checkpoints_folder(experiment: ExpManagerConfig, run_dir: Path | None) -> Path | None:

@@ -148,6 +148,20 @@ class Setup:
         )
 
 
+def frozen_as_given(model: TrainableModel, setup: Setup) -> Variables:
+    """The frozen arrays of a model before `fit` casts them; empty if it has no arrays yet."""
+    if not model.has_variables:
+        return {}
+    return {path: model.variables[path] for path in setup.partition.frozen}
+
+
+def groups_of(checkpoint: Restored | None, setup: Setup) -> int:
+    """Groups of a global batch: the data-parallel size at the first start of the run."""
+    if checkpoint is None:
+        return setup.sharding.data_parallel_size
+    return int(checkpoint.progress["groups"])
+
+
 def initialize(model: TrainableModel, setup: Setup) -> RunState:
     """Makes the state of a new run from the model's variables.
 
@@ -237,8 +251,8 @@ def _remove_newer(restored: Restored | None, own: Path | None, run_dir: Path) ->
         drop_rows_after(run_dir / METRICS, -1)
 
 
-def finished(checkpoints: Path, intervals: Intervals, *, validates: bool) -> RunProgress | None:
-    """The progress of a finished run; None if the run is not finished. Reads no arrays."""
+def finished_step(checkpoints: Path, intervals: Intervals, *, validates: bool) -> int | None:
+    """The last step of a finished run; None if the run is not finished. Reads no arrays."""
     steps = checkpointing.step_folders(checkpoints)
     if not steps:
         return None
@@ -252,4 +266,4 @@ def finished(checkpoints: Path, intervals: Intervals, *, validates: bool) -> Run
         or progress.step in checkpointing.read_ranking(checkpoints).metrics
     )
     is_over = intervals.is_finished(progress.step, progress.batches)
-    return progress if is_over and is_validated else None
+    return progress.step if is_over and is_validated else None
