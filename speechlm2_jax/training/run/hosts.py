@@ -126,15 +126,15 @@ def check_shared(run_dir: Path) -> None:
         mark.write_text("seen by all processes of a run")
     processes.barrier("run directory marked")
     is_seen = is_first or _appears(mark)
-    answers = processes.gather_texts(_IS_SHARED if is_seen else socket.gethostname())
+    found = processes.gather_texts(_IS_SHARED if is_seen else socket.gethostname())
     if is_first:
         mark.unlink(missing_ok=True)
-    missing = [index for index, answer in enumerate(answers) if answer != _IS_SHARED]
+    missing = [index for index, one in enumerate(found) if one != _IS_SHARED]
     if missing:
         first = missing[0]
         raise SettingsError(
-            f"the run directory {run_dir} is not shared: process {first} on {answers[first]} does "
-            f"not see what process 0 writes there ({len(missing)} of {len(answers)} processes do "
+            f"the run directory {run_dir} is not shared: process {first} on {found[first]} does "
+            f"not see what process 0 writes there ({len(missing)} of {len(found)} processes do "
             "not); set exp_manager.explicit_log_dir to a folder of a file system that all hosts "
             "mount at the same path"
         )
