@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from speechlm2_jax.generation.drafts import Drafter, DraftText
 from speechlm2_jax.generation.processors import History, Processor, process
 from speechlm2_jax.generation.warpers import Number
 from speechlm2_jax.layers.cache import CachedOutput, KVCache
@@ -58,15 +59,24 @@ class DecodingConfig(Generic[Id]):
     return_sequences: int = field(default=1, metadata=STATIC)
     """Responses per prompt (`num_return_sequences`); those of one prompt are adjacent."""
     beams: BeamConfig | None = None
+    drafter: Drafter | None = None
+    """Speculative decoding, not with beams: where draft tokens come from."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.beams is not None and self.drafter is not None:
+            raise ValueError("speculative decoding is not supported with beam search")
 
     @property
     def copies(self) -> int:
         """Sequences that are decoded for each prompt: beams, or responses."""
         return self.return_sequences if self.beams is None else self.beams.count
+
+    @property
+    def draft_tokens(self) -> int:
+        """Most draft tokens that the LLM runs at once; 0 without speculative decoding."""
+        return 0 if self.drafter is None else self.drafter.tokens
 
 
 @runtime_checkable
@@ -111,6 +121,8 @@ class Prompts(NamedTuple):
     """Token ids, if processors read them."""
     rngs: Key[Array, " B"] | None = None
     """One random key per prompt, for sampling."""
+    drafts: DraftText | None = None
+    """What `DecodingConfig.drafter` copies from."""
 
 
 class PromptInfo(NamedTuple):
@@ -145,7 +157,7 @@ def run_prompts(decoder: CachedDecoder, prompts: Prompts, config: DecodingConfig
     count = jnp.sum(mask, axis=1, dtype=jnp.int32)
     positions = jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
     # the last new token is never fed back, so it needs no cache position
-    capacity = length + config.max_new_tokens - 1
+    capacity = length + config.max_new_tokens - 1 + config.draft_tokens
     prompt_capacity = capacity if config.copies == 1 else length
     cache = decoder.new_cache(batch, prompt_capacity, embeds.dtype)
     hidden, cache = decoder.extend(embeds, cache, positions=positions, attention_mask=mask)
@@ -203,6 +215,24 @@ def process_scores(
         limit=info.limit,
     )
     return process(scores, history, config.processors)
+
+
+def choose_token(
+    scores: Float[Array, " V"],
+    ids: Int[Array, " P"],
+    generated: Int[Array, ""],
+    info: PromptInfo,
+    rng: Key[Array, ""] | None,
+    config: DecodingConfig,
+) -> Int[Array, ""]:
+    """Chooses the next token of one sequence, after `generated` tokens of its response."""
+    one = jax.tree.map(lambda x: x[None], info)
+    changed = process_scores(scores[None], ids[None], generated, one, config)[0]
+    if rng is None:
+        token = jnp.argmax(changed, axis=-1)
+    else:
+        token = jax.random.categorical(jax.random.fold_in(rng, generated), changed)
+    return token.astype(jnp.int32)
 
 
 def token_rngs(rngs: Key[Array, " R"] | None, index: Int[Array, ""]) -> Key[Array, " R"]:

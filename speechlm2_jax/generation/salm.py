@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from speechlm2_jax.generation import beams
+from speechlm2_jax.generation import beams, speculative
 from speechlm2_jax.generation.beams import BeamSearchState
 from speechlm2_jax.generation.decoding import (
     BeamConfig,
@@ -27,6 +27,8 @@ from speechlm2_jax.generation.decoding import (
     run_token,
     token_rngs,
 )
+from speechlm2_jax.generation.drafts import DraftText
+from speechlm2_jax.generation.speculative import SpeculativeState
 from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.layers.unstacked import read_in_place
 from speechlm2_jax.sharding import constrain
@@ -69,9 +71,13 @@ class GenerationOutput(NamedTuple):
     """Scores of beam search: log-probability / length ** length_penalty."""
     ended: Bool[Array, " R"]
     """True where the response is complete."""
+    drafted: Int[Array, " R"] | None = None
+    """Draft tokens that were checked; None without speculative decoding."""
+    accepted: Int[Array, " R"] | None = None
+    """Draft tokens that are part of the response."""
 
 
-GenerationState = DecodingState | BeamSearchState
+GenerationState = DecodingState | BeamSearchState | SpeculativeState
 
 
 def generate_tokens(
@@ -82,14 +88,15 @@ def generate_tokens(
     attention_mask: Bool[Array, "B T"],
     config: DecodingConfig,
     rngs: Key[Array, " B"] | None = None,
+    drafts: DraftText | None = None,
 ) -> Int[Array, "R A"]:
     """Generates from prompts that are padded on the right: A = `config.max_new_tokens` ids each.
 
-    `lengths`, `attention_mask` and `rngs` are those of `Prompts`. A sequence that has ended is
-    filled with the pad id. The loop stops when all have ended. Pure; one program per shape and
-    config.
+    `lengths`, `attention_mask`, `rngs` and `drafts` are those of `Prompts`. A sequence that has
+    ended is filled with the pad id. The loop stops when all have ended. Pure; one program per shape
+    and config.
     """
-    prompts = Prompts(embeds, lengths, attention_mask, rngs=rngs)
+    prompts = Prompts(embeds, lengths, attention_mask, rngs=rngs, drafts=drafts)
     state = decode(decoder, prefill(decoder, prompts, config), config, config.max_new_tokens)
     return read_outputs(state, config).ids
 
@@ -98,6 +105,8 @@ def prefill(decoder: CachedDecoder, prompts: Prompts, config: DecodingConfig) ->
     """Runs the prompts and chooses the first token of every response."""
     if config.beams is not None:
         return beams.prefill(decoder, prompts, config, config.beams)
+    if config.drafter is not None:
+        return speculative.prefill(decoder, prompts, config, config.drafter)
     prompt = run_prompts(decoder, prompts, config)
     finished = jnp.repeat(prompts.lengths == 0, config.copies)
     start = DecodingState(
@@ -118,10 +127,16 @@ def decode(
     config: DecodingConfig,
     until: Int[Array, ""] | int,
 ) -> GenerationState:
-    """Generates tokens until each response has `until` of them or all have ended."""
+    """Generates tokens until each response has `until` of them or all have ended.
+
+    With speculative decoding a response may have more.
+    """
     if isinstance(state, BeamSearchState):
         assert config.beams is not None
         return beams.decode(decoder, state, config, config.beams, until)
+    if isinstance(state, SpeculativeState):
+        assert config.drafter is not None
+        return speculative.decode(decoder, state, config, config.drafter, until)
     dtype = state.cache.keys.dtype
     prompt_length = state.ids.shape[1] - config.max_new_tokens
 
@@ -159,6 +174,8 @@ def read_outputs(state: GenerationState, config: DecodingConfig) -> GenerationOu
         lengths=state.lengths,
         scores=None,
         ended=state.finished,
+        drafted=state.drafted if isinstance(state, SpeculativeState) else None,
+        accepted=state.accepted if isinstance(state, SpeculativeState) else None,
     )
 
 

@@ -16,7 +16,7 @@ from speechlm2_jax.generation.decoding import (
     CachedDecoder,
     DecodingConfig,
     PromptInfo,
-    process_scores,
+    choose_token,
     run_token,
 )
 from speechlm2_jax.generation.salm import DecodingState
@@ -113,14 +113,9 @@ def _choose(slots: Slots, scores: Float[Array, "R V"], config: DecodingConfig) -
     def of_slot(
         scores: Array, ids: Array, generated: Array, info: PromptInfo, rng: Key[Array, ""] | None
     ) -> Array:
-        one = jax.tree.map(lambda x: x[None], info)
-        changed = process_scores(scores[None], ids[None], generated, one, config)[0]
-        if rng is None:
-            return jnp.argmax(changed, axis=-1)
-        return jax.random.categorical(jax.random.fold_in(rng, generated), changed)
+        return choose_token(scores, ids, generated, info, rng, config)
 
     token = jax.vmap(of_slot)(scores, slots.ids, slots.lengths, slots.info, slots.rngs)
-    token = token.astype(jnp.int32)
     is_next = jnp.arange(slots.ids.shape[1])[None] == slots.lengths[:, None]
     is_next &= ~slots.ended[:, None]
     lengths = slots.lengths + ~slots.ended

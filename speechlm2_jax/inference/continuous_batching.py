@@ -67,6 +67,7 @@ def why_unsupported(request: GenerationRequest) -> str | None:
     reasons = {
         "num_beams: beam search": request.decoding.beams is not None,
         "num_return_sequences above 1": request.decoding.return_sequences > 1,
+        "assistant_model, drafts and prompt_lookup_num_tokens": request.is_speculative,
         "stop_strings": bool(request.stop_strings),
         "max_time": request.max_time_s is not None,
         "should_stop": request.should_stop is not None,
@@ -346,7 +347,8 @@ def _admit(
 ) -> Slots:
     """Prefills prompts, chooses their first tokens, and puts them into their slots."""
     assert slots is not None
-    inputs = (new.embeds, new.batch, new.limits, new.key)
+    own = generate.OwnOptions(new.limits, new.key)
+    inputs = (new.embeds, new.batch, own)
     prefilled = generate.prefill(graphdef, variables, *inputs, decoding, placement)
     with sharding.use(placement):
         return loop.constrained(loop.admit(slots, prefilled, jnp.asarray(new.at)))

@@ -4,13 +4,12 @@
 first token, `decode` chooses the others.
 """
 
-import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +26,11 @@ from speechlm2_jax.batches import (
 )
 from speechlm2_jax.generation import salm as loops
 from speechlm2_jax.generation.decoding import DecodingConfig, Prompts
+from speechlm2_jax.generation.drafts import DraftText, LookupDrafter
 from speechlm2_jax.generation.processors import reads_prompt
+from speechlm2_jax.inference.drafts import grouped_drafts, with_drafter
 from speechlm2_jax.inference.engine import Engine
+from speechlm2_jax.inference.groups import split_evenly
 from speechlm2_jax.inference.long_form import chunked
 from speechlm2_jax.inference.padding import prompt_shape
 from speechlm2_jax.inference.prompts import PromptContext, prompt_examples
@@ -64,6 +66,17 @@ class PromptInputs(NamedTuple):
     audio_lens: ArrayLike | None = None
 
 
+class OwnOptions(NamedTuple):
+    """What each prompt of a batch has of its own: G data-parallel shards of R sequences."""
+
+    limits: Int[Array, "G R"] | Int[np.ndarray, "G R"]
+    """The largest number of new tokens."""
+    key: Key[Array, ""] | None
+    """From which the random keys of all prompts are derived, for sampling."""
+    drafts: DraftText | None = None
+    """[G, R, S] token ids and [G, R] lengths of the draft texts."""
+
+
 @dataclass(frozen=True)
 class Generated:
     """The result of `generate` with `return_dict_in_generate=True`, with transformers' names."""
@@ -72,6 +85,10 @@ class Generated:
     """Token ids. N is the number of prompts times `num_return_sequences`."""
     sequences_scores: Float[np.ndarray, " N"] | None
     """Scores of beam search: log-probability / length ^ length_penalty; None without beams."""
+    drafted: Int32[np.ndarray, " N"] | None = None
+    """Draft tokens that were checked; None without speculative decoding (our own field)."""
+    accepted: Int32[np.ndarray, " N"] | None = None
+    """Draft tokens that are part of the response (our own field)."""
 
 
 def generate(
@@ -89,6 +106,11 @@ def generate(
         chunked.split_long_audio(e, request.max_audio_s, engine.sampling_rate) for e in examples
     ]
     if any(prompt.chunks for prompt in split):
+        if request.drafting is not None and request.drafting.texts is not None:
+            raise ValueError(
+                "drafts: not supported with a recording longer than max_audio_s; use "
+                "assistant_model, or raise max_audio_s"
+            )
         run = partial(run_generation, engine)
         joined = chunked.generate_chunked(split, numbers, request, run, engine.tokenizer)
         return Generated(joined, None) if request.returns_dict else joined
@@ -99,7 +121,9 @@ def generate(
         # as in NeMo, the output starts with the prompt if no prompt has audio
         prompt_ids = np.repeat(ids, request.decoding.return_sequences, axis=0)
         sequences = np.concatenate([prompt_ids, sequences], axis=1)
-    return Generated(sequences, output.scores) if request.returns_dict else sequences
+    if not request.returns_dict:
+        return sequences
+    return Generated(sequences, output.scores, output.drafted, output.accepted)
 
 
 def stream(
@@ -196,8 +220,8 @@ def _run(
     start_s = time.monotonic()
     config = (batch.decoding, engine.placement)
     embeds = encode(*engine.network, batch.arrays, engine.placement)
-    state = prefill(*engine.network, embeds, batch.arrays, batch.limits, batch.key, *config)
-    last = int(batch.limits.max())
+    state = prefill(*engine.network, embeds, batch.arrays, batch.own, *config)
+    last = int(np.max(batch.own.limits))
     until = last if tokens_at_once is None else 1
     while True:
         state, on_device = decode(*engine.decoding_network, state, np.int32(until), *config)
@@ -219,13 +243,11 @@ class _PreparedBatch:
     """The examples of each shard."""
     arrays: SalmBatch[np.ndarray] | SalmBatch[Array]
     decoding: DecodingConfig[int]
-    limits: Int[np.ndarray, "G R"]
-    """The largest number of new tokens of each sequence."""
-    key: Key[Array, ""] | None
+    own: OwnOptions
 
     def without_padding(self, output: loops.GenerationOutput) -> PartialOutput:
         """Drops the sequences that only fill up the static shape."""
-        groups, rows = self.limits.shape
+        groups, rows = self.own.limits.shape
         copies = self.decoding.return_sequences
 
         def real_rows(values: AnyArray) -> np.ndarray:
@@ -238,6 +260,8 @@ class _PreparedBatch:
             lengths=real_rows(output.lengths),
             scores=None if output.scores is None else real_rows(output.scores),
             ended=real_rows(output.ended),
+            drafted=None if output.drafted is None else real_rows(output.drafted),
+            accepted=None if output.accepted is None else real_rows(output.accepted),
         )
 
 
@@ -247,7 +271,7 @@ def _prepare_batch(
     request: GenerationRequest,
     sequence_ids: np.ndarray | None,
 ) -> _PreparedBatch:
-    placement = engine.placement
+    placement, request = engine.placement, with_drafter(engine, request)
     groups = split_evenly(examples, 1 if placement is None else placement.data_parallel_size)
     shape = prompt_shape(groups, engine.frame_count)
     batch = assemble_salm_batch(
@@ -266,19 +290,17 @@ def _prepare_batch(
         by_group[group, : len(part)] = part
     batch = replace(batch, sequence_ids=by_group)
     limits = request.limits((batch.segments > 0).sum(axis=-1))
+    drafts = grouped_drafts(engine, examples, request.drafting, limits.shape)
     return _PreparedBatch(
         groups=groups,
         arrays=batch if placement is None else placement.put_batch(batch),
         decoding=request.fitting(limits),
-        limits=limits,
-        key=jax.random.key(request.seed) if request.decoding.do_sample else None,
+        own=OwnOptions(
+            limits=limits,
+            key=jax.random.key(request.seed) if request.decoding.do_sample else None,
+            drafts=drafts if placement is None or drafts is None else placement.put_batch(drafts),
+        ),
     )
-
-
-def split_evenly(examples: Sequence[E] | np.ndarray, groups: int) -> list[Any]:
-    """Splits examples into `groups` consecutive parts whose sizes differ by at most one."""
-    bounds = np.linspace(0, len(examples), groups + 1).round().astype(int)
-    return [examples[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 @partial(jax.jit, static_argnames=("graphdef", "placement"))
@@ -304,8 +326,7 @@ def prefill(
     variables: Variables,
     embeds: Float[Array, "B T D"],
     batch: SalmBatch[Array],
-    limits: Int[Array, "G R"],
-    key: Key[Array, ""] | None,
+    own: OwnOptions,
     decoding: DecodingConfig,
     placement: Sharding | None = None,
 ) -> loops.GenerationState:
@@ -315,13 +336,19 @@ def prefill(
         rows = embeds.shape[:2]
         # as in NeMo, logits processors do not see the prompt if a prompt has audio
         sees_prompt = batch.audio.shape[1] == 0 and reads_prompt(decoding.processors)
+        lengths = jnp.sum(batch.segments > 0, axis=-1, dtype=jnp.int32).reshape(-1)
+        if isinstance(decoding.drafter, LookupDrafter):
+            text = DraftText(batch.tokens.reshape(rows), lengths)
+        else:
+            text = own.drafts and own.drafts.by_sequence()
         prompts = Prompts(
             embeds=embeds,
-            lengths=jnp.sum(batch.segments > 0, axis=-1, dtype=jnp.int32).reshape(-1),
+            lengths=lengths,
             attention_mask=batch.attention_mask.reshape(rows),
-            limits=limits.reshape(-1),
+            limits=jnp.asarray(own.limits).reshape(-1),
             ids=batch.tokens.reshape(rows) if sees_prompt else None,
-            rngs=salm_network.example_rngs(key, batch.sequence_ids),
+            rngs=salm_network.example_rngs(own.key, batch.sequence_ids),
+            drafts=text,
         )
         return loops.constrained(loops.prefill(network.llm, prompts, decoding))
 
@@ -358,6 +385,6 @@ def generate_batch(
     """`encode`, `prefill` and `decode` as one program, for ahead-of-time cost estimates."""
     config = (decoding, placement)
     embeds = encode(graphdef, variables, batch, placement)
-    state = prefill(graphdef, variables, embeds, batch, limits, None, *config)
+    state = prefill(graphdef, variables, embeds, batch, OwnOptions(limits, None), *config)
     until = jnp.int32(decoding.max_new_tokens)
     return decode(graphdef, variables, state, until, *config)[1].ids

@@ -31,6 +31,10 @@ class PartialOutput:
     ended: Bool[np.ndarray, " N"]
     """True where a sequence is complete."""
     scores: Float[np.ndarray, " N"] | None = None
+    drafted: Int32[np.ndarray, " N"] | None = None
+    """Draft tokens that were checked; None without speculative decoding."""
+    accepted: Int32[np.ndarray, " N"] | None = None
+    """Draft tokens that are part of the response."""
 
     def trimmed(self) -> Int32[np.ndarray, "N T"]:
         """Ids up to the end of the longest sequence."""

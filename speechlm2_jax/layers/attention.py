@@ -31,8 +31,9 @@ class AttentionMask:
     query_segments: Int[Array, "B T"]
     key_segments: Int[Array, "B S"]
     """`MASKED_KEY` hides a key from every query."""
-    offset: Int[Array, ""] | int | None = None
-    """Position of the first query; None without a cache: queries and keys are the same tokens."""
+    offset: Int[Array, ""] | Int[Array, " B"] | int | None = None
+    """Index of the first query, or of each sequence's; None without a cache: queries and keys are
+    the same tokens."""
     ring_order: Int[Array, " T"] | np.ndarray | None = None
     """Index of each query and key, where the tokens are in another order (ring attention)."""
     window: int | None = field(default=None, metadata={"static": True})
@@ -51,6 +52,9 @@ class AttentionMask:
         if self.by_position:
             query_positions, key_positions = self._positions()
             before = key_positions <= query_positions
+        elif isinstance(self.offset, jax.Array) and self.offset.ndim:
+            query_index = self.offset[:, None] + jnp.arange(queries.shape[1])[None]
+            before = jnp.arange(keys.shape[1])[None, None] <= query_index[:, :, None]
         elif self.ring_order is None:
             offset = 0 if self.offset is None else self.offset
             query_index = offset + jnp.arange(queries.shape[1])

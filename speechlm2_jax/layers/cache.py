@@ -30,15 +30,15 @@ class KVCache:
     values: Float[Array, "L B N_kv S H"]
     key_mask: Bool[Array, "B S"]
     """True at positions that queries may attend to."""
-    used: Int[Array, ""]
-    """Positions taken so far; the same in every sequence."""
+    used: Int[Array, ""] | Int[Array, " B"]
+    """Positions taken so far; the same in every sequence, except in a `DraftCache`."""
     token_positions: Int[Array, "B S"] | None = None
     """Position of each token in its own sequence, for chunked attention; None without it."""
     windows: tuple[WindowCache, ...] = ()
     """Caches of the layers with a sliding window, one per window size."""
 
     @property
-    def next_position(self) -> Int[Array, ""]:
+    def next_position(self) -> Int[Array, ""] | Int[Array, " B"]:
         """Cache position of the next token."""
         return self.used
 
@@ -143,7 +143,7 @@ class KVCache:
             keys=_constrained(self.keys),
             values=_constrained(self.values),
             key_mask=constrain(self.key_mask, "batch", None),
-            used=constrain(self.used),
+            used=constrain(self.used, *("batch",)[: self.used.ndim]),
             token_positions=None if kept is None else constrain(kept, "batch", None),
             windows=tuple(cache.constrained() for cache in self.windows),
         )
@@ -258,6 +258,86 @@ class RingCache(KVCache):
                 cache.admit(slots, prompts.window_of(cache.window)) for cache in self.windows
             ),
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class DraftCache(KVCache):
+    """A cache for speculative decoding: each sequence has a next position of its own, `used` [B].
+
+    Every position after the prompts is marked as a key. A query attends to nothing after itself,
+    so it never reads what a rejected draft left behind; the next tokens overwrite that.
+    """
+
+    @classmethod
+    def after_prompts(
+        cls, cache: KVCache, prompt_tokens: int, position: Int[Array, " B"], ahead: int
+    ) -> "DraftCache":
+        """Makes one of a cache that holds prompts in its first `prompt_tokens` positions.
+
+        `position` is that of the first new token in its own sequence. Up to `ahead` draft tokens
+        may follow the next token.
+        """
+        index = jnp.arange(cache.key_mask.shape[1])[None]
+        kept = cache.token_positions
+        if kept is not None:
+            new = position[:, None] + index - prompt_tokens
+            kept = jnp.where(index < prompt_tokens, kept, new.astype(kept.dtype))
+        return cls(
+            keys=cache.keys,
+            values=cache.values,
+            key_mask=cache.key_mask | (index >= prompt_tokens),
+            used=jnp.full(len(position), prompt_tokens, jnp.int32),
+            token_positions=kept,
+            windows=tuple(window.enlarged(ahead) for window in cache.windows),
+        )
+
+    def reserve(
+        self, key_mask: Bool[Array, "B T"], token_positions: Int[Array, "B T"] | None = None
+    ) -> "DraftCache":
+        """Returns the cache as it is: its key mask and positions are complete from the start."""
+        return self
+
+    def write(
+        self,
+        layer: Int[Array, ""] | int,
+        keys: Float[Array, "B T N_kv H"],
+        values: Float[Array, "B T N_kv H"],
+    ) -> "DraftCache":
+        """Writes a layer's keys and values at the next T positions of each sequence."""
+        start = jnp.stack([jnp.full_like(self.used, layer), self.used], axis=1)
+
+        def with_new(cached: Array, new: Array) -> Array:
+            return jax.lax.scatter(
+                *(cached, start, new.swapaxes(1, 2), _ROWS),
+                unique_indices=True,
+                mode=jax.lax.GatherScatterMode.CLIP,
+            )
+
+        return replace(self, keys=with_new(self.keys, keys), values=with_new(self.values, values))
+
+    def advance(self, tokens: int, new: NewTokens | None = None) -> "DraftCache":
+        """Records new tokens in the windows; `keep` then forgets those that were rejected."""
+        return replace(self, windows=self._advanced(new))
+
+    def keep(self, used: Int[Array, " B"], position: Int[Array, " B"]) -> "DraftCache":
+        """Forgets the tokens after the first `used` cache positions of each sequence.
+
+        `position` is that of the next token in its own sequence.
+        """
+        return replace(
+            self, used=used, windows=tuple(window.truncated(position) for window in self.windows)
+        )
+
+
+_ROWS = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(1, 2, 3),
+    inserted_window_dims=(0,),
+    scatter_dims_to_operand_dims=(0, 3),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+)
+"""Of a scatter that writes [N_kv, T, H] at (layer, position) in each sequence of a `DraftCache`."""
 
 
 def _constrained(cached: Float[Array, "L B N_kv S H"]) -> Float[Array, "L B N_kv S H"]:

@@ -119,6 +119,34 @@ class WindowCache:
             positions=jnp.pad(positions, [(0, 0), (0, more)], constant_values=NOTHING),
         )
 
+    def enlarged(self, more: int) -> "WindowCache":
+        """The same tokens in a ring with `more` further indices, for speculative decoding.
+
+        As many draft tokens may then be written and truncated again without a loss: they overwrite
+        no token that the window of the token before them needs.
+        """
+        size = self.positions.shape[1]
+        last = jnp.max(self.positions, axis=1, keepdims=True)
+        ring = jnp.arange(size + more)[None]
+        newest = last - (last - ring) % (size + more)
+        source = newest % size
+        is_held = (newest >= 0) & (jnp.take_along_axis(self.positions, source, axis=1) == newest)
+
+        def moved(cached: Array) -> Array:
+            return _constrained(jnp.take_along_axis(cached, source[None, :, None, :, None], axis=3))
+
+        return replace(
+            self,
+            keys=moved(self.keys),
+            values=moved(self.values),
+            positions=jnp.where(is_held, newest, NOTHING),
+        )
+
+    def truncated(self, position: Int[Array, " B"]) -> "WindowCache":
+        """Forgets the tokens at `position` of their sequence and after it."""
+        is_kept = self.positions < position[:, None]
+        return replace(self, positions=jnp.where(is_kept, self.positions, NOTHING))
+
     def reordered(self, source: Int[Array, "B beams"]) -> "WindowCache":
         """Gives beam k of prompt b what its beam `source[b, k]` holds (beam search)."""
         beams = source.shape[1]

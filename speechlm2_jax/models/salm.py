@@ -93,7 +93,8 @@ class SALM(SpeechModel):
         - `audios` [B', S], float at `sampling_rate`, with `audio_lens` [B']: one clip per
           placeholder, in order.
         - `generation_config`: a transformers GenerationConfig or a dict of its keys. Keywords
-          override it; docs/generation.md lists every key, also `seed`, `should_stop` and
+          override it; docs/generation.md lists every key, also `seed`, `should_stop`, `drafts` and
+          `assistant_model` (speculative decoding: the same tokens in fewer passes) and
           `max_audio_s` (longer audio is split into overlapping chunks, whose texts are joined).
         - `enable_thinking=False` starts the response after an empty thought, where the prompt
           format has thoughts.
@@ -144,9 +145,9 @@ class SALM(SpeechModel):
         they end. The ids are those of `generate` on all prompts, greedy or sampled (`draw_numbers`
         seed the random draws of each prompt; 0, 1, ... by default).
 
-        Raises ValueError, at the call, for beam search, several sequences per prompt, stop strings
-        and time limits. An invalid prompt raises ValueError, with its number, after the responses
-        to all prompts before it.
+        Raises ValueError, at the call, for beam search, several sequences per prompt, drafts, stop
+        strings and time limits. An invalid prompt raises ValueError, with its number, after the
+        responses to all prompts before it.
         """
         request = read_request(self, generation_config, generation_kwargs)
         return continuous_batching.generate_each(

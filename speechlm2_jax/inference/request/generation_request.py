@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from speechlm2_jax.generation.decoding import BeamConfig, DecodingConfig
+from speechlm2_jax.generation.drafts import LookupDrafter
 from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
 from speechlm2_jax.inference.padding import round_up
 from speechlm2_jax.inference.request.defaults import with_defaults
@@ -20,6 +21,10 @@ from speechlm2_jax.inference.request.values import check_values, ids_of
 N = TypeVar("N")
 DEFAULT_NEW_TOKENS = 20
 """transformers' own default."""
+DEFAULT_DRAFT_TOKENS = 20
+"""transformers' own default of `num_assistant_tokens`."""
+DEFAULT_NGRAM = 2
+"""transformers' own default of `max_matching_ngram_size`."""
 
 
 @runtime_checkable
@@ -76,6 +81,31 @@ class SupportsToDict(Protocol):
         ...
 
 
+@runtime_checkable
+class DraftTranscriber(Protocol):
+    """An ASR model whose transcripts are drafts; `models.ASRModel` and `models.CTCModel` are."""
+
+    @property
+    def sampling_rate(self) -> int:
+        """Of its input, in Hz."""
+        ...
+
+    def transcribe(self, audio: Any) -> Sequence[str]:
+        """The text of each float32 [S] recording."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftRequest:
+    """Speculative decoding with a text for each prompt. One of the two fields is set."""
+
+    transcriber: DraftTranscriber | None = None
+    texts: tuple[str, ...] | None = None
+    """One for each prompt."""
+    tokens: int = DEFAULT_DRAFT_TOKENS
+    """Most draft tokens per pass."""
+
+
 GenerationConfigLike = Mapping[str, object] | SupportsToDict | None
 """A GenerationConfig, or a mapping of its keys."""
 
@@ -97,6 +127,13 @@ class GenerationRequest:
     """Longer recordings are split into chunks; None: recordings are never split."""
     enable_thinking: bool | None = None
     """Whether a response may start with a thought; None: the prompt format's default."""
+    drafting: DraftRequest | None = None
+    """Speculative decoding with texts; prompt lookup is in `decoding.drafter`."""
+
+    @property
+    def is_speculative(self) -> bool:
+        """Whether draft tokens are used."""
+        return self.drafting is not None or self.decoding.drafter is not None
 
     def limits(self, prompt_lengths: Int[np.ndarray, "..."]) -> Int32[np.ndarray, "..."]:
         """The largest number of new tokens of each prompt.
@@ -149,6 +186,7 @@ def read_request(
         do_sample=bool(asked.get("do_sample", False)),
         return_sequences=int(asked.get("num_return_sequences", 1)),
         beams=None if beams == 1 else _beams(asked, beams),
+        drafter=_lookup(asked),
     )
     strings = asked.get("stop_strings", ())
     return GenerationRequest(
@@ -162,6 +200,7 @@ def read_request(
         should_stop=asked.get("should_stop"),
         max_audio_s=float(asked.get("max_audio_s", DEFAULT_MAX_AUDIO_S)) or None,
         enable_thinking=asked.get("enable_thinking"),
+        drafting=_drafting(asked),
     )
 
 
@@ -211,6 +250,10 @@ _SAMPLING_ONLY: Mapping[str, tuple[Any, ...]] = {
 _BEAMS_ONLY: Mapping[str, tuple[Any, ...]] = {"length_penalty": (1.0,), "early_stopping": (False,)}
 
 
+_DRAFTS = ("assistant_model", "drafts", "prompt_lookup_num_tokens")
+"""The keys that name a source of drafts."""
+
+
 def _check_together(asked: Mapping[str, Any]) -> None:
     """Raises ValueError for values that contradict each other."""
     beams, sequences = asked.get("num_beams", 1), asked.get("num_return_sequences", 1)
@@ -225,6 +268,11 @@ def _check_together(asked: Mapping[str, Any]) -> None:
         raise ValueError("stop_strings are not supported with beam search; leave num_beams out")
     if beams == 1 and asked.get("output_scores"):
         raise ValueError("output_scores: scores of each token are not kept; leave it out")
+    drafts = [key for key in _DRAFTS if asked.get(key) is not None]
+    if len(drafts) > 1:
+        raise ValueError(f"{drafts[0]} and {drafts[1]}: give one source of drafts")
+    if drafts and beams > 1:
+        raise ValueError(f"{drafts[0]}: beam search has no drafts; leave it or num_beams out")
     longest = asked.get("max_new_tokens")
     if longest is not None and asked.get("min_new_tokens", 0) > longest:
         raise ValueError(
@@ -242,6 +290,23 @@ def _warn_of_no_effect(asked: Mapping[str, Any]) -> None:
                 warnings.warn(
                     f"generate: {key}={asked[key]!r} has no effect without {needed}", stacklevel=4
                 )
+
+
+def _lookup(asked: Mapping[str, Any]) -> LookupDrafter | None:
+    count = asked.get("prompt_lookup_num_tokens")
+    ngram = int(asked.get("max_matching_ngram_size", DEFAULT_NGRAM))
+    return None if count is None else LookupDrafter(tokens=int(count), ngram=ngram)
+
+
+def _drafting(asked: Mapping[str, Any]) -> DraftRequest | None:
+    model, texts = asked.get("assistant_model"), asked.get("drafts")
+    if model is None and texts is None:
+        return None
+    return DraftRequest(
+        transcriber=model,
+        texts=None if texts is None else tuple(texts),
+        tokens=int(asked.get("num_assistant_tokens", DEFAULT_DRAFT_TOKENS)),
+    )
 
 
 def _beams(asked: Mapping[str, Any], count: int) -> BeamConfig:

@@ -47,11 +47,14 @@ HONOURED: Mapping[str, str] = {
     "output_scores": "with beam search only: sequences_scores; scores of each token are not kept",
     "eos_token_id": "one id or several; by default the tokenizer's, and those that the LLM names",
     "pad_token_id": "padding after the end of a sequence; the model's text_pad_id by default",
+    "prompt_lookup_num_tokens": "speculative decoding: most tokens copied from prompt or response",
+    "max_matching_ngram_size": "longest n-gram that prompt lookup looks up; 2 by default",
+    "num_assistant_tokens": "most draft tokens per pass, with assistant_model or drafts; 20",
 }
 
 _CACHE = "the KV cache is always used, in arrays of a fixed size"
 _COMPILED = "everything is compiled"
-_ASSISTANT = "setting of an assistant model, which is not supported"
+_ASSISTANT = "changes speed, not the output; a pass has a fixed number of draft tokens"
 IGNORED: Mapping[str, str] = {
     "bos_token_id": "the prompt format writes complete prompts",
     "decoder_start_token_id": "for encoder-decoder models",
@@ -64,17 +67,15 @@ IGNORED: Mapping[str, str] = {
     "compile_config": _COMPILED,
     "disable_compile": _COMPILED,
     "is_assistant": _ASSISTANT,
-    "num_assistant_tokens": _ASSISTANT,
     "num_assistant_tokens_schedule": _ASSISTANT,
     "assistant_confidence_threshold": _ASSISTANT,
     "assistant_lookbehind": _ASSISTANT,
     "target_lookbehind": _ASSISTANT,
-    "max_matching_ngram_size": _ASSISTANT,
     "transformers_version": "metadata",
 }
 """Keys that do not change the output."""
 
-_SPECULATIVE = "speculative decoding is not supported; leave it out, the output is the same"
+_SPECULATIVE = "drafts by the LLM itself are not supported; leave it out, the output is the same"
 _HUB = "transformers removed this decoding method; use num_beams or do_sample"
 _ENCODER = "there is no encoder input to compare with; leave it out"
 _LAYERS = "outputs of layers are not kept; call the model on input_embeds instead"
@@ -88,7 +89,6 @@ REFUSED: Mapping[str, Refused] = {
     "output_hidden_states": Refused(_LAYERS),
     "output_logits": Refused("logits of each token are not kept; leave it out"),
     "use_mtp": Refused(_SPECULATIVE),
-    "prompt_lookup_num_tokens": Refused(_SPECULATIVE),
     "assistant_early_exit": Refused(_SPECULATIVE),
     "assistant_ensemble_weight": Refused(_SPECULATIVE),
     "speculation_type": Refused(_SPECULATIVE),
@@ -105,6 +105,8 @@ OWN: Mapping[str, str] = {
     "seed": "seed of sampling, 0 by default; draws do not depend on other prompts of the batch",
     "enable_thinking": "false starts the response after an empty thought (qwen3, nemotron-nano-v3)",
     "max_audio_s": "audio longer than this many seconds (40) is split into chunks; false: no limit",
+    "assistant_model": "an ASRModel or CTCModel: its transcript of the recordings is the draft",
+    "drafts": "a text for each prompt, which is its draft",
     "should_stop": "a function called every 16 tokens; when it returns true, generation stops",
 }
 """Keywords of `generate` that transformers does not have."""
@@ -114,7 +116,6 @@ ARGUMENTS: Mapping[str, str] = {
     "stopping_criteria": "use should_stop, stop_strings, max_time or eos_token_id",
     "prefix_allowed_tokens_fn": "use sequence_bias, bad_words_ids or suppress_tokens",
     "streamer": "use model.stream, which yields the text as it comes",
-    "assistant_model": _SPECULATIVE,
     "negative_prompt_ids": "classifier-free guidance is not supported",
     "custom_generate": "no code is loaded",
 }

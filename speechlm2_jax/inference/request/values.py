@@ -137,6 +137,14 @@ def _are_texts(value: object) -> bool:
     )
 
 
+def _are_drafts(value: object) -> bool:
+    return _is_list(value) and all(isinstance(text, str) for text in value)
+
+
+def _is_transcriber(value: object) -> bool:
+    return callable(getattr(value, "transcribe", None)) and hasattr(value, "SHORTEST_S")
+
+
 def _is_decay(value: Any) -> bool:
     is_pair = _is_list(value) and len(value) == 2
     return is_pair and _is_whole(value[0], 0) and _number(value[1]) > 0
@@ -151,7 +159,10 @@ def _is_stopping(value: object) -> bool:
 
 
 _POSITIVE = ("temperature", "repetition_penalty", "max_time")
-_COUNTS = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
+_COUNTS = (
+    *("max_new_tokens", "max_length", "num_beams", "num_return_sequences"),
+    *("prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens"),
+)
 _NOT_NEGATIVE = ("min_new_tokens", "min_length", "no_repeat_ngram_size")
 _SHARES = ("typical_p", "top_h")  # above 0, at most 1
 _CUTOFFS = ("min_p", "epsilon_cutoff", "eta_cutoff")  # from 0, below 1
@@ -193,6 +204,12 @@ _VALUES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "must be pairs of token ids and a number, as [[[3], -1.5], [[4, 5], 2.0]]",
     ),
     (("stop_strings",), _are_texts, "must be a text, or a list of them, none empty"),
+    (("drafts",), _are_drafts, "must be a list of texts, one for each prompt"),
+    (
+        ("assistant_model",),
+        _is_transcriber,
+        "must be an ASRModel or a CTCModel; a draft LLM is not supported",
+    ),
     (
         ("exponential_decay_length_penalty",),
         _is_decay,

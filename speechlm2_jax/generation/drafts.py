@@ -1,0 +1,211 @@
+"""Where the draft tokens of speculative decoding come from.
+
+A drafter proposes the tokens that may come next. Proposals change the speed, never the response.
+
+- `LookupDrafter` copies what followed the same n-gram earlier, in prompt or response.
+- `TextDrafter` has a whole text, such as the transcript of an ASR model, and resumes it after a
+  rejected token at the place that aligns with the response.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+STATIC = {"static": True}
+WORD, MARK, OTHER_START = 10.0, 1.0, 5.0
+"""Costs of an alignment: to leave out or replace a token with letters, to leave out or replace one
+without, and to replace the start of a word by its middle."""
+BEYOND = 1e9
+"""Cost of what lies beyond the end of a draft."""
+START, LETTERS = 1, 2
+"""A token class is LETTERS * (id of its letters, 0 without any) + START if a word starts there."""
+
+
+class DraftText(NamedTuple):
+    """What a drafter copies from: ids padded on the right, one sequence per prompt."""
+
+    ids: Int[Array, "*B S"] | Int[np.ndarray, "*B S"]
+    lengths: Int[Array, "*B"] | Int[np.ndarray, "*B"]
+
+    def by_sequence(self) -> "DraftText":
+        """Joins the leading axes: [G, R, S] -> [G * R, S]."""
+        ids, lengths = jnp.asarray(self.ids), jnp.asarray(self.lengths)
+        return DraftText(ids.reshape(-1, ids.shape[-1]), lengths.reshape(-1))
+
+
+class Proposal(NamedTuple):
+    """The tokens that may come next, padded on the right."""
+
+    ids: Int[Array, "R K"]
+    lengths: Int[Array, " R"]
+
+
+class DraftState(NamedTuple):
+    """A text to copy from, and how its beginnings align with the response so far."""
+
+    ids: Int[Array, "R S"]
+    lengths: Int[Array, " R"]
+    costs: Float[Array, "R S1"]
+    """Cost of aligning the response with the first 0, 1, ..., S tokens of the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafter(ABC):
+    """A source of draft tokens. A pytree."""
+
+    tokens: int = field(metadata=STATIC)
+    """Most draft tokens per pass of the LLM (K)."""
+
+    @abstractmethod
+    def start(self, text: DraftText) -> DraftState:
+        """The state before the first token of the response."""
+
+    @abstractmethod
+    def propose(
+        self, state: DraftState, ids: Int[Array, "R A"], lengths: Int[Array, " R"]
+    ) -> Proposal:
+        """Proposes the tokens after the first `lengths` ids of each response."""
+
+    @abstractmethod
+    def observe(
+        self, state: DraftState, tokens: Int[Array, "R W"], count: Int[Array, " R"]
+    ) -> DraftState:
+        """Takes note of the first `count` of `tokens`, which were added to each response."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LookupDrafter(Drafter):
+    """Prompt lookup: what followed the first earlier occurrence of the last n tokens.
+
+    Tries n = `ngram`, ..., 1, as transformers' `PromptLookupCandidateGenerator`.
+    """
+
+    ngram: int = field(default=2, metadata=STATIC)
+    """Longest n-gram (`max_matching_ngram_size`)."""
+
+    def start(self, text: DraftText) -> DraftState:
+        """Keeps the prompt, its padding moved to the left."""
+        ids, lengths = jnp.asarray(text.ids, jnp.int32), jnp.asarray(text.lengths, jnp.int32)
+        source = jnp.arange(ids.shape[1])[None] - (ids.shape[1] - lengths[:, None])
+        ids = jnp.take_along_axis(ids, jnp.maximum(source, 0), axis=1)
+        return DraftState(ids, lengths, jnp.zeros((len(ids), 0)))
+
+    def propose(
+        self, state: DraftState, ids: Int[Array, "R A"], lengths: Int[Array, " R"]
+    ) -> Proposal:
+        """Looks the last tokens up."""
+        prompt = state.ids.shape[1]
+        known = jnp.concatenate([state.ids, ids], axis=1)
+        first, end = prompt - state.lengths, prompt + lengths
+        start, found = jnp.zeros_like(end), jnp.zeros(len(end), bool)
+        for n in range(self.ngram, 0, -1):
+            at, is_there = _first_match(known, first, end, n)
+            start = jnp.where(~found & is_there, at + n, start)
+            found |= is_there
+        index = start[:, None] + jnp.arange(self.tokens)[None]
+        copied = jnp.take_along_axis(known, jnp.minimum(index, known.shape[1] - 1), axis=1)
+        count = jnp.where(found, jnp.clip(end - start, 0, self.tokens), 0)
+        return Proposal(copied, count)
+
+    def observe(
+        self, state: DraftState, tokens: Int[Array, "R W"], count: Int[Array, " R"]
+    ) -> DraftState:
+        """Nothing to note: the responses are looked up themselves."""
+        return state
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TextDrafter(Drafter):
+    """Copies a text of each response's own, from the place that aligns best with the response.
+
+    The alignment is the Levenshtein distance of tokens, computed forwards, one row per new token.
+    Case, and tokens without letters, cost little or nothing, so that a draft without case and
+    punctuation serves a response with both.
+    """
+
+    classes: Int[Array, " V"] | Int[np.ndarray, " V"]
+    """Token id -> its class: equal classes are the same letters (see `LETTERS`)."""
+
+    def start(self, text: DraftText) -> DraftState:
+        """Aligns the empty response with the beginning of each text."""
+        ids, lengths = jnp.asarray(text.ids, jnp.int32), jnp.asarray(text.lengths, jnp.int32)
+        return DraftState(ids, lengths, self._left_out(ids))
+
+    def propose(
+        self, state: DraftState, ids: Int[Array, "R A"], lengths: Int[Array, " R"]
+    ) -> Proposal:
+        """The text after its best aligned beginning; of equally good ones after the longest."""
+        index = jnp.arange(state.costs.shape[1])[None]
+        costs = jnp.where(index <= state.lengths[:, None], state.costs, BEYOND)
+        start = costs.shape[1] - 1 - jnp.argmin(costs[:, ::-1], axis=1)
+        index = start[:, None] + jnp.arange(self.tokens)[None]
+        copied = jnp.take_along_axis(state.ids, jnp.minimum(index, state.ids.shape[1] - 1), axis=1)
+        return Proposal(copied, jnp.clip(state.lengths - start, 0, self.tokens).astype(jnp.int32))
+
+    def observe(
+        self, state: DraftState, tokens: Int[Array, "R W"], count: Int[Array, " R"]
+    ) -> DraftState:
+        """Adds a row to the distances for each new token."""
+        total = self._left_out(state.ids)
+
+        def add(costs: Array, new: tuple[Array, Array]) -> tuple[Array, None]:
+            token, is_new = new
+            return jnp.where(
+                is_new[:, None], self._next(costs, total, state.ids, token), costs
+            ), None
+
+        is_new = jnp.arange(tokens.shape[1])[:, None] < count[None]
+        costs, _ = jax.lax.scan(add, state.costs, (tokens.T, is_new))
+        return state._replace(costs=costs)
+
+    def _left_out(self, ids: Int[Array, "R S"]) -> Float[Array, "R S1"]:
+        """Cost of leaving out the first 0, 1, ..., S tokens of each text."""
+        each = _cost(jnp.asarray(self.classes)[ids] // LETTERS > 0)
+        return jnp.pad(jnp.cumsum(each, axis=1), ((0, 0), (1, 0)))
+
+    def _next(
+        self,
+        costs: Float[Array, "R S1"],
+        total: Float[Array, "R S1"],
+        ids: Int[Array, "R S"],
+        token: Int[Array, " R"],
+    ) -> Float[Array, "R S1"]:
+        classes = jnp.asarray(self.classes)
+        draft, own = classes[ids], classes[token][:, None]
+        is_word, is_own_word = draft // LETTERS > 0, own // LETTERS > 0
+        unlike = jnp.where(is_word & is_own_word, WORD, _cost(is_word) + _cost(is_own_word))
+        unlike = jnp.where(~is_word & ~is_own_word, MARK, unlike)
+        unlike += jnp.where((draft ^ own) & START, OTHER_START, 0.0)
+        is_same = (ids == token[:, None]) | (is_word & (draft // LETTERS == own // LETTERS))
+        replaced = costs[:, :-1] + jnp.where(is_same, 0.0, unlike)
+        added = costs + _cost(is_own_word)
+        best = jnp.minimum(added, jnp.pad(replaced, ((0, 0), (1, 0)), constant_values=BEYOND))
+        # a beginning may end with tokens that are left out: min over k <= j of best[k] + those
+        return total + jax.lax.cummin(best - total, axis=1)
+
+
+def _cost(is_word: Bool[Array, "*any"]) -> Float[Array, "*any"]:
+    return jnp.where(is_word, WORD, MARK)
+
+
+def _first_match(
+    known: Int[Array, "R S"], first: Int[Array, " R"], end: Int[Array, " R"], n: int
+) -> tuple[Int[Array, " R"], Bool[Array, " R"]]:
+    """Where the last n tokens before `end` first occur with a token after them; whether they do."""
+    windows = known.shape[1] - n + 1
+    if windows < 1:
+        return jnp.zeros_like(end), jnp.zeros(len(end), bool)
+    at = jnp.arange(windows)[None]
+    matches = (at >= first[:, None]) & (at + n < end[:, None])
+    matches &= (end - first >= n)[:, None]
+    for i in range(n):
+        last = jnp.take_along_axis(known, jnp.maximum(end - n + i, 0)[:, None], axis=1)
+        matches &= known[:, i : i + windows] == last
+    return jnp.argmax(matches, axis=1).astype(end.dtype), jnp.any(matches, axis=1)

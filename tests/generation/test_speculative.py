@@ -1,0 +1,268 @@
+"""Speculative decoding gives the tokens of plain decoding, whatever the drafts."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import stats
+
+from speechlm2_jax.generation import salm
+from speechlm2_jax.generation.decoding import DecodingConfig, Prompts
+from speechlm2_jax.generation.drafts import DraftText, LookupDrafter, TextDrafter
+from speechlm2_jax.generation.processors import (
+    ForcedEnd,
+    MinNewTokens,
+    NoRepeatNgrams,
+    RepetitionPenalty,
+    Temperature,
+)
+from speechlm2_jax.layers.module import Variables, merge, split
+from speechlm2_jax.llm.config import DecoderConfig, LayerKind
+from speechlm2_jax.llm.decoder import Decoder
+
+PAD, NEW, VOCABULARY = 0, 12, 31
+CONFIG = DecoderConfig(
+    vocab_size=VOCABULARY,
+    width=16,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_width=8,
+    mlp_width=24,
+    init_std=0.4,
+)
+NARROW = replace(CONFIG, pattern=(LayerKind(window=4), LayerKind(chunk=5)))
+PROMPTS = [[3, 7, 11, 5, 2], [9, 4], [8, 8, 1, 30], [6, 2, 6], [22], [1, 2, 3, 4, 5, 6]]
+CLASSES = 2 * np.arange(VOCABULARY, dtype=np.int32)
+WIDTH = NEW + 6
+"""Of the draft texts."""
+NO_STOP = (99, 99, 99)
+GREEDY = DecodingConfig(max_new_tokens=NEW, stop_ids=NO_STOP, pad_id=PAD)
+DRAFTED = replace(GREEDY, drafter=TextDrafter(tokens=4, classes=CLASSES))
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def run(
+    graphdef: nnx.GraphDef[Decoder],
+    variables: Variables,
+    prompts: Prompts,
+    config: DecodingConfig,
+    until: jax.Array,
+) -> salm.GenerationOutput:
+    decoder: Decoder = merge(graphdef, variables)
+    state = salm.decode(decoder, salm.prefill(decoder, prompts, config), config, until)
+    return salm.read_outputs(state, config)
+
+
+class Case:
+    """A random decoder and prompts of different lengths."""
+
+    def __init__(self, config: DecoderConfig, prompts: list[list[int]] = PROMPTS):
+        self.network = split(Decoder(config, rngs=nnx.Rngs(0)))
+        ids, lengths = padded(prompts)
+        decoder: Decoder = merge(*self.network)
+        self.prompts = Prompts(
+            embeds=decoder.embed(jnp.asarray(ids)),
+            lengths=jnp.asarray(lengths),
+            attention_mask=jnp.arange(ids.shape[1])[None] < lengths[:, None],
+            limits=jnp.full(len(ids), NEW),
+        )
+
+    def run(self, config: DecodingConfig, until: int = NEW, **changed) -> salm.GenerationOutput:
+        prompts = self.prompts._replace(**changed)
+        return run(*self.network, prompts, config, jnp.int32(until))
+
+
+def padded(rows: list[list[int]], width: int | None = None) -> DraftText:
+    out = np.zeros((len(rows), width or max(map(len, rows))), np.int32)
+    for row, ids in zip(out, rows, strict=True):
+        row[: len(ids)] = ids
+    return DraftText(out, np.array([len(ids) for ids in rows], np.int32))
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return Case(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def plain(case: Case) -> np.ndarray:
+    """The greedy responses."""
+    return np.asarray(case.run(GREEDY).ids)
+
+
+def random_drafts(right: np.ndarray, seed: int) -> DraftText:
+    """Right, half right, wrong and empty drafts, with tokens replaced, left out and added."""
+    draw = np.random.default_rng(seed)
+    drafts = []
+    for n, row in enumerate(right.tolist()):
+        kind = (n + seed) % 6
+        ids = row[: draw.integers(1, NEW + 1)]
+        if kind == 1:
+            ids = ids[: len(ids) // 2] + draw.integers(0, VOCABULARY, 5).tolist()
+        elif kind == 2:
+            ids = draw.integers(0, VOCABULARY, draw.integers(0, NEW)).tolist()
+        elif kind == 3:
+            ids = [i for i in ids if draw.random() > 0.3]
+        elif kind == 4:
+            ids = [i if draw.random() > 0.3 else 29 for i in [17, *ids]]
+        elif kind == 5:
+            ids = []
+        drafts.append(ids)
+    return padded(drafts, WIDTH)
+
+
+def test_tokens_are_those_of_plain_decoding_for_any_draft(case: Case, plain: np.ndarray) -> None:
+    for seed in range(40):
+        output = case.run(DRAFTED, drafts=random_drafts(plain, seed))
+        np.testing.assert_array_equal(output.ids, plain)
+        assert np.all(np.asarray(output.accepted) <= np.asarray(output.drafted))
+
+
+def test_right_drafts_are_accepted_whole_and_wrong_ones_not_at_all(
+    case: Case, plain: np.ndarray
+) -> None:
+    right = case.run(DRAFTED, drafts=padded(plain.tolist(), WIDTH))
+    # 1 token from the prompt, then 5 per pass: 4 of the draft and one after them
+    assert np.asarray(right.drafted).tolist() == [4 + 4 + 0] * len(plain)
+    np.testing.assert_array_equal(right.accepted, right.drafted)
+    never = next(i for i in range(1, VOCABULARY) if i not in plain)
+    wrong = case.run(DRAFTED, drafts=padded([[never] * NEW] * len(plain), WIDTH))
+    assert np.asarray(wrong.drafted).min() > 0 == np.asarray(wrong.accepted).max()
+
+
+def test_stop_tokens_and_limits_inside_a_draft_end_the_response(
+    case: Case, plain: np.ndarray
+) -> None:
+    stops = (int(plain[0, 5]), int(plain[1, 6]), int(plain[2, 0]))
+    limits = jnp.asarray([NEW, NEW, NEW, 3, 4, 1])
+    expected = case.run(replace(GREEDY, stop_ids=stops), limits=limits)
+    drafts = padded(plain.tolist(), WIDTH)
+    output = case.run(replace(DRAFTED, stop_ids=stops), limits=limits, drafts=drafts)
+    np.testing.assert_array_equal(output.ids, expected.ids)
+    np.testing.assert_array_equal(output.lengths, expected.lengths)
+    assert np.asarray(output.ended).all()
+    assert len(set(np.asarray(output.lengths).tolist())) > 3
+
+
+HELLO, WORLD, HOW, ARE, YOU, LLO, COMMA, CAPITAL_HELLO, CAPITAL_HOW, OTHER = range(1, 11)
+WORD_CLASSES = np.array([0, 3, 5, 7, 9, 11, 12, 0, 3, 7, 15], np.int32)
+"""Of a vocabulary in which `LLO` is the middle of a word, and capitals have twins without."""
+
+
+@pytest.mark.parametrize(
+    ("response", "next_tokens"),
+    [
+        ([], [HELLO, WORLD, HOW, ARE]),
+        ([CAPITAL_HELLO], [WORLD, HOW, ARE, YOU]),
+        ([CAPITAL_HELLO, COMMA], [WORLD, HOW, ARE, YOU]),
+        ([CAPITAL_HELLO, COMMA, WORLD, COMMA, CAPITAL_HOW], [ARE, YOU]),
+        ([HELLO, OTHER], [HOW, ARE, YOU]),  # another word
+        ([HELLO, HOW], [ARE, YOU]),  # the draft has a word too many
+        ([HELLO, OTHER, WORLD], [HOW, ARE, YOU]),  # it lacks one
+        ([OTHER, LLO], [WORLD, HOW, ARE, YOU]),  # a word in other tokens
+        ([HELLO, WORLD, HOW, ARE, YOU], []),
+    ],
+)
+def test_a_draft_resumes_at_the_word_that_aligns(response, next_tokens) -> None:
+    drafter = TextDrafter(tokens=4, classes=WORD_CLASSES)
+    state = drafter.start(padded([[HELLO, WORLD, HOW, ARE, YOU]], 7))
+    added = padded([response], 6)
+    state = drafter.observe(state, jnp.asarray(added.ids), jnp.asarray(added.lengths))
+    found = drafter.propose(state, jnp.asarray(added.ids), jnp.asarray(added.lengths))
+    assert np.asarray(found.ids)[0, : int(found.lengths[0])].tolist() == next_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "processors",
+    [
+        (RepetitionPenalty(1.7), NoRepeatNgrams(2)),
+        (MinNewTokens(7, np.arange(12, 20)), ForcedEnd(np.array([5]))),
+    ],
+)
+def test_processors_read_the_draft_before_each_position(case: Case, processors) -> None:
+    config = replace(GREEDY, stop_ids=tuple(range(12, 20)), processors=processors)
+    expected = case.run(config)
+    drafted = replace(config, drafter=DRAFTED.drafter)
+    for seed in range(6):
+        drafts = random_drafts(np.asarray(expected.ids), seed)
+        output = case.run(drafted, drafts=drafts)
+        np.testing.assert_array_equal(output.ids, expected.ids)
+        assert int(np.sum(output.accepted)) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [NARROW, replace(CONFIG, pattern=(LayerKind(window=3),))])
+def test_windows_and_chunks_forget_rejected_tokens(config: DecoderConfig) -> None:
+    case = Case(config)
+    expected = np.asarray(case.run(GREEDY).ids)
+    for seed in range(12):
+        output = case.run(DRAFTED, drafts=random_drafts(expected, seed))
+        np.testing.assert_array_equal(output.ids, expected)
+    assert int(np.sum(output.accepted)) > 0
+
+
+def test_prompt_lookup_copies_what_followed_the_same_tokens() -> None:
+    drafter = LookupDrafter(tokens=3, ngram=2)
+    prompt = padded([[5, 6, 7, 8, 9], [1, 2], [4, 4, 5]])
+    response = jnp.asarray([[3, 5, 6, 0, 0], [7, 1, 3, 0, 0], [9, 8, 0, 0, 0]])
+    found = drafter.propose(drafter.start(prompt), response, jnp.asarray([3, 2, 2]))
+    assert np.asarray(found.lengths).tolist() == [3, 3, 0]
+    assert np.asarray(found.ids)[0].tolist() == [7, 8, 9]
+    assert np.asarray(found.ids)[1].tolist() == [2, 7, 1]
+
+
+@pytest.mark.slow
+def test_prompt_lookup_gives_the_same_tokens(case: Case, plain: np.ndarray) -> None:
+    config = replace(GREEDY, drafter=LookupDrafter(tokens=5))
+    for text in (padded(PROMPTS), DraftText(plain, np.full(len(plain), NEW, np.int32))):
+        output = case.run(config, drafts=text)
+        np.testing.assert_array_equal(output.ids, plain)
+    assert int(np.sum(output.accepted)) > 2 * len(plain)
+
+
+@pytest.mark.slow
+def test_sampled_tokens_have_the_distribution_of_the_model() -> None:
+    """Chi-square test of three sampled tokens against the probabilities of full passes."""
+    count, new = 3000, 3
+    case = Case(replace(CONFIG, vocab_size=3), [[1, 2, 0]])
+    config = replace(
+        GREEDY, max_new_tokens=new, do_sample=True, return_sequences=count,
+        processors=(Temperature(2.0),),
+    )  # fmt: skip
+    drafter = TextDrafter(tokens=2, classes=CLASSES[:3])
+    rngs = jax.random.split(jax.random.key(1), 1)
+    output = case.run(
+        replace(config, drafter=drafter), new, rngs=rngs, drafts=padded([[0, 0, 1, 2]])
+    )
+    expected = joint_probabilities(case, new, temperature=2.0)
+    cells = np.asarray(output.ids) @ (3 ** np.arange(new)[::-1])
+    expected /= expected.sum()
+    seen = np.bincount(cells, minlength=3**new)
+    assert 0.1 < np.sum(output.accepted) / np.sum(output.drafted) < 0.9
+    assert stats.chisquare(seen, expected * count).pvalue > 0.01
+    drawn_alone = case.run(config, new, rngs=rngs)
+    np.testing.assert_array_equal(output.ids, drawn_alone.ids)
+
+
+def joint_probabilities(case: Case, new: int, temperature: float) -> np.ndarray:
+    """Probability of every sequence of `new` tokens of three, in lexicographic order."""
+    decoder: Decoder = merge(*case.network)
+    tails = np.stack(np.meshgrid(*[np.arange(3)] * new, indexing="ij"), -1).reshape(-1, new)
+    prompt = jnp.repeat(case.prompts.embeds, len(tails), axis=0)
+    embeds = jnp.concatenate([prompt, decoder.embed(jnp.asarray(tails))], axis=1)
+    shape = embeds.shape[:2]
+    hidden = decoder(
+        embeds,
+        positions=jnp.broadcast_to(jnp.arange(shape[1]), shape),
+        segments=jnp.ones(shape, jnp.int32),
+        attention_mask=jnp.ones(shape, bool),
+    )
+    scores = decoder.logits(hidden)[:, prompt.shape[1] - 1 : -1] / temperature
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), jnp.asarray(tails)[..., None], -1)
+    return np.exp(np.asarray(chosen[..., 0], np.float64).sum(1))
