@@ -87,6 +87,24 @@ def test_continuous_batching_on_a_mesh(model, mesh):
         assert len(ids[number]) == 8 or ids[number][-1] in model.end_ids
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_drafts_on_a_mesh(model, mesh):
+    """Speculative decoding has the tokens of one device; some drafts are right, others not."""
+    prompts = [[{"role": "user", "content": text}] for text in ("Yes", "No. Why?", "When?") * 3]
+    asked = dict(max_new_tokens=8, do_sample=True, temperature=1.5, seed=3)
+    alone = model.generate(prompts, **asked)
+    drafts = [model.tokenizer.ids_to_text(ids[-8:]) for ids in alone]
+    axes = {path: info.axes for path, info in model.infos.items()}
+    before = model.variables
+    model.variables = place(before, axes, make_sharding(**MESHES[mesh]))
+    try:
+        for source in (dict(drafts=drafts), dict(prompt_lookup_num_tokens=3)):
+            np.testing.assert_array_equal(model.generate(prompts, **asked, **source), alone)
+    finally:
+        model.variables = before
+
+
 def test_heads_are_held_in_groups_only_where_they_are_too_few():
     def copies(heads, query_heads, **sizes):
         with use(for_inference(make_sharding(**sizes).mesh)):
