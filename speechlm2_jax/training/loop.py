@@ -44,15 +44,17 @@ class FitLoop:
 
     def run(self) -> FitResult:
         """Trains. After too many skipped steps in a row it saves and raises NonFiniteRun."""
-        first_step = self._progress.step
-        reason = self._before_training()
-        while reason is None:
-            reason = self._train_one_step()
-        self._reporter.drain()
-        self.context.bar.close()
-        self.publish()
-        if self._progress.step:
-            self._save(final=True)
+        first_step, watchdog = self._progress.step, self.context.watchdog
+        self.context.throughput.on_change = watchdog.changed
+        with watchdog.watching():
+            reason = self._before_training()
+            while reason is None:
+                reason = self._train_one_step()
+            self._reporter.drain()
+            self.context.bar.close()
+            self.publish()
+            if self._progress.step:
+                self._save(final=True)
         if self._progress.step > first_step:
             self._reporter.log_times()
         if self._reporter.has_diverged:

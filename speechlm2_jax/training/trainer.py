@@ -59,6 +59,7 @@ from speechlm2_jax.training.run.run_state import FitResult, RunContext, RunState
 from speechlm2_jax.training.run.stopping import StopRequest
 from speechlm2_jax.training.run.summary import describe_run
 from speechlm2_jax.training.run.throughput import Throughput
+from speechlm2_jax.training.run.watchdog import Watchdog
 from speechlm2_jax.training.schedules import make_schedule
 from speechlm2_jax.training.state import Partition
 from speechlm2_jax.training.trainer_config import TrainerConfig
@@ -365,6 +366,7 @@ class Trainer:
             stop=stop,
             bar=bar,
             profiler=profiler,
+            watchdog=Watchdog(config.watchdog_s, self.run_dir),
             log_every_n_steps=config.log_every_n_steps,
             sanity_batches=config.num_sanity_val_steps,
         )

@@ -1,5 +1,6 @@
 """The `trainer:` block, with the key names of Lightning's Trainer."""
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -79,6 +80,9 @@ class TrainerConfig:
     compilation_cache_dir: str | None = "auto"
     """Folder in which compiled programs are kept between runs; null: they are not kept."""
 
+    watchdog_s: float | None = 1800.0
+    """Seconds without progress after which the process writes all stacks and exits with 70; time of
+    compiling does not count, and the step after it may take four times as long. null: no limit."""
     profile_steps: tuple[int, int] | None = None
     """First and last optimizer step of a trace, written to `profile/` in the run's folder."""
 
@@ -131,6 +135,8 @@ class TrainerConfig:
                 f"profile_steps={list(self.profile_steps)}: give the first and the last step, "
                 "counted from 1"
             )
+        if self.watchdog_s is not None and not 0 < self.watchdog_s < math.inf:
+            raise ValueError(f"watchdog_s={self.watchdog_s} must be positive; null: no limit")
         if self.num_val_samples < 0:
             raise ValueError(f"num_val_samples={self.num_val_samples} must not be negative")
         if (self.gradient_clip_val or 0) < 0:

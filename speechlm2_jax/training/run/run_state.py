@@ -13,6 +13,7 @@ from speechlm2_jax.training.run.metrics_log import MetricsLog
 from speechlm2_jax.training.run.profiling import StepProfiler
 from speechlm2_jax.training.run.stopping import StopRequest
 from speechlm2_jax.training.run.throughput import Throughput
+from speechlm2_jax.training.run.watchdog import Watchdog
 from speechlm2_jax.training.schedules import Schedule
 from speechlm2_jax.training.state import TrainState
 from speechlm2_jax.training.validation import Validator
@@ -85,5 +86,6 @@ class RunContext:
     stop: StopRequest
     bar: ProgressBar
     profiler: StepProfiler
+    watchdog: Watchdog
     log_every_n_steps: int
     sanity_batches: int

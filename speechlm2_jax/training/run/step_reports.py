@@ -99,6 +99,7 @@ class Reporter:
         done = self._pending.popleft()
         done.report = jax.device_get(done.report)
         self._last = done
+        self.context.watchdog.step_ended(done.step)
         self._draw(done)
         progress, report = self.progress, done.report
         if report.applied:

@@ -80,6 +80,8 @@ class Throughput:
         self._window = _Window(times=dict(self._spent))
         self._steps = self._tokens = 0
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=PACE_STEPS + 1)
+        self.on_change: Callable[[str], object] = lambda kind: None
+        """Called with the kind of time that begins."""
 
     @contextmanager
     def measure(self, kind: str) -> Iterator[None]:
@@ -148,4 +150,5 @@ class Throughput:
         now = self._clock()
         self._spent[self._kind] += now - self._since
         before, self._kind, self._since = self._kind, kind, now
+        self.on_change(kind)
         return before
