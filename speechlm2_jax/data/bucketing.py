@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, Real
+from jaxtyping import Bool, Int, Real
 
 from speechlm2_jax.data.config import LoaderConfig
 
@@ -235,6 +235,14 @@ def bucket_edges(
     if config.use_bucketing:
         return equal_mass_edges(measures.length, config.num_buckets)
     return _survey_edges(measures, config, multiple)
+
+
+def beyond_bins(measures: Measures, config: LoaderConfig) -> Bool[np.ndarray, " N"]:
+    """Which conversations settings leave out, as none of `bucket_duration_bins` holds them."""
+    if config.bucket_batch_size is None or config.bucket_duration_bins is None:
+        return np.zeros(len(measures), bool)
+    bins = config.bucket_duration_bins
+    return measures.bucketed > (len(bins) - 1 if config.has_2d_bins else bins[-1])
 
 
 def equal_mass_edges(length: np.ndarray, buckets: int) -> np.ndarray:

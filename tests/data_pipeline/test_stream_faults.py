@@ -137,6 +137,20 @@ def test_manifests_of_a_remote_stream_are_copied_when_their_turn_comes(
     assert 0 < len(copied) <= 16 + 1
 
 
+@pytest.mark.parametrize("bins", [[36], [[30, 60]]])
+def test_what_fits_no_bin_is_no_fault(module_of, tmp_path, bins):
+    write_shards(tmp_path, 4, 3)
+    long = [{"audio_filepath": f"{n}.wav", "duration": 0.1, "text": "x" * 50} for n in range(3)]
+    write_lines(tmp_path / "manifest_1.jsonl", *long)
+    bucketing = {"use_bucketing": True, "use_multimodal_sampling": True}
+    sizes = {"bucket_duration_bins": bins, "bucket_batch_size": [2], "num_buckets": 1}
+    stream = module_of(tmp_path, 4, max_error_rate=0.0, **bucketing, **sizes).train_batches()
+    for _ in range(8):
+        next(stream)
+    stream.close()
+    assert not stream._faults.dropped.counts
+
+
 @pytest.mark.parametrize("size", ["-1024", "many", ""])
 def test_a_size_that_is_no_size_is_a_damaged_header(size):
     buffer = BytesIO()

@@ -8,6 +8,7 @@ from typing import Any
 
 from speechlm2_jax.data.audio_errors import AudioError
 from speechlm2_jax.data.augmentation.augmentation import Augmentation
+from speechlm2_jax.data.bucketing import beyond_bins
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.faults import NOISE, Failure
 from speechlm2_jax.data.prepare import kept
@@ -79,6 +80,7 @@ class StreamReader:
             fault = Fault(cause="bad_row", id=name, message=str(error), path=events[0].source)
             return [ReadyEvent(event=events[0], what=fault)]
         keep, _ = kept(made)
+        keep &= ~beyond_bins(made.measures, own.config)  # no fault: settings leave it out
         buckets = self.sampler.bucket_of(made.measures).tolist()
         clips = made.measures.clips.tolist()
         return [
