@@ -240,7 +240,7 @@ def rows_of(path):
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("how", ["bytes", "length", "missing", "meta"])
+@pytest.mark.parametrize("how", ["bytes", "length", "empty", "missing", "meta"])
 def test_a_damaged_index_is_built_again(how, mixed, tokenizer, indexed, caplog):
     expected = contents_of(module_of(tokenizer, [entry(mixed)]))
     (column,) = mixed.with_name("mixed.jsonl.index").glob("prompts-*/tokens.npy")
@@ -250,6 +250,9 @@ def test_a_damaged_index_is_built_again(how, mixed, tokenizer, indexed, caplog):
         column.write_bytes(data)
     elif how == "length":
         column.write_bytes(data[:-4])
+    elif how == "empty":  # as a machine that loses its power leaves a file
+        column.unlink()  # what is mapped stays
+        column.write_bytes(b"")
     elif how == "missing":
         column.unlink()
     else:

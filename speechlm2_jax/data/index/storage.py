@@ -121,10 +121,10 @@ def open_columns(folder: Path, meta: Mapping[str, Any]) -> dict[str, np.ndarray]
         path = folder / f"{name}.npy"
         try:
             mapped = np.load(path, mmap_mode="r" if expected["rows"] else None)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:  # EOFError: of an empty file
             raise ColumnError(f"{path}: {error}") from error
-        if len(mapped) != expected["rows"] or mapped.dtype != expected["dtype"]:
-            raise ColumnError(f"{path}: has {len(mapped)} rows of {mapped.dtype}")
+        if mapped.ndim != 1 or len(mapped) != expected["rows"] or mapped.dtype != expected["dtype"]:
+            raise ColumnError(f"{path}: has the shape {mapped.shape} of {mapped.dtype}")
         columns[name] = np.asarray(mapped)  # a plain array over the same memory is faster to index
         _check(path, columns[name], expected["checksums"])
     return columns
