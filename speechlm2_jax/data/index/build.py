@@ -7,6 +7,8 @@ import shutil
 import struct
 import subprocess
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -55,12 +57,21 @@ def read_chunks(folder: Path, job: Job, size: int) -> Sequence[Columns]:
     step = min(max(size // _CHUNKS, CHUNK_BYTES[0]), CHUNK_BYTES[1])
     starts = range(0, max(size, 1), step)
     tasks = [(folder / f"{n:06d}.npz", a, min(a + step, size)) for n, a in enumerate(starts)]
-    missing = [task for task in tasks if not task[0].is_file()]
-    done = sum(end - start for path, start, end in tasks if path.is_file())
+    missing = [task for task in tasks if not _is_whole(task[0])]
+    done = size - sum(end - start for _, start, end in missing)
     with bar_of(f"indexing {job.manifest.name}", size, done) as bar:
         for _, start, end in _done(job, missing):
             bar.update(end - start)
     return _chunks([path for path, _, _ in tasks])
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a chunk is there, and none of it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as columns:
+            return columns.testzip() is None
+    except (OSError, zipfile.BadZipFile, zlib.error):
+        return False
 
 
 def remove_chunks(folder: Path) -> None:
@@ -146,7 +157,10 @@ class _Worker:
                 self._input.flush()
                 response = self._output.readline()
                 if not response:
-                    raise RuntimeError("a process that indexes a manifest has ended")
+                    raise SettingsError(
+                        "a process that reads a manifest for its index has ended; was it killed, "
+                        "for its memory? Start again: what was read is kept"
+                    )
                 result = json.loads(response)
                 if "errno" in result:
                     raise OSError(result["errno"], result["error"])
