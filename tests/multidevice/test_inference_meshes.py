@@ -60,9 +60,8 @@ def test_decoding_moves_no_weight(model, mesh, monkeypatch):
     assert max(sizes) <= 2 * rows * width, sent
 
 
-@pytest.mark.parametrize(
-    "mesh", ["data=4 tensor=2", pytest.param("fsdp=8", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # compiles four programs for eight devices
+@pytest.mark.parametrize("mesh", ["data=4 tensor=2", "fsdp=8"])
 def test_continuous_batching_on_a_mesh(model, mesh):
     """Nine prompts on eight slots give the tokens of one device, each prompt once."""
     wave = golden_examples("llama_adapter")[0].audio[0]
