@@ -363,6 +363,12 @@ def context_size() -> int:
     return 1 if sharding is None else sharding.context_size
 
 
+def tensor_size() -> int:
+    """`Sharding.tensor_size` of the value in use; 1 outside `use`."""
+    sharding = _current.get()
+    return 1 if sharding is None else sharding.tensor_size
+
+
 def platform() -> str:
     """Platform of the mesh in use; JAX's default backend outside `use`.
 

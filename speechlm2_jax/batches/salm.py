@@ -1,7 +1,7 @@
 """SALM batches: conversations as sequences of interleaved text tokens and audio frames."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Generic, TypeVar
 
 import jax
@@ -42,10 +42,15 @@ class SalmBatch(Generic[A]):
     """Bool [G, R, T]: positions whose prediction counts in the loss."""
     sequence_ids: A
     """Int32 [G, R]: index of the sequence in the global batch; seeds its random draws."""
+    unpacked: bool = field(default=False, metadata={"static": True})
+    """True only if each row is one conversation from its first token, all of it attended to."""
 
     def map(self, fn: Callable[[A], B]) -> "SalmBatch[B]":
         """Applies `fn` to every array."""
-        return SalmBatch(**{f.name: fn(getattr(self, f.name)) for f in fields(self)})
+        arrays = [f.name for f in fields(self) if not f.metadata.get("static")]
+        return SalmBatch(
+            **{name: fn(getattr(self, name)) for name in arrays}, unpacked=self.unpacked
+        )
 
     def without_id(self: "SalmBatch[M]", token_id: int) -> "SalmBatch[M]":
         """Masks text tokens of one id: they are neither attended to nor scored.
@@ -55,6 +60,7 @@ class SalmBatch(Generic[A]):
         is_audio = self.audio_index >= 0
         return replace(
             self,
+            unpacked=False,
             attention_mask=self.attention_mask & (is_audio | (self.tokens != token_id)),
             loss_mask=self.loss_mask & (self.targets != token_id),
         )
@@ -66,7 +72,8 @@ class SalmBatch(Generic[A]):
         order = time_order(self.tokens.shape[2])
         if order is None:
             return self
-        return replace(self, **{name: getattr(self, name)[..., order] for name in PER_TOKEN})
+        reordered = {name: getattr(self, name)[..., order] for name in PER_TOKEN}
+        return replace(self, unpacked=False, **reordered)
 
 
 PER_TOKEN = (
@@ -198,6 +205,7 @@ def assemble_salm_batch(
         audio_extent=arrays["audio_lengths"].max(axis=1, initial=0),
         clip_ids=np.arange(G * C, dtype=np.int32).reshape(G, C),
         sequence_ids=np.arange(G * R, dtype=np.int32).reshape(G, R),
+        unpacked=rows is None,
         **arrays,
     )
 

@@ -98,8 +98,10 @@ class CachedDecoder(Protocol):
         *,
         positions: Int[Array, "B T"],
         attention_mask: Bool[Array, "B T"],
+        is_first: bool = False,
+        unpacked: bool = False,
     ) -> CachedOutput:
-        """Runs further tokens of the sequences in the cache."""
+        """Runs further tokens of the sequences in the cache, which is empty if `is_first`."""
         ...
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -123,6 +125,8 @@ class Prompts(NamedTuple):
     """One random key per prompt, for sampling."""
     drafts: DraftText | None = None
     """What `DecodingConfig.drafter` copies from."""
+    unpacked: bool = False
+    """True only if `attention_mask` is True at all positions of each prompt."""
 
 
 class PromptInfo(NamedTuple):
@@ -160,7 +164,14 @@ def run_prompts(decoder: CachedDecoder, prompts: Prompts, config: DecodingConfig
     capacity = length + config.max_new_tokens - 1 + config.draft_tokens
     prompt_capacity = capacity if config.copies == 1 else length
     cache = decoder.new_cache(batch, prompt_capacity, embeds.dtype)
-    hidden, cache = decoder.extend(embeds, cache, positions=positions, attention_mask=mask)
+    hidden, cache = decoder.extend(
+        embeds,
+        cache,
+        positions=positions,
+        attention_mask=mask,
+        is_first=True,
+        unpacked=prompts.unpacked,
+    )
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(hidden, last, axis=1)
     prompt_ids = _left_padded(prompts.ids, lengths)

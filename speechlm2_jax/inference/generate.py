@@ -349,6 +349,7 @@ def prefill(
             ids=batch.tokens.reshape(rows) if sees_prompt else None,
             rngs=salm_network.example_rngs(own.key, batch.sequence_ids),
             drafts=text,
+            unpacked=batch.unpacked,
         )
         return loops.constrained(loops.prefill(network.llm, prompts, decoding))
 

@@ -74,4 +74,5 @@ def hidden_states(
         positions=jnp.broadcast_to(jnp.arange(rows[1], dtype=jnp.int32), rows),
         segments=jnp.ones(rows, jnp.int32),
         attention_mask=jnp.ones(rows, bool) if mask is None else mask,
+        unpacked=mask is None,
     )

@@ -1,21 +1,71 @@
-"""Scaled dot-product attention: one function that chooses among the implementations."""
+"""Scaled dot-product attention: one table of which implementation computes which case."""
 
+import logging
 from dataclasses import dataclass, field
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from speechlm2_jax.layers.cudnn_attention import WIDEST_HEAD, cudnn_attention
 from speechlm2_jax.layers.ring_attention import ring_attention
 from speechlm2_jax.layers.scores import Scores
 from speechlm2_jax.layers.splash_attention import splash_attention
-from speechlm2_jax.sharding import context_size, platform
+from speechlm2_jax.sharding import context_size, platform, tensor_size
 
 MASKED_KEY = -1
 """Segment id of a key that no query may attend to."""
 SPLASH_MIN_TOKENS = 256
 """Shortest sequence for the splash kernel on a TPU: its blocks are 128 to 512 tokens."""
+ROWS, SEGMENTS, CACHE, RING = "rows", "segments", "cache", "ring"
+"""What the tokens of a row are: one sequence and padding after it; any sequences and masked tokens;
+new tokens that attend to a cache; parts of sequences on the devices of a context axis."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What the choice of an implementation depends on."""
+
+    platform: str
+    """cpu, gpu or tpu."""
+    kind: str
+    """ROWS, SEGMENTS, CACHE or RING."""
+    tokens: int
+    head_width: int
+    dtype: jnp.dtype
+    is_capped: bool = False
+    """Whether scores have a soft cap."""
+    is_chunked: bool = False
+    """Chunks count positions within a segment; kernels know only those of the whole row."""
+    divides: bool = True
+    """Whether the tensor axis divides the key and value heads: a device has whole groups."""
+
+
+def implementation(case: Case) -> str:
+    """ring, splash, cudnn or dense: the first line of the table that fits.
+
+    | name | platform | rows | further |
+    |---|---|---|---|
+    | ring | any | ring | no chunks |
+    | splash | tpu | rows, segments | at least `SPLASH_MIN_TOKENS` tokens, no chunks |
+    | cudnn | gpu | rows | 16-bit, heads of at most 256 and a multiple of 8, no cap, no chunks |
+    | dense | any | any | |
+    """
+    if case.is_chunked:
+        return "dense"
+    if case.kind == RING:
+        return "ring"
+    is_long = case.tokens >= SPLASH_MIN_TOKENS
+    if case.platform == "tpu" and case.kind in (ROWS, SEGMENTS) and is_long and case.divides:
+        return "splash"
+    is_fit = case.dtype.itemsize == 2 and case.head_width <= WIDEST_HEAD and not case.head_width % 8
+    if case.platform == "gpu" and case.kind == ROWS and is_fit and case.divides:
+        return "dense" if case.is_capped else "cudnn"
+    return "dense"
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +95,17 @@ class AttentionMask:
     key_positions: Int[Array, "B S"] | None = None
     by_position: bool = field(default=False, metadata={"static": True})
     """Compare positions, not indices, for causality: the keys are in a ring buffer."""
+    unpacked: bool = field(default=False, metadata={"static": True})
+    """True only if every row is one segment from its first token, and padding after it."""
+
+    @property
+    def kind(self) -> str:
+        """What the tokens of a row are, for `Case`."""
+        if self.ring_order is not None and context_size() > 1:
+            return RING
+        if self.ring_order is not None or self.offset is not None or self.by_position:
+            return CACHE
+        return ROWS if self.unpacked else SEGMENTS
 
     def dense(self) -> Bool[Array, "B T S"]:
         """Returns the dense mask; True where query t may attend to key s."""
@@ -87,36 +148,43 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention: N / N_kv query heads share one key/value head. Softmax in fp32.
 
-    With `softcap` a score s becomes softcap * tanh(s / softcap) (Gemma 2). Ring attention on a mesh
-    with a context axis, the splash kernel for long sequences on a TPU, plain XLA otherwise. The
-    platform is that of the mesh's devices, not JAX's default backend: they differ in ahead-of-time
-    compilation. The output of a query without any key is finite, and not to be used.
+    With `softcap` a score s becomes softcap * tanh(s / softcap) (Gemma 2). `implementation` chooses
+    what computes it. The platform is that of the mesh's devices, not JAX's default backend: they
+    differ in ahead-of-time compilation. The output of a query without any key is finite, and not to
+    be used.
     """
     scores = Scores(scale=scale, softcap=softcap, window=mask.window)
-    is_ring = mask.ring_order is not None and context_size() > 1
-    is_self_attention = mask.ring_order is None and mask.offset is None and not mask.by_position
-    is_splash = is_self_attention and q.shape[1] >= SPLASH_MIN_TOKENS and platform() == "tpu"
-    if is_ring and mask.chunk is None:
+    case = Case(
+        platform=platform(),
+        kind=mask.kind,
+        tokens=q.shape[1],
+        head_width=q.shape[-1],
+        dtype=q.dtype,
+        is_capped=softcap is not None,
+        is_chunked=mask.chunk is not None,
+        divides=k.shape[2] % tensor_size() == 0,
+    )
+    chosen = implementation(case)
+    queries, keys = mask.query_segments, mask.key_segments
+    if chosen == "ring":
+        order = jnp.asarray(mask.ring_order)
         return ring_attention(
-            q,
-            k,
-            v,
-            query_segments=mask.query_segments,
-            key_segments=mask.key_segments,
-            ring_order=jnp.asarray(mask.ring_order),
-            scores=scores,
+            q, k, v, query_segments=queries, key_segments=keys, ring_order=order, scores=scores
         )
-    if is_splash and mask.chunk is None:
-        return splash_attention(
-            q,
-            k,
-            v,
-            query_segments=mask.query_segments,
-            key_segments=mask.key_segments,
-            scores=scores,
-        )
-    # chunks count positions within a segment; the kernels know only those of the whole sequence
+    if chosen == "splash":
+        return splash_attention(q, k, v, query_segments=queries, key_segments=keys, scores=scores)
+    if chosen == "cudnn":
+        lengths = jnp.sum(keys != MASKED_KEY, axis=1, dtype=jnp.int32)
+        try:
+            return cudnn_attention(q, k, v, lengths=lengths, scores=scores)
+        except (RuntimeError, NotImplementedError, ValueError) as error:  # an older GPU or cuDNN
+            _log_once(f"cuDNN's attention cannot be used: {error}; plain attention takes its place")
     return _attend_dense(q, k, v, mask.dense(), scores)
+
+
+@cache
+def _log_once(line: str) -> None:
+    log.warning("%s", line)
 
 
 def _attend_dense(

@@ -30,6 +30,8 @@ class AttentionInputs:
     tokens: NewTokens
     query_scale: Float[Array, "B T"] | None = None
     """Factor of each query, which depends on its position; None: 1."""
+    reads_cache: bool = True
+    """False: the tokens attend to each other; a cache is only written."""
 
 
 class Attention(nnx.Module):
@@ -91,11 +93,12 @@ class Attention(nnx.Module):
         if inputs.query_scale is not None:
             q = q * inputs.query_scale[:, :, None, None].astype(q.dtype)
         if cache is not None and kind.window is not None:
-            window, k, v = cache.window_of(kind.window).update(layer, k, v, inputs.tokens)
+            window, *seen = cache.window_of(kind.window).update(layer, k, v, inputs.tokens)
             cache = cache.with_window(window)
+            k, v = seen if inputs.reads_cache else (k, v)
         elif cache is not None:
             cache = cache.write(layer, k, v)
-            k, v = cache.read(layer)
+            k, v = cache.read(layer) if inputs.reads_cache else (k, v)
         heads = attend(
             q,
             k,

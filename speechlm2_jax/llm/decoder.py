@@ -1,6 +1,7 @@
 """The decoder-only LLM: embeddings in, hidden states and logits out, with or without a KV cache."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -127,6 +128,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
         attention_mask: Bool[Array, "B T"],
+        unpacked: bool = False,
         rngs: Key[Array, " B"] | None = None,
         remat: RematPolicy = "full",
     ) -> Float[Array, "B T D"]:
@@ -134,16 +136,18 @@ class Decoder(nnx.Module):
 
         Position i attends to position j if j <= i, both have the same segment id, the layer's
         window and chunk hold both, and `attention_mask[j]` is True. The output of a position that
-        attends to nothing is finite and meaningless. With `rngs`, one per sequence, LoRA dropout is
-        on. `remat` chooses what the backward pass recomputes (see `scan_layers`). On a mesh with a
-        context axis the tokens are in the order of `Sharding.time_order`; `put_batch` brings them
-        there.
+        attends to nothing is finite and meaningless. `unpacked` promises that each row is one
+        segment from its first token, and padding after it: fused attention on GPUs needs it. With
+        `rngs`, one per sequence, LoRA dropout is on. `remat` chooses what the backward pass
+        recomputes (see `scan_layers`). On a mesh with a context axis the tokens are in the order of
+        `Sharding.time_order`; `put_batch` brings them there.
         """
         inputs = self._attention_inputs(
             positions,
             segments,
             jnp.where(attention_mask, segments, MASKED_KEY),
             ring_order=time_order(embeds.shape[1]),
+            unpacked=unpacked,
         )
         x, _, _ = self._run(embeds, inputs, rngs=rngs, remat=remat)
         return self.norm(x)
@@ -183,15 +187,25 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "B T"],
         attention_mask: Bool[Array, "B T"],
+        is_first: bool = False,
+        unpacked: bool = False,
     ) -> CachedOutput:
         """Runs T further tokens of each sequence in `cache`; one segment per sequence.
 
         The cache must have T free positions. The hidden states equal those of `__call__` on the
-        whole sequence.
+        whole sequence. `is_first`: the cache is empty, so the tokens attend to each other only, and
+        nothing is read from it. `unpacked` as for `__call__`.
         """
         cache = cache.reserve(attention_mask, positions)
         new = NewTokens(positions, attention_mask)
-        x, written, _ = self._run(embeds, self._cached_inputs(cache, new), cache=cache)
+        if is_first:
+            segments = jnp.zeros(positions.shape, jnp.int32)
+            keys = jnp.where(attention_mask, segments, MASKED_KEY)
+            inputs = self._attention_inputs(positions, segments, keys, unpacked=unpacked)
+            inputs = replace(inputs, reads_cache=False)
+        else:
+            inputs = self._cached_inputs(cache, new)
+        x, written, _ = self._run(embeds, inputs, cache=cache)
         return CachedOutput(self.norm(x), written.advance(attention_mask.shape[1], new))
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -216,6 +230,8 @@ class Decoder(nnx.Module):
         query_segments: Int[Array, "B T"],
         key_segments: Int[Array, "B T"],
         ring_order: np.ndarray | None = None,
+        *,
+        unpacked: bool = False,
     ) -> AttentionInputs:
         """Rotary angles and masks for tokens that attend to each other."""
 
@@ -225,6 +241,7 @@ class Decoder(nnx.Module):
                 query_segments=query_segments,
                 key_segments=key_segments,
                 ring_order=ring_order,
+                unpacked=unpacked,
                 window=kind.window,
                 chunk=kind.chunk,
                 query_positions=positions if is_narrow else None,

@@ -268,6 +268,7 @@ def forward(
         positions=jnp.broadcast_to(positions.astype(jnp.int32), shape),
         segments=jnp.ones(shape, jnp.int32),
         attention_mask=jnp.ones(shape, bool),
+        unpacked=True,
         rngs=rngs if modes.llm else None,
         remat=network.config.remat.llm,
     )

@@ -157,6 +157,7 @@ def forward(
         positions=batch.positions.reshape(shape),
         segments=batch.segments.reshape(shape),
         attention_mask=batch.attention_mask.reshape(shape),
+        unpacked=batch.unpacked,
         rngs=example_rngs(rng, batch.sequence_ids) if modes.llm else None,
         remat=network.config.remat.llm,
     )

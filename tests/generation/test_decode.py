@@ -156,7 +156,14 @@ class CountingDecoder:
         return KVCache.empty((1, batch, capacity, 1, 2), dtype)
 
     def extend(
-        self, embeds: jax.Array, cache: KVCache, *, positions: jax.Array, attention_mask: jax.Array
+        self,
+        embeds: jax.Array,
+        cache: KVCache,
+        *,
+        positions: jax.Array,
+        attention_mask: jax.Array,
+        is_first: bool = False,
+        unpacked: bool = False,
     ) -> CachedOutput:
         jax.debug.callback(self.calls.append, positions)
         cache = cache.reserve(attention_mask).advance(embeds.shape[1])
