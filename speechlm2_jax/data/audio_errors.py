@@ -13,7 +13,7 @@ CAUSES = {
     "incomplete": "the storage delivers less than it announces",
     "forbidden": "the storage refuses to give it",
     "not_allowed": "settings do not allow its address (`allowed_roots`, `allowed_schemes`)",
-    "changed": "its row of the manifest is not what it was when it was indexed",
+    "changed": "its row of the manifest, or its tar, is not what it was when it was read first",
     "no_row": "no row of the manifest describes it (a member of a stream's tar)",
     "bad_row": "its row of the manifest cannot be read (of a stream)",
     "longer_than_buckets": "it is longer than all shapes, which were planned by a sample",

@@ -8,6 +8,7 @@ from speechlm2_jax.data.audio_files import open_binary
 from speechlm2_jax.data.storage.access import StorageAccess
 from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.data.storage.errors import StorageError
+from speechlm2_jax.data.tar_headers import BLOCK_BYTES, OCTAL_BYTES, size_in_header
 
 
 class NamedBytes(io.BytesIO):
@@ -54,10 +55,11 @@ class AudioLocation(NamedTuple):
             return NamedBytes(self._remote_bytes(), name=self._shown(name))
         if self.byte_range is None:
             return self.path
+        head = self._header_bytes
         start, size = self.byte_range
         with open_binary(self.path) as file:
-            file.seek(start)
-            return NamedBytes(file.read(size), name=f"{name} in {self.path}")
+            file.seek(start - head)
+            return NamedBytes(self._checked(file.read(head + size)), name=self._shown(name))
 
     def named(self, data: bytes, name: str) -> NamedBytes:
         """Its bytes, if these have been read already."""
@@ -70,9 +72,28 @@ class AudioLocation(NamedTuple):
         try:
             if self.byte_range is None:
                 return self.storage.whole(self.path)
-            data = self.storage.read(self.path, *self.byte_range)
+            start, size = self.byte_range
+            head = self._header_bytes
+            data = self.storage.read(self.path, start - head, head + size)
         except StorageError as error:
             raise AudioError(str(error), cause=error.cause, path=self.path) from error
-        if len(data) < self.byte_range[1]:
+        if len(data) < head + size:
             raise AudioError(f"{self.path}: ends inside a member", cause="truncated")
-        return data
+        return self._checked(data)
+
+    @property
+    def _header_bytes(self) -> int:
+        """How much is read before a member of a tar, to see that it is still there."""
+        assert self.byte_range is not None
+        start, size = self.byte_range
+        is_member = self.path.endswith(".tar") and start >= BLOCK_BYTES and size < OCTAL_BYTES
+        return BLOCK_BYTES if is_member else 0
+
+    def _checked(self, data: bytes) -> bytes:
+        """What comes behind the header. Raises AudioError for a header of another member."""
+        assert self.byte_range is not None
+        head = self._header_bytes
+        if head and size_in_header(data[:head]) != self.byte_range[1]:
+            message = f"{self.path}: changed since its members were listed"
+            raise AudioError(message, cause="changed", path=self.path)
+        return data[head:] if head else data

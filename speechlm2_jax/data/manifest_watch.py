@@ -23,7 +23,7 @@ _State = tuple[int, int] | None
 
 
 def manifest_files(entry: InputConfig, *, is_stream: bool = False) -> tuple[str, ...]:
-    """The manifests of an entry, or its texts: of SHAR the files of cuts, of a folder the tars.
+    """The manifests of an entry, or its texts, and its tars; of SHAR the files of cuts and tars.
 
     Of remote ones their copies; none of a stream, which copies each when its turn comes.
     """
@@ -31,10 +31,12 @@ def manifest_files(entry: InputConfig, *, is_stream: bool = False) -> tuple[str,
     if folder is not None:
         return () if is_remote(folder) else tuple(map(str, sorted(_folder(folder).glob("*.tar"))))
     if isinstance(shar, Mapping):
-        return _files(shar["cuts"], is_stream)
+        tars = (path for name, files in shar.items() if name != CUTS for path in _tars(files))
+        return (*_files(shar[CUTS], is_stream), *tars)
     if shar is None:
         listed = (entry.manifests, entry.paths, entry.source_paths, entry.target_paths)
-        return tuple(file for paths in listed for file in _files(paths or (), is_stream))
+        tars = (tar for _, packed in entry.tarred for tar in _tars(packed))
+        return (*(file for paths in listed for file in _files(paths or (), is_stream)), *tars)
     folders = [shar] if isinstance(shar, str) else shar
     names = [one if isinstance(one, str) else one[0] for one in folders]
     return tuple(file for folder in names for file in _cuts(folder, is_stream))
@@ -49,6 +51,11 @@ def _files(paths: Paths, is_stream: bool) -> tuple[str, ...]:
     return tuple(map(plain_path, listed))
 
 
+def _tars(paths: Paths) -> list[str]:
+    """The tars of this machine: remote ones are not asked for."""
+    return [plain_path(path) for path in expand_shards(paths) if not is_remote(path)]
+
+
 def _folder(path: str) -> Path:
     return Path(plain_path(path))
 
@@ -59,7 +66,11 @@ def _cuts(folder: str, is_stream: bool) -> list[str]:
         return []
     if is_remote(folder):
         return [str(path) for path in local_files(files_of_remote_folder(folder, ())[CUTS])]
-    return [str(path) for path in sorted(_folder(folder).glob("cuts.*jsonl*"))]
+    return [str(path) for path in sorted(_folder(folder).glob("*.*")) if _is_watched(path)]
+
+
+def _is_watched(path: Path) -> bool:
+    return path.suffix == ".tar" or (path.name.startswith("cuts.") and "jsonl" in path.name)
 
 
 @dataclass(kw_only=True)

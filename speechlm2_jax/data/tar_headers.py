@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 """Members begin at multiples of it."""
+OCTAL_BYTES = 8**11
+"""Members of so many bytes have their size in another header, or in binary."""
 _EMPTY = bytes(BLOCK_BYTES)
 _FILES = b"0\0"
 _LONG_NAME, _PAX, _GLOBAL_PAX = b"L", b"x", b"g"
@@ -80,6 +82,14 @@ def size_of_member(descriptor: int, start: int) -> int:
     """
     place = start - BLOCK_BYTES
     return _size(os.pread(descriptor, BLOCK_BYTES, place), place)
+
+
+def size_in_header(block: bytes) -> int | None:
+    """The size in a header; None for a block that is none."""
+    try:
+        return _size(block, 0)
+    except tarfile.ReadError:
+        return None
 
 
 def _size(block: bytes, place: int) -> int:

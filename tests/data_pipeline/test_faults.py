@@ -264,3 +264,16 @@ def test_the_manifests_of_every_kind_of_source_are_watched(tmp_path):
     )
     shar = (f"{tmp_path}/cuts.000000.jsonl.gz",)
     assert found == [(f"{tmp_path}/part_0.jsonl", f"{tmp_path}/part_1.jsonl"), shar, shar]
+
+
+def test_tars_are_watched_too(tmp_path):
+    names = ("cuts.000000.jsonl.gz", "recording.000000.tar", "target_audio.000000.tar")
+    for name in names:
+        (tmp_path / name).touch()
+    files = tuple(f"{tmp_path}/{name}" for name in names)
+    shar = {"cuts": files[0], "recording": files[1], "target_audio": files[2]}
+    assert manifest_files(InputConfig(shar_path=str(tmp_path))) == files
+    assert manifest_files(InputConfig(shar_path=shar)) == files
+    remote = "http://host/audio_1.tar"
+    tarred = {"manifest_filepath": "m.jsonl", "tarred_audio_filepaths": ["a_0.tar", remote]}
+    assert manifest_files(InputConfig(type="nemo_tarred", **tarred)) == ("m.jsonl", "a_0.tar")

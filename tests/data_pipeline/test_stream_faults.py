@@ -137,6 +137,34 @@ def test_manifests_of_a_remote_stream_are_copied_when_their_turn_comes(
     assert 0 < len(copied) <= 16 + 1
 
 
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_tar_that_is_replaced_under_a_run_gives_no_recording_of_another_row(
+    module_of, tmp_path, monkeypatch, is_remote
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    seconds = [0.1, 0.15, 0.2, 0.25]
+    members = [(f"{n}.wav", wav_bytes(s, 0.1 * n)) for n, s in enumerate(seconds)]
+    write_tar(tmp_path / "audio_0.tar", members)
+    write_tar(tmp_path / "other.tar", members[::-1])
+    rows = [
+        {"audio_filepath": f"{n}.wav", "duration": s, "text": str(n), "sampling_rate": 16000}
+        for n, s in enumerate(seconds)
+    ]
+    write_lines(tmp_path / "manifest_0.jsonl", *rows)
+    with serving() as site:
+        for file in tmp_path.iterdir():
+            if file.is_file():
+                site.put(file.name, file.read_bytes())
+        module = module_of(site.url if is_remote else tmp_path, 1, stream=False)
+        site.files["/audio_0.tar"] = (tmp_path / "other.tar").read_bytes()
+        (tmp_path / "other.tar").replace(tmp_path / "audio_0.tar")
+        stream = module.train_batches()
+        for _ in range(2):
+            assert not next(stream).ids
+        stream.close()
+    assert module.dropped == {"changed": 4}
+
+
 @pytest.mark.parametrize("bins", [[36], [[30, 60]]])
 def test_what_fits_no_bin_is_no_fault(module_of, tmp_path, bins):
     write_shards(tmp_path, 4, 3)
