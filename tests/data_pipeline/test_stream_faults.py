@@ -10,6 +10,7 @@ from speechlm2_jax.data import DataModule
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.streams.events import PoolReader, StreamPlace
 from speechlm2_jax.data.tar_headers import members_of
+from speechlm2_jax.settings import SettingsError
 from tests.data_pipeline.http_server import serving
 from tests.data_pipeline.small_corpus import TAG, frames, wav_bytes, write_lines, write_tar
 
@@ -135,6 +136,15 @@ def test_manifests_of_a_remote_stream_are_copied_when_their_turn_comes(
         module_of(site.url, 40, stream=None)
         copied = {path for path, _ in site.requests if path.startswith("/manifest")}
     assert 0 < len(copied) <= 16 + 1
+
+
+def test_a_stream_of_nothing_tells_why(module_of, tmp_path):
+    write_shards(tmp_path, 1, 2)
+    (tmp_path / "audio_0.tar").write_bytes(b"?" * 2048)
+    stream = module_of(tmp_path, 1).train_batches()
+    with pytest.raises(SettingsError, match="an example that can be used: no header at byte 0"):
+        next(stream)
+    stream.close()
 
 
 @pytest.mark.parametrize("is_remote", [False, True])

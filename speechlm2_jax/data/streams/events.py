@@ -106,9 +106,10 @@ class PoolReader:
                     raise SettingsError(f"{lost} shards in a row cannot be read: {shard.error}")
                 useless = 0 if is_useful else useless + 1
                 if useless > self.order.shards * self.order.parts:
+                    reason = "" if shard.error is None else f": {shard.error}"
                     raise SettingsError(
                         f"{shard.shard.name}: no shard of the stream has an example that can be "
-                        "used"
+                        f"used{reason}"
                     )
                 place = StreamPlace(place.turn + self.order.groups)
         finally:
