@@ -21,6 +21,8 @@ _OWN_KEYS = {
     "return_dict_in_generate": _ONE_RESPONSE,
     "should_stop": _ONE_RESPONSE,
     "max_audio_s": "set max_audio_s instead",
+    "assistant_model": "set draft instead",
+    "drafts": "set draft instead",
     "enable_thinking": "the prompt format decides it; leave it out",
 }
 """Keys of a GenerationConfig that `generation` refuses, and what to do instead."""
@@ -72,6 +74,9 @@ class EvalConfig:
     """Give every utterance the audio of another, to show that the model uses the audio."""
     use_asr_decoder: bool | None = None
     """Open a SALMWithAsrDecoder, or a SALM; null: what a local directory is, SALM from the hub."""
+    draft: str | None = None
+    """Speculative decoding with transcripts of an ASR model: `encoder` (the CTC head of the run's
+    pretrained encoder), a `.nemo` file, or a run directory of a CTC model."""
     encoder_wer: bool = False
     """Also score the CTC head of the run's pretrained encoder."""
     report: str | None = None
@@ -100,7 +105,23 @@ class EvalConfig:
             raise ValueError(f"max_audio_s={self.max_audio_s:g} must be at least 1, or null")
         if self.generation:
             check_generation(self.generation, self.max_new_tokens)
+        if self.draft is not None:
+            self._check_draft()
         check_common(self.batch_size, self.report_rows, self.use_normalizer)
+
+    @property
+    def is_speculative(self) -> bool:
+        """Whether draft tokens are used."""
+        lookup = self.generation.get("prompt_lookup_num_tokens")
+        return self.draft is not None or lookup is not None
+
+    def _check_draft(self) -> None:
+        if int(str(self.generation.get("num_beams") or 1)) > 1:
+            raise SettingsError("draft: beam search has no drafts; leave it or num_beams out")
+        if self.generation.get("prompt_lookup_num_tokens") is not None:
+            raise SettingsError(
+                "draft: generation.prompt_lookup_num_tokens is a source of drafts too; give one"
+            )
 
 
 def check_generation(

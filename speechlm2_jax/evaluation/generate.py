@@ -43,6 +43,8 @@ class GenerationTask:
     """Conversations have their own."""
     stop_ids: list[int]
     config: EvalConfig
+    draft_model: Any = None
+    """The ASR model whose transcripts are drafts, if any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,10 @@ class GeneratedRound:
     """Time of the model, without reading audio."""
     compiled: int
     """Number of programs compiled in this round."""
+    drafted: int = 0
+    """Draft tokens that were checked."""
+    accepted: int = 0
+    """Draft tokens that are part of the responses."""
 
 
 @runtime_checkable
@@ -84,7 +90,7 @@ def _can_stream(model: EvaluatedModel, config: EvalConfig) -> bool:
         read_request,
     )
 
-    if not config.continuous_batching:
+    if not config.continuous_batching or config.is_speculative:
         return False
     vocabulary = model if isinstance(model, Vocabulary) else ANY_VOCABULARY
     return why_unsupported(read_request(vocabulary, dict(config.generation))) is None
@@ -144,12 +150,14 @@ def generate_in_batches(
     while batch := list(itertools.islice(clips, size)):
         filled = batch + batch[-1:] * (size - len(batch) if fill else 0)
         compiled, start_s = Compilations.count, time.perf_counter()
-        ids = _generate(model, filled, task)
+        ids, drafted, accepted = _generate(model, filled, task)
         yield GeneratedRound(
             outputs=list(zip(batch, ids, strict=False)),  # drops the outputs of the filling
             audio_s=_audio_s(model, batch),
             seconds=time.perf_counter() - start_s,
             compiled=Compilations.count - compiled,
+            drafted=int(drafted[: len(batch)].sum()),
+            accepted=int(accepted[: len(batch)].sum()),
         )
         fill = True
 
@@ -168,9 +176,10 @@ def generation_config(model: EvaluatedModel, task: GenerationTask) -> Any:
 
 def _generate(
     model: EvaluatedModel, clips: Sequence[EvaluationClip], task: GenerationTask
-) -> list[Int[np.ndarray, " T"]]:
+) -> tuple[list[Int[np.ndarray, " T"]], Int[np.ndarray, "..."], Int[np.ndarray, "..."]]:
+    """(token ids, draft tokens checked, draft tokens accepted) of each clip."""
     is_drawn = task.config.generation.get("do_sample")
-    drawn = {"draw_numbers": [clip.draw for clip in clips]} if is_drawn else {}
+    drawn: dict[str, Any] = {"draw_numbers": [clip.draw for clip in clips]} if is_drawn else {}
     if any(clip.dialog is not None for clip in clips):
         prompts = [_prompt(model, clip, task) for clip in clips]
         audio = {}
@@ -179,6 +188,10 @@ def _generate(
         audio = dict(
             zip(("audios", "audio_lens"), pad_right([c.samples for c in clips]), strict=True)
         )
+    if task.draft_model is not None:
+        drawn["assistant_model"] = task.draft_model
+    if task.config.is_speculative:
+        drawn["return_dict_in_generate"] = True
     generated = model.generate(
         prompts=prompts,
         **audio,
@@ -190,7 +203,11 @@ def _generate(
     # as in NeMo, the output starts with the prompt if no prompt has audio
     has_audio = audio or any(clip.recordings or clip.dialog is None for clip in clips)
     own = 0 if has_audio else max(_prompt_tokens(model, prompt) for prompt in prompts)
-    return [np.asarray(ids)[own:] for ids in generated]
+    if not task.config.is_speculative:
+        none = np.zeros(len(clips), np.int32)
+        return [np.asarray(ids)[own:] for ids in generated], none, none
+    sequences = [np.asarray(ids)[own:] for ids in generated.sequences]
+    return sequences, np.asarray(generated.drafted), np.asarray(generated.accepted)
 
 
 def _prompt(model: EvaluatedModel, clip: EvaluationClip, task: GenerationTask) -> list[Turn]:

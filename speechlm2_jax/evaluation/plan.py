@@ -11,7 +11,11 @@ from speechlm2_jax.evaluation.inputs import Utterance, left_out, read_inputs
 from speechlm2_jax.evaluation.metrics.wer import text_normalizer
 from speechlm2_jax.evaluation.run_directories import Run, bundled_test_set, newest_run, read_run
 from speechlm2_jax.evaluation.swap_audio import swap_audio
+from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.settings import SettingsError
+
+ENCODER = "encoder"
+"""The value of `draft` that means the CTC head of the run's own encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,8 @@ class EvaluationPlan:
     """File of the encoder whose CTC head is scored beside the model, if any."""
     given: frozenset[str]
     """Keys set on the command line."""
+    draft_file: Path | None = None
+    """The ASR model whose transcripts are drafts, if any."""
 
     @property
     def step(self) -> int | None:
@@ -113,7 +119,22 @@ def make_plan(arguments: Mapping[str, object]) -> EvaluationPlan:
         run=run,
         encoder_file=encoder_file if config.encoder_wer else None,
         given=frozenset(arguments),
+        draft_file=_draft_file(config, encoder_file),
     )
+
+
+def _draft_file(config: EvalConfig, encoder_file: Path | None) -> Path | None:
+    """The file that `draft` names. Raises SettingsError if there is none."""
+    if config.draft is None:
+        return None
+    if config.draft == ENCODER:
+        if encoder_file is None:
+            raise SettingsError(
+                "draft: encoder needs a run directory whose config.yaml names a pretrained_asr "
+                "that is on this machine; name the .nemo file of an ASR model"
+            )
+        return encoder_file
+    return Location().find(config.draft, key="draft")
 
 
 def _as_in_training(run: Run) -> dict[str, Any]:

@@ -87,10 +87,19 @@ class Speed:
     warm_generate_s: float = 0.0
     compiled: int = 0
     """Programs compiled, or loaded from the persistent compilation cache."""
+    drafted: int = 0
+    """Draft tokens that were checked."""
+    accepted: int = 0
+    """Draft tokens that are part of the responses."""
+
+    def add_drafts(self, drafted: int, accepted: int) -> "Speed":
+        """Adds the draft tokens of a batch."""
+        return replace(self, drafted=self.drafted + drafted, accepted=self.accepted + accepted)
 
     def add(self, audio_s: float, generate_s: float, *, compiled: int) -> "Speed":
         """Adds a batch and the number of programs compiled for it."""
-        return Speed(
+        return replace(
+            self,
             compiled=self.compiled + compiled,
             audio_s=self.audio_s + audio_s,
             generate_s=self.generate_s + generate_s,
@@ -191,6 +200,8 @@ class Evaluation:
             "audio_is_swapped": any(a.audio_of is not None for a in self.responses),
             "rtfx": self.speed.rtfx,
             "rtfx_without_warm_up": self.speed.rtfx_warm,
+            "draft_tokens": self.speed.drafted,
+            "accepted_draft_tokens": self.speed.accepted,
         }
 
 
@@ -221,6 +232,9 @@ def table(totals: Mapping[str, Any]) -> str:
         lines += _error_lines(totals)
     lines.append(("RTFx", _number(totals["rtfx"])))
     lines.append(("RTFx without warm-up", _number(totals["rtfx_without_warm_up"])))
+    if drafted := totals["draft_tokens"]:
+        rate = percent(totals["accepted_draft_tokens"] / drafted)
+        lines.append(("draft tokens accepted", f"{rate} of {drafted}"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 

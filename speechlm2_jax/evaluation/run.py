@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -34,6 +35,7 @@ def evaluate(
     journal: Journal | None = None,
     *,
     is_joint: bool = False,
+    draft_model: Any = None,
 ) -> Evaluation:
     """Generates a response to each utterance, longest first; returns them in input order.
 
@@ -41,12 +43,13 @@ def evaluate(
     - A recording that cannot be read becomes a response with an `error`; the others continue.
     - A `journal` is written response by response; the responses that it holds are not generated
       again. If it has a part of a split evaluation, the responses of this part are returned.
+    - The transcripts of `draft_model` are drafts of speculative decoding.
     - With `is_joint` all processes generate each response together, and do the same.
 
     Raises SettingsError if the vocabulary lacks one of `extra_eos_tokens`.
     """
     Compilations.start()
-    task = GenerationTask(make_prompt(model, config), end_ids(model, config), config)
+    task = GenerationTask(make_prompt(model, config), end_ids(model, config), config, draft_model)
     part = None if journal is None else journal.part
     responses, speed = ({}, Speed()) if journal is None else _resumed(journal, utterances)
     done = frozenset(responses)
@@ -78,6 +81,7 @@ def evaluate(
         todo = _clips(model, utterances, config, failed, log, done)
         for round in generate_clips(model, todo, task):
             speed = speed.add(round.audio_s, round.seconds, compiled=round.compiled)
+            speed = speed.add_drafts(round.drafted, round.accepted)
             finished = {}
             for clip, ids in round.outputs:
                 chunk_texts = texts.setdefault(clip.index, {})

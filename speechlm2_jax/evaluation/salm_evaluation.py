@@ -1,6 +1,6 @@
 """Evaluation of a SALM: load, generate, score, write the output manifest and the report."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from speechlm2_jax.evaluation.encoder_wer import (
     encoder_texts,
     open_ctc_model,
 )
-from speechlm2_jax.evaluation.plan import EvaluationPlan
+from speechlm2_jax.evaluation.plan import ENCODER, EvaluationPlan
 from speechlm2_jax.evaluation.provenance import provenance
 from speechlm2_jax.evaluation.results import table
 from speechlm2_jax.evaluation.resuming import Journals, start_fingerprint
@@ -54,6 +54,7 @@ def run_salm_evaluation(plan: EvaluationPlan) -> None:
     if config.generation:  # once more, for token ids that this vocabulary lacks
         check_generation(config.generation, config.max_new_tokens, model)
     ctc_model = _encoder_ctc_model(plan)
+    draft_model = _draft_model(plan, model.sampling_rate)
     keys, sha256 = input_keys(utterances), fingerprint.result()
     config = batches_of_all(config, model.mesh)
     device, is_joint = devices[0], is_joint_mesh(model.mesh)
@@ -61,7 +62,9 @@ def run_salm_evaluation(plan: EvaluationPlan) -> None:
     log = tqdm.write if jax.process_index() == 0 else no_log
     with Journals(output, config, sha256, device, keys, is_split=is_split) as journals:
         result = journals.run(
-            lambda journal: evaluate(model, utterances, config, log, journal, is_joint=is_joint)
+            lambda journal: evaluate(
+                model, utterances, config, log, journal, is_joint=is_joint, draft_model=draft_model
+            )
         )
         if result is None:
             return
@@ -90,6 +93,27 @@ def model_class(config: EvalConfig) -> "type[SALM]":
         found = Location().local(config.pretrained_name)
         is_with_asr = found is not None and registry.identify(found) is registry.SALM_WITH_ASR
     return models.SALMWithAsrDecoder if is_with_asr else models.SALM
+
+
+def _draft_model(plan: EvaluationPlan, rate_hz: int) -> Any:
+    """The ASR model whose transcripts are drafts; None without `draft`.
+
+    Raises SettingsError for one that cannot be used.
+    """
+    if plan.draft_file is None:
+        return None
+    from speechlm2_jax import models
+
+    is_file = plan.config.draft != ENCODER and plan.draft_file.is_file()
+    with errors_name_key("draft"):
+        kind = models.ASRModel if is_file else models.CTCModel
+        found = kind.from_pretrained(plan.draft_file)
+    if found.sampling_rate != rate_hz:
+        raise SettingsError(
+            f"draft: transcribes audio of {found.sampling_rate} Hz, but the model reads {rate_hz} "
+            "Hz; name an ASR model of the same rate"
+        )
+    return found
 
 
 def _encoder_ctc_model(plan: EvaluationPlan) -> EncoderTranscriber | None:

@@ -151,6 +151,21 @@ def test_the_encoder_is_scored_beside_only_where_its_file_is_found(here):
     assert make_plan({"inputs": "x", "encoder_wer": True}).encoder_file == nemo
 
 
+def test_drafts_come_from_the_runs_encoder_or_a_named_file(here):
+    make_run(Path("runs/salm"))
+    write_manifest(Path("corpus/test.jsonl"), [{"text": "a"}])
+    assert make_plan({}).draft_file is None
+    with pytest.raises(SettingsError, match="draft: encoder needs a run directory"):
+        make_plan({"draft": "encoder"})
+    with pytest.raises(SettingsError, match="draft: .*asr.nemo"):
+        make_plan({"draft": "asr.nemo"})
+    nemo = here / "project" / "configs" / "parts" / "encoder.nemo"
+    nemo.parent.mkdir(parents=True)
+    nemo.touch()
+    assert make_plan({"draft": "encoder", "encoder_wer": False}).draft_file == nemo
+    assert make_plan({"draft": str(nemo)}).draft_file == nemo
+
+
 def test_a_voice_is_unseen_if_training_never_names_it(here):
     make_run(Path("runs/salm"))
     rows = [{"text": "a", "voice": "anna"}, {"text": "b", "voice": "ben"}, {"text": "c"}]

@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.results import Speed, table, write_rows
 from speechlm2_jax.evaluation.run import evaluate, make_prompt
+from speechlm2_jax.inference.generate import Generated
 from speechlm2_jax.settings import SettingsError
 from tests.evaluation.fake_model import PAD, FakeModel
 
@@ -88,6 +90,44 @@ def test_keys_of_a_generation_config_are_handed_on_and_checked():
     ]:
         with pytest.raises(ValueError, match=message):
             _config(generation=wrong)
+
+
+class DraftingModel(FakeModel):
+    """Checks 10 draft tokens for each recording, and accepts as many as it has seconds."""
+
+    def generate(self, prompts: Any, **options: Any) -> Any:
+        accepted = np.asarray(options["audio_lens"]) // 16_000
+        ids = super().generate(prompts, **options)
+        return Generated(np.asarray(ids, np.int32), None, np.full(len(ids), 10), accepted)
+
+
+def test_drafts_of_an_asr_model_are_counted_without_the_copies_that_fill_a_batch():
+    model, asr = DraftingModel(), object()
+    utterances = [_utterance(f"u{n}", n) for n in (3, 2, 1)]
+    config = _config(batch_size=2, draft="asr.nemo")
+    result = evaluate(model, utterances, config, draft_model=asr)
+    assert [response.pred_text for response in result.responses] == [
+        f"{word} <extra>" for word in ("three", "two", "one")
+    ]
+    assert all(call["assistant_model"] is asr for call in model.calls)
+    totals = result.totals()
+    assert (totals["draft_tokens"], totals["accepted_draft_tokens"]) == (30, 6)
+    assert "draft tokens accepted  20.00% of 30" in table(totals)
+    plain = evaluate(FakeModel(), utterances, _config())
+    assert "draft" not in table(plain.totals())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(generation={"num_beams": 2}), "draft: beam search has no drafts"),
+        (dict(generation={"prompt_lookup_num_tokens": 2}), "draft: .* a source of drafts too"),
+        (dict(generation={"drafts": ["a"]}), "generation.drafts: set draft instead"),
+    ],
+)
+def test_one_source_of_drafts_and_no_beams(wrong, message):
+    with pytest.raises(SettingsError, match=message):
+        _config(draft="encoder", **wrong)
 
 
 @pytest.mark.parametrize(
