@@ -155,14 +155,11 @@ class TextDrafter(Drafter):
         """Adds a row to the distances for each new token."""
         total = self._left_out(state.ids)
 
-        def add(costs: Array, new: tuple[Array, Array]) -> tuple[Array, None]:
-            token, is_new = new
-            return jnp.where(
-                is_new[:, None], self._next(costs, total, state.ids, token), costs
-            ), None
+        def add(index: Array, costs: Array) -> Array:
+            following = self._next(costs, total, state.ids, tokens[:, index])
+            return jnp.where((index < count)[:, None], following, costs)
 
-        is_new = jnp.arange(tokens.shape[1])[:, None] < count[None]
-        costs, _ = jax.lax.scan(add, state.costs, (tokens.T, is_new))
+        costs = jax.lax.fori_loop(0, jnp.max(count), add, state.costs)
         return state._replace(costs=costs)
 
     def _left_out(self, ids: Int[Array, "R S"]) -> Float[Array, "R S1"]:
