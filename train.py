@@ -17,7 +17,11 @@ PROGRAM = "train.py"
 
 
 def main(argv: list[str]) -> None:
-    """Parses arguments, builds the experiment and trains. Bad input: one line, exit code 2."""
+    """Parses arguments, builds the experiment and trains. Bad input: one line, exit code 2.
+
+    A run that was stopped before its end exits with 75, so that a script can start it again.
+    """
+    code = 0
     with (
         console.one_line_errors(PROGRAM, [SettingsError]),
         console.showing(is_shown=launch.is_first_process()),
@@ -26,6 +30,7 @@ def main(argv: list[str]) -> None:
         console.log_line(f"speechlm2_jax: reading {find(command.config)} ...")
         with console.phase("importing"):
             from speechlm2_jax import experiment, processes
+            from speechlm2_jax.training.run import finishing
 
         ahead = command.ahead
         with processes.exit_on_error(), experiment.clear_errors(PROGRAM):
@@ -41,7 +46,9 @@ def main(argv: list[str]) -> None:
             if command.dry_run:
                 run.build(dry_run=True).dry_run()
             elif not run.is_finished():
-                run.build(keep_compiled=True).fit()
+                code = finishing.exit_code(run.build(keep_compiled=True).fit())
+    if code:  # out of `exit_on_error`, so that processes wait for each other
+        sys.exit(code)
 
 
 def _compile_ahead(report: "Report") -> int:

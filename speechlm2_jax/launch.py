@@ -22,6 +22,8 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from speechlm2_jax.exit_codes import UNFINISHED
+
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 """Environment variables: the coordinator's address, number of processes, index of this one."""
 HEARTBEAT = "SPEECHLM2_JAX_HEARTBEAT_S"
@@ -115,15 +117,18 @@ class Processes:
         self._beats.cleanup()
 
     def wait(self) -> int:
-        """Returns the run's exit code: 0, or that of the first process that failed."""
+        """Returns the run's exit code: 0, or that of the first process that failed.
+
+        A run that was stopped before its end has saved, and ends with 75; nothing has failed.
+        """
         while True:
             codes = [process.poll() for process in self._all]
-            failed = {index: code for index, code in enumerate(codes) if code}
+            failed = {i: code for i, code in enumerate(codes) if code and code != UNFINISHED}
             if failed:
                 return self._end_after(min(failed, key=lambda i: _is_consequence(failed[i])))
-            if all(code == 0 for code in codes):
+            if all(code is not None for code in codes):
                 self.end()
-                return 0
+                return UNFINISHED if UNFINISHED in codes else 0
             time.sleep(POLL_S)
 
     def _end_after(self, failed: int) -> int:

@@ -41,6 +41,7 @@ class FitLoop:
 
     def __post_init__(self) -> None:
         self._reporter = Reporter(self.context, self._progress)
+        self._is_stopped = False
 
     def run(self) -> FitResult:
         """Trains. After too many skipped steps in a row it saves and raises NonFiniteRun."""
@@ -63,7 +64,7 @@ class FitLoop:
         log.info("%s", reason)
         return FitResult(
             step=self._progress.step,
-            is_finished=self._is_finished,
+            is_finished=not self._is_stopped,
             reason=reason,
             metrics=self.state.val_metrics,
         )
@@ -132,6 +133,7 @@ class FitLoop:
         return None
 
     def _stopped(self, reason: str) -> str:
+        self._is_stopped = True
         return f"stopped at step {self._progress.step}: {reason}; the same command resumes the run"
 
     def _next_window(self) -> list[HostBatch]:

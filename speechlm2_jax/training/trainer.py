@@ -33,7 +33,7 @@ from speechlm2_jax.training.protocol import (
     TrainableModel,
 )
 from speechlm2_jax.training.run import directory as run_directory
-from speechlm2_jax.training.run import hosts, profiling, run_lock
+from speechlm2_jax.training.run import finishing, hosts, profiling, run_lock
 from speechlm2_jax.training.run.changed_settings import check_resumed, is_other_model
 from speechlm2_jax.training.run.disk_errors import disk_errors
 from speechlm2_jax.training.run.metrics_log import format_samples, format_validation
@@ -155,12 +155,14 @@ class Trainer:
             log.info("%s", reason)
             run_directory.log_next_commands(folder, step=step, is_finished=True)
         metrics = read_ranking(folder / CHECKPOINTS).metrics.get(step, {})
-        return FitResult(
+        result = FitResult(
             step=step,
             is_finished=True,
             reason=reason,
             metrics={name: math.nan if v is None else v for name, v in metrics.items()},
         )
+        finishing.mark(folder, result)
+        return result
 
     def _finished_step(self, run_dir: Path, settings: Mapping[str, object] | None) -> int | None:
         if settings is not None and is_other_model(run_dir, settings):
@@ -216,6 +218,7 @@ class Trainer:
                 context = self._open_context(
                     model, datamodule, settings, setup, state, validator, stop, stack
                 )
+            finishing.unmark(self.run_dir)
             # loop
             loop = FitLoop(context, state)
             try:
@@ -226,6 +229,7 @@ class Trainer:
             run_directory.log_next_commands(
                 self.run_dir, step=result.step, is_finished=result.is_finished
             )
+            finishing.mark(self.run_dir, result)
             return result
 
     def dry_run(self, model: ModelOutline, datamodule: DataSource) -> None:

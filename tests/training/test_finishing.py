@@ -9,8 +9,10 @@ import pytest
 
 from speechlm2_jax.checkpointing.checksums import read_checksums, write_checksums
 from speechlm2_jax.checkpointing.folders import RANKED
+from speechlm2_jax.exit_codes import FINISHED, UNFINISHED
 from speechlm2_jax.training.intervals import Intervals
 from speechlm2_jax.training.run.directory import checkpoints_line, next_line
+from speechlm2_jax.training.run.finishing import exit_code
 from tests.training.toy import ToyData, ToyModel, make_trainer, rows_of
 
 EXPERIMENT = {
@@ -41,6 +43,35 @@ def test_a_finished_run_is_told_from_its_newest_checkpoint_alone(finished_run, c
     assert "this run is finished: 4 steps are done" in out and "fit with trainer.max_steps=8" in out
     after = {p: p.stat().st_mtime_ns for p in finished_run.rglob("*") if p.name != "train.log"}
     assert after == before
+
+
+def test_a_finished_run_is_marked_until_it_is_extended(finished_run, tmp_path):
+    marker = json.loads((finished_run / "FINISHED").read_text())
+    assert marker["step"] == 4 and "finished 4 steps" in marker["reason"]
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir)
+    (run_dir / "FINISHED").unlink()
+    finished(run_dir)  # a run of an older version
+    assert json.loads((run_dir / "FINISHED").read_text())["step"] == 4
+
+    seen = []
+    data = ToyData(on_batch=lambda _: seen.append((run_dir / "FINISHED").exists()))
+    stopped = {"max_time_per_run": "00:00:00:00"}
+    result = make_trainer(run_dir, max_steps=6, experiment=stopped).fit(ToyModel(), data)
+    assert result.step == 5 and not any(seen)
+    assert not (run_dir / "FINISHED").exists() and exit_code(result) == UNFINISHED
+    result = make_trainer(run_dir, max_steps=6).fit(ToyModel(), ToyData())
+    assert json.loads((run_dir / "FINISHED").read_text())["step"] == 6
+    assert exit_code(result) == FINISHED
+
+
+def test_a_stop_at_the_last_step_leaves_its_validation_to_the_next_start(tmp_path):
+    stopped = {"max_time_per_run": "00:00:00:00"}
+    result = make_trainer(tmp_path, max_steps=1, experiment=stopped).fit(ToyModel(), ToyData())
+    assert result.step == 1 and not result.is_finished
+    assert not (tmp_path / "FINISHED").exists() and not rows_of(tmp_path)[1]
+    assert make_trainer(tmp_path, max_steps=1).fit(ToyModel(), ToyData()).is_finished
+    assert (tmp_path / "FINISHED").exists() and list(rows_of(tmp_path)[1]) == [1]
 
 
 def test_a_run_with_more_to_do_is_not_finished(finished_run, tmp_path):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from speechlm2_jax import processes
@@ -98,6 +99,20 @@ def test_an_error_of_one_process_is_raised_on_all(monkeypatch):
         hosts.together(lambda: None)
     problems[1] = ""
     hosts.together(lambda: None)
+
+
+def test_empty_texts_are_not_sent(monkeypatch):
+    """Gloo's gather of zero bytes waits for ever now and then."""
+    sent = []
+
+    def gather(array):
+        sent.append(array)
+        return np.stack([array, array])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+    assert processes.gather_texts("") == ["", ""] and all(array.size for array in sent)
+    assert processes.gather_texts("aä") == ["aä", "aä"] and sent[-1].size == 3
 
 
 def test_the_data_of_training_and_validation_is_compared(monkeypatch):

@@ -84,7 +84,7 @@ def run_process(run_dir, **arguments):
 
 
 @pytest.mark.parametrize(("sent", "name"), [("SIGTERM", "SIGTERM"), ("SIGINT", "Ctrl-C")])
-def test_a_signal_saves_exits_with_zero_and_resumes_exactly(uninterrupted, tmp_path, sent, name):
+def test_a_signal_saves_and_resumes_exactly(uninterrupted, tmp_path, sent, name):
     signal_at = 3  # a validation is due there, and left for the process that goes on
     done = run_process(tmp_path, max_steps=7, signal_at=signal_at - 1, signals=[sent])
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from speechlm2_jax.exit_codes import UNFINISHED
 from tests.training.tiny_salm import write_config
 
 ROOT = Path(__file__).parents[2]
@@ -73,13 +74,15 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, number):
             process.send_signal(number)
             break
     out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
+    assert process.returncode == UNFINISHED, err
+    assert not (tmp_path / "parts" / "FINISHED").exists()
     assert f"next: python train.py --config {train.config}" in out
     stopped_at = len(rows(tmp_path / "parts")[0])
     assert INTERRUPTED_AT <= stopped_at < STEPS
     assert f"resuming from {tmp_path / 'parts' / 'checkpoints' / str(stopped_at)}" in train.run(
         tmp_path / "parts"
     )
+    assert json.loads((tmp_path / "parts" / "FINISHED").read_text())["step"] == STEPS
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert len(rows(tmp_path / "whole")[0]) == STEPS
 

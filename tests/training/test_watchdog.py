@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from speechlm2_jax.exit_codes import STALLED
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.training.run.exit_codes import STALLED
 from speechlm2_jax.training.run.watchdog import COMPILING, Watchdog
 from tests.training.toy import make_trainer
 

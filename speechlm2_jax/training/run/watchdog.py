@@ -18,8 +18,8 @@ from typing import TextIO
 
 import jax
 
+from speechlm2_jax.exit_codes import STALLED
 from speechlm2_jax.training.run.directory import LOG
-from speechlm2_jax.training.run.exit_codes import STALLED
 
 log = logging.getLogger(__name__)
 
