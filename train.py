@@ -30,9 +30,9 @@ def main(argv: list[str]) -> None:
         console.log_line(f"speechlm2_jax: reading {find(command.config)} ...")
         with console.phase("importing"):
             from speechlm2_jax import experiment, processes
-            from speechlm2_jax.training.run import finishing
+            from speechlm2_jax.training.run import finishing, goodput
 
-        ahead = command.ahead
+        importing_s, ahead = goodput.process_age_s(), command.ahead
         with processes.exit_on_error(), experiment.clear_errors(PROGRAM):
             run = experiment.read_run(
                 command.config,
@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
             if command.dry_run:
                 run.build(dry_run=True).dry_run()
             elif not run.is_finished():
+                run.count_from_process_start(importing_s)
                 code = finishing.exit_code(run.build(keep_compiled=True).fit())
     if code:  # out of `exit_on_error`, so that processes wait for each other
         sys.exit(code)

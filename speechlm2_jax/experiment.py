@@ -142,6 +142,11 @@ class RunSettings:
         trainer, _ = self._trainer
         return trainer.finished(self.values.get("exp_manager"), self.values) is not None
 
+    def count_from_process_start(self, importing_s: float | None) -> None:
+        """Lets the times of the run be those of the whole process, which imported so long."""
+        if importing_s is not None:
+            self._trainer[0].count_from_process_start(importing_s)
+
     def build(self, *, dry_run: bool = False, keep_compiled: bool = False) -> Experiment:
         """Builds everything that the settings describe; see the function `build`."""
         settings, missing = self.values, list[str]()

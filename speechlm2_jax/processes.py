@@ -90,7 +90,7 @@ def gather_texts(text: str) -> list[str]:
     encoded = np.frombuffer(text.encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.int64(len(encoded))))
     if not sizes.max():
-        return [""] * len(sizes)  # on CPUs a collective of no bytes may never end
+        return [""] * len(sizes)
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: len(encoded)] = encoded
     rows = np.asarray(multihost_utils.process_allgather(padded))

@@ -45,7 +45,7 @@ class FitLoop:
 
     def run(self) -> FitResult:
         """Trains. After too many skipped steps in a row it saves and raises NonFiniteRun."""
-        first_step, watchdog = self._progress.step, self.context.watchdog
+        watchdog = self.context.watchdog
         self.context.throughput.on_change = watchdog.changed
         with watchdog.watching():
             reason = self._before_training()
@@ -56,8 +56,6 @@ class FitLoop:
             self.publish()
             if self._progress.step:
                 self._save(final=True)
-        if self._progress.step > first_step:
-            self._reporter.log_times()
         if self._reporter.has_diverged:
             log.error("%s", reason)
             raise NonFiniteRun(1)

@@ -2,8 +2,9 @@
 
 import logging
 import math
+import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from speechlm2_jax.training.exp_manager import ExpManagerConfig, local_folder
 from speechlm2_jax.training.loop import FitLoop, NonFiniteRun, finished_reason
 from speechlm2_jax.training.optimizer import read_optimizer
 from speechlm2_jax.training.protocol import (
-    AveragesTokens,
     DataSource,
     HostMetric,
     ModelOutline,
@@ -36,6 +36,7 @@ from speechlm2_jax.training.run import directory as run_directory
 from speechlm2_jax.training.run import finishing, hosts, profiling, run_lock
 from speechlm2_jax.training.run.changed_settings import check_resumed, is_other_model
 from speechlm2_jax.training.run.disk_errors import disk_errors
+from speechlm2_jax.training.run.goodput import TimeReport, add_start
 from speechlm2_jax.training.run.metrics_log import format_samples, format_validation
 from speechlm2_jax.training.run.outputs import (
     checkpoints_folder,
@@ -58,12 +59,11 @@ from speechlm2_jax.training.run.run_lock import RunLock
 from speechlm2_jax.training.run.run_state import FitResult, RunContext, RunState
 from speechlm2_jax.training.run.stopping import StopRequest
 from speechlm2_jax.training.run.summary import describe_run
-from speechlm2_jax.training.run.throughput import Throughput
 from speechlm2_jax.training.run.watchdog import Watchdog
 from speechlm2_jax.training.schedules import make_schedule
 from speechlm2_jax.training.state import Partition
 from speechlm2_jax.training.trainer_config import TrainerConfig
-from speechlm2_jax.training.validation import Validator
+from speechlm2_jax.training.validation import Validator, make_validator
 
 __all__ = [
     "DDPStrategy",
@@ -90,6 +90,7 @@ class Trainer:
         self.run_dir = local_folder("trainer.default_root_dir", root) if root else None
         self._options = options
         self._experiment_options: Mapping[str, Any] = {}
+        self._importing_s: float | None = None
         self._lock: RunLock | None = None
         """The lock of the run directory, held from `use_experiment` to the end of `fit`."""
 
@@ -116,6 +117,13 @@ class Trainer:
     def keep_compiled_programs(self) -> None:
         """Enables the compilation cache from here on, as `fit` does (`compilation_cache_dir`)."""
         keep_compiled_programs(self.config.compilation_cache_dir)
+
+    def count_from_process_start(self, importing_s: float) -> None:
+        """Lets the times of the next `fit` be those of the whole process, as train.py does.
+
+        `importing_s` are the seconds from the start of the process to the end of its imports.
+        """
+        self._importing_s = importing_s
 
     @property
     def has_checkpoint(self) -> bool:
@@ -191,6 +199,7 @@ class Trainer:
         Raises SettingsError for settings that do not fit together, NonFiniteRun (exit code 1) after
         20 skipped steps in a row, DiskError if the run directory can no longer be written.
         """
+        began = time.monotonic()
         settings = settings or settings_of(
             model, datamodule, self._options, self.config.strategy, self._experiment_options
         )
@@ -198,8 +207,11 @@ class Trainer:
         stop = StopRequest(_shortest(self.config.time_limit_s, self.experiment.time_limit_s))
         with ExitStack() as stack:
             self._enter_run(stack, stop)
+            outputs = stack.enter_context(ExitStack())
             # mesh: devices, optimizer, and the layout of every array
             setup = Setup.of(model, self.config, self.strategy)
+            add_start(setup.throughput, self._importing_s, time.monotonic() - began)
+            self._importing_s = None  # only the first call of a process has imported
             with setup.throughput.measure("starting"):
                 frozen = frozen_as_given(model, setup)
                 # restore: None for a new run. It comes before the data, which is planned for the
@@ -212,11 +224,12 @@ class Trainer:
                 state = initialize(model, setup) if checkpoint is None else resume(checkpoint)
                 del checkpoint  # its arrays are the state's, which the first step replaces
                 log.info(setup.describe(groups))
-                validator = self._validator(
-                    model, validation_metrics, validation_scoring, stop, setup.throughput
+                validator = make_validator(
+                    *(model, self.config, validation_metrics, validation_scoring),
+                    *(stop, setup.throughput),
                 )
                 context = self._open_context(
-                    model, datamodule, settings, setup, state, validator, stop, stack
+                    model, datamodule, settings, setup, state, validator, stop, outputs
                 )
             finishing.unmark(self.run_dir)
             # loop
@@ -226,6 +239,8 @@ class Trainer:
             finally:
                 loop.publish()
                 model.variables = {**model.variables, **frozen}
+            with setup.throughput.measure("rest"):
+                outputs.close()
             run_directory.log_next_commands(
                 self.run_dir, step=result.step, is_finished=result.is_finished
             )
@@ -262,7 +277,7 @@ class Trainer:
             setup.prepare_data(model, datamodule, setup.sharding.data_parallel_size)
             state = initialize(model, setup)
             programs = setup.programs(model)
-            validator = self._validator(model, validation_metrics, validation_scoring)
+            validator = make_validator(model, self.config, validation_metrics, validation_scoring)
             result = validator.run(
                 datamodule.validation_batches(),
                 lambda batch: programs.evaluate(state.train_state, state.frozen, batch),
@@ -302,31 +317,6 @@ class Trainer:
         check_resumed(sources, model, settings, allows_changes=experiment.resume_allow_changes)
         return restore(model, setup.layout, *sources, self.run_dir)
 
-    def _validator(
-        self,
-        model: TrainableModel,
-        metrics: Mapping[str, HostMetric] | None,
-        scoring: Scoring | None,
-        stop: StopRequest | None = None,
-        throughput: Throughput | None = None,
-    ) -> Validator:
-        """Makes the validator. `metrics` replace the model's own.
-
-        `throughput` measures the time of waiting for data.
-        """
-        averages_tokens = isinstance(model, AveragesTokens) and model.averages_tokens
-        return Validator(
-            host_metrics=model.validation_metrics if metrics is None else metrics,
-            scoring=scoring,
-            nemo_exact=model.nemo_exact and not averages_tokens,
-            limit=self.config.limit_val_batches,
-            samples=self.config.num_val_samples,
-            should_stop=lambda: stop is not None and stop.poll() is not None,
-            waiting=lambda: (
-                nullcontext() if throughput is None else throughput.measure("validation_data_wait")
-            ),
-        )
-
     def _open_context(
         self,
         model: TrainableModel,
@@ -341,6 +331,8 @@ class Trainer:
         """Opens what the loop uses, until `stack` closes, and writes the description of the run."""
         config, experiment, intervals = self.config, self.experiment, self.config.intervals()
         metrics_log = open_metrics_log(experiment, self.run_dir, settings, stack)
+        times = TimeReport(metrics_log, setup.throughput, datamodule, state.progress, self.run_dir)
+        stack.callback(times.write)
         bar = ProgressBar(
             total=intervals.last_step,
             done=state.progress.step,

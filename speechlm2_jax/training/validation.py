@@ -15,7 +15,18 @@ import jax
 
 from speechlm2_jax.batches import HostBatch, LossSum
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.training.protocol import HostMetric, Sample, Scored, Scorer, Scoring
+from speechlm2_jax.training.protocol import (
+    AveragesTokens,
+    HostMetric,
+    Sample,
+    Scored,
+    Scorer,
+    Scoring,
+    TrainableModel,
+)
+from speechlm2_jax.training.run.stopping import StopRequest
+from speechlm2_jax.training.run.throughput import Throughput
+from speechlm2_jax.training.trainer_config import TrainerConfig
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +154,32 @@ class Validator:
             if batch is None:
                 return
             yield batch
+
+
+def make_validator(
+    model: TrainableModel,
+    config: TrainerConfig,
+    metrics: Mapping[str, HostMetric] | None,
+    scoring: Scoring | None,
+    stop: StopRequest | None = None,
+    throughput: Throughput | None = None,
+) -> Validator:
+    """Makes the validator. `metrics` replace the model's own.
+
+    `throughput` measures the time of waiting for data.
+    """
+    averages_tokens = isinstance(model, AveragesTokens) and model.averages_tokens
+    return Validator(
+        host_metrics=model.validation_metrics if metrics is None else metrics,
+        scoring=scoring,
+        nemo_exact=model.nemo_exact and not averages_tokens,
+        limit=config.limit_val_batches,
+        samples=config.num_val_samples,
+        should_stop=lambda: stop is not None and stop.poll() is not None,
+        waiting=lambda: (
+            nullcontext() if throughput is None else throughput.measure("validation_data_wait")
+        ),
+    )
 
 
 def choose_samples(hypotheses: Sequence[Sample], count: int) -> list[Sample]:

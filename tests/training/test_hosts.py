@@ -102,7 +102,6 @@ def test_an_error_of_one_process_is_raised_on_all(monkeypatch):
 
 
 def test_empty_texts_are_not_sent(monkeypatch):
-    """Gloo's gather of zero bytes waits for ever now and then."""
     sent = []
 
     def gather(array):

@@ -73,7 +73,7 @@ def test_time_by_kind_adds_up_and_rates_leave_out_what_is_not_training():
     assert rates.data_wait_share == pytest.approx(0.25) and rates.padding == pytest.approx(0.25)
     assert rates.step_time_s == pytest.approx(4.0)
     expected = {"compute": 3.0, "data_wait": 1.0, "compiling": 50.0, "validation": 5.0}
-    unused = {"starting": 0.0, "validation_data_wait": 0.0}
+    unused = dict.fromkeys(("importing", "starting", "validation_data_wait", "rest"), 0.0)
     assert throughput.totals() == {**expected, **unused, "saving": 100.0}
 
 

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 
 import jax
 
-from speechlm2_jax.training.protocol import KeepsErrors
 from speechlm2_jax.training.run.metrics_log import Row, format_progress, format_step
 from speechlm2_jax.training.run.run_state import RunContext, RunProgress
 from speechlm2_jax.training.step import StepReport
@@ -80,19 +79,6 @@ class Reporter:
         with context.throughput.measure("saving"):
             context.metrics_log.write(row)
         log.info(format_step(row, context.intervals.last_step))
-
-    def log_times(self) -> None:
-        """Logs the wall time by kind, and dropped conversations by cause."""
-        spent = self.context.throughput.totals()
-        total = sum(spent.values())
-        row = {f"time_{kind}_s": seconds for kind, seconds in spent.items()}
-        self.context.metrics_log.write({"step": self.progress.step, "time_total_s": total, **row})
-        shares = ", ".join(f"{kind.replace('_', ' ')} {s:.1f}" for kind, s in spent.items())
-        log.info("time %.1f s: %s", total, shares)
-        for cause, count in self.context.datamodule.dropped.items():
-            log.info("dropped %d conversations: %s", count, cause)
-        if isinstance(data := self.context.datamodule, KeepsErrors) and data.errors_by_source():
-            log.info("what this process could not use:\n%s", data.errors_by_source())
 
     def _read_oldest(self) -> None:
         """Reads one report. If the step was skipped, counts it and logs its conversations."""

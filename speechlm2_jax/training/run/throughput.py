@@ -7,9 +7,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 COMPUTE = "compute"
-KINDS = ("starting", "data_wait", "compiling", "validation", "validation_data_wait", "saving")
+KINDS = (
+    "importing",
+    "starting",
+    "data_wait",
+    "compiling",
+    "validation",
+    "validation_data_wait",
+    "saving",
+    "rest",
+)
 """Kinds of time that are measured; all other wall time is compute."""
-BEFORE_TRAINING = ("starting", "compiling")
+BEFORE_TRAINING = ("importing", "starting", "compiling")
 """Kinds of time that occur once. The estimate of the remaining time leaves them out."""
 PACE_STEPS = 20
 """The progress bar shows the mean speed of this many steps."""
@@ -91,6 +100,10 @@ class Throughput:
             yield
         finally:
             self._switch(outer)
+
+    def add(self, kind: str, seconds: float) -> None:
+        """Counts time that passed before this object was made."""
+        self._spent[kind] += seconds
 
     def add_batch(self, *, tokens: int, padded: int, flops: float) -> None:
         """Counts one micro-batch: tokens without padding, all tokens, model FLOPs."""
