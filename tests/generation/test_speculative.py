@@ -54,6 +54,7 @@ def run(
     until: jax.Array,
 ) -> salm.GenerationOutput:
     decoder: Decoder = merge(graphdef, variables)
+    prompts = prompts._replace(unpacked=False)  # static; jit makes an array of it
     state = salm.decode(decoder, salm.prefill(decoder, prompts, config), config, until)
     return salm.read_outputs(state, config)
 
