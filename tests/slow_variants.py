@@ -19,6 +19,7 @@ SLOW: Mapping[str, str] = {
     "benchmarks/test_parts_alone.py::test_perception_is_timed*": KINDRED,
     "cases/test_convert_kinds.py::test_a_duplex_model_in_bfloat16_loads*": KINDRED,
     "inference/test_continuous_batching.py::test_responses_are_those*?drawn1?": VARIANT,
+    "layers/test_attention_choice.py::*?None?": VARIANT,
     "layers/test_module.py::test_quick_compilation_changes_no_bit*": (
         "compiles twice what nothing else needs; the options change with the version of jax alone"
     ),
@@ -47,6 +48,7 @@ SLOW: Mapping[str, str] = {
     "parity/test_salm.py::test_every_generation_equals_nemo?qwen3_lora-*": VARIANT,
     "parity/test_salm.py::test_five_adamw_steps*?llama_full?": VARIANT,
     "parity/test_salm.py::test_training_loss*?llama_full?": VARIANT,
+    "parity/test_salm.py::test_training_loss*?qwen3_tied_full?": VARIANT,
     "parity/test_speech_decoder.py::*?causal_k1_plain*": VARIANT,
     "parity/test_speech_decoder.py::*?causal_k5*": VARIANT,
     "parity/test_transducers.py::*?rnnt_2layer*": VARIANT,

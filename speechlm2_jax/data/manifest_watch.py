@@ -35,7 +35,8 @@ def manifest_files(entry: InputConfig, *, is_stream: bool = False) -> tuple[str,
         return (*_files(shar[CUTS], is_stream), *tars)
     if shar is None:
         listed = (entry.manifests, entry.paths, entry.source_paths, entry.target_paths)
-        tars = (tar for _, packed in entry.tarred for tar in _tars(packed))
+        is_tarred = entry.tarred_audio_filepaths is not None
+        tars = (tar for _, packed in (entry.tarred if is_tarred else ()) for tar in _tars(packed))
         return (*(file for paths in listed for file in _files(paths or (), is_stream)), *tars)
     folders = [shar] if isinstance(shar, str) else shar
     names = [one if isinstance(one, str) else one[0] for one in folders]

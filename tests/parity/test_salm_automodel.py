@@ -15,7 +15,8 @@ from speechlm2_jax.layers.module import merge
 from speechlm2_jax.models import SALM
 from speechlm2_jax.networks import salm as network_maths
 from speechlm2_jax.networks.salm import SalmModes
-from speechlm2_jax.training.trainer import Trainer
+from speechlm2_jax.training.trainer_config import TrainerConfig
+from speechlm2_jax.training.validation import make_validator
 from tests.conversion.goldens import assert_same_bits
 from tests.conversion.goldens import tensors as read_all
 from tests.parity.salm_golden import (
@@ -156,8 +157,8 @@ def test_nemo_exact_takes_means_of_batch_means_only_for_a_salm(model):
     exact._blueprint = replace(
         exact._blueprint, config=replace(exact._blueprint.config, nemo_exact=True)
     )
-    trainer = Trainer(max_steps=1, accelerator="cpu", devices=1)
-    assert exact.nemo_exact and not trainer._validator(exact, {}, None).nemo_exact
+    validator = make_validator(exact, TrainerConfig(max_steps=1), {}, None)
+    assert exact.nemo_exact and not validator.nemo_exact
 
 
 @pytest.mark.slow
