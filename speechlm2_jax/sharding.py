@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -259,6 +259,11 @@ def use(sharding: Sharding | None) -> Generator[None]:
         _current.reset(token)
 
 
+def current() -> "Sharding | None":
+    """The value in use; None outside `use`."""
+    return _current.get()
+
+
 @contextmanager
 def unsharded_time() -> Generator[None]:
     """Shards sequences over the context axis instead of time, so that each is whole and in order.
@@ -285,42 +290,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 Axes = Sequence[str | None]
-
-
-class WeightInPlace(NamedTuple):
-    """How a matmul of few rows runs while its weight [out, in] stays where it is."""
-
-    rows: tuple[str, ...]
-    """Mesh axes that still shard the rows: those that do not shard the weight."""
-    out: AxisNames
-    into: AxisNames
-    """Mesh axes that shard the weight's output and its input."""
-
-    def constrain(self, x: jax.Array, last: AxisNames) -> jax.Array:
-        """Constrains activations [rows, ..., width]: each device holds all rows, of its columns."""
-        sharding = _current.get()
-        assert sharding is not None
-        rows = self.rows if x.shape[0] % sharding.size(self.rows) == 0 else ()
-        spec = PartitionSpec(rows or None, *[None] * (x.ndim - 2), last)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
-
-
-def weight_in_place(axes: Axes, shape: Sequence[int], rows: int) -> WeightInPlace | None:
-    """How to multiply `rows` rows by a weight [out, in] without gathering it.
-
-    None if the weight is not sharded over data-parallel devices, or if gathering it moves fewer
-    bytes, or outside of inference.
-    """
-    sharding = _current.get()
-    if sharding is None or not sharding.moves_rows:
-        return None
-    out, into = (
-        (entry,) if isinstance(entry, str) else entry for entry in sharding.spec(axes, shape)
-    )
-    taken = {*(out or ()), *(into or ())}
-    left = tuple(axis for axis in BATCH_AXES if axis not in taken)
-    is_small = rows * sum(shape) < math.prod(shape) * sharding.size(left)
-    return WeightInPlace(left, out, into) if is_small and left != BATCH_AXES else None
 
 
 def key_value_copies(heads: int, query_heads: int) -> int:

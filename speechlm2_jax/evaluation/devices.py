@@ -1,19 +1,32 @@
 """The devices of the arguments `device` and `devices`, and what they compute on."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.duplex.config import DuplexEvalConfig
+from speechlm2_jax.pretrained.errors import errors_name_key
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.sharding import Sharding
 
 C = TypeVar("C", EvalConfig, DuplexEvalConfig)
+M = TypeVar("M", bound="OnDevices")
 _PLATFORMS = {"cuda": "gpu", "gpu": "gpu", "rocm": "gpu", "tpu": "tpu", "cpu": "cpu"}
+
+
+class OnDevices(Protocol):
+    """A model with weights."""
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices of its weights; None for one."""
+        ...
 
 
 def choose_devices(name: str, count: int = -1) -> list[jax.Device]:
@@ -51,7 +64,55 @@ def choose_devices(name: str, count: int = -1) -> list[jax.Device]:
     return [d for d in found if d.id in taken or d in others]
 
 
-def placement(
+def load(config: C, from_pretrained: Callable[..., M]) -> "Loaded[M, C]":
+    """Loads the model of an evaluation onto its devices; prints a line if there are several.
+
+    `from_pretrained` is that of its class. Raises SettingsError for devices that do not exist, and
+    for a model that cannot be loaded or does not fit.
+    """
+    devices = choose_devices(config.device, config.devices)
+    placed = _placement(config, devices)
+    with errors_name_key("pretrained_name"):
+        model = from_pretrained(config.pretrained_name, dtype=config.dtype, **placed)
+    mesh = model.mesh
+    is_joint = mesh is not None and len({d.process_index for d in mesh.devices.flat}) > 1
+    if placed:
+        show(_described(mesh, is_joint=is_joint))
+    groups = 1 if mesh is None else Sharding(mesh).data_parallel_size
+    return Loaded(
+        model=model,
+        config=replace(config, batch_size=config.batch_size * groups),
+        device=devices[0],
+        is_joint=is_joint,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded(Generic[M, C]):
+    """A model on its devices."""
+
+    model: M
+    config: C
+    """With the batch size of all data-parallel devices together."""
+    device: jax.Device
+    """This process's first device."""
+    is_joint: bool
+    """Whether several processes compute each response together."""
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each of several processes generates responses of its own."""
+        return jax.process_count() > 1 and not self.is_joint
+
+
+def show(text: str) -> None:
+    """Prints what concerns all processes: on the first of them, above a progress bar."""
+    if jax.process_index() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def _placement(
     config: EvalConfig | DuplexEvalConfig, devices: Sequence[jax.Device]
 ) -> dict[str, Any]:
     """The arguments of `from_pretrained` that put a model on devices; none for a single device."""
@@ -65,28 +126,13 @@ def placement(
     return {"strategy": config.strategy or "auto", "devices": devices}
 
 
-def batches_of_all(config: C, mesh: Mesh | None) -> C:
-    """The configuration with the batch size of all data-parallel devices of a mesh together."""
-    groups = 1 if mesh is None else Sharding(mesh).data_parallel_size
-    return replace(config, batch_size=config.batch_size * groups)
-
-
-def is_joint_mesh(mesh: Mesh | None) -> bool:
-    """Whether several processes compute each response together."""
-    return mesh is not None and len({d.process_index for d in mesh.devices.flat}) > 1
-
-
-def describe(mesh: Mesh | None) -> str:
+def _described(mesh: Mesh | None, *, is_joint: bool) -> str:
     """One line about the devices, for the terminal."""
     count = 1 if mesh is None else mesh.size
     share = 1 if mesh is None else count // Sharding(mesh).data_parallel_size
     what = "a copy of the weights on each" if share == 1 else f"{share} devices share a copy"
     if jax.process_count() == 1:
         return f"mesh   {count} devices, {what}"
-    if is_joint_mesh(mesh):
+    if is_joint:
         return f"mesh   {count} devices of {jax.process_count()} processes, {what}"
     return f"mesh   {jax.process_count()} processes with {count} devices each, {what}"
-
-
-def no_log(text: str) -> None:
-    """Logs nothing: what concerns all processes is shown by the first."""

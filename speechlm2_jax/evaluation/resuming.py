@@ -1,14 +1,13 @@
 """Resumes an interrupted evaluation: responses of the same model and settings are kept."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
-from speechlm2_jax.evaluation.config import EvalConfig
-from speechlm2_jax.evaluation.duplex.config import DuplexEvalConfig
+from speechlm2_jax.evaluation.devices import Loaded, show
 from speechlm2_jax.evaluation.journal import Journal, Kept
 from speechlm2_jax.evaluation.provenance import fingerprint
 from speechlm2_jax.evaluation.results import Speed, at_once, sum_of
@@ -63,41 +62,38 @@ class Journals:
     def __init__(
         self,
         path: Path | None,
-        config: EvalConfig | DuplexEvalConfig,
+        loaded: Loaded[Any, Any],
         sha256: str | None,
-        device: jax.Device,
         keys: Sequence[str],
-        *,
-        is_split: bool = False,
     ) -> None:
         """Prints what is resumed.
 
-        `is_split`: whether each of several processes generates responses of its own. Raises
-        SettingsError if the file cannot be read, another process is writing it, or several
+        Raises SettingsError if the file cannot be read, another process is writing it, or several
         processes have none.
         """
+        config = loaded.config
         settings: dict[str, Any] = {
             "model": sha256 or config.pretrained_name,
-            "platform": device.platform,
+            "platform": loaded.device.platform,
             **{k: v for k, v in to_plain(config).items() if k not in CHANGE_NO_RESPONSE},
         }
         self.journal: Journal | None = None
         self._split: SplitJournal | None = None
         if path is None:
-            if is_split:
+            if loaded.is_split:
                 raise SettingsError(
                     "output_manifest: several processes need one, through which they exchange "
                     "their responses; name a file in a folder that all of them share"
                 )
             return
-        if is_split:
+        if loaded.is_split:
             self._split = SplitJournal(path, lambda file: Journal(file, settings, keys))
             self.journal = self._split.own
         elif jax.process_index() == 0:
             self.journal = Journal(path, settings, keys)
             self.journal.adopt_parts()
         if self.journal is not None and self.journal.note is not None:
-            print(f"note   {self.journal.note}", flush=True)
+            show(f"note   {self.journal.note}")
 
     def __enter__(self) -> "Journals":
         return self
@@ -105,6 +101,11 @@ class Journals:
     def __exit__(self, *error: Any) -> None:
         if self.journal is not None:
             self.journal.__exit__(*error)
+
+    def finish(self, rows: Sequence[Mapping[str, object]], record: Mapping[str, object]) -> None:
+        """Writes the output manifest, if there is one."""
+        if self.journal is not None:
+            self.journal.finish(rows, record)
 
     def run(self, evaluate: Callable[[Journal | None], T]) -> T | None:
         """Calls `evaluate` with the journal; the result is that of all processes.

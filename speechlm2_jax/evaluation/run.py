@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
-from speechlm2_jax import processes
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.compilations import Compilations
 from speechlm2_jax.evaluation.config import EvalConfig
@@ -20,6 +19,7 @@ from speechlm2_jax.evaluation.progress import ProgressDisplay
 from speechlm2_jax.evaluation.read_audio import EvaluationClip, clips, longest_first
 from speechlm2_jax.evaluation.results import Evaluation, Response, Speed
 from speechlm2_jax.evaluation.resuming import speed_of
+from speechlm2_jax.evaluation.split import left_out
 from speechlm2_jax.inference.long_form.join_texts import join
 from speechlm2_jax.inference.request.values import ids_of
 from speechlm2_jax.settings import SettingsError, to_plain
@@ -52,13 +52,9 @@ def evaluate(
     task = GenerationTask(make_prompt(model, config), end_ids(model, config), config, draft_model)
     part = None if journal is None else journal.part
     responses, speed = ({}, Speed()) if journal is None else _resumed(journal, utterances)
-    done = frozenset(responses)
-    if is_joint:
-        done = processes.of_first(done, len(utterances))
-    if part is not None:
-        speed = Speed()
-        in_order = longest_first([u.duration_s for u in utterances])
-        done |= part.of_others([index for index in in_order if index not in done])
+    speed = speed if part is None else Speed()  # each process counts its own
+    order = longest_first([u.duration_s for u in utterances])
+    done = left_out(responses, order, part, is_joint=is_joint)
     texts: dict[int, dict[int, str]] = {}  # utterance -> chunk -> text
 
     def record(finished: Mapping[int, Response]) -> None:
@@ -82,6 +78,7 @@ def evaluate(
         for round in generate_clips(model, todo, task):
             speed = speed.add(round.audio_s, round.seconds, compiled=round.compiled)
             speed = speed.add_drafts(round.drafted, round.accepted)
+            rtf = round.seconds / round.audio_s if round.audio_s else None
             finished = {}
             for clip, ids in round.outputs:
                 chunk_texts = texts.setdefault(clip.index, {})
@@ -89,7 +86,6 @@ def evaluate(
                 if len(chunk_texts) == len(clip.chunks):
                     text = join([chunk_texts[n] for n in range(len(chunk_texts))], clip.chunks)
                     duration_s = clip.recording_samples / model.sampling_rate
-                    rtf = round.seconds / round.audio_s if round.audio_s else None
                     finished[clip.index] = _response(utterances[clip.index], text, duration_s, rtf)
             _show(list(finished.values()), round.audio_s / round.seconds, config, log)
             record(finished)

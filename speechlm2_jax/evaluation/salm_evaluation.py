@@ -2,18 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-import jax
-from tqdm import tqdm
-
 from speechlm2_jax.evaluation.config import EvalConfig, check_generation
-from speechlm2_jax.evaluation.devices import (
-    batches_of_all,
-    choose_devices,
-    describe,
-    is_joint_mesh,
-    no_log,
-    placement,
-)
+from speechlm2_jax.evaluation.devices import load, show
 from speechlm2_jax.evaluation.encoder_wer import (
     EncoderTranscriber,
     encoder_texts,
@@ -39,31 +29,24 @@ def run_salm_evaluation(plan: EvaluationPlan) -> None:
     config = plan.config
     utterances = plan.utterances()
     output, page = plan.output("output_manifest"), plan.output("report")
-    print(plan.summary(utterances), flush=True)
+    show(plan.summary(utterances))
 
     from speechlm2_jax.evaluation.html_report.page import write_page
 
-    devices = choose_devices(config.device, config.devices)
     fingerprint = start_fingerprint(config.pretrained_name)
-    placed = placement(config, devices)
-    with errors_name_key("pretrained_name"):
-        kind = model_class(config)
-        model = kind.from_pretrained(config.pretrained_name, dtype=config.dtype, **placed).eval()
-    if placed:
-        print(describe(model.mesh), flush=True)
+    loaded = load(config, model_class(config).from_pretrained)
+    model = loaded.model.eval()
     if config.generation:  # once more, for token ids that this vocabulary lacks
         check_generation(config.generation, config.max_new_tokens, model)
     ctc_model = _encoder_ctc_model(plan)
     draft_model = _draft_model(plan, model.sampling_rate)
     keys, sha256 = input_keys(utterances), fingerprint.result()
-    config = batches_of_all(config, model.mesh)
-    device, is_joint = devices[0], is_joint_mesh(model.mesh)
-    is_split = jax.process_count() > 1 and not is_joint
-    log = tqdm.write if jax.process_index() == 0 else no_log
-    with Journals(output, config, sha256, device, keys, is_split=is_split) as journals:
+    with Journals(output, loaded, sha256, keys) as journals:
         result = journals.run(
             lambda journal: evaluate(
-                model, utterances, config, log, journal, is_joint=is_joint, draft_model=draft_model
+                *(model, utterances, loaded.config, show, journal),
+                is_joint=loaded.is_joint,
+                draft_model=draft_model,
             )
         )
         if result is None:
@@ -72,9 +55,8 @@ def run_salm_evaluation(plan: EvaluationPlan) -> None:
             texts = encoder_texts(ctc_model, utterances, config.batch_size, config.max_audio_s)
             result = result.with_encoder_texts(texts)
         totals = result.totals()
-        record = provenance(config, device, totals, sha256=sha256, step=plan.step)
-        if journals.journal is not None:
-            journals.journal.finish(result.rows(), record)
+        record = provenance(config, loaded.device, totals, sha256=sha256, step=plan.step)
+        journals.finish(result.rows(), record)
         print(table(totals))
         if output is not None:
             print(f"answers: {output}")

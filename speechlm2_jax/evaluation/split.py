@@ -8,7 +8,7 @@ command resumes, also with another number of processes.
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -67,6 +67,20 @@ class ProcessPart:
             time.sleep(POLL_S)
             if new := self.done_by_others():
                 progress(new)
+
+
+def left_out(
+    done: Iterable[int], order: Sequence[int], part: ProcessPart | None, *, is_joint: bool
+) -> frozenset[int]:
+    """The inputs that this process does not generate: those that are done, or that others do.
+
+    `order` is the order of all inputs. With `is_joint` all processes do the same, and what is done
+    is what the first one knows to be done.
+    """
+    kept = processes.of_first(done, len(order)) if is_joint else frozenset(done)
+    if part is None:
+        return kept
+    return kept | part.of_others([index for index in order if index not in kept])
 
 
 class SplitJournal:

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from speechlm2_jax.layers.cpu import is_slow_matmul, weight_first_matmul
 from speechlm2_jax.layers.module import MAY_BE_WORDS, Initializer, param
+from speechlm2_jax.layers.weight_in_place import weight_in_place
 from speechlm2_jax.layers.words import BFLOAT16, floats, is_words, matmul_words
-from speechlm2_jax.sharding import constrain, weight_in_place
+from speechlm2_jax.sharding import constrain
 
 default_init: Initializer = jax.nn.initializers.variance_scaling(
     1.0 / 3.0, "fan_in", "uniform", in_axis=1, out_axis=0

@@ -5,18 +5,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
-from tqdm import tqdm
-
 from speechlm2_jax import models
-from speechlm2_jax.evaluation.devices import (
-    batches_of_all,
-    choose_devices,
-    describe,
-    is_joint_mesh,
-    no_log,
-    placement,
-)
+from speechlm2_jax.evaluation.devices import load, show
+from speechlm2_jax.evaluation.duplex.config import DuplexEvalConfig
 from speechlm2_jax.evaluation.duplex.plan import DuplexPlan
 from speechlm2_jax.evaluation.duplex.results import DuplexEvaluation, duplex_table
 from speechlm2_jax.evaluation.duplex.run import evaluate_duplex, input_keys, open_scorer
@@ -34,47 +25,28 @@ def run_duplex_evaluation(plan: DuplexPlan) -> None:
     """Runs the model on each conversation, writes manifest, speech and report, prints scores."""
     config = plan.config
     output, page = plan.output("output_manifest"), plan.output("report")
-    print(plan.summary(), flush=True)
+    show(plan.summary())
 
-    devices = choose_devices(config.device, config.devices)
     fingerprint = start_fingerprint(config.pretrained_name)
-    placed = placement(config, devices)
-    with errors_name_key("pretrained_name"):
-        model = load_duplex(config.pretrained_name, dtype=config.dtype, **placed)
-    if placed:
-        print(describe(model.mesh), flush=True)
-    config = batches_of_all(config, model.mesh)
-    device, is_joint = devices[0], is_joint_mesh(model.mesh)
-    is_split = jax.process_count() > 1 and not is_joint
-    dataset = plan.dataset(model)
+    loaded = load(config, load_duplex)
+    dataset = plan.dataset(loaded.model)
     with contextlib.ExitStack() as stack:
-        folder = None if config.audio_folder is None else Path(config.audio_folder)
-        if folder is None and is_split and page is not None:
-            raise SettingsError(
-                "audio_folder: several processes need one for the report; name a folder that all "
-                "of them share"
-            )
-        if folder is None and page is not None:  # the report embeds the speech
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = _audio_folder(stack, config, has_page=page is not None, is_split=loaded.is_split)
         keys, sha256 = input_keys(plan.dialogues), fingerprint.result()
-        journals = stack.enter_context(
-            Journals(output, config, sha256, device, keys, is_split=is_split)
-        )
-        log = tqdm.write if jax.process_index() == 0 else no_log
+        journals = stack.enter_context(Journals(output, loaded, sha256, keys))
 
         def run(journal: Journal | None) -> DuplexEvaluation:
             with errors_name_key("scoring_asr"):
-                scorer = open_scorer(model, config, keeps_audio=folder is not None)
-            given = (scorer, plan.dialogues, dataset, config, folder, log, journal)
-            return evaluate_duplex(*given, is_joint=is_joint)
+                scorer = open_scorer(loaded.model, config, keeps_audio=folder is not None)
+            given = (scorer, plan.dialogues, dataset, loaded.config, folder, show, journal)
+            return evaluate_duplex(*given, is_joint=loaded.is_joint)
 
         result = journals.run(run)
         if result is None:
             return
         totals = result.totals()
-        record = provenance(config, device, totals, sha256=sha256, step=plan.step)
-        if journals.journal is not None:
-            journals.journal.finish(result.rows(config.use_normalizer), record)
+        record = provenance(config, loaded.device, totals, sha256=sha256, step=plan.step)
+        journals.finish(result.rows(config.use_normalizer), record)
         print(duplex_table(totals))
         if output is not None:
             print(f"answers: {output}")
@@ -89,6 +61,22 @@ def run_duplex_evaluation(plan: DuplexPlan) -> None:
                 normalizer=config.use_normalizer,
             )
             print(f"report:  {page}  (open it in a browser)")
+
+
+def _audio_folder(
+    stack: contextlib.ExitStack, config: DuplexEvalConfig, *, has_page: bool, is_split: bool
+) -> Path | None:
+    """The folder of the agent's speech: a temporary one if only the report needs it."""
+    if config.audio_folder is not None:
+        return Path(config.audio_folder)
+    if not has_page:
+        return None
+    if is_split:
+        raise SettingsError(
+            "audio_folder: several processes need one for the report; name a folder that all of "
+            "them share"
+        )
+    return Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
 
 def load_duplex(name: str, *, dtype: str, **placed: Any) -> DuplexS2SModel:

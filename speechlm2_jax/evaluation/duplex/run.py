@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from speechlm2_jax import processes
 from speechlm2_jax.batches import DuplexExample
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
@@ -34,6 +33,7 @@ from speechlm2_jax.evaluation.metrics.turn_taking import Turns, turn_marks
 from speechlm2_jax.evaluation.progress import ProgressDisplay
 from speechlm2_jax.evaluation.results import Speed
 from speechlm2_jax.evaluation.resuming import speed_of
+from speechlm2_jax.evaluation.split import left_out
 from speechlm2_jax.models.duplex import DuplexS2SModel
 from speechlm2_jax.settings import build, to_plain
 
@@ -91,13 +91,9 @@ def evaluate_duplex(
     files = _files(dialogues, audio_folder)
     part = None if journal is None else journal.part
     results, speed = _resumed(journal, scorer, files)
-    done = frozenset(results)
-    if is_joint:
-        done = processes.of_first(done, len(dialogues))
-    if part is not None:
-        speed = Speed()
-        chunks = _chunks(dialogues, config.batch_size, done)
-        done |= part.of_others([index for chunk in chunks for index in chunk])
+    speed = speed if part is None else Speed()  # each process counts its own
+    order = [index for chunk in _chunks(dialogues, config.batch_size, ()) for index in chunk]
+    done = left_out(results, order, part, is_joint=is_joint)
     with (
         contextlib.closing(scorer),
         ProgressDisplay(len(dialogues), len(results)) as progress,
