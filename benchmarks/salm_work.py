@@ -25,6 +25,7 @@ from speechlm2_jax.networks.flops import EncodedAudio, salm_flops
 from speechlm2_jax.networks.salm import Salm, SalmConfig, SalmModes
 from speechlm2_jax.perception.frames import Frames
 from speechlm2_jax.perception.perception import PerceptionModes
+from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import make_sharding
 from speechlm2_jax.training.optimizer import AdamWConfig, Optimizer
 from speechlm2_jax.training.programs import Programs
@@ -50,7 +51,7 @@ class Sizes:
         return int(self.seconds * FRAMES_PER_S)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class MelBatch:
     """A batch whose clips are mel features already."""

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.asr.transducer import TransducerConfig, TransducerNetwork
 from speechlm2_jax.layers.lstm import LstmState
+from speechlm2_jax.pytrees import register_pytree
 
 Score = Callable[[Int[Array, " B"]], Float[Array, "B C"]]
 """Frame of each sequence -> logits of labels, blank and durations there."""
@@ -29,7 +30,7 @@ class DecodingLimits(TypedDict):
     jumps_when_full: bool
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class Hypotheses:
     """Labels in time order; only the first `lengths` of each sequence are valid."""
@@ -42,7 +43,7 @@ class Hypotheses:
     lengths: Int[Array, " B"]
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class _Search:
     """State of the inner loop: where each sequence searches, and its last label or blank."""
@@ -53,7 +54,7 @@ class _Search:
     is_seeking: Bool[Array, " B"]
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class _DecodingState:
     """State of the outer loop: hypotheses so far, and the prediction network after them."""

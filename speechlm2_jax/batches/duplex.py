@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Generic, TypeVar
 
-import jax
 import numpy as np
 
 from speechlm2_jax.batches.shared import A, TimeOrder
+from speechlm2_jax.pytrees import register_pytree
 
 B = TypeVar("B")
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class DuplexBatch(Generic[A]):
     """One global batch for a duplex model. Arrays are NumPy on the host, JAX on the devices."""

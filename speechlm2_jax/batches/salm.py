@@ -8,12 +8,13 @@ import jax
 import numpy as np
 
 from speechlm2_jax.batches.shared import A, FrameCount, TimeOrder
+from speechlm2_jax.pytrees import register_pytree
 
 B = TypeVar("B")
 M = TypeVar("M", jax.Array, np.ndarray)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class SalmBatch(Generic[A]):
     """One global batch for SALM. Arrays are NumPy on the host, JAX on the devices."""

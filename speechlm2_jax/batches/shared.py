@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from speechlm2_jax.arrays import AnyArray, Scalar
+from speechlm2_jax.pytrees import register_pytree
 
 A = TypeVar("A", covariant=True)
 """What the arrays of a pytree are: on the host, on the devices, or their shapes or shardings."""
@@ -17,7 +18,7 @@ TimeOrder = Callable[[int], np.ndarray | None]
 """Sequence length -> the position at each index (`Sharding.time_order`); None: in order."""
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class LossSum(Generic[A]):
     """Sum and count of a mean: merged over micro-batches and devices, divided once."""
@@ -36,7 +37,7 @@ class LossSum(Generic[A]):
         return self.total / jax.numpy.maximum(self.count, 1.0)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class StepLosses:
     """Loss, metrics and new buffers of one batch."""

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from speechlm2_jax.pytrees import register_pytree
+
 Signal = Float[Array, "B T C"]
 
 
@@ -48,7 +50,7 @@ class Boundary(Protocol):
         ...
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class SequenceBoundary:
     """Boundary of right-padded sequences. Positions from a sequence's length on are zero."""

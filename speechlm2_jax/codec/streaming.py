@@ -9,9 +9,10 @@ from jaxtyping import Array, Float
 
 from speechlm2_jax.codec.boundary import PaddedSequence, Signal
 from speechlm2_jax.codec.decoder import HiFiGANDecoder
+from speechlm2_jax.pytrees import register_pytree
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class DecoderStream:
     """State of a batch of streams: the last inputs of each convolution, in the order of the layers.

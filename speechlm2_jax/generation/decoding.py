@@ -12,6 +12,7 @@ from speechlm2_jax.generation.drafts import Drafter, DraftText
 from speechlm2_jax.generation.processors import History, Processor, process
 from speechlm2_jax.generation.warpers import Number
 from speechlm2_jax.layers.cache import CachedOutput, KVCache
+from speechlm2_jax.pytrees import register_pytree
 
 STATIC = {"static": True}
 Id = TypeVar("Id")
@@ -20,7 +21,7 @@ COPIES_SALT = 2**31 - 1
 """Separates the random keys of a prompt's further returned sequences from those of its tokens."""
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class BeamConfig:
     """Beam search with the semantics of Hugging Face's `_beam_search`."""
@@ -38,7 +39,7 @@ class BeamConfig:
     """
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class DecodingConfig(Generic[Id]):
     """How to generate. A pytree: its numbers may be arguments of a compiled program.

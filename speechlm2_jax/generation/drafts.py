@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from speechlm2_jax.pytrees import register_pytree
+
 STATIC = {"static": True}
 WORD, MARK, OTHER_START = 10.0, 1.0, 5.0
 """Costs of an alignment: to leave out or replace a token with letters, to leave out or replace one
@@ -78,7 +80,7 @@ class Drafter(ABC):
         """Takes note of the first `count` of `tokens`, which were added to each response."""
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class LookupDrafter(Drafter):
     """Prompt lookup: what followed the first earlier occurrence of the last n tokens.
@@ -120,7 +122,7 @@ class LookupDrafter(Drafter):
         return state
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class TextDrafter(Drafter):
     """Copies a text of each response's own, from the place that aligns best with the response.

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.generation import warpers
 from speechlm2_jax.generation.warpers import Number
+from speechlm2_jax.pytrees import register_pytree
 
 Scores = Float[Array, "B V"]
 WILDCARD = -1
@@ -98,7 +99,7 @@ def static(**options: Any) -> Any:
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def processor(cls: T) -> T:
     """Makes a class a frozen dataclass and a pytree."""
-    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
+    return register_pytree(dataclass(frozen=True)(cls))
 
 
 @processor

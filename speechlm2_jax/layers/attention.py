@@ -13,6 +13,7 @@ from speechlm2_jax.layers.cudnn_attention import WIDEST_HEAD, cudnn_attention
 from speechlm2_jax.layers.ring_attention import ring_attention
 from speechlm2_jax.layers.scores import Scores
 from speechlm2_jax.layers.splash_attention import splash_attention
+from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import context_size, platform, tensor_size
 
 MASKED_KEY = -1
@@ -68,7 +69,7 @@ def implementation(case: Case) -> str:
     return "dense"
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class AttentionMask:
     """A causal mask within segments: a query attends to keys of its segment, at or before it.

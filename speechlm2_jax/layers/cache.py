@@ -10,10 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.layers.slot_rows import put_rows
 from speechlm2_jax.layers.window_cache import NewTokens, WindowCache
+from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class KVCache:
     """Keys and values of a batch of sequences, for all layers.
@@ -194,7 +195,7 @@ class KVCache:
         )
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class RingCache(KVCache):
     """A cache for continuous batching: its sequences start at different times.
@@ -260,7 +261,7 @@ class RingCache(KVCache):
         )
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class DraftCache(KVCache):
     """A cache for speculative decoding: each sequence has a next position of its own, `used` [B].

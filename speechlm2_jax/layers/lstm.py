@@ -8,9 +8,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from speechlm2_jax.layers.linear import Linear
+from speechlm2_jax.pytrees import register_pytree
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class LstmState:
     """Output and cell of every layer after some position."""

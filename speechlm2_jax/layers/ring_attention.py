@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.layers.scores import Scores
+from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import context_size, on_shards, ring_permute
 
 _HEADS = ("batch", "tokens", "act_heads", None)
@@ -21,7 +22,7 @@ _NO_SCORE = -1e30
 """Running maximum before the first key; finite, so that differences are never NaN."""
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class Keys:
     """What rotates: keys and values of one device, their segment ids and positions."""
@@ -32,7 +33,7 @@ class Keys:
     ring_order: Int[Array, " S"]
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class Partial:
     """Online softmax over the keys so far: output = weighted / total (Milakov 2018), in fp32.

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.layers.slot_rows import put_rows
+from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain
 
 NOTHING = -1
@@ -27,7 +28,7 @@ class NewTokens(NamedTuple):
     """False at padding."""
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class WindowCache:
     """Keys and values of the last tokens of each sequence, for all layers with one window size.

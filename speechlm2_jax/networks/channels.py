@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.layers.module import param
+from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain
 
 
@@ -58,7 +59,7 @@ class Codebooks:
         return self.size + 2
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class Channels:
     """Inputs of the network in each frame, and the targets that it predicts from them."""
@@ -74,7 +75,7 @@ class Channels:
     """Number of frames of each conversation by which the summed loss is divided."""
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class ChannelLengths:
     """Frames of the channels of each conversation; [B]."""

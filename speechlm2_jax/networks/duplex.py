@@ -44,6 +44,7 @@ from speechlm2_jax.perception.perception import (
     PerceptionModes,
     PerceptionOutput,
 )
+from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain, length_multiple, time_order
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 
@@ -93,7 +94,7 @@ class DuplexModes:
     speech_decoder: bool = False
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class DuplexInputs:
     """Inputs of the `forward` stage. B is the number of groups times the sequences of a group."""

@@ -11,13 +11,14 @@ from speechlm2_jax.asr.greedy import DecodingLimits, decode_greedily
 from speechlm2_jax.asr.transducer import TransducerNetwork
 from speechlm2_jax.batches import SalmBatch
 from speechlm2_jax.networks.salm import Salm, SalmModes, example_rngs, split_rng
+from speechlm2_jax.pytrees import register_pytree
 
 A = TypeVar("A")
 _DROP_RNG = 4
 """Folded into the key of a clip; perception's components have 0 to 3."""
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class Transcripts(Generic[A]):
     """Labels of each clip of a batch. Arrays are JAX on the devices, NumPy on the host."""

@@ -19,10 +19,11 @@ from speechlm2_jax.perception.frames import is_within
 from speechlm2_jax.perception.group_norm import GroupNorm
 from speechlm2_jax.perception.initializers import uniform
 from speechlm2_jax.perception.self_attention import RelPosSelfAttention
+from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class LayerInputs:
     """Inputs that all layers of one forward pass share."""

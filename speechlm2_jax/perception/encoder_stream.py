@@ -37,9 +37,10 @@ from speechlm2_jax.perception.subsampling import (
     Stacking,
     Subsampling,
 )
+from speechlm2_jax.pytrees import register_pytree
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class EncoderStreamState:
     """State of an encoder for a batch of streams; all zeros at the start of a stream."""
@@ -77,7 +78,7 @@ class StepInputs:
     tied_biases: Biases | None
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class StreamFrames:
     """Output frames of one step."""

@@ -22,12 +22,13 @@ from speechlm2_jax.perception.self_attention import (
     relative_positions,
 )
 from speechlm2_jax.perception.subsampling import make_subsampling
+from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain
 
 _LAYERS_RNG, _INPUT_RNG, _NEAR_RNG, _FAR_RNG, _CONTEXT_RNG = range(5)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class EncoderOutput:
     """Output of an encoder or a modality adapter."""

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from speechlm2_jax.pytrees import register_pytree
 
-@jax.tree_util.register_dataclass
+
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class FrameMask:
     """What the attention mask of a batch is made from: lengths, contexts, position table."""

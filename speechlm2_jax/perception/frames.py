@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from speechlm2_jax.pytrees import register_pytree
 
-@jax.tree_util.register_dataclass
+
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class Frames:
     """Frames [B, T, D] and the real length of each sequence."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -34,6 +33,7 @@ from speechlm2_jax.perception.modality_adapter import (
     make_adapter,
 )
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig, spec_augment
+from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain
 
 _DITHER_RNG, _SPEC_AUGMENT_RNG, _ENCODER_RNG, _ADAPTER_RNG = range(4)
@@ -188,7 +188,7 @@ class PerceptionModes:
     """Batch norm counts every frame of NeMo's padded batch, not only the real ones."""
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class PerceptionOutput:
     """Frames of the LLM's width, padded to F = config.frame_capacity(S), and their real lengths."""

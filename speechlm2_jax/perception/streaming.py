@@ -33,6 +33,7 @@ from speechlm2_jax.perception.fastconformer_config import Context, FastConformer
 from speechlm2_jax.perception.mel_stream import MelPlan
 from speechlm2_jax.perception.perception import AudioPerception, PerceptionConfig
 from speechlm2_jax.perception.qformer import QformerConfig
+from speechlm2_jax.pytrees import register_pytree
 
 
 def natural_frames(config: PerceptionConfig, context: Context | None = None) -> int:
@@ -134,7 +135,7 @@ class StreamPlan:
         return -(-(frames + self.delay) // self.frames) if frames else 0
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class StreamState:
     """State of a batch of streams; all zeros for a new stream."""
@@ -149,7 +150,7 @@ class StreamState:
     adapter: EncoderStreamState | None
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class StreamOutput:
     """Output frames of one step."""

@@ -10,12 +10,13 @@ from jaxtyping import Array, Bool, Float, Key
 from speechlm2_jax.layers.dropout import dropout
 from speechlm2_jax.layers.linear import gathered
 from speechlm2_jax.layers.module import Initializer, param
+from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain, platform
 from speechlm2_jax.speech_decoder.attention import default_init, output_init
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class ConvState:
     """The last k - 1 inputs of both convolutions; with a leading axis L for all layers."""

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -15,6 +14,7 @@ from speechlm2_jax.layers.dropout import dropout, fold_rngs
 from speechlm2_jax.layers.module import param
 from speechlm2_jax.layers.norms import LayerNorm
 from speechlm2_jax.layers.stack import RematPolicy, scan_layers, stack
+from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain
 from speechlm2_jax.speech_decoder.attention import (
     CrossAttention,
@@ -30,7 +30,7 @@ PADDING = 64
 _INPUT_RNG, _LAYERS_RNG, _OUTPUT_RNG = range(3)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class TransformerState:
     """State of incremental decoding, of fixed shape: KV cache and convolution inputs."""

@@ -16,6 +16,7 @@ import optax
 from jaxtyping import PyTree
 
 from speechlm2_jax.arrays import Scalar
+from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.settings import Refusal, SettingsError
 from speechlm2_jax.settings.targets import select
 from speechlm2_jax.training.protocol import Variables
@@ -90,7 +91,7 @@ def read_optimizer(values: Mapping[str, object] | None) -> AdamWConfig:
     return select(OPTIMIZERS, values, "model.optimizer")
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class Update:
     """The result of one update."""

@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from speechlm2_jax.arrays import AnyArray
+from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.sharding import Sharding, put_global
 from speechlm2_jax.training.optimizer import Optimizer, OptState
@@ -19,7 +20,7 @@ L = TypeVar("L")
 """What the leaves of a state are: arrays, or their shapes or shardings."""
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class TrainState(Generic[L]):
     """All arrays that a step changes. A step donates its input: never use an old state."""

@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 
 from speechlm2_jax.arrays import AnyArray, Scalar
 from speechlm2_jax.batches import LossSum, StepLosses
+from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import Sharding, use
 from speechlm2_jax.training.optimizer import Optimizer
 from speechlm2_jax.training.protocol import Variables
@@ -28,7 +29,7 @@ Losses = Callable[..., StepLosses]
 """`TrainableModel.losses`: (variables, batch, *, key, train) -> StepLosses."""
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class MicroSums:
     """Gradients and losses summed over micro-batches, and the buffers after the last of them."""
@@ -39,7 +40,7 @@ class MicroSums:
     buffers: Variables
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
     """Scalars of a step, replicated over devices. The host reads them some steps later."""

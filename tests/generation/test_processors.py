@@ -1,8 +1,6 @@
 """Processors equal transformers', as its own generate assembles them from a GenerationConfig."""
 
 import json
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,7 @@ GOLDEN = load_file(DATA / "processors.safetensors")
 PROMPT, NEW = FACTS["prompt"], FACTS["new_tokens"]
 
 
-@cache
-def compiled(kinds: tuple[type, ...]) -> Callable[..., jax.Array]:
-    """`process` for processors of these classes.
-
-    One jitted function for all classes was seen to run the program of another class (jax 0.10.2),
-    where another thread compiled at the same time.
-    """
-    return jax.jit(lambda *arguments: process(*arguments))
+run = jax.jit(process)
 
 
 class Vocabulary:
@@ -52,9 +43,7 @@ def processed(options: dict[str, Any], generated: int, logits: np.ndarray) -> np
         prompt_length=jnp.full(batch, PROMPT, jnp.int32),
         limit=jnp.full(batch, NEW, jnp.int32),
     )
-    processors = request.decoding.processors
-    run = compiled(tuple(map(type, processors)))
-    return np.asarray(run(jnp.asarray(logits), history, processors))
+    return np.asarray(run(jnp.asarray(logits), history, request.decoding.processors))
 
 
 @pytest.mark.parametrize("name", FACTS["cases"])
