@@ -289,6 +289,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding.named(axes, x.shape))
 
 
+def on_every_device(tree: T) -> T:
+    """Constrains arrays to be whole on every device, so that each process can read them.
+
+    Does nothing outside `use`.
+    """
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
+
+
 Axes = Sequence[str | None]
 
 

@@ -36,7 +36,10 @@ def run_offline(
     *,
     placement: Sharding | None = None,
 ) -> tuple[DuplexOutput, Int[Array, " B"]]:
-    """Generates the agent's tokens for whole recordings: (output, frames of each recording)."""
+    """Generates the agent's tokens for whole recordings: (output, frames of each recording).
+
+    Both are whole on every device of `placement`.
+    """
     network: Duplex = merge_layers(graphdef, variables)
     codebooks, pad = network.config.codebooks, network.config.text.pad
     with sharding.use(placement):
@@ -51,7 +54,8 @@ def run_offline(
             codebooks=codebooks.count,
         )
         lengths = encoder_output.lengths
-        return run_duplex(network, frames, lengths, state, config, pad=pad, rngs=rngs), lengths
+        output = run_duplex(network, frames, lengths, state, config, pad=pad, rngs=rngs)
+        return sharding.on_every_device((output, lengths))
 
 
 @partial(jax.jit, static_argnames=("graphdef", "placement"))
@@ -75,16 +79,20 @@ def decode_codes(
         codes = without_control(codes, silence, config.codebooks, nemo_exact=config.nemo_exact)
         extent = jnp.asarray(longest) if config.nemo_exact else None
         decoded = network.codec.decode(codes, lengths, nemo_exact=config.nemo_exact, extent=extent)
-        return decoded.audio, decoded.lengths
+        return sharding.on_every_device((decoded.audio, decoded.lengths))
 
 
-@partial(jax.jit, static_argnames=("graphdef",))
-def silent_codes(graphdef: nnx.GraphDef[Duplex], variables: Variables) -> Int[Array, " K"]:
+@partial(jax.jit, static_argnames=("graphdef", "placement"))
+def silent_codes(
+    graphdef: nnx.GraphDef[Duplex], variables: Variables, *, placement: Sharding | None = None
+) -> Int[Array, " K"]:
     """The codec's codes of silence."""
     network: Duplex = merge(graphdef, variables)
     samples = SILENT_FRAMES * network.config.codec.samples_per_frame
     silence = jnp.zeros((1, samples), jnp.float32)
-    return network.codec.encode(silence, jnp.array([samples])).codes[0, SILENT_FRAMES // 2]
+    codes = network.codec.encode(silence, jnp.array([samples])).codes[0, SILENT_FRAMES // 2]
+    with sharding.use(placement):
+        return sharding.on_every_device(codes)
 
 
 def _conversation_rngs(rng: Key[Array, ""], batch: int) -> Key[Array, " B"]:

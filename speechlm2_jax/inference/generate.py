@@ -370,8 +370,7 @@ def decode(
     network: Salm = merge_layers(graphdef, variables)
     with sharding.use(placement):
         state = loops.constrained(loops.decode(network.llm, state, decoding, until))
-        output = loops.read_outputs(state, decoding)
-        return state, jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), output)
+        return state, sharding.on_every_device(loops.read_outputs(state, decoding))
 
 
 @partial(jax.jit, static_argnames=("graphdef", "placement"))

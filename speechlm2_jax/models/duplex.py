@@ -157,8 +157,7 @@ class DuplexS2SModel(SpeechModel):
         )
         audio, lengths = check_batch(input_signal, input_signal_lens)
         self._check_frames(lengths)
-        mesh = sharding.mesh_of(self.variables)
-        placement = None if mesh is None else sharding.for_inference(mesh)
+        placement = self._placement()
         batch = len(audio)
         groups = 1 if placement is None else placement.data_parallel_size
         audio, lengths = pad_to_static_shape(audio, lengths, groups)
@@ -194,7 +193,7 @@ class DuplexS2SModel(SpeechModel):
             self._inference_variables(),
             codes,
             pad_lengths(frames, len(codes)),
-            self._silence(np.asarray(codes)[:batch]),
+            self._silence(np.asarray(codes)[:batch], placement),
             longest,
             placement=placement,
         )
@@ -221,15 +220,22 @@ class DuplexS2SModel(SpeechModel):
             target_samples=round_up(max(len(e.target_audio) for e in examples), SAMPLE_UNIT),
         )
         batch = assemble_duplex_batch([examples], shape, pad_id=self.text_pad_id)
-        found = _targets(self._graphdef, self._inference_variables(), batch)
+        variables = self._inference_variables()
+        found = _targets(self._graphdef, variables, batch, placement=self._placement())
         return Targets(*(np.asarray(x)[: len(examples)] for x in found))
 
-    def _silence(self, codes: np.ndarray) -> np.ndarray:
+    def _placement(self) -> Sharding | None:
+        """The devices of the weights, if there are several."""
+        mesh = sharding.mesh_of(self.variables)
+        return None if mesh is None else sharding.for_inference(mesh)
+
+    def _silence(self, codes: np.ndarray, placement: Sharding | None) -> np.ndarray:
         """The codec's codes [K] of silence; zeros if the first frames have no control codes."""
         codebooks = self._blueprint.network.codebooks
         if not (codes[:, :1] >= codebooks.size).any():
             return np.zeros(codebooks.count, np.int32)
-        return np.asarray(silent_codes(self._graphdef, self._inference_variables()))
+        variables = self._inference_variables()
+        return np.asarray(silent_codes(self._graphdef, variables, placement=placement))
 
     def _text(self, ids: np.ndarray) -> str:
         """The text of a text channel without pad, bos and eos."""
@@ -319,12 +325,18 @@ class DuplexS2SSpeechDecoderModel(DuplexS2SModel):
     CONFIG = DuplexSpeechDecoderModelConfig
 
 
-@partial(jax.jit, static_argnames=("graphdef",))
+@partial(jax.jit, static_argnames=("graphdef", "placement"))
 def _targets(
-    graphdef: nnx.GraphDef[Duplex], variables: Variables, batch: DuplexBatch[jax.Array]
+    graphdef: nnx.GraphDef[Duplex],
+    variables: Variables,
+    batch: DuplexBatch[jax.Array],
+    *,
+    placement: Sharding | None = None,
 ) -> Targets:
     channels = duplex_network.prepare(merge(graphdef, variables), batch, DuplexModes()).channels
-    return Targets(channels.text_targets, channels.code_targets, channels.frames)
+    found = Targets(channels.text_targets, channels.code_targets, channels.frames)
+    with sharding.use(placement):
+        return sharding.on_every_device(found)
 
 
 @partial(jax.jit, static_argnames=("graphdef",))

@@ -8,17 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 
 from speechlm2_jax.evaluation.journal import Journal, session_of
 from speechlm2_jax.evaluation.results import Speed
 from speechlm2_jax.evaluation.resuming import speed_of
 from speechlm2_jax.evaluation.split import ProcessPart
+from tests.evaluation.split_case import KINDS, Case
 
-ROOT = Path(__file__).parents[2]
-SALM = ROOT / "tests" / "data" / "salm"
 KEYS = [f"key{n}" for n in range(7)]
 
 
@@ -91,57 +88,10 @@ def test_processes_add_their_audio_and_the_longest_time_counts(tmp_path):
     assert found == Speed(audio_s=5 + 4 + 1 + 10, generate_s=4 + 1 + 5, compiled=4)
 
 
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    """Thirteen recordings, and one that is missing."""
-    folder = tmp_path_factory.mktemp("split")
-    wave = soundfile.read(SALM / "audio" / "a0.wav", dtype="float32")[0]
-    rows = []
-    for n in range(13):
-        samples = np.roll(wave, 997 * n)[: 7300 - 300 * n]
-        soundfile.write(folder / f"{n}.wav", samples, 16_000)
-        rows.append({"audio_filepath": f"{n}.wav", "duration": len(samples) / 16_000, "text": "a"})
-    rows.append({"audio_filepath": "missing.wav", "duration": 0.3, "text": "b"})
-    path = folder / "m.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def _command(manifest, output, processes, *more):
-    launch = ["-m", "speechlm2_jax.launch", "-n", str(processes)] if processes > 1 else []
-    model = f"pretrained_name={SALM / 'llama_adapter_hf'}"
-    return [sys.executable, *launch, "evaluate.py", model, f"inputs={manifest}", "batch_size=1",
-            "dtype=float32", "max_new_tokens=8", "verbose=false", f"output_manifest={output}",
-            *more]  # fmt: skip
-
-
-def _environment(devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-
-
-def _run(manifest, output, processes, *more, devices=1):
-    """Runs evaluate.py; returns its rows and what it printed."""
-    done = subprocess.run(
-        _command(manifest, output, processes, *more),
-        cwd=ROOT,
-        env=_environment(devices),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    *rows, last = [json.loads(line) for line in output.read_text().splitlines()]
-    assert last["provenance"]["totals"]["utterances"] == 14
-    assert not list(output.parent.glob(f"{output.name}.*")), "nothing is left beside the manifest"
-    return rows, done.stdout
-
-
-@pytest.fixture(scope="module")
-def expected(manifest):
-    rows, _ = _run(manifest, manifest.parent / "one.jsonl", 1)
-    assert len({row["pred_text_raw"] for row in rows}) > 1
-    return rows
+@pytest.fixture(scope="module", params=KINDS)
+def case(request, tmp_path_factory):
+    """An evaluation of each kind of model."""
+    return Case.make(request.param, tmp_path_factory.mktemp(request.param))
 
 
 TENSOR = "strategy={_target_: ModelParallelStrategy, tensor_parallel_size: 2}"
@@ -153,29 +103,32 @@ TENSOR = "strategy={_target_: ModelParallelStrategy, tensor_parallel_size: 2}"
     [
         (1, 8, [], "8 devices, a copy of the weights on each"),
         (1, 8, [TENSOR], "8 devices, 2 devices share a copy"),
-        (1, 8, ["continuous_batching=false", "tp_size=2"], "8 devices, 2 devices share a copy"),
+        (1, 8, ["tp_size=2"], "8 devices, 2 devices share a copy"),
         (2, 1, [], "2 processes with 1 devices each, a copy of the weights on each"),
         (4, 1, [], "4 processes with 1 devices each"),
         (2, 1, [TENSOR], "2 devices of 2 processes, 2 devices share a copy"),
     ],
 )
-def test_any_devices_write_the_rows_of_one(
-    manifest, expected, tmp_path, processes, devices, more, line
-):
-    rows, printed = _run(manifest, tmp_path / "out.jsonl", processes, *more, devices=devices)
-    assert rows == expected
+def test_any_devices_write_the_rows_of_one(case, tmp_path, processes, devices, more, line):
+    more = [*more, *(case.plain_batches if "tp_size=2" in more else ())]
+    printed = case.check(tmp_path, processes, *more, devices=devices)
     assert line in printed
 
 
 @pytest.mark.slow  # two starts of several processes
-@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (2, 1)])
-def test_a_killed_process_loses_and_repeats_nothing(manifest, expected, tmp_path, before, after):
-    output = tmp_path / "out.jsonl"
-    command = _command(manifest, output, before)
+@pytest.mark.parametrize(
+    ("before", "after", "more"), [(4, 2, []), (2, 4, []), (2, 1, []), (2, 2, [TENSOR])]
+)
+def test_a_killed_process_loses_and_repeats_nothing(case, tmp_path, before, after, more):
     with subprocess.Popen(
-        command, cwd=ROOT, env=_environment(), stderr=subprocess.PIPE, text=True
+        case.command(tmp_path, before, *more),
+        cwd=case.folder,
+        env=case.environment(),
+        stderr=subprocess.PIPE,
+        text=True,
     ) as run:
-        victim = tmp_path / "out.jsonl.part-1"
+        # where the processes generate each response together, the first one writes all
+        victim = tmp_path / ("out.jsonl" if more else "out.jsonl.part-1")
         while not victim.exists() or victim.read_text().count("\n") < 2:
             assert run.poll() is None, "it ended before it was killed"
             time.sleep(0.05)
@@ -183,10 +136,9 @@ def test_a_killed_process_loses_and_repeats_nothing(manifest, expected, tmp_path
         assert run.wait(60) == 137
         printed = run.stderr.read()
     assert f"process 1 of {before} was killed by SIGKILL" in printed
-    kept = sum(p.read_text().count("\n") - 1 for p in tmp_path.glob("out.jsonl.part-?"))
-    rows, printed = _run(manifest, output, after)
-    assert rows == expected
-    assert f"{kept} of 14 responses are in {output} already" in printed
+    kept = sum(p.read_text().count("\n") - 1 for p in tmp_path.glob("out.jsonl*[0-9l]"))
+    printed = case.check(tmp_path, after, *more)
+    assert f"{kept} of {case.inputs} responses are in {tmp_path / 'out.jsonl'} already" in printed
 
 
 def _pid_of_process(launcher, index):
@@ -199,11 +151,11 @@ def _pid_of_process(launcher, index):
 
 
 @pytest.mark.slow  # starts two processes
-def test_several_processes_need_a_manifest(manifest):
+def test_several_processes_need_a_manifest(case, tmp_path):
     done = subprocess.run(
-        [*_command(manifest, "null", 2)],
-        cwd=ROOT,
-        env=_environment(),
+        case.command(tmp_path, 2, "output_manifest=null"),
+        cwd=case.folder,
+        env=case.environment(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
@@ -94,6 +95,9 @@ def evaluate_duplex(
     speed = speed if part is None else Speed()  # each process counts its own
     order = [index for chunk in _chunks(dialogues, config.batch_size, ()) for index in chunk]
     done = left_out(results, order, part, is_joint=is_joint)
+    if is_joint and jax.process_index():
+        files = {}  # the first process writes what all have generated
+    padded_size = 0
     with (
         contextlib.closing(scorer),
         ProgressDisplay(len(dialogues), len(results)) as progress,
@@ -105,9 +109,10 @@ def evaluate_duplex(
                 rows[index] = (results[index].row(config.use_normalizer), {})
                 log(f"skipped {dialogues[index].id}: {error}")
             if batch.examples:
-                # after the first batch, short batches are padded: no new shape is compiled
-                padded_size = config.batch_size if speed.generate_s else 0
-                responses, speed = _generate(scorer, dialogues, batch.examples, padded_size, speed)
+                given = (scorer, dialogues, batch.examples, padded_size, speed)
+                responses, speed = _generate(*given)
+                # from here on short batches are padded: no new shape is compiled
+                padded_size = config.batch_size
                 for index, (response, rtf) in responses.items():
                     _write(files.get(index), response.audio, scorer.model.target_sampling_rate)
                     results[index] = _result(
