@@ -17,7 +17,7 @@ from tests.evaluation.test_evaluate_duplex import DATA, ROLES, write_cuts
 ROOT = Path(__file__).parents[2]
 SALM = ROOT / "tests" / "data" / "salm"
 KINDS = ("salm", "duplex")
-CONVERSATIONS = ("basic", "multiturn", "bargein", "overlong", "beyond")
+CONVERSATIONS = ("multiturn", "bargein", "beyond")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Case:
             env=self.environment(devices),
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=3600,  # tensor parallelism over processes waits for the slowest at each layer
         )
         assert done.returncode == 0, done.stderr
         manifest = output / "out.jsonl"
@@ -129,7 +129,7 @@ def _salm(folder: Path) -> Case:
 
 
 def _duplex(folder: Path) -> Case:
-    """Two sets of five conversations, each with one more whose user cannot be read."""
+    """Two sets of three conversations, each with one more whose user cannot be read."""
     sets = [str(write_cuts(folder / f"{name}.jsonl", CONVERSATIONS)) for name in ("one", "two")]
     return Case(
         files=folder,
@@ -142,6 +142,6 @@ def _duplex(folder: Path) -> Case:
             f"scoring_asr={DATA / 'assets' / 'asr_scoring.nemo'}",
             *ROLES,
         ),
-        inputs=12,
+        inputs=8,
         counted="conversations",
     )

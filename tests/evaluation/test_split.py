@@ -1,10 +1,8 @@
 """An evaluation that is split over processes: each input once, whatever dies and resumes."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
