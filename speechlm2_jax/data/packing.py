@@ -224,10 +224,13 @@ class PackedSampler(Sampler):
         """Itself, with the share of each bucket's positions that is filled in epoch 0."""
         return replace(self, plan=filled(self.plan, self.epoch(0), self.measures.positions))
 
-    def in_order(self, order: np.ndarray) -> "tuple[list[BatchPlan], PackedBatch]":
+    def in_order(self, order: np.ndarray, *, is_end: bool) -> tuple[list[BatchPlan], list[int]]:
         """Packs in the order given, in the shape that holds all."""
         batches, rest = self._packed(len(self.plan.buckets) - 1, order)
-        return [batch.planned() for batch in batches], rest
+        planned = [batch.planned() for batch in batches]
+        if rest.is_full or is_end:
+            return [*planned, *self._rest(rest)], []
+        return planned, rest.indices
 
     def _by_bucket(self, order: np.ndarray) -> Iterator[BatchPlan]:
         bucket_of, left = self.plan.bucket_of[order], list[int]()
@@ -239,6 +242,10 @@ class PackedSampler(Sampler):
             left = rest.indices
             if bucket == last:
                 yield from self._rest(rest)
+
+    def _rest(self, batch: "PackedBatch") -> list[BatchPlan]:
+        is_wanted = batch.indices and (batch.is_full or not self.drop_last)
+        return [batch.planned()] if is_wanted else []
 
     def _packed(self, bucket: int, order: np.ndarray) -> "tuple[list[PackedBatch], PackedBatch]":
         """Batches that take no more of these, and the last one, which would."""
@@ -254,7 +261,7 @@ class PackedSampler(Sampler):
 
 @dataclass(kw_only=True)
 class PackedBatch:
-    """A batch of packed rows of a bucket (a `Filling`)."""
+    """A batch of packed rows of a bucket."""
 
     bucket: int
     filled: PackedRows | None

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int, Real
 from speechlm2_jax.batches import FrameCount
 from speechlm2_jax.data.augmentation.augmentation import Augmentation, ExampleEffects
 from speechlm2_jax.data.bucketing import Measures, Members, Shape, describe, plan_buckets
+from speechlm2_jax.data.clip_room import with_room
 from speechlm2_jax.data.config import DataConfig, LoaderConfig
 from speechlm2_jax.data.conversations import AnyConversation
 from speechlm2_jax.data.index.contents import IndexedRows
@@ -255,6 +256,8 @@ def _prepare_indexed(
     )
     if isinstance(sampler, PackedWindowSampler):
         sampler = sampler.with_fill()
+    else:
+        sampler = with_room(sampler)
     names = {cause: found.examples(cause) for cause in found.survey.examples}
     for cause in names.keys() - dropped.keys():
         warn_of_kept(where, names[cause])
@@ -344,7 +347,7 @@ def _sampler(
         shards=_shards(contents.conversations, sizes) if data_set.is_train else (),
         shard_seeds=order.shard_seeds,
     )
-    return sampler.with_fill() if isinstance(sampler, PackedSampler) else sampler
+    return sampler.with_fill() if isinstance(sampler, PackedSampler) else with_room(sampler)
 
 
 def _shards(

@@ -18,7 +18,8 @@ from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.settings import SettingsError
 
 CLIP_SPREAD = 2.0
-"""Clips per group are planned for the mean plus so many standard deviations."""
+"""Clips per group are planned for the mean plus so many standard deviations, or plus those of one
+conversation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +115,10 @@ def salm_shape(members: Members, sample_rate_hz: int) -> BatchShape:
     """The shape of a bucket that can also hold each conversation of the shorter ones."""
     rows, unit = members.rows, samples_unit(sample_rate_hz)
     spread = math.sqrt(rows) * members.clips_std
-    usual = math.ceil(rows * members.clips_mean + CLIP_SPREAD * spread)
-    clips = max(min(rows * members.most_clips, usual), members.most_clips_up_to, 1)
+    # with room for one more conversation every order can be spread over groups (clip_spreading)
+    room = max(CLIP_SPREAD * spread, members.most_clips_up_to)
+    usual = math.ceil(rows * members.clips_mean + room)
+    clips = max(min(rows * members.most_clips_up_to, usual), 1)
     return BatchShape(
         sequences=rows,
         tokens=members.tokens,

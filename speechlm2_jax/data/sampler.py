@@ -7,15 +7,17 @@ stopped run resumes with exactly the next batch.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int, Real
 
 from speechlm2_jax.data.bucketing import BucketPlan, Measures, Shape
+from speechlm2_jax.data.clip_spreading import chunks, clips_by_bucket, even_groups, spread
 
 ORDER, MIXTURE, BATCHES = range(3)
 """What a random stream is for; with the seed and the epoch they name it."""
+EPOCHS_OF_SHARES = 4
+"""Epochs that clips are counted in where shares draw other conversations for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,24 +28,6 @@ class BatchPlan:
     groups: tuple[tuple[int, ...], ...]
     rows: tuple[tuple[int, ...], ...] | None = None
     """The row of each conversation, where several share one (`packed`); None: each has its own."""
-
-
-class Filling(Protocol):
-    """A batch that may take more."""
-
-    @property
-    def indices(self) -> list[int]:
-        """Its conversations, in order."""
-        ...
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it takes no more."""
-        ...
-
-    def planned(self) -> BatchPlan:
-        """The batch."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +68,7 @@ class Sampler:
         """The batches of one epoch alone, in order."""
         order = self._planned_order(epoch)
         if not self.by_bucket:
-            batches, left = self.in_order(order)
-            return [*batches, *self._rest(left)]
+            return self.in_order(order, is_end=True)[0]
         batches = list(self._by_bucket(order))
         shuffled = self._random(BATCHES, epoch).permutation(len(batches))
         return [batches[i] for i in shuffled]
@@ -98,6 +81,17 @@ class Sampler:
         """Whether a conversation of the same bucket or a shorter one fits another's place."""
         return True
 
+    def clips_by_bucket(self) -> Int[np.ndarray, "buckets clips"] | None:
+        """How many rows of each bucket have so many clips, where every row comes once an epoch."""
+        if not self.by_bucket or self.shares is not None:
+            return None
+        return clips_by_bucket(self.measures.clips, self.plan)
+
+    def first_buckets(self) -> Int[np.ndarray, " batches"]:
+        """The bucket of each batch of the first epoch, or of some where epochs differ by shares."""
+        epochs = range(1 if self.shares is None else EPOCHS_OF_SHARES)
+        return np.asarray([batch.bucket for e in epochs for batch in self.epoch(e)], np.int64)
+
     def batches_per_pass(self) -> tuple[int, bool]:
         """The batches of the first epoch, and whether that is an estimate."""
         return len(self.epoch(0)), False
@@ -109,10 +103,8 @@ class Sampler:
         """
         if self.by_bucket or not self.endless:
             return self.epoch(epoch), []
-        batches, rest = self.in_order(np.asarray([*left, *self._planned_order(epoch)], np.int64))
-        if rest.is_full:
-            return [*batches, rest.planned()], []
-        return batches, rest.indices
+        order = np.asarray([*left, *self._planned_order(epoch)], np.int64)
+        return self.in_order(order, is_end=False)
 
     def _planned_order(self, epoch: int) -> Int[np.ndarray, " n"]:
         order = self._order(epoch)
@@ -168,36 +160,86 @@ class Sampler:
 
     def _by_bucket(self, order: np.ndarray) -> Iterator[BatchPlan]:
         """Fills batches bucket by bucket; what is left of one moves up into the next."""
-        bucket_of, left = self.plan.bucket_of[order], []
+        bucket_of, left = self.plan.bucket_of[order], order[:0]
         last = int(bucket_of.max(initial=-1))
         for bucket in range(last + 1):
-            batch = _Filling(self, bucket)
-            for index in [*left, *order[bucket_of == bucket].tolist()]:
-                if not batch.add(index):
-                    yield batch.planned()
-                    batch = _Filling(self, bucket)
-                    batch.add(index)
-            left = batch.indices
-            if batch.is_full or (bucket == last and left and not self.drop_last):
-                yield batch.planned()
-                left = []
+            rows = np.concatenate([left, order[bucket_of == bucket]])
+            shape, is_end = self.plan.buckets[bucket].shape, bucket == last
+            found = chunks(
+                *(rows, self.measures.clips[rows], shape, self.groups),
+                leaves_light=True,
+                is_end=is_end,
+            )
+            groups = np.split(found.rows, found.ends[:-1]) if len(rows) else []
+            whole = found.complete * self.groups
+            end = len(groups) if is_end and not self.drop_last else whole
+            for first in range(0, end, self.groups):
+                yield self.batch(bucket, groups[first : min(first + self.groups, end)])
+            left = found.rows[found.begin_of_rest :]
 
-    def in_order(self, order: np.ndarray) -> "tuple[list[BatchPlan], Filling]":
+    def batch(self, bucket: int, groups: Sequence[np.ndarray]) -> BatchPlan:
+        """A global batch; an incomplete one is split evenly, so that no group has all padding."""
+        return BatchPlan(
+            bucket=bucket,
+            groups=even_groups(
+                groups, self.plan.buckets[bucket].shape, self.groups, self.measures.clips
+            ),
+        )
+
+    def in_order(self, order: np.ndarray, *, is_end: bool) -> tuple[list[BatchPlan], list[int]]:
         """Fills batches in the order given, each in the smallest bucket that holds all of it.
 
-        The last one, which may not be full, is given as it is.
+        Also gives the conversations of the last one, if it is not full: where the data end it is
+        a batch too (or left out, by `drop_last`).
         """
-        batches, batch = [], _Filling(self)
-        for index in order.tolist():
-            if not batch.add(index):
-                batches.append(batch.planned())
-                batch = _Filling(self)
-                batch.add(index)
-        return batches, batch
+        batches, left = self._in_order(order, counts_clips=False), list[int]()
+        if batches and not batches[-1].is_full and not (is_end and not self.drop_last):
+            rest = batches.pop()
+            left = [] if is_end else rest.indices
+        return list(self._spread([batch.planned() for batch in batches])), left
 
-    def _rest(self, batch: Filling) -> list[BatchPlan]:
-        is_wanted = batch.indices and (batch.is_full or not self.drop_last)
-        return [batch.planned()] if is_wanted else []
+    def _in_order(self, order: np.ndarray, *, counts_clips: bool) -> "list[_Filling]":
+        batches: list[_Filling] = []
+        for index in order.tolist():
+            if not batches or not batches[-1].add(index):
+                batches.append(_Filling(self, counts_clips=counts_clips))
+                batches[-1].add(index)
+        return batches
+
+    def _spread(self, plans: Sequence[BatchPlan]) -> Iterator[BatchPlan]:
+        """Batches in which no group has too many clips, by exchanges within a bucket.
+
+        Where these do not help, a batch becomes several.
+        """
+        changed = list(plans)
+        for bucket in {plan.bucket for plan in plans}:
+            own = [number for number, plan in enumerate(plans) if plan.bucket == bucket]
+            groups = [group for number in own for group in plans[number].groups]
+            rows = np.asarray([index for group in groups for index in group], np.int64)
+            ends = np.cumsum([len(group) for group in groups])
+            most, costs = self.plan.buckets[bucket].shape.clips, self.costs
+            rows = rows[
+                spread(
+                    *(self.measures.clips[rows], ends, most),
+                    costs=None if costs is None or self.budget is None else costs[rows],
+                    budget=self.budget or 0.0,
+                )
+            ]
+            parts = [tuple(part.tolist()) for part in np.split(rows, ends[:-1])]
+            for place, number in enumerate(own):
+                begin = place * self.groups
+                groups_of = tuple(parts[begin : begin + self.groups])
+                changed[number] = BatchPlan(bucket=bucket, groups=groups_of)
+        for plan in changed:
+            shape = self.plan.buckets[plan.bucket].shape
+            if all(self._clips_of(group) <= shape.clips for group in plan.groups):
+                yield plan
+            else:
+                order = np.asarray([index for group in plan.groups for index in group], np.int64)
+                yield from (b.planned() for b in self._in_order(order, counts_clips=True))
+
+    def _clips_of(self, group: Sequence[int]) -> int:
+        return int(self.measures.clips[list(group)].sum())
 
 
 @dataclass
@@ -206,6 +248,8 @@ class _Filling:
 
     sampler: Sampler
     bucket: int = 0
+    counts_clips: bool = True
+    """Whether the clips of a group are limited by its shape."""
     indices: list[int] = field(default_factory=list)
     groups: list[list[int]] = field(default_factory=list)
     clips: int = 0
@@ -216,7 +260,7 @@ class _Filling:
         """Takes a conversation if it fits; the bucket grows if it must."""
         bucket = max(self.bucket, int(self.sampler.plan.bucket_of[index]))
         if bucket != self.bucket:
-            grown = _Filling(self.sampler, bucket)
+            grown = _Filling(self.sampler, bucket, self.counts_clips)
             if not all(grown._place(i) for i in [*self.indices, index]):
                 return False
             self.__dict__.update(grown.__dict__)
@@ -233,17 +277,15 @@ class _Filling:
 
     def planned(self) -> BatchPlan:
         """The batch; an incomplete one is split evenly, so that no group has all the padding."""
-        groups = self.groups
-        if not self.is_full:
-            even = [g.tolist() for g in np.array_split(self.indices, self.sampler.groups)]
-            if all(self._clips_of(group) <= self.shape.clips for group in even):
-                groups = even
-        groups = [*groups, *[[]] * (self.sampler.groups - len(groups))]
-        return BatchPlan(bucket=self.bucket, groups=tuple(tuple(map(int, g)) for g in groups))
+        clips = self.sampler.measures.clips if self.counts_clips else None
+        groups = [np.asarray(group, np.int64) for group in self.groups]
+        return BatchPlan(
+            bucket=self.bucket, groups=even_groups(groups, self.shape, self.sampler.groups, clips)
+        )
 
     def _place(self, index: int) -> bool:
         sampler = self.sampler
-        clips = int(sampler.measures.clips[index])
+        clips = int(sampler.measures.clips[index]) if self.counts_clips else 0
         cost = 0.0 if sampler.costs is None else float(sampler.costs[index])
         opens = (
             not self.groups
@@ -264,9 +306,6 @@ class _Filling:
     def _is_within(self, budget: float, cost: float) -> bool:
         costliest = max(self.costs, default=0.0)
         return sum(self.costs) + cost <= budget or (len(self.costs) + 1) * costliest <= budget
-
-    def _clips_of(self, group: Sequence[int]) -> int:
-        return int(self.sampler.measures.clips[list(group)].sum())
 
 
 def apportion(shares: Sequence[float], total: int) -> list[int]:

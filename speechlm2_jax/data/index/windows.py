@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Real
 
 from speechlm2_jax.data.bucketing import BucketPlan, Measures
+from speechlm2_jax.data.clip_spreading import chunks, clips_by_bucket, even_groups
 from speechlm2_jax.data.index.order import Order
 from speechlm2_jax.data.sampler import BATCHES, BatchPlan, Sampler
 
@@ -136,6 +137,24 @@ class WindowSampler:
         count = len(self.plan.buckets) if self.by_bucket else 1
         return Carried(rows=(np.zeros(0, np.int64),) * count, is_tail=(True,) * count)
 
+    def clips_by_bucket(self) -> Int[np.ndarray, "buckets clips"] | None:
+        """How many rows of each bucket have so many clips, where every row comes once an epoch."""
+        if self.clips is None or not self.by_bucket or self.order.shares is not None:
+            return None
+        return clips_by_bucket(self.clips, self.plan)
+
+    def first_buckets(self) -> Int[np.ndarray, " batches"]:
+        """The bucket of each batch of the first window, and of that with most clips.
+
+        Shuffled windows are alike.
+        """
+        windows, clips = {0}, self.clips
+        if clips is not None and not self.order.shuffle:
+            rows = (self.order.window(0, number) for number in range(self.order.windows))
+            windows.add(int(np.argmax([clips[own].mean() if len(own) else 0 for own in rows])))
+        found = [self.window(0, number, self.nothing).batches[:, 0] for number in sorted(windows)]
+        return np.concatenate(found)
+
     def batches_per_pass(self) -> tuple[int, bool]:
         """The batches of an epoch, and whether they are estimated from those of a window."""
         plan, total = self.window(0, 0, self.nothing), self.order.total
@@ -152,13 +171,13 @@ class WindowSampler:
         most = max((b for b, own in enumerate(parts) if len(carried.rows[b]) + len(own)), default=0)
         moved, left, is_tail = rows[:0], list[np.ndarray](), list[bool]()
         for bucket, own in enumerate(parts):
-            moved = filled.add(bucket, np.concatenate([carried.rows[bucket], moved, own]))
-            is_tail.append(len(moved) <= len(own))
+            is_end = is_last and bucket == most
+            queue = np.concatenate([carried.rows[bucket], moved, own])
+            moved = filled.add(bucket, queue, is_last=is_last, is_end=is_end)
+            is_tail.append(np.array_equal(moved, own[max(len(own) - len(moved), 0) :]))
             stays = not is_last and (is_tail[-1] or bucket + 1 == len(parts))
             left.append(moved if stays else moved[:0])
-            if is_last and bucket == most and not self.drop_last:
-                filled.add_incomplete(bucket, moved)
-            if stays or (is_last and bucket == most):
+            if stays or is_end:
                 moved = moved[:0]
         generator = np.random.default_rng([self.order.seed, BATCHES, epoch, number])
         carried = Carried(rows=tuple(left), is_tail=tuple(is_tail))
@@ -186,14 +205,8 @@ class WindowSampler:
 
     def batch(self, bucket: int, groups: Sequence[np.ndarray]) -> BatchPlan:
         """A global batch; an incomplete one is split evenly, so that no group has all padding."""
-        shape, count = self.plan.buckets[bucket].shape, self.groups
-        rows = np.concatenate(groups)
-        if len(rows) < shape.sequences * count:
-            even = np.array_split(rows, count)
-            if self.clips is None or all(self.clips[g].sum() <= shape.clips for g in even):
-                groups = even
-        given = [tuple(group.tolist()) for group in groups]
-        return BatchPlan(bucket=bucket, groups=(*given, *[()] * (count - len(given))))
+        shape = self.plan.buckets[bucket].shape
+        return BatchPlan(bucket=bucket, groups=even_groups(groups, shape, self.groups, self.clips))
 
     def _by_bucket(self, rows: np.ndarray) -> list[np.ndarray]:
         """The rows of each bucket, in order."""
@@ -209,12 +222,9 @@ class WindowSampler:
     def _in_order(self, own: np.ndarray, carried: np.ndarray, *, is_last: bool) -> WindowPlan:
         """Fills batches in the order given, by the sampler of small data."""
         rows = np.concatenate([carried, own])
-        batches, last = self._sampler(rows).in_order(np.arange(len(rows)))
-        is_end, left = is_last and not self.endless, len(last.indices)
-        if last.is_full or (is_end and left and not self.drop_last):
-            batches = [*batches, last.planned()]
-        if last.is_full or is_end:
-            left = 0
+        is_end = is_last and not self.endless
+        batches, rest = self._sampler(rows).in_order(np.arange(len(rows)), is_end=is_end)
+        left = len(rest)
         groups = [group for batch in batches for group in batch.groups]
         chosen = np.asarray([i for group in groups for i in group], np.int64)
         first = np.arange(len(batches)) * self.groups
@@ -257,20 +267,20 @@ class _Filled:
         self._count = self._groups = 0
         self._batches: list[np.ndarray] = []
 
-    def add(self, bucket: int, rows: np.ndarray) -> np.ndarray:
-        """Fills as many batches of a bucket as rows allow; gives the rest."""
-        ends, per_batch = self._group_ends(bucket, rows), self._sampler.groups
-        complete = max(len(ends) - 1, 0) // per_batch
-        begin = int(ends[complete * per_batch - 1]) if complete else 0
-        sequences = self._sampler.plan.buckets[bucket].shape.sequences
-        if len(rows) - begin == sequences * per_batch:
-            complete, begin = complete + 1, len(rows)
-        self._take(bucket, rows[:begin], ends[: complete * per_batch])
-        return rows[begin:]
+    def add(self, bucket: int, rows: np.ndarray, *, is_last: bool, is_end: bool) -> np.ndarray:
+        """Fills as many batches of a bucket as rows allow; gives the rest.
 
-    def add_incomplete(self, bucket: int, rows: np.ndarray) -> None:
-        """Adds a batch of all rows, if any, which are fewer than it holds."""
-        self._take(bucket, rows, self._group_ends(bucket, rows))
+        At the end of an epoch the rest is a batch too. In its last window any rows may be the rest.
+        """
+        sampler = self._sampler
+        shape, per_batch = sampler.plan.buckets[bucket].shape, sampler.groups
+        clips = None if sampler.clips is None else np.asarray(sampler.clips[rows], np.int64)
+        found = chunks(rows, clips, shape, per_batch, leaves_light=is_last, is_end=is_end)
+        takes_rest = is_end and not sampler.drop_last
+        begin = len(rows) if takes_rest else found.begin_of_rest
+        count = len(found.ends) if takes_rest else found.complete * per_batch
+        self._take(bucket, found.rows[:begin], found.ends[:count])
+        return found.rows[begin:]
 
     def finished(self, generator: np.random.Generator, carried: Carried) -> WindowPlan:
         """The plan, its batches in an order that is drawn."""
@@ -292,20 +302,3 @@ class _Filled:
         self._ends.append(ends + self._count)
         self._count += len(rows)
         self._groups += len(ends)
-
-    def _group_ends(self, bucket: int, rows: np.ndarray) -> np.ndarray:
-        """Where groups of rows end: each has as many as its sequences and clips allow."""
-        shape, clips = self._sampler.plan.buckets[bucket].shape, self._sampler.clips
-        if not len(rows):
-            return np.zeros(0, np.int64)
-        ends = np.arange(shape.sequences, len(rows) + shape.sequences, shape.sequences)
-        if clips is None:
-            return np.minimum(ends, len(rows))
-        before = np.concatenate([[0], np.cumsum(clips[rows], dtype=np.int64)])
-        fitting = np.searchsorted(before, before[:-1] + shape.clips, side="right") - 1
-        most = np.minimum(np.arange(len(rows)) + shape.sequences, fitting)
-        after, found, place = np.minimum(most, len(rows)).tolist(), list[int](), 0
-        while place < len(rows):
-            place = after[place]
-            found.append(place)
-        return np.asarray(found, np.int64)
