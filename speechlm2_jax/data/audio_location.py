@@ -74,7 +74,7 @@ class AudioLocation(NamedTuple):
                 return self.storage.whole(self.path)
             start, size = self.byte_range
             head = self._header_bytes
-            data = self.storage.read(self.path, start - head, head + size)
+            data = self.storage.member(self.path, start - head, head + size)
         except StorageError as error:
             raise AudioError(str(error), cause=error.cause, path=self.path) from error
         if len(data) < head + size:

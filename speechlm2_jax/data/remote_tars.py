@@ -9,6 +9,7 @@ from pathlib import Path
 
 import xxhash
 
+from speechlm2_jax.data.storage import versions
 from speechlm2_jax.data.storage.access import RemoteFile, StorageAccess
 from speechlm2_jax.data.storage.downloads import folder_of
 from speechlm2_jax.data.tar_headers import TarMember, members_of
@@ -32,6 +33,7 @@ def remote_members(
     """
     file = storage.open(address)
     state = file.state()
+    versions.remember(storage.check(address), state.version)
     place = folder_of(address) / _NAME
     key = xxhash.xxh3_64_hexdigest(f"{state.size} {state.version}".encode())
     if state.version and (kept := _kept(place, key)) is not None:

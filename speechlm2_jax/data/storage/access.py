@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
+from speechlm2_jax.data.storage import versions
 from speechlm2_jax.data.storage.addresses import (
     FILE,
     HTTP,
@@ -96,6 +97,17 @@ class StorageAccess:
         with open(self.check(path), "rb") as file:
             file.seek(start)
             return file.read(size)
+
+    def member(self, address: str, start: int, size: int) -> bytes:
+        """A stretch of a remote tar whose members were listed.
+
+        From time to time its version is asked for. Raises StorageError, `changed` for a tar that
+        was replaced meanwhile.
+        """
+        file, own = self.open(address), self.check(address)
+        if versions.is_due(own):
+            versions.keep_or_check(own, file.state().version)
+        return file.read(start, size)
 
     def whole(self, address: str) -> bytes:
         """A remote file. Raises StorageError."""

@@ -3,10 +3,11 @@
 import errno
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from speechlm2_jax.data.storage import versions
 from speechlm2_jax.data.storage.addresses import PACKAGES, scheme_of
 from speechlm2_jax.data.storage.errors import StorageError, TemporaryError
 from speechlm2_jax.data.storage.retries import Patience, in_time, persistently
@@ -25,6 +26,11 @@ _VERSIONS = (
     "created",
 )
 """Names of what changes with a file, by the libraries."""
+_NO_VERSIONS = frozenset(
+    "name Key size Size type StorageClass islink destination mode uid gid nlink ino atime "
+    "accessed last_accessed".split()
+)
+"""What else they tell of a file, which stays where it changes, or changes where it stays."""
 Result = TypeVar("Result")
 
 
@@ -52,8 +58,7 @@ class StoreFile:
     def state(self) -> FileState:
         """Size and version. Raises StorageError."""
         info: Any = self._call(lambda: self._files.info(self._path))
-        version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
-        return FileState(size=info.get("size"), version=version)
+        return FileState(size=info.get("size"), version=version_of(info))
 
     def read(self, start: int, size: int) -> bytes:
         """So many bytes from `start` on, fewer at the end of the file. Raises StorageError."""
@@ -64,7 +69,9 @@ class StoreFile:
 
     def stream(self, start: int) -> Iterator[bytes]:
         """Yields the file from `start` to its end; each block has the whole time limit."""
-        total = self.state().size
+        state = self.state()
+        versions.renew(self._address, state.version)
+        total = state.size
         while total is None or start < total:
             block = self.read(start, BLOCK_BYTES)
             if not block:
@@ -83,6 +90,15 @@ class StoreFile:
         if scheme_of(self._address) == "memory":
             return _translated(attempt, self._address)
         return _translated(lambda: in_time(attempt, patience.stall_s, self._address), self._address)
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """What changes with a file, of all that its library tells; empty: nothing does."""
+    found = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
+    if found:
+        return found
+    rest = {key: info[key] for key in sorted(info) if key not in _NO_VERSIONS}
+    return repr(rest) if any(value is not None for value in rest.values()) else ""
 
 
 def names_in(folder: str, limit_s: float | None) -> list[str]:

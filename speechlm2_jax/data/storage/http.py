@@ -3,7 +3,7 @@
 import functools
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -12,6 +12,7 @@ import urllib3
 from urllib3.exceptions import HTTPError, ReadTimeoutError, TimeoutError
 from urllib3.response import BaseHTTPResponse
 
+from speechlm2_jax.data.storage import versions
 from speechlm2_jax.data.storage.addresses import HTTP, scheme_of
 from speechlm2_jax.data.storage.errors import StorageError, TemporaryError
 from speechlm2_jax.data.storage.filesystems import FileState
@@ -47,8 +48,7 @@ class HttpFile:
                 headers = response.headers
                 if response.status == 206:
                     response.drain_conn()
-                version = headers.get("etag") or headers.get("last-modified") or ""
-                return FileState(size=total, version=version)
+                return FileState(size=total, version=_version(headers))
 
         return persistently(attempt, patience)
 
@@ -66,6 +66,7 @@ class HttpFile:
                         "a disk, or read it from front to end (stream: true)",
                         cause="unreachable",
                     )
+                versions.check(self._address, _version(response.headers))
                 wanted = size if total is None else min(size, max(total - start, 0))
                 data = b"".join(self._blocks(response))[:size]
                 if len(data) < wanted:
@@ -90,6 +91,7 @@ class HttpFile:
                         message = f"{self._address}: changed while it was read"
                         raise StorageError(message, cause="changed")
                     version = now
+                    versions.renew(self._address, _version(response.headers))
                     for block in self._blocks(response):
                         skipped = min(max(place - first, 0), len(block))
                         first += len(block)
@@ -195,6 +197,11 @@ class HttpFile:
         is_cut = "IncompleteRead" in reason
         cause = "incomplete" if is_cut else "unreachable"
         return TemporaryError(f"{self._address}: {reason}", cause=cause)
+
+
+def _version(headers: Mapping[str, str]) -> str:
+    """What changes with a file (RFC 9110, section 8.8); empty: not known."""
+    return headers.get("etag") or headers.get("last-modified") or ""
 
 
 _EMPTY = urllib3.HTTPResponse(body=b"", preload_content=False)

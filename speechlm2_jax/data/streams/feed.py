@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from speechlm2_jax.data.remote_tars import TarBlocks
+from speechlm2_jax.data.storage import versions
 from speechlm2_jax.data.storage.access import StorageAccess
 from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.data.storage.errors import StorageError
@@ -24,7 +25,9 @@ _LOOK_S = 0.2
 def blocks_of(path: str, start: int, storage: StorageAccess) -> Iterator[bytes]:
     """Yields a file from a place to its end. Raises StorageError, and OSError for a local file."""
     if is_remote(path):
-        yield from storage.open(path).stream(start)
+        file = storage.open(path)
+        versions.follow(storage.check(path))
+        yield from file.stream(start)
         return
     with open(storage.check(path), "rb", buffering=0) as file:
         if start:
