@@ -196,19 +196,19 @@ def prepare(
     contents = dataset.contents(everything, config, frame_count, where)
     keep, dropped = kept(contents)
     dropped |= _outliers(data_set, contents, keep)
-    filtered = {cause: len(ids) for cause, ids in dropped.items()}
-    contents = contents.take(np.flatnonzero(keep))
-    conversations = contents.conversations
-    if not conversations:
-        raise SettingsError(f"{where}: no conversation is left; left out: {filtered or 'none'}")
-    sizes = _sizes(data_set, keep)
+    if not keep.any():
+        left_out = {cause: len(ids) for cause, ids in dropped.items()} or "none"
+        raise SettingsError(f"{where}: no conversation is left; left out: {left_out}")
+    left, sizes, sampler = _planned(data_set, contents, keep, groups, multiple)
+    too_long = np.flatnonzero(keep)[sampler.plan.bucket_of < 0]
+    if 0 < len(too_long) < len(left.conversations):  # shares are those of what is trained on
+        dropped["longer_than_buckets"] = [contents.conversations[i].id for i in too_long.tolist()]
+        keep[too_long] = False
+        left, sizes, sampler = _planned(data_set, contents, keep, groups, multiple)
     if data_set.is_train:
         warn_of_shares(where, data_set.sources, sizes)
-    sampler = _sampler(data_set, contents, sizes, groups, multiple)
-    too_long = np.flatnonzero(sampler.plan.bucket_of < 0)
-    if len(too_long):
-        filtered["longer_than_buckets"] = len(too_long)
-        dropped["longer_than_buckets"] = [conversations[i].id for i in too_long.tolist()]
+    contents, conversations = left, left.conversations
+    filtered = {cause: len(ids) for cause, ids in dropped.items()}
     planned = [i for b in sampler.epoch(0) for group in b.groups for i in group]
     if not planned:
         raise SettingsError(f"{where}: no batch can be made of {len(conversations)} conversations")
@@ -218,6 +218,15 @@ def prepare(
     table = describe(sampler.plan, contents.columns)
     report(where, table, {cause: len(ids) for cause, ids in dropped.items()}, dropped)
     return Prepared(contents=contents, sampler=sampler, filtered=filtered, config=config)
+
+
+def _planned(
+    data_set: DataSet, contents: Contents, keep: np.ndarray, groups: int, multiple: int
+) -> tuple[Contents, tuple[int, ...], Sampler]:
+    """What is kept, the size of each source, and the plan."""
+    contents = contents.take(np.flatnonzero(keep))
+    sizes = _sizes(data_set, keep)
+    return contents, sizes, _sampler(data_set, contents, sizes, groups, multiple)
 
 
 def _prepare_indexed(

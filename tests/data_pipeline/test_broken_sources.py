@@ -247,8 +247,10 @@ def test_a_nemo_yaml_of_weighted_groups_tars_noise_speed_and_bins_runs_and_resum
     module = nemo_module()
     lengths = [c.lengths for c in module.prepared().contents.conversations]
     ratios = [one.output_tokens / one.input_tokens for one in lengths if one.input_tokens <= 16]
-    left_out = sum(ratio > 0.9 for ratio in ratios) if "max_tpt" in bins else 0
-    assert module.dropped == ({"longer_than_buckets": left_out} if left_out else {})
+    (source,) = module._sets.values()
+    left_out = sum(len(one.conversations) for one in source.sources) - len(lengths)
+    assert module.dropped == ({"longer_than_buckets": left_out} if "max_tpt" in bins else {})
+    assert (max(ratios) <= 0.9) == (left_out > 0) == ("max_tpt" in bins)
     buckets = {batch.bucket for batch in module.plans()}
     assert len(buckets) == len(module.plan().buckets) == (4 if bins == "2-D" else 3)
     stream = module.train_batches()
@@ -258,9 +260,7 @@ def test_a_nemo_yaml_of_weighted_groups_tars_noise_speed_and_bins_runs_and_resum
         states.append(json.loads(json.dumps(stream.get_state())))
     kinds = Counter(name[:4] for batch in batches for name in batch.ids)
     shares = [kinds[kind] / kinds.total() for kind in ("file", "tars", "shar")]
-    # as in NeMo, what fits no bin is left out of the share of its group, here that of the tars
-    parts = np.asarray([1, 2 * (1 - left_out / (3 * PER_SOURCE)), 1])
-    np.testing.assert_allclose(shares, parts / parts.sum(), atol=0.05)
+    np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.05)  # of what fits a bin
     speeds = Counter(name.partition("_")[2] for batch in batches for name in batch.ids)
     assert set(speeds) == {"", "sp0.9", "sp1.1"}
     assert min(speeds.values()) > 0.25 * speeds.total()

@@ -60,6 +60,8 @@ class StreamExample:
     epoch: int
     places: tuple[StreamPlace, ...]
     """Of each pool, where reading resumes to read this one next."""
+    drawn: int
+    """Examples that were read before it, by which the pool is drawn."""
     future: "Future[Any] | None" = None
     """Reads it."""
 
@@ -167,13 +169,14 @@ class GroupStream:
         self._ends = np.cumsum([pool.share for pool in sampler.pools])
         self._buffer = _Buffer(queues=[[] for _ in range(self._buckets)])
         self._taken = [-1.0] * self._buckets
-        self._number, self._useless = 0, 0
+        self._number, self._drawn, self._useless = 0, 0, 0
         self.faults: list[tuple[Event, Fault, int]] = []
         """Met since they were last asked for, with the numbers of their events."""
         places = [StreamPlace(group)] * len(sampler.pools)
         if state is not None:
             places = [StreamPlace(*place) for place in state["places"]]
             self._number = int(state["number"])
+            self._drawn = int(state.get("drawn", self._number))
         self._pools = [
             _PoolStream(PoolReader(pool, pool.order(sampler.groups)), place, prepare)
             for pool, place in zip(sampler.pools, places, strict=True)
@@ -199,6 +202,7 @@ class GroupStream:
         return {
             "read": self._number,
             "number": number,
+            "drawn": self._drawn if oldest is None else oldest.drawn,
             "places": [list(place) for place in places],
             "taken": list(self._taken),
         }
@@ -249,15 +253,20 @@ class GroupStream:
         return found if is_settled else None
 
     def _read(self, taken: Sequence[float]) -> None:
-        """Reads an event; examples with keys up to those taken of their bucket are passed over."""
-        number, places = self._number, self._places
+        """Reads an event; examples with keys up to those taken of their bucket are passed over.
+
+        What cannot be used is followed by the next of the same pool, so that shares are those of
+        the examples.
+        """
+        number, places, drawn = self._number, self._places, self._drawn
         pool = 0
         if len(self._pools) > 1:
-            pool = int(np.searchsorted(self._ends[:-1], self._source(number), side="right"))
+            pool = int(np.searchsorted(self._ends[:-1], self._source(drawn), side="right"))
         ready = self._pools[pool].take()
         self._number += 1
         if isinstance(ready.what, Fault):
             self.faults.append((ready.event, ready.what, number))
+        self._drawn += ready.bucket >= 0
         self._useless = 0 if ready.bucket >= 0 else self._useless + 1
         if self._useless > MOST_USELESS:
             raise SettingsError(
@@ -277,5 +286,6 @@ class GroupStream:
             source=ready.event.source,
             epoch=ready.event.epoch,
             places=places,
+            drawn=drawn,
         )
         self._buffer.add(example)

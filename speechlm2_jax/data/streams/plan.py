@@ -112,7 +112,7 @@ def plan_stream(
     in_plan = plan.bucket_of >= 0
     if not in_plan.any():
         raise SettingsError(f"{data_set.where}: no bucket holds any of {len(measures)} examples")
-    weights = _weights(data_set, sample, source) * in_plan
+    weights = _weights(data_set, sample, source, in_plan)
     counts = np.bincount(np.maximum(plan.bucket_of, 0), weights, len(plan.buckets))
     shapes = [bucket.shape for bucket in plan.buckets]
     shares = step_shares(counts, np.asarray([shape.sequences for shape in shapes], np.float64))
@@ -207,12 +207,19 @@ def _filtered(
     return contents.take(chosen), sample.source[chosen], dropped
 
 
-def _weights(data_set: DataSet, sample: _Sample, source: np.ndarray) -> np.ndarray:
-    """How many examples of the stream each of a sample stands for."""
+def _weights(
+    data_set: DataSet, sample: _Sample, source: np.ndarray, in_plan: np.ndarray
+) -> np.ndarray:
+    """How many examples of the stream each of a sample stands for; none if no bucket holds it.
+
+    Shares are those of the examples that are trained on.
+    """
     shares = [one.share for one in data_set.sources]
-    given = sample.rows if None in shares else np.asarray(shares, np.float64)
-    sampled = np.bincount(source, minlength=len(given))
-    return given[source] / sampled[source]
+    given, sampled = sample.rows, np.bincount(sample.source, minlength=len(sample.rows))
+    if None not in shares:
+        given = np.asarray(shares, np.float64)
+        sampled = np.bincount(source[in_plan], minlength=len(given))
+    return in_plan * given[source] / np.maximum(sampled[source], 1)
 
 
 def _with_headroom(plan: BucketPlan, contents: Contents) -> BucketPlan:
