@@ -144,15 +144,20 @@ class WindowSampler:
         return clips_by_bucket(self.clips, self.plan)
 
     def first_buckets(self) -> Int[np.ndarray, " batches"]:
-        """The bucket of each batch of the first window, and of that with most clips.
+        """The bucket of each batch of the first window, and of that with most clips after another.
 
         Shuffled windows are alike.
         """
         windows, clips = {0}, self.clips
         if clips is not None and not self.order.shuffle:
             rows = (self.order.window(0, number) for number in range(self.order.windows))
-            windows.add(int(np.argmax([clips[own].mean() if len(own) else 0 for own in rows])))
-        found = [self.window(0, number, self.nothing).batches[:, 0] for number in sorted(windows)]
+            most = int(np.argmax([clips[own].mean() if len(own) else 0 for own in rows]))
+            windows |= {max(most - 1, 0), most}
+        found, carried = list[np.ndarray](), self.nothing
+        for number in sorted(windows):
+            plan = self.window(0, number, carried if number - 1 in windows else self.nothing)
+            found.append(plan.batches[:, 0])
+            carried = plan.carried
         return np.concatenate(found)
 
     def batches_per_pass(self) -> tuple[int, bool]:
