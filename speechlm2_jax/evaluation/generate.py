@@ -69,7 +69,7 @@ class StreamingModel(EvaluatedModel, Protocol):
     """A model with continuous batching."""
 
     def generate_each(self, prompts: Iterable[Any], **options: Any) -> Iterator[list[Any]]:
-        """Yields rounds of (index of the prompt, token ids)."""
+        """Yields rounds of `FinishedPrompt`: (index of the prompt, token ids)."""
         ...
 
 
@@ -90,7 +90,7 @@ def _can_stream(model: EvaluatedModel, config: EvalConfig) -> bool:
         read_request,
     )
 
-    if not config.continuous_batching or config.is_speculative:
+    if not config.continuous_batching:
         return False
     vocabulary = model if isinstance(model, Vocabulary) else ANY_VOCABULARY
     return why_unsupported(read_request(vocabulary, dict(config.generation))) is None
@@ -118,7 +118,12 @@ def generate_continuously(
         while True:
             yield latest  # generate_each takes a prompt, then its draw number
 
-    drawn = {"draw_numbers": draws()} if task.config.generation.get("do_sample") else {}
+    drawn: dict[str, Any] = {}
+    if task.config.generation.get("do_sample"):
+        drawn["draw_numbers"] = draws()
+    if task.draft_model is not None:
+        drawn["assistant_model"] = task.draft_model
+    counts_drafts = task.config.is_speculative
     compiled, start_s = Compilations.count, time.perf_counter()
     for finished in model.generate_each(
         prompts(),
@@ -135,6 +140,8 @@ def generate_continuously(
             audio_s=_audio_s(model, [clip for clip, _ in outputs]),
             seconds=seconds,
             compiled=Compilations.count - compiled,
+            drafted=sum(f.drafted for f in finished) if counts_drafts else 0,
+            accepted=sum(f.accepted for f in finished) if counts_drafts else 0,
         )
         compiled, start_s, reading_s = Compilations.count, time.perf_counter(), 0.0
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from speechlm2_jax.layers.slot_rows import put_rows
 from speechlm2_jax.pytrees import register_pytree
 
 STATIC = {"static": True}
@@ -55,6 +56,15 @@ class DraftState(NamedTuple):
     costs: Float[Array, "R S1"]
     """Cost of aligning the response with the first 0, 1, ..., S tokens of the text."""
 
+    def admit(self, new: "DraftState", at: Int[Array, "G P"]) -> "DraftState":
+        """Puts the texts of new sequences into slots; see `put_rows`.
+
+        Shorter ones are padded on the left: only those of prompt lookup are ever shorter.
+        """
+        missing = self.ids.shape[1] - new.ids.shape[1]
+        wide = new._replace(ids=jnp.pad(new.ids, ((0, 0), (missing, 0))))
+        return jax.tree.map(lambda kept, rows: put_rows(kept, rows, at), self, wide)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Drafter(ABC):
@@ -66,6 +76,11 @@ class Drafter(ABC):
     @abstractmethod
     def start(self, text: DraftText) -> DraftState:
         """The state before the first token of the response."""
+
+    def empty(self, sequences: int, width: int) -> DraftState:
+        """The state of slots without a sequence, with room for texts of `width` tokens."""
+        ids = jnp.zeros((sequences, width), jnp.int32)
+        return self.start(DraftText(ids, jnp.zeros(sequences, jnp.int32)))
 
     @abstractmethod
     def propose(

@@ -3,15 +3,16 @@
 A fixed number of slots hold sequences of different lengths. `salm.prefill` runs the prompts and
 chooses their first tokens, `admit` puts them into free slots, and `decode` generates tokens for all
 slots until enough sequences have ended. Each of the three is compiled once. The tokens are those of
-`salm`.
+`salm`. With speculative decoding the slots are a `SpeculativeState`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from speechlm2_jax.generation import speculative
 from speechlm2_jax.generation.decoding import (
     CachedDecoder,
     DecodingConfig,
@@ -19,15 +20,18 @@ from speechlm2_jax.generation.decoding import (
     choose_token,
     run_token,
 )
-from speechlm2_jax.generation.salm import DecodingState
-from speechlm2_jax.layers.cache import RingCache
+from speechlm2_jax.generation.salm import DecodingState, GenerationState
+from speechlm2_jax.generation.speculative import SpeculativeState
+from speechlm2_jax.layers.cache import DraftCache, RingCache
 from speechlm2_jax.layers.slot_rows import put_rows
 from speechlm2_jax.layers.unstacked import read_in_place
 from speechlm2_jax.sharding import constrain
 
+T = TypeVar("T")
 
-class Slots(NamedTuple):
-    """State of R slots; a free slot counts as ended."""
+
+class PlainSlots(NamedTuple):
+    """State of R slots without drafts; a free slot counts as ended."""
 
     ids: Int[Array, "R A"]
     """The tokens generated so far, padded after the end."""
@@ -38,41 +42,94 @@ class Slots(NamedTuple):
     rngs: Key[Array, " R"] | None
 
 
+Slots = PlainSlots | SpeculativeState
+
+
+class SlotOutput(NamedTuple):
+    """The tokens of R slots so far."""
+
+    ids: Int[Array, "R A"]
+    """Padded after the end."""
+    lengths: Int[Array, " R"]
+    ended: Bool[Array, " R"]
+    drafted: Int[Array, " R"] | None
+    """Draft tokens that were checked; None without speculative decoding."""
+    accepted: Int[Array, " R"] | None
+    """Draft tokens that are part of the response."""
+
+
+class SlotShape(NamedTuple):
+    """How many slots there are, and what they have room for."""
+
+    count: int
+    prompt_tokens: int
+    draft_tokens: int = 0
+    """Longest text of the drafter (`Prompts.drafts`), if there is one."""
+
+
 def empty(
-    decoder: CachedDecoder,
-    count: int,
-    prompt_length: int,
-    config: DecodingConfig,
-    dtype: jnp.dtype,
+    decoder: CachedDecoder, shape: SlotShape, config: DecodingConfig, dtype: jnp.dtype
 ) -> Slots:
-    """Makes free slots for prompts of up to `prompt_length` positions."""
+    """Makes free slots."""
     # the last token is never fed back, so it needs no cache position
-    ring = max(config.max_new_tokens - 1, 1)
+    new = max(config.max_new_tokens - 1, 1) + config.draft_tokens
+    count, prompt_tokens, width = shape
+    cache = decoder.new_cache(count, prompt_tokens + new, dtype)
     none = jnp.zeros(count, jnp.int32)
-    return Slots(
+    common: dict[str, Any] = dict(
         ids=jnp.full((count, config.max_new_tokens), config.pad_id, jnp.int32),
         lengths=none,
-        ended=jnp.ones(count, bool),
-        cache=RingCache.around(
-            decoder.new_cache(count, prompt_length + ring, dtype), prompt_length
-        ),
         info=PromptInfo(position=none, length=none, first=none, limit=none),
         rngs=jax.random.split(jax.random.key(0), count) if config.do_sample else None,
     )
+    ended = jnp.ones(count, bool)
+    if config.drafter is None:
+        return PlainSlots(cache=RingCache.around(cache, prompt_tokens), ended=ended, **common)
+    return SpeculativeState(
+        cache=DraftCache.after_prompts(cache, prompt_tokens, none, config.draft_tokens),
+        finished=ended,
+        draft=config.drafter.empty(count, width),
+        drafted=none,
+        accepted=none,
+        **common,
+    )
 
 
-def admit(slots: Slots, prefilled: DecodingState, at: Int[Array, "G P"]) -> Slots:
+def admit(slots: Slots, prefilled: GenerationState, at: Int[Array, "G P"]) -> Slots:
     """Puts prefilled sequences into slots: P of each of G groups into this group's slots `at`.
 
     A group's slots are adjacent; those beyond its last are dropped. The sequences must be prefilled
     with the configuration of the slots and without prompt ids: processors read the response only.
     """
+
+    def put(old: T, new: T) -> T:
+        return jax.tree.map(lambda kept, rows: put_rows(kept, rows, at), old, new)
+
+    if isinstance(slots, SpeculativeState):
+        assert isinstance(prefilled, SpeculativeState)
+        kept = put(_without_caches(slots), _without_caches(prefilled))
+        return kept._replace(
+            cache=slots.cache.admit(at, prefilled.cache),
+            draft=slots.draft.admit(prefilled.draft, at),
+        )
+    assert isinstance(prefilled, DecodingState)
     own = (slots.ids, slots.lengths, slots.ended, slots.info, slots.rngs)
     new = (prefilled.ids, prefilled.lengths, prefilled.finished, prefilled.info, prefilled.rngs)
-    held = jax.tree.map(lambda old, value: put_rows(old, value, at), own, new)
-    ids, lengths, ended, info, rngs = held
+    ids, lengths, ended, info, rngs = put(own, new)
     cache = slots.cache.admit(at, prefilled.cache)
-    return Slots(ids=ids, lengths=lengths, ended=ended, cache=cache, info=info, rngs=rngs)
+    return PlainSlots(ids=ids, lengths=lengths, ended=ended, cache=cache, info=info, rngs=rngs)
+
+
+def read(slots: Slots) -> SlotOutput:
+    """The tokens so far, and which sequences have ended."""
+    if isinstance(slots, SpeculativeState):
+        counts = (slots.drafted, slots.accepted)
+        return SlotOutput(slots.ids, slots.lengths, slots.finished, *counts)
+    return SlotOutput(slots.ids, slots.lengths, slots.ended, None, None)
+
+
+def _without_caches(state: SpeculativeState) -> Any:
+    return state._replace(cache=None, draft=None)
 
 
 def constrained(slots: Slots) -> Slots:
@@ -89,12 +146,19 @@ def decode(
     decoder: CachedDecoder, slots: Slots, config: DecodingConfig, enough: Int[Array, ""] | int
 ) -> Slots:
     """Generates tokens for every open sequence until `enough` slots have ended."""
+    if isinstance(slots, SpeculativeState):
+        assert config.drafter is not None
+
+        def has_too_few(slots: SpeculativeState) -> Array:
+            return jnp.sum(slots.finished) < enough
+
+        return speculative.decode_while(has_too_few, decoder, slots, config, config.drafter)
     dtype = slots.cache.keys.dtype
 
-    def is_unfinished(slots: Slots) -> Array:
+    def is_unfinished(slots: PlainSlots) -> Array:
         return jnp.sum(slots.ended) < enough
 
-    def advance(slots: Slots) -> Slots:
+    def advance(slots: PlainSlots) -> PlainSlots:
         latest = jnp.maximum(slots.lengths - 1, 0)
         token = jnp.take_along_axis(slots.ids, latest[:, None], axis=1)[:, 0]
         position = slots.info.position + latest
@@ -107,7 +171,7 @@ def decode(
     return jax.lax.while_loop(is_unfinished, advance, slots)
 
 
-def _choose(slots: Slots, scores: Float[Array, "R V"], config: DecodingConfig) -> Slots:
+def _choose(slots: PlainSlots, scores: Float[Array, "R V"], config: DecodingConfig) -> PlainSlots:
     """Adds a token to every open sequence. One at a time (vmap): their lengths differ."""
 
     def of_slot(

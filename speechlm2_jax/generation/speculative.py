@@ -9,6 +9,7 @@ rejection sampling of Leviathan et al. (2023): the token drawn in place of a rej
 distribution without the rejected one.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -87,10 +88,22 @@ def decode(
     until: Int[Array, ""] | int,
 ) -> SpeculativeState:
     """Generates until each response has `until` tokens or more, or has ended."""
-    dtype = state.cache.keys.dtype
 
     def is_unfinished(state: SpeculativeState) -> Array:
         return jnp.any(~state.finished & (state.lengths < until))
+
+    return decode_while(is_unfinished, decoder, state, config, drafter)
+
+
+def decode_while(
+    is_unfinished: Callable[[SpeculativeState], Array],
+    decoder: CachedDecoder,
+    state: SpeculativeState,
+    config: DecodingConfig,
+    drafter: Drafter,
+) -> SpeculativeState:
+    """Runs passes of the LLM as long as `is_unfinished`."""
+    dtype = state.cache.keys.dtype
 
     def advance(state: SpeculativeState) -> SpeculativeState:
         response = state.ids[:, -config.max_new_tokens :]

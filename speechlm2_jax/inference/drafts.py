@@ -46,19 +46,37 @@ def grouped_drafts(
     """
     if drafting is None:
         return None
+    drafts = draft_tokens(engine, examples, drafting, drafting.texts)
+    width = round_up(max(map(len, drafts), default=1), DRAFT_UNIT)
+    return padded_drafts(split_evenly(drafts, shape[0]), (*shape, width))
+
+
+def draft_tokens(
+    engine: Engine,
+    examples: Sequence[SalmExample],
+    drafting: DraftRequest,
+    texts: Sequence[str] | None,
+) -> list[list[int]]:
+    """The token ids of each example's draft: its own of `texts`, or a transcript without them.
+
+    Raises ValueError for an ASR model of another sampling rate, and for another number of texts.
+    """
     if drafting.transcriber is not None:
         texts = _transcripts(engine, examples, drafting.transcriber)
-    else:
-        texts = list(drafting.texts or ())
+    texts = list(texts or ())
     if len(texts) != len(examples):
         raise ValueError(f"{len(texts)} drafts for {len(examples)} prompts; give one each")
     rows = engine.text_vocab_size
-    drafts = [[i for i in ids if i < rows] for ids in engine.tokenizer.texts_to_ids(texts)]
-    width = round_up(max(map(len, drafts), default=1), DRAFT_UNIT)
-    ids, lengths = np.zeros((*shape, width), np.int32), np.zeros(shape, np.int32)
-    for group, own in enumerate(split_evenly(drafts, shape[0])):
+    return [[i for i in ids if i < rows] for ids in engine.tokenizer.texts_to_ids(texts)]
+
+
+def padded_drafts(groups: Sequence[Sequence[Sequence[int]]], shape: tuple[int, ...]) -> DraftText:
+    """Drafts in arrays of (G groups, R sequences, S tokens) = `shape`. Longer ones are cut."""
+    ids, lengths = np.zeros(shape, np.int32), np.zeros(shape[:-1], np.int32)
+    for group, own in enumerate(groups):
         for n, tokens in enumerate(own):
-            ids[group, n, : len(tokens)], lengths[group, n] = tokens, len(tokens)
+            kept = tokens[: shape[-1]]
+            ids[group, n, : len(kept)], lengths[group, n] = kept, len(kept)
     return DraftText(ids, lengths)
 
 

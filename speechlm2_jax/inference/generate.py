@@ -54,6 +54,10 @@ E = TypeVar("E")
 TOKENS_BETWEEN_CHECKS = 16
 """Tokens per call of `decode` if a time limit, a stop string or `should_stop` may end generation.
 Between two calls the host checks them."""
+TEXTS_OF_CHUNKS = (
+    "drafts: not supported with a recording longer than max_audio_s; use assistant_model, or raise "
+    "max_audio_s"
+)
 
 log = logging.getLogger(__name__)
 
@@ -107,10 +111,7 @@ def generate(
     ]
     if any(prompt.chunks for prompt in split):
         if request.drafting is not None and request.drafting.texts is not None:
-            raise ValueError(
-                "drafts: not supported with a recording longer than max_audio_s; use "
-                "assistant_model, or raise max_audio_s"
-            )
+            raise ValueError(TEXTS_OF_CHUNKS)
         run = partial(run_generation, engine)
         joined = chunked.generate_chunked(split, numbers, request, run, engine.tokenizer)
         return Generated(joined, None) if request.returns_dict else joined

@@ -1,7 +1,7 @@
 """KV cache: keys and values of past tokens, in arrays of a fixed capacity."""
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from speechlm2_jax.layers.slot_rows import put_rows
 from speechlm2_jax.layers.window_cache import NewTokens, WindowCache
 from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain
+
+C = TypeVar("C", bound="KVCache")
 
 
 @register_pytree
@@ -136,6 +138,32 @@ class KVCache:
         assert new is not None
         return tuple(cache.advance(new) for cache in self.windows)
 
+    def _with_rows(self: C, slots: Int[Array, "G P"], new: "KVCache", positions: int) -> C:
+        """Copies the first `positions` of other sequences into slots; see `put_rows`.
+
+        `key_mask` becomes False after them.
+        """
+
+        def with_new(cached: Array, rows: Array) -> Array:
+            return _constrained(put_rows(cached, rows[:, :, :, :positions], slots, axis=1))
+
+        def with_rows(kept: Array, rows: Array) -> Array:
+            rows = rows[:, :positions]
+            rows = jnp.pad(rows, [(0, 0), (0, kept.shape[1] - rows.shape[1])])
+            return put_rows(kept, rows, slots)
+
+        own, others = self.token_positions, new.token_positions
+        return replace(
+            self,
+            keys=with_new(self.keys, new.keys),
+            values=with_new(self.values, new.values),
+            key_mask=with_rows(self.key_mask, new.key_mask),
+            token_positions=None if own is None or others is None else with_rows(own, others),
+            windows=tuple(
+                cache.admit(slots, new.window_of(cache.window)) for cache in self.windows
+            ),
+        )
+
     def constrained(self) -> "KVCache":
         """Constrains the sharding of each array, so that one program's output fits the next."""
         kept = self.token_positions
@@ -238,27 +266,7 @@ class RingCache(KVCache):
 
     def admit(self, slots: Int[Array, "G P"], prompts: KVCache) -> "RingCache":
         """Copies prompts into slots of the batch; see `put_rows`."""
-
-        def with_new(cached: Array, new: Array) -> Array:
-            new = new[:, :, :, : self.first]
-            return _constrained(put_rows(cached, new, slots, axis=1))
-
-        def with_rows(kept: Array, new: Array) -> Array:
-            new = new[:, : self.first]
-            new = jnp.pad(new, [(0, 0), (0, kept.shape[1] - new.shape[1])])
-            return put_rows(kept, new, slots)
-
-        kept, new = self.token_positions, prompts.token_positions
-        return replace(
-            self,
-            keys=with_new(self.keys, prompts.keys),
-            values=with_new(self.values, prompts.values),
-            key_mask=with_rows(self.key_mask, prompts.key_mask),
-            token_positions=None if kept is None or new is None else with_rows(kept, new),
-            windows=tuple(
-                cache.admit(slots, prompts.window_of(cache.window)) for cache in self.windows
-            ),
-        )
+        return self._with_rows(slots, prompts, self.first)
 
 
 @register_pytree
@@ -292,6 +300,14 @@ class DraftCache(KVCache):
             token_positions=kept,
             windows=tuple(window.enlarged(ahead) for window in cache.windows),
         )
+
+    def admit(self, slots: Int[Array, "G P"], others: "DraftCache") -> "DraftCache":
+        """Copies sequences into slots of the batch; see `put_rows`.
+
+        They may have a smaller capacity: no query is at a position after it.
+        """
+        cache = self._with_rows(slots, others, others.key_mask.shape[1])
+        return replace(cache, used=put_rows(self.used, others.used, slots))
 
     def reserve(
         self, key_mask: Bool[Array, "B T"], token_positions: Int[Array, "B T"] | None = None

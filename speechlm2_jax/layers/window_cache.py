@@ -107,17 +107,22 @@ class WindowCache:
     def repeated(self, copies: int, capacity: int) -> "WindowCache":
         """Repeats each sequence `copies` times, for a cache of another capacity."""
         more = max(min(self.window, capacity) - self.positions.shape[1], 0)
-
-        def longer(cached: Array) -> Array:
-            wide = jnp.repeat(cached, copies, axis=1)
-            return _constrained(jnp.pad(wide, [(0, 0)] * 3 + [(0, more), (0, 0)]))
-
-        positions = jnp.repeat(self.positions, copies, axis=0)
         return replace(
             self,
-            keys=longer(self.keys),
-            values=longer(self.values),
-            positions=jnp.pad(positions, [(0, 0), (0, more)], constant_values=NOTHING),
+            keys=jnp.repeat(self.keys, copies, axis=1),
+            values=jnp.repeat(self.values, copies, axis=1),
+            positions=jnp.repeat(self.positions, copies, axis=0),
+        ).padded(more)
+
+    def padded(self, more: int) -> "WindowCache":
+        """Adds `more` empty indices to a ring that holds whole sequences in order."""
+
+        def longer(cached: Array) -> Array:
+            return _constrained(jnp.pad(cached, [(0, 0)] * 3 + [(0, more), (0, 0)]))
+
+        positions = jnp.pad(self.positions, [(0, 0), (0, more)], constant_values=NOTHING)
+        return replace(
+            self, keys=longer(self.keys), values=longer(self.values), positions=positions
         )
 
     def enlarged(self, more: int) -> "WindowCache":
@@ -165,7 +170,7 @@ class WindowCache:
         The ring of the prompts may be smaller: a ring smaller than the window holds its whole
         sequence in order.
         """
-        whole = prompts.repeated(1, self.positions.shape[1])
+        whole = prompts.padded(self.positions.shape[1] - prompts.positions.shape[1])
         return replace(
             self,
             keys=put_rows(self.keys, whole.keys, slots, axis=1),

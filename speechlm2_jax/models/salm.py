@@ -143,10 +143,11 @@ class SALM(SpeechModel):
         `prompts`: any number of dialogs as `generate` takes them, with their audio inside. They are
         read as slots become free. Yields lists of `FinishedPrompt` (number of the prompt, ids) as
         they end. The ids are those of `generate` on all prompts, greedy or sampled (`draw_numbers`
-        seed the random draws of each prompt; 0, 1, ... by default).
+        seed the random draws of each prompt; 0, 1, ... by default). With speculative decoding each
+        `FinishedPrompt` also counts its draft tokens (`drafted`, `accepted`).
 
-        Raises ValueError, at the call, for beam search, several sequences per prompt, drafts, stop
-        strings and time limits. An invalid prompt raises ValueError, with its number, after the
+        Raises ValueError, at the call, for beam search, several sequences per prompt, stop strings
+        and time limits. An invalid prompt raises ValueError, with its number, after the
         responses to all prompts before it.
         """
         request = read_request(self, generation_config, generation_kwargs)

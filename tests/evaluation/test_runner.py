@@ -13,6 +13,7 @@ from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.results import Speed, table, write_rows
 from speechlm2_jax.evaluation.run import evaluate, make_prompt
+from speechlm2_jax.inference.continuous_batching import FinishedPrompt
 from speechlm2_jax.inference.generate import Generated
 from speechlm2_jax.settings import SettingsError
 from tests.evaluation.fake_model import PAD, FakeModel
@@ -270,6 +271,22 @@ class StreamingFake(FakeModel):
             ids = self.generate([p for _, p in pair], audio_lens=lengths, **options)
             for (number, _), row in list(zip(pair, ids, strict=True))[::-1]:
                 yield [(number, row)]
+
+
+def test_continuous_batching_counts_drafts_too():
+    class Drafting(StreamingFake):
+        def generate_each(self, prompts, **options):
+            assert options["assistant_model"] is asr
+            for ((number, ids),) in super().generate_each(prompts, **options):
+                finished = FinishedPrompt(number, ids)
+                finished.drafted, finished.accepted = 10, number
+                yield [finished]
+
+    model, asr = Drafting(), object()
+    utterances = [_utterance(f"u{n}", n) for n in (3, 2, 1)]
+    result = evaluate(model, utterances, _config(batch_size=2, draft="asr.nemo"), draft_model=asr)
+    assert (result.speed.drafted, result.speed.accepted) == (30, 0 + 1 + 2)
+    assert all("audios" not in call for call in model.calls), "not in batches"
 
 
 def test_responses_that_come_as_they_end_are_put_in_order_and_timed():

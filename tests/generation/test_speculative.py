@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from speechlm2_jax.generation import salm
+from speechlm2_jax.generation import salm, slots
 from speechlm2_jax.generation.decoding import DecodingConfig, Prompts
 from speechlm2_jax.generation.drafts import DraftText, LookupDrafter, TextDrafter
 from speechlm2_jax.generation.processors import (
@@ -59,6 +59,32 @@ def run(
     return salm.read_outputs(state, config)
 
 
+@partial(jax.jit, static_argnames=("graphdef", "size"))
+def free_slots(
+    graphdef: nnx.GraphDef[Decoder],
+    variables: Variables,
+    config: DecodingConfig,
+    size: slots.SlotShape,
+) -> slots.Slots:
+    return slots.empty(merge(graphdef, variables), size, config, jnp.dtype("float32"))
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def admit_and_run(
+    graphdef: nnx.GraphDef[Decoder],
+    variables: Variables,
+    state: slots.Slots,
+    prompts: Prompts,
+    config: DecodingConfig,
+    at: jax.Array,
+) -> slots.Slots:
+    """Puts one prompt into slot `at`, and decodes until one more than the free slots has ended."""
+    decoder: Decoder = merge(graphdef, variables)
+    prefilled = salm.prefill(decoder, prompts._replace(unpacked=False), config)
+    state = slots.admit(state, prefilled, at[None, None])
+    return slots.decode(decoder, state, config, 1 + jnp.sum(slots.read(state).ended))
+
+
 class Case:
     """A random decoder and prompts of different lengths."""
 
@@ -76,6 +102,33 @@ class Case:
     def run(self, config: DecodingConfig, until: int = NEW, **changed) -> salm.GenerationOutput:
         prompts = self.prompts._replace(**changed)
         return run(*self.network, prompts, config, jnp.int32(until))
+
+    def run_in_slots(self, config: DecodingConfig, drafts: DraftText) -> dict[int, list[int]]:
+        """The responses to all prompts on three slots, of which one at a time is filled again."""
+        longest = self.prompts.embeds.shape[1]
+        width = longest if isinstance(config.drafter, LookupDrafter) else drafts.ids.shape[1]
+        state = free_slots(*self.network, config, slots.SlotShape(3, longest, width))
+        busy: dict[int, int] = {}
+        responses: dict[int, list[int]] = {}
+        for number, length in enumerate(np.asarray(self.prompts.lengths).tolist()):
+            at = next(n for n in range(3) if n not in busy)
+            busy[at] = number
+            one = jax.tree.map(lambda x, n=number: x[n : n + 1], self.prompts._replace(unpacked=()))
+            kept = -(-length // 3) * 3  # shorter prompts than the slots have room for
+            one = one._replace(
+                embeds=one.embeds[:, :kept],
+                attention_mask=one.attention_mask[:, :kept],
+                drafts=DraftText(*(x[number : number + 1] for x in drafts)),
+            )
+            if isinstance(config.drafter, LookupDrafter):
+                one = one._replace(drafts=one.drafts._replace(ids=one.drafts.ids[:, :kept]))
+            state = admit_and_run(*self.network, state, one, config, jnp.int32(at))
+            output = slots.read(state)
+            for slot in [s for s in busy if output.ended[s]]:
+                ids = np.asarray(output.ids)[slot, : int(output.lengths[slot])]
+                responses[busy.pop(slot)] = ids.tolist()
+        assert not busy
+        return responses
 
 
 def padded(rows: list[list[int]], width: int | None = None) -> DraftText:
@@ -216,6 +269,27 @@ def test_prompt_lookup_copies_what_followed_the_same_tokens() -> None:
     assert np.asarray(found.lengths).tolist() == [3, 3, 0]
     assert np.asarray(found.ids)[0].tolist() == [7, 8, 9]
     assert np.asarray(found.ids)[1].tolist() == [2, 7, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config", [CONFIG, NARROW, replace(CONFIG, pattern=(LayerKind(window=3),))]
+)
+def test_slots_give_the_tokens_of_plain_decoding(config: DecoderConfig) -> None:
+    """Sequences come and go, and a slot holds what a longer one left behind."""
+    case = Case(config)
+    stops = np.asarray(case.run(GREEDY).ids)[:3, 6]
+    asked = replace(GREEDY, stop_ids=tuple(int(i) for i in stops))
+    plain = case.run(asked)
+    lengths = np.asarray(plain.lengths)
+    expected = {n: ids[: lengths[n]].tolist() for n, ids in enumerate(np.asarray(plain.ids))}
+    assert len(set(lengths.tolist())) > 1
+    for seed in range(4):
+        drafts = random_drafts(np.asarray(plain.ids), seed)
+        drafted = replace(asked, drafter=DRAFTED.drafter)
+        assert case.run_in_slots(drafted, drafts) == expected
+    looked_up = replace(asked, drafter=LookupDrafter(tokens=5))
+    assert case.run_in_slots(looked_up, padded(PROMPTS)) == expected
 
 
 @pytest.mark.slow

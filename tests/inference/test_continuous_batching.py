@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechlm2_jax.inference import continuous_batching
+from speechlm2_jax.inference import slot_table
 from speechlm2_jax.models import SALM
 
 DATA = Path(__file__).parents[1] / "data"
@@ -59,7 +59,7 @@ def trimmed(model, ids, stops):
 
 
 def programs():
-    parts = (continuous_batching._empty, continuous_batching._admit, continuous_batching._run)
+    parts = (slot_table._empty, slot_table._admit, slot_table._run)
     return [part._cache_size() for part in parts]
 
 

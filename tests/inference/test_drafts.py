@@ -117,11 +117,52 @@ def test_what_is_not_supported_is_refused_by_name(model, wrong, message):
         model.generate(PROMPTS, **wrong)
 
 
-def test_continuous_batching_refuses_drafts(model):
-    with pytest.raises(
-        ValueError, match="prompt_lookup_num_tokens: not supported by generate_each"
+def responses_of(rounds):
+    """Response and draft counts of each prompt, in order."""
+    finished = {response.number: response for ended in rounds for response in ended}
+    return [finished[number] for number in range(len(finished))]
+
+
+def test_continuous_batching_takes_drafts(model, plain, monkeypatch):
+    right = as_texts(monkeypatch, model, plain[:, -12:])
+    asked = dict(drafts=[right[0], "", right[1]], slots=2, max_new_tokens=12)
+    found = responses_of(model.generate_each(PROMPTS, **asked))
+    assert [r.ids.tolist() for r in found] == plain[:, -12:].tolist()
+    assert [(r.drafted, r.accepted) for r in found[:2]] == [(10, 10), (0, 0)]
+    assert found[2].accepted < found[2].drafted
+    number, ids = found[0]
+    assert number == 0 and ids is found[0].ids, "a pair, as without drafts"
+
+
+@pytest.mark.slow
+def test_continuous_batching_has_the_tokens_of_generate_from_every_source(model, monkeypatch):
+    draw = np.random.default_rng(0)
+    waves = [draw.normal(size=n).astype(np.float32) * 0.1 for n in (60000, 9000, 20000, 8000, 7000)]
+    turn = {"role": "user", "content": f"Say: {model.audio_locator_tag}"}
+    prompts = [[{**turn, "audio": [wave]}] for wave in waves]
+    for asked in (
+        dict(max_new_tokens=12),
+        dict(max_new_tokens=12, do_sample=True, temperature=1.5, seed=2, no_repeat_ngram_size=2),
     ):
-        model.generate_each(PROMPTS, prompt_lookup_num_tokens=3)
+        expected = model.generate(prompts, **asked)
+        texts = as_texts(monkeypatch, model, expected)
+        assistant = Transcriber({len(w): t for w, t in zip(waves, texts, strict=True)})
+        for source in (dict(assistant_model=assistant), dict(prompt_lookup_num_tokens=4)):
+            found = responses_of(model.generate_each(prompts, slots=2, **source, **asked))
+            for own, row in zip(found, expected, strict=True):
+                assert own.ids.tolist() == row[: len(own.ids)].tolist()
+                assert (row[len(own.ids) :] == model.text_pad_id).all()
+            rate = sum(r.accepted for r in found) / sum(r.drafted for r in found)
+            assert rate > 0.9 if "assistant_model" in source else rate < 0.9
+    chunked = dict(max_new_tokens=12, max_audio_s=2.0)
+    anything = Transcriber(dict.fromkeys(range(70000), texts[0]))
+    expected = [r.ids.tolist() for r in responses_of(model.generate_each(prompts, **chunked))]
+    found = responses_of(model.generate_each(prompts, assistant_model=anything, **chunked))
+    assert [r.ids.tolist() for r in found] == expected
+    with pytest.raises(ValueError, match="prompt 0: drafts: not supported with a recording longer"):
+        list(model.generate_each(prompts, drafts=texts, **chunked))
+    with pytest.raises(ValueError, match="prompt 2: drafts has 2 texts; give one each"):
+        list(model.generate_each(prompts, drafts=texts[:2], max_new_tokens=12))
 
 
 def test_tokens_of_the_same_letters_are_of_one_class(model):
