@@ -76,7 +76,8 @@ class EvalConfig:
     """Open a SALMWithAsrDecoder, or a SALM; null: what a local directory is, SALM from the hub."""
     draft: str | None = None
     """Speculative decoding with transcripts of an ASR model: `encoder` (the CTC head of the run's
-    pretrained encoder), a `.nemo` file, or a run directory of a CTC model."""
+    pretrained encoder), a `.nemo` file, or a run directory of a CTC model; or with a draft LLM: a
+    smaller SALM, or the directory of an LLM with the same tokenizer."""
     encoder_wer: bool = False
     """Also score the CTC head of the run's pretrained encoder."""
     report: str | None = None

@@ -78,7 +78,7 @@ def model_class(config: EvalConfig) -> "type[SALM]":
 
 
 def _draft_model(plan: EvaluationPlan, rate_hz: int) -> Any:
-    """The ASR model whose transcripts are drafts; None without `draft`.
+    """The ASR model whose transcripts are drafts, or the draft LLM; None without `draft`.
 
     Raises SettingsError for one that cannot be used.
     """
@@ -88,8 +88,12 @@ def _draft_model(plan: EvaluationPlan, rate_hz: int) -> Any:
 
     is_file = plan.config.draft != ENCODER and plan.draft_file.is_file()
     with errors_name_key("draft"):
-        kind = models.ASRModel if is_file else models.CTCModel
-        found = kind.from_pretrained(plan.draft_file)
+        kind = registry.identify(plan.draft_file)
+        if kind is not None and (kind.is_llm or kind is registry.SALM):
+            opened = models.SALM if kind is registry.SALM else models.DraftLLM
+            return opened.from_pretrained(plan.draft_file, dtype=plan.config.dtype)
+        transcriber = models.ASRModel if is_file else models.CTCModel
+        found = transcriber.from_pretrained(plan.draft_file)
     if found.sampling_rate != rate_hz:
         raise SettingsError(
             f"draft: transcribes audio of {found.sampling_rate} Hz, but the model reads {rate_hz} "

@@ -1,14 +1,14 @@
 """Shared by greedy decoding, sampling and beam search: configuration, prompt pass, one token."""
 
 from dataclasses import dataclass, field
-from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from speechlm2_jax.generation.drafts import Drafter, DraftText
+from speechlm2_jax.generation.drafts import Drafter
 from speechlm2_jax.generation.processors import History, Processor, process
 from speechlm2_jax.generation.warpers import Number
 from speechlm2_jax.layers.cache import CachedOutput, KVCache
@@ -124,8 +124,8 @@ class Prompts(NamedTuple):
     """Token ids, if processors read them."""
     rngs: Key[Array, " B"] | None = None
     """One random key per prompt, for sampling."""
-    drafts: DraftText | None = None
-    """What `DecodingConfig.drafter` copies from."""
+    drafts: Any = None
+    """What `DecodingConfig.drafter` starts from: a `DraftText`, or `draft_llm.DraftPrompts`."""
     unpacked: bool = False
     """True only if `attention_mask` is True at all positions of each prompt."""
 

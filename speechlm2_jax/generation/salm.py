@@ -156,6 +156,8 @@ def decode(
 
 def constrained(state: GenerationState) -> GenerationState:
     """Constrains the sharding of every array, so that one program's output fits the next."""
+    if isinstance(state, SpeculativeState):
+        return speculative.constrained(state)
 
     def by_sequence(x: Array) -> Array:
         return constrain(x, *("batch", *(None,) * (x.ndim - 1))[: x.ndim])

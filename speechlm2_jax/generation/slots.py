@@ -88,7 +88,7 @@ def empty(
     return SpeculativeState(
         cache=DraftCache.after_prompts(cache, prompt_tokens, none, config.draft_tokens),
         finished=ended,
-        draft=config.drafter.empty(count, width),
+        draft=config.drafter.empty(count, width, config.max_new_tokens),
         drafted=none,
         accepted=none,
         **common,
@@ -134,6 +134,8 @@ def _without_caches(state: SpeculativeState) -> Any:
 
 def constrained(slots: Slots) -> Slots:
     """Constrains the sharding of every array, so that one program's output fits the next."""
+    if isinstance(slots, SpeculativeState):
+        return speculative.constrained(slots)
 
     def by_slot(x: Array) -> Array:
         return constrain(x, *("batch", *(None,) * (x.ndim - 1)))

@@ -191,7 +191,7 @@ def _completed(
     """The entries of a group with drafts, and with transcripts if the model reads them."""
     examples = [entry.example for entry in group]
     drafts: list[list[int]] = [[] for _ in group]
-    if drafting is not None:
+    if drafting is not None and drafting.model is None:
         texts = [entry.draft_text or "" for entry in group]
         drafts = draft_tokens(engine, examples, drafting, texts)
     found = zip(group, with_transcripts(engine, examples), drafts, strict=True)

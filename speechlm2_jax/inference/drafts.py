@@ -9,7 +9,8 @@ from jaxtyping import Int32
 
 from speechlm2_jax.batches import SalmExample
 from speechlm2_jax.data.tokenizer import Tokenizer
-from speechlm2_jax.generation.drafts import LETTERS, START, DraftText, TextDrafter
+from speechlm2_jax.generation.draft_llm import DraftPrompts, LlmDrafter
+from speechlm2_jax.generation.drafts import LETTERS, START, Drafter, DraftText, TextDrafter
 from speechlm2_jax.inference.engine import Engine
 from speechlm2_jax.inference.groups import split_evenly
 from speechlm2_jax.inference.padding import round_up
@@ -26,29 +27,43 @@ DRAFT_UNIT = 16
 
 
 def with_drafter(engine: Engine, request: GenerationRequest) -> GenerationRequest:
-    """The request with the drafter that its texts need."""
-    if request.drafting is None:
+    """The request with the drafter of its texts or its draft LLM.
+
+    Raises ValueError for a draft LLM that does not fit the model.
+    """
+    drafting = request.drafting
+    if drafting is None:
         return request
-    classes = token_classes(engine.tokenizer, engine.text_vocab_size)
-    drafter = TextDrafter(tokens=request.drafting.tokens, classes=classes)
+    if drafting.model is not None:
+        drafter: Drafter = drafting.model.drafter(engine, drafting.tokens)
+    else:
+        classes = token_classes(engine.tokenizer, engine.text_vocab_size)
+        drafter = TextDrafter(tokens=drafting.tokens, classes=classes)
     return replace(request, decoding=replace(request.decoding, drafter=drafter))
 
 
-def grouped_drafts(
+def prepared_drafts(
     engine: Engine,
-    examples: Sequence[SalmExample],
-    drafting: DraftRequest | None,
+    request: GenerationRequest,
+    groups: Sequence[Sequence[SalmExample]],
     shape: tuple[int, ...],
-) -> DraftText | None:
-    """The tokens of the examples' draft texts in arrays of (G groups, R sequences) = `shape`.
+) -> DraftText | DraftPrompts | None:
+    """What the drafter reads of the examples, in arrays of (G groups, R sequences) = `shape`.
 
     Raises ValueError for an ASR model of another sampling rate, and for another number of texts.
     """
+    drafting = request.drafting
     if drafting is None:
         return None
+    if drafting.model is not None:
+        assert isinstance(request.decoding.drafter, LlmDrafter)
+        size = drafting.model.shape(engine, groups)
+        return drafting.model.prompts(engine, request.decoding.drafter, groups, size)
+    examples = [example for group in groups for example in group]
     drafts = draft_tokens(engine, examples, drafting, drafting.texts)
     width = round_up(max(map(len, drafts), default=1), DRAFT_UNIT)
-    return padded_drafts(split_evenly(drafts, shape[0]), (*shape, width))
+    text = padded_drafts(split_evenly(drafts, shape[0]), (*shape, width))
+    return text if engine.placement is None else engine.placement.put_batch(text)
 
 
 def draft_tokens(

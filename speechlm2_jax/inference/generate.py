@@ -26,9 +26,11 @@ from speechlm2_jax.batches import (
 )
 from speechlm2_jax.generation import salm as loops
 from speechlm2_jax.generation.decoding import DecodingConfig, Prompts
+from speechlm2_jax.generation.draft_llm import DraftPrompts
 from speechlm2_jax.generation.drafts import DraftText, LookupDrafter
 from speechlm2_jax.generation.processors import reads_prompt
-from speechlm2_jax.inference.drafts import grouped_drafts, with_drafter
+from speechlm2_jax.inference.drafts import prepared_drafts, with_drafter
+from speechlm2_jax.inference.encode import encode
 from speechlm2_jax.inference.engine import Engine
 from speechlm2_jax.inference.groups import split_evenly
 from speechlm2_jax.inference.long_form import chunked
@@ -47,7 +49,7 @@ from speechlm2_jax.inference.transcripts import with_transcripts
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.layers.unstacked import Layered, merge_layers
 from speechlm2_jax.networks import salm as salm_network
-from speechlm2_jax.networks.salm import Salm, SalmModes
+from speechlm2_jax.networks.salm import Salm
 from speechlm2_jax.sharding import Sharding
 
 E = TypeVar("E")
@@ -77,8 +79,8 @@ class OwnOptions(NamedTuple):
     """The largest number of new tokens."""
     key: Key[Array, ""] | None
     """From which the random keys of all prompts are derived, for sampling."""
-    drafts: DraftText | None = None
-    """[G, R, S] token ids and [G, R] lengths of the draft texts."""
+    drafts: DraftText | DraftPrompts | None = None
+    """[G, R, S] token ids and [G, R] lengths of draft texts; or what a draft LLM reads."""
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,6 @@ def _prepare_batch(
         by_group[group, : len(part)] = part
     batch = replace(batch, sequence_ids=by_group)
     limits = request.limits((batch.segments > 0).sum(axis=-1))
-    drafts = grouped_drafts(engine, examples, request.drafting, limits.shape)
     return _PreparedBatch(
         groups=groups,
         arrays=batch if placement is None else placement.put_batch(batch),
@@ -299,26 +300,9 @@ def _prepare_batch(
         own=OwnOptions(
             limits=limits,
             key=jax.random.key(request.seed) if request.decoding.do_sample else None,
-            drafts=drafts if placement is None or drafts is None else placement.put_batch(drafts),
+            drafts=prepared_drafts(engine, request, groups, limits.shape),
         ),
     )
-
-
-@partial(jax.jit, static_argnames=("graphdef", "placement"))
-def encode(
-    graphdef: nnx.GraphDef[Salm],
-    variables: Variables,
-    batch: SalmBatch[Array],
-    placement: Sharding | None = None,
-) -> Float[Array, "B T D"]:
-    """Encodes audio and interleaves it with the text embeddings. Returns the LLM's input.
-
-    This is a separate program, so that a change of decoding settings does not compile the encoder
-    again. `placement` is the sharding if the weights are on several devices.
-    """
-    network: Salm = merge(graphdef, variables)
-    with sharding.use(placement):
-        return salm_network.prepare(network, batch, SalmModes()).embeds
 
 
 @partial(jax.jit, static_argnames=("graphdef", "placement"))

@@ -19,10 +19,13 @@ from speechlm2_jax import sharding
 from speechlm2_jax.batches import BatchShape, SalmBatch, SalmExample, assemble_salm_batch
 from speechlm2_jax.generation import slots as loop
 from speechlm2_jax.generation.decoding import DecodingConfig
+from speechlm2_jax.generation.draft_llm import DraftPrompts, LlmDrafter
 from speechlm2_jax.generation.drafts import DraftText
 from speechlm2_jax.generation.slots import Slots
 from speechlm2_jax.inference import generate
+from speechlm2_jax.inference.draft_models import DraftModel
 from speechlm2_jax.inference.drafts import DRAFT_UNIT, padded_drafts
+from speechlm2_jax.inference.encode import encode
 from speechlm2_jax.inference.engine import Engine
 from speechlm2_jax.inference.padding import prompt_shape, round_up
 from speechlm2_jax.inference.request.generation_request import GenerationRequest
@@ -87,11 +90,10 @@ class SlotTable:
         self._limit = int(request.limits(np.zeros(1, np.int32))[0])
         self._decoding = request.fitting(np.array([self._limit]))
         self._key = jax.random.key(request.seed) if request.decoding.do_sample else None
-        # more tokens than a response may have are of no use as its draft
-        self._draft_tokens = 0 if request.drafting is None else round_up(self._limit, DRAFT_UNIT)
+        self._request = request
         self._slots: Slots | None = None
-        self._prompt_tokens = 0
-        """Tokens of the longest prompt that fits into the KV cache of a slot."""
+        self._room = loop.SlotShape(self.count, 0, 0)
+        """The longest prompt that fits into the KV cache of a slot, and the longest draft."""
 
     @property
     def count(self) -> int:
@@ -105,7 +107,9 @@ class SlotTable:
 
     def fits(self, group: Sequence[SlotEntry]) -> bool:
         """Whether the KV cache has room for the longest prompt of a group."""
-        return self._shape([group]).tokens <= self._prompt_tokens
+        needed = self._needed([group])
+        has_room = needed.prompt_tokens <= self._room.prompt_tokens
+        return has_room and needed.draft_tokens <= self._room.draft_tokens
 
     def can_admit(self, group: Sequence[SlotEntry]) -> bool:
         """Whether a group can start now.
@@ -121,26 +125,22 @@ class SlotTable:
         """Prefills new prompts and puts them into free slots."""
         slots = self._chosen(len(group))
         entries = [[group[n] for n, _ in own] for own in slots]
-        shape = self._shape(entries)
-        graphdef, variables = network = self._engine.network
-        placement = self._engine.placement
-        if shape.tokens > self._prompt_tokens:
-            self._prompt_tokens = shape.tokens
-            # prompt lookup copies from the prompts
-            size = loop.SlotShape(self.count, shape.tokens, self._draft_tokens or shape.tokens)
-            self._slots = _empty(graphdef, variables, self._decoding, size, placement)
+        network, placement = self._engine.network, self._engine.placement
+        if not self.fits(group):
+            self._room = loop.SlotShape(*map(max, self._room, self._needed(entries)))
+            self._slots = _empty(*network, self._decoding, self._room, placement)
         at = np.full((self._devices, self._new), self._own, np.int32)
         for device, own in enumerate(slots):
             at[device, : len(own)] = [slot for _, slot in own]
             self.busy |= {device * self._own + slot: group[n] for n, slot in own}
-        batch, drafts, at = self._batch(entries, shape), self._drafts(entries), jnp.asarray(at)
+        batch, at = self._batch(entries), jnp.asarray(at)
         if placement is not None:
-            batch, drafts, at = placement.put_batch((batch, drafts, at))
+            batch, at = placement.put_batch((batch, at))
         limits = np.full(at.shape, self._limit, np.int32)
         new = _Admission(
             batch=batch,
-            embeds=generate.encode(*network, batch, placement),
-            own=generate.OwnOptions(limits, self._key, drafts),
+            embeds=encode(*network, batch, placement),
+            own=generate.OwnOptions(limits, self._key, self._drafts(entries)),
             at=at,
         )
         self._slots = _admit(*network, self._slots, new, self._decoding, placement)
@@ -170,26 +170,51 @@ class SlotTable:
             chosen[device].append((number, free[device].pop(0)))
         return chosen
 
-    def _shape(self, groups: Sequence[Sequence[SlotEntry]]) -> BatchShape:
-        """The static shape of one device's prompts, with padding up to their full number."""
+    def _needed(self, groups: Sequence[Sequence[SlotEntry]]) -> loop.SlotShape:
+        """The room that a group takes."""
+        prompts, drafting = self._shape(groups).tokens, self._request.drafting
+        if drafting is None:  # prompt lookup copies from the prompts
+            return loop.SlotShape(self.count, prompts, prompts)
+        if drafting.model is None:
+            # more tokens than a response may have are of no use as its draft
+            return loop.SlotShape(self.count, prompts, round_up(self._limit, DRAFT_UNIT))
+        return loop.SlotShape(self.count, prompts, self._shape(groups, drafting.model).tokens)
+
+    def _shape(
+        self, groups: Sequence[Sequence[SlotEntry]], reader: DraftModel | None = None
+    ) -> BatchShape:
+        """The static shape of one device's prompts, with padding up to their full number.
+
+        They are those of the model itself, or of a draft LLM.
+        """
+        engine = self._engine
         examples = [[entry.example for entry in group] for group in groups]
-        shape = prompt_shape(examples, self._engine.frame_count)
+        if reader is not None:
+            shape = reader.shape(engine, examples)
+        else:
+            shape = prompt_shape(examples, engine.frame_count)
         clips = max((len(e.audio) for group in examples for e in group), default=0)
-        clips = round_up(clips, 1) * self._new if clips else 0
+        clips = round_up(clips, 1) * self._new if shape.clips else 0
         return replace(shape, sequences=self._new, clips=clips)
 
-    def _drafts(self, groups: Sequence[Sequence[SlotEntry]]) -> DraftText | None:
-        if not self._draft_tokens:
+    def _drafts(self, groups: Sequence[Sequence[SlotEntry]]) -> DraftText | DraftPrompts | None:
+        """What the drafter reads of new prompts."""
+        drafting, placement = self._request.drafting, self._engine.placement
+        if drafting is None:
             return None
+        if drafting.model is not None:
+            drafter, examples = self._decoding.drafter, [[e.example for e in g] for g in groups]
+            assert isinstance(drafter, LlmDrafter)
+            shape = self._shape(groups, drafting.model)
+            return drafting.model.prompts(self._engine, drafter, examples, shape)
         drafts = [[entry.draft for entry in group] for group in groups]
-        return padded_drafts(drafts, (self._devices, self._new, self._draft_tokens))
+        text = padded_drafts(drafts, (self._devices, self._new, self._room.draft_tokens))
+        return text if placement is None else placement.put_batch(text)
 
-    def _batch(
-        self, groups: Sequence[Sequence[SlotEntry]], shape: BatchShape
-    ) -> SalmBatch[np.ndarray]:
+    def _batch(self, groups: Sequence[Sequence[SlotEntry]]) -> SalmBatch[np.ndarray]:
         batch = assemble_salm_batch(
             [[entry.example for entry in group] for group in groups],
-            shape,
+            self._shape(groups),
             frame_count=self._engine.frame_count,
             placeholder_id=self._engine.audio_locator_tag_id,
             shift=False,

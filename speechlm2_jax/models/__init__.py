@@ -11,6 +11,7 @@ _MODELS = {
     "DuplexS2SSpeechDecoderModel": "speechlm2_jax.models.duplex",
     "AudioCodec": "speechlm2_jax.models.codec",
     "ASRModel": "speechlm2_jax.models.asr",
+    "DraftLLM": "speechlm2_jax.models.draft_llm",
 }
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ASRModel",
     "AudioCodec",
     "CTCModel",
+    "DraftLLM",
     "DuplexS2SModel",
     "DuplexS2SSpeechDecoderModel",
 ]  # noqa: F822

@@ -16,10 +16,15 @@ from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.inference import ahead_of_time, continuous_batching, generate, meshes, stages
 from speechlm2_jax.inference.audio_inputs import Recordings
 from speechlm2_jax.inference.continuous_batching import FinishedPrompt
+from speechlm2_jax.inference.draft_models import DraftModel, decoder_graphdef
 from speechlm2_jax.inference.engine import Engine
 from speechlm2_jax.inference.generate import PromptInputs
 from speechlm2_jax.inference.prompts import Dialog, Prompts
-from speechlm2_jax.inference.request.generation_request import GenerationConfigLike, read_request
+from speechlm2_jax.inference.request.generation_request import (
+    GenerationConfigLike,
+    GenerationRequest,
+    read_request,
+)
 from speechlm2_jax.inference.text_stream import Piece, last_output
 from speechlm2_jax.inference.transcribe import Transcript, transcribe_by_prompt
 from speechlm2_jax.layers.module import Variables, merge
@@ -103,7 +108,7 @@ class SALM(SpeechModel):
         Raises ValueError for what is not supported.
         """
         thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        request = read_request(self, generation_config, {**generation_kwargs, **thinking})
+        request = self._request(generation_config, {**generation_kwargs, **thinking})
         inputs = PromptInputs(prompts, audios, audio_lens)
         return generate.generate(self._engine(), inputs, request, draw_numbers)
 
@@ -125,7 +130,7 @@ class SALM(SpeechModel):
         The joined ids of a sequence are those of `generate`, and its joined texts are
         `tokenizer.ids_to_text` of them. Raises ValueError, at the call, for what is not supported.
         """
-        request = read_request(self, generation_config, generation_kwargs)
+        request = self._request(generation_config, generation_kwargs)
         inputs = PromptInputs(prompts, audios, audio_lens)
         return generate.stream(self._engine(), inputs, request, tokens_at_once)
 
@@ -150,7 +155,7 @@ class SALM(SpeechModel):
         and time limits. An invalid prompt raises ValueError, with its number, after the
         responses to all prompts before it.
         """
-        request = read_request(self, generation_config, generation_kwargs)
+        request = self._request(generation_config, generation_kwargs)
         return continuous_batching.generate_each(
             self._engine(), prompts, request, slots, draw_numbers
         )
@@ -174,6 +179,32 @@ class SALM(SpeechModel):
         """
         generation = {**generation_kwargs, "max_new_tokens": max_new_tokens}
         return transcribe_by_prompt(self, audio, prompt, batch_size, generation)
+
+    def as_draft_model(self) -> DraftModel:
+        """The model as the source of draft tokens of another (`assistant_model`)."""
+        variables, prefix = self._decoding_variables(), "llm."
+        network = self._blueprint.network
+        return DraftModel(
+            graphdef=decoder_graphdef(network.llm, network.lora),
+            variables={
+                path.removeprefix(prefix): value
+                for path, value in variables.items()
+                if path.startswith(prefix)
+            },
+            tokenizer=self.tokenizer,
+            dtype=self.compute_dtype.name,
+            engine=self._engine(),
+        )
+
+    def _request(self, config: GenerationConfigLike, asked: Mapping[str, Any]) -> GenerationRequest:
+        """Reads the options of a call; opens the draft LLM that `assistant_model` names."""
+        assistant = asked.get("assistant_model")
+        if isinstance(assistant, str | Path):
+            from speechlm2_jax.models.draft_llm import open_assistant
+
+            opened = open_assistant(assistant, self.compute_dtype.name)
+            asked = {**asked, "assistant_model": opened}
+        return read_request(self, config, asked)
 
     def answer(self, prompts: Sequence[SalmExample], max_new_tokens: int) -> np.ndarray:
         """Generates greedily for tokenized prompts: int32 ids [B, T], padded after each end."""

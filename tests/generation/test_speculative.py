@@ -12,7 +12,8 @@ from scipy import stats
 
 from speechlm2_jax.generation import salm, slots
 from speechlm2_jax.generation.decoding import DecodingConfig, Prompts
-from speechlm2_jax.generation.drafts import DraftText, LookupDrafter, TextDrafter
+from speechlm2_jax.generation.draft_llm import DraftPrompts, LlmDrafter
+from speechlm2_jax.generation.drafts import DraftText, Known, LookupDrafter, TextDrafter
 from speechlm2_jax.generation.processors import (
     ForcedEnd,
     MinNewTokens,
@@ -70,7 +71,7 @@ def free_slots(
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def admit_and_run(
+def admitted(
     graphdef: nnx.GraphDef[Decoder],
     variables: Variables,
     state: slots.Slots,
@@ -78,11 +79,21 @@ def admit_and_run(
     config: DecodingConfig,
     at: jax.Array,
 ) -> slots.Slots:
-    """Puts one prompt into slot `at`, and decodes until one more than the free slots has ended."""
+    """Puts one prompt into slot `at`."""
     decoder: Decoder = merge(graphdef, variables)
     prefilled = salm.prefill(decoder, prompts._replace(unpacked=False), config)
-    state = slots.admit(state, prefilled, at[None, None])
-    return slots.decode(decoder, state, config, 1 + jnp.sum(slots.read(state).ended))
+    return slots.admit(state, prefilled, at[None, None])
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def run_slots(
+    graphdef: nnx.GraphDef[Decoder],
+    variables: Variables,
+    state: slots.Slots,
+    config: DecodingConfig,
+    enough: jax.Array,
+) -> slots.Slots:
+    return slots.decode(merge(graphdef, variables), state, config, enough)
 
 
 class Case:
@@ -91,9 +102,10 @@ class Case:
     def __init__(self, config: DecoderConfig, prompts: list[list[int]] = PROMPTS):
         self.network = split(Decoder(config, rngs=nnx.Rngs(0)))
         ids, lengths = padded(prompts)
+        self.ids, self.vocabulary = jnp.asarray(ids), config.vocab_size
         decoder: Decoder = merge(*self.network)
         self.prompts = Prompts(
-            embeds=decoder.embed(jnp.asarray(ids)),
+            embeds=decoder.embed(self.ids),
             lengths=jnp.asarray(lengths),
             attention_mask=jnp.arange(ids.shape[1])[None] < lengths[:, None],
             limits=jnp.full(len(ids), NEW),
@@ -103,32 +115,43 @@ class Case:
         prompts = self.prompts._replace(**changed)
         return run(*self.network, prompts, config, jnp.int32(until))
 
-    def run_in_slots(self, config: DecodingConfig, drafts: DraftText) -> dict[int, list[int]]:
-        """The responses to all prompts on three slots, of which one at a time is filled again."""
-        longest = self.prompts.embeds.shape[1]
-        width = longest if isinstance(config.drafter, LookupDrafter) else drafts.ids.shape[1]
+    def run_in_slots(
+        self, config: DecodingConfig, drafts: DraftText | DraftPrompts
+    ) -> dict[int, list[int]]:
+        """The responses to all prompts on three slots, which are filled again as they end."""
+        longest = self.prompts.embeds.shape[1] + 3  # the slots have room for longer prompts
+        width = drafts.ids.shape[1] if isinstance(config.drafter, TextDrafter) else longest
         state = free_slots(*self.network, config, slots.SlotShape(3, longest, width))
         busy: dict[int, int] = {}
         responses: dict[int, list[int]] = {}
-        for number, length in enumerate(np.asarray(self.prompts.lengths).tolist()):
+        for number in range(len(PROMPTS)):
             at = next(n for n in range(3) if n not in busy)
             busy[at] = number
-            one = jax.tree.map(lambda x, n=number: x[n : n + 1], self.prompts._replace(unpacked=()))
-            kept = -(-length // 3) * 3  # shorter prompts than the slots have room for
-            one = one._replace(
-                embeds=one.embeds[:, :kept],
-                attention_mask=one.attention_mask[:, :kept],
-                drafts=DraftText(*(x[number : number + 1] for x in drafts)),
-            )
-            if isinstance(config.drafter, LookupDrafter):
-                one = one._replace(drafts=one.drafts._replace(ids=one.drafts.ids[:, :kept]))
-            state = admit_and_run(*self.network, state, one, config, jnp.int32(at))
+            prompts = self.prompts._replace(drafts=drafts, unpacked=())
+            one = jax.tree.map(lambda x, n=number: x[n : n + 1], prompts)
+            state = admitted(*self.network, state, one, config, jnp.int32(at))
+            is_last = number == len(PROMPTS) - 1
+            if len(busy) < 3 and not is_last:
+                continue
+            state = run_slots(*self.network, state, config, jnp.int32(3 if is_last else 1))
             output = slots.read(state)
             for slot in [s for s in busy if output.ended[s]]:
                 ids = np.asarray(output.ids)[slot, : int(output.lengths[slot])]
                 responses[busy.pop(slot)] = ids.tolist()
-        assert not busy
         return responses
+
+    def draft_llm(self, config: DecoderConfig, tokens: int) -> tuple[LlmDrafter, DraftPrompts]:
+        """A draft LLM of this architecture, and what it reads of the same prompts."""
+        graphdef, variables = split(Decoder(config, rngs=nnx.Rngs(0)))
+        drafter = LlmDrafter(
+            tokens=tokens,
+            graphdef=graphdef,
+            variables=variables,
+            vocabulary=self.vocabulary,
+            dtype="float32",
+        )
+        embeds = merge(graphdef, variables).embed(self.ids)
+        return drafter, DraftPrompts(embeds, self.prompts.attention_mask)
 
 
 def padded(rows: list[list[int]], width: int | None = None) -> DraftText:
@@ -224,10 +247,10 @@ WORD_CLASSES = np.array([0, 3, 5, 7, 9, 11, 12, 0, 3, 7, 15], np.int32)
 )
 def test_a_draft_resumes_at_the_word_that_aligns(response, next_tokens) -> None:
     drafter = TextDrafter(tokens=4, classes=WORD_CLASSES)
-    state = drafter.start(padded([[HELLO, WORLD, HOW, ARE, YOU]], 7))
-    added = padded([response], 6)
-    state = drafter.observe(state, jnp.asarray(added.ids), jnp.asarray(added.lengths))
-    found = drafter.propose(state, jnp.asarray(added.ids), jnp.asarray(added.lengths))
+    state = drafter.start(padded([[HELLO, WORLD, HOW, ARE, YOU]], 7), NEW)
+    ids, lengths = (jnp.asarray(x) for x in padded([response], 6))
+    state = drafter.observe(state, ids, lengths)
+    found, _ = drafter.propose(state, Known(ids, lengths, choose=None))
     assert np.asarray(found.ids)[0, : int(found.lengths[0])].tolist() == next_tokens
 
 
@@ -265,7 +288,8 @@ def test_prompt_lookup_copies_what_followed_the_same_tokens() -> None:
     drafter = LookupDrafter(tokens=3, ngram=2)
     prompt = padded([[5, 6, 7, 8, 9], [1, 2], [4, 4, 5]])
     response = jnp.asarray([[3, 5, 6, 0, 0], [7, 1, 3, 0, 0], [9, 8, 0, 0, 0]])
-    found = drafter.propose(drafter.start(prompt), response, jnp.asarray([3, 2, 2]))
+    known = Known(response, jnp.asarray([3, 2, 2]), choose=None)
+    found, _ = drafter.propose(drafter.start(prompt, NEW), known)
     assert np.asarray(found.lengths).tolist() == [3, 3, 0]
     assert np.asarray(found.ids)[0].tolist() == [7, 8, 9]
     assert np.asarray(found.ids)[1].tolist() == [2, 7, 1]
@@ -290,6 +314,9 @@ def test_slots_give_the_tokens_of_plain_decoding(config: DecoderConfig) -> None:
         assert case.run_in_slots(drafted, drafts) == expected
     looked_up = replace(asked, drafter=LookupDrafter(tokens=5))
     assert case.run_in_slots(looked_up, padded(PROMPTS)) == expected
+    for layers in (config.layers, config.layers + 1):
+        drafter, prompts = case.draft_llm(replace(config, layers=layers), 3)
+        assert case.run_in_slots(replace(asked, drafter=drafter), prompts) == expected
 
 
 @pytest.mark.slow
@@ -299,6 +326,61 @@ def test_prompt_lookup_gives_the_same_tokens(case: Case, plain: np.ndarray) -> N
         output = case.run(config, drafts=text)
         np.testing.assert_array_equal(output.ids, plain)
     assert int(np.sum(output.accepted)) > 2 * len(plain)
+
+
+@pytest.mark.slow
+def test_an_llm_proposes_what_it_would_generate_itself(case: Case, plain: np.ndarray) -> None:
+    drafter, prompts = case.draft_llm(CONFIG, 3)
+    output = case.run(replace(GREEDY, drafter=drafter), drafts=prompts)
+    np.testing.assert_array_equal(output.ids, plain)
+    # 1 token from the prompt, then 4, 4 and 3: the last pass has room for two drafts
+    assert np.asarray(output.drafted).tolist() == [3 + 3 + 2] * len(plain)
+    np.testing.assert_array_equal(output.accepted, output.drafted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config", [CONFIG, NARROW, replace(CONFIG, pattern=(LayerKind(window=3),))]
+)
+def test_another_llm_changes_no_token(config: DecoderConfig) -> None:
+    case = Case(config)
+    expected = np.asarray(case.run(GREEDY).ids)
+    rates = []
+    for number, changes in enumerate(
+        ({}, dict(layers=4), dict(vocab_size=29), dict(vocab_size=40))
+    ):
+        drafter, prompts = case.draft_llm(replace(config, **changes), 1 + number)
+        if "layers" in changes:  # half of the same layers: some proposals are right
+            own = {path: 0.9 * x for path, x in case.network[1].items()}
+            grown = {p: jnp.concatenate([x, 0 * x]) for p, x in own.items() if "layers." in p}
+            drafter = replace(drafter, variables={**drafter.variables, **own, **grown})
+            prompts = prompts._replace(embeds=0.9 * case.prompts.embeds)
+        output = case.run(replace(GREEDY, drafter=drafter), drafts=prompts)
+        np.testing.assert_array_equal(output.ids, expected)
+        rates.append(float(np.sum(output.accepted) / np.sum(output.drafted)))
+    assert rates[0] == 1.0 and min(rates) < 0.5
+
+
+@pytest.mark.slow
+def test_sampled_tokens_of_a_draft_llm_have_the_distribution_of_the_model() -> None:
+    """Chi-square test; equal random keys make similar scores choose the same token."""
+    count, new = 3000, 3
+    config = replace(CONFIG, vocab_size=3)
+    case = Case(config, [[1, 2, 0]])
+    drawn = replace(
+        GREEDY, max_new_tokens=new, do_sample=True, return_sequences=count,
+        processors=(Temperature(2.0),),
+    )  # fmt: skip
+    drafter, prompts = case.draft_llm(config, 2)
+    drafter = replace(drafter, variables={p: 0.8 * x for p, x in drafter.variables.items()})
+    rngs = jax.random.split(jax.random.key(1), 1)
+    output = case.run(replace(drawn, drafter=drafter), new, rngs=rngs, drafts=prompts)
+    expected = joint_probabilities(case, new, temperature=2.0)
+    cells = np.asarray(output.ids) @ (3 ** np.arange(new)[::-1])
+    seen = np.bincount(cells, minlength=3**new)
+    assert stats.chisquare(seen, expected / expected.sum() * count).pvalue > 0.01
+    np.testing.assert_array_equal(output.ids, case.run(drawn, new, rngs=rngs).ids)
+    assert 0.6 < np.sum(output.accepted) / np.sum(output.drafted) < 1
 
 
 @pytest.mark.slow

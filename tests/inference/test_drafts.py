@@ -108,7 +108,7 @@ def test_transcripts_of_recordings_are_drafts_also_of_chunks(model, monkeypatch)
         (dict(drafts=["a"] * 3, prompt_lookup_num_tokens=3), "give one source of drafts"),
         (dict(prompt_lookup_num_tokens=3, num_beams=2), "beam search has no drafts"),
         (dict(prompt_lookup_num_tokens=0), "prompt_lookup_num_tokens=0 must be a whole number"),
-        (dict(assistant_model=object()), "an ASRModel or a CTCModel; a draft LLM is not supported"),
+        (dict(assistant_model=object()), "must be an ASRModel, a CTCModel, a SALM, or the direct"),
         (dict(use_mtp=True), "drafts by the LLM itself are not supported"),
     ],
 )

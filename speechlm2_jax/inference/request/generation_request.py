@@ -11,6 +11,7 @@ from jaxtyping import Int, Int32
 
 from speechlm2_jax.generation.decoding import BeamConfig, DecodingConfig
 from speechlm2_jax.generation.drafts import LookupDrafter
+from speechlm2_jax.inference.draft_models import DraftModel
 from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
 from speechlm2_jax.inference.padding import round_up
 from speechlm2_jax.inference.request.defaults import with_defaults
@@ -23,6 +24,8 @@ DEFAULT_NEW_TOKENS = 20
 """transformers' own default."""
 DEFAULT_DRAFT_TOKENS = 20
 """transformers' own default of `num_assistant_tokens`."""
+DEFAULT_LLM_DRAFT_TOKENS = 4
+"""A draft LLM runs once for each."""
 DEFAULT_NGRAM = 2
 """transformers' own default of `max_matching_ngram_size`."""
 
@@ -95,13 +98,23 @@ class DraftTranscriber(Protocol):
         ...
 
 
+@runtime_checkable
+class HasDraftModel(Protocol):
+    """A model with an LLM that proposes draft tokens; `models.SALM` and `models.DraftLLM` are."""
+
+    def as_draft_model(self) -> DraftModel:
+        """Its LLM, and what encodes its prompts."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class DraftRequest:
-    """Speculative decoding with a text for each prompt. One of the two fields is set."""
+    """Speculative decoding with a text for each prompt, or an LLM. One of these fields is set."""
 
     transcriber: DraftTranscriber | None = None
     texts: tuple[str, ...] | None = None
     """One for each prompt."""
+    model: DraftModel | None = None
     tokens: int = DEFAULT_DRAFT_TOKENS
     """Most draft tokens per pass."""
 
@@ -128,7 +141,7 @@ class GenerationRequest:
     enable_thinking: bool | None = None
     """Whether a response may start with a thought; None: the prompt format's default."""
     drafting: DraftRequest | None = None
-    """Speculative decoding with texts; prompt lookup is in `decoding.drafter`."""
+    """Speculative decoding with texts or an LLM; prompt lookup is in `decoding.drafter`."""
 
     @property
     def is_speculative(self) -> bool:
@@ -302,10 +315,13 @@ def _drafting(asked: Mapping[str, Any]) -> DraftRequest | None:
     model, texts = asked.get("assistant_model"), asked.get("drafts")
     if model is None and texts is None:
         return None
+    is_llm = isinstance(model, HasDraftModel)
+    default = DEFAULT_LLM_DRAFT_TOKENS if is_llm else DEFAULT_DRAFT_TOKENS
     return DraftRequest(
-        transcriber=model,
+        transcriber=None if is_llm else model,
         texts=None if texts is None else tuple(texts),
-        tokens=int(asked.get("num_assistant_tokens", DEFAULT_DRAFT_TOKENS)),
+        model=model.as_draft_model() if is_llm else None,
+        tokens=int(asked.get("num_assistant_tokens", default)),
     )
 
 

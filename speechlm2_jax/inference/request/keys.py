@@ -49,7 +49,7 @@ HONOURED: Mapping[str, str] = {
     "pad_token_id": "padding after the end of a sequence; the model's text_pad_id by default",
     "prompt_lookup_num_tokens": "speculative decoding: most tokens copied from prompt or response",
     "max_matching_ngram_size": "longest n-gram that prompt lookup looks up; 2 by default",
-    "num_assistant_tokens": "most draft tokens per pass, with assistant_model or drafts; 20",
+    "num_assistant_tokens": "most draft tokens per pass of assistant_model or drafts; 20, or 4",
 }
 
 _CACHE = "the KV cache is always used, in arrays of a fixed size"
@@ -105,7 +105,7 @@ OWN: Mapping[str, str] = {
     "seed": "seed of sampling, 0 by default; draws do not depend on other prompts of the batch",
     "enable_thinking": "false starts the response after an empty thought (qwen3, nemotron-nano-v3)",
     "max_audio_s": "audio longer than this many seconds (40) is split into chunks; false: no limit",
-    "assistant_model": "an ASRModel or CTCModel: its transcript of the recordings is the draft",
+    "assistant_model": "an ASRModel or CTCModel, whose transcripts are the drafts; or a draft LLM",
     "drafts": "a text for each prompt, which is its draft",
     "should_stop": "a function called every 16 tokens; when it returns true, generation stops",
 }

@@ -141,8 +141,9 @@ def _are_drafts(value: object) -> bool:
     return _is_list(value) and all(isinstance(text, str) for text in value)
 
 
-def _is_transcriber(value: object) -> bool:
-    return callable(getattr(value, "transcribe", None)) and hasattr(value, "SHORTEST_S")
+def _is_assistant(value: object) -> bool:
+    transcribes = callable(getattr(value, "transcribe", None)) and hasattr(value, "SHORTEST_S")
+    return transcribes or callable(getattr(value, "as_draft_model", None))
 
 
 def _is_decay(value: Any) -> bool:
@@ -207,8 +208,8 @@ _VALUES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("drafts",), _are_drafts, "must be a list of texts, one for each prompt"),
     (
         ("assistant_model",),
-        _is_transcriber,
-        "must be an ASRModel or a CTCModel; a draft LLM is not supported",
+        _is_assistant,
+        "must be an ASRModel, a CTCModel, a SALM, or the directory of a SALM or an LLM",
     ),
     (
         ("exponential_decay_length_penalty",),
