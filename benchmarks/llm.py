@@ -5,6 +5,7 @@ r"""Times greedy decoding of an LLM alone, from a Hugging Face directory, beside
 
 `generate_s` is a whole call: prompt of `--prompt` random tokens, then `--new` tokens. `token_s` is
 the time per token after the first. `bound_s` is the time in which memcpy reads the weights once.
+`--dtype`, `--quantize` and `--kv-cache` are the formats of activations, weights and KV cache.
 """
 
 from speechlm2_jax.usage import print_help_if_asked
@@ -20,15 +21,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from benchmarks import timing
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.decoder import decoder_table
 from speechlm2_jax.conversion.hf_config import decoder_config
+from speechlm2_jax.conversion.quantizing import QuantizingPlace
 from speechlm2_jax.conversion.readers import open_weights, read_json
 from speechlm2_jax.generation import salm as loops
 from speechlm2_jax.generation.decoding import DecodingConfig, Prompts
 from speechlm2_jax.layers.module import Variables, abstract, describe, split
+from speechlm2_jax.layers.quantized import DTYPES
+from speechlm2_jax.layers.quantized_layers import quantize_module, unquantized
 from speechlm2_jax.layers.unstacked import Layered, LayerViews, merge_layers
 from speechlm2_jax.llm.decoder import Decoder
 
@@ -38,14 +43,31 @@ SEED = 0
 class Llm:
     """An LLM and the two programs that generate with it."""
 
-    def __init__(self, directory: Path):
+    def __init__(
+        self,
+        directory: Path,
+        dtype: str = "float32",
+        quantize: str | None = None,
+        kv_cache: str | None = None,
+    ):
         self.config = decoder_config(read_json(directory / "config.json"))
-        module = abstract(lambda rngs: Decoder(self.config, rngs=rngs))
+        self.dtype = dtype
+
+        def make(rngs: nnx.Rngs) -> Decoder:
+            decoder = Decoder(self.config, rngs=rngs)
+            decoder.kv_cache_kind = kv_cache
+            return decoder if quantize is None else quantize_module(decoder, quantize)
+
+        module = abstract(make)
         self.graphdef, _ = split(module)
-        table = decoder_table(self.config)
-        loaded = mapping.load(open_weights(directory), table, describe(module))
-        self.variables: Variables = {path: jnp.asarray(value) for path, value in loaded.items()}
-        self.for_decode = LayerViews("")(self.graphdef, self.variables)
+        infos, table = describe(module), decoder_table(self.config)
+        place = QuantizingPlace(infos)
+        loaded = mapping.load(open_weights(directory), table, unquantized(infos), place)
+        loaded = {p: jnp.asarray(x, infos[p].computed_in(dtype)) for p, x in loaded.items()}
+        self.variables: Variables = loaded | place.scales
+        views = LayerViews("")
+        self.for_prefill = views.whole(self.graphdef, self.variables)
+        self.for_decode = views(self.graphdef, self.variables)
 
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
@@ -55,18 +77,23 @@ class Llm:
         """Generates exactly `new` tokens after prompts [B, T]; greedy."""
         config = DecodingConfig(max_new_tokens=new, stop_ids=(), pad_id=0)
         lengths = jnp.full(len(ids), ids.shape[1], jnp.int32)
-        state = prefill(self.graphdef, self.variables, ids, lengths, config)
+        state = prefill(self.graphdef, self.for_prefill, ids, lengths, config, self.dtype)
         return np.asarray(decode(self.graphdef, self.for_decode, state, config))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "config"))
+@partial(jax.jit, static_argnames=("graphdef", "config", "dtype"))
 def prefill(
-    graphdef: Any, variables: Variables, ids: jax.Array, lengths: jax.Array, config: DecodingConfig
+    graphdef: Any,
+    variables: Variables,
+    ids: jax.Array,
+    lengths: jax.Array,
+    config: DecodingConfig,
+    dtype: str = "float32",
 ) -> Any:
     """Runs prompts [B, T] of `lengths` [B], padded on the right, and chooses the first tokens."""
     decoder: Decoder = merge_layers(graphdef, variables)
     prompts = Prompts(
-        embeds=decoder.embed(ids),
+        embeds=decoder.embed(ids).astype(dtype),
         lengths=lengths,
         attention_mask=jnp.arange(ids.shape[1])[None] < lengths[:, None],
     )
@@ -84,7 +111,7 @@ def decode(graphdef: Any, variables: Layered, state: Any, config: DecodingConfig
 def main() -> None:
     """Measures and prints."""
     arguments = _arguments()
-    llm = Llm(arguments.directory)
+    llm = Llm(arguments.directory, arguments.dtype, arguments.quantize, arguments.kv_cache)
     shape = (arguments.batch, arguments.prompt)
     ids = np.random.default_rng(SEED).integers(100, llm.config.vocab_size // 2, shape)
     ids = ids.astype(np.int32)
@@ -117,6 +144,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of a response")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--quantize", choices=DTYPES)
+    parser.add_argument("--kv-cache", choices=DTYPES)
     return parser.parse_args()
 
 

@@ -355,6 +355,12 @@ def platform() -> str:
     return jax.default_backend() if sharding is None else sharding.platform
 
 
+def is_on_one_cpu() -> bool:
+    """Whether a program runs on a single CPU device."""
+    sharding = _current.get()
+    return platform() == "cpu" and (sharding is None or sharding.mesh.size == 1)
+
+
 def length_multiple() -> int:
     """`Sharding.length_multiple` of the value in use; 1 outside `use`."""
     sharding = _current.get()

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from speechlm2_jax.conversion.mapping import Place, ReadPart
-from speechlm2_jax.layers.module import Variables
 
 
 def onto(layout: Mapping[str, jax.ShapeDtypeStruct]) -> Place:
@@ -31,16 +30,6 @@ def onto(layout: Mapping[str, jax.ShapeDtypeStruct]) -> Place:
         return jax.make_array_from_single_device_arrays(shape, leaf.sharding, parts)
 
     return place
-
-
-def placed(variables: Variables, layout: Mapping[str, jax.ShapeDtypeStruct]) -> Variables:
-    """Puts host arrays on the sharding of their leaves, one by one, and empties `variables`."""
-    place = onto(layout)
-    done: Variables = {}
-    for path in list(variables):
-        value = np.asarray(variables.pop(path))
-        done[path] = place(path, value.shape, value.dtype, lambda index, v=value: v[index])
-    return done
 
 
 def _sent(part: np.ndarray, device: Any) -> jax.Array:

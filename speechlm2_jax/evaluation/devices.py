@@ -73,7 +73,13 @@ def load(config: C, from_pretrained: Callable[..., M]) -> "Loaded[M, C]":
     devices = choose_devices(config.device, config.devices)
     placed = _placement(config, devices)
     with errors_name_key("pretrained_name"):
-        model = from_pretrained(config.pretrained_name, dtype=config.dtype, **placed)
+        model = from_pretrained(
+            config.pretrained_name,
+            dtype=config.dtype,
+            quantize=config.quantize,
+            kv_cache_dtype=config.kv_cache_dtype,
+            **placed,
+        )
     mesh = model.mesh
     is_joint = mesh is not None and len({d.process_index for d in mesh.devices.flat}) > 1
     if placed:

@@ -94,7 +94,7 @@ def decode(
     until: Int[Array, ""] | int,
 ) -> BeamSearchState:
     """Extends the beams to `until` tokens, or until the search of every prompt has ended."""
-    dtype = state.cache.keys.dtype
+    dtype = state.cache.dtype
     prompt_length = state.ids.shape[2] - config.max_new_tokens
 
     def is_unfinished(state: BeamSearchState) -> Array:

@@ -105,7 +105,7 @@ class LlmDrafter(Drafter):
         before the latest one. So the first run has two tokens, whether the first of them is needed
         or not.
         """
-        decoder, dtype = self._decoder(), state.cache.keys.dtype
+        decoder, dtype = self._decoder(), state.cache.dtype
         index = known.lengths[:, None] + jnp.arange(-2, 0)[None]
         pair = jnp.take_along_axis(known.ids, jnp.maximum(index, 0), axis=1)
 

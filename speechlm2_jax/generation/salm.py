@@ -137,7 +137,7 @@ def decode(
     if isinstance(state, SpeculativeState):
         assert config.drafter is not None
         return speculative.decode(decoder, state, config, config.drafter, until)
-    dtype = state.cache.keys.dtype
+    dtype = state.cache.dtype
     prompt_length = state.ids.shape[1] - config.max_new_tokens
 
     def is_unfinished(state: DecodingState) -> Array:

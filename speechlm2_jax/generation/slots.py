@@ -155,7 +155,7 @@ def decode(
             return jnp.sum(slots.finished) < enough
 
         return speculative.decode_while(has_too_few, decoder, slots, config, config.drafter)
-    dtype = slots.cache.keys.dtype
+    dtype = slots.cache.dtype
 
     def is_unfinished(slots: PlainSlots) -> Array:
         return jnp.sum(slots.ended) < enough

@@ -106,7 +106,7 @@ def decode_while(
     drafter: Drafter,
 ) -> SpeculativeState:
     """Runs passes of the LLM as long as `is_unfinished`."""
-    dtype = state.cache.keys.dtype
+    dtype = state.cache.dtype
 
     def advance(state: SpeculativeState) -> SpeculativeState:
         response = state.ids[:, -config.max_new_tokens :]

@@ -1,5 +1,6 @@
 """KV cache: keys and values of past tokens, in arrays of a fixed capacity."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
@@ -8,8 +9,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from speechlm2_jax.layers.quantized import QuantizedArray, floating, like
 from speechlm2_jax.layers.slot_rows import put_rows
-from speechlm2_jax.layers.window_cache import NewTokens, WindowCache
+from speechlm2_jax.layers.window_cache import (
+    CachedHeads,
+    NewTokens,
+    WindowCache,
+    constrained_heads,
+    empty_heads,
+)
 from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain
 
@@ -28,9 +36,9 @@ class KVCache:
     marks them, each layer calls `write` and `read`, `advance` counts them.
     """
 
-    keys: Float[Array, "L B N_kv S H"]
-    """One [S, H] matrix per head, as the matmuls of attention read it."""
-    values: Float[Array, "L B N_kv S H"]
+    keys: CachedHeads
+    """[L, B, N_kv, S, H]: one [S, H] matrix per head, as the matmuls of attention read it."""
+    values: CachedHeads
     key_mask: Bool[Array, "B S"]
     """True at positions that queries may attend to."""
     used: Int[Array, ""] | Int[Array, " B"]
@@ -45,6 +53,12 @@ class KVCache:
         """Cache position of the next token."""
         return self.used
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the keys and values that `read` returns."""
+        kept = self.keys.scales if isinstance(self.keys, QuantizedArray) else self.keys
+        return jnp.dtype(kept.dtype)
+
     @classmethod
     def empty(
         cls,
@@ -53,13 +67,17 @@ class KVCache:
         *,
         windows: tuple[WindowCache, ...] = (),
         keeps_token_positions: bool = False,
+        kind: str | None = None,
     ) -> "KVCache":
-        """Makes an empty cache; `shape` is (L, B, S, N_kv, H)."""
+        """Makes an empty cache; `shape` is (L, B, S, N_kv, H).
+
+        With `kind`, "int8" or "fp8", each key and value is quantized with a scale of its own.
+        """
         layers, batch, capacity, heads, width = shape
         stored = (layers, batch, heads, capacity, width)
         return cls(
-            keys=_constrained(jnp.zeros(stored, dtype)),
-            values=_constrained(jnp.zeros(stored, dtype)),
+            keys=constrained_heads(empty_heads(stored, dtype, kind)),
+            values=constrained_heads(empty_heads(stored, dtype, kind)),
             key_mask=jnp.zeros((batch, capacity), bool),
             used=jnp.zeros((), jnp.int32),
             token_positions=(
@@ -103,17 +121,35 @@ class KVCache:
         def with_new(cached: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_slice(cached, new.swapaxes(1, 2)[None], start)
 
-        return replace(self, keys=with_new(self.keys, keys), values=with_new(self.values, values))
+        return self._written(with_new, keys, values)
 
     def read(
         self, layer: Int[Array, ""] | int
     ) -> tuple[Float[Array, "B S N_kv H"], Float[Array, "B S N_kv H"]]:
         """Returns the keys and values of a layer at all positions."""
-        keys, values = (
-            jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False).swapaxes(1, 2)
-            for cached in (self.keys, self.values)
-        )
-        return keys, values
+
+        def of_layer(cached: CachedHeads) -> Float[Array, "B S N_kv H"]:
+            return floating(
+                jax.tree.map(
+                    lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).swapaxes(1, 2),
+                    cached,
+                )
+            )
+
+        return of_layer(self.keys), of_layer(self.values)
+
+    def _written(
+        self: C,
+        with_new: Callable[[Array, Array], Array],
+        keys: Float[Array, "B T N_kv H"],
+        values: Float[Array, "B T N_kv H"],
+    ) -> C:
+        """The cache with new keys and values; `with_new` puts [B, T, N_kv, ...] into an array."""
+
+        def written(cached: CachedHeads, new: Float[Array, "B T N_kv H"]) -> CachedHeads:
+            return jax.tree.map(with_new, cached, like(new, cached))
+
+        return replace(self, keys=written(self.keys, keys), values=written(self.values, values))
 
     def window_of(self, window: int) -> WindowCache:
         """Returns the cache of the layers with this window."""
@@ -145,7 +181,7 @@ class KVCache:
         """
 
         def with_new(cached: Array, rows: Array) -> Array:
-            return _constrained(put_rows(cached, rows[:, :, :, :positions], slots, axis=1))
+            return constrained_heads(put_rows(cached, rows[:, :, :, :positions], slots, axis=1))
 
         def with_rows(kept: Array, rows: Array) -> Array:
             rows = rows[:, :positions]
@@ -155,8 +191,8 @@ class KVCache:
         own, others = self.token_positions, new.token_positions
         return replace(
             self,
-            keys=with_new(self.keys, new.keys),
-            values=with_new(self.values, new.values),
+            keys=jax.tree.map(with_new, self.keys, new.keys),
+            values=jax.tree.map(with_new, self.values, new.values),
             key_mask=with_rows(self.key_mask, new.key_mask),
             token_positions=None if own is None or others is None else with_rows(own, others),
             windows=tuple(
@@ -169,8 +205,8 @@ class KVCache:
         kept = self.token_positions
         return replace(
             self,
-            keys=_constrained(self.keys),
-            values=_constrained(self.values),
+            keys=constrained_heads(self.keys),
+            values=constrained_heads(self.values),
             key_mask=constrain(self.key_mask, "batch", None),
             used=constrain(self.used, *("batch",)[: self.used.ndim]),
             token_positions=None if kept is None else constrain(kept, "batch", None),
@@ -184,7 +220,7 @@ class KVCache:
             layers, batch, heads, used, width = cached.shape
             wide = jnp.broadcast_to(cached[:, :, None], (layers, batch, copies, heads, used, width))
             wide = wide.reshape(layers, batch * copies, heads, used, width)
-            return _constrained(jnp.pad(wide, [(0, 0)] * 3 + [(0, capacity - used), (0, 0)]))
+            return constrained_heads(jnp.pad(wide, [(0, 0)] * 3 + [(0, capacity - used), (0, 0)]))
 
         def wider(row: Array) -> Array:
             return jnp.pad(jnp.repeat(row, copies, axis=0), [(0, 0), (0, capacity - row.shape[1])])
@@ -192,8 +228,8 @@ class KVCache:
         kept = self.token_positions
         return replace(
             self,
-            keys=longer(self.keys),
-            values=longer(self.values),
+            keys=jax.tree.map(longer, self.keys),
+            values=jax.tree.map(longer, self.values),
             key_mask=wider(self.key_mask),
             token_positions=None if kept is None else wider(kept),
             windows=tuple(cache.repeated(copies, capacity) for cache in self.windows),
@@ -213,12 +249,13 @@ class KVCache:
             recent = cached[:, :, :, since:]
             grouped = recent.reshape(len(recent), -1, beams, *recent.shape[2:])
             moved = jnp.take_along_axis(grouped, index, axis=2).reshape(recent.shape)
-            return jax.lax.dynamic_update_slice_in_dim(cached, _constrained(moved), since, axis=3)
+            moved = constrained_heads(moved)
+            return jax.lax.dynamic_update_slice_in_dim(cached, moved, since, axis=3)
 
         return replace(
             self,
-            keys=taken(self.keys),
-            values=taken(self.values),
+            keys=jax.tree.map(taken, self.keys),
+            values=jax.tree.map(taken, self.values),
             windows=tuple(cache.reordered(source) for cache in self.windows),
         )
 
@@ -331,7 +368,7 @@ class DraftCache(KVCache):
                 mode=jax.lax.GatherScatterMode.CLIP,
             )
 
-        return replace(self, keys=with_new(self.keys, keys), values=with_new(self.values, values))
+        return self._written(with_new, keys, values)
 
     def advance(self, tokens: int, new: NewTokens | None = None) -> "DraftCache":
         """Records new tokens in the windows; `keep` then forgets those that were rejected."""
@@ -355,10 +392,6 @@ _ROWS = jax.lax.ScatterDimensionNumbers(
     scatter_indices_batching_dims=(0,),
 )
 """Of a scatter that writes [N_kv, T, H] at (layer, position) in each sequence of a `DraftCache`."""
-
-
-def _constrained(cached: Float[Array, "L B N_kv S H"]) -> Float[Array, "L B N_kv S H"]:
-    return constrain(cached, None, "batch", "act_heads", None, None)
 
 
 class CachedOutput(NamedTuple):

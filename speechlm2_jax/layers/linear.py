@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from speechlm2_jax.layers.cpu import is_slow_matmul, weight_first_matmul
 from speechlm2_jax.layers.module import MAY_BE_WORDS, Initializer, param
+from speechlm2_jax.layers.quantized import is_quantized
 from speechlm2_jax.layers.weight_in_place import weight_in_place
-from speechlm2_jax.layers.words import BFLOAT16, floats, is_words, matmul_words
-from speechlm2_jax.sharding import constrain
+from speechlm2_jax.layers.words import BFLOAT16, floats, is_words, matmul_narrow
+from speechlm2_jax.sharding import constrain, is_on_one_cpu
 
 default_init: Initializer = jax.nn.initializers.variance_scaling(
     1.0 / 3.0, "fan_in", "uniform", in_axis=1, out_axis=0
@@ -26,11 +27,14 @@ ones: Initializer = jax.nn.initializers.ones
 def gathered(weight: nnx.Param, dtype: DTypeLike) -> Array:
     """Returns a weight ready for a matmul: in `dtype`, and not sharded along the model width.
 
-    It is cast before it is all-gathered: in bf16 half as many bytes travel.
+    It is all-gathered in the narrower dtype: fp32 weights in bf16, quantized values as they are.
     """
-    value = floats(weight[...], dtype)
+    value = weight[...]
     axes = weight.get_metadata()["axes"][-value.ndim :]
-    return constrain(value, *(None if axis == "embed" else axis for axis in axes))
+    kept = [None if axis == "embed" else axis for axis in axes]
+    if is_quantized(value):
+        return constrain(value, *kept).astype(dtype)
+    return constrain(floats(value, dtype), *kept)
 
 
 def matmul(
@@ -43,12 +47,27 @@ def matmul(
 
 
 def project(
+    x: Float[Array, "*batch d_in"],
+    weight: nnx.Param,
+    scale: nnx.Param | None = None,
+    **options: Any,
+) -> Float[Array, "*batch d_out"]:
+    """Computes x Wᵀ with the weight cast to the dtype of x; `options` are those of einsum.
+
+    The result is multiplied by the `scale` [d_out] of a quantized weight.
+    """
+    y = _unscaled(x, weight, **options)
+    if scale is None:
+        return y
+    return y * jnp.broadcast_to(scale[...].astype(y.dtype), y.shape)
+
+
+def _unscaled(
     x: Float[Array, "*batch d_in"], weight: nnx.Param, **options: Any
 ) -> Float[Array, "*batch d_out"]:
-    """Computes x Wᵀ with the weight cast to the dtype of x; `options` are those of einsum."""
     value = weight[...]
-    if is_words(value):
-        return matmul_words(x, value, **options)
+    if is_words(value) or (is_quantized(value) and is_on_one_cpu()):
+        return matmul_narrow(x, value, **options)
     axes = weight.get_metadata()["axes"][-value.ndim :]
     placed = weight_in_place(axes, value.shape, math.prod(x.shape[:-1]))
     if placed is None:
@@ -59,7 +78,12 @@ def project(
 
 
 class Linear(nnx.Module):
-    """y = x Wᵀ + b. `axes` names (output, input); parameters are cast to the dtype of `x`."""
+    """y = x Wᵀ + b. `axes` names (output, input); parameters are cast to the dtype of `x`.
+
+    `weight_scale` [out] belongs to a quantized weight (`layers/quantized_layers.py`).
+    """
+
+    weight_scale: nnx.Param | None
 
     def __init__(
         self,
@@ -73,11 +97,12 @@ class Linear(nnx.Module):
     ):
         self.weight = param(rngs, (d_out, d_in), axes, init)
         self.weight.set_metadata(**{MAY_BE_WORDS: True})
+        self.weight_scale = None
         self.bias = param(rngs, (d_out,), (axes[0],), zeros) if bias else None
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """Applies the layer over the last axis, in the dtype of `x`."""
-        y = project(x, self.weight)
+        y = project(x, self.weight, self.weight_scale)
         if self.bias is None:
             return y
         return y + jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)
@@ -97,13 +122,16 @@ def send_rows(
 
 
 class Embedding(nnx.Module):
-    """A table of `count` vectors of width `width`."""
+    """A table of `count` vectors of width `width`; `weight_scale` as for `Linear`."""
+
+    weight_scale: nnx.Param | None
 
     def __init__(self, count: int, width: int, *, rngs: nnx.Rngs, init: Initializer | None = None):
         self.weight = param(
             rngs, (count, width), ("vocab", "embed"), init or jax.nn.initializers.normal(0.02)
         )
         self.weight.set_metadata(**{MAY_BE_WORDS: True})
+        self.weight_scale = None
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
         """Looks ids up."""
@@ -113,4 +141,7 @@ class Embedding(nnx.Module):
         # XLA replicates the result of a gather from a table that is sharded along both axes.
         table = constrain(table, "vocab", None) if placed is None else constrain(table, *axes)
         rows = jnp.take(table, ids, axis=0)
+        if self.weight_scale is not None:
+            scales = jnp.take(self.weight_scale[...], ids, axis=0)[..., None]
+            return rows.astype(jnp.float32) * scales.astype(jnp.float32)
         return floats(rows, BFLOAT16) if is_words(rows) else rows

@@ -5,19 +5,22 @@ not count as a position, so sequences of different lengths and starts share one 
 """
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from speechlm2_jax.layers.quantized import DTYPES, QuantizedArray, floating, like
 from speechlm2_jax.layers.slot_rows import put_rows
 from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain
 
 NOTHING = -1
 """Position of an empty ring index."""
+CachedHeads = Float[Array, "L B N_kv S H"] | QuantizedArray
+"""Keys or values of all layers: in the dtype of the activations, or quantized, scales [..., 1]."""
 
 
 class NewTokens(NamedTuple):
@@ -38,23 +41,28 @@ class WindowCache:
     then `advance` records their positions.
     """
 
-    keys: Float[Array, "L B N_kv W H"]
-    values: Float[Array, "L B N_kv W H"]
+    keys: CachedHeads
+    """[L, B, N_kv, W, H]."""
+    values: CachedHeads
     positions: Int[Array, "B W"]
     """Position of the token at each ring index; `NOTHING` if it is empty."""
     window: int = field(metadata={"static": True})
 
     @classmethod
     def empty(
-        cls, shape: tuple[int, int, int, int, int], window: int, dtype: DTypeLike
+        cls,
+        shape: tuple[int, int, int, int, int],
+        window: int,
+        dtype: DTypeLike,
+        kind: str | None = None,
     ) -> "WindowCache":
-        """Makes an empty cache; `shape` is (L, B, capacity, N_kv, H)."""
+        """Makes an empty cache; `shape` is (L, B, capacity, N_kv, H), `kind` as for `KVCache`."""
         layers, batch, capacity, heads, width = shape
         size = min(window, capacity)
         stored = (layers, batch, heads, size, width)
         return cls(
-            keys=_constrained(jnp.zeros(stored, dtype)),
-            values=_constrained(jnp.zeros(stored, dtype)),
+            keys=constrained_heads(empty_heads(stored, dtype, kind)),
+            values=constrained_heads(empty_heads(stored, dtype, kind)),
             positions=jnp.full((batch, size), NOTHING, jnp.int32),
             window=window,
         )
@@ -79,14 +87,23 @@ class WindowCache:
         ring before it was written and to each other (S = W + T): the first of them may need keys
         that the last one overwrites.
         """
-        both, read = [], []
-        for cached, fresh in ((self.keys, keys), (self.values, values)):
+
+        def updated(cached: Array, fresh: Array) -> tuple[Array, Array]:
             old = jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False)
             fresh = fresh.swapaxes(1, 2)  # [B, N_kv, T, H]
             written = self._written(old, fresh, new)
-            both.append(jax.lax.dynamic_update_index_in_dim(cached, written, layer, axis=0))
             seen = written if fresh.shape[2] == 1 else jnp.concatenate([old, fresh], axis=2)
-            read.append(seen.swapaxes(1, 2))
+            after = jax.lax.dynamic_update_index_in_dim(cached, written, layer, axis=0)
+            return after, seen.swapaxes(1, 2)
+
+        both, read = [], []
+        for cached, fresh in ((self.keys, keys), (self.values, values)):
+            pairs = jax.tree.map(updated, cached, like(fresh, cached))
+            after, seen = jax.tree.transpose(
+                jax.tree.structure(cached), jax.tree.structure((0, 0)), pairs
+            )
+            both.append(after)
+            read.append(floating(seen))
         return replace(self, keys=both[0], values=both[1]), read[0], read[1]
 
     def advance(self, new: NewTokens) -> "WindowCache":
@@ -99,8 +116,8 @@ class WindowCache:
         """Constrains the sharding of each array, so that one program's output fits the next."""
         return replace(
             self,
-            keys=_constrained(self.keys),
-            values=_constrained(self.values),
+            keys=constrained_heads(self.keys),
+            values=constrained_heads(self.values),
             positions=constrain(self.positions, "batch", None),
         )
 
@@ -109,8 +126,8 @@ class WindowCache:
         more = max(min(self.window, capacity) - self.positions.shape[1], 0)
         return replace(
             self,
-            keys=jnp.repeat(self.keys, copies, axis=1),
-            values=jnp.repeat(self.values, copies, axis=1),
+            keys=jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), self.keys),
+            values=jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), self.values),
             positions=jnp.repeat(self.positions, copies, axis=0),
         ).padded(more)
 
@@ -118,11 +135,14 @@ class WindowCache:
         """Adds `more` empty indices to a ring that holds whole sequences in order."""
 
         def longer(cached: Array) -> Array:
-            return _constrained(jnp.pad(cached, [(0, 0)] * 3 + [(0, more), (0, 0)]))
+            return constrained_heads(jnp.pad(cached, [(0, 0)] * 3 + [(0, more), (0, 0)]))
 
         positions = jnp.pad(self.positions, [(0, 0), (0, more)], constant_values=NOTHING)
         return replace(
-            self, keys=longer(self.keys), values=longer(self.values), positions=positions
+            self,
+            keys=jax.tree.map(longer, self.keys),
+            values=jax.tree.map(longer, self.values),
+            positions=positions,
         )
 
     def enlarged(self, more: int) -> "WindowCache":
@@ -139,12 +159,13 @@ class WindowCache:
         is_held = (newest >= 0) & (jnp.take_along_axis(self.positions, source, axis=1) == newest)
 
         def moved(cached: Array) -> Array:
-            return _constrained(jnp.take_along_axis(cached, source[None, :, None, :, None], axis=3))
+            index = source[None, :, None, :, None]
+            return constrained_heads(jnp.take_along_axis(cached, index, axis=3))
 
         return replace(
             self,
-            keys=moved(self.keys),
-            values=moved(self.values),
+            keys=jax.tree.map(moved, self.keys),
+            values=jax.tree.map(moved, self.values),
             positions=jnp.where(is_held, newest, NOTHING),
         )
 
@@ -159,8 +180,8 @@ class WindowCache:
         index = (jnp.arange(source.shape[0])[:, None] * beams + source).reshape(-1)
         return replace(
             self,
-            keys=_constrained(self.keys[:, index]),
-            values=_constrained(self.values[:, index]),
+            keys=constrained_heads(jax.tree.map(lambda x: x[:, index], self.keys)),
+            values=constrained_heads(jax.tree.map(lambda x: x[:, index], self.values)),
             positions=self.positions[index],
         )
 
@@ -171,19 +192,23 @@ class WindowCache:
         sequence in order.
         """
         whole = prompts.padded(self.positions.shape[1] - prompts.positions.shape[1])
+
+        def with_new(cached: Array, new: Array) -> Array:
+            return put_rows(cached, new, slots, axis=1)
+
         return replace(
             self,
-            keys=put_rows(self.keys, whole.keys, slots, axis=1),
-            values=put_rows(self.values, whole.values, slots, axis=1),
+            keys=jax.tree.map(with_new, self.keys, whole.keys),
+            values=jax.tree.map(with_new, self.values, whole.values),
             positions=put_rows(self.positions, whole.positions, slots),
         )
 
     def _written(
         self,
-        old: Float[Array, "B N_kv W H"],
-        fresh: Float[Array, "B N_kv T H"],
+        old: Shaped[Array, "B N_kv W H"],
+        fresh: Shaped[Array, "B N_kv T H"],
         new: NewTokens,
-    ) -> Float[Array, "B N_kv W H"]:
+    ) -> Shaped[Array, "B N_kv W H"]:
         if fresh.shape[2] == 1:  # a scatter writes one ring index per sequence
             sequence, index = jnp.arange(old.shape[0]), new.positions[:, 0] % old.shape[2]
             index = jnp.where(new.is_real[:, 0], index, old.shape[2])
@@ -206,5 +231,15 @@ class WindowCache:
         return index.astype(jnp.int32), is_new
 
 
-def _constrained(cached: Float[Array, "L B N_kv W H"]) -> Float[Array, "L B N_kv W H"]:
-    return constrain(cached, None, "batch", "act_heads", None, None)
+def empty_heads(
+    shape: tuple[int, int, int, int, int], dtype: DTypeLike, kind: str | None
+) -> CachedHeads:
+    """Zeros [L, B, N_kv, S, H] that `read` gives in `dtype`; quantized with `kind`."""
+    if kind is None:
+        return jnp.zeros(shape, dtype)
+    return QuantizedArray(jnp.zeros(shape, DTYPES[kind]), jnp.zeros((*shape[:-1], 1), dtype))
+
+
+def constrained_heads(cached: Any) -> Any:
+    """Constrains the sharding of keys or values of all layers."""
+    return jax.tree.map(lambda x: constrain(x, None, "batch", "act_heads", None, None), cached)

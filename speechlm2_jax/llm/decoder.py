@@ -92,6 +92,7 @@ class Decoder(nnx.Module):
 
     The variables of the layers are stacked: one stack if all layers are of one kind, else one stack
     per element of the pattern. `remainder` holds the layers after the last whole pattern.
+    `kv_cache_kind` is None, or "int8" or "fp8" for a quantized KV cache.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, lora: LoraConfig | None = None):
@@ -105,6 +106,7 @@ class Decoder(nnx.Module):
 
         init = jax.nn.initializers.normal(config.init_std)
         self.config = config
+        self.kv_cache_kind: str | None = None
         self.embedding = Embedding(config.vocab_size, config.width, rngs=rngs, init=init)
         self.layers = stacks(len(config.pattern), config.repeats) if config.repeats else None
         self.remainder = stacks(config.remainder, 1) if config.remainder else None
@@ -114,7 +116,7 @@ class Decoder(nnx.Module):
         self.head_bias = _head_bias(config, rngs) if has_own_bias else None
 
     def embed(self, ids: Int[Array, "B *inner T"]) -> Float[Array, "B *inner T D"]:
-        """Looks up token embeddings, in the dtype of the table."""
+        """Looks up token embeddings, in the dtype of the table; fp32 from a quantized one."""
         inner = (None,) * (ids.ndim - 2)
         embeds = constrain(self.embedding(ids), "batch", *inner, "tokens", "act_embed")
         if not self.config.scales_all_inputs:
@@ -167,7 +169,7 @@ class Decoder(nnx.Module):
 
     def new_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:
         """Makes an empty KV cache of `capacity` positions for `batch` sequences."""
-        c = self.config
+        c, kind = self.config, self.kv_cache_kind
 
         def shape(window: int | None) -> tuple[int, int, int, int, int]:
             heads = c.kv_heads * key_value_copies(c.kv_heads, c.heads)
@@ -176,8 +178,9 @@ class Decoder(nnx.Module):
         return KVCache.empty(
             shape(None),
             dtype,
-            windows=tuple(WindowCache.empty(shape(w), w, dtype) for w in c.windows),
-            keeps_token_positions=any(kind.chunk for kind in c.pattern),
+            windows=tuple(WindowCache.empty(shape(w), w, dtype, kind) for w in c.windows),
+            keeps_token_positions=any(layer.chunk for layer in c.pattern),
+            kind=kind,
         )
 
     def extend(
@@ -210,8 +213,9 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Computes the logits of every token, in fp32 whatever the dtype of `hidden`."""
-        weight = (self.embedding if self.head is None else self.head).weight
-        logits = project(hidden, weight, preferred_element_type=jnp.float32)
+        out = self.embedding if self.head is None else self.head
+        fp32 = jnp.float32
+        logits = project(hidden, out.weight, out.weight_scale, preferred_element_type=fp32)
         bias = self.head_bias if self.head is None else self.head.bias
         if bias is not None:
             logits += bias[...].astype(jnp.float32)[None, None]

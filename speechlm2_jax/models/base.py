@@ -16,10 +16,12 @@ from jaxtyping import PyTree
 from speechlm2_jax import parameter_paths, settings, sharding
 from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.batches import HostBatch, LossSum, StepLosses
+from speechlm2_jax.conversion.quantizing import QuantizingPlace
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.inference import meshes, stages
 from speechlm2_jax.inference.perception_stream import PerceptionStream
 from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, split
+from speechlm2_jax.layers.quantized_layers import quantized_paths, scale_path
 from speechlm2_jax.layers.stack import Remat
 from speechlm2_jax.layers.unstacked import Layered, LayerViews
 from speechlm2_jax.models.exportable import Exportable
@@ -29,6 +31,7 @@ from speechlm2_jax.pretrained import blueprint as blueprints
 from speechlm2_jax.pretrained import initial_weights, registry, save_load
 from speechlm2_jax.pretrained.components import ModelConfig, lora_notes
 from speechlm2_jax.pretrained.locate import Location
+from speechlm2_jax.pretrained.quantization import Quantization
 from speechlm2_jax.settings import SettingsError
 
 M = TypeVar("M", bound="SpeechModel")
@@ -56,9 +59,12 @@ class SpeechModel(Exportable):
         near: tuple[Path, ...] = (),
     ):
         self._blueprint = self.read_blueprint(cfg, near)
+        frozen = self._blueprint.config.quantize_frozen_llm
+        self._quantization = Quantization(weights=frozen)
         self._graphdef, self.infos = self._build()
         self.parameter_names = blueprints.parameter_names(self._blueprint, self.infos)
         self._selection = self._select()
+        self._check_frozen()
         self._variables = variables
         self._layer_views = LayerViews("llm.")
         self.validation_metrics: Mapping[str, Callable[[HostBatch], LossSum]] = {}
@@ -116,6 +122,8 @@ class SpeechModel(Exportable):
         dtype: str = "float32",
         strategy: object = None,
         devices: Sequence[jax.Device] | None = None,
+        quantize: str | None = None,
+        kv_cache_dtype: str | None = None,
     ) -> M:
         """Loads a model from a path or hub name.
 
@@ -127,6 +135,9 @@ class SpeechModel(Exportable):
         part, and inference runs on all of them: "auto" (`meshes.inference_sharding`), or what
         `trainer.strategy` takes. Without it they lie on the default device.
 
+        `quantize` and `kv_cache_dtype` are the arguments of `quantize`. Weights are quantized as
+        they are read: a device never holds the whole model in full precision.
+
         Raises SettingsError that names what is missing, or the class that opens it, and for weights
         that the devices cannot hold.
         """
@@ -136,10 +147,12 @@ class SpeechModel(Exportable):
         model = cls(source.cfg, near=source.near)
         model._blueprint = replace(model._blueprint, named=source.named, origin=path)
 
-        def rebuild(cfg: Mapping[str, object], near: tuple[Path, ...]) -> Variables:
-            return blueprints.load_or_initialize(cls.read_blueprint(cfg, near), model.infos)
+        stored = model.infos
 
-        model = model.astype(dtype)
+        def rebuild(cfg: Mapping[str, object], near: tuple[Path, ...]) -> Variables:
+            return blueprints.load_or_initialize(cls.read_blueprint(cfg, near), stored)
+
+        model = model.astype(dtype).quantize(quantize, kv_cache_dtype, devices=devices)
         if strategy is None:
             variables = source.read(model._blueprint, model.infos, rebuild, None)
             model.variables = stages.on_default_device(variables)
@@ -216,6 +229,32 @@ class SpeechModel(Exportable):
         self._graphdef, self.infos = self._build()
         return self
 
+    def quantize(
+        self: M,
+        weights: str | None = None,
+        kv_cache: str | None = None,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> M:
+        """Sets how inference holds the LLM in 8 bits: "int8", "fp8", or None for no change.
+
+        `weights` are the linear layers, the embedding table and the output layer, with a scale for
+        each output channel; LoRA, biases and norms stay as they are, and so does the encoder.
+        `kv_cache` has a scale for each token and head. Weights that are loaded are quantized in
+        place. Raises SettingsError for another name, for weights that are quantized differently
+        already, and for fp8 on `devices` (the default device) that do not compute in it.
+        """
+        changed = self._quantization.changed(weights, kv_cache)
+        if changed == self._quantization:
+            return self
+        changed.check_device(devices[0] if devices else self.device)
+        self._quantization = changed
+        self._graphdef, self.infos = self._build()
+        if self._variables is not None:
+            place = QuantizingPlace(self.infos)
+            self.variables = place.all(self._variables) | place.scales
+        return self
+
     def perception(
         self, input_signal: ArrayLike, input_signal_length: ArrayLike
     ) -> tuple[jax.Array, jax.Array]:
@@ -274,8 +313,13 @@ class SpeechModel(Exportable):
 
     @property
     def trainable(self) -> Mapping[str, bool | np.ndarray]:
-        """Variable path -> whether it is trained; a bool array per layer for a stack."""
-        return self._selection.trainable
+        """Variable path -> whether it is trained; a bool array per layer for a stack.
+
+        Raises SettingsError if quantized weights would be trained.
+        """
+        self._check_frozen()
+        scales = map(scale_path, quantized_paths(self.infos))
+        return {**self._selection.trainable, **dict.fromkeys(scales, False)}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -347,8 +391,21 @@ class SpeechModel(Exportable):
         )
 
     def _build(self) -> tuple[Any, dict[str, VariableInfo]]:
-        module = abstract(self._blueprint.make)
+        blueprint, chosen = self._blueprint, self._quantization
+        module = abstract(lambda rngs: chosen.applied(blueprint.make(rngs)))
         return split(module)[0], describe(module)
+
+    def _check_frozen(self) -> None:
+        """Raises SettingsError if training would change weights that are quantized."""
+        trainable = self._selection.trainable
+        for path in quantized_paths(self.infos):
+            if np.any(trainable[path]):
+                name = next(s.name for s in self.parameter_names if s.path == path)
+                raise SettingsError(
+                    f"model.quantize_frozen_llm: {self._quantization.weights} weights cannot be "
+                    f"trained, but freeze_params leaves {name} to training; set model.lora, or add "
+                    r"^(llm|embed_tokens)\..+$ to model.freeze_params"
+                )
 
     def _freeze_patterns(self) -> tuple[list[str], list[str]]:
         """`freeze_params` and `prevent_freeze_params`."""

@@ -7,11 +7,15 @@ from typing import Any
 import numpy as np
 
 from speechlm2_jax.conversion.coverage import Coverage, coverage
+from speechlm2_jax.conversion.errors import ConversionError
+from speechlm2_jax.conversion.quantizing import dequantized
 from speechlm2_jax.conversion.readers import open_weights
 from speechlm2_jax.inference import probe as probes
 from speechlm2_jax.layers.module import VariableInfo, Variables
+from speechlm2_jax.layers.quantized_layers import unquantized
 from speechlm2_jax.pretrained import blueprint as blueprints
 from speechlm2_jax.pretrained import hub, llm_directory, save_load
+from speechlm2_jax.pretrained.quantization import Quantization, unquantized_settings
 from speechlm2_jax.pretrained.save_load import SaveOptions
 
 
@@ -20,6 +24,7 @@ class Exportable(ABC):
 
     _blueprint: Any
     _graphdef: Any
+    _quantization: Quantization
     infos: dict[str, VariableInfo]
 
     @property
@@ -34,10 +39,11 @@ class Exportable(ABC):
 
         With `merge_lora`, LoRA adapters become part of the weights, and the directory has no LoRA.
         `dtype` ("float32", "bfloat16" or "float16") is that of every floating tensor in the file;
-        None keeps each as it is. Raises ConversionError for values that it cannot hold.
+        None keeps each as it is. Weights that training held quantized are written in fp32. Raises
+        ConversionError for values that it cannot hold, and for a model that `quantize` changed.
         """
         options = SaveOptions(merge_lora=merge_lora, dtype=dtype)
-        save_load.save_model(Path(save_directory), self._blueprint, self.variables, options)
+        save_load.save_model(Path(save_directory), *self._written(), options)
 
     def save_llm(
         self, save_directory: str | Path, *, merge_lora: bool = True, dtype: str | None = None
@@ -49,7 +55,7 @@ class Exportable(ABC):
         `dtype` is as for `save_pretrained`.
         """
         options = SaveOptions(merge_lora=merge_lora, dtype=dtype)
-        llm_directory.save_llm(Path(save_directory), self._blueprint, self.variables, options)
+        llm_directory.save_llm(Path(save_directory), *self._written(), options)
 
     def push_to_hub(
         self,
@@ -80,7 +86,7 @@ class Exportable(ABC):
         )
 
         def write(folder: Path) -> None:
-            save_load.save_model(folder, self._blueprint, self.variables, options)
+            save_load.save_model(folder, *self._written(), options)
 
         return hub.upload(target, write)
 
@@ -95,7 +101,8 @@ class Exportable(ABC):
 
     def coverage(self, checkpoint: str | Path) -> Coverage:
         """What became of each tensor of a checkpoint of this model. Reads no value."""
-        return coverage(open_weights(checkpoint), self._blueprint.table, self.infos)
+        infos = unquantized(self.infos)
+        return coverage(open_weights(checkpoint), self._blueprint.table, infos)
 
     def probe(self) -> probes.Outputs:
         """Outputs of one small forward pass: another copy of the model gives the same."""
@@ -105,5 +112,21 @@ class Exportable(ABC):
     def probe_llm(self, *, with_lora: bool = True) -> probes.Outputs:
         """Outputs of one small forward pass of the LLM alone."""
         network = self._blueprint.network
-        own = llm_directory.llm_variables(self.variables, with_lora=with_lora)
+        own = llm_directory.llm_variables(dequantized(self.variables), with_lora=with_lora)
         return probes.probe_llm(network.llm, own, network.lora if with_lora else None)
+
+    def _written(self) -> tuple[Any, Variables]:
+        """Blueprint and variables as they are written.
+
+        A model that was trained over a quantized LLM is written with the weights that these stand
+        for. Raises ConversionError for one that was quantized afterwards.
+        """
+        kind = self._quantization.weights
+        if kind is None:
+            return self._blueprint, self.variables
+        if self._blueprint.config.quantize_frozen_llm is None:
+            raise ConversionError(
+                f"the weights are quantized to {kind}, so what is written would not be the model's "
+                "own; load it without quantize to save it"
+            )
+        return unquantized_settings(self._blueprint), dequantized(self.variables)

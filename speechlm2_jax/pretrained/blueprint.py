@@ -13,12 +13,13 @@ from flax import nnx
 from speechlm2_jax.conversion import hf_config, mapping
 from speechlm2_jax.conversion.decoder import decoder_table
 from speechlm2_jax.conversion.perception import asr_table
+from speechlm2_jax.conversion.quantizing import QuantizingPlace, dequantized
 from speechlm2_jax.conversion.readers import open_weights
-from speechlm2_jax.conversion.stream_to_mesh import onto
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.layers.initialize import draw
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import VariableInfo, Variables, split
+from speechlm2_jax.layers.quantized_layers import unquantized
 from speechlm2_jax.layers.stack import Remat
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.parameter_paths import NamedSlice
@@ -136,12 +137,12 @@ class Blueprint(ABC):
 
 def parameter_names(blueprint: Blueprint, infos: Mapping[str, VariableInfo]) -> list[NamedSlice]:
     """NeMo's name for every slice of every variable, for freeze patterns."""
-    return mapping.names(blueprint.table, infos)
+    return mapping.names(blueprint.table, unquantized(infos))
 
 
 def state_dict(blueprint: Blueprint, variables: Variables) -> dict[str, np.ndarray]:
-    """Variables under NeMo's parameter names, without aliases."""
-    host = {path: np.asarray(value) for path, value in variables.items()}
+    """Variables under NeMo's parameter names, without aliases; quantized ones in fp32."""
+    host = {path: np.asarray(value) for path, value in dequantized(variables).items()}
     return mapping.export(host, blueprint.table)
 
 
@@ -153,34 +154,35 @@ def load_or_initialize(
     """Loads the pretrained weights and initializes the rest at random.
 
     Weights of `init_from_checkpoint` override both. With `layout` each variable is streamed to the
-    sharding of its leaf; without, variables stay on the host.
+    sharding of its leaf; without, variables stay on the host. Weights that `infos` has quantized
+    are quantized one by one, and then they are on a device.
     """
-    place = None if layout is None else onto(layout)
+    place, plain = QuantizingPlace(infos, layout), unquantized(infos)
     name = blueprint.config.init_from_checkpoint
     if name is None:
-        return _load_components(blueprint, infos, layout, {})
+        variables = _load_components(blueprint, plain, place, {})
+        return place.scales | variables
     path = initial_weights.find(name, blueprint.near)
-    first = initial_weights.match(path, blueprint.table, infos)
+    first = initial_weights.match(path, blueprint.table, plain)
     first.log()
-    given = first.load(infos, place)
-    variables = _load_components(blueprint, infos, layout, given)
-    return variables | first.overlay(variables, given)
+    given = first.load(plain, place) | place.scales
+    variables = _load_components(blueprint, plain, place, given)
+    return place.scales | variables | first.overlay(variables, given)
 
 
 def _load_components(
     blueprint: Blueprint,
     infos: Mapping[str, VariableInfo],
-    layout: Mapping[str, jax.ShapeDtypeStruct] | None,
+    place: QuantizingPlace,
     given: Variables,
 ) -> Variables:
     """Variables that are `given`, then the pretrained components', then random ones."""
-    place = None if layout is None else onto(layout)
     loaded = dict(given)
     for source, table, wanted in blueprint.pretrained(infos):
         if wanted.keys() - given.keys():
             loaded = mapping.load(source, table, wanted, place) | loaded
     missing = frozenset(infos) - frozenset(loaded)
-    return loaded | random_variables(blueprint, missing, layout)
+    return loaded | place.all(random_variables(blueprint, missing, place.floating_layout))
 
 
 def check_weights(blueprint: Blueprint, infos: Mapping[str, VariableInfo]) -> None:
@@ -188,6 +190,7 @@ def check_weights(blueprint: Blueprint, infos: Mapping[str, VariableInfo]) -> No
 
     Raises ConversionError or SettingsError for weights that are missing or do not fit.
     """
+    infos = unquantized(infos)
     for source, table, wanted in blueprint.pretrained(infos):
         mapping.check(source, table, wanted)
     name = blueprint.config.init_from_checkpoint

@@ -65,6 +65,11 @@ class ModelConfig(Protocol):
         ...
 
     @property
+    def quantize_frozen_llm(self) -> str | None:
+        """8-bit format of the LLM's weights, which are frozen; None: those of the dtype."""
+        ...
+
+    @property
     def optimizer(self) -> Mapping[str, Any] | None:
         """NeMo's `optimizer` block."""
         ...

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 
@@ -31,6 +31,8 @@ class DuplexModelConfig:
     """Factor of the user's frames before they are added to the agent's embeddings."""
     perception: Mapping[str, object] = field(default_factory=dict)
     lora: Mapping[str, object] | None = None
+    quantize_frozen_llm: Literal["int8", "fp8"] | None = None
+    """Hold the weights of a frozen LLM in 8 bits, in training and after it; LoRA stays fp32."""
     optimizer: Mapping[str, object] | None = None
     lr_scheduler: Mapping[str, object] | None = None
     init_from_checkpoint: str | None = None

@@ -17,8 +17,10 @@ from speechlm2_jax.arrays import AnyArray
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.errors import ConversionError, listed
 from speechlm2_jax.conversion.mapping import Place, Rule, Table
+from speechlm2_jax.conversion.quantizing import dequantized
 from speechlm2_jax.conversion.readers import LazySource, memory_source, open_weights
 from speechlm2_jax.layers.module import VariableInfo, Variables
+from speechlm2_jax.layers.quantized import is_quantized
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.settings import SettingsError
@@ -104,8 +106,17 @@ class InitialWeights:
         return mapping.load(source, Table(rules), whole, place)
 
     def overlay(self, variables: Variables, loaded: Variables) -> Variables:
-        """Sets the layers of stacks of which the checkpoint has only some."""
+        """Sets the layers of stacks of which the checkpoint has only some.
+
+        Raises ConversionError if such a stack is quantized.
+        """
         partial = {path for path in self.layers if path not in loaded}
+        for path in partial:
+            if is_quantized(variables[path]):
+                raise ConversionError(
+                    f"{KEY}: {self.path} has some layers of {path}, which is quantized: it needs "
+                    "all of them or none; leave model.quantize_frozen_llm out"
+                )
         return {path: self._overlaid(path, variables[path]) for path in partial}
 
     def _overlaid(self, path: str, value: AnyArray) -> AnyArray:
@@ -181,7 +192,7 @@ def _open(path: Path, table: Table, infos: Mapping[str, VariableInfo]) -> LazySo
     """The tensors of a checkpoint under NeMo's names; those of a run that fit no name by path."""
     if not _is_run(path):
         return open_weights(path)
-    variables = checkpointing.load_weights(path).variables
+    variables = dequantized(dict(checkpointing.load_weights(path).variables))
     rules = [
         rule
         for rule in table.rules

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 TRANSCRIBING = "AudioTranscriptionPerceptionModule"
 """NeMo's class of the perception module of a SALMWithAsrDecoder."""
@@ -28,6 +28,8 @@ class SalmModelConfig:
     audio_locator_tag: str = DEFAULT_AUDIO_LOCATOR_TAG
     perception: Mapping[str, object] = field(default_factory=dict)
     lora: Mapping[str, object] | None = None
+    quantize_frozen_llm: Literal["int8", "fp8"] | None = None
+    """Hold the weights of a frozen LLM in 8 bits, in training and after it; LoRA stays fp32."""
     optimizer: Mapping[str, object] | None = None
     lr_scheduler: Mapping[str, object] | None = None
     init_from_checkpoint: str | None = None

@@ -13,10 +13,11 @@ import numpy as np
 from speechlm2_jax import checkpointing
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.casting import cast_source, main_dtype
+from speechlm2_jax.conversion.quantizing import QuantizingPlace
 from speechlm2_jax.conversion.readers import lightning_file, open_weights, write_source
 from speechlm2_jax.conversion.readers.torch_files import read_hyper_parameters
-from speechlm2_jax.conversion.stream_to_mesh import onto, placed
 from speechlm2_jax.layers.module import VariableInfo, Variables
+from speechlm2_jax.layers.quantized_layers import unquantized
 from speechlm2_jax.pretrained.blueprint import Blueprint
 from speechlm2_jax.pretrained.licences import CARD
 from speechlm2_jax.pretrained.locate import (
@@ -211,9 +212,11 @@ def _read_run(
         settings: Mapping[str, object], known: frozenset[str]
     ) -> Iterator[dict[str, np.ndarray]]:
         variables = rebuild(settings, (run, *config_folders()))
+        is_own = infos.keys() <= variables.keys()  # else the run itself is not quantized
+        stored = infos if is_own else unquantized(infos)
         for dtype in FROZEN_DTYPES:
             yield {
-                path: np.asarray(value, infos[path].computed_in(dtype))
+                path: np.asarray(value, stored[path].computed_in(dtype))
                 for path, value in variables.items()
                 if path not in known
             }
@@ -221,7 +224,8 @@ def _read_run(
     variables: Variables = dict(
         checkpointing.load_weights(run, rebuild_frozen=rebuild_frozen).variables
     )
-    return variables if layout is None else placed(variables, layout)
+    place = QuantizingPlace(infos, layout)
+    return place.all(variables) | place.scales
 
 
 def _reader(
@@ -233,8 +237,9 @@ def _reader(
         rebuild: Rebuild,
         layout: Layout | None,
     ) -> Variables:
-        place = None if layout is None else onto(layout)
-        return mapping.load(open_weights(path), blueprint.table, infos, place)
+        place = QuantizingPlace(infos, layout)
+        read = mapping.load(open_weights(path), blueprint.table, unquantized(infos), place)
+        return read | place.scales
 
     return read
 

@@ -12,7 +12,7 @@ from speechlm2_jax.layers.linear import Embedding, Linear
 from speechlm2_jax.layers.module import merge, split
 from speechlm2_jax.layers.stack import scan_layers, stack
 from speechlm2_jax.layers.unstacked import LayerViews, merge_layers
-from speechlm2_jax.layers.words import floats, is_words, matmul_words, words_of
+from speechlm2_jax.layers.words import floats, is_words, matmul_narrow, words_of
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.decoder import Decoder
 
@@ -28,12 +28,12 @@ def drawn(*shape: int, dtype: str = "bfloat16") -> jax.Array:
 def test_a_matmul_of_words_is_that_of_their_floats(count, rows, monkeypatch):
     monkeypatch.setattr(words, "CHUNK_ELEMENTS", 16 * 24)  # 16 rows at a time
     weight, x = drawn(count, 24), drawn(*rows, 24, dtype="float32")
-    found = matmul_words(x, words_of(weight))
+    found = matmul_narrow(x, words_of(weight))
     expected = np.asarray(x) @ np.asarray(weight, np.float32).T
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
-    narrow = matmul_words(x.astype(jnp.bfloat16), words_of(weight))
-    wide = matmul_words(x.astype(jnp.bfloat16), words_of(weight), preferred_element_type="float32")
+    narrow = matmul_narrow(x.astype(jnp.bfloat16), words_of(weight))
+    wide = matmul_narrow(x.astype(jnp.bfloat16), words_of(weight), preferred_element_type="float32")
     assert narrow.dtype == jnp.bfloat16 and wide.dtype == jnp.float32
     np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
 

@@ -43,6 +43,10 @@ class DuplexEvalConfig:
     num_nodes: int = 1
     """Above 1 on Cloud TPU hosts, where several processes are found only if they are expected."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    quantize: Literal["int8", "fp8"] | None = None
+    """Hold the LLM's weights in 8 bits, with a scale for each output channel."""
+    kv_cache_dtype: Literal["int8", "fp8"] | None = None
+    """Hold the KV cache in 8 bits, with a scale for each token and head."""
     report: str | None = "report.html"
     """HTML report to write."""
     report_rows: int = 100

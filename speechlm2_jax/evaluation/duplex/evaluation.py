@@ -79,7 +79,7 @@ def _audio_folder(
     return Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
 
-def load_duplex(name: str, *, dtype: str, **placed: Any) -> DuplexS2SModel:
+def load_duplex(name: str, **options: Any) -> DuplexS2SModel:
     """Loads a duplex model of either class, as `from_pretrained` does with these arguments.
 
     Raises SettingsError for any other model.
@@ -90,4 +90,4 @@ def load_duplex(name: str, *, dtype: str, **placed: Any) -> DuplexS2SModel:
         what = "no duplex model" if found is None else found.what
         raise SettingsError(f"{name} is {what}; a duplex model was expected")
     kind: type[DuplexS2SModel] = getattr(models, found.classes[0])
-    return kind.from_pretrained(name, dtype=dtype, **placed).eval()
+    return kind.from_pretrained(name, **options).eval()
