@@ -162,6 +162,15 @@ class AnyConversation(Protocol):
         ...
 
 
+class Timed(Protocol):
+    """What an index keeps of the lengths of a conversation."""
+
+    @property
+    def clip_durations_s(self) -> tuple[float, ...]:
+        """Seconds of each recording, as declared."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextTurn:
     """A text."""
@@ -204,9 +213,14 @@ class Conversation:
         return tuple(turn.clip for turn in self.turns if isinstance(turn, AudioTurn))
 
     @property
+    def clip_durations_s(self) -> tuple[float, ...]:
+        """Seconds of each audio turn, as declared."""
+        return tuple(clip.duration_s for clip in self.clips)
+
+    @property
     def audio_duration_s(self) -> float:
         """Seconds of all audio turns, as declared."""
-        return sum(clip.duration_s for clip in self.clips)
+        return sum(self.clip_durations_s)
 
     @property
     def response(self) -> str | None:

@@ -60,7 +60,7 @@ ENDLESS_TYPES = (
 """Types that NeMo repeats without end, whether packed or not."""
 LINE_TYPES = (
     *(DEFAULT_TYPE, S2S, SQA, *PLAIN_TYPES, "multimodal_conversation", "share_gpt"),
-    *("txt", "txt_jsonl", "nemo_sft_jsonl"),
+    *("txt", "txt_jsonl", "nemo_sft_jsonl", *DUPLEX_TYPES),
 )
 """Types whose examples are lines of files, so that a large file can have an index."""
 REFUSED_TYPES: Mapping[str, str] = {

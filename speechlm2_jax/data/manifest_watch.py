@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,20 +27,37 @@ def manifest_files(entry: InputConfig, *, is_stream: bool = False) -> tuple[str,
 
     Of remote ones their copies; none of a stream, which copies each when its turn comes.
     """
-    shar, folder = entry.shar_path, entry.data_dir
-    if folder is not None:
-        return () if is_remote(folder) else tuple(map(str, sorted(_folder(folder).glob("*.tar"))))
+    return (*row_files(entry, is_stream=is_stream), *_tar_files(entry))
+
+
+def row_files(entry: InputConfig, *, is_stream: bool = False) -> tuple[str, ...]:
+    """The same without tars: the files whose lines are rows."""
+    shar = entry.shar_path
     if isinstance(shar, Mapping):
-        tars = (path for name, files in shar.items() if name != CUTS for path in _tars(files))
-        return (*_files(shar[CUTS], is_stream), *tars)
-    if shar is None:
-        listed = (entry.manifests, entry.paths, entry.source_paths, entry.target_paths)
-        is_tarred = entry.tarred_audio_filepaths is not None
-        tars = (tar for _, packed in (entry.tarred if is_tarred else ()) for tar in _tars(packed))
-        return (*(file for paths in listed for file in _files(paths or (), is_stream)), *tars)
-    folders = [shar] if isinstance(shar, str) else shar
-    names = [one if isinstance(one, str) else one[0] for one in folders]
-    return tuple(file for folder in names for file in _cuts(folder, is_stream))
+        return tuple(_files(shar[CUTS], is_stream))
+    if shar is not None:
+        return tuple(file for folder in _folders(shar) for file in _cuts(folder, is_stream))
+    listed = (entry.manifests, entry.paths, entry.source_paths, entry.target_paths)
+    return tuple(file for paths in listed for file in _files(paths or (), is_stream))
+
+
+def _tar_files(entry: InputConfig) -> Iterator[str]:
+    shar, folder = entry.shar_path, entry.data_dir
+    if isinstance(shar, Mapping):
+        for name, files in shar.items():
+            yield from () if name == CUTS else _tars(files)
+    elif shar is not None or folder is not None:
+        for one in _folders(folder if shar is None else shar):
+            found = () if is_remote(one) else sorted(_folder(one).glob("*.tar"))
+            yield from map(str, found)
+    elif entry.tarred_audio_filepaths is not None:
+        for _, tars in entry.tarred:
+            yield from _tars(tars)
+
+
+def _folders(shar: str | tuple[str | tuple[str, float], ...] | None) -> list[str]:
+    listed = [shar] if isinstance(shar, str) else shar or ()
+    return [one if isinstance(one, str) else one[0] for one in listed]
 
 
 def _files(paths: Paths, is_stream: bool) -> tuple[str, ...]:
@@ -67,11 +84,8 @@ def _cuts(folder: str, is_stream: bool) -> list[str]:
         return []
     if is_remote(folder):
         return [str(path) for path in local_files(files_of_remote_folder(folder, ())[CUTS])]
-    return [str(path) for path in sorted(_folder(folder).glob("*.*")) if _is_watched(path)]
-
-
-def _is_watched(path: Path) -> bool:
-    return path.suffix == ".tar" or (path.name.startswith("cuts.") and "jsonl" in path.name)
+    found = [path for end in ("", ".gz") for path in _folder(folder).glob(f"cuts.*jsonl{end}")]
+    return [str(path) for path in sorted(found)]  # not the index beside one
 
 
 @dataclass(kw_only=True)

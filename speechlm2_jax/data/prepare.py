@@ -17,10 +17,10 @@ from speechlm2_jax.data.bucketing import Measures, Members, Shape, describe, pla
 from speechlm2_jax.data.clip_room import with_room
 from speechlm2_jax.data.config import DataConfig, LoaderConfig
 from speechlm2_jax.data.conversations import AnyConversation
-from speechlm2_jax.data.index.contents import IndexedRows
+from speechlm2_jax.data.index.contents import IndexedRows, Part
 from speechlm2_jax.data.index.order import Order
 from speechlm2_jax.data.index.packed_windows import PackedWindowSampler
-from speechlm2_jax.data.index.prepare import index_data_set
+from speechlm2_jax.data.index.prepare import RowMeasures, index_data_set
 from speechlm2_jax.data.index.windows import IN_ORDER_ROWS, WINDOW_ROWS, WindowSampler
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.outliers import FAR, find_outliers
@@ -135,6 +135,16 @@ class DataKind(Protocol):
 
     def index(self, entry: InputConfig, config: Any) -> Sequence[Any] | None:
         """The same of a large data set, read when they are asked for; None: `read` reads them."""
+        ...
+
+    def list_rows(self, conversations: Sequence[Any], config: Any, where: str) -> Part:
+        """A list beside indexes, with its columns. Raises SettingsError as `contents`."""
+        ...
+
+    def row_measures(
+        self, parts: Sequence[Any], config: Any, frame_count: FrameCount, where: str
+    ) -> RowMeasures:
+        """What measures the rows of a large data set. Raises SettingsError as `contents`."""
         ...
 
     def variants(self, conversations: Sequence[Any], config: Any) -> Sequence[Any]:
@@ -263,10 +273,10 @@ def _prepare_indexed(
         drop_last=config.drop_last,
         endless=order.endless,
     )
-    if isinstance(sampler, PackedWindowSampler):
-        sampler = sampler.with_fill()
-    else:
-        sampler = with_room(sampler)
+    is_filled = isinstance(sampler, PackedWindowSampler)
+    sampler = sampler.with_fill() if is_filled else with_room(sampler)
+    if data_set.is_train and (error := found.contents.validation_error(sampler.first_rows)):
+        raise SettingsError(f"{where}: {error}")
     names = {cause: found.examples(cause) for cause in found.survey.examples}
     for cause in names.keys() - dropped.keys():
         warn_of_kept(where, names[cause])

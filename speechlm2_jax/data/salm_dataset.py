@@ -1,6 +1,6 @@
 """Examples of SALM: token ids, loss mask and audio of each conversation."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,23 +11,21 @@ from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.augmentation.variants import with_variants
 from speechlm2_jax.data.config import DataConfig, DataLoaderConfig
 from speechlm2_jax.data.conversations import DEFAULT_LOCATOR_TAG, Conversation
-from speechlm2_jax.data.cuts import warn_of_dialogs
 from speechlm2_jax.data.entry_readers import options_of_type, read_entry
 from speechlm2_jax.data.fusion import training_sets
 from speechlm2_jax.data.index.changed_rows import changed_rows
 from speechlm2_jax.data.index.contents import IndexedRows
-from speechlm2_jax.data.index.manifest import open_manifest
-from speechlm2_jax.data.index.packed import open_packed
-from speechlm2_jax.data.index.row_kinds import CUTS
-from speechlm2_jax.data.index.rows import readers_of
-from speechlm2_jax.data.index.worker import PromptSettings
-from speechlm2_jax.data.input_config import InputConfig
+from speechlm2_jax.data.index.counts import PromptCounts
+from speechlm2_jax.data.index.entries import open_rows
+from speechlm2_jax.data.index.list_rows import ListRows
+from speechlm2_jax.data.index.salm import SalmRowMeasures
+from speechlm2_jax.data.input_config import DUPLEX_TYPES, InputConfig
 from speechlm2_jax.data.manifest_options import ManifestOptions
-from speechlm2_jax.data.manifest_rows import ROWS_AT_ONCE
 from speechlm2_jax.data.padding import pad_left, pad_right
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter
 from speechlm2_jax.data.salm_contents import (
     SalmContents,
+    locator_tags_of,
     measure,
     placeholder_id,
     placeholder_or_none,
@@ -99,29 +97,38 @@ class SALMDataset:
         """The shards of one entry, to be read from front to end. Raises SettingsError."""
         return stream_shards(entry, _options(entry, config))
 
-    def index(self, entry: InputConfig, config: DataLoaderConfig) -> Sequence[Conversation] | None:
-        """The same, read when they are asked for; None of what has no rows of a file.
+    def index(self, entry: InputConfig, config: DataLoaderConfig) -> IndexedRows | None:
+        """The same, read when they are asked for; None of what has no index.
 
         Builds the indexes of the manifests where they are missing. Raises SettingsError.
         """
-        options = options_of_type(entry, _options(entry, config))
-        prompts = PromptSettings(
-            tokenizer=self.tokenizer,
-            prompt_format=config.prompt_format or self.prompt_format,
-            placeholder_id=placeholder_or_none({options.locator_tag}, self.tokenizer),
-        )
-        if entry.has_shards:
-            shards = open_packed(entry, options, prompts)
-            return None if shards is None else IndexedRows(manifests=tuple(shards))
+        if entry.type in DUPLEX_TYPES:
+            return None  # refused where it is read
         if config.cut_text_into_windows_tokens is not None and entry.paths:
             return None  # an index does not know how many windows there are
-        readers = readers_of(entry, options)
-        if readers is None:
-            return None
-        for reader in readers:
-            if reader.kind.name == CUTS and options.roles is None:
-                warn_of_dialogs(reader.manifest, ROWS_AT_ONCE)
-        return IndexedRows(manifests=tuple(open_manifest(reader, prompts) for reader in readers))
+        options = options_of_type(entry, _options(entry, config))
+        return open_rows(entry, options, self._counts(config, {options.locator_tag}))
+
+    def list_rows(
+        self, conversations: Sequence[Conversation], config: DataLoaderConfig, where: str
+    ) -> ListRows:
+        """A list beside indexes: its columns. Raises SettingsError as `contents`."""
+        self.formatter(config, where)
+        tags = locator_tags_of(conversations)
+        return ListRows.of(conversations, self._counts(config, tags), frozenset(tags))
+
+    def row_measures(
+        self, parts: Any, config: DataLoaderConfig, frame_count: FrameCount, where: str
+    ) -> SalmRowMeasures:
+        """What measures the rows of a large data set. Raises SettingsError as `contents`."""
+        return SalmRowMeasures.of(self, config, parts, frame_count, where)
+
+    def _counts(self, config: DataLoaderConfig, tags: Collection[str]) -> PromptCounts:
+        return PromptCounts(
+            tokenizer=self.tokenizer,
+            prompt_format=config.prompt_format or self.prompt_format,
+            placeholder_id=placeholder_or_none(tags, self.tokenizer),
+        )
 
     def formatter(self, config: DataLoaderConfig, where: str) -> PromptFormatter:
         """What makes prompts of conversations.

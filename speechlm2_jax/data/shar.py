@@ -88,11 +88,11 @@ class SharCut:
     cut: Cut
     where: str
     """The words that name its line."""
-    shard: int
+    shard: int = 0
     """Number of its shard, from 0."""
-    packed: tuple[PackedRecordings, ...]
-    """Of its shard, one for each field that was asked for."""
-    number: int
+    packed: tuple[PackedRecordings, ...] = ()
+    """Of its shard, one for each field that was asked for; none of a manifest without tars."""
+    number: int = 0
     """How many cuts of the shard before it have the same id."""
 
 

@@ -14,7 +14,6 @@ from speechlm2_jax.data.datamodule import DataModule
 from speechlm2_jax.data.duplex.conversations import DuplexConversation
 from speechlm2_jax.data.index.contents import IndexedContents
 from speechlm2_jax.data.prepare import Prepared
-from speechlm2_jax.data.salm_contents import measure
 from speechlm2_jax.data.tokenizer import Tokenizer
 
 BINS = 32
@@ -89,10 +88,9 @@ def planned_batches(datamodule: DataModule, name: str, count: int = BATCHES) -> 
 
 
 def _measured(contents: Any, indices: Sequence[int]) -> Measures:
-    """Lengths of some conversations; those of a large data set are read from its manifest."""
+    """Lengths of some conversations."""
     if isinstance(contents, IndexedContents):
-        conversations = [contents[i] for i in indices]
-        return measure(conversations, frame_count=contents.frame_count, config=contents.config)
+        return contents.measured(indices)
     return contents.measures.take(np.asarray(indices, np.int64))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from speechlm2_jax.data.datamodule import DataModule
-from speechlm2_jax.data.duplex.contents import DuplexContents
+from speechlm2_jax.data.duplex.contents import DuplexExamples
 from speechlm2_jax.data.index.contents import IndexedContents
 from speechlm2_jax.data.prepare import Prepared
 from speechlm2_jax.data.tokenizer import Tokenizer
@@ -75,8 +75,8 @@ def _set(name: str, prepared: Prepared, batches: Sequence[Batch]) -> dict[str, A
     is_large = isinstance(contents, IndexedContents)
     parts = [batch.measures for batch in batches] if is_large else [contents.measures]
     positions = np.concatenate([part.positions for part in parts])
-    if isinstance(contents, DuplexContents):
-        seconds = contents.measures.length
+    if isinstance(contents, DuplexExamples):
+        seconds = np.concatenate([part.length for part in parts])
     else:
         samples = np.concatenate([part.samples for part in parts])
         seconds = samples / prepared.config.sample_rate

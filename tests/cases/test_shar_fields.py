@@ -8,7 +8,7 @@ import pytest
 import soundfile
 from lhotse import CutSet, Recording, SupervisionSegment
 
-from speechlm2_jax.data.duplex.readers import read_duplex_shar
+from speechlm2_jax.data.duplex.readers import read_duplex
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.settings import SettingsError
@@ -116,7 +116,7 @@ def test_fields_of_two_voices_belong_to_their_cuts(tmp_path):
     CutSet([cut]).to_shar(folder, {"recording": "wav", "target_audio": "wav"})
     field = "target_audio_channel_selector"
     write_field(folder / f"{field}.000000.jsonl", field, [("c0", 1)])
-    (one,) = read_duplex_shar(folder, None)
+    (one,) = read_duplex(folder)
     np.testing.assert_allclose(one.target.load(RATE), 0.2, atol=1e-4)
 
 

@@ -215,7 +215,7 @@ def test_an_index_is_built_once_and_again_when_its_manifest_or_its_tokens_change
     read_chunks = build.read_chunks
 
     def counted(folder, job, size):
-        builds.append((job.with_rows, job.prompts is not None))
+        builds.append((job.with_rows, job.counts is not None))
         return read_chunks(folder, job, size)
 
     monkeypatch.setattr("speechlm2_jax.data.index.opening.read_chunks", counted)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from speechlm2_jax.data.config import DataLoaderConfig
-from speechlm2_jax.data.duplex.readers import read_duplex_cuts, read_duplex_shar
+from speechlm2_jax.data.duplex.readers import read_duplex
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.readers import read_manifest
 from speechlm2_jax.data.salm_dataset import SALMDataset
@@ -131,7 +131,7 @@ def test_an_agent_that_is_not_packed_is_read_from_its_recording(way, tmp_path):
         "recording": f"{folder}/recording._OP_000000..000001_CL_.tar",
     }
     named = {"folder": str(folder), "fields": fields, "folders": (str(folder),)}[way]
-    assert_same(voices(read_duplex_shar(named, None)), voices(read_duplex_cuts(manifest, None)))
+    assert_same(voices(read_duplex(named)), voices(read_duplex(None, [manifest])))
 
 
 def test_duplex_shar_of_several_folders_and_of_fields_makes_batches(tmp_path):

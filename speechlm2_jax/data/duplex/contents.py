@@ -3,13 +3,14 @@
 import difflib
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from speechlm2_jax.batches import (
     DuplexBatch,
@@ -21,6 +22,8 @@ from speechlm2_jax.batches import (
 from speechlm2_jax.data.bucketing import Measures, Members
 from speechlm2_jax.data.duplex.config import DuplexLoaderConfig
 from speechlm2_jax.data.duplex.conversations import DuplexConversation, FrameGrid
+from speechlm2_jax.data.duplex.turn_counts import TurnCounts
+from speechlm2_jax.data.index.lengths import samples_of
 from speechlm2_jax.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -39,11 +42,53 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DuplexContents:
-    """Conversations of user and agent (implements `prepare.Contents`)."""
+class DuplexExamples(ABC):
+    """Reads conversations of user and agent, and assembles batches of them."""
 
     dataset: "DuplexS2SDataset"
     config: DuplexLoaderConfig
+
+    @abstractmethod
+    def _conversation(self, index: int) -> DuplexConversation:
+        """A conversation. Raises AudioError if its row has changed."""
+        ...
+
+    def shape(self, members: Members) -> DuplexShape:
+        """The shape of a bucket: its frames, and the samples that they last."""
+        dataset = self.dataset
+        return DuplexShape(
+            sequences=members.rows,
+            tokens=members.tokens,
+            source_samples=_samples(dataset, members.tokens, dataset.source_sample_rate),
+            target_samples=_samples(dataset, members.tokens, dataset.target_sample_rate),
+        )
+
+    def columns(self, shape: DuplexShape) -> dict[str, str]:
+        """Seconds of a row."""
+        return {"seconds": f"{shape.tokens * self.dataset.frame_length:.2f}"}
+
+    def example(self, index: int, effects: "ExampleEffects | None" = None) -> DuplexExample:
+        """Reads a conversation's audio. Raises AudioError if any of it cannot be used."""
+        return self.dataset.example(self._conversation(index), self.config.sample_rate, effects)
+
+    def assemble(
+        self,
+        groups: Sequence[Sequence[DuplexExample | None]],
+        shape: DuplexShape,
+        rows: None = None,
+    ) -> DuplexBatch:
+        """The arrays of groups of examples; None is an empty sequence. Nothing packs them."""
+        return assemble_duplex_batch(groups, shape, pad_id=self.dataset.pad_id)
+
+    def reference(self, index: int, example: DuplexExample) -> DuplexExample:
+        """The example itself: its audio is the input, its texts are the references."""
+        return example
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplexContents(DuplexExamples):
+    """The same with all conversations in memory (implements `prepare.Contents`)."""
+
     conversations: Sequence[DuplexConversation]
     measures: Measures
 
@@ -60,16 +105,10 @@ class DuplexContents:
 
         Raises SettingsError for a role that is in neither list, and for another frame rate.
         """
-        _check_frame_rate(dataset, frame_count)
+        check_frame_rate(dataset, frame_count)
         check_roles(conversations, dataset.input_roles, dataset.output_roles, where)
-        positions = [_frames_of(dataset, c, config.sample_rate) for c in conversations]
-        ones = np.ones(len(conversations), np.int64)
-        measures = Measures(
-            length=np.asarray([c.duration_s for c in conversations], np.float64).reshape(-1),
-            positions=np.asarray(positions, np.int64).reshape(-1),
-            clips=ones,
-            samples=0 * ones,
-        )
+        seconds = np.asarray([c.duration_s for c in conversations], np.float64).reshape(-1)
+        measures = measures_of(dataset, seconds, config.sample_rate)
         return cls(dataset=dataset, config=config, conversations=conversations, measures=measures)
 
     def tests(self) -> dict[str, Callable[[int], bool]]:
@@ -93,66 +132,58 @@ class DuplexContents:
         chosen = tuple(self.conversations[i] for i in index.tolist())
         return replace(self, conversations=chosen, measures=self.measures.take(index))
 
-    def shape(self, members: Members) -> DuplexShape:
-        """The shape of a bucket: its frames, and the samples that they last."""
-        dataset = self.dataset
-        return DuplexShape(
-            sequences=members.rows,
-            tokens=members.tokens,
-            source_samples=_samples(dataset, members.tokens, dataset.source_sample_rate),
-            target_samples=_samples(dataset, members.tokens, dataset.target_sample_rate),
-        )
-
-    def columns(self, shape: DuplexShape) -> dict[str, str]:
-        """Seconds of a row."""
-        return {"seconds": f"{shape.tokens * self.dataset.frame_length:.2f}"}
-
     def validation_error(self, planned: Sequence[int]) -> str | None:
         """A reason where the agent is silent in more than MAX_SILENT_SHARE of an epoch."""
-        has = self.conversations
-        silent = [
-            i for i in planned if not (has[i].is_meant_silent or self._agent_has_text(has[i]))
-        ]
-        if len(silent) <= MAX_SILENT_SHARE * len(planned):
-            return None
-        roles = ", ".join(repr(role) for role in self.dataset.output_roles)
-        return (
-            f"in {len(silent)} of {len(planned)} conversations of an epoch, "
-            f"{self.conversations[silent[0]].id!r} for instance, the agent has no text: a model "
-            f"would learn to be silent. Supervisions whose speaker is one of data.output_roles "
-            f"({roles}) need a text, and a start in seconds that is before the end of their cut"
-        )
+        speaks = turn_counts(self.dataset, self.config.sample_rate).speaks
+        silent = [i for i in planned if not speaks(self.conversations[i])]
+        return silence_error(self.dataset, self.name, silent, len(planned))
 
     def name(self, index: int) -> str:
         """The id of a conversation, for messages."""
         return self.conversations[index].id
 
-    def example(self, index: int, effects: "ExampleEffects | None" = None) -> DuplexExample:
-        """Reads a conversation's audio. Raises AudioError if any of it cannot be used."""
-        return self.dataset.example(self.conversations[index], self.config.sample_rate, effects)
-
-    def assemble(
-        self,
-        groups: Sequence[Sequence[DuplexExample | None]],
-        shape: DuplexShape,
-        rows: None = None,
-    ) -> DuplexBatch:
-        """The arrays of groups of examples; None is an empty sequence. Nothing packs them."""
-        return assemble_duplex_batch(groups, shape, pad_id=self.dataset.pad_id)
-
-    def reference(self, index: int, example: DuplexExample) -> DuplexExample:
-        """The example itself: its audio is the input, its texts are the references."""
-        return example
-
-    def _agent_has_text(self, conversation: DuplexConversation) -> bool:
-        grid = _grid(self.dataset, self.config.sample_rate)
-        frames = grid.frame(conversation.duration_s)
-        turns = conversation.turns_of(frozenset(self.dataset.output_roles))
-        return any(turn.text and grid.frame(turn.start_s) < frames for turn in turns)
+    def _conversation(self, index: int) -> DuplexConversation:
+        return self.conversations[index]
 
 
-def _grid(dataset: "DuplexS2SDataset", sample_rate_hz: int) -> FrameGrid:
-    return FrameGrid(frame_length_s=dataset.frame_length, sample_rate_hz=sample_rate_hz)
+def silence_error(
+    dataset: "DuplexS2SDataset", name: Callable[[int], str], silent: Sequence[int], planned: int
+) -> str | None:
+    """What is wrong with so many planned conversations; None unless the agent is mostly silent.
+
+    Args:
+        dataset: with the roles of the agent.
+        name: of a conversation.
+        silent: those in which the agent has no text.
+        planned: how many there are in all.
+    """
+    if len(silent) <= MAX_SILENT_SHARE * planned:
+        return None
+    roles = ", ".join(repr(role) for role in dataset.output_roles)
+    return (
+        f"in {len(silent)} of {planned} conversations of an epoch, "
+        f"{name(silent[0])!r} for instance, the agent has no text: a model "
+        f"would learn to be silent. Supervisions whose speaker is one of data.output_roles "
+        f"({roles}) need a text, and a start in seconds that is before the end of their cut"
+    )
+
+
+def turn_counts(dataset: "DuplexS2SDataset", sample_rate_hz: int) -> TurnCounts:
+    """What is counted of the turns of conversations."""
+    grid = FrameGrid(frame_length_s=dataset.frame_length, sample_rate_hz=sample_rate_hz)
+    return TurnCounts(grid=grid, output_roles=dataset.output_roles)
+
+
+def measures_of(
+    dataset: "DuplexS2SDataset", seconds: Float[np.ndarray, " N"], sample_rate_hz: int
+) -> Measures:
+    """Lengths of conversations that last so long: frames hold their texts and all their audio."""
+    frames = turn_counts(dataset, sample_rate_hz).grid.frames(seconds)
+    for rate_hz in (dataset.source_sample_rate, dataset.target_sample_rate):
+        lasting = samples_of(seconds, rate_hz) / (dataset.frame_length * rate_hz)
+        frames = np.maximum(frames, np.ceil(np.round(lasting, 6)).astype(np.int64))
+    ones = np.ones(len(seconds), np.int64)
+    return Measures(length=seconds, positions=frames, clips=ones, samples=0 * ones)
 
 
 def _samples(dataset: "DuplexS2SDataset", frames: int, sample_rate_hz: int) -> int:
@@ -160,19 +191,8 @@ def _samples(dataset: "DuplexS2SDataset", frames: int, sample_rate_hz: int) -> i
     return math.ceil(round(frames * dataset.frame_length * sample_rate_hz, 6))
 
 
-def _frames_of(
-    dataset: "DuplexS2SDataset", conversation: DuplexConversation, sample_rate_hz: int
-) -> int:
-    """Frames that hold a conversation: its text, and all of its audio."""
-    lasting = [
-        conversation.source.samples(rate_hz) / (dataset.frame_length * rate_hz)
-        for rate_hz in (dataset.source_sample_rate, dataset.target_sample_rate)
-    ]
-    frames = _grid(dataset, sample_rate_hz).frame(conversation.duration_s)
-    return max(frames, *(math.ceil(round(n, 6)) for n in lasting))
-
-
-def _check_frame_rate(dataset: "DuplexS2SDataset", frame_count: FrameCount) -> None:
+def check_frame_rate(dataset: "DuplexS2SDataset", frame_count: FrameCount) -> None:
+    """Raises SettingsError for a model that makes another number of frames than `frame_length`."""
     samples = _samples(dataset, _PROBE_FRAMES, dataset.source_sample_rate)
     made = frame_count(samples)
     if abs(made - _PROBE_FRAMES) > FRAME_TOLERANCE:
@@ -196,8 +216,19 @@ def check_roles(
     `block` is that of the keys `input_roles` and `output_roles`. Raises SettingsError where such
     turns are more than MAX_TURNS_LEFT_OUT of all, and where one of both lists matches nobody.
     """
-    known = (*input_roles, *output_roles)
     found = Counter(turn.speaker for c in conversations for turn in c.turns)
+    check_speakers(found, input_roles, output_roles, where, block)
+
+
+def check_speakers(
+    found: Counter[str | None],
+    input_roles: Sequence[str],
+    output_roles: Sequence[str],
+    where: str,
+    block: str = "data.",
+) -> None:
+    """The same of how many turns each speaker has."""
+    known = (*input_roles, *output_roles)
     unknown = {speaker: n for speaker, n in found.most_common() if speaker not in known}
     if not unknown:
         return

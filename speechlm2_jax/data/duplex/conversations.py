@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from speechlm2_jax.data.conversations import AudioClip
 
@@ -59,6 +59,11 @@ class DuplexConversation:
     placement: Placement | None = None
     """What is drawn of its times in each epoch; its turns are those before."""
 
+    @property
+    def clip_durations_s(self) -> tuple[float, ...]:
+        """Seconds, of both recordings, which lie alongside."""
+        return (self.duration_s,)
+
     def turns_of(self, roles: frozenset[str]) -> list[SpokenTurn]:
         """The turns of these speakers, in order, with cleaned texts."""
         chosen = (turn for turn in self.turns if turn.speaker in roles)
@@ -74,8 +79,17 @@ class FrameGrid:
 
     def frame(self, seconds: float) -> int:
         """The frame of a time, and how many frames a duration has: the nearest, halves up."""
-        hop = round(self.frame_length_s * self.sample_rate_hz)
-        return (round(seconds * self.sample_rate_hz) + hop // 2) // hop
+        return (round(seconds * self.sample_rate_hz) + self.hop_samples // 2) // self.hop_samples
+
+    def frames(self, seconds: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The frames of many durations."""
+        samples = np.rint(seconds * self.sample_rate_hz).astype(np.int64)
+        return (samples + self.hop_samples // 2) // self.hop_samples
+
+    @property
+    def hop_samples(self) -> int:
+        """Samples of a frame."""
+        return round(self.frame_length_s * self.sample_rate_hz)
 
 
 @dataclass(frozen=True, kw_only=True)

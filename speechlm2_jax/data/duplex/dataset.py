@@ -11,7 +11,7 @@ from speechlm2_jax.batches import DuplexExample, FrameCount
 from speechlm2_jax.data.audio import AudioError, resample
 from speechlm2_jax.data.conversations import AudioClip
 from speechlm2_jax.data.duplex.config import DuplexDataConfig, DuplexLoaderConfig
-from speechlm2_jax.data.duplex.contents import DuplexContents
+from speechlm2_jax.data.duplex.contents import DuplexContents, turn_counts
 from speechlm2_jax.data.duplex.conversations import (
     ChannelIds,
     DuplexConversation,
@@ -20,8 +20,13 @@ from speechlm2_jax.data.duplex.conversations import (
     text_channel,
 )
 from speechlm2_jax.data.duplex.entry_readers import read_duplex_entry
+from speechlm2_jax.data.duplex.forms import form_of, recording_options
+from speechlm2_jax.data.duplex.indexed import DuplexRowMeasures
 from speechlm2_jax.data.duplex.readers import duplex_conversation
 from speechlm2_jax.data.duplex.variants import at_place, with_variants
+from speechlm2_jax.data.index.contents import IndexedRows, Part
+from speechlm2_jax.data.index.entries import open_rows
+from speechlm2_jax.data.index.list_rows import ListRows
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.lhotse_types import Cut
 from speechlm2_jax.data.padding import pad_right
@@ -100,14 +105,33 @@ class DuplexS2SDataset:
         """The conversations of one entry of `input_cfg`. Raises SettingsError."""
         return list(read_duplex_entry(entry, config))
 
-    def index(self, entry: InputConfig, config: DuplexLoaderConfig) -> None:
-        """None: cuts of two voices are read into memory, however many."""
+    def index(self, entry: InputConfig, config: DuplexLoaderConfig) -> IndexedRows | None:
+        """The same, read when they are asked for; None of what has no index.
+
+        Builds the indexes of the manifests where they are missing. Raises SettingsError.
+        """
+        form, options = form_of(entry, config), recording_options(entry, config)
+        return open_rows(entry, options, turn_counts(self, config.sample_rate), form)
+
+    def list_rows(
+        self, conversations: Sequence[DuplexConversation], config: DuplexLoaderConfig, where: str
+    ) -> ListRows:
+        """A list beside indexes: its columns."""
+        return ListRows.of(conversations, turn_counts(self, config.sample_rate), frozenset())
+
+    def row_measures(
+        self, parts: Sequence[Part], config: DuplexLoaderConfig, frame_count: FrameCount, where: str
+    ) -> DuplexRowMeasures:
+        """What measures the rows of a large data set. Raises SettingsError as `contents`."""
+        return DuplexRowMeasures.of(self, config, parts, frame_count, where)
 
     @staticmethod
     def variants(
         conversations: Sequence[DuplexConversation], config: DuplexLoaderConfig
     ) -> Sequence[DuplexConversation]:
         """The examples that augmentation makes of conversations: cut off, in windows, padded."""
+        if isinstance(conversations, IndexedRows):
+            return conversations  # each row is made so when it is read
         return with_variants(conversations, config)
 
     def contents(

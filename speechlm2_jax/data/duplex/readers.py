@@ -3,7 +3,7 @@
 A cut is the user's recording; its field `target_audio` is the agent's, alongside in time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from speechlm2_jax.data.conversations import AudioClip
 from speechlm2_jax.data.cuts import clip_of_cut, read_cuts
 from speechlm2_jax.data.duplex.conversations import DuplexConversation, SpokenTurn
-from speechlm2_jax.data.duplex.conversions import TARGET, Convert
+from speechlm2_jax.data.duplex.conversions import TARGET
 from speechlm2_jax.data.input_config import SharPath
 from speechlm2_jax.data.lhotse_types import Cut, Recording
 from speechlm2_jax.data.manifest_values import located, moment, seconds, text
@@ -19,50 +19,51 @@ from speechlm2_jax.data.shar import RECORDING, SharCut, shar_cuts
 from speechlm2_jax.settings import SettingsError
 
 
-def read_duplex_cuts(
-    path: str | Path, channel: int | None, convert: Convert | None = None
-) -> Iterator[DuplexConversation]:
-    """Reads a manifest of Lhotse cuts, each then changed by `convert` if given.
+def duplex_cuts(
+    shar: SharPath | Path | None, manifests: Sequence[str | Path], fields: tuple[str, ...]
+) -> Iterator[SharCut]:
+    """The cuts of SHAR, or else of manifests.
 
-    Raises SettingsError for a missing file, for lines that are no cuts, and for a cut without
-    `target_audio`, naming it.
+    SHAR is one folder or several, or the files of each field; a recording that is not packed is
+    read from the path in its manifest. Raises SettingsError for a missing file, and for lines that
+    are no cuts.
+
+    Args:
+        shar: where SHAR is; None: the manifests are read.
+        manifests: their paths.
+        fields: `recording` and `target_audio`, as far as they are needed.
     """
-    for where, cut in read_cuts(path, fields=(TARGET,)):
-        with located(where):
-            conversation = _converted(cut, duplex_conversation(cut, channel), convert)
-        if conversation is not None:
-            yield replace(conversation, where=where)
+    if shar is not None:
+        yield from shar_cuts(shar, fields)
+        return
+    for path in manifests:
+        for where, cut in read_cuts(path, fields=fields):
+            yield SharCut(cut=cut, where=where)
 
 
-def _converted(
-    cut: Cut, conversation: DuplexConversation, convert: Convert | None
-) -> DuplexConversation | None:
-    return conversation if convert is None else convert(cut, conversation)
-
-
-def read_duplex_shar(
-    shar: SharPath | Path, channel: int | None, convert: Convert | None = None
+def read_duplex(
+    shar: SharPath | Path | None, manifests: Sequence[str | Path] = ()
 ) -> Iterator[DuplexConversation]:
-    """Reads Lhotse SHAR: one folder or several, or the files of each field.
+    """The conversations of SHAR, or else of manifests of Lhotse cuts.
 
-    The fields are `cuts`, `recording` and `target_audio`; a recording that is not packed is read
-    from the path in its manifest. Raises SettingsError, as `read_duplex_cuts` does.
+    Raises SettingsError as `duplex_cuts`, and for a cut without `target_audio`, naming it.
     """
-    for one in shar_cuts(shar, (RECORDING, TARGET)):
+    for one in duplex_cuts(shar, manifests, (RECORDING, TARGET)):
         with located(one.where):
-            conversation = _converted(one.cut, _packed_conversation(one, channel), convert)
-        if conversation is not None:
-            yield conversation
+            made = conversation_of_cut(one, None)
+        yield replace(made, where=one.where, shard=one.shard)
 
 
-def _packed_conversation(one: SharCut, channel: int | None) -> DuplexConversation:
-    cut, users = one.cut, one.packed[0]
+def conversation_of_cut(one: SharCut, channel: int | None) -> DuplexConversation:
+    """A cut whose recordings are packed, or in files of their own."""
+    cut = one.cut
+    if not one.packed:
+        return duplex_conversation(cut, channel)
     _recording_of_agent(cut)
     users_channel = _one_of(cut.recording, cut.channel, channel)
+    users = one.packed[0]
     user = users.clip(cut, cut.recording, channel=users_channel, number=one.number)
-    source, target = user or clip_of_cut(cut, channel), agent_clip(one)
-    conversation = _conversation(cut, source=source, target=target)
-    return replace(conversation, where=one.where, shard=one.shard)
+    return _conversation(cut, source=user or clip_of_cut(cut, channel), target=agent_clip(one))
 
 
 def agent_clip(one: SharCut) -> AudioClip:

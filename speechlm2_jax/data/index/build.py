@@ -185,7 +185,7 @@ class _Chunk(Mapping[str, np.ndarray]):
         self._path, self._first = path, first
         with np.load(path) as columns:
             self._names = columns.files
-            self.rows = len(columns["flags" if "flags" in columns else "tokens"])
+            self.rows = len(columns["flags"]) if "flags" in columns else 0
 
     def __getitem__(self, name: str) -> np.ndarray:
         with np.load(self._path) as columns:

@@ -13,9 +13,10 @@ from speechlm2_jax.data.augmentation.effects import changed_lengths
 from speechlm2_jax.data.augmentation.variants import changed_by, speeds_of, variants
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.conversations import Conversation
-from speechlm2_jax.data.index.contents import IndexedRows, Part
+from speechlm2_jax.data.index.contents import IndexedRows
 from speechlm2_jax.data.index.folders import digest
-from speechlm2_jax.data.index.salm_columns import samples_of
+from speechlm2_jax.data.index.lengths import samples_of
+from speechlm2_jax.data.index.salm import SalmPart
 
 _CHANGED_BY = (
     "sample_rate",
@@ -44,9 +45,9 @@ def changed_rows(rows: IndexedRows, config: DataLoaderConfig) -> IndexedRows:
 
 @dataclass(frozen=True, kw_only=True)
 class ChangedRows:
-    """The rows of a part, each changed (implements `Part`)."""
+    """The rows of a part, each changed (implements `SalmPart`)."""
 
-    base: Part
+    base: SalmPart
     config: DataLoaderConfig
     speeds: tuple[float, ...]
     """Of the rows in turn."""

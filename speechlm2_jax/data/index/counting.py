@@ -10,7 +10,7 @@ import numpy as np
 
 from speechlm2_jax.data.bucketing import Measures, Members, rows_of
 from speechlm2_jax.data.config import LoaderConfig
-from speechlm2_jax.data.index.salm_columns import CAUSES, KEPT, LengthsOfRows
+from speechlm2_jax.data.index.lengths import KEPT, LengthsOfRows
 from speechlm2_jax.data.index.storage import ColumnWriter
 from speechlm2_jax.data.outliers import FACTOR, FAR, FLOORS
 from speechlm2_jax.data.packed_members import Sums, packed_members
@@ -137,8 +137,8 @@ class Counter:
         causes: dict[str, np.ndarray] = {}
         if not is_left.all():
             for number in np.unique(found.cause).tolist():
-                if 0 < number <= len(CAUSES):
-                    causes[CAUSES[number - 1]] = np.flatnonzero(found.cause == number)
+                if 0 < number <= len(found.causes):
+                    causes[found.causes[number - 1]] = np.flatnonzero(found.cause == number)
         tests = {
             f"{unit}{FAR}": getattr(found, unit) > max(FACTOR * usual, FLOORS[unit])
             for unit, usual in self.usual.items()

@@ -3,15 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
-from speechlm2_jax.data.conversations import Conversation
-from speechlm2_jax.data.index.row_columns import prompt_columns, row_columns
-from speechlm2_jax.data.index.worker import prompt_lengths
-from speechlm2_jax.data.prompts import PromptFormatter
-from speechlm2_jax.data.salm_contents import locator_tags_of, placeholder_or_none
+from speechlm2_jax.data.index.counts import Counts
+from speechlm2_jax.data.index.row_columns import row_columns
 
 _ROWS_AT_ONCE = 2048
 
@@ -20,25 +18,23 @@ _ROWS_AT_ONCE = 2048
 class ListRows:
     """Conversations in memory, and their columns."""
 
-    conversations: Sequence[Conversation]
+    conversations: Sequence[Any]
     columns: Mapping[str, np.ndarray]
     identity: str
-    locator_tags: frozenset[str]
+    locator_tags: frozenset[str] = frozenset()
+    """Of one voice: the tokens that stand for recordings."""
     folders: tuple[Path, ...] = ()
 
     @classmethod
-    def of(cls, conversations: Sequence[Conversation], formatter: PromptFormatter) -> "ListRows":
-        """Tokenises and measures. Raises PromptError, naming the conversation."""
-        tags = locator_tags_of(conversations)
-        placeholder_id = placeholder_or_none(tags, formatter.tokenizer)
-        parts: list[Mapping[str, np.ndarray]] = []
-        for start in range(0, len(conversations), _ROWS_AT_ONCE):
-            chunk = list(conversations[start : start + _ROWS_AT_ONCE])
-            lengths = prompt_lengths(chunk, formatter, placeholder_id)
-            parts.append(prompt_columns(chunk, lengths))
-        of_rows = row_columns([(0, 0)] * len(conversations), conversations)
-        of_prompts = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        columns = {**of_rows, **of_prompts}
+    def of(
+        cls, conversations: Sequence[Any], counts: Counts, locator_tags: frozenset[str]
+    ) -> "ListRows":
+        """Counts and measures. Raises PromptError, naming the conversation."""
+        count, parts = counts.counter(), list[Mapping[str, np.ndarray]]()
+        for start in range(0, max(len(conversations), 1), _ROWS_AT_ONCE):
+            parts.append(count(list(conversations[start : start + _ROWS_AT_ONCE])))
+        counted = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        columns = {**row_columns([(0, 0)] * len(conversations), conversations), **counted}
         checksum = xxhash.xxh3_64()
         for name in sorted(columns):
             checksum.update(columns[name].tobytes())
@@ -47,7 +43,7 @@ class ListRows:
             conversations=conversations,
             columns=columns,
             identity=checksum.hexdigest(),
-            locator_tags=frozenset(tags),
+            locator_tags=locator_tags,
         )
 
     @property
@@ -55,7 +51,7 @@ class ListRows:
         """Seconds of audio that count as one token: the same for all of an entry."""
         return self.conversations[0].token_equivalent_duration_s if self.conversations else None
 
-    def conversation(self, row: int) -> Conversation:
+    def conversation(self, row: int) -> Any:
         """The conversation of a row."""
         return self.conversations[row]
 

@@ -4,22 +4,24 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.index.counts import Counts
 from speechlm2_jax.data.index.folders import state_of_file
 from speechlm2_jax.data.index.mapped_rows import MappedRows
 from speechlm2_jax.data.index.opening import IndexSource, open_index
 from speechlm2_jax.data.index.row_columns import ROW_TYPES, SEVERAL_TYPES, SKIPPED
-from speechlm2_jax.data.index.row_kinds import TXT_JSONL
+from speechlm2_jax.data.index.row_kinds import DUPLEX_CUTS, TXT_JSONL
 from speechlm2_jax.data.index.rows import RowReader
 from speechlm2_jax.data.index.texts import Text, open_text
-from speechlm2_jax.data.index.worker import PromptSettings
 from speechlm2_jax.data.json_lines import is_gzip
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.settings import SettingsError
 
+_LACKING = {TXT_JSONL: "a text", DUPLEX_CUTS: "what settings ask for"}
+"""What lines of a kind may lack, so that they are left out."""
 _log = logging.getLogger(__name__)
 
 
@@ -36,7 +38,7 @@ class ManifestIndex(MappedRows):
         """How rows become conversations."""
         return self.reader.options
 
-    def conversation(self, row: int) -> Conversation:
+    def conversation(self, row: int) -> Any:
         """The conversation of a row that is not skipped, read from the manifest."""
         offset, length = int(self.columns["offset"][row]), int(self.columns["length"][row])
         line = self.text.read(offset, length)
@@ -48,8 +50,8 @@ class ManifestIndex(MappedRows):
 
 def _tell_of_skipped(reader: RowReader, flags: np.ndarray) -> None:
     """Warns of lines that are left out for what they lack. Raises SettingsError if all are."""
-    lacking = "a text" if reader.kind.name == TXT_JSONL else "known speakers"
-    if reader.kind.name != TXT_JSONL and reader.options.roles is None:
+    lacking = _LACKING.get(reader.kind.name, "known speakers" if reader.options.roles else "")
+    if not lacking:
         return
     skipped = int(np.count_nonzero(flags & SKIPPED))
     if skipped and skipped == len(flags) and reader.kind.name == TXT_JSONL:
@@ -63,7 +65,7 @@ def _tell_of_skipped(reader: RowReader, flags: np.ndarray) -> None:
         )
 
 
-def open_manifest(reader: RowReader, prompts: PromptSettings) -> ManifestIndex:
+def open_manifest(reader: RowReader, counts: Counts) -> ManifestIndex:
     """Opens the index of a manifest, which is built first if it is missing, stale or damaged.
 
     Raises SettingsError, naming the line, for one that cannot be read.
@@ -76,7 +78,7 @@ def open_manifest(reader: RowReader, prompts: PromptSettings) -> ManifestIndex:
         columns=(*ROW_TYPES, *SEVERAL_TYPES),
         is_compressed=is_gzip(reader.manifest),
     )
-    opened = open_index(source, prompts)
+    opened = open_index(source, counts)
     _tell_of_skipped(reader, opened.columns["flags"])
     return ManifestIndex(
         manifest=reader.manifest,

@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from speechlm2_jax.console import phase
 from speechlm2_jax.data.index.build import bar_of, read_chunks, remove_chunks
+from speechlm2_jax.data.index.counts import VERSION, Counts
 from speechlm2_jax.data.index.folders import (
     digest,
     index_folders,
@@ -19,21 +20,12 @@ from speechlm2_jax.data.index.folders import (
     writable,
 )
 from speechlm2_jax.data.index.packed_rows import PackedShard
-from speechlm2_jax.data.index.row_columns import PROMPT_TYPES
 from speechlm2_jax.data.index.row_kinds import RowKind
 from speechlm2_jax.data.index.storage import ColumnError, open_columns, read_meta, write_columns
 from speechlm2_jax.data.index.texts import POINTS, open_text, write_points
-from speechlm2_jax.data.index.worker import Job, PromptSettings
+from speechlm2_jax.data.index.worker import Job
 from speechlm2_jax.data.manifest_options import ManifestOptions
-from speechlm2_jax.data.prompts import PromptError, PromptFormatter
 from speechlm2_jax.settings import SettingsError
-
-VERSION = 2
-"""Of what is in an index; another one is built again."""
-_OF_NO_PROMPT = ("token_equivalent_duration_s", "channel", "skip_missing")
-"""Fields of ManifestOptions that change no token."""
-_PROBE_TEXT = "Ein Beispiel, 2 tests: naïve \u4f60\u597d \u043f\u0440\u0438\u0432\u0435\u0442!"
-_PROBE_TURNS = (("system", "a b"), ("user", "c d"), ("assistant", "e f"), ("user", "g"))
 
 _log = logging.getLogger(__name__)
 
@@ -70,15 +62,15 @@ class OpenedIndex:
     """Where the index and what belongs to it may be."""
 
 
-def open_index(source: IndexSource, prompts: PromptSettings) -> OpenedIndex:
+def open_index(source: IndexSource, counts: Counts) -> OpenedIndex:
     """Opens an index, which is built first if it is missing, stale or damaged.
 
     Raises SettingsError, naming the line, for one that cannot be read.
     """
     folders, state = index_folders(source.manifest), source.state()
-    key = digest(_prompt_key(source.options, prompts))
+    key = digest(counts.key(source.options))
     wanted = {"version": VERSION, "kind": source.kind.key(source.options), "file": state}
-    names = ("rows", f"prompts-{key}", *((POINTS,) if source.is_compressed else ()))
+    names = ("rows", f"{counts.NAME}-{key}", *((POINTS,) if source.is_compressed else ()))
     found = _all_found(folders, names, wanted)
     if not all(found.values()):
         folder = writable(folders)
@@ -88,7 +80,7 @@ def open_index(source: IndexSource, prompts: PromptSettings) -> OpenedIndex:
             phase(f"indexing {source.manifest}"),
         ):
             found = _all_found(folders, names, wanted)
-            _build(folder, source, prompts, wanted, found)
+            _build(folder, source, counts, wanted, found)
         if source.state() != state:
             raise SettingsError(f"{source.manifest}: changed while it was read; start again")
         found = _all_found(folders, names, wanted)
@@ -108,14 +100,14 @@ def open_index(source: IndexSource, prompts: PromptSettings) -> OpenedIndex:
 def _build(
     folder: Path,
     source: IndexSource,
-    prompts: PromptSettings,
+    counts: Counts,
     wanted: Mapping[str, Any],
     found: "Mapping[str, _Found | None]",
 ) -> None:
     """Builds those columns that are missing."""
     missing = {name for name, one in found.items() if one is None}
     with_rows = "rows" in missing
-    counts = next((name for name in missing if name not in ("rows", POINTS)), None)
+    counted = next((name for name in missing if name not in ("rows", POINTS)), None)
     chunks = folder / f"building-{digest([wanted, sorted(missing - {POINTS})])}"
     if with_rows:
         _remove_stale(folder, wanted, chunks)
@@ -133,14 +125,14 @@ def _build(
         points=points,
         shards=source.shards,
         with_rows=with_rows,
-        prompts=prompts if counts is not None else None,
+        counts=counts if counted is not None else None,
     )
     size = wanted["file"]["bytes"] if source.shards else open_text(source.manifest, points).size
     parts = read_chunks(chunks, job, size)
     if with_rows:
         write_columns(folder / "rows", parts, source.columns, wanted)
-    if counts is not None:
-        write_columns(folder / counts, parts, PROMPT_TYPES, wanted)
+    if counted is not None:
+        write_columns(folder / counted, parts, counts.TYPES, wanted)
     remove_chunks(chunks)
 
 
@@ -148,7 +140,7 @@ def _remove_stale(folder: Path, wanted: Mapping[str, Any], chunks: Path) -> None
     """Removes what was made of rows that are built again, but for the chunks of this build."""
     for old in folder.glob(".*-*"):  # of a process that ended: there is no other one now
         shutil.rmtree(old, ignore_errors=True)
-    for other in (*folder.glob("plan-*"), *folder.glob("prompts-*"), *folder.glob("building-*")):
+    for other in folder.glob("[!.]*-*"):  # plans, counts, chunks
         meta = read_meta(other) or {}
         if other != chunks and meta.get("file") != wanted["file"]:
             shutil.rmtree(other, ignore_errors=True)
@@ -181,25 +173,3 @@ def _found(folder: Path, wanted: Mapping[str, Any]) -> _Found | None:
 
 def _columns(found: _Found | None) -> dict[str, np.ndarray]:
     return {} if found is None else found[1]
-
-
-def _prompt_key(options: ManifestOptions, prompts: PromptSettings) -> list[Any]:
-    """What token counts depend on, beside the manifest."""
-    tokenizer = prompts.tokenizer
-    formatter = PromptFormatter(prompts.prompt_format, tokenizer)
-    return [
-        VERSION,
-        *(tokenizer.contents, len(tokenizer), sorted(tokenizer.added_tokens)),
-        tokenizer.text_to_ids(_PROBE_TEXT),
-        *(formatter.name, tokenizer.chat_template, prompts.placeholder_id),
-        [_probed(formatter, count) for count in range(1, len(_PROBE_TURNS) + 1)],
-        {name: value for name, value in asdict(options).items() if name not in _OF_NO_PROMPT},
-    ]
-
-
-def _probed(formatter: PromptFormatter, count: int) -> int | None:
-    """The length of a prompt, which may change with the day if a template writes the date."""
-    try:
-        return len(formatter.encode_dialog(formatter.dialog(_PROBE_TURNS[:count])).input_ids)
-    except PromptError:
-        return None

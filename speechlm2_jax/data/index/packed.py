@@ -4,7 +4,7 @@ import functools
 import os
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.duplex.forms import DuplexForm
 from speechlm2_jax.data.entry_readers import placeholders_of
+from speechlm2_jax.data.index.counts import Counts
 from speechlm2_jax.data.index.folders import digest, state_of_file
 from speechlm2_jax.data.index.mapped_rows import MappedRows
 from speechlm2_jax.data.index.opening import IndexSource, open_index
 from speechlm2_jax.data.index.packed_rows import (
     DIALOGS_TARRED,
+    DUPLEX_SHAR,
     KINDS,
     NEMO_TARRED,
     SHAR,
@@ -28,13 +30,13 @@ from speechlm2_jax.data.index.packed_rows import (
     member_at,
 )
 from speechlm2_jax.data.index.row_columns import (
-    PACKED_TYPES,
+    AGENT_MEMBER,
     SEVERAL_MEMBER_TYPES,
     SEVERAL_TYPES,
     SHARD_TYPES,
+    packed_types,
 )
 from speechlm2_jax.data.index.row_kinds import SHARE_GPT, RowKind
-from speechlm2_jax.data.index.worker import PromptSettings
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.json_lines import json_lines
 from speechlm2_jax.data.manifest_options import ManifestOptions
@@ -50,6 +52,7 @@ class PackedIndex(MappedRows):
     """The rows of shards: columns in mapped memory, and each row as a conversation."""
 
     rows: RowsOfTars
+    kind: RowKind
     has_order: bool
     """Whether the order of shards is drawn anew for each pass, as that of SHAR is."""
 
@@ -63,70 +66,95 @@ class PackedIndex(MappedRows):
         """The row after the last one of each shard."""
         return np.cumsum(self.columns["shard_rows"], dtype=np.int64)
 
-    def conversation(self, row: int) -> Conversation:
+    def conversation(self, row: int) -> Any:
         """The conversation of a row, read from its manifest and the header of its recording."""
         number = int(np.searchsorted(self.shard_ends, row, side="right"))
-        tar, offset = self.rows.shards[number].tar, int(self.columns["offset"][row])
+        tars, offset = self.rows.shards[number].tars, int(self.columns["offset"][row])
+        blocks = self._blocks(row)
         try:
-            members = [member_at(tar, block) for block in self._blocks(row)]
+            both = zip(tars if len(tars) > 1 else tars * len(blocks), blocks, strict=True)
+            members = [member_at(tar, block) for tar, block in both]
         except tarfile.TarError as error:
-            raise SettingsError(f"{tar}: {error}") from error
-        return self.rows.conversation(number, offset, [one for one in members if one is not None])
+            raise SettingsError(f"{', '.join(tars)}: {error}") from error
+        made = self.kind.finished(self.rows.conversation(number, offset, members))
+        if made is None:
+            raise SettingsError("is left out")
+        return made
 
     def _blocks(self, row: int) -> list[int]:
         """Where the recordings of a row begin."""
         if self.columns["clips"][row] < 2:
-            return [int(self.columns["member"][row])]
+            names = (name for name in ("member", AGENT_MEMBER) if name in self.columns)
+            return [int(self.columns[name][row]) for name in names]
         begin, end = np.searchsorted(self.columns["several"], [row, row + 1])
         return self.columns["several_member"][begin:end].tolist()
 
 
 def open_packed(
-    entry: InputConfig, options: ManifestOptions, prompts: PromptSettings
+    entry: InputConfig,
+    options: ManifestOptions,
+    counts: Counts,
+    duplex: DuplexForm | None = None,
 ) -> list[PackedIndex] | None:
     """Opens the indexes of the shards of an entry, which are built first if need be.
 
     None for what is no list of shards with recordings alone: one manifest of several tars, SHAR
     with more fields, and remote tars. Raises SettingsError.
+
+    Args:
+        entry: what is read.
+        options: how its rows become conversations.
+        counts: how their texts are counted.
+        duplex: how they become conversations of two voices.
     """
-    found = _shards_of(entry)
-    if found is None or any(is_remote(shard.tar) for _, shards in found for shard in shards):
+    found = _shards_of(entry, duplex)
+    if found is None:
         return None
-    return [_open(kind, shards, options, prompts) for kind, shards in found]
+    if any(is_remote(tar) for _, shards in found for shard in shards for tar in shard.tars):
+        return None
+    return [_open(replace(kind, duplex=duplex), own, options, counts) for kind, own in found]
 
 
 def _open(
     kind: RowKind,
     shards: tuple[PackedShard, ...],
     options: ManifestOptions,
-    prompts: PromptSettings,
+    counts: Counts,
 ) -> PackedIndex:
     source = IndexSource(
         manifest=shards[0].manifest,
         options=options,
         kind=kind,
         state=partial(_state, shards),
-        columns=(*PACKED_TYPES, *SEVERAL_TYPES, *SEVERAL_MEMBER_TYPES, *SHARD_TYPES),
+        columns=(
+            *packed_types(len(shards[0].tars)),
+            *SEVERAL_TYPES,
+            *SEVERAL_MEMBER_TYPES,
+            *SHARD_TYPES,
+        ),
         shards=shards,
     )
-    opened = open_index(source, prompts)
+    opened = open_index(source, counts)
     return PackedIndex(
         rows=KINDS[kind.name](shards, options, kind),
+        kind=kind,
         columns=opened.columns,
-        has_order=kind.name == SHAR,
+        has_order=kind.name in (SHAR, DUPLEX_SHAR),
         identity=opened.identity,
         folders=opened.folders,
     )
 
 
-def _shards_of(entry: InputConfig) -> list[tuple[RowKind, tuple[PackedShard, ...]]] | None:
+def _shards_of(
+    entry: InputConfig, duplex: DuplexForm | None
+) -> list[tuple[RowKind, tuple[PackedShard, ...]]] | None:
     """The sets of an entry's shards, in the order in which they are read, each with its kind."""
     if entry.shar_path is not None:
-        shards = list(shar_shards(entry.shar_path, (RECORDING,)))
+        shards = list(shar_shards(entry.shar_path, duplex.fields if duplex else (RECORDING,)))
         if any(shard.values for shard in shards):
             return None
-        pairs = [PackedShard(one.cuts, str(one.tars[0].path or "")) for one in shards]
-        return [(RowKind(name=SHAR), tuple(pairs))]
+        packed = [PackedShard(s.cuts, tuple(str(tar.path or "") for tar in s.tars)) for s in shards]
+        return [(RowKind(name=DUPLEX_SHAR if duplex else SHAR), tuple(packed))]
     sets: list[tuple[RowKind, tuple[PackedShard, ...]]] = []
     for manifests, tars in entry.tarred:
         paths, listed = local_files(expand_shards(manifests)), expand_shards(tars)
@@ -139,7 +167,7 @@ def _shards_of(entry: InputConfig) -> list[tuple[RowKind, tuple[PackedShard, ...
             pairs = list(zip(paths, listed, strict=True)) if len(paths) == len(listed) else None
         if pairs is None:
             return None
-        sets.append((kind, tuple(PackedShard(path, packed_file(tar)) for path, tar in pairs)))
+        sets.append((kind, tuple(PackedShard(path, (packed_file(tar),)) for path, tar in pairs)))
     return sets
 
 
@@ -156,9 +184,9 @@ def _tarred_kind(entry: InputConfig, manifests: Sequence[Path]) -> RowKind | Non
 def _state(shards: Sequence[PackedShard]) -> dict[str, Any]:
     """Sizes and times of all files of shards, and a sample of the first manifest."""
     manifests = [os.stat(shard.manifest) for shard in shards]
-    tars = [os.stat(shard.tar) for shard in shards if shard.tar]
+    tars = [os.stat(tar) for shard in shards for tar in shard.tars if tar]
     stamps = [[one.st_size, one.st_mtime_ns] for one in (*manifests, *tars)]
-    names = [[str(shard.manifest), shard.tar] for shard in shards]
+    names = [[str(shard.manifest), *shard.tars] for shard in shards]
     return {
         "bytes": sum(one.st_size + 1 for one in manifests),
         "shards": len(shards),

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from speechlm2_jax.data.audio_location import AudioLocation
-from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.conversations import AnyConversation, Conversation
 from speechlm2_jax.data.cuts import conversation_of_cut, cut_of_row
+from speechlm2_jax.data.duplex.conversations import DuplexConversation
 from speechlm2_jax.data.headers import file_durations_s
 from speechlm2_jax.data.index.row_kinds import RowKind
 from speechlm2_jax.data.index.rows import lines_of
@@ -48,10 +49,16 @@ _TEXTS_KEPT = 16
 
 
 class PackedShard(NamedTuple):
-    """A manifest, and the tar of its recordings; empty where there is none."""
+    """A manifest, and the tars of its recordings."""
 
     manifest: Path
-    tar: str
+    tars: tuple[str, ...]
+    """One, or that of users and that of agents; empty where there is none."""
+
+    @property
+    def tar(self) -> str:
+        """The first one."""
+        return self.tars[0]
 
 
 class PackedRow(NamedTuple):
@@ -59,7 +66,11 @@ class PackedRow(NamedTuple):
 
     offset: int
     """Of its line in the text of the manifest."""
-    conversation: Conversation
+    conversation: AnyConversation
+
+
+Members = Sequence[AudioLocation | None]
+"""The recordings of a row, in order; None: of no tar. Of a row with two tars: one of each."""
 
 
 class RowsOfTars(Protocol):
@@ -79,10 +90,8 @@ class RowsOfTars(Protocol):
         """Those of a shard, in the order of its recordings. Raises SettingsError."""
         ...
 
-    def conversation(
-        self, number: int, offset: int, members: Sequence[AudioLocation]
-    ) -> Conversation:
-        """The row at an offset, whose recordings are members of the tar. Raises SettingsError."""
+    def conversation(self, number: int, offset: int, members: Members) -> AnyConversation:
+        """The row at an offset, whose recordings are members of the tars. Raises SettingsError."""
         ...
 
 
@@ -96,7 +105,7 @@ class TarredRows:
 
     def rows(self, number: int) -> Iterator[PackedRow]:
         """Those of a shard, in the order of its tar."""
-        manifest, tar = self.shards[number]
+        manifest, tar = self.shards[number].manifest, self.shards[number].tar
         check_has_speakers(str(manifest), self.options)
         named = {
             f"{shown(manifest)} line {n}": line for n, line in enumerate(_lines(manifest), start=1)
@@ -106,16 +115,15 @@ class TarredRows:
         for conversation in conversations_of_rows(made, self.options):
             yield PackedRow(named[conversation.where][0], conversation)
 
-    def conversation(
-        self, number: int, offset: int, members: Sequence[AudioLocation]
-    ) -> Conversation:
+    def conversation(self, number: int, offset: int, members: Members) -> AnyConversation:
         """The row at an offset."""
         where = f"{self.shards[number].manifest} at byte {offset}"
         row = object_of_line(where, _line_at(self.shards[number].manifest, offset))
         with located(where):
-            if not members:
+            member = members[0]
+            if member is None:
                 raise SettingsError("has no member of the tar")
-            read = NemoRow(row, lambda _: members[0], is_packed=True)
+            read = NemoRow(row, lambda _: member, is_packed=True)
             return read.conversation(file_durations_s(read.unmeasured_files), self.options, where)
 
 
@@ -127,45 +135,49 @@ class SharRows:
     ) -> None:
         self.shards, self.options = shards, options
         self._storage = current()
+        self._duplex = kind.duplex
+        self._fields = (RECORDING,) if kind.duplex is None else kind.duplex.fields
 
     def rows(self, number: int) -> Iterator[PackedRow]:
         """Those of a shard, in the order of its manifest."""
-        manifest, tar = self.shards[number]
+        manifest, tars = self.shards[number]
         places = {
             f"{shown(manifest)} line {n}": place for n, (place, _) in enumerate(_lines(manifest), 1)
         }
         absence = f"{manifest}: no tar beside it"
-        shard = SharShard(
-            cuts=manifest, tars=(SharTar(Path(tar) if tar else None, absence),), values={}
-        )
-        for one in cuts_of_shard(shard, (RECORDING,), number):
+        packed = tuple(SharTar(Path(tar) if tar else None, absence) for tar in tars)
+        shard = SharShard(cuts=manifest, tars=packed, values={})
+        for one in cuts_of_shard(shard, self._fields, number):
             if (made := self._conversation(one)) is not None:
                 yield PackedRow(places[one.where], made)
 
-    def conversation(
-        self, number: int, offset: int, members: Sequence[AudioLocation]
-    ) -> Conversation:
+    def conversation(self, number: int, offset: int, members: Members) -> AnyConversation:
         """The cut at an offset."""
-        manifest, tar = self.shards[number]
+        manifest, tars = self.shards[number]
         where = f"{manifest} at byte {offset}"
         row = object_of_line(where, _line_at(manifest, offset))
         with located(where), using(self._storage):
-            cut = cut_of_row(row, (), Finder(manifest))
-        packed = PackedRecordings(
-            absence=f"{tar}: not in this tar",
-            tar=tar,
-            members={cut.id: [one.byte_range for one in members[:1] if one.byte_range]},
+            cut = cut_of_row(row, self._fields, Finder(manifest))
+        packed = tuple(
+            PackedRecordings(
+                absence=f"{tar}: not in this tar",
+                tar=tar,
+                members={cut.id: [member.byte_range]} if member and member.byte_range else {},
+            )
+            for tar, member in zip(tars, members, strict=True)
         )
-        one = SharCut(cut=cut, where=where, shard=number, packed=(packed,), number=0)
+        one = SharCut(cut=cut, where=where, shard=number, packed=packed, number=0)
         with using(self._storage):
             made = self._conversation(one)
         if made is None:
-            raise SettingsError(f"{where}: has an unknown speaker")
+            raise SettingsError(f"{where}: is left out")
         return made
 
-    def _conversation(self, one: SharCut) -> Conversation | None:
-        """A cut as a conversation; None for a dialog of unknown speakers, which is left out."""
+    def _conversation(self, one: SharCut) -> AnyConversation | None:
+        """A cut as a conversation; None for one that is left out, as of unknown speakers."""
         with located(one.where):
+            if self._duplex is not None:
+                return self._duplex.of_cut(one)
             clip = clip_of(one, self.options.channel)
             try:
                 return conversation_of_cut(
@@ -186,7 +198,7 @@ class DialogRows:
 
     def rows(self, number: int) -> Iterator[PackedRow]:
         """Those of a shard, in the order of its manifest."""
-        manifest, tar = self.shards[number]
+        manifest, tar = self.shards[number].manifest, self.shards[number].tar
         lines = enumerate(_lines(manifest), start=1)
         places = {f"{shown(manifest)} line {n}": place for n, (place, _) in lines}
         made = dialogs_of_tar(
@@ -195,9 +207,7 @@ class DialogRows:
         for conversation in conversations_of_rows(made, self.options):
             yield PackedRow(places[conversation.where], conversation)
 
-    def conversation(
-        self, number: int, offset: int, members: Sequence[AudioLocation]
-    ) -> Conversation:
+    def conversation(self, number: int, offset: int, members: Members) -> AnyConversation:
         """The dialog at an offset, whose recordings are in the order of its turns."""
         where, left = f"{self.shards[number].manifest} at byte {offset}", iter(members)
         row = object_of_line(where, _line_at(self.shards[number].manifest, offset))
@@ -210,27 +220,38 @@ class DialogRows:
         return made
 
 
-def _next(members: Iterator[AudioLocation]) -> AudioLocation:
+def _next(members: Iterator[AudioLocation | None]) -> AudioLocation:
     if (member := next(members, None)) is None:
         raise SettingsError("has more recordings than when it was indexed")
     return member
 
 
-NEMO_TARRED, SHAR = "nemo_tarred", "shar"
+NEMO_TARRED, SHAR, DUPLEX_SHAR = "nemo_tarred", "shar", "duplex_shar"
 DIALOGS_TARRED, SHARE_GPT_TARRED = "dialogs_tarred", "share_gpt_tarred"
 KINDS: Mapping[str, Callable[[Sequence[PackedShard], ManifestOptions, RowKind], RowsOfTars]] = {
     NEMO_TARRED: TarredRows,
     SHAR: SharRows,
+    DUPLEX_SHAR: SharRows,
     DIALOGS_TARRED: DialogRows,
     SHARE_GPT_TARRED: DialogRows,
 }
 """What reads shards of a kind."""
 
 
-def member_numbers(conversation: Conversation) -> list[int]:
-    """The 512-byte block of a tar at which each recording of a row begins; 0: of no tar."""
-    ranges = (clip.byte_range for clip in conversation.clips)
-    return [0 if one is None else one[0] // BLOCK_BYTES for one in ranges]
+def member_numbers(conversation: AnyConversation, tars: Sequence[str]) -> list[int]:
+    """The 512-byte block of a tar at which each recording of a row begins; 0: of no tar.
+
+    Of two voices: one for each tar.
+    """
+    if isinstance(conversation, DuplexConversation):
+        ranges = {clip.path: clip.byte_range for clip in (conversation.source, conversation.target)}
+        return [_block_of(ranges.get(tar)) for tar in tars]
+    assert isinstance(conversation, Conversation)
+    return [_block_of(clip.byte_range) for clip in conversation.clips]
+
+
+def _block_of(byte_range: tuple[int, int] | None) -> int:
+    return 0 if byte_range is None else byte_range[0] // BLOCK_BYTES
 
 
 def member_at(tar: str, number: int) -> AudioLocation | None:

@@ -3,21 +3,21 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from jaxtyping import Int
 
 from speechlm2_jax.batches import FrameCount
 from speechlm2_jax.console import phase
 from speechlm2_jax.data.bucketing import Bucket, BucketPlan
 from speechlm2_jax.data.index.contents import IndexedContents, IndexedRows, Part
 from speechlm2_jax.data.index.counting import BUCKET, CLIPS, LENGTH, POSITIONS, ROW
+from speechlm2_jax.data.index.counts import VERSION
 from speechlm2_jax.data.index.folders import digest, locked, prune, told_of_full_disk, writable
-from speechlm2_jax.data.index.frame_table import FrameTable
+from speechlm2_jax.data.index.lengths import LengthsOfRows
 from speechlm2_jax.data.index.list_rows import ListRows
-from speechlm2_jax.data.index.opening import VERSION
 from speechlm2_jax.data.index.packed import PackedIndex
-from speechlm2_jax.data.index.salm_columns import SalmColumns, longest_samples
 from speechlm2_jax.data.index.storage import (
     ColumnError,
     new_folder,
@@ -26,13 +26,10 @@ from speechlm2_jax.data.index.storage import (
     write_meta,
 )
 from speechlm2_jax.data.index.survey import MeasureRows, Survey, survey
-from speechlm2_jax.data.prompts import PromptFormatter
-from speechlm2_jax.data.salm_contents import placeholder_of, salm_shape
 from speechlm2_jax.settings import SettingsError
 
 if TYPE_CHECKING:
-    from speechlm2_jax.data.prepare import DataSet
-    from speechlm2_jax.data.salm_dataset import SALMDataset
+    from speechlm2_jax.data.prepare import DataKind, DataSet
 
 PLANS_KEPT = 8
 _PLANNED_BY = (
@@ -42,6 +39,30 @@ _PLANNED_BY = (
     *("bucketing_2d_strict_mode", "packed", "packed_tokens", "sums_budget"),
 )
 """Settings that a plan depends on."""
+
+
+class RowMeasures(Protocol):
+    """Measures the rows of one data set."""
+
+    @property
+    def key(self) -> list[Any]:
+        """What lengths depend on, beside rows and settings."""
+        ...
+
+    def measure(self, part: int, start: int, stop: int) -> LengthsOfRows:
+        """The rows of a part from `start` to `stop`."""
+        ...
+
+    def contents(
+        self,
+        *,
+        fields: Sequence[Mapping[str, object]],
+        row: Int[np.ndarray, " N"] | None,
+        count: int,
+        identity: str,
+    ) -> IndexedContents:
+        """What is kept of the rows; `fields` are more of the conversations of each part."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,57 +90,31 @@ class Indexed:
 
 
 def index_data_set(
-    data_set: "DataSet", dataset: "SALMDataset", frame_count: FrameCount, multiple: int
+    data_set: "DataSet", dataset: "DataKind", frame_count: FrameCount, multiple: int
 ) -> Indexed:
     """Plans the buckets of a large data set by its columns, or finds the plan made before.
 
-    Raises SettingsError if the prompt format or the audio tag does not suit the tokenizer.
+    Raises SettingsError for what does not fit together.
     """
     config: Any = data_set.config
-    where = data_set.where
-    formatter = dataset.formatter(config, where)
-    parts, fields, of_source = _parts(data_set, formatter)
-    with_audio = [part for part in parts if part.columns["clips"].any()]
-    tags = {tag for part in with_audio for tag in part.locator_tags}
-    placeholder_id = placeholder_of(tags, dataset.tokenizer, where)
-    if any(not part.token_equivalent_s for part in with_audio):
-        raise SettingsError(
-            f"{where}: set token_equivalent_duration: the seconds of audio per token"
-        )
-    frames = FrameTable(frame_count, longest_samples(with_audio, config.sample_rate))
-    columns = SalmColumns(config=config, frames=frames, has_audio=bool(with_audio))
-    key = [
-        *(VERSION, [part.identity for part in parts], frames.values, multiple),
-        [part.token_equivalent_s for part in parts],
-        {name: getattr(config, name) for name in _PLANNED_BY},
-    ]
-    found, arrays = _surveyed(
-        *(parts, digest(key), config, multiple),
-        lambda source, start, stop: columns.measure(parts[source], start, stop),
-    )
-    contents = IndexedContents(
-        dataset=dataset,
-        config=config,
-        formatter=formatter,
-        parts=parts,
-        fields=fields,
-        frame_count=frame_count,
-        placeholder_id=placeholder_id,
-        row=arrays.get(ROW),
-        count=sum(found.sizes),
-        identity=digest(key),
-    )
+    parts, fields, of_source = _parts(data_set, dataset)
+    rows = dataset.row_measures(parts, config, frame_count, data_set.where)
+    settings = {name: getattr(config, name, None) for name in _PLANNED_BY}
+    key = digest([VERSION, [part.identity for part in parts], rows.key, multiple, settings])
+    found, arrays = _surveyed(parts, key, config, multiple, rows.measure)
+    row, count = arrays.get(ROW), sum(found.sizes)
+    contents = rows.contents(fields=fields, row=row, count=count, identity=key)
     return _planned(contents, found, arrays, of_source)
 
 
 def _planned(
-    contents: IndexedContents,
+    contents: Any,
     found: Survey,
     arrays: Mapping[str, np.ndarray],
     of_source: Sequence[int],
 ) -> Indexed:
-    members, rate = found.members, contents.config.sample_rate
-    buckets = tuple(Bucket(longest=m.longest, shape=salm_shape(m, rate)) for m in members)
+    members = found.members
+    buckets = tuple(Bucket(longest=m.longest, shape=contents.shape(m)) for m in members)
     pairs = zip(buckets, members, strict=True)
     is_tight = any(b.shape.clips < m.rows * m.most_clips_up_to for b, m in pairs)
     sizes = np.zeros(max(of_source, default=-1) + 1, np.int64)
@@ -173,7 +168,7 @@ def _shard_ends(part: Part) -> np.ndarray:
 
 
 def _parts(
-    data_set: "DataSet", formatter: PromptFormatter
+    data_set: "DataSet", dataset: "DataKind"
 ) -> tuple[tuple[Part, ...], tuple[Mapping[str, object], ...], list[int]]:
     """The parts of all sources, more fields of their conversations, and the source of each."""
     parts: list[Part] = []
@@ -181,11 +176,14 @@ def _parts(
     of_source: list[int] = []
     for number, source in enumerate(data_set.sources):
         rows = source.conversations
+        is_indexed = isinstance(rows, IndexedRows)
         own: Sequence[Part] = (
-            rows.manifests if isinstance(rows, IndexedRows) else [ListRows.of(rows, formatter)]
+            rows.manifests
+            if is_indexed
+            else [dataset.list_rows(rows, data_set.config, data_set.where)]
         )
         parts += own
-        fields += [rows.fields if isinstance(rows, IndexedRows) else {}] * len(own)
+        fields += [rows.fields if is_indexed else {}] * len(own)
         of_source += [number] * len(own)
     return tuple(parts), tuple(fields), of_source
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from speechlm2_jax.data.conversations import AudioTurn, Conversation
+from speechlm2_jax.data.conversations import AudioTurn, Conversation, Timed
 from speechlm2_jax.data.prompts import OUTPUT_ROLE, PromptLengths
 
 SKIPPED = 1
@@ -29,6 +29,8 @@ PACKED_TYPES = {
 }
 """The same of a row whose recording is packed: the 512-byte block of its tar in place of the length
 of its line."""
+AGENT_MEMBER = "agent_member"
+"""The same in the tar of the agents' recordings, where there are two tars."""
 SHARD_TYPES = {"shard_rows": np.dtype("<u4")}
 """Rows of each shard."""
 SEVERAL_TYPES = {"several": np.dtype("<u8"), "several_s": np.dtype("<f8")}
@@ -43,23 +45,32 @@ PROMPT_TYPES = {
 """Tokens of the whole prompt and of what is before its last turn."""
 
 
+def packed_types(tars: int) -> dict[str, np.dtype]:
+    """The columns of rows of shards that have so many tars each."""
+    names = list(PACKED_TYPES)
+    if tars > 1:
+        names.insert(names.index("member") + 1, AGENT_MEMBER)
+    return {name: PACKED_TYPES.get(name, PACKED_TYPES["member"]) for name in names}
+
+
 def row_columns(
-    places: Sequence[tuple[int, int]],
-    conversations: Sequence[Conversation | None],
+    places: Sequence[tuple[int, ...]],
+    conversations: Sequence[Timed | None],
     types: Mapping[str, np.dtype] = ROW_TYPES,
 ) -> dict[str, np.ndarray]:
     """The columns of `types` and SEVERAL_TYPES; rows of the latter count from 0.
 
     Args:
-        places: offset of each line, and its length (`PACKED_TYPES`: the member of its recording).
+        places: the first columns of each row: offset of its line, and its length (`packed_types`:
+            the members of its recordings).
         conversations: of each line; None for one without.
         types: those of rows.
     """
-    clips = [() if one is None else one.clips for one in conversations]
-    several = [(row, clip.duration_s) for row, of in enumerate(clips) if len(of) > 1 for clip in of]
+    clips = [() if one is None else one.clip_durations_s for one in conversations]
+    several = [(row, seconds) for row, of in enumerate(clips) if len(of) > 1 for seconds in of]
     values: dict[str, Sequence[float]] = dict(zip(types, zip(*places, strict=True), strict=False))
     values |= {
-        "duration_s": [0.0 if one is None else one.audio_duration_s for one in conversations],
+        "duration_s": list(map(sum, clips)),
         "clips": list(map(len, clips)),
         "flags": [SKIPPED if one is None else 0 for one in conversations],
         "several": [row for row, _ in several],

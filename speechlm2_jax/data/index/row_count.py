@@ -12,7 +12,7 @@ from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.index.contents import IndexedRows
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.json_lines import is_gzip
-from speechlm2_jax.data.manifest_watch import manifest_files
+from speechlm2_jax.data.manifest_watch import row_files
 from speechlm2_jax.data.paths import local_file
 from speechlm2_jax.data.sources import Source, read_sources
 from speechlm2_jax.settings import SettingsError
@@ -46,7 +46,7 @@ def is_large(config: LoaderConfig, where: str) -> bool:
 
     def count(entry: InputConfig, config: LoaderConfig) -> list[object]:
         nonlocal rows
-        paths = manifest_files(entry) if entry.line_files or entry.has_shards else ()
+        paths = row_files(entry) if entry.line_files or entry.has_shards else ()
         for path in paths:
             if rows < LARGE_ROWS:
                 rows += rows_up_to(local_file(path), LARGE_ROWS - rows)

@@ -6,20 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.data.audio_location import AudioLocation
-from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.conversations import AnyConversation, Conversation
 from speechlm2_jax.data.cuts import clip_of_cut, conversation_of_cut, cut_of_row
+from speechlm2_jax.data.duplex.forms import DuplexForm
 from speechlm2_jax.data.index.folders import digest
 from speechlm2_jax.data.json_lines import object_of_line
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.manifest_rows import DialogRow, Lengths, ManifestRow, NemoRow
 from speechlm2_jax.data.manifest_values import located
 from speechlm2_jax.data.paths import Finder
+from speechlm2_jax.data.shar import SharCut
 from speechlm2_jax.data.share_gpt import ShareGptRow, finder_of
 from speechlm2_jax.data.spoken_dialogs import UnknownSpeakerError
+from speechlm2_jax.data.storage.access import using
 from speechlm2_jax.data.text_readers import chat_of_object, text_of_line, text_of_object
 from speechlm2_jax.settings import SettingsError, decode_text
 
 NEMO, DIALOGS, CUTS, SHARE_GPT = "nemo", "dialogs", "cuts", "share_gpt"
+DUPLEX_CUTS = "duplex_cuts"
 TXT, TXT_JSONL, SFT = "txt", "txt_jsonl", "nemo_sft_jsonl"
 
 
@@ -32,6 +36,8 @@ class RowKind:
     """Of ShareGPT: what stands for a recording in a text."""
     audio_root: str | None = None
     """Of ShareGPT: the folder of relative paths; None: that of the file."""
+    duplex: DuplexForm | None = None
+    """Of two voices: how rows become conversations of them."""
 
     def key(self, options: ManifestOptions) -> str:
         """Changes with what places and durations of rows depend on, beside the files."""
@@ -42,12 +48,17 @@ class RowKind:
             own = [options.text_field]
         elif options.roles is not None:
             own = [options.roles.users, options.roles.assistants]
+        own += self.duplex.key if self.duplex else []
         return f"{self.name}-{digest(own)}" if own else self.name
 
     @property
     def has_recordings(self) -> bool:
         """Whether rows name recordings."""
-        return self.name in (NEMO, DIALOGS, CUTS, SHARE_GPT)
+        return self.name in (NEMO, DIALOGS, CUTS, SHARE_GPT, DUPLEX_CUTS)
+
+    def finished(self, made: AnyConversation | None) -> Any:
+        """What a row that was read becomes: of two voices, if it is to be so."""
+        return made if self.duplex is None or made is None else self.duplex.finished(made)
 
 
 class RowMaker:
@@ -98,6 +109,13 @@ class RowMaker:
         """A Lhotse cut."""
         return _CutRow(row, self._finder)
 
+    def duplex_cut(self, row: dict[str, Any], where: str) -> ManifestRow:
+        """A Lhotse cut of two voices."""
+        assert self._kind.duplex is not None
+        with using(self._finder.storage):
+            cut = cut_of_row(row, self._kind.duplex.fields, self._finder)
+            return _Made(self._kind.duplex.of_cut(SharCut(cut=cut, where=where)))
+
     def share_gpt(self, row: dict[str, Any], where: str) -> ManifestRow:
         """Turns of texts with placeholders."""
         return ShareGptRow(row, self.find, self._kind.placeholders)
@@ -116,6 +134,7 @@ _MAKERS: Mapping[str, Maker] = {
     NEMO: RowMaker.nemo,
     DIALOGS: RowMaker.dialog,
     CUTS: RowMaker.cut,
+    DUPLEX_CUTS: RowMaker.duplex_cut,
     SHARE_GPT: RowMaker.share_gpt,
     TXT: RowMaker.text,
     TXT_JSONL: RowMaker.text,
@@ -125,14 +144,12 @@ _MAKERS: Mapping[str, Maker] = {
 
 @dataclass
 class _Made:
-    """A row without recordings."""
+    """A row without recordings, or none whose headers are read."""
 
-    made: Conversation | None
+    made: Any
     unmeasured_files: tuple[AudioLocation, ...] = ()
 
-    def conversation(
-        self, lengths: Lengths, options: ManifestOptions, where: str
-    ) -> Conversation | None:
+    def conversation(self, lengths: Lengths, options: ManifestOptions, where: str) -> Any:
         return self.made
 
 

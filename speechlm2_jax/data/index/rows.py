@@ -4,15 +4,18 @@ import codecs
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.cuts import is_whole
+from speechlm2_jax.data.duplex.forms import DuplexForm
 from speechlm2_jax.data.entry_readers import placeholders_of
 from speechlm2_jax.data.headers import file_durations_s
 from speechlm2_jax.data.index.row_kinds import (
     CUTS,
     DIALOGS,
+    DUPLEX_CUTS,
     NEMO,
     SFT,
     SHARE_GPT,
@@ -54,9 +57,7 @@ class RowReader:
             with suppress(SettingsError):  # told when the row's turn comes
                 self._rows.of_object(where, row)
 
-    def conversations(
-        self, lines: Iterable[Line], *, with_lengths: bool = True
-    ) -> list[Conversation | None]:
+    def conversations(self, lines: Iterable[Line], *, with_lengths: bool = True) -> list[Any]:
         """The conversation of each line; None for a blank one and one to be skipped.
 
         Without lengths no header of a recording is read, and durations may be wrong. Raises
@@ -65,11 +66,11 @@ class RowReader:
         rows = [(where, self._parsed(where, line)) for where, line in lines]
         names = [name for _, row in rows if row is not None for name in row.unmeasured_files]
         lengths = file_durations_s(names) if with_lengths else dict.fromkeys(names, 1.0)
-        made: list[Conversation | None] = []
+        made: list[Any] = []
         for where, row in rows:
             with located(where):
                 one = None if row is None else row.conversation(lengths, self.options, where)
-            made.append(one)
+                made.append(self.kind.finished(one))
         return made
 
     def _parsed(self, where: str, line: bytes) -> ManifestRow | None:
@@ -78,21 +79,25 @@ class RowReader:
         return self._rows(where, line)
 
 
-def readers_of(entry: InputConfig, options: ManifestOptions) -> list[RowReader] | None:
+def readers_of(
+    entry: InputConfig, options: ManifestOptions, duplex: DuplexForm | None = None
+) -> list[RowReader] | None:
     """What reads the lines of each file of an entry; None if any has no lines that can be read.
 
     Those are read as a whole, and their errors told, where they are small.
     """
     readers: list[RowReader] = []
     for path in local_files(expand_shards(entry.line_files)):
-        kind = _kind_of(entry, path, options) if can_index(path) else None
+        kind = _kind_of(entry, path, options, duplex) if can_index(path) else None
         if kind is None:
             return None
-        readers.append(RowReader(path, options, kind))
+        readers.append(RowReader(path, options, replace(kind, duplex=duplex)))
     return readers or None
 
 
-def _kind_of(entry: InputConfig, path: Path, options: ManifestOptions) -> RowKind | None:
+def _kind_of(
+    entry: InputConfig, path: Path, options: ManifestOptions, duplex: DuplexForm | None
+) -> RowKind | None:
     """What the lines of a file are: by its type, or by the first line."""
     if entry.type in (TXT, TXT_JSONL, SFT):
         return RowKind(name=entry.type)
@@ -102,6 +107,8 @@ def _kind_of(entry: InputConfig, path: Path, options: ManifestOptions) -> RowKin
         )
     if is_whole(path):
         return None
+    if duplex is not None and duplex.reads_cuts:
+        return RowKind(name=DUPLEX_CUTS)
     try:
         _, row = next(json_lines(path), ("", {}))
     except SettingsError:

@@ -11,13 +11,12 @@ from jaxtyping import Float, Int
 from speechlm2_jax.data.bins import bin_of
 from speechlm2_jax.data.bucketing import Measures
 from speechlm2_jax.data.config import DataLoaderConfig
-from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.index.frame_table import FrameTable
+from speechlm2_jax.data.index.lengths import LengthsOfRows, first_causes, samples_of
 from speechlm2_jax.data.index.row_columns import (
     ENDS_IN_AUDIO,
     HAS_RESPONSE,
     NO_RESPONSE,
-    SKIPPED,
     WRONG_PLACEHOLDERS,
 )
 
@@ -31,10 +30,8 @@ CAUSES = (
     "tokens_per_token",
 )
 """As in `SalmContents.tests`; the first that holds counts."""
-_UNREAD = ("several", "several_s", "several_member", "offset", "length", "member", "shard_rows")
-"""Columns that are not of each row, or of places."""
-KEPT, NOT_A_ROW = 0, 255
-"""What else `LengthsOfRows.cause` may be; the number of a cause counts from 1."""
+_READ = ("duration_s", "clips", "flags", "tokens", "context", "prompt_flags")
+"""Columns that lengths follow from."""
 
 
 class Rows(Protocol):
@@ -50,24 +47,7 @@ class Rows(Protocol):
         """Seconds of audio that count as one token."""
         ...
 
-    def conversation(self, row: int) -> Conversation:
-        """The conversation of a row that is not skipped."""
-        ...
-
     def __len__(self) -> int: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class LengthsOfRows:
-    """Lengths of consecutive rows."""
-
-    measures: Measures
-    cause: Int[np.ndarray, " n"]
-    """Why a row is left out."""
-    seconds: Float[np.ndarray, " n"]
-    """Of the longest recording."""
-    tokens: Int[np.ndarray, " n"]
-    """Of the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +81,7 @@ class SalmColumns:
         )
         return LengthsOfRows(
             measures=measures,
+            causes=CAUSES,
             cause=self._causes(columns, measures.length),
             seconds=samples / rate,
             tokens=tokens,
@@ -125,12 +106,7 @@ class SalmColumns:
             ratio = (columns["tokens"] - columns["context"]) / np.maximum(columns["context"], 1)
             is_far = (ratio < config.min_tpt) | (ratio > config.largest_tpt)
             is_left_out["tokens_per_token"] = (flags & HAS_RESPONSE > 0) & is_far
-        cause = np.zeros(len(length), np.uint8)
-        for number in range(len(CAUSES), 0, -1):
-            if (mask := is_left_out.get(CAUSES[number - 1])) is not None:
-                cause[mask] = number
-        cause[columns["flags"] & SKIPPED > 0] = NOT_A_ROW
-        return cause
+        return first_causes(CAUSES, is_left_out, columns["flags"])
 
 
 def token_lengths(
@@ -142,11 +118,7 @@ def token_lengths(
 
 
 def _columns_of(rows: Rows, start: int, stop: int) -> dict[str, np.ndarray]:
-    return {
-        name: np.asarray(column[start:stop])
-        for name, column in rows.columns.items()
-        if name not in _UNREAD
-    }
+    return {name: np.asarray(rows.columns[name][start:stop]) for name in _READ}
 
 
 def _token_lengths(
@@ -161,11 +133,6 @@ def _token_lengths(
         last[of.rows] = np.where(is_last, tokens_of[of.last], 0)
     inputs = columns["context"].astype(np.int64) + extra - last
     return inputs, columns["tokens"].astype(np.int64) + extra
-
-
-def samples_of(duration_s: Float[np.ndarray, " n"], rate_hz: int) -> Int[np.ndarray, " n"]:
-    """`AudioClip.samples` of many."""
-    return np.floor(np.round(duration_s * rate_hz, 6) + 0.5).astype(np.int64)
 
 
 def longest_samples(rows: Sequence[Rows], rate_hz: int) -> int:

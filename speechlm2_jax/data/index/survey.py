@@ -11,7 +11,7 @@ import numpy as np
 from speechlm2_jax.data.bucketing import Measures, Members, bucket_edges
 from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.index.counting import Counter, Totals
-from speechlm2_jax.data.index.salm_columns import KEPT, LengthsOfRows
+from speechlm2_jax.data.index.lengths import KEPT, LengthsOfRows
 from speechlm2_jax.data.outliers import FLOORS, far_out
 from speechlm2_jax.data.packing import packed_edges, packs
 from speechlm2_jax.data.read_ahead import read_ahead

@@ -160,6 +160,10 @@ class WindowSampler:
             carried = plan.carried
         return np.concatenate(found)
 
+    def first_rows(self) -> Int[np.ndarray, " n"]:
+        """The rows of the batches of the first window of a run."""
+        return self.window(0, 0, self.nothing).rows
+
     def batches_per_pass(self) -> tuple[int, bool]:
         """The batches of an epoch, and whether they are estimated from those of a window."""
         plan, total = self.window(0, 0, self.nothing), self.order.total

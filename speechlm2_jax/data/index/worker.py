@@ -27,36 +27,24 @@ from typing import BinaryIO
 
 import numpy as np
 
-from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.index.counts import Count, Counts
 from speechlm2_jax.data.index.packed_rows import KINDS, PackedRow, PackedShard, member_numbers
 from speechlm2_jax.data.index.row_columns import (
-    PACKED_TYPES,
     SEVERAL_MEMBER_TYPES,
     SHARD_TYPES,
-    prompt_columns,
+    packed_types,
     row_columns,
 )
 from speechlm2_jax.data.index.row_kinds import RowKind
 from speechlm2_jax.data.index.rows import RowReader, lines_of
 from speechlm2_jax.data.index.texts import Text, open_text
 from speechlm2_jax.data.manifest_options import ManifestOptions
-from speechlm2_jax.data.prompts import PromptError, PromptFormatter, PromptLengths
 from speechlm2_jax.data.storage.access import StorageAccess, current, using
-from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.settings import SettingsError
 
 _ROWS_AT_ONCE = 2048
 _COUNTED_BYTES = 1 << 24
 _LINE_BYTES = 1 << 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptSettings:
-    """How conversations become token ids."""
-
-    tokenizer: Tokenizer
-    prompt_format: str | None
-    placeholder_id: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +61,8 @@ class Job:
     """Of packed recordings; none: of a manifest alone."""
     with_rows: bool
     """Whether places and durations are wanted."""
-    prompts: PromptSettings | None
-    """Whether token counts are."""
+    counts: Counts | None
+    """How texts are counted; None: they are not."""
     storage: StorageAccess = field(default_factory=current)
     """What may be read."""
 
@@ -82,13 +70,12 @@ class Job:
 class ChunkReader(abc.ABC):
     """Reads stretches of what a job asks for.
 
-    Raises SettingsError if the prompt format does not suit the tokenizer.
+    Raises SettingsError for counts whose settings contradict each other.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        prompts = job.prompts
-        self._formatter = prompts and PromptFormatter(prompts.prompt_format, prompts.tokenizer)
+        self._count: Count = _nothing if job.counts is None else job.counts.counter()
 
     def read(self, start: int, end: int) -> dict[str, np.ndarray]:
         """The columns of the rows of a stretch, one chunk after the other.
@@ -107,19 +94,6 @@ class ChunkReader(abc.ABC):
     def _chunks(self, start: int, end: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
         """Columns of some rows at a time, and how many these are; at least one, maybe of none."""
         ...
-
-    def _prompt_columns(
-        self, conversations: Sequence[Conversation | None]
-    ) -> dict[str, np.ndarray]:
-        """The columns of their prompts, if they are wanted."""
-        if self._formatter is None or self._job.prompts is None:
-            return {}
-        present = [one for one in conversations if one is not None]
-        lengths = prompt_lengths(present, self._formatter, self._job.prompts.placeholder_id)
-        rest = iter(lengths)
-        return prompt_columns(
-            conversations, [None if one is None else next(rest) for one in conversations]
-        )
 
 
 class LinesReader(ChunkReader):
@@ -153,7 +127,7 @@ class LinesReader(ChunkReader):
         name = self._job.manifest
         lines = [(f"{name} line {n}", line) for n, (_, line) in enumerate(chunk, start=first)]
         made = self._rows.conversations(lines, with_lengths=self._job.with_rows)
-        columns = self._prompt_columns(made)
+        columns = self._count(made)
         if self._job.with_rows:
             columns |= row_columns([(offset, len(line)) for offset, line in chunk], made)
         return columns
@@ -171,48 +145,42 @@ class ShardsReader(ChunkReader):
 
     def _chunks(self, start: int, end: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
         first, after = bisect_left(self._begins, start), bisect_left(self._begins, end)
-        yield self._columns([]), 0
+        yield self._columns(0, []), 0
         for number in range(first, after):
             rows, count = self._rows.rows(number), 0
             while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-                yield self._columns(chunk), len(chunk)
+                yield self._columns(number, chunk), len(chunk)
                 count += len(chunk)
-            yield self._columns([], [count]), 0
+            yield self._columns(number, [], [count]), 0
 
     def _columns(
-        self, chunk: Sequence[PackedRow], shard_rows: Sequence[int] = ()
+        self, number: int, chunk: Sequence[PackedRow], shard_rows: Sequence[int] = ()
     ) -> dict[str, np.ndarray]:
-        made = [row.conversation for row in chunk]
-        columns = self._prompt_columns(made)
+        """The columns of rows of a shard, and the numbers of rows of some shards."""
+        kind, tars = self._job.kind, self._job.shards[number].tars
+        made = [kind.finished(row.conversation) for row in chunk]
+        columns = self._count(made)
         if self._job.with_rows:
-            members = [member_numbers(one) for one in made]
+            members = [member_numbers(one, tars) for one in made]
+            is_one_each = kind.duplex is not None
             places = [
-                (row.offset, of[0] if of else 0) for row, of in zip(chunk, members, strict=True)
+                (row.offset, *(of if is_one_each else of[:1] or [0]))
+                for row, of in zip(chunk, members, strict=True)
             ]
-            several = [number for of in members if len(of) > 1 for number in of]
-            columns |= row_columns(places, made, PACKED_TYPES)
-            columns |= {n: np.asarray(several, kind) for n, kind in SEVERAL_MEMBER_TYPES.items()}
-            columns |= {name: np.asarray(shard_rows, kind) for name, kind in SHARD_TYPES.items()}
+            several = [] if is_one_each else [n for of in members if len(of) > 1 for n in of]
+            columns |= row_columns(places, made, packed_types(len(tars)))
+            columns |= {n: np.asarray(several, of) for n, of in SEVERAL_MEMBER_TYPES.items()}
+            columns |= {n: np.asarray(shard_rows, of) for n, of in SHARD_TYPES.items()}
         return columns
+
+
+def _nothing(conversations: Sequence[object]) -> dict[str, np.ndarray]:
+    return {}
 
 
 def reader_of(job: Job) -> ChunkReader:
     """What reads the stretches of a job."""
     return ShardsReader(job) if job.shards else LinesReader(job)
-
-
-def prompt_lengths(
-    conversations: list[Conversation], formatter: PromptFormatter, placeholder_id: int
-) -> list[PromptLengths]:
-    """The lengths of the prompts of conversations. Raises PromptError, naming the conversation."""
-    try:
-        dialogs = [formatter.dialog(one.messages()) for one in conversations]
-        return formatter.lengths(dialogs, placeholder_id)
-    except PromptError as error:
-        if len(conversations) == 1:
-            raise PromptError(f"conversation {conversations[0].id!r}: {error}") from error
-        parts = (prompt_lengths([one], formatter, placeholder_id) for one in conversations)
-        return [length for part in parts for length in part]
 
 
 def save_chunk(path: Path, columns: dict[str, np.ndarray]) -> None:

@@ -13,7 +13,7 @@ from speechlm2_jax.data.duplex.config import DuplexDataConfig, DuplexLoaderConfi
 from speechlm2_jax.data.duplex.contents import check_roles
 from speechlm2_jax.data.duplex.conversations import DuplexConversation
 from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
-from speechlm2_jax.data.duplex.readers import read_duplex_cuts, read_duplex_shar
+from speechlm2_jax.data.duplex.readers import read_duplex
 from speechlm2_jax.data.paths import plain_path
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.evaluation.inputs import AUDIO_HINT, Utterance, left_out, missing, recordings
@@ -120,12 +120,12 @@ def check_speakers(
 def _read_sources(path: Path) -> Sequence[DuplexConversation | Utterance]:
     try:
         if os.path.isdir(path) and any(path.glob("cuts.*")):
-            return list(read_duplex_shar(path, None))
+            return list(read_duplex(path))
         if (files := recordings(path)) is not None:
             return files
         if path.suffix not in _MANIFESTS:
             raise SettingsError(f"{path} is neither audio nor Lhotse cuts: {AUDIO_HINT}")
-        return list(read_duplex_cuts(path, None))
+        return list(read_duplex(None, [path]))
     except SettingsError as error:
         raise SettingsError(f"inputs: {error}") from error
 
