@@ -7,7 +7,7 @@ order is that of the tars, as in NeMo, which reads them from front to end.
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,8 +223,8 @@ def tar_shards(manifests: list[Path], tars: list[str]) -> Iterator[Shard]:
 
 def shards_of_one_manifest(manifest: Path, tars: list[str]) -> Iterator[Shard]:
     """Tars with their rows, which have one manifest. Raises SettingsError for others."""
-    by_number, rows = _numbered(tars, _TAR_NUMBER, "audio_0.tar"), rows_by_shard(manifest)
-    _check_numbers(by_number, rows, f"shard_id of rows in {manifest}")
+    by_number, rows = numbered_tars(tars), rows_by_shard(manifest)
+    check_numbers(by_number, rows, manifest)
     for number in sorted(by_number):
         yield Shard(by_number[number], manifest, rows[number])
 
@@ -242,10 +242,15 @@ def pairs_of_shards(manifests: list[str], tars: list[str]) -> list[tuple[str, st
     """The same of paths or addresses."""
     if len(manifests) == 1:
         return [(manifests[0], tars[0])] if len(tars) == 1 else None
-    by_number = _numbered(tars, _TAR_NUMBER, "audio_0.tar")
+    by_number = numbered_tars(tars)
     paths = _numbered(manifests, _MANIFEST_NUMBER, "manifest_0.json")
     _check_numbers(by_number, paths, "names of the manifests")
     return [(paths[number], by_number[number]) for number in sorted(by_number)]
+
+
+def numbered_tars(tars: list[str]) -> dict[int, str]:
+    """Tars by the number of their shard. Raises SettingsError for one that has none."""
+    return _numbered(tars, _TAR_NUMBER, "audio_0.tar")
 
 
 def _numbered(paths: list[str], pattern: re.Pattern[str], example: str) -> dict[int, str]:
@@ -265,15 +270,25 @@ def rows_by_shard(manifest: Path) -> dict[int, list[Row]]:
     """The rows of one manifest for several tars, by their `shard_id`."""
     rows: defaultdict[int, list[Row]] = defaultdict(list)
     for where, row in json_lines(manifest):
-        number = row.get("shard_id")
-        if not isinstance(number, int) or isinstance(number, bool):
-            wrong = missing_key(row, "shard_id") if number is None else f"got {shown(number)}"
-            raise SettingsError(f"{where}: one manifest of several tars needs shard_id: {wrong}")
-        rows[number].append((where, row))
+        rows[shard_of_row(where, row)].append((where, row))
     return rows
 
 
-def _check_numbers(tars: Mapping[int, str], others: Mapping[int, object], what: str) -> None:
+def shard_of_row(where: str, row: Mapping[str, Any]) -> int:
+    """The shard of a row. Raises SettingsError, naming `where`, for one that names none."""
+    number = row.get("shard_id")
+    if not isinstance(number, int) or isinstance(number, bool):
+        wrong = missing_key(row, "shard_id") if number is None else f"got {shown(number)}"
+        raise SettingsError(f"{where}: one manifest of several tars needs shard_id: {wrong}")
+    return number
+
+
+def check_numbers(tars: Mapping[int, str], rows: Collection[int], manifest: Path) -> None:
+    """Raises SettingsError unless the rows of a manifest are of the shards of its tars."""
+    _check_numbers(tars, rows, f"shard_id of rows in {manifest}")
+
+
+def _check_numbers(tars: Mapping[int, str], others: Collection[int], what: str) -> None:
     """Raises SettingsError unless both have the same shards."""
     if set(tars) != set(others):
         lone, without = sorted(set(tars) - set(others)), sorted(set(others) - set(tars))

@@ -1,5 +1,7 @@
 """An index of shards gives the rows, samples and order that reading all of them gives."""
 
+import gzip
+import json
 import shutil
 from dataclasses import replace
 from itertools import islice
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from speechlm2_jax.data import DataModule, SALMDataset
-from speechlm2_jax.data.index import build, row_count
+from speechlm2_jax.data.index import build, row_count, texts
 from speechlm2_jax.data.index.contents import IndexedContents
 from speechlm2_jax.settings import SettingsError
 from tests.data_pipeline.small_corpus import TAG, frames, wav_bytes, write_lines, write_tar
@@ -47,6 +49,32 @@ def tarred(tmp_path):
     }
 
 
+def _one_manifest(tarred, tmp_path, suffix):
+    """Three of the same tars with one manifest, whose rows are mixed."""
+    rows = [
+        {**json.loads(line), "shard_id": shard}
+        for shard in (2, 0, 1)
+        for line in (tmp_path / f"manifest_{shard}.jsonl").read_text().splitlines()
+    ]
+    lines = [json.dumps(row) + "\n" for row in rows[::2] + rows[1::2]]
+    text = "\n".join(lines).encode()
+    path = tmp_path / f"all.jsonl{suffix}"
+    path.write_bytes(gzip.compress(text) if suffix else text)
+    tars = f"{tmp_path}/audio__OP_0..2_CL_.tar"
+    return {**tarred, "manifest_filepath": str(path), "tarred_audio_filepaths": tars}
+
+
+@pytest.fixture
+def one_manifest(tarred, tmp_path):
+    return _one_manifest(tarred, tmp_path, "")
+
+
+@pytest.fixture
+def compressed(tarred, tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "SPACING_BYTES", 100)
+    return _one_manifest(tarred, tmp_path, ".gz")
+
+
 @pytest.fixture
 def shar(tmp_path):
     """A copy of SHAR, beside which an index may lie."""
@@ -72,7 +100,7 @@ def with_index(monkeypatch):
     return lambda: monkeypatch.setattr(row_count, "LARGE_ROWS", 1)
 
 
-@pytest.mark.parametrize("kind", ["tarred", "shar"])
+@pytest.mark.parametrize("kind", ["tarred", "shar", "one_manifest", "compressed"])
 def test_rows_and_order_are_those_of_reading_all_shards(kind, request, tokenizer, with_index):
     entry = request.getfixturevalue(kind)
     whole = module_of(tokenizer, entry, shard_seed=5)
@@ -134,6 +162,34 @@ def test_shards_are_shared_out_to_chunks(tarred, tokenizer, with_index, monkeypa
     for name, column in part.columns.items():
         np.testing.assert_array_equal(column, columns[name], err_msg=name)
     assert part.shard_ends.tolist() == [6, 11, 17, 17]
+
+
+def test_rows_of_one_manifest_need_a_shard_and_are_noticed_when_they_change(
+    one_manifest, tokenizer, with_index, monkeypatch
+):
+    with_index()
+    monkeypatch.setattr(build, "CHUNK_BYTES", (150, 150))
+    path = Path(one_manifest["manifest_filepath"])
+    assert len(module_of(tokenizer, one_manifest).prepared().contents) == 17
+    text = path.read_text()
+    path.write_text(text.replace('"shard_id": 2', '"shard_id": 7'))
+    with pytest.raises(SettingsError, match="only in the tars: .2., only in the others: .7."):
+        module_of(tokenizer, one_manifest)
+    path.write_text(text.replace(', "shard_id": 0', "", 1))
+    with pytest.raises(SettingsError, match=r"all.jsonl line \d+: one manifest of several tars"):
+        module_of(tokenizer, one_manifest)
+    path.write_text(text.replace("text of 00", "words of 00"))
+    contents = module_of(tokenizer, one_manifest).prepared().contents
+    assert contents[0].response in ("words of 00.wav", "text of long-sub1.wav")
+    assert "words of 00.wav" in [contents[n].response for n in range(6)]
+
+
+def test_newlines_in_tars_are_no_rows(tarred, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(row_count, "LARGE_ROWS", 40)
+    noise = [(f"0{n}.wav", wav_bytes(0.5 + 0.1 * n, 0.1)) for n in range(4)]
+    write_tar(tmp_path / "audio_0.tar", [*noise, ("long.wav", wav_bytes(2.0) + b"\n" * 99)])
+    module_of(tokenizer, tarred)
+    assert not list(tmp_path.glob("*.index"))
 
 
 def test_a_window_of_a_sharded_order_is_that_of_the_whole_pass(shar, tokenizer, with_index):

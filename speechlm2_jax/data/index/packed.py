@@ -18,17 +18,16 @@ from speechlm2_jax.data.index.counts import Counts
 from speechlm2_jax.data.index.folders import digest, state_of_file
 from speechlm2_jax.data.index.mapped_rows import MappedRows
 from speechlm2_jax.data.index.opening import IndexSource, open_index
-from speechlm2_jax.data.index.packed_rows import (
+from speechlm2_jax.data.index.packed_kinds import (
     DIALOGS_TARRED,
     DUPLEX_SHAR,
-    KINDS,
     NEMO_TARRED,
+    ONE_MANIFEST,
     SHAR,
     SHARE_GPT_TARRED,
-    PackedShard,
-    RowsOfTars,
-    member_at,
+    rows_of_shards,
 )
+from speechlm2_jax.data.index.packed_rows import PackedShard, RowsOfTars, member_at, shard_bytes
 from speechlm2_jax.data.index.row_columns import (
     AGENT_MEMBER,
     SEVERAL_MEMBER_TYPES,
@@ -37,13 +36,14 @@ from speechlm2_jax.data.index.row_columns import (
     packed_types,
 )
 from speechlm2_jax.data.index.row_kinds import SHARE_GPT, RowKind
+from speechlm2_jax.data.index.texts import can_index
 from speechlm2_jax.data.input_config import InputConfig
-from speechlm2_jax.data.json_lines import json_lines
+from speechlm2_jax.data.json_lines import is_gzip, json_lines
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.paths import expand_shards, local_files, packed_file
 from speechlm2_jax.data.shar import RECORDING, shar_shards
 from speechlm2_jax.data.storage.addresses import is_remote
-from speechlm2_jax.data.tarred import tars_of_manifests
+from speechlm2_jax.data.tarred import numbered_tars, tars_of_manifests
 from speechlm2_jax.settings import SettingsError
 
 
@@ -98,8 +98,8 @@ def open_packed(
 ) -> list[PackedIndex] | None:
     """Opens the indexes of the shards of an entry, which are built first if need be.
 
-    None for what is no list of shards with recordings alone: one manifest of several tars, SHAR
-    with more fields, and remote tars. Raises SettingsError.
+    None for what is no list of shards with recordings alone: SHAR with more fields, and remote
+    tars. Raises SettingsError.
 
     Args:
         entry: what is read.
@@ -132,11 +132,12 @@ def _open(
             *SEVERAL_MEMBER_TYPES,
             *SHARD_TYPES,
         ),
+        is_compressed=kind.name == ONE_MANIFEST and is_gzip(shards[0].manifest),
         shards=shards,
     )
     opened = open_index(source, counts)
     return PackedIndex(
-        rows=KINDS[kind.name](shards, options, kind),
+        rows=rows_of_shards(shards, options, kind, opened.points),
         kind=kind,
         columns=opened.columns,
         has_order=kind.name in (SHAR, DUPLEX_SHAR),
@@ -162,13 +163,25 @@ def _shards_of(
         if kind is None:
             return None
         if kind.name == NEMO_TARRED:
-            pairs = tars_of_manifests(paths, listed)
+            kind, pairs = _pairs_of(kind, paths, listed)
         else:
             pairs = list(zip(paths, listed, strict=True)) if len(paths) == len(listed) else None
         if pairs is None:
             return None
         sets.append((kind, tuple(PackedShard(path, (packed_file(tar),)) for path, tar in pairs)))
     return sets
+
+
+def _pairs_of(
+    kind: RowKind, manifests: list[Path], tars: list[str]
+) -> tuple[RowKind, list[tuple[Path, str]] | None]:
+    """The manifest of each tar, which may be one of all; None for a text that has no index."""
+    pairs = tars_of_manifests(manifests, tars)
+    if pairs is not None:
+        return kind, pairs
+    by_number = numbered_tars(tars)
+    pairs = [(manifests[0], by_number[number]) for number in sorted(by_number)]
+    return replace(kind, name=ONE_MANIFEST), pairs if can_index(manifests[0]) else None
 
 
 def _tarred_kind(entry: InputConfig, manifests: Sequence[Path]) -> RowKind | None:
@@ -183,12 +196,12 @@ def _tarred_kind(entry: InputConfig, manifests: Sequence[Path]) -> RowKind | Non
 
 def _state(shards: Sequence[PackedShard]) -> dict[str, Any]:
     """Sizes and times of all files of shards, and a sample of the first manifest."""
-    manifests = [os.stat(shard.manifest) for shard in shards]
+    manifests = [os.stat(path) for path in dict.fromkeys(shard.manifest for shard in shards)]
     tars = [os.stat(tar) for shard in shards for tar in shard.tars if tar]
     stamps = [[one.st_size, one.st_mtime_ns] for one in (*manifests, *tars)]
     names = [[str(shard.manifest), *shard.tars] for shard in shards]
     return {
-        "bytes": sum(one.st_size + 1 for one in manifests),
+        "bytes": sum(shard_bytes(shards)),
         "shards": len(shards),
         "stamps": digest([names, stamps]),
         "sample": state_of_file(shards[0].manifest)["sample"],

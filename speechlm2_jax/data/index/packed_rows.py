@@ -4,7 +4,8 @@ import functools
 import gzip
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ from speechlm2_jax.data.duplex.conversations import DuplexConversation
 from speechlm2_jax.data.headers import file_durations_s
 from speechlm2_jax.data.index.row_kinds import RowKind
 from speechlm2_jax.data.index.rows import lines_of
+from speechlm2_jax.data.index.texts import end_of_line, line_at
 from speechlm2_jax.data.json_lines import is_gzip, object_of_line
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.manifest_rows import (
@@ -43,7 +45,6 @@ from speechlm2_jax.data.tarred import Shard, dialogs_of_tar, in_tar_order
 from speechlm2_jax.data.tars import TarRecordings
 from speechlm2_jax.settings import SettingsError
 
-_LINE_BYTES = 1 << 13
 _TEXTS_KEPT = 16
 """Decompressed manifests of shards."""
 
@@ -108,7 +109,7 @@ class TarredRows:
         manifest, tar = self.shards[number].manifest, self.shards[number].tar
         check_has_speakers(str(manifest), self.options)
         named = {
-            f"{shown(manifest)} line {n}": line for n, line in enumerate(_lines(manifest), start=1)
+            f"{shown(manifest)} line {n}": (offset, line) for n, offset, line in self._lines(number)
         }
         rows = [(where, object_of_line(where, line)) for where, (_, line) in named.items() if line]
         made = in_tar_order(Shard(tar, manifest, rows), skip_missing=self.options.skip_missing)
@@ -118,13 +119,21 @@ class TarredRows:
     def conversation(self, number: int, offset: int, members: Members) -> AnyConversation:
         """The row at an offset."""
         where = f"{self.shards[number].manifest} at byte {offset}"
-        row = object_of_line(where, _line_at(self.shards[number].manifest, offset))
+        row = object_of_line(where, self._line_at(number, offset))
         with located(where):
             member = members[0]
             if member is None:
                 raise SettingsError("has no member of the tar")
             read = NemoRow(row, lambda _: member, is_packed=True)
             return read.conversation(file_durations_s(read.unmeasured_files), self.options, where)
+
+    def _lines(self, number: int) -> Iterator[tuple[int, int, bytes]]:
+        """Number, offset and text of each line of a shard; the text of a blank one is empty."""
+        for n, (offset, line) in enumerate(_lines(self.shards[number].manifest), start=1):
+            yield n, offset, line
+
+    def _line_at(self, number: int, offset: int) -> bytes:
+        return _line_at(self.shards[number].manifest, offset)
 
 
 class SharRows:
@@ -226,16 +235,14 @@ def _next(members: Iterator[AudioLocation | None]) -> AudioLocation:
     return member
 
 
-NEMO_TARRED, SHAR, DUPLEX_SHAR = "nemo_tarred", "shar", "duplex_shar"
-DIALOGS_TARRED, SHARE_GPT_TARRED = "dialogs_tarred", "share_gpt_tarred"
-KINDS: Mapping[str, Callable[[Sequence[PackedShard], ManifestOptions, RowKind], RowsOfTars]] = {
-    NEMO_TARRED: TarredRows,
-    SHAR: SharRows,
-    DUPLEX_SHAR: SharRows,
-    DIALOGS_TARRED: DialogRows,
-    SHARE_GPT_TARRED: DialogRows,
-}
-"""What reads shards of a kind."""
+def shard_bytes(shards: Sequence[PackedShard]) -> list[int]:
+    """Bytes of the text of each shard, about, and one more, so that each has a place of its own.
+
+    Shards of one manifest have equal parts of it.
+    """
+    shared = Counter(shard.manifest for shard in shards)
+    sizes = {path: os.path.getsize(path) // count + 1 for path, count in shared.items()}
+    return [sizes[shard.manifest] for shard in shards]
 
 
 def member_numbers(conversation: AnyConversation, tars: Sequence[str]) -> list[int]:
@@ -284,22 +291,20 @@ _kept_text = functools.lru_cache(_TEXTS_KEPT)(_text)
 _is_gzip = functools.lru_cache(1 << 16)(is_gzip)
 
 
+class _OpenedText(NamedTuple):
+    """The text of an open file, which is closed after one line."""
+
+    file: int
+    size: int = 0
+
+    def read(self, offset: int, length: int) -> bytes:
+        return os.pread(self.file, length, offset)
+
+
 def _line_at(manifest: Path, offset: int) -> bytes:
     """The line that begins at an offset of a manifest's text."""
     if _is_gzip(manifest):
         text = _kept_text(manifest)
-        return text[offset : _end_of_line(text, offset)]
+        return text[offset : end_of_line(text, offset)]
     with open(manifest, "rb", buffering=0) as file:
-        line, size = b"", _LINE_BYTES
-        while block := os.pread(file.fileno(), size, offset + len(line)):
-            line += block
-            if (end := _end_of_line(line, 0)) < len(line):
-                return line[:end]
-            size *= 4
-    return line
-
-
-def _end_of_line(text: bytes, start: int) -> int:
-    """Where a line ends; the end of the text for one without an end."""
-    ends = [place for end in (b"\n", b"\r") if (place := text.find(end, start)) >= 0]
-    return min(ends, default=len(text))
+        return line_at(_OpenedText(file.fileno()), offset)

@@ -30,6 +30,8 @@ _READ_BYTES = 1 << 20
 _HEADER = 255
 """In place of bits: a member of the file begins, with its header."""
 _STRETCHES_KEPT = 16
+_STRETCH_BYTES = 1 << 24
+_LINE_BYTES = 1 << 13
 _TYPES = {
     "text": np.uint64,
     "file": np.uint64,
@@ -149,6 +151,43 @@ def open_text(path: Path, points: Path | None) -> Text:
     if meta is None:
         raise ColumnError(f"{points}: no such folder")
     return GzipText(path, open_columns(points, meta), meta["text_bytes"])
+
+
+def whole_lines(text: Text, place: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Stretches of lines from the begin of one on, each with its offset."""
+    rest = b""
+    while block := text.read(place + len(rest), _STRETCH_BYTES):
+        data = rest + block
+        end = data.rfind(b"\n") + 1
+        if end:
+            yield place, data[:end]
+        place, rest = place + end, data[end:]
+    if rest:
+        yield place, rest
+
+
+def count_lines(data: bytes) -> int:
+    """Lines of a stretch, which end with LF, CR LF or CR."""
+    if b"\r" in data:
+        return len(data.splitlines())
+    return data.count(b"\n") + (data[-1:] not in (b"\n", b""))
+
+
+def line_at(text: Text, offset: int) -> bytes:
+    """The line that begins at an offset, without its end."""
+    line, size = b"", _LINE_BYTES
+    while block := text.read(offset + len(line), size):
+        line += block
+        if (end := end_of_line(line, 0)) < len(line):
+            return line[:end]
+        size *= 4
+    return line
+
+
+def end_of_line(text: bytes, start: int) -> int:
+    """Where a line ends; the end of the text for one without an end."""
+    ends = [place for end in (b"\n", b"\r") if (place := text.find(end, start)) >= 0]
+    return min(ends, default=len(text))
 
 
 def can_index(path: Path) -> bool:

@@ -28,7 +28,13 @@ from typing import BinaryIO
 import numpy as np
 
 from speechlm2_jax.data.index.counts import Count, Counts
-from speechlm2_jax.data.index.packed_rows import KINDS, PackedRow, PackedShard, member_numbers
+from speechlm2_jax.data.index.packed_kinds import rows_of_shards
+from speechlm2_jax.data.index.packed_rows import (
+    PackedRow,
+    PackedShard,
+    member_numbers,
+    shard_bytes,
+)
 from speechlm2_jax.data.index.row_columns import (
     SEVERAL_MEMBER_TYPES,
     SHARD_TYPES,
@@ -37,13 +43,12 @@ from speechlm2_jax.data.index.row_columns import (
 )
 from speechlm2_jax.data.index.row_kinds import RowKind
 from speechlm2_jax.data.index.rows import RowReader, lines_of
-from speechlm2_jax.data.index.texts import Text, open_text
+from speechlm2_jax.data.index.texts import Text, count_lines, open_text, whole_lines
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.storage.access import StorageAccess, current, using
 from speechlm2_jax.settings import SettingsError
 
 _ROWS_AT_ONCE = 2048
-_COUNTED_BYTES = 1 << 24
 _LINE_BYTES = 1 << 16
 
 
@@ -138,10 +143,8 @@ class ShardsReader(ChunkReader):
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        self._rows = KINDS[job.kind.name](job.shards, job.options, job.kind)
-        # one more, so that every shard has a place of its own
-        sizes = [os.path.getsize(shard.manifest) + 1 for shard in job.shards]
-        self._begins = list(itertools.accumulate(sizes, initial=0))[:-1]
+        self._rows = rows_of_shards(job.shards, job.options, job.kind, job.points)
+        self._begins = list(itertools.accumulate(shard_bytes(job.shards), initial=0))[:-1]
 
     def _chunks(self, start: int, end: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
         first, after = bisect_left(self._begins, start), bisect_left(self._begins, end)
@@ -208,12 +211,11 @@ def _line_start(text: Text, place: int) -> int:
 
 def _lines_before(text: Text, place: int) -> int:
     """Lines that end before a place, where one ends."""
-    lines, last = 0, b""
-    for start in range(0, place, _COUNTED_BYTES):
-        block = text.read(start, min(_COUNTED_BYTES, place - start))
-        joined = last[-1:] + block
-        lines += block.count(b"\n") + block.count(b"\r") - joined.count(b"\r\n")
-        last = block
+    lines = 0
+    for start, data in whole_lines(text):
+        if start >= place:
+            break
+        lines += count_lines(data[: place - start])
     return lines
 
 
