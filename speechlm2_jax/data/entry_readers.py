@@ -6,6 +6,7 @@ from dataclasses import replace
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.input_config import DUPLEX_TYPES, S2S, SQA, InputConfig, Paths
 from speechlm2_jax.data.manifest_options import ManifestOptions, SpeakerRoles
+from speechlm2_jax.data.parquet import read_parquet, table_columns
 from speechlm2_jax.data.paths import expand_shards
 from speechlm2_jax.data.readers import read_manifest
 from speechlm2_jax.data.shar import read_shar
@@ -91,10 +92,7 @@ def _text_pairs(entry: InputConfig, options: ManifestOptions) -> Iterator[Conver
 
 
 def _parquet(entry: InputConfig, options: ManifestOptions) -> Iterator[Conversation]:
-    from speechlm2_jax.data.parquet import ParquetColumns, read_parquet
-
-    columns = ParquetColumns(audio=entry.audio_field, duration=entry.duration_field)
-    return read_parquet(entry.manifests, options, columns)
+    return read_parquet(entry.manifests, options, table_columns(entry))
 
 
 def _listed(paths: Paths | None) -> tuple[str, ...]:

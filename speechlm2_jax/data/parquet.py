@@ -1,8 +1,13 @@
 """Parquet files and folders of Hugging Face data sets, a recording and its text in each row.
 
-Needs pyarrow. Texts are read at start-up; recordings stay in their files.
+Needs pyarrow. Texts are read at start-up, or, of large data, row by row; recordings stay in their
+files.
 """
 
+import functools
+import itertools
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,6 +19,7 @@ import numpy as np
 from speechlm2_jax.data.audio_errors import AudioError
 from speechlm2_jax.data.audio_location import AudioLocation, ParquetCell
 from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.manifest_rows import ManifestRow, NemoRow, conversations_of_rows
 from speechlm2_jax.data.manifest_values import near_miss, shown
@@ -23,6 +29,10 @@ from speechlm2_jax.settings import SettingsError
 
 _ROW_GROUPS_HELD = 2
 """Columns of row groups that are held, for reading in order."""
+_TABLES_HELD = 64
+"""Files whose metadata are held."""
+_ROW_BYTES = 256
+"""Of a row without its recording, where that is not known."""
 _SPLITS = ("train", "validation", "test")
 _ARROW, _PARQUET = ".arrow", ".parquet"
 
@@ -35,6 +45,11 @@ class ParquetColumns:
     """Bytes of a recording, or `{bytes, path}` as Hugging Face has them."""
     duration: str = "duration"
     """Seconds of the recording; without the column its header is read at start-up."""
+
+
+def table_columns(entry: InputConfig) -> ParquetColumns:
+    """The columns that an entry names."""
+    return ParquetColumns(audio=entry.audio_field, duration=entry.duration_field)
 
 
 def read_parquet(
@@ -51,11 +66,35 @@ def read_parquet(
     Raises SettingsError without pyarrow, for a damaged or missing file, and for a file without the
     columns.
     """
+    for table in open_tables(paths, options, columns):
+        for group in range(len(table.groups)):
+            yield from conversations_of_rows(table.rows(group, columns), options)
+
+
+def open_tables(
+    paths: Sequence[str], options: ManifestOptions, columns: ParquetColumns
+) -> "Iterator[GroupedTable]":
+    """The tables of files, or of folders, in order; none of their rows is read.
+
+    Raises SettingsError as `read_parquet`.
+    """
     _arrow()
     for path in expand_shards(paths):
         for file in _files(path):
-            rows = _arrow_rows if file.suffix == _ARROW else _parquet_rows
-            yield from conversations_of_rows(rows(file, options, columns), options)
+            table = open_table(file)
+            _check_columns(file, table.names, options, columns)
+            yield table
+
+
+def rows_of_tables(path: str, most: int) -> int:
+    """Rows of a file or a folder, up to `most` or some more. Raises SettingsError."""
+    _arrow()
+    rows = 0
+    for file in _files(path):
+        if rows >= most:
+            break
+        rows += sum(open_table(file).groups)
+    return rows
 
 
 def cell_bytes(path: str, cell: ParquetCell) -> bytes:
@@ -89,10 +128,10 @@ def _arrow() -> Any:
     return pyarrow
 
 
-def _parquet_file(path: str) -> Any:
+def _parquet_file(path: str, metadata: Any = None) -> Any:
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(path)
+    return pyarrow.parquet.ParquetFile(path, metadata=metadata)
 
 
 def _files(path: str) -> list[Path]:
@@ -123,46 +162,136 @@ def _split(folder: Path, file: Path) -> str:
 
 
 Rows = Iterator[tuple[str, Callable[[], ManifestRow]]]
+"""The words that name each row, and what reads it."""
 
 
-def _parquet_rows(path: Path, options: ManifestOptions, columns: ParquetColumns) -> Rows:
-    import pyarrow
+class GroupedTable(ABC):
+    """A file of rows in groups, each of which is read alone."""
 
-    try:
+    path: Path
+    names: Sequence[str]
+    """Of its columns."""
+    groups: Sequence[int]
+    """Rows of each group: a row group of Parquet, a batch of Arrow."""
+
+    def rows(self, group: int, columns: ParquetColumns, place: int | None = None) -> Rows:
+        """The rows of a group, or the one at a place in it.
+
+        Raises SettingsError, naming the file, where it is damaged.
+        """
+        import pyarrow
+
+        start = 0 if place is None else place
+        if place is not None and not (group < len(self.groups) and place < self.groups[group]):
+            raise SettingsError(f"{self.path}: no row {place} in group {group}")
+        count = self.groups[group] if place is None else 1
+        first = self._firsts[group] + start
+        try:
+            others = self._others(group, columns.audio).slice(start, count).to_pylist()
+            locations = self._locations(group, columns.audio, start, count)
+            for number, (row, location) in enumerate(zip(others, locations, strict=True), first):
+                yield _row(self.path, number, row, location, columns)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise damaged(self.path, error) from error
+
+    def text_bytes(self, group: int, audio: str) -> int:
+        """Bytes of a group without its recordings, about."""
+        return self.groups[group] * _ROW_BYTES
+
+    @functools.cached_property
+    def _firsts(self) -> list[int]:
+        """The number of the first row of each group."""
+        return list(itertools.accumulate(self.groups, initial=0))
+
+    @abstractmethod
+    def _others(self, group: int, audio: str) -> Any:
+        """The columns of a group but for that of recordings."""
+        ...
+
+    @abstractmethod
+    def _locations(self, group: int, audio: str, start: int, count: int) -> Iterator[AudioLocation]:
+        """Where the recordings of some rows of a group are."""
+        ...
+
+
+class _ParquetTable(GroupedTable):
+    def __init__(self, path: Path) -> None:
         with _parquet_file(str(path)) as file:
-            names = file.schema_arrow.names
-            _check_columns(path, names, options, columns)
-            others = [name for name in names if name != columns.audio]
-            number = 0
-            for group in range(file.num_row_groups):
-                rows = file.read_row_group(group, columns=others).to_pylist()
-                for place, row in enumerate(rows):
-                    cell = ParquetCell(group, place, columns.audio)
-                    yield _row(path, number, row, AudioLocation(str(path), cell=cell), columns)
-                    number += 1
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise SettingsError(f"{path}: not Parquet, or damaged ({_reason(error)})") from error
+            self._metadata = file.metadata
+            self.names = file.schema_arrow.names
+        count = self._metadata.num_row_groups
+        self.path = path
+        self.groups = [self._metadata.row_group(group).num_rows for group in range(count)]
+        self._read = functools.lru_cache(_ROW_GROUPS_HELD)(self._read_others)
+
+    def text_bytes(self, group: int, audio: str) -> int:
+        found = self._metadata.row_group(group)
+        columns = (found.column(number) for number in range(found.num_columns))
+        return sum(
+            one.total_uncompressed_size
+            for one in columns
+            if one.path_in_schema.partition(".")[0] != audio
+        )
+
+    def _others(self, group: int, audio: str) -> Any:
+        return self._read(group, audio)
+
+    def _read_others(self, group: int, audio: str) -> Any:
+        names = [name for name in self.names if name != audio]
+        with _parquet_file(str(self.path), self._metadata) as file:
+            return file.read_row_group(group, columns=names)
+
+    def _locations(self, group: int, audio: str, start: int, count: int) -> Iterator[AudioLocation]:
+        for place in range(start, start + count):
+            yield AudioLocation(str(self.path), cell=ParquetCell(group, place, audio))
 
 
-def _arrow_rows(path: Path, options: ManifestOptions, columns: ParquetColumns) -> Rows:
-    """Rows of an Arrow stream, whose recordings are stretches of the file."""
+class _ArrowTable(GroupedTable):
+    """An Arrow stream in mapped memory, whose recordings are stretches of the file."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+
+        with pyarrow.memory_map(str(path)) as file:
+            self._whole = file.read_buffer(file.size())
+        with pyarrow.ipc.open_stream(self._whole) as stream:
+            self.names = stream.schema.names
+            self._batches = list(stream)
+        self.path = path
+        self.groups = [batch.num_rows for batch in self._batches]
+
+    def _others(self, group: int, audio: str) -> Any:
+        return self._batches[group].drop_columns([audio])
+
+    def _locations(self, group: int, audio: str, start: int, count: int) -> Iterator[AudioLocation]:
+        values = self._batches[group].column(audio).slice(start, count)
+        return _places(self.path, self._firsts[group] + start, values, self._whole)
+
+
+def open_table(path: Path) -> GroupedTable:
+    """Opens a file of Parquet or Arrow, if it is not open as it is now.
+
+    Raises SettingsError for a damaged one.
+    """
+    status = os.stat(path)
+    return _opened(path, (status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=_TABLES_HELD)
+def _opened(path: Path, state: tuple[int, int]) -> GroupedTable:
     import pyarrow
 
-    number = 0
     try:
-        with pyarrow.memory_map(str(path)) as file:
-            whole = file.read_buffer(file.size())
-        with pyarrow.ipc.open_stream(whole) as stream:
-            _check_columns(path, stream.schema.names, options, columns)
-            for batch in stream:
-                audio = batch.column(columns.audio)
-                others = batch.drop_columns([columns.audio]).to_pylist()
-                places = _places(path, number, audio, whole)
-                for row, location in zip(others, places, strict=True):
-                    yield _row(path, number, row, location, columns)
-                    number += 1
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise SettingsError(f"{path}: not Arrow, or damaged ({_reason(error)})") from error
+        return (_ArrowTable if path.suffix == _ARROW else _ParquetTable)(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> SettingsError:
+    """What to say of a file that cannot be read."""
+    kind = "Arrow" if path.suffix == _ARROW else "Parquet"
+    reason = " ".join(str(error).split())[:200]
+    return SettingsError(f"{path}: not {kind}, or damaged ({reason})")
 
 
 def _places(path: Path, number: int, audio: Any, whole: Any) -> Iterator[AudioLocation]:
@@ -227,7 +356,3 @@ def _check_columns(
                 f"{path}: no column {name!r}; set {key}: {near} (columns: "
                 f"{shown(', '.join(names))})"
             )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -282,7 +282,7 @@ def _prepare_indexed(
         warn_of_kept(where, names[cause])
     contents: Any = found.contents
     report(where, describe(sampler.plan, contents.columns), dropped, names)
-    return Prepared(contents=found.contents, sampler=sampler, filtered=dropped, config=config)
+    return Prepared(contents=contents, sampler=sampler, filtered=dropped, config=config)
 
 
 def kept(contents: Contents) -> tuple[Bool[np.ndarray, " N"], dict[str, list[str]]]:

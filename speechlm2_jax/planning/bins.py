@@ -9,6 +9,7 @@ from jaxtyping import Int, Real
 
 from speechlm2_jax.data.bucketing import Measures, equal_mass_edges, least_padding_edges
 from speechlm2_jax.data.index.contents import IndexedContents
+from speechlm2_jax.data.index.salm import IndexedSalmContents
 from speechlm2_jax.data.prepare import Prepared
 from speechlm2_jax.settings import SettingsError
 
@@ -44,7 +45,7 @@ def estimate_2d(prepared: Prepared, inputs: int, outputs: int) -> list[Bin]:
     if not prepared.config.COUNTS_TOKENS:
         raise SettingsError("--buckets-2d needs prompts, which duplex data has not; give --buckets")
     contents: Any = prepared.contents
-    if isinstance(contents, IndexedContents):
+    if isinstance(contents, IndexedSalmContents):
         longest_in, totals = contents.token_lengths()
         return pairs(longest_in, totals - longest_in, inputs, outputs)
     lengths = [conversation.lengths for conversation in contents.conversations]

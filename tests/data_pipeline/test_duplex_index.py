@@ -47,13 +47,6 @@ def _shar(folder, cuts):
     return corpus.write_shar(folder / "shar", cuts, shard_size=4)
 
 
-def _mixed(folder, cuts):
-    """A list, which stays in memory, beside lines."""
-    whole = corpus.write_cuts(folder / "cuts.json", cuts[:4])
-    lines = corpus.write_cuts(folder / "cuts.jsonl", cuts[4:])
-    return {"input_cfg": [{"type": "lhotse", **whole}, {"type": "lhotse", **lines}]}
-
-
 def _reversed(folder, cuts):
     roles = {"agent_roles": ["agent", "other"]}
     return {"input_cfg": [{"type": REVERSE, **roles, **_shar(folder, cuts)}]}
@@ -73,6 +66,7 @@ def _continuation(folder, cuts):
     made = [synthesis(folder, "a"), synthesis(folder, "b", score={"cer": 1.0})]
     made += [synthesis(folder, "c"), synthesis(folder, "d")]
     keys = {"type": CONTINUATION, "add_extra_end_silence": True}
+    keys["extra_end_silence_range"] = [0.1, 0.5]
     return {"input_cfg": [{**keys, **_shar(folder, made)}]}
 
 
@@ -95,7 +89,6 @@ KINDS = {
     "lines": _lines,
     "compressed": _compressed,
     "shar": _shar,
-    "mixed": _mixed,
     "reversed": _reversed,
     "overlapping": _overlapping,
     "continuation": _continuation,
@@ -143,7 +136,7 @@ def test_a_row_of_an_index_has_32_bytes_and_its_plan_is_shown(cuts, make_large, 
     per_row = [column for column in part.columns.values() if len(column) == len(part)]
     assert sum(column.itemsize for column in per_row) <= 32
     found = padding(module.prepared(), planned_batches(module, "train_ds"))
-    assert found.batches == 4 and 0 < found.positions < 0.7
+    assert found.batches == 3 and 0 < found.positions < 0.7
 
 
 def test_batches_hold_every_row_once_and_resume_anywhere(cuts, make_large, tmp_path):
@@ -161,6 +154,21 @@ def test_batches_hold_every_row_once_and_resume_anywhere(cuts, make_large, tmp_p
         for expected, batch in zip(batches[place + 1 :], resumed, strict=False):
             assert batch.ids == expected.ids
             np.testing.assert_array_equal(batch.arrays.source_audio, expected.arrays.source_audio)
+
+
+def test_a_list_in_memory_stands_beside_an_index(cuts, make_large, tmp_path):
+    whole = corpus.write_cuts(tmp_path / "cuts.json", cuts[:4])
+    lines = corpus.write_cuts(tmp_path / "cuts.jsonl", cuts[4:])
+    source = {"input_cfg": [{"type": "lhotse", **whole}, {"type": "lhotse", **lines}]}
+    expected = corpus.module(source)
+    make_large()
+    module = corpus.module(source)
+    has = module.prepared().contents
+    assert isinstance(has, IndexedDuplexContents)
+    assert [has[n].id for n in range(len(has))] == [cut.id for cut in cuts]
+    assert module.plan().buckets == expected.plan().buckets
+    first = [i for batch in islice(module.train_batches(), 4) for i in batch.ids]
+    assert {cut.id for cut in cuts[:4]} & set(first) and {c.id for c in cuts[4:]} & set(first)
 
 
 def test_a_stale_index_is_built_again(cuts, make_large, tmp_path, monkeypatch):
@@ -211,7 +219,7 @@ def test_speakers_without_a_role_and_silent_agents_are_told(cuts, make_large, tm
     with pytest.raises(SettingsError, match="data.output_roles matches no speaker"):
         corpus.module(source, block=wrong)
     silent = [corpus.cut(tmp_path, f"s{n}", 0.5, [*SPEAKER[:1], *SPEAKER[2:]]) for n in range(9)]
-    with pytest.raises(SettingsError, match="in 4 of 4 conversations .* the agent has no text"):
+    with pytest.raises(SettingsError, match="in 3 of 3 conversations .* the agent has no text"):
         corpus.module(_shar(tmp_path, silent))
     other = tmp_path / "other"
     other.mkdir()

@@ -8,6 +8,7 @@ import pytest
 import soundfile
 
 from speechlm2_jax.data import DataModule, SALMDataset
+from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.index import row_count
 from speechlm2_jax.data.index.contents import IndexedContents
 from speechlm2_jax.settings import SettingsError
@@ -142,7 +143,45 @@ def _sqa(folder):
     return {"type": "sqa_as_conversation", "manifest_filepath": path, "audio_locator_tag": TAG}
 
 
+def _table(first):
+    pyarrow = pytest.importorskip("pyarrow")
+    audio = [
+        {"bytes": wav_bytes(0.25 + 0.1 * n, 0.1 * (first + n + 1)), "path": "x"} for n in range(3)
+    ]
+    texts = [f"text {first + n}" for n in range(3)]
+    return pyarrow.table({"audio": audio, "text": texts, "topic": ["a", "b", None]})
+
+
+def _parquet(folder):
+    table = _table(0)  # skips without pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(table, folder / "a.parquet", row_group_size=2)
+    seconds = _table(3).append_column("duration", [[0.25, 0.35, 0.45]])
+    parquet.write_table(seconds, folder / "b.parquet", row_group_size=1)
+    paths = [str(folder / "a.parquet"), str(folder / "b.parquet")]
+    return {"type": "parquet", "manifest_filepath": paths, "audio_locator_tag": TAG}
+
+
+def _arrow(folder):
+    tables = _table(0), _table(3)
+    from pyarrow import ipc
+
+    (folder / "set").mkdir()
+    for number, table in enumerate(tables):
+        path = folder / "set" / f"data-0000{number}-of-00002.arrow"
+        with ipc.new_stream(str(path), table.schema) as stream:
+            stream.write_table(table, max_chunksize=2)
+    return {
+        "type": "parquet",
+        "manifest_filepath": str(folder / "set"),
+        "audio_locator_tag": TAG,
+    }
+
+
 KINDS = {
+    "parquet": _parquet,
+    "arrow": _arrow,
     "txt": _txt,
     "txt_jsonl": _txt_jsonl,
     "sft": _sft,
@@ -207,6 +246,22 @@ def test_lines_that_lack_something_are_told_and_other_settings_index_again(
     assert "cuts.jsonl: 1 lines, blank or without known speakers, are left out" in caplog.text
     others = {**entry, "output_roles": ["agent", "Agent", "Nobody"]}
     assert len(module_of(tokenizer, others).prepared().contents) == 3
+
+
+def test_a_table_that_changes_is_indexed_again(tokenizer, make_large, tmp_path):
+    make_large()
+    entry = _parquet(tmp_path)
+    contents = module_of(tokenizer, entry).prepared().contents
+    assert [contents[n].id for n in (0, 2, 5)] == ["a_0", "a_2", "b_2"]
+    assert list(tmp_path.glob("a.parquet.index/rows")) and not list(tmp_path.glob("b*.index"))
+    from pyarrow import parquet
+
+    parquet.write_table(_table(7), tmp_path / "b.parquet")
+    again = module_of(tokenizer, entry).prepared().contents
+    assert again.identity != contents.identity and again[5].response == "text 9"
+    np.testing.assert_allclose(again[3].clips[0].load(16000), 0.8, atol=1e-4)
+    with pytest.raises(AudioError, match="changed since it was indexed"):
+        contents[4]
 
 
 def test_a_text_in_windows_is_read_into_memory(tokenizer, make_large, tmp_path):

@@ -22,7 +22,7 @@ from speechlm2_jax.batches import (
 from speechlm2_jax.data.bucketing import Measures, Members
 from speechlm2_jax.data.duplex.config import DuplexLoaderConfig
 from speechlm2_jax.data.duplex.conversations import DuplexConversation, FrameGrid
-from speechlm2_jax.data.duplex.turn_counts import TurnCounts
+from speechlm2_jax.data.duplex.speaker_counts import SpeakerCounts
 from speechlm2_jax.data.index.lengths import samples_of
 from speechlm2_jax.settings import SettingsError
 
@@ -134,8 +134,8 @@ class DuplexContents(DuplexExamples):
 
     def validation_error(self, planned: Sequence[int]) -> str | None:
         """A reason where the agent is silent in more than MAX_SILENT_SHARE of an epoch."""
-        speaks = turn_counts(self.dataset, self.config.sample_rate).speaks
-        silent = [i for i in planned if not speaks(self.conversations[i])]
+        has_text = speaker_counts(self.dataset, self.config.sample_rate).agent_has_text
+        silent = [i for i in planned if not has_text(self.conversations[i])]
         return silence_error(self.dataset, self.name, silent, len(planned))
 
     def name(self, index: int) -> str:
@@ -168,17 +168,17 @@ def silence_error(
     )
 
 
-def turn_counts(dataset: "DuplexS2SDataset", sample_rate_hz: int) -> TurnCounts:
+def speaker_counts(dataset: "DuplexS2SDataset", sample_rate_hz: int) -> SpeakerCounts:
     """What is counted of the turns of conversations."""
     grid = FrameGrid(frame_length_s=dataset.frame_length, sample_rate_hz=sample_rate_hz)
-    return TurnCounts(grid=grid, output_roles=dataset.output_roles)
+    return SpeakerCounts(grid=grid, output_roles=dataset.output_roles)
 
 
 def measures_of(
     dataset: "DuplexS2SDataset", seconds: Float[np.ndarray, " N"], sample_rate_hz: int
 ) -> Measures:
     """Lengths of conversations that last so long: frames hold their texts and all their audio."""
-    frames = turn_counts(dataset, sample_rate_hz).grid.frames(seconds)
+    frames = speaker_counts(dataset, sample_rate_hz).grid.frames(seconds)
     for rate_hz in (dataset.source_sample_rate, dataset.target_sample_rate):
         lasting = samples_of(seconds, rate_hz) / (dataset.frame_length * rate_hz)
         frames = np.maximum(frames, np.ceil(np.round(lasting, 6)).astype(np.int64))

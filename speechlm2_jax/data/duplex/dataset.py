@@ -11,7 +11,7 @@ from speechlm2_jax.batches import DuplexExample, FrameCount
 from speechlm2_jax.data.audio import AudioError, resample
 from speechlm2_jax.data.conversations import AudioClip
 from speechlm2_jax.data.duplex.config import DuplexDataConfig, DuplexLoaderConfig
-from speechlm2_jax.data.duplex.contents import DuplexContents, turn_counts
+from speechlm2_jax.data.duplex.contents import DuplexContents, speaker_counts
 from speechlm2_jax.data.duplex.conversations import (
     ChannelIds,
     DuplexConversation,
@@ -111,13 +111,13 @@ class DuplexS2SDataset:
         Builds the indexes of the manifests where they are missing. Raises SettingsError.
         """
         form, options = form_of(entry, config), recording_options(entry, config)
-        return open_rows(entry, options, turn_counts(self, config.sample_rate), form)
+        return open_rows(entry, options, speaker_counts(self, config.sample_rate), form)
 
     def list_rows(
         self, conversations: Sequence[DuplexConversation], config: DuplexLoaderConfig, where: str
     ) -> ListRows:
         """A list beside indexes: its columns."""
-        return ListRows.of(conversations, turn_counts(self, config.sample_rate), frozenset())
+        return ListRows.of(conversations, speaker_counts(self, config.sample_rate), frozenset())
 
     def row_measures(
         self, parts: Sequence[Part], config: DuplexLoaderConfig, frame_count: FrameCount, where: str

@@ -20,7 +20,7 @@ from speechlm2_jax.data.duplex.contents import (
     silence_error,
 )
 from speechlm2_jax.data.duplex.conversations import DuplexConversation
-from speechlm2_jax.data.duplex.turn_counts import SPEAKS, speakers_of
+from speechlm2_jax.data.duplex.speaker_counts import AGENT_TEXT, speakers_of
 from speechlm2_jax.data.index.contents import IndexedContents, Part
 from speechlm2_jax.data.index.lengths import LengthsOfRows, first_causes
 
@@ -46,7 +46,7 @@ class IndexedDuplexContents(IndexedContents, DuplexExamples):
     def validation_error(self, planned: Callable[[], Int[np.ndarray, " n"]]) -> str | None:
         """A reason where the agent is silent in more than MAX_SILENT_SHARE of the first window."""
         rows = planned()
-        silent = rows[self._column(SPEAKS, rows) == 0]
+        silent = rows[self._column(AGENT_TEXT, rows) == 0]
         return silence_error(self.dataset, self.name, silent.tolist(), len(rows))
 
     def _finished(self, number: int, row: int) -> DuplexConversation:

@@ -138,7 +138,7 @@ class Counter:
         if not is_left.all():
             for number in np.unique(found.cause).tolist():
                 if 0 < number <= len(found.causes):
-                    causes[found.causes[number - 1]] = np.flatnonzero(found.cause == number)
+                    causes[found.causes[int(number) - 1]] = np.flatnonzero(found.cause == number)
         tests = {
             f"{unit}{FAR}": getattr(found, unit) > max(FACTOR * usual, FLOORS[unit])
             for unit, usual in self.usual.items()

@@ -6,6 +6,7 @@ from speechlm2_jax.data.index.contents import IndexedRows
 from speechlm2_jax.data.index.counts import Counts
 from speechlm2_jax.data.index.manifest import open_manifest
 from speechlm2_jax.data.index.packed import open_packed
+from speechlm2_jax.data.index.packed_kinds import SHARD_TYPES
 from speechlm2_jax.data.index.row_kinds import CUTS
 from speechlm2_jax.data.index.rows import readers_of
 from speechlm2_jax.data.input_config import InputConfig
@@ -29,7 +30,7 @@ def open_rows(
         counts: how their texts are counted.
         duplex: how they become conversations of two voices.
     """
-    if entry.has_shards:
+    if entry.has_shards or entry.type in SHARD_TYPES:
         shards = open_packed(entry, options, counts, duplex)
         return None if shards is None else IndexedRows(manifests=tuple(shards))
     readers = readers_of(entry, options, duplex)

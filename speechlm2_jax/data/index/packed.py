@@ -23,6 +23,7 @@ from speechlm2_jax.data.index.packed_kinds import (
     DUPLEX_SHAR,
     NEMO_TARRED,
     ONE_MANIFEST,
+    PARQUET,
     SHAR,
     SHARE_GPT_TARRED,
     rows_of_shards,
@@ -36,10 +37,12 @@ from speechlm2_jax.data.index.row_columns import (
     packed_types,
 )
 from speechlm2_jax.data.index.row_kinds import SHARE_GPT, RowKind
+from speechlm2_jax.data.index.tables import table_shards
 from speechlm2_jax.data.index.texts import can_index
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.json_lines import is_gzip, json_lines
 from speechlm2_jax.data.manifest_options import ManifestOptions
+from speechlm2_jax.data.parquet import table_columns
 from speechlm2_jax.data.paths import expand_shards, local_files, packed_file
 from speechlm2_jax.data.shar import RECORDING, shar_shards
 from speechlm2_jax.data.storage.addresses import is_remote
@@ -72,7 +75,8 @@ class PackedIndex(MappedRows):
         tars, offset = self.rows.shards[number].tars, int(self.columns["offset"][row])
         blocks = self._blocks(row)
         try:
-            both = zip(tars if len(tars) > 1 else tars * len(blocks), blocks, strict=True)
+            # of a table there is no tar
+            both = zip(tars if len(tars) > 1 else tars * len(blocks), blocks, strict=bool(tars))
             members = [member_at(tar, block) for tar, block in both]
         except tarfile.TarError as error:
             raise SettingsError(f"{', '.join(tars)}: {error}") from error
@@ -107,7 +111,7 @@ def open_packed(
         counts: how their texts are counted.
         duplex: how they become conversations of two voices.
     """
-    found = _shards_of(entry, duplex)
+    found = _shards_of(entry, options, duplex)
     if found is None:
         return None
     if any(is_remote(tar) for _, shards in found for shard in shards for tar in shard.tars):
@@ -147,9 +151,11 @@ def _open(
 
 
 def _shards_of(
-    entry: InputConfig, duplex: DuplexForm | None
+    entry: InputConfig, options: ManifestOptions, duplex: DuplexForm | None
 ) -> list[tuple[RowKind, tuple[PackedShard, ...]]] | None:
     """The sets of an entry's shards, in the order in which they are read, each with its kind."""
+    if entry.type == PARQUET:
+        return [(RowKind(name=PARQUET, table=table_columns(entry)), table_shards(entry, options))]
     if entry.shar_path is not None:
         shards = list(shar_shards(entry.shar_path, duplex.fields if duplex else (RECORDING,)))
         if any(shard.values for shard in shards):

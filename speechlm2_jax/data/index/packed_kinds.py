@@ -12,17 +12,22 @@ from speechlm2_jax.data.index.packed_rows import (
     TarredRows,
 )
 from speechlm2_jax.data.index.row_kinds import RowKind
+from speechlm2_jax.data.index.tables import TableRows
 from speechlm2_jax.data.manifest_options import ManifestOptions
 
 NEMO_TARRED, ONE_MANIFEST = "nemo_tarred", "nemo_tarred_by_shard"
 SHAR, DUPLEX_SHAR = "shar", "duplex_shar"
 DIALOGS_TARRED, SHARE_GPT_TARRED = "dialogs_tarred", "share_gpt_tarred"
+PARQUET = "parquet"
+SHARD_TYPES = (PARQUET,)
+"""Types whose examples are in shards that are no manifests."""
 _KINDS: Mapping[str, Callable[[Sequence[PackedShard], ManifestOptions, RowKind], RowsOfTars]] = {
     NEMO_TARRED: TarredRows,
     SHAR: SharRows,
     DUPLEX_SHAR: SharRows,
     DIALOGS_TARRED: DialogRows,
     SHARE_GPT_TARRED: DialogRows,
+    PARQUET: TableRows,
 }
 
 

@@ -50,11 +50,15 @@ _TEXTS_KEPT = 16
 
 
 class PackedShard(NamedTuple):
-    """A manifest, and the tars of its recordings."""
+    """A manifest, and the tars of its recordings; or a group of the rows of a table."""
 
     manifest: Path
     tars: tuple[str, ...]
-    """One, or that of users and that of agents; empty where there is none."""
+    """One, or that of users and that of agents; empty where there is none. None of a table."""
+    group: int = 0
+    """Of a table: which group of rows."""
+    text_bytes: int | None = None
+    """Of its rows, about; None: as the manifest has."""
 
     @property
     def tar(self) -> str:
@@ -149,7 +153,7 @@ class SharRows:
 
     def rows(self, number: int) -> Iterator[PackedRow]:
         """Those of a shard, in the order of its manifest."""
-        manifest, tars = self.shards[number]
+        manifest, tars = self.shards[number][:2]
         places = {
             f"{shown(manifest)} line {n}": place for n, (place, _) in enumerate(_lines(manifest), 1)
         }
@@ -162,7 +166,7 @@ class SharRows:
 
     def conversation(self, number: int, offset: int, members: Members) -> AnyConversation:
         """The cut at an offset."""
-        manifest, tars = self.shards[number]
+        manifest, tars = self.shards[number][:2]
         where = f"{manifest} at byte {offset}"
         row = object_of_line(where, _line_at(manifest, offset))
         with located(where), using(self._storage):
@@ -173,7 +177,7 @@ class SharRows:
                 tar=tar,
                 members={cut.id: [member.byte_range]} if member and member.byte_range else {},
             )
-            for tar, member in zip(tars, members, strict=True)
+            for tar, member in zip(tars, members, strict=False)
         )
         one = SharCut(cut=cut, where=where, shard=number, packed=packed, number=0)
         with using(self._storage):
@@ -241,8 +245,10 @@ def shard_bytes(shards: Sequence[PackedShard]) -> list[int]:
     Shards of one manifest have equal parts of it.
     """
     shared = Counter(shard.manifest for shard in shards)
-    sizes = {path: os.path.getsize(path) // count + 1 for path, count in shared.items()}
-    return [sizes[shard.manifest] for shard in shards]
+    sizes = {path: os.path.getsize(path) // count for path, count in shared.items()}
+    return [
+        (sizes[one.manifest] if one.text_bytes is None else one.text_bytes) + 1 for one in shards
+    ]
 
 
 def member_numbers(conversation: AnyConversation, tars: Sequence[str]) -> list[int]:

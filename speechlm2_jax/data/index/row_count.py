@@ -3,17 +3,20 @@
 import gzip
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.data.augmentation.variants import unindexed
 from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.index.contents import IndexedRows
+from speechlm2_jax.data.index.packed_kinds import PARQUET
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.json_lines import is_gzip
 from speechlm2_jax.data.manifest_watch import row_files
-from speechlm2_jax.data.paths import local_file
+from speechlm2_jax.data.parquet import rows_of_tables
+from speechlm2_jax.data.paths import expand_shards, local_file
 from speechlm2_jax.data.sources import Source, read_sources
 from speechlm2_jax.settings import SettingsError
 
@@ -46,10 +49,10 @@ def is_large(config: LoaderConfig, where: str) -> bool:
 
     def count(entry: InputConfig, config: LoaderConfig) -> list[object]:
         nonlocal rows
-        paths = row_files(entry) if entry.line_files or entry.has_shards else ()
-        for path in paths:
-            if rows < LARGE_ROWS:
-                rows += rows_up_to(local_file(path), LARGE_ROWS - rows)
+        for count in _counts(entry):
+            if rows >= LARGE_ROWS:
+                break
+            rows += count(LARGE_ROWS - rows)
         return []
 
     try:
@@ -64,6 +67,16 @@ def is_large(config: LoaderConfig, where: str) -> bool:
         )
         return False
     return rows >= LARGE_ROWS
+
+
+def _counts(entry: InputConfig) -> Iterator[Callable[[int], int]]:
+    """What counts the rows of each file of an entry; nothing of what has no index."""
+    if entry.type == PARQUET:
+        for path in expand_shards(entry.manifests):
+            yield partial(rows_of_tables, path)
+    elif entry.line_files or entry.has_shards:
+        for path in row_files(entry):
+            yield partial(rows_up_to, local_file(path))
 
 
 def tell_of_memory(where: str, sources: Sequence[Source[Any]]) -> None:

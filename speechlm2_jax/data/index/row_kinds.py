@@ -14,6 +14,7 @@ from speechlm2_jax.data.json_lines import object_of_line
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.manifest_rows import DialogRow, Lengths, ManifestRow, NemoRow
 from speechlm2_jax.data.manifest_values import located
+from speechlm2_jax.data.parquet import ParquetColumns
 from speechlm2_jax.data.paths import Finder
 from speechlm2_jax.data.shar import SharCut
 from speechlm2_jax.data.share_gpt import ShareGptRow, finder_of
@@ -36,6 +37,8 @@ class RowKind:
     """Of ShareGPT: what stands for a recording in a text."""
     audio_root: str | None = None
     """Of ShareGPT: the folder of relative paths; None: that of the file."""
+    table: ParquetColumns | None = None
+    """Of tables: the names of columns."""
     duplex: DuplexForm | None = None
     """Of two voices: how rows become conversations of them."""
 
@@ -48,6 +51,7 @@ class RowKind:
             own = [options.text_field]
         elif options.roles is not None:
             own = [options.roles.users, options.roles.assistants]
+        own += [self.table.audio, self.table.duration] if self.table else []
         own += self.duplex.key if self.duplex else []
         return f"{self.name}-{digest(own)}" if own else self.name
 

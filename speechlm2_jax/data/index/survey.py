@@ -27,9 +27,9 @@ Stretch = tuple[int, int, int]
 
 
 class MeasureRows(Protocol):
-    """Measures rows of a source."""
+    """Measures rows of a part."""
 
-    def __call__(self, source: int, start: int, stop: int) -> LengthsOfRows:
+    def __call__(self, part: int, start: int, stop: int) -> LengthsOfRows:
         """The rows from `start` to `stop`."""
         ...
 

@@ -12,21 +12,21 @@ from speechlm2_jax.data.duplex.conversations import DuplexConversation, FrameGri
 from speechlm2_jax.data.index.counts import VERSION, Count
 from speechlm2_jax.data.manifest_options import ManifestOptions
 
-SPEAKS, SPEAKERS = "speaks", "speakers"
+AGENT_TEXT, SPEAKERS = "agent_text", "speakers"
 """Columns: of each row, whether its agent has a text or is meant to have none; and lines of JSON
 with the turns of each speaker, in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TurnCounts:
+class SpeakerCounts:
     """Counts the turns of speakers (implements `Counts`)."""
 
     grid: FrameGrid
     output_roles: tuple[str, ...]
     """Speakers that are the agent."""
 
-    NAME: ClassVar[str] = "turns"
-    TYPES: ClassVar[Mapping[str, np.dtype]] = {SPEAKS: np.dtype("u1"), SPEAKERS: np.dtype("u1")}
+    NAME: ClassVar[str] = "speakers"
+    TYPES: ClassVar[Mapping[str, np.dtype]] = {AGENT_TEXT: np.dtype("u1"), SPEAKERS: np.dtype("u1")}
 
     def key(self, options: ManifestOptions) -> list[Any]:
         """What the columns depend on, beside the rows."""
@@ -38,15 +38,15 @@ class TurnCounts:
         return self._columns
 
     def _columns(self, conversations: Sequence[DuplexConversation | None]) -> dict[str, np.ndarray]:
-        speaks = [one is not None and self.speaks(one) for one in conversations]
+        has_text = [one is not None and self.agent_has_text(one) for one in conversations]
         found = Counter(turn.speaker for one in conversations if one for turn in one.turns)
         line = json.dumps(list(found.items())).encode() + b"\n" if found else b""
         return {
-            SPEAKS: np.asarray(speaks, self.TYPES[SPEAKS]),
+            AGENT_TEXT: np.asarray(has_text, self.TYPES[AGENT_TEXT]),
             SPEAKERS: np.frombuffer(line, self.TYPES[SPEAKERS]),
         }
 
-    def speaks(self, conversation: DuplexConversation) -> bool:
+    def agent_has_text(self, conversation: DuplexConversation) -> bool:
         """Whether the agent has a text within the conversation, or is meant to have none."""
         if conversation.is_meant_silent:
             return True
