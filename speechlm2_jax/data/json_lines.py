@@ -57,10 +57,15 @@ def text_lines(path: Path) -> Iterator[tuple[str, str]]:
     name = shown(path)
     for number, line in _numbered(path, with_blank=True):
         where = f"{name} line {number}"
-        try:
-            yield where, decode_text(line)
-        except SettingsError as error:
-            raise SettingsError(f"{where}: {error}") from None
+        yield where, decoded_line(where, line)
+
+
+def decoded_line(where: str, line: bytes) -> str:
+    """The text of a line. Raises SettingsError, naming `where`, for one that is not UTF-8."""
+    try:
+        return decode_text(line)
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error}") from None
 
 
 def _numbered(path: Path, *, with_blank: bool = False) -> Iterator[tuple[int, bytes]]:

@@ -46,8 +46,12 @@ class ManifestRow(Protocol):
         ...
 
 
+NamedRow = tuple[str, Callable[[], ManifestRow]]
+"""The words that name a row, and what reads it."""
+
+
 def conversations_of_rows(
-    rows: Iterator[tuple[str, Callable[[], ManifestRow]]], options: ManifestOptions
+    rows: Iterator[NamedRow], options: ManifestOptions
 ) -> Iterator[Conversation]:
     """The conversations of rows, whose headers are read many at a time.
 

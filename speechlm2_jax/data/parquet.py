@@ -8,7 +8,7 @@ import functools
 import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from speechlm2_jax.data.audio_location import AudioLocation, ParquetCell
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.manifest_options import ManifestOptions
-from speechlm2_jax.data.manifest_rows import ManifestRow, NemoRow, conversations_of_rows
+from speechlm2_jax.data.manifest_rows import NamedRow, NemoRow, conversations_of_rows
 from speechlm2_jax.data.manifest_values import near_miss, shown
 from speechlm2_jax.data.paths import Finder, checked_path, expand_shards, local_file
 from speechlm2_jax.data.storage.addresses import is_remote
@@ -161,10 +161,6 @@ def _split(folder: Path, file: Path) -> str:
     return next((word for word in words if word in _SPLITS), "")
 
 
-Rows = Iterator[tuple[str, Callable[[], ManifestRow]]]
-"""The words that name each row, and what reads it."""
-
-
 class GroupedTable(ABC):
     """A file of rows in groups, each of which is read alone."""
 
@@ -174,7 +170,9 @@ class GroupedTable(ABC):
     groups: Sequence[int]
     """Rows of each group: a row group of Parquet, a batch of Arrow."""
 
-    def rows(self, group: int, columns: ParquetColumns, place: int | None = None) -> Rows:
+    def rows(
+        self, group: int, columns: ParquetColumns, place: int | None = None
+    ) -> Iterator[NamedRow]:
         """The rows of a group, or the one at a place in it.
 
         Raises SettingsError, naming the file, where it is damaged.
@@ -330,7 +328,7 @@ def _row(
     row: dict[str, Any],
     location: AudioLocation,
     columns: ParquetColumns,
-) -> tuple[str, Callable[[], ManifestRow]]:
+) -> NamedRow:
     name = row.get("id")
     seconds = row.pop(columns.duration, None)
     fields = {

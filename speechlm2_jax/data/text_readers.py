@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.data.conversations import Conversation, TextTurn
+from speechlm2_jax.data.input_config import Paths
 from speechlm2_jax.data.json_lines import json_lines, text_lines
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.manifest_values import check_text_key, located, missing_key, shown, text
@@ -74,8 +75,8 @@ def text_of_object(
 
 
 def read_text_pairs(
-    sources: Sequence[str],
-    targets: Sequence[str],
+    sources: Paths,
+    targets: Paths,
     options: ManifestOptions,
     *,
     questions: str | None = None,
@@ -91,23 +92,38 @@ def read_text_pairs(
 
     Raises SettingsError for a missing file, and for files of different lengths.
     """
+    asked, draws = questions_of(questions), None
+    if asked:
+        draws = QuestionDraws(len(asked), options.seed)
+    for source, target in paths_of_pairs(sources, targets):
+        for where, both in _pairs(source, target):
+            question = None if draws is None else asked[draws.next()]
+            yield pair_of_lines(where, *both, question, options)
+
+
+def paths_of_pairs(sources: Paths, targets: Paths) -> list[tuple[Path, Path]]:
+    """The files of pairs. Raises SettingsError for a missing one, or more of one than another."""
     source_paths, target_paths = expand_shards(sources), expand_shards(targets)
     if len(source_paths) != len(target_paths):
         raise SettingsError(
             f"target_paths: {len(target_paths)} files, but source_paths has {len(source_paths)}; "
             "list one for each, in the same order"
         )
-    drawn = _questions(questions, options.seed)
-    for source, target in zip(source_paths, target_paths, strict=True):
-        for where, both in _pairs(local_file(source), local_file(target)):
-            turns = [
-                TextTurn(role=USER, text=both[0].strip()),
-                TextTurn(role=ASSISTANT, text=both[1].strip()),
-            ]
-            question = next(drawn)
-            if question is not None:
-                turns.insert(0, TextTurn(role=options.question_role, text=question))
-            yield _conversation(where, turns, options)
+    both = zip(source_paths, target_paths, strict=True)
+    return [(local_file(source), local_file(target)) for source, target in both]
+
+
+def pair_of_lines(
+    where: str, source: str, target: str, question: str | None, options: ManifestOptions
+) -> Conversation:
+    """A line of the user and one of the response as a conversation, behind a question if any."""
+    turns = [
+        TextTurn(role=USER, text=source.strip()),
+        TextTurn(role=ASSISTANT, text=target.strip()),
+    ]
+    if question is not None:
+        turns.insert(0, TextTurn(role=options.question_role, text=question))
+    return _conversation(where, turns, options)
 
 
 def read_sft(paths: Sequence[str], options: ManifestOptions) -> Iterator[Conversation]:
@@ -145,28 +161,55 @@ def _chat(row: dict[str, Any]) -> list[TextTurn]:
     return made
 
 
-def _questions(path: str | None, seed: int) -> Iterator[str | None]:
-    """A line of a file for each pair, without end; None where there is no file."""
+def questions_of(path: str | None) -> list[str]:
+    """The questions of a file; none without one. Raises SettingsError for a file without any."""
     if path is None:
-        while True:
-            yield None
+        return []
     lines = [line.strip() for _, line in text_lines(local_file(path))]
     if not lines:
         raise SettingsError(f"{path}: no question in it")
-    draws = random.Random(seed)  # noqa: S311
-    while True:
-        yield draws.choice(lines)
+    return lines
+
+
+class QuestionDraws:
+    """Which question comes before each pair of an entry, one after the other.
+
+    Args:
+        questions: how many there are.
+        seed: of what is drawn.
+    """
+
+    def __init__(self, questions: int, seed: int) -> None:
+        self._numbers, self._seed = range(questions), seed
+        self._restart()
+
+    def next(self) -> int:
+        """The number of the next pair's."""
+        self._at += 1
+        return self._draws.choice(self._numbers)
+
+    def go_to(self, pair: int) -> None:
+        """Makes a pair, from 0, the next one."""
+        if pair < self._at:
+            self._restart()
+        while self._at < pair:
+            self.next()
+
+    def _restart(self) -> None:
+        self._draws, self._at = random.Random(self._seed), 0  # noqa: S311
 
 
 def _pairs(source: Path, target: Path) -> Iterator[tuple[str, tuple[str, str]]]:
     """Line by line, the words that name it and both texts."""
     for here, there in zip_longest(text_lines(source), text_lines(target)):
         if here is None or there is None:
-            shorter, longer = (source, target) if here is None else (target, source)
-            raise SettingsError(
-                f"{shorter}: has fewer lines than {longer}; each line is one of a pair"
-            )
+            raise fewer_lines(source, target) if here is None else fewer_lines(target, source)
         yield here[0], (here[1], there[1])
+
+
+def fewer_lines(shorter: Path, longer: Path) -> SettingsError:
+    """What to say of two files that are no pairs of lines."""
+    return SettingsError(f"{shorter}: has fewer lines than {longer}; each line is one of a pair")
 
 
 def _conversation(

@@ -1,24 +1,39 @@
 """Folders of tars in WebDataset's form: a JSON and a recording of one name are one example."""
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.manifest_options import ManifestOptions
-from speechlm2_jax.data.manifest_rows import Find, ManifestRow, conversations_of_rows
+from speechlm2_jax.data.manifest_rows import Find, NamedRow, conversations_of_rows
 from speechlm2_jax.data.manifest_values import located, shown
 from speechlm2_jax.data.paths import local_file, local_folder
 from speechlm2_jax.data.share_gpt import PLACEHOLDERS, ShareGptRow
 from speechlm2_jax.data.storage.access import current
 from speechlm2_jax.data.storage.addresses import is_remote, joined
 from speechlm2_jax.data.storage.errors import StorageError
-from speechlm2_jax.data.tars import TarMember, tar_members
+from speechlm2_jax.data.tar_headers import TarMember, end_of_member, members_of, read_headers
+from speechlm2_jax.data.tars import plain_name, tar_members
 from speechlm2_jax.settings import SettingsError, decode_text, parse_json, read_json
 
 _INDEX = "wids-meta.json"
+_JSON = ".json"
+
+
+class Example(NamedTuple):
+    """Members of a tar next to each other, whose names differ in the suffix alone."""
+
+    tar: str
+    name: str
+    place: int
+    """Where the header of the first one begins, or one behind the member before it."""
+    members: Sequence[TarMember]
 
 
 def read_share_gpt_webdataset(
@@ -29,9 +44,44 @@ def read_share_gpt_webdataset(
     The headers of the tars and their JSON are read, no recording. Raises SettingsError for a
     missing folder, a damaged tar, and an example that is not one JSON with at most one recording.
     """
+    for tar in tars_of_folder(data_dir):
+        rows = (row_of_example(one, placeholders) for one in examples_of_tar(tar))
+        yield from conversations_of_rows(rows, options)
+
+
+def tars_of_folder(data_dir: str) -> list[str]:
+    """The tars of a folder or an address, in order. Raises SettingsError for one without any."""
     tars = _remote_tars(data_dir) if is_remote(data_dir) else _tars(local_folder(data_dir))
-    for tar in map(str, tars):
-        yield from conversations_of_rows(_rows(tar, placeholders), options)
+    return list(map(str, tars))
+
+
+def examples_up_to(tar: str, most: int) -> int:
+    """Counts the examples of a tar on a local disk, up to `most`. Raises OSError or TarError."""
+    with open(tar, "rb") as file:
+        found = (one for one in read_headers(file.fileno()) if one.name.endswith(_JSON))
+        return sum(1 for _ in islice(found, most))
+
+
+def examples_of_tar(tar: str) -> Iterator[Example]:
+    """The examples of a tar, in order. Raises SettingsError for a damaged one."""
+    return _examples(tar, tar_members(tar), 0)
+
+
+def first_example(tar: str, place: int) -> Example:
+    """The example whose first header is at a place or behind it, of a tar on a local disk.
+
+    Raises SettingsError if there is none.
+    """
+    try:
+        with open(tar, "rb", buffering=0) as file:
+            total = os.fstat(file.fileno()).st_size
+            found = members_of(partial(os.pread, file.fileno()), total, place)
+            members = (one._replace(name=plain_name(one.name)) for one in found)
+            if (example := next(_examples(tar, members, place), None)) is not None:
+                return example
+    except tarfile.TarError as error:
+        raise SettingsError(f"{tar}: {error}") from error
+    raise SettingsError(f"{tar}: no example at byte {place}")
 
 
 def _tars(folder: Path) -> list[Path]:
@@ -68,23 +118,21 @@ def _remote_tars(folder: str) -> list[str]:
     return tars
 
 
-def _rows(tar: str, placeholders: Sequence[str]) -> Iterator[tuple[str, Callable[[], ManifestRow]]]:
-    """The examples of a tar: members next to each other whose names differ in the suffix alone."""
-    members, storage = tar_members(tar), current()
-    for name, both in _examples(members):
-        where = f"{tar} {name}"
-        texts = [one for one in both if one.name.endswith(".json")]
-        audio = [one for one in both if not one.name.endswith(".json")]
-        if len(texts) != 1 or len(audio) > 1:
-            raise SettingsError(
-                f"{where}: has {', '.join(one.name for one in both)}; an example is a .json "
-                "and, where it has one, a recording of the same name"
-            )
-        with located(f"{tar} {texts[0].name}"):
-            row = _object(storage.read(tar, texts[0].start, texts[0].size))
-        row.setdefault("id", PurePosixPath(name).name)
-        name_of = audio[0].name if audio else None
-        yield where, partial(ShareGptRow, row, _find(tar, audio), placeholders, name_of)
+def row_of_example(example: Example, placeholders: Sequence[str]) -> NamedRow:
+    """The words that name an example, and what reads it; its JSON is read here."""
+    tar, where, storage = example.tar, f"{example.tar} {example.name}", current()
+    texts = [one for one in example.members if one.name.endswith(_JSON)]
+    audio = [one for one in example.members if not one.name.endswith(_JSON)]
+    if len(texts) != 1 or len(audio) > 1:
+        raise SettingsError(
+            f"{where}: has {', '.join(one.name for one in example.members)}; an example is a .json "
+            "and, where it has one, a recording of the same name"
+        )
+    with located(f"{tar} {texts[0].name}"):
+        row = _object(storage.read(tar, texts[0].start, texts[0].size))
+    row.setdefault("id", PurePosixPath(example.name).name)
+    name_of = audio[0].name if audio else None
+    return where, partial(ShareGptRow, row, _find(tar, audio), placeholders, name_of)
 
 
 def _object(data: bytes) -> dict[str, Any]:
@@ -106,16 +154,16 @@ def _find(tar: str, audio: Sequence[TarMember]) -> Find:
     return find
 
 
-def _examples(members: Sequence[TarMember]) -> Iterator[tuple[str, list[TarMember]]]:
-    """Runs of members whose names are the same without their suffix."""
+def _examples(tar: str, members: Iterable[TarMember], place: int) -> Iterator[Example]:
+    """Runs of members whose names are the same without their suffix; `place` is the first's."""
     run: list[TarMember] = []
-    name = ""
+    name, begin = "", place
     for member in members:
         own = str(PurePosixPath(member.name).with_suffix(""))
         if run and own != name:
-            yield name, run
-            run = []
+            yield Example(tar, name, begin, run)
+            run, begin = [], place
         run.append(member)
-        name = own
+        name, place = own, end_of_member(member)
     if run:
-        yield name, run
+        yield Example(tar, name, begin, run)

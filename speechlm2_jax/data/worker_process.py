@@ -55,6 +55,8 @@ class _Pickler(pickle.Pickler):
 
 def _mapping(array: np.ndarray) -> Any:
     """How to map an array that lies in a mapped file; NotImplemented for another one."""
+    if array.ndim and not any(array.strides):  # one value again and again
+        return np.broadcast_to, (array.flat[0], array.shape)
     base: Any = array
     while isinstance(base, np.ndarray) and isinstance(base.base, np.ndarray):
         base = base.base

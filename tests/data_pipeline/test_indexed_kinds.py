@@ -1,5 +1,6 @@
 """Every type whose examples are lines of files reads the same from an index as from memory."""
 
+import json
 import logging
 from itertools import islice
 
@@ -9,7 +10,7 @@ import soundfile
 
 from speechlm2_jax.data import DataModule, SALMDataset
 from speechlm2_jax.data.audio import AudioError
-from speechlm2_jax.data.index import row_count
+from speechlm2_jax.data.index import build, row_count
 from speechlm2_jax.data.index.contents import IndexedContents
 from speechlm2_jax.settings import SettingsError
 from tests.data_pipeline.small_corpus import TAG, frames, wav_bytes, write_lines, write_tar
@@ -179,7 +180,47 @@ def _arrow(folder):
     }
 
 
+def _txt_pair(folder):
+    """Two pairs of files with other line ends, and questions before each pair."""
+    (folder / "ask.txt").write_text("What is it?\nAnd now?\nPlease.\n")
+    texts = {
+        "s0": "one\n\ntwo three\r\nf\u00fcnf\nsix\n" * 2,
+        "t0": "eins\r\nzwei\rdrei vier\n\nsechs\n" * 2,
+        "s1": "seven\neight",
+        "t1": "sieben\nacht\n",
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_bytes(text.encode())
+    return {
+        "type": "txt_pair",
+        "source_paths": f"{folder}/s{{0..1}}.txt",
+        "target_paths": f"{folder}/t{{0..1}}.txt",
+        "questions_path": str(folder / "ask.txt"),
+    }
+
+
+def _webdataset(folder):
+    (folder / "tars").mkdir()
+    for shard in range(2):
+        members = [("./text.json", json.dumps({"conversations": [TOLD]}).encode())]
+        for n in range(3):
+            row = {"conversations": [ASKED, TOLD, ASKED, TOLD][: 2 + 2 * (n == 1)], "topic": n}
+            both = [(f"{n}.json", json.dumps(row).encode())]
+            both.insert(n % 2, (f"{n}.wav", wav_bytes(0.3 + 0.1 * n + 0.05 * shard)))
+            members += both
+        long = "x" * 150  # whose name takes a header of its own
+        members += [(f"{long}.json", json.dumps(row).encode()), (f"{long}.wav", wav_bytes(0.7))]
+        write_tar(folder / "tars" / f"{shard}.tar", members)
+    return {
+        "type": "share_gpt_webdataset",
+        "data_dir": str(folder / "tars"),
+        "audio_locator_tag": TAG,
+    }
+
+
 KINDS = {
+    "txt_pair": _txt_pair,
+    "webdataset": _webdataset,
     "parquet": _parquet,
     "arrow": _arrow,
     "txt": _txt,
@@ -262,6 +303,45 @@ def test_a_table_that_changes_is_indexed_again(tokenizer, make_large, tmp_path):
     np.testing.assert_allclose(again[3].clips[0].load(16000), 0.8, atol=1e-4)
     with pytest.raises(AudioError, match="changed since it was indexed"):
         contents[4]
+
+
+def test_pairs_are_read_in_chunks_and_faults_are_told(tokenizer, make_large, tmp_path, monkeypatch):
+    entry = _txt_pair(tmp_path)
+    whole = module_of(tokenizer, entry, shard_seed=4).prepared().contents
+    make_large()
+    monkeypatch.setattr(build, "CHUNK_BYTES", (9, 9))
+    has = module_of(tokenizer, entry, shard_seed=4).prepared().contents
+    assert [has[n].turns for n in range(len(has))] == [c.turns for c in whole.conversations]
+    per_row = [c for c in has.parts[0].columns.values() if len(c) == 10 and any(c.strides)]
+    assert sum(column.itemsize for column in per_row) <= 32
+    (tmp_path / "t1.txt").write_text("sieben\nacht\nneun")
+    with pytest.raises(SettingsError, match="s1.txt: has fewer lines than .*t1.txt; each line"):
+        module_of(tokenizer, entry, shard_seed=4)
+    (tmp_path / "t1.txt").write_text("sieben")
+    with pytest.raises(SettingsError, match="t1.txt: has fewer lines than .*s1.txt; each line"):
+        module_of(tokenizer, entry, shard_seed=4)
+    (tmp_path / "t1.txt").write_bytes(b"sieben\n\xff")
+    with pytest.raises(SettingsError, match="s1.txt line 2: "):
+        module_of(tokenizer, entry, shard_seed=4)
+    (tmp_path / "t1.txt").write_text("sieben\nneun")
+    again = module_of(tokenizer, entry, shard_seed=4).prepared().contents
+    assert again[11].response == "neun"
+    (tmp_path / "ask.txt").write_text("Other?\n")
+    again = module_of(tokenizer, entry, shard_seed=4).prepared().contents
+    assert again[11].turns[0].text == "Other?"
+
+
+def test_an_example_of_a_tar_that_changes_is_noticed(tokenizer, make_large, tmp_path):
+    make_large()
+    entry = _webdataset(tmp_path)
+    contents = module_of(tokenizer, entry).prepared().contents
+    assert [contents[n].id for n in (0, 1, 4)] == ["text", "0", "x" * 150]
+    first = [("./text.json", json.dumps({"conversations": [TOLD, ASKED]}).encode())]
+    write_tar(tmp_path / "tars" / "1.tar", [*first, ("text.wav", wav_bytes(0.9))])
+    with pytest.raises(AudioError, match="changed since it was indexed"):
+        contents[7]
+    again = module_of(tokenizer, entry).prepared().contents
+    assert len(again) == 5 and again.identity != contents.identity
 
 
 def test_a_text_in_windows_is_read_into_memory(tokenizer, make_large, tmp_path):

@@ -7,7 +7,8 @@ from speechlm2_jax.data.index.counts import Counts
 from speechlm2_jax.data.index.manifest import open_manifest
 from speechlm2_jax.data.index.packed import open_packed
 from speechlm2_jax.data.index.packed_kinds import SHARD_TYPES
-from speechlm2_jax.data.index.row_kinds import CUTS
+from speechlm2_jax.data.index.pairs import open_pairs
+from speechlm2_jax.data.index.row_kinds import CUTS, TXT_PAIR
 from speechlm2_jax.data.index.rows import readers_of
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.manifest_options import ManifestOptions
@@ -33,6 +34,9 @@ def open_rows(
     if entry.has_shards or entry.type in SHARD_TYPES:
         shards = open_packed(entry, options, counts, duplex)
         return None if shards is None else IndexedRows(manifests=tuple(shards))
+    if entry.type == TXT_PAIR:
+        pairs = open_pairs(entry, options, counts)
+        return None if pairs is None else IndexedRows(manifests=tuple(pairs))
     readers = readers_of(entry, options, duplex)
     if readers is None:
         return None

@@ -26,6 +26,7 @@ from speechlm2_jax.data.index.packed_kinds import (
     PARQUET,
     SHAR,
     SHARE_GPT_TARRED,
+    WEBDATASET,
     rows_of_shards,
 )
 from speechlm2_jax.data.index.packed_rows import PackedShard, RowsOfTars, member_at, shard_bytes
@@ -47,6 +48,7 @@ from speechlm2_jax.data.paths import expand_shards, local_files, packed_file
 from speechlm2_jax.data.shar import RECORDING, shar_shards
 from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.data.tarred import numbered_tars, tars_of_manifests
+from speechlm2_jax.data.webdataset import tars_of_folder
 from speechlm2_jax.settings import SettingsError
 
 
@@ -156,6 +158,10 @@ def _shards_of(
     """The sets of an entry's shards, in the order in which they are read, each with its kind."""
     if entry.type == PARQUET:
         return [(RowKind(name=PARQUET, table=table_columns(entry)), table_shards(entry, options))]
+    if entry.type == WEBDATASET:
+        kind = RowKind(name=WEBDATASET, placeholders=placeholders_of(entry))
+        tars = () if is_remote(entry.data_dir or "") else tars_of_folder(entry.data_dir or "")
+        return [(kind, tuple(PackedShard(Path(tar), (tar,)) for tar in tars))] if tars else None
     if entry.shar_path is not None:
         shards = list(shar_shards(entry.shar_path, duplex.fields if duplex else (RECORDING,)))
         if any(shard.values for shard in shards):

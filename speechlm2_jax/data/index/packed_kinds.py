@@ -13,13 +13,14 @@ from speechlm2_jax.data.index.packed_rows import (
 )
 from speechlm2_jax.data.index.row_kinds import RowKind
 from speechlm2_jax.data.index.tables import TableRows
+from speechlm2_jax.data.index.webdataset_rows import WebDatasetRows
 from speechlm2_jax.data.manifest_options import ManifestOptions
 
 NEMO_TARRED, ONE_MANIFEST = "nemo_tarred", "nemo_tarred_by_shard"
 SHAR, DUPLEX_SHAR = "shar", "duplex_shar"
 DIALOGS_TARRED, SHARE_GPT_TARRED = "dialogs_tarred", "share_gpt_tarred"
-PARQUET = "parquet"
-SHARD_TYPES = (PARQUET,)
+PARQUET, WEBDATASET = "parquet", "share_gpt_webdataset"
+SHARD_TYPES = (PARQUET, WEBDATASET)
 """Types whose examples are in shards that are no manifests."""
 _KINDS: Mapping[str, Callable[[Sequence[PackedShard], ManifestOptions, RowKind], RowsOfTars]] = {
     NEMO_TARRED: TarredRows,
@@ -28,6 +29,7 @@ _KINDS: Mapping[str, Callable[[Sequence[PackedShard], ManifestOptions, RowKind],
     DIALOGS_TARRED: DialogRows,
     SHARE_GPT_TARRED: DialogRows,
     PARQUET: TableRows,
+    WEBDATASET: WebDatasetRows,
 }
 
 

@@ -31,6 +31,13 @@ PACKED_TYPES = {
 of its line."""
 AGENT_MEMBER = "agent_member"
 """The same in the tar of the agents' recordings, where there are two tars."""
+PAIR_TYPES = {
+    "offset": np.dtype("<u8"),
+    "target": np.dtype("<u8"),
+    "question": np.dtype("<u4"),
+    "flags": np.dtype("u1"),
+}
+"""Of a pair of lines: the places of both in their files, and the number of its question."""
 SHARD_TYPES = {"shard_rows": np.dtype("<u4")}
 """Rows of each shard."""
 SEVERAL_TYPES = {"several": np.dtype("<u8"), "several_s": np.dtype("<f8")}
@@ -51,6 +58,15 @@ def packed_types(tars: int) -> dict[str, np.dtype]:
     if tars > 1:
         names.insert(names.index("member") + 1, AGENT_MEMBER)
     return {name: PACKED_TYPES.get(name, PACKED_TYPES["member"]) for name in names}
+
+
+def no_recordings(rows: int) -> dict[str, np.ndarray]:
+    """The columns of recordings of rows without any, which take no memory."""
+    types = {**ROW_TYPES, **SEVERAL_TYPES}
+    return {
+        name: np.broadcast_to(types[name].type(0), 0 if name in SEVERAL_TYPES else rows)
+        for name in ("duration_s", "clips", *SEVERAL_TYPES)
+    }
 
 
 def row_columns(

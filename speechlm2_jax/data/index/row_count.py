@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -11,13 +12,16 @@ from typing import Any
 from speechlm2_jax.data.augmentation.variants import unindexed
 from speechlm2_jax.data.config import LoaderConfig
 from speechlm2_jax.data.index.contents import IndexedRows
-from speechlm2_jax.data.index.packed_kinds import PARQUET
+from speechlm2_jax.data.index.packed_kinds import PARQUET, WEBDATASET
+from speechlm2_jax.data.index.row_kinds import TXT_PAIR
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.json_lines import is_gzip
 from speechlm2_jax.data.manifest_watch import row_files
 from speechlm2_jax.data.parquet import rows_of_tables
 from speechlm2_jax.data.paths import expand_shards, local_file
 from speechlm2_jax.data.sources import Source, read_sources
+from speechlm2_jax.data.storage.addresses import is_remote
+from speechlm2_jax.data.webdataset import examples_up_to, tars_of_folder
 from speechlm2_jax.settings import SettingsError
 
 LARGE_ROWS = 20_000
@@ -57,8 +61,8 @@ def is_large(config: LoaderConfig, where: str) -> bool:
 
     try:
         read_sources(config, where, count)
-    except (SettingsError, OSError, EOFError, zlib.error):  # told when the manifests are read
-        return False
+    except (SettingsError, OSError, EOFError, zlib.error, tarfile.TarError):
+        return False  # told when the files are read
     if rows >= LARGE_ROWS and (names := unindexed(config)):
         _log.warning(
             "%s: all rows are read into memory, because %s changes how many examples they make",
@@ -74,6 +78,13 @@ def _counts(entry: InputConfig) -> Iterator[Callable[[int], int]]:
     if entry.type == PARQUET:
         for path in expand_shards(entry.manifests):
             yield partial(rows_of_tables, path)
+    elif entry.type == WEBDATASET:
+        tars = () if is_remote(entry.data_dir or "") else tars_of_folder(entry.data_dir or "")
+        for tar in tars:
+            yield partial(examples_up_to, tar)
+    elif entry.type == TXT_PAIR:
+        for path in expand_shards(entry.source_paths or ()):
+            yield partial(rows_up_to, local_file(path))
     elif entry.line_files or entry.has_shards:
         for path in row_files(entry):
             yield partial(rows_up_to, local_file(path))

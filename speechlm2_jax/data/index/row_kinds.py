@@ -10,7 +10,7 @@ from speechlm2_jax.data.conversations import AnyConversation, Conversation
 from speechlm2_jax.data.cuts import clip_of_cut, conversation_of_cut, cut_of_row
 from speechlm2_jax.data.duplex.forms import DuplexForm
 from speechlm2_jax.data.index.folders import digest
-from speechlm2_jax.data.json_lines import object_of_line
+from speechlm2_jax.data.json_lines import decoded_line, object_of_line
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.manifest_rows import DialogRow, Lengths, ManifestRow, NemoRow
 from speechlm2_jax.data.manifest_values import located
@@ -21,11 +21,22 @@ from speechlm2_jax.data.share_gpt import ShareGptRow, finder_of
 from speechlm2_jax.data.spoken_dialogs import UnknownSpeakerError
 from speechlm2_jax.data.storage.access import using
 from speechlm2_jax.data.text_readers import chat_of_object, text_of_line, text_of_object
-from speechlm2_jax.settings import SettingsError, decode_text
 
 NEMO, DIALOGS, CUTS, SHARE_GPT = "nemo", "dialogs", "cuts", "share_gpt"
 DUPLEX_CUTS = "duplex_cuts"
-TXT, TXT_JSONL, SFT = "txt", "txt_jsonl", "nemo_sft_jsonl"
+TXT, TXT_JSONL, SFT, TXT_PAIR = "txt", "txt_jsonl", "nemo_sft_jsonl", "txt_pair"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPair:
+    """What goes with the lines of a text."""
+
+    target: Path
+    """The text of the responses, line by line."""
+    questions: str | None = None
+    """A file of which a line comes before each pair."""
+    first: int = 0
+    """Pairs of the entry before these, for which questions are drawn too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +50,8 @@ class RowKind:
     """Of ShareGPT: the folder of relative paths; None: that of the file."""
     table: ParquetColumns | None = None
     """Of tables: the names of columns."""
+    pair: TextPair | None = None
+    """Of pairs of lines."""
     duplex: DuplexForm | None = None
     """Of two voices: how rows become conversations of them."""
 
@@ -52,6 +65,7 @@ class RowKind:
         elif options.roles is not None:
             own = [options.roles.users, options.roles.assistants]
         own += [self.table.audio, self.table.duration] if self.table else []
+        own += [str(self.pair.target), self.pair.first, options.seed] if self.pair else []
         own += self.duplex.key if self.duplex else []
         return f"{self.name}-{digest(own)}" if own else self.name
 
@@ -83,11 +97,7 @@ class RowMaker:
     def __call__(self, where: str, line: bytes) -> ManifestRow | None:
         """A line that is not blank; None for one to be skipped. Raises SettingsError."""
         if self._kind.name == TXT:
-            try:
-                text = decode_text(line)
-            except SettingsError as error:
-                raise SettingsError(f"{where}: {error}") from None
-            return _Made(text_of_line(text, self._options, where))
+            return _Made(text_of_line(decoded_line(where, line), self._options, where))
         return self.of_object(where, object_of_line(where, line))
 
     def of_object(self, where: str, row: dict[str, Any]) -> ManifestRow | None:

@@ -173,6 +173,16 @@ def count_lines(data: bytes) -> int:
     return data.count(b"\n") + (data[-1:] not in (b"\n", b""))
 
 
+def lines_between(text: Text, begin: int, end: int) -> int:
+    """Lines from the begin of one to that of another."""
+    lines = 0
+    for start, data in whole_lines(text, begin):
+        if start >= end:
+            break
+        lines += count_lines(data[: end - start])
+    return lines
+
+
 def line_at(text: Text, offset: int) -> bytes:
     """The line that begins at an offset, without its end."""
     line, size = b"", _LINE_BYTES

@@ -27,6 +27,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.index.counts import Count, Counts
 from speechlm2_jax.data.index.packed_kinds import rows_of_shards
 from speechlm2_jax.data.index.packed_rows import (
@@ -35,7 +36,9 @@ from speechlm2_jax.data.index.packed_rows import (
     member_numbers,
     shard_bytes,
 )
+from speechlm2_jax.data.index.pair_cursor import PairCursor
 from speechlm2_jax.data.index.row_columns import (
+    PAIR_TYPES,
     SEVERAL_MEMBER_TYPES,
     SHARD_TYPES,
     packed_types,
@@ -43,9 +46,17 @@ from speechlm2_jax.data.index.row_columns import (
 )
 from speechlm2_jax.data.index.row_kinds import RowKind
 from speechlm2_jax.data.index.rows import RowReader, lines_of
-from speechlm2_jax.data.index.texts import Text, count_lines, open_text, whole_lines
+from speechlm2_jax.data.index.texts import PlainText, Text, lines_between, open_text
+from speechlm2_jax.data.json_lines import decoded_line
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.storage.access import StorageAccess, current, using
+from speechlm2_jax.data.storage.downloads import shown
+from speechlm2_jax.data.text_readers import (
+    QuestionDraws,
+    fewer_lines,
+    pair_of_lines,
+    questions_of,
+)
 from speechlm2_jax.settings import SettingsError
 
 _ROWS_AT_ONCE = 2048
@@ -125,7 +136,7 @@ class LinesReader(ChunkReader):
             return self._columns_of(chunk, first + 1)
         except SettingsError:
             # the number of the line is worth reading the file up to it
-            return self._columns_of(chunk, _lines_before(self._text, begin) + first + 1)
+            return self._columns_of(chunk, lines_between(self._text, 0, begin) + first + 1)
 
     def _columns_of(self, chunk: list[tuple[int, bytes]], first: int) -> dict[str, np.ndarray]:
         """The columns of lines of which the first has a number."""
@@ -177,12 +188,60 @@ class ShardsReader(ChunkReader):
         return columns
 
 
+class PairsReader(ChunkReader):
+    """Reads the lines of a text that begin in a stretch of its bytes, and those of its pair."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        assert job.kind.pair is not None
+        self._pair = job.kind.pair
+        self._source, self._target = PlainText(job.manifest), PlainText(self._pair.target)
+        self._cursor = PairCursor(self._source, self._target)
+        self._questions = questions_of(self._pair.questions)
+        self._draws = QuestionDraws(len(self._questions), job.options.seed)
+
+    def _chunks(self, start: int, end: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        begin, stop = _line_start(self._source, start), _line_start(self._source, end)
+        targets, line = self._cursor.lines_from(begin), self._cursor.lines
+        self._draws.go_to(self._pair.first + line if self._questions else 0)
+        sources = lines_of(self._source.read(begin, stop - begin), begin)
+        yield self._columns([], [], line), 0
+        while chunk := list(islice(sources, _ROWS_AT_ONCE)):
+            others = list(islice(targets, len(chunk)))
+            if len(others) < len(chunk):
+                raise fewer_lines(self._target.path, self._source.path)
+            yield self._columns(chunk, others, line), len(chunk)
+            line += len(chunk)
+        if stop == self._source.size and next(targets, None) is not None:
+            raise fewer_lines(self._source.path, self._target.path)
+
+    def _columns(
+        self, sources: list[tuple[int, bytes]], targets: list[tuple[int, bytes]], line: int
+    ) -> dict[str, np.ndarray]:
+        """The columns of pairs behind so many lines."""
+        asked = [self._draws.next() if self._questions else 0 for _ in sources]
+        made: list[Conversation | None] = []
+        rows = zip(sources, targets, asked, strict=True)
+        for number, (one, other, question) in enumerate(rows, start=line + 1):
+            where = f"{shown(self._source.path)} line {number}"
+            texts = decoded_line(where, one[1]), decoded_line(where, other[1])
+            text = self._questions[question] if self._questions else None
+            made.append(pair_of_lines(where, *texts, text, self._job.options))
+        columns = self._count(made)
+        if self._job.with_rows:
+            starts = [[offset for offset, _ in lines] for lines in (sources, targets)]
+            columns |= row_columns(list(zip(*starts, asked, strict=True)), made, PAIR_TYPES)
+        return columns
+
+
 def _nothing(conversations: Sequence[object]) -> dict[str, np.ndarray]:
     return {}
 
 
 def reader_of(job: Job) -> ChunkReader:
     """What reads the stretches of a job."""
+    if job.kind.pair is not None:
+        return PairsReader(job)
     return ShardsReader(job) if job.shards else LinesReader(job)
 
 
@@ -207,16 +266,6 @@ def _line_start(text: Text, place: int) -> int:
             return place + found + 1
         place += len(block)
     return text.size
-
-
-def _lines_before(text: Text, place: int) -> int:
-    """Lines that end before a place, where one ends."""
-    lines = 0
-    for start, data in whole_lines(text):
-        if start >= place:
-            break
-        lines += count_lines(data[: place - start])
-    return lines
 
 
 def _requests(source: BinaryIO) -> Iterator[tuple[Path, int, int]]:
