@@ -206,10 +206,10 @@ def _cut(row: Row, user: dict[str, Any], agent: dict[str, Any], seconds: float) 
                 "start": start,
                 "duration": lasts_s / 2,
                 "channel": 0,
-                "text": said,
+                "text": words,
                 "speaker": who,
             }
-            for who, start, said in turns
+            for who, start, words in turns
         ],
         "recording": _recording(f"row{number}", seconds, RATE_HZ, user),
         "custom": {"target_audio": _recording(f"row{number}", seconds, AGENT_HZ, agent)},

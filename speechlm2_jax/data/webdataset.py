@@ -26,7 +26,7 @@ _INDEX = "wids-meta.json"
 _JSON = ".json"
 
 
-class Example(NamedTuple):
+class PackedExample(NamedTuple):
     """Members of a tar next to each other, whose names differ in the suffix alone."""
 
     tar: str
@@ -62,12 +62,12 @@ def examples_up_to(tar: str, most: int) -> int:
         return sum(1 for _ in islice(found, most))
 
 
-def examples_of_tar(tar: str) -> Iterator[Example]:
+def examples_of_tar(tar: str) -> Iterator[PackedExample]:
     """The examples of a tar, in order. Raises SettingsError for a damaged one."""
     return _examples(tar, tar_members(tar), 0)
 
 
-def first_example(tar: str, place: int) -> Example:
+def first_example(tar: str, place: int) -> PackedExample:
     """The example whose first header is at a place or behind it, of a tar on a local disk.
 
     Raises SettingsError if there is none.
@@ -118,7 +118,7 @@ def _remote_tars(folder: str) -> list[str]:
     return tars
 
 
-def row_of_example(example: Example, placeholders: Sequence[str]) -> NamedRow:
+def row_of_example(example: PackedExample, placeholders: Sequence[str]) -> NamedRow:
     """The words that name an example, and what reads it; its JSON is read here."""
     tar, where, storage = example.tar, f"{example.tar} {example.name}", current()
     texts = [one for one in example.members if one.name.endswith(_JSON)]
@@ -154,16 +154,16 @@ def _find(tar: str, audio: Sequence[TarMember]) -> Find:
     return find
 
 
-def _examples(tar: str, members: Iterable[TarMember], place: int) -> Iterator[Example]:
+def _examples(tar: str, members: Iterable[TarMember], place: int) -> Iterator[PackedExample]:
     """Runs of members whose names are the same without their suffix; `place` is the first's."""
     run: list[TarMember] = []
     name, begin = "", place
     for member in members:
         own = str(PurePosixPath(member.name).with_suffix(""))
         if run and own != name:
-            yield Example(tar, name, begin, run)
+            yield PackedExample(tar, name, begin, run)
             run, begin = [], place
         run.append(member)
         name, place = own, end_of_member(member)
     if run:
-        yield Example(tar, name, begin, run)
+        yield PackedExample(tar, name, begin, run)
