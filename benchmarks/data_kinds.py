@@ -221,10 +221,10 @@ def _duplex(folder: Path, count: int) -> dict[str, Any]:
     """Cuts of two long files."""
     for name, rate_hz in (("user", RATE_HZ), ("agent", AGENT_HZ)):
         (folder / f"{name}.flac").write_bytes(_clip(6.0, rate_hz))
-    sources = [{"type": "file", "source": f"{folder}/{name}.flac"} for name in ("user", "agent")]
+    user, agent = ({"type": "file", "source": f"{folder}/{n}.flac"} for n in ("user", "agent"))
     with open(folder / "cuts.jsonl", "w") as file:
         for row in _rows(count):
-            file.write(json.dumps(_cut(row, *sources, 6.0)) + "\n")
+            file.write(json.dumps(_cut(row, user, agent, 6.0)) + "\n")
     return {"type": "lhotse", "cuts_path": f"{folder}/cuts.jsonl"}
 
 
