@@ -273,8 +273,9 @@ def _prepare_indexed(
         drop_last=config.drop_last,
         endless=order.endless,
     )
-    is_filled = isinstance(sampler, PackedWindowSampler)
-    sampler = sampler.with_fill() if is_filled else with_room(sampler)
+    sampler = (
+        sampler.with_fill() if isinstance(sampler, PackedWindowSampler) else with_room(sampler)
+    )
     if data_set.is_train and (error := found.contents.validation_error(sampler.first_rows)):
         raise SettingsError(f"{where}: {error}")
     names = {cause: found.examples(cause) for cause in found.survey.examples}
