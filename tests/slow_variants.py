@@ -12,6 +12,7 @@ DUPLEX = "the same with a speech decoder beside it is quick"
 MESH = "other meshes are quick, among them all kinds of axes"
 CODEC = "the other codecs are quick, and so are this one's layers"
 VARIANT = "other cases of the same test are quick"
+FAMILY = "each of its parts is that of a family whose test is quick"
 KINDRED = "the property is tested quickly on a smaller model"
 
 SLOW: Mapping[str, str] = {
@@ -67,6 +68,34 @@ SLOW: Mapping[str, str] = {
         "three processes of train.py, 50 s of a core; what each does alone is tested quickly"
     ),
     "training/test_resume.py::test_a_signal_saves*?SIGTERM*": VARIANT,
+    "parity/test_llm.py::*mistral*": FAMILY,
+    "parity/test_llm.py::*qwen2*": FAMILY,
+    "parity/test_llm.py::*llama3*": FAMILY,
+    "parity/test_llm.py::*nemotron*": FAMILY,
+    "parity/test_llm_families.py::*transformers?starcoder2?": FAMILY,
+    "parity/test_llm_families.py::*transformers?exaone4?": FAMILY,
+    "parity/test_llm_families.py::*transformers?ministral?": FAMILY,
+    "parity/test_llm_families.py::*transformers?hunyuan_v1_dense?": FAMILY,
+    "parity/test_llm_families.py::*transformers?seed_oss?": FAMILY,
+    "parity/test_llm_families.py::*transformers?apertus?": FAMILY,
+    "parity/test_llm_families.py::*transformers?smollm3?": FAMILY,
+    "parity/test_llm_families.py::*transformers?qwen2?": FAMILY,
+    "parity/test_llm_families.py::*transformers?olmo2?": FAMILY,
+    "codec/test_convolutions.py::test_blocks_of_positions*channels0?": VARIANT,
+    "codec/test_convolutions.py::test_blocks_of_positions*channels1?": VARIANT,
+    "codec/test_convolutions.py::test_blocks_of_positions*channels2?": VARIANT,
+    "parity/test_speech_decoder.py::*same_dim*": VARIANT,
+    "parity/test_perception.py::*enc_ss1_adapter*": VARIANT,
+    "parity/test_perception.py::*multi_lookahead*": VARIANT,
+    "parity/test_perception.py::*f80_NA*": VARIANT,
+    "parity/test_perception.py::*f64_exact_pad*": VARIANT,
+    "parity/test_perception.py::*conformer_adapter?": VARIANT,
+    "parity/test_perception.py::*long_audio*?0.35?": VARIANT,
+    "parity/test_duplex.py::test_offline_inference_equals_nemo?duplex_s2s?": DUPLEX,
+    "training/test_resume.py::test_a_flipped_bit*?6?": VARIANT,
+    "training/test_resume.py::test_stop_at_step*?3?": VARIANT,
+    "test_checkpointing.py::test_the_best_and_the_latest*kept1-4?": VARIANT,
+    "test_checkpointing.py::test_the_best_and_the_latest*kept2-2?": VARIANT,
 }
 """Pattern over `path below tests/::name[case]` -> why it is not run every time."""
 WHOLE = 2000

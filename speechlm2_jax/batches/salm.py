@@ -45,13 +45,14 @@ class SalmBatch(Generic[A]):
     """Int32 [G, R]: index of the sequence in the global batch; seeds its random draws."""
     unpacked: bool = field(default=False, metadata={"static": True})
     """True only if each row is one conversation from its first token, all of it attended to."""
+    longest: int | None = field(default=None, metadata={"static": True})
+    """No conversation of a packed row has more positions than this; None: unknown."""
 
     def map(self, fn: Callable[[A], B]) -> "SalmBatch[B]":
         """Applies `fn` to every array."""
         arrays = [f.name for f in fields(self) if not f.metadata.get("static")]
-        return SalmBatch(
-            **{name: fn(getattr(self, name)) for name in arrays}, unpacked=self.unpacked
-        )
+        changed = {name: fn(getattr(self, name)) for name in arrays}
+        return SalmBatch(**changed, unpacked=self.unpacked, longest=self.longest)
 
     def without_id(self: "SalmBatch[M]", token_id: int) -> "SalmBatch[M]":
         """Masks text tokens of one id: they are neither attended to nor scored.
@@ -74,7 +75,7 @@ class SalmBatch(Generic[A]):
         if order is None:
             return self
         reordered = {name: getattr(self, name)[..., order] for name in PER_TOKEN}
-        return replace(self, unpacked=False, **reordered)
+        return replace(self, unpacked=False, longest=None, **reordered)
 
 
 PER_TOKEN = (
@@ -112,11 +113,14 @@ class BatchShape:
     L - 1."""
     clips: int
     samples: int
+    longest: int | None = field(default=None, repr=False)
+    """Of packed rows: no conversation takes more positions."""
 
     @property
     def name(self) -> str:
         """Unique name of the shape; each shape is compiled once."""
-        return f"rows{self.sequences}_tokens{self.tokens}_clips{self.clips}_samples{self.samples}"
+        name = f"rows{self.sequences}_tokens{self.tokens}_clips{self.clips}_samples{self.samples}"
+        return name if self.longest is None else f"{name}_longest{self.longest}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +211,7 @@ def assemble_salm_batch(
         clip_ids=np.arange(G * C, dtype=np.int32).reshape(G, C),
         sequence_ids=np.arange(G * R, dtype=np.int32).reshape(G, R),
         unpacked=rows is None,
+        longest=shape.longest,
         **arrays,
     )
 
@@ -262,6 +267,8 @@ def _fill_group(
             continue
         sequence = layout(example)
         n = max(len(sequence) - shift, 0)
+        if n > (shape.longest or n):
+            raise ValueError(f"{example.id!r}: {n} tokens exceed the longest of {shape}")
         if ends[r] + n > shape.tokens:
             after = f" after {ends[r]} others" if ends[r] else ""
             raise ValueError(f"{example.id!r}: {n} tokens{after} exceed {shape}")

@@ -122,6 +122,8 @@ class Members:
     """Recordings of a group of packed rows; None: of rows of one conversation each."""
     least_positions: int = 0
     """Of packed rows: positions that its conversations have at least."""
+    most_positions: int | None = None
+    """Of packed rows: those that they have at most."""
 
     @property
     def tokens(self) -> int:

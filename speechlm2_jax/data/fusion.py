@@ -103,14 +103,19 @@ def training_sets(values: Mapping[str, Any] | None, where: str) -> Blocks:
 
 
 def joined_shape(shapes: Sequence[Any]) -> Any:
-    """The shape that holds batches of several shapes side by side: sequences and clips add up."""
+    """The shape that holds batches of several shapes side by side: sequences and clips add up.
+
+    What is not known of one of them (None) is not known of it.
+    """
     totals = ("sequences", "clips")
-    first = shapes[0]
-    values = {
-        f.name: (sum if f.name in totals else max)(getattr(shape, f.name) for shape in shapes)
-        for f in fields(first)
-    }
-    return replace(first, **values)
+
+    def joined(name: str) -> Any:
+        values = [getattr(shape, name) for shape in shapes]
+        if None in values:
+            return None
+        return sum(values) if name in totals else max(values)
+
+    return replace(shapes[0], **{f.name: joined(f.name) for f in fields(shapes[0])})
 
 
 def assembling(contents: Sequence[Any]) -> Any:

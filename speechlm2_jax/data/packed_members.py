@@ -25,6 +25,7 @@ class Sums:
     most_clips: int
     most_samples: int
     least_positions: int
+    most_positions: int
 
     @classmethod
     def of(cls, measures: Measures) -> "Sums":
@@ -42,6 +43,7 @@ class Sums:
             most_clips=int(clips.max()),
             most_samples=int(measures.samples.max()),
             least_positions=int(positions.min()),
+            most_positions=int(positions.max()),
         )
 
     def clips_of(self, room: int) -> int:
@@ -89,6 +91,7 @@ def packed_members(
                 multiple=multiple,
                 packed_clips=max(own.clips_of(rows * tokens), most_clips, 1),
                 least_positions=min(one.least_positions for one in up_to),
+                most_positions=max(one.most_positions for one in up_to),
             )
         )
     return tuple(members)

@@ -20,6 +20,8 @@ from speechlm2_jax.settings import SettingsError
 CLIP_SPREAD = 2.0
 """Clips per group are planned for the mean plus so many standard deviations, or plus those of one
 conversation."""
+_LONGEST_UNIT = 64
+"""The longest conversation of packed rows is known to so many positions, as attention needs it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +121,13 @@ def salm_shape(members: Members, sample_rate_hz: int) -> BatchShape:
     room = max(CLIP_SPREAD * spread, members.most_clips_up_to)
     usual = math.ceil(rows * members.clips_mean + room)
     clips = max(min(rows * members.most_clips_up_to, usual), 1)
+    longest = -(-(members.most_positions or members.tokens) // _LONGEST_UNIT) * _LONGEST_UNIT
     return BatchShape(
         sequences=rows,
         tokens=members.tokens,
         clips=clips if members.packed_clips is None else members.packed_clips,
         samples=max(-(-members.samples_up_to // unit), 1) * unit,
+        longest=longest if longest < members.tokens else None,
     )
 
 

@@ -1,7 +1,7 @@
 """Scaled dot-product attention: one table of which implementation computes which case."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import jax
@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from speechlm2_jax.layers.block_attention import block_attention, saves
 from speechlm2_jax.layers.cudnn_attention import WIDEST_HEAD, cudnn_attention
+from speechlm2_jax.layers.dense_attention import dense_attention
 from speechlm2_jax.layers.ring_attention import ring_attention
 from speechlm2_jax.layers.scores import Scores
 from speechlm2_jax.layers.splash_attention import splash_attention
@@ -44,16 +46,19 @@ class Case:
     """Chunks count positions within a segment; kernels know only those of the whole row."""
     divides: bool = True
     """Whether the tensor axis divides the key and value heads: a device has whole groups."""
+    reach: int | None = None
+    """Tokens, itself included, that a query may attend to; None: all before it."""
 
 
 def implementation(case: Case) -> str:
-    """ring, splash, cudnn or dense: the first line of the table that fits.
+    """ring, splash, cudnn, blocks or dense: the first line of the table that fits.
 
     | name | platform | rows | further |
     |---|---|---|---|
     | ring | any | ring | no chunks |
     | splash | tpu | rows, segments | at least `SPLASH_MIN_TOKENS` tokens, no chunks |
     | cudnn | gpu | rows | 16-bit, heads of at most 256 and a multiple of 8, no cap, no chunks |
+    | blocks | any | rows, segments | at most half of the scores within `reach`, no chunks |
     | dense | any | any | |
     """
     if case.is_chunked:
@@ -64,9 +69,11 @@ def implementation(case: Case) -> str:
     if case.platform == "tpu" and case.kind in (ROWS, SEGMENTS) and is_long and case.divides:
         return "splash"
     is_fit = case.dtype.itemsize == 2 and case.head_width <= WIDEST_HEAD and not case.head_width % 8
-    if case.platform == "gpu" and case.kind == ROWS and is_fit and case.divides:
-        return "dense" if case.is_capped else "cudnn"
-    return "dense"
+    is_whole = case.kind == ROWS and case.divides
+    if case.platform == "gpu" and is_whole and is_fit and not case.is_capped:
+        return "cudnn"
+    is_near = case.kind in (ROWS, SEGMENTS) and saves(case.tokens, case.reach)
+    return "blocks" if is_near else "dense"
 
 
 @register_pytree
@@ -98,6 +105,13 @@ class AttentionMask:
     """Compare positions, not indices, for causality: the keys are in a ring buffer."""
     unpacked: bool = field(default=False, metadata={"static": True})
     """True only if every row is one segment from its first token, and padding after it."""
+    longest: int | None = field(default=None, metadata={"static": True})
+    """No segment has more tokens than this, and those of each are adjacent; None: unknown."""
+
+    @property
+    def reach(self) -> int | None:
+        """Tokens, itself included, that a query may attend to; None: all before it."""
+        return min((n for n in (self.window, self.longest) if n is not None), default=None)
 
     @property
     def kind(self) -> str:
@@ -164,6 +178,7 @@ def attend(
         is_capped=softcap is not None,
         is_chunked=mask.chunk is not None,
         divides=k.shape[2] % tensor_size() == 0,
+        reach=mask.reach,
     )
     chosen = implementation(case)
     queries, keys = mask.query_segments, mask.key_segments
@@ -173,37 +188,27 @@ def attend(
             q, k, v, query_segments=queries, key_segments=keys, ring_order=order, scores=scores
         )
     if chosen == "splash":
-        return splash_attention(q, k, v, query_segments=queries, key_segments=keys, scores=scores)
+        near = replace(scores, window=mask.reach)
+        return splash_attention(q, k, v, query_segments=queries, key_segments=keys, scores=near)
     if chosen == "cudnn":
         lengths = jnp.sum(keys != MASKED_KEY, axis=1, dtype=jnp.int32)
         try:
             return cudnn_attention(q, k, v, lengths=lengths, scores=scores)
         except (RuntimeError, NotImplementedError, ValueError) as error:  # an older GPU or cuDNN
             _log_once(f"cuDNN's attention cannot be used: {error}; plain attention takes its place")
-    return _attend_dense(q, k, v, mask.dense(), scores)
+    if chosen == "blocks":
+        assert case.reach is not None
+        return block_attention(
+            *(q, k, v),
+            query_segments=queries,
+            key_segments=keys,
+            scores=scores,
+            reach=case.reach,
+            masked_key=MASKED_KEY,
+        )
+    return dense_attention(q, k, v, mask.dense(), scores)
 
 
 @cache
 def _log_once(line: str) -> None:
     log.warning("%s", line)
-
-
-def _attend_dense(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S N_kv H"],
-    v: Float[Array, "B S N_kv H"],
-    mask: Bool[Array, "B T S"],
-    scores: Scores,
-) -> Float[Array, "B T N H"]:
-    B, T, N, H = q.shape
-    N_kv = k.shape[2]
-    # t query, s key, k key/value head, g query head within its group: N = N_kv * G
-    grouped = q.reshape(B, T, N_kv, N // N_kv, H)
-    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    # The least finite value, not -inf: softmax over a query without any key must not be NaN.
-    masked = jnp.finfo(jnp.float32).min
-    logits = jnp.where(mask[:, None, None, :, :], scores.of(logits), masked)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    # matmul per key/value head, in the cache's order; einsum would transpose V (twice the time)
-    mixed = jnp.matmul(weights.reshape(B, N_kv, -1, v.shape[1]), v.swapaxes(1, 2))
-    return mixed.reshape(B, N_kv, N // N_kv, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

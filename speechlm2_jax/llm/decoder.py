@@ -131,6 +131,7 @@ class Decoder(nnx.Module):
         segments: Int[Array, "B T"],
         attention_mask: Bool[Array, "B T"],
         unpacked: bool = False,
+        longest: int | None = None,
         rngs: Key[Array, " B"] | None = None,
         remat: RematPolicy = "full",
     ) -> Float[Array, "B T D"]:
@@ -139,7 +140,8 @@ class Decoder(nnx.Module):
         Position i attends to position j if j <= i, both have the same segment id, the layer's
         window and chunk hold both, and `attention_mask[j]` is True. The output of a position that
         attends to nothing is finite and meaningless. `unpacked` promises that each row is one
-        segment from its first token, and padding after it: fused attention on GPUs needs it. With
+        segment from its first token, and padding after it: fused attention on GPUs needs it.
+        `longest` promises that no segment has more tokens: attention skips the others. With
         `rngs`, one per sequence, LoRA dropout is on. `remat` chooses what the backward pass
         recomputes (see `scan_layers`). On a mesh with a context axis the tokens are in the order of
         `Sharding.time_order`; `put_batch` brings them there.
@@ -150,6 +152,7 @@ class Decoder(nnx.Module):
             jnp.where(attention_mask, segments, MASKED_KEY),
             ring_order=time_order(embeds.shape[1]),
             unpacked=unpacked,
+            longest=longest,
         )
         x, _, _ = self._run(embeds, inputs, rngs=rngs, remat=remat)
         return self.norm(x)
@@ -236,6 +239,7 @@ class Decoder(nnx.Module):
         ring_order: np.ndarray | None = None,
         *,
         unpacked: bool = False,
+        longest: int | None = None,
     ) -> AttentionInputs:
         """Rotary angles and masks for tokens that attend to each other."""
 
@@ -246,6 +250,7 @@ class Decoder(nnx.Module):
                 key_segments=key_segments,
                 ring_order=ring_order,
                 unpacked=unpacked,
+                longest=longest,
                 window=kind.window,
                 chunk=kind.chunk,
                 query_positions=positions if is_narrow else None,

@@ -158,6 +158,7 @@ def forward(
         segments=batch.segments.reshape(shape),
         attention_mask=batch.attention_mask.reshape(shape),
         unpacked=batch.unpacked,
+        longest=batch.longest,
         rngs=example_rngs(rng, batch.sequence_ids) if modes.llm else None,
         remat=network.config.remat.llm,
     )

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import jax
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from speechlm2_jax.data.bucketing import Measures
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.packing import LOOKAHEAD, PackedSampler, plan_packed
+from speechlm2_jax.layers.block_attention import saves
 from speechlm2_jax.networks.flops import segment_lengths
 from speechlm2_jax.settings import SettingsError
 from tests.data_pipeline.small_corpus import assert_same, read_rows, write_manifest
@@ -177,6 +179,18 @@ def test_validation_is_not_packed(corpus, make_module, tokenizer):
         DataModule({"validation_ds": {**common, **KEYS}}, tokenizer)
 
 
+def test_a_shape_knows_the_longest_conversation_that_its_rows_may_hold():
+    measures = measures_of([(30, 0, 1), (50, 1, 80), (100, 1, 200), (20, 0, 1)])
+    config = DataLoaderConfig(
+        packed=True, packed_tokens=1024, batch_size=2, use_bucketing=True, num_buckets=2
+    )
+    plan = plan_packed(measures, config, 8)
+    assert [bucket.shape.longest for bucket in plan.buckets] == [64, 320]
+    assert plan.buckets[1].shape.name.endswith("_longest320")
+    whole = plan_packed(measures, replace(config, packed_tokens=304), 8)
+    assert whole.buckets[1].shape.longest is None, "a row is no longer than a conversation"
+
+
 @pytest.mark.slow  # compiles a model twice
 def test_a_packed_batch_has_the_loss_and_gradients_of_the_unpacked_one(corpus, tmp_path):
     from speechlm2_jax.data import DataModule, SALMDataset
@@ -205,7 +219,7 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_the_unpacked_one(corpus, t
         return jax.value_and_grad(objective)(trained)
 
     found = []
-    for keys in ({"batch_size": 7}, {"packed": True, "packed_tokens": 256, "batch_size": 2}):
+    for keys in ({"batch_size": 7}, {"packed": True, "packed_tokens": 1024, "batch_size": 1}):
         batch = batch_of(**keys)
         assert len(batch.ids) == 7
         trained = {path: model.variables[path] for path in names}
@@ -214,6 +228,7 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_the_unpacked_one(corpus, t
         )
     (apart, one), (packed, other) = found
     assert packed.arrays.segments.max() >= 3 and apart.arrays.segments.max() == 1
+    assert saves(1024, packed.arrays.longest) and apart.arrays.longest is None
     assert model.count_tokens(packed)[0] == model.count_tokens(apart)[0]
     assert model.flops(packed) == model.flops(apart)
     np.testing.assert_allclose(other[0], one[0], rtol=1e-5)

@@ -1,6 +1,7 @@
 """The table of attention: what computes which case, and that each entry equals plain attention."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,16 @@ def test_the_table():
     assert found["ring"] == {(p, RING) for p in ("cpu", "gpu", "tpu")}
     assert {kind for platform, kind in found["dense"] if platform == "cpu"} >= {ROWS, CACHE}
     assert set(found) == {"ring", "splash", "cudnn", "dense"}
+
+
+def test_blocks_are_for_rows_whose_tokens_look_back_a_little():
+    near = [replace(case, reach=500) for case in EVERY_CASE]
+    taken = [case for case in near if implementation(case) == "blocks"]
+    assert {case.kind for case in taken} == {ROWS, SEGMENTS}
+    assert {case.tokens for case in taken} == {4096} and not any(c.is_chunked for c in taken)
+    assert all(implementation(replace(case, reach=None)) == "dense" for case in taken)
+    for case, plain in zip(near, EVERY_CASE, strict=True):
+        assert implementation(case) in ("blocks", implementation(plain))
 
 
 def _inputs(dtype, T=24, N=4, N_kv=2, H=8):

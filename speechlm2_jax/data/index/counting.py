@@ -266,7 +266,7 @@ class Totals:
     def _packed(self, bucket: int) -> Sums:
         """What a bucket of packed rows is planned for."""
         count, positions, clips, squares, products, positions_squared, _ = self._sums[bucket]
-        longest, _, most_clips, samples, least = self._most[bucket].tolist()
+        longest, most_positions, most_clips, samples, least = self._most[bucket].tolist()
         return Sums(
             count=count,
             positions=positions,
@@ -278,6 +278,7 @@ class Totals:
             most_clips=int(most_clips),
             most_samples=int(samples),
             least_positions=-int(least),
+            most_positions=int(most_positions),
         )
 
     def _renumbered(self, lookup: np.ndarray) -> dict[str, Any]:
