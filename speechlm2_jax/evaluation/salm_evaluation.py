@@ -6,6 +6,7 @@ from speechlm2_jax.evaluation.config import EvalConfig, check_generation
 from speechlm2_jax.evaluation.devices import load, show
 from speechlm2_jax.evaluation.encoder_wer import (
     EncoderTranscriber,
+    RemembersTexts,
     encoder_texts,
     open_ctc_model,
 )
@@ -39,7 +40,7 @@ def run_salm_evaluation(plan: EvaluationPlan) -> None:
     if config.generation:  # once more, for token ids that this vocabulary lacks
         check_generation(config.generation, config.max_new_tokens, model)
     ctc_model = _encoder_ctc_model(plan)
-    draft_model = _draft_model(plan, model.sampling_rate)
+    draft_model = _draft_model(plan, model.sampling_rate, ctc_model)
     keys, sha256 = input_keys(utterances), fingerprint.result()
     with Journals(output, loaded, sha256, keys) as journals:
         result = journals.run(
@@ -49,10 +50,12 @@ def run_salm_evaluation(plan: EvaluationPlan) -> None:
                 draft_model=draft_model,
             )
         )
-        if result is None:
-            return
+        texts: list[str | None] | None = None
         if ctc_model is not None:
             texts = encoder_texts(ctc_model, utterances, config.batch_size, config.max_audio_s)
+        if result is None:
+            return
+        if texts is not None:
             result = result.with_encoder_texts(texts)
         totals = result.totals()
         record = provenance(config, loaded.device, totals, sha256=sha256, step=plan.step)
@@ -77,13 +80,16 @@ def model_class(config: EvalConfig) -> "type[SALM]":
     return models.SALMWithAsrDecoder if is_with_asr else models.SALM
 
 
-def _draft_model(plan: EvaluationPlan, rate_hz: int) -> Any:
+def _draft_model(plan: EvaluationPlan, rate_hz: int, encoder: EncoderTranscriber | None) -> Any:
     """The ASR model whose transcripts are drafts, or the draft LLM; None without `draft`.
 
-    Raises SettingsError for one that cannot be used.
+    `encoder` is the run's own, if it is loaded already. Raises SettingsError for a model that
+    cannot be used.
     """
     if plan.draft_file is None:
         return None
+    if plan.config.draft == ENCODER and encoder is not None:
+        return _of_rate(encoder, rate_hz)
     from speechlm2_jax import models
 
     is_file = plan.config.draft != ENCODER and plan.draft_file.is_file()
@@ -93,7 +99,10 @@ def _draft_model(plan: EvaluationPlan, rate_hz: int) -> Any:
             opened = models.SALM if kind is registry.SALM else models.DraftLLM
             return opened.from_pretrained(plan.draft_file, dtype=plan.config.dtype)
         transcriber = models.ASRModel if is_file else models.CTCModel
-        found = transcriber.from_pretrained(plan.draft_file)
+        return _of_rate(transcriber.from_pretrained(plan.draft_file), rate_hz)
+
+
+def _of_rate(found: EncoderTranscriber, rate_hz: int) -> EncoderTranscriber:
     if found.sampling_rate != rate_hz:
         raise SettingsError(
             f"draft: transcribes audio of {found.sampling_rate} Hz, but the model reads {rate_hz} "
@@ -111,7 +120,7 @@ def _encoder_ctc_model(plan: EvaluationPlan) -> EncoderTranscriber | None:
         return None
     try:
         with errors_name_key("encoder_wer"):
-            return open_ctc_model(plan.encoder_file)
+            return RemembersTexts(open_ctc_model(plan.encoder_file))
     except SettingsError as error:
         if "encoder_wer" in plan.given:
             raise

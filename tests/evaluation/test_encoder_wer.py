@@ -1,8 +1,10 @@
 """The encoder's own CTC head beside the model: which recordings it transcribes, its score."""
 
+import jax
 import numpy as np
 
-from speechlm2_jax.evaluation.encoder_wer import encoder_texts, open_ctc_model
+from speechlm2_jax import processes
+from speechlm2_jax.evaluation.encoder_wer import RemembersTexts, encoder_texts, open_ctc_model
 from speechlm2_jax.evaluation.results import Evaluation, Response, Speed, table
 from tests.evaluation.page_case import utterance
 
@@ -44,6 +46,32 @@ def test_a_recording_that_cannot_be_read_has_no_text():
     texts = encoder_texts(FakeCTCModel(), [utterance("broken", 2.0), utterance("u", 1.0)], 4)
     assert texts == [None, "1 seconds"]
     assert encoder_texts(FakeCTCModel(), [utterance("broken", 2.0)], 4) == [None]
+
+
+def test_what_was_transcribed_for_drafts_is_not_transcribed_again():
+    ctc_model = FakeCTCModel()
+    once = RemembersTexts(ctc_model)
+    utterances = [utterance(f"u{s}", float(s)) for s in (1, 2, 3)]
+    waves = [u.read(16_000) for u in utterances]
+    drafts = once.transcribe([waves[1], waves[0], waves[1]])
+    assert drafts == ["2 seconds", "1 seconds", "2 seconds"]
+    assert ctc_model.batches == [[32_000, 16_000]]
+    assert encoder_texts(once, utterances, batch_size=2) == [f"{n} seconds" for n in (1, 2, 3)]
+    assert ctc_model.batches == [[32_000, 16_000], [48_000]]
+
+
+def test_several_processes_transcribe_each_a_part(monkeypatch):
+    utterances = [utterance(f"u{s}", float(s)) for s in (1, 2, 3)]
+    sent: list[str] = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for index in (1, 0):
+        gather = (lambda text: sent.append(text) or [text]) if index else lambda text: [text, *sent]
+        monkeypatch.setattr(processes, "gather_texts", gather)
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        ctc_model = FakeCTCModel()
+        texts = encoder_texts(ctc_model, utterances, batch_size=4)
+        assert ctc_model.batches == ([[32_000]] if index else [[48_000, 16_000]])
+    assert texts == ["1 seconds", "2 seconds", "3 seconds"]
 
 
 def test_it_is_scored_on_the_utterances_that_the_model_is_scored_on():
