@@ -349,6 +349,10 @@ class ConversationScores:
             for a in self.scorer.generate_and_score(name, examples)
         ]
 
+    def gather(self) -> None:
+        """Adds the responses of the other processes."""
+        self.scorer.gather()
+
     def compute(self) -> dict[str, float]:
         """All scores, per set and over sets."""
         return self.scorer.compute()

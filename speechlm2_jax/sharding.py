@@ -168,6 +168,18 @@ class Sharding:
         """The `NamedSharding` of an array with these logical axes."""
         return NamedSharding(self.mesh, self.spec(axes, shape))
 
+    def own_mesh(self) -> Mesh | None:
+        """This process's part of the mesh, if it holds whole copies of all weights.
+
+        None where weights lie on several processes, and if there is one process.
+        """
+        try:
+            own = self.mesh.local_mesh
+        except ValueError:  # no block of the mesh
+            return None
+        is_whole = all(own.shape[a] == n for a, n in self.mesh.shape.items() if a != "data")
+        return own if is_whole and own.size < self.mesh.size else None
+
     @property
     def replicated(self) -> NamedSharding:
         """The sharding of arrays that every device holds whole."""

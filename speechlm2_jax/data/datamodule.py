@@ -109,8 +109,7 @@ class DataModule:
             groups: the data-parallel size of this run.
             pad_to_multiple: what the mesh needs LLM steps to be a multiple of.
             own_groups: the groups of a training batch that are read here (None: all), where
-                several processes share a run. Validation batches are read whole by each, as its
-                metrics are computed on the host.
+                several processes share a run. `validation_batches` takes a choice.
 
         Raises SettingsError if nothing is left to train or validate on.
         """
@@ -169,9 +168,13 @@ class DataModule:
             self._watches[TRAIN],
         )
 
-    def validation_batches(self) -> dict[str, Iterable[HostBatch]]:
-        """One pass over each validation set, by name; the last batch is padded with empty rows."""
-        return self._passes("validation_ds")
+    def validation_batches(self, *, own_only: bool = False) -> dict[str, Iterable[HostBatch]]:
+        """One pass over each validation set, by name; the last batch is padded with empty rows.
+
+        With `own_only` the groups that `setup` did not name as this process's own stay empty, and
+        so do their references.
+        """
+        return self._passes("validation_ds", own_only=own_only)
 
     def fingerprints(self) -> dict[str, str]:
         """A text that changes with the data and the shapes, for each validation set."""
@@ -248,16 +251,17 @@ class DataModule:
             raise RuntimeError("call DataModule.setup(frame_count=...) first")
         return self._groups
 
-    def _passes(self, block: str) -> dict[str, Iterable[HostBatch]]:
+    def _passes(self, block: str, *, own_only: bool = False) -> dict[str, Iterable[HostBatch]]:
         self._this_run()
         names = [name for name in self._sets if name.startswith(f"{block}.")]
-        return {name.removeprefix(f"{block}."): _Passes(self, name) for name in names}
+        return {name.removeprefix(f"{block}."): _Passes(self, name, own_only) for name in names}
 
-    def _stream(self, name: str, groups: int) -> "BatchStream":
+    def _stream(self, name: str, groups: int, *, own_only: bool = True) -> "BatchStream":
         from speechlm2_jax.data.loader import BatchStream
         from speechlm2_jax.data.pipeline import Workers
 
-        reader, is_train = self._reader(name, groups), self._sets[name].is_train
+        reader = self._reader(name, groups, own_only=own_only)
+        is_train = self._sets[name].is_train
         watch = self._watches[name] if is_train else None
         config = self._prepared[name].config
         # processes take seconds to start, which a pass over validation data would not earn
@@ -294,7 +298,7 @@ class DataModule:
             self._watches[TRAIN],
         )
 
-    def _reader(self, name: str, groups: int) -> "BatchReader":
+    def _reader(self, name: str, groups: int, *, own_only: bool = True) -> "BatchReader":
         from speechlm2_jax.data.loader import BatchReader
 
         prepared, data_set = self._prepared[name], self._sets[name]
@@ -311,7 +315,7 @@ class DataModule:
         return BatchReader(
             examples=examples,
             with_references=not is_train,
-            own_groups=self._own_groups if is_train else None,
+            own_groups=self._own_groups if own_only else None,
         )
 
     def _faults_of(self, name: str) -> Faults:
@@ -362,6 +366,8 @@ class _Passes:
 
     module: DataModule
     name: str
+    own_only: bool
 
     def __iter__(self) -> Iterator[HostBatch]:
-        return self.module._stream(self.name, self.module._this_run())
+        groups = self.module._this_run()
+        return self.module._stream(self.name, groups, own_only=self.own_only)

@@ -187,7 +187,9 @@ class BatchStream(grain.DatasetIterator[HostBatch]):
         self._faults.add(delivered.read, delivered.failures, delivered.place)
         if self._watch is not None:
             self._watch.look()
-        self._empty_batches = 0 if batch.ids else self._empty_batches + 1
+        # a process may own no row of a short validation batch, without any failure
+        is_empty = not batch.ids and bool(delivered.failures)
+        self._empty_batches = self._empty_batches + 1 if is_empty else 0
         if self._empty_batches >= EMPTY_BATCHES:
             raise SettingsError(
                 f"{EMPTY_BATCHES} consecutive batches without a usable recording; the last one: "

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from jax.sharding import Mesh
+
 from speechlm2_jax.batches import HostBatch, LossSum
 from speechlm2_jax.console import phase
 from speechlm2_jax.processes import gather_texts
@@ -16,6 +18,7 @@ from speechlm2_jax.training.run.run_state import FitResult, RunContext, RunProgr
 from speechlm2_jax.training.run.step_reports import MAX_SKIPPED_IN_A_ROW, DispatchedStep, Reporter
 from speechlm2_jax.training.step import MicroSums
 from speechlm2_jax.training.validation import Interrupted
+from speechlm2_jax.training.validation_shares import own_copies, validation_sets
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +78,14 @@ class FitLoop:
     def _is_finished(self) -> bool:
         return self.context.intervals.is_finished(self._progress.step, self._progress.batches)
 
-    def publish(self) -> None:
-        """Gives the model the current arrays. They are valid until the next step donates them."""
+    def publish(self, own: Mesh | None = None) -> None:
+        """Gives the model the current arrays. They are valid until the next step donates them.
+
+        With `own` these are the copies that this part of the mesh holds.
+        """
         arrays = self.state.train_state
-        self.context.model.variables = {**self.state.frozen, **arrays.trainable, **arrays.buffers}
+        variables = {**self.state.frozen, **arrays.trainable, **arrays.buffers}
+        self.context.model.variables = own_copies(variables, own)
 
     # ------------------------------------------------------------ steps
 
@@ -197,10 +204,10 @@ class FitLoop:
         if context.validator is None:
             return None
         self._reporter.drain()
-        self.publish()
+        self.publish(context.own_mesh)
         try:
             with context.throughput.measure("validation"), phase("validation"):
-                sets = context.datamodule.validation_batches()
+                sets = validation_sets(context.datamodule, context.own_mesh)
                 limit = context.sanity_batches if sanity else None
                 result = context.validator.run(sets, self._evaluate, limit)
         except Interrupted:

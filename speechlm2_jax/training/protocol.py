@@ -51,6 +51,13 @@ class Scorer(Protocol):
         """Generates for a batch of set `name`. Returns its hypotheses."""
         ...
 
+    def gather(self) -> None:
+        """Adds what the other processes have scored.
+
+        All processes call it, after the last batch of a validation that they share.
+        """
+        ...
+
     def compute(self) -> Mapping[str, float]:
         """The scores by name: `KEY_SET` for each set, and `KEY` over all sets."""
         ...
@@ -328,7 +335,8 @@ class DataSource(Protocol):
         """Prepares for global batches of `groups` groups.
 
         Sequence lengths are padded to a multiple of `pad_to_multiple`. This process only needs to
-        read the groups `own_groups` of training batches. Other processes read the rest.
+        read the groups `own_groups` of training batches, and of validation batches that the
+        processes share. Other processes read the rest.
         """
         ...
 
@@ -344,6 +352,10 @@ class DataSource(Protocol):
         """Starts the training stream, or resumes it from a state of `BatchIterator.get_state`."""
         ...
 
-    def validation_batches(self) -> Mapping[str, Iterable[HostBatch]]:
-        """Starts one pass over each named validation set."""
+    def validation_batches(self, *, own_only: bool = False) -> Mapping[str, Iterable[HostBatch]]:
+        """Starts one pass over each named validation set.
+
+        `own_only` is True where several processes share a validation: only the groups `own_groups`
+        need to be read, and only they have references.
+        """
         ...

@@ -64,6 +64,7 @@ from speechlm2_jax.training.schedules import make_schedule
 from speechlm2_jax.training.state import Partition
 from speechlm2_jax.training.trainer_config import TrainerConfig
 from speechlm2_jax.training.validation import Validator, make_validator
+from speechlm2_jax.training.validation_shares import generating_from_own_copies, validation_sets
 
 __all__ = [
     "DDPStrategy",
@@ -227,6 +228,7 @@ class Trainer:
                 validator = make_validator(
                     *(model, self.config, validation_metrics, validation_scoring),
                     *(stop, setup.throughput),
+                    is_shared=setup.sharding.own_mesh() is not None,
                 )
                 context = self._open_context(
                     model, datamodule, settings, setup, state, validator, stop, outputs
@@ -276,12 +278,16 @@ class Trainer:
             setup = Setup.of(model, self.config, self.strategy, trains=False)
             setup.prepare_data(model, datamodule, setup.sharding.data_parallel_size)
             state = initialize(model, setup)
-            programs = setup.programs(model)
-            validator = make_validator(model, self.config, validation_metrics, validation_scoring)
-            result = validator.run(
-                datamodule.validation_batches(),
-                lambda batch: programs.evaluate(state.train_state, state.frozen, batch),
+            programs, own = setup.programs(model), setup.sharding.own_mesh()
+            validator = make_validator(
+                *(model, self.config, validation_metrics, validation_scoring),
+                is_shared=own is not None,
             )
+            with generating_from_own_copies(model, own):
+                result = validator.run(
+                    validation_sets(datamodule, own),
+                    lambda batch: programs.evaluate(state.train_state, state.frozen, batch),
+                )
             for line in format_samples(0, result.samples):
                 log.info("%s", line)
             log.info(format_validation({"step": 0, **result.metrics}))
@@ -355,6 +361,7 @@ class Trainer:
             schedule=make_schedule(model.lr_scheduler, setup.adamw.lr),
             intervals=intervals,
             validator=validator if config.validates else None,
+            own_mesh=setup.sharding.own_mesh(),
             checkpointer=open_checkpointer(experiment, self.run_dir, state.frozen, stack),
             checkpoint_params=experiment.checkpoint_callback_params,
             metrics_log=metrics_log,

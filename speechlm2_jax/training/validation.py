@@ -27,6 +27,7 @@ from speechlm2_jax.training.protocol import (
 from speechlm2_jax.training.run.stopping import StopRequest
 from speechlm2_jax.training.run.throughput import Throughput
 from speechlm2_jax.training.trainer_config import TrainerConfig
+from speechlm2_jax.training.validation_shares import joined
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,11 @@ class Mean:
         self.total += total / count if self.of_batches else total
         self.count += 1.0 if self.of_batches else count
 
+    def add_all(self, shares: Iterable[LossSum]) -> None:
+        """Adds the sums of several batches."""
+        for share in shares:
+            self.add(share)
+
     def value(self) -> float | None:
         """The mean, None if nothing was scored."""
         return self.total / self.count if self.count else None
@@ -83,6 +89,8 @@ class Validator:
     """Batches of each set (int), or a fraction of the set (float)."""
     samples: int = 0
     """Number of hypotheses of each set that are shown."""
+    is_shared: bool = False
+    """Whether each of several processes generates for its own groups only (`own_only`)."""
     should_stop: Callable[[], bool] = field(default=lambda: False)
     waiting: Callable[[], AbstractContextManager[object]] = nullcontext
     """Makes a context manager that is entered around each wait for a batch, to measure it."""
@@ -113,6 +121,8 @@ class Validator:
                     results[f"val_{metric}_{name}"] = value
                     by_metric.setdefault(metric, []).append(value)
             if scorer is not None:
+                if self.is_shared:
+                    scorer.gather()
                 results |= {f"val_{key}": value for key, value in scorer.compute().items()}
         means = {f"val_{m}": math.fsum(values) / len(values) for m, values in by_metric.items()}
         return Validation(metrics={**means, **results}, samples=samples)
@@ -121,7 +131,8 @@ class Validator:
         self, name: str, batches: Iterable[HostBatch], evaluate: Evaluate, scorer: Scorer | None
     ) -> tuple[dict[str, float], list[Sample]]:
         """Validates one set. Returns the metrics that have a value, and all hypotheses."""
-        means: dict[str, Mean] = {}
+        means = {metric: Mean(of_batches=self.nemo_exact) for metric in self.host_metrics}
+        host_sums: dict[str, list[LossSum]] = {metric: [] for metric in self.host_metrics}
         hypotheses: list[Sample] = []
         pending: deque[Mapping[str, LossSum]] = deque()
 
@@ -134,15 +145,18 @@ class Validator:
                 raise Interrupted
             pending.append(evaluate(batch))
             for metric, compute in self.host_metrics.items():
-                share = compute(batch)
-                means.setdefault(metric, Mean(of_batches=self.nemo_exact)).add(share)
-                hypotheses += share.samples if isinstance(share, Scored) else ()
-            if scorer is not None:
-                hypotheses += scorer.update(name, batch)
+                host_sums[metric].append(compute(batch))
+            hypotheses += [] if scorer is None else scorer.update(name, batch)
             if len(pending) > IN_FLIGHT:
                 collect(pending.popleft())
         for sums in pending:
             collect(sums)
+        every = [share for shares in host_sums.values() for share in shares]
+        hypotheses += [s for share in every if isinstance(share, Scored) for s in share.samples]
+        if self.is_shared:
+            host_sums, hypotheses = joined(host_sums, choose_samples(hypotheses, self.samples))
+        for metric, shares in host_sums.items():
+            means[metric].add_all(shares)
         values = {metric: mean.value() for metric, mean in means.items()}
         return {metric: value for metric, value in values.items() if value is not None}, hypotheses
 
@@ -163,6 +177,8 @@ def make_validator(
     scoring: Scoring | None,
     stop: StopRequest | None = None,
     throughput: Throughput | None = None,
+    *,
+    is_shared: bool = False,
 ) -> Validator:
     """Makes the validator. `metrics` replace the model's own.
 
@@ -175,6 +191,7 @@ def make_validator(
         nemo_exact=model.nemo_exact and not averages_tokens,
         limit=config.limit_val_batches,
         samples=config.num_val_samples,
+        is_shared=is_shared,
         should_stop=lambda: stop is not None and stop.poll() is not None,
         waiting=lambda: (
             nullcontext() if throughput is None else throughput.measure("validation_data_wait")

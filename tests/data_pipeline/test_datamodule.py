@@ -240,6 +240,25 @@ def test_validation_goes_once_through_each_named_set_and_again(corpus, make_modu
     assert rows.sum(axis=1).tolist() == [2, 2, 2]  # the last six, shared evenly
 
 
+def test_processes_read_their_own_groups_of_a_validation(corpus, make_module):
+    module = make_module(corpus / "manifest.jsonl", groups=3, validation=("clean",))
+    whole = list(module.validation_batches()["clean"])
+    parts = []
+    for own in ((0,), (1, 2)):
+        module.setup(frame_count=frames, groups=3, own_groups=own)
+        parts.append(list(module.validation_batches(own_only=True)["clean"]))
+        assert len(list(module.validation_batches()["clean"])[0].ids) == len(whole[0].ids)
+        assert all(batch.share == len(own) / 3 for batch in parts[-1])
+    for batch, one, two in zip(whole, *parts, strict=True):
+        assert sorted(one.ids + two.ids) == sorted(batch.ids)
+        texts = [[r.text for r in b.references] for b in (batch, one, two)]
+        assert sorted(texts[1] + texts[2]) == sorted(texts[0])
+        audio = [b.arrays.audio for b in (batch, one, two)]
+        np.testing.assert_array_equal(audio[0][:1], audio[1][:1])
+        np.testing.assert_array_equal(audio[0][1:], audio[2][1:])
+        assert not audio[1][1:].any() and not audio[2][:1].any()
+
+
 def test_validation_carries_the_references(corpus, make_module, tokenizer):
     module = make_module(corpus / "manifest.jsonl", validation=("clean",))
     texts = [row["text"] for row in read_rows(corpus / "manifest.jsonl")]

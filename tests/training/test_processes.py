@@ -119,6 +119,19 @@ def test_two_processes_are_one_run(tmp_path, compiled):
     run.assert_same("one", "two")
 
 
+@pytest.mark.slow  # three processes
+def test_two_processes_share_their_validations(tmp_path, compiled):
+    run = Run(tmp_path, compiled, devices=2)
+    often = ("trainer.limit_train_batches=3", f"trainer.max_steps={FEW}")
+    run.finish(run.start("one", 1, *often))
+    run.finish(run.start("two", 2, *often))
+    assert [row["step"] for row in run.rows("two") if "val_wer" in row] == [3, FEW]
+    run.assert_same("one", "two")
+    logs = [(tmp_path / name / "train.log").read_text() for name in ("one", "two")]
+    texts = [[line for line in log.splitlines() if "hypothesis:" in line] for log in logs]
+    assert texts[0] == texts[1] and texts[0]
+
+
 @pytest.mark.slow  # five processes
 def test_two_processes_stop_and_go_on_together(tmp_path, compiled):
     run = Run(tmp_path, compiled, devices=2)

@@ -245,7 +245,7 @@ class ToyData:
     def train_batches(self, state):
         return ToyIterator(self, 0 if state is None else state["next"])
 
-    def validation_batches(self):
+    def validation_batches(self, *, own_only=False):
         return {
             name: [
                 make_batch(i, groups=self.groups, rows=self.rows, lengths=self.lengths, seed=99)

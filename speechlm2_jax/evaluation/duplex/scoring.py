@@ -1,14 +1,17 @@
 """Generates and scores a duplex model's side of whole conversations."""
 
+import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from speechlm2_jax import processes
 from speechlm2_jax.batches import DuplexExample, HostBatch
 from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.evaluation.duplex.silence import without_long_silence
@@ -53,6 +56,30 @@ class SavedResponse:
     agent: Turns
     counts: TokenCounts | None
 
+    def plain(self) -> dict[str, Any]:
+        """Its fields as JSON values, for `from_plain`."""
+        return {
+            "reference": self.reference,
+            "text": self.text,
+            "asr_text": self.asr_text,
+            "user": self.user.segments(),
+            "agent": self.agent.segments(),
+            "counts": None if self.counts is None else asdict(self.counts),
+        }
+
+    @staticmethod
+    def from_plain(values: Mapping[str, Any]) -> "SavedResponse":
+        """The response of `plain`."""
+        counts = values["counts"]
+        return SavedResponse(
+            reference=values["reference"],
+            text=values["text"],
+            asr_text=values["asr_text"],
+            user=Turns.from_segments(map(tuple, values["user"])),
+            agent=Turns.from_segments(map(tuple, values["agent"])),
+            counts=None if counts is None else TokenCounts(**counts),
+        )
+
 
 @dataclass
 class DuplexScorer:
@@ -72,12 +99,23 @@ class DuplexScorer:
         self.turns = TurnTaking()
         self.tokens = TokenAccuracy()
         self.speech = self._speech_metric()
+        self._own: list[tuple[str, SavedResponse]] = []
 
     def generate_and_score(
         self, name: str, examples: Sequence[DuplexExample]
     ) -> list[DuplexResponse]:
         """Generates responses to conversations of set `name` and adds them to its scores."""
-        return self.add(name, examples, self.generate(examples))
+        responses = self.add(name, examples, self.generate(examples))
+        self._own.extend((name, self._saved(response)) for response in responses)
+        return responses
+
+    def gather(self) -> None:
+        """Adds what `generate_and_score` has scored on other processes, which all call this."""
+        own = json.dumps([(name, saved.plain()) for name, saved in self._own])
+        for index, text in enumerate(processes.gather_texts(own)):
+            if index != jax.process_index():
+                for name, values in json.loads(text):
+                    self.add_saved(name, SavedResponse.from_plain(values))
 
     def generate(self, examples: Sequence[DuplexExample], batch_size: int = 0) -> dict[str, Any]:
         """Greedy decoding; the batch is padded to `batch_size` with empty conversations."""
@@ -112,7 +150,7 @@ class DuplexScorer:
         return self._with_counts(name, responses) if self.counts_tokens else responses
 
     def add_saved(self, name: str, saved: SavedResponse) -> None:
-        """Adds a response of set `name` that an interrupted evaluation generated."""
+        """Adds a response of set `name` of an interrupted evaluation or of another process."""
         reference = saved.reference or ""
         self.empty.update(name, [reference], [saved.text])
         if saved.reference is None:
@@ -144,6 +182,17 @@ class DuplexScorer:
         return (
             Turns.from_tokens(response.example.source_tokens, **marks),
             Turns.from_tokens(response.tokens, **marks, first_frame=FIRST_TOKEN_FRAME),
+        )
+
+    def _saved(self, response: DuplexResponse) -> SavedResponse:
+        user, agent = self.turns_of(response)
+        return SavedResponse(
+            reference=response.example.target_text,
+            text=response.text,
+            asr_text=response.asr_text,
+            user=user,
+            agent=agent,
+            counts=response.counts,
         )
 
     def _with_counts(self, name: str, responses: Sequence[DuplexResponse]) -> list[DuplexResponse]:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from jax.sharding import Mesh
+
 from speechlm2_jax.checkpointing import Checkpointer
 from speechlm2_jax.console import ProgressBar
 from speechlm2_jax.training.exp_manager import CheckpointParams
@@ -78,6 +80,8 @@ class RunContext:
     intervals: Intervals
     validator: Validator | None
     """None: no validation."""
+    own_mesh: Mesh | None
+    """This process's devices, if it validates its own groups (`Sharding.own_mesh`)."""
     checkpointer: Checkpointer | None
     """None: nothing is saved."""
     checkpoint_params: CheckpointParams
