@@ -110,7 +110,7 @@ class TurnCounts:
             both = precision + recall
             found["turn_taking_f1"] = 2 * precision * recall / both if both else 0.0
         if self.latencies_s:
-            # fsum: the same in any order, so however conversations are shared out over processes
+            # fsum: the same in any order, however conversations are split over processes
             latency_s = math.fsum(self.latencies_s) / len(self.latencies_s)
             found["turn_taking_latency_mean_s"] = latency_s
             found["turn_taking_latency_median_s"] = float(np.median(self.latencies_s))
