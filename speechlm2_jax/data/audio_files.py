@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedIOBase, BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from speechlm2_jax.data.audio_errors import AudioError
 from speechlm2_jax.data.ffmpeg import FfmpegFile
+from speechlm2_jax.data.joined_audio import JoinedFiles, joined_starts
 
 RATES_HZ = (1_000, 768_000)
 """Lowest and highest sample rate: of others headers are wrong, and resampling would need filters or
@@ -26,8 +28,8 @@ _BLOCK_VALUES = 1 << 22
 _SAMPLES_PER_BYTE = 8192
 """A FLAC of digital silence holds so many, and nothing holds more."""
 _LOSSY = ("VORBIS", "OPUS", "GSM610", "NMS_ADPCM", "G721", "G723")
-_NEXT_LINK = {"OGG": b"OggS\x00\x02", "FLAC": b"fLaC"}
-"""What opens each of several recordings that were joined into one file."""
+_JOINED = {b"fLaC": "FLAC", b"OggS": "OGG"}
+"""First bytes -> libsndfile's name of a format of which several files may be joined into one."""
 _UNLIMITED = b"\xff" * 4
 _UNKNOWN_LENGTH = 0xFFFFFFFF
 _CHUNK_NAME = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9_ ]{3}")
@@ -114,7 +116,8 @@ def _choose(
     raw.seek(0)
     if _is_mpeg(head):
         return FfmpegFile(raw, name)
-    file, is_empty = None, False
+    file: _Soundfile | JoinedFiles | None = None
+    is_empty = False
     try:
         file = _Soundfile(source, name)
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a headerless format
@@ -123,7 +126,8 @@ def _choose(
         reason, is_empty = "the length is not known", not file.frames
         if not file.is_exact(raw, size, end_s):
             file.close()
-            file = None
+            form = next((form for mark, form in _JOINED.items() if head.startswith(mark)), None)
+            file = None if form is None else _joined(raw, name, form)
     if (whole := _with_length(head, raw, size, is_read=file is not None)) is not None:
         with suppress(soundfile.SoundFileError):  # of a damaged header
             file = _Soundfile(whole, name)
@@ -137,6 +141,24 @@ def _choose(
         if is_empty:
             raise AudioError(f"{name}: no samples", cause="empty") from error
         raise AudioError(f"{error} (libsndfile: {reason})", cause="unreadable") from error
+
+
+def _joined(raw: BufferedIOBase, name: str, form: str) -> JoinedFiles | None:
+    """The files that are joined into one; None if it is but one."""
+    with _whole(raw) as data:
+        starts = joined_starts(data, form)
+        if len(starts) < 2:
+            return None
+        pieces = [BytesIO(data[a:b]) for a, b in pairwise([*starts, len(data)])]
+    parts: list[AudioFile] = []
+    try:
+        for piece in pieces:
+            parts.append(_choose(piece, piece, name, None))
+        return JoinedFiles(parts, name)
+    except BaseException:
+        for part in parts:
+            part.close()
+        raise
 
 
 class _Soundfile:
@@ -169,10 +191,12 @@ class _Soundfile:
         frames = self._file.frames
         if self._file.subtype.startswith("MPEG") or not 0 < frames <= size * _SAMPLES_PER_BYTE:
             return False
-        link = _NEXT_LINK.get(self._file.format)
-        if link is None or (end_s is not None and end_s * self.rate_hz < frames):
+        form = self._file.format
+        is_enough = end_s is not None and end_s * self.rate_hz < frames
+        if form not in _JOINED.values() or is_enough:
             return True
-        return not _is_joined(raw, link)
+        with _whole(raw) as data:
+            return len(joined_starts(data, form)) < 2
 
     def blocks(self, start: int, count: int | None) -> Iterator[np.ndarray]:
         """Yields samples [n, C] from `start` on, `count` of them or up to the end of the file."""
@@ -207,12 +231,6 @@ def _is_mpeg(head: bytes) -> bool:
     """Whether a file opens with an ID3 tag or an MPEG audio frame of layer I, II or III."""
     is_frame = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06
     return head.startswith(b"ID3") or bool(is_frame)
-
-
-def _is_joined(raw: BufferedIOBase, link: bytes) -> bool:
-    """Whether a further recording begins inside a file."""
-    with _whole(raw) as data:
-        return data.find(link, data.find(link) + 1) >= 0
 
 
 @contextmanager
