@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
+from speechlm2_jax.data.audio import LOSSY_TOLERANCE_S, LOSSY_TOLERANCE_SHARE
 from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.conversations import AudioClip, AudioTurn, Conversation, TextTurn
 from speechlm2_jax.data.headers import file_durations_s
@@ -112,11 +113,9 @@ class NemoRow:
         if length_s is None and self.declared_s is None and near_miss(self.own, "duration"):
             raise SettingsError(missing_key(self.own, "duration"))
         is_whole = self._is_whole(length_s)
-        duration_s = (
-            length_s
-            if is_whole and length_s is not None
-            else stretch_s(self.declared_s, self.offset_s, length_s)
-        )
+        duration_s = stretch_s(self.declared_s, self.offset_s, length_s)
+        if is_whole and length_s is not None and not _is_cut_off(self.declared_s or 0.0, length_s):
+            duration_s = length_s
         clip = AudioClip(
             id=self._clip_id(duration_s),
             path=self.location.path,
@@ -293,12 +292,22 @@ def stretch_s(declared_s: float | None, offset_s: float | None, length_s: float 
     """Seconds of a stretch: as declared, but no more than the file has from its offset on.
 
     0 of a file that cannot be opened and of which nothing is declared, which loading will report;
-    a stretch behind the file's end keeps its declared length, for the same end.
+    a stretch behind the file's end, or of which much is missing, keeps its declared length, for the
+    same end: its text is that of the whole.
     """
     rest_s = None if length_s is None else length_s - (offset_s or 0.0)
     if declared_s is None:
         return max(rest_s or 0.0, 0.0)
-    return declared_s if rest_s is None or rest_s <= 0 else min(declared_s, rest_s)
+    is_kept = rest_s is None or rest_s <= 0 or _is_cut_off(declared_s, rest_s)
+    return declared_s if is_kept or rest_s is None else min(declared_s, rest_s)
+
+
+def _is_cut_off(declared_s: float, rest_s: float) -> bool:
+    """Whether a recording is clearly shorter than declared, as one that was not copied whole.
+
+    Reading it as long as it is declared is an error then, whatever its format.
+    """
+    return declared_s - rest_s > min(LOSSY_TOLERANCE_S, LOSSY_TOLERANCE_SHARE * declared_s)
 
 
 def optional_seconds(row: dict[str, Any], key: str) -> float | None:

@@ -12,7 +12,7 @@ from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.prompts import PromptError, PromptFormatter, PromptLengths
 from speechlm2_jax.data.tokenizer import Tokenizer
 
-VERSION = 2
+VERSION = 3
 """Of what is in an index; another one is built again."""
 _OF_NO_PROMPT = ("token_equivalent_duration_s", "channel", "skip_missing")
 """Fields of ManifestOptions that change no token."""
