@@ -50,6 +50,7 @@ def read_data_set(
         is_list = not isinstance(conversations, StreamRows)
         return dataset.variants(conversations, config) if is_list else conversations
 
+    augmentation = _augmentation(config, where)
     sources = tuple(
         replace(source, conversations=variants(source.conversations))
         for source in read_sources(config, where, read)
@@ -61,7 +62,7 @@ def read_data_set(
         config=config,
         sources=sources,
         is_train=is_train,
-        augmentation=_augmentation(config, where),
+        augmentation=augmentation,
     )
 
 

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 from speechlm2_jax.data.storage.access import current
 from speechlm2_jax.data.storage.addresses import is_remote, joined, parent
 from speechlm2_jax.data.storage.downloads import local_copy, origin_of
+from speechlm2_jax.data.storage.errors import StorageError
 from speechlm2_jax.settings import SettingsError
 
 MAX_SHARDS = 1_000_000
@@ -30,7 +31,8 @@ def plain_path(path: str) -> str:
     if match and match["host"] in (None, "", "localhost"):
         decoded = unquote(match["path"])
         # written without encoding, as by putting file:// before a path, `%` means itself
-        return match["path"] if is_file(match["path"]) and not is_file(decoded) else decoded
+        is_plain = is_allowed_file(match["path"]) and not is_allowed_file(decoded)
+        return match["path"] if is_plain else decoded
     if _URL.match(path):
         raise SettingsError(f"{path} is not on this machine; copy it to a local disk")
     return os.path.expanduser(path) if path.startswith("~") else path
@@ -174,10 +176,25 @@ class Finder:
             return path
         if not self._folder:
             beside = self._manifest.parent
-            here = not os.path.exists(beside / path) and os.path.exists(path)
+            here = not self._exists(beside / path) and self._exists(Path(path))
             self._folder = str(Path.cwd() if here else beside.absolute())
         is_plain = "./" not in path and "//" not in path  # else Path writes it in one form
         return f"{self._folder}/{path}" if is_plain else str(Path(self._folder, path))
+
+    def _exists(self, path: Path) -> bool:
+        """Whether a path exists; of what is not allowed nothing is looked for."""
+        try:
+            return os.path.exists(self.storage.check(str(path)))
+        except StorageError:
+            return False
+
+
+def is_allowed_file(path: str | Path) -> bool:
+    """Whether a file exists that settings allow; what they do not is not even looked for."""
+    try:
+        return is_file(current().check(str(path)))
+    except StorageError:
+        return False
 
 
 def _short(path: str) -> str:

@@ -18,7 +18,7 @@ from speechlm2_jax.data.input_config import (
     own_keys,
 )
 from speechlm2_jax.data.manifest_watch import manifest_files
-from speechlm2_jax.data.paths import is_file, local_file
+from speechlm2_jax.data.paths import is_allowed_file, local_file
 from speechlm2_jax.data.storage.access import using
 from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.data.streams.shards import StreamRows
@@ -127,7 +127,8 @@ def _listed(
     """
     if isinstance(entries, str):
         beside = folder / entries
-        is_beside = not is_remote(entries) and not is_file(entries) and is_file(beside)
+        is_here = is_remote(entries) or is_allowed_file(entries)
+        is_beside = not is_here and is_allowed_file(beside)
         path = local_file(beside if is_beside else entries)
         if path.resolve() in around:
             raise SettingsError(f"{path}: input_cfg names itself; remove the entry")

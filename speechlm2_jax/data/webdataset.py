@@ -87,7 +87,7 @@ def first_example(tar: str, place: int) -> PackedExample:
 def _tars(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if index.is_file():
-        return [local_file(folder / name) for name in _listed(index)]
+        return [local_file(folder / name) for name in _listed(local_file(index))]
     tars = sorted(folder.rglob("*.tar"))
     if not tars:
         raise SettingsError(f"{folder}: neither {_INDEX} nor a .tar in it")

@@ -5,10 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from speechlm2_jax.data.paths import local_file
-from speechlm2_jax.data.storage.addresses import is_remote
-from speechlm2_jax.settings import SettingsError
-
 _log = logging.getLogger(__name__)
 
 Interval = tuple[float, float]
@@ -130,11 +126,6 @@ class AugmentationConfig:
             if not low <= high:
                 raise ValueError(f"{name} must be [low, high], got {[low, high]}")
         _check_sound(self)
-        if self.rir_enabled and self.rir_path is not None and not is_remote(self.rir_path):
-            try:
-                local_file(self.rir_path)
-            except SettingsError as error:
-                raise ValueError(f"rir_path: {error}") from error
 
 
 _PROBABILITIES = (

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from speechlm2_jax.data.augmentation.noise import NoiseSource
 from speechlm2_jax.data.config import DataLoaderConfig, LoaderConfig
-from speechlm2_jax.data.paths import plain_path
+from speechlm2_jax.data.manifest_values import located
+from speechlm2_jax.data.paths import checked_path
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.data.sources import read_sources
 from speechlm2_jax.data.storage.addresses import is_remote
@@ -22,13 +23,15 @@ def read_noise(config: LoaderConfig, where: str) -> list[NoiseSource]:
     if config.noise_path is None:
         return []
     place = f"{where}.noise_path"
+    with located(place):
+        source_keys = _keys(config.noise_path)
     keys = {
         "batch_size": 1,
         "sample_rate": config.sample_rate,
         "allowed_roots": config.allowed_roots,
         "allowed_schemes": config.allowed_schemes,
         "read_timeout": config.read_timeout,
-        **_keys(config.noise_path),
+        **source_keys,
     }
     sources = read_sources(build(DataLoaderConfig, keys, place), place, SALMDataset.read)
     found: list[NoiseSource] = []
@@ -48,5 +51,6 @@ def _keys(path: str | Mapping[str, object]) -> dict[str, object]:
         return dict(path)
     if path.endswith(_YAML):
         return {"input_cfg": path}
-    is_folder = not is_remote(path) and os.path.isdir(plain_path(path))
+    # what settings do not allow is not even looked for
+    is_folder = not is_remote(path) and os.path.isdir(checked_path(path))
     return {"shar_path" if is_folder else "manifest_filepath": path}

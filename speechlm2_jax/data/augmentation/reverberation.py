@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.augmentation.effects import Draw, Wave, fitted
+from speechlm2_jax.data.manifest_values import located
 from speechlm2_jax.data.paths import Finder, local_file
 from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.settings import SettingsError
@@ -69,11 +70,13 @@ def reverberate(wave: Wave, response: Float[np.ndarray, " R"]) -> Wave:
 def read_responses(path: str) -> tuple[Any, ...]:
     """The impulse responses of a Lhotse manifest of recordings, their paths absolute.
 
-    Raises SettingsError for a file that is missing, damaged or empty.
+    Raises SettingsError for a file that is missing, damaged or empty, or that settings do not
+    allow, and for recordings that commands make.
     """
     from lhotse import RecordingSet
 
-    file = local_file(path)
+    with located("rir_path"):
+        file = local_file(path)
     finder = Finder(file)
     try:
         recordings = list(RecordingSet.from_file(file))
@@ -84,6 +87,9 @@ def read_responses(path: str) -> tuple[Any, ...]:
         raise SettingsError(f"{file}: holds no recording")
     for recording in recordings:
         for source in recording.sources:
+            if source.type in ("url", "command"):
+                message = f"{recording.id} is read from a {source.type}; copy it to a local disk"
+                raise SettingsError(f"{file}: {message}")
             if source.type == "file":
                 source.source = finder(str(source.source))
                 if is_remote(source.source):
