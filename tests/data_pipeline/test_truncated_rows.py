@@ -1,4 +1,4 @@
-"""Recordings that end long before their manifest says are faults, whatever tells their length."""
+"""Recordings that end long before the duration of their row are faults, whoever measured it."""
 
 import json
 
