@@ -5,16 +5,20 @@ from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from speechlm2_jax.data.audio import AudioError, audio_length, read_audio
+from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.manifest_options import ManifestOptions
-from speechlm2_jax.data.paths import plain_path
+from speechlm2_jax.data.paths import expand_shards, local_file, plain_path
 from speechlm2_jax.data.readers import read_manifest
 from speechlm2_jax.data.shar import read_shar
+from speechlm2_jax.data.storage.access import StorageAccess, current, using
+from speechlm2_jax.data.storage.addresses import is_remote, name_of
+from speechlm2_jax.data.storage.addresses import joined as joined_address
 from speechlm2_jax.evaluation.dialogs import EvaluatedDialog, evaluated_dialog, joined
 from speechlm2_jax.pretrained.locate import nearest_path
 from speechlm2_jax.settings import SettingsError
@@ -31,6 +35,9 @@ UNSEEN_KEY = "unseen_voice"
 """Optional fields of a manifest row besides audio, duration and text."""
 MAX_LISTED_BYTES = 32 << 20
 """Larger manifests are not scanned for voices."""
+READ_LIMIT_S = 300.0
+"""Seconds that a read of remote storage may take, as `read_timeout` of training."""
+_MANIFESTS = (".json", ".jsonl", ".gz")
 AUDIO_HINT = (
     f"supported audio: {' '.join(AUDIO_SUFFIXES[:9])} and others (docs/data.md); convert "
     "other files, as with `ffmpeg -i IN OUT.wav`"
@@ -75,14 +82,24 @@ def read_inputs(
     - A file is audio by its suffix, else a NeMo manifest, conversations or Lhotse cuts, by its
       first line.
 
-    `tags` go to conversations that have turns of their own, as in `input_cfg`. Raises SettingsError
-    if nothing is found, a file is of another kind or a line is invalid.
+    Each may be an address (`https://`, `s3://` and others), or a pattern of shards as in
+    `manifest_filepath`. `tags` go to conversations that have turns of their own, as in `input_cfg`.
+    Raises SettingsError if nothing is found, a file is of another kind or a line is invalid.
     """
     listed = (inputs,) if isinstance(inputs, str | Path) else inputs
-    return [utterance for one in listed for utterance in _read_input(str(one), tags or {})]
+    with using(StorageAccess(limit_s=READ_LIMIT_S)):
+        each = (shard for one in listed for shard in shards_of(str(one)))
+        return [utterance for one in each for utterance in _read_input(one, tags or {})]
+
+
+def shards_of(inputs: str) -> list[str]:
+    """The inputs that a pattern stands for; a path that exists is meant as it is written."""
+    return [inputs] if os.path.exists(inputs) else expand_shards(inputs)
 
 
 def _read_input(inputs: str, tags: Mapping[str, object]) -> list[Utterance]:
+    if is_remote(inputs):
+        return _read_remote(inputs, tags)
     path = Path(plain_path(inputs))
     if not os.path.exists(path):
         raise SettingsError(f"inputs: {missing(inputs)}")
@@ -99,6 +116,55 @@ def _read_input(inputs: str, tags: Mapping[str, object]) -> list[Utterance]:
         why = left_out(path)
         raise SettingsError(f"inputs: no recordings in {inputs!r}" + (why and f": {why}"))
     return utterances
+
+
+def _read_remote(address: str, tags: Mapping[str, object]) -> list[Utterance]:
+    """The utterances of an address, by its suffix; one without a suffix is a folder."""
+    try:
+        suffix = PurePosixPath(name_of(address)).suffix.lower()
+        if (found := remote_recordings(address)) is not None:
+            utterances = found
+        elif suffix in (".yaml", ".yml"):
+            utterances = _utterances(_of_entries(address))
+        elif suffix in _MANIFESTS:
+            _refuse_other_kinds(copy := local_file(address))
+            utterances = _utterances(read_manifest(copy, ManifestOptions(tags=tags)))
+        else:
+            utterances = _utterances(read_shar(address, ManifestOptions()))
+    except SettingsError as error:
+        raise SettingsError(f"inputs: {str(error).removeprefix('inputs: ')}") from error
+    if not utterances:
+        raise SettingsError(f"inputs: no recordings in {address!r}")
+    return utterances
+
+
+def remote_recordings(address: str) -> list[Utterance] | None:
+    """The audio files in a remote folder, by name, or one audio file; None for SHAR and files."""
+    suffix = PurePosixPath(name_of(address)).suffix.lower()
+    if suffix in AUDIO_SUFFIXES:
+        return [_remote_audio(address)]
+    if suffix in (*_MANIFESTS, ".yaml", ".yml"):
+        return None
+    names = current().names(address)
+    if any(name.startswith("cuts.") for name in names):
+        return None
+    suffixes = {name: PurePosixPath(name).suffix.lower() for name in names}
+    return [
+        _remote_audio(joined_address(address, name))
+        for name, suffix in suffixes.items()
+        if suffix in AUDIO_SUFFIXES
+    ]
+
+
+def _remote_audio(address: str) -> Utterance:
+    """A remote recording, which is read when its turn comes: its duration is not known before."""
+    location = AudioLocation(address, storage=current())
+    name = name_of(address)
+
+    def read(rate_hz: int) -> np.ndarray:
+        return read_audio(location.source(name), sample_rate_hz=rate_hz)
+
+    return Utterance(id=name, duration_s=0.0, text=None, read=read, source=address)
 
 
 def left_out(path: Path) -> str:

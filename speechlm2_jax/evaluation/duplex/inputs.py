@@ -14,9 +14,20 @@ from speechlm2_jax.data.duplex.contents import check_roles
 from speechlm2_jax.data.duplex.conversations import DuplexConversation
 from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
 from speechlm2_jax.data.duplex.readers import read_duplex
-from speechlm2_jax.data.paths import plain_path
+from speechlm2_jax.data.paths import local_file, plain_path
 from speechlm2_jax.data.sources import read_sources
-from speechlm2_jax.evaluation.inputs import AUDIO_HINT, Utterance, left_out, missing, recordings
+from speechlm2_jax.data.storage.access import StorageAccess, using
+from speechlm2_jax.data.storage.addresses import is_remote, name_of
+from speechlm2_jax.evaluation.inputs import (
+    AUDIO_HINT,
+    READ_LIMIT_S,
+    Utterance,
+    left_out,
+    missing,
+    recordings,
+    remote_recordings,
+    shards_of,
+)
 from speechlm2_jax.settings import SettingsError, build
 
 _SUFFIXES = (".gz", ".jsonl", ".json")
@@ -94,13 +105,15 @@ def read_dialogues(inputs: Sequence[str], sample_rate_hz: int | None) -> list[Di
     """
     found: list[Dialogue] = []
     names: set[str] = set()
-    for value in inputs:
-        path = Path(plain_path(value))
-        if not os.path.exists(path):
+    for value in (shard for one in inputs for shard in shards_of(one)):
+        path = Path(value if is_remote(value) else plain_path(value))
+        if not is_remote(value) and not os.path.exists(path):
             raise SettingsError(f"inputs: {missing(value)}")
-        name = _unused(_stem(path), names)
+        stem = name_of(value).partition(".")[0] if is_remote(value) else _stem(path)
+        name = _unused(stem, names)
         names.add(name)
-        sources = _read_sources(path)
+        with using(StorageAccess(limit_s=READ_LIMIT_S)):
+            sources = _read_sources(value if is_remote(value) else path)
         if not sources:
             why = left_out(path)
             raise SettingsError(f"inputs: no recordings in {value!r}" + (why and f": {why}"))
@@ -117,8 +130,11 @@ def check_speakers(
     check_roles(sources, input_roles, output_roles, "inputs", block="")
 
 
-def _read_sources(path: Path) -> Sequence[DuplexConversation | Utterance]:
+def _read_sources(path: Path | str) -> Sequence[DuplexConversation | Utterance]:
+    """What a path holds, or an address (text)."""
     try:
+        if isinstance(path, str):
+            return _read_remote(path)
         if os.path.isdir(path) and any(path.glob("cuts.*")):
             return list(read_duplex(path))
         if (files := recordings(path)) is not None:
@@ -128,6 +144,14 @@ def _read_sources(path: Path) -> Sequence[DuplexConversation | Utterance]:
         return list(read_duplex(None, [path]))
     except SettingsError as error:
         raise SettingsError(f"inputs: {error}") from error
+
+
+def _read_remote(address: str) -> Sequence[DuplexConversation | Utterance]:
+    if (files := remote_recordings(address)) is not None:
+        return files
+    if name_of(address).endswith(_MANIFESTS):
+        return list(read_duplex(None, [local_file(address)]))
+    return list(read_duplex(address))
 
 
 def _stem(path: Path) -> str:
