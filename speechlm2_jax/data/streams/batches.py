@@ -265,7 +265,7 @@ class StreamBatches(grain.DatasetIterator):
             "position": self._step,
             "groups": self._reader.sampler.groups,
             "data": self._reader.fingerprint,
-            "contents": "",
+            "contents": self._reader.contents_fingerprint,
             "dropped": dict(self._faults.dropped.counts),
             "streams": dict(self._states),
         }
@@ -289,6 +289,11 @@ class StreamBatches(grain.DatasetIterator):
             _log.warning(
                 "the shards or their batch settings changed since this state was saved: the run "
                 "resumes in the same shards, with other batches"
+            )
+        elif state.get("contents") not in (None, "", self._reader.contents_fingerprint):
+            _log.warning(
+                "the rows, tars or settings of the stream changed since this state was saved: the "
+                "run resumes at the same places of the same shards, with other examples"
             )
         self.close()
         self._step = int(state["position"])

@@ -12,6 +12,7 @@ from speechlm2_jax.data.bucketing import beyond_bins
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.faults import NOISE, Failure
 from speechlm2_jax.data.prepare import kept
+from speechlm2_jax.data.streams.contents import contents_of
 from speechlm2_jax.data.streams.events import Event, Fault
 from speechlm2_jax.data.streams.group import ReadyEvent, StreamExample
 from speechlm2_jax.data.streams.plan import StreamSampler
@@ -40,6 +41,11 @@ class StreamReader:
         shares = [(pool.share, pool.seed, pool.is_shuffled) for pool in sampler.pools]
         text = repr((names, shares, sampler.shapes, rest))
         return zlib.crc32(text.encode("utf-8", "replace"))
+
+    @functools.cached_property
+    def contents_fingerprint(self) -> str:
+        """A text that changes with what the shards hold, and with settings that choose of it."""
+        return contents_of(self.sampler.pools, self.contents.config)
 
     def ready(self, events: Sequence[Event]) -> list[ReadyEvent]:
         """Events with token ids and buckets; a row that no prompt can be made of is a fault."""

@@ -83,6 +83,11 @@ class StreamShard(Protocol):
         ...
 
     @property
+    def options(self) -> ManifestOptions:
+        """How its rows become conversations."""
+        ...
+
+    @property
     def is_shuffled(self) -> bool:
         """Whether the order of shards of its kind is always drawn, as that of SHAR is."""
         ...
