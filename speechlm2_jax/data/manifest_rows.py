@@ -114,7 +114,7 @@ class NemoRow:
             raise SettingsError(missing_key(self.own, "duration"))
         is_whole = self._is_whole(length_s)
         duration_s = stretch_s(self.declared_s, self.offset_s, length_s)
-        if is_whole and length_s is not None and not _is_cut_off(self.declared_s or 0.0, length_s):
+        if is_whole and length_s is not None and not is_cut_off(self.declared_s, None, length_s):
             duration_s = length_s
         clip = AudioClip(
             id=self._clip_id(duration_s),
@@ -298,16 +298,23 @@ def stretch_s(declared_s: float | None, offset_s: float | None, length_s: float 
     rest_s = None if length_s is None else length_s - (offset_s or 0.0)
     if declared_s is None:
         return max(rest_s or 0.0, 0.0)
-    is_kept = rest_s is None or rest_s <= 0 or _is_cut_off(declared_s, rest_s)
-    return declared_s if is_kept or rest_s is None else min(declared_s, rest_s)
+    if rest_s is None or rest_s <= 0 or is_cut_off(declared_s, offset_s, length_s):
+        return declared_s
+    return min(declared_s, rest_s)
 
 
-def _is_cut_off(declared_s: float, rest_s: float) -> bool:
-    """Whether a recording is clearly shorter than declared, as one that was not copied whole.
+def is_cut_off(declared_s: float | None, offset_s: float | None, length_s: float | None) -> bool:
+    """Whether a file ends clearly before a stretch does, as one that was not copied whole.
 
-    Reading it as long as it is declared is an error then, whatever its format.
+    Reading the stretch as long as it is declared is an error then, whatever the format. Segments
+    may end with their file, as in NeMo, so of these only as much counts as of long recordings.
     """
-    return declared_s - rest_s > min(LOSSY_TOLERANCE_S, LOSSY_TOLERANCE_SHARE * declared_s)
+    if declared_s is None or length_s is None:
+        return False
+    missing_s, start_s = declared_s - length_s, offset_s or 0.0
+    if not start_s:
+        return missing_s > min(LOSSY_TOLERANCE_S, LOSSY_TOLERANCE_SHARE * declared_s)
+    return missing_s + start_s > LOSSY_TOLERANCE_S
 
 
 def optional_seconds(row: dict[str, Any], key: str) -> float | None:
