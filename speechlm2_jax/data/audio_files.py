@@ -52,6 +52,8 @@ class AudioFile(Protocol):
     """Whether its length may differ by the delay of an encoder, from one tool to the next."""
     is_integer: bool
     """Whether it holds samples as integers, so none is NaN or infinite."""
+    is_complete: bool
+    """Whether a header tells its length, and as much is there."""
 
     @property
     def frames(self) -> int | None:
@@ -132,6 +134,7 @@ def _choose(
         with suppress(soundfile.SoundFileError):  # of a damaged header
             file = _Soundfile(whole, name)
     if file is not None:
+        file.is_complete &= not _ends_early(head, size)
         return file
     try:
         if is_empty and head.startswith((b"RIFF", b"RF64", b".snd")):
@@ -173,6 +176,7 @@ class _Soundfile:
         self.rate_hz = self._file.samplerate
         self.is_lossy = self._file.subtype.startswith(_LOSSY)
         self.is_integer = self._file.subtype.startswith("PCM_")
+        self.is_complete = True
 
     @property
     def frames(self) -> int | None:
@@ -256,14 +260,10 @@ def _with_length(head: bytes, raw: BufferedIOBase, size: int, *, is_read: bool) 
     end of the file. Chunks behind the samples, which libsndfile would read as samples, are cut off;
     `is_read`: libsndfile reads the file to its end, so None if there are no such chunks.
     """
-    is_au = head.startswith(b".snd")
-    place = 8 if is_au else _wav_length_place(head)
-    if place is None:
+    is_au, place = head.startswith(b".snd"), _length_place(head)
+    if place is None or not _ends_early(head, size):
         return None
-    declared = int.from_bytes(head[place : place + 4], "big" if is_au else "little")
     first = int.from_bytes(head[4:8], "big") if is_au else place + 4
-    if declared and first + _long_length(head, declared) <= size:
-        return None
     with _whole(raw) as data:
         end = len(data) if is_au else _samples_end(data, first)
         if end <= first or (is_read and end == len(data)):
@@ -273,6 +273,21 @@ def _with_length(head: bytes, raw: BufferedIOBase, size: int, *, is_read: bool) 
     if head.startswith(b"RF64"):
         copy[:4], copy[12:16] = b"RIFF", b"JUNK"
     return BytesIO(copy)
+
+
+def _length_place(head: bytes) -> int | None:
+    """Where the header of a WAV, RF64 or AU gives the length of its samples."""
+    return 8 if head.startswith(b".snd") else _wav_length_place(head)
+
+
+def _ends_early(head: bytes, size: int) -> bool:
+    """Whether a WAV, RF64 or AU has fewer samples than its header tells, or tells no length."""
+    is_au, place = head.startswith(b".snd"), _length_place(head)
+    if place is None:
+        return False
+    declared = int.from_bytes(head[place : place + 4], "big" if is_au else "little")
+    first = int.from_bytes(head[4:8], "big") if is_au else place + 4
+    return not declared or first + _long_length(head, declared) > size
 
 
 def _wav_length_place(head: bytes) -> int | None:

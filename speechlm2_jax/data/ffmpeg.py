@@ -82,7 +82,7 @@ class FfmpegFile:
             raise
         self.rate_hz, codec = self._first.sample_rate, self._stream.codec_context.name
         self.is_lossy = not codec.startswith(_LOSSLESS)
-        self.is_integer = False  # as far as is known
+        self.is_integer = self.is_complete = False  # as far as is known
         ticks = Fraction(1, self.rate_hz) / self._stream.time_base
         is_exact = self._container.format.name in _EXACT_TIMES and codec in _FINITE_MEMORY
         is_exact = is_exact and ticks.denominator == 1 and self._first.pts is not None

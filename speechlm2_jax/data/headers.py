@@ -3,20 +3,31 @@
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from speechlm2_jax.data.audio import AudioError, audio_length
+from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.data.audio_files import open_audio
 from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.manifest_values import MAX_SECONDS
 
 _THREADS = 8
 
 
+class FoundSeconds(float):
+    """Seconds that are there of a recording that may have been longer.
+
+    Its header tells more, as that of a file that was not copied whole, or nothing, as of an MP3.
+    """
+
+
 def file_duration_s(location: AudioLocation) -> float | None:
     """Seconds of a recording; None if it is missing, damaged, empty or absurdly long."""
     try:
-        seconds = audio_length(location.source("a recording")).duration_s
+        with open_audio(location.source("a recording")) as file:
+            seconds, is_complete = file.length() / file.rate_hz, file.is_complete
     except AudioError:
         return None
-    return seconds if 0 < seconds < MAX_SECONDS else None
+    if not 0 < seconds < MAX_SECONDS:
+        return None
+    return seconds if is_complete else FoundSeconds(seconds)
 
 
 def file_durations_s(locations: Iterable[AudioLocation]) -> dict[AudioLocation, float | None]:

@@ -60,6 +60,7 @@ class JoinedFiles:
         self.rate_hz: int = rates[0]
         self.is_lossy = any(part.is_lossy for part in parts)
         self.is_integer = all(part.is_integer for part in parts)
+        self.is_complete = all(part.is_complete for part in parts)
 
     @property
     def frames(self) -> int | None:

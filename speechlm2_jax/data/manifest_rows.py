@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from speechlm2_jax.data.audio import LOSSY_TOLERANCE_S, LOSSY_TOLERANCE_SHARE
 from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.conversations import AudioClip, AudioTurn, Conversation, TextTurn
-from speechlm2_jax.data.headers import file_durations_s
+from speechlm2_jax.data.headers import FoundSeconds, file_durations_s
 from speechlm2_jax.data.manifest_options import ManifestOptions, conversation_of_recording
 from speechlm2_jax.data.manifest_values import (
     check_text_key,
@@ -115,7 +115,7 @@ class NemoRow:
         is_whole = self._is_whole(length_s)
         duration_s = stretch_s(self.declared_s, self.offset_s, length_s)
         if is_whole and length_s is not None and not is_cut_off(self.declared_s, None, length_s):
-            duration_s = length_s
+            duration_s = float(length_s)
         clip = AudioClip(
             id=self._clip_id(duration_s),
             path=self.location.path,
@@ -292,8 +292,8 @@ def stretch_s(declared_s: float | None, offset_s: float | None, length_s: float 
     """Seconds of a stretch: as declared, but no more than the file has from its offset on.
 
     0 of a file that cannot be opened and of which nothing is declared, which loading will report;
-    a stretch behind the file's end, or of which much is missing, keeps its declared length, for the
-    same end: its text is that of the whole.
+    a stretch behind the file's end, and a whole file of which much is missing, keep their declared
+    length, for the same end: its text is that of the whole.
     """
     rest_s = None if length_s is None else length_s - (offset_s or 0.0)
     if declared_s is None:
@@ -304,17 +304,15 @@ def stretch_s(declared_s: float | None, offset_s: float | None, length_s: float 
 
 
 def is_cut_off(declared_s: float | None, offset_s: float | None, length_s: float | None) -> bool:
-    """Whether a file ends clearly before a stretch does, as one that was not copied whole.
+    """Whether a file lacks much of what is declared, as one that was not copied whole.
 
-    Reading the stretch as long as it is declared is an error then, whatever the format. Segments
-    may end with their file, as in NeMo, so of these only as much counts as of long recordings.
+    Reading it as long as it is declared is an error then, whatever its format. A header that tells
+    the length that is there is believed, as in NeMo, and segments may end with their file.
     """
-    if declared_s is None or length_s is None:
+    if declared_s is None or offset_s or not isinstance(length_s, FoundSeconds):
         return False
-    missing_s, start_s = declared_s - length_s, offset_s or 0.0
-    if not start_s:
-        return missing_s > min(LOSSY_TOLERANCE_S, LOSSY_TOLERANCE_SHARE * declared_s)
-    return missing_s + start_s > LOSSY_TOLERANCE_S
+    missing_s = declared_s - length_s
+    return missing_s > min(LOSSY_TOLERANCE_S, LOSSY_TOLERANCE_SHARE * declared_s)
 
 
 def optional_seconds(row: dict[str, Any], key: str) -> float | None:

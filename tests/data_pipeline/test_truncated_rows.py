@@ -46,8 +46,7 @@ def test_a_truncated_wav_is_a_fault_and_its_text_is_not_trained_on(tokenizer, tm
         (2.0, 0.5, None, 2.0),  # half of it is missing
         (2.0, 0.8, None, 1.6),  # less than 0.5 s
         (0.5, 0.5, None, 0.5),  # 0.25 s, but half of it
-        (2.0, 0.5, 0.5, 2.0),  # of a segment
-        (2.0, 1.0, 0.4, 1.6),  # at most to the end of the file
+        (2.0, 1.0, 1.2, 0.8),  # a segment ends with its file
     ],
 )
 def test_what_a_row_declares_is_kept_where_much_is_missing(
@@ -68,3 +67,13 @@ def test_a_turn_of_a_dialog_is_no_exception(tmp_path):
     manifest = write_lines(tmp_path / "m.jsonl", {"conversations": [audio, text]})
     (source,) = read_input_cfg({"type": "multimodal_conversation", "manifest_filepath": manifest})
     assert source.conversations[0].clips[0].duration_s == 2.0
+
+
+@pytest.mark.parametrize(("form", "is_kept"), [("MP3", True), ("WAV", False), ("FLAC", False)])
+def test_a_header_that_tells_what_is_there_is_believed(tmp_path, form, is_kept):
+    path = tmp_path / f"a.{form.lower()}"
+    soundfile.write(path, np.full(RATE, 0.1), RATE, format=form)
+    row = {"audio_filepath": path.name, "duration": 3.0, "text": "yes"}
+    (source,) = read_input_cfg({"manifest_filepath": write_lines(tmp_path / "m.jsonl", row)})
+    clip = source.conversations[0].clips[0]
+    assert clip.duration_s == pytest.approx(3.0 if is_kept else 1.0, abs=0.05)
