@@ -1,10 +1,12 @@
 """Cross-entropy in chunks: the logits of the whole batch are never in memory at once."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.batches import LossSum
@@ -27,8 +29,8 @@ def chunked_cross_entropy(
     """Sums -log p(target) and counts correct predictions where `loss_mask` is True.
 
     The scored positions of each sequence are moved to its front. The LM head then runs over chunks
-    of positions and skips chunks without a target. The backward pass computes the logits of a chunk
-    again, unless one chunk holds all positions.
+    of positions and skips chunks without a target. No logits are computed twice: they are kept if
+    one chunk holds all positions, and else the gradient of a chunk is computed with its loss.
 
     `sequences_per_shard` is the number of sequences on each device. It sets the length of a chunk.
     If sequences are sharded over a context axis, each device chunks its own part of a sequence.
@@ -57,32 +59,99 @@ def chunked_cross_entropy(
     scored = jnp.sum(loss_mask, axis=2)
     most_scored = jnp.max(scored)
 
-    def chunk_sums(start: Array) -> tuple[Array, Array]:
+    def chunk_sums(h: Float[Array, "B S C D"], start: Array) -> tuple[Array, Array]:
         index = jax.lax.dynamic_slice_in_dim(order, start, chunk, axis=2)
-        h = jnp.take_along_axis(hidden, index[..., None], axis=2)
         y = jnp.take_along_axis(targets, per_codebook(index), axis=2)
         mask = per_codebook((start + jnp.arange(chunk))[None, None] < scored[..., None])
         logits = logits_of(h.reshape(batch, -1, h.shape[-1])).astype(jnp.float32)
         return _scores(logits.reshape(*y.shape, -1), y, mask)
 
-    def zero_sums(start: Array) -> tuple[Array, Array]:
-        return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
-
-    def add_chunk(carry: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
-        loss, correct = jax.lax.cond(start < most_scored, chunk_sums, zero_sums, start)
-        return (carry[0] + loss, carry[1] + correct), None
-
-    result = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    starts = range(0, padded, chunk)
-    if keeps_logits:
-        for start in starts:
-            result, _ = add_chunk(result, jnp.asarray(start))
-    else:
-        body = jax.checkpoint(add_chunk, prevent_cse=False)
-        result, _ = jax.lax.scan(body, result, jnp.asarray(starts))
-    loss, correct = result
+    starts = jnp.arange(0, padded, chunk)
+    rows = jnp.take_along_axis(hidden, order[..., None], axis=2)
+    chunks = jnp.moveaxis(rows.reshape(batch, shards, -1, chunk, rows.shape[-1]), 2, 0)
+    sums = _sums_keeping_logits if keeps_logits else _sums_with_gradients
+    loss, correct = sums(chunk_sums, chunks, starts, most_scored)
     count = jnp.sum(loss_mask, dtype=jnp.float32) * math.prod(codebooks)
     return LossSum(total=loss, count=count), LossSum(total=correct, count=count)
+
+
+ChunkSums = Callable[..., tuple[Array, Array]]
+"""(hidden states of a chunk, where it starts) -> loss and correct predictions."""
+
+
+def _sums_keeping_logits(
+    chunk_sums: ChunkSums, chunks: Float[Array, "n B S C D"], starts: Array, end: Array
+) -> tuple[Array, Array]:
+    """Sums over the chunks that start before `end`."""
+    loss = correct = jnp.zeros((), jnp.float32)
+    for number in range(len(chunks)):
+        more = jax.lax.cond(
+            starts[number] < end, chunk_sums, _no_sums, chunks[number], starts[number]
+        )
+        loss, correct = loss + more[0], correct + more[1]
+    return loss, correct
+
+
+def _no_sums(*_: Array) -> tuple[Array, Array]:
+    return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+
+
+def _sums_with_gradients(
+    chunk_sums: ChunkSums, chunks: Float[Array, "n B S C D"], starts: Array, end: Array
+) -> tuple[Array, Array]:
+    """The same; under differentiation the gradient of each chunk is computed with its loss.
+
+    A loss is a number, so its gradient is known up to a factor as soon as the logits are
+    (Liger Kernel's fused linear cross-entropy does the same). Only what is differentiated gets one.
+    """
+    converted, weights = jax.closure_convert(chunk_sums, chunks[0], starts[0])
+
+    @jax.custom_vjp
+    def sums(chunks: Array, weights: Sequence[Array], starts: Array, end: Array) -> Any:
+        def add(total: tuple[Array, Array], one: tuple[Array, Array]) -> Any:
+            h, start = one
+            more = jax.lax.cond(
+                start < end, lambda: converted(h, start, *weights), lambda: _no_sums()
+            )
+            return jax.tree.map(jnp.add, total, more), None
+
+        return jax.lax.scan(add, _no_sums(), (chunks, starts))[0]
+
+    def forward(chunks: Any, weights: Any, starts: Any, end: Any) -> Any:
+        is_wanted = [weight.perturbed for weight in weights]
+        chunks, starts, end = chunks.value, starts.value, end.value
+        values = [weight.value for weight in weights]
+        wanted = [value for value, wants in zip(values, is_wanted, strict=True) if wants]
+
+        def of(h: Array, wanted: list[Array], start: Array) -> tuple[Array, Array]:
+            given, own = iter(wanted), zip(values, is_wanted, strict=True)
+            return converted(h, start, *(next(given) if wants else v for v, wants in own))
+
+        def add(total: Any, one: tuple[Array, Array]) -> Any:
+            h, start = one
+
+            def computed() -> Any:
+                loss, back, correct = jax.vjp(lambda h, w: of(h, w, start), h, wanted, has_aux=True)
+                slope, slopes = back(jnp.ones_like(loss))
+                more = (loss, correct, [one.astype(jnp.float32) for one in slopes])
+                return jax.tree.map(jnp.add, total, more), slope
+
+            return jax.lax.cond(start < end, computed, lambda: (total, jnp.zeros_like(h)))
+
+        nothing = [jnp.zeros(weight.shape, jnp.float32) for weight in wanted]
+        (loss, correct, slopes), slope = jax.lax.scan(add, (*_no_sums(), nothing), (chunks, starts))
+        summed = iter([one.astype(w.dtype) for one, w in zip(slopes, wanted, strict=True)])
+        return (loss, correct), (slope, [next(summed) if wants else None for wants in is_wanted])
+
+    def backward(slopes: tuple[Array, list[Array | None]], cotangents: tuple[Any, Any]) -> Any:
+        factor = cotangents[0]  # of the loss; that of the correct predictions has no meaning
+        if isinstance(factor, SymbolicZero):
+            return None, [None] * len(slopes[1]), None, None
+        of_chunks, of_weights = jax.tree.map(lambda one: (one * factor).astype(one.dtype), slopes)
+        return of_chunks, of_weights, None, None
+
+    sums.defvjp(forward, backward, symbolic_zeros=True)
+    return sums(chunks, weights, starts, end)
 
 
 def _chunk_length(length: int, sequences: int) -> tuple[int, bool]:

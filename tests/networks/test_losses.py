@@ -60,3 +60,28 @@ def test_no_target_gives_zero_loss_and_finite_zero_gradient():
     value, grad = jax.value_and_grad(mean_loss)(hidden)
     assert value == 0.0
     assert not np.asarray(grad).any()
+
+
+@pytest.mark.parametrize(("trains_head", "dots"), [(False, 2), (True, 3)])
+def test_no_logits_are_computed_twice(monkeypatch, trains_head, dots):
+    """Logits, the gradient of the hidden states, and that of the head only where it is trained."""
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", 4)
+    hidden, head, targets, mask = _case(0, 3, 11)
+
+    def step(hidden, head):
+        def mean_loss(hidden, trained):
+            weight = trained if trains_head else head
+            loss, _ = chunked_cross_entropy(
+                hidden, targets, mask, lambda h: h @ weight.T, sequences_per_shard=1
+            )
+            return loss.mean()
+
+        return jax.value_and_grad(mean_loss, (0, 1))(hidden, head)
+
+    assert str(jax.make_jaxpr(step)(hidden, head)).count("dot_general[") == dots
+    (value, grads) = jax.jit(step)(hidden, head)
+    expected, expected_grads = jax.value_and_grad(_plain, (0, 1))(hidden, head, targets, mask)
+    np.testing.assert_allclose(value, expected / mask.sum(), rtol=FP32_RTOL)
+    np.testing.assert_allclose(grads[0], expected_grads[0] / mask.sum(), rtol=FP32_RTOL, atol=1e-6)
+    of_head = expected_grads[1] / mask.sum() if trains_head else jnp.zeros_like(head)
+    np.testing.assert_allclose(grads[1], of_head, rtol=FP32_RTOL, atol=1e-6)
