@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from speechlm2_jax.data.duplex.indexed import IndexedDuplexContents
+from speechlm2_jax.data.duplex.speaker_counts import speakers_of
 from speechlm2_jax.data.index import build, row_count
 from speechlm2_jax.inspection.facts import padding, planned_batches
 from speechlm2_jax.settings import SettingsError
@@ -193,6 +194,25 @@ def test_a_stale_index_is_built_again(cuts, make_large, tmp_path, monkeypatch):
     assert lengths.min() == 1.0 < lengths.max()
     _lines(tmp_path, cuts[:5])
     assert len(corpus.module(source).prepared().contents) == 5 and len(builds) == 4
+
+
+@pytest.mark.slow  # starts processes
+@pytest.mark.parametrize("kind", ["reversed", "overlapping", "continuation", "to_duplex"])
+def test_processes_of_their_own_build_the_same_index(kind, cuts, make_large, tmp_path, monkeypatch):
+    make_large()
+    source = KINDS[kind](tmp_path, cuts)
+    (part,) = corpus.module(source).prepared().contents.parts
+    alone = {name: column.copy() for name, column in part.columns.items()}
+    monkeypatch.setattr(build, "CHUNK_BYTES", (200, 200))
+    monkeypatch.setattr(build, "ALONE_BYTES", 0)
+    for folder in tmp_path.rglob("*.index"):
+        shutil.rmtree(folder)
+    (part,) = corpus.module(source).prepared().contents.parts
+    for name, column in part.columns.items():
+        if name == "speakers":  # a line for each chunk
+            assert speakers_of([{name: column}]) == speakers_of([alone])
+        else:
+            np.testing.assert_array_equal(column, alone[name], err_msg=name)
 
 
 def test_changed_lengths_are_those_of_data_in_memory(cuts, make_large, tmp_path):

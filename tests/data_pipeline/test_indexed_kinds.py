@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from itertools import islice
 
 import numpy as np
@@ -342,6 +343,24 @@ def test_an_example_of_a_tar_that_changes_is_noticed(tokenizer, make_large, tmp_
         contents[7]
     again = module_of(tokenizer, entry).prepared().contents
     assert len(again) == 5 and again.identity != contents.identity
+
+
+@pytest.mark.slow  # starts processes
+@pytest.mark.parametrize("kind", ["parquet", "txt_pair", "webdataset"])
+def test_processes_of_their_own_build_the_same_index(
+    kind, tokenizer, make_large, tmp_path, monkeypatch
+):
+    make_large()
+    entry = KINDS[kind](tmp_path)
+    (part, *_) = module_of(tokenizer, entry, shard_seed=1).prepared().contents.parts
+    alone = {name: column.copy() for name, column in part.columns.items()}
+    monkeypatch.setattr(build, "CHUNK_BYTES", (20, 20))
+    monkeypatch.setattr(build, "ALONE_BYTES", 0)
+    for folder in tmp_path.rglob("*.index"):
+        shutil.rmtree(folder)
+    (part, *_) = module_of(tokenizer, entry, shard_seed=1).prepared().contents.parts
+    for name, column in part.columns.items():
+        np.testing.assert_array_equal(column, alone[name], err_msg=name)
 
 
 def test_a_text_in_windows_is_read_into_memory(tokenizer, make_large, tmp_path):
