@@ -91,6 +91,7 @@ def empty(
         draft=config.drafter.empty(count, width, config.max_new_tokens),
         drafted=none,
         accepted=none,
+        misses=none,
         **common,
     )
 

@@ -31,6 +31,9 @@ from speechlm2_jax.layers.cache import DraftCache
 from speechlm2_jax.layers.unstacked import read_in_place
 from speechlm2_jax.sharding import constrain
 
+PATIENCE, RETRY = 3, 4
+"""When drafts are given up, and how often they are tried again (`_useful`)."""
+
 
 class SpeculativeState(NamedTuple):
     """State of speculative decoding: every sequence has a length of its own."""
@@ -48,6 +51,8 @@ class SpeculativeState(NamedTuple):
     """Draft tokens that were checked."""
     accepted: Int[Array, " R"]
     """Draft tokens that are part of the response."""
+    misses: Int[Array, " R"]
+    """Latest passes with drafts, in a row, in which none was accepted."""
 
 
 def prefill(
@@ -76,9 +81,10 @@ def prefill(
         draft=drafter.start(source, config.max_new_tokens),
         drafted=none,
         accepted=none,
+        misses=none,
     )
-    nothing = Proposal(jnp.zeros((len(none), 0), jnp.int32), none)
-    state = _extended(state, decoder.logits(prompt.hidden), nothing, config, drafter)
+    scores = decoder.logits(prompt.hidden)
+    state = _extended(state, scores, _no_drafts(len(none)), config, drafter)
     # the first token has not been run yet: the caches end with the prompts
     return state._replace(cache=state.cache.keep(none + tokens, state.info.position))
 
@@ -112,9 +118,16 @@ def decode_while(
         response = state.ids[:, -config.max_new_tokens :]
         known = Known(response, state.lengths, partial(_next_draft, state, config))
         draft, kept = drafter.propose(state.draft, known)
-        # the token after the last draft token must be within the limit too
-        room = jnp.maximum(state.info.limit - state.lengths - 1, 0)
-        draft = draft._replace(lengths=jnp.minimum(draft.lengths, room))
+        draft = draft._replace(lengths=_useful(state, draft.lengths))
+        state = state._replace(draft=kept)
+        none = _no_drafts(len(draft.ids))
+        # a pass over the latest tokens alone costs less, most of all on a CPU
+        return jax.lax.cond(
+            jnp.any(draft.lengths > 0), lambda: run(state, draft), lambda: run(state, none)
+        )
+
+    def run(state: SpeculativeState, draft: Proposal) -> SpeculativeState:
+        response = state.ids[:, -config.max_new_tokens :]
         latest = jnp.maximum(state.lengths - 1, 0)[:, None]
         tokens = jnp.concatenate([jnp.take_along_axis(response, latest, axis=1), draft.ids], axis=1)
         index = jnp.arange(tokens.shape[1])[None]
@@ -126,7 +139,7 @@ def decode_while(
             attention_mask=is_real,
         )
         assert isinstance(cache, DraftCache)
-        state = state._replace(cache=cache, draft=kept)
+        state = state._replace(cache=cache)
         return _extended(state, decoder.logits(hidden), draft, config, drafter)
 
     decoder = read_in_place(decoder)
@@ -163,6 +176,7 @@ def _extended(
     count = jnp.where(state.finished, 0, count).astype(jnp.int32)
     lengths = state.lengths + count
     drafted = jnp.where(state.finished, 0, draft.lengths)
+    misses = jnp.where(drafted > 0, jnp.where(right > 0, 0, state.misses + 1), state.misses)
     used = state.cache.used + count
     return state._replace(
         ids=_written(state, tokens, count, config),
@@ -172,7 +186,25 @@ def _extended(
         draft=drafter.observe(state.draft, tokens, count),
         drafted=state.drafted + drafted,
         accepted=state.accepted + jnp.minimum(right, count),
+        misses=misses,
     )
+
+
+def _no_drafts(sequences: int) -> Proposal:
+    return Proposal(jnp.zeros((sequences, 0), jnp.int32), jnp.zeros(sequences, jnp.int32))
+
+
+def _useful(state: SpeculativeState, lengths: Int[Array, " R"]) -> Int[Array, " R"]:
+    """How many drafts of each sequence to check.
+
+    The token after the last one must be within the limit too. A sequence that has rejected all its
+    drafts `PATIENCE` times in a row tries again at every `RETRY`-th token of the longest response:
+    at the same time as the others, so that most passes are without drafts.
+    """
+    room = jnp.maximum(state.info.limit - state.lengths - 1, 0)
+    longest = jnp.max(jnp.where(state.finished, 0, state.lengths))
+    is_tried = (state.misses < PATIENCE) | (longest % RETRY == 0)
+    return jnp.where(is_tried & ~state.finished, jnp.minimum(lengths, room), 0)
 
 
 def _chosen(

@@ -210,6 +210,9 @@ def test_right_drafts_are_accepted_whole_and_wrong_ones_not_at_all(
     never = next(i for i in range(1, VOCABULARY) if i not in plain)
     wrong = case.run(DRAFTED, drafts=padded([[never] * NEW] * len(plain), WIDTH))
     assert np.asarray(wrong.drafted).min() > 0 == np.asarray(wrong.accepted).max()
+    # drafts of 4 tokens after 1, 2 and 3 tokens; then they are given up, but for 4 and 8 tokens
+    assert np.asarray(wrong.drafted).max() <= 5 * 4
+    np.testing.assert_array_equal(wrong.ids, plain)
 
 
 def test_stop_tokens_and_limits_inside_a_draft_end_the_response(
