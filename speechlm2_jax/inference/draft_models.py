@@ -23,7 +23,10 @@ from speechlm2_jax.layers.module import abstract, split
 from speechlm2_jax.layers.unstacked import Layered, merge_layers
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.decoder import Decoder
+from speechlm2_jax.pretrained.quantization import Quantization
 from speechlm2_jax.sharding import Sharding
+
+NOT_QUANTIZED = Quantization()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,10 +121,16 @@ class DraftModel:
 
 @lru_cache(maxsize=4)
 def decoder_graphdef(
-    config: DecoderConfig, lora: LoraConfig | None = None
+    config: DecoderConfig,
+    lora: LoraConfig | None = None,
+    quantization: Quantization = NOT_QUANTIZED,
 ) -> nnx.GraphDef[Decoder]:
     """The LLM of this architecture without weights."""
-    return split(abstract(lambda rngs: Decoder(config, rngs=rngs, lora=lora)))[0]
+
+    def make(rngs: nnx.Rngs) -> Decoder:
+        return quantization.applied_to_llm(Decoder(config, rngs=rngs, lora=lora))
+
+    return split(abstract(make))[0]
 
 
 @lru_cache(maxsize=4)

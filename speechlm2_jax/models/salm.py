@@ -185,7 +185,7 @@ class SALM(SpeechModel):
         variables, prefix = self._decoding_variables(), "llm."
         network = self._blueprint.network
         return DraftModel(
-            graphdef=decoder_graphdef(network.llm, network.lora),
+            graphdef=decoder_graphdef(network.llm, network.lora, self._quantization),
             variables={
                 path.removeprefix(prefix): value
                 for path, value in variables.items()

@@ -8,6 +8,7 @@ import jax
 
 from speechlm2_jax.layers.quantized import DTYPES, FP8, fp8_problem
 from speechlm2_jax.layers.quantized_layers import quantize_module
+from speechlm2_jax.llm.decoder import Decoder
 from speechlm2_jax.pretrained.blueprint import Blueprint
 from speechlm2_jax.settings import SettingsError
 
@@ -46,11 +47,16 @@ class Quantization:
             raise SettingsError(f"{key}: {problem}")
 
     def applied(self, network: N) -> N:
-        """Gives a network these formats; returns the network."""
-        if self.weights is not None:
-            quantize_module(network.llm, self.weights)
-        network.llm.kv_cache_kind = self.kv_cache
+        """Gives the LLM of a network these formats; returns the network."""
+        self.applied_to_llm(network.llm)
         return network
+
+    def applied_to_llm(self, llm: Decoder) -> Decoder:
+        """Gives an LLM these formats; returns it."""
+        if self.weights is not None:
+            quantize_module(llm, self.weights)
+        llm.kv_cache_kind = self.kv_cache
+        return llm
 
 
 def unquantized_settings(blueprint: B) -> B:

@@ -126,8 +126,9 @@ def test_every_way_to_generate_gives_the_same_tokens():
     for number, expected in enumerate(ids):
         np.testing.assert_array_equal(slots[number], expected[: len(slots[number])])
     drafts = [model.tokenizer.ids_to_text(row) for row in ids]
-    drafted = model.generate(PROMPTS, max_new_tokens=8, drafts=drafts)[:, -8:]
-    np.testing.assert_array_equal(drafted, ids)
+    for source in ({"drafts": drafts}, {"assistant_model": model}):
+        drafted = model.generate(PROMPTS, max_new_tokens=8, **source)[:, -8:]
+        np.testing.assert_array_equal(drafted, ids)
 
 
 @pytest.mark.slow  # trained parts: a program of its own
