@@ -306,6 +306,18 @@ def test_a_table_that_changes_is_indexed_again(tokenizer, make_large, tmp_path):
         contents[4]
 
 
+def test_a_table_without_rows_stands_beside_an_index(tokenizer, make_large, tmp_path):
+    make_large()
+    table = _table(0)
+    from pyarrow import parquet
+
+    parquet.write_table(table.slice(0, 0), tmp_path / "empty.parquet")
+    empty = {"type": "parquet", "manifest_filepath": str(tmp_path / "empty.parquet")}
+    group = {"type": "group", "input_cfg": [{**empty, "audio_locator_tag": TAG}, _txt(tmp_path)]}
+    contents = module_of(tokenizer, group).prepared().contents
+    assert isinstance(contents, IndexedContents) and len(contents) == 5
+
+
 def test_pairs_are_read_in_chunks_and_faults_are_told(tokenizer, make_large, tmp_path, monkeypatch):
     entry = _txt_pair(tmp_path)
     whole = module_of(tokenizer, entry, shard_seed=4).prepared().contents

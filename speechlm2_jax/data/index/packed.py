@@ -104,8 +104,8 @@ def open_packed(
 ) -> list[PackedIndex] | None:
     """Opens the indexes of the shards of an entry, which are built first if need be.
 
-    None for what is no list of shards with recordings alone: SHAR with more fields, and remote
-    tars. Raises SettingsError.
+    None for what is no list of shards with recordings alone: SHAR with more fields, remote tars,
+    and tables without rows. Raises SettingsError.
 
     Args:
         entry: what is read.
@@ -114,7 +114,7 @@ def open_packed(
         duplex: how they become conversations of two voices.
     """
     found = _shards_of(entry, options, duplex)
-    if found is None:
+    if found is None or not all(shards for _, shards in found):
         return None
     if any(is_remote(tar) for _, shards in found for shard in shards for tar in shard.tars):
         return None
