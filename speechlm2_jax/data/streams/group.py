@@ -25,6 +25,9 @@ from speechlm2_jax.settings import SettingsError
 
 BUFFER_BYTES = 1 << 29
 """Of the recordings in the buffer of a group, at most so much and one more."""
+MOST_OVERFULL = 4
+"""Times the size of the buffer that wait at most, where a step needs examples that are not among
+those at hand."""
 MOST_USELESS = 200_000
 """Rows one after another of which none can be used."""
 _AT_ONCE, _WAITING = 16, 64
@@ -210,16 +213,17 @@ class GroupStream:
     def next_example(self, bucket: int, clips: int) -> StreamExample | None:
         """Takes an example for a batch of a bucket with room for so many clips.
 
-        None if there is none: the buffer is full of longer ones, or the clips are too many.
+        None if there is none: the buffer is more than full of longer ones, or the clips are too
+        many.
         """
-        while (found := self._ready(bucket)) is None and not self.is_full:
+        while self._ready(bucket) is None and not self.is_full:
             self._read(self._taken)
-        for shorter in range(bucket, -1, -1):
-            found = self._ready(shorter)
-            if found is not None and found.clips <= clips:
-                self._taken[shorter] = found.key
-                return self._buffer.pop(shorter)
-        return None
+        while (found := self._shorter(bucket, clips)) is None and not self._is_overfull:
+            self._read(self._taken)
+        if found is None:
+            return None
+        self._taken[found.bucket] = found.key
+        return self._buffer.pop(found.bucket)
 
     def upcoming(self, bucket: int, count: int) -> list[StreamExample]:
         """Those of a bucket that come next."""
@@ -231,6 +235,13 @@ class GroupStream:
         """Whether no more examples are read before one is taken."""
         buffer = self._buffer
         return len(buffer.items) >= self._sampler.buffer_size or buffer.size >= BUFFER_BYTES
+
+    @property
+    def _is_overfull(self) -> bool:
+        """Whether no more are read though nothing at hand fits."""
+        buffer = self._buffer
+        most = MOST_OVERFULL * self._sampler.buffer_size
+        return len(buffer.items) >= most or buffer.size >= BUFFER_BYTES
 
     @property
     def waiting(self) -> int:
@@ -245,6 +256,14 @@ class GroupStream:
     @property
     def _places(self) -> tuple[StreamPlace, ...]:
         return tuple(pool.place for pool in self._pools)
+
+    def _shorter(self, bucket: int, clips: int) -> StreamExample | None:
+        """The first of a bucket, or of the next shorter one that has any, with so many clips."""
+        for shorter in range(bucket, -1, -1):
+            found = self._ready(shorter)
+            if found is not None and found.clips <= clips:
+                return found
+        return None
 
     def _ready(self, bucket: int) -> StreamExample | None:
         """The first of a bucket, if no example that is still to be read could come before it."""
