@@ -65,8 +65,9 @@ class LoaderConfig(AugmentationConfig):
     """Of training: tars are read from front to end, and nothing at random; null: where a tar is
     remote (docs/data.md)."""
     shuffle_buffer_size: int = 10000
-    """Of streams with `shuffle`: examples of each group that wait to be shuffled; else the order is
-    shuffled over the whole of the data."""
+    """Of streams with `shuffle`: examples of each group that wait to be shuffled (up to four times
+    as many where none of them fits a step); else the order is shuffled over the whole of the
+    data."""
     num_cuts_for_bins_estimate: int = 10000
     """Of streams: rows that shapes are planned by; else all are measured."""
     # in which order
