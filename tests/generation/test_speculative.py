@@ -361,7 +361,7 @@ def test_another_llm_changes_no_token(config: DecoderConfig) -> None:
         output = case.run(replace(GREEDY, drafter=drafter), drafts=prompts)
         np.testing.assert_array_equal(output.ids, expected)
         rates.append(float(np.sum(output.accepted) / np.sum(output.drafted)))
-    assert rates[0] == 1.0 and min(rates) < 0.5
+    assert rates[0] == 1.0 and 0.1 < min(rates) < 0.8
 
 
 @pytest.mark.slow
