@@ -51,9 +51,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
             timing.log(f"{kind}: writing {arguments.rows:,} rows ...")
             entry = KINDS[kind](Path(name), arguments.rows)
-            for stage in STAGES:
-                timing.log(f"{kind}: {stage} ...")
+            for stage in arguments.stages:
                 found = _stage(stage, kind, entry, arguments)
+                timing.log(f"{kind}: {stage}: {found}")
                 result |= {f"{kind}_{stage}_{key}": value for key, value in found.items()}
             result[f"{kind}_index_bytes_per_row"] = _index_bytes(Path(name)) / arguments.rows
     result |= {"arguments": vars(arguments) | {"folder": None}, "machine": timing.machine()}
@@ -326,6 +326,7 @@ def _arguments() -> argparse.Namespace:
     parser = timing.parser(__doc__)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
     parser.add_argument("--folder", default=None, help="where files are made; a temporary one")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--entry", default="{}", help=argparse.SUPPRESS)
