@@ -17,7 +17,7 @@ from speechlm2_jax.data.index.windows import WindowSampler
 from speechlm2_jax.data.salm_contents import salm_shape
 from speechlm2_jax.data.sampler import Sampler
 
-quick = settings(deadline=None, max_examples=25)
+quick = settings(deadline=None, max_examples=15)
 MANY = 30
 
 
@@ -179,7 +179,7 @@ def test_a_state_resumes_where_windows_exchange_conversations(by_bucket):
     for batch in whole:
         batches.append(batch)
         states.append(whole.get_state())
-    for stop in range(0, len(batches), 7):
+    for stop in range(0, len(batches), 17):
         again = PlannedWindows(sampler, 2)
         again.set_state(states[stop])
         assert list(again) == batches[stop:]

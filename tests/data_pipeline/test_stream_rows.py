@@ -7,7 +7,7 @@ from speechlm2_jax.data import DataModule
 from tests.data_pipeline.small_corpus import TAG, frames, wav_bytes, write_lines, write_tar
 
 
-@pytest.mark.parametrize("seed", [1, 4])
+@pytest.mark.parametrize("seed", [1])
 def test_batches_of_a_small_buffer_are_full(tokenizer, tmp_path, seed):
     random = np.random.default_rng(seed)
     for shard in range(4):
