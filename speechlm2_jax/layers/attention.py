@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from speechlm2_jax.layers.block_attention import block_attention, saves
 from speechlm2_jax.layers.cudnn_attention import WIDEST_HEAD, cudnn_attention
 from speechlm2_jax.layers.dense_attention import dense_attention
+from speechlm2_jax.layers.quantized import Heads, QuantizedArray
 from speechlm2_jax.layers.ring_attention import ring_attention
 from speechlm2_jax.layers.scores import Scores
 from speechlm2_jax.layers.splash_attention import splash_attention
@@ -154,8 +155,8 @@ class AttentionMask:
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S N_kv H"],
-    v: Float[Array, "B S N_kv H"],
+    k: Heads,
+    v: Heads,
     *,
     mask: AttentionMask,
     scale: float,
@@ -163,12 +164,15 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention: N / N_kv query heads share one key/value head. Softmax in fp32.
 
+    Keys and values are [B, S, N_kv, H]; those of a cache may be quantized.
     With `softcap` a score s becomes softcap * tanh(s / softcap) (Gemma 2). `implementation` chooses
     what computes it. The platform is that of the mesh's devices, not JAX's default backend: they
     differ in ahead-of-time compilation. The output of a query without any key is finite, and not to
     be used.
     """
     scores = Scores(scale=scale, softcap=softcap, window=mask.window)
+    if isinstance(k, QuantizedArray) or isinstance(v, QuantizedArray):
+        return dense_attention(q, k, v, mask.dense(), scores)
     case = Case(
         platform=platform(),
         kind=mask.kind,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from speechlm2_jax.layers.quantized import QuantizedArray, floating, like
+from speechlm2_jax.layers.quantized import Heads, QuantizedArray, like
 from speechlm2_jax.layers.slot_rows import put_rows
 from speechlm2_jax.layers.window_cache import (
     CachedHeads,
@@ -55,7 +55,7 @@ class KVCache:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Dtype of the keys and values that `read` returns."""
+        """Dtype of the activations that keys and values were computed in."""
         kept = self.keys.scales if isinstance(self.keys, QuantizedArray) else self.keys
         return jnp.dtype(kept.dtype)
 
@@ -123,20 +123,13 @@ class KVCache:
 
         return self._written(with_new, keys, values)
 
-    def read(
-        self, layer: Int[Array, ""] | int
-    ) -> tuple[Float[Array, "B S N_kv H"], Float[Array, "B S N_kv H"]]:
-        """Returns the keys and values of a layer at all positions."""
+    def read(self, layer: Int[Array, ""] | int) -> tuple[Heads, Heads]:
+        """Returns the keys and values [B, S, N_kv, H] of a layer at all positions, as stored."""
 
-        def of_layer(cached: CachedHeads) -> Float[Array, "B S N_kv H"]:
-            return floating(
-                jax.tree.map(
-                    lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).swapaxes(1, 2),
-                    cached,
-                )
-            )
+        def of_layer(cached: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False).swapaxes(1, 2)
 
-        return of_layer(self.keys), of_layer(self.values)
+        return jax.tree.map(of_layer, self.keys), jax.tree.map(of_layer, self.values)
 
     def _written(
         self: C,

@@ -45,6 +45,10 @@ class QuantizedArray(NamedTuple):
         return self.values.shape
 
 
+Heads = Float[Array, "B S N_kv H"] | QuantizedArray
+"""Keys or values of one layer."""
+
+
 def is_quantized(value: Any) -> bool:
     """Whether an array holds quantized values: no weight has these dtypes otherwise."""
     return value.dtype in LARGEST
@@ -74,11 +78,6 @@ def like(x: Float[Array, "..."], stored: Array | QuantizedArray) -> Array | Quan
     if isinstance(stored, QuantizedArray):
         return quantize(x, stored.values.dtype, stored.scales.dtype)
     return x
-
-
-def floating(stored: Array | QuantizedArray) -> Float[Array, "..."]:
-    """A part of a KV cache in the dtype of the activations."""
-    return dequantize(stored, stored.scales.dtype) if isinstance(stored, QuantizedArray) else stored
 
 
 def fp8_problem(device: Any) -> str | None:

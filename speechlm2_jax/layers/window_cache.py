@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from speechlm2_jax.layers.quantized import DTYPES, QuantizedArray, floating, like
+from speechlm2_jax.layers.quantized import DTYPES, Heads, QuantizedArray, like
 from speechlm2_jax.layers.slot_rows import put_rows
 from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain
@@ -80,8 +80,10 @@ class WindowCache:
         keys: Float[Array, "B T N_kv H"],
         values: Float[Array, "B T N_kv H"],
         new: NewTokens,
-    ) -> tuple["WindowCache", Float[Array, "B S N_kv H"], Float[Array, "B S N_kv H"]]:
+    ) -> tuple["WindowCache", Heads, Heads]:
         """Writes a layer's keys and values; returns those that the new tokens may attend to.
+
+        They are [B, S, N_kv, H], as stored.
 
         One token attends to the ring after it was written (S = W). Several tokens attend to the
         ring before it was written and to each other (S = W + T): the first of them may need keys
@@ -103,7 +105,7 @@ class WindowCache:
                 jax.tree.structure(cached), jax.tree.structure((0, 0)), pairs
             )
             both.append(after)
-            read.append(floating(seen))
+            read.append(seen)
         return replace(self, keys=both[0], values=both[1]), read[0], read[1]
 
     def advance(self, new: NewTokens) -> "WindowCache":

@@ -1,7 +1,7 @@
 """Self- and cross-attention of the speech decoder: joint q, k, v projections without bias."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ class JointSelfAttention(nnx.Module):
         q, k, v = _split(self.inputs, x, 3, self.config.sa_n_heads)
         if cache is not None:
             cache = cache.write(layer, k, v)
-            k, v = cache.read(layer)
+            k, v = cast(tuple[Array, Array], cache.read(layer))  # this cache is not quantized
         if self.config.is_causal and (rngs is None or self.config.p_dropout == 0.0):
             attended = attend(
                 q, k, v, mask=_attention_mask(attention_inputs), scale=q.shape[-1] ** -0.5

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from speechlm2_jax.layers.attention import AttentionMask, attend
 from speechlm2_jax.layers.cache import DraftCache, KVCache, RingCache
 from speechlm2_jax.layers.linear import Embedding, Linear
 from speechlm2_jax.layers.module import describe, merge, split
 from speechlm2_jax.layers.quantized import (
     DTYPES,
     LARGEST,
+    QuantizedArray,
     dequantize,
     fp8_problem,
     is_quantized,
@@ -136,6 +138,10 @@ def test_an_embedding_gives_its_rounded_rows(kind):
 L, B, S, N, H = 2, 3, 6, 2, 4
 
 
+def floating(x: QuantizedArray) -> np.ndarray:
+    return np.asarray(dequantize(x, jnp.float32))
+
+
 def rounded(x: jax.Array, kind: str) -> np.ndarray:
     return np.asarray(dequantize(quantize(x, DTYPES[kind], x.dtype), x.dtype))
 
@@ -149,11 +155,12 @@ def test_a_cache_gives_back_what_was_written_rounded_once(kind):
         cache = cache.reserve(jnp.ones((B, part.stop - part.start), bool))
         cache = cache.write(1, tokens[0][:, part], tokens[1][:, part])
         cache = cache.advance(part.stop - part.start)
-    for read, given in zip(cache.read(1), tokens, strict=True):
+    for read, given in zip(map(floating, cache.read(1)), tokens, strict=True):
         np.testing.assert_array_equal(read[:, :5], rounded(given, kind))
-        assert not np.asarray(read[:, 5:]).any()
+        assert not read[:, 5:].any()
     wide = cache.repeated(2, S + 1).reordered(jnp.asarray([[1, 1]] * B), since=4)
-    np.testing.assert_array_equal(wide.read(1)[0][1::2, :S], cache.read(1)[0])
+    again = floating(wide.read(1)[0])[1::2, :S]
+    np.testing.assert_array_equal(again, floating(cache.read(1)[0]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,11 +170,11 @@ def test_slots_and_drafts_keep_the_rounded_values(kind):
     prompts = prompts.reserve(jnp.ones((2, 2), bool)).write(0, *given)
     ring = RingCache.around(KVCache.empty((L, B, S, N, H), jnp.float32, kind=kind), 2)
     ring = ring.admit(jnp.asarray([[2, B]]), prompts)
-    np.testing.assert_array_equal(ring.read(0)[1][2, :2], rounded(given[1], kind)[0])
+    np.testing.assert_array_equal(floating(ring.read(0)[1])[2, :2], rounded(given[1], kind)[0])
     longer = prompts.advance(2).repeated(1, S)
     drafts = DraftCache.after_prompts(longer, 2, jnp.asarray([2, 2]), 2)
     drafts = drafts.keep(jnp.asarray([2, 3]), jnp.asarray([2, 3])).write(0, *given)
-    keys = np.asarray(drafts.read(0)[0])
+    keys = floating(drafts.read(0)[0])
     for row, start in enumerate((2, 3)):
         np.testing.assert_array_equal(keys[row, start : start + 2], rounded(given[0], kind)[row])
 
@@ -184,9 +191,23 @@ def test_a_window_attends_to_the_same_values_token_by_token_and_at_once(kind):
         given = (x[:, t : t + 1] for x in tokens)
         one_by_one, seen, _ = one_by_one.update(0, *given, new)
         one_by_one = one_by_one.advance(new)
-    np.testing.assert_array_equal(keys[:, -5:], rounded(tokens[0], kind))
-    np.testing.assert_array_equal(seen[:, :5], keys[:, -5:])
+    np.testing.assert_array_equal(floating(keys)[:, -5:], rounded(tokens[0], kind))
+    np.testing.assert_array_equal(floating(seen)[:, :5], floating(keys)[:, -5:])
     jax.tree.map(np.testing.assert_array_equal, at_once.keys, one_by_one.keys)
+
+
+def test_attention_over_a_quantized_cache_is_that_over_its_values():
+    q, given = drawn(B, 2, 2 * N, H), drawn(2, B, 5, N, H)
+    k, v = (quantize(x, jnp.int8, jnp.float32) for x in given)
+    mask = AttentionMask(
+        query_segments=jnp.zeros((B, 2), jnp.int32),
+        key_segments=jnp.zeros((B, 5), jnp.int32),
+        offset=3,
+    )
+    found = attend(q, k, v, mask=mask, scale=0.5, softcap=2.0)
+    plain = (dequantize(x, jnp.float32) for x in (k, v))
+    expected = attend(q, *plain, mask=mask, scale=0.5, softcap=2.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 class Device:
