@@ -123,15 +123,15 @@ def _sums_with_gradients(
         values = [weight.value for weight in weights]
         wanted = [value for value, wants in zip(values, is_wanted, strict=True) if wants]
 
-        def of(h: Array, wanted: list[Array], start: Array) -> tuple[Array, Array]:
-            given, own = iter(wanted), zip(values, is_wanted, strict=True)
-            return converted(h, start, *(next(given) if wants else v for v, wants in own))
-
         def add(total: Any, one: tuple[Array, Array]) -> Any:
             h, start = one
 
             def computed() -> Any:
-                loss, back, correct = jax.vjp(lambda h, w: of(h, w, start), h, wanted, has_aux=True)
+                loss, back, correct = jax.vjp(
+                    lambda h, w: converted(h, start, *_replaced(values, is_wanted, w)),
+                    *(h, wanted),
+                    has_aux=True,
+                )
                 slope, slopes = back(jnp.ones_like(loss))
                 more = (loss, correct, [one.astype(jnp.float32) for one in slopes])
                 return jax.tree.map(jnp.add, total, more), slope
@@ -140,8 +140,8 @@ def _sums_with_gradients(
 
         nothing = [jnp.zeros(weight.shape, jnp.float32) for weight in wanted]
         (loss, correct, slopes), slope = jax.lax.scan(add, (*_no_sums(), nothing), (chunks, starts))
-        summed = iter([one.astype(w.dtype) for one, w in zip(slopes, wanted, strict=True)])
-        return (loss, correct), (slope, [next(summed) if wants else None for wants in is_wanted])
+        slopes = [one.astype(weight.dtype) for one, weight in zip(slopes, wanted, strict=True)]
+        return (loss, correct), (slope, _replaced([None] * len(values), is_wanted, slopes))
 
     def backward(slopes: tuple[Array, list[Array | None]], cotangents: tuple[Any, Any]) -> Any:
         factor = cotangents[0]  # of the loss; that of the correct predictions has no meaning
@@ -152,6 +152,13 @@ def _sums_with_gradients(
 
     sums.defvjp(forward, backward, symbolic_zeros=True)
     return sums(chunks, weights, starts, end)
+
+
+def _replaced(values: Sequence[Any], is_replaced: Sequence[bool], others: Sequence[Any]) -> Any:
+    """The values, some of them replaced by the others in order."""
+    coming = iter(others)
+    pairs = zip(values, is_replaced, strict=True)
+    return [next(coming) if replaces else value for value, replaces in pairs]
 
 
 def _chunk_length(length: int, sequences: int) -> tuple[int, bool]:
