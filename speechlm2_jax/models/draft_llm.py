@@ -4,6 +4,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from speechlm2_jax.conversion import hf_config, mapping
@@ -57,6 +58,11 @@ class DraftLLM:
         config = hf_config.decoder_config(llm_config(path, key=KEY))
         tokenizer = Tokenizer(tokenizer_folder(path, key=KEY))
         return cls(config, llm_weights(path), tokenizer, dtype)
+
+    @property
+    def device(self) -> jax.Device:
+        """The device of the weights."""
+        return stages.device_of(self.variables)
 
     def as_draft_model(self) -> DraftModel:
         """The LLM as `SALM.generate` uses it."""

@@ -199,7 +199,8 @@ def _open(path: Path, table: Table, infos: Mapping[str, VariableInfo]) -> LazySo
         if rule.target in variables and variables[rule.target].shape == infos[rule.target].shape
     ]
     kept = {rule.target: variables[rule.target] for rule in rules}
-    others = {path: value for path, value in variables.items() if path not in kept}
+    rest = variables.keys() - kept.keys()
+    others = {path: np.asarray(variables[path]) for path in sorted(rest)}
     return memory_source({**mapping.export(kept, Table(tuple(rules))), **others})
 
 

@@ -205,11 +205,12 @@ def test_every_key_of_nemos_entries_is_honoured_reported_or_refused(kind):
 
 def test_each_key_of_one_type_is_read_by_code():
     """A key that no reader looks at would be honoured in name alone."""
-    from speechlm2_jax.data import entry_readers, salm_dataset, sources, text_readers
-    from speechlm2_jax.data.duplex import conversions
+    from speechlm2_jax.data import entry_readers, parquet, salm_dataset, sources, text_readers
+    from speechlm2_jax.data.duplex import conversions, forms
     from speechlm2_jax.data.duplex import entry_readers as duplex_readers
 
     modules = (entry_readers, salm_dataset, sources, text_readers, duplex_readers, conversions)
+    modules = (*modules, parquet, forms)
     code = "\n".join(map(inspect.getsource, modules))
     assert [key for key in KEY_TYPES if key not in code] == []
 

@@ -194,7 +194,7 @@ def command(tmp_path, monkeypatch):
 
     class Fake:
         @staticmethod
-        def from_pretrained(name, *, dtype):
+        def from_pretrained(name, *, dtype, **placed):
             made.append(Interrupted() if not made else FakeModel())
             return made[-1]
 

@@ -39,7 +39,7 @@ def test_a_checkpoint_is_told_by_what_lies_there(name):
     assert kind is not None and kind.classes == OPENERS[name]
 
 
-@pytest.mark.parametrize("asked", slm.models.__all__)
+@pytest.mark.parametrize("asked", [name for name in slm.models.__all__ if name != "DraftLLM"])
 @pytest.mark.parametrize("name", OPENERS)
 def test_the_wrong_class_names_the_right_one(name, asked, monkeypatch):
     monkeypatch.chdir((DATA / name).parent if "hf" not in name else (DATA / name).parents[1])
