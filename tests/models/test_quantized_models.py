@@ -237,4 +237,5 @@ def test_evaluate_with_a_quantized_model(tmp_path):
         jax.config.update("jax_default_device", None)
     *rows, record = [json.loads(line) for line in output.read_text().splitlines()]
     assert rows and all(row["pred_text"] for row in rows)
-    assert record["settings"]["quantize"] == record["settings"]["kv_cache_dtype"] == "int8"
+    settings = record["provenance"]["settings"]
+    assert settings["quantize"] == settings["kv_cache_dtype"] == "int8"
