@@ -50,6 +50,8 @@ class Dropped:
     """Source -> cause -> count, since the start of this process; noise too."""
     read: Counter[str] = field(default_factory=Counter)
     """Source -> conversations whose turn came."""
+    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(source, cause) -> rows of a stream that settings leave out, since the start."""
     _seen: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, failure: Failure) -> bool:
@@ -70,6 +72,18 @@ class Dropped:
         if count == LINES_PER_CAUSE:
             _log.warning("further conversations dropped as %r are only counted", failure.cause)
         return True
+
+    def leave_out(self, found: Sequence[tuple[str, str, str]]) -> None:
+        """Counts what settings leave out of a stream, by source, cause and id.
+
+        It is no fault: neither the limit nor the list of faults has it. The first of each cause and
+        source is told, and the hundredth, the ten thousandth and so on.
+        """
+        for source, cause, name in found:
+            self.counts[cause] = self.counts.get(cause, 0) + 1
+            count = self.left_out[source, cause] = self.left_out[source, cause] + 1
+            if count == 100 ** (len(str(count)) // 2):
+                _log.warning("%s: %s left out by %s, as %s", source, _rows(count), cause, name)
 
     def table(self) -> str:
         """A line per source and cause, most faults first."""
@@ -158,6 +172,10 @@ class Faults:
         self.dropped.counts = dict(counts)
         if self.log is not None:
             self.log.drop_after(self.name, *place)
+
+
+def _rows(count: int) -> str:
+    return "a row is" if count == 1 else f"{count} rows are"
 
 
 def _is_before(line: str, data_set: str, place: tuple[int, int]) -> bool:

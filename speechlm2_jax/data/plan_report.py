@@ -33,8 +33,19 @@ def warn_of_kept(where: str, rows: Sequence[str]) -> None:
 
 
 def warn_of_shares(where: str, sources: Sequence[Source[Any]], sizes: Sequence[int]) -> None:
-    """Warns of several sources without weights, with the share that each has of an epoch."""
-    if len(sizes) < 2 or sources[0].share is not None:
+    """Warns of several sources without weights, with the share that each has of an epoch.
+
+    Of sources with weights it warns of those that have no conversation left.
+    """
+    if len(sizes) < 2:
+        return
+    if sources[0].share is not None:
+        empty = [s for s, size in zip(sources, sizes, strict=True) if s.share and not size]
+        for source in empty:
+            _log.warning(
+                "%s.input_cfg: no conversation of %s is left; the others have its share of %.1f %%",
+                *(where, source.name, 100 * (source.share or 0)),
+            )
         return
     named = zip((source.name for source in sources), sizes, strict=True)
     shares = [f"{name} {size / sum(sizes):.1%}" for name, size in named]

@@ -35,6 +35,8 @@ class _Step:
 
     batch: HostBatch
     failures: list[Failure]
+    left_out: list[tuple[str, str, str]]
+    """Source, cause and id of what settings leave out."""
     read: Counter[str]
     rows: int
     """Sequences of the batch that are read here."""
@@ -82,11 +84,14 @@ class _Run:
         number = sampler.schedule.bucket(step)
         bucket = sampler.plan.buckets[number]
         failures, read = list[Failure](), Counter[str]()
+        left_out: list[tuple[str, str, str]] = []
         chosen = {g: self._picked(g, number, [], read) for g in self._groups}
         groups: list[list[Any]] = [[] for _ in range(sampler.groups)]
         for group, examples in chosen.items():
             groups[group] = self._filled(group, number, examples, failures, read)
             failures += self._faults(group, read)
+            left_out += self._groups[group].left_out
+            self._groups[group].left_out.clear()
         self._look_ahead(step)
         batch = HostBatch(
             arrays=self._reader.contents.assemble(groups, bucket.shape),
@@ -98,6 +103,7 @@ class _Run:
         return _Step(
             batch=batch,
             failures=failures,
+            left_out=left_out,
             read=read,
             rows=bucket.shape.sequences * len(self._groups),
             groups=self.states(),
@@ -231,6 +237,7 @@ class StreamBatches(grain.DatasetIterator):
         self._step += 1
         self._states = step.groups
         self._faults.add(step.read, step.failures, (0, self._step))
+        self._faults.dropped.leave_out(step.left_out)
         self._watch_rows(len(step.batch.ids), step.rows)
         if self._watch is not None:
             self._watch.look()

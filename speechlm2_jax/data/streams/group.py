@@ -43,6 +43,8 @@ class ReadyEvent:
     """None: settings leave it out."""
     bucket: int = -1
     clips: int = 0
+    left_out: str = ""
+    """Why settings leave it out."""
 
 
 Prepare = Callable[[Sequence[Event]], Sequence[ReadyEvent]]
@@ -175,6 +177,10 @@ class GroupStream:
         self._number, self._drawn, self._useless = 0, 0, 0
         self.faults: list[tuple[Event, Fault, int]] = []
         """Met since they were last asked for, with the numbers of their events."""
+        self.left_out: list[tuple[str, str, str]] = []
+        """Source, cause and id of what settings leave out, in the first pass; likewise."""
+        self._useful = [-1] * len(sampler.pools)
+        """Of each pool, the pass of its last example that could be used, or its first one."""
         places = [StreamPlace(group)] * len(sampler.pools)
         if state is not None:
             places = [StreamPlace(*place) for place in state["places"]]
@@ -196,6 +202,7 @@ class GroupStream:
             self._read(taken)
         self._taken = taken
         self.faults.clear()
+        self.left_out.clear()
 
     def get_state(self) -> dict[str, Any]:
         """Plain JSON values, as of the last example taken."""
@@ -271,6 +278,25 @@ class GroupStream:
         is_settled = found is not None and (self._reach == 0 or found.key < self._number)
         return found if is_settled else None
 
+    def _count_useless(self, pool: int, ready: ReadyEvent) -> None:
+        """Raises SettingsError where a pool has no example for this group: it would wait for ever.
+
+        That is so if a whole pass over its shards gave none, or very many rows.
+        """
+        useful, epoch = self._useful[pool], ready.event.epoch
+        if ready.bucket >= 0 or useful < 0:
+            self._useful[pool] = epoch
+        self._useless = 0 if ready.bucket >= 0 else self._useless + 1
+        if self._useless > MOST_USELESS or 0 <= useful < epoch - 1:
+            cause = ready.left_out or (
+                ready.what.cause if isinstance(ready.what, Fault) else "filtered"
+            )
+            raise SettingsError(
+                f"{ready.event.source}: no row can be used of {self._useless} that were read one "
+                f"after another for group {self._group}; the last one: {cause}. Change the "
+                "settings that leave them out, or remove the entry"
+            )
+
     def _read(self, taken: Sequence[float]) -> None:
         """Reads an event; examples with keys up to those taken of their bucket are passed over.
 
@@ -285,12 +311,10 @@ class GroupStream:
         self._number += 1
         if isinstance(ready.what, Fault):
             self.faults.append((ready.event, ready.what, number))
+        if ready.left_out and not ready.event.epoch:
+            self.left_out.append((ready.event.source, ready.left_out, ready.event.what.id))
         self._drawn += ready.bucket >= 0
-        self._useless = 0 if ready.bucket >= 0 else self._useless + 1
-        if self._useless > MOST_USELESS:
-            raise SettingsError(
-                f"{ready.event.source}: {self._useless} rows one after another cannot be used"
-            )
+        self._count_useless(pool, ready)
         key = number + self._reach * self._move(number)
         if ready.bucket < 0 or key <= taken[ready.bucket]:
             return

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from speechlm2_jax.data.audio_errors import AudioError
 from speechlm2_jax.data.augmentation.augmentation import Augmentation
 from speechlm2_jax.data.bucketing import beyond_bins
@@ -85,14 +87,17 @@ class StreamReader:
             name = str(getattr(conversations[0], "id", "?"))
             fault = Fault(cause="bad_row", id=name, message=str(error), path=events[0].source)
             return [ReadyEvent(event=events[0], what=fault)]
-        keep, _ = kept(made)
-        keep &= ~beyond_bins(made.measures, own.config)  # no fault: settings leave it out
+        keep, causes = kept(made)
+        cause_of = {name: cause for cause, names in causes.items() for name in names}
+        is_longer = keep & beyond_bins(made.measures, own.config)  # no fault: settings' own
+        cause_of |= {made.conversations[n].id: TOO_LONG for n in np.flatnonzero(is_longer).tolist()}
+        keep &= ~is_longer
         buckets = self.sampler.bucket_of(made.measures).tolist()
         clips = made.measures.clips.tolist()
         return [
             self._placed(event, made.conversations[n], buckets[n], clips[n])
             if keep[n]
-            else ReadyEvent(event=event, what=None)
+            else ReadyEvent(event=event, what=None, left_out=cause_of[made.conversations[n].id])
             for n, event in enumerate(events)
         ]
 
