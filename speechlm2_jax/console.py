@@ -24,6 +24,8 @@ RECORDS_KEPT = 200
 """Log records kept until the run directory exists; they are then written to train.log."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as in shells: 128 + SIGINT."""
+INDEX_KEPT = "chunks of indexes that were read are kept, and the same command resumes"
+"""What Ctrl-C leaves of a command that reads data and writes a file at its end."""
 
 log = logging.getLogger(__name__)
 
@@ -142,15 +144,20 @@ def log_line(text: str) -> None:
 
 
 @contextmanager
-def one_line_errors(program: str, kinds: Sequence[type[Exception]]) -> Generator[None]:
-    """Turns errors that a user can fix, and Ctrl-C, into one line on stderr and an exit code."""
+def one_line_errors(
+    program: str, kinds: Sequence[type[Exception]], *, kept: str = "nothing was changed"
+) -> Generator[None]:
+    """Turns errors that a user can fix, and Ctrl-C, into one line on stderr and an exit code.
+
+    `kept` is what the line names after Ctrl-C.
+    """
     try:
         yield
     except tuple(kinds) as error:
         print(f"{program}:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; nothing was changed", file=sys.stderr)
+        print(f"{program}: interrupted; {kept}", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -24,13 +24,18 @@ PROGRAM = "inspect"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Writes the page and prints its path. Bad input: one line, exit code 2."""
+    """Writes the page and prints its path. Bad input: one line, exit code 2; Ctrl-C: 130."""
     parser = argparse.ArgumentParser(prog=f"python -m {__name__}", description=__doc__)
     parser.add_argument("config", help="a YAML file, or the name of one in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--output", type=Path, default=Path("data.html"))
     parser.add_argument("--count", type=int, default=40, help="conversations of each data set")
     arguments = parser.parse_intermixed_args(list(argv))
+    with console.one_line_errors(PROGRAM, [], kept=console.INDEX_KEPT):
+        _write(arguments)
+
+
+def _write(arguments: argparse.Namespace) -> None:
     from speechlm2_jax import experiment
     from speechlm2_jax.inspection.page import write_page
 

@@ -25,8 +25,13 @@ PROGRAM = "plan"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the plan and writes it. Bad input: one line, exit code 2."""
+    """Prints the plan and writes it. Bad input: one line, exit code 2; Ctrl-C: 130."""
     arguments = _parser().parse_intermixed_args(list(argv))
+    with console.one_line_errors(PROGRAM, [], kept=console.INDEX_KEPT):
+        _make(arguments, argv)
+
+
+def _make(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     from speechlm2_jax import experiment
     from speechlm2_jax.compilation_cache import keep_compiled_programs
     from speechlm2_jax.planning.options import PlanOptions, parse_pair

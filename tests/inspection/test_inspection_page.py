@@ -8,7 +8,8 @@ import pytest
 import soundfile
 
 import speechlm2_jax as slm
-from speechlm2_jax.data import inspect
+from speechlm2_jax import experiment
+from speechlm2_jax.data import inspect, plan
 from speechlm2_jax.inspection import facts
 from speechlm2_jax.inspection.page import write_page
 
@@ -86,3 +87,17 @@ def test_a_wrong_configuration_is_one_line(capsys):
         inspect.main(["nothing_of_this_name"])
     assert raised.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", [inspect, plan])
+def test_ctrl_c_is_one_line_that_names_what_is_kept(program, monkeypatch, capsys):
+    def interrupt(*arguments, **keys):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "read_run", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["salm"])
+    assert stopped.value.code == 130
+    line = capsys.readouterr().err
+    assert line.startswith(f"{program.PROGRAM}: interrupted; chunks of indexes")
+    assert line.endswith("are kept, and the same command resumes\n") and line.count("\n") == 1

@@ -118,6 +118,7 @@ class _Worker:
             [sys.executable, "-m", "speechlm2_jax.data.index.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C reaches only the program, which ends its processes
             env={
                 **os.environ,
                 "TOKENIZERS_PARALLELISM": "false",  # there are as many processes as cores
