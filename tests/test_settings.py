@@ -243,6 +243,16 @@ def test_config_path_and_name_join(tmp_path):
     assert settings.parse_cli([f"-cp={tmp_path}", "-cn=mine.yaml", "a=2"]) == expected
 
 
+def test_a_command_may_name_its_first_file_without_a_flag():
+    def parse(*argv):
+        return settings.parse_settings(settings.settings_parser("x", ""), argv)[1]
+
+    assert parse("salm", "a=1") == parse("a=1", "--config", "salm") == parse("-cn", "salm", "a=1")
+    assert parse("salm", "~d", "--config", "b").over == ("b",)
+    assert "expected key=value" in message(parse, "salm", "b")
+    assert "name the settings: x --config" in message(parse, "a=1")
+
+
 def test_command_line_mistakes_are_one_line():
     assert "name the settings" in message(settings.parse_cli, [])
     assert "name the settings with --config" in message(settings.parse_cli, ["salm"])

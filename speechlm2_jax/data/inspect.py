@@ -4,8 +4,8 @@
     python -m speechlm2_jax.data.inspect my.yaml --output data.html --count 100 key=value ...
 
 The page has durations, tokens, buckets and padding of every data set, and conversations with the
-loss mask in colour and a player. The configuration and `key=value` are those of train.py; weights
-are not read.
+loss mask in colour and a player. The configuration, several `--config FILE` and `key=value` are
+those of train.py; weights are not read.
 """
 
 from speechlm2_jax.usage import print_help_if_asked
@@ -13,46 +13,50 @@ from speechlm2_jax.usage import print_help_if_asked
 if __name__ == "__main__":  # before the imports below, which are slow
     print_help_if_asked(__file__)
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from speechlm2_jax import console
+from speechlm2_jax.settings import (
+    SettingsCommand,
+    SettingsError,
+    parse_settings,
+    settings_parser,
+)
 
 PROGRAM = "inspect"
 
 
 def main(argv: Sequence[str]) -> None:
     """Writes the page and prints its path. Bad input: one line, exit code 2; Ctrl-C: 130."""
-    parser = argparse.ArgumentParser(prog=f"python -m {__name__}", description=__doc__)
-    parser.add_argument("config", help="a YAML file, or the name of one in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--output", type=Path, default=Path("data.html"))
-    parser.add_argument("--count", type=int, default=40, help="conversations of each data set")
-    arguments = parser.parse_intermixed_args(list(argv))
-    with console.one_line_errors(PROGRAM, [], kept=console.INDEX_KEPT):
-        _write(arguments)
+    with console.one_line_errors(PROGRAM, [SettingsError], kept=console.INDEX_KEPT):
+        parser = settings_parser("python -m speechlm2_jax.data.inspect", __doc__ or "")
+        parser.add_argument("--output", type=Path, default=Path("data.html"))
+        parser.add_argument("--count", type=int, default=40, help="conversations of each data set")
+        arguments, command = parse_settings(parser, argv)
+        _write(command, arguments.output, arguments.count)
 
 
-def _write(arguments: argparse.Namespace) -> None:
+def _write(command: SettingsCommand, output: Path, count: int) -> None:
     from speechlm2_jax import experiment
     from speechlm2_jax.inspection.page import write_page
 
     with experiment.clear_errors(PROGRAM), console.showing(is_shown=True):
-        built = experiment.build(arguments.config, arguments.overrides, dry_run=True)
+        run = experiment.read_run(command.config, command.overrides, over=command.over)
+        built = run.build(dry_run=True)
         model, datamodule = built.model, built.datamodule
         with console.phase("reading the data"):
             datamodule.setup(frame_count=model.frame_count)
         with console.phase("writing the page"):
             write_page(
-                arguments.output,
+                output,
                 datamodule,
                 model.tokenizer,
-                title=arguments.config,
-                count=arguments.count,
+                title=" + ".join([command.config, *command.over]),
+                count=count,
             )
-        print(f"page: {arguments.output}  (open it in a browser)")
+        print(f"page: {output}  (open it in a browser)")
 
 
 if __name__ == "__main__":

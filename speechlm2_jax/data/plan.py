@@ -6,7 +6,7 @@
 
 The training program of each bin is compiled with two numbers of rows, and its memory, which grows
 evenly with rows, tells the most that fit. Nothing is tried on the device. The plan is a YAML file
-with NeMo's keys. The configuration and `key=value` are those of train.py.
+with NeMo's keys. The configuration, several `--config FILE` and `key=value` are those of train.py.
 """
 
 from speechlm2_jax.usage import print_help_if_asked
@@ -20,18 +20,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speechlm2_jax import console
+from speechlm2_jax.settings import (
+    SettingsCommand,
+    SettingsError,
+    parse_settings,
+    settings_parser,
+)
 
 PROGRAM = "plan"
 
 
 def main(argv: Sequence[str]) -> None:
     """Prints the plan and writes it. Bad input: one line, exit code 2; Ctrl-C: 130."""
-    arguments = _parser().parse_intermixed_args(list(argv))
-    with console.one_line_errors(PROGRAM, [], kept=console.INDEX_KEPT):
-        _make(arguments, argv)
+    with console.one_line_errors(PROGRAM, [SettingsError], kept=console.INDEX_KEPT):
+        _make(*parse_settings(_parser(), argv), argv)
 
 
-def _make(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
+def _make(arguments: argparse.Namespace, command: SettingsCommand, argv: Sequence[str]) -> None:
     from speechlm2_jax import experiment
     from speechlm2_jax.compilation_cache import keep_compiled_programs
     from speechlm2_jax.planning.options import PlanOptions, parse_pair
@@ -39,7 +44,6 @@ def _make(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     from speechlm2_jax.planning.report import table, training_command, write_yaml
     from speechlm2_jax.settings import ignored_report
 
-    config, overrides = arguments.config, arguments.overrides
     with experiment.clear_errors(PROGRAM), console.showing(is_shown=True), ignored_report():
         pair = arguments.buckets_2d
         options = PlanOptions(
@@ -52,21 +56,19 @@ def _make(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
             topology=arguments.compile_for,
             libtpu=arguments.libtpu,
         )
-        run = experiment.read_run(config, overrides)
+        run = experiment.read_run(command.config, command.overrides, over=command.over)
         trainer = run.values.get("trainer") or {}
         keep_compiled_programs(trainer.get("compilation_cache_dir", "auto"))
         plan = make_plan(run, options)
         print(table(plan))
         write_yaml(arguments.output, plan, ["python", "-m", "speechlm2_jax.data.plan", *argv])
         print(f"plan: {arguments.output}; train with it by")
-        print(training_command(config, overrides, arguments.output, plan))
+        print(training_command(command, arguments.output, plan))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {__name__}", description=__doc__)
+    parser = settings_parser("python -m speechlm2_jax.data.plan", __doc__ or "")
     add = parser.add_argument
-    add("config", help="a YAML file, or the name of one in configs/")
-    add("overrides", nargs="*", metavar="key=value")
     add("--output", type=Path, default=Path("plan.yaml"), help="the YAML file that is written")
     add("--buckets", type=int, help="bins to estimate; else the configuration's, or 8")
     add("--buckets-2d", metavar="N,M", help="bins of N input lengths times M output lengths")

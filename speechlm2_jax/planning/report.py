@@ -10,6 +10,7 @@ import yaml
 from speechlm2_jax.aot.chips import GIB
 from speechlm2_jax.evaluation.results import write_whole
 from speechlm2_jax.planning.plan import Plan, PlannedBin, format_bin
+from speechlm2_jax.settings import SettingsCommand
 
 
 def table(plan: Plan) -> str:
@@ -48,11 +49,13 @@ def write_yaml(path: Path, plan: Plan, command: Sequence[str]) -> None:
     write_whole(path, "\n".join([*comment, text]))
 
 
-def training_command(config: str, overrides: Sequence[str], path: Path, plan: Plan) -> str:
+def training_command(command: SettingsCommand, path: Path, plan: Plan) -> str:
     """The command that trains with the plan: without the overrides that would replace it."""
     planned = {f"data.train_ds.{key}" for key in plan.keys}
-    kept = [one for one in overrides if one.partition("=")[0].lstrip("+~") not in planned]
-    return shlex.join(["python", "train.py", "--config", config, "--config", str(path), *kept])
+    kept = [one for one in command.overrides if one.partition("=")[0].lstrip("+~") not in planned]
+    files = (command.config, *command.over, str(path))
+    named = [word for file in files for word in ("--config", file)]
+    return shlex.join(["python", "train.py", *named, *kept])
 
 
 def _row(one: PlannedBin) -> dict[str, str]:

@@ -14,10 +14,13 @@ from speechlm2_jax.settings.build import (
 )
 from speechlm2_jax.settings.command_line import (
     CompileAhead,
+    SettingsCommand,
     TrainCommand,
     parse_cli,
     parse_overrides,
+    parse_settings,
     parse_train,
+    settings_parser,
 )
 from speechlm2_jax.settings.errors import HostileTextError, SettingsError, join
 from speechlm2_jax.settings.keys import key_problems, raise_all
@@ -38,6 +41,7 @@ __all__ = [
     "CompileAhead",
     "HostileTextError",
     "Refusal",
+    "SettingsCommand",
     "SettingsError",
     "TrainCommand",
     "build",
@@ -52,6 +56,7 @@ __all__ = [
     "parse_cli",
     "parse_json",
     "parse_overrides",
+    "parse_settings",
     "parse_train",
     "parse_yaml",
     "read_json",
@@ -60,5 +65,6 @@ __all__ = [
     "report_ignored",
     "require_complete",
     "resolve",
+    "settings_parser",
     "to_plain",
 ]

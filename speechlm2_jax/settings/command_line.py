@@ -34,6 +34,17 @@ class TrainCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SettingsCommand:
+    """Settings that a command reads."""
+
+    config: str
+    """Name or path of the settings."""
+    over: tuple[str, ...]
+    """More files, whose values replace those of `config`."""
+    overrides: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompileAhead:
     """What is compiled ahead of time, and for what; None: as the settings say."""
 
@@ -121,7 +132,7 @@ def _settings_parser(program: str, description: str) -> _Parser:
         action="append",
         default=[],
         metavar="NAME_OR_PATH",
-        help="a name in configs/, or a file; of train.py also several, the later over the earlier",
+        help="a name in configs/, or a file; of several, where taken, the later over the earlier",
     )
     parser.add_argument("--config-path", "-cp", metavar="FOLDER", help="with --config-name")
     parser.add_argument("--config-name", "-cn", metavar="NAME", help="a file of --config-path")
@@ -140,6 +151,29 @@ def _settings_of(arguments: argparse.Namespace, program: str, default: str | Non
     if not files:
         raise SettingsError(f"name the settings: {program} --config NAME_OR_PATH [key=value ...]")
     return files
+
+
+def settings_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """A parser for `parse_settings`, to which a command adds options of its own."""
+    return _settings_parser(program, description)
+
+
+def parse_settings(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, SettingsCommand]:
+    """The arguments of a command, and its settings: those of train.py.
+
+    The first file needs no `--config`. Raises SettingsError for an unknown flag, or missing files.
+    """
+    parser.add_argument("words", nargs="*", metavar="NAME_OR_PATH | key=value")
+    arguments = parser.parse_intermixed_args(list(argv))
+    words: list[str] = arguments.words
+    is_first_a_file = bool(words) and "=" not in words[0] and not words[0].startswith("~")
+    first, overrides = (words[0], words[1:]) if is_first_a_file else (None, words)
+    _check_overrides(overrides, f"see {parser.prog} --help")
+    arguments.config = [*([first] if first else []), *arguments.config]
+    config, *over = _settings_of(arguments, parser.prog, None)
+    return arguments, SettingsCommand(config=config, over=tuple(over), overrides=overrides)
 
 
 def parse_overrides(
@@ -165,7 +199,11 @@ def _parse(
         help="dotted overrides: key=value, +new.key=value, ~key; lists as key=[1,2]",
     )
     arguments = parser.parse_intermixed_args(list(argv))
-    for override in arguments.overrides:
+    _check_overrides(arguments.overrides, hint)
+    return arguments, list(arguments.overrides)
+
+
+def _check_overrides(overrides: Sequence[str], hint: str) -> None:
+    for override in overrides:
         if "=" not in override and not override.startswith("~"):
             raise SettingsError(f"{override!r}: expected key=value; {hint}")
-    return arguments, list(arguments.overrides)

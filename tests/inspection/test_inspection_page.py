@@ -101,3 +101,17 @@ def test_ctrl_c_is_one_line_that_names_what_is_kept(program, monkeypatch, capsys
     line = capsys.readouterr().err
     assert line.startswith(f"{program.PROGRAM}: interrupted; chunks of indexes")
     assert line.endswith("are kept, and the same command resumes\n") and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", [inspect, plan])
+def test_later_files_of_settings_go_over_the_first(program, monkeypatch):
+    def read_run(config, overrides, *, over):
+        assert (config, overrides, over) == ("salm", ["a=1"], ("more.yaml", "last.yaml"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "read_run", read_run)
+    more = ["--config", "more.yaml", "--config", "last.yaml", "a=1"]
+    for argv in (["salm", *more], ["--config", "salm", *more]):
+        with pytest.raises(SystemExit) as stopped:
+            program.main(argv)
+        assert stopped.value.code == 130

@@ -89,14 +89,17 @@ def test_the_yaml_has_nemos_keys_and_plans_the_shapes_that_were_compiled(
 def test_bins_of_the_configuration_are_kept_and_empty_ones_left_out(
     config, tmp_path, compiled, capsys
 ):
-    words = ["+data.train_ds.use_multimodal_sampling=true"]
+    over = tmp_path / "over.yaml"
+    over.write_text("data: {train_ds: {use_multimodal_sampling: true}}")
+    words = ["--config", str(over)]
     words += ["+data.train_ds.bucket_duration_bins=[5,40,41,500]", "--memory-gib", "1"]
     words += ["trainer.max_steps=3"]
     keys = run(config, tmp_path, *words, "--max-rows", "3")
     assert keys["bucket_duration_bins"] == [40, 500] and keys["bucket_batch_size"] == [3, 2]
     assert keys["max_tokens"] == 500  # of the two long conversations
     trains = capsys.readouterr().out.splitlines()[-1]  # these bins would replace the plan's
-    assert trains.endswith("plan.yaml trainer.max_steps=3")
+    files = f"--config {config} --config {over} --config {tmp_path / 'plan.yaml'}"
+    assert trains.endswith(f"{files} trainer.max_steps=3")
 
 
 def test_two_dimensional_bins_hold_every_conversation(config, tmp_path, compiled):
