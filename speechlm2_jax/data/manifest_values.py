@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from speechlm2_jax.data.storage.errors import StorageError
 from speechlm2_jax.settings import SettingsError
 
 MAX_SECONDS = 1e7
@@ -46,6 +47,8 @@ class _Located:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, StorageError):
+            raise StorageError(f"{self._where}: {error}", cause=error.cause) from error
         if isinstance(error, SettingsError):
             raise SettingsError(f"{self._where}: {error}") from error
         if isinstance(error, _WRONG):
@@ -54,7 +57,10 @@ class _Located:
 
 
 def located(where: str) -> AbstractContextManager[None]:
-    """Raises SettingsError, naming `where`, for whatever a wrong value makes the block raise."""
+    """Raises SettingsError, naming `where`, for whatever a wrong value makes the block raise.
+
+    A StorageError stays one, with its cause.
+    """
     return _Located(where)
 
 

@@ -1,14 +1,21 @@
-"""What `allowed_roots` leaves out is not even looked for: noise, responses, files of entries."""
+"""What `allowed_roots` leaves out is not even looked for: noise, responses, files of entries.
+
+Nor what an index names that was built when more was allowed.
+"""
 
 import json
 import os
+import shutil
+from itertools import islice
 
 import pytest
 
+from speechlm2_jax.data import DataModule, SALMDataset
 from speechlm2_jax.data.augmentation import reverberation
+from speechlm2_jax.data.index import row_count
 from speechlm2_jax.data.storage.access import StorageAccess, using
 from speechlm2_jax.settings import SettingsError
-from tests.data_pipeline.small_corpus import refusal, write_lines
+from tests.data_pipeline.small_corpus import TAG, frames, refusal, write_lines, write_manifest
 
 
 @pytest.fixture
@@ -75,3 +82,33 @@ def test_impulse_responses_of_commands_are_refused(tmp_path, kind):
     with using(StorageAccess()), pytest.raises(SettingsError, match=f"r is read from a {kind}"):
         reverberation.read_responses(path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("first_rows", [512, 1])
+def test_an_index_of_an_earlier_run_allows_nothing(
+    tmp_path, corpus, tokenizer, monkeypatch, caplog, first_rows
+):
+    monkeypatch.setattr(row_count, "LARGE_ROWS", 1)
+    monkeypatch.setattr("speechlm2_jax.data.index.rows._FIRST_ROWS", first_rows)
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    shutil.copy(corpus / "clip00.wav", inside)
+    names = [inside / "clip00.wav", corpus / "clip01.wav"]
+    rows = [{"audio_filepath": str(name), "text": "x"} for name in names * 4]
+    write_manifest(inside / "m.jsonl", rows)
+
+    def module(**keys):
+        made = DataModule({"train_ds": {**train, **keys}}, tokenizer, SALMDataset(tokenizer))
+        made.setup(frame_count=frames)
+        return made
+
+    train = {"manifest_filepath": str(inside / "m.jsonl"), "audio_locator_tag": TAG}
+    train |= {"prompt_format": "qwen", "token_equivalent_duration": 0.08, "batch_size": 2}
+    module()  # builds the index
+    if first_rows > 1:
+        with pytest.raises(SettingsError, match=r"m\.jsonl line 2: .*in none of allowed_roots"):
+            module(allowed_roots=[str(inside)])
+        return
+    restricted = module(allowed_roots=[str(inside)])
+    list(islice(restricted.train_batches(), 4))
+    assert set(restricted.dropped) == {"not_allowed"} and "changed" not in caplog.text

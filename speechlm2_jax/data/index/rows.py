@@ -3,7 +3,6 @@
 import codecs
 import itertools
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,14 @@ from speechlm2_jax.data.manifest_rows import ManifestRow
 from speechlm2_jax.data.manifest_values import located
 from speechlm2_jax.data.paths import expand_shards, local_files
 from speechlm2_jax.data.readers import CUT_KEYS
+from speechlm2_jax.data.storage.errors import StorageError
 from speechlm2_jax.settings import SettingsError
 
 _FIRST_ROWS = 512
-"""The first relative path of these tells where the recordings of a manifest are."""
+"""The first relative path of these tells where the recordings of a manifest are.
+
+If one of them is not allowed, the manifest is refused, of which an older index may exist.
+"""
 Line = tuple[str, bytes]
 """The words that name a line, and the line without its end."""
 
@@ -47,6 +50,8 @@ class RowReader:
         manifest: its path.
         options: how rows become conversations.
         kind: of its rows.
+
+    Raises StorageError if settings do not allow the recording of one of the first rows.
     """
 
     def __init__(self, manifest: Path, options: ManifestOptions, kind: RowKind) -> None:
@@ -54,8 +59,13 @@ class RowReader:
         self._rows = RowMaker(manifest, options, kind)
         first = json_lines(manifest) if kind.has_recordings else iter(())
         for where, row in itertools.islice(first, _FIRST_ROWS):
-            with suppress(SettingsError):  # told when the row's turn comes
+            try:
                 self._rows.of_object(where, row)
+            except StorageError as error:
+                if error.cause == "not_allowed":
+                    raise
+            except SettingsError:  # told when the row's turn comes
+                pass
 
     def conversations(self, lines: Iterable[Line], *, with_lengths: bool = True) -> list[Any]:
         """The conversation of each line; None for a blank one and one to be skipped.
