@@ -12,6 +12,8 @@ from speechlm2_jax import experiment
 from speechlm2_jax.data import inspect, plan
 from speechlm2_jax.inspection import facts
 from speechlm2_jax.inspection.page import write_page
+from speechlm2_jax.settings import SettingsError
+from tests.data_pipeline.test_stream_faults import write_shards
 
 TAG = "<|audioplaceholder|>"
 
@@ -115,3 +117,24 @@ def test_later_files_of_settings_go_over_the_first(program, monkeypatch):
         with pytest.raises(SystemExit) as stopped:
             program.main(argv)
         assert stopped.value.code == 130
+
+
+def test_a_stream_is_refused_unless_it_is_read_at_random(tmp_path):
+    write_shards(tmp_path, 2, 2)
+    tokenizer = slm.data.Tokenizer("tests/data/llm/qwen3")
+    tokenizer.add_special_tokens([TAG])
+    keys = {"prompt_format": "qwen", "token_equivalent_duration": 0.08, "batch_size": 2}
+    one = {"type": "nemo_tarred", "audio_locator_tag": TAG}
+    one["manifest_filepath"] = str(tmp_path / "manifest_{0..1}.jsonl")
+    one["tarred_audio_filepaths"] = str(tmp_path / "audio_{0..1}.tar")
+
+    def write(is_stream):
+        train = {**keys, "stream": is_stream, "input_cfg": [one]}
+        module = slm.data.DataModule({"train_ds": train}, tokenizer=tokenizer)
+        module.setup(frame_count=lambda samples: samples // 1280)
+        write_page(tmp_path / "page.html", module, tokenizer, title="tars")
+
+    with pytest.raises(SettingsError, match=r"data\.train_ds: a stream has no plan.*stream: false"):
+        write(is_stream=True)
+    write(is_stream=False)
+    assert (tmp_path / "page.html").read_text().count("<audio ") == 4
