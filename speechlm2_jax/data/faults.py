@@ -119,8 +119,8 @@ class ErrorRate:
         if len(self._recent) >= RATE_LEAST and share > self.limit:
             raise SettingsError(
                 f"{self.where}.max_error_rate: {share:.1%} of the last {len(self._recent)} "
-                f"conversations could not be used, the limit is {self.limit:.1%}\n"
-                f"{dropped.table()}"
+                f"conversations could not be used, the limit is {self.limit:.1%}:\n"
+                + dropped.table().replace("\n", ";\n")  # told apart where they are one line
             )
 
 

@@ -151,6 +151,7 @@ def test_too_many_faults_stop_the_run_with_a_table(make, sources, tmp_path):
             list(islice(make(max_error_rate=0.02).train_batches(), 200))
     first, *table = str(caught.value).splitlines()
     assert first.startswith("data.train_ds.max_error_rate: ") and "the limit is 2.0%" in first
+    assert first.endswith("%:") and all(line.endswith(";") for line in table[:-1])
     assert any(f"{sources[0]}: 2 unreadable of " in line for line in table)
     assert any(f"{sources[1]}: 1 missing of " in line for line in table)
     list(islice(make(max_error_rate=0.2).train_batches(), 60))
