@@ -186,7 +186,8 @@ def test_what_fits_no_bin_is_no_fault(module_of, tmp_path, bins):
     for _ in range(8):
         next(stream)
     stream.close()
-    assert not stream._faults.dropped.counts
+    dropped = stream._faults.dropped
+    assert dropped.counts == {"longer_than_buckets": 3} and not dropped.by_source
 
 
 @pytest.mark.parametrize("size", ["-1024", "many", ""])
