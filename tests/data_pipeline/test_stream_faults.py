@@ -175,7 +175,7 @@ def test_a_tar_that_is_replaced_under_a_run_gives_no_recording_of_another_row(
     assert module.dropped == {"changed": 4}
 
 
-@pytest.mark.parametrize("bins", [[36], [[30, 60]]])
+@pytest.mark.parametrize("bins", [[36], [[60, 30]]])
 def test_what_fits_no_bin_is_no_fault(module_of, tmp_path, bins):
     write_shards(tmp_path, 4, 3)
     long = [{"audio_filepath": f"{n}.wav", "duration": 0.1, "text": "x" * 50} for n in range(3)]
