@@ -19,6 +19,7 @@ from speechlm2_jax.inference.audio_inputs import (
 )
 from speechlm2_jax.inference.padding import SAMPLE_UNIT, round_up
 from speechlm2_jax.inference.prompts import Prompts
+from speechlm2_jax.inference.timed_text import Transcript
 
 DEFAULT_BATCH_SIZE = 16
 Decode = Callable[[np.ndarray, np.ndarray], list[list[int]]]
@@ -27,17 +28,6 @@ _WITHOUT_EFFECT = ("use_lhotse", "num_workers", "verbose")
 """Arguments of NeMo's `transcribe` that do not change the text."""
 _REFUSED = ("return_hypotheses", "timestamps", "augmentor", "override_config")
 """Arguments that are not supported, unless they are None or False."""
-
-
-class Transcript(str):
-    """A str with the attribute `text`, which NeMo's hypotheses have."""
-
-    __slots__ = ()
-
-    @property
-    def text(self) -> str:
-        """The text itself."""
-        return str(self)
 
 
 def check_options(options: Mapping[str, object]) -> None:

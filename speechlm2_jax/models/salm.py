@@ -26,7 +26,8 @@ from speechlm2_jax.inference.request.generation_request import (
     read_request,
 )
 from speechlm2_jax.inference.text_stream import Piece, last_output
-from speechlm2_jax.inference.transcribe import Transcript, transcribe_by_prompt
+from speechlm2_jax.inference.timed_text import Transcript
+from speechlm2_jax.inference.transcribe import transcribe_by_prompt
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.models.base import SpeechModel
 from speechlm2_jax.networks import salm as salm_network

@@ -15,9 +15,9 @@ from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.asr.ctc import CtcNetwork, best_path
 from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.audio_inputs import Recordings
+from speechlm2_jax.inference.timed_text import Transcript
 from speechlm2_jax.inference.transcribe import (
     DEFAULT_BATCH_SIZE,
-    Transcript,
     check_options,
     read_recordings,
     transcribe,

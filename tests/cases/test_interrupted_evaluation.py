@@ -18,7 +18,7 @@ from speechlm2_jax import models
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.duplex.results import DialogueResult
-from speechlm2_jax.evaluation.duplex.turns import TranscribedTurn, Word
+from speechlm2_jax.evaluation.duplex.turns import SpokenWord, TranscribedTurn
 from speechlm2_jax.evaluation.exit_codes import interruptible, report_interruption
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.journal import Journal, row_keys
@@ -278,7 +278,7 @@ def test_what_scores_depend_on_survives_a_line_of_json():
         pred_text="yes sure",
         asr_text="yes",
         agent_turns=(
-            TranscribedTurn(start_s=0.08, end_s=1.2, words=(Word(start_s=0.1, text="yes"),)),
+            TranscribedTurn(start_s=0.08, end_s=1.2, words=(SpokenWord(start_s=0.1, text="yes"),)),
         ),
         marks=(TurnMark(kind="response", start_s=1.0, end_s=1.1),),
         counts=TokenCounts(text=3, text_right=2),

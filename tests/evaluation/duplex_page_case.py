@@ -10,7 +10,7 @@ from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.evaluation.duplex.inputs import Dialogue
 from speechlm2_jax.evaluation.duplex.results import DialogueResult, DuplexEvaluation
-from speechlm2_jax.evaluation.duplex.turns import TranscribedTurn, Word
+from speechlm2_jax.evaluation.duplex.turns import SpokenWord, TranscribedTurn
 from speechlm2_jax.evaluation.html_report.duplex_page import write_duplex_page
 from speechlm2_jax.evaluation.metrics.token_accuracy import TokenCounts
 from speechlm2_jax.evaluation.metrics.turn_taking import Turns, turn_marks
@@ -25,7 +25,9 @@ DELAY_S = 0.08
 
 def turn(start_s: float, end_s: float, text: str, *, is_marked: bool = True) -> TranscribedTurn:
     """A turn whose words follow each other quickly, as a text channel has them."""
-    words = [Word(start_s=start_s + DELAY_S * (n + 1), text=w) for n, w in enumerate(text.split())]
+    words = [
+        SpokenWord(start_s=start_s + DELAY_S * (n + 1), text=w) for n, w in enumerate(text.split())
+    ]
     return TranscribedTurn(start_s=start_s, end_s=end_s, words=tuple(words), is_marked=is_marked)
 
 

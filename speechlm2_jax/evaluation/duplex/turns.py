@@ -13,7 +13,7 @@ Detokenize = Callable[[list[int]], str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Word:
+class SpokenWord:
     """A word and the time of its first token."""
 
     start_s: float
@@ -26,7 +26,7 @@ class TranscribedTurn:
 
     start_s: float
     end_s: float
-    words: tuple[Word, ...] = ()
+    words: tuple[SpokenWord, ...] = ()
     is_marked: bool = True
     """Whether it starts with a bos token; text between turns does not."""
 
@@ -101,7 +101,7 @@ def _words(
     detokenize: Detokenize,
     frame_s: float,
     first_frame: int,
-) -> tuple[Word, ...]:
+) -> tuple[SpokenWord, ...]:
     """The words with their start times.
 
     Word n starts at the first frame at which the detokenized text has n words.
@@ -112,6 +112,6 @@ def _words(
         texts = detokenize(list(ids[:count])).split()
         starts = [*starts[: len(texts)], *[frame] * (len(texts) - len(starts))]
     return tuple(
-        Word(start_s=(start + first_frame) * frame_s, text=text)
+        SpokenWord(start_s=(start + first_frame) * frame_s, text=text)
         for start, text in zip(starts, texts, strict=True)
     )
