@@ -1,4 +1,4 @@
-"""Transcripts are texts with times, and every format says them in its own way."""
+"""Transcripts are texts with times, and each file format shows them in its own way."""
 
 import json
 import pickle
