@@ -78,10 +78,12 @@ def clear_errors(program: str) -> Generator[None]:
         print(f"{program}:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except DiskError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # a normal exit would print a traceback of each background writer
+        try:
+            print(f"{program}: {error}", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # the full disk may be that of stderr; a normal exit would print a traceback
+            os._exit(1)  # of each background writer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,11 +66,13 @@ def exit_on_error() -> Generator[None]:
         if not are_several():
             raise
         code = error.code if isinstance(error, SystemExit) else 1
-        if not isinstance(error, SystemExit):
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
+        try:
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # also if a full disk takes no more of the output
+            os._exit(code if isinstance(code, int) else 1)
 
 
 def broadcast_text(text: str) -> str:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from speechlm2_jax.checkpointing import (
     Retention,
     load_weights,
     restore,
+    saving,
     set_aside_newer,
     step_folders,
 )
@@ -282,3 +284,48 @@ def test_orbax_keeps_quiet(tmp_path, capfd):
     read(tmp_path)
     captured = capfd.readouterr()
     assert "absl" not in captured.err and "Orbax" not in captured.out + captured.err
+
+
+def test_after_an_error_a_save_that_other_processes_do_not_finish_is_given_up(
+    tmp_path, monkeypatch, caplog
+):
+    checkpointer = Checkpointer(tmp_path, Retention())
+    released = threading.Event()
+    monkeypatch.setattr(checkpointer, "wait", released.wait)
+    monkeypatch.setattr(saving, "FAILED_WAIT_S", 0.05)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    try:
+        checkpointer.exit(OSError, OSError("full"), None)
+        assert "given up" in caplog.text
+    finally:
+        released.set()
+
+
+OUTPUT_FAILS = """
+import sys
+from speechlm2_jax import experiment, processes
+from speechlm2_jax.training.run.disk_errors import DiskError
+
+def refuse(*args):
+    raise OSError(28, "No space left on device")
+
+processes.are_several = lambda: True
+sys.stdout.flush = sys.stderr.write = refuse
+import atexit
+atexit.register(lambda: print("a normal exit"))
+with {context}:
+    raise {error}
+"""
+
+
+@pytest.mark.parametrize(
+    ("context", "error"),
+    [
+        ("processes.exit_on_error()", "KeyError('a')"),
+        ("experiment.clear_errors('train.py')", "DiskError('full')"),
+    ],
+)
+def test_a_process_ends_at_once_also_if_its_last_words_cannot_be_written(context, error):
+    program = OUTPUT_FAILS.format(context=context, error=error)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")

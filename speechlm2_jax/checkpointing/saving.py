@@ -4,7 +4,9 @@ import functools
 import logging
 import math
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ from speechlm2_jax.checkpointing.folders import (
 from speechlm2_jax.checkpointing.ranking import Ranking, Retention, read_ranking, write_ranking
 
 log = logging.getLogger(__name__)
+FAILED_WAIT_S = 10.0
+"""Seconds for a checkpoint that is being written when one of several processes has failed."""
 
 
 class Checkpointer:
@@ -160,6 +164,25 @@ class Checkpointer:
             self._manager.wait_until_finished()
         except Exception as error:
             raise RuntimeError(f"cannot save in {self.folder}: {error}") from error
+
+    def exit(self, kind: object, error: BaseException | None, _traceback: object) -> None:
+        """Closes it, as the end of a `with` block does.
+
+        After an error on one of several processes the others may never finish their part of a
+        save, which all must commit. So it is waited for `FAILED_WAIT_S` and then given up.
+        """
+        if error is None or jax.process_count() == 1:
+            return self.close()
+
+        def wait() -> None:
+            with suppress(RuntimeError):  # the first error is the one that is told
+                self.wait()
+
+        waiting = threading.Thread(target=wait, name="last save", daemon=True)
+        waiting.start()
+        waiting.join(FAILED_WAIT_S)
+        if waiting.is_alive():
+            log.warning("the other processes did not finish their part of a checkpoint; given up")
 
     def close(self) -> None:
         """Waits for saves and ends the threads."""

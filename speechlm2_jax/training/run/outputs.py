@@ -57,7 +57,7 @@ def open_checkpointer(
     if folder is None:
         return None
     checkpointer = Checkpointer(folder, experiment.checkpoint_callback_params.retention())
-    stack.callback(checkpointer.close)
+    stack.push(checkpointer.exit)
     has_frozen = processes.broadcast_text(str(checkpointer.has_frozen)) == str(True)
     checkpointer.save_frozen(frozen, has_frozen)
     return checkpointer
