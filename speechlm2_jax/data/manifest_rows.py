@@ -73,6 +73,17 @@ def conversations_of_rows(
                 yield conversation
 
 
+def conversation_of_row(row: NamedRow, options: ManifestOptions) -> Conversation | None:
+    """The conversation of one row, whose headers are read now; None for a row to be skipped.
+
+    Raises SettingsError, naming the row.
+    """
+    where, make = row
+    with located(where):
+        read = make()
+        return read.conversation(file_durations_s(read.unmeasured_files), options, where)
+
+
 class NemoRow:
     """A row of a NeMo manifest: one recording and its transcript.
 

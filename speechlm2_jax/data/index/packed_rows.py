@@ -13,7 +13,6 @@ from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.conversations import AnyConversation, Conversation
 from speechlm2_jax.data.cuts import conversation_of_cut, cut_of_row
 from speechlm2_jax.data.duplex.conversations import DuplexConversation
-from speechlm2_jax.data.headers import file_durations_s
 from speechlm2_jax.data.index.row_kinds import RowKind
 from speechlm2_jax.data.index.rows import lines_of
 from speechlm2_jax.data.index.texts import end_of_line, line_at
@@ -23,6 +22,7 @@ from speechlm2_jax.data.manifest_rows import (
     DIALOGS,
     NemoRow,
     check_has_speakers,
+    conversation_of_row,
     conversations_of_rows,
 )
 from speechlm2_jax.data.manifest_values import located
@@ -124,12 +124,14 @@ class TarredRows:
         """The row at an offset."""
         where = f"{self.shards[number].manifest} at byte {offset}"
         row = object_of_line(where, self._line_at(number, offset))
-        with located(where):
-            member = members[0]
-            if member is None:
-                raise SettingsError("has no member of the tar")
-            read = NemoRow(row, lambda _: member, is_packed=True)
-            return read.conversation(file_durations_s(read.unmeasured_files), self.options, where)
+        member = members[0]
+        if member is None:
+            raise SettingsError(f"{where}: has no member of the tar")
+        made = conversation_of_row(
+            (where, lambda: NemoRow(row, lambda _: member, is_packed=True)), self.options
+        )
+        assert made is not None
+        return made
 
     def _lines(self, number: int) -> Iterator[tuple[int, int, bytes]]:
         """Number, offset and text of each line of a shard; the text of a blank one is empty."""
@@ -224,12 +226,11 @@ class DialogRows:
         """The dialog at an offset, whose recordings are in the order of its turns."""
         where, left = f"{self.shards[number].manifest} at byte {offset}", iter(members)
         row = object_of_line(where, _line_at(self.shards[number].manifest, offset))
-        with located(where):
-            read = self._form.row(row, lambda _: _next(left))
-            lengths = file_durations_s(read.unmeasured_files)
-            made = read.conversation(lengths, self.options, where)
-            if made is None:
-                raise SettingsError("is skipped")
+        made = conversation_of_row(
+            (where, lambda: self._form.row(row, lambda _: _next(left))), self.options
+        )
+        if made is None:
+            raise SettingsError(f"{where}: is skipped")
         return made
 
 

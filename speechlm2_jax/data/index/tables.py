@@ -3,13 +3,11 @@
 from collections.abc import Iterator, Sequence
 
 from speechlm2_jax.data.conversations import Conversation
-from speechlm2_jax.data.headers import file_durations_s
 from speechlm2_jax.data.index.packed_rows import Members, PackedRow, PackedShard
 from speechlm2_jax.data.index.row_kinds import RowKind
 from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.manifest_options import ManifestOptions
-from speechlm2_jax.data.manifest_rows import conversations_of_rows
-from speechlm2_jax.data.manifest_values import located
+from speechlm2_jax.data.manifest_rows import conversation_of_row, conversations_of_rows
 from speechlm2_jax.data.parquet import open_table, open_tables, table_columns
 
 
@@ -33,14 +31,9 @@ class TableRows:
         """The row at a place of a group; its recording is where the table tells."""
         shard = self.shards[number]
         rows = open_table(shard.manifest).rows(shard.group, self._columns, offset)
-        for where, make in rows:
-            with located(where):
-                read = make()
-                lengths = file_durations_s(read.unmeasured_files)
-                made = read.conversation(lengths, self.options, where)
-            assert made is not None
-            return made
-        raise AssertionError
+        made = conversation_of_row(next(rows), self.options)
+        assert made is not None
+        return made
 
 
 def table_shards(entry: InputConfig, options: ManifestOptions) -> tuple[PackedShard, ...]:

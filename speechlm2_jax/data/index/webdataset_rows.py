@@ -4,12 +4,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from speechlm2_jax.data.conversations import Conversation
-from speechlm2_jax.data.headers import file_durations_s
 from speechlm2_jax.data.index.packed_rows import Members, PackedRow, PackedShard
 from speechlm2_jax.data.index.row_kinds import RowKind
 from speechlm2_jax.data.manifest_options import ManifestOptions
-from speechlm2_jax.data.manifest_rows import NamedRow, conversations_of_rows
-from speechlm2_jax.data.manifest_values import located
+from speechlm2_jax.data.manifest_rows import NamedRow, conversation_of_row, conversations_of_rows
 from speechlm2_jax.data.storage.access import current, using
 from speechlm2_jax.data.webdataset import examples_of_tar, first_example, row_of_example
 
@@ -39,10 +37,6 @@ class WebDatasetRows:
         """The row at an offset, whose members follow there."""
         with using(self._storage):
             example = first_example(self.shards[number].tar, offset)
-            where, make = row_of_example(example, self._placeholders)
-            with located(where):
-                read = make()
-                lengths = file_durations_s(read.unmeasured_files)
-                made = read.conversation(lengths, self.options, where)
+            made = conversation_of_row(row_of_example(example, self._placeholders), self.options)
         assert made is not None
         return made
