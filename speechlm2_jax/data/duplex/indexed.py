@@ -1,7 +1,7 @@
 """A large data set of a duplex model: each conversation is read when it is needed."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from speechlm2_jax.data.duplex.contents import (
 )
 from speechlm2_jax.data.duplex.conversations import DuplexConversation
 from speechlm2_jax.data.duplex.speaker_counts import AGENT_TEXT, speakers_of
-from speechlm2_jax.data.index.contents import IndexedContents, Part
+from speechlm2_jax.data.index.contents import IndexedContents, KeptRows, Part
 from speechlm2_jax.data.index.lengths import LengthsOfRows, first_causes
 
 if TYPE_CHECKING:
@@ -110,20 +110,8 @@ class DuplexRowMeasures:
             tokens=np.zeros(len(seconds), np.int64),
         )
 
-    def contents(
-        self,
-        *,
-        fields: Sequence[Mapping[str, object]],
-        row: Int[np.ndarray, " N"] | None,
-        count: int,
-        identity: str,
-    ) -> IndexedDuplexContents:
-        """What is kept of the rows; two voices have no fields."""
+    def contents(self, kept: KeptRows) -> IndexedDuplexContents:
+        """The conversations of the kept rows; two voices have no more fields."""
         return IndexedDuplexContents(
-            dataset=self.dataset,
-            config=self.config,
-            parts=self.parts,
-            row=row,
-            count=count,
-            identity=identity,
+            dataset=self.dataset, config=self.config, parts=self.parts, kept=kept
         )

@@ -76,10 +76,11 @@ class IndexedRows(Sequence[Any]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexedContents(ABC):
-    """What is kept of all rows (implements `prepare.BatchContents` with its subclasses)."""
+class KeptRows:
+    """The rows of a data set that are its conversations."""
 
-    parts: tuple[Part, ...]
+    fields: tuple[Mapping[str, object], ...]
+    """More fields of the conversations of each part, if they have one voice."""
     row: Int[np.ndarray, " N"] | None
     """The row of each conversation, counted over all parts; None: every row is one."""
     count: int
@@ -87,13 +88,31 @@ class IndexedContents(ABC):
     identity: str
     """Changes with the rows, and with what their order and lengths depend on."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class IndexedContents(ABC):
+    """What is kept of all rows (implements `prepare.BatchContents` with its subclasses)."""
+
+    parts: tuple[Part, ...]
+    kept: KeptRows
+
+    @property
+    def row(self) -> Int[np.ndarray, " N"] | None:
+        """The row of each conversation, counted over all parts; None: every row is one."""
+        return self.kept.row
+
+    @property
+    def identity(self) -> str:
+        """Changes with the rows, and with what their order and lengths depend on."""
+        return self.kept.identity
+
     @property
     def conversations(self) -> "IndexedContents":
         """Itself: a sequence of conversations."""
         return self
 
     def __len__(self) -> int:
-        return self.count
+        return self.kept.count
 
     def __getitem__(self, index: int) -> Any:
         """A conversation. Raises AudioError if its row has changed."""

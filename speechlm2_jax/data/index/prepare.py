@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from jaxtyping import Int
 
 from speechlm2_jax.batches import FrameCount
 from speechlm2_jax.console import phase
 from speechlm2_jax.data.bucketing import Bucket, BucketPlan
-from speechlm2_jax.data.index.contents import IndexedContents, IndexedRows, Part
+from speechlm2_jax.data.index.contents import IndexedContents, IndexedRows, KeptRows, Part
 from speechlm2_jax.data.index.counting import BUCKET, CLIPS, LENGTH, POSITIONS, ROW
 from speechlm2_jax.data.index.counts import VERSION
 from speechlm2_jax.data.index.folders import digest, locked, prune, told_of_full_disk, writable
@@ -53,15 +52,8 @@ class RowMeasures(Protocol):
         """The rows of a part from `start` to `stop`."""
         ...
 
-    def contents(
-        self,
-        *,
-        fields: Sequence[Mapping[str, object]],
-        row: Int[np.ndarray, " N"] | None,
-        count: int,
-        identity: str,
-    ) -> IndexedContents:
-        """What is kept of the rows; `fields` are more of the conversations of each part."""
+    def contents(self, kept: KeptRows) -> IndexedContents:
+        """The conversations of the kept rows."""
         ...
 
 
@@ -102,9 +94,8 @@ def index_data_set(
     settings = {name: getattr(config, name, None) for name in _PLANNED_BY}
     key = digest([VERSION, [part.identity for part in parts], rows.key, multiple, settings])
     found, arrays = _surveyed(parts, key, config, multiple, rows.measure)
-    row, count = arrays.get(ROW), sum(found.sizes)
-    contents = rows.contents(fields=fields, row=row, count=count, identity=key)
-    return _planned(contents, found, arrays, of_source)
+    kept = KeptRows(fields=fields, row=arrays.get(ROW), count=sum(found.sizes), identity=key)
+    return _planned(rows.contents(kept), found, arrays, of_source)
 
 
 def _planned(

@@ -1,6 +1,6 @@
 """A large data set of a SALM: conversations with token ids, and the lengths of their rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,7 +12,7 @@ from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.bucketing import Measures, Members
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.conversations import Conversation
-from speechlm2_jax.data.index.contents import IndexedContents, Part
+from speechlm2_jax.data.index.contents import IndexedContents, KeptRows, Part
 from speechlm2_jax.data.index.frame_table import FrameTable
 from speechlm2_jax.data.index.salm_columns import (
     LengthsOfRows,
@@ -51,8 +51,6 @@ class IndexedSalmContents(IndexedContents, SalmExamples):
 
     parts: tuple[SalmPart, ...]
     formatter: PromptFormatter
-    fields: tuple[Mapping[str, object], ...]
-    """More fields of the conversations of each part."""
 
     def _conversation(self, index: int) -> Conversation:
         return self[index]
@@ -91,7 +89,7 @@ class IndexedSalmContents(IndexedContents, SalmExamples):
         )
         if not is_same or made.audio_duration_s != columns["duration_s"][row]:
             raise AudioError(f"{made.where}: changed since it was indexed", cause="changed")
-        return replace(made, prompt=prompt, fields={**made.fields, **self.fields[number]})
+        return replace(made, prompt=prompt, fields={**made.fields, **self.kept.fields[number]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,15 +145,8 @@ class SalmRowMeasures:
         """The rows of a part from `start` to `stop`."""
         return self.columns.measure(self.parts[part], start, stop)
 
-    def contents(
-        self,
-        *,
-        fields: Sequence[Mapping[str, object]],
-        row: Int[np.ndarray, " N"] | None,
-        count: int,
-        identity: str,
-    ) -> IndexedSalmContents:
-        """What is kept of the rows."""
+    def contents(self, kept: KeptRows) -> IndexedSalmContents:
+        """The conversations of the kept rows."""
         return IndexedSalmContents(
             dataset=self.dataset,
             config=self.config,
@@ -163,8 +154,5 @@ class SalmRowMeasures:
             placeholder_id=self.placeholder_id,
             parts=self.parts,
             formatter=self.formatter,
-            fields=tuple(fields),
-            row=row,
-            count=count,
-            identity=identity,
+            kept=kept,
         )
