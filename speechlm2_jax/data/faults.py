@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from speechlm2_jax.data.audio_errors import AudioError
 from speechlm2_jax.settings import SettingsError, parse_json
 
 LINES_PER_CAUSE = 10
@@ -37,6 +38,18 @@ class Failure:
     """The file."""
     replaced_by: str | None = None
     """The id of the conversation that took its place in the batch."""
+
+    @classmethod
+    def of_noise(cls, error: AudioError) -> "Failure":
+        """A recording of noise that cannot be used."""
+        return cls(
+            cause=error.cause,
+            id=error.path or "?",
+            index=-1,
+            message=str(error),
+            source=NOISE,
+            path=error.path,
+        )
 
 
 @dataclass

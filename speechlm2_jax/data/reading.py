@@ -18,7 +18,7 @@ from speechlm2_jax.data.augmentation.augmentation import (
     unreported,
 )
 from speechlm2_jax.data.bucketing import Shape
-from speechlm2_jax.data.faults import NOISE, Failure
+from speechlm2_jax.data.faults import Failure
 from speechlm2_jax.data.index.windows import WindowSampler
 from speechlm2_jax.data.prepare import BatchContents
 from speechlm2_jax.data.sampler import BatchPlan, Sampler
@@ -119,7 +119,7 @@ class ExampleReader:
 
     def _read(self, index: int, key: Key) -> "_Outcome":
         outcome = _Outcome(index=index)
-        effects = self._effects(index, key, lambda e: outcome.noise.append(_noise_failure(e)))
+        effects = self._effects(index, key, lambda e: outcome.noise.append(Failure.of_noise(e)))
         if effects is not None and self.concatenate is not None:
             effects = effects.before_joining()
         try:
@@ -206,14 +206,3 @@ class _Outcome:
     @property
     def pair(self) -> Pair | None:
         return None if self.error is not None else (self.index, self.example)
-
-
-def _noise_failure(error: AudioError) -> Failure:
-    return Failure(
-        cause=error.cause,
-        id=error.path or "?",
-        index=-1,
-        message=str(error),
-        source=NOISE,
-        path=error.path,
-    )

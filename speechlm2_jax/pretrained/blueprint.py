@@ -110,12 +110,15 @@ class Blueprint(ABC):
             infos_below("llm.", infos, without=("lora_a", "lora_b")),
         )
         if self.asr_file is not None:
-            yield (
-                open_weights(self.asr_file),
-                asr_table(self.network.perception).prefixed(target="perception."),
-                infos_below("perception.encoder.", infos)
-                | infos_below("perception.log_mel.", infos),
-            )
+            yield self.pretrained_asr(self.asr_file, infos)
+
+    def pretrained_asr(self, file: Path, infos: Mapping[str, VariableInfo]) -> PretrainedWeights:
+        """What the model has of an ASR model: the encoder and its filters."""
+        return (
+            open_weights(file),
+            asr_table(self.network.perception).prefixed(target="perception."),
+            infos_below("perception.encoder.", infos) | infos_below("perception.log_mel.", infos),
+        )
 
     def component_configs(self) -> dict[str, Mapping[str, Any]]:
         """Configs of the components, by their folder in a saved model."""

@@ -1,12 +1,11 @@
 """NeMo's `model:` block of a SALMWithAsrDecoder -> its blueprint: a SALM on a whole ASR model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.asr.transducer import TransducerConfig
-from speechlm2_jax.conversion.decoder import decoder_table
 from speechlm2_jax.conversion.readers import NemoArchive, memory_source, open_weights, read_nemo
 from speechlm2_jax.conversion.readers.nemo import CONFIG as NEMO_CONFIG
 from speechlm2_jax.conversion.readers.nemo import WEIGHTS as NEMO_WEIGHTS
@@ -22,7 +21,6 @@ from speechlm2_jax.pretrained.asr import (
 from speechlm2_jax.pretrained.asr_labels import LabelDecoder, class_name, nemo_label_decoder
 from speechlm2_jax.pretrained.blueprint import PretrainedWeights, infos_below
 from speechlm2_jax.pretrained.components import ASR_BLOCKS, find_llm, perception_config
-from speechlm2_jax.pretrained.llm_files import llm_weights
 from speechlm2_jax.pretrained.locate import ASR, Location, read_config_json
 from speechlm2_jax.pretrained.registry import CONFIG
 from speechlm2_jax.pretrained.salm import SalmBlueprint, blueprint_fields
@@ -52,18 +50,10 @@ class SalmAsrDecoderBlueprint(SalmBlueprint):
     config: SalmAsrDecoderModelConfig
     asr: AsrDecoder
 
-    def pretrained(self, infos: Mapping[str, VariableInfo]) -> Iterator[PretrainedWeights]:
-        """The pretrained weights: the LLM, and the whole ASR model."""
-        if not self.config.pretrained_weights:
-            return
-        yield (
-            llm_weights(self.llm_directory),
-            decoder_table(self.network.llm).prefixed(target="llm."),
-            infos_below("llm.", infos, without=("lora_a", "lora_b")),
-        )
-        assert self.asr_file is not None
-        yield (
-            open_weights(self.asr_file),
+    def pretrained_asr(self, file: Path, infos: Mapping[str, VariableInfo]) -> PretrainedWeights:
+        """The whole ASR model."""
+        return (
+            open_weights(file),
             transducer_table(self.asr.network).prefixed(target="perception."),
             {
                 path: info

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from speechlm2_jax.data.audio_errors import AudioError
 from speechlm2_jax.data.augmentation.augmentation import Augmentation
 from speechlm2_jax.data.bucketing import beyond_bins
 from speechlm2_jax.data.conversations import Conversation
-from speechlm2_jax.data.faults import NOISE, Failure
+from speechlm2_jax.data.faults import Failure
 from speechlm2_jax.data.prepare import kept
 from speechlm2_jax.data.streams.contents import contents_of
 from speechlm2_jax.data.streams.events import Event, Fault
@@ -67,7 +66,7 @@ class StreamReader:
         if self.augmentation is not None:
             key = (example.epoch, group, example.number)
             effects = self.augmentation.of_example(
-                *key, report=lambda error: noise.append(_noise_failure(error))
+                *key, report=lambda error: noise.append(Failure.of_noise(error))
             )
         rate_hz = self.contents.config.sample_rate
         return self.dataset.example(example.conversation, rate_hz, effects), noise
@@ -110,14 +109,3 @@ class StreamReader:
         path = next((clip.path for clip in conversation.clips), "")
         fault = Fault(cause=TOO_LONG, id=conversation.id, message=message, path=path)
         return ReadyEvent(event=event, what=fault)
-
-
-def _noise_failure(error: AudioError) -> Failure:
-    return Failure(
-        cause=error.cause,
-        id=error.path or "?",
-        index=-1,
-        message=str(error),
-        source=NOISE,
-        path=error.path,
-    )
