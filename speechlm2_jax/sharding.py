@@ -250,11 +250,8 @@ def for_inference(mesh: Mesh) -> Sharding:
 
 def mesh_of(arrays: Mapping[str, object]) -> Mesh | None:
     """The mesh of device arrays; None for one device and for host arrays."""
-    for array in arrays.values():
-        mesh = getattr(getattr(array, "sharding", None), "mesh", None)
-        if isinstance(mesh, Mesh) and mesh.size > 1:
-            return mesh
-    return None
+    found = (getattr(getattr(one, "sharding", None), "mesh", None) for one in arrays.values())
+    return next((mesh for mesh in found if isinstance(mesh, Mesh) and mesh.size > 1), None)
 
 
 _current: ContextVar[Sharding | None] = ContextVar("sharding", default=None)

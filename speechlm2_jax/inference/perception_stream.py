@@ -6,12 +6,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from speechlm2_jax.arrays import ArrayLike
-from speechlm2_jax.layers.module import Variables
-from speechlm2_jax.perception.perception import AudioPerception
+from speechlm2_jax.layers.module import Variables, abstract, describe, split
+from speechlm2_jax.perception.perception import AudioPerception, PerceptionConfig
 from speechlm2_jax.perception.streaming import (
     StreamPlan,
     StreamState,
     make_step,
+    natural_frames,
     restart,
     start_stream,
 )
@@ -37,6 +38,33 @@ class PerceptionStream:
         self.state: StreamState = start_stream(plan, batch, dtype)
         self._variables = variables
         self._step = make_step(graphdef, plan)
+
+    @classmethod
+    def of_model(
+        cls,
+        config: PerceptionConfig,
+        variables: Variables,
+        batch: int,
+        dtype: DTypeLike,
+        *,
+        frames: int | None,
+        context: tuple[int, int] | None,
+        longest: int | None,
+    ) -> "PerceptionStream":
+        """The streams of a model whose `variables` hold the module below `perception`.
+
+        See `Perceiving.perception_stream` for the options. Raises ValueError for a module that
+        needs whole clips.
+        """
+        plan = StreamPlan(
+            config=config,
+            frames=frames or natural_frames(config, context),
+            context=context,
+            longest=longest,
+        )
+        module = abstract(lambda rngs: AudioPerception(config, rngs=rngs))
+        own = {path: variables[f"perception.{path}"] for path in describe(module)}
+        return cls(plan, split(module)[0], own, batch, dtype)
 
     def push(
         self, audio: ArrayLike, new: ArrayLike | None = None

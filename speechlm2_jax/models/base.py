@@ -14,19 +14,16 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from speechlm2_jax import parameter_paths, settings, sharding
-from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.batches import HostBatch, LossSum, StepLosses
 from speechlm2_jax.conversion.quantizing import QuantizingPlace
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.inference import meshes, stages
-from speechlm2_jax.inference.perception_stream import PerceptionStream
 from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, split
 from speechlm2_jax.layers.quantized_layers import quantized_paths, scale_path
 from speechlm2_jax.layers.stack import Remat
 from speechlm2_jax.layers.unstacked import Layered, LayerViews
 from speechlm2_jax.models.exportable import Exportable
-from speechlm2_jax.perception.perception import AudioPerception
-from speechlm2_jax.perception.streaming import StreamPlan, natural_frames
+from speechlm2_jax.models.perceiving import Perceiving
 from speechlm2_jax.pretrained import blueprint as blueprints
 from speechlm2_jax.pretrained import initial_weights, registry, save_load
 from speechlm2_jax.pretrained.components import ModelConfig, lora_notes
@@ -38,7 +35,7 @@ M = TypeVar("M", bound="SpeechModel")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
-class SpeechModel(Exportable):
+class SpeechModel(Perceiving, Exportable):
     """A pretrained LLM with a pretrained speech encoder in front of it.
 
     `cfg` is NeMo's `model:` block as a plain dict. Weights come from the components that it names
@@ -196,16 +193,6 @@ class SpeechModel(Exportable):
         return self._blueprint.pad_id
 
     @property
-    def sampling_rate(self) -> int:
-        """Sampling rate of the input audio in Hz."""
-        return self._blueprint.network.perception.preprocessor.sample_rate
-
-    @property
-    def token_equivalent_duration(self) -> float:
-        """Seconds of audio per frame of the LLM."""
-        return self._blueprint.network.perception.token_equivalent_duration
-
-    @property
     def device(self) -> jax.Device:
         """The device that the model runs on, the first of several. Inputs may be on any."""
         return stages.device_of(self._variables)
@@ -255,51 +242,7 @@ class SpeechModel(Exportable):
             self.variables = place.all(self._variables) | place.scales
         return self
 
-    def perception(
-        self, input_signal: ArrayLike, input_signal_length: ArrayLike
-    ) -> tuple[jax.Array, jax.Array]:
-        """Encodes audio [B, S] with lengths [B] in samples into (frames [B, T, D], lengths [B])."""
-        return stages.perceive(
-            self._graphdef,
-            self._inference_variables(),
-            jnp.asarray(input_signal, jnp.float32),
-            jnp.asarray(input_signal_length, jnp.int32),
-        )
-
-    def perception_stream(
-        self,
-        batch: int = 1,
-        *,
-        frames: int | None = None,
-        context: tuple[int, int] | None = None,
-        longest: int | None = None,
-    ) -> PerceptionStream:
-        """Starts `batch` audio streams that are encoded in chunks of `frames` frames.
-
-        The default is the shortest chunk that the encoder's look-ahead allows. `context` is the
-        encoder's (left, right) attention context, by default the first of its `att_context_size`.
-        `longest` bounds an unlimited left context, in encoder frames. Raises ValueError, naming the
-        setting, for a perception module that needs whole clips.
-        """
-        config = self._blueprint.network.perception
-        plan = StreamPlan(
-            config=config,
-            frames=frames or natural_frames(config, context),
-            context=context,
-            longest=longest,
-        )
-        module = abstract(lambda rngs: AudioPerception(config, rngs=rngs))
-        variables = self._inference_variables()
-        own = {path: variables[f"perception.{path}"] for path in describe(module)}
-        dtype = self._blueprint.network.compute_dtype
-        return PerceptionStream(plan, split(module)[0], own, batch, dtype)
-
     # Interface of the trainer ---------------------------------------------------------------
-
-    @property
-    def frame_count(self) -> Callable[[int], int]:
-        """Number of samples of a clip -> number of its frames in the LLM."""
-        return self._blueprint.network.perception.frame_count
 
     @property
     def heads(self) -> Mapping[str, int]:

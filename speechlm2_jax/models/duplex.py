@@ -37,7 +37,6 @@ from speechlm2_jax.networks import duplex as duplex_network
 from speechlm2_jax.networks.channels import TextIds
 from speechlm2_jax.networks.duplex import Duplex, DuplexModes
 from speechlm2_jax.networks.flops import duplex_flops
-from speechlm2_jax.perception.perception import PerceptionModes
 from speechlm2_jax.pretrained import duplex
 from speechlm2_jax.pretrained.duplex import DuplexBlueprint
 from speechlm2_jax.pretrained.duplex_config import DuplexModelConfig, DuplexSpeechDecoderModelConfig
@@ -304,12 +303,7 @@ class DuplexS2SModel(SpeechModel):
 
     def _training_modes(self) -> DuplexModes:
         return DuplexModes(
-            perception=PerceptionModes(
-                encoder=self.is_trained("perception.encoder."),
-                adapter=True,
-                spec_augment=True,
-                nemo_exact=self.nemo_exact,
-            ),
+            perception=self._perception_modes(),
             llm=self.is_trained("llm."),
             speech_decoder=True,
         )

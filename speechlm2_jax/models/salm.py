@@ -33,7 +33,6 @@ from speechlm2_jax.models.base import SpeechModel
 from speechlm2_jax.networks import salm as salm_network
 from speechlm2_jax.networks.flops import EncodedAudio, salm_flops
 from speechlm2_jax.networks.salm import Salm, SalmModes
-from speechlm2_jax.perception.perception import PerceptionModes
 from speechlm2_jax.pretrained import salm
 from speechlm2_jax.pretrained.salm import SalmBlueprint
 from speechlm2_jax.pretrained.salm_config import SalmModelConfig
@@ -322,11 +321,6 @@ class SALM(SpeechModel):
 
     def _training_modes(self) -> SalmModes:
         return SalmModes(
-            perception=PerceptionModes(
-                encoder=self.is_trained("perception.encoder."),
-                adapter=True,
-                spec_augment=True,
-                nemo_exact=self.nemo_exact,
-            ),
+            perception=self._perception_modes(),
             llm=self.is_trained("llm."),
         )
