@@ -6,8 +6,10 @@ import shutil
 from itertools import islice
 
 import numpy as np
+import pyarrow
 import pytest
 import soundfile
+from pyarrow import ipc, parquet
 
 from speechlm2_jax.data import DataModule, SALMDataset
 from speechlm2_jax.data.audio import AudioError
@@ -146,7 +148,6 @@ def _sqa(folder):
 
 
 def _table(first):
-    pyarrow = pytest.importorskip("pyarrow")
     audio = [
         {"bytes": wav_bytes(0.25 + 0.1 * n, 0.1 * (first + n + 1)), "path": "x"} for n in range(3)
     ]
@@ -155,10 +156,7 @@ def _table(first):
 
 
 def _parquet(folder):
-    table = _table(0)  # skips without pyarrow
-    from pyarrow import parquet
-
-    parquet.write_table(table, folder / "a.parquet", row_group_size=2)
+    parquet.write_table(_table(0), folder / "a.parquet", row_group_size=2)
     seconds = _table(3).append_column("duration", [[0.25, 0.35, 0.45]])
     parquet.write_table(seconds, folder / "b.parquet", row_group_size=1)
     paths = [str(folder / "a.parquet"), str(folder / "b.parquet")]
@@ -167,8 +165,6 @@ def _parquet(folder):
 
 def _arrow(folder):
     tables = _table(0), _table(3)
-    from pyarrow import ipc
-
     (folder / "set").mkdir()
     for number, table in enumerate(tables):
         path = folder / "set" / f"data-0000{number}-of-00002.arrow"
@@ -296,8 +292,6 @@ def test_a_table_that_changes_is_indexed_again(tokenizer, make_large, tmp_path):
     contents = module_of(tokenizer, entry).prepared().contents
     assert [contents[n].id for n in (0, 2, 5)] == ["a_0", "a_2", "b_2"]
     assert list(tmp_path.glob("a.parquet.index/rows")) and not list(tmp_path.glob("b*.index"))
-    from pyarrow import parquet
-
     parquet.write_table(_table(7), tmp_path / "b.parquet")
     again = module_of(tokenizer, entry).prepared().contents
     assert again.identity != contents.identity and again[5].response == "text 9"
@@ -309,8 +303,6 @@ def test_a_table_that_changes_is_indexed_again(tokenizer, make_large, tmp_path):
 def test_a_table_without_rows_stands_beside_an_index(tokenizer, make_large, tmp_path):
     make_large()
     table = _table(0)
-    from pyarrow import parquet
-
     parquet.write_table(table.slice(0, 0), tmp_path / "empty.parquet")
     empty = {"type": "parquet", "manifest_filepath": str(tmp_path / "empty.parquet")}
     group = {"type": "group", "input_cfg": [{**empty, "audio_locator_tag": TAG}, _txt(tmp_path)]}

@@ -3,13 +3,13 @@
 import builtins
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from speechlm2_jax.data.audio import AudioError
 from tests.data_pipeline.small_corpus import read_input_cfg, refusal, turns, wav_bytes
 
-pyarrow = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
 RATE = 16000
 
 

@@ -115,10 +115,8 @@ def test_loss_equals_nemo(model, kind, completed):
 
 
 @pytest.mark.slow
-def test_logits_equal_nemo(model, kind, completed):
-    if kind != "rnnt":
-        pytest.skip("recorded for one model")
-
+@pytest.mark.parametrize("kind", ["rnnt"], indirect=True)  # recorded for one model
+def test_logits_equal_nemo(model, completed):
     @jax.jit
     def forward(variables, batch):
         network = merge(model._graphdef, variables)
@@ -301,9 +299,8 @@ def test_a_saved_directory_needs_no_nemo_file(model, kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stream_has_the_frames_of_perception(model, kind):
-    if kind != "hybrid":
-        pytest.skip("needs a causal encoder")
+@pytest.mark.parametrize("kind", ["hybrid"], indirect=True)  # its encoder is causal
+def test_a_stream_has_the_frames_of_perception(model):
     audio = np.random.default_rng(0).normal(size=(1, 16000)).astype(np.float32) / 10
     frames, _ = model.perception(audio, np.array([16000]))
     stream = model.perception_stream(context=(70, 1))

@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,9 +95,9 @@ def test_a_program_without_room_or_without_figures():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in hbm")
 
     assert memory.program_bytes(fails) == math.inf
-    silent: object = SimpleNamespace(memory_analysis=lambda: None)
+    silent: Any = SimpleNamespace(memory_analysis=lambda: None)
     with pytest.raises(SettingsError, match="does not tell the memory"):
-        memory.program_bytes(lambda: silent)  # type: ignore[arg-type]
+        memory.program_bytes(lambda: silent)
 
 
 @pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])

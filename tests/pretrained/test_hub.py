@@ -59,10 +59,10 @@ def api(monkeypatch):
     return fake
 
 
-def http_error(status: int) -> Exception:
-    error = OSError(f"{status} Client Error\nfor url")
-    error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
-    return error
+class HttpError(OSError):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"{status} Client Error\nfor url")
+        self.response = SimpleNamespace(status_code=status)
 
 
 def test_a_model_is_uploaded_as_it_would_be_saved(api, tmp_path, monkeypatch):
@@ -93,9 +93,9 @@ def test_a_model_is_uploaded_as_it_would_be_saved(api, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        ("create_repo", http_error(401), "token is not valid"),
-        ("create_repo", http_error(403), "write access"),
-        ("upload_folder", http_error(404), "no such account"),
+        ("create_repo", HttpError(401), "token is not valid"),
+        ("create_repo", HttpError(403), "write access"),
+        ("upload_folder", HttpError(404), "no such account"),
         ("create_repo", ConnectionError("no route"), "cannot be reached"),
         ("upload_folder", type("ConnectError", (TransportError,), {})("x"), "cannot be reached"),
         ("create_repo", OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE"),
@@ -111,7 +111,7 @@ def test_a_failure_is_one_line_that_names_the_repository(api, call, error, match
 
 
 def test_nothing_is_written_before_the_hub_accepts(api):
-    api.failures["create_repo"] = http_error(401)
+    api.failures["create_repo"] = HttpError(401)
 
     def write(folder: Path):
         raise AssertionError("written")
