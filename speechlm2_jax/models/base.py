@@ -95,6 +95,7 @@ class SpeechModel(Perceiving, Exportable):
 
     @variables.setter
     def variables(self, values: Variables) -> None:
+        """Replaces the weights and buffers: every path of `infos`."""
         self._variables = values
         self._layer_views = LayerViews("llm.")  # views would keep the memory of the old ones
 
@@ -306,6 +307,7 @@ class SpeechModel(Perceiving, Exportable):
 
     @compute_dtype.setter
     def compute_dtype(self, dtype: DTypeLike) -> None:
+        """Sets the dtype of the computation, as `astype`."""
         self.astype(jnp.dtype(dtype).name)
 
     def use_remat(self, policies: Mapping[str, str]) -> None:

@@ -66,6 +66,7 @@ class AudioCodec:
 
     @variables.setter
     def variables(self, values: Variables) -> None:
+        """Replaces the weights and buffers: every path of the network."""
         self._variables, self._folded = values, None
 
     @property

@@ -169,6 +169,7 @@ class CTCModel(Transcriber):
 
     @variables.setter
     def variables(self, values: Variables) -> None:
+        """Replaces the weights and buffers: every path of `infos`."""
         self._variables = values
 
     @property
@@ -232,6 +233,7 @@ class CTCModel(Transcriber):
 
     @compute_dtype.setter
     def compute_dtype(self, dtype: DTypeLike) -> None:
+        """Sets the dtype of the computation."""
         self._network = replace(self._network, compute_dtype=jnp.dtype(dtype).name)
         self._graphdef, self.infos = self._build()
 

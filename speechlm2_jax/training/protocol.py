@@ -121,7 +121,9 @@ class ModelOutline(Protocol):
         ...
 
     @compute_dtype.setter
-    def compute_dtype(self, dtype: DTypeLike) -> None: ...
+    def compute_dtype(self, dtype: DTypeLike) -> None:
+        """Sets the dtype of activations."""
+        ...
 
     @property
     def nemo_exact(self) -> bool:
@@ -257,7 +259,9 @@ class TrainableModel(ModelOutline, Protocol):
         ...
 
     @variables.setter
-    def variables(self, values: Variables) -> None: ...
+    def variables(self, values: Variables) -> None:
+        """Replaces them."""
+        ...
 
     def load_onto(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> Variables:
         """Loads the arrays of a model that has none yet, in the dtypes and shardings of `layout`.
