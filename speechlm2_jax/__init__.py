@@ -15,10 +15,19 @@ _FACES = {
     "modules": ("speechlm2_jax.modules", None),
     "Trainer": ("speechlm2_jax.user_trainer", "Trainer"),
     "ModelParallelStrategy": ("speechlm2_jax.training.trainer", "ModelParallelStrategy"),
+    "text_normalizer": ("speechlm2_jax.evaluation.metrics.wer", "text_normalizer"),
     "exp_manager": ("speechlm2_jax.training.trainer", "exp_manager"),
 }
 
-__all__ = ["Trainer", "ModelParallelStrategy", "data", "exp_manager", "models", "modules"]  # noqa: F822
+__all__ = [
+    "Trainer",
+    "ModelParallelStrategy",
+    "data",
+    "exp_manager",
+    "models",
+    "modules",
+    "text_normalizer",
+]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from speechlm2_jax.evaluation.metrics.wer import check_normalizer
 from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
 from speechlm2_jax.settings import Refusal, SettingsError
 
@@ -151,11 +152,7 @@ def check_common(batch_size: int, report_rows: int, use_normalizer: str | bool |
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if report_rows < 0:
         raise ValueError(f"report_rows={report_rows} must be at least 0")
-    known = ("english", "basic", "none", "None", True, False, None)
-    if use_normalizer not in known:
-        raise ValueError(
-            f"use_normalizer={use_normalizer!r} is unknown; use english, basic or none"
-        )
+    check_normalizer(use_normalizer)
 
 
 def output_file(key: str, name: str | None, inputs: Sequence[str]) -> Path | None:

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.evaluation.dialogs import EvaluatedDialog
-from speechlm2_jax.evaluation.metrics.wer import WordErrors, text_normalizer, word_errors
+from speechlm2_jax.evaluation.metrics.wer import (
+    WordErrors,
+    merges_compounds,
+    text_normalizer,
+    word_errors,
+)
 
 LENGTH_EDGES_S = (0, 1, 2, 3, 4, 6, 8, 12, 20, 30)
 """Lower edges of the length classes in table and report."""
@@ -72,6 +77,8 @@ class ScoredResponse:
     """A response with a reference, both normalised."""
 
     response: Response
+    merges_compounds: bool = False
+    """Whether words that differ only in spaces are no error (`word_errors`)."""
     text: str
     pred_text: str
 
@@ -155,7 +162,12 @@ class Evaluation:
         """The responses that have a reference and no error."""
         normalize = text_normalizer(self.normalizer)
         return [
-            ScoredResponse(response=a, text=normalize(a.text), pred_text=normalize(a.pred_text))
+            ScoredResponse(
+                response=a,
+                text=normalize(a.text),
+                pred_text=normalize(a.pred_text),
+                merges_compounds=merges_compounds(self.normalizer),
+            )
             for a in self.responses
             if a.text is not None and a.error is None
         ]
@@ -169,7 +181,13 @@ class Evaluation:
         normalize = text_normalizer(self.normalizer)
         pairs = [(s.text, s.response.encoder_text) for s in self.scored()]
         scored = [(text, normalize(other)) for text, other in pairs if other is not None]
-        return word_errors([t for t, _ in scored], [o for _, o in scored]) if scored else None
+        if not scored:
+            return None
+        return word_errors(
+            [text for text, _ in scored],
+            [other for _, other in scored],
+            merge_compounds=merges_compounds(self.normalizer),
+        )
 
     def totals(self) -> dict[str, Any]:
         """All numbers of the table."""
@@ -263,7 +281,11 @@ def _error_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _errors(scored: Sequence[ScoredResponse]) -> WordErrors:
-    return word_errors([s.text for s in scored], [s.pred_text for s in scored])
+    return word_errors(
+        [s.text for s in scored],
+        [s.pred_text for s in scored],
+        merge_compounds=any(s.merges_compounds for s in scored),
+    )
 
 
 def _by(

@@ -14,7 +14,7 @@ from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.generate import EvaluatedModel, GenerationTask, generate_clips
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.journal import Journal, row_keys
-from speechlm2_jax.evaluation.metrics.wer import text_normalizer, word_errors
+from speechlm2_jax.evaluation.metrics.wer import merges_compounds, text_normalizer, word_errors
 from speechlm2_jax.evaluation.progress import ProgressDisplay
 from speechlm2_jax.evaluation.read_audio import EvaluationClip, clips, longest_first
 from speechlm2_jax.evaluation.results import Evaluation, Response, Speed
@@ -214,7 +214,9 @@ def _show(responses: Sequence[Response], rtfx: float, config: EvalConfig, log: L
             log(f"{response.id}\n  reference:  {response.text}\n  hypothesis: {response.pred_text}")
     if scored and config.verbose:
         errors = word_errors(
-            [normalize(str(r.text)) for r in scored], [normalize(r.pred_text) for r in scored]
+            [normalize(str(r.text)) for r in scored],
+            [normalize(r.pred_text) for r in scored],
+            merge_compounds=merges_compounds(config.use_normalizer),
         )
         wer = "n/a" if errors.wer is None else f"{errors.wer:.2%}"
         log(

@@ -52,7 +52,7 @@ def fake(monkeypatch):
         (["pretrained_name=m", "inputs=x", "dtype=float16"],
          "dtype: expected one of 'float32', 'bfloat16', got 'float16' (str)"),
         (["pretrained_name=m", "inputs=x", "use_normalizer=german"],
-         "use_normalizer='german' is unknown; use english, basic or none"),
+         "use_normalizer='german' is unknown; use english, basic, leaderboard, none"),
         (["pretrained_name=m", "inputs=x", "cp_size=2"],
          "cp_size: set strategy or tp_size instead: whole layers, experts and sequences stay "
          "together (got 2)"),

@@ -48,5 +48,7 @@ def test_normalizers_by_name(name, expected):
 
 
 def test_an_unknown_normalizer_is_refused_by_name():
-    with pytest.raises(ValueError, match="'german' is unknown; use english, basic or none"):
+    with pytest.raises(
+        ValueError, match="'german' is unknown; use english, basic, leaderboard, none"
+    ):
         text_normalizer("german")

@@ -9,7 +9,12 @@ from typing import Any
 from speechlm2_jax.evaluation.duplex.turns import TranscribedTurn
 from speechlm2_jax.evaluation.metrics.token_accuracy import TokenCounts
 from speechlm2_jax.evaluation.metrics.turn_taking import TurnMark
-from speechlm2_jax.evaluation.metrics.wer import WordErrors, text_normalizer, word_errors
+from speechlm2_jax.evaluation.metrics.wer import (
+    WordErrors,
+    merges_compounds,
+    text_normalizer,
+    word_errors,
+)
 from speechlm2_jax.evaluation.results import LENGTH_EDGES_S, Speed, percent
 
 SCORES: Mapping[str, tuple[str, str]] = {
@@ -72,7 +77,11 @@ class DialogueResult:
         if self.text is None:
             return None
         normalize = text_normalizer(normalizer)
-        return word_errors([normalize(self.text)], [normalize(self.pred_text)])
+        return word_errors(
+            [normalize(self.text)],
+            [normalize(self.pred_text)],
+            merge_compounds=merges_compounds(normalizer),
+        )
 
     def summary(self) -> str:
         """Reference and hypothesis, as lines for the terminal."""
@@ -105,7 +114,9 @@ class DialogueResult:
         if errors is not None and self.asr_text is not None:
             normalize = text_normalizer(normalizer)
             scores["wer"] = word_errors(
-                [normalize(self.text or "")], [normalize(self.asr_text)]
+                [normalize(self.text or "")],
+                [normalize(self.asr_text)],
+                merge_compounds=merges_compounds(normalizer),
             ).wer
         scores |= {} if self.counts is None else self.counts.scores()
         kinds = Counter(mark.kind for mark in self.marks)

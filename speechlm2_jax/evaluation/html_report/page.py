@@ -186,7 +186,8 @@ def _tags(result: Evaluation, index: int) -> list[str]:
 
 def _scored(scored: ScoredResponse, encoder_text: str) -> dict[str, Any]:
     """Fields of a row with a reference."""
-    errors = word_errors([scored.text], [scored.pred_text])
+    merge = scored.merges_compounds
+    errors = word_errors([scored.text], [scored.pred_text], merge_compounds=merge)
     response = scored.response
     row: dict[str, Any] = {
         "errors": errors.errors,
@@ -201,7 +202,8 @@ def _scored(scored: ScoredResponse, encoder_text: str) -> dict[str, Any]:
         row["raw"] = (reference, hypothesis)
     if response.encoder_text is not None:
         row["encoder_text"] = encoder_text
-        row["encoder_wer"] = percent(word_errors([scored.text], [encoder_text]).wer)
+        encoder = word_errors([scored.text], [encoder_text], merge_compounds=merge)
+        row["encoder_wer"] = percent(encoder.wer)
     return row
 
 

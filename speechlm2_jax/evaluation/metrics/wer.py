@@ -45,40 +45,78 @@ class WordErrors:
         }
 
 
-def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> WordErrors:
+def word_errors(
+    references: Sequence[str], hypotheses: Sequence[str], *, merge_compounds: bool = False
+) -> WordErrors:
     """Counts word edits between paired texts, words split at white space.
 
-    Raises ValueError if the numbers of references and hypotheses differ.
+    With `merge_compounds` words that differ only in spaces (`any more` and `anymore`) are no error,
+    as the Open ASR Leaderboard scores English (kaldialign's `merge_compounds`). Raises ValueError
+    if the numbers of references and hypotheses differ.
     """
-    import jiwer
-
     if len(references) != len(hypotheses):
         raise ValueError(
             f"{len(references)} references but {len(hypotheses)} hypotheses; pair each with one"
         )
     if not references:
         return WordErrors()
-    output = jiwer.process_words(list(references), list(hypotheses))
-    words = [len(reference.split()) for reference in references]
-    return WordErrors(
-        insertions=output.insertions,
-        deletions=output.deletions,
-        substitutions=output.substitutions,
-        reference_words=sum(words),
-        utterances=len(references),
-        empty_references=words.count(0),
+    words = [reference.split() for reference in references]
+    insertions, deletions, substitutions = (
+        _compounds_merged(words, [text.split() for text in hypotheses])
+        if merge_compounds
+        else _edits(references, hypotheses)
     )
+    return WordErrors(
+        insertions=insertions,
+        deletions=deletions,
+        substitutions=substitutions,
+        reference_words=sum(map(len, words)),
+        utterances=len(references),
+        empty_references=words.count([]),
+    )
+
+
+def _edits(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[int, int, int]:
+    """Insertions, deletions and substitutions."""
+    import jiwer
+
+    output = jiwer.process_words(list(references), list(hypotheses))
+    return output.insertions, output.deletions, output.substitutions
+
+
+def _compounds_merged(
+    references: list[list[str]], hypotheses: list[list[str]]
+) -> tuple[int, int, int]:
+    """Insertions, deletions and substitutions, as the Open ASR Leaderboard counts them."""
+    import kaldialign
+
+    found = kaldialign.batch_error_rate(references, hypotheses, merge_compounds=True)
+    return int(found["ins"]), int(found["del"]), int(found["sub"])
+
+
+NORMALIZERS = ("english", "basic", "leaderboard", "none")
+"""The names that `text_normalizer` knows; True is english, False and None are none."""
+
+
+def merges_compounds(normalizer: str | bool | None) -> bool:
+    """Whether texts of this normalizer are scored as the Open ASR Leaderboard scores English."""
+    return normalizer == "leaderboard"
+
+
+def check_normalizer(name: str | bool | None) -> None:
+    """Raises ValueError for a name that `text_normalizer` does not know."""
+    if not (name is None or isinstance(name, bool) or name in (*NORMALIZERS, "None")):
+        raise ValueError(f"use_normalizer={name!r} is unknown; use {', '.join(NORMALIZERS)}")
 
 
 @functools.lru_cache
 def text_normalizer(name: str | bool | None) -> Normalizer:
-    """The normalizer of a name: `english` (or True), `basic`, or none (None, False, `none`).
+    """The normalizer of a name, one of `NORMALIZERS`, as a function from text to text.
 
-    Both are Whisper's: lower case, no punctuation. `english` also writes numbers and contractions
-    in one way. Raises ValueError for another name.
+    All but none give lower case without punctuation. `basic` and `english` are Whisper's: `english`
+    (or True) also writes numbers and contractions in one way. `leaderboard` is the Open ASR
+    Leaderboard's for English. None and False are none. Raises ValueError for another name.
     """
-    if name is None or name is False or str(name).lower() == "none":
-        return str
     if name is True or name == "english":
         from whisper_normalizer.english import EnglishTextNormalizer
 
@@ -87,4 +125,9 @@ def text_normalizer(name: str | bool | None) -> Normalizer:
         from whisper_normalizer.basic import BasicTextNormalizer
 
         return BasicTextNormalizer()
-    raise ValueError(f"use_normalizer={name!r} is unknown; use english, basic or none")
+    if name == "leaderboard":
+        from speechlm2_jax.evaluation.metrics.leaderboard import LeaderboardNormalizer
+
+        return LeaderboardNormalizer()
+    check_normalizer(name)
+    return str
