@@ -1,65 +1,13 @@
 """Trains a speech language model: python train.py --config NAME_OR_PATH [key=value ...].
 
-Values of a second `--config` replace those of the first: --config salm --config plan.yaml.
+The code is speechlm2_jax/commands/train.py; `speechlm2-jax train` is the same command.
 """
 
 import sys
-from typing import TYPE_CHECKING
 
-from speechlm2_jax import console, launch
-from speechlm2_jax.settings import SettingsError, find, parse_train
-from speechlm2_jax.training.run import huge_pages
+from speechlm2_jax.commands.train import main, run
 
-if TYPE_CHECKING:
-    from speechlm2_jax.aot.report import Report
-
-PROGRAM = "train.py"
-
-
-def main(argv: list[str]) -> None:
-    """Parses arguments, builds the experiment and trains. Bad input: one line, exit code 2.
-
-    A run that was stopped before its end exits with 75, so that a script can start it again.
-    """
-    code = 0
-    with (
-        console.one_line_errors(PROGRAM, [SettingsError]),
-        console.showing(is_shown=launch.is_first_process()),
-    ):
-        command = parse_train(argv)
-        console.log_line(f"speechlm2_jax: reading {find(command.config)} ...")
-        with console.phase("importing"):
-            from speechlm2_jax import experiment, processes
-            from speechlm2_jax.training.run import finishing, goodput
-
-        importing_s, ahead = goodput.process_age_s(), command.ahead
-        with processes.exit_on_error(), experiment.clear_errors(PROGRAM):
-            run = experiment.read_run(
-                command.config,
-                command.overrides,
-                over=command.over,
-                model_alone=ahead is not None,
-            )
-            if ahead is not None:
-                sys.exit(_compile_ahead(run.compile_ahead(ahead)))
-            run.initialize_processes()
-            if command.dry_run:
-                run.build(dry_run=True).dry_run()
-            elif not run.is_finished():
-                run.count_from_process_start(importing_s)
-                code = finishing.exit_code(run.build(keep_compiled=True).fit())
-    if code:  # out of `exit_on_error`, so that processes wait for each other
-        sys.exit(code)
-
-
-def _compile_ahead(report: "Report") -> int:
-    """Prints the cost estimate as a table and as JSON. Returns 1 if it does not fit."""
-    print(report.table())
-    print(report.to_json())
-    return 0 if report.fits else 1
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
-    huge_pages.restart_with_huge_pages()
-    console.ignore_closed_pipes()
-    main(sys.argv[1:])
+    sys.exit(run(sys.argv[1:], program="train.py"))

@@ -19,7 +19,7 @@ def keep_compiled_programs(folder: str | None) -> None:
     if folder is None or getattr(jax.config, "jax_compilation_cache_dir", None):
         return
     if folder == "auto":
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")  # empty is unset
         folder = str(cache / "speechlm2_jax" / "compiled")
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

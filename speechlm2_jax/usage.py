@@ -11,16 +11,25 @@ HELP = ("-h", "--help")
 _ADDERS = ("add_argument", "add")
 
 
-def print_help_if_asked(path: str, *, keys_of: Sequence[str] = ()) -> None:
+def print_help_if_asked(
+    path: str,
+    *,
+    keys_of: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
+    program: str | None = None,
+) -> None:
     """Prints the usage of the program in file `path` and exits with 0, if --help is given.
 
     `keys_of` are files beside the program; the fields of their dataclasses are its `key=value`
-    options. Call it above the program's imports, so that nothing slow is imported.
+    options. Call it above the program's imports, so that nothing slow is imported. `argv` are its
+    arguments, by default those of the process, and `program` what the usage calls it.
     """
-    if not set(HELP) & set(sys.argv[1:]):
+    if not set(HELP) & set(sys.argv[1:] if argv is None else argv):
         return
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    lines = [f"usage: {_command(Path(path))} [-h] [OPTION ...]", "", ast.get_docstring(tree) or ""]
+    command = _command(Path(path), program)
+    text = (ast.get_docstring(tree) or "").replace(f"python {Path(path).name}", command)
+    lines = [f"usage: {command} [-h] [OPTION ...]", "", text]
     if options := list(_options(tree)):
         lines += ["", "options:", *options]
     if keys := dict.fromkeys(k for file in keys_of for k in _keys(Path(path).parent / file)):
@@ -31,8 +40,10 @@ def print_help_if_asked(path: str, *, keys_of: Sequence[str] = ()) -> None:
     os._exit(0)  # the pipe is closed: exit without a message
 
 
-def _command(path: Path) -> str:
+def _command(path: Path, program: str | None) -> str:
     """The command that starts the program."""
+    if program is not None and not program.endswith(".py"):
+        return program
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is None:
         return f"python {sys.argv[0] or path.name}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from speechlm2_jax import settings
+from speechlm2_jax import cli, settings
 from speechlm2_jax.settings import SettingsError
 
 ROOT = Path(__file__).parents[1]
@@ -29,13 +29,14 @@ FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = "no-test: "
 RUN_ELSEWHERE = {"docs/conversion.md": "test_convert.py", "docs/data.md": "test_data_page.py"}
 """Pages whose python blocks another test runs, from the folder that they are written for."""
+OF_SETTINGS = "speechlm2_jax/settings/command_line.py"
 SOURCES_OF_OPTIONS = {
-    "train.py": ("speechlm2_jax/settings/command_line.py",),
-    "evaluate.py": (
-        "speechlm2_jax/evaluation/arguments.py",
-        "speechlm2_jax/settings/command_line.py",
-    ),
+    "train.py": (OF_SETTINGS,),
+    "evaluate.py": ("speechlm2_jax/evaluation/arguments.py", OF_SETTINGS),
+    "convert.py": ("speechlm2_jax/commands/convert.py",),
 }
+SCRIPTS = ("train", "evaluate", "convert")
+"""Commands of `speechlm2-jax` that are also scripts of the clone."""
 KEYS_OF_EVALUATION = ("evaluation/config.py", "evaluation/duplex/config.py")
 
 
@@ -83,6 +84,8 @@ def commands(block: Block) -> list[list[str]]:
                 words = words[1:]
             if words and words[0] == "python":
                 found.append(words[1:])
+            elif words and words[0] == cli.PROGRAM:
+                found.append(["-m", "speechlm2_jax", *words[1:]])
     return found
 
 
@@ -125,6 +128,13 @@ def fields_of(path: Path) -> set[str]:
 
 def program_of(words: list[str]) -> tuple[Path | None, list[str]]:
     """The file that a command runs and its arguments; None if it is not of this project."""
+    if words[:2] == ["-m", "speechlm2_jax"]:
+        name, rest = words[2] if words[2:] else "", words[3:]
+        listed = {command.name: command for group in cli.COMMANDS.values() for command in group}
+        if name in SCRIPTS:
+            return ROOT / f"{name}.py", rest
+        module = listed[name].function.partition(":")[0] if name in listed else f"no.command.{name}"
+        return (ROOT / module.replace(".", "/")).with_suffix(".py"), rest
     if words[0] == "-m":
         name, rest = words[1], words[2:]
         base = ROOT / name.replace(".", "/")
@@ -193,6 +203,9 @@ def test_a_wrong_command_is_found():
     assert problems(["train.py", "--config", "salm", "--dry-rum"])
     assert problems(["evaluate.py", "pretrained=runs/salm"])
     assert problems(["-m", "benchmarks.nothing"])
+    assert problems(["-m", "speechlm2_jax", "transcrib"])
+    assert problems(["-m", "speechlm2_jax", "inspect", "salm", "--pages", "3"])
+    assert not problems(["-m", "speechlm2_jax", "inspect", "salm", "--count", "3"])
 
 
 def test_places_that_pages_name_exist():

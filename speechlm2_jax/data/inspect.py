@@ -13,6 +13,7 @@ from speechlm2_jax.usage import print_help_if_asked
 if __name__ == "__main__":  # before the imports below, which are slow
     print_help_if_asked(__file__)
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,23 +27,26 @@ from speechlm2_jax.settings import (
 )
 
 PROGRAM = "inspect"
+MODULE = "python -m speechlm2_jax.data.inspect"
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], *, program: str = PROGRAM) -> None:
     """Writes the page and prints its path. Bad input: one line, exit code 2; Ctrl-C: 130."""
-    with console.one_line_errors(PROGRAM, [SettingsError], kept=console.INDEX_KEPT):
-        parser = settings_parser("python -m speechlm2_jax.data.inspect", __doc__ or "")
-        parser.add_argument("--output", type=Path, default=Path("data.html"))
+    with console.one_line_errors(program, [SettingsError], kept=console.INDEX_KEPT):
+        typed = MODULE if program == PROGRAM else program
+        parser = settings_parser(typed, (__doc__ or "").replace(MODULE, typed))
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.add_argument("--output", type=Path, default=Path("data.html"), help="the page")
         parser.add_argument("--count", type=int, default=40, help="conversations of each data set")
         arguments, command = parse_settings(parser, argv)
-        _write(command, arguments.output, arguments.count)
+        _write(command, arguments.output, arguments.count, program)
 
 
-def _write(command: SettingsCommand, output: Path, count: int) -> None:
+def _write(command: SettingsCommand, output: Path, count: int, program: str) -> None:
     from speechlm2_jax import experiment
     from speechlm2_jax.inspection.page import write_page
 
-    with experiment.clear_errors(PROGRAM), console.showing(is_shown=True):
+    with experiment.clear_errors(program), console.showing(is_shown=True):
         run = experiment.read_run(command.config, command.overrides, over=command.over)
         built = run.build(dry_run=True)
         model, datamodule = built.model, built.datamodule

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
 
+from speechlm2_jax.bundled import with_bundled
 from speechlm2_jax.data.storage.access import current
 from speechlm2_jax.data.storage.addresses import is_remote, joined, parent
 from speechlm2_jax.data.storage.downloads import local_copy, origin_of
@@ -25,6 +26,8 @@ _AT_ONCE = 8
 def plain_path(path: str) -> str:
     """A path of this machine; the address `file:///a%20b` and `~` are spelt out.
 
+    A bundled file has the name `corpus/...` wherever the program runs.
+
     Raises SettingsError for an address of another machine and for a command.
     """
     match = _FILE_ADDRESS.fullmatch(path)
@@ -35,7 +38,7 @@ def plain_path(path: str) -> str:
         return match["path"] if is_plain else decoded
     if _URL.match(path):
         raise SettingsError(f"{path} is not on this machine; copy it to a local disk")
-    return os.path.expanduser(path) if path.startswith("~") else path
+    return with_bundled(os.path.expanduser(path) if path.startswith("~") else path)
 
 
 def stem(path: str) -> str:

@@ -28,15 +28,18 @@ from speechlm2_jax.settings import (
 )
 
 PROGRAM = "plan"
+MODULE = "python -m speechlm2_jax.data.plan"
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], *, program: str = PROGRAM) -> None:
     """Prints the plan and writes it. Bad input: one line, exit code 2; Ctrl-C: 130."""
-    with console.one_line_errors(PROGRAM, [SettingsError], kept=console.INDEX_KEPT):
-        _make(*parse_settings(_parser(), argv), argv)
+    with console.one_line_errors(program, [SettingsError], kept=console.INDEX_KEPT):
+        _make(*parse_settings(_parser(program), argv), argv, program)
 
 
-def _make(arguments: argparse.Namespace, command: SettingsCommand, argv: Sequence[str]) -> None:
+def _make(
+    arguments: argparse.Namespace, command: SettingsCommand, argv: Sequence[str], program: str
+) -> None:
     from speechlm2_jax import experiment
     from speechlm2_jax.compilation_cache import keep_compiled_programs
     from speechlm2_jax.planning.options import PlanOptions, parse_pair
@@ -44,7 +47,7 @@ def _make(arguments: argparse.Namespace, command: SettingsCommand, argv: Sequenc
     from speechlm2_jax.planning.report import table, training_command, write_yaml
     from speechlm2_jax.settings import ignored_report
 
-    with experiment.clear_errors(PROGRAM), console.showing(is_shown=True), ignored_report():
+    with experiment.clear_errors(program), console.showing(is_shown=True), ignored_report():
         pair = arguments.buckets_2d
         options = PlanOptions(
             buckets=arguments.buckets,
@@ -66,8 +69,10 @@ def _make(arguments: argparse.Namespace, command: SettingsCommand, argv: Sequenc
         print(training_command(command, arguments.output, plan))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = settings_parser("python -m speechlm2_jax.data.plan", __doc__ or "")
+def _parser(program: str) -> argparse.ArgumentParser:
+    typed = MODULE if program == PROGRAM else program
+    parser = settings_parser(typed, (__doc__ or "").replace(MODULE, typed))
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--output", type=Path, default=Path("plan.yaml"), help="the YAML file that is written")
     add("--buckets", type=int, help="bins to estimate; else the configuration's, or 8")

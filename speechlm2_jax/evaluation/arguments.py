@@ -10,7 +10,9 @@ from speechlm2_jax.evaluation.duplex.plan import DuplexPlan, find_model, make_du
 from speechlm2_jax.evaluation.plan import EvaluationPlan, make_plan
 
 
-def parse_arguments(argv: Sequence[str], *, description: str) -> EvaluationPlan | DuplexPlan:
+def parse_arguments(
+    argv: Sequence[str], *, description: str, program: str = "evaluate.py"
+) -> EvaluationPlan | DuplexPlan:
     """Checks `key=value` arguments and fills in defaults from the run that is evaluated.
 
     `description` is the text of --help. Raises SettingsError for bad arguments or inputs.
@@ -18,7 +20,7 @@ def parse_arguments(argv: Sequence[str], *, description: str) -> EvaluationPlan 
     configs = (EvalConfig, DuplexEvalConfig)
     keys = dict.fromkeys(field.name for config in configs for field in dataclasses.fields(config))
     overrides = settings.parse_overrides(
-        argv, program="evaluate.py", description=description, keys=list(keys)
+        argv, program=program, description=description, keys=list(keys)
     )
     arguments = settings.override({}, [f"+{text.lstrip('+')}" for text in overrides])
     found = find_model(arguments)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speechlm2_jax import checkpointing
+from speechlm2_jax import bundled, checkpointing
 from speechlm2_jax.data.paths import expand_shards
 from speechlm2_jax.evaluation.inputs import voices_of
 from speechlm2_jax.pretrained.locate import Location, config_folders
@@ -15,8 +15,8 @@ from speechlm2_jax.settings import SettingsError, load
 
 RUNS = Path("runs")
 CONFIG = "config.yaml"
-REPOSITORY = Path(__file__).resolve().parents[2]
-"""Root of the clone that this package is imported from, if it is one."""
+REPOSITORY = bundled.ROOT
+"""Root of the clone that this package is imported from, or its copy in an installed package."""
 TRAIN = "python train.py --config salm"
 MANIFEST_KEYS = ("manifest_filepath", "cuts_path")
 _FULL_PRECISION = ("32", "32-true")

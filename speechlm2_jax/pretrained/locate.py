@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speechlm2_jax.bundled import config_roots
 from speechlm2_jax.conversion import readers
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.readers.nemo import NemoArchive
@@ -98,8 +99,7 @@ class Location:
 
 def config_folders() -> tuple[Path, ...]:
     """Folders of settings files, which name components relative to them."""
-    roots = (Path("configs"), Path(__file__).resolve().parents[2] / "configs")
-    return tuple(folder for root in roots for folder in (root, root / "recipes"))
+    return tuple(folder for root in config_roots() for folder in (root, root / "recipes"))
 
 
 def read_config_json(path: Path, *, key: str) -> dict[str, Any]:

@@ -58,9 +58,9 @@ class CompileAhead:
     new_tokens: int
 
 
-def parse_train(argv: Sequence[str]) -> TrainCommand:
+def parse_train(argv: Sequence[str], program: str = "train.py") -> TrainCommand:
     """Reads the arguments of train.py: those of `parse_cli`, --dry-run and --compile-for."""
-    parser = _settings_parser("train.py", TRAIN_DESCRIPTION)
+    parser = _settings_parser(program, TRAIN_DESCRIPTION)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -68,7 +68,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     )
     _add_ahead(parser)
     arguments, overrides = _parse(parser, argv, NAME_THE_SETTINGS)
-    config, *over = _settings_of(arguments, "train.py", None)
+    config, *over = _settings_of(arguments, program, None)
     ahead = None
     if arguments.compile_for:
         ahead = CompileAhead(

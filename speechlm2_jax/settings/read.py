@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import yaml
 
+from speechlm2_jax.bundled import config_roots
 from speechlm2_jax.settings.errors import HostileTextError, SettingsError, join, kind, unknown
 from speechlm2_jax.settings.text import read_text
 
@@ -126,8 +127,7 @@ def find(config: str | Path, search: Sequence[Path] = ()) -> Path:
     """The file that a name or path means. Raises SettingsError listing the names there are."""
     if Path(config).is_file():
         return Path(config)
-    roots = (Path("configs"), Path(__file__).resolve().parents[2] / "configs")
-    folders = [f for root in search or roots for f in (root, root / "recipes")]
+    folders = [f for root in search or config_roots() for f in (root, root / "recipes")]
     for folder in folders:
         for name in (f"{config}.yaml", f"{config}.yml", str(config)):
             if (folder / name).is_file():

@@ -34,7 +34,7 @@ DATA_ERRORS = "data_errors.jsonl"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lhotse", "grain")
 """Packages whose versions are recorded, and must be the same in all processes of a run."""
 _VARIABLES = ("JAX_", "XLA_", "CUDA_", "TPU_", "LIBTPU_")
-_PROGRAM = "train.py"
+_SCRIPT, _INSTALLED = "train.py", "speechlm2-jax"
 _RUNS = "runs"
 """Folder in which evaluate.py looks for the newest run."""
 _LAST_STEP = "trainer.max_steps"
@@ -117,7 +117,7 @@ def log_next_commands(run_dir: Path | None, *, step: int, is_finished: bool) -> 
 
 def next_line(run_dir: Path | None, *, step: int, is_finished: bool) -> str:
     """A line that tells what to do next: commands if train.py runs, else calls of `fit`."""
-    is_command = Path(sys.argv[0]).name == _PROGRAM
+    is_command = _program() is not None
     if not is_finished:
         return f"next: {_command()}  to resume" if is_command else "next: call fit again to resume"
     longer = {_LAST_STEP: str(2 * step)}
@@ -125,7 +125,8 @@ def next_line(run_dir: Path | None, *, step: int, is_finished: bool) -> str:
     if run_dir is None:
         return f"next: {longer_run}  to train longer"
     is_newest = run_dir.parent == Path(_RUNS)
-    evaluate = "python evaluate.py" + ("" if is_newest else f" pretrained_name={run_dir}")
+    evaluate = "python evaluate.py" if _program() == _SCRIPT else f"{_INSTALLED} evaluate"
+    evaluate += "" if is_newest else f" pretrained_name={run_dir}"
     return (
         f"next: {evaluate}  (report: {run_dir / 'report.html'})  |  {longer_run}  to train longer"
     )
@@ -137,7 +138,15 @@ def _command(overrides: Mapping[str, str] | None = None) -> str:
     for key, value in (overrides or {}).items():
         arguments = [a for a in arguments if a.lstrip("+").partition("=")[0] != key]
         arguments.append(f"{key}={value}")
-    return shlex.join(["python", sys.argv[0], *arguments])
+    program = ["python", sys.argv[0]] if _program() == _SCRIPT else [_INSTALLED]
+    return shlex.join([*program, *arguments])
+
+
+def _program() -> str | None:
+    """The program of this process, if it is a command that trains."""
+    name = Path(sys.argv[0]).name
+    is_installed = name in (_INSTALLED, "__main__.py") and sys.argv[1:2] == ["train"]
+    return _INSTALLED if is_installed else name if name == _SCRIPT else None
 
 
 def _append(path: Path, lines: list[str]) -> None:

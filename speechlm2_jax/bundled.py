@@ -1,0 +1,29 @@
+"""Where the bundled configs, components and corpus are: in the clone, or in the installed package.
+
+Names such as `corpus/train.jsonl` mean a file of the working folder first, and the bundled one if
+there is none.
+"""
+
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+_INSTALLED = _PACKAGE / "bundled_files"
+"""Where a wheel puts configs/ and corpus/."""
+ROOT = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent
+"""The folder of configs/ and corpus/."""
+CONFIGS = ROOT / "configs"
+_CORPUS = "corpus/"
+
+
+def with_bundled(path: str) -> str:
+    """`path`; or the bundled file or folder of that name below corpus/ if there is none here."""
+    if not path.startswith(_CORPUS) or os.path.exists(path):
+        return path
+    bundled = ROOT / path
+    return str(bundled) if bundled.exists() else path
+
+
+def config_roots() -> tuple[Path, Path]:
+    """Folders of settings files: that of the working folder, then the bundled one."""
+    return Path("configs"), CONFIGS

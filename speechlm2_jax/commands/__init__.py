@@ -1,0 +1,1 @@
+"""The commands of `speechlm2-jax`, one file each: `main(argv, program=...)`."""
