@@ -11,6 +11,7 @@ import numpy as np
 
 from speechlm2_jax.data.audio import AudioError, audio_length, read_audio
 from speechlm2_jax.data.audio_location import AudioLocation
+from speechlm2_jax.data.audio_suffixes import AUDIO_SUFFIXES
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.paths import expand_shards, local_file, plain_path
@@ -23,12 +24,6 @@ from speechlm2_jax.evaluation.dialogs import EvaluatedDialog, evaluated_dialog, 
 from speechlm2_jax.pretrained.locate import nearest_path
 from speechlm2_jax.settings import SettingsError
 
-AUDIO_SUFFIXES = (
-    *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".webm", ".mp4", ".wma", ".amr"),
-    *(".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".sph", ".nist", ".wv"),
-    *(".ape", ".oga", ".mp2", ".mka", ".mkv", ".mov", ".3gp", ".3g2", ".m4b", ".avi", ".flv"),
-    *(".ac3", ".tta", ".asf"),
-)
 VOICE_KEYS = ("voice", "speaker", "speaker_id")
 CONDITION_KEYS = ("condition",)
 UNSEEN_KEY = "unseen_voice"

@@ -1,0 +1,1 @@
+"""Folders of recordings and texts, as people have them -> manifests."""
