@@ -55,6 +55,12 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     ),
     "data": (
         Command(
+            "manifest",
+            "make manifests of a folder of recordings and texts: checked, and split into sets",
+            "speechlm2_jax.commands.manifest:main",
+            "my_recordings --split train=0.9,test=0.1",
+        ),
+        Command(
             "inspect",
             "show the data of a YAML file as an HTML page",
             "speechlm2_jax.data.inspect:main",

@@ -289,6 +289,11 @@ def test_train_takes_a_dry_run_beside_the_same_words():
     command = settings.parse_train(["a=1", "--config", "salm", "--dry-run"])
     assert command == settings.TrainCommand(config="salm", overrides=["a=1"], dry_run=True)
     assert not settings.parse_train(["-cn", "salm"]).dry_run
+
+
+def test_from_names_the_weights_to_start_from():
+    command = settings.parse_train(["a=1", "--config", "salm", "--from", "runs/salm"])
+    assert command.overrides == ["a=1", "++model.init_from_checkpoint=runs/salm"]
     assert "unrecognized arguments: --dry-run" in message(
         settings.parse_cli, ["--config", "salm", "--dry-run"]
     )

@@ -66,8 +66,16 @@ def parse_train(argv: Sequence[str], program: str = "train.py") -> TrainCommand:
         action="store_true",
         help="build everything, print modules, shapes and memory, train and write nothing",
     )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="MODEL",
+        help="start from the weights of a run, saved model or hub name",
+    )
     _add_ahead(parser)
     arguments, overrides = _parse(parser, argv, NAME_THE_SETTINGS)
+    if arguments.start is not None:
+        overrides = [*overrides, f"++model.init_from_checkpoint={arguments.start}"]
     config, *over = _settings_of(arguments, program, None)
     ahead = None
     if arguments.compile_for:

@@ -49,7 +49,7 @@ def check_recording(path: Path) -> Checked:
         rate_hz=length.sample_rate_hz,
         is_clipped=bool(np.mean(magnitude >= FULL_SCALE) >= CLIPPED_SHARE),
         is_silent=bool(magnitude.max(initial=0.0) < SILENT_PEAK),
-        content=f"{length.samples}-{xxhash.xxh3_128_hexdigest(np.ascontiguousarray(wave))}",
+        content=f"{length.samples}-{xxhash.xxh3_128_hexdigest(wave.tobytes())}",
     )
 
 

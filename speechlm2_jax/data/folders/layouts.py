@@ -36,7 +36,7 @@ _LARGEST_FIELD = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A recording and what the folder says of it."""
+    """A recording and what the folder has about it."""
 
     audio: Path
     text: str | None

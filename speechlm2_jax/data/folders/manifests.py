@@ -1,37 +1,19 @@
-"""Makes manifests of a folder of recordings: reads its layout, checks each file, splits them.
+"""Folder of recordings -> manifests of its sets, and a list of what was left out."""
 
-    python -m speechlm2_jax.data.folders.manifest my_recordings
-    python -m speechlm2_jax.data.folders.manifest clips --output data --split train=0.9,test=0.1
-
-The texts may be a text file or a JSON file beside each recording, a CSV or TSV table, or in the
-layout of Common Voice, LibriSpeech, LJSpeech or a Hugging Face audiofolder. Recordings that cannot
-be trained on are left out; left_out.jsonl lists them with the reason.
-"""
-
-from speechlm2_jax.usage import print_help_if_asked
-
-if __name__ == "__main__":  # before the imports below, which are slow
-    print_help_if_asked(__file__)
-
-import argparse
 import json
 import os
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from speechlm2_jax import console
 from speechlm2_jax.data.folders.checks import Checked, check_recordings
 from speechlm2_jax.data.folders.layouts import Folder, Found, read_folder
 from speechlm2_jax.data.folders.splitting import parse_shares, split
 from speechlm2_jax.settings import SettingsError
 
-PROGRAM = "manifest"
 LEFT_OUT = "left_out.jsonl"
-SHARES = "train=0.9,validation=0.05,test=0.05"
 CAUSES = {
     "no_text": "without a text",
     "empty_text": "with an empty text",
@@ -53,7 +35,7 @@ class Recording:
     checked: Checked
 
     def row(self, folder: Path) -> dict[str, Any]:
-        """Its row of a manifest in `folder`; the path is relative to it where it lies below."""
+        """Its row of a manifest in `folder`; the path is relative to that folder, or absolute."""
         audio = self.found.audio.absolute()
         place = audio.relative_to(folder) if audio.is_relative_to(folder) else audio
         row: dict[str, Any] = {
@@ -64,61 +46,62 @@ class Recording:
         return row if self.found.speaker is None else row | {"speaker": self.found.speaker}
 
 
-def main(argv: Sequence[str], *, program: str = PROGRAM) -> int:
-    """Writes the manifests and prints what was found. Bad input: one line, exit code 2."""
-    with console.one_line_errors(program, [SettingsError]):
-        options = _options(program, argv)
-        shares = parse_shares(options.split)
-        output = (options.output or options.folder).absolute()
-        targets = {name: output / f"{name}.jsonl" for name in shares}
-        if not options.overwrite:
-            for path in targets.values():
-                if path.exists():
-                    raise SettingsError(f"{path} is there already; add --overwrite, or --output")
-        folder = read_folder(options.folder)
-        left_out: dict[Path, str] = dict.fromkeys(folder.unlisted, "unlisted")
-        kept = _usable(folder, options, left_out)
-        if not kept:
-            counts = ", ".join(_counted(left_out.values()))
-            raise SettingsError(f"{options.folder}: no recording can be used: {counts}")
-        parts = split(*_groups(kept, options.by), shares, seed=options.seed)
-        output.mkdir(parents=True, exist_ok=True)
-        for name, path in targets.items():
-            _write(path, (one.row(output) for one in parts[name]))
-        rows = ({"audio_filepath": str(p), "cause": cause} for p, cause in left_out.items())
-        _write(output / LEFT_OUT, rows)
-        for line in _report(folder, kept, left_out, parts, targets):
-            print(line)
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """How a folder becomes manifests."""
+
+    output: Path | None = None
+    """Folder of the manifests; None: the folder of the recordings."""
+    split: str = "train=0.9,validation=0.05,test=0.05"
+    """Sets and their shares of the seconds."""
+    by: Literal["auto", "speaker", "file"] = "auto"
+    """What no two sets share. auto: speakers if all are known, else files."""
+    seed: int = 0
+    min_duration: float = 0.1
+    """Seconds; shorter recordings are left out."""
+    max_duration: float = 40.0
+    """Seconds; longer recordings are left out."""
+    keep_copies: bool = False
+    """Keep recordings with the same samples."""
+    overwrite: bool = False
+    """Replace manifests that are there."""
 
 
-def _options(program: str, argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("folder", type=Path, help="the folder of recordings")
-    add("--output", type=Path, help="folder of the manifests (default: the folder itself)")
-    add("--split", default=SHARES, help="sets and their shares of the seconds")
-    add("--by", choices=("auto", "speaker", "file"), default="auto", help="what no two sets share")
-    add("--seed", type=int, default=0, help="of the split")
-    add("--min-duration", type=float, default=0.1, help="seconds; shorter ones are left out")
-    add("--max-duration", type=float, default=40.0, help="seconds; longer ones are left out")
-    add("--keep-copies", action="store_true", help="keep recordings with the same samples")
-    add("--overwrite", action="store_true", help="replace manifests that are there")
-    return parser.parse_args(argv)
+def make_manifests(root: Path, choices: Choices) -> list[str]:
+    """Writes a manifest for each set, and left_out.jsonl. Returns what was found, as lines.
+
+    Raises SettingsError for a folder without usable recordings, for a list that cannot be read, for
+    sets that cannot be filled, and for manifests that are there already.
+    """
+    shares = parse_shares(choices.split)
+    output = (choices.output or root).absolute()
+    targets = {name: output / f"{name}.jsonl" for name in shares}
+    present = [path for path in targets.values() if path.exists()]
+    if present and not choices.overwrite:
+        raise SettingsError(f"{present[0]} is there already; add --overwrite, or --output")
+    folder = read_folder(root)
+    left_out: dict[Path, str] = dict.fromkeys(folder.unlisted, "unlisted")
+    kept = _usable(folder, choices, left_out)
+    if not kept:
+        counts = ", ".join(_counted(left_out.values()))
+        raise SettingsError(f"{root}: no recording can be used: {counts}")
+    parts = split(*_groups(kept, choices.by), shares, seed=choices.seed)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, path in targets.items():
+        _write(path, (one.row(output) for one in parts[name]))
+    rows = ({"audio_filepath": str(p), "cause": cause} for p, cause in left_out.items())
+    _write(output / LEFT_OUT, rows)
+    return _report(folder, kept, left_out, parts, targets)
 
 
-def _usable(
-    folder: Folder, options: argparse.Namespace, left_out: dict[Path, str]
-) -> list[Recording]:
+def _usable(folder: Folder, choices: Choices, left_out: dict[Path, str]) -> list[Recording]:
     """The recordings that can be trained on; the others get a cause in `left_out`."""
     checked = check_recordings([one.audio for one in folder.recordings])
     seen: set[str] = set()
     kept = []
     for found, check in zip(folder.recordings, checked, strict=True):
-        cause = _cause(found, check, options)
-        if cause is None and check.content in seen and not options.keep_copies:
+        cause = _cause(found, check, choices)
+        if cause is None and check.content in seen and not choices.keep_copies:
             cause = "copy"
         if cause is None:
             seen.add(check.content)
@@ -128,7 +111,7 @@ def _usable(
     return kept
 
 
-def _cause(found: Found, check: Checked, options: argparse.Namespace) -> str | None:
+def _cause(found: Found, check: Checked, choices: Choices) -> str | None:
     """Why a recording is left out; None if it is not."""
     if check.problem is not None:
         return check.problem
@@ -136,9 +119,9 @@ def _cause(found: Found, check: Checked, options: argparse.Namespace) -> str | N
         return "no_text" if found.text is None else "empty_text"
     if check.is_silent:
         return "silent"
-    if check.duration_s < options.min_duration:
+    if check.duration_s < choices.min_duration:
         return "too_short"
-    return "too_long" if check.duration_s > options.max_duration else None
+    return "too_long" if check.duration_s > choices.max_duration else None
 
 
 def _groups(
@@ -203,8 +186,3 @@ def _report(
 
 def _minutes(recordings: Sequence[Recording]) -> str:
     return f"{sum(one.checked.duration_s for one in recordings) / 60:.1f} min"
-
-
-if __name__ == "__main__":
-    console.ignore_closed_pipes()
-    sys.exit(main(sys.argv[1:]))
