@@ -27,6 +27,8 @@ class Word:
     """Seconds."""
     confidence: float | None = None
     """Probability from 0 to 1 that the word is right; None if it is not known."""
+    is_estimated: bool = False
+    """Whether its times are only estimates between those of its neighbours."""
 
 
 @dataclass(frozen=True, kw_only=True)

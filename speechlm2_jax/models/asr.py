@@ -16,6 +16,7 @@ from speechlm2_jax.asr.greedy import Hypotheses, decode_greedily
 from speechlm2_jax.asr.transducer import TransducerNetwork
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.readers import NemoArchive, read_nemo
+from speechlm2_jax.inference.timestamps.ctc_aligner import CtcAligner
 from speechlm2_jax.layers.module import Variables, describe, merge, split
 from speechlm2_jax.models.transcriber import Transcriber, best_paths
 from speechlm2_jax.pretrained.asr import (
@@ -26,7 +27,9 @@ from speechlm2_jax.pretrained.asr import (
     read_decoding,
 )
 from speechlm2_jax.pretrained.asr_labels import nemo_label_decoder
+from speechlm2_jax.pretrained.label_encoder import nemo_label_encoder
 from speechlm2_jax.pretrained.registry import find_nemo
+from speechlm2_jax.settings import SettingsError
 
 PRECISION = "highest"
 """Of matmuls: TPU and GPU default to less, and scores must not depend on the device."""
@@ -48,6 +51,8 @@ class ASRModel(Transcriber):
         self._to_text = nemo_label_decoder(archive, decoder)
         architecture = read_architecture(archive, decoder, decoding, len(self._to_text))
         self._preprocessor = architecture.preprocessor
+        self._frame_samples = architecture.perception.frame_samples
+        self._to_labels = nemo_label_encoder(archive, decoder)
         module, table = outline(architecture)
         loaded = mapping.load(archive.weights, table, describe(module))
         self._graphdef = split(module)[0]
@@ -85,6 +90,26 @@ class ASRModel(Transcriber):
     def sampling_rate(self) -> int:
         """Sampling rate of the input audio in Hz."""
         return self._preprocessor.sample_rate
+
+    def aligner(self) -> CtcAligner:
+        """The model as what finds the times of words; see `inference.timestamps.word_times`.
+
+        Raises SettingsError for a transducer, which has no frame of every label of a known text.
+        """
+        if self.decoder != "ctc":
+            raise SettingsError(
+                f"decoder={self.decoder!r}: word times need a CTC head; open a CTC model, or a "
+                'hybrid one with decoder="ctc"'
+            )
+        assert self._variables is not None
+        return CtcAligner(
+            graphdef=self._graphdef,
+            variables=self._variables,
+            encoder=self._to_labels,
+            sampling_rate=self.sampling_rate,
+            frame_samples=self._frame_samples,
+            precision=PRECISION,
+        )
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         inputs = self._graphdef, self._variables, jnp.asarray(audio), jnp.asarray(lengths)

@@ -23,6 +23,7 @@ from speechlm2_jax.conversion.readers import open_weights, read_nemo
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.inference.probe import Outputs, probe_ctc
+from speechlm2_jax.inference.timestamps.ctc_aligner import CtcAligner
 from speechlm2_jax.layers.initialize import draw
 from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, merge, split
 from speechlm2_jax.layers.stack import Remat
@@ -32,6 +33,7 @@ from speechlm2_jax.perception.log_mel import LogMelConfig
 from speechlm2_jax.perception.spec_augment import SpecAugmentConfig
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.asr_labels import LabelDecoder
+from speechlm2_jax.pretrained.label_encoder import LabelEncoder
 from speechlm2_jax.pretrained.locate import Location, nemo_tokenizer, read_config_json
 from speechlm2_jax.pretrained.salm_config import DEFAULT_AUDIO_LOCATOR_TAG
 from speechlm2_jax.pretrained.save_load import run_definition
@@ -137,6 +139,16 @@ class CTCModel(Transcriber):
     def probe(self) -> Outputs:
         """Outputs of one small forward pass: another copy of the model gives the same."""
         return probe_ctc(self._graphdef, self.variables, self.sampling_rate)
+
+    def aligner(self) -> CtcAligner:
+        """The model as what finds the times of words; see `inference.timestamps.word_times`."""
+        return CtcAligner(
+            graphdef=self._graphdef,
+            variables=self.variables,
+            encoder=LabelEncoder.from_tokenizer(self.tokenizer, self.pieces),
+            sampling_rate=self.sampling_rate,
+            frame_samples=self.frame_samples,
+        )
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         inputs = jnp.asarray(audio), jnp.asarray(lengths)

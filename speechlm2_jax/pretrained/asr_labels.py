@@ -59,10 +59,9 @@ def nemo_label_decoder(archive: NemoArchive, decoder: str) -> LabelDecoder:
     Raises SettingsError for an archive without labels, or with an unsupported tokenizer.
     """
     if class_name(archive) in CHARACTER_MODELS:
-        return LabelDecoder.from_characters(_labels(archive, decoder))
-    tokenizer = archive.config.get("tokenizer") or {}
-    if str(tokenizer.get("type")).lower() == "wpe":
-        return LabelDecoder.from_word_pieces(_word_pieces(archive, tokenizer.get("vocab_path")))
+        return LabelDecoder.from_characters(character_labels(archive, decoder))
+    if has_word_pieces(archive):
+        return LabelDecoder.from_word_pieces(word_pieces(archive))
     found = nemo_tokenizer(archive)
     return LabelDecoder.from_tokenizer(found, len(found))
 
@@ -72,7 +71,12 @@ def class_name(archive: NemoArchive) -> str:
     return str(archive.config.get("target")).rpartition(".")[2]
 
 
-def _labels(archive: NemoArchive, decoder: str) -> list[str]:
+def has_word_pieces(archive: NemoArchive) -> bool:
+    """Whether an archive's tokenizer is BERT's, of word pieces."""
+    return str((archive.config.get("tokenizer") or {}).get("type")).lower() == "wpe"
+
+
+def character_labels(archive: NemoArchive, decoder: str) -> list[str]:
     """The labels in a character model's config: those of the decoder, else those of the model."""
     config = archive.config
     heads = (config.get("aux_ctc") or {}).get("decoder"), config.get("decoder")
@@ -84,7 +88,9 @@ def _labels(archive: NemoArchive, decoder: str) -> list[str]:
     return [str(label) for label in found]
 
 
-def _word_pieces(archive: NemoArchive, reference: object) -> list[str]:
+def word_pieces(archive: NemoArchive) -> list[str]:
+    """The labels of a model with word pieces. Raises SettingsError if its archive has none."""
+    reference = archive.config["tokenizer"].get("vocab_path")
     if not isinstance(reference, str):
         raise SettingsError(f"{archive.path}: its config names no file of word pieces (vocab_path)")
     lines = archive.artifact(reference).decode("utf-8").splitlines()
