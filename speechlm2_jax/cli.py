@@ -47,6 +47,12 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "pretrained_name=runs/salm inputs=test.jsonl",
         ),
         Command(
+            "runs",
+            "compare runs: a table, and a page of curves",
+            "speechlm2_jax.commands.runs:main",
+            "runs/salm runs/salm2 --html runs.html",
+        ),
+        Command(
             "plan",
             "choose bins and batch sizes that fit a device",
             "speechlm2_jax.data.plan:main",

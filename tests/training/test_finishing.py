@@ -11,7 +11,7 @@ from speechlm2_jax.checkpointing.checksums import read_checksums, write_checksum
 from speechlm2_jax.checkpointing.folders import RANKED
 from speechlm2_jax.exit_codes import FINISHED, UNFINISHED
 from speechlm2_jax.training.intervals import Intervals
-from speechlm2_jax.training.run.directory import checkpoints_line, next_line
+from speechlm2_jax.training.run.directory import checkpoints_line, curves_line, next_line
 from speechlm2_jax.training.run.finishing import exit_code
 from tests.training.toy import ToyData, ToyModel, make_trainer, rows_of
 
@@ -147,3 +147,10 @@ def test_the_last_step_is_where_the_counting_finishes(max_steps, max_epochs, acc
         batches += intervals.window(batches)
         step += 1
     assert step == (last or 0)
+
+
+def test_curves_are_a_page_and_tensorboard_if_the_run_wrote_for_it(tmp_path):
+    page = f"curves: speechlm2-jax runs {tmp_path} --html {tmp_path}/curves.html"
+    assert curves_line(tmp_path) == page
+    (tmp_path / "tensorboard").mkdir()
+    assert curves_line(tmp_path) == f"{page}  |  tensorboard --logdir {tmp_path}/tensorboard"

@@ -112,7 +112,16 @@ def log_next_commands(run_dir: Path | None, *, step: int, is_finished: bool) -> 
     """Logs the last and the best checkpoint, and the commands to type next."""
     if run_dir is not None and (line := checkpoints_line(run_dir)):
         log.info("%s", line)
+    if run_dir is not None:
+        log.info("%s", curves_line(run_dir))
     log.info(next_line(run_dir, step=step, is_finished=is_finished))
+
+
+def curves_line(run_dir: Path) -> str:
+    """A line with the commands that show the curves of a run."""
+    page = f"{_INSTALLED} runs {run_dir} --html {run_dir / 'curves.html'}"
+    events = run_dir / "tensorboard"
+    return f"curves: {page}" + (f"  |  tensorboard --logdir {events}" if events.is_dir() else "")
 
 
 def next_line(run_dir: Path | None, *, step: int, is_finished: bool) -> str:

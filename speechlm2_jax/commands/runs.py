@@ -1,0 +1,43 @@
+"""`speechlm2-jax runs`: compares runs in a table, and in one HTML page of curves.
+
+    speechlm2-jax runs
+    speechlm2-jax runs runs/salm runs/salm2 --html runs.html
+
+Each argument is a run directory, or a folder that holds some; by default it is `runs`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from speechlm2_jax import console
+from speechlm2_jax.settings import SettingsError
+
+PROGRAM = "speechlm2-jax runs"
+
+
+def main(argv: Sequence[str], *, program: str = PROGRAM) -> None:
+    """Prints the table, and writes the page. Bad input: one line, exit code 2."""
+    with console.one_line_errors(program, [SettingsError]):
+        parser = argparse.ArgumentParser(
+            prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("places", type=Path, nargs="*", default=[Path("runs")], metavar="RUN")
+        parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page of curves")
+        options = parser.parse_args(argv)
+        from speechlm2_jax.inspection.runs import find_runs, table
+
+        runs = find_runs(options.places)
+        rows = table(runs)
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        for row in rows:
+            first = f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}"
+            others = "".join(
+                f"  {cell:>{width}}" for cell, width in zip(row[2:], widths[2:], strict=True)
+            )
+            print(first + others)
+        if options.html is not None:
+            from speechlm2_jax.inspection.runs_page import write_runs_page
+
+            write_runs_page(options.html, runs)
+            print(f"page: {options.html}  (open it in a browser)")

@@ -1,0 +1,163 @@
+"""What the run directories in a folder hold: state, last and best values, and curves."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speechlm2_jax.exit_codes import MARKER
+from speechlm2_jax.settings import SettingsError
+
+METRICS = "metrics.jsonl"
+CONFIG = "config.yaml"
+SHOWN = ("loss", "val_loss", "val_wer", "tokens_per_s_per_device")
+"""Metrics that come first, in this order."""
+HIDDEN = ("step", "skipped", "dropped", "goodput")
+RISING = ("acc", "bleu", "chrf", "intent", "mcq", "tokens_per_s", "f1")
+"""Pieces of names of metrics of which more is better; of all others less is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run directory."""
+
+    path: Path
+    is_finished: bool
+    max_steps: int | None
+    """None: not known."""
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """Metric -> (step, value) in order of the steps; values are finite."""
+    hours: float = 0.0
+    """Wall time of all starts that wrote their last row."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return max((points[-1][0] for points in self.curves.values() if points), default=0)
+
+    @property
+    def state(self) -> str:
+        """`finished`, or how far it is."""
+        if self.is_finished:
+            return "finished"
+        return f"step {self.step}" + (f" of {self.max_steps}" if self.max_steps else "")
+
+    def last(self, metric: str) -> float | None:
+        """The newest value."""
+        points = self.curves.get(metric)
+        return points[-1][1] if points else None
+
+    def best(self, metric: str) -> float | None:
+        """The best value."""
+        values = [value for _, value in self.curves.get(metric, ())]
+        if not values:
+            return None
+        return max(values) if more_is_better(metric) else min(values)
+
+
+def more_is_better(metric: str) -> bool:
+    """Whether a higher value of a metric is the better one."""
+    return any(part in metric for part in RISING)
+
+
+def find_runs(places: Sequence[Path]) -> list[RunRecord]:
+    """The runs among folders and in them, the newest last.
+
+    Raises SettingsError for a place that is not there, and if there is no run.
+    """
+    paths: dict[Path, None] = {}
+    for place in places:
+        if not place.is_dir():
+            raise SettingsError(f"{place}: no such folder")
+        found = [place] if (place / METRICS).is_file() else []
+        found += [path.parent for path in place.glob(f"**/{METRICS}") if path.parent != place]
+        paths |= dict.fromkeys(found)
+    if not paths:
+        where = ", ".join(map(str, places))
+        raise SettingsError(f"{where}: no run there (a run directory has {METRICS})")
+    return [read_run(path) for path in sorted(paths, key=lambda p: (p / METRICS).stat().st_mtime)]
+
+
+def read_run(path: Path) -> RunRecord:
+    """Reads one run directory. A line that is being written is left out."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    seconds = 0.0
+    for row in _rows(path / METRICS):
+        seconds += row.get("time_total_s", 0.0)
+        for name, value in row.items():
+            is_number = isinstance(value, int | float) and math.isfinite(value)
+            if is_number and name not in HIDDEN and not name.startswith("time_"):
+                curves.setdefault(name, []).append((int(row["step"]), float(value)))
+    return RunRecord(
+        path=path,
+        is_finished=(path / MARKER).exists(),
+        max_steps=_max_steps(path / CONFIG),
+        curves=curves,
+        hours=seconds / 3600,
+    )
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield row
+
+
+def _max_steps(path: Path) -> int | None:
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return None
+    trainer = settings.get("trainer") if isinstance(settings, dict) else None
+    steps = trainer.get("max_steps") if isinstance(trainer, dict) else None
+    return steps if isinstance(steps, int) and steps > 0 else None
+
+
+def metrics_of(runs: Sequence[RunRecord]) -> list[str]:
+    """All metrics of the runs: those of SHOWN first, then validation, then the others."""
+    names = {name for run in runs for name in run.curves}
+    first = [name for name in SHOWN if name in names]
+    rest = sorted(names - set(first), key=lambda name: (not name.startswith("val_"), name))
+    return first + rest
+
+
+def table(runs: Sequence[RunRecord]) -> list[list[str]]:
+    """A head and a row for each run: state, hours, the last loss and the best validation values."""
+    present = metrics_of(runs)
+    validation = [name for name in present if name.startswith("val_")][:4]
+    head = ["run", "state", "hours", "loss", *(f"best {name}" for name in validation)]
+    names = short_names(runs)
+    rows = [
+        [
+            names[run.path],
+            run.state,
+            f"{run.hours:.2f}" if run.hours else "–",
+            number(run.last("loss")),
+            *(number(run.best(name)) for name in validation),
+        ]
+        for run in runs
+    ]
+    return [head, *rows]
+
+
+def short_names(runs: Sequence[RunRecord]) -> dict[Path, str]:
+    """The paths of the runs without the folders that all share."""
+    parts = [run.path.absolute().parts for run in runs]
+    shared = 0
+    shortest = min(map(len, parts))
+    while shared < shortest - 1 and len({part[shared] for part in parts}) == 1:
+        shared += 1
+    return {run.path: "/".join(part[shared:]) for run, part in zip(runs, parts, strict=True)}
+
+
+def number(value: float | None) -> str:
+    """A number for people: four digits."""
+    return "–" if value is None else f"{value:.4g}"

@@ -1,0 +1,96 @@
+"""`speechlm2-jax runs`: what run directories hold, as a table and as a page of curves."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from speechlm2_jax.commands.runs import main
+from speechlm2_jax.inspection.runs import find_runs, more_is_better, short_names, table
+from speechlm2_jax.inspection.runs_page import MOST_POINTS, thin, write_runs_page
+
+
+def write(run, rows, *, is_finished=False, max_steps=20):
+    run.mkdir(parents=True)
+    lines = [json.dumps(row) for row in rows]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 9, "lo')
+    (run / "config.yaml").write_text(f"trainer:\n  max_steps: {max_steps}\n")
+    if is_finished:
+        (run / "FINISHED").touch()
+    return run
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    steps = [{"step": n, "loss": 4.0 / n, "acc": n / 10, "mfu": None} for n in range(1, 6)]
+    scores = [{"step": n, "val_wer": v, "val_acc": v} for n, v in ((2, 0.5), (4, 0.2), (5, 0.3))]
+    time = {"step": 5, "time_total_s": 1800.0, "time_compute_s": 9.0, "goodput": 0.5}
+    one = write(tmp_path / "runs" / "one", [*steps, *scores, time, time], is_finished=True)
+    other = write(tmp_path / "runs" / "deep" / "two", [{"step": 3, "loss": float("nan")}, steps[2]])
+    return one, other
+
+
+def test_the_table_has_state_last_loss_and_best_scores(two_runs, tmp_path):
+    head, *rows = table(find_runs([tmp_path / "runs"]))
+    assert head == ["run", "state", "hours", "loss", "best val_wer", "best val_acc"]
+    assert sorted(rows) == [
+        ["deep/two", "step 3 of 20", "–", "1.333", "–", "–"],
+        ["one", "finished", "1.00", "0.8", "0.2", "0.5"],
+    ]
+
+
+def test_a_run_directory_itself_is_taken_once(two_runs):
+    one, other = two_runs
+    assert [run.path for run in find_runs([one, one])] == [one]
+    assert short_names(find_runs([one])) == {one: "one"}
+    assert {run.path for run in find_runs([one, other])} == {one, other}
+
+
+def test_more_is_better_of_scores_and_speeds_and_less_of_losses_and_errors():
+    assert all(map(more_is_better, ("val_acc", "val_txt_bleu", "tokens_per_s_per_device")))
+    assert not any(map(more_is_better, ("loss", "val_wer", "val_cer_clean", "step_time_s")))
+
+
+def test_long_curves_are_thinned_to_means():
+    curve = [(n, float(n % 2)) for n in range(10 * MOST_POINTS)]
+    thinned = thin(curve)
+    assert len(thinned) == MOST_POINTS and {value for _, value in thinned} == {0.5}
+    assert thin(curve[:9]) == curve[:9]
+
+
+def test_the_page_has_a_chart_of_every_metric_and_a_curve_of_every_run_that_has_it(
+    two_runs, tmp_path
+):
+    page = tmp_path / "page.html"
+    write_runs_page(page, find_runs([tmp_path / "runs"]))
+    text = page.read_text()
+    charts = dict(
+        part.split("</h2>", 1)
+        for part in text.split("<h2>")[1:]  # name, chart
+    )
+    curves = {name: chart.count("<polyline") for name, chart in charts.items()}
+    assert curves == {"loss": 2, "val_wer": 1, "val_acc": 1, "acc": 2}
+    assert "<title>one: last 0.8</title>" in charts["loss"]
+    assert "<script" not in text and "http" not in text.replace("http-equiv", "")
+
+
+def test_names_of_runs_are_escaped(tmp_path):
+    run = write(tmp_path / "a<b>&'c", [{"step": 1, "loss": 1.0}])
+    page = tmp_path / "page.html"
+    write_runs_page(page, find_runs([run]))
+    assert "<b>" not in page.read_text() and "a&lt;b&gt;" in page.read_text()
+
+
+def test_the_command_prints_the_table_and_writes_the_page(two_runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["--html", "page.html"])
+    head, first, second, last = capsys.readouterr().out.splitlines()
+    assert head.split()[:2] == ["run", "state"] and len(head) == len(first) == len(second)
+    assert last.startswith("page: page.html") and Path("page.html").is_file()
+    with pytest.raises(SystemExit, match="2"):
+        main(["nowhere"])
+    assert capsys.readouterr().err == "speechlm2-jax runs: nowhere: no such folder\n"
+    Path("empty").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        main(["empty"])
+    assert "no run there" in capsys.readouterr().err
