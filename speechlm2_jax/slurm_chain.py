@@ -5,8 +5,8 @@
 Each job resumes the run of the one before it (`exp_manager.resume_if_exists=true`). The chain ends
 with 0 when `RUN_DIR/FINISHED` exists, with 2 when a job's settings are refused, and with 1 after
 `--attempts` jobs in a row that added no checkpoint. It waits beside the job (`sbatch --wait`) and
-needs only Python. Started twice, it waits for its own job: jobs of one name run one at a time
-(`--dependency=singleton`).
+needs only Python; for a run in an object store also fsspec and the store's package. Started twice,
+it waits for its own job: jobs of one name run one at a time (`--dependency=singleton`).
 """
 
 import argparse
@@ -21,13 +21,16 @@ from speechlm2_jax.exit_codes import BAD_INPUT, FAILED, FINISHED, MARKER
 
 OPTIONS = ("--wait", "--parsable", "--dependency=singleton")
 INTERRUPTED = 130
+_WHOLE = "committed"
+"""What an object store holds of the checkpoints that were uploaded whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
     """The jobs of one run."""
 
-    run_dir: Path
+    run_dir: Path | str
+    """The run directory; a text if it is an address of an object store."""
     sbatch: Sequence[str]
     """Arguments of sbatch: options and the job script."""
     attempts: int = 3
@@ -38,11 +41,11 @@ class Chain:
     def run(self) -> int:
         """Submits jobs until the run is finished. Returns the exit code of the chain."""
         vain = 0
-        while not (self.run_dir / MARKER).exists():
+        while not self._is_finished():
             before = self._last_step()
             job, code = self._submit()
             after = self._last_step()
-            if (self.run_dir / MARKER).exists():
+            if self._is_finished():
                 break
             _log(f"job {job or '-'} ended with {code}; last checkpoint: step {_shown(after)}")
             if code == BAD_INPUT:
@@ -75,11 +78,32 @@ class Chain:
                 process.kill()
                 raise
 
+    def _is_finished(self) -> bool:
+        if isinstance(self.run_dir, Path):
+            return (self.run_dir / MARKER).exists()
+        return MARKER in _objects(self.run_dir)
+
     def _last_step(self) -> int | None:
         """The newest checkpoint of the run; None if there is none."""
-        folder = self.run_dir / "checkpoints"
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        if isinstance(self.run_dir, Path):
+            folder = self.run_dir / "checkpoints"
+            names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        else:
+            names = _objects(f"{self.run_dir}/{_WHOLE}")
         return max((int(name) for name in names if name.isdigit()), default=None)
+
+
+def _objects(address: str) -> list[str]:
+    """The last parts of the names at an address. Raises ImportError without its package."""
+    from fsspec.core import url_to_fs
+
+    files, root = url_to_fs(address)
+    files.invalidate_cache()
+    try:
+        found = files.ls(root, detail=False)
+    except FileNotFoundError:
+        return []
+    return [str(name).rstrip("/").rpartition("/")[2] for name in found]
 
 
 def _shown(step: int | None) -> str:
@@ -99,19 +123,22 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--attempts", type=int, default=3, help="jobs in a row without progress")
     parser.add_argument("--pause", type=float, default=60.0, help="seconds after such a job")
-    parser.add_argument("run_dir", type=Path, help="exp_manager.explicit_log_dir of the run")
+    parser.add_argument("run_dir", help="exp_manager.explicit_log_dir of the run")
     parser.add_argument("sbatch", nargs=argparse.REMAINDER, help="sbatch options and job script")
     options = parser.parse_args(argv)
     if not options.sbatch or options.attempts < 1:
         parser.error("give the run directory and the job script; --attempts is at least 1")
     chain = Chain(
-        run_dir=options.run_dir,
+        run_dir=options.run_dir if "://" in options.run_dir else Path(options.run_dir),
         sbatch=options.sbatch,
         attempts=options.attempts,
         pause_s=options.pause,
     )
     try:
         return chain.run()
+    except ImportError as error:
+        _log(f"{options.run_dir}: {error}")
+        return BAD_INPUT
     except FileNotFoundError:
         _log("sbatch is not found; start the chain on a login node of the cluster")
         return BAD_INPUT

@@ -11,6 +11,7 @@ from speechlm2_jax.evaluation.inputs import Utterance, left_out, read_inputs
 from speechlm2_jax.evaluation.metrics.wer import text_normalizer
 from speechlm2_jax.evaluation.run_directories import Run, bundled_test_set, newest_run, read_run
 from speechlm2_jax.evaluation.swap_audio import swap_audio
+from speechlm2_jax.object_store.folders import shown
 from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.settings import SettingsError
 
@@ -72,7 +73,7 @@ class EvaluationPlan:
         model = ("model", config.pretrained_name)
         if run is not None:
             step, why = run.step
-            model = ("run", f"{run.folder}, step {step} ({why})")
+            model = ("run", f"{shown(run.folder)}, step {step} ({why})")
         prompt = " ".join(repr(t) for t in (config.system_prompt, config.user_prompt) if t)
         as_trained = run is not None and "user_prompt" not in self.given
         lines = [

@@ -10,6 +10,8 @@ from speechlm2_jax.conversion import readers
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.readers.nemo import NemoArchive
 from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.object_store.copies import fetch_run
+from speechlm2_jax.object_store.folders import is_address
 from speechlm2_jax.settings import SettingsError
 
 LLM_BACKBONE = "llm_backbone"
@@ -61,8 +63,14 @@ class Location:
     def find(self, name: str, *, key: str, patterns: tuple[str, ...] = LLM_FILES) -> Path:
         """The path that `name` means, downloaded from the hub if it is not a local one.
 
-        Raises SettingsError naming `key` if it is found neither locally nor on the hub.
+        Of an address of an object store, it is a local copy of the run there: its best checkpoint,
+        else the last. Raises SettingsError naming `key` if it is found nowhere.
         """
+        if is_address(name):
+            try:
+                return fetch_run(name)
+            except SettingsError as error:
+                raise SettingsError(f"{key}: {error}") from error
         found = self.local(name)
         if found is not None:
             return found

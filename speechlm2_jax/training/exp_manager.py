@@ -1,6 +1,5 @@
 """The `exp_manager:` block: the run directory, what is kept in it, and resuming."""
 
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,23 +8,18 @@ from typing import Any, ClassVar, Literal
 
 from speechlm2_jax import processes
 from speechlm2_jax.checkpointing import CHECKPOINTS, Retention, step_folders
+from speechlm2_jax.object_store.folders import is_address, local_path, shown, working_folder
+from speechlm2_jax.object_store.objects import ObjectStore
 from speechlm2_jax.settings import Refusal, SettingsError
 from speechlm2_jax.training.run.metrics_log import require_wandb, wandb_arguments
 from speechlm2_jax.training.trainer_config import parse_duration_s
 
 DEFAULT_EXP_DIR = "runs"
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
-def local_folder(key: str, value: str) -> Path:
-    """The folder that a setting names. Raises SettingsError for an address of an object store."""
-    if not _ADDRESS.match(value):
-        return Path(value)
-    raise SettingsError(
-        f"{key}={value}: a run directory lies on a file system, as its files are appended and "
-        "renamed; mount the bucket on all hosts (gcsfuse, s3fs) or use a shared disk (NFS, "
-        "Filestore, FSx), and give the path there. Data may be at such addresses"
-    )
+def run_folder(name: str) -> Path:
+    """The folder that a run directory's name means: a path, or that of an address of a store."""
+    return working_folder(name) if is_address(name) else local_path(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,20 +205,20 @@ class ExpManagerConfig:
 
         If it is named by date, each call gives a new one.
         """
-        return Path(processes.broadcast_text(str(self._run_dir())))
+        return run_folder(processes.broadcast_text(self._run_name()))
 
-    def _run_dir(self) -> Path:
+    def _run_name(self) -> str:
+        """The path or address of the run directory."""
         if self.explicit_log_dir:
-            return local_folder("exp_manager.explicit_log_dir", self.explicit_log_dir)
-        exp_dir = local_folder("exp_manager.exp_dir", self.exp_dir or DEFAULT_EXP_DIR)
-        folder = exp_dir / (self.name or "default")
+            return self.explicit_log_dir
+        folder = _below(self.exp_dir or DEFAULT_EXP_DIR, self.name or "default")
         if self.version:
-            return folder / self.version
+            return _below(folder, self.version)
         if self.resume_if_exists:
             return folder
         if self.use_datetime_version:
-            return folder / time.strftime("%Y-%m-%d_%H-%M-%S")
-        return folder / f"version_{len(list(folder.glob('version_*')))}"
+            return _below(folder, time.strftime("%Y-%m-%d_%H-%M-%S"))
+        return _below(folder, f"version_{len(_versions(folder))}")
 
     def check_loggers(self) -> None:
         """Raises SettingsError if a requested logger is not installed."""
@@ -236,18 +230,32 @@ class ExpManagerConfig:
         has_steps = bool(step_folders(run_dir / CHECKPOINTS))
         if has_steps and not self.resume_if_exists:
             raise SettingsError(
-                f"{run_dir} holds checkpoints of a run; set exp_manager.resume_if_exists=true to "
-                "resume it, or choose another exp_manager.explicit_log_dir"
+                f"{shown(run_dir)} holds checkpoints of a run; set "
+                "exp_manager.resume_if_exists=true to resume it, or choose another "
+                "exp_manager.explicit_log_dir"
             )
         may_start = self.resume_ignore_no_checkpoint or self.resume_from_checkpoint
         if self.resume_if_exists and not has_steps and not may_start:
             raise SettingsError(
-                f"{run_dir} holds no checkpoint to resume; set "
+                f"{shown(run_dir)} holds no checkpoint to resume; set "
                 "exp_manager.resume_ignore_no_checkpoint=true to start anew"
             )
         other = self.resume_from_checkpoint
-        if other and not step_folders(local_folder("exp_manager.resume_from_checkpoint", other)):
+        if other and not is_address(other) and not step_folders(local_path(other)):
             raise SettingsError(
                 f"exp_manager.resume_from_checkpoint={other}: found no checkpoint of a run; to "
                 "start from a model's weights, use from_pretrained or model.pretrained_llm"
             )
+
+
+def _below(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}" if is_address(folder) else str(Path(folder, name))
+
+
+def _versions(folder: str) -> set[str]:
+    """The names of the numbered versions of a run."""
+    if is_address(folder):
+        names = {name.partition("/")[0] for name in ObjectStore(folder).sizes()}
+    else:
+        names = {path.name for path in local_path(folder).glob("version_*")}
+    return {name for name in names if name.startswith("version_")}

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax
 from speechlm2_jax.checkpointing import CHECKPOINTS, Restored, read_ranking, step_folders
 from speechlm2_jax.compilation_cache import keep_compiled_programs
 from speechlm2_jax.console import ProgressBar
+from speechlm2_jax.object_store.folders import address_of
 from speechlm2_jax.settings import build
 from speechlm2_jax.strategies import (
     DDPStrategy,
@@ -22,7 +23,7 @@ from speechlm2_jax.strategies import (
     check_heads,
     read_strategy,
 )
-from speechlm2_jax.training.exp_manager import ExpManagerConfig, local_folder
+from speechlm2_jax.training.exp_manager import ExpManagerConfig, run_folder
 from speechlm2_jax.training.loop import FitLoop, NonFiniteRun, finished_reason
 from speechlm2_jax.training.optimizer import read_optimizer
 from speechlm2_jax.training.protocol import (
@@ -33,11 +34,12 @@ from speechlm2_jax.training.protocol import (
     TrainableModel,
 )
 from speechlm2_jax.training.run import directory as run_directory
-from speechlm2_jax.training.run import finishing, hosts, profiling, run_lock
+from speechlm2_jax.training.run import finishing, hosts, profiling
 from speechlm2_jax.training.run.changed_settings import check_resumed, is_other_model
 from speechlm2_jax.training.run.disk_errors import disk_errors
 from speechlm2_jax.training.run.goodput import TimeReport, add_start
 from speechlm2_jax.training.run.metrics_log import format_samples, format_validation
+from speechlm2_jax.training.run.opening import OpenRun, finished_folder, other_run
 from speechlm2_jax.training.run.outputs import (
     checkpoints_folder,
     list_data_errors,
@@ -55,7 +57,6 @@ from speechlm2_jax.training.run.preparation import (
     restore,
     resume,
 )
-from speechlm2_jax.training.run.run_lock import RunLock
 from speechlm2_jax.training.run.run_state import FitResult, RunContext, RunState
 from speechlm2_jax.training.run.stopping import StopRequest
 from speechlm2_jax.training.run.summary import describe_run
@@ -88,12 +89,12 @@ class Trainer:
         self.strategy = read_strategy(self.config.strategy)
         self.experiment = ExpManagerConfig()
         root = self.config.default_root_dir
-        self.run_dir = local_folder("trainer.default_root_dir", root) if root else None
+        self.run_dir = run_folder(root) if root else None
         self._options = options
         self._experiment_options: Mapping[str, Any] = {}
         self._importing_s: float | None = None
-        self._lock: RunLock | None = None
-        """The lock of the run directory, held from `use_experiment` to the end of `fit`."""
+        self._opened: OpenRun | None = None
+        """The run directory, locked from `use_experiment` to the end of `fit`."""
 
     def use_experiment(self, options: Mapping[str, object]) -> Path:
         """Takes an `exp_manager` block; makes and returns the run directory.
@@ -105,10 +106,9 @@ class Trainer:
         self.experiment = build(ExpManagerConfig, options, "exp_manager")
         self.run_dir, self._experiment_options = self.experiment.run_dir(), options
         hosts.together(self.experiment.check_loggers)
-        self._create(self.run_dir)
-        if self._lock is not None:
-            self._lock.release()
-        self._lock = run_lock.acquire(self.run_dir)
+        if self._opened is not None:
+            self._opened.release()
+        self._open(self.run_dir)
         return self.run_dir
 
     def check_experiment(self, options: Mapping[str, object] | None) -> None:
@@ -155,12 +155,15 @@ class Trainer:
         experiment = build(ExpManagerConfig, options or {}, "exp_manager")
         if options is None or not experiment.resume_if_exists:
             return None
-        folder = experiment.run_dir()
+        folder = finished_folder(experiment.run_dir())
+        if folder is None:
+            return None
         step = hosts.chosen_by_first(lambda: self._finished_step(folder, settings))
         if step is None:
             return None
         reason = finished_reason(step)
-        with run_directory.logging_to(folder):
+        is_local = address_of(folder) is None
+        with run_directory.logging_to(folder if is_local else None):
             log.info("%s", reason)
             run_directory.log_next_commands(folder, step=step, is_finished=True)
         metrics = read_ranking(folder / CHECKPOINTS).metrics.get(step, {})
@@ -170,7 +173,7 @@ class Trainer:
             reason=reason,
             metrics={name: math.nan if v is None else v for name, v in metrics.items()},
         )
-        finishing.mark(folder, result)
+        finishing.mark(folder if is_local else None, result)
         return result
 
     def _finished_step(self, run_dir: Path, settings: Mapping[str, object] | None) -> int | None:
@@ -293,21 +296,23 @@ class Trainer:
             log.info(format_validation({"step": 0, **result.metrics}))
             return result.metrics
 
-    def _create(self, run_dir: Path) -> None:
-        """Makes the run directory, which all processes must see. Raises SettingsError on all."""
-        hosts.of_first(lambda: self.experiment.check_resume(run_dir))
-        hosts.together(lambda: run_directory.create(run_dir))
-        hosts.check_shared(run_dir)
-        hosts.together(lambda: self.experiment.check_resume(run_dir))
+    def _open(self, run_dir: Path) -> OpenRun:
+        """Makes and locks the run directory. Raises SettingsError on all processes."""
+        if self._opened is None or self._opened.folder != run_dir:
+            self._opened = OpenRun(run_dir)
+        self._opened.open(self.experiment.check_resume)
+        return self._opened
 
     def _enter_run(self, stack: ExitStack, stop: StopRequest) -> None:
         """Locks the run directory, opens train.log and catches signals until `stack` closes."""
-        if self.run_dir is not None:
-            self._create(self.run_dir)
-            stack.enter_context(self._locked(self.run_dir))
+        opened = None if self.run_dir is None else self._open(self.run_dir)
+        if opened is not None:
+            stack.enter_context(opened.training())
         stack.enter_context(disk_errors(self.run_dir))
         stack.enter_context(run_directory.logging_to(self.run_dir))
         stack.enter_context(stop.catching_signals())
+        if opened is not None:
+            stack.enter_context(opened.uploading())
         stack.enter_context(self.config.matmul_precision())
         keep_compiled_programs(self.config.compilation_cache_dir)
 
@@ -318,8 +323,7 @@ class Trainer:
         experiment, own = self.experiment, None
         if experiment.resume_if_exists:
             own = checkpoints_folder(experiment, self.run_dir)
-        other = experiment.resume_from_checkpoint
-        sources = (own, Path(other) if other else None)
+        sources = (own, other_run(experiment.resume_from_checkpoint))
         check_resumed(sources, model, settings, allows_changes=experiment.resume_allow_changes)
         return restore(model, setup.layout, *sources, self.run_dir)
 
@@ -375,12 +379,6 @@ class Trainer:
         )
         write_description(self.run_dir, model, settings)
         return context
-
-    def _locked(self, run_dir: Path) -> AbstractContextManager[None]:
-        """The run directory's lock, held until the end of `fit`."""
-        if self._lock is None or not self._lock.is_held:
-            self._lock = run_lock.acquire(run_dir)
-        return self._lock.training()
 
 
 def exp_manager(trainer: Trainer, cfg: Mapping[str, object] | None = None) -> Path | None:

@@ -12,10 +12,9 @@ import pytest
 from speechlm2_jax import processes
 from speechlm2_jax.launch import COORDINATOR, COUNT, INDEX
 from speechlm2_jax.settings import SettingsError
-from speechlm2_jax.training.exp_manager import ExpManagerConfig
 from speechlm2_jax.training.run import hosts
 from tests.training.tiny_salm import write_config
-from tests.training.toy import ToyData, make_trainer
+from tests.training.toy import ToyData
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,17 +130,6 @@ def test_the_data_of_training_and_validation_is_compared(monkeypatch):
     one, two = gathered
     assert one["data of validation_ds.clean"] == "12ab"
     assert {name for name in one if one[name] != two[name]} == {"training data"}
-
-
-@pytest.mark.parametrize("scheme", ["gs", "s3"])
-def test_a_run_directory_in_an_object_store_is_refused_with_what_to_do(scheme):
-    address = f"{scheme}://bucket/run"
-    with pytest.raises(SettingsError, match="exp_manager.explicit_log_dir=.*mount the bucket"):
-        ExpManagerConfig(explicit_log_dir=address).run_dir()
-    with pytest.raises(SettingsError, match="exp_manager.exp_dir="):
-        ExpManagerConfig(exp_dir=address).run_dir()
-    with pytest.raises(SettingsError, match="trainer.default_root_dir="):
-        make_trainer(default_root_dir=address)
 
 
 def start(folders, config, *overrides):

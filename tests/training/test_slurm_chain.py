@@ -9,6 +9,7 @@ import pytest
 
 from speechlm2_jax import launch, slurm_chain
 from speechlm2_jax.exit_codes import BAD_INPUT, FAILED, FINISHED, STALLED, UNFINISHED
+from tests.object_store.emulated import use_stores
 from tests.training.tiny_salm import write_config
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,21 @@ def test_jobs_without_progress_end_the_chain(cluster, capsys):
     assert "2 jobs in a row added no checkpoint" in capsys.readouterr().out
     code, calls = cluster(plan[3:], "--attempts", "2")
     assert code == FAILED and len(calls) == 3
+
+
+def test_a_run_in_an_object_store_is_followed_by_what_is_whole_there(tmp_path, monkeypatch, capsys):
+    assert slurm_chain.main(["gs://bucket/run", "job.sh"]) == BAD_INPUT  # without its package
+    assert "gs://bucket/run: " in capsys.readouterr().out
+    use_stores(tmp_path, monkeypatch)
+    chain = slurm_chain.Chain(run_dir="gs://bucket/run", sbatch=["job.sh"])
+    assert chain._last_step() is None and not chain._is_finished()
+    run = tmp_path / "gs" / "bucket" / "run"
+    for name in ("committed/9", "committed/12", "committed/frozen", "checkpoints/15/a"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("")
+    assert chain._last_step() == 12 and not chain._is_finished()
+    (run / "FINISHED").write_text("{}")
+    assert slurm_chain.main(["gs://bucket/run", "job.sh"]) == FINISHED
 
 
 def test_refused_settings_end_the_chain_at_once(cluster):

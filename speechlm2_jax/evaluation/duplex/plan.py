@@ -19,6 +19,7 @@ from speechlm2_jax.evaluation.duplex.inputs import (
 from speechlm2_jax.evaluation.inputs import left_out
 from speechlm2_jax.evaluation.run_directories import RUNS, Run, newest_run, read_run
 from speechlm2_jax.models.duplex import DuplexS2SModel
+from speechlm2_jax.object_store.folders import shown
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.locate import Location, nearest_path
 from speechlm2_jax.pretrained.save_load import open_model
@@ -109,7 +110,7 @@ class DuplexPlan:
         model = ("model", config.pretrained_name)
         if run is not None:
             step, why = run.step
-            model = ("run", f"{run.folder}, step {step} ({why})")
+            model = ("run", f"{shown(run.folder)}, step {step} ({why})")
         counts: dict[str, int] = {}
         for dialogue in self.dialogues:
             counts[dialogue.set_name] = counts.get(dialogue.set_name, 0) + 1

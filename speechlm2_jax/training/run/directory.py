@@ -17,6 +17,7 @@ import yaml
 from speechlm2_jax import console
 from speechlm2_jax.checkpointing import CHECKPOINTS, read_ranking, step_folders
 from speechlm2_jax.console import PACKAGE_LOGGER
+from speechlm2_jax.object_store.folders import address_of, shown
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.run.disk_errors import RunLog
 
@@ -105,7 +106,7 @@ def checkpoints_line(run_dir: Path) -> str:
     if best:
         monitor = ranking.retention.monitor
         line += f", step {best[0]} the best ({monitor} {present[best[0]][monitor]:.4f})"
-    return f"{line}; in {folder}"
+    return f"{line}; in {shown(run_dir)}/{CHECKPOINTS}"
 
 
 def log_next_commands(run_dir: Path | None, *, step: int, is_finished: bool) -> None:
@@ -135,10 +136,9 @@ def next_line(run_dir: Path | None, *, step: int, is_finished: bool) -> str:
         return f"next: {longer_run}  to train longer"
     is_newest = run_dir.parent == Path(_RUNS)
     evaluate = "python evaluate.py" if _program() == _SCRIPT else f"{_INSTALLED} evaluate"
-    evaluate += "" if is_newest else f" pretrained_name={run_dir}"
-    return (
-        f"next: {evaluate}  (report: {run_dir / 'report.html'})  |  {longer_run}  to train longer"
-    )
+    evaluate += "" if is_newest else f" pretrained_name={shown(run_dir)}"
+    report = "" if address_of(run_dir) else f"  (report: {run_dir / 'report.html'})"
+    return f"next: {evaluate}{report}  |  {longer_run}  to train longer"
 
 
 def _command(overrides: Mapping[str, str] | None = None) -> str:

@@ -59,6 +59,8 @@ def disk_errors(run_dir: Path | None) -> Generator[None]:
     sys.unraisablehook = _without_closed_loops(hook)
     try:
         yield
+    except DiskError:
+        raise
     except Exception as error:
         problem = None if run_dir is None else disk_problem(error)
         if problem is None or run_dir is None:

@@ -38,6 +38,7 @@ SEEN_S = 20.0
 POLL_S = 0.2
 MAX_NAMED = 3
 _IS_SHARED = "yes"
+_REMEDY = "set exp_manager.explicit_log_dir to a folder"
 
 
 def check_start(settings: Mapping[str, object]) -> None:
@@ -115,8 +116,11 @@ def code_facts() -> dict[str, str]:
     return {"code of speechlm2_jax": code, **versions}
 
 
-def check_shared(run_dir: Path) -> None:
-    """Raises SettingsError, on all processes, unless all see what the first writes in `run_dir`."""
+def check_shared(run_dir: Path, remedy: str = _REMEDY) -> None:
+    """Raises SettingsError, on all processes, unless all see what the first writes in `run_dir`.
+
+    `remedy` begins what the message advises.
+    """
     if jax.process_count() == 1:
         return
     is_first = jax.process_index() == 0
@@ -135,8 +139,7 @@ def check_shared(run_dir: Path) -> None:
         raise SettingsError(
             f"the run directory {run_dir} is not shared: process {first} on {found[first]} does "
             f"not see what process 0 writes there ({len(missing)} of {len(found)} processes do "
-            "not); set exp_manager.explicit_log_dir to a folder of a file system that all hosts "
-            "mount at the same path"
+            f"not); {remedy} of a file system that all hosts mount at the same path"
         )
 
 

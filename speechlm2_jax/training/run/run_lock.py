@@ -292,13 +292,13 @@ def _read(path: Path) -> tuple[Owner | None, float] | None:
         return None
     try:
         owner = Owner(**parse_json(text))
-        owner = owner if _is_valid(owner) else None
+        owner = owner if is_valid(owner) else None
     except (SettingsError, TypeError):
         owner = None
     return owner, changed_s
 
 
-def _is_valid(owner: Owner) -> bool:
+def is_valid(owner: Owner) -> bool:
     """Whether a lock's owner is one that `Owner.this_process` could have made."""
     is_pid = isinstance(owner.pid, int) and not isinstance(owner.pid, bool) and owner.pid > 0
     token = owner.token
