@@ -17,6 +17,7 @@ from speechlm2_jax.asr.transducer import TransducerNetwork
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.readers import NemoArchive, read_nemo
 from speechlm2_jax.inference.timestamps.ctc_aligner import CtcAligner
+from speechlm2_jax.inference.timestamps.transducer_aligner import TransducerAligner
 from speechlm2_jax.layers.module import Variables, describe, merge, split
 from speechlm2_jax.models.transcriber import Transcriber, best_paths
 from speechlm2_jax.pretrained.asr import (
@@ -29,7 +30,6 @@ from speechlm2_jax.pretrained.asr import (
 from speechlm2_jax.pretrained.asr_labels import nemo_label_decoder
 from speechlm2_jax.pretrained.label_encoder import nemo_label_encoder
 from speechlm2_jax.pretrained.registry import find_nemo
-from speechlm2_jax.settings import SettingsError
 
 PRECISION = "highest"
 """Of matmuls: TPU and GPU default to less, and scores must not depend on the device."""
@@ -91,32 +91,40 @@ class ASRModel(Transcriber):
         """Sampling rate of the input audio in Hz."""
         return self._preprocessor.sample_rate
 
-    def aligner(self) -> CtcAligner:
+    def aligner(self) -> CtcAligner | TransducerAligner:
         """The model as what finds the times of words; see `inference.timestamps.word_times`.
 
-        Raises SettingsError for a transducer, which has no frame of every label of a known text.
+        A CTC model aligns every label of a text. A transducer tells the frames of its own
+        transcript, which is joined to the text by edit distance.
         """
-        if self.decoder != "ctc":
-            raise SettingsError(
-                f"decoder={self.decoder!r}: word times need a CTC head; open a CTC model, or a "
-                'hybrid one with decoder="ctc"'
-            )
         assert self._variables is not None
-        return CtcAligner(
-            graphdef=self._graphdef,
-            variables=self._variables,
+        if self.decoder == "ctc":
+            return CtcAligner(
+                graphdef=self._graphdef,
+                variables=self._variables,
+                encoder=self._to_labels,
+                sampling_rate=self.sampling_rate,
+                frame_samples=self._frame_samples,
+                precision=PRECISION,
+            )
+        return TransducerAligner(
+            decode=self._hypotheses_of,
             encoder=self._to_labels,
             sampling_rate=self.sampling_rate,
             frame_samples=self._frame_samples,
-            precision=PRECISION,
         )
 
-    def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    def _hypotheses_of(self, audio: np.ndarray, lengths: np.ndarray) -> Hypotheses:
+        """The labels of a transducer, with their frames."""
         inputs = self._graphdef, self._variables, jnp.asarray(audio), jnp.asarray(lengths)
+        return _hypotheses(*inputs, **self._limits)
+
+    def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         if self.decoder == "ctc":
+            inputs = self._graphdef, self._variables, jnp.asarray(audio), jnp.asarray(lengths)
             blank = len(self._to_text)
             return [collapse(path, blank) for path in np.asarray(best_paths(*inputs, PRECISION))]
-        found = _hypotheses(*inputs, **self._limits)
+        found = self._hypotheses_of(audio, lengths)
         pairs = zip(np.asarray(found.labels), np.asarray(found.lengths), strict=True)
         return [labels[:count].tolist() for labels, count in pairs]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,8 +28,10 @@ from speechlm2_jax.inference.request.generation_request import (
 )
 from speechlm2_jax.inference.text_stream import Piece, last_output
 from speechlm2_jax.inference.timed_text import Transcript
+from speechlm2_jax.inference.timestamps.aligner import Aligner
 from speechlm2_jax.inference.transcribe import transcribe_by_prompt
 from speechlm2_jax.layers.module import Variables, merge
+from speechlm2_jax.models.aligners import usual_aligner
 from speechlm2_jax.models.base import SpeechModel
 from speechlm2_jax.networks import salm as salm_network
 from speechlm2_jax.networks.flops import EncodedAudio, salm_flops
@@ -179,6 +182,21 @@ class SALM(SpeechModel):
         """
         generation = {**generation_kwargs, "max_new_tokens": max_new_tokens}
         return transcribe_by_prompt(self, audio, prompt, batch_size, generation)
+
+    def aligner(self) -> Aligner | None:
+        """What finds the times of words, opened at the first call.
+
+        The CTC head that its encoder was trained with, if its `pretrained_asr` is on this machine
+        and has one; else `aligners.DEFAULT_ALIGNER`. None, after a warning, if neither is here.
+        """
+        return self._usual_aligner
+
+    @cached_property
+    def _usual_aligner(self) -> Aligner | None:
+        named = {**self._blueprint.cfg, **(self._blueprint.named or {})}
+        origin = self._blueprint.origin
+        near = (*self._blueprint.near, *([] if origin is None else [origin]))
+        return usual_aligner(named.get("pretrained_asr"), near)
 
     def as_draft_model(self) -> DraftModel:
         """The model as the source of draft tokens of another (`assistant_model`)."""

@@ -57,6 +57,7 @@ class LabelEncoder:
     ) -> None:
         self.space = space
         self._encode = encode
+        self._pieces = tuple(pieces)
         self._letters = [_letters(piece) for piece in pieces]
         self._known = frozenset(c for p in pieces if not _is_special(p) for c in _plain(p))
 
@@ -101,6 +102,10 @@ class LabelEncoder:
             for word, own in zip(words, parts, strict=True)
         ]
 
+    def letters(self, labels: Sequence[int]) -> list[str]:
+        """The letters of each label of a transcript, in lower case; marks have none."""
+        return [plain_letters(_plain(self._pieces[i])) for i in labels]
+
     def _labels(self, word: str, parts: Sequence[Sequence[int]]) -> WordLabels:
         labels = [i for n, part in enumerate(parts) for i in (*self._between(n), *part)]
         labels = [i for i in labels if i >= 0]
@@ -143,6 +148,12 @@ def nemo_label_encoder(archive: NemoArchive, decoder: str) -> LabelEncoder:
         return LabelEncoder.from_word_pieces(word_pieces(archive))
     found = nemo_tokenizer(archive)
     return LabelEncoder.from_tokenizer(found, len(found))
+
+
+def plain_letters(text: str) -> str:
+    """The letters and digits of a text, in lower case and without accents."""
+    parts = unicodedata.normalize("NFKD", text).casefold()
+    return "".join(c for c in parts if c.isalnum())
 
 
 def _is_special(piece: str) -> bool:

@@ -56,8 +56,10 @@ class Timing:
     """Standard deviation of the times at which silences end and begin."""
 
 
-MEASURED = Timing()
-"""The constants of the bundled encoder, for every ASR model of which nothing else is known."""
+CTC_TIMING = Timing()
+"""Measured on the bundled encoder, for every CTC model of which nothing else is known."""
+TRANSDUCER_TIMING = Timing(emission_point=0.5, delay_frames=0.0)
+"""A label's sound is taken to be its frames, as NeMo does. No transducer was measured."""
 
 
 class TimedLabel(NamedTuple):
@@ -87,7 +89,7 @@ def word_spans(
     silences: Sequence[Silence],
     *,
     frame_s: float,
-    timing: Timing = MEASURED,
+    timing: Timing = CTC_TIMING,
 ) -> list[Span]:
     """Finds start and end of each word. Every word has at least one of `labels`, in order.
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from speechlm2_jax.asr.ctc import CtcNetwork
 from speechlm2_jax.asr.ctc_alignment import LabelFrames, align_labels
 from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.inference.padding import SAMPLE_UNIT, round_up
-from speechlm2_jax.inference.timestamps.bounds import TimedLabel
+from speechlm2_jax.inference.timestamps.aligner import AlignedLabels
+from speechlm2_jax.inference.timestamps.bounds import CTC_TIMING, TimedLabel, Timing
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.pretrained.label_encoder import LabelEncoder, WordLabels
 
@@ -25,18 +26,6 @@ LABEL_UNIT = 16
 SILENT_FRAMES = 3
 """Frames of silence put around a recording: words at its edges, and many labels, need room."""
 DEFAULT_BATCH_SIZE = 16
-
-
-class AlignedLabels(NamedTuple):
-    """The labels of one text in time, or why there are none."""
-
-    labels: tuple[TimedLabel, ...]
-    log_probs: tuple[float | None, ...]
-    """Mean log-probability of each label over its frames, in nats; None without frames."""
-    score: float
-    """Mean log-probability of the path per frame, blanks included, in nats; 0 is certain."""
-    problem: str | None = None
-    """Why the text does not fit: its labels then have no frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +43,7 @@ class CtcAligner:
     precision: str | None = None
     """Of matmuls; None is the default of the platform."""
     batch_size: int = DEFAULT_BATCH_SIZE
+    timing: Timing = CTC_TIMING
 
     @property
     def frame_s(self) -> float:
@@ -126,7 +116,7 @@ class CtcAligner:
             return AlignedLabels(tuple(labels), tuple(log_probs), score)
         count = sum(len(word.labels) for word in words)
         problem = f"its text has {count} labels, too many for {frames} frames"
-        return AlignedLabels(tuple(labels), tuple(log_probs), -np.inf, problem)
+        return AlignedLabels(tuple(labels), tuple(log_probs), None, problem)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "precision"))

@@ -2,35 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from speechlm2_jax.inference.timed_text import Word
-from speechlm2_jax.inference.timestamps.bounds import MEASURED, Timing, word_spans
-from speechlm2_jax.inference.timestamps.ctc_aligner import AlignedLabels
+from speechlm2_jax.inference.timestamps.aligner import AlignedLabels, Aligner
+from speechlm2_jax.inference.timestamps.bounds import Timing, word_spans
 from speechlm2_jax.inference.timestamps.speech import find_silences
-
-
-@runtime_checkable
-class Aligner(Protocol):
-    """What aligns words with recordings, as `CtcAligner`."""
-
-    @property
-    def sampling_rate(self) -> int:
-        """Samples per second of the recordings."""
-        ...
-
-    @property
-    def frame_s(self) -> float:
-        """Seconds per frame."""
-        ...
-
-    def align(
-        self, waves: Sequence[np.ndarray], words: Sequence[Sequence[str]]
-    ) -> list[AlignedLabels]:
-        """Aligns the words of each recording."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +17,11 @@ class AlignedText:
 
     words: tuple[Word, ...]
     """The text's words, split at white space; `is_estimated` marks those without frames."""
-    score: float
-    """Mean log-probability per frame, in nats: near 0 if the recording has this text."""
+    score: float | None
+    """Mean log-probability per frame, in nats: near 0 if the recording has this text.
+
+    None if the text does not fit, and from a transducer.
+    """
     problem: str | None = None
     """Why the text does not fit the recording: then the times of all words are estimates."""
 
@@ -51,7 +32,7 @@ def word_times(
     aligner: Aligner,
     *,
     offsets_s: Sequence[float] | None = None,
-    timing: Timing = MEASURED,
+    timing: Timing | None = None,
 ) -> list[AlignedText]:
     """Finds start and end of each word of final texts: with case, punctuation and digits.
 
@@ -59,6 +40,7 @@ def word_times(
     recording, and give each cut's start in `offsets_s`, which is added to its times. A word of
     which the aligner knows no character gets the time between its neighbours and is marked
     `is_estimated`. So are all words of a text that does not fit into its recording (`problem`).
+    `timing` is the aligner's own by default.
     Raises ValueError for unequal numbers of recordings, texts and offsets.
     """
     offsets = [0.0] * len(waves) if offsets_s is None else list(offsets_s)
@@ -72,7 +54,7 @@ def word_times(
     aligned = aligner.align([waves[n] for n in rows], [words[n] for n in rows])
     found = dict(zip(rows, aligned, strict=True))
     return [
-        _in_time(waves[n], words[n], found[n], offsets[n], aligner, timing)
+        _in_time(waves[n], words[n], found[n], offsets[n], aligner, timing or aligner.timing)
         if n in found
         else _without_sound(words[n], offsets[n])
         for n in range(len(waves))
@@ -106,5 +88,4 @@ def _without_sound(words: Sequence[str], offset_s: float) -> AlignedText:
     """A text of no words, or of words in a recording of no samples."""
     timed = [Word(text=w, start=offset_s, end=offset_s, is_estimated=True) for w in words]
     problem = "the recording has no samples" if words else None
-    score = -np.inf if words else 0.0
-    return AlignedText(words=tuple(timed), score=score, problem=problem)
+    return AlignedText(words=tuple(timed), score=None, problem=problem)

@@ -1,0 +1,63 @@
+"""Which ASR model finds the times of a model's words: its encoder's own CTC head, or another."""
+
+import logging
+from pathlib import Path
+
+from speechlm2_jax.conversion.readers import read_nemo
+from speechlm2_jax.inference.timestamps.aligner import Aligner
+from speechlm2_jax.models.asr import ASRModel
+from speechlm2_jax.models.ctc import CTCModel
+from speechlm2_jax.pretrained import registry
+from speechlm2_jax.pretrained.asr import DECODERS
+from speechlm2_jax.pretrained.asr_labels import class_name
+from speechlm2_jax.pretrained.locate import Location, config_folders
+from speechlm2_jax.settings import SettingsError
+
+DEFAULT_ALIGNER = "nvidia/parakeet-ctc-0.6b"
+"""For models without a CTC head of their own; of the hub."""
+KEY = "aligner"
+log = logging.getLogger(__name__)
+
+
+def open_aligner(name: str | Path, *, key: str = KEY) -> Aligner:
+    """Opens an ASR model as an aligner: a `.nemo` file, a run of a CTC model, or a hub name.
+
+    A hybrid model aligns with its CTC head. Raises SettingsError naming `key` for another model, or
+    if there is none.
+    """
+    found = Location().local(str(name))
+    if found is None or found.suffix == ".nemo":
+        found = Location().find_nemo(str(name), key=key)
+    kind = registry.identify(found)
+    if kind is not None and kind.classes == ("CTCModel",):
+        return CTCModel.from_pretrained(found).aligner()
+    if kind is None or "ASRModel" not in kind.classes:
+        what = kind.sentence(found) if kind else f"{found} is no model that is known here"
+        raise SettingsError(f"{key}: {what}; name an ASR model, such as {DEFAULT_ALIGNER}")
+    file = registry.find_nemo(ASRModel, found, key=key)
+    return ASRModel.from_pretrained(file, decoder="ctc" if _has_ctc_head(file) else None).aligner()
+
+
+def usual_aligner(asr_name: object, near: tuple[Path, ...] = ()) -> Aligner | None:
+    """The aligner of a model with an LLM, if none is named.
+
+    `asr_name` is the ASR model that its encoder came from (`model.pretrained_asr`): its CTC head is
+    taken if its file is on this machine, found here or in one of the folders `near`. Without one it
+    is DEFAULT_ALIGNER, which is fetched once; one line tells so. If it cannot be had, a warning
+    tells why and the result is None.
+    """
+    location = Location(near=(*near, *config_folders()))
+    file = location.local(asr_name) if isinstance(asr_name, str) else None
+    if file is not None and file.suffix == ".nemo" and _has_ctc_head(file):
+        return open_aligner(file)
+    log.info("word times: the model has no CTC head; the aligner is %s", DEFAULT_ALIGNER)
+    try:
+        return open_aligner(DEFAULT_ALIGNER)
+    except SettingsError as error:
+        log.warning("no word times: %s; name an ASR model of this machine as the aligner", error)
+        return None
+
+
+def _has_ctc_head(file: Path) -> bool:
+    """Whether a `.nemo` file is a CTC or hybrid model."""
+    return "ctc" in DECODERS.get(class_name(read_nemo(file)), ())

@@ -1,0 +1,71 @@
+"""Word times of transducers: the letters of their own transcript joined to those of the text."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from speechlm2_jax.inference.timestamps.transducer_aligner import TransducerAligner, joined
+from speechlm2_jax.inference.timestamps.word_times import word_times
+from speechlm2_jax.models import ASRModel
+
+ASR = Path(__file__).parents[1] / "data" / "asr"
+
+
+def spans(count, length_s=0.1):
+    starts = np.arange(count) * length_s
+    return np.stack([starts, starts + length_s], axis=1)
+
+
+def words_of(aligned):
+    """Word -> the spans of its labels."""
+    found = {}
+    for label in aligned.labels:
+        found.setdefault(label.word, []).append(label.emitted)
+    return found
+
+
+def test_letters_are_joined_whatever_case_marks_and_spaces():
+    aligned = joined(["Well-known,", "caf\u00e9s!"], ["well", "known", "ca", "fes"], spans(4))
+    (a, b), (c, d) = words_of(aligned).values()
+    assert [a[0], b[1], c[0], d[1]] == pytest.approx([0.0, 0.2, 0.2, 0.4])
+    assert [label.letters for label in aligned.labels] == [4, 5, 2, 3]
+
+
+def test_a_replaced_word_keeps_its_time_and_a_missing_one_has_none():
+    aligned = joined(["the", "red", "hat", "42"], ["the", "bed", "hat"], spans(3))
+    found = words_of(aligned)
+    assert found[1] == [pytest.approx((0.1, 0.2))] and found[3] == [None]
+    assert aligned.problem is None
+    # a word that the text lacks takes no time from its neighbours
+    found = words_of(joined(["the", "hat"], ["the", "old", "hat"], spans(3)))
+    assert found == {0: [pytest.approx((0, 0.1))], 1: [pytest.approx((0.2, 0.3))]}
+
+
+def test_another_text_is_told():
+    aligned = joined(["completely", "different"], ["xyz", "uvw"], spans(2))
+    assert aligned.problem == "the ASR model's own transcript of it is another text"
+    assert words_of(aligned) == {0: [None], 1: [None]}
+
+
+@pytest.fixture(scope="module")
+def aligner():
+    return ASRModel.from_pretrained(ASR / "tdt.nemo").aligner()
+
+
+def test_frames_are_those_of_the_transcript(aligner):
+    given = load_file(ASR / "tdt_golden.safetensors")
+    wave = np.split(given["audio"], np.cumsum(given["audio_len"])[:-1])[0].astype(np.float32)
+    assert isinstance(aligner, TransducerAligner)
+    hypotheses = aligner._hypotheses([wave])
+    labels = np.asarray(hypotheses.labels[0, : hypotheses.lengths[0]]).tolist()
+    letters = aligner.encoder.letters(labels)
+    text = "".join(letters)  # as one word
+    (aligned,) = aligner.align([wave], [[text]])
+    first = (np.asarray(hypotheses.frames[0]) - 3) * aligner.frame_s
+    with_letters = [n for n, own in enumerate(letters) if own]
+    assert [x.emitted[0] for x in aligned.labels] == pytest.approx(first[with_letters].tolist())
+    (found,) = word_times([wave], [f"{text.title()}, 1984"], aligner)
+    assert [w.is_estimated for w in found.words] == [False, True] and found.score is None
+    assert 0 <= found.words[0].start < found.words[0].end <= found.words[1].end <= len(wave) / 16000
