@@ -32,7 +32,7 @@ def open_aligner(name: str | Path, *, key: str = KEY) -> Aligner:
     if kind is not None and kind.classes == ("CTCModel",):
         return CTCModel.from_pretrained(found).aligner()
     if kind is None or "ASRModel" not in kind.classes:
-        what = kind.sentence(found) if kind else f"{found} is no model that is known here"
+        what = kind.sentence(found) if kind else f"{found} is not a known kind of model"
         raise SettingsError(f"{key}: {what}; name an ASR model, such as {DEFAULT_ALIGNER}")
     file = registry.find_nemo(ASRModel, found, key=key)
     return ASRModel.from_pretrained(file, decoder="ctc" if _has_ctc_head(file) else None).aligner()
