@@ -32,7 +32,11 @@ RUN_ELSEWHERE = {"docs/conversion.md": "test_convert.py", "docs/data.md": "test_
 OF_SETTINGS = "speechlm2_jax/settings/command_line.py"
 SOURCES_OF_OPTIONS = {
     "train.py": (OF_SETTINGS,),
-    "evaluate.py": ("speechlm2_jax/evaluation/arguments.py", OF_SETTINGS),
+    "evaluate.py": (
+        "speechlm2_jax/evaluation/arguments.py",
+        "speechlm2_jax/evaluation/compare.py",
+        OF_SETTINGS,
+    ),
     "convert.py": ("speechlm2_jax/commands/convert.py",),
 }
 SCRIPTS = ("train", "evaluate", "convert")

@@ -3,6 +3,7 @@
 python evaluate.py                the newest run below runs/, on the bundled test set
 python evaluate.py pretrained_name=runs/digits inputs=test.jsonl batch_size=16 [key=value ...]
 python evaluate.py pretrained_name=runs/s2s_duplex       a duplex model, on its validation sets
+python evaluate.py --compare A B --metrics wer,cer       two output manifests: is the change luck?
 python -m speechlm2_jax.launch -n 2 evaluate.py ...      two processes; SLURM's are found without it
 """
 
@@ -12,6 +13,7 @@ from speechlm2_jax import console
 from speechlm2_jax.usage import print_help_if_asked
 
 PROGRAM = "evaluate.py"
+COMPARE = "--compare"
 KEYS_OF = tuple(f"../evaluation/{name}config.py" for name in ("", "duplex/"))
 
 
@@ -40,6 +42,11 @@ def main(argv: Sequence[str], *, compiled: str | None = None, program: str = PRO
 
 
 def _evaluate(argv: Sequence[str], compiled: str | None, program: str) -> None:
+    if COMPARE in argv:
+        from speechlm2_jax.evaluation.compare import compare_answers
+
+        print(compare_answers(argv, program))
+        return
     from speechlm2_jax import processes
     from speechlm2_jax.compilation_cache import keep_compiled_programs
     from speechlm2_jax.evaluation.arguments import parse_arguments

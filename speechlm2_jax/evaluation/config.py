@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from speechlm2_jax.evaluation.metrics.task_metrics import check_metrics
 from speechlm2_jax.evaluation.metrics.wer import check_normalizer
 from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
 from speechlm2_jax.settings import Refusal, SettingsError
@@ -51,6 +52,9 @@ class EvalConfig:
     verbose: bool = True
     """Print each reference and hypothesis, and the word errors of each batch."""
     use_normalizer: str | bool | None = "english"
+    metrics: tuple[str, ...] = ("wer",)
+    """Metrics of the responses, with 95 % intervals if others than `wer` are named: wer, cer, bleu,
+    chrf, intent (JSON commands), mcq (a letter)."""
     device: str = "auto"
     """auto, cpu, gpu (cuda) or tpu; with an index, as in gpu:1, that device alone."""
     devices: int = -1
@@ -109,6 +113,7 @@ class EvalConfig:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if self.max_audio_s is not None and self.max_audio_s < 1:
             raise ValueError(f"max_audio_s={self.max_audio_s:g} must be at least 1, or null")
+        check_metrics(self.metrics)
         if self.generation:
             check_generation(self.generation, self.max_new_tokens)
         if self.draft is not None:

@@ -3,11 +3,13 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.evaluation.dialogs import EvaluatedDialog
+from speechlm2_jax.evaluation.metrics.resampling import Estimate, estimate
+from speechlm2_jax.evaluation.metrics.task_metrics import TASK_METRICS
 from speechlm2_jax.evaluation.metrics.wer import (
     WordErrors,
     merges_compounds,
@@ -148,6 +150,8 @@ class Evaluation:
     responses: tuple[Response, ...]
     speed: Speed
     normalizer: str | bool | None = "english"
+    metrics: tuple[str, ...] = ("wer",)
+    """Names of TASK_METRICS; `wer` alone has no interval, as it is counted in any case."""
 
     def with_encoder_texts(self, texts: Sequence[str | None]) -> "Evaluation":
         """Adds the transcripts of the encoder's CTC head, in input order."""
@@ -189,6 +193,19 @@ class Evaluation:
             merge_compounds=merges_compounds(self.normalizer),
         )
 
+    def task_scores(self) -> dict[str, dict[str, Any]]:
+        """Each metric with its 95 % interval; empty for `wer` alone."""
+        if self.metrics == ("wer",):
+            return {}
+        pairs = [(s.response.text or "", s.response.pred_text) for s in self.scored()]
+        found = {}
+        for name in self.metrics:
+            metric = TASK_METRICS[name]
+            score = estimate(metric, pairs, self.normalizer)
+            details = {key: round(value, 2) for key, value in metric.details(pairs).items()}
+            found[name] = {"title": metric.title, **asdict(score), "details": details}
+        return found
+
     def totals(self) -> dict[str, Any]:
         """All numbers of the table."""
         scored = self.scored()
@@ -215,6 +232,7 @@ class Evaluation:
             "unseen": _errors(unseen).plain() if unseen else None,
             "by_length": _by_length(scored),
             "encoder": None if encoder is None else encoder.plain(),
+            "metrics": self.task_scores(),
             "audio_is_swapped": any(a.audio_of is not None for a in self.responses),
             "rtfx": self.speed.rtfx,
             "rtfx_without_warm_up": self.speed.rtfx_warm,
@@ -248,6 +266,7 @@ def table(totals: Mapping[str, Any]) -> str:
     lines.append(("audio", f"{seconds}, {totals['compiled']} programs compiled"))
     if totals["scored"]:
         lines += _error_lines(totals)
+        lines += _metric_lines(totals)
     lines.append(("RTFx", _number(totals["rtfx"])))
     lines.append(("RTFx without warm-up", _number(totals["rtfx_without_warm_up"])))
     if drafted := totals["draft_tokens"]:
@@ -277,6 +296,15 @@ def _error_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, key in (("WER, unseen voices", "unseen"), ("WER, encoder alone (CTC)", "encoder")):
         if totals[key] is not None:
             lines.append((name, _rate(totals[key])))
+    return lines
+
+
+def _metric_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    for found in totals["metrics"].values():
+        score = Estimate(value=found["value"], low=found["low"], high=found["high"])
+        lines.append((found["title"], str(score)))
+        lines += [(f"  {key}", f"{value:.2f}") for key, value in found["details"].items()]
     return lines
 
 

@@ -20,7 +20,7 @@ CHANGE_NO_RESPONSE = frozenset(
     (
         *("pretrained_name", "batch_size", "continuous_batching", "device", "devices", "verbose"),
         *("strategy", "tp_size", "num_nodes"),
-        *("use_normalizer", "encoder_wer", "output_manifest", "report", "report_rows"),
+        *("use_normalizer", "encoder_wer", "output_manifest", "report", "report_rows", "metrics"),
         "audio_folder",
     )
 )

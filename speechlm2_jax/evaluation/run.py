@@ -95,6 +95,7 @@ def evaluate(
         responses=tuple(responses[i] for i in sorted(responses)),
         speed=speed,
         normalizer=config.use_normalizer,
+        metrics=config.metrics,
     )
 
 

@@ -315,12 +315,22 @@ def _figures(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
     if totals["encoder"] is not None:
         note = "its own CTC head, same audio"
         figures.append({"name": "Encoder alone", **_rate(totals["encoder"]["wer"]), "note": note})
+    figures += [_metric_figure(found) for found in totals["metrics"].values()]
     failed = sum(totals["failed"].values())
     scored, total = totals["scored"], totals["utterances"]
     note = f"of {total}, {failed} could not be read" if failed else f"of {total}"
     figures.append({"name": "Utterances scored", "value": scored, "unit": "", "note": note})
     figures += speed_figure(totals)
     return [{"parts": [], **figure} for figure in figures]
+
+
+def _metric_figure(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A task metric, its 95 % interval, and its details."""
+    value = found["value"]
+    notes = [] if found["low"] is None else [f"95 %: {found['low']:.2f} to {found['high']:.2f}"]
+    notes += [f"{key} {share:.0f}" for key, share in found["details"].items()]
+    shown = "n/a" if value is None else f"{value:.2f}"
+    return {"name": found["title"], "value": shown, "unit": "", "note": "; ".join(notes)}
 
 
 def speed_figure(totals: Mapping[str, Any]) -> list[dict[str, Any]]:

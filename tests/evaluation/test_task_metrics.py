@@ -1,0 +1,161 @@
+"""Metrics of answers: their values, intervals, and the paired comparison of two evaluations."""
+
+import json
+
+import numpy as np
+import pytest
+import sacrebleu
+
+from speechlm2_jax.commands import evaluate
+from speechlm2_jax.evaluation.config import EvalConfig
+from speechlm2_jax.evaluation.metrics.error_rates import character_error_rate, word_error_rate
+from speechlm2_jax.evaluation.metrics.resampling import compare, estimate
+from speechlm2_jax.evaluation.metrics.task_metrics import TASK_METRICS, read_choice, read_command
+from speechlm2_jax.evaluation.results import Evaluation, Response, Speed, table
+
+REFERENCES = ("the cat sat on the mat", "One two, three.", "a", "")
+HYPOTHESES = ("the cat is on mat", "one two three", "b c", "x")
+PAIRS = list(zip(REFERENCES, HYPOTHESES, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "normalizer", "expected"),
+    [
+        ("wer", "none", 100 * word_error_rate(REFERENCES, HYPOTHESES)),
+        ("cer", "none", 100 * character_error_rate(REFERENCES, HYPOTHESES)),
+        ("bleu", "english", sacrebleu.corpus_bleu(HYPOTHESES, [REFERENCES]).score),
+        ("chrf", "english", sacrebleu.corpus_chrf(HYPOTHESES, [REFERENCES]).score),
+    ],
+)
+def test_sums_of_counts_are_the_metric_of_the_corpus(name, normalizer, expected):
+    found = estimate(TASK_METRICS[name], PAIRS, normalizer)
+    assert found.value == pytest.approx(expected, abs=1e-9)
+    assert found.low is not None and found.low <= expected <= found.high
+
+
+def test_texts_are_normalised_for_error_rates():
+    assert estimate(TASK_METRICS["wer"], PAIRS[1:2], "basic").value == 0
+
+
+ORDER = {"intent": "orderDrink", "size": "twelve ounce", "roast": "dark roast"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_accepted"),
+    [
+        (json.dumps(ORDER), True),
+        ('Sure: {"roast": "Dark  roast", "size":"twelve ounce","intent":"orderdrink"}!', True),
+        (json.dumps({**ORDER, "size": "six ounce"}), False),
+        (json.dumps({**ORDER, "milkAmount": "milk"}), False),  # a slot that nobody spoke
+        (json.dumps({"intent": "orderDrink", "roast": "dark roast"}), False),
+        ('{"intent": "orderDrink", "roast": ', False),
+        ("[1]", False),
+        ("", False),
+    ],
+)
+def test_a_command_is_accepted_if_intent_and_all_slots_are_right(answer, is_accepted):
+    found = estimate(TASK_METRICS["intent"], [(json.dumps(ORDER), answer)], "english")
+    assert found.value == 100 * is_accepted
+
+
+def test_each_slot_has_its_accuracy():
+    pairs = [
+        (json.dumps(ORDER), json.dumps({**ORDER, "size": "six ounce"})),
+        (json.dumps(ORDER), json.dumps(ORDER)),
+        (json.dumps({"intent": "orderDrink"}), "no command"),
+    ]
+    details = TASK_METRICS["intent"].details(pairs)
+    assert details == {"intent": pytest.approx(200 / 3), "roast": 100, "size": 50}
+    assert read_command("{}") == {} and read_command("{1}") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        *((text, "B") for text in ("B", "b", "(b) tea", "B. tea", "The answer is B.", "**B**")),
+        *((text, "B") for text in ("Answer: b", "The correct option is (B)", "choice B")),
+        *((text, None) for text in ("", "tea", "42", "beer")),
+        ("A tea", "A"),
+    ],
+)
+def test_choices(text, choice):
+    assert read_choice(text) == choice
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_tells():
+    truth, trials, covered = 0.3, 40, 0
+    generator = np.random.default_rng(0)
+    for _ in range(trials):
+        right = generator.random(100) < truth
+        pairs = [("A", "A" if one else "B") for one in right]
+        found = estimate(TASK_METRICS["mcq"], pairs, "none")
+        covered += found.low <= 100 * truth <= found.high
+    assert covered >= 0.8 * trials
+
+
+def test_a_paired_test_sees_a_small_constant_change_and_no_change():
+    generator = np.random.default_rng(1)
+    first = [("A", "A" if generator.random() < 0.5 else "B") for _ in range(200)]
+    second = [(r, "A") if n % 10 == 0 else (r, h) for n, (r, h) in enumerate(first)]
+    found = compare(TASK_METRICS["mcq"], first, second, "none")
+    assert found.change.value == pytest.approx(found.second.value - found.first.value)
+    assert found.p_value < 0.05 and found.change.low > 0
+    same = compare(TASK_METRICS["mcq"], first, list(first), "none")
+    assert (same.change.value, same.p_value) == (0, 1)
+
+
+def test_without_references_there_is_no_value():
+    assert str(estimate(TASK_METRICS["wer"], [], "none")) == "n/a"
+    assert str(estimate(TASK_METRICS["wer"], [("", "a")], "none")) == "n/a"
+
+
+def test_the_table_has_the_metrics_that_are_named():
+    responses = tuple(
+        Response(id=str(n), duration_s=1.0, text=text, pred_text=answer)
+        for n, (text, answer) in enumerate([(json.dumps(ORDER), json.dumps(ORDER))] * 3)
+    )
+    found = Evaluation(responses=responses, speed=Speed(), metrics=("intent", "wer"))
+    lines = table(found.totals()).splitlines()
+    assert any(line.split("  ")[0] == "commands accepted" for line in lines)
+    assert sum("(95 %: " in line for line in lines) == 2
+    assert sum(line.strip().startswith("roast") and "100.00" in line for line in lines) == 1
+    alone = Evaluation(responses=responses, speed=Speed())
+    assert "95 %" not in table(alone.totals())
+
+
+def test_an_unknown_metric_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="metrics: 'bleus' is unknown; did you mean bleu"):
+        EvalConfig(pretrained_name="a", inputs="b", metrics=("bleus",))
+
+
+def write(path, rows):
+    lines = [{"id": str(n), "text_raw": r, "pred_text_raw": h} for n, (r, h) in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*lines, {"provenance": {}}]))
+    return str(path)
+
+
+def test_two_output_manifests_are_compared(tmp_path, capsys):
+    first = write(tmp_path / "a.jsonl", [("a b", "a c")] * 30 + [("d", "d")])
+    second = write(tmp_path / "b.jsonl", [("a b", "a b")] * 30 + [("d", "d")])
+    assert evaluate.main(["--compare", first, second, "--metrics", "wer,cer"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("31 responses") and out.count("the second is better") == 2
+    assert evaluate.main(["--compare", first, first]) == 0
+    assert "no difference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([("a b", "a")], "only 1 in common"),
+        ([("a", "a"), ("c", "d")], "the references of '0' differ"),
+    ],
+)
+def test_answers_to_other_references_are_refused(rows, told, tmp_path, capsys):
+    first = write(tmp_path / "a.jsonl", [("a b", "a c"), ("c", "d")])
+    second = write(tmp_path / "b.jsonl", rows)
+    assert evaluate.main(["--compare", first, second]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+    assert evaluate.main(["--compare", first, str(tmp_path / "none.jsonl")]) == 2
+    assert evaluate.main(["--compare", first, first, "--metrics", "bluu"]) == 2
