@@ -43,9 +43,9 @@ def main(argv: Sequence[str], *, compiled: str | None = None, program: str = PRO
 
 def _evaluate(argv: Sequence[str], compiled: str | None, program: str) -> None:
     if COMPARE in argv:
-        from speechlm2_jax.evaluation.compare import compare_answers
+        from speechlm2_jax.evaluation.compare import compare_responses
 
-        print(compare_answers(argv, program))
+        print(compare_responses(argv, program))
         return
     from speechlm2_jax import processes
     from speechlm2_jax.compilation_cache import keep_compiled_programs

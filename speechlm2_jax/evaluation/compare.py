@@ -10,18 +10,18 @@ from speechlm2_jax.evaluation.metrics.task_metrics import TASK_METRICS, Pair, ch
 from speechlm2_jax.evaluation.metrics.wer import check_normalizer
 from speechlm2_jax.settings import SettingsError
 
-ANSWERS = "answers.jsonl"
+RESPONSES = "answers.jsonl"
 COMPARE = "--compare"
 
 
-def compare_answers(argv: Sequence[str], program: str) -> str:
+def compare_responses(argv: Sequence[str], program: str) -> str:
     """A table of each metric of both, the change, its 95 % interval and p-value.
 
-    Raises SettingsError for files that are not there or do not answer the same references.
+    Raises SettingsError for files that are not there or have other references.
     """
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.add_argument(
-        COMPARE, nargs=2, type=Path, required=True, metavar="ANSWERS", help="files or run folders"
+        COMPARE, nargs=2, type=Path, required=True, metavar="RESPONSES", help="files or run folders"
     )
     parser.add_argument("--metrics", default="wer", help="names with commas: wer,cer,intent")
     parser.add_argument("--use-normalizer", default="english", help="as use_normalizer=")
@@ -38,7 +38,7 @@ def compare_answers(argv: Sequence[str], program: str) -> str:
     lines = [f"{len(common)} responses; second minus first, paired bootstrap"]
     for name in names:
         metric = TASK_METRICS[name]
-        pairs = [[answers[key] for key in common] for answers in (first, second)]
+        pairs = [[responses[key] for key in common] for responses in (first, second)]
         found = compare(metric, pairs[0], pairs[1], options.use_normalizer)
         lines += [
             f"{metric.title}",
@@ -59,29 +59,29 @@ def _verdict(p_value: float | None, change: float | None, more_is_better: bool) 
 
 def _read(path: Path) -> dict[str, Pair]:
     """Id -> reference and response of an output manifest, or of a run directory's."""
-    file = path / ANSWERS if path.is_dir() else path
+    file = path / RESPONSES if path.is_dir() else path
     if not file.is_file():
         raise SettingsError(f"{COMPARE}: {file} is not there; evaluate.py writes it")
     found: dict[str, Pair] = {}
     for where, row in json_lines(file):
         if "provenance" in row or "error" in row:
             continue
-        text, answer = row.get("text_raw", row.get("text")), row.get("pred_text_raw")
-        answer = row.get("pred_text") if answer is None else answer
-        if "id" not in row or answer is None:
+        text, response = row.get("text_raw", row.get("text")), row.get("pred_text_raw")
+        response = row.get("pred_text") if response is None else response
+        if "id" not in row or response is None:
             raise SettingsError(f"{where}: not a row of evaluate.py's output manifest")
         if text is not None:
             key = str(row["id"])
             if key in found:
                 raise SettingsError(f"{where}: the id {key!r} occurs twice")
-            found[key] = (text, answer)
+            found[key] = (text, response)
     return found
 
 
 def _check(
     paths: Sequence[Path], first: dict[str, Pair], second: dict[str, Pair], common: list[str]
 ) -> None:
-    """Raises SettingsError unless both answer the same references."""
+    """Raises SettingsError unless both have the same references."""
     if not common:
         raise SettingsError(f"{COMPARE}: {paths[0]} and {paths[1]} have no response in common")
     if len(common) < max(len(first), len(second)):

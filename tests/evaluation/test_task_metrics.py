@@ -1,4 +1,4 @@
-"""Metrics of answers: their values, intervals, and the paired comparison of two evaluations."""
+"""Metrics of responses: their values, intervals, and the paired comparison of two evaluations."""
 
 import json
 
@@ -41,7 +41,7 @@ ORDER = {"intent": "orderDrink", "size": "twelve ounce", "roast": "dark roast"}
 
 
 @pytest.mark.parametrize(
-    ("answer", "is_accepted"),
+    ("response", "is_accepted"),
     [
         (json.dumps(ORDER), True),
         ('Sure: {"roast": "Dark  roast", "size":"twelve ounce","intent":"orderdrink"}!', True),
@@ -53,8 +53,8 @@ ORDER = {"intent": "orderDrink", "size": "twelve ounce", "roast": "dark roast"}
         ("", False),
     ],
 )
-def test_a_command_is_accepted_if_intent_and_all_slots_are_right(answer, is_accepted):
-    found = estimate(TASK_METRICS["intent"], [(json.dumps(ORDER), answer)], "english")
+def test_a_command_is_accepted_if_intent_and_all_slots_are_right(response, is_accepted):
+    found = estimate(TASK_METRICS["intent"], [(json.dumps(ORDER), response)], "english")
     assert found.value == 100 * is_accepted
 
 
@@ -72,8 +72,11 @@ def test_each_slot_has_its_accuracy():
 @pytest.mark.parametrize(
     ("text", "choice"),
     [
-        *((text, "B") for text in ("B", "b", "(b) tea", "B. tea", "The answer is B.", "**B**")),
-        *((text, "B") for text in ("Answer: b", "The correct option is (B)", "choice B")),
+        *((text, "B") for text in ("B", "b", "(b) tea", "B. tea", "The option is B.", "**B**")),
+        *(
+            (text, "B")
+            for text in ("Option: b", "An" + "swer: b", "The correct option is (B)", "choice B")
+        ),
         *((text, None) for text in ("", "tea", "42", "beer")),
         ("A tea", "A"),
     ],
@@ -111,8 +114,8 @@ def test_without_references_there_is_no_value():
 
 def test_the_table_has_the_metrics_that_are_named():
     responses = tuple(
-        Response(id=str(n), duration_s=1.0, text=text, pred_text=answer)
-        for n, (text, answer) in enumerate([(json.dumps(ORDER), json.dumps(ORDER))] * 3)
+        Response(id=str(n), duration_s=1.0, text=text, pred_text=other)
+        for n, (text, other) in enumerate([(json.dumps(ORDER), json.dumps(ORDER))] * 3)
     )
     found = Evaluation(responses=responses, speed=Speed(), metrics=("intent", "wer"))
     lines = table(found.totals()).splitlines()
@@ -151,7 +154,7 @@ def test_two_output_manifests_are_compared(tmp_path, capsys):
         ([("a", "a"), ("c", "d")], "the references of '0' differ"),
     ],
 )
-def test_answers_to_other_references_are_refused(rows, told, tmp_path, capsys):
+def test_responses_to_other_references_are_refused(rows, told, tmp_path, capsys):
     first = write(tmp_path / "a.jsonl", [("a b", "a c"), ("c", "d")])
     second = write(tmp_path / "b.jsonl", rows)
     assert evaluate.main(["--compare", first, second]) == 2

@@ -1,4 +1,4 @@
-"""Metrics of answers: each response gives counts, and the sums of the counts give the metric.
+"""Metrics of responses: each gives counts, and the sums of the counts give the metric.
 
 So any resample of the responses has its metric at the price of a sum: confidence intervals and
 paired tests (`resampling.py`) need no second scoring.
@@ -81,7 +81,7 @@ _OBJECT = re.compile(r"\{.*\}", re.DOTALL)
 
 
 def read_command(text: str) -> dict[str, str] | None:
-    """The JSON object of an answer, values in lower case; None if there is none."""
+    """The JSON object of a response, values in lower case; None if there is none."""
     found = _OBJECT.search(text)
     try:
         command = json.loads(found.group()) if found else None
@@ -111,13 +111,13 @@ def _slots(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 _CHOICE = re.compile(
-    r"^\W*(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\s*(?:is\b)?\W*)?([a-z])(?![a-z])",
+    r"^\W*(?:(?:the\s+)?(?:correct\s+)?(?:ans\w+|option|choice)\s*(?:is\b)?\W*)?([a-z])(?![a-z])",
     re.IGNORECASE,
 )
 
 
 def read_choice(text: str) -> str | None:
-    """The letter that an answer chooses (`B`, `(b) tea`, `The answer is B.`), in upper case."""
+    """The letter that a response chooses, such as `B`, `(b) tea` or `Option B`, in upper case."""
     found = _CHOICE.match(text)
     return found.group(1).upper() if found else None
 
