@@ -1,64 +1,36 @@
 """Streams of tars: who reads what, in which order, and where a stopped run resumes."""
 
 import json
-import logging
 import threading
 from collections import Counter
-from dataclasses import fields
+from functools import partial
 
 import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies
 
-from speechlm2_jax.data import DataModule
-from speechlm2_jax.data.storage import retries
 from speechlm2_jax.data.streams import feed
 from speechlm2_jax.data.streams.events import PoolReader, StreamPlace
 from speechlm2_jax.data.streams.group import MOST_OVERFULL, GroupStream
 from speechlm2_jax.data.streams.order import ShardOrder
 from speechlm2_jax.data.streams.schedule import Schedule, step_shares
 from speechlm2_jax.settings import SettingsError
-from tests.data_pipeline.http_server import serving
 from tests.data_pipeline.small_corpus import (
-    TAG,
-    frames,
     read_rows,
     wav_bytes,
     write_lines,
     write_tar,
 )
-
-RATE = 16000
-
-
-def write_shards(folder, shards, members, more=None):
-    """Shards of recordings of 0.1 to 0.5 s; the level of each is its number."""
-    random = np.random.default_rng(3)
-    for shard in range(shards):
-        names = [f"s{shard:02d}m{n:02d}.wav" for n in range(members)]
-        seconds = random.choice([0.1, 0.2, 0.3, 0.5], members).tolist()
-        data = [
-            (name, wav_bytes(s, (shard * members + n + 1) / 1000))
-            for n, (name, s) in enumerate(zip(names, seconds, strict=True))
-        ]
-        write_tar(folder / f"audio_{shard}.tar", data)
-        rows = [
-            {"audio_filepath": name, "duration": s, "text": "x" * int(10 * s), **(more or {})}
-            for name, s in zip(names, seconds, strict=True)
-        ]
-        write_lines(folder / f"manifest_{shard}.jsonl", *rows)
-    return entry(folder, shards)
-
-
-def entry(folder, shards, **more):
-    return {
-        "type": "nemo_tarred",
-        "manifest_filepath": f"{folder}/manifest_{{0..{shards - 1}}}.jsonl",
-        "tarred_audio_filepaths": f"{folder}/audio_{{0..{shards - 1}}}.tar",
-        "audio_locator_tag": TAG,
-        **more,
-    }
+from tests.data_pipeline.small_streams import (
+    assert_equal,
+    closing,
+    global_batches,
+    merged,
+    stream_module,
+    streams_of,
+    write_shards,
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,66 +41,8 @@ def eight(tmp_path_factory):
 
 @pytest.fixture
 def module_of(tokenizer):
-    """Makes a module over a stream, for some groups and those of them that are read here."""
-
-    def make(*entries, groups=4, own=None, **settings):
-        train = {
-            **{"prompt_format": "qwen", "token_equivalent_duration": 0.08, "batch_size": 2},
-            **{"shuffle": True, "seed": 3, "shuffle_buffer_size": 12, "stream": True},
-            **{"input_cfg": list(entries), **settings},
-        }
-        module = DataModule({"train_ds": train}, tokenizer)
-        module.setup(frame_count=frames, groups=groups, own_groups=own)
-        return module
-
-    return make
-
-
-def streams_of(module_of, hosts, *entries, groups=4, state=None, **settings):
-    """The batches of each host, which hold groups as a mesh deals them out."""
-    size = groups // hosts
-    made = [
-        module_of(*entries, groups=groups, own=range(h * size, (h + 1) * size), **settings)
-        for h in range(hosts)
-    ]
-    return [module.train_batches(state) for module in made]
-
-
-def global_batches(streams, count):
-    """So many batches: the bucket, the ids, and the arrays of each group."""
-    found, size = [], streams[0]._reader.sampler.groups // len(streams)
-    for _ in range(count):
-        parts = [next(stream) for stream in streams]
-        assert len({part.bucket for part in parts}) == 1
-        arrays = {
-            field.name: np.concatenate(
-                [
-                    np.asarray(getattr(part.arrays, field.name))[h * size : (h + 1) * size]
-                    for h, part in enumerate(parts)
-                ]
-            )
-            for field in fields(parts[0].arrays)
-            if not field.metadata.get("static")
-        }
-        found.append((parts[0].bucket, [i for part in parts for i in part.ids], arrays))
-    return found
-
-
-def merged(streams):
-    states = [stream.get_state() for stream in streams]
-    return json.loads(json.dumps(streams[0].joined_state(states)))
-
-
-def closing(streams):
-    for stream in streams:
-        stream.close()
-
-
-def assert_equal(one, other):
-    for (bucket, ids, arrays), (other_bucket, other_ids, others) in zip(one, other, strict=True):
-        assert bucket == other_bucket and ids == other_ids
-        for name, array in arrays.items():
-            np.testing.assert_array_equal(array, others[name], err_msg=name)
+    """Makes a module over a stream."""
+    return partial(stream_module, tokenizer)
 
 
 @pytest.mark.parametrize(("groups", "shards"), [(4, 8), (3, 8), (4, 4)])
@@ -365,91 +279,6 @@ def test_reading_resumes_behind_any_event(module_of, faulty, groups, tmp_path):
     assert causes["truncated"] >= 1 and ("", "s00m01-sub1.wav") in seen
 
 
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.001)
-    with serving() as found:
-        yield found
-
-
-def test_remote_tars_are_streams_read_from_front_to_end(module_of, tmp_path, site, caplog):
-    one = write_shards(tmp_path, 3, 5)
-    for path in tmp_path.iterdir():
-        if path.is_file():
-            site.put(path.name, path.read_bytes())
-    caplog.set_level(logging.INFO)
-    expected = None
-    for faults in ([], ["drop", 500, "drop"]):
-        site.faults["/audio_1.tar"] = list(faults)
-        stream = module_of(entry(site.url, 3), groups=1, stream=None).train_batches()
-        site.requests.clear()
-        found = global_batches([stream], 20)
-        stream.close()
-        tars = [wanted for path, wanted in site.requests if path.endswith(".tar")]
-        if not faults:
-            assert set(tars) == {"bytes=0-"}
-        expected = expected or found
-        assert_equal(found, expected)
-    assert "its tars are remote, so they are read from front to end" in caplog.text
-    stream = module_of(one, groups=1, stream=True).train_batches()
-    local = global_batches([stream], 20)
-    stream.close()
-    assert_equal(local, expected)
-
-
-@pytest.mark.slow  # waits
-def test_a_remote_shard_that_hangs_or_is_gone_is_passed_over(module_of, tmp_path, site):
-    write_shards(tmp_path, 3, 5)
-    for path in tmp_path.iterdir():
-        if path.is_file():
-            site.put(path.name, path.read_bytes())
-    site.faults["/audio_0.tar"] = ["stall"] * 99
-    site.files.pop("/audio_2.tar")
-    module = module_of(entry(site.url, 3), groups=1, read_timeout=0.3, shuffle=False)
-    module.keep_errors(tmp_path / "errors.jsonl")
-    stream = module.train_batches()
-    ids = Counter(i for _, ids, _ in global_batches([stream], 8) for i in ids)
-    stream.close()
-    rows = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
-    found = {(row["id"][:3], row["cause"]) for row in rows}
-    assert found == {("s00", "timed_out"), ("s02", "missing")}
-    assert {i[:3] for i in ids} == {"s01"} and ids.total() == 16
-
-
-@pytest.mark.slow  # imports Lhotse, writes and reads SHAR
-def test_shar_streams_take_packed_and_other_recordings(module_of, tmp_path):
-    from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
-
-    cuts = []
-    for n in range(8):
-        path = tmp_path / f"r{n}.wav"
-        path.write_bytes(wav_bytes(0.2, (n + 1) / 100))
-        recording = Recording.from_file(path)
-        texts = [SupervisionSegment(f"s{n}", recording.id, 0, 0.2, text="x")]
-        one = {"start": 0, "duration": 0.2, "channel": 0, "recording": recording}
-        cuts.append(MonoCut(f"c{n}", supervisions=texts, **one))
-    (tmp_path / "shar").mkdir()
-    CutSet.from_cuts(cuts).to_shar(tmp_path / "shar", {"recording": "wav"}, shard_size=3)
-    last = tmp_path / "shar" / "recording.000002.tar"
-    last.unlink()
-    CutSet.from_cuts(cuts[6:]).to_file(tmp_path / "shar" / "cuts.000002.jsonl.gz")
-    one = {"type": "lhotse_shar", "shar_path": str(tmp_path / "shar"), "audio_locator_tag": TAG}
-    streams = streams_of(module_of, 1, one, groups=1, shuffle=False)
-    found = global_batches(streams, 3)
-    state = merged(streams)
-    rest = global_batches(streams, 5)
-    closing(streams)
-    ids = [i for _, ids, _ in [*found, *rest] for i in ids]
-    assert set(ids[:8]) == {f"c{n}" for n in range(8)} == set(ids[8:])
-    for _, ids, arrays in found:
-        levels = [round(float(np.abs(wave).max()) * 100) for wave in arrays["audio"][0]]
-        assert levels == [int(i[1:]) + 1 for i in ids]
-    streams = streams_of(module_of, 1, one, groups=1, shuffle=False, state=state)
-    assert_equal(global_batches(streams, 5), rest)
-    closing(streams)
-
-
 @pytest.mark.slow  # many short runs
 @hypothesis.settings(max_examples=15, deadline=None)
 @hypothesis.given(
@@ -459,16 +288,7 @@ def test_shar_streams_take_packed_and_other_recordings(module_of, tmp_path):
     seed=strategies.integers(0, 99),
 )
 def test_a_run_stopped_anywhere_resumes_on_other_hosts(tokenizer, eight, stop, hosts, reach, seed):
-    def module_of(*entries, groups, own, **settings):
-        train = {
-            **{"prompt_format": "qwen", "token_equivalent_duration": 0.08, "batch_size": 2},
-            **{"shuffle": True, "seed": seed, "shuffle_buffer_size": reach, "stream": True},
-            "input_cfg": [*entries],
-        }
-        module = DataModule({"train_ds": train}, tokenizer)
-        module.setup(frame_count=frames, groups=groups, own_groups=own)
-        return module
-
+    module_of = partial(stream_module, tokenizer, seed=seed, shuffle_buffer_size=reach)
     streams = streams_of(module_of, hosts[0], eight)
     global_batches(streams, stop)
     state = merged(streams)

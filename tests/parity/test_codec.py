@@ -56,9 +56,6 @@ def steps_first(x):
     return jnp.asarray(x.swapaxes(1, 2))
 
 
-# -- the quantizer ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", LEVELS)
 def test_quantizer_equals_nemo(name):
     given = {k.removeprefix(f"{name}/"): v for k, v in tensors("fsq").items() if name in k}
