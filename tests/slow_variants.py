@@ -13,6 +13,7 @@ MESH = "other meshes are quick, among them all kinds of axes"
 CODEC = "the other codecs are quick, and so are this one's layers"
 VARIANT = "other cases of the same test are quick"
 FAMILY = "each of its parts is that of a family whose test is quick"
+FORWARD = "runs that differ in what they train alone are quick"
 KINDRED = "the property is tested quickly on a smaller model"
 
 SLOW: Mapping[str, str] = {
@@ -70,7 +71,6 @@ SLOW: Mapping[str, str] = {
     "training/test_resume.py::test_a_signal_saves*?SIGTERM*": VARIANT,
     "parity/test_llm.py::*mistral*": FAMILY,
     "parity/test_llm.py::*qwen2*": FAMILY,
-    "parity/test_llm.py::*llama3*": FAMILY,
     "parity/test_llm.py::*nemotron*": FAMILY,
     "parity/test_llm_families.py::*transformers?starcoder2?": FAMILY,
     "parity/test_llm_families.py::*transformers?exaone4?": FAMILY,
@@ -121,6 +121,17 @@ SLOW: Mapping[str, str] = {
     "parity/test_llm_families.py::*transformers?cohere2?": FAMILY,
     "parity/test_llm_families.py::*transformers?nemotron?": FAMILY,
     "parity/test_llm_families.py::*transformers?llama-yarn?": FAMILY,
+    "parity/test_llm.py::*?llama*": (
+        "parity/test_salm.py compares a SALM on a Llama quickly: logits, gradients, generations"
+    ),
+    "parity/test_duplex.py::test_losses_equal_nemos*cfg-rest?": VARIANT,
+    "parity/test_salm.py::test_inputs_and_logits*_full?": FORWARD,
+    "parity/test_salm.py::test_validation_loss*_full?": FORWARD,
+    "parity/test_salm.py::test_public_forward*?qwen3_lora?": VARIANT,
+    "parity/test_speech_decoder.py::test_steps_with*?xattn_k3-(4, 6, 3)?": VARIANT,
+    "parity/test_perception.py::test_encoder*?enc_offline_nobias?": (
+        "perception/test_fastconformer.py compares an encoder without biases quickly"
+    ),
 }
 """Pattern over `path below tests/::name[case]` -> why it is not run every time."""
 WHOLE = 2000

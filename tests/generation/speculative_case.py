@@ -99,7 +99,7 @@ class Case:
             embeds=decoder.embed(self.ids),
             lengths=jnp.asarray(lengths),
             attention_mask=jnp.arange(ids.shape[1])[None] < lengths[:, None],
-            limits=jnp.full(len(ids), NEW),
+            limits=jnp.full(len(ids), NEW, jnp.int32),  # as strong a type as any test's
         )
 
     def run(self, config: DecodingConfig, until: int = NEW, **changed) -> salm.GenerationOutput:

@@ -51,6 +51,13 @@ def batch(model, run):
     return jax.tree.map(jnp.asarray, golden_batch(model, run))
 
 
+@pytest.fixture(scope="module")
+def validate(model, batch):
+    """The losses of the batch in evaluation, by variables: one program for all tests."""
+    losses = jax.jit(lambda v: model.losses(v, batch, key=None, train=False))
+    return lambda variables: losses(jax.device_get(variables))
+
+
 def _lengths(batch):
     return np.asarray((batch.segments > 0).sum(-1)).reshape(-1)
 
@@ -98,8 +105,8 @@ def test_public_forward_takes_left_padding(saved):
     )
 
 
-def test_validation_loss_and_accuracy_equal_nemo(model, run, batch):
-    losses = jax.jit(lambda v: model.losses(v, batch, key=None, train=False))(model.variables)
+def test_validation_loss_and_accuracy_equal_nemo(model, run, validate):
+    losses = validate(model.variables)
     np.testing.assert_allclose(losses.loss.mean(), facts(run)["val_loss"], rtol=LOSS_RTOL)
     np.testing.assert_allclose(losses.metrics["acc"].mean(), facts(run)["val_acc"], atol=1e-6)
 
@@ -124,7 +131,7 @@ def test_training_loss_gradients_and_statistics_equal_nemo(model, run, training)
     assert_first_step_equals_nemo(model, run, training)
 
 
-def test_five_adamw_steps_equal_nemo(model, run, training, batch):
+def test_five_adamw_steps_equal_nemo(model, run, training, validate):
     np.testing.assert_allclose(training.losses, facts(run)["train_losses"], rtol=1e-4)
     np.testing.assert_allclose(
         training.gradient_norms, facts(run)["grad_norm_before_clip"], rtol=1e-3
@@ -141,7 +148,7 @@ def test_five_adamw_steps_equal_nemo(model, run, training, batch):
     for name, golden in under(run, "after5_buffers").items():
         if name.endswith("running_var"):  # the mean moves with the noisy bias before it
             np.testing.assert_allclose(named[name], golden, atol=ACTIVATION_ATOL, err_msg=name)
-    losses = jax.jit(lambda v: model.losses(v, batch, key=None, train=False))(training.final)
+    losses = validate(training.final)
     np.testing.assert_allclose(losses.loss.mean(), facts(run)["val_loss_after5"], rtol=1e-4)
     np.testing.assert_allclose(
         losses.metrics["acc"].mean(), facts(run)["val_acc_after5"], atol=1e-6
