@@ -119,8 +119,10 @@ def noise(*shape, seed=0):
 quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
+@partial(quick_jit, static_argnames=("graphdef", "train", "modes", "return_layers"))
 def run(graphdef, variables, *args, **kwargs):
-    return quick_jit(lambda v: merge(graphdef, v)(*args, **kwargs))(variables)
+    """Runs a module; calls that differ in values alone share one compiled program."""
+    return merge(graphdef, variables)(*args, **kwargs)
 
 
 def assert_close(actual, expected, atol=FP32_ATOL):

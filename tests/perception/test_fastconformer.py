@@ -134,7 +134,11 @@ UNCOMMON = {
 
 @pytest.mark.parametrize(
     ("train", "changes"),
-    [(False, {}), (True, {}), pytest.param(True, UNCOMMON, marks=pytest.mark.slow)],
+    [
+        pytest.param(False, {}, marks=pytest.mark.slow),  # its frames are compared below
+        (True, {}),
+        pytest.param(True, UNCOMMON, marks=pytest.mark.slow),
+    ],
 )
 def test_padding_and_neighbours_change_no_frame_and_no_gradient(train, changes):
     """In training too: norms count real frames only. Empty and one-frame sequences stay finite."""
@@ -160,6 +164,20 @@ def test_padding_and_neighbours_change_no_frame_and_no_gradient(train, changes):
     with_single = with_empty(batch[0], jnp.asarray([21, 0, 1], jnp.int32))
     assert_finite(with_single)
     assert with_single[0][1].lengths.tolist() == [6, 0, 1]
+
+
+def test_padding_and_neighbours_change_no_frame_in_evaluation():
+    graphdef, variables, _ = encoder(encoder_config(att_context_size=(3, 2)))
+    sequences = [noise(n, 12, seed=n) for n in (21, 33)]
+    tight = run(graphdef, variables, *padded(sequences, 33))
+    batch = padded([*sequences, noise(0, 12)], 60)
+    loose = run(graphdef, variables, *batch)
+    assert loose.lengths.tolist() == [6, 9, 0]
+    for row, length in enumerate(tight.lengths):
+        assert_close(loose.frames[row, :length], tight.frames[row, :length])
+    with_single = run(graphdef, variables, batch[0], jnp.asarray([21, 0, 1], jnp.int32))
+    assert_finite(with_single)
+    assert with_single.lengths.tolist() == [6, 0, 1]
 
 
 @pytest.mark.parametrize(
