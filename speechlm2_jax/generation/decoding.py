@@ -11,7 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from speechlm2_jax.generation.drafts import Drafter
 from speechlm2_jax.generation.processors import History, Processor, process
 from speechlm2_jax.generation.warpers import Number
-from speechlm2_jax.layers.cache import CachedOutput, KVCache
+from speechlm2_jax.layers.cache import KVCache, RingCache
+from speechlm2_jax.layers.decoding_cache import CachedOutput, DecodingCache
+from speechlm2_jax.layers.paged_cache import PagedCache
 from speechlm2_jax.pytrees import register_pytree
 
 STATIC = {"static": True}
@@ -95,7 +97,7 @@ class CachedDecoder(Protocol):
     def extend(
         self,
         embeds: Float[Array, "B T D"],
-        cache: KVCache,
+        cache: DecodingCache,
         *,
         positions: Int[Array, "B T"],
         attention_mask: Bool[Array, "B T"],
@@ -107,6 +109,17 @@ class CachedDecoder(Protocol):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Computes the logits of every token."""
+        ...
+
+
+@runtime_checkable
+class SlotDecoder(CachedDecoder, Protocol):
+    """A language model for continuous batching."""
+
+    def slot_cache(
+        self, slots: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
+    ) -> RingCache | PagedCache:
+        """Makes an empty cache for slots with room for such prompts and responses."""
         ...
 
 
@@ -194,7 +207,7 @@ def run_prompts(decoder: CachedDecoder, prompts: Prompts, config: DecodingConfig
 
 def run_token(
     decoder: CachedDecoder,
-    cache: KVCache,
+    cache: DecodingCache,
     token: Int[Array, " R"],
     position: Int[Array, " R"],
     attention_mask: Bool[Array, " R"],

@@ -17,12 +17,14 @@ from speechlm2_jax.generation.decoding import (
     CachedDecoder,
     DecodingConfig,
     PromptInfo,
+    SlotDecoder,
     choose_token,
     run_token,
 )
 from speechlm2_jax.generation.salm import DecodingState, GenerationState
 from speechlm2_jax.generation.speculative import SpeculativeState
 from speechlm2_jax.layers.cache import DraftCache, RingCache
+from speechlm2_jax.layers.paged_cache import PagedCache
 from speechlm2_jax.layers.slot_rows import put_rows
 from speechlm2_jax.layers.unstacked import read_in_place
 from speechlm2_jax.sharding import constrain
@@ -37,7 +39,7 @@ class PlainSlots(NamedTuple):
     """The tokens generated so far, padded after the end."""
     lengths: Int[Array, " R"]
     ended: Bool[Array, " R"]
-    cache: RingCache
+    cache: RingCache | PagedCache
     info: PromptInfo
     rngs: Key[Array, " R"] | None
 
@@ -68,13 +70,12 @@ class SlotShape(NamedTuple):
 
 
 def empty(
-    decoder: CachedDecoder, shape: SlotShape, config: DecodingConfig, dtype: jnp.dtype
+    decoder: SlotDecoder, shape: SlotShape, config: DecodingConfig, dtype: jnp.dtype
 ) -> Slots:
     """Makes free slots."""
     # the last token is never fed back, so it needs no cache position
     new = max(config.max_new_tokens - 1, 1) + config.draft_tokens
     count, prompt_tokens, width = shape
-    cache = decoder.new_cache(count, prompt_tokens + new, dtype)
     none = jnp.zeros(count, jnp.int32)
     common: dict[str, Any] = dict(
         ids=jnp.full((count, config.max_new_tokens), config.pad_id, jnp.int32),
@@ -84,7 +85,9 @@ def empty(
     )
     ended = jnp.ones(count, bool)
     if config.drafter is None:
-        return PlainSlots(cache=RingCache.around(cache, prompt_tokens), ended=ended, **common)
+        cache = decoder.slot_cache(count, prompt_tokens, new, dtype)
+        return PlainSlots(cache=cache, ended=ended, **common)
+    cache = decoder.new_cache(count, prompt_tokens + new, dtype)
     return SpeculativeState(
         cache=DraftCache.after_prompts(cache, prompt_tokens, none, config.draft_tokens),
         finished=ended,
@@ -166,7 +169,6 @@ def decode(
         token = jnp.take_along_axis(slots.ids, latest[:, None], axis=1)[:, 0]
         position = slots.info.position + latest
         hidden, cache = run_token(decoder, slots.cache, token, position, ~slots.ended, dtype)
-        assert isinstance(cache, RingCache)
         scores = decoder.logits(hidden)[:, 0]
         return _choose(slots._replace(cache=cache), scores, config)
 

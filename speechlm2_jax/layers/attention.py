@@ -13,6 +13,7 @@ from speechlm2_jax.layers.block_attention import block_attention, saves
 from speechlm2_jax.layers.cudnn_attention import WIDEST_HEAD, cudnn_attention
 from speechlm2_jax.layers.dense_attention import dense_attention
 from speechlm2_jax.layers.quantized import Heads, QuantizedArray
+from speechlm2_jax.layers.ragged_attention import LANES, Pages, ragged_attention, tiles_heads
 from speechlm2_jax.layers.ring_attention import ring_attention
 from speechlm2_jax.layers.scores import Scores
 from speechlm2_jax.layers.splash_attention import splash_attention
@@ -23,9 +24,10 @@ MASKED_KEY = -1
 """Segment id of a key that no query may attend to."""
 SPLASH_MIN_TOKENS = 256
 """Shortest sequence for the splash kernel on a TPU: its blocks are 128 to 512 tokens."""
-ROWS, SEGMENTS, CACHE, RING = "rows", "segments", "cache", "ring"
+ROWS, SEGMENTS, CACHE, RING, SLOTS = "rows", "segments", "cache", "ring", "slots"
 """What the tokens of a row are: one sequence and padding after it; any sequences and masked tokens;
-new tokens that attend to a cache; parts of sequences on the devices of a context axis."""
+new tokens that attend to a cache; parts of sequences on the devices of a context axis; one new
+token of a sequence in continuous batching, which may have a cache of pages."""
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class Case:
     platform: str
     """cpu, gpu or tpu."""
     kind: str
-    """ROWS, SEGMENTS, CACHE or RING."""
+    """ROWS, SEGMENTS, CACHE, RING or SLOTS."""
     tokens: int
     head_width: int
     dtype: jnp.dtype
@@ -49,15 +51,18 @@ class Case:
     """Whether the tensor axis divides the key and value heads: a device has whole groups."""
     reach: int | None = None
     """Tokens, itself included, that a query may attend to; None: all before it."""
+    kv_heads: int = 1
+    """Key and value heads of one device, for SLOTS."""
 
 
 def implementation(case: Case) -> str:
-    """ring, splash, cudnn, blocks or dense: the first line of the table that fits.
+    """ring, splash, ragged, cudnn, blocks or dense: the first line of the table that fits.
 
     | name | platform | rows | further |
     |---|---|---|---|
     | ring | any | ring | no chunks |
     | splash | tpu | rows, segments | at least `SPLASH_MIN_TOKENS` tokens, no chunks |
+    | ragged | tpu | slots | heads of 128 that fill tiles (`tiles_heads`), no chunks |
     | cudnn | gpu | rows | 16-bit, heads of at most 256 and a multiple of 8, no cap, no chunks |
     | blocks | any | rows, segments | at most half of the scores within `reach`, no chunks |
     | dense | any | any | |
@@ -69,12 +74,18 @@ def implementation(case: Case) -> str:
     is_long = case.tokens >= SPLASH_MIN_TOKENS
     if case.platform == "tpu" and case.kind in (ROWS, SEGMENTS) and is_long and case.divides:
         return "splash"
+    if case.platform == "tpu" and case.kind == SLOTS and case.divides and _is_paged(case):
+        return "ragged"
     is_fit = case.dtype.itemsize == 2 and case.head_width <= WIDEST_HEAD and not case.head_width % 8
     is_whole = case.kind == ROWS and case.divides
     if case.platform == "gpu" and is_whole and is_fit and not case.is_capped:
         return "cudnn"
     is_near = case.kind in (ROWS, SEGMENTS) and saves(case.tokens, case.reach)
     return "blocks" if is_near else "dense"
+
+
+def _is_paged(case: Case) -> bool:
+    return case.head_width == LANES and tiles_heads(case.kv_heads, case.dtype)
 
 
 @register_pytree
@@ -155,8 +166,8 @@ class AttentionMask:
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: Heads,
-    v: Heads,
+    k: Heads | Pages,
+    v: Heads | Pages,
     *,
     mask: AttentionMask,
     scale: float,
@@ -164,13 +175,17 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention: N / N_kv query heads share one key/value head. Softmax in fp32.
 
-    Keys and values are [B, S, N_kv, H]; those of a cache may be quantized.
+    Keys and values are [B, S, N_kv, H]; those of a cache may be quantized, or in pages.
     With `softcap` a score s becomes softcap * tanh(s / softcap) (Gemma 2). `implementation` chooses
     what computes it. The platform is that of the mesh's devices, not JAX's default backend: they
     differ in ahead-of-time compilation. The output of a query without any key is finite, and not to
     be used.
     """
     scores = Scores(scale=scale, softcap=softcap, window=mask.window)
+    if isinstance(k, Pages):  # `implementation` chose ragged when the cache was made
+        assert v is k
+        return ragged_attention(q, k, scores)
+    assert not isinstance(v, Pages)
     if isinstance(k, QuantizedArray) or isinstance(v, QuantizedArray):
         return dense_attention(q, k, v, mask.dense(), scores)
     case = Case(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from speechlm2_jax.layers.window_cache import (
     CachedHeads,
     NewTokens,
     WindowCache,
+    WithWindows,
     constrained_heads,
     empty_heads,
 )
@@ -26,7 +27,7 @@ C = TypeVar("C", bound="KVCache")
 
 @register_pytree
 @dataclass(frozen=True, kw_only=True)
-class KVCache:
+class KVCache(WithWindows):
     """Keys and values of a batch of sequences, for all layers.
 
     Layers with a sliding window have caches of their own in `windows`.
@@ -45,8 +46,6 @@ class KVCache:
     """Positions taken so far; the same in every sequence, except in a `DraftCache`."""
     token_positions: Int[Array, "B S"] | None = None
     """Position of each token in its own sequence, for chunked attention; None without it."""
-    windows: tuple[WindowCache, ...] = ()
-    """Caches of the layers with a sliding window, one per window size."""
 
     @property
     def next_position(self) -> Int[Array, ""] | Int[Array, " B"]:
@@ -87,8 +86,8 @@ class KVCache:
         )
 
     def reserve(
-        self, key_mask: Bool[Array, "B T"], token_positions: Int[Array, "B T"] | None = None
-    ) -> "KVCache":
+        self: C, key_mask: Bool[Array, "B T"], token_positions: Int[Array, "B T"] | None = None
+    ) -> C:
         """Sets the key mask, and the tokens' own positions if they are kept, of the next T.
 
         Raises ValueError if T exceeds the capacity. How many positions are free is known only at
@@ -110,11 +109,11 @@ class KVCache:
         )
 
     def write(
-        self,
+        self: C,
         layer: Int[Array, ""] | int,
         keys: Float[Array, "B T N_kv H"],
         values: Float[Array, "B T N_kv H"],
-    ) -> "KVCache":
+    ) -> C:
         """Writes a layer's keys and values at the next T positions."""
         start = (layer, 0, 0, self.next_position, 0)
 
@@ -144,28 +143,9 @@ class KVCache:
 
         return replace(self, keys=written(self.keys, keys), values=written(self.values, values))
 
-    def window_of(self, window: int) -> WindowCache:
-        """Returns the cache of the layers with this window."""
-        return next(cache for cache in self.windows if cache.window == window)
-
-    def with_window(self, changed: WindowCache) -> "KVCache":
-        """Replaces the cache of one window."""
-        return replace(
-            self,
-            windows=tuple(
-                changed if cache.window == changed.window else cache for cache in self.windows
-            ),
-        )
-
     def advance(self, tokens: int, new: NewTokens | None = None) -> "KVCache":
         """Counts `tokens` more positions as used; `new` are the tokens, needed for `windows`."""
         return replace(self, used=self.used + tokens, windows=self._advanced(new))
-
-    def _advanced(self, new: NewTokens | None) -> tuple[WindowCache, ...]:
-        if not self.windows:
-            return ()
-        assert new is not None
-        return tuple(cache.advance(new) for cache in self.windows)
 
     def _with_rows(self: C, slots: Int[Array, "G P"], new: "KVCache", positions: int) -> C:
         """Copies the first `positions` of other sequences into slots; see `put_rows`.
@@ -385,10 +365,3 @@ _ROWS = jax.lax.ScatterDimensionNumbers(
     scatter_indices_batching_dims=(0,),
 )
 """Of a scatter that writes [N_kv, T, H] at (layer, position) in each sequence of a `DraftCache`."""
-
-
-class CachedOutput(NamedTuple):
-    """Hidden states of new tokens, and the cache that holds them."""
-
-    hidden: Float[Array, "B T D"]
-    cache: KVCache

@@ -5,7 +5,7 @@ not count as a position, so sequences of different lengths and starts share one 
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from speechlm2_jax.layers.slot_rows import put_rows
 from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain
 
+W = TypeVar("W", bound="WithWindows")
 NOTHING = -1
 """Position of an empty ring index."""
 CachedHeads = Float[Array, "L B N_kv S H"] | QuantizedArray
@@ -231,6 +232,33 @@ class WindowCache:
         is_new = (newest >= start) & (count > 0)
         index = jnp.where(is_new, first + newest - start, 0)
         return index.astype(jnp.int32), is_new
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithWindows:
+    """What the caches of a decoder have in common: their layers with a sliding window."""
+
+    windows: tuple[WindowCache, ...] = ()
+    """Caches of the layers with a sliding window, one per window size."""
+
+    def window_of(self, window: int) -> WindowCache:
+        """Returns the cache of the layers with this window."""
+        return next(cache for cache in self.windows if cache.window == window)
+
+    def with_window(self: W, changed: WindowCache) -> W:
+        """Replaces the cache of one window."""
+        return replace(
+            self,
+            windows=tuple(
+                changed if cache.window == changed.window else cache for cache in self.windows
+            ),
+        )
+
+    def _advanced(self, new: NewTokens | None) -> tuple[WindowCache, ...]:
+        if not self.windows:
+            return ()
+        assert new is not None
+        return tuple(cache.advance(new) for cache in self.windows)
 
 
 def empty_heads(

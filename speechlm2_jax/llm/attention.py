@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from speechlm2_jax.layers.attention import AttentionMask, attend
-from speechlm2_jax.layers.cache import KVCache
+from speechlm2_jax.layers.decoding_cache import DecodingCache
 from speechlm2_jax.layers.dropout import fold_rngs
 from speechlm2_jax.layers.linear import send_rows
 from speechlm2_jax.layers.lora import LoraConfig, LoraLinear
@@ -73,9 +73,9 @@ class Attention(nnx.Module):
         kind: LayerKind,
         *,
         rngs: Key[Array, " B"] | None = None,
-        cache: KVCache | None = None,
+        cache: DecodingCache | None = None,
         layer: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    ) -> tuple[Float[Array, "B T D"], DecodingCache | None]:
         """Attends to the positions of `x`; with a cache, to all cached positions of this layer.
 
         `layer` is the layer's index in the cache: its number among the layers of one window.

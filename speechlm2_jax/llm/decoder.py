@@ -12,23 +12,26 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from speechlm2_jax.layers.attention import MASKED_KEY, AttentionMask
-from speechlm2_jax.layers.cache import CachedOutput, KVCache
+from speechlm2_jax.layers.cache import KVCache, RingCache
+from speechlm2_jax.layers.decoding_cache import CachedOutput, DecodingCache
 from speechlm2_jax.layers.dropout import fold_rngs
 from speechlm2_jax.layers.linear import Embedding, Linear, project, zeros
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import param
 from speechlm2_jax.layers.norms import LayerNorm, RMSNorm
+from speechlm2_jax.layers.paged_cache import PagedCache
 from speechlm2_jax.layers.rope import rotation
 from speechlm2_jax.layers.scores import capped
 from speechlm2_jax.layers.stack import RematPolicy, scan_layers, stack
-from speechlm2_jax.layers.window_cache import NOTHING, NewTokens, WindowCache
+from speechlm2_jax.layers.window_cache import NOTHING, NewTokens
+from speechlm2_jax.llm import caches
 from speechlm2_jax.llm.attention import Attention, AttentionInputs
 from speechlm2_jax.llm.config import DecoderConfig, LayerKind
 from speechlm2_jax.llm.feed_forward import LlmFeedForward
 from speechlm2_jax.llm.norms import make_norm
-from speechlm2_jax.sharding import constrain, key_value_copies, time_order
+from speechlm2_jax.sharding import constrain, time_order
 
-Carry = tuple[Array, KVCache | None]
+Carry = tuple[Array, DecodingCache | None]
 """The residual stream and the cache."""
 
 
@@ -59,9 +62,9 @@ class Block(nnx.Module):
         kind: LayerKind,
         *,
         rngs: Key[Array, " B"] | None = None,
-        cache: KVCache | None = None,
+        cache: DecodingCache | None = None,
         layer: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    ) -> tuple[Float[Array, "B T D"], DecodingCache | None]:
         """Runs one layer. Returns its output, and the cache with its keys and values (or None)."""
         normed = _normed(x, self.attention_norm)
         attended, cache = self.attention(
@@ -172,24 +175,19 @@ class Decoder(nnx.Module):
 
     def new_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:
         """Makes an empty KV cache of `capacity` positions for `batch` sequences."""
-        c, kind = self.config, self.kv_cache_kind
+        return caches.new_cache(self.config, (batch, capacity), dtype, self.kv_cache_kind)
 
-        def shape(window: int | None) -> tuple[int, int, int, int, int]:
-            heads = c.kv_heads * key_value_copies(c.kv_heads, c.heads)
-            return c.count(window), batch, capacity, heads, c.head_width
-
-        return KVCache.empty(
-            shape(None),
-            dtype,
-            windows=tuple(WindowCache.empty(shape(w), w, dtype, kind) for w in c.windows),
-            keeps_token_positions=any(layer.chunk for layer in c.pattern),
-            kind=kind,
-        )
+    def slot_cache(
+        self, slots: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
+    ) -> RingCache | PagedCache:
+        """Makes an empty cache for continuous batching, of pages where a kernel reads those."""
+        room = (slots, prompt_tokens, new_tokens)
+        return caches.slot_cache(self.config, room, dtype, self.kv_cache_kind)
 
     def extend(
         self,
         embeds: Float[Array, "B T D"],
-        cache: KVCache,
+        cache: DecodingCache,
         *,
         positions: Int[Array, "B T"],
         attention_mask: Bool[Array, "B T"],
@@ -260,7 +258,7 @@ class Decoder(nnx.Module):
         masks = {kind: mask(kind) for kind in self.config.pattern}
         return self._with_rotations(NewTokens(positions, key_segments != MASKED_KEY), masks)
 
-    def _cached_inputs(self, cache: KVCache, new: NewTokens) -> AttentionInputs:
+    def _cached_inputs(self, cache: DecodingCache, new: NewTokens) -> AttentionInputs:
         """Rotary angles and masks for new tokens that attend to a cache."""
         queries = jnp.zeros(new.positions.shape, jnp.int32)
 
@@ -315,7 +313,7 @@ class Decoder(nnx.Module):
         inputs: AttentionInputs,
         *,
         rngs: Key[Array, " B"] | None = None,
-        cache: KVCache | None = None,
+        cache: DecodingCache | None = None,
         remat: RematPolicy = "none",
         emit: Callable[[Array], PyTree] = lambda x: None,
     ) -> tuple[Array, Any, list[Any]]:

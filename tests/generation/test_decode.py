@@ -14,7 +14,8 @@ from flax import nnx
 from speechlm2_jax.generation.processors import Keep, Temperature, TopK
 from speechlm2_jax.generation.salm import DecodingConfig, generate_tokens
 from speechlm2_jax.generation.warpers import keep_top_p
-from speechlm2_jax.layers.cache import CachedOutput, KVCache
+from speechlm2_jax.layers.cache import KVCache
+from speechlm2_jax.layers.decoding_cache import CachedOutput
 from speechlm2_jax.layers.module import Variables, merge, split
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.llm.decoder import Decoder

@@ -1,13 +1,18 @@
 """Invariants of continuous batching: tokens equal `generate`, few compiled programs."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 
 from speechlm2_jax.inference import slot_table
+from speechlm2_jax.layers import ragged_attention
+from speechlm2_jax.layers.paged_cache import PagedCache
+from speechlm2_jax.llm import caches
 from speechlm2_jax.models import SALM
+from tests.layers.ragged_kernel import written_out
 
 DATA = Path(__file__).parents[1] / "data"
 TAG_TEXTS = ["Repeat after me: {}", "What is {}?", "{}"]
@@ -76,6 +81,22 @@ def test_responses_are_those_of_generate_in_two_programs(model, prompts, stops, 
     assert programs() == before, "whoever comes and goes"
     if not drawn:
         assert again == [expected[n] for n in order]
+
+
+def test_responses_from_pages_are_those_of_generate(model, prompts, stops, monkeypatch):
+    """The cache that TPUs have, with what their kernel computes written out."""
+    asked = dict(max_new_tokens=16, eos_token_id=stops)
+    expected = trimmed(model, model.generate(prompts, **asked), stops)
+    monkeypatch.setattr(caches, "implementation", lambda case: "ragged")
+    monkeypatch.setattr(ragged_attention, "kernel", written_out)
+    made = []
+    empty = PagedCache.empty
+    monkeypatch.setattr(PagedCache, "empty", lambda *a, **k: made.append(empty(*a, **k)) or made[0])
+    forget: Any = slot_table._empty  # its programs do not know that the table was changed
+    forget.clear_cache()
+    found = by_number(model.generate_each(iter(prompts), slots=4, **asked))
+    forget.clear_cache()
+    assert made and found == expected
 
 
 def test_prompts_are_drawn_as_slots_become_free(model, prompts, stops):

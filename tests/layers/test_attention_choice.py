@@ -16,6 +16,7 @@ from speechlm2_jax.layers.attention import (
     RING,
     ROWS,
     SEGMENTS,
+    SLOTS,
     SPLASH_MIN_TOKENS,
     AttentionMask,
     Case,
@@ -27,10 +28,11 @@ from speechlm2_jax.layers.scores import Scores
 
 BF16, FP32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
 EVERY_CASE = [
-    Case(platform=p, kind=k, tokens=t, head_width=h, dtype=d, is_capped=c, is_chunked=n, divides=v)
+    Case(platform=p, kind=k, tokens=t, head_width=h, dtype=d, is_capped=c, is_chunked=n, divides=v,
+         kv_heads=8)
     for p, k, t, h, d, c, n, v in itertools.product(
-        ("cpu", "gpu", "tpu"), (ROWS, SEGMENTS, CACHE, RING), (1, 255, 256, 4096),
-        (64, 100, 256, 512), (BF16, FP32), (False, True), (False, True), (False, True),
+        ("cpu", "gpu", "tpu"), (ROWS, SEGMENTS, CACHE, RING, SLOTS), (1, 255, 256, 4096),
+        (64, 100, 128, 256, 512), (BF16, FP32), (False, True), (False, True), (False, True),
     )
 ]  # fmt: skip
 
@@ -41,7 +43,7 @@ def test_only_whole_rows_reach_the_kernel_without_segments():
     assert taken
     for case in taken:
         assert (case.platform, case.kind, case.dtype) == ("gpu", ROWS, BF16)
-        assert case.head_width in (64, 256) and case.divides
+        assert case.head_width in (64, 128, 256) and case.divides
         assert not case.is_capped and not case.is_chunked
 
 
@@ -53,10 +55,14 @@ def test_the_table():
             assert implementation(case) == "dense"
         if implementation(case) == "splash":
             assert case.tokens >= SPLASH_MIN_TOKENS and case.divides
+        if implementation(case) == "ragged":
+            assert case.head_width == 128 and case.divides
+            assert implementation(replace(case, kv_heads=3)) == "dense", "not whole tiles"
+    assert found["ragged"] == {("tpu", SLOTS)}
     assert found["splash"] == {("tpu", ROWS), ("tpu", SEGMENTS)}
     assert found["ring"] == {(p, RING) for p in ("cpu", "gpu", "tpu")}
-    assert {kind for platform, kind in found["dense"] if platform == "cpu"} >= {ROWS, CACHE}
-    assert set(found) == {"ring", "splash", "cudnn", "dense"}
+    assert {kind for platform, kind in found["dense"] if platform == "cpu"} >= {ROWS, CACHE, SLOTS}
+    assert set(found) == {"ring", "splash", "ragged", "cudnn", "dense"}
 
 
 def test_blocks_are_for_rows_whose_tokens_look_back_a_little():
