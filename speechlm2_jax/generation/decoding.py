@@ -64,12 +64,16 @@ class DecodingConfig(Generic[Id]):
     beams: BeamConfig | None = None
     drafter: Drafter | None = None
     """Speculative decoding, not with beams: where draft tokens come from."""
+    keeps_logprobs: bool = field(default=False, metadata=STATIC)
+    """Keep the log-probability of every generated token; neither with beams nor with a drafter."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if self.beams is not None and self.drafter is not None:
             raise ValueError("speculative decoding is not supported with beam search")
+        if self.keeps_logprobs and (self.beams is not None or self.drafter is not None):
+            raise ValueError("token_logprobs is not supported with beam search or drafts")
 
     @property
     def copies(self) -> int:

@@ -59,6 +59,8 @@ class DecodingState(NamedTuple):
     cache: KVCache
     info: PromptInfo
     rngs: Key[Array, " R"] | None
+    logprobs: Float[Array, "R A"] | None = None
+    """Of each generated token; None unless `DecodingConfig.keeps_logprobs`."""
 
 
 class GenerationOutput(NamedTuple):
@@ -75,6 +77,8 @@ class GenerationOutput(NamedTuple):
     """Draft tokens that were checked; None without speculative decoding."""
     accepted: Int[Array, " R"] | None = None
     """Draft tokens that are part of the response."""
+    logprobs: Float[Array, "R A"] | None = None
+    """Log-probability of each token in nats, before logits processors; None if not kept."""
 
 
 GenerationState = DecodingState | BeamSearchState | SpeculativeState
@@ -117,6 +121,9 @@ def prefill(decoder: CachedDecoder, prompts: Prompts, config: DecodingConfig) ->
         cache=prompt.cache,
         info=prompt.info,
         rngs=copied_rngs(prompts.rngs, config.copies),
+        logprobs=(
+            jnp.zeros((len(finished), config.max_new_tokens)) if config.keeps_logprobs else None
+        ),
     )
     return _choose(decoder, start, prompt.hidden, config)
 
@@ -178,6 +185,7 @@ def read_outputs(state: GenerationState, config: DecodingConfig) -> GenerationOu
         ended=state.finished,
         drafted=state.drafted if isinstance(state, SpeculativeState) else None,
         accepted=state.accepted if isinstance(state, SpeculativeState) else None,
+        logprobs=state.logprobs if isinstance(state, DecodingState) else None,
     )
 
 
@@ -187,8 +195,8 @@ def _choose(
     hidden: Float[Array, "R 1 D"],
     config: DecodingConfig,
 ) -> DecodingState:
-    scores = decoder.logits(hidden)[:, 0]
-    scores = process_scores(scores, state.ids, state.generated, state.info, config)
+    logits = decoder.logits(hidden)[:, 0]
+    scores = process_scores(logits, state.ids, state.generated, state.info, config)
     if config.do_sample:
         token: Any = jax.vmap(jax.random.categorical)(
             token_rngs(state.rngs, state.generated), scores
@@ -200,7 +208,21 @@ def _choose(
     stops = jnp.isin(token, jnp.asarray(config.stop_ids, jnp.int32))
     return state._replace(
         generated=state.generated + 1,
+        logprobs=_with_logprob(state, logits, token),
         ids=jax.lax.dynamic_update_slice_in_dim(state.ids, token[:, None], end, axis=1),
         lengths=state.lengths + ~state.finished,
         finished=state.finished | stops | (state.generated + 1 >= state.info.limit),
     )
+
+
+def _with_logprob(
+    state: DecodingState, logits: Float[Array, "R V"], token: Int[Array, " R"]
+) -> Float[Array, "R A"] | None:
+    """Adds the log-probability of the chosen tokens, if they are kept; 0 after the end."""
+    if state.logprobs is None:
+        return None
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)
+    own = chosen - jax.nn.logsumexp(logits, axis=1, keepdims=True)
+    own = jnp.where(state.finished[:, None], 0.0, own)
+    return jax.lax.dynamic_update_slice_in_dim(state.logprobs, own, state.generated, axis=1)

@@ -95,6 +95,9 @@ class Generated:
     """Draft tokens that were checked; None without speculative decoding (our own field)."""
     accepted: Int32[np.ndarray, " N"] | None = None
     """Draft tokens that are part of the response (our own field)."""
+    token_logprobs: Float[np.ndarray, "N T"] | None = None
+    """Log-probability of each new token in nats, under the LLM's own distribution: before
+    temperature and other processors. 0 after the end; None unless asked for (our own field)."""
 
 
 def generate(
@@ -126,7 +129,8 @@ def generate(
         sequences = np.concatenate([prompt_ids, sequences], axis=1)
     if not request.returns_dict:
         return sequences
-    return Generated(sequences, output.scores, output.drafted, output.accepted)
+    kept = None if output.logprobs is None else output.logprobs[:, : output.trimmed().shape[1]]
+    return Generated(sequences, output.scores, output.drafted, output.accepted, kept)
 
 
 def stream(
@@ -265,6 +269,7 @@ class _PreparedBatch:
             ended=real_rows(output.ended),
             drafted=None if output.drafted is None else real_rows(output.drafted),
             accepted=None if output.accepted is None else real_rows(output.accepted),
+            logprobs=None if output.logprobs is None else real_rows(output.logprobs),
         )
 
 

@@ -35,6 +35,8 @@ class PartialOutput:
     """Draft tokens that were checked; None without speculative decoding."""
     accepted: Int32[np.ndarray, " N"] | None = None
     """Draft tokens that are part of the response."""
+    logprobs: Float[np.ndarray, "N A"] | None = None
+    """Log-probability of each token; None if not kept."""
 
     def trimmed(self) -> Int32[np.ndarray, "N T"]:
         """Ids up to the end of the longest sequence."""

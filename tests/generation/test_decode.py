@@ -12,7 +12,16 @@ import pytest
 from flax import nnx
 
 from speechlm2_jax.generation.processors import Keep, Temperature, TopK
-from speechlm2_jax.generation.salm import DecodingConfig, generate_tokens
+from speechlm2_jax.generation.salm import (
+    BeamConfig,
+    DecodingConfig,
+    GenerationOutput,
+    Prompts,
+    decode,
+    generate_tokens,
+    prefill,
+    read_outputs,
+)
 from speechlm2_jax.generation.warpers import keep_top_p
 from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.layers.decoding_cache import CachedOutput
@@ -106,6 +115,45 @@ def test_a_response_ends_with_its_stop_token_and_is_padded() -> None:
     for expected, row in zip(free.tolist(), stopped.tolist(), strict=True):
         end = next((i for i, token in enumerate(expected) if token in stops), 5)
         assert row == expected[: end + 1] + [PAD] * (5 - end)
+
+
+def test_logprobs_are_those_of_full_passes_before_processors() -> None:
+    """Of sampled tokens at another temperature; 0 after the end, and the tokens are the same."""
+    free = generate(VARIABLES, *padded_prompts(PROMPTS, 6), GREEDY)
+    config = replace(
+        GREEDY,
+        do_sample=True,
+        processors=(Temperature(1.7),),
+        stop_ids=(int(free[0, 2]), 4),
+        keeps_logprobs=True,
+    )
+    rngs = jax.random.split(jax.random.key(3), len(PROMPTS))
+
+    @jax.jit
+    def run(embeds: jax.Array, lengths: jax.Array, mask: jax.Array) -> GenerationOutput:
+        decoder: Decoder = merge(GRAPHDEF, VARIABLES)
+        prompts = Prompts(embeds, lengths, mask, rngs=rngs)
+        return read_outputs(decode(decoder, prefill(decoder, prompts, config), config, 6), config)
+
+    found = run(*padded_prompts(PROMPTS, 6))
+    without = replace(config, keeps_logprobs=False)
+    same = generate(VARIABLES, *padded_prompts(PROMPTS, 6), without, rngs)
+    assert found.ids.tolist() == same.tolist() and found.logprobs is not None
+    for row, prompt in enumerate(PROMPTS):
+        length = int(found.lengths[row])
+        ids = [*prompt, *found.ids[row, :length].tolist()]
+        padded = jnp.asarray(ids + [13] * (12 - len(ids)))
+        for n in range(length):
+            count = len(prompt) + n
+            scores = scores_of_last(padded, jnp.arange(12) < count, jnp.asarray(count))
+            expected = jax.nn.log_softmax(scores)[ids[count]]
+            np.testing.assert_allclose(found.logprobs[row, n], expected, atol=1e-4)
+        assert not found.logprobs[row, length:].any()
+
+
+def test_logprobs_are_not_kept_with_beams() -> None:
+    with pytest.raises(ValueError, match="token_logprobs is not supported"):
+        replace(GREEDY, keeps_logprobs=True, beams=BeamConfig(count=2))
 
 
 def test_one_program_serves_all_prompts_of_a_shape() -> None:

@@ -66,6 +66,14 @@ def test_the_first_of_several_responses_is_the_only_one(model, drawn):
     assert all(one.tolist() != other.tolist() for one, other in drawn.reshape(3, 2, 12))
 
 
+def test_logprobs_of_new_tokens_are_returned(model, drawn):
+    asked = dict(DRAWN, return_dict_in_generate=True, token_logprobs=True)
+    found = model.generate(PROMPTS, **asked)
+    assert found.sequences[:, -12:].tolist() == drawn.tolist()
+    assert found.token_logprobs.shape == drawn.shape
+    assert (found.token_logprobs < 0).any() and (found.token_logprobs <= 0).all()
+
+
 def test_leaving_the_loop_or_saying_stop_gives_what_there_is(model, drawn):
     first = list(itertools.islice(model.stream(PROMPTS, **DRAWN), len(drawn)))
     assert joined(first, len(drawn))[0] == drawn[:, :1].tolist()
@@ -137,6 +145,11 @@ def test_a_stop_string_ends_a_response_and_lengths_are_per_sequence(model):
         (dict(min_new_tokens=5, max_new_tokens=4), "exceeds max_new_tokens=4"),
         (dict(max_length=8), "leaves no room after a prompt of"),
         (dict(output_logits=True), "logits of each token are not kept"),
+        (dict(token_logprobs=True), "token_logprobs needs return_dict_in_generate=True"),
+        (
+            dict(token_logprobs=True, return_dict_in_generate=True, num_beams=2),
+            "token_logprobs is not supported with num_beams",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(model, wrong, message):

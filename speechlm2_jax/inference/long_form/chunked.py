@@ -118,6 +118,11 @@ def check(request: GenerationRequest) -> None:
             "num_return_sequences: a recording longer than max_audio_s has one response, joined "
             "from its chunks; leave it out, or raise max_audio_s"
         )
+    if request.decoding.keeps_logprobs:
+        raise ValueError(
+            "token_logprobs: the response to a recording longer than max_audio_s is joined from "
+            "chunks and has none; cut the recording, or raise max_audio_s"
+        )
     if request.returns_dict and request.decoding.beams is not None:
         raise ValueError(
             "return_dict_in_generate: the response to a recording longer than max_audio_s is "

@@ -187,6 +187,7 @@ def read_request(
     if has_defaults:
         asked = with_defaults(asked, model.generation_defaults, model.text_vocab_size)
     _check_together(asked)
+    _check_logprobs(asked)
     _warn_of_no_effect(asked)
     stops = ids_of(asked.get("eos_token_id", end_ids))
     pad_id = asked.get("pad_token_id", model.text_pad_id)
@@ -200,6 +201,7 @@ def read_request(
         return_sequences=int(asked.get("num_return_sequences", 1)),
         beams=None if beams == 1 else _beams(asked, beams),
         drafter=_lookup(asked),
+        keeps_logprobs=bool(asked.get("token_logprobs", False)),
     )
     strings = asked.get("stop_strings", ())
     return GenerationRequest(
@@ -291,6 +293,18 @@ def _check_together(asked: Mapping[str, Any]) -> None:
         raise ValueError(
             f"min_new_tokens={asked['min_new_tokens']} exceeds max_new_tokens={longest}"
         )
+
+
+def _check_logprobs(asked: Mapping[str, Any]) -> None:
+    """Raises ValueError if log-probabilities cannot be kept, or not be returned."""
+    if not asked.get("token_logprobs"):
+        return
+    if not asked.get("return_dict_in_generate"):
+        raise ValueError("token_logprobs needs return_dict_in_generate=True")
+    others = [key for key in _DRAFTS if asked.get(key) is not None]
+    others += ["num_beams"] if asked.get("num_beams", 1) > 1 else []
+    if others:
+        raise ValueError(f"token_logprobs is not supported with {others[0]}; leave one out")
 
 
 def _warn_of_no_effect(asked: Mapping[str, Any]) -> None:

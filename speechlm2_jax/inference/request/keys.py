@@ -107,6 +107,7 @@ OWN: Mapping[str, str] = {
     "max_audio_s": "audio longer than this many seconds (40) is split into chunks; false: no limit",
     "assistant_model": "an ASRModel or CTCModel, whose transcripts are the drafts; or a draft LLM",
     "drafts": "a text for each prompt, which is its draft",
+    "token_logprobs": "true, with return_dict_in_generate: .token_logprobs; no beams, no drafts",
     "should_stop": "a function called every 16 tokens; when it returns true, generation stops",
 }
 """Keywords of `generate` that transformers does not have."""

@@ -173,6 +173,7 @@ _FLAGS = (
     "renormalize_logits",
     "remove_invalid_values",
     "output_scores",
+    "token_logprobs",
     "enable_thinking",
 )
 _ONE_ID = ("forced_bos_token_id", "pad_token_id")
