@@ -2,21 +2,18 @@
 
 import os
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from speechlm2_jax import models, processes
 from speechlm2_jax.aot.chips import read_topology
 from speechlm2_jax.aot.programs import generation_report, training_report
 from speechlm2_jax.aot.report import Report
 from speechlm2_jax.aot.shapes import largest_shape
-from speechlm2_jax.batches import HostBatch, SalmExample
 from speechlm2_jax.checkpointing import step_folders
 from speechlm2_jax.console import phase
 from speechlm2_jax.conversion.errors import MissingWeightsError
@@ -25,8 +22,6 @@ from speechlm2_jax.data.datamodule import DataModule
 from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
 from speechlm2_jax.data.fusion import training_sets
 from speechlm2_jax.data.salm_dataset import SALMDataset
-from speechlm2_jax.evaluation.duplex import scoring
-from speechlm2_jax.evaluation.metrics.wer import text_normalizer, word_errors
 from speechlm2_jax.models.ctc import CTCModel
 from speechlm2_jax.models.duplex import DuplexS2SModel
 from speechlm2_jax.models.salm import SALM
@@ -48,19 +43,18 @@ from speechlm2_jax.settings.targets import selected_problems
 from speechlm2_jax.strategies import STRATEGIES
 from speechlm2_jax.training.exp_manager import ExpManagerConfig
 from speechlm2_jax.training.optimizer import OPTIMIZERS
-from speechlm2_jax.training.protocol import HostMetric, Sample, Scored, Scoring
 from speechlm2_jax.training.run import hosts
 from speechlm2_jax.training.run.disk_errors import DiskError
 from speechlm2_jax.training.run.preparation import Setup
 from speechlm2_jax.training.schedules import SCHEDULES
 from speechlm2_jax.training.trainer import FitResult, Trainer, exp_manager
 from speechlm2_jax.training.trainer_config import TrainerConfig
+from speechlm2_jax.validation_scores import validation_scores
 
 BLOCKS = ("model", "trainer", "data", "exp_manager")
 IGNORED = {"name": "exp_manager.name names the run"}
 """Keys beside the blocks, as NeMo's configs page has them, and why they mean nothing here."""
 REQUIRED = ("model", "data")
-VALIDATION_MAX_NEW_TOKENS = 128
 FRAME_TOLERANCE = 0.01
 """Largest relative difference between sample rates of data and model."""
 Model = SALM | DuplexS2SModel | CTCModel
@@ -101,22 +95,13 @@ class Experiment:
 
     def fit(self) -> FitResult:
         """Trains, and scores generated text at every validation."""
-        metrics, scoring = validation_scores(self.model)
+        metrics, scoring = validation_scores(self.model, self.trainer.config.validation_metrics)
         return self.trainer.fit(
             *(self.model, self.datamodule),
             validation_metrics=metrics,
             validation_scoring=scoring,
             settings=self.settings,
         )
-
-
-def validation_scores(model: object) -> tuple[dict[str, HostMetric], Scoring | None]:
-    """Metrics and scoring of a model's generated text; none for models of other packages."""
-    if isinstance(model, DuplexS2SModel):
-        return {}, lambda: duplex_scores(model)
-    if isinstance(model, SALM | CTCModel):
-        return {"wer": word_error_rate(model)}, None
-    return {}, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,77 +311,3 @@ def make_data(cfg: Mapping[str, object], model: Model) -> DataModule:
                 f"data.{key}={given} does not fit the model, which expects {wanted}"
             )
     return DataModule(cfg, tokenizer=model.tokenizer, dataset=dataset)
-
-
-@contextmanager
-def duplex_scores(model: DuplexS2SModel) -> Generator["ConversationScores"]:
-    """Scores a duplex model's generated conversations in one validation."""
-    with scoring.scoring(model, model.find_scoring_asr()) as scorer:
-        yield ConversationScores(scorer)
-
-
-@dataclass(frozen=True)
-class ConversationScores:
-    """Adapts a duplex scorer to `training.protocol.Scorer`."""
-
-    scorer: scoring.DuplexScorer
-
-    def update(self, name: str, batch: HostBatch) -> list[Sample]:
-        """Generates and scores the responses of a batch of set `name`."""
-        examples = scoring.conversations(batch)
-        if not examples:
-            return []
-        return [
-            Sample(id=a.example.id, reference=a.example.target_text, hypothesis=a.text)
-            for a in self.scorer.generate_and_score(name, examples)
-        ]
-
-    def gather(self) -> None:
-        """Adds the responses of the other processes."""
-        self.scorer.gather()
-
-    def compute(self) -> dict[str, float]:
-        """All scores, per set and over sets."""
-        return self.scorer.compute()
-
-
-def word_error_rate(model: SALM | CTCModel) -> Callable[[HostBatch], Scored]:
-    """Makes a validation metric: generates for each conversation and counts word errors.
-
-    Texts are lower-cased and stripped of punctuation, in any language. The count is the number of
-    reference words.
-    """
-    normalize = text_normalizer("basic")
-
-    def metric(batch: HostBatch) -> Scored:
-        scored = [reference for reference in batch.references if reference is not None]
-        if not scored:
-            return Scored(total=0.0, count=0.0)
-        texts = hypotheses(model, [reference.prompt for reference in scored])
-        errors = word_errors(
-            [normalize(reference.text) for reference in scored],
-            [normalize(text) for text in texts],
-        )
-        return Scored(
-            total=float(errors.errors),
-            count=float(errors.reference_words),
-            samples=tuple(
-                Sample(id=reference.id, reference=reference.text, hypothesis=text)
-                for reference, text in zip(scored, texts, strict=True)
-            ),
-        )
-
-    return metric
-
-
-def hypotheses(model: SALM | CTCModel, prompts: Sequence[SalmExample]) -> list[str]:
-    """The generated text for each prompt; a CTC model transcribes the first recording only."""
-    if isinstance(model, CTCModel):
-        return [*model.transcribe([prompt.audio[0] for prompt in prompts])]
-    return [text_before_end(model, i) for i in model.answer(prompts, VALIDATION_MAX_NEW_TOKENS)]
-
-
-def text_before_end(model: SALM, ids: np.ndarray) -> str:
-    """The text of generated tokens up to the first end token."""
-    ends = np.flatnonzero(np.isin(ids, model.end_ids))
-    return model.tokenizer.ids_to_text(ids[: ends[0]] if len(ends) else ids)

@@ -4,7 +4,7 @@ The package `training` imports no model. This module imports the composition roo
 when scores are needed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from speechlm2_jax.training import trainer
 from speechlm2_jax.training.protocol import DataSource, HostMetric, Scoring, TrainableModel
@@ -29,7 +29,7 @@ class Trainer(trainer.Trainer):
         model its BLEU scores. `validation_metrics={}` scores nothing but the losses.
         """
         if validation_metrics is None and validation_scoring is None:
-            validation_metrics, validation_scoring = _scores(model)
+            validation_metrics, validation_scoring = _scores(model, self.config.validation_metrics)
         return super().fit(
             *(model, datamodule),
             validation_metrics=validation_metrics,
@@ -47,7 +47,7 @@ class Trainer(trainer.Trainer):
     ) -> dict[str, float]:
         """Validates as `training.trainer.Trainer.validate`, with the scores of `fit`."""
         if validation_metrics is None and validation_scoring is None:
-            validation_metrics, validation_scoring = _scores(model)
+            validation_metrics, validation_scoring = _scores(model, self.config.validation_metrics)
         return super().validate(
             *(model, datamodule),
             validation_metrics=validation_metrics,
@@ -55,8 +55,10 @@ class Trainer(trainer.Trainer):
         )
 
 
-def _scores(model: TrainableModel) -> tuple[Mapping[str, HostMetric] | None, Scoring | None]:
-    from speechlm2_jax.experiment import validation_scores
+def _scores(
+    model: TrainableModel, names: Sequence[str]
+) -> tuple[Mapping[str, HostMetric] | None, Scoring | None]:
+    from speechlm2_jax.validation_scores import validation_scores
 
-    metrics, scoring = validation_scores(model)
+    metrics, scoring = validation_scores(model, names)
     return {**metrics, **model.validation_metrics}, scoring

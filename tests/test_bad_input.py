@@ -13,6 +13,7 @@ import yaml
 from speechlm2_jax import experiment
 from speechlm2_jax.batches import HostBatch
 from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.validation_scores import word_error_rate
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -130,7 +131,7 @@ def test_a_good_file_builds(config):
 
 
 def test_word_error_rate_counts_reference_words(config):
-    metric = experiment.word_error_rate(experiment.build(config).model)
+    metric = word_error_rate(experiment.build(config).model)
     empty = metric(HostBatch(arrays=None, ids=(), bucket="", references=()))
     assert (empty.total, empty.count) == (0.0, 0.0)
     assert isinstance(SettingsError("x"), ValueError)

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 import speechlm2_jax as slm
-from speechlm2_jax import experiment
+from speechlm2_jax import validation_scores
 from speechlm2_jax.training.protocol import Sample, Scored
 from tests.training.tiny_salm import write_config
 from tests.training.toy import ToyData, ToyModel
@@ -23,10 +23,25 @@ def test_fit_scores_words_and_shows_hypotheses(tmp_path, capsys):
     assert "val_loss" in losses and "val_wer" not in losses
 
 
+def test_metrics_of_responses_are_those_that_are_named(tmp_path, capsys):
+    trainer = {"max_steps": 1, "num_val_samples": 1, "validation_metrics": ["cer", "wer", "chrf"]}
+    values = yaml.safe_load(write_config(tmp_path, trainer=trainer).read_text())
+    model = slm.models.SALM(values["model"])
+    data = slm.data.DataModule(values["data"], tokenizer=model.tokenizer)
+    alone = slm.Trainer(**{**values["trainer"], "validation_metrics": ["wer"]})
+    expected = alone.validate(model, data)
+    found = slm.Trainer(**values["trainer"]).validate(model, data)
+    assert found["val_wer_same"] == pytest.approx(expected["val_wer_same"], rel=1e-6)
+    assert found["val_cer"] > 0 and 0 <= found["val_chrf"] <= 100
+    assert "hypothesis:" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="trainer.validation_metrics: 'were' is unknown"):
+        slm.Trainer(**{**values["trainer"], "validation_metrics": ["were"]}).validate(model, data)
+
+
 def test_scores_of_a_model_are_those_that_train_takes(monkeypatch, capsys):
     sample = Sample(id="a", reference="yes", hypothesis="no")
     score = lambda batch: Scored(total=1.0, count=2.0, samples=(sample,))  # noqa: E731
-    monkeypatch.setattr(experiment, "validation_scores", lambda model: ({"wer": score}, None))
+    monkeypatch.setattr(validation_scores, "validation_scores", lambda *_: ({"wer": score}, None))
     trainer = slm.Trainer(
         max_steps=1, num_sanity_val_steps=0, devices=1, compilation_cache_dir=None
     )
@@ -35,4 +50,4 @@ def test_scores_of_a_model_are_those_that_train_takes(monkeypatch, capsys):
 
 
 def test_another_kind_of_model_has_its_own_metrics_alone():
-    assert experiment.validation_scores(ToyModel()) == ({}, None)
+    assert validation_scores.validation_scores(ToyModel()) == ({}, None)

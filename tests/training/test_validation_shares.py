@@ -124,7 +124,7 @@ VALIDATE = """
 import json, sys
 from pathlib import Path
 import jax
-from speechlm2_jax import experiment
+from speechlm2_jax import experiment, validation_scores
 from speechlm2_jax.evaluation.duplex.scoring import DuplexScorer
 config, out, *overrides = sys.argv[1:]
 made = []
@@ -135,12 +135,12 @@ def counted(act):
         return act(first, examples, *more)
     return counting
 
-experiment.hypotheses = counted(experiment.hypotheses)
+validation_scores.hypotheses = counted(validation_scores.hypotheses)
 DuplexScorer.generate = counted(DuplexScorer.generate)
 run = experiment.read_run(config, overrides)
 run.initialize_processes()
 one = run.build()
-metrics, scoring = experiment.validation_scores(one.model)
+metrics, scoring = validation_scores.validation_scores(one.model)
 found = one.trainer.validate(
     one.model, one.datamodule, validation_metrics=metrics, validation_scoring=scoring
 )

@@ -30,6 +30,8 @@ class TaskMetric:
     """A pair of texts and the name of a normaliser -> the counts of one response."""
     value: Callable[[Sequence[float]], float | None]
     """The sums of the counts -> the metric, in percent or points; None without references."""
+    is_share: bool = True
+    """Whether the value is a share in percent."""
     details: Callable[[Sequence[Pair]], Mapping[str, float]] = lambda _: {}
     """Further values by name, in percent."""
 
@@ -130,8 +132,8 @@ def _choice_counts(pair: Pair, _normalizer: object) -> Sequence[float]:
 TASK_METRICS: Mapping[str, TaskMetric] = {
     "wer": TaskMetric(title="WER", more_is_better=False, counts=_word_counts, value=_share),
     "cer": TaskMetric(title="CER", more_is_better=False, counts=_character_counts, value=_share),
-    "bleu": TaskMetric(title="BLEU", more_is_better=True, **_sacrebleu("bleu")),
-    "chrf": TaskMetric(title="chrF", more_is_better=True, **_sacrebleu("chrf")),
+    "bleu": TaskMetric(title="BLEU", more_is_better=True, is_share=False, **_sacrebleu("bleu")),
+    "chrf": TaskMetric(title="chrF", more_is_better=True, is_share=False, **_sacrebleu("chrf")),
     INTENT: TaskMetric(
         title="commands accepted",
         more_is_better=True,
