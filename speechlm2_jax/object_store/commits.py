@@ -128,4 +128,4 @@ def read_commits(store: ObjectStore, sizes: Mapping[str, int]) -> dict[str, Comm
 
 def steps_of(commits: Mapping[str, Commit]) -> list[int]:
     """The committed steps, newest first."""
-    return sorted((int(name) for name in commits if name.isdigit()), reverse=True)
+    return sorted((int(name) for name in list(commits) if name.isdigit()), reverse=True)

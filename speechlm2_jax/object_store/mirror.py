@@ -1,5 +1,6 @@
 """Uploads a run directory to its store, in the background, while the run writes it."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -94,11 +95,13 @@ class Mirror:
 
     def left(self) -> int:
         """Bytes of local files that the store does not hold yet."""
-        folders = [self._folder / CHECKPOINTS / name for name in self._waiting()]
-        files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
         here = small_files(self._folder).items()
-        changed = sum(stamp[0] for name, stamp in here if self._is_new(name, stamp))
-        return changed + sum(path.stat().st_size for path in files)
+        count = sum(stamp[0] for name, stamp in here if self._is_new(name, stamp))
+        for name in self._waiting():
+            with contextlib.suppress(OSError):  # the run may have just deleted it
+                files = (self._folder / CHECKPOINTS / name).rglob("*")
+                count += sum(path.stat().st_size for path in files if path.is_file())
+        return count
 
     def push(self) -> None:
         """Uploads everything that the store lacks, and removes there what the run has deleted.

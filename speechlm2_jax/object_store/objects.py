@@ -10,7 +10,7 @@ from speechlm2_jax.data.storage.addresses import HTTP, normalised, scheme_of
 from speechlm2_jax.data.storage.filesystems import check_package
 from speechlm2_jax.settings import SettingsError
 
-PAUSES_S = (0.25, 1.0, 4.0)
+PAUSES_S = (0.25, 1.0, 4.0, 15.0)
 """Pauses before a failed request is tried again."""
 THREADS = 4
 """Files that are transferred at once."""

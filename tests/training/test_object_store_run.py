@@ -139,6 +139,7 @@ def test_a_second_training_at_an_address_is_refused_until_the_first_one_is_silen
 def test_a_run_whose_end_cannot_be_uploaded_fails_and_names_the_local_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(mirrors, "FIRST_RETRY_S", 0.02)
     monkeypatch.setattr(mirrors, "PATIENCE_S", 0.3)
+    make_trainer(ADDRESS)  # trainers of one process share the lock
     trainer = make_trainer(ADDRESS, max_steps=1)
     files = fsspec.filesystem("memory")
 
@@ -196,6 +197,39 @@ def test_processes_that_do_not_share_the_local_folder_are_refused(tmp_path, monk
     told = str(raised.value)
     assert " is not shared: process 1 on " in told and f"a run at {ADDRESS} works there" in told
     assert "set SPEECHLM2_JAX_RUN_CACHE to a folder of a file system that all hosts mount" in told
+
+
+@pytest.mark.slow  # four processes
+def test_processes_that_share_the_local_folder_are_one_run(tmp_path):
+    address, steps = "gs://bucket/one", "9"
+    own = {
+        **environment(tmp_path / "stores"),
+        "JAX_PLATFORMS": "cpu",
+        "TOY_CACHE": str(tmp_path / "compiled"),
+    }
+
+    def start(place, cache):
+        launch = ["-m", "speechlm2_jax.launch", "-n", "2", "tests/training/toy_processes.py"]
+        done = subprocess.run(
+            [sys.executable, *launch, place, steps],
+            cwd=ROOT,
+            env={**os.environ, **own, CACHE_VARIABLE: str(tmp_path / cache)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    out = start(address, "cache")
+    store = tmp_path / "stores" / "gs" / "bucket" / "one"
+    assert out.count(f"the run is whole at {address}") == 1
+    assert json.loads((store / "FINISHED").read_text())["step"] == 9
+    assert (store / "committed" / "9").is_file() and not (store / "run.lock").exists()
+    start(str(tmp_path / "whole"), "cache")
+    assert compared(store) == compared(tmp_path / "whole")
+    again = start(address, "empty")
+    assert "resuming from" in again and again.count(f"the run is whole at {address}") == 1
 
 
 class Train:

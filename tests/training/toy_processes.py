@@ -2,7 +2,6 @@
 
 import sys
 import time
-from pathlib import Path
 
 from speechlm2_jax.processes import exit_on_error, initialize
 from speechlm2_jax.training.run.finishing import exit_code
@@ -19,7 +18,7 @@ def main(run_dir: str, steps: str) -> int:
     with exit_on_error():
         initialize()
         trainer = make_trainer(
-            Path(run_dir),
+            run_dir,
             max_steps=int(steps),
             limit_train_batches=VALIDATED_EVERY,
             devices=-1,

@@ -32,7 +32,7 @@ from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.run import directory, hosts, run_lock
 from speechlm2_jax.training.run.disk_errors import DiskError
 from speechlm2_jax.training.run.run_lock import RunLock
-from speechlm2_jax.training.run.store_lock import StoreLock
+from speechlm2_jax.training.run.store_lock import lock_of
 
 log = logging.getLogger(__name__)
 _UNDER_WAY, _UPLOADED, _FAILED = 0, 1, 2
@@ -149,7 +149,9 @@ class OpenRun:
         except BaseException:
             if mirror is not None:
                 mirror.end()
-                if not mirror.wait(_AFTER_ERROR_S):
+                with phase(f"uploading the rest to {self.address}"):
+                    is_whole = mirror.wait(_AFTER_ERROR_S)
+                if not is_whole:
                     log.error("%s", self._incomplete(mirror))
             raise
         self._finish(mirror)
@@ -201,7 +203,7 @@ class _OpenStore:
 
     def __init__(self, store: ObjectStore, folder: Path) -> None:
         self._store, self._folder = store, folder
-        self.lock = StoreLock(store)
+        self.lock = lock_of(store)
         try:
             with phase(f"reading {store.address}"):
                 self._commits: dict[str, Commit] = prepare(store, folder)

@@ -34,9 +34,14 @@ class StoreLock:
     def __init__(self, store: ObjectStore) -> None:
         self._store, self._beats = store, 0
         self._owner = take(store, LOCK)
-        self._is_over = threading.Event()
+        self._is_over, self._mutex = threading.Event(), threading.Lock()
         atexit.register(self.release)
         threading.Thread(target=self._beat, name="store lock", daemon=True).start()
+
+    @property
+    def is_held(self) -> bool:
+        """False after its release."""
+        return not self._is_over.is_set()
 
     def check(self) -> None:
         """Raises ObjectStoreError unless this process still holds the lock."""
@@ -48,9 +53,10 @@ class StoreLock:
 
     def release(self) -> None:
         """Removes the lock if this process holds it."""
-        if self._is_over.is_set():
-            return
-        self._is_over.set()
+        with self._mutex:  # a renewal that has begun ends first
+            if self._is_over.is_set():
+                return
+            self._is_over.set()
         atexit.unregister(self.release)
         with contextlib.suppress(ObjectStoreError):
             self.check()
@@ -64,8 +70,9 @@ class StoreLock:
                 if other is not None and other.token != self._owner.token:
                     break
                 self._beats += 1
-                if not self._is_over.is_set():
-                    self._store.write(LOCK, _contents(self._owner, self._beats))
+                with self._mutex:
+                    if not self._is_over.is_set():
+                        self._store.write(LOCK, _contents(self._owner, self._beats))
             except ObjectStoreError:  # the mirror reports it
                 continue
         if not self._is_over.is_set():
@@ -73,6 +80,18 @@ class StoreLock:
                 f"{self._store.address}: another process has taken over this run after "
                 f"{SILENT_S:.0f} s of silence; this one ends and uploads nothing"
             )
+
+
+_held: dict[str, StoreLock] = {}
+"""Locks of this process, by address."""
+
+
+def lock_of(store: ObjectStore) -> StoreLock:
+    """The lock of an address, which all trainers of this process share. Raises as StoreLock."""
+    lock = _held.get(store.address)
+    if lock is None or not lock.is_held:
+        lock = _held[store.address] = StoreLock(store)
+    return lock
 
 
 def take(store: ObjectStore, name: str) -> Owner:
