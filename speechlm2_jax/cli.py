@@ -59,6 +59,14 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "salm --buckets 8",
         ),
     ),
+    "use": (
+        Command(
+            "serve",
+            "serve a model over HTTP with OpenAI's API",
+            "speechlm2_jax.serving.arguments:main",
+            "runs/salm --port 8000",
+        ),
+    ),
     "data": (
         Command(
             "manifest",

@@ -1,6 +1,7 @@
 """Streaming of generated text, and stop strings."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -74,24 +75,39 @@ class TextTokenizer(Protocol):
         ...
 
 
+class GrowingText:
+    """The text of one sequence whose tokens come one after another.
+
+    Text that was given out does not change later.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.text, self.count = "", 0
+        """All text so far, and the number of tokens so far."""
+
+    def add(self, ids: np.ndarray, is_last: bool) -> str:
+        """Takes all ids [T] so far, and returns the new text."""
+        before = self.text
+        text = self._tokenizer.ids_to_text(ids) if is_last else _decided(ids, self._tokenizer)
+        self.text, self.count = (text if text.startswith(before) else before), len(ids)
+        return self.text[len(before) :]
+
+
 def stream_pieces(outputs: Iterator[PartialOutput], tokenizer: TextTokenizer) -> Iterator[Piece]:
     """Yields the new tokens and text of each output, sequence by sequence.
 
     Text that was yielded does not change later.
     """
-    sent: dict[int, tuple[int, str]] = {}
+    sent: defaultdict[int, GrowingText] = defaultdict(lambda: GrowingText(tokenizer))
     closed: set[int] = set()
     output = None
 
     def piece(row: int, is_last: bool) -> Piece:
         assert output is not None
-        count, before = sent.get(row, (0, ""))
-        length = int(output.lengths[row])
-        ids = output.ids[row, :length]
-        text = tokenizer.ids_to_text(ids) if is_last else _decided(ids, tokenizer)
-        text = text if text.startswith(before) else before
-        sent[row] = (length, text)
-        return Piece(row, text[len(before) :], output.ids[row, count:length], is_last)
+        length, before = int(output.lengths[row]), sent[row].count
+        text = sent[row].add(output.ids[row, :length], is_last)
+        return Piece(row, text, output.ids[row, before:length], is_last)
 
     for output in outputs:
         for row, is_last in enumerate(output.ended):

@@ -244,6 +244,10 @@ class SALM(SpeechModel):
         engine = self._engine_on(self.generation_layout(placement), placement)
         return ahead_of_time.compile_ahead(engine, shape, max_new_tokens)
 
+    def engine(self) -> Engine:
+        """The model for inference, as `serving` runs it."""
+        return self._engine()
+
     def _engine(self) -> Engine:
         """The model for inference, on the devices of its weights."""
         mesh = sharding.mesh_of(self.variables)

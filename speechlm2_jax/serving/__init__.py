@@ -1,0 +1,1 @@
+"""An HTTP server for a SALM: OpenAI's API over continuous batching."""

@@ -1,0 +1,135 @@
+"""The HTTP application: its routes, and how errors are told."""
+
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from speechlm2_jax.serving import chat, transcriptions
+from speechlm2_jax.serving.api_errors import ApiError
+from speechlm2_jax.serving.guard import ClientGoneError, Guard
+from speechlm2_jax.serving.pages import page_routes
+from speechlm2_jax.serving.service import Service
+
+log = logging.getLogger(__name__)
+Endpoint = Callable[[Service, Request], Awaitable[Response]]
+CLIENT_GONE = 499
+"""The status that is counted where the client left; nobody receives it."""
+
+
+def make_app(service: Service) -> Starlette:
+    """Makes the application of a service, which starts and stops with it."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await service.start()
+        yield
+        service.stop()
+
+    def route(path: str, endpoint: Endpoint, *methods: str) -> Route:
+        return Route(path, _counted(service, endpoint, path), methods=list(methods))
+
+    return Starlette(
+        lifespan=lifespan,
+        middleware=[Middleware(Guard, options=service.options)],
+        exception_handlers={ApiError: _api_error, HTTPException: _http_error, 500: _fault},
+        routes=[
+            route("/v1/audio/transcriptions", transcriptions.transcribe, "POST"),
+            route("/v1/chat/completions", chat.complete, "POST"),
+            route("/v1/models", _models, "GET"),
+            route("/v1/models/{name:path}", _model, "GET"),
+            *page_routes(),
+            Route("/health", _health(service)),
+            Route("/ready", _ready(service)),
+            Route("/metrics", _metrics(service)),
+        ],
+    )
+
+
+def _counted(service: Service, endpoint: Endpoint, path: str) -> Callable[[Request], Awaitable]:
+    """An endpoint whose requests are counted by their status."""
+
+    async def run(request: Request) -> Response:
+        status, start_s = 500, time.monotonic()
+        try:
+            response = await endpoint(service, request)
+            status = response.status_code
+            return response
+        except ApiError as error:
+            status = error.status
+            raise
+        except HTTPException as error:
+            status = error.status_code
+            raise
+        except ClientGoneError:
+            status = CLIENT_GONE
+            return Response(status_code=CLIENT_GONE)
+        finally:
+            service.metrics.requests.labels(path, str(status)).inc()
+            if status == 200:
+                service.metrics.request_s.labels(path).observe(time.monotonic() - start_s)
+
+    return run
+
+
+def _card(service: Service) -> dict[str, object]:
+    name = service.options.served_name
+    return {"id": name, "object": "model", "created": service.created, "owned_by": "speechlm2_jax"}
+
+
+async def _models(service: Service, request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [_card(service)]})
+
+
+async def _model(service: Service, request: Request) -> Response:
+    name = request.path_params["name"]
+    if name != service.options.served_name:
+        raise ApiError(404, f"there is no model {name!r:.80}", code="model_not_found")
+    return JSONResponse(_card(service))
+
+
+def _health(service: Service) -> Callable[[Request], Awaitable[Response]]:
+    async def health(request: Request) -> Response:
+        is_fine = service.fault is None
+        return JSONResponse({"status": "ok" if is_fine else "failed"}, 200 if is_fine else 500)
+
+    return health
+
+
+def _ready(service: Service) -> Callable[[Request], Awaitable[Response]]:
+    async def ready(request: Request) -> Response:
+        why = service.why_unready
+        if why is not None:
+            headers = {"Retry-After": "2"}
+            return JSONResponse({"status": "not ready", "waits_for": why}, 503, headers=headers)
+        return JSONResponse({"status": "ready", "model": service.options.served_name})
+
+    return ready
+
+
+def _metrics(service: Service) -> Callable[[Request], Awaitable[Response]]:
+    async def metrics(request: Request) -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    return metrics
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return ApiError(500, f"{type(error).__name__}: the server failed").response()

@@ -1,0 +1,116 @@
+"""The command line of the server. Imports nothing heavy, so that `--help` is quick."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+
+from speechlm2_jax.serving.options import MIB, ServeOptions
+
+KEY_VARIABLE = "SPEECHLM2_API_KEYS"
+EXAMPLES = """\
+examples:
+  speechlm2-jax serve runs/salm
+  speechlm2-jax serve nvidia/canary-qwen-2.5b --dtype bfloat16 --language en --slots 32
+  SPEECHLM2_API_KEYS=first,second speechlm2-jax serve runs/salm --host 0.0.0.0 --port 80
+"""
+_DEFAULTS = {field.name: field.default for field in fields(ServeOptions)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the server to a parser."""
+    parser.add_argument("model", help="a run directory, a saved model or a hub name")
+    address = parser.add_argument_group("address")
+    _add(address, "--host", "address to bind; 0.0.0.0 for all networks")
+    _add(address, "--port", "port", int)
+    _add(address, "--name", "name of the model in the API; by default the last part of MODEL")
+    address.add_argument(
+        "--api-key",
+        dest="api_keys",
+        action="append",
+        default=[],
+        help=f"key that requests must send; may be given several times. {KEY_VARIABLE} has "
+        "some too, separated by commas, and is not seen in the list of processes",
+    )
+    model = parser.add_argument_group("model")
+    _add(model, "--dtype", "float32 or bfloat16")
+    _add(model, "--strategy", "auto: the weights lie on all devices")
+    _add(model, "--quantize", "int8 or fp8 weights of the LLM")
+    _add(model, "--kv-cache-dtype", "int8 or fp8 KV cache")
+    _add(model, "--prompt", "the user's turn of a transcription")
+    _add(model, "--language", "language that requests may name, for example en")
+    batching = parser.add_argument_group("batching")
+    _add(batching, "--slots", "sequences that are decoded at once", int)
+    _add(batching, "--max-prompt-tokens", "positions of the longest prompt, with audio frames", int)
+    _add(batching, "--max-new-tokens", "most tokens of a response", int)
+    _add(batching, "--tokens-at-once", "tokens between two points where requests join", int)
+    _add(batching, "--prefill-tokens", "positions of a prompt that run at once", int)
+    _add(batching, "--audio-workers", "processes that decode audio", int)
+    limits = parser.add_argument_group("limits")
+    _add(limits, "--max-queue", "requests that wait for a slot; further ones get 429", int)
+    _add(limits, "--max-audio-s", "longer recordings are split into chunks", float)
+    _add(limits, "--max-duration-s", "longer recordings are refused", float)
+    limits.add_argument(
+        "--max-body-mib",
+        type=float,
+        default=ServeOptions.max_body_bytes / MIB,
+        help="largest request (default: %(default)g)",
+    )
+    _add(limits, "--body-timeout-s", "time to send a request", float)
+    _add(limits, "--decode-timeout-s", "time to decode a recording", float)
+    _add(limits, "--request-timeout-s", "time from the request to its whole response", float)
+    _add(limits, "--drain-timeout-s", "after SIGTERM, for requests that run", float)
+
+
+def read_options(arguments: argparse.Namespace) -> ServeOptions:
+    """The settings of a server. Raises ValueError for a value that cannot be."""
+    values = dict(vars(arguments))
+    values["max_body_bytes"] = int(values.pop("max_body_mib") * MIB)
+    keys = [key for key in os.environ.get(KEY_VARIABLE, "").split(",") if key]
+    values["api_keys"] = (*values["api_keys"], *keys)
+    known = {field.name for field in fields(ServeOptions)}
+    for name, value in values.items():
+        if isinstance(value, int | float) and name != "max_queue" and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')}={value}: must be positive")
+    return ServeOptions(**{key: value for key, value in values.items() if key in known})
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves until a signal. Returns the exit status."""
+    try:
+        options = read_options(arguments)
+        from speechlm2_jax.serving.server import serve
+    except ValueError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"serve: the package {error.name} is missing; pip install 'speechlm2_jax[serve]'",
+            file=sys.stderr,
+        )
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    print(f"serving {options.model} on http://{options.host}:{options.port}", flush=True)
+    return serve(options)
+
+
+def main(argv: Sequence[str] | None = None, *, program: str = "speechlm2-jax serve") -> int:
+    """Reads the command line and serves."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Serves a SALM over HTTP with OpenAI's API, by continuous batching.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def _add(group: argparse._ArgumentGroup, name: str, text: str, kind: type = str) -> None:
+    default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
+    shown = f" (default: {default})" if default not in (None, "") else ""
+    group.add_argument(
+        f"--{name}", type=kind, default=default, help=text + shown.replace("%", "%%")
+    )

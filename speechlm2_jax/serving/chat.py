@@ -1,0 +1,249 @@
+"""`POST /v1/chat/completions`, with text and `input_audio` parts."""
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from speechlm2_jax.serving.api_errors import bad
+from speechlm2_jax.serving.fields import Fields, check_model, sampling_of
+from speechlm2_jax.serving.guard import unless_gone
+from speechlm2_jax.serving.responses import Ask, Outcome, outcome_of, respond
+from speechlm2_jax.serving.server_sent_events import Events, EventStream
+from speechlm2_jax.serving.service import Service
+
+REFUSED: Mapping[str, str] = {
+    "audio": "the model generates text only",
+    "frequency_penalty": "leave it out",
+    "presence_penalty": "leave it out",
+    "function_call": "the model calls no tools",
+    "functions": "the model calls no tools",
+    "logit_bias": "leave it out",
+    "n": "send the request several times, with seeds of its own",
+    "parallel_tool_calls": "the model calls no tools",
+    "prediction": "leave it out",
+    "reasoning_effort": "leave it out",
+    "tool_choice": "the model calls no tools",
+    "tools": "the model calls no tools",
+    "top_logprobs": "the log-probability of each generated token is kept, those of others are not",
+    "web_search_options": "the model calls no tools",
+}
+HARMLESS = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "n": (1,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "top_logprobs": (0,),
+}
+KNOWN = (
+    "model",
+    "messages",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "stop",
+    "stream",
+    "stream_options",
+    "logprobs",
+    "response_format",
+    "modalities",
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    *HARMLESS,
+)
+ROLES = ("system", "developer", "user", "assistant")
+MAX_STOPS, MAX_MESSAGES, MAX_CLIPS = 4, 256, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRequest:
+    """A checked request."""
+
+    ask: Ask
+    has_logprobs: bool
+    includes_usage: bool
+    id: str
+    created: int
+    model: str
+
+
+async def complete(service: Service, request: Request) -> Response:
+    """Generates the next turn of a conversation."""
+    service.ready()
+    service.check_room()
+    try:
+        body = json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        raise bad(f"the body is not JSON: {error}"[:200]) from None
+    if not isinstance(body, dict):
+        raise bad(f"the body must be a JSON object, not {type(body).__name__}")
+    chat = await _read(service, Fields(body))
+    if chat.ask.is_streamed:
+        return EventStream(service, _events(service, chat))
+    with service.place():
+        outcome = await unless_gone(
+            request, outcome_of(service, chat.ask), service.options.request_timeout_s
+        )
+    service.metrics.audio_s.inc(outcome.audio_s)
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": outcome.text, "refusal": None},
+        "finish_reason": outcome.finish_reason,
+        "logprobs": _logprobs(service, outcome) if chat.has_logprobs else None,
+    }
+    return JSONResponse(
+        {**_head(chat, "chat.completion"), "choices": [choice], "usage": _usage(outcome)}
+    )
+
+
+async def _read(service: Service, fields: Fields) -> ChatRequest:
+    """Checks the fields of a request, and decodes its recordings."""
+    fields.refuse(REFUSED, HARMLESS)
+    fields.check_known(KNOWN)
+    check_model(service, fields)
+    if fields.get("response_format", {"type": "text"}) != {"type": "text"}:
+        raise bad("response_format: only text is supported", "response_format")
+    if fields.get("modalities", ["text"]) != ["text"]:
+        raise bad('modalities: only ["text"] is supported', "modalities")
+    most = service.options.max_new_tokens
+    limit = fields.integer("max_tokens", most, 1, most)
+    limit = fields.integer("max_completion_tokens", limit, 1, most)
+    sampling, stop = sampling_of(fields), _stop(fields)
+    options = fields.get("stream_options", {})
+    is_usage = isinstance(options, dict) and options.get("include_usage") is True
+    messages = fields.get("messages")
+    if not isinstance(messages, list) or not 0 < len(messages) <= MAX_MESSAGES:
+        raise bad(f"messages: expected a list of 1 to {MAX_MESSAGES} messages", "messages")
+    reader = _Messages(service)
+    dialog = [await reader.turn(message, number) for number, message in enumerate(messages)]
+    return ChatRequest(
+        ask=Ask(
+            dialog=dialog,
+            limit=limit,
+            keys=tuple(reader.keys),
+            sampling=sampling,
+            stop=stop,
+            is_streamed=fields.flag("stream"),
+        ),
+        has_logprobs=fields.flag("logprobs"),
+        includes_usage=is_usage,
+        id=f"chatcmpl-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=service.options.served_name,
+    )
+
+
+def _stop(fields: Fields) -> tuple[str, ...]:
+    value = fields.get("stop", [])
+    strings = [value] if isinstance(value, str) else value
+    is_fine = isinstance(strings, list) and len(strings) <= MAX_STOPS
+    if not is_fine or not all(isinstance(s, str) and 0 < len(s) <= 256 for s in strings):
+        raise bad(f"stop: expected a text, or a list of up to {MAX_STOPS}, not empty", "stop")
+    return tuple(strings)
+
+
+class _Messages:
+    """Turns messages into the turns of a dialog, with their recordings decoded."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.keys: list[bytes] = []
+
+    async def turn(self, message: Any, number: int) -> dict[str, Any]:
+        """One message. Raises ApiError for a wrong one."""
+        place = f"messages[{number}]"
+        if not isinstance(message, dict):
+            raise bad(f"{place}: expected an object", "messages")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise bad(
+                f"{place}.role: expected one of {', '.join(ROLES)}; got {role!r:.40}", "messages"
+            )
+        role = "system" if role == "developer" else role
+        if isinstance(content, str):
+            return {"role": role, "content": content}
+        if not isinstance(content, list) or not content:
+            raise bad(f"{place}.content: expected a text or a list of parts", "messages")
+        parts = [await self._part(p, f"{place}.content[{i}]") for i, p in enumerate(content)]
+        return {"role": role, "content": parts}
+
+    async def _part(self, part: Any, place: str) -> dict[str, Any]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            return {"type": "text", "text": part["text"]}
+        if kind != "input_audio":
+            raise bad(f"{place}: expected text or input_audio; got {kind!r:.40}", "messages")
+        data = (
+            part["input_audio"].get("data") if isinstance(part.get("input_audio"), dict) else None
+        )
+        if not isinstance(data, str) or not data:
+            raise bad(f"{place}.input_audio.data: expected base64", "messages")
+        if len(self.keys) >= MAX_CLIPS:
+            raise bad(f"{place}: more than {MAX_CLIPS} recordings", "messages")
+        engine, _ = self._service.ready()
+        most_s = self._service.options.max_duration_s
+        decoded = await self._service.workers.decode(
+            data, engine.sampling_rate, most_s, f"{place}.input_audio"
+        )
+        self.keys.append(decoded.key)
+        return {"type": "audio", "audio": decoded.samples}
+
+
+async def _events(service: Service, chat: ChatRequest) -> Events:
+    """The chunks of a streamed completion."""
+
+    def chunk(delta: Mapping[str, Any], finish: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
+        more = {"usage": None} if chat.includes_usage else {}
+        return {**_head(chat, "chat.completion.chunk"), "choices": [choice], **more}
+
+    yield chunk({"role": "assistant", "content": ""})
+    async with aclosing(respond(service, chat.ask)) as events:
+        async for event in events:
+            if isinstance(event, str):
+                yield chunk({"content": event})
+                continue
+            service.metrics.audio_s.inc(event.audio_s)
+            last = chunk({}, event.finish_reason)
+            if chat.has_logprobs:
+                last["choices"][0]["logprobs"] = _logprobs(service, event)
+            yield last
+            if chat.includes_usage:
+                head = _head(chat, "chat.completion.chunk")
+                yield {**head, "choices": [], "usage": _usage(event)}
+
+
+def _head(chat: ChatRequest, kind: str) -> dict[str, Any]:
+    return {"id": chat.id, "object": kind, "created": chat.created, "model": chat.model}
+
+
+def _usage(outcome: Outcome) -> dict[str, int]:
+    return {
+        "prompt_tokens": outcome.prompt_tokens,
+        "completion_tokens": outcome.completion_tokens,
+        "total_tokens": outcome.prompt_tokens + outcome.completion_tokens,
+    }
+
+
+def _logprobs(service: Service, outcome: Outcome) -> dict[str, Any]:
+    """The log-probability of each token of the response."""
+    engine, _ = service.ready()
+    content = []
+    for part in outcome.parts:
+        tokens = engine.tokenizer.ids_to_tokens(part.ids)
+        for token, value in zip(tokens, part.logprobs.tolist(), strict=True):
+            raw = list(token.encode())
+            content.append({"token": token, "logprob": value, "bytes": raw, "top_logprobs": []})
+    return {"content": content, "refusal": None}

@@ -1,0 +1,151 @@
+"""What stands before every request: keys, sizes and times."""
+
+import asyncio
+import hmac
+import time
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar
+
+import h11
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from speechlm2_jax.serving.api_errors import ApiError
+from speechlm2_jax.serving.options import MIB, ServeOptions
+
+T = TypeVar("T")
+HEADER_TIMEOUT_S = 15.0
+"""To send the headers of a request."""
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before it had its response."""
+
+
+class Guard:
+    """Checks the key of a request, and limits the size and the time of its body."""
+
+    def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
+        self._app, self._options = app, options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Runs the request, or responds with the reason why not."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        try:
+            if scope["path"].startswith("/v1"):
+                check_key(headers.get(b"authorization", b""), self._options.api_keys)
+            self._check_size(int(headers.get(b"content-length", b"0") or 0))
+        except ValueError:
+            await ApiError(400, "content-length: not a number").response()(scope, receive, send)
+            return
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, self._limited(receive), send)
+
+    def _limited(self, receive: Receive) -> Receive:
+        end_s, size, is_whole = time.monotonic() + self._options.body_timeout_s, 0, False
+
+        async def limited() -> Message:
+            nonlocal size, is_whole
+            if is_whole:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(end_s - time.monotonic(), 0.0))
+            except TimeoutError:
+                limit = f"{self._options.body_timeout_s:g} s"
+                raise ApiError(408, f"the request was not sent within {limit}") from None
+            size += len(message.get("body", b""))
+            self._check_size(size)
+            is_whole = not message.get("more_body", False)
+            return message
+
+        return limited
+
+    def _check_size(self, size: int) -> None:
+        most = self._options.max_body_bytes
+        if size > most:
+            raise ApiError(
+                413,
+                f"the request is larger than {most / MIB:g} MiB",
+                code="request_too_large",
+                headers={"Connection": "close"},
+            )
+
+
+def check_key(authorization: bytes, keys: Sequence[str]) -> None:
+    """Raises ApiError unless a header has one of the keys, or none is needed.
+
+    Takes the same time whichever key is compared, and wherever it differs.
+    """
+    if not keys:
+        return
+    kind, _, given = authorization.partition(b" ")
+    found = [hmac.compare_digest(given.strip(), key.encode()) for key in keys]
+    if kind.lower() != b"bearer" or not any(found):
+        raise ApiError(
+            401,
+            "the API key is missing or wrong; send the header Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+async def unless_gone(request: Request, work: Awaitable[T], timeout_s: float) -> T:
+    """Awaits `work`. Cancels it if the client leaves, or after `timeout_s` (ApiError 504)."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_until_gone(request))
+    try:
+        await asyncio.wait({task, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            raise ClientGoneError
+        raise ApiError(504, f"no response within {timeout_s:g} s", code="timeout")
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class PatientProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1, with a limit on the time that headers may take."""
+
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Begins to wait for the first request."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Takes a piece of a request."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forgets the connection."""
+        self._forget()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        is_open = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
+        has_some = bool(self.conn.trailing_data[0]) or self.cycle is None
+        if not (is_open and has_some):
+            self._forget()
+        elif self._waiting is None:
+            self._waiting = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.close)
+
+    def _forget(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None

@@ -1,0 +1,53 @@
+"""The settings of a server."""
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """What `serve` takes; times in seconds."""
+
+    model: str
+    """A run directory, a saved model or a hub name."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = ""
+    """The name of the model in the API; by default the last part of `model`."""
+    dtype: str = "float32"
+    strategy: str | None = None
+    """auto: the weights lie on all devices."""
+    quantize: str | None = None
+    kv_cache_dtype: str | None = None
+    prompt: str = "Transcribe the following:"
+    """The user's turn of a transcription; the recording follows it."""
+    language: str | None = None
+    """The language that requests may name; None: they may name none."""
+    slots: int = 16
+    max_queue: int = 64
+    """Requests that may wait for a slot; further ones get 429."""
+    max_new_tokens: int = 256
+    max_prompt_tokens: int | None = None
+    max_audio_s: float = 40.0
+    """Longer recordings are split into chunks, as in `generate`."""
+    max_duration_s: float = 3600.0
+    """Longer recordings are refused."""
+    max_body_bytes: int = 128 * MIB
+    body_timeout_s: float = 60.0
+    """To send a request."""
+    decode_timeout_s: float = 120.0
+    """To decode a recording."""
+    request_timeout_s: float = 600.0
+    """From the whole request to the whole response."""
+    drain_timeout_s: float = 120.0
+    """After SIGTERM, for requests under way."""
+    tokens_at_once: int = 4
+    prefill_tokens: int = 128
+    audio_workers: int = 2
+    api_keys: tuple[str, ...] = ()
+
+    @property
+    def served_name(self) -> str:
+        """The name of the model in the API."""
+        return self.name or self.model.rstrip("/").rpartition("/")[2]

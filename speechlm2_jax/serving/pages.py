@@ -1,0 +1,39 @@
+"""The page at `/`: three files of the package, which load nothing else."""
+
+from collections.abc import Mapping
+from importlib import resources
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+FILES: Mapping[str, tuple[str, str]] = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+}
+"""Path -> file and media type."""
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def page_routes() -> list[Route]:
+    """The routes of the page."""
+    return [_route(path, *file) for path, file in FILES.items()]
+
+
+def _route(path: str, name: str, kind: str) -> Route:
+    content = resources.files("speechlm2_jax.serving").joinpath("page", name).read_bytes()
+
+    async def page(request: Request) -> Response:
+        return Response(content, media_type=kind, headers=HEADERS)
+
+    return Route(path, page)

@@ -1,0 +1,79 @@
+"""Runs the application in uvicorn until a signal ends it."""
+
+import asyncio
+import logging
+import signal
+from types import FrameType
+
+import uvicorn
+
+from speechlm2_jax.serving.app import make_app
+from speechlm2_jax.serving.guard import PatientProtocol
+from speechlm2_jax.serving.load import load_engine
+from speechlm2_jax.serving.options import ServeOptions
+from speechlm2_jax.serving.service import LoadEngine, Service
+
+log = logging.getLogger(__name__)
+MAX_CONNECTIONS = 2048
+MAX_HEADER_BYTES = 64 * 1024
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn that finishes what runs on the first signal, and ends on the second.
+
+    Until then it takes connections, and responds 503 to new requests.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._drain: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handles SIGTERM and SIGINT."""
+        if self._service.is_draining or not self.started:
+            super().handle_exit(sig, frame)
+            return
+        log.info("%s: finishing %d requests", signal.Signals(sig).name, self._service.active)
+        self._service.is_draining = True
+        # the handler interrupts the loop, which may be asleep
+        asyncio.get_running_loop().call_soon_threadsafe(self._begin_to_end)
+
+    def _begin_to_end(self) -> None:
+        self._drain = asyncio.create_task(self._end())
+
+    async def _end(self) -> None:
+        await self._service.drain()
+        self.should_exit = True
+
+
+def server_config(service: Service, port: int) -> uvicorn.Config:
+    """How uvicorn runs the application of a service."""
+    return uvicorn.Config(
+        make_app(service),
+        host=service.options.host,
+        port=port,
+        http=PatientProtocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=5,
+    )
+
+
+def serve(options: ServeOptions, load: LoadEngine = load_engine) -> int:
+    """Serves a model until SIGTERM or SIGINT. Returns the exit status of the process."""
+    service = Service(options, load)
+    server = DrainingServer(server_config(service, options.port), service)
+
+    def end() -> None:
+        server.should_exit = True
+
+    service.on_fault = end
+    server.run()
+    if service.fault is not None:
+        log.error("serve: %s", service.fault)
+        return 1
+    return 0

@@ -1,0 +1,139 @@
+"""The state of a server: its model, its device thread, its workers, and who may enter."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from speechlm2_jax.inference.engine import Engine
+from speechlm2_jax.serving.api_errors import ApiError
+from speechlm2_jax.serving.audio_workers import AudioWorkers
+from speechlm2_jax.serving.device import DeviceSlots
+from speechlm2_jax.serving.metrics import Metrics
+from speechlm2_jax.serving.options import ServeOptions
+from speechlm2_jax.serving.scheduler import Scheduler, SchedulerPace
+from speechlm2_jax.serving.shapes import make_table
+
+log = logging.getLogger(__name__)
+LoadEngine = Callable[[ServeOptions], Engine]
+
+
+class Service:
+    """One model behind one address.
+
+    `start` returns at once. The model is loaded and compiled in the device thread, and
+    `why_unready` tells how far it is.
+    """
+
+    def __init__(self, options: ServeOptions, load: LoadEngine) -> None:
+        self.options, self.metrics = options, Metrics()
+        self.workers = AudioWorkers(options.audio_workers, options.decode_timeout_s)
+        self.scheduler: Scheduler | None = None
+        self.engine: Engine | None = None
+        self.created, self.active = int(time.time()), 0
+        self.is_draining = False
+        self.fault: Exception | None = None
+        """Why the model could not be loaded."""
+        self.on_fault: Callable[[], None] = lambda: None
+        self._load = load
+        self._state: str | None = f"loading {options.model}"
+        self.seconds_to_ready: float | None = None
+
+    async def start(self) -> None:
+        """Starts the device thread and the audio workers."""
+        threading.Thread(target=self._prepare, name="prepare", daemon=True).start()
+        await self.workers.start()
+
+    def stop(self) -> None:
+        """Ends the device thread and the workers."""
+        if self.scheduler is not None:
+            self.scheduler.stop()
+        self.workers.close()
+
+    @property
+    def why_unready(self) -> str | None:
+        """What is still to be done before requests are taken; None: nothing."""
+        if self.fault is not None:
+            return f"the model could not be loaded: {self.fault}"
+        return "shutting down" if self.is_draining else self._state
+
+    def ready(self) -> tuple[Engine, Scheduler]:
+        """The model. Raises ApiError if it is not ready, or the server is shutting down."""
+        why = self.why_unready
+        if why is not None or self.engine is None or self.scheduler is None:
+            raise ApiError(
+                503,
+                f"the server is not ready: {why}",
+                code="not_ready",
+                headers={"Retry-After": "5"},
+            )
+        return self.engine, self.scheduler
+
+    def check_room(self) -> None:
+        """Raises ApiError if the queue is full."""
+        most = self.options.slots + self.options.max_queue
+        if self.active >= most:
+            raise ApiError(
+                429,
+                f"{self.active} requests are under way, the most that the server takes; try again "
+                "later",
+                code="queue_full",
+                headers={"Retry-After": str(self.metrics.wait_s(self.active, self.options.slots))},
+            )
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place among the requests that run or wait. Raises ApiError if all are taken."""
+        self.ready()
+        self.check_room()
+        self.active += 1
+        start_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.active -= 1
+            self.metrics.finished(time.monotonic() - start_s)
+
+    async def drain(self) -> None:
+        """Refuses new requests, and returns when all others have ended, or the time is over."""
+        self.is_draining = True
+        end_s = time.monotonic() + self.options.drain_timeout_s
+        while self.active and time.monotonic() < end_s:
+            await asyncio.sleep(0.05)
+
+    def _prepare(self) -> None:
+        """Loads the model and compiles every program; then this thread runs the jobs."""
+        start_s = time.monotonic()
+        try:
+            engine = self._load(self.options)
+            o = self.options
+            table = make_table(
+                frame_count=engine.frame_count,
+                sampling_rate=engine.sampling_rate,
+                max_clip_s=o.max_audio_s,
+                slots=o.slots,
+                new_tokens=o.max_new_tokens,
+                prefill_tokens=o.prefill_tokens,
+                prompt_tokens=o.max_prompt_tokens,
+            )
+            device = DeviceSlots(engine=engine, table=table)
+            device.compile(self._show)
+        except Exception as error:  # noqa: BLE001 - told by /ready, and ends the server
+            self.fault = error
+            self.on_fault()
+            return
+        self.scheduler, self.engine = (
+            Scheduler(device, SchedulerPace(tokens_at_once=o.tokens_at_once)),
+            engine,
+        )
+        self.metrics.watch(self.scheduler.counts, o.slots)
+        self.seconds_to_ready = time.monotonic() - start_s
+        log.info("ready after %.1f s", self.seconds_to_ready)
+        self._state = None
+        self.scheduler.run()
+
+    def _show(self, name: str) -> None:
+        self._state = f"compiling: {name}"
+        log.info(self._state)
