@@ -8,6 +8,11 @@ second, latencies, the time to the first token, the longest wait between two tok
 the processor time of this process. Only addresses of this machine are loaded.
 """
 
+from speechlm2_jax.usage import print_help_if_asked
+
+if __name__ == "__main__":  # before the imports below, which are slow
+    print_help_if_asked(__file__)
+
 import argparse
 import asyncio
 import itertools

@@ -12,7 +12,7 @@ from speechlm2_jax.checkpointing import CHECKPOINTS, DamagedError
 from speechlm2_jax.checkpointing.checksums import CHECKSUMS, checksum_of_file, verify
 from speechlm2_jax.object_store.commits import FROZEN, Commit, read_commits, steps_of
 from speechlm2_jax.object_store.objects import ObjectStore, each
-from speechlm2_jax.object_store.progress import Progress, shown_progress
+from speechlm2_jax.object_store.progress import Transfer, shown_progress
 from speechlm2_jax.object_store.small_files import (
     LAST_WRITER,
     checkpoint_names,
@@ -73,7 +73,7 @@ def prepare(store: ObjectStore, folder: Path) -> dict[str, Commit]:
     return commits
 
 
-def fetch_step(store: ObjectStore, commit: Commit, folder: Path, progress: Progress) -> None:
+def fetch_step(store: ObjectStore, commit: Commit, folder: Path, progress: Transfer) -> None:
     """Downloads a step, or the frozen parameters, and compares them with their record.
 
     The folder of the step appears whole. Raises DamagedObjectError, ObjectStoreError.
@@ -104,7 +104,7 @@ def fetch_file(store: ObjectStore, name: str, target: Path) -> None:
 
 
 def _fetch_file(
-    store: ObjectStore, commit: Commit, below: str, target: Path, progress: Progress
+    store: ObjectStore, commit: Commit, below: str, target: Path, progress: Transfer
 ) -> None:
     wanted, name = commit.files[below], commit.file_name(below)
     for _ in range(_ATTEMPTS):
@@ -116,7 +116,7 @@ def _fetch_file(
 
 
 def _fetch_small(
-    store: ObjectStore, sizes: Mapping[str, int], folder: Path, progress: Progress
+    store: ObjectStore, sizes: Mapping[str, int], folder: Path, progress: Transfer
 ) -> None:
     def fetch(name: str) -> None:
         fetch_file(store, name, folder / name)

@@ -14,7 +14,7 @@ from speechlm2_jax.checkpointing.checksums import CHECKSUMS, checksum_of_file
 from speechlm2_jax.exit_codes import MARKER
 from speechlm2_jax.object_store.commits import FROZEN, Commit, steps_of
 from speechlm2_jax.object_store.objects import ObjectStore, ObjectStoreError, each
-from speechlm2_jax.object_store.progress import Progress, amount, shown_progress
+from speechlm2_jax.object_store.progress import Transfer, amount, shown_progress
 from speechlm2_jax.object_store.small_files import Stamp, is_small_file, small_files
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Mirror:
         self._sent: dict[str, Stamp] = {}
         self._stored = {name for name in store.sizes() if is_small_file(name)}
         self._small_files_at = 0.0
-        self._progress = Progress()
+        self._progress = Transfer()
         self._damaged: set[str] = set()
         self._ends, self._is_over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="object store", daemon=True)

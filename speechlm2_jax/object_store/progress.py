@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
-class Progress:
+class Transfer:
     """Counts the bytes of a transfer."""
 
     def __init__(self, total: int = 0) -> None:
@@ -32,9 +32,9 @@ class Progress:
 
 
 @contextmanager
-def shown_progress(name: str, total: int) -> Generator[Progress]:
+def shown_progress(name: str, total: int) -> Generator[Transfer]:
     """Logs a transfer after two seconds, then every half minute, and how long it took."""
-    progress, is_over, begin = Progress(total), threading.Event(), monotonic()
+    progress, is_over, begin = Transfer(total), threading.Event(), monotonic()
 
     def remind() -> None:
         pause_s = console.FIRST_NOTE_S
