@@ -33,6 +33,20 @@ class Command:
 
 
 COMMANDS: dict[str, tuple[Command, ...]] = {
+    "use a model": (
+        Command(
+            "transcribe",
+            "turn recordings into texts or subtitles",
+            "speechlm2_jax.commands.transcribe:main",
+            "interview.m4a lectures/ --output srt",
+        ),
+        Command(
+            "serve",
+            "serve a model over HTTP with OpenAI's API",
+            "speechlm2_jax.serving.arguments:main",
+            "runs/salm --port 8000",
+        ),
+    ),
     "train and evaluate": (
         Command(
             "train",
@@ -57,14 +71,6 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "choose bins and batch sizes that fit a device",
             "speechlm2_jax.data.plan:main",
             "salm --buckets 8",
-        ),
-    ),
-    "use": (
-        Command(
-            "serve",
-            "serve a model over HTTP with OpenAI's API",
-            "speechlm2_jax.serving.arguments:main",
-            "runs/salm --port 8000",
         ),
     ),
     "data": (

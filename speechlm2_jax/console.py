@@ -31,17 +31,22 @@ log = logging.getLogger(__name__)
 
 
 class Terminal(logging.Handler):
-    """Writes log records to standard output, above a progress bar where there is one."""
+    """Writes log records above a progress bar where there is one, to standard output by default.
 
-    def __init__(self) -> None:
+    `is_stderr`: to standard error, for programs whose output is their result.
+    """
+
+    def __init__(self, *, is_stderr: bool = False) -> None:
         super().__init__()
+        self._is_stderr = is_stderr
         self._records: deque[logging.LogRecord] | None = deque(maxlen=RECORDS_KEPT)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one record and keeps it for train.log."""
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
+            stream = sys.stderr if self._is_stderr else sys.stdout
+            tqdm.write(self.format(record), file=stream)
+            stream.flush()
         except BrokenPipeError:  # the reader of the pipe has ended; train.log is still written
             pass
         except Exception:  # as logging's own handlers: a failed write must not end a training
@@ -91,14 +96,15 @@ def ignore_closed_pipes() -> None:
 
 
 @contextmanager
-def showing(*, is_shown: bool = True) -> Generator[Terminal]:
+def showing(*, is_shown: bool = True, is_stderr: bool = False) -> Generator[Terminal]:
     """Shows the package's log records while open; nested calls share one handler.
 
-    `is_shown` is False on all processes of a run but the first.
+    `is_shown` is False on all processes of a run but the first. `is_stderr` shows them on standard
+    error instead of standard output.
     """
     logger = logging.getLogger(PACKAGE_LOGGER)
     outer = next((h for h in logger.handlers if isinstance(h, Terminal)), None)
-    terminal = Terminal() if outer is None else outer
+    terminal = Terminal(is_stderr=is_stderr) if outer is None else outer
     before = logger.level, logger.propagate, terminal.level
     terminal.setLevel(logging.NOTSET if is_shown else logging.CRITICAL + 1)
     logger.setLevel(logging.INFO)

@@ -1,6 +1,8 @@
 """`transcribe` of every ASR model, and of a SALM with a prompt."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +21,7 @@ from speechlm2_jax.inference.audio_inputs import (
 )
 from speechlm2_jax.inference.padding import SAMPLE_UNIT, round_up
 from speechlm2_jax.inference.prompts import Prompts
+from speechlm2_jax.inference.recordings_to_text import ClipFunctions, transcribe_recordings
 from speechlm2_jax.inference.timed_text import Transcript
 
 DEFAULT_BATCH_SIZE = 16
@@ -26,8 +29,12 @@ Decode = Callable[[np.ndarray, np.ndarray], list[list[int]]]
 """Audio float32 [B, S] and lengths int32 [B] -> the labels of each recording."""
 _WITHOUT_EFFECT = ("use_lhotse", "num_workers", "verbose")
 """Arguments of NeMo's `transcribe` that do not change the text."""
-_REFUSED = ("return_hypotheses", "timestamps", "augmentor", "override_config")
+_REFUSED = ("return_hypotheses", "augmentor", "override_config")
 """Arguments that are not supported, unless they are None or False."""
+
+WITHOUT_LOOPS: Mapping[str, object] = {"no_repeat_ngram_size": 4}
+"""Keywords of `generate` for a clip over which the model repeated itself."""
+log = logging.getLogger(__name__)
 
 
 def check_options(options: Mapping[str, object]) -> None:
@@ -129,36 +136,80 @@ class PromptedModel(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """How a SALM transcribes; see SALM.transcribe."""
+
+    prompt: str
+    batch_size: int
+    timestamps: str | None
+    max_audio_s: float | None
+    generation: Mapping[str, object]
+    """Keywords of `generate`."""
+
+
 def transcribe_by_prompt(
-    model: PromptedModel,
-    audio: Recordings,
-    prompt: str,
-    batch_size: int,
-    generation: Mapping[str, object],
+    model: PromptedModel, audio: Recordings, options: PromptOptions
 ) -> list[Transcript]:
     """Transcribes with a prompt; see SALM.transcribe."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if options.batch_size < 1:
+        raise ValueError(f"batch_size={options.batch_size} must be at least 1")
     for key in ("num_return_sequences", "return_dict_in_generate"):
-        if generation.get(key) not in (None, False, 1):
+        if options.generation.get(key) not in (None, False, 1):
             raise ValueError(f"transcribe: {key} is not supported; use generate")
-    tag = model.audio_locator_tag
+    functions = ClipFunctions(
+        rate_hz=model.sampling_rate,
+        to_texts=lambda clips: _texts_by_prompt(model, clips, options, {}),
+        to_texts_again=lambda clips: _texts_by_prompt(model, clips, options, WITHOUT_LOOPS),
+    )
+    items, found = items_of(audio), list[Transcript]()
+    for start in range(0, len(items), options.batch_size):
+        chosen = items[start : start + options.batch_size]
+        found += transcribe_recordings(
+            [_wave(item, n, model.sampling_rate) for n, item in enumerate(chosen, start)],
+            functions,
+            timestamps=options.timestamps,
+            max_audio_s=options.max_audio_s,
+        )
+    return found
+
+
+def _wave(item: Any, number: int, rate_hz: int) -> np.ndarray:
+    """The samples of one recording."""
+    (clip,) = clips_of([item], f"recording {number}", rate_hz)
+    return clip.samples
+
+
+def _texts_by_prompt(
+    model: PromptedModel,
+    clips: Sequence[np.ndarray],
+    options: PromptOptions,
+    more: Mapping[str, object],
+) -> list[str]:
+    """The response to the prompt for each clip; clips of similar length share a batch."""
+    tag, prompt = model.audio_locator_tag, options.prompt
     content = prompt if tag in prompt else f"{prompt} {tag}".strip()
     left_out = [*model.end_ids, model.text_pad_id]
-    items, texts = items_of(audio), []
-    for start in range(0, len(items), batch_size):
-        clips = [
-            clips_of(item, f"recording {number}", model.sampling_rate)
-            for number, item in enumerate(items[start : start + batch_size], start=start)
-        ]
-        prompts = [
-            [{"role": "user", "content": content, "audio": [c.samples for c in own]}]
-            for own in clips
-        ]
-        for ids in np.asarray(model.generate(prompts, **generation)):
-            text = model.tokenizer.ids_to_text(ids[~np.isin(ids, left_out)])
-            texts.append(Transcript(text.strip()))
+    order = sorted(range(len(clips)), key=lambda n: len(clips[n]))
+    texts = [""] * len(clips)
+    # cut already; what the model still gets is not cut again
+    asked = {**options.generation, **more, "max_audio_s": False}
+    for start in range(0, len(clips), options.batch_size):
+        chosen = order[start : start + options.batch_size]
+        turns = [[{"role": "user", "content": content, "audio": [clips[n]]}] for n in chosen]
+        rows = np.asarray(model.generate(turns, **asked))
+        for n, ids in zip(chosen, rows, strict=True):
+            texts[n] = model.tokenizer.ids_to_text(ids[~np.isin(ids, left_out)])
+            _note_cut_off(ids, model, asked)
     return texts
+
+
+def _note_cut_off(ids: np.ndarray, model: PromptedModel, asked: Mapping[str, object]) -> None:
+    """Logs a response that was ended by `max_new_tokens`."""
+    if len(ids) == asked.get("max_new_tokens") and not np.isin(ids, model.end_ids).any():
+        log.warning(
+            "a text was ended after max_new_tokens=%d and may miss its end; raise it", len(ids)
+        )
 
 
 def _is_batch(audio: Recordings) -> bool:

@@ -20,7 +20,9 @@ from speechlm2_jax.inference.continuous_batching import FinishedPrompt
 from speechlm2_jax.inference.draft_models import DraftModel, decoder_graphdef
 from speechlm2_jax.inference.engine import Engine
 from speechlm2_jax.inference.generate import PromptInputs
+from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
 from speechlm2_jax.inference.prompts import Dialog, Prompts
+from speechlm2_jax.inference.recordings_to_text import check_timestamps
 from speechlm2_jax.inference.request.generation_request import (
     GenerationConfigLike,
     GenerationRequest,
@@ -29,7 +31,7 @@ from speechlm2_jax.inference.request.generation_request import (
 from speechlm2_jax.inference.text_stream import Piece, last_output
 from speechlm2_jax.inference.timed_text import Transcript
 from speechlm2_jax.inference.timestamps.aligner import Aligner
-from speechlm2_jax.inference.transcribe import transcribe_by_prompt
+from speechlm2_jax.inference.transcribe import PromptOptions, transcribe_by_prompt
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.models.aligners import usual_aligner
 from speechlm2_jax.models.base import SpeechModel
@@ -170,18 +172,29 @@ class SALM(SpeechModel):
         prompt: str = "Transcribe the following:",
         batch_size: int = 4,
         max_new_tokens: int = 128,
+        timestamps: str | bool | None = None,
+        max_audio_s: float | None = DEFAULT_MAX_AUDIO_S,
         **generation_kwargs: Any,
     ) -> list[Transcript]:
-        """Transcribes recordings with a prompt; each text is a str that also has `text`.
+        """Transcribes recordings of any length with a prompt; each text is a str.
 
         `audio`: a path, an array [S] at `sampling_rate`, `(rate, array)` or a dict of datasets, or
         a list of these, which are read `batch_size` at a time. `prompt` is the user's turn; use the
         prompt of training. The recording replaces the `audio_locator_tag` in it, or follows it.
-        Other keywords are those of `generate`. Raises AudioError for an unusable recording,
-        ValueError for any other value.
+        Longer audio than `max_audio_s` seconds is cut at pauses; parts without speech have no text.
+
+        With `timestamps` "word" or "segment" a text also has `segments` and `words` with times in
+        seconds. Other keywords are those of `generate`. Raises AudioError for an unusable
+        recording, ValueError for any other value.
         """
-        generation = {**generation_kwargs, "max_new_tokens": max_new_tokens}
-        return transcribe_by_prompt(self, audio, prompt, batch_size, generation)
+        options = PromptOptions(
+            prompt=prompt,
+            batch_size=batch_size,
+            timestamps=check_timestamps(timestamps),
+            max_audio_s=max_audio_s,
+            generation={**generation_kwargs, "max_new_tokens": max_new_tokens},
+        )
+        return transcribe_by_prompt(self, audio, options)
 
     def aligner(self) -> Aligner | None:
         """What finds the times of words, opened at the first call.

@@ -1,6 +1,7 @@
 """`Transcriber`, the base of the ASR models: recordings in, texts out."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
@@ -15,6 +16,11 @@ from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.asr.ctc import CtcNetwork, best_path
 from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.audio_inputs import Recordings
+from speechlm2_jax.inference.recordings_to_text import (
+    ClipFunctions,
+    check_timestamps,
+    transcribe_recordings,
+)
 from speechlm2_jax.inference.timed_text import Transcript
 from speechlm2_jax.inference.transcribe import (
     DEFAULT_BATCH_SIZE,
@@ -57,14 +63,19 @@ class Transcriber(ABC):
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
         channel_selector: int | str | None = None,
+        timestamps: str | bool | None = None,
+        max_audio_s: float | None = None,
         **options: Any,
     ) -> list[Transcript]:
-        """Transcribes recordings, in input order; each text is a str that also has `text`.
+        """Transcribes recordings, in input order; each text is a str.
 
         - `audio`: a path, an array [S] at `sampling_rate`, `(rate, array)` or a dict of datasets, a
           list of these, or a float batch [B, S].
         - `lengths` [B]: samples of each recording of a batch, S by default; length 0 gives "".
         - `channel_selector`: the channel of files with several; "average" mixes them.
+        - `timestamps`: with "word" or "segment" a text also has `segments` and `words` with times
+          in seconds.
+        - `max_audio_s`: longer recordings are cut at pauses, and parts without speech have no text.
         - `options`: NeMo's arguments without effect here (verbose, num_workers, use_lhotse).
 
         The texts do not depend on order, padding and other recordings of the batch. Raises
@@ -73,8 +84,18 @@ class Transcriber(ABC):
         check_options(options)
         shortest = int(self.SHORTEST_S * self.sampling_rate)
         waves = read_recordings(audio, lengths, self.sampling_rate, channel_selector)
-        padded = [_centred(wave, shortest) if len(wave) else wave for wave in waves]
-        return transcribe(padded, self._decode, self._to_text, batch_size)
+
+        def to_texts(clips: Sequence[np.ndarray]) -> list[str]:
+            padded = [_centred(clip, shortest) if len(clip) else clip for clip in clips]
+            return list(transcribe(padded, self._decode, self._to_text, batch_size))
+
+        return transcribe_recordings(
+            waves,
+            ClipFunctions(rate_hz=self.sampling_rate, to_texts=to_texts),
+            timestamps=check_timestamps(timestamps),
+            max_audio_s=max_audio_s,
+            has_guards=max_audio_s is not None,
+        )
 
 
 @partial(jax.jit, static_argnames=("graphdef", "precision"))

@@ -12,6 +12,7 @@ from speechlm2_jax.conversion.readers.nemo import NemoArchive
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.object_store.copies import fetch_run
 from speechlm2_jax.object_store.folders import is_address
+from speechlm2_jax.pretrained import hub_files
 from speechlm2_jax.settings import SettingsError
 
 LLM_BACKBONE = "llm_backbone"
@@ -63,6 +64,7 @@ class Location:
     def find(self, name: str, *, key: str, patterns: tuple[str, ...] = LLM_FILES) -> Path:
         """The path that `name` means, downloaded from the hub if it is not a local one.
 
+        A name of the hub may pin a revision: OWNER/NAME@REVISION.
         Of an address of an object store, it is a local copy of the run there: its best checkpoint,
         else the last. Raises SettingsError naming `key` if it is found nowhere.
         """
@@ -79,20 +81,20 @@ class Location:
             near = nearest_path(name)
             hint = f"; did you mean {near!r}?" if near else ""
             raise SettingsError(f"{key}: no such file or directory: {name!r}{hint}")
-        from huggingface_hub import snapshot_download
+        near = nearest_path(name)
+        hint = f"did you mean {near!r}?" if near else ""
+        return hub_files.download(name, key=key, patterns=patterns, hint=hint)
 
-        try:
-            return Path(snapshot_download(name, allow_patterns=list(patterns)))
-        except Exception as error:  # the hub client raises many types; all mean "not available"
-            raise SettingsError(
-                f"{key}: {name!r} is not a local path, and downloading it from the hub failed "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); "
-                + (
-                    f"did you mean {near!r}?"
-                    if (near := nearest_path(name))
-                    else "give a local path"
-                )
-            ) from error
+    def find_model(self, name: str, *, key: str) -> Path:
+        """The path of a whole model: a local one, or of the hub its `.nemo` file or its folder."""
+        found = self.local(name)
+        if found is not None:
+            return found
+        if is_address(name):
+            return self.find(name, key=key)
+        folder = self.find(name, key=key, patterns=("*.nemo", "config.json"))
+        archives = sorted(folder.glob("*.nemo"))
+        return archives[0] if len(archives) == 1 else self.find(name, key=key)
 
     def find_nemo(self, name: str, *, key: str) -> Path:
         """The `.nemo` file that `name` means: a path, or the one file of a hub repository."""

@@ -1,0 +1,210 @@
+"""`speechlm2-jax transcribe`: recordings in, texts or subtitles out."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from speechlm2_jax.transcription.opening import Options
+
+PROGRAM = "speechlm2-jax transcribe"
+DESCRIPTION = """\
+Transcribes recordings of any length with a speech LLM or an ASR model.
+
+  speechlm2-jax transcribe interview.m4a
+  speechlm2-jax transcribe interview.m4a lectures/ --model nvidia/canary-qwen-2.5b --output srt
+  speechlm2-jax transcribe calls.jsonl --model runs/salm --output json,txt --output-dir texts
+  find . -name '*.mp3' | speechlm2-jax transcribe - --output vtt
+"""
+EPILOG = """\
+The text of one recording is printed. Those of several, and every other format, are written beside
+the recordings, or into --output-dir. What is written already is skipped, so that the same command
+resumes. Without --model, the newest run below ./runs transcribes.
+"""
+TIMED = ("srt", "vtt", "tsv", "json", "jsonl")
+"""Formats that show times."""
+
+
+def main(argv: Sequence[str], *, program: str = PROGRAM) -> int:
+    """Transcribes; 0, 1 if some recordings could not be read, 2 after one line on bad input."""
+    from speechlm2_jax import console
+
+    arguments = _parser(program).parse_args(argv)
+    with console.showing(is_stderr=True), console.phase("importing"):
+        from speechlm2_jax.compilation_cache import keep_compiled_programs
+        from speechlm2_jax.conversion.errors import ConversionError
+        from speechlm2_jax.settings import SettingsError
+
+    errors = [SettingsError, ConversionError, ValueError]
+    kept = "what is written is kept, and the same command resumes"
+    with console.one_line_errors(program, errors, kept=kept), console.showing(is_stderr=True):
+        keep_compiled_programs("auto")
+        return _transcribe(arguments, program)
+
+
+def _transcribe(arguments: argparse.Namespace, program: str) -> int:
+    from speechlm2_jax import console
+    from speechlm2_jax.transcription.inputs import find_sources
+    from speechlm2_jax.transcription.opening import choose_model, open_model
+    from speechlm2_jax.transcription.outputs import Outputs
+    from speechlm2_jax.transcription.progress import Progress, duration
+    from speechlm2_jax.transcription.run import transcribe_all
+
+    formats = _formats(arguments.output)
+    name = choose_model(arguments.model)
+    with console.phase("looking for recordings"):
+        sources = find_sources(arguments.inputs)
+    is_printed = formats == ("txt",) and len(sources) == 1 and arguments.output_dir is None
+    outputs = Outputs(formats=formats, folder=arguments.output_dir, overwrite=arguments.overwrite)
+    left = sources if is_printed else outputs.prepare(sources)
+    note = console.log_line if not is_printed else lambda _text: None
+    if len(left) < len(sources):
+        note(f"{len(sources) - len(left)} of {len(sources)} are transcribed already and skipped")
+    if not left:
+        note("nothing is left to do; --overwrite transcribes again")
+        return 0
+    note(f"model: {name}")
+    with console.phase(f"loading {name}"):
+        model = open_model(name, _options(arguments, formats))
+    audio_s = sum(source.utterance.duration_s for source in left)
+    with Progress(len(left), audio_s) as progress:
+        totals = transcribe_all(
+            left,
+            model,
+            None if is_printed else outputs,
+            progress,
+            group_size=4 * arguments.batch_size,
+        )
+        speed = progress.speed()
+    note(
+        f"transcribed {totals.files} recordings, {duration(totals.audio_s)} of audio, "
+        f"{speed:.1f} s of audio per second"
+    )
+    if totals.failed:
+        print(f"{program}: {totals.failed} recordings were left out", file=sys.stderr)
+    return 1 if totals.failed else 0
+
+
+def _options(arguments: argparse.Namespace, formats: Sequence[str]) -> "Options":
+    from speechlm2_jax import settings
+    from speechlm2_jax.transcription.opening import Options
+
+    timestamps = "word" if set(formats) & set(TIMED) else None
+    return Options(
+        prompt=arguments.prompt,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        max_audio_s=arguments.max_audio_s,
+        timestamps=arguments.timestamps or timestamps,
+        dtype=arguments.dtype,
+        quantize=arguments.quantize,
+        generation=settings.override({}, [f"+{text}" for text in arguments.generation]),
+    )
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    from speechlm2_jax.inference.transcript_files import FORMATS
+    from speechlm2_jax.settings import SettingsError
+
+    formats = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for form in formats:
+        if form not in FORMATS:
+            raise SettingsError(f"--output: {form!r} is no format; use {', '.join(FORMATS)}")
+    return formats
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="audio or video files, folders, patterns ('a/**/*.wav'), manifests (.jsonl), "
+        "addresses, or - for a list on standard input",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a run, a model directory, a .nemo file, or a hub name such as "
+        "nvidia/canary-qwen-2.5b or OWNER/NAME@REVISION (default: the newest run below ./runs)",
+    )
+    model.add_argument(
+        "--prompt",
+        help="what a speech LLM is asked (default: the prompt of its training)",
+    )
+    model.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the computation "
+        "(default: that of the training; else float32 on a CPU, bfloat16 elsewhere)",
+    )
+    model.add_argument(
+        "--quantize", choices=("int8", "fp8"), help="hold the LLM in 8 bits (default: no)"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output",
+        default="txt",
+        metavar="FORMAT[,FORMAT]",
+        help="txt, json, jsonl, srt, vtt or tsv (default: txt)",
+    )
+    output.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="(default: beside each recording)"
+    )
+    output.add_argument(
+        "--overwrite", action="store_true", help="transcribe again what is written already"
+    )
+    output.add_argument(
+        "--timestamps",
+        choices=("word", "segment"),
+        help="times of words, or of segments alone (default: word, for formats with times)",
+    )
+    speed = parser.add_argument_group("generation")
+    speed.add_argument(
+        "--batch-size", type=_positive, default=8, help="recordings at once (default: 8)"
+    )
+    speed.add_argument(
+        "--max-audio-s",
+        type=_seconds,
+        metavar="SECONDS",
+        help="cut longer audio at pauses (default: the longest of the training, else 40)",
+    )
+    speed.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="longest text of a part of a recording (default: 256)",
+    )
+    speed.add_argument(
+        "--set",
+        dest="generation",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a keyword of generate, such as num_beams=4 (docs/generation.md)",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not number >= 1:
+        raise argparse.ArgumentTypeError("must be at least 1 second")
+    return number

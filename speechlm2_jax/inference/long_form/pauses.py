@@ -1,0 +1,115 @@
+"""Cuts long recordings at pauses into parts that follow each other, and finds parts without speech.
+
+A part ends in the longest pause that lies in the second half of what it may hold, so that
+sentences stay whole. Where nobody pauses, it ends at the quietest place.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+FRAME_S = 0.01
+LOUD_SHARE = 1e-3
+"""A frame is loud if its power is above this share (-30 dB) of the 95th percentile, ..."""
+ABOVE_NOISE = 4.0
+"""... and above this multiple (6 dB) of the 10th percentile, the noise between words, ..."""
+SPEECH_SHARE = 0.1
+"""... or above this share of the 95th percentile, in any noise."""
+NOTHING = 1e-8
+"""Power of silence (-80 dB of full scale): nothing below it is speech."""
+MIN_PAUSE_S = 0.25
+"""Shorter silences lie within words and between those of a phrase."""
+LEAST_SHARE = 0.35
+"""A part holds at least this share of the longest part, if a pause does not end the recording."""
+MARGIN_S = 0.3
+"""Silence that is kept before and after the speech of a part."""
+SHORTEST_S = 0.05
+"""Loud frames of a part with speech, in seconds: less is a click."""
+QUIET_FRAMES = 15
+"""Frames over which loudness is averaged to find a quiet place without a pause: 150 ms."""
+
+
+class Stretch(NamedTuple):
+    """A stretch of a recording, in samples."""
+
+    start: int
+    end: int
+    has_speech: bool = True
+    """Whether anything in it is loud enough for speech."""
+
+
+def cut_at_pauses(
+    wave: Float[np.ndarray, " S"], *, rate_hz: int, max_s: float | None
+) -> list[Stretch]:
+    """Cuts a recording into parts of at most `max_s` seconds (None: one part).
+
+    They do not overlap, and leave out the silence at their edges beyond MARGIN_S. A recording
+    that is not longer than `max_s` is one part, whole.
+    """
+    hop = max(round(FRAME_S * rate_hz), 1)
+    longest = len(wave) if max_s is None else int(max_s * rate_hz)
+    power = frame_power(wave, hop)
+    is_loud = loud_frames(power)
+    if len(wave) <= longest:
+        return [Stretch(0, len(wave), _has_speech(is_loud))]
+    ends = _ends(power, is_loud, longest // hop)
+    bounds = zip([0, *ends], [*ends, len(power)], strict=True)
+    parts = [_trimmed(is_loud, start, end, hop, len(wave)) for start, end in bounds if end > start]
+    return [part for part in parts if part.end > part.start]
+
+
+def frame_power(wave: Float[np.ndarray, " S"], hop: int) -> Float[np.ndarray, " F"]:
+    """Mean square of each frame of `hop` samples; the last frame may be shorter."""
+    whole = len(wave) // hop
+    frames = wave[: whole * hop].reshape(whole, hop)
+    power = np.einsum("fs,fs->f", frames, frames) / hop
+    rest = wave[whole * hop :]
+    return np.append(power, float(rest @ rest) / len(rest)) if len(rest) else power
+
+
+def loud_frames(power: Float[np.ndarray, " F"]) -> Bool[np.ndarray, " F"]:
+    """Whether each frame is loud enough for speech, by the loudness of the whole recording."""
+    if not len(power):
+        return np.zeros(0, bool)
+    speech, noise = np.quantile(power, 0.95), np.quantile(power, 0.1)
+    level = min(max(LOUD_SHARE * speech, ABOVE_NOISE * noise), SPEECH_SHARE * speech)
+    return power > max(level, NOTHING)
+
+
+def _ends(power: np.ndarray, is_loud: np.ndarray, most: int) -> list[int]:
+    """The frames where parts end, before the last part, each of at most `most` frames."""
+    pauses, ends, start = _pauses(is_loud), list[int](), 0
+    level = np.convolve(power, np.ones(QUIET_FRAMES) / QUIET_FRAMES, mode="same")
+    while len(power) - start > most:
+        low, high = start + max(int(LEAST_SHARE * most), 1), start + most
+        own = [(min(b, high) - max(a, low), a, b) for a, b in pauses if a < high and b > low]
+        if own and max(own)[0] > 0:
+            _, a, b = max(own)
+            start = (max(a, low) + min(b, high)) // 2
+        else:
+            start = low + int(level[low:high].argmin())
+        ends.append(start)
+    return ends
+
+
+def _pauses(is_loud: np.ndarray) -> list[tuple[int, int]]:
+    """First frame, and frame after the last, of each silence of at least MIN_PAUSE_S."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[1], is_loud.astype(np.int8), [1]])))
+    runs = zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+    return [(a, b) for a, b in runs if (b - a) * FRAME_S >= MIN_PAUSE_S]
+
+
+def _trimmed(is_loud: np.ndarray, start: int, end: int, hop: int, samples: int) -> Stretch:
+    """Frames [start, end) without the silence at their edges beyond MARGIN_S, in samples."""
+    own = is_loud[start:end]
+    if not _has_speech(own):
+        return Stretch(start * hop, min(end * hop, samples), False)
+    loud = np.flatnonzero(own)
+    margin = round(MARGIN_S / FRAME_S)
+    first, last = max(int(loud[0]) - margin, 0), min(int(loud[-1]) + 1 + margin, len(own))
+    return Stretch((start + first) * hop, min((start + last) * hop, samples))
+
+
+def _has_speech(is_loud: np.ndarray) -> bool:
+    return bool(is_loud.sum() * FRAME_S >= SHORTEST_S)

@@ -1,0 +1,131 @@
+"""Opens the model that a name means, for transcription: a SALM or an ASR model, from anywhere."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speechlm2_jax.evaluation.run_directories import RUNS, Run, newest_run, read_run
+from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
+from speechlm2_jax.inference.timed_text import Transcript
+from speechlm2_jax.pretrained import registry
+from speechlm2_jax.pretrained.locate import Location
+from speechlm2_jax.settings import SettingsError
+
+PUBLIC_MODELS = ("nvidia/canary-qwen-2.5b", "nvidia/parakeet-ctc-0.6b")
+"""Models on the hub that an error names."""
+PROMPTED = ("SALM", "SALMWithAsrDecoder")
+PROMPT = "Transcribe the following:"
+"""The prompt of canary-qwen-2.5b, for a model whose training does not say another."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How recordings are transcribed; None: as the model was trained, or as it is usual."""
+
+    prompt: str | None = None
+    batch_size: int = 8
+    max_new_tokens: int = 256
+    max_audio_s: float | None = None
+    timestamps: str | None = None
+    dtype: str | None = None
+    quantize: str | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """More keywords of `generate`; for a model with an LLM."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model that is ready."""
+
+    name: str
+    sampling_rate: int
+    transcribe: Callable[[Sequence[np.ndarray]], list[Transcript]]
+
+
+def choose_model(name: str | None) -> str:
+    """The name of the model, by default that of the newest run in ./runs.
+
+    Raises SettingsError, with the names of public models, if there is none.
+    """
+    if name is not None:
+        return name
+    try:
+        return str(newest_run().folder)
+    except SettingsError:
+        raise SettingsError(
+            f"there is no trained model below {RUNS}/; train one with `speechlm2-jax train "
+            f"--config salm`, or name one: --model PATH, or a public one such as "
+            f"{', '.join(PUBLIC_MODELS)}"
+        ) from None
+
+
+def open_model(name: str, options: Options) -> OpenedModel:
+    """Opens a run, a directory, a file or a hub name. Raises SettingsError if it cannot."""
+    path = Location().find_model(name, key="--model")
+    kind = registry.identify(path)
+    if kind is None or not set(kind.classes) & {*PROMPTED, "ASRModel", "CTCModel"}:
+        what = kind.sentence(path) if kind else f"{path} is not a known model"
+        raise SettingsError(f"--model: {what}; transcription needs a SALM or an ASR model")
+    run = read_run(path)
+    if set(kind.classes) & set(PROMPTED):
+        return _open_prompted(name, path, kind.classes[0], run, options)
+    return _open_asr(name, path, kind.classes[0], run, options)
+
+
+def _open_prompted(
+    name: str, path: Path, kind: str, run: Run | None, options: Options
+) -> OpenedModel:
+    from speechlm2_jax import models
+
+    dtype = options.dtype or (run.dtype if run else _usual_dtype())
+    model = getattr(models, kind).from_pretrained(path, dtype=dtype, quantize=options.quantize)
+    prompt = options.prompt or (run and run.tag("context")) or PROMPT
+    longest = options.max_audio_s or (run and run.max_audio_s) or DEFAULT_MAX_AUDIO_S
+
+    def transcribe(waves: Sequence[np.ndarray]) -> list[Transcript]:
+        return model.transcribe(
+            list(waves),
+            prompt=prompt,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            timestamps=options.timestamps,
+            max_audio_s=longest,
+            **options.generation,
+        )
+
+    return OpenedModel(name=name, sampling_rate=model.sampling_rate, transcribe=transcribe)
+
+
+def _open_asr(name: str, path: Path, kind: str, run: Run | None, options: Options) -> OpenedModel:
+    from speechlm2_jax import models
+
+    of_llm = {
+        "--prompt": options.prompt,
+        "--quantize": options.quantize,
+        "--set": options.generation,
+    }
+    if refused := [flag for flag, value in of_llm.items() if value]:
+        raise SettingsError(f"{', '.join(refused)}: leave out; {name} is an ASR model, without LLM")
+    model = getattr(models, kind).from_pretrained(path)
+    longest = options.max_audio_s or (run and run.max_audio_s) or DEFAULT_MAX_AUDIO_S
+
+    def transcribe(waves: Sequence[np.ndarray]) -> list[Transcript]:
+        return model.transcribe(
+            list(waves),
+            batch_size=options.batch_size,
+            timestamps=options.timestamps,
+            max_audio_s=longest,
+        )
+
+    return OpenedModel(name=name, sampling_rate=model.sampling_rate, transcribe=transcribe)
+
+
+def _usual_dtype() -> str:
+    import jax
+
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"

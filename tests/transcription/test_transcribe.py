@@ -1,0 +1,190 @@
+"""`speechlm2-jax transcribe`: recordings from anywhere, files of every format, and a restart."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from speechlm2_jax.commands import transcribe
+from speechlm2_jax.inference.timed_text import Segment, Transcript
+from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.transcription import opening
+from speechlm2_jax.transcription.inputs import find_sources
+from speechlm2_jax.transcription.opening import OpenedModel, choose_model
+from speechlm2_jax.transcription.outputs import Outputs
+from speechlm2_jax.transcription.progress import Progress, duration
+
+RATE_HZ = 16_000
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with recordings of 1, 2, 3 and 4 seconds, and a file that is none."""
+    monkeypatch.chdir(tmp_path)
+    for seconds, name in enumerate(("a.wav", "calls/b.flac", "calls/day/c.ogg", "calls/b.wav"), 1):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        tone = np.sin(np.arange(seconds * RATE_HZ) / 30).astype(np.float32)
+        soundfile.write(name, 0.3 * tone, RATE_HZ)
+    Path("calls/notes.txt").write_text("no recording")
+    return tmp_path
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """A model that writes how many seconds it was given; `model` has their lengths."""
+    calls: list[list[int]] = []
+
+    def texts(waves):
+        calls.append([len(wave) // RATE_HZ for wave in waves])
+        return [
+            Transcript(f"{n} s", segments=[Segment(text=f"{n} s", start=0, end=n)], duration_s=n)
+            for n in calls[-1]
+        ]
+
+    def open_model(name, options):
+        assert name == "m"
+        return OpenedModel(name=name, sampling_rate=RATE_HZ, transcribe=texts)
+
+    monkeypatch.setattr(opening, "open_model", open_model)
+    monkeypatch.setattr(
+        "speechlm2_jax.compilation_cache.keep_compiled_programs", lambda folder: None
+    )
+    return calls
+
+
+def run(*words: str) -> int:
+    return transcribe.main([*words, "--model", "m"])
+
+
+def test_the_text_of_one_recording_is_printed(folder, model, capsys):
+    assert run("a.wav") == 0
+    assert capsys.readouterr().out == "1 s\n"
+    assert not Path("a.txt").exists()
+
+
+def test_outputs_lie_beside_the_recordings(folder, model, capsys):
+    assert run("a.wav", "calls", "--output", "srt,json") == 0
+    assert sorted(p.as_posix() for p in Path().rglob("*.srt")) == [
+        "a.srt",
+        "calls/b.flac.srt",
+        "calls/b.wav.srt",
+        "calls/day/c.srt",
+    ]
+    assert Path("calls/day/c.srt").read_text() == "1\n00:00:00,000 --> 00:00:03,000\n3 s\n\n"
+    assert json.loads(Path("calls/b.wav.json").read_text())["audio_filepath"] == "calls/b.wav"
+    err = capsys.readouterr().err
+    assert "transcribed 4 recordings, 10.0 s of audio" in err and "audio per second" in err
+    assert not list(Path().rglob("*.part"))
+
+
+def test_a_restart_goes_on_where_it_ended(folder, model, capsys):
+    assert run("calls", "--output-dir", "out") == 0
+    assert Path("out/day/c.txt").read_text() == "3 s\n"
+    Path("out/day/c.txt").unlink()
+    model.clear()
+    assert run("calls", "--output-dir", "out") == 0
+    assert model == [[3]] and "2 of 3 are transcribed already" in capsys.readouterr().err
+    assert run("calls", "--output-dir", "out") == 0
+    assert model == [[3]] and "nothing is left to do" in capsys.readouterr().err
+    assert run("calls", "--output-dir", "out", "--overwrite") == 0
+    assert sorted(model[-1]) == [2, 3, 4]
+
+
+def test_jsonl_has_a_line_for_each_recording_and_goes_on(folder, model):
+    assert run("calls", "--output", "jsonl") == 0
+    lines = Path("transcripts.jsonl").read_text().splitlines(keepends=True)
+    Path("transcripts.jsonl").write_text("".join(lines[:2]) + lines[2][:9])  # killed in the middle
+    model.clear()
+    assert run("calls", "--output", "jsonl") == 0
+    assert [len(call) for call in model] == [1]
+    assert Path("transcripts.jsonl").read_text().splitlines(keepends=True) == lines
+    rows = [json.loads(line) for line in lines]
+    assert {row["audio_filepath"]: row["text"] for row in rows} == {
+        "calls/b.flac": "2 s",
+        "calls/b.wav": "4 s",
+        "calls/day/c.ogg": "3 s",
+    }
+
+
+def test_a_recording_that_cannot_be_read_is_named_and_left_out(folder, model, capsys):
+    Path("calls/bad.wav").write_bytes(b"RIFF")
+    assert run("calls", "--output", "txt") == 1
+    err = capsys.readouterr().err
+    assert "calls/bad.wav: left out: " in err and "1 recordings were left out" in err
+    assert Path("calls/day/c.txt").exists() and not Path("calls/bad.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["nowhere.wav"], "no such file or folder: 'nowhere.wav'"),
+        (["b*.wav"], "no file or folder matches 'b*.wav'"),
+        (["a.wav", "--output", "doc"], "--output: 'doc' is no format; use txt, json"),
+        (["calls/notes.txt"], "calls/notes.txt is neither audio nor a manifest"),
+    ],
+)
+def test_bad_input_is_one_line(folder, model, capsys, words, error):
+    with pytest.raises(SystemExit, match="2"):
+        run(*words)
+    err = capsys.readouterr().err
+    assert err.startswith(f"speechlm2-jax transcribe: {error}") and err.count("\n") == 1
+
+
+def names(inputs, stdin=""):
+    return [source.name for source in find_sources(inputs, io.StringIO(stdin))]
+
+
+def test_inputs_are_files_folders_patterns_lists_and_manifests(folder):
+    assert names(["calls/**/*.ogg", "a.wav"]) == ["calls/day/c.ogg", "a.wav"]
+    assert names(["a.wav", "a.wav", "-"], "calls/b.flac\n\ncalls/b.wav\n") == [
+        "a.wav",
+        "calls/b.flac",
+        "calls/b.wav",
+    ]
+    rows = [
+        {"audio_filepath": "a.wav", "duration": 0.5},
+        {"audio_filepath": "a.wav", "duration": 0.5, "offset": 0.5},
+    ]
+    Path("m.jsonl").write_text("".join(json.dumps({**row, "text": ""}) + "\n" for row in rows))
+    first, second = find_sources(["m.jsonl"])
+    assert first.beside.name == "a.wav" and second.beside.name == "a_0.5.wav"
+    assert len(second.utterance.read(RATE_HZ)) == RATE_HZ // 2
+    with pytest.raises(SettingsError, match="nothing to transcribe"):
+        find_sources(["-"], io.StringIO("\n"))
+
+
+def test_files_are_written_whole(folder, monkeypatch):
+    (source,) = find_sources(["a.wav"])
+    Path("out").write_text("a file where the folder should be")
+    outputs = Outputs(formats=("txt",), folder=Path("out"))
+    with pytest.raises(SettingsError, match="cannot be written .* --output-dir"):
+        outputs.write(source, Transcript("x"))
+
+    def fail(self, target):
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(SettingsError, match="No space left"):
+        Outputs(formats=("txt",)).write(source, Transcript("x"))
+    assert [p.name for p in Path().iterdir() if p.suffix in (".txt", ".part")] == []
+
+
+def test_without_a_run_public_models_are_named(folder):
+    with pytest.raises(SettingsError, match=r"no trained model below runs/; .*canary-qwen-2\.5b"):
+        choose_model(None)
+    assert choose_model("x") == "x"
+
+
+def test_progress_counts_audio():
+    now = [0.0]
+    lines = io.StringIO()
+    progress = Progress(3, 30.0, stream=lines, clock=lambda: now[0])
+    for _ in range(3):
+        now[0] += 4.0
+        progress.update(10.0)
+    assert lines.getvalue() == "2 of 3 recordings, 20.0 s of audio, 2.5 s of audio per second\n"
+    assert progress.speed() == pytest.approx(2.5)
+    assert [duration(s) for s in (3.21, 260, 7500)] == ["3.2 s", "4 min 20 s", "2 h 5 min"]
