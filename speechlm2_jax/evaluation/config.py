@@ -81,6 +81,10 @@ class EvalConfig:
     conversations, as NeMo's tag `context`: a turn before the first recording."""
     swap_audio: bool = False
     """Give every utterance the audio of another, to show that the model uses the audio."""
+    noise: str | None = None
+    """Mix noise into every recording: a recording of noise, or `white`."""
+    snr_db: float = 12.0
+    """With `noise`: how many decibels its power is below that of the recording."""
     use_asr_decoder: bool | None = None
     """Open a SALMWithAsrDecoder, or a SALM; null: what a local directory is, SALM from the hub."""
     draft: str | None = None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from speechlm2_jax import settings
+from speechlm2_jax.evaluation.add_noise import add_noise
 from speechlm2_jax.evaluation.config import EvalConfig, output_file
 from speechlm2_jax.evaluation.inputs import Utterance, left_out, read_inputs
 from speechlm2_jax.evaluation.metrics.wer import text_normalizer
@@ -39,7 +40,7 @@ class EvaluationPlan:
         return None if self.run is None else self.run.step[0]
 
     def utterances(self) -> list[Utterance]:
-        """The inputs, with unseen voices marked, and with swapped audio if `swap_audio` is set.
+        """The inputs, with unseen voices marked, and with swapped or noisy audio if that is wanted.
 
         Raises SettingsError for inputs that cannot be used.
         """
@@ -52,6 +53,8 @@ class EvaluationPlan:
             ]
         if self.config.swap_audio:
             utterances = swap_audio(utterances, text_normalizer(self.config.use_normalizer))
+        if self.config.noise is not None:
+            utterances = add_noise(utterances, self.config.noise, self.config.snr_db)
         return utterances
 
     def output(self, key: str) -> Path | None:

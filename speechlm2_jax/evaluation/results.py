@@ -206,6 +206,17 @@ class Evaluation:
             found[name] = {"title": metric.title, **asdict(score), "details": details}
         return found
 
+    def hallucinated(self) -> float | None:
+        """Characters of the responses to recordings without words, per minute; None without such.
+
+        These have an empty reference: silence, noise, music.
+        """
+        wordless = [s.response for s in self.scored() if not s.text.strip()]
+        minutes = sum(response.duration_s for response in wordless) / 60
+        if not minutes:
+            return None
+        return sum(len(response.pred_text.strip()) for response in wordless) / minutes
+
     def totals(self) -> dict[str, Any]:
         """All numbers of the table."""
         scored = self.scored()
@@ -233,6 +244,7 @@ class Evaluation:
             "by_length": _by_length(scored),
             "encoder": None if encoder is None else encoder.plain(),
             "metrics": self.task_scores(),
+            "hallucinated": self.hallucinated(),
             "audio_is_swapped": any(a.audio_of is not None for a in self.responses),
             "rtfx": self.speed.rtfx,
             "rtfx_without_warm_up": self.speed.rtfx_warm,
@@ -293,6 +305,8 @@ def _error_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append((f"  {name}", f"{totals[name]} ({percent(rate)})"))
     if totals["empty_references"]:
         lines.append(("  empty references", str(totals["empty_references"])))
+    if totals["hallucinated"] is not None:
+        lines.append(("  hallucinated there", f"{totals['hallucinated']:.1f} characters a minute"))
     for name, key in (("WER, unseen voices", "unseen"), ("WER, encoder alone (CTC)", "encoder")):
         if totals[key] is not None:
             lines.append((name, _rate(totals[key])))
