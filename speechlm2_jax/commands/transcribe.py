@@ -49,7 +49,7 @@ def _transcribe(arguments: argparse.Namespace, program: str) -> int:
     from speechlm2_jax.transcription.inputs import find_sources
     from speechlm2_jax.transcription.opening import choose_model, open_model
     from speechlm2_jax.transcription.outputs import Outputs
-    from speechlm2_jax.transcription.progress import Progress, duration
+    from speechlm2_jax.transcription.progress import AudioProgress, duration
     from speechlm2_jax.transcription.run import transcribe_all
 
     formats = _formats(arguments.output)
@@ -69,7 +69,7 @@ def _transcribe(arguments: argparse.Namespace, program: str) -> int:
     with console.phase(f"loading {name}"):
         model = open_model(name, _options(arguments, formats))
     audio_s = sum(source.utterance.duration_s for source in left)
-    with Progress(len(left), audio_s) as progress:
+    with AudioProgress(len(left), audio_s) as progress:
         totals = transcribe_all(
             left,
             model,

@@ -11,7 +11,7 @@ FIRST_LINES_S, LATER_LINES_S, LATER_FROM_S = 5.0, 30.0, 60.0
 """Seconds between two lines in the first minute, and after it."""
 
 
-class Progress:
+class AudioProgress:
     """Shows how many recordings are done, and the seconds of audio per second.
 
     Args:
@@ -42,7 +42,7 @@ class Progress:
             )
             self._bar.set_description_str(self._text())
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "AudioProgress":
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -12,7 +12,7 @@ from speechlm2_jax.inference.timed_text import Transcript
 from speechlm2_jax.transcription.inputs import GivenRecording
 from speechlm2_jax.transcription.opening import OpenedModel
 from speechlm2_jax.transcription.outputs import Outputs
-from speechlm2_jax.transcription.progress import Progress
+from speechlm2_jax.transcription.progress import AudioProgress
 
 GROUP_S = 600.0
 """Seconds of audio that are read before they are transcribed together, or one longer recording."""
@@ -31,7 +31,7 @@ def transcribe_all(
     sources: Sequence[GivenRecording],
     model: OpenedModel,
     outputs: Outputs | None,
-    progress: Progress,
+    progress: AudioProgress,
     *,
     group_size: int,
 ) -> Transcribed:
@@ -74,7 +74,7 @@ def _read(pool: ThreadPoolExecutor, group: Sequence[GivenRecording], rate_hz: in
 
 
 def _readable(
-    group: _Reading, totals: Transcribed, progress: Progress
+    group: _Reading, totals: Transcribed, progress: AudioProgress
 ) -> Iterator[tuple[GivenRecording, np.ndarray]]:
     """The recordings of a group that can be read."""
     for source, reading in group:

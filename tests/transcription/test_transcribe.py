@@ -15,7 +15,7 @@ from speechlm2_jax.transcription import opening
 from speechlm2_jax.transcription.inputs import find_sources
 from speechlm2_jax.transcription.opening import OpenedModel, choose_model
 from speechlm2_jax.transcription.outputs import Outputs
-from speechlm2_jax.transcription.progress import Progress, duration
+from speechlm2_jax.transcription.progress import AudioProgress, duration
 
 RATE_HZ = 16_000
 
@@ -181,7 +181,7 @@ def test_without_a_run_public_models_are_named(folder):
 def test_progress_counts_audio():
     now = [0.0]
     lines = io.StringIO()
-    progress = Progress(3, 30.0, stream=lines, clock=lambda: now[0])
+    progress = AudioProgress(3, 30.0, stream=lines, clock=lambda: now[0])
     for _ in range(3):
         now[0] += 4.0
         progress.update(10.0)
