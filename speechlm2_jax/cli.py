@@ -75,6 +75,12 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     ),
     "data": (
         Command(
+            "align",
+            "add the times of words to a manifest",
+            "speechlm2_jax.commands.align:main",
+            "test.jsonl --aligner nvidia/parakeet-ctc-0.6b",
+        ),
+        Command(
             "manifest",
             "make manifests of a folder of recordings and texts: checked, and split into sets",
             "speechlm2_jax.commands.manifest:main",

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from speechlm2_jax.conversion.readers import read_nemo
+from speechlm2_jax.inference.timestamps import DEFAULT_ALIGNER
 from speechlm2_jax.inference.timestamps.aligner import Aligner
 from speechlm2_jax.models.asr import ASRModel
 from speechlm2_jax.models.ctc import CTCModel
@@ -13,8 +14,6 @@ from speechlm2_jax.pretrained.asr_labels import class_name
 from speechlm2_jax.pretrained.locate import Location, config_folders
 from speechlm2_jax.settings import SettingsError
 
-DEFAULT_ALIGNER = "nvidia/parakeet-ctc-0.6b"
-"""For models without a CTC head of their own; of the hub."""
 KEY = "aligner"
 log = logging.getLogger(__name__)
 

@@ -200,7 +200,7 @@ class SALM(SpeechModel):
         """What finds the times of words, opened at the first call.
 
         The CTC head that its encoder was trained with, if its `pretrained_asr` is on this machine
-        and has one; else `aligners.DEFAULT_ALIGNER`. None, after a warning, if neither is here.
+        and has one; else `timestamps.DEFAULT_ALIGNER`. None, after a warning, if neither is here.
         """
         return self._usual_aligner
 

@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from speechlm2_jax.inference.timestamps import ctc_aligner
 from speechlm2_jax.inference.timestamps.bounds import CTC_TIMING, TimedLabel, word_spans
 from speechlm2_jax.inference.timestamps.speech import Silence, find_silences
 from speechlm2_jax.inference.timestamps.word_times import word_times
 from speechlm2_jax.models import CTCModel
 
 CTC = Path(__file__).parents[1] / "data" / "asr" / "ctc.nemo"
+ALIGN = ctc_aligner.align_batch
 RATE_HZ = 16000
 EDGES = [Silence(0.0, 0.2), Silence(1.2, 1.4)]
 
@@ -133,3 +135,24 @@ def test_what_does_not_fit_is_told_for_its_row_alone(aligner, word):
 def test_numbers_of_inputs_must_agree(aligner):
     with pytest.raises(ValueError, match="1 recordings, 2 texts and 1 offsets"):
         word_times([np.zeros(9, np.float32)], ["a", "b"], aligner)
+
+
+def test_a_long_recording_is_encoded_in_windows(aligner, word, monkeypatch):
+    wave, text = tone((0.2, 1.7), duration_s=1.9), f"{word} {word} {word}"
+    (whole,) = word_times([wave], [text], aligner)
+    monkeypatch.setattr(ctc_aligner, "WHOLE_S", 1.0)
+    monkeypatch.setattr(ctc_aligner, "WINDOW_S", 2.88)  # one window: as without windows
+    monkeypatch.setattr(ctc_aligner, "OVERLAP_S", 0.4)
+    (same,) = word_times([wave], [text], aligner)
+    assert same.words == whole.words and same.score == pytest.approx(whole.score, abs=1e-4)
+    monkeypatch.setattr(ctc_aligner, "WINDOW_S", 1.04)
+    counts = []
+    monkeypatch.setattr(
+        ctc_aligner,
+        "align_batch",
+        lambda *arrays: counts.append(int(arrays[1][0])) or ALIGN(*arrays),
+    )
+    (found,) = word_times([wave], [text], aligner)
+    samples = len(wave) + 2 * ctc_aligner.SILENT_FRAMES * aligner.frame_samples
+    assert counts == [samples // aligner.frame_samples], "every frame once"
+    assert found.problem is None and np.isfinite(found.score)

@@ -1,4 +1,4 @@
-"""Speaks with espeak-ng as a library, which tells when each of its phonemes begins.
+"""Speaks with espeak-ng as a library, which tells when each of its phonemes and words begins.
 
 Many times faster than the program, which starts anew for each sentence. The library keeps the phase
 of its oscillators from one sentence to the next, so samples depend on what was said before; sounds
@@ -6,17 +6,28 @@ and times do not.
 """
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 LIBRARY = "libespeak-ng.so.1"
 SYNCHRONOUS, PHONEME_EVENTS, DONT_EXIT = 2, 0x0001, 0x8000
-LAST, PHONEME = 0, 7
+LAST, WORD, PHONEME = 0, 1, 7
 RATE, VOLUME, PITCH = 1, 2, 3
 AMPLITUDE = 40  # some variants clip at the usual 100
 UTF8 = 1
+
+
+class WordEvent(NamedTuple):
+    """The start of a word, or of several that espeak-ng joins."""
+
+    start_s: float
+    first: int
+    """Its first character in the text."""
+    length: int
+    """Its characters."""
 
 
 class _Id(ctypes.Union):
@@ -72,6 +83,7 @@ class _Espeak:
         )
         self.waves: list[np.ndarray] = []
         self.phonemes: list[tuple[float, str]] = []
+        self.words: list[WordEvent] = []
         self._callback = _Callback(self._take)  # kept: the library holds only its address
         self.library.espeak_SetSynthCallback(self._callback)
 
@@ -80,6 +92,10 @@ class _Espeak:
             self.waves.append(np.ctypeslib.as_array(wave, (samples,)).copy())
         index = 0
         while events[index].type != LAST:
+            if events[index].type == WORD:
+                event = events[index]
+                first = event.text_position - 1
+                self.words.append(WordEvent(event.audio_position / 1000, first, event.length))
             if events[index].type == PHONEME:
                 name = events[index].id.string.decode("utf-8", "replace")
                 self.phonemes.append((events[index].audio_position / 1000, name))
@@ -95,6 +111,18 @@ class _Espeak:
             raise RuntimeError(f"espeak-ng knows no voice {spec}")
 
 
+@dataclass(frozen=True)
+class SpokenText:
+    """What espeak-ng says, and when."""
+
+    wave: np.ndarray
+    """int16 samples [S]."""
+    rate_hz: int
+    phonemes: list[tuple[float, str]]
+    """(start in seconds, phoneme) in order."""
+    words: list[WordEvent]
+
+
 @cache
 def _espeak() -> _Espeak:
     return _Espeak()
@@ -107,8 +135,17 @@ def speak(
 
     Raises RuntimeError if the library is missing, does not know the voice or says nothing.
     """
+    spoken = speak_words(text, spec, speed_wpm, pitch)
+    return spoken.wave, spoken.rate_hz, spoken.phonemes
+
+
+def speak_words(text: str, spec: str, speed_wpm: int, pitch: int) -> SpokenText:
+    """Returns what espeak-ng says of a text in ASCII, with the times of phonemes and words.
+
+    Raises RuntimeError if the library is missing, does not know the voice or says nothing.
+    """
     espeak = _espeak()
-    espeak.waves, espeak.phonemes = [], []
+    espeak.waves, espeak.phonemes, espeak.words = [], [], []
     espeak.set_voice(spec)
     for parameter, value in ((RATE, speed_wpm), (VOLUME, AMPLITUDE), (PITCH, pitch)):
         espeak.library.espeak_SetParameter(parameter, value, 0)
@@ -116,4 +153,5 @@ def speak(
     espeak.library.espeak_Synth(content, len(content) + 1, 0, 1, 0, UTF8, None, None)
     if not espeak.waves:
         raise RuntimeError(f"espeak-ng said nothing as {spec}: {text!r}")
-    return np.concatenate(espeak.waves), espeak.rate_hz, espeak.phonemes
+    wave = np.concatenate(espeak.waves)
+    return SpokenText(wave, espeak.rate_hz, espeak.phonemes, espeak.words)

@@ -171,6 +171,12 @@ def synthesize_timed(utterance: Utterance) -> tuple[np.ndarray, list[tuple[float
     return wave, [(round(start_s + shift_s, 3), name) for start_s, name in phonemes]
 
 
+def recorded_at_s(utterance: Utterance) -> float:
+    """Returns the second of `synthesize`'s recording at which espeak-ng begins the utterance."""
+    speech = espeak(utterance.text, utterance.voice.spec, utterance.speed_wpm, utterance.pitch)
+    return _record(speech, utterance)[1]
+
+
 def _record(speech: np.ndarray, utterance: Utterance) -> tuple[np.ndarray, float]:
     """Puts speech where the utterance says; also how many seconds later it begins there."""
     rng = np.random.default_rng(utterance.seed)

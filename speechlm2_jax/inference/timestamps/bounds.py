@@ -14,6 +14,7 @@ deviation, are
 The constants of `Timing` were measured on the bundled encoder; docs/timestamps.md has the numbers.
 """
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -115,18 +116,18 @@ def word_spans(
 def _breaks(labels: Sequence[TimedLabel], silences: Sequence[Silence]) -> dict[int, Silence | None]:
     """Where phrases begin, after the first: index of a word's first label -> the silence before."""
     starts = [i for i in range(1, len(labels)) if labels[i].word != labels[i - 1].word]
-    gaps = {i: gap for i in starts if (gap := _gap(labels, i)) is not None}
+    gaps = [(gap, i) for i in starts if (gap := _gap(labels, i)) is not None]
+    begins, ends = [gap.start for gap, _ in gaps], [gap.end for gap, _ in gaps]
     found: dict[int, Silence | None] = {}
     for silence in silences[1:-1]:
-        away = {
-            i: max(gap.start - silence.middle, silence.middle - gap.end, 0.0)
-            for i, gap in gaps.items()
-            if i not in found
-        }
-        nearest = min(away, key=lambda i: away[i], default=None)
-        if nearest is not None and away[nearest] <= NEAR_S:
-            found[nearest] = silence
-    for i, gap in gaps.items():
+        middle = silence.middle
+        first = bisect.bisect_left(ends, middle - NEAR_S)
+        last = bisect.bisect_right(begins, middle + NEAR_S)
+        near = ((gap, i) for gap, i in gaps[first:last] if i not in found)
+        away = {i: max(gap.start - middle, middle - gap.end, 0.0) for gap, i in near}
+        if away:
+            found[min(away, key=lambda i: away[i])] = silence
+    for gap, i in gaps:
         if i not in found and gap.end - gap.start >= GAP_S:
             found[i] = None
     return dict(sorted(found.items()))

@@ -26,6 +26,13 @@ LABEL_UNIT = 16
 SILENT_FRAMES = 3
 """Frames of silence put around a recording: words at its edges, and many labels, need room."""
 DEFAULT_BATCH_SIZE = 16
+WHOLE_S = 60.0
+"""Longer recordings are encoded in windows, as attention over all of their frames takes too much
+memory; they are aligned as a whole."""
+WINDOW_S, OVERLAP_S = 40.0, 4.0
+"""Two windows share OVERLAP_S. Each gives the frames up to its middle."""
+FRAME_UNIT = 512
+"""Frames of long recordings are padded to 512, 768, 1024, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +65,15 @@ class CtcAligner:
         Recordings of similar length share a batch of at most `batch_size`.
         """
         encoded = [self.encoder(own) for own in words]
-        order = sorted(range(len(waves)), key=lambda i: len(waves[i]))
-        found: dict[int, AlignedLabels] = {}
+        whole = int(WHOLE_S * self.sampling_rate)
+        order = sorted(
+            (i for i in range(len(waves)) if len(waves[i]) <= whole), key=lambda i: len(waves[i])
+        )
+        found = {
+            i: self._run_long(waves[i], encoded[i])
+            for i in range(len(waves))
+            if len(waves[i]) > whole
+        }
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             batch = self._run([waves[i] for i in chosen], [encoded[i] for i in chosen])
@@ -70,20 +84,48 @@ class CtcAligner:
         self, waves: Sequence[np.ndarray], texts: Sequence[Sequence[WordLabels]]
     ) -> list[AlignedLabels]:
         pad = SILENT_FRAMES * self.frame_samples
-        ids = [_joined(words, self.encoder.space) for words in texts]
         rows = round_up(len(waves), 1)
         samples = round_up(max(map(len, waves)) + 2 * pad, SAMPLE_UNIT)
         audio, lengths = pad_right([np.pad(w, pad) for w in waves], rows=rows, width=samples)
+        return self._align(*self._log_probs(audio, lengths), texts)
+
+    def _run_long(self, wave: np.ndarray, words: Sequence[WordLabels]) -> AlignedLabels:
+        """Aligns a long recording, encoded in windows that overlap."""
+        frame = self.frame_samples
+        window, shared = (int(s * self.sampling_rate) // frame for s in (WINDOW_S, OVERLAP_S))
+        padded = np.pad(wave, SILENT_FRAMES * frame)
+        starts = range(0, max(len(padded) // frame - shared, 1), window - shared)
+        parts: list[np.ndarray] = []
+        for first in range(0, len(starts), self.batch_size):
+            chosen = starts[first : first + self.batch_size]
+            clips = [padded[s * frame : (s + window) * frame] for s in chosen]
+            rows = round_up(len(clips), 1)
+            found = jax.device_get(
+                self._log_probs(*pad_right(clips, rows=rows, width=window * frame))
+            )
+            for start, log_probs, count in zip(chosen, *found, strict=False):
+                begin = shared // 2 if start else 0
+                end = int(count) if start == starts[-1] else window - (shared - shared // 2)
+                parts.append(log_probs[begin:end])
+        joined = np.concatenate(parts)
+        frames = np.array([len(joined)], np.int32)
+        room = round_up(len(joined), FRAME_UNIT) - len(joined)
+        log_probs = jnp.asarray(np.pad(joined, ((0, room), (0, 0)))[None])
+        return self._align(log_probs, jnp.asarray(frames), [words])[0]
+
+    def _log_probs(self, audio: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """Log-probabilities [B, T, C] and frames [B] of a batch."""
+        inputs = jnp.asarray(audio), jnp.asarray(lengths)
+        return ctc_log_probs(self.graphdef, self.variables, *inputs, self.precision)
+
+    def _align(
+        self, log_probs: jax.Array, frames: jax.Array, texts: Sequence[Sequence[WordLabels]]
+    ) -> list[AlignedLabels]:
+        """Aligns the texts of a batch; further rows are padding."""
+        ids = [_joined(words, self.encoder.space) for words in texts]
         width = round_up(max(map(len, ids)), LABEL_UNIT)
-        labels, counts = pad_right(ids, rows=rows, width=width, dtype=np.int32)
-        log_probs, frames = ctc_log_probs(
-            self.graphdef,
-            self.variables,
-            jnp.asarray(audio),
-            jnp.asarray(lengths),
-            self.precision,
-        )
-        aligned = _align(log_probs, frames, jnp.asarray(labels), jnp.asarray(counts))
+        labels, counts = pad_right(ids, rows=len(log_probs), width=width, dtype=np.int32)
+        aligned = align_batch(log_probs, frames, jnp.asarray(labels), jnp.asarray(counts))
         aligned, frame_counts = jax.device_get((aligned, frames))
         by_row = [LabelFrames(*(field[n] for field in aligned)) for n in range(len(texts))]
         return [
@@ -134,7 +176,7 @@ def ctc_log_probs(
         return jax.nn.log_softmax(network.logits(output.frames)), output.lengths
 
 
-_align = jax.jit(align_labels)
+align_batch = jax.jit(align_labels)
 
 
 def _joined(words: Sequence[WordLabels], space: int | None) -> list[int]:

@@ -1,0 +1,1 @@
+"""Word times for the rows of manifests."""
