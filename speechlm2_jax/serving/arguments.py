@@ -111,6 +111,4 @@ def main(argv: Sequence[str] | None = None, *, program: str = "speechlm2-jax ser
 def _add(group: argparse._ArgumentGroup, name: str, text: str, kind: type = str) -> None:
     default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
     shown = f" (default: {default})" if default not in (None, "") else ""
-    group.add_argument(
-        f"--{name}", type=kind, default=default, help=text + shown.replace("%", "%%")
-    )
+    group.add_argument(name, type=kind, default=default, help=text + shown.replace("%", "%%"))

@@ -1,0 +1,40 @@
+"""The command line of the server."""
+
+import argparse
+
+import pytest
+
+from speechlm2_jax.cli import main as command_line
+from speechlm2_jax.serving import arguments
+from speechlm2_jax.serving.options import ServeOptions
+
+
+def options(*argv):
+    parser = argparse.ArgumentParser()
+    arguments.add_arguments(parser)
+    return arguments.read_options(parser.parse_args(argv))
+
+
+def test_what_is_left_out_has_the_defaults_of_the_settings(monkeypatch):
+    monkeypatch.delenv(arguments.KEY_VARIABLE, raising=False)
+    assert options("runs/salm") == ServeOptions(model="runs/salm")
+    assert options("runs/salm/").served_name == "salm"
+
+
+def test_arguments_and_keys_of_the_environment_are_read(monkeypatch):
+    monkeypatch.setenv(arguments.KEY_VARIABLE, "b,c")
+    own = options("m", "--api-key", "a", "--port", "1", "--max-body-mib", "0.5", "--max-queue", "0")
+    assert own.api_keys == ("a", "b", "c") and own.port == 1 and own.max_queue == 0
+    assert own.max_body_bytes == 1 << 19
+
+
+def test_a_value_that_cannot_be_is_one_line(capsys):
+    assert command_line(["serve", "runs/salm", "--slots", "0"]) == 2
+    assert capsys.readouterr().err == "serve: --slots=0: must be positive\n"
+
+
+def test_help_shows_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        command_line(["serve", "--help"])
+    text = capsys.readouterr().out
+    assert "--max-new-tokens" in text and "usage: speechlm2-jax serve" in text
