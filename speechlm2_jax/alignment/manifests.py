@@ -26,7 +26,7 @@ Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Totals:
+class AlignmentTotals:
     """What a run did."""
 
     output: Path
@@ -47,13 +47,14 @@ def align_manifest(
     *,
     overwrite: bool = False,
     report: Report = lambda done, total: None,
-) -> Totals:
+) -> AlignmentTotals:
     """Writes the rows of a manifest with the times of their words. Rows and their order stay.
 
     A row needs `audio_filepath` (relative to the manifest, as in NeMo) and `text`; `offset` and
     `duration` choose a stretch of the recording. It gets `words`, a list of `word`, `start` and
-    `end` in seconds from the start of its stretch, and `is_estimated` for words without frames;
-    and `alignment_score`. A row that cannot be aligned gets `alignment_problem` instead.
+    `end` in seconds from the start of its stretch, `confidence` from a CTC head, and
+    `is_estimated` for words without frames; and `alignment_score`. A row that cannot be aligned
+    gets `alignment_problem` instead.
 
     `output` is by default NAME_words.jsonl beside the manifest. If it has rows already, the run
     resumes after them. `report` is called after every few rows. Raises SettingsError for a manifest
@@ -70,7 +71,9 @@ def align_manifest(
     problems = [
         (str(row["audio_filepath"]), str(row[PROBLEM])) for row in written if PROBLEM in row
     ]
-    totals = Totals(target, rows=len(written), resumed=len(written), problems=tuple(problems))
+    totals = AlignmentTotals(
+        target, rows=len(written), resumed=len(written), problems=tuple(problems)
+    )
     report(len(written), len(rows))
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("a", encoding="utf-8") as file, ThreadPoolExecutor(READERS) as pool:
@@ -184,6 +187,7 @@ def _keys(aligned: AlignedText) -> Mapping[str, object]:
         return {PROBLEM: aligned.problem}
     words = [
         {"word": word.text, "start": word.start, "end": word.end}
+        | ({} if word.confidence is None else {"confidence": round(word.confidence, 4)})
         | ({"is_estimated": True} if word.is_estimated else {})
         for word in aligned.words
     ]
@@ -199,7 +203,7 @@ def _from(row: Row, folder: Path, target: Path) -> Row:
     return {**row, "audio_filepath": str(audio)}
 
 
-def sample_problems(totals: Totals, most: int = 5) -> Iterator[str]:
+def sample_problems(totals: AlignmentTotals, most: int = 5) -> Iterator[str]:
     """One line for each of the first rows that could not be aligned."""
     for name, reason in totals.problems[:most]:
         yield f"{name}: {reason}"

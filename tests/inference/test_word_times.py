@@ -104,6 +104,11 @@ def test_words_of_a_text_come_back_as_they_are_written(aligner, word):
     (found,) = word_times([wave], [text], aligner, offsets_s=[10.0])
     assert [w.text for w in found.words] == text.split() and found.problem is None
     assert [w.is_estimated for w in found.words] == [False, True, False]
+    (aligned,) = aligner.align([wave], [text.split()])
+    expected = [np.exp(x) for x in aligned.log_probs if x is not None]
+    own = [w.confidence for w in found.words if w.confidence is not None]
+    assert found.words[1].confidence is None and own == pytest.approx(expected)
+    assert all(0 < confidence < 1 for confidence in own)
     times = np.array([(w.start, w.end) for w in found.words]).reshape(-1)
     assert (np.diff(times) >= 0).all() and times[0] >= 10.0 and times[-1] <= 11.9
     assert np.isfinite(found.score) and found.score < 0

@@ -1,5 +1,6 @@
 """Word timestamps of texts: recordings and final texts in, words with times out."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,10 @@ class AlignedText:
     """The words of one text in time."""
 
     words: tuple[Word, ...]
-    """The text's words, split at white space; `is_estimated` marks those without frames."""
+    """The text's words, split at white space; `is_estimated` marks those without frames.
+
+    Their confidence is that of a CTC aligner: the product of the probabilities of their labels.
+    """
     score: float | None
     """Mean log-probability per frame, in nats: near 0 if the recording has this text.
 
@@ -72,16 +76,29 @@ def _in_time(
     silences = find_silences(wave, aligner.sampling_rate)
     spans = word_spans(aligned.labels, silences, frame_s=aligner.frame_s, timing=timing)
     has_frames = {label.word for label in aligned.labels if label.emitted is not None}
+    confidences = _confidences(aligned)
     timed = [
         Word(
             text=word,
             start=round(offset_s + span.start, 3),
             end=round(offset_s + span.end, 3),
+            confidence=confidences.get(n),
             is_estimated=n not in has_frames,
         )
         for n, (word, span) in enumerate(zip(words, spans, strict=True))
     ]
     return AlignedText(words=tuple(timed), score=aligned.score, problem=aligned.problem)
+
+
+def _confidences(aligned: AlignedLabels) -> dict[int, float]:
+    """The product of the probabilities of each word's labels, where all of these are known."""
+    log_probs: dict[int, list[float | None]] = {}
+    for label, own in zip(aligned.labels, aligned.log_probs, strict=True):
+        log_probs.setdefault(label.word, []).append(own)
+    known = {word: [x for x in own if x is not None] for word, own in log_probs.items()}
+    return {
+        word: math.exp(sum(own)) for word, own in known.items() if len(own) == len(log_probs[word])
+    }
 
 
 def _without_sound(words: Sequence[str], offset_s: float) -> AlignedText:
