@@ -7,6 +7,7 @@ and no step needs the host.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypedDict
 
 import jax
@@ -41,6 +42,8 @@ class Hypotheses:
     durations: Int[Array, "B U"]
     """Duration of each label in frames (TDT); 0 for RNN-T."""
     lengths: Int[Array, " B"]
+    log_probs: Float[Array, "B U"] | None = None
+    """Log-probability of each label among labels and blank; None unless it is kept."""
 
 
 @register_pytree
@@ -79,26 +82,28 @@ def decode_greedily(
     *,
     max_symbols: int,
     jumps_when_full: bool = False,
+    keeps_log_probs: bool = False,
 ) -> Hypotheses:
     """Emits the best label or blank at each step, at most `max_symbols` labels per frame.
 
     `jumps_when_full`: after symbol number `max_symbols` at a frame (label or blank), a TDT model
     skips one more frame, even if its duration advances anyway. So does NeMo's strategy `greedy`;
-    `greedy_batch` does not.
+    `greedy_batch` does not. `keeps_log_probs` runs the joint network once more for each label.
     """
     config, joint = network.transducer, network.joint
     jumps = jumps_when_full and bool(config.durations)
     encoded = joint.frames(frames)
 
-    def find(decoding: _DecodingState) -> _Search:
-        def score(frame: Int[Array, " B"]) -> Float[Array, "B C"]:
-            last = jnp.minimum(frame, encoded.shape[1] - 1)
-            here = jnp.take_along_axis(encoded, last[:, None, None], axis=1)[:, 0]
-            return joint.score(here, decoding.predicted)
+    def score_after(decoding: _DecodingState, frame: Int[Array, " B"]) -> Float[Array, "B C"]:
+        last = jnp.minimum(frame, encoded.shape[1] - 1)
+        here = jnp.take_along_axis(encoded, last[:, None, None], axis=1)[:, 0]
+        return joint.score(here, decoding.predicted)
 
+    def find(decoding: _DecodingState) -> _Search:
         def is_last(frame: Int[Array, " B"]) -> Bool[Array, " B"]:
             return jumps & (decoding.symbols_at(frame) >= max_symbols)
 
+        score = partial(score_after, decoding)
         return _next_label(score, is_last, decoding.frame, lengths, config)
 
     def next_symbol(decoding: _DecodingState) -> _DecodingState:
@@ -109,8 +114,11 @@ def decode_greedily(
         repeats = decoding.symbols_at(search.frame)
         is_full = is_label & (repeats >= max_symbols)
         must_advance = is_full if jumps else is_full & (search.duration == 0)
+        log_prob = None
+        if keeps_log_probs:
+            log_prob = _log_prob(score_after(decoding, search.frame), search.label, config)
         return _DecodingState(
-            hypotheses=_append(decoding.hypotheses, search, is_label),
+            hypotheses=_append(decoding.hypotheses, search, is_label, log_prob),
             frame=search.frame + jnp.where(is_label, search.duration, 0) + must_advance,
             last_frame=jnp.where(is_label, search.frame, decoding.last_frame),
             repeats=jnp.where(is_label, repeats, decoding.repeats),
@@ -120,16 +128,24 @@ def decode_greedily(
             ),
         )
 
-    start = _start(network, frames.shape[0], frames.shape[1] * max_symbols)
+    start = _start(network, frames.shape[0], frames.shape[1] * max_symbols, keeps_log_probs)
     return jax.lax.while_loop(lambda p: jnp.any(p.frame < lengths), next_symbol, start).hypotheses
 
 
-def _start(network: TransducerNetwork, batch: int, size: int) -> _DecodingState:
+def _start(
+    network: TransducerNetwork, batch: int, size: int, keeps_log_probs: bool
+) -> _DecodingState:
     blanks = jnp.full(batch, network.transducer.blank, jnp.int32)
     predicted, state = _predict(network, blanks, network.prediction.initial_state(batch))
     zeros, table = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, size), jnp.int32)
     return _DecodingState(
-        hypotheses=Hypotheses(labels=table, frames=table, durations=table, lengths=zeros),
+        hypotheses=Hypotheses(
+            labels=table,
+            frames=table,
+            durations=table,
+            lengths=zeros,
+            log_probs=jnp.zeros(table.shape) if keeps_log_probs else None,
+        ),
         frame=zeros,
         last_frame=zeros - 1,
         repeats=zeros,
@@ -187,18 +203,36 @@ def _best(
     return label, jnp.asarray(config.durations, jnp.int32)[best]
 
 
-def _append(hypotheses: Hypotheses, search: _Search, is_label: Bool[Array, " B"]) -> Hypotheses:
+def _log_prob(
+    logits: Float[Array, "B C"], label: Int[Array, " B"], config: TransducerConfig
+) -> Float[Array, " B"]:
+    """The log-probability of each label among labels and blank."""
+    log_probs = jax.nn.log_softmax(logits[:, : config.blank + 1].astype(jnp.float32))
+    return jnp.take_along_axis(log_probs, label[:, None], axis=1)[:, 0]
+
+
+def _append(
+    hypotheses: Hypotheses,
+    search: _Search,
+    is_label: Bool[Array, " B"],
+    log_prob: Float[Array, " B"] | None,
+) -> Hypotheses:
     """Appends the new labels where `is_label`."""
     sequence = jnp.arange(is_label.shape[0])
     out_of_range = hypotheses.labels.shape[1]  # a write there is dropped
     position = jnp.where(is_label, hypotheses.lengths, out_of_range)
 
-    def write(table: Int[Array, "B U"], values: Int[Array, " B"]) -> Int[Array, "B U"]:
+    def write(table: Array, values: Array) -> Array:
         return table.at[sequence, position].set(values, mode="drop")
+
+    log_probs = hypotheses.log_probs
+    if log_probs is not None and log_prob is not None:
+        log_probs = write(log_probs, log_prob)
 
     return Hypotheses(
         labels=write(hypotheses.labels, search.label),
         frames=write(hypotheses.frames, search.frame),
         durations=write(hypotheses.durations, search.duration),
         lengths=hypotheses.lengths + is_label,
+        log_probs=log_probs,
     )

@@ -108,16 +108,18 @@ class ASRModel(Transcriber):
                 precision=PRECISION,
             )
         return TransducerAligner(
-            decode=self._hypotheses_of,
+            decode=partial(self._hypotheses_of, keeps_log_probs=True),
             encoder=self._to_labels,
             sampling_rate=self.sampling_rate,
             frame_samples=self._frame_samples,
         )
 
-    def _hypotheses_of(self, audio: np.ndarray, lengths: np.ndarray) -> Hypotheses:
+    def _hypotheses_of(
+        self, audio: np.ndarray, lengths: np.ndarray, keeps_log_probs: bool = False
+    ) -> Hypotheses:
         """The labels of a transducer, with their frames."""
         inputs = self._graphdef, self._variables, jnp.asarray(audio), jnp.asarray(lengths)
-        return _hypotheses(*inputs, **self._limits)
+        return _hypotheses(*inputs, **self._limits, keeps_log_probs=keeps_log_probs)
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         if self.decoder == "ctc":
@@ -129,7 +131,7 @@ class ASRModel(Transcriber):
         return [labels[:count].tolist() for labels, count in pairs]
 
 
-@partial(jax.jit, static_argnames=("graphdef", "max_symbols", "jumps_when_full"))
+@partial(jax.jit, static_argnames=("graphdef", "max_symbols", "jumps_when_full", "keeps_log_probs"))
 def _hypotheses(
     graphdef: nnx.GraphDef[TransducerNetwork],
     variables: Variables,
@@ -137,6 +139,7 @@ def _hypotheses(
     lengths: Int[Array, " B"],
     max_symbols: int,
     jumps_when_full: bool,
+    keeps_log_probs: bool,
 ) -> Hypotheses:
     with jax.default_matmul_precision(PRECISION):
         network: TransducerNetwork = merge(graphdef, variables)
@@ -147,6 +150,7 @@ def _hypotheses(
             output.lengths,
             max_symbols=max_symbols,
             jumps_when_full=jumps_when_full,
+            keeps_log_probs=keeps_log_probs,
         )
 
 

@@ -124,3 +124,31 @@ def test_a_batch_decodes_as_each_sequence_by_itself(durations, max_symbols):
         n_blanks += length - len(set(found.frames[row, :count].tolist()))
     assert n_labels > 1 and n_blanks > 3, "the case must have both"
     assert found.labels.shape == (len(LENGTHS), STEPS * max_symbols)
+
+
+@pytest.mark.parametrize("durations", [(), (0, 1, 2)])
+def test_log_probabilities_are_those_of_the_joint_network(durations):
+    network, _ = make(durations)
+    frames = jax.random.normal(jax.random.key(0), (len(LENGTHS), STEPS, WIDTH))
+    lengths = jnp.array(LENGTHS)
+
+    @jax.jit
+    def decode(x):
+        return decode_greedily(network, x, lengths, max_symbols=3, keeps_log_probs=True)
+
+    @jax.jit
+    def log_probs_after(label, state, x):
+        output, state = network.prediction.step(label[None], state)
+        logits = network.joint(x[None], output[:, None])[0, :, 0]
+        return jax.nn.log_softmax(logits[:, : BLANK + 1]), state
+
+    found = decode(frames)
+    for row in range(len(LENGTHS)):
+        label, state = jnp.array(BLANK), network.prediction.initial_state(1)
+        for n in range(int(found.lengths[row])):
+            expected, state = log_probs_after(label, state, frames[row])
+            label = found.labels[row, n]
+            own = expected[found.frames[row, n], label]
+            np.testing.assert_allclose(found.log_probs[row, n], own, atol=1e-5)
+        assert not found.log_probs[row, int(found.lengths[row]) :].any()
+    assert int(found.lengths.sum()) > 1

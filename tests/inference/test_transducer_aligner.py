@@ -43,6 +43,12 @@ def test_a_replaced_word_keeps_its_time_and_a_missing_one_has_none():
     assert found == {0: [pytest.approx((0, 0.1))], 1: [pytest.approx((0.2, 0.3))]}
 
 
+def test_only_words_that_are_spelt_alike_have_the_probability_of_the_label():
+    log_probs = [-0.1, -0.2, -0.3]
+    aligned = joined(["the", "red", "hats"], ["the", "bed", "hats"], spans(3), log_probs)
+    assert aligned.log_probs == (-0.1, None, -0.3)
+
+
 def test_another_text_is_told():
     aligned = joined(["completely", "different"], ["xyz", "uvw"], spans(2))
     assert aligned.problem == "the ASR model's own transcript of it is another text"
@@ -66,6 +72,10 @@ def test_frames_are_those_of_the_transcript(aligner):
     first = (np.asarray(hypotheses.frames[0]) - 3) * aligner.frame_s
     with_letters = [n for n, own in enumerate(letters) if own]
     assert [x.emitted[0] for x in aligned.labels] == pytest.approx(first[with_letters].tolist())
+    log_probs = np.asarray(hypotheses.log_probs[0])
+    assert list(aligned.log_probs) == pytest.approx(log_probs[with_letters].tolist())
     (found,) = word_times([wave], [f"{text.title()}, 1984"], aligner)
+    assert found.words[0].confidence == pytest.approx(np.exp(log_probs[with_letters].sum()))
+    assert found.words[1].confidence is None
     assert [w.is_estimated for w in found.words] == [False, True] and found.score is None
     assert 0 <= found.words[0].start < found.words[0].end <= found.words[1].end <= len(wave) / 16000

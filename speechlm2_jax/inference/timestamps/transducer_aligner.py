@@ -70,7 +70,10 @@ class TransducerAligner:
                 first = np.asarray(hypotheses.frames[n, :count])
                 end = first + np.maximum(np.asarray(hypotheses.durations[n, :count]), 1)
                 frames = np.stack([first, end], axis=1) - SILENT_FRAMES
-                found[i] = joined(words[i], self.encoder.letters(labels), frames * self.frame_s)
+                letters, seconds = self.encoder.letters(labels), frames * self.frame_s
+                kept = hypotheses.log_probs
+                log_probs = None if kept is None else np.asarray(kept[n, :count]).tolist()
+                found[i] = joined(words[i], letters, seconds, log_probs)
         return [found[i] for i in range(len(waves))]
 
     def _hypotheses(self, waves: Sequence[np.ndarray]) -> Hypotheses:
@@ -82,35 +85,58 @@ class TransducerAligner:
         return jax.device_get(self.decode(*padded))
 
 
-def joined(words: Sequence[str], labels: Sequence[str], spans: np.ndarray) -> AlignedLabels:
+def joined(
+    words: Sequence[str],
+    labels: Sequence[str],
+    spans: np.ndarray,
+    log_probs: Sequence[float] | None = None,
+) -> AlignedLabels:
     """Joins the letters of each label of a transcript to the letters of the words.
 
     `spans` [U, 2] are start and end of each label in seconds. A label whose letters belong to two
-    words counts for both.
+    words counts for both. Its log-probability is that of words which it spells alike.
     """
-    from rapidfuzz.distance import Levenshtein  # not a part of the JAX stack
-
     plain = [plain_letters(word) for word in words]
-    text, transcript = _Letters.of(plain), _Letters.of(labels)
-    shared: dict[tuple[int, int], int] = {}
-    for step in Levenshtein.opcodes(text.text, transcript.text):
-        if step.tag in ("equal", "replace"):
-            for a, b in zip(
-                range(step.src_start, step.src_end),
-                range(step.dest_start, step.dest_end),
-                strict=False,
-            ):
-                pair = text.owners[a], transcript.owners[b]
-                shared[pair] = shared.get(pair, 0) + 1
-    same = len(text.text) and 1 - Levenshtein.normalized_distance(text.text, transcript.text)
+    pairs = _pairs(_Letters.of(plain), _Letters.of(labels))
+    count = sum(map(len, plain))
+    alike = sum(own.equal for shared in pairs.values() for own in shared.values())
     problem = None
-    if text.text and same < LEAST_SHARE:
+    if count and alike < LEAST_SHARE * count:
         problem = "the ASR model's own transcript of it is another text"
-        shared = {}
+        pairs = {}
     timed: list[TimedLabel] = []
+    known: list[float | None] = []
     for number, word in enumerate(plain):
-        own = [(label, count) for (w, label), count in shared.items() if w == number]
-        timed += [TimedLabel(number, n, (spans[i, 0], spans[i, 1])) for i, n in sorted(own)]
+        own = sorted(pairs.get(number, {}).items())
+        for i, shared in own:
+            span = (float(spans[i, 0]), float(spans[i, 1]))
+            timed.append(TimedLabel(number, shared.equal + shared.replaced, span))
+            known.append(None if log_probs is None or shared.replaced else float(log_probs[i]))
         if not own:
             timed.append(TimedLabel(number, len(word), None))
-    return AlignedLabels(tuple(timed), (None,) * len(timed), None, problem)
+            known.append(None)
+    return AlignedLabels(tuple(timed), tuple(known), None, problem)
+
+
+class _Shared(NamedTuple):
+    """How many letters a word and a label share."""
+
+    equal: int = 0
+    replaced: int = 0
+
+
+def _pairs(text: _Letters, transcript: _Letters) -> dict[int, dict[int, _Shared]]:
+    """Word -> label -> their shared letters, by the edit distance of the two texts."""
+    from rapidfuzz.distance import Levenshtein  # not a part of the JAX stack
+
+    pairs: dict[int, dict[int, _Shared]] = {}
+    for step in Levenshtein.opcodes(text.text, transcript.text):
+        if step.tag not in ("equal", "replace"):
+            continue
+        is_equal = step.tag == "equal"
+        for a in range(step.src_end - step.src_start):
+            word, label = text.owners[step.src_start + a], transcript.owners[step.dest_start + a]
+            own = pairs.setdefault(word, {})
+            before = own.get(label, _Shared())
+            own[label] = _Shared(before.equal + is_equal, before.replaced + (not is_equal))
+    return pairs
