@@ -16,10 +16,11 @@ from typing import TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from speechlm2_jax.arrays import AnyArray
+from speechlm2_jax.device_mesh import make_mesh
 
 T = TypeVar("T")
 MESH_AXES = ("data", "fsdp", "tensor", "context")
@@ -226,7 +227,7 @@ def make_sharding(
             f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} needs {math.prod(sizes)} devices "
             f"but {len(devices)} are in use; change trainer.strategy or trainer.devices"
         )
-    mesh = jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    mesh = make_mesh(sizes, MESH_AXES, devices)
     changed = SEQUENCE_PARALLEL if sequence_parallel else {}
     return Sharding(mesh, tuple((axis, changed.get(axis, where)) for axis, where in RULES))
 
