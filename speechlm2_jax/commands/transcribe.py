@@ -98,6 +98,7 @@ def _options(arguments: argparse.Namespace, formats: Sequence[str]) -> "Options"
         max_new_tokens=arguments.max_new_tokens,
         max_audio_s=arguments.max_audio_s,
         timestamps=arguments.timestamps or timestamps,
+        aligner=arguments.aligner,
         dtype=arguments.dtype,
         quantize=arguments.quantize,
         generation=settings.override({}, [f"+{text}" for text in arguments.generation]),
@@ -167,6 +168,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--timestamps",
         choices=("word", "segment"),
         help="times of words, or of segments alone (default: word, for formats with times)",
+    )
+    output.add_argument(
+        "--aligner",
+        metavar="NAME",
+        help="the ASR model that finds the times of words (default: the model's own CTC head, "
+        "else nvidia/parakeet-ctc-0.6b)",
     )
     speed = parser.add_argument_group("generation")
     speed.add_argument(

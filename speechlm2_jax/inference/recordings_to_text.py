@@ -8,17 +8,30 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
+from speechlm2_jax.data.audio import resample
 from speechlm2_jax.inference.long_form.pauses import Stretch, cut_at_pauses
 from speechlm2_jax.inference.long_form.repetition import has_loop, without_loop
 from speechlm2_jax.inference.timed_text import Segment, Transcript, Word, segments_of
+from speechlm2_jax.inference.timestamps.aligner import Aligner
+from speechlm2_jax.inference.timestamps.word_times import word_times
 
 TIMESTAMPS = ("segment", "word")
-ToTexts = Callable[[Sequence[np.ndarray]], list[str]]
+
+
+class ClipText(NamedTuple):
+    """The text of a clip."""
+
+    text: str
+    confidences: tuple[float, ...] | None = None
+    """Of each of its words, split at white space; None if they are not known."""
+
+
+ToTexts = Callable[[Sequence[np.ndarray]], list[ClipText]]
 """Clips (float32 [S] at the model's rate) -> a text for each."""
 ToWords = Callable[[Sequence[np.ndarray], Sequence[str], Sequence[float]], list[tuple[Word, ...]]]
 """Clips, their texts and the second at which each starts -> the words of each clip."""
@@ -73,13 +86,15 @@ def transcribe_recordings(
         if part.has_speech or not has_guards
     ]
     audio = [waves[clip.recording][clip.part.start : clip.part.end] for clip in clips]
-    texts = [text.strip() for text in functions.to_texts(audio)] if clips else []
+    found = functions.to_texts(audio) if clips else []
     if has_guards:
-        texts = _without_loops(audio, texts, functions)
+        found = _without_loops(audio, found, functions)
+    texts = [own.text for own in found]
     words: list[tuple[Word, ...]] = [()] * len(clips)
-    if timestamps and functions.to_words is not None and clips:
+    if timestamps and functions.to_words is not None and any(map(str.strip, texts)):
         starts_s = [clip.part.start / rate_hz for clip in clips]
-        words = functions.to_words(audio, texts, starts_s)
+        timed = functions.to_words(audio, [text.strip() for text in texts], starts_s)
+        words = [_confident(*own) for own in zip(timed, found, strict=True)]
     made: list[list[tuple[Segment, ...]]] = [[] for _ in waves]
     joined: list[list[str]] = [[] for _ in waves]
     for clip, text, own in zip(clips, texts, words, strict=True):
@@ -87,7 +102,7 @@ def transcribe_recordings(
         made[clip.recording].append(_segments(clip.part, text, own, rate_hz) if timestamps else ())
     return [
         Transcript(
-            " ".join(filter(None, joined[number])),
+            _joined(joined[number], as_it_is=not has_guards),
             segments=[segment for own in made[number] for segment in own],
             duration_s=len(wave) / rate_hz,
         )
@@ -95,28 +110,67 @@ def transcribe_recordings(
     ]
 
 
+def _joined(texts: Sequence[str], *, as_it_is: bool) -> str:
+    """The text of a recording: all parts that have one; a single part may stay `as_it_is`."""
+    if as_it_is and len(texts) == 1:
+        return texts[0]
+    return " ".join(filter(None, map(str.strip, texts)))
+
+
 def _segments(
     part: Stretch, text: str, words: tuple[Word, ...], rate_hz: int
 ) -> tuple[Segment, ...]:
     if words:
         return segments_of(words)
-    if not text:
+    if not text.strip():
         return ()
-    return (Segment(text=text, start=part.start / rate_hz, end=part.end / rate_hz),)
+    return (Segment(text=text.strip(), start=part.start / rate_hz, end=part.end / rate_hz),)
 
 
 def _without_loops(
-    audio: Sequence[np.ndarray], texts: list[str], functions: ClipFunctions
-) -> list[str]:
-    looping = [n for n, text in enumerate(texts) if has_loop(text)]
+    audio: Sequence[np.ndarray], found: list[ClipText], functions: ClipFunctions
+) -> list[ClipText]:
+    looping = [n for n, own in enumerate(found) if has_loop(own.text)]
     if not looping:
-        return texts
+        return found
     again = functions.to_texts_again
     if again is not None:
-        for n, text in zip(looping, again([audio[n] for n in looping]), strict=True):
-            texts[n] = text.strip()
+        for n, own in zip(looping, again([audio[n] for n in looping]), strict=True):
+            found[n] = own
     log.warning(
         "the model repeated itself over %d of %d parts; repetitions are written once",
-        *(len(looping), len(texts)),
+        *(len(looping), len(found)),
     )
-    return [without_loop(text) for text in texts]
+    return [ClipText(without_loop(own.text)) if has_loop(own.text) else own for own in found]
+
+
+def words_by(find_aligner: Callable[[], Aligner | None], rate_hz: int) -> ToWords:
+    """A function that finds the words of clips at `rate_hz` in time.
+
+    The aligner is opened when it is needed. Without one, clips have no words.
+    """
+
+    def to_words(
+        clips: Sequence[np.ndarray], texts: Sequence[str], starts_s: Sequence[float]
+    ) -> list[tuple[Word, ...]]:
+        aligner = find_aligner()
+        if aligner is None:
+            return [()] * len(clips)
+        waves = [resample(clip, rate_hz, aligner.sampling_rate) for clip in clips]
+        found = word_times(waves, texts, aligner, offsets_s=starts_s)
+        if problems := [own.problem for own in found if own.problem]:
+            log.warning(
+                "word times of %d of %d parts are estimates: %s",
+                *(len(problems), len(found), problems[0]),
+            )
+        return [own.words for own in found]
+
+    return to_words
+
+
+def _confident(words: tuple[Word, ...], found: ClipText) -> tuple[Word, ...]:
+    """Words with the confidences of their text, if these are known."""
+    if found.confidences is None or len(words) != len(found.confidences):
+        return words
+    pairs = zip(words, found.confidences, strict=True)
+    return tuple(replace(word, confidence=confidence) for word, confidence in pairs)

@@ -21,8 +21,15 @@ from speechlm2_jax.inference.audio_inputs import (
 )
 from speechlm2_jax.inference.padding import SAMPLE_UNIT, round_up
 from speechlm2_jax.inference.prompts import Prompts
-from speechlm2_jax.inference.recordings_to_text import ClipFunctions, transcribe_recordings
+from speechlm2_jax.inference.recordings_to_text import (
+    ClipFunctions,
+    ClipText,
+    transcribe_recordings,
+    words_by,
+)
 from speechlm2_jax.inference.timed_text import Transcript
+from speechlm2_jax.inference.timestamps.aligner import Aligner
+from speechlm2_jax.inference.timestamps.confidence import ToText, word_confidences
 
 DEFAULT_BATCH_SIZE = 16
 Decode = Callable[[np.ndarray, np.ndarray], list[list[int]]]
@@ -34,6 +41,8 @@ _REFUSED = ("return_hypotheses", "augmentor", "override_config")
 
 WITHOUT_LOOPS: Mapping[str, object] = {"no_repeat_ngram_size": 4}
 """Keywords of `generate` for a clip over which the model repeated itself."""
+WITHOUT_LOGPROBS = ("num_beams", "drafts", "assistant_model", "prompt_lookup_num_tokens")
+"""Keywords of `generate` with which tokens have no log-probabilities, nor words a confidence."""
 log = logging.getLogger(__name__)
 
 
@@ -146,6 +155,8 @@ class PromptOptions:
     max_audio_s: float | None
     generation: Mapping[str, object]
     """Keywords of `generate`."""
+    find_aligner: Callable[[], Aligner | None]
+    """Opens what finds the times of words."""
 
 
 def transcribe_by_prompt(
@@ -161,6 +172,7 @@ def transcribe_by_prompt(
         rate_hz=model.sampling_rate,
         to_texts=lambda clips: _texts_by_prompt(model, clips, options, {}),
         to_texts_again=lambda clips: _texts_by_prompt(model, clips, options, WITHOUT_LOOPS),
+        to_words=words_by(options.find_aligner, model.sampling_rate),
     )
     items, found = items_of(audio), list[Transcript]()
     for start in range(0, len(items), options.batch_size):
@@ -185,23 +197,36 @@ def _texts_by_prompt(
     clips: Sequence[np.ndarray],
     options: PromptOptions,
     more: Mapping[str, object],
-) -> list[str]:
+) -> list[ClipText]:
     """The response to the prompt for each clip; clips of similar length share a batch."""
     tag, prompt = model.audio_locator_tag, options.prompt
     content = prompt if tag in prompt else f"{prompt} {tag}".strip()
     left_out = [*model.end_ids, model.text_pad_id]
     order = sorted(range(len(clips)), key=lambda n: len(clips[n]))
-    texts = [""] * len(clips)
+    texts = [ClipText("")] * len(clips)
     # cut already; what the model still gets is not cut again
     asked = {**options.generation, **more, "max_audio_s": False}
+    if options.timestamps and not any(asked.get(key) for key in WITHOUT_LOGPROBS):
+        asked |= {"return_dict_in_generate": True, "token_logprobs": True}
     for start in range(0, len(clips), options.batch_size):
         chosen = order[start : start + options.batch_size]
         turns = [[{"role": "user", "content": content, "audio": [clips[n]]}] for n in chosen]
-        rows = np.asarray(model.generate(turns, **asked))
-        for n, ids in zip(chosen, rows, strict=True):
-            texts[n] = model.tokenizer.ids_to_text(ids[~np.isin(ids, left_out)])
-            _note_cut_off(ids, model, asked)
+        made = model.generate(turns, **asked)
+        rows, logprobs = getattr(made, "sequences", made), getattr(made, "token_logprobs", None)
+        for row, n in enumerate(chosen):
+            is_text = ~np.isin(rows[row], left_out)
+            ids = rows[row][is_text]
+            own = None if logprobs is None else logprobs[row][is_text]
+            texts[n] = _clip_text(ids, own, model.tokenizer.ids_to_text)
+            _note_cut_off(rows[row], model, asked)
     return texts
+
+
+def _clip_text(ids: np.ndarray, logprobs: np.ndarray | None, to_text: ToText) -> ClipText:
+    text = to_text(ids)
+    if logprobs is None:
+        return ClipText(text)
+    return ClipText(text, tuple(word_confidences(ids.tolist(), logprobs, to_text)))
 
 
 def _note_cut_off(ids: np.ndarray, model: PromptedModel, asked: Mapping[str, object]) -> None:

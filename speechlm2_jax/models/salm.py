@@ -35,6 +35,7 @@ from speechlm2_jax.inference.transcribe import PromptOptions, transcribe_by_prom
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.models.aligners import usual_aligner
 from speechlm2_jax.models.base import SpeechModel
+from speechlm2_jax.models.finding_aligners import find_aligner
 from speechlm2_jax.networks import salm as salm_network
 from speechlm2_jax.networks.flops import EncodedAudio, salm_flops
 from speechlm2_jax.networks.salm import Salm, SalmModes
@@ -174,6 +175,7 @@ class SALM(SpeechModel):
         max_new_tokens: int = 128,
         timestamps: str | bool | None = None,
         max_audio_s: float | None = DEFAULT_MAX_AUDIO_S,
+        aligner: Aligner | str | None = None,
         **generation_kwargs: Any,
     ) -> list[Transcript]:
         """Transcribes recordings of any length with a prompt; each text is a str.
@@ -184,8 +186,9 @@ class SALM(SpeechModel):
         Longer audio than `max_audio_s` seconds is cut at pauses; parts without speech have no text.
 
         With `timestamps` "word" or "segment" a text also has `segments` and `words` with times in
-        seconds. Other keywords are those of `generate`. Raises AudioError for an unusable
-        recording, ValueError for any other value.
+        seconds. `aligner` finds them: an ASR model's name or path, or `aligner()` by default. Other
+        keywords are those of `generate`. Raises AudioError for an unusable recording, ValueError
+        for any other value.
         """
         options = PromptOptions(
             prompt=prompt,
@@ -193,6 +196,7 @@ class SALM(SpeechModel):
             timestamps=check_timestamps(timestamps),
             max_audio_s=max_audio_s,
             generation={**generation_kwargs, "max_new_tokens": max_new_tokens},
+            find_aligner=lambda: find_aligner(aligner, self.aligner),
         )
         return transcribe_by_prompt(self, audio, options)
 

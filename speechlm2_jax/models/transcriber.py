@@ -18,10 +18,13 @@ from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.audio_inputs import Recordings
 from speechlm2_jax.inference.recordings_to_text import (
     ClipFunctions,
+    ClipText,
     check_timestamps,
     transcribe_recordings,
+    words_by,
 )
 from speechlm2_jax.inference.timed_text import Transcript
+from speechlm2_jax.inference.timestamps.aligner import Aligner
 from speechlm2_jax.inference.transcribe import (
     DEFAULT_BATCH_SIZE,
     check_options,
@@ -29,6 +32,7 @@ from speechlm2_jax.inference.transcribe import (
     transcribe,
 )
 from speechlm2_jax.layers.module import Variables, merge
+from speechlm2_jax.models.finding_aligners import find_aligner
 from speechlm2_jax.pretrained.asr_labels import LabelDecoder
 
 
@@ -48,6 +52,10 @@ class Transcriber(ABC):
         """Sampling rate of the input audio in Hz."""
 
     @abstractmethod
+    def aligner(self) -> Aligner:
+        """The model as what finds the times of words."""
+
+    @abstractmethod
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         """The labels of each recording of a batch [B, S] of `lengths` [B]."""
 
@@ -65,6 +73,7 @@ class Transcriber(ABC):
         channel_selector: int | str | None = None,
         timestamps: str | bool | None = None,
         max_audio_s: float | None = None,
+        aligner: Aligner | str | None = None,
         **options: Any,
     ) -> list[Transcript]:
         """Transcribes recordings, in input order; each text is a str.
@@ -74,7 +83,7 @@ class Transcriber(ABC):
         - `lengths` [B]: samples of each recording of a batch, S by default; length 0 gives "".
         - `channel_selector`: the channel of files with several; "average" mixes them.
         - `timestamps`: with "word" or "segment" a text also has `segments` and `words` with times
-          in seconds.
+          in seconds. `aligner` finds them: an ASR model's name or path, or `aligner()` by default.
         - `max_audio_s`: longer recordings are cut at pauses, and parts without speech have no text.
         - `options`: NeMo's arguments without effect here (verbose, num_workers, use_lhotse).
 
@@ -85,13 +94,18 @@ class Transcriber(ABC):
         shortest = int(self.SHORTEST_S * self.sampling_rate)
         waves = read_recordings(audio, lengths, self.sampling_rate, channel_selector)
 
-        def to_texts(clips: Sequence[np.ndarray]) -> list[str]:
+        def to_texts(clips: Sequence[np.ndarray]) -> list[ClipText]:
             padded = [_centred(clip, shortest) if len(clip) else clip for clip in clips]
-            return list(transcribe(padded, self._decode, self._to_text, batch_size))
+            texts = transcribe(padded, self._decode, self._to_text, batch_size)
+            return [ClipText(text) for text in texts]
 
         return transcribe_recordings(
             waves,
-            ClipFunctions(rate_hz=self.sampling_rate, to_texts=to_texts),
+            ClipFunctions(
+                rate_hz=self.sampling_rate,
+                to_texts=to_texts,
+                to_words=words_by(lambda: find_aligner(aligner, self.aligner), self.sampling_rate),
+            ),
             timestamps=check_timestamps(timestamps),
             max_audio_s=max_audio_s,
             has_guards=max_audio_s is not None,

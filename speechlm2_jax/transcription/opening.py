@@ -11,6 +11,7 @@ import numpy as np
 from speechlm2_jax.evaluation.run_directories import RUNS, Run, newest_run, read_run
 from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
 from speechlm2_jax.inference.timed_text import Transcript
+from speechlm2_jax.inference.timestamps.aligner import Aligner
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.settings import SettingsError
@@ -32,6 +33,8 @@ class Options:
     max_new_tokens: int = 256
     max_audio_s: float | None = None
     timestamps: str | None = None
+    aligner: str | None = None
+    """An ASR model that finds the times of words; None: the model's own."""
     dtype: str | None = None
     quantize: str | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
@@ -84,6 +87,7 @@ def _open_prompted(
 
     dtype = options.dtype or (run.dtype if run else _usual_dtype())
     model = getattr(models, kind).from_pretrained(path, dtype=dtype, quantize=options.quantize)
+    aligner = _aligner(options)
     prompt = options.prompt or (run and run.tag("context")) or PROMPT
     longest = options.max_audio_s or (run and run.max_audio_s) or DEFAULT_MAX_AUDIO_S
 
@@ -94,6 +98,7 @@ def _open_prompted(
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
             timestamps=options.timestamps,
+            aligner=aligner,
             max_audio_s=longest,
             **options.generation,
         )
@@ -112,6 +117,7 @@ def _open_asr(name: str, path: Path, kind: str, run: Run | None, options: Option
     if refused := [flag for flag, value in of_llm.items() if value]:
         raise SettingsError(f"{', '.join(refused)}: leave out; {name} is an ASR model, without LLM")
     model = getattr(models, kind).from_pretrained(path)
+    aligner = _aligner(options)
     longest = options.max_audio_s or (run and run.max_audio_s) or DEFAULT_MAX_AUDIO_S
 
     def transcribe(waves: Sequence[np.ndarray]) -> list[Transcript]:
@@ -119,10 +125,20 @@ def _open_asr(name: str, path: Path, kind: str, run: Run | None, options: Option
             list(waves),
             batch_size=options.batch_size,
             timestamps=options.timestamps,
+            aligner=aligner,
             max_audio_s=longest,
         )
 
     return OpenedModel(name=name, sampling_rate=model.sampling_rate, transcribe=transcribe)
+
+
+def _aligner(options: Options) -> Aligner | None:
+    """The aligner that is named, opened once for all recordings."""
+    if options.aligner is None or options.timestamps is None:
+        return None
+    from speechlm2_jax.models.aligners import open_aligner
+
+    return open_aligner(options.aligner, key="--aligner")
 
 
 def _usual_dtype() -> str:

@@ -50,9 +50,9 @@ def test_without_pauses_the_quietest_place_is_taken():
 def test_silence_is_told_apart():
     recording = np.concatenate([tone(5), silence(30), tone(5)])
     parts = cut_at_pauses(recording, rate_hz=RATE_HZ, max_s=8.0)
-    assert {p.has_speech for p in parts} == {True, False}
-    spoken = [s for p, s in zip(parts, seconds(parts), strict=True) if p.has_speech]
-    assert [round(start) for start, _ in spoken] == [0, 35]
+    assert [round(start) for start, _ in seconds(parts)] == [0, 35]
+    assert all(p.has_speech for p in parts)
+    assert cut_at_pauses(silence(30) * 1e-2, rate_hz=RATE_HZ, max_s=8.0) == []
     click = np.zeros(3 * RATE_HZ, np.float32)
     click[RATE_HZ : RATE_HZ + 100] = 1.0
     for quiet in (np.zeros(RATE_HZ, np.float32), 1e-6 * tone(1), click):

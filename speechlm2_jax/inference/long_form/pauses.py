@@ -1,7 +1,7 @@
 """Cuts long recordings at pauses into parts that follow each other, and finds parts without speech.
 
-A part ends in the longest pause that lies in the second half of what it may hold, so that
-sentences stay whole. Where nobody pauses, it ends at the quietest place.
+A part begins with speech and ends in the longest pause within what it may hold, so that sentences
+stay whole. Where nobody pauses, it ends at the quietest place.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,9 @@ NOTHING = 1e-8
 """Power of silence (-80 dB of full scale): nothing below it is speech."""
 MIN_PAUSE_S = 0.25
 """Shorter silences lie within words and between those of a phrase."""
-LEAST_SHARE = 0.35
+LONGEST_PAUSE_S = 1.0
+"""Longer pauses are as good as one of this length: the later of two is taken."""
+LEAST_SHARE = 0.2
 """A part holds at least this share of the longest part, if a pause does not end the recording."""
 MARGIN_S = 0.3
 """Silence that is kept before and after the speech of a part."""
@@ -45,7 +47,7 @@ def cut_at_pauses(
     """Cuts a recording into parts of at most `max_s` seconds (None: one part).
 
     They do not overlap, and leave out the silence at their edges beyond MARGIN_S. A recording
-    that is not longer than `max_s` is one part, whole.
+    that is not longer than `max_s` is one part, whole; parts of a longer one all have speech.
     """
     hop = max(round(FRAME_S * rate_hz), 1)
     longest = len(wave) if max_s is None else int(max_s * rate_hz)
@@ -53,10 +55,9 @@ def cut_at_pauses(
     is_loud = loud_frames(power)
     if len(wave) <= longest:
         return [Stretch(0, len(wave), _has_speech(is_loud))]
-    ends = _ends(power, is_loud, longest // hop)
-    bounds = zip([0, *ends], [*ends, len(power)], strict=True)
-    parts = [_trimmed(is_loud, start, end, hop, len(wave)) for start, end in bounds if end > start]
-    return [part for part in parts if part.end > part.start]
+    bounds = _bounds(power, is_loud, longest // hop)
+    parts = [_trimmed(is_loud, start, end, hop, len(wave)) for start, end in bounds]
+    return [part for part in parts if part.has_speech]
 
 
 def frame_power(wave: Float[np.ndarray, " S"], hop: int) -> Float[np.ndarray, " F"]:
@@ -77,20 +78,30 @@ def loud_frames(power: Float[np.ndarray, " F"]) -> Bool[np.ndarray, " F"]:
     return power > max(level, NOTHING)
 
 
-def _ends(power: np.ndarray, is_loud: np.ndarray, most: int) -> list[int]:
-    """The frames where parts end, before the last part, each of at most `most` frames."""
-    pauses, ends, start = _pauses(is_loud), list[int](), 0
+def _bounds(power: np.ndarray, is_loud: np.ndarray, most: int) -> list[tuple[int, int]]:
+    """First frame, and frame after the last, of parts of at most `most` frames."""
+    pauses, bounds, start = _pauses(is_loud), list[tuple[int, int]](), 0
     level = np.convolve(power, np.ones(QUIET_FRAMES) / QUIET_FRAMES, mode="same")
-    while len(power) - start > most:
-        low, high = start + max(int(LEAST_SHARE * most), 1), start + most
-        own = [(min(b, high) - max(a, low), a, b) for a, b in pauses if a < high and b > low]
-        if own and max(own)[0] > 0:
-            _, a, b = max(own)
-            start = (max(a, low) + min(b, high)) // 2
-        else:
-            start = low + int(level[low:high].argmin())
-        ends.append(start)
-    return ends
+    loud = np.flatnonzero(is_loud)
+    while (n := int(np.searchsorted(loud, start))) < len(loud):
+        start = max(start, int(loud[n]) - round(MARGIN_S / FRAME_S))
+        end = len(power)
+        if end - start > most:
+            end = _end(pauses, level, start, most)
+        bounds.append((start, end))
+        start = end
+    return bounds
+
+
+def _end(pauses: list[tuple[int, int]], level: np.ndarray, start: int, most: int) -> int:
+    """Where a part that begins at frame `start` ends: in the longest pause, the later of equals."""
+    low, high = start + max(int(LEAST_SHARE * most), 1), start + most
+    longest = round(LONGEST_PAUSE_S / FRAME_S)
+    own = [(min(b - a, longest), a, b) for a, b in pauses if a < high and b > low]
+    if not own:
+        return low + int(level[low:high].argmin())
+    _, a, b = max(own)
+    return min(max((a + b) // 2, low), high)
 
 
 def _pauses(is_loud: np.ndarray) -> list[tuple[int, int]]:
