@@ -202,3 +202,18 @@ def is_allowed_file(path: str | Path) -> bool:
 
 def _short(path: str) -> str:
     return path if len(path) <= 255 else f"{path[:60]}... ({len(path)} letters)"
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and in the folders below it, sorted; links to folders are followed.
+
+    A folder that is reached twice is listed once. Broken links are listed too.
+    """
+    seen: set[str] = set()
+    found: list[Path] = []
+    for place, inside, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        inside.sort()
+        inside[:] = [d for d in inside if os.path.realpath(os.path.join(place, d)) not in seen]
+        found += [Path(place, name) for name in names]
+    return sorted(found)

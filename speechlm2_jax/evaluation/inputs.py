@@ -14,7 +14,7 @@ from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.audio_suffixes import AUDIO_SUFFIXES
 from speechlm2_jax.data.conversations import Conversation
 from speechlm2_jax.data.manifest_options import ManifestOptions
-from speechlm2_jax.data.paths import expand_shards, local_file, plain_path
+from speechlm2_jax.data.paths import expand_shards, files_below, local_file, plain_path
 from speechlm2_jax.data.readers import read_manifest
 from speechlm2_jax.data.shar import read_shar
 from speechlm2_jax.data.storage.access import StorageAccess, current, using
@@ -166,7 +166,7 @@ def left_out(path: Path) -> str:
     """Counts the files of an audio folder that are not read, as one line; empty if none."""
     if not os.path.isdir(path) or _is_shar(path):
         return ""
-    others = [p for p in path.rglob("*") if p.is_file() and not _is_audio(p)]
+    others = [p for p in files_below(path) if p.is_file() and not _is_audio(p)]
     counts = Counter(p.suffix.lower() or p.name for p in others if not p.name.startswith("."))
     if not counts:
         return ""
@@ -187,7 +187,7 @@ def missing(inputs: str) -> str:
 def recordings(path: Path) -> list[Utterance] | None:
     """The audio files of a folder, sorted by name, or one audio file; None for another file."""
     if os.path.isdir(path):
-        return [_audio_file(p, path) for p in sorted(path.rglob("*")) if _is_audio(p)]
+        return [_audio_file(p, path) for p in files_below(path) if _is_audio(p)]
     return [_audio_file(path, path.parent)] if _is_audio(path) else None
 
 

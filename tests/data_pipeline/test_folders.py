@@ -198,3 +198,83 @@ def test_a_table_without_texts_is_refused_with_the_names_that_fit(tmp_path):
         read_folder(tmp_path)
     with pytest.raises(SettingsError, match="no such folder"):
         read_folder(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("table", "rows"),
+    [
+        ('\n\nfile,text\n\na.wav,"one\ntwo, three"\n', ["one two, three"]),
+        ('file,text\r\na.wav,one,,\r\n.\\b.wav,say "two"\r\n', ["one", 'say "two"']),
+        ("file|text\na.wav|\nb|two\n", ["", "two"]),
+    ],
+)
+def test_a_csv_table_is_read_as_it_is_written(table, rows, tmp_path):
+    put(tmp_path / "list.csv", table)
+    for name in ("a.wav", "b.wav"):
+        record(tmp_path / name)
+    found = read_folder(tmp_path)
+    assert [one.text for one in found.recordings] == rows
+    assert all(one.audio.is_file() for one in found.recordings)
+
+
+def test_quotes_that_spreadsheets_put_around_a_field_of_a_tsv_are_no_text(tmp_path):
+    texts = ['"say ""one"""', '"two"', '"three" and "four"', 'five "six"', '"']
+    rows = "".join(f"{n}.wav\t{text}\n" for n, text in enumerate(texts))
+    put(tmp_path / "list.tsv", f"file\ttext\n{rows}")
+    expected = ['say "one"', "two", '"three" and "four"', 'five "six"', '"']
+    assert [one.text for one in read_folder(tmp_path).recordings] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "told"),
+    [
+        ("a.csv", "file,text,by\na.wav,one, two,ann\n", "line 2: 4 fields, but the head has 3"),
+        ("a.tsv", 'file\ttext\na.wav\t"one\ttwo"\n', "take the tabs out"),
+        ("a.csv", 'file,text\na.wav,"one\nb.wav,two "three"\n', "line 3: ',' expected after '\"'"),
+        ("a.csv", 'file,text\na.wav,"one\nb.wav,two\n', "unexpected end of data"),
+        ("a.csv", "file,start,end,text\na.wav,0,1,one\na.wav,1,2,two\n", "column 'start'"),
+        ("a.csv", "a.wav,one\nb.wav,two\n", "no column of recordings among a.wav, one"),
+        ("metadata.jsonl", '{"file_name": "a.wav", "text": ["one"]}\n', "'text' is a list"),
+        ("a.json", '{"text": {"words": "one"}}', "'text' is an object"),
+    ],
+)
+def test_a_list_that_would_give_wrong_texts_is_refused(name, table, told, tmp_path):
+    put(tmp_path / name, table)
+    record(tmp_path / "a.wav")
+    with pytest.raises(SettingsError) as refused:
+        read_folder(tmp_path)
+    assert told in str(refused.value) and name in str(refused.value)
+
+
+def test_ljspeech_without_a_normalised_text_has_its_raw_text(tmp_path):
+    put(tmp_path / "metadata.csv", "a|one|\nb|2|two\n")
+    places = [record(tmp_path / "wavs" / name) for name in ("a.flac", "b.wav")]
+    found = [(one.audio, one.text) for one in read_folder(tmp_path).recordings]
+    assert found == list(zip(places, ("one", "two"), strict=True))
+
+
+def test_folders_behind_links_are_read_once(tmp_path):
+    root, other = tmp_path / "root", tmp_path / "other"
+    record(other / "a.wav")
+    put(other / "a.txt", "one")
+    record(root / "b.wav")
+    (root / "linked").symlink_to(other)
+    (other / "back").symlink_to(root)
+    (root / "lost.wav").symlink_to("nowhere.wav")
+    (root / "folder.wav").mkdir()
+    found = [one.audio.relative_to(root).as_posix() for one in read_folder(root).recordings]
+    assert found == ["b.wav", "linked/a.wav", "lost.wav"]
+
+
+def test_every_row_that_is_left_out_is_listed_with_its_line(tmp_path, capsys):
+    for n in range(2):
+        record(tmp_path / f"{n}.wav", n)
+    put(tmp_path / "a.csv", "file,text\n0.wav,one\n0.wav,two\nx.wav,a\nx.wav,b\n1.wav," + "z" * 90)
+    main([str(tmp_path), "--split", "all=1"])
+    rows = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
+    told = [(row["cause"], row["where"].rpartition(" ")[2]) for row in rows]
+    assert told == [("twice", "3"), ("missing", "4"), ("missing", "5")]
+    assert "1 with over 40 letters a second" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--split", "left_out=1", "--overwrite"])
+    assert "choose another" in capsys.readouterr().err

@@ -4,7 +4,6 @@ Each layout is a function from the folder to its recordings, or to nothing if th
 that layout. They are asked in the order of LAYOUTS.
 """
 
-import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.data.audio_suffixes import AUDIO_SUFFIXES
-from speechlm2_jax.data.json_lines import json_lines, text_lines
+from speechlm2_jax.data.folders.tables import (
+    STRETCH_COLUMNS,
+    columns,
+    first_of,
+    records,
+    text_of,
+    value_of,
+)
+from speechlm2_jax.data.json_lines import text_lines
+from speechlm2_jax.data.paths import files_below
 from speechlm2_jax.settings import SettingsError
 
 AUDIO_COLUMNS = (
@@ -31,7 +39,6 @@ COMMON_VOICE = ("validated.tsv", "train.tsv", "dev.tsv", "test.tsv", "other.tsv"
 HUGGING_FACE = ("metadata.csv", "metadata.jsonl")
 LIBRISPEECH = "*.trans.txt"
 _LJSPEECH_ROW = re.compile(r"[^|]+\|[^|]*(\|[^|]*)?")
-_LARGEST_FIELD = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +73,15 @@ def read_folder(root: Path) -> Folder:
     """
     if not root.is_dir():
         raise SettingsError(f"{root}: no such folder")
-    audio = sorted(path for path in root.rglob("*") if _is_audio(path))
+    audio = [path for path in files_below(root) if _is_audio(path)]
     for name, read in LAYOUTS.items():
         found = read(root, audio)
         if found is not None:
             named = {one.audio.resolve() for one in found}
             unlisted = tuple(path for path in audio if path.resolve() not in named)
             return Folder(layout=name, recordings=tuple(found), unlisted=unlisted)
+    for table in _tables(root):
+        raise _unnamed(table, "recordings", AUDIO_COLUMNS)
     if not audio:
         raise SettingsError(f"{root}: no recording in it ({' '.join(AUDIO_SUFFIXES[:9])} ...)")
     return Folder(layout="recordings without texts", recordings=tuple(_bare(audio)))
@@ -84,7 +93,8 @@ def _bare(audio: Iterable[Path]) -> Iterator[Found]:
 
 
 def _is_audio(path: Path) -> bool:
-    return path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith("._")
+    is_named_so = path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith("._")
+    return is_named_so and not path.is_dir()
 
 
 def _common_voice(root: Path, _audio: Sequence[Path]) -> list[Found] | None:
@@ -112,7 +122,7 @@ def _transcripts(path: Path) -> Iterator[Found]:
 def _audiofolder(root: Path, _audio: Sequence[Path]) -> list[Found] | None:
     """Hugging Face's audiofolder: a list with the column `file_name` in the folder or below it."""
     lists = sorted(path for name in HUGGING_FACE for path in root.rglob(name))
-    lists = [path for path in lists if "file_name" in _columns(path)]
+    lists = [path for path in lists if "file_name" in columns(path)]
     return [one for path in lists for one in _rows(path, folders=(path.parent,))] or None
 
 
@@ -126,17 +136,21 @@ def _ljspeech(root: Path, _audio: Sequence[Path]) -> list[Found] | None:
         return None
     found = []
     for where, line in lines:
-        name, *texts = line.split("|")
-        found.append(Found(audio=root / "wavs" / f"{name}.wav", text=texts[-1], where=where))
+        name, raw, *normalised = line.split("|")
+        text = next((text for text in (*normalised, raw) if text.strip()), "")
+        found.append(Found(audio=_placed(name, (root / "wavs",)), text=text, where=where))
     return found
 
 
 def _table(root: Path, _audio: Sequence[Path]) -> list[Found] | None:
     """CSV and TSV files with a column of audio files and one of texts, in the folder itself."""
-    tables = sorted(p for p in root.iterdir() if p.suffix.lower() in TABLES and p.is_file())
-    fitting = [p for p in tables if _first(_columns(p), AUDIO_COLUMNS) is not None]
+    fitting = [p for p in _tables(root) if first_of(columns(p), AUDIO_COLUMNS) is not None]
     folders = (root, root / "audio", root / "wav", root / "wavs", root / "clips")
     return [one for path in fitting for one in _rows(path, folders=folders)] or None
+
+
+def _tables(root: Path) -> list[Path]:
+    return sorted(p for p in root.iterdir() if p.suffix.lower() in TABLES and p.is_file())
 
 
 def _sidecars(root: Path, audio: Sequence[Path]) -> list[Found] | None:
@@ -152,8 +166,10 @@ def _with_sidecar(audio: Path, speaker: str | None) -> Found:
         return Found(audio=audio, text=words, speaker=speaker, where=str(text_file))
     if json_file.is_file():
         row = _json(json_file)
-        own = _value(row, SPEAKER_COLUMNS) or speaker
-        return Found(audio=audio, text=_value(row, TEXT_COLUMNS), speaker=own, where=str(json_file))
+        where = str(json_file)
+        text = value_of(where, row, TEXT_COLUMNS)
+        own = value_of(where, row, SPEAKER_COLUMNS) or speaker
+        return Found(audio=audio, text=text, speaker=own, where=where)
     return Found(audio=audio, text=None, speaker=speaker, where=str(audio))
 
 
@@ -175,67 +191,45 @@ LAYOUTS: Mapping[str, Callable[[Path, Sequence[Path]], list[Found] | None]] = {
 
 def _rows(table: Path, *, folders: Sequence[Path]) -> Iterator[Found]:
     """The rows of a table. Raises SettingsError for one without a column of texts."""
-    columns = _columns(table)
-    audio, text = _first(columns, AUDIO_COLUMNS), _first(columns, TEXT_COLUMNS)
+    names = columns(table)
+    audio, text = first_of(names, AUDIO_COLUMNS), first_of(names, TEXT_COLUMNS)
     if audio is None or text is None:
-        missing = AUDIO_COLUMNS if audio is None else TEXT_COLUMNS
+        missing = ("recordings", AUDIO_COLUMNS) if audio is None else ("texts", TEXT_COLUMNS)
+        raise _unnamed(table, *missing)
+    if stretch := first_of(names, STRETCH_COLUMNS):
         raise SettingsError(
-            f"{table}: no column of {'recordings' if audio is None else 'texts'} among "
-            f"{', '.join(columns)}; name it one of: {', '.join(missing)}"
+            f"{table}: column {stretch!r}: its rows are stretches of recordings, and this command "
+            "reads whole ones; cut them, or write a manifest with `offset` and `duration` "
+            "(docs/data.md)"
         )
-    for where, row in _records(table):
+    for where, row in records(table):
         name = row.get(audio)
         if not name:
             raise SettingsError(f"{where}: column {audio!r} is empty; it names the recording")
         yield Found(
             audio=_placed(str(name), folders),
-            text=_text(row.get(text)),
-            speaker=_value(row, SPEAKER_COLUMNS),
+            text=text_of(where, text, row.get(text)),
+            speaker=value_of(where, row, SPEAKER_COLUMNS),
             where=where,
         )
 
 
+def _unnamed(table: Path, what: str, fitting: Sequence[str]) -> SettingsError:
+    return SettingsError(
+        f"{table}: no column of {what} among {', '.join(columns(table))}; "
+        f"name it one of: {', '.join(fitting)}"
+    )
+
+
 def _placed(name: str, folders: Sequence[Path]) -> Path:
-    """Where a recording is: in the first folder that has it. Common Voice leaves out `.mp3`."""
-    candidates = [folder / name for folder in folders]
-    candidates += [folder / f"{name}{suffix}" for folder in folders for suffix in (".mp3", ".wav")]
+    r"""Where a recording is: in the first folder that has it.
+
+    Its suffix may be left out, as Common Voice and LJSpeech do; `\` separates folders on Windows.
+    """
+    spelt = dict.fromkeys((name, name.replace("\\", "/")))
+    candidates = [folder / one for one in spelt for folder in folders]
+    candidates += [path.with_name(path.name + end) for path in candidates for end in AUDIO_SUFFIXES]
     return next((path for path in candidates if path.is_file()), candidates[0])
-
-
-def _columns(table: Path) -> tuple[str, ...]:
-    """The names of a table's columns; none for an empty table."""
-    first = next(_records(table), None) if table.suffix == ".jsonl" else None
-    if first is not None:
-        return tuple(first[1])
-    if table.suffix == ".jsonl":
-        return ()
-    head = next((line for _, line in text_lines(table) if line.strip()), "")
-    return tuple(name.strip() for name in next(csv.reader([head], **_form(table, head)), []))
-
-
-def _records(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a table by column, with the words that name each line."""
-    if table.suffix == ".jsonl":
-        yield from json_lines(table)
-        return
-    csv.field_size_limit(_LARGEST_FIELD)
-    lines = [line for _, line in text_lines(table)]
-    head = next((line for line in lines if line.strip()), "")
-    reader = csv.DictReader(lines, **_form(table, head))
-    try:
-        for row in reader:
-            named = {str(k).strip(): v for k, v in row.items() if k is not None}
-            yield f"{table} line {reader.line_num}", named
-    except csv.Error as error:
-        raise SettingsError(f"{table} line {reader.line_num}: {error}") from error
-
-
-def _form(table: Path, head: str) -> dict[str, Any]:
-    """How a table is written: by its suffix, or the separator that its head has most often."""
-    if table.suffix.lower() == ".tsv":
-        return {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    separator = max(",;|\t", key=head.count)
-    return {"delimiter": separator if head.count(separator) else ","}
 
 
 def _json(path: Path) -> Mapping[str, Any]:
@@ -244,18 +238,3 @@ def _json(path: Path) -> Mapping[str, Any]:
     except (ValueError, OSError) as error:
         raise SettingsError(f"{path}: cannot be read as JSON ({error})") from error
     return row if isinstance(row, dict) else {}
-
-
-def _first(names: Iterable[str], wanted: Sequence[str]) -> str | None:
-    """The name that comes first in `wanted`, whatever its case."""
-    present = {name.lower(): name for name in names}
-    return next((present[name] for name in wanted if name in present), None)
-
-
-def _value(row: Mapping[str, Any], wanted: Sequence[str]) -> str | None:
-    name = _first(row, wanted)
-    return None if name is None else _text(row[name])
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else " ".join(str(value).split())

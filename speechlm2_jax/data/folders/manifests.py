@@ -10,21 +10,25 @@ from typing import Any, Literal
 
 from speechlm2_jax.data.folders.checks import Checked, check_recordings
 from speechlm2_jax.data.folders.layouts import Folder, Found, read_folder
-from speechlm2_jax.data.folders.splitting import parse_shares, split
+from speechlm2_jax.data.folders.splitting import LEFT_OUT_SET, parse_shares, split
 from speechlm2_jax.settings import SettingsError
 
-LEFT_OUT = "left_out.jsonl"
+LEFT_OUT = f"{LEFT_OUT_SET}.jsonl"
 CAUSES = {
     "no_text": "without a text",
     "empty_text": "with an empty text",
     "copy": "the same samples as another",
+    "twice": "listed twice with different texts",
     "silent": "silent",
     "too_short": "shorter than --min-duration",
     "too_long": "longer than --max-duration",
-    "missing": "named by a list, but not there",
+    "missing": "not there, but named by a list or a link",
     "unlisted": "named by no list",
 }
 """Why a recording is left out, beside the causes of an AudioError, and the words for it."""
+
+MOST_LETTERS_PER_S = 40
+"""Letters of text per second that are too many for one second; fast speech has about 25."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,22 @@ class Recording:
             "text": self.found.text,
         }
         return row if self.found.speaker is None else row | {"speaker": self.found.speaker}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A recording, or a row of a list, that no manifest has."""
+
+    audio: Path
+    cause: str
+    """A key of CAUSES, or the cause of an AudioError."""
+    where: str | None = None
+    """The line or file that names it; None if none does."""
+
+    def row(self) -> dict[str, Any]:
+        """Its row of left_out.jsonl."""
+        row = {"audio_filepath": str(self.audio), "cause": self.cause}
+        return row if self.where in (None, str(self.audio)) else row | {"where": self.where}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,34 +100,36 @@ def make_manifests(root: Path, choices: Choices) -> list[str]:
     if present and not choices.overwrite:
         raise SettingsError(f"{present[0]} is there already; add --overwrite, or --output")
     folder = read_folder(root)
-    left_out: dict[Path, str] = dict.fromkeys(folder.unlisted, "unlisted")
+    left_out = [LeftOut(path, "unlisted") for path in folder.unlisted]
     kept = _usable(folder, choices, left_out)
     if not kept:
-        counts = ", ".join(_counted(left_out.values()))
+        counts = ", ".join(_counted(left_out))
         raise SettingsError(f"{root}: no recording can be used: {counts}")
     parts = split(*_groups(kept, choices.by), shares, seed=choices.seed)
     output.mkdir(parents=True, exist_ok=True)
     for name, path in targets.items():
         _write(path, (one.row(output) for one in parts[name]))
-    rows = ({"audio_filepath": str(p), "cause": cause} for p, cause in left_out.items())
-    _write(output / LEFT_OUT, rows)
+    _write(output / LEFT_OUT, (one.row() for one in left_out))
     return _report(folder, kept, left_out, parts, targets)
 
 
-def _usable(folder: Folder, choices: Choices, left_out: dict[Path, str]) -> list[Recording]:
-    """The recordings that can be trained on; the others get a cause in `left_out`."""
+def _usable(folder: Folder, choices: Choices, left_out: list[LeftOut]) -> list[Recording]:
+    """The recordings that can be trained on; the others are added to `left_out`."""
     checked = check_recordings([one.audio for one in folder.recordings])
     seen: set[str] = set()
+    texts: dict[Path, str | None] = {}
     kept = []
     for found, check in zip(folder.recordings, checked, strict=True):
         cause = _cause(found, check, choices)
         if cause is None and check.content in seen and not choices.keep_copies:
-            cause = "copy"
+            other = texts.get(found.audio.resolve(), found.text)
+            cause = "copy" if found.text == other else "twice"
         if cause is None:
             seen.add(check.content)
+            texts[found.audio.resolve()] = found.text
             kept.append(Recording(found=found, checked=check))
         else:
-            left_out[found.audio] = cause
+            left_out.append(LeftOut(found.audio, cause, found.where))
     return kept
 
 
@@ -151,14 +173,15 @@ def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     os.replace(draft, path)
 
 
-def _counted(causes: Iterable[str]) -> list[str]:
-    return [f"{count} {CAUSES.get(cause, cause)}" for cause, count in Counter(causes).most_common()]
+def _counted(left_out: Iterable[LeftOut]) -> list[str]:
+    counts = Counter(one.cause for one in left_out).most_common()
+    return [f"{count} {CAUSES.get(cause, cause)}" for cause, count in counts]
 
 
 def _report(
     folder: Folder,
     kept: Sequence[Recording],
-    left_out: Mapping[Path, str],
+    left_out: Sequence[LeftOut],
     parts: Mapping[str, Sequence[Recording]],
     targets: Mapping[str, Path],
 ) -> list[str]:
@@ -166,8 +189,11 @@ def _report(
     lines = [f"layout: {folder.layout}; {len(kept)} recordings, {_minutes(kept)}"]
     if left_out:
         place = next(iter(targets.values())).with_name(LEFT_OUT)
-        lines.append(f"left out: {', '.join(_counted(left_out.values()))}; see {place}")
+        lines.append(f"left out: {', '.join(_counted(left_out))}; see {place}")
     noticed = [f"{count} clipped" for count in [sum(r.checked.is_clipped for r in kept)] if count]
+    fast = sum(len(r.found.text or "") > MOST_LETTERS_PER_S * r.checked.duration_s for r in kept)
+    if fast:
+        noticed.append(f"{fast} with over {MOST_LETTERS_PER_S} letters a second: a wrong text?")
     rates = Counter(one.checked.rate_hz for one in kept)
     noticed.append("rates " + ", ".join(f"{r} Hz ({n})" for r, n in rates.most_common()))
     sets = defaultdict(set)

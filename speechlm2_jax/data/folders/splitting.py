@@ -8,6 +8,8 @@ import xxhash
 from speechlm2_jax.settings import SettingsError
 
 Item = TypeVar("Item")
+LEFT_OUT_SET = "left_out"
+"""A name that no set may have: its file lists what no set has."""
 
 
 def parse_shares(text: str) -> dict[str, float]:
@@ -22,6 +24,10 @@ def parse_shares(text: str) -> dict[str, float]:
             share = float(number)
         except ValueError:
             share = 0.0
+        if name == LEFT_OUT_SET:
+            raise SettingsError(
+                f"--split {text}: {name}.jsonl lists what is left out; choose another"
+            )
         if not (name.isidentifier() and equals and 0 < share <= 1) or name in shares:
             raise SettingsError(f"--split {text}: write NAME=SHARE,... as train=0.9,test=0.1")
         shares[name] = share
