@@ -31,7 +31,7 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> int:
     """Transcribes; 0, 1 if some recordings could not be read, 2 after one line on bad input."""
     from speechlm2_jax import console
 
-    arguments = _parser(program).parse_args(argv)
+    arguments = _parser(program).parse_intermixed_args(argv)
     with console.showing(is_stderr=True), console.phase("importing"):
         from speechlm2_jax.compilation_cache import keep_compiled_programs
         from speechlm2_jax.conversion.errors import ConversionError
@@ -188,7 +188,6 @@ def _parser(program: str) -> argparse.ArgumentParser:
     speed.add_argument(
         "--max-new-tokens",
         type=_positive,
-        default=256,
         metavar="N",
         help="longest text of a part of a recording (default: 256)",
     )

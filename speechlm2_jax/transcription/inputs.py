@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from speechlm2_jax.settings import SettingsError
 STDIN = "-"
 """The input that stands for a list of inputs, one a line, on standard input."""
 _SIGNS = "*?["
+_ROW_OF_MANIFEST = re.compile(r"(?P<path>.+)@(?P<offset>\d[\d.e+-]*)", re.DOTALL)
+"""The source of an utterance of a manifest; names of files may hold `@` too."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,8 @@ class GivenRecording:
     """Its path inside the folder that was given; its file name if a file was given."""
     name: str
     """What messages and json call it."""
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is a whole file, and no stretch of one that a manifest names."""
-        return "@" not in self.utterance.source
+    offset_s: float = 0.0
+    """Where it starts in its file, in seconds."""
 
 
 def find_sources(inputs: Sequence[str], stdin: TextIO | None = None) -> list[GivenRecording]:
@@ -44,7 +44,12 @@ def find_sources(inputs: Sequence[str], stdin: TextIO | None = None) -> list[Giv
     found: dict[str, GivenRecording] = {}
     for given in _expanded(inputs, sys.stdin if stdin is None else stdin):
         for source in _sources(given):
-            found.setdefault(source.utterance.source, source)
+            own = source.utterance.source
+            other = found.setdefault(own if "://" in own else os.path.abspath(own), source)
+            if other.utterance.duration_s != source.utterance.duration_s:
+                raise SettingsError(
+                    f"{own}: two rows of different durations start here; transcribe them apart"
+                )
     if not found:
         raise SettingsError("there is nothing to transcribe; name audio files or folders")
     return list(found.values())
@@ -71,11 +76,10 @@ def _sources(given: str) -> Iterator[GivenRecording]:
         raise SettingsError(str(error).removeprefix("inputs: ")) from error
     is_folder = os.path.isdir(given)
     for utterance in utterances:
-        path, _, offset = utterance.source.rpartition("@")
-        if not path:
-            path, offset = utterance.source, ""
+        row = _ROW_OF_MANIFEST.fullmatch(utterance.source)
+        path, offset_s = (row["path"], float(row["offset"])) if row else (utterance.source, 0.0)
         beside = Path(path)
-        if offset.strip("0."):  # a stretch of a file has a file of its own
-            beside = beside.with_stem(f"{beside.stem}_{offset}")
+        if row and offset_s:  # a stretch of a file has a file of its own
+            beside = beside.with_stem(f"{beside.stem}_{row['offset']}")
         inside = Path(utterance.id) if is_folder else Path(beside.name)
-        yield GivenRecording(utterance, beside, inside, path)
+        yield GivenRecording(utterance, beside, inside, path, offset_s)

@@ -21,6 +21,8 @@ PUBLIC_MODELS = ("nvidia/canary-qwen-2.5b", "nvidia/parakeet-ctc-0.6b")
 PROMPTED = ("SALM", "SALMWithAsrDecoder")
 PROMPT = "Transcribe the following:"
 """The prompt of canary-qwen-2.5b, for a model whose training does not say another."""
+MAX_NEW_TOKENS = 256
+"""Longest text of a part of a recording, by default."""
 log = logging.getLogger(__name__)
 
 
@@ -30,7 +32,7 @@ class Options:
 
     prompt: str | None = None
     batch_size: int = 8
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     max_audio_s: float | None = None
     timestamps: str | None = None
     aligner: str | None = None
@@ -96,7 +98,7 @@ def _open_prompted(
             list(waves),
             prompt=prompt,
             batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS,
             timestamps=options.timestamps,
             aligner=aligner,
             max_audio_s=longest,
@@ -111,6 +113,8 @@ def _open_asr(name: str, path: Path, kind: str, run: Run | None, options: Option
 
     of_llm = {
         "--prompt": options.prompt,
+        "--dtype": options.dtype,
+        "--max-new-tokens": options.max_new_tokens,
         "--quantize": options.quantize,
         "--set": options.generation,
     }

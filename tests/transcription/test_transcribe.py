@@ -9,11 +9,12 @@ import pytest
 import soundfile
 
 from speechlm2_jax.commands import transcribe
+from speechlm2_jax.evaluation.inputs import read_inputs
 from speechlm2_jax.inference.timed_text import Segment, Transcript
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.transcription import opening
 from speechlm2_jax.transcription.inputs import find_sources
-from speechlm2_jax.transcription.opening import OpenedModel, choose_model
+from speechlm2_jax.transcription.opening import OpenedModel, Options, choose_model, open_model
 from speechlm2_jax.transcription.outputs import Outputs
 from speechlm2_jax.transcription.progress import AudioProgress, duration
 
@@ -188,3 +189,81 @@ def test_progress_counts_audio():
     assert lines.getvalue() == "2 of 3 recordings, 20.0 s of audio, 2.5 s of audio per second\n"
     assert progress.speed() == pytest.approx(2.5)
     assert [duration(s) for s in (3.21, 260, 7500)] == ["3.2 s", "4 min 20 s", "2 h 5 min"]
+
+
+def tone(path, seconds):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.full(seconds * RATE_HZ, 0.1, np.float32), RATE_HZ)
+
+
+def texts(folder):
+    paths = Path(folder).rglob("*.txt")
+    return {path.relative_to(folder).as_posix(): path.read_text().strip() for path in paths}
+
+
+@pytest.mark.parametrize("inputs", [("x/a.wav", "y/a.wav"), ("x", "y"), ("?/*.wav",)])
+def test_recordings_of_one_name_from_several_folders_each_have_their_text(inputs, folder, model):
+    tone("x/a.wav", 1)
+    tone("y/a.wav", 2)
+    for calls in ([[1, 2]], []):  # the second time nothing is left to do
+        model.clear()
+        assert run(*inputs, "--output-dir", "out") == 0
+        assert texts("out") == {"x/a.txt": "1 s", "y/a.txt": "2 s"} and model == calls
+
+
+def test_the_text_of_a_recording_is_not_taken_for_that_of_its_sibling(folder, model):
+    tone("z/a.wav", 1)
+    tone("z/a.flac", 2)
+    tone("z/me@home.wav", 3)
+    assert run("z/a.wav", "z/me@home.wav") == 0
+    assert run("z/a.flac", "z/me@home.wav", "./z/me@home.wav") == 0
+    assert texts("z") == {"a.wav.txt": "1 s", "a.flac.txt": "2 s", "me@home.txt": "3 s"}
+    assert model == [[1, 3], [2]]
+
+
+def test_outputs_that_nothing_tells_apart_are_refused(folder, model, capsys):
+    for name, seconds in (("z/a.wav", 1), ("z/a.flac", 2), ("z/a.wav.flac", 3)):
+        tone(name, seconds)
+    with pytest.raises(SystemExit):
+        run("z", "--output", "srt")
+    assert "would have the same output" in capsys.readouterr().err and not list(
+        Path().rglob("*.srt")
+    )
+
+
+def test_jsonl_in_another_folder_is_a_manifest(folder, model):
+    row = {"audio_filepath": "calls/b.flac", "duration": 1.0, "offset": 1.0}
+    Path("rows.jsonl").write_text(json.dumps(row))
+    for _ in range(2):
+        assert run("rows.jsonl", "a.wav", "--output", "jsonl", "--output-dir", "o/p") == 0
+    written = read_inputs("o/p/transcripts.jsonl")
+    assert [(one.text, one.read(RATE_HZ).shape) for one in written] == [("1 s", (RATE_HZ,))] * 2
+    assert [one.source.rpartition("@")[2] for one in written] == ["1.0", "0.0"] and len(model) == 1
+
+
+def test_what_is_written_is_kept_until_the_first_new_transcript(folder, model, monkeypatch):
+    assert run("a.wav", "--output", "jsonl") == 0
+    before = Path("transcripts.jsonl").read_text()
+
+    def refuse(name, options):
+        raise SettingsError("no such model")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(opening, "open_model", refuse)
+        run("a.wav", "--output", "jsonl", "--overwrite")
+    assert Path("transcripts.jsonl").read_text() == before
+    assert run("--output", "jsonl", "calls", "--overwrite", "a.wav") == 0
+    assert len(Path("transcripts.jsonl").read_text().splitlines()) == 4
+
+
+def test_rows_of_different_durations_at_one_place_are_refused(folder):
+    rows = [{"audio_filepath": "a.wav", "offset": 0.5, "duration": n} for n in (0.1, 0.2)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SettingsError, match=r"a\.wav@0\.5: two rows of different durations"):
+        names(["rows.jsonl"])
+
+
+def test_options_of_an_llm_are_refused_for_an_asr_model():
+    options = Options(dtype="bfloat16", max_new_tokens=3)
+    with pytest.raises(SettingsError, match="--dtype, --max-new-tokens: leave out"):
+        open_model("configs/parts/tiny_encoder.nemo", options)
