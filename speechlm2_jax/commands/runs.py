@@ -25,7 +25,7 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> None:
         parser.add_argument("places", type=Path, nargs="*", default=[Path("runs")], metavar="RUN")
         parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page of curves")
         options = parser.parse_args(argv)
-        from speechlm2_jax.inspection.runs import find_runs, table
+        from speechlm2_jax.inspection.runs import METRICS, find_runs, table
 
         runs = find_runs(options.places)
         rows = table(runs)
@@ -36,6 +36,9 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> None:
                 f"  {cell:>{width}}" for cell, width in zip(row[2:], widths[2:], strict=True)
             )
             print(first + others)
+        for run in runs:
+            if run.damaged:
+                print(f"{run.path / METRICS}: {run.damaged} damaged lines are left out")
         if options.html is not None:
             from speechlm2_jax.inspection.runs_page import write_runs_page
 

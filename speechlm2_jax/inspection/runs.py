@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ class RunRecord:
     """Metric -> (step, value) in order of the steps; values are finite."""
     hours: float = 0.0
     """Wall time of all starts that wrote their last row."""
+    damaged: int = 0
+    """Lines that are no rows, but for the last, which may be being written."""
+    is_diverged: bool = False
+    """Whether the newest loss is no finite number."""
 
     @property
     def step(self) -> int:
@@ -40,9 +44,9 @@ class RunRecord:
     @property
     def state(self) -> str:
         """`finished`, or how far it is."""
-        if self.is_finished:
-            return "finished"
-        return f"step {self.step}" + (f" of {self.max_steps}" if self.max_steps else "")
+        steps = f"step {self.step}" + (f" of {self.max_steps}" if self.max_steps else "")
+        state = "finished" if self.is_finished else steps
+        return f"{state}, loss is not finite" if self.is_diverged else state
 
     def last(self, metric: str) -> float | None:
         """The newest value."""
@@ -81,32 +85,53 @@ def find_runs(places: Sequence[Path]) -> list[RunRecord]:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Reads one run directory. A line that is being written is left out."""
+    """Reads one run directory. A last line that is being written is left out."""
     curves: dict[str, list[tuple[int, float]]] = {}
-    seconds = 0.0
-    for row in _rows(path / METRICS):
-        seconds += row.get("time_total_s", 0.0)
-        for name, value in row.items():
-            is_number = isinstance(value, int | float) and math.isfinite(value)
-            if is_number and name not in HIDDEN and not name.startswith("time_"):
-                curves.setdefault(name, []).append((int(row["step"]), float(value)))
+    seconds, is_diverged = 0.0, False
+    rows, damaged = _rows(path / METRICS)
+    for row in rows:
+        seconds += _finite(row.get("time_total_s")) or 0.0
+        if "loss" in row:
+            is_diverged = _finite(row["loss"]) is None
+        for name, own in row.items():
+            value = _finite(own)
+            if value is not None and name not in HIDDEN and not name.startswith("time_"):
+                curves.setdefault(name, []).append((row["step"], value))
     return RunRecord(
         path=path,
         is_finished=(path / MARKER).exists(),
         max_steps=_max_steps(path / CONFIG),
         curves=curves,
         hours=seconds / 3600,
+        damaged=damaged,
+        is_diverged=is_diverged,
     )
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+def _finite(value: object) -> float | None:
+    """A number as float; None for what is none, is not finite or is too large."""
+    try:
+        number = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a file, and the number of damaged lines before its last."""
+    rows: list[dict[str, Any]] = []
+    damaged = 0
+    lines = path.read_bytes().split(b"\n")
+    for n, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line) if line.strip() else None
         except ValueError:
-            continue
+            row = ()
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            yield row
+            rows.append(row)
+        elif row is not None and n < len(lines):
+            damaged += 1
+    return rows, damaged
 
 
 def _max_steps(path: Path) -> int | None:

@@ -94,3 +94,15 @@ def test_the_command_prints_the_table_and_writes_the_page(two_runs, tmp_path, ca
     with pytest.raises(SystemExit, match="2"):
         main(["empty"])
     assert "no run there" in capsys.readouterr().err
+
+
+def test_damaged_lines_and_a_loss_that_is_not_finite_are_told(tmp_path, capsys):
+    run = write(tmp_path / "runs" / "a", [])
+    lines = [b'{"step": 1, "loss": 3.0}', b"\xff\xfe\x00", b'{"step": 2, "loss": 2.0, "x": 1%s}']
+    lines[2] %= b"0" * 400
+    lines += [b"[1]", b'{"step": 3, "loss": NaN, "time_total_s": "?"}', b'{"step": 4, "val_']
+    (run / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    main([str(run)])
+    told = capsys.readouterr().out
+    assert "step 2 of 20, loss is not finite" in told
+    assert "metrics.jsonl: 2 damaged lines are left out" in told
