@@ -1,5 +1,6 @@
 """The HTTP application: its routes, and how errors are told."""
 
+import importlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from speechlm2_jax.serving import chat, transcriptions
 from speechlm2_jax.serving.api_errors import ApiError
 from speechlm2_jax.serving.guard import ClientGoneError, Guard
 from speechlm2_jax.serving.pages import page_routes
@@ -41,8 +41,8 @@ def make_app(service: Service) -> Starlette:
         middleware=[Middleware(Guard, options=service.options)],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, 500: _fault},
         routes=[
-            route("/v1/audio/transcriptions", transcriptions.transcribe, "POST"),
-            route("/v1/chat/completions", chat.complete, "POST"),
+            route("/v1/audio/transcriptions", _with_model("transcriptions", "transcribe"), "POST"),
+            route("/v1/chat/completions", _with_model("chat", "complete"), "POST"),
             route("/v1/models", _models, "GET"),
             route("/v1/models/{name:path}", _model, "GET"),
             *page_routes(),
@@ -75,6 +75,17 @@ def _counted(service: Service, endpoint: Endpoint, path: str) -> Callable[[Reque
             service.metrics.requests.labels(path, str(status)).inc()
             if status == 200:
                 service.metrics.request_s.labels(path).observe(time.monotonic() - start_s)
+
+    return run
+
+
+def _with_model(module: str, name: str) -> Endpoint:
+    """An endpoint that needs the model, of a module that was imported together with it."""
+
+    async def run(service: Service, request: Request) -> Response:
+        service.ready()
+        own = importlib.import_module(f"speechlm2_jax.serving.{module}")
+        return await getattr(own, name)(service, request)
 
     return run
 

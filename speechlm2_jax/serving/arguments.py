@@ -92,7 +92,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    print(f"serving {options.model} on http://{options.host}:{options.port}", flush=True)
     return serve(options)
 
 

@@ -96,7 +96,6 @@ async def complete(service: Service, request: Request) -> Response:
         outcome = await unless_gone(
             request, outcome_of(service, chat.ask), service.options.request_timeout_s
         )
-    service.metrics.audio_s.inc(outcome.audio_s)
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": outcome.text, "refusal": None},
@@ -215,7 +214,6 @@ async def _events(service: Service, chat: ChatRequest) -> Events:
             if isinstance(event, str):
                 yield chunk({"content": event})
                 continue
-            service.metrics.audio_s.inc(event.audio_s)
             last = chunk({}, event.finish_reason)
             if chat.has_logprobs:
                 last["choices"][0]["logprobs"] = _logprobs(service, event)

@@ -64,3 +64,20 @@ class ServedJob:
     submitted_s: float = field(default_factory=time.monotonic)
     sent: int = 0
     """Tokens that were reported."""
+
+
+@dataclass
+class SchedulerCounts:
+    """What the scheduler has done and is doing; other threads may read it."""
+
+    waiting: int = 0
+    running: int = 0
+    tokens: int = 0
+    steps: int = 0
+    """Calls of `decode`."""
+    occupied: int = 0
+    """Sum of the occupied slots over all calls of `decode`."""
+    encoded_clips: int = 0
+    encoded_s: float = 0.0
+    reused_clips: int = 0
+    faults: int = 0

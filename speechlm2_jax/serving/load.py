@@ -1,13 +1,17 @@
 """Loads the model that is served."""
 
-from speechlm2_jax.compilation_cache import keep_compiled_programs
-from speechlm2_jax.inference.engine import Engine
+from typing import TYPE_CHECKING
+
 from speechlm2_jax.serving.options import ServeOptions
 from speechlm2_jax.settings import SettingsError
 
+if TYPE_CHECKING:
+    from speechlm2_jax.inference.engine import Engine
 
-def load_engine(options: ServeOptions) -> Engine:
+
+def load_engine(options: ServeOptions) -> "Engine":
     """Loads a SALM for serving. Raises SettingsError for a model that cannot be loaded."""
+    from speechlm2_jax.compilation_cache import keep_compiled_programs
     from speechlm2_jax.models import SALM
 
     keep_compiled_programs("auto")

@@ -4,7 +4,7 @@ import math
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from speechlm2_jax.serving.scheduler import SchedulerCounts
+from speechlm2_jax.serving.jobs import SchedulerCounts
 
 SECONDS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 60.0, 120.0)
 TIMES_REAL = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
@@ -61,6 +61,12 @@ class Metrics:
         gauges["clips_encoded_total"].set_function(lambda: counts.encoded_clips)
         gauges["clips_reused_total"].set_function(lambda: counts.reused_clips)
         gauges["faults_total"].set_function(lambda: counts.faults)
+
+    def count_audio(self, audio_s: float, taken_s: float) -> None:
+        """Counts the audio of a response."""
+        self.audio_s.inc(audio_s)
+        if audio_s and taken_s > 0:
+            self.rtfx.observe(audio_s / taken_s)
 
     def finished(self, seconds: float) -> None:
         """SchedulerCounts a request that has ended."""

@@ -13,7 +13,6 @@ from speechlm2_jax.inference.engine import Engine
 from speechlm2_jax.inference.generate import PromptInputs, prepare_prompts
 from speechlm2_jax.inference.long_form import chunked
 from speechlm2_jax.inference.long_form.chunks import Chunk
-from speechlm2_jax.inference.long_form.join_texts import join
 from speechlm2_jax.inference.prompts import Dialog
 from speechlm2_jax.inference.text_stream import GrowingText
 from speechlm2_jax.serving.api_errors import ApiError, bad
@@ -78,7 +77,9 @@ async def respond(service: Service, ask: Ask) -> AsyncGenerator[str | Outcome, N
         async with aclosing(run.chunked() if chunks else run.whole()) as deltas:
             async for delta in deltas:
                 yield delta
-        yield run.outcome()
+        outcome = run.outcome()
+        service.metrics.count_audio(outcome.audio_s, run.elapsed_s)
+        yield outcome
     finally:
         run.cancel()
 
@@ -182,9 +183,14 @@ class _Run:
             parts=parts,
         )
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the prompt was ready."""
+        return time.monotonic() - self._start_s
+
     def cancel(self) -> None:
         """Frees the slots of jobs that have not ended."""
-        _, scheduler = self._engine, self._service.scheduler
+        scheduler = self._service.scheduler
         for job in self._jobs:
             if scheduler is not None:
                 scheduler.cancel(job)
@@ -212,12 +218,19 @@ class _Run:
         self._jobs.append(job)
 
         async def progresses() -> AsyncIterator[Progress]:
+            since_s, count = time.monotonic(), 0
             while True:
                 progress = await queue.get()
+                new, now_s = len(progress.ids) - count, time.monotonic()
+                if count and new > 0:
+                    self._service.metrics.interval_s.observe((now_s - since_s) / new)
+                since_s, count = now_s, count + new
                 if progress.error is not None:
                     raise ApiError(500, f"the model failed: {progress.error}")
                 self._count_first(progress)
                 yield progress
+                if progress.is_last:
+                    return
 
         try:
             yield progresses()
@@ -250,14 +263,17 @@ class _Run:
 
     def _joined(self) -> str:
         """The text of all rows, as `SALM.generate` joins it."""
-        if not self._chunks:
-            return self._parts[0].text
-        tokenizer = self._engine.tokenizer
-        texts = [self._parts[n].text for n in range(len(self._rows))]
-        return tokenizer.ids_to_text(tokenizer.text_to_ids(join(texts, self._chunks)))
+        return self._text_of(len(self._rows)) if self._chunks else self._parts[0].text
+
+    def _text_of(self, count: int, words: int | None = None) -> str:
+        """The joined text of the first `count` chunks; only its first `words`."""
+        stops, tokenizer = self._engine.end_ids, self._engine.tokenizer
+        prompt = chunked.ChunkedPrompt(tuple(self._rows[:count]), tuple(self._chunks[:count]))
+        ids = prompt.join([self._ids[n] for n in range(count)], tokenizer, stops)
+        text = tokenizer.ids_to_text(self._without_end(np.asarray(ids, np.int32)))
+        return text if words is None else " ".join(text.split()[:words])
 
     def _fixed_text(self, count: int) -> str:
         """The words of the first `count` chunks that later chunks cannot change."""
-        texts = [self._parts[n].text for n in range(count)]
-        words = join(texts, self._chunks[:count]).split()
-        return " ".join(words[: max(len(words) - len(texts[-1].split()), 0)])
+        last = len(self._parts[count - 1].text.split())
+        return self._text_of(count, max(len(self._text_of(count).split()) - last, 0))

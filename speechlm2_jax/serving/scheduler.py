@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from speechlm2_jax.serving.device import DeviceSlots, Frames, Prefill
-from speechlm2_jax.serving.jobs import Clip, Progress, ServedJob
+from speechlm2_jax.serving.jobs import Clip, Progress, SchedulerCounts, ServedJob
 
 log = logging.getLogger(__name__)
 NOTHING = np.zeros(0, np.int32)
@@ -46,23 +46,6 @@ class _Waiting:
 def _is_there(frames: Any) -> bool:
     """Whether an array has been computed."""
     return frames.is_ready()
-
-
-@dataclass
-class SchedulerCounts:
-    """What the scheduler has done and is doing; other threads may read it."""
-
-    waiting: int = 0
-    running: int = 0
-    tokens: int = 0
-    steps: int = 0
-    """Calls of `decode`."""
-    occupied: int = 0
-    """Sum of the occupied slots over all calls of `decode`."""
-    encoded_clips: int = 0
-    encoded_s: float = 0.0
-    reused_clips: int = 0
-    faults: int = 0
 
 
 class Scheduler:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 from types import FrameType
 
@@ -16,6 +17,7 @@ from speechlm2_jax.serving.service import LoadEngine, Service
 log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 2048
 MAX_HEADER_BYTES = 64 * 1024
+END_TIMEOUT_S = 5.0
 
 
 class DrainingServer(uvicorn.Server):
@@ -72,8 +74,12 @@ def serve(options: ServeOptions, load: LoadEngine = load_engine) -> int:
         server.should_exit = True
 
     service.on_fault = end
+    log.info("serving %s on http://%s:%d", options.model, options.host, options.port)
     server.run()
-    if service.fault is not None:
+    code = 0 if service.fault is None else 1
+    if code:
         log.error("serve: %s", service.fault)
-        return 1
-    return 0
+    if not service.has_ended(END_TIMEOUT_S):
+        logging.shutdown()
+        os._exit(code)  # a thread inside XLA cannot be ended, and the interpreter would abort
+    return code

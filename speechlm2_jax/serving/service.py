@@ -6,18 +6,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from speechlm2_jax.inference.engine import Engine
 from speechlm2_jax.serving.api_errors import ApiError
 from speechlm2_jax.serving.audio_workers import AudioWorkers
-from speechlm2_jax.serving.device import DeviceSlots
 from speechlm2_jax.serving.metrics import Metrics
 from speechlm2_jax.serving.options import ServeOptions
-from speechlm2_jax.serving.scheduler import Scheduler, SchedulerPace
-from speechlm2_jax.serving.shapes import make_table
+
+if TYPE_CHECKING:  # JAX takes seconds: it is imported when HTTP is there already
+    from speechlm2_jax.inference.engine import Engine
+    from speechlm2_jax.serving.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
-LoadEngine = Callable[[ServeOptions], Engine]
+LoadEngine = Callable[[ServeOptions], "Engine"]
 
 
 class Service:
@@ -32,6 +33,7 @@ class Service:
         self.workers = AudioWorkers(options.audio_workers, options.decode_timeout_s)
         self.scheduler: Scheduler | None = None
         self.engine: Engine | None = None
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self.created, self.active = int(time.time()), 0
         self.is_draining = False
         self.fault: Exception | None = None
@@ -43,14 +45,20 @@ class Service:
 
     async def start(self) -> None:
         """Starts the device thread and the audio workers."""
-        threading.Thread(target=self._prepare, name="prepare", daemon=True).start()
+        self._thread.start()
         await self.workers.start()
 
     def stop(self) -> None:
-        """Ends the device thread and the workers."""
+        """Ends the device thread after its present round, and the workers."""
         if self.scheduler is not None:
             self.scheduler.stop()
         self.workers.close()
+
+    def has_ended(self, timeout_s: float) -> bool:
+        """Whether the device thread ends within a time; it does not while it compiles."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     @property
     def why_unready(self) -> str | None:
@@ -59,7 +67,7 @@ class Service:
             return f"the model could not be loaded: {self.fault}"
         return "shutting down" if self.is_draining else self._state
 
-    def ready(self) -> tuple[Engine, Scheduler]:
+    def ready(self) -> "tuple[Engine, Scheduler]":
         """The model. Raises ApiError if it is not ready, or the server is shutting down."""
         why = self.why_unready
         if why is not None or self.engine is None or self.scheduler is None:
@@ -103,36 +111,40 @@ class Service:
         while self.active and time.monotonic() < end_s:
             await asyncio.sleep(0.05)
 
-    def _prepare(self) -> None:
-        """Loads the model and compiles every program; then this thread runs the jobs."""
+    def _run(self) -> None:
+        """Loads the model and compiles every program; then runs the jobs."""
         start_s = time.monotonic()
         try:
-            engine = self._load(self.options)
-            o = self.options
-            table = make_table(
-                frame_count=engine.frame_count,
-                sampling_rate=engine.sampling_rate,
-                max_clip_s=o.max_audio_s,
-                slots=o.slots,
-                new_tokens=o.max_new_tokens,
-                prefill_tokens=o.prefill_tokens,
-                prompt_tokens=o.max_prompt_tokens,
-            )
-            device = DeviceSlots(engine=engine, table=table)
-            device.compile(self._show)
+            self.engine, self.scheduler = self._prepared()
         except Exception as error:  # noqa: BLE001 - told by /ready, and ends the server
             self.fault = error
             self.on_fault()
             return
-        self.scheduler, self.engine = (
-            Scheduler(device, SchedulerPace(tokens_at_once=o.tokens_at_once)),
-            engine,
-        )
-        self.metrics.watch(self.scheduler.counts, o.slots)
+        self.metrics.watch(self.scheduler.counts, self.options.slots)
         self.seconds_to_ready = time.monotonic() - start_s
         log.info("ready after %.1f s", self.seconds_to_ready)
         self._state = None
         self.scheduler.run()
+
+    def _prepared(self) -> "tuple[Engine, Scheduler]":
+        from speechlm2_jax.serving import chat, transcriptions  # noqa: F401 - they import JAX
+        from speechlm2_jax.serving.device import DeviceSlots
+        from speechlm2_jax.serving.scheduler import Scheduler, SchedulerPace
+        from speechlm2_jax.serving.shapes import make_table
+
+        engine, o = self._load(self.options), self.options
+        table = make_table(
+            frame_count=engine.frame_count,
+            sampling_rate=engine.sampling_rate,
+            max_clip_s=o.max_audio_s,
+            slots=o.slots,
+            new_tokens=o.max_new_tokens,
+            prefill_tokens=o.prefill_tokens,
+            prompt_tokens=o.max_prompt_tokens,
+        )
+        device = DeviceSlots(engine=engine, table=table)
+        device.compile(self._show)
+        return engine, Scheduler(device, SchedulerPace(tokens_at_once=o.tokens_at_once))
 
     def _show(self, name: str) -> None:
         self._state = f"compiling: {name}"

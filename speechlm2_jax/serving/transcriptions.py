@@ -75,7 +75,6 @@ async def transcribe(service: Service, request: Request) -> Response:
         outcome = await unless_gone(
             request, outcome_of(service, read.ask), service.options.request_timeout_s
         )
-    service.metrics.audio_s.inc(outcome.audio_s)
     return _written(read, outcome)
 
 
@@ -149,7 +148,6 @@ async def _events(service: Service, read: TranscriptionRequest) -> Events:
     async with aclosing(respond(service, read.ask)) as events:
         async for event in events:
             if isinstance(event, Outcome):
-                service.metrics.audio_s.inc(event.audio_s)
                 text = event.text.strip()
                 yield {"type": "transcript.text.done", "text": text, "usage": _usage(event)}
                 return

@@ -43,12 +43,12 @@ def find_browser() -> str | None:
 class Browser:
     """One page of one browser, which ends with the `with` block."""
 
-    def __init__(self, executable: str, profile: Path) -> None:
+    def __init__(self, executable: str, profile: Path, flags: tuple[str, ...] = ()) -> None:
         ours, self._write = os.pipe()
         self._read, theirs = os.pipe()
         # above 4, so that neither dup2 of the launcher overwrites the other pipe
         high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (ours, theirs)]
-        command = [executable, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        command = [executable, *FLAGS, *flags, f"--user-data-dir={profile}", "about:blank"]
         self._process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, *map(str, high), *command],
             pass_fds=high,

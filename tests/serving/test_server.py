@@ -127,3 +127,13 @@ def test_under_load_every_response_is_that_of_generate_alone(model, client):
     for number, text in found.items():
         which, kind, _ = jobs[number]
         assert text == expected[which, "temperature" in kind], number
+
+
+def test_a_long_recording_is_joined_from_chunks_whole_or_streamed(client):
+    samples = np.tile(recording(4, 8000), 2)
+    file = ("a.wav", wav_bytes(samples))
+    whole = client.audio.transcriptions.create(model="tiny", file=file)
+    stream = client.audio.transcriptions.create(model="tiny", file=file, stream=True)
+    *deltas, done = stream
+    assert done.text == whole.text != ""
+    assert deltas
