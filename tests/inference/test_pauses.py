@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speechlm2_jax.inference.long_form.pauses import MARGIN_S, Stretch, cut_at_pauses
+from speechlm2_jax.inference.long_form.pauses import MARGIN_S, SHORTEST_S, Stretch, cut_at_pauses
 from speechlm2_jax.inference.long_form.repetition import has_loop, without_loop
 
 RATE_HZ = 16_000
@@ -44,7 +44,7 @@ def test_without_pauses_the_quietest_place_is_taken():
         np.concatenate([tone(7), tone(0.3, 0.08), tone(5)]), rate_hz=RATE_HZ, max_s=10.0
     )
     assert len(parts) == 2 and 6.9 < parts[0].end / RATE_HZ < 7.4
-    assert parts[0].end == parts[1].start
+    assert 0 <= parts[1].start - parts[0].end <= 0.11 * RATE_HZ
 
 
 def test_silence_is_told_apart():
@@ -68,7 +68,8 @@ def test_parts_are_in_order_short_enough_and_hold_all_speech(pattern):
     is_kept = np.zeros(len(wave), bool)
     for part in parts:
         is_kept[part.start : part.end] = True
-    assert np.abs(wave[~is_kept]).max(initial=0) < 0.3 * 0.2
+    lost_s = (np.abs(wave[~is_kept]) > 0.3 * 0.2).sum() / RATE_HZ
+    assert lost_s < SHORTEST_S * len(pattern)  # less than that, in one place, is a click
 
 
 def test_loops_are_written_once():

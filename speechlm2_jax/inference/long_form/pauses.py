@@ -24,8 +24,14 @@ LONGEST_PAUSE_S = 1.0
 """Longer pauses are as good as one of this length: the later of two is taken."""
 LEAST_SHARE = 0.2
 """A part holds at least this share of the longest part, if a pause does not end the recording."""
-MARGIN_S = 0.3
-"""Silence that is kept before and after the speech of a part."""
+MARGIN_S = 0.1
+"""Silence that is kept before and after the speech of a part.
+
+With 0.02 s and with 0.3 s the bundled encoder has half as many errors again: 0.3 s of digital
+silence move its normalised features.
+"""
+REST_S = 0.5
+"""The last part is not shorter."""
 SHORTEST_S = 0.05
 """Loud frames of a part with speech, in seconds: less is a click."""
 QUIET_FRAMES = 15
@@ -95,7 +101,8 @@ def _bounds(power: np.ndarray, is_loud: np.ndarray, most: int) -> list[tuple[int
 
 def _end(pauses: list[tuple[int, int]], level: np.ndarray, start: int, most: int) -> int:
     """Where a part that begins at frame `start` ends: in the longest pause, the later of equals."""
-    low, high = start + max(int(LEAST_SHARE * most), 1), start + most
+    low = start + max(int(LEAST_SHARE * most), 1)
+    high = min(start + most, max(len(level) - round(REST_S / FRAME_S), low + 1))
     longest = round(LONGEST_PAUSE_S / FRAME_S)
     own = [(min(b - a, longest), a, b) for a, b in pauses if a < high and b > low]
     if not own:
