@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from speechlm2_jax.data.audio import AudioError, read_audio
+from speechlm2_jax.data.json_lines import json_lines
 from speechlm2_jax.inference.timestamps.aligner import Aligner
 from speechlm2_jax.inference.timestamps.word_times import AlignedText, word_times
 from speechlm2_jax.settings import SettingsError
@@ -96,23 +97,17 @@ def align_manifest(
 
 def _read_rows(path: Path) -> list[Row]:
     """The rows of a manifest. Raises SettingsError for one that cannot be aligned as it stands."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read ({error})") from error
-    rows = [_parsed(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not path.is_file():
+        raise SettingsError(f"{path}: no such file")
+    rows = [_checked(row, where) for where, row in json_lines(path)]
     if not rows:
         raise SettingsError(f"{path}: has no rows")
     return rows
 
 
-def _parsed(line: str, place: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SettingsError(f"{place}: not a JSON object ({error.msg})") from error
+def _checked(row: Row, place: str) -> Row:
     for key in ("audio_filepath", "text"):
-        if not isinstance(row, dict) or not isinstance(row.get(key), str):
+        if not isinstance(row.get(key), str):
             raise SettingsError(f'{place}: expected a JSON object with a text in "{key}"')
     for key in ("offset", "duration"):
         if not isinstance(row.get(key, 0), int | float | None):
@@ -130,7 +125,7 @@ def _written(target: Path, rows: Sequence[Row]) -> list[Row]:
     content = target.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     try:
-        found = [json.loads(line) for line in whole.splitlines()]
+        found = [json.loads(line) for line in whole.split(b"\n") if line]
     except ValueError as error:
         raise SettingsError(
             f"{target}: not a file of JSON lines; --overwrite replaces it"

@@ -26,7 +26,7 @@ def compare_responses(argv: Sequence[str], program: str) -> str:
     parser.add_argument("--metrics", default="wer", help="names with commas: wer,cer,intent")
     parser.add_argument("--use-normalizer", default="english", help="as use_normalizer=")
     options = parser.parse_args(argv)
-    names = options.metrics.split(",")
+    names = [name.strip() for name in options.metrics.split(",")]
     try:
         check_metrics(names)
         check_normalizer(options.use_normalizer)
@@ -52,7 +52,9 @@ def compare_responses(argv: Sequence[str], program: str) -> str:
 
 
 def _verdict(p_value: float | None, change: float | None, more_is_better: bool) -> str:
-    if p_value is None or change is None or p_value > 0.05:
+    if p_value is None or change is None:
+        return "nothing to compare: no reference has words"
+    if p_value > 0.05:
         return "no difference that is larger than chance"
     return f"the second is {'better' if (change > 0) == more_is_better else 'worse'}"
 

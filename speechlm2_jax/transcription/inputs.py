@@ -58,7 +58,7 @@ def find_sources(inputs: Sequence[str], stdin: TextIO | None = None) -> list[Giv
 def _expanded(inputs: Iterable[str], stdin: TextIO) -> Iterator[str]:
     for given in inputs:
         if given == STDIN:
-            lines = (line.strip() for line in stdin)
+            lines = (line.removeprefix("\ufeff").strip() for line in stdin)
             yield from _expanded([line for line in lines if line and line != STDIN], stdin)
         elif any(sign in given for sign in _SIGNS) and not os.path.exists(given):
             matches = sorted(glob.glob(os.path.expanduser(given), recursive=True))

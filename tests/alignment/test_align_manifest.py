@@ -103,15 +103,27 @@ def test_other_rows_and_bad_lines_are_refused(manifest, tmp_path):
     with pytest.raises(SettingsError, match="is the manifest itself"):
         align_manifest(manifest, Evenly(), manifest)
     for line, message in (
-        ('{"text": "a"}', 'bad.jsonl:1: expected a JSON object with a text in "audio_filepath"'),
+        (
+            '{"text": "a"}',
+            'bad.jsonl line 1: expected a JSON object with a text in "audio_filepath"',
+        ),
         ('{"audio_filepath": "a.wav", "text": "a", "offset": "1"}', '"offset" must be a number'),
-        ("{", "bad.jsonl:1: not a JSON object"),
+        ("{", "bad.jsonl line 1: "),
         ("", "has no rows"),
     ):
         bad = tmp_path / "bad.jsonl"
         bad.write_text(line)
         with pytest.raises(SettingsError, match=message):
             align_manifest(bad, Evenly())
+
+
+def test_a_byte_order_mark_and_line_separators_in_a_text_are_read(manifest, tmp_path):
+    first = json.loads(manifest.read_text().split("\n")[0]) | {"text": "one\u2028two"}
+    marked = manifest.with_name("marked.jsonl")
+    marked.write_text("\ufeff" + json.dumps(first, ensure_ascii=False) + "\n", encoding="utf-8")
+    target = tmp_path / "marked_words.jsonl"
+    assert align_manifest(marked, Evenly(), target).rows == 1
+    assert align_manifest(marked, Evenly(), target).resumed == 1
 
 
 def test_the_command_tells_what_it_did(manifest, monkeypatch, capsys):

@@ -278,3 +278,13 @@ def test_every_row_that_is_left_out_is_listed_with_its_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path), "--split", "left_out=1", "--overwrite"])
     assert "choose another" in capsys.readouterr().err
+
+
+def test_a_manifest_of_an_earlier_split_is_named(tmp_path, capsys):
+    for name in "abc":
+        record(tmp_path / f"{name}.wav", ord(name))
+        put(tmp_path / f"{name}.txt", name)
+    main([str(tmp_path)])
+    assert "of before" not in capsys.readouterr().out
+    main([str(tmp_path), "--split", "train=1", "--overwrite"])
+    assert "test.jsonl, validation.jsonl of before is there too" in capsys.readouterr().out

@@ -143,6 +143,10 @@ def test_two_output_manifests_are_compared(tmp_path, capsys):
     assert evaluate.main(["--compare", first, second, "--metrics", "wer,cer"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("31 responses") and out.count("the second is better") == 2
+    assert evaluate.main(["--compare", first, second, "--metrics", "wer, cer"]) == 0
+    wordless = write(tmp_path / "c.jsonl", [("", "a")])
+    assert evaluate.main(["--compare", wordless, wordless]) == 0
+    assert "no reference has words" in capsys.readouterr().out
     assert evaluate.main(["--compare", first, first]) == 0
     assert "no difference" in capsys.readouterr().out
 

@@ -202,6 +202,11 @@ def _report(
             sets[(one.found.text or "").lower()].add(name)
     if shared := sum(len(names) > 1 for names in sets.values()):
         noticed.append(f"{shared} texts are in more than one set")
+    place = next(iter(targets.values())).parent
+    others = {*place.glob("*.jsonl")} - {*targets.values(), place / LEFT_OUT}
+    if others:
+        names = ", ".join(sorted(path.name for path in others))
+        noticed.append(f"{names} of before is there too, and may have the same recordings")
     lines.append(f"noticed: {'; '.join(noticed)}")
     for name, path in targets.items():
         speakers = len({one.found.speaker for one in parts[name]} - {None})

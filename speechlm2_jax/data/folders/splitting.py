@@ -52,7 +52,7 @@ def split(
     if len(groups) < len(shares):
         raise SettingsError(
             f"--split: {len(groups)} groups (speakers or files) cannot fill {len(shares)} sets; "
-            "leave out a set, or split --by file"
+            "name fewer sets (--split train=1), or split --by file"
         )
     total = sum(seconds.values()) or 1.0
     given = dict.fromkeys(shares, 0.0)
