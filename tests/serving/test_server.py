@@ -7,6 +7,9 @@ import numpy as np
 import openai
 import pytest
 
+from speechlm2_jax.inference.generate import PromptInputs, prepare_prompts, run_generation
+from speechlm2_jax.inference.long_form.chunked import split_long_audio
+from speechlm2_jax.inference.request.generation_request import read_request
 from tests.serving.server_case import OPTIONS, load_tiny, recording, running, wav_bytes
 
 
@@ -129,11 +132,21 @@ def test_under_load_every_response_is_that_of_generate_alone(model, client):
         assert text == expected[which, "temperature" in kind], number
 
 
-def test_a_long_recording_is_joined_from_chunks_whole_or_streamed(client):
+def test_a_long_recording_is_joined_from_chunks_as_by_generate(model, client):
     samples = np.tile(recording(4, 8000), 2)
     file = ("a.wav", wav_bytes(samples))
     whole = client.audio.transcriptions.create(model="tiny", file=file)
     stream = client.audio.transcriptions.create(model="tiny", file=file, stream=True)
     *deltas, done = stream
-    assert done.text == whole.text != ""
+    text = f"{OPTIONS.prompt} {model.audio_locator_tag}"
+    dialog = [{"role": "user", "content": text, "audio": [samples]}]
+    engine = model.engine()
+    (example,), _ = prepare_prompts(engine, PromptInputs([dialog]))
+    chunks = split_long_audio(example, OPTIONS.max_audio_s, model.sampling_rate)
+    asked = read_request(model, {"max_new_tokens": OPTIONS.max_new_tokens})
+    *_, output = run_generation(engine, chunks.rows, asked)
+    responses = [ids[:n] for ids, n in zip(output.ids, output.lengths, strict=True)]
+    ids = np.asarray(chunks.join(responses, model.tokenizer, model.end_ids))
+    ids = ids[~np.isin(ids, [*model.end_ids, model.text_pad_id])]
+    assert done.text == whole.text == model.tokenizer.ids_to_text(ids).strip() != ""
     assert deltas
