@@ -223,7 +223,7 @@ def _texts_by_prompt(
 
 
 def _clip_text(ids: np.ndarray, logprobs: np.ndarray | None, to_text: ToText) -> ClipText:
-    text = to_text(ids)
+    text = to_text(ids.tolist())
     if logprobs is None:
         return ClipText(text)
     return ClipText(text, tuple(word_confidences(ids.tolist(), logprobs, to_text)))

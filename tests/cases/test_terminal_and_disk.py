@@ -117,7 +117,9 @@ def test_an_output_that_nobody_reads_is_no_error(monkeypatch):
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "convert"])
 def test_every_program_outlives_its_readers(name):
-    source = (experiment.Path(__file__).parents[2] / f"{name}.py").read_text()
-    assert (
-        "    console.ignore_closed_pipes()\n" in source.partition('if __name__ == "__main__":')[2]
-    )
+    root = experiment.Path(__file__).parents[2]
+    script = (root / f"{name}.py").read_text().partition('if __name__ == "__main__":')[2]
+    command = (root / "speechlm2_jax" / "commands" / f"{name}.py").read_text()
+    assert "run(" in script
+    run = command.partition("def run(")[2].partition("\ndef ")[0]
+    assert "    console.ignore_closed_pipes()\n" in run
