@@ -20,7 +20,6 @@ SLOW: Mapping[str, str] = {
     "serving/test_page.py::*": "starts a browser beside a server; the server's own tests are quick",
     "inference/test_recordings_to_text.py::test_a_model_gives_words_with_times*": KINDRED,
     "inference/test_word_times.py::test_a_long_recording_is_encoded_in_windows*": KINDRED,
-    "layers/test_attention_choice.py::test_whole_rows_equal_plain*?5?": VARIANT,
     "models/test_asr_model.py::test_transcripts_equal_nemo*?rnnt_2layer-None*": VARIANT,
     "benchmarks/test_benchmarks.py::test_responses_have_exactly*": KINDRED,
     "benchmarks/test_parts_alone.py::test_perception_is_timed*": KINDRED,
