@@ -1,5 +1,8 @@
 """`slm.Trainer` scores hypotheses at validation as train.py does."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import yaml
 
@@ -23,6 +26,25 @@ def test_fit_scores_words_and_shows_hypotheses(tmp_path, capsys):
     assert "val_loss" in losses and "val_wer" not in losses
 
 
+def test_scores_are_of_whole_sets_and_of_all_processes(monkeypatch):
+    responses = {"a b": "a c", "d": "d", "e f": "e f"}
+    monkeypatch.setattr(validation_scores, "hypotheses", lambda _, p: [responses[t] for t in p])
+    scores = validation_scores.ResponseScores(model=object(), names=("wer", "cer", "chrf"))
+    for name, texts in (("one", ["a b", "d"]), ("two", ["e f"]), ("none", [])):
+        batch = [SimpleNamespace(id=text, text=text, prompt=text) for text in texts]
+        samples = scores.update(name, SimpleNamespace(references=(*batch, None)))
+        assert [(s.reference, s.hypothesis) for s in samples] == [(t, responses[t]) for t in texts]
+    found = scores.compute()
+    assert (found["wer_one"], found["wer_two"]) == (pytest.approx(1 / 3), 0)
+    assert found["wer"] == pytest.approx(1 / 6) and found["cer_one"] == 0.25
+    assert "wer_none" not in found and found["chrf_two"] == 100
+    gathered = [json.dumps(scores.pairs), json.dumps({"two": [["g", "h"]]})]
+    monkeypatch.setattr(validation_scores.processes, "gather_texts", lambda _: gathered)
+    scores.gather()  # this is the first process
+    assert scores.compute()["wer_two"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.slow  # builds and validates a model twice
 def test_metrics_of_responses_are_those_that_are_named(tmp_path, capsys):
     trainer = {"max_steps": 1, "num_val_samples": 1, "validation_metrics": ["cer", "wer", "chrf"]}
     values = yaml.safe_load(write_config(tmp_path, trainer=trainer).read_text())
