@@ -131,7 +131,13 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help="audio or video files, folders, patterns ('a/**/*.wav'), manifests (.jsonl), "
         "addresses, or - for a list on standard input",
     )
-    model = parser.add_argument_group("model")
+    _add_model(parser.add_argument_group("model"))
+    _add_output(parser.add_argument_group("output"))
+    _add_generation(parser.add_argument_group("generation"))
+    return parser
+
+
+def _add_model(model: argparse._ArgumentGroup) -> None:
     model.add_argument(
         "--model",
         metavar="NAME",
@@ -151,7 +157,9 @@ def _parser(program: str) -> argparse.ArgumentParser:
     model.add_argument(
         "--quantize", choices=("int8", "fp8"), help="hold the LLM in 8 bits (default: no)"
     )
-    output = parser.add_argument_group("output")
+
+
+def _add_output(output: argparse._ArgumentGroup) -> None:
     output.add_argument(
         "--output",
         default="txt",
@@ -175,23 +183,25 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help="the ASR model that finds the times of words (default: the model's own CTC head, "
         "else nvidia/parakeet-ctc-0.6b)",
     )
-    speed = parser.add_argument_group("generation")
-    speed.add_argument(
+
+
+def _add_generation(generation: argparse._ArgumentGroup) -> None:
+    generation.add_argument(
         "--batch-size", type=_positive, default=8, help="recordings at once (default: 8)"
     )
-    speed.add_argument(
+    generation.add_argument(
         "--max-audio-s",
         type=_seconds,
         metavar="SECONDS",
         help="cut longer audio at pauses (default: the longest of the training, else 40)",
     )
-    speed.add_argument(
+    generation.add_argument(
         "--max-new-tokens",
         type=_positive,
         metavar="N",
         help="longest text of a part of a recording (default: 256)",
     )
-    speed.add_argument(
+    generation.add_argument(
         "--set",
         dest="generation",
         action="append",
@@ -199,7 +209,6 @@ def _parser(program: str) -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="a keyword of generate, such as num_beams=4 (docs/generation.md)",
     )
-    return parser
 
 
 def _positive(text: str) -> int:
