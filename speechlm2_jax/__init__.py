@@ -7,7 +7,7 @@ and touches no device, so the model half runs where only the JAX stack is instal
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _FACES = {
     "models": ("speechlm2_jax.models", None),

@@ -89,7 +89,6 @@ def test_bundled_files_are_found_from_any_folder(tmp_path, monkeypatch):
 
 @pytest.mark.slow  # builds the wheel
 def test_the_wheel_has_everything_that_the_configs_name(tmp_path):
-    pytest.importorskip("hatchling")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")

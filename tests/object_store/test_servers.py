@@ -1,7 +1,6 @@
 """The real libraries, s3fs and gcsfs, against servers that emulate the services.
 
-They need packages that this project does not: pip install s3fs "moto[s3]" flask flask-cors gcsfs
-gcp-storage-emulator.
+They need packages that this project does not, `SERVICES`.
 """
 
 import socket
@@ -16,7 +15,13 @@ from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.run.store_lock import StoreLock
 from tests.object_store.test_mirror import Run, files
 
+SERVICES = 's3fs "moto[s3]" flask flask-cors gcsfs gcp-storage-emulator'
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings of the servers
+
+
+def _needed(name: str):
+    """A package of the emulated services; without it the test tells how to get all of them."""
+    return pytest.importorskip(name, reason=f"no {name}: pip install {SERVICES}")
 
 
 @pytest.fixture(params=["s3", "gs"])
@@ -27,8 +32,8 @@ def address(request, tmp_path, monkeypatch):
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     if request.param == "s3":
-        s3fs = pytest.importorskip("s3fs")
-        server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port)
+        s3fs = _needed("s3fs")
+        server = _needed("moto.server").ThreadedMotoServer("127.0.0.1", port)
         names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
         for name, value in zip(names, ("a", "b", url), strict=True):
             monkeypatch.setenv(name, value)
@@ -37,8 +42,8 @@ def address(request, tmp_path, monkeypatch):
         s3fs.S3FileSystem().mkdir("bucket")
     else:
         monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks another service
-        pytest.importorskip("gcsfs")  # reads that variable
-        servers = pytest.importorskip("gcp_storage_emulator.server")
+        _needed("gcsfs")  # reads that variable
+        servers = _needed("gcp_storage_emulator.server")
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
         monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon", "endpoint_url": url})
         server = servers.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
