@@ -24,13 +24,12 @@ def times_of(run_dir):
 def test_the_parts_of_a_fit_add_up_to_its_wall_time(tmp_path):
     trainer, model = make_trainer(tmp_path, max_steps=3), ToyModel(dropout=0.2)
     slow = ToyData(on_batch=lambda _: time.sleep(0.05))
-    began = time.monotonic()
+    began = time.time()
     trainer.fit(model, slow)
-    wall_s = time.monotonic() - began
     (row,) = times_of(tmp_path)
     parts = {kind: row[f"time_{kind}_s"] for kind in (COMPUTE, *KINDS)}
     assert sum(parts.values()) == pytest.approx(row["time_total_s"])
-    assert wall_s - 0.15 < row["time_total_s"] <= wall_s
+    assert row["time_total_s"] == pytest.approx(row["time_ended"] - began, abs=0.15)
     assert parts["importing"] == 0.0 and parts["data_wait"] >= 0.15
     assert all(parts[kind] > 0 for kind in ("starting", "compiling", "validation", "saving"))
 
@@ -50,11 +49,16 @@ def test_the_start_of_a_process_is_counted_when_it_is_asked_for(monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux has it")
 def test_the_age_of_a_process_is_the_time_since_it_was_started():
-    first, begin = goodput.process_age_s(), time.monotonic()
+    times = [time.monotonic()]
+    first = goodput.process_age_s()
+    times.append(time.monotonic())
     time.sleep(0.05)
+    times.append(time.monotonic())
     second = goodput.process_age_s()
+    times.append(time.monotonic())
     assert first is not None and second is not None
-    assert second - first == pytest.approx(time.monotonic() - begin, abs=0.03)
+    tick_s = 0.02  # Linux counts in hundredths of a second
+    assert times[2] - times[1] - tick_s <= second - first <= times[3] - times[0] + tick_s
     assert first > 0.1  # Python and JAX have been imported
 
 
