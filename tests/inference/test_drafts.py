@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from speechlm2_jax.evaluation.encoder_wer import RemembersTexts
 from speechlm2_jax.inference.drafts import token_classes
+from speechlm2_jax.inference.request.values import check_values
 from speechlm2_jax.models import SALM
 
 ROOT = Path(__file__).parents[2]
@@ -15,8 +17,6 @@ WHOLE = dict(max_new_tokens=12, return_dict_in_generate=True)
 
 class Transcriber:
     """Stands for an ASR model: "transcribes" a recording to the text of its own."""
-
-    SHORTEST_S = 0.0
 
     def __init__(self, texts: dict[int, str], sampling_rate: int = 16000):
         self.texts, self.sampling_rate = texts, sampling_rate
@@ -72,6 +72,11 @@ def test_streams_samples_and_prompt_lookup_have_the_same_tokens(model, plain, mo
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("drafts_of", [lambda asr: asr, RemembersTexts], ids=["ASR", "encoder"])
+def test_all_that_transcribes_may_be_an_assistant(drafts_of):
+    check_values({"assistant_model": drafts_of(Transcriber({}))}, 10, ())
+
+
 @pytest.mark.slow
 def test_transcripts_of_recordings_are_drafts_also_of_chunks(model, monkeypatch):
     draw = np.random.default_rng(0)
@@ -81,9 +86,10 @@ def test_transcripts_of_recordings_are_drafts_also_of_chunks(model, monkeypatch)
     expected = model.generate(prompts, max_new_tokens=12, max_audio_s=False)
     texts = as_texts(monkeypatch, model, expected)
     assistant = Transcriber({len(w): t for w, t in zip(waves, texts, strict=True)})
-    found = model.generate(prompts, assistant_model=assistant, max_audio_s=False, **WHOLE)
-    np.testing.assert_array_equal(found.sequences, expected)
-    assert found.accepted.tolist() == found.drafted.tolist() == [10] * 3
+    for source in (assistant, RemembersTexts(assistant)):
+        found = model.generate(prompts, assistant_model=source, max_audio_s=False, **WHOLE)
+        np.testing.assert_array_equal(found.sequences, expected)
+        assert found.accepted.tolist() == found.drafted.tolist() == [10] * 3
 
     class AnyLength(Transcriber):
         def transcribe(self, audio):

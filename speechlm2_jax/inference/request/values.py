@@ -142,7 +142,7 @@ def _are_drafts(value: object) -> bool:
 
 
 def _is_assistant(value: object) -> bool:
-    transcribes = callable(getattr(value, "transcribe", None)) and hasattr(value, "SHORTEST_S")
+    transcribes = callable(getattr(value, "transcribe", None)) and hasattr(value, "sampling_rate")
     return transcribes or callable(getattr(value, "as_draft_model", None))
 
 
