@@ -8,8 +8,10 @@ import numpy as np
 
 from speechlm2_jax.data.augmentation.config import AugmentationConfig
 from speechlm2_jax.data.input_config import InputConfig, ManifestPaths, Paths, SharPath, TarPaths
-from speechlm2_jax.data.storage.access import StorageAccess
-from speechlm2_jax.settings import Refusal
+from speechlm2_jax.data.paths import checked_path, local_file
+from speechlm2_jax.data.storage.access import StorageAccess, using
+from speechlm2_jax.data.storage.addresses import is_remote
+from speechlm2_jax.settings import Refusal, SettingsError
 
 L = TypeVar("L", float, np.ndarray)
 
@@ -165,7 +167,8 @@ class LoaderConfig(AugmentationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.storage  # raises for an unknown scheme
+        with using(self.storage):  # raises for an unknown scheme
+            self._check_responses()
         highest_hz = self.lowpass_frequencies_interval[1]
         if self.lowpass_enabled and 2 * highest_hz > self.sample_rate:
             raise ValueError(
@@ -191,6 +194,15 @@ class LoaderConfig(AugmentationConfig):
                 "bucket_batch_size with bucket_duration_bins"
             )
         self._check_bins()
+
+    def _check_responses(self) -> None:
+        """A missing manifest of impulse responses is told before anything is read."""
+        if self.rir_enabled and self.rir_path is not None:
+            try:
+                if not is_remote(path := checked_path(self.rir_path)):
+                    local_file(path)
+            except SettingsError as error:
+                raise ValueError(f"rir_path: {error}") from error
 
     def _check_bins(self) -> None:
         bins, sizes = self.bucket_duration_bins, self.bucket_batch_size
