@@ -12,8 +12,9 @@ from speechlm2_jax.settings import SettingsError, parse_json
 
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """transformers' names, old and new, of the class that tokenizer.json alone describes."""
-GENERIC_MODEL_TYPES = (None, "llama", "qwen3")
-"""Of a config.json beside it; for some others transformers prefers a class of its own."""
+GENERIC_MODEL_TYPES = (None, "llama", "qwen3", "nemo_speechlm")
+"""Of a config.json beside it (`nemo_speechlm`: of a saved SALM); for some others transformers
+prefers a class of its own."""
 MODEL_KINDS = ("BPE", "Unigram", "WordLevel", "WordPiece")
 """`model.type` of a tokenizer.json, as the package tokenizers knows them."""
 TOKENIZER_FILES = (

@@ -91,7 +91,9 @@ def test_a_directory_without_a_tokenizer_is_one_clear_error(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["llm/llama", "llm/llama3", "llm/qwen3", "prompts/tok_bpe"])
+@pytest.mark.parametrize(
+    "name", ["llm/llama", "llm/llama3", "llm/qwen3", "prompts/tok_bpe", "salm/automodel_hf"]
+)
 def test_the_quick_way_to_a_generic_tokenizer_gives_what_auto_tokenizer_does(name):
     from transformers import AutoTokenizer
 
