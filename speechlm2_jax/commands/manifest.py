@@ -4,8 +4,9 @@
     speechlm2-jax manifest clips --output data --split train=0.9,test=0.1
 
 The texts may be a text file or a JSON file beside each recording, a CSV or TSV table, or in the
-layout of Common Voice, LibriSpeech, LJSpeech or a Hugging Face audiofolder. Recordings that cannot
-be trained on are left out; left_out.jsonl lists them with the reason.
+layout of Common Voice, LibriSpeech, LJSpeech or a Hugging Face audiofolder. Sets that the folder
+has itself are kept. Recordings that cannot be trained on are left out; left_out.jsonl lists them
+with the reason.
 """
 
 import argparse
@@ -42,6 +43,7 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> None:
         add("--min-duration", type=float, default=default, help="shortest, in seconds (0.1)")
         add("--max-duration", type=float, default=default, help="longest, in seconds (40)")
         for name, text in (
+            ("--resplit", "split anew what the folder has in sets (train, dev, test, ...)"),
             ("--keep-copies", "keep recordings with the same samples"),
             ("--overwrite", "replace manifests that are there"),
         ):

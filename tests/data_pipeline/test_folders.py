@@ -288,3 +288,153 @@ def test_a_manifest_of_an_earlier_split_is_named(tmp_path, capsys):
     assert "of before" not in capsys.readouterr().out
     main([str(tmp_path), "--split", "train=1", "--overwrite"])
     assert "test.jsonl, validation.jsonl of before is there too" in capsys.readouterr().out
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("places", "speakers"),
+    [
+        (["spk1/s1/a.wav", "spk1/s2/b.wav", "spk2/c.wav"], ["spk1", "spk1", "spk2"]),
+        (["clips/a.wav", "wav48/b.wav", "Data/c.wav"], [None] * 3),
+        (["wavs/ann/a.wav", "wavs/bob/b.wav"], ["ann", "bob"]),
+        (["monday/a.wav", "monday/b.wav", "c.wav"], [None] * 3),
+        (["train/ann/a.wav", "test/bob/b.wav"], ["ann", "bob"]),
+        (["Dev Patel/a.wav", "bob/b.wav"], ["Dev Patel", "bob"]),
+    ],
+)
+def test_the_first_folder_that_may_name_a_speaker_does(places, speakers, tmp_path):
+    for place in places:
+        record(tmp_path / place)
+        put((tmp_path / place).with_suffix(".txt"), "one")
+    found = {one.audio: one.speaker for one in read_folder(tmp_path).recordings}
+    assert [found[tmp_path / place] for place in places] == speakers
+
+
+def test_rows_without_a_speaker_are_not_of_one_speaker(tmp_path, capsys):
+    put(tmp_path / "a.csv", "file,text,speaker\n" + "".join(f"{n}.wav,t{n}, \n" for n in range(4)))
+    for n in range(4):
+        record(tmp_path / f"{n}.wav", n)
+    assert {one.speaker for one in read_folder(tmp_path).recordings} == {None}
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--by", "speaker"])
+    assert "4 recordings have no speaker" in capsys.readouterr().err
+
+
+def lists_of_sets(root):
+    for n, name in enumerate(("train", "train", "dev", "test")):
+        with (root / f"{name}.csv").open("a") as file:
+            file.write(("" if file.tell() else "file,text\n") + f"{n}.wav,t{n}\n")
+    return [f"{n}.wav" for n in range(4)], {"train": [0, 1], "validation": [2], "test": [3]}
+
+
+def column_of_sets(root):
+    rows = "".join(f"{n}.wav,t{n},{name}\n" for n, name in enumerate(("train", "train", "Eval")))
+    put(root / "all.csv", f"file,text,split\n{rows}")
+    return [f"{n}.wav" for n in range(3)], {"train": [0, 1], "eval": [2]}
+
+
+def folders_of_sets(root):
+    places = ["train/a/0.wav", "train/b/1.wav", "valid/a/2.wav"]
+    for n, place in enumerate(places):
+        put((root / place).with_suffix(".txt"), f"t{n}")
+    return places, {"train": [0, 1], "validation": [2]}
+
+
+def subsets(root):
+    places = [f"{s}/{n}/7/{n}-7-0.flac" for n, s in enumerate(("train-clean-100", "test-other"))]
+    for n, place in enumerate(places):
+        put((root / place).with_name(f"{n}-7.trans.txt"), f"{n}-7-0 t{n}\n")
+    return places, {"train": [0], "test": [1]}
+
+
+def held_out_folder(root):
+    places = ["a/0.wav", "b/1.wav", "test/2.wav"]
+    for n, place in enumerate(places):
+        put((root / place).with_suffix(".txt"), f"t{n}")
+    return places, {"train": [0, 1], "test": [2]}
+
+
+def common_voice_sets(root):
+    head = "client_id\tpath\tsentence\n"
+    rows = [f"{n}\t{n}.wav\tt{n}\n" for n in range(4)]
+    for name, own in (("train", rows[:1]), ("dev", rows[1:2]), ("test", rows[2:3])):
+        put(root / f"{name}.tsv", head + "".join(own))
+    put(root / "validated.tsv", head + "".join(rows))
+    return [f"clips/{n}.wav" for n in range(4)], {"train": [0], "validation": [1], "test": [2]}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *(lists_of_sets, column_of_sets, folders_of_sets, subsets, held_out_folder),
+        common_voice_sets,
+    ],
+)
+def test_sets_of_the_folder_are_kept_unless_it_is_to_be_split_anew(layout, tmp_path, capsys):
+    root = tmp_path / "folder"
+    root.mkdir()
+    places, expected = layout(root)
+    for n, place in enumerate(places):
+        record(root / place, n)
+    main([str(root), "--output", str(tmp_path / "kept")])
+    found = {path.stem: rows_of(path) for path in (tmp_path / "kept").glob("*.jsonl")}
+    left_out = found.pop("left_out")
+    assert {k: sorted(int(r["text"][1:]) for r in v) for k, v in found.items()} == expected
+    assert [row["cause"] for row in left_out] == ["no_set"] * (layout is common_voice_sets)
+    told = capsys.readouterr().out
+    assert f"kept the folder's own sets: {', '.join(expected)}; --resplit" in told
+    assert ("1 speakers are in more than one" in told) == (layout is folders_of_sets)
+    main([str(root), "--output", str(tmp_path / "anew"), "--resplit", "--split", "all=1"])
+    assert len(rows_of(tmp_path / "anew" / "all.jsonl")) == len(places)
+    told = capsys.readouterr().out
+    assert "split by" in told and "the folder's own sets" in told and "are not kept" in told
+
+
+def test_a_folder_of_one_set_is_split(tmp_path, capsys):
+    put(tmp_path / "train.csv", "file,text\n" + "".join(f"{n}.wav,t{n}\n" for n in range(4)))
+    for n in range(4):
+        record(tmp_path / f"{n}.wav", n)
+    main([str(tmp_path), "--split", "train=0.75,test=0.25"])
+    assert [len(rows_of(tmp_path / f"{name}.jsonl")) for name in ("train", "test")] == [3, 1]
+    assert "split by files: train=0.75,test=0.25; the folder's own" in capsys.readouterr().out
+
+
+def test_small_sets_get_small_groups(tmp_path):
+    seconds = {"a": 50.0, "b": 30.0, "c": 12.0, "d": 5.0, "e": 3.0}
+    groups = {key: [key] for key in seconds}
+    shares = parse_shares("train=0.9,validation=0.05,test=0.05")
+    for seed in range(20):
+        parts = split(groups, seconds, shares, seed=seed)
+        assert sorted(parts["train"]) == ["a", "b", "c"]
+    # but long files are in every set where files are many
+    many = {f"{n}": float(1 + n % 10) for n in range(400)}
+    parts = split({key: [key] for key in many}, many, shares, seed=0)
+    means = [np.mean([many[key] for key in part]) for part in parts.values()]
+    assert means == pytest.approx([5.5] * 3, abs=1.5)
+
+
+def test_shares_that_groups_do_not_give_are_told(tmp_path, capsys):
+    for n in range(9):
+        record(tmp_path / f"{n % 3}" / f"{n}.wav", n)
+        put(tmp_path / f"{n % 3}" / f"{n}.txt", f"t{n}")
+    main([str(tmp_path), "--output", str(tmp_path / "a")])
+    told = capsys.readouterr().out
+    assert "warning: 3 speakers do not divide so: train 33% (not 90%), validation 33%" in told
+    assert "--by file" in told
+    main([str(tmp_path), "--output", str(tmp_path / "b"), "--split", "train=0.6,test=0.4"])
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_names_are_found_however_their_accents_are_composed(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    record(tmp_path / "one" / f"{apart}.wav")
+    put(tmp_path / "one" / "list.csv", f"file,text\n{composed}.wav,one\n{apart},two\n")
+    found = read_folder(tmp_path / "one")
+    assert [one.audio for one in found.recordings] == [tmp_path / "one" / f"{apart}.wav"] * 2
+    assert found.unlisted == ()
+    record(tmp_path / apart / f"{apart}.wav")
+    put(tmp_path / apart / f"{composed}.txt", "three")
+    assert [one.text for one in read_folder(tmp_path / apart).recordings] == ["three"]

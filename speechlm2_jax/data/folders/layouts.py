@@ -7,11 +7,13 @@ that layout. They are asked in the order of LAYOUTS.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.data.audio_suffixes import AUDIO_SUFFIXES
+from speechlm2_jax.data.folders.files import FolderFiles
+from speechlm2_jax.data.folders.naming import set_named, set_of, speakers_of
 from speechlm2_jax.data.folders.tables import (
     STRETCH_COLUMNS,
     columns,
@@ -21,7 +23,6 @@ from speechlm2_jax.data.folders.tables import (
     value_of,
 )
 from speechlm2_jax.data.json_lines import text_lines
-from speechlm2_jax.data.paths import files_below
 from speechlm2_jax.settings import SettingsError
 
 AUDIO_COLUMNS = (
@@ -33,9 +34,12 @@ TEXT_COLUMNS = (
     *("label", "words", "raw_text"),
 )
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id", "voice", "spk", "spk_id", "user_id")
+SET_COLUMNS = ("split", "subset", "partition")
 TABLES = (".csv", ".tsv")
-COMMON_VOICE = ("validated.tsv", "train.tsv", "dev.tsv", "test.tsv", "other.tsv")
-"""Lists of Mozilla Common Voice, the widest first: it is the one that is read."""
+COMMON_VOICE_SETS = ("train.tsv", "dev.tsv", "test.tsv")
+"""Lists of Mozilla Common Voice; no speaker is in two of them."""
+COMMON_VOICE_ALL, COMMON_VOICE_REST = "validated.tsv", "other.tsv"
+"""Its lists of what is in those and more, and of what is in none."""
 HUGGING_FACE = ("metadata.csv", "metadata.jsonl")
 LIBRISPEECH = "*.trans.txt"
 _LJSPEECH_ROW = re.compile(r"[^|]+\|[^|]*(\|[^|]*)?")
@@ -51,6 +55,8 @@ class Found:
     speaker: str | None = None
     where: str
     """The line or file that holds the text, for messages."""
+    set: str | None = None
+    """The set that its list, its folder or a column of its list names: train, validation, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +79,18 @@ def read_folder(root: Path) -> Folder:
     """
     if not root.is_dir():
         raise SettingsError(f"{root}: no such folder")
-    audio = [path for path in files_below(root) if _is_audio(path)]
+    files = FolderFiles.below(root)
     for name, read in LAYOUTS.items():
-        found = read(root, audio)
+        found = read(files)
         if found is not None:
             named = {one.audio.resolve() for one in found}
-            unlisted = tuple(path for path in audio if path.resolve() not in named)
+            unlisted = tuple(path for path in files.audio if path.resolve() not in named)
             return Folder(layout=name, recordings=tuple(found), unlisted=unlisted)
     for table in _tables(root):
         raise _unnamed(table, "recordings", AUDIO_COLUMNS)
-    if not audio:
+    if not files.audio:
         raise SettingsError(f"{root}: no recording in it ({' '.join(AUDIO_SUFFIXES[:9])} ...)")
-    return Folder(layout="recordings without texts", recordings=tuple(_bare(audio)))
+    return Folder(layout="recordings without texts", recordings=tuple(_bare(files.audio)))
 
 
 def _bare(audio: Iterable[Path]) -> Iterator[Found]:
@@ -92,44 +98,56 @@ def _bare(audio: Iterable[Path]) -> Iterator[Found]:
         yield Found(audio=path, text=None, where=str(path))
 
 
-def _is_audio(path: Path) -> bool:
-    is_named_so = path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith("._")
-    return is_named_so and not path.is_dir()
+def _common_voice(files: FolderFiles) -> list[Found] | None:
+    """Common Voice: the rows of its lists of sets if two have any, else of its widest list.
 
-
-def _common_voice(root: Path, _audio: Sequence[Path]) -> list[Found] | None:
-    lists = [root / name for name in COMMON_VOICE if (root / name).is_file()]
-    if not lists or not (root / "clips").is_dir():
+    Beside lists of sets, what validated.tsv has alone is of no set.
+    """
+    clips = files.root / "clips"
+    names = (COMMON_VOICE_ALL, *COMMON_VOICE_SETS, COMMON_VOICE_REST)
+    if not clips.is_dir() or not any((files.root / name).is_file() for name in names):
         return None
-    return list(_rows(lists[0], folders=(root / "clips", root)))
+
+    def rows(name: str) -> list[Found]:
+        path = files.root / name
+        return list(_rows(path, files, (clips, files.root))) if path.is_file() else []
+
+    of_sets = [own for name in COMMON_VOICE_SETS if (own := rows(name))]
+    if len(of_sets) < 2:
+        found = rows(COMMON_VOICE_ALL) or sum(of_sets, []) or rows(COMMON_VOICE_REST)
+        return [replace(one, set=None) for one in found]
+    found = [one for own in of_sets for one in own]
+    named = {one.audio for one in found}
+    return found + [one for one in rows(COMMON_VOICE_ALL) if one.audio not in named]
 
 
-def _librispeech(root: Path, _audio: Sequence[Path]) -> list[Found] | None:
-    lists = sorted(root.rglob(LIBRISPEECH))
-    return [one for path in lists for one in _transcripts(path)] if lists else None
+def _librispeech(files: FolderFiles) -> list[Found] | None:
+    lists = files.named(LIBRISPEECH)
+    return [one for path in lists for one in _transcripts(path, files)] if lists else None
 
 
-def _transcripts(path: Path) -> Iterator[Found]:
+def _transcripts(path: Path, files: FolderFiles) -> Iterator[Found]:
     """LibriSpeech's lines `SPEAKER-CHAPTER-NUMBER TEXT`; the recordings lie beside the list."""
-    beside = {one.stem: one for one in path.parent.iterdir() if _is_audio(one)}
     for where, line in text_lines(path):
         name, _, text = line.strip().partition(" ")
         if name:
-            audio = beside.get(name, path.parent / f"{name}.flac")
-            yield Found(audio=audio, text=text, speaker=name.split("-")[0], where=where)
+            audio = files.placed(name, (path.parent,))
+            speaker = name.split("-")[0]
+            own_set = set_of(files.root, audio)
+            yield Found(audio=audio, text=text, speaker=speaker, where=where, set=own_set)
 
 
-def _audiofolder(root: Path, _audio: Sequence[Path]) -> list[Found] | None:
+def _audiofolder(files: FolderFiles) -> list[Found] | None:
     """Hugging Face's audiofolder: a list with the column `file_name` in the folder or below it."""
-    lists = sorted(path for name in HUGGING_FACE for path in root.rglob(name))
+    lists = sorted(path for name in HUGGING_FACE for path in files.named(name))
     lists = [path for path in lists if "file_name" in columns(path)]
-    return [one for path in lists for one in _rows(path, folders=(path.parent,))] or None
+    return [one for path in lists for one in _rows(path, files, (path.parent,))] or None
 
 
-def _ljspeech(root: Path, _audio: Sequence[Path]) -> list[Found] | None:
+def _ljspeech(files: FolderFiles) -> list[Found] | None:
     """LJSpeech's metadata.csv: `NAME|text|normalised text` without a head; audio in wavs/."""
-    table = root / "metadata.csv"
-    if not table.is_file() or not (root / "wavs").is_dir():
+    table, wavs = files.root / "metadata.csv", files.root / "wavs"
+    if not table.is_file() or not wavs.is_dir():
         return None
     lines = [(where, line) for where, line in text_lines(table) if line.strip()]
     if not all(_LJSPEECH_ROW.fullmatch(line) for _, line in lines):
@@ -138,48 +156,47 @@ def _ljspeech(root: Path, _audio: Sequence[Path]) -> list[Found] | None:
     for where, line in lines:
         name, raw, *normalised = line.split("|")
         text = next((text for text in (*normalised, raw) if text.strip()), "")
-        found.append(Found(audio=_placed(name, (root / "wavs",)), text=text, where=where))
+        found.append(Found(audio=files.placed(name, (wavs,)), text=text, where=where))
     return found
 
 
-def _table(root: Path, _audio: Sequence[Path]) -> list[Found] | None:
+def _table(files: FolderFiles) -> list[Found] | None:
     """CSV and TSV files with a column of audio files and one of texts, in the folder itself."""
+    root = files.root
     fitting = [p for p in _tables(root) if first_of(columns(p), AUDIO_COLUMNS) is not None]
     folders = (root, root / "audio", root / "wav", root / "wavs", root / "clips")
-    return [one for path in fitting for one in _rows(path, folders=folders)] or None
+    return [one for path in fitting for one in _rows(path, files, folders)] or None
 
 
 def _tables(root: Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if p.suffix.lower() in TABLES and p.is_file())
 
 
-def _sidecars(root: Path, audio: Sequence[Path]) -> list[Found] | None:
-    """`a.wav` with `a.txt` or `a.json` beside it; the folder below `root` may name the speaker."""
-    found = [_with_sidecar(path, _speaker_of_folder(root, path)) for path in audio]
+def _sidecars(files: FolderFiles) -> list[Found] | None:
+    """`a.wav` with `a.txt` or `a.json` beside it; a folder below `root` may name the speaker."""
+    speakers = speakers_of(files.root, files.audio)
+    pairs = zip(files.audio, speakers, strict=True)
+    found = [_with_sidecar(path, speaker, files) for path, speaker in pairs]
     return found if any(one.text is not None for one in found) else None
 
 
-def _with_sidecar(audio: Path, speaker: str | None) -> Found:
-    text_file, json_file = audio.with_suffix(".txt"), audio.with_suffix(".json")
-    if text_file.is_file():
+def _with_sidecar(audio: Path, speaker: str | None, files: FolderFiles) -> Found:
+    bare = Found(
+        audio=audio, text=None, speaker=speaker, where=str(audio), set=set_of(files.root, audio)
+    )
+    if (text_file := files.find(audio.with_suffix(".txt"))) is not None:
         words = " ".join(line.strip() for _, line in text_lines(text_file)).strip()
-        return Found(audio=audio, text=words, speaker=speaker, where=str(text_file))
-    if json_file.is_file():
+        return replace(bare, text=words, where=str(text_file))
+    if (json_file := files.find(audio.with_suffix(".json"))) is not None:
         row = _json(json_file)
         where = str(json_file)
         text = value_of(where, row, TEXT_COLUMNS)
         own = value_of(where, row, SPEAKER_COLUMNS) or speaker
-        return Found(audio=audio, text=text, speaker=own, where=where)
-    return Found(audio=audio, text=None, speaker=speaker, where=str(audio))
+        return replace(bare, text=text, speaker=own, where=where)
+    return bare
 
 
-def _speaker_of_folder(root: Path, audio: Path) -> str | None:
-    """The folder of a recording, if there are folders: people keep a speaker in each."""
-    parts = audio.relative_to(root).parts[:-1]
-    return "/".join(parts) or None
-
-
-LAYOUTS: Mapping[str, Callable[[Path, Sequence[Path]], list[Found] | None]] = {
+LAYOUTS: Mapping[str, Callable[[FolderFiles], list[Found] | None]] = {
     "Mozilla Common Voice": _common_voice,
     "LibriSpeech": _librispeech,
     "Hugging Face audiofolder": _audiofolder,
@@ -189,7 +206,7 @@ LAYOUTS: Mapping[str, Callable[[Path, Sequence[Path]], list[Found] | None]] = {
 }
 
 
-def _rows(table: Path, *, folders: Sequence[Path]) -> Iterator[Found]:
+def _rows(table: Path, files: FolderFiles, folders: Sequence[Path]) -> Iterator[Found]:
     """The rows of a table. Raises SettingsError for one without a column of texts."""
     names = columns(table)
     audio, text = first_of(names, AUDIO_COLUMNS), first_of(names, TEXT_COLUMNS)
@@ -206,11 +223,14 @@ def _rows(table: Path, *, folders: Sequence[Path]) -> Iterator[Found]:
         name = row.get(audio)
         if not name:
             raise SettingsError(f"{where}: column {audio!r} is empty; it names the recording")
+        place = files.placed(str(name), folders)
+        own_set = set_named(value_of(where, row, SET_COLUMNS) or "")
         yield Found(
-            audio=_placed(str(name), folders),
+            audio=place,
             text=text_of(where, text, row.get(text)),
-            speaker=value_of(where, row, SPEAKER_COLUMNS),
+            speaker=value_of(where, row, SPEAKER_COLUMNS) or None,
             where=where,
+            set=own_set or set_of(files.root, table, place),
         )
 
 
@@ -219,17 +239,6 @@ def _unnamed(table: Path, what: str, fitting: Sequence[str]) -> SettingsError:
         f"{table}: no column of {what} among {', '.join(columns(table))}; "
         f"name it one of: {', '.join(fitting)}"
     )
-
-
-def _placed(name: str, folders: Sequence[Path]) -> Path:
-    r"""Where a recording is: in the first folder that has it.
-
-    Its suffix may be left out, as Common Voice and LJSpeech do; `\` separates folders on Windows.
-    """
-    spelt = dict.fromkeys((name, name.replace("\\", "/")))
-    candidates = [folder / one for one in spelt for folder in folders]
-    candidates += [path.with_name(path.name + end) for path in candidates for end in AUDIO_SUFFIXES]
-    return next((path for path in candidates if path.is_file()), candidates[0])
 
 
 def _json(path: Path) -> Mapping[str, Any]:

@@ -4,13 +4,14 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from speechlm2_jax.data.folders.checks import Checked, check_recordings
 from speechlm2_jax.data.folders.layouts import Folder, Found, read_folder
-from speechlm2_jax.data.folders.splitting import LEFT_OUT_SET, parse_shares, split
+from speechlm2_jax.data.folders.naming import SET_NAMES, TRAIN
+from speechlm2_jax.data.folders.splitting import LEFT_OUT_SET, far_off, parse_shares, split
 from speechlm2_jax.settings import SettingsError
 
 LEFT_OUT = f"{LEFT_OUT_SET}.jsonl"
@@ -23,7 +24,8 @@ CAUSES = {
     "too_short": "shorter than --min-duration",
     "too_long": "longer than --max-duration",
     "missing": "not there, but named by a list or a link",
-    "unlisted": "named by no list",
+    "unlisted": "named by no list that is read",
+    "no_set": "in none of the folder's sets (--resplit takes them)",
 }
 """Why a recording is left out, beside the causes of an AudioError, and the words for it."""
 
@@ -73,7 +75,9 @@ class Choices:
     output: Path | None = None
     """Folder of the manifests; None: the folder of the recordings."""
     split: str = "train=0.9,validation=0.05,test=0.05"
-    """Sets and their shares of the seconds."""
+    """Sets and their shares of the seconds, where the folder has no sets of its own."""
+    resplit: bool = False
+    """Split by `split` also what the folder has in sets."""
     by: Literal["auto", "speaker", "file"] = "auto"
     """What no two sets share. auto: speakers if all are known, else files."""
     seed: int = 0
@@ -95,22 +99,92 @@ def make_manifests(root: Path, choices: Choices) -> list[str]:
     """
     shares = parse_shares(choices.split)
     output = (choices.output or root).absolute()
-    targets = {name: output / f"{name}.jsonl" for name in shares}
+    folder, left_out = read_folder(root), list[LeftOut]()
+    kept_sets = () if choices.resplit else sets_of_its_own(folder)
+    if kept_sets:
+        folder = _in_sets(folder, left_out)
+    targets = {name: output / f"{name}.jsonl" for name in kept_sets or shares}
     present = [path for path in targets.values() if path.exists()]
     if present and not choices.overwrite:
         raise SettingsError(f"{present[0]} is there already; add --overwrite, or --output")
-    folder = read_folder(root)
-    left_out = [LeftOut(path, "unlisted") for path in folder.unlisted]
+    left_out += [LeftOut(path, "unlisted") for path in folder.unlisted]
     kept = _usable(folder, choices, left_out)
     if not kept:
         counts = ", ".join(_counted(left_out))
         raise SettingsError(f"{root}: no recording can be used: {counts}")
-    parts = split(*_groups(kept, choices.by), shares, seed=choices.seed)
+    parts, how = _parts(kept, kept_sets, shares, choices)
+    targets = {name: path for name, path in targets.items() if parts[name]}
     output.mkdir(parents=True, exist_ok=True)
     for name, path in targets.items():
         _write(path, (one.row(output) for one in parts[name]))
     _write(output / LEFT_OUT, (one.row() for one in left_out))
-    return _report(folder, kept, left_out, parts, targets)
+    return _report(folder, kept, left_out, parts, targets, how)
+
+
+def sets_of_its_own(folder: Folder) -> tuple[str, ...]:
+    """The sets in which a folder has its recordings, train first; none if none is held out.
+
+    Recordings without a set are of the training set if nothing else is.
+    """
+    names = {one.set for one in folder.recordings}
+    if not names - {TRAIN, None} or len(names) < 2:
+        return ()
+    has_train = bool(names & {TRAIN, None})
+    order = dict.fromkeys(SET_NAMES.values())
+    return tuple(name for name in order if name in names or (has_train and name == TRAIN))
+
+
+def _in_sets(folder: Folder, left_out: list[LeftOut]) -> Folder:
+    """A folder with sets of its own, each recording in one; those in none are added to `left_out`.
+
+    If there is no training set, those in none are it.
+    """
+    has_train = any(one.set == TRAIN for one in folder.recordings)
+    placed = [r if has_train else replace(r, set=r.set or TRAIN) for r in folder.recordings]
+    left_out += [LeftOut(one.audio, "no_set", one.where) for one in placed if one.set is None]
+    return replace(folder, recordings=tuple(one for one in placed if one.set is not None))
+
+
+def _parts(
+    kept: Sequence[Recording],
+    kept_sets: Sequence[str],
+    shares: Mapping[str, float],
+    choices: Choices,
+) -> tuple[Mapping[str, Sequence[Recording]], list[str]]:
+    """The recordings of each set, and what to tell of how they came there."""
+    if kept_sets:
+        parts = {name: [one for one in kept if one.found.set == name] for name in kept_sets}
+        return parts, _kept_lines(parts)
+    groups, seconds, is_by_speaker = _groups(kept, choices.by)
+    parts = split(groups, seconds, shares, seed=choices.seed)
+    what = "speakers" if is_by_speaker else "files"
+    lines = [f"split by {what}: {choices.split}"]
+    if any(one.found.set for one in kept):
+        own = sorted({one.found.set or "none" for one in kept})
+        lines[0] += f"; the folder's own sets ({', '.join(own)}) are not kept"
+    got_s = {name: sum(one.checked.duration_s for one in part) for name, part in parts.items()}
+    if wrong := far_off(got_s, shares):
+        told = ", ".join(
+            f"{name} {own:.0%} (not {shares[name]:.0%})" for name, own in wrong.items()
+        )
+        hint = "; --by file splits the recordings of each speaker" if is_by_speaker else ""
+        lines.append(f"warning: {len(groups)} {what} do not divide so: {told} of the time{hint}")
+    return parts, lines
+
+
+def _kept_lines(parts: Mapping[str, Sequence[Recording]]) -> list[str]:
+    """What to tell of sets that a folder has itself."""
+    names = ", ".join(parts)
+    lines = [f"kept the folder's own sets: {names}; --resplit splits them anew"]
+    lines += [f"warning: no recording of {name} can be used" for name, p in parts.items() if not p]
+    of_speaker: dict[str, set[str]] = defaultdict(set)
+    for name, part in parts.items():
+        for one in part:
+            if one.found.speaker is not None:
+                of_speaker[one.found.speaker].add(name)
+    if shared := sum(len(names) > 1 for names in of_speaker.values()):
+        lines.append(f"warning: {shared} speakers are in more than one of them")
+    return lines
 
 
 def _usable(folder: Folder, choices: Choices, left_out: list[LeftOut]) -> list[Recording]:
@@ -148,8 +222,11 @@ def _cause(found: Found, check: Checked, choices: Choices) -> str | None:
 
 def _groups(
     kept: Sequence[Recording], by: str
-) -> tuple[Mapping[str, list[Recording]], Mapping[str, float]]:
-    """What no two sets may share, with its seconds: speakers if all are known, else files."""
+) -> tuple[Mapping[str, list[Recording]], Mapping[str, float], bool]:
+    """What no two sets may share, with its seconds: speakers if all are known, else files.
+
+    Last: whether it is speakers.
+    """
     unknown = [one for one in kept if one.found.speaker is None]
     if by == "speaker" and unknown:
         raise SettingsError(
@@ -161,7 +238,7 @@ def _groups(
     for one in kept:
         groups[str(one.found.speaker if is_by_speaker else one.checked.content)].append(one)
     seconds = {key: sum(one.checked.duration_s for one in group) for key, group in groups.items()}
-    return groups, seconds
+    return groups, seconds, is_by_speaker
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -184,12 +261,13 @@ def _report(
     left_out: Sequence[LeftOut],
     parts: Mapping[str, Sequence[Recording]],
     targets: Mapping[str, Path],
+    how: Sequence[str],
 ) -> list[str]:
-    """The lines for the terminal."""
-    lines = [f"layout: {folder.layout}; {len(kept)} recordings, {_minutes(kept)}"]
+    """The lines for the terminal; `how` tells how the recordings came into their sets."""
+    lines = [f"layout: {folder.layout}; {len(kept)} recordings, {_minutes(kept)}", *how]
     if left_out:
         place = next(iter(targets.values())).with_name(LEFT_OUT)
-        lines.append(f"left out: {', '.join(_counted(left_out))}; see {place}")
+        lines.insert(1, f"left out: {', '.join(_counted(left_out))}; see {place}")
     noticed = [f"{count} clipped" for count in [sum(r.checked.is_clipped for r in kept)] if count]
     fast = sum(len(r.found.text or "") > MOST_LETTERS_PER_S * r.checked.duration_s for r in kept)
     if fast:
