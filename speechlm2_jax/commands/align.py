@@ -5,7 +5,7 @@
 
 A row has `audio_filepath` and `text`, and gets `words`: text, start and end of each, in seconds.
 Rows that cannot be aligned are counted, and tell the reason in `alignment_problem`. A stopped run
-resumes with the same command.
+resumes with the same command, which tries recordings again that could not be read.
 """
 
 import argparse
@@ -36,16 +36,20 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> int:
 def _align(options: argparse.Namespace) -> int:
     from speechlm2_jax.alignment.manifests import align_manifest, sample_problems
     from speechlm2_jax.evaluation.progress import ProgressDisplay
+    from speechlm2_jax.inference.timestamps.aligner import Aligner
     from speechlm2_jax.models.aligners import open_aligner
 
-    with console.phase(f"loading {options.aligner}"):
-        aligner = open_aligner(options.aligner, key="--aligner")
+    def opened() -> Aligner:
+        with console.phase(f"loading {options.aligner}"):
+            return open_aligner(options.aligner, key="--aligner")
+
     progress: ProgressDisplay | None = None
     shown, start_s = 0, time.monotonic()
 
     def report(done: int, total: int) -> None:
-        nonlocal progress, shown
+        nonlocal progress, shown, start_s
         if progress is None:
+            start_s = time.monotonic()
             progress = ProgressDisplay(total, done, what="aligned")
         else:
             progress.update(done - shown)
@@ -53,7 +57,10 @@ def _align(options: argparse.Namespace) -> int:
 
     try:
         totals = align_manifest(
-            options.manifest, aligner, options.output, overwrite=options.overwrite, report=report
+            *(options.manifest, opened, options.output),
+            overwrite=options.overwrite,
+            model=options.aligner,
+            report=report,
         )
     finally:
         if progress is not None:

@@ -47,7 +47,7 @@ def manifest(tmp_path):
         rows.append({"audio_filepath": f"{n}.wav", "duration": 2.0, "text": f"word {n}", "id": n})
     rows[1] |= {"text": "never", "words": ["old"]}
     rows[2] |= {"offset": 0.5, "duration": 1.0}
-    rows[3] |= {"audio_filepath": "missing.wav"}
+    rows[3] |= {"audio_filepath": "missing.wav", "words": ["old"]}
     path = tmp_path / "test.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -68,6 +68,7 @@ def test_rows_get_words_and_what_fails_is_told(manifest):
     assert (RATE_HZ, ["word", "2"]) in aligner.seen, "the stretch alone is aligned"
     assert rows[1]["alignment_problem"] == "does not fit" and "words" not in rows[1]
     assert "no such file" in rows[3]["alignment_problem"] and "words" not in rows[3]
+    assert not any("alignment_model" in row for row in rows)
     assert [name for name, _ in totals.problems] == ["1.wav", "missing.wav"]
     assert totals.rows == 5 and totals.audio_s == pytest.approx(7.0)
     assert list(sample_problems(totals, most=1))[-1].startswith("... and 1 more")
@@ -90,8 +91,66 @@ def test_a_stopped_run_resumes_after_its_last_whole_line(manifest, monkeypatch):
 def test_paths_are_right_from_another_folder(manifest, tmp_path):
     target = tmp_path / "timed" / "out.jsonl"
     align_manifest(manifest, Evenly(), target)
-    assert Path(rows_of(target)[0]["audio_filepath"]) == (tmp_path / "0.wav").resolve()
+    assert Path(rows_of(target)[0]["audio_filepath"]) == tmp_path / "0.wav"
     assert align_manifest(manifest, Evenly(), target).resumed == 5
+
+
+def test_rows_are_found_as_in_training(manifest, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "linked.wav").symlink_to("0.wav")
+    link, remote = tmp_path / "linked.wav", "memory://bucket/a.wav"
+    names = ["linked.wav", str(link), link.as_uri(), remote]
+    other = tmp_path / "lists" / "a.jsonl"
+    lines = [json.dumps({"audio_filepath": name, "text": "word"}) for name in names]
+    other.write_text("\n".join(lines))
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.filesystem("memory").pipe_file("/bucket/a.wav", (tmp_path / "0.wav").read_bytes())
+    totals = align_manifest(other, Evenly(), tmp_path / "timed" / "a.jsonl")
+    assert totals.problems == () and totals.audio_s == 8.0
+    written = [row["audio_filepath"] for row in rows_of(totals.output)]
+    assert written == [str(link)] * 3 + [remote]
+    assert align_manifest(other, Evenly(), totals.output).resumed == 4
+    other.write_text('{"audio_filepath": "pipe:cat a.wav", "text": "a"}')
+    with pytest.raises(SettingsError, match="a.jsonl line 1: pipe:cat a.wav is not on this"):
+        align_manifest(other, Evenly())
+
+
+def test_recordings_that_could_not_be_read_are_tried_again(manifest, tmp_path):
+    align_manifest(manifest, Evenly())
+    (tmp_path / "missing.wav").write_bytes((tmp_path / "0.wav").read_bytes())
+    aligner = Evenly()
+    totals = align_manifest(manifest, aligner)
+    rows = rows_of(totals.output)
+    assert [own for _, own in aligner.seen] == [["word", "3"]]
+    assert [name for name, _ in totals.problems] == ["1.wav"] and totals.rows == 5
+    assert "alignment_problem" not in rows[3] and len(rows[3]["words"]) == 2
+    assert [row["id"] for row in rows] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("key", "value"), [("offset", 0.25), ("duration", 1.5), ("text", "new")])
+def test_a_changed_row_or_aligner_does_not_resume(key, value, manifest):
+    align_manifest(manifest, Evenly(), model="one.nemo")
+    assert rows_of(manifest.with_name("test_words.jsonl"))[0]["alignment_model"] == "one.nemo"
+    with pytest.raises(SettingsError, match=r"rows that one\.nemo aligned"):
+        align_manifest(manifest, Evenly(), model="two.nemo")
+    rows = rows_of(manifest)
+    rows[2][key] = value
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SettingsError, match="rows of another manifest"):
+        align_manifest(manifest, Evenly(), model="one.nemo")
+
+
+def test_the_aligner_is_opened_once_the_manifest_is_read(manifest, tmp_path):
+    def fails():
+        raise SettingsError("no such model")
+
+    with pytest.raises(SettingsError, match="nowhere.jsonl: no such file"):
+        align_manifest(tmp_path / "nowhere.jsonl", fails)
+    target = align_manifest(manifest, lambda: Evenly()).output
+    with pytest.raises(SettingsError, match="no such model"):
+        align_manifest(manifest, fails, overwrite=True)
+    assert len(rows_of(target)) == 5, "what is there is replaced only if there is an aligner"
 
 
 def test_other_rows_and_bad_lines_are_refused(manifest, tmp_path):
