@@ -2,26 +2,25 @@
 
 import importlib
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from speechlm2_jax.serving.api_errors import ApiError
 from speechlm2_jax.serving.guard import ClientGoneError, Guard
+from speechlm2_jax.serving.metrics import CLIENT_GONE, RequestCount
 from speechlm2_jax.serving.pages import page_routes
+from speechlm2_jax.serving.server_sent_events import EventStream
 from speechlm2_jax.serving.service import Service
 
 log = logging.getLogger(__name__)
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
-CLIENT_GONE = 499
-"""The status that is counted where the client left; nobody receives it."""
 
 
 def make_app(service: Service) -> Starlette:
@@ -54,27 +53,29 @@ def make_app(service: Service) -> Starlette:
 
 
 def _counted(service: Service, endpoint: Endpoint, path: str) -> Callable[[Request], Awaitable]:
-    """An endpoint whose requests are counted by their status."""
+    """An endpoint whose requests are counted by their status, streams when they have ended."""
 
     async def run(request: Request) -> Response:
-        status, start_s = 500, time.monotonic()
+        count, status = RequestCount(service.metrics, path), 500
+        request.state.count = count
         try:
             response = await endpoint(service, request)
-            status = response.status_code
-            return response
+        except (ClientGoneError, ClientDisconnect):
+            status, response = CLIENT_GONE, Response(status_code=CLIENT_GONE)
         except ApiError as error:
             status = error.status
             raise
         except HTTPException as error:
             status = error.status_code
             raise
-        except ClientGoneError:
-            status = CLIENT_GONE
-            return Response(status_code=CLIENT_GONE)
+        else:
+            status = response.status_code
+            if isinstance(response, EventStream):
+                status, response.on_end = None, count.ended
         finally:
-            service.metrics.requests.labels(path, str(status)).inc()
-            if status == 200:
-                service.metrics.request_s.labels(path).observe(time.monotonic() - start_s)
+            if status is not None:
+                count.ended(status)
+        return response
 
     return run
 

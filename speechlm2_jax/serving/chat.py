@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,8 @@ REFUSED: Mapping[str, str] = {
     "parallel_tool_calls": "the model calls no tools",
     "prediction": "leave it out",
     "reasoning_effort": "leave it out",
+    "service_tier": "there is one tier; leave it out",
+    "store": "responses are not kept; leave it out",
     "tool_choice": "the model calls no tools",
     "tools": "the model calls no tools",
     "top_logprobs": "the log-probability of each generated token is kept, those of others are not",
@@ -39,6 +41,8 @@ HARMLESS = {
     "presence_penalty": (0,),
     "logit_bias": ({},),
     "n": (1,),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "top_logprobs": (0,),
@@ -59,10 +63,14 @@ KNOWN = (
     "modalities",
     "user",
     "metadata",
-    "store",
-    "service_tier",
     *HARMLESS,
 )
+STREAM_OPTIONS = ("include_usage", "include_obfuscation")
+WITHOUT_CHUNKS: Mapping[str, str] = {
+    "stop": "the texts of its chunks are joined after they have ended",
+    "logprobs": "the texts of its chunks are joined, and the joined text has none",
+}
+"""What a recording that is split into chunks does not allow, and why."""
 ROLES = ("system", "developer", "user", "assistant")
 MAX_STOPS, MAX_MESSAGES, MAX_CLIPS = 4, 256, 16
 
@@ -85,11 +93,12 @@ async def complete(service: Service, request: Request) -> Response:
     service.check_room()
     try:
         body = json.loads(await request.body())
+        received_s = request.state.count.body_read()
     except (ValueError, RecursionError) as error:
         raise bad(f"the body is not JSON: {error}"[:200]) from None
     if not isinstance(body, dict):
         raise bad(f"the body must be a JSON object, not {type(body).__name__}")
-    chat = await _read(service, Fields(body))
+    chat = await _read(service, Fields(body), received_s)
     if chat.ask.is_streamed:
         return EventStream(service, _events(service, chat))
     with service.place():
@@ -107,7 +116,7 @@ async def complete(service: Service, request: Request) -> Response:
     )
 
 
-async def _read(service: Service, fields: Fields) -> ChatRequest:
+async def _read(service: Service, fields: Fields, received_s: float) -> ChatRequest:
     """Checks the fields of a request, and decodes its recordings."""
     fields.refuse(REFUSED, HARMLESS)
     fields.check_known(KNOWN)
@@ -120,13 +129,14 @@ async def _read(service: Service, fields: Fields) -> ChatRequest:
     limit = fields.integer("max_tokens", most, 1, most)
     limit = fields.integer("max_completion_tokens", limit, 1, most)
     sampling, stop = sampling_of(fields), _stop(fields)
-    options = fields.get("stream_options", {})
-    is_usage = isinstance(options, dict) and options.get("include_usage") is True
+    includes_usage = _includes_usage(fields)
     messages = fields.get("messages")
     if not isinstance(messages, list) or not 0 < len(messages) <= MAX_MESSAGES:
         raise bad(f"messages: expected a list of 1 to {MAX_MESSAGES} messages", "messages")
     reader = _Messages(service)
     dialog = [await reader.turn(message, number) for number, message in enumerate(messages)]
+    if reader.long_s is not None:
+        _check_chunks(service, fields, reader.long_s)
     return ChatRequest(
         ask=Ask(
             dialog=dialog,
@@ -135,13 +145,54 @@ async def _read(service: Service, fields: Fields) -> ChatRequest:
             sampling=sampling,
             stop=stop,
             is_streamed=fields.flag("stream"),
+            received_s=received_s,
         ),
         has_logprobs=fields.flag("logprobs"),
-        includes_usage=is_usage,
+        includes_usage=includes_usage,
         id=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=service.options.served_name,
     )
+
+
+def _includes_usage(fields: Fields) -> bool:
+    """Whether a stream ends with the counts of tokens. Raises ApiError for wrong options."""
+    options = fields.get("stream_options", {})
+    if not isinstance(options, dict):
+        raise bad(f"stream_options: expected an object, got {options!r:.40}", "stream_options")
+    if options and not fields.flag("stream"):
+        raise bad("stream_options: needs stream=true; leave it out", "stream_options")
+    for key, value in options.items():
+        if key not in STREAM_OPTIONS:
+            known = ", ".join(STREAM_OPTIONS)
+            raise bad(f"stream_options.{key}: unknown; the server reads {known}", "stream_options")
+        if not isinstance(value, bool | None):
+            what = f"stream_options.{key}: expected true or false, got {value!r:.40}"
+            raise bad(what, "stream_options")
+    return options.get("include_usage") is True
+
+
+def _check_chunks(service: Service, fields: Fields, long_s: float) -> None:
+    """Raises ApiError for a field that a recording of `long_s` seconds, split, does not allow."""
+    most_s = service.options.max_audio_s
+    for key, why in WITHOUT_CHUNKS.items():
+        if fields.get(key):
+            raise bad(
+                f"{key}: not supported with a recording of {long_s:.1f} s, which is more than "
+                f"--max-audio-s {most_s:g} and split into chunks: {why}; leave it out, or send a "
+                "shorter recording",
+                key,
+                "unsupported_parameter",
+            )
+
+
+def _check_keys(value: Mapping[str, Any], known: Collection[str], place: str) -> None:
+    """Raises ApiError for a key that is not read, unless it is empty, as in a copied response."""
+    for key, own in value.items():
+        if key not in known and own not in (None, "", [], {}):
+            raise bad(
+                f"{place}.{key}: not supported; the server reads {', '.join(known)}", "messages"
+            )
 
 
 def _stop(fields: Fields) -> tuple[str, ...]:
@@ -159,12 +210,15 @@ class _Messages:
     def __init__(self, service: Service) -> None:
         self._service = service
         self.keys: list[bytes] = []
+        self.long_s: float | None = None
+        """Duration of a recording that is split into chunks."""
 
     async def turn(self, message: Any, number: int) -> dict[str, Any]:
         """One message. Raises ApiError for a wrong one."""
         place = f"messages[{number}]"
         if not isinstance(message, dict):
             raise bad(f"{place}: expected an object", "messages")
+        _check_keys(message, ("role", "content"), place)
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise bad(
@@ -181,14 +235,19 @@ class _Messages:
     async def _part(self, part: Any, place: str) -> dict[str, Any]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
+            _check_keys(part, ("type", "text"), place)
             return {"type": "text", "text": part["text"]}
         if kind != "input_audio":
             raise bad(f"{place}: expected text or input_audio; got {kind!r:.40}", "messages")
-        data = (
-            part["input_audio"].get("data") if isinstance(part.get("input_audio"), dict) else None
-        )
+        _check_keys(part, ("type", "input_audio"), place)
+        given = part.get("input_audio")
+        audio = given if isinstance(given, dict) else {}
+        data, form = audio.get("data"), audio.get("format", "")
         if not isinstance(data, str) or not data:
             raise bad(f"{place}.input_audio.data: expected base64", "messages")
+        if not isinstance(form, str):  # FFmpeg finds the format by the content
+            raise bad(f"{place}.input_audio.format: expected a text, got {form!r:.40}", "messages")
+        _check_keys(audio, ("data", "format"), f"{place}.input_audio")
         if len(self.keys) >= MAX_CLIPS:
             raise bad(f"{place}: more than {MAX_CLIPS} recordings", "messages")
         engine, _ = self._service.ready()
@@ -197,6 +256,8 @@ class _Messages:
             data, engine.sampling_rate, most_s, f"{place}.input_audio"
         )
         self.keys.append(decoded.key)
+        if len(decoded.samples) > int(self._service.options.max_audio_s * engine.sampling_rate):
+            self.long_s = len(decoded.samples) / engine.sampling_rate
         return {"type": "audio", "audio": decoded.samples}
 
 

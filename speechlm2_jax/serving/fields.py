@@ -40,7 +40,7 @@ class Fields:
             if isinstance(value, bool):
                 raise ValueError
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise bad(f"{key}: expected a number, got {value!r:.40}", key) from None
         if not low <= number <= high:
             raise bad(f"{key}: expected {low:g} to {high:g}, got {number:g}", key)

@@ -1,6 +1,8 @@
 """What a server counts, in Prometheus' format."""
 
 import math
+import time
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -10,6 +12,8 @@ SECONDS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 60.0, 120
 TIMES_REAL = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 INTERVALS_S = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024)
 SMOOTHING = 0.1
+CLIENT_GONE = 499
+"""The status that is counted where the client left; nobody receives it."""
 
 
 class Metrics:
@@ -20,8 +24,9 @@ class Metrics:
         own = {"namespace": "speechlm2", "registry": self.registry}
         self.requests = Counter("requests", "Requests", ["endpoint", "status"], **own)
         self.first_token_s = Histogram(
-            "time_to_first_token_seconds", "Body read to first token", buckets=SECONDS, **own
-        )
+            "time_to_first_token_seconds", "Body read to the first text of a stream",
+            buckets=SECONDS, **own,
+        )  # fmt: skip
         self.request_s = Histogram(
             "request_seconds", "Body read to end of response", ["endpoint"], buckets=SECONDS, **own
         )
@@ -69,7 +74,7 @@ class Metrics:
             self.rtfx.observe(audio_s / taken_s)
 
     def finished(self, seconds: float) -> None:
-        """SchedulerCounts a request that has ended."""
+        """Counts a request that has ended."""
         self._usual_s += SMOOTHING * (seconds - self._usual_s)
 
     def wait_s(self, active: int, slots: int) -> int:
@@ -79,3 +84,24 @@ class Metrics:
     def text(self) -> bytes:
         """All values in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+@dataclass
+class RequestCount:
+    """Counts one request when it has ended; its time begins when its body has been read."""
+
+    metrics: Metrics
+    endpoint: str
+    start_s: float = field(default_factory=time.monotonic)
+
+    def body_read(self) -> float:
+        """The time of the call, from which the request is timed."""
+        self.start_s = time.monotonic()
+        return self.start_s
+
+    def ended(self, status: int) -> None:
+        """Counts the request by its status; one of 200 is timed."""
+        self.metrics.requests.labels(self.endpoint, str(status)).inc()
+        if status == 200:
+            taken_s = time.monotonic() - self.start_s
+            self.metrics.request_s.labels(self.endpoint).observe(taken_s)

@@ -1,8 +1,9 @@
 """Responses to dialogs: jobs for the device thread, and their text as it comes."""
 
 import asyncio
+import bisect
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -21,9 +22,6 @@ from speechlm2_jax.serving.service import Service
 from speechlm2_jax.serving.shapes import TooLongError
 from speechlm2_jax.serving.stop_strings import StoppedText
 
-CHUNKS_AT_ONCE = 8
-"""Chunks of one recording that run or wait at once: others have their turn too."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
@@ -36,6 +34,8 @@ class Ask:
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
     is_streamed: bool = False
+    received_s: float = field(default_factory=time.monotonic)
+    """When the body of the request had been read, by the monotonic clock."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,14 @@ async def respond(service: Service, ask: Ask) -> AsyncGenerator[str | Outcome, N
     run = _Run(service, engine, ask, rows, chunks)
     try:
         async with aclosing(run.chunked() if chunks else run.whole()) as deltas:
+            is_first = True
             async for delta in deltas:
+                if is_first:
+                    service.metrics.first_token_s.observe(time.monotonic() - ask.received_s)
+                is_first = False
                 yield delta
         outcome = run.outcome()
-        service.metrics.count_audio(outcome.audio_s, run.elapsed_s)
+        service.metrics.count_audio(outcome.audio_s, time.monotonic() - ask.received_s)
         yield outcome
     finally:
         run.cancel()
@@ -118,7 +122,6 @@ class _Run:
         self._parts: dict[int, ResponsePart] = {}
         self._ids: dict[int, np.ndarray] = {}
         self._positions = 0
-        self._start_s, self._is_first = time.monotonic(), True
         self._stopped_text: str | None = None
 
     async def whole(self) -> AsyncGenerator[str, None]:
@@ -138,9 +141,8 @@ class _Run:
 
     async def chunked(self) -> AsyncGenerator[str, None]:
         """Runs the chunks of a long recording; yields words that no later chunk can change."""
-        if self._ask.stop:
-            raise bad("stop: not supported with a recording that is split into chunks", "stop")
-        places = asyncio.Semaphore(CHUNKS_AT_ONCE)
+        assert not self._ask.stop  # refused by the endpoint
+        places = asyncio.Semaphore(chunked.CHUNKS_AT_ONCE)
 
         async def one(number: int) -> None:
             async with places, self._started(number, False) as progresses:
@@ -183,11 +185,6 @@ class _Run:
             parts=parts,
         )
 
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the prompt was ready."""
-        return time.monotonic() - self._start_s
-
     def cancel(self) -> None:
         """Frees the slots of jobs that have not ended."""
         scheduler = self._service.scheduler
@@ -227,7 +224,6 @@ class _Run:
                 since_s, count = now_s, count + new
                 if progress.error is not None:
                     raise ApiError(500, f"the model failed: {progress.error}")
-                self._count_first(progress)
                 yield progress
                 if progress.is_last:
                     return
@@ -236,11 +232,6 @@ class _Run:
             yield progresses()
         finally:
             scheduler.cancel(job)
-
-    def _count_first(self, progress: Progress) -> None:
-        if self._is_first and len(progress.ids):
-            self._is_first = False
-            self._service.metrics.first_token_s.observe(time.monotonic() - self._start_s)
 
     def _clip(self, number: int, n: int) -> Clip:
         samples, keys = self._rows[number].audio[n], self._ask.keys
@@ -252,6 +243,8 @@ class _Run:
 
     def _finish(self, number: int, progress: Progress, stopped: str | None) -> None:
         ids = self._without_end(progress.ids)
+        if stopped is not None:
+            ids = ids[: _tokens_of(stopped, ids, self._engine.tokenizer.ids_to_text)]
         text = self._engine.tokenizer.ids_to_text(ids)
         chunk = self._chunks[number] if self._chunks else None
         self._parts[number] = ResponsePart(ids, progress.logprobs[: len(ids)], text, chunk)
@@ -277,3 +270,10 @@ class _Run:
         """The words of the first `count` chunks that later chunks cannot change."""
         last = len(self._parts[count - 1].text.split())
         return self._text_of(count, max(len(self._text_of(count).split()) - last, 0))
+
+
+def _tokens_of(text: str, ids: np.ndarray, to_text: Callable[[np.ndarray], str]) -> int:
+    """The smallest number of the first tokens whose text holds `text`, its beginning."""
+    return bisect.bisect_left(
+        range(len(ids)), True, key=lambda n: to_text(ids[:n]).startswith(text)
+    )

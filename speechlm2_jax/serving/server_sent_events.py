@@ -3,13 +3,14 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from speechlm2_jax.serving.api_errors import ApiError
+from speechlm2_jax.serving.metrics import CLIENT_GONE
 from speechlm2_jax.serving.service import Service
 
 log = logging.getLogger(__name__)
@@ -27,14 +28,21 @@ class EventStream(StreamingResponse):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._lines(), media_type="text/event-stream", headers=headers)
         self._service, self._events = service, events
+        self._status = CLIENT_GONE  # unless the stream ends by itself
+        self.on_end: Callable[[int], object] = lambda status: None
+        """Called once with the status of the whole stream, also of an error within it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the whole stream."""
         try:
             with self._service.place():
                 await super().__call__(scope, receive, send)
+        except ApiError as error:
+            self._status = error.status
+            raise
         finally:
             await self._events.aclose()
+            self.on_end(self._status)
 
     async def _lines(self) -> AsyncIterator[str]:
         limit_s = self._service.options.request_timeout_s
@@ -42,15 +50,19 @@ class EventStream(StreamingResponse):
             async with asyncio.timeout(limit_s):
                 async for event in self._events:
                     yield _line(event)
+            self._status = 200
             yield "data: [DONE]\n\n"
         except ApiError as error:
-            yield _line(error.body())
+            yield self._failed(error)
         except TimeoutError:
-            error = ApiError(504, f"no response within {limit_s:g} s", code="timeout")
-            yield _line(error.body())
+            yield self._failed(ApiError(504, f"no response within {limit_s:g} s", code="timeout"))
         except Exception as error:  # noqa: BLE001 - the status has been sent
             log.exception("a stream failed")
-            yield _line(ApiError(500, f"{type(error).__name__}: {error}").body())
+            yield self._failed(ApiError(500, f"{type(error).__name__}: {error}"))
+
+    def _failed(self, error: ApiError) -> str:
+        self._status = error.status
+        return _line(error.body())
 
 
 def _line(event: Mapping[str, Any]) -> str:

@@ -66,9 +66,10 @@ async def transcribe(service: Service, request: Request) -> Response:
         fields, file = _read_form(form)
         _check(service, fields)
         data = await file.read()
+    received_s = request.state.count.body_read()
     if not data:
         raise bad("file: the upload is empty", "file", "invalid_audio")
-    read = await _read(service, fields, data)
+    read = await _read(service, fields, data, received_s)
     if fields.flag("stream"):
         return EventStream(service, _events(service, read))
     with service.place():
@@ -87,6 +88,8 @@ def _read_form(form: FormData) -> tuple[Fields, UploadFile]:
         own = form.getlist(key)
         if key != "file" and not all(isinstance(value, str) for value in own):
             raise bad(f"{key}: expected a text, got a file", key)
+        if len(own) > 1 and not key.endswith("[]"):
+            raise bad(f"{key}: given {len(own)} times; give it once", key)
         values[key] = own if key.endswith("[]") else own[0]
     return Fields(values), files[0]
 
@@ -116,7 +119,9 @@ def _check(service: Service, fields: Fields) -> None:
         raise bad("stream: needs response_format=json or text", "stream")
 
 
-async def _read(service: Service, fields: Fields, data: bytes) -> TranscriptionRequest:
+async def _read(
+    service: Service, fields: Fields, data: bytes, received_s: float
+) -> TranscriptionRequest:
     engine, _ = service.ready()
     sampling = sampling_of(fields)
     options = service.options
@@ -132,6 +137,7 @@ async def _read(service: Service, fields: Fields, data: bytes) -> TranscriptionR
         keys=(decoded.key,),
         sampling=sampling,
         is_streamed=fields.flag("stream"),
+        received_s=received_s,
     )
     return TranscriptionRequest(
         ask=ask,

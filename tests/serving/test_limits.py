@@ -1,5 +1,6 @@
 """What a server refuses, and that it lives on: bad input, a full queue, killed workers."""
 
+import base64
 import io
 import os
 import signal
@@ -77,6 +78,11 @@ WRONG = {
         400,
         "timestamp_granularities[]: word",
     ),
+    "twice": (
+        {"file": FINE, "temperature": ["0", "1"]},
+        400,
+        "temperature: given 2 times; give it once",
+    ),
     "srt stream": (dict(file=FINE, response_format="srt", stream="true"), 400, "stream: needs"),
 }
 
@@ -89,7 +95,47 @@ def test_a_wrong_upload_is_refused_by_name(client, what):
     assert message in reply.json()["error"]["message"]
 
 
+RECORDING = {"data": base64.b64encode(FINE).decode(), "format": "wav"}
+LONG_RECORDING = {"data": base64.b64encode(wav_bytes(np.tile(recording(0), 2))).decode()}
+
+
+def user(content="a", **more):
+    return [{"role": "user", "content": content, **more}]
+
+
+def about(audio, **more):
+    return user([{"type": "input_audio", "input_audio": audio, **more}])
+
+
 WRONG_CHATS = {
+    "huge number": (dict(temperature=10**400), "temperature: expected a number"),
+    "top_logprobs": (dict(logprobs=True, top_logprobs=2), "top_logprobs: not supported: the log"),
+    "stream options": (dict(stream=True, stream_options=[1]), "stream_options: expected an obj"),
+    "stream option": (dict(stream=True, stream_options={"a": 1}), "stream_options.a: unknown"),
+    "usage": (
+        dict(stream=True, stream_options={"include_usage": "yes"}),
+        "stream_options.include_usage: expected true or false, got 'yes'",
+    ),
+    "no stream": (dict(stream_options={"include_usage": True}), "stream_options: needs stream"),
+    "store": (dict(store=True), "store: not supported: responses are not kept"),
+    "tier": (dict(service_tier="priority"), "service_tier: not supported: there is one tier"),
+    "name": (dict(messages=user(name="A")), "messages[0].name: not supported; the server reads"),
+    "part": (
+        dict(messages=about(RECORDING, detail="low")),
+        "messages[0].content[0].detail: not supported",
+    ),
+    "format": (
+        dict(messages=about({**RECORDING, "format": 1})),
+        "messages[0].content[0].input_audio.format: expected a text, got 1",
+    ),
+    "stop": (
+        dict(messages=about(LONG_RECORDING), stop="a"),
+        "stop: not supported with a recording of 0.9 s, which is more than --max-audio-s 0.5",
+    ),
+    "logprobs": (
+        dict(messages=about(LONG_RECORDING), logprobs=True, stream=True),
+        "logprobs: not supported with a recording of 0.9 s",
+    ),
     "tools": (dict(tools=[{"type": "function"}]), "tools: not supported"),
     "n": (dict(n=2), "n: not supported"),
     "seed": (dict(seed="x"), "seed: expected a number"),
@@ -110,6 +156,12 @@ def test_a_wrong_chat_is_refused_by_name(client, what):
     reply = chat(client, **fields)
     assert reply.status_code == 400, reply.text
     assert message in reply.json()["error"]["message"]
+
+
+def test_what_changes_nothing_is_accepted(client):
+    copied = {"role": "assistant", "content": "a", "tool_calls": None, "annotations": []}
+    fields = dict(store=False, service_tier="auto", metadata={"a": "b"}, user="me", top_logprobs=0)
+    assert chat(client, messages=[*user(), copied, *user()], max_tokens=1, **fields).is_success
 
 
 def test_no_base64_and_no_json(client):
@@ -181,6 +233,60 @@ def test_a_fault_of_the_device_fails_what_runs_and_nothing_else(server, client, 
     assert reply.status_code == 500 and "RuntimeError: out of memory" in reply.text
     assert chat(client).status_code == 200
     assert "speechlm2_faults_total 1.0" in client.get("/metrics").text
+
+
+def count(service, name, **labels):
+    return service.metrics.registry.get_sample_value(f"speechlm2_{name}", labels) or 0.0
+
+
+def requests_of(service, status, path="/v1/chat/completions"):
+    return count(service, "requests_total", endpoint=path, status=str(status))
+
+
+def test_streams_are_counted_when_they_end_by_how_they_ended(server, client, monkeypatch):
+    service, path = server.service, "/v1/chat/completions"
+    body = dict(messages=CHAT, model="tiny", stream=True)
+    before = {status: requests_of(service, status) for status in (200, 400, 429, 499, 500, 504)}
+    firsts = count(service, "time_to_first_token_seconds_count")
+    seconds = count(service, "request_seconds_sum", endpoint=path)
+    decode = service.scheduler._device.decode
+    monkeypatch.setattr(service.scheduler._device, "decode", lambda n: time.sleep(0.1) or decode(n))
+    assert client.post(path, json=body).is_success
+    monkeypatch.undo()
+    until(lambda: requests_of(service, 200) > before[200])
+    assert count(service, "request_seconds_sum", endpoint=path) - seconds > 0.1
+    assert count(service, "time_to_first_token_seconds_count") == firsts + 1
+
+    def broken(tokens):
+        monkeypatch.undo()
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(service.scheduler._device, "decode", broken)
+    assert "RuntimeError" in client.post(path, json=body).text
+    long = [{"role": "user", "content": "word " * 200}]
+    assert "has room for" in client.post(path, json={**body, "messages": long}).text
+    until(lambda: service.active == 0)
+    monkeypatch.setattr(service, "active", 2)
+    assert client.post(path, json=body).status_code == 429
+    monkeypatch.undo()
+    monkeypatch.setattr(service.scheduler._device, "decode", lambda tokens: time.sleep(0.01) or [])
+    with client.stream("POST", path, json=body) as left:
+        next(left.iter_lines())
+    until(lambda: requests_of(service, 499) > before[499])
+    monkeypatch.undo()
+    found = {status: requests_of(service, status) - before[status] for status in before}
+    assert found == {200: 1, 400: 1, 429: 1, 499: 1, 500: 1, 504: 0}
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_fault(server):
+    before = requests_of(server.service, 499), requests_of(server.service, 500)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    with socket.create_connection(address, timeout=20) as leaving:
+        leaving.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        time.sleep(0.1)
+    until(lambda: requests_of(server.service, 499) == before[0] + 1)
+    assert requests_of(server.service, 500) == before[1]
 
 
 def test_slow_and_hostile_connections_end(server, client, monkeypatch):

@@ -90,9 +90,13 @@ def test_a_chat_about_a_recording_is_that_of_the_model(model, client):
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == choice.message.content and chunks[-1].usage == whole.usage
     end = choice.message.content[4:6]
-    cut = client.chat.completions.create(**asked, stop=[end]).choices[0]
+    cut = client.chat.completions.create(**asked, stop=[end], logprobs=True).choices[0]
     assert cut.finish_reason == "stop"
     assert cut.message.content == choice.message.content.partition(end)[0]
+    kept = cut.logprobs.content
+    assert kept == choice.logprobs.content[: len(kept)] and len(kept) < len(ids)
+    shorter = model.tokenizer.ids_to_text(ids[: len(kept) - 1])
+    assert len(shorter) < len(cut.message.content) or not kept
 
 
 def test_under_load_every_response_is_that_of_generate_alone(model, client):
