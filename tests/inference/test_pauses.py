@@ -33,6 +33,12 @@ def test_parts_are_the_sentences_between_long_pauses():
         assert found == pytest.approx(wanted, abs=0.03)
 
 
+def test_a_part_does_not_go_on_behind_a_sentence_for_a_longer_pause():
+    spoken = [tone(2), silence(0.5), tone(2), silence(0.9), tone(2)]
+    parts = cut_at_pauses(np.concatenate(spoken), rate_hz=RATE_HZ, max_s=5.0)
+    assert [round(start, 1) for start, _ in seconds(parts)] == [0.0, 2.4, 5.3]
+
+
 def test_a_short_recording_is_one_part():
     assert cut_at_pauses(tone(2), rate_hz=RATE_HZ, max_s=2.0) == [Stretch(0, 2 * RATE_HZ)]
     assert cut_at_pauses(tone(9), rate_hz=RATE_HZ, max_s=None) == [Stretch(0, 9 * RATE_HZ)]

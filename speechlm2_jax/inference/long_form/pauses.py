@@ -1,7 +1,8 @@
 """Cuts long recordings at pauses into parts that follow each other, and finds parts without speech.
 
-A part begins with speech and ends in the longest pause within what it may hold, so that sentences
-stay whole. Where nobody pauses, it ends at the quietest place.
+A part begins with speech and ends in the first pause that is as long as those between sentences,
+so that it holds what models are trained on. Without such a pause it ends in the longest one; where
+nobody pauses, at the quietest place.
 """
 
 from typing import NamedTuple
@@ -20,8 +21,8 @@ NOTHING = 1e-8
 """Power of silence (-80 dB of full scale): nothing below it is speech."""
 MIN_PAUSE_S = 0.25
 """Shorter silences lie within words and between those of a phrase."""
-LONGEST_PAUSE_S = 1.0
-"""Longer pauses are as good as one of this length: the later of two is taken."""
+SENTENCE_PAUSE_S = 0.35
+"""Pauses from here on lie between sentences: the first ends a part that holds LEAST_SHARE."""
 LEAST_SHARE = 0.2
 """A part holds at least this share of the longest part, if a pause does not end the recording."""
 MARGIN_S = 0.1
@@ -91,23 +92,27 @@ def _bounds(power: np.ndarray, is_loud: np.ndarray, most: int) -> list[tuple[int
     loud = np.flatnonzero(is_loud)
     while (n := int(np.searchsorted(loud, start))) < len(loud):
         start = max(start, int(loud[n]) - round(MARGIN_S / FRAME_S))
-        end = len(power)
-        if end - start > most:
-            end = _end(pauses, level, start, most)
+        end = _end(pauses, level, start, most)
         bounds.append((start, end))
         start = end
     return bounds
 
 
 def _end(pauses: list[tuple[int, int]], level: np.ndarray, start: int, most: int) -> int:
-    """Where a part that begins at frame `start` ends: in the longest pause, the later of equals."""
+    """Where a part that begins at frame `start` ends.
+
+    In the first pause between sentences, else with the recording if it may hold the rest, else in
+    the longest pause, else in the quietest place.
+    """
     low = start + max(int(LEAST_SHARE * most), 1)
     high = min(start + most, max(len(level) - round(REST_S / FRAME_S), low + 1))
-    longest = round(LONGEST_PAUSE_S / FRAME_S)
-    own = [(min(b - a, longest), a, b) for a, b in pauses if a < high and b > low]
+    own = [(b - a, a, b) for a, b in pauses if a < high and b > low]
+    between = [pause for pause in own if pause[0] * FRAME_S >= SENTENCE_PAUSE_S]
+    if not between and len(level) - start <= most:
+        return len(level)
     if not own:
         return low + int(level[low:high].argmin())
-    _, a, b = max(own)
+    _, a, b = between[0] if between else max(own)
     return min(max((a + b) // 2, low), high)
 
 
