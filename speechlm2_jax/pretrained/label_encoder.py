@@ -58,6 +58,7 @@ class LabelEncoder:
         self.space = space
         self._encode = encode
         self._pieces = tuple(pieces)
+        self._has_starts = any(piece.startswith(WORD_START) for piece in pieces)
         self._letters = [_letters(piece) for piece in pieces]
         self._known = frozenset(c for p in pieces if not _is_special(p) for c in _plain(p))
 
@@ -105,6 +106,22 @@ class LabelEncoder:
     def letters(self, labels: Sequence[int]) -> list[str]:
         """The letters of each label of a transcript, in lower case; marks have none."""
         return [plain_letters(_plain(self._pieces[i])) for i in labels]
+
+    def word_numbers(self, labels: Sequence[int]) -> list[int]:
+        """For each label of a transcript, the number of its word there, from 0 or 1 on."""
+        number, numbers = 0, list[int]()
+        for label in labels:
+            number += self._starts_word(label)
+            numbers.append(number)
+        return numbers
+
+    def _starts_word(self, label: int) -> bool:
+        piece = self._pieces[label]
+        if self._has_starts:
+            return piece.startswith(WORD_START)
+        if self.space is not None:
+            return label == self.space
+        return not piece.startswith(CONTINUATION)
 
     def _labels(self, word: str, parts: Sequence[Sequence[int]]) -> WordLabels:
         labels = [i for n, part in enumerate(parts) for i in (*self._between(n), *part)]

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 from speechlm2_jax.inference.timestamps.transducer_aligner import TransducerAligner, joined
 from speechlm2_jax.inference.timestamps.word_times import word_times
 from speechlm2_jax.models import ASRModel
+from speechlm2_jax.pretrained.label_encoder import LabelEncoder
 
 ASR = Path(__file__).parents[1] / "data" / "asr"
 
@@ -47,6 +48,27 @@ def test_only_words_that_are_spelt_alike_have_the_probability_of_the_label():
     log_probs = [-0.1, -0.2, -0.3]
     aligned = joined(["the", "red", "hats"], ["the", "bed", "hats"], spans(3), log_probs)
     assert aligned.log_probs == (-0.1, None, -0.3)
+
+
+def test_a_word_of_more_or_fewer_letters_is_not_spelt_alike():
+    def known(words, labels, numbers=None):
+        return joined(words, labels, spans(len(labels)), [-0.1] * len(labels), numbers).log_probs
+
+    assert known(["not", "now"], ["no", "now"]) == (None, -0.1)
+    assert known(["no", "now"], ["not", "now"]) == (None, -0.1)
+    # pieces of words: "no" + "t" is another word than "no", and "the hat" has its own words
+    assert known(["no", "now"], ["no", "t", "now"], [0, 0, 1]) == (None, -0.1)
+    assert known(["the", "hat"], ["the", "old", "hat"]) == (-0.1, -0.1)
+    assert known(["well-known"], ["well", "known"], [1, 2]) == (-0.1, -0.1)
+
+
+def test_labels_belong_to_words_of_the_transcript():
+    pieces = LabelEncoder(["\u2581no", "t", "\u2581", "n"], lambda words: [[] for _ in words])
+    assert pieces.word_numbers([0, 1, 2, 3, 0]) == [1, 1, 2, 2, 3]
+    characters = LabelEncoder.from_characters([" ", "a", "b"])
+    assert characters.word_numbers([1, 2, 0, 1]) == [0, 0, 1, 1]
+    word_pieces = LabelEncoder.from_word_pieces(["no", "##t"])
+    assert word_pieces.word_numbers([0, 1, 0]) == [1, 1, 2]
 
 
 def test_another_text_is_told():

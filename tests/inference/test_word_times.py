@@ -34,6 +34,14 @@ def test_silences_are_found_in_noise(noise):
     np.testing.assert_allclose(found, expected, atol=0.011)
 
 
+def test_silences_do_not_drift_where_frames_are_no_whole_samples():
+    rate_hz = 22050  # 220.5 samples in 10 ms
+    wave = np.zeros(60 * rate_hz, np.float32)
+    wave[50 * rate_hz : 55 * rate_hz] = 0.5
+    found = find_silences(wave, rate_hz)
+    np.testing.assert_allclose(found, [(0.0, 50.0), (55.0, 60.0)], atol=0.011)
+
+
 def test_a_quiet_recording_has_no_silence_between_words():
     assert find_silences(np.zeros(16000, np.float32), RATE_HZ) == [(0.0, 0.0), (1.0, 1.0)]
     assert find_silences(np.zeros(9, np.float32), RATE_HZ)[-1].end == 9 / RATE_HZ

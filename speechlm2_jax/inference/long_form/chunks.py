@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from speechlm2_jax.inference.long_form.pauses import FRAME_S, frame_power
+
 DEFAULT_MAX_AUDIO_S = 40.0
 """The longest audio that canary-qwen-2.5b was trained on. Set `max_audio_s` for other models."""
 OVERLAP_S = 2.0
 OVERLAP_SHARE = (1 / 8, 1 / 4)
 """An overlap is at least 1/8 of a chunk and at least OVERLAP_S, but at most 1/4 of a chunk."""
-FRAME_S = 0.01
 QUIET_FRAMES = 15
 """Frames over which loudness is averaged to find a quiet place: 150 ms."""
 SPEECH_LEVEL = 1e-3
@@ -43,7 +44,7 @@ def cut(wave: Float[np.ndarray, " S"], *, rate_hz: int, max_s: float | None) -> 
     if len(wave) <= longest:
         return [Chunk(0, len(wave))]
     hop = max(int(FRAME_S * rate_hz), 1)
-    power = _power(wave, hop)
+    power = frame_power(wave, hop)
     spans = _spans(_smooth(power), hop, len(wave), longest)
     speech = np.cumsum(np.concatenate([[0], _is_speech(power)]))
 
@@ -83,15 +84,6 @@ def _quietest(level: np.ndarray, hop: int, low: int, high: int) -> int:
     run = found[: 1 + np.flatnonzero(np.diff(found, append=found[-1] + 2) > 1)[0]]
     place = (first + int(run[len(run) // 2])) * hop + hop // 2
     return min(max(place, low), high)
-
-
-def _power(wave: np.ndarray, hop: int) -> np.ndarray:
-    """Mean square of each frame of `hop` samples. The last frame may be shorter."""
-    whole = len(wave) // hop
-    frames = wave[: whole * hop].reshape(whole, hop)
-    rest = wave[whole * hop :]
-    power = np.einsum("fs,fs->f", frames, frames) / hop
-    return np.append(power, float(rest @ rest) / len(rest)) if len(rest) else power
 
 
 def _smooth(power: np.ndarray) -> np.ndarray:

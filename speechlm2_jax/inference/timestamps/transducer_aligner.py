@@ -5,7 +5,8 @@ it emits by itself. Edit distance joins the letters of its transcript to the let
 Levenshtein's, where a letter that is replaced by another keeps its time.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -73,7 +74,8 @@ class TransducerAligner:
                 letters, seconds = self.encoder.letters(labels), frames * self.frame_s
                 kept = hypotheses.log_probs
                 log_probs = None if kept is None else np.asarray(kept[n, :count]).tolist()
-                found[i] = joined(words[i], letters, seconds, log_probs)
+                numbers = self.encoder.word_numbers(labels)
+                found[i] = joined(words[i], letters, seconds, log_probs, numbers)
         return [found[i] for i in range(len(waves))]
 
     def _hypotheses(self, waves: Sequence[np.ndarray]) -> Hypotheses:
@@ -90,11 +92,14 @@ def joined(
     labels: Sequence[str],
     spans: np.ndarray,
     log_probs: Sequence[float] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> AlignedLabels:
     """Joins the letters of each label of a transcript to the letters of the words.
 
     `spans` [U, 2] are start and end of each label in seconds. A label whose letters belong to two
-    words counts for both. Its log-probability is that of words which it spells alike.
+    words counts for both. Its log-probability is that of words which the transcript spells alike,
+    letter by letter. `numbers` [U] tell the word of the transcript that each label belongs to; by
+    default each is a word.
     """
     plain = [plain_letters(word) for word in words]
     pairs = _pairs(_Letters.of(plain), _Letters.of(labels))
@@ -104,6 +109,7 @@ def joined(
     if count and alike < LEAST_SHARE * count:
         problem = "the ASR model's own transcript of it is another text"
         pairs = {}
+    alike_words = _alike(plain, labels, pairs, range(len(labels)) if numbers is None else numbers)
     timed: list[TimedLabel] = []
     known: list[float | None] = []
     for number, word in enumerate(plain):
@@ -111,7 +117,8 @@ def joined(
         for i, shared in own:
             span = (float(spans[i, 0]), float(spans[i, 1]))
             timed.append(TimedLabel(number, shared.equal + shared.replaced, span))
-            known.append(None if log_probs is None or shared.replaced else float(log_probs[i]))
+            is_known = number in alike_words
+            known.append(float(log_probs[i]) if is_known and log_probs is not None else None)
         if not own:
             timed.append(TimedLabel(number, len(word), None))
             known.append(None)
@@ -123,6 +130,27 @@ class _Shared(NamedTuple):
 
     equal: int = 0
     replaced: int = 0
+
+
+def _alike(
+    words: Sequence[str],
+    labels: Sequence[str],
+    pairs: Mapping[int, Mapping[int, _Shared]],
+    numbers: Sequence[int],
+) -> set[int]:
+    """The words of the text that have just the letters of their words of the transcript."""
+    unmatched = Counter[int]()  # letters of each word of the transcript that are no word's
+    for number, label in zip(numbers, labels, strict=True):
+        unmatched[number] += len(label)
+    for own in pairs.values():
+        for label, shared in own.items():
+            unmatched[numbers[label]] -= shared.equal
+    return {
+        word
+        for word, own in pairs.items()
+        if sum(shared.equal for shared in own.values()) == len(words[word])
+        and not any(unmatched[numbers[label]] for label in own)
+    }
 
 
 def _pairs(text: _Letters, transcript: _Letters) -> dict[int, dict[int, _Shared]]:
