@@ -1,8 +1,9 @@
 """From recordings of any length to transcripts with times; the model is a function of short clips.
 
 - A recording longer than `max_audio_s` is cut at pauses. Stretches without speech have no text.
-- A text in which the model repeats itself is generated again where the model can avoid that, and
-  what is still repeated is written once. Both are logged.
+- Where a model can generate a text again without repetitions, as an LLM, a text in which it repeats
+  itself is generated so, and what is still repeated is written once. Both are logged. Other models
+  have no loops: eight equal words are eight words.
 - Words have times if there is an aligner; else a segment is a part of its recording.
 """
 
@@ -28,7 +29,7 @@ class ClipText(NamedTuple):
 
     text: str
     confidences: tuple[float, ...] | None = None
-    """Of each of its words, split at white space; None if they are not known."""
+    """Of each of its words, split at white space, by the model itself; None if not known."""
 
 
 ToTexts = Callable[[Sequence[np.ndarray]], list[ClipText]]
@@ -45,7 +46,9 @@ class ClipFunctions:
     rate_hz: int
     to_texts: ToTexts
     to_texts_again: ToTexts | None = None
-    """Generates other texts for clips over which the model repeated itself."""
+    """Generates other texts for clips over which the model repeated itself; None: it never does."""
+    has_confidences: bool = False
+    """Whether confidences are the model's own: words without one do not get the aligner's."""
     to_words: ToWords | None = None
     """None: there is no aligner."""
 
@@ -94,7 +97,9 @@ def transcribe_recordings(
     if timestamps and functions.to_words is not None and any(map(str.strip, texts)):
         starts_s = [clip.part.start / rate_hz for clip in clips]
         timed = functions.to_words(audio, [text.strip() for text in texts], starts_s)
-        words = [_confident(*own) for own in zip(timed, found, strict=True)]
+        words = timed
+        if functions.has_confidences:
+            words = [_confident(*own) for own in zip(timed, found, strict=True)]
     made: list[list[tuple[Segment, ...]]] = [[] for _ in waves]
     joined: list[list[str]] = [[] for _ in waves]
     for clip, text, own in zip(clips, texts, words, strict=True):
@@ -130,18 +135,22 @@ def _segments(
 def _without_loops(
     audio: Sequence[np.ndarray], found: list[ClipText], functions: ClipFunctions
 ) -> list[ClipText]:
-    looping = [n for n, own in enumerate(found) if has_loop(own.text)]
-    if not looping:
-        return found
+    """The texts without loops, if the model can generate others."""
     again = functions.to_texts_again
-    if again is not None:
-        for n, own in zip(looping, again([audio[n] for n in looping]), strict=True):
-            found[n] = own
+    looping = [n for n, own in enumerate(found) if has_loop(own.text)]
+    if again is None or not looping:
+        return found
+    for n, own in zip(looping, again([audio[n] for n in looping]), strict=True):
+        found[n] = own
+    still = [n for n in looping if has_loop(found[n].text)]
+    for n in still:
+        found[n] = ClipText(without_loop(found[n].text))
+    ends = f"; in {len(still)} it did again, and repetitions are written once" if still else ""
     log.warning(
-        "the model repeated itself over %d of %d parts; repetitions are written once",
-        *(len(looping), len(found)),
+        "the model repeated itself over %d of %d parts, which were generated again%s",
+        *(len(looping), len(found), ends),
     )
-    return [ClipText(without_loop(own.text)) if has_loop(own.text) else own for own in found]
+    return found
 
 
 def words_by(find_aligner: Callable[[], Aligner | None], rate_hz: int) -> ToWords:
@@ -169,8 +178,9 @@ def words_by(find_aligner: Callable[[], Aligner | None], rate_hz: int) -> ToWord
 
 
 def _confident(words: tuple[Word, ...], found: ClipText) -> tuple[Word, ...]:
-    """Words with the confidences of their text, if these are known."""
-    if found.confidences is None or len(words) != len(found.confidences):
-        return words
-    pairs = zip(words, found.confidences, strict=True)
+    """Words with the confidences of their text; with none if these are not known."""
+    known = found.confidences
+    if known is None or len(words) != len(known):
+        return tuple(replace(word, confidence=None) for word in words)
+    pairs = zip(words, known, strict=True)
     return tuple(replace(word, confidence=confidence) for word, confidence in pairs)

@@ -3,8 +3,10 @@
 Times are seconds from the start of the recording. Nothing here imports JAX.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 MAX_CUE_S = 7.0
@@ -14,6 +16,15 @@ MAX_CUE_CHARACTERS = 84
 PAUSE_S = 0.8
 """A longer silence between two words ends a segment."""
 SENTENCE_ENDS = (".", "?", "!", "…", "。", "？", "！")
+LONGEST_MARKS = 4
+"""Marks in a row that are kept with the letter before them, where a text is cut."""
+_SENTENCE_END = re.compile("[?!…。？！]+")
+_CLAUSE_END = re.compile("[,;:，、；：]+")
+_WITHOUT_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff]"
+)
+"""Letters of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, kana, Chinese."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +96,58 @@ def segments_of(words: Sequence[Word]) -> tuple[Segment, ...]:
     """Groups words into segments that fit a subtitle.
 
     A segment ends after a sentence and before a pause of PAUSE_S. It is also ended before it would
-    be longer than MAX_CUE_S or MAX_CUE_CHARACTERS.
+    be longer than MAX_CUE_S or MAX_CUE_CHARACTERS. A word that is longer alone, as in scripts
+    without spaces, becomes several segments: each character is given the same time.
     """
     groups: list[list[Word]] = []
+    is_open = False
     for word in words:
-        if not groups or _ends_before(groups[-1], word):
+        if _is_too_long(word):
+            groups += [[part] for part in _split(word)]
+            is_open = False
+            continue
+        if not is_open or _ends_before(groups[-1], word):
             groups.append([])
         groups[-1].append(word)
+        is_open = True
     return tuple(
         Segment(text=_text(own), start=own[0].start, end=own[-1].end, words=tuple(own))
         for own in groups
     )
+
+
+def _is_too_long(word: Word) -> bool:
+    """Whether a word is no single word, or too long for a segment."""
+    if len(word.text) > MAX_CUE_CHARACTERS:
+        return True
+    return word.end - word.start > MAX_CUE_S and len(_WITHOUT_SPACES.findall(word.text)) > 1
+
+
+def _split(word: Word) -> Iterator[Word]:
+    """Parts of a word that fit a segment, with the times that their characters would have."""
+    text, step_s = word.text, (word.end - word.start) / len(word.text)
+    most = MAX_CUE_CHARACTERS if step_s <= 0 else int(min(MAX_CUE_CHARACTERS, MAX_CUE_S / step_s))
+    start = 0
+    while start < len(text):
+        end = _end_of_part(text, start, max(most, 1))
+        times = (word.start + n * step_s for n in (start, end))
+        yield replace(
+            word, text=text[start:end], start=next(times), end=next(times), is_estimated=True
+        )
+        start = end
+
+
+def _end_of_part(text: str, start: int, most: int) -> int:
+    """Where the part of a text ends that begins at `start`: after a sentence, else a clause."""
+    end = start + most
+    if (found := _SENTENCE_END.search(text, start, end)) is not None:
+        return found.end()
+    if end >= len(text):
+        return len(text)
+    if clauses := list(_CLAUSE_END.finditer(text, start, end)):
+        return clauses[-1].end()
+    near = range(end, max(end - LONGEST_MARKS, start), -1)  # marks stay with the letter before them
+    return next((n for n in near if unicodedata.category(text[n])[0] not in "MP"), end)
 
 
 def _ends_before(group: Sequence[Word], word: Word) -> bool:

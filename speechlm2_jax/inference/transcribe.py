@@ -173,6 +173,7 @@ def transcribe_by_prompt(
         to_texts=lambda clips: _texts_by_prompt(model, clips, options, {}),
         to_texts_again=lambda clips: _texts_by_prompt(model, clips, options, WITHOUT_LOOPS),
         to_words=words_by(options.find_aligner, model.sampling_rate),
+        has_confidences=True,
     )
     items, found = items_of(audio), list[Transcript]()
     for start in range(0, len(items), options.batch_size):

@@ -2,7 +2,8 @@
 
 - srt, vtt: one cue for each segment (SubRip; W3C WebVTT, section 4).
 - tsv: start, end and text of each segment, times in milliseconds, as Whisper's command writes.
-- json, jsonl: text, duration, segments and words. A line of jsonl is a row of a manifest.
+- json, jsonl: text, duration, segments and words. A line of jsonl is a row of a manifest. Times are
+  from the start of the recording, or of its stretch, whose `offset` is given.
 
 A transcript without segments is one segment as long as its recording.
 """
@@ -15,22 +16,31 @@ from typing import Any
 from speechlm2_jax.inference.timed_text import Segment, Transcript, Word
 
 
-def write_transcript(transcript: Transcript, form: str, audio: str | None = None) -> str:
+def write_transcript(
+    transcript: Transcript, form: str, audio: str | None = None, offset_s: float = 0.0
+) -> str:
     """The contents of a file of the format `form`, a key of FORMATS, with a newline at its end.
 
-    `audio` is the path or the address of the recording, which json and jsonl name. Raises
-    ValueError, with the formats there are, for another format.
+    `audio` is the path or the address of the recording, and `offset_s` where the transcript begins
+    in it; json and jsonl name both. Raises ValueError, with the formats there are, for another
+    format.
     """
     writer = FORMATS.get(form)
     if writer is None:
         raise ValueError(f"format {form!r} is not supported; use one of {', '.join(FORMATS)}")
-    return writer(transcript, audio)
+    return writer(transcript, audio, offset_s)
 
 
-def to_dict(transcript: Transcript, audio: str | None = None) -> dict[str, Any]:
-    """The transcript as plain data, with the keys of a manifest; what is not known is left out."""
+def to_dict(
+    transcript: Transcript, audio: str | None = None, offset_s: float = 0.0
+) -> dict[str, Any]:
+    """The transcript as plain data, with the keys of a manifest; what is not known is left out.
+
+    `offset_s` is where it begins in its recording; from there its times are.
+    """
     return _known(
         audio_filepath=audio,
+        offset=_rounded(offset_s) or None,
         duration=_rounded(transcript.duration_s),
         text=transcript.text,
         segments=[_segment(segment) for segment in transcript.segments] or None,
@@ -58,26 +68,26 @@ def time_stamp(seconds: float, mark: str) -> str:
     return f"{minutes // 60:02}:{minutes % 60:02}:{rest_ms // 1000:02}{mark}{rest_ms % 1000:03}"
 
 
-def _txt(transcript: Transcript, _audio: str | None) -> str:
+def _txt(transcript: Transcript, _audio: str | None, _offset_s: float) -> str:
     return f"{transcript.text}\n"
 
 
-def _json(transcript: Transcript, audio: str | None) -> str:
-    return json.dumps(to_dict(transcript, audio), ensure_ascii=False, indent=2) + "\n"
+def _json(transcript: Transcript, audio: str | None, offset_s: float) -> str:
+    return json.dumps(to_dict(transcript, audio, offset_s), ensure_ascii=False, indent=2) + "\n"
 
 
-def _jsonl(transcript: Transcript, audio: str | None) -> str:
-    return json.dumps(to_dict(transcript, audio), ensure_ascii=False) + "\n"
+def _jsonl(transcript: Transcript, audio: str | None, offset_s: float) -> str:
+    return json.dumps(to_dict(transcript, audio, offset_s), ensure_ascii=False) + "\n"
 
 
-def _srt(transcript: Transcript, _audio: str | None) -> str:
+def _srt(transcript: Transcript, _audio: str | None, _offset_s: float) -> str:
     return "".join(
         f"{number}\n{_span(segment, ',')}\n{_one_line(segment.text)}\n\n"
         for number, segment in enumerate(_cues(transcript), 1)
     )
 
 
-def _vtt(transcript: Transcript, _audio: str | None) -> str:
+def _vtt(transcript: Transcript, _audio: str | None, _offset_s: float) -> str:
     cues = (
         f"{_span(segment, '.')}\n{html.escape(_one_line(segment.text), quote=False)}\n\n"
         for segment in _cues(transcript)
@@ -85,7 +95,7 @@ def _vtt(transcript: Transcript, _audio: str | None) -> str:
     return "WEBVTT\n\n" + "".join(cues)
 
 
-def _tsv(transcript: Transcript, _audio: str | None) -> str:
+def _tsv(transcript: Transcript, _audio: str | None, _offset_s: float) -> str:
     rows = (
         f"{_milliseconds(segment.start)}\t{_milliseconds(segment.end)}\t{_one_line(segment.text)}\n"
         for segment in _cues(transcript)
@@ -93,7 +103,7 @@ def _tsv(transcript: Transcript, _audio: str | None) -> str:
     return "start\tend\ttext\n" + "".join(rows)
 
 
-FORMATS: Mapping[str, Callable[[Transcript, str | None], str]] = {
+FORMATS: Mapping[str, Callable[[Transcript, str | None, float], str]] = {
     "txt": _txt,
     "json": _json,
     "jsonl": _jsonl,
@@ -120,6 +130,7 @@ def _segment(segment: Segment) -> dict[str, Any]:
             start=_rounded(word.start),
             end=_rounded(word.end),
             confidence=None if word.confidence is None else round(word.confidence, 4),
+            is_estimated=word.is_estimated or None,
         )
         for word in segment.words
     ]

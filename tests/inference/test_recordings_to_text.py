@@ -1,6 +1,7 @@
 """Recordings of any length become texts with times, by a model of short clips."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,9 @@ def test_a_long_recording_is_joined_from_its_parts():
 
 
 def test_words_have_times_in_the_recording_and_confidences():
-    functions = ClipFunctions(rate_hz=RATE_HZ, to_texts=lengths, to_words=words)
+    functions = ClipFunctions(
+        rate_hz=RATE_HZ, to_texts=lengths, to_words=words, has_confidences=True
+    )
     (long,) = transcribe_recordings([LONG], functions, timestamps="word", max_audio_s=5.0)
     assert [word.text for word in long.words] == long.split()
     assert long.words[2].start == pytest.approx(6.4, abs=0.05)
@@ -89,8 +92,40 @@ def test_a_loop_is_generated_again_and_then_written_once(caplog):
     mended = ClipFunctions(rate_hz=RATE_HZ, to_texts=loops, to_texts_again=lengths)
     assert transcribe_recordings([tone(2)], mended, **options) == ["20 t"]
     assert "repeated itself over 1 of 1 parts" in caplog.text
+    assert "written once" not in caplog.text
     still = ClipFunctions(rate_hz=RATE_HZ, to_texts=loops, to_texts_again=loops)
     assert transcribe_recordings([tone(2)], still, **options) == ["go on now"]
+    assert "in 1 it did again, and repetitions are written once" in caplog.text
+
+
+def test_a_model_without_loops_keeps_equal_words(caplog):
+    functions = ClipFunctions(rate_hz=RATE_HZ, to_texts=lambda clips: [ClipText("5 " * 8)])
+    (text,) = transcribe_recordings([tone(2)], functions, timestamps=None, max_audio_s=5.0)
+    assert text == "5 5 5 5 5 5 5 5" and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("text", "again", "confidences"),
+    [("two words", None, None), ("go on " * 20, "go on " * 20, (0.5,) * 40)],
+)
+def test_words_of_an_llm_never_have_the_confidence_of_the_aligner(text, again, confidences):
+    def aligned(clips, texts, starts_s):
+        return [tuple(replace(w, confidence=0.9) for w in own) for own in words(clips, texts, [0])]
+
+    functions = ClipFunctions(
+        rate_hz=RATE_HZ,
+        to_texts=lambda clips: [ClipText(text, confidences)],
+        to_texts_again=lambda clips: [ClipText(again, confidences)],
+        to_words=aligned,
+        has_confidences=True,
+    )
+    options = {"timestamps": "word", "max_audio_s": 5.0}
+    (found,) = transcribe_recordings([tone(2)], functions, **options)
+    assert len(found.words) == 2 and {word.confidence for word in found.words} == {None}
+    (found,) = transcribe_recordings(
+        [tone(2)], replace(functions, has_confidences=False), **options
+    )
+    assert {word.confidence for word in found.words} == {0.9}, "of a model without its own"
 
 
 def test_timestamps_are_none_segment_or_word():

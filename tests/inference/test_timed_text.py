@@ -7,7 +7,14 @@ import sys
 
 import pytest
 
-from speechlm2_jax.inference.timed_text import MAX_CUE_S, Segment, Transcript, Word, segments_of
+from speechlm2_jax.inference.timed_text import (
+    MAX_CUE_CHARACTERS,
+    MAX_CUE_S,
+    Segment,
+    Transcript,
+    Word,
+    segments_of,
+)
 from speechlm2_jax.inference.transcript_files import (
     FORMATS,
     from_dict,
@@ -49,6 +56,49 @@ def test_segments_end_at_pauses_sentences_and_the_longest_cue():
     assert [cue.text for cue in segments_of(ended)] == ["end.", "next"]
     assert [cue.text for cue in segments_of(HELLO + LATER)] == ["Hello <b>&", "late-->r"]
     assert segments_of([]) == ()
+
+
+def test_text_without_spaces_is_cut_into_cues():
+    text = (
+        "\u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002"
+        + "\u6211\u4eec\u53bb\u516c\u56ed\uff0c" * 8
+        + "\u597d\u5427\u3002"
+    )
+    whole = Word(text=text, start=10.0, end=50.0, confidence=0.5)
+    cues = segments_of([*HELLO, whole, Word(text="end", start=50.0, end=50.5)])
+    assert [cues[0].text, cues[-1].text] == ["Hello <b>&", "end"]
+    parts = cues[1:-1]
+    assert "".join(cue.text for cue in parts) == text and len(parts) > 5
+    assert all(cue.end - cue.start <= MAX_CUE_S + 1e-6 for cue in parts)
+    assert all(cue.text[-1] in "\u3002\uff0c" for cue in parts)
+    assert [parts[0].start, parts[-1].end] == [10.0, pytest.approx(50.0)]
+    assert all(a.end == b.start for a, b in zip(parts, parts[1:], strict=False))
+    assert all(word.is_estimated for cue in parts for word in cue.words)
+    (short,) = segments_of([Word(text=text[:7], start=0.0, end=2.0)])
+    assert short.text == text[:7] and not short.words[0].is_estimated
+
+
+@pytest.mark.parametrize("text", ["a" * 100, "." * 400, "\u0e01\u0e33" * 100, "\u4f60" * 90])
+def test_no_cue_has_too_many_characters(text):
+    cues = segments_of([Word(text=text, start=0.0, end=0.0)])
+    assert "".join(cue.text for cue in cues) == text
+    assert max(len(cue.text) for cue in cues) <= MAX_CUE_CHARACTERS
+    assert len(cues) == -(-len(text) // MAX_CUE_CHARACTERS)
+
+
+def test_a_slow_word_is_one_word():
+    (cue,) = segments_of([Word(text="slow", start=0.0, end=9.0)])
+    assert cue.words[0] == Word(text="slow", start=0.0, end=9.0)
+
+
+def test_json_tells_estimates_and_the_offset():
+    estimated = Word(text="42", start=0.0, end=0.5, is_estimated=True)
+    made = Transcript("42", segments=segments_of([estimated]), duration_s=1.0)
+    for form in ("json", "jsonl"):
+        row = json.loads(write_transcript(made, form, "a.wav", 12.5))
+        assert row["offset"] == 12.5 and row["segments"][0]["words"][0]["is_estimated"] is True
+        assert from_dict(row).words == (estimated,)
+    assert "offset" not in to_dict(made, "a.wav")
 
 
 def test_subtitles():
