@@ -124,7 +124,7 @@ def _is_too_long(word: Word) -> bool:
 
 
 def _split(word: Word) -> Iterator[Word]:
-    """Cuts a word into words that fit a segment, with the times that their characters would have."""
+    """Cuts a word into words that fit a segment, with the times of their characters."""
     text, step_s = word.text, (word.end - word.start) / len(word.text)
     most = MAX_CUE_CHARACTERS if step_s <= 0 else int(min(MAX_CUE_CHARACTERS, MAX_CUE_S / step_s))
     start = 0
