@@ -14,6 +14,7 @@ from speechlm2_jax.data.audio import AudioError, read_audio
 from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.json_lines import json_lines
 from speechlm2_jax.data.manifest_values import located
+from speechlm2_jax.data.output_folders import check_writable
 from speechlm2_jax.data.readers import beside
 from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.inference.timestamps.aligner import Aligner
@@ -91,6 +92,7 @@ def align_manifest(
     if target.resolve() == path.resolve():
         raise SettingsError(f"--output: {target} is the manifest itself; name another file")
     written = [] if overwrite else _written(target, task)
+    check_writable(target.parent, "--output")
     opened = aligner if isinstance(aligner, Aligner) else aligner()
     if overwrite:
         target.unlink(missing_ok=True)

@@ -147,6 +147,8 @@ def test_the_aligner_is_opened_once_the_manifest_is_read(manifest, tmp_path):
 
     with pytest.raises(SettingsError, match="nowhere.jsonl: no such file"):
         align_manifest(tmp_path / "nowhere.jsonl", fails)
+    with pytest.raises(SettingsError, match=r"0\.wav: cannot be written .* folder with --output"):
+        align_manifest(manifest, fails, tmp_path / "0.wav" / "out.jsonl")
     target = align_manifest(manifest, lambda: Evenly()).output
     with pytest.raises(SettingsError, match="no such model"):
         align_manifest(manifest, fails, overwrite=True)

@@ -438,3 +438,14 @@ def test_names_are_found_however_their_accents_are_composed(tmp_path):
     record(tmp_path / apart / f"{apart}.wav")
     put(tmp_path / apart / f"{composed}.txt", "three")
     assert [one.text for one in read_folder(tmp_path / apart).recordings] == ["three"]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_recordings_are_read(tmp_path, capsys):
+    record(tmp_path / "a.wav").with_suffix(".txt").write_text("one")
+    (tmp_path / "b.wav").write_bytes(b"no audio")
+    for output in (tmp_path / "a.wav", tmp_path / "a.txt" / "new", "/proc/new"):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(tmp_path), "--output", str(output)])
+        err = capsys.readouterr().err
+        assert f"{output}: cannot be written (" in err and err.count("\n") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"a.wav", "a.txt", "b.wav"}

@@ -12,6 +12,7 @@ from speechlm2_jax.data.folders.checks import Checked, check_recordings
 from speechlm2_jax.data.folders.layouts import Folder, Found, read_folder
 from speechlm2_jax.data.folders.naming import SET_NAMES, TRAIN
 from speechlm2_jax.data.folders.splitting import LEFT_OUT_SET, far_off, parse_shares, split
+from speechlm2_jax.data.output_folders import check_writable
 from speechlm2_jax.settings import SettingsError
 
 LEFT_OUT = f"{LEFT_OUT_SET}.jsonl"
@@ -107,6 +108,7 @@ def make_manifests(root: Path, choices: Choices) -> list[str]:
     present = [path for path in targets.values() if path.exists()]
     if present and not choices.overwrite:
         raise SettingsError(f"{present[0]} is there already; add --overwrite, or --output")
+    check_writable(output, "--output")
     left_out += [LeftOut(path, "unlisted") for path in folder.unlisted]
     kept = _usable(folder, choices, left_out)
     if not kept:
