@@ -21,7 +21,7 @@ Transcribes recordings of any length with a speech LLM or an ASR model.
 EPILOG = """\
 The text of one recording is printed. Those of several, and every other format, are written beside
 the recordings, or into --output-dir. What is written already is skipped, so that the same command
-resumes. Without --model, the newest run below ./runs transcribes.
+resumes. Without --model, the newest run below ./runs that can transcribe does.
 """
 TIMED = ("srt", "vtt", "tsv", "json", "jsonl")
 """Formats that show times."""
@@ -53,6 +53,7 @@ def _transcribe(arguments: argparse.Namespace, program: str) -> int:
     from speechlm2_jax.transcription.run import transcribe_all
 
     formats = _formats(arguments.output)
+    options = _options(arguments, formats)
     name = choose_model(arguments.model)
     with console.phase("looking for recordings"):
         sources = find_sources(arguments.inputs)
@@ -67,7 +68,7 @@ def _transcribe(arguments: argparse.Namespace, program: str) -> int:
         return 0
     note(f"model: {name}")
     with console.phase(f"loading {name}"):
-        model = open_model(name, _options(arguments, formats))
+        model = open_model(name, options)
     audio_s = sum(source.utterance.duration_s for source in left)
     with AudioProgress(len(left), audio_s) as progress:
         totals = transcribe_all(
@@ -92,6 +93,13 @@ def _options(arguments: argparse.Namespace, formats: Sequence[str]) -> "Options"
     from speechlm2_jax.transcription.opening import Options
 
     timestamps = "word" if set(formats) & set(TIMED) else None
+    if timestamps is None:
+        for flag in ("timestamps", "aligner"):
+            if getattr(arguments, flag):
+                raise settings.SettingsError(
+                    f"--{flag}: {', '.join(formats)} shows no times; add a format that does, as "
+                    "--output txt,json, or leave it out"
+                )
     return Options(
         prompt=arguments.prompt,
         batch_size=arguments.batch_size,
@@ -142,7 +150,8 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
         "--model",
         metavar="NAME",
         help="a run, a model directory, a .nemo file, or a hub name such as "
-        "nvidia/canary-qwen-2.5b or OWNER/NAME@REVISION (default: the newest run below ./runs)",
+        "nvidia/canary-qwen-2.5b or OWNER/NAME@REVISION (default: the newest run below "
+        "./runs that transcribes)",
     )
     model.add_argument(
         "--prompt",

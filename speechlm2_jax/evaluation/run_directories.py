@@ -92,14 +92,20 @@ def read_run(path: str | Path) -> Run | None:
     return Run(folder=folder, settings=load(config, complete=False) if config.is_file() else {})
 
 
+def runs_below(root: Path = RUNS) -> Iterator[Run]:
+    """The runs of all kinds of model below `root`; first that whose last checkpoint is newest."""
+    for folder in sorted(_run_folders(root), key=_last_saved_s, reverse=True):
+        if (run := read_run(folder)) is not None:
+            yield run
+
+
 def newest_run(root: Path = RUNS) -> Run:
     """The speech LLM below `root` whose last checkpoint is the newest.
 
     Raises SettingsError, naming the command that makes a run, if there is none.
     """
-    for folder in sorted(_run_folders(root), key=_last_saved_s, reverse=True):
-        run = read_run(folder)
-        if run is not None and "pretrained_llm" in (run.settings.get("model") or {}):
+    for run in runs_below(root):
+        if "pretrained_llm" in (run.settings.get("model") or {}):
             return run
     raise SettingsError(
         f"no run with a checkpoint below {root}/; train one with `{TRAIN}`, or name a model with "

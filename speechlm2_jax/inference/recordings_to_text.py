@@ -4,7 +4,8 @@
 - Where a model can generate a text again without repetitions, as an LLM, a text in which it repeats
   itself is generated so, and what is still repeated is written once. Both are logged. Other models
   have no loops: eight equal words are eight words.
-- Words have times if there is an aligner; else a segment is a part of its recording.
+- Words have times if there is an aligner; else a segment is a part of its recording. With the
+  timestamps "segment", the words of a segment are not kept.
 """
 
 import logging
@@ -104,7 +105,10 @@ def transcribe_recordings(
     joined: list[list[str]] = [[] for _ in waves]
     for clip, text, own in zip(clips, texts, words, strict=True):
         joined[clip.recording].append(text)
-        made[clip.recording].append(_segments(clip.part, text, own, rate_hz) if timestamps else ())
+        segments = _segments(clip.part, text, own, rate_hz) if timestamps else ()
+        made[clip.recording].append(
+            _without_words(segments) if timestamps == "segment" else segments
+        )
     return [
         Transcript(
             _joined(joined[number], as_it_is=not has_guards),
@@ -130,6 +134,10 @@ def _segments(
     if not text.strip():
         return ()
     return (Segment(text=text.strip(), start=part.start / rate_hz, end=part.end / rate_hz),)
+
+
+def _without_words(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    return tuple(replace(segment, words=()) for segment in segments)
 
 
 def _without_loops(

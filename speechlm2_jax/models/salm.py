@@ -185,10 +185,10 @@ class SALM(SpeechModel):
         prompt of training. The recording replaces the `audio_locator_tag` in it, or follows it.
         Longer audio than `max_audio_s` seconds is cut at pauses; parts without speech have no text.
 
-        With `timestamps` "word" or "segment" a text also has `segments` and `words` with times in
-        seconds. `aligner` finds them: an ASR model's name or path, or `aligner()` by default. Other
-        keywords are those of `generate`. Raises AudioError for an unusable recording, ValueError
-        for any other value.
+        With `timestamps` "segment" a text also has `segments` with times in seconds, with "word"
+        their `words` too. `aligner` finds them: an ASR model's name or path, or `aligner()` by
+        default. Other keywords are those of `generate`. Raises AudioError for an unusable
+        recording, ValueError for any other value.
         """
         options = PromptOptions(
             prompt=prompt,

@@ -82,8 +82,9 @@ class Transcriber(ABC):
           list of these, or a float batch [B, S].
         - `lengths` [B]: samples of each recording of a batch, S by default; length 0 gives "".
         - `channel_selector`: the channel of files with several; "average" mixes them.
-        - `timestamps`: with "word" or "segment" a text also has `segments` and `words` with times
-          in seconds. `aligner` finds them: an ASR model's name or path, or `aligner()` by default.
+        - `timestamps`: with "segment" a text also has `segments` with times in seconds, with "word"
+          their `words` too. `aligner` finds them: an ASR model's name or path, or `aligner()` by
+          default.
         - `max_audio_s`: longer recordings are cut at pauses, and parts without speech have no text.
         - `options`: NeMo's arguments without effect here (verbose, num_workers, use_lhotse).
 

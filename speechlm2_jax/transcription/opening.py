@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from speechlm2_jax.evaluation.run_directories import RUNS, Run, newest_run, read_run
+from speechlm2_jax.evaluation.run_directories import RUNS, Run, read_run, runs_below
 from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
 from speechlm2_jax.inference.timed_text import Transcript
 from speechlm2_jax.inference.timestamps.aligner import Aligner
@@ -19,10 +19,27 @@ from speechlm2_jax.settings import SettingsError
 PUBLIC_MODELS = ("nvidia/canary-qwen-2.5b", "nvidia/parakeet-ctc-0.6b")
 """Models on the hub that an error names."""
 PROMPTED = ("SALM", "SALMWithAsrDecoder")
+TRANSCRIBERS = (*PROMPTED, "ASRModel", "CTCModel")
+"""Classes that transcribe."""
 PROMPT = "Transcribe the following:"
 """The prompt of canary-qwen-2.5b, for a model whose training does not say another."""
 MAX_NEW_TOKENS = 256
 """Longest text of a part of a recording, by default."""
+_ON_COMMAND_LINE = "is no text of a command line; leave it out"
+_REFUSED_KEYS = {
+    "prompt": "use --prompt",
+    "batch_size": "use --batch-size",
+    "timestamps": "use --timestamps",
+    "aligner": "use --aligner",
+    "max_audio_s": "use --max-audio-s",
+    "max_new_tokens": "use --max-new-tokens",
+    "max_length": "use --max-new-tokens",
+    "pad_token_id": "the model decides it; leave it out",
+    "num_return_sequences": "a recording has one transcript; leave it out",
+    **dict.fromkeys(("return_dict_in_generate", "token_logprobs"), "leave it out"),
+    **dict.fromkeys(("assistant_model", "drafts", "should_stop"), _ON_COMMAND_LINE),
+}
+"""Keywords of `generate` that --set refuses, and what to do instead."""
 log = logging.getLogger(__name__)
 
 
@@ -42,6 +59,11 @@ class Options:
     generation: Mapping[str, Any] = field(default_factory=dict)
     """More keywords of `generate`; for a model with an LLM."""
 
+    def __post_init__(self) -> None:
+        """Checks `generation`. Raises SettingsError for what no model takes."""
+        if self.generation:
+            _check_generation(self.generation)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedModel:
@@ -53,33 +75,51 @@ class OpenedModel:
 
 
 def choose_model(name: str | None) -> str:
-    """The name of the model, by default that of the newest run in ./runs.
+    """The name of the model, by default that of the newest run in ./runs that can transcribe.
 
     Raises SettingsError, with the names of public models, if there is none.
     """
     if name is not None:
         return name
-    try:
-        return str(newest_run().folder)
-    except SettingsError:
-        raise SettingsError(
-            f"there is no trained model below {RUNS}/; train one with `speechlm2-jax train "
-            f"--config salm`, or name one: --model PATH, or a public one such as "
-            f"{', '.join(PUBLIC_MODELS)}"
-        ) from None
+    for run in runs_below(RUNS):
+        if _transcribes(registry.identify(run.folder)):
+            return str(run.folder)
+    raise SettingsError(
+        f"there is no trained model below {RUNS}/ that transcribes; train one with `speechlm2-jax "
+        f"train --config salm`, or name one: --model PATH, or a public one such as "
+        f"{', '.join(PUBLIC_MODELS)}"
+    )
 
 
 def open_model(name: str, options: Options) -> OpenedModel:
     """Opens a run, a directory, a file or a hub name. Raises SettingsError if it cannot."""
     path = Location().find_model(name, key="--model")
     kind = registry.identify(path)
-    if kind is None or not set(kind.classes) & {*PROMPTED, "ASRModel", "CTCModel"}:
+    if kind is None or not _transcribes(kind):
         what = kind.sentence(path) if kind else f"{path} is not a known model"
         raise SettingsError(f"--model: {what}; transcription needs a SALM or an ASR model")
     run = read_run(path)
     if set(kind.classes) & set(PROMPTED):
         return _open_prompted(name, path, kind.classes[0], run, options)
     return _open_asr(name, path, kind.classes[0], run, options)
+
+
+def _transcribes(kind: registry.Kind | None) -> bool:
+    return kind is not None and bool(set(kind.classes) & set(TRANSCRIBERS))
+
+
+def _check_generation(keys: Mapping[str, Any]) -> None:
+    """Raises SettingsError for keywords that `generate` refuses of any model."""
+    from speechlm2_jax.inference.request.generation_request import ANY_VOCABULARY, read_request
+
+    for key in keys:
+        if key in _REFUSED_KEYS:
+            raise SettingsError(f"--set {key}: {_REFUSED_KEYS[key]}")
+    try:
+        read_request(ANY_VOCABULARY, {**keys, "max_new_tokens": MAX_NEW_TOKENS})
+    except (ValueError, TypeError) as error:
+        joint = " " if str(error).startswith(tuple(keys)) else ": "
+        raise SettingsError(f"--set{joint}{error}") from error
 
 
 def _open_prompted(

@@ -88,14 +88,18 @@ def _readable(
 
 
 def _groups(sources: Sequence[GivenRecording], size: int) -> Iterator[list[GivenRecording]]:
-    """Up to `size` recordings of together at most GROUP_S, in order, or one longer recording."""
+    """Up to `size` recordings of together at most GROUP_S, in order, or one longer recording.
+
+    One whose duration is not known before it is read, as of an address, may be long: it is alone.
+    """
     group: list[GivenRecording] = []
     seconds = 0.0
     for source in sources:
-        longer = seconds + source.utterance.duration_s
+        own_s = source.utterance.duration_s or GROUP_S
+        longer = seconds + own_s
         if group and (len(group) == size or longer > GROUP_S):
             yield group
-            group, longer = [], source.utterance.duration_s
+            group, longer = [], own_s
         group.append(source)
         seconds = longer
     if group:

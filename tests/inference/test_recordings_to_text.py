@@ -64,6 +64,9 @@ def test_words_have_times_in_the_recording_and_confidences():
     assert [word.text for word in long.words] == long.split()
     assert long.words[2].start == pytest.approx(6.4, abs=0.05)
     assert [word.confidence for word in long.words] == [0.5, 0.25] * 3
+    (whole,) = transcribe_recordings([LONG], functions, timestamps="segment", max_audio_s=5.0)
+    assert whole.words == () and len(whole.segments) == len(long.segments) > 0
+    assert [(s.text, s.start) for s in whole.segments] == [(s.text, s.start) for s in long.segments]
     (plain,) = transcribe_recordings([LONG], functions, timestamps=None, max_audio_s=5.0)
     assert plain == long and plain.segments == plain.words == ()
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ from speechlm2_jax.transcription.inputs import find_sources
 from speechlm2_jax.transcription.opening import OpenedModel, Options, choose_model, open_model
 from speechlm2_jax.transcription.outputs import Outputs
 from speechlm2_jax.transcription.progress import AudioProgress, duration
+from speechlm2_jax.transcription.run import transcribe_all
+from tests.evaluation.run_case import make_run
 
 RATE_HZ = 16_000
 
@@ -125,6 +129,15 @@ def test_a_recording_that_cannot_be_read_is_named_and_left_out(folder, model, ca
         (["b*.wav"], "no file or folder matches 'b*.wav'"),
         (["a.wav", "--output", "doc"], "--output: 'doc' is no format; use txt, json"),
         (["calls/notes.txt"], "calls/notes.txt is neither audio nor a manifest"),
+        (["a.wav", "--set", "max_new_tokens=5"], "--set max_new_tokens: use --max-new-tokens"),
+        (["a.wav", "--set", "batch_size=5"], "--set batch_size: use --batch-size"),
+        (
+            ["a.wav", "--set", "num_beans=5"],
+            "--set: generate does not know 'num_beans'; did you mean",
+        ),
+        (["a.wav", "--set", "num_beams=many"], "--set num_beams"),
+        (["a.wav", "--timestamps", "word"], "--timestamps: txt shows no times; add a format"),
+        (["a.wav", "--aligner", "x"], "--aligner: txt shows no times; add a format"),
     ],
 )
 def test_bad_input_is_one_line(folder, model, capsys, words, error):
@@ -174,9 +187,39 @@ def test_files_are_written_whole(folder, monkeypatch):
 
 
 def test_without_a_run_public_models_are_named(folder):
-    with pytest.raises(SettingsError, match=r"no trained model below runs/; .*canary-qwen-2\.5b"):
+    with pytest.raises(SettingsError, match=r"no trained model below runs/ .*canary-qwen-2\.5b"):
         choose_model(None)
     assert choose_model("x") == "x"
+
+
+def test_the_newest_run_that_transcribes_is_chosen(folder):
+    salm = {"pretrained_llm": "llm", "perception": {}}
+    duplex = {"pretrained_llm": "llm", "pretrained_audio_codec": "codec"}
+    ctc = {"tokenizer": {}, "preprocessor": {}, "encoder": {}}
+    for name, model, saved_at_s in (
+        ("salm", salm, 1e9),
+        ("duplex", duplex, 3e9),
+        ("ctc", ctc, 2e9),
+    ):
+        run = make_run(Path("runs", name), saved_at_s=saved_at_s, settings={"model": model})
+        Path(run, "model").mkdir()
+        Path(run, "model/config.json").write_text(json.dumps(model))
+    assert choose_model(None) == "runs/ctc"
+    shutil.rmtree("runs/ctc")
+    assert choose_model(None) == "runs/salm"
+    shutil.rmtree("runs/salm")
+    with pytest.raises(SettingsError, match="no trained model below runs/ that transcribes"):
+        choose_model(None)
+
+
+def test_recordings_of_unknown_duration_are_read_one_at_a_time(folder, model):
+    known = find_sources(["a.wav"]) * 5
+    unknown = [replace(s, utterance=replace(s.utterance, duration_s=0.0)) for s in known[:2]]
+    opened = opening.open_model("m", Options())
+    transcribe_all(
+        [*known, *unknown], opened, None, AudioProgress(7, 7.0, stream=io.StringIO()), group_size=4
+    )
+    assert model == [[1] * 4, [1], [1], [1]]
 
 
 def test_progress_counts_audio():
