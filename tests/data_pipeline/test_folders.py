@@ -327,6 +327,7 @@ def lists_of_sets(root):
     for n, name in enumerate(("train", "train", "dev", "test")):
         with (root / f"{name}.csv").open("a") as file:
             file.write(("" if file.tell() else "file,text\n") + f"{n}.wav,t{n}\n")
+    put(root / "all.csv", "file,text\n" + "".join(f"{n}.wav,t{n}\n" for n in range(4)))
     return [f"{n}.wav" for n in range(4)], {"train": [0, 1], "validation": [2], "test": [3]}
 
 
@@ -385,7 +386,8 @@ def test_sets_of_the_folder_are_kept_unless_it_is_to_be_split_anew(layout, tmp_p
     assert {k: sorted(int(r["text"][1:]) for r in v) for k, v in found.items()} == expected
     assert [row["cause"] for row in left_out] == ["no_set"] * (layout is common_voice_sets)
     told = capsys.readouterr().out
-    assert f"kept the folder's own sets: {', '.join(expected)}; --resplit" in told
+    assert f"kept the folder's own sets: {', '.join(expected)}" in told
+    assert ("(no validation)" in told) == (layout in (subsets, held_out_folder))
     assert ("1 speakers are in more than one" in told) == (layout is folders_of_sets)
     main([str(root), "--output", str(tmp_path / "anew"), "--resplit", "--split", "all=1"])
     assert len(rows_of(tmp_path / "anew" / "all.jsonl")) == len(places)

@@ -85,12 +85,18 @@ def read_folder(root: Path) -> Folder:
         if found is not None:
             named = {one.audio.resolve() for one in found}
             unlisted = tuple(path for path in files.audio if path.resolve() not in named)
-            return Folder(layout=name, recordings=tuple(found), unlisted=unlisted)
+            return Folder(layout=name, recordings=_once_in_sets(found), unlisted=unlisted)
     for table in _tables(root):
         raise _unnamed(table, "recordings", AUDIO_COLUMNS)
     if not files.audio:
         raise SettingsError(f"{root}: no recording in it ({' '.join(AUDIO_SUFFIXES[:9])} ...)")
     return Folder(layout="recordings without texts", recordings=tuple(_bare(files.audio)))
+
+
+def _once_in_sets(found: Sequence[Found]) -> tuple[Found, ...]:
+    """Without the rows of lists of no set whose recordings a list of a set names too."""
+    in_sets = {one.audio for one in found if one.set is not None}
+    return tuple(one for one in found if one.set is not None or one.audio not in in_sets)
 
 
 def _bare(audio: Iterable[Path]) -> Iterator[Found]:
@@ -116,9 +122,7 @@ def _common_voice(files: FolderFiles) -> list[Found] | None:
     if len(of_sets) < 2:
         found = rows(COMMON_VOICE_ALL) or sum(of_sets, []) or rows(COMMON_VOICE_REST)
         return [replace(one, set=None) for one in found]
-    found = [one for own in of_sets for one in own]
-    named = {one.audio for one in found}
-    return found + [one for one in rows(COMMON_VOICE_ALL) if one.audio not in named]
+    return sum(of_sets, []) + rows(COMMON_VOICE_ALL)
 
 
 def _librispeech(files: FolderFiles) -> list[Found] | None:

@@ -156,7 +156,7 @@ def _parts(
     """The recordings of each set, and what to tell of how they came there."""
     if kept_sets:
         parts = {name: [one for one in kept if one.found.set == name] for name in kept_sets}
-        return parts, _kept_lines(parts)
+        return parts, _kept_lines(parts, [name for name in shares if name not in parts])
     groups, seconds, is_by_speaker = _groups(kept, choices.by)
     parts = split(groups, seconds, shares, seed=choices.seed)
     what = "speakers" if is_by_speaker else "files"
@@ -174,9 +174,9 @@ def _parts(
     return parts, lines
 
 
-def _kept_lines(parts: Mapping[str, Sequence[Recording]]) -> list[str]:
-    """What to tell of sets that a folder has itself."""
-    names = ", ".join(parts)
+def _kept_lines(parts: Mapping[str, Sequence[Recording]], missing: Sequence[str]) -> list[str]:
+    """What to tell of sets that a folder has itself, and of those it lacks."""
+    names = ", ".join(parts) + (f" (no {', '.join(missing)})" if missing else "")
     lines = [f"kept the folder's own sets: {names}; --resplit splits them anew"]
     lines += [f"warning: no recording of {name} can be used" for name, p in parts.items() if not p]
     of_speaker: dict[str, set[str]] = defaultdict(set)
