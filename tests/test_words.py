@@ -104,7 +104,8 @@ RIGHT_AS = {
     r'"\w*answer\w*"': "keys of recorded files; a choice of the benchmarks' --only",
     r"--answer\b|\b(arguments|sizes)\.answer\b": "an option of the benchmarks",
     r"def answer\(|model\.answer\(": "SALM.answer is public",
-    r"\banswers(_swapped|{swapped})?\.jsonl|\banswers: ": "a file that evaluate.py writes",
+    r"\banswers((_swapped|_noise_\d+dB)*|{changed})\.jsonl": "a file that evaluate.py writes",
+    r"\banswers: ": "that file in its output",
     r'"answers"|`answers`': "a folder that evaluate.py writes",
     r'"heard"|`heard`': "a key of answers.jsonl",
 }

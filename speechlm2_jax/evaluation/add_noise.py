@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from speechlm2_jax.data.audio import read_audio
 from speechlm2_jax.data.audio_errors import AudioError
+from speechlm2_jax.evaluation.dialogs import joined
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.settings import SettingsError
 
@@ -23,7 +24,8 @@ def add_noise(utterances: Sequence[Utterance], noise: str, snr_db: float) -> lis
 
     `noise` is a recording, of which each utterance has a stretch that its id chooses, or `white`:
     Gaussian noise. Powers are means over the whole recording, as in Lhotse's mixer. A recording of
-    digital silence stays silent. Raises SettingsError for noise that cannot be read.
+    digital silence stays silent. Each recording of a conversation has noise of its own. Raises
+    SettingsError for noise that cannot be read.
     """
     noises = None if noise == WHITE else _opened(noise)
     return [_noisy(utterance, noises, noise, snr_db) for utterance in utterances]
@@ -45,16 +47,19 @@ def _opened(noise: str) -> Callable[[int], np.ndarray]:
 def _noisy(utterance: Utterance, noises: Read | None, name: str, snr_db: float) -> Utterance:
     seed = int.from_bytes(hashlib.sha256(utterance.id.encode()).digest()[:8], "big")
 
-    def read(rate_hz: int) -> np.ndarray:
-        wave = utterance.read(rate_hz)
-        generator = np.random.default_rng(seed)
+    def noisy(wave: np.ndarray, rate_hz: int, number: int = 0) -> np.ndarray:
+        generator = np.random.default_rng([seed, number] if number else seed)
         if noises is None:
             piece = generator.standard_normal(len(wave)).astype(np.float32)
         else:
             piece = _stretch(noises(rate_hz), len(wave), generator)
         return mix(wave, piece, snr_db)
 
-    return replace(utterance, read=read, source=f"{utterance.source} + {name} {snr_db:g} dB")
+    source = f"{utterance.source} + {name} {snr_db:g} dB"
+    if utterance.dialog is None:
+        return replace(utterance, read=lambda hz: noisy(utterance.read(hz), hz), source=source)
+    dialog = replace(utterance.dialog, process=noisy)
+    return replace(utterance, dialog=dialog, read=lambda hz: joined(dialog.read(hz)), source=source)
 
 
 def _stretch(noise: np.ndarray, samples: int, generator: np.random.Generator) -> np.ndarray:

@@ -1,10 +1,12 @@
 """`evaluate.py --compare A B`: do two evaluations of the same recordings differ, or is it luck?"""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from speechlm2_jax.data.json_lines import json_lines
+from speechlm2_jax.evaluation.config import CHANGE_NO_RESPONSE
 from speechlm2_jax.evaluation.metrics.resampling import compare
 from speechlm2_jax.evaluation.metrics.task_metrics import TASK_METRICS, Pair, check_metrics
 from speechlm2_jax.evaluation.metrics.wer import check_normalizer
@@ -12,6 +14,7 @@ from speechlm2_jax.settings import SettingsError
 
 RESPONSES = "answers.jsonl"
 COMPARE = "--compare"
+PROVENANCE, NORMALIZER = "provenance", "use_normalizer"
 
 
 def compare_responses(argv: Sequence[str], program: str) -> str:
@@ -24,22 +27,27 @@ def compare_responses(argv: Sequence[str], program: str) -> str:
         COMPARE, nargs=2, type=Path, required=True, metavar="RESPONSES", help="files or run folders"
     )
     parser.add_argument("--metrics", default="wer", help="names with commas: wer,cer,intent")
-    parser.add_argument("--use-normalizer", default="english", help="as use_normalizer=")
+    parser.add_argument("--use-normalizer", help="as use_normalizer=; that of both evaluations")
     options = parser.parse_args(argv)
     names = [name.strip() for name in options.metrics.split(",")]
     try:
         check_metrics(names)
-        check_normalizer(options.use_normalizer)
+        if options.use_normalizer is not None:
+            check_normalizer(options.use_normalizer)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    first, second = (_read(path) for path in options.compare)
+    files = [path / RESPONSES if path.is_dir() else path for path in options.compare]
+    first, second = (_read(file) for file in files)
     common = [key for key in first if key in second]
     _check(options.compare, first, second, common)
+    records = [_provenance(file) for file in files]
+    normalizer = options.use_normalizer or _normalizer(records)
     lines = [f"{len(common)} responses; second minus first, paired bootstrap"]
+    lines += _differences(records)
     for name in names:
         metric = TASK_METRICS[name]
         pairs = [[responses[key] for key in common] for responses in (first, second)]
-        found = compare(metric, pairs[0], pairs[1], options.use_normalizer)
+        found = compare(metric, pairs[0], pairs[1], normalizer)
         lines += [
             f"{metric.title}",
             f"  first   {found.first}",
@@ -59,14 +67,55 @@ def _verdict(p_value: float | None, change: float | None, more_is_better: bool) 
     return f"the second is {'better' if (change > 0) == more_is_better else 'worse'}"
 
 
-def _read(path: Path) -> dict[str, Pair]:
-    """Id -> reference and response of an output manifest, or of a run directory's."""
-    file = path / RESPONSES if path.is_dir() else path
+def _provenance(file: Path) -> Mapping[str, Any]:
+    """How an output manifest was made; empty if it does not tell."""
+    return next((row[PROVENANCE] for _, row in json_lines(file) if row.get(PROVENANCE)), {})
+
+
+def _normalizer(records: Sequence[Mapping[str, Any]]) -> str:
+    """The normaliser of both evaluations; `english` if they do not tell.
+
+    Raises SettingsError if they differ.
+    """
+    used = [record["settings"].get(NORMALIZER) for record in records if "settings" in record]
+    names = list(dict.fromkeys("english" if u is True else str(u or "none").lower() for u in used))
+    if len(names) > 1:
+        raise SettingsError(
+            f"{COMPARE}: the first was scored with {NORMALIZER}={names[0]}, the second with "
+            f"{names[1]}; choose one with --use-normalizer"
+        )
+    return names[0] if names else "english"
+
+
+def _differences(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines about the settings and models that differ, as far as both tell."""
+    if not all("settings" in record for record in records):
+        return ["  settings  not compared: a file has no provenance"]
+    first, second = (record["settings"] for record in records)
+    found = {
+        key: (first.get(key), second.get(key))
+        for key in {**first, **second}
+        if key not in CHANGE_NO_RESPONSE
+    }
+    models = [_model(record) for record in records]
+    found = {"model": (models[0], models[1]), **found}
+    return [f"  {key}  {one}, then {other}" for key, (one, other) in found.items() if one != other]
+
+
+def _model(record: Mapping[str, Any]) -> str:
+    """Name and step of the model; its hash tells apart what is saved under one name."""
+    model = record.get("model") or {}
+    step = "" if "step" not in model else f", step {model['step']}"
+    return f"{model.get('name')}{step} ({str(model.get('sha256'))[:8]})"
+
+
+def _read(file: Path) -> dict[str, Pair]:
+    """Id -> reference and response of an output manifest."""
     if not file.is_file():
         raise SettingsError(f"{COMPARE}: {file} is not there; evaluate.py writes it")
     found: dict[str, Pair] = {}
     for where, row in json_lines(file):
-        if "provenance" in row or "error" in row:
+        if PROVENANCE in row or "error" in row:
             continue
         text, response = row.get("text_raw", row.get("text")), row.get("pred_text_raw")
         response = row.get("pred_text") if response is None else response

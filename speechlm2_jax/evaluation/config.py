@@ -30,6 +30,16 @@ _OWN_KEYS = {
 """Keys of a GenerationConfig that `generation` refuses, and what to do instead."""
 _NO_SPEECH = "only a duplex model generates speech; remove it"
 _NO_SUCH_AXIS = "set strategy or tp_size instead: whole layers, experts and sequences stay together"
+CHANGE_NO_RESPONSE = frozenset(
+    (
+        *("pretrained_name", "batch_size", "continuous_batching", "device", "devices", "verbose"),
+        *("strategy", "tp_size", "num_nodes"),
+        *("use_normalizer", "encoder_wer", "output_manifest", "report", "report_rows", "metrics"),
+        "audio_folder",
+    )
+)
+"""Keys that may change when an evaluation is resumed. The model is identified by its weights, not
+by its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +63,8 @@ class EvalConfig:
     """Print each reference and hypothesis, and the word errors of each batch."""
     use_normalizer: str | bool | None = "english"
     metrics: tuple[str, ...] = ("wer",)
-    """Metrics of the responses, with 95 % intervals if others than `wer` are named: wer, cer, bleu,
-    chrf, intent (JSON commands), mcq (a letter)."""
+    """Metrics of the responses, with 95 % intervals: wer, cer, bleu, chrf, intent (JSON commands),
+    mcq (a letter)."""
     device: str = "auto"
     """auto, cpu, gpu (cuda) or tpu; with an index, as in gpu:1, that device alone."""
     devices: int = -1

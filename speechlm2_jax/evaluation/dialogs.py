@@ -1,7 +1,7 @@
 """Conversations as inputs of an evaluation: the turns before the response are the prompt."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,10 @@ class EvaluatedDialog:
     turns: tuple[TextTurn | AudioTurn, ...]
     fields: dict[str, Any]
     """Other fields of its manifest row."""
+    process: Callable[[np.ndarray, int, int], np.ndarray] | None = field(
+        default=None, repr=False, compare=False
+    )
+    """(samples, sampling rate in Hz, number) of each recording -> the samples that are used."""
 
     @property
     def clips(self) -> tuple[AudioClip, ...]:
@@ -26,7 +30,10 @@ class EvaluatedDialog:
 
     def read(self, rate_hz: int) -> tuple[Float[np.ndarray, " S"], ...]:
         """The samples of each recording. Raises AudioError."""
-        return tuple(clip.load(rate_hz) for clip in self.clips)
+        waves = [clip.load(rate_hz) for clip in self.clips]
+        if self.process is not None:
+            waves = [self.process(wave, rate_hz, number) for number, wave in enumerate(waves)]
+        return tuple(waves)
 
     def messages(self, locator_tag: str) -> list[tuple[str, str]]:
         """(role, text) of each turn, with the model's locator tag for audio."""

@@ -90,6 +90,10 @@ class EvaluationPlan:
             lines.append(("note", missed))
         if config.swap_audio:
             lines.append(("audio", "SWAPPED: every utterance gets the recording of another"))
+        if config.noise is not None:
+            lines.append(("audio", f"NOISY: {config.noise} at {config.snr_db:g} dB is mixed in"))
+        if run is not None and run.is_remote and "inputs" not in self.given:
+            lines.append(("output", f"{run.output_folder}/, as the run is at an address"))
         return "\n".join(f"{name:<6} {value}" for name, value in lines)
 
 
@@ -154,11 +158,13 @@ def _as_in_training(run: Run) -> dict[str, Any]:
 
 
 def _default_outputs(arguments: Mapping[str, object], run: Run | None) -> dict[str, Any]:
-    """Output manifest and report in the run directory, and no texts on the terminal."""
-    swapped = "_swapped" if arguments.get("swap_audio") else ""
-    folder = Path() if run is None else run.folder
+    """Output manifest and report in the run's folder, and no texts on the terminal."""
+    changed = "_swapped" if arguments.get("swap_audio") else ""
+    if arguments.get("noise") is not None:
+        changed += f"_noise_{arguments.get('snr_db', EvalConfig.snr_db):g}dB"
+    folder = Path() if run is None else run.output_folder
     return {
-        "output_manifest": str(folder / f"answers{swapped}.jsonl"),
-        "report": str(folder / f"report{swapped}.html"),
+        "output_manifest": str(folder / f"answers{changed}.jsonl"),
+        "report": str(folder / f"report{changed}.html"),
         "verbose": False,
     }

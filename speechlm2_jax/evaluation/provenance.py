@@ -12,6 +12,7 @@ import jax
 from speechlm2_jax import settings
 from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.duplex.config import DuplexEvalConfig
+from speechlm2_jax.object_store.folders import shown
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "jiwer", "whisper-normalizer")
 _WEIGHTS = (".safetensors", ".json", ".ckpt", ".nemo", ".bin", ".distcp", ".model", ".yaml")
@@ -39,7 +40,7 @@ def provenance(
             continue
     return {
         "model": {
-            "name": config.pretrained_name,
+            "name": shown(Path(config.pretrained_name)),
             "sha256": sha256,
             **({} if step is None else {"step": step}),
         },

@@ -151,7 +151,7 @@ class Evaluation:
     speed: Speed
     normalizer: str | bool | None = "english"
     metrics: tuple[str, ...] = ("wer",)
-    """Names of TASK_METRICS; `wer` alone has no interval, as it is counted in any case."""
+    """Names of TASK_METRICS."""
 
     def with_encoder_texts(self, texts: Sequence[str | None]) -> "Evaluation":
         """Adds the transcripts of the encoder's CTC head, in input order."""
@@ -194,9 +194,7 @@ class Evaluation:
         )
 
     def task_scores(self) -> dict[str, dict[str, Any]]:
-        """Each metric with its 95 % interval; empty for `wer` alone."""
-        if self.metrics == ("wer",):
-            return {}
+        """Each metric with its 95 % interval."""
         pairs = [(s.response.text or "", s.response.pred_text) for s in self.scored()]
         found = {}
         for name in self.metrics:
@@ -209,9 +207,10 @@ class Evaluation:
     def hallucinated(self) -> float | None:
         """Characters of the responses to recordings without words, per minute; None without such.
 
-        These have an empty reference: silence, noise, music.
+        These have an empty reference: silence, noise, music. One that only the normaliser makes
+        empty ("Uh.") has words.
         """
-        wordless = [s.response for s in self.scored() if not s.text.strip()]
+        wordless = [s.response for s in self.scored() if not (s.response.text or "").strip()]
         minutes = sum(response.duration_s for response in wordless) / 60
         if not minutes:
             return None
@@ -299,14 +298,16 @@ def _voice_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _error_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
     words = totals["reference_words"]
     swapped = totals["audio_is_swapped"]
-    lines = [("WER, audio swapped" if swapped else "WER", _rate(totals))]
+    rate = _rate(totals) + interval(totals["metrics"].get("wer"))
+    lines = [("WER, audio swapped" if swapped else "WER", rate)]
     for name in ("insertions", "deletions", "substitutions"):
         rate = totals[name] / words if words else None
         lines.append((f"  {name}", f"{totals[name]} ({percent(rate)})"))
     if totals["empty_references"]:
         lines.append(("  empty references", str(totals["empty_references"])))
     if totals["hallucinated"] is not None:
-        lines.append(("  hallucinated there", f"{totals['hallucinated']:.1f} characters a minute"))
+        minutely = f"{totals['hallucinated']:.1f} characters a minute, where the reference is empty"
+        lines.append(("  hallucinated", minutely))
     for name, key in (("WER, unseen voices", "unseen"), ("WER, encoder alone (CTC)", "encoder")):
         if totals[key] is not None:
             lines.append((name, _rate(totals[key])))
@@ -315,11 +316,18 @@ def _error_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _metric_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = []
-    for found in totals["metrics"].values():
+    for found in (found for name, found in totals["metrics"].items() if name != "wer"):
         score = Estimate(value=found["value"], low=found["low"], high=found["high"])
         lines.append((found["title"], str(score)))
         lines += [(f"  {key}", f"{value:.2f}") for key, value in found["details"].items()]
     return lines
+
+
+def interval(score: Mapping[str, Any] | None) -> str:
+    """The 95 % interval of a share in percent, to follow its value; empty if it has none."""
+    if score is None or score["low"] is None:
+        return ""
+    return f" (95 %: {score['low']:.2f}% to {score['high']:.2f}%)"
 
 
 def _errors(scored: Sequence[ScoredResponse]) -> WordErrors:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from speechlm2_jax.evaluation.config import CHANGE_NO_RESPONSE
 from speechlm2_jax.evaluation.devices import Loaded, show
 from speechlm2_jax.evaluation.journal import Journal, Kept
 from speechlm2_jax.evaluation.provenance import fingerprint
@@ -15,17 +16,6 @@ from speechlm2_jax.evaluation.split import SplitJournal
 from speechlm2_jax.settings import SettingsError, build, to_plain
 
 T = TypeVar("T")
-
-CHANGE_NO_RESPONSE = frozenset(
-    (
-        *("pretrained_name", "batch_size", "continuous_batching", "device", "devices", "verbose"),
-        *("strategy", "tp_size", "num_nodes"),
-        *("use_normalizer", "encoder_wer", "output_manifest", "report", "report_rows", "metrics"),
-        "audio_folder",
-    )
-)
-"""Keys that may change when an evaluation is resumed. The model is identified by its weights, not
-by its name."""
 
 
 def start_fingerprint(name: str) -> Future[str | None]:

@@ -9,7 +9,9 @@ from typing import Any
 
 from speechlm2_jax import bundled, checkpointing
 from speechlm2_jax.data.paths import expand_shards
+from speechlm2_jax.data.storage.addresses import name_of
 from speechlm2_jax.evaluation.inputs import voices_of
+from speechlm2_jax.object_store.folders import address_of
 from speechlm2_jax.pretrained.locate import Location, config_folders
 from speechlm2_jax.settings import SettingsError, load
 
@@ -40,6 +42,21 @@ class Run:
         step, metric = int(chosen.name), ranking.retention.monitor
         is_best = ranking.retention.score((ranking.metrics.get(step) or {}).get(metric)) is not None
         return step, f"best {metric}" if is_best else "the last"
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether `folder` is a copy of a run at an address."""
+        return address_of(self.folder) is not None
+
+    @property
+    def output_folder(self) -> Path:
+        """Where outputs are written by default: the run directory.
+
+        Of a run at an address, a folder of its name in the working folder: nobody looks into the
+        cache, which holds the copy.
+        """
+        address = address_of(self.folder)
+        return self.folder if address is None else Path(name_of(address))
 
     def tag(self, name: str) -> str | None:
         """The first value of a tag (context, system_prompt) among the training sources."""

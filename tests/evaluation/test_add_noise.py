@@ -1,11 +1,14 @@
 """Noise at a given signal-to-noise ratio, and what is generated without speech."""
 
+import json
+
 import numpy as np
 import pytest
 import soundfile
 
 from speechlm2_jax.evaluation.add_noise import add_noise, mix
-from speechlm2_jax.evaluation.inputs import Utterance
+from speechlm2_jax.evaluation.inputs import Utterance, read_inputs
+from speechlm2_jax.evaluation.read_audio import clips
 from speechlm2_jax.evaluation.results import Evaluation, Response, Speed, table
 from speechlm2_jax.settings import SettingsError
 
@@ -48,6 +51,26 @@ def test_each_recording_has_its_own_noise_always_the_same(noise_file):
         assert len({first.source, other.source, "a"}) == 3  # a resumed evaluation starts anew
 
 
+def test_the_recordings_of_a_conversation_are_noisy_where_the_model_reads_them(wav, tmp_path):
+    wav("a.wav", 0.5), wav("b.wav", 0.25)
+    turns = [
+        {"from": "User", "type": "audio", "value": "a.wav", "duration": 0.5},
+        {"from": "User", "type": "audio", "value": "b.wav", "duration": 0.25},
+        {"from": "Assistant", "type": "text", "value": "yes"},
+    ]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"id": "d", "conversations": turns}))
+    clean = read_inputs(tmp_path / "d.jsonl")
+    noisy = add_noise(clean, "white", 6)
+    (one,) = [found for (found,) in clips(noisy, ahead=1, rate_hz=RATE_HZ, max_s=None)]
+    np.testing.assert_array_equal(one.samples, noisy[0].read(RATE_HZ))  # what a report plays
+    (before,) = [found for (found,) in clips(clean, ahead=1, rate_hz=RATE_HZ, max_s=None)]
+    noises = [a - b for a, b in zip(one.recordings, before.recordings, strict=True)]
+    for noise, wave in zip(noises, before.recordings, strict=True):
+        assert 10 * np.log10(np.mean(wave**2) / np.mean(noise**2)) == pytest.approx(6, abs=0.01)
+    assert abs(np.corrcoef(noises[0][: len(noises[1])], noises[1])[0, 1]) < 0.1
+    assert one.dialog.with_response("yes") == before.dialog.with_response("yes")
+
+
 def test_silence_stays_silent():
     silence = np.zeros(9, np.float32)
     np.testing.assert_array_equal(mix(silence, np.ones(9, np.float32), 6), silence)
@@ -69,6 +92,7 @@ def test_characters_without_speech_are_counted_per_minute():
         Response(id="a", duration_s=30.0, text="", pred_text=" hello "),
         Response(id="b", duration_s=15.0, text=" ", pred_text=""),
         Response(id="c", duration_s=60.0, text="words", pred_text="words"),
+        Response(id="d", duration_s=60.0, text="Uh.", pred_text="Uh."),  # no word when normalised
     )
     found = Evaluation(responses=responses, speed=Speed())
     assert found.hallucinated() == pytest.approx(5 / 0.75)

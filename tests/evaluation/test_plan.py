@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from speechlm2_jax.evaluation import run_directories
+from speechlm2_jax.evaluation.duplex.plan import _beside
 from speechlm2_jax.evaluation.plan import make_plan
 from speechlm2_jax.evaluation.run_directories import newest_run, read_run
+from speechlm2_jax.object_store.folders import copy_folder
 from speechlm2_jax.settings import SettingsError
 from tests.evaluation.run_case import SETTINGS, make_run, write_manifest
 
@@ -53,6 +55,26 @@ def test_without_arguments_outputs_go_into_the_run(here):
     swapped = make_plan({"swap_audio": True}).config
     assert swapped.output_manifest == "runs/salm/answers_swapped.jsonl"
     assert swapped.report == "runs/salm/report_swapped.html"
+    noisy = make_plan({"noise": "white", "snr_db": 6})
+    assert noisy.config.output_manifest == "runs/salm/answers_noise_6dB.jsonl"
+    assert noisy.config.report == "runs/salm/report_noise_6dB.html"
+    assert "\naudio  NOISY: white at 6 dB is mixed in" in noisy.summary()
+    both = make_plan({"noise": "white", "swap_audio": True}).config
+    assert both.output_manifest == "runs/salm/answers_swapped_noise_12dB.jsonl"
+
+
+def test_outputs_of_a_run_at_an_address_go_into_the_working_folder(here, monkeypatch):
+    monkeypatch.setenv("SPEECHLM2_JAX_RUN_CACHE", str(here / "cache"))
+    copy = make_run(copy_folder("s3://bucket/runs/digits"))
+    write_manifest(Path("corpus/test.jsonl"), [{"text": "a"}])
+    plan = make_plan({"pretrained_name": str(copy)})
+    assert plan.config.output_manifest == "digits/answers.jsonl"
+    assert plan.config.report == "digits/report.html"
+    assert "\noutput digits/, as the run is at an address" in plan.summary()
+    assert read_run(copy).is_remote
+    duplex = {"model": {"pretrained_audio_codec": "codec"}, "data": {}}
+    run = read_run(make_run(copy_folder("s3://bucket/duplex"), settings=duplex))
+    assert _beside(run)["report"] == "duplex/report.html"
 
 
 def test_the_test_set_is_found_here_before_the_projects_own(here):

@@ -123,7 +123,8 @@ def test_the_table_has_the_metrics_that_are_named():
     assert sum("(95 %: " in line for line in lines) == 2
     assert sum(line.strip().startswith("roast") and "100.00" in line for line in lines) == 1
     alone = Evaluation(responses=responses, speed=Speed())
-    assert "95 %" not in table(alone.totals())
+    (line,) = [line for line in table(alone.totals()).splitlines() if "95 %" in line]
+    assert line.startswith("WER  ") and line.endswith(" words (95 %: 0.00% to 0.00%)")
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest():
@@ -131,10 +132,28 @@ def test_an_unknown_metric_is_refused_with_the_nearest():
         EvalConfig(pretrained_name="a", inputs="b", metrics=("bleus",))
 
 
-def write(path, rows):
+def write(path, rows, **settings):
     lines = [{"id": str(n), "text_raw": r, "pred_text_raw": h} for n, (r, h) in enumerate(rows)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*lines, {"provenance": {}}]))
+    record = {"model": {"name": "m", "sha256": "12"}, "settings": settings} if settings else {}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*lines, {"provenance": record}]))
     return str(path)
+
+
+def test_a_comparison_tells_the_settings_that_differ_and_scores_as_the_evaluations_did(
+    tmp_path, capsys
+):
+    rows = [("twenty people", "20 people")]
+    clean = write(tmp_path / "a.jsonl", rows, use_normalizer="basic", noise=None, batch_size=1)
+    noisy = write(tmp_path / "b.jsonl", rows, use_normalizer="basic", noise="white", batch_size=2)
+    assert evaluate.main(["--compare", clean, noisy]) == 0
+    out = capsys.readouterr().out
+    assert "\n  noise  None, then white\n" in out and "batch_size" not in out
+    assert out.count("  50.00 (95 %") == 2  # `english` would count no error
+    assert evaluate.main(["--compare", clean, noisy, "--use-normalizer", "english"]) == 0
+    assert "  first   0.00" in capsys.readouterr().out
+    other = write(tmp_path / "c.jsonl", rows, use_normalizer=True)
+    assert evaluate.main(["--compare", clean, other]) == 2
+    assert "use_normalizer=basic, the second with english; choose" in capsys.readouterr().err
 
 
 def test_two_output_manifests_are_compared(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from speechlm2_jax.evaluation.metrics.alignment import align_words
 from speechlm2_jax.evaluation.metrics.wer import text_normalizer, word_errors
 
 
@@ -13,6 +14,14 @@ def test_counts_are_summed_over_the_corpus():
     assert errors.reference_words == 9
     assert errors.wer == pytest.approx(3 / 9), "errors over words of the corpus, not a mean of WERs"
     assert errors.rate(errors.insertions) == pytest.approx(1 / 9)
+
+
+@pytest.mark.parametrize("space", ["\n", "\t", "\u00a0", "\u3000", " \n "])
+def test_any_white_space_separates_words(space):
+    errors = word_errors(["a b c"], [f"a{space}b c"])
+    assert (errors.errors, errors.reference_words) == (0, 3)
+    assert word_errors([f"a{space}b"], ["a b"]).errors == 0
+    assert [w.operation for w in align_words(f"a{space}b", "a b")] == ["equal", "equal"]
 
 
 def test_hypotheses_of_empty_references_count_as_insertions():

@@ -117,6 +117,8 @@ class DuplexPlan:
         sets = ", ".join(f"{name} ({count} conversations)" for name, count in counts.items())
         asr = config.scoring_asr or "none: the agent's speech is not transcribed (scoring_asr)"
         lines = [model, ("data", sets), ("ASR", asr)]
+        if run is not None and run.is_remote and config.inputs is None:
+            lines.append(("output", f"{run.output_folder}/, as the run is at an address"))
         missed = [left_out(Path(value).expanduser()) for value in _listed(config.inputs)]
         lines += [("note", note) for note in missed if note]
         return "\n".join(f"{name:<6} {value}" for name, value in lines)
@@ -153,9 +155,9 @@ def make_duplex_plan(arguments: Mapping[str, object], found: ModelFound) -> Dupl
 
 
 def _beside(run: Run) -> dict[str, Any]:
-    """Outputs in the run directory, and no texts on the terminal."""
+    """Outputs in the run's folder, and no texts on the terminal."""
     names = {"output_manifest": "answers.jsonl", "audio_folder": "answers", "report": "report.html"}
-    return {**{key: str(run.folder / name) for key, name in names.items()}, "verbose": False}
+    return {**{key: str(run.output_folder / name) for key, name in names.items()}, "verbose": False}
 
 
 def _scoring_asr(found: ModelFound) -> str | None:

@@ -23,13 +23,13 @@ from speechlm2_jax.evaluation.duplex.results import (
     format_score,
 )
 from speechlm2_jax.evaluation.duplex.turns import TranscribedTurn
+from speechlm2_jax.evaluation.html_report.figures import speed_figure
 from speechlm2_jax.evaluation.html_report.page import (
     TICK_STEPS_S,
     audio_uri,
     facts,
     record_lines,
     render,
-    speed_figure,
     ticks,
 )
 from speechlm2_jax.evaluation.html_report.waveform import HEIGHT, columns, waveform_path

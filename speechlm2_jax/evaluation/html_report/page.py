@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.evaluation.html_report.figures import figures
 from speechlm2_jax.evaluation.html_report.spectrogram import MEL_BINS, RANGE_DB, spectrogram_png
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.metrics.alignment import align_words
@@ -276,7 +277,7 @@ def _head(totals: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any
         "model": model,
         "facts": facts(record, counted),
         "totals": totals,
-        "figures": _figures(totals),
+        "figures": figures(totals),
         "groups": _groups(totals),
         "record": record_lines(record),
     }
@@ -295,58 +296,6 @@ def facts(record: Mapping[str, Any], counted: str) -> list[str]:
     if "step" in record["model"]:
         found.insert(0, f"step {record['model']['step']}")
     return found
-
-
-def _figures(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The numbers at the top of the page."""
-    kinds = ("substitute", "delete", "insert")
-    counts = [totals[name] for name in ("substitutions", "deletions", "insertions")]
-    parts = [{"kind": k, "count": c} for k, c in zip(kinds, counts, strict=True) if c]
-    note = (
-        "{} substituted, {} deleted, {} inserted".format(*counts)
-        + f" in {totals['reference_words']} words"
-    )
-    name = "WER, audio swapped" if totals["audio_is_swapped"] else "Word error rate"
-    figures = [{"name": name, **_rate(totals["wer"]), "parts": parts, "note": note}]
-    if totals["unseen"] is not None:
-        names = totals["unseen_voices"]
-        note = ", ".join(names) if len(names) <= 3 else f"{len(names)} voices"
-        figures.append({"name": "Unseen voices", **_rate(totals["unseen"]["wer"]), "note": note})
-    if totals["encoder"] is not None:
-        note = "its own CTC head, same audio"
-        figures.append({"name": "Encoder alone", **_rate(totals["encoder"]["wer"]), "note": note})
-    figures += [_metric_figure(found) for found in totals["metrics"].values()]
-    failed = sum(totals["failed"].values())
-    scored, total = totals["scored"], totals["utterances"]
-    note = f"of {total}, {failed} could not be read" if failed else f"of {total}"
-    figures.append({"name": "Utterances scored", "value": scored, "unit": "", "note": note})
-    figures += speed_figure(totals)
-    return [{"parts": [], **figure} for figure in figures]
-
-
-def _metric_figure(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A task metric, its 95 % interval, and its details."""
-    value = found["value"]
-    notes = [] if found["low"] is None else [f"95 %: {found['low']:.2f} to {found['high']:.2f}"]
-    notes += [f"{key} {share:.0f}" for key, share in found["details"].items()]
-    shown = "n/a" if value is None else f"{value:.2f}"
-    return {"name": found["title"], "value": shown, "unit": "", "note": "; ".join(notes)}
-
-
-def speed_figure(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The RTFx figure, if there was any generation."""
-    warm = totals["rtfx_without_warm_up"]
-    if (rtfx := warm or totals["rtfx"]) is None:
-        return []
-    note = "seconds of audio per second" + ("" if warm else ", compilation included")
-    return [{"name": "Speed (RTFx)", "value": f"{rtfx:.1f}", "unit": "×", "note": note}]
-
-
-def _rate(wer: float | None) -> dict[str, str]:
-    return {
-        "value": "n/a" if wer is None else f"{100 * wer:.2f}",
-        "unit": "" if wer is None else "%",
-    }
 
 
 def _groups(totals: Mapping[str, Any]) -> list[dict[str, Any]]:

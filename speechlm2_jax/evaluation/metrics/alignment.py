@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal, cast
 
+from speechlm2_jax.evaluation.metrics.wer import single_spaced
+
 Operation = Literal["equal", "substitute", "delete", "insert"]
 
 
@@ -22,7 +24,7 @@ def align_words(reference: str, hypothesis: str) -> tuple[AlignedWord, ...]:
     """Aligns two texts, words split at white space, with the fewest edits."""
     import jiwer
 
-    output = jiwer.process_words([reference], [hypothesis])
+    output = jiwer.process_words([single_spaced(reference)], [single_spaced(hypothesis)])
     (reference_words,), (hypothesis_words,) = output.references, output.hypotheses
     return tuple(
         AlignedWord(operation=cast(Operation, chunk.type), reference=one, hypothesis=other)

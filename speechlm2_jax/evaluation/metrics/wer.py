@@ -80,8 +80,15 @@ def _edits(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[int, i
     """Insertions, deletions and substitutions."""
     import jiwer
 
-    output = jiwer.process_words(list(references), list(hypotheses))
+    output = jiwer.process_words(
+        [single_spaced(text) for text in references], [single_spaced(text) for text in hypotheses]
+    )
     return output.insertions, output.deletions, output.substitutions
+
+
+def single_spaced(text: str) -> str:
+    """Words with one space between them: jiwer splits at spaces, not at other white space."""
+    return " ".join(text.split())
 
 
 def _compounds_merged(
