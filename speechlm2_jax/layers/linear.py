@@ -136,7 +136,7 @@ class Embedding(nnx.Module):
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
         """Looks ids up."""
         table = self.weight[...]
-        axes = self.weight.get_metadata()["axes"]
+        axes = self.weight.get_metadata()["axes"][-2:]  # a stack's have one of the layers before
         placed = weight_in_place(axes, table.shape, math.prod(ids.shape))
         # XLA replicates the result of a gather from a table that is sharded along both axes.
         table = constrain(table, "vocab", None) if placed is None else constrain(table, *axes)

@@ -27,6 +27,7 @@ from speechlm2_jax.inference.timestamps.ctc_aligner import CtcAligner
 from speechlm2_jax.layers.initialize import draw
 from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, merge, split
 from speechlm2_jax.layers.stack import Remat
+from speechlm2_jax.models import ctc_start
 from speechlm2_jax.models.transcriber import Transcriber, best_paths
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from speechlm2_jax.perception.log_mel import LogMelConfig
@@ -60,6 +61,9 @@ class CtcModelConfig:
     optimizer: Mapping[str, object] | None = None
     lr_scheduler: Mapping[str, object] | None = None
     seed: int = 0
+    init_from_checkpoint: str | None = None
+    """A `.nemo` file or a run of a CTC model of the same sizes, whose weights training starts from.
+    With another tokenizer the head starts at random."""
 
     TARGETS: ClassVar[tuple[str, ...]] = ("EncDecCTCModelBPE",)
 
@@ -174,9 +178,9 @@ class CTCModel(Transcriber):
 
     @property
     def variables(self) -> Variables:
-        """Weights and buffers by path; randomly initialized at the first access."""
+        """Weights and buffers by path; initialized at the first access."""
         if self._variables is None:
-            self._variables = draw(lambda: split(self._make(nnx.Rngs(self._config.seed)))[1])
+            self._variables = self._initial(None)
         return self._variables
 
     @variables.setter
@@ -190,12 +194,16 @@ class CTCModel(Transcriber):
         return self._variables is not None
 
     def load_onto(self, layout: Mapping[str, jax.ShapeDtypeStruct]) -> Variables:
-        """Returns the initial weights and buffers, each on the sharding of its leaf."""
-        return draw(lambda: split(self._make(nnx.Rngs(self._config.seed)))[1], layout)
+        """Returns the initial weights and buffers, each on the sharding of its leaf.
+
+        Raises SettingsError for an `init_from_checkpoint` that does not fit.
+        """
+        return self._initial(layout)
 
     def check_weights(self) -> None:
-        """Nothing to check: all weights are initialized at random."""
-        return
+        """Raises SettingsError for an `init_from_checkpoint` that does not fit."""
+        if (name := self._config.init_from_checkpoint) is not None:
+            ctc_start.read(name, self)
 
     @property
     def heads(self) -> Mapping[str, int]:
@@ -235,8 +243,9 @@ class CTCModel(Transcriber):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes for the log: none."""
-        return ()
+        """Notes for the log: about `init_from_checkpoint`."""
+        name = self._config.init_from_checkpoint
+        return () if name is None else (f"the weights start from {name} ({ctc_start.KEY})",)
 
     @property
     def compute_dtype(self) -> Any:
@@ -297,7 +306,8 @@ class CTCModel(Transcriber):
     def save_definition(self, directory: Path) -> None:
         """Writes config.json and the tokenizer."""
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(self.cfg, indent=2) + "\n")
+        cfg = {key: value for key, value in self.cfg.items() if key != "init_from_checkpoint"}
+        (directory / "config.json").write_text(json.dumps(cfg, indent=2) + "\n")
         (directory / TOKENIZER_FILE).write_bytes(self.tokenizer.serialized())
 
     # ------------------------------------------------------------------------------------------
@@ -305,6 +315,13 @@ class CTCModel(Transcriber):
     @property
     def _table(self) -> mapping.Table:
         return ctc_table(self._network.perception)
+
+    def _initial(self, layout: Mapping[str, jax.ShapeDtypeStruct] | None) -> Variables:
+        drawn = draw(lambda: split(self._make(nnx.Rngs(self._config.seed)))[1], layout)
+        if (name := self._config.init_from_checkpoint) is None:
+            return drawn
+        start = ctc_start.read(name, self)
+        return {path: ctc_start.placed(start.get(path), value) for path, value in drawn.items()}
 
     def _make(self, rngs: nnx.Rngs) -> CtcNetwork:
         return CtcNetwork(self._network, rngs=rngs)

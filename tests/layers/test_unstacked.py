@@ -7,9 +7,11 @@ import pytest
 from flax import nnx
 
 from speechlm2_jax.layers import unstacked
+from speechlm2_jax.layers.linear import Embedding
 from speechlm2_jax.layers.module import param, split
 from speechlm2_jax.layers.stack import scan_layers, stack
 from speechlm2_jax.layers.unstacked import LayerViews, merge_layers, read_in_place
+from speechlm2_jax.sharding import for_inference, make_sharding, use
 
 LAYERS, WIDTH, TURNS = 3, 4, 5
 
@@ -134,3 +136,20 @@ def test_only_the_named_part_on_one_cpu_is_taken_apart(tower):
     assert LayerViews("inner.")(graphdef, variables)["layers.weight"] is variables["layers.weight"]
     shapes = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in variables.items()}
     assert LayerViews("layers.")(graphdef, shapes) is shapes
+
+
+def test_embeddings_of_a_stack_are_looked_up_where_they_lie_on_a_mesh():
+    tables = stack(lambda rngs: Embedding(16, 8, rngs=rngs), LAYERS, nnx.Rngs(0))
+    ids = jnp.arange(12).reshape(LAYERS, 4)
+
+    def add(table, total, row):
+        return total + table(row), None
+
+    def total(tables, ids):
+        return scan_layers(tables, add, jnp.zeros((4, 8)), ids, remat="none")[0]
+
+    expected = total(tables, ids)
+    graphdef, state = nnx.split(tables)
+    with use(for_inference(make_sharding(fsdp=4, tensor=2).mesh)):
+        apart = jax.jit(lambda s, i: total(read_in_place(nnx.merge(graphdef, s)), i))(state, ids)
+    np.testing.assert_allclose(apart, expected, rtol=1e-6)

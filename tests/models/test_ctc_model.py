@@ -9,8 +9,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from speechlm2_jax.batches import BatchShape, SalmExample, assemble_salm_batch
+from speechlm2_jax.conversion.readers import read_nemo
 from speechlm2_jax.layers.module import merge
 from speechlm2_jax.models import CTCModel
+from speechlm2_jax.pretrained.locate import nemo_tokenizer
 from speechlm2_jax.settings import SettingsError
 
 ASR = Path(__file__).parents[1] / "data" / "asr"
@@ -136,3 +138,30 @@ def test_a_folder_without_tokenizer_is_an_error_that_names_the_key(model):
     cfg = {**model.cfg, "tokenizer": {"type": "bpe"}}
     with pytest.raises(SettingsError, match="model.tokenizer.dir"):
         CTCModel(cfg)
+
+
+def start_from_file(model, **changed):
+    """A model that starts from the golden file, with some blocks of its configuration changed."""
+    cfg = {**model.cfg, "init_from_checkpoint": str(ASR / "ctc.nemo"), **changed}
+    return CTCModel(cfg, tokenizer=nemo_tokenizer(read_nemo(ASR / "ctc.nemo")))
+
+
+def test_training_starts_from_a_trained_model(model, monkeypatch, caplog):
+    start = start_from_file(model)
+    start.check_weights()
+    for path, value in model.variables.items():
+        np.testing.assert_array_equal(start.variables[path], value)
+    assert "start from" in start.notes[0] and not caplog.text
+    monkeypatch.setattr(type(model.tokenizer), "contents", property(lambda self: id(self)))
+    other = start_from_file(model).variables
+    unlike = {path for path, v in model.variables.items() if not np.array_equal(other[path], v)}
+    assert unlike and all(path.startswith("head.") for path in unlike)
+    assert "another tokenizer; the head starts at random" in caplog.text
+
+
+def test_a_start_of_other_sizes_is_refused(model):
+    encoder = {**model.cfg["encoder"], "d_model": 2 * model.cfg["encoder"]["d_model"]}
+    with pytest.raises(
+        SettingsError, match=r"init_from_checkpoint: .* does not fit: "
+    ):
+        start_from_file(model, encoder=encoder).check_weights()
