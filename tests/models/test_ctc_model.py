@@ -161,7 +161,5 @@ def test_training_starts_from_a_trained_model(model, monkeypatch, caplog):
 
 def test_a_start_of_other_sizes_is_refused(model):
     encoder = {**model.cfg["encoder"], "d_model": 2 * model.cfg["encoder"]["d_model"]}
-    with pytest.raises(
-        SettingsError, match=r"init_from_checkpoint: .* does not fit: "
-    ):
+    with pytest.raises(SettingsError, match=r"init_from_checkpoint: .* does not fit: "):
         start_from_file(model, encoder=encoder).check_weights()
