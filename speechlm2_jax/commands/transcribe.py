@@ -21,7 +21,8 @@ Transcribes recordings of any length with a speech LLM or an ASR model.
 EPILOG = """\
 The text of one recording is printed. Those of several, and every other format, are written beside
 the recordings, or into --output-dir. What is written already is skipped, so that the same command
-resumes. Without --model, the newest run below ./runs that can transcribe does.
+resumes. A file that this command did not write is never replaced. Without --model, the newest run
+below ./runs that can transcribe does.
 """
 TIMED = ("srt", "vtt", "tsv", "json", "jsonl")
 """Formats that show times."""
@@ -38,7 +39,7 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> int:
         from speechlm2_jax.settings import SettingsError
 
     errors = [SettingsError, ConversionError, ValueError]
-    kept = "what is written is kept, and the same command resumes"
+    kept = "nothing was transcribed"
     with console.one_line_errors(program, errors, kept=kept), console.showing(is_stderr=True):
         keep_compiled_programs("auto")
         return _transcribe(arguments, program)
@@ -70,7 +71,12 @@ def _transcribe(arguments: argparse.Namespace, program: str) -> int:
     with console.phase(f"loading {name}"):
         model = open_model(name, options)
     audio_s = sum(source.utterance.duration_s for source in left)
-    with AudioProgress(len(left), audio_s) as progress:
+    kept = "what is written is kept, and the same command"
+    kept += " without --overwrite resumes" if arguments.overwrite else " resumes"
+    with (
+        console.one_line_errors(program, [], kept=kept),
+        AudioProgress(len(left), audio_s) as progress,
+    ):
         totals = transcribe_all(
             left,
             model,
@@ -179,7 +185,7 @@ def _add_output(output: argparse._ArgumentGroup) -> None:
         "--output-dir", type=Path, metavar="DIR", help="(default: beside each recording)"
     )
     output.add_argument(
-        "--overwrite", action="store_true", help="transcribe again what is written already"
+        "--overwrite", action="store_true", help="transcribe again what this command wrote"
     )
     output.add_argument(
         "--timestamps",

@@ -12,7 +12,7 @@ import numpy as np
 from speechlm2_jax.data.audio import AudioError, audio_length, read_audio
 from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.audio_suffixes import AUDIO_SUFFIXES
-from speechlm2_jax.data.conversations import Conversation
+from speechlm2_jax.data.conversations import AudioClip, Conversation
 from speechlm2_jax.data.manifest_options import ManifestOptions
 from speechlm2_jax.data.paths import expand_shards, files_below, local_file, plain_path
 from speechlm2_jax.data.readers import read_manifest
@@ -63,6 +63,8 @@ class Utterance:
     """Id of the utterance whose recording replaces its own, if the audio is swapped."""
     source: str = ""
     """File and offset of its samples; tells utterances with equal ids apart."""
+    clip: AudioClip | None = None
+    """What `read` reads of one recording of a manifest; None for a file or an address, whole."""
     dialog: EvaluatedDialog | None = None
     """A conversation with turns of its own; `read` gives its recordings one after another."""
 
@@ -281,6 +283,7 @@ def _utterance(conversation: Conversation) -> Utterance:
         is_unseen=bool(conversation.fields.get(UNSEEN_KEY)),
         condition=_first_value(conversation.fields, CONDITION_KEYS),
         source=f"{clips[0].path}@{clips[0].offset_s}",
+        clip=clips[0],
     )
 
 

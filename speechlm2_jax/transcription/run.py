@@ -40,6 +40,22 @@ def transcribe_all(
     A recording that cannot be read is named on standard error and counted; the others are
     transcribed.
     """
+    if outputs is None:
+        return _transcribe(sources, model, None, progress, group_size)
+    outputs.begin()
+    try:
+        return _transcribe(sources, model, outputs, progress, group_size)
+    finally:
+        outputs.close()
+
+
+def _transcribe(
+    sources: Sequence[GivenRecording],
+    model: OpenedModel,
+    outputs: Outputs | None,
+    progress: AudioProgress,
+    group_size: int,
+) -> Transcribed:
     totals = Transcribed()
     with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as pool:
         groups = _groups(sources, group_size)

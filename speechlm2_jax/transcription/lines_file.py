@@ -1,0 +1,78 @@
+"""transcripts.jsonl: one row for each recording, added as they are transcribed."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from speechlm2_jax.settings import SettingsError
+
+LINES_FILE = "transcripts.jsonl"
+KEYS = ("audio_filepath", "offset", "channel", "place")
+"""What names the recording of a row."""
+
+
+def key_of(row: Mapping[str, Any]) -> str:
+    """The recording of a row, as a text. Raises KeyError for a row without one."""
+    named = {key: row[key] for key in KEYS if row.get(key) is not None}
+    return json.dumps({"audio_filepath": row["audio_filepath"], **named}, ensure_ascii=False)
+
+
+class LinesFile:
+    """A file of rows; a row replaces an earlier one of its recording when the file is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._keys: set[str] | None = None
+        self._has_two = False
+
+    def written(self) -> set[str]:
+        """The recordings that have a row.
+
+        A last line that was not written whole is removed, and so are rows that a later one
+        replaces. Raises SettingsError for a file of another kind.
+        """
+        if self._keys is None:
+            self._keys = _tidy(self.path)
+        return self._keys
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Writes a row at the end. Raises OSError."""
+        key = key_of(row)
+        self._has_two |= key in self.written()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.written().add(key)
+
+    def close(self) -> None:
+        """Removes the rows that were replaced; all others stay."""
+        if self._has_two:
+            self._keys, self._has_two = _tidy(self.path), False
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _tidy(path: Path) -> set[str]:
+    """Leaves one whole row for each recording, the last; returns the keys."""
+    if not path.is_file():
+        return set()
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        rows = {key_of(json.loads(line)): line + b"\n" for line in whole.split(b"\n") if line}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SettingsError(
+            f"{path}: is not a file of transcripts ({error}); move it, or name another --output-dir"
+        ) from error
+    if (tidy := b"".join(rows.values())) != content:
+        write_whole(path, tidy)
+    return set(rows)
