@@ -1,6 +1,8 @@
 """Records of whole checkpoints: written after their files, and compared with them when read."""
 
 import json
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +11,13 @@ import xxhash
 
 from speechlm2_jax.checkpointing import CHECKPOINTS, read_checksums
 from speechlm2_jax.checkpointing.checksums import CHECKSUMS, checksum_of_file
-from speechlm2_jax.object_store.objects import ObjectStore
+from speechlm2_jax.object_store.objects import ObjectStore, path_below
 from speechlm2_jax.settings import SettingsError, parse_json
 
 COMMITTED = "committed"
 FROZEN = "frozen"
+_STEP = re.compile("0|[1-9][0-9]*")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,7 @@ class Commit:
         """
         try:
             for below, file in self.files.items():
-                path = folder / below
+                path = path_below(folder, below)
                 if path.stat().st_size != file.size:
                     return False
                 if (reads_all or below == CHECKSUMS) and checksum_of_file(path) != file.checksum:
@@ -96,7 +100,7 @@ class Commit:
 
     @staticmethod
     def from_bytes(data: bytes) -> "Commit | None":
-        """Reads a record; None if it is not as it was written."""
+        """Reads a record; None if it is damaged, of another format, or names files elsewhere."""
         try:
             text, _, checksum = data.decode().rstrip("\n").rpartition("\n")
             if xxhash.xxh3_128_hexdigest(text.encode()) != checksum:
@@ -106,6 +110,8 @@ class Commit:
                 str(below): StoredFile(size=int(size), checksum=str(checksum))
                 for below, (size, checksum) in values["files"].items()
             }
+            for below in files:
+                path_below(Path(), below)
             return Commit(name=str(values["name"]), files=files)
         except (SettingsError, ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -114,16 +120,29 @@ class Commit:
 def read_commits(store: ObjectStore, sizes: Mapping[str, int]) -> dict[str, Commit]:
     """The valid records of a store, whose listing is `sizes`, by name.
 
-    The frozen parameters come first, then the steps, the oldest first.
+    The frozen parameters come first, then the steps, the oldest first. A warning names records that
+    cannot be read: they and their files stay, and are not used.
     """
-    names = [name.partition("/")[2] for name in sizes if name.startswith(f"{COMMITTED}/")]
+    recorded = [name.partition("/")[2] for name in sizes if name.startswith(f"{COMMITTED}/")]
+    names = filter(is_checkpoint, recorded)
     found: dict[str, Commit] = {}
     for name in sorted(names, key=lambda name: (name.isdigit(), len(name), name)):
         data = store.read(f"{COMMITTED}/{name}")
         commit = None if data is None else Commit.from_bytes(data)
         if commit is not None and commit.name == name:
             found[name] = commit
+        elif data is not None:
+            log.warning(
+                "%s/%s/%s cannot be read: it is damaged, or a newer version wrote it; this "
+                "checkpoint is left there and not used",
+                *(store.address, COMMITTED, name),
+            )
     return found
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether this is the name of a checkpoint: a step, or the frozen parameters."""
+    return name == FROZEN or _STEP.fullmatch(name) is not None
 
 
 def steps_of(commits: Mapping[str, Commit]) -> list[int]:

@@ -32,7 +32,7 @@ def fetch_run(address: str, which: Literal["best_else_last", "last"] = "best_els
     sizes = store.sizes()
     commits = read_commits(store, sizes)
     small = [name for name in sizes if name in _NEEDED or name.startswith(_FOLDER)]
-    each(lambda name: fetch_file(store, name, folder / name), small)
+    each(lambda name: fetch_file(store, name, folder), small)
     _remove_uncommitted(folder, commits)
     steps = steps_of(commits) if step is None else [int(step)]
     while steps:

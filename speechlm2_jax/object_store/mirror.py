@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from speechlm2_jax.checkpointing import CHECKPOINTS, DamagedError, step_folders
@@ -15,7 +15,7 @@ from speechlm2_jax.exit_codes import MARKER
 from speechlm2_jax.object_store.commits import FROZEN, Commit, steps_of
 from speechlm2_jax.object_store.objects import ObjectStore, ObjectStoreError, each
 from speechlm2_jax.object_store.progress import Transfer, amount, shown_progress
-from speechlm2_jax.object_store.small_files import Stamp, is_small_file, small_files
+from speechlm2_jax.object_store.small_files import Stamp, is_small_file, local_token, small_files
 
 log = logging.getLogger(__name__)
 LOOK_S = 1.0
@@ -44,7 +44,7 @@ class Mirror:
         store: where to.
         folder: the local run directory.
         commits: the whole checkpoints that the store holds.
-        check: called before a checkpoint is committed; raises if another process trains there.
+        check: called before the store is changed; raises if another process trains there.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Mirror:
         check: Callable[[], object] = lambda: None,
     ) -> None:
         self._store, self._folder, self._check = store, folder, check
+        self._token = local_token(folder)
         self.commits = dict(commits)
         self.problem = ""
         """Why the last upload failed; empty if it did not."""
@@ -95,8 +96,10 @@ class Mirror:
 
     def left(self) -> int:
         """Bytes of local files that the store does not hold yet."""
-        here = small_files(self._folder).items()
-        count = sum(stamp[0] for name, stamp in here if self._is_new(name, stamp))
+        count = 0
+        with contextlib.suppress(OSError):
+            here = small_files(self._folder).items()
+            count = sum(stamp[0] for name, stamp in here if self._is_new(name, stamp))
         for name in self._waiting():
             with contextlib.suppress(OSError):  # the run may have just deleted it
                 files = (self._folder / CHECKPOINTS / name).rglob("*")
@@ -106,13 +109,34 @@ class Mirror:
     def push(self) -> None:
         """Uploads everything that the store lacks, and removes there what the run has deleted.
 
-        Raises ObjectStoreError.
+        Raises ObjectStoreError, also if another process trains there or the local folder is gone.
         """
+        self._check()
         while waiting := self._waiting():
             if not self._push_step(waiting[0]):
                 break
         self._push_small_files()
         self._remove_deleted()
+
+    def _has_folder(self) -> bool:
+        """Whether the local folder is the one that this process opened, by its token."""
+        return self._token is not None and local_token(self._folder) == self._token
+
+    def _require_folder(self) -> None:
+        """Raises ObjectStoreError if files may be missing that the run has not deleted.
+
+        Called after the folder was listed.
+        """
+        if not self._has_folder():
+            raise ObjectStoreError(
+                f"the local folder {self._folder} was deleted, emptied or unmounted; nothing is "
+                f"removed from {self._store.address}"
+            )
+
+    def _remove(self, names: Iterable[str]) -> None:
+        if names := list(names):
+            self._check()
+            self._store.remove(names)
 
     # ------------------------------------------------------------------ the thread
 
@@ -186,7 +210,8 @@ class Mirror:
             self._damaged.add(name)
             return True
         try:
-            self._push_small_files()  # the rows of its steps belong to a checkpoint
+            if self._has_folder():
+                self._push_small_files()  # the rows of its steps belong to a checkpoint
             self._upload(commit, pinned)
         finally:
             shutil.rmtree(pinned, ignore_errors=True)
@@ -195,13 +220,15 @@ class Mirror:
     def _upload(self, commit: Commit, folder: Path) -> None:
         store, name = self._store, commit.name
         what = "the frozen parameters" if name == FROZEN else f"step {name}"
+        self._check()
         there = store.sizes(f"{CHECKPOINTS}/{name}")
         if there or name in self.commits:
-            store.remove([commit.object_name])
+            self._remove([commit.object_name])
             self.commits.pop(name, None)
-            store.remove(there.keys() - {commit.file_name(below) for below in commit.files})
+            self._remove(there.keys() - {commit.file_name(below) for below in commit.files})
 
         def send(below: str) -> None:
+            self._check()  # uploads are long, and another owner may write the same step
             store.upload(commit.file_name(below), folder / below, self._progress.add)
 
         begin, before = time.monotonic(), self._progress.done
@@ -216,16 +243,20 @@ class Mirror:
         log.info("uploaded %s to %s (%s in %.1f s)", what, store.address, sent, took_s)
 
     def _remove_deleted(self) -> None:
-        """Removes the checkpoints that the run has deleted, records first."""
+        """Removes the checkpoints that the run has deleted, records first, but never all."""
         inside = self._folder / CHECKPOINTS
+        if not inside.is_dir():  # a run deletes steps, but never all
+            return
         steps = steps_of(self.commits)
-        for place, step in enumerate(steps):
-            name = str(step)
-            if (inside / name).is_dir() or (place < _SPARE and self._waiting()):
-                continue
-            self._store.remove([self.commits[name].object_name])
+        spared = steps[:_SPARE] if self._waiting() else []
+        deleted = [step for step in steps if not (inside / str(step)).is_dir()]
+        if len(deleted) == len(steps):
+            deleted = deleted[1:]
+        self._require_folder()
+        for name in (str(step) for step in deleted if step not in spared):
+            self._remove([self.commits[name].object_name])
             del self.commits[name]
-            self._store.remove(self._store.sizes(f"{CHECKPOINTS}/{name}"))
+            self._remove(self._store.sizes(f"{CHECKPOINTS}/{name}"))
 
     # ------------------------------------------------------------------ small files
 
@@ -238,8 +269,9 @@ class Mirror:
         That a run is finished is told last, when all checkpoints are there.
         """
         here = small_files(self._folder)
+        self._require_folder()
         gone = self._stored - here.keys()
-        self._store.remove(gone)
+        self._remove(gone)
         self._stored -= gone
         changed = {name: stamp for name, stamp in here.items() if self._is_new(name, stamp)}
         marker = changed.pop(MARKER, None)

@@ -23,6 +23,21 @@ class ObjectStoreError(SettingsError):
     """A store that cannot be read or written; one line with the address and the reason."""
 
 
+def path_below(folder: Path, name: str) -> Path:
+    """The local path of an object whose name, or part of it, is below a folder.
+
+    Whoever can write to a store chooses the names there. Raises ObjectStoreError for an absolute
+    one, and for one with `..`, empty parts or backslashes.
+    """
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or any(mark in name for mark in "\\\0"):
+        raise ObjectStoreError(
+            f"{name!r} cannot be the name of an object of a run: it may lead out of the local "
+            "folder; delete the object, or do not use this address"
+        )
+    return folder / name
+
+
 class ObjectStore:
     """The objects below one address; a name is relative to it, with `/` between its parts.
 

@@ -5,10 +5,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from speechlm2_jax.checkpointing import CHECKPOINTS
-from speechlm2_jax.object_store.commits import COMMITTED, FROZEN
+from speechlm2_jax.object_store.commits import COMMITTED, is_checkpoint
 
 LAST_WRITER = "last_writer"
+TOKEN = f".{LAST_WRITER}"
+"""File of a local run directory with the contents of `LAST_WRITER` that this folder wrote."""
 LOCK = "run.lock"
+"""The process that trains in a run directory, or at an address."""
 _OWN = (COMMITTED, LAST_WRITER)
 """First parts of names that belong to the store alone."""
 Stamp = tuple[int, int]
@@ -26,9 +29,12 @@ def is_small_file(name: str) -> bool:
 
 
 def small_files(folder: Path) -> dict[str, Stamp]:
-    """The small files of a local run directory, by name."""
+    """The small files of a local run directory, by name; none if it is not there.
+
+    Raises OSError if it, or a folder in it, cannot be listed.
+    """
     found: dict[str, Stamp] = {}
-    for root, inside, names in os.walk(folder):
+    for root, inside, names in os.walk(folder, onerror=_raise_unless_gone):
         if Path(root) == folder / CHECKPOINTS:
             inside.clear()
         for path in (Path(root, name) for name in names):
@@ -46,4 +52,17 @@ def checkpoint_names(names: Iterable[str]) -> set[str]:
     """The steps, and `frozen`, that have files below checkpoints/ in a listing of a store."""
     parts = (name.split("/") for name in names if name.startswith(f"{CHECKPOINTS}/"))
     named = {one[1] for one in parts if len(one) > 2}
-    return {name for name in named if name.isdigit() or name == FROZEN}
+    return set(filter(is_checkpoint, named))
+
+
+def local_token(folder: Path) -> bytes | None:
+    """What a local run directory wrote as last writer; None if it is not there, or never did."""
+    try:
+        return (folder / TOKEN).read_bytes()
+    except OSError:
+        return None
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

@@ -13,7 +13,7 @@ from speechlm2_jax.object_store.copies import fetch_run
 from speechlm2_jax.object_store.objects import ObjectStore
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.run.store_lock import StoreLock
-from tests.object_store.test_mirror import Run, files
+from tests.object_store.tiny_run import Run, files
 
 SERVICES = 's3fs "moto[s3]" flask flask-cors gcsfs gcp-storage-emulator'
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings of the servers

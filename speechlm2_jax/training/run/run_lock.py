@@ -25,17 +25,18 @@ import jax
 
 from speechlm2_jax import processes
 from speechlm2_jax.console import exit_now
+from speechlm2_jax.object_store.small_files import LOCK
 from speechlm2_jax.settings import SettingsError, parse_json
 
 log = logging.getLogger(__name__)
 
-LOCK = "run.lock"
 HEARTBEAT_S = 10.0
 """Seconds between two renewals of the time stamp."""
 SILENT_S = 120.0
 """A lock of another machine is stale if it was not renewed for this many seconds."""
 UNREADABLE_S = 1.0
 """How long to wait for the contents of an unreadable lock: a process may still be writing them."""
+_LONGEST_NAME = 200
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -197,7 +198,7 @@ def _take(path: Path) -> str:
             silent_s = draft.stat().st_mtime - changed_s
             reason = _why_stale(path, other, changed_s, silent_s)
             if reason is None and path.exists():
-                raise SettingsError(_in_use(path, other))
+                raise in_use(path.parent, other)
             if reason is not None and _replaced(draft, path, other):
                 name = "an unknown process" if other is None else str(other)
                 log.warning("taking over %s: %s (%s)", path.parent, name, reason)
@@ -238,13 +239,18 @@ def _why_stale(path: Path, owner: Owner | None, changed_s: float, silent_s: floa
     return f"has not renewed its time stamp, {-silent_s:.0f} s in the future, for {SILENT_S:.0f} s"
 
 
-def _in_use(path: Path, owner: Owner | None) -> str:
-    folder = path.parent
+def in_use(place: Path | str, owner: Owner | None) -> SettingsError:
+    """The error of a run directory, or an address, in which another process trains."""
     who = "an unknown process" if owner is None else str(owner)
-    return (
-        f"the run directory {folder} is in use by another training: {who}. Wait for its end, stop "
+    return SettingsError(
+        f"the run directory {place} is in use by another training: {who}. Wait for its end, stop "
         "it, or choose another exp_manager.explicit_log_dir"
     )
+
+
+def guard_name(name: str, stale: Owner | None) -> str:
+    """The name of the second lock that lets one process at a time replace a stale one."""
+    return f"{name}.{'unreadable' if stale is None else stale.token}"[:_LONGEST_NAME]
 
 
 def _created(draft: Path, path: Path) -> bool:
@@ -270,7 +276,7 @@ def _replaced(draft: Path, path: Path, stale: Owner | None) -> bool:
     A second lock, whose name has the token of the stale one, lets only one process try at a time.
     """
     token = None if stale is None else stale.token
-    guard = path.with_name(f"{path.name}.{token or 'unreadable'}"[:200])
+    guard = path.with_name(guard_name(path.name, stale))
     _take(guard)
     try:
         found = _read(path)

@@ -18,11 +18,17 @@ from speechlm2_jax.console import exit_now
 from speechlm2_jax.object_store.objects import ObjectStore, ObjectStoreError
 from speechlm2_jax.object_store.small_files import LOCK
 from speechlm2_jax.settings import SettingsError, parse_json
-from speechlm2_jax.training.run.run_lock import HEARTBEAT_S, SILENT_S, Owner, is_valid
+from speechlm2_jax.training.run.run_lock import (
+    HEARTBEAT_S,
+    SILENT_S,
+    Owner,
+    guard_name,
+    in_use,
+    is_valid,
+)
 
 log = logging.getLogger(__name__)
 POLL_S = 2.0
-_LONGEST_NAME = 200
 
 
 class StoreLock:
@@ -46,7 +52,13 @@ class StoreLock:
     def check(self) -> None:
         """Raises ObjectStoreError unless this process still holds the lock."""
         found = _read(self._store, LOCK)
-        if found is None or found[0] is None or found[0].token != self._owner.token:
+        if found is None or found[0] is None:
+            state = "is gone" if found is None else "cannot be read"
+            raise ObjectStoreError(
+                f"{self._store.address}/{LOCK} {state}; it is written again within "
+                f"{HEARTBEAT_S:.0f} s unless another training starts there"
+            )
+        if found[0].token != self._owner.token:
             raise ObjectStoreError(
                 f"{self._store.address}: another process has taken over this run"
             )
@@ -106,11 +118,7 @@ def take(store: ObjectStore, name: str) -> Owner:
         if reason is None and store.read(name) is None:
             continue
         if reason is None:
-            who = "an unknown process" if other is None else str(other)
-            raise SettingsError(
-                f"the run directory {store.address} is in use by another training: {who}. Wait for "
-                "its end, stop it, or choose another exp_manager.explicit_log_dir"
-            )
+            raise in_use(store.address, other)
         if _replaced(store, name, owner, other):
             log.warning("taking over %s: %s (%s)", store.address, other or "its lock", reason)
             break
@@ -119,8 +127,7 @@ def take(store: ObjectStore, name: str) -> Owner:
 
 def _replaced(store: ObjectStore, name: str, owner: Owner, stale: Owner | None) -> bool:
     """Replaces a stale lock. Returns False if it has changed in the meantime."""
-    token = "unreadable" if stale is None else stale.token
-    guard = f"{name}.{token}"[:_LONGEST_NAME]
+    guard = guard_name(name, stale)
     take(store, guard)
     try:
         found = _read(store, name)
