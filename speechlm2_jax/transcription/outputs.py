@@ -80,7 +80,9 @@ class Outputs:
                     path = self._path(source, form)
                     self._journal.note([_entry(path)], AGAIN)
                     write_whole(path, write_transcript(transcript, form, source.name).encode())
-                self._journal.note([self._state_entry(source, form)], WRITTEN)
+                entry = self._state_entry(source, form)
+                if self._journal.state(entry) == AGAIN:
+                    self._journal.note([entry], WRITTEN)
 
     def close(self) -> None:
         """Removes rows of jsonl that were replaced. Raises SettingsError."""
