@@ -79,7 +79,8 @@ class Outputs:
                 else:
                     path = self._path(source, form)
                     self._journal.note([_entry(path)], AGAIN)
-                    write_whole(path, write_transcript(transcript, form, source.name).encode())
+                    text = write_transcript(transcript, form, source.name, source.offset_s)
+                    write_whole(path, text.encode())
                 entry = self._state_entry(source, form)
                 if self._journal.state(entry) == AGAIN:
                     self._journal.note([entry], WRITTEN)

@@ -127,6 +127,15 @@ def test_inputs_are_files_folders_patterns_lists_and_manifests(folder):
         find_sources(["-"], io.StringIO("\n"))
 
 
+def test_the_json_of_a_stretch_tells_where_it_begins(folder):
+    row = {"audio_filepath": "a.wav", "duration": 0.5, "offset": 0.5, "text": ""}
+    Path("m.jsonl").write_text(json.dumps(row))
+    (source,) = find_sources(["m.jsonl"])
+    outputs = Outputs(formats=("json",), folder=Path("out"))
+    outputs.write(source, Transcript("x"))
+    assert json.loads(Path("out/a_0.5.json").read_text())["offset"] == 0.5
+
+
 def test_files_are_written_whole(folder, monkeypatch):
     (source,) = find_sources(["a.wav"])
     Path("out").write_text("a file where the folder should be")
