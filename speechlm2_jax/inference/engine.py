@@ -10,6 +10,7 @@ from flax import nnx
 from speechlm2_jax.batches import FrameCount
 from speechlm2_jax.data.prompts import PromptFormatter
 from speechlm2_jax.data.tokenizer import Tokenizer
+from speechlm2_jax.inference.timestamps.aligner import Aligner
 from speechlm2_jax.layers.module import Variables
 from speechlm2_jax.layers.unstacked import Layered
 from speechlm2_jax.networks.salm import Salm
@@ -48,6 +49,8 @@ class Engine:
     """Whether results that depend on NeMo's own padding are reproduced."""
     transcripts: Callable[[Sequence[np.ndarray]], list[np.ndarray]] | None = None
     """Clips (float32 [S]) -> the token ids [L] that follow the frames of each; None: none do."""
+    open_aligner: Callable[[], Aligner | None] = lambda: None
+    """Opens what finds the times of words; None: nothing does."""
 
     @property
     def network(

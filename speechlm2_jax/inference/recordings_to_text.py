@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from speechlm2_jax.data.audio import resample
 from speechlm2_jax.inference.long_form.pauses import Stretch, cut_at_pauses
@@ -83,11 +84,11 @@ def transcribe_recordings(
     Without `has_guards`, parts without speech are transcribed too and loops stay as they are.
     """
     rate_hz = functions.rate_hz
+    cut = speech_parts if has_guards else cut_at_pauses
     clips = [
         _Clip(number, part)
         for number, wave in enumerate(waves)
-        for part in cut_at_pauses(wave, rate_hz=rate_hz, max_s=max_audio_s)
-        if part.has_speech or not has_guards
+        for part in cut(wave, rate_hz=rate_hz, max_s=max_audio_s)
     ]
     audio = [waves[clip.recording][clip.part.start : clip.part.end] for clip in clips]
     found = functions.to_texts(audio) if clips else []
@@ -105,13 +106,13 @@ def transcribe_recordings(
     joined: list[list[str]] = [[] for _ in waves]
     for clip, text, own in zip(clips, texts, words, strict=True):
         joined[clip.recording].append(text)
-        segments = _segments(clip.part, text, own, rate_hz) if timestamps else ()
+        segments = part_segments(clip.part, text, own, rate_hz) if timestamps else ()
         made[clip.recording].append(
             _without_words(segments) if timestamps == "segment" else segments
         )
     return [
         Transcript(
-            _joined(joined[number], as_it_is=not has_guards),
+            joined_texts(joined[number], as_it_is=not has_guards),
             segments=[segment for own in made[number] for segment in own],
             duration_s=len(wave) / rate_hz,
         )
@@ -119,16 +120,24 @@ def transcribe_recordings(
     ]
 
 
-def _joined(texts: Sequence[str], *, as_it_is: bool) -> str:
+def speech_parts(
+    wave: Float[np.ndarray, " S"], *, rate_hz: int, max_s: float | None
+) -> list[Stretch]:
+    """The parts of a recording that the model is given: cut at pauses, with speech."""
+    return [p for p in cut_at_pauses(wave, rate_hz=rate_hz, max_s=max_s) if p.has_speech]
+
+
+def joined_texts(texts: Sequence[str], *, as_it_is: bool = False) -> str:
     """The text of a recording: all parts that have one; a single part may stay `as_it_is`."""
     if as_it_is and len(texts) == 1:
         return texts[0]
     return " ".join(filter(None, map(str.strip, texts)))
 
 
-def _segments(
+def part_segments(
     part: Stretch, text: str, words: tuple[Word, ...], rate_hz: int
 ) -> tuple[Segment, ...]:
+    """The segments of a part: made of its words, or one without them."""
     if words:
         return segments_of(words)
     if not text.strip():

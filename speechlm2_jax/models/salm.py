@@ -272,6 +272,7 @@ class SALM(SpeechModel):
         return replace(
             self._engine_on(self._inference_variables(), placement),
             decoding_variables=self._decoding_variables(),
+            open_aligner=self.aligner,
         )
 
     def _engine_on(

@@ -121,7 +121,8 @@ def _ready(service: Service) -> Callable[[Request], Awaitable[Response]]:
         if why is not None:
             headers = {"Retry-After": "2"}
             return JSONResponse({"status": "not ready", "waits_for": why}, 503, headers=headers)
-        return JSONResponse({"status": "ready", "model": service.options.served_name})
+        name, has_words = service.options.served_name, service.alignment is not None
+        return JSONResponse({"status": "ready", "model": name, "word_timestamps": has_words})
 
     return ready
 

@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse, Response
 from speechlm2_jax.serving.api_errors import bad
 from speechlm2_jax.serving.fields import Fields, check_model, sampling_of
 from speechlm2_jax.serving.guard import unless_gone
-from speechlm2_jax.serving.responses import Ask, Outcome, outcome_of, respond
+from speechlm2_jax.serving.responses import outcome_of, respond
+from speechlm2_jax.serving.rows import Ask, Outcome, engine_of
 from speechlm2_jax.serving.server_sent_events import Events, EventStream
 from speechlm2_jax.serving.service import Service
 
@@ -103,7 +104,7 @@ async def complete(service: Service, request: Request) -> Response:
         return EventStream(service, _events(service, chat))
     with service.place():
         outcome = await unless_gone(
-            request, outcome_of(service, chat.ask), service.options.request_timeout_s
+            request, outcome_of(respond(service, chat.ask)), service.options.request_timeout_s
         )
     choice = {
         "index": 0,
@@ -298,7 +299,7 @@ def _usage(outcome: Outcome) -> dict[str, int]:
 
 def _logprobs(service: Service, outcome: Outcome) -> dict[str, Any]:
     """The log-probability of each token of the response."""
-    engine, _ = service.ready()
+    engine = engine_of(service)
     content = []
     for part in outcome.parts:
         tokens = engine.tokenizer.ids_to_tokens(part.ids)

@@ -15,6 +15,7 @@ from speechlm2_jax.serving.options import ServeOptions
 
 if TYPE_CHECKING:  # JAX takes seconds: it is imported when HTTP is there already
     from speechlm2_jax.inference.engine import Engine
+    from speechlm2_jax.serving.alignment import Alignment
     from speechlm2_jax.serving.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class Service:
         self.workers = AudioWorkers(options.audio_workers, options.decode_timeout_s)
         self.scheduler: Scheduler | None = None
         self.engine: Engine | None = None
+        self.alignment: Alignment | None = None
+        """None: there is no aligner."""
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self.created, self.active = int(time.time()), 0
         self.is_draining = False
@@ -52,6 +55,8 @@ class Service:
         """Ends the device thread after its present round, and the workers."""
         if self.scheduler is not None:
             self.scheduler.stop()
+        if self.alignment is not None:
+            self.alignment.close()
         self.workers.close()
 
     def has_ended(self, timeout_s: float) -> bool:
@@ -128,6 +133,7 @@ class Service:
 
     def _prepared(self) -> "tuple[Engine, Scheduler]":
         from speechlm2_jax.serving import chat, transcriptions  # noqa: F401 - they import JAX
+        from speechlm2_jax.serving.alignment import Alignment
         from speechlm2_jax.serving.device import DeviceSlots
         from speechlm2_jax.serving.scheduler import Scheduler, SchedulerPace
         from speechlm2_jax.serving.shapes import make_table
@@ -144,6 +150,9 @@ class Service:
         )
         device = DeviceSlots(engine=engine, table=table)
         device.compile(self._show)
+        self._state = "opening the aligner"
+        if (aligner := engine.open_aligner()) is not None:
+            self.alignment = Alignment(aligner, engine.sampling_rate)
         return engine, Scheduler(device, SchedulerPace(tokens_at_once=o.tokens_at_once))
 
     def _show(self, name: str) -> None:

@@ -1,26 +1,34 @@
 """`POST /v1/audio/transcriptions`."""
 
-import zlib
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float32
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from speechlm2_jax.inference.timed_text import Segment, Transcript
+from speechlm2_jax.inference.long_form.pauses import Stretch
+from speechlm2_jax.inference.timestamps import DEFAULT_ALIGNER
+from speechlm2_jax.inference.timestamps.confidence import ToText
 from speechlm2_jax.inference.transcript_files import write_transcript
 from speechlm2_jax.serving.api_errors import bad
 from speechlm2_jax.serving.fields import Fields, check_model, sampling_of
 from speechlm2_jax.serving.guard import unless_gone
-from speechlm2_jax.serving.responses import Ask, Outcome, outcome_of, respond
+from speechlm2_jax.serving.pieces import cut, transcribe_parts
+from speechlm2_jax.serving.responses import outcome_of
+from speechlm2_jax.serving.rows import Ask, Outcome
 from speechlm2_jax.serving.server_sent_events import Events, EventStream
 from speechlm2_jax.serving.service import Service
+from speechlm2_jax.serving.timed_response import TimedResponse, segments_json, words_json
 
 PLAIN: Mapping[str, str] = {"text": "txt", "srt": "srt", "vtt": "vtt"}
 """A response format -> the name of the file format."""
+GRANULARITIES = "timestamp_granularities[]"
 FORMATS = ("json", *PLAIN, "verbose_json")
 KNOWN = (
     "file",
@@ -30,7 +38,7 @@ KNOWN = (
     "response_format",
     "temperature",
     "top_p",
-    "timestamp_granularities[]",
+    GRANULARITIES,
     "stream",
     "seed",
     "chunking_strategy",
@@ -51,9 +59,24 @@ class TranscriptionRequest:
 
     ask: Ask
     response_format: str
+    granularities: tuple[str, ...]
+    """Of segment and word: what verbose_json has times of."""
     language: str
-    audio_s: float
+    wave: Float32[np.ndarray, " S"]
+    parts: list[Stretch]
+    """The parts of the recording with speech."""
     rate_hz: int
+    to_text: ToText
+
+    @property
+    def audio_s(self) -> float:
+        """Duration of the recording."""
+        return len(self.wave) / self.rate_hz
+
+    @property
+    def has_times(self) -> bool:
+        """Whether the response tells times."""
+        return self.response_format in ("srt", "vtt", "verbose_json")
 
 
 async def transcribe(service: Service, request: Request) -> Response:
@@ -73,10 +96,23 @@ async def transcribe(service: Service, request: Request) -> Response:
     if fields.flag("stream"):
         return EventStream(service, _events(service, read))
     with service.place():
-        outcome = await unless_gone(
-            request, outcome_of(service, read.ask), service.options.request_timeout_s
+        return await unless_gone(
+            request, _response(service, read), service.options.request_timeout_s
         )
-    return _written(read, outcome)
+
+
+async def _response(service: Service, read: TranscriptionRequest) -> Response:
+    """The whole response."""
+    outcome = await outcome_of(transcribe_parts(service, read.ask, read.parts))
+    return await asyncio.to_thread(_written, read, await _timed(service, read, outcome))
+
+
+async def _timed(service: Service, read: TranscriptionRequest, outcome: Outcome) -> TimedResponse:
+    """The outcome with the times of its words, if they are asked for and there is an aligner."""
+    timed = TimedResponse(outcome, read.wave, read.parts, read.rate_hz)
+    if read.has_times and service.alignment is not None:
+        timed.words = await service.alignment.words(read.wave, read.parts, timed.texts)
+    return timed
 
 
 def _read_form(form: FormData) -> tuple[Fields, UploadFile]:
@@ -105,18 +141,25 @@ def _check(service: Service, fields: Fields) -> None:
         what = f"this server transcribes {own}" if own else "the model takes no language"
         raise bad(f"language: {what}; leave it out", "language", "unsupported_parameter")
     form = fields.one_of("response_format", FORMATS, "json")
-    granularities = fields.get("timestamp_granularities[]", [])
-    if granularities and form != "verbose_json":
-        name = "timestamp_granularities[]"
-        raise bad(f"{name}: needs response_format=verbose_json", name)
-    for value in granularities:
-        if value != "segment":
-            name = "timestamp_granularities[]"
-            why = "word: this model has no word timestamps" if value == "word" else f"{value!r:.20}"
-            raise bad(f"{name}: {why}; use segment", name, "unsupported_parameter")
+    _check_granularities(service, fields.get(GRANULARITIES, []), form)
     fields.one_of("chunking_strategy", ("auto", ""), "")
-    if fields.flag("stream") and form not in ("json", "text"):
-        raise bad("stream: needs response_format=json or text", "stream")
+    if fields.flag("stream") and form in ("srt", "vtt"):
+        raise bad("stream: needs response_format=json, text or verbose_json", "stream")
+
+
+def _check_granularities(service: Service, asked: Sequence[str], form: str) -> None:
+    name = GRANULARITIES
+    if asked and form != "verbose_json":
+        raise bad(f"{name}: needs response_format=verbose_json", name)
+    if unknown := [value for value in asked if value not in ("segment", "word")]:
+        raise bad(f"{name}: expected segment or word, got {unknown[0]!r:.20}", name)
+    if "word" in asked and service.alignment is None:
+        raise bad(
+            f"{name}: word: this server has no aligner, an ASR model that finds the times of "
+            f"words; start it with --aligner, such as --aligner {DEFAULT_ALIGNER}; or use segment",
+            name,
+            "unsupported_parameter",
+        )
 
 
 async def _read(
@@ -142,28 +185,26 @@ async def _read(
     return TranscriptionRequest(
         ask=ask,
         response_format=fields.text("response_format", "json"),
+        granularities=tuple(fields.get(GRANULARITIES, ["segment"])),
         language=options.language or "",
-        audio_s=len(decoded.samples) / engine.sampling_rate,
+        wave=decoded.samples,
+        parts=await cut(service, decoded.samples),
         rate_hz=engine.sampling_rate,
+        to_text=engine.tokenizer.ids_to_text,
     )
 
 
 async def _events(service: Service, read: TranscriptionRequest) -> Events:
     """The events of a streamed transcription."""
-    is_begun, held = False, ""
-    async with aclosing(respond(service, read.ask)) as events:
+    async with aclosing(transcribe_parts(service, read.ask, read.parts)) as events:
         async for event in events:
-            if isinstance(event, Outcome):
-                text = event.text.strip()
-                yield {"type": "transcript.text.done", "text": text, "usage": _usage(event)}
-                return
-            # white space around the text is left out, as in the whole response
-            delta = held + event if is_begun else event.lstrip()
-            kept = delta.rstrip()
-            held = delta[len(kept) :]
-            if kept:
-                is_begun = True
-                yield {"type": "transcript.text.delta", "delta": kept}
+            if isinstance(event, str):
+                yield {"type": "transcript.text.delta", "delta": event}
+                continue
+            timed = await _timed(service, read, event)
+            times = await asyncio.to_thread(_times, read, timed) if read.has_times else {}
+            done = {"type": "transcript.text.done", "text": event.text, **times}
+            yield {**done, "usage": _usage(event)}
 
 
 def _usage(outcome: Outcome) -> dict[str, Any]:
@@ -175,55 +216,30 @@ def _usage(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _written(read: TranscriptionRequest, outcome: Outcome) -> Response:
-    transcript = transcript_of(read, outcome)
+def _times(read: TranscriptionRequest, timed: TimedResponse) -> dict[str, Any]:
+    """What verbose_json has times of."""
+    sampling, asked = read.ask.sampling, read.granularities
+    temperature = sampling.temperature if sampling.do_sample else 0.0
+    words = {"words": words_json(timed)} if "word" in asked else {}
+    if "segment" not in asked:
+        return words
+    return {**words, "segments": segments_json(timed, temperature, read.to_text)}
+
+
+def _written(read: TranscriptionRequest, timed: TimedResponse) -> Response:
     form = read.response_format
     if form in PLAIN:
-        text = write_transcript(transcript, PLAIN[form])
-        return PlainTextResponse(text)
+        return PlainTextResponse(write_transcript(timed.transcript, PLAIN[form]))
     if form == "json":
-        return JSONResponse({"text": transcript.text, "usage": _usage(outcome)})
+        usage = _usage(timed.outcome)
+        return JSONResponse({"text": timed.outcome.text, "usage": usage})
     return JSONResponse(
         {
             "task": "transcribe",
             "language": read.language,
             "duration": round(read.audio_s, 3),
-            "text": transcript.text,
-            "segments": _segments(read, transcript, outcome),
+            "text": timed.outcome.text,
+            **_times(read, timed),
             "usage": {"type": "duration", "seconds": round(read.audio_s)},
         }
     )
-
-
-def transcript_of(read: TranscriptionRequest, outcome: Outcome) -> Transcript:
-    """The text with a segment for each chunk of the recording, or one for the whole."""
-    segments = []
-    for part in outcome.parts:
-        chunk, rate = part.chunk, read.rate_hz
-        start, end = (
-            (0.0, read.audio_s) if chunk is None else (chunk.start / rate, chunk.end / rate)
-        )
-        segments.append(Segment(text=part.text.strip(), start=start, end=end))
-    return Transcript(outcome.text.strip(), segments=segments, duration_s=read.audio_s)
-
-
-def _segments(
-    read: TranscriptionRequest, transcript: Transcript, outcome: Outcome
-) -> list[dict[str, Any]]:
-    found, sampling = [], read.ask.sampling
-    for number, (own, part) in enumerate(zip(transcript.segments, outcome.parts, strict=True)):
-        raw = own.text.encode()
-        found.append(
-            {
-                "id": number,
-                "seek": 0,
-                "start": round(own.start, 3),
-                "end": round(own.end, 3),
-                "text": own.text,
-                "tokens": part.ids.tolist(),
-                "temperature": sampling.temperature if sampling.do_sample else 0.0,
-                "avg_logprob": float(part.logprobs.mean()) if len(part.logprobs) else 0.0,
-                "compression_ratio": len(raw) / max(len(zlib.compress(raw)), 1),
-            }
-        )
-    return found

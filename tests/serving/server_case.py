@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from speechlm2_jax.inference.timestamps.aligner import AlignedLabels
+from speechlm2_jax.inference.timestamps.bounds import CTC_TIMING, TimedLabel
 from speechlm2_jax.models import SALM
 from speechlm2_jax.serving.options import ServeOptions
 from speechlm2_jax.serving.server import DrainingServer, server_config
@@ -50,6 +52,21 @@ def wav_bytes(samples):
     return file.getvalue()
 
 
+class EvenAligner:
+    """Divides a recording evenly among the words of its text."""
+
+    sampling_rate, frame_s, timing = RATE_HZ, 0.08, CTC_TIMING
+
+    def align(self, waves, words):
+        return [self._evenly(len(w) / RATE_HZ, own) for w, own in zip(waves, words, strict=True)]
+
+    def _evenly(self, seconds, words):
+        edges = np.linspace(0, seconds, len(words) + 1)
+        spans = zip(edges[:-1], edges[1:], strict=True)
+        labels = [TimedLabel(n, len(words[n]), span) for n, span in enumerate(spans)]
+        return AlignedLabels(tuple(labels), (-0.1,) * len(labels), -0.1)
+
+
 class Running:
     """A server that runs: its address, its service, and the thread and loop it runs in."""
 
@@ -64,9 +81,10 @@ class Running:
 
 
 @contextmanager
-def running(model, **changes):
+def running(model, *, aligner=None, **changes):
     """Runs a server until the block ends."""
-    service = Service(replace(OPTIONS, **changes), lambda options: model.engine())
+    engine = replace(model.engine(), open_aligner=lambda: aligner)
+    service = Service(replace(OPTIONS, **changes), lambda options: engine)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]

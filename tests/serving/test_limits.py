@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import socket
+import threading
 import time
 
 import httpx
@@ -76,7 +77,7 @@ WRONG = {
     "words": (
         {"file": FINE, "response_format": "verbose_json", "timestamp_granularities[]": "word"},
         400,
-        "timestamp_granularities[]: word",
+        "timestamp_granularities[]: word: this server has no aligner",
     ),
     "twice": (
         {"file": FINE, "temperature": ["0", "1"]},
@@ -309,8 +310,8 @@ def test_sigterm_finishes_what_runs_and_refuses_what_is_new(server):
     """On a server of its own, which ends by it. Its programs are compiled already."""
     with running(load_tiny(), slots=1) as own:
         device = own.service.scheduler._device
-        decode = device.decode
-        device.decode = lambda tokens: time.sleep(0.2) or decode(1)
+        decode, refusals_seen = device.decode, threading.Event()
+        device.decode = lambda tokens: refusals_seen.wait(30) and decode(tokens)
         with httpx.Client(base_url=own.url, timeout=60) as client:
             body = dict(messages=CHAT, model="tiny", stream=True)
             with client.stream("POST", "/v1/chat/completions", json=body) as stream:
@@ -321,6 +322,7 @@ def test_sigterm_finishes_what_runs_and_refuses_what_is_new(server):
                 refused = httpx.post(f"{own.url}/v1/chat/completions", json=body)
                 assert refused.status_code == 503 and "shutting down" in refused.text
                 assert httpx.get(f"{own.url}/ready").status_code == 503
+                refusals_seen.set()
                 assert list(filter(None, lines))[-1] == "data: [DONE]"
         own.thread.join(20)
         assert not own.thread.is_alive()

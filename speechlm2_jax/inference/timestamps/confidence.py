@@ -22,15 +22,15 @@ def word_confidences(
 
     `ids` are the tokens of the text without those that end it, with a log-probability in nats each.
     """
-    spans = _token_spans(ids, to_text)
+    spans = token_spans(ids, to_text)
     text = to_text(ids)
     return [
         math.exp(sum(logprobs[n] for n, own in enumerate(spans) if _is_in(own, word, text)))
-        for word in _word_spans(text)
+        for word in word_spans(text)
     ]
 
 
-def _token_spans(ids: Sequence[int], to_text: ToText) -> list[tuple[int, int]]:
+def token_spans(ids: Sequence[int], to_text: ToText) -> list[tuple[int, int]]:
     """The characters [start, end) that each token adds to the text.
 
     A token of an incomplete character gets the characters up to its last token.
@@ -45,7 +45,8 @@ def _token_spans(ids: Sequence[int], to_text: ToText) -> list[tuple[int, int]]:
     return list(zip(lengths, ends, strict=False))
 
 
-def _word_spans(text: str) -> list[tuple[int, int]]:
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """The characters [start, end) of each word."""
     spans, start = [], 0
     for word in text.split():
         start = text.index(word, start)

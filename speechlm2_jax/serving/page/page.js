@@ -137,7 +137,10 @@ async function transcribe(blob, name) {
   form.append("file", blob, name);
   if (state.model) form.append("model", state.model);
   form.append("stream", "true");
-  if (state.hasWords) form.append("timestamp_granularities[]", "word");
+  if (state.hasWords) {
+    form.append("response_format", "verbose_json");
+    form.append("timestamp_granularities[]", "word");
+  }
   try {
     const reply = await fetch("v1/audio/transcriptions", {
       method: "POST", body: form, headers: headers(), signal: abort.signal,
