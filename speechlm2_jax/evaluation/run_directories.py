@@ -12,6 +12,7 @@ from speechlm2_jax.data.paths import expand_shards
 from speechlm2_jax.data.storage.addresses import name_of
 from speechlm2_jax.evaluation.inputs import voices_of
 from speechlm2_jax.object_store.folders import address_of
+from speechlm2_jax.pretrained import training_settings
 from speechlm2_jax.pretrained.locate import Location, config_folders
 from speechlm2_jax.settings import SettingsError, load
 
@@ -60,9 +61,7 @@ class Run:
 
     def tag(self, name: str) -> str | None:
         """The first value of a tag (context, system_prompt) among the training sources."""
-        block = (self.settings.get("data") or {}).get("train_ds") or {}
-        found = ((source.get("tags") or {}).get(name) for source in _sources(block))
-        return next((str(value) for value in found if value is not None), None)
+        return training_settings.first_tag(self.settings, name)
 
     @property
     def dtype(self) -> str:
@@ -73,9 +72,7 @@ class Run:
     @property
     def max_audio_s(self) -> float | None:
         """The longest recording of the training, if its settings say so."""
-        block = (self.settings.get("data") or {}).get("train_ds") or {}
-        longest = block.get("max_duration")
-        return float(longest) if isinstance(longest, int | float) and longest >= 1 else None
+        return training_settings.longest_audio_s(self.settings)
 
     def encoder_file(self) -> Path | None:
         """The `.nemo` file that its encoder was loaded from, if it is on this machine."""
@@ -84,10 +81,10 @@ class Run:
 
     def training_voices(self) -> frozenset[str]:
         """The voices in its training manifests; empty if these cannot be read."""
-        block = (self.settings.get("data") or {}).get("train_ds") or {}
+        block = training_settings.train_block(self.settings)
         return frozenset(
             voice
-            for source in _sources(block)
+            for source in training_settings.sources(block)
             for key in MANIFEST_KEYS
             for name in _names(source.get(key))
             if (path := self.find_file(name)) is not None
@@ -152,18 +149,6 @@ def _run_folders(root: Path) -> Iterator[Path]:
 
 def _last_saved_s(run: Path) -> float:
     return max((s.stat().st_mtime for s in checkpointing.step_folders(run)), default=0.0)
-
-
-def _sources(block: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Every source of a data block, including those in groups and in blocks of `multi_config`."""
-    listed = block.get("input_cfg")
-    for source in listed if isinstance(listed, list) else ():
-        if isinstance(source, Mapping):
-            yield source
-            yield from _sources(source)
-    if block.get("multi_config"):
-        for own in block.values():
-            yield from _sources(own) if isinstance(own, Mapping) else ()
 
 
 def _names(value: object) -> list[str]:

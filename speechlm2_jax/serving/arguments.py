@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(model, "--strategy", "auto: the weights lie on all devices")
     _add(model, "--quantize", "int8 or fp8 weights of the LLM")
     _add(model, "--kv-cache-dtype", "int8 or fp8 KV cache")
-    _add(model, "--prompt", "the user's turn of a transcription")
+    _add(model, "--aligner", "ASR model that finds the times of words, or none; by default its own")
+    _add(model, "--prompt", "the user's turn of a transcription; by default that of the training")
     _add(model, "--language", "language that requests may name, for example en")
     batching = parser.add_argument_group("batching")
     _add(batching, "--slots", "sequences that are decoded at once", int)
@@ -50,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(batching, "--audio-workers", "processes that decode audio", int)
     limits = parser.add_argument_group("limits")
     _add(limits, "--max-queue", "requests that wait for a slot; further ones get 429", int)
-    _add(limits, "--max-audio-s", "longer recordings are split into chunks", float)
+    _add(
+        limits,
+        "--max-audio-s",
+        "longer recordings are cut; by default the longest of the training, else 40",
+        float,
+    )
     _add(limits, "--max-duration-s", "longer recordings are refused", float)
     limits.add_argument(
         "--max-body-mib",
@@ -72,7 +78,8 @@ def read_options(arguments: argparse.Namespace) -> ServeOptions:
     values["api_keys"] = (*values["api_keys"], *keys)
     known = {field.name for field in fields(ServeOptions)}
     for name, value in values.items():
-        if isinstance(value, int | float) and name != "max_queue" and value <= 0:
+        is_given = name != "max_queue" and value != _DEFAULTS.get(name)
+        if isinstance(value, int | float) and is_given and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')}={value}: must be positive")
     return ServeOptions(**{key: value for key, value in values.items() if key in known})
 
@@ -109,5 +116,5 @@ def main(argv: Sequence[str] | None = None, *, program: str = "speechlm2-jax ser
 
 def _add(group: argparse._ArgumentGroup, name: str, text: str, kind: type = str) -> None:
     default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
-    shown = f" (default: {default})" if default not in (None, "") else ""
+    shown = f" (default: {default})" if default not in (None, "", 0.0) else ""
     group.add_argument(name, type=kind, default=default, help=text + shown.replace("%", "%%"))

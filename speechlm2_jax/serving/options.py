@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 
 MIB = 1 << 20
+PROMPT = "Transcribe the following:"
+"""The prompt of canary-qwen-2.5b, for a model whose training does not tell another."""
+MAX_AUDIO_S = 40.0
+"""The longest audio that canary-qwen-2.5b was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +24,13 @@ class ServeOptions:
     """auto: the weights lie on all devices."""
     quantize: str | None = None
     kv_cache_dtype: str | None = None
-    prompt: str = "Transcribe the following:"
-    """The user's turn of a transcription; the recording follows it."""
+    aligner: str = ""
+    """An ASR model that finds the times of words; by default the model's own; none: no model."""
+    prompt: str = ""
+    """The user's turn of a transcription; the recording follows it.
+
+    By default that of the training, else PROMPT.
+    """
     language: str | None = None
     """The language that requests may name; None: they may name none."""
     slots: int = 16
@@ -29,8 +38,11 @@ class ServeOptions:
     """Requests that may wait for a slot; further ones get 429."""
     max_new_tokens: int = 256
     max_prompt_tokens: int | None = None
-    max_audio_s: float = 40.0
-    """Longer recordings are split into chunks, as in `generate`."""
+    max_audio_s: float = 0.0
+    """Longer recordings are cut: at pauses as by `transcribe`; in chats into chunks.
+
+    0: the longest of the training, else MAX_AUDIO_S.
+    """
     max_duration_s: float = 3600.0
     """Longer recordings are refused."""
     max_body_bytes: int = 128 * MIB

@@ -135,10 +135,12 @@ class Service:
         from speechlm2_jax.serving import chat, transcriptions  # noqa: F401 - they import JAX
         from speechlm2_jax.serving.alignment import Alignment
         from speechlm2_jax.serving.device import DeviceSlots
+        from speechlm2_jax.serving.load import as_trained
         from speechlm2_jax.serving.scheduler import Scheduler, SchedulerPace
         from speechlm2_jax.serving.shapes import make_table
 
-        engine, o = self._load(self.options), self.options
+        self.options = o = as_trained(self.options)
+        engine = self._load(o)
         table = make_table(
             frame_count=engine.frame_count,
             sampling_rate=engine.sampling_rate,
@@ -152,7 +154,8 @@ class Service:
         device.compile(self._show)
         self._state = "opening the aligner"
         if (aligner := engine.open_aligner()) is not None:
-            self.alignment = Alignment(aligner, engine.sampling_rate)
+            self.alignment = Alignment(aligner, engine.sampling_rate, table.clip_samples)
+            self.alignment.compile(self._show)
         return engine, Scheduler(device, SchedulerPace(tokens_at_once=o.tokens_at_once))
 
     def _show(self, name: str) -> None:

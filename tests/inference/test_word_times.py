@@ -145,6 +145,22 @@ def test_what_does_not_fit_is_told_for_its_row_alone(aligner, word):
     assert nothing.problem == "the recording has no samples" and nothing.words[0].is_estimated
 
 
+def test_sizes_that_are_compiled_before_change_no_time(aligner, word):
+    sizes = aligner.in_sizes([2 * RATE_HZ, RATE_HZ])
+    sizes.align([np.zeros(RATE_HZ, np.float32)], [["a"]])
+    sizes.align([np.zeros(2 * RATE_HZ, np.float32)], [["a"]])
+    programs = ctc_aligner.ctc_log_probs._cache_size(), ALIGN._cache_size()
+    for seconds, text in ((0.7, word), (1.9, f"{word} {word} {word}"), (1.2, f"{word} " * 60)):
+        wave = tone((0.2, seconds - 0.2), duration_s=seconds)
+        (found,) = word_times([wave], [text], sizes)
+        counts = ctc_aligner.ctc_log_probs._cache_size(), ALIGN._cache_size()
+        assert "too many" in str(found.problem) or counts == programs
+        (usual,) = word_times([wave], [text], aligner)
+        times = [[(w.text, w.start, w.end) for w in own.words] for own in (found, usual)]
+        assert times[0] == times[1] and found.problem == usual.problem
+        programs = ctc_aligner.ctc_log_probs._cache_size(), ALIGN._cache_size()
+
+
 def test_numbers_of_inputs_must_agree(aligner):
     with pytest.raises(ValueError, match="1 recordings, 2 texts and 1 offsets"):
         word_times([np.zeros(9, np.float32)], ["a", "b"], aligner)

@@ -5,8 +5,10 @@ import argparse
 import pytest
 
 from speechlm2_jax.cli import main as command_line
+from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
 from speechlm2_jax.serving import arguments
-from speechlm2_jax.serving.options import ServeOptions
+from speechlm2_jax.serving.load import as_trained
+from speechlm2_jax.serving.options import MAX_AUDIO_S, PROMPT, ServeOptions
 
 
 def options(*argv):
@@ -31,6 +33,19 @@ def test_arguments_and_keys_of_the_environment_are_read(monkeypatch):
 def test_a_value_that_cannot_be_is_one_line(capsys):
     assert command_line(["serve", "runs/salm", "--slots", "0"]) == 2
     assert capsys.readouterr().err == "serve: --slots=0: must be positive\n"
+
+
+def test_what_is_not_given_is_as_in_training(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "data: {train_ds: {max_duration: 5.0, input_cfg: [{tags: {context: 'Write:'}}]}}"
+    )
+    own = as_trained(ServeOptions(model=str(tmp_path)))
+    assert (own.prompt, own.max_audio_s) == ("Write:", 5.0)
+    given = ServeOptions(model=str(tmp_path), prompt="Repeat:", max_audio_s=2.0)
+    assert as_trained(given) == given
+    other = as_trained(ServeOptions(model=str(tmp_path / "none")))
+    assert (other.prompt, other.max_audio_s) == (PROMPT, MAX_AUDIO_S)
+    assert MAX_AUDIO_S == DEFAULT_MAX_AUDIO_S
 
 
 def test_help_shows_every_setting(capsys):

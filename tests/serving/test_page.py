@@ -1,11 +1,20 @@
 """The page of the server in a real browser, with a microphone that the browser pretends."""
 
 import base64
+import json
 
+import numpy as np
 import pytest
 
 from tests.evaluation.browser import Browser, find_browser
-from tests.serving.server_case import OPTIONS, load_tiny, recording, running, wav_bytes
+from tests.serving.server_case import (
+    OPTIONS,
+    EvenAligner,
+    load_tiny,
+    recording,
+    running,
+    wav_bytes,
+)
 
 BROWSER = find_browser()
 pytestmark = pytest.mark.skipif(
@@ -40,7 +49,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(model):
-    with running(model) as server:
+    with running(model, aligner=EvenAligner()) as server:
         yield server
 
 
@@ -73,6 +82,24 @@ def test_a_dropped_file_is_transcribed_and_can_be_asked_about(page, model):
     assert not page.run(f"{RESPONSE}.classList.contains('failed')")
     fetched = page.run("performance.getEntriesByType('resource').map(r => new URL(r.name).host)")
     assert set(fetched) <= {page.run("location.host"), ""}, "nothing comes from elsewhere"
+
+
+def test_words_are_highlighted_while_they_are_played(page):
+    samples = np.concatenate([recording(n) for n in range(3)])
+    page.run(DROP % base64.b64encode(wav_bytes(samples)).decode())
+    page.until(f"{FACTS}.includes('tokens')")
+    words = page.run("state.words.map((word) => [word.word, word.start, word.end])")
+    text, spans = page.run(TEXT), "document.querySelectorAll('#text .word')"
+    assert text.split() == [word for word, _, _ in words] and len(words) > 2
+    assert page.run(f"{spans}.length") == len(words)
+    now = "[...document.querySelectorAll('.now')].map((span) => span.textContent)"
+    word, start, end = words[-1]
+    page.run(f"at('player').currentTime = {(start + end) / 2}")
+    page.until(f"{now}.length === 1")
+    assert page.run(now) == [word]
+    page.run(f"{spans}[0].click()")
+    page.until(f"{now}[0] === {json.dumps(words[0][0])}")
+    assert page.run("at('player').currentTime") == pytest.approx(words[0][1], abs=0.01)
 
 
 def test_a_recording_of_the_microphone_is_transcribed(page):

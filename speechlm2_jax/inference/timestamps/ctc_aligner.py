@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -51,11 +51,18 @@ class CtcAligner:
     """Of matmuls; None is the default of the platform."""
     batch_size: int = DEFAULT_BATCH_SIZE
     timing: Timing = CTC_TIMING
+    sizes: tuple[int, ...] = ()
+    """Samples that recordings are padded to, in ascending order; longer ones are rounded up."""
 
     @property
     def frame_s(self) -> float:
         """Duration of a frame in seconds."""
         return self.frame_samples / self.sampling_rate
+
+    def in_sizes(self, samples: Sequence[int]) -> "CtcAligner":
+        """The aligner with one program for each size; recordings of `samples` fill one."""
+        pad = 2 * SILENT_FRAMES * self.frame_samples
+        return replace(self, sizes=tuple(count + pad for count in sorted(samples)))
 
     def align(
         self, waves: Sequence[np.ndarray], words: Sequence[Sequence[str]]
@@ -85,7 +92,9 @@ class CtcAligner:
     ) -> list[AlignedLabels]:
         pad = SILENT_FRAMES * self.frame_samples
         rows = round_up(len(waves), 1)
-        samples = round_up(max(map(len, waves)) + 2 * pad, SAMPLE_UNIT)
+        longest = max(map(len, waves)) + 2 * pad
+        own = (size for size in self.sizes if longest <= size)
+        samples = next(own, round_up(longest, SAMPLE_UNIT))
         audio, lengths = pad_right([np.pad(w, pad) for w in waves], rows=rows, width=samples)
         return self._align(*self._log_probs(audio, lengths), texts)
 
@@ -123,7 +132,10 @@ class CtcAligner:
     ) -> list[AlignedLabels]:
         """Aligns the texts of a batch; further rows are padding."""
         ids = [_joined(words, self.encoder.space) for words in texts]
-        width = round_up(max(map(len, ids)), LABEL_UNIT)
+        longest = max(map(len, ids))
+        # more labels than frames fit into no recording
+        has_size = bool(self.sizes) and longest <= log_probs.shape[1]
+        width = log_probs.shape[1] if has_size else round_up(longest, LABEL_UNIT)
         labels, counts = pad_right(ids, rows=len(log_probs), width=width, dtype=np.int32)
         aligned = align_batch(log_probs, frames, jnp.asarray(labels), jnp.asarray(counts))
         aligned, frame_counts = jax.device_get((aligned, frames))
