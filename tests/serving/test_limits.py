@@ -311,7 +311,7 @@ def test_sigterm_finishes_what_runs_and_refuses_what_is_new(server):
     with running(load_tiny(), slots=1) as own:
         device = own.service.scheduler._device
         decode, refusals_seen = device.decode, threading.Event()
-        device.decode = lambda tokens: refusals_seen.wait(30) and decode(tokens)
+        device.decode = lambda tokens: decode(tokens if refusals_seen.wait(30) else 0)
         with httpx.Client(base_url=own.url, timeout=60) as client:
             body = dict(messages=CHAT, model="tiny", stream=True)
             with client.stream("POST", "/v1/chat/completions", json=body) as stream:
