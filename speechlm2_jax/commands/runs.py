@@ -2,8 +2,10 @@
 
     speechlm2-jax runs
     speechlm2-jax runs runs/salm runs/salm2 --html runs.html
+    speechlm2-jax runs gs://my-bucket/runs
 
-Each argument is a run directory, or a folder that holds some; by default it is `runs`.
+Each argument is a run directory, a folder that holds some, or such an address of an object store;
+by default it is `runs`.
 """
 
 import argparse
@@ -22,13 +24,19 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> None:
         parser = argparse.ArgumentParser(
             prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        parser.add_argument("places", type=Path, nargs="*", default=[Path("runs")], metavar="RUN")
+        parser.add_argument("places", nargs="*", default=["runs"], metavar="RUN")
         parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page of curves")
         options = parser.parse_args(argv)
-        from speechlm2_jax.inspection.runs import METRICS, find_runs, table
+        from speechlm2_jax.inspection.runs import (
+            METRICS,
+            MOST_COLUMNS,
+            find_runs,
+            table,
+            validation_metrics,
+        )
 
-        runs = find_runs(options.places)
-        rows = table(runs)
+        runs = find_runs([folder for place in options.places for folder in _folders(place)])
+        rows = table(runs, MOST_COLUMNS)
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for row in rows:
             first = f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}"
@@ -36,6 +44,8 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> None:
                 f"  {cell:>{width}}" for cell, width in zip(row[2:], widths[2:], strict=True)
             )
             print(first + others)
+        if left_out := validation_metrics(runs)[MOST_COLUMNS:]:
+            print(f"not in this table: {', '.join(left_out)}  (--html FILE shows all)")
         for run in runs:
             if run.damaged:
                 print(f"{run.path / METRICS}: {run.damaged} damaged lines are left out")
@@ -44,3 +54,11 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> None:
 
             write_runs_page(options.html, runs)
             print(f"page: {options.html}  (open it in a browser)")
+
+
+def _folders(place: str) -> list[Path]:
+    """The folders of a place; of an address those of its runs, with their metrics downloaded."""
+    from speechlm2_jax.object_store.copies import fetch_metrics
+    from speechlm2_jax.object_store.folders import is_address, local_path
+
+    return fetch_metrics(place) if is_address(place) else [local_path(place)]

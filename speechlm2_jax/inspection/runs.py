@@ -2,12 +2,13 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.exit_codes import MARKER
+from speechlm2_jax.object_store.folders import address_of
 from speechlm2_jax.settings import SettingsError
 
 METRICS = "metrics.jsonl"
@@ -15,8 +16,12 @@ CONFIG = "config.yaml"
 SHOWN = ("loss", "val_loss", "val_wer", "tokens_per_s_per_device")
 """Metrics that come first, in this order."""
 HIDDEN = ("step", "skipped", "dropped", "goodput")
-RISING = ("acc", "bleu", "chrf", "intent", "mcq", "tokens_per_s", "f1")
-"""Pieces of names of metrics of which more is better; of all others less is."""
+RISING = frozenset(
+    "acc accuracy bleu chrf f1 intent mcq precision recall success tokens_per_s".split()
+)
+"""Words of names of metrics of which more is better; of all others less is."""
+MOST_COLUMNS = 4
+"""Validation metrics in the table of a terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +63,19 @@ class RunRecord:
         values = [value for _, value in self.curves.get(metric, ())]
         if not values:
             return None
-        return max(values) if more_is_better(metric) else min(values)
+        return max(values) if more_is_better(metric, self.curves) else min(values)
 
 
-def more_is_better(metric: str) -> bool:
-    """Whether a higher value of a metric is the better one."""
-    return any(part in metric for part in RISING)
+def more_is_better(name: str, names: Container[str] = ()) -> bool:
+    """Whether a higher value of a metric is the better one; `names` are all metrics of the run.
+
+    Validation writes `val_<metric>_<set>` for each set, and `val_<metric>`, their mean. The name of
+    the set does not count, whatever it is.
+    """
+    words = name.split("_")
+    starts = ("_".join(words[:count]) for count in range(2, len(words)))
+    metric = next((start for start in starts if start in names), name)
+    return any(f"_{word}_" in f"_{metric}_" for word in RISING)
 
 
 def find_runs(places: Sequence[Path]) -> list[RunRecord]:
@@ -154,10 +166,17 @@ def metrics_of(runs: Sequence[RunRecord]) -> list[str]:
     return first + rest
 
 
-def table(runs: Sequence[RunRecord]) -> list[list[str]]:
-    """A head and a row for each run: state, hours, the last loss and the best validation values."""
-    present = metrics_of(runs)
-    validation = [name for name in present if name.startswith("val_")][:4]
+def validation_metrics(runs: Sequence[RunRecord]) -> list[str]:
+    """All validation metrics of the runs, in the order of their columns."""
+    return [name for name in metrics_of(runs) if name.startswith("val_")]
+
+
+def table(runs: Sequence[RunRecord], most: int | None = None) -> list[list[str]]:
+    """A head and a row for each run: state, hours, the last loss and the best validation values.
+
+    `most` is the number of validation metrics; None means all.
+    """
+    validation = validation_metrics(runs)[:most]
     head = ["run", "state", "hours", "loss", *(f"best {name}" for name in validation)]
     names = short_names(runs)
     rows = [
@@ -174,8 +193,12 @@ def table(runs: Sequence[RunRecord]) -> list[list[str]]:
 
 
 def short_names(runs: Sequence[RunRecord]) -> dict[Path, str]:
-    """The paths of the runs without the folders that all share."""
-    parts = [run.path.absolute().parts for run in runs]
+    """The paths, or addresses, of the runs without the folders that all share."""
+    addresses = [address_of(run.path) for run in runs]
+    parts = [
+        tuple(address.split("/")) if address else run.path.absolute().parts
+        for run, address in zip(runs, addresses, strict=True)
+    ]
     shared = 0
     shortest = min(map(len, parts))
     while shared < shortest - 1 and len({part[shared] for part in parts}) == 1:

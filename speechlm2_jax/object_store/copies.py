@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from speechlm2_jax.checkpointing import CHECKPOINTS, choose
+from speechlm2_jax.exit_codes import MARKER
 from speechlm2_jax.object_store.commits import FROZEN, Commit, read_commits, steps_of
 from speechlm2_jax.object_store.downloads import DamagedObjectError, fetch_file, fetch_step
 from speechlm2_jax.object_store.folders import copy_folder
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 _STEP = re.compile(rf"(.+?)/(?:{CHECKPOINTS}/(\d+)|{CHECKPOINTS})/*")
 _NEEDED = ("config.yaml", f"{CHECKPOINTS}/ranking.json")
 _FOLDER = "model/"
+_METRICS = "metrics.jsonl"
 
 
 def fetch_run(address: str, which: Literal["best_else_last", "last"] = "best_else_last") -> Path:
@@ -55,6 +57,28 @@ def fetch_run(address: str, which: Literal["best_else_last", "last"] = "best_els
     what = "checkpoint of a run" if step is None else f"step {step}"
     kept = ", ".join(map(str, steps_of(commits))) or "none"
     raise ObjectStoreError(f"{address}: found no {what} (steps that are whole: {kept})")
+
+
+def fetch_metrics(address: str) -> list[Path]:
+    """Downloads metrics, settings and end of each run at or below an address.
+
+    Returns their local folders. Raises ObjectStoreError if there is no run.
+    """
+    address = address.rstrip("/")
+    names = ObjectStore(address).sizes()
+    rows = [f"/{name}" for name in names if f"/{name}".endswith(f"/{_METRICS}")]
+    if not rows:
+        raise ObjectStoreError(f"{address}: no run there (a run directory has {_METRICS})")
+    folders: list[Path] = []
+    for run in (name.removesuffix(f"/{_METRICS}") for name in rows):
+        store = ObjectStore(f"{address}{run}")
+        folders.append(copy_folder(store.address))
+        for name in (_METRICS, "config.yaml", MARKER):
+            if f"{run}/{name}".lstrip("/") in names:
+                fetch_file(store, name, folders[-1])
+            else:  # of an earlier download
+                (folders[-1] / name).unlink(missing_ok=True)
+    return folders
 
 
 def run_and_step(address: str) -> tuple[str, str | None]:

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from speechlm2_jax.commands.runs import main
 from speechlm2_jax.inspection.runs import find_runs, more_is_better, short_names, table
 from speechlm2_jax.inspection.runs_page import MOST_POINTS, thin, write_runs_page
+from speechlm2_jax.object_store.folders import CACHE_VARIABLE
 
 
 def write(run, rows, *, is_finished=False, max_steps=20):
@@ -47,8 +49,47 @@ def test_a_run_directory_itself_is_taken_once(two_runs):
 
 
 def test_more_is_better_of_scores_and_speeds_and_less_of_losses_and_errors():
-    assert all(map(more_is_better, ("val_acc", "val_txt_bleu", "tokens_per_s_per_device")))
+    rising = ("val_acc", "val_txt_bleu", "tokens_per_s_per_device", "val_turn_taking_recall")
+    rising += ("val_barge_in_success", "val_audio_token_acc_of_silence", "val_acc_wer", "text_acc")
+    assert all(map(more_is_better, rising))
     assert not any(map(more_is_better, ("loss", "val_wer", "val_cer_clean", "step_time_s")))
+
+
+@pytest.mark.parametrize("name", ["edacc", "accents", "acc", "f1", "a_recall", "bleu_1"])
+def test_the_name_of_a_validation_set_does_not_decide_what_is_best(tmp_path, name):
+    rows = [{"step": n, "val_wer": v, f"val_wer_{name}": v} for n, v in ((1, 0.2), (2, 0.9))]
+    (run,) = find_runs([write(tmp_path / "run", rows)])
+    assert run.best(f"val_wer_{name}") == run.best("val_wer") == 0.2
+
+
+def test_validation_metrics_that_do_not_fit_are_named(tmp_path, capsys):
+    names = [f"val_wer_{letter}" for letter in "abcde"]
+    run = write(tmp_path / "run", [{"step": 1, "val_wer": 0.3, **dict.fromkeys(names, 0.3)}])
+    main([str(run), "--html", str(tmp_path / "page.html")])
+    head, _, left_out, _ = capsys.readouterr().out.splitlines()
+    assert head.count("best ") == 4 and "val_wer_c" in head and "val_wer_d" not in head
+    assert left_out == "not in this table: val_wer_d, val_wer_e  (--html FILE shows all)"
+    assert "best val_wer_e" in (tmp_path / "page.html").read_text()
+
+
+def test_runs_at_addresses_are_shown_by_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    files = fsspec.filesystem("memory")
+    try:
+        for run, loss in (("one", 1.0), ("two", 2.0)):
+            files.pipe_file(f"/b/runs/{run}/metrics.jsonl", b'{"step": 3, "loss": %.1f}\n' % loss)
+        files.pipe_file("/b/runs/two/FINISHED", b"{}")
+        main(["memory://b/runs/"])
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+        assert sorted(rows) == [["one", "step", "3", "–", "1"], ["two", "finished", "–", "2"]]
+        files.rm_file("/b/runs/two/FINISHED")
+        main(["memory://b/runs/two"])
+        assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["two", "step", "3"]
+        with pytest.raises(SystemExit, match="2"):
+            main(["memory://b/none"])
+        assert "memory://b/none: no run there" in capsys.readouterr().err
+    finally:
+        files.store.clear()
 
 
 def test_long_curves_are_thinned_to_means():

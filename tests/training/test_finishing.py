@@ -10,6 +10,7 @@ import pytest
 from speechlm2_jax.checkpointing.checksums import read_checksums, write_checksums
 from speechlm2_jax.checkpointing.folders import RANKED
 from speechlm2_jax.exit_codes import FINISHED, UNFINISHED
+from speechlm2_jax.object_store.folders import CACHE_VARIABLE, working_folder
 from speechlm2_jax.training.intervals import Intervals
 from speechlm2_jax.training.run.directory import checkpoints_line, curves_line, next_line
 from speechlm2_jax.training.run.finishing import exit_code
@@ -154,3 +155,9 @@ def test_curves_are_a_page_and_tensorboard_if_the_run_wrote_for_it(tmp_path):
     assert curves_line(tmp_path) == page
     (tmp_path / "tensorboard").mkdir()
     assert curves_line(tmp_path) == f"{page}  |  tensorboard --logdir {tmp_path}/tensorboard"
+
+
+def test_curves_of_a_run_at_an_address_are_shown_from_there(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    line = curves_line(working_folder("memory://bucket/one"))
+    assert line == "curves: speechlm2-jax runs memory://bucket/one --html curves.html"

@@ -120,9 +120,10 @@ def log_next_commands(run_dir: Path | None, *, step: int, is_finished: bool) -> 
 
 def curves_line(run_dir: Path) -> str:
     """A line with the commands that show the curves of a run."""
-    page = f"{_INSTALLED} runs {run_dir} --html {run_dir / 'curves.html'}"
+    page = "curves.html" if address_of(run_dir) else run_dir / "curves.html"
+    command = f"{_INSTALLED} runs {shown(run_dir)} --html {page}"
     events = run_dir / "tensorboard"
-    return f"curves: {page}" + (f"  |  tensorboard --logdir {events}" if events.is_dir() else "")
+    return f"curves: {command}" + (f"  |  tensorboard --logdir {events}" if events.is_dir() else "")
 
 
 def next_line(run_dir: Path | None, *, step: int, is_finished: bool) -> str:
