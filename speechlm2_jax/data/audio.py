@@ -36,7 +36,7 @@ LOSSY_TOLERANCE_S = 0.5
 LOSSY_TOLERANCE_SHARE = 0.4
 """And at most this share of the declared duration: half of a file is not the file."""
 _KAISER_BETA = 5.0
-_FILTER_CROSSINGS = 10
+FILTER_CROSSINGS = 10
 """Zero crossings of the sinc on each side of the resampling filter, and its window: SciPy's."""
 
 _SMALL_STEP = 64
@@ -197,7 +197,7 @@ def _lowpass(rate: int) -> np.ndarray:
     from scipy.signal import firwin
 
     window: Any = ("kaiser", _KAISER_BETA)
-    taps = firwin(2 * _FILTER_CROSSINGS * rate + 1, 1 / rate, window=window)
+    taps = firwin(2 * FILTER_CROSSINGS * rate + 1, 1 / rate, window=window)
     return np.asarray(taps, np.float32)
 
 
@@ -273,11 +273,12 @@ def _mono(
     blocks: Iterable[np.ndarray], channel: int | None, source: object
 ) -> Float[np.ndarray, " S"]:
     """Joins blocks [n, C]: one channel, or the mean of all."""
-    waves = [_one_channel(block, channel, source) for block in blocks]
+    waves = [one_channel(block, channel, source) for block in blocks]
     return waves[0] if len(waves) == 1 else np.concatenate([np.zeros(0, np.float32), *waves])
 
 
-def _one_channel(block: np.ndarray, channel: int | None, source: object) -> np.ndarray:
+def one_channel(block: np.ndarray, channel: int | None, source: object) -> np.ndarray:
+    """One channel of a block [n, C], or the mean of all. Raises AudioError if it has none such."""
     if channel is None:
         return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
     if channel >= block.shape[1]:

@@ -151,8 +151,15 @@ class FfmpegFile:
                 )
             if is_skipping and frame.pts is not None:
                 position = (frame.pts - origin) // self._ticks
-            yield position, _samples(frame)
+            yield position, self._samples(frame)
             position += frame.samples
+
+    def _samples(self, frame: Any) -> np.ndarray:
+        """The samples of a decoded frame as float32 [n, C]."""
+        try:
+            return _samples(frame)
+        except self._errors as error:  # of a sample format that NumPy has no type for
+            raise AudioError(f"{self._name}: {_reason(error)}", cause="unreadable") from error
 
     def _decode(self) -> Iterator[Any]:
         """Decodes packets, but for those that end before the time stamp `_since`.

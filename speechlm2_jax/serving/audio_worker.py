@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from speechlm2_jax.data.audio import AudioError, read_audio
-from speechlm2_jax.data.audio_files import open_audio
+from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.data.bounded_audio import TooLongAudio, read_bounded
 
 
 class DecodedAudio(NamedTuple):
@@ -23,14 +23,6 @@ class DecodedAudio(NamedTuple):
     """Float32 [S]."""
     key: bytes
     """Equal for equal samples."""
-
-
-class TooLongAudio(NamedTuple):
-    """A recording beyond the limit; the rest of it was not decoded."""
-
-    seconds: float
-    is_whole: bool
-    """Whether `seconds` is its length, and not only what was counted before it was given up."""
 
 
 class UnusableAudio(NamedTuple):
@@ -55,28 +47,13 @@ def decode(data: bytes | str, rate_hz: int, max_s: float) -> Decoded:
         except (binascii.Error, ValueError) as error:
             return UnusableAudio(f"the data is not base64 ({error})")
     try:
-        too_long = _beyond(data, max_s)
-        if too_long is not None:
-            return too_long
-        samples = read_audio(BytesIO(data), sample_rate_hz=rate_hz)
+        samples = read_bounded(BytesIO(data), sample_rate_hz=rate_hz, max_s=max_s)
     except AudioError as error:
         return UnusableAudio(_plain(str(error)))
-    key = hashlib.blake2b(samples.tobytes(), digest_size=16).digest()
+    if isinstance(samples, TooLongAudio):
+        return samples
+    key = hashlib.blake2b(np.ascontiguousarray(samples).data, digest_size=16).digest()
     return DecodedAudio(samples, key)
-
-
-def _beyond(data: bytes, max_s: float) -> TooLongAudio | None:
-    """The length of a recording that is too long, without decoding more than `max_s` of it."""
-    with open_audio(BytesIO(data)) as file:
-        if file.frames is not None:
-            seconds = file.frames / file.rate_hz
-            return TooLongAudio(seconds, True) if seconds > max_s else None
-        count = 0
-        for block in file.blocks(0, None):
-            count += len(block)
-            if count > max_s * file.rate_hz:
-                return TooLongAudio(count / file.rate_hz, False)
-    return None
 
 
 def _plain(reason: str) -> str:

@@ -29,8 +29,11 @@ class AudioWorkers:
 
     async def start(self) -> None:
         """Starts the processes, and returns when they are ready."""
-        for worker in [_Worker() for _ in range(self._count)]:
+        workers = [_Worker() for _ in range(self._count)]
+        for worker in workers:
             self._all.add(worker)
+            worker.begin()
+        for worker in workers:
             await worker.ready()
             self._free.put_nowait(worker)
 
@@ -76,6 +79,11 @@ class AudioWorkers:
                 self._tasks.add(task := asyncio.create_task(self._free_later(worker)))
                 task.add_done_callback(self._tasks.discard)
                 raise
+            except Exception as error:
+                log.exception("audio worker %d failed; it is replaced", worker.pid)
+                self._replace(worker)
+                reason = f"the audio could not be decoded: {type(error).__name__}"
+                raise ApiError(500, reason) from error
             else:
                 self._free.put_nowait(worker)
                 return decoded
@@ -85,7 +93,7 @@ class AudioWorkers:
         """Gives a worker back once it has finished what nobody waits for any more."""
         try:
             await worker.finished(self._timeout_s)
-        except (BrokenProcessPool, TimeoutError):
+        except Exception:  # noqa: BLE001 - the request that would be told of it is gone
             self._replace(worker)
         else:
             self._free.put_nowait(worker)
@@ -97,6 +105,8 @@ class AudioWorkers:
         fresh = _Worker()
         self._all.add(fresh)
         self._free.put_nowait(fresh)
+        with suppress(OSError):  # no memory for a process: the next request tries again
+            fresh.begin()
 
 
 class _Worker:
@@ -105,12 +115,19 @@ class _Worker:
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")  # threads of JAX do not survive a fork
         self._pool = ProcessPoolExecutor(1, mp_context=context)
-        self._starting = self._pool.submit(audio_worker.process_id)
+        self._starting: Future[int] | None = None
         self._call: Future[audio_worker.Decoded] | None = None
         self.pid = 0
 
+    def begin(self) -> Future[int]:
+        """Starts the process. Raises OSError if there can be none."""
+        if self._starting is None:
+            self._starting = self._pool.submit(audio_worker.process_id)
+        return self._starting
+
     async def ready(self) -> None:
-        self.pid = await asyncio.wrap_future(self._starting)
+        """Returns when the process runs."""
+        self.pid = await asyncio.wrap_future(self.begin())
 
     async def decode(
         self, data: bytes | str, rate_hz: int, max_s: float, timeout_s: float
