@@ -20,6 +20,8 @@ from speechlm2_jax.generation.warpers import Number
 from speechlm2_jax.pytrees import register_pytree
 
 Scores = Float[Array, "B V"]
+WITHOUT_LOOPS_N = 4
+"""The n-grams that do not occur twice in a text that is generated again because of a loop."""
 WILDCARD = -1
 """In a prefix: any token, or none."""
 Numbers = Array | np.ndarray | Sequence[Number]

@@ -9,6 +9,7 @@
 The tokens are those of `salm` with the same settings and random keys.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -24,12 +25,15 @@ from speechlm2_jax.generation.decoding import (
     process_scores,
     run_token,
 )
+from speechlm2_jax.generation.processors import WITHOUT_LOOPS_N, NoRepeatNgrams
 from speechlm2_jax.generation.slots import PlainSlots
 from speechlm2_jax.generation.warpers import keep_top_p
 from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.layers.slot_rows import put_rows
 from speechlm2_jax.layers.unstacked import read_in_place
 from speechlm2_jax.sharding import constrain
+
+LOOPS = (NoRepeatNgrams(n=WITHOUT_LOOPS_N),)
 
 
 class OwnSampling(NamedTuple):
@@ -41,6 +45,8 @@ class OwnSampling(NamedTuple):
     """Divides the scores, if `is_sampled`."""
     top_p: Float[Array, " R"]
     """Keep the smallest set of most likely tokens whose probabilities reach this sum."""
+    avoids_loops: Bool[Array, " R"]
+    """No n-gram of WITHOUT_LOOPS_N tokens occurs twice in the response."""
 
 
 class ServedSlots(NamedTuple):
@@ -98,7 +104,8 @@ def empty(
     slots = loop.empty(decoder, shape, config, dtype)
     assert isinstance(slots, PlainSlots)
     rows = shape.count
-    sampling = OwnSampling(jnp.zeros(rows, bool), jnp.ones(rows), jnp.ones(rows))
+    never = jnp.zeros(rows, bool)
+    sampling = OwnSampling(never, jnp.ones(rows), jnp.ones(rows), never)
     return ServedSlots(slots, sampling, jnp.zeros((rows, config.max_new_tokens)))
 
 
@@ -265,6 +272,15 @@ def _choose(
     """
     rngs, sampling = own
     changed = _processed(scores, ids, generated, info, config)
+    changed = jax.lax.cond(
+        jnp.any(sampling.avoids_loops),
+        lambda: jnp.where(
+            sampling.avoids_loops[:, None],
+            _processed(changed, ids, generated, info, replace(config, processors=LOOPS)),
+            changed,
+        ),
+        lambda: changed,
+    )
 
     def drawn() -> Array:
         warped = changed / sampling.temperature[:, None]

@@ -11,6 +11,7 @@ import numpy as np
 from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.data.audio import check_samples
 from speechlm2_jax.data.padding import pad_right
+from speechlm2_jax.generation.processors import WITHOUT_LOOPS_N
 from speechlm2_jax.inference.audio_inputs import (
     Recordings,
     as_float,
@@ -39,7 +40,7 @@ _WITHOUT_EFFECT = ("use_lhotse", "num_workers", "verbose")
 _REFUSED = ("return_hypotheses", "augmentor", "override_config")
 """Arguments that are not supported, unless they are None or False."""
 
-WITHOUT_LOOPS: Mapping[str, object] = {"no_repeat_ngram_size": 4}
+WITHOUT_LOOPS: Mapping[str, object] = {"no_repeat_ngram_size": WITHOUT_LOOPS_N}
 """Keywords of `generate` for a clip over which the model repeated itself."""
 WITHOUT_LOGPROBS = ("num_beams", "drafts", "assistant_model", "prompt_lookup_num_tokens")
 """Keywords of `generate` with which tokens have no log-probabilities, nor words a confidence."""

@@ -219,4 +219,5 @@ def _own_sampling(sampling: Sampling) -> OwnSampling:
         jnp.asarray([sampling.do_sample]),
         jnp.asarray([sampling.temperature], jnp.float32),
         jnp.asarray([sampling.top_p], jnp.float32),
+        jnp.asarray([sampling.avoids_loops]),
     )

@@ -19,6 +19,8 @@ class Sampling:
     seed: int = 0
     draw: int = 0
     """The draw number of `SALM.generate`; chunks of a long recording have numbers of their own."""
+    avoids_loops: bool = False
+    """No n-gram occurs twice, as `transcribe` generates a text again over which a model looped."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Transcription of a recording of any length, as `SALM.transcribe` does it: cut at pauses."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -15,6 +16,8 @@ from speechlm2_jax.serving.responses import row_tasks
 from speechlm2_jax.serving.rows import Ask, Outcome, RowRuns, engine_of, prepared
 from speechlm2_jax.serving.service import Service
 
+log = logging.getLogger(__name__)
+
 
 async def cut(service: Service, wave: np.ndarray) -> list[Stretch]:
     """The parts of a recording with speech, each at most `--max-audio-s` long."""
@@ -28,9 +31,9 @@ async def transcribe_parts(
 ) -> AsyncGenerator[str | Outcome, None]:
     """Yields new text as it comes (if `ask.is_streamed`), and at the end the outcome.
 
-    The deltas join to the text of the outcome, unless the model repeats itself: then they end
-    there, and the text has the repetition once. The first part is streamed token by token, the
-    others part by part. Closing the iterator frees the slots. Raises ApiError.
+    The deltas join to the text of the outcome, unless the model repeats itself over the first part:
+    then its deltas end there, and the outcome has another text. The first part is streamed token by
+    token, the others part by part. Closing the iterator frees the slots. Raises ApiError.
     """
     engine = engine_of(service)
     example = await prepared(engine, ask)
@@ -52,13 +55,17 @@ async def _deltas(runs: RowRuns) -> AsyncGenerator[str, None]:
     is_streamed = runs.ask.is_streamed
 
     async def run(number: int) -> None:
-        if number or not is_streamed:
-            await runs.run(number)
-            return
         try:
-            await _stream_first(runs, first)
+            if number or not is_streamed:
+                await runs.run(number)
+            else:
+                await _stream_first(runs, first)
         finally:
-            first.put_nowait(None)
+            if not number:
+                first.put_nowait(None)
+        if has_loop(runs.parts[number].text):
+            log.warning("the model repeated itself over a part; its text is generated again")
+            await runs.run(number, avoids_loops=True)
 
     async with row_tasks(runs, run) as tasks:
         is_begun = False

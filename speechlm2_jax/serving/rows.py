@@ -99,7 +99,7 @@ class RowRuns:
         """The whole response; set by what runs the rows."""
         self._service = service
         self._jobs: list[ServedJob] = []
-        self._positions = 0
+        self._positions: dict[int, int] = {}
 
     async def events(
         self, deltas: AsyncGenerator[str, None]
@@ -121,7 +121,7 @@ class RowRuns:
 
     @asynccontextmanager
     async def started(
-        self, number: int, is_streamed: bool
+        self, number: int, is_streamed: bool, avoids_loops: bool = False
     ) -> AsyncIterator[AsyncIterator[Progress]]:
         """Submits the job of a row; gives its progress until the block is left."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Progress]()
@@ -131,12 +131,12 @@ class RowRuns:
             tokens=row.tokens,
             clips=tuple(self._clip(number, n) for n in range(len(row.audio))),
             limit=ask.limit,
-            sampling=replace(ask.sampling, draw=draw_number(0, number)),
+            sampling=replace(ask.sampling, draw=draw_number(0, number), avoids_loops=avoids_loops),
             report=lambda progress: loop.call_soon_threadsafe(queue.put_nowait, progress),
             is_streamed=is_streamed,
         )
         try:
-            self._positions += scheduler.submit(job)
+            self._positions[number] = scheduler.submit(job)
         except TooLongError as error:
             raise bad(str(error), code="context_length_exceeded") from error
         self._jobs.append(job)
@@ -160,9 +160,9 @@ class RowRuns:
         finally:
             scheduler.cancel(job)
 
-    async def run(self, number: int) -> None:
-        """Runs a row to its end."""
-        async with self.started(number, False) as progresses:
+    async def run(self, number: int, avoids_loops: bool = False) -> None:
+        """Runs a row to its end; what it had generated before is replaced."""
+        async with self.started(number, False, avoids_loops) as progresses:
             async for progress in progresses:
                 if progress.is_last:
                     self.finish(number, progress)
@@ -187,7 +187,7 @@ class RowRuns:
         return Outcome(
             text=self.text,
             finish_reason="length" if any(part.is_open for part in parts) else "stop",
-            prompt_tokens=self._positions,
+            prompt_tokens=sum(self._positions.values()),
             completion_tokens=sum(map(len, self.ids.values())),
             audio_s=samples / self.engine.sampling_rate,
             parts=parts,

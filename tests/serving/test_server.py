@@ -11,6 +11,7 @@ from speechlm2_jax.inference.generate import PromptInputs, prepare_prompts, run_
 from speechlm2_jax.inference.long_form.chunked import split_long_audio
 from speechlm2_jax.inference.request.generation_request import read_request
 from speechlm2_jax.inference.transcript_files import write_transcript
+from speechlm2_jax.serving import pieces
 from tests.serving.server_case import (
     OPTIONS,
     EvenAligner,
@@ -203,6 +204,21 @@ def test_a_long_recording_is_streamed_part_by_part(client, long_transcript):
     assert len(deltas) > 2
     assert "".join(delta.delta for delta in deltas) == done.text == long_transcript
     assert [word["word"] for word in done.words] == long_transcript.split()
+
+
+def test_a_loop_is_generated_again_as_by_transcribe(server, client, monkeypatch, long_transcript):
+    """The small model makes none: its texts are taken for loops."""
+    jobs, scheduler = [], server.service.scheduler
+    submit = scheduler.submit
+    monkeypatch.setattr(scheduler, "submit", lambda job: jobs.append(job) or submit(job))
+    monkeypatch.setattr(pieces, "has_loop", bool)
+    asked = dict(model="tiny", file=long_file())
+    found = client.audio.transcriptions.create(**asked)
+    assert found.text == long_transcript and len(jobs) % 2 == 0
+    assert sum(job.sampling.avoids_loops for job in jobs) == len(jobs) // 2 > 1
+    *_, done = client.audio.transcriptions.create(**asked, stream=True)
+    assert done.text == found.text
+    assert done.usage.output_tokens == found.usage.output_tokens
 
 
 def test_silence_has_no_text_and_does_not_reach_the_model(server, client):
