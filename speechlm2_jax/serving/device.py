@@ -158,11 +158,11 @@ class DeviceSlots:
                 found.append((job, Progress(ids.copy(), logprobs.copy(), is_last)))
         return found
 
-    def reset(self) -> list[ServedJob]:
-        """Makes all slots free again after a fault; returns the jobs that were in them."""
-        lost, self.busy = list(self.busy.values()), {}
+    def reset(self) -> None:
+        """Makes all slots free again after a fault. Raises what its allocation raises."""
+        self.busy = {}
+        del self._served  # the memory may not hold two KV caches
         self._served = self._empty()
-        return lost
 
     def compile(self, show: Callable[[str], None]) -> None:
         """Runs every program once, so that no request waits for a compilation.

@@ -3,7 +3,9 @@
 import logging
 import threading
 import time
+import traceback
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,17 +64,20 @@ class Scheduler:
         self._waiting: deque[_Waiting] = deque()
         self._prefills: list[Prefill] = []
         self._frames: OrderedDict[bytes, Frames] = OrderedDict()
-        self._is_stopped = False
+        self._is_stopped = self._has_failed = False
         self._usual_s = 0.0
         """What a call of `decode` usually takes."""
 
     def submit(self, job: ServedJob) -> int:
         """Takes a job, and returns the positions of its prompt.
 
-        Raises TooLongError for a prompt that no slot has room for.
+        Raises TooLongError for a prompt that no slot has room for, and RuntimeError if `run` has
+        ended with an error.
         """
         positions = self._device.positions(job)
         with self._lock:
+            if self._has_failed:
+                raise RuntimeError("the device thread has ended")
             self._inbox.append(job)
             self._lock.notify()
         return positions
@@ -100,27 +105,40 @@ class Scheduler:
         return bool(self._waiting or self._prefills or self._device.busy)
 
     def run(self) -> None:
-        """Runs rounds of prefill and decoding; a fault fails the jobs under way, not the server."""
-        while True:
-            with self._lock:
-                while not (self._inbox or self._has_work or self._is_stopped):
-                    self._lock.wait()
-                if self._is_stopped:
-                    return
-                self._waiting.extend(_Waiting(job) for job in self._inbox)
-                self._inbox.clear()
-            try:
-                self._round()
-            except Exception as error:  # noqa: BLE001 - the server must live on
-                self._fail(error)
+        """Runs rounds of prefill and decoding; a fault fails the jobs under way, not the server.
+
+        Raises the error after which the device cannot be used any more; then all jobs have failed.
+        """
+        try:
+            while self._next_jobs():
+                try:
+                    self._round()
+                except Exception as error:  # noqa: BLE001 - the server must live on
+                    self._fail(error)
+                self._count()
+        except BaseException as error:
+            self._fail_all(error)
+            raise
+
+    def _next_jobs(self) -> bool:
+        """Waits for jobs. Returns whether there are some: False when `run` is to end."""
+        with self._lock:
+            while not (self._inbox or self._has_work or self._is_stopped):
+                self._lock.wait()
+            self._waiting.extend(_Waiting(job) for job in self._inbox)
+            self._inbox.clear()
+            return not self._is_stopped
+
+    def _count(self) -> None:
+        self.counts.waiting = len(self._waiting) + len(self._prefills)
+        self.counts.running = len(self._device.busy)
 
     def _round(self) -> None:
         self._waiting = deque(w for w in self._waiting if not w.job.is_cancelled)
         self._prefills = [p for p in self._prefills if not p.job.is_cancelled]
         self._encode()
         self._prefill()
-        self.counts.waiting = len(self._waiting) + len(self._prefills)
-        self.counts.running = len(self._device.busy)
+        self._count()
         if self._device.busy:
             self._decode()
         elif self._waiting and not self._prefills:
@@ -202,14 +220,31 @@ class Scheduler:
                 job.report(progress)
 
     def _fail(self, error: Exception) -> None:
-        """Reports a fault to all jobs that it may have touched."""
+        """Reports a fault to all jobs that it may have touched, and makes all slots free again."""
         self.counts.faults += 1
         log.exception("the device thread failed; its %d jobs end", len(self._device.busy))
-        lost = [*self._device.reset(), *(p.job for p in self._prefills)]
+        traceback.clear_frames(error.__traceback__)  # they hold arrays, and memory may be short
+        lost = [*self._device.busy.values(), *(p.job for p in self._prefills)]
         lost += [w.job for w in self._waiting if w.frames is not None]
         self._waiting = deque(w for w in self._waiting if w.frames is None)
         self._prefills, self._frames = [], OrderedDict()
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        for job in lost:
-            if not job.is_cancelled:
-                job.report(Progress(NOTHING, NOTHING.astype(np.float32), True, reason))
+        _report(lost, error)
+        self._device.reset()
+
+    def _fail_all(self, error: BaseException) -> None:
+        """Reports the error that ends the thread to every job."""
+        with self._lock:
+            self._has_failed = True
+            lost = [*self._inbox, *(w.job for w in self._waiting)]
+            self._inbox.clear()
+        lost += [*(p.job for p in self._prefills), *self._device.busy.values()]
+        self._waiting, self._prefills = deque(), []
+        _report(lost, error)
+
+
+def _report(lost: Iterable[ServedJob], error: BaseException) -> None:
+    """Tells jobs that they end by an error."""
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    for job in lost:
+        if not job.is_cancelled:
+            job.report(Progress(NOTHING, NOTHING.astype(np.float32), True, reason))

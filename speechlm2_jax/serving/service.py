@@ -12,6 +12,7 @@ from speechlm2_jax.serving.api_errors import ApiError
 from speechlm2_jax.serving.audio_workers import AudioWorkers
 from speechlm2_jax.serving.metrics import Metrics
 from speechlm2_jax.serving.options import ServeOptions
+from speechlm2_jax.settings import SettingsError
 
 if TYPE_CHECKING:  # JAX takes seconds: it is imported when HTTP is there already
     from speechlm2_jax.inference.engine import Engine
@@ -38,9 +39,9 @@ class Service:
         """None: there is no aligner."""
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self.created, self.active = int(time.time()), 0
-        self.is_draining = False
-        self.fault: Exception | None = None
-        """Why the model could not be loaded."""
+        self.is_draining = self._is_stopped = False
+        self.fault: str | None = None
+        """Why the server ends: the model could not be loaded, or the device thread has ended."""
         self.on_fault: Callable[[], None] = lambda: None
         self._load = load
         self._state: str | None = f"loading {options.model}"
@@ -53,6 +54,7 @@ class Service:
 
     def stop(self) -> None:
         """Ends the device thread after its present round, and the workers."""
+        self._is_stopped = True
         if self.scheduler is not None:
             self.scheduler.stop()
         if self.alignment is not None:
@@ -69,7 +71,7 @@ class Service:
     def why_unready(self) -> str | None:
         """What is still to be done before requests are taken; None: nothing."""
         if self.fault is not None:
-            return f"the model could not be loaded: {self.fault}"
+            return self.fault
         return "shutting down" if self.is_draining else self._state
 
     def ready(self) -> "tuple[Engine, Scheduler]":
@@ -118,18 +120,21 @@ class Service:
 
     def _run(self) -> None:
         """Loads the model and compiles every program; then runs the jobs."""
-        start_s = time.monotonic()
+        start_s, failed = time.monotonic(), "the model could not be loaded"
         try:
             self.engine, self.scheduler = self._prepared()
-        except Exception as error:  # noqa: BLE001 - told by /ready, and ends the server
-            self.fault = error
+            self.metrics.watch(self.scheduler.counts, self.options.slots)
+            self.seconds_to_ready = time.monotonic() - start_s
+            log.info("ready after %.1f s", self.seconds_to_ready)
+            self._state, failed = None, "the device thread has ended"
+            self.scheduler.run()
+        except BaseException as error:  # told by /health and /ready, and ends the server
+            if self._is_stopped:  # the loop that its last reports go to may be closed
+                return
+            if not isinstance(error, SettingsError):
+                log.exception(failed)
+            self.fault = f"{failed}: {error}" if str(error) else f"{failed}: {error!r}"
             self.on_fault()
-            return
-        self.metrics.watch(self.scheduler.counts, self.options.slots)
-        self.seconds_to_ready = time.monotonic() - start_s
-        log.info("ready after %.1f s", self.seconds_to_ready)
-        self._state = None
-        self.scheduler.run()
 
     def _prepared(self) -> "tuple[Engine, Scheduler]":
         from speechlm2_jax.serving import chat, transcriptions  # noqa: F401 - they import JAX
