@@ -6,7 +6,6 @@ import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
-import h11
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -16,7 +15,10 @@ from speechlm2_jax.serving.options import MIB, ServeOptions
 
 T = TypeVar("T")
 HEADER_TIMEOUT_S = 15.0
-"""To send the headers of a request."""
+"""To send the headers of a request, or the rest of one that got its response early."""
+
+READ_TIMEOUT_S = 60.0
+"""To read the bytes of a response that are waiting to be sent."""
 
 
 class ClientGoneError(Exception):
@@ -118,9 +120,13 @@ async def _until_gone(request: Request) -> None:
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, with a limit on the time that headers may take."""
+    """uvicorn's HTTP/1.1, with a limit on the time that a connection may be without a request.
+
+    A client that does not read its responses is cut off, too.
+    """
 
     _waiting: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begins to wait for the first request."""
@@ -132,15 +138,29 @@ class PatientProtocol(H11Protocol):
         super().data_received(data)
         self._watch()
 
+    def pause_writing(self) -> None:
+        """Begins to wait for a client that does not read."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(READ_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        super().resume_writing()
+        self._forget_stall()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Forgets the connection."""
         self._forget()
+        self._forget_stall()
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        is_open = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
-        has_some = bool(self.conn.trailing_data[0]) or self.cycle is None
-        if not (is_open and has_some):
+        """Limits the time until there is a request, or the rest of one that has its response.
+
+        uvicorn's own timer of idle connections ends with the first byte that comes.
+        """
+        is_served = self.cycle is not None and not self.cycle.response_complete
+        if is_served or self.transport.is_closing():
             self._forget()
         elif self._waiting is None:
             self._waiting = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.close)
@@ -149,3 +169,8 @@ class PatientProtocol(H11Protocol):
         if self._waiting is not None:
             self._waiting.cancel()
             self._waiting = None
+
+    def _forget_stall(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None

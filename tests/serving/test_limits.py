@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import httpx
 import numpy as np
@@ -304,6 +305,44 @@ def test_slow_and_hostile_connections_end(server, client, monkeypatch):
         never.sendall(b"GET / HT")
         assert never.recv(4096) == b""
     assert chat(client).status_code == 200
+
+
+EARLY = {
+    "no key": "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n",
+    "not read": "GET /health HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("what", EARLY)
+@pytest.mark.parametrize("rest", ["{", "{" * 9 + "GET / HT"])
+def test_a_connection_that_had_its_response_before_its_request_ends(
+    server, what, rest, monkeypatch
+):
+    """The rest of the request ends uvicorn's own timer of idle connections."""
+    monkeypatch.setattr(guard, "HEADER_TIMEOUT_S", 0.2)
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    with socket.create_connection(address, timeout=4) as early:
+        early.sendall(EARLY[what].encode())
+        assert early.recv(4096).startswith(b"HTTP/1.1 ")
+        early.sendall(rest[: 1 if what == "not read" else None].encode())
+        while early.recv(4096):
+            pass
+
+
+def test_a_client_that_does_not_read_its_responses_is_cut_off(server, monkeypatch):
+    monkeypatch.setattr(guard, "READ_TIMEOUT_S", 0.2)
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    connections = server.server.server_state.connections
+    before = len(connections)
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.settimeout(4)
+        deaf.connect(address)
+        until(lambda: len(connections) == before + 1)
+        with suppress(OSError):
+            for _ in range(200):
+                deaf.sendall(b"GET /page.js HTTP/1.1\r\nHost: a\r\n\r\n" * 20)
+        until(lambda: len(connections) == before)
 
 
 def test_sigterm_finishes_what_runs_and_refuses_what_is_new(server):
