@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from dataclasses import fields
 from speechlm2_jax.serving.options import MIB, ServeOptions
 
 KEY_VARIABLE = "SPEECHLM2_API_KEYS"
+MAX_PORT = 65535
 EXAMPLES = """\
 examples:
   speechlm2-jax serve runs/salm
@@ -73,15 +75,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read_options(arguments: argparse.Namespace) -> ServeOptions:
     """The settings of a server. Raises ValueError for a value that cannot be."""
     values = dict(vars(arguments))
-    values["max_body_bytes"] = int(values.pop("max_body_mib") * MIB)
-    keys = [key for key in os.environ.get(KEY_VARIABLE, "").split(",") if key]
-    values["api_keys"] = (*values["api_keys"], *keys)
-    known = {field.name for field in fields(ServeOptions)}
     for name, value in values.items():
-        is_given = name != "max_queue" and value != _DEFAULTS.get(name)
-        if isinstance(value, int | float) and is_given and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')}={value}: must be positive")
+        if isinstance(value, int | float) and value != _DEFAULTS.get(name):
+            _check_number(f"--{name.replace('_', '-')}={value}", name, value)
+    values["max_body_bytes"] = math.ceil(values.pop("max_body_mib") * MIB)
+    values["api_keys"] = (*values["api_keys"], *_keys_of(os.environ.get(KEY_VARIABLE)))
+    known = {field.name for field in fields(ServeOptions)}
     return ServeOptions(**{key: value for key, value in values.items() if key in known})
+
+
+def _check_number(shown: str, name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{shown}: must be a finite number")
+    if value < 0 or (value == 0 and name != "max_queue"):
+        raise ValueError(f"{shown}: must be {'0 or more' if name == 'max_queue' else 'positive'}")
+    if name == "port" and value > MAX_PORT:
+        raise ValueError(f"{shown}: must be at most {MAX_PORT}")
+
+
+def _keys_of(value: str | None) -> list[str]:
+    """The keys of the variable. Raises ValueError if it is set and a key of it is empty."""
+    keys = [] if value is None else [key.strip() for key in value.split(",")]
+    if not all(keys):
+        raise ValueError(f"{KEY_VARIABLE} has an empty key; set it to KEY or KEY,KEY, or unset it")
+    return keys
 
 
 def run(arguments: argparse.Namespace) -> int:

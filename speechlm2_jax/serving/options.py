@@ -1,5 +1,6 @@
 """The settings of a server."""
 
+import ipaddress
 from dataclasses import dataclass
 
 MIB = 1 << 20
@@ -58,6 +59,21 @@ class ServeOptions:
     prefill_tokens: int = 128
     audio_workers: int = 2
     api_keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        keys = tuple(key.strip() for key in self.api_keys)
+        if not all(keys):
+            raise ValueError("--api-key: a key is empty; give one, or leave the argument out")
+        object.__setattr__(self, "api_keys", keys)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether other machines can send requests without a key."""
+        try:
+            is_local = ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name
+            is_local = self.host == "localhost"
+        return not is_local and not self.api_keys
 
     @property
     def served_name(self) -> str:

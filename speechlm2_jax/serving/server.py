@@ -74,6 +74,11 @@ def serve(options: ServeOptions, load: LoadEngine = load_engine) -> int:
         server.should_exit = True
 
     service.on_fault = end
+    if options.is_open:
+        log.warning(
+            "--host %s and no key: whoever reaches the address may send requests; give --api-key",
+            options.host,
+        )
     log.info("serving %s on http://%s:%d", options.model, options.host, options.port)
     server.run()
     code = 0 if service.fault is None else 1

@@ -24,7 +24,7 @@ def test_what_is_left_out_has_the_defaults_of_the_settings(monkeypatch):
 
 
 def test_arguments_and_keys_of_the_environment_are_read(monkeypatch):
-    monkeypatch.setenv(arguments.KEY_VARIABLE, "b,c")
+    monkeypatch.setenv(arguments.KEY_VARIABLE, "b, c")
     own = options("m", "--api-key", "a", "--port", "1", "--max-body-mib", "0.5", "--max-queue", "0")
     assert own.api_keys == ("a", "b", "c") and own.port == 1 and own.max_queue == 0
     assert own.max_body_bytes == 1 << 19
@@ -33,6 +33,39 @@ def test_arguments_and_keys_of_the_environment_are_read(monkeypatch):
 def test_a_value_that_cannot_be_is_one_line(capsys):
     assert command_line(["serve", "runs/salm", "--slots", "0"]) == 2
     assert capsys.readouterr().err == "serve: --slots=0: must be positive\n"
+
+
+WRONG = {
+    "--max-body-mib=0": "--max-body-mib=0.0: must be positive",
+    "--max-body-mib=inf": "--max-body-mib=inf: must be a finite number",
+    "--request-timeout-s=nan": "--request-timeout-s=nan: must be a finite number",
+    "--max-queue=-1": "--max-queue=-1: must be 0 or more",
+    "--port=70000": "--port=70000: must be at most 65535",
+    "--api-key=": "--api-key: a key is empty",
+    "--api-key= ": "--api-key: a key is empty",
+}
+
+
+@pytest.mark.parametrize("given", WRONG)
+def test_wrong_values_are_told_by_the_name_of_the_argument(given):
+    with pytest.raises(ValueError, match=f"^{WRONG[given]}"):
+        options("m", given)
+
+
+@pytest.mark.parametrize("value", ["", " ", "a,", "a,,b"])
+def test_a_variable_with_an_empty_key_opens_no_server(value, monkeypatch):
+    monkeypatch.setenv(arguments.KEY_VARIABLE, value)
+    with pytest.raises(ValueError, match=f"^{arguments.KEY_VARIABLE} has an empty key"):
+        options("m")
+
+
+OPEN = {"127.0.0.1": False, "::1": False, "localhost": False, "0.0.0.0": True, "": True, "h": True}
+
+
+@pytest.mark.parametrize("host", OPEN)
+def test_an_address_of_others_without_a_key_is_open(host):
+    assert ServeOptions(model="m", host=host).is_open == OPEN[host]
+    assert not ServeOptions(model="m", host=host, api_keys=("a",)).is_open
 
 
 def test_what_is_not_given_is_as_in_training(tmp_path):
