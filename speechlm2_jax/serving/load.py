@@ -42,7 +42,7 @@ def load_engine(options: ServeOptions) -> "Engine":
     )
     engine = model.eval().engine()
     if options.aligner:
-        engine = replace(engine, open_aligner=lambda: _named_aligner(options.aligner))
+        engine = replace(engine, open_aligner=lambda: open_named_aligner(options.aligner))
     if engine.transcripts is not None:
         raise SettingsError(
             f"{options.model}: a SALM with an ASR decoder is not supported by serve"
@@ -50,7 +50,8 @@ def load_engine(options: ServeOptions) -> "Engine":
     return engine
 
 
-def _named_aligner(name: str) -> "Aligner | None":
+def open_named_aligner(name: str) -> "Aligner | None":
+    """The aligner of a name; None for NO_ALIGNER. Raises SettingsError for what is no aligner."""
     if name == NO_ALIGNER:
         return None
     from speechlm2_jax.models.aligners import open_aligner

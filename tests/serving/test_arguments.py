@@ -7,8 +7,9 @@ import pytest
 from speechlm2_jax.cli import main as command_line
 from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
 from speechlm2_jax.serving import arguments
-from speechlm2_jax.serving.load import as_trained
+from speechlm2_jax.serving.load import NO_ALIGNER, as_trained, open_named_aligner
 from speechlm2_jax.serving.options import MAX_AUDIO_S, PROMPT, ServeOptions
+from speechlm2_jax.settings import SettingsError
 
 
 def options(*argv):
@@ -79,6 +80,13 @@ def test_what_is_not_given_is_as_in_training(tmp_path):
     other = as_trained(ServeOptions(model=str(tmp_path / "none")))
     assert (other.prompt, other.max_audio_s) == (PROMPT, MAX_AUDIO_S)
     assert MAX_AUDIO_S == DEFAULT_MAX_AUDIO_S
+
+
+def test_an_aligner_is_named_or_none_and_a_wrong_one_is_told(tmp_path):
+    assert options("m", "--aligner", "none").aligner == NO_ALIGNER
+    assert open_named_aligner(NO_ALIGNER) is None
+    with pytest.raises(SettingsError, match="--aligner"):
+        open_named_aligner(str(tmp_path / "a.nemo"))
 
 
 def test_help_shows_every_setting(capsys):
