@@ -11,7 +11,12 @@ import numpy as np
 from speechlm2_jax import processes
 from speechlm2_jax.batches import HostBatch, SalmExample
 from speechlm2_jax.evaluation.duplex import scoring
-from speechlm2_jax.evaluation.metrics.task_metrics import TASK_METRICS, Pair, check_metrics
+from speechlm2_jax.evaluation.metrics.task_metrics import (
+    PERPLEXITY,
+    TASK_METRICS,
+    Pair,
+    check_metrics,
+)
 from speechlm2_jax.evaluation.metrics.text_metric import by_set
 from speechlm2_jax.evaluation.metrics.wer import text_normalizer, word_errors
 from speechlm2_jax.models.ctc import CTCModel
@@ -37,13 +42,21 @@ def validation_scores(
         return {}, lambda: duplex_scores(model)
     if not isinstance(model, SALM | CTCModel):
         return {}, None
-    if tuple(names) == (WER,):
-        return {WER: word_error_rate(model)}, None
     try:
         check_metrics(names)
     except ValueError as error:
         raise SettingsError(f"trainer.validation_{error}") from error
-    return {}, lambda: nullcontext(ResponseScores(model=model, names=tuple(names)))
+    if PERPLEXITY in names and isinstance(model, CTCModel):
+        raise SettingsError(
+            f"trainer.validation_metrics: {PERPLEXITY} is of the tokens of an LLM, which a CTC "
+            "model lacks; leave it out"
+        )
+    of_texts = tuple(name for name in names if name != PERPLEXITY)  # the validator has the loss
+    if of_texts == (WER,):
+        return {WER: word_error_rate(model)}, None
+    if not of_texts:
+        return {}, None
+    return {}, lambda: nullcontext(ResponseScores(model=model, names=of_texts))
 
 
 @contextmanager
@@ -98,7 +111,7 @@ class ResponseScores:
             Sample(id=reference.id, reference=reference.text, hypothesis=text)
             for reference, text in zip(scored, texts, strict=True)
         ]
-        self.pairs.setdefault(name, []).extend((s.reference, s.hypothesis) for s in samples)
+        self.pairs.setdefault(name, []).extend(Pair(s.reference, s.hypothesis) for s in samples)
         return samples
 
     def gather(self) -> None:
@@ -107,7 +120,7 @@ class ResponseScores:
         for index, text in enumerate(texts):
             if index != jax.process_index():
                 for name, pairs in json.loads(text).items():
-                    self.pairs.setdefault(name, []).extend(map(tuple, pairs))
+                    self.pairs.setdefault(name, []).extend(Pair(*pair) for pair in pairs)
 
     def compute(self) -> dict[str, float]:
         """`METRIC_SET` of each set and `METRIC`, their mean; sets without references have none."""

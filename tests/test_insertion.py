@@ -149,6 +149,10 @@ def test_a_clip_without_frames_has_no_transcript():
     (completed,) = with_transcripts(cast(Engine, engine), [given])
     assert asked == [10, 40]
     assert completed.tokens.tolist() == [TAG, 11, 12, TAG, 5, TAG, 11, 12, 6, 7]
+    scored = [token in (6, 7) for token in completed.tokens.tolist()]
+    assert completed.loss_mask.tolist() == scored, (
+        "the mask of the given example, and no transcript"
+    )
 
 
 def test_as_many_texts_as_placeholders():

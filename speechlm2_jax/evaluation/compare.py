@@ -8,7 +8,12 @@ from typing import Any
 from speechlm2_jax.data.json_lines import json_lines
 from speechlm2_jax.evaluation.config import CHANGE_NO_RESPONSE
 from speechlm2_jax.evaluation.metrics.resampling import compare
-from speechlm2_jax.evaluation.metrics.task_metrics import TASK_METRICS, Pair, check_metrics
+from speechlm2_jax.evaluation.metrics.task_metrics import (
+    PERPLEXITY,
+    TASK_METRICS,
+    Pair,
+    check_metrics,
+)
 from speechlm2_jax.evaluation.metrics.wer import check_normalizer
 from speechlm2_jax.settings import SettingsError
 
@@ -40,6 +45,8 @@ def compare_responses(argv: Sequence[str], program: str) -> str:
     first, second = (_read(file) for file in files)
     common = [key for key in first if key in second]
     _check(options.compare, first, second, common)
+    if PERPLEXITY in names:
+        _check_tokens(options.compare, first, second, common)
     records = [_provenance(file) for file in files]
     normalizer = options.use_normalizer or _normalizer(records)
     lines = [f"{len(common)} responses; second minus first, paired bootstrap"]
@@ -125,7 +132,7 @@ def _read(file: Path) -> dict[str, Pair]:
             key = str(row["id"])
             if key in found:
                 raise SettingsError(f"{where}: the id {key!r} occurs twice")
-            found[key] = (text, response)
+            found[key] = Pair(text, response, row.get("nll") or 0.0, row.get("tokens") or 0)
     return found
 
 
@@ -142,3 +149,20 @@ def _check(
         )
     if differing := [key for key in common if first[key][0] != second[key][0]]:
         raise SettingsError(f"{COMPARE}: the references of {differing[0]!r} differ")
+
+
+def _check_tokens(
+    paths: Sequence[Path], first: dict[str, Pair], second: dict[str, Pair], common: list[str]
+) -> None:
+    """Raises SettingsError unless the losses of both are of the same tokens."""
+    for path, responses in zip(paths, (first, second), strict=True):
+        if not any(pair.tokens for pair in responses.values()):
+            raise SettingsError(
+                f"{COMPARE}: {path} has no nll; evaluate it with metrics=[{PERPLEXITY}]"
+            )
+    if differing := [key for key in common if first[key].tokens != second[key].tokens]:
+        raise SettingsError(
+            f"{COMPARE}: the reference of {differing[0]!r} has {first[differing[0]].tokens} tokens "
+            f"in one and {second[differing[0]].tokens} in the other; perplexities are comparable "
+            "only with one tokenizer and prompt format"
+        )

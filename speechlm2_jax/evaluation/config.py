@@ -64,7 +64,7 @@ class EvalConfig:
     use_normalizer: str | bool | None = "english"
     metrics: tuple[str, ...] = ("wer",)
     """Metrics of the responses, with 95 % intervals: wer, cer, bleu, chrf, intent (JSON commands),
-    mcq (a letter)."""
+    mcq (a letter), perplexity (of the references)."""
     device: str = "auto"
     """auto, cpu, gpu (cuda) or tpu; with an index, as in gpu:1, that device alone."""
     devices: int = -1

@@ -60,7 +60,7 @@ def clips(
     ranks = {index: rank for rank, index in enumerate(order)}
     reading = read_ahead(
         [index for index in order if index not in done],
-        lambda index: _read(utterances[index], rate_hz),
+        lambda index: recordings_of(utterances[index], rate_hz),
         ahead=ahead,
         cost=lambda index: utterances[index].duration_s,
         most=math.inf if max_s is None else ahead * max_s,
@@ -83,7 +83,8 @@ def longest_first(durations_s: Sequence[float]) -> list[int]:
     return sorted(range(len(durations_s)), key=lambda i: -durations_s[i])
 
 
-def _read(utterance: Utterance, rate_hz: int) -> tuple[Float[np.ndarray, " _"], ...]:
+def recordings_of(utterance: Utterance, rate_hz: int) -> tuple[Float[np.ndarray, " _"], ...]:
+    """The samples of an utterance; several of a conversation, or none. Raises AudioError."""
     if utterance.dialog is not None:
         return utterance.dialog.read(rate_hz)
     return (utterance.read(rate_hz),)

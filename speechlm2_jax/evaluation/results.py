@@ -9,13 +9,14 @@ from typing import Any
 
 from speechlm2_jax.evaluation.dialogs import EvaluatedDialog
 from speechlm2_jax.evaluation.metrics.resampling import Estimate, estimate
-from speechlm2_jax.evaluation.metrics.task_metrics import TASK_METRICS
+from speechlm2_jax.evaluation.metrics.task_metrics import TASK_METRICS, Pair
 from speechlm2_jax.evaluation.metrics.wer import (
     WordErrors,
     merges_compounds,
     text_normalizer,
     word_errors,
 )
+from speechlm2_jax.inference.log_likelihood import ResponseLoss
 
 LENGTH_EDGES_S = (0, 1, 2, 3, 4, 6, 8, 12, 20, 30)
 """Lower edges of the length classes in table and report."""
@@ -44,6 +45,8 @@ class Response:
     """Id of the utterance whose recording was used, if the audio was swapped."""
     encoder_text: str | None = None
     """Transcript by the encoder's own CTC head, with `encoder_wer`."""
+    loss: ResponseLoss | None = None
+    """How likely the model finds the reference, with `perplexity`."""
     rtf: float | None = None
     """Real-time factor: seconds of generation per second of audio in its batch."""
     dialog: EvaluatedDialog | None = None
@@ -55,6 +58,11 @@ class Response:
         low = max(edge for edge in LENGTH_EDGES_S if edge <= self.duration_s)
         high = [edge for edge in LENGTH_EDGES_S if edge > low]
         return f"{low} to {high[0]} s" if high else f"over {low} s"
+
+    def pair(self) -> Pair:
+        """What metrics take."""
+        loss = {} if self.loss is None else asdict(self.loss)
+        return Pair(self.text or "", self.pred_text, **loss)
 
     def row(self, normalizer: str | bool | None) -> dict[str, Any]:
         """Its row of the output manifest: NeMo's keys, raw texts, optional fields."""
@@ -69,6 +77,7 @@ class Response:
         }
         named = {n: getattr(self, n) for n in ("voice", "audio_of", "encoder_text", "error")}
         row |= {name: value for name, value in named.items() if value is not None}
+        row |= {} if self.loss is None else asdict(self.loss)
         if self.dialog is None or self.error is not None:
             return row
         return row | self.dialog.with_response(self.pred_text)
@@ -158,6 +167,11 @@ class Evaluation:
         pairs = zip(self.responses, texts, strict=True)
         return replace(self, responses=tuple(replace(a, encoder_text=t) for a, t in pairs))
 
+    def with_losses(self, losses: Sequence[ResponseLoss | None]) -> "Evaluation":
+        """Adds the losses of the references, in input order."""
+        pairs = zip(self.responses, losses, strict=True)
+        return replace(self, responses=tuple(replace(a, loss=loss) for a, loss in pairs))
+
     def rows(self) -> list[dict[str, Any]]:
         """A row per utterance, in input order."""
         return [response.row(self.normalizer) for response in self.responses]
@@ -195,7 +209,7 @@ class Evaluation:
 
     def task_scores(self) -> dict[str, dict[str, Any]]:
         """Each metric with its 95 % interval."""
-        pairs = [(s.response.text or "", s.response.pred_text) for s in self.scored()]
+        pairs = [s.response.pair() for s in self.scored()]
         found = {}
         for name in self.metrics:
             metric = TASK_METRICS[name]

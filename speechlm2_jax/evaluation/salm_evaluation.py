@@ -1,20 +1,24 @@
 """Evaluation of a SALM: load, generate, score, write the output manifest and the report."""
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from speechlm2_jax.evaluation.config import EvalConfig, check_generation
-from speechlm2_jax.evaluation.devices import load, show
+from speechlm2_jax.evaluation.devices import Loaded, load, show
 from speechlm2_jax.evaluation.encoder_wer import (
     EncoderTranscriber,
     RemembersTexts,
     encoder_texts,
     open_ctc_model,
 )
+from speechlm2_jax.evaluation.inputs import Utterance
+from speechlm2_jax.evaluation.metrics.task_metrics import PERPLEXITY
+from speechlm2_jax.evaluation.perplexity import losses_of_references
 from speechlm2_jax.evaluation.plan import ENCODER, EvaluationPlan
 from speechlm2_jax.evaluation.provenance import provenance
-from speechlm2_jax.evaluation.results import table
+from speechlm2_jax.evaluation.results import Evaluation, table
 from speechlm2_jax.evaluation.resuming import Journals, start_fingerprint
-from speechlm2_jax.evaluation.run import evaluate, input_keys
+from speechlm2_jax.evaluation.run import evaluate, input_keys, make_prompt
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.errors import errors_name_key
 from speechlm2_jax.pretrained.locate import Location
@@ -50,13 +54,10 @@ def run_salm_evaluation(plan: EvaluationPlan) -> None:
                 draft_model=draft_model,
             )
         )
-        texts: list[str | None] | None = None
-        if ctc_model is not None:
-            texts = encoder_texts(ctc_model, utterances, config.batch_size, config.max_audio_s)
+        complete = _second_passes(loaded, utterances, ctc_model)
         if result is None:
             return
-        if texts is not None:
-            result = result.with_encoder_texts(texts)
+        result = complete(result)
         totals = result.totals()
         record = provenance(config, loaded.device, totals, sha256=sha256, step=plan.step)
         journals.finish(result.rows(), record)
@@ -67,6 +68,39 @@ def run_salm_evaluation(plan: EvaluationPlan) -> None:
         rate_hz = model.sampling_rate
         write_page(page, result, utterances, record, media_rows=config.report_rows, rate_hz=rate_hz)
         print(f"report:  {page}  (open it in a browser)")
+
+
+def _second_passes(
+    loaded: "Loaded[SALM, EvalConfig]",
+    utterances: Sequence[Utterance],
+    ctc_model: EncoderTranscriber | None,
+) -> Callable[[Evaluation], Evaluation]:
+    """Transcribes by the encoder and computes the losses of references, where they are wanted.
+
+    All processes must call it. Returns what adds the results to an evaluation.
+    """
+    model, config = loaded.model, loaded.config
+    texts, losses = None, None
+    if ctc_model is not None:
+        texts = encoder_texts(ctc_model, utterances, config.batch_size, config.max_audio_s)
+    if PERPLEXITY in config.metrics:
+        losses = losses_of_references(
+            *(model, utterances, make_prompt(model, config), config.batch_size, config.max_audio_s),
+            is_joint=loaded.is_joint,
+        )
+
+    def complete(result: Evaluation) -> Evaluation:
+        if texts is not None:
+            result = result.with_encoder_texts(texts)
+        if losses is None:
+            return result
+        result = result.with_losses(losses)
+        if long := sum(s.response.loss is None for s in result.scored()):
+            longest = f"max_audio_s={config.max_audio_s}"
+            show(f"note   {PERPLEXITY}: leaves out {long} recordings longer than {longest}")
+        return result
+
+    return complete
 
 
 def model_class(config: EvalConfig) -> "type[SALM]":

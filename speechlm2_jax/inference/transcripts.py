@@ -87,7 +87,9 @@ def with_transcripts(engine: Engine, examples: Sequence[SalmExample]) -> list[Sa
     for example, read in zip(examples, is_read, strict=True):
         own = [next(tokens) if has_frames else nothing for has_frames in read]
         ids = follow_placeholders(example.tokens, engine.audio_locator_tag_id, own)
-        completed.append(replace(example, tokens=ids, loss_mask=np.zeros(len(ids), bool)))
+        places = np.flatnonzero(example.tokens == engine.audio_locator_tag_id) + 1
+        mask = np.insert(example.loss_mask, np.repeat(places, [len(text) for text in own]), False)
+        completed.append(replace(example, tokens=ids, loss_mask=mask))
     return completed
 
 

@@ -306,6 +306,11 @@ class SALM(SpeechModel):
         return self._blueprint.config.use_nemo_automodel
 
     @property
+    def loss_is_of_tokens(self) -> bool:
+        """Whether the exponential of the mean loss is a perplexity."""
+        return True
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """All tokens that end a response by default: the tokenizer's and the LLM's."""
         return self._blueprint.end_ids

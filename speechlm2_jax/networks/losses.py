@@ -75,6 +75,41 @@ def chunked_cross_entropy(
     return LossSum(total=loss, count=count), LossSum(total=correct, count=count)
 
 
+def cross_entropy_by_sequence(
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+    logits_of: LogitsOf,
+    *,
+    sequences_per_shard: int,
+) -> LossSum:
+    """Sums -log p(target) of each sequence where `loss_mask` is True; counts [B] and sums in fp32.
+
+    The terms are those of `chunked_cross_entropy`, which adds them over the batch. For evaluation:
+    it is not meant to be differentiated. Chunks of positions without a target are skipped.
+    """
+    batch, length = loss_mask.shape
+    chunk = min(length, max(1, CHUNK_TOKENS // sequences_per_shard))
+
+    def chunks_of(x: Array) -> Array:
+        """[B, T, ...] -> [n, B, C, ...]."""
+        x = jnp.pad(x, ((0, 0), (0, -length % chunk), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+
+    def add(totals: Array, one: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        h, y, mask = one
+
+        def more() -> Array:
+            return jnp.sum(_losses(logits_of(h).astype(jnp.float32), y, mask), axis=-1)
+
+        return totals + jax.lax.cond(jnp.any(mask), more, lambda: jnp.zeros_like(totals)), None
+
+    nothing = constrain(jnp.zeros(batch, jnp.float32), "batch")
+    chunks = chunks_of(hidden), chunks_of(targets), chunks_of(loss_mask)
+    totals, _ = jax.lax.scan(add, nothing, chunks)
+    return LossSum(total=totals, count=jnp.sum(loss_mask, axis=1, dtype=jnp.float32))
+
+
 ChunkSums = Callable[..., tuple[Array, Array]]
 """(hidden states of a chunk, where it starts) -> loss and correct predictions."""
 
@@ -176,7 +211,14 @@ def _scores(
     logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"], mask: Bool[Array, "..."]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sums cross-entropy and correct predictions where the mask is True."""
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    loss = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
+    loss = _losses(logits, targets, mask)
     correct = mask & (jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == targets)
     return jnp.sum(loss), jnp.sum(correct, dtype=jnp.float32)
+
+
+def _losses(
+    logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"], mask: Bool[Array, "..."]
+) -> Float[Array, "*batch"]:
+    """The cross-entropy of each position; 0 where the mask is False."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)

@@ -236,6 +236,16 @@ class AveragesTokens(Protocol):
 
 
 @runtime_checkable
+class HasPerplexity(Protocol):
+    """A model whose loss is the negative log-likelihood of tokens, in nats (optional)."""
+
+    @property
+    def loss_is_of_tokens(self) -> bool:
+        """Whether it is so."""
+        ...
+
+
+@runtime_checkable
 class HasTokenizer(Protocol):
     """A model with a text tokenizer (optional)."""
 

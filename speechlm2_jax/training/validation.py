@@ -1,5 +1,6 @@
 """Validation of every named set: device losses, host metrics, and means over the sets."""
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -17,6 +18,7 @@ from speechlm2_jax.batches import HostBatch, LossSum
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.protocol import (
     AveragesTokens,
+    HasPerplexity,
     HostMetric,
     Sample,
     Scored,
@@ -31,6 +33,7 @@ from speechlm2_jax.training.validation_shares import joined
 
 log = logging.getLogger(__name__)
 
+PERPLEXITY = "perplexity"
 IN_FLIGHT = 4
 """Validation batches dispatched before the sums of the oldest are read."""
 Evaluate = Callable[[HostBatch], Mapping[str, LossSum]]
@@ -87,6 +90,8 @@ class Validator:
     scoring: Scoring | None = None
     limit: int | float | None = None
     """Batches of each set (int), or a fraction of the set (float)."""
+    has_perplexity: bool = False
+    """Whether the exponential of the mean loss of a set's tokens is a metric too."""
     samples: int = 0
     """Number of hypotheses of each set that are shown."""
     is_shared: bool = False
@@ -132,6 +137,7 @@ class Validator:
     ) -> tuple[dict[str, float], list[Sample]]:
         """Validates one set. Returns the metrics that have a value, and all hypotheses."""
         means = {metric: Mean(of_batches=self.nemo_exact) for metric in self.host_metrics}
+        means |= {PERPLEXITY: Mean(of_batches=False)} if self.has_perplexity else {}
         host_sums: dict[str, list[LossSum]] = {metric: [] for metric in self.host_metrics}
         hypotheses: list[Sample] = []
         pending: deque[Mapping[str, LossSum]] = deque()
@@ -143,7 +149,7 @@ class Validator:
         for batch in self._waited(batches):
             if self.should_stop():
                 raise Interrupted
-            pending.append(evaluate(batch))
+            pending.append(self._with_perplexity(evaluate(batch)))
             for metric, compute in self.host_metrics.items():
                 host_sums[metric].append(compute(batch))
             hypotheses += [] if scorer is None else scorer.update(name, batch)
@@ -157,8 +163,18 @@ class Validator:
             host_sums, hypotheses = joined(host_sums, choose_samples(hypotheses, self.samples))
         for metric, shares in host_sums.items():
             means[metric].add_all(shares)
+        return self._values(means), hypotheses
+
+    def _with_perplexity(self, sums: Mapping[str, LossSum]) -> Mapping[str, LossSum]:
+        """The sums of a batch, and once more those of the loss: their mean becomes a perplexity."""
+        return {**sums, PERPLEXITY: sums["loss"]} if self.has_perplexity else sums
+
+    def _values(self, means: Mapping[str, Mean]) -> dict[str, float]:
+        """The metrics that have a value."""
         values = {metric: mean.value() for metric, mean in means.items()}
-        return {metric: value for metric, value in values.items() if value is not None}, hypotheses
+        if self.has_perplexity:
+            values[PERPLEXITY] = perplexity(values[PERPLEXITY])
+        return {metric: value for metric, value in values.items() if value is not None}
 
     def _waited(self, batches: Iterable[HostBatch]) -> Iterator[HostBatch]:
         iterator = iter(batches)
@@ -168,6 +184,13 @@ class Validator:
             if batch is None:
                 return
             yield batch
+
+
+def perplexity(mean_nats: float | None) -> float | None:
+    """The exponential of a mean loss; infinite where a float cannot hold it, None of None."""
+    with contextlib.suppress(OverflowError):
+        return None if mean_nats is None else math.exp(mean_nats)
+    return math.inf
 
 
 def make_validator(
@@ -189,6 +212,11 @@ def make_validator(
         host_metrics=model.validation_metrics if metrics is None else metrics,
         scoring=scoring,
         nemo_exact=model.nemo_exact and not averages_tokens,
+        has_perplexity=(
+            PERPLEXITY in config.validation_metrics
+            and isinstance(model, HasPerplexity)
+            and model.loss_is_of_tokens
+        ),
         limit=config.limit_val_batches,
         samples=config.num_val_samples,
         is_shared=is_shared,

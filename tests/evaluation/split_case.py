@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import soundfile
 
 from tests.evaluation.test_evaluate_duplex import DATA, ROLES, write_cuts
@@ -17,6 +18,7 @@ from tests.evaluation.test_evaluate_duplex import DATA, ROLES, write_cuts
 ROOT = Path(__file__).parents[2]
 SALM = ROOT / "tests" / "data" / "salm"
 KINDS = ("salm", "duplex")
+EQUAL_NEARLY = {"audio": None, "nll": None}
 CONVERSATIONS = ("multiturn", "bargein", "beyond")
 
 
@@ -93,7 +95,9 @@ class Case:
         assert totals.get("scores") == expected_totals.get("scores")
         for row, one in zip(rows, expected, strict=True):
             speech = row.get("audio")
-            assert {**row, "audio": None} == {**one, "audio": None}
+            assert row.keys() == one.keys()
+            assert row.get("nll", 0) == pytest.approx(one.get("nll", 0), rel=1e-5)
+            assert {**row, **EQUAL_NEARLY} == {**one, **EQUAL_NEARLY}
             assert (speech is None) == ("audio" not in one)
             if speech is not None:
                 found, wanted = soundfile.read(speech)[0], soundfile.read(one["audio"])[0]
@@ -121,7 +125,7 @@ def _salm(folder: Path) -> Case:
     return Case(
         files=folder,
         folder=ROOT,
-        arguments=(model, f"inputs={path}", "max_new_tokens=8"),
+        arguments=(model, f"inputs={path}", "max_new_tokens=8", "metrics=[wer,perplexity]"),
         plain_batches=("continuous_batching=false",),
         inputs=14,
         counted="utterances",

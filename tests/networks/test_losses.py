@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from speechlm2_jax.networks import losses
-from speechlm2_jax.networks.losses import chunked_cross_entropy
+from speechlm2_jax.networks.losses import chunked_cross_entropy, cross_entropy_by_sequence
 
 FP32_RTOL = 1e-5
 
@@ -46,6 +46,20 @@ def test_chunks_change_neither_loss_nor_gradient_nor_accuracy(monkeypatch, chunk
         np.testing.assert_allclose(got, want, rtol=FP32_RTOL, atol=1e-6)
     assert count == mask.sum()
     assert correct == (mask & (jnp.argmax(hidden @ head.T, -1) == targets)).sum()
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, 7, 1000])
+def test_each_sequence_has_its_own_sum(monkeypatch, chunk_tokens):
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", chunk_tokens)
+    hidden, head, targets, mask = _case(0, 3, 11)
+    mask = mask.at[1].set(False)
+    found = cross_entropy_by_sequence(
+        hidden, targets, mask, lambda h: h @ head.T, sequences_per_shard=1
+    )
+    for row in range(3):
+        one = (hidden[row : row + 1], head, targets[row : row + 1], mask[row : row + 1])
+        np.testing.assert_allclose(found.total[row], _plain(*one), rtol=FP32_RTOL)
+    assert found.count.tolist() == mask.sum(axis=1).tolist() and found.total[1] == 0
 
 
 def test_no_target_gives_zero_loss_and_finite_zero_gradient():

@@ -15,6 +15,7 @@ from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.readers import memory_source, open_weights
 from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.salm_evaluation import model_class
+from speechlm2_jax.inference.log_likelihood import response_losses
 from speechlm2_jax.layers.module import merge
 from speechlm2_jax.models import SALMWithAsrDecoder
 from speechlm2_jax.networks import salm as network_maths
@@ -112,6 +113,13 @@ def test_loss_equals_nemo(model, kind, completed):
     ).loss
     assert float(loss.count) == FACTS[kind]["num_frames"]
     np.testing.assert_allclose(float(loss.mean()), FACTS[kind]["val_loss"], rtol=LOSS_RTOL)
+
+
+def test_perplexity_is_that_of_nemos_loss(model, kind):
+    found = response_losses(model.engine(), golden_examples(RUN))
+    assert sum(one.tokens for one in found) == FACTS[kind]["num_frames"]
+    mean = sum(one.nll for one in found) / sum(one.tokens for one in found)
+    np.testing.assert_allclose(mean, FACTS[kind]["val_loss"], rtol=LOSS_RTOL)
 
 
 @pytest.mark.slow

@@ -7,17 +7,26 @@ paired tests (`resampling.py`) need no second scoring.
 import difflib
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from speechlm2_jax.evaluation.metrics.wer import merges_compounds, text_normalizer, word_errors
 
-Pair = tuple[str, str]
-"""Reference and hypothesis, not normalised."""
+
+class Pair(NamedTuple):
+    """Reference and hypothesis, not normalised, and the loss of the reference."""
+
+    reference: str
+    hypothesis: str
+    nll: float = 0.0
+    """Sum of the negative log-likelihoods of the reference's tokens, in nats."""
+    tokens: int = 0
+    """Number of these tokens; 0: not computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +65,7 @@ def _character_counts(pair: Pair, normalizer: str | bool | None) -> Sequence[flo
     """Edits and reference characters, spaces included."""
     from rapidfuzz.distance import Levenshtein
 
-    reference, hypothesis = map(text_normalizer(normalizer), pair)
+    reference, hypothesis = map(text_normalizer(normalizer), pair[:2])
     return Levenshtein.distance(reference, hypothesis), len(reference)
 
 
@@ -96,7 +105,7 @@ def read_command(text: str) -> dict[str, str] | None:
 
 def _intent_counts(pair: Pair, _normalizer: object) -> Sequence[float]:
     """A command is accepted if its intent and all slots are right, and no slot is added."""
-    reference, hypothesis = map(read_command, pair)
+    reference, hypothesis = map(read_command, pair[:2])
     if reference is None:
         return 0.0, 0.0
     return float(reference == hypothesis), 1.0
@@ -106,7 +115,7 @@ def _slots(pairs: Sequence[Pair]) -> dict[str, float]:
     """Of each key of the references: the share with the right value, in percent."""
     right: dict[str, list[bool]] = {}
     for pair in pairs:
-        reference, hypothesis = map(read_command, pair)
+        reference, hypothesis = map(read_command, pair[:2])
         for key, value in (reference or {}).items():
             right.setdefault(key, []).append((hypothesis or {}).get(key) == value)
     return {key: 100.0 * sum(values) / len(values) for key, values in sorted(right.items())}
@@ -125,8 +134,22 @@ def read_choice(text: str) -> str | None:
 
 
 def _choice_counts(pair: Pair, _normalizer: object) -> Sequence[float]:
-    reference, hypothesis = map(read_choice, pair)
+    reference, hypothesis = map(read_choice, pair[:2])
     return (0.0, 0.0) if reference is None else (float(reference == hypothesis), 1.0)
+
+
+PERPLEXITY = "perplexity"
+_MOST_NATS = 700.0
+"""`exp` of more exceeds a float."""
+
+
+def perplexity(sums: Sequence[float]) -> float | None:
+    """Perplexity of (negative log-likelihood in nats, number of tokens); None without tokens."""
+    return math.exp(min(sums[0] / sums[1], _MOST_NATS)) if sums[1] else None
+
+
+def _loss_counts(pair: Pair, _normalizer: object) -> Sequence[float]:
+    return pair.nll, pair.tokens
 
 
 TASK_METRICS: Mapping[str, TaskMetric] = {
@@ -143,6 +166,13 @@ TASK_METRICS: Mapping[str, TaskMetric] = {
     ),
     "mcq": TaskMetric(
         title="choices right", more_is_better=True, counts=_choice_counts, value=_share
+    ),
+    PERPLEXITY: TaskMetric(
+        title="perplexity",
+        more_is_better=False,
+        counts=_loss_counts,
+        value=perplexity,
+        is_share=False,
     ),
 }
 """Name -> metric; `metrics` of evaluate.py names them."""
