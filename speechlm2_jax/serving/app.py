@@ -1,9 +1,10 @@
 """The HTTP application: its routes, and how errors are told."""
 
+import asyncio
 import importlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from speechlm2_jax.serving.api_errors import ApiError
-from speechlm2_jax.serving.guard import ClientGoneError, Guard
+from speechlm2_jax.serving.guard import ClientGoneError, Guard, unless_gone
 from speechlm2_jax.serving.metrics import CLIENT_GONE, RequestCount
 from speechlm2_jax.serving.pages import page_routes
 from speechlm2_jax.serving.server_sent_events import EventStream
@@ -81,12 +82,22 @@ def _counted(service: Service, endpoint: Endpoint, path: str) -> Callable[[Reque
 
 
 def _with_model(module: str, name: str) -> Endpoint:
-    """An endpoint that needs the model, of a module that was imported together with it."""
+    """An endpoint that needs the model, of a module that was imported together with it.
+
+    A request has its place from before its body is read until its response is there, or its stream
+    has ended. So what is refused is refused early, and what was let in is finished.
+    """
 
     async def run(service: Service, request: Request) -> Response:
-        service.ready()
-        own = importlib.import_module(f"speechlm2_jax.serving.{module}")
-        return await getattr(own, name)(service, request)
+        limit_s = service.options.request_timeout_s
+        end_s = asyncio.get_running_loop().time() + limit_s
+        with ExitStack() as place:
+            place.enter_context(service.place())
+            own = importlib.import_module(f"speechlm2_jax.serving.{module}")
+            response = await unless_gone(request, getattr(own, name)(service, request), limit_s)
+            if isinstance(response, EventStream):
+                response.keep(place.pop_all(), end_s)
+        return response
 
     return run
 

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(batching, "--prefill-tokens", "positions of a prompt that run at once", int)
     _add(batching, "--audio-workers", "processes that decode audio", int)
     limits = parser.add_argument_group("limits")
-    _add(limits, "--max-queue", "requests that wait for a slot; further ones get 429", int)
+    _add(limits, "--max-queue", "requests beyond the slots; further ones get 429", int)
     _add(
         limits,
         "--max-audio-s",

@@ -1,5 +1,6 @@
 """`POST /v1/chat/completions`, with text and `input_audio` parts."""
 
+import asyncio
 import json
 import time
 import uuid
@@ -8,12 +9,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from speechlm2_jax.serving.api_errors import bad
+from speechlm2_jax.serving.api_errors import ApiError, bad
 from speechlm2_jax.serving.fields import Fields, check_model, sampling_of
-from speechlm2_jax.serving.guard import unless_gone
 from speechlm2_jax.serving.responses import outcome_of, respond
 from speechlm2_jax.serving.rows import Ask, Outcome, engine_of
 from speechlm2_jax.serving.server_sent_events import Events, EventStream
@@ -74,6 +75,11 @@ WITHOUT_CHUNKS: Mapping[str, str] = {
 """What a recording that is split into chunks does not allow, and why."""
 ROLES = ("system", "developer", "user", "assistant")
 MAX_STOPS, MAX_MESSAGES, MAX_CLIPS = 4, 256, 16
+MAX_TEXT = 1 << 20
+"""Characters of all messages: tokenizing more takes seconds, and no slot has room for it."""
+MAX_MARKS = 1 << 18
+_MARKS = (b"[", b"{", b",", b"\\")
+"""Each value of JSON, and each escape in a text, comes with one of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,22 +96,16 @@ class ChatRequest:
 
 async def complete(service: Service, request: Request) -> Response:
     """Generates the next turn of a conversation."""
-    service.ready()
-    service.check_room()
-    try:
-        body = json.loads(await request.body())
-        received_s = request.state.count.body_read()
-    except (ValueError, RecursionError) as error:
-        raise bad(f"the body is not JSON: {error}"[:200]) from None
+    raw = b"".join([part async for part in request.stream()])
+    received_s = request.state.count.body_read()
+    body = await asyncio.to_thread(_parsed, raw)
+    del raw
     if not isinstance(body, dict):
         raise bad(f"the body must be a JSON object, not {type(body).__name__}")
     chat = await _read(service, Fields(body), received_s)
     if chat.ask.is_streamed:
         return EventStream(service, _events(service, chat))
-    with service.place():
-        outcome = await unless_gone(
-            request, outcome_of(respond(service, chat.ask)), service.options.request_timeout_s
-        )
+    outcome = await outcome_of(respond(service, chat.ask))
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": outcome.text, "refusal": None},
@@ -115,6 +115,22 @@ async def complete(service: Service, request: Request) -> Response:
     return JSONResponse(
         {**_head(chat, "chat.completion"), "choices": [choice], "usage": _usage(outcome)}
     )
+
+
+def _parsed(raw: bytes) -> Any:
+    """The value of JSON. Raises ApiError.
+
+    The parser holds the interpreter's lock, so the number of values is limited. One long recording
+    takes no time.
+    """
+    if sum(map(raw.count, _MARKS)) > MAX_MARKS:
+        raise ApiError(
+            413, f"the JSON has more than {MAX_MARKS} values and escapes", code="request_too_large"
+        )
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise bad(f"the body is not JSON: {error}"[:200]) from None
 
 
 async def _read(service: Service, fields: Fields, received_s: float) -> ChatRequest:
@@ -211,6 +227,8 @@ class _Messages:
     def __init__(self, service: Service) -> None:
         self._service = service
         self.keys: list[bytes] = []
+        self._text = 0
+        self._audio_s = 0.0
         self.long_s: float | None = None
         """Duration of a recording that is split into chunks."""
 
@@ -227,7 +245,7 @@ class _Messages:
             )
         role = "system" if role == "developer" else role
         if isinstance(content, str):
-            return {"role": role, "content": content}
+            return {"role": role, "content": self._counted(content)}
         if not isinstance(content, list) or not content:
             raise bad(f"{place}.content: expected a text or a list of parts", "messages")
         parts = [await self._part(p, f"{place}.content[{i}]") for i, p in enumerate(content)]
@@ -237,13 +255,13 @@ class _Messages:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             _check_keys(part, ("type", "text"), place)
-            return {"type": "text", "text": part["text"]}
+            return {"type": "text", "text": self._counted(part["text"])}
         if kind != "input_audio":
             raise bad(f"{place}: expected text or input_audio; got {kind!r:.40}", "messages")
         _check_keys(part, ("type", "input_audio"), place)
         given = part.get("input_audio")
         audio = given if isinstance(given, dict) else {}
-        data, form = audio.get("data"), audio.get("format", "")
+        data, form = audio.pop("data", None), audio.get("format", "")  # not kept when decoded
         if not isinstance(data, str) or not data:
             raise bad(f"{place}.input_audio.data: expected base64", "messages")
         if not isinstance(form, str):  # FFmpeg finds the format by the content
@@ -251,15 +269,34 @@ class _Messages:
         _check_keys(audio, ("data", "format"), f"{place}.input_audio")
         if len(self.keys) >= MAX_CLIPS:
             raise bad(f"{place}: more than {MAX_CLIPS} recordings", "messages")
-        engine, _ = self._service.ready()
-        most_s = self._service.options.max_duration_s
-        decoded = await self._service.workers.decode(
-            data, engine.sampling_rate, most_s, f"{place}.input_audio"
-        )
+        samples = await self._decoded(data, f"{place}.input_audio")
+        return {"type": "audio", "audio": samples}
+
+    async def _decoded(self, data: str, place: str) -> np.ndarray:
+        rate_hz, options = engine_of(self._service).sampling_rate, self._service.options
+        most_s = options.max_duration_s
+        decoded = await self._service.workers.decode(data, rate_hz, most_s, place)
         self.keys.append(decoded.key)
-        if len(decoded.samples) > int(self._service.options.max_audio_s * engine.sampling_rate):
-            self.long_s = len(decoded.samples) / engine.sampling_rate
-        return {"type": "audio", "audio": decoded.samples}
+        own_s = len(decoded.samples) / rate_hz
+        self._audio_s += own_s
+        if self._audio_s > most_s:
+            reason = f"the recordings up to here have {self._audio_s:.0f} s"
+            raise _too_large(f"{place}: {reason}, and the limit is {most_s:g} s", "audio_too_long")
+        if len(decoded.samples) > int(options.max_audio_s * rate_hz):
+            self.long_s = own_s
+        return decoded.samples
+
+    def _counted(self, text: str) -> str:
+        self._text += len(text)
+        if self._text > MAX_TEXT:
+            raise _too_large(
+                f"messages: more than {MAX_TEXT} characters of text", "context_length_exceeded"
+            )
+        return text
+
+
+def _too_large(message: str, code: str) -> ApiError:
+    return ApiError(413, message, param="messages", code=code)
 
 
 async def _events(service: Service, chat: ChatRequest) -> Events:

@@ -37,6 +37,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        body_end = asyncio.Event()
+        scope.setdefault("state", {})["body_end"] = body_end
         try:
             if scope["path"].startswith("/v1"):
                 check_key(headers.get(b"authorization", b""), self._options.api_keys)
@@ -47,14 +49,14 @@ class Guard:
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        await self._app(scope, self._limited(receive), send)
+        await self._app(scope, self._limited(receive, body_end), send)
 
-    def _limited(self, receive: Receive) -> Receive:
-        end_s, size, is_whole = time.monotonic() + self._options.body_timeout_s, 0, False
+    def _limited(self, receive: Receive, body_end: asyncio.Event) -> Receive:
+        end_s, size = time.monotonic() + self._options.body_timeout_s, 0
 
         async def limited() -> Message:
-            nonlocal size, is_whole
-            if is_whole:
+            nonlocal size
+            if body_end.is_set():
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(end_s - time.monotonic(), 0.0))
@@ -63,7 +65,8 @@ class Guard:
                 raise ApiError(408, f"the request was not sent within {limit}") from None
             size += len(message.get("body", b""))
             self._check_size(size)
-            is_whole = not message.get("more_body", False)
+            if not message.get("more_body", False):
+                body_end.set()
             return message
 
         return limited
@@ -98,7 +101,10 @@ def check_key(authorization: bytes, keys: Sequence[str]) -> None:
 
 
 async def unless_gone(request: Request, work: Awaitable[T], timeout_s: float) -> T:
-    """Awaits `work`. Cancels it if the client leaves, or after `timeout_s` (ApiError 504)."""
+    """Awaits `work`, which reads the body of a request and finds its response.
+
+    Cancels it if the client leaves (ClientGoneError), or after `timeout_s` (ApiError 504).
+    """
     task = asyncio.ensure_future(work)
     gone = asyncio.create_task(_until_gone(request))
     try:
@@ -115,6 +121,7 @@ async def unless_gone(request: Request, work: Awaitable[T], timeout_s: float) ->
 
 
 async def _until_gone(request: Request) -> None:
+    await request.state.body_end.wait()  # what reads the body notices it until then
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

@@ -36,7 +36,7 @@ class ServeOptions:
     """The language that requests may name; None: they may name none."""
     slots: int = 16
     max_queue: int = 64
-    """Requests that may wait for a slot; further ones get 429."""
+    """Requests beyond the number of slots, from their headers on; further ones get 429."""
     max_new_tokens: int = 256
     max_prompt_tokens: int | None = None
     max_audio_s: float = 0.0
@@ -52,7 +52,7 @@ class ServeOptions:
     decode_timeout_s: float = 120.0
     """To decode a recording."""
     request_timeout_s: float = 600.0
-    """From the whole request to the whole response."""
+    """From the headers of a request to its whole response."""
     drain_timeout_s: float = 120.0
     """After SIGTERM, for requests under way."""
     tokens_at_once: int = 4

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from starlette.responses import StreamingResponse
@@ -20,34 +21,37 @@ Events = AsyncGenerator[Mapping[str, Any], None]
 class EventStream(StreamingResponse):
     """Sends events as they come. An error after the first of them becomes an event.
 
-    A full queue is 429, as no status has been sent then. If the client leaves, the events are
-    closed, and their slot becomes free.
+    If the client leaves, the events are closed, and their slot becomes free.
     """
 
     def __init__(self, service: Service, events: Events) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._lines(), media_type="text/event-stream", headers=headers)
-        self._service, self._events = service, events
+        self._limit_s, self._events = service.options.request_timeout_s, events
+        self._end_s: float | None = None
+        self._place = ExitStack()
         self._status = CLIENT_GONE  # unless the stream ends by itself
         self.on_end: Callable[[int], object] = lambda status: None
         """Called once with the status of the whole stream, also of an error within it."""
 
+    def keep(self, place: ExitStack, end_s: float) -> None:
+        """Takes a place, to leave it after the stream, at the latest at `end_s` of the loop."""
+        self._place, self._end_s = place, end_s
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the whole stream."""
         try:
-            with self._service.place():
-                await super().__call__(scope, receive, send)
-        except ApiError as error:
-            self._status = error.status
-            raise
+            with self._place:
+                try:
+                    await super().__call__(scope, receive, send)
+                finally:
+                    await self._events.aclose()
         finally:
-            await self._events.aclose()
             self.on_end(self._status)
 
     async def _lines(self) -> AsyncIterator[str]:
-        limit_s = self._service.options.request_timeout_s
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout_at(self._end_s):
                 async for event in self._events:
                     yield _line(event)
             self._status = 200
@@ -55,7 +59,8 @@ class EventStream(StreamingResponse):
         except ApiError as error:
             yield self._failed(error)
         except TimeoutError:
-            yield self._failed(ApiError(504, f"no response within {limit_s:g} s", code="timeout"))
+            reason = f"no response within {self._limit_s:g} s"
+            yield self._failed(ApiError(504, reason, code="timeout"))
         except Exception as error:  # noqa: BLE001 - the status has been sent
             log.exception("a stream failed")
             yield self._failed(ApiError(500, f"{type(error).__name__}: {error}"))

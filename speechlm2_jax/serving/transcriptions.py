@@ -18,10 +18,9 @@ from speechlm2_jax.inference.timestamps.confidence import ToText
 from speechlm2_jax.inference.transcript_files import write_transcript
 from speechlm2_jax.serving.api_errors import bad
 from speechlm2_jax.serving.fields import Fields, check_model, sampling_of
-from speechlm2_jax.serving.guard import unless_gone
 from speechlm2_jax.serving.pieces import cut, transcribe_parts
 from speechlm2_jax.serving.responses import outcome_of
-from speechlm2_jax.serving.rows import Ask, Outcome
+from speechlm2_jax.serving.rows import Ask, Outcome, engine_of
 from speechlm2_jax.serving.server_sent_events import Events, EventStream
 from speechlm2_jax.serving.service import Service
 from speechlm2_jax.serving.timed_response import TimedResponse, segments_json, words_json
@@ -81,8 +80,6 @@ class TranscriptionRequest:
 
 async def transcribe(service: Service, request: Request) -> Response:
     """Transcribes one uploaded recording."""
-    service.ready()
-    service.check_room()
     async with request.form(
         max_files=2, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
     ) as form:
@@ -95,14 +92,6 @@ async def transcribe(service: Service, request: Request) -> Response:
     read = await _read(service, fields, data, received_s)
     if fields.flag("stream"):
         return EventStream(service, _events(service, read))
-    with service.place():
-        return await unless_gone(
-            request, _response(service, read), service.options.request_timeout_s
-        )
-
-
-async def _response(service: Service, read: TranscriptionRequest) -> Response:
-    """The whole response."""
     outcome = await outcome_of(transcribe_parts(service, read.ask, read.parts))
     return await asyncio.to_thread(_written, read, await _timed(service, read, outcome))
 
@@ -165,7 +154,7 @@ def _check_granularities(service: Service, asked: Sequence[str], form: str) -> N
 async def _read(
     service: Service, fields: Fields, data: bytes, received_s: float
 ) -> TranscriptionRequest:
-    engine, _ = service.ready()
+    engine = engine_of(service)
     sampling = sampling_of(fields)
     options = service.options
     decoded = await service.workers.decode(

@@ -1,24 +1,30 @@
 """What a server refuses, and that it lives on: bad input, a full queue, killed workers."""
 
+import asyncio
 import base64
 import io
+import json
 import os
 import signal
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import httpx
 import numpy as np
 import pytest
 import soundfile
 
+from speechlm2_jax.serving import chat as chats
 from speechlm2_jax.serving import guard
+from speechlm2_jax.serving.chat import MAX_MARKS
 from tests.serving.server_case import load_tiny, recording, running, wav_bytes
 
 KEY = "a-key"
 CHAT = [{"role": "user", "content": "What is it?"}]
+FULL_CHAT = json.dumps(dict(messages=CHAT, model="tiny")).encode()
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +172,25 @@ def test_what_changes_nothing_is_accepted(client):
     assert chat(client, messages=[*user(), copied, *user()], max_tokens=1, **fields).is_success
 
 
+SILENCE = {"data": base64.b64encode(flac_of(np.zeros(6 * 16000))).decode()}
+TOO_MUCH = {
+    "values": (dict(metadata=[0] * (MAX_MARKS + 1)), f"more than {MAX_MARKS} values and escapes"),
+    "text": (dict(messages=2 * user("a" * 60_000)), "more than 100000 characters of text"),
+    "audio": (
+        dict(messages=2 * about(SILENCE)),
+        "messages[1].content[0].input_audio: the recordings up to here have 12 s, and the limit",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TOO_MUCH)
+def test_a_chat_with_too_much_is_refused_before_it_is_run(client, what, monkeypatch):
+    monkeypatch.setattr(chats, "MAX_TEXT", 100_000)
+    fields, message = TOO_MUCH[what]
+    reply = chat(client, **fields)
+    assert reply.status_code == 413 and message in reply.json()["error"]["message"]
+
+
 def test_no_base64_and_no_json(client):
     part = {"type": "input_audio", "input_audio": {"data": "!!", "format": "wav"}}
     reply = chat(client, messages=[{"role": "user", "content": [part]}])
@@ -205,6 +230,36 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_place(server, cl
         del service.scheduler._device.decode
     assert chat(client).status_code == 200
     until(lambda: not service.scheduler._device.busy)
+
+
+@contextmanager
+def begun(server, body=b"{"):
+    """A connection that has sent the headers of a chat and the beginning of its body."""
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    with socket.create_connection(address, timeout=20) as own:
+        own.sendall(f"{head}Content-Length: {len(FULL_CHAT)}\r\n\r\n".encode() + body)
+        yield own
+
+
+def test_requests_have_their_place_before_their_bodies_are_read(server, client):
+    with begun(server), begun(server):
+        until(lambda: server.service.active == 2)
+        assert chat(client).status_code == 429
+    until(lambda: server.service.active == 0)
+    assert chat(client).status_code == 200
+
+
+def test_who_waits_for_an_audio_worker_is_limited_and_may_leave(server, client, monkeypatch):
+    service = server.service
+    left = requests_of(service, 499, "/v1/audio/transcriptions")
+    monkeypatch.setattr(service.workers, "decode", lambda *given: asyncio.sleep(60))
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/audio/transcriptions", files={"file": FINE}, timeout=0.5)
+    until(lambda: requests_of(service, 499, "/v1/audio/transcriptions") == left + 1)
+    monkeypatch.setattr(service, "options", replace(service.options, request_timeout_s=0.1))
+    assert transcribe(client, FINE).status_code == 504
+    assert service.active == 0
 
 
 def until(is_so):
@@ -353,15 +408,19 @@ def test_sigterm_finishes_what_runs_and_refuses_what_is_new(server):
         device.decode = lambda tokens: decode(tokens if refusals_seen.wait(30) else 0)
         with httpx.Client(base_url=own.url, timeout=60) as client:
             body = dict(messages=CHAT, model="tiny", stream=True)
-            with client.stream("POST", "/v1/chat/completions", json=body) as stream:
+            stream_of = client.stream("POST", "/v1/chat/completions", json=body)
+            with stream_of as stream, begun(own, FULL_CHAT[:9]) as upload:
                 lines = stream.iter_lines()
                 next(lines)
+                until(lambda: own.service.active == 2)
                 own.loop.call_soon_threadsafe(own.server.handle_exit, signal.SIGTERM, None)
                 until(lambda: own.service.is_draining)
                 refused = httpx.post(f"{own.url}/v1/chat/completions", json=body)
                 assert refused.status_code == 503 and "shutting down" in refused.text
                 assert httpx.get(f"{own.url}/ready").status_code == 503
                 refusals_seen.set()
+                upload.sendall(FULL_CHAT[9:])
                 assert list(filter(None, lines))[-1] == "data: [DONE]"
+                assert upload.recv(4096).startswith(b"HTTP/1.1 200")
         own.thread.join(20)
         assert not own.thread.is_alive()
