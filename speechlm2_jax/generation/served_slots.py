@@ -25,9 +25,9 @@ from speechlm2_jax.generation.decoding import (
     process_scores,
     run_token,
 )
-from speechlm2_jax.generation.processors import WITHOUT_LOOPS_N, NoRepeatNgrams
+from speechlm2_jax.generation.processors import WITHOUT_LOOPS_N, Keep, NoRepeatNgrams
 from speechlm2_jax.generation.slots import PlainSlots
-from speechlm2_jax.generation.warpers import keep_top_p
+from speechlm2_jax.generation.warpers import keep_top_h, keep_top_p
 from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.layers.slot_rows import put_rows
 from speechlm2_jax.layers.unstacked import read_in_place
@@ -271,7 +271,8 @@ def _choose(
     Returns the tokens and their log-probabilities.
     """
     rngs, sampling = own
-    changed = _processed(scores, ids, generated, info, config)
+    shared = tuple(p for p in config.processors if not isinstance(p, Keep))
+    changed = _processed(scores, ids, generated, info, replace(config, processors=shared))
     changed = jax.lax.cond(
         jnp.any(sampling.avoids_loops),
         lambda: jnp.where(
@@ -283,9 +284,7 @@ def _choose(
     )
 
     def drawn() -> Array:
-        warped = changed / sampling.temperature[:, None]
-        is_cut = sampling.is_sampled & (sampling.top_p < 1.0)
-        warped = jax.lax.cond(jnp.any(is_cut), _truncated, lambda x, *_: x, warped, sampling.top_p)
+        warped = _warped(changed / sampling.temperature[:, None], sampling, config)
         step = jax.vmap(jax.random.fold_in)(rngs, generated)
         return jax.vmap(jax.random.categorical)(step, warped).astype(jnp.int32)
 
@@ -297,6 +296,23 @@ def _choose(
     )
     logprobs = jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
     return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+
+
+def _warped(
+    scores: Float[Array, "R V"], sampling: OwnSampling, config: DecodingConfig
+) -> Float[Array, "R V"]:
+    """Truncates the distributions by the top-p of each sequence and by the rules that all share.
+
+    The order is that of `SALM.generate`: top-h comes before top-p, all others after it.
+    """
+    rules = [p for p in config.processors if isinstance(p, Keep)]
+    for own in (p for p in rules if p.rule is keep_top_h):
+        scores = own.rule(scores, own.value, own.least)
+    is_cut = sampling.is_sampled & (sampling.top_p < 1.0)
+    scores = jax.lax.cond(jnp.any(is_cut), _truncated, lambda x, *_: x, scores, sampling.top_p)
+    for own in (p for p in rules if p.rule is not keep_top_h):
+        scores = own.rule(scores, own.value, own.least)
+    return scores
 
 
 def _processed(

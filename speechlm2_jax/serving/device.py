@@ -20,10 +20,11 @@ from speechlm2_jax.generation.served_slots import (
 )
 from speechlm2_jax.generation.slots import SlotShape
 from speechlm2_jax.inference.engine import Engine
-from speechlm2_jax.inference.request.generation_request import read_request
+from speechlm2_jax.inference.request.generation_request import GenerationRequest, read_request
 from speechlm2_jax.serving import programs
 from speechlm2_jax.serving.jobs import Clip, Progress, Sampling, ServedJob
 from speechlm2_jax.serving.shapes import ShapeTable, TooLongError
+from speechlm2_jax.settings import SettingsError
 
 Frames = jax.Array
 """[1, F, D]: the frames of one clip."""
@@ -52,6 +53,7 @@ class DeviceSlots:
 
     def __post_init__(self) -> None:
         request = read_request(_Defaults(self.engine), {"do_sample": True, **NEUTRAL})
+        _check_defaults(request, self.engine.generation_defaults)
         self._decoding: DecodingConfig[int] = request.fitting(np.array([self.table.new_tokens]))
         self._served = self._empty()
 
@@ -196,7 +198,25 @@ class DeviceSlots:
 
 
 NEUTRAL: Mapping[str, object] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-"""Sampling settings without effect: those of each job come with it."""
+"""Sampling settings without effect: those of each job come with it.
+
+Others that the LLM's generation_config.json has, such as min_p, apply to all sampled jobs.
+"""
+
+
+def _check_defaults(request: GenerationRequest, file: Mapping[str, object]) -> None:
+    """Raises SettingsError if the LLM's generation_config.json asks for what slots do not do."""
+    asks = {
+        "num_beams": request.decoding.beams is not None,
+        "prompt_lookup_num_tokens": request.decoding.drafter is not None,
+        "stop_strings": bool(request.stop_strings),
+        "max_time": request.max_time_s is not None,
+    }
+    for key in (key for key, is_asked in asks.items() if is_asked):
+        raise SettingsError(
+            f"generation_config.json of the LLM: {key}={file[key]!r} is not supported by serve; "
+            "take it out of the file"
+        )
 
 
 class _Defaults:
