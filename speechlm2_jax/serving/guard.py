@@ -73,12 +73,11 @@ class Guard:
 
     def _check_size(self, size: int) -> None:
         most = self._options.max_body_bytes
-        if size > most:
+        if size > most:  # the rest is dropped: a client that is cut off may not see its response
             raise ApiError(
                 413,
                 f"the request is larger than {most / MIB:g} MiB",
                 code="request_too_large",
-                headers={"Connection": "close"},
             )
 
 

@@ -364,6 +364,8 @@ def test_slow_and_hostile_connections_end(server, client, monkeypatch):
 
 EARLY = {
     "no key": "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n",
+    "too large": "POST /v1/models HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer a-key\r\n"
+    "Content-Length: 9000000\r\n\r\n",
     "not read": "GET /health HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n",
 }
 
