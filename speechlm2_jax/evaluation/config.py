@@ -35,6 +35,7 @@ CHANGE_NO_RESPONSE = frozenset(
         *("pretrained_name", "batch_size", "continuous_batching", "device", "devices", "verbose"),
         *("strategy", "tp_size", "num_nodes"),
         *("use_normalizer", "encoder_wer", "output_manifest", "report", "report_rows", "metrics"),
+        "controls",
         "audio_folder",
     )
 )
@@ -91,6 +92,9 @@ class EvalConfig:
     conversations, as NeMo's tag `context`: a turn before the first recording."""
     swap_audio: bool = False
     """Give every utterance the audio of another, to show that the model uses the audio."""
+    controls: bool = False
+    """Also generate with swapped audio and with silence, and score these responses beside the
+    model's: what it gets right there it guesses without the audio."""
     noise: str | None = None
     """Mix noise into every recording: a recording of noise, or `white`."""
     snr_db: float = 12.0
@@ -132,6 +136,8 @@ class EvalConfig:
             check_generation(self.generation, self.max_new_tokens)
         if self.draft is not None:
             self._check_draft()
+        if self.controls and self.swap_audio:
+            raise ValueError("controls: have swapped audio themselves; leave swap_audio out")
         check_common(self.batch_size, self.report_rows, self.use_normalizer)
 
     @property

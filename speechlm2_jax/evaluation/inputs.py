@@ -28,8 +28,6 @@ VOICE_KEYS = ("voice", "speaker", "speaker_id")
 CONDITION_KEYS = ("condition",)
 UNSEEN_KEY = "unseen_voice"
 """Optional fields of a manifest row besides audio, duration and text."""
-MAX_LISTED_BYTES = 32 << 20
-"""Larger manifests are not scanned for voices."""
 READ_LIMIT_S = 300.0
 """Seconds that a read of remote storage may take, as `read_timeout` of training."""
 _MANIFESTS = (".json", ".jsonl", ".gz")
@@ -57,6 +55,10 @@ class Utterance:
     """The speaker, if the manifest names one."""
     is_unseen: bool = False
     """Whether this voice does not occur in the training data."""
+    is_seen_text: bool = False
+    """Whether its reference is also a response of the training data."""
+    is_seen_audio: bool = False
+    """Whether its recording is also one of the training data."""
     condition: str | None = None
     """Recording condition, if the manifest names one."""
     audio_of: str | None = None
@@ -193,19 +195,6 @@ def recordings(path: Path) -> list[Utterance] | None:
     return [_audio_file(path, path.parent)] if _is_audio(path) else None
 
 
-def voices_of(manifest: Path) -> set[str]:
-    """The voices of a manifest; empty if it is large or cannot be read."""
-    if not manifest.is_file() or manifest.stat().st_size > MAX_LISTED_BYTES:
-        return set()
-    try:
-        found = {
-            _voice(conversation) for conversation in read_manifest(manifest, ManifestOptions())
-        }
-    except SettingsError:
-        return set()
-    return {voice for voice in found if voice is not None}
-
-
 def _is_shar(path: Path) -> bool:
     return os.path.isdir(path) and any(path.glob("cuts.*"))
 
@@ -279,7 +268,7 @@ def _utterance(conversation: Conversation) -> Utterance:
         duration_s=clips[0].duration_s,
         text=conversation.response,
         read=clips[0].load,
-        voice=_voice(conversation),
+        voice=voice_of(conversation),
         is_unseen=bool(conversation.fields.get(UNSEEN_KEY)),
         condition=_first_value(conversation.fields, CONDITION_KEYS),
         source=f"{clips[0].path}@{clips[0].offset_s}",
@@ -300,7 +289,7 @@ def _dialog_utterance(conversation: Conversation) -> Utterance:
         duration_s=sum(clip.duration_s for clip in dialog.clips),
         text=conversation.response,
         read=lambda rate_hz: joined(dialog.read(rate_hz)),
-        voice=_voice(conversation),
+        voice=voice_of(conversation),
         is_unseen=bool(conversation.fields.get(UNSEEN_KEY)),
         condition=_first_value(conversation.fields, CONDITION_KEYS),
         source=conversation.where,
@@ -308,7 +297,8 @@ def _dialog_utterance(conversation: Conversation) -> Utterance:
     )
 
 
-def _voice(conversation: Conversation) -> str | None:
+def voice_of(conversation: Conversation) -> str | None:
+    """Its speaker, if its row names one."""
     return _first_value(conversation.fields, VOICE_KEYS)
 
 

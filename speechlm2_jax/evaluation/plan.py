@@ -1,7 +1,8 @@
 """The plan of an evaluation: arguments, and defaults from the run that is evaluated."""
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from speechlm2_jax.evaluation.add_noise import add_noise
 from speechlm2_jax.evaluation.config import EvalConfig, output_file
 from speechlm2_jax.evaluation.inputs import Utterance, left_out, read_inputs
 from speechlm2_jax.evaluation.metrics.wer import text_normalizer
+from speechlm2_jax.evaluation.results import TrainingSummary
 from speechlm2_jax.evaluation.run_directories import Run, bundled_test_set, newest_run, read_run
 from speechlm2_jax.evaluation.swap_audio import swap_audio
+from speechlm2_jax.evaluation.training_data import TrainingData
 from speechlm2_jax.object_store.folders import shown
 from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.settings import SettingsError
@@ -34,6 +37,18 @@ class EvaluationPlan:
     draft_file: Path | None = None
     """The ASR model whose transcripts are drafts, if any."""
 
+    @functools.cached_property
+    def training(self) -> TrainingData | None:
+        """What the training manifests of the run hold; None without a run."""
+        normalize = text_normalizer(self.config.use_normalizer)
+        return None if self.run is None else self.run.training_data(normalize)
+
+    def training_summary(self) -> TrainingSummary | None:
+        """What was searched for the inputs; None if nothing of the training could be read."""
+        if self.training is None or not self.training.rows:
+            return None
+        return TrainingSummary(rows=self.training.rows, unread=tuple(self.training.unread))
+
     @property
     def step(self) -> int | None:
         """The training step of the weights, if a run is evaluated."""
@@ -45,12 +60,8 @@ class EvaluationPlan:
         Raises SettingsError for inputs that cannot be used.
         """
         utterances = read_inputs(self.config.inputs, self._tags())
-        seen = self.run.training_voices() if self.run is not None else frozenset()
-        if seen:
-            utterances = [
-                replace(u, is_unseen=u.voice is not None and u.voice not in seen)
-                for u in utterances
-            ]
+        if self.training is not None:
+            utterances = self.training.marked(utterances)
         if self.config.swap_audio:
             utterances = swap_audio(utterances, text_normalizer(self.config.use_normalizer))
         if self.config.noise is not None:
@@ -115,6 +126,7 @@ def make_plan(arguments: Mapping[str, object]) -> EvaluationPlan:
     encoder_file = run.encoder_file() if run is not None else None
     if "inputs" not in arguments:
         defaults |= {"inputs": str(bundled_test_set()), **_default_outputs(arguments, run)}
+        defaults["controls"] = not arguments.get("swap_audio")
         defaults["encoder_wer"] = encoder_file is not None and not arguments.get("swap_audio")
     config = settings.build(EvalConfig, {**defaults, **arguments})
     if config.encoder_wer and encoder_file is None:

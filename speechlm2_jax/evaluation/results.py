@@ -3,12 +3,13 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from speechlm2_jax.evaluation.comparisons import CONTROLS, ENCODER, WER, compared, main_metric
 from speechlm2_jax.evaluation.dialogs import EvaluatedDialog
-from speechlm2_jax.evaluation.metrics.resampling import Estimate, estimate
+from speechlm2_jax.evaluation.metrics.resampling import estimate
 from speechlm2_jax.evaluation.metrics.task_metrics import TASK_METRICS, Pair
 from speechlm2_jax.evaluation.metrics.wer import (
     WordErrors,
@@ -16,6 +17,7 @@ from speechlm2_jax.evaluation.metrics.wer import (
     text_normalizer,
     word_errors,
 )
+from speechlm2_jax.evaluation.verdict import verdict
 from speechlm2_jax.inference.log_likelihood import ResponseLoss
 
 LENGTH_EDGES_S = (0, 1, 2, 3, 4, 6, 8, 12, 20, 30)
@@ -39,12 +41,18 @@ class Response:
     voice: str | None = None
     is_unseen: bool = False
     """Whether the voice does not occur in the training data."""
+    is_seen_text: bool = False
+    """Whether the reference is also a response of the training data."""
+    is_seen_audio: bool = False
+    """Whether the recording is also one of the training data."""
     condition: str | None = None
     """Recording condition."""
     audio_of: str | None = None
     """Id of the utterance whose recording was used, if the audio was swapped."""
     encoder_text: str | None = None
     """Transcript by the encoder's own CTC head, with `encoder_wer`."""
+    controls: Mapping[str, str] = field(default_factory=dict)
+    """Responses to swapped audio and to silence, by the names of CONTROLS."""
     loss: ResponseLoss | None = None
     """How likely the model finds the reference, with `perplexity`."""
     rtf: float | None = None
@@ -78,6 +86,9 @@ class Response:
         named = {n: getattr(self, n) for n in ("voice", "audio_of", "encoder_text", "error")}
         row |= {name: value for name, value in named.items() if value is not None}
         row |= {} if self.loss is None else asdict(self.loss)
+        row |= {"controls": dict(self.controls)} if self.controls else {}
+        seen = {"seen_text": self.is_seen_text, "seen_audio": self.is_seen_audio}
+        row |= {name: True for name, is_seen in seen.items() if is_seen}
         if self.dialog is None or self.error is not None:
             return row
         return row | self.dialog.with_response(self.pred_text)
@@ -153,6 +164,15 @@ def _by_field(speeds: Iterable[Speed]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingSummary:
+    """The training data in which references and recordings were looked up."""
+
+    rows: int
+    unread: tuple[str, ...] = ()
+    """Manifests and sources that could not be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Responses in input order, and the speed."""
 
@@ -161,11 +181,21 @@ class Evaluation:
     normalizer: str | bool | None = "english"
     metrics: tuple[str, ...] = ("wer",)
     """Names of TASK_METRICS."""
+    training: TrainingSummary | None = None
+    """What was searched for the references and recordings; None if the training is not known."""
 
     def with_encoder_texts(self, texts: Sequence[str | None]) -> "Evaluation":
         """Adds the transcripts of the encoder's CTC head, in input order."""
         pairs = zip(self.responses, texts, strict=True)
         return replace(self, responses=tuple(replace(a, encoder_text=t) for a, t in pairs))
+
+    def with_control(self, name: str, texts: Mapping[int, str]) -> "Evaluation":
+        """Adds the responses of a control by index of the input."""
+        responses = [
+            replace(a, controls={**a.controls, name: texts[i]}) if i in texts else a
+            for i, a in enumerate(self.responses)
+        ]
+        return replace(self, responses=tuple(responses))
 
     def with_losses(self, losses: Sequence[ResponseLoss | None]) -> "Evaluation":
         """Adds the losses of the references, in input order."""
@@ -218,6 +248,38 @@ class Evaluation:
             found[name] = {"title": metric.title, **asdict(score), "details": details}
         return found
 
+    def comparisons(self) -> dict[str, dict[str, Any]]:
+        """The model beside its encoder (WER) and its controls (the main metric), where these are.
+
+        See `comparisons.compared`.
+        """
+        scored = self.scored()
+        pairs, main = [s.response.pair() for s in scored], main_metric(self.metrics)
+        others = {ENCODER: (WER, [s.response.encoder_text for s in scored])}
+        others |= {
+            name: (main, [s.response.controls.get(name) for s in scored]) for name in CONTROLS
+        }
+        found = {n: compared(m, pairs, texts, self.normalizer) for n, (m, texts) in others.items()}
+        return {name: one for name, one in found.items() if one is not None}
+
+    def in_training(self) -> dict[str, Any] | None:
+        """How many references and recordings the training has too, and the WER with and without.
+
+        None if nothing of the training could be read.
+        """
+        if self.training is None:
+            return None
+        scored = self.scored()
+        seen = [s for s in scored if s.response.is_seen_text]
+        new = [s for s in scored if not s.response.is_seen_text]
+        return {
+            **asdict(self.training),
+            "texts": len(seen),
+            "recordings": sum(a.is_seen_audio for a in self.responses),
+            "seen_texts": _errors(seen).plain() if seen else None,
+            "new_texts": _errors(new).plain() if new else None,
+        }
+
     def hallucinated(self) -> float | None:
         """Characters of the responses to recordings without words, per minute; None without such.
 
@@ -238,7 +300,7 @@ class Evaluation:
         failed = Counter(a.cause or "unknown" for a in self.responses if a.error is not None)
         voices = _by(scored, lambda s: s.response.voice)
         unseen = [s for s in scored if s.response.is_unseen]
-        return {
+        found: dict[str, Any] = {
             "utterances": len(self.responses),
             "scored": errors.utterances,
             "failed": dict(sorted(failed.items())),
@@ -257,6 +319,8 @@ class Evaluation:
             "by_length": _by_length(scored),
             "encoder": None if encoder is None else encoder.plain(),
             "metrics": self.task_scores(),
+            "comparisons": self.comparisons(),
+            "training": self.in_training(),
             "hallucinated": self.hallucinated(),
             "audio_is_swapped": any(a.audio_of is not None for a in self.responses),
             "rtfx": self.speed.rtfx,
@@ -264,6 +328,7 @@ class Evaluation:
             "draft_tokens": self.speed.drafted,
             "accepted_draft_tokens": self.speed.accepted,
         }
+        return {**found, "verdict": [sentence._asdict() for sentence in verdict(found)]}
 
 
 def write_rows(
@@ -280,68 +345,6 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     partial.replace(path)
-
-
-def table(totals: Mapping[str, Any]) -> str:
-    """The totals as text: voices first; word errors only if something has a reference."""
-    failed = ", ".join(f"{n} {cause}" for cause, n in totals["failed"].items()) or "none"
-    lines = _voice_lines(totals)
-    lines.append(("utterances", f"{totals['utterances']} (failed: {failed})"))
-    seconds = f"{totals['audio_s']:.1f} s in {totals['generate_s']:.1f} s"
-    lines.append(("audio", f"{seconds}, {totals['compiled']} programs compiled"))
-    if totals["scored"]:
-        lines += _error_lines(totals)
-        lines += _metric_lines(totals)
-    lines.append(("RTFx", _number(totals["rtfx"])))
-    lines.append(("RTFx without warm-up", _number(totals["rtfx_without_warm_up"])))
-    if drafted := totals["draft_tokens"]:
-        rate = percent(totals["accepted_draft_tokens"] / drafted)
-        lines.append(("draft tokens accepted", f"{rate} of {drafted}"))
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
-
-
-def _voice_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """One line per voice, unseen ones first."""
-    unseen = totals["unseen_voices"]
-    voices = sorted(totals["by_voice"], key=lambda voice: (voice not in unseen, voice))
-    mark = {voice: ", unseen" for voice in unseen}
-    return [(f"{v}{mark.get(v, '')}", _rate(totals["by_voice"][v])) for v in voices]
-
-
-def _error_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
-    words = totals["reference_words"]
-    swapped = totals["audio_is_swapped"]
-    rate = _rate(totals) + interval(totals["metrics"].get("wer"))
-    lines = [("WER, audio swapped" if swapped else "WER", rate)]
-    for name in ("insertions", "deletions", "substitutions"):
-        rate = totals[name] / words if words else None
-        lines.append((f"  {name}", f"{totals[name]} ({percent(rate)})"))
-    if totals["empty_references"]:
-        lines.append(("  empty references", str(totals["empty_references"])))
-    if totals["hallucinated"] is not None:
-        minutely = f"{totals['hallucinated']:.1f} characters a minute, where the reference is empty"
-        lines.append(("  hallucinated", minutely))
-    for name, key in (("WER, unseen voices", "unseen"), ("WER, encoder alone (CTC)", "encoder")):
-        if totals[key] is not None:
-            lines.append((name, _rate(totals[key])))
-    return lines
-
-
-def _metric_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
-    lines = []
-    for found in (found for name, found in totals["metrics"].items() if name != "wer"):
-        score = Estimate(value=found["value"], low=found["low"], high=found["high"])
-        lines.append((found["title"], str(score)))
-        lines += [(f"  {key}", f"{value:.2f}") for key, value in found["details"].items()]
-    return lines
-
-
-def interval(score: Mapping[str, Any] | None) -> str:
-    """The 95 % interval of a share in percent, to follow its value; empty if it has none."""
-    if score is None or score["low"] is None:
-        return ""
-    return f" (95 %: {score['low']:.2f}% to {score['high']:.2f}%)"
 
 
 def _errors(scored: Sequence[ScoredResponse]) -> WordErrors:
@@ -366,16 +369,3 @@ def _by(
 def _by_length(scored: Sequence[ScoredResponse]) -> dict[str, dict[str, Any]]:
     in_order = sorted(scored, key=lambda s: s.response.duration_s)
     return {name: e.plain() for name, e in _by(in_order, lambda s: s.response.length).items()}
-
-
-def _rate(errors: Mapping[str, Any]) -> str:
-    return f"{percent(errors['wer'])} over {errors['reference_words']} words"
-
-
-def percent(rate: float | None) -> str:
-    """A rate in percent with two decimals, or n/a."""
-    return "n/a" if rate is None else f"{rate:.2%}"
-
-
-def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.1f}"

@@ -182,6 +182,8 @@ def _empty_response(utterance: Utterance) -> Response:
         pred_text="",
         voice=utterance.voice,
         is_unseen=utterance.is_unseen,
+        is_seen_text=utterance.is_seen_text,
+        is_seen_audio=utterance.is_seen_audio,
         condition=utterance.condition,
         audio_of=utterance.audio_of,
         dialog=utterance.dialog,

@@ -10,7 +10,8 @@ from typing import Any
 from speechlm2_jax import bundled, checkpointing
 from speechlm2_jax.data.paths import expand_shards
 from speechlm2_jax.data.storage.addresses import name_of
-from speechlm2_jax.evaluation.inputs import voices_of
+from speechlm2_jax.evaluation.metrics.wer import Normalizer
+from speechlm2_jax.evaluation.training_data import TrainingData
 from speechlm2_jax.object_store.folders import address_of
 from speechlm2_jax.pretrained import training_settings
 from speechlm2_jax.pretrained.locate import Location, config_folders
@@ -79,17 +80,20 @@ class Run:
         name = (self.settings.get("model") or {}).get("pretrained_asr")
         return self.find_file(str(name)) if name else None
 
-    def training_voices(self) -> frozenset[str]:
-        """The voices in its training manifests; empty if these cannot be read."""
-        block = training_settings.train_block(self.settings)
-        return frozenset(
-            voice
-            for source in training_settings.sources(block)
-            for key in MANIFEST_KEYS
-            for name in _names(source.get(key))
-            if (path := self.find_file(name)) is not None
-            for voice in voices_of(path)
-        )
+    def training_data(self, normalize: Normalizer) -> TrainingData:
+        """What its training manifests hold, as far as they can be read."""
+        found = TrainingData(normalize)
+        for source in training_settings.sources(training_settings.train_block(self.settings)):
+            names = [name for key in MANIFEST_KEYS for name in _names(source.get(key))]
+            if not names and "input_cfg" not in source:
+                found.unread.append(f"a source of type {source.get('type')}")
+            for name in names:
+                path = self.find_file(name)
+                if path is None:
+                    found.unread.append(name)
+                else:
+                    found.add(path)
+        return found
 
     def find_file(self, name: str) -> Path | None:
         """Finds a component or manifest as training does: here, then beside the settings files."""

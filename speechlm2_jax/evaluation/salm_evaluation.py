@@ -1,9 +1,12 @@
 """Evaluation of a SALM: load, generate, score, write the output manifest and the report."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from speechlm2_jax.evaluation.comparisons import CONTROLS
 from speechlm2_jax.evaluation.config import EvalConfig, check_generation
+from speechlm2_jax.evaluation.controls import control_inputs, control_texts
 from speechlm2_jax.evaluation.devices import Loaded, load, show
 from speechlm2_jax.evaluation.encoder_wer import (
     EncoderTranscriber,
@@ -16,9 +19,10 @@ from speechlm2_jax.evaluation.metrics.task_metrics import PERPLEXITY
 from speechlm2_jax.evaluation.perplexity import losses_of_references
 from speechlm2_jax.evaluation.plan import ENCODER, EvaluationPlan
 from speechlm2_jax.evaluation.provenance import provenance
-from speechlm2_jax.evaluation.results import Evaluation, table
+from speechlm2_jax.evaluation.results import Evaluation
 from speechlm2_jax.evaluation.resuming import Journals, start_fingerprint
 from speechlm2_jax.evaluation.run import evaluate, input_keys, make_prompt
+from speechlm2_jax.evaluation.score_table import table
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.errors import errors_name_key
 from speechlm2_jax.pretrained.locate import Location
@@ -55,9 +59,12 @@ def run_salm_evaluation(plan: EvaluationPlan) -> None:
             )
         )
         complete = _second_passes(loaded, utterances, ctc_model)
+        controls = _control_texts(loaded, utterances, draft_model)
         if result is None:
             return
-        result = complete(result)
+        result = replace(complete(result), training=plan.training_summary())
+        for name, texts in controls.items():
+            result = result.with_control(name, texts)
         totals = result.totals()
         record = provenance(config, loaded.device, totals, sha256=sha256, step=plan.step)
         journals.finish(result.rows(), record)
@@ -101,6 +108,22 @@ def _second_passes(
         return result
 
     return complete
+
+
+def _control_texts(
+    loaded: "Loaded[SALM, EvalConfig]", utterances: Sequence[Utterance], draft_model: Any
+) -> dict[str, dict[int, str]]:
+    """The responses of each control by index of the input. All processes must call it."""
+    config = loaded.config
+    if not config.controls:
+        return {}
+    found = {}
+    for name, inputs in control_inputs(utterances, config.use_normalizer).items():
+        show(f"control: {CONTROLS[name]}")
+        found[name] = control_texts(
+            *(loaded.model, inputs, config), is_joint=loaded.is_joint, draft_model=draft_model
+        )
+    return found
 
 
 def model_class(config: EvalConfig) -> "type[SALM]":

@@ -34,4 +34,5 @@ def swap_audio(utterances: Sequence[Utterance], normalize: Normalizer) -> list[U
 
 def _with_audio_of(utterance: Utterance, other: Utterance) -> Utterance:
     """An utterance with its own id and reference, and everything else of another."""
-    return replace(other, id=utterance.id, text=utterance.text, audio_of=other.id)
+    own = {"id": utterance.id, "text": utterance.text, "is_seen_text": utterance.is_seen_text}
+    return replace(other, **own, audio_of=other.id)

@@ -9,7 +9,8 @@ import soundfile
 from speechlm2_jax.evaluation.add_noise import add_noise, mix
 from speechlm2_jax.evaluation.inputs import Utterance, read_inputs
 from speechlm2_jax.evaluation.read_audio import clips
-from speechlm2_jax.evaluation.results import Evaluation, Response, Speed, table
+from speechlm2_jax.evaluation.results import Evaluation, Response, Speed
+from speechlm2_jax.evaluation.score_table import table
 from speechlm2_jax.settings import SettingsError
 
 RATE_HZ = 16_000

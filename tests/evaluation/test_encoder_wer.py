@@ -5,7 +5,8 @@ import numpy as np
 
 from speechlm2_jax import processes
 from speechlm2_jax.evaluation.encoder_wer import RemembersTexts, encoder_texts, open_ctc_model
-from speechlm2_jax.evaluation.results import Evaluation, Response, Speed, table
+from speechlm2_jax.evaluation.results import Evaluation, Response, Speed
+from speechlm2_jax.evaluation.score_table import table
 from tests.evaluation.page_case import utterance
 
 

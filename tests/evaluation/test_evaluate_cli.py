@@ -1,9 +1,11 @@
 """evaluate.py as typed: one line and exit 2 for bad input, rows and a table otherwise."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import evaluate
@@ -64,6 +66,8 @@ def fake(monkeypatch):
          "generation.bad_words_ids=[350] must be a list of lists of token ids, as [[3], [4, 5]]"),
         (["pretrained_name=m", "inputs=x", "generation.min_new_tokens=200"],
          "generation.min_new_tokens=200 exceeds max_new_tokens=128"),
+        (["pretrained_name=m", "inputs=x", "controls=true", "swap_audio=true"],
+         "controls: have swapped audio themselves; leave swap_audio out"),
         (["what"], "'what': expected key=value; see evaluate.py --help"),
         (["--batch-size", "3"], "unrecognized arguments: --batch-size; see evaluate.py --help"),
     ],
@@ -190,7 +194,7 @@ def test_without_arguments_the_newest_run_is_evaluated_and_its_page_written(newc
     assert printed.endswith(
         "answers: runs/salm/answers.jsonl\nreport:  runs/salm/report.html  (open it in a browser)\n"
     )
-    (call,) = newcomer.calls
+    call = newcomer.calls[0]
     assert call["prompts"][0] == [
         {"role": "system", "content": "Be exact."},
         {"role": "user", "content": "Write down: <|audio|>"},
@@ -199,6 +203,62 @@ def test_without_arguments_the_newest_run_is_evaluated_and_its_page_written(newc
     assert [row["voice"] for row in rows] == ["anna", "ben", "ben"]
     assert last["provenance"]["model"]["step"] == 10
     assert Path("runs/salm/report.html").read_text().count("<audio") == 3
+
+
+def test_controls_have_the_audio_of_others_and_silence_of_the_same_length(newcomer, capsys):
+    assert evaluate_on_one_device(["extra_eos_tokens=[<extra>]"]) == 0
+    model, swapped, silent = newcomer.calls
+    assert all(call["prompts"][0] == model["prompts"][0] for call in (swapped, silent))
+    np.testing.assert_array_equal(silent["audio_lens"], model["audio_lens"])
+    assert np.any(model["audios"])
+    assert not np.any(silent["audios"])
+    *rows, last = map(json.loads, Path("runs/salm/answers.jsonl").read_text().splitlines())
+    assert [row["pred_text"] for row in rows] == ["one", "two", "three"]
+    assert [row["controls"]["silent"] for row in rows] == ["one", "two", "three"]
+    others = [row["controls"]["swapped"] for row in rows]
+    assert sorted(others) == ["one", "three", "two"]
+    assert all(other != row["pred_text"] for other, row in zip(others, rows, strict=True))
+    comparisons = last["provenance"]["totals"]["comparisons"]
+    assert comparisons["silent"]["other"] == comparisons["silent"]["model"]
+    assert comparisons["swapped"]["other"]["value"] == 100.0
+    printed = capsys.readouterr().out
+    assert "WER, swapped audio    100.00%" in printed
+    page = Path("runs/salm/report.html").read_text()
+    assert "<dt>silence</dt><dd>three</dd>" in page
+
+
+def test_controls_are_left_out_on_demand_and_where_no_swap_exists(newcomer, capsys):
+    assert evaluate_on_one_device(["controls=false"]) == 0
+    assert len(newcomer.calls) == 1
+    assert "controls=true tests it" in capsys.readouterr().out
+    only = {"audio_filepath": "1.wav", "duration": 1, "text": "one"}
+    write_manifest(Path("corpus/test.jsonl"), [only])
+    assert evaluate_on_one_device(["report=null"]) == 0
+    assert len(newcomer.calls) == 3
+    printed = capsys.readouterr().out
+    assert "note   controls: no swapped audio, as it needs two or more utterances" in printed
+    assert "with silence" in printed
+
+
+def test_references_and_recordings_of_the_training_are_counted_and_marked(newcomer, capsys):
+    seen = [
+        {"audio_filepath": "corpus/2.wav", "duration": 2, "text": "other words"},
+        {"audio_filepath": "copy.wav", "duration": 3, "text": "One!", "voice": "anna"},
+    ]
+    shutil.copy("corpus/3.wav", "copy.wav")
+    write_manifest(Path("train.jsonl"), seen)
+    assert evaluate_on_one_device(["extra_eos_tokens=[<extra>]"]) == 0
+    *rows, last = map(json.loads, Path("runs/salm/answers.jsonl").read_text().splitlines())
+    assert [row.get("seen_text") for row in rows] == [True, None, None]
+    assert [row.get("seen_audio") for row in rows] == [None, True, True]
+    found = last["provenance"]["totals"]["training"]
+    assert (found["rows"], found["texts"], found["recordings"]) == (2, 1, 2)
+    assert (found["seen_texts"]["wer"], found["new_texts"]["wer"]) == (0.0, 2 / 3)
+    assert "1 references, 2 recordings (of 2 rows)" in capsys.readouterr().out
+    page = Path("runs/salm/report.html").read_text()
+    assert page.count(">reference in the training data</em>") == 1
+    assert page.count(">recording in the training data</em>") == 2
+    assert "WER is 0.0\u00a0% on these references, 66.7\u00a0% on the others" in page
 
 
 def test_swapped_audio_is_scored_against_each_rows_own_words(newcomer, capsys):

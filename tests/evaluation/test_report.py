@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from speechlm2_jax.evaluation.results import Evaluation, Response, Speed, table
+from speechlm2_jax.evaluation.results import Evaluation, Response, Speed
+from speechlm2_jax.evaluation.score_table import table
 from tests.evaluation.page_case import small_case
 
 

@@ -11,8 +11,9 @@ import pytest
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.evaluation.config import EvalConfig
 from speechlm2_jax.evaluation.inputs import Utterance
-from speechlm2_jax.evaluation.results import Speed, table, write_rows
+from speechlm2_jax.evaluation.results import Speed, write_rows
 from speechlm2_jax.evaluation.run import evaluate, make_prompt
+from speechlm2_jax.evaluation.score_table import table
 from speechlm2_jax.inference.continuous_batching import FinishedPrompt
 from speechlm2_jax.inference.generate import Generated
 from speechlm2_jax.settings import SettingsError

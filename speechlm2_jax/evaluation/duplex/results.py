@@ -15,7 +15,8 @@ from speechlm2_jax.evaluation.metrics.wer import (
     text_normalizer,
     word_errors,
 )
-from speechlm2_jax.evaluation.results import LENGTH_EDGES_S, Speed, percent
+from speechlm2_jax.evaluation.results import LENGTH_EDGES_S, Speed
+from speechlm2_jax.evaluation.score_table import percent
 
 SCORES: Mapping[str, tuple[str, str]] = {
     "txt_bleu": ("text BLEU", "points"),

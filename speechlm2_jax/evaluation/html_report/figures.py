@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from speechlm2_jax.evaluation.results import interval
+from speechlm2_jax.evaluation.comparisons import CONTROLS
+from speechlm2_jax.evaluation.metrics.task_metrics import TASK_METRICS
+from speechlm2_jax.evaluation.score_table import interval
 
 
 def figures(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -24,6 +26,7 @@ def figures(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
     if totals["encoder"] is not None:
         note = "its own CTC head, same audio"
         found.append({"name": "Encoder alone", **_rate(totals["encoder"]["wer"]), "note": note})
+    found += _control_figures(totals)
     found += [_metric_figure(m) for name, m in totals["metrics"].items() if name != "wer"]
     failed = sum(totals["failed"].values())
     scored, total = totals["scored"], totals["utterances"]
@@ -31,6 +34,24 @@ def figures(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
     found.append({"name": "Utterances scored", "value": scored, "unit": "", "note": note})
     found += speed_figure(totals)
     return [{"parts": [], **figure} for figure in found]
+
+
+def _control_figures(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The score of each control."""
+    found = []
+    for name, title in CONTROLS.items():
+        if (one := totals["comparisons"].get(name)) is None or one["other"]["value"] is None:
+            continue
+        score, metric = one["other"], TASK_METRICS[one["metric"]]
+        found.append(
+            {
+                "name": title.capitalize(),
+                "value": f"{score['value']:.2f}",
+                "unit": "%" if metric.is_share else "",
+                "note": f"control; 95 %: {score['low']:.2f} to {score['high']:.2f}",
+            }
+        )
+    return found
 
 
 def _metric_figure(found: Mapping[str, Any]) -> dict[str, Any]:

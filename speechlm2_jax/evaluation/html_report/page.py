@@ -19,12 +19,14 @@ import numpy as np
 from jaxtyping import Float
 
 from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.evaluation.comparisons import CONTROLS
 from speechlm2_jax.evaluation.html_report.figures import figures
 from speechlm2_jax.evaluation.html_report.spectrogram import MEL_BINS, RANGE_DB, spectrogram_png
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.metrics.alignment import align_words
 from speechlm2_jax.evaluation.metrics.wer import WordErrors, text_normalizer, word_errors
-from speechlm2_jax.evaluation.results import Evaluation, ScoredResponse, percent, write_whole
+from speechlm2_jax.evaluation.results import Evaluation, Response, ScoredResponse, write_whole
+from speechlm2_jax.evaluation.score_table import percent
 
 WORKERS = 4
 PICTURE_PX = 480
@@ -154,6 +156,8 @@ def _row(index: int, result: Evaluation, scored: ScoredResponse | None) -> dict[
         "length": response.length,
         "voice": response.voice or "",
         "is_unseen": response.is_unseen,
+        "seen": _seen(response),
+        "controls": [(CONTROLS[n], text) for n, text in response.controls.items()],
         "tags": _tags(result, index),
         "audio": "",
     }
@@ -167,8 +171,14 @@ def _row(index: int, result: Evaluation, scored: ScoredResponse | None) -> dict[
         response.condition,
         response.audio_of,
     )
-    row["search"] = " ".join(text for text in texts if text).lower()
+    row["search"] = " ".join(text for text in (*texts, *row["seen"]) if text).lower()
     return row
+
+
+def _seen(response: Response) -> list[str]:
+    """What of a row is in the training data."""
+    marks = (("reference", response.is_seen_text), ("recording", response.is_seen_audio))
+    return [f"{name} in the training data" for name, is_seen in marks if is_seen]
 
 
 def _tags(result: Evaluation, index: int) -> list[str]:
@@ -277,6 +287,7 @@ def _head(totals: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any
         "model": model,
         "facts": facts(record, counted),
         "totals": totals,
+        "verdict": totals["verdict"],
         "figures": figures(totals),
         "groups": _groups(totals),
         "record": record_lines(record),
