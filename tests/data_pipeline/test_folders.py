@@ -1,6 +1,7 @@
 """Manifests of folders of recordings: layouts, checks, splits."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,6 +234,8 @@ def test_quotes_that_spreadsheets_put_around_a_field_of_a_tsv_are_no_text(tmp_pa
         ("a.csv", 'file,text\na.wav,"one\nb.wav,two "three"\n', "line 3: ',' expected after '\"'"),
         ("a.csv", 'file,text\na.wav,"one\nb.wav,two\n', "unexpected end of data"),
         ("a.csv", "file,start,end,text\na.wav,0,1,one\na.wav,1,2,two\n", "column 'start'"),
+        ("a.csv", "file,text,, Text,\na.wav,one,,two,\n", "names the column 'text' 2 times"),
+        ("a.tsv", "file\ttext\ttext\na.wav\tone\ttwo\n", "names the column 'text' 2 times"),
         ("a.csv", "a.wav,one\nb.wav,two\n", "no column of recordings among a.wav, one"),
         ("metadata.jsonl", '{"file_name": "a.wav", "text": ["one"]}\n', "'text' is a list"),
         ("a.json", '{"text": {"words": "one"}}', "'text' is an object"),
@@ -278,6 +281,19 @@ def test_every_row_that_is_left_out_is_listed_with_its_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path), "--split", "left_out=1", "--overwrite"])
     assert "choose another" in capsys.readouterr().err
+
+
+def test_paths_of_what_is_left_out_are_as_in_the_manifests(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "root"
+    for n in range(2):
+        record(root / f"{n}.wav", n)
+    put(root / "a.csv", "file,text\n0.wav,one\n1.wav,\n")
+    for output, folder in (("root", "."), ("other", root)):
+        main(["root", "--output", output, "--split", "all=1"])
+        paths = [rows_of(tmp_path / output / f"{name}.jsonl") for name in ("all", "left_out")]
+        kept, left_out = ([row["audio_filepath"] for row in rows] for rows in paths)
+        assert (kept, left_out) == ([str(folder / Path("0.wav"))], [str(folder / Path("1.wav"))])
 
 
 def test_a_manifest_of_an_earlier_split_is_named(tmp_path, capsys):

@@ -43,10 +43,8 @@ class Recording:
 
     def row(self, folder: Path) -> dict[str, Any]:
         """Its row of a manifest in `folder`; the path is relative to that folder, or absolute."""
-        audio = self.found.audio.absolute()
-        place = audio.relative_to(folder) if audio.is_relative_to(folder) else audio
         row: dict[str, Any] = {
-            "audio_filepath": place.as_posix(),
+            "audio_filepath": _path_from(folder, self.found.audio),
             "duration": round(self.checked.duration_s, 4),
             "text": self.found.text,
         }
@@ -63,10 +61,16 @@ class LeftOut:
     where: str | None = None
     """The line or file that names it; None if none does."""
 
-    def row(self) -> dict[str, Any]:
-        """Its row of left_out.jsonl."""
-        row = {"audio_filepath": str(self.audio), "cause": self.cause}
+    def row(self, folder: Path) -> dict[str, Any]:
+        """Its row of left_out.jsonl in `folder`, with its path as in a manifest there."""
+        row = {"audio_filepath": _path_from(folder, self.audio), "cause": self.cause}
         return row if self.where in (None, str(self.audio)) else row | {"where": self.where}
+
+
+def _path_from(folder: Path, audio: Path) -> str:
+    """The path of a recording as a manifest in `folder` has it: relative to it, or absolute."""
+    whole = audio.absolute()
+    return (whole.relative_to(folder) if whole.is_relative_to(folder) else whole).as_posix()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +123,7 @@ def make_manifests(root: Path, choices: Choices) -> list[str]:
     output.mkdir(parents=True, exist_ok=True)
     for name, path in targets.items():
         _write(path, (one.row(output) for one in parts[name]))
-    _write(output / LEFT_OUT, (one.row() for one in left_out))
+    _write(output / LEFT_OUT, (one.row(output) for one in left_out))
     return _report(folder, kept, left_out, parts, targets, how)
 
 

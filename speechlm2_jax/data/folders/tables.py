@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def records(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The rows of a table by column, with the words that name each line.
 
     Raises SettingsError, naming the line, for a row with more fields than the head and for quotes
-    that do not close: the rest of such a text would be lost, or the next rows be part of it.
+    that do not close: the rest of such a text would be lost, or the next rows be part of it. Raises
+    it too for a head that names a column twice, of which only one would be read.
     """
     if table.suffix == _JSON_LINES:
         yield from json_lines(table)
@@ -42,6 +44,7 @@ def records(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     form = _form(table, "".join(lines[blank : blank + 1]))
     reader = csv.DictReader([f"{line}\n" for line in lines[blank:]], strict=True, **form)
     try:
+        _check_names(table, reader.fieldnames or ())
         for row in reader:
             where = f"{table} line {blank + reader.line_num}"
             _check_fields(where, row, form["delimiter"])
@@ -52,6 +55,16 @@ def records(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             f"{table} line {line}: {error}; a text with quotes is written in quotes, with each of "
             'its own doubled, as "say ""yes"""'
         ) from error
+
+
+def _check_names(table: Path, names: Sequence[str]) -> None:
+    """Raises SettingsError for a name that stands twice; case and spaces around do not count."""
+    counts = Counter(name.strip().lower() for name in names)
+    if twice := [name for name, count in counts.items() if name and count > 1]:
+        raise SettingsError(
+            f"{table}: the head names the column {twice[0]!r} {counts[twice[0]]} times; rename or "
+            "remove all but one"
+        )
 
 
 def _check_fields(where: str, row: Mapping[Any, Any], delimiter: str) -> None:
