@@ -1,9 +1,11 @@
 """Adds words with times to each row of a manifest of JSON lines; a stopped run resumes."""
 
+import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 from speechlm2_jax.data.audio import AudioError, read_audio
 from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.json_lines import json_lines
-from speechlm2_jax.data.manifest_values import located
+from speechlm2_jax.data.manifest_values import located, seconds
 from speechlm2_jax.data.output_folders import check_writable
 from speechlm2_jax.data.readers import beside
 from speechlm2_jax.data.storage.addresses import is_remote
@@ -84,20 +86,49 @@ def align_manifest(
     is by default NAME_words.jsonl beside the manifest. If it has rows already, the run resumes
     after them, and tries recordings again that could not be read. `report` is called after every
     few rows. Raises SettingsError for a manifest that cannot be read, and for an output with other
-    rows or of another `model` (`overwrite` replaces it).
+    rows or of another `model` (`overwrite` replaces it), or that another run is writing.
     """
     path = Path(manifest)
     target = path.with_name(f"{path.stem}_words.jsonl") if output is None else Path(output)
     task = _read_task(path, target, model)
     if target.resolve() == path.resolve():
         raise SettingsError(f"--output: {target} is the manifest itself; name another file")
-    written = [] if overwrite else _written(target, task)
+    if target.is_dir():
+        raise SettingsError(f"--output: {target} is a folder; name a file")
     check_writable(target.parent, "--output")
-    opened = aligner if isinstance(aligner, Aligner) else aligner()
-    if overwrite:
-        target.unlink(missing_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    return _run(task, target, written, opened, report)
+    with _alone(target):
+        written = [] if overwrite else _written(target, task)
+        opened = aligner if isinstance(aligner, Aligner) else aligner()
+        if overwrite:
+            target.unlink(missing_ok=True)
+        return _run(task, target, written, opened, report)
+
+
+@contextmanager
+def _alone(target: Path) -> Generator[None]:
+    """Keeps every other run from writing `target`, by a lock that ends with the process.
+
+    The lock is of a file beside it, which is removed: the output itself may be replaced. Raises
+    SettingsError if another run has it.
+    """
+    path = target.with_name(f".{target.name}.lock")
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_own = path.stat().st_ino == os.fstat(file.fileno()).st_ino
+        except (BlockingIOError, FileNotFoundError):
+            is_own = False
+        except OSError:  # a file system without locks
+            is_own = True
+        if not is_own:
+            raise SettingsError(
+                f"--output: another run is writing {target}; wait until it ends, or name another"
+            )
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _run(
@@ -184,9 +215,10 @@ def _check(row: Row, place: str) -> None:
     for key in ("audio_filepath", "text"):
         if not isinstance(row.get(key), str):
             raise SettingsError(f'{place}: expected a JSON object with a text in "{key}"')
-    for key in ("offset", "duration"):
-        if not isinstance(row.get(key, 0), int | float | None):
-            raise SettingsError(f'{place}: "{key}" must be a number of seconds, got {row[key]!r}')
+    with located(place):
+        for key in ("offset", "duration"):
+            if row.get(key) is not None:
+                seconds(row[key], key)
 
 
 def _written(target: Path, task: _Task) -> list[Row]:

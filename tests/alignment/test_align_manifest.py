@@ -163,12 +163,17 @@ def test_other_rows_and_bad_lines_are_refused(manifest, tmp_path):
     assert align_manifest(manifest, Evenly(), target, overwrite=True).rows == 5
     with pytest.raises(SettingsError, match="is the manifest itself"):
         align_manifest(manifest, Evenly(), manifest)
+    row = '{"audio_filepath": "a.wav", "text": "a", %s}'
     for line, message in (
         (
             '{"text": "a"}',
             'bad.jsonl line 1: expected a JSON object with a text in "audio_filepath"',
         ),
-        ('{"audio_filepath": "a.wav", "text": "a", "offset": "1"}', '"offset" must be a number'),
+        (row % '"offset": "1"', "bad.jsonl line 1: offset must be seconds, got '1'"),
+        (row % '"offset": true', "offset must be seconds, got True"),
+        (row % '"offset": -1', "offset must be seconds, from 0"),
+        (row % '"offset": 1e308', "offset must be seconds, from 0"),
+        (row % '"duration": NaN', "duration must be seconds, from 0"),
         ("{", "bad.jsonl line 1: "),
         ("", "has no rows"),
     ):
@@ -176,6 +181,23 @@ def test_other_rows_and_bad_lines_are_refused(manifest, tmp_path):
         bad.write_text(line)
         with pytest.raises(SettingsError, match=message):
             align_manifest(bad, Evenly())
+
+
+def test_one_run_at_a_time_writes_an_output(manifest, tmp_path):
+    target = tmp_path / "out.jsonl"
+    held = []
+
+    def second():
+        with pytest.raises(SettingsError, match=r"another run is writing .*out\.jsonl"):
+            align_manifest(manifest, Evenly(), target, overwrite=True)
+        held.append(sorted(path.name for path in tmp_path.glob(".*")))
+        return Evenly()
+
+    assert align_manifest(manifest, second, target).rows == 5
+    assert held == [[".out.jsonl.lock"]] and not [*tmp_path.glob(".*")]
+    assert align_manifest(manifest, Evenly(), target).resumed == 5
+    with pytest.raises(SettingsError, match="is a folder; name a file"):
+        align_manifest(manifest, Evenly(), tmp_path)
 
 
 def test_a_byte_order_mark_and_line_separators_in_a_text_are_read(manifest, tmp_path):
