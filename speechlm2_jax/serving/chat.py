@@ -19,6 +19,7 @@ from speechlm2_jax.serving.responses import outcome_of, respond
 from speechlm2_jax.serving.rows import Ask, Outcome, engine_of
 from speechlm2_jax.serving.server_sent_events import Events, EventStream
 from speechlm2_jax.serving.service import Service
+from speechlm2_jax.serving.token_texts import shown_token, token_bytes
 
 REFUSED: Mapping[str, str] = {
     "audio": "the model generates text only",
@@ -110,7 +111,7 @@ async def complete(service: Service, request: Request) -> Response:
         "index": 0,
         "message": {"role": "assistant", "content": outcome.text, "refusal": None},
         "finish_reason": outcome.finish_reason,
-        "logprobs": _logprobs(service, outcome) if chat.has_logprobs else None,
+        "logprobs": await _logprobs(service, outcome) if chat.has_logprobs else None,
     }
     return JSONResponse(
         {**_head(chat, "chat.completion"), "choices": [choice], "usage": _usage(outcome)}
@@ -315,7 +316,7 @@ async def _events(service: Service, chat: ChatRequest) -> Events:
                 continue
             last = chunk({}, event.finish_reason)
             if chat.has_logprobs:
-                last["choices"][0]["logprobs"] = _logprobs(service, event)
+                last["choices"][0]["logprobs"] = await _logprobs(service, event)
             yield last
             if chat.includes_usage:
                 head = _head(chat, "chat.completion.chunk")
@@ -334,13 +335,13 @@ def _usage(outcome: Outcome) -> dict[str, int]:
     }
 
 
-def _logprobs(service: Service, outcome: Outcome) -> dict[str, Any]:
+async def _logprobs(service: Service, outcome: Outcome) -> dict[str, Any]:
     """The log-probability of each token of the response."""
-    engine = engine_of(service)
-    content = []
+    tokenizer, content = engine_of(service).tokenizer, []
     for part in outcome.parts:
-        tokens = engine.tokenizer.ids_to_tokens(part.ids)
-        for token, value in zip(tokens, part.logprobs.tolist(), strict=True):
-            raw = list(token.encode())
-            content.append({"token": token, "logprob": value, "bytes": raw, "top_logprobs": []})
+        data = await asyncio.to_thread(token_bytes, tokenizer, part.ids)
+        tokens = zip(data, tokenizer.ids_to_tokens(part.ids), part.logprobs.tolist(), strict=True)
+        for own, spelling, value in tokens:
+            shown = {"token": shown_token(own, spelling), "bytes": list(own)}
+            content.append({**shown, "logprob": value, "top_logprobs": []})
     return {"content": content, "refusal": None}

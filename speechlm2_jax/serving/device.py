@@ -194,7 +194,9 @@ class DeviceSlots:
     def _empty(self) -> programs.ServedSlots:
         shape = SlotShape(self.table.slots, self.table.prompt_tokens)
         config = (self._decoding, self.engine.placement)
-        return programs.empty(*self.engine.network, *config, shape)
+        made = programs.empty(*self.engine.network, *config, shape)
+        # committed to its devices, as decoding returns it: else `admit` compiles a second time
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), made)
 
 
 NEUTRAL: Mapping[str, object] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}

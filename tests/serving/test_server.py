@@ -3,6 +3,7 @@
 import base64
 import threading
 
+import jax
 import numpy as np
 import openai
 import pytest
@@ -42,6 +43,21 @@ def client(server):
 def offline_text(model, samples, **settings):
     settings = {"max_new_tokens": OPTIONS.max_new_tokens, **settings}
     return model.transcribe([samples], prompt=OPTIONS.prompt, **settings)[0]
+
+
+@pytest.fixture
+def compilations(caplog):
+    """The log of compilations in all threads."""
+    jax.config.update("jax_log_compiles", True)
+    yield lambda: [own for own in caplog.messages if own.startswith("Compiling")]
+    jax.config.update("jax_log_compiles", False)
+
+
+def test_no_request_waits_for_a_compilation(client, compilations):
+    for number in range(3):
+        file = ("a.wav", wav_bytes(recording(number, 2000 + 2000 * number)))
+        client.audio.transcriptions.create(model="tiny", file=file, temperature=0.5 * number)
+    assert compilations() == []
 
 
 def test_a_transcription_is_that_of_the_model(model, client):
@@ -92,6 +108,8 @@ def test_a_chat_about_a_recording_is_that_of_the_model(model, client):
     assert choice.message.content == model.tokenizer.ids_to_text(ids) != ""
     assert len(choice.logprobs.content) == len(ids)
     assert all(token.logprob <= 0 for token in choice.logprobs.content)
+    joined = bytes(byte for token in choice.logprobs.content for byte in token.bytes)
+    assert joined.decode() == choice.message.content
     assert whole.usage.completion_tokens in (len(ids), len(ids) + 1)
     chunks = list(
         client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
