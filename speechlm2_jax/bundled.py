@@ -1,7 +1,7 @@
 """Where the bundled configs, components and corpus are: in the clone, or in the installed package.
 
-Names such as `corpus/train.jsonl` mean a file of the working folder first, and the bundled one if
-there is none.
+Names such as `corpus/train.jsonl` and `configs/parts/tiny_encoder.nemo` mean a file of the working
+folder first, and the bundled one if there is none.
 """
 
 import os
@@ -13,12 +13,12 @@ _INSTALLED = _PACKAGE / "bundled_files"
 ROOT = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent
 """The folder of configs/ and corpus/."""
 CONFIGS = ROOT / "configs"
-_CORPUS = "corpus/"
+_FOLDERS = ("corpus/", "configs/")
 
 
 def with_bundled(path: str) -> str:
-    """`path`; or the bundled file or folder of that name below corpus/ if there is none here."""
-    if not path.startswith(_CORPUS) or os.path.exists(path):
+    """`path`; or the bundled file or folder of that name below _FOLDERS if there is none here."""
+    if not path.startswith(_FOLDERS) or os.path.exists(path):
         return path
     bundled = ROOT / path
     return str(bundled) if bundled.exists() else path

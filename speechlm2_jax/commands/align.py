@@ -89,8 +89,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--aligner",
         default=DEFAULT_ALIGNER,
         metavar="NAME",
-        help="an ASR model with a CTC head, or a transducer: a .nemo file, a run, or a hub name "
-        f"({DEFAULT_ALIGNER})",
+        help="an ASR model with a CTC head, or a transducer: a .nemo file, a run, or a hub name; "
+        f"of a SALM, its encoder's CTC head ({DEFAULT_ALIGNER})",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="(NAME_words.jsonl beside the manifest)"

@@ -20,9 +20,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from speechlm2_jax import console
 from speechlm2_jax.usage import print_help_if_asked
+
+if TYPE_CHECKING:
+    from speechlm2_jax.conversion.readers import LazySource
 
 PROGRAM = "convert.py"
 FORMATS = ("nemo", "hf")
@@ -39,7 +43,6 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> int:
     """Converts or lists; 2 after one line on what is wrong with the input, if anything is."""
     from speechlm2_jax.conversion.errors import ConversionError, SelfTestError
     from speechlm2_jax.conversion.listing import table
-    from speechlm2_jax.conversion.readers import open_weights
     from speechlm2_jax.parameter_paths import PatternError
     from speechlm2_jax.pretrained.locate import nearest_path
     from speechlm2_jax.settings import SettingsError
@@ -49,13 +52,30 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> int:
         if not arguments.source.exists() and (near := nearest_path(str(arguments.source))):
             raise ConversionError(f"{arguments.source} does not exist; did you mean {near!r}?")
         if arguments.inspect:
-            print(table(open_weights(arguments.source)))
+            print(table(_weights(arguments.source)))
         else:
             convert(arguments)
     except (ConversionError, SettingsError, PatternError, OSError) as error:
         print(f"{program}:", " ".join(str(error).split()), file=sys.stderr)
         return 1 if isinstance(error, SelfTestError) else 2
     return 0
+
+
+def _weights(source: Path) -> "LazySource":
+    """The tensors of SOURCE; of a run, the variables of its best checkpoint, else of its last."""
+    from speechlm2_jax import checkpointing
+    from speechlm2_jax.conversion.errors import ConversionError
+    from speechlm2_jax.conversion.readers import memory_source, open_weights
+    from speechlm2_jax.pretrained.registry import is_run
+
+    if not is_run(source):
+        return open_weights(source)
+    try:
+        weights = checkpointing.load_weights(source)
+    except checkpointing.DamagedError as error:
+        raise ConversionError(str(error)) from error
+    print(f"{source}: step {weights.step}")
+    return memory_source(weights.variables)
 
 
 def _arguments(argv: Sequence[str], program: str) -> argparse.Namespace:

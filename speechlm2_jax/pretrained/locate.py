@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speechlm2_jax.bundled import config_roots
+from speechlm2_jax.bundled import config_roots, with_bundled
 from speechlm2_jax.conversion import readers
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.readers.nemo import NemoArchive
@@ -51,14 +51,16 @@ def _names_in(folder: Path) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """Looks names up: in the working directory first, then in `near`, then on the hub."""
+    """Looks names up: in the working directory, in `near`, among bundled files, on the hub."""
 
     near: tuple[Path, ...] = ()
 
     def local(self, name: str) -> Path | None:
         """The existing path that `name` means, or None."""
         path = Path(name).expanduser()
-        candidates = [path] if path.is_absolute() else [path, *(n / path for n in self.near)]
+        candidates = [path]
+        if not path.is_absolute():
+            candidates += [*(n / path for n in self.near), Path(with_bundled(name))]
         return next((c.absolute() for c in candidates if c.exists()), None)
 
     def find(self, name: str, *, key: str, patterns: tuple[str, ...] = LLM_FILES) -> Path:

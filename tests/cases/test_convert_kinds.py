@@ -88,6 +88,10 @@ def test_a_run_of_a_ctc_model_becomes_a_nemo_file(tmp_path, capsys):
     checkpointer.close()
     model.save_definition(run / "model")
     write_checksums(run / "model", {})
+    assert main([str(run), "--inspect"]) == 0
+    first, *rows, last = capsys.readouterr().out.splitlines()
+    assert first == f"{run}: step 1" and last.startswith(f"{len(model.variables)} tensors, ")
+    assert {row.split()[0] for row in rows} == set(model.variables)
     assert main([str(run), str(tmp_path / "folder")]) == 2
     assert "name one" in capsys.readouterr().err
     assert main([str(run), str(tmp_path / "ctc.nemo")]) == 0

@@ -1,5 +1,6 @@
 """Which ASR model aligns: named ones, a SALM's own CTC head, and the default of the hub."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -25,8 +26,8 @@ def test_a_ctc_head_is_taken_where_there_is_one(name, kind):
 
 
 def test_other_models_are_refused_by_name():
-    with pytest.raises(SettingsError, match=r"--aligner: .*llama_adapter_hf is a SALM; open it"):
-        open_aligner(DATA / "salm" / "llama_adapter_hf", key="--aligner")
+    with pytest.raises(SettingsError, match=r"--aligner: .*hf is a full-duplex model; open it"):
+        open_aligner(DATA / "duplex" / "duplex_s2s" / "hf", key="--aligner")
     with pytest.raises(SettingsError, match=r"aligner: no such file or directory: 'no\.nemo'"):
         open_aligner("no.nemo")
 
@@ -35,6 +36,23 @@ def test_a_salm_takes_the_head_of_its_encoder(tmp_path):
     assert isinstance(usual_aligner("parts/tiny_encoder.nemo"), CtcAligner)
     (tmp_path / "own.nemo").symlink_to(DATA / "asr" / "ctc.nemo")
     assert isinstance(usual_aligner("own.nemo", (tmp_path,)), CtcAligner)
+
+
+def test_a_named_salm_is_the_head_of_its_encoder(tmp_path):
+    config = json.loads((DATA / "salm" / "llama_adapter_hf" / "config.json").read_text())
+    for asr_name in ("ctc.nemo", "tdt.nemo"):
+        (tmp_path / asr_name).symlink_to(DATA / "asr" / asr_name)
+        (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_asr": asr_name}))
+        if asr_name == "ctc.nemo":  # the weights of the SALM are not read: there are none
+            assert isinstance(open_aligner(tmp_path), CtcAligner)
+            continue
+        with pytest.raises(SettingsError, match=r"is a SALM, and its .* \(tdt\.nemo\) .* no CTC"):
+            open_aligner(tmp_path)
+
+
+def test_a_bundled_aligner_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(open_aligner("configs/parts/tiny_encoder.nemo"), CtcAligner)
 
 
 @pytest.mark.parametrize("asr_name", [None, "nvidia/canary-1b-flash", str(DATA / "asr/tdt.nemo")])
