@@ -64,6 +64,10 @@ def _transcribe(arguments: argparse.Namespace, program: str) -> int:
     note = console.log_line if not is_printed else lambda _text: None
     if len(left) < len(sources):
         note(f"{len(sources) - len(left)} of {len(sources)} are transcribed already and skipped")
+    if outputs.changed and not arguments.overwrite:
+        names = ", ".join(source.name for source in outputs.changed[:3])
+        more = ", ..." if len(outputs.changed) > 3 else ""
+        note(f"changed since they were transcribed, and transcribed again: {names}{more}")
     if not left:
         note("nothing is left to do; --overwrite transcribes again")
         return 0

@@ -39,6 +39,12 @@ class GivenRecording:
     """Its outputs in the folder that was given, without suffix; the name alone for a file."""
     place: Path
     """As `stem`, absolute; of an address, with its host and folders."""
+    holder: str
+    """The file or address that it is read from, or the input that names it."""
+    inner: str = ""
+    """What tells it from others in `holder`: a stretch, a channel, an id."""
+    is_of_holder: bool = True
+    """Whether it is another recording where `holder` changes; not where a list names it."""
     file: Path | None = None
     """Its own file, if it has one on this machine."""
     apart: str = ""
@@ -126,6 +132,8 @@ def _of_file(
         stem=Path(stem),
         inside=Path(os.path.basename(stem) if inside is None else _split(inside)[0]),
         place=place,
+        holder=path,
+        inner=_stretch(offset_s, channel),
         file=None if is_far else Path(path),
         apart=suffix,
         offset_s=offset_s,
@@ -147,6 +155,8 @@ def _packed(utterance: Utterance, clip: AudioClip) -> GivenRecording:
         stem=Path(name) if is_far else folder / name,
         inside=Path(name),
         place=Path(os.path.abspath(folder / name)),
+        holder=clip.path,
+        inner=f"/{utterance.id}{_stretch(clip.offset_s, clip.channel)}",
         apart=f"_{member}",
         member=member,
         offset_s=clip.offset_s,
@@ -166,6 +176,9 @@ def _without_file(utterance: Utterance, given: str) -> GivenRecording:
         stem=stem,
         inside=Path(name),
         place=Path(os.path.abspath(stem)),
+        holder=given,
+        inner=f"/{utterance.id}",
+        is_of_holder=False,
     )
 
 

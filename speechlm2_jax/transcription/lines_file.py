@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.settings import SettingsError
 
 LINES_FILE = "transcripts.jsonl"
@@ -13,10 +14,16 @@ KEYS = ("audio_filepath", "offset", "channel", "place")
 """What names the recording of a row."""
 
 
-def key_of(row: Mapping[str, Any]) -> str:
-    """The recording of a row, as a text. Raises KeyError for a row without one."""
+def key_of(row: Mapping[str, Any], folder: Path) -> str:
+    """The recording of a row of a file in `folder`, as a text; its path is absolute there.
+
+    Raises KeyError for a row without one.
+    """
+    name = row["audio_filepath"]
+    if not is_remote(name):
+        name = os.path.abspath(folder / name)
     named = {key: row[key] for key in KEYS if row.get(key) is not None}
-    return json.dumps({"audio_filepath": row["audio_filepath"], **named}, ensure_ascii=False)
+    return json.dumps(named | {"audio_filepath": name}, ensure_ascii=False)
 
 
 class LinesFile:
@@ -39,7 +46,7 @@ class LinesFile:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Writes a row at the end. Raises OSError."""
-        key = key_of(row)
+        key = key_of(row, self.path.parent)
         self._has_two |= key in self.written()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -68,7 +75,8 @@ def _tidy(path: Path) -> set[str]:
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     try:
-        rows = {key_of(json.loads(line)): line + b"\n" for line in whole.split(b"\n") if line}
+        lines = [line for line in whole.split(b"\n") if line]
+        rows = {key_of(json.loads(line), path.parent): line + b"\n" for line in lines}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(
             f"{path}: is not a file of transcripts ({error}); move it, or name another --output-dir"

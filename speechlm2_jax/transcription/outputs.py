@@ -14,6 +14,7 @@ from speechlm2_jax.inference.transcript_files import to_dict, write_transcript
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.transcription.inputs import GivenRecording
 from speechlm2_jax.transcription.lines_file import LINES_FILE, LinesFile, key_of, write_whole
+from speechlm2_jax.transcription.origins import Origin, origin_of
 from speechlm2_jax.transcription.output_journal import AGAIN, WRITTEN, Entry, OutputJournal
 from speechlm2_jax.transcription.output_names import name_outputs, stem_of
 
@@ -29,9 +30,12 @@ class Outputs:
     folder: Path | None = None
     """None: beside each recording; jsonl in the working folder."""
     overwrite: bool = False
+    changed: Sequence[GivenRecording] = ()
+    """Recordings whose files have changed since they were transcribed; `prepare` finds them."""
     _stems: Mapping[Hashable, Path] = field(default_factory=dict)
     _missing: Mapping[Hashable, tuple[str, ...]] = field(default_factory=dict)
     _left: Sequence[GivenRecording] = ()
+    _origins: Mapping[Hashable, Origin] = field(default_factory=dict)
     _journal: OutputJournal = field(default_factory=OutputJournal)
 
     def __post_init__(self) -> None:
@@ -42,15 +46,17 @@ class Outputs:
         """The recordings whose transcripts are not all there yet; with `overwrite`, all.
 
         Raises SettingsError for recordings whose outputs `name_outputs` cannot tell apart, for a
-        file in their place that the command did not write, and for a folder that cannot be written.
+        file in their place that the command did not write, or wrote of another recording, and for
+        a folder that cannot be written.
         """
         self._stems = name_outputs(sources, self.folder)
-        for path in dict.fromkeys(path for source in sources for path in self._paths(source)):
-            if self._journal.state(_entry(path)) is None and path.exists():
-                raise SettingsError(
-                    f"{path} is there already, and this command did not write it; name a folder "
-                    "for the transcripts with --output-dir"
-                )
+        self._origins = {source.key: origin_of(source) for source in sources}
+        self._check_own(sources)
+        self.changed = [
+            source
+            for source in sources
+            if any(self._is_changed(source, form) for form in self.formats)
+        ]
         self._missing = {source.key: tuple(self._missing_formats(source)) for source in sources}
         self._left = [source for source in sources if self._missing[source.key]]
         for folder in {path.parent for source in self._left for path in self._paths(source)}:
@@ -60,12 +66,12 @@ class Outputs:
     def begin(self) -> None:
         """To be called before the first `write`: what is replaced now does not count as done."""
         if self.overwrite:
-            present = (
-                self._state_entry(source, form)
+            present = {
+                self._state_entry(source, form): self._origin(source)
                 for source in self._left
                 for form in self.formats
                 if self._is_present(source, form)
-            )
+            }
             with self._told():
                 self._journal.note(present, AGAIN)
 
@@ -73,39 +79,73 @@ class Outputs:
         """Writes what is missing of one recording. Raises SettingsError if that is not possible."""
         with self._told():
             for form in self._missing.get(source.key, self.formats):
+                entry, origin = self._state_entry(source, form), self._origin(source)
                 if form == LINES:
-                    self._journal.note([_entry(self._lines.path)], WRITTEN)
+                    self._journal.note({_entry(self._lines.path): None}, WRITTEN)
                     self._lines.add(self._named(source) | to_dict(transcript))
                 else:
-                    path = self._path(source, form)
-                    self._journal.note([_entry(path)], AGAIN)
+                    self._journal.note({entry: origin}, AGAIN)
                     text = write_transcript(transcript, form, source.name, source.offset_s)
-                    write_whole(path, text.encode())
-                entry = self._state_entry(source, form)
-                if self._journal.state(entry) == AGAIN:
-                    self._journal.note([entry], WRITTEN)
+                    write_whole(self._path(source, form), text.encode())
+                self._journal.note({entry: origin}, WRITTEN)
 
     def close(self) -> None:
         """Removes rows of jsonl that were replaced. Raises SettingsError."""
         with self._told():
             self._lines.close()
 
+    def _check_own(self, sources: Sequence[GivenRecording]) -> None:
+        """Raises SettingsError for a file that is not the transcript of its recording."""
+        for source in sources:
+            for path in self._paths(source):
+                entry = _entry(path)
+                if not os.path.exists(path):
+                    continue
+                if self._journal.state(entry) is None:
+                    raise SettingsError(
+                        f"{path} is there already, and this command did not write it; name a "
+                        "folder for the transcripts with --output-dir"
+                    )
+                before, now = self._journal.origin(entry), self._origin(source)
+                if before is not None and before.is_other(now) and not self.overwrite:
+                    raise SettingsError(
+                        f"{path} is the transcript of {before.place}, not of {now.place}; name "
+                        "another folder with --output-dir, or replace it with --overwrite"
+                    )
+
     def _missing_formats(self, source: GivenRecording) -> Iterator[str]:
         for form in self.formats:
             is_done = self._is_present(source, form) and not self.overwrite
-            if not is_done or self._journal.state(self._state_entry(source, form)) == AGAIN:
+            is_again = self._journal.state(self._state_entry(source, form)) == AGAIN
+            if not is_done or is_again or self._is_changed(source, form):
                 yield form
+
+    def _is_changed(self, source: GivenRecording, form: str) -> bool:
+        """Whether an output was made from an earlier content of its recording's file."""
+        before = self._journal.origin(self._state_entry(source, form))
+        return (
+            before is not None
+            and self._is_present(source, form)
+            and before.is_changed(self._origin(source))
+        )
+
+    def _origin(self, source: GivenRecording) -> Origin:
+        """The recording as it was before it was read."""
+        return self._origins.get(source.key) or origin_of(source)
 
     def _is_present(self, source: GivenRecording, form: str) -> bool:
         if form == LINES:
-            return key_of(self._named(source)) in self._lines.written()
-        return self._path(source, form).is_file()
+            return self._row_key(source) in self._lines.written()
+        return os.path.isfile(self._path(source, form))
 
     def _state_entry(self, source: GivenRecording, form: str) -> Entry:
         """What the journal calls an output: a file, or a row of jsonl."""
         if form == LINES:
-            return self._lines.path.parent, key_of(self._named(source))
+            return self._lines.path.parent, self._row_key(source)
         return _entry(self._path(source, form))
+
+    def _row_key(self, source: GivenRecording) -> str:
+        return key_of(self._named(source), self._lines.path.parent)
 
     def _paths(self, source: GivenRecording) -> list[Path]:
         """The files of one recording; that of jsonl is the same for all."""
