@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from speechlm2_jax.transcription.inputs import GivenRecording
     from speechlm2_jax.transcription.opening import Options
+    from speechlm2_jax.transcription.outputs import Outputs
 
 PROGRAM = "speechlm2-jax transcribe"
 DESCRIPTION = """\
@@ -48,46 +50,61 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> int:
 def _transcribe(arguments: argparse.Namespace, program: str) -> int:
     from speechlm2_jax import console
     from speechlm2_jax.transcription.inputs import find_sources
-    from speechlm2_jax.transcription.opening import choose_model, open_model
+    from speechlm2_jax.transcription.opening import choose_model
     from speechlm2_jax.transcription.outputs import Outputs
-    from speechlm2_jax.transcription.progress import AudioProgress, duration
-    from speechlm2_jax.transcription.run import transcribe_all
 
     formats = _formats(arguments.output)
     options = _options(arguments, formats)
     name = choose_model(arguments.model)
     with console.phase("looking for recordings"):
         sources = find_sources(arguments.inputs)
-    is_printed = formats == ("txt",) and len(sources) == 1 and arguments.output_dir is None
+    if formats == ("txt",) and len(sources) == 1 and arguments.output_dir is None:
+        return _run(arguments, program, name, options, sources, None)
     outputs = Outputs(formats=formats, folder=arguments.output_dir, overwrite=arguments.overwrite)
-    left = sources if is_printed else outputs.prepare(sources)
-    note = console.log_line if not is_printed else lambda _text: None
-    if len(left) < len(sources):
-        note(f"{len(sources) - len(left)} of {len(sources)} are transcribed already and skipped")
-    if outputs.changed and not arguments.overwrite:
-        names = ", ".join(source.name for source in outputs.changed[:3])
-        more = ", ..." if len(outputs.changed) > 3 else ""
-        note(f"changed since they were transcribed, and transcribed again: {names}{more}")
-    if not left:
-        note("nothing is left to do; --overwrite transcribes again")
-        return 0
+    with outputs.locked():
+        left = outputs.prepare(sources)
+        if len(left) < len(sources):
+            skipped = len(sources) - len(left)
+            console.log_line(f"{skipped} of {len(sources)} are transcribed already and skipped")
+        if outputs.changed and not arguments.overwrite:
+            names = ", ".join(source.name for source in outputs.changed[:3])
+            more = ", ..." if len(outputs.changed) > 3 else ""
+            console.log_line(
+                f"changed since they were transcribed, and transcribed again: {names}{more}"
+            )
+        if not left:
+            console.log_line("nothing is left to do; --overwrite transcribes again")
+            return 0
+        return _run(arguments, program, name, options, left, outputs)
+
+
+def _run(
+    arguments: argparse.Namespace,
+    program: str,
+    name: str,
+    options: "Options",
+    sources: "Sequence[GivenRecording]",
+    outputs: "Outputs | None",
+) -> int:
+    """Opens the model and transcribes; `outputs` None prints the texts, and nothing else."""
+    from speechlm2_jax import console
+    from speechlm2_jax.transcription.opening import open_model
+    from speechlm2_jax.transcription.progress import AudioProgress, duration
+    from speechlm2_jax.transcription.run import transcribe_all
+
+    note = console.log_line if outputs is not None else lambda _text: None
     note(f"model: {name}")
     with console.phase(f"loading {name}"):
         model = open_model(name, options)
-    audio_s = sum(source.utterance.duration_s for source in left)
+    audio_s = sum(source.utterance.duration_s for source in sources)
     kept = "what is written is kept, and the same command"
     kept += " without --overwrite resumes" if arguments.overwrite else " resumes"
+    size = 4 * arguments.batch_size
     with (
         console.one_line_errors(program, [], kept=kept),
-        AudioProgress(len(left), audio_s) as progress,
+        AudioProgress(len(sources), audio_s) as progress,
     ):
-        totals = transcribe_all(
-            left,
-            model,
-            None if is_printed else outputs,
-            progress,
-            group_size=4 * arguments.batch_size,
-        )
+        totals = transcribe_all(sources, model, outputs, progress, group_size=size)
         speed = progress.speed()
     note(
         f"transcribed {totals.files} recordings, {duration(totals.audio_s)} of audio, "

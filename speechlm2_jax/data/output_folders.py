@@ -1,7 +1,8 @@
-"""Checks, before hours of work, that a folder of outputs can be written."""
+"""Checks, before hours of work, that outputs can be written, and by one process alone."""
 
 import tempfile
 from pathlib import Path
+from typing import IO
 
 from speechlm2_jax.settings import SettingsError
 
@@ -22,3 +23,19 @@ def check_writable(folder: Path, option: str) -> None:
             f"{folder}: cannot be written ({error.strerror}: {there}); name another folder with "
             f"{option}"
         ) from error
+
+
+def lock_file(file: IO[bytes]) -> bool:
+    """Locks an open file until it is closed, or its process ends; False if another has it locked.
+
+    True, too, on a file system without locks.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True

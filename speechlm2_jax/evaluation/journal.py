@@ -7,7 +7,6 @@ is replaced by the rows in input order.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
+from speechlm2_jax.data.output_folders import lock_file
 from speechlm2_jax.evaluation.results import write_rows
 from speechlm2_jax.settings import SettingsError, parse_json
 
@@ -228,16 +228,12 @@ class Journal:
 
     def _locked(self, path: Path) -> IO[bytes]:
         file = path.open("r+b", buffering=0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock_file(file):
             file.close()
             raise SettingsError(
                 f"output_manifest: another evaluation is writing {path}; name another file, or "
                 "wait until it ends"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+            )
         return file
 
     @contextlib.contextmanager

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speechlm2_jax.data.output_folders import check_writable
+from speechlm2_jax.data.output_folders import check_writable, lock_file
 from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.inference.timed_text import Transcript
 from speechlm2_jax.inference.transcript_files import to_dict, write_transcript
@@ -15,7 +15,7 @@ from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.transcription.inputs import GivenRecording
 from speechlm2_jax.transcription.lines_file import LINES_FILE, LinesFile, key_of, write_whole
 from speechlm2_jax.transcription.origins import Origin, origin_of
-from speechlm2_jax.transcription.output_journal import AGAIN, WRITTEN, Entry, OutputJournal
+from speechlm2_jax.transcription.output_journal import AGAIN, JOURNAL, WRITTEN, Entry, OutputJournal
 from speechlm2_jax.transcription.output_names import name_outputs, stem_of
 
 LINES = "jsonl"
@@ -41,6 +41,27 @@ class Outputs:
     def __post_init__(self) -> None:
         """Names the file of jsonl."""
         self._lines = LinesFile((self.folder or Path()) / LINES_FILE)
+
+    @contextmanager
+    def locked(self) -> Generator[None]:
+        """Keeps other commands from writing into the folder, or into the same file of jsonl.
+
+        Raises SettingsError if another command is writing there.
+        """
+        if self.folder is None and LINES not in self.formats:
+            yield  # each file is written whole: two commands do no harm
+            return
+        folder = self._lines.path.parent
+        with ExitStack() as stack:
+            with suppress(OSError):  # `prepare` tells of a folder that cannot be written
+                folder.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((folder / JOURNAL).open("ab"))
+                if not lock_file(file):
+                    raise SettingsError(
+                        f"{folder}: another command is writing transcripts there; wait until it "
+                        "ends, or name another folder with --output-dir"
+                    )
+            yield
 
     def prepare(self, sources: Sequence[GivenRecording]) -> list[GivenRecording]:
         """The recordings whose transcripts are not all there yet; with `overwrite`, all.

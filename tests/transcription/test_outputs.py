@@ -210,3 +210,14 @@ def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(
         with pytest.raises(SystemExit, match="2"):
             run("calls", "--output-dir", name)
         assert f"{name}: cannot be written (" in capsys.readouterr().err.replace("/day:", ":")
+
+
+@pytest.mark.parametrize("options", [("--output-dir", "out"), ("--output", "jsonl")])
+def test_one_command_at_a_time_writes_into_a_folder(folder, model, capsys, options):
+    other = Outputs(formats=("jsonl",), folder=Path("out") if "out" in options else None)
+    with other.locked(), pytest.raises(SystemExit, match="2"):
+        run("calls", *options)
+    err = capsys.readouterr().err
+    assert ": another command is writing transcripts there; wait" in err
+    assert err.count("\n") == 1 and model == []
+    assert run("calls", *options) == 0
