@@ -35,6 +35,8 @@ LOSSY_TOLERANCE_S = 0.5
 """The same for lossy formats, as in Lhotse: some tools count the encoder's delay, some do not."""
 LOSSY_TOLERANCE_SHARE = 0.4
 """And at most this share of the declared duration: half of a file is not the file."""
+MAX_SAMPLE = 1e10
+"""Beyond 32-bit integers kept as floats; squares of much larger samples overflow float32."""
 _KAISER_BETA = 5.0
 FILTER_CROSSINGS = 10
 """Zero crossings of the sinc on each side of the resampling filter, and its window: SciPy's."""
@@ -157,14 +159,14 @@ def _fitted(wave: np.ndarray, stretch: _Stretch) -> np.ndarray:
 def check_samples(
     wave: np.ndarray, source: object = "audio", *, are_finite: bool = False
 ) -> Float[np.ndarray, " S"]:
-    """Returns samples that are neither missing nor NaN nor infinite; raises AudioError.
+    """Returns samples that are neither missing nor NaN, infinite or absurd; raises AudioError.
 
-    `are_finite`: they are known to be, as integers are.
+    `are_finite`: they are known to be none of these, as integers are.
     """
     if not len(wave):
         raise AudioError(f"{source}: no samples", cause="empty")
-    if not are_finite and not np.isfinite(wave).all():
-        raise AudioError(f"{source}: NaN or infinite samples", cause="not_finite")
+    if not are_finite and not -MAX_SAMPLE < wave.min() <= wave.max() < MAX_SAMPLE:  # nor NaN
+        raise AudioError(f"{source}: NaN, infinite or absurdly large samples", cause="not_finite")
     return wave
 
 
@@ -279,8 +281,11 @@ def _mono(
 
 def one_channel(block: np.ndarray, channel: int | None, source: object) -> np.ndarray:
     """One channel of a block [n, C], or the mean of all. Raises AudioError if it has none such."""
+    if channel is None and block.shape[1] == 1:
+        return block[:, 0]
     if channel is None:
-        return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):  # `check_samples` refuses what comes
+            return block.mean(axis=1)
     if channel >= block.shape[1]:
         raise AudioError(
             f"{source}: channel {channel} asked of {block.shape[1]}", cause="no_such_channel"

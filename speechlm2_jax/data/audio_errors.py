@@ -4,7 +4,7 @@ CAUSES = {
     "missing": "the file does not exist",
     "unreadable": "the file cannot be decoded",
     "empty": "there are no samples",
-    "not_finite": "a sample is NaN or infinite",
+    "not_finite": "a sample is NaN, infinite or absurdly large",
     "truncated": "the file ends before its declared duration",
     "longer_than_declared": "the file is longer than its declared duration",
     "no_such_channel": "the file has no such channel",

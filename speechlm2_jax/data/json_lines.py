@@ -41,7 +41,8 @@ def object_of_line(where: str, line: bytes) -> dict[str, Any]:
         row = parse_json(text.strip())
         if not isinstance(row, dict):
             raise SettingsError("not a JSON object; each line holds one")
-        _check_surrogates(text, row)
+        if _SURROGATE.search(text):
+            check_surrogates(row)
     except SettingsError as error:
         reason = str(error).replace(": line 1 column", ": column")  # the file's line is named
         raise SettingsError(f"{where}: {reason}") from None
@@ -97,11 +98,12 @@ def is_gzip(path: Path) -> bool:
         return file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
 
 
-def _check_surrogates(text: str, row: object) -> None:
-    r"""Raises SettingsError for half of a pair, as `"\ud83d"` alone: no tokenizer encodes it."""
-    if not _SURROGATE.search(text):
-        return
-    for value in _texts(row):
+def check_surrogates(parsed: object) -> None:
+    r"""Raises SettingsError for half of a pair, as `"\ud83d"` alone: no tokenizer encodes it.
+
+    All texts of a value of JSON are checked, the names of its fields too.
+    """
+    for value in _texts(parsed):
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:

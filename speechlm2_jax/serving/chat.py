@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from speechlm2_jax.serving.api_errors import ApiError, bad
-from speechlm2_jax.serving.fields import Fields, check_model, sampling_of
+from speechlm2_jax.serving.fields import Fields, check_model, check_unicode, sampling_of
 from speechlm2_jax.serving.responses import outcome_of, respond
 from speechlm2_jax.serving.rows import Ask, Outcome, engine_of
 from speechlm2_jax.serving.server_sent_events import Events, EventStream
@@ -129,9 +129,11 @@ def _parsed(raw: bytes) -> Any:
             413, f"the JSON has more than {MAX_MARKS} values and escapes", code="request_too_large"
         )
     try:
-        return json.loads(raw)
+        body = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise bad(f"the body is not JSON: {error}"[:200]) from None
+    check_unicode(body)
+    return body
 
 
 async def _read(service: Service, fields: Fields, received_s: float) -> ChatRequest:

@@ -3,9 +3,11 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from speechlm2_jax.data.json_lines import check_surrogates
 from speechlm2_jax.serving.api_errors import ApiError, bad
 from speechlm2_jax.serving.jobs import Sampling
 from speechlm2_jax.serving.service import Service
+from speechlm2_jax.settings import SettingsError
 
 
 class Fields:
@@ -71,6 +73,17 @@ class Fields:
     def get(self, key: str, default: Any = None) -> Any:
         """The value as it is."""
         return self._values.get(key, default)
+
+
+def check_unicode(values: object) -> None:
+    """Raises ApiError for a text or a name, however deep in JSON, that no UTF-8 can hold.
+
+    Such a text can neither be tokenized nor be told in a response.
+    """
+    try:
+        check_surrogates(values)
+    except SettingsError as error:
+        raise bad(f"the body is not Unicode: {error}") from None
 
 
 def sampling_of(fields: Fields) -> Sampling:

@@ -14,6 +14,8 @@ from speechlm2_jax.serving.api_errors import ApiError
 from speechlm2_jax.serving.options import MIB, ServeOptions
 
 T = TypeVar("T")
+MAX_HEADER_BYTES = 64 * 1024
+"""Of all headers of a request, with the four bytes between and after a name and a value."""
 HEADER_TIMEOUT_S = 15.0
 """To send the headers of a request, or the rest of one that got its response early."""
 
@@ -40,6 +42,7 @@ class Guard:
         body_end = asyncio.Event()
         scope.setdefault("state", {})["body_end"] = body_end
         try:
+            _check_headers(scope["headers"])
             if scope["path"].startswith("/v1"):
                 check_key(headers.get(b"authorization", b""), self._options.api_keys)
             self._check_size(int(headers.get(b"content-length", b"0") or 0))
@@ -79,6 +82,12 @@ class Guard:
                 f"the request is larger than {most / MIB:g} MiB",
                 code="request_too_large",
             )
+
+
+def _check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """Raises ApiError for too many: h11 limits only what has not come whole."""
+    if sum(len(name) + len(value) + 4 for name, value in headers) > MAX_HEADER_BYTES:
+        raise ApiError(431, f"the headers are larger than {MAX_HEADER_BYTES // 1024} KiB")
 
 
 def check_key(authorization: bytes, keys: Sequence[str]) -> None:

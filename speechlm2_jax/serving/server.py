@@ -9,14 +9,13 @@ from types import FrameType
 import uvicorn
 
 from speechlm2_jax.serving.app import make_app
-from speechlm2_jax.serving.guard import PatientProtocol
+from speechlm2_jax.serving.guard import MAX_HEADER_BYTES, PatientProtocol
 from speechlm2_jax.serving.load import load_engine
 from speechlm2_jax.serving.options import ServeOptions
 from speechlm2_jax.serving.service import LoadEngine, Service
 
 log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 2048
-MAX_HEADER_BYTES = 64 * 1024
 END_TIMEOUT_S = 5.0
 
 

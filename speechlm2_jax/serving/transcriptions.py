@@ -17,7 +17,7 @@ from speechlm2_jax.inference.timestamps import DEFAULT_ALIGNER
 from speechlm2_jax.inference.timestamps.confidence import ToText
 from speechlm2_jax.inference.transcript_files import write_transcript
 from speechlm2_jax.serving.api_errors import bad
-from speechlm2_jax.serving.fields import Fields, check_model, sampling_of
+from speechlm2_jax.serving.fields import Fields, check_model, check_unicode, sampling_of
 from speechlm2_jax.serving.pieces import cut, transcribe_parts
 from speechlm2_jax.serving.responses import outcome_of
 from speechlm2_jax.serving.rows import Ask, Outcome, engine_of
@@ -109,6 +109,7 @@ def _read_form(form: FormData) -> tuple[Fields, UploadFile]:
     if len(files) != 1:
         raise bad("file: send one audio file as multipart/form-data", "file", "missing_file")
     values: dict[str, Any] = {}
+    check_unicode([*form])
     for key in form:
         own = form.getlist(key)
         if key != "file" and not all(isinstance(value, str) for value in own):
@@ -116,6 +117,7 @@ def _read_form(form: FormData) -> tuple[Fields, UploadFile]:
         if len(own) > 1 and not key.endswith("[]"):
             raise bad(f"{key}: given {len(own)} times; give it once", key)
         values[key] = own if key.endswith("[]") else own[0]
+    check_unicode(values)
     return Fields(values), files[0]
 
 

@@ -141,7 +141,9 @@ def test_a_flac_file_cut_short_is_refused_without_a_declared_duration(tmp_path):
 
 
 def test_samples_given_as_an_array_pass_the_same_checks():
-    for wave, cause in ((np.zeros(0), "empty"), (np.array([0.0, np.inf]), "not_finite")):
+    wrong = ([np.inf], [0.0, -np.inf], [np.nan, 0.0], [0.0, 1e11], [-1e11])
+    waves = [(np.zeros(0), "empty"), *((np.array(own), "not_finite") for own in wrong)]
+    for wave, cause in waves:
         with pytest.raises(AudioError) as caught:
             check_samples(wave)
         assert caught.value.cause == cause

@@ -70,6 +70,7 @@ WRONG = {
     "no file": ({}, 400, "file: send one audio file"),
     "no audio": (dict(file=b"no audio at all"), 400, "file: "),
     "empty": (dict(file=b""), 400, "file: the upload is empty"),
+    "absurd": (dict(file=wav_bytes(np.full((99, 2), 3e38))), 400, "absurdly large samples"),
     "truncated": (dict(file=HALF), 400, "file: "),
     "hours": (
         dict(file=flac_of(np.zeros(36 * 16000))),
@@ -197,6 +198,29 @@ def test_no_base64_and_no_json(client):
     assert reply.status_code == 400 and "is not base64" in reply.text
     reply = client.post("/v1/chat/completions", content=b"{" * 5000)
     assert reply.status_code == 400 and "not JSON" in reply.text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"messages":[{"role":"user","content":"hi \ud800"}],"stream":true}',
+        rb'{"messages":[{"role":"user","content":"hi","a\ud800":1}]}',
+        rb'{"a\udfff":1}',
+        b'{"a\xed\xa0\x80":1}',
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused_wherever_it_stands(client, body):
+    reply = client.post("/v1/chat/completions", content=body)
+    assert reply.status_code == 400 and "the body is not Unicode" in reply.text
+
+
+@pytest.mark.parametrize("field", ["model", "a\\ud800"])
+def test_a_form_that_is_not_unicode_is_refused(client, field):
+    body = f'--x\r\nContent-Disposition: form-data; name="{field}"\r\n\r\n\\ud800\r\n'
+    body += '--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\na\r\n--x--'
+    kind = {"Content-Type": "multipart/form-data; boundary=x; charset=unicode_escape"}
+    reply = client.post("/v1/audio/transcriptions", content=body.encode(), headers=kind)
+    assert reply.status_code == 400 and "the body is not Unicode" in reply.text
 
 
 def test_a_key_is_needed_where_one_is_set(server, client):
@@ -355,6 +379,10 @@ def test_slow_and_hostile_connections_end(server, client, monkeypatch):
     with socket.create_connection(address, timeout=20) as bomb:
         bomb.sendall(head.encode() + b"X: " + b"a" * (1 << 17))
         assert bomb.recv(4096).startswith(b"HTTP/1.1 400")
+    monkeypatch.setattr(guard, "MAX_HEADER_BYTES", 6000)
+    with socket.create_connection(address, timeout=20) as many:
+        many.sendall(head.encode() + b"X: 1\r\n" * 1000 + b"\r\n")
+        assert many.recv(4096).startswith(b"HTTP/1.1 431")
     monkeypatch.setattr(guard, "HEADER_TIMEOUT_S", 0.2)
     with socket.create_connection(address, timeout=20) as never:
         never.sendall(b"GET / HT")
