@@ -44,7 +44,7 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> int:
     from speechlm2_jax.conversion.errors import ConversionError, SelfTestError
     from speechlm2_jax.conversion.listing import table
     from speechlm2_jax.parameter_paths import PatternError
-    from speechlm2_jax.pretrained.locate import nearest_path
+    from speechlm2_jax.pretrained.near_paths import nearest_path
     from speechlm2_jax.settings import SettingsError
 
     arguments = _arguments(argv, program)

@@ -21,7 +21,7 @@ from speechlm2_jax.data.storage.access import StorageAccess, current, using
 from speechlm2_jax.data.storage.addresses import is_remote, name_of
 from speechlm2_jax.data.storage.addresses import joined as joined_address
 from speechlm2_jax.evaluation.dialogs import EvaluatedDialog, evaluated_dialog, joined
-from speechlm2_jax.pretrained.locate import nearest_path
+from speechlm2_jax.pretrained.near_paths import nearest_path
 from speechlm2_jax.settings import SettingsError
 
 VOICE_KEYS = ("voice", "speaker", "speaker_id")

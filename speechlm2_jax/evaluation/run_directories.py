@@ -15,9 +15,9 @@ from speechlm2_jax.evaluation.training_data import TrainingData
 from speechlm2_jax.object_store.folders import address_of
 from speechlm2_jax.pretrained import training_settings
 from speechlm2_jax.pretrained.locate import Location, config_folders
+from speechlm2_jax.pretrained.near_paths import RUNS
 from speechlm2_jax.settings import SettingsError, load
 
-RUNS = Path("runs")
 CONFIG = "config.yaml"
 REPOSITORY = bundled.ROOT
 """Root of the clone that this package is imported from, or its copy in an installed package."""

@@ -1,6 +1,5 @@
 """Finds pretrained components: local files and directories, or repositories on the hub."""
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.object_store.copies import fetch_run
 from speechlm2_jax.object_store.folders import is_address
 from speechlm2_jax.pretrained import hub_files
+from speechlm2_jax.pretrained.near_paths import check_missing, nearest_path
 from speechlm2_jax.settings import SettingsError
 
 LLM_BACKBONE = "llm_backbone"
@@ -23,30 +23,7 @@ AUDIO_CODEC = "audio_codec"
 """Folder of a saved duplex model that holds its codec's config."""
 GENERATION_CONFIG = "generation_config.json"
 """An LLM's defaults of generation, beside its config.json."""
-LOCAL_SUFFIXES = (".nemo", ".ckpt", ".bin", ".safetensors", ".gguf")
-"""Names that end so are files, never repositories."""
 LLM_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "README.md")
-
-
-def nearest_path(name: str) -> str | None:
-    """An existing path that differs from `name` in one misspelt folder or file name, or None."""
-    path, parts = Path(name).expanduser(), Path(name).parts
-    found = Path(path.anchor) if path.is_absolute() else Path()
-    for place, part in enumerate(path.parts[1:] if path.is_absolute() else parts):
-        if not (found / part).exists():
-            near = difflib.get_close_matches(part, _names_in(found), n=1)
-            rest = path.parts[1 + place + path.is_absolute() :]
-            fixed = found.joinpath(near[0], *rest) if near else None
-            return str(fixed) if fixed is not None and fixed.exists() else None
-        found = found / part
-    return None
-
-
-def _names_in(folder: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in folder.iterdir())
-    except OSError:
-        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +55,7 @@ class Location:
         found = self.local(name)
         if found is not None:
             return found
-        looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-        if looks_local or name.endswith(LOCAL_SUFFIXES):
-            near = nearest_path(name)
-            hint = f"; did you mean {near!r}?" if near else ""
-            raise SettingsError(f"{key}: no such file or directory: {name!r}{hint}")
+        check_missing(name, key=key)
         near = nearest_path(name)
         hint = f"did you mean {near!r}?" if near else ""
         return hub_files.download(name, key=key, patterns=patterns, hint=hint)

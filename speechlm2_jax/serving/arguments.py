@@ -1,13 +1,17 @@
 """The command line of the server. Imports nothing heavy, so that `--help` is quick."""
 
 import argparse
+import errno
 import logging
 import math
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
+from speechlm2_jax.pretrained.near_paths import check_missing
 from speechlm2_jax.serving.options import MIB, ServeOptions
 
 KEY_VARIABLE = "SPEECHLM2_API_KEYS"
@@ -84,6 +88,30 @@ def read_options(arguments: argparse.Namespace) -> ServeOptions:
     return ServeOptions(**{key: value for key, value in values.items() if key in known})
 
 
+def check_before_start(options: ServeOptions) -> None:
+    """Checks what can be told at once. Raises ValueError for a model or an address in vain."""
+    model = options.model
+    if "://" not in model and not Path(model).expanduser().exists():
+        check_missing(model, key="MODEL")
+    _check_address(options.host, options.port)
+
+
+def _check_address(host: str, port: int) -> None:
+    kinds = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, **kinds)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as own:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            own.bind(address)
+    except socket.gaierror as error:
+        raise ValueError(f"--host {host}: {error.strerror}") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            reason = f"port {port} of {host} is in use; take another with --port"
+            raise ValueError(reason) from error
+        raise ValueError(f"--host {host} --port {port}: {error.strerror}") from error
+
+
 def _check_number(shown: str, name: str, value: float) -> None:
     if not math.isfinite(value):
         raise ValueError(f"{shown}: must be a finite number")
@@ -105,6 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Serves until a signal. Returns the exit status."""
     try:
         options = read_options(arguments)
+        check_before_start(options)
         from speechlm2_jax.serving.server import serve
     except ValueError as error:
         print(f"serve: {error}", file=sys.stderr)

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from speechlm2_jax.evaluation.run_directories import RUNS, Run, read_run, runs_below
+from speechlm2_jax.evaluation.run_directories import Run, read_run, runs_below
 from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
 from speechlm2_jax.inference.timed_text import Transcript
 from speechlm2_jax.inference.timestamps.aligner import Aligner
 from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.locate import Location
+from speechlm2_jax.pretrained.near_paths import RUNS
 from speechlm2_jax.settings import SettingsError
 
 PUBLIC_MODELS = ("nvidia/canary-qwen-2.5b", "nvidia/parakeet-ctc-0.6b")

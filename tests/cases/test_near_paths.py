@@ -4,7 +4,7 @@ import pytest
 
 import evaluate
 import speechlm2_jax as slm
-from speechlm2_jax.pretrained.locate import nearest_path
+from speechlm2_jax.pretrained.near_paths import nearest_path
 from speechlm2_jax.settings import SettingsError
 
 

@@ -1,6 +1,7 @@
 """The command line of the server."""
 
 import argparse
+import socket
 
 import pytest
 
@@ -34,6 +35,25 @@ def test_arguments_and_keys_of_the_environment_are_read(monkeypatch):
 def test_a_value_that_cannot_be_is_one_line(capsys):
     assert command_line(["serve", "runs/salm", "--slots", "0"]) == 2
     assert capsys.readouterr().err == "serve: --slots=0: must be positive\n"
+
+
+def test_a_misspelt_run_is_told_before_the_server_starts(tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs" / "salm").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert command_line(["serve", "runs/slam"]) == 2
+    text = "serve: MODEL: no such run: 'runs/slam'; did you mean 'runs/salm'?\n"
+    assert capsys.readouterr().err == text
+    assert command_line(["serve", "./none"]) == 2
+    assert capsys.readouterr().err == "serve: MODEL: no such file or directory: './none'\n"
+
+
+def test_a_port_in_use_is_one_line(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert command_line(["serve", str(tmp_path), "--port", str(port)]) == 2
+    text = f"serve: port {port} of 127.0.0.1 is in use; take another with --port\n"
+    assert capsys.readouterr().err == text
+    arguments.check_before_start(ServeOptions(model=str(tmp_path), port=port))
 
 
 WRONG = {

@@ -17,11 +17,12 @@ from speechlm2_jax.evaluation.duplex.inputs import (
     sets_of_run,
 )
 from speechlm2_jax.evaluation.inputs import left_out
-from speechlm2_jax.evaluation.run_directories import RUNS, Run, newest_run, read_run
+from speechlm2_jax.evaluation.run_directories import Run, newest_run, read_run
 from speechlm2_jax.models.duplex import DuplexS2SModel
 from speechlm2_jax.object_store.folders import shown
 from speechlm2_jax.pretrained import registry
-from speechlm2_jax.pretrained.locate import Location, nearest_path
+from speechlm2_jax.pretrained.locate import Location
+from speechlm2_jax.pretrained.near_paths import check_run_name
 from speechlm2_jax.pretrained.save_load import open_model
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.settings.errors import unknown
@@ -58,9 +59,8 @@ def find_model(arguments: Mapping[str, object]) -> ModelFound:
     run = newest_run() if "pretrained_name" not in arguments else read_run(str(given))
     name = str(given) if run is None else str(run.folder)
     path = Location().local(name)
-    if path is None and (near := nearest_path(name)) and Path(near).is_relative_to(RUNS):
-        # told at once: such a name also has the form of a hub repository, ORGANISATION/MODEL
-        raise SettingsError(f"pretrained_name: no such run: {name!r}; did you mean {near!r}?")
+    if path is None:
+        check_run_name(name, key="pretrained_name")
     kind = None if path is None else registry.identify(path)
     if kind is not None and not set(kind.classes) & set(registry.SPEECH_MODELS):
         raise SettingsError(f"pretrained_name: {kind.sentence(name)}")
