@@ -1,4 +1,7 @@
-"""`evaluate.py --compare A B`: do two evaluations of the same recordings differ, or is it luck?"""
+"""`evaluate.py --compare A B`: do two evaluations of the same recordings differ, or is it luck?
+
+Of three or more (seeds of one training), the mean and the spread.
+"""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -7,7 +10,7 @@ from typing import Any
 
 from speechlm2_jax.data.json_lines import json_lines
 from speechlm2_jax.evaluation.config import CHANGE_NO_RESPONSE
-from speechlm2_jax.evaluation.metrics.resampling import compare
+from speechlm2_jax.evaluation.metrics.resampling import compare, estimate
 from speechlm2_jax.evaluation.metrics.task_metrics import (
     PERPLEXITY,
     TASK_METRICS,
@@ -15,9 +18,11 @@ from speechlm2_jax.evaluation.metrics.task_metrics import (
     check_metrics,
 )
 from speechlm2_jax.evaluation.metrics.wer import check_normalizer
+from speechlm2_jax.evaluation.seeds import spread
 from speechlm2_jax.settings import SettingsError
 
 RESPONSES = "answers.jsonl"
+_FILES = "two or more files or run folders"
 COMPARE = "--compare"
 PROVENANCE, NORMALIZER = "provenance", "use_normalizer"
 
@@ -25,11 +30,12 @@ PROVENANCE, NORMALIZER = "provenance", "use_normalizer"
 def compare_responses(argv: Sequence[str], program: str) -> str:
     """A table of each metric of both, the change, its 95 % interval and p-value.
 
+    Of three or more evaluations: each metric of all, mean and standard deviation.
     Raises SettingsError for files that are not there or have other references.
     """
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.add_argument(
-        COMPARE, nargs=2, type=Path, required=True, metavar="RESPONSES", help="files or run folders"
+        COMPARE, nargs="+", type=Path, required=True, metavar="RESPONSES", help=_FILES
     )
     parser.add_argument("--metrics", default="wer", help="names with commas: wer,cer,intent")
     parser.add_argument("--use-normalizer", help="as use_normalizer=; that of both evaluations")
@@ -41,19 +47,56 @@ def compare_responses(argv: Sequence[str], program: str) -> str:
             check_normalizer(options.use_normalizer)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    files = [path / RESPONSES if path.is_dir() else path for path in options.compare]
-    first, second = (_read(file) for file in files)
-    common = [key for key in first if key in second]
-    _check(options.compare, first, second, common)
-    if PERPLEXITY in names:
-        _check_tokens(options.compare, first, second, common)
+    if len(options.compare) < 2:
+        raise SettingsError(f"{COMPARE}: takes two or more evaluations, got one")
+    files = [manifest_of(path) for path in options.compare]
+    first, *others = each = [read_responses(file) for file in files]
+    for path, other in zip(options.compare[1:], others, strict=True):
+        check_references((options.compare[0], path), first, other)
+        if PERPLEXITY in names:
+            _check_tokens((options.compare[0], path), first, other, list(first))
     records = [_provenance(file) for file in files]
     normalizer = options.use_normalizer or _normalizer(records)
-    lines = [f"{len(common)} responses; second minus first, paired bootstrap"]
+    pairs = [[responses[key] for key in first] for responses in each]
+    if others[1:]:
+        lines = [f"{len(each)} evaluations of {len(first)} responses: mean and spread"]
+        lines += _differences(records)
+        return "\n".join(lines + _spread_lines(options.compare, pairs, names, normalizer))
+    lines = [f"{len(first)} responses; second minus first, paired bootstrap"]
     lines += _differences(records)
-    for name in names:
-        metric = TASK_METRICS[name]
-        pairs = [[responses[key] for key in common] for responses in (first, second)]
+    return "\n".join(lines + _change_lines(pairs, names, normalizer))
+
+
+def _spread_lines(
+    paths: Sequence[Path],
+    pairs: Sequence[Sequence[Pair]],
+    names: Sequence[str],
+    normalizer: str | bool | None,
+) -> list[str]:
+    """Each metric of each evaluation, and mean, standard deviation and range of all."""
+    lines, width = [], max(len(str(path)) for path in paths)
+    for metric in (TASK_METRICS[name] for name in names):
+        found = [estimate(metric, one, normalizer) for one in pairs]
+        lines.append(metric.title)
+        lines += [f"  {path!s:<{width}}  {one}" for path, one in zip(paths, found, strict=True)]
+        values = [one.value for one in found if one.value is not None]
+        both = spread([one.value for one in found])
+        if both["mean"] is None:
+            lines.append(f"  {'mean':<{width}}  n/a")
+            continue
+        lines.append(
+            f"  {'mean':<{width}}  {both['mean']:.2f}, standard deviation {both['deviation']:.2f}, "
+            f"from {min(values):.2f} to {max(values):.2f}"
+        )
+    return lines
+
+
+def _change_lines(
+    pairs: Sequence[Sequence[Pair]], names: Sequence[str], normalizer: str | bool | None
+) -> list[str]:
+    """Each metric of both evaluations, and the change."""
+    lines = []
+    for metric in (TASK_METRICS[name] for name in names):
         found = compare(metric, pairs[0], pairs[1], normalizer)
         lines += [
             f"{metric.title}",
@@ -63,7 +106,12 @@ def compare_responses(argv: Sequence[str], program: str) -> str:
             + ("" if found.p_value is None else f", p = {found.p_value:.3f}")
             + (f"  ({_verdict(found.p_value, found.change.value, metric.more_is_better)})"),
         ]
-    return "\n".join(lines)
+    return lines
+
+
+def manifest_of(path: Path) -> Path:
+    """The output manifest of a run folder, or the file itself."""
+    return path / RESPONSES if path.is_dir() else path
 
 
 def _verdict(p_value: float | None, change: float | None, more_is_better: bool) -> str:
@@ -98,15 +146,15 @@ def _differences(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines about the settings and models that differ, as far as both tell."""
     if not all("settings" in record for record in records):
         return ["  settings  not compared: a file has no provenance"]
-    first, second = (record["settings"] for record in records)
-    found = {
-        key: (first.get(key), second.get(key))
-        for key in {**first, **second}
-        if key not in CHANGE_NO_RESPONSE
-    }
-    models = [_model(record) for record in records]
-    found = {"model": (models[0], models[1]), **found}
-    return [f"  {key}  {one}, then {other}" for key, (one, other) in found.items() if one != other]
+    settings = [record["settings"] for record in records]
+    keys = dict.fromkeys(key for one in settings for key in one if key not in CHANGE_NO_RESPONSE)
+    found = {"model": [_model(record) for record in records]}
+    found |= {key: [one.get(key) for one in settings] for key in keys}
+    return [
+        f"  {key}  {', then '.join(map(str, values))}"
+        for key, values in found.items()
+        if any(value != values[0] for value in values)
+    ]
 
 
 def _model(record: Mapping[str, Any]) -> str:
@@ -116,10 +164,10 @@ def _model(record: Mapping[str, Any]) -> str:
     return f"{model.get('name')}{step} ({str(model.get('sha256'))[:8]})"
 
 
-def _read(file: Path) -> dict[str, Pair]:
-    """Id -> reference and response of an output manifest."""
+def read_responses(file: Path, key: str = COMPARE) -> dict[str, Pair]:
+    """Id -> reference and response of an output manifest. Raises SettingsError, naming `key`."""
     if not file.is_file():
-        raise SettingsError(f"{COMPARE}: {file} is not there; evaluate.py writes it")
+        raise SettingsError(f"{key}: {file} is not there; evaluate.py writes it")
     found: dict[str, Pair] = {}
     for where, row in json_lines(file):
         if PROVENANCE in row or "error" in row:
@@ -129,26 +177,30 @@ def _read(file: Path) -> dict[str, Pair]:
         if "id" not in row or response is None:
             raise SettingsError(f"{where}: not a row of evaluate.py's output manifest")
         if text is not None:
-            key = str(row["id"])
-            if key in found:
-                raise SettingsError(f"{where}: the id {key!r} occurs twice")
-            found[key] = Pair(text, response, row.get("nll") or 0.0, row.get("tokens") or 0)
+            name = str(row["id"])
+            if name in found:
+                raise SettingsError(f"{where}: the id {name!r} occurs twice")
+            found[name] = Pair(text, response, row.get("nll") or 0.0, row.get("tokens") or 0)
     return found
 
 
-def _check(
-    paths: Sequence[Path], first: dict[str, Pair], second: dict[str, Pair], common: list[str]
+def check_references(
+    paths: Sequence[Path | str],
+    first: Mapping[str, Pair],
+    second: Mapping[str, Pair],
+    name: str = COMPARE,
 ) -> None:
-    """Raises SettingsError unless both have the same references."""
+    """Raises SettingsError, naming `name`, unless both have the same references."""
+    common = [key for key in first if key in second]
     if not common:
-        raise SettingsError(f"{COMPARE}: {paths[0]} and {paths[1]} have no response in common")
+        raise SettingsError(f"{name}: {paths[0]} and {paths[1]} have no response in common")
     if len(common) < max(len(first), len(second)):
         raise SettingsError(
-            f"{COMPARE}: {len(first)} and {len(second)} responses with a reference, but only "
+            f"{name}: {len(first)} and {len(second)} responses with a reference, but only "
             f"{len(common)} in common; evaluate both on the same inputs"
         )
     if differing := [key for key in common if first[key][0] != second[key][0]]:
-        raise SettingsError(f"{COMPARE}: the references of {differing[0]!r} differ")
+        raise SettingsError(f"{name}: the references of {differing[0]!r} differ")
 
 
 def _check_tokens(

@@ -186,3 +186,21 @@ def test_responses_to_other_references_are_refused(rows, told, tmp_path, capsys)
     assert told in error and error.count("\n") == 1
     assert evaluate.main(["--compare", first, str(tmp_path / "none.jsonl")]) == 2
     assert evaluate.main(["--compare", first, first, "--metrics", "bluu"]) == 2
+
+
+def test_three_evaluations_have_a_mean_and_a_spread(tmp_path, capsys):
+    right, wrong = ("a b", "a b"), ("a b", "a c")
+    files = [
+        write(tmp_path / f"{n}.jsonl", [wrong] * n + [right] * (10 - n), seed=n) for n in (2, 4, 6)
+    ]
+    assert evaluate.main(["--compare", *files]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][:5] == ["3", "evaluations", "of", "10", "responses:"]
+    assert ["seed", "2,", "then", "4,", "then", "6"] in lines
+    assert [line[1] for line in lines if line[0] in files] == ["10.00", "20.00", "30.00"]
+    assert " ".join(lines[-1]) == "mean 20.00, standard deviation 10.00, from 10.00 to 30.00"
+    other = write(tmp_path / "other.jsonl", [wrong] * 9)
+    assert evaluate.main(["--compare", *files, other]) == 2
+    assert "10 and 9 responses with a reference" in capsys.readouterr().err
+    assert evaluate.main(["--compare", files[0]]) == 2
+    assert "takes two or more evaluations" in capsys.readouterr().err
