@@ -10,6 +10,7 @@ from typing import Any
 
 from speechlm2_jax.data.json_lines import json_lines
 from speechlm2_jax.evaluation.config import CHANGE_NO_RESPONSE
+from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.metrics.resampling import compare, estimate
 from speechlm2_jax.evaluation.metrics.task_metrics import (
     PERPLEXITY,
@@ -181,6 +182,21 @@ def read_responses(file: Path, key: str = COMPARE) -> dict[str, Pair]:
             if name in found:
                 raise SettingsError(f"{where}: the id {name!r} occurs twice")
             found[name] = Pair(text, response, row.get("nll") or 0.0, row.get("tokens") or 0)
+    return found
+
+
+def other_seeds(
+    names: Sequence[str], utterances: Sequence[Utterance]
+) -> dict[str, dict[str, Pair]]:
+    """The responses of evaluations with other seeds, to the same utterances, by their names.
+
+    Raises SettingsError for files that are not there or have other references.
+    """
+    own = {u.id: Pair(u.text, "") for u in utterances if u.text is not None}
+    found = {}
+    for name in names:
+        found[name] = read_responses(manifest_of(Path(name)), "seeds")
+        check_references(("the inputs", name), own, found[name], "seeds")
     return found
 
 

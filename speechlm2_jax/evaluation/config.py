@@ -35,7 +35,7 @@ CHANGE_NO_RESPONSE = frozenset(
         *("pretrained_name", "batch_size", "continuous_batching", "device", "devices", "verbose"),
         *("strategy", "tp_size", "num_nodes"),
         *("use_normalizer", "encoder_wer", "output_manifest", "report", "report_rows", "metrics"),
-        "controls",
+        *("controls", "seeds"),
         "audio_folder",
     )
 )
@@ -95,6 +95,9 @@ class EvalConfig:
     controls: bool = False
     """Also generate with swapped audio and with silence, and score these responses beside the
     model's: what it gets right there it guesses without the audio."""
+    seeds: tuple[str, ...] = ()
+    """Evaluations of the same training with other seeds, on the same inputs: run folders or output
+    manifests. Table and page then have mean and spread."""
     noise: str | None = None
     """Mix noise into every recording: a recording of noise, or `white`."""
     snr_db: float = 12.0

@@ -17,6 +17,7 @@ from speechlm2_jax.evaluation.metrics.wer import (
     text_normalizer,
     word_errors,
 )
+from speechlm2_jax.evaluation.seeds import THIS_SEED, seed_scores
 from speechlm2_jax.evaluation.verdict import verdict
 from speechlm2_jax.inference.log_likelihood import ResponseLoss
 
@@ -183,6 +184,8 @@ class Evaluation:
     """Names of TASK_METRICS."""
     training: TrainingSummary | None = None
     """What was searched for the references and recordings; None if the training is not known."""
+    seeds: Mapping[str, Mapping[str, Pair]] = field(default_factory=dict)
+    """Responses by id of evaluations of the same training with other seeds, by their names."""
 
     def with_encoder_texts(self, texts: Sequence[str | None]) -> "Evaluation":
         """Adds the transcripts of the encoder's CTC head, in input order."""
@@ -262,6 +265,16 @@ class Evaluation:
         found = {n: compared(m, pairs, texts, self.normalizer) for n, (m, texts) in others.items()}
         return {name: one for name, one in found.items() if one is not None}
 
+    def seed_scores(self) -> dict[str, Any] | None:
+        """The main metric of this and the other seeds, over what all have; None without others."""
+        if not self.seeds:
+            return None
+        own = {s.response.id: s.response.pair() for s in self.scored()}
+        common = [i for i in own if all(i in other for other in self.seeds.values())]
+        each = {THIS_SEED: own, **self.seeds}
+        chosen = {name: {i: pairs[i] for i in common} for name, pairs in each.items()}
+        return seed_scores(chosen, self.metrics, self.normalizer)
+
     def in_training(self) -> dict[str, Any] | None:
         """How many references and recordings the training has too, and the WER with and without.
 
@@ -321,6 +334,7 @@ class Evaluation:
             "metrics": self.task_scores(),
             "comparisons": self.comparisons(),
             "training": self.in_training(),
+            "seeds": self.seed_scores(),
             "hallucinated": self.hallucinated(),
             "audio_is_swapped": any(a.audio_of is not None for a in self.responses),
             "rtfx": self.speed.rtfx,

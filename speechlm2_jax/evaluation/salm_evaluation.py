@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from speechlm2_jax.evaluation.compare import other_seeds
 from speechlm2_jax.evaluation.comparisons import CONTROLS
 from speechlm2_jax.evaluation.config import EvalConfig, check_generation
 from speechlm2_jax.evaluation.controls import control_inputs, control_texts
@@ -37,6 +38,7 @@ def run_salm_evaluation(plan: EvaluationPlan) -> None:
     # cheap checks come before the model is loaded
     config = plan.config
     utterances = plan.utterances()
+    seeds = other_seeds(config.seeds, utterances)
     output, page = plan.output("output_manifest"), plan.output("report")
     show(plan.summary(utterances))
 
@@ -62,7 +64,7 @@ def run_salm_evaluation(plan: EvaluationPlan) -> None:
         controls = _control_texts(loaded, utterances, draft_model)
         if result is None:
             return
-        result = replace(complete(result), training=plan.training_summary())
+        result = replace(complete(result), training=plan.training_summary(), seeds=seeds)
         for name, texts in controls.items():
             result = result.with_control(name, texts)
         totals = result.totals()

@@ -52,7 +52,7 @@ def _error_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, key in (("WER, unseen voices", "unseen"), ("WER, encoder alone (CTC)", "encoder")):
         if totals[key] is not None:
             lines.append((name, _rate(totals[key])))
-    return lines + _control_lines(totals) + _training_lines(totals)
+    return lines + _control_lines(totals) + _training_lines(totals) + _seed_lines(totals)
 
 
 def _control_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -66,6 +66,16 @@ def _control_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
             value = f"{score['value']:.2f}%{interval(score)}"
         lines.append((f"{metric.title}, {CONTROLS[name]}", value))
     return lines
+
+
+def _seed_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The score of each seed, mean and standard deviation."""
+    found = totals["seeds"]
+    if found is None or found["mean"] is None:
+        return []
+    mean = f"{found['mean']:.2f}, standard deviation {found['deviation']:.2f}"
+    title = f"{TASK_METRICS[found['metric']].title}, {len(found['values'])} seeds"
+    return [(title, mean), *((f"  {n}", f"{v:.2f}") for n, v in found["values"].items())]
 
 
 def _training_lines(totals: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -7,6 +7,9 @@ from typing import Any
 from speechlm2_jax.evaluation.comparisons import main_metric
 from speechlm2_jax.evaluation.metrics.task_metrics import TASK_METRICS, Pair, TaskMetric
 
+THIS_SEED = "this one"
+"""Name of the evaluation itself among others."""
+
 
 def seed_scores(
     responses: Mapping[str, Mapping[str, Pair]],

@@ -31,7 +31,13 @@ def verdict(totals: Mapping[str, Any]) -> list[Sentence]:
     """
     if not totals["scored"] or totals["audio_is_swapped"]:
         return []
-    return [*_of_encoder(totals), *_of_audio(totals), *_of_training(totals), *_of_size(totals)]
+    return [
+        *_of_encoder(totals),
+        *_of_audio(totals),
+        *_of_training(totals),
+        *_of_size(totals),
+        *_of_seeds(totals),
+    ]
 
 
 def _of_encoder(totals: Mapping[str, Any]) -> Iterator[Sentence]:
@@ -118,6 +124,18 @@ def _of_size(totals: Mapping[str, Any]) -> Iterator[Sentence]:
         yield Sentence(f"{text}. These are too few for small differences.", "bad")
     else:
         yield Sentence(f"{text}.")
+
+
+def _of_seeds(totals: Mapping[str, Any]) -> Iterator[Sentence]:
+    """Mean and spread over seeds."""
+    found = totals["seeds"]
+    if found is None or found["mean"] is None:
+        return
+    values = list(found["values"].values())
+    each = ", ".join(f"{value:.1f}" for value in values)
+    mean = f"{found['mean']:.1f} %, standard deviation {found['deviation']:.1f}"
+    title = TASK_METRICS[found["metric"]].title
+    yield Sentence(f"Over {len(values)} seeds {title} is {mean} ({each}).")
 
 
 def _percent(estimate: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.evaluation import run_directories
 from speechlm2_jax.evaluation.devices import choose_devices
 from speechlm2_jax.evaluation.provenance import fingerprint
+from speechlm2_jax.evaluation.results import write_rows
 from speechlm2_jax.settings import SettingsError
 from tests.evaluation.fake_model import FakeModel
 from tests.evaluation.run_case import evaluate_on_one_device, make_run, write_manifest
@@ -259,6 +260,27 @@ def test_references_and_recordings_of_the_training_are_counted_and_marked(newcom
     assert page.count(">reference in the training data</em>") == 1
     assert page.count(">recording in the training data</em>") == 2
     assert "WER is 0.0\u00a0% on these references, 66.7\u00a0% on the others" in page
+
+
+def test_other_seeds_give_mean_and_spread(newcomer, capsys):
+    rows = [("1", "one", "one"), ("2", "two extra", "two extra"), ("3", "four", "four")]
+    lines = [{"id": i, "text_raw": t, "pred_text_raw": p} for i, t, p in rows]
+    write_rows(Path("other/answers.jsonl"), lines, {})
+    argv = ["extra_eos_tokens=[<extra>]", "controls=false"]
+    assert evaluate_on_one_device([*argv, "seeds=[other]"]) == 0
+    *_, last = map(json.loads, Path("runs/salm/answers.jsonl").read_text().splitlines())
+    found = last["provenance"]["totals"]["seeds"]
+    assert found["values"] == {"this one": 50.0, "other": 0.0}
+    assert (found["mean"], round(found["deviation"], 2)) == (25.0, 35.36)
+    assert "WER, 2 seeds" in capsys.readouterr().out
+    page = Path("runs/salm/report.html").read_text()
+    assert "Over 2 seeds WER is 25.0\u00a0%, standard deviation 35.4 (50.0, 0.0)." in page
+    assert "Mean of 2 seeds" in page
+    calls = len(newcomer.calls)
+    write_rows(Path("other/answers.jsonl"), lines[:2], {})
+    assert evaluate_on_one_device([*argv, "seeds=[other]"]) == 2
+    assert "seeds: 3 and 2 responses with a reference" in capsys.readouterr().err
+    assert len(newcomer.calls) == calls, "found before anything is generated"
 
 
 def test_swapped_audio_is_scored_against_each_rows_own_words(newcomer, capsys):

@@ -27,6 +27,7 @@ def figures(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
         note = "its own CTC head, same audio"
         found.append({"name": "Encoder alone", **_rate(totals["encoder"]["wer"]), "note": note})
     found += _control_figures(totals)
+    found += _seed_figure(totals)
     found += [_metric_figure(m) for name, m in totals["metrics"].items() if name != "wer"]
     failed = sum(totals["failed"].values())
     scored, total = totals["scored"], totals["utterances"]
@@ -52,6 +53,23 @@ def _control_figures(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _seed_figure(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Mean and spread over seeds, if there are several."""
+    seeds = totals["seeds"]
+    if seeds is None or seeds["mean"] is None:
+        return []
+    each = ", ".join(f"{value:.2f}" for value in seeds["values"].values())
+    metric = TASK_METRICS[seeds["metric"]]
+    return [
+        {
+            "name": f"Mean of {len(seeds['values'])} seeds",
+            "value": f"{seeds['mean']:.2f}",
+            "unit": "%" if metric.is_share else "",
+            "note": f"standard deviation {seeds['deviation']:.2f}; {each}",
+        }
+    ]
 
 
 def _metric_figure(found: Mapping[str, Any]) -> dict[str, Any]:
