@@ -1,8 +1,10 @@
 """transcripts.jsonl: one row for each recording, added as they are transcribed."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +61,19 @@ class LinesFile:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Writes a file that is there whole or not at all. Raises OSError that names it."""
+    # a hash, as a name may be as long as the file system allows
+    digest = hashlib.blake2s(os.fsencode(path.name), digest_size=8).hexdigest()
+    part = path.with_name(f".{digest}.{os.getpid()}.part")
     try:
         part.write_bytes(content)
         part.replace(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # not the draft
+        raise
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where even the draft could not be made
+            part.unlink(missing_ok=True)
 
 
 def _tidy(path: Path) -> set[str]:

@@ -1,5 +1,6 @@
 """Where transcripts are written, which of them exist, and how they are written: whole or not."""
 
+import errno
 import os
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,6 +21,12 @@ from speechlm2_jax.transcription.output_names import name_outputs, stem_of
 
 LINES = "jsonl"
 """The format that has one file for all recordings."""
+_OF_ALL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE)
+"""Errors of a disk or a process, after which no other output can be written either."""
+
+
+class OutputError(Exception):
+    """The outputs of one recording cannot be written; those of others may."""
 
 
 @dataclass(kw_only=True)
@@ -97,18 +104,24 @@ class Outputs:
                 self._journal.note(present, AGAIN)
 
     def write(self, source: GivenRecording, transcript: Transcript) -> None:
-        """Writes what is missing of one recording. Raises SettingsError if that is not possible."""
+        """Writes what is missing of one recording.
+
+        Raises OutputError if a file of this recording cannot be written, SettingsError for the file
+        of all recordings, and for a disk that is full.
+        """
         with self._told():
             for form in self._missing.get(source.key, self.formats):
                 entry, origin = self._state_entry(source, form), self._origin(source)
                 if form == LINES:
                     self._journal.note({_entry(self._lines.path): None}, WRITTEN)
                     self._lines.add(self._named(source) | to_dict(transcript))
+                    self._journal.note({entry: origin}, WRITTEN)
                 else:
-                    self._journal.note({entry: origin}, AGAIN)
-                    text = write_transcript(transcript, form, source.name, source.offset_s)
-                    write_whole(self._path(source, form), text.encode())
-                self._journal.note({entry: origin}, WRITTEN)
+                    with self._told_of_one():
+                        self._journal.note({entry: origin}, AGAIN)
+                        text = write_transcript(transcript, form, source.name, source.offset_s)
+                        write_whole(self._path(source, form), text.encode())
+                        self._journal.note({entry: origin}, WRITTEN)
 
     def close(self) -> None:
         """Removes rows of jsonl that were replaced. Raises SettingsError."""
@@ -185,6 +198,17 @@ class Outputs:
             name = Path(os.path.relpath(name, self._lines.path.parent)).as_posix()
         known = {"offset": source.offset_s, "channel": source.channel, "place": source.member}
         return {"audio_filepath": name} | {key: own for key, own in known.items() if own}
+
+    @contextmanager
+    def _told_of_one(self) -> Generator[None]:
+        """Turns an error of one file into an OutputError that names it."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _OF_ALL:
+                raise
+            why = f"{error.filename}: cannot be written ({error.strerror})"
+            raise OutputError(why) from error
 
     @contextmanager
     def _told(self) -> Generator[None]:

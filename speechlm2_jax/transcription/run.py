@@ -11,7 +11,7 @@ from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.inference.timed_text import Transcript
 from speechlm2_jax.transcription.inputs import GivenRecording
 from speechlm2_jax.transcription.opening import OpenedModel
-from speechlm2_jax.transcription.outputs import Outputs
+from speechlm2_jax.transcription.outputs import OutputError, Outputs
 from speechlm2_jax.transcription.progress import AudioProgress
 
 GROUP_S = 600.0
@@ -37,8 +37,8 @@ def transcribe_all(
 ) -> Transcribed:
     """Transcribes and writes; `outputs` None prints the texts.
 
-    A recording that cannot be read is named on standard error and counted; the others are
-    transcribed.
+    A recording that cannot be read, or whose transcript cannot be written, is named on standard
+    error and counted; the others are transcribed.
     """
     if outputs is None:
         return _transcribe(sources, model, None, progress, group_size)
@@ -66,13 +66,32 @@ def _transcribe(
             read = list(_readable(group, totals, progress))
             for (source, wave), text in zip(read, _texts(model, read), strict=True):
                 seconds = len(wave) / model.sampling_rate
-                if outputs is None:
-                    progress.print(text.text)
-                else:
-                    outputs.write(source, text)
+                try:
+                    _write(source, text, outputs, progress)
+                except OutputError as error:
+                    _leave_out(source, str(error), totals, progress)
+                    continue
                 totals.files, totals.audio_s = totals.files + 1, totals.audio_s + seconds
                 progress.update(seconds)
     return totals
+
+
+def _write(
+    source: GivenRecording, text: Transcript, outputs: Outputs | None, progress: AudioProgress
+) -> None:
+    if outputs is None:
+        progress.print(text.text)
+    else:
+        outputs.write(source, text)
+
+
+def _leave_out(
+    source: GivenRecording, reason: str, totals: Transcribed, progress: AudioProgress
+) -> None:
+    """Names a recording that has no transcript, and counts it."""
+    totals.failed += 1
+    progress.print(f"{source.name}: left out: {reason}", file=sys.stderr)
+    progress.update(0.0)
 
 
 _Reading = list[tuple[GivenRecording, "Future[np.ndarray]"]]
@@ -97,10 +116,8 @@ def _readable(
         try:
             yield source, reading.result()
         except AudioError as error:
-            totals.failed += 1
             reason = str(error).removeprefix(f"{source.name}: ")
-            progress.print(f"{source.name}: left out: {reason}", file=sys.stderr)
-            progress.update(0.0)
+            _leave_out(source, reason, totals, progress)
 
 
 def _groups(sources: Sequence[GivenRecording], size: int) -> Iterator[list[GivenRecording]]:

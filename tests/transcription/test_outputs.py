@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from speechlm2_jax.data.audio_location import ParquetCell
 from speechlm2_jax.data.conversations import AudioClip
@@ -16,7 +17,7 @@ from speechlm2_jax.transcription import inputs, opening
 from speechlm2_jax.transcription.inputs import find_sources, safe_name
 from speechlm2_jax.transcription.output_journal import JOURNAL
 from speechlm2_jax.transcription.outputs import Outputs
-from tests.transcription.conftest import run, texts, tone
+from tests.transcription.conftest import RATE_HZ, run, texts, tone
 
 
 def rows(path: str | Path = "transcripts.jsonl"):
@@ -221,3 +222,15 @@ def test_one_command_at_a_time_writes_into_a_folder(folder, model, capsys, optio
     assert ": another command is writing transcripts there; wait" in err
     assert err.count("\n") == 1 and model == []
     assert run("calls", *options) == 0
+
+
+def test_a_transcript_that_cannot_be_written_is_left_out(folder, model, capsys):
+    longest, too_long = "n" * 251, "m" * 252  # of 255 bytes that a name may have, with .txt
+    for name in (too_long, longest, "z"):
+        Path("long", f"{name}.au").parent.mkdir(exist_ok=True)
+        soundfile.write(f"long/{name}.au", np.zeros(RATE_HZ), RATE_HZ, format="AU")
+    assert run("long", "--output-dir", "out", "--output", "txt,jsonl") == 1
+    assert texts("out") == {f"{longest}.txt": "1 s", "z.txt": "1 s"}
+    err = capsys.readouterr().err
+    assert f"long/{too_long}.au: left out: out/{too_long}.txt: cannot be written (File name" in err
+    assert "1 recordings were left out" in err

@@ -139,7 +139,7 @@ def test_the_json_of_a_stretch_tells_where_it_begins(folder):
 def test_files_are_written_whole(folder, monkeypatch):
     (source,) = find_sources(["a.wav"])
     Path("out").write_text("a file where the folder should be")
-    outputs = Outputs(formats=("txt",), folder=Path("out"))
+    outputs = Outputs(formats=("jsonl",), folder=Path("out"))
     with pytest.raises(SettingsError, match="cannot be written .* --output-dir"):
         outputs.write(source, Transcript("x"))
 
