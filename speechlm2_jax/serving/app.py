@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from speechlm2_jax.serving.access_log import AccessLog
 from speechlm2_jax.serving.api_errors import ApiError
 from speechlm2_jax.serving.guard import ClientGoneError, Guard, unless_gone
 from speechlm2_jax.serving.metrics import CLIENT_GONE, RequestCount
@@ -36,9 +37,10 @@ def make_app(service: Service) -> Starlette:
     def route(path: str, endpoint: Endpoint, *methods: str) -> Route:
         return Route(path, _counted(service, endpoint, path), methods=list(methods))
 
+    access_log = [Middleware(AccessLog)] if service.options.access_log else []
     return Starlette(
         lifespan=lifespan,
-        middleware=[Middleware(Guard, options=service.options)],
+        middleware=[*access_log, Middleware(Guard, options=service.options)],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, 500: _fault},
         routes=[
             route("/v1/audio/transcriptions", _with_model("transcriptions", "transcribe"), "POST"),

@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"key that requests must send; may be given several times. {KEY_VARIABLE} has "
         "some too, separated by commas, and is not seen in the list of processes",
     )
+    address.add_argument(
+        "--no-access-log",
+        dest="access_log",
+        action="store_false",
+        help="log no line per request",
+    )
     model = parser.add_argument_group("model")
     _add(model, "--dtype", "float32 or bfloat16")
     _add(model, "--strategy", "auto: the weights lie on all devices")
@@ -80,7 +86,8 @@ def read_options(arguments: argparse.Namespace) -> ServeOptions:
     """The settings of a server. Raises ValueError for a value that cannot be."""
     values = dict(vars(arguments))
     for name, value in values.items():
-        if isinstance(value, int | float) and value != _DEFAULTS.get(name):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and value != _DEFAULTS.get(name):
             _check_number(f"--{name.replace('_', '-')}={value}", name, value)
     values["max_body_bytes"] = math.ceil(values.pop("max_body_mib") * MIB)
     values["api_keys"] = (*values["api_keys"], *_keys_of(os.environ.get(KEY_VARIABLE)))
@@ -145,6 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("jax").setLevel(logging.WARNING)  # below it are no faults: a missing TPU
     return serve(options)
 
 

@@ -59,6 +59,8 @@ class ServeOptions:
     prefill_tokens: int = 128
     audio_workers: int = 2
     api_keys: tuple[str, ...] = ()
+    access_log: bool = True
+    """Whether each request is logged: method, path, status and seconds."""
 
     def __post_init__(self) -> None:
         keys = tuple(key.strip() for key in self.api_keys)
