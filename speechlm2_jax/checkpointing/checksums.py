@@ -19,10 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 import xxhash
-from jax.experimental import multihost_utils
 
 from speechlm2_jax.settings import parse_json
 
@@ -131,6 +129,8 @@ def verify_together(folder: Path) -> Checksums | None:
 
     Every process must call it.
     """
+    import jax  # 0.6 s; commands that only look for checkpoints do without
+
     count, index = jax.process_count(), jax.process_index()
     if count == 1:
         return verify(folder)
@@ -216,6 +216,8 @@ def _check_files(folder: Path, checksums: Checksums, names: Iterable[str]) -> No
 
 def _first_message(own: str) -> str:
     """The first of all processes' messages that is not empty. Every process must call it."""
+    from jax.experimental import multihost_utils
+
     encoded = own.encode()[:_LONGEST_MESSAGE_BYTES]
     padded = np.zeros(_LONGEST_MESSAGE_BYTES, np.uint8)
     padded[: len(encoded)] = np.frombuffer(encoded, np.uint8)

@@ -2,10 +2,10 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from speechlm2_jax.checkpointing.checksums import (
     verify_together,
     warn_of_an_older_version,
 )
+from speechlm2_jax.checkpointing.choosing import LayoutError, Which, choose, ranking_of
 from speechlm2_jax.checkpointing.folders import (
     CHECKPOINTS,
     quiet_orbax,
@@ -25,11 +26,9 @@ from speechlm2_jax.checkpointing.folders import (
     step_folders,
 )
 from speechlm2_jax.checkpointing.frozen import FrozenStore, FrozenStoreError
-from speechlm2_jax.checkpointing.ranking import Ranking, read_ranking
 
 log = logging.getLogger(__name__)
 
-Which = Literal["best_else_last", "best", "last"]
 RebuildOnHost = Callable[[Mapping[str, Any], frozenset[str]], Iterable[Mapping[str, np.ndarray]]]
 """From a model's settings and the paths that a step holds: all other parameters, in each form that
 a run may have stored them in."""
@@ -59,10 +58,6 @@ class Weights:
     settings: dict[str, object]
     """The settings of the model that was trained."""
     step: int
-
-
-class LayoutError(ValueError):
-    """A readable checkpoint that holds other variables than the model has."""
 
 
 def restore(
@@ -115,7 +110,7 @@ def load_weights(
     steps = step_folders(Path(run))
     if not steps:
         raise FileNotFoundError(f"{run}: no checkpoint found (looked for {CHECKPOINTS}/<step>)")
-    if which in ("best", "best_else_last") and (problem := _ranking(steps).problem):
+    if which in ("best", "best_else_last") and (problem := ranking_of(steps).problem):
         log.warning("%s", problem)
     while steps:
         step = choose(steps, which)
@@ -131,19 +126,6 @@ def load_weights(
     raise _none_left(Path(run))
 
 
-def intact_step(run: Path, which: Which | int = "best_else_last") -> Path | None:
-    """The step that `load_weights` would read; None if all are damaged. Logs nothing."""
-    steps = step_folders(run)
-    while steps:
-        step = choose(steps, which)
-        try:
-            verify(step)
-            return step
-        except DamagedError:
-            steps.remove(step)
-    return None
-
-
 def _reason(step: Path, error: Exception, end: str = "trying the one before it") -> str:
     kind = "" if isinstance(error, DamagedError) else f"{type(error).__name__}: "
     text = " ".join(str(error).split())[:_LONGEST_REASON]
@@ -155,36 +137,6 @@ def _none_left(folder: Path | None) -> DamagedError:
         f"no checkpoint of {folder} can be read (the lines above say why); move them away to start "
         "a new run"
     )
-
-
-def choose(steps: Sequence[Path], which: Which | int) -> Path:
-    """The step that `which` names. Raises FileNotFoundError if it is not among them."""
-    if which == "last":
-        return steps[0]
-    if isinstance(which, int):
-        for step in steps:
-            if int(step.name) == which:
-                return step
-        raise FileNotFoundError(f"step {which} is not kept; the kept steps are {_names(steps)}")
-    ranking = _ranking(steps)
-    by_step = {int(step.name): step for step in steps}
-    kept = {step: values for step, values in ranking.metrics.items() if step in by_step}
-    best = ranking.retention.best(kept)
-    if best:
-        return by_step[best[0]]
-    if which == "best":
-        raise FileNotFoundError(
-            f"none of the steps {_names(steps)} has a {ranking.retention.monitor}"
-        )
-    return steps[0]
-
-
-def _ranking(steps: Sequence[Path]) -> Ranking:
-    return read_ranking(steps[0].parent)
-
-
-def _names(steps: Iterable[Path]) -> str:
-    return ", ".join(step.name for step in steps)
 
 
 def _read(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from speechlm2_jax.transcription.inputs import GivenRecording
-    from speechlm2_jax.transcription.opening import Options
+    from speechlm2_jax.transcription.opening import OpenedModel, Options
     from speechlm2_jax.transcription.outputs import Outputs
 
 PROGRAM = "speechlm2-jax transcribe"
@@ -32,32 +32,29 @@ TIMED = ("srt", "vtt", "tsv", "json", "jsonl")
 
 def main(argv: Sequence[str], *, program: str = PROGRAM) -> int:
     """Transcribes; 0, 1 if some recordings could not be read, 2 after one line on bad input."""
-    from speechlm2_jax import console
-
     arguments = _parser(program).parse_intermixed_args(argv)
-    with console.showing(is_stderr=True), console.phase("importing"):
-        from speechlm2_jax.compilation_cache import keep_compiled_programs
-        from speechlm2_jax.conversion.errors import ConversionError
-        from speechlm2_jax.settings import SettingsError
+    from speechlm2_jax import console
+    from speechlm2_jax.conversion.errors import ConversionError
+    from speechlm2_jax.settings import SettingsError
 
     errors = [SettingsError, ConversionError, ValueError]
     kept = "nothing was transcribed"
     with console.one_line_errors(program, errors, kept=kept), console.showing(is_stderr=True):
-        keep_compiled_programs("auto")
         return _transcribe(arguments, program)
 
 
 def _transcribe(arguments: argparse.Namespace, program: str) -> int:
+    # mistakes that are cheap to find come before the imports that are not
+    formats = _formats(arguments.output)
+    timestamps = _timestamps(arguments, formats)
+    sources = _sources(arguments)
+
     from speechlm2_jax import console
-    from speechlm2_jax.transcription.inputs import find_sources
     from speechlm2_jax.transcription.opening import choose_model
     from speechlm2_jax.transcription.outputs import Outputs
 
-    formats = _formats(arguments.output)
-    options = _options(arguments, formats)
+    options = _options(arguments, timestamps)
     name = choose_model(arguments.model)
-    with console.phase("looking for recordings"):
-        sources = find_sources(arguments.inputs)
     if formats == ("txt",) and len(sources) == 1 and arguments.output_dir is None:
         return _run(arguments, program, name, options, sources, None)
     outputs = Outputs(formats=formats, folder=arguments.output_dir, overwrite=arguments.overwrite)
@@ -88,14 +85,12 @@ def _run(
 ) -> int:
     """Opens the model and transcribes; `outputs` None prints the texts, and nothing else."""
     from speechlm2_jax import console
-    from speechlm2_jax.transcription.opening import open_model
     from speechlm2_jax.transcription.progress import AudioProgress, duration
     from speechlm2_jax.transcription.run import transcribe_all
 
     note = console.log_line if outputs is not None else lambda _text: None
     note(f"model: {name}")
-    with console.phase(f"loading {name}"):
-        model = open_model(name, options)
+    model = _open(name, options)
     audio_s = sum(source.utterance.duration_s for source in sources)
     kept = "what is written is kept, and the same command"
     kept += " without --overwrite resumes" if arguments.overwrite else " resumes"
@@ -115,24 +110,57 @@ def _run(
     return 1 if totals.failed else 0
 
 
-def _options(arguments: argparse.Namespace, formats: Sequence[str]) -> "Options":
+def _sources(arguments: argparse.Namespace) -> "list[GivenRecording]":
+    """The recordings. Raises SettingsError, also where there is no model for them."""
+    if arguments.model is None:
+        from speechlm2_jax.transcription.missing_model import check_there_are_runs
+
+        check_there_are_runs()
+    from speechlm2_jax import console
+    from speechlm2_jax.transcription.inputs import find_sources
+
+    with console.phase("looking for recordings"):
+        return find_sources(arguments.inputs)
+
+
+def _open(name: str, options: "Options") -> "OpenedModel":
+    """Imports JAX and opens the model, after all that can be wrong with the other arguments."""
+    from speechlm2_jax import console, garbage_collection
+    from speechlm2_jax.transcription.opening import open_model
+
+    with garbage_collection.paused():
+        with console.phase("importing"):
+            from speechlm2_jax.compilation_cache import keep_compiled_programs
+        keep_compiled_programs("auto")
+        with console.phase(f"loading {name}"):
+            return open_model(name, options)
+
+
+def _timestamps(arguments: argparse.Namespace, formats: Sequence[str]) -> str | None:
+    """What has times, by default words where a format shows them."""
+    from speechlm2_jax import settings
+
+    if set(formats) & set(TIMED):
+        return arguments.timestamps or "word"
+    for flag in ("timestamps", "aligner"):
+        if getattr(arguments, flag):
+            raise settings.SettingsError(
+                f"--{flag}: {', '.join(formats)} shows no times; add a format that does, as "
+                "--output txt,json, or leave it out"
+            )
+    return None
+
+
+def _options(arguments: argparse.Namespace, timestamps: str | None) -> "Options":
     from speechlm2_jax import settings
     from speechlm2_jax.transcription.opening import Options
 
-    timestamps = "word" if set(formats) & set(TIMED) else None
-    if timestamps is None:
-        for flag in ("timestamps", "aligner"):
-            if getattr(arguments, flag):
-                raise settings.SettingsError(
-                    f"--{flag}: {', '.join(formats)} shows no times; add a format that does, as "
-                    "--output txt,json, or leave it out"
-                )
     return Options(
         prompt=arguments.prompt,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         max_audio_s=arguments.max_audio_s,
-        timestamps=arguments.timestamps or timestamps,
+        timestamps=timestamps,
         aligner=arguments.aligner,
         dtype=arguments.dtype,
         quantize=arguments.quantize,

@@ -4,11 +4,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.data.tokenizer_backends import (
     SPECIAL_NAMES,
     Encoded,
@@ -17,6 +16,9 @@ from speechlm2_jax.data.tokenizer_backends import (
 )
 from speechlm2_jax.data.tokenizer_file import TokenizerError
 from speechlm2_jax.data.word_counts import TokenCount, WordCounter
+
+if TYPE_CHECKING:  # it imports jax: 0.6 s, for which lists of recordings need not wait
+    from speechlm2_jax.arrays import ArrayLike
 
 __all__ = ["Tokenizer", "TokenizerError"]
 
@@ -140,7 +142,7 @@ class Tokenizer:
         """Without what it remembers of words."""
         return {**self.__dict__, "_counter": None}
 
-    def ids_to_text(self, ids: ArrayLike, remove_special_tokens: bool = True) -> str:
+    def ids_to_text(self, ids: "ArrayLike", remove_special_tokens: bool = True) -> str:
         """Decodes `[T]` ids: a list, or any array (NumPy, JAX, torch)."""
         flat = np.asarray(ids)
         if flat.ndim > 1:
@@ -161,7 +163,7 @@ class Tokenizer:
         """Looks tokens up; an unknown one gives the unknown id, or None where there is none."""
         return [self.token_to_id(token) for token in tokens]
 
-    def ids_to_tokens(self, ids: ArrayLike) -> list[str]:
+    def ids_to_tokens(self, ids: "ArrayLike") -> list[str]:
         """The token string of each id."""
         return [self._backend.id_to_token(int(i)) for i in np.asarray(ids).reshape(-1)]
 

@@ -1,7 +1,6 @@
 """Run directories: finds the newest one, and reads what its settings tell about the training."""
 
 import functools
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from speechlm2_jax import bundled, checkpointing
 from speechlm2_jax.data.paths import expand_shards
 from speechlm2_jax.data.storage.addresses import name_of
 from speechlm2_jax.evaluation.metrics.wer import Normalizer
+from speechlm2_jax.evaluation.run_folders import run_folders
 from speechlm2_jax.evaluation.training_data import TrainingData
 from speechlm2_jax.object_store.folders import address_of
 from speechlm2_jax.pretrained import training_settings
@@ -112,7 +112,7 @@ def read_run(path: str | Path) -> Run | None:
 
 def runs_below(root: Path = RUNS) -> Iterator[Run]:
     """The runs of all kinds of model below `root`; first that whose last checkpoint is newest."""
-    for folder in sorted(_run_folders(root), key=_last_saved_s, reverse=True):
+    for folder in sorted(run_folders(root), key=_last_saved_s, reverse=True):
         if (run := read_run(folder)) is not None:
             yield run
 
@@ -141,14 +141,6 @@ def bundled_test_set() -> Path:
         if path.is_file():
             return path
     raise SettingsError(f"inputs: no {name} here or in {REPOSITORY}; name a test set, inputs=PATH")
-
-
-def _run_folders(root: Path) -> Iterator[Path]:
-    """Folders that contain checkpoints/; not searched further inside."""
-    for folder, inside, _ in os.walk(root):
-        if checkpointing.CHECKPOINTS in inside:
-            inside.clear()
-            yield Path(folder)
 
 
 def _last_saved_s(run: Path) -> float:

@@ -16,9 +16,8 @@ from speechlm2_jax.pretrained import registry
 from speechlm2_jax.pretrained.locate import Location
 from speechlm2_jax.pretrained.near_paths import RUNS
 from speechlm2_jax.settings import SettingsError
+from speechlm2_jax.transcription.missing_model import no_model
 
-PUBLIC_MODELS = ("nvidia/canary-qwen-2.5b", "nvidia/parakeet-ctc-0.6b")
-"""Models on the hub that an error names."""
 PROMPTED = ("SALM", "SALMWithAsrDecoder")
 TRANSCRIBERS = (*PROMPTED, "ASRModel", "CTCModel")
 """Classes that transcribe."""
@@ -85,11 +84,7 @@ def choose_model(name: str | None) -> str:
     for run in runs_below(RUNS):
         if _transcribes(registry.identify(run.folder)):
             return str(run.folder)
-    raise SettingsError(
-        f"there is no trained model below {RUNS}/ that transcribes; train one with `speechlm2-jax "
-        f"train --config salm`, or name one: --model PATH, or a public one such as "
-        f"{', '.join(PUBLIC_MODELS)}"
-    )
+    raise no_model()
 
 
 def open_model(name: str, options: Options) -> OpenedModel:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.linalg import solveh_banded
 
 from speechlm2_jax.inference.timestamps.speech import Silence
 
@@ -196,6 +195,8 @@ def _phrase_times(
     for i, edge in zip((0, count - 1), edges, strict=True):
         if edge is not None:
             add(i, (1.0, 0.0), edge, timing.edge_sd_s)
+    from scipy.linalg import solveh_banded  # 0.1 s, which texts without times need not wait for
+
     times = solveh_banded(np.stack([np.concatenate([[0.0], beside]), diagonal]), right)
     return np.maximum.accumulate(times).tolist()
 
