@@ -52,7 +52,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "train",
             "train a model from a YAML file; the same command resumes",
             "speechlm2_jax.commands.train:run",
-            "--config salm trainer.max_steps=100",
+            "--config salm trainer.max_steps=300",
         ),
         Command(
             "evaluate",

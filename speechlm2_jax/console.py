@@ -144,6 +144,11 @@ def phase(name: str) -> Generator[None]:
         log.info("%s took %.1f s", name, took_s)
 
 
+def counted(count: int, what: str) -> str:
+    """A count with its noun: 1 recording, 2 recordings."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def log_line(text: str) -> None:
     """Logs one line."""
     log.info("%s", text)

@@ -69,12 +69,12 @@ def _align(options: argparse.Namespace) -> int:
         console.log_line(f"{totals.resumed} of {totals.rows} rows were there already")
     speed = totals.audio_s / max(time.monotonic() - start_s, 1e-9)
     console.log_line(
-        f"{totals.output}: {totals.rows} rows, {totals.audio_s:.0f} s of audio, "
+        f"{totals.output}: {console.counted(totals.rows, 'row')}, {totals.audio_s:.0f} s of audio, "
         f"{speed:.1f} s of audio per second"
     )
     if not totals.problems:
         return 0
-    console.log_line(f"{len(totals.problems)} rows could not be aligned:")
+    console.log_line(f"{console.counted(len(totals.problems), 'row')} could not be aligned:")
     for line in sample_problems(totals):
         console.log_line(f"  {line}")
     return 1

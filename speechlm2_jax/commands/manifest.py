@@ -51,5 +51,8 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> None:
         choices = vars(parser.parse_args(argv))
         from speechlm2_jax.data.folders.manifests import Choices, make_manifests
 
-        for line in make_manifests(choices.pop("folder"), Choices(**choices)):
+        folder = choices.pop("folder")
+        if "output" not in choices and folder.is_dir():
+            print(f"manifests: written to {folder}, the folder of the recordings, without --output")
+        for line in make_manifests(folder, Choices(**choices)):
             print(line)

@@ -101,12 +101,15 @@ def _run(
     ):
         totals = transcribe_all(sources, model, outputs, progress, group_size=size)
         speed = progress.speed()
+    files, failed = (console.counted(n, "recording") for n in (totals.files, totals.failed))
     note(
-        f"transcribed {totals.files} recordings, {duration(totals.audio_s)} of audio, "
+        f"transcribed {files}, {duration(totals.audio_s)} of audio, "
         f"{speed:.1f} s of audio per second"
     )
+    if totals.files and outputs is not None:
+        note(f"written to {outputs.place()}")
     if totals.failed:
-        print(f"{program}: {totals.failed} recordings were left out", file=sys.stderr)
+        print(f"{program}: left out: {failed}", file=sys.stderr)
     return 1 if totals.failed else 0
 
 

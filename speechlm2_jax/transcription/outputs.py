@@ -147,6 +147,17 @@ class Outputs:
                         "another folder with --output-dir, or replace it with --overwrite"
                     )
 
+    def place(self) -> str:
+        """Where the outputs of the recordings lie that `prepare` gave: a file or a folder."""
+        paths = dict.fromkeys(path for source in self._left for path in self._paths(source))
+        folders = {path.parent for path in paths}
+        if len(paths) == 1:
+            return str(*paths)
+        if self.folder is None and len(folders) > 1:
+            lines = f", {self._lines.path}" if LINES in self.formats else ""
+            return f"the folders of the recordings{lines}"
+        return f"{self.folder or next(iter(folders))}/"
+
     def _missing_formats(self, source: GivenRecording) -> Iterator[str]:
         for form in self.formats:
             is_done = self._is_present(source, form) and not self.overwrite

@@ -138,10 +138,11 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path, capsys):
     assert sorted(names) == sorted([*(f"good{n}.wav" for n in range(8)), "loud.wav"])
     assert all(parts) and parts[0][0]["duration"] == 0.5
     told = capsys.readouterr().out
-    assert "9 recordings" in told and "1 the same samples as another" in told
+    assert told.startswith(f"manifests: written to {tmp_path}, the folder of the recordings")
+    assert "; 9 recordings, 4.5 s\n" in told and "1 the same samples as another" in told
     assert "1 clipped" in told and "16000 Hz (9)" in told
     is_shared = {row["text"] for row in parts[0]} & {row["text"] for row in parts[1]}
-    assert ("1 texts are in more than one set" in told) == bool(is_shared)
+    assert ("1 text in more than one set" in told) == bool(is_shared)
 
 
 def test_no_speaker_is_in_two_sets_and_the_split_is_always_the_same():
@@ -163,7 +164,7 @@ def test_no_speaker_is_in_two_sets_and_the_split_is_always_the_same():
     [
         (["--split", "train=0.9"], "add up to 0.9, not 1"),
         (["--split", "train"], "write NAME=SHARE"),
-        (["--by", "speaker"], "have no speaker"),
+        (["--by", "speaker"], "without a speaker"),
         ([], "1 groups (speakers or files) cannot fill 3 sets"),
         (["--split", "all=1", "--min-duration", "9"], "1 shorter than --min-duration"),
     ],
@@ -336,7 +337,7 @@ def test_rows_without_a_speaker_are_not_of_one_speaker(tmp_path, capsys):
     assert {one.speaker for one in read_folder(tmp_path).recordings} == {None}
     with pytest.raises(SystemExit):
         main([str(tmp_path), "--by", "speaker"])
-    assert "4 recordings have no speaker" in capsys.readouterr().err
+    assert "without a speaker: 4 recordings" in capsys.readouterr().err
 
 
 def lists_of_sets(root):
@@ -404,7 +405,7 @@ def test_sets_of_the_folder_are_kept_unless_it_is_to_be_split_anew(layout, tmp_p
     told = capsys.readouterr().out
     assert f"kept the folder's own sets: {', '.join(expected)}" in told
     assert ("(no validation)" in told) == (layout in (subsets, held_out_folder))
-    assert ("1 speakers are in more than one" in told) == (layout is folders_of_sets)
+    assert ("in more than one of them: 1 speaker\n" in told) == (layout is folders_of_sets)
     main([str(root), "--output", str(tmp_path / "anew"), "--resplit", "--split", "all=1"])
     assert len(rows_of(tmp_path / "anew" / "all.jsonl")) == len(places)
     told = capsys.readouterr().out
@@ -440,7 +441,7 @@ def test_shares_that_groups_do_not_give_are_told(tmp_path, capsys):
         put(tmp_path / f"{n % 3}" / f"{n}.txt", f"t{n}")
     main([str(tmp_path), "--output", str(tmp_path / "a")])
     told = capsys.readouterr().out
-    assert "warning: 3 speakers do not divide so: train 33% (not 90%), validation 33%" in told
+    assert "warning: 3 speakers cannot be divided so: train 33% (not 90%), validation 33%" in told
     assert "--by file" in told
     main([str(tmp_path), "--output", str(tmp_path / "b"), "--split", "train=0.6,test=0.4"])
     assert "warning" not in capsys.readouterr().out

@@ -233,4 +233,4 @@ def test_a_transcript_that_cannot_be_written_is_left_out(folder, model, capsys):
     assert texts("out") == {f"{longest}.txt": "1 s", "z.txt": "1 s"}
     err = capsys.readouterr().err
     assert f"long/{too_long}.au: left out: out/{too_long}.txt: cannot be written (File name" in err
-    assert "1 recordings were left out" in err
+    assert "left out: 1 recording" in err

@@ -39,6 +39,7 @@ def test_outputs_lie_beside_the_recordings(folder, model, capsys):
     assert json.loads(Path("calls/b.wav.json").read_text())["audio_filepath"] == "calls/b.wav"
     err = capsys.readouterr().err
     assert "transcribed 4 recordings, 10.0 s of audio" in err and "audio per second" in err
+    assert err.endswith("\nwritten to the folders of the recordings\n")
     assert not list(Path().rglob("*.part"))
 
 
@@ -48,7 +49,9 @@ def test_a_restart_goes_on_where_it_ended(folder, model, capsys):
     Path("out/day/c.txt").unlink()
     model.clear()
     assert run("calls", "--output-dir", "out") == 0
-    assert model == [[3]] and "2 of 3 are transcribed already" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert model == [[3]] and "2 of 3 are transcribed already" in err
+    assert "transcribed 1 recording, " in err and err.endswith("\nwritten to out/day/c.txt\n")
     assert run("calls", "--output-dir", "out") == 0
     assert model == [[3]] and "nothing is left to do" in capsys.readouterr().err
     assert run("calls", "--output-dir", "out", "--overwrite") == 0
@@ -75,7 +78,7 @@ def test_a_recording_that_cannot_be_read_is_named_and_left_out(folder, model, ca
     Path("calls/bad.wav").write_bytes(b"RIFF")
     assert run("calls", "--output", "txt") == 1
     err = capsys.readouterr().err
-    assert "calls/bad.wav: left out: " in err and "1 recordings were left out" in err
+    assert "calls/bad.wav: left out: " in err and "left out: 1 recording\n" in err
     assert Path("calls/day/c.txt").exists() and not Path("calls/bad.txt").exists()
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from speechlm2_jax.console import counted
 from speechlm2_jax.data.folders.checks import Checked, check_recordings
 from speechlm2_jax.data.folders.layouts import Folder, Found, read_folder
 from speechlm2_jax.data.folders.naming import SET_NAMES, TRAIN
@@ -163,8 +164,8 @@ def _parts(
         return parts, _kept_lines(parts, [name for name in shares if name not in parts])
     groups, seconds, is_by_speaker = _groups(kept, choices.by)
     parts = split(groups, seconds, shares, seed=choices.seed)
-    what = "speakers" if is_by_speaker else "files"
-    lines = [f"split by {what}: {choices.split}"]
+    what = "speaker" if is_by_speaker else "file"
+    lines = [f"split by {what}s: {choices.split}"]
     if any(one.found.set for one in kept):
         own = sorted({one.found.set or "none" for one in kept})
         lines[0] += f"; the folder's own sets ({', '.join(own)}) are not kept"
@@ -174,7 +175,8 @@ def _parts(
             f"{name} {own:.0%} (not {shares[name]:.0%})" for name, own in wrong.items()
         )
         hint = "; --by file splits the recordings of each speaker" if is_by_speaker else ""
-        lines.append(f"warning: {len(groups)} {what} do not divide so: {told} of the time{hint}")
+        few = counted(len(groups), what)
+        lines.append(f"warning: {few} cannot be divided so: {told} of the time{hint}")
     return parts, lines
 
 
@@ -189,7 +191,7 @@ def _kept_lines(parts: Mapping[str, Sequence[Recording]], missing: Sequence[str]
             if one.found.speaker is not None:
                 of_speaker[one.found.speaker].add(name)
     if shared := sum(len(names) > 1 for names in of_speaker.values()):
-        lines.append(f"warning: {shared} speakers are in more than one of them")
+        lines.append(f"warning: in more than one of them: {counted(shared, 'speaker')}")
     return lines
 
 
@@ -236,7 +238,8 @@ def _groups(
     unknown = [one for one in kept if one.found.speaker is None]
     if by == "speaker" and unknown:
         raise SettingsError(
-            f"--by speaker: {len(unknown)} recordings have no speaker, as {unknown[0].found.where}"
+            f"--by speaker: without a speaker: {counted(len(unknown), 'recording')}, as "
+            f"{unknown[0].found.where}"
         )
     speakers = {one.found.speaker for one in kept}
     is_by_speaker = by == "speaker" or (by == "auto" and not unknown and len(speakers) > 2)
@@ -270,7 +273,7 @@ def _report(
     how: Sequence[str],
 ) -> list[str]:
     """The lines for the terminal; `how` tells how the recordings came into their sets."""
-    lines = [f"layout: {folder.layout}; {len(kept)} recordings, {_minutes(kept)}", *how]
+    lines = [f"layout: {folder.layout}; {_amount(kept)}", *how]
     if left_out:
         place = next(iter(targets.values())).with_name(LEFT_OUT)
         lines.insert(1, f"left out: {', '.join(_counted(left_out))}; see {place}")
@@ -285,7 +288,7 @@ def _report(
         for one in part:
             sets[(one.found.text or "").lower()].add(name)
     if shared := sum(len(names) > 1 for names in sets.values()):
-        noticed.append(f"{shared} texts are in more than one set")
+        noticed.append(f"{counted(shared, 'text')} in more than one set")
     place = next(iter(targets.values())).parent
     others = {*place.glob("*.jsonl")} - {*targets.values(), place / LEFT_OUT}
     if others:
@@ -294,10 +297,13 @@ def _report(
     lines.append(f"noticed: {'; '.join(noticed)}")
     for name, path in targets.items():
         speakers = len({one.found.speaker for one in parts[name]} - {None})
-        spoken = f", {speakers} speakers" if speakers else ""
-        lines.append(f"{path}: {len(parts[name])} recordings, {_minutes(parts[name])}{spoken}")
+        spoken = f", {counted(speakers, 'speaker')}" if speakers else ""
+        lines.append(f"{path}: {_amount(parts[name])}{spoken}")
     return lines
 
 
-def _minutes(recordings: Sequence[Recording]) -> str:
-    return f"{sum(one.checked.duration_s for one in recordings) / 60:.1f} min"
+def _amount(recordings: Sequence[Recording]) -> str:
+    """How many recordings, and how long they are: in minutes, or in seconds below one."""
+    seconds = sum(one.checked.duration_s for one in recordings)
+    time = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
+    return f"{counted(len(recordings), 'recording')}, {time}"
