@@ -4,7 +4,6 @@ Memory holds the samples at the wanted rate, and of the file's own rate a block 
 FLAC may hold hours of silence at hundreds of kilohertz.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from io import BufferedIOBase
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from speechlm2_jax.data.audio import FILTER_CROSSINGS, check_samples, one_channel, resample
+from speechlm2_jax.data.audio import check_samples, one_channel
 from speechlm2_jax.data.audio_errors import AudioError
 from speechlm2_jax.data.audio_files import AudioFile, open_audio
+from speechlm2_jax.data.stream_resampler import StreamResampler
 
 _BLOCK_SAMPLES = 1 << 20
 
@@ -78,32 +78,17 @@ class _MonoBlocks:
 def resample_blocks(
     waves: Iterable[Float[np.ndarray, " _"]], from_hz: int, to_hz: int
 ) -> Iterator[Float[np.ndarray, " _"]]:
-    """Changes the rate of samples that come in blocks. Joined they are those of `resample`.
-
-    A stretch is resampled with its neighbours, as far as the filter reaches. Its outputs are sums
-    of the same products in the same order, so they are equal bit for bit.
-    """
+    """Changes the rate of samples that come in blocks. Joined they are those of `resample`."""
     if from_hz == to_hz:
         yield from waves
         return
-    gcd = math.gcd(from_hz, to_hz)
-    up, down = to_hz // gcd, from_hz // gcd
-    margin = _multiple(FILTER_CROSSINGS * max(up, down) // up + 2, down)
-    size = _multiple(_BLOCK_SAMPLES, down)
-    parts, held, before = list[np.ndarray](), 0, 0
+    resampler, parts, held = StreamResampler(from_hz, to_hz), list[np.ndarray](), 0
     for wave in waves:
         parts.append(wave)
         held += len(wave)
-        while held >= before + size + margin:
-            joined = np.concatenate(parts)
-            out = resample(joined[: before + size + margin], from_hz, to_hz)
-            yield out[before // down * up : (before + size) // down * up]
-            start = max(before + size - margin, 0)
-            parts, held, before = [joined[start:]], len(joined) - start, before + size - start
-    if held:
-        yield resample(np.concatenate(parts), from_hz, to_hz)[before // down * up :]
-
-
-def _multiple(count: int, of: int) -> int:
-    """The smallest multiple that is at least `count`."""
-    return -(-count // of) * of
+        if held >= _BLOCK_SAMPLES:
+            yield resampler.push(np.concatenate(parts))
+            parts, held = [], 0
+    if parts:
+        yield resampler.push(np.concatenate(parts))
+    yield resampler.finish()

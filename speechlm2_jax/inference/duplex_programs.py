@@ -45,7 +45,7 @@ def run_offline(
     with sharding.use(placement):
         encoder_output = duplex_network.encode_user(network, audio, lengths)
         frames = encoder_output.frames
-        rngs = None if rng is None else _conversation_rngs(rng, len(audio))
+        rngs = None if rng is None else conversation_rngs(rng, len(audio))
         state = initial_state(
             network,
             *frames.shape[:2],
@@ -95,5 +95,6 @@ def silent_codes(
         return sharding.on_every_device(codes)
 
 
-def _conversation_rngs(rng: Key[Array, ""], batch: int) -> Key[Array, " B"]:
+def conversation_rngs(rng: Key[Array, ""], batch: int) -> Key[Array, " B"]:
+    """A random key for each conversation of a batch."""
     return jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch))

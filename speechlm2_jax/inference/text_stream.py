@@ -94,6 +94,41 @@ class GrowingText:
         return self.text[len(before) :]
 
 
+class RunningText:
+    """The text of tokens that come without end. A token's cost does not grow with their number.
+
+    Text that was given out does not change later. Each decoding begins with the tokens of the last
+    piece, for spaces between words and characters of several tokens.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[int] = []
+        self._new: list[int] = []
+
+    def add(self, token: int) -> str:
+        """Takes the next token and returns the new text: "" within a character."""
+        self._new.append(token)
+        if BYTE.fullmatch(self._tokenizer.ids_to_tokens(np.asarray([token], np.int32))[0]):
+            return ""
+        text = self._tokenizer.ids_to_text(self._ids())
+        return "" if text.endswith(UNDECIDED) else self._piece(text)
+
+    def finish(self) -> str:
+        """Returns the text that was held back."""
+        return self._piece(self._tokenizer.ids_to_text(self._ids()))
+
+    def _ids(self) -> np.ndarray:
+        return np.asarray([*self._before, *self._new], np.int32)
+
+    def _piece(self, text: str) -> str:
+        before = self._tokenizer.ids_to_text(np.asarray(self._before, np.int32))
+        if not text.startswith(before) or len(text) == len(before):
+            return ""
+        self._before, self._new = self._new, []
+        return text[len(before) :]
+
+
 def stream_pieces(outputs: Iterator[PartialOutput], tokenizer: TextTokenizer) -> Iterator[Piece]:
     """Yields the new tokens and text of each output, sequence by sequence.
 

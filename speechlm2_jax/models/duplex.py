@@ -30,6 +30,8 @@ from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.batching import check_batch, pad_lengths, pad_to_static_shape
 from speechlm2_jax.inference.duplex_programs import decode_codes, run_offline, silent_codes
 from speechlm2_jax.inference.padding import SAMPLE_UNIT, round_up
+from speechlm2_jax.inference.sessions.duplex_session import DuplexSession
+from speechlm2_jax.inference.sessions.opening import SESSION_WINDOW_S, SessionOptions, open_session
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.models.asr import ASRModel
 from speechlm2_jax.models.base import SpeechModel
@@ -109,10 +111,7 @@ class DuplexS2SModel(SpeechModel):
     @property
     def max_frames(self) -> int | None:
         """Frame limit of a conversation: learnt positions of a speech decoder; None: no limit."""
-        decoder = self._blueprint.network.speech_decoder
-        if decoder is None or not decoder.use_learnable_pos_emb:
-            return None
-        return decoder.max_length_causal_mask
+        return self._blueprint.network.max_frames
 
     def __call__(
         self, input_embeds: ArrayLike, input_audio_tokens: ArrayLike | None = None
@@ -181,6 +180,45 @@ class DuplexS2SModel(SpeechModel):
         if decode_audio:
             result["audio"], result["audio_len"] = self._audio(output.codes, frames, placement)
         return result
+
+    def session(
+        self,
+        *,
+        sampling_rate: int | None = None,
+        decode_audio: bool = True,
+        session_window_s: float = SESSION_WINDOW_S,
+        text_sampling: SamplingConfig | None = None,
+        audio_sampling: SamplingConfig | None = None,
+        seed: int = 0,
+    ) -> DuplexSession:
+        """Starts a conversation: `for frame in session.push(samples)`; greedy by default.
+
+        `sampling_rate` is that of the samples, by default the model's. A conversation may last
+        `session_window_s` seconds and have `max_frames` frames. Raises ValueError, naming the
+        setting, for a model that cannot stream, for weights on several devices and for a window of
+        less than a frame.
+        """
+        if self.mesh is not None:
+            raise ValueError(
+                f"a session runs on one device, and the weights lie on {self.mesh.size}; load the "
+                "model without `strategy`"
+            )
+        sampling = DuplexSamplingConfig(
+            text=text_sampling or SamplingConfig(), audio=audio_sampling or SamplingConfig()
+        )
+        return open_session(
+            self._graphdef,
+            self._blueprint.network,
+            (self._decoding_variables(), self._inference_variables()),
+            SessionOptions(
+                tokenizer=self.tokenizer,
+                input_hz=sampling_rate or self.sampling_rate,
+                decode_audio=decode_audio,
+                window_s=session_window_s,
+                sampling=sampling,
+                seed=seed,
+            ),
+        )
 
     def _audio(
         self, codes: jax.Array, frames: np.ndarray, placement: Sharding | None

@@ -84,6 +84,14 @@ class DuplexConfig:
         """Codebooks of the agent's audio channel."""
         return Codebooks(count=self.codec.num_codebooks, size=self.codec.codebook_size)
 
+    @property
+    def max_frames(self) -> int | None:
+        """Frame limit of a conversation: learnt positions of a speech decoder; None: no limit."""
+        decoder = self.speech_decoder
+        if decoder is None or not decoder.use_learnable_pos_emb:
+            return None
+        return decoder.max_length_causal_mask
+
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexModes:

@@ -43,7 +43,8 @@ class EncoderPlan:
             )
         if right < 0:
             raise ValueError(
-                f"att_context_size={list(self.context)}: a stream needs a bounded right context"
+                f"att_context_size={list(self.context)}: a stream needs a bounded right context; "
+                "use an encoder trained with one, such as [70, 1]"
             )
         if left < 0 and self.longest is None:
             raise ValueError(

@@ -76,7 +76,12 @@ class StreamPlan:
                 "modality_adapter: a stream with an adapter over several layers needs an encoder "
                 "that does not look ahead: causal convolutions, steps of whole attention chunks"
             )
-        _ = (self.mel, self.encoder, self.adapter)  # each raises ValueError if it cannot stream
+        _ = self.mel  # raises ValueError if it cannot stream
+        for block, plan in (("encoder", "encoder"), ("modality_adapter", "adapter")):
+            try:
+                getattr(self, plan)
+            except ValueError as error:
+                raise ValueError(f"{block}.{error}") from error
 
     @property
     def encoded(self) -> int:

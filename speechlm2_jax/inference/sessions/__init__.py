@@ -1,0 +1,1 @@
+"""Conversations that go on: samples in and the model's output out, chunk by chunk."""
