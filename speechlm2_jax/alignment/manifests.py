@@ -1,6 +1,5 @@
 """Adds words with times to each row of a manifest of JSON lines; a stopped run resumes."""
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from speechlm2_jax.data.audio import AudioError, read_audio
 from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.json_lines import json_lines
 from speechlm2_jax.data.manifest_values import located, seconds
-from speechlm2_jax.data.output_folders import check_writable
+from speechlm2_jax.data.output_folders import check_writable, lock_file
 from speechlm2_jax.data.readers import beside
 from speechlm2_jax.data.storage.addresses import is_remote
 from speechlm2_jax.inference.timestamps.aligner import Aligner
@@ -113,15 +112,9 @@ def _alone(target: Path) -> Generator[None]:
     SettingsError if another run has it.
     """
     path = target.with_name(f".{target.name}.lock")
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_own = path.stat().st_ino == os.fstat(file.fileno()).st_ino
-        except (BlockingIOError, FileNotFoundError):
-            is_own = False
-        except OSError:  # a file system without locks
-            is_own = True
-        if not is_own:
+    with path.open("wb") as file:
+        is_own = lock_file(file) and path.exists()
+        if not is_own or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
             raise SettingsError(
                 f"--output: another run is writing {target}; wait until it ends, or name another"
             )
