@@ -28,6 +28,7 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> None:
         parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page of curves")
         options = parser.parse_args(argv)
         from speechlm2_jax.inspection.runs import (
+            CONFIG,
             METRICS,
             MOST_COLUMNS,
             find_runs,
@@ -35,6 +36,8 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> None:
             validation_metrics,
         )
 
+        if options.html is not None and options.html.is_dir():
+            raise SettingsError(f"--html: {options.html} is a folder; name a file")
         runs = find_runs([folder for place in options.places for folder in _folders(place)])
         rows = table(runs, MOST_COLUMNS)
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -47,6 +50,8 @@ def main(argv: Sequence[str], *, program: str = PROGRAM) -> None:
         if left_out := validation_metrics(runs)[MOST_COLUMNS:]:
             print(f"not in this table: {', '.join(left_out)}  (--html FILE shows all)")
         for run in runs:
+            if run.config_problem is not None:
+                print(f"{run.path / CONFIG}: cannot be read ({run.config_problem})")
             if run.damaged:
                 print(f"{run.path / METRICS}: {run.damaged} damaged lines are left out")
         if options.html is not None:

@@ -4,11 +4,13 @@ Of three or more (seeds of one training), the mean and the spread.
 """
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from speechlm2_jax.data.json_lines import json_lines
+from speechlm2_jax.data.manifest_values import located, mapping, shown
 from speechlm2_jax.evaluation.config import CHANGE_NO_RESPONSE
 from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.metrics.resampling import compare, estimate
@@ -125,7 +127,12 @@ def _verdict(p_value: float | None, change: float | None, more_is_better: bool) 
 
 def _provenance(file: Path) -> Mapping[str, Any]:
     """How an output manifest was made; empty if it does not tell."""
-    return next((row[PROVENANCE] for _, row in json_lines(file) if row.get(PROVENANCE)), {})
+    found = ((where, row[PROVENANCE]) for where, row in json_lines(file) if row.get(PROVENANCE))
+    where, record = next(found, ("", {}))
+    with located(where):
+        for key in ("settings", "model"):
+            mapping(mapping(record, PROVENANCE).get(key), f"{PROVENANCE}.{key}")
+    return record
 
 
 def _normalizer(records: Sequence[Mapping[str, Any]]) -> str:
@@ -133,7 +140,7 @@ def _normalizer(records: Sequence[Mapping[str, Any]]) -> str:
 
     Raises SettingsError if they differ.
     """
-    used = [record["settings"].get(NORMALIZER) for record in records if "settings" in record]
+    used = [own.get(NORMALIZER) for record in records if (own := record.get("settings"))]
     names = list(dict.fromkeys("english" if u is True else str(u or "none").lower() for u in used))
     if len(names) > 1:
         raise SettingsError(
@@ -145,7 +152,7 @@ def _normalizer(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _differences(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines about the settings and models that differ, as far as both tell."""
-    if not all("settings" in record for record in records):
+    if not all(record.get("settings") for record in records):
         return ["  settings  not compared: a file has no provenance"]
     settings = [record["settings"] for record in records]
     keys = dict.fromkeys(key for one in settings for key in one if key not in CHANGE_NO_RESPONSE)
@@ -181,8 +188,23 @@ def read_responses(file: Path, key: str = COMPARE) -> dict[str, Pair]:
             name = str(row["id"])
             if name in found:
                 raise SettingsError(f"{where}: the id {name!r} occurs twice")
-            found[name] = Pair(text, response, row.get("nll") or 0.0, row.get("tokens") or 0)
+            found[name] = _pair(where, text, response, row)
     return found
+
+
+def _pair(where: str, text: object, response: object, row: Mapping[str, Any]) -> Pair:
+    """A reference with its response. Raises SettingsError for values of other types."""
+    with located(where):
+        for key, value in (("text_raw", text), ("pred_text_raw", response)):
+            if not isinstance(value, str):
+                raise SettingsError(f"{key} must be text, got {shown(value)}")
+        nll, tokens = row.get("nll") or 0.0, row.get("tokens") or 0
+        if not isinstance(nll, int | float) or not math.isfinite(nll):
+            raise SettingsError(f"nll must be a number, got {shown(nll)}")
+        if not isinstance(tokens, int) or tokens < 0:
+            raise SettingsError(f"tokens must be a count, got {shown(tokens)}")
+    assert isinstance(text, str) and isinstance(response, str)
+    return Pair(text, response, nll, tokens)
 
 
 def other_seeds(

@@ -1,12 +1,12 @@
 """What the run directories in a folder hold: state, last and best values, and curves."""
 
-import json
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from speechlm2_jax.data.json_lines import object_of_line
 from speechlm2_jax.exit_codes import MARKER
 from speechlm2_jax.object_store.folders import address_of
 from speechlm2_jax.settings import SettingsError
@@ -20,6 +20,9 @@ RISING = frozenset(
     "acc accuracy bleu chrf f1 intent mcq precision recall success tokens_per_s".split()
 )
 """Words of names of metrics of which more is better; of all others less is."""
+_MOST_STEPS = 1 << 53
+_SHOWN = 120
+"""Characters of a reason that are told."""
 MOST_COLUMNS = 4
 """Validation metrics in the table of a terminal."""
 
@@ -32,6 +35,8 @@ class RunRecord:
     is_finished: bool
     max_steps: int | None
     """None: not known."""
+    config_problem: str | None = None
+    """Why the settings cannot be read, if they are there."""
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     """Metric -> (step, value) in order of the steps; values are finite."""
     hours: float = 0.0
@@ -88,7 +93,8 @@ def find_runs(places: Sequence[Path]) -> list[RunRecord]:
         if not place.is_dir():
             raise SettingsError(f"{place}: no such folder")
         found = [place] if (place / METRICS).is_file() else []
-        found += [path.parent for path in place.glob(f"**/{METRICS}") if path.parent != place]
+        below = (path for path in place.glob(f"**/{METRICS}") if path.is_file())
+        found += [path.parent for path in below if path.parent != place]
         paths |= dict.fromkeys(found)
     if not paths:
         where = ", ".join(map(str, places))
@@ -109,10 +115,12 @@ def read_run(path: Path) -> RunRecord:
             value = _finite(own)
             if value is not None and name not in HIDDEN and not name.startswith("time_"):
                 curves.setdefault(name, []).append((row["step"], value))
+    max_steps, config_problem = _max_steps(path / CONFIG)
     return RunRecord(
         path=path,
         is_finished=(path / MARKER).exists(),
-        max_steps=_max_steps(path / CONFIG),
+        max_steps=max_steps,
+        config_problem=config_problem,
         curves=curves,
         hours=seconds / 3600,
         damaged=damaged,
@@ -135,27 +143,39 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     damaged = 0
     lines = path.read_bytes().split(b"\n")
     for n, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError:
-            row = ()
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        row = _row(line)
+        if row is not None:
             rows.append(row)
-        elif row is not None and n < len(lines):
+        elif line.strip() and n < len(lines):
             damaged += 1
     return rows, damaged
 
 
-def _max_steps(path: Path) -> int | None:
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row of a line; None if it is damaged."""
+    try:
+        row = object_of_line(METRICS, line)
+    except SettingsError:
+        return None
+    step = row.get("step")
+    is_step = isinstance(step, int) and not isinstance(step, bool) and 0 <= step < _MOST_STEPS
+    return row if is_step else None
+
+
+def _max_steps(path: Path) -> tuple[int | None, str | None]:
+    """Steps that a run is to have, if its settings tell, and why they cannot be read, if so."""
     import yaml
 
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return None
+    except FileNotFoundError:
+        return None, None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        return None, " ".join(str(error).split())[:_SHOWN]
     trainer = settings.get("trainer") if isinstance(settings, dict) else None
     steps = trainer.get("max_steps") if isinstance(trainer, dict) else None
-    return steps if isinstance(steps, int) and steps > 0 else None
+    is_count = isinstance(steps, int) and not isinstance(steps, bool) and steps > 0
+    return steps if is_count else None, None
 
 
 def metrics_of(runs: Sequence[RunRecord]) -> list[str]:

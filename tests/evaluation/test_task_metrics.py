@@ -172,6 +172,28 @@ def test_two_output_manifests_are_compared(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"pred_text_raw": 5}, "line 1: pred_text_raw must be text, got 5"),
+        ({"text_raw": ["a"]}, "line 1: text_raw must be text, got ['a']"),
+        ({"nll": "1"}, "line 1: nll must be a number, got '1'"),
+        ({"nll": float("nan")}, "line 1: nll must be a number, got nan"),
+        ({"tokens": 1.5}, "line 1: tokens must be a count, got 1.5"),
+        ({"provenance": 1}, "line 1: provenance must be an object of fields, got 1"),
+        ({"provenance": {"settings": 1}}, "line 1: provenance.settings must be an object"),
+    ],
+)
+def test_a_response_of_another_type_is_told_with_its_line(row, told, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    whole = {"id": "0", "text_raw": "a", "pred_text_raw": "a"}
+    lines = [whole | row, whole | {"id": "1"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert evaluate.main(["--compare", str(path), str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path} {told}" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("rows", "told"),
     [
         ([("a b", "a")], "only 1 in common"),

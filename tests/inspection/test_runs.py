@@ -147,3 +147,23 @@ def test_damaged_lines_and_a_loss_that_is_not_finite_are_told(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "step 2 of 20, loss is not finite" in told
     assert "metrics.jsonl: 2 damaged lines are left out" in told
+
+
+def test_a_damaged_run_is_named_and_the_others_are_shown(tmp_path, capsys):
+    write(tmp_path / "runs" / "fine", [{"step": 3, "loss": 2.0}])
+    bad = write(tmp_path / "runs" / "bad", [{"step": 4, "loss": 2.0}])
+    (bad / "config.yaml").write_bytes(b"\xff\xfe\xfa")
+    steps = [True, -1, 10**400, "[" * 100_000, '1, "val_\\ud800": 1']
+    lines = [f'{{"step": {str(step).lower()}, "loss": 1}}\n' for step in steps]
+    with (bad / "metrics.jsonl").open("w") as file:
+        file.write("".join([*lines, '{"step": 5, "loss": 1e308}\n{"step": 6, "loss": -1e308}\n']))
+    (tmp_path / "runs" / "no_run" / "metrics.jsonl").mkdir(parents=True)
+    main([str(tmp_path / "runs"), "--html", str(tmp_path / "page.html")])
+    told = capsys.readouterr().out
+    assert "fine  step 3 of 20" in told and "bad   step 6 " in told and "no_run" not in told
+    assert f"{bad / 'config.yaml'}: cannot be read ('utf-8' codec" in told
+    assert "metrics.jsonl: 5 damaged lines are left out" in told
+    assert "inf" not in (tmp_path / "page.html").read_text().partition("<body>")[2]
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "runs"), "--html", str(tmp_path)])
+    assert "is a folder; name a file" in capsys.readouterr().err
