@@ -1,4 +1,4 @@
-"""Where the bundled configs, components and corpus are: in the clone, or in the installed package.
+"""Where bundled configs, components, corpus and pages are: in the clone or the installed package.
 
 Names such as `corpus/train.jsonl` and `configs/parts/tiny_encoder.nemo` mean a file of the working
 folder first, and the bundled one if there is none.
@@ -9,9 +9,9 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 _INSTALLED = _PACKAGE / "bundled_files"
-"""Where a wheel puts configs/ and corpus/."""
+"""Where a wheel puts configs/, corpus/ and docs/."""
 ROOT = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent
-"""The folder of configs/ and corpus/."""
+"""The folder of configs/, corpus/ and docs/."""
 CONFIGS = ROOT / "configs"
 _FOLDERS = ("corpus/", "configs/")
 
@@ -22,6 +22,12 @@ def with_bundled(path: str) -> str:
         return path
     bundled = ROOT / path
     return str(bundled) if bundled.exists() else path
+
+
+def page(name: str) -> str:
+    """Where a page of docs/ is, for messages: `docs/NAME` in the clone, else its whole path."""
+    here = f"docs/{name}"
+    return here if os.path.exists(here) else str(ROOT / here)
 
 
 def config_roots() -> tuple[Path, Path]:

@@ -88,8 +88,19 @@ def test_messages_name_the_command(capsys):
     assert capsys.readouterr().err.startswith("speechlm2-jax plan: ")
 
 
+@pytest.mark.parametrize("name", ["evaluate", "plan", "convert"])
+def test_the_help_of_a_command_names_no_script_of_a_clone(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    out = capsys.readouterr().out
+    assert f"speechlm2-jax {name}" in out
+    assert not [line for line in out.splitlines() if "python " in line and ".py" in line]
+
+
 def test_bundled_files_are_found_from_any_folder(tmp_path, monkeypatch):
+    assert bundled.page("generation.md") == "docs/generation.md"
     monkeypatch.chdir(tmp_path)
+    assert Path(bundled.page("generation.md")).is_file()
     assert plain_path("corpus/train.jsonl") == str(bundled.ROOT / "corpus/train.jsonl")
     assert settings.find("salm") == bundled.CONFIGS / "salm.yaml"
     assert plain_path("corpus/nothing.jsonl") == "corpus/nothing.jsonl"

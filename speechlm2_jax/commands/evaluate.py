@@ -19,7 +19,9 @@ KEYS_OF = tuple(f"../evaluation/{name}config.py" for name in ("", "duplex/"))
 
 def run(argv: Sequence[str], *, program: str = PROGRAM) -> int:
     """Evaluates with the user's cache of compiled programs; see `main`."""
-    print_help_if_asked(__file__, keys_of=KEYS_OF, argv=argv, program=program)
+    print_help_if_asked(
+        __file__, keys_of=KEYS_OF, keys_page="evaluation.md", argv=argv, program=program
+    )
     console.ignore_closed_pipes()
     return main(argv, compiled="auto", program=program)
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from speechlm2_jax.bundled import page
+
 if TYPE_CHECKING:
     from speechlm2_jax.transcription.inputs import GivenRecording
     from speechlm2_jax.transcription.opening import OpenedModel, Options
@@ -274,7 +276,7 @@ def _add_generation(generation: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a keyword of generate, such as num_beams=4 (docs/generation.md)",
+        help=f"a keyword of generate, such as num_beams=4 ({page('generation.md')})",
     )
 
 

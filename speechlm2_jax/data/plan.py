@@ -71,7 +71,11 @@ def _make(
 
 def _parser(program: str) -> argparse.ArgumentParser:
     typed = MODULE if program == PROGRAM else program
-    parser = settings_parser(typed, (__doc__ or "").replace(MODULE, typed))
+    text = (__doc__ or "").replace(MODULE, typed)
+    if program != PROGRAM:  # an installed package has no train.py
+        train = program.replace(PROGRAM, "train")
+        text = text.replace("python train.py", train).replace("train.py", f"`{train}`")
+    parser = settings_parser(typed, text)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--output", type=Path, default=Path("plan.yaml"), help="the YAML file that is written")

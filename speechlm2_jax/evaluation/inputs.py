@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from speechlm2_jax.bundled import page
 from speechlm2_jax.data.audio import AudioError, audio_length, read_audio
 from speechlm2_jax.data.audio_location import AudioLocation
 from speechlm2_jax.data.audio_suffixes import AUDIO_SUFFIXES
@@ -32,8 +33,8 @@ READ_LIMIT_S = 300.0
 """Seconds that a read of remote storage may take, as `read_timeout` of training."""
 _MANIFESTS = (".json", ".jsonl", ".gz")
 AUDIO_HINT = (
-    f"supported audio: {' '.join(AUDIO_SUFFIXES[:9])} and others (docs/data.md); convert "
-    "other files, as with `ffmpeg -i IN OUT.wav`"
+    f"supported audio: {' '.join(AUDIO_SUFFIXES[:9])} and others ({page('data.md')}); "
+    "convert other files, as with `ffmpeg -i IN OUT.wav`"
 )
 """Hint for a file of another kind."""
 _ROW = '{"audio_filepath": "a.wav", "duration": 2.4, "text": "yes"}'

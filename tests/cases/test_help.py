@@ -92,4 +92,5 @@ def test_help_lists_the_options_and_keys():
     done = subprocess.run(
         [sys.executable, "evaluate.py", "-h"], cwd=ROOT, capture_output=True, text=True
     )
-    assert "pretrained_name" in done.stdout.partition("keys: ")[2]
+    keys = done.stdout.partition("keys: ")[2]
+    assert "pretrained_name" in keys and "what they mean: docs/evaluation.md\n" in keys

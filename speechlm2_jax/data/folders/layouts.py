@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from speechlm2_jax.bundled import page
 from speechlm2_jax.data.audio_suffixes import AUDIO_SUFFIXES
 from speechlm2_jax.data.folders.files import FolderFiles
 from speechlm2_jax.data.folders.naming import set_named, set_of, speakers_of
@@ -221,7 +222,7 @@ def _rows(table: Path, files: FolderFiles, folders: Sequence[Path]) -> Iterator[
         raise SettingsError(
             f"{table}: column {stretch!r}: its rows are stretches of recordings, and this command "
             "reads whole ones; cut them, or write a manifest with `offset` and `duration` "
-            "(docs/data.md)"
+            f"({page('data.md')})"
         )
     for where, row in records(table):
         name = row.get(audio)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Int, Int32
 
+from speechlm2_jax.bundled import page
 from speechlm2_jax.generation.decoding import BeamConfig, DecodingConfig
 from speechlm2_jax.generation.drafts import LookupDrafter
 from speechlm2_jax.inference.draft_models import DraftModel
@@ -246,7 +247,8 @@ def _merged(config: GenerationConfigLike, overrides: Mapping[str, object]) -> di
         known = (*HONOURED, *IGNORED, *REFUSED, *OWN)
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; docs/generation.md lists every key"
+            every = f"; {page('generation.md')} lists every key"
+            hint = f"; did you mean {near[0]}?" if near else every
             raise ValueError(f"generate does not know {key!r}{hint}")
     return {k: v for k, v in merged.items() if k in HONOURED or k in OWN}
 
