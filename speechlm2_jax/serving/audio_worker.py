@@ -49,7 +49,8 @@ def decode(data: bytes | str, rate_hz: int, max_s: float) -> Decoded:
     try:
         samples = read_bounded(BytesIO(data), sample_rate_hz=rate_hz, max_s=max_s)
     except AudioError as error:
-        return UnusableAudio(_plain(str(error)))
+        known = "not an audio file, or damaged: " if error.cause == "unreadable" else ""
+        return UnusableAudio(known + _plain(str(error)))
     if isinstance(samples, TooLongAudio):
         return samples
     key = hashlib.blake2b(np.ascontiguousarray(samples).data, digest_size=16).digest()

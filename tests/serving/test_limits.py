@@ -68,7 +68,7 @@ FINE = wav_bytes(recording(0))
 HALF = flac_of(recording(0))[:-4000]
 WRONG = {
     "no file": ({}, 400, "file: send one audio file"),
-    "no audio": (dict(file=b"no audio at all"), 400, "file: "),
+    "no audio": (dict(file=b"no audio at all"), 400, "file: not an audio file, or damaged: "),
     "empty": (dict(file=b""), 400, "file: the upload is empty"),
     "absurd": (dict(file=wav_bytes(np.full((99, 2), 3e38))), 400, "absurdly large samples"),
     "truncated": (dict(file=HALF), 400, "file: "),

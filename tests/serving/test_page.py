@@ -3,6 +3,7 @@
 import base64
 import json
 
+import httpx
 import numpy as np
 import pytest
 
@@ -92,6 +93,11 @@ def test_words_are_highlighted_while_they_are_played(page):
     text, spans = page.run(TEXT), "document.querySelectorAll('#text .word')"
     assert text.split() == [word for word, _, _ in words] and len(words) > 2
     assert page.run(f"{spans}.length") == len(words)
+    segments = page.run("state.segments.map(({ start, text }) => [start, text.trim()])")
+    shown = "[...document.querySelectorAll('#text p')].map((p) => p.textContent.trim())"
+    assert page.run(shown) == [text for _, text in segments] and len(segments) > 1
+    assert page.run("at('text').lastChild.dataset.time") == "0:00"
+    assert page.run("[clock(3725.9), clock(65)]") == ["1:02:05", "1:05"]
     now = "[...document.querySelectorAll('.now')].map((span) => span.textContent)"
     word, start, end = words[-1]
     page.run(f"at('player').currentTime = {(start + end) / 2}")
@@ -100,6 +106,20 @@ def test_words_are_highlighted_while_they_are_played(page):
     page.run(f"{spans}[0].click()")
     page.until(f"{now}[0] === {json.dumps(words[0][0])}")
     assert page.run("at('player').currentTime") == pytest.approx(words[0][1], abs=0.01)
+
+
+def test_subtitles_can_be_saved(page, server):
+    samples = np.concatenate([recording(n) for n in range(3)])
+    page.run(DROP % base64.b64encode(wav_bytes(samples)).decode())
+    page.until(f"{FACTS}.includes('tokens')")
+    reply = httpx.post(
+        f"{server.url}/v1/audio/transcriptions",
+        files={"file": ("a.wav", wav_bytes(samples))},
+        data={"model": "tiny", "response_format": "srt"},
+        timeout=60,
+    )
+    assert page.run("subtitles()").strip() == reply.text.strip()
+    assert not page.run("at('srt').hidden") and page.run("state.name") == "a.wav"
 
 
 def test_a_recording_of_the_microphone_is_transcribed(page):
@@ -115,7 +135,9 @@ def test_a_recording_of_the_microphone_is_transcribed(page):
 def test_what_is_wrong_is_told_and_a_phone_has_room(page):
     page.run(DROP % base64.b64encode(b"no audio at all").decode())
     page.until("!document.getElementById('error').hidden")
-    assert page.run("document.getElementById('error').textContent").startswith("file: ")
+    assert page.run("document.getElementById('error').textContent").startswith(
+        "file: not an audio file, or damaged: "
+    )
     metrics = dict(width=360, height=740, deviceScaleFactor=2, mobile=True)
     page.call("Emulation.setDeviceMetricsOverride", **metrics)
     try:

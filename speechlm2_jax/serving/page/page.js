@@ -1,7 +1,7 @@
 "use strict";
 
 const at = (id) => document.getElementById(id);
-const state = { model: null, hasWords: false, blob: null, words: [], turns: [], abort: null, recorder: null };
+const state = { model: null, hasWords: false, blob: null, name: "", words: [], segments: [], turns: [], abort: null, recorder: null };
 
 function headers() {
   const key = at("key").value.trim();
@@ -75,6 +75,7 @@ function setBusy(abort) {
 function take(blob, name) {
   if (state.abort) state.abort.abort();
   state.blob = blob;
+  state.name = name;
   state.turns = [];
   at("turns").replaceChildren();
   at("name").textContent = name;
@@ -128,19 +129,19 @@ async function transcribe(blob, name) {
   setBusy(abort);
   fail("");
   state.words = [];
+  state.segments = [];
   text.replaceChildren();
   at("facts").textContent = "";
   at("spoken").textContent = "";
-  at("copy").hidden = true;
+  at("copy").hidden = at("srt").hidden = true;
   const begun = performance.now();
   const form = new FormData();
   form.append("file", blob, name);
   if (state.model) form.append("model", state.model);
   form.append("stream", "true");
-  if (state.hasWords) {
-    form.append("response_format", "verbose_json");
-    form.append("timestamp_granularities[]", "word");
-  }
+  form.append("response_format", "verbose_json");
+  form.append("timestamp_granularities[]", "segment");
+  if (state.hasWords) form.append("timestamp_granularities[]", "word");
   try {
     const reply = await fetch("v1/audio/transcriptions", {
       method: "POST", body: form, headers: headers(), signal: abort.signal,
@@ -160,23 +161,60 @@ async function transcribe(blob, name) {
 function finish(event, seconds) {
   const text = at("text");
   text.replaceChildren();
-  if (event.words && event.words.length) showWords(event.words);
-  else text.textContent = event.text;
+  state.segments = event.segments.filter((segment) => segment.text);
+  showSegments([...(event.words || [])]);
   text.dataset.empty = "no words were found";
   at("spoken").textContent = event.text;
   at("copy").hidden = !event.text;
+  at("srt").hidden = !state.segments.length;
   at("facts").textContent = `${seconds.toFixed(1)} s, ${event.usage.output_tokens} tokens`;
 }
 
-function showWords(words) {
-  state.words = words.map((word) => {
+/* A paragraph for each segment, with its time where there are several. `words`: all, in order. */
+function showSegments(words) {
+  for (const segment of state.segments) {
+    const item = document.createElement("p");
+    if (state.segments.length > 1) item.dataset.time = clock(segment.start);
+    at("text").append(item);
+    const next = words.findIndex((word) => word.end > segment.end);
+    const own = words.splice(0, next < 0 ? words.length : next);
+    if (own.length) showWords(own, item);
+    else item.append(segment.text, " ");
+  }
+}
+
+function showWords(words, item) {
+  for (const word of words) {
     const span = document.createElement("span");
     span.className = "word";
     span.textContent = word.word;
     span.addEventListener("click", () => seek(word.start));
-    at("text").append(span, " ");
-    return { ...word, span };
-  });
+    item.append(span, " ");
+    state.words.push({ ...word, span });
+  }
+}
+
+/* Seconds as 1:02:03, or 2:03 below an hour. */
+function clock(seconds) {
+  const [hours, minutes] = [Math.floor(seconds / 3600), Math.floor(seconds / 60) % 60];
+  const two = (number) => String(number).padStart(2, "0");
+  const rest = two(Math.floor(seconds) % 60);
+  return hours ? `${hours}:${two(minutes)}:${rest}` : `${minutes}:${rest}`;
+}
+
+function subtitles() {
+  const time = (seconds) => new Date(1000 * seconds).toISOString().slice(11, 23).replace(".", ",");
+  return state.segments.map(
+    ({ start, end, text }, n) => `${n + 1}\n${time(start)} --> ${time(end)}\n${text}\n`,
+  ).join("\n");
+}
+
+function saveSubtitles() {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([subtitles()], { type: "application/x-subrip" }));
+  link.download = `${state.name.replace(/\.[^.]*$/, "")}.srt`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
 function seek(seconds) {
@@ -280,6 +318,7 @@ at("file").addEventListener("change", () => {
 });
 at("record").addEventListener("click", toggleRecording);
 at("stop").addEventListener("click", () => state.abort && state.abort.abort());
+at("srt").addEventListener("click", saveSubtitles);
 at("copy").addEventListener("click", async () => {
   await navigator.clipboard.writeText(at("text").textContent.trim());
   at("copy").textContent = "Copied";
