@@ -102,10 +102,18 @@ def open_binary(path: str | Path) -> BufferedIOBase:
     """Opens a file for reading. Raises AudioError for one that is missing or cannot be opened."""
     if not os.path.isfile(path):  # False, too, for a name that no file system could hold
         raise AudioError(f"{path}: no such file", cause="missing")
+    if (shown := shown_path(path)) != str(path):  # libsndfile is given UTF-8
+        raise AudioError(f"{shown}: its name is not UTF-8; rename it", cause="unreadable")
     try:
         return open(path, "rb")
     except OSError as error:
         raise AudioError(f"{path}: {error.strerror}", cause="unreadable") from error
+
+
+def shown_path(path: str | Path) -> str:
+    r"""A path as a message has it: bytes that are not UTF-8 are escaped, as in `bad\xff.ogg`."""
+    name = str(path)
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _choose(

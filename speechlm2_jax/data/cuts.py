@@ -13,7 +13,7 @@ from speechlm2_jax.data.conversations import AudioClip, Conversation
 from speechlm2_jax.data.json_lines import json_lines
 from speechlm2_jax.data.lhotse_types import Cut
 from speechlm2_jax.data.manifest_options import ManifestOptions, conversation_of_recording
-from speechlm2_jax.data.manifest_values import located, mapping, seconds
+from speechlm2_jax.data.manifest_values import check_channel, located, mapping, seconds
 from speechlm2_jax.data.paths import Finder, local_file
 from speechlm2_jax.data.spoken_dialogs import UnknownSpeakerError, dialog_of_cut
 from speechlm2_jax.data.storage.access import StorageAccess, current
@@ -190,6 +190,7 @@ def stretch_of_cut(cut: Cut) -> tuple[float, float]:
 
 def channel_of_cut(cut: Cut, setting: int | None) -> int | None:
     """Where the channel of a cut is in its file; a cut of many channels takes the setting's."""
+    check_channel(cut.channel)
     channels = cut.recording.sources[0].channels
     if isinstance(cut.channel, int):
         return channels.index(cut.channel) if len(channels) > 1 else None

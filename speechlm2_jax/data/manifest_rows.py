@@ -10,10 +10,12 @@ from speechlm2_jax.data.conversations import AudioClip, AudioTurn, Conversation,
 from speechlm2_jax.data.headers import FoundSeconds, file_durations_s
 from speechlm2_jax.data.manifest_options import ManifestOptions, conversation_of_recording
 from speechlm2_jax.data.manifest_values import (
+    check_channel,
     check_text_key,
     located,
     mapping,
     missing_key,
+    named_file,
     near_miss,
     seconds,
     shown,
@@ -106,6 +108,7 @@ class NemoRow:
         self.audio = audio_name(row)
         self.location = find(self.audio)
         del row["audio_filepath"]
+        check_channel(row.get("channel"))
         self.is_packed = is_packed
         self.declared_s = optional_seconds(row, "duration")
         self.offset_s = optional_seconds(row, "offset")
@@ -241,7 +244,8 @@ class _Turn:
                 raise SettingsError(f"type must be text or audio, got {shown(kind)}")
             self.role = role.lower()
             self.value = text(turn.get("value"), "value")
-            self.location = find(self.value) if kind == "audio" else None
+            is_audio = kind == "audio"
+            self.location = find(named_file(self.value, "value")) if is_audio else None
             self.offset_s = optional_seconds(turn, "offset") or 0.0
             self.declared_s = optional_seconds(turn, "duration")
             # of a remote recording a header would be a request for each
@@ -296,7 +300,7 @@ def audio_name(row: Mapping[str, Any]) -> str:
             if name is None
             else f"audio_filepath must be text, got {shown(name)}"
         )
-    return name
+    return named_file(name, "audio_filepath")
 
 
 def stretch_s(declared_s: float | None, offset_s: float | None, length_s: float | None) -> float:

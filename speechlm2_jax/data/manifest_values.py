@@ -10,6 +10,8 @@ from speechlm2_jax.settings import SettingsError
 
 MAX_SECONDS = 1e7
 """115 days: no recording is longer."""
+MAX_CHANNELS = 65_535
+"""No header can tell of more."""
 _SHOWN = 60
 """Characters of a wrong value that an error shows."""
 _WRONG = (
@@ -93,6 +95,20 @@ def text(value: object, key: str) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise SettingsError(f"{key} must be text, got {shown(value)}")
     return str(value)
+
+
+def named_file(value: str, key: str) -> str:
+    """The name of a file. Raises SettingsError for one that no file can have."""
+    if not value or "\0" in value:
+        raise SettingsError(f"{key} must name a file, got {shown(value)}")
+    return value
+
+
+def check_channel(value: object) -> None:
+    """Raises SettingsError for a number that is no channel; a word may describe a recording."""
+    is_channel = isinstance(value, int) and 0 <= value < MAX_CHANNELS
+    if isinstance(value, int | float) and not is_channel:
+        raise SettingsError(f"channel must be a number from 0, of a channel, got {shown(value)}")
 
 
 def mapping(value: object, key: str) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from speechlm2_jax.data.audio import AudioError
+from speechlm2_jax.data.audio_files import shown_path
 from speechlm2_jax.inference.timed_text import Transcript
 from speechlm2_jax.transcription.inputs import GivenRecording
 from speechlm2_jax.transcription.opening import OpenedModel
@@ -90,7 +91,7 @@ def _leave_out(
 ) -> None:
     """Names a recording that has no transcript, and counts it."""
     totals.failed += 1
-    progress.print(f"{source.name}: left out: {reason}", file=sys.stderr)
+    progress.print(f"{shown_path(source.name)}: left out: {reason}", file=sys.stderr)
     progress.update(0.0)
 
 
@@ -116,7 +117,7 @@ def _readable(
         try:
             yield source, reading.result()
         except AudioError as error:
-            reason = str(error).removeprefix(f"{source.name}: ")
+            reason = str(error).removeprefix(f"{shown_path(source.name)}: ")
             _leave_out(source, reason, totals, progress)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -234,3 +235,12 @@ def test_a_transcript_that_cannot_be_written_is_left_out(folder, model, capsys):
     err = capsys.readouterr().err
     assert f"long/{too_long}.au: left out: out/{too_long}.txt: cannot be written (File name" in err
     assert "left out: 1 recording" in err
+
+
+def test_a_recording_whose_name_is_not_utf8_is_left_out(folder, model, capsys):
+    os.link("calls/b.wav", b"calls/bad\xff.wav")
+    assert run("calls", "--output", "txt,jsonl", "--output-dir", "out") == 1
+    assert (
+        r"calls/bad\xff.wav: left out: its name is not UTF-8; rename it" in capsys.readouterr().err
+    )
+    assert rows("out/transcripts.jsonl")[1] == 3 and len(texts("out")) == 3
