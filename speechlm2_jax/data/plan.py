@@ -6,7 +6,7 @@
 
 The training program of each bin is compiled with two numbers of rows, and its memory, which grows
 evenly with rows, tells the most that fit. Nothing is tried on the device. The plan is a YAML file
-with NeMo's keys. The configuration, several `--config FILE` and `key=value` are those of train.py.
+with NeMo's keys. The configuration, several `--config FILE` and `key=value` are as in training.
 """
 
 from speechlm2_jax.usage import print_help_if_asked
@@ -29,6 +29,8 @@ from speechlm2_jax.settings import (
 
 PROGRAM = "plan"
 MODULE = "python -m speechlm2_jax.data.plan"
+TRAIN = "python train.py"
+"""How a training is started in the clone; an installed package has no train.py."""
 
 
 def main(argv: Sequence[str], *, program: str = PROGRAM) -> None:
@@ -64,17 +66,24 @@ def _make(
         keep_compiled_programs(trainer.get("compilation_cache_dir", "auto"))
         plan = make_plan(run, options)
         print(table(plan))
-        write_yaml(arguments.output, plan, ["python", "-m", "speechlm2_jax.data.plan", *argv])
+        write_yaml(arguments.output, plan, [*_typed(program).split(), *argv])
         print(f"plan: {arguments.output}; train with it by")
-        print(training_command(command, arguments.output, plan))
+        print(training_command(_train(program).split(), command, arguments.output, plan))
+
+
+def _typed(program: str) -> str:
+    """What starts this program."""
+    return MODULE if program == PROGRAM else program
+
+
+def _train(program: str) -> str:
+    """What starts a training where this program was started as `program`."""
+    return TRAIN if program == PROGRAM else program.replace(PROGRAM, "train")
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    typed = MODULE if program == PROGRAM else program
-    text = (__doc__ or "").replace(MODULE, typed)
-    if program != PROGRAM:  # an installed package has no train.py
-        train = program.replace(PROGRAM, "train")
-        text = text.replace("python train.py", train).replace("train.py", f"`{train}`")
+    typed = _typed(program)
+    text = (__doc__ or "").replace(MODULE, typed).replace(TRAIN, _train(program))
     parser = settings_parser(typed, text)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument

@@ -49,13 +49,16 @@ def write_yaml(path: Path, plan: Plan, command: Sequence[str]) -> None:
     write_whole(path, "\n".join([*comment, text]))
 
 
-def training_command(command: SettingsCommand, path: Path, plan: Plan) -> str:
-    """The command that trains with the plan: without the overrides that would replace it."""
+def training_command(train: Sequence[str], command: SettingsCommand, path: Path, plan: Plan) -> str:
+    """The command that trains with the plan: without the overrides that would replace it.
+
+    `train` are the words that start a training.
+    """
     planned = {f"data.train_ds.{key}" for key in plan.keys}
     kept = [one for one in command.overrides if one.partition("=")[0].lstrip("+~") not in planned]
     files = (command.config, *command.over, str(path))
     named = [word for file in files for word in ("--config", file)]
-    return shlex.join(["python", "train.py", *named, *kept])
+    return shlex.join([*train, *named, *kept])
 
 
 def _row(one: PlannedBin) -> dict[str, str]:

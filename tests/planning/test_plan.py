@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from speechlm2_jax.data import plan as command
 from speechlm2_jax.data.bins import bin_of
 from speechlm2_jax.data.config import DataLoaderConfig
 from speechlm2_jax.data.index import row_count
-from speechlm2_jax.planning import bins, plan
+from speechlm2_jax.planning import bins, plan, report
 from speechlm2_jax.planning.options import PlanOptions
 from speechlm2_jax.settings import SettingsError
 from tests.training.tiny_salm import write_config
@@ -56,6 +57,22 @@ def run(config, tmp_path, *options):
     path = tmp_path / "plan.yaml"
     command.main([str(config), "--no-timing", "--output", str(path), *options])
     return yaml.safe_load(path.read_text())["data"]["train_ds"]
+
+
+def test_the_plan_names_the_command_that_trains_where_it_was_started(monkeypatch, capsys):
+    planned = SimpleNamespace(keys={"batch_size": None})
+    monkeypatch.setattr(plan, "make_plan", lambda run, options: planned)
+    monkeypatch.setattr(report, "table", lambda plan: "")
+    monkeypatch.setattr(report, "write_yaml", lambda path, plan, words: print(*words[:2]))
+    argv = ["salm", "data.train_ds.batch_size=4", "trainer.max_steps=9"]
+    for program, typed, train in (
+        ("plan", "python -m", "python train.py"),
+        ("speechlm2-jax plan", "speechlm2-jax plan", "speechlm2-jax train"),
+    ):
+        command.main(argv, program=program)
+        out = capsys.readouterr().out.splitlines()
+        assert typed in out
+        assert out[-1] == f"{train} --config salm --config plan.yaml trainer.max_steps=9"
 
 
 def test_the_yaml_has_nemos_keys_and_plans_the_shapes_that_were_compiled(
