@@ -166,7 +166,9 @@ def check_samples(
     if not len(wave):
         raise AudioError(f"{source}: no samples", cause="empty")
     if not are_finite and not -MAX_SAMPLE < wave.min() <= wave.max() < MAX_SAMPLE:  # nor NaN
-        raise AudioError(f"{source}: NaN, infinite or absurdly large samples", cause="not_finite")
+        raise AudioError(
+            f"{source}: NaN or infinite samples, or absurdly large ones", cause="not_finite"
+        )
     return wave
 
 

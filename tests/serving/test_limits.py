@@ -70,7 +70,7 @@ WRONG = {
     "no file": ({}, 400, "file: send one audio file"),
     "no audio": (dict(file=b"no audio at all"), 400, "file: not an audio file, or damaged: "),
     "empty": (dict(file=b""), 400, "file: the upload is empty"),
-    "absurd": (dict(file=wav_bytes(np.full((99, 2), 3e38))), 400, "absurdly large samples"),
+    "absurd": (dict(file=wav_bytes(np.full((99, 2), 3e38))), 400, "absurdly large"),
     "truncated": (dict(file=HALF), 400, "file: "),
     "hours": (
         dict(file=flac_of(np.zeros(36 * 16000))),
