@@ -232,14 +232,24 @@ class _Defaults:
 
 def _random_key(sampling: Sampling) -> Array:
     """The random key of one prompt: that of `SALM.generate` with this seed and draw number."""
-    key = jax.random.key(np.int32(sampling.seed))
-    return jax.random.fold_in(key, np.int32(sampling.draw))[None]
+    return _key_of(np.int32(sampling.seed), np.int32(sampling.draw))
+
+
+@jax.jit
+def _key_of(seed: Array, draw: Array) -> Array:
+    """One program: operation by operation it takes as long as a decoding step of a small model."""
+    return jax.random.fold_in(jax.random.key(seed), draw)[None]
 
 
 def _own_sampling(sampling: Sampling) -> OwnSampling:
-    return OwnSampling(
-        jnp.asarray([sampling.do_sample]),
-        jnp.asarray([sampling.temperature], jnp.float32),
-        jnp.asarray([sampling.top_p], jnp.float32),
-        jnp.asarray([sampling.avoids_loops]),
+    return _row(
+        np.bool_(sampling.do_sample),
+        np.float32(sampling.temperature),
+        np.float32(sampling.top_p),
+        np.bool_(sampling.avoids_loops),
     )
+
+
+@jax.jit
+def _row(*values: Array) -> OwnSampling:
+    return OwnSampling(*(value[None] for value in values))
