@@ -28,8 +28,8 @@ class DuplexSamplingConfig:
 class FrameNetwork(Protocol):
     """A network that decodes frame by frame (`networks.duplex.Duplex`)."""
 
-    def new_state(self, batch: int, capacity: int) -> PyTree:
-        """Makes the initial state of the network."""
+    def new_state(self, batch: int, capacity: int, sinks: int | None = None) -> PyTree:
+        """Makes the initial state of the network, with `sinks` for conversations without end."""
         ...
 
     def decode_frame(
@@ -64,11 +64,18 @@ class DuplexState(NamedTuple):
 
 
 def initial_state(
-    network: FrameNetwork, batch: int, capacity: int, *, pad: int, delay: int, codebooks: int
+    network: FrameNetwork,
+    batch: int,
+    capacity: int,
+    *,
+    pad: int,
+    delay: int,
+    codebooks: int,
+    sinks: int | None = None,
 ) -> DuplexState:
     """The state before the first frame: pad token and delay codes."""
     return DuplexState(
-        network=network.new_state(batch, capacity),
+        network=network.new_state(batch, capacity, sinks),
         text=jnp.full((batch,), pad, jnp.int32),
         codes=jnp.full((batch, codebooks), delay, jnp.int32),
         frame=jnp.zeros((), jnp.int32),

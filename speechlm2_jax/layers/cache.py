@@ -143,7 +143,7 @@ class KVCache(WithWindows):
 
         return replace(self, keys=written(self.keys, keys), values=written(self.values, values))
 
-    def advance(self, tokens: int, new: NewTokens | None = None) -> "KVCache":
+    def advance(self: C, tokens: int, new: NewTokens | None = None) -> C:
         """Counts `tokens` more positions as used; `new` are the tokens, needed for `windows`."""
         return replace(self, used=self.used + tokens, windows=self._advanced(new))
 

@@ -1,7 +1,7 @@
 """Grouped-query self-attention with rotary positions."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from speechlm2_jax.layers.linear import send_rows
 from speechlm2_jax.layers.lora import LoraConfig, LoraLinear
 from speechlm2_jax.layers.norms import LayerNorm, RMSNorm
 from speechlm2_jax.layers.rope import RopeConfig, Rotation, rotate
+from speechlm2_jax.layers.sink_cache import SinkCache
 from speechlm2_jax.layers.window_cache import NewTokens
 from speechlm2_jax.llm.config import DecoderConfig, LayerKind
 from speechlm2_jax.llm.norms import make_norm
@@ -30,6 +31,8 @@ class AttentionInputs:
     tokens: NewTokens
     query_scale: Float[Array, "B T"] | None = None
     """Factor of each query, which depends on its position; None: 1."""
+    sink_rotations: Mapping[RopeConfig, Rotation] = field(default_factory=dict)
+    """Rotary angles of the first tokens, for a `SinkCache`."""
     reads_cache: bool = True
     """False: the tokens attend to each other; a cache is only written."""
 
@@ -83,13 +86,9 @@ class Attention(nnx.Module):
         """
         x = constrain(x, "batch", "tokens", "act_embed")
         q, k, v = self._projected(x, rngs)
-        rope = self.config.rope_of(kind)
-        if rope is not None:
-            by = inputs.rotations[rope]
-            q = rotate(q, by, interleaved=rope.interleaved)
-            k = rotate(k, by, interleaved=rope.interleaved)
-        if self.config.qk_norm == "head_after_rope":
-            q, k = self._normed(q, k)
+        rope, unrotated = self.config.rope_of(kind), k
+        q = self._rotated(q, rope, inputs.rotations, self.query_norm)
+        k = self._rotated(k, rope, inputs.rotations, self.key_norm)
         if inputs.query_scale is not None:
             q = q * inputs.query_scale[:, :, None, None].astype(q.dtype)
         if cache is not None and kind.window is not None:
@@ -98,6 +97,12 @@ class Attention(nnx.Module):
             k, v = seen if inputs.reads_cache else (k, v)
         elif cache is not None:
             cache = cache.write(layer, k, v)
+            if isinstance(cache, SinkCache):
+                cache = cache.keep_sink(layer, unrotated)
+                sinks = self._rotated(
+                    cache.sinks_of(layer), rope, inputs.sink_rotations, self.key_norm
+                )
+                cache = cache.place_sinks(layer, sinks)
             k, v = cache.read(layer) if inputs.reads_cache else (k, v)
         heads = attend(
             q,
@@ -134,6 +139,20 @@ class Attention(nnx.Module):
         if self.config.qk_norm == "head":
             q, k = self._normed(q, k)
         return q, k, v
+
+    def _rotated(
+        self,
+        x: Float[Array, "B T N H"],
+        rope: RopeConfig | None,
+        rotations: Mapping[RopeConfig, Rotation],
+        norm: LayerNorm | RMSNorm | None,
+    ) -> Float[Array, "B T N H"]:
+        """Rotates queries or keys, with the norm that comes after the rotation."""
+        if rope is not None:
+            x = rotate(x, rotations[rope], interleaved=rope.interleaved)
+        if norm is not None and self.config.qk_norm == "head_after_rope":
+            return norm(x)
+        return x
 
     def _normed(self, q: Array, k: Array) -> tuple[Array, Array]:
         assert self.query_norm is not None and self.key_norm is not None

@@ -6,6 +6,8 @@ from jax.typing import DTypeLike
 from speechlm2_jax.layers.attention import SLOTS, Case, implementation
 from speechlm2_jax.layers.cache import KVCache, RingCache
 from speechlm2_jax.layers.paged_cache import PagedCache
+from speechlm2_jax.layers.rope import DynamicScaling, LongRopeScaling
+from speechlm2_jax.layers.sink_cache import SinkCache
 from speechlm2_jax.layers.window_cache import WindowCache
 from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.sharding import key_value_copies, platform, tensor_size
@@ -25,6 +27,33 @@ def new_cache(
         keeps_token_positions=any(layer.chunk for layer in config.pattern),
         kind=kind,
     )
+
+
+def sink_cache(
+    config: DecoderConfig, room: tuple[int, int], dtype: DTypeLike, kind: str | None, sinks: int
+) -> SinkCache:
+    """Makes an empty cache for sequences without end; `room` includes the sinks.
+
+    Raises ValueError for a decoder whose attention depends on more than distances.
+    """
+    problem = endless_problem(config)
+    if problem:
+        raise ValueError(problem)
+    return SinkCache.around(new_cache(config, room, dtype, kind), sinks, has_positions=True)
+
+
+def endless_problem(config: DecoderConfig) -> str | None:
+    """Why sequences of this decoder cannot go on without end; None if they can."""
+    if any(layer.chunk for layer in config.pattern):
+        return "layers with chunked attention start anew at each chunk"
+    if config.query_growth:
+        return "the scale of queries grows with the position"
+    ropes = [rope for kind in config.pattern if (rope := config.rope_of(kind)) is not None]
+    for rope in ropes:
+        if isinstance(rope.scaling, DynamicScaling | LongRopeScaling):
+            name = type(rope.scaling).__name__.removesuffix("Scaling")
+            return f"its rotary scaling ({name}) depends on the length of the sequence"
+    return None
 
 
 def slot_cache(

@@ -20,8 +20,9 @@ from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import param
 from speechlm2_jax.layers.norms import LayerNorm, RMSNorm
 from speechlm2_jax.layers.paged_cache import PagedCache
-from speechlm2_jax.layers.rope import rotation
+from speechlm2_jax.layers.rope import RopeConfig, Rotation, rotation
 from speechlm2_jax.layers.scores import capped
+from speechlm2_jax.layers.sink_cache import SinkCache
 from speechlm2_jax.layers.stack import RematPolicy, scan_layers, stack
 from speechlm2_jax.layers.window_cache import NOTHING, NewTokens
 from speechlm2_jax.llm import caches
@@ -177,6 +178,11 @@ class Decoder(nnx.Module):
         """Makes an empty KV cache of `capacity` positions for `batch` sequences."""
         return caches.new_cache(self.config, (batch, capacity), dtype, self.kv_cache_kind)
 
+    def sink_cache(self, batch: int, capacity: int, dtype: DTypeLike, sinks: int) -> SinkCache:
+        """Makes an empty cache for sequences without end; `capacity` includes the sinks."""
+        room = (batch, capacity)
+        return caches.sink_cache(self.config, room, dtype, self.kv_cache_kind, sinks)
+
     def slot_cache(
         self, slots: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
     ) -> RingCache | PagedCache:
@@ -283,22 +289,29 @@ class Decoder(nnx.Module):
             )
 
         masks = {kind: mask(kind) for kind in self.config.pattern}
-        return self._with_rotations(new, masks)
+        inputs = self._with_rotations(new, masks)
+        if not isinstance(cache, SinkCache):
+            return inputs
+        sinks = jnp.broadcast_to(cache.sink_positions, (len(queries), cache.sinks))
+        return replace(inputs, sink_rotations=self._rotations(NewTokens(sinks, sinks >= 0)))
 
     def _with_rotations(
         self, tokens: NewTokens, masks: dict[LayerKind, AttentionMask]
     ) -> AttentionInputs:
-        c = self.config
-        ropes = [rope for kind in c.pattern if (rope := c.rope_of(kind)) is not None]
         return AttentionInputs(
-            rotations={
-                rope: rotation(rope, tokens.positions, c.head_width, tokens.is_real)
-                for rope in dict.fromkeys(ropes)
-            },
+            rotations=self._rotations(tokens),
             masks=masks,
             tokens=tokens,
             query_scale=self._query_scale(tokens.positions),
         )
+
+    def _rotations(self, tokens: NewTokens) -> dict[RopeConfig, Rotation]:
+        c = self.config
+        ropes = [rope for kind in c.pattern if (rope := c.rope_of(kind)) is not None]
+        return {
+            rope: rotation(rope, tokens.positions, c.head_width, tokens.is_real)
+            for rope in dict.fromkeys(ropes)
+        }
 
     def _query_scale(self, positions: Int[Array, "B T"]) -> Float[Array, "B T"] | None:
         c = self.config

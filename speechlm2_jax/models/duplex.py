@@ -193,10 +193,10 @@ class DuplexS2SModel(SpeechModel):
     ) -> DuplexSession:
         """Starts a conversation: `for frame in session.push(samples)`; greedy by default.
 
-        `sampling_rate` is that of the samples, by default the model's. A conversation may last
-        `session_window_s` seconds and have `max_frames` frames. Raises ValueError, naming the
-        setting, for a model that cannot stream, for weights on several devices and for a window of
-        less than a frame.
+        `sampling_rate` is that of the samples, by default the model's. A frame attends to the last
+        `session_window_s` seconds and to the first frames; a conversation has no end but that of
+        `max_frames`. Raises ValueError, naming the setting, for a model that cannot stream, for
+        weights on several devices and for a window of less than a frame.
         """
         if self.mesh is not None:
             raise ValueError(

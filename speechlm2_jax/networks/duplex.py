@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from speechlm2_jax.batches import DuplexBatch, LossSum, StepLosses
 from speechlm2_jax.codec.codec import Codec
 from speechlm2_jax.codec.config import CodecConfig
+from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.layers.linear import Linear
 from speechlm2_jax.layers.lora import LoraConfig
 from speechlm2_jax.layers.module import buffer, keep_fp32
@@ -165,8 +166,12 @@ class Duplex(nnx.Module):
         """Computes the logits of every code of every codebook, in fp32."""
 
     @abstractmethod
-    def new_state(self, batch: int, capacity: int) -> PyTree:
-        """Makes the initial decoding state of `batch` conversations of up to `capacity` frames."""
+    def new_state(self, batch: int, capacity: int, sinks: int | None = None) -> PyTree:
+        """Makes the initial decoding state of `batch` conversations of up to `capacity` frames.
+
+        With `sinks` they may go on without end: a frame attends to the first `sinks` frames and to
+        the last `capacity - sinks`.
+        """
 
     @abstractmethod
     def decode_frame(
@@ -177,6 +182,12 @@ class Duplex(nnx.Module):
         codes: Int[Array, "B 1 K"],
     ) -> tuple[Float[Array, "B V"], Float[Array, "B K W"], PyTree]:
         """Runs the next frame. Returns text logits, audio logits and the new state."""
+
+    def new_cache(self, batch: int, capacity: int, sinks: int | None) -> KVCache:
+        """Makes the LLM's KV cache; arguments as for `new_state`."""
+        if sinks is None:
+            return self.llm.new_cache(batch, capacity, self.dtype)
+        return self.llm.sink_cache(batch, capacity, self.dtype, sinks)
 
     def split_codebooks(self, logits: Float[Array, "B T KV"]) -> Float[Array, "B T K V"]:
         """Splits the output of one head for all codebooks into one axis per codebook."""

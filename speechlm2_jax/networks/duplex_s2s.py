@@ -29,9 +29,9 @@ class DuplexS2S(Duplex):
         """Computes the logits of every code of every codebook, in fp32."""
         return self.split_codebooks(self.audio_head(hidden).astype(jnp.float32))
 
-    def new_state(self, batch: int, capacity: int) -> KVCache:
-        """Makes the KV cache of `batch` conversations of up to `capacity` frames."""
-        return self.llm.new_cache(batch, capacity, self.dtype)
+    def new_state(self, batch: int, capacity: int, sinks: int | None = None) -> KVCache:
+        """Makes the KV cache of `batch` conversations; see `Duplex.new_state`."""
+        return self.new_cache(batch, capacity, sinks)
 
     def decode_frame(
         self,

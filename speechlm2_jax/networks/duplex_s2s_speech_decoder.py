@@ -68,11 +68,11 @@ class DuplexS2SSpeechDecoder(Duplex):
         """Computes the logits of every code of every codebook, in fp32."""
         return self.speech_decoder.logits(hidden)
 
-    def new_state(self, batch: int, capacity: int) -> State:
-        """Makes the initial decoding state of `batch` conversations of up to `capacity` frames."""
+    def new_state(self, batch: int, capacity: int, sinks: int | None = None) -> State:
+        """Makes the initial decoding state of `batch` conversations; see `Duplex.new_state`."""
         return State(
-            llm=self.llm.new_cache(batch, capacity, self.dtype),
-            decoder=self.speech_decoder.new_state(batch, capacity, self.dtype),
+            llm=self.new_cache(batch, capacity, sinks),
+            decoder=self.speech_decoder.new_state(batch, capacity, self.dtype, sinks=sinks),
         )
 
     def decode_frame(

@@ -159,13 +159,16 @@ class SpeechDecoder(nnx.Module):
             scores = scores + bias
         return constrain(scores, "batch", "tokens", "act_vocab", None)
 
-    def new_state(self, batch: int, capacity: int, dtype: DTypeLike) -> TransformerState:
+    def new_state(
+        self, batch: int, capacity: int, dtype: DTypeLike, *, sinks: int | None = None
+    ) -> TransformerState:
         """Makes the state of `step` for `capacity` frames of `batch` sequences.
 
-        Guidance keeps two states per sequence. Raises ValueError if the decoder is not causal, or
-        has fewer learnt positions than `capacity`.
+        Guidance keeps two states per sequence. `sinks` as for `Transformer.new_state`. Raises
+        ValueError if the decoder is not causal, or has fewer learnt positions than `capacity`.
         """
-        return self.transformer.new_state(batch * (1 + self.config.is_guided), capacity, dtype)
+        states = batch * (1 + self.config.is_guided)
+        return self.transformer.new_state(states, capacity, dtype, sinks=sinks)
 
     def step(
         self,

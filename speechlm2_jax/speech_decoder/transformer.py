@@ -13,6 +13,7 @@ from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.layers.dropout import dropout, fold_rngs
 from speechlm2_jax.layers.module import param
 from speechlm2_jax.layers.norms import LayerNorm
+from speechlm2_jax.layers.sink_cache import SinkCache
 from speechlm2_jax.layers.stack import RematPolicy, scan_layers, stack
 from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain
@@ -154,11 +155,14 @@ class Transformer(nnx.Module):
         attention_inputs = _attention_inputs(x, mask, memory, memory_mask)
         return self._run(x, attention_inputs, emit=lambda x: x)[2][0]
 
-    def new_state(self, batch: int, capacity: int, dtype: DTypeLike) -> TransformerState:
+    def new_state(
+        self, batch: int, capacity: int, dtype: DTypeLike, *, sinks: int | None = None
+    ) -> TransformerState:
         """Makes the state of `extend` for `capacity` positions of `batch` sequences.
 
-        Raises ValueError if the layers are not causal, or if `capacity` exceeds the learnt
-        positions by more than PADDING.
+        With `sinks` a sequence may go on without end: see `layers/sink_cache.py`. Raises
+        ValueError if the layers are not causal, or if `capacity` exceeds the learnt positions by
+        more than PADDING.
         """
         c = self.config
         if not c.is_causal:
@@ -170,8 +174,11 @@ class Transformer(nnx.Module):
             zeros = jnp.zeros((c.n_layers, batch, c.kernel_size - 1, width), dtype)
             return constrain(zeros, None, "batch", None, None)
 
+        cache = KVCache.empty((c.n_layers, batch, capacity, *heads), dtype)
+        if sinks is not None:
+            cache = SinkCache.around(cache, sinks, has_positions=False)
         return TransformerState(
-            cache=KVCache.empty((c.n_layers, batch, capacity, *heads), dtype),
+            cache=cache,
             conv_state=ConvState(hidden=history(c.d_model), output=history(c.d_ffn)),
         )
 

@@ -13,11 +13,14 @@ from speechlm2_jax.generation.duplex import DuplexSamplingConfig
 from speechlm2_jax.inference.sessions import opening
 from speechlm2_jax.inference.sessions.duplex_step import SessionFrames
 from speechlm2_jax.inference.sessions.opening import SessionOptions
+from speechlm2_jax.layers.rope import DynamicScaling, RopeConfig
+from speechlm2_jax.llm.config import LayerKind
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from tests.parity.duplex_golden import facts, golden, pretrained, recorded_batch
 
 ATOL = 1e-4
-WINDOW_S = 8.0
+WINDOW_S = 4.0
+"""50 frames, which a recording does not fill."""
 FEW = 8000
 """Samples that are pushed one by one."""
 RUNS = [
@@ -164,8 +167,6 @@ def test_what_is_no_stream_of_samples_is_refused():
         session.push(np.zeros((1, 3)))
     with pytest.raises(ValueError, match="samples: NaN"):
         session.push(np.array([0.0, np.nan]))
-    with pytest.raises(ValueError, match=r"more than 100 frames \(8\.0 s\)"):
-        session.push(np.zeros(9 * 16000))
 
 
 def refusal(network, **changes):
@@ -201,10 +202,46 @@ def test_what_cannot_stream_is_refused_with_its_setting():
     assert "model.pretrained_audio_codec" in message and "CausalHiFiGANDecoder" in message
 
 
-def test_a_session_has_the_frames_of_its_window_and_no_more_than_positions():
+def test_a_conversation_beyond_its_window_runs_the_same_program_with_the_same_state():
+    session, g = fresh(), golden(RUNS[0])
+    size, wave = session.state_bytes, np.tile(recording(), 3)
+    frames = [*pushed(session, wave, 5000), *session.finish()]
+    assert len(frames) == len(wave) // 1280 + 1 > session._program.capacity == 54
+    assert session.state_bytes == size
+    assert session._step._cache_size() == 1
+    expected = g["infer_pair/tokens_text"][0, :-1].tolist()
+    assert tokens(frames)[: len(expected)] == expected
+    assert len(set(tokens(frames)[60:])) > 5
+
+
+def test_learnt_positions_limit_a_conversation(monkeypatch):
     network = model()._blueprint.network
     with pytest.raises(ValueError, match=r"session_window_s=0\.07"):
-        opening._capacity(network, 0.07)
-    assert opening._capacity(network, 0.24) == 3
+        opening._window(network, 0.07)
+    assert opening._window(network, 0.24) == 3
     learnt = replace(network.speech_decoder, use_learnable_pos_emb=True, max_length_causal_mask=50)
-    assert opening._capacity(replace(network, speech_decoder=learnt), 8.0) == 50
+    learnt = replace(network, speech_decoder=learnt)
+    assert opening._window(learnt, 8.0) == learnt.max_frames == 50
+    session = fresh()
+    limited = replace(session._settings, max_frames=50)
+    monkeypatch.setattr(session, "_settings", limited)
+    session.push(np.zeros(49 * 1280))
+    with pytest.raises(ValueError, match="more than the 50 frames .*max_length_causal_mask"):
+        session.push(np.zeros(1280))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            {"rope": RopeConfig(scaling=DynamicScaling(factor=2.0, original_positions=64))},
+            "Dynamic",
+        ),
+        ({"pattern": (LayerKind(chunk=8),)}, "chunked attention"),
+        ({"query_growth": 0.1}, "grows with the position"),
+    ],
+)
+def test_an_llm_that_knows_more_than_distances_is_refused(change, reason):
+    network = model()._blueprint.network
+    message = refusal(network, llm=replace(network.llm, **change))
+    assert "model.pretrained_llm" in message and reason in message

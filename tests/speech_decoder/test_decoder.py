@@ -107,6 +107,32 @@ def test_decoding_step_by_step_equals_one_pass(taps: int, parts: tuple[int, ...]
     assert state.cache.used == STEPS
 
 
+def test_beyond_its_capacity_a_step_reads_the_first_frame_and_the_last_ones() -> None:
+    """With one layer, a frame that left the ring and the convolution has no influence."""
+    config = replace(GUIDED, n_layers=1, kernel_size=2, use_learnable_pos_emb=False)
+    graphdef, variables = weights(config)
+    network, (hidden, codes) = merge(graphdef, variables), inputs(length=12)
+
+    @jax.jit
+    def run(hidden: jax.Array) -> jax.Array:
+        def step(state: Any, frame: Any) -> Any:
+            output = network.step(state, *(x[:, None] for x in frame))
+            return output.state, output.logits[:, 0]
+
+        state = network.new_state(2, 5, jnp.float32, sinks=1)
+        frames = (hidden.swapaxes(0, 1), codes.swapaxes(0, 1))
+        return jax.lax.scan(step, state, frames)[1].swapaxes(0, 1)
+
+    found = run(hidden)
+    whole = scores(graphdef, variables, hidden, codes)
+    np.testing.assert_allclose(found[:, :5], whole[:, :5], atol=ATOL)
+    assert np.abs(found - whole)[:, 5:].max() > SHOWS
+    last = 3 + 3 + 2  # of frame 3: in a ring of four, then in two convolutions
+    changed = np.abs(run(hidden.at[:, 3].add(1.0)) - found)
+    assert changed[:, last].max() > ATOL * 10 and changed[:, last + 1 :].max() < ATOL
+    assert np.abs(run(hidden.at[:, 0].add(1.0)) - found)[:, last + 1 :].max() > ATOL * 10
+
+
 def test_guidance_mixes_scores_with_and_without_hidden_states(guided) -> None:
     hidden, codes = inputs()
     with_hidden = scores(*guided, hidden, codes, train=True)

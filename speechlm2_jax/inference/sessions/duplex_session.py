@@ -62,6 +62,8 @@ class SessionSettings:
     frame_s: float
     silence: Int32[Array | np.ndarray, " K"]
     """The codec's codes of silence."""
+    max_frames: int | None
+    """Most frames of a conversation; None: no limit."""
     rngs: Key[Array, " B"] | None
     """Random keys of sampling; None: greedy."""
 
@@ -112,7 +114,7 @@ class DuplexSession:
 
         The samples are taken at once; each chunk is computed when its first frame is asked for.
         Raises ValueError for samples that are not finite floats of rank 1, after `finish`, and for
-        a conversation that is longer than the session allows.
+        a conversation longer than the model's `max_frames`.
         """
         if self._is_finished:
             raise ValueError("the session has ended; call reset() to start another conversation")
@@ -150,13 +152,12 @@ class DuplexSession:
         self._is_finished = self._is_in_turn = self._is_interrupted = False
 
     def _take(self, samples: Float[np.ndarray, " S"]) -> None:
-        limit = self._program.capacity
+        limit = self._settings.max_frames
         frames = self._program.plan.config.frame_count(self._taken + len(samples))
-        if frames > limit:
-            seconds = limit * self._settings.frame_s
+        if limit is not None and frames > limit:
             raise ValueError(
-                f"the conversation has more than {limit} frames ({seconds:.1f} s), the limit by "
-                "session_window_s or by the speech decoder's learnt positions; call reset()"
+                f"the conversation has more than the {limit} frames for which the speech decoder "
+                "has learnt positions (model.speech_decoder.max_length_causal_mask); call reset()"
             )
         self._waiting = np.concatenate([self._waiting, samples])
         self._taken += len(samples)

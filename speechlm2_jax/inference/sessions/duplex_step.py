@@ -93,7 +93,9 @@ class SessionProgram:
     plan: StreamPlan
     sampling: DuplexSamplingConfig
     capacity: int
-    """Frames of the KV caches."""
+    """Frames of the KV caches, sinks included."""
+    sinks: int
+    """First frames of a conversation that stay in the KV caches."""
 
 
 def stream_plan(config: DuplexConfig) -> StreamPlan:
@@ -143,6 +145,7 @@ def make_start(program: SessionProgram) -> Start:
                 pad=network.config.text.pad,
                 delay=codebooks.delay,
                 codebooks=codebooks.count,
+                sinks=program.sinks,
             ),
             codec=None if program.codec is None else network.codec.new_stream(1),
             replacement=silence[None],

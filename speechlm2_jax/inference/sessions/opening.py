@@ -17,10 +17,14 @@ from speechlm2_jax.inference.sessions.duplex_step import (
 from speechlm2_jax.inference.text_stream import TextTokenizer
 from speechlm2_jax.layers.module import Variables
 from speechlm2_jax.layers.unstacked import Layered
+from speechlm2_jax.llm import caches
 from speechlm2_jax.networks.duplex import Duplex, DuplexConfig
 from speechlm2_jax.perception.streaming import StreamPlan
 
 SESSION_WINDOW_S = 120.0
+"""Default of the seconds of a conversation that a frame attends to."""
+SINKS = 4
+"""First frames that stay in the KV caches, as in StreamingLLM."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,8 @@ def open_session(
         codec=codec,
         plan=plan,
         sampling=options.sampling,
-        capacity=_capacity(config, options.window_s),
+        capacity=SINKS + _window(config, options.window_s),
+        sinks=SINKS,
     )
     settings = SessionSettings(
         tokenizer=options.tokenizer,
@@ -65,6 +70,7 @@ def open_session(
         input_hz=options.input_hz,
         model_hz=config.perception.preprocessor.sample_rate,
         frame_s=frame_s,
+        max_frames=config.max_frames,
         silence=silent_codes(graphdef, variables),
         rngs=None if rng is None else conversation_rngs(rng, 1),
     )
@@ -77,6 +83,12 @@ def _plan(config: DuplexConfig, options: SessionOptions) -> StreamPlan:
         plan = stream_plan(config)
     except ValueError as error:
         raise ValueError(f"this model has no sessions: model.perception.{error}") from error
+    problem = caches.endless_problem(config.llm)
+    if problem is not None:
+        raise ValueError(
+            f"this model has no sessions: model.pretrained_llm: {problem}; use an LLM with rotary "
+            "positions of fixed frequencies"
+        )
     decoder = config.codec.audio_decoder
     if options.decode_audio and not decoder.is_causal:
         raise ValueError(
@@ -87,8 +99,8 @@ def _plan(config: DuplexConfig, options: SessionOptions) -> StreamPlan:
     return plan
 
 
-def _capacity(config: DuplexConfig, window_s: float) -> int:
-    """Frames of a conversation: those of the window, and no more than there are positions for."""
+def _window(config: DuplexConfig, window_s: float) -> int:
+    """Frames of the window: no more than the frames of a conversation, if these are limited."""
     frame_s = config.perception.token_equivalent_duration
     frames = int(window_s / frame_s + 1e-6)
     if frames < 1:
