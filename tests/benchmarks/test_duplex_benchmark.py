@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks import duplex_parts
+from benchmarks import duplex_parts, duplex_session
 from benchmarks.duplex_parts import PRESETS
 from benchmarks.duplex_work import Conversations, DuplexWork
 from speechlm2_jax.models import DuplexS2SModel
@@ -45,3 +45,13 @@ def test_training_learns_and_conversations_are_as_long_as_asked(work):
     # 80 mel frames through three causal strides: 41, 21, 11, as in NeMo
     assert result["tokens_audio"].shape == (1, 11, 2)
     assert result["audio"].shape == (1, 11 * 1764)
+
+
+@pytest.mark.slow  # compiles a step
+def test_minutes_of_a_session_are_timed(work):
+    session = work.model.session(session_window_s=4.0)
+    rows = list(duplex_session.minutes(session, 2, 1600))  # minutes of 6 s
+    assert [row["minute"] for row in rows] == [1, 2]
+    assert 0 < rows[0]["median ms"] <= rows[0]["p95 ms"]
+    assert rows[0]["chunk ms"] == pytest.approx(1e3 * session.chunk_s)
+    assert rows[0]["state MB"] == rows[1]["state MB"] > 0

@@ -114,6 +114,26 @@ def test_drawn_speech_depends_on_the_seed_and_on_the_row_alone(model):
     assert (one["tokens_audio"][0] != one["tokens_audio"][1]).any()
 
 
+@pytest.mark.slow  # compiles a step and a loop that sample
+def test_a_session_draws_what_offline_inference_draws(model):
+    wave = examples()[0].source_audio[:12_000]
+    sampling = dict(
+        text_sampling=SamplingConfig(do_sample=True, top_k=20),
+        audio_sampling=SamplingConfig(do_sample=True, temperature=0.8),
+        decode_audio=False,
+        seed=1,
+    )
+    expected = model.offline_inference(wave[None], [len(wave)], **sampling)
+    session = model.session(**sampling)
+    for _ in range(2):
+        frames = [*session.push(wave), *session.finish()]
+        assert [f.text_token for f in frames] == expected["tokens_text"][0].tolist()
+        codes = np.stack([f.codes for f in frames])
+        np.testing.assert_array_equal(codes, expected["tokens_audio"][0])
+        assert all(f.audio.size == 0 for f in frames)
+        session.reset()
+
+
 def test_audio_shorter_than_a_frame_has_an_empty_response(model):
     result = model.offline_inference(np.zeros((2, 400), np.float32), np.array([400, 0]))
     assert result["tokens_len"].tolist()[1] == 0
