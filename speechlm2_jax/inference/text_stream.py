@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -123,10 +124,10 @@ class RunningText:
 
     def _piece(self, text: str) -> str:
         before = self._tokenizer.ids_to_text(np.asarray(self._before, np.int32))
-        if not text.startswith(before) or len(text) == len(before):
-            return ""
-        self._before, self._new = self._new, []
-        return text[len(before) :]
+        new = text[len(commonprefix((before, text))) :]
+        if new:
+            self._before, self._new = self._new, []
+        return new
 
 
 def stream_pieces(outputs: Iterator[PartialOutput], tokenizer: TextTokenizer) -> Iterator[Piece]:

@@ -10,11 +10,12 @@ import pytest
 from speechlm2_jax.codec.config import HiFiGANDecoderConfig
 from speechlm2_jax.data.audio import resample
 from speechlm2_jax.generation.duplex import DuplexSamplingConfig
-from speechlm2_jax.inference.sessions import opening
+from speechlm2_jax.inference.sessions import duplex_step, opening
 from speechlm2_jax.inference.sessions.duplex_step import SessionFrames
 from speechlm2_jax.inference.sessions.opening import SessionOptions
 from speechlm2_jax.layers.rope import DynamicScaling, RopeConfig
 from speechlm2_jax.llm.config import LayerKind
+from speechlm2_jax.networks.channels import without_control
 from speechlm2_jax.perception.fastconformer_config import FastConformerConfig
 from tests.parity.duplex_golden import facts, golden, pretrained, recorded_batch
 
@@ -157,6 +158,27 @@ def test_a_turn_lasts_from_its_begin_token_to_its_end_token():
         )
         marks.append(session._frame(frames, 0, 0.0, 0.0).is_in_turn)
     assert marks == [False, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("nemo_exact", [False, True])
+def test_control_codes_decode_as_offline(nemo_exact):
+    """The codes that replace them, frame by frame, are those of `without_control`."""
+    network = replace(model()._blueprint.network, nemo_exact=nemo_exact)
+    codebooks, silence = network.codebooks, jnp.array([7, 8, 9])
+    state = fresh()._state
+    state = replace(state, replacement=silence[None])
+    for first in ([1, 2, 3], [4, codebooks.eos, codebooks.bos]):
+        codes = jnp.array([[first, [codebooks.eos] * 3, [5, 6, 7]]])
+        kept, decoded = state, []
+        for t in range(3):
+            before = kept.dialog._replace(frame=jnp.asarray(t))
+            kept = replace(kept, dialog=before)
+            dialog = before._replace(codes=codes[:, t])
+            replacement = duplex_step._replacement(network, kept, dialog)
+            kept = replace(kept, replacement=replacement)
+            decoded.append(jnp.where(codes[:, t] >= codebooks.size, replacement, codes[:, t]))
+        expected = without_control(codes, silence, codebooks, nemo_exact=nemo_exact)
+        np.testing.assert_array_equal(jnp.stack(decoded, axis=1), expected)
 
 
 def test_what_is_no_stream_of_samples_is_refused():

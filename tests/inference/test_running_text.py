@@ -50,3 +50,12 @@ def test_pieces_of_a_tokenizer_join_to_its_text():
     assert "".join(running.add(n) for n in ids.tolist()) + running.finish() == (
         tokenizer.ids_to_text(ids)
     )
+
+
+def test_a_tokenizer_that_changes_its_text_does_not_stop_the_stream():
+    class Joining(Bytes):
+        def ids_to_text(self, ids):
+            return super().ids_to_text(ids).replace(" ,", ",")
+
+    running = RunningText(Joining())
+    assert "".join(running.add(n) for n in b"so , it is") + running.finish() == "so , it is"
