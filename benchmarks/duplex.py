@@ -32,10 +32,7 @@ from speechlm2_jax.training.run import huge_pages
 def main() -> None:
     """Runs what is asked for and prints the table and the line of JSON."""
     arguments = _arguments()
-    keep_compiled_programs("auto")
-    dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    folder = arguments.parts or Path("runs/benchmarks") / f"duplex_{arguments.preset}"
-    model = load(folder, arguments.preset, dtype)
+    model, dtype = load(arguments)
     work = DuplexWork(model, Conversations(batch=arguments.batch, seconds=arguments.seconds))
     result: dict[str, Any] = {
         **{name: value for name, value in vars(arguments).items() if name != "parts"},
@@ -54,15 +51,22 @@ def main() -> None:
     timing.report(rows, result)
 
 
-def load(folder: Path, preset: str, dtype: str) -> DuplexS2SModel:
-    """Opens a model of these parts, which are made if they are not there."""
+def load(arguments: argparse.Namespace) -> tuple[DuplexS2SModel, str]:
+    """Opens the model of `preset`, `parts` and `dtype`, and names its dtype.
+
+    The parts are made if they are not there. Compiled programs are kept.
+    """
+    keep_compiled_programs("auto")
+    preset = arguments.preset
+    dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    folder = arguments.parts or Path("runs/benchmarks") / f"duplex_{preset}"
     if not (folder / duplex_parts.CONFIG).exists():
         timing.log(f"writing the parts of {preset} to {folder} ...")
         duplex_parts.write(folder, duplex_parts.PRESETS[preset], weights=preset != "tinyllama")
     if (folder / duplex_parts.WEIGHTS).exists():
-        return DuplexS2SModel.from_pretrained(folder / duplex_parts.WEIGHTS, dtype=dtype)
+        return DuplexS2SModel.from_pretrained(folder / duplex_parts.WEIGHTS, dtype=dtype), dtype
     cfg = json.loads((folder / duplex_parts.CONFIG).read_text())
-    return DuplexS2SModel(duplex_parts.located(cfg, folder)).astype(dtype)
+    return DuplexS2SModel(duplex_parts.located(cfg, folder)).astype(dtype), dtype
 
 
 def _train(

@@ -19,12 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from benchmarks import duplex_parts, timing
 from benchmarks.duplex import load
-from speechlm2_jax.compilation_cache import keep_compiled_programs
 from speechlm2_jax.inference.sessions.duplex_session import DuplexSession
 
 WARMUP_S = 2.0
@@ -33,10 +31,7 @@ WARMUP_S = 2.0
 def main() -> None:
     """Runs the conversation and prints the table and the line of JSON."""
     arguments = _arguments()
-    keep_compiled_programs("auto")
-    dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    folder = arguments.parts or Path("runs/benchmarks") / f"duplex_{arguments.preset}"
-    model = load(folder, arguments.preset, dtype)
+    model, dtype = load(arguments)
     session = model.session(session_window_s=arguments.window_s)
     rows = list(minutes(session, arguments.minutes, model.sampling_rate))
     kept = {name: value for name, value in vars(arguments).items() if name != "parts"}

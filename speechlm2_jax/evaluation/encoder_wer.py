@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -15,9 +14,8 @@ from jaxtyping import Float
 
 from speechlm2_jax import processes
 from speechlm2_jax.data.audio import AudioError
-from speechlm2_jax.data.read_ahead import READERS
 from speechlm2_jax.evaluation.inputs import Utterance
-from speechlm2_jax.evaluation.progress import ProgressDisplay
+from speechlm2_jax.evaluation.read_audio import read_batches
 from speechlm2_jax.inference.long_form.chunks import cut
 from speechlm2_jax.inference.long_form.join_texts import join
 
@@ -106,20 +104,10 @@ def _texts_of(
     """The transcripts of some recordings by index, without those that cannot be read."""
     read = partial(_read, rate_hz=ctc_model.sampling_rate)
     texts: dict[int, str] = {}
-    with (
-        ThreadPoolExecutor(READERS) as pool,
-        ProgressDisplay(len(order), what="encoder alone:") as progress,
-    ):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            waves = list(pool.map(read, (utterances[i] for i in chosen)))
-            readable = [
-                (i, wave) for i, wave in zip(chosen, waves, strict=True) if wave is not None
-            ]
-            found = _transcribe(ctc_model, [wave for _, wave in readable], max_s, batch_size)
-            for (i, _), text in zip(readable, found, strict=True):
-                texts[i] = text
-            progress.update(len(chosen))
+    for batch in read_batches(utterances, order, read, batch_size, what="encoder alone:"):
+        texts |= zip(
+            batch, _transcribe(ctc_model, list(batch.values()), max_s, batch_size), strict=True
+        )
     return texts
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from typing import Protocol
@@ -16,10 +15,8 @@ from speechlm2_jax.batches import SalmExample
 from speechlm2_jax.data.audio import AudioError
 from speechlm2_jax.data.prompts import OUTPUT_ROLE, PromptFormatter
 from speechlm2_jax.data.prompts.prompt import Turn
-from speechlm2_jax.data.read_ahead import READERS
 from speechlm2_jax.evaluation.inputs import Utterance
-from speechlm2_jax.evaluation.progress import ProgressDisplay
-from speechlm2_jax.evaluation.read_audio import longest_first, recordings_of
+from speechlm2_jax.evaluation.read_audio import longest_first, read_batches, recordings_of
 from speechlm2_jax.inference.engine import Engine
 from speechlm2_jax.inference.log_likelihood import ResponseLoss, response_losses
 
@@ -58,20 +55,10 @@ def losses_of_references(
     found: list[ResponseLoss | None] = [None] * len(utterances)
     read = partial(_read, rate_hz=model.sampling_rate, max_s=max_s)
     mine: dict[int, ResponseLoss] = {}
-    with (
-        ThreadPoolExecutor(READERS) as pool,
-        ProgressDisplay(len(own), what="perplexity:") as progress,
-    ):
-        for start in range(0, len(own), batch_size):
-            chosen = own[start : start + batch_size]
-            recordings = list(pool.map(read, (utterances[i] for i in chosen)))
-            examples = {
-                i: _example(model, utterances[i], waves, prompt)
-                for i, waves in zip(chosen, recordings, strict=True)
-                if waves is not None
-            }
-            mine |= _losses(model.engine(), examples, batch_size if start else 0)
-            progress.update(len(chosen))
+    batches = read_batches(utterances, own, read, batch_size, what="perplexity:")
+    for number, batch in enumerate(batches):
+        examples = {i: _example(model, utterances[i], w, prompt) for i, w in batch.items()}
+        mine |= _losses(model.engine(), examples, batch_size if number else 0)
     for part in processes.gather_texts(json.dumps([(i, asdict(v)) for i, v in mine.items()])):
         for index, values in json.loads(part):
             found[index] = ResponseLoss(**values)

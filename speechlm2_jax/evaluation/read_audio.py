@@ -2,18 +2,23 @@
 
 import contextlib
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
 
 from speechlm2_jax.data.audio import AudioError
-from speechlm2_jax.data.read_ahead import read_ahead
+from speechlm2_jax.data.read_ahead import READERS, read_ahead
 from speechlm2_jax.evaluation.dialogs import EvaluatedDialog, joined
 from speechlm2_jax.evaluation.inputs import Utterance
+from speechlm2_jax.evaluation.progress import ProgressDisplay
 from speechlm2_jax.inference.long_form.chunked import draw_number
 from speechlm2_jax.inference.long_form.chunks import Chunk, cut
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +93,27 @@ def recordings_of(utterance: Utterance, rate_hz: int) -> tuple[Float[np.ndarray,
     if utterance.dialog is not None:
         return utterance.dialog.read(rate_hz)
     return (utterance.read(rate_hz),)
+
+
+def read_batches(
+    utterances: Sequence[Utterance],
+    order: Sequence[int],
+    read: Callable[[Utterance], R | None],
+    batch_size: int,
+    *,
+    what: str,
+) -> Iterator[dict[int, R]]:
+    """Reads utterances in this order by threads, and shows progress under the name `what`.
+
+    Each batch has what `read` returns, by index. Those for which it is None are left out, so that
+    a batch may have fewer than `batch_size`, or none.
+    """
+    with ThreadPoolExecutor(READERS) as pool, ProgressDisplay(len(order), what=what) as progress:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            found = pool.map(read, (utterances[i] for i in chosen))
+            yield {i: one for i, one in zip(chosen, found, strict=True) if one is not None}
+            progress.update(len(chosen))
 
 
 def _whole(

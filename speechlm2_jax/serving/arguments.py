@@ -28,7 +28,13 @@ _DEFAULTS = {field.name: field.default for field in fields(ServeOptions)}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the server to a parser."""
     parser.add_argument("model", help="a run directory, a saved model or a hub name")
-    address = parser.add_argument_group("address")
+    _add_address(parser.add_argument_group("address"))
+    _add_model(parser.add_argument_group("model"))
+    _add_batching(parser.add_argument_group("batching"))
+    _add_limits(parser.add_argument_group("limits"))
+
+
+def _add_address(address: argparse._ArgumentGroup) -> None:
     _add(address, "--host", "address to bind; 0.0.0.0 for all networks")
     _add(address, "--port", "port", int)
     _add(address, "--name", "name of the model in the API; by default the last part of MODEL")
@@ -46,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="log no line per request",
     )
-    model = parser.add_argument_group("model")
+
+
+def _add_model(model: argparse._ArgumentGroup) -> None:
     _add(model, "--dtype", "float32 or bfloat16")
     _add(model, "--strategy", "auto: the weights lie on all devices")
     _add(model, "--quantize", "int8 or fp8 weights of the LLM")
@@ -54,14 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(model, "--aligner", "ASR model that finds the times of words, or none; by default its own")
     _add(model, "--prompt", "the user's turn of a transcription; by default that of the training")
     _add(model, "--language", "language that requests may name, for example en")
-    batching = parser.add_argument_group("batching")
+
+
+def _add_batching(batching: argparse._ArgumentGroup) -> None:
     _add(batching, "--slots", "sequences that are decoded at once", int)
     _add(batching, "--max-prompt-tokens", "positions of the longest prompt, with audio frames", int)
     _add(batching, "--max-new-tokens", "most tokens of a response", int)
     _add(batching, "--tokens-at-once", "tokens between two points where requests join", int)
     _add(batching, "--prefill-tokens", "positions of a prompt that run at once", int)
     _add(batching, "--audio-workers", "processes that decode audio", int)
-    limits = parser.add_argument_group("limits")
+
+
+def _add_limits(limits: argparse._ArgumentGroup) -> None:
     _add(limits, "--max-queue", "requests beyond the slots; further ones get 429", int)
     _add(
         limits,
