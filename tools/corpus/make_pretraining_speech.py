@@ -23,6 +23,7 @@ import gzip
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -60,7 +61,7 @@ def plan_utterances(count: int, kind: str) -> list[Utterance]:
             speed_wpm=int(rng.integers(*SPEEDS_WPM[kind])),
             pitch=int(rng.integers(30, 76)),
             gain_db=round(float(rng.uniform(-12, 4)), 1),
-            condition=_plan_condition(rng),
+            condition=plan_condition(rng),
             seed=index,
         )
         for index, (text, voice) in enumerate(zip(texts, voices, strict=False))
@@ -87,7 +88,8 @@ def _cycled(texts: list[str], count: int, rng: np.random.Generator) -> list[str]
     return [texts[i] for i in np.concatenate(rounds)[:count]]
 
 
-def _plan_condition(rng: np.random.Generator) -> Condition:
+def plan_condition(rng: np.random.Generator) -> Condition:
+    """Draws noise, room, band and codec of a recording."""
     noise = str(rng.choice(["", "white", "pink", "hum", "babble"], p=[0.5, 0.12, 0.15, 0.08, 0.15]))
     return Condition(
         noise=noise,
@@ -99,7 +101,7 @@ def _plan_condition(rng: np.random.Generator) -> Condition:
     )
 
 
-def claim_folder(out: Path, planned: list[Utterance]) -> None:
+def claim_folder(out: Path, planned: Sequence[object]) -> None:
     """Notes the plan in the folder. Raises ValueError if files of another plan lie there."""
     digest = hashlib.sha256(repr(planned).encode()).hexdigest()
     note = out / "plan.sha256"

@@ -156,7 +156,7 @@ def synthesize(utterance: Utterance) -> np.ndarray:
     Raises RuntimeError if espeak-ng is missing, refuses the voice or says nothing.
     """
     speech = espeak(utterance.text, utterance.voice.spec, utterance.speed_wpm, utterance.pitch)
-    return _record(speech, utterance)[0]
+    return record(speech, utterance)[0]
 
 
 def synthesize_timed(utterance: Utterance) -> tuple[np.ndarray, list[tuple[float, str]]]:
@@ -167,18 +167,21 @@ def synthesize_timed(utterance: Utterance) -> tuple[np.ndarray, list[tuple[float
     voice = utterance.voice.spec
     speech, rate_hz, phonemes = speak(utterance.text, voice, utterance.speed_wpm, utterance.pitch)
     assert rate_hz == ESPEAK_RATE_HZ
-    wave, shift_s = _record(signal.resample_poly(speech / 32768.0, 320, 441), utterance)
+    wave, shift_s = record(signal.resample_poly(speech / 32768.0, 320, 441), utterance)
     return wave, [(round(start_s + shift_s, 3), name) for start_s, name in phonemes]
 
 
 def recorded_at_s(utterance: Utterance) -> float:
     """Returns the second of `synthesize`'s recording at which espeak-ng begins the utterance."""
     speech = espeak(utterance.text, utterance.voice.spec, utterance.speed_wpm, utterance.pitch)
-    return _record(speech, utterance)[1]
+    return record(speech, utterance)[1]
 
 
-def _record(speech: np.ndarray, utterance: Utterance) -> tuple[np.ndarray, float]:
-    """Puts speech where the utterance says; also how many seconds later it begins there."""
+def record(speech: np.ndarray, utterance: Utterance) -> tuple[np.ndarray, float]:
+    """Puts speech [S] at 16 kHz where the utterance says.
+
+    Returns the recording, and how many seconds later than in `speech` the speech begins there.
+    """
     rng = np.random.default_rng(utterance.seed)
     wave, shift_s = _trim(speech, *rng.uniform(0.1, 0.2, 2))
     wave = wave * (SPEECH_RMS / _rms(wave))
