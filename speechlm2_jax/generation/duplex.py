@@ -18,6 +18,13 @@ class DuplexSamplingConfig:
     text: SamplingConfig = field(default_factory=SamplingConfig)
     audio: SamplingConfig = field(default_factory=SamplingConfig)
 
+    @classmethod
+    def of(
+        cls, text: SamplingConfig | None, audio: SamplingConfig | None
+    ) -> "DuplexSamplingConfig":
+        """Makes one of optional settings; None: greedy."""
+        return cls(text=text or SamplingConfig(), audio=audio or SamplingConfig())
+
     @property
     def is_random(self) -> bool:
         """Whether random keys are needed."""

@@ -22,19 +22,15 @@ from speechlm2_jax.batches import (
     assemble_duplex_batch,
 )
 from speechlm2_jax.conversion.errors import ConversionError
-from speechlm2_jax.generation.duplex import (
-    DuplexSamplingConfig,
-)
+from speechlm2_jax.generation.duplex import DuplexSamplingConfig
 from speechlm2_jax.generation.sampling import SamplingConfig
 from speechlm2_jax.inference import stages
 from speechlm2_jax.inference.batching import check_batch, pad_lengths, pad_to_static_shape
 from speechlm2_jax.inference.duplex_programs import decode_codes, run_offline, silent_codes
 from speechlm2_jax.inference.padding import SAMPLE_UNIT, round_up
-from speechlm2_jax.inference.sessions.duplex_session import DuplexSession
-from speechlm2_jax.inference.sessions.opening import SESSION_WINDOW_S, SessionOptions, open_session
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.models.asr import ASRModel
-from speechlm2_jax.models.base import SpeechModel
+from speechlm2_jax.models.duplex_sessions import ModelWithSessions
 from speechlm2_jax.networks import duplex as duplex_network
 from speechlm2_jax.networks.channels import TextIds
 from speechlm2_jax.networks.duplex import Duplex, DuplexModes
@@ -58,7 +54,7 @@ class Targets(NamedTuple):
     """Frames of each conversation without padding."""
 
 
-class DuplexS2SModel(SpeechModel):
+class DuplexS2SModel(ModelWithSessions):
     """Reads 80 ms of user audio per frame and predicts a text token and K audio codes of the agent.
 
     `cfg` is NeMo's `model:` block as a plain dict. Weights come from `pretrained_llm`,
@@ -150,9 +146,7 @@ class DuplexS2SModel(SpeechModel):
         do not influence each other; a mesh shards them over its devices. Raises ValueError for an
         invalid batch, and for a conversation of more than `max_frames`.
         """
-        config = DuplexSamplingConfig(
-            text=text_sampling or SamplingConfig(), audio=audio_sampling or SamplingConfig()
-        )
+        config = DuplexSamplingConfig.of(text_sampling, audio_sampling)
         audio, lengths = check_batch(input_signal, input_signal_lens)
         self._check_frames(lengths)
         placement = self._placement()
@@ -180,45 +174,6 @@ class DuplexS2SModel(SpeechModel):
         if decode_audio:
             result["audio"], result["audio_len"] = self._audio(output.codes, frames, placement)
         return result
-
-    def session(
-        self,
-        *,
-        sampling_rate: int | None = None,
-        decode_audio: bool = True,
-        session_window_s: float = SESSION_WINDOW_S,
-        text_sampling: SamplingConfig | None = None,
-        audio_sampling: SamplingConfig | None = None,
-        seed: int = 0,
-    ) -> DuplexSession:
-        """Starts a conversation: `for frame in session.push(samples)`; greedy by default.
-
-        `sampling_rate` is that of the samples, by default the model's. A frame attends to the last
-        `session_window_s` seconds and to the first frames; a conversation has no end but that of
-        `max_frames`. Raises ValueError, naming the setting, for a model that cannot stream, for
-        weights on several devices and for a window of less than a frame.
-        """
-        if self.mesh is not None:
-            raise ValueError(
-                f"a session runs on one device, and the weights lie on {self.mesh.size}; load the "
-                "model without `strategy`"
-            )
-        sampling = DuplexSamplingConfig(
-            text=text_sampling or SamplingConfig(), audio=audio_sampling or SamplingConfig()
-        )
-        return open_session(
-            self._graphdef,
-            self._blueprint.network,
-            (self._decoding_variables(), self._inference_variables()),
-            SessionOptions(
-                tokenizer=self.tokenizer,
-                input_hz=sampling_rate or self.sampling_rate,
-                decode_audio=decode_audio,
-                window_s=session_window_s,
-                sampling=sampling,
-                seed=seed,
-            ),
-        )
 
     def _audio(
         self, codes: jax.Array, frames: np.ndarray, placement: Sharding | None

@@ -136,7 +136,7 @@ def test_an_interrupted_turn_ends_with_the_next_frame():
     session.interrupt()  # without a turn it changes nothing
     frames += pushed(session, wave[12800:25600], 1280)
     np.testing.assert_array_equal(codes(frames), g[: len(frames)])
-    session._is_in_turn = True  # this model never begins a turn
+    session._conversation.is_in_turn = True  # this model never begins a turn
     session.interrupt()
     after = pushed(session, wave[25600:], 1280)
     assert (after[0].codes == eos).all()
@@ -156,7 +156,7 @@ def test_a_turn_lasts_from_its_begin_token_to_its_end_token():
             audio=jnp.zeros((1, 1, 4)),
             is_real=jnp.ones((1, 1), bool),
         )
-        marks.append(session._frame(frames, 0, 0.0, 0.0).is_in_turn)
+        marks += [frame.is_in_turn for frame in session._conversation.frames(frames, 0, 0.0)]
     assert marks == [False, True, True, True, False, False]
 
 
@@ -246,7 +246,7 @@ def test_learnt_positions_limit_a_conversation(monkeypatch):
     assert opening._window(learnt, 8.0) == learnt.max_frames == 50
     session = fresh()
     limited = replace(session._settings, max_frames=50)
-    monkeypatch.setattr(session, "_settings", limited)
+    monkeypatch.setattr(session._conversation, "settings", limited)
     session.push(np.zeros(49 * 1280))
     with pytest.raises(ValueError, match="more than the 50 frames .*max_length_causal_mask"):
         session.push(np.zeros(1280))

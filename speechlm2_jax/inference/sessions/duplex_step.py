@@ -7,6 +7,7 @@ speech decoder or audio head, and the codec's decoder. Its state has a fixed siz
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,14 @@ class SessionFrames:
     audio: Float[Array, "B F A"]
     """A = 0 for a session without audio."""
     is_real: Bool[Array, "B F"]
+
+
+class AgentFrame(NamedTuple):
+    """One frame of the agent."""
+
+    text: Int[Array, " B"]
+    codes: Int[Array, "B K"]
+    audio: Float[Array, "B A"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,24 +143,30 @@ def make_start(program: SessionProgram) -> Start:
     """
 
     def start(variables: Layered, silence: Int[Array, " K"]) -> SessionState:
-        network: Duplex = merge_layers(program.graphdef, variables)
-        codebooks = network.config.codebooks
-        return SessionState(
-            perception=streaming.start_stream(program.plan, 1, network.dtype),
-            dialog=initial_state(
-                network,
-                1,
-                program.capacity,
-                pad=network.config.text.pad,
-                delay=codebooks.delay,
-                codebooks=codebooks.count,
-                sinks=program.sinks,
-            ),
-            codec=None if program.codec is None else network.codec.new_stream(1),
-            replacement=silence[None],
-        )
+        return start_state(merge_layers(program.graphdef, variables), program, silence)
 
     return jax.jit(start)
+
+
+def start_state(
+    network: Duplex, program: SessionProgram, silence: Int[Array, " K"]
+) -> SessionState:
+    """The state before the first chunk; see `make_start`."""
+    codebooks = network.config.codebooks
+    return SessionState(
+        perception=streaming.start_stream(program.plan, 1, network.dtype),
+        dialog=initial_state(
+            network,
+            1,
+            program.capacity,
+            pad=network.config.text.pad,
+            delay=codebooks.delay,
+            codebooks=codebooks.count,
+            sinks=program.sinks,
+        ),
+        codec=None if program.codec is None else network.codec.new_stream(1),
+        replacement=silence[None],
+    )
 
 
 @lru_cache(maxsize=16)
@@ -165,13 +180,20 @@ def make_step(program: SessionProgram) -> Step:
         chunk: UserChunk,
         rngs: Key[Array, " B"] | None,
     ) -> tuple[SessionFrames, SessionState]:
-        network: Duplex = merge_layers(program.graphdef, variables)
-        codec = None
-        if program.codec is not None and codec_variables is not None:
-            codec = merge(program.codec, codec_variables)
+        network, codec = merged(program, variables, codec_variables)
         return _advance(network, codec, program, state, chunk, rngs)
 
     return jax.jit(step, donate_argnums=2)
+
+
+def merged(
+    program: SessionProgram, variables: Layered, codec_variables: Variables | None
+) -> tuple[Duplex, Codec | None]:
+    """The network and the folded codec with their weights."""
+    network: Duplex = merge_layers(program.graphdef, variables)
+    if program.codec is None or codec_variables is None:
+        return network, None
+    return network, merge(program.codec, codec_variables)
 
 
 def _advance(
@@ -189,7 +211,7 @@ def _advance(
     end = first + jnp.sum(encoded.is_real[0])
     state = SessionState(
         perception=perception,
-        dialog=_ended_turn(network, state.dialog, chunk.is_interrupted),
+        dialog=ended_turn(network, state.dialog, chunk.is_interrupted),
         codec=state.codec,
         replacement=state.replacement,
     )
@@ -198,48 +220,58 @@ def _advance(
     def run(t: Array, carry: tuple[SessionFrames, SessionState]) -> tuple:
         frames, state = carry
         user = jax.lax.dynamic_slice_in_dim(encoded.frames, t, 1, axis=1)
-        dialog = next_frame(network, state.dialog, user, program.sampling, rngs)
         is_silenced = chunk.is_interrupted & (t == first)
-        codes = jnp.where(is_silenced, network.config.codebooks.eos, dialog.codes)
-        dialog = dialog._replace(codes=codes)
-        return _decoded(network.config, codec, frames, state, dialog, t)
+        frame, state = agent_frame(network, codec, program, state, (user, is_silenced, rngs))
+        return with_frame(frames, frame, t), state
 
-    empty = _no_frames(network.config, codec, encoded.is_real)
+    empty = no_frames(network.config, codec, encoded.is_real)
     return jax.lax.fori_loop(first, end, run, (empty, state))
 
 
-def _ended_turn(network: Duplex, dialog: DuplexState, is_ended: Bool[Array, ""]) -> DuplexState:
+def agent_frame(
+    network: Duplex,
+    codec: Codec | None,
+    program: SessionProgram,
+    state: SessionState,
+    inputs: tuple[Float[Array, "B 1 D"], Bool[Array, ""], Key[Array, " B"] | None],
+) -> tuple[AgentFrame, SessionState]:
+    """Runs LLM, speech decoder or audio head, and the codec's decoder for one user frame.
+
+    `inputs` are the user's frame, whether a turn ends with it (an interruption), and random keys.
+    """
+    user, is_silenced, rngs = inputs
+    dialog = next_frame(network, state.dialog, user, program.sampling, rngs)
+    codebooks = network.config.codebooks
+    dialog = dialog._replace(codes=jnp.where(is_silenced, codebooks.eos, dialog.codes))
+    replacement = _replacement(network.config, state, dialog)
+    stream, audio = state.codec, jnp.zeros((len(dialog.codes), 0))
+    if codec is not None and stream is not None:
+        codes = jnp.where(dialog.codes >= codebooks.size, replacement, dialog.codes)
+        audio, stream = codec.decode_step(stream, codes[:, None])
+    state = SessionState(
+        perception=state.perception, dialog=dialog, codec=stream, replacement=replacement
+    )
+    return AgentFrame(text=dialog.text, codes=dialog.codes, audio=audio), state
+
+
+def ended_turn(network: Duplex, dialog: DuplexState, is_ended: Bool[Array, ""]) -> DuplexState:
     """Where `is_ended`, the agent's last text token becomes the end of its turn."""
     text = jnp.where(is_ended, network.config.text.eos, dialog.text)
     return dialog._replace(text=text)
 
 
-def _decoded(
-    config: DuplexConfig,
-    codec: Codec | None,
-    frames: SessionFrames,
-    state: SessionState,
-    dialog: DuplexState,
-    t: Int[Array, ""],
-) -> tuple[SessionFrames, SessionState]:
-    """Decodes the codes of a frame, and writes the frame at index `t`."""
-    replacement = _replacement(config, state, dialog)
-    stream, audio = state.codec, frames.audio
-    if codec is not None and stream is not None:
-        is_control = dialog.codes >= config.codebooks.size
-        codes = jnp.where(is_control, replacement, dialog.codes)
-        samples, stream = codec.decode_step(stream, codes[:, None])
-        audio = jax.lax.dynamic_update_slice_in_dim(audio, samples[:, None], t, axis=1)
-    frames = SessionFrames(
-        text=jax.lax.dynamic_update_slice_in_dim(frames.text, dialog.text[:, None], t, axis=1),
-        codes=jax.lax.dynamic_update_slice_in_dim(frames.codes, dialog.codes[:, None], t, axis=1),
-        audio=audio,
+def with_frame(frames: SessionFrames, frame: AgentFrame, t: Int[Array, ""]) -> SessionFrames:
+    """Writes a frame at index `t`."""
+
+    def put(kept: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(kept, new[:, None], t, axis=1)
+
+    return SessionFrames(
+        text=put(frames.text, frame.text),
+        codes=put(frames.codes, frame.codes),
+        audio=put(frames.audio, frame.audio),
         is_real=frames.is_real,
     )
-    state = SessionState(
-        perception=state.perception, dialog=dialog, codec=stream, replacement=replacement
-    )
-    return frames, state
 
 
 def _replacement(
@@ -252,9 +284,10 @@ def _replacement(
     return jnp.where(state.dialog.frame == 0, codes, kept)
 
 
-def _no_frames(
+def no_frames(
     config: DuplexConfig, codec: Codec | None, is_real: Bool[Array, "B F"]
 ) -> SessionFrames:
+    """The output of a step before its first frame."""
     samples = 0 if codec is None else config.codec.samples_per_frame
     return SessionFrames(
         text=jnp.zeros(is_real.shape, jnp.int32),

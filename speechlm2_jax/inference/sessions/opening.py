@@ -1,4 +1,4 @@
-"""Opens a duplex session: checks that the model can stream, and plans its programs."""
+"""Opens duplex sessions: checks that the model can stream, and plans its programs."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,15 @@ from flax import nnx
 
 from speechlm2_jax.generation.duplex import DuplexSamplingConfig
 from speechlm2_jax.inference.duplex_programs import conversation_rngs, silent_codes
-from speechlm2_jax.inference.sessions.duplex_session import DuplexSession, SessionSettings
+from speechlm2_jax.inference.sessions.conversation import SessionSettings
+from speechlm2_jax.inference.sessions.duplex_session import DuplexSession
 from speechlm2_jax.inference.sessions.duplex_step import (
     SessionProgram,
     SessionWeights,
     fold_codec,
     stream_plan,
 )
+from speechlm2_jax.inference.sessions.session_pool import DuplexSessionPool, PoolLimits
 from speechlm2_jax.inference.text_stream import TextTokenizer
 from speechlm2_jax.layers.module import Variables
 from speechlm2_jax.layers.unstacked import Layered
@@ -49,8 +51,28 @@ def open_session(
 
     Raises ValueError, naming the setting, for a model that cannot stream.
     """
+    return DuplexSession(*_planned(graphdef, config, weights, options))
+
+
+def open_pool(
+    graphdef: nnx.GraphDef[Duplex],
+    config: DuplexConfig,
+    weights: tuple[Layered, Variables],
+    options: SessionOptions,
+    limits: PoolLimits,
+) -> DuplexSessionPool:
+    """Opens a pool of sessions; see `open_session`."""
+    return DuplexSessionPool(*_planned(graphdef, config, weights, options), limits)
+
+
+def _planned(
+    graphdef: nnx.GraphDef[Duplex],
+    config: DuplexConfig,
+    weights: tuple[Layered, Variables],
+    options: SessionOptions,
+) -> tuple[SessionProgram, SessionWeights, SessionSettings]:
+    """What the programs depend on, and what they are given."""
     plan = _plan(config, options)
-    frame_s = config.perception.token_equivalent_duration
     layered, variables = weights
     codec, folded = None, None
     if options.decode_audio:
@@ -69,12 +91,12 @@ def open_session(
         text=config.text,
         input_hz=options.input_hz,
         model_hz=config.perception.preprocessor.sample_rate,
-        frame_s=frame_s,
+        frame_s=config.perception.token_equivalent_duration,
         max_frames=config.max_frames,
         silence=silent_codes(graphdef, variables),
         rngs=None if rng is None else conversation_rngs(rng, 1),
     )
-    return DuplexSession(program, SessionWeights(network=layered, codec=folded), settings)
+    return program, SessionWeights(network=layered, codec=folded), settings
 
 
 def _plan(config: DuplexConfig, options: SessionOptions) -> StreamPlan:
