@@ -7,13 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechlm2_jax import experiment, settings
-from speechlm2_jax.data.datamodule import DataModule
-from speechlm2_jax.models.salm import SALM
-from speechlm2_jax.training.trainer import Trainer
+from tests.tools.recipe_case import check_salm_recipe
 from tools import prepare_barista
 
-ROOT = Path(__file__).parents[2]
 RATE_HZ = 16_000
 LABELS = [
     {"intent": "orderDrink", "size": size, "coffeeDrink": drink}
@@ -175,14 +171,4 @@ def test_every_key_of_the_recipe_is_known(prepared, monkeypatch):
         rows = rows_of(prepared / "barista/train.jsonl")
         prepare_barista.write_manifest(prepared / f"barista/{name}.jsonl", rows)
     monkeypatch.chdir(prepared)
-    values = settings.load(ROOT / "configs/salm.yaml", over=[ROOT / "configs/recipes/barista.yaml"])
-    for key in ("pretrained_llm", "pretrained_asr"):
-        values["model"][key] = str(ROOT / "configs" / values["model"][key])
-    experiment.check_blocks(values)
-    model = SALM(values["model"])
-    Trainer(**values["trainer"]).check(model)
-    datamodule = DataModule(values["data"], model.tokenizer)
-    datamodule.setup(frame_count=model.frame_count, groups=1)
-    assert not datamodule.dropped
-    frozen = [path for path, is_trained in model.trainable.items() if not np.all(is_trained)]
-    assert all(model.infos[path].is_buffer for path in frozen)
+    check_salm_recipe("barista")
