@@ -65,7 +65,7 @@ class EvalConfig:
     use_normalizer: str | bool | None = "english"
     metrics: tuple[str, ...] = ("wer",)
     """Metrics of the responses, with 95 % intervals: wer, cer, bleu, chrf, intent (JSON commands),
-    mcq (a letter), perplexity (of the references)."""
+    mcq (a letter), instruction (form and content), perplexity (of the references)."""
     device: str = "auto"
     """auto, cpu, gpu (cuda) or tpu; with an index, as in gpu:1, that device alone."""
     devices: int = -1

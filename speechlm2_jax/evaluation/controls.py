@@ -21,7 +21,7 @@ from speechlm2_jax.evaluation.inputs import Utterance
 from speechlm2_jax.evaluation.metrics.wer import text_normalizer
 from speechlm2_jax.evaluation.read_audio import longest_first
 from speechlm2_jax.evaluation.run import evaluate
-from speechlm2_jax.evaluation.swap_audio import swap_audio
+from speechlm2_jax.evaluation.swap_audio import is_swappable, swap_audio
 from speechlm2_jax.settings import SettingsError
 
 
@@ -30,13 +30,14 @@ def control_inputs(
 ) -> dict[str, dict[int, Utterance]]:
     """The inputs of each control by index of the utterance; only those with a reference.
 
-    Conversations have no swapped audio. A control that is not possible is left out, with a note.
+    Conversations with several recordings or none have no swapped audio. A control that is not
+    possible is left out, with a note.
     """
     known = {i: u for i, u in enumerate(utterances) if u.text is not None}
     if not known:
         return {}
     found = {}
-    alone = {i: u for i, u in known.items() if u.dialog is None}
+    alone = {i: u for i, u in known.items() if is_swappable(u)}
     try:
         swapped = swap_audio(list(alone.values()), text_normalizer(normalizer))
         found[SWAPPED] = dict(zip(alone, swapped, strict=True))

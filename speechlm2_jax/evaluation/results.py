@@ -247,7 +247,8 @@ class Evaluation:
         for name in self.metrics:
             metric = TASK_METRICS[name]
             score = estimate(metric, pairs, self.normalizer)
-            details = {key: round(value, 2) for key, value in metric.details(pairs).items()}
+            details = metric.details(pairs, self.normalizer)
+            details = {key: round(value, 2) for key, value in details.items()}
             found[name] = {"title": metric.title, **asdict(score), "details": details}
         return found
 

@@ -17,7 +17,7 @@ SHOWN = ("loss", "val_loss", "val_wer", "tokens_per_s_per_device")
 """Metrics that come first, in this order."""
 HIDDEN = ("step", "skipped", "dropped", "goodput")
 RISING = frozenset(
-    "acc accuracy bleu chrf f1 intent mcq precision recall success tokens_per_s".split()
+    "acc accuracy bleu chrf f1 instruction intent mcq precision recall success tokens_per_s".split()
 )
 """Words of names of metrics of which more is better; of all others less is."""
 _MOST_STEPS = 1 << 53

@@ -66,7 +66,8 @@ class TrainerConfig:
     """Sample hypotheses of each validation set that are shown."""
     validation_metrics: tuple[str, ...] = ("wer",)
     """Metrics of generated text in validation, each to monitor as `val_NAME`: wer, cer, bleu, chrf,
-    intent, mcq; and perplexity, of the references. Duplex models have scores of their own."""
+    intent, mcq, instruction; and perplexity, of the references. Duplex models have scores of
+    their own."""
     log_every_n_steps: int = 50
     enable_progress_bar: bool = True
     """Whether to show a progress bar on a terminal. The log is written either way."""

@@ -65,7 +65,7 @@ def test_each_slot_has_its_accuracy():
         (json.dumps(ORDER), json.dumps(ORDER)),
         (json.dumps({"intent": "orderDrink"}), "no command"),
     ]
-    details = TASK_METRICS["intent"].details(pairs)
+    details = TASK_METRICS["intent"].details(pairs, "english")
     assert details == {"intent": pytest.approx(200 / 3), "roast": 100, "size": 50}
     assert read_command("{}") == {} and read_command("{1}") is None
 

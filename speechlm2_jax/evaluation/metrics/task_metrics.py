@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from speechlm2_jax.evaluation.metrics import instructions
 from speechlm2_jax.evaluation.metrics.wer import merges_compounds, text_normalizer, word_errors
 
 
@@ -41,8 +42,8 @@ class TaskMetric:
     """The sums of the counts -> the metric, in percent or points; None without references."""
     is_share: bool = True
     """Whether the value is a share in percent."""
-    details: Callable[[Sequence[Pair]], Mapping[str, float]] = lambda _: {}
-    """Further values by name, in percent."""
+    details: Callable[[Sequence[Pair], str | bool | None], Mapping[str, float]] = lambda *_: {}
+    """Pairs of texts and the name of a normaliser -> further values by name, in percent."""
 
     def matrix(self, pairs: Sequence[Pair], normalizer: str | bool | None) -> np.ndarray:
         """The counts of all responses, [responses, counts]."""
@@ -111,7 +112,7 @@ def _intent_counts(pair: Pair, _normalizer: object) -> Sequence[float]:
     return float(reference == hypothesis), 1.0
 
 
-def _slots(pairs: Sequence[Pair]) -> dict[str, float]:
+def _slots(pairs: Sequence[Pair], _normalizer: object) -> dict[str, float]:
     """Of each key of the references: the share with the right value, in percent."""
     right: dict[str, list[bool]] = {}
     for pair in pairs:
@@ -136,6 +137,17 @@ def read_choice(text: str) -> str | None:
 def _choice_counts(pair: Pair, _normalizer: object) -> Sequence[float]:
     reference, hypothesis = map(read_choice, pair[:2])
     return (0.0, 0.0) if reference is None else (float(reference == hypothesis), 1.0)
+
+
+def _instruction_counts(pair: Pair, normalizer: str | bool | None) -> Sequence[float]:
+    has_words = instructions.form_of(pair[0]) is not None
+    return float(instructions.is_right(pair[0], pair[1], normalizer)), float(has_words)
+
+
+def _instruction_details(
+    pairs: Sequence[Pair], normalizer: str | bool | None
+) -> Mapping[str, float]:
+    return instructions.details([(pair[0], pair[1]) for pair in pairs], normalizer)
 
 
 PERPLEXITY = "perplexity"
@@ -166,6 +178,13 @@ TASK_METRICS: Mapping[str, TaskMetric] = {
     ),
     "mcq": TaskMetric(
         title="choices right", more_is_better=True, counts=_choice_counts, value=_share
+    ),
+    "instruction": TaskMetric(
+        title="instructions followed",
+        more_is_better=True,
+        counts=_instruction_counts,
+        value=_share,
+        details=_instruction_details,
     ),
     PERPLEXITY: TaskMetric(
         title="perplexity",
