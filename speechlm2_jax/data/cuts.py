@@ -23,6 +23,7 @@ from speechlm2_jax.settings import SettingsError
 
 _YAML = (".yaml", ".yml")
 _NAMED = 3
+_CUT_TYPES = ("MonoCut", "MultiCut", "MixedCut")
 _log = logging.getLogger(__name__)
 
 
@@ -83,7 +84,16 @@ def _deserialized(row: dict[str, Any]) -> Any:
     cut = deserialize_item(row)
     if not isinstance(cut, Cut):
         raise SettingsError(f"a {type(cut).__name__}")
+    for track in getattr(cut, "tracks", ()):
+        _deserialize_cuts(getattr(track.cut, "custom", None) or {})
     return cut
+
+
+def _deserialize_cuts(custom: dict[str, Any]) -> None:
+    """Makes cuts of the fields of a track that hold some, which Lhotse leaves as they are."""
+    for key, value in custom.items():
+        if isinstance(value, dict) and value.get("type") in _CUT_TYPES:
+            custom[key] = _deserialized(value)
 
 
 class LocatedCut(NamedTuple):
@@ -208,22 +218,27 @@ def _only_file(cut: Cut) -> str | None:
 
 
 def _sources(cut: Cut, fields: tuple[str, ...]) -> Iterator[Any]:
-    """Where Lhotse would read the recording of a cut from, and those in some fields."""
+    """Where Lhotse would read a cut and its tracks from, and what some fields hold."""
     custom = getattr(cut, "custom", None) or {}
-    for recording in (getattr(cut, "recording", None), *map(custom.get, fields)):
-        yield from getattr(recording, "sources", ())
+    yield from getattr(getattr(cut, "recording", None), "sources", ())
+    for track in getattr(cut, "tracks", ()):
+        yield from _sources(track.cut, fields)
+    for value in map(custom.get, fields):
+        if hasattr(value, "sources"):
+            yield from value.sources
+        elif value is not None and not isinstance(value, dict):
+            yield from _sources(value, ())
 
 
 def _resolve_sources(cut: Cut, fields: tuple[str, ...], finder: Finder) -> None:
     """Makes the paths of a cut absolute. Raises SettingsError for what may not be read."""
-    for track in getattr(cut, "tracks", None) or [None]:
-        for source in _sources(cut if track is None else track.cut, fields):
-            name = str(source.source)
-            if source.type == "url" and (name.lower().startswith("file:") or is_remote(name)):
-                source.type = "file"  # ours to read, as all that is one file
-            if source.type == "file":
-                source.source = finder(str(source.source))
-            elif source.type in ("url", "command"):
-                raise SettingsError(
-                    f"cut {cut.id} reads audio from a {source.type}; copy it to a local disk"
-                )
+    for source in _sources(cut, fields):
+        name = str(source.source)
+        if source.type == "url" and (name.lower().startswith("file:") or is_remote(name)):
+            source.type = "file"  # ours to read, as all that is one file
+        if source.type == "file":
+            source.source = finder(str(source.source))
+        elif source.type in ("url", "command"):
+            raise SettingsError(
+                f"cut {cut.id} reads audio from a {source.type}; copy it to a local disk"
+            )

@@ -1,19 +1,25 @@
 """Errors of duplex data and settings are one line with the remedy."""
 
+import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from speechlm2_jax import settings
 from speechlm2_jax.data import DataModule, DuplexS2SDataset, Tokenizer
+from speechlm2_jax.data.duplex.config import DuplexLoaderConfig
 from speechlm2_jax.data.duplex.conversations import (
     ChannelIds,
+    DialogEvent,
     FrameGrid,
     SpokenTurn,
     text_channel,
 )
+from speechlm2_jax.data.input_config import InputConfig
 from speechlm2_jax.data.tokenizer import TokenizerError
 from speechlm2_jax.settings import SettingsError
 from tests.data_pipeline import duplex_corpus as corpus
@@ -105,6 +111,52 @@ def test_mixed_cuts_and_addresses_of_the_network_are_refused(tmp_path):
     one.target_audio.sources[0].type = "url"
     message = refused(corpus.write_cuts(tmp_path / "far.jsonl", [one]))
     assert "cut one reads audio from a url" in message
+
+
+def mixed_cut(folder):
+    """A user of two stretches and an agent of two, 3 s in all, as JSON."""
+    from lhotse import SupervisionSegment
+    from lhotse.cut import MixedCut, MixTrack, PaddingCut
+
+    def voice(name, *placed):
+        silence = PaddingCut(f"{name}-pad", 3.0, 16000, 0.0, num_samples=48000)
+        tracks = [MixTrack(silence, type="PaddingCut")]
+        for n, (start, offset) in enumerate(placed):
+            turn = SupervisionSegment(f"{name}{n}", "r", 0.1, 0.3, text=f"{name} {n}", speaker=name)
+            one = corpus.cut(folder, name, 2.0, []).truncate(offset=start, duration=0.5)
+            one = replace(one, id=f"{name}{n}", custom=None, supervisions=[turn])
+            tracks.append(MixTrack(one, offset=offset))
+        return MixedCut(name, tracks).to_dict()
+
+    user, agent = voice("user", (0.0, 0.25), (1.0, 1.5)), voice("agent", (0.5, 1.0), (0.5, 2.0))
+    events = [{"kind": "pause", "start": 0.5, "end": 1}]
+    user["tracks"][0]["cut"]["custom"] = {"target_audio": agent, "events": events}
+    return user
+
+
+def test_mixed_cuts_share_recordings(tmp_path):
+    row = mixed_cut(tmp_path)
+    for voice in (row, row["tracks"][0]["cut"]["custom"]["target_audio"]):
+        for track in voice["tracks"][1:]:
+            source = track["cut"]["recording"]["sources"][0]
+            source["source"] = Path(source["source"]).name  # beside the manifest
+    (tmp_path / "mixed.jsonl").write_text(json.dumps(row) + "\n")
+    entry = InputConfig(type="lhotse", cuts_path=(str(tmp_path / "mixed.jsonl"),))
+    (made,) = DuplexS2SDataset.read(entry, DuplexLoaderConfig(sample_rate=16000, batch_size=1))
+    assert [(turn.text, turn.start_s) for turn in made.turns] == [
+        *(("user 0", 0.35), ("agent 0", 1.1), ("user 1", 1.6), ("agent 1", 2.1))
+    ]
+    assert made.events == (DialogEvent(kind="pause", start_s=0.5, end_s=1.0),)
+    waves = {name: soundfile.read(tmp_path / f"{name}_user.wav")[0] for name in ("user", "agent")}
+    user, agent = made.source.load(16000), made.target.load(16000)
+    assert len(user) == len(agent) == 48000
+    for wave, placed in ((user, ("user", 16000, 24000)), (agent, ("agent", 8000, 32000))):
+        name, start, offset = placed
+        expected = waves[name][start : start + 8000]
+        np.testing.assert_allclose(wave[offset : offset + 8000], expected, atol=1e-4)
+    assert not user[12000:24000].any() and not agent[:16000].any()
+    frames = corpus.module({"cuts_path": str(tmp_path / "mixed.jsonl")}).batches_per_pass()
+    assert frames == 1, "an index reads it too"
 
 
 def test_a_cut_without_the_users_recording_is_named(tmp_path):

@@ -23,6 +23,16 @@ class SpokenTurn:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DialogEvent:
+    """What an evaluation looks at; times are seconds from the start of the conversation."""
+
+    kind: str
+    """pause (within the user's turn), back_channel (of the user) or interruption (by the user)."""
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Placement:
     """What augmentation draws of the times of a conversation: a share, from 0 to 1, of both."""
 
@@ -50,6 +60,8 @@ class DuplexConversation:
     """The agent."""
     turns: tuple[SpokenTurn, ...]
     """Of both speakers, in the order of the manifest. Where two overlap, the later one wins."""
+    events: tuple[DialogEvent, ...] = ()
+    """What the manifest tells of pauses and the like."""
     where: str = ""
     """The manifest and the line that it was read from, for messages."""
     shard: int = 0

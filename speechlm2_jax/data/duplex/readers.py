@@ -1,6 +1,7 @@
 """Lhotse cuts and SHAR as conversations of two voices. Lhotse is imported only where it reads.
 
-A cut is the user's recording; its field `target_audio` is the agent's, alongside in time.
+A cut is the user's recording; its field `target_audio` is the agent's, alongside in time. Either
+may be mixed of several recordings: a MixedCut, in whose first track's `custom` the agent's is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,13 +11,16 @@ from typing import Any
 
 from speechlm2_jax.data.conversations import AudioClip
 from speechlm2_jax.data.cuts import clip_of_cut, read_cuts
-from speechlm2_jax.data.duplex.conversations import DuplexConversation, SpokenTurn
+from speechlm2_jax.data.duplex.conversations import DialogEvent, DuplexConversation, SpokenTurn
 from speechlm2_jax.data.duplex.conversions import TARGET
 from speechlm2_jax.data.input_config import SharPath
 from speechlm2_jax.data.lhotse_types import Cut, Recording
-from speechlm2_jax.data.manifest_values import located, moment, seconds, text
+from speechlm2_jax.data.manifest_values import located, mapping, moment, seconds, text
 from speechlm2_jax.data.shar import RECORDING, SharCut, shar_cuts
 from speechlm2_jax.settings import SettingsError
+
+EVENTS = "events"
+"""Custom field of a cut: a list of {kind, start, end}, for evaluation (`DialogEvent`)."""
 
 
 def duplex_cuts(
@@ -87,10 +91,12 @@ def duplex_conversation(cut: Cut, channel: int | None = None) -> DuplexConversat
     return _conversation(cut, source=source, target=_clip_of_agent(cut, target))
 
 
-def _clip_of_agent(cut: Cut, target: Recording) -> AudioClip:
-    """The stretch of the agent's recording that lies alongside a cut."""
+def _clip_of_agent(cut: Cut, target: Any) -> AudioClip:
+    """The stretch of the agent's recording that lies alongside a cut; all of one that is a cut."""
     from lhotse import MonoCut, MultiCut
 
+    if hasattr(target, "supervisions"):
+        return clip_of_cut(target, None)
     chosen = _chosen(cut, target)
     is_aligned = not cut.custom.get(f"{TARGET}_unaligned", False)
     stretch = {
@@ -121,26 +127,54 @@ def _conversation(cut: Cut, *, source: AudioClip, target: AudioClip) -> DuplexCo
                 end_s=moment(supervision.end, "end"),
                 text=text(supervision.text or "", "text"),
             )
-            for supervision in cut.supervisions
+            for supervision in _supervisions(cut)
         ),
+        events=tuple(_event(event) for event in _custom(cut).get(EVENTS) or ()),
     )
 
 
+def _supervisions(cut: Cut) -> Sequence[Any]:
+    """Those of the cut, and of an agent who is a cut too, by time."""
+    if not hasattr(cut, "tracks"):
+        return cut.supervisions
+    both = (*cut.supervisions, *_agent(cut).supervisions)
+    return sorted(both, key=lambda supervision: moment(supervision.start, "start"))
+
+
+def _event(value: object) -> DialogEvent:
+    row = mapping(value, EVENTS)
+    return DialogEvent(
+        kind=text(row.get("kind"), "kind"),
+        start_s=moment(row.get("start"), "start"),
+        end_s=moment(row.get("end"), "end"),
+    )
+
+
+def _custom(cut: Cut) -> dict[str, Any]:
+    """The fields of a cut; of a mixed one those of its first track."""
+    tracks: Any = getattr(cut, "tracks", None)
+    return (tracks[0].cut if tracks else cut).custom or {}
+
+
 def _recording_of_agent(cut: Cut) -> Any:
-    if hasattr(cut, "tracks"):
-        raise SettingsError(
-            f"cut {cut.id!r} is mixed of several: write its recording and its {TARGET} to files of "
-            "their own"
-        )
-    if cut.recording is None:
+    if not hasattr(cut, "tracks") and cut.recording is None:
         raise SettingsError(f"cut {cut.id!r} has no recording: the user's audio")
     return _agent(cut)
 
 
 def _agent(cut: Cut) -> Any:
+    """The agent's Recording; beside a mixed cut a cut."""
     from lhotse import Recording
+    from lhotse.cut import Cut as LhotseCut
 
-    target = (cut.custom or {}).get(TARGET)
+    target = _custom(cut).get(TARGET)
+    if hasattr(cut, "tracks"):
+        if isinstance(target, LhotseCut):
+            return target
+        raise SettingsError(
+            f"cut {cut.id!r} is mixed of several: put its {TARGET}, as a cut, into the custom "
+            "fields of its first track, or write both to files of their own"
+        )
     if not isinstance(target, Recording):
         raise SettingsError(
             f"cut {cut.id!r} has no {TARGET}: a duplex model learns from two recordings, the "

@@ -23,6 +23,8 @@ class DuplexEvalConfig:
     output_manifest: str | None = "answers.jsonl"
     audio_folder: str | None = "answers"
     """Folder of the agent's speech: a folder per set, a file per conversation."""
+    benchmark_folder: str | None = None
+    """Folder of `input.wav` and `output.wav` in the layout of Full-Duplex-Bench; null: none."""
     scoring_asr: str | None = None
     """ASR model (`.nemo` file or hub name) that transcribes the agent's speech; null: none."""
     input_roles: tuple[str, ...] = ("user",)

@@ -37,7 +37,11 @@ def run_duplex_evaluation(plan: DuplexPlan) -> None:
 
         def run(journal: Journal | None) -> DuplexEvaluation:
             with errors_name_key("scoring_asr"):
-                scorer = open_scorer(loaded.model, config, keeps_audio=folder is not None)
+                scorer = open_scorer(
+                    loaded.model,
+                    config,
+                    keeps_audio=folder is not None or config.benchmark_folder is not None,
+                )
             given = (scorer, plan.dialogues, dataset, loaded.config, folder, show, journal)
             return evaluate_duplex(*given, is_joint=loaded.is_joint)
 
@@ -52,6 +56,8 @@ def run_duplex_evaluation(plan: DuplexPlan) -> None:
             print(f"answers: {output}")
         if config.audio_folder is not None:
             print(f"speech:  {config.audio_folder}")
+        if config.benchmark_folder is not None:
+            print(f"folders: {config.benchmark_folder}")
         if page is not None:
             from speechlm2_jax.evaluation.html_report.duplex_page import write_duplex_page
 

@@ -3,10 +3,11 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from speechlm2_jax.evaluation.duplex.turns import TranscribedTurn
+from speechlm2_jax.evaluation.metrics.full_duplex import FullDuplexCounts
 from speechlm2_jax.evaluation.metrics.token_accuracy import TokenCounts
 from speechlm2_jax.evaluation.metrics.turn_taking import TurnMark
 from speechlm2_jax.evaluation.metrics.wer import (
@@ -19,6 +20,7 @@ from speechlm2_jax.evaluation.results import LENGTH_EDGES_S, Speed
 from speechlm2_jax.evaluation.score_table import percent
 
 SCORES: Mapping[str, tuple[str, str]] = {
+    "right_text": ("conversations with the right text", "share"),
     "txt_bleu": ("text BLEU", "points"),
     "asr_bleu": ("ASR-BLEU of the speech", "points"),
     "wer": ("WER of the speech", "share"),
@@ -33,6 +35,14 @@ SCORES: Mapping[str, tuple[str, str]] = {
     "turn_taking_latency_mean_s": ("latency, mean", "seconds"),
     "turn_taking_latency_median_s": ("latency, median", "seconds"),
     "barge_in_success": ("barge-ins given way to", "share"),
+    "takeover_rate": ("takeovers after turns", "share"),
+    "takeover_latency_s": ("their latency", "seconds"),
+    "pause_takeover_rate": ("takeovers in pauses (less is better)", "share"),
+    "back_channel_resume_rate": ("back-channels, agent goes on", "share"),
+    "interruption_stop_rate": ("interruptions, agent stops", "share"),
+    "interruption_stop_latency_s": ("until it stops", "seconds"),
+    "interruption_takeover_rate": ("takeovers after interruptions", "share"),
+    "interruption_latency_s": ("their latency, interrupted", "seconds"),
 }
 """Every score: its label and its unit."""
 
@@ -59,6 +69,8 @@ class DialogueResult:
     agent_turns: tuple[TranscribedTurn, ...] = ()
     marks: tuple[TurnMark, ...] = ()
     counts: TokenCounts | None = None
+    events: FullDuplexCounts | None = None
+    """Takeovers, pauses, back-channels and interruptions."""
     rtf: float | None = None
     """Real-time factor: seconds of generation per second of audio in its batch."""
     error: str | None = None
@@ -123,11 +135,21 @@ class DialogueResult:
         kinds = Counter(mark.kind for mark in self.marks)
         latencies = [round(m.seconds, 3) for m in self.marks if m.kind == "response"]
         return scores | {
+            **({} if self.events is None else {"events": _plain(self.events)}),
             "latencies_s": latencies,
             "unanswered": kinds["unanswered"],
             "barge_ins": kinds["barge_in"] + kinds["talked_over"],
             "barge_ins_given_way_to": kinds["barge_in"],
         }
+
+
+def _plain(events: FullDuplexCounts) -> dict[str, Any]:
+    """Counts that are not zero, and latencies in ms precision."""
+    return {
+        key: [round(one, 3) for one in value] if isinstance(value, tuple) else value
+        for key, value in asdict(events).items()
+        if value
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +160,8 @@ class DuplexEvaluation:
     scores: Mapping[str, float]
     """`KEY_SET` per set and `KEY`, as `DuplexScorer.compute` gives them."""
     speed: Speed
+    silence: Mapping[str, float] = field(default_factory=dict)
+    """The same of an agent that generates pads and silence."""
 
     @property
     def set_names(self) -> list[str]:
@@ -156,11 +180,11 @@ class DuplexEvaluation:
             "failed": dict(sorted(failed.items())),
             "audio_s": round(self.speed.audio_s, 3),
             "generate_s": round(self.speed.generate_s, 3),
-            "scores": self._named(""),
+            **self._both(""),
             "by_set": {
                 name: {
                     "conversations": sum(a.set_name == name for a in self.results),
-                    "scores": self._named(f"_{name}"),
+                    **self._both(f"_{name}"),
                 }
                 for name in self.set_names
             },
@@ -168,26 +192,33 @@ class DuplexEvaluation:
             "rtfx_without_warm_up": self.speed.rtfx_warm,
         }
 
-    def _named(self, suffix: str) -> dict[str, float | None]:
-        """Scores by key. An infinite or NaN score is None, as JSON has no number for it."""
-        found = {key: self.scores.get(f"{key}{suffix}") for key in SCORES}
+    def _both(self, suffix: str) -> dict[str, dict[str, float | None]]:
+        """Scores of the model, and of an agent of pads and silence."""
         return {
-            key: value if math.isfinite(value) else None
-            for key, value in found.items()
-            if value is not None
+            "scores": _named(self.scores, suffix),
+            "scores_of_silence": _named(self.silence, suffix),
         }
+
+
+def _named(scores: Mapping[str, float], suffix: str) -> dict[str, float | None]:
+    """Scores by key. An infinite or NaN score is None, as JSON has no number for it."""
+    found = {key: scores.get(f"{key}{suffix}") for key in SCORES}
+    return {
+        key: value if math.isfinite(value) else None
+        for key, value in found.items()
+        if value is not None
+    }
 
 
 def duplex_table(totals: Mapping[str, Any]) -> str:
     """The totals as text: a column per set, and one for their mean if there are several."""
     failed = ", ".join(f"{n} {cause}" for cause, n in totals["failed"].items()) or "none"
     sets = totals["by_set"]
-    columns = {name: found["scores"] for name, found in sets.items()}
-    if len(sets) > 1:
-        columns["mean"] = totals["scores"]
-    lines = [["", *columns]]
+    columns = {**sets, "mean": totals} if len(sets) > 1 else sets
+    is_compared = any(found.get("scores_of_silence") for found in columns.values())
+    lines = [["model | pads and silence" if is_compared else "", *columns]]
     lines += [
-        [SCORES[key][0], *(format_score(key, scores) for scores in columns.values())]
+        [SCORES[key][0], *(format_both(key, found) for found in columns.values())]
         for key in SCORES
         if key in totals["scores"]
     ]
@@ -217,3 +248,10 @@ def format_score(key: str, scores: Mapping[str, float | None]) -> str:
     if value is None:
         return "n/a"
     return {"points": f"{value:.2f}", "share": percent(value), "seconds": f"{value:.2f} s"}[unit]
+
+
+def format_both(key: str, totals: Mapping[str, Any]) -> str:
+    """A score of the model and, if there is one, of an agent of pads and silence."""
+    own = format_score(key, totals["scores"])
+    silent = totals.get("scores_of_silence", {})
+    return f"{own} | {format_score(key, silent)}" if key in silent else own

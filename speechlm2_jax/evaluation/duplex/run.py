@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from tqdm import tqdm
 
 from speechlm2_jax.batches import DuplexExample
@@ -20,7 +20,9 @@ from speechlm2_jax.data.read_ahead import read_ahead
 from speechlm2_jax.evaluation.compilations import Compilations
 from speechlm2_jax.evaluation.duplex import scoring
 from speechlm2_jax.evaluation.duplex.config import DuplexEvalConfig
+from speechlm2_jax.evaluation.duplex.events import events_of
 from speechlm2_jax.evaluation.duplex.inputs import Dialogue
+from speechlm2_jax.evaluation.duplex.outputs import OutputFiles
 from speechlm2_jax.evaluation.duplex.results import DialogueResult, DuplexEvaluation
 from speechlm2_jax.evaluation.duplex.scoring import (
     FIRST_TOKEN_FRAME,
@@ -89,14 +91,14 @@ def evaluate_duplex(
     The scorer is closed at the end, which frees its ASR model.
     """
     Compilations.start()
-    files = _files(dialogues, audio_folder)
+    files = OutputFiles.of(dialogues, audio_folder, config.benchmark_folder, config.input_roles)
     part = None if journal is None else journal.part
     results, speed = _resumed(journal, scorer, files)
     speed = speed if part is None else Speed()  # each process counts its own
     order = [index for chunk in _chunks(dialogues, config.batch_size, ()) for index in chunk]
     done = left_out(results, order, part, is_joint=is_joint)
     if is_joint and jax.process_index():
-        files = {}  # the first process writes what all have generated
+        files = files.nothing()  # the first process writes what all have generated
     padded_size = 0
     with (
         contextlib.closing(scorer),
@@ -114,10 +116,10 @@ def evaluate_duplex(
                 # from here on short batches are padded: no new shape is compiled
                 padded_size = config.batch_size
                 for index, (response, rtf) in responses.items():
-                    _write(files.get(index), response.audio, scorer.model.target_sampling_rate)
-                    results[index] = _result(
-                        scorer, dialogues[index], response, files.get(index), rtf
-                    )
+                    files.write(index, dialogues[index], response, scorer.model)
+                    given = (scorer, dialogues[index], response, files.speech.get(index))
+                    results[index] = _result(*given, rtf, config.input_roles)
+                    scorer.add_events(results[index].set_name, results[index].events)
                     rows[index] = (
                         results[index].row(config.use_normalizer),
                         {
@@ -132,9 +134,12 @@ def evaluate_duplex(
             progress.update(len(rows) + (0 if part is None else part.done_by_others()))
         if part is not None:
             part.wait(progress.update)
-        scores = scorer.compute()
+        scores, silence = scorer.compute(), scorer.silent.compute()
     return DuplexEvaluation(
-        results=tuple(results[i] for i in sorted(results)), scores=scores, speed=speed
+        results=tuple(results[i] for i in sorted(results)),
+        scores=scores,
+        silence=silence,
+        speed=speed,
     )
 
 
@@ -157,7 +162,7 @@ def _progress(
 
 
 def _resumed(
-    journal: Journal | None, scorer: DuplexScorer, files: Mapping[int, Path]
+    journal: Journal | None, scorer: DuplexScorer, files: OutputFiles
 ) -> tuple[dict[int, DialogueResult], Speed]:
     """The results that a journal holds; adds them to the scorer.
 
@@ -172,7 +177,7 @@ def _resumed(
             for index, kept in journal.kept.items()
             if "error" in kept.row
             or RESULT not in kept.progress  # written by an older version
-            or (index in files and not files[index].is_file())
+            or files.are_lost(index)
         ]
     )
     for index, kept in journal.kept.items():
@@ -189,6 +194,7 @@ def _resumed(
                 counts=result.counts,
             ),
         )
+        scorer.add_events(result.set_name, result.events)
     return results, speed_of(journal.kept.values())
 
 
@@ -260,9 +266,11 @@ def _result(
     response: DuplexResponse,
     file: Path | None,
     rtf: float,
+    roles: tuple[str, ...],
 ) -> DialogueResult:
     model, example = scorer.model, response.example
     user, agent = scorer.turns_of(response)
+    turns = _turns(model, response.tokens, FIRST_TOKEN_FRAME)
     return DialogueResult(
         id=dialogue.id,
         set_name=dialogue.set_name,
@@ -274,9 +282,10 @@ def _result(
         audio=None if file is None else str(file),
         user_turns=_turns(model, example.source_tokens),
         reference_turns=_turns(model, example.target_tokens),
-        agent_turns=_turns(model, response.tokens, FIRST_TOKEN_FRAME),
+        agent_turns=turns,
         marks=tuple(turn_marks(user, agent)),
         counts=response.counts,
+        events=events_of(scorer, dialogue, response, turns, roles),
         rtf=rtf,
     )
 
@@ -309,30 +318,3 @@ def _failure(dialogue: Dialogue, error: AudioError) -> DialogueResult:
         error=str(error),
         cause=error.cause,
     )
-
-
-def _files(dialogues: Sequence[Dialogue], folder: Path | None) -> dict[int, Path]:
-    """A WAV file per conversation in a folder per set; names are made safe and unique."""
-    files: dict[int, Path] = {}
-    taken: set[Path] = set()
-    for index, dialogue in enumerate(dialogues if folder is not None else ()):
-        assert folder is not None
-        path = folder / _name(dialogue.set_name) / f"{_name(dialogue.id)}.wav"
-        files[index] = path.with_stem(f"{path.stem}_{index}") if path in taken else path
-        taken.add(files[index])
-    return files
-
-
-def _name(text: str) -> str:
-    """A file name that every file system accepts."""
-    kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in text).lstrip(".")
-    return kept[:120] or "_"
-
-
-def _write(file: Path | None, audio: Float[np.ndarray, " A"], rate_hz: int) -> None:
-    """Writes [A] samples as 16-bit WAV, if there is a file to write."""
-    import soundfile
-
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(str(file), np.clip(audio, -1, 1), rate_hz, subtype="PCM_16")

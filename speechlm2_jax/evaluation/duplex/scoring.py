@@ -15,8 +15,11 @@ from speechlm2_jax import processes
 from speechlm2_jax.batches import DuplexExample, HostBatch
 from speechlm2_jax.data.padding import pad_right
 from speechlm2_jax.evaluation.duplex.silence import without_long_silence
+from speechlm2_jax.evaluation.duplex.silent_agent import SilentAgent
 from speechlm2_jax.evaluation.metrics.asr_bleu import ASRBLEU
 from speechlm2_jax.evaluation.metrics.bleu import BLEU, EmptyTextRate
+from speechlm2_jax.evaluation.metrics.error_rates import RightText
+from speechlm2_jax.evaluation.metrics.full_duplex import FullDuplex, FullDuplexCounts
 from speechlm2_jax.evaluation.metrics.token_accuracy import TokenAccuracy, TokenCounts, count_tokens
 from speechlm2_jax.evaluation.metrics.turn_taking import Turns, TurnTaking
 from speechlm2_jax.models.asr import ASRModel
@@ -95,10 +98,12 @@ class DuplexScorer:
 
     def __post_init__(self) -> None:
         self.text = BLEU(normalizer=self.normalizer)
+        self.right = RightText(normalizer=self.normalizer)
         self.empty = EmptyTextRate()
-        self.turns = TurnTaking()
+        self.turns, self.events = TurnTaking(), FullDuplex()
         self.tokens = TokenAccuracy()
         self.speech = self._speech_metric()
+        self.silent = SilentAgent(self.normalizer, has_speech=self.speech is not None)
         self._own: list[tuple[str, SavedResponse]] = []
 
     def generate_and_score(
@@ -144,9 +149,9 @@ class DuplexScorer:
         self.empty.update(name, references, texts)
         if not has_references:
             return responses
-        self.text.update(name, references, texts)
         for response in responses:
-            self.turns.update(name, *self.turns_of(response))
+            reference, (user, agent) = response.example.target_text, self.turns_of(response)
+            self._add_texts_and_turns(name, (reference, response.text), user, agent)
         return self._with_counts(name, responses) if self.counts_tokens else responses
 
     def add_saved(self, name: str, saved: SavedResponse) -> None:
@@ -155,16 +160,34 @@ class DuplexScorer:
         self.empty.update(name, [reference], [saved.text])
         if saved.reference is None:
             return
-        self.text.update(name, [reference], [saved.text])
+        self._add_texts_and_turns(name, (reference, saved.text), saved.user, saved.agent)
         if self.speech is not None and saved.asr_text is not None:
             self.speech.update_texts(name, [reference], [saved.asr_text])
-        self.turns.update(name, saved.user, saved.agent)
         if saved.counts is not None:
             self.tokens.update(name, saved.counts)
 
+    def add_events(self, name: str, counts: FullDuplexCounts | None) -> None:
+        """Adds the events of a conversation of set `name`, if they were counted."""
+        if counts is not None:
+            self.events.update(name, counts)
+            self.silent.add_events(name, counts)
+
+    def _add_texts_and_turns(
+        self, name: str, texts: tuple[str, str], user: Turns, agent: Turns
+    ) -> None:
+        """Adds reference and text of a response, and the turns of its conversation."""
+        reference, text = texts
+        self.text.update(name, [reference], [text])
+        self.right.update(name, [reference], [text])
+        self.turns.update(name, user, agent)
+        self.silent.update(name, reference, user)
+
     def compute(self) -> dict[str, float]:
         """All scores by name."""
-        metrics = (self.text, self.speech, self.empty, self.tokens, self.turns)
+        metrics = (
+            *(self.text, self.right, self.speech, self.empty),
+            *(self.tokens, self.turns, self.events),
+        )
         return {
             k: v for metric in metrics if metric is not None for k, v in metric.compute().items()
         }

@@ -20,6 +20,7 @@ from speechlm2_jax.evaluation.duplex.results import (
     SCORES,
     DialogueResult,
     DuplexEvaluation,
+    format_both,
     format_score,
 )
 from speechlm2_jax.evaluation.duplex.turns import TranscribedTurn
@@ -286,6 +287,7 @@ def _figures(totals: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The numbers at the top of the page."""
     scores = totals["scores"]
     found = [
+        _figure(scores, "right_text", "Right texts", "conversations without an error"),
         _figure(scores, "txt_bleu", "Text BLEU", "of the agent's text channel"),
         _figure(scores, "asr_bleu", "ASR-BLEU", _together(scores, WER="wer", CER="cer")),
         _figure(
@@ -332,18 +334,21 @@ def _together(scores: Mapping[str, float | None], **keys: str) -> str:
 
 
 def _sets(totals: Mapping[str, Any]) -> dict[str, Any] | None:
-    """All scores: a column per set, and one for their mean if there are several."""
+    """All scores: a column per set, and one for their mean if there are several.
+
+    Behind a bar are those of an agent of pads and silence.
+    """
     by_set = totals["by_set"]
     keys = list(totals["scores"])
-    columns = {name: found["scores"] for name, found in by_set.items()}
+    columns: dict[str, Any] = dict(by_set)
     if len(columns) > 1:
-        columns["mean of sets"] = totals["scores"]
+        columns["mean of sets"] = totals
     if not keys:
         return None
     return {
         "names": list(columns),
         "lines": [
-            (SCORES[key][0], [format_score(key, scores) for scores in columns.values()])
+            (SCORES[key][0], [format_both(key, found) for found in columns.values()])
             for key in keys
         ],
     }

@@ -1,4 +1,4 @@
-"""Word and character error rates per data set."""
+"""Word and character error rates, and the share of right texts, per data set."""
 
 import math
 from collections.abc import Sequence
@@ -24,6 +24,12 @@ def character_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -
     split = jiwer.Compose([jiwer.ReduceToListOfListOfChars()])
     found = jiwer.process_characters(list(references), list(hypotheses), split, split)
     return (found.insertions + found.deletions + found.substitutions) / characters
+
+
+def right_share(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """The share of hypotheses that equal their reference."""
+    pairs = zip(references, hypotheses, strict=True)
+    return sum(reference == text for reference, text in pairs) / len(references)
 
 
 class WER(TextMetric):
@@ -55,4 +61,20 @@ class CER(TextMetric):
     ) -> None:
         super().__init__(
             key, character_error_rate, normalize=normalize, normalizer=normalizer, verbose=verbose
+        )
+
+
+class RightText(TextMetric):
+    """`right_text_SET` and `right_text`: the share of texts without an error."""
+
+    def __init__(
+        self,
+        normalize: bool = True,
+        normalizer: AnyNormalizer = "english",
+        verbose: bool = False,
+        *,
+        key: str = "right_text",
+    ) -> None:
+        super().__init__(
+            key, right_share, normalize=normalize, normalizer=normalizer, verbose=verbose
         )
