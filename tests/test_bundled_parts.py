@@ -1,6 +1,8 @@
 """The bundled parts and the configuration that starts from them."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,13 +17,23 @@ from speechlm2_jax.models import CTCModel
 ROOT = Path(__file__).parents[1]
 PARTS, CORPUS = ROOT / "configs" / "parts", ROOT / "corpus"
 MEGABYTE = 1e6
+REPOSITORY_BYTES = 60 << 20
 ENCODER_WER = 0.2
 """Of the encoder's own CTC head, over every tenth row of the test set."""
 
 
-def test_parts_are_at_most_fifteen_megabytes():
+def test_parts_are_at_most_25_megabytes():
     size = sum(path.stat().st_size for path in PARTS.rglob("*") if path.is_file())
-    assert size <= 15 * MEGABYTE
+    assert size <= 25 * MEGABYTE
+
+
+def test_the_repository_is_at_most_60_mebibytes():
+    if not ((ROOT / ".git").exists() and shutil.which("git")):
+        pytest.skip("not a git checkout, so nothing tells which files are the repository's")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    paths = [ROOT / name.decode() for name in listed.stdout.split(b"\0") if name]
+    size = sum(path.lstat().st_size for path in paths if path.is_symlink() or path.is_file())
+    assert size <= REPOSITORY_BYTES
 
 
 def test_the_encoder_transcribes():

@@ -1,7 +1,7 @@
 """The bundled corpus: what it promises, and that nothing of its test was seen while training."""
 
-import gzip
 import json
+import lzma
 import re
 import sys
 from collections import Counter
@@ -55,9 +55,9 @@ def test():
 
 @pytest.fixture(scope="module")
 def pretraining():
-    packed = sorted(TOOLS.glob("pretraining_*.jsonl.gz"))
+    packed = sorted(TOOLS.glob("pretraining_*.jsonl.xz"))
     assert packed
-    text = "".join(gzip.decompress(path.read_bytes()).decode() for path in packed)
+    text = "".join(lzma.decompress(path.read_bytes()).decode() for path in packed)
     return [json.loads(line) for line in text.splitlines()]
 
 

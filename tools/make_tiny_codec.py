@@ -188,7 +188,9 @@ def main() -> None:
     """Fits, writes, and prints how well dialogs that it has not seen come back."""
     codec = AudioCodec(CONFIG)
     values = variables(codec, kernels(*fit(agent_frames("train").astype(np.float64))))
-    write_nemo(TARGET, CONFIG, mapping.export(values, codec_table(codec.config)), {})
+    write_nemo(
+        TARGET, CONFIG, mapping.export(values, codec_table(codec.config)), {}, compressed=True
+    )
     recorded = agent_frames("validation").reshape(1, -1)
     codec = AudioCodec.from_pretrained(TARGET)
     codes, frames = codec.encode(recorded, [recorded.shape[1]])

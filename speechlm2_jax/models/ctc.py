@@ -19,7 +19,7 @@ from speechlm2_jax.batches import HostBatch, LossSum, SalmBatch, StepLosses
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.casting import cast
 from speechlm2_jax.conversion.ctc import ctc_table
-from speechlm2_jax.conversion.readers import open_weights, read_nemo
+from speechlm2_jax.conversion.readers import read_nemo
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.inference.probe import Outputs, probe_ctc
@@ -114,7 +114,7 @@ class CTCModel(Transcriber):
         archive = read_nemo(registry.find_nemo(cls, path, key="pretrained_asr"))
         cfg = {key: archive.config[key] for key in BLOCKS if archive.config.get(key) is not None}
         model = cls(cfg, tokenizer=nemo_tokenizer(archive))
-        model.variables = mapping.load(open_weights(archive.path), model._table, model.infos)
+        model.variables = mapping.load(archive.weights, model._table, model.infos)
         return model
 
     @classmethod
@@ -125,10 +125,17 @@ class CTCModel(Transcriber):
         model.variables = dict(checkpointing.load_weights(run).variables)
         return model
 
-    def save_to(self, path: str | Path, *, dtype: DTypeLike | None = np.float32) -> None:
+    def save_to(
+        self,
+        path: str | Path,
+        *,
+        dtype: DTypeLike | None = np.float32,
+        compressed: bool = False,
+    ) -> None:
         """Writes a `.nemo` file that NeMo's ASRModel.restore_from reads, with weights in `dtype`.
 
-        None keeps the dtype of each weight. Raises ConversionError for values out of range.
+        None keeps the dtype of each weight; `compressed` writes a gzip-compressed tar. Raises
+        ConversionError for values out of range.
         """
         host = {name: np.asarray(value) for name, value in self.variables.items()}
         name = None if dtype is None else np.dtype(dtype).name
@@ -138,7 +145,8 @@ class CTCModel(Transcriber):
             TOKENIZER_FILE: self.tokenizer.serialized(),
             "vocab.txt": "".join(f"{piece}\n" for piece in vocabulary).encode(),
         }
-        write_nemo(Path(path), self._nemo_config(vocabulary), state, artifacts)
+        config = self._nemo_config(vocabulary)
+        write_nemo(Path(path), config, state, artifacts, compressed=compressed)
 
     def probe(self) -> Outputs:
         """Outputs of one small forward pass: another copy of the model gives the same."""

@@ -232,7 +232,8 @@ def find_nemo(kind_of_model: type[object], name: str | Path, *, key: str) -> Pat
     if found is not None:
         require(kind_of_model, found)
     file = location.find_nemo(str(name), key=key)
-    require(kind_of_model, file)
+    if file != found:
+        require(kind_of_model, file)
     return file
 
 

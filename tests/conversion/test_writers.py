@@ -1,6 +1,6 @@
 """What we write without torch is what torch.save and NeMo's save_to would have meant."""
 
-import os
+import gzip
 import subprocess
 import sys
 import tarfile
@@ -125,11 +125,23 @@ def test_elements_beyond_31_bits_are_written_as_torch_counts_them():
     assert [v for v in found if type(v) is int] == [2, 3 << 31, 0, 3, 1 << 31, 1 << 31, 1]
 
 
-def test_equal_tensors_give_equal_bytes(tmp_path):
-    for name in ("one.nemo", "another.nemo"):
-        write_nemo(tmp_path / name, CONFIG, arrays_of_every_kind(), dict(reversed(FILES.items())))
-        os.utime(tmp_path / name, (0, 0))
+@pytest.mark.parametrize("compressed", [False, True])
+def test_equal_tensors_give_equal_bytes(tmp_path, monkeypatch, compressed):
+    for name, files, now in (("one", FILES, 1e9), ("another", dict(reversed(FILES.items())), 2e9)):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        path = tmp_path / f"{name}.nemo"
+        write_nemo(path, CONFIG, arrays_of_every_kind(), files, compressed=compressed)
     assert (tmp_path / "one.nemo").read_bytes() == (tmp_path / "another.nemo").read_bytes()
+
+
+def test_a_compressed_nemo_file_has_the_same_tar_inside(tmp_path):
+    plain, small = tmp_path / "plain.nemo", tmp_path / "small.nemo"
+    write_nemo(plain, CONFIG, arrays_of_every_kind(), FILES)
+    write_nemo(small, CONFIG, arrays_of_every_kind(), FILES, compressed=True)
+    assert gzip.decompress(small.read_bytes()) == plain.read_bytes()
+    assert small.stat().st_size < plain.stat().st_size / 2  # the members' padding alone
+    with tarfile.open(small, "r:gz") as tar:  # what NeMo falls back to
+        assert "./model_weights.ckpt" in tar.getnames()
 
 
 def test_nemo_file_gives_back_what_was_written(tmp_path):

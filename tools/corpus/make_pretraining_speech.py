@@ -4,7 +4,7 @@
 
 writes OUT/audio/*.flac (16 bit, 16 kHz, mono), OUT/train.jsonl and OUT/val.jsonl (200 rows), whose
 rows also say when each phoneme begins (`phonemes`: seconds and espeak-ng's name), and the list of
-what was said by whom, tools/corpus/pretraining_TEXTS.jsonl.gz, which is committed so that a test
+what was said by whom, tools/corpus/pretraining_TEXTS.jsonl.xz, which is committed so that a test
 can look for sentences and voices of the test in it. Stopped, it goes on where it was. `mixed` texts
 are mostly English, `glued` ones half phrases in no order, `phrases` nothing else but digits.
 """
@@ -19,9 +19,9 @@ if __name__ == "__main__":  # before the imports below, which are slow
     print_help_if_asked(__file__)
 
 import argparse
-import gzip
 import hashlib
 import json
+import lzma
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -138,9 +138,9 @@ def _row(utterance: Utterance, path: Path, duration_s: float, phonemes: list) ->
 
 
 def write_said(rows: list[dict], path: Path) -> None:
-    """Writes text and voice of every row, gzipped, the same bytes for the same rows."""
+    """Writes text and voice of every row, in xz, the same bytes for the same rows."""
     lines = [json.dumps({"text": row["text"], "voice": row["voice"]}) + "\n" for row in rows]
-    path.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    path.write_bytes(lzma.compress("".join(lines).encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def main() -> None:
@@ -161,7 +161,7 @@ def main() -> None:
     for name, part in (("val", rows[:VALIDATION_ROWS]), ("train", rows[VALIDATION_ROWS:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
         (arguments.out / f"{name}.jsonl").write_text(text)
-    write_said(rows, HERE / f"pretraining_{arguments.texts}.jsonl.gz")
+    write_said(rows, HERE / f"pretraining_{arguments.texts}.jsonl.xz")
     hours = sum(row["duration"] for row in rows) / 3600
     print(f"{arguments.out}: {len(rows)} utterances, {hours:.1f} hours")
 
