@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from speechlm2_jax.generation.sampling import SamplingConfig, choose
 from speechlm2_jax.layers.unstacked import read_in_place
@@ -45,8 +45,12 @@ class FrameNetwork(Protocol):
         user: Float[Array, "B 1 D"],
         text: Int[Array, "B 1"],
         codes: Int[Array, "B 1 K"],
+        is_real: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], Float[Array, "B K W"], PyTree]:
-        """Runs the next frame. Returns text logits, audio logits and the new state."""
+        """Runs the next frame. Returns text logits, audio logits and the new state.
+
+        Conversations whose frame is not real keep their state.
+        """
         ...
 
 
@@ -66,8 +70,8 @@ class DuplexState(NamedTuple):
     """Text token of the last frame."""
     codes: Int[Array, "B K"]
     """Audio codes of the last frame."""
-    frame: Int[Array, ""]
-    """Number of frames so far."""
+    frame: Int[Array, ""] | Int[Array, " B"]
+    """Number of frames so far; with sinks each conversation has its own."""
 
 
 def initial_state(
@@ -85,7 +89,7 @@ def initial_state(
         network=network.new_state(batch, capacity, sinks),
         text=jnp.full((batch,), pad, jnp.int32),
         codes=jnp.full((batch, codebooks), delay, jnp.int32),
-        frame=jnp.zeros((), jnp.int32),
+        frame=jnp.zeros(() if sinks is None else batch, jnp.int32),
     )
 
 
@@ -95,21 +99,27 @@ def next_frame(
     user: Float[Array, "B 1 D"],
     config: DuplexSamplingConfig,
     rngs: Key[Array, " B"] | None = None,
+    is_real: Bool[Array, " B"] | None = None,
 ) -> DuplexState:
     """Runs one user frame and chooses the agent's next text token and codes.
 
-    A random draw depends on the conversation's key and the frame only.
+    A random draw depends on the conversation's key and the frame only. Conversations whose frame is
+    not real keep their state, which must be one with `sinks`; None: all are real.
     """
     text_logits, audio_logits, network_state = network.decode_frame(
-        state.network, user, state.text[:, None], state.codes[:, None]
+        state.network, user, state.text[:, None], state.codes[:, None], is_real
     )
     text_rngs, audio_rngs = _frame_rngs(rngs, state.frame, audio_logits.shape[1])
     flat = audio_logits.reshape(-1, audio_logits.shape[-1])  # [B K, W]
+    text = choose(text_logits, config.text, text_rngs)
+    codes = choose(flat, config.audio, audio_rngs).reshape(audio_logits.shape[:2])
+    if is_real is None:
+        return DuplexState(network_state, text, codes, state.frame + 1)
     return DuplexState(
         network=network_state,
-        text=choose(text_logits, config.text, text_rngs),
-        codes=choose(flat, config.audio, audio_rngs).reshape(audio_logits.shape[:2]),
-        frame=state.frame + 1,
+        text=jnp.where(is_real, text, state.text),
+        codes=jnp.where(is_real[:, None], codes, state.codes),
+        frame=state.frame + is_real,
     )
 
 
@@ -150,11 +160,13 @@ def run_duplex(
 
 
 def _frame_rngs(
-    rngs: Key[Array, " B"] | None, frame: Int[Array, ""], codebooks: int
+    rngs: Key[Array, " B"] | None,
+    frame: Int[Array, ""] | Int[Array, " B"],
+    codebooks: int,
 ) -> tuple[Key[Array, " B"], Key[Array, " BK"]] | tuple[None, None]:
     """Random keys [B] for the text tokens and [B K] for the codes of one frame."""
     if rngs is None:
         return None, None
-    of_frame = jax.vmap(lambda rng: jax.random.fold_in(rng, frame))(rngs)
+    of_frame = jax.vmap(jax.random.fold_in)(rngs, jnp.broadcast_to(frame, rngs.shape))
     each = jax.vmap(lambda rng: jax.random.split(rng, codebooks + 1))(of_frame)  # [B, K + 1]
     return each[:, 0], each[:, 1:].reshape(-1)

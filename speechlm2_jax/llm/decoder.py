@@ -292,7 +292,7 @@ class Decoder(nnx.Module):
         inputs = self._with_rotations(new, masks)
         if not isinstance(cache, SinkCache):
             return inputs
-        sinks = jnp.broadcast_to(cache.sink_positions, (len(queries), cache.sinks))
+        sinks = cache.sink_positions
         return replace(inputs, sink_rotations=self._rotations(NewTokens(sinks, sinks >= 0)))
 
     def _with_rotations(

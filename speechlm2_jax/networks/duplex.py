@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from speechlm2_jax.batches import DuplexBatch, LossSum, StepLosses
 from speechlm2_jax.codec.codec import Codec
@@ -180,8 +180,12 @@ class Duplex(nnx.Module):
         user: Float[Array, "B 1 D"],
         text: Int[Array, "B 1"],
         codes: Int[Array, "B 1 K"],
+        is_real: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], Float[Array, "B K W"], PyTree]:
-        """Runs the next frame. Returns text logits, audio logits and the new state."""
+        """Runs the next frame. Returns text logits, audio logits and the new state.
+
+        Conversations whose frame is not real keep their state; that needs a state with `sinks`.
+        """
 
     def new_cache(self, batch: int, capacity: int, sinks: int | None) -> KVCache:
         """Makes the LLM's KV cache; arguments as for `new_state`."""

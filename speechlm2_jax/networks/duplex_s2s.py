@@ -1,7 +1,7 @@
 """DuplexS2S: the LLM reads user audio, agent text and agent codes; two heads predict the agent."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.networks.channels import Channels
@@ -39,13 +39,15 @@ class DuplexS2S(Duplex):
         user: Float[Array, "B 1 D"],
         text: Int[Array, "B 1"],
         codes: Int[Array, "B 1 K"],
+        is_real: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], Float[Array, "B K W"], KVCache]:
         """Runs the next frame. Returns text logits, audio logits and the new KV cache."""
+        mask = jnp.ones(text.shape, bool) if is_real is None else is_real[:, None]
         extended = self.llm.extend(
             self._sum(user, text, codes),
             state,
-            positions=jnp.broadcast_to(state.used, text.shape),
-            attention_mask=jnp.ones(text.shape, bool),
+            positions=jnp.broadcast_to(state.used[..., None], text.shape),
+            attention_mask=mask,
         )
         hidden = extended.hidden
         return self.llm.logits(hidden)[:, 0], self.audio_logits(hidden)[:, 0], extended.cache

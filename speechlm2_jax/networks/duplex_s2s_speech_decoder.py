@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from speechlm2_jax.layers.cache import KVCache
 from speechlm2_jax.networks.channels import Channels
@@ -81,15 +81,19 @@ class DuplexS2SSpeechDecoder(Duplex):
         user: Float[Array, "B 1 D"],
         text: Int[Array, "B 1"],
         codes: Int[Array, "B 1 K"],
+        is_real: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], Float[Array, "B K W"], State]:
         """Runs the next frame. Returns text logits, audio logits and the new state."""
+        mask = jnp.ones(text.shape, bool) if is_real is None else is_real[:, None]
         extended = self.llm.extend(
             self._sum(user, text),
             state.llm,
-            positions=jnp.broadcast_to(state.llm.used, text.shape),
-            attention_mask=jnp.ones(text.shape, bool),
+            positions=jnp.broadcast_to(state.llm.used[..., None], text.shape),
+            attention_mask=mask,
         )
-        decoded = self.speech_decoder.step(state.decoder, extended.hidden, codes)
+        decoded = self.speech_decoder.step(
+            state.decoder, extended.hidden, codes, mask=None if is_real is None else mask
+        )
         new_state = State(llm=extended.cache, decoder=decoded.state)
         return self.llm.logits(extended.hidden)[:, 0], decoded.logits[:, 0], new_state
 

@@ -178,24 +178,33 @@ def start_stream(plan: StreamPlan, batch: int, dtype: DTypeLike = jnp.float32) -
     )
 
 
+def keep_where(is_kept: Bool[Array, " B"], old: StreamState, new: StreamState) -> StreamState:
+    """The old states of the streams where `is_kept` is True, and the new ones of the others."""
+
+    def chosen(old: Array, new: Array, axis: int) -> Array:
+        shape = [1] * old.ndim
+        shape[axis] = is_kept.shape[0]
+        return jnp.where(is_kept.reshape(shape), old, new)
+
+    def chosen_state(
+        old: EncoderStreamState | None, new: EncoderStreamState | None
+    ) -> EncoderStreamState | None:
+        if old is None or new is None:
+            return None
+        stacked = {n: chosen(getattr(old, n), getattr(new, n), 1) for n in old.STACKED}
+        pairs = zip(old.inputs, new.inputs, strict=True)
+        return EncoderStreamState(inputs=tuple(chosen(*pair, 0) for pair in pairs), **stacked)
+
+    names = ("steps", "total", "wave")
+    first = {name: chosen(getattr(old, name), getattr(new, name), 0) for name in names}
+    encoder = chosen_state(old.encoder, new.encoder)
+    assert encoder is not None
+    return StreamState(encoder=encoder, adapter=chosen_state(old.adapter, new.adapter), **first)
+
+
 def restart(stream: StreamState, restarted: Bool[Array, " B"]) -> StreamState:
     """Resets the streams where `restarted` is True; the others continue."""
-
-    def clear(x: Array, axis: int) -> Array:
-        shape = [1] * x.ndim
-        shape[axis] = restarted.shape[0]
-        return jnp.where(restarted.reshape(shape), jnp.zeros((), x.dtype), x)
-
-    def clear_state(m: EncoderStreamState | None) -> EncoderStreamState | None:
-        if m is None:
-            return None
-        stacked = {name: clear(getattr(m, name), 1) for name in EncoderStreamState.STACKED}
-        return EncoderStreamState(inputs=tuple(clear(x, 0) for x in m.inputs), **stacked)
-
-    first = {name: clear(getattr(stream, name), 0) for name in ("steps", "total", "wave")}
-    encoder = clear_state(stream.encoder)
-    assert encoder is not None
-    return StreamState(encoder=encoder, adapter=clear_state(stream.adapter), **first)
+    return keep_where(~restarted, stream, jax.tree.map(jnp.zeros_like, stream))
 
 
 def advance(

@@ -36,8 +36,8 @@ class SpeechAttentionInputs:
     """False at padding, whose output is zeros."""
     attention_mask: Bool[Array, "B S"]
     """True where a key may be attended to: `is_real` or, with a KV cache, its key mask."""
-    offset: Int[Array, ""] | None = None
-    """Int32 scalar: the cache position of the first query; None without a cache."""
+    offset: Int[Array, ""] | Int[Array, " B"] | None = None
+    """Int32 scalar or [B]: the cache position of the first query; None without a cache."""
     memory: Float[Array, "B S_memory M"] | None = None
     """Float [B, S', M]: keys and values of cross-attention (`memory` as in torch's
     TransformerDecoder); None skips cross-attention."""

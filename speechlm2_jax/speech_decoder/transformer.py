@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -202,6 +204,9 @@ class Transformer(nnx.Module):
         x, cache, (_, conv_state) = self._run(
             x, attention_inputs, cache=cache, conv_state=state.conv_state
         )
+        if isinstance(cache, SinkCache):  # sequences whose position is padding keep their state
+            old = state.conv_state
+            conv_state = jax.tree.map(partial(_where_real, is_real), conv_state, old)
         state = TransformerState(cache=cache.advance(x.shape[1]), conv_state=conv_state)
         return TransformerOutput(self._finalize(x, None), state)
 
@@ -251,7 +256,7 @@ class Transformer(nnx.Module):
         return dropout(x, self.config.p_dropout_out, fold_rngs(rngs, _OUTPUT_RNG))
 
     def _with_positions(
-        self, x: Float[Array, "B T D"], offset: Int[Array, ""] | int
+        self, x: Float[Array, "B T D"], offset: Int[Array, ""] | Int[Array, " B"] | int
     ) -> Float[Array, "B T D"]:
         if self.positions is None:
             return x
@@ -259,7 +264,8 @@ class Transformer(nnx.Module):
         self._check_length(length)
         table = constrain(self.positions[...].astype(x.dtype), None, None)
         # positions beyond the table are padding: their embedding reaches no real position
-        rows = jnp.take(table, offset + jnp.arange(length), axis=0, mode="clip")
+        index = jnp.reshape(offset, (-1, 1)) + jnp.arange(length)[None]
+        rows = jnp.take(table, index, axis=0, mode="clip")
         return x + jnp.broadcast_to(rows, x.shape)
 
     def _check_length(self, length: int) -> None:
@@ -269,6 +275,12 @@ class Transformer(nnx.Module):
                 f"{length} frames exceed the {limit} learnt positions of the speech decoder "
                 "(model.speech_decoder.max_length_causal_mask); use shorter sequences"
             )
+
+
+def _where_real(
+    is_real: Bool[Array, "B 1"], new: Float[Array, "L B C D"], old: Float[Array, "L B C D"]
+) -> Float[Array, "L B C D"]:
+    return jnp.where(is_real[None, :, :, None], new, old)
 
 
 def _attention_inputs(

@@ -171,7 +171,7 @@ def test_control_codes_decode_as_offline(nemo_exact):
         codes = jnp.array([[first, [codebooks.eos] * 3, [5, 6, 7]]])
         kept, decoded = state, []
         for t in range(3):
-            before = kept.dialog._replace(frame=jnp.asarray(t))
+            before = kept.dialog._replace(frame=jnp.full(1, t))
             kept = replace(kept, dialog=before)
             dialog = before._replace(codes=codes[:, t])
             replacement = duplex_step._replacement(network, kept, dialog)

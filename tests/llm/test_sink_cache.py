@@ -54,7 +54,7 @@ def one_by_one(decoder, cache, tokens):
         output = decoder.extend(
             token[:, None],
             cache,
-            positions=jnp.broadcast_to(cache.used, (len(token), 1)),
+            positions=cache.used[:, None],
             attention_mask=jnp.ones((len(token), 1), bool),
         )
         return output.cache, output.hidden[:, 0]
@@ -78,7 +78,7 @@ def test_a_token_attends_to_the_sinks_as_if_they_came_just_before_the_window(nam
     decoder, x = decoder_of(CASES[name]), embeds()
     cache = decoder.sink_cache(2, CAPACITY, jnp.float32, SINKS)
     hidden, cache = one_by_one(decoder, cache, x)
-    assert int(cache.used) == TOKENS
+    assert cache.used.tolist() == [TOKENS] * 2
     window = CAPACITY - SINKS
     rows = [jnp.concatenate([x[:, :SINKS], x[:, t + 1 - window : t + 1]], 1) for t in range(8, 23)]
     expected = whole(decoder, jnp.concatenate(rows))[:, -1].reshape(len(rows), 2, -1)
@@ -93,6 +93,36 @@ def test_until_the_cache_is_full_all_tokens_are_attended_to():
     expected = whole(decoder, x)
     np.testing.assert_allclose(hidden[:, :CAPACITY], expected[:, :CAPACITY], atol=ATOL)
     assert np.abs(hidden - expected)[:, CAPACITY:].max() > 1e-2
+
+
+@pytest.mark.parametrize("kinds", [(LayerKind(),), (LayerKind(window=3),)])
+def test_a_sequence_whose_token_is_padding_stays_as_it_is(kinds):
+    decoder, x = decoder_of(replace(PLAIN, pattern=kinds)), embeds()
+    cache = decoder.sink_cache(2, CAPACITY, jnp.float32, SINKS)
+    expected, _ = one_by_one(decoder, cache, x)
+
+    @jax.jit
+    def step(cache, taken, is_real):
+        return decoder.extend(
+            x[jnp.arange(2), jnp.minimum(taken, TOKENS - 1)][:, None],
+            cache,
+            positions=cache.used[:, None],
+            attention_mask=is_real[:, None],
+        )
+
+    random, taken = np.random.default_rng(0), np.zeros(2, int)
+    while (taken < TOKENS).any():
+        is_real = (random.random(2) < 0.6) & (taken < TOKENS)
+        output, before = step(cache, taken, is_real), cache
+        cache = output.cache
+        for row in np.flatnonzero(is_real):
+            found = output.hidden[row, 0]
+            np.testing.assert_allclose(found, expected[row, taken[row]], atol=ATOL)
+        for row in np.flatnonzero(~is_real):
+            np.testing.assert_array_equal(cache.keys[:, row], before.keys[:, row])
+            np.testing.assert_array_equal(cache.key_mask[row], before.key_mask[row])
+        taken += is_real
+    assert cache.used.tolist() == [TOKENS] * 2
 
 
 def test_a_quantized_cache_has_sinks_too():

@@ -111,7 +111,7 @@ class DuplexSession:
         chunk = UserChunk(
             audio=jnp.asarray(waiting.audio[None]),
             new=jnp.full(1, waiting.new, jnp.int32),
-            is_interrupted=jnp.asarray(waiting.is_interrupted),
+            is_interrupted=jnp.full(1, waiting.is_interrupted),
         )
         weights = self._weights
         output, self._state = self._step(

@@ -2,12 +2,12 @@
 
 A step runs log-mel, encoder and adapter on the chunk; then, for each of its frames, the LLM, the
 speech decoder or audio head, and the codec's decoder. Its state has a fixed size and is donated.
+It is that of B conversations; those without a chunk keep theirs bit for bit.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +28,14 @@ from speechlm2_jax.layers.unstacked import Layered, merge_layers, read_in_place
 from speechlm2_jax.networks.duplex import Duplex, DuplexConfig
 from speechlm2_jax.perception import streaming
 from speechlm2_jax.perception.perception import PerceptionConfig
-from speechlm2_jax.perception.streaming import StreamPlan, StreamState
+from speechlm2_jax.perception.streaming import StreamOutput, StreamPlan, StreamState
 from speechlm2_jax.pytrees import register_pytree
 
 
 @register_pytree
 @dataclass(frozen=True, kw_only=True)
 class SessionState:
-    """All that a conversation keeps between chunks; B = 1."""
+    """All that conversations keep between chunks."""
 
     perception: StreamState
     dialog: DuplexState
@@ -53,8 +53,10 @@ class UserChunk:
     audio: Float[Array, "B S"]
     new: Int[Array, " B"]
     """Real samples of the chunk; fewer than S end the user's audio."""
-    is_interrupted: Bool[Array, ""]
+    is_interrupted: Bool[Array, " B"]
     """Whether the agent's turn ends before this chunk."""
+    is_active: Bool[Array, " B"] | None = None
+    """False: no chunk, and the conversation's state stays as it is; None: all have one."""
 
 
 @register_pytree
@@ -67,14 +69,6 @@ class SessionFrames:
     audio: Float[Array, "B F A"]
     """A = 0 for a session without audio."""
     is_real: Bool[Array, "B F"]
-
-
-class AgentFrame(NamedTuple):
-    """One frame of the agent."""
-
-    text: Int[Array, " B"]
-    codes: Int[Array, "B K"]
-    audio: Float[Array, "B A"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +84,7 @@ Step = Callable[
     tuple[SessionFrames, SessionState],
 ]
 Start = Callable[[Layered, Int[Array, " K"]], SessionState]
+Restart = Callable[[Layered, Int[Array, " K"], SessionState, Int[Array, ""]], SessionState]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,37 +131,67 @@ def _folded(codec: Codec) -> Codec:
 
 
 @lru_cache(maxsize=16)
-def make_start(program: SessionProgram) -> Start:
-    """Compiles `start(variables, silence)`: the state before the first chunk.
+def make_start(program: SessionProgram, conversations: int = 1) -> Start:
+    """Compiles `start(variables, silence)`: the state before the first chunks.
 
     `silence` are the codec's codes of silence.
     """
 
     def start(variables: Layered, silence: Int[Array, " K"]) -> SessionState:
-        return start_state(merge_layers(program.graphdef, variables), program, silence)
+        return _new_state(
+            merge_layers(program.graphdef, variables), program, conversations, silence
+        )
 
     return jax.jit(start)
 
 
-def start_state(
-    network: Duplex, program: SessionProgram, silence: Int[Array, " K"]
+@lru_cache(maxsize=16)
+def make_restart(program: SessionProgram) -> Restart:
+    """Compiles `restart(variables, silence, state, slot)`, which donates `state`.
+
+    Conversation `slot` is then before its first chunk.
+    """
+
+    def restart(
+        variables: Layered, silence: Int[Array, " K"], state: SessionState, slot: Int[Array, ""]
+    ) -> SessionState:
+        network: Duplex = merge_layers(program.graphdef, variables)
+        fresh = _new_state(network, program, 1, silence)
+        return jax.tree.map(lambda kept, new: _with_rows(kept, new, slot), state, fresh)
+
+    return jax.jit(restart, donate_argnums=2)
+
+
+def _new_state(
+    network: Duplex, program: SessionProgram, conversations: int, silence: Int[Array, " K"]
 ) -> SessionState:
-    """The state before the first chunk; see `make_start`."""
     codebooks = network.config.codebooks
     return SessionState(
-        perception=streaming.start_stream(program.plan, 1, network.dtype),
+        perception=streaming.start_stream(program.plan, conversations, network.dtype),
         dialog=initial_state(
             network,
-            1,
+            conversations,
             program.capacity,
             pad=network.config.text.pad,
             delay=codebooks.delay,
             codebooks=codebooks.count,
             sinks=program.sinks,
         ),
-        codec=None if program.codec is None else network.codec.new_stream(1),
-        replacement=silence[None],
+        codec=None if program.codec is None else network.codec.new_stream(conversations),
+        replacement=jnp.broadcast_to(silence, (conversations, len(silence))),
     )
+
+
+def _with_rows(kept: Array, new: Array, slot: Int[Array, ""]) -> Array:
+    """Puts the array of one conversation into that of many.
+
+    Their batch axis, first or second, is where they differ; a conversation may have several rows.
+    """
+    differ = [axis for axis in range(new.ndim) if kept.shape[axis] != new.shape[axis]]
+    if not differ:  # one conversation in all
+        return new
+    axis = differ[0]
+    return jax.lax.dynamic_update_slice_in_dim(kept, new, slot * new.shape[axis], axis)
 
 
 @lru_cache(maxsize=16)
@@ -180,20 +205,13 @@ def make_step(program: SessionProgram) -> Step:
         chunk: UserChunk,
         rngs: Key[Array, " B"] | None,
     ) -> tuple[SessionFrames, SessionState]:
-        network, codec = merged(program, variables, codec_variables)
+        network: Duplex = merge_layers(program.graphdef, variables)
+        codec = None
+        if program.codec is not None and codec_variables is not None:
+            codec = merge(program.codec, codec_variables)
         return _advance(network, codec, program, state, chunk, rngs)
 
     return jax.jit(step, donate_argnums=2)
-
-
-def merged(
-    program: SessionProgram, variables: Layered, codec_variables: Variables | None
-) -> tuple[Duplex, Codec | None]:
-    """The network and the folded codec with their weights."""
-    network: Duplex = merge_layers(program.graphdef, variables)
-    if program.codec is None or codec_variables is None:
-        return network, None
-    return network, merge(program.codec, codec_variables)
 
 
 def _advance(
@@ -204,74 +222,75 @@ def _advance(
     chunk: UserChunk,
     rngs: Key[Array, " B"] | None,
 ) -> tuple[SessionFrames, SessionState]:
-    encoded, perception = streaming.advance(
-        network.perception, program.plan, state.perception, chunk.audio, chunk.new
-    )
-    first = jnp.argmax(encoded.is_real[0])
-    end = first + jnp.sum(encoded.is_real[0])
-    state = SessionState(
-        perception=perception,
-        dialog=ended_turn(network, state.dialog, chunk.is_interrupted),
-        codec=state.codec,
-        replacement=state.replacement,
-    )
+    encoded, state = _encode(network, program, state, chunk)
+    is_any_real = jnp.any(encoded.is_real, axis=0)
+    begin, count = jnp.argmax(is_any_real), jnp.sum(is_any_real)
+    first = jnp.argmax(encoded.is_real, axis=1)
     network = read_in_place(network)
 
     def run(t: Array, carry: tuple[SessionFrames, SessionState]) -> tuple:
         frames, state = carry
         user = jax.lax.dynamic_slice_in_dim(encoded.frames, t, 1, axis=1)
-        is_silenced = chunk.is_interrupted & (t == first)
-        frame, state = agent_frame(network, codec, program, state, (user, is_silenced, rngs))
-        return with_frame(frames, frame, t), state
+        is_real = jax.lax.dynamic_index_in_dim(encoded.is_real, t, axis=1, keepdims=False)
+        dialog = next_frame(network, state.dialog, user, program.sampling, rngs, is_real)
+        is_silenced = chunk.is_interrupted & (t == first) & is_real
+        codes = jnp.where(is_silenced[:, None], network.config.codebooks.eos, dialog.codes)
+        dialog = dialog._replace(codes=codes)
+        return _decoded(network.config, codec, frames, state, dialog, t)
 
-    empty = no_frames(network.config, codec, encoded.is_real)
-    return jax.lax.fori_loop(first, end, run, (empty, state))
+    empty = _no_frames(network.config, codec, encoded.is_real)
+    return jax.lax.fori_loop(begin, begin + count, run, (empty, state))
 
 
-def agent_frame(
-    network: Duplex,
+def _encode(
+    network: Duplex, program: SessionProgram, state: SessionState, chunk: UserChunk
+) -> tuple[StreamOutput, SessionState]:
+    """Encodes a chunk, and ends the turns that are interrupted; not where it is not active."""
+    encoded, perception = streaming.advance(
+        network.perception, program.plan, state.perception, chunk.audio, chunk.new
+    )
+    is_ended, is_active = chunk.is_interrupted, chunk.is_active
+    if is_active is not None:
+        perception = streaming.keep_where(~is_active, state.perception, perception)
+        encoded = replace(encoded, is_real=encoded.is_real & is_active[:, None])
+        is_ended &= is_active
+    text = jnp.where(is_ended, network.config.text.eos, state.dialog.text)
+    return encoded, replace(state, perception=perception, dialog=state.dialog._replace(text=text))
+
+
+def _decoded(
+    config: DuplexConfig,
     codec: Codec | None,
-    program: SessionProgram,
+    frames: SessionFrames,
     state: SessionState,
-    inputs: tuple[Float[Array, "B 1 D"], Bool[Array, ""], Key[Array, " B"] | None],
-) -> tuple[AgentFrame, SessionState]:
-    """Runs LLM, speech decoder or audio head, and the codec's decoder for one user frame.
-
-    `inputs` are the user's frame, whether a turn ends with it (an interruption), and random keys.
-    """
-    user, is_silenced, rngs = inputs
-    dialog = next_frame(network, state.dialog, user, program.sampling, rngs)
-    codebooks = network.config.codebooks
-    dialog = dialog._replace(codes=jnp.where(is_silenced, codebooks.eos, dialog.codes))
-    replacement = _replacement(network.config, state, dialog)
-    stream, audio = state.codec, jnp.zeros((len(dialog.codes), 0))
+    dialog: DuplexState,
+    t: Int[Array, ""],
+) -> tuple[SessionFrames, SessionState]:
+    """Decodes the codes of a frame, and writes the frame at index `t`."""
+    is_real = jax.lax.dynamic_index_in_dim(frames.is_real, t, axis=1, keepdims=False)
+    replacement = _replacement(config, state, dialog)
+    stream, audio = state.codec, frames.audio
     if codec is not None and stream is not None:
-        codes = jnp.where(dialog.codes >= codebooks.size, replacement, dialog.codes)
-        audio, stream = codec.decode_step(stream, codes[:, None])
+        is_control = dialog.codes >= config.codebooks.size
+        codes = jnp.where(is_control, replacement, dialog.codes)
+        samples, new = codec.decode_step(stream, codes[:, None])
+        kept = [
+            jnp.where(is_real[:, None, None], x, y)
+            for x, y in zip(new.history, stream.history, strict=True)
+        ]
+        stream = DecoderStream(history=tuple(kept))
+        audio = jax.lax.dynamic_update_slice_in_dim(audio, samples[:, None], t, axis=1)
+    frames = SessionFrames(
+        text=jax.lax.dynamic_update_slice_in_dim(frames.text, dialog.text[:, None], t, axis=1),
+        codes=jax.lax.dynamic_update_slice_in_dim(frames.codes, dialog.codes[:, None], t, axis=1),
+        audio=audio,
+        is_real=frames.is_real,
+    )
+    replacement = jnp.where(is_real[:, None], replacement, state.replacement)
     state = SessionState(
         perception=state.perception, dialog=dialog, codec=stream, replacement=replacement
     )
-    return AgentFrame(text=dialog.text, codes=dialog.codes, audio=audio), state
-
-
-def ended_turn(network: Duplex, dialog: DuplexState, is_ended: Bool[Array, ""]) -> DuplexState:
-    """Where `is_ended`, the agent's last text token becomes the end of its turn."""
-    text = jnp.where(is_ended, network.config.text.eos, dialog.text)
-    return dialog._replace(text=text)
-
-
-def with_frame(frames: SessionFrames, frame: AgentFrame, t: Int[Array, ""]) -> SessionFrames:
-    """Writes a frame at index `t`."""
-
-    def put(kept: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(kept, new[:, None], t, axis=1)
-
-    return SessionFrames(
-        text=put(frames.text, frame.text),
-        codes=put(frames.codes, frame.codes),
-        audio=put(frames.audio, frame.audio),
-        is_real=frames.is_real,
-    )
+    return frames, state
 
 
 def _replacement(
@@ -281,10 +300,10 @@ def _replacement(
     codes, kept = dialog.codes, state.replacement
     if not config.nemo_exact:
         codes = jnp.where(codes >= config.codebooks.size, kept, codes)
-    return jnp.where(state.dialog.frame == 0, codes, kept)
+    return jnp.where(state.dialog.frame[:, None] == 0, codes, kept)
 
 
-def no_frames(
+def _no_frames(
     config: DuplexConfig, codec: Codec | None, is_real: Bool[Array, "B F"]
 ) -> SessionFrames:
     """The output of a step before its first frame."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int, Key
 
 from speechlm2_jax.arrays import ArrayLike
 from speechlm2_jax.inference.duplex_programs import conversation_rngs
@@ -19,13 +20,10 @@ from speechlm2_jax.inference.sessions.duplex_step import (
     SessionFrames,
     SessionProgram,
     SessionWeights,
-)
-from speechlm2_jax.inference.sessions.slots_step import (
-    SlotChunks,
+    UserChunk,
     make_restart,
-    make_slot_step,
-    make_slots,
-    put_rng,
+    make_start,
+    make_step,
 )
 from speechlm2_jax.inference.sessions.step_times import StepTimes
 
@@ -50,6 +48,13 @@ class PoolLimits:
             raise ValueError(f"slots={self.slots} must be at least 1")
         if not self.max_load > 0:
             raise ValueError(f"max_load={self.max_load} must be greater than 0")
+
+
+@jax.jit
+def _put_rng(
+    rngs: Key[Array, " B"], rng: Key[Array, " 1"], slot: Int[Array, ""]
+) -> Key[Array, " B"]:
+    return rngs.at[slot].set(rng[0])
 
 
 class DuplexSessionPool:
@@ -77,11 +82,11 @@ class DuplexSessionPool:
         settings: SessionSettings,
         limits: PoolLimits,
     ) -> None:
-        self.plan, self._weights = program.plan, weights
+        self.plan, self._program, self._weights = program.plan, program, weights
         self._settings, self._limits = settings, limits
         self._silence = jnp.asarray(settings.silence)
-        self._step, self._restart = make_slot_step(program), make_restart(program)
-        self._states = make_slots(program, limits.slots)(weights.network, self._silence)
+        self._step, self._restart = make_step(program), make_restart(program)
+        self._state = make_start(program, limits.slots)(weights.network, self._silence)
         self._sessions: list[PooledSession | None] = [None] * limits.slots
         is_random = settings.rngs is not None
         self._rngs = conversation_rngs(jax.random.key(0), limits.slots) if is_random else None
@@ -113,7 +118,7 @@ class DuplexSessionPool:
     @property
     def state_bytes(self) -> int:
         """Bytes of the states of all slots on the device. It does not grow."""
-        return sum(x.nbytes for x in self._states)
+        return sum(x.nbytes for x in jax.tree.leaves(self._state))
 
     def refusal(self) -> str | None:
         """Why no session can join now; None if one can.
@@ -182,12 +187,12 @@ class DuplexSessionPool:
 
     def restart(self, slot: int, *, seed: int) -> None:
         """Puts a slot before its first chunk. Sessions call it."""
-        self._states = self._restart(
-            self._weights.network, self._silence, self._states, jnp.asarray(slot)
+        self._state = self._restart(
+            self._weights.network, self._silence, self._state, jnp.asarray(slot)
         )
         if self._rngs is not None:
             rng = conversation_rngs(jax.random.key(seed), 1)
-            self._rngs = put_rng(self._rngs, rng, jnp.asarray(slot))
+            self._rngs = _put_rng(self._rngs, rng, jnp.asarray(slot))
 
     def release(self, slot: int) -> None:
         """Frees a slot. Sessions call it."""
@@ -205,14 +210,17 @@ class DuplexSessionPool:
     def _run(self, chunks: dict[int, WaitingChunk]) -> SessionFrames:
         """Runs a step on the chunks of some slots; the output is on the host."""
         audio = np.zeros((self.slots, self.plan.samples), np.float32)
-        new, flags = np.zeros(self.slots, np.int32), np.zeros((2, self.slots), bool)
+        new = np.zeros(self.slots, np.int32)
+        is_interrupted, is_active = np.zeros((2, self.slots), bool)
         for slot, chunk in chunks.items():
-            audio[slot], new[slot] = chunk.audio, chunk.new
-            flags[:, slot] = chunk.is_interrupted, True
-        given = SlotChunks(*jax.device_put((audio, new, *flags)))
+            audio[slot], new[slot], is_interrupted[slot] = chunk
+            is_active[slot] = True
+        arrays = jax.device_put((audio, new, is_interrupted, is_active))
+        names = ("audio", "new", "is_interrupted", "is_active")
+        given = UserChunk(**dict(zip(names, arrays, strict=True)))
         weights = self._weights
-        output, self._states = self._step(
-            weights.network, weights.codec, self._states, given, self._rngs
+        output, self._state = self._step(
+            weights.network, weights.codec, self._state, given, self._rngs
         )
         return jax.device_get(output)
 
