@@ -16,6 +16,7 @@ from speechlm2_jax.asr.greedy import Hypotheses, decode_greedily
 from speechlm2_jax.asr.transducer import TransducerNetwork
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.readers import NemoArchive, read_nemo
+from speechlm2_jax.inference.sessions.transcription_session import TranscriptionSession
 from speechlm2_jax.inference.timestamps.ctc_aligner import CtcAligner
 from speechlm2_jax.inference.timestamps.transducer_aligner import TransducerAligner
 from speechlm2_jax.layers.module import Variables, describe, merge, split
@@ -51,7 +52,7 @@ class ASRModel(Transcriber):
         self._to_text = nemo_label_decoder(archive, decoder)
         architecture = read_architecture(archive, decoder, decoding, len(self._to_text))
         self._preprocessor = architecture.preprocessor
-        self._frame_samples = architecture.perception.frame_samples
+        self._perception = architecture.perception
         self._to_labels = nemo_label_encoder(archive, decoder)
         module, table = outline(architecture)
         loaded = mapping.load(archive.weights, table, describe(module))
@@ -104,14 +105,33 @@ class ASRModel(Transcriber):
                 variables=self._variables,
                 encoder=self._to_labels,
                 sampling_rate=self.sampling_rate,
-                frame_samples=self._frame_samples,
+                frame_samples=self._perception.frame_samples,
                 precision=PRECISION,
             )
         return TransducerAligner(
             decode=partial(self._hypotheses_of, keeps_log_probs=True),
             encoder=self._to_labels,
             sampling_rate=self.sampling_rate,
-            frame_samples=self._frame_samples,
+            frame_samples=self._perception.frame_samples,
+        )
+
+    def session(
+        self, *, sampling_rate: int | None = None, context: tuple[int, int] | None = None
+    ) -> TranscriptionSession:
+        """Starts a live transcription by a CTC head, as `CTCModel.session`.
+
+        Recordings under a second are not padded, unlike in `transcribe`. Raises ValueError for an
+        encoder that needs whole recordings, and for a transducer: its greedy decoding is offline.
+        """
+        if self.decoder != "ctc":
+            raise ValueError(
+                "this model has no sessions: a transducer decodes whole recordings here; a hybrid "
+                'model has a CTC head too: ASRModel.from_pretrained(path, decoder="ctc")'
+            )
+        assert self._variables is not None
+        return TranscriptionSession(
+            *(self._graphdef, self._variables, self._perception),
+            *(self._to_text, len(self._to_text), sampling_rate or self.sampling_rate, context),
         )
 
     def _hypotheses_of(

@@ -23,6 +23,7 @@ from speechlm2_jax.conversion.readers import read_nemo
 from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.data.tokenizer import Tokenizer
 from speechlm2_jax.inference.probe import Outputs, probe_ctc
+from speechlm2_jax.inference.sessions.transcription_session import TranscriptionSession
 from speechlm2_jax.inference.timestamps.ctc_aligner import CtcAligner
 from speechlm2_jax.layers.initialize import draw
 from speechlm2_jax.layers.module import VariableInfo, Variables, abstract, describe, merge, split
@@ -160,6 +161,20 @@ class CTCModel(Transcriber):
             encoder=LabelEncoder.from_tokenizer(self.tokenizer, self.pieces),
             sampling_rate=self.sampling_rate,
             frame_samples=self.frame_samples,
+        )
+
+    def session(
+        self, *, sampling_rate: int | None = None, context: tuple[int, int] | None = None
+    ) -> TranscriptionSession:
+        """Starts a live transcription: `for update in session.push(samples)`.
+
+        `sampling_rate` is that of the samples, by default the model's; `context` the encoder's
+        (left, right) attention context, by default the first of its `att_context_size`. Raises
+        ValueError, naming the setting, for an encoder that needs whole recordings.
+        """
+        return TranscriptionSession(
+            *(self._graphdef, self.variables, self._network.perception),
+            *(self._to_text, self.pieces, sampling_rate or self.sampling_rate, context),
         )
 
     def _decode(self, audio: np.ndarray, lengths: np.ndarray) -> list[list[int]]:

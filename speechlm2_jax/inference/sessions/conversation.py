@@ -6,10 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
-from speechlm2_jax.arrays import ArrayLike
-from speechlm2_jax.data.audio import check_samples
-from speechlm2_jax.data.stream_resampler import StreamResampler
 from speechlm2_jax.inference.sessions.duplex_step import SessionFrames
+from speechlm2_jax.inference.sessions.waiting_audio import WaitingAudio
 from speechlm2_jax.inference.text_stream import RunningText, TextTokenizer
 from speechlm2_jax.networks.channels import TextIds
 from speechlm2_jax.perception.streaming import StreamPlan
@@ -68,102 +66,50 @@ class WaitingChunk(NamedTuple):
     is_interrupted: bool
 
 
-class LiveConversation:
+class LiveConversation(WaitingAudio):
     """Samples that wait for the next step, and what is known of the frames so far.
 
-    For each step: `next_chunk` while `has_chunk`, then `frames` with the step's output.
+    For each step: `next_input` while `has_chunk`, then `frames` with the step's output.
     """
 
     def __init__(self, plan: StreamPlan, settings: SessionSettings) -> None:
-        self.plan, self.settings = plan, settings
-        self.is_finished = False
-        """Whether the user's audio has ended."""
+        super().__init__(plan, settings.input_hz, settings.model_hz)
+        self.settings = settings
         self.is_in_turn = False
         """Whether the agent has begun a turn and not ended it, by its text tokens."""
         self._is_interrupted = False
-        self._resampler = StreamResampler(settings.input_hz, settings.model_hz)
         self._text = RunningText(settings.tokenizer)
-        self._waiting = np.zeros(0, np.float32)
-        self._taken = self._steps = self._frames = 0
-
-    @property
-    def chunk_s(self) -> float:
-        """Seconds of audio that are computed together: one attention chunk of the encoder."""
-        return self.plan.samples / self.settings.model_hz
-
-    @property
-    def latency_s(self) -> float:
-        """The longest time from the end of a frame's audio to the end of the last needed chunk."""
-        frames = self.plan.frames - 1 + self.plan.delay
-        return frames * self.settings.frame_s + self._resampler.delay_s
-
-    @property
-    def has_chunk(self) -> bool:
-        """Whether samples wait for a step, or the last frames after the end of the audio."""
-        if self.is_finished:
-            return self._steps < self.plan.steps_for(self._taken)
-        return len(self._waiting) >= self.plan.samples
-
-    def push(self, samples: ArrayLike) -> None:
-        """Takes the user's next samples [S].
-
-        Raises ValueError for samples that are not finite floats of rank 1, after `finish`, and for
-        a conversation longer than `max_frames`.
-        """
-        self._check_unfinished()
-        self._take(self._resampler.push(_checked(samples)))
-
-    def finish(self) -> None:
-        """Ends the user's audio. Raises ValueError after an earlier `finish`."""
-        self._check_unfinished()
-        self._take(self._resampler.finish())
-        self.is_finished = True
+        self._frames = 0
 
     def interrupt(self) -> None:
         """Ends the agent's turn, as of the next frame; without a turn it does nothing."""
         self._is_interrupted = self.is_in_turn
 
-    def next_chunk(self) -> WaitingChunk:
-        """Takes the samples of the next step."""
-        wave = np.zeros(self.plan.samples, np.float32)
-        taken = self._waiting[: self.plan.samples]
-        wave[: len(taken)] = taken
-        self._waiting = self._waiting[self.plan.samples :]
-        chunk = WaitingChunk(wave, len(taken), self._is_interrupted)
+    def next_input(self) -> WaitingChunk:
+        """Takes the samples of the next step, and whether the agent is interrupted."""
+        chunk = WaitingChunk(*self.next_chunk(), self._is_interrupted)
         self._is_interrupted = False
-        self._steps += 1
         return chunk
 
     def frames(self, output: SessionFrames, slot: int, compute_s: float) -> list[DuplexFrame]:
         """The real frames of a step's output, which is on the host; this is its row `slot`."""
-        known = min(self._steps * self.plan.samples, self._taken)
         real = np.flatnonzero(output.is_real[slot]).tolist()
-        known_s = known / self.settings.model_hz
-        return [self._frame(output, (slot, t), known_s, compute_s) for t in real]
+        return [self._frame(output, (slot, t), compute_s) for t in real]
 
-    def _check_unfinished(self) -> None:
-        if self.is_finished:
-            raise ValueError("the session has ended; call reset() to start another conversation")
-
-    def _take(self, samples: Float[np.ndarray, " S"]) -> None:
+    def _check_length(self, samples: int) -> None:
         limit = self.settings.max_frames
-        frames = self.plan.config.frame_count(self._taken + len(samples))
-        if limit is not None and frames > limit:
+        if limit is not None and self.plan.config.frame_count(samples) > limit:
             raise ValueError(
                 f"the conversation has more than the {limit} frames for which the speech decoder "
                 "has learnt positions (model.speech_decoder.max_length_causal_mask); call reset()"
             )
-        self._waiting = np.concatenate([self._waiting, samples])
-        self._taken += len(samples)
 
-    def _frame(
-        self, output: SessionFrames, at: tuple[int, int], known_s: float, compute_s: float
-    ) -> DuplexFrame:
+    def _frame(self, output: SessionFrames, at: tuple[int, int], compute_s: float) -> DuplexFrame:
         index, token, ids = self._frames, int(output.text[at]), self.settings.text
         self._frames += 1
         self.is_in_turn = token == ids.bos or (self.is_in_turn and token != ids.eos)
         is_control = token in (ids.pad, ids.bos, ids.eos)
-        is_last = self.is_finished and self._frames == self.plan.config.frame_count(self._taken)
+        is_last = self.is_finished and self._frames == self.plan.config.frame_count(self.taken)
         text = "" if is_control else self._text.add(token)
         frame_s = self.settings.frame_s
         return DuplexFrame(
@@ -175,16 +121,6 @@ class LiveConversation:
             is_in_turn=self.is_in_turn,
             start_s=index * frame_s,
             end_s=(index + 1) * frame_s,
-            known_s=known_s,
+            known_s=self.known_s,
             compute_s=compute_s,
         )
-
-
-def _checked(samples: ArrayLike) -> Float[np.ndarray, " S"]:
-    wave = np.asarray(samples)
-    if wave.ndim != 1 or not np.issubdtype(wave.dtype, np.floating):
-        raise ValueError(
-            f"samples must be floats [S] within [-1, 1], got {wave.dtype} {list(wave.shape)}"
-        )
-    wave = wave.astype(np.float32)
-    return check_samples(wave, "samples") if len(wave) else wave

@@ -107,7 +107,7 @@ class DuplexSession:
 
     def _run(self) -> None:
         """Runs one chunk."""
-        begun, waiting = time.perf_counter(), self._conversation.next_chunk()
+        begun, waiting = time.perf_counter(), self._conversation.next_input()
         chunk = UserChunk(
             audio=jnp.asarray(waiting.audio[None]),
             new=jnp.full(1, waiting.new, jnp.int32),

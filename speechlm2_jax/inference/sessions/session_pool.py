@@ -166,7 +166,7 @@ class DuplexSessionPool:
         ready = {s.slot: s.conversation for s in self.sessions if s.conversation.has_chunk}
         if not ready:
             return {}
-        output = self._run({slot: ready[slot].next_chunk() for slot in ready})
+        output = self._run({slot: ready[slot].next_input() for slot in ready})
         compute_s = time.perf_counter() - begun
         self._times.add(compute_s)
         return {
