@@ -13,6 +13,7 @@ from speechlm2_jax.batches.duplex import (
     assemble_duplex_batch,
     full_duplex_batch,
 )
+from speechlm2_jax.batches.duplex_stt import DuplexSttBatch, assemble_duplex_stt_batch
 from speechlm2_jax.batches.insertion import follow_placeholders, insert_after_clips
 from speechlm2_jax.batches.salm import (
     BatchShape,
@@ -30,6 +31,7 @@ __all__ = [
     "DuplexBatch",
     "DuplexExample",
     "DuplexShape",
+    "DuplexSttBatch",
     "FrameCount",
     "HostBatch",
     "LossSum",
@@ -38,6 +40,7 @@ __all__ = [
     "SalmExample",
     "StepLosses",
     "assemble_duplex_batch",
+    "assemble_duplex_stt_batch",
     "assemble_salm_batch",
     "follow_placeholders",
     "full_batch",

@@ -5,7 +5,7 @@ frames. Token t of a text channel belongs to the frame that starts at t * frame 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -70,6 +70,10 @@ class DuplexExample:
     """The agent's whole text, also what its channel had no frames for."""
     source_text: str = ""
     """The user's whole text."""
+    prompt_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """Int32 [P]: the system prompt, of speech-to-text models only."""
+    is_asr: bool = False
+    """Whether it is ASR data, in which the agent's turns are not scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,8 @@ class DuplexShape:
     """Frames T of a conversation: each has one text token."""
     source_samples: int
     target_samples: int
+    prompt_tokens: int = 0
+    """Room for a system prompt, of speech-to-text models only."""
 
     @property
     def clips(self) -> int:
@@ -90,10 +96,10 @@ class DuplexShape:
     @property
     def name(self) -> str:
         """Unique name of the shape; each shape is compiled once."""
-        return (
-            f"rows{self.sequences}_tokens{self.tokens}_source{self.source_samples}"
-            f"_target{self.target_samples}"
-        )
+        name = f"rows{self.sequences}_tokens{self.tokens}_source{self.source_samples}"
+        if self.target_samples:
+            name += f"_target{self.target_samples}"
+        return f"{name}_prompt{self.prompt_tokens}" if self.prompt_tokens else name
 
 
 def assemble_duplex_batch(

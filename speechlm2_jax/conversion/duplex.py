@@ -10,6 +10,7 @@ from speechlm2_jax.conversion.decoder import (
 from speechlm2_jax.conversion.mapping import LAYER, Rule, Table
 from speechlm2_jax.conversion.perception import perception_table
 from speechlm2_jax.conversion.speech_decoder import speech_decoder_table
+from speechlm2_jax.llm.config import DecoderConfig
 from speechlm2_jax.networks.duplex import DuplexConfig
 
 CODEC = "audio_codec."
@@ -23,25 +24,9 @@ def duplex_table(config: DuplexConfig) -> Table:
     is the head's.
     """
     wrapped = PEFT_PREFIX if config.lora else ""
-    if config.llm.tied:
-        embedding = Rule(
-            source="embed_tokens.weight",
-            target="llm.embedding.weight",
-            aliases=("lm_head.weight",),
-            parameter="lm_head.weight",
-            also=(f"llm.{wrapped}embed_tokens.weight",),
-            where_copies_differ=TIED_COPIES_DIFFER,
-        )
-        ends: tuple[Rule, ...] = (embedding,)
-    else:
-        ends = (
-            Rule(source="embed_tokens.weight", target="llm.embedding.weight"),
-            Rule(source="lm_head.weight", target="llm.head.weight"),
-        )
     table = Table(
         (
-            *ends,
-            *head_bias_rules(config.llm, "", "llm."),
+            *end_rules(config.llm, wrapped),
             Rule(source=f"embed_audio_tokens.{LAYER}.weight", target="code_embedding.weight"),
             Rule(source="audio_head.weight", target="audio_head.weight"),
             Rule(source="audio_head.bias", target="audio_head.bias"),
@@ -59,6 +44,26 @@ def duplex_table(config: DuplexConfig) -> Table:
         )
         table += decoder.prefixed(source=SPEECH_DECODER, target="speech_decoder.")
     return table
+
+
+def end_rules(llm: DecoderConfig, wrapped: str) -> tuple[Rule, ...]:
+    """The LLM's embedding and head, which NeMo takes out of it; `wrapped` is PEFT's prefix."""
+    if llm.tied:
+        embedding = Rule(
+            source="embed_tokens.weight",
+            target="llm.embedding.weight",
+            aliases=("lm_head.weight",),
+            parameter="lm_head.weight",
+            also=(f"llm.{wrapped}embed_tokens.weight",),
+            where_copies_differ=TIED_COPIES_DIFFER,
+        )
+        ends: tuple[Rule, ...] = (embedding,)
+    else:
+        ends = (
+            Rule(source="embed_tokens.weight", target="llm.embedding.weight"),
+            Rule(source="lm_head.weight", target="llm.head.weight"),
+        )
+    return (*ends, *head_bias_rules(llm, "", "llm."))
 
 
 def codec_file_table(config: DuplexConfig) -> Table:

@@ -10,10 +10,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.networks.duplex import Duplex
+from speechlm2_jax.networks.duplex_stt import DuplexStt
 from speechlm2_jax.networks.salm import Salm
 from speechlm2_jax.perception.perception import PerceptionModes
 
 N = TypeVar("N", Salm, Duplex)
+P = TypeVar("P", Salm, Duplex, DuplexStt)
 
 
 def device_of(variables: Variables | None) -> jax.Device:
@@ -41,7 +43,7 @@ def on_default_device(variables: Variables) -> Variables:
 
 @partial(jax.jit, static_argnames=("graphdef",))
 def perceive(
-    graphdef: nnx.GraphDef[N],
+    graphdef: nnx.GraphDef[P],
     variables: Variables,
     audio: Float[Array, "B S"],
     lengths: Int[Array, " B"],

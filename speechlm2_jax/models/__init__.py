@@ -9,6 +9,7 @@ _MODELS = {
     "CTCModel": "speechlm2_jax.models.ctc",
     "DuplexS2SModel": "speechlm2_jax.models.duplex",
     "DuplexS2SSpeechDecoderModel": "speechlm2_jax.models.duplex",
+    "DuplexSTTModel": "speechlm2_jax.models.duplex_stt",
     "AudioCodec": "speechlm2_jax.models.codec",
     "ASRModel": "speechlm2_jax.models.asr",
     "DraftLLM": "speechlm2_jax.models.draft_llm",
@@ -23,6 +24,7 @@ __all__ = [
     "DraftLLM",
     "DuplexS2SModel",
     "DuplexS2SSpeechDecoderModel",
+    "DuplexSTTModel",
 ]  # noqa: F822
 
 

@@ -12,7 +12,7 @@ predicts them.
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ from speechlm2_jax.pytrees import register_pytree
 from speechlm2_jax.sharding import constrain, length_multiple, time_order
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 
+C = TypeVar("C")
 RATE_TOLERANCE = 0.01
 """Largest relative difference of the frame durations of perception and codec."""
 
@@ -259,8 +260,8 @@ def prepare(
     lengths = ChannelLengths(
         user=output.lengths,
         agent=code_lengths,
-        longest_user=_longest(output.lengths, groups),
-        longest_agent=_longest(code_lengths, groups),
+        longest_user=longest_of_group(output.lengths, groups),
+        longest_agent=longest_of_group(code_lengths, groups),
     )
     channels = align(
         output.frames,
@@ -271,7 +272,7 @@ def prepare(
         config.codebooks,
         nemo_exact=config.nemo_exact,
     )
-    channels = _in_time_order(channels)
+    channels = in_time_order(channels, channels.text.shape[1])
     embeds = constrain(network.embed(channels), "batch", "time", "act_embed")
     statistics = {f"perception.{path}": value for path, value in output.statistics.items()}
     return DuplexInputs(embeds=embeds, channels=channels, statistics=statistics)
@@ -343,9 +344,8 @@ def losses(
     )
 
 
-def _in_time_order(channels: Channels) -> Channels:
-    """Pads the channels to `length_multiple` and reorders them for context parallelism."""
-    length = channels.text.shape[1]
+def in_time_order(channels: C, length: int) -> C:
+    """Pads channels of `length` to `length_multiple`, reordered for context parallelism."""
     missing = -length % length_multiple()
     order = time_order(length + missing)
 
@@ -358,7 +358,7 @@ def _in_time_order(channels: Channels) -> Channels:
     return jax.tree.map(reordered, channels)
 
 
-def _longest(lengths: Int[Array, " B"], groups: Int[Array, " B"]) -> Int[Array, " B"]:
+def longest_of_group(lengths: Int[Array, " B"], groups: Int[Array, " B"]) -> Int[Array, " B"]:
     """For each conversation, the greatest length in its group."""
     return jnp.max(jnp.where(groups[:, None] == groups[None], lengths[None], 0), axis=1)
 

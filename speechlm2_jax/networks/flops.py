@@ -89,6 +89,29 @@ def duplex_flops(
     return _total(infos, trainable, groups)
 
 
+def duplex_stt_flops(
+    infos: Mapping[str, VariableInfo],
+    trainable: Mapping[str, bool | np.ndarray],
+    frames: np.ndarray,
+    prompts: np.ndarray,
+    *,
+    subsampling_factor: int,
+) -> float:
+    """Computes the FLOPs of one training step of a duplex speech-to-text model.
+
+    `frames` and `prompts` (tokens of system prompts) are those of each conversation. All heads
+    count at every position.
+    """
+    positions = frames + prompts
+    audio = EncodedAudio(encoded=frames, adapted=frames, subsampling_factor=subsampling_factor)
+    groups = (
+        *_perception(infos, audio),
+        *_llm(infos, positions, float(positions.sum())),
+        LayerGroup(prefix="user_head.", tokens=float(positions.sum())),
+    )
+    return _total(infos, trainable, groups)
+
+
 def _perception(infos: Mapping[str, VariableInfo], audio: EncodedAudio) -> tuple[LayerGroup, ...]:
     frames = float(audio.encoded.sum())
     attention = _attention_width(infos, "perception.encoder.layers.") * _pairs(audio.encoded)

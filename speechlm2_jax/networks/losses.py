@@ -25,8 +25,13 @@ def chunked_cross_entropy(
     logits_of: LogitsOf,
     *,
     sequences_per_shard: int,
+    weights: Float[Array, "B T"] | None = None,
+    counted: Bool[Array, "B T"] | None = None,
 ) -> tuple[LossSum, LossSum]:
     """Sums -log p(target) and counts correct predictions where `loss_mask` is True.
+
+    With `weights` the terms of the loss are multiplied by them; the count stays that of positions.
+    With `counted` only correct predictions there are counted.
 
     The scored positions of each sequence are moved to its front. The LM head then runs over chunks
     of positions and skips chunks without a target. No logits are computed twice: they are kept if
@@ -63,8 +68,12 @@ def chunked_cross_entropy(
         index = jax.lax.dynamic_slice_in_dim(order, start, chunk, axis=2)
         y = jnp.take_along_axis(targets, per_codebook(index), axis=2)
         mask = per_codebook((start + jnp.arange(chunk))[None, None] < scored[..., None])
+        w, c = (
+            None if x is None else jnp.take_along_axis(shard(x), index, axis=2)
+            for x in (weights, counted)
+        )
         logits = logits_of(h.reshape(batch, -1, h.shape[-1])).astype(jnp.float32)
-        return _scores(logits.reshape(*y.shape, -1), y, mask)
+        return _scores(logits.reshape(*y.shape, -1), y, mask, w, c)
 
     starts = jnp.arange(0, padded, chunk)
     rows = jnp.take_along_axis(hidden, order[..., None], axis=2)
@@ -208,10 +217,16 @@ def _chunk_length(length: int, sequences: int) -> tuple[int, bool]:
 
 
 def _scores(
-    logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"], mask: Bool[Array, "..."]
+    logits: Float[Array, "*batch V"],
+    targets: Int[Array, "*batch"],
+    mask: Bool[Array, "..."],
+    weights: Float[Array, "..."] | None = None,
+    counted: Bool[Array, "..."] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sums cross-entropy and correct predictions where the mask is True."""
+    """Sums (weighted) cross-entropy and correct predictions where the mask is True."""
     loss = _losses(logits, targets, mask)
+    loss = loss if weights is None else loss * weights
+    mask = mask if counted is None else mask & counted
     correct = mask & (jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == targets)
     return jnp.sum(loss), jnp.sum(correct, dtype=jnp.float32)
 

@@ -98,7 +98,7 @@ def read_blueprint(
             llm=llm.decoder,
             perception=perception,
             codec=codec_config(codec_cfg, "model.pretrained_audio_codec"),
-            text=_text_ids(tokenizer, llm.decoder.vocab_size),
+            text=text_ids(tokenizer, llm.decoder.vocab_size),
             speech_decoder=_speech_decoder(config),
             lora=read_lora(config, llm.decoder),
             text_loss_weight=config.text_loss_weight,
@@ -147,7 +147,7 @@ def _codec(config: DuplexModelConfig, location: Location) -> tuple[dict[str, Any
     return dict(read_nemo(file).config), file
 
 
-def _text_ids(tokenizer: Tokenizer, rows: int) -> TextIds:
+def text_ids(tokenizer: Tokenizer, rows: int) -> TextIds:
     """The tokens that are no text. Raises SettingsError for one that the LLM has no row for."""
     tokenizer.limit_ids(rows)
     ids = TextIds(

@@ -28,9 +28,14 @@ from speechlm2_jax.settings import SettingsError
 CONFIG = "config.json"
 RUN_DEFINITION = "model"
 """Folder of a run directory with everything of the model but its weights."""
-SPEECH_MODELS = ("SALM", "SALMWithAsrDecoder", "DuplexS2SModel", "DuplexS2SSpeechDecoderModel")
+SPEECH_MODELS = (
+    *("SALM", "SALMWithAsrDecoder"),
+    *("DuplexS2SModel", "DuplexS2SSpeechDecoderModel", "DuplexSTTModel"),
+)
 """Classes with an LLM; their `save_pretrained` writes a directory."""
-TRAINABLE = (*SPEECH_MODELS, "CTCModel")
+TRAINABLE = (*(name for name in SPEECH_MODELS if name != "DuplexSTTModel"), "CTCModel")
+STT_KEYS = frozenset({"source_sample_rate", "predict_user_text"})
+"""Keys of a `model:` block that only a duplex speech-to-text model has; NeMo requires the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,7 @@ DUPLEX = Kind(what="a full-duplex model", classes=("DuplexS2SModel",))
 DUPLEX_WITH_DECODER = Kind(
     what="a full-duplex model with a speech decoder", classes=("DuplexS2SSpeechDecoderModel",)
 )
+DUPLEX_STT = Kind(what="a duplex speech-to-text model", classes=("DuplexSTTModel",))
 DUPLEX_MODELS = (DUPLEX, DUPLEX_WITH_DECODER)
 CODEC = Kind(what="an audio codec", classes=("AudioCodec",))
 _ASR_ALONE = ("ASRModel",)
@@ -82,6 +88,7 @@ _BY_TARGET: Mapping[str, Kind] = {
     "SALMWithAsrDecoder": SALM_WITH_ASR,
     "DuplexS2SModel": DUPLEX,
     "DuplexS2SSpeechDecoderModel": DUPLEX_WITH_DECODER,
+    "DuplexSTTModel": DUPLEX_STT,
     "AudioCodecModel": CODEC,
     **{
         name: Kind(what=f"an ASR model ({name})", classes=classes)
@@ -119,6 +126,8 @@ def of_config(cfg: Mapping[str, object]) -> Kind | None:
         return of_target(target)
     if "pretrained_audio_codec" in cfg:
         return DUPLEX_WITH_DECODER if "speech_decoder" in cfg else DUPLEX
+    if "pretrained_llm" in cfg and STT_KEYS & cfg.keys():
+        return DUPLEX_STT
     if "pretrained_llm" in cfg:
         return _of_perception(cfg["perception"]) if "perception" in cfg else None
     if "tokenizer" in cfg and {"preprocessor", "encoder"} <= cfg.keys():
