@@ -33,7 +33,7 @@ PROMPT_UNIT = 8
 class DuplexSTTModel(SpeechModel):
     """Reads 80 ms of user audio per frame and predicts a text token of the agent.
 
-    With `predict_user_text` a second head writes down the user's text. `cfg` is NeMo's `model:`
+    With `predict_user_text` a second head transcribes the speech. `cfg` is NeMo's `model:`
     block as a plain dict. Weights come from `pretrained_llm` and `pretrained_asr`;
     `pretrained_weights: false` starts at random. Raises SettingsError, before anything is compiled,
     for a bad key, a missing file or a tokenizer without bos or eos.
