@@ -46,6 +46,12 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "speechlm2_jax.serving.arguments:main",
             "runs/salm --port 8000",
         ),
+        Command(
+            "talk",
+            "talk with a full-duplex model: a page, and two known protocols",
+            "speechlm2_jax.serving.duplex.arguments:main",
+            "runs/s2s_duplex",
+        ),
     ),
     "train and evaluate": (
         Command(

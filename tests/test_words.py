@@ -94,7 +94,17 @@ PHRASES = {
 
 RIGHT_HERE = {
     "rooms": {"reverberation": ("corpus/",)},
-    "talk": {"an option of the benchmarks": ("benchmarks/",)},
+    "talk": {
+        "an option of the benchmarks": ("benchmarks/",),
+        "the command `speechlm2-jax talk`": (
+            "README.md",
+            "docs/serve.md",
+            "docs/sessions.md",
+            "docs/talk.md",
+            "speechlm2_jax/cli.py",
+            "speechlm2_jax/serving/duplex/",
+        ),
+    },
     "Spoken": {"the name of a data set": ("docs/digits.md",)},
 }
 """Word or name -> why it is right in another sense -> files and folders where it is."""

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from speechlm2_jax.serving.api_errors import ApiError
-from speechlm2_jax.serving.options import MIB, ServeOptions
+from speechlm2_jax.serving.options import MIB, ServerOptions
 
 T = TypeVar("T")
 MAX_HEADER_BYTES = 64 * 1024
@@ -30,7 +30,7 @@ class ClientGoneError(Exception):
 class Guard:
     """Checks the key of a request, and limits the size and the time of its body."""
 
-    def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
+    def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
         self._app, self._options = app, options
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -153,6 +153,11 @@ class PatientProtocol(H11Protocol):
         super().data_received(data)
         self._watch()
 
+    def handle_websocket_upgrade(self, event: Any) -> None:
+        """Hands the connection to the protocol of WebSockets, which has limits of its own."""
+        self._forget()
+        super().handle_websocket_upgrade(event)
+
     def pause_writing(self) -> None:
         """Begins to wait for a client that does not read."""
         super().pause_writing()
@@ -175,7 +180,8 @@ class PatientProtocol(H11Protocol):
         uvicorn's own timer of idle connections ends with the first byte that comes.
         """
         is_served = self.cycle is not None and not self.cycle.response_complete
-        if is_served or self.transport.is_closing():
+        is_socket = self.transport.get_protocol() is not self
+        if is_served or is_socket or self.transport.is_closing():
             self._forget()
         elif self._waiting is None:
             self._waiting = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.close)

@@ -11,8 +11,8 @@ MAX_AUDIO_S = 40.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """What `serve` takes; times in seconds."""
+class ServerOptions:
+    """What every server takes; times in seconds."""
 
     model: str
     """A run directory, a saved model or a hub name."""
@@ -21,6 +21,40 @@ class ServeOptions:
     name: str = ""
     """The name of the model in the API; by default the last part of `model`."""
     dtype: str = "float32"
+    api_keys: tuple[str, ...] = ()
+    access_log: bool = True
+    """Whether each request is logged: method, path, status and seconds."""
+    max_body_bytes: int = 128 * MIB
+    body_timeout_s: float = 60.0
+    """To send a request."""
+    drain_timeout_s: float = 120.0
+    """After SIGTERM, for requests under way."""
+
+    def __post_init__(self) -> None:
+        keys = tuple(key.strip() for key in self.api_keys)
+        if not all(keys):
+            raise ValueError("--api-key: a key is empty; give one, or leave the argument out")
+        object.__setattr__(self, "api_keys", keys)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether other machines can send requests without a key."""
+        try:
+            is_local = ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name
+            is_local = self.host == "localhost"
+        return not is_local and not self.api_keys
+
+    @property
+    def served_name(self) -> str:
+        """The name of the model in the API."""
+        return self.name or self.model.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(ServerOptions):
+    """What `serve` takes; times in seconds."""
+
     strategy: str | None = None
     """auto: the weights lie on all devices."""
     quantize: str | None = None
@@ -46,38 +80,10 @@ class ServeOptions:
     """
     max_duration_s: float = 3600.0
     """Longer recordings are refused."""
-    max_body_bytes: int = 128 * MIB
-    body_timeout_s: float = 60.0
-    """To send a request."""
     decode_timeout_s: float = 120.0
     """To decode a recording."""
     request_timeout_s: float = 600.0
     """From the headers of a request to its whole response."""
-    drain_timeout_s: float = 120.0
-    """After SIGTERM, for requests under way."""
     tokens_at_once: int = 4
     prefill_tokens: int = 128
     audio_workers: int = 2
-    api_keys: tuple[str, ...] = ()
-    access_log: bool = True
-    """Whether each request is logged: method, path, status and seconds."""
-
-    def __post_init__(self) -> None:
-        keys = tuple(key.strip() for key in self.api_keys)
-        if not all(keys):
-            raise ValueError("--api-key: a key is empty; give one, or leave the argument out")
-        object.__setattr__(self, "api_keys", keys)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether other machines can send requests without a key."""
-        try:
-            is_local = ipaddress.ip_address(self.host).is_loopback
-        except ValueError:  # a name
-            is_local = self.host == "localhost"
-        return not is_local and not self.api_keys
-
-    @property
-    def served_name(self) -> str:
-        """The name of the model in the API."""
-        return self.name or self.model.rstrip("/").rpartition("/")[2]

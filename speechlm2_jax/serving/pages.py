@@ -1,4 +1,4 @@
-"""The page at `/`: three files of the package, which load nothing else."""
+"""The page at `/`: a few files of the package, which load nothing else."""
 
 from collections.abc import Mapping
 from importlib import resources
@@ -25,13 +25,15 @@ HEADERS = {
 }
 
 
-def page_routes() -> list[Route]:
-    """The routes of the page."""
-    return [_route(path, *file) for path, file in FILES.items()]
+def page_routes(
+    files: Mapping[str, tuple[str, str]] = FILES, package: str = "speechlm2_jax.serving"
+) -> list[Route]:
+    """The routes of a page, whose files are in the folder `page` of a package."""
+    return [_route(path, package, *file) for path, file in files.items()]
 
 
-def _route(path: str, name: str, kind: str) -> Route:
-    content = resources.files("speechlm2_jax.serving").joinpath("page", name).read_bytes()
+def _route(path: str, package: str, name: str, kind: str) -> Route:
+    content = resources.files(package).joinpath("page", name).read_bytes()
 
     async def page(request: Request) -> Response:
         return Response(content, media_type=kind, headers=HEADERS)

@@ -5,13 +5,16 @@ import logging
 import os
 import signal
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from speechlm2_jax.serving.app import make_app
 from speechlm2_jax.serving.guard import MAX_HEADER_BYTES, PatientProtocol
 from speechlm2_jax.serving.load import load_engine
-from speechlm2_jax.serving.options import ServeOptions
+from speechlm2_jax.serving.model_service import ModelService
+from speechlm2_jax.serving.options import ServeOptions, ServerOptions
 from speechlm2_jax.serving.service import LoadEngine, Service
 
 log = logging.getLogger(__name__)
@@ -25,7 +28,7 @@ class DrainingServer(uvicorn.Server):
     Until then it takes connections, and responds 503 to new requests.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: ModelService) -> None:
         super().__init__(config)
         self._service = service
         self._drain: asyncio.Task[None] | None = None
@@ -50,12 +53,17 @@ class DrainingServer(uvicorn.Server):
 
 def server_config(service: Service, port: int) -> uvicorn.Config:
     """How uvicorn runs the application of a service."""
+    return uvicorn_config(make_app(service), service.options.host, port, ws="none")
+
+
+def uvicorn_config(app: ASGIApp, host: str, port: int, **sockets: Any) -> uvicorn.Config:
+    """How uvicorn runs an application; `sockets` are its settings of WebSockets."""
     return uvicorn.Config(
-        make_app(service),
-        host=service.options.host,
+        app,
+        host=host,
         port=port,
         http=PatientProtocol,
-        ws="none",
+        **sockets,
         log_config=None,
         access_log=False,
         limit_concurrency=MAX_CONNECTIONS,
@@ -67,7 +75,14 @@ def server_config(service: Service, port: int) -> uvicorn.Config:
 def serve(options: ServeOptions, load: LoadEngine = load_engine) -> int:
     """Serves a model until SIGTERM or SIGINT. Returns the exit status of the process."""
     service = Service(options, load)
-    server = DrainingServer(server_config(service, options.port), service)
+    return run_service(service, server_config(service, options.port), options, "serve")
+
+
+def run_service(
+    service: ModelService, config: uvicorn.Config, options: ServerOptions, program: str
+) -> int:
+    """Runs a service until a signal or its fault. Returns the exit status of the process."""
+    server = DrainingServer(config, service)
 
     def end() -> None:
         server.should_exit = True
@@ -82,7 +97,7 @@ def serve(options: ServeOptions, load: LoadEngine = load_engine) -> int:
     server.run()
     code = 0 if service.fault is None else 1
     if code:
-        log.error("serve: %s", service.fault)
+        log.error("%s: %s", program, service.fault)
     if not service.has_ended(END_TIMEOUT_S):
         logging.shutdown()
         os._exit(code)  # a thread inside XLA cannot be ended, and the interpreter would abort

@@ -7,7 +7,7 @@ import re
 import httpx
 
 from speechlm2_jax.serving.app import make_app
-from speechlm2_jax.serving.arguments import KEY_VARIABLE
+from speechlm2_jax.serving.common_arguments import KEY_VARIABLE
 from speechlm2_jax.serving.options import ServeOptions
 from speechlm2_jax.serving.service import Service
 from tests.serving.test_arguments import options

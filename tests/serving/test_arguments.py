@@ -7,7 +7,8 @@ import pytest
 
 from speechlm2_jax.cli import main as command_line
 from speechlm2_jax.inference.long_form.chunks import DEFAULT_MAX_AUDIO_S
-from speechlm2_jax.serving import arguments
+from speechlm2_jax.serving import arguments, common_arguments
+from speechlm2_jax.serving.common_arguments import KEY_VARIABLE
 from speechlm2_jax.serving.load import NO_ALIGNER, as_trained, open_named_aligner
 from speechlm2_jax.serving.options import MAX_AUDIO_S, PROMPT, ServeOptions
 from speechlm2_jax.settings import SettingsError
@@ -20,13 +21,13 @@ def options(*argv):
 
 
 def test_what_is_left_out_has_the_defaults_of_the_settings(monkeypatch):
-    monkeypatch.delenv(arguments.KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
     assert options("runs/salm") == ServeOptions(model="runs/salm")
     assert options("runs/salm/").served_name == "salm"
 
 
 def test_arguments_and_keys_of_the_environment_are_read(monkeypatch):
-    monkeypatch.setenv(arguments.KEY_VARIABLE, "b, c")
+    monkeypatch.setenv(KEY_VARIABLE, "b, c")
     own = options("m", "--api-key", "a", "--port", "1", "--max-body-mib", "0.5", "--max-queue", "0")
     assert own.api_keys == ("a", "b", "c") and own.port == 1 and own.max_queue == 0
     assert own.max_body_bytes == 1 << 19
@@ -53,7 +54,7 @@ def test_a_port_in_use_is_one_line(tmp_path, capsys):
         assert command_line(["serve", str(tmp_path), "--port", str(port)]) == 2
     text = f"serve: port {port} of 127.0.0.1 is in use; take another with --port\n"
     assert capsys.readouterr().err == text
-    arguments.check_before_start(ServeOptions(model=str(tmp_path), port=port))
+    common_arguments.check_before_start(ServeOptions(model=str(tmp_path), port=port))
 
 
 WRONG = {
@@ -75,8 +76,8 @@ def test_wrong_values_are_told_by_the_name_of_the_argument(given):
 
 @pytest.mark.parametrize("value", ["", " ", "a,", "a,,b"])
 def test_a_variable_with_an_empty_key_opens_no_server(value, monkeypatch):
-    monkeypatch.setenv(arguments.KEY_VARIABLE, value)
-    with pytest.raises(ValueError, match=f"^{arguments.KEY_VARIABLE} has an empty key"):
+    monkeypatch.setenv(KEY_VARIABLE, value)
+    with pytest.raises(ValueError, match=f"^{KEY_VARIABLE} has an empty key"):
         options("m")
 
 

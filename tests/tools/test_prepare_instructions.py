@@ -64,17 +64,6 @@ def rows_of(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.fixture
-def in_prepared(prepared, monkeypatch):
-    """Runs in that folder, with few rows of the corpus, as each is planned."""
-    path = prepared / "instructions/corpus.jsonl"
-    whole = path.read_text()
-    path.write_text("".join(whole.splitlines(keepends=True)[:40]))
-    monkeypatch.chdir(prepared)
-    yield prepared
-    path.write_text(whole)
-
-
 def turn(row: dict, number: int) -> str:
     return row["conversations"][number]["value"]
 
@@ -171,18 +160,20 @@ def test_a_row_is_an_input_of_an_evaluation(prepared):
     assert len(found[0].dialog.clips) == 1
 
 
-def test_every_key_of_the_recipe_is_known(in_prepared):
+def test_every_key_of_the_recipe_is_known(prepared, monkeypatch):
+    monkeypatch.chdir(prepared)
     check_salm_recipe("instructions")
 
 
-def test_every_key_of_the_combined_recipe_is_known(in_prepared):
+def test_every_key_of_the_combined_recipe_is_known(prepared, monkeypatch):
     row = {"audio_filepath": "a.flac", "duration": SECONDS, "text": "one"}
     for folder, names in (
         ("barista", ("train", "train_trimmed", "synthetic", "validation", "noise")),
         ("ljspeech", ("train", "validation")),
     ):
-        (in_prepared / folder).mkdir()
-        soundfile.write(in_prepared / folder / "a.flac", np.zeros(int(SECONDS * RATE_HZ)), RATE_HZ)
+        (prepared / folder).mkdir()
+        soundfile.write(prepared / folder / "a.flac", np.zeros(int(SECONDS * RATE_HZ)), RATE_HZ)
         for name in names:
-            (in_prepared / folder / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 20)
+            (prepared / folder / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 20)
+    monkeypatch.chdir(prepared)
     check_salm_recipe("combined")

@@ -1,0 +1,1 @@
+"""Conversations with a duplex model over WebSockets: two known protocols, and a page."""
