@@ -2,12 +2,13 @@
 
     python -m tools.make_tiny_codec
 
-It is fitted to one voice and its sentences in corpus/dialogs. Its encoder projects each frame of
-1,280 samples onto the principal components of the agent's frames, the quantizer rounds, and its
-decoder is the least-squares map back. Both are written as NeMo's causal HiFi-GAN, whose layers can
-be linear: a bias lifts every signal above zero, where a leaky ReLU changes nothing; of the taps of
-a convolution that changes the rate only those of the frame itself are used; residual branches are
-zero. So any tool for codecs can read, decode and stream it, and nobody has to train it.
+It is fitted to one voice, the agent of corpus/dialogs, and its sentences. Its encoder projects each
+frame of 1,280 samples onto the principal components of the agent's frames, the quantizer rounds,
+and its decoder is the least-squares map back. Both are written as NeMo's causal HiFi-GAN, whose
+layers can be linear: a bias lifts every signal above zero, where a leaky ReLU changes nothing; of
+the taps of a convolution that changes the rate only those of the frame itself are used; residual
+branches are zero. So any tool for codecs can read, decode and stream it, and nobody has to train
+it.
 """
 
 from speechlm2_jax.usage import print_help_if_asked
@@ -15,7 +16,6 @@ from speechlm2_jax.usage import print_help_if_asked
 if __name__ == "__main__":  # before the imports below, which are slow
     print_help_if_asked(__file__)
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from speechlm2_jax.conversion.writers import write_nemo
 from speechlm2_jax.models import AudioCodec
 
 ROOT = Path(__file__).parents[1]
-DIALOGS = ROOT / "corpus" / "dialogs"
+AGENT = ROOT / "corpus" / "dialogs" / "audio" / "agent.ogg"
 TARGET = ROOT / "configs" / "parts" / "tiny_codec.nemo"
 RATE_HZ, SLOW, FAST = 16_000, 32, 40
 FRAME = SLOW * FAST
@@ -81,15 +81,11 @@ CONFIG: dict[str, Any] = {
 Weights = dict[str, np.ndarray]
 
 
-def agent_frames(split: str) -> np.ndarray:
-    """All frames [n, FRAME] in which the agent of the dialogs has a turn."""
-    found = []
-    for line in (DIALOGS / f"{split}.jsonl").read_text().splitlines():
-        source = json.loads(line)["custom"]["target_audio"]["sources"][0]["source"]
-        wave, _ = soundfile.read(DIALOGS / source, dtype="float32")
-        frames = wave[: len(wave) // FRAME * FRAME].reshape(-1, FRAME)
-        found.append(frames[np.abs(frames).max(axis=1) > 1e-3])
-    return np.concatenate(found)
+def agent_frames() -> np.ndarray:
+    """All frames [n, FRAME] of the agent's recordings."""
+    wave, _ = soundfile.read(AGENT, dtype="float32")
+    frames = wave[: len(wave) // FRAME * FRAME].reshape(-1, FRAME)
+    return frames[np.abs(frames).max(axis=1) > 1e-3]
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -185,18 +181,18 @@ def _stored(path: str, value: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Fits, writes, and prints how well dialogs that it has not seen come back."""
+    """Fits, writes, and prints how well the recordings come back."""
     codec = AudioCodec(CONFIG)
-    values = variables(codec, kernels(*fit(agent_frames("train").astype(np.float64))))
+    values = variables(codec, kernels(*fit(agent_frames().astype(np.float64))))
     write_nemo(
         TARGET, CONFIG, mapping.export(values, codec_table(codec.config)), {}, compressed=True
     )
-    recorded = agent_frames("validation").reshape(1, -1)
+    recorded = agent_frames().reshape(1, -1)
     codec = AudioCodec.from_pretrained(TARGET)
     codes, frames = codec.encode(recorded, [recorded.shape[1]])
     decoded = np.asarray(codec.decode(codes, frames).audio)
     snr_db = 10 * np.log10(np.square(recorded).sum() / np.square(recorded - decoded).sum())
-    print(f"{TARGET.name}: {TARGET.stat().st_size / 1e6:.2f} MB, {snr_db:.1f} dB on validation")
+    print(f"{TARGET.name}: {TARGET.stat().st_size / 1e6:.2f} MB, {snr_db:.1f} dB")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ Engine, voices, licence, and what the voice was built from:
 - festival (diphones): ked. Free for any use. CMU's recordings.
 - Pico (HMM): us, gb. Apache-2.0, as it is part of Android. SVOX's recordings.
 
-RHVoice's lyubov and evgeniy-eng are left out (CC BY-NC-ND). No voice is built from LJ Speech. Only
-weights learnt from these voices are in this repository, and recordings of joe, the agent.
+RHVoice's lyubov and evgeniy-eng are left out (CC BY-NC-ND). No voice is built from LJ Speech. In
+this repository are weights learnt from these voices, and what they generated for corpus/dialogs.
 """
 
 import subprocess

@@ -179,7 +179,7 @@ def _duplex_step(folder: Path, devices: int, run: str, kind: Any) -> None:
     keys = ("pretrained_llm", "pretrained_audio_codec", "pretrained_asr")
     cfg |= {key: str(DATA / "duplex" / cfg[key]) for key in keys} | {"scoring_asr": None}
     model = kind(cfg)
-    cuts = ROOT / "corpus" / "dialogs" / "validation.jsonl"
+    cuts = ROOT / "corpus" / "dialogs" / "validation.jsonl.gz"
     blocks: Mapping[str, Any] = {
         "frame_length": 0.08,
         "source_sample_rate": RATE_HZ,
