@@ -11,6 +11,7 @@ import soundfile
 
 from speechlm2_jax import experiment, settings
 from speechlm2_jax.data.duplex.readers import read_duplex
+from speechlm2_jax.evaluation.duplex.inputs import read_dialogues
 from speechlm2_jax.models import AudioCodec
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +110,13 @@ def test_each_test_set_has_the_events_that_it_is_named_after():
     }
     assert list(kinds.values()) == [set(), {"pause"}, {"back_channel"}, {"interruption"}]
     assert all(len(dialogs(f"test/{name}")) >= 40 for name in TESTS)
+
+
+def test_a_folder_of_manifests_is_a_test_set_each():
+    found = read_dialogues([str(DIALOGS / "test")], None)
+    assert Counter(dialogue.set_name for dialogue in found) == {
+        name: len(dialogs(f"test/{name}")) for name in TESTS
+    }
 
 
 def test_both_voices_lie_alongside_and_equal_responses_are_the_same_samples():

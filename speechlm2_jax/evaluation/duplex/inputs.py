@@ -100,12 +100,13 @@ def sets_of_run(data: Mapping[str, object]) -> list[Dialogue]:
 def read_dialogues(inputs: Sequence[str], sample_rate_hz: int | None) -> list[Dialogue]:
     """Lists the conversations of each path; each path is a set of its own.
 
-    A folder with `cuts.*` is a SHAR directory, any other folder gives its audio files. A file is
-    audio or Lhotse cuts. Raises SettingsError if nothing is found or something cannot be read.
+    A folder with `cuts.*` is a SHAR directory, any other folder gives its audio files, or without
+    audio files its manifests, a set each. A file is audio or Lhotse cuts. Raises SettingsError if
+    nothing is found or something cannot be read.
     """
     found: list[Dialogue] = []
     names: set[str] = set()
-    for value in (shard for one in inputs for shard in shards_of(one)):
+    for value in (file for one in inputs for file in _files_of(one)):
         path = Path(value if is_remote(value) else plain_path(value))
         if not is_remote(value) and not os.path.exists(path):
             raise SettingsError(f"inputs: {missing(value)}")
@@ -119,6 +120,17 @@ def read_dialogues(inputs: Sequence[str], sample_rate_hz: int | None) -> list[Di
             raise SettingsError(f"inputs: no recordings in {value!r}" + (why and f": {why}"))
         rate = sample_rate_hz
         found += [Dialogue(set_name=name, source=source, sample_rate_hz=rate) for source in sources]
+    return found
+
+
+def _files_of(value: str) -> list[str]:
+    """What an input stands for: the shards of a pattern, the manifests of a folder of manifests."""
+    found: list[str] = []
+    for one in shards_of(value):
+        path = Path(one if is_remote(one) else plain_path(one))
+        is_folder = not is_remote(one) and path.is_dir() and not any(path.glob("cuts.*"))
+        inside = sorted(path.glob("*.jsonl*")) if is_folder else []
+        found += [str(file) for file in inside] if inside and not recordings(path) else [one]
     return found
 
 
