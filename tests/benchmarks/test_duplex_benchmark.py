@@ -1,5 +1,7 @@
 """The duplex benchmark: both sides run one model, and the measured work is as stated."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 
@@ -48,8 +50,10 @@ def test_training_learns_and_conversations_are_as_long_as_asked(work):
 
 
 @pytest.mark.slow  # compiles a step
-def test_minutes_of_a_session_are_timed(work):
-    session = work.model.session(session_window_s=4.0)
+@pytest.mark.parametrize("sessions", [None, 2])
+def test_minutes_of_sessions_are_timed(work, sessions):
+    arguments = Namespace(window_s=4.0, sessions=sessions)
+    session = duplex_session._conversations(work.model, arguments)
     rows = list(duplex_session.minutes(session, 2, 1600))  # minutes of 6 s
     assert [row["minute"] for row in rows] == [1, 2]
     assert 0 < rows[0]["median ms"] <= rows[0]["p95 ms"]
