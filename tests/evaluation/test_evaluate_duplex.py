@@ -73,6 +73,7 @@ def test_conversations_are_generated_transcribed_scored_and_shown(tmp_path, load
         f"output_manifest={tmp_path / 'answers.jsonl'}",
         f"audio_folder={tmp_path / 'speech'}",
         f"report={tmp_path / 'report.html'}",
+        f"benchmark_folder={tmp_path / 'folders'}",
         f"scoring_asr={DATA / 'assets' / 'asr_scoring.nemo'}",
         *ROLES,
         "batch_size=4",
@@ -101,12 +102,22 @@ def test_conversations_are_generated_transcribed_scored_and_shown(tmp_path, load
         assert rate == 22050
         assert len(wave) / rate == pytest.approx(row["duration"], abs=0.081)
         assert row["pred_text"] and row["heard"] is not None
+        assert row["scores"]["events"]["turns"] + row["scores"]["events"].get("interruptions", 0)
+    for number, row in enumerate(rows[1:], start=2):  # the first cannot be read
+        folder = tmp_path / "folders" / "dialogs" / str(number)
+        assert json.loads((folder / "metadata.json").read_text())["id"] == row["id"]
+        user, agent = (soundfile.info(folder / f"{name}.wav") for name in ("input", "output"))
+        assert user.frames == agent.frames and user.samplerate == agent.samplerate == 16000
     totals = last["provenance"]["totals"]
     assert totals["failed"] == {"unreadable": 1}
     scores = totals["by_set"]["dialogs"]["scores"]
     assert scores == totals["scores"]
     assert {"txt_bleu", "asr_bleu", "wer", "empty_text_rate", "audio_token_acc"} <= set(scores)
+    assert {"right_text", "takeover_rate"} <= set(scores)
+    silent = totals["scores_of_silence"]
+    assert (silent["right_text"], silent["wer"], silent["takeover_rate"]) == (0.0, 1.0, 0.0)
     printed = capsys.readouterr().out
+    assert "model | pads and silence" in printed and "| 100.00%" in printed
     assert "text BLEU" in printed and "RTFx" in printed
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:audio/ogg") == 3 * len(CUTS)
