@@ -47,7 +47,9 @@ def main() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    options = ConversationOptions(model="model", port=port, max_sessions=arguments.clients)
+    options = ConversationOptions(
+        model="model", port=port, max_sessions=arguments.clients, max_load=1e9
+    )
     sessions = PoolSessions(model, options)
     service = ConversationService(options, lambda own: sessions)
     server = DrainingServer(server_config(service, port), service)

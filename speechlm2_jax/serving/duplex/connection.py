@@ -15,6 +15,7 @@ from speechlm2_jax.serving.duplex.protocol import POLICY, TRY_LATER, CloseError,
 from speechlm2_jax.serving.duplex.sessions import SessionEndedError
 
 TICK_S = 0.02
+ABNORMAL = 1006
 MAX_REASON_BYTES = 123
 """Of a close frame (RFC 6455)."""
 
@@ -71,11 +72,14 @@ class Connection:
                 raise CloseError(POLICY, f"no audio came for {options.idle_timeout_s:g} s")
 
     async def _send(self, messages: Sequence[Sent]) -> None:
-        for message in messages:
-            if isinstance(message, str):
-                await self._socket.send_text(message)
-            else:
-                await self._socket.send_bytes(message)
+        try:
+            for message in messages:
+                if isinstance(message, str):
+                    await self._socket.send_text(message)
+                else:
+                    await self._socket.send_bytes(message)
+        except RuntimeError as error:  # the WebSocket was closed below: a giant message
+            raise WebSocketDisconnect(ABNORMAL) from error
 
 
 @contextlib.asynccontextmanager

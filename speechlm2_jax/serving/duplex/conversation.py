@@ -92,8 +92,11 @@ class BufferedConversation:
 
     @property
     def idle_s(self) -> float:
-        """Seconds since audio of the user came, or since the start."""
-        return time.perf_counter() - self._last_audio_s
+        """Seconds since audio of the user came or was computed, or since the start."""
+        now_s = time.perf_counter()
+        if self._line.chunks:
+            self._last_audio_s = now_s
+        return now_s - self._last_audio_s
 
     def interrupt(self) -> None:
         """Ends the agent's turn as of the next chunk."""

@@ -14,8 +14,6 @@ from speechlm2_jax.serving.server import run_service, uvicorn_config
 
 READ_TIMEOUT_S = 20.0
 """To read what waits to be sent; then the connection is cut."""
-PING_S = 15.0
-"""Between pings, and to reply to one."""
 
 
 class PatientSocket(WebSocketsSansIOProtocol):
@@ -50,8 +48,9 @@ def server_config(service: ConversationService, port: int) -> uvicorn.Config:
     sockets: dict[str, Any] = {
         "ws": PatientSocket,
         "ws_max_size": options.max_message_bytes,
-        "ws_ping_interval": PING_S,
-        "ws_ping_timeout": PING_S,
+        # no pings: replies would wait behind a recording that is read as fast as it is computed;
+        # a client that is gone sends no audio, and is closed for that
+        "ws_ping_interval": None,
         "ws_per_message_deflate": False,  # audio does not shrink, and waits for the compressor
     }
     return uvicorn_config(make_app(service), options.host, port, **sockets)

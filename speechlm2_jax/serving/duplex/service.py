@@ -1,5 +1,6 @@
 """The state of a server of conversations: its model, its device thread, and who may enter."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -8,9 +9,10 @@ from speechlm2_jax.serving.duplex.device import DeviceLoop
 from speechlm2_jax.serving.duplex.metrics import ConversationMetrics
 from speechlm2_jax.serving.duplex.options import ConversationOptions
 from speechlm2_jax.serving.duplex.protocol import TRY_LATER, CloseError
-from speechlm2_jax.serving.duplex.sessions import SessionFacts, Sessions
+from speechlm2_jax.serving.duplex.sessions import SessionEndedError, SessionFacts, Sessions
 from speechlm2_jax.serving.model_service import ModelService
 
+log = logging.getLogger(__name__)
 OpenSessions = Callable[[ConversationOptions], Sessions]
 
 
@@ -66,7 +68,11 @@ def warm_up(sessions: Sessions) -> None:
     """Runs two chunks of a conversation, so that none waits for a compilation."""
     import numpy as np
 
-    number = sessions.open()
+    try:
+        number = sessions.open()
+    except SessionEndedError as error:  # it may be less busy later
+        log.warning("%s", error)
+        return
     for _ in range(2):
         sessions.step({number: np.zeros(sessions.facts.chunk_samples, np.float32)})
     sessions.close(number)
