@@ -12,6 +12,7 @@ from convert import main
 from speechlm2_jax.conversion.casting import DTYPES, cast
 from speechlm2_jax.conversion.errors import ConversionError
 from speechlm2_jax.conversion.readers import open_weights
+from tests.parity.duplex_golden import hf
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SPEECH = [
@@ -35,6 +36,8 @@ def test_a_speech_model_is_written_as_the_library_writes_it(
     folder, source, name, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(DATA / folder)
+    if name == "DuplexS2SSpeechDecoderModel":
+        source = str(hf("duplex_s2s_speech_decoder"))
     getattr(slm.models, name).from_pretrained(source).save_pretrained(tmp_path / "library")
     assert main([source, str(tmp_path / "script"), QUICK]) == 0
     written = sorted(p.relative_to(tmp_path / "library") for p in (tmp_path / "library").rglob("*"))

@@ -14,6 +14,7 @@ from speechlm2_jax.inference.probe import compare
 from speechlm2_jax.layers.module import VariableInfo
 from speechlm2_jax.models import export
 from tests.conversion.goldens import DATA, SALM, tensors
+from tests.parity.duplex_golden import hf
 
 LLAMA = DATA / "llm/llama"
 
@@ -118,6 +119,6 @@ def test_an_llm_of_an_unknown_family_is_written_and_not_run(tmp_path, capsys):
 def test_duplex_models_pass_the_self_test(name, dtype, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(DATA / "duplex")
     options = [] if dtype is None else ["--dtype", dtype]
-    assert main([f"{name}/hf", str(tmp_path / "out"), *options]) == 0
+    assert main([str(hf(name)), str(tmp_path / "out"), *options]) == 0
     printed = capsys.readouterr().out
     assert "ignored: 6" in printed and "finite outputs" in printed

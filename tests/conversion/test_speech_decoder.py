@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.errors import ConversionError
@@ -16,6 +15,7 @@ from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 from speechlm2_jax.speech_decoder.decoder import SpeechDecoder
 from speechlm2_jax.speech_decoder.transformer import Transformer
 from tests.conversion.goldens import DATA, assert_same_bits
+from tests.parity.shared_weights import speech_decoder_tensors
 
 FOLDER = DATA / "speech_decoder"
 MODULES = json.loads((FOLDER / "module.json").read_text())
@@ -24,7 +24,7 @@ MASK = "self_attention.causal_mask"
 
 
 def stored(kind: str, name: str) -> dict[str, np.ndarray]:
-    tensors = load_file(FOLDER / f"{kind}_{name}.safetensors")
+    tensors = speech_decoder_tensors(f"{kind}_{name}")
     return {k.removeprefix("sd/"): v for k, v in tensors.items() if k.startswith("sd/")}
 
 

@@ -12,6 +12,7 @@ from speechlm2_jax.inference.sessions.duplex_step import make_start
 from speechlm2_jax.inference.sessions.session_pool import PoolLimits, SessionRefusedError
 from speechlm2_jax.inference.sessions.step_times import WINDOW, StepTimes
 from tests.parity.duplex_golden import golden, pretrained, recorded_batch
+from tests.parity.sampled import sampled
 
 ATOL = 1e-4
 SLOTS = 4
@@ -33,11 +34,13 @@ def run(request):
 
 @pytest.fixture
 def pool(run):
-    pool = opened(run)
+    pool = opened(run)  # it has run its step
+    programs = pool._step._cache_size()
     yield pool
     for session in pool.sessions:
         session.leave()
-    assert pool._step._cache_size() == pool._restart._cache_size() == 1
+    assert pool._step._cache_size() == programs
+    assert pool._restart._cache_size() == 1
 
 
 def recording(row=0):
@@ -56,7 +59,11 @@ def check(run, row, frames, *, is_whole=True):
     np.testing.assert_array_equal([frame.codes for frame in frames], codes[:count])
     if row == 0:  # NeMo's audio of the other one is that of a padded batch
         made = np.concatenate([frame.audio for frame in frames])
-        np.testing.assert_allclose(made, g["infer_pair/audio"][0, : len(made)], atol=ATOL)
+        sample = sampled(made)
+        expected = g["infer_pair/audio:sample"][: len(sample.values)]
+        np.testing.assert_allclose(sample.values, expected, atol=ATOL)
+        if len(made) == g["infer_pair/audio_len"][0]:
+            np.testing.assert_allclose(sample.rms, g["infer_pair/audio:rms"][:1], atol=ATOL)
 
 
 def ran(pool, *sessions):

@@ -1,17 +1,25 @@
 """What NeMo 3.0.0 computes with the tiny duplex models, and the batches it was given."""
 
+import atexit
 import json
+import shutil
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from speechlm2_jax.batches import DuplexBatch, DuplexExample, DuplexShape, assemble_duplex_batch
 from speechlm2_jax.models import DuplexS2SModel, DuplexS2SSpeechDecoderModel
 from tests.parity.salm_golden import working_in
+from tests.parity.shared_weights import load_with_shared
 
 DATA = Path(__file__).parents[1] / "data" / "duplex"
+_HELD = ExitStack()
+"""Folders that are removed at the end."""
+atexit.register(_HELD.close)
 MODELS = {
     "duplex_s2s": DuplexS2SModel,
     "duplex_s2s_speech_decoder": DuplexS2SSpeechDecoderModel,
@@ -33,8 +41,10 @@ def facts(run: str) -> dict:
 
 @cache
 def recorded_batch(name: str = "pair") -> dict[str, np.ndarray]:
-    """A collated batch as NeMo's model got it."""
-    return load_file(DATA / f"batch_{name}.safetensors")
+    """A collated batch as NeMo's model got it; the file holds its audio in 16 bits."""
+    stored = load_file(DATA / f"batch_{name}.safetensors")
+    audio = {name: v.astype(np.float32) / 32768 for name, v in stored.items() if v.dtype == "int16"}
+    return stored | audio
 
 
 def examples(name: str = "pair") -> list[DuplexExample]:
@@ -76,10 +86,24 @@ def configured(run: str, **changes) -> DuplexS2SModel:
     return MODELS[run]({**cfg, **changes}, near=(DATA,))
 
 
+@cache
+def hf(run: str) -> Path:
+    """The directory that NeMo's to_hf.py wrote; weights that `duplex_s2s` has too lie there."""
+    folder, shared = DATA / run / "hf", DATA / "duplex_s2s" / "hf" / "model.safetensors"
+    if run == "duplex_s2s":
+        return folder
+    whole = Path(_HELD.enter_context(TemporaryDirectory())) / "hf"
+    whole.mkdir()
+    shutil.copy(folder / "config.json", whole)
+    weights = load_with_shared(folder / "own.safetensors", shared)
+    save_file(weights, whole / "model.safetensors", metadata={"format": "pt"})
+    return whole
+
+
 def pretrained(run: str, **changes):
     """The recorded model; `changes` are keys of its `model:` block."""
     with working_in(DATA):
-        model = MODELS[run].from_pretrained(DATA / run / "hf")
+        model = MODELS[run].from_pretrained(hf(run))
     if not changes:
         return model
     return MODELS[run](

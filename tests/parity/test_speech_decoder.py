@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
 
 from speechlm2_jax.conversion import mapping
 from speechlm2_jax.conversion.readers import memory_source
@@ -22,6 +21,8 @@ from speechlm2_jax.speech_decoder.attention import SpeechAttentionInputs
 from speechlm2_jax.speech_decoder.config import SpeechDecoderConfig
 from speechlm2_jax.speech_decoder.decoder import SpeechDecoder
 from speechlm2_jax.speech_decoder.transformer import Transformer
+from tests.parity.sampled import assert_recorded, recorded_names
+from tests.parity.shared_weights import speech_decoder_tensors
 
 DATA = Path(__file__).parents[1] / "data" / "speech_decoder"
 ATOL = 1e-5  # small models in fp32; the goldens' own caches differ from their whole by 3e-6
@@ -41,7 +42,7 @@ def assert_close(actual: Any, expected: np.ndarray) -> None:
 @cache
 def transformer(name: str):
     """(graphdef, variables, golden, inputs) of a transformer golden."""
-    golden = load_file(DATA / f"transformer_{name}.safetensors")
+    golden = speech_decoder_tensors(f"transformer_{name}")
     config = build(SpeechDecoderConfig, TRANSFORMERS[name]["config"], "speech_decoder")
     module = abstract(lambda rngs: Transformer(config, rngs=rngs))
     source = memory_source(below(golden, "sd/"))
@@ -99,12 +100,11 @@ def test_gradients_of_the_transformer_equal_nemo():
         return jnp.sum(merge(graphdef, variables)(x, **inputs) * cotangent)
 
     ours, of_x = gradients(variables, golden["x"])
-    expected = below(golden, "grad/")
-    for name, x in {**mapping.export(ours, table), "x": of_x, "cotangent": cotangent}.items():
-        theirs = expected.pop(name)
-        scale = np.abs(theirs).max()
-        np.testing.assert_allclose(x, theirs, atol=GRADIENT_RTOL * scale, rtol=0, err_msg=name)
-    assert not expected
+    given = {**mapping.export(ours, table), "x": of_x, "cotangent": cotangent}
+    assert set(given) == {n.removeprefix("grad/") for n in recorded_names(golden, "grad/")}
+    for name, x in given.items():
+        atol = GRADIENT_RTOL * np.abs(np.asarray(x)).max()
+        assert_recorded(x, golden, f"grad/{name}", atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -143,7 +143,7 @@ def test_attention_weights_of_the_first_layer_equal_nemo(name, monkeypatch):
 @cache
 def decoder(name: str, **changes: Any):
     """(graphdef, variables, golden, hidden, codes) of a speech decoder golden."""
-    golden = load_file(DATA / f"module_{name}.safetensors")
+    golden = speech_decoder_tensors(f"module_{name}")
     block = MODULES[name]
     config = build(SpeechDecoderConfig, {**block["config"], **changes}, "speech_decoder")
     module = abstract(

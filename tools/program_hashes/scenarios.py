@@ -213,8 +213,10 @@ def speech_decoder_inference(folder: Path, devices: int) -> None:
 
 
 def _duplex_inference(run: str, kind: Any, devices: int) -> None:
+    from tests.parity.duplex_golden import hf
+
     with contextlib.chdir(DATA / "duplex"):
-        model = on_mesh(kind.from_pretrained(DATA / "duplex" / run / "hf").eval(), devices)
+        model = on_mesh(kind.from_pretrained(hf(run)).eval(), devices)
     audio = noise(1.0)[None].repeat(2, 0)
     model.offline_inference(input_signal=audio, input_signal_lens=np.array([RATE_HZ, 12000]))
 
