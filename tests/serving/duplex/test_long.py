@@ -38,7 +38,9 @@ def test_realtime_with_a_model():
         replace(OPTIONS, session_window_s=4.0, max_sessions=1, max_load=1e9),
     )
     with running(sessions) as server:
-        with connect(f"{server.ws}/v1/realtime?frames=true", open_timeout=WAIT_S) as socket:
+        with connect(
+            f"{server.ws}/v1/realtime?frames=true", open_timeout=WAIT_S, ping_interval=None
+        ) as socket:
 
             def send(samples):
                 audio = pcm_base64(samples)
@@ -62,7 +64,7 @@ def test_realtime_with_a_model():
 
 def test_moshi():
     with running(FakeSessions()) as server:
-        with connect(f"{server.ws}/api/chat", open_timeout=WAIT_S) as socket:
+        with connect(f"{server.ws}/api/chat", open_timeout=WAIT_S, ping_interval=None) as socket:
             writer, reader = sphn.OpusStreamWriter(24000), sphn.OpusStreamReader(24000)
             thread = sending(lambda own: socket.send(b"\x01" + bytes(writer.append_pcm(own))))
             samples, words = 0, 0
