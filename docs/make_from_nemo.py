@@ -25,6 +25,7 @@ from typing import Any
 
 _TARGETS = ("_target_", "target")
 SALM, WITH_ASR, DUPLEX = "SALM", "SALMWithAsrDecoder", "duplex models"
+STT = "DuplexSTTModel"
 PAGE = Path(__file__).with_name("from_nemo.md")
 INTRODUCTION = """\
 # Coming from NeMo
@@ -131,6 +132,12 @@ def model_sections() -> list[Section]:
             beside=one("pretrained.salm_config:SalmModelConfig")[""],
         ),
         Section(
+            path="model",
+            of=STT,
+            classes=one("pretrained.duplex_stt_config:DuplexSttModelConfig"),
+            beside=one("pretrained.salm_config:SalmModelConfig")[""],
+        ),
+        Section(
             path="model.lora",
             classes=one("layers.lora:LoraConfig"),
             note="Freezes the LLM and trains its adapters, with PEFT's meaning and names.",
@@ -214,6 +221,11 @@ def data_sections() -> list[Section]:
     return [
         Section(path="data", of=SALM, classes=one("data.config:DataConfig")),
         Section(path="data", of=DUPLEX, classes=one("data.duplex.config:DuplexDataConfig")),
+        Section(
+            path="data",
+            of=STT,
+            classes=one("data.duplex.stt_dataset:DuplexSttDataConfig"),
+        ),
         Section(
             path=STREAMS,
             of=SALM,

@@ -20,10 +20,12 @@ from speechlm2_jax.conversion.errors import MissingWeightsError
 from speechlm2_jax.data.blocks import named_sets
 from speechlm2_jax.data.datamodule import DataModule
 from speechlm2_jax.data.duplex.dataset import DuplexS2SDataset
+from speechlm2_jax.data.duplex.stt_dataset import DuplexSTTDataset
 from speechlm2_jax.data.fusion import training_sets
 from speechlm2_jax.data.salm_dataset import SALMDataset
 from speechlm2_jax.models.ctc import CTCModel
 from speechlm2_jax.models.duplex import DuplexS2SModel
+from speechlm2_jax.models.duplex_stt import DuplexSTTModel
 from speechlm2_jax.models.salm import SALM
 from speechlm2_jax.perception.perception import PerceptionConfig
 from speechlm2_jax.pretrained import registry
@@ -57,7 +59,7 @@ IGNORED = {"name": "exp_manager.name names the run"}
 REQUIRED = ("model", "data")
 FRAME_TOLERANCE = 0.01
 """Largest relative difference between sample rates of data and model."""
-Model = SALM | DuplexS2SModel | CTCModel
+Model = SALM | DuplexS2SModel | DuplexSTTModel | CTCModel
 
 
 @contextmanager
@@ -258,7 +260,7 @@ def check_keys(settings: Mapping[str, Any]) -> None:
     """Raises one SettingsError that names every unknown or refused key of all blocks."""
     model, data = settings["model"], settings["data"]
     kind = model_kind(model)
-    dataset = DuplexS2SDataset if issubclass(kind, DuplexS2SModel) else SALMDataset
+    dataset = data_kind(kind)
     blocks: list[tuple[type[Any], Any, str]] = [
         (kind.CONFIG, model, "model"),
         (TrainerConfig, settings.get("trainer"), "trainer"),
@@ -294,20 +296,40 @@ def model_kind(cfg: Mapping[str, object]) -> type[Model]:
 
 def make_data(cfg: Mapping[str, object], model: Model) -> DataModule:
     """Makes the data of a `data:` block as the model takes it. Raises SettingsError."""
-    if not isinstance(model, DuplexS2SModel):
+    if not isinstance(model, DuplexS2SModel | DuplexSTTModel):
         name = model.cfg.get("prompt_format")
         name = name if isinstance(name, str) else None
         packs = not isinstance(model, CTCModel)
         dataset = SALMDataset(model.tokenizer, prompt_format=name, packs=packs)
         return DataModule(cfg, tokenizer=model.tokenizer, dataset=dataset)
-    dataset = DuplexS2SDataset.from_config(cfg, model.tokenizer, model.max_frames)
-    for key, given, wanted in (
-        ("source_sample_rate", dataset.source_sample_rate, model.sampling_rate),
-        ("target_sample_rate", dataset.target_sample_rate, model.target_sampling_rate),
-        ("frame_length", dataset.frame_length, model.token_equivalent_duration),
-    ):
-        if abs(given / wanted - 1) > FRAME_TOLERANCE:
-            raise SettingsError(
-                f"data.{key}={given} does not fit the model, which expects {wanted}"
-            )
+    dataset = _duplex_dataset(cfg, model)
     return DataModule(cfg, tokenizer=model.tokenizer, dataset=dataset)
+
+
+def data_kind(kind: type[Model]) -> type[SALMDataset] | type[DuplexS2SDataset]:
+    """The class that reads the data of a class of models."""
+    if issubclass(kind, DuplexSTTModel):
+        return DuplexSTTDataset
+    return DuplexS2SDataset if issubclass(kind, DuplexS2SModel) else SALMDataset
+
+
+def _duplex_dataset(
+    cfg: Mapping[str, object], model: DuplexS2SModel | DuplexSTTModel
+) -> DuplexS2SDataset:
+    """The data set of a duplex model. Raises SettingsError for rates that are not the model's."""
+    wanted = {
+        "source_sample_rate": model.sampling_rate,
+        "frame_length": model.token_equivalent_duration,
+    }
+    if isinstance(model, DuplexSTTModel):
+        dataset: DuplexS2SDataset = DuplexSTTDataset.of_block(
+            cfg, model.tokenizer, has_user_text=model.predict_user_text
+        )
+    else:
+        dataset = DuplexS2SDataset.from_config(cfg, model.tokenizer, model.max_frames)
+        wanted["target_sample_rate"] = model.target_sampling_rate
+    for key, value in wanted.items():
+        given = getattr(dataset, key)
+        if abs(given / value - 1) > FRAME_TOLERANCE:
+            raise SettingsError(f"data.{key}={given} does not fit the model, which expects {value}")
+    return dataset

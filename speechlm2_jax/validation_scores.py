@@ -11,6 +11,7 @@ import numpy as np
 from speechlm2_jax import processes
 from speechlm2_jax.batches import HostBatch, SalmExample
 from speechlm2_jax.evaluation.duplex import scoring
+from speechlm2_jax.evaluation.duplex.stt_scores import SttScorer
 from speechlm2_jax.evaluation.metrics.task_metrics import (
     PERPLEXITY,
     TASK_METRICS,
@@ -21,6 +22,7 @@ from speechlm2_jax.evaluation.metrics.text_metric import by_set
 from speechlm2_jax.evaluation.metrics.wer import text_normalizer, word_errors
 from speechlm2_jax.models.ctc import CTCModel
 from speechlm2_jax.models.duplex import DuplexS2SModel
+from speechlm2_jax.models.duplex_stt import DuplexSTTModel
 from speechlm2_jax.models.salm import SALM
 from speechlm2_jax.settings import SettingsError
 from speechlm2_jax.training.protocol import HostMetric, Sample, Scored, Scoring
@@ -40,6 +42,8 @@ def validation_scores(
     """
     if isinstance(model, DuplexS2SModel):
         return {}, lambda: duplex_scores(model)
+    if isinstance(model, DuplexSTTModel):
+        return {}, lambda: nullcontext(SttScores(scorer=SttScorer(model=model)))
     if not isinstance(model, SALM | CTCModel):
         return {}, None
     try:
@@ -80,6 +84,31 @@ class ConversationScores:
         return [
             Sample(id=a.example.id, reference=a.example.target_text, hypothesis=a.text)
             for a in self.scorer.generate_and_score(name, examples)
+        ]
+
+    def gather(self) -> None:
+        """Adds the responses of the other processes."""
+        self.scorer.gather()
+
+    def compute(self) -> dict[str, float]:
+        """All scores, per set and over sets."""
+        return self.scorer.compute()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SttScores:
+    """Adapts the scorer of a duplex speech-to-text model to `training.protocol.Scorer`."""
+
+    scorer: SttScorer
+
+    def update(self, name: str, batch: HostBatch) -> list[Sample]:
+        """Generates and scores the responses of a batch of set `name`."""
+        examples = scoring.conversations(batch)
+        if not examples:
+            return []
+        return [
+            Sample(id=one.id, reference=one.reference, hypothesis=one.text)
+            for one in self.scorer.generate_and_score(name, examples)
         ]
 
     def gather(self) -> None:

@@ -13,7 +13,11 @@ from speechlm2_jax.batches.duplex import (
     assemble_duplex_batch,
     full_duplex_batch,
 )
-from speechlm2_jax.batches.duplex_stt import DuplexSttBatch, assemble_duplex_stt_batch
+from speechlm2_jax.batches.duplex_stt import (
+    DuplexSttBatch,
+    assemble_duplex_stt_batch,
+    full_duplex_stt_batch,
+)
 from speechlm2_jax.batches.insertion import follow_placeholders, insert_after_clips
 from speechlm2_jax.batches.salm import (
     BatchShape,
@@ -45,6 +49,7 @@ __all__ = [
     "follow_placeholders",
     "full_batch",
     "full_duplex_batch",
+    "full_duplex_stt_batch",
     "insert_after_clips",
     "layout_sequence",
 ]

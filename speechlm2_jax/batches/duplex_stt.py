@@ -89,3 +89,20 @@ def assemble_duplex_stt_batch(
         is_asr=is_asr,
         sequence_ids=base.sequence_ids,
     )
+
+
+def full_duplex_stt_batch(
+    shape: DuplexShape, groups: int, *, pad_id: int = 0
+) -> DuplexSttBatch[np.ndarray]:
+    """Makes a batch of silence and pad ids without padding, as `full_duplex_batch` does."""
+    channel = np.full(shape.tokens, pad_id, np.int32)
+    example = DuplexExample(
+        id="full",
+        source_audio=np.zeros(shape.source_samples, np.float32),
+        target_audio=np.zeros(0, np.float32),
+        target_tokens=channel,
+        source_tokens=channel,
+        prompt_tokens=np.full(shape.prompt_tokens, pad_id, np.int32),
+    )
+    one = assemble_duplex_stt_batch([[example] * shape.sequences], shape, pad_id=pad_id)
+    return one.map(lambda x: np.broadcast_to(x, (groups, *x.shape[1:])))

@@ -12,6 +12,7 @@ _FACES = {
     "Conversation": "speechlm2_jax.data.conversations",
     "DataModule": "speechlm2_jax.data.datamodule",
     "DuplexS2SDataset": "speechlm2_jax.data.duplex.dataset",
+    "DuplexSTTDataset": "speechlm2_jax.data.duplex.stt_dataset",
     "PromptFormatter": "speechlm2_jax.data.prompts",
     "SALMDataset": "speechlm2_jax.data.salm_dataset",
     "Tokenizer": "speechlm2_jax.data.tokenizer",

@@ -15,6 +15,8 @@ from speechlm2_jax.batches import DuplexSttBatch, HostBatch, StepLosses
 from speechlm2_jax.data.duplex.text_channel import channel_texts, timed_texts
 from speechlm2_jax.inference.batching import check_batch, pad_lengths, pad_to_static_shape
 from speechlm2_jax.inference.duplex_stt_programs import logits, run_offline
+from speechlm2_jax.inference.sessions.opening import SESSION_WINDOW_S
+from speechlm2_jax.inference.sessions.stt_session import SttSession, SttSessionOptions
 from speechlm2_jax.layers.module import Variables, merge
 from speechlm2_jax.models.base import SpeechModel
 from speechlm2_jax.networks import duplex_stt as network_stages
@@ -123,6 +125,35 @@ class DuplexSTTModel(SpeechModel):
             "source_audio": audio,
             "source_audio_len": lengths,
         }
+
+    def session(
+        self,
+        *,
+        system_prompt: str | None = None,
+        sampling_rate: int | None = None,
+        session_window_s: float = SESSION_WINDOW_S,
+    ) -> SttSession:
+        """Starts a conversation: `for frame in session.push(samples)`; one text token per frame.
+
+        `sampling_rate` is that of the samples, by default the model's. A frame attends to the
+        system prompt, to the first frames and to the last `session_window_s` seconds. Raises
+        ValueError, naming the setting, for a model that cannot stream, for weights on several
+        devices and for a window of less than a frame.
+        """
+        if self.mesh is not None:
+            raise ValueError(
+                f"a session runs on one device, and the weights lie on {self.mesh.size}; load the "
+                "model without `strategy`"
+            )
+        options = SttSessionOptions(
+            tokenizer=self.tokenizer,
+            prompt=tuple(self._prompt_ids(system_prompt)),
+            input_hz=sampling_rate or self.sampling_rate,
+            window_s=session_window_s,
+            rule=self._blueprint.forced_turns,
+        )
+        network = self._blueprint.network
+        return SttSession(self._graphdef, network, self._decoding_variables(), options)
 
     def encode_prompts(self, prompts: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
         """System prompts as `prompt_tokens` int32 [B, P] and `prompt_token_lens` int32 [B]."""

@@ -168,7 +168,7 @@ class DuplexStt(nnx.Module):
         extended = self.llm.extend(
             self.embed(user, text, user_text),
             state,
-            positions=jnp.broadcast_to(state.used, text.shape),
+            positions=jnp.broadcast_to(state.used[..., None], text.shape),
             attention_mask=jnp.ones(text.shape, bool),
         )
         return self.inference_logits(extended.hidden), extended.cache

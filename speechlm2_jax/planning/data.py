@@ -18,6 +18,7 @@ from speechlm2_jax.data.index.contents import IndexedContents
 from speechlm2_jax.data.prepare import Prepared
 from speechlm2_jax.experiment import Model, RunSettings
 from speechlm2_jax.models.duplex import DuplexS2SModel
+from speechlm2_jax.models.duplex_stt import DuplexSTTModel
 from speechlm2_jax.planning.bins import Bin, estimate, estimate_2d
 from speechlm2_jax.planning.options import BUCKETS, PlanOptions
 from speechlm2_jax.settings import SettingsError
@@ -109,7 +110,7 @@ class PlannedData:
     @property
     def counts_tokens(self) -> bool:
         """Whether lengths are tokens, else seconds."""
-        return not isinstance(self.model, DuplexS2SModel)
+        return not isinstance(self.model, DuplexS2SModel | DuplexSTTModel)
 
 
 def members_of(prepared: Prepared, bins: Sequence[Bin]) -> list[tuple[Bin, Members]]:

@@ -7,7 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from speechlm2_jax.batches import BatchShape, DuplexShape, HostBatch, full_batch, full_duplex_batch
+from speechlm2_jax.batches import (
+    BatchShape,
+    DuplexShape,
+    HostBatch,
+    full_batch,
+    full_duplex_batch,
+    full_duplex_stt_batch,
+)
 from speechlm2_jax.batches.shared import FrameCount
 from speechlm2_jax.data.bucketing import Shape
 from speechlm2_jax.training.programs import Programs
@@ -24,7 +31,8 @@ def random_batch(
 ) -> HostBatch:
     """A batch without padding; its recordings are noise. Raises TypeError for other shapes."""
     if isinstance(shape, DuplexShape):
-        arrays: Any = full_duplex_batch(shape, groups)
+        full = full_duplex_batch if shape.target_samples else full_duplex_stt_batch
+        arrays: Any = full(shape, groups)
     elif isinstance(shape, BatchShape):
         arrays = full_batch(shape, groups, frame_count=frame_count, placeholder_id=placeholder_id)
     else:

@@ -33,7 +33,7 @@ SPEECH_MODELS = (
     *("DuplexS2SModel", "DuplexS2SSpeechDecoderModel", "DuplexSTTModel"),
 )
 """Classes with an LLM; their `save_pretrained` writes a directory."""
-TRAINABLE = (*(name for name in SPEECH_MODELS if name != "DuplexSTTModel"), "CTCModel")
+TRAINABLE = (*SPEECH_MODELS, "CTCModel")
 STT_KEYS = frozenset({"source_sample_rate", "predict_user_text"})
 """Keys of a `model:` block that only a duplex speech-to-text model has; NeMo requires the first."""
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -100,7 +100,7 @@ class DuplexContents(DuplexExamples):
         config: DuplexLoaderConfig,
         frame_count: FrameCount,
         where: str,
-    ) -> "DuplexContents":
+    ) -> Self:
         """Measures conversations, after checks of their roles and of the model's frame rate.
 
         Raises SettingsError for a role that is in neither list, and for another frame rate.

@@ -68,6 +68,10 @@ class DuplexConversation:
     """The shard of its source that it was read from, counted from 0."""
     is_meant_silent: bool = False
     """Whether the agent is to have no text."""
+    system_prompt: str = ""
+    """What precedes it, for a speech-to-text model."""
+    task: str = ""
+    """What the manifest names it; `asr`: its agent is not scored, for a speech-to-text model."""
     placement: Placement | None = None
     """What is drawn of its times in each epoch; its turns are those before."""
 

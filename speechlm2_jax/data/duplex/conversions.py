@@ -205,5 +205,6 @@ def with_silent_agent(
             SpokenTurn(speaker=AGENT, start_s=start_s, end_s=agent_end_s, text=""),
         ),
         where=conversation.where,
+        task="asr",
         is_meant_silent=True,
     )

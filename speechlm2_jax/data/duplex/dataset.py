@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -55,6 +55,11 @@ class DuplexS2SDataset:
 
     data_config = DuplexDataConfig
     loader_config = DuplexLoaderConfig
+    own_keys: ClassVar[tuple[str, ...]] = (
+        *("frame_length", "source_sample_rate", "target_sample_rate"),
+        *("input_roles", "output_roles"),
+    )
+    """Keys of the `data` block that are arguments."""
 
     def __init__(
         self,
@@ -87,7 +92,7 @@ class DuplexS2SDataset:
     ) -> "DuplexS2SDataset":
         """Makes one of the keys of a `data` block. Raises SettingsError for a missing one."""
         config = build(DuplexDataConfig, data, "data")
-        values = {name: getattr(config, name) for name in _OWN_KEYS}
+        values = {name: getattr(config, name) for name in cls.own_keys}
         for name, value in values.items():
             if value is None and not name.endswith("_roles"):
                 raise SettingsError(f"data.{name}: required for a duplex model")
@@ -95,7 +100,7 @@ class DuplexS2SDataset:
 
     def check(self, config: DuplexDataConfig, where: str) -> None:
         """Raises SettingsError if the `data` block differs from the dataset's own values."""
-        for name in _OWN_KEYS:
+        for name in self.own_keys:
             given, own = getattr(config, name), getattr(self, name)
             if given not in (None, own):
                 raise SettingsError(f"{where}.{name}: {given}, but the dataset was made with {own}")
@@ -169,12 +174,12 @@ class DuplexS2SDataset:
         frames = grid.frame(conversation.duration_s)
         user_turns = conversation.turns_of(frozenset(self.input_roles))
         agent_turns = conversation.turns_of(frozenset(self.output_roles))
-        source_audio = _audio(conversation.source, rate_hz, self.source_sample_rate, on_user)
+        source_audio = clip_audio(conversation.source, rate_hz, self.source_sample_rate, on_user)
         self.check_length(conversation.id, source_audio, frames)
         return DuplexExample(
             id=conversation.id,
             source_audio=source_audio,
-            target_audio=_audio(
+            target_audio=clip_audio(
                 conversation.target, None, self.target_sample_rate, effects and effects.of_agent()
             ),
             target_tokens=self._channel(agent_turns, frames, grid),
@@ -223,16 +228,7 @@ class DuplexS2SDataset:
         return text_channel(turns, frames, grid=grid, text_to_ids=text_to_ids, ids=self._ids)
 
 
-_OWN_KEYS = (
-    "frame_length",
-    "source_sample_rate",
-    "target_sample_rate",
-    "input_roles",
-    "output_roles",
-)
-
-
-def _audio(
+def clip_audio(
     clip: AudioClip, by_way_of_hz: int | None, to_hz: int, effects: "ClipEffects | None"
 ) -> Float[np.ndarray, " S"]:
     """Samples of a clip, exactly as many as its declared duration has."""

@@ -17,10 +17,13 @@ _log = logging.getLogger(__name__)
 
 
 def read_duplex_entry(
-    entry: InputConfig, config: DuplexLoaderConfig
+    entry: InputConfig, config: DuplexLoaderConfig, *, has_agent: bool = True
 ) -> Iterator[DuplexConversation]:
-    """The conversations of an entry that is no group, in order. Raises SettingsError."""
-    form = form_of(entry, config)
+    """The conversations of an entry that is no group, in order. Raises SettingsError.
+
+    Without `has_agent` the agent's recordings are left out, as in `form_of`.
+    """
+    form = form_of(entry, config, has_agent=has_agent)
     if form.reads_cuts:
         yield from _of_cuts(entry, form)
         return

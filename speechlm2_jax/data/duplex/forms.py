@@ -58,6 +58,8 @@ class DuplexForm:
     """Of `nemo_tarred_to_duplex`: seconds of the agent's turn (`with_silent_agent`)."""
     sample_rate_hz: int = 16000
     """Of the same: what frames are counted by."""
+    has_agent: bool = True
+    """Whether the agent's recordings are read; those of types that make the user's of them are."""
     lengths: AugmentationConfig = field(default_factory=AugmentationConfig)
     """Truncation and padding of what an index has."""
 
@@ -69,7 +71,9 @@ class DuplexForm:
     @property
     def fields(self) -> tuple[str, ...]:
         """The recordings of a cut."""
-        return (TARGET,) if self.type == CONTINUATION else (RECORDING, TARGET)
+        if self.type == CONTINUATION:
+            return (TARGET,)
+        return (RECORDING, TARGET) if self.has_agent else (RECORDING,)
 
     @property
     def key(self) -> list[Any]:
@@ -91,7 +95,8 @@ class DuplexForm:
         if isinstance(self.options, ContinuationOptions):
             made = continuation(one.cut, _whole_agent(one), self.options)
         else:
-            made, convert = conversation_of_cut(one, self.channel), self._convert()
+            made = conversation_of_cut(one, self.channel, has_agent=self.has_agent)
+            convert = self._convert()
             made = made if convert is None else convert(one.cut, made)
         return made and replace(made, where=one.where, shard=one.shard)
 
@@ -113,8 +118,13 @@ class DuplexForm:
         return reversed_roles(self.options) if isinstance(self.options, ReverseOptions) else None
 
 
-def form_of(entry: InputConfig, config: DuplexLoaderConfig) -> DuplexForm:
-    """How the rows of an entry become conversations. Raises SettingsError for other types."""
+def form_of(
+    entry: InputConfig, config: DuplexLoaderConfig, *, has_agent: bool = True
+) -> DuplexForm:
+    """How the rows of an entry become conversations. Raises SettingsError for other types.
+
+    Without `has_agent` a model has no use for the agent's recordings.
+    """
     own, is_tarred = entry.agent_silence_duration, entry.type == TARRED_TO_DUPLEX
     is_other = entry.type not in (*_PLAIN, *DUPLEX_TYPES)
     if not is_tarred and (entry.manifest_filepath is not None or is_other):
@@ -128,6 +138,7 @@ def form_of(entry: InputConfig, config: DuplexLoaderConfig) -> DuplexForm:
         options=_options_of(entry, config),
         silence_s=_SILENCE_S if own is None else own,
         sample_rate_hz=config.sample_rate,
+        has_agent=has_agent or entry.type in (REVERSE, CONTINUATION),
         lengths=AugmentationConfig(**{name: getattr(config, name) for name in _LENGTHS}),
     )
 

@@ -22,6 +22,9 @@ from speechlm2_jax.settings import SettingsError
 EVENTS = "events"
 """Custom field of a cut: a list of {kind, start, end}, for evaluation (`DialogEvent`)."""
 
+SYSTEM_PROMPT, TASK = "system_prompt", "task"
+"""Custom fields of a cut, for speech-to-text models."""
+
 
 def duplex_cuts(
     shar: SharPath | Path | None, manifests: Sequence[str | Path], fields: tuple[str, ...]
@@ -58,16 +61,24 @@ def read_duplex(
         yield replace(made, where=one.where, shard=one.shard)
 
 
-def conversation_of_cut(one: SharCut, channel: int | None) -> DuplexConversation:
-    """A cut whose recordings are packed, or in files of their own."""
+def conversation_of_cut(
+    one: SharCut, channel: int | None, *, has_agent: bool = True
+) -> DuplexConversation:
+    """A cut whose recordings are packed, or in files of their own.
+
+    Without `has_agent` the agent's recording is neither needed nor read: the user's is in its
+    place.
+    """
     cut = one.cut
     if not one.packed:
-        return duplex_conversation(cut, channel)
-    _recording_of_agent(cut)
+        return duplex_conversation(cut, channel, has_agent=has_agent)
+    if has_agent:
+        _recording_of_agent(cut)
     users_channel = _one_of(cut.recording, cut.channel, channel)
     users = one.packed[0]
     user = users.clip(cut, cut.recording, channel=users_channel, number=one.number)
-    return _conversation(cut, source=user or clip_of_cut(cut, channel), target=agent_clip(one))
+    user = user or clip_of_cut(cut, channel)
+    return _conversation(cut, source=user, target=agent_clip(one) if has_agent else user)
 
 
 def agent_clip(one: SharCut) -> AudioClip:
@@ -79,13 +90,19 @@ def agent_clip(one: SharCut) -> AudioClip:
     return clip or _clip_of_agent(cut, target)
 
 
-def duplex_conversation(cut: Cut, channel: int | None = None) -> DuplexConversation:
+def duplex_conversation(
+    cut: Cut, channel: int | None = None, *, has_agent: bool = True
+) -> DuplexConversation:
     """A Lhotse cut that has `target_audio`; raises SettingsError, naming it, for another.
 
     Args:
         cut: the user's recording; transformed and in-memory ones are left to Lhotse to load.
         channel: the user's, of a recording with several where the cut names none; None: the mean.
+        has_agent: as in `conversation_of_cut`.
     """
+    if not has_agent:
+        source = clip_of_cut(cut, channel)
+        return _conversation(cut, source=source, target=source)
     target = _recording_of_agent(cut)
     source = clip_of_cut(cut, channel)
     return _conversation(cut, source=source, target=_clip_of_agent(cut, target))
@@ -130,6 +147,8 @@ def _conversation(cut: Cut, *, source: AudioClip, target: AudioClip) -> DuplexCo
             for supervision in _supervisions(cut)
         ),
         events=tuple(_event(event) for event in _custom(cut).get(EVENTS) or ()),
+        system_prompt=text(_custom(cut).get(SYSTEM_PROMPT) or "", SYSTEM_PROMPT),
+        task=text(_custom(cut).get(TASK) or "", TASK),
     )
 
 
@@ -137,7 +156,8 @@ def _supervisions(cut: Cut) -> Sequence[Any]:
     """Those of the cut, and of an agent who is a cut too, by time."""
     if not hasattr(cut, "tracks"):
         return cut.supervisions
-    both = (*cut.supervisions, *_agent(cut).supervisions)
+    agent = _custom(cut).get(TARGET)
+    both = (*cut.supervisions, *getattr(agent, "supervisions", ()))
     return sorted(both, key=lambda supervision: moment(supervision.start, "start"))
 
 
