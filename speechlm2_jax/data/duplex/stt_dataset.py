@@ -36,7 +36,7 @@ ASR = "asr"
 """Task of conversations whose agent is not scored."""
 PROMPT_UNIT = 8
 """Room for system prompts is rounded up to a multiple of it."""
-_AUGMENTATION = "set the noise, rooms and codecs of data.train_ds"
+_AUGMENTATION = "set the noise and impulse responses of data.train_ds"
 
 
 @dataclass(frozen=True, kw_only=True)
