@@ -3,7 +3,7 @@
     python tools/corpus/make_natural_speech.py OUT --utterances 20000
 
 writes OUT/audio/*.flac (16 bit, 16 kHz, mono), OUT/train.jsonl and OUT/val.jsonl (300 rows), and
-OUT/said.jsonl.gz, the texts and voices. Stopped, it goes on where it was. tools/corpus/
+OUT/texts.jsonl.xz, the texts and voices. Stopped, it goes on where it was. tools/corpus/
 natural_voices.py lists the voices, their licences and how to install them; one utterance in four is
 espeak-ng's. Half of the texts are of a wide vocabulary (tools/corpus/open_texts.py), the others the
 bundled corpus's training sentences, phrases of them and strings of digits.
@@ -175,7 +175,7 @@ def main() -> None:
     for name, part in (("val", kept[:VALIDATION_ROWS]), ("train", kept[VALIDATION_ROWS:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
         (arguments.out / f"{name}.jsonl").write_text(text)
-    write_said(kept, arguments.out / "said.jsonl.gz")
+    write_said(kept, arguments.out / "texts.jsonl.xz")
     hours = sum(row["duration"] for row in kept) / 3600
     print(
         f"{arguments.out}: {len(kept)} utterances, {hours:.1f} hours; "

@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--utterances", type=int, default=16_000)
     parser.add_argument("--texts", choices=sorted(SEEDS), default="mixed")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--no-list", action="store_true", help="leave the committed list alone")
     arguments = parser.parse_args()
     planned = plan_utterances(arguments.utterances, arguments.texts)
     claim_folder(arguments.out, planned)
@@ -161,7 +162,8 @@ def main() -> None:
     for name, part in (("val", rows[:VALIDATION_ROWS]), ("train", rows[VALIDATION_ROWS:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
         (arguments.out / f"{name}.jsonl").write_text(text)
-    write_said(rows, HERE / f"pretraining_{arguments.texts}.jsonl.xz")
+    if not arguments.no_list:
+        write_said(rows, HERE / f"pretraining_{arguments.texts}.jsonl.xz")
     hours = sum(row["duration"] for row in rows) / 3600
     print(f"{arguments.out}: {len(rows)} utterances, {hours:.1f} hours")
 
