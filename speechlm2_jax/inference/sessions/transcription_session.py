@@ -33,8 +33,7 @@ class TranscriptUpdate:
     """What one chunk of audio adds to the transcript."""
 
     text: str
-    """New whole words, which no later audio changes; the texts of all updates, joined by spaces,
-    are the transcript."""
+    """New whole words, which no later audio changes; those of all updates are the transcript."""
     partial: str
     """The beginning of the next word, which later audio may continue."""
     known_s: float
@@ -83,8 +82,8 @@ class TranscriptionSession:
         print(update.text, update.partial)
     ```
 
-    The texts of all pushes and of `finish`, joined by spaces, are those of the greedy offline
-    transcript of the same audio.
+    The words of all pushes and of `finish` are those of the greedy offline transcript of the same
+    audio, which may have more than one space between two of them.
     """
 
     def __init__(
