@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ class ASRModel(Transcriber):
         self._to_labels = nemo_label_encoder(archive, decoder)
         module, table = outline(architecture)
         loaded = mapping.load(archive.weights, table, describe(module))
-        self._graphdef = split(module)[0]
+        self._graphdef: nnx.GraphDef[Any] = split(module)[0]
         self._variables = {path: jnp.asarray(_fp32(value)) for path, value in loaded.items()}
 
     @classmethod

@@ -29,7 +29,6 @@ import natural_voices
 import numpy as np
 import open_texts
 import soundfile
-import soxr
 from make_pretraining_speech import claim_folder, plan_condition, write_said
 from synthesis import PRETRAINING_VOICES, RATE_HZ, Utterance, Voice, espeak, record
 from texts import digit_text, glued_text, training_texts
@@ -130,9 +129,11 @@ def through_codec(wave: np.ndarray, codec: str) -> np.ndarray:
         return wave
     rate_hz, container, subtype = FORMATS[codec]
     file = io.BytesIO()
-    soundfile.write(file, soxr.resample(wave, RATE_HZ, rate_hz), rate_hz, subtype, format=container)
+    soundfile.write(
+        file, natural_voices.resample(wave, RATE_HZ, rate_hz), rate_hz, subtype, format=container
+    )
     file.seek(0)
-    back = soxr.resample(soundfile.read(file, dtype="float32")[0], rate_hz, RATE_HZ)
+    back = natural_voices.resample(soundfile.read(file, dtype="float32")[0], rate_hz, RATE_HZ)
     return np.resize(np.pad(back, (0, max(0, wave.size - back.size))), wave.size)
 
 

@@ -23,13 +23,14 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
-import soxr
+from scipy import signal
 
 RATE_HZ = 16_000
 
@@ -79,7 +80,14 @@ def synthesize(
     samples, rate_hz = ENGINES[voice.engine](text, voice.name, speed * size)
     if samples.size == 0 or not samples.any():
         raise RuntimeError(f"{voice.label} makes no sound of {text!r}")
-    return soxr.resample(samples.astype(np.float32), rate_hz / size, RATE_HZ)
+    return resample(samples, rate_hz / size, RATE_HZ)
+
+
+def resample(samples: np.ndarray, from_hz: float, to_hz: float) -> np.ndarray:
+    """Returns samples [S] at another rate, float32; the ratio of rates is rounded to 1 in 1,000."""
+    ratio = Fraction(to_hz / from_hz).limit_denominator(1000)
+    made = signal.resample_poly(samples, ratio.numerator, ratio.denominator)
+    return made.astype(np.float32)
 
 
 def _piper(text: str, name: str, speed: float) -> tuple[np.ndarray, int]:

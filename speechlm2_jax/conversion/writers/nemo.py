@@ -3,7 +3,7 @@
 import gzip
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
@@ -51,7 +51,7 @@ def write_nemo(
 
 
 @contextmanager
-def _tar(path: Path, compressed: bool) -> Iterator[tarfile.TarFile]:
+def _tar(path: Path, compressed: bool) -> Generator[tarfile.TarFile, None, None]:
     """A tar to write into; in gzip without a name and a date, so that equal input stays equal."""
     with ExitStack() as stack:
         file = stack.enter_context(path.open("wb"))

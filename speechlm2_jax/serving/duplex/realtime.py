@@ -74,6 +74,8 @@ class RealtimeProtocol(Protocol):
         self._speech = SpeechDetector(RATE_HZ)
         self._id, self._item_id = new_id("sess"), new_id("item")
         self._response: ResponseEvents | None = None
+        self._due: list[Sent] = []
+        """Events of the user's speech, which go out before what the agent makes of it."""
 
     def greeting(self) -> Sequence[Sent]:
         """`session.created`."""
@@ -102,7 +104,8 @@ class RealtimeProtocol(Protocol):
 
     def agent(self, chunk: AgentChunk) -> Sequence[Sent]:
         """The events of the agent's frames."""
-        messages: list[Sent] = [self._frames(chunk)] if self._settings.sends_frames else []
+        messages = self._speech_events()
+        messages += [self._frames(chunk)] if self._settings.sends_frames else []
         each = len(chunk.audio) / max(len(chunk.frames), 1)
         for n, frame in enumerate(chunk.frames):
             audio = chunk.audio[round(n * each) : round((n + 1) * each)]
@@ -162,16 +165,19 @@ class RealtimeProtocol(Protocol):
             samples = pcm_samples(given["audio"])
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
             raise EventError("audio must be 16-bit PCM in base64", "audio") from error
-        messages: list[Sent] = []
         for edge in self._speech.push(samples):
             if edge.is_begin:
                 self._item_id = new_id("item")
                 kind, at = "input_audio_buffer.speech_started", {"audio_start_ms": edge.at_ms}
             else:
                 kind, at = "input_audio_buffer.speech_stopped", {"audio_end_ms": edge.at_ms}
-            messages.append(event(kind, **at, item_id=self._item_id))
+            self._due.append(event(kind, **at, item_id=self._item_id))
         await conversation.push(samples)
-        return messages
+        return self._speech_events()
+
+    def _speech_events(self) -> list[Sent]:
+        due, self._due = self._due, []
+        return due
 
     async def _update(
         self, given: Mapping[str, Any], conversation: BufferedConversation

@@ -13,7 +13,7 @@ from speechlm2_jax.serving.duplex import load
 from speechlm2_jax.serving.duplex.realtime_events import pcm_base64, pcm_samples
 from speechlm2_jax.serving.duplex.sessions import PoolSessions
 from speechlm2_jax.settings import SettingsError
-from tests.parity.duplex_golden import DATA, pretrained, recorded_batch
+from tests.parity.duplex_golden import DATA, hf, pretrained, recorded_batch
 from tests.parity.salm_golden import working_in
 from tests.serving.duplex.fake_sessions import OPTIONS, WAIT_S, running
 
@@ -73,6 +73,6 @@ def test_what_is_no_duplex_model_and_what_cannot_stream_is_told(monkeypatch):
         raise ValueError("this model has no sessions: model.perception.preprocessor.normalize")
 
     monkeypatch.setattr(load, "PoolSessions", refuse)
-    own = replace(OPTIONS, model=str(DATA / RUN / "hf"))
+    own = replace(OPTIONS, model=str(hf(RUN)))
     with working_in(DATA), pytest.raises(SettingsError, match="no sessions: model.perception"):
         load.open_sessions(own)
