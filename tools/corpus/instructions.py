@@ -105,12 +105,12 @@ WORDINGS = {
         (
             "Transcribe:",
             "Repeat:",
-            "Write down the sentence.",
+            "Write out the sentence.",
             "Repeat the sentence.",
             "Write every word of the recording.",
             "What are the words?",
         ),
-        ("Transcribe the recording word for word.", "Please write down every word."),
+        ("Transcribe the recording word for word.", "Please write out every word."),
     ),
     "spell": Wordings(
         (

@@ -3,7 +3,7 @@
     python tools/corpus/make_natural_speech.py OUT --utterances 20000
 
 writes OUT/audio/*.flac (16 bit, 16 kHz, mono), OUT/train.jsonl and OUT/val.jsonl (300 rows), and
-OUT/texts.jsonl.xz, the texts and voices. Stopped, it goes on where it was. tools/corpus/
+OUT/texts.jsonl.xz, the texts and voices. After a stop the same command resumes. tools/corpus/
 natural_voices.py lists the voices, their licences and how to install them; one utterance in four is
 espeak-ng's. Half of the texts are of a wide vocabulary (tools/corpus/open_texts.py), the others the
 bundled corpus's training sentences, phrases of them and strings of digits.

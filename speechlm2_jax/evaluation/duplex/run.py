@@ -118,8 +118,7 @@ def evaluate_duplex(
                 for index, (response, rtf) in responses.items():
                     files.write(index, dialogues[index], response, scorer.model)
                     given = (scorer, dialogues[index], response, files.speech.get(index))
-                    results[index] = _result(*given, rtf, config.input_roles)
-                    scorer.add_events(results[index].set_name, results[index].events)
+                    results[index] = _scored(*given, rtf, config, log)
                     rows[index] = (
                         results[index].row(config.use_normalizer),
                         {
@@ -127,8 +126,6 @@ def evaluate_duplex(
                             **({} if part is None else {"part": part.name}),
                         },
                     )
-                    if config.verbose or not dialogues[index].has_reference:
-                        log(results[index].summary())
             if journal is not None:
                 journal.append(rows)
             progress.update(len(rows) + (0 if part is None else part.done_by_others()))
@@ -141,6 +138,23 @@ def evaluate_duplex(
         silence=silence,
         speed=speed,
     )
+
+
+def _scored(
+    scorer: DuplexScorer,
+    dialogue: Dialogue,
+    response: DuplexResponse,
+    speech: Path | None,
+    rtf: float,
+    config: DuplexEvalConfig,
+    log: Log,
+) -> DialogueResult:
+    """The result of a conversation, counted in the scores; one without a reference is logged."""
+    result = _result(scorer, dialogue, response, speech, rtf, config.input_roles)
+    scorer.add_events(result.set_name, result.events)
+    if config.verbose or not dialogue.has_reference:
+        log(result.summary())
+    return result
 
 
 def input_keys(dialogues: Sequence[Dialogue]) -> list[str]:
